@@ -1,17 +1,18 @@
 """Regret against seconds of training: searches in NAS-Bench-201 and in a part of NAS-Bench-101, over 200 seeds.
 
-A search sees validation alone and pays for every training what the benchmark says that it takes. What counts is the
-test loss of the best by validation so far, over the best of the table. In NAS-Bench-201 a training has 12 epochs and is
-judged by the test error after 200; in the part of NAS-Bench-101, which has no test, at 4, 12, 36 or 108 epochs, and the
-judge is validation at 108, which random search and evolution see too: their regret goes to zero by itself.
+A search sees only validation losses. For every training, it pays the time that the benchmark states. Its regret is the
+test loss of the best by validation so far, minus the best of the table. In NAS-Bench-201, a training has 12 epochs, and
+the regret uses the test error after 200. The part of NAS-Bench-101 has no test losses. Its trainings have 4, 12, 36 or
+108 epochs. There, the regret uses the validation loss at 108 epochs. Random search and evolution also see this loss, so
+their regret goes to zero in any case.
 
-- random search: cells without replacement, trained in full.
-- regularized evolution: population 20, samples of 5. Of 101 the table has a fourteenth of the space, so a child is one
-  of the ten cells of the table that are most like its parent.
-- successive halving (101): 27 random cells at 4 epochs, the best third at 12, and so on, and again. A training at more
-  epochs starts anew, as in the table.
-- in every table of NAS-Bench-201, what needs no trial: the constant cell 9930, and the best by validation on the other
-  two tasks.
+- Random search: cells without replacement, trained in full.
+- Regularized evolution: population 20, samples of 5. The table of NAS-Bench-101 has a fourteenth of the space, so a
+  child is one of the ten cells of the table that are most similar to its parent.
+- Successive halving (NAS-Bench-101): 27 random cells at 4 epochs, the best third at 12, and so on, and then again. A
+  training at more epochs starts from the beginning, as in the table.
+- In every table of NAS-Bench-201, two choices without a trial: the constant cell 9930, and the best by validation on
+  the other two tasks.
 
     python experiments/architecture_regret.py            minutes; writes results/architecture_regret.md and .png
     python experiments/architecture_regret.py --smoke    seconds; prints only
@@ -29,8 +30,8 @@ from scipy.stats import rankdata
 
 from metaopt import methods, nas, spaces
 
-MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the budget at which regrets are told
-Trials = Iterator[tuple[int, int]]  # (row, fidelity) of one training after the other
+MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the budget at which regrets are reported
+Trials = Iterator[tuple[int, int]]  # (row, fidelity) of each training, in order
 
 
 def random_search(table: nas.Benchmark, task: int, seed: int) -> Trials:
@@ -39,7 +40,7 @@ def random_search(table: nas.Benchmark, task: int, seed: int) -> Trials:
 
 
 def evolution(table: nas.Benchmark, task: int, seed: int) -> Trials:
-    """By the library's searcher where the table is whole; else with the most similar cells for neighbors."""
+    """Uses the library's searcher if the table is complete. Otherwise, the most similar cells are the neighbors."""
     losses = table.valid[:, task, -1]
     if len(losses) == np.prod(table.num_choices, dtype=float):
         space = {name: spaces.integer(0, n - 1) for name, n in zip(table.dims, table.num_choices, strict=True)}
@@ -57,7 +58,7 @@ def evolution(table: nas.Benchmark, task: int, seed: int) -> Trials:
         else:
             parent = min((population[i] for i in rng.integers(20, size=5)), key=lambda row: losses[row])
             apart = (table.encodings != table.encodings[parent]).sum(1)
-            # Of cells as much alike any: which ones NumPy takes of equal ones depends on the processor.
+            # Ties are broken at random, since NumPy's order of equal values depends on the processor.
             apart = apart + 1e3 * (apart == 0) + rng.random(len(apart))
             child = int(rng.choice(np.sort(np.argpartition(apart, 10)[:10])))
         yield child, -1
@@ -79,8 +80,10 @@ def rows_of(table: nas.Benchmark) -> dict[tuple, int]:
 
 
 def curve(trials: Trials, table: nas.Benchmark, task: int, seconds: np.ndarray) -> np.ndarray:
-    """[seconds] test regret of the best so far by validation, at the most epochs that any cell had; NaN before the
-    first training ends."""
+    """Returns [seconds] test regret of the best so far by validation, at the most epochs that any cell had.
+
+    It is NaN before the first training ends.
+    """
     best, spent, at, told = (-1, np.inf, -1), 0.0, [], []
     num = len(table.fidelities)
     for row, fidelity in trials:
@@ -98,7 +101,7 @@ def curve(trials: Trials, table: nas.Benchmark, task: int, seconds: np.ndarray) 
 
 
 def run(table: nas.Benchmark, task: int, searches: dict[str, Callable], budget: float, num_seeds: int):
-    """(seconds [S], {search: [seeds, S]})."""
+    """Returns (seconds [S], {search: [seeds, S]})."""
     seconds = np.geomspace(budget / 300, budget, 200)
     found = {
         name: np.stack([curve(search(table, task, seed), table, task, seconds) for seed in range(num_seeds)])
@@ -114,7 +117,7 @@ def run(table: nas.Benchmark, task: int, searches: dict[str, Callable], budget: 
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and half of the 95 % band over seeds; NaN where some seed has no finished training."""
+    """Returns the mean and half of the 95 % band over seeds. They are NaN if some seed has no finished training."""
     width = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
     return values.mean(0), width
 

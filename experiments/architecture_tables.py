@@ -1,46 +1,53 @@
-"""Architectures from tables of earlier searches: h(t') for a new task, with no trial and with five.
+"""Architectures from tables of earlier searches: h(t') for a new task, without a trial and with five.
 
-Records of other tasks are all that is known: architectures × tasks × losses. One task at a time is left out. Losses
-become normal scores, since tasks have different metrics. In one-hot digits and pairs of digits a task is a vector of
-coefficients, whose prior the other tasks make, and trials condition it (`predictors.score_prior`):
+The only knowledge is records of other tasks: architectures × tasks × losses. One task at a time is left out. Losses
+become normal scores, since tasks have different metrics. With one-hot digits and pairs of digits as features, a task is
+a vector of coefficients. The other tasks define its prior, and trials condition it (`predictors.score_prior`):
 
     h(t'), no trial:   the largest expected score
-    h(t'), k trials:   condition on the scores of the trials, try next what has the most expected improvement, and
+    h(t'), k trials:   condition on the scores of the trials, next try the largest expected improvement, and
                        choose by the posterior mean.
 
-Within a run, nothing is chosen by the task that is left out; with no trial, nothing is known of it at all, but where
-"crossed" is told its features. Of trials only the order is used, laid on what was expected of them. (The form of the
-model was written with these tables in view, u and d of `predictors.score_prior` after a first run.)
+Within a run, no choice depends on the task that is left out. Without a trial, nothing is known about this task, except
+in "crossed", which reads its features. Only the order of trials is used, matched to their expected scores. (The form of
+the model, u and d of `predictors.score_prior`, was decided after a first run on these tables.)
 
-That is "h by digits". "h by cells" is the `scores` of `methods.train_cell_searcher`: a transformer over the graphs of
-cells, trained on the same records by a ranking loss; "crossed" is told features of the task, too (of TransNAS-
-Bench-101, how training-free scores of 100 of its architectures on the task go with their operations; of NAS-Bench-
-Graph, the sizes of the graph). Its sizes, steps and rate were chosen on NAS-Bench-201, which is not in the comparison.
-"h" is both, as `methods.CellSearcher` has them: the mean of what the two expect, in units of normal scores, and with
-trials the same posterior, where the features are digits, pairs and what the transformer makes of a cell. Of some ways
-to put them together, this one was taken by what came of them on the micro space, whose results are not those of a form
-chosen before; the other two spaces did not enter. (What the transformer makes of cells was learned from the scores that
-say its variances, too: h is more certain than it should be.) "Mean effects of ops", on the micro space, whose ops are
-on edges: what h expects of all cells as α, an op's being the mean over the cells that have it (`nas.op_scores`), and
-the cell that is left of it, an op an edge, which the report names: what a search that begins at this α begins with. Of
-how ops go together, which is what h knows, nothing is left.
+This method is "h by digits".
 
-Beside it: the architecture of best mean rank on the other tasks (and the best by validation of the five best such),
-the best of random ones, and the best by validation of the whole table, which is what
-validation alone can choose. What is chosen is judged by its percentile of the test losses of its task (1: the best).
+"h by cells" is the `scores` of `methods.train_cell_searcher`: a transformer over the graphs of cells, trained on the
+same records by a ranking loss. "Crossed" also reads features of the task. For TransNAS-Bench-101, they are the
+correlations of training-free scores of 100 of its architectures on the task with their operations. For NAS-Bench-Graph,
+they are the sizes of the graph. The sizes, steps and rate of the transformer were chosen on NAS-Bench-201, which is not
+in the comparison.
 
-The second part has regret curves of random search and regularized evolution, with the constant cell 9930, which is
-nearly the best on every task of NAS-Bench-201: a benchmark that cannot show that a search reads its task.
+"h" combines both, as in `methods.CellSearcher`: without trials, the mean of the two predictions, in units of normal
+scores. With trials, it uses the same posterior, where the features are digits, pairs and the transformer's embedding of
+a cell. This combination was selected from several by its results on the micro space. So these results are not a test of
+a form chosen in advance. The other two spaces had no influence. (The transformer's embedding was learned from the same
+scores that determine its variances. So h is more certain than it should be.)
+
+"Mean effects of ops" is for the micro space, whose ops are on edges. It turns the predictions of h for all cells into
+α: the value of an op is the mean over the cells that contain it (`nas.op_scores`). The report names the cell that this
+α gives, with one op per edge. A search that begins at this α begins with this cell. The knowledge of h about
+combinations of ops is lost.
+
+The first baseline is the architecture of best mean rank on the other tasks (also the best by validation of the five
+best such). The others are the best of random architectures, and the best by validation of the whole table, which is the
+best choice that validation by itself allows. A choice is scored by its percentile of the test losses of its task (1:
+the best).
+
+The second part has regret curves of random search and regularized evolution. It also has the constant cell 9930, which
+is nearly the best on every task of NAS-Bench-201. So this benchmark cannot show that a search depends on its task.
 
     python experiments/architecture_tables.py --afresh      ten minutes; writes results/architecture_tables.md and .png
     python experiments/architecture_tables.py --train-seeds 3 --afresh      the transformers trained with three keys
     python experiments/architecture_tables.py --any-code    minutes: the committed .json's tasks, by earlier code
     python experiments/architecture_tables.py --smoke       seconds; prints only
 
-Tables are read from the folder that METAOPT_DATA names. What came of each task is kept in
-results/architecture_tables.json and not run again. What other code than this made, the library's included, is taken
-with --any-code only, and the result says how much it is; --afresh begins anew, and the same command without it goes on
-with a run that was stopped.
+Tables are read from the folder that METAOPT_DATA names. The outcome of each task is saved in
+results/architecture_tables.json and is not computed again. Outcomes of other code, including other versions of the
+library, are only used with --any-code, and the result states how many there are. --afresh starts again from nothing.
+The same command without it continues a run that was stopped.
 """
 
 import json
@@ -56,19 +63,19 @@ from scipy.stats import rankdata
 
 from metaopt import methods, nas, predictors, spaces
 
-MARKS = (1, 5, 20, 100)  # evaluations at which regrets are told
+MARKS = (1, 5, 20, 100)  # evaluations at which regrets are reported
 
 
 # ---- h(t') ----------------------------------------------------------------------------------------------------------
 
 
 def percentiles(losses: np.ndarray) -> np.ndarray:
-    """[A] 1 for the smallest loss, 0 for the largest, ties in the middle."""
+    """Returns [A] 1 for the smallest loss, 0 for the largest; ties get their mean."""
     return 1 - (rankdata(losses) - 1) / (len(losses) - 1)
 
 
 def best_by_validation(valid: np.ndarray) -> np.ndarray:
-    """The rows that share the smallest validation loss: which of them validation chooses is chance."""
+    """Returns the rows that share the smallest validation loss. Validation chooses one of them by chance."""
     return np.flatnonzero(valid == valid.min())
 
 
@@ -76,7 +83,7 @@ GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # 
 
 
 def choose_with_trials(prior: predictors.ScorePrior, losses: np.ndarray, num_trials: int) -> int:
-    """The row that is chosen after `num_trials` trials on the new task, each of the most expected improvement."""
+    """Returns the chosen row after `num_trials` trials on the new task, each with the largest expected improvement."""
     tried: list[int] = []
     for _ in range(num_trials):
         tried.append(int(predictors.score_improvement(prior, tried, losses[tried]).argmax()))
@@ -89,7 +96,10 @@ EDGE_OPS = {"TransNAS-Bench-101, micro": ("none", "skip_connect", "conv1x1", "co
 
 
 def kept_by_alpha(table: nas.Benchmark, scores: np.ndarray) -> int:
-    """The row whose cell is left of α, and α of the scores [A] of all rows: an op is worth what cells with it are."""
+    """Returns the row of the cell that α gives. α is computed from the scores [A] of all rows.
+
+    The value of an op is the mean over the cells that contain it.
+    """
     cell = nas.complete_cell(3, EDGE_OPS[table.name])
     network = nas.Network({"cell": cell}, (nas.Layer("conv", 8), nas.Layer("cell", 8)), num_outputs=2)
     genotypes = [
@@ -103,8 +113,8 @@ def kept_by_alpha(table: nas.Benchmark, scores: np.ndarray) -> int:
 
 # ---- The encoder of cells -------------------------------------------------------------------------------------------
 
-PROBED = 100  # architectures whose training-free scores say what a task is like
-PROBES = ("grasp", "fisher", "grad_norm", "plain", "nwot", "jacov", "snip")  # those that all tasks have
+PROBED = 100  # architectures whose training-free scores describe a task
+PROBES = ("grasp", "fisher", "grad_norm", "plain", "nwot", "jacov", "snip")  # the scores that all tasks have
 GRAPHS = {  # nodes, edges, features, classes
     "cora": (2_708, 5_278, 1_433, 7),
     "citeseer": (3_327, 4_552, 3_703, 6),
@@ -116,7 +126,7 @@ GRAPHS = {  # nodes, edges, features, classes
 
 
 def task_features(table: nas.Benchmark, folder: Path) -> dict[str, np.ndarray]:
-    """What is known of a task without training: sizes of a graph, or probes by training-free scores."""
+    """Returns knowledge about a task without training: sizes of a graph, or probes by training-free scores."""
     if table.name == "NAS-Bench-Graph":
         return {
             name: np.log([nodes, edges / nodes, width, classes])
@@ -140,7 +150,7 @@ def configurations(table: nas.Benchmark) -> list[dict]:
 
 
 def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool, seed: int):
-    """`methods.train_cell_searcher` of what the other tasks say, trained with the key of `seed`."""
+    """Runs `methods.train_cell_searcher` on the records of the other tasks, with the key of `seed`."""
     cells, name = configurations(table), lambda c: tuple(c.values())
     at = {name(c): row for row, c in enumerate(cells)}
 
@@ -157,7 +167,7 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
 
 
 def searched(searcher: methods.CellSearcher, table: nas.Benchmark, losses: np.ndarray, num_trials: int) -> int:
-    """The row that is chosen after trials on the new task, as `searcher` asks for them."""
+    """Returns the chosen row after the trials on the new task that `searcher` asks for."""
     rows = {tuple(c.values()): row for row, c in enumerate(configurations(table))}
     search = searcher.searcher()
     state = search.init(jax.random.key(0), None)
@@ -169,7 +179,7 @@ def searched(searcher: methods.CellSearcher, table: nas.Benchmark, losses: np.nd
 
 
 class Kept:
-    """What came of tasks that were left out, in a file, so that a run that is stopped goes on; and what code it was."""
+    """Outcomes of left-out tasks, in a file, with their code. A run that is stopped continues from the file."""
 
     def __init__(self, path: Path | None, code: str, afresh: bool = False, any_code: bool = False):
         self.path, self.code = path, code
@@ -179,32 +189,32 @@ class Kept:
             sys.exit(f"{path} holds tasks by other code: give --afresh, or --any-code to take them as they are.")
 
     def num_other_code(self) -> int:
-        """How many tasks' outcomes are not by the code as it is."""
+        """Returns the number of tasks whose outcomes are from other code."""
         return sum(outcome.get("code") != self.code for outcome in self.tasks.values())
 
     def add(self, name: str, outcome: dict) -> None:
         self.tasks[name] = {**outcome, "code": self.code}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")  # others may write there, too
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")  # other processes may write there, too
             temporary.write_text(json.dumps(self.tasks))
             temporary.replace(self.path)
 
 
 class Outcomes(NamedTuple):
-    """What came of leaving out each of T tasks of a table in turn, with K keys of training."""
+    """The outcomes of leaving out each of T tasks of a table in turn, with K keys of training."""
 
-    found: dict[str, np.ndarray]  # method -> [K, T] percentiles of what it chooses; [1, T] of what has no key
-    lost: dict[str, np.ndarray]  # the same of test losses less the mean of the best by validation of the whole table
+    found: dict[str, np.ndarray]  # method -> [K, T] percentiles of its choices; [1, T] if the method has no key
+    lost: dict[str, np.ndarray]  # the same for test losses, minus the mean of the best by validation of the whole table
     alone: np.ndarray  # [K, T, members] percentiles of single members of "h by cells"
-    effects: dict[str, np.ndarray]  # h -> [K * T] encodings of the cells that are left of mean effects of ops
-    ties: list[np.ndarray]  # [T] percentiles of all that are the best by validation of the whole table
+    effects: dict[str, np.ndarray]  # h -> [K * T] encodings of the cells that mean effects of ops give
+    ties: list[np.ndarray]  # [T] percentiles of all cells that are the best by validation of the whole table
 
 
 def leave_one_out(
     table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept, num_keys: int = 1
 ) -> Outcomes:
-    """Every task in turn with every key, kept as each ends; all tasks of a key come before the next key."""
+    """Leaves out every task with every key, and saves each outcome. All tasks of a key come before the next key."""
     at = range(1 if smoke else len(tasks))
     name = lambda t, seed: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" + (f", key {seed}" if seed else "")
     for seed in range(num_keys):
@@ -220,10 +230,10 @@ def leave_one_out(
 
 
 def gathered(outcomes: list[list[dict]], valid: list[np.ndarray], test: list[np.ndarray]) -> Outcomes:
-    """What came of K keys × T tasks, put together; the losses [A] of each task say what ties there are."""
+    """Combines the outcomes of K keys × T tasks. The losses [A] of each task define its ties."""
     rows = [best_by_validation(losses) for losses in valid]
     ties = [percentiles(losses)[tied] for losses, tied in zip(test, rows, strict=True)]
-    # What is kept is told from the first of those that tie.
+    # Saved outcomes are relative to the first of the ties.
     shift = np.array([losses[tied[0]] - losses[tied].mean() for losses, tied in zip(test, rows, strict=True)])
 
     def together(part):
@@ -241,9 +251,9 @@ def gathered(outcomes: list[list[dict]], valid: list[np.ndarray], test: list[np.
 def left_out(
     table: nas.Benchmark, tasks: list[int], left: list[int], num_random: int, folder: Path, smoke: bool, seed: int = 0
 ):
-    """Each of the tasks that are left out in turn, with what came of it, as JSON has it.
+    """Yields each left-out task with its outcome, ready for JSON.
 
-    What does not hang on the key of training is in the outcome of the first only.
+    Methods that do not depend on the key of training are only in the outcome of the first key.
     """
     if not left:
         return
@@ -304,7 +314,7 @@ def left_out(
 
 
 def random_curve(losses: np.ndarray, rng: np.random.Generator, num: int) -> np.ndarray:
-    """[num] rows: the best by validation after each draw."""
+    """Returns [num] rows: the best by validation after each draw."""
     rows = rng.permutation(len(losses))[:num]
     return rows[[int(np.argmin(losses[rows[: i + 1]])) for i in range(num)]]
 
@@ -323,12 +333,12 @@ def evolution_curve(table: nas.Benchmark, losses: np.ndarray, seed: int, num: in
 
 
 def regrets(table: nas.Benchmark, task: int, num_seeds: int, num: int) -> dict[str, np.ndarray]:
-    """method -> [seeds, evaluations] test loss over the table's best."""
+    """Returns method -> [seeds, evaluations] test loss minus the table's smallest."""
     losses, test = table.valid[:, task, -1], table.test[:, task]
     rows = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
     seeds = range(num_seeds)
     curves = {"random search": [random_curve(losses, np.random.default_rng(s), num) for s in seeds]}
-    if len(rows) == np.prod(table.num_choices):  # else a change of one digit may leave the table
+    if len(rows) == np.prod(table.num_choices):  # otherwise, a change of one digit may leave the table
         curves["regularized evolution"] = [evolution_curve(table, losses, s, num, rows) for s in seeds]
     found = {name: test[np.array(chosen)] - test.min() for name, chosen in curves.items()}
     others = [u for u in range(len(table.tasks)) if u != task]
@@ -350,10 +360,13 @@ BARS = {  # stated before any run
 
 
 def rows_of(name: str, found: dict[str, np.ndarray]) -> list[list[str]]:
-    """A row a method: its mean, that of each task, its wins and its bar; the deviation is that of means over keys."""
+    """Returns a row per method: its mean, the value of each task, its wins and its bar.
+
+    The deviation is over keys, of the means over tasks.
+    """
     rows = []
     for method, values in found.items():
-        # At as many trials; with none, where the list was not tried at so many.
+        # The baseline with the same number of trials. Without such a baseline, the one without trials.
         rival = (
             "best of the other tasks" + method[method.rindex(",") :].replace(", no trial", "") if "," in method else ""
         )
@@ -370,7 +383,7 @@ def rows_of(name: str, found: dict[str, np.ndarray]) -> list[list[str]]:
 
 
 def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
-    """How much of what validation chooses is chance, where several configurations are the best by it."""
+    """Describes how much of validation's choice is chance, if several configurations are the best by validation."""
     told = [
         f"{task}: {len(values)} configurations, of percentiles {values.min():.3f} to {values.max():.3f}"
         for task, values in zip(tasks, ties, strict=False)
@@ -408,7 +421,7 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
     ]
     for name, (tasks, (found, lost, alone, effects, ties)) in tables.items():
         header = ["", "mean", *tasks[: len(ties)], "better than the best of the others", "bar"]
-        told = script.spread(alone.mean(1).ravel())  # a seed each
+        told = script.spread(alone.mean(1).ravel())  # one seed each
         lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows_of(name, found)), ""]
         lines += about_ties(tasks, ties)
         if name.endswith("micro"):
@@ -426,7 +439,7 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
                 ]
         of = "the members of all keys" if num_keys > 1 else "members"
         lines += [f'Single members of "h by cells", mean over tasks and deviation of that over {of}: {told}.', ""]
-        if name == "NAS-Bench-Graph":  # the tasks of the others have units of their own
+        if name == "NAS-Bench-Graph":  # the other tables' tasks have their own units
             told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
             lines += [f"Test error less that of the best by validation of the whole table, in points: {told}.", ""]
     lines += ["## Regret curves", ""]
@@ -496,7 +509,8 @@ def main() -> None:
     file = None if options.smoke else options.out / "architecture_tables.json"
     tables, kept = {}, Kept(file, script.code(__file__), options.afresh, options.any_code)
     for table in [micro] if options.smoke else [micro, macro, graph]:
-        tasks = list(range(6))  # of NAS-Bench-Graph without proteins, where a tenth was trained
+        # of NAS-Bench-Graph without proteins, where only a tenth of the architectures was trained
+        tasks = list(range(6))
         tables[table.name] = (
             [table.tasks[t] for t in tasks],
             leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept, options.train_seeds),
@@ -504,7 +518,7 @@ def main() -> None:
     curves = {}
     whole = [nas.nas_bench_201_table(folder), micro, macro, nas.nas_bench_macro_table(folder), graph]
     for table in whole[:1] if options.smoke else whole:
-        for task in range(1 if options.smoke else min(len(table.tasks), 6)):  # of NAS-Bench-Graph those above
+        for task in range(1 if options.smoke else min(len(table.tasks), 6)):  # of NAS-Bench-Graph, the tasks above
             curves[table.name, table.tasks[task]] = regrets(table, task, options.seeds, num)
     text = report(tables, curves, options.seeds, options.train_seeds)
     if kept.num_before:

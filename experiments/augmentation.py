@@ -1,29 +1,33 @@
 """Strengths of data augmentation, learned by gradient from clean validation images, against random search.
 
-500 images of digits are few: a network learns more from random variations of them. An image x becomes
+There are only 500 training images of digits, so a network learns more from random variations of them. An image x
+becomes
 
     x' = A(x; s ∘ u),    u uniform in (−1, 1)^10, or normal for the noise, drawn at every step,    λ = s,
 
 where A shifts, rotates, scales and shears (one bilinear resampling), changes contrast and brightness, adds noise, and
-fades a soft square. Strengths multiply draws that do not depend on them, so that the training loss is differentiable in
-λ; F(λ) is the cross-entropy on 500 validation images, as they are. Rules side by side: `unrolled` through the whole
+fades a soft square. Strengths multiply draws that do not depend on them, so the training loss is differentiable in λ.
+F(λ) is the cross-entropy on 500 validation images, without augmentation. The rules are `unrolled` through the whole
 training; `truncated` and `t1t2`, online; and `implicit` with three terms of the Neumann series.
-Against them: no augmentation, strengths as one would set them by hand, and random search at the cost of `unrolled`. All
-are judged by networks trained afresh, on the training images, and on training and validation images together (which
-is what those rows would be worth without λ). Nothing is chosen by test images (which were seen while this was written);
-outer rates are guesses after a few trials on other rows, not searched.
 
-The task is that of Mounsaveng et al., WACV 2021, https://arxiv.org/abs/2006.14699, who learn affine transformations one
-step ahead, in small; `implicit` is the rule of Lorraine et al., AISTATS 2020, https://arxiv.org/abs/1911.02590.
+There are three baselines: training without augmentation, strengths set by hand, and random search at the cost of
+`unrolled`. All are scored by newly trained networks, on the training images only, and on training and validation images
+together (which shows the value of those rows without λ). No choice depends on test images (which were seen during
+development). Outer rates are guesses after a few trials on other rows, and were not searched.
+
+The task is the one of Mounsaveng et al., WACV 2021, https://arxiv.org/abs/2006.14699, at a small scale. They learn
+affine transformations one step ahead. `implicit` is the rule of Lorraine et al., AISTATS 2020,
+https://arxiv.org/abs/1911.02590.
 
     python experiments/augmentation.py            # minutes; writes experiments/results/augmentation.md and .png
     python experiments/augmentation.py --smoke    # seconds; prints only
 
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names (with `--data`, fashion_mnist_sub.npz).
 
-To see in the committed results: `unrolled` and windows of a quarter of the training beat random search at the same cost
-in every mean, and agree over seeds on geometry; one step ahead is short-sighted. Twice the images are worth as much as
-learned strengths, and the strengths add little to them in so short a training, but for those of the online rules.
+Main observations in the committed results: `unrolled` and windows of a quarter of the training beat random search at
+the same cost in every mean. Their geometric strengths agree over seeds. One step ahead is short-sighted. Twice the
+images help as much as learned strengths. In so short a training, the strengths add little to them, except those of the
+online rules.
 """
 
 import math
@@ -41,23 +45,23 @@ from metaopt import base, hypergrad, inner, spaces, training
 
 FILES = {"MNIST": "mnist.npz", "Fashion-MNIST": "fashion_mnist_sub.npz"}
 SIDE = 14  # pixels; strengths are stated for the original images of 28
-# name -> its range, where the rules start, and what one would set by hand; the default is weak: λ near no augmentation.
+# name -> its range, the start of the rules, and a value set by hand. The start is weak: λ is near no augmentation.
 STRENGTHS = {
     "shift": (0.03, 6.0, 0.3, 2.0),  # pixels
     "rotation": (0.5, 60.0, 3.0, 15.0),  # degrees
     "scale": (0.005, 0.6, 0.03, 0.15),  # log, each axis
-    "shear": (0.005, 0.8, 0.03, 0.15),  # columns a row
+    "shear": (0.005, 0.8, 0.03, 0.15),  # columns per row
     "contrast": (0.005, 1.0, 0.03, 0.1),  # log
-    "brightness": (0.005, 0.6, 0.03, 0.1),  # of the range of intensities
-    "noise": (0.005, 0.6, 0.03, 0.05),  # of the range of intensities
-    "erase": (0.005, 0.99, 0.03, 0.3),  # how far a square of a third of the side fades
+    "brightness": (0.005, 0.6, 0.03, 0.1),  # as a share of the range of intensities
+    "noise": (0.005, 0.6, 0.03, 0.05),  # as a share of the range of intensities
+    "erase": (0.005, 0.99, 0.03, 0.3),  # how far a square fades; its side is a third of the image's
 }
 SPACE = {name: spaces.interval(low, high, log=True, default=start) for name, (low, high, start, _) in STRENGTHS.items()}
 RANDOM = "random search"
 
 
 def load(name: str, seed: int, num_rows: int) -> tuple[base.Task, dict]:
-    """A task of `num_rows` training and as many validation images, and the test images."""
+    """Returns a task of `num_rows` training images and the same number of validation images, and the test images."""
     path = script.data_file(__file__, FILES[name])
 
     def part(x, y):
@@ -72,7 +76,7 @@ def load(name: str, seed: int, num_rows: int) -> tuple[base.Task, dict]:
 
 
 def augment(key, strengths, image):
-    """One image [SIDE, SIDE] at random, differentiable in the strengths."""
+    """Augments one image [SIDE, SIDE] at random, differentiable in the strengths."""
     key, noise_key = jax.random.split(key)
     u = jax.random.uniform(key, (10,), minval=-1, maxval=1)
     axis = jnp.arange(SIDE) - (SIDE - 1) / 2
@@ -124,7 +128,7 @@ def make_problem(config) -> base.Problem:
 
 
 def make_judge(config):
-    """`(keys, λ, data, rows) -> [2]`: loss and error on `rows` of networks trained with λ, means over the keys."""
+    """Returns `(keys, λ, data, rows) -> [2]`: loss and error on `rows` after training with λ, means over the keys."""
     train = inner.run(make_problem(config).loop, config.num_steps)
 
     @jax.jit
@@ -139,7 +143,7 @@ def make_judge(config):
 
 
 def make_rules(config) -> dict:
-    """{name: (learner, outer steps in one training, trainings)}."""
+    """Returns {name: (learner, outer steps in one training, trainings)}."""
     problem, steps = spaces.constrain(make_problem(config), SPACE), config.num_steps
     neumann = hypergrad.neumann(num_steps=3, rate=0.1)
     every = config.window
@@ -167,7 +171,7 @@ def make_rules(config) -> dict:
 
 
 def relative_cost(config, task) -> float:
-    """What an unrolled hypergradient costs, in training runs with their validation, by operations."""
+    """Returns the cost of an unrolled hypergradient, in training runs with their validation, by operations."""
     problem, key = spaces.constrain(make_problem(config), SPACE), jax.random.key(0)
     z = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
     estimator = hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step")
@@ -180,13 +184,16 @@ def relative_cost(config, task) -> float:
 
 
 def run_seed(data: str, seed: int, config, judge, rules, say) -> tuple[dict, dict]:
-    """{name: [validation loss, test error, the same trained on all images, CPU s]} and {name: λ} of one seed."""
+    """Returns {name: scores} and {name: λ} of one seed.
+
+    Scores are [validation loss, test error, test error if trained on all images, CPU s].
+    """
     task, test = load(data, seed, config.num_rows)
     test = jax.tree.map(lambda x: x[: config.num_test], test)
     select_key, learn_key, search_key, test_key = jax.random.split(jax.random.key(seed), 4)
     chosen, seconds = {"no augmentation": None, "set by hand": {n: jnp.float32(s[3]) for n, s in STRENGTHS.items()}}, {}
     for name, (learner, times, runs) in rules.items():
-        clock = [time.process_time()]  # what follows the first step is without compilation
+        clock = [time.process_time()]  # seconds are counted after the first step, without compilation
         result = training.fit(
             learner,
             lambda key: task,
@@ -216,7 +223,7 @@ def run_seed(data: str, seed: int, config, judge, rules, say) -> tuple[dict, dic
 
 
 def plot(runs: dict, config, path: Path) -> None:
-    """The strengths that `unrolled` and random search found, for each seed and both data sets."""
+    """Plots the strengths from `unrolled` and random search, for each seed and data set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -241,7 +248,7 @@ def plot(runs: dict, config, path: Path) -> None:
 
 
 def tables(data: str, runs: list) -> str:
-    """What the strengths are worth, and which they are."""
+    """Returns the tables of scores and of strengths."""
     rows, chosen = [], []
     for name in runs[0][0]:
         valid, test, again, seconds = np.array([results[name] for results, _ in runs]).T

@@ -1,34 +1,35 @@
-"""Architectures learned by hypergradient over many tasks, written down for tasks never seen, fine-tuned, and compared.
+"""Learns architectures by hypergradient over many tasks, generates them for new tasks, fine-tunes and compares them.
 
 The four steps, on real images and tables:
 
-1. build the meta-training set: tasks of two shapes, images (8 x 8, subsets of the classes of several sources) and
-   tables, described by features, grouped by families;
-2. learn a meta-searcher h, α = h(t; φ), and the weights that training starts from, together, by hypergradient through
-   the training of a supernet; some families of the meta-training set are left out of it, and say how much of what h
-   reads in a task's features is to be trusted, α = h(average) + trust · (h(t) − h(average));
-3. generate an architecture a* for tasks of families that took no part;
-4. fine-tune α and the weights there by a few alternations;
+1. Build the meta-training set: tasks of two shapes, described by features and grouped by families. The shapes are
+   images (8 x 8, subsets of the classes of several sources) and tables.
+2. Learn a meta-searcher h, α = h(t; φ), together with the initial weights, by hypergradient through the training of a
+   supernet. Some families of the meta-training set are left out. They decide how far to trust the task's features in h,
+   α = h(average) + trust · (h(t) − h(average)).
+3. Generate an architecture a* for tasks of families that were not used for training.
+4. Fine-tune α and the weights on these tasks by a few alternations.
 
-Beside it, h from records of the same families' tasks: random networks that were trained on them, others on each, say
-what every op adds to the validation loss; and both together, in the same units.
+A second h learns from records of tasks of the same families. Each task has its own random networks, which were trained
+on it. The records estimate how much every op adds to the validation loss. A third method combines both, in the same
+units.
 
-The comparison is with what one would have done otherwise: the best fixed architecture, random search, regularized
-evolution, DARTS on each task (of several orders, rates and ways to read an architecture off α the best). Every choice
-is made on validation rows of the task at hand, or of tasks of other families; the test rows of a task are read once,
-for the table of results.
+The baselines are the best fixed architecture, random search, regularized evolution, and DARTS on each task. DARTS uses
+the best of several orders, rates, and ways to read an architecture from α. Every choice is made on validation rows of
+the same task, or of tasks of other families. The test rows of a task are read once, for the table of results.
 
     python experiments/auto_architecture.py            one fold of each shape (minutes)
     python experiments/auto_architecture.py --smoke    a few tasks and steps (for the tests)
     python experiments/auto_architecture.py --full     all folds, longer meta-training, rates tuned, 50 random networks
 
-What is finished, random networks and folds, is kept beside the result and not run again: `--full --folds 0`, then
-`--full` goes on, and its table is of all that is there; `--full --report` makes the tables alone. What earlier
-code made is taken with --any-code or --report only, and the result says how much it is.
+Finished parts (random networks and folds) are saved next to the result and do not run again. For example, a run with
+`--full` continues after an earlier run with `--full --folds 0`. Its table includes all finished parts. `--full
+--report` only makes the tables. Parts of earlier code are only used with --any-code or --report, and the result states
+how many there are.
 
-The images are scikit-learn's digits: its two halves of classes stand for two families. The environment variable
-METAOPT_DATA adds the image sources and tables of the folder that it names; a family of images is then a whole source.
-Tasks and spaces are in image_table_tasks.py; training, DARTS and the page in auto_architecture_*.py.
+The images are scikit-learn's digits: the two halves of its classes stand for two families. The environment variable
+METAOPT_DATA names a folder, and adds its image sources and tables. Then a family of images is a whole source. Tasks and
+spaces are in image_table_tasks.py; training, DARTS and the page are in auto_architecture_*.py.
 """
 
 import argparse
@@ -52,7 +53,7 @@ except ImportError:  # Windows: one shape after the other
     fcntl = None
 
 if __name__ == "__main__":
-    # A third less time to compile, for some percent of running time.
+    # Compiles in a third less time, and runs a few percent slower.
     os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level={0 if '--smoke' in sys.argv else 1}")
 
 import auto_architecture_darts
@@ -86,37 +87,38 @@ from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, ta
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run."""
+    """The sizes of an experiment."""
 
     shapes: tuple[str, ...] = SHAPES
-    folds: tuple[int, ...] = (0,)  # of `num_folds`, by family; each is predicted by an h that the others trained
+    # of `num_folds`, by family; an h that was trained on the other folds predicts each fold
+    folds: tuple[int, ...] = (0,)
     num_folds: int = 3
     max_tasks: int = 40  # of each shape
     held_out: int = 12  # tasks of a fold that are evaluated, at most
     num_steps: int = 40  # of one training run
     batch_size: int = 32
     rate: float = 1e-2
-    smoothing: float = 0.1  # of training labels: without it, long training of wide networks is overconfident
-    unroll: int = 20  # steps of the training that h is learned through, from the learned weights on
+    smoothing: float = 0.1  # of training labels; without it, long training of wide networks becomes overconfident
+    unroll: int = 20  # steps of training through which h is learned, starting at the learned weights
     meta_batch: int = 6
     meta_steps: int = 30
     meta_rate: float = 0.05
     init_rate: float = 3e-3
     meta_decay: float = 0.1
-    temperature: float = 0.5  # of the architectures that h is trained on
+    temperature: float = 0.5  # for the architectures in the training of h
     num_hidden: int = 8
     fine_tune_steps: int = 8
     darts_steps: int = 60
-    rates: tuple[float, ...] = (0.05,)  # of α in fine-tuning; of several, the best
-    darts_rates: tuple[float, ...] = (0.05,)  # and in DARTS
+    rates: tuple[float, ...] = (0.05,)  # of α in fine-tuning; the best of several
+    darts_rates: tuple[float, ...] = (0.05,)  # of α in DARTS
     darts_orders: tuple[str, ...] = ("second",)
     trusts: tuple[float, ...] = (0.0, 0.5, 1.0)
-    left_out: float = 0.25  # share of the meta-training families that say which trust and rates are best
+    left_out: float = 0.25  # share of the meta-training families that select trust and rates
     tuned_on: int = 8  # of their tasks, for the rates
-    trained: int = 24  # random networks on every task; on held-out ones as many as `trials` asks for
+    trained: int = 24  # random networks on every task; held-out tasks have as many as `trials` needs
     trials: tuple[int, ...] = (5, 20)
-    records: int = 12  # random networks on each task of the meta-training set, others on each, for h from records
-    evolution: int = 20  # networks a task, of which `population` are random
+    records: int = 12  # random networks on each task of the meta-training set, different for each, for h from records
+    evolution: int = 20  # networks per task, including `population` random ones
     population: int = 8
 
 
@@ -154,7 +156,7 @@ PRESETS = {
 
 
 def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, float]:
-    """[n, K] `nas.gradient_features` of every task, and the processor seconds a task, without compilation."""
+    """Returns [n, K] `nas.gradient_features` of every task, and the processor seconds per task, without compilation."""
     num = 2 * shape.config.batch_size
     rows = {k: v[:, :num] if k in ("x", "y", "mask") else v for k, v in batch.train.items()}
     one = lambda key, rows: nas.gradient_features(shape.search.supernet, key, rows, loss=masked_loss)
@@ -171,8 +173,8 @@ def gradient_features(shape: Shape, key, batch: base.Task) -> tuple[np.ndarray, 
 def sampled(predictor: base.Predictor, space: base.PyTree, temperature: float) -> base.Predictor:
     """α = (h(0) + trust · (h(t) − h(0)) + G) / τ: with Gumbel noise G, softmax(α) is nearly a discrete architecture.
 
-    Features are 0 of the average task. The noise is one for a whole training run, and comes with the task, as what h is
-    trusted does: `task.features`.
+    The features of the average task are 0. The noise stays the same for a whole training run. The noise and the trust
+    are in `task.features`.
     """
 
     def apply(meta_params, task):
@@ -187,19 +189,19 @@ def sampled(predictor: base.Predictor, space: base.PyTree, temperature: float) -
 
 
 def with_features(shape: Shape, batch: base.Task, values) -> base.Task:
-    """A batch of tasks whose features are the values that h reads, trusted, and no noise."""
+    """Returns a batch of tasks with these features for h, with trust 1 and without noise."""
     num = len(values)
     noise = {k: jnp.zeros((num, *leaf.shape)) for k, leaf in shape.space().items()}
     return batch._replace(features={"values": jnp.asarray(values), "trust": jnp.ones(num), "noise": noise})
 
 
 def trusted(batch: base.Task, trust: float) -> base.Task:
-    """The same tasks, with so much trust in what h reads of them."""
+    """Returns the same tasks, with this trust in their features."""
     return batch._replace(features={**batch.features, "trust": jnp.full_like(batch.features["trust"], trust)})
 
 
 def resplit(key: jax.Array, task: base.Task) -> base.Task:
-    """`tasks.resplit`, of images too."""
+    """`tasks.resplit`, for images too."""
     shape = task.train["x"].shape[1:]
     as_shape = lambda data, *shape: {**data, "x": data["x"].reshape(len(data["x"]), *shape)}
     flat = task._replace(train=as_shape(task.train, -1), valid=as_shape(task.valid, -1))
@@ -208,7 +210,7 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
 
 
 def make_sampler(batch: base.Task, rows: np.ndarray, meta_batch: int):
-    """`key -> tasks`: some of the meta-training tasks, their rows split anew, classes renamed, and noise."""
+    """Returns `key -> tasks`: some of the meta-training tasks, with resplit rows, permuted classes, and noise."""
 
     @jax.jit
     def draw(key, batch, rows):
@@ -230,7 +232,7 @@ def make_sampler(batch: base.Task, rows: np.ndarray, meta_batch: int):
 
 
 class Meta:
-    """h of tasks of one shape, and the programs that learn it and fine-tune with it."""
+    """h for tasks of one shape, and the programs that learn it and fine-tune with it."""
 
     def __init__(self, shape: Shape, num_features: int):
         config, self.num_features = shape.config, num_features
@@ -251,7 +253,10 @@ class Meta:
 
 
 def make_learner(meta: methods.MetaArchitecture, config: Config) -> training.Learner:
-    """Of h and of what training starts from, each at its own rate; what reads features is kept small."""
+    """Returns a learner of h and of the initial weights, each at its own rate.
+
+    Weight decay keeps the effect of features small.
+    """
     clipped = lambda rate, decay: optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.cosine_decay_schedule(rate, config.meta_steps), weight_decay=decay),
@@ -269,7 +274,7 @@ def make_learner(meta: methods.MetaArchitecture, config: Config) -> training.Lea
 
 
 def evolve(shape: Shape, key, batch, test, num: int) -> np.ndarray:
-    """[num, n, 3] outcomes of regularized evolution on each of n tasks, all asked and told in step."""
+    """Returns [num, n, 3] outcomes of regularized evolution on each of n tasks. All searches advance together."""
     n = len(test["y"])
     searcher = methods.regularized_evolution(population_size=shape.config.population, sample_size=3)
     space = {f"edge {i}": spaces.integer(0, size - 1) for i, size in enumerate(shape.sizes())}
@@ -288,7 +293,7 @@ def evolve(shape: Shape, key, batch, test, num: int) -> np.ndarray:
 
 
 def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.ndarray:
-    """[n, 2] test loss and error of the best by validation of `num` of the trained networks, mean over draws of which.
+    """Returns [n, 2] test loss and error of the best by validation of `num` networks, mean over random subsets.
 
     outcomes: [trained, n, 3].
     """
@@ -304,15 +309,15 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
 
 
 def best_fixed(codes: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """[edges] of integers: of networks [networks, edges] that of the smallest mean of losses [networks, tasks]."""
+    """Returns the network [edges] of [networks, edges] with the smallest mean of losses [networks, tasks]."""
     return codes[np.minimum(losses, np.log(NUM_CLASSES)).mean(1).argmin()]
 
 
 def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, codes, gradients: float):
-    """What parts of the work cost on one task, in processor seconds, mean over tasks, compilation left out.
+    """Returns costs of parts of the work on one task: mean processor seconds over tasks, without compilation.
 
-    What h reads is mostly NumPy's, where no operations are counted: a look at the training rows, and gradients at
-    random weights.
+    The inputs of h are mostly computed by NumPy, whose operations are not counted. They are statistics of the training
+    rows, and gradients at random weights.
     """
     key, some = jax.random.key(0), min(8, len(units))
     keys = jax.random.split(key, some)
@@ -328,14 +333,14 @@ def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, 
 
 
 def effects(codes: np.ndarray, losses: np.ndarray, sizes: list[int], ridge: float = 1.0) -> list[np.ndarray]:
-    """For every edge [ops], what an op adds to a network's loss: a ridge regression on all records.
+    """Estimates for every edge [ops] how much an op adds to a network's loss, by a ridge regression on all records.
 
-    In standard deviations of the losses of a task, so that hard tasks do not outweigh the others.
+    The unit is the standard deviation of the losses of a task, so that hard tasks do not outweigh the others.
 
     Args:
       codes: [networks, tasks, edges] of integers.
-      losses: [networks, tasks], of validation.
-      sizes: how many ops an edge has.
+      losses: [networks, tasks], on validation rows.
+      sizes: the number of ops of each edge.
       ridge: the weight of the coefficients' squares, in records.
     """
     x = np.concatenate([codes[..., [e]] == np.arange(n) for e, n in enumerate(sizes)], -1).astype(float)
@@ -349,7 +354,7 @@ def effects(codes: np.ndarray, losses: np.ndarray, sizes: list[int], ridge: floa
 
 
 def assign_folds(units: list[Unit], num_folds: int, seed: int) -> np.ndarray:
-    """[units] fold of each, whole families."""
+    """Returns [units] the fold of each unit. A family is never split."""
     families = sorted({u.family for u in units})
     order = np.random.default_rng(seed).permutation(len(families))
     fold = {families[f]: i % num_folds for i, f in enumerate(order)}
@@ -357,7 +362,10 @@ def assign_folds(units: list[Unit], num_folds: int, seed: int) -> np.ndarray:
 
 
 def leave_out(units: list[Unit], rows: np.ndarray, share: float, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Of the rows, those that h learns from, and those of the families that are left out; none of two families."""
+    """Splits the rows: h learns from the first part, and the second part has the left-out families.
+
+    No family is in both parts.
+    """
     families = sorted({units[i].family for i in rows})
     num = max(1, round(share * len(families))) if len(families) > 2 else 0
     out = {families[i] for i in rng.permutation(len(families))[:num]}
@@ -366,7 +374,10 @@ def leave_out(units: list[Unit], rows: np.ndarray, share: float, rng) -> tuple[n
 
 
 def scale_features(units: list[Unit], gradients: np.ndarray, fit_on: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """[units, F] on one scale, fitted on the meta-training tasks: what a look says, and gradients at the start."""
+    """Scales the features [units, F]: statistics of rows, and gradients at the start.
+
+    The scaling is fitted on the meta-training tasks.
+    """
     names = list(units[0].features)
     rows = [
         {**u.features, **{f"gradient {i}": g for i, g in enumerate(gs)}} for u, gs in zip(units, gradients, strict=True)
@@ -380,7 +391,7 @@ def scale_features(units: list[Unit], gradients: np.ndarray, fit_on: np.ndarray)
 
 
 class Prepared(NamedTuple):
-    """Tasks of one shape, and random networks trained on all of them."""
+    """Tasks of one shape, and random networks that were trained on all of them."""
 
     shape: Shape
     meta: Meta
@@ -390,16 +401,16 @@ class Prepared(NamedTuple):
     test: dict[str, jax.Array]
     gradients: np.ndarray  # [units, K]
     codes: np.ndarray  # [networks, edges]
-    outcomes: np.ndarray  # [trained, units, 3], of the first `trained` of them
+    outcomes: np.ndarray  # [trained, units, 3], of the first `trained` networks
 
 
 def compared_key(key: jax.Array) -> jax.Array:
-    """Of a fold's key, that which all networks are trained with that are compared with a*."""
+    """Returns the key, derived from a fold's key, that trains a* and all networks in the comparison."""
     return jax.random.split(key, 16)[5]
 
 
 def rows_of_fold(p: Prepared, f: int, seed: int) -> tuple[np.ndarray, ...]:
-    """The meta-training tasks of a fold, of them those that h learns from and those left out, and those held out."""
+    """Returns four sets of rows: meta-training tasks, those for h, those left out of them, and held-out tasks."""
     train_rows = np.flatnonzero(p.fold != f)
     learned, left = leave_out(p.units, train_rows, p.shape.config.left_out, np.random.default_rng((seed, f, 2)))
     held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: p.shape.config.held_out]
@@ -407,12 +418,15 @@ def rows_of_fold(p: Prepared, f: int, seed: int) -> tuple[np.ndarray, ...]:
 
 
 def asked(learn_rows: np.ndarray, left_rows: np.ndarray, f: int, seed: int) -> np.ndarray:
-    """The meta-training tasks, in random order, that say which trust and rates are best."""
+    """Returns the meta-training tasks, in random order, that select trust and rates."""
     return np.random.default_rng((seed, f, 1)).permutation(left_rows if len(left_rows) else learn_rows)
 
 
 def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> dict[str, Any]:
-    """Steps 2 to 4 and the comparison, where the families of one fold took no part; as JSON has it."""
+    """Runs steps 2 to 4 and the comparison.
+
+    h is not trained on the families of this fold. The result is ready for JSON.
+    """
     shape, config, units, name = p.shape, p.shape.config, p.units, p.shape.name
     keys = iter(jax.random.split(key, 16))
     take = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
@@ -422,7 +436,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     with_values = with_features(shape, p.batch, values)
     new, new_test = take(with_values, held), take(p.test, held)
 
-    # 2. h and the start of training, over the meta-training tasks.
+    # 2. h and the initial weights, over the meta-training tasks.
     start = time.perf_counter()
     meta = p.meta
     init_key, fit_key = jax.random.split(next(keys))
@@ -440,12 +454,15 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         f"{time.perf_counter() - start:.0f} s of meta-training"
     )
 
-    # What h has not learned from says how far to trust it, and how fast α is to move.
+    # The left-out tasks select the trust in h, and the rate of α.
     left = asked(learn_rows, left_rows, f, seed)
     check_keys = jax.random.split(next(keys), 3)
 
     def best(candidates: tuple[float, ...], rows: np.ndarray, search: Callable) -> float:
-        """That with the smallest validation loss, mean over tasks and three trainings of each architecture."""
+        """Returns the candidate with the smallest validation loss.
+
+        The loss is a mean over tasks and three trainings per architecture.
+        """
         on, on_test, losses = take(with_values, rows), take(p.test, rows), []
         for candidate in candidates if len(candidates) > 1 else ():
             found = shape.decode(search(candidate, on))
@@ -458,7 +475,7 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         with_values = trusted(with_values, trust)
     new = trusted(new, trust)
 
-    # 3. a*, for families that took no part; and what h says where it knows nothing of the task.
+    # 3. a*, for families that were not used for training; and the choice of h for the average task.
     alpha = meta.alpha(learned, new)
     generated = shape.decode(alpha)
     ignorant = shape.decode(meta.alpha(learned, trusted(new, 0.0)))
@@ -472,11 +489,11 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     (tuned, tuned_params), _ = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
     fine = shape.decode(tuned)
 
-    # What one would have done instead. The best fixed architecture: by its mean loss over the meta-training tasks.
+    # The baselines. The best fixed architecture has the smallest mean loss over the meta-training tasks.
     fixed = np.repeat(best_fixed(p.codes, p.outcomes[:, train_rows, 0])[None], n, 0)
     plain_new = new._replace(features=None)
-    next(keys)  # DARTS's, as `run_darts` says
-    run_key = next(keys)  # as `compared_key` says
+    next(keys)  # the key of `run_darts`
+    run_key = next(keys)  # the same as `compared_key`
     trained = lambda code, start=None: shape.train(run_key, shape.one_hot(code), plain_new, new_test, start)[0][:, 1:]
     fold_scores = {
         A_STAR: trained(generated),
@@ -522,15 +539,18 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
 
 
 def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: jax.Array, seed: int) -> dict[str, Any]:
-    """h from records of the other families' tasks, alone and with the α of h by hypergradient, on one fold's tasks.
+    """Evaluates h from records of the other families' tasks on one fold's tasks.
 
-    codes: [records, units, edges]; losses: [records, units]; key: as of `run_fold`.
+    It is evaluated by itself, and combined with the α of h by hypergradient.
+
+    codes: [records, units, edges]; losses: [records, units]; key: the same as for `run_fold`.
     """
     shape, sizes = p.shape, p.shape.sizes()
     train_rows, _, _, held = rows_of_fold(p, f, seed)
     found = effects(codes[:, train_rows], losses[:, train_rows], sizes)
     by_records = np.repeat(np.array([e.argmin() for e in found])[None], len(held), 0)
-    # Mixing weights [tasks, edges, ops] of each kind, as logits; both in units of their own spread within an edge.
+    # Mixing weights [tasks, edges, ops] of each kind, as logits. Logits and effects are in units of their spread within
+    # an edge.
     weights = [np.array(fold["weights"][kind]) for kind in shape.network.cells]  # in the order of the codes
     logits = [np.log(w[:, e]) for w in weights for e in range(w.shape[1])]
     spread = lambda rows: np.sqrt(np.mean([x.var(-1).mean() for x in rows])) + 1e-9
@@ -551,7 +571,10 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
 def run_darts(
     p: Prepared, darts: Darts, order: str, f: int, key: jax.Array, seed: int, say: Callable
 ) -> dict[str, Any]:
-    """DARTS of one order on one fold's tasks, tuned on those that fine-tuning is tuned on; key: as of `run_fold`."""
+    """Runs DARTS of one order on one fold's tasks.
+
+    It is tuned on the same tasks as fine-tuning; the key is the same as for `run_fold`.
+    """
     keys, config = jax.random.split(key, 16), p.shape.config
     _, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
     some = asked(learn_rows, left_rows, f, seed)[: config.tuned_on]
@@ -564,8 +587,10 @@ def run_darts(
 
 
 class Kept:
-    """What is finished, by name, in a file beside the result, where several processes may write; and the seconds that
-    all of them took for it."""
+    """Finished parts by name, in a file next to the result, and the total seconds of the processes that made them.
+
+    Several processes may write to the file.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any], code: str, any_code: bool = False):
         self.path, self.any_code = path, any_code
@@ -575,25 +600,25 @@ class Kept:
         self.read()
 
     def read(self) -> None:
-        """What is in the file, beside what is here."""
+        """Adds the content of the file."""
         if self.path.is_file():
             saved = json.loads(self.path.read_text())
             if saved["settings"] != self.settings:
                 sys.exit(
                     f"{self.path} holds parts of a run with other settings: remove it, or give --out another folder."
                 )
-            for name in ("parts", "data", "code"):  # of parts before it was written down, no code
+            for name in ("parts", "data", "code"):  # parts from before `code` was recorded have none
                 setattr(self, name, saved.get(name, {}) | getattr(self, name))
             self.before = tuple(saved["seconds"])
 
     def seconds(self) -> tuple[float, float]:
-        """Of all processes, by the clock and of the processor."""
+        """Returns wall-clock and processor seconds of all processes."""
         clock, processor = time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
         return self.before[0] + clock, self.before[1] + processor
 
     def write(self) -> None:
-        """With what others have written since."""
-        with open(f"{self.path}.lock", "w") as lock:  # the system's: it ends with the process
+        """Writes the file, including parts that other processes have written in the meantime."""
+        with open(f"{self.path}.lock", "w") as lock:  # a lock of the operating system, which ends with the process
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.read()
@@ -601,14 +626,14 @@ class Kept:
             state = {name: getattr(self, name) for name in ("settings", "parts", "data", "code")}
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps({**state, "seconds": self.before}))
-            part.replace(self.path)  # at once: a run that is killed here has the one before
+            part.replace(self.path)  # atomic: a run that is killed here leaves the earlier file
 
     def num_other_code(self) -> int:
-        """How many parts are not by the code as it is."""
+        """Returns the number of parts that other code made."""
         return sum(self.code.get(name) != self.now for name in self.parts)
 
     def get(self, name: str, data: int, make: Callable[[], Any]) -> Any:
-        """The part of that name, of data with this checksum; made and written where it is not there."""
+        """Returns the part with this name, of data with this checksum. A missing part is made and written."""
         if name not in self.parts:
             self.parts[name], self.data[name], self.code[name] = make(), data, self.now
             self.write()
@@ -623,7 +648,7 @@ class Kept:
 
 
 def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Callable, kept: Kept) -> None:
-    """The four steps and the comparison on tasks of one shape, fold by fold."""
+    """Runs the four steps and the comparison on tasks of one shape, fold by fold."""
     # 1. The meta-training set.
     units = {"images": image_units, "tables": table_units}[name](config.max_tasks, use_folder, seed)
     fold = assign_folds(units, min(config.num_folds, len({u.family for u in units})), seed)
@@ -637,7 +662,7 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
         "architectures"
     )
 
-    # Random networks on all tasks: what random search would have found on each, and the best fixed architecture.
+    # Random networks on all tasks, for random search on each task and for the best fixed architecture.
     rng = np.random.default_rng((seed, 1))
     num = max(config.trained, *config.trials)
     codes = np.stack([rng.integers(0, size, num) for size in shape.sizes()], 1)
@@ -653,7 +678,7 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     data = functools.reduce(lambda total, leaf: zlib.crc32(np.ascontiguousarray(leaf), total), leaves, 0)
     random = kept.get(f"{name}, random networks", data, train_random)
     say(f"{name}: {config.trained} random networks on each task")
-    # Others on each task: what an op is worth is told by more networks than a few that all tasks share.
+    # Each task gets its own networks: the value of an op needs more networks than the few that all tasks share.
     record_codes = np.stack([rng.integers(0, size, (config.records, len(units))) for size in shape.sizes()], -1)
 
     def train_records() -> dict[str, Any]:
@@ -707,11 +732,15 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
 
 
 def one_shape(name: str, core: int, compiled: str, arguments: tuple, kept: tuple) -> None:
-    """On one core: programs this small gain nothing by several, and processor seconds are told of one."""
+    """Runs a shape on one core.
+
+    Programs this small do not profit from more, and processor seconds refer to one core.
+    """
     begin = time.perf_counter()
     say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
     if (parent := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it ends with it
+        # this process ends with its parent
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", compiled)
@@ -719,13 +748,16 @@ def one_shape(name: str, core: int, compiled: str, arguments: tuple, kept: tuple
 
 
 def one_shape_reported(*args) -> None:
-    """The same in a process of its own, which reports by itself."""
+    """Does the same in a separate process, which prints its own reports."""
     with script.reporting():
         one_shape(*args)
 
 
 def side_by_side(names: tuple[str, ...], cores: list[int], compiled: str, arguments: tuple, kept: tuple) -> None:
-    """Each shape in a process of its own. Where one fails, the others go on to their end: nothing else is lost."""
+    """Runs each shape in a separate process.
+
+    If one fails, the others still run to their end, so that no other work is lost.
+    """
     context = multiprocessing.get_context("spawn")
     running = {
         name: context.Process(target=one_shape_reported, args=(name, core, compiled, arguments, kept), daemon=True)
@@ -776,7 +808,7 @@ def main(argv=None) -> list[dict[str, Any]]:
     path = out / f"auto_architecture_{name}"
     data = bool(os.environ.get("METAOPT_DATA")) and not args.packaged
     settings = {**dataclasses.asdict(config), "seed": args.seed, "data": data}
-    # The folds of a shape have the same programs, and a run that goes on has them again.
+    # The cache of compiled programs: the folds of a shape share their programs, and so does a run that continues.
     compiled = str((out / "compiled").absolute())
     if args.smoke and not args.report:
         Path(f"{path}_parts.json").unlink(missing_ok=True)
@@ -786,7 +818,7 @@ def main(argv=None) -> list[dict[str, Any]]:
     keep = Path(f"{path}_parts.json"), settings, code, args.any_code
     arguments = config, not args.packaged, args.seed
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    # Several calls at once do not all sit on the first ones.
+    # Several calls at the same time do not all use the first cores.
     cores = cores[os.getpid() % len(cores) :] + cores[: os.getpid() % len(cores)]
     earlier, processes = any(Kept(*keep).before), 0
     if not args.report:
@@ -804,7 +836,7 @@ def main(argv=None) -> list[dict[str, Any]]:
             of = lambda what, key=key: kept.parts.get(key.replace(", fold", f", {what}, fold"))
             more = of("records") or {"scores": {}, "architectures": {}}
             darts = {order: of(f"DARTS, {order} order") for order in config.darts_orders}
-            if all(darts.values()):  # else the fold is not finished
+            if all(darts.values()):  # otherwise, the fold is not finished
                 part = dict(kept.parts[key]) | {"darts": darts}
                 parts.append(part | {name: {**part[name], **more[name]} for name in more})
         if parts and not {f"{shape}, costs", f"{shape}, costs of DARTS"} <= set(kept.parts):

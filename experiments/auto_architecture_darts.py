@@ -1,6 +1,6 @@
-"""DARTS on each task, of `auto_architecture.py`: its orders, rates of α, and ways to read an architecture off α.
+"""DARTS on each task, for `auto_architecture.py`: its orders, rates of α, and ways to read an architecture from α.
 
-The best of them is what fine-tuning is to be compared with, as the tasks say that fine-tuning's rate is tuned on.
+Fine-tuning is compared with the best variant. The tasks that tune the rate of fine-tuning also select this variant.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from metaopt import methods, nas, training
 if TYPE_CHECKING:
     from auto_architecture_training import Shape
 
-# How an architecture is read off the mixing weights, as `keep` of `nas.discretize`. Published is the last: no "none",
-# and of the edges into a node the two strongest. a* and random networks may have a "none" on any edge.
+# Ways to read an architecture from the mixing weights, as `keep` of `nas.discretize`. The last one is the published
+# way: without "none", and with the two strongest edges into a node. a* and random networks may have a "none" on any
+# edge.
 NONE_COUNTS = "none counts"
 NONE_LEFT_OUT = "none left out"
 TWO_EDGES = "two edges a node"
@@ -42,7 +43,7 @@ class Darts:
         }
         self.programs = {order: jax.jit(self._program(search)) for order, search in self.searches.items()}
         most = max(np.bincount([edge.target for edge in cell.edges]).max() for cell in shape.network.cells.values())
-        self.readings = [name for name in READINGS if name != TWO_EDGES or most > 2]  # of two edges both are kept
+        self.readings = [name for name in READINGS if name != TWO_EDGES or most > 2]  # with two edges, both are kept
 
     def _program(self, search: methods.Search):
         def alone(rate, key, task):
@@ -55,11 +56,11 @@ class Darts:
         return lambda rate, args: jax.vmap(alone, in_axes=(None, 0, 0))(rate, *args)
 
     def search(self, order: str, rate, keys: jax.Array, tasks_) -> tuple[tuple[dict[str, np.ndarray], Any], float]:
-        """α of each task and its supernet's weights, and the processor seconds of one."""
+        """Returns α of each task, its supernet's weights, and the processor seconds per task."""
         return in_chunks(self.programs[order], jnp.float32(rate), (keys, tasks_._replace(features=None)), 4)
 
     def read(self, alpha: dict[str, np.ndarray], reading: str) -> np.ndarray:
-        """[n, edges] of integers: each task's architecture; an edge that is not kept is "none"."""
+        """Returns [n, edges] of integers: each task's architecture. An edge that is not kept is "none"."""
         network, keep = self.shape.network, READINGS[reading]
         # A cell of one edge has no "none".
         weights = jax.device_get(jax.tree.map(lambda a: jax.nn.softmax(a, -1), alpha))
@@ -71,21 +72,23 @@ class Darts:
         return np.array(codes)
 
     def _codes(self, kind: str, rows: np.ndarray) -> np.ndarray:
-        """[edges] of integers, of rows [edges, ops] that are one-hot, or 0 where an edge is left out."""
+        """Returns [edges] of integers from rows [edges, ops] that are one-hot, or 0 for an edge that is left out."""
         ops = self.shape.network.cells[kind].edges[0].ops
         return np.where(rows.any(1), rows.argmax(1), ops.index("none") if "none" in ops else 0)
 
     def variants(self, order: str, tuning: tuple, held: tuple) -> dict[str, Any]:
-        """Every reading at its best rate, on held-out tasks; as JSON has it.
+        """Evaluates every reading at its best rate, on held-out tasks. The result is ready for JSON.
 
         Args:
-          order: one of those of the config.
-          tuning: keys of the searches [m], keys of the trainings that tell how good what they find is, tasks, test.
+          order: one of the orders of the config.
+          tuning: keys of the searches [m], keys of the trainings that evaluate the resulting architectures, tasks,
+            test.
           held: keys of the searches [n], the key that all networks are trained with, tasks, test.
 
         Returns:
-          "rates" tried; by reading "losses" (validation, of each rate on the tuning tasks), "rate" (the best), "scores"
-          [n, 2] (test loss and error), "supernets" [n, 2, 2] (likewise, of `Shape.gaps`), and "architectures".
+          "rates" tried. By reading: "losses" (validation, of each rate on the tuning tasks), "rate" (the best),
+          "scores" [n, 2] (test loss and error), and "architectures". Also by reading: "supernets" [n, 2, 2] (test loss
+          and error, of `Shape.gaps`).
         """
         shape, rates = self.shape, list(self.shape.config.darts_rates)
         search_keys, check_keys, some, some_test = tuning
@@ -112,7 +115,10 @@ class Darts:
         }
 
     def costs(self, batch, codes: np.ndarray, rate) -> dict[str, dict[str, float]]:
-        """By order: an alternation in training runs, by operations, and a search in processor seconds."""
+        """Returns costs by order.
+
+        The cost of an alternation is in training runs, by operations. The cost of a search is in processor seconds.
+        """
         keys = jax.random.split(jax.random.key(0), min(8, len(batch.train["y"])))
         few = jax.tree.map(lambda x: x[: len(keys)], batch)
         return {

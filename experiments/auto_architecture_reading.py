@@ -1,4 +1,4 @@
-"""What h reads in a task, of `auto_architecture.py`: in a sentence, and in the picture."""
+"""Shows, in a sentence and in the picture, how h depends on the task. Part of `auto_architecture.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from auto_architecture_results import A_STAR, IGNORANT, interval, report
 
 
 def choices(result: dict[str, Any]) -> tuple[list[str], np.ndarray]:
-    """Names of the ops, and [tasks, ops] the mixing weight of each, mean over the edges of its kind."""
+    """Returns names of the ops, and [tasks, ops] the mixing weight of each op, mean over the edges of its kind."""
     labels, columns = [], []
     for kind, w in result["weights"].items():
         labels += [f"{kind}: {op}" for op in result["ops"][kind]]
@@ -17,15 +17,16 @@ def choices(result: dict[str, Any]) -> tuple[list[str], np.ndarray]:
 
 
 def within(x: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """[n, k] differences from the mean of one's fold [n]."""
+    """Returns [n, k] differences from the mean of the row's own fold [n]."""
     means = {f: x[folds == f].mean(0) for f in np.unique(folds)}
     return x - np.stack([means[f] for f in folds])
 
 
 def correlation(x: np.ndarray, values: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """[a, b] correlations of x [n, a] with values [n, b] within folds [n], and 0 where one of them does not vary there.
+    """Returns [a, b] correlations of x [n, a] with values [n, b] within folds [n].
 
-    Every fold has an h of its own, so that a difference between folds says nothing of what h reads in a task.
+    They are 0 if one of the two does not vary there. Every fold has a separate h, so a difference between folds does
+    not show how h depends on the task.
     """
     x, values = within(x, folds), within(values, folds)
     scaled = lambda x: np.where(x.std(0) > 1e-6, x / np.maximum(x.std(0), 1e-6), 0.0)
@@ -33,13 +34,13 @@ def correlation(x: np.ndarray, values: np.ndarray, folds: np.ndarray) -> np.ndar
 
 
 def read_folds(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """[tasks] the fold of each, and whether h's reading is trusted there."""
+    """Returns [tasks] the fold of each task, and whether the features in h are trusted in that fold."""
     folds = np.repeat(np.arange(len(result["sizes"])), result["sizes"])
     return folds, np.array(result["trust"])[folds] > 0
 
 
 def what_h_reads(result: dict[str, Any]) -> str:
-    """How much of h's choice follows the task, and how much only the fold, that is, which h it was."""
+    """Describes how much h's choice depends on the task, and how much only on the fold, that is, on its h."""
     labels, x = choices(result)
     values, (folds, read) = np.array(result["values"]), read_folds(result)
     apart = 1 - within(x, folds).var(0) / np.maximum(x.var(0), 1e-12)
@@ -55,7 +56,7 @@ def what_h_reads(result: dict[str, Any]) -> str:
     moved = within(x, folds)[read].std(0)
     found = correlation(x[read], values[read], folds[read])
     pooled = correlation(x, values, 0 * folds)
-    strongest = np.abs(found).argmax(1)  # of every op its feature
+    strongest = np.abs(found).argmax(1)  # the strongest feature of every op
     most = np.argsort(-np.abs(found).max(1))[:3]
     told = [
         f"{labels[i]} with {result['features'][j]} {found[i, j]:+.2f} (all folds pooled {pooled[i, j]:+.2f})"
@@ -88,7 +89,7 @@ def what_h_reads(result: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """For each shape: differences with intervals; what h chose by family; and how that follows features."""
+    """Plots for each shape: differences with intervals, choices of h by family, and correlations with features."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +113,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         values, (folds, read) = np.array(result["values"]), read_folds(result)
         families = np.array(result["families"])
         names = [(f, family) for f in np.unique(folds) for family in sorted(set(families[folds == f]))]
-        if len(names) > 12:  # too many to name: the tasks of a fold in the order of the features' principal direction
+        if len(names) > 12:  # too many to name: the tasks of a fold, in the order of the features' principal direction
             direction = np.linalg.svd(within(values, folds), full_matrices=False)[2][0]
             at = np.lexsort((values @ direction, folds))
             shown = x[at].T

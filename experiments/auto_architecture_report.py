@@ -1,6 +1,6 @@
 """The page of `auto_architecture.py`: tables and sentences.
 
-No part of a result is made here, so that this file may change and what is finished is by the script's code still.
+This file computes no part of a result. So it may change, and the finished parts still count as made by the same code.
 """
 
 import json
@@ -27,7 +27,7 @@ from auto_architecture_results import (
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The table of one shape of tasks."""
+    """Returns the table of one shape of tasks."""
     scores = {label: np.array(x) for label, x in result["scores"].items()}
     rows = report(scores, result["families"], A_STAR)
     lines = [
@@ -50,7 +50,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def compared(ours: np.ndarray, others: np.ndarray, groups: list[np.ndarray]) -> str:
-    """Test log loss and error [n, 2] of two methods on the same tasks."""
+    """Compares test log loss and error [n, 2] of two methods on the same tasks."""
     told = []
     for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
         difference = ours[:, column] - others[:, column]
@@ -64,7 +64,7 @@ def compared(ours: np.ndarray, others: np.ndarray, groups: list[np.ndarray]) -> 
 
 
 def bars(results: list[dict[str, Any]], most: int) -> str:
-    """The two comparisons that were the aim, over all held-out tasks, in log loss and in errors."""
+    """Describes the two comparisons that were the aim, over all held-out tasks, in log loss and in errors."""
     groups, text = groups_of(results), []
     for first, second in (
         (A_STAR, RANDOM.format(most)),
@@ -86,7 +86,7 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
 
 
 def verdict(difference: np.ndarray, groups: list[np.ndarray], ratio: float, share: float = 0.2) -> str:
-    """Whether something is better than another, and at what share of its cost."""
+    """Describes whether one method is better than another, and at which share of its cost."""
     low, high = interval(difference, groups)
     found = "better" if high < 0 else "worse" if low > 0 else "level with it"
     reached = "reached" if high < 0 and ratio <= share else "missed"
@@ -97,13 +97,13 @@ ORDERS = {"first": "first order", "second": "second order", "exact": "second ord
 
 
 def darts_rows(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Over all tasks, DARTS's variants, each at its best rate."""
+    """Returns DARTS's variants over all tasks, each at its best rate."""
     rows = {}
     for own in results[0]["darts"]["variants"]:
         same = []
         for r in results:
             variants = {v["reading"]: v for v in r["darts"]["variants"] if v["order"] == own["order"]}
-            # Where a node has two edges at most, keeping two is to leave "none" out.
+            # If a node has at most two edges, keeping two is the same as leaving "none" out.
             same.append(variants.get(own["reading"], variants.get("none left out")))
         rows[f"{ORDERS[own['order']]}, {own['reading']}"] = {
             "scores": np.concatenate([np.array(v["scores"]) for v in same]),
@@ -117,7 +117,7 @@ def darts_rows(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def darts_text(results: list[dict[str, Any]]) -> str:
-    """DARTS's variants over all tasks, and a* fine-tuned against each, which was an aim."""
+    """Describes DARTS's variants over all tasks, and compares a* fine-tuned with each variant, which was an aim."""
     groups, variants = groups_of(results), darts_rows(results)
     at = lambda label: np.concatenate([np.array(r["scores"][label]) for r in results])
     cost = lambda label: np.mean([r["runs"][label] for r in results])
@@ -152,8 +152,7 @@ def darts_text(results: list[dict[str, Any]]) -> str:
 
 
 def gaps_text(results: list[dict[str, Any]]) -> str:
-    """What searches' supernets make on the test rows, what their weights make of the discrete architecture, and what it
-    makes when it is trained alone."""
+    """Tabulates test scores of supernets, of discrete architectures with their weights, and of separate training."""
     lines = [
         "| search | measure | supernet, mixed | its weights, discrete | trained alone | discretization gap (discrete − "
         "mixed) [95 %] | trained alone − mixed [95 %] |",
@@ -176,7 +175,7 @@ def gaps_text(results: list[dict[str, Any]]) -> str:
 
 
 def trust_text(result: dict[str, Any]) -> str:
-    """By fold: how many tasks were left out, and what they say of what h reads."""
+    """Describes each fold: the number of left-out tasks, and the trust in features that they selected."""
     told = []
     for num, trust in zip(result["left_out"], result["trust"], strict=True):
         told.append(f"{num} tasks left out, which gave its reading the trust {trust}" if num else "none left out")
@@ -184,12 +183,12 @@ def trust_text(result: dict[str, Any]) -> str:
 
 
 def picks(result: dict[str, Any]) -> str:
-    """Which of DARTS's variants each fold takes."""
+    """Describes the DARTS variant that each fold chose."""
     return ", ".join(f"({ORDERS[order]}, {reading}, {rate})" for order, reading, rate in result["darts"]["chosen"])
 
 
 def random_text(result: dict[str, Any], few: int) -> str:
-    """What a random network makes alone, and what the best of a few makes."""
+    """Describes the error of a single random network, and of the best of a few."""
     random, best = result["random"], np.mean(result["scores"][RANDOM.format(few)], 0)[1]
     return (
         f"{random['error']:.1%} of errors on {result['shape']} (mean of {random['networks']} networks on all "
@@ -198,7 +197,7 @@ def random_text(result: dict[str, Any], few: int) -> str:
 
 
 def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
-    """How fast α moves, and which of DARTS's variants each fold takes."""
+    """Describes the rate of α, and the DARTS variant that each fold chose."""
     most = max(max(r["tuned_on"]) for r in results)
     what = "which h did not learn from"
     if any(not num for r in results for num in r["left_out"]):
@@ -230,7 +229,10 @@ def reading_text(result: dict[str, Any]) -> str:
 
 
 def choices_text(result: dict[str, Any], best: str) -> str:
-    """Fold by fold: how many architectures h wrote for the held-out tasks, and losses, with those of the row `best`."""
+    """Describes each fold: the number of architectures that h chose for the held-out tasks, and losses.
+
+    The row `best` is added for comparison.
+    """
     ends = np.cumsum(result["sizes"])
     by_fold = lambda rows: [rows[end - size : end] for end, size in zip(ends, result["sizes"], strict=True)]
     joint = lambda values: ", ".join(values)
@@ -249,7 +251,7 @@ def choices_text(result: dict[str, Any], best: str) -> str:
 
 
 def finish(details: dict[str, Any], path: Path) -> None:
-    """Writes and prints the tables and the picture."""
+    """Writes and prints the tables, and writes the picture."""
     config, results = details["config"], details["results"]
     most = 20 if 20 in config["trials"] else max(config["trials"])
     best, other_code = RANDOM.format(most), details["num_other_code"]

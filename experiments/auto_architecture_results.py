@@ -1,4 +1,4 @@
-"""The results of `auto_architecture.py`'s folds, joined; what each row costs; differences and their intervals."""
+"""Joins the results of `auto_architecture.py`'s folds; the cost of each row; differences and their intervals."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,13 @@ EVOLUTION = "regularized evolution, {} networks"
 
 
 def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarray, config: "Config") -> dict[str, Any]:
-    """The results of several folds of one shape.
+    """Joins the results of several folds of one shape.
 
     Args:
-      parts: of each fold, with what DARTS found in "darts", by order.
-      costs: "operations" and "seconds" of the parts of the work; of DARTS by order.
+      parts: results of each fold, with the results of DARTS in "darts", by order.
+      costs: "operations" and "seconds" of the parts of the work; for DARTS by order.
       random: [networks, tasks, 3] outcomes of random networks, on all tasks.
-      config: of the run.
+      config: the configuration of the run.
     """
     sizes = [len(part["tasks"]) for part in parts]
     end_to_end = lambda name: [x for part in parts for x in part[name]]
@@ -35,7 +35,7 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
         label: [x for part in parts for x in part[name][label]] for label in parts[0][name] if label != "DARTS"
     }
     chosen = [best_variant(part["darts"]) for part in parts]
-    labels = {**dict.fromkeys(parts[0]["scores"]), DARTS: None}  # older parts have one of their own
+    labels = {**dict.fromkeys(parts[0]["scores"]), DARTS: None}  # older parts have their own DARTS row
     parts = [
         {
             **part,
@@ -89,7 +89,7 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
 
 
 def best_variant(darts: dict[str, Any]) -> tuple[str, str, float]:
-    """Order, reading and rate of the smallest validation loss on the tasks that they are tuned on."""
+    """Returns order, reading and rate with the smallest validation loss on the tuning tasks."""
     losses = {
         (order, reading, rate): loss
         for order, found in darts.items()
@@ -100,10 +100,11 @@ def best_variant(darts: dict[str, Any]) -> tuple[str, str, float]:
 
 
 def costs_of(kept: dict[str, Any], shape: str) -> dict[str, Any]:
-    """What the parts of the work cost on one task, those of DARTS by order."""
+    """Returns the costs of the parts of the work on one task, for DARTS by order."""
     costs, darts = kept[f"{shape}, costs"], kept[f"{shape}, costs of DARTS"]
     clock, by_order = costs["seconds"], darts["seconds"]
-    # Older parts measured one order beside training runs: the others are told in its units, since machines differ.
+    # Older parts measured one order of DARTS together with training runs. The other orders are scaled to the same
+    # units, since machines differ.
     scale = clock["DARTS"] / by_order["second"] if "DARTS" in clock else 1.0
     return {
         "operations": {"fine-tuning": costs["operations"]["fine-tuning"], "alternation": darts["operations"]},
@@ -114,11 +115,11 @@ def costs_of(kept: dict[str, Any], shape: str) -> dict[str, Any]:
 def prices(
     labels, costs, trust: list[float], sizes: list[int], orders: list[str], config: "Config"
 ) -> tuple[dict, dict]:
-    """What each row costs on a new task: in training runs, by operations, and in processor seconds.
+    """Returns each row's cost on a new task: in training runs, by operations, and in processor seconds.
 
-    What h reads has no count of operations: it is the processor's seconds against those of a training run. Where it is
-    trusted nothing, nothing is read. `trust`, `sizes` and `orders`, those of DARTS, are of the folds, whose tasks count
-    alike.
+    The operations for the inputs of h are not counted. Their cost is the ratio of their processor seconds to those of a
+    training run. If the trust is 0, the inputs are not needed and cost nothing. `trust`, `sizes` and `orders` (of
+    DARTS) have one entry per fold. All tasks have the same weight.
     """
     operations, clock = costs["operations"], costs["seconds"]
     run = clock["training run"]
@@ -141,7 +142,10 @@ def prices(
 
 
 def report(scores: dict[str, np.ndarray], families: list[str], reference: str) -> dict[str, dict[str, float]]:
-    """Means, mean ranks, and paired differences to `reference` with 95 % intervals, by a bootstrap over families."""
+    """Returns means, mean ranks, and paired differences to `reference`.
+
+    The 95 % intervals are from a bootstrap over families.
+    """
     import scipy.stats
 
     ranks = scipy.stats.rankdata([x[:, 0] for x in scores.values()], axis=0)
@@ -163,7 +167,7 @@ def report(scores: dict[str, np.ndarray], families: list[str], reference: str) -
 
 
 def interval(difference: np.ndarray, groups: list[np.ndarray], num_draws: int = 2000) -> tuple[float, float]:
-    """95 % of the mean over tasks, families drawn with replacement."""
+    """Returns the 95 % interval of the mean over tasks, by drawing families with replacement."""
     rng = np.random.default_rng(0)
     draws = [np.concatenate([groups[g] for g in rng.integers(0, len(groups), len(groups))]) for _ in range(num_draws)]
     low, high = np.percentile([difference[d].mean() for d in draws], [2.5, 97.5])
@@ -171,6 +175,6 @@ def interval(difference: np.ndarray, groups: list[np.ndarray], num_draws: int = 
 
 
 def groups_of(results: list[dict[str, Any]]) -> list[np.ndarray]:
-    """The tasks of each family, over all shapes."""
+    """Returns the tasks of each family, over all shapes."""
     families = [f"{r['shape']} {f}" for r in results for f in r["families"]]
     return [np.flatnonzero(np.array(families) == f) for f in sorted(set(families))]

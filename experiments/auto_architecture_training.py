@@ -1,4 +1,4 @@
-"""The training of networks and supernets of `auto_architecture.py`: what tasks of one shape share."""
+"""The training of networks and supernets of `auto_architecture.py`, which tasks of one shape share."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def masked_loss(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """The mean cross-entropy over real rows and classes, of labels that are smoothed where training says so."""
+    """Returns the mean cross-entropy over real rows and classes. Labels are smoothed by `batch["smoothing"]`."""
     present, smoothing = batch["class_mask"], batch["smoothing"]
     log_p = jax.nn.log_softmax(jnp.where(present[None] > 0, outputs, -1e9))
     own = jnp.take_along_axis(log_p, batch["y"][:, None], 1)[:, 0]
@@ -27,7 +27,7 @@ def masked_loss(outputs: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def as_they_are(alpha, cell, key, step):
-    """The relaxation of networks that are given by their weights, one-hot ones: a discrete network's logits."""
+    """A relaxation that returns α itself. α holds one-hot weights, which define a discrete network."""
     return alpha
 
 
@@ -35,9 +35,9 @@ _COMPILED: set[Callable] = set()
 
 
 def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[Any, float]:
-    """`function(shared, args)` on so many tasks at a time, one program for any number; and processor seconds a task.
+    """Runs `function(shared, args)` on `size` tasks at a time. Also returns processor seconds per task.
 
-    The last chunk is filled up with its last task. Compilation does not count.
+    One program serves any number of tasks. The last chunk is filled up with its last task. Compilation does not count.
     """
     n = len(jax.tree.leaves(args)[0])
     chunks = [np.minimum(np.arange(i, i + size), n - 1) for i in range(0, n, size)]
@@ -52,7 +52,7 @@ def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[An
 
 
 class Shape:
-    """Everything that tasks of one shape share: the space, and the programs that train its networks."""
+    """The common parts of all tasks of one shape: the space, and the programs that train its networks."""
 
     def __init__(self, name: str, config: "Config"):
         self.name, self.config = name, config
@@ -70,7 +70,7 @@ class Shape:
         self.search = methods.architecture_search(
             self.network, self.in_shape, rule, optimizer=constant, learn_init=True, **self.options
         )
-        # What fine-tuning alternates on: as DARTS, a batch of validation rows a step.
+        # The problem of fine-tuning. As in DARTS, each step has a batch of validation rows.
         self.tuning = methods.architecture_search(
             self.network,
             self.in_shape,
@@ -80,7 +80,7 @@ class Shape:
             learn_init=True,
             **self.options,
         )
-        # One op an edge runs, since networks follow one another in a loop.
+        # Only one op per edge runs, since networks follow one another in a loop.
         one = methods.architecture_search(
             self.network,
             self.in_shape,
@@ -113,15 +113,16 @@ class Shape:
         self.starts = jax.jit(lambda _, keys: jax.vmap(self.init)(keys))
 
     def some_valid(self, key, task):
-        """A batch of validation rows, for each alternation."""
+        """Draws a batch of validation rows, for each alternation."""
         return inner.minibatch(self.config.batch_size, shared=("class_mask", "smoothing"))(
             key, jnp.int32(0), task.valid
         )
 
     def train(self, key, weights, tasks_, test, start=None) -> tuple[np.ndarray, float]:
-        """[n, 3]: validation loss, test loss, test error of n networks, each on its own task; processor seconds of one.
+        """Trains n networks, each on its own task.
 
-        They start at random weights, or at `start`, shared.
+        Returns [n, 3]: validation loss, test loss, test error; and the processor seconds per network. All networks
+        start at `start`. Without it, each starts at its own random weights.
         """
         init_keys, keys = jax.random.split(key, (2, len(test["y"])))
         if start is None:
@@ -133,24 +134,30 @@ class Shape:
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(NUM_CLASSES), 1.0])), seconds
 
     def gaps(self, alpha, params, codes: np.ndarray, test) -> np.ndarray:
-        """[n, 2, 2] of supernets, each on its own task: test loss and error at the mixing weights, and at the discrete
-        architecture that was read off them, with the supernet's weights."""
+        """Returns [n, 2, 2] test loss and error of supernets, each on its own task.
+
+        The first row uses the mixing weights. The second row uses the discrete architecture that was read from them,
+        with the supernet's weights.
+        """
         mixed = jax.tree.map(lambda a: jax.nn.softmax(a, -1), alpha)
         args = (params, mixed, self.one_hot(codes), test)
         out = in_chunks(self.supernets, None, args, self.config.held_out)[0]
         return np.where(np.isfinite(out), out, np.array([np.log(NUM_CLASSES), 1.0]))
 
     def validation_loss(self, keys, codes: np.ndarray, tasks_, test) -> float:
-        """Of an architecture for each task, mean over tasks and over a training by each key."""
+        """Returns the validation loss of one architecture per task.
+
+        It is a mean over tasks and over one training by each key.
+        """
         runs = [self.train(key, self.one_hot(codes), tasks_, test)[0][:, 0] for key in keys]
         return float(np.minimum(runs, np.log(NUM_CLASSES)).mean())
 
     def sizes(self) -> list[int]:
-        """The number of candidates of every edge, in order."""
+        """Returns the number of candidates of every edge, in order."""
         return [len(edge.ops) for cell in self.network.cells.values() for edge in cell.edges]
 
     def one_hot(self, codes: np.ndarray) -> dict[str, jax.Array]:
-        """Weights of architectures [n, edges] of integers."""
+        """Returns weights of architectures [n, edges] of integers."""
         weights, at = {}, 0
         for kind, cell in self.network.cells.items():
             part = codes[:, at : at + len(cell.edges)]
@@ -159,7 +166,7 @@ class Shape:
         return weights
 
     def decode(self, alpha: dict[str, jax.Array]) -> np.ndarray:
-        """[n, edges] of integers: the largest α of every edge."""
+        """Returns [n, edges] of integers: the largest α of every edge."""
         return np.concatenate([np.asarray(alpha[kind]).argmax(-1) for kind in self.network.cells], -1)
 
     def describe(self, code: np.ndarray) -> str:
@@ -167,9 +174,9 @@ class Shape:
         return ", ".join(edge.ops[c] for edge, c in zip(edges, code, strict=True))
 
     def in_runs(self, batch: base.Task, codes: np.ndarray, estimators: dict[str, base.Estimator]) -> dict[str, float]:
-        """What an estimate of each estimator costs, by counted operations, in training runs of one network.
+        """Returns the cost of one estimate by each estimator, by counted operations, in training runs of one network.
 
-        λ is α; the run's operations are the mean over `codes`.
+        λ is α. The operations of a training run are the mean over `codes`.
         """
         task, key = jax.tree.map(lambda x: x[0], batch)._replace(features=None), jax.random.key(0)
         rows = {k: v[: self.config.batch_size] for k, v in task.train.items() if v.ndim > 0}
@@ -191,7 +198,7 @@ class Shape:
         return costs
 
     def tuning_alone(self) -> base.Estimator:
-        """An alternation of fine-tuning, of α."""
+        """Returns the estimator of one alternation of fine-tuning, for α."""
         start = self.init(jax.random.key(0))
         at = lambda alpha, step: {"alpha": alpha, "init": start}
         return hypergrad.lookahead(base.reparametrized(self.tuning.problem, at), num_steps=1)

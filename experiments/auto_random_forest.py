@@ -1,33 +1,38 @@
-"""A random forest tuned from records of earlier tables: predicted for a new table, then a few trials.
+"""A random forest tuned from records of earlier tables: a prediction for a new table, then a few trials.
 
-`n_estimators` and `max_depth` have no gradient. What was tried on earlier tables trains g by gradient all the same.
+`n_estimators` and `max_depth` have no gradient. Still, gradients train g, from the records of trials on earlier tables.
 
-1. tables: rows are split once; test rows judge what was chosen, and nothing else;
-2. records: the same random configurations on every table (scikit-learn's defaults first), cross-validated on the
-   training rows, through `tasks.collect`, and kept beside the results: all methods look their trials up there;
-3. g = `methods.train_meta_searcher` of the records of other families, with meta-features; `g.predict` of a table that
-   took no part (five folds, by family);
-4. `g.searcher` spends a few trials there.
+1. Tables: rows are split once. Test rows are only used to score the chosen configurations.
+2. Records: the same random configurations on every table (scikit-learn's defaults first), cross-validated on the
+   training rows. `tasks.collect` makes them, and they are kept next to the results. All methods look up the outcomes of
+   their trials there.
+3. g = `methods.train_meta_searcher`, trained on the records of other families, with meta-features. `g.predict` chooses
+   for a table that was not used for training (five folds, by family).
+4. `g.searcher` spends a few trials on this table.
 
-Compared on the test rows with scikit-learn's defaults, random search, Optuna's TPE and BOHB, SMAC3, the best
-configuration on average, that of the nearest table in meta-features, and a portfolio. Optimizers that know nothing of
-the records' configurations are given the nearest one that they have not tried (in the encoding of `spaces.encode`).
-BOHB's fidelity is the number of trees, of which a forest that goes on pays for the new ones alone.
+The baselines, compared on the test rows, are scikit-learn's defaults, random search, Optuna's TPE and BOHB, and SMAC3.
+The others are the best configuration on average, the best one of the nearest table in meta-features, and a portfolio.
+Some optimizers do not know the configurations of the records. Each of their proposals is replaced by the nearest
+untried configuration (in the encoding of `spaces.encode`). BOHB's fidelity is the number of trees. A forest that
+continues pays only for its new trees.
 
-    python experiments/auto_random_forest.py                    from the records beside the results
-    python experiments/auto_random_forest.py --collect          makes the records anew (resumable: --store)
-    python experiments/auto_random_forest.py --optimizers TPE BOHB SMAC      runs these anew on the records
+    python experiments/auto_random_forest.py                    from the records next to the results
+    python experiments/auto_random_forest.py --collect          makes new records (resumable: --store)
+    python experiments/auto_random_forest.py --optimizers TPE BOHB SMAC      runs these again on the records
     python experiments/auto_random_forest.py --train-seeds 20 --work FOLDER    g trained with 20 keys
     python experiments/auto_random_forest.py --rows             g reads the tables' rows, too (needs the tables)
     python experiments/auto_random_forest.py --smoke            4 tables, tiny forests (for the tests)
     python experiments/auto_random_forest.py --full --collect   more rows, trees and configurations (hours)
 
-With --work, what a g of one key chose for a fold is kept as it ends: a run that was killed goes on from there, and the
-same command, started several times, shares the work. With --rows, three more are trained: g of meta-features and rows
-(`datasets` of `train_meta_searcher`), of rows alone, and of neither. That result is auto_random_forest_rows.md and
-.png, a page of its own, of which none is kept beside the others. `--collect` reads tables of Python packages, and where
-the environment variable METAOPT_DATA names it, a larger collection; those that are simulated or follow a rule
-(`tasks.SYNTHETIC_FAMILIES`) are left out.
+With --work, the choices of g are saved for each fold and each key as soon as they are made. A run that was killed
+continues from there. Several processes that run the same command share the work.
+
+With --rows, three more models are trained: g of meta-features and rows (`datasets` of `train_meta_searcher`), g of rows
+only, and g of neither. This result has its own page, auto_random_forest_rows.md and .png, which is not committed with
+the others.
+
+`--collect` reads tables of Python packages. If the environment variable METAOPT_DATA names a larger collection, it
+reads that one, too. Tables that are simulated or follow a rule (`tasks.SYNTHETIC_FAMILIES`) are left out.
 """
 
 import argparse
@@ -50,11 +55,11 @@ from scipy import stats
 from metaopt import base, integrations, methods, predictors, spaces, tasks
 
 RECORDS = Path(__file__).parent / "results" / "auto_random_forest.npz"
-FIDELITIES = (1 / 9, 1 / 3, 1.0)  # of the trees
+FIDELITIES = (1 / 9, 1 / 3, 1.0)  # shares of the trees
 OURS = "g(t')"
 OF_ROWS = (f"{OURS} of features and rows", f"{OURS} of rows alone")
 OF_NOTHING = "g of no features"
-MIN_ROWS = 6  # of a class, among the training rows: each of the folds sees some
+MIN_ROWS = 6  # per class, in the training rows, so that each of the folds contains the class
 
 
 class Config(NamedTuple):
@@ -62,10 +67,10 @@ class Config(NamedTuple):
     max_trees: int = 64
     num_folds: int = 5  # of cross-validation
     num_configurations: int = 100
-    num_splits: int = 5  # of the families
+    num_splits: int = 5  # number of parts of the families
     trials: tuple[int, ...] = (1, 5, 10, 30)  # on a new table
-    more_trials: tuple[int, ...] = (100,)  # of random search alone
-    num_steps: int = 150  # that train g
+    more_trials: tuple[int, ...] = (100,)  # only for random search
+    num_steps: int = 150  # steps that train g
     max_tables: int | None = None
 
 
@@ -77,7 +82,7 @@ FULL = Config(2000, 500, 5, 100)
 
 
 class Split(NamedTuple):
-    """Training rows, as a `Table`, and the test rows, which only `judge` reads."""
+    """Training rows, as a `Table`, and test rows, which are only used for the test scores."""
 
     train: tasks.Table
     test_x: np.ndarray
@@ -96,7 +101,7 @@ def load(options: argparse.Namespace, config: Config) -> list[Split]:
 
 
 def split(table: tasks.Table, max_rows: int) -> Split:
-    """Three quarters to train on, of which `max_rows` stay; rare classes are dropped, for cross-validation."""
+    """Keeps three quarters for training, but at most `max_rows` rows. Drops rare classes, for cross-validation."""
     prepared = tasks.prepare(table, valid_fraction=0.25, test_fraction=0.0)
     x, y = prepared.train.raw[:max_rows], prepared.train.y[:max_rows]  # in random order
     kept = np.flatnonzero(np.bincount(y, minlength=prepared.num_classes) >= MIN_ROWS)
@@ -119,9 +124,10 @@ def make_space(config: Config) -> dict:
 class Objective:
     """Cross-validated log loss of a forest, which `tasks.collect` records.
 
-    The first ninth and third of the forest's trees are forests, too: their losses go into the same store, as records at
-    these fidelities, and so does what all training rows give on the test rows, which no method looks up before it has
-    chosen. (A forest that trained with fewer trees would be the same one: trees are drawn one after the other.)
+    The first ninth and the first third of the forest's trees are forests, too. Their losses go into the same store, as
+    records at these fidelities. The store also gets the scores on the test rows of a forest that is fitted to all
+    training rows. No method reads these before it has chosen. (A forest trained with fewer trees would be the same
+    forest: trees are drawn one after another.)
     """
 
     def __init__(self, num_folds: int, store: Path, study: str):
@@ -130,7 +136,7 @@ class Objective:
     def __call__(self, trial: base.Record, part: Split) -> float:
         from sklearn import model_selection
 
-        begin = time.thread_time()  # the machine may be busy with something else
+        begin = time.thread_time()  # processor time, since the machine may be busy with other work
         folds = model_selection.StratifiedKFold(self.num_folds, shuffle=True, random_state=0)
         x, y = part.train.x, part.train.y
         scores = []
@@ -149,10 +155,10 @@ class Objective:
 
 
 def forest_scores(configuration, seed, x, y, categorical, test_x, test_y) -> list[tuple[float, float]]:
-    """Log loss and error on test rows of the first ninth, the first third and all of the trees.
+    """Returns log loss and error on test rows of the first ninth, the first third and all of the trees.
 
-    A forest of few trees says of classes that they are impossible. One such row would outweigh all else in a mean over
-    tables: probabilities are mixed with 1 % of the uniform distribution.
+    A forest of few trees gives some classes the probability 0. One such row would dominate a mean over tables. So the
+    probabilities are mixed with 1 % of the uniform distribution.
     """
     from sklearn import ensemble
 
@@ -169,7 +175,7 @@ def forest_scores(configuration, seed, x, y, categorical, test_x, test_y) -> lis
 
 
 def encode_columns(x, categorical, rows) -> np.ndarray:
-    """Gaps filled with the medians of x, categories of x one-hot."""
+    """Fills gaps with the medians of x, and encodes the categories of x one-hot."""
     numeric = np.where(
         np.isnan(rows[:, ~categorical]), np.nan_to_num(np.nanmedian(x[:, ~categorical], 0)), rows[:, ~categorical]
     )
@@ -180,7 +186,10 @@ def encode_columns(x, categorical, rows) -> np.ndarray:
 
 
 def collect(splits: list[Split], config: Config, store: Path, workers: int, budget: float | None) -> None:
-    """A quarter of the configurations on every table, then the next quarter: what a budget allows is of use."""
+    """Collects a quarter of the configurations on every table, then the next quarter.
+
+    So a budget that ends early still leaves useful records.
+    """
     order = np.random.default_rng(0).permutation(len(splits))
     deadline = None if budget is None else time.monotonic() + budget
     for quarter in range(1, 5):
@@ -214,26 +223,29 @@ class Records(NamedTuple):
     features: np.ndarray  # [T, len(FEATURES)]
     configurations: list[dict]
     outcomes: np.ndarray  # [T, C, F] cross-validated log loss of some of the trees
-    seconds: np.ndarray  # [T, C] of a processor, for a trial
+    seconds: np.ndarray  # [T, C] processor seconds of a trial
     test_loss: np.ndarray  # [T, C]
     test_error: np.ndarray  # [T, C]
 
     @property
     def regret(self) -> np.ndarray:
-        """[T, C] of the cross-validated loss: 0 at a table's best and 1 at its worst configuration."""
+        """[T, C] regret of the cross-validated loss: 0 at a table's best and 1 at its worst configuration."""
         y = self.outcomes[:, :, -1]
         return (y - y.min(1, keepdims=True)) / np.maximum(np.ptp(y, 1, keepdims=True), 1e-12)
 
 
 def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
-    """As many configurations as most tables have, of the tables that have them all, as one small file."""
+    """Packs records into one small file.
+
+    It has as many configurations as most tables have, and the tables that have all of them.
+    """
     read = lambda part: tasks.read_records(store, study=f"{study(config)} {part}", status="COMPLETE")
-    # In the order of trials, the default first: workers append them as they end.
+    # In the order of trials, the default first: workers append records in the order in which trials end.
     ordered = lambda part: sorted(read(part), key=lambda record: record.trial)
     found = {part: tasks.tabulate(ordered(part)) for part in ("curve", "test loss", "test error")}
     curve = found["curve"]
     whole = np.isfinite(curve.outcomes).all(2)  # [T, C]
-    tables = np.logical_and.accumulate(whole, 1).sum(0)  # [C] how many have so many configurations
+    tables = np.logical_and.accumulate(whole, 1).sum(0)  # [C] number of tables that have that many configurations
     enough = tables >= min(100, len(splits))
     if not enough.any():
         raise SystemExit(f"Too few tables have a trial: {tables[0]} of {len(splits)}. Go on with --collect.")
@@ -282,7 +294,7 @@ def best_of(records: Records, t: int, order: Sequence[int]) -> int:
 
 
 def run_searcher(records: Records, t: int, searcher, space, seed: int, at: Sequence[int], nearest=None) -> list[int]:
-    """The best of the trials that ended, after each of so many budgets."""
+    """Returns the best completed trial after each budget in `at`."""
     state = searcher.init(jax.random.key(seed), space)
     of, spent, ended, reached, best = {}, 0.0, [], {}, []
     number = {name_of(c): i for i, c in enumerate(records.configurations)}
@@ -315,7 +327,7 @@ def name_of(configuration: dict) -> tuple:
 
 
 def make_nearest(space, configurations: list[dict]):
-    """`(configuration, open) -> number` of the nearest open one."""
+    """Returns `(configuration, open) -> number` of the nearest open configuration."""
     encode = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
     encoded = lambda c: np.asarray(encode(spaces.from_configuration(space, c)))
     x = np.stack([encoded(c) for c in configurations])
@@ -327,7 +339,7 @@ def make_nearest(space, configurations: list[dict]):
 
 
 def table_rows(splits: list[Split]) -> dict[str, dict]:
-    """The training rows of every table as an embedding reads them: encoded, with masks."""
+    """Returns the training rows of every table in the form that an embedding reads: encoded, with masks."""
     found = {}
     for part in splits:
         prepared = tasks.prepare(part.train, valid_fraction=0.1, test_fraction=0.0)
@@ -343,7 +355,7 @@ def table_rows(splits: list[Split]) -> dict[str, dict]:
 
 
 def run_optimizer(name: str, records: Records, config: Config, num_seeds: int, file: Path) -> None:
-    """[seeds, T, len(trials)] chosen configurations into a file, written after every seed and gone on with."""
+    """Writes [seeds, T, len(trials)] chosen configurations to a file, after every seed. Continues from that file."""
     space = make_space(config)
     nearest = make_nearest(space, records.configurations)
     known = read_optimizers(file, records, config)
@@ -365,7 +377,7 @@ def run_optimizer(name: str, records: Records, config: Config, num_seeds: int, f
 
 
 def run_smac(records: Records, t: int, space, seed: int, at: Sequence[int], nearest) -> list[int]:
-    """SMAC3's facade for hyperparameters (random forest), its defaults for so many trials."""
+    """Runs SMAC3's facade for hyperparameters (random forest), with its defaults for that number of trials."""
     import ConfigSpace
     from smac import HyperparameterOptimizationFacade, Scenario
     from smac.runhistory.dataclasses import TrialValue
@@ -398,7 +410,7 @@ def run_smac(records: Records, t: int, space, seed: int, at: Sequence[int], near
 
 
 def read_optimizers(file: Path, records: Records, config: Config) -> dict[str, np.ndarray]:
-    """What was run on these records, and not on others."""
+    """Reads the results of optimizers on these records. Results on other records are ignored."""
     if not file.is_file():
         return {}
     with np.load(file, allow_pickle=False) as found:
@@ -409,14 +421,14 @@ def read_optimizers(file: Path, records: Records, config: Config) -> dict[str, n
 
 
 def fingerprint(records: Records, config: Config) -> str:
-    """Of what a run of an optimizer depends on."""
+    """Returns a hash of everything that a run of an optimizer depends on."""
     outcomes = np.ascontiguousarray(records.outcomes, np.float32).tobytes()
     names = json.dumps([records.names.tolist(), records.configurations, config.trials])
     return f"{zlib.crc32(outcomes):08x}{zlib.crc32(names.encode()):08x}"
 
 
 def greedy(regret: np.ndarray, num: int) -> list[int]:
-    """Configurations that complement one another on these tables [S, C]."""
+    """Returns configurations that complement one another on these tables [S, C]."""
     best, order = np.ones(len(regret)), []
     for _ in range(min(num, regret.shape[1])):
         value = np.minimum(best[:, None], regret).mean(0) + 1e-6 * regret.mean(0)
@@ -427,7 +439,7 @@ def greedy(regret: np.ndarray, num: int) -> list[int]:
 
 
 def split_families(families: np.ndarray, num_splits: int) -> np.ndarray:
-    """[T] the part of each table: the largest families first, each to the smallest part."""
+    """Returns [T] the part of each table. The largest families come first, and each goes to the smallest part."""
     names, sizes = np.unique(families, return_counts=True)
     part, total = {}, np.zeros(num_splits)
     for i in np.lexsort((np.random.default_rng(0).random(len(names)), -sizes)):
@@ -437,8 +449,11 @@ def split_families(families: np.ndarray, num_splits: int) -> np.ndarray:
 
 
 def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *, wait: bool = True) -> dict:
-    """What a g of the other folds chooses for the tables of one: `best` [tables, counts], after each of so many trials;
-    and the processor seconds of its training."""
+    """Trains g on the other folds and returns its choices for the tables of one fold.
+
+    The result has `best`, [tables, counts], the choice after each number of trials, and `seconds`, the processor
+    seconds of the training.
+    """
 
     def make() -> dict:
         space, y = make_space(config), records.outcomes[:, :, -1]
@@ -476,8 +491,10 @@ def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *
 def choose(
     records: Records, config: Config, options, optimizers, rows=None
 ) -> tuple[dict[str, list[list[int]]], float]:
-    """method -> the configurations' numbers for every table, one a seed, none of which has read a test row; and the
-    seconds that train a g."""
+    """Returns method -> the configurations' numbers for every table, one per seed; and the seconds that train a g.
+
+    No choice depends on a test row.
+    """
     y, num_tables = records.outcomes[:, :, -1], len(records.names)
     folds = split_families(records.families, config.num_splits)
     counts = sorted({min(n, y.shape[1]) for n in config.trials})
@@ -488,7 +505,8 @@ def choose(
 
     names = (OURS,) if rows is None else (OURS, *OF_ROWS, OF_NOTHING)
     of_key = functools.partial(learn, records, config, options.work, rows, folds)
-    for fold in range(config.num_splits):  # what no other process is at; a fold's programs are compiled for all keys
+    # Skips work of other processes. All keys share the compiled programs of a fold.
+    for fold in range(config.num_splits):
         for name in names:
             for seed in range(options.train_seeds):
                 of_key(fold, name, seed, wait=False)
@@ -497,7 +515,8 @@ def choose(
     for fold in range(config.num_splits):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         learned = {name: [of_key(fold, name, seed) for seed in range(options.train_seeds)] for name in names}
-        trained += float(learned[OURS][0]["seconds"]) / config.num_splits  # with the first key, which compiles
+        # for the first key, which includes compilation
+        trained += float(learned[OURS][0]["seconds"]) / config.num_splits
         portfolio = greedy(records.regret[train], counts[-1])
         for i, t in enumerate(test):
             add(f"scikit-learn's defaults, {records.configurations[0]['n_estimators']} trees", t, [0])
@@ -511,7 +530,7 @@ def choose(
                     add(f"{name}, no trial" if num == 1 else f"{searched}, {num} trials", t, numbers)
                     if num > 1 and name == OURS:
                         add(f"portfolio, {num} trials", t, [best_of(records, t, portfolio[:num])])
-    # Prefixes of random orders, the defaults first, as `tasks.random_search` has them.
+    # Prefixes of random orders that start with the defaults, as in `tasks.random_search`.
     for num in sorted({*(n for n in counts if n > 1), *(min(n, y.shape[1]) for n in config.more_trials)}):
         for t in range(num_tables):
             rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]
@@ -529,7 +548,7 @@ def choose(
 
 
 def interval(records: Records, difference: np.ndarray) -> np.ndarray:
-    """95 % of the mean of differences [T], by drawing families with replacement."""
+    """Returns the 95 % interval of the mean of differences [T], by drawing families with replacement."""
     _, of = np.unique(records.families, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
     weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
@@ -537,7 +556,10 @@ def interval(records: Records, difference: np.ndarray) -> np.ndarray:
 
 
 def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[str], list[list[str]], dict]:
-    """Rows of the table: means, ranks, differences with intervals by drawing families with replacement, and tests."""
+    """Returns rows of the table: means, ranks, differences, and tests.
+
+    The intervals of differences are from drawing families with replacement.
+    """
     names = list(chosen)
     mean = lambda values: np.array([[values[t, c].mean() for t, c in enumerate(chosen[n])] for n in names])
     losses, errors, regrets = mean(records.test_loss), mean(records.test_error), mean(records.regret)
@@ -565,7 +587,7 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
 
 
 def beside_average(records: Records, chosen) -> str:
-    """g without a trial beside the one configuration that is the best on average, which costs no trial either."""
+    """Compares g without a trial with the configuration that is best on average, which also needs no trial."""
     names, tables = ("g(t'), no trial", "best on average"), range(len(records.names))
     told = []
     for what, values in (("log loss", records.test_loss), ("regret", records.regret)):
@@ -579,7 +601,7 @@ def beside_average(records: Records, chosen) -> str:
 
 
 def over_keys(records: Records, chosen) -> str:
-    """How far the means of g over tables are apart from key to key of its training."""
+    """Describes how the means of g over tables vary between the keys of its training."""
     learned = {name: np.array(numbers) for name, numbers in chosen.items() if name.startswith("g")}  # [T, keys]
     num_keys = next(iter(learned.values())).shape[1]
     if num_keys == 1:

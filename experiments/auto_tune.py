@@ -1,16 +1,16 @@
-"""Hyperparameters learned by gradient over many tables, predicted for tables never seen, fine-tuned, and compared.
+"""Learns hyperparameters by gradient over many tables, predicts them for new tables, fine-tunes and compares them.
 
 The four steps, on real classification tables:
 
-1. build the meta-training set: tables, split, encoded, described by meta-features, grouped by family;
-2. learn one λ for all of them, and from there a meta-optimizer g, λ = g(t; φ), by hypergradient through the whole
-   training of a network;
-3. predict λ = g(t') for tables of families that took no part;
-4. fine-tune λ there by a few hypergradient steps;
+1. Build the meta-training set: tables, split, encoded, described by meta-features, and grouped by family.
+2. Learn one λ for all tables. Starting there, learn a meta-optimizer g, λ = g(t; φ). Both use the hypergradient through
+   the whole training of a network.
+3. Predict λ = g(t') for tables of families that were not used for training.
+4. Fine-tune λ on these tables by a few hypergradient steps.
 
-and the comparison with what one would have done otherwise: defaults, random search and Optuna's TPE on each table,
-random forests and gradient boosting. Every choice is made on validation rows; the test rows of a table are read once,
-for the table of results.
+The script compares this with the usual alternatives: defaults, random search and Optuna's TPE on each table, random
+forests and gradient boosting. Every choice is made on validation rows. The test rows of a table are read once, for the
+table of results.
 
     python experiments/auto_tune.py                   one fold, two seeds, packaged tables (minutes)
     python experiments/auto_tune.py --smoke           a few tables and steps (for the tests)
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    # A third less time to compile, for some percent of running time.
+    # Compiles in a third less time, and runs a few percent slower.
     os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level={0 if '--smoke' in sys.argv else 1}")
 
 import jax
@@ -49,8 +49,9 @@ from metaopt.progress import report_progress
 RESULTS = Path(__file__).parent / "results"
 COMMITTED = RESULTS / "auto_tune.md"
 
-# What g reads of a table; `tasks.metafeatures` defines them. Chosen beforehand: sizes, balance, how numeric, how
-# correlated, how informative, and how cheap learners fare on training rows.
+# The meta-features of a table that g reads; `tasks.metafeatures` defines them. They were chosen before the experiment.
+# They describe size, class balance, column types, correlation, information, and the performance of cheap learners on
+# training rows.
 FEATURES = (
     "nr_inst",
     "nr_attr",
@@ -75,14 +76,17 @@ FEATURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run. Sizes of the network and of one training run are the same in all presets but `smoke`."""
+    """The sizes of an experiment.
+
+    The network and one training run have the same sizes in all presets except `smoke`.
+    """
 
     num_steps: int = 100  # of one training run
     batch_size: int = 64
     num_members: int = 4
     num_hidden: int = 32
-    folds: tuple[int, ...] = (0,)  # of five, by family; each is predicted by a g that the others trained
-    num_seeds: int = 2  # each with its own split of the rows, initialization and order of the data
+    folds: tuple[int, ...] = (0,)  # of five, by family; a g that was trained on the other folds predicts each fold
+    num_seeds: int = 2  # each has its own split of the rows, initialization and order of the data
     max_tables: int | None = None
     max_rows: int = 5000
     max_features: int = 64
@@ -92,14 +96,14 @@ class Config:
     meta_steps: int = 60
     global_rate: float = 0.1
     meta_rate: float = 0.01
-    max_norm: float = 0.3  # of each task's hypergradient, which have heavy tails
+    max_norm: float = 0.3  # of each task's hypergradient; the norms have heavy tails
     meta_decay: float = 0.1
-    num_predictors: int = 1  # each trained with its own key; the mean of what they predict is taken
+    num_predictors: int = 1  # each is trained with its own key; g is the mean of their predictions
     fine_tune_steps: tuple[int, ...] = (5,)
     fine_tune_rate: float = 0.1
     trials: tuple[int, ...] = (5, 20, 50)
     tree_trials: int = 3
-    chunk: int = 4  # tables that train at once
+    chunk: int = 4  # tables that train at the same time
 
 
 PRESETS = {
@@ -136,7 +140,7 @@ PRESETS = {
 
 
 def make_space() -> dict[str, spaces.Leaf]:
-    """What is tuned: fourteen quantities of one training run, jointly, all in log coordinates within bounds."""
+    """The search space: fourteen quantities of one training run, tuned jointly, in log coordinates within bounds."""
 
     def log(low, high, default):
         return spaces.interval(low, high, log=True, default=default)
@@ -148,19 +152,19 @@ def make_space() -> dict[str, spaces.Leaf]:
         "one_minus_b2": log(5e-4, 0.3, 1e-3),
         "decay_hidden": log(1e-4, 10.0, 1e-2),
         "decay_output": log(1e-4, 10.0, 1e-2),
-        "input_noise": log(1e-2, 1.0, 5e-2),  # standard deviation, of standardized columns
-        "hidden_noise": log(1e-2, 1.0, 0.1),  # 1 ± σ times each unit; σ = 1 is dropout with probability 1/2
+        "input_noise": log(1e-2, 1.0, 5e-2),  # standard deviation; columns are standardized
+        "hidden_noise": log(1e-2, 1.0, 0.1),  # each unit is multiplied by 1 ± σ; σ = 1 is dropout with probability 1/2
         "label_smoothing": log(1e-4, 0.3, 1e-3),
-        "class_weighting": log(1e-2, 1.0, 2e-2),  # weight of a class ∝ share^−p
+        "class_weighting": log(1e-2, 1.0, 2e-2),  # the weight of a class is proportional to share^−p
         "hidden_scale": log(0.1, 5.0, 1.0),
         "output_scale": log(0.1, 10.0, 1.0),
-        "linear_scale": log(1e-2, 3.0, 0.3),  # of the linear part beside the hidden layer
-        "hinge_scale": log(1e-2, 3.0, 0.3),  # of the hinges max(0, x − c) beside each column x
+        "linear_scale": log(1e-2, 3.0, 0.3),  # scales the linear part, which is added to the hidden layer's logits
+        "hinge_scale": log(1e-2, 3.0, 0.3),  # scales the hinges max(0, x − c) that are added to each column x
     }
 
 
 def random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """±1 with equal probability, 32 of them from one random word: noise costs as much as training otherwise."""
+    """Returns ±1 with equal probability, 32 signs per random word. Otherwise, noise would cost as much as training."""
     size = int(np.prod(shape))
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
@@ -173,8 +177,8 @@ HINGES = (-0.67, 0.0, 0.67)  # the quartiles of a standard normal
 def make_problem(config: Config):
     """An ensemble of small networks with a linear part, Adam with decoupled decay, and validation log loss.
 
-    The linear part sees each column and its hinges at the quartiles, and so is an additive model of piecewise linear
-    functions; the hidden layers see the columns. The members share the batch and each minimizes its own loss; their
+    The linear part reads each column and its hinges at the quartiles. So it is an additive model of piecewise linear
+    functions. The hidden layers read the columns. The members share the batch, and each minimizes its own loss. Their
     probabilities are averaged.
     """
     members, hidden, num_steps = config.num_members, config.num_hidden, config.num_steps
@@ -183,7 +187,7 @@ def make_problem(config: Config):
         del hyperparams
         num_columns, num_classes = data["x"].shape[1], data["class_mask"].shape[0]
         hidden_key, bias_key, output_key = jax.random.split(key, 3)
-        # Fan-in is the true number of columns, not the padded one.
+        # Fan-in is the true number of columns, without padding.
         params = {
             "hidden": jax.random.normal(hidden_key, (num_columns, members * hidden)) / jnp.sqrt(data["num_features"]),
             "bias": 0.3 * jax.random.normal(bias_key, (members * hidden,)),
@@ -197,7 +201,7 @@ def make_problem(config: Config):
         x = batch["x"]
         if key is not None:
             input_key, hidden_key = jax.random.split(key)
-            # Uniform, with the standard deviation 1: a third of the cost of a normal.
+            # Uniform noise with standard deviation 1 costs a third of normal noise.
             noise = jax.random.uniform(input_key, x.shape, minval=-(3**0.5), maxval=3**0.5)
             x = x + hyperparams["input_noise"] * noise * batch["feature_mask"][None]
         hinges = [hyperparams["hinge_scale"] * jax.nn.relu(x - c) * batch["feature_mask"][None] for c in HINGES]
@@ -234,7 +238,7 @@ def make_problem(config: Config):
                 for name, u in updates.items()
             }
 
-        # One flat vector: fewer and larger operations, which compile in half the time.
+        # One flat vector gives fewer and larger operations, which compile in half the time.
         adam = optax.scale_by_adam(1 - hyperparams["one_minus_b1"], 1 - hyperparams["one_minus_b2"])
         return optax.chain(optax.flatten(adam), optax.stateless(decay), optax.scale_by_learning_rate(rate))
 
@@ -242,7 +246,7 @@ def make_problem(config: Config):
         return scores(params, hyperparams, batch)[0]
 
     def scores(params, hyperparams, batch):
-        """Log loss and error of the averaged probabilities, over the real rows."""
+        """Returns log loss and error of the averaged probabilities, over the real rows."""
         log_p = jax.nn.logsumexp(log_probabilities(params, hyperparams, batch), axis=0) - np.log(members)
         nll = -jnp.take_along_axis(log_p, batch["y"][:, None], axis=1)[:, 0]
         wrong = log_p.argmax(1) != batch["y"]
@@ -269,7 +273,7 @@ class Unit(NamedTuple):
 class Bucket(NamedTuple):
     """The units of one padded shape, stacked."""
 
-    units: np.ndarray  # [n], which units
+    units: np.ndarray  # [n], indices of units
     task: base.Task  # leaves [n, ...]
     test: dict  # like `task.valid`
 
@@ -284,7 +288,7 @@ def load_tables(args) -> list[tasks.Table]:
 
 
 def in_processes(work, num: int, text: str) -> list:
-    """The results of joblib's delayed calls, one for each of `num` units, in their order."""
+    """Returns the results of joblib's delayed calls, one for each of `num` units, in their order."""
     results = []
     with report_progress(num, None, text, unit="unit") as report:
         with joblib.parallel_config("loky", inner_max_num_threads=1):
@@ -295,13 +299,13 @@ def in_processes(work, num: int, text: str) -> list:
 
 
 def describe(units: list[Unit]) -> list[dict[str, float]]:
-    """Meta-features of every unit, from its training rows alone."""
+    """Returns the meta-features of every unit, computed from its training rows only."""
     work = (joblib.delayed(tasks.metafeatures)(u.prepared, seed=u.seed) for u in units)
     return in_processes(work, len(units), "meta-features")
 
 
 def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, config: Config) -> list[Bucket]:
-    """Pads and stacks the units `which` into a few shapes, so that few programs serve all of them."""
+    """Pads and stacks the units `which` into a few shapes, so that a few programs serve all of them."""
     shapes = []
     for u in which:
         shape = tasks.shape_of(units[u].prepared)
@@ -331,9 +335,9 @@ def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, co
 
 
 def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int):
-    """`key -> a tuple of task batches`, one per bucket, each with its share of the meta-batch.
+    """Returns `key -> a tuple of task batches`, one per bucket, each with its share of the meta-batch.
 
-    Training and validation rows are split anew every time, so that λ cannot adapt to one choice of validation rows.
+    Each draw splits training and validation rows again, so that λ cannot adapt to one choice of validation rows.
     """
     total = sum(map(len, rows))
     kept = [
@@ -359,7 +363,7 @@ def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int)
 
 
 class Trials:
-    """Runs training on many units, each with its own λ, and counts what that took."""
+    """Trains on many units, each with its own λ."""
 
     def __init__(self, problem, scores, buckets, config):
         self.buckets, self.config = buckets, config
@@ -382,7 +386,7 @@ class Trials:
         return time.perf_counter() - start
 
     def __call__(self, key, hyperparams) -> np.ndarray:
-        """λ with a leading axis over `self.units` -> [units, 3]: validation loss, test loss, test error."""
+        """Takes λ with a leading axis over `self.units`, returns [units, 3]: validation loss, test loss, test error."""
         outputs, start = [], 0
         for k, b in enumerate(self.buckets):
             n = len(b.units)
@@ -391,12 +395,12 @@ class Trials:
             outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
             start += n
         out = np.concatenate(outputs)
-        # A run that diverged counts as a failed trial: never chosen, and scored as guessing would be.
+        # A run that diverged counts as a failed trial: it is never chosen, and its test scores are poor guesses.
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
 
 
 def random_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
-    """[num, units, 3] outcomes of `num` independent samples from the space for every unit."""
+    """Returns [num, units, 3] outcomes of `num` independent samples from the space for every unit."""
     outcomes = []
     for i in range(num):
         sample_key, run_key = jax.random.split(jax.random.fold_in(key, i))
@@ -407,7 +411,10 @@ def random_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
 
 
 def tpe_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
-    """The same by Optuna's TPE: one study per unit, all of them asked and told in step, so that runs are batched."""
+    """Does the same by Optuna's TPE, with one study per unit.
+
+    All studies advance together, so that runs are batched.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -429,7 +436,7 @@ def tpe_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
 
 
 def incumbent(outcomes: np.ndarray, num: int) -> np.ndarray:
-    """[units, 2] test loss and error of the best of the first `num` trials by validation loss."""
+    """Returns [units, 2] test loss and error of the best of the first `num` trials by validation loss."""
     best = outcomes[:num, :, 0].argmin(0)
     return outcomes[best, np.arange(outcomes.shape[1]), 1:]
 
@@ -438,7 +445,10 @@ def incumbent(outcomes: np.ndarray, num: int) -> np.ndarray:
 
 
 def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dict[str, tuple]:
-    """Test loss, error and seconds of tree ensembles on the same rows; tuned ones are chosen on the validation rows."""
+    """Returns test loss, error and seconds of tree ensembles on the same rows.
+
+    Tuned ensembles are chosen on the validation rows.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
     rng = np.random.default_rng(seed)
@@ -492,8 +502,8 @@ def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dic
 
 
 def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np.ndarray]:
-    """Name -> [units, 3]: test loss, test error, seconds."""
-    # Largest first, so that no process is left alone with a large one at the end.
+    """Returns name -> [units, 3]: test loss, test error, seconds."""
+    # Largest first, so that no single process still runs a large one at the end.
     order = np.argsort([-len(units[u].prepared.train.y) * units[u].prepared.num_classes for u in which])
     work = (joblib.delayed(_tree_unit)(units[which[i]].prepared, units[which[i]].seed, num_trials) for i in order)
     rows = in_processes(work, len(which), "forests and boosting")
@@ -502,7 +512,7 @@ def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np
 
 
 def baselines(keys, trials: Trials, space, units, config: Config, with_trees: bool, say):
-    """What one would have done instead: (label, ([units, 2] test loss and error, (training runs, seconds)))."""
+    """Yields the alternatives: (label, ([units, 2] test loss and error, (training runs, seconds)))."""
     most, num = max(config.trials), len(trials.units)
     for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
         start = time.perf_counter()
@@ -519,7 +529,7 @@ def baselines(keys, trials: Trials, space, units, config: Config, with_trees: bo
 
 
 def earlier_baselines(earlier: dict, defaults: np.ndarray, tables, units: list[Unit], order: np.ndarray):
-    """The same from earlier results; the scores of training with the defaults say whether the runs agree."""
+    """Yields the same from earlier results. The runs agree if training with the defaults has the same scores."""
     row_of = {pair: i for i, pair in enumerate(zip(earlier["tables"], earlier["seeds"], strict=True))}
     pairs = [(tables[units[u].table].name, units[u].seed) for u in order]
     missing = [pair for pair in pairs if pair not in row_of]
@@ -542,15 +552,15 @@ def earlier_baselines(earlier: dict, defaults: np.ndarray, tables, units: list[U
 
 
 def report(scores: dict[str, np.ndarray], costs: dict[str, tuple], unit_table, families, reference: str, seed=0):
-    """Rows of the table of results: means, mean ranks, and paired differences to `reference` with 95 % intervals.
+    """Returns rows of the table of results: means, mean ranks, and paired differences to `reference`.
 
-    Scores are averaged over a table's seeds first; intervals are from a bootstrap over families, since tables of one
-    family are not independent.
+    Scores are first averaged over a table's seeds. The 95 % intervals are from a bootstrap over families, since tables
+    of one family are not independent.
     """
     names = list(scores)
     table_ids = np.unique(unit_table)
     mean = np.stack([[scores[n][unit_table == t, :2].mean(0) for t in table_ids] for n in names])  # [M, tables, 2]
-    ranks = scipy.stats.rankdata(mean[:, :, 0], axis=0)  # equal ones share theirs
+    ranks = scipy.stats.rankdata(mean[:, :, 0], axis=0)  # ties share their mean rank
     family = np.array([families[t] for t in table_ids])
     groups = [np.flatnonzero(family == f) for f in np.unique(family)]
     rng = np.random.default_rng(seed)
@@ -597,7 +607,7 @@ def to_markdown(rows, title: str, reference: str) -> str:
 
 
 def plot(rows, histories, predicted, path: Path, reference: str) -> None:
-    """Left: outer loss while λ and then g are learned. Middle: differences with intervals. Right: what g predicts."""
+    """Left: outer loss while λ and then g are learned. Middle: differences with intervals. Right: predictions of g."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -635,7 +645,7 @@ def plot(rows, histories, predicted, path: Path, reference: str) -> None:
 
 
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
-    """The arguments, the preset's name, and the configuration."""
+    """Returns the arguments, the preset's name, and the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="a few tables and steps")
@@ -670,7 +680,7 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
 
 
 def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Unit]:
-    """Every table under every seed; those that cannot be split are named and left out."""
+    """Returns every table under every seed. Logs and skips tables that cannot be split."""
     units = []
     for t, table in enumerate(tables):
         for s in range(config.num_seeds):
@@ -690,7 +700,7 @@ def outer_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def make_learners(estimator: base.Estimator, predictor: base.Predictor, config: Config):
-    """The learner of one λ for all tables, and that of g."""
+    """Returns the learner of one λ for all tables, and the learner of g."""
     first = training.learner(
         hypergrad.over_tasks(estimator, max_norm=config.max_norm),
         outer_optimizer(config.global_rate, config.global_steps),
@@ -707,7 +717,10 @@ def make_learners(estimator: base.Estimator, predictor: base.Predictor, config: 
 
 
 def meta_train(learners, predictor, space, sample_tasks, key, config: Config, checkpoints: Path | None):
-    """One λ for all tasks, then the members of g on top of it: (λ, φ, the two histories of validation losses)."""
+    """Learns one λ for all tasks, then the members of g, starting there.
+
+    Returns (λ, φ, the two histories of validation losses).
+    """
 
     def fit(which, name, key, hyperparams, num_steps, space=None):
         result = training.fit(
@@ -736,7 +749,7 @@ def meta_train(learners, predictor, space, sample_tasks, key, config: Config, ch
 
 
 def fine_tune(estimator: base.Estimator, space, num_steps: int, key, starts, buckets: list[Bucket], config: Config):
-    """λ of every unit after `num_steps` hypergradient steps, and the seconds for all, without compilation."""
+    """Returns λ of every unit after `num_steps` hypergradient steps, and the seconds for all, without compilation."""
     optimizer = outer_optimizer(config.fine_tune_rate, num_steps + 1)
     tune = methods.fine_tune(estimator, num_steps=num_steps, optimizer=optimizer, space=space)
     batch = jax.jit(
@@ -792,7 +805,7 @@ def main(argv=None) -> list[dict]:
     clock["metafeatures"] = (time.perf_counter() - start) / len(units)
     say(f"{len(tables)} tables of {len(set(families))} families, {config.num_seeds} seed(s); meta-features")
 
-    # 2. One λ for all tables; then g on top of it. The learners are shared by the folds: one compilation.
+    # 2. One λ for all tables, then g, starting there. The folds share the learners, which compile only once.
     space = make_space()
     problem, scores_fn = make_problem(config)
     estimator = hypergrad.unrolled(spaces.constrain(problem, space), num_steps=config.num_steps, remat="step")
@@ -806,7 +819,7 @@ def main(argv=None) -> list[dict]:
     one_for_all, by_ensemble, by_member, histories = {}, {}, {}, {}  # λ by fold
     for fold in config.folds:
         train_units = np.flatnonzero(unit_fold != fold)
-        # Scaling is fitted on the training tables of the fold alone.
+        # Scaling is fitted only on the training tables of the fold.
         scaling = tasks.fit_scaling([described[u] for u in train_units], FEATURES)
         features = np.stack([np.asarray(tasks.apply_scaling(scaling, d), np.float32) for d in described])
         buckets = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in all_buckets]
@@ -870,7 +883,7 @@ def main(argv=None) -> list[dict]:
     alone = trials(next(keys), by_fold(by_member, True))[:, 1].mean() if config.num_predictors > 1 else None
     say("predicted λ for held-out tables and trained with it")
 
-    # 4. Fine-tuning. What a hypergradient costs, in the operations of plain training with its validation:
+    # 4. Fine-tuning. `ratio` is the cost of a hypergradient, in operations of plain training with its validation.
     one = jax.tree.map(lambda x: x[0], held_out[0].task)
     plain = hypergrad.flops(lambda hyperparams: train_and_validate(problem, config, hyperparams, one), default)
     with_gradient = hypergrad.flops(
@@ -888,7 +901,7 @@ def main(argv=None) -> list[dict]:
         costs[label] = (steps * ratio + 2, seconds)
         say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
 
-    # What one would have done instead.
+    # The alternatives.
     source = None
     if args.baselines:
         earlier = json.loads(Path(args.baselines).read_text())
@@ -931,7 +944,7 @@ def main(argv=None) -> list[dict]:
 
 
 def merge(parts: list[dict]) -> dict:
-    """One set of results from runs over different folds: `--folds 0 1` here, `--folds 2 3 4` there, then `--merge`."""
+    """Merges results of runs over different folds: `--folds 0 1` here, `--folds 2 3 4` there, then `--merge`."""
     if len(parts) == 1:
         return parts[0]
     for field in ("preset", "num_seeds", "training_run", "reference"):
@@ -964,7 +977,7 @@ def merge(parts: list[dict]) -> dict:
 
 
 def without_made_tables(scores, details, unit_table, families) -> str:
-    """The same results where tables that are simulated or follow a rule are left out, in one paragraph."""
+    """Returns a paragraph with the results without the tables that are simulated or follow a rule."""
     made = np.isin(families, list(tasks.SYNTHETIC_FAMILIES))
     if not made.any() or made.all():
         return ""
@@ -980,7 +993,7 @@ def without_made_tables(scores, details, unit_table, families) -> str:
 
 
 def finish(parts: list[dict], out: Path) -> list[dict]:
-    """Writes and prints the table and the picture."""
+    """Writes and prints the table, and writes the picture."""
     details = merge(parts)
     names, unit_table = np.unique(details["tables"], return_inverse=True)
     families = [details["families"][details["tables"].index(n)] for n in names]

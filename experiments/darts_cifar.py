@@ -1,25 +1,27 @@
-"""DARTS on CIFAR-10: cells are searched for, drawn, trained from scratch, and set beside random ones.
+"""DARTS on CIFAR-10: cells are searched, drawn, trained from scratch, and compared with random ones.
 
-A search trains a supernet on one half of the training images and α on the other. The cells that it finds, and cells
-drawn at random from the same space, are then trained alone on all of them by the standard recipe. Three accuracies are
-told of every architecture, on the test images, which nothing is chosen by: of the supernet with mixed ops, of the one
-architecture with the supernet's weights, and trained alone; and how far ranks by the supernet are those of training.
+A search trains a supernet on one half of the training images and α on the other. Then the resulting cells, and cells
+drawn at random from the same space, are trained separately on all training images by the standard recipe. Every
+architecture has three accuracies: of the supernet with mixed ops, of the architecture with the supernet's weights, and
+after separate training. They are on test images, and no choice depends on them. The report also states how well the
+supernet's ranks agree with those of training.
 
     python experiments/darts_cifar.py              # 16 × 16, 4 channels, 3 cells: for processor cores
     python experiments/darts_cifar.py --full       # the published sizes (8 cells of 16 channels, 50 epochs; 20 cells
                                                    # of 36, 600 epochs): for a GPU or TPU; with `--data` or `--tfds`
     python experiments/darts_cifar.py --smoke      # prints only
 
-Every search and every training is kept in the folder that `--work` names, and goes on from there when it was stopped;
-what was made of other images or sizes is refused.
-Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a fifth of CIFAR-10, which is not enough for
-`--full`; `--data FILE` takes an .npz of x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), `--tfds`
-TensorFlow Datasets. Results go to experiments/results/darts_cifar.md and .png.
+Every search and every training is saved in the folder that `--work` names. If it was stopped, it continues from there.
+Saved results of other images or sizes are rejected.
 
-Differences from the published experiment: normalization has no scale and shift (see `methods.retraining`); the small
-scale takes a hundredth of the steps, so it moves α at a rate of 0.02 instead of 3e-4, drops few edges and has no
-auxiliary head, and its α are of first order unless `--order` says otherwise. Accuracies are of networks that normalize
-by statistics of training images. (The committed results are from a version that normalized by batches of test images.)
+Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a fifth of CIFAR-10, which is not enough for
+`--full`. `--data FILE` takes an .npz of x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), and `--tfds`
+uses TensorFlow Datasets. Results go to experiments/results/darts_cifar.md and .png.
+
+Differences from the published experiment: normalization has no scale and shift (see `methods.retraining`). The small
+scale takes a hundredth of the steps. So it moves α at a rate of 0.02 instead of 3e-4, drops few edges and has no
+auxiliary head. Its α are of first order, unless `--order` says otherwise. Networks are normalized by statistics of
+training images. (The committed results are from a version that normalized by batches of test images.)
 """
 
 import functools
@@ -39,16 +41,16 @@ from metaopt import base, inner, methods, nas, tasks, training
 
 
 class Scale(NamedTuple):
-    size: int  # pixels a side
-    # Of the search.
+    size: int  # pixels per side
+    # The search.
     channels: int
     cells: int
     batch: int
     steps: int
-    rate: float  # of the weights at the start, a cosine to `last_rate`
+    rate: float  # initial rate of the weights, with a cosine decay to `last_rate`
     last_rate: float
     alpha_rate: float
-    # Of what is trained alone.
+    # Separate training.
     channels_alone: int
     cells_alone: int
     batch_alone: int
@@ -61,7 +63,7 @@ class Scale(NamedTuple):
     every: int  # steps between checkpoints
     random: int = 4  # cells drawn at random
     order: str = "first"
-    judged: int = 1_000  # test images on which supernets are judged, which run all ops
+    judged: int = 1_000  # test images for the accuracy of supernets, which run all ops
     nodes: int = 4
     primitives: tuple[str, ...] = nas.DARTS_PRIMITIVES
 
@@ -79,7 +81,7 @@ SMOKE = SMOKE._replace(steps_alone=2, cutout=2, random=1, every=1, nodes=1, prim
 
 
 def load(options, scale: Scale) -> dict[str, dict[str, np.ndarray]]:
-    """The parts "train" and "test" as {"x", "y"}, standardized by the channels of "train"."""
+    """Returns the parts "train" and "test" as {"x", "y"}, standardized by the channels of "train"."""
     if options.full and not (options.data or options.tfds):
         sys.exit("--full needs whole CIFAR-10, by --data FILE or --tfds: cifar10_sub32.npz is a fifth of it.")
     if options.tfds:
@@ -105,16 +107,16 @@ def load(options, scale: Scale) -> dict[str, dict[str, np.ndarray]]:
 
 
 def identity(parts: dict, scale: Scale) -> dict:
-    """What a search or a training depends on beside its seed and its cell."""
+    """Returns everything, besides seed and cell, that a search or a training depends on."""
     sums = {f"{part} {k}": zlib.crc32(np.ascontiguousarray(v)) for part, rows in parts.items() for k, v in rows.items()}
     sizes = scale._asdict()
-    for name in ("random", "judged", "every"):  # what neither depends on
+    for name in ("random", "judged", "every"):  # neither depends on these
         sizes.pop(name)
     return {"images": sums, "scale": json.loads(json.dumps(sizes))}
 
 
 def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tuple[nas.Genotype, dict]:
-    """The genotype of one search, and what its supernet has learned: (params, mixing weights)."""
+    """Returns the genotype of one search, its supernet, the supernet's params and the mixing weights."""
     network = space(scale, scale.channels, scale.cells)
     halves = np.array_split(np.random.default_rng(seed).permutation(len(data["y"])), 2)
     train, valid = ({k: v[rows] for k, v in data.items()} for rows in halves)
@@ -161,7 +163,7 @@ def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tupl
 def train_alone(
     genotype: nas.Genotype, name: str, seed: int, parts: dict, scale: Scale, settings: dict, options
 ) -> float:
-    """Test accuracy after training from scratch; kept in a file of its own."""
+    """Returns the test accuracy after training from scratch. It is saved in a separate file."""
     file = options.work / f"{name}_{seed}.json"
     settings = {**settings, "genotype": json.loads(nas.genotype_to_json(genotype))}
     judged = {**settings, "normalization": "statistics of training images"}
@@ -203,7 +205,7 @@ def train_alone(
 
 
 def num_params(genotype: nas.Genotype, scale: Scale) -> int:
-    """Of the network that is trained alone, without its auxiliary head."""
+    """Returns the number of parameters of the separately trained network, without its auxiliary head."""
     network = nas.discrete(space(scale, scale.channels_alone, scale.cells_alone), genotype)
     net = nas.supernet(network, (scale.size, scale.size, 3), ops=nas.DARTS_OPS)
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
@@ -270,11 +272,11 @@ def main() -> None:
     asked = {name: getattr(options, name) for name in ("order", "steps", "steps_alone", "random")}
     scale = scale._replace(**{name: value for name, value in asked.items() if value is not None})
     seeds = 1 if options.smoke else options.seeds
-    # Runs of other sizes are other runs.
+    # Runs of other sizes go to other folders.
     options.work /= f"{scale.size}_{scale.order}_{scale.steps}_{scale.steps_alone}"
     if not options.smoke:
         options.work.mkdir(parents=True, exist_ok=True)
-        # A training that goes on does not compile again.
+        # A training that continues does not compile again.
         jax.config.update("jax_compilation_cache_dir", str((options.work / "compiled").absolute()))
     parts = load(options, scale)
     settings = identity(parts, scale)

@@ -1,20 +1,20 @@
 """Data hyper-cleaning: one weight for every training row, learned from clean validation rows.
 
-Half of 5,000 training rows of MNIST have a wrong label. λ are their 5,000 weights in (0, 1); the inner problem is
-softmax regression on the weighted rows, the outer loss its cross-entropy on 5,000 clean validation rows:
+Half of 5,000 training rows of MNIST have a wrong label. λ are their 5,000 weights in (0, 1). The inner problem is
+softmax regression on the weighted rows, and the outer loss is its cross-entropy on 5,000 clean validation rows:
 
     min_λ f(θ*(λ)),    θ*(λ) = argmin_θ Σ_i λ_i ℓ_i(θ) / Σ_i λ_i + penalty ‖θ‖²/2.
 
-The setting of Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785. As there, what is judged in
-the end is a model trained on the rows that were kept (λ_i > ½) together with the validation rows, against an oracle
-that knows which rows are corrupted, and a baseline that keeps all. Four rules do the same work: `unrolled` (mixed mode,
-through the whole training), `implicit` (warm-started conjugate gradients), and two without second derivatives, `f2sa`
-and `darts_fd`. Nothing is chosen by the test rows (which were seen while this was written); numbers of outer steps were
-chosen by other rows, which are in no result.
+The setting is from Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785. As there, the final score is of a
+model trained on the kept rows (λ_i > ½) together with the validation rows. It is compared with an oracle that knows the
+corrupted rows, and a baseline that keeps all rows. The script compares four rules: `unrolled` (mixed mode, through the
+whole training), `implicit` (warm-started conjugate gradients), and two without second derivatives, `f2sa` and
+`darts_fd`. No choice depends on the test rows (which were seen during development). The numbers of outer steps were
+chosen on other rows, which are in no result.
 
-To see in the committed results: the rules agree, 93 % of the corrupted rows are found, and 2.2 of the 2.7 points that
-corruption costs are won back, as in the paper. But so much is also won by the validation rows alone: beside as many
-clean rows, what is left of the noisy ones adds little to softmax regression, even to the oracle.
+Main observations in the committed results: the rules agree, and 93 % of the corrupted rows are found. They win back 2.2
+of the 2.7 points that corruption costs, as in the paper. But the validation rows win as much by themselves. Next to as
+many clean rows, the rest of the noisy rows adds little to softmax regression, even for the oracle.
 
     python experiments/data_cleaning.py             minutes; writes experiments/results/data_cleaning.md and .png
     python experiments/data_cleaning.py --smoke     seconds; prints only
@@ -34,21 +34,21 @@ import script
 
 from metaopt import base, hypergrad, inner, spaces, training
 
-# Test accuracy in % and F1, as published; the paper's test rows are 10,000 of the same 20,000 that it drew.
+# Published test accuracies in %. The paper's test rows are 10,000 of the same 20,000 that it drew.
 PAPER = {"oracle": "90.46", "baseline": "87.74", "unrolled": "90.07 (DH-1000)"}
 PENALTY = 1e-3
 
 
 def load(seed: int, num_rows: int) -> tuple[base.Task, np.ndarray, dict]:
-    """The task, which of its training rows are corrupted, and the test rows."""
+    """Returns the task, a mask of its corrupted training rows, and the test rows."""
     path = script.data_file(__file__, "mnist.npz")
     data = np.load(path, allow_pickle=False)
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(data["y_train"]))[: 2 * num_rows]
     x, y = _flat(data["x_train"][rows]), data["y_train"][rows].astype(np.int32)
-    mean = x.mean(0)  # without it the mean image dictates the step size
+    mean = x.mean(0)  # otherwise, the mean image limits the step size
     corrupted = rng.permutation(num_rows) < num_rows // 2
-    wrong = (y[:num_rows] + rng.integers(1, 10, num_rows)) % 10  # each wrong class alike
+    wrong = (y[:num_rows] + rng.integers(1, 10, num_rows)) % 10  # all wrong classes are equally likely
     noisy = np.where(corrupted, wrong, y[:num_rows]).astype(np.int32)
     test = {"x": _flat(data["x_test"]) - mean, "y": data["y_test"].astype(np.int32)}
     x -= mean
@@ -68,7 +68,7 @@ def per_example_loss(params, batch):
 
 
 def make_problem() -> base.Problem:
-    """Softmax regression from zero, by gradient steps with momentum on all rows."""
+    """Returns softmax regression from zero, by gradient steps with momentum on all rows."""
     weighted = inner.weighted(per_example_loss, lambda hp, batch: hp["weight"], normalize="weights")
 
     def loss(params, hp, batch):
@@ -82,7 +82,10 @@ def make_problem() -> base.Problem:
 
 
 def make_rules(problem: base.Problem, smoke: bool) -> dict[str, tuple[base.Estimator, int]]:
-    """name -> the rule, and its outer steps: more of them fit the validation rows better and find fewer of the rows."""
+    """Returns name -> (the rule, its outer steps).
+
+    With more outer steps, a rule fits the validation rows better and finds fewer of the corrupted rows.
+    """
     full, some, few, many = (6, 2, 3, 3) if smoke else (50, 5, 20, 40)
     cg = hypergrad.cg(num_steps=some)
     f2sa = hypergrad.f2sa(problem, num_steps=some, multiplier=lambda count: 10.0 + count)
@@ -95,7 +98,7 @@ def make_rules(problem: base.Problem, smoke: bool) -> dict[str, tuple[base.Estim
 
 
 def judge(weight: np.ndarray, corrupted: np.ndarray, train, task: base.Task, test: dict) -> dict:
-    """What learned weights are worth: they tell corrupted rows apart, and train a better model."""
+    """Scores learned weights: how well they separate corrupted rows, and how good a model they train."""
     from sklearn.metrics import f1_score, roc_auc_score
 
     keep, ones = weight > 0.5, np.ones(len(task.valid["y"]))
@@ -113,13 +116,13 @@ def both(task: base.Task) -> dict:
 
 
 def accuracy(train, weight: np.ndarray, data: dict, test: dict) -> float:
-    """Of a model trained on weighted rows, on the test rows, in %."""
+    """Returns the accuracy on test rows of a model trained on weighted rows, in %."""
     params = train({"weight": jnp.asarray(weight, jnp.float32)}, data)
     return 100 * float((np.asarray(logits(params, test)).argmax(1) == test["y"]).mean())
 
 
 def run(options: argparse.Namespace) -> tuple[dict, dict]:
-    """name -> the scores of every seed; name -> what is plotted of the first seed."""
+    """Returns name -> the scores of every seed; and name -> the plotted values of the first seed."""
     num_rows, final_steps = options.num_rows, 20 if options.smoke else 100
     space = {"weight": spaces.unit_interval(shape=(num_rows,))}
     plain = make_problem()
@@ -161,7 +164,7 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def report(scores: dict, options: argparse.Namespace) -> str:
-    """The table in Markdown."""
+    """Returns the table in Markdown."""
     header = ["model trained on", "test accuracy %", "weighted", "alone", "F1", "AUC"]
     header += ["CPU s a step", "CPU s in all", "paper"]
     rows = []
@@ -198,7 +201,7 @@ def report(scores: dict, options: argparse.Namespace) -> str:
 
 
 def plot(histories: dict, path: Path) -> None:
-    """The outer loss over outer steps, and the weights of clean and of corrupted rows, for the first seed."""
+    """Plots the outer loss over outer steps, and the weights of clean and of corrupted rows, for the first seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,17 +1,17 @@
 """Data distillation: ten synthetic images, one for each digit, that train a network in a few steps.
 
-λ is the images themselves and the rate of each of T steps of gradient descent on them; F(λ) is the loss on real images
-of the network so trained, and `hypergrad.unrolled` differentiates it. Wang et al., 2018
-(https://arxiv.org/abs/1811.10959); learned training data by gradients through training: Maclaurin, Duvenaud & Adams,
-ICML 2015 (https://arxiv.org/abs/1502.03492).
+λ is the images themselves, and the rate of each of T steps of gradient descent on them. F(λ) is the loss of the trained
+network on real images. `hypergrad.unrolled` differentiates it. The method is from Wang et al., 2018
+(https://arxiv.org/abs/1811.10959). Learning training data by gradients through training is from Maclaurin, Duvenaud &
+Adams, ICML 2015 (https://arxiv.org/abs/1502.03492).
 
-* fixed initialization: the images are learned for one network, whose first weights are known;
-* random initialization: for networks drawn anew at every outer step (`hypergrad.over_seeds`), and judged on networks
-  that took no part;
-* alternatives, trained the same way at the best constant rate of a grid: one real image of each digit, and the mean
-  image of each digit; and all real images, trained as usual, for what the network can do.
+* Fixed initialization: the images are learned for one network, whose first weights are known.
+* Random initialization: the images are learned for new networks at every outer step (`hypergrad.over_seeds`), and
+scored on networks that were not used for learning.
+* Alternatives, trained the same way at the best constant rate of a grid: one real image of each digit, and the mean
+image of each digit. Also all real images, trained as usual, which shows the capability of the network.
 
-Iterates and rates are chosen on validation rows; the test rows are read once.
+Iterates and rates are chosen on validation rows. The test rows are read once.
 
     python experiments/distillation.py            # minutes; writes experiments/results/distillation.md and .png
     python experiments/distillation.py --smoke    # seconds; prints only
@@ -38,7 +38,7 @@ PUBLISHED = (
 
 
 def load(num_valid: int, num_test: int):
-    """Training, validation and test rows of MNIST, standardized as a whole."""
+    """Returns training, validation and test rows of MNIST, all standardized by the same constants."""
     path = script.data_file(__file__, "mnist.npz")
     with np.load(path, allow_pickle=False) as data:
         arrays = {name: data[name] for name in data.files}
@@ -73,7 +73,7 @@ def initialize(key, hidden: int):
 
 
 def make_problem(config, fixed: bool) -> base.Problem:
-    """λ = {"images": [10, 784], "rates": [T]}; a task is the labels, the first weights' key, and real rows."""
+    """λ = {"images": [10, 784], "rates": [T]}. A task holds the labels, the first weights' key, and real rows."""
 
     def init(key, hyperparams, data):
         return initialize(data["key"] if fixed else key, config.hidden)
@@ -83,7 +83,7 @@ def make_problem(config, fixed: bool) -> base.Problem:
 
     loop = inner.loop(loss, lambda hp: optax.sgd(hp["rates"]), init=init)
     problem = inner.problem(loop, lambda params, hyperparams, rows: mean_loss(params, rows))
-    windows = {"images": 0, "rates": config.num_steps}  # a rate for each step
+    windows = {"images": 0, "rates": config.num_steps}  # one rate per step
     return inner.piecewise(problem, windows, num_steps=config.num_steps)
 
 
@@ -95,7 +95,7 @@ def space(config):
 
 
 def make_judge(config, fixed: bool):
-    """`(λ, keys, first weights' key, rows) -> [n]`: the accuracy in % of a network trained with λ, for each key."""
+    """Returns `(λ, keys, first weights' key, rows) -> [n]`: the accuracy in % of a network trained with λ, per key."""
     train = inner.run(make_problem(config, fixed).loop, config.num_steps)
 
     @jax.jit
@@ -107,14 +107,14 @@ def make_judge(config, fixed: bool):
 
 
 def distill(config, seed: int, fixed: bool, learner, judge, real, valid):
-    """The best λ by validation accuracy, and that accuracy."""
+    """Returns the best λ by validation accuracy, and that accuracy."""
     start_key, image_key, fit_key, valid_key = jax.random.split(jax.random.key(seed), 4)
     data = {"y": jnp.arange(10), "key": start_key}
     sample = jax.jit(lambda key: inner.minibatch(config.outer_batch, replace=True)(key, 0, real))
     keys = jax.random.split(valid_key, 1 if fixed else config.num_networks)
     result = training.fit(
         learner,
-        lambda key: base.Task(data, sample(key)),  # other real rows at every outer step
+        lambda key: base.Task(data, sample(key)),  # different real rows at every outer step
         hyperparams={**spaces.default(space(config)), "images": jax.random.normal(image_key, (10, PIXELS))},
         space=space(config),
         num_steps=config.outer_steps,
@@ -126,7 +126,7 @@ def distill(config, seed: int, fixed: bool, learner, judge, real, valid):
 
 
 def real_images(rows, seed: int) -> dict:
-    """One real image of each digit, and the mean of each digit."""
+    """Returns one real image of each digit, and the mean of each digit."""
     x, y = np.asarray(rows["x"]), np.asarray(rows["y"])
     rng = np.random.default_rng(seed)
     return {
@@ -136,7 +136,7 @@ def real_images(rows, seed: int) -> dict:
 
 
 def train_on_everything(config):
-    """`(key, real rows) -> params`: Adam on minibatches of all real rows."""
+    """Returns `(key, real rows) -> params`: Adam on minibatches of all real rows."""
     loop = inner.loop(
         lambda params, hyperparams, rows: mean_loss(params, rows),
         lambda hyperparams: optax.adam(2e-3),
@@ -148,7 +148,7 @@ def train_on_everything(config):
 
 
 def run_seed(seed: int, config, programs, data, say):
-    """{name: test accuracies [n]}, and images by name."""
+    """Returns {name: test accuracies [n]}, and images by name."""
     learners, judges, everything = programs
     real, valid, test = data
     start_key = jax.random.split(jax.random.key(seed), 4)[0]

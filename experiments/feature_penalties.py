@@ -1,23 +1,26 @@
 """Thousands of penalties at once: one for every word of a logistic regression on real text.
 
-λ has one L2 penalty for each feature, in logarithmic coordinates; the inner problem is logistic regression on TF-IDF
-features of text messages (spam or not), the outer loss its log loss on validation messages:
+λ has one L2 penalty for each feature, in logarithmic coordinates. The inner problem is logistic regression on TF-IDF
+features of text messages (spam or not), and the outer loss is its log loss on validation messages:
 
-    min_λ f(θ*(λ)),    θ*(λ) = argmin_θ g(θ) + ½ Σ_j λ_j w_j².
+    min_λ f(θ*(λ)),    θ*(λ) = argmin_θ ℓ(θ) + ½ Σ_j λ_j w_j².
 
-The task of hypertorch (Grazzi et al., ICML 2020, https://arxiv.org/abs/2006.16218), which takes 20 newsgroups. That has
-to be downloaded; the text here is the SMS Spam Collection, so accuracies cannot be put beside the paper's, while rules
-can be compared as there: `implicit` with K conjugate gradients, with conjugate gradients on the normal equations, with
-K steps of the fixed point (`condition="step"`), and `unrolled`. hypertorch's published settings are T = 5 warm-started
-heavy-ball steps and K = 10; here T = 50, since with T = 10 θ lags so far behind λ that penalties which look good along
-the way are bad once training converges. Against them stands what most people do, one penalty for all words by a grid,
-and the same single penalty by hypergradient. Messages that occur twice are dropped before the split, features are
-fitted on training messages, and penalties are chosen by validation messages. (While
-this script was written its test figures were seen more than once; its settings were changed by validation loss.)
+The task is from hypertorch (Grazzi et al., ICML 2020, https://arxiv.org/abs/2006.16218), which uses 20 newsgroups. That
+data set would have to be downloaded. Here, the text is the SMS Spam Collection, so accuracies cannot be compared with
+the paper's. But rules can be compared as in the paper. They are `unrolled`, and `implicit` with K conjugate gradients,
+with conjugate gradients on the normal equations, or with K steps of the fixed point (`condition="step"`).
 
-To see in the committed results: conjugate gradients, which the paper ranks first, reach the least validation loss, and
-all rules beat a single penalty on test messages (a log loss of .021 to .025 against .033), by less than the validation
-loss promises, since 5,000 λ overfit 1,551 messages. Trained again on both parts, the single penalty nearly catches up.
+hypertorch's published settings are T = 5 warm-started heavy-ball steps and K = 10. Here T = 50, since with T = 10, θ
+lags so far behind λ that some penalties look good during the search but are bad once training converges. The baselines
+are the usual choice, one penalty for all words by a grid, and the same single penalty by hypergradient. Messages that
+occur twice are dropped before the split. Features are fitted on training messages, and penalties are chosen by
+validation messages. (During development, the test figures were seen more than once. Settings were changed by validation
+loss.)
+
+Main observations in the committed results: conjugate gradients, which the paper ranks first, reach the smallest
+validation loss. All rules beat a single penalty on test messages (a log loss of .021 to .025 against .033). The gain is
+smaller than for the validation loss, since 5,000 λ overfit 1,551 messages. Trained again on both parts, the single
+penalty is nearly as good.
 
     python experiments/feature_penalties.py             minutes; writes experiments/results/feature_penalties.md
     python experiments/feature_penalties.py --smoke     seconds; prints only
@@ -37,11 +40,15 @@ import script
 
 from metaopt import base, hypergrad, inner, spaces, training
 
-LOW, HIGH = 1e-6, 1e-1  # of a penalty: below, 4,000 steps make no difference; the largest curvature of g is about .3
+# Range of a penalty. Smaller penalties make no difference in 4,000 steps. The largest curvature of ℓ is about .3.
+LOW, HIGH = 1e-6, 1e-1
 
 
 def load(seed: int, num_features: int, num_messages: int | None) -> dict[str, dict]:
-    """The messages of "train" (40 %), "valid" and "test" as lists of nonzero entries, and "both" train and valid."""
+    """Returns the messages of "train" (40 %), "valid" and "test", and "both" train and valid.
+
+    They are lists of nonzero entries.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     path = script.data_file(__file__, "sms_spam.tsv.gz")
@@ -57,7 +64,7 @@ def load(seed: int, num_features: int, num_messages: int | None) -> dict[str, di
 
 
 def _entries(vectorizer, texts: list[str], labels: list[str]) -> dict:
-    """A sparse matrix as its nonzero entries, by rows: a product with it takes one operation for each of them."""
+    """Returns a sparse matrix as its nonzero entries, by rows. A product with it takes one operation per entry."""
     x = vectorizer.transform(texts).tocoo()
     order = np.argsort(x.row, kind="stable")
     entries = {"row": x.row[order].astype(np.int32), "column": x.col[order].astype(np.int32)}
@@ -75,7 +82,10 @@ def log_loss(params, batch):
 
 
 def make_problem(num_features: int) -> base.Problem:
-    """Logistic regression from zero, by steps with momentum on all rows; λ is one penalty, or one for each feature."""
+    """Returns logistic regression from zero, by steps with momentum on all rows.
+
+    λ is one penalty, or one for each feature.
+    """
 
     def loss(params, hp, batch):
         return log_loss(params, batch) + jnp.sum(hp["penalty"] * params["w"] ** 2) / 2
@@ -88,7 +98,7 @@ def make_problem(num_features: int) -> base.Problem:
 
 
 def make_rules(problem: base.Problem, smoke: bool) -> dict[str, base.Estimator]:
-    """The rules, with hypertorch's K."""
+    """Returns the rules, with hypertorch's K."""
     steps, k, full = (2, 2, 4) if smoke else (50, 10, 300)
     implicit = hypergrad.implicit
     return {
@@ -102,7 +112,10 @@ def make_rules(problem: base.Problem, smoke: bool) -> dict[str, base.Estimator]:
 
 
 def judge(train, hyperparams: dict, data: dict) -> dict:
-    """Validation loss, and test scores of models trained on the training rows, and on those and the validation rows."""
+    """Returns validation loss, and test scores of two models.
+
+    One is trained on the training rows, the other on training and validation rows.
+    """
     from sklearn.metrics import roc_auc_score
 
     scores = {}
@@ -116,7 +129,7 @@ def judge(train, hyperparams: dict, data: dict) -> dict:
 
 
 def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
-    """name -> the scores of every seed; CPU seconds of a plain training run."""
+    """Returns name -> the scores of every seed; and CPU seconds of a plain training run."""
     num_features, num_steps, final_steps = (50, 3, 20) if options.smoke else (5_000, 80, 4_000)
     shapes = {"per word": (num_features,), "one": ()}
     space = {name: {"penalty": spaces.interval(LOW, HIGH, log=True, shape=s)} for name, s in shapes.items()}
@@ -139,7 +152,7 @@ def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
         task = jax.tree.map(jnp.asarray, base.Task(data["train"], data["valid"]))
         grid = [{"penalty": jnp.asarray(p, jnp.float32)} for p in np.geomspace(LOW, HIGH, 3 if options.smoke else 17)]
         valid_loss = jax.jit(lambda hp, task: log_loss(train(hp, task.train), task.valid))
-        valid_loss(grid[0], task).block_until_ready()  # compiled, so that seconds are those of running
+        valid_loss(grid[0], task).block_until_ready()  # compiles, so that seconds only count the run
         seconds = time.process_time()
         losses = [float(valid_loss(hp, task)) for hp in grid]
         seconds = time.process_time() - seconds
@@ -162,7 +175,7 @@ def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
 
 
 def report(scores: dict, plain_seconds: list[float], options: argparse.Namespace) -> str:
-    """The tables in Markdown."""
+    """Returns the tables in Markdown."""
     plain = float(np.median(plain_seconds))
     quality = [
         ["penalties", "valid log loss", "test log loss", "test error %", "test AUC", "both: loss", "error %", "AUC"]

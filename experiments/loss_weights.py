@@ -1,14 +1,14 @@
 """Loss weights of a multi-task network, learned by gradient, against equal weights and a grid.
 
-A network hears spoken digits (spectrograms of 14 × 14) and has few labels to learn from. It shares its hidden layer
-with four auxiliary tasks on the same rows: who speaks, whether the digit is odd, the spectrogram itself, and a control
-that cannot help, a class drawn at random for each row. The inner loss is
+A network classifies spoken digits (spectrograms of 14 × 14), and has few labels to learn from. It shares its hidden
+layer with four auxiliary tasks on the same rows. The first three are the speaker, whether the digit is odd, and the
+spectrogram itself. The fourth is a control that cannot help: a random class for each row. The inner loss is
 
-    g = digit loss + Σ_i w_i (auxiliary loss i),    λ = (the learning rate, w_1, ..., w_4),
+    ℓ = digit loss + Σ_i w_i (auxiliary loss i),    λ = (the learning rate, w_1, ..., w_4),
 
-and F(λ) is the digit loss alone on validation rows after training, differentiated by `hypergrad.unrolled`. Against it:
-no auxiliary task, all weights 1, and the best of a grid of one common weight; the learning rate is tuned for each of
-them on the same validation rows. The test rows are read once.
+and F(λ) is only the digit loss on validation rows after training, differentiated by `hypergrad.unrolled`. There are
+three baselines: without auxiliary tasks, with all weights 1, and with the best of a grid of one common weight. The
+learning rate is tuned for each of them on the same validation rows. The test rows are read once.
 
     python experiments/loss_weights.py            # minutes; writes experiments/results/loss_weights.md and .png
     python experiments/loss_weights.py --smoke    # seconds; prints only
@@ -37,7 +37,10 @@ NUM_CLASSES = {"digit": 10, "speaker": 6, "odd": 2, "random classes": 10}
 
 
 def load(seed: int, config):
-    """A task of spoken digits with the targets of all auxiliary tasks, and the test rows; all speakers in each."""
+    """Returns a task of spoken digits with the targets of all auxiliary tasks, and the test rows.
+
+    Each part contains all speakers.
+    """
     path = script.data_file(__file__, "spoken_digits.npz")
     with np.load(path, allow_pickle=False) as data:
         images, digit, speaker = data["images"], data["label"], data["group"]
@@ -106,7 +109,7 @@ def make_problem(config) -> base.Problem:
 
 
 def make_judge(config):
-    """`(keys, a batch of λ, task, test) -> [n, 3]`: validation loss, test loss and error of a training for each λ."""
+    """Returns `(keys, a batch of λ, task, test) -> [n, 3]`: validation loss, test loss and error, per λ."""
     train = inner.run(make_problem(config).loop, config.num_steps)
 
     @jax.jit
@@ -133,7 +136,7 @@ def common(rate: float, weight: float) -> dict:
 
 
 def run_seed(seed: int, config, judge, learner, say):
-    """{name: [validation loss, test loss, error]} and {name: λ} of one seed."""
+    """Returns {name: [validation loss, test loss, error]} and {name: λ} of one seed."""
     task, test = load(seed, config)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
     select_keys, test_keys = (jax.random.split(key, config.repeats) for key in (select_key, test_key))
@@ -194,9 +197,9 @@ def main() -> None:
         print(f"[{time.process_time():5.0f} s] {text}", flush=True)
 
     problem = spaces.constrain(make_problem(config), SPACE)
-    # Two trainings an estimate: the hypergradient of one follows its own noise.
+    # Two trainings per estimate: the hypergradient of one would follow its own noise.
     estimator = hypergrad.over_seeds(hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step"), 2)
-    # The norm is 0.06 as a rule, and 40 times that now and then, at rates where training is unstable.
+    # The norm is usually 0.06, and sometimes 40 times that, at rates where training is unstable.
     outer = optax.chain(
         optax.clip_by_global_norm(0.1), optax.adam(optax.cosine_decay_schedule(0.2, config.outer_steps), b2=0.9)
     )

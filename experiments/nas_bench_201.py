@@ -1,27 +1,28 @@
-"""Supernets of NAS-Bench-201 trained on real images, and what they find, looked up in the table.
+"""Trains supernets of NAS-Bench-201 on real images, and looks up the resulting cells in the table.
 
-A supernet of the space is trained on one half of the training images, and α by each searcher on the other half. The
-cell that α says at the end is one of the 15,625 of the benchmark, whose test accuracies after 200 epochs on CIFAR-10,
-CIFAR-100 and ImageNet16-120 are known, so that nothing has to be trained again. Searchers have the same steps,
-batches and rates but for what their papers change; nothing is chosen by a test accuracy, and no searcher sees the
-table but those that are said to.
+A supernet of the space is trained on one half of the training images, and each searcher trains α on the other half. The
+final α gives one of the 15,625 cells of the benchmark. Their test accuracies after 200 epochs on CIFAR-10, CIFAR-100
+and ImageNet16-120 are known, so nothing has to be trained again. Searchers have the same steps, batches and rates,
+except for the changes of their papers. No choice depends on a test accuracy. Only searchers that say so see the table.
 
-RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS, whose
-validation loss's dominant eigenvalue in α is measured at the end of every epoch: one run for three rows. (As searches
-of their own they are `methods.robust_darts` and `methods.darts_plus`, which take the same epoch.)
+RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS. The dominant
+eigenvalue in α of its validation loss is measured at the end of every epoch. So one run gives three rows. (As separate
+searches they are `methods.robust_darts` and `methods.darts_plus`, which choose the same epoch.)
 
-Beside them, by the table's validation accuracies after 12 epochs (the only true validation it has): random search and
-regularized evolution; the best architecture of the other two tasks; the constant cell 9930, which is nearly the best on
-every task; and the best of 100 random cells by training-free scores at initialization, or by their FLOPs.
+Other rows use the table's validation accuracies after 12 epochs (its only true validation): random search, regularized
+evolution, and the best architecture of the other two tasks. The next row is the constant cell 9930, which is nearly the
+best on every task. The last rows are the best of 100 random cells by training-free scores at initialization, or by
+their FLOPs.
 
     python experiments/nas_bench_201.py            forty minutes on a core: 16x16 images, C = 8, N = 1, 300 steps
     python experiments/nas_bench_201.py --full     the benchmark's scale: 32x32, C = 16, N = 5, batch 64, 19,500 steps
     python experiments/nas_bench_201.py --smoke    seconds; prints only
-    python experiments/nas_bench_201.py --report   the report of what was run so far, and no more
+    python experiments/nas_bench_201.py --report   only the report of the finished runs
 
-Every finished (searcher, seed) is kept in results/nas_bench_201.json and is not run again; one that is killed goes on
-from its checkpoint. Images and tables are read from the folder that METAOPT_DATA names: 10,000 training images of
-CIFAR-10, two fifths of what the benchmark's authors search with, so 50 of their epochs are 125 of ours.
+Every finished (searcher, seed) is saved in results/nas_bench_201.json and does not run again. A search that is killed
+continues from its checkpoint. Images and tables are read from the folder that METAOPT_DATA names. It has 10,000
+training images of CIFAR-10, two fifths of those in the searches of the benchmark's authors. So 50 of their epochs are
+125 of ours.
 """
 
 import functools
@@ -46,12 +47,12 @@ from metaopt import base, hypergrad, inner, methods, nas, spaces, tasks, trainin
 class Config(NamedTuple):
     size: int  # of images
     channels: int
-    cells: int  # N, a stage
+    cells: int  # N, per stage
     batch: int
     num_steps: int
-    num_epochs: int  # at whose ends cells are looked at
+    num_epochs: int  # cells are recorded at their ends
     num_scored: int  # cells whose training-free scores are compared
-    one_shot_cells: int  # random ones that single-path one-shot chooses from
+    one_shot_cells: int  # random cells from which single-path one-shot chooses
 
     @property
     def every(self) -> int:
@@ -62,15 +63,15 @@ QUICK = Config(16, 8, 1, 16, 300, 15, 100, 100)
 FULL = Config(32, 16, 5, 64, 19_500, 50, 1_000, 1_000)
 SMOKE = Config(4, 2, 1, 4, 6, 2, 3, 3)
 SKIP = nas.NAS_BENCH_201_PRIMITIVES.index("skip_connect")
-SCREENED = 100  # cells that training-free scores choose from
-LATE = {"start": 10, "window": 5, "delta": 4}  # RobustDARTS's
+SCREENED = 100  # cells from which training-free scores choose
+LATE = {"start": 10, "window": 5, "delta": 4}  # settings of RobustDARTS
 
 
 # ---- Images ---------------------------------------------------------------------------------------------------------
 
 
 def images(path: Path, config: Config) -> tuple[base.Task, dict]:
-    """The two halves of the training images, and validation images for what is chosen after training."""
+    """Returns the two halves of the training images, and validation images for choices after training."""
     with np.load(path) as data:
         arrays = {name: data[name] for name in ("x_train", "y_train", "x_val", "y_val")}
     factor = 32 // config.size
@@ -87,7 +88,10 @@ def images(path: Path, config: Config) -> tuple[base.Task, dict]:
 
 
 def augmented(key: jax.Array, batch: dict) -> dict:
-    """Mirrored, and shifted by at most an eighth of the size (4 of 32), zeros beyond the edges."""
+    """Mirrors images at random, and shifts them by at most an eighth of the size (4 of 32).
+
+    Pixels beyond the edges are zeros.
+    """
     x = batch["x"]
     num, size, most = len(x), x.shape[1], x.shape[1] // 8
     mirror_key, shift_key = jax.random.split(key)
@@ -103,7 +107,7 @@ def augmented(key: jax.Array, batch: dict) -> dict:
 
 
 def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTransformation, int]]:
-    """name -> search, optimizer of α, steps of the others for one estimate of its own."""
+    """Returns name -> search, optimizer of α, and the number of other searches' steps that count as one estimate."""
     steps, rows = config.num_steps, inner.minibatch(config.batch)
 
     def sampler(key, step, data):
@@ -114,7 +118,7 @@ def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTr
         index = jax.random.randint(index_key, (config.batch,), 0, len(task.valid["y"]))
         return augmented(key, jax.tree.map(lambda leaf: leaf[index], task.valid))
 
-    def sgd(hyperparams):  # NAS-Bench-201's
+    def sgd(hyperparams):  # as in NAS-Bench-201
         rate = optax.cosine_decay_schedule(0.025, steps, 0.001 / 0.025)
         return optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(rate, momentum=0.9, nesterov=True))
 
@@ -124,7 +128,11 @@ def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTr
     of = lambda method, **more: method(network, (config.size, config.size, 3), **options, **more)
 
     def adam(factor=1.0, rest=0.0):
-        """DARTS's for α, at a rate that takes as long a way in fewer steps; `factor` more, after a share at rest."""
+        """Returns the optimizer of α in DARTS.
+
+        With fewer steps, the rate is larger, so that α can move as far. `factor` multiplies the rate. For the share
+        `rest` of the steps, α does not move.
+        """
         rate = 3e-4 * factor * FULL.num_steps / steps
         schedule = optax.piecewise_constant_schedule(0.0 if rest else rate)
         if rest:
@@ -149,7 +157,7 @@ def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTr
 
 
 def recording(search: methods.Search) -> base.Estimator:
-    """The search's estimator, with the mixing weights [6, 5] among its metrics."""
+    """Returns the search's estimator, with the mixing weights [6, 5] among its metrics."""
 
     def estimate(hyperparams, task, state):
         estimate, state = search.estimator.estimate(hyperparams, task, state)
@@ -160,12 +168,15 @@ def recording(search: methods.Search) -> base.Estimator:
 
 
 def supernet_accuracies(search, result, train, valid) -> dict[str, float]:
-    """On validation images, of the supernet and of its cell with the same weights, normalized by training images."""
+    """Returns accuracies on validation images: of the supernet, and of its cell with the same weights.
+
+    Normalization uses training images.
+    """
     state, found = result.state.estimator_state, search.weights(result.hyperparams)
     inner_state = getattr(getattr(state, "estimator", state), "inner", None)
-    if inner_state is None:  # unrolled: every estimate trains anew
+    if inner_state is None:  # unrolled: every estimate trains new weights
         return {}
-    # A mixture runs all ops, where GDAS's own supernet runs the strongest alone.
+    # A mixture runs all ops, but GDAS's own supernet only runs the strongest one.
     dense = {"ops": nas.NAS_BENCH_201_OPS, "partial": search.settings["partial"]}
     net = nas.supernet(search.supernet.network, search.supernet.in_shape, **dense)
     params = search.problem.loop.params(inner_state)
@@ -175,7 +186,7 @@ def supernet_accuracies(search, result, train, valid) -> dict[str, float]:
 
 
 def run_search(search, optimizer, steps_each, task, valid, config, seed, folder: Path, row_of: Callable) -> dict:
-    """One search; what it says at the end of every epoch is kept beside its checkpoints."""
+    """Runs one search. The cells at the end of every epoch are saved next to its checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "cells.json"
     cells = {int(k): v for k, v in json.loads(kept.read_text()).items()} if kept.exists() else {}
@@ -211,7 +222,10 @@ def run_search(search, optimizer, steps_each, task, valid, config, seed, folder:
 
 
 def run_one_shot(task, valid, config: Config, seed: int, row_of: Callable) -> dict:
-    """Single-path one-shot: three times the steps, which cost a third; the best of random cells by validation loss."""
+    """Runs single-path one-shot with three times the steps, each of which costs a third.
+
+    The result is the best of random cells by validation loss.
+    """
     steps = 3 * config.num_steps
     rate = optax.cosine_decay_schedule(0.025, steps, 0.001 / 0.025)
     sgd = lambda hp: optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(rate, momentum=0.9, nesterov=True))
@@ -245,7 +259,7 @@ def genotype_of(digits) -> nas.Genotype:
 
 
 def run_scores(task, table, config: Config, seed: int) -> dict:
-    """Our scores of random cells, the same ones that the screened searches choose from."""
+    """Computes our scores of random cells. The screened searches choose from the same cells."""
     network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
     score = methods.training_free_scores(network, (config.size, config.size, 3), ops=nas.NAS_BENCH_201_OPS)
     batch = jax.tree.map(lambda leaf: leaf[:64], task.train)
@@ -258,7 +272,10 @@ def run_scores(task, table, config: Config, seed: int) -> dict:
 
 
 def screened(values: dict[int, float]) -> int:
-    """The best of so many random cells: what `methods.screened_random_search` tries first, each cell drawn once."""
+    """Returns the best of `SCREENED` random cells, each drawn once.
+
+    It is the first trial of `methods.screened_random_search`.
+    """
     return max(list(values)[:SCREENED], key=values.__getitem__)
 
 
@@ -266,7 +283,7 @@ def screened(values: dict[int, float]) -> int:
 
 
 def table_searches(table: nas.Benchmark, num_seeds: int, num: int) -> dict[str, np.ndarray]:
-    """name -> [seeds, tasks] test accuracies of the best by validation of `num` cells, a task's by its own."""
+    """Returns name -> [seeds, tasks] test accuracies of the best of `num` cells, by each task's own validation."""
     found: dict[str, np.ndarray] = {}
     space = {name: spaces.integer(0, 4) for name in table.dims}
     rows = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
@@ -300,7 +317,7 @@ def table_searches(table: nas.Benchmark, num_seeds: int, num: int) -> dict[str, 
 
 
 def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
-    """name -> rows that were found, one a seed, by all that look at no outcome in the table."""
+    """Returns name -> the resulting rows, one per seed, for all methods that use no outcome of the table."""
     found: dict[str, list[int]] = {}
     skips = lambda row: int((table.encodings[row] == SKIP).sum())
     for name, seeds in runs.items():
@@ -377,7 +394,7 @@ def report(runs: dict, table, data, config: Config, options) -> str:
 
 
 def gaps(runs: dict, table) -> list[str]:
-    """How far supernets are from the table, whose networks were trained alone, on CIFAR-10."""
+    """Describes the gap on CIFAR-10 between supernets and the networks of the table, which were trained separately."""
     retrained = lambda row: (float(1 - table.test[row, 0] / 100),)
     lines, scores = ["## The gap between supernet, discrete and retrained", ""], []
     for name, seeds in runs.items():
@@ -399,7 +416,7 @@ def gaps(runs: dict, table) -> list[str]:
         ]
     one_shot = [run for run in runs.get("single-path one-shot", {}).values() if len(run["drawn"]) > 4]
     if one_shot:
-        # By the likelihood, which has the order of the loss: ranks alone are compared.
+        # The likelihood has the same order as the loss, and only ranks are compared.
         of = lambda run: zip(run["drawn"], np.exp(-np.array(run["losses"])), strict=True)
         reports = [
             methods.search_report([methods.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in of(run)])
@@ -417,7 +434,7 @@ def gaps(runs: dict, table) -> list[str]:
 
 
 def op_correlations(one_shot: list[dict], table) -> str:
-    """Which ops the likelihood of one-shot cells goes by, beside those that accuracy goes by."""
+    """Describes the ops that the likelihood of one-shot cells prefers, compared with accuracy."""
     names = {
         "skip_connect": "skips",
         "avg_pool_3x3": "poolings",
@@ -441,7 +458,7 @@ def op_correlations(one_shot: list[dict], table) -> str:
 
 
 def correlations(seeds: dict, table, data) -> list[str]:
-    """Spearman's ρ of our scores with published ones, and of both with test accuracies."""
+    """Returns Spearman's ρ of our scores with published ones, and of both with test accuracies."""
     names, published = data["proxy_names"].tolist(), data["proxy_scores"][0]
     theirs_of = {"jacob_cov": "jacov"}
     rows = []
@@ -478,9 +495,9 @@ def correlations(seeds: dict, table, data) -> list[str]:
 
 
 def plot(runs: dict, table, path: Path) -> None:
-    """What the argmax of α says over time: how many skips, and how good the cell is.
+    """Plots the argmax of α over time: the number of skips, and the accuracy of the cell.
 
-    Cells are recorded before a step; the one that was found, after the last step, is beside the last of them.
+    Cells are recorded before a step. The final cell, after the last step, is plotted next to the last record.
     """
     import matplotlib
 

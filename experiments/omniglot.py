@@ -1,28 +1,31 @@
-"""Omniglot: new characters from one or five drawings, by the MAML family and by what it is compared with.
+"""Omniglot: new characters from one or five drawings, by the MAML family and its usual baselines.
 
-Trained on background characters, turned by 0, 90, 180 and 270 degrees; 64 others, not turned, say which λ of a
-training is taken. Judged on episodes of evaluation characters, the same for all methods: 5 or 20 ways, 1 or 5 shots,
-and Lake's 20 one-shot runs. The official split has other alphabets in the evaluation set; the usual random one has
-1,200 characters to train on. Pixel prototypes, the nearest class mean by cosine, are what every method must beat.
+Methods are trained on background characters, rotated by 0, 90, 180 and 270 degrees. 64 other characters, not rotated,
+select the λ of each training. The scores are on episodes of evaluation characters, which are the same for all methods:
+5 or 20 ways, 1 or 5 shots, and Lake's 20 one-shot runs. The official split has other alphabets in the evaluation set.
+The usual random split has 1,200 characters for training. Pixel prototypes (the nearest class mean by cosine) are the
+baseline that every method must beat.
 
     python experiments/omniglot.py                   # conv4-64 on 28 × 28: hours; a GPU is of use
     python experiments/omniglot.py --small           # three blocks of 16 filters on 14 × 14: for one processor core;
-                                                     # methods with a head for each number of ways have five alone
+                                                     # methods with a head for each number of ways only have five
     python experiments/omniglot.py --split random --methods MAML "prototypical networks"
     python experiments/omniglot.py --smoke           # seconds; prints only
 
-How many inner steps a test takes is chosen by validation, for each number of shots. Where a head is learned, there is a
-training for each number of shots (with --small one shot alone). The lower picture has the accuracy after 0 to 10 inner
-steps, however many there were in training.
+The number of inner steps at test is chosen by validation, for each number of shots. If a method learns a head, it has a
+training for each number of shots (with --small, only for one shot). The lower picture has the accuracy after 0 to 10
+inner steps, for any number of steps in training.
 
-To see in the committed results: at full size, minutes of a core for a training, prototypical networks have learned most
-of what the literature reports, MAML with the batch's statistics less, above all with 20 ways. With --small, a
-minute for a training, all but CAVIA are ahead of pixel prototypes with 5 ways and one shot: class means in feature
-space most of all, then fine-tuning from them, and MAML, whose ten inner steps at test follow three in training.
+Main observations in the committed results, at full size, with minutes of a core for a training: prototypical networks
+reach most of the accuracy in the literature. MAML with the batch's statistics reaches less, especially with 20 ways.
+With --small, a minute for a training, all methods except CAVIA are ahead of pixel prototypes with 5 ways and one shot.
+The largest gains are those of class means in feature space. Fine-tuning from them is next, and then MAML, with ten
+inner steps at test after three in training.
 
-A training is kept in the folder that `--work` names, with the split and its scores, by what code it was made with, and
-goes on from there when it was stopped: call the script again with the same arguments. Omniglot is read from the folder
-that METAOPT_DATA names. Results go to experiments/results/omniglot.md and .png, or omniglot_small.md and .png.
+A training is saved in the folder that `--work` names, with the split and its scores, separately for each version of the
+code. If it was stopped, call the script again with the same arguments, and it continues from there. Omniglot is read
+from the folder that METAOPT_DATA names. Results go to experiments/results/omniglot.md and .png, or omniglot_small.md
+and .png.
 """
 
 import functools
@@ -51,13 +54,13 @@ class Scale(NamedTuple):
     size: int = 28
     filters: int = 64
     blocks: int = 4
-    steps: int = 20_000  # of prototypical networks; the others' are shares of it
-    tasks: int = 16  # a step, of five ways; a quarter as many of twenty
+    steps: int = 20_000  # of prototypical networks; other methods take a share of it
+    tasks: int = 16  # per step, of five ways; a quarter as many of twenty
     episodes: int = 600
-    checks: int = 10  # of a training, by validation
-    inner_steps: int = 1  # of MAML and those whose T is MAML's
-    test_steps: int = 5  # at most; how many is chosen by validation
-    over_steps: int = 10  # inner steps that the curves show
+    checks: int = 10  # validations per training
+    inner_steps: int = 1  # of MAML and of the methods with MAML's T
+    test_steps: int = 5  # at most; the number is chosen by validation
+    over_steps: int = 10  # inner steps in the curves
 
 
 SMALL = Scale(size=14, filters=16, blocks=3, steps=400, tasks=8, checks=5, inner_steps=3, test_steps=10)
@@ -68,20 +71,20 @@ class Trained(NamedTuple):
     methods: dict[int, Callable]  # shots at test -> (key, support, query) -> outputs
     curve: dict[int, float]  # outer step -> validation accuracy
     test_steps: dict[int, int]  # shots at test -> inner steps
-    over_steps: Callable | None  # the same, with all inner steps that curves show; None where there are none
-    name: str  # of its folder: no other training has it
+    over_steps: Callable | None  # the same, with all inner steps of the curves; None without inner steps
+    name: str  # of its folder, unique to this training
 
 
 class Row(NamedTuple):
     make: Callable  # (features, loss, T of MAML) -> Adaptation
-    share: float  # of the steps
-    ways: bool = True  # needs a head of its own for each number of ways
+    share: float  # share of the outer steps
+    ways: bool = True  # whether it needs a separate head for each number of ways
     normalization: str = "support"
-    shots: int | None = None  # in training, whatever is asked for
+    shots: int | None = None  # in training, for any requested number
     at_test: Callable | None = None  # another adaptation, at test
     head: float = 0.0  # standard deviation of the head's weights at the start, times √D
     context: int = 0  # entries of a context vector that scales and shifts the features
-    steps: int | None = None  # T, where scales and shifts have a value for each inner step
+    steps: int | None = None  # T, if scales and shifts have a value for each inner step
 
 
 KEEP: dict[str, Any] = {"rate": 0.4, "keep_support": True}
@@ -93,7 +96,7 @@ ROWS = {
     "FOMAML": Row(lambda f, loss, T: methods.fomaml(loss, num_steps=T, **KEEP), 0.75),
     "Reptile": Row(lambda f, loss, T: methods.reptile(loss, num_steps=4, **KEEP | {"rate": 0.2}), 0.25, shots=5),
     "ANIL": Row(lambda f, loss, T: methods.anil(loss, num_steps=T, **KEEP), 0.5),
-    # With a head of zeros nothing else would have a gradient.
+    # With a head of zeros, nothing else would have a gradient.
     "BOIL": Row(lambda f, loss, T: methods.boil(loss, num_steps=T, **KEEP), 0.5, head=1.0),
     "Meta-SGD": Row(lambda f, loss, T: methods.meta_sgd(loss, num_steps=T, **KEEP), 0.5),
     "MAML++": Row(
@@ -123,12 +126,12 @@ ROWS = {
     ),
     "fine-tuning": Row(
         lambda f, loss, T: methods.pretrained(loss),
-        5,  # each of which costs a tenth
+        5,  # a step costs a tenth
         ways=False,
         at_test=lambda f: methods.proto_maml(f, adapt="^head", num_steps=5, rate=0.1),
     ),
 }
-# The same by other statistics; by those of the support set it is above.
+# The same with other statistics; the row above uses those of the support set.
 ROWS |= {
     f"MAML, {name}": Row(
         lambda f, loss, T, k=keep: methods.maml(loss, num_steps=T, **KEEP | {"keep_support": k}), 0.5, True, name
@@ -138,7 +141,7 @@ ROWS |= {
 
 
 def load(split: str, size: int) -> tuple[dict[str, tasks.Source], dict]:
-    """The parts train, valid and test, with images of `size`; and the split."""
+    """Returns the parts train, valid and test, with images of `size`; and the split."""
     path = script.data_file(__file__, "omniglot.npz").parent
     source = tasks.from_image_sets(["omniglot"], path=path)["omniglot"]
     source = source._replace(x=shrunk(source.x, size))
@@ -153,13 +156,13 @@ def load(split: str, size: int) -> tuple[dict[str, tasks.Source], dict]:
 
 
 def shrunk(images: np.ndarray, size: int) -> np.ndarray:
-    """[N, 28, 28] to [N, size, size], means over squares."""
+    """Shrinks [N, 28, 28] to [N, size, size], by means over squares."""
     step = images.shape[1] // size
     return images.reshape(len(images), size, step, size, step).mean((2, 4)).astype(np.uint8)
 
 
 def pixels(key, support, query):
-    """The nearest class mean of the images, by cosine."""
+    """Classifies by the nearest class mean of the images, by cosine."""
     flat = lambda x: x.reshape(len(x), -1)
     center = jax.nn.one_hot(support["y"], len(support["class_mask"])).T @ (
         flat(support["x"]) * support["mask"][:, None]
@@ -168,7 +171,7 @@ def pixels(key, support, query):
 
 
 def modulated(features: Callable) -> Callable:
-    """Features times 1 + A φ, plus B φ, of a context vector φ: CAVIA's FiLM."""
+    """Multiplies features by 1 + A φ, and adds B φ, with a context vector φ. This is CAVIA's FiLM."""
 
     def of_context(params, batch):
         scale, shift = jnp.einsum("k,ikd->id", params["context"], params["modulation"])
@@ -213,7 +216,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         shape = (2, row.context, depth)
         params["modulation"] = jax.random.normal(context_key, shape) / row.context**0.5
     if row.ways is False and row.at_test is None:
-        del params["head"]  # which the support set makes
+        del params["head"]  # the support set makes it
     at_test = adaptation if row.at_test is None else row.at_test(network.features)
     most = scale.test_steps if at_test.test_steps else 0
     method = lambda hyperparams, num_steps: methods.adapted(at_test, hyperparams, head, num_steps=num_steps)
@@ -226,7 +229,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
 
     @jax.jit
     def right(hyperparams, batch):
-        """Validation accuracy after 0..`most` steps."""
+        """Returns validation accuracy after 0..`most` steps."""
 
         def one(support, query):
             seen = {k: v for k, v in query.items() if k != "y"}
@@ -237,7 +240,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
 
     steps = max(scale.checks, int(scale.steps * row.share) // scale.checks * scale.checks)
     optimizer = optax.adam(optax.cosine_decay_schedule(options.rate, steps))
-    if name == "Reptile":  # its direction is a way gone, and no gradient
+    if name == "Reptile":  # its direction is a distance moved, not a gradient
         optimizer = optax.sgd(optax.cosine_decay_schedule(1.0, steps))
     every = steps // scale.checks
     started = time.monotonic()
@@ -276,7 +279,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
 
 
 def one_shot_runs(path: Path, size: int) -> Callable:
-    """`(key, number) -> Episode`, one of Lake's 20 runs."""
+    """Returns `(key, number) -> Episode`, one of Lake's 20 runs."""
     data = np.load(path)
     support, query = (
         jnp.asarray(shrunk(data[name].reshape(-1, 28, 28), size).reshape(20, 20, size, size)) / 255
@@ -294,7 +297,10 @@ def one_shot_runs(path: Path, size: int) -> Callable:
 
 
 def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_shot: Path | None) -> dict[str, Any]:
-    """Setting -> evaluation: all methods on the same episodes. `trained` has them with the names of their trainings."""
+    """Returns setting -> evaluation, with all methods on the same episodes.
+
+    `trained` holds the methods with the names of their trainings.
+    """
     found = {}
     for (ways, shots), of in trained.items():
         if of:
@@ -320,7 +326,7 @@ def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_sh
 def judge_one(
     name: str, method: Callable, training: str, sample: Callable, setting: str, scale: Scale, options
 ) -> methods.Evaluation:
-    """One method, now or before."""
+    """Evaluates one method, or loads its saved evaluation."""
     file = options.work / f"{training}_at_{setting}.npz"
     if file.is_file() and not options.smoke:
         return methods.load_evaluation(file)
@@ -332,7 +338,7 @@ def judge_one(
 
 
 def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, options) -> methods.Evaluation | None:
-    """Accuracy over the inner steps, 5w1s; of each method the mean over its seeds."""
+    """Returns accuracy over the inner steps, 5w1s; for each method, the mean over its seeds."""
     sample = tasks.episodes(
         parts["test"], num_ways=5, num_shots=1, num_query=15, disjoint_groups=options.disjoint_drawers
     )
@@ -342,7 +348,7 @@ def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, optio
 
 
 def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
-    """Method -> its trainings in an evaluation, whose names end in their seeds."""
+    """Returns method -> its trainings in an evaluation. Their names end in their seeds."""
     found: dict[str, list[str]] = {}
     for name in evaluation.scores:
         found.setdefault(name.rpartition(SEED)[0], []).append(name)
@@ -350,7 +356,10 @@ def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
 
 
 def joined(found: dict[str, methods.Evaluation], steps: slice = slice(-1, None)) -> dict[str, methods.Evaluation]:
-    """Each method once: an episode's scores are means over seeds, each after the steps that were chosen for it."""
+    """Joins the seeds of each method.
+
+    An episode's scores are means over seeds, each after its chosen number of steps.
+    """
 
     def one(of):
         seeds = of_seeds(of)
@@ -364,7 +373,10 @@ def joined(found: dict[str, methods.Evaluation], steps: slice = slice(-1, None))
 
 
 def report(found: dict[str, methods.Evaluation], trainings: dict[str, list[Trained]]) -> str:
-    """Tables: inductive methods, transductive ones beside the literature, normalizations, the way there; the aims."""
+    """Returns tables of inductive methods, transductive ones with the literature, normalizations, and validation.
+
+    It ends with the missed aims.
+    """
     whole = joined(found)
     means = {setting: methods.mean_scores(of) for setting, of in whole.items()}
 
@@ -412,11 +424,13 @@ def report(found: dict[str, methods.Evaluation], trainings: dict[str, list[Train
 
 
 def missed(means: dict[str, dict[str, float]], transductive: Collection[str]) -> str:
-    """What is short of the aims, every method above pixel prototypes and MAML at the literature's, by the digits shown.
+    """Lists missed aims, by the digits shown.
+
+    The aims are that every method is above pixel prototypes, and that MAML has the literature's accuracy.
 
     Args:
       means: setting -> method -> mean accuracy in %.
-      transductive: the methods that are, as MAML is in the literature.
+      transductive: the transductive methods; MAML in the literature is one.
     """
     below: dict[str, list[str]] = {}
     for setting, of in means.items():
@@ -433,7 +447,7 @@ def missed(means: dict[str, dict[str, float]], transductive: Collection[str]) ->
 
 
 def mean_of(trainings: list[Trained]) -> list[tuple[int, float]]:
-    """(outer step, validation accuracy in %), over the seeds."""
+    """Returns (outer step, validation accuracy in %), means over the seeds."""
     return [(step, 100 * float(np.mean([one.curve[step] for one in trainings]))) for step in trainings[0].curve]
 
 
@@ -502,7 +516,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.work = script.work_folder(options.work, __file__)
-    own_head = options.head_ways or ([5] if options.small else options.ways)  # a core has no time for more
+    own_head = options.head_ways or ([5] if options.small else options.ways)  # one core has no time for more
     own_shots = sorted(options.shots or ([1] if options.small else [1, 5]))
     options.ways = sorted({*options.ways, *own_head})
     scale = SMOKE if options.smoke else SMALL if options.small else Scale()
@@ -541,7 +555,7 @@ def main() -> None:
                             if tested == (5, 1) and one.over_steps is not None:
                                 with_steps[f"{name}{SEED}{seed}"] = one.over_steps, one.name
     one_shot = script.data_file(__file__, "omniglot.npz").parent / "omniglot_oneshot_runs.npz"
-    if options.split != "official" or not one_shot.is_file():  # Lake's runs are of the official evaluation characters
+    if options.split != "official" or not one_shot.is_file():  # Lake's runs have the official evaluation characters
         one_shot = None
     found = judge(trained, parts, scale, options, one_shot)
     over_steps = judge_over_steps(with_steps, parts, scale, options)

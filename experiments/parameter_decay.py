@@ -1,24 +1,26 @@
 """As many hyperparameters as parameters: one weight decay for every weight of a small convolutional net.
 
-λ is the decay of every parameter, of every layer, or of all, in logarithmic coordinates; the inner problem is training
-a net on a few images, the outer loss its cross-entropy on validation images:
+λ is the decay of every parameter, of every layer, or of all, in logarithmic coordinates. The inner problem is training
+a net on a few images, and the outer loss is its cross-entropy on validation images:
 
-    min_λ f(θ(λ)),    θ(λ): trained on g(θ) + ½ Σ_i λ_i θ_i².
+    min_λ f(θ(λ)),    θ(λ): trained on ℓ(θ) + ½ Σ_i λ_i θ_i².
 
-After Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590: θ and λ are trained side by
-side, with hypergradients of the implicit function theorem, and with so many λ a small validation set is fitted
-almost perfectly while the test error is not; one decay, or one a layer, cannot do that. Shown here for 50 and for 500
-validation images, with three ways to the inverse Hessian: conjugate gradients with the Gauss-Newton matrix, a Neumann
-series from zero (the paper's), and one that is carried along (`warm_implicit`). One decay by a grid is the baseline.
+After Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590: θ and λ are trained together, with
+hypergradients of the implicit function theorem. With so many λ, a small validation set is fitted almost perfectly, but
+the test error is not. One decay, or one per layer, cannot do that. The script shows this for 50 and for 500 validation
+images, with three ways to the inverse Hessian. These are conjugate gradients with the Gauss-Newton matrix, a Neumann
+series from zero (the paper's), and a series that continues between estimates (`warm_implicit`). One decay by a grid is
+the baseline.
 
-The scores are those of the net that was trained along with λ, as in the paper, and of a net trained with the λ found
-from another initialization. Nothing is chosen by test images (which
-were seen while this was written).
+The first scores are of the net that was trained along with λ, as in the paper. The second scores are of a net that is
+trained with the final λ from another initialization. No choice depends on test images (which were seen during
+development).
 
-To see in the committed results: with one decay for each parameter, 50 validation images are fitted (1 % error) and the
-test error is what one decay has; with 500 it falls from 32 to 26 %, as validation images come to train the net through
-λ. From another initialization the same λ are worth no more than one decay: they belong to the weights they grew with.
-A single decay finds, in 50 hypergradients along one training run, what the grid finds.
+Main observations in the committed results: with one decay for each parameter, 50 validation images are fitted (1 %
+error). The test error is the same as with one decay. With 500 images it falls from 32 to 26 %, since validation images
+then train the net through λ. From another initialization, the same λ are no better than one decay: they only fit the
+weights that were trained together with them. A single decay reaches the grid's result in 50 hypergradients along one
+training run.
 
     python experiments/parameter_decay.py             minutes; writes experiments/results/parameter_decay.md and .png
     python experiments/parameter_decay.py --smoke     seconds; prints only
@@ -45,7 +47,7 @@ LOW, HIGH = 1e-4, 1.0
 
 
 def load(seed: int, num_train: int, num_valid: int) -> tuple[base.Task, dict]:
-    """A task of images of 14 × 14 pixels (means of four), and the test images."""
+    """Returns a task of images of 14 × 14 pixels (means of four), and the test images."""
     path = script.data_file(__file__, "fashion_mnist_sub.npz")
     data = np.load(path, allow_pickle=False)
     rng = np.random.default_rng(seed)
@@ -61,7 +63,10 @@ def load(seed: int, num_train: int, num_valid: int) -> tuple[base.Task, dict]:
 
 
 def patches(x):
-    """[N, H, W, C] -> [N, H/2, W/2, 9C], windows of 3 × 3 two pixels apart: a convolution is a product with them."""
+    """Maps [N, H, W, C] to [N, H/2, W/2, 9C], windows of 3 × 3, two pixels apart.
+
+    A convolution is a product with them.
+    """
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = (x.shape[1] - 1) // 2, (x.shape[2] - 1) // 2
     windows = [x[:, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(3) for j in range(3)]
@@ -79,7 +84,7 @@ def cross_entropy(outputs, batch):
 
 
 def penalty(params, decay):
-    """½ Σ λ_i θ_i²; `decay` is a number, one for each layer, or shaped like the parameters."""
+    """Returns ½ Σ λ_i θ_i². `decay` is a number, one for each layer, or shaped like the parameters."""
     products = jax.tree.map(lambda d, p: jnp.sum(d * p**2), jax.tree.broadcast(decay, params), params)
     return sum(jax.tree.leaves(products)) / 2
 
@@ -100,7 +105,7 @@ def make_problem() -> base.Problem:
 
 
 def make_spaces() -> dict[str, dict]:
-    """One decay for each parameter, for each layer, for all."""
+    """Returns spaces with one decay for each parameter, for each layer, and for all."""
     leaf = lambda shape=(): spaces.interval(LOW, HIGH, log=True, default=0.03, shape=shape)
     return {
         "each parameter": {"decay": {k: {"w": leaf((n, m)), "b": leaf((m,))} for k, (n, m) in LAYERS.items()}},
@@ -110,8 +115,11 @@ def make_spaces() -> dict[str, dict]:
 
 
 def make_rules(problem: base.Problem, space: dict, steps: int) -> dict[str, base.Estimator]:
-    """Rules of `steps` inner steps and as many products with the Hessian; all go on with θ from the last estimate."""
-    # The penalty sees θ, so θ is among the outputs.
+    """Returns rules of `steps` inner steps and as many products with the Hessian.
+
+    All of them continue with θ from the last estimate.
+    """
+    # The penalty needs θ, so θ is among the outputs.
     outputs_fn = lambda params, z, batch, context: (logits(params, batch["x"]), params)
 
     def loss_fn(outputs, z, batch, context):
@@ -133,7 +141,7 @@ def make_rules(problem: base.Problem, space: dict, steps: int) -> dict[str, base
 
 
 def judge(params, batch) -> tuple[float, float]:
-    """Cross-entropy, and error in %."""
+    """Returns cross-entropy, and error in %."""
     loss, error = _judge(params, batch)
     return float(loss), 100 * float(error)
 
@@ -145,19 +153,22 @@ def _judge(params, batch):
 
 
 def run(options: argparse.Namespace) -> tuple[dict, dict]:
-    """(validation images, decays, rule) -> the scores of every seed; what is plotted of the first seed."""
+    """Returns (validation images, decays, rule) -> the scores of every seed.
+
+    Also returns the plotted values of the first seed.
+    """
     sizes, num_train, steps, outer_steps = (
         ((20,), 20, 2, 3) if options.smoke else ((50, 500), NUM_TRAIN, NUM_INNER, NUM_OUTER)
     )
     plain, all_spaces = make_problem(), make_spaces()
-    # λ rests while θ, from its initialization, comes near its minimum: before, hypergradients have the wrong sign.
+    # λ does not move until θ is near its minimum: before, hypergradients have the wrong sign.
     optimizer = optax.adam(optax.linear_schedule(0.0, 0.1, 3 if options.smoke else 20), b2=0.9)
     learners = {}
     for which, space in all_spaces.items():
         rules = make_rules(spaces.constrain(plain, space), space, steps)
         for rule in rules if which == "each parameter" and not options.smoke else list(rules)[:1]:
             learners[which, rule] = training.learner(rules[rule], optimizer)
-    run_loop = inner.run(plain.loop, steps * outer_steps)  # as many steps as θ takes along with λ
+    run_loop = inner.run(plain.loop, steps * outer_steps)  # the number of steps of θ along with λ
     train = jax.jit(lambda key, hp, data: plain.loop.params(run_loop(key, hp, data)))
     scores, histories = {}, {}
 
@@ -206,7 +217,7 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def report(scores: dict, options: argparse.Namespace) -> str:
-    """The table in Markdown."""
+    """Returns the table in Markdown."""
     header = ["valid images", "decays", "rule", "train error %", "valid error %", "test error %", "valid loss"]
     header += ["test loss", "again: valid error %", "test error %", "CPU s a step"]
     counts = {"one": 1, "each layer": len(LAYERS), "each parameter": NUM_PARAMETERS}
@@ -235,7 +246,7 @@ def report(scores: dict, options: argparse.Namespace) -> str:
 
 
 def plot(histories: dict, path: Path) -> None:
-    """The validation loss over outer steps, and the test loss in the end, for the first seed."""
+    """Plots the validation loss over outer steps, and the final test loss, for the first seed."""
     import matplotlib
 
     matplotlib.use("Agg")

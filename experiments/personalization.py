@@ -1,27 +1,29 @@
-"""Personalization: adapt to the first records of somebody new, and predict the others.
+"""Personalization: adapt to the first records of a new person, and predict the others.
 
-**Parkinson's telemonitoring**, 42 patients: from the first 5, 10 or 20 recordings, the motor score of all later ones;
-the mean absolute error over recordings, and then over patients. Every patient is tested once a seed: six folds of
-seven; seven others are kept back in each fold, and say when to stop. A network sees age, sex and voice, the days since
-the last support recording, and the score and its slope there; it predicts the change since then. Before training it
-predicts none, and so is the baseline, the last value.
+**Parkinson's telemonitoring**, 42 patients: the first 5, 10 or 20 recordings predict the motor score of all later ones.
+The score is the mean absolute error over recordings, and then over patients. Every patient is tested once per seed:
+there are six folds of seven. In each fold, seven other patients are held back and decide when to stop. A network sees
+age, sex and voice, the days since the last support recording, and the score and its slope there. It predicts the change
+since then. Before training it predicts no change, which is the baseline, the last value.
 
-**Heart disease**, leave one of four hospitals out: from 20 of its patients whether the others have the disease; area
-under the ROC curve, the mean over draws of the 20. Codes are one column for each value. Training episodes are of the
-three other hospitals, with a random third of the measurements blank, since hospitals differ in what they measure. The
-weight decay is what is best, for the same method, where each of the three in turn is left out of the training.
+**Heart disease**, leaving one of four hospitals out: from 20 of its patients, predict the disease of the others. The
+score is the area under the ROC curve, the mean over draws of the 20. Codes become one column for each value. Training
+episodes are from the three other hospitals. A random third of the measurements is blank, since each hospital has
+different measurements. The weight decay of each method is the best one when each of the three hospitals in turn is left
+out of the training.
 
-To see in the committed results: with learned rates (Meta-SGD) adaptation is best or level on patients; with a fixed
-rate it harms, and most of the gain over the last value is that of one network which sees score and slope. On all four
-hospitals MAML, FOMAML and ANIL are above the published areas, and so is logistic regression, with columns of codes,
-gaps and a decay: adaptation to twenty patients adds half a point. Of Switzerland's 123 patients 8 are healthy: its
-areas say little.
+Main observations in the committed results: with learned rates (Meta-SGD), adaptation is best or level on patients. With
+a fixed rate it harms. Most of the gain over the last value is also reached by one network that sees score and slope. On
+all four hospitals, MAML, FOMAML and ANIL are above the published areas. So is logistic regression, with columns of
+codes, gaps and a decay: adaptation to twenty patients adds half a point. Of Switzerland's 123 patients only 8 are
+healthy, so its areas are not informative.
 
-All folds and seeds of a method are trained by one program, a `vmap` over the learner's two functions. Sizes and steps
-were not chosen by patients or hospitals that are tested on; what the network sees was: for patients after one look at
-the errors of a linear model over all of them, for hospitals (a column for each code, 0 as a gap) and the range of
-weight decays after a look at the areas of linear models on all four. Leaving out each of the three others in turn
-prefers the same codes and gaps, for one hospital by a hair.
+One program trains all folds and seeds of a method: a `vmap` over the learner's two functions. Sizes and steps were not
+chosen on patients or hospitals in the test. But the inputs of the network were. For patients, they were chosen after
+one look at the errors of a linear model over all of them. For hospitals, a look at the areas of linear models on all
+four came first. Then the inputs (a column for each code, 0 as a gap) and the range of weight decays were chosen.
+Leaving out each of the three others in turn prefers the same codes and gaps, but only by a very small margin for one
+hospital.
 
     python experiments/personalization.py             minutes; writes experiments/results/personalization.md
     python experiments/personalization.py --smoke     seconds; prints only
@@ -42,35 +44,35 @@ from metaopt import hypergrad, methods, tasks, training
 
 BARS = {5: 3.19, 10: 3.03, 20: 2.68}  # the last value
 HOSPITAL_BARS = {"cleveland": 0.857, "hungarian": 0.881, "switzerland": 0.715, "va": 0.714}  # logistic regression
-SCALE = 5.0  # of the motor score
-TIME = 2  # its column
+SCALE = 5.0  # scale of the motor score
+TIME = 2  # the column of the time
 CODES = {"cp": (1, 2, 3, 4), "restecg": (0, 1, 2), "slope": (1, 2, 3), "thal": (3, 6, 7)}
-DECAYS = (1e-2, 1.0, 10.0)  # of the weights, among which hospitals choose
-CHUNK = 12  # runs at once
+DECAYS = (1e-2, 1.0, 10.0)  # weight decays, among which hospitals choose
+CHUNK = 12  # runs at the same time
 
 
 class Settings(NamedTuple):
     width: int = 32
-    batch: int = 8  # tasks a step
-    rows: int = 32  # of the query set, in training
+    batch: int = 8  # tasks per step
+    rows: int = 32  # query rows, in training
     steps: int = 200
-    every: int = 20  # steps between judgements by the patients that were kept back
-    draws: int = 20  # of the support set of a new hospital
+    every: int = 20  # steps between evaluations on the patients that are held back
+    draws: int = 20  # draws of the support set of a new hospital
 
 
 SMOKE = Settings(width=4, batch=2, rows=4, steps=2, every=1, draws=2)
 
 
 def train(adaptation: methods.Adaptation, start: Callable, sample: Callable, judge: Callable, settings: Settings):
-    """`(key, run) -> λ`, to be mapped over runs: of all λ at every `settings.every` steps the best, the last of ties.
+    """Returns `(key, run) -> λ`, to be mapped over runs: the best λ of every `settings.every` steps, the last of ties.
 
-    A run says its weight decay, "decay", of the initialization alone: learned rates are not drawn to zero.
+    The weight decay of a run, "decay", only applies to the initialization: learned rates do not decay.
 
     Args:
       adaptation: the method.
       start: `key -> meta_params`.
-      sample: `(run, key) -> Episode`, of those trained on.
-      judge: `(run, λ) -> []`, by those kept back.
+      sample: `(run, key) -> Episode`, of training tasks.
+      judge: `(run, λ) -> []`, the loss on held-back tasks.
       settings: sizes.
     """
     schedule = optax.cosine_decay_schedule(5e-3, settings.steps)
@@ -101,7 +103,7 @@ def train(adaptation: methods.Adaptation, start: Callable, sample: Callable, jud
 
 
 def unlabelled(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a method sees of a query set."""
+    """Returns the part of a query set that a method sees."""
     return {name: leaf for name, leaf in query.items() if name != "y"}
 
 
@@ -131,7 +133,7 @@ def compared(loss: Callable, rate: float) -> dict[str, methods.Adaptation]:
 
 
 def trend_features(params, batch):
-    """Hidden units, and their products with the time that has passed: slopes and curvatures differ with the patient."""
+    """Returns hidden units, and their products with the passed time: slopes and curvatures differ between patients."""
     passed, units = batch["x"][:, :1], hidden(params, batch["x"])
     return jnp.concatenate([units, units * passed, passed], axis=1)
 
@@ -144,7 +146,7 @@ def trend_loss(params, hyperparams, batch):
 
 
 def parkinson_runs(num_patients: int, seeds: int, table: tasks.UserTable) -> dict[str, np.ndarray]:
-    """Folds of all seeds, with the scaling by those that are trained on; leaves have a leading axis of runs."""
+    """Returns the folds of all seeds, with the scaling by training patients. Leaves have a leading axis of runs."""
     runs = []
     for seed in range(seeds):
         parts = np.array_split(np.random.default_rng(seed).permutation(num_patients), 6)
@@ -161,11 +163,15 @@ def parkinson_runs(num_patients: int, seeds: int, table: tasks.UserTable) -> dic
 
 
 def seen(run, episode: tasks.Episode) -> tasks.Episode:
-    """What the network sees: days passed, score and slope at the last support recording, the rest; y is the change."""
+    """Returns the inputs of the network: passed days, score and slope at the last support recording, and the rest.
+
+    The target y is the change.
+    """
     support, query, meta = episode
     day, score = support["x"][:, TIME], support["y"]
     span = day[-1] - day[0]
-    slope = jnp.where(span > 3, (score[-1] - score[0]) / jnp.maximum(span, 3), 0) * 100 / SCALE  # recordings of one day
+    # short spans include recordings of one day
+    slope = jnp.where(span > 3, (score[-1] - score[0]) / jnp.maximum(span, 3), 0) * 100 / SCALE
 
     def side(part):
         passed = (part["x"][:, TIME] - day[-1]) / 100
@@ -178,14 +184,14 @@ def seen(run, episode: tasks.Episode) -> tasks.Episode:
 
 
 def some_rows(key, episode: tasks.Episode, num: int) -> tasks.Episode:
-    """With `num` of the query recordings, so that a step is cheap."""
+    """Returns the episode with only `num` of the query recordings, so that a step is cheap."""
     query = episode.query
     at = jax.random.randint(key, (num,), 0, query["num_rows"])
     return episode._replace(query={name: query[name][at] for name in ("x", "y", "mask")})
 
 
 def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Settings, only: int | None) -> dict:
-    """Name -> [seeds, patients], mean absolute errors."""
+    """Returns name -> [seeds, patients], mean absolute errors."""
     first = tasks.user_episodes(table, num_support=shots)
     window = tasks.user_episodes(table, num_support=shots, order="window")
     runs = parkinson_runs(table.num_users, seeds, table)
@@ -196,17 +202,17 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
         return some_rows(rows_key, seen(run, window(draw_key, user)), settings.rows)
 
     def errors(method, run, users):
-        """[steps + 1, users]."""
+        """Returns [steps + 1, users]."""
 
         def one(user):
-            support, query, _ = seen(run, first(jax.random.key(0), user))  # in the order of time: the key does nothing
+            support, query, _ = seen(run, first(jax.random.key(0), user))  # in the order of time: the key has no effect
             outputs = method(jax.random.key(0), support, unlabelled(query))
             return jax.vmap(lambda one: SCALE * methods.mean_absolute_error(one, query))(outputs)
 
         return jax.vmap(one, out_axes=1)(users)
 
     def of_all(found):
-        """[runs, users of a fold] -> [seeds, patients]."""
+        """Maps [runs, users of a fold] to [seeds, patients]."""
         by_patient = np.empty((seeds, table.num_users))
         by_patient[np.repeat(np.arange(seeds), 6)[:, None], runs["test"]] = found
         return by_patient
@@ -238,7 +244,7 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
 
 
 def against_last(of: dict[str, np.ndarray], name: str) -> tuple[float, float]:
-    """The difference to the last value, its mean and half of its interval over patients."""
+    """Returns the difference to the last value: its mean, and half of its interval over patients."""
     gain = (of[name] - of["the last value"]).mean(0)  # the seeds' mean for each patient
     return gain.mean(), 1.96 * gain.std(ddof=1) / len(gain) ** 0.5
 
@@ -256,7 +262,7 @@ def parkinson_table(found: dict[int, dict[str, np.ndarray]]) -> str:
 
 
 def parkinson_missed(means: dict[int, dict[str, float]], against: dict[int, dict[str, tuple[float, float]]]) -> str:
-    """What is short of the aim, to beat the last value, by the digits that the table has.
+    """Lists methods that miss the aim, to beat the last value, by the digits in the table.
 
     Args:
       means: recordings -> method -> mean error.
@@ -288,13 +294,13 @@ def log_loss_of(model: Callable) -> Callable:
 
 
 def area(scores: np.ndarray, y: np.ndarray) -> float:
-    """Under the ROC curve: the share of pairs in the right order, ties by half."""
+    """Returns the area under the ROC curve: the share of pairs in the right order; ties count half."""
     above = scores[y > 0][:, None] - scores[y == 0][None]
     return float((above > 0).mean() + 0.5 * (above == 0).mean())
 
 
 def one_column_a_code(table: tasks.UserTable) -> tuple[tasks.UserTable, np.ndarray]:
-    """The table with as many columns as each code has values, and the number of the measurement for every column."""
+    """Returns the table with a column for each value of a code, and every column's measurement number."""
     columns, names, of = [], [], []
     for number, (name, values) in enumerate(zip(table.feature_names, table.x.T, strict=True)):
         codes = CODES.get(name)
@@ -307,7 +313,7 @@ def one_column_a_code(table: tasks.UserTable) -> tuple[tasks.UserTable, np.ndarr
 def hospitals(
     table: tasks.UserTable, seeds: int, settings: Settings, only: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
-    """Name -> [hospitals, seeds], areas under the curve; and the weight decays that the hospitals chose."""
+    """Returns name -> [hospitals, seeds], areas under the curve; and the weight decays that the hospitals chose."""
     num_measured = table.x.shape[1]
     table, measured = one_column_a_code(table)
     gaps = np.isnan(table.x)
@@ -320,7 +326,7 @@ def hospitals(
         x = table.x[np.isin(table.user, fit)]
         std = np.nanstd(x, axis=0)
         return {
-            "fit": np.tile(fit, 6 // len(fit)),  # of one length, two hospitals or three: drawn alike
+            "fit": np.tile(fit, 6 // len(fit)),  # the same length for two or three hospitals; each is equally likely
             "test": test,
             "decay": decay,
             "mean": np.nanmean(x, axis=0),
@@ -341,7 +347,7 @@ def hospitals(
         return seen(run, draw(draw_key, jax.random.choice(user_key, run["fit"])), blank)
 
     def sample_whole(run, key):
-        """Without blank columns: what logistic regression is trained on."""
+        """Returns episodes without blank columns, for the training of logistic regression."""
         user_key, draw_key = jax.random.split(key)
         return seen(run, draw(draw_key, jax.random.choice(user_key, run["fit"])), jnp.zeros(num_measured))
 
@@ -354,18 +360,18 @@ def hospitals(
     }
     made |= {name: (a, risk, sample) for name, a in compared(log_loss_of(risk), 0.1).items()}
     others = lambda *without: [h for h in range(num) if h not in without]
-    # One of the three others left out, with one seed; then the hospital itself.
+    # First, one of the three others is left out, with one seed. Then, the hospital itself.
     inner = [(d, test, held) for d in range(len(DECAYS)) for test in range(num) for held in others(test)]
     outer = [(d, test, seed) for d in range(len(DECAYS)) for test in range(num) for seed in range(seeds)]
     runs = [run_of(others(test, held), held, DECAYS[d]) for d, test, held in inner]
     runs += [run_of(others(test), test, DECAYS[d]) for d, test, _ in outer]
-    # Keys: the same for every decay.
+    # Keys are the same for every decay.
     place = [num * (seeds + test) + held for _, test, held in inner] + [test * seeds + seed for _, test, seed in outer]
     found, chosen = {}, {}
     for name, (adaptation, model, drawn) in list(made.items())[slice(only)]:
         features = 2 * columns + (0 if model is linear else settings.width)
         start = lambda key, features=features: initial(key, 2 * columns, features, settings.width)
-        never = lambda run, hyperparams: jnp.zeros([])  # ties: the last
+        never = lambda run, hyperparams: jnp.zeros([])  # all are ties, so the last is chosen
         run_one = train(adaptation, start, drawn, never, settings)
 
         def outcome(number, run, run_one=run_one, a=adaptation, model=model):
@@ -402,13 +408,16 @@ def hospital_table(found: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
 
 
 def hospital_missed(means: dict[str, dict[str, float]]) -> str:
-    """Method -> hospital -> mean area: which are not above the published ones, by the digits that the table has."""
+    """Lists the hospitals, per method, whose mean areas are not above the published ones, by the digits in the table.
+
+    means: method -> hospital -> mean area.
+    """
     below = {name: [h for h, mean in of.items() if round(mean, 3) <= HOSPITAL_BARS[h]] for name, of in means.items()}
     return f"The aim is an area above the published one. Not above it: {script.listed(below)}."
 
 
 def splits(table: tasks.UserTable, hearts: tasks.UserTable, seeds: int) -> dict[str, Any]:
-    """Who is trained on, kept back and tested, by name, in every fold of every seed and for every hospital."""
+    """Returns the names for training, validation and test, in every fold of every seed and for every hospital."""
     runs = parkinson_runs(table.num_users, seeds, table)
     folds = [f"Parkinson's, seed {seed}, fold {fold}" for seed in range(seeds) for fold in range(6)]
     names = lambda users: {"classes": [table.user_names[user] for user in users]}

@@ -1,18 +1,20 @@
 """Learning-rate schedules learned by gradients through thousands of steps, against greedy rules and tuned schedules.
 
-One rate for each of W windows of a whole training run (`inner.piecewise`, the sharing of Micaelli & Storkey, NeurIPS
-2021, https://arxiv.org/abs/2007.07869), of a small network on MNIST trained by SGD with momentum:
+There is one rate for each of W windows of a whole training run. The windows use `inner.piecewise`, the sharing of
+Micaelli & Storkey, NeurIPS 2021, https://arxiv.org/abs/2007.07869. The run trains a small network on MNIST by SGD with
+momentum.
 
-* F(λ) is the validation loss at the end of training, differentiated through all of its T steps, by forward mode
-  (`hypergrad.forward`: memory does not depend on T) and by reverse mode (`hypergrad.unrolled`, `remat="sqrt"`). Both
-  are exact: the script shows their difference, and what each costs;
-* greedy rules tune one rate while the network trains, and see a few steps ahead at most: `hypergrad.t1t2` (one step),
-  `hypergrad.lookahead` (ten) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR 2018,
-  https://arxiv.org/abs/1803.02021, show why their rates are too small: what pays off at once is to stop the noise;
-* the best of a grid of constant rates, and of cosine schedules by their peak.
+* F(λ) is the validation loss at the end of training. It is differentiated through all of its T steps, by forward mode
+(`hypergrad.forward`: memory does not depend on T) and by reverse mode (`hypergrad.unrolled`, `remat="sqrt"`). Both are
+exact: the script shows their difference and costs.
+* Greedy rules tune one rate during training, and look only a few steps ahead: `hypergrad.t1t2` (one step),
+`hypergrad.lookahead` (five) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR 2018,
+https://arxiv.org/abs/1803.02021, show why their rates are too small: in the short term, it helps most to stop the
+noise.
+* The best of a grid of constant rates, and of cosine schedules by their peak.
 
 Everything starts from one rate, a hundredth of the range's top. Outer rates, steps and grids are chosen on validation
-rows. The schedules found are then trained anew, from several fresh initializations, and the test rows are read once.
+rows. The resulting schedules are then trained again, from several new initializations, and the test rows are read once.
 
     python experiments/rate_schedule.py            # minutes; writes experiments/results/rate_schedule.md and .png
     python experiments/rate_schedule.py --smoke    # seconds; prints only
@@ -36,7 +38,7 @@ BATCH, HIDDEN = 50, 32
 
 
 def load(seed: int, num_train: int, num_valid: int):
-    """A task of MNIST's training rows, halved in resolution; and the test rows."""
+    """Returns a task of MNIST's training rows, at half the resolution, and the test rows."""
     path = script.data_file(__file__, "mnist.npz")
     with np.load(path, allow_pickle=False) as data:
         arrays = {name: data[name] for name in data.files}
@@ -64,7 +66,10 @@ def error(params, batch):
 
 
 def make_problem(outer_batch=None) -> base.Problem:
-    """A hidden layer of ReLU, SGD with momentum; judged on all validation rows, or on what `outer_batch` draws."""
+    """Returns a problem with a hidden layer of ReLU, and SGD with momentum.
+
+    The outer loss is on all validation rows, or on the draws of `outer_batch`.
+    """
 
     def init(key, hyperparams, data):
         first, second = jax.random.split(key)
@@ -90,7 +95,7 @@ def start(space):
 
 
 def per_step(rates, num_steps: int):
-    """One rate for each step, from one for each window."""
+    """Expands one rate per window to one rate per step."""
     rates = jnp.asarray(rates)
     return rates[jnp.arange(num_steps) * rates.shape[0] // num_steps]
 
@@ -100,7 +105,10 @@ def cosine(peak: float, num_steps: int):
 
 
 def train_and_judge(config):
-    """`(keys, schedules [n, T], task, test) -> [n, 3]`: validation loss, test loss and error, means over the keys."""
+    """Returns `(keys, schedules [n, T], task, test) -> [n, 3]`: validation loss, test loss and error.
+
+    They are means over the keys.
+    """
     loop = inner.piecewise(make_problem(), config.num_steps, num_steps=config.num_steps).loop
     train = inner.run(loop, config.num_steps)
 
@@ -118,14 +126,14 @@ def train_and_judge(config):
 
 
 def schedule_learner(config, outer_rate: float):
-    """Non-greedy: a rate for each window, through the whole horizon."""
+    """Returns the non-greedy learner: a rate for each window, through the whole horizon."""
     steps, windows = config.num_steps, config.windows
     scheduled = spaces.constrain(inner.piecewise(make_problem(), windows, num_steps=steps), space((windows,)))
     if config.mode == "forward":
         estimator = hypergrad.forward(scheduled, num_steps=steps)
     else:
         estimator = hypergrad.unrolled(scheduled, num_steps=steps, remat="sqrt")
-    # A schedule at the edge of divergence has hypergradients of any size: Adam sees those of norm 1 at most.
+    # A schedule near divergence can have hypergradients of any size. Clipping limits the norm for Adam to 1.
     decay = optax.cosine_decay_schedule(outer_rate, config.outer_steps)
     return training.learner(estimator, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(decay, b2=0.9)))
 
@@ -138,7 +146,7 @@ GREEDY = {
 
 
 def greedy(config, name: str):
-    """`(key, outer rates [n], task) -> schedules [n, T]`: a rate tuned while the network trains, once."""
+    """Returns `(key, outer rates [n], task) -> schedules [n, T]`: a rate that is tuned during one training."""
     few = lambda key, task: inner.minibatch(500, replace=True)(key, 0, task.valid)  # validation rows for one step
     problem, steps = spaces.constrain(make_problem(few), space()), config.num_steps
     estimator = GREEDY[name](problem, steps)
@@ -149,7 +157,7 @@ def greedy(config, name: str):
             learner = training.learner(estimator, optax.adam(outer_rate))
 
             def step(state, _):
-                rate = spaces.to_constrained(space(), state.hyperparams)["rate"]  # what this step trains with
+                rate = spaces.to_constrained(space(), state.hyperparams)["rate"]  # the rate of this training step
                 return learner.step(state)[0], rate
 
             return jax.lax.scan(step, learner.init(key, start(space()), task), length=steps)[1]
@@ -160,7 +168,7 @@ def greedy(config, name: str):
 
 
 def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
-    """Results and schedules of one seed."""
+    """Returns results and schedules of one seed."""
     judge, tuners, learners = programs
     task, test = load(seed, config.num_train, config.num_valid)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
@@ -168,7 +176,7 @@ def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
     steps, found = config.num_steps, {}
 
     def pick(name: str, candidates, settings):
-        """The candidate of the smallest validation loss; test rows stay out."""
+        """Keeps the candidate with the smallest validation loss. Test rows are not used."""
         values = np.nan_to_num(np.asarray(judge(select_keys, candidates, task, task.valid))[:, 0], nan=np.inf)
         best = int(np.argmin(values))
         found[name] = candidates[best]
@@ -203,7 +211,7 @@ def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
 
 
 def compare_modes(config) -> list[list[str]]:
-    """Forward against reverse on one problem and key: the hypergradients' difference, time and memory."""
+    """Compares forward with reverse on one problem and key: the hypergradients' difference, time and memory."""
     task, _ = load(0, config.num_train, config.num_valid)
     windows, rows, found = config.windows, [], {}
     for steps in config.compare_steps:
@@ -225,7 +233,7 @@ def compare_modes(config) -> list[list[str]]:
         for name, call in calls.items():
             times = []
             for _ in range(2):
-                begin = time.process_time()  # of the processor: other programs on the machine do not count
+                begin = time.process_time()  # processor time, so that other programs on the machine do not count
                 found[name] = jax.block_until_ready(call(z, key))
                 times.append(time.process_time() - begin)
             seconds[name] = min(times)

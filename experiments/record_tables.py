@@ -1,31 +1,44 @@
-"""Three tables of real records: what earlier tasks are worth on a new one, after 1, 5 and 20 trials.
+"""Three tables of real records: how much earlier tasks help on a new one, after 1, 5 and 20 trials.
 
-A table holds the outcome of every configuration on every task (balanced error, one run each): a random forest on 164
-tables of PMLB × 56 configurations, six algorithms on the same × 381, and 418 tables of OpenML × 219 pipelines (OBOE).
-All near-duplicates of a table are in one of five folds. Each fold is left out in turn; what methods learn, they learn
-on the other four. The normalized regret of a task is 0 at its best and 1 at its worst configuration.
+A table holds the outcome of every configuration on every task (balanced error, one run each). The first two tables are
+a random forest on 164 tables of PMLB × 56 configurations, and six algorithms on the same × 381. The third one is 418
+tables of OpenML × 219 pipelines (OBOE). All near-duplicates of a table are in the same one of five folds. Each fold is
+left out in turn, and methods learn only on the other four. The normalized regret of a task is 0 at its best and 1 at
+its worst configuration.
 
-`metaopt` is `methods.train_meta_searcher`, with a task's features; its searcher begins with what it predicts and goes
-on by expected improvement, but for every eighth trial, which is the configuration farthest from all before. It was
-developed by the regrets in folds 0–2; those of folds 3 and 4 had not been looked at before the first whole run, and are
-reported by themselves, too. Deep kernels (FSBO: meta-learned by marginal likelihood, adapted to the task's trials by
-ten steps) stand beside its mixture of Gaussian processes, or alone, and so do transformers over the trials; they were
-developed on folds 0–2 as well. The others: random search; TPE (Optuna, numbers as places in their order; a
-configuration that the table lacks, or that was tried, becomes the nearest one); the 1-nearest neighbour in features,
-and its best configurations in turn; the best configurations on average, in turn; a greedy portfolio; a Gaussian process
-with expected improvement and no other task, from a random start, its kernel's length by maximum likelihood at every
-step. A configuration that failed on the task at hand is no candidate for any method. TPE and SMAC3 are run apart
-(`--baselines`), and their curves kept beside the results. BOHB is not here: a table has one fidelity, at which it is
+`metaopt` is `methods.train_meta_searcher`, with a task's features. Its searcher begins with its prediction and
+continues by expected improvement. Every eighth trial is instead the configuration farthest from all earlier ones. The
+method was developed on the regrets in folds 0–2. The regrets of folds 3 and 4 were not looked at before the first whole
+run, and are also reported separately.
+
+Deep kernels (FSBO: meta-learned by marginal likelihood, adapted to the task's trials by ten steps) are mixed with its
+Gaussian processes, or used on their own. The same holds for transformers over the trials. Both were also developed on
+folds 0–2.
+
+The baselines:
+
+- random search;
+- TPE (Optuna): numbers are given by their rank, and a configuration that is not in the table, or was already tried,
+  becomes the nearest one;
+- the 1-nearest neighbor in features: its best configurations in order;
+- the best configurations on average, in order;
+- a greedy portfolio;
+- a Gaussian process with expected improvement and without other tasks, from a random start; its kernel's length is set
+  by maximum likelihood at every step.
+
+No method may choose a configuration that failed on the new task. TPE and SMAC3 run separately (`--baselines`), and
+their curves are kept next to the results. BOHB is not included: a table has one fidelity, so BOHB would be the same as
 TPE.
 
     python experiments/record_tables.py             writes experiments/results/record_tables.md and .png
     python experiments/record_tables.py --baselines TPE SMAC     more of SMAC3 (extra `smac`; 20 minutes a seed)
     python experiments/record_tables.py --train-seeds 20 --store FOLDER      metaopt trained with 20 keys
-    python experiments/record_tables.py --extra-trees     prints only: what features say of the first trial, by forests
+    python experiments/record_tables.py --extra-trees     prints only: forests choose the first trial by features
     python experiments/record_tables.py --smoke     seconds; prints only
 
-The tables are read from the folder that METAOPT_DATA names. What is learned in a fold with a key is kept in --store
-as it ends: a run that was killed goes on from there, and the same command, started several times, shares the work.
+The tables are read from the folder that METAOPT_DATA names. With --store, the learned result of each fold and key is
+saved as soon as it is finished. A run that was killed continues from there. Several processes that run the same command
+share the work.
 """
 
 import argparse
@@ -46,17 +59,17 @@ from scipy.spatial.distance import cdist
 from metaopt import base, methods, predictors, spaces
 
 NUM_TRIALS = 20
-FARTHEST_EVERY = 8  # as the searcher has it
-CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # of the baselines that are run apart
+FARTHEST_EVERY = 8  # the same as in the searcher
+CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # curves of the baselines that run separately
 AT = (1, 5, 20)
 NUM_DEEP = 2  # deep kernels
 DEEP = {"metaopt with deep kernels": 0.5, "deep kernels alone (FSBO)": 1.0}  # their share of the mixture
 NUM_TRANSFORMERS = 4
-TRANSFORMERS = {"metaopt with transformers": 0.5, "transformers alone": 1.0}  # their share of what is expected
+TRANSFORMERS = {"metaopt with transformers": 0.5, "transformers alone": 1.0}  # their share of the expected outcome
 NOT_ADAPTED = "deep kernels alone, not adapted"
 LEARNED = ("metaopt", *DEEP, *TRANSFORMERS)
 PLAIN = "GP, no other task"
-PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # of the process without other tasks, in units of the encoding
+PLAIN_LENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # for the Gaussian process without other tasks, in units of the encoding
 ABLATED = ("metaopt, no features", NOT_ADAPTED)  # with --ablate
 
 
@@ -64,7 +77,7 @@ class Records(NamedTuple):
     """T tasks × C configurations."""
 
     name: str
-    error: np.ndarray  # [T, C], NaN where the configuration failed
+    error: np.ndarray  # [T, C], NaN if the configuration failed
     features: np.ndarray  # [T, F]
     family: np.ndarray  # [T]
     fold: np.ndarray  # [T]
@@ -108,7 +121,10 @@ def load_oboe() -> Records:
 
 
 def make_space(configurations: list[dict]) -> tuple[dict, list[dict]]:
-    """A space that all fit, and the configurations in it: numbers between their extremes, all else as categories."""
+    """Returns a space that contains all configurations, and the configurations in it.
+
+    Numbers are between their extremes, and everything else is a category.
+    """
     values: dict[str, list] = {}
     for configuration in configurations:
         for name, value in configuration.items():
@@ -130,14 +146,17 @@ def make_space(configurations: list[dict]) -> tuple[dict, list[dict]]:
 
 
 def curve(regret: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The best regret so far of one task, of configurations tried in this order, without those that failed."""
+    """Returns the best regret so far of one task, for configurations in this order.
+
+    Failed configurations are skipped.
+    """
     tried = regret[order]
     tried = tried[np.isfinite(tried)][:NUM_TRIALS]
     return np.minimum.accumulate(np.pad(tried, (0, NUM_TRIALS - len(tried)), mode="edge"))
 
 
 def greedy(regret: np.ndarray) -> np.ndarray:
-    """Configurations that complement one another on these tasks; one that failed counts as the worst."""
+    """Returns configurations that complement one another on these tasks. A failed one counts as the worst."""
     regret, best, order = np.where(np.isnan(regret), 1, regret), np.ones(len(regret)), []
     for _ in range(min(8 * NUM_TRIALS, regret.shape[1])):
         value = np.minimum(best[:, None], regret).mean(0) + 1e-6 * regret.mean(0)
@@ -149,8 +168,10 @@ def greedy(regret: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="adaptation_steps")
 def search(surrogate, x, functions, weights, error, start, distances, adaptation_steps=10):
-    """[NUM_TRIALS] configurations: the searcher of `methods` on one task, for all steps in one program.
-    `distances` [C, C] say which configuration is the farthest."""
+    """Runs the searcher of `methods` on one task, with all steps in one program. Returns [NUM_TRIALS] configurations.
+
+    `distances` [C, C] define the farthest configuration.
+    """
     open_, share = jnp.isfinite(error), surrogate.transformer_share
     error = jnp.where(open_, error, 0.0)
     typical_scale = jnp.exp(jnp.median(surrogate.log_scales))
@@ -163,7 +184,7 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
         best = jnp.where(mask > 0, y, jnp.inf).min()
         score = predictors.expected_improvement(mixture, best)
         if surrogate.transformers is not None:
-            # As the searcher does it: what lies far beyond three in four of the trials is cut off.
+            # As in the searcher: outcomes far above the upper quartile of the trials are cut off.
             upper = jnp.sort(jnp.where(mask > 0, y, jnp.inf))[(3 * (i - 1)) // 4] - best
             shown = jnp.where((i >= 4) & (upper > 0), jnp.minimum(y, best + 4 * upper), y)
             read = predictors.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
@@ -182,8 +203,10 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
 
 @jax.jit
 def plain_search(grams, error, starts):
-    """[runs, NUM_TRIALS]: one Gaussian process, its kernel (of K), mean and amplitude by maximum likelihood, expected
-    improvement."""
+    """Returns [runs, NUM_TRIALS] trials of one Gaussian process, by expected improvement.
+
+    Its kernel (of K), mean and amplitude are set by maximum likelihood.
+    """
     open_ = jnp.isfinite(error)
     error = jnp.where(open_, error, 0.0)
 
@@ -222,13 +245,16 @@ def plain_search(grams, error, starts):
 
 
 def encode(space: dict, plain: list[dict]) -> jax.Array:
-    """[C, D] as g has them: what a configuration lacks is at its default, a label among labels."""
+    """Returns the encoding [C, D] that g uses.
+
+    Missing values are at their defaults, and a missing label is one of the other labels.
+    """
     whole = [spaces.from_configuration(space, spaces.complete(space, c)) for c in plain]
     return jnp.stack([spaces.encode(space, hyperparams) for hyperparams in whole])
 
 
 def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
-    """[test tasks, NUM_TRIALS] curves of the process without other tasks."""
+    """Returns [test tasks, NUM_TRIALS] curves of the Gaussian process without other tasks."""
     encoded = encode(*make_space(data.configurations))
     of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
     grams = jnp.stack([predictors.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)])
@@ -243,7 +269,7 @@ def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
 
 @jax.jit
 def expected(of, encoded, weights):
-    """[C] what is expected without a trial."""
+    """Returns [C] the expected outcomes without a trial."""
     found = predictors.expected_outcomes(of, encoded) @ weights
     if of.transformers is None:
         return found
@@ -255,8 +281,11 @@ def expected(of, encoded, weights):
 def learned(
     data: Records, train: np.ndarray, test: np.ndarray, seed: int, options, with_transformers: bool
 ) -> dict[str, Any]:
-    """name -> [test tasks, NUM_TRIALS] curves of `metaopt`. What it takes is looked at with the first key: with others,
-    programs are there already, and all is trained at once, which gives the same."""
+    """Returns name -> [test tasks, NUM_TRIALS] curves of `metaopt`.
+
+    The time is measured only for the first key. For other keys, the programs are already compiled, and all parts are
+    trained together, which gives the same result.
+    """
     timed = seed == 0
     space, plain = make_space(data.configurations)
     names = [str(t) for t in range(len(data.error))]
@@ -281,7 +310,7 @@ def learned(
     every = {"deep_kernels": NUM_DEEP} | ({"transformers": NUM_TRANSFORMERS} if with_transformers else {})
     if timed:
         networks = {}
-        for i, (name, num) in enumerate([("", 0), *every.items()]):  # each as if it were the only one
+        for i, (name, num) in enumerate([("", 0), *every.items()]):  # each is trained as if it were the only one
             jax.clear_caches()
             begin = time.process_time()
             g = train_g(**({name: num} if name else {}))
@@ -312,7 +341,8 @@ def learned(
         return search(of, encoded, functions, weights, error, start, distances, 0 if name == NOT_ADAPTED else 10)
 
     asks = []
-    # The last task's, again as a user has it; one on which nothing failed, if there is one, so that all is compared.
+    # The last task is repeated with the user's interface. A task without failures is preferred, so that all trials are
+    # compared.
     whole = [t for t in test if np.isfinite(data.error[t]).all()]
     t = (whole or list(test))[-1]
     error, open_ = jnp.asarray(data.error[t], jnp.float32), np.flatnonzero(np.isfinite(data.error[t]))
@@ -331,7 +361,7 @@ def learned(
 
 
 def check_same_trials(name: str, again: list[int], tried: list[int]) -> None:
-    """Raises an error where the searcher's first trials are not those of `search`, which stands for it."""
+    """Raises an error if the first trials of the searcher differ from those of `search`, which replaces it."""
     if again != tried[: len(again)]:
         raise RuntimeError(
             f"{name}: the searcher of `methods` tries {again}, and `search`, whose curves would be reported as "
@@ -340,7 +370,7 @@ def check_same_trials(name: str, again: list[int], tried: list[int]) -> None:
 
 
 def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
-    """The first trials of the searcher, asked and told one by one, and the median milliseconds of an `ask`."""
+    """Runs the first trials of the searcher, one by one. Also returns the median milliseconds of an `ask`."""
     searcher = g.searcher(data.features[t], first=())
     state, tried, times = searcher.init(jax.random.key(0), g.space), [], []
     for _ in range(8):
@@ -349,21 +379,21 @@ def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict
         times.append(1e3 * (time.process_time() - begin))
         tried.append(plain.index(trial.configuration))
         outcome = data.error[t, tried[-1]]
-        if not np.isfinite(outcome):  # which the program above does not try
+        if not np.isfinite(outcome):  # `search` does not try it
             return tried[:-1], float(np.median(times[2:]))
         state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=float(outcome))])
     return tried, float(np.median(times[2:]))
 
 
 class Labels(NamedTuple):
-    """A table's parameters one by one, for optimizers that know nothing of tables: numbers in order, and categories."""
+    """A table's parameters one by one, for optimizers that do not know tables: ordered numbers, and categories."""
 
-    columns: dict[str, np.ndarray]  # [C] texts by parameter, "" where a configuration lacks it
-    values: dict[tuple[str, str], list[str]]  # (algorithm, parameter) -> what is tried of it, where that is several
-    numbers: set[tuple[str, str]]  # whose values are numbers, in ascending order, and more than two
+    columns: dict[str, np.ndarray]  # [C] texts by parameter, "" if a configuration lacks it
+    values: dict[tuple[str, str], list[str]]  # (algorithm, parameter) -> its values, if there are several
+    numbers: set[tuple[str, str]]  # parameters with more than two values, all numbers, in ascending order
 
     def nearest(self, algorithm: str, given: dict[str, str], open_: np.ndarray, rng: np.random.Generator) -> int:
-        """The open configuration nearest to these values; any of them where several are."""
+        """Returns the open configuration nearest to these values. Ties are broken at random."""
         distance = 100.0 * (self.columns["algorithm"] != algorithm)
         for name, value in given.items():
             values, column = self.values[algorithm, name], self.columns[name]
@@ -395,11 +425,14 @@ def label(data: Records) -> Labels:
 
 
 def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
-    """The curve of Optuna's TPE, snapped to the nearest row of the table. A number is its place in order."""
+    """Returns the curve of Optuna's TPE.
+
+    Proposals become the nearest row of the table. A number is given by its rank.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    rng = np.random.default_rng([seed, t])  # no task begins as another does
+    rng = np.random.default_rng([seed, t])  # so that every task begins differently
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=int(rng.integers(2**31))))
     regret, tried = data.regret[t], []
     open_ = np.isfinite(regret)
@@ -421,7 +454,10 @@ def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
 
 
 def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
-    """The curve of SMAC3 (random forest, its facade's defaults for 20 trials), snapped in the same way."""
+    """Returns the curve of SMAC3, with the nearest rows in the same way.
+
+    SMAC3 uses a random forest and its facade's defaults for 20 trials.
+    """
     import ConfigSpace
     from smac import HyperparameterOptimizationFacade, Scenario
     from smac.runhistory.dataclasses import TrialValue
@@ -453,7 +489,7 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
             output_directory=Path(folder),
             use_default_config=False,
         )
-        refuse: Any = lambda config, seed=0: 1 / 0  # told, never run
+        refuse: Any = lambda config, seed=0: 1 / 0  # never called, since outcomes are looked up
         optimizer = HyperparameterOptimizationFacade(scenario, refuse, overwrite=True, logging_level=False)
         while len(tried) < NUM_TRIALS and open_.any():
             trial = optimizer.ask()
@@ -470,7 +506,7 @@ BASELINES = {"TPE": tpe, "SMAC": smac}
 
 
 def run_baseline(name: str, data: Records, num_seeds: int, file: Path, judged: np.ndarray) -> None:
-    """[seeds, T, NUM_TRIALS] curves into a file, which is written after every seed and gone on with."""
+    """Writes [seeds, T, NUM_TRIALS] curves to a file, after every seed. Continues from that file."""
     labels, key = label(data), f"{data.name}/{name}"
     done = list(read_baselines(file).get(key, ()))
     for seed in range(len(done), num_seeds):
@@ -493,7 +529,7 @@ def read_baselines(file: Path) -> dict[str, np.ndarray]:
 
 
 def by_family(data: Records) -> np.ndarray:
-    """[T, NUM_TRIALS] curves of average-best where one family is left out at a time, and not a fifth of them."""
+    """Returns [T, NUM_TRIALS] curves of average-best with one family left out at a time, instead of a fifth of them."""
     regret, curves = data.regret, []
     for t, family in enumerate(data.family):
         curves.append(curve(regret[t], np.nanmean(regret[data.family != family], 0).argsort()))
@@ -501,9 +537,10 @@ def by_family(data: Records) -> np.ndarray:
 
 
 def by_extra_trees(data: Records, seed: int) -> np.ndarray:
-    """[T] regrets of the first trial, by the regrets that extremely randomized trees predict from a task's features.
+    """Returns [T] regrets of the first trial, chosen by extremely randomized trees from a task's features.
 
-    What failed on a task counts as its worst configuration, to learn from; with the task at hand it is no candidate.
+    The trees predict regrets. In training, a failed configuration counts as the task's worst one. On the new task, it
+    is not a candidate.
     """
     from sklearn.ensemble import ExtraTreesRegressor
 
@@ -519,12 +556,12 @@ def by_extra_trees(data: Records, seed: int) -> np.ndarray:
 
 
 def split(data: Records, fold: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Which tasks are learned from, and which are new."""
+    """Returns the tasks to learn from, and the new tasks."""
     return np.flatnonzero(data.fold != fold), np.flatnonzero(data.fold == fold)[:: options.stride]
 
 
 def learn(data: Records, options: argparse.Namespace, with_transformers: bool, fold: int, seed: int, wait: bool):
-    """`learned`, as it is kept."""
+    """Returns the result of `learned`, saved or computed."""
     name = (
         f"{data.name}, {fold}, {seed}, {options.ablate}, {options.smoke}, {NUM_DEEP}, {NUM_TRANSFORMERS}, "
         f"{sorted(TRANSFORMERS.values())}, {with_transformers}"
@@ -534,13 +571,14 @@ def learn(data: Records, options: argparse.Namespace, with_transformers: bool, f
 
 
 class Found(NamedTuple):
-    """What the methods of a table came to. T tasks.
+    """The results of the methods on a table. T tasks.
 
     Attributes:
-      curves: name -> [T, NUM_TRIALS], means over seeds where a method is random.
-      by_key: name -> [keys, T, NUM_TRIALS] of what is learned.
-      judged: the tasks.
-      seconds: of training, alone, with deep kernels, with transformers; milliseconds of an `ask`, alone and with those.
+      curves: name -> [T, NUM_TRIALS], means over seeds if a method is random.
+      by_key: name -> [keys, T, NUM_TRIALS] of learned methods.
+      judged: the evaluated tasks.
+      seconds: of training: metaopt by itself, with deep kernels, with transformers; then milliseconds of an `ask`:
+        metaopt by itself and with transformers.
     """
 
     curves: dict[str, np.ndarray]
@@ -555,7 +593,7 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
     regret, seconds, judged = data.regret, [], []
     few = options.transformer_seeds or options.train_seeds
     of_key = lambda fold, seed, wait: learn(data, options, with_transformers and seed < few, fold, seed, wait)
-    for fold in options.folds:  # what no other process is at; its programs are compiled once for all keys of a fold
+    for fold in options.folds:  # skips work of other processes; all keys of a fold share its compiled programs
         for seed in range(options.train_seeds):
             of_key(fold, seed, wait=False)
 
@@ -604,7 +642,7 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
 
 
 def over_keys(found: Found) -> str:
-    """How far the means over tasks are apart from key to key of the training."""
+    """Describes how the means over tasks vary between keys of the training."""
     parts = []
     for name, curves in found.by_key.items():
         if len(curves) == 1:
@@ -618,7 +656,10 @@ def over_keys(found: Found) -> str:
 
 
 def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> tuple[list, list]:
-    """Rows of the table: regret, mean rank, paired differences to the reference with 95 % intervals, Holm's p."""
+    """Returns rows of the table: regret, mean rank, paired differences to the reference, and Holm's p.
+
+    The differences have 95 % intervals.
+    """
     from scipy import stats
 
     _, of = np.unique(data.family[judged], return_inverse=True)

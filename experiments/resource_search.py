@@ -1,21 +1,21 @@
 """Accuracy against FLOPs: a differentiable search within budgets, against random networks and the whole grid.
 
 The space is Conv–ReLU–Pool–Conv–ReLU–Pool–Flatten–Linear on the digits of scikit-learn (8 × 8), with searched widths,
-windows and hidden features: 72 networks, so few that all of them are trained, which no search may count on.
+windows and hidden features. It has only 72 networks, so all of them can be trained. A search cannot rely on that.
 
     search:   for each budget B, DARTS of first order on the supernet of all sizes, within the budget:
-              min_α max_μ f(α) + μ (C(α)/B − 1), where C is the expected FLOPs; then the likeliest sizes within B
+              min_α max_μ f(α) + μ (C(α)/B − 1), where C is the expected FLOPs; then the most probable sizes within B
               (`nas.within_budget`), trained from scratch.
-    one-shot: the supernet is trained once, in every step at sizes drawn uniformly; for each budget the network within
-              it of least validation loss with the shared weights, trained from scratch.
-    random:   as many networks drawn at random, and as many as what a search costs would have trained.
+    one-shot: the supernet is trained once, at random sizes in every step; for each budget, the network within the
+              budget with the smallest validation loss, with the shared weights; trained from scratch.
+    random:   as many random networks as budgets; and as many as could be trained at the cost of a search.
     grid:     all networks.
 
 Every network is trained from scratch on the same rows with the same recipe. Each method's front is chosen by validation
-and judged by test error: the hypervolume of log FLOPs × test error, beneath the dearest network and an error of 20 %.
-In search, masks save nothing: a step of the supernet costs what the largest network costs, and that is what is counted.
-(The networks of the grid are trained by one program, the supernet at one-hot weights, which is the small network; what
-they are said to cost is the small network's.)
+and scored by test error. The score is the hypervolume of log FLOPs × test error, below the most expensive network and
+an error of 20 %. In search, masks save no computation: a step of the supernet costs as much as the largest network, and
+this cost is counted. (One program trains the networks of the grid: the supernet at one-hot weights, which computes the
+small network. Their reported cost is the small network's.)
 
     python experiments/resource_search.py            minutes; writes results/resource_search.md and .png
     python experiments/resource_search.py --smoke    seconds; prints only
@@ -34,7 +34,7 @@ from sklearn.datasets import load_digits
 from metaopt import base, hypergrad, inner, methods, nas, training
 
 IN_SHAPE = (8, 8, 1)
-LIMIT = 0.2  # the test error beyond which a network adds nothing to a front
+LIMIT = 0.2  # networks with a larger test error do not count in a front
 
 
 class Config(NamedTuple):
@@ -52,7 +52,7 @@ SMOKE = Config(nas.conv_net_space(widths=(2, 4), kernels=(3,), depths=(1,), hidd
 
 
 def split(seed: int) -> tuple[base.Task, dict]:
-    """600 rows to train, 600 to validate, 597 to test."""
+    """Returns 600 rows for training, 600 for validation, 597 for test."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     part = lambda rows: {
@@ -70,7 +70,10 @@ def adam(hyperparams):
 
 
 def make_trainer(config: Config):
-    """`(key, weights, scales, task, test) -> (validation error, test error)` of one network, by one-hot weights."""
+    """Returns `(key, weights, scales, task, test) -> (validation error, test error)` of one network.
+
+    `weights` are one-hot.
+    """
     net = nas.supernet(config.space, IN_SHAPE, ops={})
 
     def logits(params, hyperparams, batch):
@@ -97,9 +100,12 @@ def make_trainer(config: Config):
 
 
 def initial_scales(space: nas.ElasticNetwork, genotype: nas.Genotype):
-    """By what the supernet's initial weights are too small for a network that has fewer inputs."""
+    """Returns factors that scale the supernet's initial weights for a smaller network.
+
+    A layer with fewer inputs needs larger initial weights.
+    """
     shapes = lambda net: jax.eval_shape(nas.supernet(net, IN_SHAPE, ops={}).init, jax.random.key(0))
-    fan_in = lambda leaf: np.prod(leaf.shape[:-1])  # 1 of biases
+    fan_in = lambda leaf: np.prod(leaf.shape[:-1])  # 1 for biases
     return jax.tree.map(
         lambda large, small: jnp.float32(np.sqrt(fan_in(large) / fan_in(small))),
         shapes(space),
@@ -141,7 +147,7 @@ def train_grid(config: Config, table: nas.CostTable, splits) -> Grid:
 
 
 def make_searcher(config: Config, table: nas.CostTable):
-    """`(key, task, budget) -> (mixing weights, the supernet's own)`, one program for all budgets."""
+    """Returns `(key, task, budget) -> (mixing weights, the supernet's own)`, one program for all budgets."""
 
     def valid_batch(key, task):
         rows = jax.random.randint(key, (config.batch_size,), 0, len(task.valid["y"]))
@@ -162,7 +168,7 @@ def make_searcher(config: Config, table: nas.CostTable):
 
 
 def gap(config: Config, grid: Grid, found: list, one_shot: np.ndarray, splits) -> str:
-    """Supernet, discrete and retrained, on validation rows."""
+    """Describes the gap between supernet, discrete and retrained, on validation rows."""
     net, scores = nas.supernet(config.space, IN_SHAPE, ops={}), []
     judge = jax.jit(
         lambda params, weights, rows: (net.apply(params, weights, rows["x"]).argmax(-1) == rows["y"]).mean()
@@ -172,7 +178,7 @@ def gap(config: Config, grid: Grid, found: list, one_shot: np.ndarray, splits) -
         each = accuracy(nas.one_hot(config.space, grid.genotypes[a])), (1 - grid.errors[s, a, 0],), accuracy(weights)
         scores.append(methods.ArchitectureScores(f"{a}", *each))
     report = methods.search_report(scores)
-    # Ranks alone are compared: by the likelihood, which has the order of the loss.
+    # Only ranks are compared. The likelihood has the same order as the loss.
     ranks = []
     for s in range(len(splits)):
         each = zip(np.exp(-one_shot[s]), 1 - grid.errors[s, :, 0], strict=True)
@@ -189,7 +195,7 @@ def gap(config: Config, grid: Grid, found: list, one_shot: np.ndarray, splits) -
 
 
 def one_shot_scores(config: Config, genotypes, splits) -> np.ndarray:
-    """[seeds, A] validation losses with the weights of one supernet a seed."""
+    """Returns [seeds, A] validation losses with the weights of one supernet per seed."""
     options: dict[str, Any] = {"optimizer": adam, "sampler": inner.minibatch(config.batch_size), "decay": 0.0}
     one_shot = methods.single_path_one_shot(config.space, IN_SHAPE, ops={}, num_steps=config.one_shot_steps, **options)
     train, scores = jax.jit(one_shot.train), np.zeros((len(splits), len(genotypes)))
@@ -200,7 +206,7 @@ def one_shot_scores(config: Config, genotypes, splits) -> np.ndarray:
 
 
 def budgets_of(grid: Grid, num: int) -> np.ndarray:
-    """From twice the cheapest network to the dearest, in equal ratios."""
+    """Returns budgets from twice the cheapest network to the most expensive one, in equal ratios."""
     return np.geomspace(min(2 * grid.costs.min(), grid.costs.max()), grid.costs.max(), num)
 
 
@@ -208,7 +214,7 @@ def budgets_of(grid: Grid, num: int) -> np.ndarray:
 
 
 def volume(grid: Grid, seed: int, rows) -> float:
-    """The hypervolume, by test, of the front that validation chooses."""
+    """Returns the test hypervolume of the front that validation chooses."""
     rows = np.unique(rows)
     front = rows[nas.pareto_front(np.stack([grid.costs[rows], grid.errors[seed, rows, 0]], 1))]
     points = np.stack([np.log10(grid.costs[front]), grid.errors[seed, front, 1]], 1)
@@ -267,8 +273,8 @@ def main() -> None:
     seeds = range(num_seeds)
     shared = np.array([[rows[scores[s, rows].argmin()] for rows in inside] for s in seeds])
 
-    # A first-order alternation is two gradients of the largest network, a one-shot step is one; a step of training is
-    # one, of an average network.
+    # A first-order alternation takes two gradients of the largest network, and a one-shot step takes one. A training
+    # step takes one gradient of an average network.
     step = grid.costs.max() / (config.train_steps * grid.costs.mean())
     search_cost, one_shot_cost = 2 * config.search_steps * step, config.one_shot_steps * step
     num, total = len(budgets), len(grid.costs)

@@ -1,4 +1,4 @@
-"""What every script here begins and ends with: its options, its data, its tables, and what made a result."""
+"""Shared code of all scripts: options, data files, saved work, tables, and the record of how a result was made."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 if "--smoke" in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves the compile time
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from metaopt.progress import report_progress
 
 
 def run(main: Callable[[], Any]) -> Any:
-    """Runs the `main` of a script, and reports what it does in a log file."""
+    """Runs the `main` of a script, and reports its progress in a log file."""
     with reporting():
         return main()
 
@@ -40,7 +40,7 @@ def reporting() -> Iterator[None]:
 
 
 class _Place:
-    """As a string: the function of a script that the main thread is in, such as "random_search (auto_tune.py:395)"."""
+    """Formats as the function of a script that the main thread runs, such as "random_search (auto_tune.py:395)"."""
 
     def __str__(self) -> str:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -48,7 +48,7 @@ class _Place:
         while frame is not None:
             path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname.replace(".<locals>", "")
             if path.stem in ("compiler", "mlir", "partial_eval") and {"jax", "_src"} <= set(path.parts):
-                place, compiling = "", True  # frames inside are of functions that JAX traces
+                place, compiling = "", True  # inner frames belong to functions that JAX traces
             elif not place and path.parent == Path(__file__).parent and path != Path(__file__) and "<" not in name:
                 place = f"{name} ({path.name}:{frame.f_lineno})"
             frame = frame.f_back
@@ -56,7 +56,7 @@ class _Place:
 
 
 def parser(doc: str | None, *, num_seeds: int = 3) -> argparse.ArgumentParser:
-    """The options that all have: --smoke, --seeds, --out; `doc` is the script's docstring."""
+    """Returns a parser with the options of all scripts: --smoke, --seeds, --out. `doc` is the script's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
     parser.add_argument("--seeds", type=_count, default=num_seeds, help="how many")
@@ -71,7 +71,7 @@ def _count(text: str) -> int:
 
 
 def data_file(file: str, name: str) -> Path:
-    """Where the data of the script `file` are; ends the script where they are not."""
+    """Returns the path of a data file of the script `file`. Exits the script if the data file is missing."""
     path = Path(os.environ.get("METAOPT_DATA", "")) / name
     if not path.is_file():
         sys.exit(f"{Path(file).stem} needs {name}, in the folder that the environment variable METAOPT_DATA names.")
@@ -79,7 +79,7 @@ def data_file(file: str, name: str) -> Path:
 
 
 def code(*files: str) -> str:
-    """What tells the code of a result from other code: a digest of these files and of the library."""
+    """Returns a digest of these files and of the library, which identifies the code of a result."""
     library = Path(metaopt.__file__).parent
     digest = hashlib.sha256()
     for path in [*map(Path, files), *sorted(library.rglob("*.py"))]:
@@ -88,7 +88,10 @@ def code(*files: str) -> str:
 
 
 def work_folder(folder: Path, *files: str) -> Path:
-    """Where a run of these files keeps what has ended: what other code made lies in other folders, and is not taken."""
+    """Returns the folder in which a run of these files keeps its finished work.
+
+    The folder depends on the code. Work of other code is in other folders, and is not used.
+    """
     own = folder / code(*files)
     others = [path.name for path in folder.glob("*/") if path != own]
     if others and not own.is_dir():
@@ -97,9 +100,12 @@ def work_folder(folder: Path, *files: str) -> Path:
 
 
 def kept(folder: Path | None, name: str, make: Callable[[], dict], *, wait: bool = True) -> dict[str, Any]:
-    """Arrays by name: what `make` gives, or gave before, as the folder has it. Where another process is making it, this
-    one waits, or gives nothing: who calls without waiting for all that there is to make, and then with it, shares the
-    work with the processes that do so, too."""
+    """Returns arrays by name: the result of `make`, or its saved result from an earlier call.
+
+    If another process is computing the result, this call waits. With `wait=False`, it returns an empty dict instead. To
+    share work among several processes, each one first requests all results with `wait=False`, and then requests them
+    with `wait=True`.
+    """
     if folder is None:
         return make() if wait else {}
     import fcntl
@@ -107,12 +113,12 @@ def kept(folder: Path | None, name: str, make: Callable[[], dict], *, wait: bool
     file = folder / f"{name}.npz"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
-        with open(f"{file}.lock", "w") as lock:  # the system's: it ends with the process
+        with open(f"{file}.lock", "w") as lock:  # a lock of the operating system, which ends with the process
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return {}
-            if not file.is_file():  # nor has it been made while this one waited
+            if not file.is_file():  # another process may have made it in the meantime
                 made = make()
                 with open(f"{file}.part", "wb") as part:
                     np.savez(part, **made)
@@ -126,22 +132,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(values, digits: int = 3) -> str:
-    """Mean ± standard deviation; of one value, ± 0."""
+    """Returns mean ± standard deviation. The deviation of one value is 0."""
     values = np.asarray(values, float)
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
 
 def listed(found: Mapping[str, Sequence]) -> str:
-    """Names, each with where it was found: "MAML (5, 20); ANIL (5)". Those that were found nowhere are left out."""
+    """Lists names with their places: "MAML (5, 20); ANIL (5)". Names without a place are omitted."""
     return "; ".join(f"{name} ({', '.join(map(str, where))})" for name, where in found.items() if len(where)) or "none"
 
 
 def publish(
     file: str, title: str, text: str, options: argparse.Namespace, *, name: str | None = None, picture: str = ""
 ) -> None:
-    """Prints a result and the line that says what made it, and writes both as Markdown, but for a smoke run.
+    """Prints a result and a line on how it was made. Writes both as Markdown, except in a smoke run.
 
-    `name` is that of the result, where it is not the script's; `picture` says what is seen in the one beside it.
+    `name` is the name of the result; by default it is the script's name. `picture` describes the picture next to the
+    result.
     """
     name = name or Path(file).stem
     command = shlex.join(["python", f"experiments/{Path(file).name}", *sys.argv[1:]])

@@ -1,14 +1,20 @@
 """A self-tuning AdamW, started at bad rates, against a grid of rates and optax's learning-rate-free optimizers.
 
-`transforms.self_tuning(adamw)` is given a rate 100 times smaller and 10 times larger than the best of a grid of 20
-constant AdamW rates, on ten real problems: six tables, two sets of digits, clothes, and a character transformer on
-Shakespeare. What counts is the loss of held-out rows after a fixed number of steps, as an excess over the best of the
-grid, in per cent of what AdamW's usual rate of 1e-3 loses to it: 100 % is as bad as the default. It follows the
-training loss; or the loss of rows of its own, which are neither trained on nor part of the loss that is reported; or
-that loss with its gap to the training loss counted once more; or the loss of such rows, with the weight decay in λ,
-too. As the page recommends, λ starts at a hundredth of the rate that is given, and so in fact 10,000 and 10 times below
-the best rate: a start that is too small costs some steps, and one that is too large may damage the network. Two of the
-signals are run from 100 times below and 10 times above the best rate itself as well.
+`transforms.self_tuning(adamw)` gets a rate 100 times smaller and 10 times larger than the best of a grid of 20 constant
+AdamW rates. There are ten real problems: six tables, two sets of digits, clothes, and a character transformer on
+Shakespeare. The score is the loss of held-out rows after a fixed number of steps, as an excess over the best of the
+grid. Its unit is a percentage of the excess of AdamW's usual rate of 1e-3: 100 % is as bad as the default.
+
+The tuner follows one of four signals:
+
+- the training loss;
+- the loss of separate rows, which are neither trained on nor part of the reported loss;
+- that loss, with its gap to the training loss counted once more;
+- the loss of separate rows, with the weight decay in λ, too.
+
+As the documentation recommends, λ starts at a hundredth of the given rate. So it starts 10,000 and 10 times below the
+best rate: a start that is too small costs some steps, and one that is too large may damage the network. Two of the
+signals also run from 100 times below and 10 times above the best rate itself.
 
 The setting was chosen on other problems (kr-vs-k, vowel, vehicle, car, nursery, german, dermatology, drawings, spoken
 digits).
@@ -41,7 +47,7 @@ IMAGES = ("mnist", "fashion_mnist_sub")
 
 
 class Signal(NamedTuple):
-    """What the tuner follows, and what it tunes."""
+    """The signal of the tuner, and the hyperparameters that it tunes."""
 
     share: float  # the validation batch, as a share of the training batch
     gap: float = 0.0  # γ
@@ -54,15 +60,16 @@ SIGNALS = {
     "validation and gap": Signal(1.0, gap=1.0),
     "validation signal, decay too": Signal(0.5, decay=True),
 }
-START = 0.01  # of the rate that is given
-# Where λ starts, in the best rates of the grid. The last two are no recommendation: what a start itself costs.
+START = 0.01  # as a share of the given rate
+# The starts of λ, in units of the best rate of the grid. The last two are not recommended. They show the cost of a bad
+# start by itself.
 STARTS = {"rate / 100": START / 100, "rate × 10": START * 10, "λ from best / 100": 1 / 100, "λ from best × 10": 10.0}
-OF_ALL, OF_SOME = list(STARTS)[:2], list(STARTS)[2:]  # of all signals, and of the two that the page speaks of
+OF_ALL, OF_SOME = list(STARTS)[:2], list(STARTS)[2:]  # for all signals, and for the two in the documentation
 TRUE_STARTS = ("training signal", "validation signal, decay too")
 DECAY_START = 0.01
 TUNER = optax.sgd(0.5)
 TUNERS = {"rate": TUNER, "decay": optax.sgd(2.0)}
-DECAYS = (0.01, 0.1, 1.0)  # beside optax's 1e-4, with every second rate: the grid of rates and decays
+DECAYS = (0.01, 0.1, 1.0)  # besides optax's 1e-4, with every second rate: the grid of rates and decays
 FREE = {
     "prodigy": optax.contrib.prodigy,
     "dowg": optax.contrib.dowg,
@@ -74,7 +81,7 @@ WIDTH = {"table": 64, "image": 196}
 
 
 class Problem(NamedTuple):
-    """A network and its rows; `parts` is rows to train on, rows for the validation signal and rows that judge."""
+    """A network and its rows. `parts` is training rows, rows for the validation signal, and rows for the score."""
 
     init: Callable  # key -> params
     loss: Callable  # (params, rows) -> the loss of each row
@@ -90,7 +97,10 @@ def mlp_loss(params, rows):
 
 
 def mlp(parts, width: int, config) -> Problem:
-    """One shape for all tables and one for all images, so that they share compiled programs: columns of zeros."""
+    """Pads columns with zeros, so that all tables share a shape, and all images, too.
+
+    Then they share compiled programs.
+    """
     num_columns, possible = parts[0][0].shape[1], np.arange(NUM_CLASSES) <= max(y.max() for _, y in parts)
 
     def padded(x, y):
@@ -104,7 +114,7 @@ def mlp(parts, width: int, config) -> Problem:
 
 def mlp_init(hidden, key, rows):
     sizes = {"hidden": (rows["x"].shape[1], hidden), "out": (hidden, NUM_CLASSES)}
-    # Columns of zeros have no part in a fan-in.
+    # Columns of zeros do not count in a fan-in.
     fan_in = {"hidden": jnp.any(rows["x"] != 0, axis=0).sum(), "out": hidden}
     return {
         name: {"w": jax.random.normal(k, size) * jnp.sqrt(2 / fan_in[name]), "b": jnp.zeros(size[1])}
@@ -157,9 +167,11 @@ def take(key, part, num: int):
 
 
 def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, params: params):
-    """`(key, parts, plans) -> [n], {name: [n, steps]}`: the loss of the judging rows after each plan; λ of the steps.
+    """Returns `(key, parts, plans) -> [n], {name: [n, steps]}`.
 
-    `make(plan)` is the optimizer; with `signal` it follows the validation loss, of that many rows.
+    The first result is the loss of the scoring rows after each plan. The second result is λ at each step.
+
+    `make(plan)` is the optimizer. With `signal`, it follows the validation loss of that number of rows.
     """
 
     def mean_loss(params, rows):
@@ -191,9 +203,9 @@ def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, 
 
 
 def scheduled(rate, plan, num_steps: int):
-    """AdamW of a rate, with the plan's weight decay.
+    """AdamW with a rate, and with the plan's weight decay.
 
-    With `plan["shaped"]` = 1 the rate rises over 20 steps and falls in a straight line to the end.
+    With `plan["shaped"]` = 1, the rate rises over 20 steps and falls in a straight line to the end.
     """
 
     def at(step):
@@ -204,12 +216,12 @@ def scheduled(rate, plan, num_steps: int):
 
 
 def bounded(hp):
-    """A decay that takes at most the whole of a parameter in a step."""
+    """Bounds the decay, so that a step removes at most the whole of a parameter."""
     return {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}
 
 
 def trainers(problem: Problem, config) -> dict:
-    """All methods, compiled once for all problems of these shapes."""
+    """Returns all methods, compiled once for all problems of these shapes."""
 
     def fixed(plan):
         return scheduled(plan["rate"], plan, config.num_steps)
@@ -236,13 +248,13 @@ def trainers(problem: Problem, config) -> dict:
 
 
 def plans(rates, shapes=(False, True), decay=1e-4):
-    """Each rate, constant, and then with the shape."""
+    """Returns plans with each rate, first constant, and then with the shape."""
     rates, shaped = np.tile(rates, len(shapes)), np.repeat(shapes, len(rates))
     return jax.tree.map(jnp.asarray, {"rate": rates, "shaped": shaped, "decay": np.full(len(rates), decay)})
 
 
 def run_problem(problems, methods, config):
-    """{method: losses of the seeds}, the best rate, and {method: {name: λ [seeds, steps]}} of the tuners."""
+    """Returns {method: losses of the seeds}, the best rate, and {method: {name: λ [seeds, steps]}} of the tuners."""
     grid = np.logspace(-4, 0, config.num_rates)
     keys = [jax.random.key(seed) for seed in range(len(problems))]
 
@@ -280,12 +292,15 @@ def run_problem(problems, methods, config):
 
 
 def overheads(problem: Problem, config) -> list[str]:
-    """Processor time of a step of the tuners over that of AdamW, their programs in turns; the least of several."""
+    """Returns the processor time of a tuner's step divided by that of AdamW.
+
+    Programs take turns, and the smallest of several times counts.
+    """
     methods = trainers(problem, config)
     train, valid, (rows, _) = problem.parts
-    parts = train, valid, (jax.tree.map(lambda x: x[:1], rows), jnp.asarray(1))  # the last loss costs next to nothing
+    parts = train, valid, (jax.tree.map(lambda x: x[:1], rows), jnp.asarray(1))  # the final loss costs almost nothing
     times = {name: [] for name in ("grid", *SIGNALS)}
-    for _ in range(config.repeats + 1):  # the first compiles
+    for _ in range(config.repeats + 1):  # the first run compiles
         for name, all_times in times.items():
             start = time.process_time()
             jax.block_until_ready(methods[name](jax.random.key(0), parts, plans([1e-3], (True,))))
@@ -296,7 +311,7 @@ def overheads(problem: Problem, config) -> list[str]:
 
 
 def sized(config):
-    """The options with the sizes, and {problem: what loads it}."""
+    """Returns the options with the sizes, and {problem: its loader}."""
     small = config.smoke
     config.seeds = 1 if small else config.seeds
     config.hidden, config.batch, config.num_rows = (4, 8, 3000) if small else (64, 128, 3000)
@@ -312,7 +327,7 @@ def sized(config):
 
 
 def measure(names: dict, config) -> dict:
-    """{problem: what `run_problem` returns}."""
+    """Returns {problem: result of `run_problem`}."""
     compiled, outcomes = {}, {}
     for name, load in names.items():
         problems = [load(name, seed, config) for seed in range(config.seeds)]

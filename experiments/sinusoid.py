@@ -1,19 +1,22 @@
 """MAML's sinusoids: the mean squared error after a few gradient steps on a few points, for the MAML family.
 
-Tasks y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5]; a network with two hidden layers of 40 ReLU units; the
-outer optimizer is Muon with 25 tasks a step and a cosine schedule: on validation tasks, after 16,000 steps from .008
-(one seed), the error of MAML with one step was .305 by Muon and .381 by Adam, from 5 shots .527 and .597. Models with
-one step have 50 tasks, three times the steps, and half of these before the rate falls: on 3,000 validation tasks (seed
-1, 60,000 steps) .312 with 25 tasks by either schedule, .285 with 50; over three seeds .309 by the cosine alone and .302
-with half of the steps before it. Every model is judged on the same 6,000 test tasks of 100 query points, after 0 to 10
-gradient steps on 10 or 5 points; 600, the usual number, tell no two models apart whose errors differ by a tenth.
+Tasks are y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5]. The network has two hidden layers of 40 ReLU
+units. The outer optimizer is Muon with 25 tasks per step and a cosine schedule. It was compared with Adam on validation
+tasks, after 16,000 steps from .008 (one seed). The error of MAML with one step was .305 by Muon and .381 by Adam; from
+5 shots, it was .527 and .597.
+
+Models with one step have 50 tasks and three times the steps, and half of these steps come before the rate falls. On
+3,000 validation tasks (seed 1, 60,000 steps), their error was .312 with 25 tasks by either schedule, and .285 with 50.
+Over three seeds, it was .309 with only the cosine, and .302 with half of the steps before it. Every model is scored on
+the same 6,000 test tasks of 100 query points, after 0 to 10 gradient steps on 10 or 5 points. The usual number of 600
+tasks cannot distinguish two models whose errors differ by a tenth.
 
     python experiments/sinusoid.py                    # writes experiments/results/sinusoid.md and .png
     python experiments/sinusoid.py --smoke            # seconds; prints only
     python experiments/sinusoid.py --seeds 1 --outer-steps 5000    # a smaller run
 
-What every training came to is saved in the folder that `--work` names, by what code it was made with: a run that was
-stopped goes on with those that had not ended.
+The result of every training is saved in the folder that `--work` names, separately for each version of the code. A run
+that was stopped continues with the unfinished trainings.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__" and "--smoke" in sys.argv:
     import os
 
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # half the time to compile
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves the compile time
 
 import jax
 import jax.numpy as jnp
@@ -60,16 +63,16 @@ their figures 2 and 3, and no numbers."""
 class Row(NamedTuple):
     make: Callable  # (loss) -> Adaptation
     shots: int
-    judged: int  # the gradient steps that the errors of each seed are shown after
+    judged: int  # number of gradient steps for the reported error of each seed
     bars: dict = {}  # gradient steps -> the error to reach
-    share: float = 1.0  # of the outer steps
-    tasks: int = 25  # a step
+    share: float = 1.0  # share of the outer steps
+    tasks: int = 25  # per step
     hold: float = 0.0  # the share of its steps at the first rate, before the cosine
-    context: int = 0  # more inputs of the network, which alone adapt
+    context: int = 0  # number of extra inputs of the network; only they adapt
 
 
 LONG: dict[str, Any] = {"share": 3, "tasks": 50, "hold": 0.5}
-# The rate .01 of MAML's code; 10 shots unless it says otherwise.
+# The rate .01 is from MAML's code. Rows have 10 shots unless the name says otherwise.
 ROWS = {
     "MAML, 1 step": Row(lambda loss: methods.maml(loss, num_steps=1), 10, 1, {1: 0.32}, **LONG),
     "MAML, 5 steps": Row(lambda loss: methods.maml(loss, num_steps=5), 10, 5, {5: 0.062, 10: 0.038}, share=2, hold=0.5),
@@ -136,7 +139,10 @@ def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
 
 
 def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
-    """[test tasks, TEST_STEPS + 1]: the same tasks for all models with as many shots, and for all seeds."""
+    """Returns errors [test tasks, TEST_STEPS + 1].
+
+    The tasks are the same for all models with the same number of shots, and for all seeds.
+    """
     evaluation = methods.evaluate_episodes(
         {
             "row": methods.adapted(
@@ -144,7 +150,7 @@ def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
             )
         },
         tasks.sinusoids(num_shots=shots, num_query=100),
-        jax.random.key(2025),  # the outer optimizer, its rate and query points were chosen on those of 2024
+        jax.random.key(2025),  # the outer optimizer, its rate and query points were chosen on tasks of the key 2024
         num_episodes=config.test_tasks,
         chunk_size=min(100, config.test_tasks),
         score_fn=methods.mean_squared_error,
@@ -158,7 +164,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def interval(errors: np.ndarray) -> str:
-    """The mean over test tasks and seeds [seeds, tasks], and 1.96 standard errors over test tasks."""
+    """Formats the mean over test tasks and seeds [seeds, tasks], and 1.96 standard errors over test tasks."""
     per_task = errors.mean(0)
     if not errors.mean() < 100:
         return "diverges"

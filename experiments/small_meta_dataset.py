@@ -1,13 +1,14 @@
-"""A small Meta-Dataset: what was learned on some sources, judged on unseen classes and on unseen sources.
+"""A small Meta-Dataset: training on some sources, scored on unseen classes and on unseen sources.
 
 Six sources of 14 × 14 images: Omniglot, drawings (QuickDraw), sign digits, spoken digits (spectrograms), Fashion-MNIST,
-MNIST. For each of the last five there is one training, on Omniglot's background characters and the four others; it is
-judged on the source that it never saw. Omniglot is judged on its evaluation characters, by the first training. Ways,
-shots and the balance of classes vary as in Meta-Dataset, with smaller numbers; where a source knows who drew or spoke,
-support and query are by different people. All methods see the same episodes; pixel prototypes, the nearest class mean
-by cosine, learn nothing. The features that are learned stand beside the image itself, of length 1: so a network begins
-with what pixel prototypes see. The five trainings of a method run as one program, a `vmap` over the learner's two
-functions.
+MNIST. For each of the last five there is one training, on Omniglot's background characters and the four others. It is
+scored on the source that it never saw. For Omniglot, the first training is scored on its evaluation characters. Ways,
+shots and the balance of classes vary as in Meta-Dataset, with smaller numbers. If a source knows who drew or spoke,
+support and query are by different people.
+
+All methods see the same episodes. Pixel prototypes (the nearest class mean by cosine) learn nothing. The learned
+features are concatenated with the image itself, scaled to length 1, so a network begins with the inputs of pixel
+prototypes. The five trainings of a method run as one program, a `vmap` over the learner's two functions.
 
     python experiments/small_meta_dataset.py --seeds 1     half an hour of a core, 2.4 minutes for each of 13 methods;
                                                            three seeds without the option; writes
@@ -37,11 +38,11 @@ LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist
 
 class Settings(NamedTuple):
     filters: int = 16
-    tasks: int = 2  # a step, of each training
+    tasks: int = 2  # per step, of each training
     steps: int = 400
-    plain_steps: int = 1500  # of fine-tuning's pre-training, each of which costs a tenth
-    test_steps: int | None = None  # at most, for all; how many is chosen on episodes of what was trained on
-    rows: int = 2000  # of a source, at most; Omniglot's are all used
+    plain_steps: int = 1500  # of fine-tuning's pre-training; a step costs a tenth
+    test_steps: int | None = None  # at most, for all; the number is chosen on episodes of the training sources
+    rows: int = 2000  # at most, per source; Omniglot's are all used
     episodes: int = 600
     sources: int = len(LEFT_OUT)
 
@@ -50,15 +51,16 @@ SMOKE = Settings(filters=2, tasks=1, steps=2, plain_steps=2, test_steps=2, rows=
 MOST_WAYS = 8
 EPISODES: dict[str, Any] = {"min_ways": 5, "max_ways": MOST_WAYS, "max_query": 5, "max_support": 40}
 BATCH = 64  # rows of a step of pre-training
-GAINS = (4.0, 5.0)  # of the network's features and of the image, at the start: distances in both are about as large
-RATES = (1e-3, 5e-3, 2e-2)  # of fine-tuning, chosen on episodes of what was trained on
+# gains of the network's features and of the image, at the start: distances in both have a similar size
+GAINS = (4.0, 5.0)
+RATES = (1e-3, 5e-3, 2e-2)  # of fine-tuning, chosen on episodes of the training sources
 CHECKED = 60  # such episodes
 UNTRAINED = "prototypical networks, untrained"
 
 
 class Row(NamedTuple):
     make: Callable  # (features, loss) -> Adaptation
-    head: float | None = None  # of weights that are learned: their standard deviation at the start, times √D
+    head: float | None = None  # for a learned head: standard deviation of its weights at the start, times √D
     context: int = 0  # entries of a context vector that scales and shifts the features
     plain: bool = False  # pre-trained on all classes at once
     outer: Callable = optax.adam  # a schedule -> the outer optimizer
@@ -78,9 +80,9 @@ ROWS = {
     "Meta-SGD, a rate a leaf": Row(lambda f, loss: methods.meta_sgd(loss, num_steps=5, **FIXED, **LEARNED), 0.0),
     "MAML++": Row(lambda f, loss: methods.maml_plus_plus(loss, num_steps=5, multi_step_steps=200, **FIXED), 0.0),
     "ANIL": Row(lambda f, loss: methods.anil(loss, num_steps=5, **FIXED), 0.0),
-    # With a head of zeros nothing else would have a gradient.
+    # With a head of zeros, nothing else would have a gradient.
     "BOIL": Row(lambda f, loss: methods.boil(loss, num_steps=5, **STRONGER), 0.3, test_steps=30),
-    # Its direction is a way gone, and no gradient.
+    # Its direction is a distance moved, not a gradient.
     "Reptile": Row(
         lambda f, loss: methods.reptile(loss, num_steps=5, **STRONGER),
         0.0,
@@ -95,7 +97,10 @@ ROWS = {
 
 
 def drawn_rows(source: tasks.Source, rows: int, *, fresh: bool = False) -> np.ndarray | None:
-    """At most `rows` of them, at random; None are all. `fresh`: others, where a source has as many more."""
+    """Returns at most `rows` random rows; None means all rows.
+
+    With `fresh`, it returns other rows if the source has as many more.
+    """
     if source.name == "omniglot" or len(source.x) <= rows:
         return None
     order = np.random.default_rng(0).permutation(len(source.x))
@@ -104,7 +109,10 @@ def drawn_rows(source: tasks.Source, rows: int, *, fresh: bool = False) -> np.nd
 
 
 def small(source: tasks.Source, rows: int, *, fresh: bool = False) -> tasks.Source:
-    """Fewer rows, at random, and images of half the size; `fresh`: other rows, where a source has as many more."""
+    """Returns fewer random rows, and images of half the size.
+
+    With `fresh`, other rows if the source has as many more.
+    """
     kept = drawn_rows(source, rows, fresh=fresh)
     source = source if kept is None else tasks.keep(source, rows=kept)
     x = source.x.reshape(len(source.x), 14, 2, 14, 2).mean((2, 4)).astype(np.uint8)
@@ -116,13 +124,16 @@ def weights(sources: Sequence[tasks.Source], left_out: str) -> list[float]:
 
 
 def of_all_trainings(make: Callable, left_out: Sequence[str]) -> Partial:
-    """One sampler whose data have a leading axis of trainings: they differ in the shares of the sources alone."""
+    """Returns one sampler whose data have a leading axis of trainings.
+
+    These only differ in the shares of the sources.
+    """
     some = [make(name) for name in left_out]
     return Partial(some[0].func, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.args for one in some)))
 
 
 def pixels(key, support, query):
-    """The nearest class mean of the images, by cosine."""
+    """Classifies by the nearest class mean of the images, by cosine."""
     flat = lambda x: x.reshape(len(x), -1)
     of = jax.nn.one_hot(support["y"], len(support["class_mask"])) * support["mask"][:, None]
     center = of.T @ flat(support["x"])
@@ -131,9 +142,10 @@ def pixels(key, support, query):
 
 
 def beside_the_image(network: methods.Network) -> methods.Network:
-    """The network's features, and the image of length 1 less the support set's mean, each times a gain that is learned.
+    """Concatenates the network's features and the image, each times a learned gain.
 
-    Without the mean, what all images share would be most of the curvature that a head meets which starts from zeros.
+    The image has length 1, minus the mean of the support set. Without this subtraction, the common part of all images
+    would make up most of the curvature for a head that starts from zeros.
     """
 
     def init(key):
@@ -155,7 +167,7 @@ def beside_the_image(network: methods.Network) -> methods.Network:
 
 
 def modulated(features: Callable) -> Callable:
-    """Features times 1 + A φ, plus B φ, of a context vector φ."""
+    """Multiplies features by 1 + A φ, and adds B φ, with a context vector φ."""
 
     def of_context(params, batch):
         scale, shift = jnp.einsum("k,ikd->id", params["context"], params["modulation"])
@@ -165,7 +177,7 @@ def modulated(features: Callable) -> Callable:
 
 
 def cavia_with_prototypes(features: Callable) -> methods.Adaptation:
-    """A context vector adapts, from zero, as in CAVIA; the head are the prototypes of the features before."""
+    """Adapts a context vector, from zero, as in CAVIA. The head is the prototypes of the unmodulated features."""
     prototypes = methods.proto_maml(features).problem.loop
 
     def init(key, hyperparams, data):
@@ -179,14 +191,14 @@ def cavia_with_prototypes(features: Callable) -> methods.Adaptation:
 
 
 def imaml(loss: Callable) -> methods.Adaptation:
-    """Momentum leads nearer to θ* than plain steps do."""
+    """iMAML with momentum, which comes closer to θ* than plain steps."""
     momentum = lambda rate: optax.sgd(rate, momentum=0.9)
     options: dict[str, Any] = {"optimizer": momentum, "rate": 0.05, "keep_support": True}
     return methods.imaml(loss, proximal=0.3, num_steps=15, solver=hypergrad.cg(num_steps=5), **options)
 
 
 def train(row: Row, adaptation: methods.Adaptation, start: Callable, sampler: Partial, settings: Settings):
-    """`key -> λ` of all trainings, along a leading axis."""
+    """Returns `key -> λ` of all trainings, along a leading axis."""
     num_tasks = None if row.plain else settings.tasks
     num_steps = settings.plain_steps if row.plain else settings.steps
     optimizer = row.outer(optax.cosine_decay_schedule(row.outer_rate, num_steps))
@@ -206,7 +218,7 @@ def train(row: Row, adaptation: methods.Adaptation, start: Callable, sampler: Pa
 
 
 def kept(name: str, make: Callable[[], Any], options) -> Any:
-    """What `make` returns: from the folder of what has ended, or made now, and kept there."""
+    """Returns the result of `make`, loaded from the folder of finished work, or computed and saved there."""
     if options.smoke:
         return make()
     file = options.work / f"{name.replace(' ', '_')}.npz"
@@ -223,7 +235,7 @@ def kept(name: str, make: Callable[[], Any], options) -> Any:
 
 
 def joined(evaluation: methods.Evaluation, seeds: dict[str, list[str]]) -> methods.Evaluation:
-    """Each method once: the score of an episode is the mean over the seeds of its trainings."""
+    """Joins the seeds of each method: an episode's score is the mean over the seeds of its trainings."""
     mean = lambda source, names: np.mean([evaluation.scores[name][source] for name in names], axis=0)
     return evaluation._replace(
         scores={name: {s: mean(s, names) for s in evaluation.sources} for name, names in seeds.items()},
@@ -232,7 +244,7 @@ def joined(evaluation: methods.Evaluation, seeds: dict[str, list[str]]) -> metho
 
 
 def by_number(evaluation: methods.Evaluation) -> str:
-    """Accuracy against ways and shots, over the episodes of all sources."""
+    """Tabulates accuracy against ways and shots, over the episodes of all sources."""
     rows: dict[str, list[str]] = {name: [name] for name in evaluation.scores}
     header = [""]
     for of, edges in (("ways", (5, 6, 7, 8, 9)), ("shots", (1, 2, 3, 4, 9))):
@@ -242,13 +254,13 @@ def by_number(evaluation: methods.Evaluation) -> str:
         else:
             header += [f"{number:.1f} shots" for number, *_ in next(iter(binned.values()))]
         for name, bins in binned.items():
-            # One episode alone has no interval.
+            # A single episode has no interval.
             rows[name] += [f"{mean:.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "") for _, _, mean, half in bins]
     return script.table(header, list(rows.values()))
 
 
 def missed(means: dict[str, dict[str, float]], against: dict[str, tuple[float, float]]) -> str:
-    """What is short of the aim, that every method is above pixel prototypes, by the digits that the table has.
+    """Lists methods that miss the aim, to be above pixel prototypes, by the digits in the table.
 
     Args:
       means: method -> source -> mean accuracy.
@@ -265,7 +277,7 @@ def missed(means: dict[str, dict[str, float]], against: dict[str, tuple[float, f
 
 
 def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) -> dict[str, dict[str, Any]]:
-    """Of each training, by what it leaves out: classes and rows of the sources, trained on ("train") and judged on."""
+    """Returns, for each left-out source, the classes and rows of the sources for training ("train") and test."""
 
     def of(name, fresh=False):
         kept = drawn_rows(whole[name], rows, fresh=fresh)
@@ -291,7 +303,7 @@ def draw(evaluation: methods.Evaluation, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     plots.leaderboard(evaluation, axes=left)
     left.set(xlabel="accuracy, mean over sources", title="")
-    # More methods than there are colors.
+    # There are more methods than colors.
     right.set_prop_cycle(color=[*matplotlib.colormaps["tab10"].colors] * 2, linestyle=["-"] * 10 + ["--"] * 10)
     plots.scores_by_number(evaluation, "shots", (1, 2, 3, 4, 9), axes=right, ylabel="accuracy")
     right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
@@ -343,7 +355,7 @@ def main() -> None:
     tuned = lambda rate: methods.proto_maml(network.features, adapt="^head", rate=rate)
 
     def of_each(adaptation, hyperparams, num_steps, outputs):
-        """The method whose λ is that of the training which an episode names."""
+        """Returns a method that uses the λ of the training in the episode."""
 
         def method(key, support, query):
             of_source = jax.tree.map(lambda x: x[support["training"]], hyperparams)
@@ -352,7 +364,7 @@ def main() -> None:
         return method
 
     def on_trained(adaptation, hyperparams, outputs, test_steps):
-        """Accuracy on episodes of what was trained on, after 0..`test_steps` steps."""
+        """Returns accuracy on episodes of the training sources, after 0..`test_steps` steps."""
         method = of_each(adaptation, hyperparams, test_steps, outputs)
 
         def one(episodes, key, number):
@@ -387,7 +399,7 @@ def main() -> None:
 
         run = train(row, adaptation, start, rows if row.plain else episodes, settings)
         found = [kept(f"{name}_{seed}", Partial(run, jax.random.key(seed)), options) for seed in range(seeds)]
-        # What is free at test is chosen on what was trained on: the number of steps, and fine-tuning's rate.
+        # Free choices at test are made on the training sources: the number of steps, and fine-tuning's rate.
         num_steps = 0
         if adaptation.test_steps:
             candidates = {f"rate {rate:g}": tuned(rate) for rate in RATES} if row.plain else {"": adaptation}
@@ -434,7 +446,7 @@ def main() -> None:
     text = methods.leaderboard(evaluation, reference="pixel prototypes")
     whole_means = methods.mean_scores(evaluation)
     pairs = methods.paired_differences(evaluation, "pixel prototypes")
-    over_sources = {name: np.array(list(of.values())) for name, of in pairs.items()}  # as `leaderboard` has it
+    over_sources = {name: np.array(list(of.values())) for name, of in pairs.items()}  # the same as in `leaderboard`
     text += "\n" + missed(
         {name: {source: mean for source, (mean, _) in of.items()} for name, of in whole_means.items()},
         {name: (of[:, 0].mean(), float(np.hypot.reduce(of[:, 1])) / len(of)) for name, of in over_sources.items()},

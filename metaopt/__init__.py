@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """`metaopt.plots` is imported when it is first asked for."""
+    """Imports `metaopt.plots` at its first use."""
     if name == "plots":
         import importlib
 

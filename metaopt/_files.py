@@ -1,4 +1,4 @@
-"""Files that anybody may have written: arrays, JSON and compressed data, checked before they take memory.
+"""Reads and writes arrays, JSON and compressed data. Files may come from anyone: checks come before large allocations.
 
 A reader opens its file inside `reading`, which turns the exceptions of a damaged file into one `ValueError` with the
 path. Nothing is unpickled or executed. A write either replaces the whole file or leaves the old one.
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-# Compressed data may unpack to this many bytes, plus this many for each byte on disk. Among the published tables that
-# metaopt reads, none unpacks to more than 30 bytes for each byte.
+# Compressed data may unpack to this many bytes, plus this many for each byte on disk. None of the published tables that
+# metaopt reads unpacks to more than 30 bytes for each byte.
 _FREE = 2**24
 _RATIO = 100
 _CHUNK = 2**20
 
 _MAX_HEADER = 10_000  # bytes of the header of an array
-_MAX_MESSAGE = 1_000  # characters that may come from the file
+_MAX_MESSAGE = 1_000  # characters of a message that may come from the file
 _HEADER = re.compile(
     rb"\{'descr': ?'([<>|=]?[biufcSU]\d{1,9})', ?'fortran_order': ?(?:True|False), ?"
     rb"'shape': ?\(((?:\d{1,18},? ?)*)\),? ?\}\s*"
@@ -40,6 +41,7 @@ _DAMAGE = (
     LookupError,
     MemoryError,
     RuntimeError,  # RecursionError, NotImplementedError
+    SyntaxError,  # raised by Pillow
     TypeError,
     ValueError,
     struct.error,
@@ -53,17 +55,18 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
     """Turns the exceptions that a damaged file causes into a `ValueError` that names the file.
 
     Args:
-      path: of the file.
+      path: the path of the file.
       fault: the predicate of the message, such as "is not a predictor that `predictors.save` wrote".
 
     Raises:
       ValueError: "{path} {fault}: {reason}".
-      OSError: if the operating system cannot open or read the file. (It names the file; errors of compressed data,
-        which are an `OSError` as well, do not.) Errors whose message begins with the path pass as they are, too.
+      OSError: if the operating system cannot open or read the file. (Such an error names the file. Errors of compressed
+        data are an `OSError`, too, but do not name it.) Errors whose message begins with the path pass unchanged, too.
     """
     name = os.fspath(path)
     try:
-        yield
+        with np.errstate(all="ignore"):  # readers check the results of their arithmetic
+            yield
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, ValueError | OSError) and (
             str(error).startswith(name) or getattr(error, "filename", None) is not None
@@ -82,9 +85,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Opens a new file that replaces the one at `path` at the end. After an error the old file is unchanged.
 
     Args:
-      path: of the file.
+      path: the path of the file.
     """
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"  # another process may write to the same path
+    # Another process or thread may write to the same path.
+    temporary = f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -96,11 +100,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, compress: bool = False) -> None:
-    """Writes arrays as one `.npz` file, atomically, by the name that is given.
+    """Writes arrays as one `.npz` file, atomically. The path is used unchanged.
 
     Args:
-      path: of the file.
-      arrays: by name. JSON is written as its bytes, uint8.
+      path: the path of the file.
+      arrays: arrays by name. JSON is written as its bytes, uint8.
       compress: whether the arrays are compressed.
     """
     with replacing(path) as file:
@@ -108,10 +112,10 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, compre
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text, whose numbers must all be finite.
+    """Returns the value of a JSON text, whose numbers must all be finite.
 
     Args:
-      text: as text, or in UTF-8.
+      text: a string, or bytes in UTF-8.
 
     Raises:
       ValueError: if it is not JSON, or has NaN, an infinity, or a number beyond the range of float64.
@@ -127,18 +131,18 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value of a JSON file, as `parse_json` reads it."""
+    """Returns the value of a JSON file, as `parse_json` reads it."""
     return parse_json(Path(path).read_bytes())
 
 
 def read_compressed(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file; unpacked if its name ends in .gz, .bz2 or .pbz2.
+    """Returns the bytes of a file, unpacked if its name ends in .gz, .bz2 or .pbz2.
 
     Args:
-      path: of the file.
+      path: the path of the file.
 
     Raises:
-      ValueError: if it unpacks to far more than real data do.
+      ValueError: if it unpacks to far more bytes than real data do.
       OSError, EOFError, zlib.error: if it is damaged.
     """
     end = Path(path).suffix.lower()
@@ -156,7 +160,7 @@ def read_compressed(path: str | os.PathLike[str]) -> bytes:
 
 
 def unpacked_limit(packed: int) -> int:
-    """The number of bytes that a file of `packed` bytes may unpack to."""
+    """Returns the number of bytes to which a file of `packed` bytes may unpack."""
     return _FREE + _RATIO * packed
 
 
@@ -168,10 +172,11 @@ class Spec(NamedTuple):
 
 
 class Npz:
-    """The arrays of an open `.npz` file, of which only names, types and shapes have been read.
+    """The arrays of an open `.npz` file. Names, types and shapes are read at first, and an array when it is requested.
 
     Attributes:
-      specs: type and shape by name; the shape agrees with the number of bytes, and the sum of these is within limits.
+      specs: type and shape by name. The shape agrees with the number of bytes, and the total number of bytes is within
+        limits.
     """
 
     def __init__(self, archive: zipfile.ZipFile, size: int):
@@ -204,7 +209,7 @@ class Npz:
         return array
 
     def header(self) -> dict[str, Any]:
-        """The JSON object that is in the array "header"; the array is no longer among `specs`."""
+        """Returns the JSON object in the array "header", and removes that array from `specs`."""
         header = parse_json(self["header"].tobytes())
         if not isinstance(header, dict):
             raise ValueError(f"its header is not a JSON object, but a {type(header).__name__}")
@@ -212,13 +217,13 @@ class Npz:
         return header
 
     def floats(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-        """All arrays, which must have these names and shapes; floating-point, and finite in float32.
+        """Returns all arrays, which must have these names and shapes, be floating-point, and be finite in float32.
 
         Args:
-          shapes: by name.
+          shapes: the expected shapes by name.
 
         Raises:
-          ValueError: if an array is missing, not expected, or not as it should be.
+          ValueError: if an array is missing, not expected, of another shape or type, or not finite.
         """
         if more := sorted(self.specs.keys() - shapes.keys()):
             raise ValueError(f"it has arrays that do not belong there: {', '.join(more)}")
@@ -249,7 +254,7 @@ class Npz:
 
 @contextlib.contextmanager
 def open_npz(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Npz]:
-    """Opens an `.npz` file and reads what its arrays are. Nothing of it is unpickled.
+    """Opens an `.npz` file and reads the names, types and shapes of its arrays. Nothing in it is unpickled.
 
     Args:
       file: its path, or the open file.
@@ -261,19 +266,18 @@ def open_npz(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Npz]:
 
 
 def is_float(spec: Any) -> bool:
-    """Whether an array has a floating-point type that JAX has, too."""
+    """Whether an array has a floating-point type that JAX supports, too."""
     return spec.dtype.kind == "f" and spec.dtype.itemsize <= 8
 
 
 def check_finite(name: str, array: np.ndarray, *, missing: bool = False) -> None:
-    """Raises a ValueError if an array has entries that float32 does not hold.
+    """Raises a ValueError if an array has entries that are not finite in float32.
 
     Args:
-      name: of the array.
-      array: of numbers.
+      name: the name of the array.
+      array: an array of numbers.
       missing: whether NaN is allowed, as the mark of a missing value.
     """
-    with np.errstate(invalid="ignore"):
-        fine = np.abs(array) <= np.finfo(np.float32).max
+    fine = np.abs(array) <= np.finfo(np.float32).max
     if not (fine | np.isnan(array) if missing else fine).all():
         raise ValueError(f"the array {name} has entries that are not finite in float32")

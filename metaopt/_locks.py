@@ -1,4 +1,4 @@
-"""Locks of the operating system, which end with the process that holds them."""
+"""Locks of the operating system, which are freed when the process that holds them ends."""
 
 import contextlib
 import os
@@ -7,10 +7,10 @@ from typing import IO
 
 
 class Locked(Exception):
-    """Somebody else holds the lock.
+    """Another holder has the lock.
 
     Attributes:
-      process: the id of the process that holds it; None if the lock file does not name it.
+      process: the id of the process that holds the lock; None if the lock file does not name it.
     """
 
     def __init__(self, process: int | None):
@@ -23,14 +23,14 @@ def exclusive(path: str) -> Iterator[None]:
     """Holds a lock while the body runs.
 
     The lock is on a small file, which is made at the start and removed at the end. The operating system frees the lock
-    when the process ends, even if it is killed; child processes that were forked meanwhile hold it as well. On Windows,
-    and on file systems without locks, the file is made but nothing is locked.
+    when the process ends, even if it is killed. Child processes that are forked meanwhile hold the lock, too. On
+    Windows, and on file systems without locks, the file is made but nothing is locked.
 
     Args:
-      path: of the lock file, in a folder that exists.
+      path: the path of the lock file, in a folder that exists.
 
     Raises:
-      Locked: if another process, or another call in this one, holds the lock.
+      Locked: if another process, or another call in this process, holds the lock.
       OSError: if the file cannot be made.
     """
     while True:
@@ -53,7 +53,7 @@ def exclusive(path: str) -> Iterator[None]:
 
 
 def _lock(file: IO) -> bool:
-    """Whether nobody else holds the lock on an open file."""
+    """Locks an open file. Returns whether no other holder has the lock."""
     try:
         import fcntl
     except ImportError:

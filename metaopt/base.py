@@ -1,15 +1,15 @@
-"""The contract: three nouns, and the pairs of pure functions that carry them.
+"""The contract of the library: problems, estimators, tasks and searchers, as pairs of pure functions.
 
-A **problem** is an inner loop, which says how the parameters θ are trained on the inner loss g, and an outer
-loss f, which says how the result is judged:
+A **problem** consists of an inner loop and an outer loss f. The inner loop trains the parameters θ on the inner loss ℓ.
+The outer loss judges the result:
 
-    F(λ) = Σ_t w_t f(θ_t(λ), λ),    θ_{t+1}(λ) = update(θ_t, ∇θ g(θ_t, λ), λ).
+    F(λ) = Σ_t w_t f(θ_t(λ), λ),    θ_{t+1}(λ) = update(θ_t, ∇θ ℓ(θ_t, λ), λ).
 
-An **estimator** says how dF/dλ is estimated. A **task** is what training runs on. A **searcher** proposes λ where
-there is no gradient.
+An **estimator** estimates dF/dλ. A **task** holds the data of one training run. A **searcher** proposes values of λ
+without a gradient.
 
-Everything here is a plain `NamedTuple` of functions, or of arrays; there are no base classes. λ (`hyperparams`, or
-meta-parameters where they are a network's weights) is any pytree of floating-point arrays.
+Everything here is a plain `NamedTuple` of functions or of arrays; there are no base classes. λ is any pytree
+of floating-point arrays. It is called `hyperparams`, or meta-parameters if it consists of a network's weights.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ EstimatorState = PyTree
 
 
 def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    """Refuses an argument that is no integer of at least `least`.
+    """Raises ValueError unless `value` is an integer of at least `least`.
 
     Args:
-      name: what the message calls it.
-      value: what was given.
-      least: the smallest that is allowed.
-      optional: whether None is, too.
+      name: the argument's name in the error message.
+      value: the value to check.
+      least: the smallest allowed value.
+      optional: whether None is allowed, too.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: if `value` is not such an integer. A boolean is not an integer here.
     """
     if optional and value is None:
         return
@@ -57,22 +57,22 @@ def check_integer(name: str, value: Any, least: int, *, optional: bool = False) 
 
 
 def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool = False) -> None:
-    """Refuses an argument that is no positive number.
+    """Raises ValueError unless `value` is a positive number.
 
     Args:
-      name: what the message calls it.
-      value: what was given.
-      zero: whether zero is allowed.
-      optional: whether None is.
+      name: the argument's name in the error message.
+      value: the value to check.
+      zero: whether zero is allowed, too.
+      optional: whether None is allowed, too.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: if `value` is not such a number.
     """
     if optional and value is None:
         return
     try:
         holds = value >= 0 if zero else value > 0
-    except TypeError:  # no number
+    except TypeError:  # not a number
         holds = False
     if not holds:
         wanted = f"{'at least 0' if zero else 'positive'}{', or None' if optional else ''}"
@@ -80,14 +80,14 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
 
 
 def check_transform(name: str, value: Any) -> None:
-    """Refuses an argument that is no transform of optax: no pair of functions `init` and `update`.
+    """Raises ValueError unless `value` is an optax transform: an object with functions `init` and `update`.
 
     Args:
-      name: what the message calls it.
-      value: what was given.
+      name: the argument's name in the error message.
+      value: the value to check.
 
     Raises:
-      ValueError: it is something else, such as the factory of one.
+      ValueError: if `value` is not a transform, for example if it is the factory of a transform.
     """
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         uncalled = ", a function: call it, as in `optax.adam(1e-3)`" if callable(value) else ""
@@ -96,13 +96,13 @@ def check_transform(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def explained_schedules(name: str) -> Iterator[None]:
-    """Explains JAX's error where an optimizer asks a traced hyperparameter for its value, as schedules of optax do.
+    """Explains JAX's error if an optimizer reads the value of a traced hyperparameter, as some optax schedules do.
 
     Args:
-      name: the argument that makes the optimizer, for the message.
+      name: the argument that makes the optimizer, for the error message.
 
     Returns:
-      A context manager for the calls of the optimizer and of its factory.
+      A context manager for calls of the optimizer and of its factory.
 
     Raises:
       ValueError: if the calls need the value of a traced array.
@@ -124,13 +124,13 @@ def explained_schedules(name: str) -> Iterator[None]:
 
 
 def check_hyperparams(hyperparams: HyperParams) -> None:
-    """Refuses a λ that has no leaf, or one that has no gradient.
+    """Raises ValueError if λ has no leaves, or has a leaf that cannot have a gradient.
 
     Args:
       hyperparams: λ.
 
     Raises:
-      ValueError: there is no leaf, or one is not floating-point.
+      ValueError: if λ has no leaves, or a leaf is not floating-point.
     """
     leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
     if not leaves:
@@ -146,18 +146,22 @@ def check_hyperparams(hyperparams: HyperParams) -> None:
 
 
 def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class_mask: Any = None) -> None:
-    """Raises ValueError if the label of a real row is not a class. Traced arrays pass: a program cannot raise.
+    """Raises ValueError if the label of a real row is not a class.
+
+    Traced arrays are not checked, because a compiled program cannot raise.
 
     Args:
-      name: what the message calls the labels.
-      y: [..., N, ...] labels, integers in 0..C-1 or truth values.
+      name: the name of the labels in the error message.
+      y: [..., N, ...] labels, whole numbers in 0..C-1 or booleans.
       num_classes: C.
-      mask: [..., N], a prefix of the axes of y, or shaped as y: positive for a real row; None: all rows are real.
-      class_mask: [..., C], where the axes in front are the first ones of y: positive for a class of the task; None:
-        every class is one.
+      mask: [..., N], where the axes are the first axes of y or all of them. Positive entries mark real rows. None: all
+        rows are real.
+      class_mask: [..., C], where the leading axes are the first axes of y. Positive entries mark the classes of the
+        task. None: the task has every class.
 
     Raises:
-      ValueError: if a label of a real row is below 0 or above C - 1, or `class_mask` leaves its class out.
+      ValueError: if a label of a real row is below 0, above C - 1 or not a whole number, or `class_mask` excludes its
+        class.
     """
     if any(isinstance(x, Tracer) for x in (y, mask, class_mask)):
         return
@@ -167,7 +171,7 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
     if mask is not None:
         mask = np.asarray(mask)
         real = np.broadcast_to((mask > 0).reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), y.shape)
-    inside = (y >= 0) & (y < num_classes)
+    inside = (y >= 0) & (y < num_classes) & (y == np.floor(y))
     if (real & ~inside).any():
         raise ValueError(
             f"{name} must be in 0..{num_classes - 1}; got labels from {y[real].min()} to {y[real].max()}, "
@@ -187,15 +191,16 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
 
 
 def check_task_labels(name: str, tasks: PyTree) -> None:
-    """Raises ValueError if a part of a task has integer labels "y" that its "class_mask" does not allow.
+    """Raises ValueError if a part of a task has labels "y" that its "class_mask" does not allow.
 
     Args:
-      name: what the message calls the tasks.
-      tasks: a task, an episode or a batch of them. Mappings inside it with "y" [..., N] and "class_mask" [..., C] are
-        checked, among the rows with a positive "mask" [..., N].
+      name: the name of the tasks in the error message.
+      tasks: a task, an episode or a batch of them. The check covers each mapping inside it that has "y" [..., N] and
+        "class_mask" [..., C]. Only rows with a positive "mask" [..., N] are checked. Floating-point labels are checked
+        if they have the shape of "mask"; others may be targets of another kind, such as probabilities.
 
     Raises:
-      ValueError: as `check_labels`.
+      ValueError: under the conditions of `check_labels`.
     """
 
     def is_part(x: Any) -> bool:
@@ -208,24 +213,27 @@ def check_task_labels(name: str, tasks: PyTree) -> None:
         fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)
         mask = part.get("mask")
         dtype = getattr(part["y"], "dtype", None) or np.asarray(part["y"]).dtype
-        if not fits or not jnp.issubdtype(dtype, jnp.integer):
+        is_label = jnp.issubdtype(dtype, jnp.integer) or (
+            jnp.issubdtype(dtype, jnp.floating) and np.shape(mask) == shape
+        )
+        if not fits or not is_label:
             continue
         if mask is not None and np.shape(mask) != shape[: np.ndim(mask)]:
-            continue  # the mask is not one of rows
+            continue  # the mask does not mark rows
         labels = f"The labels `{name}{jax.tree_util.keystr(path)}['y']`"
         check_labels(labels, part["y"], classes[-1], mask=mask, class_mask=part["class_mask"])
 
 
 class Task(NamedTuple):
-    """What is trained on, and judged on: pytrees of arrays, masks among them.
+    """The data of one training run and its evaluation: pytrees of arrays, including masks.
 
-    A batch of tasks has one more leading axis, of the number of tasks, on every leaf. Test data are not part of a task:
-    they stay with the experiment, so that nothing can tune on them.
+    In a batch of tasks, every leaf has one more leading axis, whose length is the number of tasks. Test data are not
+    part of a task. They stay with the experiment, so that nothing can tune on them.
 
     Attributes:
-      train: what the inner loss sees; few-shot learning calls it the support set.
-      valid: what the outer loss sees; few-shot learning calls it the query set.
-      features: what a predictor of λ sees: meta-features of the task, or None.
+      train: the data of the inner loss; few-shot learning calls it the support set.
+      valid: the data of the outer loss; few-shot learning calls it the query set.
+      features: the input of a predictor of λ: meta-features of the task, or None.
     """
 
     train: Data
@@ -234,12 +242,12 @@ class Task(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a loss may need beside its arguments.
+    """Inputs that a loss may need besides its arguments.
 
     Attributes:
-      key: a fresh PRNG key at every step: dropout, Gumbel noise.
-      step: [] int32, the inner steps taken so far: temperature and penalty schedules.
-      model_state: what training changes without a gradient: batch statistics.
+      key: a fresh PRNG key at every step, for example for dropout or Gumbel noise.
+      step: [] int32, the number of inner steps taken so far, for schedules of temperatures and penalties.
+      model_state: values that training changes without a gradient, such as batch statistics.
     """
 
     key: jax.Array
@@ -249,13 +257,13 @@ class Context(NamedTuple):
 
 class InitFn(Protocol):
     def __call__(self, key: jax.Array, hyperparams: HyperParams, data: Data) -> InnerState:
-        """Starts the training of one task; the inner parameters may come out of λ (MAML)."""
+        """Starts the training of one task. The inner parameters may come from λ (MAML)."""
         ...
 
 
 class BatchFn(Protocol):
     def __call__(self, state: InnerState, data: Data) -> Batch:
-        """The batch of the step that `state` is about to take: pure, the order of the data lives in the state."""
+        """Returns the batch of the next step from `state`. It is pure: the state holds the order of the data."""
         ...
 
 
@@ -263,18 +271,18 @@ class LossFn(Protocol):
     def __call__(
         self, params: Params, hyperparams: HyperParams, batch: Batch, context: Context
     ) -> tuple[jax.Array, PyTree]:
-        """The inner loss g, a scalar, and the new model state."""
+        """Returns the inner loss ℓ, a scalar, and the new model state."""
         ...
 
 
 class UpdateFn(Protocol):
     def __call__(self, state: InnerState, grads: Params, model_state: PyTree, hyperparams: HyperParams) -> InnerState:
-        """One optimizer step, given the gradient of g."""
+        """Takes one optimizer step, given the gradient of ℓ."""
         ...
 
 
 class InnerLoop(NamedTuple):
-    """How θ is trained; made by `inner.loop`, never by hand. A step is derived from it: `inner.step`."""
+    """How θ is trained. Make it with `inner.loop`, not by hand; `inner.step` derives a training step from it."""
 
     init: InitFn
     batch: BatchFn
@@ -286,18 +294,18 @@ class InnerLoop(NamedTuple):
 
 class OuterLossFn(Protocol):
     def __call__(self, params: Params, hyperparams: HyperParams, batch: Batch, context: Context) -> jax.Array:
-        """The outer loss f, a scalar."""
+        """Returns the outer loss f, a scalar."""
         ...
 
 
 class OuterBatchFn(Protocol):
     def __call__(self, key: jax.Array, task: Task) -> Batch:
-        """What f is evaluated on: by default the whole of `task.valid`."""
+        """Returns the data on which f is evaluated: by default all of `task.valid`."""
         ...
 
 
 class Problem(NamedTuple):
-    """An inner loop and the outer loss that judges it; made by `inner.problem`."""
+    """An inner loop and the outer loss that judges its result; made by `inner.problem`."""
 
     loop: InnerLoop
     outer_loss: OuterLossFn
@@ -305,14 +313,14 @@ class Problem(NamedTuple):
 
 
 def reparametrized(problem: Problem, hyperparams_fn: Callable[[HyperParams, Any], HyperParams]) -> Problem:
-    """The same problem as a function of other quantities μ, λ_t = `hyperparams_fn(μ, t)`.
+    """Returns the same problem as a function of other quantities μ, with λ_t = `hyperparams_fn(μ, t)`.
 
-    λ enters a problem in four places, `init`, `loss`, `update` and `outer_loss`; the function is composed into each,
-    so that gradients obey the chain rule and rules that perturb do so in μ. t counts inner steps from 0; the
-    initialization sees λ_0, and the outer loss the λ of the last step taken.
+    λ enters a problem in four places: `init`, `loss`, `update` and `outer_loss`. The function is composed into each of
+    them. Gradients therefore obey the chain rule, and rules that perturb their input perturb μ. t counts inner steps
+    from 0. The initialization receives λ_0, and the outer loss receives the λ of the last step taken.
 
     Args:
-      problem: in λ.
+      problem: a problem in λ.
       hyperparams_fn: `(hyperparams, step) -> hyperparams`.
 
     Returns:
@@ -350,16 +358,16 @@ def mix_bits(x: jax.Array) -> jax.Array:
 
 
 def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | jax.Array) -> jax.Array:
-    """The entries at `position` of a keyed permutation of 0..size-1, without building it.
+    """Returns the entries at `position` of a keyed permutation of 0..size-1, without building the permutation.
 
-    A swap-or-not network: in each round x and (k − x) mod n trade places or not, by a hash of the larger one. It costs
-    a few integer operations per entry, whatever the size, and the size may differ between tasks under vmap.
+    It is a swap-or-not network: in each round, x and (k − x) mod n swap places or not. A hash of the larger of the two
+    decides. The cost is a few integer operations per entry, for any size. The size may differ between tasks under vmap.
 
     Args:
       key: the permutation's key.
-      epoch: [...] int, one permutation for each.
+      epoch: [...] int; each epoch has its own permutation.
       position: [...] int32, in [0, size).
-      size: n, an integer or [].
+      size: n, an integer or an array of shape [].
 
     Returns:
       [...] int32.
@@ -368,7 +376,7 @@ def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | 
     """
     size = jnp.asarray(size, jnp.uint32)
     seed = jax.random.bits(key, (2,), jnp.uint32)
-    # The network's rounds: the statistics of 64 rows among 5,000 are those of true permutations from 12 on; twice that.
+    # From 12 rounds on, the statistics of 64 rows among 5,000 equal those of true permutations. We use twice as many.
     rounds = jnp.arange(24, dtype=jnp.uint32)
     salt = mix_bits(seed[0] ^ mix_bits(jnp.asarray(epoch).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     x = jnp.asarray(position).astype(jnp.uint32)
@@ -383,14 +391,14 @@ def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | 
 
 
 class Estimate(NamedTuple):
-    """What one call of an estimator returns.
+    """The result of one call of an estimator.
 
     Attributes:
       value: [] the outer loss F(λ).
       hypergrad: dF/dλ, shaped like λ.
-      done: [] bool (one per task after `over_tasks`); the horizon ended, so the caller may give this slot a new task
-        and a fresh state.
-      metrics: a flat dict of residuals, norms, counts; looked at, never carried.
+      done: [] bool (one per task after `over_tasks`), whether the horizon has ended. If so, the caller may give this
+        slot a new task and a fresh state.
+      metrics: a flat dict of residuals, norms and counts, for inspection only; it is never carried to the next call.
     """
 
     value: jax.Array
@@ -401,13 +409,13 @@ class Estimate(NamedTuple):
 
 class EstimatorInitFn(Protocol):
     def __call__(self, key: jax.Array, hyperparams: HyperParams, task: Task) -> EstimatorState:
-        """Everything that is carried: inner state, adjoint, key."""
+        """Returns everything that is carried between calls: inner state, adjoint, key."""
         ...
 
 
 class EstimateFn(Protocol):
     def __call__(self, hyperparams: HyperParams, task: Task, state: EstimatorState) -> tuple[Estimate, EstimatorState]:
-        """One estimate of F and dF/dλ; the state afterwards."""
+        """Returns one estimate of F and dF/dλ, and the state after it."""
         ...
 
 
@@ -415,14 +423,15 @@ ESTIMATOR_KINDS = ("exact", "biased", "unbiased", "pseudo")
 
 
 class Estimator(NamedTuple):
-    """How dF/dλ is estimated.
+    """A method that estimates dF/dλ.
 
     Attributes:
       init: `(key, hyperparams, task) -> state`.
       estimate: `(hyperparams, task, state) -> (Estimate, state)`.
-      kind: what the hypergradient is, and so which test battery it must pass: "exact" (the derivative of `value`, from
-        the same state), "biased" (a truncation, an approximation, or exact only in a limit; the docstring says which),
-        "unbiased" (right on average), "pseudo" (a direction that is no gradient of F: Reptile).
+      kind: the kind of the hypergradient, which determines the test battery that it must pass. "exact": the derivative
+        of `value`, from the same state. "biased": a truncation, an approximation, or exact only in a limit; the
+        docstring states which. "unbiased": correct on average. "pseudo": a direction that is not a gradient of F, such
+        as Reptile's.
     """
 
     init: EstimatorInitFn
@@ -431,14 +440,14 @@ class Estimator(NamedTuple):
 
 
 def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
-    """Refuses what is no estimator.
+    """Raises ValueError unless `estimator` is an `Estimator`.
 
     Args:
-      estimator: what was given.
+      estimator: the value to check.
       or_function: whether a function of the outer step is allowed, too.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: if it is neither.
     """
     if isinstance(estimator, Estimator) or or_function and callable(estimator):
         return
@@ -448,20 +457,20 @@ def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
 
 
 def as_pandas(name: str, frame: Any) -> Any:
-    """A data frame of pandas, from one of it or from what has a `to_pandas`, as polars' and pyarrow's have.
+    """Returns a pandas DataFrame, converted if necessary with `to_pandas`, which polars and pyarrow tables have.
 
     Args:
-      name: what the message calls it.
-      frame: what was given.
+      name: the argument's name in the error message.
+      frame: a `pandas.DataFrame`, or an object with a method `to_pandas` that returns one.
 
     Returns:
       A `pandas.DataFrame`.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: if `frame` is not such a table.
     """
     frame = frame.to_pandas() if callable(getattr(frame, "to_pandas", None)) else frame
-    pandas = sys.modules.get("pandas")  # who has a frame of it has loaded it
+    pandas = sys.modules.get("pandas")  # a caller that passes a DataFrame has already imported pandas
     if pandas is None or not isinstance(frame, pandas.DataFrame):
         of = f"{type(frame).__module__}.{type(frame).__qualname__}"
         raise ValueError(f"`{name}` must be a data frame of pandas, or have a `to_pandas` that makes one; got {of}.")
@@ -469,12 +478,13 @@ def as_pandas(name: str, frame: Any) -> Any:
 
 
 class Predictor(NamedTuple):
-    """g or h: maps a task to λ; its weights φ are meta-parameters.
+    """A predictor (g or h) that maps a task to λ. Its weights φ are meta-parameters.
 
     Attributes:
       init: `(key) -> meta_params`.
       apply: `(meta_params, task) -> hyperparams`, for one task.
-      config: what it was built with, as plain values: enough to build it again (`predictors.save`).
+      config: the arguments that it was built with, as plain values. They are enough to build it again
+        (`predictors.save`).
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -483,18 +493,18 @@ class Predictor(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One trial: what was tried where, and what came of it; or, with status "WAITING", what is to be tried.
+    """One trial: its task, its configuration and its outcome. With status "WAITING" it is a trial that is still to run.
 
     Attributes:
       task: the task's name.
       configuration: λ as plain values, by path (`spaces.names`).
-      outcome: the loss, smaller is better; NaN where there is none. Of a pruned trial, what it had reached.
-      fidelity: the fraction of the full budget, in (0, 1], that was asked for.
+      outcome: the loss, smaller is better; NaN if not known. For a pruned trial, the loss that it had reached.
+      fidelity: the requested fraction of the full budget, in (0, 1].
       cost: seconds.
       seed: the trial's seed.
       status: "WAITING", "RUNNING", "COMPLETE", "PRUNED" or "FAIL".
       trial: the trial's number in its search; one trial may have records at several fidelities.
-      reason: why it failed: a time limit, a signal, an exception's text.
+      reason: the cause of a failure: a time limit, a signal, or the text of an exception.
     """
 
     task: str
@@ -508,19 +518,19 @@ class Record(NamedTuple):
     reason: str = ""
 
 
-STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # of a record
+STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # the valid statuses of a record
 
 
 def check_record(record: Any, name: str = "A record") -> None:
-    """Refuses what is no record of a trial.
+    """Raises ValueError unless `record` is a valid record of a trial.
 
     Args:
-      record: what was given.
-      name: what the message calls it, such as "`records[3]`".
+      record: the value to check.
+      name: the record's name in the error message, such as "`records[3]`".
 
     Raises:
-      ValueError: it is something else, its task is no text, its configuration no dict, its status unknown, its fidelity
-        not in (0, 1], or its outcome or cost no number.
+      ValueError: if it is not a `Record`, its task is not a string, or its configuration is not a mapping.
+      ValueError: if its status is unknown, its fidelity is not in (0, 1], or its outcome or cost is not a number.
     """
     if not isinstance(record, Record):
         raise ValueError(
@@ -548,30 +558,32 @@ def check_record(record: Any, name: str = "A record") -> None:
 
 
 def is_full_budget(fidelity: float) -> bool:
-    """Whether a fidelity is 1 but for rounding: three thirds, or what float32 has kept, are the full budget.
+    """Whether a fidelity is 1 up to rounding: three thirds, or 1 rounded to float32, are the full budget.
 
     Args:
       fidelity: in (0, 1].
 
     Returns:
-      Whether at most a millionth of the budget is lacking, which no outcome tells.
+      Whether at most a millionth of the budget is missing. Such a difference is not visible in any outcome.
     """
     return fidelity >= 1 - 1e-6
 
 
 def rung_of(fidelities: Sequence[float], record: Record, *, own: bool = False) -> int | None:
-    """Where a record's fidelity is among those of a searcher, but for rounding: float32 keeps 1/3 to 3e-8.
+    """Returns the position of a record's fidelity among the fidelities of a searcher.
+
+    Fidelities are compared up to rounding: float32 stores 1/3 with an error of 3e-8.
 
     Args:
       fidelities: in (0, 1].
-      record: of a trial.
-      own: whether the searcher has asked for the trial, so that its fidelity must be one of them.
+      record: the record of a trial.
+      own: whether the searcher requested the trial, so that its fidelity must be one of `fidelities`.
 
     Returns:
-      The position of the nearest one, if they differ by at most a millionth of the larger; else None.
+      The position of the nearest fidelity, if the two differ by at most a millionth of the larger one; else None.
 
     Raises:
-      ValueError: there is none, and the trial is the searcher's own.
+      ValueError: if no fidelity is that near and `own` is true.
     """
     rung = min(range(len(fidelities)), key=lambda i: abs(fidelities[i] - record.fidelity))
     if math.isclose(fidelities[rung], record.fidelity, rel_tol=1e-6):
@@ -587,24 +599,24 @@ def rung_of(fidelities: Sequence[float], record: Record, *, own: bool = False) -
 
 class SearcherInitFn(Protocol):
     def __call__(self, key: jax.Array, space: PyTree) -> PyTree:
-        """A searcher's state before the first trial."""
+        """Returns a searcher's state before the first trial."""
         ...
 
 
 class AskFn(Protocol):
     def __call__(self, state: PyTree, num: int) -> tuple[list[Record], PyTree]:
-        """At most `num` trials to run next, "WAITING", with fidelity and seed; the state that remembers them."""
+        """Returns at most `num` trials to run next ("WAITING", with fidelity and seed), and the state with them."""
         ...
 
 
 class TellFn(Protocol):
     def __call__(self, state: PyTree, records: Sequence[Record]) -> PyTree:
-        """The state after hearing what came of earlier trials."""
+        """Returns the state after learning the outcomes of earlier trials."""
         ...
 
 
 class Searcher(NamedTuple):
-    """Proposes λ where there is no gradient: a forest, a remote training run."""
+    """Proposes λ without a gradient, for example for a random forest or a remote training run."""
 
     init: SearcherInitFn
     ask: AskFn
@@ -612,13 +624,13 @@ class Searcher(NamedTuple):
 
 
 def check_searcher(searcher: Any) -> None:
-    """Refuses what is no searcher: no `init`, `ask` and `tell`.
+    """Raises ValueError unless `searcher` has the functions `init`, `ask` and `tell`.
 
     Args:
-      searcher: what was given.
+      searcher: the value to check.
 
     Raises:
-      ValueError: it is something else, such as the factory of one, or a `MetaOptimizer`.
+      ValueError: if it is not a searcher, for example if it is the factory of a searcher, or a `MetaOptimizer`.
     """
     if all(callable(getattr(searcher, name, None)) for name in Searcher._fields):
         return

@@ -1,9 +1,9 @@
-"""Pictures: learning curves, λ over the outer steps, methods compared, episodes, cells, fronts.
+"""Plots of learning curves, λ over the outer steps, comparisons of methods, episodes, cells and Pareto fronts.
 
 They need the extra `examples`.
 
-Every function draws on the axes that it is given, or makes a figure, and returns the axes: what else a picture needs is
-matplotlib's business. Matplotlib is imported when a function is called.
+Every function draws on the given axes or makes a new figure, and returns the axes. Use matplotlib for everything else.
+Matplotlib is imported when a function is called.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, label: str | None = None) -> "Axes":
-    """The outer loss F over the outer steps.
+    """Plots the outer loss F over the outer steps.
 
     Args:
-      history: of a `training.FitResult`, or any mapping whose "value" is [T].
-      axes: where to draw; None makes a figure.
-      label: of the line.
+      history: the history of a `training.FitResult`, or any mapping whose "value" is [T].
+      axes: the axes to draw on; None makes a figure.
+      label: the label of the line.
 
     Returns:
-      The axes. Steps whose loss is not finite are gaps.
+      The axes. Steps with a non-finite loss are gaps.
 
     Raises:
-      ValueError: `history` has no "value", or it is not [T].
-      ImportError: matplotlib is not installed.
+      ValueError: if `history` has no "value", or it is not [T].
+      ImportError: if matplotlib is not installed.
     """
     values = np.asarray(history["value"], float) if "value" in history else None
     if values is None or values.ndim != 1:
@@ -47,20 +47,20 @@ def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, la
 def hyperparameter_trace(
     trace: Sequence[base.HyperParams] | base.HyperParams, *, log: bool = True, axes: "Axes | None" = None
 ) -> "Axes":
-    """λ over the outer steps, one line an entry, named by its path.
+    """Plots λ over the outer steps, with one line per entry, named by its path.
 
     Args:
-      trace: a list of T λ, such as a callback of `training.fit` collects, or one λ whose leaves have a leading axis of
-        T, as a scan stacks them.
-      log: draw λ on a logarithmic axis, where every entry is positive.
-      axes: where to draw; None makes a figure.
+      trace: a list of T values of λ, for example collected by a callback of `training.fit`; or one λ whose leaves have
+        a leading axis of T, as a scan stacks them.
+      log: whether to use a logarithmic axis if every entry is positive.
+      axes: the axes to draw on; None makes a figure.
 
     Returns:
-      The axes, with a legend of up to 12 lines.
+      The axes, with a legend if there are at most 12 lines.
 
     Raises:
-      ValueError: there is nothing to draw, or the leaves disagree on T.
-      ImportError: matplotlib is not installed.
+      ValueError: if there is nothing to draw, or the leaves disagree on T.
+      ImportError: if matplotlib is not installed.
     """
     if isinstance(trace, list):
         if not trace:
@@ -96,22 +96,22 @@ def comparison(
     xlabel: str = "mean over tasks",
     highlight: Sequence[str] = (),
 ) -> "Axes":
-    """A dot plot: one row a method, with its mean and an interval.
+    """Draws a dot plot with one row per method, showing its mean and an interval.
 
     Args:
-      scores: method -> [tasks], of which the mean and the normal 95 % interval ±1.96 s/√n are drawn; or method -> a
-        mean, with `errors`. The first method is drawn at the top.
-      errors: method -> the half-width of its interval, where the interval was computed otherwise (paired, clustered).
-      axes: where to draw; None makes a figure.
-      xlabel: what the scores are.
-      highlight: methods in a color of their own.
+      scores: method -> [tasks]. The plot shows the mean and the normal 95 % interval ±1.96 s/√n. Or method -> a mean,
+        together with `errors`. The first method is at the top.
+      errors: method -> the half-width of its interval, if you computed the interval in another way (paired, clustered).
+      axes: the axes to draw on; None makes a figure.
+      xlabel: the name of the scores.
+      highlight: methods to draw in another color.
 
     Returns:
-      The axes. Scores that are not finite are left out of the mean.
+      The axes. Non-finite scores do not enter the mean.
 
     Raises:
-      ValueError: there is no method, one has no finite score, or `errors` and `highlight` name others.
-      ImportError: matplotlib is not installed.
+      ValueError: if `scores` is empty, a method has no finite score, or `errors` or `highlight` name other methods.
+      ImportError: if matplotlib is not installed.
     """
     if not scores:
         raise ValueError("`scores` must hold at least one method; it is empty.")
@@ -141,12 +141,12 @@ def _rows(
     xlabel: str,
     highlight: Sequence[str] = (),
 ) -> "Axes":
-    """One row a name, the first at the top; without a point where the mean is not finite."""
+    """Draws one row per name, the first at the top; a row with a non-finite mean has no point."""
     axes = _axes(axes, height=0.8 + 0.35 * len(names))
     for row, (name, mean, width) in enumerate(zip(names, means, widths, strict=True)):
         color = "C1" if name in highlight else "C0"
         if not np.isfinite(mean):
-            place = axes.get_yaxis_transform()  # from the left, of the axes
+            place = axes.get_yaxis_transform()  # x in axes coordinates, from the left
             axes.text(0.02, row, "diverges", transform=place, va="center", color=color)
             continue
         axes.errorbar(mean, row, xerr=width if np.isfinite(width) else None, fmt="o", color=color, capsize=3)
@@ -160,21 +160,21 @@ def _rows(
 def adaptation_curves(
     evaluation: methods.Evaluation, *, source: str | None = None, axes: "Axes | None" = None, ylabel: str = "score"
 ) -> "Axes":
-    """The mean score over the adaptation steps, one line a method, with its 95 % interval.
+    """Plots the mean score over the adaptation steps, with one line per method and its 95 % interval.
 
     Args:
-      evaluation: what `methods.evaluate_episodes` returned.
-      source: of this one; None: over the episodes of all sources.
-      axes: where to draw; None makes a figure.
-      ylabel: what the scores are.
+      evaluation: the result of `methods.evaluate_episodes`.
+      source: the source of the episodes; None: the episodes of all sources.
+      axes: the axes to draw on; None makes a figure.
+      ylabel: the name of the scores.
 
     Returns:
-      The axes, with a legend, which says what is transductive. A method without steps is a level line, dashed; steps
-      after which a score is not finite are gaps. From the eleventh method on, lines have markers and other styles.
+      The axes, with a legend that marks transductive methods. A method without steps is a dashed level line. Steps with
+      a non-finite score are gaps. From the eleventh method on, lines have other markers and styles.
 
     Raises:
-      ValueError: there is no such source.
-      ImportError: matplotlib is not installed.
+      ValueError: if `source` is unknown.
+      ImportError: if matplotlib is not installed.
     """
     if source is not None and source not in evaluation.sources:
         raise ValueError(f"`source` must be one of {', '.join(map(repr, evaluation.sources))}; got {source!r}.")
@@ -199,8 +199,8 @@ def adaptation_curves(
 
 
 def _look(number: int, marker: str = "") -> dict[str, Any]:
-    """Color, line style and marker of a line. After ten, colors come again, with other styles and markers."""
-    colors = _pyplot().rcParams["axes.prop_cycle"].by_key().get("color", ["k"])  # ten, unless the user has others
+    """The color, line style and marker of a line. After ten lines, colors repeat, with other styles and markers."""
+    colors = _pyplot().rcParams["axes.prop_cycle"].by_key().get("color", ["k"])  # ten, unless the user changed them
     again, place = divmod(number, len(colors))
     markers, styles = (marker, "s", "^", "D", "v", "P", "X"), ("-", "-.", ":")  # level lines are dashed: "--"
     return {
@@ -219,22 +219,22 @@ def scores_by_number(
     axes: "Axes | None" = None,
     ylabel: str = "score",
 ) -> "Axes":
-    """The mean score against the number of ways, or of shots, one line a method, with 95 % intervals.
+    """Plots the mean score against the number of ways or shots, with one line per method and 95 % intervals.
 
     Args:
-      evaluation: what `methods.evaluate_episodes` returned.
+      evaluation: the result of `methods.evaluate_episodes`.
       of: "ways" or "shots".
-      edges: of the bins, as for `methods.by_number`.
-      step: after so many adaptation steps; −1: after the last.
-      axes: where to draw; None makes a figure.
-      ylabel: what the scores are.
+      edges: the edges of the bins, as for `methods.by_number`.
+      step: the number of adaptation steps after which the scores are taken; −1: after the last step.
+      axes: the axes to draw on; None makes a figure.
+      ylabel: the name of the scores.
 
     Returns:
-      The axes, with a legend, which says what is transductive. A mean that is not finite is not drawn.
+      The axes, with a legend that marks transductive methods. A non-finite mean is not drawn.
 
     Raises:
-      ValueError: `of` or `edges` is out of range, or no episode is within `edges`.
-      ImportError: matplotlib is not installed.
+      ValueError: if `of` or `edges` is out of range, or no episode is within `edges`.
+      ImportError: if matplotlib is not installed.
     """
     binned = methods.by_number(evaluation, of, edges, step=step)
     if not all(binned.values()):
@@ -254,21 +254,22 @@ def scores_by_number(
 def leaderboard(
     evaluation: methods.Evaluation, *, source: str | None = None, step: int = -1, axes: "Axes | None" = None
 ) -> "Axes":
-    """A dot plot of mean scores with 95 % intervals: of inductive methods, best average rank first, and below them of
-    transductive ones, which are labelled so.
+    """Draws a dot plot of mean scores with 95 % intervals, best average rank first.
+
+    Inductive methods come first. Transductive methods follow below them, and are labeled "transductive".
 
     Args:
-      evaluation: what `methods.evaluate_episodes` returned.
-      source: on this one; None: the mean over the sources.
-      step: after so many adaptation steps; −1: after the last.
-      axes: where to draw; None makes a figure.
+      evaluation: the result of `methods.evaluate_episodes`.
+      source: the source of the scores; None: the mean over the sources.
+      step: the number of adaptation steps after which the scores are taken; −1: after the last step.
+      axes: the axes to draw on; None makes a figure.
 
     Returns:
-      The axes. A method whose mean is not finite has a row without a point, which says "diverges".
+      The axes. A method with a non-finite mean has a row without a point, with the text "diverges".
 
     Raises:
-      ValueError: there is no such source.
-      ImportError: matplotlib is not installed.
+      ValueError: if `source` is unknown.
+      ImportError: if matplotlib is not installed.
     """
     if source is not None and source not in evaluation.sources:
         raise ValueError(f"`source` must be one of {', '.join(map(repr, evaluation.sources))}; got {source!r}.")
@@ -295,21 +296,21 @@ def pareto_front(
     ylabel: str = "loss",
     log: bool = False,
 ) -> "Axes":
-    """Architectures by two objectives, both the smaller the better, and of each set the front that none dominates.
+    """Plots architectures by two objectives, smaller is better, and the Pareto front of each set.
 
     Args:
       points: name of a set -> [n, 2], such as costs and errors.
-      axes: where to draw; None makes a figure.
+      axes: the axes to draw on; None makes a figure.
       xlabel: the first objective.
-      ylabel: the second.
-      log: draw the first on a logarithmic axis.
+      ylabel: the second objective.
+      log: whether the axis of the first objective is logarithmic.
 
     Returns:
       The axes: for each set its points, and its front as steps.
 
     Raises:
-      ValueError: there is no set, or one is not [n, 2].
-      ImportError: matplotlib is not installed.
+      ValueError: if `points` is empty, or a set is not [n, 2].
+      ImportError: if matplotlib is not installed.
     """
     if not points:
         raise ValueError("`points` must hold at least one set; it is empty.")
@@ -338,22 +339,22 @@ def cell(
     axes: "Axes | None" = None,
     title: str = "",
 ) -> "Axes":
-    """A cell as a graph: its nodes in a row in the order of computation, and an arc with the op's name for every edge.
+    """Draws a cell as a graph: its nodes in a row in the order of computation, and every edge as an arc with its op.
 
     Args:
-      edges: (source, target, op), of one kind of cell of a genotype; or a `nas.Graph`, whose ops stand on the nodes.
-      num_inputs: 1 or 2, of a genotype.
-      output: the nodes whose channels are the output, of a genotype; by default the last one.
-      axes: where to draw; None makes a figure that is wide enough for the names.
-      title: of the axes.
+      edges: (source, target, op) of one kind of cell in a genotype; or a `nas.Graph`, whose ops are on the nodes.
+      num_inputs: the number of inputs in a genotype, 1 or 2.
+      output: the nodes whose channels are the output in a genotype; by default the last one.
+      axes: the axes to draw on; None makes a figure that is wide enough for the names.
+      title: the title of the axes.
 
     Returns:
-      The axes. Arcs that lie over the same place have different heights, so that no name covers another. Inputs are
-      squares, and what leads to the output has dashes.
+      The axes. Arcs over the same place have different heights, so that no name covers another. Inputs are squares, and
+      arcs to the output are dashed.
 
     Raises:
-      ValueError: an edge does not go from a node to a later one.
-      ImportError: matplotlib is not installed.
+      ValueError: if an edge does not go from a node to a later one, or goes to an input.
+      ImportError: if matplotlib is not installed.
     """
     if isinstance(edges, nas.Graph):
         size = len(edges.ops)
@@ -382,7 +383,7 @@ def cell(
     from matplotlib.path import Path
 
     for (s, t, op), height in zip(arcs, heights, strict=True):
-        # Up within a third of a place, level, and down again: what is named lies on the level part.
+        # Up within a third of a place, level, and down again; the name is on the level part.
         bend = min(0.45, (t - s) / 2)
         points = [(s, 0), (s, height), (s + bend, height), (t - bend, height), (t, height), (t, 0)]
         codes = [Path.MOVETO, *[Path.CURVE3] * 2, Path.LINETO, *[Path.CURVE3] * 2]
@@ -407,20 +408,20 @@ def cell(
 
 
 def genotype(network: nas.Network, found: nas.Genotype) -> list["Axes"]:
-    """All kinds of cells of a genotype, one above the other.
+    """Draws all kinds of cells of a genotype, one above the other.
 
     Args:
-      network: the supernet's spec, which says how many inputs and which outputs a cell has.
-      found: what `nas.discretize` or a search gave.
+      network: the supernet's spec, which has the number of inputs and the outputs of each cell.
+      found: a genotype, from `nas.discretize` or a search.
 
     Returns:
       The axes, one for each kind of cell; `axes[0].figure.savefig` writes the picture.
 
     Raises:
-      ValueError: the genotype is not in the network.
-      ImportError: matplotlib is not installed.
+      ValueError: if the genotype is not in the network.
+      ImportError: if matplotlib is not installed.
     """
-    nas.discrete(network, found)  # raises
+    nas.discrete(network, found)  # raises if the genotype is not in the network
     pyplot = _pyplot()
     wide = max(max(t for _, t, _ in edges) if edges else 1 for edges in found.values()) + 2
     figure, rows = pyplot.subplots(
@@ -433,7 +434,7 @@ def genotype(network: nas.Network, found: nas.Genotype) -> list["Axes"]:
 
 
 def _arc_heights(spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Above (positive) or below the row, the lowest level at which an arc shares no place with another one."""
+    """For each arc, the lowest level without an overlapping arc; positive above the row, negative below it."""
     taken: dict[int, list[tuple[int, int]]] = {}
     heights = [0] * len(spans)
     for i in sorted(range(len(spans)), key=lambda i: (spans[i][1] - spans[i][0], spans[i])):
@@ -452,29 +453,30 @@ def _arc_heights(spans: Sequence[tuple[int, int]]) -> list[int]:
 def critical_difference(
     scores: Mapping[str, Any], *, alpha: float = 0.05, highlight: Sequence[str] = (), axes: "Axes | None" = None
 ) -> "Axes":
-    """A rank diagram: methods on the line of mean ranks, best at the left; a bar joins what cannot be told apart.
+    """Draws a rank diagram: methods on the line of mean ranks, best at the left. Bars join indistinguishable methods.
 
-    Methods are ranked on each task (ties share a rank). Friedman's test asks whether they differ at all; where it does
-    not reject, one bar joins all. Otherwise all pairs are compared by Wilcoxon's signed-rank test, with Holm's
-    correction over the pairs, and a bar joins each longest run of neighbors in which no pair differs.
+    Methods are ranked on each task (ties share a rank). Friedman's test decides whether the methods differ at all. If
+    it does not reject, one bar joins all of them. Otherwise Wilcoxon's signed-rank test compares all pairs, with Holm's
+    correction over the pairs. A bar then joins each longest run of neighbors in which no pair differs. With two
+    methods, only Wilcoxon's test is used.
 
     Args:
-      scores: method -> [T], smaller is better, on the same T tasks: one number a task, such as the mean over seeds, for
-        seeds of one task are no independent tasks.
-      alpha: level of the tests.
-      highlight: methods in a color of their own.
-      axes: where to draw; None makes a figure.
+      scores: method -> [T], smaller is better, on the same T tasks: one number per task, such as the mean over seeds.
+        Seeds of one task are not independent tasks.
+      alpha: the level of the tests.
+      highlight: methods to draw in another color.
+      axes: the axes to draw on; None makes a figure.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: there are fewer than two methods or tasks, a score is not finite, the numbers of tasks differ, `alpha`
-        is not between 0 and 1, or `highlight` names others.
-      ImportError: matplotlib is not installed.
+      ValueError: if there are fewer than two methods or tasks, a score is not finite, or the numbers of tasks differ.
+      ValueError: if `alpha` is not between 0 and 1, or `highlight` names other methods.
+      ImportError: if matplotlib is not installed.
 
-    Source: Demšar, JMLR 2006, https://jmlr.org/papers/v7/demsar06a.html; pairs by Wilcoxon's test in place of
-    Nemenyi's, whose verdict on two methods depends on the others: Benavoli, Corani & Mangili, JMLR 2016.
+    Source: Demšar, JMLR 2006, https://jmlr.org/papers/v7/demsar06a.html. Pairs are compared by Wilcoxon's test instead
+    of Nemenyi's, whose result for two methods depends on the others: Benavoli, Corani & Mangili, JMLR 2016.
     """
     names = list(scores)
     values = [np.asarray(value, float) for value in scores.values()]
@@ -516,7 +518,7 @@ def critical_difference(
 
 
 def _cliques(values: np.ndarray, alpha: float) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Mean ranks [M], and sets of methods of which no pair differs, from values [M, T]."""
+    """Mean ranks [M], and sets of methods in which no pair differs, from values [M, T]."""
     from scipy import stats
 
     num = len(values)
@@ -530,7 +532,7 @@ def _cliques(values: np.ndarray, alpha: float) -> tuple[np.ndarray, list[np.ndar
     p = {pair: p_value(d) for pair, d in difference.items()}
     same, rejecting = np.ones((num, num), bool), True
     for k, (i, j) in enumerate(sorted(pairs, key=lambda pair: p[pair])):
-        rejecting = rejecting and p[i, j] <= alpha / (len(pairs) - k)  # Holm: the first that stands ends it
+        rejecting = rejecting and p[i, j] <= alpha / (len(pairs) - k)  # Holm: stop at the first p above its level
         same[i, j] = same[j, i] = not rejecting
     cliques, reached = [], 0
     for start in range(num):

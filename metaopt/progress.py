@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import threading
 import time
@@ -10,9 +11,9 @@ from typing import Any
 
 import jax
 
-EVERY = 8.0  # seconds between two lines, and up to 10 until the next tick on a busy machine
-SOON = 2.0  # seconds after which a compilation has its first line
-HINT_AFTER = 5.0  # seconds of a compilation after which JAX's cache is mentioned
+EVERY = 8.0  # seconds between two lines; with the time to the next tick up to 10 on a busy machine
+SOON = 2.0  # seconds after which a compilation gets its first line
+HINT_AFTER = 5.0  # seconds of compilation after which we mention JAX's cache
 HINT = (
     "JAX can keep compiled programs for later runs: pass `compilation_cache=FOLDER` to `training.fit` or "
     "`methods.train`, or set the environment variable JAX_COMPILATION_CACHE_DIR=FOLDER."
@@ -25,7 +26,7 @@ class Report:
     def __init__(self, display: "Display", total: float | None, unit: str, text: str, start: float, fields: dict):
         self.display, self.total, self.unit, self.text, self.fields = display, total, unit, text, fields
         self.completed, self.began = start, display.clock()
-        self.first: tuple[float, float] | None = None  # when the first step ended: compilations come before it
+        self.first: tuple[float, float] | None = None  # when the first step ended; compilations come before that
         self.phase: tuple[str, float, bool] | None = None  # name, when it began, whether it is a compilation
 
     def __call__(self, completed: float, **fields: Any) -> None:
@@ -45,17 +46,18 @@ class Report:
 
     @contextlib.contextmanager
     def compiling(self, program: str) -> Iterator[None]:
-        """The same for a compilation. A log has a line after 2 s and at its end."""
+        """Names a compilation as the phase. A log gets a line after 2 s, and one at its end."""
         began = self.display.clock()
         with self.during(f"compiling {program}", compiles=True):
             yield
         self.display.compiled(self, program, began)
 
     def __str__(self) -> str:
-        """The phase and its time, or the values of the last step."""
-        if self.phase is None:
+        """The phase and its duration, or the values of the last step."""
+        phase = self.phase  # another thread may change it
+        if phase is None:
             return self.text.format(**self.fields)
-        return f"{self.phase[0]}, {_duration(self.display.clock() - self.phase[1])}"
+        return f"{phase[0]}, {_duration(self.display.clock() - phase[1])}"
 
     def line(self) -> str:
         """The line in a log: steps, values, time, and time left."""
@@ -71,7 +73,7 @@ class Report:
 
 
 class Display:
-    """Shows the reports of a process, which may be nested: in bars, or in lines that a thread prints."""
+    """Shows the reports of a process, which may be nested, as bars or as lines that a thread prints."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, tick_every: float = 1.0):
         self.clock, self.tick_every = clock, tick_every
@@ -109,7 +111,8 @@ class Display:
     def tick(self) -> None:
         """Prints a line if one is due."""
         now, reports = self.clock(), list(self.reports)
-        compilations = [report.phase[1] for report in reports if report.phase is not None and report.phase[2]]
+        phases = [report.phase for report in reports]  # another thread may change them
+        compilations = [phase[1] for phase in phases if phase is not None and phase[2]]
         soon = any(self.last_line <= began and now - began >= SOON for began in compilations)
         if reports and (soon or now - self.last_line >= EVERY):
             self.print(": ".join(report.line() for report in reports))
@@ -134,6 +137,8 @@ class Display:
 
 
 DISPLAY = Display()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=DISPLAY.__init__)  # a fork has none of the reports and threads of its parent
 
 
 @contextlib.contextmanager
@@ -149,17 +154,17 @@ def report_progress(
 ) -> Iterator[Report]:
     """Reports the progress of a call on standard error.
 
-    A terminal or notebook has a bar. Elsewhere, such as in a log file, there is a line every 10 s, and one at the end
-    if there was one before. Calls may be nested.
+    A terminal or notebook shows a bar. Elsewhere, for example in a log file, a line appears every 10 s, and one at the
+    end if there was one before. Calls may be nested.
 
     Args:
-      total: the number of steps. None if the call has no steps to count; then it has no bar either.
-      show: False reports nothing; True has a line at the end in any case; None is the default.
-      text: the values of the last step, with places such as "value {value:.3g}".
+      total: the number of steps. None if the call has no steps to count, and thus no bar.
+      show: False reports nothing. True always prints a line at the end. None is the default described above.
+      text: a format for the values of the last step, such as "value {value:.3g}".
       unit: the name of a step, such as "trial".
-      start: the steps of an earlier, interrupted run.
-      display: tests have their own; all reports of a process share one.
-      **fields: the first values for these places.
+      start: the number of steps of an earlier, interrupted run.
+      display: all reports of a process share one display; tests have their own.
+      **fields: the first values for the fields of `text`.
 
     Returns:
       A context manager of a `Report`.
@@ -184,7 +189,7 @@ def _bars() -> Any:
     if not (console.is_terminal or console.is_jupyter):
         return None
     text = TextColumn("{task.fields[report]}", markup=False)  # formats the report again whenever it is drawn
-    to_terminal = console.is_jupyter or sys.stdout.isatty()  # rich would print a redirected stdout to the terminal
+    to_terminal = console.is_jupyter or sys.stdout.isatty()  # else rich would print a redirected stdout to the terminal
     columns = BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn()
     return Progress(*columns, console=console, redirect_stdout=to_terminal)
 

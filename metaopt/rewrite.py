@@ -1,4 +1,4 @@
-"""Traced functions: evaluate them with some of their operations replaced, cut them in two, find what they depend on."""
+"""Traced functions: evaluates them with operations replaced, splits them in two, and finds their dependencies."""
 
 import contextlib
 import functools
@@ -14,26 +14,27 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-_CALLS = ("pjit", "jit", "closed_call")  # nested calls, of jnp functions among others
+_CALLS = ("pjit", "jit", "closed_call")  # nested calls, for example of jnp functions
 _CHECKPOINTS = ("checkpoint", "remat", "remat2")
 _DEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution", "cpu_depthwise")
 
 
 def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None]) -> list:
-    """The outputs of a jaxpr, with operations replaced.
+    """Returns the outputs of a jaxpr, with operations replaced.
 
-    Looks into nested calls, checkpoints, branches and loops. Functions with a derivative of their own
-    (`jax.custom_jvp`, `jax.custom_vjp`) are left as they are, as is everything that holds nothing to be replaced.
+    Operations inside nested calls, checkpoints, branches and loops are replaced, too. Functions that define their own
+    derivative (`jax.custom_jvp`, `jax.custom_vjp`) stay as they are. So does every operation without a replacement
+    inside.
 
     Args:
-      jaxpr: of `jax.make_jaxpr`, with its constants apart.
+      jaxpr: the jaxpr of `jax.make_jaxpr`, without its constants.
       consts: its constants.
-      args: what it is evaluated at.
-      replace: `(equation) -> None`, or a function of its operands that takes its place; if the operation has several
-        outputs, the function may return them as a list.
+      args: its arguments.
+      replace: `(equation) -> None`, or a function of the operands that replaces the operation. If the operation has
+        several outputs, the function may return them as a list.
 
     Returns:
-      The outputs, flat. One that is a constant or an argument is handed back as it is, a Python scalar perhaps.
+      The outputs, flat. An output that is a constant or an argument is returned as it is, possibly a Python scalar.
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -42,7 +43,7 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
         return lambda *operands: evaluate(inner.jaxpr, inner.consts, operands, replace)
 
     def retraced(inner: Any) -> Any:
-        # The loop keeps its own layout of operands.
+        # The loop keeps its layout of operands.
         return jax.make_jaxpr(closed(inner))(*inner.in_avals)
 
     for equation in jaxpr.eqns:
@@ -82,13 +83,13 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
     return [v.val if isinstance(v, core.Literal) else values[v] for v in jaxpr.outvars]
 
 
-# A replacement may hold traced values of its own, which an equation of a loop cannot: the loop is then made anew.
+# A replacement may use traced values from outside. The equation of a loop cannot hold them, so we build a new loop.
 
 
 def _scan(equation: Any, operands: Sequence, run: Callable, given: Any) -> tuple[list, Any]:
-    """Outputs and stacked values of a scan whose body is `run(given of the step, *operands) -> (outputs, values)`."""
+    """Outputs and stacked values of a scan with the body `run(values of the step, *operands) -> (outputs, values)`."""
     params, body = equation.params, equation.params["jaxpr"]
-    # Carries and constants are as the body has them; what is scanned has one more axis.
+    # Carries and constants have the same shapes as in the body; scanned inputs and outputs have one more axis.
     num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, body.out_avals, strict=True))
     num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(equation.invars, body.in_avals, strict=True))
     num_carry, end = len(equation.outvars) - num_ys, len(operands) - num_xs
@@ -114,24 +115,24 @@ def _while(params: Any, operands: Sequence, goes_on: Callable, run: Callable) ->
 def exchange(
     jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None], given: list | None = None
 ) -> tuple[list, list]:
-    """Evaluates a jaxpr whose replaced operations also read and return a value, wherever they are.
+    """Evaluates a jaxpr whose replaced operations also read and return a value, at any depth.
 
     The values form one flat list in program order. A value inside of a scan has the steps of the scan as its leading
     axis. Values of branches follow one another; those of a branch that is not taken are NaN.
 
     Args:
-      jaxpr: of `jax.make_jaxpr`, with its constants apart.
+      jaxpr: the jaxpr of `jax.make_jaxpr`, without its constants.
       consts: its constants.
       args: its arguments.
-      replace: `(equation) -> None`, or a function `(value, *operands) -> (output, value)` that takes its place. The
-        output is that of an operation with one result; the value a tree of floating-point arrays.
+      replace: `(equation) -> None`, or a function `(value, *operands) -> (output, value)` that replaces the operation.
+        The operation must have one result. The value is a tree of floating-point arrays.
       given: the values to read, as this function returns them; with None each replaced operation gets None.
 
     Returns:
       The outputs, flat, and the list of values.
 
     Raises:
-      ValueError: a replaced operation is inside of something else than a call, a checkpoint, a branch or a scan.
+      ValueError: if a replaced operation is inside of an operation other than a call, a checkpoint, a branch or a scan.
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -159,7 +160,7 @@ def _num_replaced(equation: Any, replace: Callable) -> int:
 
 
 def _exchange_inside(equation: Any, operands: list, replace: Callable, given: list | None) -> tuple[list, list]:
-    """The outputs of one equation that is replaced, or holds equations that are, and their values."""
+    """The outputs and the values of one equation that is replaced, or that contains replaced equations."""
     name, params, replacement = equation.primitive.name, equation.params, replace(equation)
     if replacement is not None:
         output, value = replacement(None if given is None else given[0], *operands)
@@ -197,12 +198,12 @@ def _exchange_branches(
 
 
 class Halves(NamedTuple):
-    """A function in two: `function(*args) = rest(args, once(args))`.
+    """A function split in two: `function(*args) = rest(args, once(args))`.
 
     Attributes:
       once: `(args) -> kept`, a list of arrays.
       rest: `(args, kept) -> outputs`.
-      kept: shapes and types of what `once` returns; empty where there is nothing to be gained.
+      kept: shapes and types of the result of `once`; empty if the split gains nothing.
     """
 
     once: Callable[[Any], list]
@@ -211,22 +212,23 @@ class Halves(NamedTuple):
 
 
 def split(function: Callable, args: Any, moves: Any) -> Halves:
-    """What of a function is dear and the same for all values of its moving arguments, apart from the rest.
+    """Splits a function: one half has the expensive parts that do not depend on its moving arguments.
 
-    Dear are matrix products and convolutions, whatever holds one inside, and what is computed from them, however wide
-    it is; what comes before the first of them is cheap, and is done again by the rest. Nested calls are looked into;
-    loops, branches, checkpoints and functions with a derivative of their own go to one side as a whole, and what has an
-    effect (`jax.debug.print`) goes to the rest. Both halves can be differentiated as the function can.
+    Matrix products and convolutions are expensive. So is an operation that contains one, and everything computed from
+    such results, regardless of its size. Operations before the first of them are cheap, and the other half repeats
+    them. Nested calls are split, too. Loops, branches, checkpoints and functions that define their own derivative stay
+    whole, in one half. Operations with an effect (`jax.debug.print`) are in the other half. Both halves can be
+    differentiated as the function can.
 
     Args:
-      function: any that can be traced.
-      args: its positional arguments, or what they look like; trees of arrays.
-      moves: like `args`, a bool for each leaf: whether it moves.
+      function: any function that can be traced.
+      args: its positional arguments, or their shapes and types; trees of arrays.
+      moves: structured like `args`, one bool per leaf: whether the leaf moves (has many values).
 
     Returns:
       `Halves`, for arguments of these shapes.
     """
-    # A new function: of one that was traced before, JAX has what it computed then.
+    # A new function, since JAX would return the trace of an earlier call.
     closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     inputs = [object() for _ in closed.jaxpr.invars]
     known: dict[Any, Any] = {}
@@ -234,7 +236,7 @@ def split(function: Callable, args: Any, moves: Any) -> Halves:
     outputs = _flattened(closed, inputs, known, equations)
 
     moving = {place for place, moved in zip(inputs, jax.tree.leaves(moves), strict=True) if moved}
-    dear: dict[Any, Any] = {}  # place -> what it looks like
+    dear: dict[Any, Any] = {}  # place -> its shape and type
     wanted = []
     for equation, ins, outs in equations:
         if equation.effects or not moving.isdisjoint(ins):
@@ -273,7 +275,7 @@ def split(function: Callable, args: Any, moves: Any) -> Halves:
 
 
 def _flattened(closed: Any, inputs: list, known: dict[Any, Any], equations: list) -> list:
-    """Adds all equations, those of nested calls among them, with the places of operands and results; the outputs'."""
+    """Adds all equations, also of nested calls, with places of operands and results. Returns the outputs' places."""
     constants = [object() for _ in closed.consts]
     known.update(zip(constants, closed.consts, strict=True))
     places = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*constants, *inputs], strict=True))
@@ -307,10 +309,10 @@ _INLINED = (*_CALLS, "checkpoint", "remat", "remat2", "custom_jvp_call", "custom
 
 
 def in_float64(function: Callable, *args: Any) -> tuple[Callable, set[str]]:
-    """The same program with every narrower floating-point type replaced by float64 (complex types by complex128).
+    """Returns the same program with every narrower floating-point type replaced by float64 (complex by complex128).
 
     The function is traced in its own types, so integers and random bits stay the same. Casts between floating-point
-    types disappear. Only first evaluation is supported: differentiate before, not after.
+    types disappear. The result can only be evaluated: differentiate the function before, not after.
 
     Args:
       function: any traceable function, such as an estimator's `estimate`.
@@ -349,7 +351,7 @@ def in_float64(function: Callable, *args: Any) -> tuple[Callable, set[str]]:
 
 
 def _wide_type(dtype: Any) -> Any:
-    """float64 or complex128 for a floating-point or complex type; any other type as it is."""
+    """float64 or complex128 for a floating-point or complex type; any other type is returned as it is."""
     if jnp.issubdtype(dtype, jnp.floating):
         return np.dtype(np.float64)
     return np.dtype(np.complex128) if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
@@ -387,12 +389,12 @@ def _wide_outputs(equation: Any, operands: list, wide_jaxpr: Callable, narrow: s
         consts, rhs = operands[first : first + lengths.solve], operands[sum(lengths) :]
         return wide_jaxpr(params["jaxprs"].solve)(*consts, *rhs)
     if name == "reduce_precision" and params["mantissa_bits"] >= jnp.finfo(equation.invars[0].aval.dtype).nmant:
-        return operands[0]  # `jax.checkpoint` rounds to the type that a value has already
+        return operands[0]  # `jax.checkpoint` rounds a value to the type that it already has
     return _wide_bind(equation, operands, wide_jaxpr, narrow)
 
 
 def _wide_bind(equation: Any, operands: list, wide_jaxpr: Callable, narrow: set[str]) -> Any:
-    """The outputs of one plain operation, wide if its code allows it, else computed in its own type."""
+    """The outputs of one plain operation: wide if its code allows it, else computed in its own type."""
     primitive, params = equation.primitive, equation.params
     from_bits = primitive.name == "bitcast_convert_type"
     types = [_wide_type(v.aval.dtype) if hasattr(v.aval, "dtype") else None for v in equation.outvars]
@@ -428,7 +430,7 @@ def _wide_param(value: Any, wide_jaxpr: Callable) -> Any:
 
 
 def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
-    """Which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr.
+    """Returns which leaves of λ `function(hyperparams, *args)` depends on, by dead-code elimination of its jaxpr.
 
     Args:
       function: any traceable function.
@@ -447,7 +449,7 @@ def _raise(*operands: Any, message: str, **_: Any) -> Any:
     raise ValueError(message)
 
 
-# The identity on a tangent. It raises as soon as someone needs its value, or the cotangent of its operand.
+# The identity on a tangent. It raises as soon as its value, or the cotangent of its operand, is needed.
 _refused = core.Primitive("refused_derivative")
 _refused.def_impl(_raise)
 _refused.def_abstract_eval(lambda tangent, *, message: tangent)
@@ -457,17 +459,20 @@ mlir.register_lowering(_refused, _raise)
 
 
 def refuse_derivative(outputs: Any, inputs: Any, message: str) -> Any:
-    """`outputs`; raises if someone asks for their derivative with regard to anything that moves `inputs` or them.
+    """Returns `outputs`, but raises if their derivative is requested.
 
-    Use it instead of `jax.lax.stop_gradient` where the true derivative is not zero. Reverse mode raises at trace time,
-    and only if a cotangent arrives here: outputs that end in metrics, in auxiliary outputs or in a `stop_gradient` stay
-    usable within a differentiated function. Forward mode raises whenever the inputs have a tangent: at trace time, and
-    under `jit` when the program is lowered. Works under jit, vmap, scan and checkpoint. Costs nothing at run time.
+    It raises for a derivative with respect to anything that moves `inputs` or `outputs`.
+
+    Use it instead of `jax.lax.stop_gradient` if the true derivative is not zero. Reverse mode raises at trace time,
+    and only if a cotangent arrives here. Outputs that end in metrics, in auxiliary outputs or in a `stop_gradient`
+    therefore stay usable within a differentiated function. Forward mode raises whenever the inputs have a tangent: at
+    trace time, and under `jit` when the program is lowered. Works under jit, vmap, scan and checkpoint. Costs nothing
+    at run time.
 
     Args:
       outputs: any tree of arrays; leaves without a derivative (integers, keys) stay as they are.
-      inputs: the trees of arrays that the outputs depend on.
-      message: of the `ValueError`.
+      inputs: the trees of arrays on which the outputs depend.
+      message: the message of the `ValueError`.
 
     Returns:
       `outputs`.
@@ -496,14 +501,14 @@ def refuse_derivative(outputs: Any, inputs: Any, message: str) -> Any:
 
 @contextlib.contextmanager
 def _context(equation: Any) -> Iterator[None]:
-    """What the equation was traced under: settings, metadata, name scopes."""
+    """The context in which the equation was traced: settings, metadata, name scopes."""
     scope = str(equation.source_info.name_stack)
     with equation.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
         yield
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """The operations of a jaxpr, each followed by those inside of it.
+    """Returns the operations of a jaxpr; each one is followed by the operations inside of it.
 
     Args:
       jaxpr: a `jax.core.Jaxpr`.
@@ -517,7 +522,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def equations_inside(equation: Any) -> Iterator[Any]:
-    """The operations inside of one, of a loop's body, say.
+    """Returns the operations inside of an operation, for example in the body of a loop.
 
     Args:
       equation: an equation of a `jax.core.Jaxpr`.
@@ -530,7 +535,7 @@ def equations_inside(equation: Any) -> Iterator[Any]:
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
-    """The jaxprs that an operation holds: the body of a loop, the branches of a condition, what a call computes.
+    """Returns the jaxprs in an operation: the body of a loop, the branches of a condition, the function of a call.
 
     Args:
       equation: an equation of a `jax.core.Jaxpr`.
@@ -546,5 +551,5 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def _holds(equation: Any, wanted: Callable[[Any], Any]) -> bool:
-    """Whether anything inside is wanted."""
+    """Whether `wanted` holds for any operation inside of the equation."""
     return any(map(wanted, equations_inside(equation)))

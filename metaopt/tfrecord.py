@@ -1,8 +1,8 @@
 """TFRecord files and protocol buffers, without TensorFlow.
 
-A TFRecord file is a row of records: the length (8 bytes, little-endian), a checksum of it (4), the data, a checksum of
-those (4); checksums are CRC-32C, rotated and shifted. A protocol buffer is a row of fields, each a number and a value.
-Meta-Dataset's files and those of NAS-Bench-101 are made of both.
+A TFRecord file is a sequence of records. Each record has the length (8 bytes, little-endian), a checksum of the length
+(4 bytes), the data, and a checksum of the data (4 bytes). Checksums are CRC-32C, rotated and shifted. A protocol buffer
+is a sequence of fields, each a number and a value. The files of Meta-Dataset and of NAS-Bench-101 combine both formats.
 """
 
 import os
@@ -24,7 +24,7 @@ _TABLE = _crc_table()
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum of a TFRecord: CRC-32C (Castagnoli), rotated right by 15 bits, plus a constant.
+    """Returns the checksum of a TFRecord: CRC-32C (Castagnoli), rotated right by 15 bits, plus a constant.
 
     Args:
       data: any bytes.
@@ -40,12 +40,12 @@ def masked_crc(data: bytes) -> int:
 
 
 def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iterator[bytes]:
-    """The records of an uncompressed TFRecord file.
+    """Returns the records of an uncompressed TFRecord file.
 
     Args:
       file: its path.
-      check: whether the checksums of the data are checked (slow: about a second for 5 MB); those of the lengths always
-        are.
+      check: whether to check the checksums of the data (slow: about a second for 5 MB). The checksums of the lengths
+        are always checked.
 
     Returns:
       An iterator over the data of the records.
@@ -62,7 +62,7 @@ def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iter
                     f"{file} is not a TFRecord file, or is damaged at byte {stream.tell() - len(head)}: a length does "
                     "not match its checksum."
                 )
-            if length + 4 > size - stream.tell():  # before memory is taken for it
+            if length + 4 > size - stream.tell():  # checked before memory is allocated
                 raise ValueError(f"{file} is truncated in its last record.")
             data, checksum = stream.read(length), stream.read(4)
             if check and struct.unpack("<I", checksum)[0] != masked_crc(data):
@@ -70,11 +70,11 @@ def read_tfrecords(file: str | os.PathLike[str], *, check: bool = False) -> Iter
             yield data
 
 
-_MAX_VARINT = 10  # bytes of 64 bits, seven in each
+_MAX_VARINT = 10  # bytes: 64 bits, with seven bits per byte
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:
-    """The integer of 64 bits that starts at `start`, seven bits a byte, and where it ends."""
+    """The 64-bit integer that starts at `start`, with seven bits per byte, and the position of its end."""
     value = 0
     for i, byte in enumerate(data[start : start + _MAX_VARINT]):
         value |= (byte & 127) << 7 * i
@@ -84,13 +84,13 @@ def _varint(data: bytes, start: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol-buffer message. Takes time in proportion to its length.
+    """Returns the fields of a protocol-buffer message. The time is proportional to the length of the message.
 
     Args:
       data: the message.
 
     Returns:
-      An iterator over (number, value): an integer, or the bytes of a float, a string or a nested message.
+      An iterator over (number, value). A value is an integer, or the bytes of a float, a string or a nested message.
 
     Raises:
       ValueError: if a field is truncated or of an unknown kind, or an integer has more than 10 bytes.
@@ -113,13 +113,13 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def integers(packed: bytes) -> Iterator[int]:
-    """Integers that are packed in one field.
+    """Returns the integers that are packed in one field.
 
     Args:
-      packed: its bytes.
+      packed: the bytes of the field.
 
     Returns:
-      An iterator over them, without sign.
+      An iterator over the integers, without sign.
 
     Raises:
       ValueError: if an integer is truncated, or has more than 10 bytes.

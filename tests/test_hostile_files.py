@@ -170,7 +170,9 @@ def write_meta_optimizer(folder):
     kernel = predictors.Kernel(*map(jax.numpy.zeros, (3, (), ())))
     trials = [predictors.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
     surrogate = predictors.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
-    learned: Any = SimpleNamespace(space=SPACE, candidates=None, surrogate=surrogate, cost_surrogate=None)
+    evidence = SimpleNamespace(num_records=8, effective_tasks=1.5)
+    learned: Any = SimpleNamespace(evidence=evidence, space=SPACE, candidates=None)
+    learned.surrogate, learned.cost_surrogate = surrogate, None
     methods.save_meta_optimizer(folder / "g.npz", learned)
 
 
@@ -351,7 +353,7 @@ CASES = {
     ),
     "benchmark": Case(write_benchmark, lambda f: nas.load_benchmark(f / "b.npz"), BENCHMARK, numbers="missing"),
     "checkpoint": Case(write_checkpoint, read_checkpoint, (dict, type(None)), share=0.8),
-    "space": Case(text_file("space.json", json.dumps(spaces.to_json(SPACE))), read_space, list, share=2),
+    "space": Case(text_file("space.json", json.dumps(spaces.to_json(SPACE))), read_space, list, "any", share=2),
     "network": Case(
         text_file("n.json", nas.to_json(nas.nas_bench_201_space())),
         lambda f: nas.from_json((f / "n.json").read_text(errors="replace")),
@@ -653,6 +655,8 @@ def outcome(name, folder):
 
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore:The checkpoint of step")
+# Reads of orbax that fail may leave others unfinished.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_damaged_files_give_a_clear_error_or_a_valid_object(name, valid_files, tmp_path):
     assert outcome(name, copied(valid_files[name], tmp_path / "whole")) is None

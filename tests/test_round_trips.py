@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ def meta_optimizer(path):
         for i, c in enumerate(pool)
     ]
     features = {f"t{t}": [float(t), -1.0] for t in range(4)}
-    options = {"num_members": 2, "num_steps": 0, "deep_kernels": 1, "transformers": 1, "costs": True}
+    options: Any = {"num_members": 2, "num_steps": 0, "deep_kernels": 1, "transformers": 1, "costs": True}
     g = methods.train_meta_optimizer(records, space=space, candidates=pool, features=features, **options)
     methods.save_meta_optimizer(path, g)
     return methods.load_meta_optimizer(path), g
@@ -87,7 +88,7 @@ def cell_searcher(path):
     cells = [{"e0": x, "e1": y} for x, y in itertools.product(ops, repeat=2)]
     records = [base.Record(f"t{t}", c, float(i * t % 5)) for t in range(3) for i, c in enumerate(cells)]
     graph = lambda cell: nas.edge_graph([(0, 1, cell["e0"]), (1, 2, cell["e1"])], output=(2,))
-    sizes = {"width": 4, "num_layers": 1, "num_members": 2, "batch_size": 9, "num_steps": 0}
+    sizes: Any = {"width": 4, "num_layers": 1, "num_members": 2, "batch_size": 9, "num_steps": 0}
     h = methods.train_cell_searcher(records, graph, features={f"t{t}": [float(t)] for t in range(3)}, **sizes)
     methods.save_cell_searcher(path, h)
     return methods.load_cell_searcher(path), h
@@ -183,6 +184,7 @@ def test_every_public_pair_is_a_member():
 
 def test_a_loaded_scaling_is_what_apply_scaling_takes(tmp_path):
     found, saved = predictor(tmp_path / "file")
+    assert found.scaling is not None and saved.scaling is not None
     features = {"n": 4.0, "m": 100.0}
     np.testing.assert_array_equal(
         tasks.apply_scaling(found.scaling, features), tasks.apply_scaling(saved.scaling, features)

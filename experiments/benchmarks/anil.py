@@ -1,11 +1,13 @@
-"""What ANIL costs: the body, which does not adapt, is computed once for the support set, whatever the inner steps.
+"""The cost of ANIL: the body does not adapt, and is computed once for the support set, for any number of inner steps.
 
-The gradient of the mean query loss, second order. Two models: a network of three hidden layers of 256 units on 25
-tasks of a sinusoid, 10 support and 10 query points each; and conv4 of 32 filters (batch statistics) on 8 tasks of
-5 ways, 1 shot and 5 query examples of a class, 14 × 14. The head alone adapts, at .001. "At every step" is the same
-adaptation by `Adaptation.problem`, whose inner loss computes the body, and its derivative, at each step. By hand,
-features are computed before the loop, which is a scan. Every program has the same weights and tasks; the gradient of
-each is compared with the hand-written one, and the run fails where it is off by more than 1e-3.
+The benchmark times the gradient of the mean query loss, second order. There are two models. The first is a network of
+three hidden layers of 256 units on 25 tasks of a sinusoid, with 10 support and 10 query points each. The second is
+conv4 of 32 filters (batch statistics) on 8 tasks of 5 ways, 1 shot and 5 query examples per class, 14 × 14. Only the
+head adapts, at .001.
+
+"At every step" is the same adaptation by `Adaptation.problem`, whose inner loss computes the body, and its derivative,
+at each step. By hand, features are computed before the loop, which is a scan. Every program has the same weights and
+tasks. Each gradient is compared with the hand-written one, and the run fails if an error is above 1e-3.
 
     python experiments/benchmarks/anil.py           # writes experiments/results/anil.md
     python experiments/benchmarks/anil.py --smoke   # seconds; prints only
@@ -45,7 +47,10 @@ BY_HAND = "by hand: features first"
 
 
 def dense(settings) -> tuple[Any, base.Task, Callable, Callable]:
-    """Parameters, a batch of tasks, `(params, x) -> features`, and the loss of a head, `(head, z, batch) -> []`."""
+    """Returns parameters, a batch of tasks, `(params, batch) -> features`, and `(head, z, batch) -> []`.
+
+    The last one is the loss of a head.
+    """
     sizes = [1, *[settings.width] * 3]
     keys = jax.random.split(jax.random.key(0), 4)
     draw = lambda key, m, n: {"w": jax.random.normal(key, (m, n)) * (2 / m) ** 0.5, "b": jnp.zeros(n)}
@@ -73,7 +78,7 @@ def convolutional(settings) -> tuple[Any, base.Task, Callable, Callable]:
 
 
 def by_hand(features: Callable, loss: Callable, num_steps: int, batch: base.Task) -> Callable:
-    """`params -> ` the mean query loss, as one writes it without metaopt."""
+    """Returns `params -> ` the mean query loss, written without metaopt."""
 
     def one(params, task):
         z = features(params, task.train)
@@ -88,7 +93,7 @@ def by_hand(features: Callable, loss: Callable, num_steps: int, batch: base.Task
 
 
 def programs(model, num_steps: int) -> dict[str, Callable]:
-    """Name -> `params -> ` the gradient of the mean query loss."""
+    """Returns name -> `params -> ` the gradient of the mean query loss."""
     _, batch, features, loss = model
     whole = lambda params, hyperparams, batch: loss(params["head"], features(params, batch), batch)
     anil = methods.anil(whole, num_steps=num_steps, rate=RATE)
@@ -107,7 +112,7 @@ def programs(model, num_steps: int) -> dict[str, Callable]:
 
 
 def rows_of(name: str, model, num_steps: int, repetitions: int) -> tuple[list[list[str]], list[str]]:
-    """What is printed; which gradients disagree."""
+    """Returns the printed rows, and the gradients that disagree."""
     params, calls, found, gradients = model[0], {}, {}, {}
     for program, gradient in programs(model, num_steps).items():
         start = time.process_time()

@@ -1,8 +1,8 @@
-"""What a step of architecture search costs, beside a plain step of the supernet's weights.
+"""The cost of a step of architecture search, compared with a plain step of the supernet's weights.
 
-The supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, 16 a batch), and that of DARTS (8 cells, C = 16, 32x32
-images, 64 a batch) for what the compiler says: its seconds and its memory. Times are processor seconds of calls in
-turns, medians, over those of a plain step; memory is what the compiler states, without noise.
+The first supernet is NAS-Bench-201's (C = 8, N = 1, 16x16 images, 16 per batch). The second is that of DARTS (8 cells,
+C = 16, 32x32 images, 64 per batch), only for the compiler's seconds and memory. Times are medians of processor seconds
+of calls in turns, divided by those of a plain step. Memory is the compiler's figure, without noise.
 
     python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
     python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only
@@ -31,7 +31,7 @@ TASKS = 16
 
 
 class Case(NamedTuple):
-    """A space, and the task that it is searched on."""
+    """A search space, and the task of its search."""
 
     network: nas.Network
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class Program(NamedTuple):
 
     call: Callable[[], None]
     mib: float
-    seconds: float  # of the processor, to trace and compile
+    seconds: float  # processor seconds, to trace and compile
     flops: float
 
 
@@ -104,7 +104,7 @@ def plain(search: methods.Search, task: base.Task) -> Program:
 
 
 def cost(smoke: bool, repetitions: int) -> list[list[str]]:
-    """Rows: the time and the operations of an estimate over those of a plain step."""
+    """Returns rows: the time and the operations of an estimate divided by those of a plain step."""
     case = small_case(smoke)
     task = case.task()
     of = lambda method, **options: estimate(case.search(method, **options), task)
@@ -122,7 +122,8 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     unrolled = [(num, remat) for num in lengths for remat in ("none", "step", "sqrt")]
     for num, remat in unrolled:
         programs[f"unrolled {num} {remat}"] = of(methods.unrolled_darts, num_steps=num, remat=remat)
-    # Twice a turn: after a larger program the first call of a small one is slower, which would flatter the others.
+    # Twice per turn: after a larger program, the first call of a small one is slower, which would make the others look
+    # better.
     calls = {name: p.call for name, p in programs.items()}
     seconds = medians(calls, repetitions, clock=time.process_time, twice=True)
     one = seconds["plain"]
@@ -160,12 +161,12 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     pair = medians(calls, repetitions, clock=time.process_time, twice=True)
     ratio = pair["one"] / pair["dense"]
     last = row("single path, a step of the weights, over a plain one", ratio, None, sampled)
-    # Of the ops on an edge the dearest counts.
+    # Only the most expensive op on an edge counts.
     return [*rows, [*last, f"{sampled.flops / dense.flops:.2f}", f"{sampled.mib:.0f}"]]
 
 
 def many(smoke: bool, repetitions: int) -> list[list[str]]:
-    """Rows: the time of an estimate for many tasks, so many at once, over that for one."""
+    """Returns rows: the time of an estimate for many tasks, several at the same time, divided by the time for one."""
     case = small_case(smoke)
     task, first = case.task(), case.search(methods.darts, order="first")
     tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * TASKS), task)
@@ -173,10 +174,10 @@ def many(smoke: bool, repetitions: int) -> list[list[str]]:
     for chunk in (1, 4, TASKS):
         over = hypergrad.over_tasks(first.estimator, task_chunk=chunk)
         programs[chunk] = estimate(first._replace(estimator=over), tasks)
-    shared = base.Predictor(first.hyperparams, lambda alpha, task: alpha, {})  # h that reads nothing of the task
+    shared = base.Predictor(first.hyperparams, lambda alpha, task: alpha, {})  # h that does not depend on the task
     meta = methods.meta_architecture_search(first, shared)
     programs["chosen"] = estimate(first._replace(estimator=meta.over_tasks(), hyperparams=meta.hyperparams), tasks)
-    # One task as it is called again and again: after a larger program its first call is slower.
+    # One task is called several times in a row: after a larger program, its first call is slower.
     calls: dict[int | str, Callable] = {chunk: p.call for chunk, p in programs.items() if chunk}
     calls[0] = lambda: [programs[0].call() for _ in range(TASKS)]
     seconds = medians(calls, repetitions, clock=time.process_time)
@@ -194,7 +195,7 @@ def many(smoke: bool, repetitions: int) -> list[list[str]]:
 
 
 def memory(smoke: bool) -> list[list[str]]:
-    """Rows: the peak of an implicit estimate after few and after many inner steps; of a single path."""
+    """Returns rows: the peak of an implicit estimate after few and after many inner steps, and of a single path."""
     case = small_case(smoke)
     task, solver = case.task(), hypergrad.neumann(num_steps=3, rate=0.025)
     few, many = (estimate(case.search(methods.implicit_darts, num_steps=num, solver=solver), task) for num in (4, 64))
@@ -210,7 +211,7 @@ def memory(smoke: bool) -> list[list[str]]:
 
 
 def large(smoke: bool) -> list[list[str]]:
-    """Rows: the compiler's seconds for the DARTS supernet, and the peak with partial channels."""
+    """Returns rows: the compiler's seconds for the DARTS supernet, and the peak with partial channels."""
     case = large_case(smoke)
     task = case.task()
     step = plain(case.search(methods.darts, order="first"), task)
@@ -237,7 +238,7 @@ TITLES = {
     "large": "The supernet of DARTS (8 cells, C = 16, 32x32, 64 a batch)",
 }
 
-# No measured number stands in these texts: what was measured stands in the tables, and is replaced with them.
+# These texts contain no measured number: measurements are in the tables, and are replaced with them.
 ABOUT = (
     "An alternation is a step of the weights and one of α; what it must cost is what it has in operations, more with "
     "DARTS's central difference, which takes one gradient more than a forward one. Seconds are of the processor, "
@@ -257,12 +258,15 @@ PARTS: dict[str, Callable[[bool, int], list[list[str]]]] = {
 
 
 def load() -> float:
-    """How many processes wanted a core in the last minute, on the whole machine; 0 where the system does not say."""
+    """Returns the number of processes that wanted a core in the last minute, on the whole machine.
+
+    It is 0 if the system does not report it.
+    """
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
-    """One part of the result: its table, and what made it; `before`: the load before the run."""
+    """Returns one part of the result: its table, and how it was made. `before` is the load before the run."""
     begin, begin_wall = time.process_time(), time.perf_counter()
     header = ["", "", "at most", "compiled in, s", *(["in operations", "the peak, MiB"] if name == "cost" else [])]
     rows = table(header, PARTS[name](smoke, repetitions))
@@ -276,13 +280,13 @@ def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
 
 
 def sections(text: str) -> dict[str, str]:
-    """The parts of a result that was written before, by name."""
+    """Returns the parts of an earlier result, by name."""
     found = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
     return {name: f"## {found[title].rstrip()}" for name, title in TITLES.items() if title in found}
 
 
 def page(earlier: dict[str, str], parts: dict[str, str]) -> str:
-    """The whole result: the parts that were measured now, and those of earlier runs, which it names."""
+    """Returns the whole result: the new parts, and the parts of earlier runs, which it names."""
     whole = {**earlier, **parts}
     names = [f'"{TITLES[name]}"' for name in TITLES if name in earlier and name not in parts]
     note = f"Of an earlier run, maybe of earlier code: {'; '.join(names)}. " if names else ""

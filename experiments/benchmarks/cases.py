@@ -1,7 +1,7 @@
-"""What the benchmark of the rules trains: an MLP, a conv net and a transformer, with Adam.
+"""The models of the benchmark of the rules: an MLP, a conv net and a transformer, with Adam.
 
-λ is the learning rate and an L2 penalty for each layer. Initial weights and the rows of every step are data, so that
-every program, of any library, does the same arithmetic.
+λ is the learning rate and an L2 penalty for each layer. Initial weights and the rows of every step are data. So every
+program, of any library, does the same arithmetic.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import optax
 
 from metaopt import base, inner
 
-EPS = 1e-4  # Adam's ε: below it rounding errors of float32 grow in training, and no two programs agree after 64 steps
+# Adam's ε. With a smaller one, rounding errors of float32 grow in training, and no two programs agree after 64 steps.
+EPS = 1e-4
 FEW = {"rate": 1e-3, "decay": 1e-4}  # λ of all problems, with one penalty for all layers
 
 
@@ -35,7 +36,10 @@ def cross_entropy(logits, labels):
 
 
 def penalty(params, decay):
-    """Σ decay·|w|², with one number for all leaves, one a leaf, or a vector a leaf with layers stacked in front."""
+    """Returns Σ decay·|w|².
+
+    `decay` is a number for all leaves, a number per leaf, or a vector per leaf of stacked layers.
+    """
     if not isinstance(decay, dict):
         decay = dict.fromkeys(params, decay)
     squares = {name: (w**2).sum(range(jnp.ndim(decay[name]), w.ndim)) for name, w in params.items()}
@@ -66,7 +70,7 @@ def _weights(shapes: dict[str, tuple[int, ...]], fan_in: dict[str, int]) -> dict
 
 
 def _digits(batch_size: int) -> tuple[dict, dict]:
-    """scikit-learn's 1,797 digits, scaled to [0, 1]; validation has as many rows as a batch."""
+    """Returns scikit-learn's 1,797 digits, scaled to [0, 1]. Validation has as many rows as a batch."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -98,7 +102,7 @@ def mlp(width: int = 256, batch_size: int = 256, rate: float = FEW["rate"]) -> C
 
 
 def conv(width: int = 16, batch_size: int = 64, rate: float = FEW["rate"]) -> Case:
-    """Three convolutions, the last two with stride 2, the mean over places, a linear layer."""
+    """Three convolutions, the last two with stride 2; then the mean over pixels, and a linear layer."""
     channels = (1, width, 2 * width, 2 * width)
     sizes = {f"conv{i}": (3, 3, channels[i], channels[i + 1]) for i in range(3)} | {"out": (2 * width, 10)}
 
@@ -133,7 +137,7 @@ def conv(width: int = 16, batch_size: int = 64, rate: float = FEW["rate"]) -> Ca
 def transformer(
     layers: int = 8, width: int = 128, length: int = 64, batch_size: int = 16, rate: float = FEW["rate"]
 ) -> Case:
-    """A causal language model of made-up tokens; the layers are stacked and scanned over."""
+    """A causal language model of made-up tokens. The layers are stacked and scanned over."""
     heads, vocabulary = 4, 64
     stacked = {
         "qkv": (layers, width, 3 * width),

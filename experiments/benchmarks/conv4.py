@@ -1,9 +1,10 @@
-"""What one outer step of MAML costs on Omniglot's network, beside naive JAX, PyTorch and torch.func.
+"""The cost of one outer step of MAML on Omniglot's network, compared with naive JAX, PyTorch and torch.func.
 
-8 tasks of 5 ways, 1 shot and 5 query examples of a class, 28 × 28; four blocks of 64 filters (batch statistics), with
-max-pooling or, as Finn et al. have it for Omniglot, convolutions of stride 2; one inner step at .4, second order. What
-is timed is the gradient of the mean query loss. Every program has the same weights and images; the gradient of each is
-compared with that of naive JAX, and the run fails where it is off by more than 1e-2 (float32, through a normalization).
+There are 8 tasks of 5 ways, 1 shot and 5 query examples per class, 28 × 28. The network has four blocks of 64 filters
+(batch statistics), with max-pooling or with convolutions of stride 2, as in Finn et al. for Omniglot. There is one
+inner step at .4, second order. The benchmark times the gradient of the mean query loss. Every program has the same
+weights and images. Each gradient is compared with that of naive JAX. The run fails if an error is above 1e-2 (float32,
+through a normalization).
 
     python experiments/benchmarks/conv4.py                 # writes experiments/results/conv4.md
     python experiments/benchmarks/conv4.py --peers PYTHON  # PyTorch too: install_peers.sh makes that PYTHON
@@ -51,7 +52,7 @@ HEADER = ["program", "CPU-ms", "in a scan", "/ metaopt", "compile s", "temporary
 
 
 def data(num_tasks: int, size: int) -> base.Task:
-    """Noise: what is timed does not depend on it."""
+    """Returns noise: the time does not depend on the images."""
     rng = np.random.default_rng(0)
 
     def part(each):
@@ -71,7 +72,7 @@ def network_of(settings) -> methods.Network:
 
 
 def programs(settings, params, tasks) -> dict:
-    """Name -> `params -> ` the gradient of the mean query loss."""
+    """Returns name -> `params -> ` the gradient of the mean query loss."""
     network = network_of(settings)
     head = methods.linear_head(network.features)
     loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
@@ -95,7 +96,7 @@ def programs(settings, params, tasks) -> dict:
 
 
 def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict, Callable]:
-    """Name -> what is printed of it; name -> gradient; a call of metaopt's program."""
+    """Returns name -> printed values; name -> gradient; a call of metaopt's program."""
     rows, calls, gradients = {}, {}, {}
     for name, gradient in made.items():
 
@@ -120,7 +121,7 @@ def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict, Callab
 
 
 def peers(settings, options, params, tasks) -> tuple[list[dict], str]:
-    """Rows of PyTorch, from its own environment, and its version; a gradient is an array a leaf."""
+    """Returns rows of PyTorch, from its own environment, and its version. A gradient has an array per leaf."""
     arrays = {f"params/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()}
     arrays |= {f"{part}/{n}": getattr(tasks, part)[n] for part in ("train", "valid") for n in ("x", "y")}
     with tempfile.TemporaryDirectory() as folder:
@@ -137,13 +138,13 @@ def peers(settings, options, params, tasks) -> tuple[list[dict], str]:
 
 
 def error(found, expected) -> float:
-    """The relative error of the whole gradient: shifts before a normalization have none of their own."""
+    """Returns the relative error of the whole gradient: shifts before a normalization have a zero gradient."""
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     return float(np.linalg.norm(flat(found) - flat(expected)) / np.linalg.norm(flat(expected)))
 
 
 def compare(settings, options) -> tuple[list[list[str]], dict[str, float], str]:
-    """The rows of one network; the error of each program; the peers' versions."""
+    """Returns the rows of one network, the error of each program, and the peers' versions."""
     params = network_of(settings).init(jax.random.key(0))
     depth = settings.filters * ((settings.size // 2**settings.blocks) ** 2 if settings.downsampling == "pool" else 1)
     params["head"] = {"w": jax.random.normal(jax.random.key(1), (depth, WAYS)) / depth**0.5, "b": jnp.zeros(WAYS)}

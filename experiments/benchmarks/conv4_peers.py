@@ -1,6 +1,6 @@
-"""The gradient of conv4.py in PyTorch; run by it, in an environment of its own (install_peers.sh).
+"""The gradient of conv4.py in PyTorch. conv4.py runs it, in a separate environment (install_peers.sh).
 
-Prints processor milliseconds and gradients as one line of JSON. A program that fails gets a row that says why.
+It prints processor milliseconds and gradients as one line of JSON. A program that fails gets a row with the reason.
 """
 
 import functools
@@ -25,7 +25,10 @@ def load(file: str):
 
 
 def by_hand(x, scale, shift):
-    """Batch normalization in elementary operations: the fused one's second derivative is off under torch.func."""
+    """Batch normalization in elementary operations.
+
+    Under torch.func, the second derivative of the fused one is inaccurate.
+    """
     mean = x.mean((0, 2, 3), keepdim=True)
     variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
     return (x - mean) * torch.rsqrt(variance + 1e-5) * scale[None, :, None, None] + shift[None, :, None, None]
@@ -49,7 +52,7 @@ def loss(params: dict, x: torch.Tensor, y: torch.Tensor, blocks: int, normalize=
 
 
 def with_autograd(params, train, valid, blocks, rate):
-    """A loop over tasks."""
+    """Computes the gradient with a loop over tasks."""
     weights = {name: p.clone().requires_grad_() for name, p in params.items()}
 
     def gradient():
@@ -99,7 +102,7 @@ def main() -> None:
                 found.setdefault(layer, {})[part] = g.tolist()
             rows[name]["gradient"] = found
             calls[name] = gradient
-        except Exception as error:  # a peer that cannot: the table says why
+        except Exception as error:  # a peer may fail: the table states the reason
             rows[name]["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for name, seconds in medians(calls, int(repetitions), clock=time.process_time).items():
         rows[name]["ms"] = 1e3 * seconds

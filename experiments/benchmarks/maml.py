@@ -1,8 +1,9 @@
-"""What one outer step of MAML costs on sinusoids, beside hand-written JAX and other libraries.
+"""The cost of one outer step of MAML on sinusoids, compared with hand-written JAX and other libraries.
 
-25 tasks, 10 support and 10 query points each, a network with two hidden layers of 40 units, second order, 1 and 5 inner
-steps at .01, and a step of the outer Adam. Every program starts at the same weights and sees the same tasks; the
-gradient of each is compared with that of hand-written JAX, and the run fails where it is off by more than 1e-3.
+There are 25 tasks, with 10 support and 10 query points each. The network has two hidden layers of 40 units. MAML is
+second order, with 1 and 5 inner steps at .01, and a step of the outer Adam. Every program starts at the same weights
+and sees the same tasks. Each gradient is compared with that of hand-written JAX, and the run fails if an error is above
+1e-3.
 
     python experiments/benchmarks/maml.py                 # writes experiments/results/maml.md
     python experiments/benchmarks/maml.py --peers PYTHON  # other libraries too: install_peers.sh makes that PYTHON
@@ -60,7 +61,7 @@ def loss(params, batch):
 
 
 def objective_by_hand(num_steps: int, scan: bool) -> Callable:
-    """(λ, tasks) -> F(λ), as one writes it without metaopt."""
+    """Returns (λ, tasks) -> F(λ), written without metaopt."""
 
     def one(params, task):
         def step(params, _):
@@ -78,7 +79,10 @@ def objective_by_hand(num_steps: int, scan: bool) -> Callable:
 
 
 def stepper(step: Callable, state, many: int) -> tuple[Callable, float]:
-    """A call that takes `many` outer steps from where the last left off; the seconds that compiling took."""
+    """Returns a call that takes `many` outer steps and continues from the last call.
+
+    Also returns the compile seconds.
+    """
     if many > 1:
         one, step = step, lambda state: jax.lax.scan(lambda state, _: (one(state), None), state, length=many)[0]
     state = jax.tree.map(jnp.copy, state)
@@ -94,7 +98,7 @@ def stepper(step: Callable, state, many: int) -> tuple[Callable, float]:
 
 
 def ours(num_steps: int, many: int, params, batch):
-    """{(name, steps a call): (call, seconds of compiling)}, and {name: gradient}."""
+    """Returns {(name, steps per call): (call, compile seconds)}, and {name: gradient}."""
     params = jax.tree.map(jnp.asarray, params)
     optimizer = optax.adam(OUTER_RATE)
     calls, gradients = {}, {}
@@ -123,13 +127,13 @@ def ours(num_steps: int, many: int, params, batch):
 
 
 def error(found, expected) -> float:
-    """The largest relative error of a leaf."""
+    """Returns the largest relative error of a leaf."""
     relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), found, expected)
     return float(np.max(jax.tree.leaves(relative)))
 
 
 def peers(num_steps: int, options, params, batch) -> tuple[list[dict], str]:
-    """Rows of other libraries, from their own environment, and its versions."""
+    """Returns rows of other libraries, from their own environment, and its versions."""
     arrays = {f"params/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()}
     arrays |= {f"{part}/{n}": getattr(batch, part)[n] for part in ("train", "valid") for n in ("x", "y")}
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +141,7 @@ def peers(num_steps: int, options, params, batch) -> tuple[list[dict], str]:
         np.savez(file, **arrays)
         numbers = (num_steps, INNER_RATE, OUTER_RATE, num_cores(), options.repetitions, options.calls)
         command = [options.peers, str(HERE / "maml_peers.py"), str(file), *map(str, numbers)]
-        cold = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # a second run compiles as the first did
+        cold = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # a second run compiles like the first one
         done = subprocess.run(command, capture_output=True, text=True, env=cold)
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [""])[-1]
@@ -147,7 +151,7 @@ def peers(num_steps: int, options, params, batch) -> tuple[list[dict], str]:
 
 
 def rows_of(num_steps: int, options) -> tuple[list[list[str]], list[str], str]:
-    """What is printed of one number of inner steps; which gradients disagree; the peers' versions."""
+    """Returns the printed rows of one number of inner steps, the gradients that disagree, and the peers' versions."""
     params = initial(options.width)
     batch = tasks.episode_batches(tasks.sinusoids(), options.tasks)(jax.random.key(1))
     made, gradients = ours(num_steps, options.many, params, batch)

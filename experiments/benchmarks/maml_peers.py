@@ -1,7 +1,7 @@
-"""The outer step of maml.py in other libraries; run by it, in an environment of its own (install_peers.sh).
+"""The outer step of maml.py in other libraries. maml.py runs it, in a separate environment (install_peers.sh).
 
-Prints processor milliseconds a step and gradients as one line of JSON. A library that is missing or fails gets a row
-that says why.
+It prints processor milliseconds per step and gradients as one line of JSON. A library that is missing or fails gets a
+row with the reason.
 """
 
 import importlib
@@ -19,7 +19,7 @@ NAMES = [(layer, leaf) for layer in LAYERS for leaf in ("w", "b")]
 
 
 class Setting:
-    """What maml.py saved, as tensors, and its numbers."""
+    """The tensors and numbers that maml.py saved."""
 
     def __init__(self, file: str, num_steps: str, rate: str, outer_rate: str):
         saved = np.load(file)
@@ -47,7 +47,7 @@ def loss(params: list, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class Net(torch.nn.Module):
-    """The same as a module, for libraries that want one."""
+    """The same as a module, for libraries that need one."""
 
     def __init__(self, params: list):
         super().__init__()
@@ -58,7 +58,7 @@ class Net(torch.nn.Module):
 
 
 def stepper(parameters: list, outer_rate: float, backward) -> tuple:
-    """(call, gradient): a step of Adam after `backward`, which leaves gradients in `.grad`."""
+    """Returns (call, gradient): a step of Adam after `backward`, which leaves gradients in `.grad`."""
     optimizer = torch.optim.Adam(parameters, lr=outer_rate)
 
     def gradient():
@@ -198,7 +198,7 @@ def main() -> None:
             }
             call()
             calls[name] = lambda call=call: [call() for _ in range(int(num_calls))]
-        except Exception as error:  # a peer that cannot: the table says why
+        except Exception as error:  # a peer may fail: the table states the reason
             rows[name]["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for name, seconds in medians(calls, int(repetitions), clock=time.process_time).items():
         rows[name]["ms"] = 1e3 * seconds / int(num_calls)

@@ -1,7 +1,7 @@
-"""The hypergradient of rules.py in other libraries; run by it, in an environment of its own (install_peers.sh).
+"""The hypergradient of rules.py in other libraries. rules.py runs it, in a separate environment (install_peers.sh).
 
-Same initial weights, rows of every step and λ, which rules.py leaves in a file; prints times, memory and hypergradients
-as one line of JSON. A library that is missing or fails gets a row that says why.
+Initial weights, rows of every step and λ are the same; rules.py saves them in a file. It prints times, memory and
+hypergradients as one line of JSON. A library that is missing or fails gets a row with the reason.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from turns import medians
 
 B1, B2 = 0.9, 0.999  # every library's defaults
-COMPILED_STEPS = 4  # torch.compile unrolls the loop: the seconds that it takes grow with T
+COMPILED_STEPS = 4  # torch.compile unrolls the loop: its compile time grows with T
 
 
 def mlp(params, batch):
@@ -57,7 +57,7 @@ LOSSES = {"mlp": mlp, "conv": conv, "transformer": transformer}
 
 
 class Problem:
-    """What rules.py saved, as tensors."""
+    """The tensors that rules.py saved."""
 
     def __init__(self, model: str, file: str):
         trees = {"params": {}, "train": {}, "valid": {}, "decay": {}}
@@ -77,7 +77,7 @@ class Problem:
         self.order = torch.tensor(saved["order"]).long()
 
     def hyperparams(self) -> list[torch.Tensor]:
-        """λ as a list, to differentiate with respect to: the rate, then the penalties in the order of `names`."""
+        """Returns λ as a list, for differentiation: the rate, then the penalties in the order of `names`."""
         return [leaf.clone().requires_grad_() for leaf in (self.rate, *(self.decay[name] for name in self.names))]
 
     def weights(self) -> list[torch.Tensor]:
@@ -97,7 +97,7 @@ class Problem:
 
 
 class Net(torch.nn.Module):
-    """The same as a module, for libraries that want one."""
+    """The same as a module, for libraries that need one."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -113,7 +113,7 @@ class Net(torch.nn.Module):
 
 
 def adam(state: list, grads: list, rate: torch.Tensor, count, eps: float) -> list:
-    """One step of [*params, *mu, *nu] by hand; gradients are nowhere exactly zero, thanks to the penalties."""
+    """Takes one step of [*params, *mu, *nu] by hand. Gradients are never exactly zero, because of the penalties."""
     n = len(grads)
     params, mu, nu = state[:n], state[n : 2 * n], state[2 * n :]
     mu = [B1 * m + (1 - B1) * g for m, g in zip(mu, grads, strict=True)]
@@ -128,7 +128,7 @@ def start(weights: list) -> list:
 
 
 def plain_optim(problem):
-    """Training alone: `torch.optim.Adam`."""
+    """Only training: `torch.optim.Adam`."""
     hyperparams = [leaf.detach() for leaf in problem.hyperparams()]
 
     def call():
@@ -145,7 +145,7 @@ def plain_optim(problem):
 
 
 def by_func(problem):
-    """(λ) -> F(λ), by hand with `torch.func.grad`."""
+    """Returns (λ) -> F(λ), by hand with `torch.func.grad`."""
 
     def objective(hyperparams):
         state = start([problem.params[name] for name in problem.names])
@@ -170,7 +170,7 @@ def with_func(problem):
 
 
 def plain_compiled(problem):
-    """Training alone, by hand: one step compiled."""
+    """Only training, by hand: one step is compiled."""
     hyperparams = [leaf.detach() for leaf in problem.hyperparams()]
     n = len(problem.names)
 
@@ -223,7 +223,7 @@ def with_higher(problem):
         optimizer = torch.optim.Adam(net.parameters(), lr=float(problem.rate), eps=problem.eps)
         with higher.innerloop_ctx(net, optimizer, override={"lr": [hyperparams[0]]}) as (trained, step):
             for t in range(len(problem.order)):
-                # Its ε is added before the bias correction: scaled, it is everybody else's Adam.
+                # It adds ε before the bias correction. With a scaled ε, it is the usual Adam.
                 scaled = {"eps": [problem.eps * math.sqrt(1 - B2 ** (t + 1))]}
                 step.step(trained(hyperparams, problem.batch(t)), override=scaled)
             value = trained()
@@ -233,7 +233,7 @@ def with_higher(problem):
 
 
 def with_hypertorch(problem):
-    """Its `reverse`, which keeps the trajectory and recomputes each step; it has no Adam, so that the map is ours."""
+    """Uses its `reverse`, which keeps the trajectory and recomputes each step. It has no Adam, so the map is ours."""
     hypertorch = importlib.import_module("hypergrad")
     if not hasattr(hypertorch, "reverse"):
         raise ModuleNotFoundError("the installed `hypergrad` is another library")
@@ -265,7 +265,7 @@ def with_hypertorch(problem):
 
 
 def with_solve(num_products, method):
-    """hypertorch's implicit rules after one step of Adam; with its map θ − ∇g they solve H v = ∇f."""
+    """Runs hypertorch's implicit rules after one step of Adam. With its map θ − ∇ℓ, they solve H v = ∇f."""
 
     def make(problem):
         hypertorch = importlib.import_module("hypergrad")
@@ -300,7 +300,7 @@ def with_solve(num_products, method):
 
 
 PLAIN, PLAIN_COMPILED = "torch: plain training (`optim.Adam`)", "torch.compile: plain training"
-ROWS = {  # name: (function, whose time it is compared with)
+ROWS = {  # name: (function, the name of the row whose time it is compared with)
     PLAIN: (plain_optim, PLAIN),
     PLAIN_COMPILED: (plain_compiled, PLAIN_COMPILED),
     "torch.func": (with_func, PLAIN),
@@ -312,7 +312,7 @@ ROWS = {  # name: (function, whose time it is compared with)
 
 
 def peak_mib(call) -> float:
-    """The most that torch's allocator held above the start."""
+    """Returns the largest memory of torch's allocator, minus its memory at the start."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -351,7 +351,7 @@ def main() -> None:
                 rows[name]["hypergrad"] = {**rate, "decay": decay}
             rows[name]["mib"] = peak_mib(call)
             calls[name] = call
-        except Exception as error:  # a peer that cannot: the table says why
+        except Exception as error:  # a peer may fail: the table states the reason
             rows[name]["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     for name, seconds in medians(calls, options.repetitions, options.seconds, getattr(time, options.clock)).items():
         rows[name]["ms"] = 1e3 * seconds

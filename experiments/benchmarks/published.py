@@ -1,11 +1,11 @@
-"""hypertorch's published examples: its settings, by metaopt, beside hypertorch itself (`published_peers.py`).
+"""hypertorch's published examples: its settings, by metaopt, compared with hypertorch itself (`published_peers.py`).
 
-https://github.com/prolearner/hypertorch, at 6241dfa, has four: `examples/logistic_regression.ipynb`, the equilibrium
-network's notebook, `examples/iMAML.py`, and `experimental/l2reg_on_twentynews.py`. Each is one outer step here: T inner
-steps from the start, K of the rule, the hypergradient. The first is also run to its end.
+https://github.com/prolearner/hypertorch, at 6241dfa, has four examples: `examples/logistic_regression.ipynb`, the
+equilibrium network's notebook, `examples/iMAML.py`, and `experimental/l2reg_on_twentynews.py`. Here, each is one outer
+step: T inner steps from the start, K of the rule, the hypergradient. The first example is also run to its end.
 
-20 newsgroups have to be downloaded: the text is the SMS Spam Collection instead, at a tenth of the rate, since training
-diverges on it at 100. Omniglot's tasks are drawn by a seed of our own.
+20 newsgroups would have to be downloaded. The text is the SMS Spam Collection instead, at a tenth of the rate, since
+training diverges on it at 100. Omniglot's tasks are drawn with our own seed.
 """
 
 import gzip
@@ -22,9 +22,9 @@ import optax
 
 from metaopt import base, hypergrad, inner
 
-NUM_OUTER = 1000  # of the logistic regression
+NUM_OUTER = 1000  # outer steps of the logistic regression
 IMAML_PRODUCTS = 5
-ROUGH = ("imaml", "text")  # float32 does not say whether two libraries agree
+ROUGH = ("imaml", "text")  # float32 is too rough to decide whether two libraries agree
 
 
 class Setting(NamedTuple):
@@ -53,7 +53,7 @@ def implicit(problem: base.Problem, num_steps: int, num_products: int, **options
 
 
 def cg_that_goes_on(matvec, b, initial, *, key):
-    """JAX's conjugate gradients: like hypertorch's, and unlike ours, they go on through negative curvature."""
+    """JAX's conjugate gradients: like hypertorch's, and unlike ours, they continue through negative curvature."""
     return jax.scipy.sparse.linalg.cg(matvec, b, tol=0.0, maxiter=IMAML_PRODUCTS)[0], IMAML_PRODUCTS
 
 
@@ -64,7 +64,7 @@ def fixed_point(problem: base.Problem, num_steps: int, num_products: int) -> bas
 
 
 def logistic(smoke: bool) -> Setting:
-    """Synthetic data, a penalty for each feature."""
+    """Synthetic data, with a penalty for each feature."""
     from sklearn.model_selection import train_test_split
 
     rows, features, num_steps, num_last = (20, 3, 4, 2) if smoke else (1000, 20, 100, 10)
@@ -101,7 +101,7 @@ def logistic(smoke: bool) -> Setting:
 
 
 def equilibrium(smoke: bool) -> Setting:
-    """A network whose state comes to rest, z = tanh(z A + x B + c); λ is all of its weights, f its training loss."""
+    """A network with an equilibrium state, z = tanh(z A + x B + c). λ is all of its weights, f its training loss."""
     rows, width, num_steps = (20, 4, 3) if smoke else (5000, 200, 20)
     images, labels = digits(rows)
     rng = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def equilibrium(smoke: bool) -> Setting:
     weights = {name: (0.01 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
     weights["out_bias"] = np.zeros(10, np.float32)
 
-    # What training moves is the state z, by a map that is no gradient: the model's state, and no parameters.
+    # The inner steps move the state z, by a map that is not a gradient. So z is the model's state, not a parameter.
     def dynamics(params, hp, batch, context):
         return jnp.zeros([]), jnp.tanh(context.model_state @ hp["a"] + batch["x"] @ hp["b"] + hp["c"][None])
 
@@ -151,7 +151,7 @@ def digits(num: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def imaml(smoke: bool) -> Setting:
-    """Omniglot, 5 ways, 1 shot, 15 queries: λ is where each task's network starts and is held to."""
+    """Omniglot, 5 ways, 1 shot, 15 queries. λ is the start of each task's network, and the center of its penalty."""
     num_tasks, width, num_steps = (1, 2, 2) if smoke else (16, 64, 16)
     rng = np.random.default_rng(0)
     tasks, shapes = omniglot_tasks(rng, num_tasks), {"out": (width, 5), "out_bias": (5,)}
@@ -162,7 +162,7 @@ def imaml(smoke: bool) -> Setting:
             f"scale{i}": (width,),
             f"shift{i}": (width,),
         }
-    # As there: He's for the kernels, ones and zeros for the rest.
+    # As in the example: He's for the kernels, ones and zeros for the rest.
     weights = {
         name: (rng.normal(size=s) * np.sqrt(2 / (9 * width)) if "conv" in name else np.full(s, float("scale" in name)))
         for name, s in shapes.items()
@@ -204,7 +204,7 @@ def imaml(smoke: bool) -> Setting:
 
 
 def omniglot_tasks(rng: np.random.Generator, num_tasks: int) -> tuple[dict, dict]:
-    """Support and query sets of background characters, with a leading axis of tasks."""
+    """Returns support and query sets of background characters, with a leading axis of tasks."""
     saved = np.load(data_file("omniglot.npz"))
     images, character = saved["images"], saved["character"]
     background = np.unique(character[saved["split"] == 0])
@@ -224,7 +224,7 @@ def omniglot_tasks(rng: np.random.Generator, num_tasks: int) -> tuple[dict, dict
 
 
 def text(smoke: bool) -> Setting:
-    """Two classes of text messages; a penalty for each word, by its logarithm."""
+    """Two classes of text messages, with a penalty for each word, by its logarithm."""
     features, num_steps, num_products = (50, 2, 2) if smoke else (5000, 10, 10)
     data = messages(features, 60 if smoke else None)
 
@@ -250,7 +250,10 @@ def text(smoke: bool) -> Setting:
 
 
 def messages(num_features: int, num: int | None) -> dict[str, dict]:
-    """Training ("x") and validation ("q") messages, half each, as the nonzero entries of their TF-IDF features."""
+    """Returns training ("x") and validation ("q") messages, half each.
+
+    They are given by the nonzero entries of their TF-IDF features.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     with gzip.open(data_file("sms_spam.tsv.gz"), "rt", encoding="utf-8") as file:
@@ -274,7 +277,7 @@ def data_file(name: str) -> Path:
     return Path(os.environ.get("METAOPT_DATA", "")) / name
 
 
-# Example -> what makes it, and the file that it needs.
+# Example -> its factory, and the file that it needs.
 SETTINGS = {
     "logistic": (logistic, None),
     "equilibrium": (equilibrium, "mnist.npz"),
@@ -284,7 +287,7 @@ SETTINGS = {
 
 
 def program(rule: base.Estimator) -> Callable:
-    """(λ, task) -> (F, dF/dλ): one outer step from the start."""
+    """Returns (λ, task) -> (F, dF/dλ): one outer step from the start."""
 
     def estimate(hyperparams, task):
         found, _ = rule.estimate(hyperparams, task, rule.init(jax.random.key(0), hyperparams, task))
@@ -294,7 +297,7 @@ def program(rule: base.Estimator) -> Callable:
 
 
 def run_to_the_end(setting: Setting, num_outer: int) -> Callable:
-    """(λ, task) -> the validation losses of the notebook's outer loop: reverse through the last K steps."""
+    """Returns (λ, task) -> the validation losses of the notebook's outer loop: reverse through the last K steps."""
     estimate, optimizer = program(setting.rules["reverse, the last K steps"]), optax.sgd(1.0, momentum=0.9)
 
     def run(hyperparams, task):

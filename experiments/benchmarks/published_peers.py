@@ -1,7 +1,7 @@
-"""hypertorch on its own examples; run by rules.py, in an environment of its own (install_peers.sh).
+"""hypertorch on its own examples. rules.py runs it, in a separate environment (install_peers.sh).
 
-The data, λ and counts that published.py left in a file; its inner steps, rules and optimizers are hypertorch's. Writes
-hypergradients beside that file, and prints the rest as one line of JSON.
+The data, λ and counts are from published.py, in a file. Inner steps, rules and optimizers are hypertorch's. It writes
+hypergradients next to that file, and prints the rest as one line of JSON.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from turns import medians
 
 
 class Example:
-    """What published.py saved: tensors by name, λ, T and K."""
+    """The data that published.py saved: tensors by name, λ, T and K."""
 
     def __init__(self, file: str):
         saved = {name: torch.tensor(value) for name, value in np.load(file).items()}
@@ -26,7 +26,7 @@ class Example:
         self.data = saved
 
     def fresh(self) -> list[torch.Tensor]:
-        """λ, with no gradient so far."""
+        """Returns λ, with its gradients reset."""
         for leaf in self.hyperparams:
             leaf.grad = None
         return self.hyperparams
@@ -117,7 +117,7 @@ def imaml(hg, example):
     d, num_steps, k = example.data, example.num_steps, example.k
     num_tasks = len(d["x_x"])
     images = {part: d[part + "_x"].reshape(num_tasks, -1, 1, 28, 28) for part in "xq"}  # one channel
-    # Kernels in torch's layout, as λ has them there.
+    # Kernels in torch's layout, as in λ there.
     example.hyperparams = [
         (leaf.detach().permute(3, 2, 0, 1).contiguous() if leaf.ndim == 4 else leaf.detach()).requires_grad_()
         for leaf in example.hyperparams

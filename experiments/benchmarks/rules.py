@@ -1,10 +1,16 @@
-"""What every hypergradient rule costs, beside plain training, hand-written JAX and other libraries.
+"""The cost of every hypergradient rule, compared with plain training, hand-written JAX and other libraries.
 
-Three models with Adam (`cases.py`), over numbers of inner steps T; λ is the learning rate and an L2 penalty for each
-layer. Of every rule: time over that of plain training; the floor that counting forward passes gives; operations over
-those of plain training; time over that of a scan written by hand, with the same checkpoints; temporary memory as the
-compiler states it; and how far the hypergradient is from that of the hand-written scan. The run fails where that is
-more than 1e-3. Then, for the MLP, what an implicit solve of K products and the mixed product of example weights cost.
+There are three models with Adam (`cases.py`), for several numbers of inner steps T. λ is the learning rate and an L2
+penalty for each layer. The report has for every rule:
+
+- the time divided by that of plain training, and its floor from counting forward passes;
+- the operations divided by those of plain training;
+- the time divided by that of a scan written by hand, with the same checkpoints;
+- the temporary memory, as stated by the compiler;
+- the error of the hypergradient against that of the hand-written scan.
+
+The run fails if an error is above 1e-3. Two further tables, for the MLP, have the costs of an implicit solve of K
+products, and of the mixed product of example weights.
 
     python experiments/benchmarks/rules.py                 # writes experiments/results/rules.md
     python experiments/benchmarks/rules.py --peers PYTHON  # other libraries too: install_peers.sh makes that PYTHON
@@ -37,13 +43,14 @@ from metaopt import base, hypergrad, inner
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "results" / "rules.md"
 TOLERANCE = 1e-3  # of hypergradients, in float32
-# Exact reverse mode by counting forward passes, in units of plain training: nothing recomputed, one level, two.
+# Floors of exact reverse mode by counting forward passes, in units of plain training: without recomputation, one level,
+# two levels.
 FLOORS = {"none": 2.75, "step": 3.7, "sqrt": 4.7}
-LONG = 256  # steps from which on conv nets and transformers are run by fewer rules
+LONG = 256  # from this T on, conv nets and transformers run fewer rules
 PLAIN, LAYERWISE = "plain training", "each layer recomputed"
 FULL = [
     (cases.mlp(), (1, 4, 64)),
-    (cases.mlp(rate=1e-5), (1024,)),  # float32 training at the usual rate is chaotic by then
+    (cases.mlp(rate=1e-5), (1024,)),  # at the usual rate, float32 training is chaotic at this T
     (cases.conv(), (1, 4, 64)),
     (cases.transformer(), (1, 4)),
     (cases.transformer(layers=2, width=64, batch_size=8), (16, 64)),
@@ -113,8 +120,8 @@ takes JAX's, which go on through negative curvature as hypertorch's do; `hypergr
 
 class Rule(NamedTuple):
     make: Callable  # (problem, num_steps=T) -> Estimator
-    floor: float  # time over plain training
-    by_hand: str | None = None  # checkpoints of the hand-written scan that it is compared with
+    floor: float  # time divided by plain training
+    by_hand: str | None = None  # checkpoints of the hand-written scan in the comparison
     few: bool = False  # λ is the rate and one penalty for all layers
     layerwise: bool = False  # the loss recomputes its layers
 
@@ -130,7 +137,7 @@ RULES = {
     f"mixed, step, {LAYERWISE}": unrolled("step", hypergrad.mixed_grad, layerwise=True),
     "forward, two λ": Rule(partial(hypergrad.forward, chunk=1), floor=1 + 1.75 * 2, few=True),
 }
-NAIVE, RECOMMENDED = "reverse, none", "mixed, step"  # as the report's text says
+NAIVE, RECOMMENDED = "reverse, none", "mixed, step"  # the report's text names these
 LONG_PROGRAMS = (
     *(PLAIN, f"by hand: {PLAIN}", "by hand: step", "by hand: sqrt"),
     *("reverse, step", "mixed, step", "mixed, grads", "mixed, sqrt"),
@@ -139,7 +146,7 @@ SMOKE_PROGRAMS = (PLAIN, "by hand: step", NAIVE, RECOMMENDED, "forward, two λ")
 
 
 def train_by_hand(case: cases.Case, hyperparams: dict, task: base.Task, order: jax.Array, remat: str) -> dict:
-    """Adam in a scan, as one writes it without metaopt, with a square root that is safe at zero."""
+    """Runs Adam in a scan, written without metaopt, with a square root that is safe at zero."""
 
     def step(carry, rows):
         params, mu, nu, count = carry
@@ -167,7 +174,7 @@ def train_by_hand(case: cases.Case, hyperparams: dict, task: base.Task, order: j
 
 
 def by_hand(case: cases.Case, remat: str) -> Callable:
-    """(λ, task) -> F(λ)."""
+    """Returns (λ, task) -> F(λ)."""
 
     def objective(hyperparams, task):
         return case.loss(train_by_hand(case, hyperparams, task, task.train["order"], remat), task.valid)
@@ -176,7 +183,7 @@ def by_hand(case: cases.Case, remat: str) -> Callable:
 
 
 def plain(problem: base.Problem, num_steps: int) -> Callable:
-    """(λ, task) -> F(λ), by metaopt without derivatives."""
+    """Returns (λ, task) -> F(λ), by metaopt without derivatives."""
     train = inner.run(problem.loop, num_steps)
 
     def program(hyperparams, task):
@@ -187,7 +194,7 @@ def plain(problem: base.Problem, num_steps: int) -> Callable:
 
 
 def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
-    """(λ, task) -> (F, dF/dλ), by a rule."""
+    """Returns (λ, task) -> (F, dF/dλ), by a rule."""
     estimator = rule.make(cases.problem_of(case, rule.layerwise), num_steps=num_steps)
 
     def program(hyperparams, task):
@@ -202,33 +209,33 @@ def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
 
 
 def error(found: dict, expected: dict) -> float:
-    """The same where λ may be few."""
-    if not isinstance(found["decay"], dict):  # one penalty for all: the sum of theirs
+    """Returns `relative_error`, also if λ has only one penalty."""
+    if not isinstance(found["decay"], dict):  # one penalty for all: the sum of the others
         expected = {**expected, "decay": sum(np.sum(leaf) for leaf in expected["decay"].values())}
     return relative_error(found, expected)
 
 
 def relative_error(found: base.PyTree, expected: base.PyTree) -> float:
-    """The largest relative error of a leaf of the hypergradient."""
+    """Returns the largest relative error of a leaf of the hypergradient."""
     relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), found, expected)
-    return float(np.max(jax.tree.leaves(relative)))  # NaN where there is one
+    return float(np.max(jax.tree.leaves(relative)))  # NaN if there is one
 
 
 class Row(NamedTuple):
     name: str
     ms: float = float("nan")
-    against: str = PLAIN  # whose time it is compared with
+    against: str = PLAIN  # name of the row whose time it is compared with
     floor: float | None = None
     operations: float | None = None
     by_hand: str | None = None
     mib: float = float("nan")
     error: float | None = None
     compile_seconds: float = float("nan")
-    reason: str = ""  # why there are no numbers
+    reason: str = ""  # the reason for missing numbers
 
 
 def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple[list[Row], dict]:
-    """Rows of metaopt and of hand-written JAX, and the hypergradient by the latter."""
+    """Returns rows of metaopt and of hand-written JAX, and the latter's hypergradient."""
     hands = [remat for remat in FLOORS if remat != "sqrt" or round(num_steps**0.5) ** 2 == num_steps]
     rules = {name: rule for name, rule in RULES.items() if case.layerwise or not rule.layerwise}
     functions = {PLAIN: plain(cases.problem_of(case), num_steps)}
@@ -280,7 +287,7 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
 def peers(
     case: cases.Case, num_steps: int, options: argparse.Namespace, expected: dict, num_products: int = 0
 ) -> tuple[list[Row], str]:
-    """Rows of other libraries, from their own environment, and its versions."""
+    """Returns rows of other libraries, from their own environment, and its versions."""
     task = cases.task_of(case, num_steps)
     trees = {"params": case.params, "train": case.train, "valid": case.valid, "decay": case.hyperparams["decay"]}
     arrays = {f"{tree}/{name}": leaf for tree, leaves in trees.items() for name, leaf in leaves.items()}
@@ -310,7 +317,7 @@ CURVATURE = 1.0  # the penalty, so that conjugate gradients have a minimum
 
 
 def solve_by_hand(case: cases.Case, num_products: int) -> Callable:
-    """(λ, task) -> (F, dF/dλ): a step of Adam, then conjugate gradients, linearized once."""
+    """Returns (λ, task) -> (F, dF/dλ): a step of Adam, then conjugate gradients, linearized once."""
 
     def program(hyperparams, task):
         order = task.train["order"]
@@ -330,10 +337,10 @@ def solve_by_hand(case: cases.Case, num_products: int) -> Callable:
 
 
 def solve(case: cases.Case, num_products: int) -> Callable:
-    """The same by metaopt."""
+    """Does the same by metaopt."""
     rate = case.hyperparams["rate"]
     problem = base.reparametrized(cases.problem_of(case), lambda hp, step: {"rate": rate, **hp})
-    # The first product is that of the guess.
+    # The first product is for the initial guess.
     solver = hypergrad.cg(num_steps=num_products, tol=0)
     estimator = hypergrad.implicit(problem, num_steps=1, solver=solver, warm_start=False)
 
@@ -347,7 +354,7 @@ def solve(case: cases.Case, num_products: int) -> Callable:
 
 
 def implicit_rows(case: cases.Case, num_products: int, options: argparse.Namespace) -> tuple[list[list[str]], list]:
-    """What is printed of one number of products; and which rows disagree."""
+    """Returns the printed rows of one number of products, and the rows that disagree."""
     case = case._replace(hyperparams={**case.hyperparams, "decay": dict.fromkeys(case.params, CURVATURE)})
     hyperparams, task = jax.tree.map(jnp.asarray, case.hyperparams), cases.task_of(case, 2)
 
@@ -370,7 +377,7 @@ def implicit_rows(case: cases.Case, num_products: int, options: argparse.Namespa
 
 
 def weights_rows(case: cases.Case, options: argparse.Namespace) -> tuple[list[list[str]], list]:
-    """The mixed product (∂²g/∂λ∂θ)ᵀ v where λ is a weight for each example, in forward passes."""
+    """Measures the mixed product (∂²ℓ/∂λ∂θ)ᵀ v, in forward passes. λ is a weight for each example."""
 
     def losses(params, batch):
         return jax.vmap(lambda row: case.loss(params, jax.tree.map(lambda x: x[None], row)))(batch)
@@ -405,7 +412,10 @@ def side_by_side(
     options: argparse.Namespace,
     others: Callable | None = None,
 ) -> tuple[list[list[str]], list]:
-    """Rows of functions, the first of which is the unit; what begins with "by hand" is what the rest agrees with."""
+    """Compares functions.
+
+    The first one is the unit, and the others must agree with the name that begins with "by hand".
+    """
     unit, hand = next(iter(functions)), next(name for name in functions if name.startswith("by hand"))
     programs = {name: compiled(function, *arguments)[0] for name, function in functions.items()}
     calls = {n: lambda p=p: jax.block_until_ready(p(*arguments)) for n, p in programs.items()}
@@ -447,7 +457,10 @@ def side_by_side(
 
 
 def published_rows(options: argparse.Namespace) -> tuple[str, list]:
-    """The table of hypertorch's examples, and what came of running the first to its end; and which rows disagree."""
+    """Returns the table of hypertorch's examples, and the rows that disagree.
+
+    The table also reports the first example's run to its end.
+    """
     printed, wrong, end = [], [], ""
     for name, (make, file) in published.SETTINGS.items():
         if options.smoke and not options.problems and name != "logistic":
@@ -490,7 +503,7 @@ def published_rows(options: argparse.Namespace) -> tuple[str, list]:
 def hypertorch(
     name: str, setting: published.Setting, num_outer: int, options: argparse.Namespace
 ) -> tuple[dict, dict[str, np.ndarray], str]:
-    """Its times, its hypergradients, and why there are none."""
+    """Returns the times and hypergradients of hypertorch, and the reason if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "example.npz"
         saved: dict = {**setting.steps, **setting.arrays}
@@ -512,7 +525,7 @@ def number(value, digits):
 
 
 def lines(num_steps: int, rows: list[Row]) -> list[list[str]]:
-    """What is printed of the rows of one T."""
+    """Returns the printed rows of one T."""
     ms, mib = {row.name: row.ms for row in rows}, {row.name: row.mib for row in rows}
 
     printed = []
@@ -541,7 +554,7 @@ def lines(num_steps: int, rows: list[Row]) -> list[list[str]]:
 
 
 def report(options: argparse.Namespace) -> tuple[str, list[str]]:
-    """Runs everything; the report in Markdown, and which rows disagree with the hand-written scan."""
+    """Runs everything. Returns the report in Markdown, and the rows that disagree with the hand-written scan."""
     parts, wrong, versions = [], [], ""
     for case, steps in SMOKE if options.smoke else FULL:
         if options.problems and case.name not in options.problems:
@@ -549,14 +562,14 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         printed = []
         for num_steps in options.num_steps or steps:
             rows, expected = ours(case, num_steps, options)
-            # A NaN is no agreement.
+            # A NaN counts as a disagreement.
             off = [row for row in rows if row.error is not None and not row.error <= TOLERANCE]
             wrong += [f"{case.name}, T={num_steps}, {row.name}: {row.error:.1e}" for row in off]
             if options.peers and num_steps <= options.peer_steps:
                 others, versions = peers(case, num_steps, options, expected)
                 rows += others
             printed += lines(num_steps, rows)
-            print(table(HEADER, printed[-len(rows) :]), file=sys.stderr)  # to look at meanwhile
+            print(table(HEADER, printed[-len(rows) :]), file=sys.stderr)  # shows progress
         parts.append(f"## {case.text[0].upper()}{case.text[1:]}\n\n{table(HEADER, printed)}")
     if not (options.problems or options.num_steps):
         case = SMOKE[0][0] if options.smoke else FULL[0][0]
@@ -600,7 +613,7 @@ def main() -> None:
     if options.smoke:
         options.repetitions = 1
     options.clock = time.process_time if options.cpu_time else time.perf_counter
-    # The interpreter's place is its own business.
+    # The path of the interpreter is not published.
     options.flags = (" --peers PYTHON" if options.peers else "") + (" --cpu-time" if options.cpu_time else "")
     text, wrong = report(options)
     print(text)

@@ -1,19 +1,20 @@
-"""What a suggestion costs after ten, a thousand, ten thousand trials: the searcher of a learned g, beside Optuna's TPE.
+"""The cost of a suggestion after ten, a thousand, ten thousand trials: a learned g's searcher, and Optuna's TPE.
 
-g is learned from 100 earlier tasks with 50 trials each of a random forest's seven parameters (made up: it is the cost
-that is measured), at up to 512 reference configurations. Without candidates, a suggestion is a gradient ascent over
-the relaxed space from 8 starts; with candidates, a look at 1,000 configurations. Trials that are random, or the
-farthest from all before, are not among those that are timed, but under Optuna. "running" counts trials that have been
-asked for and have not ended (`predictors.batch_expected_improvement`). All are of g's searcher, which is told each
-trial once, but for those of `suggest(X, y)`, which is given all of them anew every time, and "under Optuna", where g is
-the sampler of a study (`integrations.optuna_sampler`).
+g is trained on 100 earlier tasks with 50 trials each of a random forest's seven parameters, at up to 512 reference
+configurations. (The outcomes are made up, since only the cost is measured.) Without candidates, a suggestion is a
+gradient ascent over the relaxed space from 8 starts. With candidates, it evaluates 1,000 configurations. Except under
+Optuna, the timed trials do not include random ones, or ones that are the farthest from all earlier trials.
+
+"running" is the number of trials that have been asked for and have not ended (`predictors.batch_expected_improvement`).
+Most rows use g's searcher, which receives each trial once. The rows of `suggest(X, y)` get all trials again at every
+call. In the rows "under Optuna", g is the sampler of a study (`integrations.optuna_sampler`).
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
     python experiments/benchmarks/suggest.py --smoke   # seconds; prints only
     python experiments/benchmarks/suggest.py --candidates 11000   # of so large a set, the farthest too; prints only
 
-`OPENBLAS_NUM_THREADS=1 taskset -c 0 python ...` keeps all on one thread: on a machine that does other things, threads
-that wait for one another take most of the time.
+`OPENBLAS_NUM_THREADS=1 taskset -c 0 python ...` keeps everything on one thread. On a busy machine, threads that wait
+for one another take most of the time.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def loss(configuration) -> float:
 
 
 def learn(space, drawn, num_tasks: int, num_trials: int):
-    """A g of made-up tasks: without candidates, with them, and with deep kernels without and with them."""
+    """Trains four g on made-up tasks: without candidates, with them, and both again with deep kernels."""
     rng, records = np.random.default_rng(0), []
     for t in range(num_tasks):
         for i in range(num_trials):
@@ -55,7 +56,10 @@ def learn(space, drawn, num_tasks: int, num_trials: int):
 
 
 def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -> list[str]:
-    """Of the acquisition; "farthest" is every eighth trial of a finite set, the first of which is after seven."""
+    """Times suggestions by the acquisition.
+
+    "farthest" is every eighth trial of a finite set, first after seven trials.
+    """
     far = acquisition == "farthest"
     searcher, rng = g.searcher(acquisition="ei" if far else acquisition), np.random.default_rng(0)
     num_asked = 4 * num + 7 * far
@@ -63,7 +67,7 @@ def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -
         base.Record("", c, loss(c) + rng.normal() / 100, cost=1.0 + i % 3, trial=i, seed=i // len(drawn))
         for i, c in ((i, drawn[i % len(drawn)]) for i in range(num))
     ]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), told[:1_000])  # g keeps what it has encoded
+    state = searcher.tell(searcher.init(jax.random.key(0), None), told[:1_000])  # g keeps its encoded configurations
     state = state._replace(tried={})
     tracemalloc.start()
     state = searcher.tell(state, told)._replace(num_asked=num_asked)
@@ -71,7 +75,7 @@ def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -
     tracemalloc.stop()
     _, state = searcher.ask(state, running)
     times = []
-    for i in range(repetitions + 3):  # the first ones are compiled
+    for i in range(repetitions + 3):  # the first ones include compilation
         begin, cpu = time.perf_counter(), time.process_time()
         searcher.ask(state._replace(num_asked=num_asked, key=jax.random.key(i)), 1)
         times.append((1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)))
@@ -79,7 +83,10 @@ def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -
 
 
 def stateless(g, drawn, num: int, repetitions: int) -> tuple[list[str], float]:
-    """`suggest(X, y)`; and CPU-ms of the first one, of configurations that g has not seen, beside compilation."""
+    """Times `suggest(X, y)`.
+
+    Also returns CPU-ms of the first call on configurations that are new to g, without compilation.
+    """
     tried, y = [drawn[i % len(drawn)] for i in range(num)], np.random.default_rng(0).normal(size=num)
     y = [loss(c) + e / 100 for c, e in zip(tried, y, strict=True)]
     others = [c | {"max_depth": 1 + c["max_depth"] % 64} for c in tried]
@@ -93,7 +100,10 @@ def stateless(g, drawn, num: int, repetitions: int) -> tuple[list[str], float]:
 
 
 def under_optuna(make_sampler, space, drawn, num: int, repetitions: int, *, num_first: int = 0) -> list[str]:
-    """Of a study with so many trials; the first suggestions, which compile and read them all, are not counted."""
+    """Times suggestions of a study with `num` trials.
+
+    The first `num_first` suggestions compile and read all trials, so they do not count.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

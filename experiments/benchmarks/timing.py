@@ -1,4 +1,4 @@
-"""What the benchmarks of JAX programs measure, and how they print it."""
+"""Measurements of the benchmarks of JAX programs, and their formatting."""
 
 import os
 import platform
@@ -11,12 +11,12 @@ import metaopt
 
 
 def num_cores() -> int:
-    """The cores this process may use: `taskset` narrows them, and XLA takes as many threads."""
+    """Returns the number of cores that this process may use. `taskset` reduces it, and XLA takes as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compiled(function, *args):
-    """The compiled program, and the seconds that tracing and compiling it took."""
+    """Returns the compiled program, and the seconds to trace and compile it."""
     start = time.perf_counter()
     program = jax.jit(function).lower(*args).compile()
     return program, time.perf_counter() - start
@@ -31,7 +31,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def circumstances(command: str, *, memory: bool = True) -> str:
-    """The last paragraph of a report: what ran, on what; `memory`: and how memory is to be read."""
+    """Returns the last paragraph of a report: the command and its environment.
+
+    With `memory`, it also explains how to read memory.
+    """
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     return (
         f"`{command}` with Python {platform.python_version()}, "

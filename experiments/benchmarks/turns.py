@@ -1,4 +1,4 @@
-"""Timing in turns; no library is needed, so that every environment can use it."""
+"""Timing in turns. It needs no library, so every environment can use it."""
 
 import statistics
 import time
@@ -14,13 +14,15 @@ def medians(
     *,
     twice: bool = False,
 ) -> dict[Any, float]:
-    """Median seconds of every call, in turns, so that a slow minute is shared by all; the first turn is dropped.
+    """Returns median seconds of every call, in turns, so that a slow minute affects all of them.
 
-    `twice` calls each two times a turn and times the second: what a program with much memory leaves behind (caches, and
-    pages that the system still takes back) is no part of the time of the next.
+    The first turn is dropped.
 
-    A call returns when its work is done. After three turns no other begins once `seconds` are over. `clock` may be
-    `time.process_time`, which other processes on the same cores disturb less.
+    `twice` calls each function two times per turn and times the second call. So the next function's time does not
+    include effects of a program with much memory (caches, and pages that the system is still taking back).
+
+    A call must return when its work is done. After three turns, no other turn begins once `seconds` are over. `clock`
+    may be `time.process_time`, which is less affected by other processes on the same cores.
     """
     taken = {name: [] for name in calls}
     begin = time.perf_counter()

@@ -1,13 +1,14 @@
-"""What a hypergradient through training costs, in time and memory.
+"""The cost of a hypergradient through training, in time and memory.
 
-An MLP with Adam on scikit-learn's digits, 64 rows a step; λ is the learning rate and a penalty for each layer. For
-every number of inner steps T and every checkpoint policy:
+An MLP is trained with Adam on scikit-learn's digits, 64 rows per step. λ is the learning rate and a penalty for each
+layer. For every number of inner steps T and every checkpoint policy, the report has:
 
-* time over that of plain training: `hypergrad.unroll` under `value_and_grad` against `inner.run` and the same outer
-  loss, both compiled, called in turns, medians;
-* temporary memory as the compiler states it, which has no noise, and its ratio to `remat="none"` of the same T.
+* The time divided by that of plain training. `hypergrad.unroll` under `value_and_grad` is compared with `inner.run` and
+the same outer loss. Both are compiled and called in turns, and the medians count.
+* The temporary memory, and its ratio to `remat="none"` of the same T. It is stated by the compiler, without noise.
 
-And tasks per second: `hypergrad.over_tasks`, all at once and in chunks, against a Python loop over one compiled task.
+The second table has tasks per second: `hypergrad.over_tasks`, all at once and in chunks, against a Python loop over one
+compiled task.
 
     python experiments/benchmarks/unroll.py            # minutes; writes experiments/results/unroll.md
     python experiments/benchmarks/unroll.py --smoke    # seconds; prints only
@@ -34,7 +35,7 @@ HYPERPARAMS = {"rate": 3e-3, "decay": {"in": 1e-4, "hidden": 1e-4, "out": 1e-4}}
 
 
 def digits() -> tasks.Task:
-    """scikit-learn's digits as one task."""
+    """Returns scikit-learn's digits as one task."""
     table = tasks.prepare({table.name: table for table in tasks.from_sklearn()}["digits"])
     shape = tasks.shape_of(table)
     return tasks.to_task(table, rows=shape[:2], num_features=shape.features, num_classes=shape.classes)
@@ -64,7 +65,7 @@ def make_problem(width: int):
 
 
 def time_and_memory(problem, task, num_steps: int, repetitions: int) -> list[list[str]]:
-    """Rows of the first table, for one T."""
+    """Returns rows of the first table, for one T."""
     loop, key = problem.loop, jax.random.key(0)
 
     def outer_loss(state, hp):
@@ -100,7 +101,7 @@ def time_and_memory(problem, task, num_steps: int, repetitions: int) -> list[lis
 
 
 def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions: int) -> list[list[str]]:
-    """Rows of the second table: hypergradients of a batch of tasks, which are random splits of the digits."""
+    """Returns rows of the second table: hypergradients of a batch of tasks, which are random splits of the digits."""
     keys = jax.random.split(jax.random.key(1), num_tasks)
     batch = jax.jit(jax.vmap(tasks.resplit, in_axes=(0, None)))(keys, task)
     single = hypergrad.unrolled(problem, num_steps=num_steps, remat="step")
@@ -137,7 +138,7 @@ def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions:
 
 
 def report(options: argparse.Namespace) -> str:
-    """Runs everything; the report in Markdown."""
+    """Runs everything. Returns the report in Markdown."""
     problem, task = make_problem(options.width), jax.tree.map(jnp.asarray, digits())
     first, repetitions = [], options.repetitions
     for num_steps in options.num_steps:

@@ -1,4 +1,4 @@
-"""How dF/dλ is estimated: one rule a file, and what carries a rule over seeds and tasks."""
+"""Estimators of dF/dλ: one rule per file, and wrappers that run a rule over seeds and tasks."""
 
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._check import Check, LeafCheck, check

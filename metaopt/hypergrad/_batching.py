@@ -1,4 +1,4 @@
-"""One estimator over several seeds, and over a batch of tasks."""
+"""Runs one estimator over several seeds, and over a batch of tasks."""
 
 import contextlib
 from typing import Any
@@ -18,7 +18,7 @@ _EMPTY = "The batch of tasks is empty: it needs at least one task, stacked with 
 
 @contextlib.contextmanager
 def _explained(task: Any):
-    """Says what a task is, where a rule finds none. Only the rule knows: `direct` takes tasks of any structure."""
+    """Explains the form of a task if a rule fails since `task` is not one; `direct` accepts tasks of any structure."""
     try:
         yield
     except AttributeError as error:
@@ -28,13 +28,13 @@ def _explained(task: Any):
 
 
 def _is_finite(estimate: base.Estimate) -> jax.Array:
-    """[] bool: the value and every entry of the hypergradient are finite."""
+    """[] bool: whether the value and every entry of the hypergradient are finite."""
     leaves = [estimate.value, *jax.tree.leaves(estimate.hypergrad)]
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def _keep(finite: jax.Array, tree: Any) -> Any:
-    """`tree`, with zeros in the entries of the leading axis that are not finite: a NaN times zero is a NaN."""
+    """`tree` with zeros in the non-finite entries of the leading axis. A mask of weights would fail: NaN · 0 is NaN."""
     return jax.tree.map(lambda x: jnp.where(finite.reshape(finite.shape + (1,) * (x.ndim - 1)), x, 0), tree)
 
 
@@ -43,10 +43,11 @@ def _float(tree: Any) -> Any:
 
 
 def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
-    """What a mean over tasks needs, summed over the leading axis of an estimate; and which entries are finite.
+    """The sums over an estimate's leading axis that a mean over tasks needs, and which entries are finite.
 
-    A sum that is finite had finite terms, so that the entries are looked at one by one only where it is not: the usual
-    case costs a sum alone (a twentieth of MAML's time in small networks; under `vmap` both are computed).
+    If a sum is finite, all its terms are finite. So the entries are checked one by one only if the sum is not finite.
+    The usual case costs only one sum, which saves a twentieth of MAML's time in small networks. Under `vmap` both cases
+    are computed.
     """
     hypergrad, value = estimate.hypergrad, estimate.value * 1.0
     squared = lambda tree: sum(jnp.sum(jnp.square(h), range(1, h.ndim)) for h in jax.tree.leaves(tree)) + 0.0
@@ -62,7 +63,8 @@ def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
         return summed(finite, hypergrad, total(hypergrad))
 
     def all_of_them(hypergrad, hypergrad_sum):
-        # Zeros where this branch is not taken: a derivative multiplies by what was squared.
+        # If the other branch is taken, non-finite entries must be zeros here: the derivative of a square multiplies by
+        # its argument, and 0 · NaN is NaN.
         masked = jax.tree.map(lambda h: jnp.where(jnp.isfinite(h), h, 0), hypergrad)
         return summed(jnp.isfinite(value), masked, hypergrad_sum)
 
@@ -73,22 +75,22 @@ def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
 
 
 def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
-    """The mean of an estimate over S seeds on one task: S training runs that differ in their keys alone.
+    """The mean of an estimate over S seeds on one task: S training runs that differ only in their keys.
 
-    Divides the variance that initialization, the order of the data and noise bring by S; costs S times as much. Seeds
-    whose estimate is not finite are left out, counted, and end the slot, so that all S start afresh; where none is
-    finite, the estimate is NaN.
+    This divides the variance from the initialization, the order of the data and the noise by S, and costs S times as
+    much. Seeds with a non-finite estimate are excluded from the mean and counted. They also end the slot, so that all S
+    runs restart. If no seed is finite, the estimate is NaN.
 
     Args:
-      estimator: for one task.
+      estimator: an estimator for one task.
       num_seeds: S, at least 1.
 
     Returns:
-      An `Estimator` for one task, whose state has a leading axis of S; `done` where all seeds are or one is not finite.
-      Metrics: the inner ones' means, and "num_finite_seeds".
+      An `Estimator` for one task. Its state has a leading axis of S. It is `done` if all seeds are done, or if one is
+      not finite. Metrics: the means of the inner estimator's metrics, and "num_finite_seeds".
 
     Raises:
-      ValueError: `num_seeds` is below 1.
+      ValueError: if `num_seeds < 1`.
     """
     base.check_integer("num_seeds", num_seeds, 1)
 
@@ -112,7 +114,7 @@ def _normalize(estimate: base.Estimate, max_norm: float | None, normalize: bool)
     if not normalize and max_norm is None:
         return estimate
     bound = 1.0 if max_norm is None else max_norm
-    # Relative to the largest entry, whose square may overflow.
+    # Divide by the largest entry first, since its square may overflow.
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(h), initial=0) for h in jax.tree.leaves(estimate.hypergrad)]))
     largest = jnp.where(largest == 0, 1, largest)
     norm = optax.tree.norm(jax.tree.map(lambda h: h / largest, estimate.hypergrad))
@@ -134,27 +136,29 @@ def over_tasks(
 
         F(λ) = 1/|finite| Σ_{tasks i finite} F_i(λ)
 
-    A task whose value or hypergradient is not finite is left out of the mean, counted, and `done`, so that its slot
-    gets a new task; where no task is finite, the mean is NaN. (Differentiated itself, the mean is NaN where a task is.)
+    A task whose value or hypergradient is not finite is excluded from the mean and counted. It is also `done`, so that
+    its slot gets a new task. If no task is finite, the mean is NaN. (The derivative of the mean is NaN if one task is
+    NaN.)
 
     Args:
-      estimator: for one task.
-      task_chunk: tasks that run at once under vmap; the chunks follow one another in a scan that accumulates the sums,
-        so that memory is that of one chunk; a rest that does not fill one is a shorter chunk. None runs all at once.
-        On a CPU core, 1 is the fastest for a convolutional supernet, whose batches of tasks leave the caches
-        (`experiments/benchmarks/architecture.py`); `methods.MetaArchitecture.over_tasks` chooses it by itself.
+      estimator: an estimator for one task.
+      task_chunk: the number of tasks that run at once under vmap. A scan runs one chunk after another and accumulates
+        the sums, so the memory is that of one chunk. The remaining tasks form a shorter chunk. None runs all tasks at
+        once. On a CPU core, 1 is the fastest for a convolutional supernet, since a batch of its tasks does not fit into
+        the caches (`experiments/benchmarks/architecture.py`). `methods.MetaArchitecture.over_tasks` chooses it itself.
       max_norm: clips the norm of each task's hypergradient, before the mean.
       normalize: scales each task's hypergradient to norm 1, before the mean.
 
     Returns:
-      An `Estimator` of the same kind (clipped or normalized, it is "biased") for a batch of B tasks: its `init` and its
-      `estimate` take tasks whose leaves have a leading axis of B, or a tuple of such batches, which differ in padded
-      shape and count as one. `done` is [B], or a tuple of them. Metrics: the inner ones' means, "num_tasks",
-      "num_finite", "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
+      An `Estimator` of the same kind, except that clipping or normalizing makes "exact" and "unbiased" ones "biased".
+      It takes a batch of B tasks: in `init` and `estimate`, the leaves of the task have a leading axis of B. A tuple
+      of such batches is also allowed. They may differ in padded shape, and count as one batch. `done` is [B], or a
+      tuple of such arrays. Metrics: the means of the inner estimator's metrics, "num_tasks", "num_finite",
+      "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: `estimator` is none, or an argument is out of range; at trace time, an empty batch, or leaves that
-        disagree on B.
+      ValueError: if `estimator` is not an estimator, if an argument is out of range, or if `normalize` and `max_norm`
+        are both set. At trace time, if the batch is empty or its leaves disagree on B.
     """
     base.check_estimator(estimator)
     base.check_integer("task_chunk", task_chunk, 1, optional=True)
@@ -163,7 +167,7 @@ def over_tasks(
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
     def is_ragged(tasks):
-        """Whether these are several batches; refuses what is neither several nor one."""
+        """Whether `tasks` is a tuple of batches; rejects a mixed tuple and a list."""
         if type(tasks) is tuple and all(isinstance(part, base.Task) for part in tasks):
             return True
         if type(tasks) in (tuple, list) and any(isinstance(part, base.Task) for part in tasks):
@@ -171,7 +175,7 @@ def over_tasks(
         return False
 
     def size(tasks):
-        """The number of tasks in one batch; checks it."""
+        """Checks one batch, and returns its number of tasks."""
         sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
         if not sizes or sizes == {(0,)}:
             raise ValueError(_EMPTY)
@@ -246,9 +250,10 @@ def over_tasks(
             "num_tasks": sums["tasks"],
             "num_finite": count,
             "num_nonfinite": sums["tasks"] - count,
-            "hypergrad_variance": jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1),  # rounding may pass zero
+            "hypergrad_variance": jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1),  # rounding may give spread < 0
         }
         return base.Estimate(sums["value"] / count, hypergrad, done, metrics), state
 
     changed = normalize or max_norm is not None
-    return base.Estimator(init, estimate, "biased" if changed and estimator.kind == "exact" else estimator.kind)
+    biased = changed and estimator.kind in ("exact", "unbiased")
+    return base.Estimator(init, estimate, "biased" if biased else estimator.kind)

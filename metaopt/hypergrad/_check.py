@@ -1,7 +1,7 @@
-"""Is a hypergradient right? Finite differences of F in float64, on the user's own problem.
+"""Checks a hypergradient against finite differences of F in float64, on the user's own problem.
 
-Nothing here trusts a derivative: F is only evaluated, at λ + t d for several t, with the estimator's own randomness
-held fixed, and its slope is compared with the hypergradient along d.
+No derivative is trusted here. F is only evaluated, at λ + t d for several t, with the estimator's own randomness held
+fixed. The slope of F is then compared with the slope of the hypergradient along d.
 """
 
 from collections.abc import Callable
@@ -18,29 +18,29 @@ _ROUNDED_ZERO = 1e-6  # smaller entries are zeros up to float32 rounding, such a
 # The relative rounding error of F, and the smallest `epsilon` and `rtol` that go with it.
 _NOISE_FLOAT64, _NOISE_FLOAT32 = 1e-14, 1e-6
 _EPSILON_FLOAT32, _RTOL_FLOAT32 = 1e-2, 1e-2
-_FLAT = 1e-8  # F is flat if one unit changes it by less than this fraction, and nothing more precise is known
+_FLAT = 1e-8  # F is flat if one unit changes it by less than this fraction, unless the slope is known more precisely
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Rows of text in columns."""
+    """Formats rows of text as aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
 class LeafCheck(NamedTuple):
-    """One leaf of λ.
+    """The result of the check of one leaf of λ.
 
     Attributes:
       path: the leaf's place in λ.
       norm: the norm of the hypergradient's leaf.
       hypergrad: the hypergradient's slope along a direction within the leaf.
       finite_difference: the slope of F along the same direction.
-      uncertainty: how far `finite_difference` may be from the true slope: truncation, rounding and kinks.
+      uncertainty: how far `finite_difference` may be from the true slope, due to truncation, rounding and kinks.
       relative_error: the part of |hypergrad − finite_difference| above `uncertainty`, divided by the larger slope.
-      standard_error: of a stochastic rule's mean slope; 0 for other rules.
-      status: "right", "wrong", "zero" (the hypergradient is zero, and F is flat), "dead" (the hypergradient is zero,
-        and F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
+      standard_error: the standard error of a stochastic rule's mean slope; 0 for other rules.
+      status: "right", "wrong", "zero" (the hypergradient is zero up to rounding, and F is flat), "dead" (the
+        hypergradient is zero, and F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
       note: why the leaf is inconclusive, or that a kink of F was avoided; else "".
     """
 
@@ -61,14 +61,15 @@ class Check(NamedTuple):
     Attributes:
       kind: the estimator's kind.
       verdict: "passed" (the hypergradient keeps the promise of its kind), "failed" (it does not), or "inconclusive"
-        (nothing is wrong, and finite differences could not decide everything). `message` says how to decide it.
+        (nothing is wrong, but finite differences could not decide everything). `message` states how to decide it.
       value: F(λ).
       leaves: one `LeafCheck` per leaf of λ.
-      cosine: between hypergradient and finite differences over random directions in the whole of λ, in [−1, 1].
-      metasmoothness: in [−1, 1]; near 1 the slope of F keeps its sign at a distance of `radius`; near 0 the slope says
-        nothing about a step of that size.
+      cosine: the cosine between hypergradient and finite differences over random directions in the whole of λ, in
+        [−1, 1].
+      metasmoothness: in [−1, 1]. Near 1, the slope of F keeps its sign at a distance of `radius`. Near 0, the slope at
+        λ does not predict the effect of a step of that size.
       float32_operations: the operations that could not run in float64, such as callbacks. They limit the accuracy.
-      message: what follows from the numbers.
+      message: the conclusions from the numbers.
     """
 
     kind: str
@@ -111,44 +112,44 @@ def check(
     num_estimates: int = 20,
     num_samples: int = 64,
 ) -> Check:
-    """Compares an estimator with finite differences of F in float64, on the problem at hand.
+    """Compares an estimator with finite differences of F in float64, on the given problem.
 
-    The whole estimate runs in float64, whatever types the problem uses: its program is traced as it is, and every
-    narrower floating-point type is replaced. Operations for which that is impossible (callbacks, foreign kernels) are
-    listed in `float32_operations`; then ε and `rtol` are at least 1e-2.
+    The whole estimate runs in float64, for any types in the problem: its program is traced as it is, and every narrower
+    floating-point type is replaced. Operations for which that is impossible (callbacks, foreign kernels) are listed in
+    `float32_operations`. In that case ε and `rtol` are at least 1e-2.
 
     Slopes of F along d come from differences at the distances ε, ε/2 and ε/4, combined so that their error is O(ε⁴).
-    Their uncertainty is how much the three disagree, and how much the slopes to the left and to the right of λ differ.
-    If it is too large, smaller steps (down to 1e-5 ε, since F may have a kink nearby), larger ones (up to 1e3 ε, since
-    rounding may hide the slope) and another direction are tried. A leaf is
+    Their uncertainty is the disagreement of the three, and the difference between the slopes to the left and right of
+    λ. If it is too large, the check tries other steps and another direction. It tries smaller steps (down to 1e-5 ε),
+    since F may have a kink nearby, and larger steps (up to 1e3 ε), since rounding may hide the slope. A leaf is
 
     * "right" if its slope is known to `rtol` and the hypergradient agrees to `rtol`;
     * "wrong" if they disagree by more than `rtol` and the uncertainty together;
     * "inconclusive" if neither holds.
 
-    What F is, and what passes, depends on the estimator's kind:
+    The meaning of F, and the condition to pass, depend on the estimator's kind:
 
-    * "exact": F is the estimate's value from the state after `init`; every leaf must be right.
-    * "biased": F(λ) is the value of the last estimate of a run that stays at λ until it is `done`, or for
+    * "exact": F is the estimate's value from the state after `init`. Every leaf must be right.
+    * "biased": F(λ) is the value of the last estimate of a run at constant λ. The run ends when it is `done`, or after
       `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
-      leaves say how large the bias is. If the rule is exact in a limit, check it there as an exact one:
+      leaves show the size of the bias. If the rule is exact in a limit, check it there as an exact rule:
       `check(estimator._replace(kind="exact"), ...)`.
-    * "unbiased": the mean over the estimates of such a run, and over `num_samples` runs with different keys, is
-      compared with the mean of the values with the same keys. Slopes must agree within 3 standard errors (or `rtol`);
-      a leaf whose 3 standard errors exceed its slope is inconclusive.
-    * "pseudo": the hypergradient must be finite; the cosine is reported.
+    * "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
+      keys. It compares this mean with the mean of the values with the same keys. Slopes must agree within 3 standard
+      errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
+    * "pseudo": the hypergradient must be finite. The cosine is reported.
 
     Args:
-      estimator: any; wrappers included.
-      hyperparams: λ, where to check.
-      task: a task, or whatever the estimator takes as one.
-      key: a fixed one by default.
+      estimator: any estimator, including wrappers.
+      hyperparams: λ, the point of the check.
+      task: a task, or another value that the estimator accepts as its task.
+      key: the PRNG key; fixed by default.
       num_directions: random directions in the whole of λ, for cosine and metasmoothness; at least 1.
       epsilon: the first step, in units of each leaf's largest entry (in units of 1 if that is below 1e-6).
       radius: the distance for metasmoothness, in the same units; about one outer step.
-      rtol: the relative error that passes.
-      num_estimates: the most estimates of one run of a "biased" or "unbiased" rule; at least 1.
-      num_samples: see "unbiased"; at least 2.
+      rtol: the largest relative error that passes.
+      num_estimates: the maximum number of estimates in one run of a "biased" or "unbiased" rule; at least 1.
+      num_samples: the number of runs of an "unbiased" rule; at least 2.
 
     Returns:
       A `Check`; print it.
@@ -156,7 +157,7 @@ def check(
     Raises:
       ValueError: if an argument is out of range.
 
-    Source: metasmoothness after Engstrom et al., 2025, https://arxiv.org/abs/2503.13751.
+    Source: metasmoothness follows Engstrom et al., 2025, https://arxiv.org/abs/2503.13751.
     """
     base.check_integer("num_directions", num_directions, 1)
     base.check_integer("num_estimates", num_estimates, 1)
@@ -216,17 +217,17 @@ def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
 
 
 class _Point(NamedTuple):
-    """F around λ.
+    """F near λ, and its hypergradients at λ.
 
     Attributes:
-      mean_value: leaves of λ -> F, the mean over the keys.
+      mean_value: a function from the leaves of λ to F, the mean over the keys.
       center: the leaves of λ.
       units: the unit of each leaf's steps.
       value: F(λ).
       grads: the leaves of the hypergradients, [K, ...], one for each key.
       noise: the relative rounding error of F.
       epsilon: the first step, in units.
-      rtol: the relative error that passes.
+      rtol: the largest relative error that passes.
     """
 
     mean_value: Callable[[list[np.ndarray]], float]
@@ -240,7 +241,7 @@ class _Point(NamedTuple):
 
 
 def _point(run: Callable, center: list[np.ndarray], narrow: set[str], epsilon: float, rtol: float) -> _Point:
-    """Evaluates F and its hypergradients at λ; the first run says which operations stay in float32."""
+    """Evaluates F and its hypergradients at λ; after this first run, `narrow` holds the operations left in float32."""
     values, grads = run(center)
     noise = _NOISE_FLOAT64
     if narrow:
@@ -251,7 +252,7 @@ def _point(run: Callable, center: list[np.ndarray], narrow: set[str], epsilon: f
 
 
 def _unit(leaf: np.ndarray) -> float:
-    """The scale of a leaf's steps: its largest entry, or 1 if that is a rounded zero."""
+    """The scale of a leaf's steps: its largest entry, or 1 if that entry is zero up to rounding."""
     largest = float(np.max(np.abs(leaf), initial=0.0))
     return largest if largest > _ROUNDED_ZERO else 1.0
 
@@ -270,8 +271,8 @@ def _hypergrad_slope(point: _Point, direction: list[np.ndarray]) -> tuple[float,
 def _leaf_directions(point: _Point, rng: np.random.Generator, index: int) -> list[list[np.ndarray]]:
     """Two random sign vectors in one leaf.
 
-    They are those out of 16 along which the claimed slope cancels least, unless the slope is random: then such a choice
-    would pick its largest errors.
+    Out of 16 vectors, the function takes the two along which the claimed slope cancels least. If the slope is random,
+    it takes the first two, since such a choice would select the largest errors.
     """
     grads, unit = point.grads[index], point.units[index]
     signs = unit * rng.choice([-1.0, 1.0], (16, *grads.shape[1:]))
@@ -282,7 +283,7 @@ def _leaf_directions(point: _Point, rng: np.random.Generator, index: int) -> lis
 
 
 def _check_leaf(point: _Point, rng: np.random.Generator, index: int, path: str) -> LeafCheck:
-    """Compares slopes within one leaf, along a second direction if the first does not decide."""
+    """Compares slopes within one leaf; tries a second direction if the first is inconclusive."""
     norm = float(np.linalg.norm(point.grads[index].mean(0)))
     if not np.isfinite([norm, point.value]).all():
         return LeafCheck(path, norm, np.nan, np.nan, np.nan, np.nan, 0.0, "not finite", "")
@@ -309,7 +310,7 @@ def _judge(
     """The status of a leaf, and a note on it."""
     size, gap = max(abs(claimed), abs(slope.value)), abs(claimed - slope.value) - slope.uncertainty
     known = slope.uncertainty <= max(point.rtol * size, standard_error)
-    # A slope of rounding errors is zero too: a bias before batch normalization has one.
+    # A slope that consists only of rounding errors counts as zero: a bias before batch normalization has such a slope.
     flat = (point.rtol if norm == 0 else _FLAT) * max(abs(point.value), 1e-300)
     if not np.isfinite(slope.value):
         return "inconclusive", "F is not finite next to λ"
@@ -329,7 +330,7 @@ def _judge(
 
 
 def _cause(point: _Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
-    """Why finite differences do not decide."""
+    """The reason why finite differences are inconclusive."""
     value = max(abs(point.value), 1e-300)
     if slope.rounding > slope.uncertainty / 2:
         return f"rounding hides a slope that is {size / value:.1g} of F"
@@ -407,7 +408,7 @@ def _advice(
 
 
 def _inconclusive(leaf: LeafCheck) -> str:
-    """One sentence on a leaf that was not decided, and how to decide it."""
+    """One sentence about an inconclusive leaf, with a way to decide it."""
     size = max(abs(leaf.hypergrad), abs(leaf.finite_difference), 1e-300)
     hidden = (leaf.uncertainty + 3 * leaf.standard_error) / size
     way_out = "check at another λ" if "kink" in leaf.note else "give a larger `rtol`, or another `epsilon`"

@@ -1,4 +1,4 @@
-"""Why does a hypergradient go wrong? One training run with the numbers that tell, and what to change."""
+"""Finds out why a hypergradient goes wrong: one training run with diagnostic numbers, and advice."""
 
 import math
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from metaopt.hypergrad import _implicit
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
-      what: what was found, with its number.
+      what: the problem, with its number.
       advice: what to change.
     """
 
@@ -25,14 +25,14 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` returns; printed, it is a report.
+    """The result of `diagnose`; it prints as a report.
 
     Attributes:
-      findings: the most serious first; empty where nothing was found.
-      growth: mean log growth of a perturbation of θ per step; above 0 products of Jacobians explode.
+      findings: the problems, the most serious first; empty if `diagnose` found none.
+      growth: mean log growth of a perturbation of θ per step. Above 0, products of Jacobians explode.
       products: [T] log norm of the product of Jacobians up to each step, along a random direction.
-      inner_loss: [T].
-      inner_grad_norm: [T] ‖∇θ g‖ on each step's batch.
+      inner_loss: [T] the inner loss ℓ.
+      inner_grad_norm: [T] ‖∇θ ℓ‖ on each step's batch.
     """
 
     findings: list[Finding]
@@ -57,29 +57,30 @@ def diagnose(
     estimator: base.Estimator | None = None,
     num_estimates: int = 5,
 ) -> Diagnosis:
-    """Says why tuning goes wrong: training itself, its derivative, the linear solve, or λ.
+    """Finds the cause of bad tuning: the training itself, its derivative, the linear solve, or λ.
 
-    One training run carries a random perturbation δ of θ along, δ_{t+1} = (∂θ_{t+1}/∂θ_t) δ_t (forward mode, one pass),
-    so that the growth of the products of Jacobians, which a hypergradient through training consists of, is seen step
-    by step. It starts in θ alone and is then carried through the optimizer's state as well; its norm is that of both.
+    One training run carries a random perturbation δ of θ, with δ_{t+1} = (∂θ_{t+1}/∂θ_t) δ_t (forward mode, one pass).
+    A hypergradient through training consists of products of these Jacobians, and δ shows their growth step by step. The
+    perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm is that of both.
 
     Args:
-      problem: what is tuned. Its inner loss must be differentiable in forward mode.
-      hyperparams: λ as the problem takes it: in natural units, or `spaces.Unconstrained` after `spaces.constrain`.
+      problem: the problem to tune. Its inner loss must be differentiable in forward mode.
+      hyperparams: λ in the form that the problem takes: natural units, or `spaces.Unconstrained` after
+        `spaces.constrain`.
       task: one task.
       num_steps: T, at least 2.
-      key: a fixed one by default.
-      space: of λ; leaves at a bound are named.
-      estimator: a rule for this problem: what it reports of residuals and hypergradients is looked at too.
-      num_estimates: estimates of that rule at λ.
+      key: the PRNG key; fixed by default.
+      space: the search space of λ. The report names leaves that are at a bound.
+      estimator: a rule for this problem. Its residuals and hypergradients are checked too.
+      num_estimates: the number of estimates of that rule at λ.
 
     Returns:
       A `Diagnosis`; print it.
 
     Raises:
-      ValueError: if `num_steps` is below 2, or λ does not fit `space`.
+      ValueError: if `num_steps < 2`, or λ does not fit `space`.
 
-    Source: chaos and its cure by smaller steps: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180.
+    Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
     base.check_integer("num_steps", num_steps, 2)
     key = jax.random.key(0) if key is None else key
@@ -105,7 +106,7 @@ def diagnose(
             for i, x in enumerate(leaves)
             if moves[i]
         ]
-        # Only θ is perturbed; optimizer states follow. Its places: where `params` takes a state of indices from.
+        # Only θ is perturbed; optimizer states follow. `params` of a state of indices gives the places of θ.
         indices = structure.unflatten(list(range(len(leaves))))
         is_param = set(jax.tree.leaves(loop.params(indices)))
         at = [i for i, m in enumerate(moves) if m]
@@ -174,7 +175,7 @@ def diagnose(
                     "The rate is too small or too large for this many steps.",
                 )
             )
-        # Smaller differences of the loss are rounding, and their shares mean nothing.
+        # Smaller differences of the loss are rounding errors, and their shares have no meaning.
         elif num_steps >= 20 and before - after > max(
             0.05 * (first - after), 100 * np.finfo(loss.dtype).eps * abs(first)
         ):
@@ -202,7 +203,7 @@ def diagnose(
 
 
 def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Finding]:
-    """What an estimator's own numbers tell."""
+    """Problems that an estimator's own numbers reveal."""
 
     def again(state, _):
         estimate, state = estimator.estimate(hyperparams, task, state)
@@ -232,7 +233,7 @@ def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Find
     for name, values in estimates.metrics.items():
         if not name.endswith("residual"):
             continue
-        # `partition` puts a label before the names of its rules' metrics. Without the norm there is no scale.
+        # `partition` puts a label before the names of its rules' metrics. Only rules with "outer_grad_norm" are judged.
         prefix, residual = name[: name.rfind("/") + 1], float(values[-1])
         scale = float(estimates.metrics.get(f"{prefix}outer_grad_norm", [np.inf])[-1])
         if not residual <= 0.1 * scale:

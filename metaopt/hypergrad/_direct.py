@@ -1,4 +1,4 @@
-"""Any differentiable function of λ as an estimator: no inner loop, or one that the function hides."""
+"""Any differentiable function of λ as an estimator, without an inner loop or with an inner loop inside the function."""
 
 from collections.abc import Callable
 
@@ -9,22 +9,22 @@ from metaopt import base
 
 
 def direct(loss: Callable) -> base.Estimator:
-    """The value and the gradient of a plain function, so that `training.fit` runs it.
+    """The value and the gradient of a plain function, as an estimator that `training.fit` can run.
 
         F(λ) = loss(λ, task, key),    dF/dλ by reverse mode.
 
-    For predictors that are trained on records of past trials, for losses that solve their inner problem themselves
-    (`unroll`, a closed form), for ordinary training of λ. Works under jit, vmap and further differentiation, as `loss`
-    does; the memory is that of its reverse pass.
+    Use it for predictors trained on records of past trials, for losses that solve their own inner problem (`unroll`, a
+    closed form), and for ordinary training of λ. It works under jit, vmap and further differentiation if `loss` does.
+    The memory is that of the reverse pass of `loss`.
 
     Args:
-      loss: `(hyperparams, task, key) -> []`, differentiable in λ; the key is fresh at every call.
+      loss: `(hyperparams, task, key) -> []`, differentiable in λ; the key is new in every call.
 
     Returns:
-      An `Estimator` of kind "exact", `done` after every estimate; its state is a key.
+      An `Estimator` of kind "exact", `done` after every estimate. Its state is a key.
 
     Raises:
-      TypeError: at trace time, from JAX: the loss is no floating-point scalar.
+      TypeError: at trace time, from JAX, if the loss is not a floating-point scalar.
 
     >>> import jax
     >>> from metaopt import hypergrad

@@ -1,16 +1,16 @@
 """One-step hypergradients without second derivatives: the mixed product as a central difference.
 
-Through one step θ' = Φ(θ, ∇θ g(θ, λ), λ) of any optimizer, θ held constant, the chain rule is
+Take one step θ' = Φ(θ, ∇θ ℓ(θ, λ), λ) of any optimizer, with θ held constant. The chain rule is
 
-    d f(θ', λ)/dλ = ∂f/∂λ + (∂Φ/∂λ)ᵀ v + (∂²g/∂λ∂θ)ᵀ u,    v = ∂f/∂θ',    u = (∂Φ/∂grads)ᵀ v.
+    d f(θ', λ)/dλ = ∂f/∂λ + (∂Φ/∂λ)ᵀ v + (∂²ℓ/∂λ∂θ)ᵀ u,    v = ∂f/∂θ',    u = (∂Φ/∂grads)ᵀ v.
 
-Everything but the last product is a gradient that training takes anyway, or a pullback through the optimizer's few
-operations. The product is the derivative of ∇λ g along u, which two gradients estimate, to O(ε²):
+All terms except the last product are gradients that training takes anyway, or pullbacks through the optimizer's few
+operations. The product is the derivative of ∇λ ℓ along u. Two gradients estimate it up to O(ε²):
 
-    (∂²g/∂λ∂θ)ᵀ u ≈ ‖u‖/2ε · [∇λ g(θ + ε u/‖u‖, λ) − ∇λ g(θ − ε u/‖u‖, λ)].
+    (∂²ℓ/∂λ∂θ)ᵀ u ≈ ‖u‖/2ε · [∇λ ℓ(θ + ε u/‖u‖, λ) − ∇λ ℓ(θ − ε u/‖u‖, λ)].
 
-With ∇λ g(θ, λ) in the place of the second it is to O(ε), and costs one gradient less: ∇λ g(θ, λ) comes out of the
-backward pass of ∇θ g(θ, λ).
+The forward difference replaces the second gradient with ∇λ ℓ(θ, λ). Its error is O(ε), and it costs one gradient less,
+since the backward pass of ∇θ ℓ(θ, λ) gives ∇λ ℓ(θ, λ) too.
 """
 
 import math
@@ -24,7 +24,7 @@ from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
 DIFFERENCES = ("central", "forward")
-LARGE = 2**22  # bytes that the operations of a loss write, from which on its gradients are taken one by one
+LARGE = 2**22  # if the operations of a loss write more bytes than this, its gradients are taken one after another
 
 
 def check(epsilon: float | None, horizon: int | None) -> None:
@@ -33,7 +33,7 @@ def check(epsilon: float | None, horizon: int | None) -> None:
 
 
 def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
-    """`init` of the one-step rules; refuses the leaves of λ that no step sees."""
+    """`init` of the one-step rules; it rejects the leaves of λ that do not affect a step."""
     loop = problem.loop
 
     def init(key, hyperparams, task):
@@ -54,11 +54,11 @@ def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
 
 
 def _apart(loop, state, hyperparams, data) -> bool:
-    """Whether gradients are taken in bodies of loops and branches, so that all of them share one gradient's memory.
+    """Whether to take gradients in bodies of loops and branches, so that all gradients share the memory of one.
 
-    XLA's CPU compiler gives the gradients that it finds in one computation memory of their own, even where one follows
-    from the other; above 32 MiB the C library maps that anew at every call, which can take as long as the gradients do.
-    Small losses are faster written out, and convolutions that are not `inner.im2col`'s are slow in bodies.
+    XLA's CPU compiler gives each gradient in one computation its own memory, even if one gradient depends on another.
+    Above 32 MiB, the C library maps this memory again at every call, which can take as long as the gradients do. Small
+    losses are faster without such bodies. Convolutions are slow in bodies, except those of `inner.im2col`.
     """
     if jax.default_backend() != "cpu":
         return False
@@ -71,7 +71,7 @@ def _apart(loop, state, hyperparams, data) -> bool:
 
 
 def _train(loop, state, hyperparams, data, *, num_steps, argnums, apart):
-    """The state before the last of `num_steps` steps, and its gradient, by `argnums` of the loss, and model state."""
+    """The state before the last of `num_steps` steps, its gradient by `argnums` of the loss, and the model state."""
 
     def gradient(state):
         at = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
@@ -92,18 +92,19 @@ def _train(loop, state, hyperparams, data, *, num_steps, argnums, apart):
 
 
 def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, around, difference="central"):
-    """f after `num_steps` steps from `state`, the hypergradient through the last, the states around it, and ‖u‖.
+    """f after `num_steps` steps from `state`, the hypergradient through the last step, the states around it, and ‖u‖.
 
     Args:
-      problem: any.
-      state: θ, and the optimizer's state; held constant.
+      problem: any problem.
+      state: θ and the optimizer's state; held constant.
       hyperparams: λ.
       task: its training data give the steps' batches.
-      key: for the outer batch.
-      num_steps: at least 1; all but the last are not differentiated.
-      epsilon: the distance ε in θ; None takes the product exactly.
-      around: where the mixed product is taken: "before" the step, as the chain rule has it, or "after" it.
-      difference: "central" or "forward"; the latter is taken "before" the step, by whose backward pass ∇λ g comes too.
+      key: the PRNG key for the outer batch.
+      num_steps: at least 1; only the last step is differentiated.
+      epsilon: the distance ε in θ; with None the product is exact.
+      around: the point where the mixed product is taken: "before" the step, as in the chain rule, or "after" it.
+      difference: "central" or "forward". "forward" is for "before" only, since the step's backward pass gives ∇λ ℓ
+        there too.
     """
     loop = problem.loop
     one_sided = difference == "forward" and epsilon is not None
@@ -121,7 +122,7 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
 
     value, pullback, ahead = jax.vjp(outer, grads, model_state, hyperparams, has_aux=True)
     u, to_model_state, direct = pullback(jnp.ones_like(value))
-    # λ may move the model state too; that is a first derivative, and nothing where there is no model state.
+    # λ may also enter the model state. This term is a first derivative, and it vanishes if there is no model state.
     _, pullback = jax.vjp(lambda hyperparams: loop.loss(params, hyperparams, batch, context)[1], hyperparams)
     (through_model_state,) = pullback(to_model_state)
     norm = optax.tree.norm(u)
@@ -143,7 +144,7 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
         both = jax.lax.map(at, jnp.stack([size, -size]))
         return jax.tree.map(lambda x: (x[0] - x[1]) / (2 * size), both)
 
-    # A branch, for the memory; NaN takes it as well.
+    # The branch saves memory (see `_apart`). NaN takes the same branch, so that it is not hidden.
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(product))
     mixed = jax.lax.cond(norm != 0, product, zeros) if apart else product()
     hypergrad = jax.tree.map(lambda h, m, x: (h + m + x).astype(h.dtype), direct, through_model_state, mixed)
@@ -164,44 +165,54 @@ def darts_fd(
     difference: str = "central",
     horizon: int | None = None,
 ) -> base.Estimator:
-    """Estimates dF/dλ one step ahead without second derivatives: DARTS's finite difference, for any optimizer.
+    """Estimates dF/dλ one step ahead without second derivatives: the finite difference of DARTS, for any optimizer.
 
-        θ ← Φ^commit(θ, λ)  (no derivative),    θ' = Φ(θ, ∇θ g(θ, λ), λ),    v = ∂f/∂θ',    u = (∂Φ/∂grads)ᵀ v,
-        dF/dλ ≈ ∂f/∂λ + (∂Φ/∂λ)ᵀ v + ‖u‖/2ε · [∇λ g(θ + ε u/‖u‖, λ) − ∇λ g(θ − ε u/‖u‖, λ)].
+        θ ← Φ^commit(θ, λ)  (no derivative),    θ' = Φ(θ, ∇θ ℓ(θ, λ), λ),    v = ∂f/∂θ',    u = (∂Φ/∂grads)ᵀ v,
+        dF/dλ ≈ ∂f/∂λ + (∂Φ/∂λ)ᵀ v + ‖u‖/2ε · [∇λ ℓ(θ + ε u/‖u‖, λ) − ∇λ ℓ(θ − ε u/‖u‖, λ)].
 
-    With SGD u = −rate · v and this is DARTS; with Adam u goes through its moments. It is `lookahead(problem,
-    commit=commit)` up to O(ε²), and exact for what enters the optimizer or the outer loss alone, such as a rate. In
-    float32 rounding adds an error of about 1e-7 |∇λ g| ‖u‖/ε, so that ε must not be small. The forward difference,
-    ‖u‖/ε · [∇λ g(θ + ε u/‖u‖, λ) − ∇λ g(θ, λ)], is so up to O(ε), with twice the rounding.
+    With SGD, u = −rate · v, and this is DARTS. With Adam, u passes through its moments. The estimate equals
+    `lookahead(problem, commit=commit)` up to O(ε²). It is exact for leaves that enter only the optimizer or the outer
+    loss, such as a rate. In float32, rounding adds an error of about 1e-7 |∇λ ℓ| ‖u‖/ε, so ε must not be small. The
+    forward difference, ‖u‖/ε · [∇λ ℓ(θ + ε u/‖u‖, λ) − ∇λ ℓ(θ, λ)], equals `lookahead` up to O(ε), with twice the
+    rounding error.
 
-    All of this is for a g that is smooth between the points. A network with ReLUs or maxima has a kink wherever an
-    input of one changes its sign, and ∇λ g may jump there, which the exact product leaves out and a difference divides
-    by ε. On the supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, 16 a batch) they agree at ε = 1e-6, in float64
-    alone (to 1e-9; the forward difference to 2e-6). In float32, at ε = 0.01, the central difference is off by 9.9 times
-    the product's norm at initialization and by 1.3 times after 50 steps, the forward one by 14 and 1.5 times; at
-    ε = 0.1 by 2.8 and 0.6, and by 3.3 and 1.1 times. With softplus in the place of every ReLU, at ε = 0.01, the central
-    one is off by 0.0005 and 0.002 times, the forward one by 0.02 and 0.08. `epsilon=None` has no such error, for about
-    a tenth more time there.
+    All of this assumes that ℓ is smooth between the points. A network with ReLUs or maxima has a kink wherever an input
+    of one of them changes its sign. ∇λ ℓ may jump at a kink. The exact product ignores the jump, and a difference
+    divides it by ε. For example, take the supernet of NAS-Bench-201 (C = 8, N = 1, 16x16 images, batches of 16). There
+    the difference and the exact product agree only in float64, at ε = 1e-6: to 1e-9, or to 2e-6 for the forward
+    difference. In float32, the errors in multiples of the product's norm are:
 
-    Costs, beside the committed steps, four gradients (∇θ g, ∇θ f, two ∇λ g; three with the forward difference, since
-    the backward pass of ∇θ g gives ∇λ g at θ too), one more pullback where there is a model state, and memory for one
-    of them. Where λ only weighs examples (`inner.weighted`) a ∇λ g is one forward pass, and `epsilon=None` takes the
-    product exactly by one Jacobian-vector product of it. The estimate itself is not meant to be differentiated.
+                                          at initialization    after 50 steps
+        ε = 0.01, central                       9.9                 1.3
+        ε = 0.01, forward                      14                   1.5
+        ε = 0.1, central                        2.8                 0.6
+        ε = 0.1, forward                        3.3                 1.1
+        ε = 0.01, softplus, central             0.0005              0.002
+        ε = 0.01, softplus, forward             0.02                0.08
+
+    The last two rows replace every ReLU with softplus. `epsilon=None` has no such error, and takes about a tenth more
+    time there.
+
+    Besides the committed steps, an estimate costs four gradients: ∇θ ℓ, ∇θ f, and two ∇λ ℓ. The forward difference
+    costs three, since the backward pass of ∇θ ℓ gives ∇λ ℓ at θ too. A model state costs one more pullback. The memory
+    is that of one gradient. If λ only weights examples (`inner.weighted`), a ∇λ ℓ is one forward pass. `epsilon=None`
+    then takes the product exactly, by one Jacobian-vector product of this pass. The estimate itself is not meant to be
+    differentiated.
 
     Args:
-      problem: λ must enter the inner loss, the optimizer or the outer loss. Both points see the same batch and noise.
-      commit: steps of training per estimate, at least 0.
-      epsilon: ε, the distance in θ at which ∇λ g is evaluated, positive, in units of θ; None differentiates ∇λ g in
-        forward mode instead, exactly, so that it is `lookahead`.
-      difference: "central", as published, or "forward"; nothing with `epsilon=None`.
-      horizon: `done` once so many steps are committed; None never ends.
+      problem: λ must enter the inner loss, the optimizer or the outer loss. Both points use the same batch and noise.
+      commit: training steps per estimate, at least 0.
+      epsilon: ε, the distance in θ at which ∇λ ℓ is evaluated, positive, in units of θ. None differentiates ∇λ ℓ
+        exactly, in forward mode; the estimate then equals `lookahead`.
+      difference: "central", as published, or "forward"; ignored with `epsilon=None`.
+      horizon: `done` once this many steps are committed; with None the run never ends.
 
     Returns:
-      An `Estimator` of kind "biased", whose value is f(θ'). Metrics: "inner_steps", and "direction_norm", ‖u‖.
+      An `Estimator` of kind "biased", whose value is f(θ'). Metrics: "inner_steps", and "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: an argument is out of range, or `difference` is unknown; at trace time, a leaf of λ is used by `init`
-        alone.
+      ValueError: if an argument is out of range, or `difference` is unknown; at trace time, if a leaf of λ is used only
+        by `init`.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """

@@ -1,9 +1,10 @@
-"""Bilevel hypergradients without second derivatives, by the value function of the inner problem.
+"""Bilevel hypergradients without second derivatives, from the value function of the inner problem.
 
-θ*(λ) minimizes g, so F(λ) = f(θ*(λ), λ) is f under the constraint q(θ, λ) = g(θ, λ) − min_z g(z, λ) ≤ 0. With a
-multiplier μ on it, and y(λ) the minimizer of f + μ g, the envelope theorem gives a gradient made of first derivatives:
+θ*(λ) minimizes ℓ, so F(λ) = f(θ*(λ), λ) is f under the constraint q(θ, λ) = ℓ(θ, λ) − min_z ℓ(z, λ) ≤ 0. Let μ be a
+multiplier on it, and let y(λ) minimize f + μ ℓ. The envelope theorem then gives a gradient that needs only first
+derivatives:
 
-    d/dλ min_y [f(y, λ) + μ (g(y, λ) − min_z g(z, λ))] = ∇λ f(y, λ) + μ (∇λ g(y, λ) − ∇λ g(z, λ)) = dF/dλ + O(1/μ).
+    d/dλ min_y [f(y, λ) + μ (ℓ(y, λ) − min_z ℓ(z, λ))] = ∇λ f(y, λ) + μ (∇λ ℓ(y, λ) − ∇λ ℓ(z, λ)) = dF/dλ + O(1/μ).
 """
 
 from collections.abc import Callable
@@ -19,13 +20,13 @@ from metaopt.hypergrad._lookahead import LookaheadState
 
 
 class F2saState(NamedTuple):
-    """What `f2sa` carries.
+    """The state of `f2sa`.
 
     Attributes:
-      inner: the inner loop's state, trained on g: z.
-      penalized: another, trained on f + μ g: y.
-      count: [] int32, the estimates so far.
-      key: what later estimates draw from.
+      inner: the inner loop's state for z, trained on ℓ.
+      penalized: the inner loop's state for y, trained on f + μ ℓ.
+      count: [] int32, the number of estimates so far.
+      key: the PRNG key for later estimates.
     """
 
     inner: base.InnerState
@@ -47,31 +48,33 @@ def _refuse(problem: base.Problem, state: base.InnerState, hyperparams: base.Hyp
 
 
 def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable) -> base.Estimator:
-    """Estimates dF/dλ by two training runs, one on g and one on f + μ g.
+    """Estimates dF/dλ from two training runs, one on ℓ and one on f + μ ℓ.
 
-        z ← z − rate · ∇θ g(z, λ),    y ← y − rate · (∇θ g(y, λ) + ∇θ f(y, λ)/μ),    `num_steps` times,
-        hypergrad = ∇λ f(y, λ) + μ (∇λ g(y, λ) − ∇λ g(z, λ)).
+        z ← z − rate · ∇θ ℓ(z, λ),    y ← y − rate · (∇θ ℓ(y, λ) + ∇θ f(y, λ)/μ),    `num_steps` times,
+        hypergrad = ∇λ f(y, λ) + μ (∇λ ℓ(y, λ) − ∇λ ℓ(z, λ)).
 
-    (y descends f + μ g, divided by μ, so that the loop's optimizer suits both.) Both runs go on from one estimate to
-    the next. At their minima it is the gradient of min_y f + μ (g − min_z g), whose distance from dF/dλ is O(1/μ);
-    before, an error e of y or z adds μ |∂²g/∂λ∂θ| e. So μ grows while they converge. On minibatches both runs see the
-    same batches and noise, since μ multiplies their difference; the variance still grows with μ.
+    y descends f + μ ℓ divided by μ, so that the loop's optimizer suits both runs. Both runs continue from one estimate
+    to the next. At their minima, the hypergradient is the gradient of min_y f + μ (ℓ − min_z ℓ), whose distance from
+    dF/dλ is O(1/μ). Before convergence, an error e in y or z adds μ |∂²ℓ/∂λ∂θ| e. So μ should grow while they converge.
+    With minibatches, both runs use the same batches and noise, since μ multiplies their difference. The variance still
+    grows with μ.
 
-    Costs three gradients an inner step, three ∇λ an estimate, and memory for one of them and two inner states.
+    The cost is three gradients per inner step and three ∇λ per estimate. The memory is that of one gradient and two
+    inner states.
 
     Args:
-      problem: its `loop.loss` is g, strictly convex in θ near its minimum; its `outer_loss` is f, smooth in θ. λ must
-        enter one of them, leaf by leaf. The optimizer must rest where its gradient vanishes.
+      problem: its `loop.loss` is ℓ, strictly convex in θ near its minimum; its `outer_loss` is f, smooth in θ. Each
+        leaf of λ must enter one of them. The optimizer must rest where its gradient vanishes.
       num_steps: inner steps per estimate, at least 1.
-      multiplier: μ, positive, in units of f over units of g; or a schedule `count -> μ` of the estimates so far, such
-        as `lambda count: 10.0 + count`.
+      multiplier: μ, positive, in units of f over units of ℓ; or a schedule `count -> μ`, where `count` is the number of
+        estimates so far, such as `lambda count: 10.0 + count`.
 
     Returns:
-      An `Estimator` of kind "biased" that never ends by itself; its value is f(z, λ). Metrics: "multiplier", and "gap",
-      g(y, λ) − g(z, λ).
+      An `Estimator` of kind "biased" that never ends by itself. Its value is f(z, λ). Metrics: "multiplier", and "gap",
+      which is ℓ(y, λ) − ℓ(z, λ).
 
     Raises:
-      ValueError: an argument is out of range; at trace time, a leaf of λ enters `init` or `update` alone.
+      ValueError: if an argument is out of range; at trace time, if a leaf of λ enters only `init` or `update`.
 
     Source: Kwon et al., ICML 2023, Alg. 1, https://arxiv.org/abs/2301.10945
     """
@@ -91,7 +94,7 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
         mu = multiplier(state.count) if callable(multiplier) else multiplier
 
         def penalized_grad(i):
-            """The gradient of g + f/μ in the place of that of g."""
+            """Replaces the gradient of ℓ with that of ℓ + f/μ."""
 
             def grad(loss, **options):
                 def gradient(params, hyperparams, batch, context):
@@ -132,30 +135,32 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
 
 
 def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base.Estimator:
-    """Estimates a direction for λ by a dynamic barrier on the inner loss; θ takes one step with it.
+    """Estimates a direction for λ with a dynamic barrier on the inner loss; θ takes one step at the same time.
 
-        z = Φ^num_steps(θ, λ)  (no derivative),    q(θ, λ) = g(θ, λ) − g(z, λ),    ∇ over (θ, λ) together,
+        z = Φ^num_steps(θ, λ)  (no derivative),    q(θ, λ) = ℓ(θ, λ) − ℓ(z, λ),    ∇ over (θ, λ) together,
         μ = max(0, η − ⟨∇f, ∇q⟩/‖∇q‖²),    θ ← θ − rate · (∇θ f + μ ∇θ q),    hypergrad = ∇λ f + μ ∇λ q.
 
-    μ is the least multiplier with which the step lowers q at the rate η‖∇q‖², so no penalty is tuned. The hypergradient
-    has the form of `f2sa`'s, with θ in the place of y. With constant step sizes θ circles around the inner minimum,
-    μ is about their inverse, and the bias is of their order: let the inner rate and the outer one decay. z must be near
-    the inner minimum, so that `num_steps` grows as the rate falls.
+    μ is the smallest multiplier with which the step lowers q at the rate η‖∇q‖², so no penalty must be tuned. The
+    hypergradient has the form of the one in `f2sa`, with θ instead of y. With constant step sizes, θ circles around the
+    inner minimum. μ is then about the inverse of the step sizes, and the bias is of the order of the step sizes. So the
+    inner and the outer rate should decay. z must be near the inner minimum, so `num_steps` should grow as the rate
+    falls.
 
-    Costs, per estimate, `num_steps` gradients, one of f and one of g over (θ, λ), one ∇λ g, and memory for one of them.
+    The cost per estimate is `num_steps` gradients, one gradient of f and one of ℓ over (θ, λ), and one ∇λ ℓ. The memory
+    is that of one gradient.
 
     Args:
-      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter one of them, leaf by leaf. Plain SGD is what
-        the paper has; a momentum carries ∇f into z's steps.
+      problem: its `loop.loss` is ℓ, its `outer_loss` is f; each leaf of λ must enter one of them. The paper uses plain
+        SGD; momentum carries ∇f into the steps of z.
       num_steps: inner steps from θ to z, at least 1.
-      barrier: η, positive: larger follows the inner minimum more closely.
+      barrier: η, positive; a larger η follows the inner minimum more closely.
 
     Returns:
-      An `Estimator` of kind "biased" that never ends by itself; its value is f(θ, λ) before the step. Metrics:
-      "multiplier", μ, and "gap", q.
+      An `Estimator` of kind "biased" that never ends by itself. Its value is f(θ, λ) before the step. Metrics:
+      "multiplier", which is μ, and "gap", which is q.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, a leaf of λ enters `init` or `update` alone.
+      ValueError: if an argument is out of range; at trace time, if a leaf of λ enters only `init` or `update`.
 
     Source: Liu et al., NeurIPS 2022, Alg. 1, https://arxiv.org/abs/2209.08709
     """
@@ -180,7 +185,7 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
         (g, model_state), g_grads = jax.value_and_grad(loop.loss, argnums=(0, 1), has_aux=True)(*at, batch, context)
 
         def inner_loss_at_z(hyperparams):
-            # The batch and the noise are those at θ, so that they cancel in q.
+            # The batch and the noise are the same as at θ, so that they cancel in q.
             z_context = context._replace(model_state=loop.context(z).model_state)
             return loop.loss(loop.params(z), hyperparams, batch, z_context)[0]
 

@@ -1,4 +1,4 @@
-"""Counting the floating-point operations of a program."""
+"""Counts the floating-point operations of a program."""
 
 import math
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from metaopt import rewrite
 def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
     """Floating-point operations of one call, counted in the program's jaxpr with the lengths of its scans.
 
-    Matrix products and convolutions count two operations per multiplication and addition, everything else one per
-    entry of its result (reductions: of its operand). What no output depends on is not counted. (XLA's own
-    `cost_analysis` counts the body of a scan once, whatever its length.) A `while_loop` has no length in the program,
-    and its body is counted once; of a `cond`, the dearest branch counts.
+    Matrix products and convolutions count two operations per multiply-add. Every other operation counts one per entry
+    of its result, and a reduction counts one per entry of its operand. Operations on which no output depends are not
+    counted. (XLA's own `cost_analysis` counts the body of a scan once, for any length.) The length of a `while_loop` is
+    not in the program, so its body is counted once. For a `cond`, the most expensive branch counts.
 
     Args:
       function: any traceable function.
-      *args: what it is called with; only shapes matter.
-      products_only: count matrix products and convolutions alone, as is the custom for architectures (where one
-        multiplication and addition often counts as one).
+      *args: the arguments of the call; only their shapes matter.
+      products_only: counts only matrix products and convolutions, as is common for architectures. (There, a
+        multiply-add often counts as one operation.)
 
     Returns:
       The number of operations.
@@ -36,7 +36,7 @@ def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
 
 
 def of_jaxpr(jaxpr: Any, products_only: bool = False) -> float:
-    """Operations of a program that is traced already."""
+    """Operations of a program that is already traced."""
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(live, products_only)
 
@@ -49,7 +49,7 @@ def _count(jaxpr: Any, products_only: bool) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params, outputs = equation.primitive.name, equation.params, sum(map(_size, equation.outvars))
-        # A linear solve runs only its solver; its products and its transpose are for derivatives.
+        # A linear solve runs only its solver; its products and its transpose serve derivatives.
         is_solve = name == "custom_linear_solve"
         inner_jaxprs = [params["jaxprs"].solve.jaxpr] if is_solve else list(rewrite.inner_jaxprs(equation))
         if name == "dot_general":
@@ -57,7 +57,7 @@ def _count(jaxpr: Any, products_only: bool) -> float:
             total += 2 * outputs * math.prod(equation.invars[0].aval.shape[d] for d in contracted)
         elif name in ("conv_general_dilated", "cpu_convolution"):
             kernel = equation.invars[1].aval.shape
-            if params.get("num_tasks") is not None:  # `outputs` has the axis of tasks
+            if params.get("num_tasks") is not None:  # `outputs` already includes the axis of tasks
                 kernel = kernel[1:]
             total += 2 * outputs * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
         elif name == "cpu_depthwise":

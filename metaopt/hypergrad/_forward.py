@@ -1,8 +1,8 @@
-"""Forward-mode hypergradients: the derivative of the inner state is carried beside it.
+"""Forward-mode hypergradients: the derivative of the inner state is carried together with the state.
 
     Z_{t+1} = (∂Φ/∂θ) Z_t + ∂Φ/∂λ,    dF/dλ = Σ_t w_t [∂f/∂λ + (∂f/∂θ_t) Z_t],    Z_t = dθ_t/dλ.
 
-Nothing is stored from step to step, so memory does not depend on T; time and memory grow with the entries of λ.
+No step is stored for later, so memory does not depend on T. Time and memory grow with the number of entries of λ.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from metaopt.hypergrad import _unroll
 
 
 def _split(state: base.InnerState) -> tuple[base.PyTree, base.PyTree]:
-    """What has a tangent, and what has none (counts, PRNG keys), each with None in the place of the other."""
+    """The leaves with a tangent, and those without (counts, PRNG keys); each tree has None in place of the others."""
 
     def only(floating):
         return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) == floating else None, state)
@@ -42,28 +42,30 @@ def forward(
 
         F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
-    The estimate of `unrolled` with the same key. Each step is linearized once, and all n entries of λ are pushed
-    through that one linear map. In products of matrices, a tangent of a layer costs twice the layer's plain step, and
-    of the first layer, whose inputs have no tangent, as much as its plain step. Memory is n + 1 times that of the
-    state, whatever T. Works under jit, vmap and further forward differentiation; reverse differentiation of it would
-    store every step.
+    The estimate equals that of `unrolled` with the same key. Each step is linearized once, and this linear map is
+    applied to a tangent for each of the n entries of λ. In matrix products, a tangent of a layer costs twice the
+    layer's plain step. For the first layer, whose inputs have no tangent, it costs as much as the plain step. The
+    memory is n + 1 times that of the state, for any T. The rule works under jit, vmap and further forward
+    differentiation. Reverse differentiation of it would store every step.
 
-    Hyperparameter schedules over a long horizon, with a value for each window of steps (non-greedy, as FDS), are
+    For hyperparameter schedules over a long horizon, with one value per window of steps (non-greedy, as in FDS), use
     `forward(inner.piecewise(problem, num_windows, num_steps=T), num_steps=T)`.
 
     Args:
-      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 with `outer="last"`).
-      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. Steps with weight cost a gradient of f each.
-      chunk: tangents that are pushed through a step at once, one chunk after another, which bounds what a step needs
-        beside the carried tangents; None pushes all at once. On a CPU 1 is often fastest.
-      grad: what takes the inner gradient; see `inner.step`. It must be forward-differentiable, as `jax.grad` is.
+      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. If a step before the last has a nonzero
+        weight, every step costs a gradient of f.
+      chunk: the number of tangents that pass through a step at once; one chunk follows another. This bounds the memory
+        of a step in addition to the carried tangents. None passes all at once. On a CPU, 1 is often fastest.
+      grad: the function that takes the inner gradient; see `inner.step`. It must be forward-differentiable, as
+        `jax.grad` is.
 
     Returns:
-      An `Estimator` of kind "exact", `done` after every estimate; its state is a key.
+      An `Estimator` of kind "exact", `done` after every estimate. Its state is a key.
 
     Raises:
-      ValueError: `num_steps`, `chunk` or the number of weights is wrong.
+      ValueError: if `num_steps`, `chunk` or the number of weights is wrong.
 
     Source: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, Alg. 2; Micaelli & Storkey, NeurIPS 2021,
       https://arxiv.org/abs/2007.07869, for long horizons.
@@ -74,7 +76,7 @@ def forward(
     loop = problem.loop
 
     def push(linear, *tangents):
-        """A linear map applied to each of n tangents."""
+        """Applies a linear map to each of n tangents."""
         if chunk is None:
             return jax.vmap(linear)(*tangents)
         return jax.lax.map(lambda tangent: linear(*tangent), tangents, batch_size=chunk)
@@ -91,7 +93,7 @@ def forward(
         basis = jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))  # dλ/dλ, a row for each entry
 
         def judge(state, tangents):
-            """f, and its total derivative: one reverse pass of f serves all tangents."""
+            """f and its total derivative; one reverse pass of f serves all tangents."""
             floats, rest = _split(state)
 
             def outer_loss(floats, hyperparams):
@@ -109,7 +111,7 @@ def forward(
             def advance(floats, hyperparams):
                 return _split(inner.step(loop, _merge(floats, rest), hyperparams, task.train, grad=grad))
 
-            # The rest has no tangent, and the linear map holds what the step computed: nothing is computed n times.
+            # The other leaves have no tangent. The linear map holds the step's values, so nothing is computed n times.
             floats, linear, rest = jax.linearize(advance, floats, hyperparams, has_aux=True)
             state, tangents = _merge(floats, rest), push(linear, tangents, basis)
             if weight is not None:

@@ -1,4 +1,4 @@
-"""Hypergradient descent: an optimizer's λ is judged by the inner loss one step later."""
+"""Hypergradient descent: the inner loss one step later judges the optimizer's λ."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from metaopt.hypergrad import _refusals
 
 
 class HypergradientDescentState(NamedTuple):
-    """What `hypergradient_descent` carries.
+    """The state of `hypergradient_descent`.
 
     Attributes:
       inner: the inner loop's state.
-      grads: ∇θ g there, on the batch of its next step.
-      model_state: what the inner loss gave beside g.
+      grads: ∇θ ℓ at this state, on the batch of its next step.
+      model_state: the auxiliary output of the inner loss at this state.
     """
 
     inner: base.InnerState
@@ -25,27 +25,28 @@ class HypergradientDescentState(NamedTuple):
 
 
 def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) -> base.Estimator:
-    """Estimates how the inner loss of the next batch changes with the optimizer's λ, one step of training at a time.
+    """Estimates how the inner loss of the next batch changes with the optimizer's λ, for one training step at a time.
 
-        θ_{t+1} = Φ(θ_t, G_t, λ),    G_t = ∇θ g(θ_t; batch t),    hypergrad = (∂Φ/∂λ)ᵀ G_{t+1}
+        θ_{t+1} = Φ(θ_t, G_t, λ),    G_t = ∇θ ℓ(θ_t; batch t),    hypergrad = (∂Φ/∂λ)ᵀ G_{t+1}
 
-    with θ_t, G_t and the optimizer's state held constant; for the rate of SGD it is −G_{t+1}·G_t. That is the exact
-    one-step hypergradient with the inner loss in the place of the outer one, which is not looked at. It is
-    short-sighted (Wu et al., ICLR 2018): it knows of no later step, nor of validation data.
+    θ_t, G_t and the optimizer's state are held constant. For the rate of SGD, the hypergradient is −G_{t+1}·G_t. It is
+    the exact one-step hypergradient if the inner loss replaces the outer loss, which is not evaluated. It is
+    short-sighted (Wu et al., ICLR 2018): it ignores all later steps and the validation data.
 
-    Costs nothing beside training, but for a pullback through the optimizer's operations and one more copy of the
-    gradient, which is carried. The estimate itself is not meant to be differentiated.
+    Besides training, the cost is only a pullback through the optimizer's operations and one more copy of the gradient
+    in the state. The estimate itself is not meant to be differentiated.
 
     Args:
-      problem: each leaf of λ must enter the optimizer, and not the inner loss, which cannot judge what it is made of.
-      horizon: `done` once so many steps are taken; None never ends.
+      problem: each leaf of λ must enter the optimizer and must not enter the inner loss. The inner loss cannot judge
+        leaves that define it.
+      horizon: `done` once this many steps are taken; with None the run never ends.
 
     Returns:
-      An `Estimator` of kind "biased"; each estimate takes one inner step. Its value is g(θ_{t+1}) on the next batch.
-      Metrics: "inner_steps", and "inner_grad_norm", ‖G_{t+1}‖.
+      An `Estimator` of kind "biased". Each estimate takes one inner step. Its value is ℓ(θ_{t+1}) on the next batch.
+      Metrics: "inner_steps", and "inner_grad_norm", which is ‖G_{t+1}‖.
 
     Raises:
-      ValueError: `horizon` is below 1; at trace time, a leaf of λ does not enter `update`, or enters the inner loss.
+      ValueError: if `horizon < 1`; at trace time, if a leaf of λ does not enter `update`, or enters the inner loss.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """

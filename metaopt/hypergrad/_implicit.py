@@ -1,7 +1,7 @@
-"""Implicit hypergradients: by the condition that trained parameters meet, not by the way that led to them.
+"""Implicit hypergradients: they use the condition that trained parameters satisfy, not the path that led to them.
 
-At a minimum of the inner loss R(θ*, λ) = ∇θ g(θ*, λ) = 0; at a fixed point of a training step Φ, R = θ* − Φ(θ*, λ) = 0.
-The implicit function theorem then gives, whatever way led there,
+At a minimum of the inner loss, R(θ*, λ) = ∇θ ℓ(θ*, λ) = 0. At a fixed point of a training step Φ,
+R = θ* − Φ(θ*, λ) = 0. For any path that led there, the implicit function theorem gives
 
     dF/dλ = ∂f/∂λ − (∂R/∂λ)ᵀ v,    (∂R/∂θ)ᵀ v = ∂f/∂θ.
 """
@@ -26,13 +26,13 @@ BATCHES = ("next", "full")
 
 
 class ImplicitState(NamedTuple):
-    """What `implicit` carries.
+    """The state of `implicit`.
 
     Attributes:
       inner: the inner loop's state; None without a warm start.
-      adjoint: v, shaped like θ (with `condition="step"`, the floating-point leaves of `inner`); None without a warm
-        start.
-      key: what later estimates draw from.
+      adjoint: v, shaped like θ (with `condition="step"`, like the floating-point leaves of `inner`); None without a
+        warm start.
+      key: the PRNG key for later estimates.
     """
 
     inner: base.InnerState
@@ -65,20 +65,20 @@ def _refuse_unanswerable(
     *,
     condition: str = "gradient",
 ) -> None:
-    """Refuses leaves of λ which neither the condition nor f depends on.
+    """Rejects leaves of λ that neither the condition nor f depends on, such as a rate or an initialization.
 
-    A minimum does not know which rate or which initialization led to it: the implicit hypergradient there would be
-    zero, and wrong.
+    A minimum does not depend on the rate or the initialization that led to it. The implicit hypergradient of such a
+    leaf would be zero, which is wrong.
 
     Args:
-      problem: what the implicit rule is for.
-      state: of the inner loop; only its shapes matter.
-      hyperparams: λ.
-      task: likewise.
-      condition: "gradient", where ∇θ g depends on λ, or "step", where a training step does.
+      problem: the problem of the implicit rule.
+      state: a state of the inner loop; only its shapes matter.
+      hyperparams: λ; only its shapes matter.
+      task: a task; only its shapes matter.
+      condition: "gradient" to test whether ∇θ ℓ depends on λ, or "step" to test whether a training step does.
 
     Raises:
-      ValueError: there are such leaves; the message names them.
+      ValueError: if there are such leaves; the message names them.
     """
     loop = problem.loop
 
@@ -112,9 +112,9 @@ def _draw(batch: Any, key: jax.Array, loop: base.InnerLoop, state: base.InnerSta
 
 
 def _unknown(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tuple[Any, Callable]:
-    """x, what comes to rest, and `x -> state` with x in its places.
+    """Returns x, the values that come to rest, and a function `x -> state` that puts x into the state.
 
-    With the condition "gradient" x is θ, in the leaves of the state that `loop.params` reads. With "step" it is all
+    With the condition "gradient", x is θ: the leaves of the state that `loop.params` reads. With "step", x contains all
     leaves that have a derivative: θ, momentum, running statistics.
     """
     leaves, structure = jax.tree.flatten(state)
@@ -135,7 +135,7 @@ def _unknown(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tu
 def _residual_fn(
     loop: base.InnerLoop, put: Callable, state: base.InnerState, data: base.Data, batch: base.Batch, condition: str
 ) -> Callable:
-    """R(x, λ), which is zero where training rests."""
+    """R(x, λ), which is zero when training is at rest."""
     if condition == "gradient":
         context = loop.context(state)
         return lambda params, hyperparams: jax.grad(loop.loss, has_aux=True)(params, hyperparams, batch, context)[0]
@@ -160,65 +160,71 @@ def implicit(
     warm_start: bool = True,
     horizon: int | None = None,
 ) -> base.Estimator:
-    """Estimates dF/dλ where training has come to rest, by one linear solve for the adjoint v:
+    """Estimates dF/dλ at a point where training has come to rest, with one linear solve for the adjoint v:
 
         dF/dλ = ∂f/∂λ − (∂R/∂λ)ᵀ v,    (A + δI) v = ∂f/∂θ,
 
-        condition="gradient":  R = ∇θ g,            A = ∂²g/∂θ²
-        condition="step":      R = θ − Φ(θ, λ),     A = I − (∂Φ/∂θ)ᵀ        Φ: a training step; θ: all it changes
+        condition="gradient":  R = ∇θ ℓ,            A = ∂²ℓ/∂θ²
+        condition="step":      R = θ − Φ(θ, λ),     A = I − (∂Φ/∂θ)ᵀ        Φ: a training step; θ: all that it changes
 
-    Exact at a strict minimum (a fixed point), with δ = 0 and v solved for. What is biased otherwise:
+    The estimate is exact at a strict minimum (or a fixed point), with δ = 0 and an exact linear solve. Each of these
+    causes a bias:
 
-    - θ not at rest, by the order of ‖R‖, `metrics["inner_grad_norm"]` (`"inner_step_norm"`); `training.fit` logs a
-      warning once if it is large (`rest_warning`);
-    - v not solved for, by −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ), `metrics["adjoint_residual"]` = ‖(A + δI) v − ∂f/∂θ‖;
-    - damping, by δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: it hides what flat directions contribute. It serves where A is nearly
-      singular, or where θ is not at rest and A has negative eigenvalues above −δ;
-    - a sampled A, since the mean of an inverse is not the inverse of the mean: to second order in Δ = A_batch − A the
-      mean of v is too large by A⁻¹ E[Δ A⁻¹ Δ] v. Averaging over estimates does not remove it; larger batches do;
-    - with `condition="gradient"`, model state (batch statistics) that the outer loss reads: how it depends on θ and λ
-      is left out; `condition="step"` has it.
+    - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
+      `"inner_step_norm"`). `training.fit` logs a warning once if this norm is large (`rest_warning`).
+    - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
+      ‖(A + δI) v − ∂f/∂θ‖.
+    - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. It helps
+      if A is nearly singular, or if θ is not at rest and A has negative eigenvalues above −δ.
+    - A is sampled, and the mean of an inverse is not the inverse of the mean. To second order in Δ = A_batch − A, the
+      mean of v is too large by A⁻¹ E[Δ A⁻¹ Δ] v. Averaging over estimates does not remove this bias; larger batches do.
+    - With `condition="gradient"`, the outer loss reads model state (batch statistics). The dependence of this state on
+      θ and λ is ignored; `condition="step"` includes it.
 
-    R is linearized once per estimate, and each product with A is a run of that linear program: about as much as two
-    gradients of g less their nonlinear part. Memory is that of one second-order gradient and what the solver needs,
-    and does not depend on the number of training steps. Neither depends on the number of λ: thousands cost as much as
-    one. The error of rounding is about κ(A + δI) times the machine's ε: in float32, 1e-7 κ of the hypergradient's
-    norm, where the solve and the training rest have gone as far as float32 lets them.
+    R is linearized once per estimate. Each product with A runs that linear program, and costs about as much as two
+    gradients of ℓ without their nonlinear part. The memory is that of one second-order gradient plus the solver's
+    memory, and does not depend on the number of training steps. Time and memory do not depend on the number of λ:
+    thousands cost as much as one. The rounding error, relative to the norm of the hypergradient, is about κ(A + δI)
+    times the machine precision ε: in float32, 1e-7 κ. This holds if the solve and the training have converged as far as
+    float32 allows.
 
     Args:
-      problem: its `loop.loss` is g, its `outer_loss` is f; λ must enter through one of them, leaf by leaf (a rate and a
-        penalty in one array count as one leaf: keep them apart). With the condition "gradient" the optimizer must rest
-        where ∇θ g is zero: a penalty belongs in g. With "step" it may rest elsewhere (a decoupled weight decay, a
-        projection), and λ may enter through its update; a rate's hypergradient is then the zero that is true at a fixed
-        point. θ stands there for all floating-point leaves of the inner state, momentum and running statistics among
-        them. Φ should be a contraction: gradient descent, with momentum or without, not Adam.
+      problem: its `loop.loss` is ℓ, its `outer_loss` is f. Each leaf of λ must enter one of them. A rate and a penalty
+        in one array count as one leaf, so keep them in separate leaves. With the condition "gradient", the optimizer
+        must rest where ∇θ ℓ is zero, so a penalty belongs in ℓ. With "step", the optimizer may rest elsewhere (a
+        decoupled weight decay, a projection), and λ may enter through its update. The hypergradient of a rate is then
+        zero, which is correct at a fixed point. With "step", θ stands for all floating-point leaves of the inner state,
+        including momentum and running statistics. Φ should be a contraction: gradient descent with or without momentum,
+        not Adam.
       num_steps: inner steps before the solve, at least 1.
-      solver: of the linear system, `hypergrad.cg` by default (with the condition "step", 20 steps of `neumann` at a
-        rate of 1: the fixed-point rule); A is symmetric with the condition "gradient".
+      solver: the solver of the linear system, by default `hypergrad.cg`. With the condition "step" the default is 20
+        steps of `neumann` at a rate of 1: the fixed-point rule. A is symmetric with the condition "gradient".
       damping: δ ≥ 0, in curvature.
-      batch: what R and A are evaluated on, all of a solve's products alike: "next", the batch of the next training
-        step; "full", all of the training data, as one batch; or `(key, data) -> batch`.
+      batch: the batch on which R and A are evaluated; all products of one solve use the same batch. "next" is the batch
+        of the next training step. "full" is all training data, as one batch. A function `(key, data) -> batch` is also
+        allowed.
       condition: "gradient" or "step".
-      gauss_newton: `(outputs_fn, loss_fn)` with g = loss_fn(outputs_fn(θ, λ, batch, context), λ, batch, context);
-        A is then Jᵀ (∂²loss_fn/∂outputs²) J with J = ∂outputs/∂θ, positive semidefinite where loss_fn is convex in the
-        outputs, whatever the network. Exact where the outputs are linear in θ or the slopes ∂loss_fn/∂outputs are zero;
-        the mixed product is always g's own. Where a penalty sees θ, put θ among the outputs. λ is the problem's:
-        unconstrained after `spaces.constrain`.
-      warm_start: goes on from the last estimate's θ and v, so that both follow a slowly moving λ; else every estimate
-        trains afresh and is `done`.
-      horizon: `done` once so many inner steps are taken, at a warm start; None never ends.
+      gauss_newton: `(outputs_fn, loss_fn)` with ℓ = loss_fn(outputs_fn(θ, λ, batch, context), λ, batch, context).
+        A is then Jᵀ (∂²loss_fn/∂outputs²) J with J = ∂outputs/∂θ. For any network, this A is positive semidefinite if
+        loss_fn is convex in the outputs. It is exact if the outputs are linear in θ or the slopes ∂loss_fn/∂outputs are
+        zero. The mixed product always uses ℓ itself. If a penalty depends on θ, include θ in the outputs. λ is the
+        problem's λ: after `spaces.constrain` it is unconstrained.
+      warm_start: continues from θ and v of the last estimate, so that both follow a slowly moving λ. Otherwise, every
+        estimate trains from a fresh start and is `done`.
+      horizon: with a warm start, `done` once this many inner steps are taken; with None the run never ends.
 
     Returns:
-      An `Estimator` of kind "biased": exact in the limit alone. `hypergrad` is in outer loss per unit of λ; the
-      estimate itself is not meant to be differentiated (`implicit_solve` is). Metrics: the two norms above, and
-      "num_products" with A.
+      An `Estimator` of kind "biased", since it is exact only in the limit. `hypergrad` is in outer loss per unit of λ.
+      The estimate itself is not meant to be differentiated (`implicit_solve` is). Metrics: the two norms above,
+      "outer_grad_norm", which is ‖∂f/∂θ‖, and "num_products", the number of products with A.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, a leaf of λ is used by `init` (or `update`) alone.
+      ValueError: if an argument is out of range, or two arguments exclude each other; at trace time, if a leaf of λ is
+        used only by `init` (or, with the condition "gradient", only by `update`).
 
     Source: Bengio, 2000; Pedregosa, ICML 2016, https://arxiv.org/abs/1602.02355; Lorraine, Vicol & Duvenaud, AISTATS
       2020, https://arxiv.org/abs/1911.02590; with the condition "step", Grazzi et al., ICML 2020,
-      https://arxiv.org/abs/2006.16218. iMAML is `warm_start=False` with a proximal term in g: Rajeswaran et al.,
+      https://arxiv.org/abs/2006.16218. iMAML is `warm_start=False` with a proximal term in ℓ: Rajeswaran et al.,
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
     _check(num_steps, damping, batch, condition)
@@ -274,7 +280,7 @@ def implicit(
     return base.Estimator(init, estimate, kind="biased")
 
 
-_REST_TOLERANCE = 0.3  # of ‖∇θ g‖ / ‖∂f/∂θ‖
+_REST_TOLERANCE = 0.3  # limit of ‖∇θ ℓ‖ / ‖∂f/∂θ‖
 REST_ADVICE = (
     "Take more inner steps per estimate (`num_steps`) or a better inner optimizer, or use `hypergrad.unrolled`, which "
     "needs no stationary point. The noise of a minibatch counts too: an implicit rule with `batch='full'` leaves it "
@@ -283,7 +289,7 @@ REST_ADVICE = (
 
 
 def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
-    """One sentence for each implicit rule in the metrics that ran far from a stationary point; see `rest_warning`."""
+    """One sentence for each implicit rule in `metrics` that ran far from a stationary point; see `rest_warning`."""
     sentences = []
     for name in metrics:
         prefix = name.removesuffix("inner_grad_norm")
@@ -297,18 +303,19 @@ def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def rest_warning(metrics: Mapping[str, Any]) -> str:
-    """Warns if an implicit rule ran far from a stationary point of the inner loss g, where its hypergradient is biased.
+    """Returns a warning if an implicit rule ran far from a stationary point of ℓ, where its hypergradient is biased.
 
-    θ is about A⁻¹ ∇θ g away from rest, with A the Hessian of g. This changes ∂f/∂θ, the right-hand side of the linear
-    system, by (∂²f/∂θ²) A⁻¹ ∇θ g, which is ∇θ g if f and g have about the same curvature (one loss on two data sets).
-    So ‖∇θ g‖ / ‖∂f/∂θ‖ estimates the relative error of the hypergradient, in any unit of the loss. The limit is 0.3.
+    θ is about A⁻¹ ∇θ ℓ away from rest, where A is the Hessian of the inner loss ℓ. This changes ∂f/∂θ, the right-hand
+    side of the linear system, by (∂²f/∂θ²) A⁻¹ ∇θ ℓ. If f and ℓ have about the same curvature (one loss on two data
+    sets), this change is ∇θ ℓ. So ‖∇θ ℓ‖ / ‖∂f/∂θ‖ estimates the relative error of the hypergradient, in any unit of
+    the loss. The limit is 0.3.
 
     Args:
       metrics: scalars by name: the metrics of an estimate, or their means over some steps. The function compares
         "inner_grad_norm" with "outer_grad_norm", also under the prefixes of `partition`. Other rules have no such pair.
 
     Returns:
-      What is wrong and how to change it, or "".
+      A description of the problem and its remedies, or "".
     """
     sentences = far_from_rest(metrics)
     return " ".join([*sentences, REST_ADVICE]) if sentences else ""
@@ -328,7 +335,7 @@ def _gauss_newton_product(
     batch: base.Batch,
     context: base.Context,
 ) -> Callable:
-    """v ↦ Jᵀ (∂²loss/∂outputs²) J v, each factor linearized once."""
+    """v ↦ Jᵀ (∂²loss/∂outputs²) J v, where each factor is linearized once."""
     outputs, push = jax.linearize(lambda params: outputs_fn(params, hyperparams, batch, context), params)
     pull = jax.linear_transpose(push, params)
     _, curvature = jax.linearize(jax.grad(lambda outputs: loss_fn(outputs, hyperparams, batch, context)), outputs)
@@ -336,22 +343,22 @@ def _gauss_newton_product(
 
 
 def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float) -> base.Estimator:
-    """`implicit` whose adjoint takes as many plain steps as θ does: v ← v − rate ((∂²g/∂θ²) v − ∂f/∂θ).
+    """`implicit` with as many plain steps for the adjoint as for θ: v ← v − rate ((∂²ℓ/∂θ²) v − ∂f/∂θ).
 
-    θ and v are carried from one outer step to the next, so that both stay near their fixed points while λ moves slowly:
+    θ and v are carried from one outer step to the next. So both stay near their fixed points while λ moves slowly, and
     neither the inner problem nor the linear system is solved from scratch.
 
     Args:
       problem: as for `implicit`, with the condition "gradient" and the next batch.
       num_steps: inner steps, and adjoint steps, per estimate; at least 1.
-      adjoint_rate: in 1/curvature, positive; v converges below 2 / λmax(∂²g/∂θ²).
+      adjoint_rate: in 1/curvature, positive; v converges if the rate is below 2 / λmax(∂²ℓ/∂θ²).
 
     Returns:
-      An `Estimator` of kind "biased" that never ends by itself; metrics as `implicit`'s.
+      An `Estimator` of kind "biased" that never ends by itself. It has the metrics of `implicit`.
 
     Raises:
-      ValueError: `num_steps` is below 1, `adjoint_rate` is not positive; at trace time, a leaf of λ is used by `init`
-        or `update` alone.
+      ValueError: if `num_steps < 1`, or `adjoint_rate` is not positive; at trace time, if a leaf of λ is used only by
+        `init` or `update`.
 
     Source: Arbel & Mairal, ICLR 2022, Alg. 1, https://arxiv.org/abs/2111.14580
     """
@@ -360,9 +367,9 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
 
 
 def _shield(function: Callable) -> Any:
-    """`function()` without a derivative, also with regard to what it closes over, and without the cost of one.
+    """Evaluates `function()` without a derivative, also for the variables that it closes over, and without its cost.
 
-    Stopping the gradient of what comes out would leave the tangents of all its steps to be computed, or stored.
+    If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
     leaves = core.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
@@ -370,7 +377,7 @@ def _shield(function: Callable) -> Any:
 
 
 def _refuse_derivative(leaf: jax.Array, message: str) -> jax.Array:
-    """`leaf`; asked for a derivative with regard to it, a `ValueError`."""
+    """Returns `leaf`; a derivative with respect to it raises a `ValueError`."""
 
     @jax.custom_jvp
     def identity(x):
@@ -394,29 +401,31 @@ def implicit_solve(
     batch: str | Callable[[jax.Array, base.Data], base.Batch] = "next",
     condition: str = "gradient",
 ) -> Callable:
-    """Training as a differentiable function whose derivative is that of where it comes to rest:
+    """Training as a differentiable function. Its derivative is that of the point where training comes to rest:
 
-        dθ*/dλ = −(∂R/∂θ)⁻¹ ∂R/∂λ,    R = ∇θ g, or θ − Φ(θ, λ).
+        dθ*/dλ = −(∂R/∂θ)⁻¹ ∂R/∂λ,    R = ∇θ ℓ, or θ − Φ(θ, λ).
 
-    In the place of `unroll`, with memory that does not depend on the number of steps. Forward and reverse mode, jit,
-    vmap and any nesting work (levels of optimization: derivatives of any order are exact where θ is at rest). Each
-    derivative costs a solve. What the loss closes over is differentiated too. Biases as for `implicit`.
+    It can replace `unroll`, and its memory does not depend on the number of steps. Forward and reverse mode, jit, vmap
+    and any nesting work. So several levels of optimization are possible: derivatives of any order are exact if θ is at
+    rest. Each derivative costs one solve. Variables that the loss closes over are differentiated too. The biases are
+    those of `implicit`.
 
     Args:
-      loop: how θ is trained.
-      num_steps: at least 1; training passes no derivative on.
+      loop: the inner loop, which trains θ.
+      num_steps: training steps, at least 1. No derivative passes through them.
       solver: as for `implicit`.
       damping: δ ≥ 0.
       batch: as for `implicit`.
       condition: "gradient" or "step".
 
     Returns:
-      `(key, hyperparams, data) -> InnerState`; the derivative of `loop.params` of it is that of θ*, with regard to λ
-      and the data, and all else in it is constant. Asked for the derivative with regard to a leaf of λ that training
-      depends on and R does not (a rate, an initialization), it raises a `ValueError`.
+      `(key, hyperparams, data) -> InnerState`. The derivative of `loop.params` of this state, with respect to λ and the
+      data, is that of θ*. With the condition "gradient", everything else in the state is constant. With "step", the
+      other floating-point leaves have a derivative too. A derivative with respect to a leaf of λ raises a `ValueError`
+      if training depends on the leaf and R does not (a rate, an initialization).
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     >>> import jax, optax
     >>> from metaopt import hypergrad, inner
@@ -470,7 +479,7 @@ def implicit_solve(
             return jax.lax.custom_linear_solve(matvec, y, solve_linear, solve_linear, symmetric=symmetric)
 
         x, put, residual = rest(trained, batch_key, data)
-        solve_again = lambda f, x: x  # training did
+        solve_again = lambda f, x: x  # training has already solved it
         return put(jax.lax.custom_root(lambda x: residual(x, hyperparams), x, solve_again, tangent_solve))
 
     return solve

@@ -1,4 +1,4 @@
-"""Lookahead hypergradients: commit steps at the current λ, then differentiate a few virtual ones and drop them."""
+"""Lookahead hypergradients: commit steps at the current λ, then differentiate a few virtual steps and discard them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from metaopt.hypergrad import _mixed, _refusals, _unroll
 
 
 class LookaheadState(NamedTuple):
-    """What `lookahead` carries.
+    """The state of `lookahead`.
 
     Attributes:
       inner: the inner loop's state, after the committed steps.
-      key: what later estimates draw from.
+      key: the PRNG key for later estimates.
     """
 
     inner: base.InnerState
@@ -31,29 +31,29 @@ def lookahead(
     remat: str | int = "none",
     grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
-    """Estimates dF/dλ by looking K steps ahead of a training run that goes on.
+    """Estimates dF/dλ by looking K steps ahead of a training run that continues between estimates.
 
         θ ← Φ^commit(θ, λ)  (no derivative),    F(λ) = f(Φ^K(θ, λ), λ)  with θ held constant.
 
-    One training run serves all outer steps. The hypergradient is exact for its own F, and short-sighted as an estimate
-    of what λ does to a whole training run: it leaves out how λ shaped θ so far (Wu et al., ICLR 2018, on rates).
-    `commit=1, num_steps=1` is DARTS (second order); `num_steps=0` is its first-order form.
+    One training run serves all outer steps. The hypergradient is exact for this F. As an estimate of the effect of λ on
+    a whole training run it is short-sighted: it ignores how λ has shaped θ so far (Wu et al., ICLR 2018, on rates).
+    `commit=1, num_steps=1` is DARTS (second order). `num_steps=0` is its first-order form.
 
     Args:
       problem: λ must enter the inner loss, the optimizer or the outer loss.
-      commit: steps of training per estimate, at least 0.
-      num_steps: K, virtual steps, at least 0.
-      horizon: `done` once so many steps are committed; None never ends.
+      commit: training steps per estimate, at least 0.
+      num_steps: K, the number of virtual steps, at least 0.
+      horizon: `done` once this many steps are committed; with None the run never ends.
       remat: "none", "step", "grads", "sqrt" or a number of levels, over the virtual steps.
-      grad: what takes the inner gradient of the virtual steps; see `inner.step`.
+      grad: the function that takes the inner gradient of the virtual steps; see `inner.step`.
 
     Returns:
-      An `Estimator`: the hypergradient is that of the F above, with the committed θ held constant, though it depends on
-      λ too; so its kind is "biased", and "exact" with `commit=0`.
+      An `Estimator`. Its hypergradient is that of the F above. The committed θ is held constant there, although it
+      depends on λ too, so the kind is "biased". With `commit=0` it is "exact".
 
     Raises:
-      ValueError: a count is negative, or `remat` is unknown; at trace time, a leaf of λ enters neither a virtual step
-        nor the outer loss.
+      ValueError: if a count is negative, or `remat` is unknown; at trace time, if a leaf of λ enters neither a virtual
+        step nor the outer loss.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """

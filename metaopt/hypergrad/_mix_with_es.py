@@ -1,7 +1,7 @@
-"""An exact estimator and evolution strategies, from the same evaluations, mixed by their variances.
+"""A mixture of an exact estimator and evolution strategies, from the same evaluations, weighted by their variances.
 
-Reverse mode has the smaller variance where F is smooth, and a variance that explodes with T where training is chaotic;
-evolution strategies do not care. At perturbed points both are unbiased for the gradient of the same F_σ.
+Reverse mode has the smaller variance if F is smooth. If training is chaotic, its variance explodes with T, but that of
+evolution strategies does not. At perturbed points, both are unbiased for the gradient of the same F_σ.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from metaopt.hypergrad import _evolution
 
 
 class MixState(NamedTuple):
-    """What `mix_with_es` carries.
+    """The state of `mix_with_es`.
 
     Attributes:
-      inner: the exact estimator's states; leading axes [N, 2], λ + σε first.
-      key: what later perturbations are drawn from.
+      inner: the exact estimator's states, with leading axes [N, 2]; λ + σε comes first.
+      key: the PRNG key for later perturbations.
     """
 
     inner: base.EstimatorState
@@ -26,56 +26,58 @@ class MixState(NamedTuple):
 
 
 def _mix(es: jax.Array, exact: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """N mixed estimates of one leaf, [N, ...], and the weights of the exact ones, [N]."""
+    """The N mixed estimates of one leaf, [N, ...], and the weights of the exact estimates, [N]."""
     num = len(es)
     finite = jnp.isfinite(exact).all()
     exact = jnp.where(finite, exact, 0)
 
     def variance(x):
-        """The trace of the covariance of the others, up to a common factor: the sum over all, less what i changes."""
+        """For each i, the trace of the others' covariance, up to a common factor: all squares minus the share of i."""
         squares = ((x - x.mean(0, keepdims=True)) ** 2).reshape(num, -1).sum(1)
         return jnp.maximum(squares.sum() - squares * num / (num - 1), 0)
 
     a, b = variance(es), variance(exact)
     weight = jnp.where(a + b == 0, 1, a / jnp.where(a + b == 0, 1, a + b))
-    weight = jnp.nan_to_num(weight, nan=0) * finite  # NaN where squares overflow
+    weight = jnp.nan_to_num(weight, nan=0) * finite  # NaN if squares overflow
     each = jax.vmap(lambda w, e, x: ((1 - w) * e + w * x).astype(e.dtype))(weight, es, exact)
     return each, weight
 
 
 def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pairs: int) -> base.Estimator:
-    """Estimates dF_σ/dλ by a mixture of an exact rule and evolution strategies that has the least variance.
+    """Estimates dF_σ/dλ with the mixture of an exact rule and evolution strategies that has the smallest variance.
 
         1/N Σ_i [w_i (∇F_i⁺ + ∇F_i⁻)/2 + (1 − w_i) ε_i (F_i⁺ − F_i⁻)/2σ],    F_i^± = F(λ ± σε_i),    ε_i ~ N(0, I)
 
-    Both terms are unbiased for ∇F_σ, F_σ(λ) = E F(λ + σε) (the bias against ∇F is O(σ²)), and evolution strategies cost
-    nothing beside gradients at the same points. The weights are by inverse variance, w = A / (A + B) with the traces A
-    of the second term's and B of the first term's covariance, one w for each leaf of λ. Weights from the very samples
-    that they weigh would bias the mean, by tens of percent with few pairs and skewed gradients; so those of pair i come
-    from the other pairs, are independent of it, and the mean is unbiased. (Running variances would be too, but a state
-    ends with its episode.) The price: an outlier among tame gradients is not recognized by the others, so that with few
-    pairs and rare explosions the variance can be a few times that of evolution strategies alone.
+    Both terms are unbiased for ∇F_σ, where F_σ(λ) = E F(λ + σε); the bias against ∇F is O(σ²). Besides the gradients at
+    the same points, evolution strategies cost nothing. The weights follow the inverse variances: w = A / (A + B). A and
+    B are the traces of the covariance of the second and the first term, and each leaf of λ has its own w.
 
-    Where a gradient of the exact rule is not finite, its leaf is estimated by evolution strategies alone; where a value
-    is not finite, neither is the estimate, and `over_tasks` leaves that task out. Time and memory are those of 2N
-    estimates at once. Works under jit and vmap; it is not meant to be differentiated.
+    If weights came from the same samples that they weight, the mean would be biased. With few pairs and skewed
+    gradients, the bias would be tens of percent. So the weights of pair i come from the other pairs and are independent
+    of pair i, and the mean is unbiased. Running variances would keep it unbiased too, but a state ends with its
+    episode. The disadvantage is that other pairs with moderate gradients do not recognize an outlier. With few pairs
+    and rare explosions, the variance can be a few times that of pure evolution strategies.
+
+    If a gradient of the exact rule is not finite in a leaf, only evolution strategies estimate this leaf. If a value is
+    not finite, the estimate is not finite either, and `over_tasks` excludes that task. Time and memory are those of 2N
+    estimates at once. The rule works under jit and vmap; it is not meant to be differentiated.
 
     Args:
-      estimator: of kind "exact", such as `unrolled` or `direct`, for one task.
+      estimator: an estimator of kind "exact" for one task, such as `unrolled` or `direct`.
       sigma: σ, in units of λ, positive: a scalar, or a tree like λ of scalars or arrays.
-      num_pairs: N antithetic pairs, at least 3, so that the others have a variance; some 10 are better.
+      num_pairs: N antithetic pairs, at least 3, so that the other pairs have a variance; about 10 are better.
 
     Returns:
-      An `Estimator` of kind "unbiased" (for F_σ), whose state is the inner one's for 2N particles; `done` where all of
-      them are. `value` is the mean of the 2N values. Metrics: the inner ones' means, "exact_weight", the mean of w over
-      pairs and leaves, and "sampling_variance" as in `evolution`.
+      An `Estimator` of kind "unbiased" (for F_σ). Its state is that of the inner estimator for 2N particles. It is
+      `done` if all particles are. `value` is the mean of the 2N values. Metrics: the means of the inner estimator's
+      metrics; "exact_weight", the mean of w over pairs and leaves; and "sampling_variance" as in `evolution`.
 
     Raises:
-      ValueError: `estimator` is of another kind, `sigma` or `num_pairs` is wrong; at trace time, `sigma` is a tree that
-        is not like λ.
+      ValueError: if `estimator` is of another kind, or `sigma` or `num_pairs` is wrong; at trace time, if `sigma` is a
+        tree that is not like λ.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180; Parmas et al., ICML 2018,
-      https://arxiv.org/abs/1902.01240. Weights by leaving one pair out are this library's.
+      https://arxiv.org/abs/1902.01240. The weights that leave one pair out are specific to this library.
     """
     _evolution.check_pairs(sigma, num_pairs, least=3)
     if estimator.kind != "exact":
@@ -86,7 +88,7 @@ def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pa
 
     def init(key, hyperparams, task):
         inner_key, key = jax.random.split(key)
-        pair_keys = jnp.stack([jax.random.split(inner_key, num_pairs)] * 2, axis=1)  # one key a pair
+        pair_keys = jnp.stack([jax.random.split(inner_key, num_pairs)] * 2, axis=1)  # one key per pair
         start = jax.vmap(jax.vmap(estimator.init, (0, None, None)), (0, None, None))
         return MixState(start(pair_keys, hyperparams, task), key)
 

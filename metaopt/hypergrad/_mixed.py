@@ -1,11 +1,12 @@
 """Mixed mode: the inner gradient, with a reverse rule that runs forward over reverse.
 
-The second derivatives of g are symmetric, so that what the reverse pass needs of one inner step,
+The second derivatives of ℓ are symmetric. The reverse pass through one inner step needs
 
-    v ↦ (∂²g/∂θ² v, (∂²g/∂λ∂θ)ᵀ v),
+    v ↦ (∂²ℓ/∂θ² v, (∂²ℓ/∂λ∂θ)ᵀ v),
 
-is the tangent of ∇_(θ,λ) g when θ moves along v. One forward-over-reverse pass through the loss gives both, and it
-starts from (θ, λ, batch) alone: no activation is kept from the forward pass for the reverse pass of training.
+which is therefore the tangent of ∇_(θ,λ) ℓ when θ moves along v. One forward-over-reverse pass through the loss gives
+both parts. It starts only from (θ, λ, batch), so no activation is kept from the forward pass for the reverse pass of
+training.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-# How many checkpointed loops are being traced, one within the other: each keeps the gradients of its own level.
+# The number of nested checkpointed loops that are being traced. Each loop keeps only the gradients of its level.
 _depth: ContextVar[int] = ContextVar("depth", default=0)
 
 
 def keeping(step: Callable) -> tuple[Callable, Callable]:
-    """A loop's step, and the checkpoint policy that keeps the gradients which `mixed_grad` returns in it."""
+    """A loop's step, and the checkpoint policy that keeps the gradients that `mixed_grad` returns in this step."""
     depth = _depth.get() + 1
 
     def named(*args):
@@ -43,29 +44,31 @@ def _is_float(leaf) -> bool:
 
 
 def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
-    """∇_θ g, like `jax.grad(loss)`, with a cheaper reverse derivative.
+    """∇_θ ℓ, like `jax.grad(loss)`, with a cheaper reverse derivative.
 
-    The value is `jax.grad`'s. Its pullback of (v, w), cotangents of the gradient and of the auxiliary output a, is
+    The value is that of `jax.grad`. Let v and w be cotangents of the gradient and of the auxiliary output a. The
+    pullback of (v, w) is
 
-        d/dε [∇_(θ, λ, ...) (g + ε wᵀa)](θ + ε v, λ, ...)  at ε = 0,
+        d/dε [∇_(θ, λ, ...) (ℓ + ε wᵀa)](θ + ε v, λ, ...)  at ε = 0,
 
-    one forward-over-reverse pass: a gradient and a Hessian product together cost 8.4 forward passes against 10.8 of
-    reverse over reverse with layer recomputation, and memory is that of one gradient, whatever the number of steps.
+    which takes one forward-over-reverse pass. A gradient and a Hessian product together cost 8.4 forward passes. With
+    reverse over reverse and layer recomputation they cost 10.8. The memory is that of one gradient, for any number of
+    steps.
 
-    Reverse mode, of any order, works, as do vmap, jit and remat; per-layer `jax.checkpoint` inside the loss composes
-    with it. Forward mode (`jax.jvp`, `jax.jacfwd`) does not: take `jax.grad` there. A `jax.custom_vjp` inside the loss
-    works where its backward rule can be differentiated in forward mode; where a custom rule is not the derivative of
-    its function, second derivatives are not symmetric, and this is not what reverse over reverse gives.
+    Reverse mode of any order works, and so do vmap, jit and remat. A per-layer `jax.checkpoint` inside the loss works
+    with it. Forward mode (`jax.jvp`, `jax.jacfwd`) does not work; use `jax.grad` there. A `jax.custom_vjp` inside the
+    loss works if its backward rule can be differentiated in forward mode. If a custom rule is not the derivative of its
+    function, second derivatives are not symmetric, and the result differs from reverse over reverse.
 
     Args:
-      loss: g, `(params, *rest) -> []`, or `-> ([], aux)`.
-      has_aux: the loss returns a pair.
+      loss: ℓ, a function `(params, *rest) -> []`, or `-> ([], aux)`.
+      has_aux: whether the loss returns a pair.
 
     Returns:
-      `(params, *rest) -> gradient`, or `-> (gradient, aux)`: what `inner.step(..., grad=hypergrad.mixed_grad)` expects.
+      `(params, *rest) -> gradient`, or `-> (gradient, aux)`, as `inner.step(..., grad=hypergrad.mixed_grad)` expects.
 
     Raises:
-      ValueError: at trace time, a leaf of the parameters is not floating-point.
+      ValueError: at trace time, if a leaf of the parameters is not floating-point.
 
     Source: Kemaev et al., Scalable Meta-Learning via Mixed-Mode Differentiation, ICML 2025,
       https://arxiv.org/abs/2505.00793; Pearlmutter, Neural Computation 1994, for the product.
@@ -94,8 +97,8 @@ def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
             out = loss(params, *jax.tree.unflatten(structure, leaves))
             return out if has_aux else (out, None)
 
-        # What the loss closes over becomes an argument too: it may be differentiated on another level of nesting, and a
-        # custom rule must not hold what is being traced.
+        # Variables that the loss closes over become arguments too. They may be differentiated on another level of
+        # nesting, and a custom rule must not hold tracers.
         closed, shapes = jax.make_jaxpr(whole_loss, return_shape=True)(params, leaves)
         is_float_const = [_is_float(c) for c in closed.consts]
         is_float = is_float_const + is_float
@@ -120,7 +123,7 @@ def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
         def backward(residuals, cotangents):
             params, floats, fixed = residuals
             v, w = cotangents
-            # Auxiliary outputs that are no floats (counters, keys) have no cotangent.
+            # Auxiliary outputs that are not floating-point (counters, keys) have no cotangent.
             float_w = [c for c in jax.tree.leaves(w) if c.dtype != jax.dtypes.float0]
 
             def pulled_back(params, w):

@@ -1,4 +1,4 @@
-"""Several estimators in one, each for some leaves of λ."""
+"""Combines several estimators, each for some leaves of λ."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from metaopt import base, spaces
 
 
 class PartitionState(NamedTuple):
-    """What `partition` carries.
+    """The state of `partition`.
 
     Attributes:
-      states: of each estimator, by label.
-      done: [] bool by label: the estimator's horizon ended, so the next estimate starts it afresh.
-      key: what those starts draw from.
+      states: the state of each estimator, by label.
+      done: [] bool by label: the estimator's horizon has ended, so the next estimate restarts it.
+      key: the PRNG key for those restarts.
     """
 
     states: dict[str, base.EstimatorState]
@@ -28,25 +28,25 @@ def partition(
 ) -> base.Estimator:
     """Estimates dF/dλ leaf by leaf, with the estimator that suits the leaf: rates by unrolling, penalties implicitly.
 
-    Each estimator is made for the problem as a function of its own leaves alone; the others have their current value
-    and are constants. So an implicit rule is not asked for the rate that an unrolled one answers for. The cost is that
-    of all estimators together: each has a training run of its own.
+    Each estimator sees the problem as a function of only its own leaves. The other leaves are constants with their
+    current values. So an implicit rule need not handle a rate that an unrolled rule handles. The cost is that of all
+    estimators together, since each has its own training run.
 
     Args:
-      problem: in all of λ, or in unconstrained coordinates (`spaces.constrain`).
-      estimators: by label, `problem -> Estimator` for one task, such as
+      problem: the problem in all of λ, or in unconstrained coordinates (`spaces.constrain`).
+      estimators: by label, functions `problem -> Estimator` for one task, such as
         `lambda problem: hypergrad.unrolled(problem, num_steps=100)`. They are called while an estimate is traced.
-      labels: whose leaf it is: a tree of labels, a prefix of λ; or `path -> label`, where the path is written as
-        "layers/0/rate".
+      labels: the label of each leaf: a tree of labels that is a prefix of λ, or a function `path -> label`, where the
+        path is written as "layers/0/rate".
 
     Returns:
-      An `Estimator`. `value` is that of the first estimator, whose F the others should share: the kind is "exact" if
-      all are (and then the hypergradient is that of `value` if they run the same training), else the least certain of
-      theirs. `done` where all are; an estimator whose horizon ends before is started afresh on the same task.
-      Metrics: those of each estimator as "label/name", and "label/value".
+      An `Estimator`. `value` is that of the first estimator; the others should share its F. The kind is "exact" if all
+      estimators are exact. The hypergradient is then that of `value` if they run the same training. Otherwise, the kind
+      is the least certain of their kinds. It is `done` if all estimators are. An estimator whose horizon ends earlier
+      restarts on the same task. Metrics: those of each estimator as "label/name", and "label/value".
 
     Raises:
-      ValueError: there are no estimators; at trace time, a label has no estimator, or an estimator no leaf.
+      ValueError: if `estimators` is empty. At trace time, if a label has no estimator, or an estimator has no leaf.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
@@ -88,7 +88,7 @@ def partition(
         return found
 
     def parts(hyperparams):
-        """For every label: its estimator, and its leaves, with None in the place of the others'."""
+        """For every label: its estimator, and λ with only its leaves and None in place of the others."""
         leaves, structure = jax.tree.flatten(hyperparams)
         found = spread(hyperparams)
 
@@ -102,7 +102,7 @@ def partition(
             yield label, make(restricted), own
 
     def start(key, hyperparams, task):
-        # One key for all: rules that train from the same key see the same F.
+        # All estimators get one key: rules that train from the same key see the same F.
         return {label: estimator.init(key, own, task) for label, estimator, own in parts(hyperparams)}
 
     def init(key, hyperparams, task):

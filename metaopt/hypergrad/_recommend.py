@@ -1,4 +1,4 @@
-"""What each rule costs on a problem at hand, counted without running it, and which one to take."""
+"""Counts the cost of each rule on a given problem without running it, and recommends a rule."""
 
 import functools
 import math
@@ -28,16 +28,17 @@ from metaopt.hypergrad import (
 
 
 class Cost(NamedTuple):
-    """One rule on the problem at hand.
+    """The cost of one rule on the given problem.
 
     Attributes:
       name: the rule.
-      kind: the estimator's.
-      memory: MiB of temporary memory of one compiled estimate, as the compiler states it; NaN where refused.
-      flops: of one estimate, relative to plain training of `num_steps` with one evaluation of the outer loss; a lower
-        bound where a solver iterates until it has converged (`cg`), since one iteration is counted.
-      refused: why the rule cannot answer, or "".
-      stochastic: perturbs λ at random, so that its estimates have a variance, which nothing here says.
+      kind: the kind of the estimator.
+      memory: MiB of temporary memory of one compiled estimate, as the compiler reports it; NaN if the rule is refused
+        or the backend reports no figure.
+      flops: operations of one estimate, divided by those of plain training for `num_steps` with one evaluation of the
+        outer loss. It is a lower bound if a solver iterates until convergence (`cg`), since one iteration is counted.
+      refused: why the rule cannot handle this problem, or "".
+      stochastic: whether the rule perturbs λ at random. Its estimates then have a variance, which is not measured here.
     """
 
     name: str
@@ -49,12 +50,12 @@ class Cost(NamedTuple):
 
 
 class Recommendation(NamedTuple):
-    """What `recommend` returns; printed, it is a table.
+    """The result of `recommend`; it prints as a table.
 
     Attributes:
       costs: one `Cost` per rule.
-      take: the name of the rule to take.
-      why: one sentence.
+      take: the name of the recommended rule.
+      why: one sentence with the reason.
     """
 
     costs: list[Cost]
@@ -74,12 +75,13 @@ class Recommendation(NamedTuple):
 
 
 def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: int) -> dict[str, base.Estimator]:
-    """The rules that `recommend` compares by default, each for T inner steps; biased ones from the least to the most.
+    """The rules that `recommend` compares by default, each for T inner steps; biased rules start with the least biased.
 
-    Numbers that cost nothing (a step of the adjoint, a multiplier, σ) are the caller's to choose: any will do here.
+    Some arguments do not affect the cost, such as the adjoint rate, the multiplier and σ. Their values here are
+    arbitrary; the caller chooses them.
     """
     num_hyperparams = sum(np.size(leaf) for leaf in jax.tree.leaves(hyperparams))
-    # The largest divisor of T that is at most √T; a prime has none but 1.
+    # The largest divisor of T that is at most √T; for a prime T it is 1.
     window = max(k for k in range(1, math.isqrt(num_steps) + 1) if num_steps % k == 0)
     whole: dict[str, Any] = {"num_steps": num_steps}
     windows: dict[str, Any] = {**whole, "truncation_length": window}
@@ -88,13 +90,13 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
     rules = {f"unrolled, remat={r!r}".replace("'", '"'): _unroll.unrolled(problem, **whole, remat=r) for r in remats}
     if num_hyperparams <= 100:
         rules["forward"] = _forward.forward(problem, **whole)
-    # Exact in a limit: of training at rest, of a large multiplier, of small steps.
+    # Exact in a limit: converged training, a large multiplier, or small steps.
     rules["implicit"] = _implicit.implicit(problem, **whole)
     rules['implicit, condition="step"'] = _implicit.implicit(problem, **whole, condition="step")
     rules["warm_implicit"] = _implicit.warm_implicit(problem, **whole, adjoint_rate=0.1)
     rules["f2sa"] = _first_order.f2sa(problem, **whole, multiplier=10.0)
     rules["bome"] = _first_order.bome(problem, **whole)
-    # Short-sighted.
+    # Short-sighted rules.
     if window > 1:
         rules[f"truncated, {window} steps"] = _truncated.truncated(problem, **windows)
     rules["lookahead, 1 step"] = _lookahead.lookahead(problem, horizon=num_steps)
@@ -102,7 +104,7 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
     rules["t1t2"] = _truncated.t1t2(problem, **whole)
     rules["sama"] = _sama.sama(problem, horizon=num_steps)
     rules["hypergradient_descent"] = _hypergradient_descent.hypergradient_descent(problem, horizon=num_steps)
-    # From values of F.
+    # Rules that use values of F.
     rules["evolution, 3 pairs"] = _evolution.evolution(problem, **whole, **pairs)
     for name in ("persistent_es", "es_single", "truncated_es"):
         rules[f"{name}, 3 pairs, {window} steps"] = getattr(_evolution, name)(problem, **windows, **pairs)
@@ -120,34 +122,37 @@ def recommend(
     rules: Mapping[str, base.Estimator] | None = None,
     max_memory: float | None = None,
 ) -> Recommendation:
-    """Memory and operations of every rule on this problem, and the rule to take.
+    """Reports memory and operations of every rule on this problem, and recommends a rule.
 
-    Each rule that answers is compiled for the backend at hand (seconds each, several at a time; nothing is run), so
-    that memory is the compiler's own figure; operations are counted by `flops`. Among the rules that fit, the exact one
-    with the fewest operations is taken; where there is none, the first biased one, in the order of `rules`: how large a
-    bias is cannot be counted. Unbiased ones come after them, since their variance is not measured.
+    Each applicable rule is compiled for the current backend, several at a time, and nothing is run. One compilation
+    takes seconds. The memory is the compiler's own figure; `flops` counts the operations.
+
+    Among the rules that fit, the function recommends the exact rule with the fewest operations. If no exact rule fits,
+    it recommends the first biased rule in the order of `rules`, since the size of a bias cannot be counted. Unbiased
+    rules come after the biased ones, since their variance is not measured.
 
     Args:
-      problem: what is to be tuned.
+      problem: the problem to tune.
       hyperparams: λ; only its shapes matter.
-      task: one task; likewise.
+      task: one task; only its shapes matter.
       num_steps: T, at least 1.
-      rules: name -> estimator; by default every rule of this room for one task (`forward` up to 100 hyperparameters;
-        `partition` and `direct` are made of others), those that are exact in a limit before short-sighted ones.
-      max_memory: MiB of temporary memory that one estimate may take; by default there is no limit.
+      rules: name -> estimator. By default, the rules of `metaopt.hypergrad` for one task, except `partition`, `direct`
+        and `reptile`; `forward` only up to 100 hyperparameters. Rules that are exact in a limit come before
+        short-sighted ones.
+      max_memory: the limit on the temporary memory of one estimate, in MiB; unlimited by default.
 
     Returns:
       A `Recommendation`; print it.
 
     Raises:
-      ValueError: no rule can answer within `max_memory`.
+      ValueError: if `num_steps < 1`, or no rule can handle the problem within `max_memory`.
     """
     base.check_integer("num_steps", num_steps, 1)
     key = jax.random.key(0)
     loop = problem.loop
 
     def plain(hyperparams, task):
-        # As a scan, so that its length is in the program.
+        # A scan keeps its length in the program, so that `flops` can count it.
         state, _ = inner.run(loop, num_steps, trace_fn=lambda state: ())(key, hyperparams, task.train)
         batch = problem.outer_batch(key, task)
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
@@ -166,10 +171,10 @@ def recommend(
         stochastic = rule.kind == "unbiased" or "sampling_variance" in traced.out_info[0].metrics
         operations = _flops.of_jaxpr(traced.jaxpr.jaxpr)
         costs[name] = Cost(name, rule.kind, math.nan, operations / training, stochastic=stochastic)
-    with ThreadPoolExecutor() as pool:  # the compiler does not hold Python's lock
+    with ThreadPoolExecutor() as pool:  # the compiler releases Python's lock
         for name, compiled in zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True):
             stats = compiled.memory_analysis()
-            if stats:  # not every backend says
+            if stats:  # some backends report none
                 costs[name] = costs[name]._replace(memory=stats.temp_size_in_bytes / 2**20)
     costs = list(costs.values())
     fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
@@ -178,7 +183,7 @@ def recommend(
             f"No rule answers within `max_memory` = {max_memory} MiB:\n{Recommendation(costs, 'none', 'none fits.')}"
         )
     order = {"exact": 0, "biased": 1, "unbiased": 2, "pseudo": 3}
-    # `min` keeps the first of equals.
+    # `min` keeps the first of several equal rules.
     best = min(fitting, key=lambda c: (order[c.kind], *((c.flops, c.memory) if c.kind == "exact" else ())))
     why = f"of the rules that {'fit' if max_memory is not None else 'answer'}, "
     why += f"it is the {'cheapest' if best.kind == 'exact' else 'first'} {best.kind} one."

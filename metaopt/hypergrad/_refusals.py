@@ -1,4 +1,4 @@
-"""Where a leaf of λ enters a problem: a rule refuses the leaves that it would answer with a wrong zero."""
+"""Finds where each leaf of λ enters a problem, so that a rule can reject leaves that would get a wrong zero."""
 
 import jax
 
@@ -9,17 +9,17 @@ from metaopt.hypergrad import _implicit
 def entering(
     problem: base.Problem, state: base.InnerState, hyperparams: base.HyperParams, task: base.Task, *places: str
 ) -> dict[str, bool]:
-    """Which leaves of λ enter at least one of `places`.
+    """Reports which leaves of λ enter at least one of `places`.
 
     Args:
-      problem: where they enter, or not.
-      state: of the inner loop; only its shapes matter.
-      hyperparams: λ.
-      task: likewise.
-      *places: of "inner" (∇θ g), "model_state" (what the inner loss gives beside g), "update", "outer" (f).
+      problem: the problem that contains the places.
+      state: a state of the inner loop; only its shapes matter.
+      hyperparams: λ; only its shapes matter.
+      task: a task; only its shapes matter.
+      *places: any of "inner" (∇θ ℓ), "model_state" (the auxiliary output of the inner loss), "update", "outer" (f).
 
     Returns:
-      For each leaf of λ, by path, whether it does.
+      For each leaf of λ, by path: whether the leaf enters one of the places.
     """
     loop = problem.loop
 

@@ -1,4 +1,4 @@
-"""Reptile: the way that training went, as if it were a gradient of where it started."""
+"""Reptile: uses the path of training as if it were a gradient of the starting point."""
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +9,26 @@ from metaopt.hypergrad import _implicit
 
 
 def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
-    """Moves the initialization towards where training ends:
+    """Moves the initialization towards the point where training ends:
 
         hypergrad = (∂θ_0/∂λ)ᵀ (θ_0 − θ_T),
 
-    so that λ ← λ − ε hypergrad is λ + ε (θ_T − λ) where θ_0 = λ. It is the gradient of |θ_0(λ) − θ_T|²/2 with θ_T held,
-    and no gradient of F. For plain gradient descent at a rate α, (θ_0 − θ_T)/α is the sum of the gradients on the way.
+    so that the step λ ← λ − ε hypergrad becomes λ + ε (θ_T − λ) if θ_0 = λ. It is the gradient of |θ_0(λ) − θ_T|²/2
+    with θ_T held constant. It is not a gradient of F. For plain gradient descent at a rate α, (θ_0 − θ_T)/α is the sum
+    of the gradients along the path.
 
-    Costs a training run without derivatives; memory does not depend on T.
+    The cost is a training run without derivatives. The memory does not depend on T.
 
     Args:
-      problem: λ must enter the initialization, leaf by leaf. θ_T is trained on `task.train` alone: give the task all
-        of its data there where no query set is held back.
-      num_steps: T, at least 1; with T = 1 the expected direction is that of joint training on all tasks.
+      problem: each leaf of λ must enter the initialization. θ_T is trained only on `task.train`. If no query set is
+        held back, put all data of the task there.
+      num_steps: T, at least 1. With T = 1, the expected direction is that of joint training on all tasks.
 
     Returns:
-      An `Estimator` of kind "pseudo", `done` after every estimate; its state is a key. `value` is f(θ_T).
+      An `Estimator` of kind "pseudo", `done` after every estimate. Its state is a key. `value` is f(θ_T).
 
     Raises:
-      ValueError: `num_steps` is below 1; at trace time, θ_0 does not depend on a leaf of λ.
+      ValueError: if `num_steps < 1`; at trace time, if θ_0 does not depend on a leaf of λ.
 
     Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
     """

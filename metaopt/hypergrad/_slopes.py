@@ -1,11 +1,11 @@
-"""Slopes of a function of one variable by finite differences, with the error that the differences themselves have."""
+"""Slopes of a function of one variable by finite differences, with an estimate of the error of the differences."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-# Smaller steps get closer to λ than a kink is; larger steps stand out from rounding.
+# Smaller steps avoid a kink next to λ; larger steps raise the differences above rounding errors.
 _SMALLER, _LARGER = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5), (1e1, 1e2, 1e3)
 
 
@@ -65,21 +65,21 @@ def at_step(function: Callable[[float], float], center: float, step: float, nois
 def at_best_step(
     function: Callable[[float], float], center: float, step: float, noise: float, expected: float, rtol: float
 ) -> tuple[Slope, list[Slope]]:
-    """The slope at 0 at the step that gives it best: `step` first, then smaller and larger ones.
+    """The slope at 0, at the step that gives the best estimate: `step` first, then smaller and larger steps.
 
-    The search ends when a slope has an uncertainty below a tenth of `rtol` and equals `expected` to `rtol`, or when two
-    such slopes at different steps agree with each other. So a wrong `expected` is compared at two steps at least.
-
+    A slope is precise if its uncertainty is below a tenth of `rtol`. The search ends when a precise slope equals
+    `expected` to `rtol`, or when two precise slopes at different steps agree. So a wrong `expected` is compared at two
+    or more steps.
     Args:
       function: φ.
       center: φ(0).
-      step: the step to begin with.
+      step: the first step.
       noise: the relative rounding error of one value of φ.
       expected: the slope that the caller expects.
-      rtol: the relative accuracy that is needed.
+      rtol: the required relative accuracy.
 
     Returns:
-      The best `Slope`, and the slopes at all steps that were tried.
+      The best `Slope`, and the slopes at all steps of the search.
     """
     tried: list[Slope] = []
     precise: list[Slope] = []
@@ -97,12 +97,12 @@ def at_best_step(
             if any(_agree(slope, other) for other in precise):
                 return min(precise + [slope], key=lambda s: s.step), tried
             precise.append(slope)
-    # Steps that disagree have something between them, such as a kink: the smallest is closest to the slope at 0.
+    # If steps disagree, something lies between them, such as a kink. The smallest step is closest to the slope at 0.
     return min(precise, key=lambda s: s.step) if precise else min(tried, key=lambda s: s.uncertainty), tried
 
 
 def noise(tried: list[Slope]) -> float:
-    """The noise of φ, or 0 if the uncertainty has another cause than noise: noise in φ adds noise/h at each step h."""
+    """The noise of φ, or 0 if the uncertainty has another cause: noise in φ adds noise/h at each step h."""
     smallest = sorted(tried, key=lambda s: s.step)[:3]
     products = [s.uncertainty * s.step for s in smallest]
     constant = len(smallest) == 3 and np.isfinite(products).all() and max(products) < 10 * min(products)

@@ -1,8 +1,9 @@
-"""Linear solvers for implicit hypergradients: A v = b, with A known by its products alone.
+"""Linear solvers for implicit hypergradients: A v = b, where A is available only through products with vectors.
 
-A is the Hessian of the inner loss (positive definite at a strict minimum), its Gauss–Newton approximation, or I − Jᵀ of
-a training step's Jacobian J, which is not symmetric. Each factory returns a `Solver`; any function of its form will do.
-With κ = λmax/λmin of A and machine precision ε, no solver's v is more accurate than about κε relative to its norm.
+A is the Hessian of the inner loss (positive definite at a strict minimum), or its Gauss–Newton approximation. It can
+also be I − Jᵀ, where J is the Jacobian of a training step; this matrix is not symmetric. Each factory returns a
+`Solver`, and any function with the same signature works too. Let κ = λmax/λmin of A, and let ε be the machine
+precision. Then no solver's v is more accurate than about κε relative to its norm.
 """
 
 from typing import Any, Protocol
@@ -26,12 +27,12 @@ class Solver(Protocol):
     def __call__(
         self, matvec: Matvec, b: base.Params, initial: base.Params, *, key: jax.Array
     ) -> tuple[base.Params, Any]:
-        """v with A v ≈ b from the guess `initial`, and the number of products with A that it took; traceable."""
+        """v with A v ≈ b from the guess `initial`, and the number of products with A; it must be traceable."""
         ...
 
 
 def _vdot(x: base.Params, y: base.Params) -> jax.Array:
-    """⟨x, y⟩ as a sum in float32 or better: a dot product loses precision on some accelerators."""
+    """⟨x, y⟩ as a sum in float32 or better, since a dot product loses precision on some accelerators."""
 
     def leaf(x, y):
         dtype = jnp.result_type(x, jnp.float32)
@@ -46,7 +47,7 @@ def _add_scaled(x: base.Params, scale: jax.Array, y: base.Params) -> base.Params
 
 
 def _unless_nan(v: base.Params, residual: base.Params) -> base.Params:
-    """v, and NaN where the guess's residual is not finite: a loop ends there at once, and its guess is no answer."""
+    """v, or NaN if the guess's residual is not finite: the loop then ends at once, and its v is only the guess."""
     return jax.tree.map(lambda v, r: jnp.where(jnp.isfinite(r), v, jnp.nan), v, residual)
 
 
@@ -56,21 +57,22 @@ def _check(num_steps: int, tol: float = 0.0) -> None:
 
 
 def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
-    """Conjugate gradients, for symmetric positive definite A: the standard choice at a minimum of the inner loss.
+    """Conjugate gradients for a symmetric positive definite A: the standard choice at a minimum of the inner loss.
 
-    After k steps the error in the norm of A is at most 2((√κ − 1)/(√κ + 1))^k of the guess's, and as many steps as θ
-    has entries give the solution up to rounding. Before a direction of negative curvature it stops and returns what it
-    has. (JAX's own goes on through it, and does not say how many products it took.)
+    After k steps, the error in the norm of A is at most 2((√κ − 1)/(√κ + 1))^k times that of the guess. If the number
+    of steps equals the number of entries of θ, the solution is exact up to rounding. If the curvature along the next
+    direction is not positive, the solver stops and returns its current v. (JAX's own CG continues along such a
+    direction, and does not report its number of products.)
 
     Args:
-      num_steps: at most so many steps, a product each; at least 1.
-      tol: stops once ‖Av − b‖ ≤ tol ‖b‖, by the residual that the recurrence carries; 0 to take all steps.
+      num_steps: the maximum number of steps, with one product each; at least 1.
+      tol: stops once ‖Av − b‖ ≤ tol ‖b‖, for the residual that the recurrence carries. With 0 it takes all steps.
 
     Returns:
-      A `Solver` that starts from the guess; four vectors like θ in memory.
+      A `Solver` that starts from the guess. It needs the memory of four vectors like θ.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Source: Hestenes & Stiefel, 1952; for hypergradients Pedregosa, ICML 2016, https://arxiv.org/abs/1602.02355
 
@@ -109,19 +111,19 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
 
 
 def normal_cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
-    """Conjugate gradients on AᵀA v = Aᵀb: for any nonsingular A, indefinite Hessians among them.
+    """Conjugate gradients on AᵀA v = Aᵀb, for any nonsingular A, including indefinite Hessians.
 
-    The price is the square of the condition number, and two products per step.
+    This squares the condition number and takes two products per step.
 
     Args:
-      num_steps: at most so many steps, two products each; at least 1.
+      num_steps: the maximum number of steps, with two products each; at least 1.
       tol: stops once ‖Aᵀ(Av − b)‖ ≤ tol ‖Aᵀb‖.
 
     Returns:
-      A `Solver` that starts from the guess. Its products with Aᵀ are transposed by JAX.
+      A `Solver` that starts from the guess. JAX derives the products with Aᵀ from `matvec`.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
     """
     solve_normal = cg(num_steps=num_steps, tol=tol)
 
@@ -134,16 +136,16 @@ def normal_cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
 
 
 def gmres(*, num_steps: int = 20) -> Solver:
-    """GMRES (JAX's): the smallest residual over a Krylov space, for any nonsingular A.
+    """GMRES (from JAX): the smallest residual over a Krylov space, for any nonsingular A.
 
     Args:
-      num_steps: the dimension of the space, a product each, at least 1; there are no restarts.
+      num_steps: the dimension of the space, with one product each; at least 1. There are no restarts.
 
     Returns:
-      A `Solver` that starts from the guess; `num_steps` vectors like θ in memory.
+      A `Solver` that starts from the guess. It needs the memory of `num_steps` vectors like θ.
 
     Raises:
-      ValueError: `num_steps` is below 1.
+      ValueError: if `num_steps < 1`.
 
     Source: Saad & Schultz, 1986; for hypergradients Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
     """
@@ -151,10 +153,10 @@ def gmres(*, num_steps: int = 20) -> Solver:
 
     def solve(matvec, b, initial, *, key):
         del key
-        # For the correction from zero: JAX's tolerance divides by ‖b‖, which may be 0 where the guess is not.
+        # Solve for the correction, from zero: JAX's tolerance divides by ‖b‖, which may be 0 even if the guess is not.
         r = optax.tree.sub(b, matvec(initial))
         dim = min(num_steps, sum(leaf.size for leaf in jax.tree.leaves(b)))
-        # "incremental" is the one that does not square the condition number.
+        # Only the method "incremental" does not square the condition number.
         change, _ = linalg.gmres(matvec, r, tol=0.0, restart=dim, maxiter=1, solve_method="incremental")
         return _unless_nan(optax.tree.add(initial, change), r), dim + 3
 
@@ -162,18 +164,18 @@ def gmres(*, num_steps: int = 20) -> Solver:
 
 
 def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
-    """BiCGSTAB (JAX's), for any nonsingular A, in the memory of a few vectors; its residual may go up and down.
+    """BiCGSTAB (from JAX), for any nonsingular A, in the memory of a few vectors. Its residual may rise and fall.
 
     Args:
-      num_steps: at most so many steps, two products each; at least 1.
+      num_steps: the maximum number of steps, with two products each; at least 1.
       tol: stops once ‖Av − b‖ ≤ tol ‖b‖; positive.
 
     Returns:
-      A `Solver` that starts from the guess; its number of products is what all steps take, since JAX does not say how
-      many it took.
+      A `Solver` that starts from the guess. It reports the number of products of all `num_steps` steps, since JAX does
+      not report how many steps it took.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Source: van der Vorst, 1992.
     """
@@ -192,23 +194,23 @@ def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
 
 
 def neumann(*, num_steps: int, rate: float) -> Solver:
-    """K steps of v ← v − rate (A v − b); from a guess of zero, the truncated Neumann series
+    """K steps of v ← v − rate (A v − b). From a guess of zero, this is the truncated Neumann series
 
         v_K = rate Σ_{k<K} (I − rate A)^k b,    v_K − v = (I − rate A)^K (v_0 − v).
 
-    Converges where the spectral radius of I − rate A is below 1: for a symmetric A, rate < 2 / λmax. With
-    `condition="step"` of `implicit` and a rate of 1 this is the fixed-point rule, v ← (∂Φ/∂θ)ᵀ v + ∂f/∂θ, which
-    converges wherever training does, at the same speed.
+    It converges if the spectral radius of I − rate A is below 1. For a symmetric A this means rate < 2 / λmax. With
+    `condition="step"` of `implicit` and a rate of 1 it is the fixed-point rule v ← (∂Φ/∂θ)ᵀ v + ∂f/∂θ. That rule
+    converges whenever training converges, and at the same speed.
 
     Args:
-      num_steps: K, a product each; at least 1.
+      num_steps: K, with one product each; at least 1.
       rate: in 1/curvature, positive.
 
     Returns:
       A `Solver` that starts from the guess.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Source: Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590
     """
@@ -228,24 +230,25 @@ def neumann(*, num_steps: int, rate: float) -> Solver:
 
 
 def nystrom(*, rank: int, damping: float) -> Solver:
-    """Nyström approximation of a positive semidefinite A by k of its columns, inverted by Woodbury's formula:
+    """Nyström approximation of a positive semidefinite A from k of its columns, inverted with Woodbury's formula:
 
         v = (A_k + ρI)⁻¹ b,    A_k = C W⁺ Cᵀ = B Bᵀ,    C = A[:, K],  W = A[K, K],    K random,
 
         (B Bᵀ + ρI)⁻¹ b = (b − B (ρI + BᵀB)⁻¹ Bᵀ b) / ρ.
 
-    Neither iterations nor rates. At full rank A_k = A, and what remains is ρ's bias, v − A⁻¹b = −ρ (A + ρI)⁻¹ A⁻¹b.
-    Below, directions that A_k misses count as having curvature ρ. Eigenvalues of W that are negative count as 0.
+    It needs no iterations and no rate. At full rank A_k = A, and only the bias from ρ remains:
+    v − A⁻¹b = −ρ (A + ρI)⁻¹ A⁻¹b. At a lower rank, directions that A_k misses are treated as if their curvature were ρ.
+    Negative eigenvalues of W are treated as 0.
 
     Args:
-      rank: k, columns and products, at least 1; all columns, where θ has fewer entries.
+      rank: k, the number of columns and of products, at least 1. If θ has fewer entries, all columns are used.
       damping: ρ, in curvature, positive.
 
     Returns:
-      A `Solver` that draws its columns by the key and needs no guess; k vectors like θ in memory.
+      A `Solver` that draws its columns with the key and needs no guess. It needs the memory of k vectors like θ.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
     """
@@ -255,7 +258,7 @@ def nystrom(*, rank: int, damping: float) -> Solver:
     def solve(matvec, b, initial, *, key):
         del initial
         narrow, unravel = ravel_pytree(b)
-        flat = narrow.astype(jnp.promote_types(narrow.dtype, jnp.float32))  # factorizations need as much
+        flat = narrow.astype(jnp.promote_types(narrow.dtype, jnp.float32))  # factorizations need at least float32
         columns = jax.random.choice(key, flat.size, (min(rank, flat.size),), replace=False)
 
         def column(i):
@@ -267,7 +270,7 @@ def nystrom(*, rank: int, damping: float) -> Solver:
         positive = eigenvalues > len(columns) * jnp.finfo(flat.dtype).eps * eigenvalues[-1]
         scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
         with jax.default_matmul_precision("highest"):
-            bt = scale[:, None] * (q.T @ c)  # Bᵀ: a factor, since W + CᵀC/ρ has the square of its condition number
+            bt = scale[:, None] * (q.T @ c)  # Bᵀ. A factor, because W + CᵀC/ρ would have the squared condition number
             inner = jnp.linalg.solve(bt @ bt.T + damping * jnp.eye(len(columns), dtype=flat.dtype), bt @ flat)
             return unravel(((flat - bt.T @ inner) / damping).astype(narrow.dtype)), len(columns)
 
@@ -275,17 +278,17 @@ def nystrom(*, rank: int, damping: float) -> Solver:
 
 
 def dense() -> Solver:
-    """The whole matrix, and a direct solve: for θ of up to some thousand entries, and to check other solvers by.
+    """Builds the whole matrix and solves directly: for θ of up to a few thousand entries, and to check other solvers.
 
     Returns:
-      A `Solver` that takes n products at once and n² numbers of memory, and needs no guess.
+      A `Solver` that takes n products at once and the memory of n² numbers. It needs no guess.
     """
 
     def solve(matvec, b, initial, *, key):
         del initial, key
         flat, unravel = ravel_pytree(b)
         rows = jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype))
-        wide = jnp.promote_types(flat.dtype, jnp.float32)  # factorizations need as much
+        wide = jnp.promote_types(flat.dtype, jnp.float32)  # factorizations need at least float32
         v = jnp.linalg.solve(rows.T.astype(wide), flat.astype(wide))
         return unravel(v.astype(flat.dtype)), flat.size
 
@@ -293,15 +296,16 @@ def dense() -> Solver:
 
 
 def lineax(solver: Any, *, tags: Any = ()) -> Solver:
-    """Any solver of lineax (`pip install "metaopt-jax[lineax]"`), such as `lineax.CG(rtol=1e-6, atol=0)`.
+    """Any solver from lineax (`pip install "metaopt-jax[lineax]"`), such as `lineax.CG(rtol=1e-6, atol=0)`.
 
     Args:
       solver: a `lineax.AbstractLinearSolver`.
-      tags: what is promised of A, such as `lineax.positive_semidefinite_tag`, which CG and Cholesky ask for.
+      tags: properties of A that the caller guarantees, such as `lineax.positive_semidefinite_tag`, which CG and
+        Cholesky require.
 
     Returns:
-      A `Solver`. Iterative ones start from the guess; where they do not converge, the result is what they have. Its
-      number of products is lineax's count of steps, or the entries of θ where it builds the matrix.
+      A `Solver`. Iterative solvers start from the guess. If they do not converge, the result is their last iterate. The
+      number of products is lineax's count of steps, or the number of entries of θ if lineax reports no count.
     """
     import lineax as lx
 

@@ -1,4 +1,4 @@
-"""Where a hypergradient comes from: the part of every inner step in it."""
+"""Shows where a hypergradient comes from: the contribution of every inner step."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from metaopt.hypergrad import _mixed, _unroll
 
 
 class Contributions(NamedTuple):
-    """The parts of dF/dλ, by the place where λ enters; their sum (`steps` over its leading axis) is dF/dλ.
+    """The parts of dF/dλ, by the place where λ enters. Their sum (`steps` over its leading axis) is dF/dλ.
 
     Attributes:
-      start: through the initialization; like λ.
-      steps: ∂F/∂λ_t, where step t alone (its inner loss and its update) sees λ_t; like λ with a leading axis of T.
-      outer: through the outer loss itself, ∂f/∂λ; like λ.
+      start: the part through the initialization; like λ.
+      steps: ∂F/∂λ_t, where only step t (its inner loss and its update) uses λ_t; like λ with a leading axis of T.
+      outer: the part through the outer loss itself, ∂f/∂λ; like λ.
     """
 
     start: base.HyperParams
@@ -33,27 +33,27 @@ def trace(
     remat: str | int = "none",
     grad: Callable = _mixed.mixed_grad,
 ) -> Callable:
-    """Takes the hypergradient of `unrolled` apart into the contribution of every inner step, to plot or to debug.
+    """Splits the hypergradient of `unrolled` into the contribution of every inner step, for plots or debugging.
 
         dF/dλ = ∂F/∂λ_start + Σ_{t=1..T} ∂F/∂λ_t + ∂F/∂λ_outer
 
-    where each place at which λ enters has a λ of its own, all of one value. Contributions that grow as t falls are an
-    exploding product of Jacobians; those that vanish say how short a truncation would do. Time and memory of
-    `unrolled`, and T copies of λ. Works under jit, vmap and further differentiation.
+    Here each place where λ enters has its own copy of λ, and all copies have the same value. If contributions grow as t
+    falls, the product of Jacobians explodes. If they vanish as t falls, they show how short a truncation may be. Time
+    and memory are those of `unrolled`, plus T copies of λ. Works under jit, vmap and further differentiation.
 
     Args:
-      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 0.
       outer: as in `unrolled`: "last", "mean", or T weights.
       remat: "none", "step", "grads", "sqrt" or a number of levels; see `unroll`.
-      grad: what takes the inner gradient; see `inner.step`.
+      grad: the function that takes the inner gradient; see `inner.step`.
 
     Returns:
-      `(key, hyperparams, task) -> Contributions`, in outer loss per unit of λ, for the training that
+      `(key, hyperparams, task) -> Contributions`, in outer loss per unit of λ. They belong to the training that
       `unrolled(...).estimate` runs from the state `key`.
 
     Raises:
-      ValueError: `num_steps`, `remat` or the number of weights is wrong.
+      ValueError: if `num_steps`, `remat` or the number of weights is wrong.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
@@ -73,7 +73,7 @@ def trace(
     loop = problem.loop
 
     def contributions(key, hyperparams, task):
-        run_key, _ = jax.random.split(key)  # as an estimate of `unrolled` does
+        run_key, _ = jax.random.split(key)  # as in an estimate of `unrolled`
         train_key, outer_key = jax.random.split(run_key)
         batch = problem.outer_batch(outer_key, task)
 

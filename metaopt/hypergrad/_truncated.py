@@ -1,4 +1,4 @@
-"""Truncated backpropagation: a training run goes on between outer steps, and each looks back over a window of it.
+"""Truncated backpropagation: a training run continues between outer steps; each outer step looks back over one window.
 
 θ_{s+K} = Φ^K(θ_s, λ),    F(λ) = Σ_{t=s+1..s+K} w_t f(θ_t(λ), λ)  with θ_s held constant.
 """
@@ -13,12 +13,12 @@ from metaopt.hypergrad import _mixed, _unroll
 
 
 class TruncatedState(NamedTuple):
-    """What `truncated` carries.
+    """The state of `truncated`.
 
     Attributes:
-      inner: the inner loop's state, where the next window starts.
-      start_key: what the inner loop was initialized with.
-      key: what later estimates draw from.
+      inner: the inner loop's state at the start of the next window.
+      start_key: the PRNG key of the inner loop's initialization.
+      key: the PRNG key for later estimates.
     """
 
     inner: base.InnerState
@@ -35,32 +35,32 @@ def truncated(
     remat: str | int = "none",
     grad: Callable = _mixed.mixed_grad,
 ) -> base.Estimator:
-    """Estimates dF/dλ by reverse mode through the next K steps of a training run of T, which goes on from there.
+    """Estimates dF/dλ by reverse mode through the next K steps of a training run of T steps, and continues the run.
 
         F(λ) = Σ_{t=1..K} w_t f(θ_{s+t}(λ), λ)  with θ_s held constant
 
-    λ is updated T/K times in one training run, and an estimate costs K steps. It is exact for its own F, and leaves out
-    how λ shaped θ_s: short windows favor what pays off at once, such as small rates (Wu et al.). The window that starts
-    the run differentiates the initialization too, so that λ may enter there; later windows have no part in it. (Under
-    vmap a branch that is not taken is computed too: over tasks, every window pays for an initialization.)
-    K = T is `unrolled`, K = 1 is `t1t2`; `lookahead` looks ahead of its run instead, and drops what it looked at.
+    λ is updated T/K times in one training run, and an estimate costs K steps. It is exact for its own F, but it ignores
+    how λ has shaped θ_s. So short windows favor quick gains, such as small rates (Wu et al.). The first window of a run
+    also differentiates the initialization, so λ may enter there. Later windows ignore the initialization. (Under vmap,
+    both branches are computed: over tasks, every window pays for an initialization.) With K = T, this is `unrolled`;
+    with K = 1, it is `t1t2`. In contrast, `lookahead` looks ahead of its run and discards those steps.
 
-    All runs that start together end together: `training.learner(..., stagger=T // K)` spreads the slots of a batch.
+    All runs that start together end together. `training.learner(..., stagger=T // K)` spreads the slots of a batch.
 
     Args:
-      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, the horizon, at least 1; `done` once T steps are taken.
       truncation_length: K, at least 1; divides T.
       outer: "last" judges the window's last step, "mean" the mean over its steps.
-      remat: "none", "step", "grads", "sqrt" or a number of levels, over the window; time and memory as in `unroll`,
-        with K for T.
-      grad: what takes the inner gradient; see `inner.step`.
+      remat: "none", "step", "grads", "sqrt" or a number of levels, over the window. Time and memory are as in `unroll`,
+        with K in place of T.
+      grad: the function that takes the inner gradient; see `inner.step`.
 
     Returns:
-      An `Estimator`; its kind is "biased", and "exact" where K = T. Metrics: "inner_steps", the steps taken.
+      An `Estimator` of kind "biased", or "exact" if K = T. Metrics: "inner_steps", the number of steps taken.
 
     Raises:
-      ValueError: a count is below 1, K does not divide T, or `outer` or `remat` is unknown.
+      ValueError: if a count is below 1, K does not divide T, or `outer` or `remat` is unknown.
 
     Source: Shaban et al., AISTATS 2019, https://arxiv.org/abs/1810.10667; the bias: Wu et al., ICLR 2018,
       https://arxiv.org/abs/1803.02021.
@@ -94,7 +94,7 @@ def truncated(
             def outer_loss(state):
                 return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
-            # The same start again, as a function of λ.
+            # The same initialization again, as a function of λ.
             start = jax.lax.cond(
                 first, lambda: loop.init(state.start_key, hyperparams, task.train), lambda: state.inner
             )
@@ -115,19 +115,19 @@ def t1t2(problem: base.Problem, *, num_steps: int, grad: Callable = _mixed.mixed
 
         θ ← Φ(θ, λ) (T1),    dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ (T2)
 
-    λ and θ are trained side by side. For SGD of rate η, as in the paper, the second part is −η (∂f/∂θ) ∂²g/∂θ∂λ; here Φ
-    is any optimizer.
+    λ and θ are trained side by side. For SGD with rate η, as in the paper, the second part is −η (∂f/∂θ) ∂²ℓ/∂θ∂λ. Here
+    Φ is any optimizer.
 
     Args:
-      problem: λ should enter the inner loss or the outer loss; rates are best tuned over longer windows.
+      problem: λ should enter the inner loss or the outer loss. Longer windows are better for rates.
       num_steps: T, the horizon, at least 1; `done` once T steps are taken.
-      grad: what takes the inner gradient; see `inner.step`.
+      grad: the function that takes the inner gradient; see `inner.step`.
 
     Returns:
-      An `Estimator`; its kind is "biased" (T = 1: "exact").
+      An `Estimator` of kind "biased", or "exact" if T = 1.
 
     Raises:
-      ValueError: `num_steps` is below 1.
+      ValueError: if `num_steps < 1`.
 
     Source: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727.
     """

@@ -1,9 +1,9 @@
-"""Reverse-mode hypergradients through the whole of training.
+"""Reverse-mode hypergradients through the whole training run.
 
     θ_{t+1} = Φ(θ_t, λ),    dF/dλ = Σ_t w_t [∂f/∂λ + (∂f/∂θ_t) dθ_t/dλ],
 
-by differentiating the program that trains. Exact, for any λ that enters anywhere: the initialization, the loss, the
-optimizer, the outer loss. What it costs is memory, and checkpointing buys memory with recomputation.
+by differentiation of the training program. They are exact, for any λ that enters anywhere: the initialization, the
+loss, the optimizer, the outer loss. Their cost is memory. Checkpointing reduces the memory and adds recomputation.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from metaopt import base, inner
 from metaopt.hypergrad import _mixed
 
 REMAT = ("none", "step", "grads", "sqrt")
-# Steps up to which a loop is written out: a tenth faster for small models (MAML), longer to compile. Its memory grows
-# with the steps; above 32 MiB the C library maps it anew at every call, and a scan that stays below can take a third of
-# the time (`experiments/results/anil.md`).
+# Loops of up to this many steps are written out. This is a tenth faster for small models (MAML), but takes longer to
+# compile. Its memory grows with the steps. Above 32 MiB, the C library maps this memory again at every call. A scan
+# that stays below this limit can take a third of the time (`experiments/results/anil.md`).
 UNROLLED = 5
 
 
@@ -33,33 +33,34 @@ def _check(num_steps: int, remat: str | int) -> None:
 
 
 def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat: str | int) -> tuple[Any, Any]:
-    """`jax.lax.scan` whose reverse pass stores less.
+    """`jax.lax.scan` with a reverse pass that stores less.
 
     Args:
       step: `(carry, x) -> (carry, y)`.
-      carry: where it starts.
+      carry: the initial carry.
       xs: per-step inputs with a leading axis of `length`, or None.
       length: T.
-      remat: "none" stores what every step computed; "step" stores each step's carry and recomputes within the step;
-        "sqrt" stores √T carries, and recomputes a stretch of √T steps at a time, each with its own steps recomputed;
-        an integer k has k levels of such stretches, one within the other: about k T^(1/k) carries, each step
-        computed k times again ("step" is 1, "sqrt" is 2; more than log₂ T are no use, and are not taken).
-        Within "step", and within the shortest stretches, the gradients that `mixed_grad` returns are stored too.
-        "grads" is "sqrt" with those gradients stored for all steps: a stretch is then computed again without the loss,
-        by the optimizer's updates alone.
+      remat: the values that are stored. "none" stores all values of every step. "step" stores each step's carry and
+        recomputes within the step. "sqrt" stores √T carries. It recomputes a stretch of √T steps at a time, and within
+        it each step again. An integer k has k nested levels of such stretches: it stores about k T^(1/k) carries and
+        computes each step k more times. So "step" is 1 and "sqrt" is 2. More than log₂ T levels do not help, so k is
+        limited to log₂ T. With "step", and within the shortest stretches, the gradients that `mixed_grad` returns are
+        stored too. "grads" is "sqrt" with those gradients stored for all steps. A stretch is then recomputed without
+        the loss, only with the optimizer's updates.
 
     Returns:
       The last carry, and the stacked y.
 
     Raises:
-      ValueError: `length` is negative or `remat` is unknown.
+      ValueError: if `length` is negative, `remat` is unknown, or `xs` does not have `length` entries.
     """
     _check(length, remat)
     step, policy = _mixed.keeping(step)
     if remat == "none" and 0 < length <= UNROLLED:
-        # The first step before the scan, whose carry has an axis of tasks under `vmap`: what all tasks start from has
-        # none, and its products are one for all tasks (a tenth of MAML's time with one step).
-        carry, xs = jax.tree.map(jnp.asarray, (carry, xs))  # as a scan does
+        # The first step runs before the scan. Under `vmap`, the carry of a scan has an axis of tasks. The shared start
+        # of all tasks has no such axis, so its products are computed once for all tasks. This saves a tenth of MAML's
+        # time with one step.
+        carry, xs = jax.tree.map(jnp.asarray, (carry, xs))  # as in a scan
         if any(len(x) != length for x in jax.tree.leaves(xs)):
             raise ValueError(
                 f"`xs` must have {length} entries, one a step; got {[len(x) for x in jax.tree.leaves(xs)]}."
@@ -75,10 +76,10 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
         return jax.lax.scan(step, carry, xs, length=length)
     levels = {"step": 1, "grads": 2, "sqrt": 2}[remat] if isinstance(remat, str) else remat
     levels = min(levels, max(length.bit_length() - 1, 1))
-    # What `mixed_grad` returns is kept: its reverse rule does not need the forward pass again. A loop of one step is
-    # inlined by XLA, which would there share what is to be computed anew.
+    # The gradients that `mixed_grad` returns are kept, since its reverse rule then needs no second forward pass. XLA
+    # inlines a loop of one step. It would then share the values that should be computed again.
     step = jax.checkpoint(step, prevent_cse=length == 1, policy=policy)
-    # The least whole number whose power is T at least, to rounding.
+    # The smallest integer whose power `levels` is at least T, up to rounding.
     branches = int(np.ceil(round(length ** (1 / levels), 9)))
     between = policy if remat == "grads" else None
     return _stretched(step, carry, xs, length=length, branches=branches, levels=levels, policy=between)
@@ -87,7 +88,7 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
 def _stretched(
     step: Callable, carry: Any, xs: Any, *, length: int, branches: int, levels: int, policy: Callable | None
 ) -> tuple[Any, Any]:
-    """A scan in stretches of branches^(levels - 1) steps, checkpointed, each in shorter ones; the rest is one more."""
+    """A scan in checkpointed stretches of branches^(levels - 1) steps, split recursively; the rest forms one more."""
     while levels > 1 and length <= branches ** (levels - 1):
         levels -= 1
     if levels == 1:
@@ -110,7 +111,7 @@ def _stretched(
 
 
 def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ); or None, and w_T, where only the last step is known to count."""
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ), and 1; or None and w_T if only the last step is known to count."""
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
@@ -131,7 +132,7 @@ def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: i
 def _weighted_scan(
     step: Callable, outer_loss: Callable, state: Any, xs: Any, *, weights: tuple, num_steps: int, remat: str | int
 ) -> tuple[jax.Array, Any]:
-    """Σ_t w_t outer_loss(state_t) along a checkpointed scan of `step`, `(state, x) -> state`; and the last state."""
+    """Σ_t w_t outer_loss(state_t) along a checkpointed scan of `step`, `(state, x) -> state`, and the last state."""
     each, last = weights
 
     def weighted(state, x):
@@ -143,7 +144,7 @@ def _weighted_scan(
         value = lambda state: weight.astype(shape.dtype) * outer_loss(state)
         if not some_zero:
             return state, value(state)
-        # Without weight it is not evaluated: a loss that overflows at an early step would be 0 · ∞.
+        # Steps of weight 0 do not evaluate the loss: if it overflows at an early step, 0 · ∞ would be NaN.
         return state, jax.lax.cond(weight != 0, value, lambda state: jnp.zeros(shape.shape, shape.dtype), state)
 
     some_zero = isinstance(each, jax.Array) or not np.all(each)
@@ -155,28 +156,33 @@ def _weighted_scan(
 def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", grad: Callable = jax.grad) -> Callable:
     """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
 
-    Reverse mode stores, per step, everything ("none": 2.9 times the operations of plain training), the state alone
-    ("step": 3.9), √T states ("sqrt": 5.0), or about k T^(1/k) states (an integer k: each level is one more forward
-    pass). With `mixed_grad` it stores the gradients of the steps whose states are stored too, which saves a
-    recomputation ("step": 3.3, "sqrt": 4.4); with "grads" those of all steps, and √T states (3.4): with Adam, whose
-    state is three times the parameters, a third of the memory of "step", and in long runs less time. (Without
-    `mixed_grad` it is "sqrt"; a model state, such as batch statistics, is computed again by the loss.) Time follows
-    where matrix products dominate; in small networks memory traffic does, and it is more (the README's tables). Forward
-    mode (`jax.jvp`, `jax.jacfwd`) works too, with memory that does not depend on T, as do vmap and any nesting. Loops
-    of at most 5 steps that store everything are written out.
+    In reverse mode, `remat` determines the stored values. The figures are operations in multiples of plain training:
+
+    - "none" stores everything in each step: 2.9.
+    - "step" stores only the state of each step: 3.9, or 3.3 with `mixed_grad`.
+    - "sqrt" stores √T states: 5.0, or 4.4 with `mixed_grad`.
+    - An integer k stores about k T^(1/k) states: each level is one more forward pass.
+    - "grads" with `mixed_grad` stores the gradients of all steps and √T states: 3.4. With Adam, whose state is three
+      times the parameters, it takes a third of the memory of "step", and in long runs less time. Without `mixed_grad`
+      it is "sqrt". The loss computes a model state, such as batch statistics, again.
+
+    With `mixed_grad`, if the state of a step is stored, its gradient is stored too, which saves a recomputation. The
+    time follows these figures if matrix products dominate. In small networks, memory traffic dominates, and the time is
+    longer (see the tables in the README). Forward mode (`jax.jvp`, `jax.jacfwd`) works too, with memory that does not
+    depend on T. vmap and any nesting also work. Loops of at most 5 steps that store everything are written out.
 
     Args:
-      loop: how θ is trained.
+      loop: the inner loop, which trains θ.
       num_steps: T, at least 0.
       remat: "none", "step", "grads", "sqrt", or a number of levels; see `checkpointed_scan`.
-      grad: what takes the inner gradient; see `inner.step`. `hypergrad.mixed_grad` saves time and memory where only
-        reverse mode is needed.
+      grad: the function that takes the inner gradient; see `inner.step`. If only reverse mode is needed,
+        `hypergrad.mixed_grad` saves time and memory.
 
     Returns:
-      `(key, hyperparams, data) -> InnerState` after T steps; `loop.params` takes θ out of it.
+      `(key, hyperparams, data) -> InnerState` after T steps. `loop.params` extracts θ from it.
 
     Raises:
-      ValueError: `num_steps` is negative or `remat` is unknown.
+      ValueError: if `num_steps` is negative, or `remat` is unknown.
 
     >>> import jax, optax
     >>> from metaopt import hypergrad, inner
@@ -214,23 +220,25 @@ def unrolled(
 
         F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
-    Every call starts anew, with a fresh key for the initialization, the order of the data and the noise; F is then a
-    sample of its mean over keys. Works under jit and vmap. The estimate may be differentiated again: its hypergradient
-    in either mode, its value in reverse mode (in forward mode with `grad=jax.grad`).
+    Every call starts from scratch, with a new key for the initialization, the order of the data and the noise. So F is
+    a sample of its mean over keys. The rule works under jit and vmap. The estimate may be differentiated again: its
+    hypergradient in either mode, and its value in reverse mode (in forward mode with `grad=jax.grad`).
 
     Args:
-      problem: any; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
+      problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
-      remat: "none", "step", "grads", "sqrt", or a number of levels; time and memory in `unroll`.
-      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T, which may be traced: a schedule of the outer
-        step. f is not evaluated at steps of weight zero, nor has F a derivative by such a weight.
-      grad: what takes the inner gradient; see `inner.step`. `mixed_grad` says where `jax.grad` is to be taken instead.
+      remat: "none", "step", "grads", "sqrt", or a number of levels; see `unroll` for time and memory.
+      outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. Traced weights are allowed, such as a schedule
+        of the outer step. The rule does not evaluate f at steps of weight zero. F has no derivative with respect to
+        such a weight.
+      grad: the function that takes the inner gradient; see `inner.step`. The docstring of `mixed_grad` states when to
+        use `jax.grad` instead.
 
     Returns:
-      An `Estimator` of kind "exact", `done` after every estimate; its state is a key.
+      An `Estimator` of kind "exact", `done` after every estimate. Its state is a key.
 
     Raises:
-      ValueError: `num_steps`, `remat` or the number of weights is wrong.
+      ValueError: if `num_steps`, `remat` or the number of weights is wrong.
 
     Source: Domke, AISTATS 2012; Maclaurin, Duvenaud & Adams, ICML 2015, https://arxiv.org/abs/1502.03492; Franceschi
       et al., ICML 2017, https://arxiv.org/abs/1703.01785. MAML's per-step losses: Antoniou et al., ICLR 2019.
@@ -243,7 +251,7 @@ def unrolled(
         train_key, outer_key = jax.random.split(key)
 
         def outer_loss(state):
-            # The same validation batch for every step of one training.
+            # Every step of one training run uses the same validation batch.
             batch = problem.outer_batch(outer_key, task)
             return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 

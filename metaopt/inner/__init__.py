@@ -1,4 +1,4 @@
-"""How the inner parameters are trained: any loss, any optax factory, any module."""
+"""Training of the inner parameters, with any loss, any optax factory and any module."""
 
 from metaopt.inner._im2col import im2col
 from metaopt.inner._loop import LoopState, loop, problem, run, step

@@ -1,12 +1,14 @@
-"""A convolution that stays in the one layout that XLA's CPU kernels know: so do its derivatives, and batches of it.
+"""A convolution for CPU that stays in the one layout of XLA's fast kernels, including its derivatives and batches.
 
-The kernels (Eigen's: patches are packed into the cache piece by piece, and multiplied) take images [N, ..., C] with
-windows [..., C, D]. XLA brings other layouts into this one in a program's entry computation alone, so that the backward
-pass of a loop's body falls back to plain loops, a hundred times slower; and windows that differ between tasks become
-groups, which have no kernel either. This primitive is written out in that layout wherever it is compiled, and one task
-after the other where both images and windows have a leading axis of tasks. The derivatives of a strided convolution are
-not: they have images, or a window, with holes in them, and are matrix products with slices (a twelfth off an outer step
-of MAML on conv4 with strides, an eighth in a scan, for 3 s more of compiling).
+The kernels (Eigen's: they pack patches into the cache piece by piece, and multiply them) take images [N, ..., C] with
+windows [..., C, D]. XLA converts other layouts into this one only in the entry computation of a program. In the body of
+a loop, the backward pass therefore runs as plain loops, a hundred times slower. Windows that differ between tasks
+become groups, for which XLA lacks a fast kernel, too.
+
+This primitive is compiled in that layout everywhere. If both images and windows have a leading axis of tasks, it
+computes one task after the other. The derivatives of a strided convolution are an exception: they have holes in the
+images or in the window, and become matrix products with slices. On conv4 with strides, this saves a twelfth of an outer
+step of MAML, or an eighth in a scan, for 3 s more of compilation.
 """
 
 import functools
@@ -23,11 +25,11 @@ from jax.interpreters import ad, batching, mlir
 from metaopt import rewrite
 
 _convolution_p = core.Primitive("cpu_convolution")
-LARGE = 2**28  # bytes: more is not made at once, of patches or of their cotangents
+LARGE = 2**28  # bytes: the largest array of patches, or of their cotangents, that is made at once
 
 
 def convolution(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
-    """The convolution that `jax.lax.conv_general_dilated` binds `params` to, without groups."""
+    """The convolution, without groups, that `params` of the primitive of `jax.lax.conv_general_dilated` describe."""
     return _convolution_p.bind(x, w, num_tasks=None, **params)
 
 
@@ -36,7 +38,7 @@ def _plain(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
 
 
 def _rebound(fn: Callable) -> Callable:
-    """`fn`, a transformation of `_plain`, with this primitive in the place of the convolutions in it."""
+    """`fn`, a transformation of `_plain`, with this primitive instead of the convolutions in it."""
 
     def replace(equation):
         if equation.primitive is not jax.lax.conv_general_dilated_p:
@@ -72,7 +74,7 @@ def _lowered(x: jax.Array, w: jax.Array, *, num_tasks: int | None, **params: Any
 
 
 def _spreads(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> bool:
-    """Whether it is the cotangent of a strided convolution's images, or alike: a few outputs for each of the inputs."""
+    """Whether it is the cotangent of a strided convolution's images, or similar: few outputs for each input."""
     dilation, window = params["lhs_dilation"], w.shape[:-2]
     return (
         max(dilation) > 1
@@ -83,7 +85,7 @@ def _spreads(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) ->
 
 
 def _spread(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> jax.Array:
-    """y[n, r q + pad − k, d] = Σ_{q, k, c} x[n, q, c] w[k, c, d]: one product, whose columns go to their places."""
+    """y[n, r q + pad − k, d] = Σ_{q, k, c} x[n, q, c] w[k, c, d]: one product, whose columns are padded and added."""
     window, features = w.shape[:-2], w.shape[-1]
     matrix = jnp.moveaxis(w, -2, 0).reshape(w.shape[-2], -1)
     columns = jnp.dot(x.reshape(-1, x.shape[-1]), matrix, precision=params["precision"])
@@ -100,7 +102,7 @@ def _spread(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> 
 
 
 def _gathers(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> bool:
-    """Whether it is the cotangent of a strided convolution's window, or alike: few outputs of many places each."""
+    """Whether it is the cotangent of a strided convolution's window, or similar: few outputs, each from many places."""
     return (
         max(params["rhs_dilation"]) > 1
         and max(*params["window_strides"], *params["lhs_dilation"]) == 1
@@ -110,9 +112,9 @@ def _gathers(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) ->
 
 
 def _gathered(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> jax.Array:
-    """y[c, k, d] = Σ_{n, q} x[c, k + s q − pad, n] w[q, n, d]: for each output place k one product."""
+    """y[c, k, d] = Σ_{n, q} x[c, k + s q − pad, n] w[q, n, d]: one product for each output place k."""
     last = x.ndim - 1
-    x = x.transpose(last, *range(1, last), 0)  # [N, spatial..., C], as the forward pass has it
+    x = x.transpose(last, *range(1, last), 0)  # [N, spatial..., C], as in the forward pass
     w = w.transpose(last - 1, *range(last - 1), last)
     around = [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
     x = jax.lax.pad(x, jnp.zeros([], x.dtype), around)
@@ -128,7 +130,7 @@ def _gathered(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -
 
 
 def from_rows(out: Sequence[int]) -> list[int]:
-    """The transposition of [N, spatial..., D] into the layout that `out` says: where N, D and the spatial axes go."""
+    """The transposition of [N, spatial..., D] into the layout `out`, the places of N, D and the spatial axes."""
     back = [0] * len(out)
     for place, axis in zip(out, (0, len(out) - 1, *range(1, len(out) - 1)), strict=True):
         back[place] = axis
@@ -147,7 +149,7 @@ def _by_task(fn: Callable, num_tasks: int | None) -> Callable:
 
 
 def _transpose(which: int, g: jax.Array, x: Any, w: Any, *, num_tasks: int | None, **params: Any) -> jax.Array:
-    """From the cotangent of y to that of x (0) or of w (1)."""
+    """Maps the cotangent of y to that of x (0) or of w (1)."""
     of, other = (x, w) if which == 0 else (w, x)
     shape = of.aval.shape if num_tasks is None else of.aval.shape[1:]
     like = jax.ShapeDtypeStruct(shape, of.aval.dtype)
@@ -166,11 +168,11 @@ def _batch(args: Any, dims: Any, *, num_tasks: int | None, **params: Any) -> tup
     )
     if all(mapped):
         size = len(x)
-        if num_tasks is not None:  # tasks of tasks
+        if num_tasks is not None:  # nested batches of tasks
             x, w = (a.reshape(-1, *a.shape[2:]) for a in (x, w))
         y = _convolution_p.bind(x, w, num_tasks=size * (num_tasks or 1), **params)
         return (y if num_tasks is None else y.reshape(size, num_tasks, *y.shape[1:])), 0
-    # As JAX does: more images, or more outputs.
+    # Like JAX, we turn the new axis into more images or more outputs.
     in_axes = tuple(0 if is_mapped else None for is_mapped in mapped)
     fn = _rebound(jax.vmap(functools.partial(_plain, **params), in_axes))
     if num_tasks is None:

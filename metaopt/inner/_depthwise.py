@@ -2,10 +2,11 @@
 
     Σ_{n, q, k, c} x[n, s q + r k − pad, c] w[k, c] y[n, q, c]
 
-is linear in x, w and y (stride s, dilation r). Its derivative by y is the convolution, by x the cotangent of the
-images, by w that of the kernel, and the derivatives of these three, in any mode and order, are they again. The first
-two are one sum over the kernel's positions k; the third is a loop over them, one body in the place of K for the
-compiler. Without the primitive the derivative of a slice is a pad, K times, and the compiler has K reductions to write.
+is linear in x, w and y (stride s, dilation r). Its derivative by y is the convolution. Its derivative by x is the
+cotangent of the images, and its derivative by w is the cotangent of the kernel. The derivatives of these three, in any
+mode and order, are again one of the three. The first two are one sum over the kernel's K positions. The third is a loop
+over the positions, so the compiler sees one body instead of K. Without the primitive, the derivative of a slice is a
+pad, K times, and the compiler has to generate K reductions.
 """
 
 import functools
@@ -30,18 +31,18 @@ class Window(NamedTuple):
 
 
 def length(size: int, window: Window) -> int:
-    """How many places the window takes along an axis."""
+    """The number of places that the window takes along an axis."""
     padded = (size - 1) * window.base_dilation + 1 + sum(window.padding)
     return (padded - window.dilation * (window.size - 1) - 1) // window.stride + 1
 
 
 def total(terms: Iterable[jax.Array]) -> jax.Array:
-    """Their sum."""
+    """The sum of the terms."""
     return functools.reduce(jnp.add, terms)
 
 
 _depthwise_p = core.Primitive("cpu_depthwise")
-_OPERANDS = {"y": "xw", "x": "wy", "w": "xy"}  # what gives it -> of what
+_OPERANDS = {"y": "xw", "x": "wy", "w": "xy"}  # result -> its two operands
 
 
 def convolution(x: jax.Array, w: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
@@ -50,7 +51,7 @@ def convolution(x: jax.Array, w: jax.Array, windows: tuple[Window, ...]) -> jax.
 
 
 def _bind(of: str, known: dict[str, jax.Array], windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
-    """Every array has a leading axis of tasks; `spatial` is x's."""
+    """Binds the primitive to arrays with a leading axis of tasks; `spatial` is the spatial shape of x."""
     return _depthwise_p.bind(*(known[name] for name in _OPERANDS[of]), of=of, windows=windows, spatial=spatial)
 
 
@@ -78,7 +79,7 @@ def _outputs(x: jax.Array, w: jax.Array, windows: tuple[Window, ...], _: Any) ->
 
 
 def _images(w: jax.Array, y: jax.Array, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
-    """The convolution of y with the kernel turned around, whose holes and strides change places."""
+    """The convolution of y with the reversed kernel, with base dilation and stride exchanged."""
 
     def turned(window, n, places):
         around = window.dilation * (window.size - 1)
@@ -104,7 +105,7 @@ def _kernel(x: jax.Array, y: jax.Array, windows: tuple[Window, ...], _: Any) -> 
 
 
 def _places(windows: tuple[Window, ...]) -> np.ndarray:
-    """[K, axes]: where each position of the kernel begins to look, in row-major order."""
+    """[K, axes]: the first index that each position of the kernel reads, in row-major order."""
     return np.array([[w.dilation * i for i, w in zip(k, windows, strict=True)] for k in np.ndindex(*_sizes(windows))])
 
 
@@ -126,7 +127,7 @@ def _abstract(a: Any, b: Any, *, of: str, windows: tuple[Window, ...], spatial: 
 
 
 def _transpose(which: int, g: jax.Array, a: Any, b: Any, *, of: str, **params: Any) -> jax.Array:
-    """From the cotangent of the result to that of the first (0) or the second operand (1)."""
+    """Maps the cotangent of the result to that of the first (0) or the second operand (1)."""
     names = _OPERANDS[of]
     return _bind(names[which], {of: g, names[1 - which]: (b, a)[which]}, **params)
 
@@ -138,7 +139,7 @@ def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
         return jnp.moveaxis(arg, dim, 0) if isinstance(dim, int) else jnp.broadcast_to(arg, (size, *arg.shape))
 
     a, b = map(batched, args, dims)
-    number = size * a.shape[1]  # of tasks, and not -1: there may be none
+    number = size * a.shape[1]  # the number of tasks; -1 would fail for zero tasks
     y = _depthwise_p.bind(*(part.reshape(number, *part.shape[2:]) for part in (a, b)), **params)
     return y.reshape(a.shape[:2] + y.shape[1:]), 0
 

@@ -1,8 +1,8 @@
 """Convolutions as matrix products, and pooling as elementwise operations, for training inside a loop on CPU.
 
-XLA brings the convolutions of a backward pass into the layout that its CPU kernels know in a program's entry
-computation alone, not in the body of a loop, where they run a hundred times slower; and training is a loop. Kernels
-that differ between tasks become grouped convolutions under `vmap`, which have no fast kernel on CPU either. Slices,
+XLA's fast CPU kernels need one layout. XLA converts the convolutions of a backward pass into this layout only in the
+entry computation of a program. In the body of a loop they run a hundred times slower, and training is a loop. Kernels
+that differ between tasks become grouped convolutions under `vmap`, which lack a fast kernel on CPU, too. Slices,
 pads and matrix products are fast everywhere, batched or not, and so are all their derivatives.
 """
 
@@ -21,36 +21,38 @@ from metaopt.inner import _convolution as fast
 from metaopt.inner import _depthwise
 from metaopt.inner._depthwise import Window, length, total
 
-# A kernel of more positions, if it is to be written by slices, is left to XLA: every position is work for the compiler.
+# A kernel with more positions is left to XLA if it needs slices: each position adds work for the compiler.
 _MOST_POSITIONS = 128
 
 
 def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
-    """`fn`, with its convolutions as matrix products and its pooling as maxima and sums of slices.
+    """Returns `fn` with its convolutions as matrix products and its pooling as maxima and sums of slices.
 
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
-    with patches [N·P, K·C] (K kernel positions, stride s, dilation r). Values agree to rounding; of equal entries a
-    maximum passes its gradient to the first, as before. Works under jit and vmap; differentiates in any mode and order.
+    with patches [N·P, K·C] (K kernel positions, stride s, dilation r). Values agree up to rounding. A maximum over
+    equal entries passes its gradient to the first one, as before. Works under jit and vmap; differentiates in any mode
+    and order.
 
-    - float32, without groups: patches are made by XLA's own kernel, piece by piece in the cache. The convolution keeps
-      the one layout that has this kernel, in all derivatives and, one task after the other, for kernels per task.
-    - Others: patches are made by slices, and kernels per task become batched matrix products. They take K times the
-      input's memory, and are not made at all where they would take over 256 MiB; the backward pass is told to make them
-      anew rather than keep them, which JAX 0.12 heeds on CPU and 0.10 does not.
+    - float32, without groups: XLA's own kernel makes the patches, piece by piece in the cache. The convolution keeps
+      the one layout that has this kernel, also in all derivatives. For kernels per task, it computes one task after the
+      other.
+    - Other convolutions: slices make the patches, and kernels per task become batched matrix products. The patches
+      take K times the input's memory. If they would take over 256 MiB, they are not made at all. The backward pass
+      recomputes the patches instead of keeping them. JAX 0.12 does so on CPU, but JAX 0.10 ignores the request.
     - Depthwise convolutions are sums of products with slices, and so are their derivatives.
 
-    `inner.loop` and `inner.problem` apply it by themselves where the default backend is a CPU: on one core, training
-    with three small convolutions in a scan then takes a hundredth of the time (`experiments/benchmarks/rules.py`).
-    Outside loops XLA's own convolutions are as fast, and smaller.
+    `inner.loop` and `inner.problem` apply this function automatically if the default backend is a CPU. On one core,
+    training with three small convolutions in a scan then takes a hundredth of the time
+    (`experiments/benchmarks/rules.py`). Outside of loops, XLA's own convolutions are as fast, and need less memory.
 
     Args:
-      fn: any JAX function. Convolutions inside functions with a derivative of their own (`jax.custom_vjp`), of kernels
-        of over 128 positions (in other types than float32, or grouped), with `batch_group_count`, or of other than real
-        floating-point numbers are left as they are, as is a function that cannot be traced (because Python branches on
-        a value).
-      only_on_cpu: leaves everything as it is where the default backend, when the function is called, is no CPU; without
-        it, kernels per task run one after the other on a GPU, too.
+      fn: any JAX function. Some convolutions in it are not changed: convolutions inside functions that define their own
+        derivative (`jax.custom_vjp`), with `batch_group_count`, or of other than real floating-point numbers. Kernels
+        with over 128 positions are not changed if they are grouped or in other types than float32. A function that
+        cannot be traced (because Python branches on a value) is not changed at all.
+      only_on_cpu: whether to change nothing if, when the function is called, the default backend is not a CPU. If
+        false, kernels per task run one after the other also on a GPU.
 
     Returns:
       A function of the same positional arguments, with the same result.
@@ -72,7 +74,7 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
         if only_on_cpu and jax.default_backend() != "cpu":
             return fn(*args)
         leaves, structure = jax.tree.flatten(args)
-        # What is not traced (a number that Python decides by) stays what it is.
+        # Leaves that are not traced keep their value: Python may branch on them.
         traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
 
         def flat(operands):
@@ -81,10 +83,10 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
         operands = [leaves[i] for i in traced]
         closed = shape = None
-        with contextlib.suppress(Exception):  # a branch on a value, or an error of fn's own
+        with contextlib.suppress(Exception):  # a branch on a value, or an error of `fn` itself
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(operands)
         if closed is None:
-            return fn(*args)  # which raises that error by itself
+            return fn(*args)  # raises that error again
         outputs = rewrite.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
@@ -92,7 +94,7 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
 
 def _by_slices(equation: Any) -> Callable | None:
-    """What takes the equation's place, where it is a convolution or pooling that can be written by slices."""
+    """The replacement of the equation, if it is a convolution or pooling that can be written by slices; else None."""
     name, params = equation.primitive.name, equation.params
     if name == "conv_general_dilated" and _has_kernel(equation):
         return functools.partial(fast.convolution, **params)
@@ -105,7 +107,7 @@ def _by_slices(equation: Any) -> Callable | None:
 
 
 def _slices(x: jax.Array, axis: int, window: Window, fill: float) -> list[jax.Array]:
-    """What each position of the window sees along one axis."""
+    """The slice of x that each position of the window reads along one axis."""
     if window == (1, 1, (0, 0), 1, 1):
         return [x]
     span = (length(x.shape[axis], window) - 1) * window.stride + 1
@@ -117,7 +119,7 @@ def _slices(x: jax.Array, axis: int, window: Window, fill: float) -> list[jax.Ar
 
 
 def _positions(x: jax.Array, windows: list[Window]) -> list[jax.Array]:
-    """What each position of the whole window sees, in row-major order; spatial axes begin at 1."""
+    """The slice of x that each position of the whole window reads, in row-major order; spatial axes begin at 1."""
     slices = [x]
     for axis, window in enumerate(windows, 1):
         slices = [s for x in slices for s in _slices(x, axis, window, 0.0)]
@@ -125,14 +127,14 @@ def _positions(x: jax.Array, windows: list[Window]) -> list[jax.Array]:
 
 
 def _has_kernel(equation: Any) -> bool:
-    """Whether XLA's CPU has a fast kernel for it, and for all its derivatives."""
+    """Whether XLA has a fast CPU kernel for the convolution and for all its derivatives."""
     params, (x, w) = equation.params, (v.aval for v in equation.invars)
     window = [w.shape[i] for i in params["dimension_numbers"].rhs_spec[2:]]
     return (
         params["batch_group_count"] == params["feature_group_count"] == 1
         and x.dtype == w.dtype == equation.outvars[0].aval.dtype == jnp.float32
         and len(window) in (1, 2, 3)
-        and math.prod(window) > 1  # of one position: a matrix product as it is
+        and math.prod(window) > 1  # one position is already a matrix product
         and equation.outvars[0].aval.size > 0
     )
 
@@ -162,11 +164,11 @@ def _convolution(
     preferred_element_type: Any,
     **_: Any,
 ) -> jax.Array:
-    """A convolution by its primitive's parameters."""
+    """A convolution, with the parameters of its primitive."""
     lhs, rhs, out = dimension_numbers
     groups, depth, features = feature_group_count, w.shape[rhs[1]], w.shape[rhs[0]]
     dtype = jnp.result_type(x, w) if preferred_element_type is None else preferred_element_type
-    wide = jnp.promote_types(dtype, jnp.float32)  # what is summed here, and not in a product
+    wide = jnp.promote_types(dtype, jnp.float32)  # the type of sums over products
     x = x.transpose(lhs[0], *lhs[2:], lhs[1])  # [N, spatial..., C]
     w = w.transpose(*rhs[2:], rhs[1], rhs[0])  # [window..., C / G, D]
     sizes = w.shape[:-2]
@@ -218,10 +220,10 @@ def _pooling(
     window_dilation: Any,
     **_: Any,
 ) -> jax.Array:
-    """Max- or sum-pooling by its primitive's parameters."""
+    """Max- or sum-pooling, with the parameters of its primitive."""
 
     def fold(a, b):
-        # Of equal ones the first; a NaN stays.
+        # Of equal entries the first one wins; a NaN stays.
         return jnp.where((a >= b) | jnp.isnan(a), a, b) if maximum else a + b
 
     windows = [
@@ -234,14 +236,14 @@ def _pooling(
     if all(window == (window.size, window.size, (0, 0), 1, 1) for window in windows):
         x = _tiles(x, [window.size for window in windows], fold)
     else:
-        # The last axis first, so that the first of equal ones is the first in row-major order.
+        # The last axis comes first, so that the first of equal entries is the first in row-major order.
         for axis, window in reversed(list(enumerate(windows))):
             x = functools.reduce(fold, _slices(x, axis, window, -jnp.inf if maximum else 0.0))
     return x.astype(dtype)
 
 
 def _tiles(x: jax.Array, sizes: list[int], fold: Callable) -> jax.Array:
-    """Pooling where windows do not overlap: an axis of a window's positions, whose slices are cheap both ways."""
+    """Pooling with windows that do not overlap: each window's positions become an axis with slices cheap both ways."""
     x = x[tuple(slice(n // size * size) for n, size in zip(x.shape, sizes, strict=True))]
     x = x.reshape([part for n, size in zip(x.shape, sizes, strict=True) for part in (n // size, size)])
 

@@ -1,4 +1,4 @@
-"""From a plain loss and any optax factory to an `InnerLoop`, and from there to a step, a training run, a `Problem`."""
+"""Makes an `InnerLoop` from a loss and an optax factory, and from it a step, a training run and a `Problem`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ _FACTORY = (
 
 
 class LoopState(NamedTuple):
-    """What one training run carries.
+    """The state that one training run carries from step to step.
 
     Attributes:
       params: θ.
       opt_state: the optax state.
-      model_state: batch statistics and their like, or None.
+      model_state: batch statistics and similar values, or None.
       key: the run's key; each step's keys are folded from it.
-      step: [] int32, the steps taken.
+      step: [] int32, the number of steps taken.
     """
 
     params: base.Params
@@ -35,7 +35,7 @@ class LoopState(NamedTuple):
 
 
 def _with_products(fn: Callable, choice: bool | None) -> Callable:
-    """`fn` with its convolutions as matrix products where they are chosen."""
+    """`fn` with its convolutions as matrix products, if `choice` selects them; None selects them on CPU only."""
     chosen = fn if choice is False else _im2col.im2col(fn, only_on_cpu=choice is None)
 
     def called(params, hyperparams, batch, context):
@@ -66,7 +66,7 @@ def _check_scalar(value: Any, what: str) -> None:
 
 
 def _strong(leaf: Any) -> jax.Array:
-    """A leaf as an array without a weak type, so that a step does not change its type; typed PRNG keys as they are."""
+    """A leaf as an array without a weak type, so that a step does not change its type. Typed PRNG keys are kept."""
     leaf = jnp.asarray(leaf)
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf, leaf.dtype)
 
@@ -92,7 +92,7 @@ def _check_floating(params: base.Params) -> base.Params:
 
 
 def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
-    """`new` with the floating-point precision of `old`: λ in float32 does not widen a state in bfloat16."""
+    """`new` with the floating-point precision of `old`, so that λ in float32 does not widen a state in bfloat16."""
 
     def cast(new, old):
         both = all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in (new, old))
@@ -102,7 +102,7 @@ def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
 
 
 def _check_same_structure(new: base.PyTree, old: base.PyTree, what: str) -> None:
-    """A scan needs a carry that keeps its structure, shapes and dtypes: say which leaf does not."""
+    """Raises ValueError that names the leaf whose shape or dtype changed: a scan needs a carry that keeps both."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
             f"The {what} changed its structure in one step, from {jax.tree.structure(old)} to "
@@ -127,7 +127,7 @@ def loop(
     zero: str = "drop",
     im2col: bool | None = None,
 ) -> base.InnerLoop:
-    """Makes an `InnerLoop` of a loss and an optax factory.
+    """Makes an `InnerLoop` from a loss and an optax factory.
 
     One step is u, s = optimizer(λ).update(∇θ ℓ(θ, λ), s, θ); θ ← θ + u. It is differentiable in everything, with finite
     derivatives where gradients are exactly zero (`transforms.differentiable`).
@@ -136,12 +136,12 @@ def loop(
       loss: ℓ, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
         or `-> ([], model_state)`: `base.Context` has a fresh key, the number of the step and the model state.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
-        must keep its structure for every λ. It must not ask λ for its value, as some schedules of optax do; those of
-        `transforms`, such as `cosine_schedule`, do not. (`optax.inject_hyperparams` freezes λ into the state; do not
-        use it here.)
+        must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
+        The schedules of `transforms`, such as `cosine_schedule`, do not. (`optax.inject_hyperparams` freezes λ into the
+        state; do not use it here.)
       init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
-      sampler: which rows a step sees: `inner.full_batch()` (default) or `inner.minibatch(64)`.
+      sampler: selects the rows of each step: `inner.full_batch()` (default) or `inner.minibatch(64)`.
       with_context: whether the loss and `init` have their full form.
       zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
       im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`).
@@ -151,9 +151,12 @@ def loop(
       An `InnerLoop`.
 
     Raises:
-      ValueError: if `loss` is not a function, or `optimizer` not a factory; at trace time, if the loss is not a scalar,
-        `init` does not return the pair that `with_context` needs, the parameters are not floating-point, the optimizer
-        asks a traced hyperparameter for its value, or the optimizer or the model changes the structure of its state.
+      ValueError: if `loss` is not a function, or `optimizer` is not a factory.
+      ValueError: at trace time, if the loss is not a scalar, the parameters are not floating-point, or `init` does not
+        return the pair that `with_context` needs.
+      ValueError: at trace time, if the optimizer reads the value of a traced hyperparameter.
+      ValueError: at trace time, if a step changes the structure, a shape or a dtype of the parameters, of the
+        optimizer's state or of the model state.
 
     >>> import jax, optax
     >>> from metaopt import inner
@@ -241,15 +244,15 @@ def step(
     *,
     grad: Callable = jax.grad,
 ) -> base.InnerState:
-    """One inner step: the batch, ∇θ g on it, the update.
+    """Takes one inner step: computes the batch and ∇θ ℓ on it, and updates θ.
 
     Args:
       loop: the inner loop.
-      state: where it stands.
+      state: the state before the step.
       hyperparams: λ.
       data: the task's training data.
-      grad: what takes the gradient, called as `jax.grad(loss, has_aux=True)`. Rules that need another gradient (a
-        stopped one for first-order MAML, a penalized one, mixed mode) replace it and nothing else.
+      grad: the function that takes the gradient, called as `jax.grad(loss, has_aux=True)`. Rules that need another
+        gradient (a stopped one for first-order MAML, a penalized one, mixed mode) replace only this function.
 
     Returns:
       The state after the step.
@@ -267,11 +270,12 @@ _NO_DERIVATIVE = (
 
 
 def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callable | None = None) -> Callable:
-    """Trains without differentiation: for evaluation, other lengths, baselines.
+    """Trains without differentiation, for evaluation, other numbers of steps and baselines.
 
-    The result has no derivative. Asked for one, it raises instead of returning 0; `hypergrad.unroll` has it. Within a
-    differentiated function the result may go into metrics or through `jax.lax.stop_gradient`. (Forward mode cannot see
-    a later `stop_gradient`; stop the gradient of the arguments there.) Memory does not depend on the number of steps.
+    The result has no derivative: differentiation raises instead of returning 0. For a derivative, use
+    `hypergrad.unroll`. Within a differentiated function the result may go into metrics or through
+    `jax.lax.stop_gradient`. (Forward mode cannot see a later `stop_gradient`; stop the gradient of the arguments
+    there.) Memory does not depend on the number of steps.
 
     Args:
       loop: the inner loop.
@@ -283,8 +287,8 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
       leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`.
 
     Raises:
-      ValueError: if `num_steps` is negative, or not static where `trace_fn` is given; at trace time, if the result is
-        differentiated.
+      ValueError: if `num_steps < 0`, or `trace_fn` is given without `num_steps`.
+      ValueError: at trace time, if the result is differentiated.
     """
     base.check_integer("num_steps", num_steps, 0, optional=True)
     if num_steps is None and trace_fn is not None:
@@ -294,9 +298,9 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
         if num_steps is None:
             raise ValueError("`num_steps` must be given, to `run` or with the call; got None.")
         inputs = key, hyperparams, data
-        # Constants from here on, so that a differentiated caller neither computes nor stores the tangents of the loop.
+        # From here on these are constants, so that a differentiated caller neither computes nor stores tangents.
         key, hyperparams, data = jax.lax.stop_gradient(inputs)
-        start = loop.init(key, hyperparams, data)  # `init` may close over what the caller differentiates
+        start = loop.init(key, hyperparams, data)  # `init` may close over values that the caller differentiates
         state = jax.lax.stop_gradient(start)
 
         def next_state(state):
@@ -305,7 +309,7 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
         if trace_fn is None:
             result = jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state)
         else:
-            look = trace_fn  # not None
+            look = trace_fn  # the name tells the type checker that it is not None
 
             def traced(state, _):
                 state = next_state(state)
@@ -325,21 +329,21 @@ def problem(
     with_context: bool = False,
     im2col: bool | None = None,
 ) -> base.Problem:
-    """An inner loop and the outer loss that judges what it trained.
+    """Makes a `Problem` from an inner loop and the outer loss that judges its result.
 
     Args:
-      loop: how θ is trained.
+      loop: trains θ.
       outer_loss: f, `(params, hyperparams, batch) -> []`, or with `with_context`
         `(params, hyperparams, batch, context) -> []`, where the context is that of the trained state.
-      outer_batch: `(key, task) -> batch`; by default the whole of `task.valid`.
-      with_context: the outer loss is in its full form.
+      outer_batch: `(key, task) -> batch`; by default all of `task.valid`.
+      with_context: whether the outer loss has its full form.
       im2col: as in `inner.loop`, for the outer loss.
 
     Returns:
       A `Problem`.
 
     Raises:
-      ValueError: at trace time, the outer loss is no scalar.
+      ValueError: at trace time, if the outer loss is not a scalar.
     """
 
     def full_outer_loss(params, hyperparams, batch, context):

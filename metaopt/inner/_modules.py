@@ -13,15 +13,15 @@ one switch for each. `Model.apply` takes both under flax's names, and `train` se
 The inner loss usually takes `train=True`, and returns the new model state next to its value. For the outer loss there
 are three choices:
 
-- `train=False`, the default, is the model that will predict. F then depends on λ through θ and through the running
-  statistics, because every inner step moved both. The hypergradient includes both paths.
+- `train=False`, the default, evaluates the model as it will predict. F then depends on λ through θ and through the
+  running statistics, because every inner step changed both. The hypergradient includes both paths.
 - `use_running_average=False` normalizes by the outer batch, without dropout. The running statistics do not enter F. The
   value depends on which rows share a batch, so it is not the loss of the model that will predict.
 - `deterministic=False` keeps dropout on, with `context.key`. F is then the loss at one random mask, and it is noisier.
 
-Running statistics are in float32, and start at mean 0 and variance 1. After T steps of momentum m, a share m^T of that
-start remains. With few inner steps and flax's default m = 0.99, F is mostly the loss of a network that is normalized by
-the start: choose m so that m^T is small.
+Running statistics are in float32, and start at mean 0 and variance 1. After T steps with momentum m, the share of these
+starting values is m^T. With few inner steps and flax's default m = 0.99, F is mostly the loss of a network that is
+normalized by the starting values. Choose m so that m^T is small.
 """
 
 import functools
@@ -97,24 +97,23 @@ def _first_three(paths: Sequence[str]) -> str:
 
 
 def from_nnx(make: Callable[[Any], Any], *, allow_stopped_state: bool = False) -> Model:
-    """A Flax NNX module as a `Model`.
+    """Returns a Flax NNX module as a `Model`.
 
     `nnx.Param` variables are θ; everything else (batch statistics, rng counts) is the model state. Each call
     creates a new module from these, so a traced step does not change the caller's module.
-
     flax's `nnx.BatchNorm` stops the gradient of its running statistics. Here the layer updates them by flax's own
-    formula and keeps the gradient. Other layers that stop the gradient of their state raise: `nnx.SpectralNorm`, for
-    example, or a subclass of `nnx.BatchNorm` with its own `__call__`.
+    formula and keeps the gradient. Other layers that stop the gradient of their state raise, for example
+    `nnx.SpectralNorm`, or a subclass of `nnx.BatchNorm` with its own `__call__`.
 
     Args:
       make: `(nnx.Rngs) -> nnx.Module`, such as `lambda rngs: Net(rngs=rngs)`. It may be called several times.
-      allow_stopped_state: accept a module that stops the gradient of its new model state. A hypergradient then omits
-        the path through this state. That is right only if neither the outer loss nor a later inner step reads the
-        state, or if nothing differentiates through training.
+      allow_stopped_state: whether to accept a module that stops the gradient of its new model state. A hypergradient
+        then omits the path through this state. It is correct only if neither the outer loss nor a later inner step
+        reads the state, or if nothing differentiates through training.
 
     Returns:
-      A `Model`; its switches set the attributes of the same names, as `module.train()` and `module.eval()` do, and
-      arguments of the same names if the module's `__call__` has them. `init` can be vmapped.
+      A `Model`. Its switches set the module's attributes of the same names, as `module.train()` and `module.eval()` do.
+      They also set arguments of the same names if the module's `__call__` has them. `init` can be vmapped.
 
     Raises:
       ValueError: at trace time, if the module stops the gradient of its new model state.
@@ -188,7 +187,7 @@ def from_linen(
     train_argument: str | Sequence[str] | None = "train",
     allow_stopped_state: bool = False,
 ) -> Model:
-    """A Flax Linen module as a `Model`.
+    """Returns a Flax Linen module as a `Model`.
 
     The collection "params" is θ. All other collections (batch statistics) are the model state, and mutable in training.
 

@@ -1,4 +1,4 @@
-"""Hyperparameters that differ from one window of training to the next."""
+"""Hyperparameters with a different value in each window of training steps."""
 
 from typing import Any
 
@@ -9,25 +9,27 @@ from metaopt import base
 
 
 def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Problem:
-    """The same problem with a schedule for λ: one value for each of W equal windows of the T steps.
+    """Returns the same problem with a schedule for λ: one value for each of W equal windows of the T steps.
 
         λ_t = λ[⌊t W / T⌋],    t = 0..T−1
 
-    Step t, its inner loss and its update, sees λ_t; the initialization sees the first value, the outer loss that of the
-    last step before it; steps beyond T keep the last value. The hypergradient of an entry is summed over its window,
-    which averages noise over the window, and reaches to the end of training, which is not greedy. Any rule serves:
-    `hypergrad.forward` where T is long, `hypergrad.unrolled` where λ has many entries.
+    The inner loss and the update of step t use λ_t. The initialization uses the first value. The outer loss uses the
+    value of the last step before it. Steps beyond T keep the last value.
+
+    The hypergradient of an entry is a sum over its window, which averages noise over the window. It accounts for all
+    steps up to the end of training, so it is not greedy. Any rule works: use `hypergrad.forward` if T is large, and
+    `hypergrad.unrolled` if λ has many entries.
 
     Args:
-      problem: in λ.
-      windows: W, at least 1; or a tree of them, a prefix of λ, with 0 for a leaf that is to stay constant.
+      problem: a problem in λ.
+      windows: W, at least 1; or a tree of such numbers, a prefix of λ, with 0 for a leaf that stays constant.
       num_steps: T, at least W.
 
     Returns:
-      A problem whose λ has a leading axis of W on every leaf (none where W is 0).
+      A problem whose λ has a leading axis of W on every leaf (no such axis if W is 0).
 
     Raises:
-      ValueError: a W is negative or above T, or is 0 everywhere; at trace time, a leaf of λ has no such axis.
+      ValueError: if a W is negative or above T, or all are 0; at trace time, if a leaf of λ does not have this axis.
 
     Source: Micaelli & Storkey, NeurIPS 2021, https://arxiv.org/abs/2007.07869.
 

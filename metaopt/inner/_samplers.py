@@ -1,4 +1,4 @@
-"""Samplers: which rows of the data a step sees, as a pure function of a key and the step's number."""
+"""Samplers: they select the rows of the data for a step, as pure functions of a key and the step's number."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from metaopt.base import shuffled
 
 class Sampler(Protocol):
     def __call__(self, key: jax.Array, step: jax.Array, data: base.Data) -> base.Batch:
-        """The batch of step number `step`; `key` is the same for all steps of one training."""
+        """Returns the batch of step number `step`. `key` is the same for all steps of one training run."""
         ...
 
 
 def full_batch() -> Sampler:
-    """Every step sees all of the data.
+    """Returns a sampler that gives all of the data to every step.
 
     Returns:
       A `Sampler`.
@@ -27,21 +27,21 @@ def full_batch() -> Sampler:
 
 
 def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
-    """The number of real rows N: of `data["mask"]` those above 0, else `data["num_rows"]`, else the leading axis.
+    """Returns the number of real rows N, without padding.
 
-    Real are the rows that "mask" [N] says, wherever they stand (of a mask of parts of rows [N, ...], those with a part
-    that is real), and of them the first "num_rows", where there is such a number. Without a mask real rows come first,
-    and padding follows them.
+    A "mask" [N] marks real rows by entries above 0; they may be anywhere. A mask of parts of rows, [N, ...], marks a
+    row as real if one of its parts is real. Without a mask, the first `data["num_rows"]` rows are real. Without such a
+    number, all rows are real. With both, N is the smaller of "num_rows" and the number of marked rows.
 
     Args:
       data: a tree of arrays with the rows as their leading axis.
-      shared: entries of a dict of data that have no axis of rows; a "mask" among them is none of rows.
+      shared: entries of a dict of data without an axis of rows. A "mask" among them does not mark rows.
 
     Returns:
-      An int, or [] where it is an array in the data.
+      An int, or an array of shape [] if N depends on an array in the data.
 
     Raises:
-      ValueError: a leaf has another leading axis than the rest; `shared` names what is not there.
+      ValueError: if the leading axes of the leaves differ, or `shared` names an entry that the data do not have.
     """
     rows = _split(data, shared)[0]
     padded, real = _check_rows(rows), _real(rows)
@@ -52,7 +52,7 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
 
 
 def _real(rows: base.Data) -> jax.Array | None:
-    """[N] bool, which rows are no padding, where a mask says it."""
+    """[N] bool, whether each row is real according to the mask; None without a mask."""
     if not isinstance(rows, dict) or rows.get("mask") is None:
         return None
     mask = jnp.asarray(rows["mask"]) > 0
@@ -60,7 +60,7 @@ def _real(rows: base.Data) -> jax.Array | None:
 
 
 def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str, Any]]:
-    """What has an axis of rows, and what every batch carries whole."""
+    """The entries that have an axis of rows, and the entries that every batch carries whole."""
     if isinstance(shared, str):
         raise ValueError(f"`shared` must be a sequence of names, such as ({shared!r},); got the string {shared!r}.")
     if not isinstance(data, dict):
@@ -71,13 +71,13 @@ def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str,
     if missing:
         raise ValueError(f"`shared` names {', '.join(missing)}, and the data have {', '.join(map(str, data))}.")
     whole = {*shared, "num_rows"} & set(data)
-    if "class_mask" in data and jnp.ndim(data["class_mask"]) == 1:  # as episodes have it: [C], and not one for each row
+    if "class_mask" in data and jnp.ndim(data["class_mask"]) == 1:  # [C], as in episodes, not one per row
         whole.add("class_mask")
     return {k: v for k, v in data.items() if k not in whole}, {k: data[k] for k in whole}
 
 
 def _check_rows(rows: base.Data) -> int:
-    """The length of the leading axis, padding included; an index beyond another leaf's rows would not raise."""
+    """The length of the leading axis, padding included. An index beyond the rows of another leaf would not raise."""
     shapes = {jax.tree_util.keystr(p) or "itself": jnp.shape(v) for p, v in jax.tree_util.tree_leaves_with_path(rows)}
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or () in lengths or (0,) in lengths:
@@ -98,24 +98,26 @@ def minibatch(
     shared: Sequence[str] = (),
     num_rows: Callable[[base.Data], Any] | None = None,
 ) -> Sampler:
-    """Minibatches of B real rows: without replacement (each row once an epoch, reshuffled every epoch), or with.
+    """Returns a sampler of minibatches of B real rows.
 
-    Padding by "mask" is not drawn, wherever it stands.
+    Without replacement, each row occurs once per epoch, in a new order in every epoch. Rows that "mask" marks as
+    padding are not drawn, wherever they are.
 
     Args:
       batch_size: B, at least 1. May exceed the number of rows: a batch then spans epochs.
-      replace: draw rows independently.
-      shared: entries of a dict of data that have no axis of rows and that every batch carries whole, besides
-        "num_rows" and a "class_mask" [C], which all do.
-      num_rows: `data -> N`: the first N rows are real, whatever a mask says; by default those are that
-        `inner.num_rows` counts. May differ between tasks: all share one compiled program.
+      replace: whether to draw rows independently, with replacement.
+      shared: entries of a dict of data without an axis of rows. Every batch carries them whole, and also "num_rows" and
+        a "class_mask" [C].
+      num_rows: `data -> N`: the first N rows are real, and masks are ignored. By default, `inner.num_rows` determines
+        the real rows. N may differ between tasks: all tasks share one compiled program.
 
     Returns:
-      A `Sampler`; batches look like the data with B in the place of the axis of rows.
+      A `Sampler`. Batches look like the data, with B instead of the length of the axis of rows.
 
     Raises:
-      ValueError: `batch_size` is below 1; at trace time, leaves of the data disagree on the number of rows, or `shared`
-        names what is not there.
+      ValueError: if `batch_size < 1`.
+      ValueError: at trace time, if leaves of the data disagree on the number of rows, or `shared` names an entry that
+        the data do not have.
     """
     base.check_integer("batch_size", batch_size, 1)
     count = num_rows or functools.partial(_num_rows, shared=shared)
@@ -130,7 +132,7 @@ def minibatch(
             place = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
             index = shuffled(key, place // size, place % size, size)
         real = _real(rows) if num_rows is None else None
-        if real is not None:  # which rows they are, wherever they stand
+        if real is not None:  # the marked rows may be anywhere
             index = jnp.flatnonzero(real, size=len(real))[index]
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], rows)
         return {**batch, **whole} if isinstance(data, dict) else batch

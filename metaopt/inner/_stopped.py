@@ -1,7 +1,7 @@
-"""`jax.lax.stop_gradient` in traced functions: removed from a layer, or located in a model.
+"""`jax.lax.stop_gradient` in traced functions: removes it from a layer, or locates it in a model.
 
-A stop on a value that is stored for the next step changes no first derivative, because the inner gradient never reaches
-the stored value. It does change a hypergradient, which differentiates through all steps.
+If a value that is stored for the next step has a stopped gradient, no first derivative changes, because the inner
+gradient never reaches the stored value. But a hypergradient changes, because it differentiates through all steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def _split_arrays(tree: Any) -> tuple[dict[int, Any], Callable[[dict[int, Any]],
 
 
 def without_stops(function: Callable) -> Callable:
-    """`function` with every `stop_gradient` removed: the same values, and the derivatives of all operations.
+    """Returns `function` with every `stop_gradient` removed: the same values, and the derivatives of all operations.
 
     Args:
       function: any function of arrays and static values that JAX can trace. Functions inside of it that define their
@@ -49,10 +49,11 @@ def _identity_for_stop(equation: Any) -> Callable | None:
 
 
 def stopped_paths(function: Callable, args: dict[str, Any]) -> list[tuple[str, str]]:
-    """The pairs of an output and an argument between which every differentiable path has a `stop_gradient`.
+    """Returns the pairs of an output and an argument between which every differentiable path has a `stop_gradient`.
 
-    An output that also depends on the argument without a stop is not listed (a straight-through estimator, the maximum
-    that a softmax subtracts). Paths through integers and booleans do not count, because they have no derivative.
+    An output that also depends on the argument without a stop is not listed. Examples are a straight-through estimator
+    and the maximum that a softmax subtracts. Paths through integers and booleans do not count, because they have no
+    derivative.
 
     Args:
       function: `(args) -> outputs`, trees of arrays.
@@ -80,7 +81,7 @@ def _is_float(x: Any) -> bool:
 
 
 def _dependencies(jaxpr: Any, sources: Sequence[frozenset], *, cross_stops: bool) -> list[frozenset]:
-    """For each output of a jaxpr, the union of the sources of those inputs that it depends on by real operations."""
+    """For each output of a jaxpr, the union of the sources of the inputs on which it depends by real operations."""
     values: dict[Any, frozenset] = dict(zip(jaxpr.invars, sources, strict=True))
     read = lambda v: frozenset() if isinstance(v, core.Literal) else values.get(v, frozenset())
     for equation in jaxpr.eqns:
@@ -92,7 +93,7 @@ def _dependencies(jaxpr: Any, sources: Sequence[frozenset], *, cross_stops: bool
 
 
 def _through(equation: Any, inputs: list[frozenset], cross_stops: bool) -> list[frozenset]:
-    """The dependencies of the outputs of one operation, looking into calls, checkpoints, branches and loops."""
+    """The dependencies of the outputs of one operation, also through calls, checkpoints, branches and loops."""
     name, params = equation.primitive.name, equation.params
     inside = lambda inner, inputs: _dependencies(getattr(inner, "jaxpr", inner), inputs, cross_stops=cross_stops)
     if name == "cond":
@@ -103,7 +104,7 @@ def _through(equation: Any, inputs: list[frozenset], cross_stops: bool) -> list[
         return _loop(lambda inputs: inside(params["body_jaxpr"], inputs), inputs[start:], params["body_nconsts"], None)
     inner = params.get("jaxpr", params.get("call_jaxpr"))
     if name == "scan":
-        # Constants and carries have the shapes that the body sees; scanned inputs and outputs have one more axis.
+        # Constants and carries have the same shapes as in the body; scanned inputs and outputs have one more axis.
         scanned = [v.aval.ndim > aval.ndim for v, aval in zip(equation.invars, inner.in_avals, strict=True)]
         stacked = [v.aval.ndim > aval.ndim for v, aval in zip(equation.outvars, inner.out_avals, strict=True)]
         num_carry = stacked.count(False)

@@ -1,4 +1,4 @@
-"""Losses whose λ only weighs examples, or terms: learned example weights, data cleaning, multi-task weights."""
+"""Losses in which λ only weights examples or terms: learned example weights, data cleaning, multi-task weights."""
 
 from collections.abc import Callable
 
@@ -10,31 +10,33 @@ NORMALIZE = ("count", "weights", "none")
 def weighted(
     per_example_loss: Callable, weight_fn: Callable, *, normalize: str = "count", with_context: bool = False
 ) -> Callable:
-    """An inner loss through whose weights alone λ enters.
+    """Returns an inner loss that depends on λ only through the weights of its examples.
 
-        g(θ, λ) = 1/N Σ_i w_i(λ) ℓ_i(θ)
+        ℓ(θ, λ) = 1/N Σ_i w_i(λ) ℓ_i(θ)
 
-    Since ℓ does not see λ and w does not see θ, the mixed product is a Jacobian-vector product of the losses' forward
-    pass, (∂²g/∂λ∂θ)ᵀ v = 1/N (∂w/∂λ)ᵀ (∂ℓ/∂θ) v. Automatic differentiation finds that by itself: under jit it takes 3
-    forward passes' operations and less memory than a gradient, wherever the product with the Hessian is not asked for
-    along with it: in the one-step rules, and in the implicit ones after their solve.
+    ℓ_i does not depend on λ, and w does not depend on θ. The mixed product is therefore a Jacobian-vector product of
+    the losses' forward pass: (∂²ℓ/∂λ∂θ)ᵀ v = 1/N Σ_i (∂w_i/∂λ)ᵀ (∂ℓ_i/∂θ) v. Automatic differentiation finds this
+    structure by itself. Under jit it takes the operations of 3 forward passes and less memory than a gradient. The
+    condition is that the product with the Hessian is not needed at the same time. This holds in the one-step rules, and
+    in the implicit rules after their solve.
 
     Args:
-      per_example_loss: ℓ, `(params, batch) -> [B]`: one loss an example, or one a term. With `with_context`,
+      per_example_loss: ℓ_i, `(params, batch) -> [B]`: one loss per example, or one per term. With `with_context`,
         `(params, batch, context) -> [B]` or `-> ([B], model_state)`.
-      weight_fn: w, `(hyperparams, batch) -> [B]`, or with `with_context` `(hyperparams, batch, context) -> [B]`: a
-        network of the example's features, or `lambda hp, batch: jax.nn.sigmoid(hp["weight"][batch["index"]])`.
-      normalize: what N is. "count": B, so that a weight of zero takes its example's share of the gradient away;
-        "weights": Σ_i w_i, which must not be zero, so that only ratios of weights count; "none": 1, for sums and for
-        weights that are normalized already (by `batch["mask"].sum()`, say).
-      with_context: the functions are in their full form.
+      weight_fn: w, `(hyperparams, batch) -> [B]`, or with `with_context` `(hyperparams, batch, context) -> [B]`. For
+        example, a network of the example's features, or
+        `lambda hp, batch: jax.nn.sigmoid(hp["weight"][batch["index"]])`.
+      normalize: the value of N. "count": B, so that an example with weight zero loses its share of the gradient.
+        "weights": Σ_i w_i, which must not be zero; only ratios of weights matter. "none": 1, for sums and for weights
+        that are already normalized (for example by `batch["mask"].sum()`).
+      with_context: whether the functions have their full form.
 
     Returns:
-      A loss for `inner.loop`, to be given the same `with_context`. It is a plain function: every AD mode works, and a
-      penalty may be added to it.
+      A loss for `inner.loop`, which needs the same `with_context`. It is a plain function: every AD mode works, and you
+      can add a penalty to it.
 
     Raises:
-      ValueError: `normalize` is unknown; at trace time, losses or weights are not [B].
+      ValueError: if `normalize` is unknown; at trace time, if losses or weights are not [B].
 
     >>> import jax
     >>> from metaopt import inner

@@ -1,4 +1,4 @@
-"""Other libraries' models as black boxes, and their studies; each library is imported when it is called for."""
+"""Models of other libraries as black boxes, and Optuna studies. Each library is imported only when it is used."""
 
 from metaopt.integrations import lightning
 from metaopt.integrations._optuna import from_optuna_study, optuna_sampler, to_optuna_study

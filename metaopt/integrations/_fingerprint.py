@@ -1,4 +1,4 @@
-"""A fingerprint of what trains: all that can be told of modules and functions without running them."""
+"""Fingerprints of modules and functions, from everything that can be read without running them."""
 
 import functools
 import hashlib
@@ -13,24 +13,31 @@ import numpy as np
 _PLAIN = (bool, int, float, str, bytes, type(None), np.generic)
 _CACHED = type(functools.lru_cache(len))
 _FUNCTIONS = (FunctionType, staticmethod, classmethod, property, functools.cached_property, _CACHED)
-_LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch")  # whose classes are taken as they are
+_LIBRARIES = ("builtins", "lightning", "pytorch_lightning", "torch")  # their classes are not inspected
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hexadecimal digits, which differ where what is told of the parts does.
+    """Returns 16 hexadecimal digits that differ if the readable content of the parts differs.
+
+    The following content is readable:
+
+    - Plain values, and dicts and lists of them at any depth. Other values in them are skipped.
+    - Functions: their code, and the plain values, functions and classes that they enclose or have as defaults.
+    - Modules of torch: their layers as printed, and the shapes of their parameters. Then, for each of `modules()`, its
+      class, its hyper-parameters, and its own attributes that are plain values, or dicts and lists of them.
+    - Classes: the code of methods and properties, and the attributes that are plain values, or dicts and lists of them.
+      Base classes are included, except for those of torch and Lightning.
+    - Lists of parts.
+
+    An attribute of a module is skipped if its name begins with "_" and it is a dict with integer keys, because torch
+    keeps its hooks in such dicts. Memory addresses are skipped, too. If a class collects values in a list or dict while
+    trials run, its fingerprint changes. A list of a million numbers takes about a second.
 
     Args:
-      *parts: plain values, and dicts and lists of them at any depth, whose other values are passed over; functions, of
-        which their code is told, and what plain values, functions and classes they enclose or have as defaults;
-        modules of torch, of which their layers are told as they are printed, the shapes of their parameters, and, of
-        each of `modules()`, the code of its class (methods, properties, and attributes that are plain values, dicts and
-        lists of them), up to the classes of torch and Lightning, its hyper-parameters, and its own attributes that are
-        such values, but not dicts with whole numbers as keys whose name begins with "_", as torch keeps its hooks; and
-        lists of parts. Addresses are left out. What a class collects in a list or dict while trials run makes another
-        fingerprint. A list of a million numbers takes about a second.
+      *parts: plain values, functions, classes, modules of torch, and lists of these.
 
     Returns:
-      The digits, which are the same in every process of one version of Python, whose byte code they are of.
+      The digits. They are the same in every process of one version of Python, because they depend on its byte code.
     """
     told = json.dumps([_told(part, set()) for part in parts], sort_keys=True, default=repr)
     return hashlib.sha256(_without_addresses(told).encode()).hexdigest()[:16]
@@ -58,14 +65,14 @@ def _module(module: Any, seen: set[int]) -> Any:
     own = {
         name: value
         for name, value in getattr(module, "__dict__", {}).items()
-        # In torch's own dicts hooks are numbered by a counter of the process.
+        # torch numbers the hooks in its dicts by a counter of the process.
         if not (name.startswith("_") and isinstance(value, Mapping) and all(isinstance(key, int) for key in value))
     }
     return [_code(type(module), seen), _values(hparams), _values(own)]
 
 
 def _values(of: Any, within: tuple[int, ...] = ()) -> Any:
-    """The plain ones; a dict as a list, for its keys may be anything."""
+    """The plain values in a list or dict. A dict becomes a list, because its keys may have any type."""
     if isinstance(of, _PLAIN):
         return of
     if id(of) in within:
@@ -81,7 +88,7 @@ def _items(of: Mapping) -> Iterator[tuple[Any, Any]]:
     for key in of:
         try:
             value = of[key]
-        except Exception:  # one that is required and not given, of OmegaConf
+        except Exception:  # OmegaConf raises for a required value that is missing
             value = "missing"
         yield key, value
 
@@ -93,12 +100,12 @@ def _is_plain(value) -> bool:
 def _shape(parameter) -> Any:
     try:
         return list(parameter.shape)
-    except RuntimeError:  # a lazy one has none yet
+    except RuntimeError:  # a lazy parameter has no shape yet
         return None
 
 
 def _code(of: Any, seen: set[int]) -> Any:
-    """What is defined: a function, a class, or what they are made of; each is told once."""
+    """The content of a function, a class or their parts. Each one is described once, and then only by its name."""
     tell = lambda each: _code(each, seen)
     if isinstance(of, _PLAIN):
         return of
@@ -116,7 +123,7 @@ def _code(of: Any, seen: set[int]) -> Any:
     if isinstance(of, functools.partial):
         return [tell(of.func), [tell(value) for value in of.args], {n: tell(v) for n, v in of.keywords.items()}]
     if not isinstance(of, (FunctionType, type)) or id(of) in seen:
-        return getattr(of, "__qualname__", type(of).__qualname__)  # what an object holds may change from trial to trial
+        return getattr(of, "__qualname__", type(of).__qualname__)  # an object may change from trial to trial
     seen.add(id(of))
     if isinstance(of, FunctionType):
         enclosed = [tell(_content(cell)) for cell in of.__closure__ or ()]
@@ -128,7 +135,7 @@ def _code(of: Any, seen: set[int]) -> Any:
 
 
 def _members(of: type) -> list[tuple[str, Any]]:
-    """Its functions and plain values, without those that Python notes in it, such as `__firstlineno__`."""
+    """The functions and plain values of a class, without those that Python adds, such as `__firstlineno__`."""
     return [
         (name, value)
         for name, value in sorted(vars(of).items())
@@ -144,5 +151,5 @@ def _content(cell) -> Any:
 
 
 def _ordered(constant) -> str:
-    """A set's order is another one in every process."""
+    """The printed form of a constant. A set is sorted, because its order differs between processes."""
     return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)

@@ -1,4 +1,4 @@
-"""Optuna: records as its studies, for its dashboard and its plots, and back; and what was learned as its sampler."""
+"""Optuna: converts records to studies and back, and offers a learned meta-optimizer as a sampler."""
 
 import collections
 import itertools
@@ -14,34 +14,38 @@ import numpy as np
 
 from metaopt import base, methods, spaces
 
-_OURS = "metaopt:"  # before the names of user attributes: a person's own may be called "cost" or "seed", too
-_FINEST = 10**9  # steps of the full budget, as 32 bits hold
+_OURS = "metaopt:"  # prefix of our user attributes, because users may have their own "cost" or "seed"
+_FINEST = 10**9  # steps of the full budget that fit into 32 bits
 _KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
 
 
 def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs: Any) -> Any:
-    """An Optuna study of the records of one task.
+    """Makes an Optuna study from the records of one task, for example for Optuna's dashboard and plots.
+
+    The records of one trial (same number, seed and configuration) at several fidelities become its intermediate values.
+    Their steps are thousandths of the full budget. If these do not separate all fidelities of each trial, the steps are
+    ten thousandths and so on, down to billionths. Fidelities that differ by at most a millionth of the larger one count
+    as equal (float32 stores 1/3 with an error of 3e-8). A second record at the same fidelity becomes another trial, for
+    example one of another study.
 
     Args:
-      records: of one task. Those of one trial (one number, seed and configuration) at several fidelities become its
-        intermediate values, at steps of thousandths of the full budget, or of as much finer parts (ten thousandths and
-        so on, down to billionths) as tell all fidelities of each trial apart. Fidelities that differ by at most a
-        millionth of the larger are the same but for rounding (float32 keeps 1/3 to 3e-8); a second record at the same
-        fidelity is another trial, as of another study.
-      space: that they come from.
-      **kwargs: of `optuna.create_study`, such as `storage="sqlite:///study.db"`, for its dashboard, and `study_name`;
-        not its `direction`, since outcomes are minimized.
+      records: the records of one task.
+      space: the space of their configurations.
+      **kwargs: arguments of `optuna.create_study`, such as `study_name`, or `storage="sqlite:///study.db"` for the
+        dashboard. `direction` is not allowed, since outcomes are minimized.
 
     Returns:
-      A study whose trials have the records' parameters, values and states, and task, cost, seed, reason and metaopt's
-      trial number as user attributes, "metaopt:trial" and so on. A trial that never reached the full budget is pruned;
-      one whose outcome is NaN has failed.
+      A study whose trials have the records' parameters, values and states. Their user attributes hold the task, cost,
+      seed, reason, fidelity and metaopt's trial number, as "metaopt:trial" and so on. A trial that never reached the
+      full budget is pruned. A trial whose outcome is NaN has failed.
 
     Raises:
-      ValueError: the records are of several tasks, one is no record (an unknown status, a fidelity out of (0, 1], an
-        outcome that is no number), a fidelity is less than a billionth of the full budget, or two of a trial are
-        within one, a configuration does not fit the space, or a direction is given.
-      ImportError: Optuna is not installed.
+      ValueError: if the records are of several tasks, or a record is invalid (unknown status, fidelity outside (0, 1],
+        or non-numeric outcome).
+      ValueError: if a fidelity is less than a billionth of the full budget, or two fidelities of a trial are within a
+        billionth.
+      ValueError: if a configuration does not fit the space, or a direction is given.
+      ImportError: if Optuna is not installed.
     """
     import optuna
 
@@ -63,7 +67,7 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         if last.status != "COMPLETE" or base.is_full_budget(last.fidelity):
             state = optuna.trial.TrialState[last.status]
         if last.status == "COMPLETE" and math.isnan(last.outcome):
-            state = optuna.trial.TrialState.FAIL  # Optuna has no trial that is complete without a value
+            state = optuna.trial.TrialState.FAIL  # Optuna does not allow a complete trial without a value
         complete = [record for record in several if record.outcome == record.outcome]
         attributes = {name: getattr(last, name) for name in _KEPT}
         attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # Optuna's JSON
@@ -91,7 +95,7 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
 
 
 def _levels(fidelities: Iterable[float]) -> dict[float, float]:
-    """Of each fidelity, the largest that it equals but for rounding."""
+    """Maps each fidelity to the largest one that it equals up to rounding."""
     levels, level = {}, math.inf
     for fidelity in sorted(set(fidelities), reverse=True):
         level = levels[fidelity] = level if math.isclose(fidelity, level, rel_tol=1e-6) else fidelity
@@ -99,9 +103,9 @@ def _levels(fidelities: Iterable[float]) -> dict[float, float]:
 
 
 def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> list[list[base.Record]]:
-    """The records of each trial, in the order of the first ones.
+    """Returns the records of each trial, in the order of the first ones.
 
-    A number alone is no trial: every study, and every task's searcher, counts from 0.
+    A trial number does not identify a trial: every study, and every task's searcher, counts from 0.
     """
     trials: dict[tuple, list[base.Record]] = {}
     counts = collections.Counter()
@@ -115,7 +119,7 @@ def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> lis
 
 
 def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
-    """How many steps the full budget has, so that no two fidelities of a trial have the same one, and none has 0."""
+    """Returns the number of steps of the full budget for which a trial's fidelities have different steps above 0."""
     parts = 1000
     while True:
         within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
@@ -133,28 +137,30 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
-    """The trials of an Optuna study of one objective as records, the last value of each.
+    """Returns the trials of an Optuna study of one objective as records, with the last value of each trial.
 
-    What `to_optuna_study` wrote comes back under its task, trial number, cost and seed.
+    Trials that `to_optuna_study` wrote keep their task, trial number, cost and seed.
 
     Args:
-      study: Optuna's; where it maximizes, outcomes are the negative values.
-      task: a name; by default that of `to_optuna_study`, or the study's.
+      study: an Optuna study. If it maximizes, outcomes are the negative values.
+      task: the task's name; by default the name that `to_optuna_study` stored, or the study's name.
 
     Returns:
-      A record for each trial. A pruned one has its last intermediate value and, as Optuna does not know how many steps
-      a whole trial has, that step's part of the largest step of the study as fidelity. Records of number 0 and seed 0
-      are taken for trials without a number: to correct that trial in records of one's own, count them from 1, or give
-      seeds; several without numbers and with one seed are corrections of one trial, and no repeats.
+      A record for each trial. A pruned trial has its last intermediate value. Its fidelity is its last step divided by
+      the largest step of the study, both counted from 1. Optuna does not know the number of steps of a whole trial.
+
+      Records with number 0 and seed 0 count as trials without a number. To correct that trial in your own records,
+      number them from 1, or give seeds. Several records without numbers and with one seed are corrections of one trial,
+      not repetitions.
 
     Raises:
-      ValueError: the study has several objectives.
+      ValueError: if the study has several objectives.
     """
     if len(study.directions) > 1:
         raise ValueError("Records have one outcome; the study has several objectives.")
     sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
     trials = study.get_trials()
-    # Steps are counted from 0 or from 1: what the first one reported was seen after one.
+    # Steps start at 0 or at 1. If they start at 0, the value at step 0 was reported after one step.
     first = int(any(0 in trial.intermediate_values for trial in trials))
     steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0) + first
     records = []
@@ -188,46 +194,48 @@ def optuna_sampler(
     seed: int | None = None,
     independent_sampler: Any = None,
 ) -> Any:
-    """What was learned from earlier tasks as a sampler of Optuna: the study, its storage and its dashboard stay.
+    """Returns an Optuna sampler that uses knowledge from earlier tasks; study, storage and dashboard remain Optuna's.
 
-    The first trial is what `meta_optimizer.predict` says; the following ones are those of its searcher, given all
-    trials of the study, whoever made them. It obeys `study.enqueue_trial`, `directions`, pruners and `n_jobs`:
+    The first trial is the prediction of `meta_optimizer.predict`. The following trials come from its searcher, which
+    learns of all trials of the study, including those of other samplers. The sampler supports `study.enqueue_trial`,
+    `directions`, pruners and `n_jobs`:
 
-    - The parameters of `meta_optimizer.space` are drawn together, those whose conditions do not hold are left out. An
-      objective asks for them as in `spaces.to_optuna`, or, what it need not, in one line: `spaces.suggest(trial,
-      space)`. Where it asks for another range, scale or other labels (some may have been added since), it is given what
-      was drawn where that is among them. What is not, and names that the space does not have, are drawn by
-      `independent_sampler`.
-    - Trials that still run, in any thread or process, count by what they may add (`batch_expected_improvement`).
-    - A pruned trial counts with its last intermediate value, moved by the mean difference between that step and the end
-      in the trials that have both; one that has none counts as failed. Steps of one trial that are the same to six
-      digits (there are some beyond a million) are one, with the last value.
-    - A trial that ends or fails before it has asked for all of its parameters counts with those that it would have been
-      given, as far as this sampler has drawn them for it, else at their defaults; one that has asked for none does not
-      count, however it ended. A conditional parameter that it asks for without its parent counts where
-      the parent that was drawn makes it active.
-    - Of a finite set (`candidates`), a trial that takes a label or number of its own instead of what was drawn counts
-      as what it took: what was drawn is then untried, and may be drawn again. Ask for the labels and
-      numbers of the set.
-    - What a trial draws depends on `seed`, its number, and the trials that have ended, or run, when it begins (where an
-      objective does not ask for all, on which of them this sampler has drawn, too). Each process of a distributed study
-      makes a sampler of its own: this one is not pickled.
+    - The parameters of `meta_optimizer.space` are drawn together; those whose conditions do not hold are omitted. An
+      objective requests them as in `spaces.to_optuna`, or all in one line: `spaces.suggest(trial, space)`. It may
+      request another range, scale or other labels (for example because labels were added). It then gets the drawn value
+      if that value is allowed. Otherwise `independent_sampler` draws the value. It also draws parameters that the space
+      does not have.
+    - Trials that are still running, in any thread or process, count by their possible contribution
+      (`batch_expected_improvement`).
+    - A pruned trial counts with its last intermediate value. We correct this value by the mean difference between that
+      step and the end in the trials that have both. A pruned trial without a value counts as failed. Steps of one trial
+      that agree in six digits (possible beyond a million) count as one, with the last value.
+    - A trial may end or fail before it has requested all of its parameters. The others then count with their drawn
+      values if this sampler has drawn them, else with their defaults. A trial that has requested no parameter does not
+      count, regardless of its end. A conditional parameter that is requested without its parent counts if the drawn
+      parent makes it active.
+    - With a finite set (`candidates`), a trial may use another label or number than the drawn one. It then counts with
+      the value that it used. The drawn value is untried, and may be drawn again. Request the labels and numbers of the
+      set to avoid this.
+    - The draw for a trial depends on `seed`, its number, and the trials that have ended or are running when it begins.
+      If an objective does not request all parameters, it also depends on which of these trials this sampler has drawn.
+      In a distributed study, each process makes its own sampler; a sampler cannot be pickled.
 
     Args:
-      meta_optimizer: by `methods.train_meta_optimizer`; its records may come from earlier studies
-        (`from_optuna_study`), its space from their trials (`spaces.from_optuna`).
+      meta_optimizer: made by `methods.train_meta_optimizer`. Its records may come from earlier studies
+        (`from_optuna_study`), and its space from their trials (`spaces.from_optuna`).
       new_task: as for `meta_optimizer.predict`.
       acquisition: as for `meta_optimizer.searcher`.
-      seed: of everything random; by default, a fresh one.
-      independent_sampler: for parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
+      seed: the seed of everything random; by default, a fresh one.
+      independent_sampler: draws parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
 
     Returns:
       An `optuna.samplers.BaseSampler`, for studies of one objective.
 
     Raises:
-      ValueError: the space has a simplex, which Optuna does not have, or `acquisition` is unknown; when a trial
-        begins, the study has several objectives.
-      ImportError: Optuna is not installed.
+      ValueError: if the space has a simplex, which Optuna does not have, or `acquisition` is unknown; when a trial
+        begins, if the study has several objectives.
+      ImportError: if Optuna is not installed.
 
     >>> import optuna
     >>> from metaopt import base, integrations, methods, spaces
@@ -244,13 +252,13 @@ def optuna_sampler(
         import optuna
     except ImportError as error:
         raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
-    spaces.to_optuna(meta_optimizer.space)  # raises where it cannot
+    spaces.to_optuna(meta_optimizer.space)  # raises if the space has no counterpart in Optuna
     searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
     running_state, single = optuna.trial.TrialState.RUNNING, threading.Lock()
-    # By storage and number of a study: Optuna may make an object of it for every trial.
+    # Keys are the storage and the number of a study, since Optuna may make a study object for every trial.
     studies: Any = weakref.WeakKeyDictionary()
 
     def known_of(study) -> _KnownOfStudy:
@@ -258,11 +266,11 @@ def optuna_sampler(
         return of_storage.setdefault(study._study_id, _KnownOfStudy(searcher.init(key, None), set(), {}))
 
     def draw(study, number: int) -> dict[str, Any]:
-        """The configuration of a trial, after all that has ended."""
+        """Returns the configuration of a trial, drawn after learning of all trials that have ended."""
         known = known_of(study)
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
-        # In one read: a trial that ends between two would be neither among those that ended nor among those that run.
-        # And from the storage: with a pruner of brackets, `study.get_trials` has those of one bracket alone.
+        # One read: between two reads, a trial that ends would be among neither the ended nor the running trials.
+        # We read from the storage, because with Hyperband's pruner `study.get_trials` returns only one bracket.
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         new = [trial for trial in trials if trial.state.is_finished() and trial.number not in known.heard]
         told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
@@ -270,7 +278,7 @@ def optuna_sampler(
         known.heard |= {trial.number for trial in new}
         known.drawn = {other: drawn for other, drawn in known.drawn.items() if other not in known.heard}
         others = [trial for trial in trials if trial.state == running_state and trial.number != number]
-        # What a trial was given holds until it says what it took: it may have been enqueued.
+        # The drawn values hold until the trial reports its own, which may differ if the trial was enqueued.
         took = [(trial.number, known.drawn.get(trial.number, {}) | trial.params) for trial in others]
         running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
         (record,), _ = searcher.ask(searcher.tell(known.state, running)._replace(num_asked=number), 1)
@@ -281,12 +289,12 @@ def optuna_sampler(
         """`integrations.optuna_sampler`."""
 
         def reseed_rng(self):
-            independent.reseed_rng()  # ours is folded from a trial's number
+            independent.reseed_rng()  # our randomness is folded from a trial's number
 
         def infer_relative_search_space(self, study, trial):
             if len(study.directions) > 1:
                 raise ValueError("This sampler is for studies of one objective; use another for several.")
-            return {}  # a parameter is given when it is known how the objective asks for it
+            return {}  # parameters are returned only when we know how the objective requests them
 
         def sample_relative(self, study, trial, search_space):
             with single:
@@ -310,15 +318,18 @@ def optuna_sampler(
 
 
 class _KnownOfStudy:
-    """What a sampler remembers of a study: a searcher's state, the numbers of the trials that it has heard of, and what
-    running trials were given before they ask for it, by number."""
+    """The memory of a sampler for one study.
+
+    It has a searcher's state, the numbers of the trials that the searcher has learned of, and, by number, the
+    configurations drawn for running trials.
+    """
 
     def __init__(self, state: Any, heard: set[int], drawn: dict[int, dict[str, Any]]):
         self.state, self.heard, self.drawn = state, heard, drawn
 
 
 def _fitting(value: Any, distribution: Any) -> list[Any]:
-    """[the value as a distribution has it], or [] where it does not have it. Float32 may lie next to a bound."""
+    """[the value as the distribution has it], or [] if it is not allowed. A float32 may lie next to a bound."""
     if hasattr(distribution, "choices"):
         return [choice for choice in distribution.choices if choice == value][:1]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -331,14 +342,15 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
 
 
 def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
-    """A trial of Optuna as a searcher hears of it: its value, and those of its steps, each at a fidelity below 1.
+    """Converts an Optuna trial to records for a searcher: its value, and its step values at fidelities below 1.
 
-    One that failed may not have asked yet for all that was drawn, and one that ended may never do so. Either is what
-    was drawn: by what it asked for alone it would be another one, and the same would be drawn again and again.
+    A failed trial may not have requested all drawn parameters yet, and an ended trial may never do so. Both count with
+    their drawn values. With only the requested parameters, it would be another configuration, and the same one would be
+    drawn again and again.
     """
     if not trial.params:
-        return []  # it asked for nothing: whatever came of it says nothing of any configuration
-    record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 is numbered, too
+        return []  # it requested nothing, so its outcome says nothing about any configuration
+    record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
     told = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())

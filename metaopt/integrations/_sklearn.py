@@ -1,4 +1,4 @@
-"""Any scikit-learn classifier, regressor or clusterer as an objective, and default spaces of eight families."""
+"""scikit-learn: classifiers, regressors and clusterers as objectives, and default spaces of eight families."""
 
 import importlib
 import math
@@ -15,9 +15,10 @@ class SklearnModel(NamedTuple):
     """A family of models.
 
     Attributes:
-      estimator: scikit-learn's, unfitted.
-      space: of its parameters, under their own names; the default is scikit-learn's, as far as one space can say it.
-      scoring: what `sklearn_objective` judges it by.
+      estimator: an unfitted scikit-learn estimator.
+      space: the space of its parameters, under their own names. Its default is scikit-learn's default, as far as one
+        space can express it.
+      scoring: the score that `sklearn_objective` uses for it.
     """
 
     estimator: Any
@@ -25,7 +26,7 @@ class SklearnModel(NamedTuple):
     scoring: str
 
 
-# What judges a clustering without labels, from the rows and the labels of clusters; and whether larger is better.
+# Scores of a clustering without true labels: name -> function of the rows and the cluster labels, larger is better.
 _INTERNAL = {
     "silhouette": ("silhouette_score", True),
     "davies_bouldin": ("davies_bouldin_score", False),
@@ -36,45 +37,50 @@ _INTERNAL = {
 def sklearn_objective(
     estimator: Any, *, scoring: str | None = None, num_folds: int = 5, split_seed: int = 0, preparation: Any = None
 ) -> ObjectiveFn:
-    """An objective for `tasks.collect`: a scikit-learn estimator with a trial's parameters, cross-validated.
+    """Makes an objective for `tasks.collect`: a scikit-learn estimator with a trial's parameters, cross-validated.
 
-    Gaps are filled with the column's median (where the table says that a column is categorical, they are a category),
-    categories are one-hot, other columns are standardized: fitted on the training rows of each fold. The folds are the
-    same in all trials, stratified by class; every `random_state` of the estimator, and of those within it, is the
-    trial's seed. At fidelity s < 1 it is fitted on a stratified part s of the training rows, nested in those of larger
-    fidelities.
+    Missing values are replaced by the column's median. In columns that the table marks as categorical, they become an
+    additional category. Categories are one-hot, and other columns are standardized. This preparation is fitted on the
+    training rows of each fold. The folds are the same in all trials, and stratified by class. Every `random_state` of
+    the estimator, and of estimators inside it, is the trial's seed. At fidelity s < 1, the estimator is fitted on a
+    stratified fraction s of the training rows, which is contained in those of larger fidelities.
 
-    All of scikit-learn's classifiers, regressors and clusterers are objectives so, as a test says of each, with these
-    exceptions: what predicts several labels a row (`ClassifierChain`, `MultiOutputClassifier`) has no classes by which
-    folds are stratified, and `FeatureAgglomeration` clusters columns. Some need more than their default: what is made
-    of other estimators (`VotingClassifier`, `OneVsRestClassifier`) those; what takes no negative values
-    (`MultinomialNB`, `ComplementNB`, and `CategoricalNB`, which also needs `min_categories` where a fold may lack one)
-    another `preparation`; regressors of several targets (`MultiTaskLasso`, `RegressorChain`) a y of as many columns;
-    `CCA` and `PLSCanonical` no more components than targets; `IsotonicRegression` one column, and
-    `out_of_bounds="clip"`; `GammaRegressor` and its like targets that their distributions have; and clusterers that
-    find their number of clusters, rows where that is at least 2.
+    All of scikit-learn's classifiers, regressors and clusterers work as objectives; a test checks each of them. There
+    are two exceptions. Classifiers with several labels per row (`ClassifierChain`, `MultiOutputClassifier`) have no
+    classes for stratified folds. `FeatureAgglomeration` clusters columns. Some estimators need more than their
+    defaults:
+
+    - Combinations of estimators (`VotingClassifier`, `OneVsRestClassifier`) need those estimators.
+    - Estimators that reject negative values (`MultinomialNB`, `ComplementNB`, `CategoricalNB`) need another
+      `preparation`. `CategoricalNB` also needs `min_categories` if a fold may lack a category.
+    - Regressors of several targets (`MultiTaskLasso`, `RegressorChain`) need a y with as many columns.
+    - `CCA` and `PLSCanonical` allow at most as many components as targets.
+    - `IsotonicRegression` needs one column, and `out_of_bounds="clip"`.
+    - `GammaRegressor` and similar regressors need targets in the range of their distributions.
+    - Clusterers that determine their number of clusters need rows for which it is at least 2.
 
     Args:
       estimator: unfitted; a trial sets its parameters by their names (`"svc__C"` in a pipeline).
-      scoring: a scorer's name (`sklearn.metrics.get_scorer_names()`), or for clusterers "silhouette", "davies_bouldin"
-        or "calinski_harabasz", of all rows without folds. "log_likelihood" is a density's per held-out row. By default
-        "balanced_accuracy" for classifiers, "r2" for regressors, "silhouette" for clusterers, "log_likelihood" for
-        densities.
+      scoring: a scorer's name (`sklearn.metrics.get_scorer_names()`). For clusterers, "silhouette", "davies_bouldin"
+        or "calinski_harabasz", on all rows without folds. "log_likelihood" is the log-density per held-out row. By
+        default "balanced_accuracy" for classifiers, "r2" for regressors, "silhouette" for clusterers, "log_likelihood"
+        for densities.
       num_folds: K of K-fold cross-validation, at least 2.
-      split_seed: of the folds.
-      preparation: a transformer of the rows in the place of the above, such as `preprocessing.MinMaxScaler()` where
-        values must not be negative (`MultinomialNB`), or "passthrough" for none.
+      split_seed: the seed of the folds.
+      preparation: a transformer of the rows that replaces the preparation above. For example
+        `preprocessing.MinMaxScaler()` if values must not be negative (`MultinomialNB`), or "passthrough" for no
+        preparation.
 
     Returns:
       `(trial, task) -> outcome`, for tasks that are a `Table` or a pair (x, y), where y may be None for clusterers. The
-      outcome is 1 − the mean score; without "1" where the scorer's name starts with "neg_", for internal scores other
-      than the silhouette, which are not at most 1 (and a score that is better the smaller is the outcome itself), and
-      for the log-likelihood.
+      outcome is 1 − the mean score. If the scorer's name starts with "neg_", or for the log-likelihood, it is minus the
+      mean score. Internal scores other than the silhouette are not bounded by 1. Their outcome is minus the score, or
+      the score itself if smaller scores are better.
 
     Raises:
-      ValueError: `num_folds` is no integer of at least 2, `preparation` is no transformer, or the estimator is of no
-        kind that has a default `scoring`.
-      ImportError: scikit-learn is not installed.
+      ValueError: if `num_folds` is not an integer of at least 2, or `preparation` is not a transformer.
+      ValueError: if `scoring` is missing and the estimator's kind does not have a default.
+      ImportError: if scikit-learn is not installed.
     """
     base.check_integer("num_folds", num_folds, 2)
     import sklearn.base
@@ -107,7 +113,7 @@ def sklearn_objective(
         model: Any = sklearn.base.clone(estimator)
         model.set_params(**parameters)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of models that have not converged, of classes that a fold lacks
+            warnings.simplefilter("ignore")  # about models that have not converged, and classes that a fold lacks
             if scoring in _INTERNAL:
                 rows = _part(np.random.default_rng(split_seed), np.zeros(len(x)), trial.fidelity)
                 filled = pipeline.make_pipeline(_preparation(categorical, preparation)).fit_transform(x[rows])
@@ -131,7 +137,7 @@ def _score(fitted, scoring, x, y: Any, train, test) -> float:
 
     if scoring == "log_likelihood":
         fitted.fit(x[train])
-        # A density's `score` is a sum over rows, a mixture's the mean.
+        # `score` of a density is a sum over rows, but that of a mixture is a mean.
         return float(np.mean(fitted.score_samples(x[test])))
     return metrics.get_scorer(scoring)(fitted.fit(x[train], y[train]), x[test], y[test])
 
@@ -146,13 +152,13 @@ def _folds(x, y, estimator, num_folds, seed):
 
 
 def _subset(train, y: Any, fidelity, seed):
-    """The rows of a fold's training part that a fidelity allows."""
+    """Returns the training rows of a fold that are used at a fidelity."""
     labels = np.zeros(len(train)) if y is None else y[train]
     return train[_part(np.random.default_rng(seed), labels, fidelity)]
 
 
 def _part(rng, labels, fidelity) -> np.ndarray:
-    """Rows: a part of each class, at least one, contained in those of every larger fidelity."""
+    """Returns rows: a fraction of each class, at least one, contained in the rows of every larger fidelity."""
     order = rng.permutation(len(labels))
     kept = [order[labels[order] == label] for label in np.unique(labels)]
     return np.sort(np.concatenate([rows[: max(1, math.ceil(fidelity * len(rows) - 1e-9))] for rows in kept]))
@@ -182,17 +188,17 @@ def _preparation(categorical, given):
 
 
 def sklearn_model(name: str) -> SklearnModel:
-    """A family of scikit-learn's models with a space of what is worth tuning.
+    """Returns a family of scikit-learn models, with a space of the parameters that are worth tuning.
 
     Args:
       name: one of `SKLEARN_MODELS`, such as "random_forest_classifier".
 
     Returns:
-      Its estimator, space and scoring.
+      The estimator, space and scoring of the family.
 
     Raises:
-      ValueError: there is no such family.
-      ImportError: scikit-learn is not installed.
+      ValueError: if `name` is unknown.
+      ImportError: if scikit-learn is not installed.
     """
     if name not in _MODELS:
         raise ValueError(f"`name` must be one of {', '.join(SKLEARN_MODELS)}; got {name!r}.")
@@ -213,7 +219,7 @@ def _forest(criteria, features, bootstrap):
     return {
         "n_estimators": _count(10, 500, 100),
         "criterion": spaces.choice(criteria),
-        "max_depth": _count(1, 64, 64),  # scikit-learn's own default has no limit
+        "max_depth": _count(1, 64, 64),  # scikit-learn's default has no limit
         "max_features": spaces.choice(
             [features, *(f for f in ("sqrt", "log2", 0.25, 0.5, 0.75, 1.0) if f != features)]
         ),
@@ -238,7 +244,7 @@ def _svm(**more):
     return {
         "C": spaces.interval(1e-3, 1e3, log=True, default=1.0),
         "kernel": spaces.choice(["rbf", "linear", "poly", "sigmoid"]),
-        # scikit-learn's own default depends on the number of columns.
+        # scikit-learn's default depends on the number of columns.
         "gamma": spaces.active_if(
             spaces.interval(1e-4, 10.0, log=True, default=0.1), "kernel", ["rbf", "poly", "sigmoid"]
         ),

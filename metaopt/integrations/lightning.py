@@ -1,6 +1,6 @@
 """PyTorch Lightning: a module as a black box whose epochs are fidelities, pruned and continued from checkpoints.
 
-Lightning, and torch below it, are imported when a function is called (extra `lightning`).
+Lightning and torch are imported when a function is called (extra `lightning`).
 """
 
 import importlib
@@ -18,12 +18,12 @@ from metaopt.integrations._fingerprint import fingerprint
 __all__ = ["ReportFn", "callback", "objective"]
 
 
-# What a Trainer shows and keeps by itself, which is off here: it changes no outcome.
+# Displays and storage of a Trainer, which are off here by default. They do not change the outcome.
 _SHOWN = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 
 class ReportFn(Protocol):
-    """Hears of every epoch; says whether the trial is to be given up."""
+    """Receives a record after every epoch, and returns whether to stop the trial early."""
 
     def __call__(self, record: base.Record, /) -> bool | None: ...
 
@@ -38,49 +38,61 @@ def callback(
     checkpoints: str | os.PathLike[str] | None = None,
     parts: Sequence[Any] = (),
 ) -> Any:
-    """A callback for `lightning.Trainer(callbacks=[...])`: after each epoch e it reports a record of fidelity e/E.
+    """Makes a callback for `lightning.Trainer(callbacks=[...])`: after epoch e it reports a record of fidelity e/E.
 
-    Where `report` says so, it raises `tasks.Pruned`, which ends `Trainer.fit` and, in `tasks.collect`, makes the trial
-    "PRUNED" with the outcome of its last epoch. Where the metric is not finite, training stops, and the trial's
-    checkpoint is removed. A checkpoint of the trial is replaced after every epoch, atomically;
-    `Trainer.fit(ckpt_path=callback.checkpoint)` continues from it, at a larger fidelity, or after a kill, and it holds
-    the outcomes of all epochs. Every epoch begins with seeds that follow from the trial's and the epoch, so that what
-    is continued equals what was not interrupted, as far as torch's own operations repeat themselves. It holds no
-    hyper-parameters (`save_hyperparameters`), which may be classes, functions or paths: the module is made anew. What
-    else is saved, by `on_save_checkpoint` and `state_dict` of the module, its data and other callbacks, must be tensors
-    and plain values, for torch reads nothing else safely.
+    If `report` returns true, the callback raises `tasks.Pruned`, which ends `Trainer.fit`. In `tasks.collect` the trial
+    is then "PRUNED", with the outcome of its last epoch. If the metric is not finite, training stops, and the trial's
+    checkpoint is removed.
 
-    A checkpoint is of one trial and one objective: its folder is named by the trial's number and a fingerprint of the
-    task's name, the configuration, the seed, `monitor`, `mode`, and what can be told of `parts`. Where one of these is
-    another one, there is no checkpoint, and training begins anew; the folders of what was before stay. Folders that are
-    named by the trial's number alone, as they were before there were fingerprints, are not taken: remove them. What
-    cannot be told is what the task and the data hold, what functions call (code elsewhere, and what they read from
-    global variables or files), objects, lists and dicts that they enclose, what modules hold beside their parts and
-    plain values (such as tensors and functions), and the versions of libraries. Where that changes, give another
-    folder, or empty this one. So give each store of records, and each objective, a folder of its own. A plain attribute
-    of a module that is another one each time, such as the time of day, lets no checkpoint be found.
+    After every epoch, a new checkpoint atomically replaces the old one. It holds the outcomes of all epochs.
+    `Trainer.fit(ckpt_path=callback.checkpoint)` continues from it, at a larger fidelity or after a kill. Every epoch
+    begins with seeds that follow from the trial's seed and the epoch. A continued run therefore equals an uninterrupted
+    one, as far as torch's own operations are reproducible.
+
+    A checkpoint does not hold hyper-parameters (`save_hyperparameters`), which may be classes, functions or paths: you
+    make the module again. Everything else that is saved must be tensors and plain values, because torch can read only
+    those safely. This concerns `on_save_checkpoint` and `state_dict` of the module, its data and other callbacks.
+
+    A checkpoint belongs to one trial and one objective. Its folder is named by the trial's number and a fingerprint.
+    The fingerprint covers the task's name, the configuration, the seed, `monitor`, `mode`, and the readable content of
+    `parts`. If one of these changes, no checkpoint is found, and training starts from the beginning; the old folders
+    stay. Folders from before there were fingerprints are named only by the trial's number. They are not used: remove
+    them.
+
+    The fingerprint does not cover:
+
+    - the content of the task and the data;
+    - what functions call: code elsewhere, and values that they read from global variables or files;
+    - objects, lists and dicts that functions enclose;
+    - what modules hold besides their parts and plain values, such as tensors and functions;
+    - the versions of libraries.
+
+    If any of these changes, use another folder, or empty this one. Thus give each store of records, and each objective,
+    its own folder. If a plain attribute of a module differs each time, such as the time of day, no checkpoint is ever
+    found.
 
     Args:
-      trial: what runs: its task, trial number, seed and configuration are those of its records, and name its folder.
+      trial: the running trial. Its records have its task, trial number, seed and configuration, and its folder is named
+        by them.
       max_epochs: E, the epochs of the full budget.
-      monitor: the metric that the module logs once an epoch.
-      mode: "min", or "max", whose records hold the negative metric.
-      report: `(record) -> bool`, whether to give up; it hears of epochs when they are trained. It may be
-        `lambda r: tasks.append_records("curves.db", [r])`, to keep learning curves (what is trained anew is heard of
-        anew: give those of each objective a file of their own), or, in an objective of Optuna,
+      monitor: the metric that the module logs once per epoch.
+      mode: "min", or "max", for which the records hold the negative metric.
+      report: `(record) -> bool`, whether to stop the trial early. It is called for epochs when they are trained. To
+        keep learning curves, use `lambda r: tasks.append_records("curves.db", [r])`. Epochs that are trained again are
+        reported again; therefore use a separate file for each objective. In an Optuna objective, use
         `lambda r: optuna_trial.report(r.outcome, round(r.fidelity * E)) or optuna_trial.should_prune()`.
       checkpoints: a folder; None keeps no checkpoint.
-      parts: what a checkpoint depends on beside the trial: the LightningModule, functions (such as what makes the
-        data), plain values and dicts of them.
+      parts: further things on which a checkpoint depends: the LightningModule, functions (such as the function that
+        makes the data), plain values and dicts of them.
 
     Returns:
-      A `lightning.pytorch.Callback` with `outcomes`, of each epoch, those before the checkpoint among them once it is
-      read; `outcome`, the last one; `num_epochs`, those that this trial has behind it; and `checkpoint`, the path of
-      its last checkpoint, or None.
+      A `lightning.pytorch.Callback` with four attributes. `outcomes` has the outcome of each epoch; it includes the
+      epochs before the checkpoint once that is read. `outcome` is the last one. `num_epochs` is the number of epochs
+      that this trial has completed. `checkpoint` is the path of its last checkpoint, or None.
 
     Raises:
-      ValueError: an argument is not valid; in training, the module does not log `monitor`.
-      ImportError: Lightning is not installed.
+      ValueError: if an argument is invalid; in training, if the module does not log `monitor`.
+      ImportError: if Lightning is not installed.
     """
     base.check_integer("max_epochs", max_epochs, 1)
     if mode not in ("min", "max"):
@@ -112,8 +124,8 @@ def callback(
         def load_state_dict(self, state_dict):
             self.outcomes = tuple(state_dict["outcomes"])
 
-        # The order of an epoch's data is drawn when its iterator is made: of the first one before its callbacks are
-        # called, of the others afterwards.
+        # The order of an epoch's data is drawn when its iterator is made. For the first epoch, this happens before its
+        # callbacks are called; for the others, afterwards.
         def setup(self, trainer, pl_module, stage):
             _seed(lightning, trial, self.num_epochs)
 
@@ -124,10 +136,10 @@ def callback(
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 0:
-                _seed(lightning, trial, trainer.current_epoch, 1)  # dropout and the like
+                _seed(lightning, trial, trainer.current_epoch, 1)  # for dropout and similar operations
 
         def on_train_epoch_end(self, trainer, pl_module):
-            # Lightning calls it after validation, when the epoch's metrics are all there.
+            # Lightning calls this after validation, when all metrics of the epoch are available.
             if monitor not in trainer.callback_metrics:
                 raise ValueError(
                     f"The module logs no {monitor!r} in an epoch; it logs {sorted(trainer.callback_metrics)}. Log it "
@@ -137,7 +149,7 @@ def callback(
             self.outcomes = (*self.outcomes, value if mode == "min" else -value)
             self.num_epochs = trainer.current_epoch + 1
             if not math.isfinite(value):
-                self.discard(trainer)  # what is corrected begins anew
+                self.discard(trainer)  # a corrected trial starts from the beginning
                 trainer.should_stop = True
                 return
             if folder is not None:
@@ -150,7 +162,7 @@ def callback(
                 raise tasks.Pruned(self.outcome)
 
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-            if self.saves:  # and not another callback, for itself
+            if self.saves:  # not if another callback saves
                 for name in ("hyper_parameters", "hparams_type"):
                     checkpoint.pop(name, None)
                     checkpoint.pop(f"datamodule_{name}", None)
@@ -175,39 +187,44 @@ def objective(
     checkpoints: str | os.PathLike[str] | None = None,
     trainer: Mapping[str, Any] | None = None,
 ) -> tasks.ObjectiveFn:
-    """An objective for `tasks.collect`: a LightningModule, trained with a trial's configuration.
+    """Makes an objective for `tasks.collect`: it trains a LightningModule with a trial's configuration.
 
-    Any PyTorch or Lightning model is a black box to JAX: nothing is differentiated through it. What is learned from its
-    records (`methods.train_meta_optimizer`) is JAX, and so is the search with them. A trial at fidelity s trains for
-    round(s E) epochs, at least one; with `checkpoints` it goes on where it stood at a smaller fidelity
-    (`tasks.collect(resumes=True)` counts it so), so that `methods.asha` and `methods.bohb` pay for each epoch once.
-    Where its checkpoint has been further already, the outcome is that of the epoch that is asked for. A trial that
-    fails by itself, with an exception or an outcome that is not finite, loses its checkpoint: `tasks.collect` with
-    `retry_failed` trains it anew. One that is ended from without, by a limit or a kill, goes on.
+    Any PyTorch or Lightning model is a black box to JAX: nothing is differentiated through it. Learning from its
+    records (`methods.train_meta_optimizer`) uses JAX, and so does a search with the result.
 
-    `callback` says what a checkpoint belongs to. Here its `parts` are the module, `make_module`, `make_data`, and the
-    plain values of `trainer`: change one of them, and trials are trained anew, and `report` hears of their epochs anew.
-    Folders that are named by the trial's number alone, as they were before, are not taken.
+    A trial at fidelity s trains for round(s E) epochs, at least one. With `checkpoints`, it continues from its state at
+    a smaller fidelity (`tasks.collect(resumes=True)` counts its cost accordingly). `methods.asha` and `methods.bohb`
+    then pay for each epoch once. If its checkpoint is already further, the outcome is that of the requested epoch.
+
+    If a trial itself fails, by an exception or a non-finite outcome, its checkpoint is removed. `tasks.collect` with
+    `retry_failed` then trains it from the beginning. A trial that was ended from outside, by a limit or a kill,
+    continues.
+
+    The docstring of `callback` explains when a checkpoint is used. Here `parts` are the module, `make_module`,
+    `make_data`, and the plain values of `trainer`. If one of them changes, trials are trained again, and `report`
+    receives their epochs again. Old folders that are named only by the trial's number are not used.
 
     Args:
-      make_module: `(configuration, task) -> LightningModule`; torch is seeded with the trial's seed before.
+      make_module: `(configuration, task) -> LightningModule`. Before the call, torch is seeded with the trial's seed.
       make_data: `(configuration, task)` -> a LightningDataModule, or the loaders (train, validation).
       max_epochs: E, the epochs of the full budget.
       monitor: as for `callback`.
       mode: as for `callback`.
       report: as for `callback`.
       checkpoints: as for `callback`.
-      trainer: arguments of `lightning.Trainer`, such as `{"accelerator": "gpu", "devices": 1}`; by default there is no
-        logger, no progress bar and no checkpoint but that of `checkpoints`.
+      trainer: arguments of `lightning.Trainer`, such as `{"accelerator": "gpu", "devices": 1}`. By default there is no
+        logger, no progress bar and no model summary, and the only checkpoint is the one in `checkpoints`.
 
     Returns:
-      `(trial, task) -> outcome`, the metric of the last epoch, negative where `mode` is "max".
+      `(trial, task) -> outcome`, the metric of the last epoch, or minus the metric if `mode` is "max".
 
     Raises:
-      ValueError: an argument is not valid; when a trial runs, its checkpoint cannot be continued, and is removed.
-      ImportError: when a trial runs, Lightning is not installed.
+      ValueError: if an argument is invalid; when a trial runs, if its checkpoint cannot be continued. The checkpoint is
+        then removed.
+      ImportError: when a trial runs, if Lightning is not installed.
 
-    A network for handwritten digits, of any width and rate, with every epoch's loss kept and ASHA's budgets:
+    The example trains a network for handwritten digits, of any width and rate, with ASHA's budgets. It keeps the loss
+    of every epoch:
 
         import lightning, torch
         from metaopt import integrations, methods, spaces, tasks
@@ -249,8 +266,8 @@ def objective(
         data = make_data(trial.configuration, task)
         options = dict.fromkeys(_SHOWN, False) | {"num_sanity_val_steps": 0} | dict(trainer or {})
         callbacks = [*options.pop("callbacks", ()), epochs]
-        # It may have been further already: a kill came between the checkpoint and the record, or the store is new.
-        # Then `fit` reads the checkpoint, and trains no more.
+        # The checkpoint may be further than requested: if a kill came between the checkpoint and the record, or if the
+        # store is new. Then `fit` only reads the checkpoint.
         trains = lightning.Trainer(max_epochs=max(asked, epochs.num_epochs), callbacks=callbacks, **options)
         try:
             if isinstance(data, lightning.LightningDataModule):
@@ -271,7 +288,7 @@ def objective(
 
 
 def _lightning() -> Any:
-    """`lightning.pytorch`, under the name that it is installed by."""
+    """`lightning.pytorch`, under its installed name."""
     for name in ("lightning.pytorch", "pytorch_lightning"):
         try:
             return importlib.import_module(name)
@@ -285,7 +302,7 @@ def _seed(lightning, trial: base.Record, epoch: int, part: int = 0) -> None:
 
 
 def _unread(trial: base.Record, error: Exception) -> str:
-    """Why it cannot go on, and what to do. Torch's own text recommends to read what is not safe."""
+    """The error message for an unreadable checkpoint. Torch's own message recommends unsafe reading."""
     why = f"{type(error).__name__}: {error}"
     if isinstance(error, UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -304,7 +321,7 @@ def _replace_checkpoint(trainer, folder: Path, num_epochs: int, before: str | No
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{num_epochs:06d}.ckpt"
     temporary = folder / "unfinished"
-    trainer.save_checkpoint(str(temporary))  # by all processes of a distributed training
+    trainer.save_checkpoint(str(temporary))  # called by all processes of a distributed training
     if trainer.is_global_zero:
         os.replace(temporary, path)
         if before is not None and before != str(path):

@@ -1,4 +1,4 @@
-"""Methods by their papers' names, composed of the rooms below; what they adapt and search with; how they are judged."""
+"""Methods under their papers' names, built from metaopt's other packages; their components and evaluation."""
 
 from metaopt.methods._adaptation import Adaptation, adaptation, adapted
 from metaopt.methods._architecture import (

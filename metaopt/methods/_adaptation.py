@@ -1,15 +1,15 @@
-"""Adaptation: a few inner steps from a shared start to one task. Every MAML is a setting of one specification.
+"""Adaptation: a few inner steps from a shared start to one task. All MAML variants are settings of one specification.
 
-    θ_0 = init(λ, support),    θ_{t+1} = θ_t − α_t ∇_θ g(θ_t, λ; support),    F(λ) = Σ_t w_t f(θ_t, λ; query)
+    θ_0 = init(λ, support),    θ_{t+1} = θ_t − α_t ∇_θ ℓ(θ_t, λ; support),    F(λ) = Σ_t w_t f(θ_t, λ; query)
 
-λ = {"init": the meta-parameters, "rate": α, where it is learned, ...}. θ has those leaves of the model that adapt, and
-None in place of the others, which are read from λ["init"]. What no step changes is computed once for the support set,
-when training starts: the features z = body(λ, support), where the head alone adapts,
+λ = {"init": the meta-parameters, "rate": α if it is learned, ...}. θ holds the leaves of the model that adapt, and None
+in place of the others, which are read from λ["init"]. Computations that no step changes are done once for the support
+set, when training starts. If only the head adapts, these are the features z = body(λ, support):
 
-    g(θ, λ; support) = h(θ, λ, z),    dF/dλ = ∂F/∂λ + (∂z/∂λ)ᵀ ∂F/∂z,
+    ℓ(θ, λ; support) = head(θ, λ, z),    dF/dλ = ∂F/∂λ + (∂z/∂λ)ᵀ ∂F/∂z,
 
-so that T steps cost T forward and backward passes through the head and one through the body. It is found in the traced
-loss: every matrix product and convolution that no leaf which adapts reaches, from whichever layer on.
+so that T steps cost T forward and backward passes through the head and one through the body. The constant part is found
+in the traced loss: all matrix products and convolutions that do not depend on an adapting leaf, in any layer.
 """
 
 import contextlib
@@ -34,9 +34,10 @@ _AFTER_STEPS = contextvars.ContextVar("_AFTER_STEPS", default=False)
 
 
 def after_steps() -> bool:
-    """Whether what is traced now is f, after inner steps, or a prediction: of a query set.
+    """Returns whether the traced code is f after inner steps, or a prediction; both see a query set.
 
-    A network cannot tell by its arguments; one that needs the support set there can refuse to go without.
+    A network's arguments do not contain this information. A network that needs the support set there can raise an error
+    if it is missing.
     """
     return _AFTER_STEPS.get()
 
@@ -54,10 +55,10 @@ class Carried(NamedTuple):
     """The model state of an adaptation's inner loop.
 
     Attributes:
-      own: the model's.
+      own: the model's own state.
       made: the leaves of the model that `init` made and that do not adapt, with None in place of the others.
-      support: the support set's "x" and "mask", where they are kept.
-      once: what g computes that no step changes; empty where every step computes it.
+      support: the support set's "x" and "mask", if they are kept.
+      once: the parts of ℓ that no step changes; empty if every step computes them.
     """
 
     own: base.PyTree
@@ -67,20 +68,21 @@ class Carried(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """What a specification makes; see `adaptation`.
+    """The result of `adaptation`.
 
     Attributes:
-      problem: in λ = {"init": ..., "rate": ...}.
-      estimator: of dF/dλ for one task; where there are schedules, as it is after their end. A batch of tasks needs
-        `hypergrad.over_tasks(a.estimator)`: without it, all of them would be one task.
-      estimator_at: `step -> Estimator`, the same at an outer step:
-        `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)` follows the schedules.
-      hyperparams: `(meta_params, data=None) -> λ` to start from; `data` is one task's support set, needed where `init`
-        looks at it and each leaf or entry of θ has a rate.
-      params: `(state, hyperparams) -> ` all leaves of the model, adapted or not, after a state's steps; as f sees them.
+      problem: the problem in λ = {"init": ..., "rate": ...}.
+      estimator: estimates dF/dλ for one task; with schedules, it is the estimator after their end. For a batch of tasks
+        use `hypergrad.over_tasks(a.estimator)`: otherwise all of them would be treated as one task.
+      estimator_at: `step -> Estimator`, the estimator at an outer step. To follow the schedules, use
+        `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`.
+      hyperparams: `(meta_params, data=None) -> λ`, the starting point. `data` is one task's support set. It is needed
+        if `init` reads it and each leaf or entry of θ has a rate.
+      params: `(state, hyperparams) -> ` all leaves of the model as f sees them after a state's steps, adapted or not.
       test_steps: steps at test.
-      unrolling: the problem with an `init` that computes what no step changes: right where λ and the support set are
-        the same at every step and derivatives go through `init`, as in `estimator` and `adapted`, and nowhere else.
+      unrolling: the problem with an `init` that also computes the parts that no step changes. It is correct only if λ
+        and the support set are the same at every step, and derivatives go through `init`. `estimator` and `adapted`
+        satisfy this.
     """
 
     problem: base.Problem
@@ -115,49 +117,52 @@ def adaptation(
     keep_support: bool = False,
     with_context: bool = False,
 ) -> Adaptation:
-    """Says how a model adapts to a task; `maml`, `anil`, `cavia` and the others are settings of it.
+    """Specifies how a model adapts to a task; `maml`, `anil`, `cavia` and the others are settings of it.
 
     Args:
-      loss: g, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
+      loss: ℓ, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
         `with_context`, `(params, hyperparams, batch, context) -> []` or `-> ([], model_state)`.
-      outer_loss: f on the query set, with the same arguments, `-> []`; by default `loss` (without its model state).
-      init: `(key, hyperparams, data) -> params`, θ_0 and what does not adapt: λ["init"] by default; may add leaves or
-        change them, such as a head made from the support set: what it makes that does not adapt stays as it is. With
-        `with_context`, `-> (params, model_state)`.
-      extra: more leaves of λ, by name, with the values to start from, for the losses and `init` to read.
-      adapt: which leaves adapt: a regular expression that is searched for in paths like "layers/0/bias". Leaves that do
-        not adapt are in λ["init"], and are learned by the outer step alone.
+      outer_loss: f on the query set, with the same arguments, `-> []`. The default is `loss` (without its model state).
+      init: `(key, hyperparams, data) -> params`: θ_0 and the leaves that do not adapt. The default is λ["init"]. It may
+        add or change leaves, such as a head computed from the support set. Leaves that it makes and that do not
+        adapt stay constant. With `with_context`, `-> (params, model_state)`.
+      extra: additional leaves of λ, by name, with their initial values; the losses and `init` can read them.
+      adapt: selects the leaves that adapt: a regular expression that is searched for in paths like "layers/0/bias".
+        Leaves that do not adapt are in λ["init"], and only the outer step changes them.
       optimizer: `rate -> optax.GradientTransformation`.
-      rate: α, or what it starts from where it is learned. What the optimizer takes: a schedule, too, where it is fixed.
+      rate: α, or its initial value if it is learned. A fixed rate can be anything that the optimizer takes, such as a
+        schedule.
       rates: "fixed", or learned: "one" for all, one for each "leaf", or one for each "entry" (Meta-SGD).
-      rates_per_step: a learned rate has a value for each of the T steps, as its leading axis (LSLR: with "leaf"); later
-        ones take the last.
+      rates_per_step: a learned rate has a value for each of the T steps, as its leading axis (LSLR: with "leaf"). Later
+        steps use the last value.
       leaves_per_step: paths of leaves in λ["init"] that do not adapt and have a value for each of the T steps, as their
-        leading axis: scales and shifts of a normalization. The loss sees the value of the step; f that of the last.
-      num_steps: T, in training; at least 0, which is plain training of λ["init"] on the query sets.
+        leading axis. Scales and shifts of a normalization are an example. The loss sees the value of the current step,
+        and f the value of the last step.
+      num_steps: T, in training; at least 0. With 0, λ["init"] is trained on the query sets without adaptation.
       test_steps: steps at test, T by default.
-      order: "second"; "first" (∇g is held constant: no second derivatives); or a number n, "first" in the first n outer
-        steps.
+      order: "second"; "first" (∇ℓ is held constant: no second derivatives); or a number n, for "first" in the first n
+        outer steps and "second" afterwards.
       outer: the weights w_1..w_T, as for `hypergrad.unrolled`, or a schedule of them, `step -> [T]` of the outer step.
-      proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to g.
-      rule: `problem -> Estimator` in place of `hypergrad.unrolled`: `hypergrad.implicit` (iMAML), `reptile`; without
-        `order`, `outer` and `remat`, which are of unrolling.
+      proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to ℓ.
+      rule: `problem -> Estimator` instead of `hypergrad.unrolled`, such as `hypergrad.implicit` (iMAML) or `reptile`.
+        Do not combine it with `order`, `outer` and `remat`, which are options of unrolling.
       remat: as for `hypergrad.unrolled`.
-      sampler: which rows of the support set a step sees; all by default.
-      keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` are then a
-        dict): for statistics of the support set only, as in `conv4(normalization="support")`. Your own network that
-        normalizes by its batch uses the query set's statistics, with or without this option.
-      with_context: losses and `init` are in their full form: dropout keys, batch statistics, the number of the step.
+      sampler: the rows of the support set that a step sees; all rows by default.
+      keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` must then
+        be a dict). This is for statistics of the support set only, as in `conv4(normalization="support")`. Your own
+        network that normalizes by its batch uses the query set's statistics, with or without this option.
+      with_context: losses and `init` have their full form: dropout keys, batch statistics, the number of the step.
 
     Returns:
-      An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` is what it does at test.
-      With a `sampler`, a `rule` or checkpoints (`remat`) every step computes all of g.
+      An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` makes predictions at test.
+      With a `sampler`, a `rule` or checkpoints (`remat`), every step computes all of ℓ.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, `adapt` or `leaves_per_step` finds no leaf, a leaf adapts
-        and has a value a step, a leaf with a value a step has another leading axis than T, or `init` makes leaves that
-        do not adapt and there is a `rule`, or that adapt and there is a `proximal`; λ is no dict with "init" (and
-        "rate", where it is learned); or the task is an episode, or its "mask" has an axis of tasks.
+      ValueError: if an argument is out of range. At trace time: if `adapt` or `leaves_per_step` finds no leaf; if a
+        leaf adapts and has a value per step; or if a leaf with a value per step has a leading axis other than T. Also
+        if `init` makes leaves that do not adapt and there is a `rule`, or that adapt and there is a `proximal`. Also if
+        λ is not a dict with "init" (and "rate" if it is learned). Also if the task is an episode, or its "mask" has an
+        axis of tasks.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods
@@ -175,7 +180,7 @@ def adaptation(
         raise ValueError(f"`rates` must be one of {', '.join(map(repr, RATES))}; got {rates!r}.")
     base.check_integer("num_steps", num_steps, 0)
     base.check_integer("test_steps", test_steps, 0, optional=True)
-    num_steps = operator.index(num_steps)  # an array's cannot be hashed
+    num_steps = operator.index(num_steps)  # a number in an array cannot be hashed
     base.check_positive("proximal", proximal, zero=True)
     _checks.check_rate(rate, learned=rates != "fixed")
     _checks.check_pattern("adapt", adapt)
@@ -201,17 +206,17 @@ def adaptation(
     inner_loss, judge = full_form(loss), full_form(outer_loss or loss)
 
     def select(params):
-        """The leaves that adapt, with None in place of the others."""
+        """Returns the leaves that adapt, with None in place of the others."""
         return jax.tree_util.tree_map_with_path(lambda path, x: x if re.search(adapt, _path(path)) else None, params)
 
     def whole(params, made, meta_params):
-        """All leaves: those that do not adapt were made by `init`, or are read from the meta-parameters."""
+        """Returns all leaves: leaves that do not adapt come from `init`'s result or from the meta-parameters."""
         given = _by_path(meta_params) | _by_path(made)
-        fill = lambda path, x: given.get(path) if x is None else x  # what is None in the model stays so
+        fill = lambda path, x: given.get(path) if x is None else x  # a None of the model itself stays None
         return jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda x: x is None)
 
     def judged(params, carried, meta_params):
-        """What f and predictions see."""
+        """Returns the parameters that f and predictions see."""
         params = whole(params, carried.made, meta_params)
         if keep_support and not isinstance(params, dict):
             raise ValueError(
@@ -244,7 +249,7 @@ def adaptation(
             raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
         given = _by_path(hyperparams["init"])
         alone = [_path(path) for path in _by_path(params) if re.search(adapt, _path(path)) and path not in given]
-        # Passed on by `init`, but in other containers: a leaf of λ["init"] is known by its keys.
+        # A leaf of λ["init"] is identified by its keys, so `init` must not pass it on under other keys.
         known = {id(x) for x in given.values()}
         rekeyed = [path for path, x in _by_path(params).items() if path not in given and id(x) in known]
         moved = (
@@ -258,7 +263,7 @@ def adaptation(
                 f'`proximal` is the distance from λ["init"], in which the leaves {alone}, made by `init`, are not: let '
                 "them not adapt (`adapt`), or leave out `proximal`."
             )
-        # What `init` passed on is the very leaf of λ["init"].
+        # A leaf that `init` only passed on is the same object as in λ["init"].
         is_made = lambda path, x: not re.search(adapt, _path(path)) and x is not given.get(path)
         made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(path, x) else None, params)
         if rule is not None and any(path in rekeyed for path in _by_path(made)):
@@ -268,7 +273,7 @@ def adaptation(
                 f"`init` made the leaves {[_path(path) for path in _by_path(made)]}, which do not adapt, and a `rule` "
                 "sees no derivative through them: let them adapt (`adapt`), or leave out the `rule`."
             )
-        # `hyperparams` asks for the shapes of θ, and needs no data where `init` does not.
+        # `hyperparams` only evaluates the shapes of θ, and passes no data if `init` does not need them.
         support = {name: data[name] for name in ("x", "mask")} if keep_support and data is not None else None
         return select(params), Carried(model_state, made, support)
 
@@ -276,14 +281,14 @@ def adaptation(
         start = inner.im2col(start, only_on_cpu=True)
 
     def model_loss(params, made, hyperparams, batch, context):
-        with _traced_after_steps(False):  # of a support set, also where it is traced within another adaptation's f
+        with _traced_after_steps(False):  # ℓ sees a support set, even if it is traced within another adaptation's f
             value = inner_loss(whole(params, made, hyperparams["init"]), hyperparams, batch, context)
         if isinstance(value, tuple) and len(value) != 2:
             raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
         return value if isinstance(value, tuple) else (value, context.model_state)
 
     def halves(params, made, hyperparams, batch, context):
-        """`model_loss` cut into what no step changes and the rest, if it can be traced."""
+        """Splits `model_loss` into the part that no step changes and the rest, if it can be traced."""
 
         def moves(path, _):
             which, (name, _, leaf) = path[0].idx, _path(path[1:]).partition("/")
@@ -292,8 +297,8 @@ def adaptation(
                 return rates_per_step if name == "rate" else name == "init" and bool(per_step)
             return which not in (1, 3)
 
-        with contextlib.suppress(Exception):  # a branch on a value, or an error of the loss, which g raises by itself
-            # As the loop's state has them, without weak types: so that every step is cut as the first.
+        with contextlib.suppress(Exception):  # a branch on a value, or an error of the loss, which ℓ itself will raise
+            # Shapes as in the loop's state, without weak types, so that every step is split like the first.
             like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
             args = (like(params), like(made), hyperparams, batch, like(context))
             return rewrite.split(model_loss, args, jax.tree_util.tree_map_with_path(moves, args))
@@ -302,7 +307,7 @@ def adaptation(
     def start_once(key, hyperparams, data):
         params, carried = start(key, hyperparams, data)
         args = (params, carried.made, hyperparams, data, base.Context(key, jnp.int32(0), carried.own))
-        cut = halves(*args) if sampler is None else None  # steps see fewer rows than are here
+        cut = halves(*args) if sampler is None else None  # with a sampler, steps see fewer rows than `data` has
         once = () if cut is None else inner.im2col(cut.once, only_on_cpu=True)(args)
         return params, carried._replace(once=tuple(once))
 
@@ -319,7 +324,7 @@ def adaptation(
 
     def f(params, hyperparams, batch, context):
         params = judged(params, context.model_state, hyperparams["init"])
-        # Pre-training alone, without inner steps and an `init` of the support set, has its own batch.
+        # Plain pre-training, without inner steps and without `init`, sees its own batch and no query set.
         with _traced_after_steps(num_steps > 0 or init is not None):
             value = judge(params, hyperparams, batch, context._replace(model_state=context.model_state.own))
         return value[0] if isinstance(value, tuple) else value
@@ -354,7 +359,7 @@ def adaptation(
         loop = inner.loop(g, factory, init=init, sampler=sampler, with_context=True)
 
         def update(state, grads, model_state, hyperparams):
-            """Passes on what no step changes, so that reverse mode keeps it once, and not at every step."""
+            """Keeps the part that no step changes, so that reverse mode stores it once and not at every step."""
             same = loop.context(state).model_state._replace(own=model_state.own)
             return loop.update(state, grads, same, hyperparams)
 
@@ -382,7 +387,7 @@ def adaptation(
                     "task's, `hyperparams(meta_params, data)`, for their shapes."
                 ) from error
         lead = (num_steps,) if rates_per_step else ()
-        dtype = lambda x: x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else float  # of integers it would be 0
+        dtype = lambda x: x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else float  # as an integer, a rate would be 0
         value = lambda x: jnp.full(lead + (x.shape if rates == "entry" else ()), rate, dtype(x))
         return {**made, "rate": jax.tree.map(value, like)}
 
@@ -408,14 +413,14 @@ def adaptation(
         if rule is not None:
             return rule(problem)
         weights: Any = outer
-        if callable(outer) and isinstance(step, int):  # known: where all weight is on the last, only that is judged
+        if callable(outer) and isinstance(step, int):  # weights are known: if only the last counts, only it is judged
             with jax.ensure_compile_time_eval():
                 weights = np.asarray(outer(step))
         elif callable(outer):
             weights = outer(step)
 
         def unrolled(grad):
-            # Checkpoints, which save memory, would hold what is computed once in each of them.
+            # Checkpoints save memory, but each would store a copy of the part that is computed once.
             trained = unrolling if remat == "none" else problem
             return hypergrad.unrolled(trained, num_steps=num_steps, remat=remat, outer=weights, grad=grad)
 
@@ -455,22 +460,23 @@ def adapted(
     num_steps: int | None = None,
     with_context: bool = False,
 ) -> AdaptFn:
-    """How an adaptation predicts at test: the function that `evaluate_episodes` takes.
+    """Returns the prediction function of an adaptation at test, as `evaluate_episodes` takes it.
 
-    The outputs for a query row depend on the other query rows if, and only if, `predict` makes them: a network that
+    The outputs for a query row depend on the other query rows only if `predict` makes them do so. A network that
     normalizes by its batch (`conv4(normalization="batch")`) gives a single row other outputs than a whole query set.
-    With `conv4(normalization="support")`, or statistics in the model state, a query set may have any number of rows.
+    With `conv4(normalization="support")`, or with statistics in the model state, a query set may have any number of
+    rows.
 
     Args:
-      adaptation: how it adapts.
+      adaptation: the specification of how to adapt.
       hyperparams: λ, learned.
-      predict: `(params, query) -> outputs` [Q, ...], where `params` are all leaves of the model; with `with_context`,
+      predict: `(params, query) -> outputs` [Q, ...], where `params` are all leaves of the model. With `with_context`,
         `(params, query, context)`, whose `context.model_state` holds the statistics of a batch normalization.
       num_steps: T at test; `test_steps` by default.
-      with_context: whether `predict` is in its full form.
+      with_context: whether `predict` has its full form.
 
     Returns:
-      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps; to differentiate through the steps, use
+      `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps. To differentiate through the steps, use
       `hypergrad.unroll(adaptation.unrolling.loop, num_steps=T)`.
 
     Raises:
@@ -494,7 +500,7 @@ def adapted(
             return not _path(path).startswith(("model_state/made", "model_state/support"))
 
         state, cut = loop.init(key, fixed, support), None
-        with contextlib.suppress(Exception):  # as for g: of the query set, too, what no step changes is computed once
+        with contextlib.suppress(Exception):  # as for ℓ: parts for the query set that no step changes are computed once
             cut = rewrite.split(outputs, (state,), (jax.tree_util.tree_map_with_path(moves, state),))
         kept = () if cut is None else inner.im2col(cut.once, only_on_cpu=True)((state,))
         predictions = outputs if cut is None else lambda state: cut.rest((state,), kept)
@@ -507,18 +513,18 @@ def adapted(
 
 
 def _held_grad(loss: Callable, has_aux: bool = False) -> Callable:
-    """`jax.grad` whose result has no derivative: first order. The model's new state has none either."""
+    """`jax.grad` whose result has no derivative, for first order. The model's new state has no derivative either."""
 
     def held(params, hyperparams, batch, context):
         args = jax.lax.stop_gradient((params, hyperparams, batch, context))
         grads, carried = jax.grad(loss, has_aux=has_aux)(*args)
-        return grads, carried._replace(made=context.model_state.made)  # which f reads as it reads λ
+        return grads, carried._replace(made=context.model_state.made)  # f reads these leaves as it reads λ
 
     return held
 
 
 def _by_path(tree: base.PyTree) -> dict[Any, Any]:
-    """Each leaf by its keys: joined to a string, those of {"a/b": ...} and of {"a": {"b": ...}} would be the same."""
+    """Maps key paths to leaves. As strings, the paths of {"a/b": ...} and {"a": {"b": ...}} would be the same."""
     return dict(jax.tree_util.tree_leaves_with_path(tree))
 
 

@@ -1,4 +1,4 @@
-"""What `adaptation` refuses: rates, patterns, λ and tasks that are something else."""
+"""Checks of `adaptation`: rates, patterns, λ and tasks of the wrong kind."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from metaopt import base, tasks
 
 
 def check_pattern(name: str, pattern: Any) -> None:
-    """ValueError where it is no regular expression."""
+    """Raises ValueError unless `pattern` is a regular expression."""
     if not isinstance(pattern, (str, re.Pattern)):
         raise ValueError(f'`{name}` must be a regular expression, such as "w2|b2"; got {pattern!r}.')
     try:
@@ -22,7 +22,10 @@ def check_pattern(name: str, pattern: Any) -> None:
 
 
 def check_rate(rate: Any, *, learned: bool) -> None:
-    """ValueError where a rate is no finite number. A fixed one is whatever else the optimizer takes, but text."""
+    """Raises ValueError if a rate is not a finite number.
+
+    A fixed rate may also be anything else that the optimizer takes, except text.
+    """
     for leaf in [rate] if learned else jax.tree.leaves(rate):
         try:
             wrong = isinstance(leaf, (str, bytes)) or not np.isfinite(np.asarray(leaf, float)).all()
@@ -35,7 +38,7 @@ def check_rate(rate: Any, *, learned: bool) -> None:
 
 
 def check_hyperparams(hyperparams: Any, *names: str) -> None:
-    """ValueError where λ lacks "init", or "rate"."""
+    """Raises ValueError if λ lacks one of `names`, which are "init" and possibly "rate"."""
     is_dict = isinstance(hyperparams, Mapping)
     if is_dict and all(name in hyperparams for name in names):
         return
@@ -51,13 +54,13 @@ def check_hyperparams(hyperparams: Any, *names: str) -> None:
 def check_one_task(data: Any) -> None:
     """Raises ValueError if a support set has an axis of tasks, or (unless traced) labels that are not its classes.
 
-    With an axis of tasks, all tasks would be one, which is another objective.
+    With an axis of tasks, all tasks would be treated as one, which is another objective.
     """
     if not isinstance(data, Mapping):
         return
     base.check_task_labels("data", data)
     mask, y = (np.shape(data.get(name, ())) for name in ("mask", "y"))
-    # Episodes have one "num_rows". Without it, labels tell a batch from masks of parts of rows, such as tokens.
+    # An episode has one "num_rows". Without it, labels distinguish a batch from a mask over parts of rows (tokens).
     batch = np.ndim(data["num_rows"]) > 0 if "num_rows" in data else len(mask) == 2 and y[:2] == mask
     if batch:
         raise ValueError(
@@ -68,7 +71,7 @@ def check_one_task(data: Any) -> None:
 
 
 def check_task(task: Any) -> None:
-    """ValueError where it is an episode."""
+    """Raises ValueError if `task` is an episode."""
     if isinstance(task, tasks.Episode):
         raise ValueError(
             "This estimator takes tasks `base.Task(train, valid)`; got an `Episode`: take its `.task`. Of a sampler of "

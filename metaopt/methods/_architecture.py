@@ -1,4 +1,7 @@
-"""Architecture search under the papers' names: settings of `architecture_search`, without numerics of their own."""
+"""Architecture search under the papers' names.
+
+Each method sets options of `architecture_search` and adds no numerics.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,22 +20,25 @@ class Search(NamedTuple):
     """A search for α on one task; `training.learner` and `fit` run it.
 
     Attributes:
-      estimator: of dF/dα.
-      problem: what it estimates for.
-      supernet: the network that is trained. `trained_network(supernet, params, train, weights=weights(α))` predicts.
-      hyperparams: `(key) -> λ` to start from: α; with `learn_init`, {"alpha": α, "init": θ_0}. "α" below is this λ.
-      alpha: `(λ) -> ` α alone.
-      weights: `(α) -> ` mixing weights, kind -> [edges, ops], as genotypes are read from them (`decode`).
-      genotype: `(α) -> Genotype`; what comes after it, `search_report`'s example shows.
-      rule: `(problem, own) -> Estimator`, which made `estimator`; `under_budget` makes another one by it, of a problem
-        whose λ is another: `own(λ)` is this search's.
-      found: `(training.FitResult) -> α`, what a run has found: α after its last step; RobustDARTS's is an earlier one.
-        Raises a ValueError where no step had a finite loss and a finite hypergradient: α is then where it started, and
-        `genotype` would read a cell that nothing has searched for.
-      settings: the method's name, the network, and what else the search was made with, as JSON has it, for
-        `training.fit(settings=search.settings)`: other searches have α and states of the same shapes, so that a
-        checkpoint of another one would go on as this one's. Functions are told by their names and the values that they
-        enclose, and not by what they compute; `relaxation`, `decode`, `keep` and `network` as they are after defaults.
+      estimator: estimates dF/dα.
+      problem: the problem that `estimator` differentiates.
+      supernet: the network that is trained. To predict, use
+        `trained_network(supernet, params, train, weights=weights(α))`.
+      hyperparams: `(key) -> λ`, the starting point. λ is α, or {"alpha": α, "init": θ_0} with `learn_init`. In the
+        entries below, "α" means this λ.
+      alpha: `(λ) -> α`: extracts α from λ.
+      weights: `(α) -> ` mixing weights, kind -> [edges, ops]. Genotypes are decoded from them (see `decode`).
+      genotype: `(α) -> Genotype`. The example of `search_report` shows the steps that follow.
+      rule: `(problem, own) -> Estimator`, which made `estimator`. `under_budget` uses it to make an estimator of
+        another problem with another λ: `own(λ)` extracts the λ of this search.
+      found: `(training.FitResult) -> α`, the result of a run: α after its last step (an earlier α for RobustDARTS).
+        Raises ValueError if no step had a finite loss and a finite hypergradient. α has then not moved, and
+        `genotype` would decode a cell that no search selected.
+      settings: the method's name, the network, and the other arguments of the search, as JSON values. Pass them as
+        `training.fit(settings=search.settings)`. Other searches have α and states of the same shapes, so without
+        settings a checkpoint of another search could continue as this one. Functions are identified by their names
+        and the values that they enclose, not by their results. `relaxation`, `decode`, `keep` and `network` are
+        stored after defaults are filled in.
     """
 
     estimator: base.Estimator
@@ -48,14 +54,14 @@ class Search(NamedTuple):
 
 
 def check_data(loss: Callable, network: nas.Space, *parts: Any) -> None:
-    """ValueError where labels, not traced, are no classes of the default loss; other losses have other labels."""
+    """Raises ValueError if `loss` is the default and untraced labels are not classes. Other losses may differ."""
     if loss is nas.cross_entropy:
         for part in parts:
             nas.check_labels(part, network.num_outputs)
 
 
 def _sgd(hyperparams: base.HyperParams) -> optax.GradientTransformation:
-    """DARTS's, at a constant rate."""
+    """The DARTS optimizer for weights, at a constant rate."""
     return optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.025, momentum=0.9))
 
 
@@ -68,7 +74,7 @@ def _outputs(supernet, relaxation, params, alpha, batch, context):
 
 
 def _loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
-    """The training of a supernet's weights."""
+    """The inner loop that trains a supernet's weights."""
 
     def train_loss(params, hyperparams, batch, context):
         alpha = hyperparams["alpha"] if learn_init else hyperparams
@@ -104,51 +110,54 @@ def architecture_search(
     learn_init: bool = False,
     keep: int | None | str = "space",
 ) -> Search:
-    """The search that all others are settings of.
+    """The general architecture search: all other searches are settings of it.
 
-        g(θ, α) = loss on training rows + decay |θ|²/2,    f(θ, α) = loss on validation rows + penalty(α),
+        ℓ(θ, α) = loss on training rows + decay |θ|²/2,    f(θ, α) = loss on validation rows + penalty(α),
         mixing weights = relaxation(α)
 
-    Training and validation draw their noise apart. Schedules count inner steps.
+    Training and validation draw separate noise. Schedules count inner steps.
 
     Args:
-      network: a spec.
-      in_shape: of one input, without the batch axis.
+      network: the spec of the network to search.
+      in_shape: shape of one input, without the batch axis.
       rule: `(problem) -> Estimator`.
-      ops: of the space, such as `nas.DARTS_OPS`.
-      loss: `(outputs [N, num_outputs], batch) -> []`; by default `nas.cross_entropy`, of labels "y" [N]. Batches have
-        "x" [N, *in_shape], and "mask" [N] where rows are padding, as `tasks.to_task` pads: the default loss and
-        `nas.normalized` leave them out, and a loss of one's own must.
-      decay: of the weights, in the loss, so that implicit rules see it.
-      optimizer: as for `inner.loop`, by default DARTS's for weights (SGD, rate 0.025, momentum 0.9, clipped at 5).
-        DARTS's for α is `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
-      sampler: of training rows, such as `inner.minibatch(64)`.
-      outer_batch: `(key, task) -> batch` of validation rows; all of them by default.
+      ops: the ops of the space, such as `nas.DARTS_OPS`.
+      loss: `(outputs [N, num_outputs], batch) -> []`. The default is `nas.cross_entropy`, for labels "y" [N]. Batches
+        have "x" [N, *in_shape], and "mask" [N] if some rows are padding (`tasks.to_task` pads). The default loss and
+        `nas.normalized` ignore padded rows; your own loss must do so too.
+      decay: weight decay of the weights. It is part of the loss, so that implicit rules see it.
+      optimizer: as for `inner.loop`. The default is the DARTS optimizer for weights (SGD, rate 0.025, momentum 0.9,
+        clipped at 5). The DARTS optimizer for α is
+        `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
+      sampler: sampler of training rows, such as `inner.minibatch(64)`.
+      outer_batch: `(key, task) -> batch` of validation rows; the default uses all of them.
       relaxation: softmax by default.
-      decode: the relaxation that genotypes are read by, at step 0 and one fixed key; by default `relaxation` without
-        noise and auxiliary paths (`nas.decoding`). One's own with noise or a schedule needs another here.
-      penalty: `(α, step) -> []`. One of costs is made of the network that is searched: with `keep=1`,
-        `nas.resource_penalty(table, network._replace(keep=1), ...)`; of another it counts other edges.
+      decode: the relaxation used to decode genotypes, at step 0 and with one fixed key. The default is `relaxation`
+        without noise and auxiliary paths (`nas.decoding`). If your own relaxation has noise or a schedule, pass
+        another one here.
+      penalty: `(α, step) -> []`. Make a cost penalty from the network that is searched. With `keep=1`, that is
+        `nas.resource_penalty(table, network._replace(keep=1), ...)`; for another network it counts other edges.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
       remat_edges: as for `nas.supernet`.
-      edge_weights: α of a kind is {"ops": [edges, ops], "edges": [edges]}, as `nas.edge_normalized` takes it.
-      learn_init: λ is {"alpha": α, "init": θ_0}, and training starts at θ_0 in place of a random draw: both are learned
-        together over many tasks (MetaNAS, T-NAS). Needs a rule that differentiates through all of training
-        (`hypergrad.unrolled`); it is second-order MAML with an α.
-      keep: edges into each node, as for `nas.discretize`; by default what the network says, 2 unless it says other.
-        The network of the search is from then on `search.supernet.network`, which says so: take that one where its
-        genotypes are read, counted or encoded (`nas.over_budget`, `nas.to_configuration`).
+      edge_weights: makes α of a kind {"ops": [edges, ops], "edges": [edges]}, as `nas.edge_normalized` takes it.
+      learn_init: makes λ {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
+        learned together over many tasks (MetaNAS, T-NAS). This is second-order MAML with an α. It needs a rule that
+        differentiates through all of training (`hypergrad.unrolled`).
+      keep: edges into each node, as for `nas.discretize`. The default is the network's own value, which is 2 unless
+        the network sets another one. The search's network is `search.supernet.network`, which has the new value.
+        Use that network to decode, count or encode genotypes (`nas.over_budget`, `nas.to_configuration`).
 
     Returns:
       A `Search`.
 
     Raises:
-      ValueError: the spec and the shapes do not fit; `single_path` with a relaxation that gives weight to several ops;
-        `relaxation` or `decode` is none; `penalty` is no function; `keep` is no number of edges, at least 1, or None;
-        `keep` for NAS-Bench-101's space. Of `weights` and `genotype`: α has other kinds of cells or shapes.
-        Of the estimator's `init`: labels of the task, where they are not traced, are no classes, and `loss` is the
-        default. (Traced, they make the loss NaN: see `Search.found`.)
+      ValueError: if the spec and the shapes do not fit, or if `single_path` is set and the relaxation gives weight to
+        several ops. Also if `relaxation` or `decode` is not a relaxation, or if `penalty` is not a function. Also if
+        `keep` is neither None nor an integer of at least 1, or if it is given for NAS-Bench-101's space. `weights` and
+        `genotype` raise it if α has other kinds of cells or other shapes. The estimator's `init` raises it if `loss` is
+        the default and untraced labels of the task are not classes. (With such labels, a traced loss is NaN instead:
+        see `Search.found`.)
 
     >>> import jax
     >>> from metaopt import methods, nas
@@ -161,9 +170,9 @@ def architecture_search(
     >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
     2
 
-    The next method is a few lines as well: a relaxation, a penalty, or a rule, in the place of DARTS's. FairDARTS, for
-    instance (Chu et al., ECCV 2020, https://arxiv.org/abs/1911.12126), whose ops do not compete, and are pushed to 0 or
-    1:
+    A new method also takes only a few lines: replace the relaxation, the penalty or the rule of DARTS. FairDARTS is an
+    example (Chu et al., ECCV 2020, https://arxiv.org/abs/1911.12126): its ops do not compete, and a penalty pushes
+    their weights to 0 or 1:
 
     >>> def fair_darts(network, in_shape, *, ops, weight=10.0, **options):
     ...   def penalty(alpha, step):  # -w (sigmoid(α) - 1/2)², mean over entries
@@ -188,7 +197,7 @@ def architecture_search(
                 '`keep` must be left out for NAS-Bench-101\'s space, whose cells are graphs (its own is "graph"), and '
                 f"be a number of edges or None for others; got {keep!r}."
             )
-        network = network._replace(keep=keep)  # for all that reads genotypes, or counts what they cost
+        network = network._replace(keep=keep)  # for all code that decodes genotypes or counts their cost
     supernet = nas.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges
     )
@@ -222,7 +231,7 @@ def architecture_search(
 
     def checked(problem):
         estimator = rule(problem)
-        if not isinstance(estimator, base.Estimator):  # refused where it is used
+        if not isinstance(estimator, base.Estimator):  # it is rejected where it is used
             return estimator
 
         def init(key, hyperparams, task):
@@ -254,23 +263,25 @@ def darts(
     difference: str = "central",
     **options: Any,
 ) -> Search:
-    """DARTS: after every step of the weights, one hypergradient step of α, one step ahead.
+    """DARTS: after every step of the weights, one hypergradient step of α, with a lookahead of one step.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
-      order: "first", dF/dα ≈ ∂f/∂α; "second", one step ahead by finite differences, as published
-        (`hypergrad.darts_fd`); "exact", the same by differentiation (with `epsilon=None`; it is `hypergrad.lookahead`).
-      epsilon: of the finite differences, which kinks (ReLUs) make coarse: see `hypergrad.darts_fd`; "exact" is not.
-      difference: "central", as published, or "forward": one gradient less a step, to O(ε).
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      order: "first": dF/dα ≈ ∂f/∂α. "second": a lookahead of one step by finite differences, as published
+        (`hypergrad.darts_fd`). "exact": the same lookahead by differentiation (`epsilon=None`, which equals
+        `hypergrad.lookahead`).
+      epsilon: step size of the finite differences. Kinks (ReLUs) make them inaccurate: see `hypergrad.darts_fd`.
+        "exact" does not have this error.
+      difference: "central", as published, or "forward": one gradient fewer per step, with an error of O(ε).
       **options: as for `architecture_search`.
 
     Returns:
       A `Search`.
 
     Raises:
-      ValueError: `order` or `difference` is unknown.
+      ValueError: if `order` or `difference` is unknown.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
@@ -294,24 +305,24 @@ def unrolled_darts(
     remat: str | int = "step",
     **options: Any,
 ) -> Search:
-    """DARTS without its approximation: dF/dα through all of the training, which every estimate begins anew.
+    """DARTS without its approximation: dF/dα through the whole training, which every estimate repeats from the start.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
       num_steps: T, at least 1.
-      remat: as for `hypergrad.unrolled`. "step" keeps the weights, the optimizer's state and the gradients of all T
-        steps; "sqrt" those of about 2 √T, for one more gradient a step.
+      remat: as for `hypergrad.unrolled`. "step" stores the weights, the optimizer's state and the gradients of all T
+        steps. "sqrt" stores about 2 √T of them, and computes one more gradient per step.
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, exact.
+      A `Search` with exact hypergradients.
 
     Raises:
-      ValueError: `num_steps` is below 1; as for `architecture_search`.
+      ValueError: if `num_steps < 1`, and as for `architecture_search`.
     """
-    base.check_integer("num_steps", num_steps, 1)  # of none, weights would not be trained
+    base.check_integer("num_steps", num_steps, 1)  # with 0 steps, the weights would not be trained
     rule = lambda problem: hypergrad.unrolled(problem, num_steps=num_steps, remat=remat)
     return architecture_search(network, in_shape, rule, ops=ops, **options)
 
@@ -327,15 +338,15 @@ def implicit_darts(
     damping: float = 0.0,
     **options: Any,
 ) -> Search:
-    """DARTS by the implicit function theorem, as in iDARTS: dF/dα where the weights have come to rest.
+    """DARTS by the implicit function theorem, as in iDARTS: dF/dα at weights that have converged.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
-      num_steps: of the weights an estimate; memory does not depend on it.
-      solver: of the linear system; iDARTS's is `hypergrad.neumann`.
-      damping: as for `hypergrad.implicit`; ∂²g/∂θ² of a network that is not at rest has negative eigenvalues.
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      num_steps: steps of the weights per estimate; memory does not depend on it.
+      solver: solver of the linear system; iDARTS uses `hypergrad.neumann`.
+      damping: as for `hypergrad.implicit`. ∂²ℓ/∂θ² of a network that has not converged has negative eigenvalues.
       **options: as for `architecture_search`.
 
     Returns:
@@ -351,24 +362,24 @@ def implicit_darts(
 def gdas(
     network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
 ) -> Search:
-    """GDAS: one op an edge in every step, sampled by a hard Gumbel-softmax whose temperature falls from 10 to 0.1.
+    """GDAS: one op per edge in every step, sampled by a hard Gumbel-softmax whose temperature falls from 10 to 0.1.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
       num_steps: inner steps over which the temperature falls, at least 1.
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, of first order unless `order` says otherwise. Only the sampled ops run, and only they have a gradient.
+      A `Search`, first-order unless `order` is given. Only the sampled ops run, and only they have a gradient.
 
     Raises:
-      ValueError: `num_steps` is below 1; as for `architecture_search`.
+      ValueError: if `num_steps < 1`, and as for `architecture_search`.
 
     Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
     """
-    base.check_integer("num_steps", num_steps, 1)  # of none, Optax stays at 10
+    base.check_integer("num_steps", num_steps, 1)  # with 0 steps, Optax's schedule would stay at 10
     relaxation = nas.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
     options = {"relaxation": relaxation, "single_path": True, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
@@ -378,17 +389,17 @@ def gdas(
 def pc_darts(
     network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], partial: int = 4, **options: Any
 ) -> Search:
-    """PC-DARTS: a K-th of the channels goes through the ops, and the edges into a node share its weight.
+    """PC-DARTS: only 1/K of the channels goes through the ops, and the edges into a node share its weight.
 
     Args:
-      network: a spec; K divides its channels.
-      in_shape: of one input.
-      ops: of the space.
+      network: the spec of the network to search; K divides its channels.
+      in_shape: shape of one input.
+      ops: the ops of the space.
       partial: K.
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, of first order. (As published, α rests for the first epochs: start with a schedule for its rate.)
+      A `Search`, first-order. (As published, α does not move in the first epochs: use a schedule for its rate.)
 
     Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
     """
@@ -400,24 +411,24 @@ def pc_darts(
 def darts_minus(
     network: nas.Space, in_shape: Sequence[int], *, ops: Mapping[str, nas.Op], num_steps: int, **options: Any
 ) -> Search:
-    """DARTS−: an auxiliary skip beside every edge, whose weight falls from 1 to 0.
+    """DARTS−: an auxiliary skip next to every edge, whose weight falls from 1 to 0.
 
     Args:
-      network: a spec whose edges all have "skip_connect".
-      in_shape: of one input.
-      ops: of the space.
-      num_steps: inner steps over which it falls, at least 1.
+      network: the spec of the network to search; all its edges must have "skip_connect".
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      num_steps: inner steps over which the skip's weight falls, at least 1.
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, of first order unless `order` says otherwise.
+      A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: `num_steps` is below 1; as for `architecture_search`.
+      ValueError: if `num_steps < 1`, and as for `architecture_search`.
 
     Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
     """
-    base.check_integer("num_steps", num_steps, 1)  # of none, the skip would stay
+    base.check_integer("num_steps", num_steps, 1)  # with 0 steps, the skip would stay
     relaxation = nas.auxiliary_skip(nas.softmax(), optax.linear_schedule(1.0, 0.0, num_steps))
     options = {"relaxation": relaxation, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
@@ -437,25 +448,25 @@ def beta_darts(
     """β-DARTS: f plus a penalty on logsumexp(α), whose weight grows from 0.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
-      num_steps: inner steps over which it grows, at least 1.
-      weight: the weight at the end, not negative; with 0 it is `darts(order="first")`.
-      penalty: another one beside it, as for `architecture_search`.
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      num_steps: inner steps over which the weight grows, at least 1.
+      weight: the weight at the end, not negative; with 0 the method is `darts(order="first")`.
+      penalty: a further penalty, as for `architecture_search`.
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, of first order unless `order` says otherwise.
+      A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: `num_steps` is below 1; `weight` is negative; as for `architecture_search`.
+      ValueError: if `num_steps < 1`, if `weight` is negative, and as for `architecture_search`.
 
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
     if penalty is not None and not callable(penalty):
         raise ValueError(f"`penalty` must be `(α, step) -> []`; got {penalty!r}. The weight of β-DARTS is `weight=`.")
-    base.check_integer("num_steps", num_steps, 1)  # of none, the weight would stay 0
+    base.check_integer("num_steps", num_steps, 1)  # with 0 steps, the weight would stay 0
     if not isinstance(weight, Tracer):
         base.check_positive("weight", weight, zero=True)
     grows = optax.linear_schedule(0.0, weight, num_steps)
@@ -478,17 +489,19 @@ def under_budget(
 ) -> Search:
     """The same search within a budget: min over α, max over μ ≥ 0 of F(α) + μ (C(α)/budget − 1).
 
-    λ is then {"hyperparams": α, "multiplier": m} (what the search has with `learn_init` in the place of α), with
-    μ = softplus(m); one descending optimizer moves both. Where the budget binds, the expected cost comes to it. Of the
-    genotype the argmax is taken, and that one may cost more or less: `nas.within_budget(search.supernet.network,
-    search.weights(λ), table, budget)` projects it. (NAS-Bench-101's graphs it cannot project; their cost is counted
-    with all vertices and edges by their weights, and is more than that of the cell that is read.)
+    λ becomes {"hyperparams": α, "multiplier": m} with μ = softplus(m); one descending optimizer moves both. (With
+    `learn_init`, "hyperparams" holds the whole λ of `search` instead of α.) If the budget binds, the expected cost
+    converges to it. The genotype takes the argmax, so it may cost more or less. Project it by
+    `nas.within_budget(search.supernet.network, search.weights(λ), table, budget)`.
+
+    NAS-Bench-101's graphs cannot be projected. Their expected cost counts all vertices and edges by their weights, and
+    exceeds the cost of the decoded cell.
 
     Args:
-      search: any whose rule differentiates the outer loss, and which counts α by `relaxation`.
-      table: of its space.
-      budget: in the table's unit; it may be traced, so that one program searches within many.
-      multiplier: m to start from; softplus(−3) = .049.
+      search: a search whose rule differentiates the outer loss. `relaxation` must convert its α to weights of choices.
+      table: cost table of the search space.
+      budget: in the table's unit. It may be traced, so that one program can search within many budgets.
+      multiplier: the initial m; softplus(−3) = .049.
       damping: as for `nas.lagrangian`.
       relaxation: as for `nas.resource_penalty`.
 
@@ -496,7 +509,7 @@ def under_budget(
       A `Search`.
 
     Raises:
-      ValueError: the budget is not positive; the table has choices that the space has not.
+      ValueError: if the budget is not positive, or the table has choices that the space does not have.
 
     Source: Platt & Barr, Constrained Differential Optimization, NIPS 1987
 
@@ -512,7 +525,7 @@ def under_budget(
     constraint = lambda hyperparams, step: excess(search.alpha(hyperparams), step)
     problem = nas.lagrangian(search.problem, constraint, damping=damping)
     rule = lambda problem, own: search.rule(problem, lambda hyperparams: own(hyperparams)["hyperparams"])
-    inside = [search.settings["under_budget"]] if "under_budget" in search.settings else []  # of another budget
+    inside = [search.settings["under_budget"]] if "under_budget" in search.settings else []  # an earlier budget
     settings = plain([table, budget, multiplier, damping, relaxation]) + inside
     return search._replace(
         estimator=rule(problem, lambda both: both),

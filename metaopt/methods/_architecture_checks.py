@@ -1,4 +1,4 @@
-"""What an architecture search refuses: relaxations that mix on a single path, runs that found nothing, another λ."""
+"""Checks of architecture search: relaxations that mix on a single path, runs that found nothing, and a wrong λ."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,10 @@ from metaopt import base, nas, training
 
 
 def check_single(relaxation, network, edge_weights) -> None:
-    """ValueError where a relaxation gives weight to several ops of an edge, even at one-hot α: one would run."""
+    """Raises ValueError if a relaxation gives weight to several ops of an edge, even at one-hot α.
+
+    On a single path only one of them would run.
+    """
     with jax.ensure_compile_time_eval():
         alpha = {kind: jnp.eye(len(c.edges[0].ops))[jnp.zeros(len(c.edges), int)] for kind, c in network.cells.items()}
         given = {k: {"ops": a, "edges": jnp.zeros(len(a))} for k, a in alpha.items()} if edge_weights else alpha
@@ -24,7 +27,7 @@ def check_single(relaxation, network, edge_weights) -> None:
 
 
 def alpha_beside_init(hyperparams: base.HyperParams) -> base.HyperParams:
-    """α of {"alpha": α, "init": θ_0}; ValueError of another λ."""
+    """Returns α of {"alpha": α, "init": θ_0}; raises ValueError for another λ."""
     if not isinstance(hyperparams, Mapping) or "alpha" not in hyperparams:
         got = f"the keys {[*hyperparams]}" if isinstance(hyperparams, Mapping) else type(hyperparams).__name__
         raise ValueError(
@@ -35,7 +38,7 @@ def alpha_beside_init(hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def found(result: training.FitResult) -> base.HyperParams:
-    """λ after the last step of a run; ValueError where no step had a finite loss and a finite hypergradient."""
+    """Returns λ after the last step; raises ValueError if no step had a finite loss and a finite hypergradient."""
     num = len(result.history.get("skipped", ()))
     if num and not (np.isfinite(result.history["value"]) & (np.asarray(result.history["skipped"]) == 0)).any():
         raise ValueError(

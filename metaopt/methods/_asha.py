@@ -1,4 +1,4 @@
-"""ASHA and asynchronous Hyperband around any searcher: few trials see the full budget, and they are the good ones."""
+"""ASHA and asynchronous Hyperband around any searcher: only good trials get the full budget."""
 
 from typing import Any, NamedTuple
 
@@ -9,14 +9,14 @@ from metaopt.tasks import random_search
 
 
 class AshaState(NamedTuple):
-    """Carried from one call to the next.
+    """State of the searcher, passed from one call to the next.
 
     Attributes:
       searcher: the state of the searcher that proposes configurations.
-      trials: number -> (its bracket, its record as it was first asked for).
-      outcomes: number -> its outcome at each rung that it has finished; infinite where it failed.
-      asked: (number, rung) of all that has been asked for.
-      num_started: how many trials have begun.
+      trials: trial number -> (bracket, the record that `searcher` first asked for).
+      outcomes: trial number -> the outcome at each rung that has a result; infinite if the trial failed or was pruned.
+      asked: (trial number, rung) of all trials that were asked for.
+      num_started: number of trials that have started.
     """
 
     searcher: Any
@@ -33,30 +33,35 @@ def asha(
     num_rungs: int = 4,
     num_brackets: int = 1,
 ) -> base.Searcher:
-    """Asynchronous successive halving: a trial goes on to η times the budget if it is among the best 1/η of its rung.
+    """Asynchronous successive halving: a trial continues to η times the budget if it is in the best 1/η of its rung.
 
-    Configurations come from `searcher`: random search (ASHA), or one of `train_meta_optimizer`, which hears of every
-    outcome with its fidelity and brings outcomes of several fidelities to one scale. A trial starts at fidelity
-    η^(1 − K + b), where b is its bracket and K the number of rungs; one bracket is ASHA, K of them are Hyperband's,
-    which also start some trials at larger budgets in case small ones mislead. Trials start in brackets as often as in
-    Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b. Nothing ever waits for a rung to fill: any number of trials
-    can be asked for at any time. `tasks.collect` asks for `batch_size` of them a task, and tells of all before it asks
-    again; what is found depends on the order in which outcomes are told, and not on the number of workers.
+    Configurations come from `searcher`. With random search this is ASHA. A searcher of `train_meta_optimizer`
+    receives every outcome with its fidelity, and brings outcomes of several fidelities to one scale.
+
+    A trial starts at fidelity η^(1 − K + b), where b is its bracket and K the number of rungs. One bracket is ASHA. K
+    brackets are Hyperband, which also starts some trials at larger budgets, in case small budgets mislead. Trials start
+    in brackets as often as in Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b.
+
+    The searcher never waits for a rung to fill, so that you can ask for any number of trials at any time.
+    `tasks.collect` asks for `batch_size` trials per task, and reports all their results before it asks again. The
+    search depends on the order in which it receives outcomes, but not on the number of workers.
 
     Args:
-      searcher: that proposes configurations, at the full budget, and takes records of fidelities below 1: by default
-        `tasks.random_search`; `tpe()`, which learns from what ended at lower ones as from pruned trials.
+      searcher: proposes configurations at the full budget, and accepts records of fidelities below 1. The default is
+        `tasks.random_search`. `tpe()` is another choice; it learns from lower fidelities as from pruned trials.
       reduction_factor: η, at least 2.
-      num_rungs: K, how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
+      num_rungs: K, the number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
       num_brackets: at least 1, at most K.
 
     Returns:
-      A searcher; a trial has a record for each fidelity that it reached. An objective that resumes its own checkpoints
-      (`tasks.collect(resumes=True)`) pays for the differences alone.
+      A searcher. A trial has a record for each fidelity that it reached. An objective that resumes its own checkpoints
+      (`tasks.collect(resumes=True)`) pays only for the differences in budget.
 
     Raises:
-      ValueError: an argument is no integer, or out of range; when a trial is asked for, `searcher` chooses fidelities
-        itself, as `bohb` does; when one is told that was asked for, with its seed, its fidelity is none of the K.
+      ValueError: if an argument is not an integer or is out of range.
+      ValueError: (in `ask`) if `searcher` chooses fidelities itself, as `bohb` does.
+      ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the K. A trial is
+        recognized by its number, configuration and seed.
 
     Source: Li et al., A system for massively parallel hyperparameter tuning, MLSys 2020,
     https://arxiv.org/abs/1810.05934 (Algorithm 2); brackets: Li et al., Hyperband, JMLR 2018,
@@ -89,7 +94,7 @@ def asha(
         return AshaState(inner.init(key, space), {}, {}, frozenset(), 0)
 
     def promotion(state) -> tuple[int, int] | None:
-        """(trial, rung) that is due, at the highest rung there is."""
+        """(trial, rung) of the trial to promote, at the highest possible rung, or None."""
         for rung in reversed(range(1, num_rungs)):
             for bracket in range(num_brackets):
                 done = [
@@ -103,7 +108,7 @@ def asha(
         return None
 
     def next_bracket(state) -> int:
-        """That which is furthest behind its share of the trials that have begun."""
+        """The bracket that is furthest below its share of the started trials."""
         begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=num_brackets)
         return int(np.argmax(share * (state.num_started + 1) - begun))
 
@@ -134,8 +139,8 @@ def asha(
         for record in records:
             known = state.trials.get(record.trial)
             if known is None or record.configuration != known[1].configuration:
-                continue  # another search's: the searcher alone hears of it
-            # Another search may begin with the same default, from another seed.
+                continue  # a trial of another search: only `searcher` receives it
+            # Another search may start with the same default, from another seed.
             rung = base.rung_of(fidelities, record, own=record.seed == known[1].seed)
             if rung is None:
                 continue

@@ -1,4 +1,7 @@
-"""h from records of earlier searches, by an encoder of cells crossed with the task: `train_cell_searcher`."""
+"""A searcher h, learned from records of earlier searches by an encoder of cells and task features.
+
+`train_cell_searcher` trains it.
+"""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +17,10 @@ from metaopt.methods._earlier_trials import as_records, by_task, features_by_tas
 from metaopt.methods._meta_search import features_of
 from metaopt.methods._new_trials import as_configurations
 
-_AT_ONCE = 2048  # cells that are encoded together
+_AT_ONCE = 2048  # cells per encoding batch
 
 
-# Variances over that of the noise that `predictors.score_prior` chooses from.
+# Variances relative to the noise variance, from which `predictors.score_prior` chooses.
 _DIGITS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _PAIRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LEARNED = (1e-2, 1.0, 100.0)
@@ -25,46 +28,51 @@ _LEARNED = (1e-2, 1.0, 100.0)
 
 class PredictCellFn(Protocol):
     def __call__(self, new_task: Any = None, trials: Iterable[base.Record] = ()) -> dict[str, Any]:
-        """The candidate that is best, or to be tried next, given what came of trials on the new task."""
+        """Returns the best candidate, or the one to try next, given trials on the new task."""
         ...
 
 
 class CellPosteriorFn(Protocol):
     def __call__(self, new_task: Any = None, trials: Iterable[base.Record] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The mean and the variance of the candidates' scores, [candidates] each."""
+        """Returns the mean and the variance of the candidates' scores, [candidates] each."""
         ...
 
 
 class CellSearcher(NamedTuple):
-    """What `train_cell_searcher` returns. A new task is given as for `MetaOptimizer`; None: nothing is known of it.
+    """The searcher that `train_cell_searcher` returns.
 
-    Trials of the new task are records of candidates, or a data frame of them: complete ones at full fidelity, and
-    failed ones, those without a finite outcome among them; others say nothing of scores, and a warning says so where
-    there are no more. A failure counts where no other trial of the same candidate ended. Whatever its status and
-    fidelity, what has a trial is not proposed again while another is left. `save_cell_searcher` and
-    `load_cell_searcher` keep it on disk.
+    A new task is given as for `MetaOptimizer`; None means that nothing is known about it.
+
+    Trials of the new task are records of candidates, or a data frame of them. Only failed trials, and complete trials
+    at full fidelity, are evidence about scores. A complete trial without a finite outcome counts as failed. If the
+    trials have outcomes, but all at lower fidelities and without a failure, a warning says so. A failure counts only if
+    no other trial of the same candidate ended. A candidate with a trial of any status and fidelity is not proposed
+    again while there are others. `save_cell_searcher` writes the searcher to disk, and `load_cell_searcher` reads it.
 
     Attributes:
-      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score, of those that
-        have not failed where there is one.
-      suggest: `(new_task, trials) -> configuration` to try next: the one with the most expected improvement.
-      searcher: `(new_task) -> Searcher` that asks for what `suggest` says; the space of its `init` may be None. Told of
-        others' trials, it passes over those of no candidate, which `predict`, `suggest` and `posterior` refuse.
+      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score. Candidates that
+        failed are excluded, unless all failed.
+      suggest: `(new_task, trials) -> configuration` to try next: the candidate with the largest expected improvement.
+      searcher: `(new_task) -> Searcher` that asks for the suggestions of `suggest`; the space of its `init` may be
+        None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest` and
+        `posterior` reject them.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores (`predictors.score_posterior`).
-        Without trials, and for a task of which nothing is known, the mean is that of two: of what the encoder's
-        `scores` say, in units of the earlier tasks' scores, and of what the entries of configurations and their pairs
-        do. What the encoder makes of a task's features is added.
-      scores: `(new_task) -> [members, candidates]` by the encoder alone, larger is better, each member's of mean 0 and
-        variance 1 over the candidates. Their spread says how far members agree.
-      prior: what the earlier tasks say, `mean` by entries alone.
+        Without trials and without knowledge of the task, the mean averages two predictions. One comes from the
+        encoder's `scores`, in units of the earlier tasks' scores. The other comes from the entries of configurations
+        and their pairs. For a task with features, the change that they cause in the encoder's prediction is added.
+      scores: `(new_task) -> [members, candidates]` from the encoder only, larger is better. The scores of each member
+        have mean 0 and variance 1 over the candidates. Their spread shows how far members agree.
+      prior: the prior from the earlier tasks. Its `mean` uses only the entries of configurations and their pairs.
       units: [2] (a, b): the encoder expects a score of a + b · mean over members of `scores`.
       encoded: [members, candidates, width], z: features of architectures in which a member's scores are linear.
-      encoder: of cells.
-      meta_params: its weights, leaves [members, ...].
-      candidates: the architectures that it chooses from.
-      ops: what `predictors.cells` must be told, beside `encoder.config["num_vertices"]`, of cells for the encoder.
-      center: [F] means of the features over the tasks that it learned from.
-      scale: [F] their deviations. The encoder reads (features − center) / scale, 0 where unknown.
+      encoder: the encoder of cells.
+      meta_params: the encoder's weights, leaves [members, ...].
+      candidates: the architectures to choose from.
+      ops: the ops that `predictors.cells` needs to make cells for the encoder, besides
+        `encoder.config["num_vertices"]`.
+      center: [F] means of the features over the training tasks.
+      scale: [F] standard deviations of the same features. The encoder reads (features − center) / scale, 0 where
+        unknown.
     """
 
     predict: PredictCellFn
@@ -84,12 +92,12 @@ class CellSearcher(NamedTuple):
 
 
 class CellSearcherState(NamedTuple):
-    """Carried from one call to the next.
+    """State carried from one call to the next.
 
     Attributes:
-      seed: of the search, which the trials' seeds follow from.
-      trials: what was told, and what has been asked for and not told.
-      num_asked: how many trials have been asked for.
+      seed: the seed of the search, from which the trials' seeds are derived.
+      trials: the reported trials, and trials that have been asked for and not yet reported.
+      num_asked: number of trials that have been asked for.
     """
 
     seed: tuple[int, ...]
@@ -113,52 +121,56 @@ def train_cell_searcher(
     progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> CellSearcher:
-    """Learns from architectures × tasks × outcomes which architecture to take for a new task, and which to try there.
+    """Learns from architectures × tasks × outcomes which architecture to use, and which to try, on a new task.
 
         min_φ mean_t L(score(·, t; φ), y_t),    L: `predictors.cell_ranking_loss` over a batch of architectures
 
-    by `training.fit` over `hypergrad.direct`, for an ensemble whose members start, and draw, by themselves. In half of
-    the steps a member does not see the features of tasks, so that it ranks for a task of which nothing is known, too.
+    It runs `training.fit` over `hypergrad.direct` for an ensemble, whose members have their own initializations and
+    random draws. In half of the steps, a member does not see the features of tasks. It thereby learns to rank for a
+    task about which nothing is known.
 
-    What it expects of an unknown task is averaged with what a linear model of the entries of configurations and their
-    pairs does (`predictors.configuration_columns`), and trials on the new task change it by Gaussian conditioning, in
-    the features of both (`predictors.score_prior`). Beside `train_meta_searcher`, which compares configurations digit
-    by digit: for the encoder isomorphic cells are one, and what is learned of an op serves wherever it stands.
+    The encoder's prediction for an unknown task is averaged with that of a linear model, whose inputs are the entries
+    of configurations and their pairs (`predictors.configuration_columns`). Trials on the new task update the result by
+    Gaussian conditioning, in the features of both models (`predictors.score_prior`).
+
+    `train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as equal,
+    and knowledge about an op applies at every position of the cell.
 
     Args:
-      records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
-        fidelity, whose outcomes are averaged over seeds, and failed ones: an architecture whose trials on a task all
-        failed is worse there than all that ended. A complete trial without a finite outcome has failed, so that what
-        was never tried must have no record (`nas.benchmark_records` writes none of a table's NaN). A warning names
-        tasks that have an outcome, but none at the full budget; tasks whose trials all have one outcome say nothing of
-        what is better, and are left out.
-      graph_fn: the cell of a configuration, such as `nas.benchmark_graph` of its digits.
-      features: task name -> [F] numbers, NaN where unknown; tasks without an entry are unknown altogether. A warning
-        says where some have none, and some entries are of no task.
-      candidates: architectures to choose from; by default, all that are in the records.
-      tests: records of the same trials whose outcomes are losses that no search sees: what validation does not share
-        with them is its noise. By default validation has none, and what tasks do not share is each one's own. Trials
-        of which there is no such record are left out of this.
-      width: of the encoder, a multiple of 4.
-      num_layers: of the encoder.
-      num_members: of the ensemble.
-      num_steps: of Adam, whose rate falls to zero like a cosine.
-      batch_size: architectures a step.
-      rate: of Adam, at the start.
+      records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`). Complete trials at full
+        fidelity count, and their outcomes are averaged over seeds. Failed trials count too: an architecture whose
+        trials on a task all failed ranks there below all architectures whose trials ended. A complete trial without
+        a finite outcome has failed, so an architecture that was never tried must have no record
+        (`nas.benchmark_records` writes none for a table's NaN). A warning names tasks that have outcomes, but none
+        at the full budget. Tasks whose trials all have the same outcome carry no ranking and are left out.
+      graph_fn: returns the cell of a configuration, such as `nas.benchmark_graph` of its digits.
+      features: task name -> [F] numbers, NaN where unknown. Tasks without an entry are entirely unknown. A warning is
+        given if some tasks have no entry and some entries belong to no task.
+      candidates: architectures to choose from; by default, all architectures in the records.
+      tests: records of the same trials whose outcomes are losses that no search sees. The part of the validation
+        outcomes that they do not share is treated as noise. By default, validation is treated as free of noise, and
+        differences between tasks as real. Trials without such a record are left out of this estimate.
+      width: width of the encoder, a multiple of 4.
+      num_layers: layers of the encoder.
+      num_members: members of the ensemble.
+      num_steps: steps of Adam, whose rate falls to zero on a cosine schedule.
+      batch_size: architectures per step.
+      rate: Adam's rate at the start.
       progress: as for `training.fit`.
-      key: what everything random follows from; `jax.random.key(0)` by default.
+      key: the source of all randomness; `jax.random.key(0)` by default.
 
     Returns:
-      A `CellSearcher`. Training takes memory of about num_members times what `predictors.cell_encoder` says for a
+      A `CellSearcher`. Training takes about num_members times the memory that `predictors.cell_encoder` states for a
       batch.
 
     Raises:
-      ValueError: a size is out of range; one of the records is none (an unknown status, a fidelity out of (0, 1], an
-        outcome that is no number); no record has an outcome, or all outcomes of every task are equal; `candidates` is
-        empty; a configuration has a list or array among its values; features are by name, have different lengths, or
-        are of none of the records' tasks; no trial of `records` is in `tests`.
+      ValueError: if a size is out of range; if a record is invalid (unknown status, fidelity outside (0, 1], or
+        non-numeric outcome). Also if no record has an outcome, or all outcomes of every task are equal. Also if
+        `candidates` is empty, or if a configuration has a list or array among its values. Also if the features of a
+        task are a mapping, if features have different lengths, or if all belong to other tasks than the records.
+        Also if no trial of `records` is in `tests`.
 
-    Of a table of nine cells on three tasks, which agree that a path of two MLPs is best:
+    Example: a table of nine cells on three tasks, which agree that a path of two MLPs is best:
 
     >>> import itertools
     >>> from metaopt import base, methods, nas
@@ -189,13 +201,13 @@ def train_cell_searcher(
     records = _as_records(records)
     of_records = {_name(record.configuration): dict(record.configuration) for record in records}
     places = {name: np.array(row) for row, name in enumerate(of_records)}
-    row_of = lambda configuration: places.get(_name(configuration), np.array(len(places)))  # of tests alone: the last
+    row_of = lambda configuration: places.get(_name(configuration), np.array(len(places)))  # last row: only in `tests`
     names, trials = by_task(records, row_of)
     of_tests = None if tests is None else by_task(_as_records(tests, "tests"), row_of, "tests")
     known, center, scale = _standardized_features(features_by_task(names, features), len(names))
     outcomes = _losses(trials, len(of_records))
     test_outcomes = None if of_tests is None else _same(*of_tests, names, outcomes)
-    rows = np.isfinite(outcomes).any(1)  # others were tried on tasks that say nothing, or not to the end
+    rows = np.isfinite(outcomes).any(1)  # False: tried only on tasks that are left out, or not to the end
     tried = {name: c for (name, c), row in zip(of_records.items(), rows, strict=True) if row}
     outcomes, test_outcomes = outcomes[rows], None if test_outcomes is None else test_outcomes[rows]
     pool = list(of_records.values()) if candidates is None else [dict(c) for c in candidates]
@@ -243,7 +255,7 @@ def train_cell_searcher(
         return jax.lax.map(one, cells, batch_size=min(_AT_ONCE, len(cells.ops)))
 
     members = [jax.tree.map(lambda x, i=i: x[i], fitted.hyperparams) for i in range(num_members)]
-    encoded = np.stack([np.asarray(encode(member, cells), np.float64) for member in members])  # of all
+    encoded = np.stack([np.asarray(encode(member, cells), np.float64) for member in members])  # tried and candidates
     at = {name: row for row, name in enumerate(every)}
     rows = [at[_name(c)] for c in pool]
     offered = np.ascontiguousarray(encoded[:, rows])
@@ -257,9 +269,10 @@ def train_cell_searcher(
 
 
 def _prior(blocks, outcomes, tests, found) -> tuple[predictors.ScorePrior, np.ndarray]:
-    """What the tasks say of all architectures, the first of which were tried, and the units of `found` by the encoder.
+    """Returns the prior for all architectures, the first of which were tried, and the units of the encoder's scores.
 
-    The mean is that by entries, of whose units those of the encoder are.
+    `found` are the encoder's scores of the tried architectures. The prior's mean uses only entries and their pairs. The
+    units convert the encoder's scores to the same scale.
     """
     num_tried, num_tasks = outcomes.shape
     scores = np.full((2, len(blocks[0][0]), num_tasks), np.nan)
@@ -279,7 +292,7 @@ def columns(
     pool: Sequence[Mapping[str, Any]],
     pool_encoded: np.ndarray,
 ) -> list[tuple[np.ndarray, tuple[float, ...]]]:
-    """Blocks for `predictors.score_prior`: entries, their pairs, and what members make of a cell, as among the pool."""
+    """Blocks for `predictors.score_prior`: entries, pairs of entries, and encodings standardized over the pool."""
     digits, pairs = predictors.configuration_columns(configurations, pool)
     flat = lambda z: np.concatenate(list(z), 1)
     learned, among = flat(encoded), flat(pool_encoded)
@@ -295,7 +308,7 @@ def _coefficients(encoder):
 
 
 def _standardized(coefficients, encoded, among) -> np.ndarray:
-    """[members, architectures] scores, each member's of mean 0 and variance 1 over those of `among`."""
+    """Returns [members, architectures] scores. Over `among`, each member's scores have mean 0 and variance 1."""
     c = np.asarray(coefficients, np.float64)
     found, others = (np.einsum("maw,mw->ma", z, c) for z in (encoded, among))
     return (found - others.mean(1, keepdims=True)) / (others.std(1, keepdims=True) + 1e-12)
@@ -312,7 +325,7 @@ def cell_searcher(
     prior: predictors.ScorePrior,
     units: np.ndarray,
 ) -> CellSearcher:
-    """The searcher of what was learned."""
+    """Builds the searcher from its learned parts."""
     coefficients = _coefficients(encoder)
     at = {_name(candidate): row for row, candidate in enumerate(candidates)}
 
@@ -333,11 +346,11 @@ def cell_searcher(
     def row_of(record):
         try:
             return at.get(_name(record.configuration))
-        except TypeError:  # of what has no hash, as no candidate does
+        except TypeError:  # unhashable, so it is not a candidate
             return None
 
     def told(trials):
-        """What was tried with which losses, and all that has a trial."""
+        """Returns the rows with a result, their losses, and all rows that have a trial."""
         tried, losses, begun = [], [], []
         for record in trials:
             row = row_of(record)
@@ -347,13 +360,13 @@ def cell_searcher(
             if (loss := full_loss(record)) is not None:
                 tried.append(row)
                 losses.append(np.inf if np.isnan(loss) else loss)
-        # What ended with one seed has not failed.
+        # A candidate with one trial that ended has not failed.
         ended = {row for row, loss in zip(tried, losses, strict=True) if loss < np.inf}
         says = [i for i, row in enumerate(tried) if losses[i] < np.inf or row not in ended]
         return [tried[i] for i in says], np.array([losses[i] for i in says]), begun
 
     def given(trials):
-        """What a caller gives: refused where it is none, and warned of where it says nothing."""
+        """Checks a caller's trials, and warns if they carry no information about scores."""
         trials = as_records(trials, "trials")
         if any(map(partial_fidelity, trials)) and all(full_loss(record) is None for record in trials):
             warnings.warn(
@@ -384,7 +397,7 @@ def cell_searcher(
         tried, losses, begun = told(trials)
         gain = predictors.score_improvement(prior, tried, losses)
         gain[begun] = -np.inf
-        if not np.isfinite(gain).any():  # all were tried: the best
+        if not np.isfinite(gain).any():  # all candidates were tried
             return best_of(prior, trials)
         return dict(candidates[int(gain.argmax())])
 
@@ -442,7 +455,7 @@ def _as_records(given: Any, name: str = "records") -> list[base.Record]:
 
 
 def _check_values(place: str, configuration: Mapping[str, Any]) -> None:
-    """ValueError where a configuration cannot be looked up."""
+    """Raises ValueError if a configuration cannot be looked up."""
     try:
         hash(_name(configuration))
     except TypeError:
@@ -453,20 +466,20 @@ def _check_values(place: str, configuration: Mapping[str, Any]) -> None:
 
 
 def _losses(trials: list[predictors.TaskTrials], num: int) -> np.ndarray:
-    """[num, T] losses, the mean of those that ended: NaN where not tried, worse than all where none ended."""
+    """Returns [num, T] mean losses of trials that ended: NaN if not tried, worse than all others if no trial ended."""
     losses = np.full((num, len(trials)), np.nan)
     for column, (rows, y) in zip(losses.T, trials, strict=True):
         ended = np.isfinite(y)
         count, total = np.bincount(rows[ended], minlength=num), np.bincount(rows[ended], y[ended], num)
         column[count > 0] = total[count > 0] / count[count > 0]
-        # The ranking loss knows losses alone.
+        # The ranking loss has no flag for failures, so a failure needs a loss.
         worst = np.nanmax(column)
         column[np.setdiff1d(rows, rows[ended])] = worst + 1 + abs(worst)
     return losses
 
 
 def _same(of_tasks, trials, names, outcomes) -> np.ndarray:
-    """[A, T] outcomes of the same configurations and tasks in other records, NaN where they have none."""
+    """Returns [A, T] outcomes of the same configurations and tasks in other records, NaN where they have none."""
     losses = dict(zip(of_tasks, _losses(trials, len(outcomes) + 1)[:-1].T, strict=True))
     nothing = np.full(len(outcomes), np.nan)
     found = np.stack([losses.get(name, nothing) for name in names], 1)
@@ -479,7 +492,7 @@ def _same(of_tasks, trials, names, outcomes) -> np.ndarray:
 
 
 def _standardized_features(raw: np.ndarray | None, num_tasks: int) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-    """[T, F] of mean 0 and variance 1 over tasks, 0 where unknown; the means and deviations [F]."""
+    """Returns features [T, F] of mean 0 and variance 1 over tasks, 0 where unknown; and means and deviations [F]."""
     if raw is None:
         return jnp.zeros((num_tasks, 0)), np.zeros(0), np.ones(0)
     known = np.isfinite(raw)

@@ -1,7 +1,7 @@
 """The network of the few-shot literature, with an explicit choice of the statistics that normalize it.
 
-Statistics of a batch make the features of an example depend on the other examples. If they are those of the query set,
-they reveal something about its labels (all classes are present, in equal shares), and a result is *transductive*:
+Statistics of a batch make the features of an example depend on the other examples. Statistics of the query set reveal
+something about its labels (all classes are present, in equal shares). The result is then *transductive*:
 `evaluate_episodes` detects and reports it. A transductive network cannot predict for one example.
 """
 
@@ -20,11 +20,11 @@ _EPSILON = 1e-5
 
 
 class Network(NamedTuple):
-    """Plain functions over a pytree.
+    """A network as plain functions over a pytree.
 
     Attributes:
       init: `(key) -> params`, without a head.
-      features: `(params, batch) -> [N, D]`, of a batch with "x" [N, H, W] or [N, H, W, C] and "mask" [N].
+      features: `(params, batch) -> [N, D]`, for a batch with "x" [N, H, W] or [N, H, W, C] and "mask" [N].
     """
 
     init: Callable[[jax.Array], dict[str, Any]]
@@ -40,9 +40,9 @@ def conv4(
     num_steps: int | None = None,
     downsampling: str = "pool",
 ) -> Network:
-    """Blocks of a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling; four of 64 filters are usual.
+    """Blocks of a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling; four blocks of 64 filters are usual.
 
-        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over places and
+        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over positions and
 
     | normalization | the examples | inductive | |
     |---|---|---|---|
@@ -53,38 +53,42 @@ def conv4(
     | "layer" | the example itself, over all filters | yes | |
     | "none" | no normalization, only a shift | yes | |
 
-    TaskNorm's moments are those of the mixture of both, with weights α and 1 − α, α = sigmoid(a |support| + b) and a, b
-    learned in each block. Padded rows enter no statistics. With a batch of 28 × 28, D = `num_filters`.
+    TaskNorm uses the moments of the mixture of both, with weights α and 1 − α. Here α = sigmoid(a |support| + b), and
+    each block learns a and b. Padded rows do not enter the statistics of a set. With images of 28 × 28,
+    D = `num_filters`.
 
-    **With "batch", the default, a prediction depends on all rows of its batch**: one query image alone, or images of
-    one class, get other answers than in a whole query set. This reproduces published results. To predict for single
-    images, take another normalization.
+    **With "batch", the default, a prediction depends on all rows of its batch.** Single query images, or images of one
+    class, get other outputs than in a whole query set. This reproduces published results. To predict for single images,
+    choose another normalization.
 
     "support" and "tasknorm" need the support set when they see the query set. `adaptation(keep_support=True)` puts it
-    into `params["support"]`, and the methods that take `features` do so themselves. Without it the statistics are those
-    of the batch, as they should be in the inner loss and in pre-training; f and `adapted` raise a ValueError, because
-    the method would be transductive. `features` cannot raise it if they are jitted or called directly, or if the loss
-    is under `jax.jit` or `jax.checkpoint`: then put the rows to normalize by into the parameters yourself,
+    into `params["support"]`, and the methods that take `features` do so themselves. Without it, the statistics are
+    those of the batch, which is correct in the inner loss and in pre-training. Elsewhere, in f and in `adapted`, a
+    missing support set raises a ValueError, because the method would be transductive.
+
+    `features` cannot raise this error if they are jitted or called directly, or if the loss is under `jax.jit` or
+    `jax.checkpoint`. In this case put the rows to normalize by into the parameters yourself:
     `network.features({**params, "support": {"x": ..., "mask": ...}}, batch)`.
 
     Args:
-      normalization: one of the table.
-      num_filters: of each block; a multiple of 8 for "group".
-      num_blocks: each halves height and width.
-      num_channels: C of the images.
-      num_steps: T, if scale and shift have a value for each inner step (MAML++), as their leading axis: then
-        `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`. Statistics are still those of the
-        table, at each step anew: nothing is carried from step to step or from task to task.
-      downsampling: "pool"; or "stride", convolutions of stride 2 in place of max-pooling, and the mean over places at
-        the end, as Finn et al. (ICML 2017) have for Omniglot: D = `num_filters`, for a fraction of the operations.
+      normalization: one of the names in the table.
+      num_filters: filters of each block; a multiple of 8 for "group".
+      num_blocks: number of blocks; each halves height and width.
+      num_channels: C, the channels of the images.
+      num_steps: T, if scale and shift have a value for each inner step (MAML++), as their leading axis. Then use
+        `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`. The statistics are still those of the
+        table, computed again at each step: nothing is carried from step to step or from task to task.
+      downsampling: "pool" or "stride". "stride" uses convolutions of stride 2 instead of max-pooling, and the mean over
+        positions at the end, as Finn et al. (ICML 2017) do for Omniglot. D = `num_filters`, for a fraction of the
+        operations.
 
     Returns:
-      A `Network`; `features` are [N, D]: what the last block leaves of the images, flat, or with "stride" its mean over
-      places. All floating-point leaves; differentiable in any mode.
+      A `Network`. `features` are [N, D]: the flattened output of the last block, or with "stride" its mean over
+      positions. All leaves are floating-point numbers; the network is differentiable in any mode.
 
     Raises:
-      ValueError: an argument is out of range; at trace time, the images are no [N, H, W, C] or too small for so many
-        blocks, or the support set is needed and was not kept.
+      ValueError: if an argument is out of range. At trace time, if the images are not [N, H, W, C], if they are too
+        small for `num_blocks`, or if the support set is needed and was not kept.
 
     Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
 
@@ -137,7 +141,7 @@ def conv4(
                 f"`conv4(num_channels={num_channels})` takes images [N, H, W, {num_channels}]"
                 f"{' or [N, H, W]' * (num_channels == 1)}, channels last; got {x.shape}."
             )
-        if support is not None:  # both sets, by the statistics of the first
+        if support is not None:  # both sets, normalized by the statistics of the support set
             x, mask = (
                 jnp.concatenate([support["x"].astype(dtype), x]),
                 jnp.append(support["mask"].astype(dtype), 0 * mask),
@@ -161,7 +165,7 @@ def conv4(
             if strided:
                 x = jax.nn.relu(x * by + shift)
                 continue
-            # max(relu(x by + shift)) = relu(max(x by) + shift): what follows the maximum has a quarter of the entries.
+            # max(relu(x by + shift)) = relu(max(x by) + shift): after the maximum, a quarter of the entries is left.
             sign = jnp.where(by < 0, -1, 1).astype(dtype)
             x = jax.lax.reduce_window(x * sign, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             x = jax.nn.relu(x * (sign * by) + shift)
@@ -177,12 +181,12 @@ def conv4(
         weights = (mask / mask.sum())[:, None, None, None]
         over = lambda x: (weights * x.mean((1, 2), keepdims=True)).sum(
             0, keepdims=True
-        )  # no number of pixels overflows
+        )  # the mean over pixels comes first, so no number of pixels overflows
         mean = over(x)
         variance = over((x - mean) ** 2)
         if normalization != "tasknorm":
             return mean, variance
-        own = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # of each example
+        own = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # each example's own moments
         alpha = jax.nn.sigmoid(block["mix"][0] * mask.sum() + block["mix"][1])
         both = alpha * mean + (1 - alpha) * own[0]
         return both, alpha * (variance + (mean - both) ** 2) + (1 - alpha) * (own[1] + (own[0] - both) ** 2)

@@ -1,4 +1,4 @@
-"""The records of earlier tasks, as the arrays that a surrogate learns from."""
+"""Converts the records of earlier tasks to the arrays that a surrogate learns from."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ from metaopt.methods._meta_search import check_no_mapping
 
 
 def as_records(records: Any, name: str = "records") -> list[base.Record]:
-    """Records from a list, a generator or a data frame; raises `ValueError` where one is none, and says which."""
+    """Returns records from a list, a generator or a data frame; raises `ValueError` for the first invalid record."""
     if isinstance(records, (base.Record, dict, str)) or not hasattr(records, "__iter__"):
         raise ValueError(
             f"`{name}` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
@@ -25,21 +25,21 @@ def as_records(records: Any, name: str = "records") -> list[base.Record]:
 
 
 def full_loss(record: base.Record) -> float | None:
-    """What a trial says at the full budget: NaN where it failed, or ended without a finite outcome; None if nothing."""
+    """A trial's outcome at the full budget: NaN if it failed or has no finite outcome, None if it is not known."""
     if record.status == "COMPLETE" and base.is_full_budget(record.fidelity):
         return float(record.outcome) if np.isfinite(record.outcome) else np.nan
     return np.nan if record.status == "FAIL" else None
 
 
 def partial_fidelity(record: base.Record) -> float:
-    """The fidelity of an outcome that is none of the full budget; 0 where there is no such outcome."""
+    """The fidelity of an outcome below the full budget; 0 if the record has none."""
     ended = record.status in ("COMPLETE", "PRUNED") and np.isfinite(record.outcome)
     return record.fidelity if ended and full_loss(record) is None else 0.0
 
 
 def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
-    """The space of all that was tried, or may be; a warning says which one it is."""
-    # A table's configurations are few dicts, which the records of all its tasks share.
+    """Infers the space of the records' configurations and the candidates; a warning states the space."""
+    # A table has few configuration dicts, and the records of all its tasks share them.
     tried = list({id(record.configuration): record.configuration for record in records}.values())
     every = [*tried, *(candidates or ())]
     try:
@@ -67,17 +67,17 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
 
 
 def given(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Without NaN, with which data frames fill what a row does not have."""
+    """A configuration without NaN values, with which data frames fill missing values."""
     return {name: value for name, value in configuration.items() if value == value}
 
 
 def stands_for_nothing(leaf: spaces.Leaf, configuration: Mapping[str, Any], name: str) -> bool:
-    """Whether it has None where the space has a number, whose default is taken."""
+    """Whether the configuration has None where the space has a number, so that the default is used."""
     return configuration.get(name, name) is None and None not in _labels(leaf)
 
 
 def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> str:
-    """How many configurations, all different and without gaps, a condition of `spaces.infer` rests on."""
+    """States how many configurations support a condition of `spaces.infer`; they are distinct and without gaps."""
     ((parent, values),) = leaf.condition
     having = sum(parent in of and name in of and not stands_for_nothing(leaf, of, name) for of in different)
     return (
@@ -91,7 +91,7 @@ def _labels(leaf: spaces.Leaf) -> tuple:
 
 
 def _as_code(leaf: spaces.Leaf) -> str:
-    """What makes a leaf of `spaces.infer`."""
+    """The code that constructs a leaf of `spaces.infer`."""
     for parent, values in leaf.condition:
         return f"active_if({_as_code(dataclasses.replace(leaf, condition=()))}, {parent!r}, {list(values)})"
     if isinstance(leaf, (spaces.Integer, spaces.Interval)):
@@ -100,8 +100,8 @@ def _as_code(leaf: spaces.Leaf) -> str:
 
 
 def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
-    """Says how many records have values that the space does not have."""
-    # A table's configurations are few dicts, which the records of all its tasks share.
+    """Warns how many records have values that the space does not have."""
+    # A table has few configuration dicts, and the records of all its tasks share them.
     shared = {id(record.configuration): record.configuration for record in records}
     of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
     found = [of[id(record.configuration)] for record in records]
@@ -119,9 +119,13 @@ def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
 
 
 def by_task(records: list[base.Record], encode, name: str = "records") -> tuple[list[str], list[predictors.TaskTrials]]:
-    """Names of the tasks whose outcomes differ, and their trials, whose y is NaN where one failed."""
+    """Returns the names and the trials of the tasks whose outcomes differ; y is NaN if a trial failed.
+
+    Raises:
+      ValueError: if no record has an outcome at the full budget, or if no task has different outcomes.
+    """
     of: dict[str, list[tuple[np.ndarray, float]]] = {}
-    partial: dict[str, float] = {}  # the largest fidelity with an outcome that is not one of the full budget
+    partial: dict[str, float] = {}  # task -> the largest fidelity with an outcome that is not at the full budget
     for record in records:
         if (y := full_loss(record)) is not None:
             of.setdefault(record.task, []).append((encode(record.configuration), y))
@@ -144,7 +148,7 @@ def by_task(records: list[base.Record], encode, name: str = "records") -> tuple[
             "meant to count the fidelity 1, or learn from whole curves (`train_curve_searcher`).",
             stacklevel=3,
         )
-    # One failure and one success differ, too.
+    # A failure and a success also count as different outcomes.
     of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
     if not of:
         raise ValueError(
@@ -155,9 +159,12 @@ def by_task(records: list[base.Record], encode, name: str = "records") -> tuple[
 
 
 def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np.ndarray | None:
-    """[T, F] features of tasks, NaN where unknown; None where nothing is known of any.
+    """[T, F] features of tasks, NaN if unknown, or None without `features`.
 
-    Warns where tasks lack features, and there are some of no task: one of the two may be misnamed.
+    Warns if some tasks lack features and some features match no task: they may belong together under different names.
+
+    Raises:
+      ValueError: if `features` has none of the tasks, has a mapping for a task, or has different lengths.
     """
     if features is None:
         return None
@@ -181,10 +188,14 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
 
 
 def costs_by_task(records: list[base.Record], encode) -> list[predictors.TaskTrials]:
-    """Logarithms of costs at the full budget, of the tasks where they differ."""
+    """The logarithms of trials' costs at the full budget, for tasks in which costs differ.
+
+    Raises:
+      ValueError: if costs differ in none of the tasks.
+    """
     of: dict[str, list[tuple[np.ndarray, float]]] = {}
     for record in records:
-        # What failed at once was not cheap: nothing is known of what it would have cost.
+        # A trial that failed early was not cheap: the cost of the full trial is unknown.
         if record.status == "COMPLETE" and base.is_full_budget(record.fidelity) and 0 < record.cost < np.inf:
             of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
     of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
@@ -198,6 +209,6 @@ def _stacked(of) -> list[predictors.TaskTrials]:
 
 
 def some(names) -> str:
-    """A few of them, so that a mismatch is seen."""
+    """The first few names, to show a mismatch in a message."""
     names = list(names)
     return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"

@@ -1,4 +1,4 @@
-"""Architecture searches that stop early and take an earlier α: DARTS, watched by a sign of its collapse."""
+"""Architecture searches that stop early and return an earlier α: DARTS with a check for signs of its collapse."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,24 +23,24 @@ def robust_darts(
     factor: float = 1.3,
     **options: Any,
 ) -> Search:
-    """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and takes an earlier α.
+    """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and returns an earlier α.
 
-    Run it with `callback=lambda step, metrics: metrics["stop"] > 0`. The cell is then that of
-    `search.found(result)`, the earlier α; `result.hyperparams` is the α of the step that stopped, too late.
+    Run it with `callback=lambda step, metrics: metrics["stop"] > 0`. Then decode the cell from the earlier α,
+    `search.found(result)`. Do not use `result.hyperparams`: it is the α of the step that stopped, which is too late.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
-      every: estimates an epoch.
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      every: estimates per epoch.
       window: as for `nas.stopped_by_curvature`.
-      start: likewise.
-      delta: likewise.
-      factor: likewise.
+      start: as for `nas.stopped_by_curvature`.
+      delta: as for `nas.stopped_by_curvature`.
+      factor: as for `nas.stopped_by_curvature`.
       **options: as for `darts`.
 
     Returns:
-      A `Search`, of first order unless `order` says otherwise.
+      A `Search`, first-order unless `order` is given.
 
     Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656
     """
@@ -48,7 +48,7 @@ def robust_darts(
     stop = {"every": every, "window": window, "start": start, "delta": delta, "factor": factor}
 
     def rule(problem, own):
-        # Of f in α alone, whatever constraint is added to it.
+        # Curvature is measured for f in α only, without any added constraint.
         watched = search.rule(problem, own)
         return nas.stopped_by_curvature(watched, search.problem, own=own, alpha=search.alpha, **stop)
 
@@ -66,26 +66,26 @@ def darts_plus(
     start: int = 1,
     **options: Any,
 ) -> Search:
-    """DARTS+: DARTS that stops when a cell has too many skips, and takes the α of the epoch before.
+    """DARTS+: DARTS that stops when a cell has too many skips, and returns the α of the previous epoch.
 
-    Run it as `robust_darts`: with `callback=lambda step, metrics: metrics["stop"] > 0`, and `search.found(result)` is
-    the α to take.
+    Run it like `robust_darts`, with `callback=lambda step, metrics: metrics["stop"] > 0`. Then `search.found(result)`
+    is the α to use.
 
     Args:
-      network: a spec with "skip_connect".
-      in_shape: of one input.
-      ops: of the space.
-      every: estimates an epoch.
-      most: skips that a cell may have. (As published it may have one, and normal cells alone are counted; here cells
-        of the kind that has the most.)
+      network: the spec of the network to search; it must have "skip_connect".
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      every: estimates per epoch.
+      most: the largest number of skips in a cell. (As published, it is one, and only normal cells are counted. Here,
+        the kind of cell with the most skips is counted.)
       start: the first epoch that may stop, counted from 0; at least 1.
       **options: as for `darts`.
 
     Returns:
-      A `Search`, of first order unless `order` says otherwise.
+      A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: a number is out of range; the network has no skips; as for `darts`.
+      ValueError: if a number is out of range, if the network has no skips, and as for `darts`.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
 
@@ -102,14 +102,14 @@ def darts_plus(
         num_skips = lambda hyperparams: nas.num_skips(search.supernet.network, search.weights(own(hyperparams)))
         return nas.stopped_by_skips(search.rule(problem, own), num_skips, every=every, most=most, start=start)
 
-    # A network without skips is refused here.
+    # Raises for a network without skips.
     weights = lambda key: search.weights(search.hyperparams(key))
     jax.eval_shape(lambda key: nas.num_skips(search.supernet.network, weights(key)), jax.random.key(0))
     return _stopped_by(search, rule)
 
 
 def _stopped_by(search: Search, rule: Callable[[base.Problem, Callable], base.Estimator]) -> Search:
-    """The search by another rule, whose state keeps the α to take."""
+    """Returns the same search with another rule, whose state stores the α to return."""
 
     def found(result):
         search.found(result)  # raises

@@ -1,8 +1,8 @@
-"""Honest few-shot evaluation: every method on the same seeded episodes, with intervals and paired differences.
+"""Fair few-shot evaluation: every method on the same seeded episodes, with intervals and paired differences.
 
-A method is a function `(key, support, query) -> outputs`, where `query` comes without its labels. Its outputs have a
-leading axis of adaptation steps: outputs[0] before the first, outputs[t] after t of them; a method without steps has an
-axis of one. With `inner.run` and `trace_fn` that is
+A method is a function `(key, support, query) -> outputs`, where `query` has no labels. Its outputs have a leading axis
+of adaptation steps: outputs[0] before the first step, outputs[t] after t steps. For a method without steps, this axis
+has size one. With `inner.run` and `trace_fn`, a method is
 
     def method(key, support, query):
         predict = lambda state: model(loop.params(state), query["x"])
@@ -28,24 +28,24 @@ from metaopt.progress import Report, report_progress
 
 class AdaptFn(Protocol):
     def __call__(self, key: jax.Array, support: dict[str, jax.Array], query: dict[str, jax.Array]) -> jax.Array:
-        """Outputs [T + 1, Q, ...] for the query set, whose labels it does not get, after 0..T steps on the support."""
+        """Returns outputs [T + 1, Q, ...] after 0..T steps on the support set, for a query set without labels."""
         ...
 
 
 def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
     """The share of real query examples whose class has the largest output among the classes of the episode.
 
-    An example with a NaN among its outputs counts as wrong: a method that diverges is not left out.
+    An example with a NaN among its outputs counts as wrong, so a diverging method is scored and not left out.
 
     Args:
       outputs: [Q, W].
-      query: with "y", "mask" and "class_mask", as episodes have them.
+      query: with "y", "mask" and "class_mask", as in episodes.
 
     Returns:
       [], in [0, 1].
 
     Raises:
-      ValueError: the query set has no classes, or outputs are shaped otherwise.
+      ValueError: if the query set has no classes, or if outputs have another shape.
     """
     if "class_mask" not in query:
         raise ValueError(
@@ -67,7 +67,7 @@ def mean_squared_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> ja
     """The mean squared error over the real query examples.
 
     Args:
-      outputs: shaped as `query["y"]`.
+      outputs: shaped like `query["y"]`.
       query: with "y" and "mask".
 
     Returns:
@@ -80,7 +80,7 @@ def mean_absolute_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> j
     """The mean absolute error over the real query examples.
 
     Args:
-      outputs: shaped as `query["y"]`.
+      outputs: shaped like `query["y"]`.
       query: with "y" and "mask".
 
     Returns:
@@ -117,39 +117,41 @@ def evaluate_episodes(
     higher_is_better: bool | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
-    """Scores all methods on the same episodes, which follow from `key` and their source's name, whoever is evaluated.
+    """Scores all methods on the same episodes, which depend only on `key` and the name of their source.
 
-    Episodes are drawn once a chunk, and every method, jitted, adapts to all of the chunk at once: memory is that of
-    one chunk, whatever the number of episodes. Query labels are taken away before a method sees an episode. Whether a
-    method is transductive is found out: on the first chunk it is asked again with every other query example blank, and
-    its outputs for the others must not change.
+    Each chunk of episodes is drawn once. Every method, jitted, adapts to all episodes of the chunk at once. Memory is
+    that of one chunk, whatever the number of episodes. Query labels are removed before a method sees an episode.
+
+    Transductive methods are detected. On the first chunk, each method runs again with every other query example blank.
+    A method is transductive if its outputs for the other examples change.
 
     Leaves of a query set whose leading axis is Q belong to its examples, and are shuffled with them.
 
     Args:
       methods: name -> method.
-      samplers: source -> `key -> Episode`; one function alone is called "episodes".
-      key: of the episodes; methods get keys that are the same for all of them.
-      num_episodes: E, of each source; 600 is what is usually reported.
-      each: U, where there are only so many tasks (users, patients): samplers are then `(key, number) -> Episode`, as
-        those of `tasks.user_episodes`, and every number in 0..U-1 is judged once, E = U: `num_episodes` is not read.
-        Drawn with replacement, a few users would pass for many, and intervals would be too narrow.
+      samplers: source -> `key -> Episode`. A single function is named "episodes".
+      key: the key of the episodes; every method gets the same keys.
+      num_episodes: E, the number of episodes from each source; 600 is usual.
+      each: U, if there is a fixed number of tasks (users, patients). Samplers are then `(key, number) -> Episode`, such
+        as `tasks.user_episodes`. Every number in 0..U-1 is evaluated once, so E = U, and `num_episodes` is ignored.
+        Drawing a few users with replacement would count them as many, and intervals would be too narrow.
       chunk_size: episodes at once, at least 1.
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
-      higher_is_better: False where the score is an error; known for `accuracy`, `mean_squared_error` and
-        `mean_absolute_error`, and asked for with any other.
-      progress: None reports episodes and compilations on standard error: by a bar in a terminal or notebook, and
-        elsewhere by a line every 10 s and for compilations that take 2 s or more. True prints also a line at the end of
+      higher_is_better: False if the score is an error. It is known for `accuracy`, `mean_squared_error` and
+        `mean_absolute_error`, and required for all other scores.
+      progress: None reports episodes and compilations on standard error. In a terminal or notebook it shows a bar.
+        Elsewhere it prints a line every 10 s and for compilations of 2 s or more. True also prints a line at the end of
         a short evaluation; False reports nothing.
 
     Returns:
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: `methods` is no dict, there is no method or no source, a method is no function, a number is below 1,
-        nothing says whether a high score is better, a sampler draws users with replacement or has fewer than `each`, or
-        a label is none of its episode's classes; at trace time, a sampler gives no episode, outputs have no axis of
-        steps, or another shape than the score takes, or, where there are Q classes, too, a leaf might be of either.
+      ValueError: if `methods` is not a dict of functions, if there is no method or no source, or if a number is below
+        1. Also if `higher_is_better` is missing and the score is unknown. Also if a sampler draws users with
+        replacement or has fewer than `each`, or if a label is not one of its episode's classes. At trace time, if a
+        sampler does not return an episode, or if outputs have no axis of steps or a shape that the score does not
+        take. Also if there are Q classes and a leaf could belong to either examples or classes.
     """
     if not isinstance(methods, Mapping):
         raise ValueError(f'`methods` must be a dict, as `{{"MAML": method}}`; got {type(methods).__name__}.')
@@ -193,9 +195,9 @@ def evaluate_episodes(
             def compile_once(name, *args):
                 _compile_once(jitted[name], name, args, compiled, report)
 
-            # By its name: another source in front changes nothing.
+            # The key depends on the source's name, so adding another source before it changes nothing.
             source_key = jax.random.fold_in(key, zlib.crc32(str(source).encode()))
-            asked = [name for name in methods if not transductive[name]]  # in one source it may not show
+            asked = [name for name in methods if not transductive[name]]  # one source may not show it
             of_source, numbers, found = _of_source(
                 jitted, sample, source_key, num_episodes, chunk_size, each is not None, asked, judged, compile_once
             )
@@ -213,7 +215,7 @@ def evaluate_episodes(
 
 
 def _compile_once(method: Any, name: str, args: tuple, compiled: set, report: Report) -> None:
-    """Compiles a jitted method for arguments of new shapes. JAX keeps the result for the call that follows."""
+    """Compiles a jitted method for arguments of new shapes. JAX keeps the result for the following call."""
     kind = name, str(jax.eval_shape(lambda *args: args, *args))
     if kind not in compiled:
         with report.compiling(name):
@@ -222,7 +224,7 @@ def _compile_once(method: Any, name: str, args: tuple, compiled: set, report: Re
 
 
 def _name(function: Callable) -> str:
-    if isinstance(function, functools.partial):  # with its arguments: of others it is another score
+    if isinstance(function, functools.partial):  # its arguments are in the name, because they change the score
         given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"{_name(function.func)}({', '.join(given)})" if given else _name(function.func)
     return str(getattr(function, "__name__", type(function).__name__))
@@ -239,21 +241,21 @@ def _of_source(
     judged: Callable[[str, float], None],
     compile_once: Callable[..., None],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, bool]]:
-    """Scores of all methods [E, T + 1]; numbers [E] of the episodes; whether the methods of `asked` are transductive.
+    """Returns scores of all methods [E, T + 1]; numbers [E] of the episodes; and which of `asked` are transductive.
 
-    `judged` is called after each method with the number of episodes that are done, those of other methods' turn in
-    part; `compile_once` is called before, with the arguments of the method.
+    `judged` is called after each method with the number of finished episodes; a chunk counts in part until all methods
+    have run. `compile_once` is called before each method, with its arguments.
     """
-    # What draws an episode, what a method may use and what puts query examples in order know nothing of each other.
+    # Separate keys for drawing episodes, for the methods and for the order of query examples.
     draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in jax.random.split(key, 3))
-    # An argument of the program: the data that it holds, if it says which (`tasks.episodes`), are no constants.
+    # An argument of the program, so that the data of a sampler that exposes them (`tasks.episodes`) are not constants.
     sample = sample if isinstance(sample, Partial) else Partial(sample)
     draw = jax.jit(jax.vmap(functools.partial(_shuffled, by_number), in_axes=(None, 0, 0, 0)))
     scores: dict[str, list[np.ndarray]] = {name: [] for name in jitted}
     numbers: dict[str, list[np.ndarray]] = {name: [] for name in ("ways", "shots", "marks", "users")}
     transductive = {}
     for done in range(0, num_episodes, chunk_size):
-        # The last chunk is filled up with episodes that were done, so that there is one program.
+        # The last chunk is filled up with episodes that are already done, so that there is one program.
         start = min(done, num_episodes - chunk_size)
         chunk, new = slice(start, start + chunk_size), slice(done - start, None)
         support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
@@ -277,8 +279,9 @@ def _of_source(
 def _shuffled(
     by_number: bool, sample: Callable, draw_key: jax.Array, order_key: jax.Array, number: jax.Array
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
-    """Support, and query, its real examples in random order: their places tell nothing of their classes. And whose they
-    are, and a number that other data would change.
+    """Returns the support set, the query set in random order, and a dict with the user and a mark of the episode.
+
+    The random order of the real query examples hides their classes. The mark is a number that depends on the data.
     """
     episode = sample(draw_key, number) if by_number else sample(draw_key)
     _check_episode(episode)
@@ -296,13 +299,13 @@ def _shuffled(
     query = {name: _of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
     leaves = [x for x in jax.tree.leaves((support, query)) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     flat = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
-    finite = jnp.clip(jnp.nan_to_num(flat, posinf=1, neginf=-1), -1e30, 1e30)  # whose sum is finite, too
+    finite = jnp.clip(jnp.nan_to_num(flat, posinf=1, neginf=-1), -1e30, 1e30)  # keeps the sum finite, too
     mark = jnp.mean(finite * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))
     return support, query, {"users": user, "marks": mark}
 
 
 def _check_episode(episode: tasks.Episode) -> None:
-    """ValueError where a sampler gives something else, or a batch of episodes."""
+    """Raises ValueError if a sampler returns something other than one episode, such as a batch of episodes."""
     if not isinstance(episode, tuple) or len(episode) != 3 or not all(isinstance(p, Mapping) for p in episode[:2]):
         raise ValueError(
             "A sampler must give an episode, `tasks.Episode(support, query)`, both of them dicts; got "
@@ -324,7 +327,7 @@ def _check_episode(episode: tasks.Episode) -> None:
 
 
 def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: int = 0) -> base.PyTree:
-    """A function of the leaves that have a value for each of `size` examples."""
+    """Applies a function to the leaves that have a value for each of `size` examples."""
 
     def one(x):
         return function(x) if jnp.ndim(x) > axis and x.shape[axis] == size else x
@@ -333,7 +336,7 @@ def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: 
 
 
 def _check_leaves(query: Mapping[str, base.PyTree], size: int) -> None:
-    """ValueError where nothing tells whether a leaf [Q, ...] belongs to examples or to classes."""
+    """Raises ValueError if a leaf [Q, ...] could belong to examples or to classes."""
     if "class_mask" not in query or query["class_mask"].shape[0] != size:
         return
     others = {name: tree for name, tree in query.items() if name not in ("x", "y", "mask", "class_mask", "num_rows")}
@@ -347,12 +350,12 @@ def _check_leaves(query: Mapping[str, base.PyTree], size: int) -> None:
 
 
 def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
-    """One episode: the scores [T + 1], and the outputs."""
+    """Returns a function that computes the scores [T + 1] and the outputs for one episode."""
 
     def run(key, support, query):
         seen = {k: v for k, v in query.items() if k != "y"}
         outputs = method(key, support, seen)
-        # Of as many query examples as classes, [Q, W] could be steps, too, each with a number for each example.
+        # If there are as many query examples as classes, [Q, W] could also be [steps, Q].
         of_one = query["y"].shape[:1] + query["class_mask"].shape if "class_mask" in query else query["y"].shape
         if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]) or outputs.shape == of_one:
             raise ValueError(
@@ -366,7 +369,7 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
 
 
 def _blank(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A chunk of query sets [B, Q, ...] without every other example."""
+    """Sets every other example of a chunk of query sets [B, Q, ...] to zero."""
     size = query["y"].shape[1]
 
     def without(x):
@@ -378,14 +381,14 @@ def _blank(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -> bool:
-    """Whether outputs [B, T + 1, Q, ...] differ for the query examples that `_blank` left, by more than rounding."""
+    """Returns whether outputs [B, T + 1, Q, ...] of examples that `_blank` kept differ by more than rounding."""
     real = np.asarray(query["mask"])[:, ::2] > 0
     both = [np.moveaxis(np.asarray(o, np.float64), 1, 2)[:, ::2] for o in (outputs, again)]  # [B, Q/2, T + 1, ...]
     if "class_mask" in query and both[0].shape[3:] == query["class_mask"].shape[1:]:
-        # What stands for classes that an episode lacks is often a large number, beside which all others look equal.
+        # Outputs of classes that an episode lacks are often large numbers, next to which all others look equal.
         among = np.asarray(query["class_mask"])[:, None, None] > 0
         both = [np.where(among, o, np.nan) for o in both]
-    # Step by step, and episode by episode: beside one that diverges, all others look small.
+    # Step by step, and episode by episode: next to a step or an episode that diverges, all others look small.
     for before, after in zip(*(np.moveaxis(o, 2, 0) for o in both), strict=True):
         if not np.array_equal(np.isfinite(before[real]), np.isfinite(after[real])):
             return True
@@ -393,12 +396,12 @@ def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -
             [np.where(np.isfinite(o), o, 0).reshape(len(o), -1) for o in (b[r], a[r])]
             for b, a, r in zip(before, after, real, strict=True)
         ]
-        # By the spread of most examples' outputs, since an offset that all share would hide a difference, and so would
-        # one example that is far off; and by what rounding leaves, for each example by itself.
+        # Compare with the spread of most examples' outputs: an offset that all share, or one outlier, would otherwise
+        # hide a difference. Also compare with the rounding error of each example.
         spreads = [float(np.quantile(abs(b - np.median(b, axis=0)), 0.9)) if b.size else 0.0 for b, _ in pairs]
         usual = float(np.median(np.array(spreads)))
         for (b, a), spread in zip(pairs, spreads, strict=True):
             rounding = 1e-5 * abs(b).max(axis=1, initial=0, keepdims=True)
-            if np.any(abs(b - a) > np.maximum(1e-3 * (spread or usual), rounding)):  # one example alone has none
+            if np.any(abs(b - a) > np.maximum(1e-3 * (spread or usual), rounding)):  # a single example has no spread
                 return True
     return False

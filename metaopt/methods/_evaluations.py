@@ -1,4 +1,4 @@
-"""Evaluations: what scores of methods on the same episodes say. Means, paired differences, ranks and tables."""
+"""Summaries of methods' scores on the same episodes: means, paired differences, ranks and tables."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ class Evaluation(NamedTuple):
     """The scores of `M` methods on `E` episodes of each of several sources.
 
     Attributes:
-      scores: method -> source -> [E, T + 1], after 0..T adaptation steps; T is the method's.
-      num_ways: source -> [E]; 1 where there are no classes.
-      num_shots: source -> [E], support examples for each way, on average.
+      scores: method -> source -> [E, T + 1], after 0..T adaptation steps; each method has its own T.
+      num_ways: source -> [E]; 1 if there are no classes.
+      num_shots: source -> [E], support examples per way, on average.
       transductive: method -> whether its output for one query example depends on the others.
-      higher_is_better: as the score is an accuracy, or an error.
-      marks: source -> [E], a number out of the data of each episode, by which `join_evaluations` tells other episodes.
-      score: the name of `score_fn`, "accuracy" for one; "" where it is not known.
+      higher_is_better: True if the score is an accuracy, False if it is an error.
+      marks: source -> [E], a number computed from the data of each episode. `join_evaluations` compares them to detect
+        different episodes.
+      score: the name of `score_fn`, such as "accuracy"; "" if it is not known.
     """
 
     scores: dict[str, dict[str, np.ndarray]]
@@ -32,24 +33,24 @@ class Evaluation(NamedTuple):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of the sources."""
         return tuple(self.num_ways)
 
 
 def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
-    """The methods of two evaluations on the same episodes, which may be of different days (`save_evaluation`).
+    """Joins the methods of two evaluations on the same episodes, possibly of different days (`save_evaluation`).
 
     Args:
-      first: what `evaluate_episodes` returned.
-      second: what it returned with the same key, samplers and numbers, for other methods. That the episodes are the
-        same is seen by their `marks`; of evaluations that have none, the numbers of ways and shots alone are compared.
-        Scores are told apart by their functions' names, of which evaluations saved by an earlier version have none.
+      first: a result of `evaluate_episodes`.
+      second: a result with the same key, samplers and numbers, for other methods. Equal `marks` show that the episodes
+        are the same. If neither evaluation has marks, only the numbers of ways and shots are compared. Scores are
+        compared by the names of their functions. Evaluations saved by an earlier version do not have these names.
 
     Returns:
-      An `Evaluation` of both, the first's methods in front: as if all had been evaluated at once.
+      An `Evaluation` of both, starting with the first's methods, as if all had been evaluated together.
 
     Raises:
-      ValueError: sources, episodes or scores differ, or a method is in both.
+      ValueError: if sources, episodes or scores differ, or if a method is in both.
     """
     twice = [name for name in second.scores if name in first.scores]
     if twice:
@@ -67,7 +68,7 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
         if set(one) != set(other):
             raise ValueError(f"The evaluations must be of the same sources; got `{what}` of {[*one]} and {[*other]}.")
         for source, numbers in one.items():
-            # Rounding, of other machines, moves the marks by far less than they differ. (What is NaN equals nothing.)
+            # Rounding on other machines moves the marks by far less than they differ. (NaN does not equal anything.)
             size = 1e-2 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
             if len(numbers) != len(other[source]) or not np.all(np.abs(numbers - other[source]) <= size):
                 raise ValueError(
@@ -82,17 +83,17 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
 
 
 def _at(evaluation: Evaluation, method: str, source: str, step: int) -> np.ndarray:
-    """[E], the scores after `step` steps, or after the method's last where it takes fewer."""
+    """Returns [E], the scores after `step` steps, or after the method's last step if it takes fewer."""
     try:
         base.check_integer("step", step, -1)
     except ValueError:
         raise ValueError(f"`step` must be a number of steps, or -1 for a method's last; got {step!r}.") from None
-    scores = np.asarray(evaluation.scores[method][source], np.float64)  # squares of large ones do not overflow
+    scores = np.asarray(evaluation.scores[method][source], np.float64)  # squares of large scores do not overflow
     return scores[:, step] if step < scores.shape[1] else scores[:, -1]
 
 
 def _mean(scores: np.ndarray) -> tuple[float, float]:
-    """The mean and half of its normal 95 % interval: NaN where there is none, of one score or of infinite ones."""
+    """Returns the mean and half of its normal 95 % interval: NaN for a single score, or if a score is not finite."""
     if len(scores) < 2 or not np.isfinite(scores).all():
         with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
             return float(scores.mean()), math.nan
@@ -100,21 +101,21 @@ def _mean(scores: np.ndarray) -> tuple[float, float]:
 
 
 def _differences(evaluation: Evaluation, method: str, reference: str, source: str, step: int) -> np.ndarray:
-    """[E], NaN where both diverge."""
+    """Returns [E] differences to the reference, NaN where both diverge."""
     with np.errstate(invalid="ignore"):
         return _at(evaluation, method, source, step) - _at(evaluation, reference, source, step)
 
 
 def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str, tuple[float, float]]]:
-    """The mean score of every method on every source.
+    """Computes the mean score of every method on every source.
 
     Args:
-      evaluation: what `evaluate_episodes` returned.
-      step: after so many adaptation steps; −1, or more than a method takes: after its last.
+      evaluation: a result of `evaluate_episodes`.
+      step: the number of adaptation steps; −1, or a number above that of a method, means after its last step.
 
     Returns:
-      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E: NaN of one episode, and of a method
-      that diverges).
+      Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E). The second is NaN for a single episode
+      and for a method that diverges.
     """
     return {
         method: {source: _mean(_at(evaluation, method, source, step)) for source in evaluation.sources}
@@ -125,20 +126,20 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
 def paired_differences(
     evaluation: Evaluation, reference: str, *, step: int = -1
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """The score minus that of a reference, episode by episode: what episodes have in common cancels.
+    """Subtracts a reference's score, episode by episode: effects that an episode has on both methods cancel.
 
-    A positive difference is better where the score is an accuracy, and worse where it is an error.
+    A positive difference is better if the score is an accuracy, and worse if it is an error.
 
     Args:
-      evaluation: what `evaluate_episodes` returned.
-      reference: the method that others are compared with.
+      evaluation: a result of `evaluate_episodes`.
+      reference: the method that the others are compared with.
       step: as for `mean_scores`.
 
     Returns:
       Method -> source -> (mean difference of the scores, half of its 95 % interval).
 
     Raises:
-      ValueError: there is no such method.
+      ValueError: if `reference` is not one of the methods.
     """
     if reference not in evaluation.scores:
         raise ValueError(f"`reference` must be one of {', '.join(map(repr, evaluation.scores))}; got {reference!r}.")
@@ -151,12 +152,12 @@ def paired_differences(
 
 
 def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
-    """The mean rank of every method over the sources, by its mean score; 1 is best, and equal ones share their ranks.
+    """Averages the rank of every method over the sources, by its mean score; 1 is best, and ties share their ranks.
 
-    Inductive methods are ranked among themselves, and so are transductive ones, which use more than the others.
+    Inductive methods are ranked among themselves. So are transductive methods, which use more information.
 
     Args:
-      evaluation: what `evaluate_episodes` returned.
+      evaluation: a result of `evaluate_episodes`.
       step: as for `mean_scores`.
 
     Returns:
@@ -181,19 +182,19 @@ def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]
 def by_number(
     evaluation: Evaluation, of: str, edges: Sequence[float], *, step: int = -1
 ) -> dict[str, list[tuple[float, int, float, float]]]:
-    """Scores against the number of ways, or of shots, over the episodes of all sources.
+    """Bins the scores by the number of ways or of shots, over the episodes of all sources.
 
     Args:
-      evaluation: what `evaluate_episodes` returned.
-      of: "ways" or "shots". (Against the adaptation steps: `mean_scores(evaluation, step=t)` for each t.)
+      evaluation: a result of `evaluate_episodes`.
+      of: "ways" or "shots". (For the number of adaptation steps, use `mean_scores(evaluation, step=t)` for each t.)
       edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
       step: as for `mean_scores`.
 
     Returns:
-      Method -> for each bin that is not empty (mean number, episodes, mean score, half of its 95 % interval).
+      Method -> for each non-empty bin (mean number, episodes, mean score, half of its 95 % interval).
 
     Raises:
-      ValueError: `of` is something else, or edges do not ascend.
+      ValueError: if `of` is not "ways" or "shots", or if there are fewer than two edges or they do not ascend.
     """
     if of not in ("ways", "shots"):
         raise ValueError(f'`of` must be "ways" or "shots"; got {of!r}.')
@@ -209,21 +210,23 @@ def by_number(
 
 
 def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None = None, digits: int = 3) -> str:
-    """The evaluation as tables in Markdown, a row a method, best average rank first: of inductive methods, then, where
-    there are any, of transductive ones, which use more than the others and are compared among themselves.
+    """Formats the evaluation as tables in Markdown, with a row per method, sorted by average rank.
+
+    The first table has the inductive methods. If there are transductive methods, they have their own table: they use
+    more information, and are compared among themselves.
 
     Args:
-      evaluation: what `evaluate_episodes` returned.
+      evaluation: a result of `evaluate_episodes`.
       step: as for `mean_scores`.
-      reference: with one, a column of the mean paired difference to it over the sources.
-      digits: after the point.
+      reference: if given, adds a column of the mean paired difference to this method over the sources.
+      digits: digits after the decimal point.
 
     Returns:
-      The tables, and a line on how to read them. On each source the best method of a table is bold, and so are those
+      The tables, and a line that explains them. For each source, the best method of a table is bold. So are all methods
       whose paired difference to it is within the 95 % interval.
 
     Raises:
-      ValueError: there is no such reference, or `step` or `digits` is no such number.
+      ValueError: if `reference` is not one of the methods, or if `step` or `digits` is invalid.
     """
     base.check_integer("digits", digits, 0)
     differences = None if reference is None else paired_differences(evaluation, reference, step=step)
@@ -250,14 +253,14 @@ def _table(
     bold = set()
     for source in evaluation.sources:
         finite = [method for method, of in means.items() if math.isfinite(of[source][0])]
-        if not finite:  # all diverge
+        if not finite:  # all methods diverge
             continue
         best = max(finite, key=lambda method: sign * means[method][source][0])
         for method, of in paired_differences(evaluation, best, step=step).items():
             difference, half = of[source]
             if method == best or abs(difference) <= half:
                 bold.add((method, source))
-    name_of = lambda name: str(name).replace("|", "\\|")  # which would end the cell
+    name_of = lambda name: str(name).replace("|", "\\|")  # an unescaped bar would end the cell
     head = [kind, *map(name_of, evaluation.sources), "average rank"]
     head += [] if reference is None else [f"against {name_of(reference)}"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -265,7 +268,7 @@ def _table(
         cells = [name_of(method)]
         for source in evaluation.sources:
             mean, half = means[method][source]
-            text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")  # of one episode: none
+            text = f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")  # NaN: one episode
             cells.append(f"**{text}**" if (method, source) in bold else text)
         cells.append(f"{rank:.2f}")
         if differences is not None:

@@ -1,4 +1,4 @@
-"""Regularized evolution, the baseline of architecture search, over a space of integers."""
+"""Regularized evolution, a baseline for architecture search, over a space of integers."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from metaopt import base, spaces
 
 
 class EvolutionState(NamedTuple):
-    """Carried from one call to the next.
+    """State carried from one call to the next.
 
     Attributes:
-      seed: of the search; what a trial draws follows from it, the trial's number and what has been told.
-      space: what is searched.
-      populations: fidelity -> (configuration, outcome) of the newest trials at it, oldest first.
-      num_asked: how many trials have been asked for.
+      seed: the seed of the search. Together with the trial's number and the reported outcomes, it determines a trial.
+      space: the search space.
+      populations: fidelity -> (configuration, outcome) of its newest trials, oldest first.
+      num_asked: number of trials that have been asked for.
     """
 
     seed: tuple[int, ...]
@@ -27,24 +27,27 @@ class EvolutionState(NamedTuple):
 
 
 def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) -> base.Searcher:
-    """Regularized (aging) evolution: the best of a few of the population has a child, and the oldest dies.
+    """Regularized (aging) evolution: the best of a few members of the population has a child, and the oldest dies.
 
-    The first `population_size` trials are random. Then a child is the best of `sample_size` members, drawn with
-    replacement, with one entry changed to another value, each alike (what is fixed stays). Trials without a finite
-    outcome, and others' that are not of the space, do not enter. Each fidelity has a population of its own, since
-    losses at others say something else; parents come from that of the highest fidelity with `sample_size` members (or
-    as many as there can be), and until there is one from the largest. So `asha` around it begins with children of what
-    was good after a short training.
+    The first `population_size` trials are random, and so are later trials while the population is empty. All others are
+    children: the best of `sample_size` members, drawn with replacement, with one entry changed. All entries that are
+    not fixed, and all their other values, are equally likely.
+    Trials without a finite outcome, and others' trials outside the space, do not enter the population.
+
+    Each fidelity has its own population, because losses at different fidelities are not comparable. Parents come from
+    the highest fidelity whose population has `sample_size` members (or `population_size`, if that is smaller). Until
+    one has, they come from the largest population. `asha` around this searcher therefore begins with children of
+    configurations that were good after a short training.
 
     Args:
       population_size: at least 1.
       sample_size: at least 1.
 
     Returns:
-      A searcher of a dict of `spaces.integer`, whose values are taken as categories, and `spaces.fixed`.
+      A searcher over a dict of `spaces.integer`, whose values are treated as categories, and `spaces.fixed`.
 
     Raises:
-      ValueError: a size is below 1; in `init`, the space is another.
+      ValueError: if a size is below 1; in `init`, if the space is not such a dict.
 
     Source: Real et al., AAAI 2019, https://arxiv.org/abs/1802.01548
 
@@ -93,7 +96,7 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
         if not free:
             return dict(parent)
         i = int(rng.integers(len(names)))
-        # Another value than the parent's: a step around the circle of values.
+        # A step around the circle of values never returns the parent's value.
         value = (parent[names[i]] - lows[i] + 1 + int(rng.integers(sizes[i] - 1))) % sizes[i] + lows[i]
         return {**parent, names[i]: value}
 
@@ -120,5 +123,5 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
 
 def _fits(space, configuration) -> bool:
-    """Whether a child of it would be of the space."""
+    """Returns whether a child of `configuration` would be in the space."""
     return configuration.keys() == space.keys() and not spaces.foreign(space, configuration)

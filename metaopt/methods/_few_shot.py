@@ -1,5 +1,7 @@
-"""Few-shot learning under the papers' names: each is a setting of `adaptation`; its own are losses, and heads that a
-support set makes (prototypes, ridge regression)."""
+"""Few-shot learning under the papers' names: each method is a setting of `adaptation`.
+
+This module adds only losses, and heads that are computed from a support set (prototypes, ridge regression).
+"""
 
 import inspect
 import operator
@@ -16,24 +18,24 @@ from metaopt.methods._adaptation_checks import check_pattern
 
 
 def _check_options(name: str, options: Mapping[str, Any], *taken: str) -> None:
-    """ValueError where an option is given that the method sets itself, or cannot have."""
+    """Raises ValueError if an option is given that the method sets itself or cannot have."""
     given = [option for option in taken if option in options]
     if given:
         raise ValueError(f"`{name}` has no option `{given[0]}`: the method says what it is. Take `methods.adaptation`.")
 
 
 def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
-    """MAML: F(λ) = f(θ_T), θ_0 = λ, θ_{t+1} = θ_t − α ∇g(θ_t), differentiated through all T steps.
+    """MAML: F(λ) = f(θ_T), θ_0 = λ, θ_{t+1} = θ_t − α ∇ℓ(θ_t), differentiated through all T steps.
 
     Args:
-      loss: g, and f too: `(params, hyperparams, batch) -> []`.
+      loss: ℓ, and also f: `(params, hyperparams, batch) -> []`.
       num_steps: T.
       rate: α, in θ² per unit of the loss.
-      **options: as for `adaptation`: `keep_support=True` where the model is normalized by the support set, such as
-        `conv4(normalization="support")`, which refuses query sets without it.
+      **options: as for `adaptation`. Use `keep_support=True` if the model is normalized by the support set, such as
+        `conv4(normalization="support")`, which rejects query sets without it.
 
     Returns:
-      An `Adaptation`. Time is that of T second-order gradients a task; memory grows with T (`remat`).
+      An `Adaptation`. It takes the time of T second-order gradients per task; memory grows with T (`remat`).
 
     Source: Finn, Abbeel & Levine, ICML 2017, https://arxiv.org/abs/1703.03400
 
@@ -55,10 +57,10 @@ def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: A
 def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
     """First-order MAML: dF/dλ ≈ ∇f(θ_T). Inner gradients are held constant, so that ∂θ_T/∂λ is the identity.
 
-    It is backpropagation truncated to one step (`hypergrad.truncated`) in coordinates δ = θ − λ, with ∇g held: there
-    every step sees λ, in θ = λ + δ, and a cut between steps, at δ, takes nothing away. In θ itself, where λ is the
-    start alone, a cut would take away all of it. Without holding ∇g, truncation to one step keeps the last step's
-    curvature: (I − α ∂²g/∂θ²) ∇f(θ_T).
+    It is backpropagation truncated to one step (`hypergrad.truncated`) in the coordinates δ = θ − λ, with ∇ℓ held
+    constant. In these coordinates every step depends on λ, by θ = λ + δ, so a cut between steps, at δ, loses nothing.
+    In θ itself, λ is only the start, so a cut would lose everything. If ∇ℓ is not held constant, truncation to one step
+    keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
 
     Args:
       loss: as for `maml`.
@@ -67,10 +69,10 @@ def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options:
       **options: as for `adaptation`.
 
     Returns:
-      An `Adaptation` whose estimator is "biased", by the order of α T times the curvature of g.
+      An `Adaptation` whose estimator is "biased". The bias is of the order of α T times the curvature of ℓ.
 
     Raises:
-      ValueError: an option is set here (`order`), or is not valid.
+      ValueError: if `order` is given, which this method sets itself, or if an option is invalid.
 
     Source: Finn, Abbeel & Levine, ICML 2017, Sec. 5.2, https://arxiv.org/abs/1703.03400
     """
@@ -83,15 +85,15 @@ def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options
 
     Args:
       loss: as for `maml`.
-      num_steps: T; more than one, or it is joint training.
+      num_steps: T; use more than one, since one step is joint training.
       rate: α.
-      **options: as for `adaptation`. A `sampler` of minibatches is usual; everything adapts.
+      **options: as for `adaptation`. A `sampler` of minibatches is usual. All leaves adapt.
 
     Returns:
       An `Adaptation` whose estimator is "pseudo": see `hypergrad.reptile`.
 
     Raises:
-      ValueError: an option is set here (`rule`), or is not valid.
+      ValueError: if `rule` is given, which this method sets itself, or if an option is invalid.
 
     Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
     """
@@ -100,25 +102,26 @@ def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options
     return adaptation(loss, num_steps=num_steps, rate=rate, rule=rule, **options)
 
 
-HEAD = "(^|/)head(/|$)"  # leaves within something that is called "head", and not "heads" or "forehead"
+HEAD = "(^|/)head(/|$)"  # leaves within a part named "head", but not "heads" or "forehead"
 
 
 def anil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
-    """ANIL, almost no inner loop: MAML in which the head alone adapts.
+    """ANIL, almost no inner loop: MAML in which only the head adapts.
 
     Args:
       loss: as for `maml`.
-      head: what adapts, as `adapt` of `adaptation`, by default what is in a part that is called "head"; "" is MAML.
+      head: the leaves that adapt, as `adapt` of `adaptation`. The default is all leaves within a part named "head";
+        "" is MAML.
       num_steps: T.
       rate: α.
       **options: as for `adaptation`.
 
     Returns:
-      An `Adaptation`. The body is computed once for the support set, and once for the query set: more inner steps cost
-      passes through the head alone.
+      An `Adaptation`. The body is computed once for the support set and once for the query set. More inner steps cost
+      only passes through the head.
 
     Raises:
-      ValueError: an option is set here (`adapt`), or is not valid.
+      ValueError: if `adapt` is given, which this method sets itself, or if an option is invalid.
 
     Source: Raghu et al., ICLR 2020, https://arxiv.org/abs/1909.09157
     """
@@ -132,7 +135,7 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
 
     Args:
       loss: as for `maml`.
-      head: what does not adapt: a regular expression for paths; by default as for `anil`.
+      head: the leaves that do not adapt: a regular expression for paths, with the default of `anil`.
       num_steps: T.
       rate: α.
       **options: as for `adaptation`.
@@ -141,7 +144,7 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
       An `Adaptation`.
 
     Raises:
-      ValueError: an option is set here (`adapt`), or is not valid.
+      ValueError: if `adapt` is given, which this method sets itself, or if an option is invalid.
 
     Source: Oh et al., ICLR 2021, https://arxiv.org/abs/2008.08882
     """
@@ -156,17 +159,17 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
 def meta_sgd(
     loss: Callable, *, num_steps: int = 1, rate: float = 0.01, rates: str = "entry", **options: Any
 ) -> Adaptation:
-    """Meta-SGD: θ_{t+1} = θ_t − α ∘ ∇g(θ_t), with a learned rate for each entry of θ; rates may become negative.
+    """Meta-SGD: θ_{t+1} = θ_t − α ∘ ∇ℓ(θ_t), with a learned rate for each entry of θ; rates may become negative.
 
     Args:
       loss: as for `maml`.
       num_steps: T.
-      rate: where all of α starts.
-      rates: "entry", or "leaf" for fewer.
-      **options: as for `adaptation`; `rates_per_step=True` with "leaf" is MAML++'s LSLR.
+      rate: the initial value of all entries of α.
+      rates: "entry", or "leaf" for fewer rates.
+      **options: as for `adaptation`; `rates_per_step=True` with "leaf" is LSLR of MAML++.
 
     Returns:
-      An `Adaptation` whose λ has "rate", like θ.
+      An `Adaptation` whose λ has "rate", shaped like θ.
 
     Source: Li et al., 2017, https://arxiv.org/abs/1707.09835
     """
@@ -182,31 +185,33 @@ def maml_plus_plus(
     multi_step_steps: int = 0,
     **options: Any,
 ) -> Adaptation:
-    """MAML++: a learned rate for each leaf and step; if asked for, a loss after each step and first order at first.
+    """MAML++: a learned rate for each leaf and step; optionally a loss after each step, and first order at the start.
 
         F = Σ_t w_t f(θ_t),    w_t = max(0, 1 − k/N)/T for t < T,    w_T = 1 − Σ_{t<T} w_t    at outer step k.
 
-    Both schedules are off unless they are given, and then followed by `estimator_at` alone (`estimator` is what comes
-    after them): `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`. (The paper
-    keeps a small weight on early steps until N, and drops it there.) Per-step normalization is the model's: a scale and
-    a shift with a leading axis of T are `leaves_per_step` (`conv4(num_steps=T)`), and a loss with `with_context` is
-    told the step. Each step is normalized by the statistics of its own batch. The paper also gathers running statistics
-    for each step, but its authors' code reads them nowhere: in training and at test it normalizes by the batch
-    (`F.batch_norm(..., training=True)`), so that they change no prediction, and they are not kept here.
+    Both schedules are off by default. Only `estimator_at` follows them; `estimator` is the estimator after their end.
+    Use `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`. (The paper keeps a small
+    weight on early steps until outer step N, and removes it there.)
+
+    Per-step normalization belongs to the model. A scale and a shift with a leading axis of T are `leaves_per_step`
+    (`conv4(num_steps=T)`), and a loss with `with_context` receives the step. Each step is normalized by the statistics
+    of its batch. The paper also gathers running statistics for each step. The authors' code never reads them: in
+    training and at test it normalizes by the batch (`F.batch_norm(..., training=True)`). Running statistics change no
+    prediction, so metaopt does not keep them.
 
     Args:
       loss: as for `maml`.
       num_steps: T.
-      rate: where all rates start.
-      first_order_steps: outer steps before second derivatives are taken.
-      multi_step_steps: N; 0 judges the last step alone.
+      rate: the initial value of all rates.
+      first_order_steps: number of outer steps before second derivatives are used.
+      multi_step_steps: N; with 0, f is evaluated only after the last step.
       **options: as for `adaptation`.
 
     Returns:
-      An `Adaptation`; its schedules are followed by `estimator_at`. λ's "rate" is like θ, with a leading axis of T.
+      An `Adaptation`; its `estimator_at` follows the schedules. λ's "rate" is like θ, with a leading axis of T.
 
     Raises:
-      ValueError: a number of steps is negative, or an option is not valid.
+      ValueError: if a number of steps is negative, or if an option is invalid.
 
     Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502; their code,
       https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch (`MetaBatchNormLayer` at 006eb57).
@@ -234,23 +239,24 @@ def imaml(
     solver: hypergrad.Solver | None = None,
     **options: Any,
 ) -> Adaptation:
-    """iMAML: θ*(λ) = argmin_θ g(θ) + μ |θ − λ|²/2, differentiated where it is, whatever way led there:
+    """iMAML: θ*(λ) = argmin_θ ℓ(θ) + μ |θ − λ|²/2, differentiated at θ*, independently of the path to it:
 
-        dF/dλ = (I + ∂²g/∂θ² / μ)⁻¹ ∇f(θ*).
+        dF/dλ = (I + ∂²ℓ/∂θ² / μ)⁻¹ ∇f(θ*).
 
     Args:
-      loss: as for `maml`; g + μ |θ|²/2 should be convex near θ*.
+      loss: as for `maml`; ℓ + μ |θ|²/2 should be convex near θ*.
       proximal: μ, positive.
-      num_steps: inner steps towards θ*; memory does not depend on them.
+      num_steps: inner steps towards θ*; memory does not depend on their number.
       rate: α, below 2 / (curvature + μ).
-      solver: of the linear system, `hypergrad.cg()` by default.
+      solver: solver of the linear system, `hypergrad.cg()` by default.
       **options: as for `adaptation`, with a fixed rate.
 
     Returns:
-      An `Adaptation` whose estimator is `hypergrad.implicit`, "biased" where θ is not at θ*.
+      An `Adaptation` whose estimator is `hypergrad.implicit`; it is "biased" if θ has not reached θ*.
 
     Raises:
-      ValueError: `proximal` is not positive, or an option is set here, or is of unrolling (`order`, `outer`, `remat`).
+      ValueError: if `proximal` is not positive, or if an option is given that this method sets itself or that belongs
+        to unrolling (`order`, `outer`, `remat`).
 
     Source: Rajeswaran et al., NeurIPS 2019, https://arxiv.org/abs/1909.04630
     """
@@ -262,12 +268,12 @@ def imaml(
 
 
 def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float = 1.0, **options: Any) -> Adaptation:
-    """CAVIA: a context vector φ alone adapts, from zero: φ_{t+1} = φ_t − α ∇_φ g(φ_t, λ).
+    """CAVIA: only a context vector φ adapts, starting from zero: φ_{t+1} = φ_t − α ∇_φ ℓ(φ_t, λ).
 
     Args:
-      loss: as for `maml`; `params` has "context" [num_context] beside λ["init"], which is a dict: an input of the first
-        layer, or the input of a layer that makes FiLM's scales and shifts.
-      num_context: the entries of φ.
+      loss: as for `maml`. Its `params` are λ["init"], which must be a dict, plus "context" [num_context]. The context
+        is an input of the first layer, or the input of a layer that computes FiLM's scales and shifts.
+      num_context: number of entries of φ.
       num_steps: T.
       rate: α.
       **options: as for `adaptation`, without `init` and `adapt`.
@@ -276,7 +282,7 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
       An `Adaptation`. `hyperparams` needs no context in the meta-parameters.
 
     Raises:
-      ValueError: `num_context` is below 1, or an option is set here; at trace time, λ["init"] is no dict.
+      ValueError: if `num_context < 1`, or if `init` or `adapt` is given; at trace time, if λ["init"] is not a dict.
 
     Source: Zintgraf et al., ICML 2019, https://arxiv.org/abs/1810.03642
     """
@@ -292,22 +298,22 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
 
 
 def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **options: Any) -> Adaptation:
-    """Pre-training and fine-tuning, the baseline: λ is trained on all tasks at once, and adapts at test alone.
+    """The baseline of pre-training and fine-tuning: λ is trained on all tasks at once, and adapts only at test.
 
-    For regression, and for classes that keep their labels from task to task. Where every episode labels its classes
-    anew there is nothing that one head could learn for all of them: train features and a head on all classes at once,
-    with `tasks.labelled_batches`, and give every task a new head at test, as Chen et al. (ICLR 2019) do (theirs is
-    drawn; here it starts from prototypes):
+    It is for regression, and for classes that keep their labels across tasks. If every episode assigns new labels to
+    its classes, a single head cannot learn them. Then train features and a head on all classes at once, with
+    `tasks.labelled_batches`, and give every task a new head at test, as Chen et al. (ICLR 2019) do. Their head is drawn
+    at random; this one starts from prototypes:
 
         head = methods.linear_head(features)
         loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
         learner = training.learner(methods.pretrained(loss).estimator, optax.adam(1e-3))
         result = training.fit(learner, tasks.labelled_batches(sources, 64), ...)    # head: {"w": [D, C], "b": [C]}
-        tuned = methods.proto_maml(features, adapt="^head", num_steps=10)    # from prototypes; adapt="" tunes it all
+        tuned = methods.proto_maml(features, adapt="^head", num_steps=10)    # from prototypes; adapt="" tunes all
         method = methods.adapted(tuned, result.hyperparams, head)
 
-    Fine-tuning here is of θ, a task's model, by inner steps. `methods.fine_tune` is of λ, a task's hyperparameters, by
-    hypergradient steps.
+    This function fine-tunes θ, a task's model, by inner steps. `methods.fine_tune` fine-tunes λ, a task's
+    hyperparameters, by hypergradient steps.
 
     Args:
       loss: as for `maml`; F(λ) is the loss of λ itself on the query set.
@@ -319,13 +325,13 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
       An `Adaptation` with T = 0 in training.
 
     Raises:
-      ValueError: an option is set here (`num_steps`), or is not valid.
+      ValueError: if `num_steps` is given, which this method sets itself, or if an option is invalid.
     """
     _check_options("pretrained", options, "num_steps")
     return adaptation(loss, num_steps=0, test_steps=test_steps, rate=rate, **options)
 
 
-# ---- Heads that the support set makes --------------------------------------------------------------------------------
+# ---- Heads computed from the support set -----------------------------------------------------------------------------
 
 
 def _as_dict(params: Any) -> dict[str, Any]:
@@ -338,22 +344,22 @@ def _as_dict(params: Any) -> dict[str, Any]:
 
 
 def linear_head(features: Callable) -> Callable:
-    """`(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(x) w + b.
+    """Returns `(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(x) w + b.
 
     Args:
       features: `(params, batch) -> [N, D]`, of a batch with "x" and "mask": `conv4(...).features`, or any other.
 
     Returns:
-      A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x"; `adapted` takes it.
+      A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x". Pass it to `adapted`.
 
     Raises:
-      ValueError: `features` is no function of two arguments, such as a loss, which has three.
+      ValueError: if `features` is not a function of two arguments. (A loss, for example, has three.)
     """
     try:
         takes_two = callable(features) and bool(inspect.signature(features).bind("params", "batch"))
     except TypeError:
         takes_two = False
-    except ValueError:  # its arguments cannot be told
+    except ValueError:  # the signature is not available
         takes_two = True
     if not takes_two:
         raise ValueError(
@@ -374,8 +380,8 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
       [], in nats. In a traced program it is NaN if the label of a real row is not in 0..W-1.
 
     Raises:
-      ValueError: if logits have another shape, such as those of a head for another number of classes; if labels that
-        are not traced are not in 0..W-1.
+      ValueError: if logits have another shape, such as those of a head for another number of classes, or if untraced
+        labels are not in 0..W-1.
     """
     if logits.ndim != 2:
         raise ValueError(
@@ -393,14 +399,14 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
 
 
 def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """[N, W], zeros in rows that are padding."""
+    """Returns [N, W], with zeros in padded rows."""
     base.check_labels('The labels "y"', batch["y"], len(batch["class_mask"]), mask=batch["mask"])
-    y = jnp.asarray(batch["y"], jnp.int32)  # of fewer bits, class 256 would be class 0, too
+    y = jnp.asarray(batch["y"], jnp.int32)  # in 8 bits, class 256 would be the same as class 0
     return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
 
 
 def _with_head(features: Callable, make: Callable, loss: Callable, **options: Any) -> Adaptation:
-    """An adaptation whose head is `make(features [N, D], λ, support)`."""
+    """Returns an adaptation whose head is `make(features [N, D], λ, support)`."""
     head = linear_head(features)
     _check_options("a method whose head the support set makes", options, "init", "outer_loss", "with_context")
 
@@ -415,7 +421,7 @@ def _with_head(features: Callable, make: Callable, loss: Callable, **options: An
 def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
     """Proto-MAML: MAML whose head starts at the prototypes p_c, the mean features of each class in the support set:
 
-        w_c = 2 p_c,    b_c = −|p_c|²,    so that the first logits are −|x − p_c|² up to what all classes share.
+        w_c = 2 p_c,    b_c = −|p_c|²,    so that the first logits are −|x − p_c|² up to a term shared by all classes.
 
     Args:
       features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
@@ -424,7 +430,7 @@ def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **
       **options: as for `adaptation`.
 
     Returns:
-      An `Adaptation` of episodes with classes; `linear_head(features)` predicts.
+      An `Adaptation` for episodes with classes; `linear_head(features)` predicts.
 
     Source: Triantafillou et al., ICLR 2020, Sec. 3.2, https://arxiv.org/abs/1903.03096
     """
@@ -445,10 +451,10 @@ def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
       **options: as for `adaptation`.
 
     Returns:
-      An `Adaptation` of episodes with classes; `linear_head(features)` predicts.
+      An `Adaptation` for episodes with classes; `linear_head(features)` predicts.
 
     Raises:
-      ValueError: an option is set here (`num_steps`), or is not valid.
+      ValueError: if `num_steps` is given, which this method sets itself, or if an option is invalid.
 
     Source: Snell, Swersky & Zemel, NeurIPS 2017, https://arxiv.org/abs/1703.05175
     """
@@ -461,23 +467,23 @@ def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options:
 
         W = argmin_W |X W − Y|² + ρ |W|² = Xᵀ (X Xᵀ + ρ I)⁻¹ Y,    outputs = scale · X W + shift,
 
-    where X has the features and, as in the authors' code, a column of ones for an intercept, a row of W: it is shrunk
-    as well, so that of targets far from 0 their mean is to be taken off. Whichever of the two systems is smaller is
+    where X holds the features and, as in the authors' code, a column of ones for an intercept, which is a row of W. The
+    intercept is shrunk too, so subtract the mean from targets that are far from 0. The smaller of the two systems is
     solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
 
     Args:
       features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
       loss: `(outputs, batch) -> []`: `cross_entropy` (Y is one-hot), or `mean_squared_error` (Y is "y" [N, W]).
-      **options: as for `adaptation`; with `num_steps` the head and the features adapt from there.
+      **options: as for `adaptation`. With `num_steps`, the head and the features adapt from this start.
 
     Returns:
       An `Adaptation`; `linear_head(features)` predicts.
 
     Raises:
-      ValueError: at trace time, "y" is neither integers [N] nor numbers [N, W].
+      ValueError: if, at trace time, "y" is neither integers [N] nor numbers [N, W].
 
-    Source: Bertinetto et al., ICLR 2019, https://arxiv.org/abs/1805.08136. MetaOptNet has a support vector machine in
-      its place: Lee et al., CVPR 2019, https://arxiv.org/abs/1904.03758
+    Source: Bertinetto et al., ICLR 2019, https://arxiv.org/abs/1805.08136. MetaOptNet uses a support vector machine
+      instead: Lee et al., CVPR 2019, https://arxiv.org/abs/1904.03758
     """
 
     def solve(x, hyperparams, data):

@@ -1,4 +1,4 @@
-"""Fine-tuning: from a predicted λ, a few hypergradient steps on the one new task."""
+"""Fine-tuning: a few hypergradient steps on one new task, starting from a predicted λ."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,11 +14,11 @@ class FineTuned(NamedTuple):
     """The result of fine-tuning.
 
     Attributes:
-      hyperparams: the visited λ with the smallest outer loss, the start included; in natural units if `fine_tune` was
-        given `space`, else in those of the start.
-      value: [] its outer loss.
+      hyperparams: the visited λ with the smallest outer loss, including the start. It is in natural units if
+        `fine_tune` was given `space`, and otherwise in the units of the start.
+      value: [] the outer loss of this λ.
       step: [] int32, the outer step at which it was visited; 0 is the start.
-      values: [num_steps + 1] the outer loss at every λ visited; NaN where no horizon ended.
+      values: [num_steps + 1] the outer loss at every visited λ; NaN if no horizon ended there.
     """
 
     hyperparams: base.HyperParams
@@ -34,31 +34,33 @@ def fine_tune(
     optimizer: optax.GradientTransformation | None = None,
     space: base.PyTree | None = None,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
-    """A few hypergradient steps on one task, keeping the best λ by validation.
+    """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
 
         λ_{k+1} = λ_k + optimizer(dF/dλ(λ_k)),    λ* = argmin_{k ≤ K} F(λ_k)
 
-    Start it at λ in natural units or at a prediction, g(t') = `predictor.apply(meta_params, task)`, which is
+    Start from λ in natural units, or from a prediction g(t') = `predictor.apply(meta_params, task)`, which is
     `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
-    pure: jit it, and vmap it over tasks that each have their own λ. F is a sample (a new key at every step), so the
-    smallest of K + 1 values is optimistic as an estimate of the outer loss: evaluate on data that took no part.
+    pure: jit it, and vmap it over tasks that each have their own λ.
 
-    This tunes λ. A pre-trained model θ is fine-tuned to a few-shot task by `methods.pretrained`.
+    F is a sample (each step has a new key), so the smallest of K + 1 values is an optimistic estimate of the outer
+    loss. Evaluate the result on data that took no part.
+
+    This tunes λ. `methods.pretrained` fine-tunes a pre-trained model θ to a few-shot task.
 
     Args:
-      estimator: for one task, of `spaces.constrain(problem, space)`, so that λ stays inside its space. A rule that
-        carries training between estimates has comparable values only where a horizon ended: before, F falls because θ
-        is trained, and not because λ is better. If no horizon ended, the last λ is returned.
+      estimator: the estimator for one task, of `spaces.constrain(problem, space)`, so that λ stays inside its space. A
+        rule that carries training between estimates has comparable values only where a horizon ended. Before that, F
+        falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
       optimizer: any optax transform; `optax.adam(0.1)` by default.
-      space: of λ. A start in natural units is converted to the estimator's coordinates, and the result is in natural
-        units. Without it, the start must be what the estimator takes, and the result is of the same kind.
+      space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
+        natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
 
     Returns:
-      `(key, hyperparams, task) -> FineTuned`. A λ whose F is not finite is never the best, unless all are.
+      `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
 
     Raises:
-      ValueError: if `num_steps` is negative; at trace time, if the start does not fit `space`, or if `space` is missing
+      ValueError: if `num_steps` is negative. At trace time, if the start does not fit `space`, or if `space` is missing
         and a start in natural units meets an estimator in unconstrained coordinates.
     """
     base.check_integer("num_steps", num_steps, 0)
@@ -77,7 +79,7 @@ def fine_tune(
 
         state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
         last = state.hyperparams
-        # Only the value is used: the compiler leaves its gradient out.
+        # Only the value is used, so the compiler omits the gradient.
         estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]
         counts = jnp.all(estimate.done) | ~jnp.isfinite(values).any()
         last_value = jnp.where(counts, estimate.value, jnp.nan)

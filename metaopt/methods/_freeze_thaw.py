@@ -1,4 +1,4 @@
-"""Trials that are paused and continued, by what their learning curves promise: `train_curve_searcher`."""
+"""Freeze-thaw search: pauses and continues trials by predictions of their learning curves (`train_curve_searcher`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,32 +11,34 @@ import optax
 from metaopt import base, hypergrad, predictors, spaces, tasks, training
 from metaopt.methods._new_trials import best_and_latest
 
-_MAX_SEEN = 1024  # outcomes on a new task that are looked at
+_MAX_SEEN = 1024  # maximum number of outcomes on a new task that the surrogate reads
 
 
 class PredictFinalFn(Protocol):
     def __call__(self, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
-        """[M, levels] quantiles of every candidate's outcome at the full budget, given trials on the new task."""
+        """Returns [M, levels] quantiles of candidates' outcomes at the full budget, given trials on the new task."""
         ...
 
 
 class MakeCurveSearcherFn(Protocol):
     def __call__(self, *, first: Sequence[Mapping[str, Any]] = (), resumes: bool = True) -> base.Searcher:
-        """A searcher that decides after every step which trial to continue, or to begin: at first one of `first`, and
-        not, as other searchers do, the space's default, which may be no candidate. `resumes`: whether trials go on from
-        where they paused, so that the difference alone is paid for."""
+        """Returns a searcher that decides after every step which trial to start or to continue.
+
+        It starts with the configurations of `first`. Unlike other searchers, it does not start with the space's
+        default, since the default may not be a candidate. `resumes` states whether trials continue from the point where
+        they paused, so that only the difference in budget is paid."""
         ...
 
 
 class CurveSearcher(NamedTuple):
-    """What `train_curve_searcher` returns.
+    """The result of `train_curve_searcher`.
 
     Attributes:
       predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
       searcher: `(*, first, resumes) -> Searcher`.
       candidates: M configurations.
-      surrogate: what was learned (`predictors.CurveSurrogate`).
-      space: of λ.
+      surrogate: the learned `predictors.CurveSurrogate`.
+      space: the search space of λ.
     """
 
     predict: PredictFinalFn
@@ -47,14 +49,14 @@ class CurveSearcher(NamedTuple):
 
 
 class FreezeThawState(NamedTuple):
-    """Carried from one call to the next.
+    """State of the searcher, passed from one call to the next.
 
     Attributes:
-      key: of the trials' seeds.
-      started: candidates by trial number.
-      seen: (candidate, fidelity's number, outcome) of what was told and ended.
+      key: the key of the trials' seeds.
+      started: the started candidates by trial number.
+      seen: (candidate, index of the fidelity, outcome) of each finite outcome of a complete record.
       closed: candidates that failed, or that the objective pruned.
-      pending: (candidate, fidelity's number) of what has not been told.
+      pending: (candidate, index of the fidelity) of each trial without a result.
     """
 
     key: jax.Array
@@ -72,47 +74,52 @@ def train_curve_searcher(
     progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> CurveSearcher:
-    """Learns from curves of earlier tasks how trials go on, and spends fidelity on a new task accordingly.
+    """Learns from learning curves of earlier tasks how trials continue, and allocates budget on a new task.
 
-    The surrogate (`predictors.curve_surrogate`) is one Gaussian process over all candidates and fidelities; its scales
-    are learned by `training.fit`, each task left out in turn, and its errors are calibrated on tasks left out. The
-    searcher is freeze-thaw: of all candidates, begun or not, the next fidelity goes to the one with the largest
-    expected improvement at the full budget for each unit of budget that it still lacks,
+    The surrogate (`predictors.curve_surrogate`) is one Gaussian process over all candidates and fidelities.
+    `training.fit` learns its scales on randomly drawn tasks, each left out of the earlier tasks. Its errors are also
+    calibrated on left-out tasks.
+
+    The searcher is freeze-thaw. The next fidelity goes to one of all candidates, started or not. It is the candidate
+    with the largest expected improvement at the full budget per unit of remaining budget,
 
         E[max(y* − y(c, F), 0)] / (1 − fidelity reached),
 
-    where y* is the best outcome at the full budget, and the least mean at the full budget as long as there is none.
-    Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
+    where y* is the best outcome at the full budget. Before the first such outcome, y* is the smallest predicted mean at
+    the full budget. Objectives should continue a trial from its own checkpoint (`tasks.collect(resumes=True)`).
 
-    Where every fidelity is paid for anew (larger training sets, or no checkpoints), `searcher(resumes=False)` asks for
-    full budgets alone, by expected improvement: what a look at a lower fidelity says is lost in what it costs. It still
-    learns from all records that it is told.
+    Sometimes every fidelity costs its full budget again (larger training sets, or no checkpoints). Then use
+    `searcher(resumes=False)`, which only asks for full budgets, by expected improvement. A trial at a lower fidelity
+    would cost more than its information is worth. The searcher still learns from all records that it receives.
 
-    A pruned trial has an outcome that it had reached somewhere below the fidelity it was asked for, and nothing says
-    where. On a curve that outcome has no place, so that it is left out, of tasks now and before; what the trial ended
-    with at lower fidelities counts, and it is not continued.
+    The outcome of a pruned trial belongs to an unknown fidelity below the requested one. It has no place on a learning
+    curve, so it is not used, neither on earlier tasks nor on the new one. Outcomes of this trial at lower fidelities
+    count, and it is not continued.
 
-    Of more than 1,024 outcomes on a new task the latest of each candidate are looked at (of more candidates, those of
-    the best and of the latest), and as many of the others as there is room for: a decision costs time
-    O(1024² (1024 + M)) at most, for M candidates, and memory O(1024 (1024 + M)).
+    With more than 1,024 outcomes on a new task, the searcher reads the latest outcome of each candidate. If there are
+    more candidates than that, it reads those with the best and the latest outcomes. The remaining places go to the
+    latest other outcomes. A decision takes time O(1024² (1024 + M)) and memory O(1024 (1024 + M)) at most, for M
+    candidates.
 
     Args:
-      records: trials of at least three earlier tasks, at several fidelities; at the full budget, too. Outcomes of all
-        tasks are on one scale, such as error rates or losses that were clipped; failed and pruned trials are left out,
-        and gaps filled in.
-      space: of λ. The candidates are the configurations of the records: each should have been run at each fidelity on
-        some task.
-      num_steps: outer steps that learn the process's scales.
+      records: trials of at least three earlier tasks at several fidelities, including the full budget. Outcomes of all
+        tasks must be on one scale, such as error rates or clipped losses. Failed and pruned trials are not used, and
+        missing outcomes are filled in.
+      space: the search space of λ. The candidates are the configurations of complete records. Each of them must have an
+        outcome at each fidelity on some task.
+      num_steps: outer steps that learn the scales of the Gaussian process.
       progress: as for `training.fit`.
-      key: what everything random follows from; `jax.random.key(0)` by default.
+      key: random key; `jax.random.key(0)` by default.
 
     Returns:
       A `CurveSearcher`.
 
     Raises:
-      ValueError: records that are "COMPLETE" are of fewer than three tasks, or none is at the full budget; a
-        configuration does not fit the space, or a candidate lacks a fidelity everywhere. When a trial is told that was
-        asked for, with its seed, its fidelity is none of the records'.
+      ValueError: if `num_steps` is not an integer of at least 0.
+      ValueError: if the "COMPLETE" records have fewer than three tasks, or none is at the full budget.
+      ValueError: if a configuration does not fit the space, or if a candidate has no outcome at some fidelity.
+      ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that the records do not have. A
+        trial is recognized by its number, configuration and seed.
 
     Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
     """
@@ -144,7 +151,11 @@ def train_curve_searcher(
 def _fit_noise(
     key, surrogate, curves, num_steps: int, progress: bool | None, *, num_tasks: int = 4, num_candidates: int = 16
 ):
-    """By the likelihood of a few candidates' beginnings, and some of their ends, on a task that is left out."""
+    """Fits the scales by the likelihood of a few candidates' outcomes on a left-out task.
+
+    A candidate's outcomes are those at a random number of its first fidelities and, for about half of the candidates,
+    at the last one.
+    """
     num_fidelities = curves.shape[2]
 
     def sample_tasks(key):
@@ -184,12 +195,12 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
     rungs = surrogate.fidelities
     last = num_fidelities - 1
     final = lambda observed: _at(surrogate, observed, jnp.arange(num), jnp.full(num, last))
-    # What is still to be paid, by how many fidelities were reached.
+    # The remaining budget of a candidate, indexed by the number of fidelities that it has reached.
     remaining = jnp.asarray(np.maximum(1 - np.concatenate([[0.0], rungs / rungs[-1]]), 1e-9))
 
     def known_number(configuration) -> int:
         name = tuple(sorted(configuration.items()))
-        if name not in number:  # with what it lacks at its default
+        if name not in number:  # fill missing values with defaults
             name = tuple(sorted(spaces.complete(space, configuration).items()))
         if name in number:
             return number[name]
@@ -214,7 +225,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
         given = [known_number(c) for c in first]
 
         def init(key, space):
-            del space  # the candidates are those of the records
+            del space  # the candidates come from the records
             return FreezeThawState(key, (), (), frozenset(), ())
 
         def seed_of(state, trial):
@@ -222,7 +233,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
 
         def choose(state):
             seen = list(state.seen)
-            if state.pending:  # they are believed to give what is expected
+            if state.pending:  # assume that running trials give the expected outcome
                 c, j = (np.array(column) for column in zip(*state.pending, strict=True))
                 size = max(8, 1 << (len(c) - 1).bit_length())
                 padded = (jnp.asarray(np.pad(v, (0, size - len(v)))) for v in (c, j))
@@ -241,7 +252,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             to_pay = remaining if resumes else jnp.ones_like(remaining)
             value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)
             value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
-            # Where no improvement is left to hope for, the least expected outcome.
+            # If no improvement is expected, choose the smallest expected outcome.
             chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
             return chosen, int(reached[chosen]) if resumes else last
 
@@ -274,7 +285,7 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
                     continue
                 try:
                     candidate = known_number(record.configuration)
-                except (TypeError, ValueError):  # another search's, of what is no candidate
+                except (TypeError, ValueError):  # a trial of another search that is not a candidate
                     continue
                 asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
                 own = asked and record.seed == seed_of(state, record.trial)
@@ -298,7 +309,7 @@ _at = jax.jit(predictors.curve_posterior)
 
 @jax.jit
 def _score(surrogate, observed, reached, remaining, best):
-    """[M] expected improvement for each unit of budget, and [M] means at the full budget."""
+    """[M] expected improvements per unit of remaining budget, and [M] means at the full budget."""
     num, num_fidelities = surrogate.mean.shape
     mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
     y = jnp.where(jnp.isfinite(best), best, mean.min())
@@ -306,7 +317,7 @@ def _score(surrogate, observed, reached, remaining, best):
 
 
 def _reached(seen, num: int) -> np.ndarray:
-    """How many fidelities of each candidate were reached."""
+    """[M] the number of fidelities that each candidate has reached."""
     reached = np.zeros(num, int)
     for candidate, rung, _ in seen:
         reached[candidate] = max(reached[candidate], rung + 1)
@@ -314,7 +325,10 @@ def _reached(seen, num: int) -> np.ndarray:
 
 
 def _few(seen):
-    """At most 1,024, in order: what each candidate came to last, before how it got there; the best and the latest."""
+    """Selects at most 1,024 outcomes, in order; each candidate's latest outcome has priority over earlier ones.
+
+    If there are too many candidates, it keeps those with the best and the latest outcomes.
+    """
     if len(seen) <= _MAX_SEEN:
         return seen
     last = np.array(sorted({candidate: i for i, (candidate, _, _) in enumerate(seen)}.values()))
@@ -324,7 +338,7 @@ def _few(seen):
 
 
 def _padded(seen) -> predictors.Observed:
-    """At a power of two: few programs are compiled."""
+    """Pads the outcomes to a power of two, at least 32, so that JAX compiles few programs."""
     seen = _few(seen)
     size = max(32, 1 << max(len(seen) - 1, 0).bit_length())
     candidate, fidelity, y = (np.array(column) for column in zip(*seen, strict=True)) if seen else (np.zeros(0),) * 3

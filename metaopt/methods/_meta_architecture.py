@@ -1,8 +1,9 @@
-"""h(t') by hypergradient: an architecture for a task, learned over many tasks, with what training starts from.
+"""h(t') by hypergradient: a predictor of the architecture for a task, learned over many tasks with a shared start.
 
     α = h(t; φ),    θ_0 shared,    F(φ, θ_0) = Σ_t f_t(θ_T(θ_0, h(t; φ)), h(t; φ))
 
-On a new task, h writes down α at once; a few alternations of weights and α (`lookahead`, DARTS's rule) fine-tune both.
+On a new task, h predicts α at once. A few alternating steps of weights and α (`lookahead`, the rule of DARTS) fine-tune
+both.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from metaopt.methods._settings import plain
 
 
 class FineTunedArchitecture(NamedTuple):
-    """What fine-tuning on a new task leaves.
+    """The result of fine-tuning on a new task.
 
     Attributes:
-      alpha: α after the last step; of a search with `learn_init`, `search.genotype({"alpha": alpha})` reads it.
-      params: the supernet's weights there; `search.supernet.inherit` takes those of one network out of them, and
+      alpha: α after the last step. For a search with `learn_init`, `search.genotype({"alpha": alpha})` decodes it.
+      params: the supernet's weights after the last step. `search.supernet.inherit` extracts the weights of one network.
         `trained_network(search.supernet, params, task.train, weights=search.weights(alpha))` predicts with them.
       values: [num_steps] the outer loss before every step of α.
     """
@@ -33,21 +34,21 @@ class FineTunedArchitecture(NamedTuple):
 
 
 class MetaArchitecture(NamedTuple):
-    """A search over tasks; `training.fit` learns its λ by `over_tasks()`.
+    """A search over tasks; `training.fit` learns its λ with the estimator `over_tasks()`.
 
     Attributes:
-      estimator: of dF/dλ for one task, where λ is {"h": φ, "init": θ_0}, or {"h": φ} where θ_0 is drawn.
-      hyperparams: `(key) -> λ` to start from.
-      alpha: `(λ, task) -> α`, what h says of a task.
+      estimator: estimates dF/dλ for one task. λ is {"h": φ, "init": θ_0}, or {"h": φ} if θ_0 is drawn at random.
+      hyperparams: `(key) -> λ`, the starting point.
+      alpha: `(λ, task) -> α`, the prediction of h for a task.
       genotype: `(λ, task) -> Genotype`, a*.
       fine_tune: `(key, λ, task) -> FineTunedArchitecture`; jit it, and vmap it over tasks.
       over_tasks: `(**options) -> ` the estimator for a batch of tasks: `hypergrad.over_tasks(estimator, **options)`.
-        Where `task_chunk` is not among the options, the default backend is a CPU, and inputs have positions, as images
-        do, tasks run one after the other: their activations stay in the caches
-        (`experiments/benchmarks/architecture.py`).
-      settings: of the search and of h, as JSON has it, for `training.fit(settings=meta.settings)`.
+        On a CPU (as the default backend), tasks run one after the other if inputs have positions, as images do.
+        Their activations then stay in the caches (`experiments/benchmarks/architecture.py`). The option `task_chunk`
+        overrides this.
+      settings: settings of the search and of h, as JSON values, for `training.fit(settings=meta.settings)`.
 
-    λ goes to disk by `save_meta_architecture`.
+    `save_meta_architecture` saves λ to disk.
     """
 
     estimator: base.Estimator
@@ -67,28 +68,29 @@ def meta_architecture_search(
     ahead: int = 1,
     optimizer: optax.GradientTransformation | None = None,
 ) -> MetaArchitecture:
-    """A meta-searcher h: `predictors.amortize` over a search, and its fine-tuning.
+    """A meta-searcher h: `predictors.amortize` over a search, with fine-tuning.
 
-    With `architecture_search(..., learn_init=True)` and `hypergrad.unrolled`, α and what training starts from are
-    learned together through T inner steps (with a predictor that reads nothing of the task, that is T-NAS's and
-    MetaNAS's shared α by exact second-order MAML); without it, h alone is learned, by any rule.
+    With `architecture_search(..., learn_init=True)` and `hypergrad.unrolled`, α and the start of training are learned
+    together through T inner steps. With a predictor that reads nothing of the task, this is the shared α of T-NAS and
+    MetaNAS, learned by exact second-order MAML. Without `learn_init`, only h is learned, by any rule.
 
     Args:
-      search: for one task; its `estimator` is the rule by which h is learned.
-      predictor: h, whose prediction is α as `search` takes it: `predictors.mlp` of a task's features, or
-        `predictors.dataset_embedding` of its rows themselves, of `spaces.real` leaves, one [edges, ops] for each kind.
-        `spaces.Unconstrained` predictions are converted by the space in `predictor.config`.
-      num_steps: of fine-tuning, at least 0: each is one step of the weights, from θ_0 on, and then one of α.
-      ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is DARTS's second order, 0 its first.
-      optimizer: of α in fine-tuning; `optax.adam(0.05, b1=0.5)` by default.
+      search: a search for one task; its `estimator` is the rule that learns h.
+      predictor: h, whose prediction is α as `search` takes it. Use `predictors.mlp` for a task's features, or
+        `predictors.dataset_embedding` for its rows. Their space has `spaces.real` leaves, one [edges, ops] for each
+        kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`.
+      num_steps: steps of fine-tuning, at least 0. Each is one step of the weights, starting from θ_0, and then one
+        step of α.
+      ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is second-order DARTS, 0 is first-order DARTS.
+      optimizer: the optimizer of α in fine-tuning; `optax.adam(0.05, b1=0.5)` by default.
 
     Returns:
-      A `MetaArchitecture`; its estimator is of the same kind as the search's.
+      A `MetaArchitecture`; its estimator is of the same kind as that of the search.
 
     Raises:
-      ValueError: if `num_steps` is negative, or the search has more λ than α and a start, such as that of
-        `under_budget`; at trace time, if h predicts α of other kinds or shapes than the search has, or `Unconstrained`
-        coordinates without a space in its `config`.
+      ValueError: if `num_steps` is negative, or if λ of the search has parts other than α and a start, as for
+        `under_budget`. At trace time, if h predicts α of other kinds or shapes than the search has, or predicts
+        `Unconstrained` coordinates without a space in its `config`.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -104,7 +106,7 @@ def meta_architecture_search(
     >>> sorted(learned)
     ['h', 'init']
 
-    A new task, of which h reads the features:
+    A new task, whose features h reads:
 
     >>> rows = {"x": jax.random.normal(jax.random.key(1), (16, 3)), "y": jnp.arange(16) % 2}
     >>> task = base.Task(rows, rows, features=jnp.ones(5))
@@ -124,7 +126,7 @@ def meta_architecture_search(
         )
 
     def start(key):
-        """θ_0 to start from, where it is learned."""
+        """Returns the initial θ_0 if it is learned, else an empty dict."""
         made = search.hyperparams(key)
         return {"init": made["init"]} if isinstance(made, dict) and set(made) == {"alpha", "init"} else {}
 
@@ -151,7 +153,7 @@ def meta_architecture_search(
 
     def fine_tune(key, meta_params, task):
         given = apply(meta_params, task)
-        # θ_0 is where training starts, and stays: α alone is moved.
+        # θ_0 stays fixed as the start of training: only α moves.
         at = (lambda alpha, step: {**given, "alpha": alpha}) if "init" in meta_params else (lambda alpha, step: alpha)
         rule = hypergrad.lookahead(base.reparametrized(search.problem, at), num_steps=ahead)
         learner = training.learner(rule, optimizer)
@@ -177,7 +179,7 @@ def meta_architecture_search(
 
 
 def _in_natural_units(predictor: base.Predictor, predicted: base.HyperParams) -> base.HyperParams:
-    """What a predictor of a space predicts, as λ; what another one predicts, as it is."""
+    """Converts predictions in unconstrained coordinates to λ; returns other predictions unchanged."""
     if not isinstance(predicted, spaces.Unconstrained):
         return predicted
     if "space" not in predictor.config:

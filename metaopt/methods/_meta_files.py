@@ -1,4 +1,4 @@
-"""Learned optimizers, searchers and architectures, and evaluations, on disk: arrays and JSON, and no code."""
+"""Saves and loads learned optimizers, searchers, architectures and evaluations; files hold arrays and JSON, no code."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
       meta_optimizer: the learned optimizer, with its space and its candidates.
 
     Raises:
-      ValueError: if the space, or a candidate, cannot be written as JSON.
+      ValueError: if the space or a candidate cannot be written as JSON.
     """
     space, candidates = spaces.to_json(meta_optimizer.space), meta_optimizer.candidates
     header = {"format": _FORMAT, "version": VERSION, "space": space, "candidates": candidates}
@@ -66,18 +66,19 @@ def save_meta_optimizer(path: str | os.PathLike[str], meta_optimizer: MetaOptimi
 
 
 def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
-    """Reads what `save_meta_optimizer` wrote. Nothing in the file is executed.
+    """Reads a file of `save_meta_optimizer`. Nothing in the file is executed.
 
     Args:
       path: the file.
 
     Returns:
-      A `MetaOptimizer` that predicts and searches as the one that was saved; to the bit where JAX's default
+      A `MetaOptimizer` that predicts and searches like the saved one. Results are equal to the bit if JAX's default
       floating-point type is the same.
 
     Raises:
-      ValueError: if the file is something else or of a newer version, or its arrays do not fit one another or are not
-        finite floating-point numbers.
+      ValueError: if the file has another format or a newer version.
+      ValueError: if its arrays do not fit each other, or are not finite floating-point numbers. Features of tasks may
+        be NaN.
     """
     fault = "does not describe a `MetaOptimizer` as it should"
 
@@ -90,7 +91,7 @@ def load_meta_optimizer(path: str | os.PathLike[str]) -> MetaOptimizer:
     header, arrays = _read(path, _FORMAT, VERSION, "save_meta_optimizer", check=check)
     with _files.reading(path, fault):
         for name, array in arrays.items():
-            if array.dtype.kind == "f":  # a task may lack features
+            if array.dtype.kind == "f":  # features of tasks may be missing
                 _files.check_finite(name, array, missing=name.endswith("sorted_features"))
         surrogates = {kind: _surrogate(kind, arrays, int(header["version"])) for kind in _kinds(arrays)}
         space, candidates = spaces.from_json(header["space"]), header["candidates"]
@@ -108,7 +109,7 @@ def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> 
       searcher: the learned searcher, with its candidates.
 
     Raises:
-      ValueError: if a candidate cannot be written as JSON, or would be read as another value, such as a tuple.
+      ValueError: if a candidate cannot be written as JSON, or JSON would return another value, as for a tuple.
     """
     header = {
         "format": _CELL_FORMAT,
@@ -122,24 +123,24 @@ def save_cell_searcher(path: str | os.PathLike[str], searcher: CellSearcher) -> 
         if candidate != back:
             raise ValueError(f"The candidate {candidate} would come back from JSON as {back}: give it plain values.")
     arrays = {name: getattr(searcher, name) for name in ("encoded", "center", "scale", "units")}
-    # Its features follow from the candidates and `encoded`.
+    # The loader computes the prior's features from the candidates and `encoded`.
     arrays |= {f"prior.{name}": np.asarray(x) for name, x in searcher.prior._asdict().items() if name != "features"}
     _write(path, encoded, arrays | _arrays("weights", searcher.meta_params))
 
 
 def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
-    """Reads what `save_cell_searcher` wrote. Nothing in the file is executed.
+    """Reads a file of `save_cell_searcher`. Nothing in the file is executed.
 
     Args:
       path: the file.
 
     Returns:
-      A `CellSearcher` that predicts as the one that was saved; to the bit where JAX's default floating-point type is
-      the same.
+      A `CellSearcher` that predicts like the saved one. Results are equal to the bit if JAX's default floating-point
+      type is the same.
 
     Raises:
-      ValueError: if the file is something else, of a newer version or of version 1, or its arrays do not fit one
-        another or are not finite floating-point numbers.
+      ValueError: if the file has another format, a newer version, or version 1.
+      ValueError: if its arrays do not fit each other, or are not finite floating-point numbers.
     """
     fault = "does not describe a `CellSearcher` as it should"
 
@@ -170,13 +171,13 @@ def load_cell_searcher(path: str | os.PathLike[str]) -> CellSearcher:
 
 
 def _cell_weights(encoder: predictors.CellEncoder, num_members: int) -> base.PyTree:
-    """Shapes of the weights."""
+    """The shapes and types of the weights."""
     init = lambda key: jax.vmap(encoder.init)(jax.random.split(key, num_members))
     return jax.eval_shape(init, jax.random.key(0))
 
 
 def _check_cell_searcher(header: dict[str, Any], specs: Mapping[str, Any]) -> None:
-    """Raises an error unless the header and the shapes of the arrays fit one another."""
+    """Raises an error unless the header and the shapes of the arrays fit each other."""
     candidates, ops = header["candidates"], header["ops"]
     if not candidates or not all(isinstance(candidate, dict) for candidate in candidates):
         raise ValueError("its candidates are not configurations")
@@ -189,7 +190,7 @@ def _check_cell_searcher(header: dict[str, Any], specs: Mapping[str, Any]) -> No
     shapes = {"encoded": (num_members, len(candidates), encoder.config["width"])}
     shapes |= {"center": (num_features,), "scale": (num_features,), "units": (2,), "prior.noise": ()}
     shapes |= {f"prior.{name}": (len(candidates),) for name in ("mean", "alone")}
-    # The number of earlier tasks, and of columns, which depends on `encoded`.
+    # We take the number of earlier tasks and of columns from the file; the number of columns depends on `encoded`.
     shapes |= {"prior.spread": (len(candidates), specs["prior.spread"].shape[-1])}
     shapes |= {"prior.own": (specs["prior.own"].shape[-1],)}
     shapes |= {name: leaf.shape for name, leaf in _arrays("weights", _cell_weights(encoder, num_members)).items()}
@@ -209,15 +210,15 @@ def check_shapes(specs: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -
 
 
 def save_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture, hyperparams: base.HyperParams) -> None:
-    """Writes λ of a `meta_architecture_search` as one `.npz` file, atomically: h's weights, and where training starts.
+    """Writes λ of a `meta_architecture_search` as one `.npz` file, atomically: h's weights and initial parameters.
 
     Args:
       path: the file.
-      meta: what λ is of.
+      meta: the search that λ belongs to.
       hyperparams: λ, {"h": φ, "init": θ_0} or {"h": φ}, such as `training.fit(...).hyperparams`.
 
     Raises:
-      ValueError: λ is not of `meta`.
+      ValueError: if the shapes of λ are not those of `meta`.
     """
     template = jax.eval_shape(meta.hyperparams, jax.random.key(0))
     shapes = lambda tree: {name: np.shape(leaf) for name, leaf in _arrays("", tree).items()}
@@ -230,25 +231,26 @@ def save_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture,
         "h": meta.settings["h"],
     }
     arrays = {name: np.asarray(leaf) for name, leaf in _arrays("", hyperparams).items()}
-    # The format has no bfloat16; every such number is one of float32.
+    # The format has no bfloat16; float32 represents each of its numbers exactly.
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
     _write(path, _encode(header, "The search"), arrays)
 
 
 def load_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture) -> base.HyperParams:
-    """Reads what `save_meta_architecture` wrote. Nothing in the file is executed.
+    """Reads a file of `save_meta_architecture`. Nothing in the file is executed.
 
     Args:
       path: the file.
-      meta: the search, built by the same code as the one that was saved: ops and losses are functions, which no file
-        has.
+      meta: the search, built by the same code as the saved one. Its ops and losses are functions, and the file does not
+        contain functions.
 
     Returns:
       λ, for `meta.alpha`, `meta.genotype` and `meta.fine_tune`.
 
     Raises:
-      ValueError: if the file is something else, of a newer version, or of another network or predictor than `meta`, or
-        its arrays are not finite floating-point numbers.
+      ValueError: if the file has another format or a newer version.
+      ValueError: if it belongs to another network or predictor than `meta`.
+      ValueError: if its arrays have other shapes, or are not finite floating-point numbers.
     """
     template = jax.eval_shape(meta.hyperparams, jax.random.key(0))
     own = json.loads(json.dumps({"network": meta.settings["search"].get("network"), "h": meta.settings["h"]}))
@@ -273,11 +275,11 @@ def load_meta_architecture(path: str | os.PathLike[str], meta: MetaArchitecture)
 
 
 def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> None:
-    """Writes what `evaluate_episodes` returned as one `.npz` file, atomically.
+    """Writes the result of `evaluate_episodes` as one `.npz` file, atomically.
 
     Args:
       path: the file.
-      evaluation: scores of any methods; `join_evaluations` adds those of others on the same episodes.
+      evaluation: scores of any methods; `join_evaluations` adds scores of other methods on the same episodes.
     """
     names, sources = list(evaluation.scores), list(evaluation.sources)
     header = {
@@ -299,16 +301,16 @@ def save_evaluation(path: str | os.PathLike[str], evaluation: Evaluation) -> Non
 
 
 def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
-    """Reads what `save_evaluation` wrote. Nothing in the file is executed.
+    """Reads a file of `save_evaluation`. Nothing in the file is executed.
 
     Args:
       path: the file.
 
     Returns:
-      An `Evaluation`, as the one that was saved to the bit.
+      An `Evaluation`, equal to the saved one to the bit.
 
     Raises:
-      ValueError: if the file is something else or of a newer version, or its arrays do not fit one another.
+      ValueError: if the file has another format or a newer version, or its arrays do not fit each other.
     """
     fault = "does not describe an `Evaluation` as it should"
 
@@ -322,12 +324,12 @@ def load_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     scores = {n: {s: arrays[f"scores {i} {j}"] for j, s in enumerate(sources)} for i, n in enumerate(names)}
     ways, shots = ({s: arrays[f"{what} {j}"] for j, s in enumerate(sources)} for what in ("ways", "shots"))
     marks = {s: arrays[f"marks {j}"] for j, s in enumerate(sources) if f"marks {j}" in arrays}
-    # Files of earlier versions do not say which score.
+    # Files of earlier versions do not state the score.
     return Evaluation(scores, ways, shots, flags, header["higher_is_better"], marks, header.get("score", ""))
 
 
 def _check_evaluation(header: dict[str, Any], specs: Mapping[str, Any]) -> None:
-    """Raises an error unless the header and the shapes of the arrays fit one another."""
+    """Raises an error unless the header and the shapes of the arrays fit each other."""
     names, sources, flags = (header[name] for name in ("methods", "sources", "transductive"))
     is_bool = lambda value: isinstance(value, bool)
     if not all(isinstance(name, str) for name in [*names, *sources, header.get("score", "")]):
@@ -348,12 +350,12 @@ def _check_evaluation(header: dict[str, Any], specs: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers, as rows of a table have them, as JSON has them."""
+    """Converts NumPy numbers, which rows of a table may have, to Python numbers for JSON."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _encode(header: dict[str, Any], what: str) -> bytes:
-    """As JSON; `what` of it may not be."""
+    """Encodes the header as JSON; `what` names the part that may fail, for the error message."""
     try:
         return json.dumps(header, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -373,16 +375,22 @@ def _read(
     oldest: int = 1,
     check: Callable[[dict[str, Any], dict[str, _files.Spec]], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the arrays of a file.
+    """Reads the header and the arrays of a file.
 
     Args:
-      path: of the file.
-      format_: that it must have.
-      version: the newest that is read.
-      writer: the function that writes such files.
-      oldest: version that is read.
-      check: `(header, specs)`, raises an error if the header or the shapes and types of the arrays are not as they
-        should be. It is called before the arrays are read.
+      path: the file.
+      format_: the format that the file must have.
+      version: the newest version that can be read.
+      writer: the function that writes such files, for error messages.
+      oldest: the oldest version that can be read.
+      check: `(header, specs)`, raises an error if the header, or the shapes and types of the arrays, are invalid. It is
+        called before the arrays are read.
+
+    Returns:
+      The header, and the arrays by name.
+
+    Raises:
+      ValueError: if the file has another format, a newer version, or a version older than `oldest`.
     """
     with _files.reading(path, f"is not a file that `{writer}` wrote"), _files.open_npz(path) as file:
         header = file.header()
@@ -406,7 +414,7 @@ def _read(
 
 
 def _arrays(kind: str, tree: Any) -> dict[str, Any]:
-    """Leaves by name; of shapes, as they are."""
+    """The leaves of a tree by name; leaves may also be shapes with types."""
     return {kind + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -415,7 +423,7 @@ def _kinds(arrays: Mapping[str, Any]) -> list[str]:
 
 
 def _tree(kind: str, arrays: Mapping[str, Any], version: int) -> predictors.Surrogate:
-    """A `Surrogate` of the arrays, or of their shapes and types, which may have another number of axes."""
+    """A `Surrogate` of the arrays, or of their shapes and types; the number of axes is not checked."""
     has = lambda part: any(name.startswith(f"{kind}.{part}.") for name in arrays)
     added = {f"{kind}.{name}": np.array(before) for name, (since, before) in _ADDED.items() if version < since}
     template = _TEMPLATE._replace(deep=_DEEP if has("deep") else None)
@@ -426,7 +434,7 @@ def _tree(kind: str, arrays: Mapping[str, Any], version: int) -> predictors.Surr
 
 
 def _check_surrogate(kind: str, specs: Mapping[str, Any], num_dims: int, version: int) -> None:
-    """Raises an error unless the arrays of a surrogate have shapes and types that fit one another."""
+    """Raises an error unless the arrays of a surrogate have shapes and types that fit each other."""
     found = _tree(kind, specs, version)
     template = _TEMPLATE._replace(deep=None if found.deep is None else _DEEP)
     template = template._replace(transformers=None if found.transformers is None else _TRANSFORMER)
@@ -473,7 +481,7 @@ def _check_surrogate(kind: str, specs: Mapping[str, Any], num_dims: int, version
 
 
 def _surrogate(kind: str, arrays: Mapping[str, np.ndarray], version: int) -> predictors.Surrogate:
-    """The surrogate of arrays that `_check_surrogate` has seen."""
+    """The surrogate of arrays that passed `_check_surrogate`."""
     found = _tree(kind, arrays, version)
     return jax.tree.map(jnp.asarray, found)._replace(
         sorted_features=np.asarray(found.sorted_features),

@@ -1,4 +1,4 @@
-"""g and h from records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
+"""Trains g and h on records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
 
 import functools
 import logging
@@ -54,94 +54,106 @@ def train_meta_optimizer(
     progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
-    """Learns from the records of earlier tasks to predict λ for a new one, and to spend trials on it.
+    """Learns from records of earlier tasks to predict λ for a new task, and to search on it with trials.
 
-    It learns three things, each by `training.fit` over `hypergrad.direct` or in closed form:
+    It learns three parts, each by `training.fit` over `hypergrad.direct` or in closed form:
 
-    - a kernel between configurations, by the marginal likelihood of the tasks' outcomes;
-    - the outcomes of every configuration on every earlier task, with mean and covariance over tasks
-      (`predictors.surrogate`);
-    - how a task's features weigh earlier tasks, by the regret of the configuration that would have been chosen for each
-      task with its family left out (`predictors.attention_loss`), as an ensemble of bootstrapped members.
+    - A kernel between configurations. The loss is the marginal likelihood of the tasks' outcomes.
+    - The outcomes of every configuration on every earlier task, with mean and covariance over tasks
+      (`predictors.surrogate`).
+    - The weights of earlier tasks, as a function of a task's features. This is an ensemble of bootstrapped members. The
+      loss is the regret of the configuration that would have been chosen for each task, with its family left out
+      (`predictors.attention_loss`).
 
     `deep_kernels` adds Gaussian processes whose mean and kernel see configurations and the task's features through a
-    network. They are meta-learned by the marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`) and
-    adapted to a new task's trials by a few steps (FSBO). `transformers` adds networks that read the trials of a task as
-    a set and predict the outcome of another trial (`predictors.transformer_loss`). They need no adaptation (a
-    prior-fitted network, or transformer neural process). Expected outcomes and acquisition values are then weighted
-    means of both; Thompson sampling draws one of the two.
+    network. They are meta-learned by the marginal likelihood of the tasks' outcomes (`predictors.deep_kernel_loss`). A
+    few steps adapt them to a new task's trials (FSBO).
+
+    `transformers` adds networks that read the trials of a task as a set and predict the outcome of another trial
+    (`predictors.transformer_loss`). They need no adaptation (a prior-fitted network, or transformer neural process).
+    Expected outcomes and acquisition values are then weighted means of transformers and Gaussian processes. Thompson
+    sampling draws one of the two.
 
     `predict` minimizes, by gradient descent over the relaxed space from several starts, or over the candidates,
 
         w m(c) + (1 − w) √v (1 − k(c, c₀)),    w = E / (E + 7),
 
-    where m is the weighted mean outcome, c₀ the space's default, k the kernel, v the variance of outcomes within a
-    task, and E the number of earlier tasks, in which a task with few trials counts as a part of one. So the records of
-    one or two tasks give the default or a configuration near it, and with many tasks `predict` returns the minimum of
-    m. `MetaOptimizer.evidence` has the numbers, and the log warns if w < 0.5. If candidates do not hold the default,
+    Here m is the weighted mean outcome, c₀ the space's default, k the kernel, and v the variance of outcomes within a
+    task. E is the number of earlier tasks, where a task with few trials counts as a fraction of a task. With records of
+    one or two tasks, `predict` returns the default or a configuration near it. With many tasks it returns the minimum
+    of m. `MetaOptimizer.evidence` has the numbers, and the log warns if w < 0.5. If candidates do not hold the default,
     w is 1.
 
     The searcher's first trial is the space's default. With `first=()`, or if candidates do not hold the default, it is
     the configuration of `predict`. Later trials maximize an acquisition function under `predictors.posterior` in the
-    same way. Without candidates every fourth trial is random; with them every eighth is the one farthest from all
-    earlier trials. Both try configurations that the surrogate underrates. In a batch, and while trials run, the
-    acquisition is the improvement in addition to that of the running trials
+    same way. Without candidates, every fourth trial is random. With candidates, every eighth trial is the untried
+    candidate that is farthest from all earlier trials. Both find configurations that the surrogate underrates. In a
+    batch, and while trials run, expected improvement counts only what a trial adds to the running trials
     (`predictors.batch_expected_improvement`).
 
     Records of unrelated tasks lose their weight after a few trials, except in the share of transformers. Outcomes of
-    earlier tasks are normalized one task at a time. Outcomes of a new task are expected on the scales of earlier tasks,
-    and on the scale that fits its own trials best, in case its units differ. A task whose trials all have one outcome,
-    such as a task with one trial, does not say which configuration is better, and is left out. A failed trial of the
-    new task is treated as censored: its expected outcome is no better than the worst finite one
-    (`predictors.censored_mean`). Transformers read and predict failures. They read the best trials, the latest failures
-    and the latest trials, as many as they were trained with (at most `predictors.MAX_SHOWN`), and running trials with
-    the outcomes that the mixture expects.
+    earlier tasks are normalized separately for each task. Outcomes of a new task are expected on the scales of earlier
+    tasks, and on the scale that fits its own trials best, in case its units differ.
+
+    A task whose trials all have the same outcome, such as a task with one trial, is skipped. It does not show which
+    configuration is better. A failed trial of the new task is treated as censored: its expected outcome is no better
+    than the worst finite one (`predictors.censored_mean`).
+
+    Transformers read and predict failures. They read the best trials, the latest failures and the latest trials, up to
+    the number that they were trained with (at most `predictors.MAX_SHOWN`). They read running trials with the outcomes
+    that the surrogate's mixture expects.
 
     Args:
-      records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`): complete ones at full
-        fidelity count, and failed ones, as bad; one that is complete without a finite outcome has failed, so that what
-        was never tried must have no record. A warning names tasks that have an outcome, but none at the full
-        budget. Tasks whose spaces differ still teach: names that the space does not have are ignored, and what a record
-        lacks, or has None for where a number is tuned, is at its default. A warning counts records with values that the
-        space does not have (`spaces.foreign`): a label counts as no label in particular, a number out of bounds as the
-        bound, a text or boolean in the place of a number as the default. Leave such records out where that is untrue of
-        them.
-      space: of λ, for new tasks. None infers it from the records' configurations and the candidates (`spaces.infer`):
-        ranges from the smallest to the largest value, choices among what was tried, and conditions that choices tell. A
-        warning says which space that is, what was lacking, and on how many configurations each condition rests.
-      features: task name -> [F] numbers, NaN where unknown (`tasks.apply_scaling` of meta-features); tasks without an
-        entry are unknown altogether. A warning says where some have none, and some entries are of no task.
-      datasets: task name -> its labelled rows, a dict like `train` of `tasks.to_task`, for an embedding of the rows
-        themselves (`predictors.embed_rows`, the first 64 of them), which is trained jointly with how features weigh
-        tasks, and joins the features. A new task then brings its `train`. An embedding that is there already is given
-        as `features`.
-      families: task name -> family; tasks of one family (near-duplicates) are left out together while features are
-        learned. By default, every task is its own.
+      records: trials of earlier tasks, or a data frame of them (`tasks.records_to_frame`). Complete trials at full
+        fidelity count. Failed trials count as bad. A complete trial without a finite outcome counts as failed, so give
+        no records of trials that never ran. A warning names tasks that have outcomes, but none at the full budget.
+        Tasks with other spaces are also used: names that the space does not have are ignored. A missing value, or None
+        instead of a number, is at its default. A warning counts records with values that the space does not have
+        (`spaces.foreign`). Of these, an unknown label is equally near to all labels, and a number out of bounds counts
+        as the bound. A text or boolean instead of a number counts as the default. Remove such records if these
+        replacements are wrong for them.
+      space: the search space of λ, for new tasks. None infers it from the records' configurations and the candidates
+        (`spaces.infer`). Ranges then go from the smallest to the largest value, choices have the observed values, and
+        conditions follow from choices. A warning states the space, the missing values, and the number of
+        configurations that support each condition.
+      features: task name -> [F] numbers, NaN if unknown (`tasks.apply_scaling` of meta-features). All features of a
+        task without an entry are unknown. A warning is given if some tasks lack entries and some entries match no task.
+      datasets: task name -> its labeled rows, a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows
+        (`predictors.embed_rows`) is trained jointly with the weights of tasks, and appended to the features. A new task
+        must then have its `train`. Give a precomputed embedding as `features` instead.
+      families: task name -> family. Tasks of one family (near-duplicates) are left out together while the weights of
+        tasks are learned. By default, every task is its own family.
       candidates: configurations to choose from; None searches the space.
-      num_members: of the ensemble that reads features.
-      num_steps: outer steps that learn the kernel, and the ensemble; deep kernels and transformers take as many times
-        four.
-      max_reference: configurations at which functions are kept; where more were tried, a random choice of them.
-      deep_kernels: how many of them, which differ by their initialization; 0 learns none.
-      deep_share: how likely they are, together, before a new task has trials; 1 leaves nothing else.
-      transformers: how many of them, which differ by their initialization, and whose predictions are averaged; 0 trains
-        none.
-      transformer_share: what share of the whole they have, whatever a new task's trials say; with 1 the mixture only
-        says what failed and running trials are taken to give.
-      costs: also learn what trials cost, as the logarithm of a record's `cost` up to a factor for each task, for
-        `searcher(acquisition="ei_per_cost")`: expected improvement per predicted cost (Snoek et al., 2012).
-      progress: as for `training.fit`, of each part.
-      key: what everything random follows from; `jax.random.key(0)` by default.
+      num_members: size of the ensemble that reads features.
+      num_steps: outer steps for the kernel, and for the ensemble; deep kernels and transformers take four times as
+        many.
+      max_reference: maximum number of configurations at which the functions of tasks are stored. If more were tried, a
+        random subset is used.
+      deep_kernels: number of deep kernels, which differ by their initialization; 0 trains none.
+      deep_share: total prior probability of deep kernels, before a new task has trials; 1 uses nothing else.
+      transformers: number of transformers, which differ by their initialization and whose predictions are averaged; 0
+        trains none.
+      transformer_share: weight of the transformers' predictions, whatever a new task's trials show. With 1, the
+        Gaussian processes only impute the outcomes of failed and running trials.
+      costs: whether to learn the cost of trials as well. The target is the logarithm of a record's `cost`, up to a
+        factor for each task. `searcher(acquisition="ei_per_cost")` uses it: expected improvement per predicted cost
+        (Snoek et al., 2012).
+      progress: as for `training.fit`, for each part.
+      key: random key; `jax.random.key(0)` by default.
 
     Returns:
       A `MetaOptimizer`.
 
     Raises:
-      ValueError: one of the records is none (an unknown status, a fidelity out of (0, 1], an outcome that is no
-        number); `space` is None, and the records do not tell it; no record has an outcome, or all outcomes of every
-        task are equal; a candidate does not fit the space; features have different lengths, or, like families, are of
-        none of the records' tasks; `datasets` lacks a task of the records, or an entry of a task's rows; `costs`, and
-        no task has records of different costs.
+      ValueError: if a count or a share is out of range.
+      ValueError: if a record is invalid (unknown status, fidelity outside (0, 1], or non-numeric outcome).
+      ValueError: if `space` is None and cannot be inferred from the records.
+      ValueError: if no record has an outcome at the full budget, or if all outcomes of every task are equal.
+      ValueError: if `candidates` is empty, or a candidate does not fit the space.
+      ValueError: if features have different lengths.
+      ValueError: if `features` or `families` have none of the records' tasks.
+      ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows.
+      ValueError: if `costs` is True and no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
@@ -164,7 +176,7 @@ def train_meta_optimizer(
     >>> abs(configuration["x"] - 0.8) < 0.1
     True
 
-    Fine-tuning, with trials of it (`g.suggest` where they are kept elsewhere):
+    Fine-tuning with trials of the new task (use `g.suggest` if you keep the trials elsewhere):
 
     >>> searcher = g.searcher(new_task, first=[configuration])
     >>> state = searcher.init(jax.random.key(0), space)
@@ -196,8 +208,8 @@ def train_meta_optimizer(
     names, trials = by_task(records, encode)
     kernel = _fit_kernel(kernel_key, trials, num_steps, progress)
     if candidates is None:
-        # What a configuration has for itself can be found out in a finite set alone: in a continuum every new point
-        # would promise it, next to the best one too.
+        # A deviation specific to each configuration is learnable only in a finite set. In a continuous space every new
+        # point would promise such a deviation, even a point next to the best one.
         kernel = kernel._replace(logit_smooth=jnp.maximum(kernel.logit_smooth, 5.0))
     num_records, num_effective = sum(len(task.y) for task in trials), effective_tasks(trials, kernel, space, candidates)
     known = features_by_task(names, features)
@@ -254,17 +266,18 @@ def train_meta_searcher(
 
     Args:
       records: as for `train_meta_optimizer`.
-      space: of architectures; `spaces.encode` of it is what the kernel compares. None infers it, as there.
-      candidates: the architectures to choose from; by default, all that are in the records, with what the space has
-        names for; without those that have values that the space does not have (`spaces.foreign`), and where the space
-        is inferred, None among more numbers than a choice has.
-      **kwargs: of `train_meta_optimizer`.
+      space: the space of architectures. The kernel compares their encodings (`spaces.encode`). None infers the space,
+        as in `train_meta_optimizer`.
+      candidates: the architectures to choose from. By default, all architectures of the records, with only the names
+        that the space has. Architectures with values that the space does not have (`spaces.foreign`) are excluded. If
+        the space is inferred, so are architectures with None instead of a number.
+      **kwargs: other arguments of `train_meta_optimizer`.
 
     Returns:
-      A `MetaOptimizer` whose `predict`, `portfolio` and `searcher` stay among the candidates.
+      A `MetaOptimizer` whose `predict`, `portfolio` and `searcher` return only candidates.
 
     Raises:
-      ValueError: as for `train_meta_optimizer`; or no record is a candidate.
+      ValueError: as for `train_meta_optimizer`, or if no record is a candidate.
 
     >>> from metaopt import Record, methods, spaces
     >>> space = {"model": spaces.choice(["forest", "svm", "linear"])}
@@ -286,7 +299,7 @@ def train_meta_searcher(
         space = inferred_space(records, candidates)
     if candidates is None:
         tried = [record.configuration for record in records if not spaces.foreign(space, record.configuration)]
-        if inferred:  # what None stands for among many numbers nobody has said, and so nobody has tried
+        if inferred:  # None instead of a number has an unknown meaning, so it is not a candidate
             tried = [c for c in tried if not any(stands_for_nothing(leaf, c, name) for name, leaf in space.items())]
         whole = [spaces.complete(space, configuration, strict=False) for configuration in tried]
         candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
@@ -299,7 +312,7 @@ def train_meta_searcher(
 
 
 def _reference(key, trials, max_reference: int) -> np.ndarray:
-    """[M, D] configurations that were tried, or a random choice of them."""
+    """[M, D] tried configurations, or a random subset of them."""
     tried = np.unique(np.concatenate([task.x for task in trials]).round(6), axis=0)
     if len(tried) > max_reference:
         tried = tried[np.asarray(jax.random.permutation(key, len(tried)))[:max_reference]]
@@ -307,7 +320,7 @@ def _reference(key, trials, max_reference: int) -> np.ndarray:
 
 
 def _fit_kernel(key, trials, num_steps: int, progress: bool | None) -> predictors.Kernel:
-    """By the marginal likelihood of some trials of some tasks at every step."""
+    """Fits the kernel by the marginal likelihood of some trials of some tasks at every step."""
     num_dims = trials[0].x.shape[1]
     start = predictors.Kernel(jnp.full(num_dims, -0.5), jnp.array(2.0), jnp.log(jnp.array(0.1)))
     usable = [task for task in trials if np.isfinite(task.y).sum() > 1]
@@ -321,9 +334,9 @@ def _fit_kernel(key, trials, num_steps: int, progress: bool | None) -> predictor
     return _fit("the kernel", _kernel_learner, sample_tasks, start, num_steps, key, progress)
 
 
-# Learners are kept for the next training of as many tasks and configurations, from another key or of other records:
-# `training.fit` compiles the step of a learner once for each shape. They are kept by `shapes`, and few of them, since a
-# learner's programs are freed with it.
+# `training.fit` compiles the step of a learner once for each shape. We cache learners by `shapes`, so that training on
+# other records of the same shapes, or with another key, does not compile again. The cache is small, since a learner's
+# compiled programs are freed only with the learner.
 _keep = functools.lru_cache(maxsize=2)
 
 
@@ -373,7 +386,7 @@ def _embedding_learner(shapes) -> training.Learner:
 
 
 def _fit(part: str, make_learner, sample_tasks, start, num_steps: int, key, progress: bool | None, *settings):
-    """The parameters after training from `start`; `part` is their name in a log."""
+    """Returns the parameters after training from `start`; `part` is their name in the log."""
     leaves, structure = jax.tree.flatten((start, sample_tasks(key)))
     learner = make_learner((structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), *settings)
     options = {"hyperparams": start, "num_steps": num_steps, "key": key, "progress": progress}
@@ -385,7 +398,7 @@ def _fit(part: str, make_learner, sample_tasks, start, num_steps: int, key, prog
 def _fit_deep_kernels(
     key, trials, features, num_members: int, num_steps: int, progress: bool | None
 ) -> predictors.DeepKernel:
-    """By the same likelihood, of few trials as of many, and with the task's features or without."""
+    """Fits deep kernels by the marginal likelihood of few or many trials, with or without the task's features."""
     init_key, fit_key = jax.random.split(key)
     usable = np.array([s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1])
     features = np.asarray(features)
@@ -404,8 +417,10 @@ def _fit_deep_kernels(
 
 
 def _fit_transformers(key, trials, surrogate, family, num_members: int, num_steps: int, progress: bool | None):
-    """On outcomes of some trials of a task, given others: none, a few or many, and good ones more often. Also returns
-    how many trials they have seen of a task at most."""
+    """Fits transformers on outcomes of some trials of a task, given zero, few or many others, more often good ones.
+
+    Also returns the maximum number of trials of a task that they have read.
+    """
     init_key, start_key, fit_key = jax.random.split(key, 3)
     features = np.asarray(surrogate.features)
     usable = [s for s, task in enumerate(trials) if np.isfinite(task.y).sum() > 1]
@@ -414,7 +429,8 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
     if not usable:
         return start, predictors.MAX_SHOWN
     outcomes = [predictors.normalize(trials[s].y)[0] for s in usable]
-    # What is shown may depend on what other families expect, not on the outcomes themselves, which are to be told.
+    # The choice of given trials may depend on the expectation from other families, but not on the task's own outcomes,
+    # which are the targets.
     functions = jax.jit(lambda x: predictors.functions_at(surrogate, x))
     _, of = np.unique([str(name) for name in family], return_inverse=True)
     expected = [mean_of_others(np.asarray(functions(jnp.asarray(trials[s].x))), of == of[s]) for s in usable]
@@ -440,7 +456,8 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
             batch.append((shown, asked, features[usable[i]] * (rng.random() < 0.8)))
         return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), jnp.result_type(float)), *batch)
 
-    # It begins with how often each bin is met: what never is would count for much, since it lies far away.
+    # Initialize the output bias with the log frequency of each bin. Bins without outcomes would otherwise dominate the
+    # mean, since they lie far away.
     drawn = [sample_tasks(key) for key in jax.random.split(start_key, 32)]
     counts = np.ones(start.head_bias.shape[1]) / 10
     for shown, asked, _ in drawn:
@@ -454,13 +471,16 @@ def _fit_transformers(key, trials, surrogate, family, num_members: int, num_step
 
 
 def mean_of_others(functions: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-    """[P] the mean of tasks' functions without some, given f̄ and f_s − f̄ [P, 1 + S] and which; 0 where none is left."""
+    """[P] the mean function over the tasks that are not left out; 0 if no task remains.
+
+    `functions` [P, 1 + S] has f̄ and f_s − f̄. `left_out` [S] marks the tasks to leave out.
+    """
     num = (~left_out).sum()
     return functions[:, 0] + functions[:, 1:][:, ~left_out].sum(1) / num if num else np.zeros(len(functions))
 
 
 def _sample_trials(trials, num_trials: int, make, *, num_tasks: int = 16):
-    """`sample_tasks` of `fit`: `make(rng, s, x, y, mask)` of some trials of some tasks, normalized."""
+    """Returns `sample_tasks` for `fit`: it stacks `make(rng, s, x, y, mask)` of normalized trials of some tasks."""
     size = min(num_trials, max(int(np.isfinite(task.y).sum()) for task in trials))
 
     def sample_tasks(key):
@@ -478,7 +498,7 @@ def _sample_trials(trials, num_trials: int, make, *, num_tasks: int = 16):
 
 
 def _fit_attention(key, surrogate, family, num_members: int, num_steps: int, progress: bool | None):
-    """An ensemble whose members see the families with weights of their own."""
+    """Fits an ensemble whose members each weigh the families with their own random weights."""
     init_key, boot_key, fit_key = jax.random.split(key, 3)
     data = _attention_data(boot_key, surrogate, family, num_members)
     if data is None:
@@ -488,7 +508,7 @@ def _fit_attention(key, surrogate, family, num_members: int, num_steps: int, pro
 
 
 def _attention_data(key, surrogate, family, num_members: int):
-    """What `attention_loss` takes; None where there is one family, and none to learn from for another."""
+    """The data for `attention_loss`; None if there is only one family, since no other family is left to learn from."""
     _, of = np.unique([str(name) for name in family], return_inverse=True)
     size = np.bincount(of)
     if len(size) < 2:
@@ -505,8 +525,10 @@ def _attention_data(key, surrogate, family, num_members: int):
 def _fit_embedding(
     key, surrogate, rows, family, num_members: int, num_steps: int, progress: bool | None, *, num_tasks: int = 32
 ):
-    """The embedding of rows and what weighs tasks by it, together: each step sees some tasks, whose families are left
-    out among themselves."""
+    """Fits the embedding of rows jointly with the weights of tasks.
+
+    Each step sees a subset of tasks. For each of them, its family is left out of this subset.
+    """
     init_key, boot_key, fit_key, embedding_key = jax.random.split(key, 4)
     data = _attention_data(boot_key, surrogate, family, num_members)
     params = predictors.init_embedding(embedding_key)
@@ -539,12 +561,12 @@ def _fit_embedding(
 
 
 def _embed(params, rows):
-    """[S, W] of the rows of S tables."""
+    """[S, W] embeddings of the rows of S tables."""
     return jax.vmap(lambda data: predictors.embed_rows(params, data, max_rows=predictors.MAX_ROWS))(rows)
 
 
 def _standardized(raw):
-    """Over tasks; also their centers and scales."""
+    """Standardizes over tasks; also returns the centers and scales."""
     center, scale = raw.mean(0), jnp.sqrt(raw.var(0) + 1e-6)
     return (raw - center[None]) / scale[None], center, scale
 
@@ -555,7 +577,7 @@ def _embed_all(params, rows):
 
 
 def _stacked_rows(names, datasets) -> dict[str, jax.Array]:
-    """[S, ...] the rows that are read, with columns and classes padded to one size."""
+    """[S, ...] the rows that the embedding reads, with columns and classes padded to a common size."""
     if missing := [name for name in names if name not in datasets]:
         raise ValueError(
             f"`datasets` must hold the rows of each task of the records that teaches; it lacks {some(missing)}."

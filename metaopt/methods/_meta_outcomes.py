@@ -1,4 +1,4 @@
-"""What is believed of a new task's configurations: means and quantiles of their outcomes."""
+"""Predicted outcomes of a new task's configurations: means and quantiles."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,12 +20,14 @@ from metaopt.methods._new_trials import (
 
 
 class Outcomes(NamedTuple):
-    """What to expect of P configurations: in the units of the task, or without an outcome normalized, 0 the task's best
-    and 1 its worst.
+    """Predicted outcomes of P configurations.
+
+    They are in the units of the task. If no trial has an outcome, they are normalized: 0 is the task's best and 1 its
+    worst.
 
     Attributes:
-      mean: [P].
-      quantiles: [P, L].
+      mean: [P] means.
+      quantiles: [P, L] quantiles at L levels.
     """
 
     mean: np.ndarray
@@ -42,13 +44,15 @@ class OutcomesFn(Protocol):
         outcomes: Sequence[float] | np.ndarray = (),
         levels: Sequence[float] = (0.1, 0.5, 0.9),
     ) -> Outcomes:
-        """What to expect of configurations, given what was tried (NaN: it failed): mean and quantiles, should they not
-        fail. What failed is expected to have given what is no better than the worst outcome, or than 1 where there is
-        none, and so is what is like it.
+        """Returns means and quantiles of outcomes of configurations, given tried ones and assuming no failure.
 
-        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
-        label. Names and values that the space does not have are refused (`ValueError`); what is lacking is at its
-        default."""
+        An outcome of NaN means that the trial failed. A failed trial is treated as censored: its expected outcome is
+        at least as bad as the worst observed one, or as 1 without an observed one. This also makes the predictions of
+        similar configurations worse.
+
+        Configurations are dicts or the rows of a data frame. A gap in a data frame is a missing value, or None if None
+        is a label. Missing values are at their defaults. Names and values that the space does not have raise
+        `ValueError`."""
         ...
 
 
@@ -60,15 +64,20 @@ def outcomes_fn(
     with_failed: Callable[..., np.ndarray],
     widest: float,
 ) -> OutcomesFn:
-    """`MetaOptimizer.outcomes`.
+    """Returns the function `MetaOptimizer.outcomes`.
 
     Args:
-      surrogate: what was learned.
-      space: of λ.
+      surrogate: the learned surrogate.
+      space: the search space of λ.
       encode: (configuration, strict) -> [D].
-      seen_from: new task -> the weights of earlier ones, and the networks of the task (deep kernels, transformers).
-      with_failed: (those, x [N, D], y [N], which failed [N]) -> y, with what is expected of those that failed.
-      widest: how far from the best one outcomes are looked at.
+      seen_from: new task -> (weights of earlier tasks, networks of the task: deep kernels and transformers).
+      with_failed: (result of `seen_from`, x [N, D], y [N], failed [N] bool) -> y with expected outcomes of failed
+        trials.
+      widest: largest distance from the best outcome; larger outcomes are clipped to it. If half of all trials are
+        farther away, the limit grows (`from_the_best`).
+
+    Returns:
+      An `OutcomesFn`.
     """
     at = lambda networks: surrogate._replace(deep=networks[0], transformers=networks[1])
     share = 0.0 if surrogate.transformers is None else float(surrogate.transformer_share)
@@ -76,7 +85,7 @@ def outcomes_fn(
 
     @jax.jit
     def believed(task, x, trials, failed, shown, levels):
-        """Mean and quantiles, by bisection of the distribution function."""
+        """Returns the mean and the quantiles, by bisection of the distribution function."""
         weights, networks = task
         if trials is None:
             mean = predictors.expected_outcomes(at(networks), x)
@@ -91,7 +100,7 @@ def outcomes_fn(
         if share:
             read = predictors.read_trials(networks[1], shown, 1.0 if trials is None else typical_scale)
             binned = predictors.predict_binned(networks[1], read, x)
-            total = jnp.maximum(binned.probs.sum(1, keepdims=True), 1e-30)  # 0 where failure is certain to rounding
+            total = jnp.maximum(binned.probs.sum(1, keepdims=True), 1e-30)  # 0 if failure is certain up to rounding
             binned = binned._replace(probs=binned.probs / total, failure=0 * binned.failure)
             mean = share * predictors.binned_moments(binned, 0.0)[0] + (1 - share) * mean
             low, high = jnp.minimum(low, binned.edges[0]), jnp.maximum(high, binned.edges[-1])
@@ -148,5 +157,5 @@ def outcomes_fn(
 
 
 def mean_of(mixture: predictors.Mixture) -> jax.Array:
-    """[P] of a mixture."""
+    """[P] means of a mixture."""
     return mixture.mean @ jnp.exp(mixture.log_weights)

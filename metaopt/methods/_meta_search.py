@@ -1,4 +1,4 @@
-"""What is done with a surrogate of earlier tasks: predictions, portfolios, and trials on a new task."""
+"""Predictions, portfolios and trials for a new task, from a surrogate of earlier tasks."""
 
 import functools
 import math
@@ -30,25 +30,28 @@ from metaopt.methods._new_trials import (
     tried_configuration,
 )
 
-# Expected improvement, the same per predicted cost, a confidence bound, Thompson sampling.
+# Expected improvement, expected improvement per predicted cost, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
-_RANDOM_EVERY = 4  # trials of a search without candidates
-_FARTHEST_EVERY = 8  # trials of one with candidates
-_DEFAULT_TASKS = 7.0  # earlier tasks whose outcomes the prior in favor of the default is worth
-_MAX_COSTS = 64  # of which the costs are looked at
+_RANDOM_EVERY = 4  # trials, in a search without candidates
+_FARTHEST_EVERY = 8  # trials, in a search with candidates
+_DEFAULT_TASKS = 7.0  # weight of the prior in favor of the default, in earlier tasks
+_MAX_COSTS = 64  # trials whose costs are used
 _NUM_RANDOM, _NUM_RESTARTS, _NUM_ASCENTS = 256, 8, 20
 
 
 class Evidence(NamedTuple):
-    """How much earlier tasks say, and how far `MetaOptimizer.predict` follows them.
+    """The amount of evidence from earlier tasks, and its weight in `MetaOptimizer.predict`.
 
     Attributes:
-      num_tasks: S, the earlier tasks with different outcomes.
-      num_records: their trials, failed ones included; None if a file of an earlier version does not state it.
-      effective_tasks: E, the sum over tasks of the share of the variance over the space, or over the candidates, that
-        the task's trials explain (`predictors.explained_share`): at most S. Few trials of a task count as a part of it.
-      weight: w = E / (E + 7), the share of earlier tasks in what `predict` minimizes. The rest belongs to a prior in
-        favor of the space's default. 1 if `candidates` do not hold the default, since there is no default to return.
+      num_tasks: S, the number of earlier tasks whose trials have different outcomes.
+      num_records: number of their trials, including failed ones. None if a file of an earlier version does not state
+        it.
+      effective_tasks: E, at most S. It sums, over tasks, the share of the variance that the task's trials explain
+        (`predictors.explained_share`). The variance is over the space, or over the candidates. A task with few trials
+        counts as a fraction of a task. E is S if a file of an earlier version does not state it.
+      weight: w = E / (E + 7), the weight of earlier tasks in the objective of `predict`. The rest is the weight of a
+        prior in favor of the space's default. w is 1 if `candidates` do not hold the default, since `predict` cannot
+        return it then.
     """
 
     num_tasks: int
@@ -59,13 +62,13 @@ class Evidence(NamedTuple):
 
 class PredictFn(Protocol):
     def __call__(self, new_task: Any = None) -> dict[str, Any]:
-        """The configuration to use on a new task without a trial; near the default if `evidence.weight` is small."""
+        """Returns a configuration for a new task without trials; near the default if `evidence.weight` is small."""
         ...
 
 
 class PortfolioFn(Protocol):
     def __call__(self, num: int, new_task: Any = None) -> list[dict[str, Any]]:
-        """So many configurations that complement one another: on most tasks one of them is good."""
+        """Returns `num` configurations that complement each other, so that one of them is good on most tasks."""
         ...
 
 
@@ -81,17 +84,23 @@ class SuggestFn(Protocol):
         pending: Sequence[Mapping[str, Any]] = (),
         key: jax.Array | None = None,
     ) -> list[dict[str, Any]]:
-        """What to try next, given what was tried (NaN: it failed) and what runs: in closed form, without a fit.
+        """Returns the next `num` configurations, given finished and running (`pending`) trials, without a fit.
 
-        As in the searcher, once there is an outcome, every fourth one is random: where as many were tried and run as 3,
-        7, 11 and so on. It depends on `key`, and on no trial. With candidates it is every eighth (7, 15, 23 and so on),
-        and is the one of those left that is farthest from all that were tried and run. The searcher counts what it has
-        asked for. Neither looks at costs.
+        The posterior is in closed form. An outcome of NaN means that the trial failed.
 
-        Configurations are dicts, or the rows of a data frame, whose gaps are what is lacking, or None where that is a
-        label; outcomes are [N] or [N, 1]. Names and values that the space does not have are refused (`ValueError`);
-        what is lacking is at its default. Of more than 256 trials the best and the latest are looked at, and without
-        candidates no others are checked."""
+        As in the searcher, some suggestions ignore the acquisition function and costs once a trial has an outcome:
+
+        - Without candidates, every fourth suggestion is random. It is made if the number of finished and running
+          trials is 3, 7, 11 and so on. It depends only on `key` and on that number.
+        - With candidates, every eighth suggestion (7, 15, 23 and so on) is the untried candidate that is farthest from
+          all finished and running trials.
+
+        The searcher counts the trials that it has asked for instead.
+
+        Configurations are dicts or the rows of a data frame. A gap in a data frame is a missing value, or None if None
+        is a label. Missing values are at their defaults. Names and values that the space does not have raise
+        `ValueError`. Outcomes are [N] or [N, 1]. With more than 256 trials, only the best, the latest failed and the
+        latest trials are used. The other trials are not checked if there is an outcome and no candidates."""
         ...
 
 
@@ -103,32 +112,44 @@ class MakeSearcherFn(Protocol):
         acquisition: str = "ei",
         first: Sequence[Mapping[str, Any]] | None = None,
     ) -> base.Searcher:
-        """A searcher that spends trials on a new task: on the configurations `first`, where what they lack is at its
-        default; on what `predict` says, as long as there is no outcome; and on what an acquisition function asks for,
-        but for every fourth trial, which is random, or with candidates every eighth, the farthest from all before.
-        By default the space's default is first, as in other searchers, unless candidates do not hold it; `()` begins
-        with what `predict` says. What others have tried, as far as it is told before it is asked for, is not tried
-        again."""
+        """Returns a searcher that spends trials on a new task.
+
+        Its trials are, in this order:
+
+        1. The configurations of `first`, with missing values at their defaults. By default this is the space's
+           default, as in other searchers, or nothing if candidates do not hold the default. A configuration of `first`
+           is skipped if `tell` has received a full-budget record of it from another search.
+        2. Until there is an outcome: the configuration of `predict`, then configurations that complement it. If trials
+           have failed, the best expected configuration given these failures. `first=()` starts here.
+        3. Maxima of the acquisition function. Without candidates every fourth trial is random. With candidates every
+           eighth trial is the untried candidate that is farthest from all earlier trials."""
         ...
 
 
 class MetaOptimizer(NamedTuple):
-    """What `train_meta_optimizer` and `train_meta_searcher` return. A new task is given as a `base.Task` with its
-    `features`, and with its `train` rows where g reads those; as the features themselves [F]; or as None where nothing
-    is known of it. A warning says where a Task lacks the features that g reads. All is computed in the precision of JAX
-    (`jax_enable_x64`) in which g was trained, or loaded, whatever holds where it is asked.
+    """The result of `train_meta_optimizer` and `train_meta_searcher`.
+
+    `new_task` is one of these:
+
+    - a `base.Task` with its `features`, and with its `train` rows if g reads rows. If the Task lacks the features that
+      g reads, a warning says so;
+    - the features themselves, [F];
+    - None if nothing is known about the task.
+
+    All functions compute in the precision (`jax_enable_x64`) in which g was trained or loaded, whatever the setting is
+    when they are called.
 
     Attributes:
       predict: `(new_task) -> configuration`, as plain values by name.
       portfolio: `(num, new_task) -> configurations`.
       suggest: `(configurations, outcomes, new_task, *, num, acquisition, pending, key) -> configurations`: fine-tuning
-        with trials whose bookkeeping is elsewhere.
+        with trials that the caller keeps.
       searcher: `(new_task, *, acquisition, first) -> Searcher`: fine-tuning with trials.
-      outcomes: `(configurations, new_task, *, tried, outcomes, levels) -> Outcomes`: what is believed.
-      surrogate: what was learned (`predictors.Surrogate`).
-      cost_surrogate: the same of the logarithm of trials' costs, or None.
-      space: of λ.
-      candidates: the configurations that it chooses from, or None.
+      outcomes: `(configurations, new_task, *, tried, outcomes, levels) -> Outcomes`: predicted outcomes.
+      surrogate: the learned `predictors.Surrogate`.
+      cost_surrogate: a surrogate of the logarithm of trials' costs, or None.
+      space: the search space of λ.
+      candidates: the configurations to choose from, or None.
       evidence: the numbers of earlier tasks and records, and their weight in `predict`.
     """
 
@@ -145,18 +166,18 @@ class MetaOptimizer(NamedTuple):
 
 
 class MetaSearcherState(NamedTuple):
-    """Carried from one call to the next.
+    """State of the searcher, passed from one call to the next.
 
     Attributes:
-      key: of the search; a trial's own is folded from it and the trial's number.
-      num_asked: how many trials have been asked for.
-      pending: encoded configurations [D] of what has been asked for and not told, by number.
-      tried: what was told, by the trial's number, seed, encoded configuration, and, of trials without numbers (number
-        and seed are 0), how many repeats of it were before: another outcome at the same fidelity is one. Of others it
-        replaces the former one.
+      key: the key of the search. The key of a trial is folded from it and the trial's number.
+      num_asked: number of trials that were asked for.
+      pending: encoded configurations [D] of trials without a result, by trial number.
+      tried: the ended trials, by trial number, seed, encoded configuration, and repeat. A trial is unnumbered if its
+        number and seed are both 0. Another outcome of an unnumbered trial at the same fidelity is a repeat. Another
+        outcome of a numbered trial at the same fidelity replaces the former one, and its repeat is 0.
       first: configurations to try before others.
-      repeats: of trials without numbers, how many outcomes a configuration has at a fidelity, and which repeat has
-        which.
+      repeats: for unnumbered trials, the number of outcomes of a configuration at a fidelity, and the repeat that
+        each outcome belongs to.
     """
 
     key: jax.Array
@@ -167,11 +188,11 @@ class MetaSearcherState(NamedTuple):
     repeats: dict[tuple, int]
 
 
-ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # what an embedding reads of a labelled table
+ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # the arrays of a labeled table that an embedding reads
 
 
 def check_rows(name: str, data: Any) -> None:
-    """Raises `ValueError` where these are no rows that can be embedded."""
+    """Raises `ValueError` if `data` is not a mapping with all arrays that an embedding reads."""
     lacks = [key for key in ROWS if not isinstance(data, Mapping) or key not in data]
     if lacks:
         raise ValueError(
@@ -180,7 +201,7 @@ def check_rows(name: str, data: Any) -> None:
 
 
 def check_no_mapping(name: str, features: Any) -> None:
-    """Refuses what `tasks.metafeatures` returns: a new task's must be in the order of earlier tasks'."""
+    """Rejects a mapping, as `tasks.metafeatures` returns it: features must be in the order of earlier tasks."""
     if isinstance(features, Mapping):
         raise ValueError(
             f"`{name}` must have features as an array of numbers [F], and not by name; `tasks.fit_scaling` and "
@@ -189,13 +210,13 @@ def check_no_mapping(name: str, features: Any) -> None:
 
 
 def features_of(new_task: Any) -> np.ndarray | None:
-    """[F] features of a new task, None where nothing is known of it.
+    """[F] features of a new task, or None if nothing is known about it.
 
     Args:
       new_task: a `base.Task`, features, or None.
 
     Raises:
-      ValueError: it is something else, such as a `tasks.Table`.
+      ValueError: if `new_task` is anything else, such as a `tasks.Table`.
     """
     features = new_task.features if isinstance(new_task, base.Task) else new_task
     check_no_mapping("new_task", features)
@@ -221,25 +242,28 @@ def features_of(new_task: Any) -> np.ndarray | None:
 
 
 def encoder(space: base.PyTree):
-    """`(configuration, strict) -> [D]`, each configuration computed once; what is not active is at its default.
+    """Returns `(configuration, strict) -> [D]`, which caches results and puts inactive values at their defaults.
 
-    What is `spaces.foreign` is refused where strict. Otherwise a label lies between all labels, as near to one as to
-    another; a number out of bounds is at the bound, and what should be a number at the default.
+    If strict, values that are `spaces.foreign` raise an error. Otherwise:
+
+    - an unknown label is encoded as equally near to all labels;
+    - a number out of bounds is moved to the bound;
+    - a non-number instead of a number becomes the default.
     """
     encode, known = jax.jit(_encode_fn(space)), {}
 
     def encoded(configuration, strict=False):
-        # A record's label that equals another (1, 1.0, True) is told apart.
+        # The types separate labels that compare equal (1, 1.0, True).
         name = strict, *configuration, *configuration.values(), *map(type, configuration.values())
         try:
             found = known.get(name)
-        except TypeError:  # what other spaces have may not be hashable
+        except TypeError:  # values of other spaces may not be hashable
             found = known.get(name := (strict, repr(sorted(configuration.items(), key=lambda item: item[0]))))
         if found is None:
             gaps = {k: math.nan for k, v in configuration.items() if isinstance(v, float) and v != v}
-            if any(configuration[key] is not math.nan for key in gaps):  # equals nothing: computed each time
+            if any(configuration[key] is not math.nan for key in gaps):  # a NaN is found in the cache only by identity
                 return encoded({**configuration, **gaps}, strict)
-            # A label that is lacking is encoded as if it were given: a relaxed default lies between labels.
+            # Fill missing labels with the plain default first: a relaxed default lies between labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
             hyperparams = spaces.from_configuration(space, whole | others, strict=strict)
@@ -250,7 +274,7 @@ def encoder(space: base.PyTree):
 
 
 def _encode_fn(space: base.PyTree):
-    """`spaces.encode`, with what is not active at its default: nothing that a trial does not use tells trials apart."""
+    """`spaces.encode` with inactive values at their defaults, so that unused values do not distinguish trials."""
     if not any(leaf.condition for leaf in jax.tree.leaves(space)):
         return lambda hyperparams: spaces.encode(space, hyperparams)
     default = lambda x: spaces.encode(space, spaces.default(space)).astype(x.dtype)
@@ -263,8 +287,11 @@ def _encode_fn(space: base.PyTree):
 
 
 def _in_precision(x64: bool, function: Callable) -> Any:
-    """The same function under `jax.enable_x64(x64)`, whatever holds where it is called: networks are in the precision
-    in which g was made, and so are configurations, where what was tried is known by its bytes."""
+    """Wraps a function so that it runs under `jax.enable_x64(x64)`, whatever the caller's setting is.
+
+    Networks keep the precision in which g was made. Encoded configurations keep it too, since tried configurations are
+    identified by their bytes.
+    """
 
     @functools.wraps(function)
     def within(*args, **kwargs):
@@ -275,7 +302,10 @@ def _in_precision(x64: bool, function: Callable) -> Any:
 
 
 def _repeat_of(repeats: dict[tuple, int], name: tuple[bytes, float], outcome: float) -> int:
-    """Which repeat of a configuration an outcome at a fidelity is; it is added to them, and replaces a failure."""
+    """The index of the repeat of a configuration at a fidelity that an outcome belongs to.
+
+    A new finite outcome is added to `repeats`. A failure is not added, so that the next new outcome replaces it.
+    """
     if not np.isfinite(outcome):
         return repeats.get(name, 0)
     if (*name, outcome) not in repeats:
@@ -290,7 +320,7 @@ def effective_tasks(
     space: base.PyTree,
     candidates: Sequence[Mapping[str, Any]] | None,
 ) -> float:
-    """E of `Evidence`: the mean over candidates, or over random configurations, of `predictors.explained_share`."""
+    """E of `Evidence`: `predictors.explained_share`, summed over tasks, averaged over candidates or random points."""
     if candidates:
         encode = encoder(space)
         x = np.stack([encode(candidate, True) for candidate in candidates])
@@ -309,16 +339,16 @@ def meta_optimizer(
     num_records: int | None = None,
     effective_tasks: float | None = None,
 ) -> MetaOptimizer:
-    """The functions over a surrogate of earlier tasks; each counts as a whole one if `effective_tasks` is None."""
+    """The `MetaOptimizer` of a surrogate; each earlier task counts as a whole one if `effective_tasks` is None."""
     encode, encode_relaxed = encoder(space), _encode_fn(space)
     in_precision = functools.partial(_in_precision, bool(jax.config.jax_enable_x64))
     pool = [dict(candidate) for candidate in candidates or ()]
     finite = np.stack([encode(candidate, True) for candidate in pool]) if pool else None  # [P, D]
     finite_keys = [] if finite is None else [row.tobytes() for row in finite]
-    # A configuration's vector of unconstrained coordinates is what is ascended.
+    # Gradient ascent runs over a configuration's vector of unconstrained coordinates, z.
     template, unravel = ravel_pytree(spaces.to_unconstrained(space, spaces.default(space)))
     relaxed = lambda z: encode_relaxed(spaces.to_constrained(space, unravel(z)))
-    # As `spaces.configuration` does: a simplex keeps its weights.
+    # A simplex keeps its weights, as in `spaces.configuration`.
     plain = lambda leaf, x, dtype: x if isinstance(leaf, spaces.Simplex) else jnp.asarray(leaf.discretize(x), dtype)
     rounded = lambda z: encode_relaxed(
         jax.tree.map(lambda leaf, x: plain(leaf, x, z.dtype), space, spaces.to_constrained(space, unravel(z)))
@@ -326,7 +356,10 @@ def meta_optimizer(
     sample = jax.jit(jax.vmap(lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0]))
 
     def search(key, score):
-        """The z of the best of random configurations and of ascents from the best of them, after rounding."""
+        """Returns z of the best configuration, scored after rounding.
+
+        It chooses among the best of the default and random configurations, and the ends of ascents from them.
+        """
         z = jnp.concatenate([template[None], sample(jax.random.split(key, _NUM_RANDOM))])
         top = z[jax.lax.top_k(score(jax.vmap(rounded)(z)), _NUM_RESTARTS)[1]]
         optimizer = optax.adam(0.1)
@@ -334,7 +367,7 @@ def meta_optimizer(
         def ascend(carry, _):
             z, state = carry
             grads = jax.grad(lambda z: -score(jax.vmap(relaxed)(z)).sum())(z)
-            # Acquisition functions are flat far from the best: the direction counts.
+            # Acquisition functions are flat far from their maximum, so we use only the direction of the gradient.
             grads = grads / jnp.maximum(jnp.linalg.norm(grads, axis=1, keepdims=True), 1e-12)
             updates, state = optimizer.update(grads, state)
             return (optax.apply_updates(z, updates), state), None
@@ -343,19 +376,19 @@ def meta_optimizer(
         both = jnp.concatenate([top, jnp.asarray(ascended)])
         return both[jnp.argmax(score(jax.vmap(rounded)(both)))]
 
-    # What depends on the task of a surrogate are its networks: deep kernels, and transformers.
+    # Deep kernels and transformers are the parts of a surrogate that depend on the task.
     at = lambda networks: surrogate._replace(deep=networks[0], transformers=networks[1])
     share = 0.0 if surrogate.transformers is None else float(surrogate.transformer_share)
     typical_scale = float(np.exp(np.median(surrogate.log_scales)))
     widest = 2 * float(np.exp(np.max(surrogate.log_scales)))
 
     def read_mean(networks, shown, x):
-        """[P] normalized outcomes that transformers expect where no trial has one; a failure is as bad as the worst."""
+        """[P] normalized outcomes that transformers expect if no trial has one; a failure counts as the worst, 1."""
         read = predictors.read_trials(networks[1], shown)
         return predictors.binned_moments(predictors.predict_binned(networks[1], read, x), 1.0)[0]
 
     def outcomes_of(weights, networks, x):
-        """[P, K] normalized outcomes that are possible without a trial, and [K] their weights."""
+        """[P, K] normalized outcomes that are possible before the first trial, and [K] their weights."""
         found = predictors.expected_outcomes(at(networks), x)
         if not share:
             return found, weights
@@ -375,7 +408,7 @@ def meta_optimizer(
     evidence = Evidence(num_tasks, num_records, num_effective, weight)
 
     def shrunk(weights, networks, x):
-        """−(w m(x) + (1 − w) √v (1 − k(x, default))), with m the expected outcomes: the score of `predict`."""
+        """The score of `predict`: −(w m(x) + (1 − w) √v (1 − k(x, default))), where m is the expected outcome."""
         score = weight * expected(weights, networks, x)
         if not holds_default:
             return score
@@ -387,7 +420,7 @@ def meta_optimizer(
         return (1 - share) * found - share * read_mean(networks, shown, x) if share else found
 
     def log_cost_fn(trials, functions):
-        """x -> [P], up to a constant, which is that of the machine and of the task's size."""
+        """x -> [P] log costs, up to a constant that depends on the machine and on the task's size."""
         learned = cost_surrogate
         assert learned is not None
         weights = jnp.full(len(learned.curves), 1 / len(learned.curves))
@@ -398,7 +431,7 @@ def meta_optimizer(
         return lambda x: mean_of(predictors.posterior_at(learned, conditioned, x, functions=functions))
 
     def score_fn(acquisition, key, weights, networks, given, costs, functions=None, cost_functions=None):
-        """x -> [P] scores, larger is better; the functions are those at x, where it is always the same."""
+        """x -> [P] scores, larger is better. `functions` are the precomputed values at x, if x is always the same."""
         trials, pending, shown = given
         _, y, mask = trials
         best = jnp.where(mask > 0, y, jnp.inf).min()
@@ -428,10 +461,11 @@ def meta_optimizer(
             if acquisition == "ucb":
                 mean, std = predictors.binned_moments(binned, jnp.where(mask > 0, y, -jnp.inf).max())
                 return std - mean
-            if acquisition == "thompson":  # one level for all where it must be smooth
+            if acquisition == "thompson":  # without candidates one level for all x, so that the score is smooth in x
                 level = jax.random.uniform(level_key, (len(x),) if finite is not None else (), x.dtype)
                 return -predictors.binned_quantile(binned, level)
-            # On the least outcome that is read: what runs is read at its believed outcome, and gains nothing again.
+            # The improvement is on the smallest outcome that the transformer reads. It reads running trials with their
+            # expected outcomes, so that repeating them gains nothing.
             return predictors.binned_improvement(binned, read.low[0]) * jnp.exp(-log_cost(x))
 
         def score(x):
@@ -454,11 +488,11 @@ def meta_optimizer(
         return after_failures(weights, networks, failed, shown, jnp.asarray(finite))
 
     def suggest_z(acquisition, key, *given):
-        # Below _NUM_RANDOM are the keys of random configurations: split(key, n)[i] is fold_in(key, i).
+        # split(key, n)[i] is fold_in(key, i), so that `search` uses the numbers below _NUM_RANDOM.
         return search(key, score_fn(acquisition, jax.random.fold_in(key, _NUM_RANDOM), *given))
 
     def acquire_finite(acquisition, key, *given):
-        return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last of them are functions
+        return score_fn(acquisition, key, *given)(jnp.asarray(finite))  # the last two are `functions` at `finite`
 
     @jax.jit
     def believe(weights, networks, trials, x):
@@ -469,7 +503,10 @@ def meta_optimizer(
         return predictors.censored_mean(predictors.posterior(at(networks), weights, trials, x), worst)
 
     def with_failed(task, x, y, failed):
-        """Of a failed trial it is known that its outcome is no better than the worst one: it is expected there."""
+        """A failed trial is treated as censored: its outcome is at least as bad as the worst observed one.
+
+        We impute the expected value above that bound.
+        """
         (at_failed, *_), worst = padded(x[failed], y[failed]), y[~failed].max()
         found = believe_failed(*task, padded(x[~failed], y[~failed]), at_failed, worst)
         y = y.copy()
@@ -486,8 +523,10 @@ def meta_optimizer(
     to_configuration = lambda z: spaces.configuration(space, spaces.to_constrained(space, unravel(z)))
 
     def seen_from(new_task, stacklevel=4):
-        """What tells tasks apart: the weights of earlier ones, and the networks with the task's features. Warnings are
-        of the line that calls what calls this, `_in_precision` between."""
+        """Returns the task-specific inputs: the weights of earlier tasks, and the networks with the task's features.
+
+        Warnings point at the line that calls the public function; `_in_precision` adds a frame in between.
+        """
         features = features_of(new_task)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
@@ -507,7 +546,7 @@ def meta_optimizer(
         rows = new_task.train if isinstance(new_task, base.Task) else None
         if rows is not None and surrogate.embedding is not None:
             check_rows("The new task's `train`", rows)
-            rows = {name: np.asarray(rows[name]) for name in ROWS}  # arrays of JAX would keep another precision
+            rows = {name: np.asarray(rows[name]) for name in ROWS}  # JAX arrays would keep the caller's precision
         of = features, rows
         seen = predictors.at_task(surrogate, *of)
         return predictors.task_weights(surrogate, *of), (seen.deep, seen.transformers)
@@ -543,18 +582,23 @@ def meta_optimizer(
         return complementary(num, seen_from(new_task))
 
     def chooser(new_task: Any, acquisition: str):
-        """`(key, told, pending, num_asked)` -> the next configuration, given all that was told and what runs [D] by
-        number."""
+        """Returns `(key, told, pending, num_asked) -> configuration`, which chooses the next configuration.
+
+        `told` has the ended trials. `pending` has the encoded configurations [D] of running trials by number.
+        """
         if acquisition not in ACQUISITIONS:
             raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
         if acquisition == "ei_per_cost" and cost_surrogate is None:
             raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
         task = seen_from(new_task, stacklevel=5)
-        plan: list[dict[str, Any]] = []  # what to try while there is no outcome
+        plan: list[dict[str, Any]] = []  # configurations to try before the first outcome
 
         def planned(key, told, pending):
-            """As long as there is no outcome: the next configuration of the portfolio, and where trials have failed
-            what is expected to be good, and is not like them, nor like those that run."""
+            """Returns the next configuration before the first outcome.
+
+            It is the next one of the portfolio. If trials have failed, it is the one with the best expected outcome,
+            where configurations similar to failed or running trials are expected to be bad.
+            """
             known = names_of(told, pending)
             if num := len(told.y):
                 ended = np.stack([told.x(i) for i in range(max(num - MAX_TRIALS, 0), num)])
@@ -572,7 +616,7 @@ def meta_optimizer(
             return next((c for c in plan if encode(c).tobytes() not in known), plan[-1])
 
         def names_of(told, pending):
-            """What ended or runs, each configuration once."""
+            """The distinct configurations of ended and running trials."""
             return told.names() | {x.tobytes() for x in pending.values()}
 
         def untried(known):
@@ -585,7 +629,7 @@ def meta_optimizer(
             y, seen = told.y, np.isfinite(told.y)
             if not seen.any():
                 return planned(key, told, pending)
-            # Now and then, what the surrogate will not look at.
+            # Sometimes try a configuration that the surrogate may underrate.
             if finite is None and num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
                 return to_configuration(sample(key[None])[0])
             known = set() if finite is None else names_of(told, pending)
@@ -606,7 +650,7 @@ def meta_optimizer(
                 waiting = np.stack(list(pending.values()))
                 at_waiting, _, mask = padded(waiting, np.zeros(len(waiting)))
                 running = at_waiting, mask
-                if share or acquisition in ("ucb", "thompson"):  # they are believed to give what is expected
+                if share or acquisition in ("ucb", "thompson"):  # assume that running trials give the expected outcome
                     believed = np.asarray(believe(*task, trials, at_waiting))[: len(waiting)]
                     read = shown(np.concatenate([x, waiting]), np.concatenate([given_y, believed]))
                 if acquisition in ("ucb", "thompson"):
@@ -621,7 +665,7 @@ def meta_optimizer(
             score = np.array(acquire_finite(acquisition, key, *task, (trials, running, read), costs, *of_finite))
             score[~left] = -np.inf
             if not np.isfinite(score).any():
-                score = np.asarray(expected_finite(*task, jnp.asarray(finite)))  # all were tried
+                score = np.asarray(expected_finite(*task, jnp.asarray(finite)))  # all candidates were tried
             return dict(pool[int(score.argmax())])
 
         return choose
@@ -674,15 +718,16 @@ def meta_optimizer(
                 if record.status == "RUNNING":  # elsewhere
                     pending[record.trial] = x
                     continue
-                if record.trial in pending and np.array_equal(pending[record.trial], x):  # not a foreign record
+                if record.trial in pending and np.array_equal(pending[record.trial], x):  # not another search's trial
                     del pending[record.trial]
                 outcome = float(record.outcome) if record.status in ("COMPLETE", "PRUNED") else np.nan
                 level, numbered = rounded_fidelity(record.fidelity), record.trial != 0 or record.seed != 0
                 repeat = 0 if numbered else _repeat_of(repeats, (x.tobytes(), level), outcome)
                 name = record.trial, record.seed, x.tobytes(), repeat
                 before = tried.get(name, tried_configuration(x, {}))
-                # What a trial had reached when it was given up counts; what it had cost by then, or when it failed, is
-                # not its cost. Of several fidelities the first one says it: from there, the trial may have gone on.
+                # The outcome of a pruned trial counts. The cost of a pruned or failed trial does not, since the trial
+                # did not finish. With several fidelities only the first one gives the cost: later ones may have resumed
+                # from a checkpoint.
                 says = record.status == "COMPLETE" and 0 < record.cost < np.inf
                 known = before.log_costs.get(level, np.nan) if record.status == "COMPLETE" else np.nan
                 cost = float(np.log(record.cost / record.fidelity)) if says else known
@@ -713,7 +758,7 @@ def meta_optimizer(
             y,
             np.zeros(len(y), bool),
             np.full(len(y), np.nan),
-            # Few are looked at; all of them only where some candidates must be left out.
+            # Encode on demand: only some trials are used, and all are needed only to find the untried candidates.
             lambda i: encode(configurations[i], True),
             lambda: {encode(configuration, True).tobytes() for configuration in configurations},
         )

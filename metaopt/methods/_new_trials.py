@@ -1,5 +1,4 @@
-"""The trials of a new task as arrays, and those that a surrogate reads of them: few of many, outcomes of one scale,
-padded."""
+"""Converts the trials of a new task to the arrays that a surrogate reads: selected, on one scale, and padded."""
 
 import functools
 import math
@@ -12,24 +11,28 @@ import numpy as np
 
 from metaopt import base, spaces
 
-MAX_TRIALS = 256  # of the new task that the surrogate looks at
-_NEAREST = 8  # fidelities above one's own that are compared with it
+MAX_TRIALS = 256  # maximum number of trials of the new task that the surrogate reads
+_NEAREST = 8  # number of next larger fidelities that a fidelity is compared with
 
 
 def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Sequence[Mapping[str, Any]]:
-    """Configurations from a list of dicts, or a data frame, whose gaps are what a row does not have.
+    """Returns configurations from a list of dicts or from a data frame, where gaps are missing values.
 
     Args:
-      name: of the argument.
-      given: what it is.
-      space: where a choice of it has None as a label, and is active, a gap (NaN, None, NA, NaT) is None.
+      name: the argument's name, for error messages.
+      given: the argument.
+      space: the search space. If a choice has None as a label and is active, a gap (NaN, None, NA, NaT) of a data frame
+        is None.
+
+    Returns:
+      A sequence of dicts.
 
     Raises:
-      ValueError: it is something else, such as an array, which does not say what its columns are.
+      ValueError: if `given` is anything else, such as an array, which does not have the names of its columns.
     """
     if hasattr(given, "columns"):
         given = base.as_pandas(name, given)
-        # Gaps of nullable types are NaN, too.
+        # Turn the gaps of nullable types into NaN as well.
         return _without_gaps(given.astype(object).where(given.notna(), math.nan).to_dict("records"), space)
     if isinstance(given, Mapping):
         raise ValueError(f"`{name}` must be a list of configurations; got one.")
@@ -40,7 +43,7 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
             "of an array."
         )
     for i, configuration in enumerate(given):
-        if not isinstance(configuration, (dict, Mapping)):  # the first is looked up at once
+        if not isinstance(configuration, (dict, Mapping)):  # the check for dict is faster than the one for Mapping
             raise ValueError(f"`{name}[{i}]` must be a dict of values by name; got {configuration!r}.")
     return given
 
@@ -49,7 +52,7 @@ def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[s
     leaves = jax.tree_util.tree_leaves_with_path(space)
     nones = [(path, leaf) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
     conditional = {jax.tree_util.keystr(p, simple=True, separator=".") or "hyperparams": x.condition for p, x in nones}
-    leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # of one that has a shape
+    leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # "w[0]" of leaf "w"
 
     def given(row):
         found = {name: value for name, value in row.items() if value == value}
@@ -63,14 +66,17 @@ def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[s
 
 
 def as_outcomes(given: Any, num: int) -> np.ndarray:
-    """[N] outcomes of so many configurations, from any array of N numbers.
+    """[N] outcomes of N configurations, NaN if a trial failed, from any array of N numbers.
 
     Args:
-      given: a number each, [N] or [N, 1]; what is not finite has failed, and None, too.
-      num: N.
+      given: [N] or [N, 1] outcomes; None and non-finite numbers are failures.
+      num: N, the number of configurations.
+
+    Returns:
+      [N] finite numbers or NaN.
 
     Raises:
-      ValueError: it is something else, or of another length.
+      ValueError: if `given` is anything else, or has another length.
     """
     try:
         y = np.asarray(given, float)
@@ -86,17 +92,18 @@ def as_outcomes(given: Any, num: int) -> np.ndarray:
 
 
 class TriedConfiguration(NamedTuple):
-    """One trial of the new task; `tried_configuration` makes one.
+    """One trial of the new task; `tried_configuration` constructs it.
 
     Attributes:
       x: [D] the encoded configuration.
-      outcomes: by fidelity, to six digits; NaN where the trial failed. Of a pruned trial, what it had reached, by the
-        fidelity asked for.
-      log_costs: of the full budget, as each fidelity says it; NaN where it does not.
-      log_cost: the first one that is known, or NaN.
-      given_up: whether it was pruned at its largest fidelity. It counts as no better than the best trial that was not.
-      reached: the largest fidelity that has an outcome; NaN where none has.
-      last: the outcome there; NaN where the trial failed, then or later.
+      outcomes: fidelity, rounded to six digits -> outcome, NaN if the trial failed. The outcome of a pruned trial is
+        the one that it had reached, under the fidelity that was asked for.
+      log_costs: fidelity -> logarithm of the cost of the full budget, estimated at this fidelity; NaN if unknown.
+      log_cost: the first of them that is known, or NaN.
+      given_up: whether the trial was pruned at its largest fidelity. It then counts as no better than the best trial
+        that was not pruned.
+      reached: the largest fidelity that has a finite outcome; NaN if there is none.
+      last: the outcome at `reached`; NaN if the trial failed at its largest fidelity.
     """
 
     x: np.ndarray
@@ -109,13 +116,13 @@ class TriedConfiguration(NamedTuple):
 
 
 class Told(NamedTuple):
-    """All trials of a new task, few of whose configurations are looked at.
+    """All ended trials of a new task; their configurations are encoded only when needed.
 
     Attributes:
-      y: [N] outcomes that stand beside one another, NaN where a trial has none.
-      given_up: [N] whether it was pruned.
-      log_cost: [N] of the full budget, NaN where it is not known.
-      x: i -> [D] the encoded configuration.
+      y: [N] comparable outcomes, NaN if a trial has none.
+      given_up: [N] whether the trial was pruned.
+      log_cost: [N] logarithm of the cost of the full budget, NaN if unknown.
+      x: i -> [D] the encoded configuration of trial i.
       names: () -> the bytes of all encoded configurations.
     """
 
@@ -129,9 +136,9 @@ class Told(NamedTuple):
 def tried_configuration(
     x: np.ndarray, outcomes: dict[float, float], log_costs: dict[float, float] | None = None, given_up: bool = False
 ) -> TriedConfiguration:
-    """A trial with its largest fidelity looked up once, and not whenever something is asked for.
+    """Constructs a `TriedConfiguration`, and finds its largest fidelity once instead of at every call of `ask`.
 
-    What is not finite failed.
+    Non-finite outcomes count as failures.
     """
     if any(math.isinf(y) for y in outcomes.values()):
         outcomes = {fidelity: y if math.isfinite(y) else math.nan for fidelity, y in outcomes.items()}
@@ -144,17 +151,20 @@ def tried_configuration(
 
 
 def rounded_fidelity(fidelity: float) -> float:
-    """To six digits, and 1 where it is that but for rounding: float32 keeps 1/3 to 3e-8."""
+    """Rounds a fidelity to six digits, or to 1 if it is the full budget up to rounding: float32 has 1/3 to 3e-8."""
     return 1.0 if base.is_full_budget(fidelity) else float(f"{fidelity:.6g}")
 
 
 def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
-    """[N] outcomes that stand beside one another, of trials at several fidelities; NaN where a trial has none.
+    """[N] comparable outcomes of trials at several fidelities; NaN if a trial has no outcome.
 
-    A trial counts with its outcome at its largest fidelity, moved by the mean difference between that fidelity and
-    the next in trials that have been at both, step by step; where none has, by the difference of means. Of trials that
-    ended there, and of those that went further, the latest `MAX_TRIALS` are compared: what a fidelity costs does not
-    grow with N.
+    We take a trial's outcome at its largest fidelity. We shift it by the mean difference between this fidelity and a
+    larger one, over trials with outcomes at both. The larger one is the nearest of the next eight that shares trials
+    with it. The shift of the larger fidelity is added. If no trial has outcomes at both, we use the difference of the
+    means of this fidelity and the next larger one.
+
+    At each fidelity, we compare only the latest `MAX_TRIALS` trials that ended there, and the latest `MAX_TRIALS` that
+    went further. So the cost per fidelity does not grow with N.
     """
     reached, y = np.array([trial.reached for trial in tried]), np.array([trial.last for trial in tried])
     several = np.array([len(trial.outcomes) > 1 for trial in tried], bool)
@@ -169,7 +179,7 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
     for level, those in enumerate(by_fidelity if len(ended) else ()):
         fidelities.append(s := float(reached[those[0]]))
         both = np.sort(np.concatenate([those[-MAX_TRIALS:], further]))
-        # What went further, and has one outcome, has none here.
+        # A trial that went further and has only one outcome has no outcome at this fidelity.
         compared.append([tried[i].outcomes for i in both[several[both] | (reached[both] == s)].tolist()])
         further = both[-MAX_TRIALS:]
         for above in range(level - 1, max(level - _NEAREST, 0) - 1, -1):  # the nearest first
@@ -186,10 +196,11 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
 
 
 def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:
-    """[N] outcomes from the best one on (at least one is finite), at most `widest`, and the best one.
+    """Returns [N] distances from the best outcome, clipped at `widest`, and the best outcome; one must be finite.
 
-    An offset means nothing, and what diverged does not set the scale. Where half of all trials are beyond what earlier
-    tasks have seen, units are others, and the better half says what is far.
+    An offset of all outcomes has no meaning. Clipping keeps diverged trials from setting the scale. If half of the
+    outcomes are beyond `widest`, which earlier tasks set, the new task has other units. The limit is then four times
+    the median distance.
     """
     seen = y[np.isfinite(y)]
     low = float(seen.min())
@@ -198,7 +209,10 @@ def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:
 
 
 def best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
-    """Indices of at most `num` trials, in order: the best half, failures (NaN) up to a quarter, and the latest."""
+    """Indices of at most `num` trials, in order.
+
+    The best trials get half of the places, the latest failures (NaN) at most a quarter, and the latest trials the rest.
+    """
     if len(y) <= num:
         return np.arange(len(y))
     best = np.argsort(y, kind="stable")[: num // 2]
@@ -211,15 +225,17 @@ def best_and_latest(y: np.ndarray, num: int) -> np.ndarray:
 
 
 def farthest(x: np.ndarray, tried: np.ndarray) -> int:
-    """Which of P configurations is farthest from the nearest of N others: the next point of a maximin distance design
-    (Johnson, Moore and Ylvisaker 1990, "Minimax and maximin distance designs").
+    """Finds the one of P configurations that is farthest from the nearest of N others.
+
+    It is the next point of a maximin distance design (Johnson, Moore and Ylvisaker 1990, "Minimax and maximin distance
+    designs"). It takes memory O(P + N D) and time O(P N D).
 
     Args:
       x: [P, D] encoded configurations, finite.
-      tried: [N, D], at least one.
+      tried: [N, D] encoded configurations, at least one.
 
     Returns:
-      Its index, the first of those that are as far in float32. It takes memory O(P + N D), and time O(P N D).
+      The index in `x`; the first index if several distances are equal in float32.
     """
     from scipy.spatial.distance import cdist
 
@@ -229,9 +245,9 @@ def farthest(x: np.ndarray, tried: np.ndarray) -> int:
 
 
 def without_outliers(y: np.ndarray) -> np.ndarray:
-    """[N] outcomes, those far beyond three in four of all cut off, as `predictors.normalize` does for earlier tasks.
+    """[N] outcomes, clipped far above the third quartile, as `predictors.normalize` does for earlier tasks.
 
-    One of four may have diverged, and does not say how far: quartiles are outcomes, and not between them.
+    One trial of four may have diverged. Its outcome must not set the limit, so we do not interpolate the quartile.
     """
     finite = y[np.isfinite(y)]
     if len(finite) < 4:
@@ -241,19 +257,19 @@ def without_outliers(y: np.ndarray) -> np.ndarray:
 
 
 def shown_to_transformers(x: np.ndarray, y: np.ndarray, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x, y, mask) of at most `num` trials, NaN where one failed; what diverged does not set their scale."""
+    """(x, y, mask) of at most `num` trials, y is NaN if a trial failed; diverged trials do not set the scale."""
     keep = best_and_latest(y, num)
     return padded(x[keep], without_outliers(y)[keep])
 
 
 def padded(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x, y, mask) of trials at 16, 64, 256 ...: few programs are compiled."""
+    """(x, y, mask) of trials, padded to 16, 64, 256, ... rows, so that JAX compiles few programs."""
     size = 16
     while size < len(y):
         size *= 4
     pad = size - len(y)
     dtype = jnp.result_type(float)
-    # Padding lies far away, so that it is nobody's neighbor.
+    # Padding lies far away, so that no trial is near it.
     x = np.concatenate([x, 1e3 + np.arange(pad)[:, None] * np.ones(x.shape[1])[None]]) if pad else x
     return (
         jnp.asarray(x, dtype),

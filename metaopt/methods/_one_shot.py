@@ -1,4 +1,4 @@
-"""One-shot search: weights shared by all architectures, trained once, that any search may ask."""
+"""One-shot search: weights shared by all architectures, trained once, by which any search can score architectures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ from metaopt.methods._settings import with_settings
 
 
 class OneShot(NamedTuple):
-    """A supernet that any search may ask.
+    """A trained-once supernet, by which any search can score architectures.
 
     Attributes:
       train: `(key, data) -> params`.
       score: `(params, genotype, batch) -> []`, the loss of a genotype with the shared weights, smaller is better. It
-        normalizes by the batch, so compare genotypes on the same batch of many rows. To predict with one of them:
+        normalizes by the batch, so compare genotypes on the same batch of many rows. To predict with a genotype, use
         `trained_network(supernet, params, train, weights=nas.one_hot(network, genotype))`.
-      supernet: what is trained.
-      loop: the training itself, for runs that are stopped and go on, with checkpoints and a bar: `methods.train(loop,
-        data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
-      hyperparams: λ of the loop, which says what is drawn from.
-      settings: as of `Search`, for `methods.train`.
+      supernet: the network that is trained.
+      loop: the training loop, for runs that may be interrupted and continued, with checkpoints and a progress bar:
+        `methods.train(loop, data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
+      hyperparams: λ of the loop, from which architectures are drawn.
+      settings: as in `Search`, for `methods.train`.
     """
 
     train: Callable[[jax.Array, base.Data], base.Params]
@@ -46,26 +46,26 @@ def single_path_one_shot(
     optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
     sampler: inner.Sampler | None = None,
 ) -> OneShot:
-    """Single-path one-shot: weights shared by all architectures, one of which, drawn uniformly, trains in every step.
+    """Single-path one-shot: weights shared by all architectures; each step trains one, drawn uniformly.
 
-    There is no α: whatever searches a finite space then asks `score`.
+    The method has no α: any search over a finite space can use `score` afterwards.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      ops: of the space.
-      num_steps: of training.
+      network: the spec of the network to search.
+      in_shape: shape of one input.
+      ops: the ops of the space.
+      num_steps: training steps.
       loss: as for `architecture_search`.
-      decay: likewise.
-      optimizer: likewise.
-      sampler: likewise.
+      decay: as for `architecture_search`.
+      optimizer: as for `architecture_search`.
+      sampler: as for `architecture_search`.
 
     Returns:
-      A `OneShot`. Rows that are padding by "mask" [N] count in no loss and no normalization.
+      A `OneShot`. Rows that are padding by "mask" [N] do not enter the loss or the normalization.
 
     Raises:
-      ValueError: the spec and the shapes do not fit; `num_steps` is no integer of at least 1; `train` and `score`, of
-        data whose labels are no classes, where `loss` is the default.
+      ValueError: if the spec and the shapes do not fit, or if `num_steps` is not an integer of at least 1. `train` and
+        `score` raise it if `loss` is the default and labels of the data are not classes.
 
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """

@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners as searchers: TPE, and BOHB."""
+"""Searchers that use Optuna's samplers and pruners: TPE and BOHB."""
 
 import math
 import warnings
@@ -11,15 +11,15 @@ from metaopt import base, spaces, tasks
 
 
 class OptunaState(NamedTuple):
-    """Carried from one call to the next.
+    """State of the searcher, passed from one call to the next.
 
     Attributes:
-      study: Optuna's, which changes in place: a state is good for one call of `ask` or `tell`.
-      space: what is searched.
-      key: of the seeds of trials.
-      trials: Optuna's trial, by number, of what is asked for and has not ended.
-      num_asked: how many trials there are.
-      survivors: (number, index of its next fidelity) of trials that were not pruned, in the order in which to run them.
+      study: Optuna's study. It changes in place, so that a state is valid for only one call of `ask` or `tell`.
+      space: the search space.
+      key: the key of the trials' seeds.
+      trials: trial number -> Optuna's trial, for trials that were asked for and have not ended.
+      num_asked: number of trials.
+      survivors: (trial number, index of its next fidelity) of trials that were not pruned, in the order to run them.
       first: configurations to try before others.
     """
 
@@ -35,26 +35,27 @@ class OptunaState(NamedTuple):
 def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 10) -> base.Searcher:
     """Tree-structured Parzen estimators, by Optuna (extra `optuna`).
 
-    Densities of the good and the other configurations are estimated, jointly over the parameters of one branch of a
-    conditional space, and the next configuration maximizes their ratio. Trials that are still running count as bad
-    ones, so that a batch spreads out.
+    The method estimates one density of the good configurations and one of the others. Both are joint over the
+    parameters of one branch of a conditional space. The next configuration maximizes their ratio. Running trials count
+    as bad ones, so that a batch spreads out.
 
     Args:
-      first: configurations to try first; what they lack is at its default. By default, the space's default. What
-        others have tried, as far as it is told before it is asked for, is not tried again.
-        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
-      num_random: trials that are random, before there is a model.
+      first: configurations to try first, with missing values at their defaults. By default, the space's default. A
+        configuration is skipped if `tell` has received a full-budget record of it from another search.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were good on earlier
+        tasks.
+      num_random: number of random trials before the first model.
 
     Returns:
-      A searcher; its spaces are those of `spaces.to_optuna`. `tell` also takes records of trials that it never asked
-      for, which it learns from, unless they are out of the space or have failed. "COMPLETE" ones at the full budget
-      come first. Those at fidelities below 1 count as pruned trials do in Optuna: behind the complete ones, those
-      at larger fidelities first. "PRUNED" ones, which had got somewhere below the fidelity that they were asked for,
-      come last, in the order of their outcomes.
+      A searcher for the spaces that `spaces.to_optuna` supports. `tell` also accepts records of trials that the
+      searcher did not ask for. It learns from them, unless they failed or lie outside the space. "COMPLETE" records at
+      the full budget rank first. Records at fidelities below 1 count like pruned trials in Optuna: they rank behind the
+      complete ones, and larger fidelities rank higher. "PRUNED" records rank last, in the order of their outcomes,
+      since they belong to an unknown fidelity below the requested one.
 
     Raises:
-      ValueError: `num_random` is no integer of at least 0.
-      ImportError: when a search starts, Optuna is not installed.
+      ValueError: if `num_random` is not an integer of at least 0.
+      ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Bergstra et al., NeurIPS 2011, https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization;
     Optuna: Akiba et al., KDD 2019, https://arxiv.org/abs/1907.10902
@@ -71,27 +72,31 @@ def bohb(
 ) -> base.Searcher:
     """BOHB: configurations from TPE, budgets from Hyperband, both by Optuna (extra `optuna`).
 
-    A trial runs at fidelity η^(1 − `num_rungs`) first, η the reduction factor, and, as long as Hyperband's brackets do
-    not prune it, at η times as much, up to 1. So one trial has a record for each fidelity that it reached. As in
-    Optuna, pruning is asynchronous (a trial is compared with those that have been there before it), every bracket has a
-    model of its own, and trials of the brackets that prune late are run at the low fidelities, too. An objective that
-    resumes its own checkpoints (`tasks.collect(resumes=True)`) pays for none of that.
+    A trial first runs at fidelity η^(1 − `num_rungs`), where η is the reduction factor. While Hyperband's brackets do
+    not prune it, it continues at η times the fidelity, up to 1. So a trial has a record for each fidelity that it
+    reached.
+
+    As in Optuna, pruning is asynchronous: a trial is compared with the trials that reached the same fidelity before it.
+    Every bracket has its own model. Trials of brackets that prune late also run at the low fidelities. An objective
+    that resumes its own checkpoints (`tasks.collect(resumes=True)`) pays nothing extra for these runs.
 
     Args:
-      first: as for `tpe`.
-        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` begins with what earlier tasks say.
-      num_random: trials of each bracket that are random, before there is a model.
+      first: as for `tpe`. `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were
+        good on earlier tasks.
+      num_random: number of random trials of each bracket before its first model.
       reduction_factor: η, at least 2.
-      num_rungs: how many fidelities there are, at least 2: 1/27, 1/9, 1/3 and 1 by default.
+      num_rungs: number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
 
     Returns:
-      A searcher; its spaces are those of `spaces.to_optuna`. `tell` takes records of trials that it never asked for as
-      `tpe` does: each is known to the model of one bracket, at any fidelity, and prunes none of its own trials.
+      A searcher for the spaces that `spaces.to_optuna` supports. As for `tpe`, `tell` also accepts records of trials
+      that the searcher did not ask for. Each of them, at any fidelity, enters the model of one bracket. They do not
+      prune the searcher's own trials.
 
     Raises:
-      ValueError: an argument is no integer, or is too small; when a trial is told that was asked for, with its seed,
-        its fidelity is none of the searcher's.
-      ImportError: when a search starts, Optuna is not installed.
+      ValueError: if an argument is not an integer, or is too small.
+      ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the searcher's. A
+        trial is recognized by its number, configuration and seed.
+      ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
     """
@@ -115,7 +120,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
             ) from error
         seed_key, key = jax.random.split(key)
         seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
-        spaces.to_optuna(space)  # raises where it cannot
+        spaces.to_optuna(space)  # raises an error if Optuna does not support the space
         kwargs = {
             "n_startup_trials": num_random,
             "seed": seed,
@@ -126,7 +131,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(**kwargs)
-        # The name is part of what assigns a trial to a bracket.
+        # Optuna assigns a trial to a bracket by the study's name, among other things.
         kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
         study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
         whole = tuple(spaces.complete(space, c) for c in ([{}] if first is None else first))
@@ -135,7 +140,10 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
     seed_of = lambda state, number: int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
 
     def step_of(record) -> int:
-        """Their order is what counts: a pruned trial had got somewhere, and nothing says how far."""
+        """The step in Optuna; only the order of steps counts.
+
+        The step of a pruned trial is 0, since the fidelity that it reached is unknown.
+        """
         budget = round(1 / fidelities[0]) if len(fidelities) > 1 else 1000
         return 0 if record.status == "PRUNED" else max(1, round(budget * record.fidelity))
 
@@ -170,14 +178,14 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
         from optuna.trial import TrialState
 
         survivors, trials = list(state.survivors), dict(state.trials)
-        # Another search numbers its trials from 0, too: by its configuration a record is known as one's own.
+        # Other searches also number their trials from 0, so we also compare the configuration.
         own = lambda r: r.trial in trials and _same(r.configuration, spaces.suggest(trials[r.trial], state.space))
-        ended = [record for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]  # others go on
-        # Optuna refuses NaN with a warning, and takes −∞ for the best outcome.
+        ended = [record for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]  # others still run
+        # Optuna rejects NaN with a warning, and would take −∞ as the best outcome.
         lost = lambda record: record.status == "COMPLETE" and not math.isfinite(record.outcome)
         ended = [record._replace(status="FAIL") if lost(record) else record for record in ended]
         for record in ended:
-            if len(fidelities) > 1 and record.status != "FAIL" and own(record):  # before the study changes
+            if len(fidelities) > 1 and record.status != "FAIL" and own(record):  # raise before the study changes
                 base.rung_of(fidelities, record, own=record.seed == seed_of(state, record.trial))
         left = tasks.untried(state.first, records, state.num_asked)
         for record in ended:
@@ -187,11 +195,11 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
                 _add(state.study, state.space, record, step_of(record))
                 continue
             trial = trials[record.trial]
-            if not at_rung:  # `asha` asked for less
+            if not at_rung:  # `asha` asked for a lower fidelity
                 if math.isfinite(record.outcome):
                     trial.report(record.outcome, step=step_of(record))
                 state.study.tell(trial, state=TrialState.PRUNED)
-                del trials[record.trial]  # at the next fidelity it is another trial of the study
+                del trials[record.trial]  # its next fidelity becomes another trial of the study
                 continue
             if record.status == "FAIL":
                 state.study.tell(trial, state=TrialState.FAIL)
@@ -203,7 +211,7 @@ def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
                 if not trial.should_prune():
                     survivors.append((record.trial, rung + 1))
                     continue
-            elif record.status == "PRUNED":  # of BOHB's, it has been at all budgets before this one
+            elif record.status == "PRUNED":  # a trial of BOHB has completed all lower budgets, so its rung is known
                 step = round(record.fidelity / fidelities[0]) if len(fidelities) > 1 else step_of(record)
                 trial.report(record.outcome, step=step)
             whole = record.status == "COMPLETE" and rung + 1 == len(fidelities)
@@ -223,7 +231,7 @@ def _same(configuration, other) -> bool:
 
 
 def _add(study, space, record: base.Record, step: int) -> None:
-    """A trial that was not asked for: another search's, or an earlier one's; or one's own at another fidelity."""
+    """Adds a trial that was not asked for: of another or an earlier search, or of this one at another fidelity."""
     import optuna
 
     if record.status == "FAIL" or not math.isfinite(record.outcome):
@@ -240,13 +248,13 @@ def _add(study, space, record: base.Record, step: int) -> None:
             value=record.outcome if whole else None,
             intermediate_values=None if whole else {step: record.outcome},
         )
-    except ValueError:  # of another range, or with a label that is not known
+    except ValueError:  # a number out of range, or an unknown label
         return
     study.add_trial(trial)
 
 
 def _quietly(optuna, fn):
-    """Without a line on standard error for every study."""
+    """Calls `fn` without Optuna's log line on standard error for every new study."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

@@ -1,11 +1,13 @@
-"""The result of a search, trained from scratch, and how far the search's own figures are from that.
+"""Trains the result of a search from scratch, and compares its accuracy with the search's own accuracies.
 
     α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train`--> a state
       --`Retraining.finish`--> a `TrainedNetwork`, which predicts
 
-Three accuracies belong to every searched architecture: of the supernet with the mixing weights that it was read from,
-of the architecture with the supernet's weights (one-hot mixing weights), and of the architecture trained alone.
-`search_report` sets them side by side.
+Every searched architecture has three accuracies, which `search_report` compares:
+
+- of the supernet with the mixing weights that the architecture was decoded from,
+- of the architecture with the supernet's weights (one-hot mixing weights),
+- of the architecture trained from scratch.
 """
 
 import math
@@ -26,13 +28,14 @@ Augmentation = Callable[[jax.Array, jax.Array], jax.Array]  # key, x -> x
 
 
 class Retraining(NamedTuple):
-    """How a network is trained alone.
+    """The training of one network from scratch.
 
     Attributes:
-      loop: without hyperparameters (λ is None): `inner.run(loop, num_steps)`, or `train`, which can be continued.
-      finish: `(state, data) -> TrainedNetwork` of a state of the loop and its training data: the network that predicts,
-        normalized by statistics of training rows, without dropped edges or the auxiliary head. `save_trained_network`
-        writes it.
+      loop: an inner loop without hyperparameters (λ is None). Run it by `inner.run(loop, num_steps)`, or by `train`,
+        which can continue after an interruption.
+      finish: `(state, data) -> TrainedNetwork`, from a state of the loop and its training data. The result predicts
+        with normalization by statistics of training rows, without dropped edges or the auxiliary head.
+        `save_trained_network` writes it.
       num_steps: the number of steps that the schedules are made for.
     """
 
@@ -58,41 +61,41 @@ def retraining(
     clip: float = 5.0,
     loss: Callable = nas.cross_entropy,
 ) -> Retraining:
-    """The standard recipe by which found architectures are compared, DARTS's: 600 epochs of 20 cells with 36 channels.
+    """The standard recipe for comparing searched architectures, from DARTS: 600 epochs of 20 cells with 36 channels.
 
-        g = loss(network) + `auxiliary` · loss(auxiliary head)
-        SGD with momentum on g's gradient, clipped by its norm, plus decay · θ; rate_t = rate (1 + cos(π t / T)) / 2
-        an edge is dropped with probability drop_path · t / T, of each example
+        ℓ = loss(network) + `auxiliary` · loss(auxiliary head)
+        SGD with momentum on ℓ's gradient, clipped by its norm, plus decay · θ; rate_t = rate (1 + cos(π t / T)) / 2
+        for each example, an edge is dropped with probability drop_path · t / T
 
     The auxiliary head reads the last layer that has a stride. Two things differ from the published code: schedules
-    count steps and not epochs, and normalization has no scale and shift, so expect slightly less than published
-    numbers. Training normalizes by the batch; `finish` fixes statistics of training rows to predict with.
+    count steps instead of epochs, and normalization has no scale and shift. Expect slightly lower accuracies than the
+    published ones. Training normalizes by the batch; `finish` computes statistics of training rows for predictions.
 
     Args:
       network: a discrete network (`nas.discrete`).
       in_shape: shape of one input.
       ops: the ops of the space.
       num_steps: T.
-      batch_size: rows of data {"x": [N, *in_shape], "y": [N]} in a batch. With "mask" [N] padding is not drawn.
-        Integers as "x" are the same numbers as floats: scale images of 0..255 yourself.
-      augment: functions `(key, x) -> x` of a batch's x (floats), applied in order; the published ones are
-        `nas.crop_and_flip(4)` and `nas.cutout(16)` for 32 × 32. Predictions do not apply them.
-      drop_path: the probability at the end, in [0, 1). 0 if a cell has only one edge, as those of NAS-Bench-Macro.
+      batch_size: rows of data {"x": [N, *in_shape], "y": [N]} in a batch. If the data have "mask" [N], padding is not
+        drawn. Integers in "x" are converted to floats without scaling: scale images of 0..255 yourself.
+      augment: functions `(key, x) -> x` of a batch's x (floats), applied in order. The published ones are
+        `nas.crop_and_flip(4)` and `nas.cutout(16)` for 32 × 32 images. Predictions do not apply them.
+      drop_path: the probability at the end, in [0, 1). It must be 0 if a cell has only one edge, as in NAS-Bench-Macro.
       auxiliary: weight of the auxiliary head; 0 leaves it out.
       auxiliary_widths: as for `nas.auxiliary_head`.
-      rate: at the start.
-      momentum: of SGD.
-      decay: of the weights.
+      rate: SGD's rate at the start.
+      momentum: SGD's momentum.
+      decay: weight decay of the weights.
       clip: largest norm of the gradient.
       loss: `(outputs, batch) -> []`.
 
     Returns:
-      A `Retraining`. The example of `search_report` goes from the search to predictions.
+      A `Retraining`. The example of `search_report` shows all steps from the search to predictions.
 
     Raises:
-      ValueError: if the network has mixing weights left or is one of sizes (`nas.conv_net_space`), no layer has a
-        stride for the auxiliary head, a number is out of range, or a cell has only one edge and `drop_path` is not 0.
-        The loop raises it if labels that are not traced are not classes and `loss` is the default.
+      ValueError: if the network still has mixing weights, or is a network of sizes (`nas.conv_net_space`). Also if no
+        layer has a stride for the auxiliary head, if a number is out of range, or if a cell has only one edge and
+        `drop_path` is not 0. The loop raises it if `loss` is the default and untraced labels are not classes.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
@@ -174,24 +177,24 @@ def train(
     settings: Mapping[str, Any] | None = None,
     compilation_cache: str | os.PathLike | None = None,
 ) -> tuple[base.InnerState, np.ndarray]:
-    """Trains an inner loop step by step on the host: `inner.run` for runs of hours, which are stopped and continued.
+    """Trains an inner loop step by step on the host: `inner.run` for long runs that may be interrupted and continued.
 
-    This is `training.fit` of a rule whose λ has no effect, and progress, checkpoints and signals are those of `fit`:
-    Ctrl-C or SIGTERM ends the training after the current step. Half-trained parameters are never returned, and a loop
-    over architectures ends too. The numbers are those of `inner.run`, to rounding, with `jax.random.split(key)`'s first
-    key.
+    It calls `training.fit` with a rule whose λ has no effect. Progress, checkpoints and signals work as in `fit`:
+    Ctrl-C or SIGTERM ends the training after the current step. It then raises, so half-trained parameters are never
+    returned, and a loop over architectures ends too. The result equals, to rounding, that of `inner.run` with the first
+    key of `jax.random.split(key)`.
 
     Args:
       loop: the inner loop.
       data: its training data.
-      num_steps: steps in all, those before an interruption included.
-      key: what everything random follows from.
+      num_steps: total number of steps, including the steps before an interruption.
+      key: the source of all randomness.
       hyperparams: λ, constant, a tree of arrays; None if the loop has none.
-      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss. Training goes on if it is not
-        finite, as in `inner.run`: stop it here.
-      progress: as for `training.fit`: None reports by a bar in a terminal, and by lines elsewhere.
-      checkpoint_dir: the folder for checkpoints, one for each training; None keeps none.
-      checkpoint_every: steps between checkpoints. They hold no data.
+      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss. Training continues after a
+        non-finite loss, as in `inner.run`: use the callback to stop it.
+      progress: as for `training.fit`: None shows a bar in a terminal, and prints lines elsewhere.
+      checkpoint_dir: the folder for checkpoints; each training needs its own. None writes no checkpoints.
+      checkpoint_every: steps between checkpoints. Checkpoints do not contain the data.
       settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`.
       compilation_cache: as for `training.fit`: a folder in which JAX keeps compiled programs.
 
@@ -201,17 +204,17 @@ def train(
     Raises:
       KeyboardInterrupt: if SIGINT arrived; with `checkpoint_dir`, the same call continues. The exception's `result` is
         the partial `FitResult`, whose `state.estimator_state` is the inner state.
-      SystemExit: likewise for SIGTERM, with status 143.
+      SystemExit: the same for SIGTERM, with status 143.
       ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
-        of a `retraining`; if `checkpoint_dir` is in use, cannot be written to, or holds another run: of another key,
+        of a `retraining`. Also if `checkpoint_dir` is in use, cannot be written to, or holds another run: another key,
         other data, another λ, another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
-    # `fit` traces the data, and the values of traced labels cannot be checked: let `init` see the arrays once.
+    # `fit` traces the data, and the values of traced labels cannot be checked. So let `init` see the arrays once.
     arrays = jax.tree.map(jnp.asarray, (hyperparams, data))
     jax.eval_shape(lambda key: loop.init(key, *arrays), init_key)
 
-    # The loop's λ comes with the data; the rule's own λ is a number without an effect.
+    # The loop's λ comes with the data; the rule's own λ is a number without effect.
     def init(key, hyperparams, task):
         return loop.init(init_key, task["hyperparams"], task["data"])
 
@@ -220,7 +223,7 @@ def train(
         loss = jax.value_and_grad(loop.loss, has_aux=True)
         (value, model_state), grads = loss(loop.params(state), task["hyperparams"], batch, context)
         state = loop.update(state, grads, model_state, task["hyperparams"])
-        # A value that is not finite would end the task, and training would start again.
+        # A non-finite value would end the task, and training would start again.
         finite = jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)
         return base.Estimate(finite, jnp.zeros_like(hyperparams), jnp.array(False), {"loss": value}), state
 
@@ -241,18 +244,19 @@ def train(
     return result.state.estimator_state, result.history.get("loss", np.zeros(0))
 
 
-# ---- Search time against stand-alone --------------------------------------------------------------------------------
+# ---- Scores of the search against training from scratch ------------------------------------------------------------
 
 
 class ArchitectureScores(NamedTuple):
-    """Accuracies of one architecture, on the same rows, each in [0, 1] and not in %, as `TrainedNetwork.accuracy`.
+    """Accuracies of one architecture on the same rows, each in [0, 1], as from `TrainedNetwork.accuracy`.
 
     Attributes:
-      name: what it is called.
-      inherited: with the supernet's weights (one-hot mixing weights).
-      retrained: trained alone, one for each seed.
-      mixed: of the supernet with the mixing weights that it was read from; NaN where it was not searched for. Where one
-        op an edge was trained (GDAS) this takes a `nas.supernet` of the same spec without `single_path`.
+      name: the architecture's name.
+      inherited: accuracy with the supernet's weights (one-hot mixing weights).
+      retrained: accuracies after training from scratch, one per seed.
+      mixed: accuracy of the supernet with the mixing weights that the architecture was decoded from; NaN if it does
+        not come from a search. If only one op per edge was trained (GDAS), compute it with a `nas.supernet` of the
+        same spec without `single_path`.
     """
 
     name: str
@@ -262,15 +266,15 @@ class ArchitectureScores(NamedTuple):
 
 
 class SearchReport(NamedTuple):
-    """What `search_report` found.
+    """The result of `search_report`.
 
     Attributes:
-      correlation: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures; NaN of
-        one alone, and where one side is constant.
-      interval: its 95 % interval; NaN of fewer than five architectures.
-      discretization_gap: the mean of mixed − inherited, over architectures that were searched for.
-      evaluation_gap: the mean of retrained − inherited, over all.
-      text: all of it as a table in Markdown.
+      correlation: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures. It is
+        NaN for a single architecture, and if one side is constant.
+      interval: its 95 % interval; NaN for fewer than five architectures.
+      discretization_gap: the mean of mixed − inherited, over architectures with a finite `mixed`.
+      evaluation_gap: the mean of retrained − inherited, over all architectures.
+      text: the whole report as a table in Markdown.
     """
 
     correlation: float
@@ -281,23 +285,23 @@ class SearchReport(NamedTuple):
 
 
 def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
-    """Whether a search's own figures say which architecture is good: their ranks against those of trained ones.
+    """Compares the search's ranking of architectures with their ranking after training from scratch.
 
         interval = tanh(artanh ρ ± 1.96 √((1 + ρ²/2) / (n − 3)))
 
     Args:
-      scores: at least one. Of one alone there are no ranks, and the gaps are what is told.
+      scores: at least one. A single architecture has no ranks: the report then shows only the gaps.
 
     Returns:
       A `SearchReport`.
 
     Raises:
-      ValueError: there is none, one has no `retrained`, or an accuracy is not in [0, 1].
+      ValueError: if `scores` is empty, if an entry has no `retrained`, or if an accuracy is not in [0, 1].
 
     Source: Bonett & Wright, Psychometrika 65, 2000, for the interval; Yu et al., ICLR 2020,
     https://arxiv.org/abs/1902.08142, for the question
 
-    All that comes after a search, of the smallest sizes:
+    A small example of all steps after a search:
 
     >>> import jax, numpy as np, optax
     >>> from metaopt import base, methods, nas, training
@@ -314,7 +318,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     >>> alpha = search.found(result)
     >>> genotype = search.genotype(alpha)  # `nas.genotype_to_json` keeps it
 
-    Trained from scratch (without the auxiliary head, since no layer has a stride):
+    Train from scratch (without the auxiliary head, because no layer has a stride):
 
     >>> small = nas.discrete(network, genotype)
     >>> alone = methods.retraining(small, (3,), ops=nas.BLOCKS, num_steps=20, batch_size=16, auxiliary=0)
@@ -326,7 +330,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     >>> trained.predict(x[:1]).shape
     (1,)
 
-    The three accuracies (a real search judges by rows of a third part, which neither has seen):
+    The three accuracies (a real evaluation uses a third part of the rows, which neither search nor training has seen):
 
     >>> shared = result.state.estimator_state.inner.params  # the supernet's weights
     >>> supernet = lambda weights: methods.trained_network(search.supernet, shared, task.train, weights=weights)
@@ -349,7 +353,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
         )
     for score in scores:
         for value in (score.inherited, score.mixed, *score.retrained):
-            if value < 0 or value > 1 + 1e-6:  # NaN is none
+            if value < 0 or value > 1 + 1e-6:  # False for NaN, which is allowed
                 raise ValueError(
                     f"Accuracies must be in [0, 1], as `TrainedNetwork.accuracy`; got {value} of {score.name!r}. "
                     "Divide those in % by 100."

@@ -1,4 +1,4 @@
-"""What a search was made with, as JSON has it: what checkpoints are known by."""
+"""The settings of a search as JSON values, by which checkpoints are recognized."""
 
 import dataclasses
 import functools
@@ -22,16 +22,17 @@ S = TypeVar("S")
 
 
 def plain(value: Any, depth: int = 12) -> Any:
-    """A value as JSON has it.
+    """Converts a value to JSON types.
 
-    A function is its name, the values that it encloses and the defaults of its arguments; a method its object besides,
-    and a dataclass its fields; an array of more than 100 entries its shape and a checksum; what else JSON has not, and
-    what lies deeper than `depth`, the name of its type. So what a factory was given is told (`nas.softmax(2.0)`,
-    `optax.linear_schedule(1, 0, 50)`), and a number that is written in a function's body is not.
+    A function becomes its name, the values that it encloses and the defaults of its arguments. A method also has its
+    object, and a dataclass its fields. An array of more than 100 entries becomes its shape and a checksum. Any other
+    value that JSON does not have, or that lies deeper than `depth`, becomes the name of its type. The arguments of
+    a factory are therefore recorded (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`). A number that is written
+    in a function's body is not.
     """
     if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
         if isinstance(value, jax.Array) and (value.is_deleted() or not value.is_fully_addressable):
-            value = f"{value.shape}, {value.dtype}"  # nothing can be read here
+            value = f"{value.shape}, {value.dtype}"  # the entries cannot be read here
         elif jnp.issubdtype(value.dtype, np.number) or value.dtype == bool:
             array = np.asarray(value)
             value = array.tolist() if array.size <= 100 else f"{array.shape}, checksum {zlib.crc32(array.tobytes())}"
@@ -46,7 +47,7 @@ def plain(value: Any, depth: int = 12) -> Any:
         return {str(inside(name)): inside(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
         return [inside(x) for x in value]
-    if inspect.ismethod(value):  # before what is jitted: a method has what its function has
+    if inspect.ismethod(value):  # before jitted functions: a method has the attributes of its function
         return inside([value.__func__, value.__self__])
     if callable(value) and hasattr(value, "__wrapped__"):  # jitted
         return inside(inspect.unwrap(value))
@@ -54,26 +55,26 @@ def plain(value: Any, depth: int = 12) -> Any:
         return inside([value.func, value.args, value.keywords])
     if inspect.isfunction(value):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        enclosed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # not yet assigned
+        enclosed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # skips unassigned
         defaults = {f"default {i}": x for i, x in enumerate(value.__defaults__ or ())} | (value.__kwdefaults__ or {})
         return {f"{value.__module__}.{value.__qualname__}": inside(enclosed | defaults)}
     if dataclasses.is_dataclass(value) and not inspect.isclass(value):
-        fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]  # not yet assigned
+        fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]  # skips unassigned
         return {type(value).__name__: inside({name: getattr(value, name) for name in fields})}
     return type(value).__name__
 
 
 def of_network(network: nas.Space) -> dict[str, Any]:
-    """A spec as JSON has it."""
+    """Converts a spec to JSON types."""
     return json.loads(nas.to_json(network))
 
 
 def with_settings(method: Callable[P, S]) -> Callable[P, S]:
-    """The same method, whose result has its name, the network and all that it was given as `settings`, but for `ops`.
+    """Wraps a method: its result's `settings` then have the method's name, the network and all arguments except `ops`.
 
-    Of methods that call one another the outermost one is named, and what the inner ones were given, defaults included,
-    counts before what it was given itself: so a default that is written out changes nothing. What a method has put
-    into the settings of its result counts before its arguments.
+    If methods call one another, the outermost one is named. The arguments of the inner methods, defaults included,
+    override the arguments of the outer one, so writing out a default changes nothing. Settings that a method has
+    already put into its result override its arguments.
     """
     signature = inspect.signature(method)
 
@@ -85,7 +86,7 @@ def with_settings(method: Callable[P, S]) -> Callable[P, S]:
         given = {name: x for name, x in bound.arguments.items() if name not in ("network", "ops", "options")}
         told = {"method": "", **{name: plain(x) for name, x in given.items()}, **result.settings}
         network = told.pop("network", None) or of_network(bound.arguments["network"])
-        # A checkpoint is refused by the first that differs: the whole network is the last.
+        # The error about a checkpoint names the first setting that differs, so the whole network comes last.
         return result._replace(settings={**told, "method": method.__name__, "network": network})
 
     return made

@@ -2,14 +2,16 @@
 
     state, losses = train(made.loop, data, ...)
     network = made.finish(state, data)         # or `trained_network(supernet, params, data)`
-    network.predict(x)                         # one image, or any number of rows
+    network.predict(x)                         # a batch of one row, or of any number of rows
     save_trained_network(path, network)        # `load_trained_network(path, ops=...)` reads it
 
-Training normalizes by the batch. A prediction must not: the answer for a row would depend on the other rows of the
-batch. After training the moments of every normalization are therefore computed over training rows, all of them as one
-batch, and kept. These statistics, and not running averages of training, because they are exact after any number of
-steps, because they hold for any mixing weights of a supernet (whose weights have no one running average), and because
-training carries no further state.
+Training normalizes by the batch. A prediction must not do so: the answer for a row would depend on the other rows of
+the batch. After training, the moments of every normalization are therefore computed over training rows, as one batch,
+and stored. There are three reasons to prefer these statistics to running averages of training:
+
+- they are exact after any number of steps;
+- they hold for any mixing weights of a supernet, while no single running average does;
+- training carries no additional state.
 """
 
 import json
@@ -26,18 +28,18 @@ from metaopt.methods._meta_files import _arrays, _encode, _read, _write, check_s
 
 _FORMAT = "metaopt.trained_network"
 _VERSION = 1
-_BATCH = 256  # rows that are predicted at once
+_BATCH = 256  # rows per prediction batch
 
 
 class TrainedNetwork(NamedTuple):
-    """A network whose answer for a row depends on this row only; `trained_network` makes it.
+    """A network whose output for a row depends only on this row; `trained_network` makes it.
 
     Attributes:
-      supernet: of the network's spec.
-      params: its weights.
-      weights: mixing weights of a supernet, kind -> [edges, ops]; None of a discrete network.
+      supernet: the `nas.supernet` of the network's spec.
+      params: the network's weights.
+      weights: mixing weights of a supernet, kind -> [edges, ops]; None for a discrete network.
       statistics: mean and variance of every normalization, over training rows.
-      outputs: `(x) -> [N, num_outputs]`, such as logits, of x [N, *in_shape] with any N, on the host.
+      outputs: `(x) -> [N, num_outputs]`, such as logits, for x [N, *in_shape] with any N, on the host.
     """
 
     supernet: nas.Supernet
@@ -47,13 +49,13 @@ class TrainedNetwork(NamedTuple):
     outputs: Callable[[Any], np.ndarray]
 
     def predict(self, x: Any) -> np.ndarray:
-        """The classes of rows: the index of the largest output.
+        """Predicts the class of each row: the index of the largest output.
 
         Args:
-          x: [N, *in_shape]. Of one image that is `image[None]`.
+          x: [N, *in_shape]. For one image, pass `image[None]`.
 
         Returns:
-          [N] integers; [N, positions...] of a network that is not pooled.
+          [N] integers; [N, positions...] for a network without pooling.
 
         Raises:
           ValueError: if x has another shape, or an output is NaN.
@@ -68,18 +70,18 @@ class TrainedNetwork(NamedTuple):
         return outputs.argmax(-1)
 
     def accuracy(self, data: Mapping[str, Any]) -> float:
-        """The share of rows whose class is right.
+        """Returns the share of rows with a correct prediction.
 
         Args:
-          data: {"x" [N, *in_shape], "y"}; labels are integers or booleans, shaped as the outputs without their last
-            axis. With "mask" [N] only real rows count; with "class_mask" [C] the class is the best of the real ones.
+          data: {"x" [N, *in_shape], "y"}. Labels are integers or booleans, shaped like the outputs without their last
+            axis. With "mask" [N], only real rows count. With "class_mask" [C], only real classes can be predicted.
 
         Returns:
           In [0, 1]. A row with a NaN among its outputs counts as wrong.
 
         Raises:
-          ValueError: if x and y have different numbers of rows, y has another type or shape, "mask" is not [N] or has
-            no real row, "class_mask" is not [C], or a label is not a class.
+          ValueError: if x and y have different numbers of rows, or if y has another type or shape. Also if "mask" is
+            not [N] or has no real row, if "class_mask" is not [C], or if a label is not a class.
         """
         rows = _real_rows(data)
         x, y = np.asarray(data["x"]), np.asarray(data["y"])
@@ -104,9 +106,9 @@ def trained_network(
     weights: Mapping[str, Any] | None = None,
     num_rows: int = 1_024,
 ) -> TrainedNetwork:
-    """Fixes the statistics that a trained network normalizes by, so that it can predict.
+    """Computes the statistics that a trained network normalizes by, so that it can predict.
 
-        mean, variance = moments of each normalization's input over training rows, all of them as one batch
+        mean, variance = moments of each normalization's input over training rows, taken as one batch
 
     The rows are not augmented, and no edges are dropped. A network without normalization has no statistics.
 
@@ -115,18 +117,18 @@ def trained_network(
       params: its trained weights.
       data: the training data, {"x": [N, *in_shape]}; with "mask" [N] only real rows are used.
       weights: mixing weights of a supernet: `search.weights(alpha)`, or `nas.one_hot(network, genotype)` for one
-        architecture with the supernet's weights. None of a discrete network.
-      num_rows: R, how many training rows enter the statistics, at least 2. If there are more, R of them are drawn,
-        always the same ones. Their standard error is about 1/√R of a channel's deviation, less if there are positions.
-        Memory is that of one forward pass of R rows.
+        architecture with the supernet's weights. None for a discrete network.
+      num_rows: R, the largest number of training rows used for the statistics, at least 2. If there are more rows, R
+        of them are drawn, always the same ones. The standard error of the means is about 1/√R of a channel's standard
+        deviation, and less if there are positions. It takes the memory of one forward pass of R rows.
 
     Returns:
       A `TrainedNetwork`.
 
     Raises:
-      ValueError: if `data` is not a dict with "x", there are fewer than two real rows, `num_rows < 2`, the supernet is
-        `single_path` and `weights` are not one-hot, or an op computes over the batch by itself (instead of by
-        `nas.normalized`), so that the answer for a row still depends on the others.
+      ValueError: if `data` is not a dict with "x", if there are fewer than two real rows, or if `num_rows < 2`. Also if
+        the supernet is `single_path` and `weights` are not one-hot. Also if an op computes over the batch without
+        `nas.normalized`, so that the output for a row still depends on the other rows.
 
     Sources: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420 (statistics of each architecture in a supernet);
       Wu & Johnson, 2021, https://arxiv.org/abs/2105.07576, Sec. 3 (statistics of training rows or running averages)
@@ -147,7 +149,7 @@ def trained_network(
     if len(rows) > num_rows:
         rows = np.sort(rows[np.asarray(jax.random.permutation(jax.random.key(0), len(rows))[:num_rows])])
     x = np.asarray(data["x"])[rows]
-    jax.eval_shape(lambda x: supernet.statistics(params, weights, x), x)  # with mixing weights that can be checked
+    jax.eval_shape(lambda x: supernet.statistics(params, weights, x), x)  # checks mixing weights, which jit would trace
     statistics = jax.jit(inner.im2col(supernet.statistics, only_on_cpu=True))(params, weights, x)
     network = _network(supernet, params, weights, statistics)
     _check_independent(network, x[:_BATCH])
@@ -159,7 +161,7 @@ def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) 
 
     Args:
       path: the file.
-      network: from `trained_network`, or `finish` of `retraining`. Its ops are functions and are not in the file.
+      network: from `trained_network`, or from `finish` of `retraining`. Its ops are functions and are not saved.
 
     Raises:
       ValueError: if a weight is not finite.
@@ -175,7 +177,7 @@ def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) 
     }
     leaves = _arrays("params", network.params) | _arrays("statistics", network.statistics)
     leaves |= _arrays("weights", network.weights)
-    # The format has no bfloat16; every such number is one of float32.
+    # The format has no bfloat16; float32 represents every bfloat16 number.
     arrays = {k: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None) for k, x in leaves.items()}
     try:
         _check_finite(arrays)
@@ -185,18 +187,18 @@ def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) 
 
 
 def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, nas.Op]) -> TrainedNetwork:
-    """Reads what `save_trained_network` wrote. Nothing in the file is executed.
+    """Reads a file that `save_trained_network` wrote. Nothing in the file is executed.
 
     Args:
       path: the file.
-      ops: the ops that the network was built with, such as `nas.DARTS_OPS`; {} of a network of sizes.
+      ops: the ops that the network was built with, such as `nas.DARTS_OPS`; {} for a network of sizes.
 
     Returns:
-      A `TrainedNetwork` with the outputs of the one that was saved, to rounding.
+      A `TrainedNetwork` with the same outputs as the saved one, to rounding.
 
     Raises:
-      ValueError: if the file is of another kind or a newer version, `ops` lacks an op of the network, or the arrays do
-        not fit the network and these ops.
+      ValueError: if the file is of another kind or a newer version, if `ops` lacks an op of the network, or if the
+        arrays do not fit.
     """
     built: list[Any] = []
 
@@ -215,7 +217,7 @@ def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, nas.
 
 
 def _templates(header: dict[str, Any], specs: Mapping[str, Any], ops: Mapping[str, nas.Op]) -> tuple[nas.Supernet, Any]:
-    """The supernet, and the shapes of its arrays; ValueError unless those of the file have them."""
+    """Returns the supernet and the shapes of its arrays; raises ValueError if the arrays of the file do not match."""
     options = {name: header[name] for name in ("single_path", "partial")}
     network, in_shape = nas.from_json(json.dumps(header["network"])), tuple(header["in_shape"])
     supernet = nas.supernet(network, in_shape, ops=ops, **options)
@@ -239,7 +241,7 @@ def _network(supernet, params, weights, statistics) -> TrainedNetwork:
         x, parts = np.asarray(x), []
         for start in range(0, max(len(x), 1), _BATCH):
             part = x[start : start + _BATCH]
-            # Of few sizes, since every size is compiled.
+            # Rounds up to a power of two, because every new size is compiled.
             size = 1 << max(len(part) - 1, 0).bit_length()
             padded = np.concatenate([part, np.zeros((size - len(part), *x.shape[1:]), x.dtype)])
             parts.append(np.asarray(run((params, weights, statistics), padded))[: len(part)])
@@ -249,13 +251,13 @@ def _network(supernet, params, weights, statistics) -> TrainedNetwork:
 
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
-    """Indices of the rows that are not padding."""
+    """Returns the indices of the rows that are not padding."""
     mask = nas.row_mask(data)
     return np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
 
 
 def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
-    """ValueError if the outputs of every other row change where the rows between are blank."""
+    """Raises ValueError if the outputs of the even rows change when the odd rows are set to zero."""
     others = np.arange(len(x)) % 2 == 1
     blank = np.where(others.reshape(-1, *[1] * (x.ndim - 1)), np.zeros_like(x), x)
     before, after = (network.outputs(rows)[~others] for rows in (x, blank))
@@ -267,7 +269,7 @@ def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
 
 
 def _check_finite(arrays: Mapping[str, np.ndarray]) -> None:
-    """ValueError if a weight is not finite or a variance negative. NaN statistics are those of ops that never run."""
+    """Raises ValueError if a weight is not finite or a variance is negative. Ops that never run have NaN statistics."""
     for name, array in arrays.items():
         _files.check_finite(name, array, missing=name.startswith("statistics"))
         if name.endswith("variance") and (array < 0).any():

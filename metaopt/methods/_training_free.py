@@ -1,4 +1,4 @@
-"""Training-free search: architectures by scores at initialization, and a searcher that tries the best of them first."""
+"""Training-free search: scores of architectures at initialization, and a searcher that tries the best ones first."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,20 +16,21 @@ def training_free_scores(
     *,
     ops: Mapping[str, nas.Op],
 ) -> Callable[[jax.Array, nas.Genotype, Mapping[str, jax.Array]], dict[str, jax.Array]]:
-    """Scores of any genotype of a space, by one program.
+    """Makes a function that scores any genotype of a space, with one compiled program.
 
     Args:
-      network: a spec.
-      in_shape: of one input.
-      scores: by name; `nas.SCORES` by default. Other losses: `{"snip": functools.partial(nas.snip, loss=mine)}`.
-      ops: of the space.
+      network: the spec of the search space.
+      in_shape: shape of one input.
+      scores: score functions by name; `nas.SCORES` by default. For your own loss:
+        `{"snip": functools.partial(nas.snip, loss=mine)}`.
+      ops: the ops of the space.
 
     Returns:
-      `(key, genotype, batch) -> {name: []}`, larger is better, at an initialization that is drawn by the key. Rows that
-      are padding by the batch's "mask" [N] count nowhere.
+      `(key, genotype, batch) -> {name: []}`, larger is better, at an initialization that is drawn with the key. Rows
+      that are padding by the batch's "mask" [N] have no effect.
 
     Raises:
-      ValueError: of a batch, labels are no classes, and a score asks for their cross-entropy.
+      ValueError: if labels of a batch are not classes, and a score uses their cross-entropy.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import methods, nas
@@ -50,7 +51,7 @@ def training_free_scores(
         return {name: score(supernet, params, weights, batch) for name, score in chosen.items()}
 
     def score(key, genotype, batch):
-        if nas.grad_norm in chosen.values() or nas.snip in chosen.values():  # with their own loss, which has classes
+        if nas.grad_norm in chosen.values() or nas.snip in chosen.values():  # their default loss needs classes
             nas.check_labels(batch, network.num_outputs)
         return evaluate(key, nas.one_hot(network, genotype), batch)
 
@@ -58,12 +59,12 @@ def training_free_scores(
 
 
 class ScreenedState(NamedTuple):
-    """Carried from one call of `screened_random_search` to the next.
+    """State of `screened_random_search`, carried from one call to the next.
 
     Attributes:
       random: the state of the random search that draws candidates.
       waiting: candidates that were scored and not yet asked for, best first.
-      num_asked: how many trials have been asked for.
+      num_asked: number of trials that have been asked for.
     """
 
     random: Any
@@ -72,19 +73,19 @@ class ScreenedState(NamedTuple):
 
 
 def screened_random_search(score: Callable[[dict[str, Any]], float], *, num_candidates: int) -> base.Searcher:
-    """Random configurations, of which those with the largest scores are tried first.
+    """Random search that tries the configurations with the largest scores first.
 
-    `num_candidates` are drawn and scored at a time; when all of them have been tried, as many more are.
+    It draws and scores `num_candidates` configurations at a time. After all of them have been tried, it draws the next.
 
     Args:
       score: `(configuration) -> number`, such as a training-free score; larger is better, NaN is the worst.
       num_candidates: at least 1; 1 is random search.
 
     Returns:
-      A searcher, which learns nothing from outcomes.
+      A searcher that learns nothing from outcomes.
 
     Raises:
-      ValueError: `num_candidates` is below 1.
+      ValueError: if `num_candidates < 1`.
 
     >>> import jax
     >>> from metaopt import methods, spaces

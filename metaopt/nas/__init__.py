@@ -1,11 +1,11 @@
-"""What is built: ops, cells and networks as data, supernets with mixing weights, genotypes.
+"""Neural architectures: ops, cells and networks as data, supernets with mixing weights, and genotypes.
 
-A search makes the choice of ops differentiable: every edge mixes its candidates by weights w(α), and α is one more λ.
+A search makes the choice of ops differentiable. Every edge mixes its candidates by weights w(α), and α is part of λ.
 
-    spec (`darts_space`, `nas_bench_201_space`, one's own `Network`) --`supernet`--> init, apply
+    spec (`darts_space`, `nas_bench_201_space`, your own `Network`) --`supernet`--> init, apply
     α --relaxation--> weights --`discretize`--> genotype --`discrete`--> spec of one network --`supernet`--> init, apply
 
-`methods.darts` and its kin put these together.
+`methods.darts` and related functions combine these parts.
 """
 
 from metaopt.nas._augmentation import auxiliary_head, crop_and_flip, cutout

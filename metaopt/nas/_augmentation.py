@@ -1,7 +1,7 @@
-"""What the standard recipe of retraining adds to a network: crops, flips and cutout of batches, an auxiliary head.
+"""Parts of the standard retraining recipe: crops, flips and cutout of batches, and an auxiliary head.
 
-Batches are [N, spatial..., C], with any number of spatial axes: images, sequences. Every example has its own draws,
-which follow from the key alone.
+Batches are [N, spatial..., C] with any number of spatial axes: images or sequences. Every example has its own random
+draws, which depend only on the key.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from metaopt.nas import _ops
 
 
 def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Zeros in a square of side `size`, whose center lies anywhere in the image; over the border it is cut off.
+    """Sets a square of side `size` to zero. Its center lies anywhere in the image; parts beyond the border are cut off.
 
-    Zero is the mean where inputs are standardized, which they should be.
+    Zero should be the mean of the inputs, so standardize them.
 
     Args:
-      size: of the side, in positions; DARTS has 16 of 32. Odd sizes are one less, as in the published code.
+      size: side of the square, in positions; DARTS uses 16 on images of 32. An odd size counts as one less, as in the
+        published code.
 
     Returns:
-      `(key, x) -> x`, of x [N, spatial..., C].
+      `(key, x) -> x`, for x [N, spatial..., C].
 
     Raises:
-      ValueError: `size` is below 1.
+      ValueError: if `size < 1`.
 
     Source: DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552
     """
@@ -45,17 +46,18 @@ def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def crop_and_flip(padding: int = 4, *, flip: bool = True) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Moves every example by up to `padding` positions along every axis, zeros coming in, and flips half of them.
+    """Moves every example by up to `padding` positions along every axis, filling with zeros, and flips half of them.
 
     Args:
-      padding: at least 0; the published recipe has 4 of 32.
-      flip: left and right, the last spatial axis. Not for digits, sequences or whatever has a direction.
+      padding: at least 0; the published recipe uses 4 on images of 32.
+      flip: whether to flip left and right, along the last spatial axis. Set it to False for digits, sequences and other
+        data that have a direction.
 
     Returns:
-      `(key, x) -> x`, of x [N, spatial..., C].
+      `(key, x) -> x`, for x [N, spatial..., C].
 
     Raises:
-      ValueError: `padding` is below 0.
+      ValueError: if `padding < 0`.
     """
     base.check_integer("padding", padding, 0)
 
@@ -80,21 +82,22 @@ def _spatial(x: jax.Array) -> tuple[int, ...]:
 
 
 def auxiliary_head(num_outputs: int, *, widths: tuple[int, int] = (128, 768)) -> _ops.Op:
-    """A classifier on the features of a layer inside the network, which training adds to the loss (DARTS).
+    """A classifier on the features of a layer inside the network, whose loss is added in training (DARTS).
 
-    ReLU, the averages of two windows along every spatial axis, 1×1 convolution, normalization, ReLU, one convolution
-    over all that is left, normalization, ReLU, linear. Windows are five eighths of an axis long: on 8 × 8 it is the
-    published head, five positions with a stride of three.
+    Its layers are ReLU, the averages of two windows along every spatial axis, a 1×1 convolution, normalization and
+    ReLU. Then come one convolution over all remaining positions, normalization, ReLU and a linear layer. A window
+    covers five eighths of an axis. On 8 × 8 positions this is the published head, whose windows have five positions and
+    a stride of three.
 
     Args:
-      num_outputs: classes.
+      num_outputs: number of classes.
       widths: channels of the two convolutions.
 
     Returns:
-      An `Op` whose `channels` are the network's outputs: `apply` gives [N, num_outputs], and the stride is not used.
+      An `Op` that ignores `channels` and the stride: `apply` returns [N, num_outputs].
 
     Raises:
-      ValueError: a number is below 1.
+      ValueError: if `num_outputs` or an entry of `widths` is below 1.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """

@@ -1,19 +1,22 @@
-"""The files that the benchmarks' authors publish, read without TensorFlow, PyTorch or code from the file.
+"""Readers for the files that the authors of the benchmarks publish.
 
-| benchmark | files | form |
+They need neither TensorFlow nor PyTorch, and they run no code from a file.
+
+| benchmark | files | format |
 |---|---|---|
-| 101 | nasbench_full.tfrecord, nasbench_only108.tfrecord | TFRecord of JSON, a protocol buffer in base64 inside |
+| 101 | nasbench_full.tfrecord, nasbench_only108.tfrecord | TFRecord of JSON, with a protocol buffer in base64 inside |
 | 201 | NAS-Bench-201-v1_1-096897.pth, NATS-tss-v1_0-3ffb9-simple/, …pickle.pbz2 | pickles |
-| 301 | the training logs, nb_301_v13/ or nasbench301_full_data/ | a JSON file a network |
+| 301 | the training logs, nb_301_v13/ or nasbench301_full_data/ | one JSON file per network |
 
-The readers are tested on files in these forms that the tests write, and have not been run on the official files
-themselves, which are of gigabytes.
+The readers are tested on files in these formats that the tests write. They have not been run on the official files,
+which have gigabytes.
 
-Each takes minutes, a .pth an hour: `save_benchmark` writes the result to a small file that `load_benchmark` opens in a
-second.
+Reading takes minutes, and an hour for a .pth file. `save_benchmark` writes the result to a small file, which
+`load_benchmark` opens in a second.
 
-Pickles are programs. `_pickles` reads their containers, texts and numbers and rejects everything else. The surrogate
-models of NAS-Bench-301 are pickles of other libraries' classes, and are not read; its training logs are.
+Pickles are programs. `_pickles` reads their containers, texts and numbers and rejects everything else. The readers
+support the training logs of NAS-Bench-301. They do not support its surrogate models, which are pickles of classes from
+other libraries.
 """
 
 import base64
@@ -38,27 +41,27 @@ from metaopt.tfrecord import fields, read_tfrecords
 
 
 def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
-    """Keeps a benchmark as an .npz of arrays, written atomically.
+    """Writes a benchmark to an .npz file of arrays, atomically.
 
     Args:
-      benchmark: any.
-      path: of the file, by the name that it is to have.
+      benchmark: any benchmark.
+      path: path of the file; the name is used as it is.
     """
     fields = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
     _files.write_npz(path, fields, compress=True)
 
 
 def load_benchmark(path: str | os.PathLike) -> Benchmark:
-    """Reads what `save_benchmark` wrote.
+    """Reads a file that `save_benchmark` wrote.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Returns:
       A `Benchmark`.
 
     Raises:
-      ValueError: if the file is something else or damaged, or its arrays do not fit one another.
+      ValueError: if the file is something else or damaged, or if its arrays do not fit one another.
     """
     fault = "is not a benchmark that `save_benchmark` wrote, or is damaged"
     with _files.reading(path, fault), _files.open_npz(path) as file:
@@ -87,7 +90,7 @@ def load_benchmark(path: str | os.PathLike) -> Benchmark:
 
 
 def _check_benchmark(specs: Any) -> None:
-    """Raises a ValueError unless the arrays of a benchmark have shapes and types that fit one another."""
+    """Raises ValueError unless the arrays of a benchmark have shapes and types that fit one another."""
     size = lambda name: specs[name].shape[-1]
     num_tasks, num_dims, num_fidelities = (size(name) for name in ("tasks", "dims", "fidelities"))
     num = specs["encodings"].shape[0]
@@ -111,11 +114,14 @@ def _check_benchmark(specs: Any) -> None:
 # ---- NAS-Bench-101: TFRecord, JSON, protocol buffers ----------------------------------------------------------------
 
 
-_MAX_LENGTHS_101 = 10  # different numbers of epochs; the benchmark has four
+_MAX_LENGTHS_101 = 10  # distinct numbers of epochs; the benchmark has four
 
 
 def _final_metrics(message: bytes) -> tuple[float, float, float]:
-    """(seconds, validation, test accuracy) of the last of a ModelMetrics' evaluations: at 0, half and all epochs."""
+    """Returns seconds, validation accuracy and test accuracy of the last evaluation in a ModelMetrics message.
+
+    The message has evaluations at 0, half and all epochs.
+    """
     last = dict(fields([value for number, value in fields(message) if number == 1][-1]))
     seconds, valid, test = (struct.unpack("<d", last[number])[0] for number in (2, 4, 5))
     if not all(map(math.isfinite, (seconds, valid, test))):
@@ -124,20 +130,21 @@ def _final_metrics(message: bytes) -> tuple[float, float, float]:
 
 
 def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benchmark:
-    """NAS-Bench-101 from its own file: nasbench_full.tfrecord (2 GB) or nasbench_only108.tfrecord (500 MB).
+    """Reads NAS-Bench-101 from its own file: nasbench_full.tfrecord (2 GB) or nasbench_only108.tfrecord (500 MB).
 
-    Means over the three runs at every length (the published protocol draws one of them). Errors are fractions, costs
-    seconds of training. Of a cell that lacks a run, the mean is of those that are there; without any it is NaN.
+    Results are means over the three runs at every number of epochs; the published protocol draws one of them. Errors
+    are fractions. Costs are seconds of training. If a cell lacks a run, the mean is over the available runs; without
+    any run it is NaN.
 
     Args:
-      path: of the file.
-      verify: whether the checksums of the data are checked, too; those of the lengths always are.
+      path: path of the file.
+      verify: whether to check the checksums of the data too; the checksums of the lengths are always checked.
 
     Returns:
       A `Benchmark` with the digits of `nas_bench_101_table`.
 
     Raises:
-      ValueError: if the file is damaged or something else, or a cell has ops or vertices that are not the space's.
+      ValueError: if the file is damaged or something else, or if a cell has ops or vertices outside the space.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
@@ -180,7 +187,7 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
 
 
 def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
-    """The 21 entries above the diagonal of a 7 × 7 matrix, and five ops; the output stays the last of the vertices."""
+    """The 21 entries above the diagonal of a 7 × 7 matrix, and five ops; the output is the last vertex of a cell."""
     size = len(ops)
     known = size <= 7 and len(bits) == size**2 and set(bits) <= {"0", "1"}
     known = known and set(ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES)
@@ -195,11 +202,11 @@ def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
 # ---- NAS-Bench-201: pickles -----------------------------------------------------------------------------------------
 
 
-_LEGACY_PYTORCH = 0x1950A86A20F9469CFC6C  # followed by pickles of a version, of the system, and of the object
+_LEGACY_PYTORCH = 0x1950A86A20F9469CFC6C  # then come pickles of a version, of the system, and of the object
 
 
 def _unpickled(path: Path) -> Any:
-    """The value of a .pth file of PyTorch (old or new form) or of a .pickle.pbz2 file."""
+    """The value of a .pth file of PyTorch (old or new format) or of a .pickle.pbz2 file."""
     with _files.reading(path, "is not a pickle that can be read, or is damaged"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -217,7 +224,7 @@ def _unpickled(path: Path) -> Any:
         return value
 
 
-# task -> the training that has a validation set and its name, that with the test set and its name
+# task -> (training run with a validation set, name of that set), (training run with a test set, name of that set)
 _SETS_201 = {
     "cifar10": (("cifar10-valid", "x-valid"), ("cifar10", "ori-test")),
     "cifar100": (("cifar100", "x-valid"), ("cifar100", "x-test")),
@@ -226,22 +233,23 @@ _SETS_201 = {
 
 
 def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
-    """NAS-Bench-201 from its own files: a .pth (which takes 30 GB of memory), or NATS-Bench's topology space.
+    """Reads NAS-Bench-201 from its own files: a .pth file (30 GB of memory) or NATS-Bench's topology space.
 
     Prefer NATS-Bench's directory "…-simple", which has a small file for each architecture and takes little memory.
-    Means are over the available runs. Errors in %, validation at the end of the schedules of 12 and of 200 epochs, test
-    after 200 epochs (on CIFAR-10, trained on all images), seconds of training.
+    Results are means over the available runs. Errors are in %. Validation errors are from the end of the schedules of
+    12 and of 200 epochs. Test errors are after 200 epochs; for CIFAR-10 they come from training on all images. Costs
+    are seconds of training.
 
     Args:
-      path: of NAS-Bench-201-v1_1-096897.pth or NATS-tss-v1_0-3ffb9.pickle.pbz2, or of the directory
+      path: path of NAS-Bench-201-v1_1-096897.pth or NATS-tss-v1_0-3ffb9.pickle.pbz2, or of the directory
         NATS-tss-v1_0-3ffb9-simple.
 
     Returns:
-      A `Benchmark` with the digits of `nas_bench_201_table`, in the order of the file; NaN where it has no result.
+      A `Benchmark` with the digits of `nas_bench_201_table`, in the order of the file. Missing results are NaN.
 
     Raises:
-      ValueError: if the file is something else, is damaged, or asks for a class or function that is not a container or
-        a number.
+      ValueError: if the file is something else or damaged, or if it asks for a class or function that is not a
+        container or a number.
 
     Source: Dong & Yang, ICLR 2020, https://arxiv.org/abs/2001.00326
     """
@@ -285,7 +293,7 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
 
 
 def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float, list[float]]:
-    """Validation errors and seconds at 12 and 200 epochs, and the test error after 200."""
+    """Returns validation errors at 12 and 200 epochs, the test error after 200, and seconds at 12 and 200 epochs."""
     (searched, valid_name), (trained, test_name) = _SETS_201[task]
 
     def mean(of, data, value):
@@ -311,20 +319,21 @@ _PAIRS_301: dict[int, list[tuple[int, ...]]] = {
 
 
 def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
-    """NAS-Bench-301's training logs: networks of the DARTS space, trained on CIFAR-10.
+    """Reads the training logs of NAS-Bench-301: networks of the DARTS space, trained on CIFAR-10.
 
-    Errors in %, seconds of training. Networks that were trained more than once are one row, of means. Logs of other
-    depths, widths or lengths than the most frequent ones are left out: they are other networks.
+    Errors are in %, costs in seconds of training. A network that was trained more than once is one row of means. The
+    reader keeps only the logs with the most frequent depth, width and number of epochs. Other logs are of other
+    networks.
 
     Args:
-      path: of the folder, such as nb_301_v13; all "results_*.json" below it are read.
+      path: path of the folder, such as nb_301_v13; all files "results_*.json" below it are read.
 
     Returns:
-      A `Benchmark`; for each kind of cell a digit says which two nodes each of the nodes 3 to 5 sees, and eight say the
-      ops of the edges, in their order: `nas_bench_301_genotype`.
+      A `Benchmark`. For each kind of cell, three digits state which two nodes are the inputs of nodes 3, 4 and 5. Eight
+      more digits state the ops of the edges, in their order. `nas_bench_301_genotype` decodes them.
 
     Raises:
-      ValueError: there are no such files, or they hold something else.
+      ValueError: if no such file exists, or if a file holds something else.
 
     Source: Siems et al., ICLR 2022, https://arxiv.org/abs/2008.09777
     """
@@ -373,7 +382,7 @@ def _encode_301(settings: dict) -> list[int]:
             node: tuple(map(int, settings[f"{_DARTS_301}inputs_node_{kind}_{node}"].split("_"))) for node in _PAIRS_301
         }
         edges = [(source, node) for node, pair in {2: (0, 1), **inputs}.items() for source in pair]
-        # Edges are numbered by target, then source; node 2 has the first two.
+        # The log numbers edges by target, then source; the first two lead to node 2.
         names = [settings[f"{_DARTS_301}edge_{kind}_{sum(range(2, node)) + source}"] for source, node in edges]
         digits += [pairs.index(inputs[node]) for node, pairs in _PAIRS_301.items()]
         digits += [_OPS_301.index(name) for name in names]
@@ -381,17 +390,17 @@ def _encode_301(settings: dict) -> list[int]:
 
 
 def nas_bench_301_genotype(encoding: Any) -> Genotype:
-    """The genotype that a row of `read_nas_bench_301` says.
+    """The genotype that a row of `read_nas_bench_301` encodes.
 
     Args:
       encoding: 22 digits.
 
     Returns:
-      A `Genotype` of the kinds "normal" and "reduce", in the space of `darts_space`, whose `configuration_space` has
-      these digits.
+      A `Genotype` of the kinds "normal" and "reduce", in the space of `darts_space`. The `configuration_space` of that
+      space has the same digits.
 
     Raises:
-      ValueError: there are not 22 digits, or one is out of range.
+      ValueError: if there are not 22 digits, or if one is out of range.
     """
     digits = [int(x) for x in encoding]
     limits = [*(len(pairs) for pairs in _PAIRS_301.values()), *[len(_OPS_301)] * 8] * 2

@@ -1,7 +1,8 @@
-"""Tables of trained architectures, for searches that take no time: one form for all of them.
+"""Tables of trained architectures in one common format, for searches that train nothing.
 
-The files are those of the data folder (`METAOPT_DATA`), converted from what the benchmarks publish; their README says
-from where. An architecture is a row of integers, its encoding. **Outcomes are losses, smaller is better.**
+The files are in the data folder (`METAOPT_DATA`). They were converted from the files that the benchmarks publish; the
+README of the folder lists the sources. An architecture is a row of integers, its encoding. **Outcomes are losses:
+smaller is better.**
 """
 
 import contextlib
@@ -26,23 +27,26 @@ from metaopt.nas._specs import (
 
 
 class Benchmark(NamedTuple):
-    """Architectures × tasks × outcomes.
+    """A table of outcomes for architectures, tasks and fidelities.
 
     Attributes:
       name: of the benchmark.
       tasks: [T] names.
-      dims: [D] what the entries of an encoding say.
-      num_choices: [D] how many values each has.
-      encodings: [A, D] int; where all combinations are there, their number is the product of `num_choices`.
+      dims: [D] names of the entries of an encoding.
+      num_choices: [D] number of values of each entry.
+      encodings: [A, D] int. If the table has all combinations, A is the product of `num_choices`.
       fidelities: [F] in (0, 1], increasing.
-      valid: [A, T, F] what a search may see; NaN where nothing was trained.
-      test: [A, T] what it is judged by; where a benchmark has none, `valid` at the full fidelity.
-      cost: [A, T, F] seconds of training; NaN where they are not known.
-      query: `(architecture, task, fidelity) -> (outcome, cost)`, of a row of integers, a task's name, a fidelity (1.0
-        by default; to 1e-3); raises a ValueError for what is not in the table, or was not trained there. Of
-        NAS-Bench-101 an architecture may be a `Graph`, too, or a genotype of `nas_bench_101_space`, and is found by its
-        hash; of NAS-Bench-201, the micro space of TransNAS-Bench-101 and NAS-Bench-Macro a genotype of
-        `nas_bench_201_space`, `trans_nas_bench_101_space` and `nas_bench_macro_space`, and of NAS-Bench-201 its text.
+      valid: [A, T, F] outcomes that a search may see; NaN if the architecture was not trained.
+      test: [A, T] outcomes by which a search is judged. If the benchmark has none, they are `valid` at the full
+        fidelity.
+      cost: [A, T, F] seconds of training; NaN if unknown.
+      query: `(architecture, task, fidelity) -> (outcome, cost)`. The architecture is a row of integers and the task is
+        a name. The fidelity is 1.0 by default and must match one of `fidelities` to 1e-3. It raises ValueError if the
+        table has no such entry, or if the architecture was not trained there. For NAS-Bench-101 an architecture may
+        also be a `Graph` or a genotype of `nas_bench_101_space`, which is found by its hash. Three benchmarks also take
+        genotypes: NAS-Bench-201 of `nas_bench_201_space`, the micro space of TransNAS-Bench-101 of
+        `trans_nas_bench_101_space`, and NAS-Bench-Macro of `nas_bench_macro_space`. NAS-Bench-201 also takes its own
+        text form.
     """
 
     name: str
@@ -76,7 +80,7 @@ def make_benchmark(
         if isinstance(architecture, Mapping) and name.startswith("NAS-Bench-101"):
             architecture = genotype_graph(_genotype(architecture))
         if isinstance(architecture, Graph) and name.startswith("NAS-Bench-101"):
-            if not by_hash:  # when it is first needed: seconds
+            if not by_hash:  # built on first use, since it takes seconds
                 whole = {row: pruned(nas_bench_101_graph(encoding)) for encoding, row in rows.items()}
                 by_hash.update({nas_bench_101_hash(g): row for row, g in whole.items() if g is not None})
             return by_hash.get(nas_bench_101_hash(architecture))
@@ -85,7 +89,7 @@ def make_benchmark(
         if isinstance(architecture, Mapping) and name in _EDGE_OPS:
             edges = _genotype(architecture).get("cell", ())
             given = {(s, t): op for s, t, op in edges}
-            once = len(given) == len(edges)  # one op an edge
+            once = len(given) == len(edges)  # one op per edge
             ops = [given.pop(pair, NONE) for pair in _PAIRS]
             known = once and set(architecture) == {"cell"} and not given and set(ops) <= set(_EDGE_OPS[name])
             return rows.get(tuple(map(_EDGE_OPS[name].index, ops))) if known else None
@@ -125,7 +129,7 @@ def make_benchmark(
 
 
 def _genotype(given: Mapping[str, Any]) -> Genotype:
-    """kind -> edges, as tuples; ValueError where it is something else."""
+    """Returns kind -> edges, as tuples; raises ValueError if the value is something else."""
     try:
         genotype = {k: tuple((operator.index(s), operator.index(t), op) for s, t, op in e) for k, e in given.items()}
         hash(tuple(genotype.values()))
@@ -150,21 +154,22 @@ def _open(name: str, folder: str | os.PathLike | None) -> Iterator[_files.Npz]:
 
 
 def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:
-    """NAS-Bench-201: 15,625 cells on CIFAR-10, CIFAR-100 and ImageNet16-120, in the benchmark's order.
+    """NAS-Bench-201: 15,625 cells on CIFAR-10, CIFAR-100 and ImageNet16-120, in the order of the benchmark.
 
-    Validation is that of the separate schedule of 12 epochs, which is the only true one; the test error is after 200.
-    So the one fidelity, 1.0, is of those 12 epochs, where `read_nas_bench_201` has both lengths, and 1.0 is 200.
-    Errors in %. Seconds are of the 12 epochs, in the benchmark's own measure, which goes by the number of images
-    (25,000, 50,000 and 151,700). Row 9930 is the cell that is best nearly everywhere.
+    Validation errors are from the separate schedule of 12 epochs, the only true validation; test errors are after 200
+    epochs. So the only fidelity, 1.0, stands for those 12 epochs. `read_nas_bench_201` has both lengths, and its 1.0
+    stands for 200 epochs. Errors are in %. Costs are seconds for the 12 epochs. They follow the measure of the
+    benchmark, in proportion to the number of images (25,000, 50,000 and 151,700). Row 9930 is the best cell nearly
+    everywhere.
 
     Args:
-      folder: of nasbench201.npz; by default what METAOPT_DATA names.
+      folder: folder of nasbench201.npz; by default the folder that METAOPT_DATA names.
 
     Returns:
       A `Benchmark`; a digit is an index into `NAS_BENCH_201_PRIMITIVES`.
 
     Raises:
-      ValueError: the file is not there.
+      ValueError: if the file does not exist.
     """
     with _open("nasbench201", folder) as data:
         valid, test, encodings = 100 - data["val_acc_12"], 100 - data["test_acc_200"], data["edge_ops"]
@@ -174,19 +179,19 @@ def nas_bench_201_table(folder: str | os.PathLike | None = None) -> Benchmark:
 
 
 def trans_nas_bench_101_table(folder: str | os.PathLike | None = None, *, space: str = "micro") -> Benchmark:
-    """TransNAS-Bench-101: 4,096 cells or 3,256 networks on six tasks; validation alone, in each task's own metric.
+    """TransNAS-Bench-101: 4,096 cells or 3,256 networks on six tasks; validation only, in the metric of each task.
 
     Args:
-      folder: of transnasbench101.npz.
-      space: "micro", whose digits are none, skip, 1×1 and 3×3 convolution on six edges; or "macro", whose digits are
-        what each of up to six blocks does (0: no block; plain, more channels, stride 2, both). Micro cells are those
-        of `trans_nas_bench_101_space`; macro networks are a table alone.
+      folder: folder of transnasbench101.npz; by default the folder that METAOPT_DATA names.
+      space: "micro" or "macro". The digits of "micro" stand for none, skip, 1×1 and 3×3 convolution on six edges. The
+        digits of "macro" state the type of each of up to six blocks (0: no block; plain, more channels, stride 2,
+        both). Micro cells are the cells of `trans_nas_bench_101_space`. Macro networks exist only as a table.
 
     Returns:
-      A `Benchmark`; losses are minus the metric.
+      A `Benchmark`; losses are the negative metric.
 
     Raises:
-      ValueError: the file is not there, or `space` unknown.
+      ValueError: if the file does not exist, or if `space` is unknown.
     """
     if space not in ("micro", "macro"):
         raise ValueError(f'`space` must be "micro" or "macro"; got {space!r}.')
@@ -204,17 +209,17 @@ def trans_nas_bench_101_table(folder: str | os.PathLike | None = None, *, space:
 def nas_bench_macro_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """NAS-Bench-Macro: 6,561 networks of eight blocks on CIFAR-10.
 
-    It has the test accuracies of three runs: the first is what a search sees, the mean of the others what it is judged
-    by. Errors in %.
+    The benchmark has the test accuracies of three runs. A search sees the first run, and is judged by the mean of the
+    other two. Errors are in %.
 
     Args:
-      folder: of nasbenchmacro.npz.
+      folder: folder of nasbenchmacro.npz; by default the folder that METAOPT_DATA names.
 
     Returns:
-      A `Benchmark`; digits are an identity and two inverted residuals, the layers of `nas_bench_macro_space`.
+      A `Benchmark`; digits stand for an identity and two inverted residuals, the layers of `nas_bench_macro_space`.
 
     Raises:
-      ValueError: the file is not there.
+      ValueError: if the file does not exist.
     """
     with _open("nasbenchmacro", folder) as data:
         errors = 100 - data["test_acc"]
@@ -233,17 +238,18 @@ def nas_bench_macro_table(folder: str | os.PathLike | None = None) -> Benchmark:
 def nas_bench_graph_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """NAS-Bench-Graph: 26,206 graph networks on seven graphs. Errors are fractions.
 
-    On "proteins" only 2,021 of them were trained; others are NaN, of which `benchmark_records` makes no record. It is a
-    table alone: a cell is one of nine shapes, which is no choice of ops on edges, so that no supernet has it.
+    On "proteins" only 2,021 of them were trained. The others are NaN, and `benchmark_records` makes no records of them.
+    The benchmark exists only as a table. A cell is one of nine shapes, not a choice of ops on edges, so no supernet
+    covers it.
 
     Args:
-      folder: of nasbenchgraph.npz.
+      folder: folder of nasbenchgraph.npz; by default the folder that METAOPT_DATA names.
 
     Returns:
-      A `Benchmark`; the first digit is one of nine shapes of the cell, the others are the ops of its four nodes.
+      A `Benchmark`; the first digit is one of the nine shapes of the cell, the others are the ops of its four nodes.
 
     Raises:
-      ValueError: the file is not there.
+      ValueError: if the file does not exist.
     """
     with _open("nasbenchgraph", folder) as data:
         encodings = np.concatenate([data["link_idx"][:, None], data["ops"]], 1)
@@ -256,17 +262,18 @@ def nas_bench_graph_table(folder: str | os.PathLike | None = None) -> Benchmark:
 def nas_bench_101_table(folder: str | os.PathLike | None = None) -> Benchmark:
     """A part of NAS-Bench-101: 30,001 of its 423,624 cells, on CIFAR-10, at 4, 12, 36 and 108 epochs.
 
-    Validation alone, of one run each. Errors are fractions; seconds are of 108 epochs, and in proportion of fewer.
+    It has validation results only, from one run each. Errors are fractions. Seconds are for 108 epochs, and
+    proportionally less for fewer epochs.
 
     Args:
-      folder: of nasbench101_subset.npz.
+      folder: folder of nasbench101_subset.npz; by default the folder that METAOPT_DATA names.
 
     Returns:
-      A `Benchmark`; digits are the 21 entries above the diagonal of the matrix, then the ops of vertices 1 to 5, where
-      1, 2 and 3 are `NAS_BENCH_101_PRIMITIVES`, and 0 is the output's and what is not there.
+      A `Benchmark`. Digits are the 21 entries above the diagonal of the matrix, then the ops of vertices 1 to 5. The
+      ops 1, 2 and 3 are `NAS_BENCH_101_PRIMITIVES`; 0 stands for the output or for a vertex that does not exist.
 
     Raises:
-      ValueError: the file is not there.
+      ValueError: if the file does not exist.
     """
     with _open("nasbench101_subset", folder) as data:
         ops = np.maximum(data["ops"][:, 1:6].astype(int), -1) + 1
@@ -285,19 +292,19 @@ def nas_bench_101_table(folder: str | os.PathLike | None = None) -> Benchmark:
 def benchmark_records(
     benchmark: Benchmark, tasks: Sequence[str] | None = None, *, test: bool = False
 ) -> list[base.Record]:
-    """What a table says at the full budget as records of trials, for `methods.train_cell_searcher` and its kin.
+    """Converts the full-budget results of a table to records, for `methods.train_cell_searcher` and similar functions.
 
     Args:
-      benchmark: any.
+      benchmark: any benchmark.
       tasks: names of some of its tasks; None takes all.
-      test: whether outcomes are what architectures are judged by, and not what a search may see.
+      test: whether to take the outcomes by which a search is judged, instead of the outcomes that it may see.
 
     Returns:
-      Records of all architectures on each task in turn, their configurations the digits of an encoding by what they say
-      (`benchmark.dims`). What was not trained (NaN) is no trial that failed, and has none.
+      Records of all architectures, task by task. A configuration maps the names in `benchmark.dims` to the digits of an
+      encoding. Architectures that were not trained (NaN) get no record: they are not failed trials.
 
     Raises:
-      ValueError: a task is not in the table, or `tasks` is one name, and no sequence of names.
+      ValueError: if a task is not in the table, or if `tasks` is a single name instead of a sequence of names.
     """
     if isinstance(tasks, str):
         raise ValueError(f"`tasks` must be a sequence of names, such as [{tasks!r}]; got the string {tasks!r}.")
@@ -320,7 +327,7 @@ def benchmark_records(
 # ---- Architectures as graphs ----------------------------------------------------------------------------------------
 
 _GRAPH_OPS = ("gat", "gcn", "gin", "cheb", "sage", "arma", "graph", "fc", "skip")
-# Of each shape of a NAS-Bench-Graph cell, what its four nodes come from: 0 the input, i the node before it.
+# For each shape of a NAS-Bench-Graph cell, the sources of its four nodes: 0 is the input, i is node i.
 _GRAPH_LINKS = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 1, 2), (0, 0, 1, 3)]
 _GRAPH_LINKS += [(0, 1, 1, 1), (0, 1, 1, 2), (0, 1, 2, 2), (0, 1, 2, 3)]
 _PAIRS = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
@@ -335,19 +342,19 @@ _CHAINS = {
 
 
 def benchmark_graph(benchmark: Benchmark, encoding) -> Graph:
-    """The architecture that a row of a table says, as a graph with ops on vertices, without what leads nowhere.
+    """The architecture of a row of a table, as a graph with ops on vertices, without vertices that lead nowhere.
 
-    Of networks of blocks it is a chain.
+    A network of blocks becomes a chain.
 
     Args:
-      benchmark: any but NAS-Bench-301, whose networks have two kinds of cells.
+      benchmark: any benchmark except NAS-Bench-301, whose networks have two kinds of cells.
       encoding: [D] a row of integers.
 
     Returns:
-      A `Graph`; where nothing joins input and output, it has these two vertices and no edge.
+      A `Graph`. If no path joins input and output, it has only these two vertices and no edge.
 
     Raises:
-      ValueError: the benchmark is unknown, or the row is none of its.
+      ValueError: if the benchmark is unknown, or if the row is not an encoding of it.
     """
     digits = [int(x) for x in encoding]
     counts = benchmark.num_choices
@@ -364,7 +371,7 @@ def benchmark_graph(benchmark: Benchmark, encoding) -> Graph:
     elif benchmark.name == "NAS-Bench-Graph":
         links, matrix = _GRAPH_LINKS[digits[0]], np.zeros((6, 6), int)
         matrix[links, range(1, 5)] = 1
-        matrix[1:5, 5] = ~matrix[1:5].any(1)  # what nothing comes from is the output
+        matrix[1:5, 5] = ~matrix[1:5].any(1)  # nodes without a successor lead to the output
         graph = Graph(tuple(map(tuple, matrix.tolist())), ("input", *(_GRAPH_OPS[x] for x in digits[1:]), "output"))
     else:
         raise ValueError(f"The architectures of {benchmark.name!r} are not known as graphs.")

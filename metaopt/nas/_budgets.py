@@ -1,4 +1,4 @@
-"""Searches within limits: penalties and constraints on what an architecture costs, and fronts of what was found."""
+"""Searches within limits: penalties and constraints on the cost of an architecture, and Pareto fronts of results."""
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -27,29 +27,30 @@ def resource_penalty(
     form: str = "linear",
     relaxation: Relaxation | None = None,
 ) -> Callable[[base.HyperParams, Any], jax.Array]:
-    """A penalty on the expected cost, for `penalty=` of any search, or for `penalized`.
+    """A penalty on the expected cost, for the argument `penalty` of any search, or for `penalized`.
 
         linear:    weight · C/target                 (ProxylessNAS)
-        hinge:     weight · max(0, C/target − 1)     nothing within the budget
-        absolute:  weight · |C/target − 1|           (TuNAS: as large as allowed, too)
+        hinge:     weight · max(0, C/target − 1)     zero within the budget
+        absolute:  weight · |C/target − 1|           (TuNAS: also pushes C up to the target)
+
+    If the space keeps a number of edges into each node, C counts only the edges that are the strongest at α
+    (`expected_cost`).
 
     Args:
-      table: of the space.
+      table: costs of the space.
       network: the space.
-      weight: in outer loss.
-      target: in the table's unit, positive.
-      form: one of these.
-      relaxation: from α to the weights that are counted; softmax by default, which are the probabilities by which
-        `gumbel_softmax` samples, too. Where α is {"ops", "edges"} (PC-DARTS), it is of the ops: the weight of an edge
-        in its node's sum says which edges are kept, as genotypes are read, and not what an edge costs.
-
-    Where the space keeps so many edges into each node, C is of those that are the strongest at α (`expected_cost`).
+      weight: in outer loss, not negative.
+      target: in the unit of the table, positive.
+      form: "linear", "hinge" or "absolute".
+      relaxation: maps α to the weights in C. The default is softmax, whose weights are also the probabilities by which
+        `gumbel_softmax` samples. If α is {"ops", "edges"} (PC-DARTS), the relaxation takes the ops. The weight of an
+        edge then only decides which edges are kept, as when genotypes are read. It does not change the cost of an edge.
 
     Returns:
       `(α, step) -> []`.
 
     Raises:
-      ValueError: a number is out of range, or `form` unknown; as for `over_budget`.
+      ValueError: if a number is out of range, if `form` is unknown, or as for `over_budget`.
 
     Sources: Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332; Bender et al., CVPR 2020,
     https://arxiv.org/abs/2008.06120
@@ -67,19 +68,21 @@ def over_budget(
 ) -> Callable[[base.HyperParams, Any], jax.Array]:
     """C(w(α))/budget − 1, a constraint for `lagrangian`: at most 0 within the budget.
 
-    Where the space keeps so many edges into each node, C is of those that are the strongest at α (`expected_cost`).
+    If the space keeps a number of edges into each node, C counts only the edges that are the strongest at α
+    (`expected_cost`).
 
     Args:
-      table: of the space.
+      table: costs of the space.
       network: the space.
-      budget: in the table's unit, positive; it may be traced, and is not checked then.
+      budget: in the unit of the table, positive. It may be traced; then it is not checked.
       relaxation: as for `resource_penalty`.
 
     Returns:
       `(α, step) -> []`.
 
     Raises:
-      ValueError: the budget is not positive; the table has choices that the network has not; `relaxation` is none.
+      ValueError: if the budget is not positive, if the table has choices that the network lacks, or if `relaxation` is
+        not a relaxation.
     """
     if not isinstance(budget, Tracer):
         base.check_positive("budget", budget)
@@ -93,7 +96,7 @@ def over_budget(
             return relax(alpha, cell, key, step)
         if not some_are_kept:
             return relax(alpha["ops"], cell, key, step)
-        # Edges are kept by the product. In the cost of an edge it counts as the ops do: their sum is divided by.
+        # The products decide which edges are kept. They do not change costs: `expected_cost` divides by their sum.
         alpha = {"ops": alpha["ops"], "edges": jax.lax.stop_gradient(alpha["edges"])}
         return edge_normalized(relax)(alpha, cell, key, step)
 
@@ -105,10 +108,10 @@ def over_budget(
 
 
 def penalized(problem: base.Problem, penalty: Callable[[base.HyperParams, Any], jax.Array]) -> base.Problem:
-    """The same problem with f(θ, λ) + penalty(λ, step) for an outer loss.
+    """The same problem with f(θ, λ) + penalty(λ, step) as its outer loss.
 
     Args:
-      problem: any.
+      problem: any problem.
       penalty: `(λ, step) -> []`, such as `resource_penalty`.
 
     Returns:
@@ -126,23 +129,24 @@ def lagrangian(
 ) -> base.Problem:
     """The problem min_λ max_{μ ≥ 0} f(θ, λ) + μ·c(λ) + damping/2 · max(0, c(λ))², for one optimizer that descends.
 
-    The new λ is {"hyperparams": λ, "multiplier": m}, with μ = softplus(m): the gradient of m has its sign turned, so
-    that a step down is a step up in μ. The value stays f. Start m where μ is small, −3 for instance, and give it a rate
-    of its own where μ is to grow faster than λ moves (`optax.partition`). Damping stills the oscillation between both.
+    The new λ is {"hyperparams": λ, "multiplier": m}, with μ = softplus(m). The gradient of m has the opposite sign, so
+    a descent step in m is an ascent step in μ. The value of the outer loss stays f. Start with an m for which μ is
+    small, for instance −3. If μ should grow faster than λ moves, give m its own learning rate (`optax.partition`).
+    Damping reduces the oscillation between λ and μ.
 
-    It is a saddle point and no minimum: the value does not change with the multiplier, though its gradient is not zero.
-    So rules must differentiate f, as all but those that perturb λ (evolution strategies) do.
+    The solution is a saddle point, not a minimum: the value does not change with the multiplier, though its gradient is
+    not zero. So rules must differentiate f. All rules do, except rules that perturb λ (evolution strategies).
 
     Args:
-      problem: any.
-      constraint: `(λ, step) -> []`, at most 0 where it is met, such as `over_budget`.
+      problem: any problem.
+      constraint: `(λ, step) -> []`, at most 0 if the constraint is met, such as `over_budget`.
       damping: at least 0.
 
     Returns:
-      A `Problem` in both.
+      A `Problem` in {"hyperparams", "multiplier"}.
 
     Raises:
-      ValueError: `damping` is negative.
+      ValueError: if `damping` is negative.
 
     Source: Platt & Barr, Constrained Differential Optimization, NIPS 1987
     """
@@ -167,30 +171,30 @@ def within_budget(
     *,
     keep: int | None | str = "space",
 ) -> Genotype:
-    """The projection onto a budget: the genotype of mixing weights, less what is needed to stay within it.
+    """The projection onto a budget: the genotype of mixing weights, changed until its network is within the budget.
 
-    It begins at `discretize`. While the network costs too much, that choice is changed which loses least log weight for
-    the cost that it saves: the op of an edge, or its size; where so many edges into each node are kept, the edge, too,
-    for another one into the same node. Greedy: a likelier network within the budget may be there, since this is a
-    knapsack problem.
+    It starts with `discretize`. While the network costs too much, it makes the change that loses the least log weight
+    per saved cost. A change replaces the op of an edge, or a size. If the space keeps a number of edges into each node,
+    a change may also replace an edge by another edge into the same node. The method is greedy and the problem is a
+    knapsack problem, so a likelier network within the budget may exist.
 
     Args:
       network: the space.
       weights: kind -> [edges, ops], not negative.
-      table: of the space.
-      budget: in the table's unit.
-      keep: edges into each node, as for `discretize`; "space": what the network says.
+      table: costs of the space.
+      budget: in the unit of the table.
+      keep: edges into each node, as for `discretize`; "space" uses the rule of the network.
 
     Returns:
-      A `Genotype`, of a network that costs at most `budget`.
+      A `Genotype` of a network that costs at most `budget`.
 
     Raises:
-      ValueError: no change makes the network cheaper, and it still costs too much; as for `discretize`.
+      ValueError: if the network costs too much and no change makes it cheaper, or as for `discretize`.
     """
     rule = _genotypes.edges_kept(network, keep)
     start = _genotypes.discretize(network, weights, keep=keep)
     logs = {kind: np.log(np.maximum(np.asarray(w, np.float64), 1e-300)) for kind, w in weights.items()}
-    # (kind, edge, op) of what is chosen, each a place whose choice may change.
+    # Each place is a chosen (kind, edge, op); the search changes one place at a time.
     places = []
     for kind, cell in network.cells.items():
         at = {(s, t): op for s, t, op in start[kind]}
@@ -207,7 +211,7 @@ def within_budget(
         return {kind: tuple(each) for kind, each in edges.items()}
 
     def instead(place):
-        """What may stand in this place: other ops of the edge, and other edges into its node that are free."""
+        """Yields alternatives for a place: other ops of the edge and, if edges are kept, unused edges into its node."""
         kind, e, o = place
         edges = network.cells[kind].edges
         taken = {other[1] for other in places if other[0] == kind} - {e}
@@ -227,7 +231,7 @@ def within_budget(
                 saved = now - price(changed)
                 if saved > 0:
                     loss = logs[old[0]][old[1:]] - logs[new[0]][new[1:]]
-                    # Down to the budget, no saving is worth more than what is missing.
+                    # A saving counts only down to the budget.
                     rate = loss / min(saved, now - budget)
                     best = min(best or (np.inf, 0.0, places), (rate, -saved, changed), key=lambda each: each[:2])
         if best is None:
@@ -241,16 +245,18 @@ def within_budget(
 
 
 def pareto_front(points: Any) -> np.ndarray:
-    """Which points no other one dominates: none is as good in everything and better in something. Smaller is better.
+    """Indices of the points that no other point dominates. Smaller objectives are better.
+
+    A point dominates another one if it is at least as good in every objective and better in one.
 
     Args:
-      points: [n, k] of k objectives; a row with NaN is dominated by all.
+      points: [n, k] of k objectives. A row with NaN is never part of the front.
 
     Returns:
-      [m] indices, by the first objective; equal points are all in.
+      [m] indices, sorted by the first objective. Equal points are all included.
 
     Raises:
-      ValueError: `points` has another shape.
+      ValueError: if `points` has another shape.
     """
     points = _points(points)
     order = np.lexsort(points.T[::-1])
@@ -264,19 +270,19 @@ def pareto_front(points: Any) -> np.ndarray:
 
 
 def hypervolume(points: Any, reference: Sequence[float]) -> float:
-    """The volume that points dominate, up to a reference: larger is a better front. Smaller objectives are better.
+    """The volume that points dominate, up to a reference: larger is better. Smaller objectives are better.
 
-    Exact, by slices along the last objective: n log n for two objectives, nᵏ⁻¹ for k.
+    The result is exact. It is computed in slices along the last objective, in time of order nᵏ for k objectives.
 
     Args:
-      points: [n, k]; those beyond the reference in some objective add nothing.
+      points: [n, k]. Points that are not below the reference in every objective add nothing.
       reference: [k].
 
     Returns:
       The volume.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: if the shapes do not fit.
 
     Source: the measure of Zitzler & Thiele, IEEE Transactions on Evolutionary Computation 3(4), 1999
     """

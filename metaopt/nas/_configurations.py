@@ -1,4 +1,4 @@
-"""A space's choices as integers: genotypes to configurations and back, for searchers that know no gradient."""
+"""Genotypes as integers and back, for searchers that use no gradient."""
 
 import itertools
 from collections.abc import Mapping
@@ -11,23 +11,25 @@ from metaopt.nas._specs import Cell, Edge, ElasticNetwork, Genotype, Space
 def configuration_space(
     network: Space, *, keep: int | None | str = "space"
 ) -> dict[str, spaces.Integer | spaces.Fixed]:
-    """A space's choices as integers, for searchers without a gradient: evolution, random search, Optuna.
+    """The choices of a space as integers, for searchers without a gradient: evolution, random search, Optuna.
 
-    Every configuration is another genotype. `from_configuration` and `to_configuration` are the ways there and back.
+    Different configurations are different genotypes. `from_configuration` and `to_configuration` convert between both.
 
     Args:
-      network: a supernet's.
-      keep: edges into each node, as for `random_genotype`; "space": what the network says.
+      network: the spec of a supernet.
+      keep: edges into each node, as for `random_genotype`; "space" uses the rule of the network.
 
     Returns:
-      name -> which candidate. With `keep` None "kind.source-target", of an edge, which op; with a number of edges
-      "kind.inputs<node>", which of the sets of that many edges into it, in the order of `itertools.combinations`, where
-      there is a choice, and then "kind.op<i>", which op other than "none" the i-th of these edges has (of
-      `darts_space` 11 entries a kind, the digits of NAS-Bench-301); of an `ElasticNetwork` the names of its sizes.
+      name -> the range of an index. With `keep=None`, "kind.source-target" is the index of an edge's op.
+      If `keep` is a number, "kind.inputs<node>" is the index of a set of that many edges into a node. The sets have the
+      order of `itertools.combinations`. The entry is absent if only one set is possible. Then "kind.op<i>" is the index
+      of the op of the i-th of these edges, among its ops other than "none". `darts_space` has 11 entries per kind, the
+      digits of NAS-Bench-301.
+      For an `ElasticNetwork`, the names are the names of its sizes.
 
     Raises:
-      ValueError: the network is one of NAS-Bench-101, whose cells are graphs; some edges of a cell have "none" and
-        others have not, so that they do not have as many ops to choose from.
+      ValueError: if the network is a NAS-Bench-101 space, whose cells are graphs.
+      ValueError: if only some edges of a cell have "none" and `keep` is a number: their numbers of ops differ.
 
     >>> from metaopt import nas
     >>> network = nas.darts_space(num_nodes=2)
@@ -53,18 +55,19 @@ def configuration_space(
 def from_configuration(
     network: Space, configuration: Mapping[str, int], *, keep: int | None | str = "space"
 ) -> Genotype:
-    """The genotype that integers say.
+    """The genotype that a configuration of integers describes.
 
     Args:
-      network: a supernet's.
+      network: the spec of a supernet.
       configuration: as in `configuration_space`.
-      keep: as there.
+      keep: as for `configuration_space`.
 
     Returns:
-      A `Genotype`, its edges in the network's order, without those whose op is "none".
+      A `Genotype`. Its edges have the order of the network; edges with the op "none" are left out.
 
     Raises:
-      ValueError: an entry is missing, too much, out of range, or no integer (1.0 is one); as for `configuration_space`.
+      ValueError: if an entry is missing, unknown, out of range or not an integer (1.0 counts as an integer), or as for
+        `configuration_space`.
     """
     space = configuration_space(network, keep=keep)
     if set(configuration) != set(space):
@@ -87,19 +90,19 @@ def from_configuration(
 
 
 def to_configuration(network: Space, genotype: Genotype, *, keep: int | None | str = "space") -> dict[str, int]:
-    """The integers that say a genotype, for instance the first trial of a search.
+    """The configuration of a genotype, for instance for the first trial of a search.
 
     Args:
-      network: a supernet's.
+      network: the spec of a supernet.
       genotype: kind -> edges.
       keep: as for `configuration_space`.
 
     Returns:
-      A configuration; `from_configuration` is the way back.
+      A configuration; `from_configuration` is the inverse.
 
     Raises:
-      ValueError: the genotype has not as many edges into a node as `keep` says, or lacks one that has no "none"; as for
-        `discrete` and `configuration_space`.
+      ValueError: if a node of the genotype does not have `keep` edges, or as for `discrete` and `configuration_space`.
+      ValueError: if the genotype lacks an edge without "none" among its candidates.
     """
     check_genotype(network, genotype)
     found = dict.fromkeys(configuration_space(network, keep=keep), 0)
@@ -138,7 +141,7 @@ def _choices(network: Space) -> dict[str, tuple[str, Edge]]:
 
 
 def _sets(cell: Cell, keep: int) -> dict[int, list[tuple[Edge, ...]]]:
-    """Node -> the sets of edges into it of which one is kept."""
+    """Node -> the sets of edges into it, one of which a genotype keeps."""
     into = {t: [edge for edge in cell.edges if edge.target == t] for t in sorted({edge.target for edge in cell.edges})}
     return {t: list(itertools.combinations(edges, min(keep, len(edges)))) for t, edges in into.items()}
 

@@ -1,15 +1,18 @@
-"""What an architecture costs, as a differentiable function of its mixing weights.
+"""The cost of an architecture as a differentiable function of its mixing weights.
 
-A table has the cost of every op where it stands, so that the cost of a mixture is what the networks that it mixes cost
-on average, were each choice drawn by its weights:
+A table has the cost of every op at its place in the network. The cost of a mixture is the mean cost of its networks, if
+each choice is drawn by its weights:
 
     C(w) = c₀ + Σ_terms Σ_(i, j, ...) w_a[i] · w_b[j] · ... · c[i, j, ...]
 
-A term is an edge of a cell (c of its ops), a layer of an `ElasticNetwork` (c of its sizes and those of its input), or
-a whole cell, of which only networks were measured. At one-hot weights C is the discrete network's cost; "none", which
-no discrete network has, costs nothing by itself. (Where no edge leaves the input of a cell, the layers before it are of
-no use: C counts them, and `hypergrad.flops` of the whole network may leave them out as dead code.) What it costs to
-train the supernet is another matter: that runs every op, and every size at its largest.
+A term is one of three things. It is an edge of a cell; then c has the costs of its ops. Or it is a layer of an
+`ElasticNetwork`; then c has the costs of its sizes and of its input's sizes. Or it is a whole cell, if only whole
+networks were measured.
+
+At one-hot weights C is the cost of the discrete network. "none" costs nothing by itself, because no discrete network
+contains it. If no edge leaves the input of a cell, the layers before that cell have no effect. C still counts them, but
+`hypergrad.flops` of the whole network may remove them as dead code. C is not the cost of training the supernet, which
+runs every op, and every size at its largest.
 
 Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332
 """
@@ -36,11 +39,11 @@ Measure = Callable[..., float]  # (apply, params, x) -> cost
 
 
 class CostTerm(NamedTuple):
-    """A part of a cost that depends on some choices together.
+    """A part of a cost that depends on one or more choices together.
 
     Attributes:
       rows: (kind of cell or name of a size, edge), one for each axis of `values`.
-      values: the cost at each combination of candidates.
+      values: the cost of each combination of candidates.
     """
 
     rows: tuple[tuple[str, int], ...]
@@ -48,12 +51,12 @@ class CostTerm(NamedTuple):
 
 
 class CostTable(NamedTuple):
-    """What the parts of a space's networks cost.
+    """The costs of the parts of a space's networks.
 
     Attributes:
-      fixed: of what all networks have.
-      terms: of what is chosen.
-      unit: of the costs, for people.
+      fixed: cost of the parts that all networks have.
+      terms: costs of the parts that are chosen.
+      unit: unit of the costs, for people to read.
     """
 
     fixed: float
@@ -71,26 +74,26 @@ def cost_table(
     batch_size: int = 1,
     unit: str = "",
 ) -> CostTable:
-    """Measures every op of a space once at every shape at which it stands.
+    """Measures every op of a space once at every shape at which it occurs.
 
-    Sums of nodes, concatenations and the supernet's own copies are not in it.
+    The costs of sums of nodes, of concatenations and of copies that the supernet makes are not included.
 
     Args:
-      network: a supernet's spec.
-      in_shape: of one input, without the batch axis.
-      measure: `(apply, params, x) -> cost`, of a function `apply(params, x)` and the shapes of its arguments:
-        `hypergrad.flops` (or `functools.partial(hypergrad.flops, products_only=True)`, which is what the literature
-        counts, twice over), `nas.num_params`, `nas.latency()`, or one's own.
+      network: the spec of a supernet.
+      in_shape: shape of one input, without the batch axis.
+      measure: `(apply, params, x) -> cost`. It gets a function `apply(params, x)` and the shapes of its arguments. Use
+        `hypergrad.flops`, `nas.num_params`, `nas.latency()` or your own function. With
+        `functools.partial(hypergrad.flops, products_only=True)` the cost is twice the usual count of the literature.
       ops: as for `supernet`.
-      partial: likewise.
-      batch_size: of the input that is measured.
-      unit: of the costs.
+      partial: as for `supernet`.
+      batch_size: number of rows of the input that is measured.
+      unit: unit of the costs.
 
     Returns:
       A `CostTable`, for a batch of `batch_size`.
 
     Raises:
-      ValueError: `measure` is no function; as for `supernet`.
+      ValueError: if `measure` is not a function, or as for `supernet`.
 
     >>> from metaopt import hypergrad, nas
     >>> space = nas.mlp_space(2, widths=(4, 8), depths=(1, 2))
@@ -108,7 +111,7 @@ def cost_table(
     dtype = jnp.zeros(0).dtype
 
     def cost(name, init, apply, shape):
-        """Of one op by name; what has the same name and shape is the same."""
+        """Measures one op. Ops with the same name and shape are measured once."""
         if (name, shape) not in known:
             params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
             known[name, shape] = float(measure(apply, params, jax.ShapeDtypeStruct((batch_size, *shape), dtype)))
@@ -158,7 +161,7 @@ def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tupl
     def of(at: _elastic.Placed):
         init = lambda key: _elastic.init_layer(at, jax.random.split(key, 1))
         apply = lambda params, x: _elastic.apply_layer(at, params, x, {})
-        # Where it stands matters by the shape alone, but for the head, which has no ReLU.
+        # Only the sizes matter, not the place in the network, except for the head, which has no ReLU.
         name = (at.name == "head", at.layer, at.in_width, at.flat)
         return cost(name, init, apply, (*at.spatial, at.in_width[0]))
 
@@ -189,8 +192,11 @@ def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tupl
 
 
 def check_table(table: CostTable, network: Space) -> None:
-    """ValueError where a table is of another space, whose choices a network does not have, or where a term's costs have
-    not one axis for each of its edges."""
+    """Raises ValueError if a table does not fit a network.
+
+    The table must not have choices that the network lacks, and the costs of a term must have one axis for each of its
+    edges.
+    """
     cells = network.cells
     for term in table.terms:
         if np.ndim(term.values) != len(term.rows):
@@ -210,31 +216,34 @@ def check_table(table: CostTable, network: Space) -> None:
 
 
 def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space | None = None) -> jax.Array:
-    """C(w), what the networks under mixing weights cost on average.
+    """C(w), the mean cost of the networks under mixing weights.
 
-    It is the mean over networks whose choices are drawn apart, each by its own weights, where these are a softmax's.
-    Differentiable in any mode; linear in the weights of each choice.
+    If the weights come from a softmax, it is the mean over networks whose choices are drawn independently, each by its
+    own weights. It is differentiable in any mode, and linear in the weights of each choice.
 
-    Where a space keeps so many edges into each node (`Network.keep`, DARTS's 2), the mean over all edges is no cost of
-    its networks. With `network` only those edges count that `discretize` keeps at these weights, by their ops that are
-    not "none", w[e, o] / Σ_{o' ≠ none} w[e, o']: the mean over networks of these edges. Which ones they are is
-    constant for derivatives, and C jumps where others become the strongest. (NAS-Bench-101's graphs count with all
-    their vertices.)
+    If a space keeps a number of edges into each node (`Network.keep`, 2 for DARTS), the mean over all edges is not the
+    cost of any of its networks. With `network`, only the edges count that `discretize` keeps at these weights. Their
+    ops other than "none" have the weights w[e, o] / Σ_{o' ≠ none} w[e, o'], and C is the mean over networks of these
+    edges. Derivatives treat the set of kept edges as constant, and C jumps when other edges become the strongest. (The
+    graphs of NAS-Bench-101 count with all their vertices.)
 
-    An edge that is not kept, or whose weights are 0 (`one_hot` of a genotype without it), adds nothing where it has a
-    term of its own. In a term of several edges (`nas_bench_201_costs`) it is its "none", which only `network` tells.
+    An edge that is not kept, or whose weights are 0 (`one_hot` of a genotype without it), adds nothing if it has its
+    own term. In a term of several edges (`nas_bench_201_costs`) it counts as its "none", whose position only `network`
+    shows.
 
     Args:
-      table: of the space.
+      table: costs of the space.
       weights: kind -> [edges, ops].
-      network: the space, whose `keep` is then taken into account.
+      network: the space; if given, its `keep` is taken into account.
 
     Returns:
-      [], in the table's unit.
+      [], in the unit of the table.
 
     Raises:
-      ValueError: the weights are not of this space; in a term of several edges one has no weight (where that can be
-        seen: the weights are not traced), and `network` is not given; or such an edge has no "none".
+      ValueError: if the weights are not of this space.
+      ValueError: in a term of several edges, if an edge has no weight and `network` is not given. (Traced weights are
+        not checked for this.)
+      ValueError: in a term of several edges, if an edge may be absent and has no "none" among its candidates.
     """
     dtype = jnp.zeros(0).dtype
     if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
@@ -255,7 +264,10 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
 
 
 def _in_whole(row: jax.Array, given: Any, network: Space | None, kind: str, edge: int) -> jax.Array:
-    """Weights in a table of whole networks: an edge that is not there is its "none", since a product with 0 is 0."""
+    """Weights of an edge in a table of whole networks. An absent edge counts as its "none".
+
+    Its own weights, all 0, would make the product of the whole term 0.
+    """
     absent = not isinstance(given, Tracer) and not np.asarray(given)[edge].any()
     if network is None and absent:
         raise ValueError(
@@ -273,7 +285,7 @@ def _in_whole(row: jax.Array, given: Any, network: Space | None, kind: str, edge
 
 
 def _none_row(network: Space, kind: str, edge: int) -> np.ndarray:
-    """The weights of an edge that is not there, in a table of whole networks."""
+    """The weights of an absent edge in a table of whole networks: 1 for its "none"."""
     ops = network.cells[kind].edges[edge].ops
     if _genotypes.NONE not in ops:
         raise ValueError(
@@ -283,32 +295,32 @@ def _none_row(network: Space, kind: str, edge: int) -> np.ndarray:
 
 
 def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Of the edges that `discretize` keeps, the weights of ops other than "none", with sum 1; of others 0."""
+    """For edges that `discretize` keeps, the weights of ops other than "none", with sum 1; 0 for other edges."""
     kept = {}
     for kind, chosen in discretized(network, weights).items():
         w = jnp.asarray(weights[kind])
         some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in network.cells[kind].edges])
         total = jnp.where(some, w, 0.0).sum(1, keepdims=True)
-        # A genotype's own weights, `one_hot`, have no op on an edge that it has not.
+        # The weights of a genotype, `one_hot`, are 0 on the edges that it lacks.
         shares = jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
         kept[kind] = chosen.sum(1, keepdims=True) * shares
     return kept
 
 
 def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
-    """What one architecture costs.
+    """The cost of one architecture.
 
     Args:
-      table: of the space.
+      table: costs of the space.
       network: the space.
-      genotype: of it.
+      genotype: an architecture of the space.
 
     Returns:
-      The cost, in the table's unit, in double precision.
+      The cost, in the unit of the table, in double precision.
 
     Raises:
-      ValueError: the genotype, or the table, is not of this space; an edge that it lacks has no "none" in a table of
-        whole networks.
+      ValueError: if the genotype or the table is not of this space.
+      ValueError: in a table of whole networks, if the genotype lacks an edge without "none" among its candidates.
     """
     check_table(table, network)
     weights, total = _genotypes.one_hot(network, genotype), table.fixed
@@ -323,30 +335,30 @@ def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
     return total
 
 
-# ---- Measures, and tables that are there ----------------------------------------------------------------------------
+# ---- Measures, and published tables ---------------------------------------------------------------------------------
 
 
 def num_params(apply: Callable, params: base.PyTree, x: Any) -> float:
     """A measure for `cost_table`: the number of parameters.
 
     Args:
-      apply: not looked at.
-      params: of the op.
-      x: not looked at.
+      apply: not used.
+      params: parameters of the op.
+      x: not used.
 
     Returns:
-      A number of entries.
+      The number of entries.
     """
     return float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
 
 
 def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
-    """A measure for `cost_table`: seconds on this device, of the compiled op by itself, warm.
+    """A measure for `cost_table`: seconds on this device, of the compiled op by itself, after a first run.
 
-    The median of `num_samples` times, each of so many calls that they take `min_seconds` together. Ops by themselves
-    are not what they are in one program, where they are fused and none is dispatched: a sum of them is no prediction of
-    a network's time, and how well sums rank networks has not been measured. Take the batch size at which it will run,
-    and a machine that does nothing else.
+    It is the median of `num_samples` times. Each time is the mean over enough calls to take `min_seconds` together. An
+    op by itself differs from the same op in one program, where ops are fused and are not dispatched one by one. So a
+    sum of latencies does not predict the time of a network. How well such sums rank networks has not been measured. Use
+    the batch size at which the network will run, and a machine that runs nothing else.
 
     Args:
       num_samples: at least 1.
@@ -356,13 +368,13 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
       `(apply, params, x) -> seconds`.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: if a number is out of range.
     """
     base.check_integer("num_samples", num_samples, 1)
     base.check_positive("min_seconds", min_seconds)
 
     def measure(apply, params, x):
-        rng = np.random.default_rng(0)  # zeros may be quicker, and denormal numbers slower
+        rng = np.random.default_rng(0)  # zeros may run faster, and denormal numbers slower
         arguments = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), (params, x))
         compiled = jax.jit(apply).lower(*arguments).compile()
 
@@ -382,19 +394,19 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
 
 
 def nas_bench_201_costs(resource: str, task: str = "cifar10", *, folder: str | os.PathLike | None = None) -> CostTable:
-    """What HW-NAS-Bench measured of NAS-Bench-201's networks, as a table: one term over all six edges.
+    """The measurements of HW-NAS-Bench for the networks of NAS-Bench-201, as a table: one term over all six edges.
 
     Args:
       resource: "edgegpu_latency", "raspi4_latency", "edgetpu_latency", "pixel3_latency", "eyeriss_latency" or
         "fpga_latency" (ms); "edgegpu_energy", "eyeriss_energy" or "fpga_energy" (mJ); "eyeriss_arithmetic_intensity".
       task: "cifar10", "cifar100" or "ImageNet16-120".
-      folder: of nasbench201.npz; by default what METAOPT_DATA names.
+      folder: folder of nasbench201.npz; by default the folder that METAOPT_DATA names.
 
     Returns:
       A `CostTable` of `nas_bench_201_space`, for one image.
 
     Raises:
-      ValueError: the file is not there, or has no such resource or task.
+      ValueError: if the file does not exist, or if it has no such resource or task.
 
     Source: Li et al., ICLR 2021, https://arxiv.org/abs/2103.10584
     """
@@ -410,13 +422,13 @@ def nas_bench_201_costs(resource: str, task: str = "cifar10", *, folder: str | o
 
 
 def cost_table_to_json(table: CostTable) -> str:
-    """A table as JSON: a device is measured once.
+    """A table as JSON, so that a device is measured only once.
 
     Args:
-      table: any.
+      table: any table.
 
     Returns:
-      Text, with the version of the form.
+      Text, with the version of the format.
     """
     terms = [{"rows": term.rows, "values": term.values.tolist()} for term in table.terms]
     return json.dumps({"version": 1, "fixed": table.fixed, "unit": table.unit, "terms": terms})

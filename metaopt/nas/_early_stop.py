@@ -1,7 +1,7 @@
-"""Stopping a search before it collapses: when the validation loss becomes too sharp in α, or a cell has many skips.
+"""Stops a search before it collapses: when the validation loss becomes too sharp in α, or a cell has many skips.
 
-    curvature: stop at epoch e ≥ `start` if  mean of κ over the last `window` epochs > factor · that mean `delta` epochs
-               earlier, and keep the α of epoch e − `delta`
+    curvature: stop at epoch e ≥ `start` if  mean of |κ| over the last `window` epochs > factor · the same mean `delta`
+               epochs earlier, and keep the α of epoch e − `delta`
     skips:     stop at epoch e ≥ `start` if  a cell of the genotype has more than `most`, and keep the α of epoch e − 1
 
 Sources: Zela et al., ICLR 2020, Sec. 4.3, https://arxiv.org/abs/1909.09656; Liang et al., 2019 (DARTS+),
@@ -22,15 +22,15 @@ from metaopt.nas._specs import Space
 
 
 class StoppingState(NamedTuple):
-    """What `stopped_by_curvature` and `stopped_by_skips` carry.
+    """The state of `stopped_by_curvature` and `stopped_by_skips`.
 
     Attributes:
-      estimator: the state of the rule that is watched.
-      count: [] int32, the estimates so far.
-      measured: κ, or the number of skips, of the last epochs, newest last; NaN before the first.
-      alphas: like α, with a leading axis: at the end of as many epochs as the rule looks back, newest last.
+      estimator: the state of the watched rule.
+      count: [] int32, the number of estimates so far.
+      measured: κ, or the number of skips, of the last epochs, newest last; NaN before the first epoch.
+      alphas: like α, with a leading axis: α at the end of each epoch that the rule looks back to, newest last.
       stopped: [] bool.
-      kept: like α, what the search chose once it is stopped.
+      kept: like α. Once the search is stopped, it is the α that the rule keeps; until then it is the newest α.
       key: for the outer batch and the first vector of the iterations.
     """
 
@@ -46,17 +46,17 @@ class StoppingState(NamedTuple):
 def sharpness_stop(
     curvatures: Sequence[float], *, window: int = 5, start: int = 10, delta: int = 4, factor: float = 1.3
 ) -> int | None:
-    """The epoch whose α is kept, by the rule above; None while nothing stops the search.
+    """The epoch whose α is kept, by the curvature rule of this module; None while nothing stops the search.
 
     Args:
       curvatures: κ at every epoch so far, from epoch 0.
-      window: epochs that are averaged.
-      start: the first epoch that may stop; no sooner than there are two whole means.
-      delta: how many epochs back to compare with, and to go.
+      window: number of epochs that are averaged.
+      start: the first epoch that may stop. The search never stops before two full means exist.
+      delta: how many epochs to look back for the comparison, and to go back.
       factor: by how much the mean may grow.
 
     Returns:
-      The first epoch that stops, less `delta`; or None.
+      The first epoch that stops, minus `delta`; or None.
     """
     values = np.abs(np.asarray(curvatures, float))
     for e in range(max(start, window + delta - 1), len(values)):
@@ -67,18 +67,18 @@ def sharpness_stop(
 
 
 def skip_count_stop(counts: Sequence[int], *, most: int = 1, start: int = 1) -> int | None:
-    """The epoch whose α is kept: the one before its genotype first has more than `most` skips; None while it has not.
+    """The epoch whose α is kept: the last one before the genotype has more than `most` skips; None if it never has.
 
     Args:
-      counts: of skips in the genotype at every epoch so far, from epoch 0.
-      most: that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
-      start: the first epoch that may stop, at least 1: before it, α is what it was drawn as.
+      counts: number of skips in the genotype at every epoch so far, from epoch 0.
+      most: number of skips that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
+      start: the first epoch that may stop, at least 1. A stop at epoch 0 would keep the random initial α.
 
     Returns:
-      The first epoch that stops, less 1; or None.
+      The first epoch that stops, minus 1; or None.
 
     Raises:
-      ValueError: `most` is below 0, or `start` below 1.
+      ValueError: if `most < 0` or `start < 1`.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
@@ -101,33 +101,36 @@ def stopped_by_curvature(
     own: Callable[[base.HyperParams], base.HyperParams] = lambda hyperparams: hyperparams,
     alpha: Callable[[base.HyperParams], base.HyperParams] = lambda hyperparams: hyperparams,
 ) -> base.Estimator:
-    """The same estimator, that measures κ = the dominant eigenvalue of ∂²f/∂α² at the end of every epoch.
+    """The same estimator, which also measures κ, the dominant eigenvalue of ∂²f/∂α², at the end of every epoch.
 
-    Once it stops, `metrics["stop"]` is 1 and stays so, and the state's `kept` is the α to take; what comes after is of
-    no use, but harmless: a callback of `training.fit` that returns `metrics["stop"] > 0` ends the run. All is in the
-    state, so a run that is continued stops where an unbroken one does.
+    Once it stops, `metrics["stop"]` becomes 1 and stays 1, and `kept` in the state is the α to take. Later steps are
+    useless but harmless. To end the run, pass `training.fit` a callback that returns `metrics["stop"] > 0`. The state
+    holds everything, so a continued run stops at the same epoch as an uninterrupted one.
 
-    Costs, once an epoch, `num_iterations` Hessian-vector products of f in α. (Under `vmap` at every estimate.)
+    Once per epoch it costs `num_iterations` Hessian-vector products of f in α. (Under `vmap` it costs this at every
+    estimate.)
 
     Args:
-      estimator: of one task, such as DARTS's; it must carry the training.
-      problem: whose f is measured: what it is a rule for, or what that was made of (`own`).
-      every: estimates an epoch.
-      window: epochs that are averaged.
+      estimator: an estimator of one task, such as DARTS's; its state must carry the training.
+      problem: the problem whose f is measured. It is the problem of the rule, or the problem from which that one was
+        made (see `own`).
+      every: number of estimates per epoch.
+      window: number of epochs that are averaged.
       start: the first epoch that may stop, counted from 0.
-      delta: how many epochs back to compare with, and to go.
+      delta: how many epochs to look back for the comparison, and to go back.
       factor: by how much the mean may grow.
-      num_iterations: of `dominant_eigenvalue`.
+      num_iterations: iterations of `dominant_eigenvalue`.
       inner_state: `(estimator's state) -> inner state`.
-      own: the estimator's λ -> that of `problem`, where they differ: under a constraint λ has multipliers, too.
-      alpha: the problem's λ -> the part of it that κ is of, a selection of its leaves; by default, all.
+      own: the estimator's λ -> the λ of `problem`, if they differ. Under a constraint, for instance, λ also has
+        multipliers.
+      alpha: the problem's λ -> the part of it for which κ is computed, a selection of its leaves; all of λ by default.
 
     Returns:
-      An `Estimator` of the same kind. Metrics: those of `estimator`, "curvature", κ (NaN but at the end of an epoch),
-      and "stop".
+      An `Estimator` of the same kind. Its metrics are the metrics of `estimator`, "curvature" (κ at the end of an
+      epoch, NaN otherwise) and "stop".
 
     Raises:
-      ValueError: a count is out of range.
+      ValueError: if a count or `factor` is out of range.
     """
     for name, value in (("window", window), ("delta", delta), ("num_iterations", num_iterations)):
         base.check_integer(name, value, 1)
@@ -138,7 +141,7 @@ def stopped_by_curvature(
     def measure(keys, hyperparams, task, after):
         batch_key, vector_key = keys
         trained, given = inner_state(after), own(hyperparams)
-        at, put = jax.vjp(alpha, given)  # the transpose of a selection puts its leaves where they come from
+        at, put = jax.vjp(alpha, given)  # the transpose of a selection puts leaves back to their places
 
         def outer_loss(a):
             (change,) = put(jax.tree.map(jnp.subtract, a, at))
@@ -149,7 +152,7 @@ def stopped_by_curvature(
         return dominant_eigenvalue(outer_loss, at, vector_key, num_steps=num_iterations)
 
     def grows(curvatures):
-        # Comparisons with the NaN of epochs that were not are false.
+        # Epochs that have not happened are NaN, and comparisons with NaN are false.
         sharpness = jnp.abs(curvatures)
         return sharpness[-window:].mean() > factor * sharpness[:window].mean()
 
@@ -164,23 +167,23 @@ def stopped_by_skips(
     most: int = 1,
     start: int = 1,
 ) -> base.Estimator:
-    """The same estimator, that counts the skips of its cell at the end of every epoch: `skip_count_stop` in its state.
+    """The same estimator, which also applies `skip_count_stop` at the end of every epoch.
 
-    Stopped, it is what `stopped_by_curvature` is. Costs nothing to speak of.
+    After the stop it behaves like `stopped_by_curvature`. The cost is negligible.
 
     Args:
-      estimator: of one task, such as DARTS's.
-      num_skips: `(λ) -> []` of the estimator's λ, such as `lambda λ: nas.num_skips(network, search.weights(λ))`.
-      every: estimates an epoch.
-      most: skips that a cell may have.
+      estimator: an estimator of one task, such as DARTS's.
+      num_skips: `(λ) -> []` for the estimator's λ, such as `lambda λ: nas.num_skips(network, search.weights(λ))`.
+      every: number of estimates per epoch.
+      most: number of skips that a cell may have.
       start: the first epoch that may stop, counted from 0; at least 1.
 
     Returns:
-      An `Estimator` of the same kind. Metrics: those of `estimator`, "skips" (NaN but at the end of an epoch), and
-      "stop".
+      An `Estimator` of the same kind. Its metrics are the metrics of `estimator`, "skips" (NaN except at the end of an
+      epoch) and "stop".
 
     Raises:
-      ValueError: a count is out of range.
+      ValueError: if a count is out of range.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
@@ -191,17 +194,17 @@ def stopped_by_skips(
 
 
 def num_skips(network: Space, weights: Mapping[str, Any]) -> jax.Array:
-    """How many skips the genotype of mixing weights has, in its cell of the kind that has the most.
+    """The number of skips in the genotype of mixing weights, for the kind of cell that has the most.
 
     Args:
-      network: a supernet's.
+      network: the spec of a supernet.
       weights: kind -> [edges, ops]; they may be traced.
 
     Returns:
       [], a number.
 
     Raises:
-      ValueError: no edge of the network may be a skip; as for `discretized`.
+      ValueError: if no edge of the network may be a skip, or as for `discretized`.
     """
     is_skip = {
         k: np.array([[op == SKIP for op in edge.ops] for edge in cell.edges]) for k, cell in network.cells.items()
@@ -213,7 +216,7 @@ def num_skips(network: Space, weights: Mapping[str, Any]) -> jax.Array:
 
 
 def _stopped(estimator, name, measure, stops, every, num_measured, delta, start) -> base.Estimator:
-    """The same estimator, that measures at the end of every epoch and keeps the α of `delta` epochs before its stop."""
+    """Wraps `estimator`: measures at the end of every epoch, and keeps the α of `delta` epochs before the stop."""
     base.check_integer("every", every, 1)
 
     def init(key, hyperparams, task):
@@ -238,7 +241,7 @@ def _stopped(estimator, name, measure, stops, every, num_measured, delta, start)
         stops_now = ends & (count // every > start) & stops(measured) & ~state.stopped
         kept = jax.tree.map(lambda old, a: jnp.where(stops_now, a[0], old), state.kept, alphas)
         stopped = state.stopped | stops_now
-        # The newest α is kept where nothing has stopped.
+        # Until the stop, the newest α is kept.
         kept = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), kept, hyperparams)
         metrics = {**estimate.metrics, name: value, "stop": stopped.astype(estimate.value.dtype)}
         after = StoppingState(after, count, measured, alphas, stopped, kept, key)

@@ -1,19 +1,21 @@
-"""Supernets of sizes: the weights of the largest network, of which smaller ones are slices.
+"""Supernets over sizes: they have the weights of the largest network, and smaller networks are slices of them.
 
-A convolution with candidates k for its window, c for its channels and d for its depth, under mixing weights w:
+A convolution has candidates k for its window, c for its channels and d for its depth. Under mixing weights w it
+computes:
 
     W̄ = (Σ_k w_k 1[|position| ≤ k/2]) ⊙ W                the center of the largest window
     h_l = Σ_c w_c 1[channel < c] ⊙ relu(norm_c(W̄ * h_{l−1} + b))
     output = Σ_d w_d h_d
 
-The mixture over windows is one convolution, since convolutions are linear in W. norm_c is that of the small network: by
-batch, each channel has its own statistics, and masks come after it (before it, it would undo them); by layer, the mean
-and variance are over the first c channels alone. At one-hot weights channels that are masked are exact zeros, so what
-their rows of the next W hold does not matter: the supernet is the small network, whose parameters are slices.
+The mixture over windows is one convolution, since convolutions are linear in W. norm_c is the normalization of the
+small network. With "batch", each channel has its own statistics. Masks come after this normalization, because it would
+undo masks before it. With "layer", the mean and variance are over the first c channels only. At one-hot weights, masked
+channels are exact zeros, so their rows in the next W do not matter. The supernet then equals the small network, whose
+parameters are slices.
 
-**In search, masks save no compute**: every step costs as much as the largest network with all of its depth, whatever w
-is. Only the discrete network is cheaper. (Windows and depths cost nothing more, and a width only a mask: a search costs
-what training the largest network costs.)
+**In search, masks save no compute.** Every step costs as much as the largest network at its full depth, whatever w is.
+Only the discrete network is cheaper. (Choices of windows and depths cost nothing extra, and a choice of widths costs
+only a mask. A search costs as much as training the largest network.)
 
 Sources: for masks, Wan et al., CVPR 2020, https://arxiv.org/abs/2004.05565; for windows, Stamoulis et al., 2019,
 https://arxiv.org/abs/1904.02877; for depths, Cai et al., ICLR 2020, https://arxiv.org/abs/1908.09791
@@ -32,15 +34,15 @@ from metaopt.nas._specs import ElasticLayer, ElasticNetwork, Genotype, check_ela
 
 
 class Placed(NamedTuple):
-    """A layer where it stands.
+    """A layer at its place in the network.
 
     Attributes:
-      name: of the layer; "head" is the linear layer to the outputs.
+      name: name of the layer; "head" is the linear layer to the outputs.
       layer: its sizes.
-      spatial: of its input.
+      spatial: spatial shape of its input.
       in_width: candidates for the channels of its input.
-      in_choice: the name of the choice among them; None where there is one.
-      flat: whether positions are features of this linear layer.
+      in_choice: name of the choice among these candidates; None if there is only one.
+      flat: whether this linear layer uses the positions of its input as features.
     """
 
     name: str
@@ -55,12 +57,12 @@ class Placed(NamedTuple):
         return () if self.flat else tuple(-(-n // self.layer.stride) for n in self.spatial)
 
     def choices(self) -> dict[str, str]:
-        """Size -> the name of its choice, where there is one; "in" is the width of the input."""
+        """Size -> the name of its choice, for sizes with several candidates; "in" is the width of the input."""
         own = {s: f"{self.name}.{s}" for s in ("kernel", "width", "depth") if len(getattr(self.layer, s)) > 1}
         return {**({"in": self.in_choice} if self.in_choice else {}), **own}
 
     def sized(self, sizes: Mapping[str, int]) -> "Placed":
-        """The same with one candidate for each size that is named."""
+        """The same layer with one candidate for each size in `sizes`."""
         given = {s: (sizes[s],) for s in ("width", "kernel", "depth") if s in sizes}
         small = self._replace(layer=self.layer._replace(**given))
         return small._replace(in_width=(sizes["in"],), in_choice=None) if "in" in sizes else small
@@ -108,7 +110,7 @@ def num_keys(at: Placed) -> int:
 
 
 def init_layer(at: Placed, keys: jax.Array) -> list[dict[str, jax.Array]]:
-    """The parameters of the largest sizes, one entry for each time that the layer is there."""
+    """The parameters at the largest sizes, one entry for each repetition of the layer."""
     if not at.layer.width:
         return []
     params, width = [], max(at.layer.width)
@@ -124,7 +126,7 @@ def init_layer(at: Placed, keys: jax.Array) -> list[dict[str, jax.Array]]:
 
 
 def slice_layer(at: Placed, small: Placed, params: list[dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
-    """The parameters of `small`, whose sizes are single, out of those of `at`."""
+    """Slices the parameters of `small`, which has one candidate per size, out of the parameters of `at`."""
     if not at.layer.width:
         return []
     (width,), (depth,), (in_width,) = small.layer.width, small.layer.depth, small.in_width
@@ -140,7 +142,7 @@ def slice_layer(at: Placed, small: Placed, params: list[dict[str, jax.Array]]) -
 
 
 def apply_layer(at: Placed, params, x: jax.Array, weights: Mapping[str, jax.Array], remat: bool = False) -> jax.Array:
-    """A layer under the weights of its choices, each [candidates]; sizes without one are the largest."""
+    """A layer under the weights of its choices, each [candidates]; a size without weights is the largest."""
     layer, last = at.layer, at.name == "head"
     if not layer.width:
         return _pool(layer.kind, layer.stride, x)
@@ -180,7 +182,7 @@ def apply_layer(at: Placed, params, x: jax.Array, weights: Mapping[str, jax.Arra
 
 
 def _window(weights: jax.Array, sizes: tuple[int, ...], spatial: int) -> jax.Array:
-    """[window..., 1, 1]: at each position the weight of the windows that hold it."""
+    """[window..., 1, 1]: for each position, the total weight of the windows that contain it."""
     far = abs(np.arange(sizes[-1]) - sizes[-1] // 2)
     distance = np.max(np.stack(np.meshgrid(*[far] * spatial, indexing="ij")), 0)
     inside = np.stack([distance <= size // 2 for size in sizes], -1)
@@ -188,7 +190,7 @@ def _window(weights: jax.Array, sizes: tuple[int, ...], spatial: int) -> jax.Arr
 
 
 def _layer_norm(y: jax.Array, mask: jax.Array, epsilon: float = 1e-5) -> jax.Array:
-    """Over the channels that the mask [1..., C] keeps; 0 elsewhere."""
+    """Normalizes over the channels that the mask [1..., C] keeps; other channels are 0."""
     num = mask.sum(-1, keepdims=True)
     centered = (y - (y * mask).sum(-1, keepdims=True) / num) * mask
     return centered * jax.lax.rsqrt((centered**2).sum(-1, keepdims=True) / num + epsilon)
@@ -243,7 +245,7 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
 
 
 def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[str, jax.Array]:
-    """Choice -> [candidates], checked."""
+    """Choice -> its weights [candidates], after checks."""
     rows = {}
     for name, cell in cells.items():
         if name not in weights:
@@ -254,14 +256,14 @@ def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[s
         if single_path:
             check_single_path(name, w)
         w = jnp.asarray(w, dtype)[0]
-        if single_path:  # others have no gradient, as where they are not run
+        if single_path:  # other candidates have no gradient, as if they did not run
             w = w * jax.nn.one_hot(jnp.argmax(jnp.abs(w)), w.size, dtype=dtype)
         rows[name] = w
     return rows
 
 
 def chosen(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork:
-    """The network with the sizes of a genotype, which is of this network."""
+    """The network with the sizes of a genotype, which must be a genotype of this network."""
     layers = dict(network.layers)
     for choice, ((_, _, size),) in genotype.items():
         name, _, what = choice.rpartition(".")

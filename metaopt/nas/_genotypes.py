@@ -1,6 +1,6 @@
-"""Genotypes, the discrete architectures: from mixing weights, to text and back, and which of them are the same.
+"""Genotypes, the discrete architectures: made from mixing weights, converted to and from text, and compared.
 
-A genotype says, for each kind of cell, which edges are kept and with which op: {kind: ((source, target, op), ...)}.
+For each kind of cell, a genotype lists the edges that are kept and their ops: {kind: ((source, target, op), ...)}.
 """
 
 import ast
@@ -26,29 +26,29 @@ from metaopt.nas._specs import (
     read_json,
 )
 
-NONE, SKIP = "none", "skip_connect"  # zero, and the identity where shapes are kept
+NONE, SKIP = "none", "skip_connect"  # the zero op, and the identity (if shapes are kept)
 
 
 def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int | None | str = "space") -> Genotype:
-    """The genotype of mixing weights: the strongest op of every edge, of the strongest edges into every node.
+    """The genotype of mixing weights: the strongest op of each edge, for the strongest edges into each node.
 
         strength(e) = max_{o ≠ none} w[e, o],    op(e) = argmax_{o ≠ none} w[e, o]
 
-    Weights, not α: the softmax is over all ops, none included, and without it other edges are kept, since α and α + c
-    are the same weights and not the same numbers.
+    Pass weights, not α. The softmax is over all ops, including "none". Without it other edges would be kept: α and α +
+    c give the same weights, but they are different numbers.
 
     Args:
-      network: a supernet's.
-      weights: kind -> [edges, ops], what the relaxation made of α; not negative.
-      keep: edges into each node, the strongest (of equal ones the first); 2 is DARTS's rule. None keeps every edge
-        whose largest weight is not that of "none". "space": what the network says.
+      network: the spec of a supernet.
+      weights: kind -> [edges, ops], the weights that the relaxation makes of α; not negative.
+      keep: number of edges into each node. The strongest are kept, and the first of equal ones; 2 is the rule of DARTS.
+        None keeps every edge whose largest weight is not the weight of "none". "space" uses the rule of the network.
 
     Returns:
-      A `Genotype`, its edges in the network's order.
+      A `Genotype`, its edges in the order of the network.
 
     Raises:
-      ValueError: the weights do not have the network's shape, or some are negative, NaN or infinite; the network is
-        one of NAS-Bench-101, whose weights `discretize_graph` reads.
+      ValueError: if the weights do not have the shape of the network, or if some are negative, NaN or infinite.
+      ValueError: if the network is a NAS-Bench-101 space; use `discretize_graph` for its weights.
     """
     keep = edges_kept(network, keep)
     genotype: Genotype = {}
@@ -89,17 +89,17 @@ def discrete(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork: ...
 
 
 def discrete(network, genotype):
-    """The network of a genotype: of each cell only the edges that are kept, with one op each; of each size one.
+    """The network of a genotype: of each cell only the kept edges, with one op each; for each size one candidate.
 
     Args:
-      network: a supernet's.
+      network: the spec of a supernet.
       genotype: kind -> edges.
 
     Returns:
-      A `Network`, or an `ElasticNetwork`, for `supernet`; it needs no mixing weights then.
+      A `Network`, or an `ElasticNetwork`, for `supernet`. It needs no mixing weights.
 
     Raises:
-      ValueError: a kind is missing, or an edge or op is not in the network.
+      ValueError: if a kind is missing, or if an edge or op is not in the network.
     """
     check_genotype(network, genotype)
     if isinstance(network, ElasticNetwork):
@@ -112,10 +112,10 @@ def discrete(network, genotype):
 
 
 def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
-    """The mixing weights at which a supernet is a genotype's network: 1 for its ops, 0 elsewhere.
+    """The mixing weights at which a supernet equals the network of a genotype: 1 for its ops, 0 elsewhere.
 
     Args:
-      network: a supernet's.
+      network: the spec of a supernet.
       genotype: kind -> edges.
 
     Returns:
@@ -133,24 +133,26 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
 
 
 def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarray) -> dict[str, np.ndarray]:
-    """α from scores of architectures: what those that have an op on an edge score more than all, in the mean.
+    """α from scores of architectures: how much better architectures with an op on an edge score than the average.
 
         α[e, o] = mean {s_a : o on e in a} − mean_a s_a
 
-    So h from records (`methods.train_cell_searcher`), or any other judge, says where a search, or an h that is then
-    learned by hypergradient, starts: `predictors.mlp(space, num_features, hyperparams=alpha)`.
+    The scores may come from an h that was learned from records (`methods.train_cell_searcher`), or from any other
+    source. The result is a starting point for a search, or for an h that is then learned by hypergradients:
+    `predictors.mlp(space, num_features, hyperparams=alpha)`.
 
     Args:
-      network: a supernet's.
-      genotypes: A of them; an edge that one does not have counts as its "none".
-      scores: [A], larger is better. NaN and −inf (a training that failed, `synflow` where nothing arrives at the
-        output) count as the smallest of the others.
+      network: the spec of a supernet.
+      genotypes: A genotypes; an edge that a genotype lacks counts as its "none".
+      scores: [A], larger is better. NaN and −inf count as the smallest of the other scores. Examples are a failed
+        training, and `synflow` if nothing arrives at the output.
 
     Returns:
-      kind -> [edges, ops]; 0 where no architecture has the op.
+      kind -> [edges, ops]; 0 if no architecture has the op.
 
     Raises:
-      ValueError: there are not as many scores as genotypes, or none that is finite; one is +inf; as for `one_hot`.
+      ValueError: if the numbers of scores and genotypes differ, if no score is finite, if a score is +inf, or as for
+        `one_hot`.
 
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(1, ("none", "mlp"))
@@ -165,7 +167,7 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     finite = np.isfinite(scores)
     if not finite.any() or (scores == np.inf).any():
         raise ValueError(f"`scores` must have a finite one, and no +inf, since larger is better; got {scores}.")
-    # Left out, those that failed would speak for the ops that made them fail.
+    # Without the failed architectures, the ops that made them fail would look too good.
     scores = np.where(finite, scores, scores[finite].min())
     rows = [one_hot(network, genotype) for genotype in genotypes]
     alpha = {}
@@ -181,19 +183,20 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
 
 
 def random_genotype(seed: int, network: Network, *, keep: int | None | str = "space") -> Genotype:
-    """A genotype drawn at random: what a search must beat.
+    """A random genotype, the baseline that a search must beat.
 
     Args:
-      seed: at least 0; the same one gives the same genotype.
-      network: a supernet's.
-      keep: edges into each node, distinct, each set of them alike, each with an op that is not "none", each alike. None
-        draws an op on every edge, "none" among them. "space": what the network says.
+      seed: at least 0; the same seed gives the same genotype.
+      network: the spec of a supernet.
+      keep: number of edges into each node. They are distinct, and all sets of edges are equally likely. Each edge gets
+        an op other than "none", and all of these are equally likely. None draws an op on every edge, with "none" among
+        them. "space" uses the rule of the network.
 
     Returns:
-      A `Genotype`, its edges in the network's order.
+      A `Genotype`, its edges in the order of the network.
 
     Raises:
-      ValueError: the network is one of NAS-Bench-101, whose cells are graphs.
+      ValueError: if the network is a NAS-Bench-101 space, whose cells are graphs.
     """
     keep = edges_kept(network, keep)
     rng = np.random.default_rng(seed)
@@ -216,7 +219,10 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
 
 
 def edges_kept(network: Space, keep: int | None | str) -> int | None:
-    """How many edges into each node a genotype has, None where each edge stands for itself; "space" as it says."""
+    """The number of edges into each node of a genotype; None if every edge is decided by itself.
+
+    `keep` may be "space"; then the rule of the network applies.
+    """
     own = network.keep if isinstance(network, Network) else None
     if own == "graph":
         raise ValueError(
@@ -230,7 +236,7 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
 
 
 def check_finite(kind: str, weights: np.ndarray) -> None:
-    """ValueError where mixing weights are NaN or infinite: an argmax of them says nothing."""
+    """Raises ValueError if mixing weights are NaN or infinite, because their argmax is meaningless."""
     if not np.isfinite(weights).all():
         raise ValueError(
             f"The weights of {kind!r} are not finite in places, so that no op is the strongest: the search has "
@@ -243,7 +249,7 @@ def _by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
 
 
 def check_genotype(network: Space, genotype: Genotype) -> None:
-    """ValueError where a genotype is not in the space of a network."""
+    """Raises ValueError if a genotype is not in the space of a network."""
     if set(genotype) != set(network.cells):
         raise ValueError(f"The genotype has the kinds {sorted(genotype)}, and the network {sorted(network.cells)}.")
     for kind, cell in network.cells.items():
@@ -264,13 +270,13 @@ def genotype_to_json(genotype: Genotype) -> str:
     """A genotype as JSON.
 
     Args:
-      genotype: kind -> edges, whose nodes may be NumPy's integers.
+      genotype: kind -> edges, whose nodes may be NumPy integers.
 
     Returns:
-      Text, with the version of the form.
+      Text, with the version of the format.
 
     Raises:
-      TypeError: a node is no integer.
+      TypeError: if a node is not an integer.
     """
     return json.dumps({"version": 1, "genotype": genotype}, default=operator.index)
 
@@ -282,11 +288,11 @@ def genotype_from_json(text: str) -> Genotype:
       text: JSON.
 
     Returns:
-      A `Genotype`.
+      A `Genotype`. Its ops are not checked here; `discrete` checks them against a network.
 
     Raises:
-      ValueError: the text is no JSON of this form or of another version; an edge does not go from a node to a later
-        one, or is there twice. Whether a network has the ops, `discrete` says.
+      ValueError: if the text is not JSON of this form, or is of another version.
+      ValueError: if an edge does not go from a node to a later one, or occurs twice.
     """
     data = read_json(text, "genotype")
     if not isinstance(data["genotype"], dict):
@@ -307,16 +313,16 @@ def genotype_from_json(text: str) -> Genotype:
 
 
 def to_darts(genotype: Genotype) -> str:
-    """A genotype in DARTS's form, "Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., reduce=...)".
+    """A genotype in the form of DARTS, "Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., reduce=...)".
 
     Args:
-      genotype: of kinds "normal" and "reduce" with two inputs, two edges into each node.
+      genotype: of kinds "normal" and "reduce" with two inputs, and two edges into each node.
 
     Returns:
-      Text, which DARTS's own code reads.
+      Text, which the code of DARTS reads.
 
     Raises:
-      ValueError: a node has not two edges, or an edge does not come from a node before it.
+      ValueError: if a node does not have two edges, or if an edge does not come from an earlier node.
     """
     parts = []
     for kind, edges in genotype.items():
@@ -333,18 +339,19 @@ def to_darts(genotype: Genotype) -> str:
 
 
 def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Genotype:
-    """The genotype that DARTS's form says; it must give out all nodes.
+    """The genotype of a text in the form of DARTS; all of its nodes must be part of the output.
 
     Args:
       text: "Genotype(normal=[...], normal_concat=..., reduce=[...], reduce_concat=...)".
-      primitives: the ops that it may have.
+      primitives: the ops that the genotype may have.
 
     Returns:
-      A `Genotype` of the kinds that are there.
+      A `Genotype` of the kinds in the text.
 
     Raises:
-      ValueError: the text has another form (no call of `Genotype`, fields without names, no cell), an op is not among
-        `primitives`, or an edge does not come from a node before it or is there twice.
+      ValueError: if the text has another form (it is not a call of `Genotype`, has fields without names, or has no
+        cell).
+      ValueError: if an op is not among `primitives`, or if an edge does not come from an earlier node or occurs twice.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -381,16 +388,16 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
 
 
 def to_nas_bench_201(genotype: Genotype) -> str:
-    """A genotype in NAS-Bench-201's form, "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
+    """A genotype in the form of NAS-Bench-201, "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
 
     Args:
-      genotype: of the one kind "cell"; edges that are not there are "none".
+      genotype: of the single kind "cell"; absent edges are "none".
 
     Returns:
-      Text, as in the benchmark's tables.
+      Text, as in the tables of the benchmark.
 
     Raises:
-      ValueError: the genotype is not in the space.
+      ValueError: if the genotype is not in the space.
     """
     ops = {(s, t): op for s, t, op in genotype.get("cell", ())}
     fits = set(genotype) == {"cell"} and len(ops) == len(genotype["cell"])
@@ -404,16 +411,16 @@ def to_nas_bench_201(genotype: Genotype) -> str:
 
 
 def from_nas_bench_201(text: str) -> Genotype:
-    """The genotype that NAS-Bench-201's form says.
+    """The genotype of a text in the form of NAS-Bench-201.
 
     Args:
       text: "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
 
     Returns:
-      A `Genotype` of the one kind "cell", without the edges that are "none".
+      A `Genotype` of the single kind "cell", without the edges that are "none".
 
     Raises:
-      ValueError: the text has another form, or an op that is not in the space.
+      ValueError: if the text has another form, or an op that is not in the space.
     """
     edges = []
     for target, node in enumerate(text.split("+"), 1):
@@ -429,25 +436,26 @@ def from_nas_bench_201(text: str) -> Genotype:
     return {"cell": tuple(edge for edge in edges if edge[2] != NONE)}
 
 
-# ---- Which are the same ---------------------------------------------------------------------------------------------
+# ---- Equal genotypes ------------------------------------------------------------------------------------------------
 
 
 def canonical(
     edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, output: Sequence[int], skip: str | None = SKIP
 ) -> str:
-    """A cell as an expression, which cells share that compute the same function of their weights.
+    """A cell as an expression. Cells that compute the same function of their weights have the same expression.
 
-    Each node is the sorted sum of its terms, op(node); zeros are left out, and what is skipped is part of the sum.
-    (As in NAS-Bench-201's rule, an op used twice and two ops alike, each with its weights, are written the same.)
+    Each node is the sorted sum of its terms, op(node). Zeros are left out. The terms of a skipped node join the sum.
+    (As in the rule of NAS-Bench-201, two cases are written the same: an op that is used twice, and two equal ops with
+    their own weights.)
 
     Args:
       edges: (source, target, op), of one kind of cell of a genotype.
       num_inputs: 1 or 2.
       output: the nodes whose channels are the output, in any order.
-      skip: the op that is the identity; None where none is (strides, or other channels).
+      skip: the op that is the identity; None if no op is the identity (because of strides or changed channels).
 
     Returns:
-      Text; "0" where nothing arrives at the output.
+      Text; "0" if nothing arrives at the output.
     """
     edges = sorted(edges, key=_by_target)
     terms: dict[int, list[str]] = {i: [f"x{i}"] for i in range(num_inputs)}
@@ -463,13 +471,15 @@ def canonical(
 
 
 def nas_bench_201_string(genotype: Genotype) -> str:
-    """NAS-Bench-201's own canonical form, by which it has 6,466 cells; it keeps zeros ("#") as terms of sums.
+    """The canonical form of NAS-Bench-201, by which it has 6,466 distinct cells.
+
+    It keeps zeros ("#") as terms of sums.
 
     Args:
-      genotype: of the one kind "cell".
+      genotype: of the single kind "cell".
 
     Returns:
-      Text. `canonical` leaves zeros out, and has 4,930 cells.
+      Text. `canonical` leaves zeros out, and has 4,930 distinct cells.
     """
     ops = {(s, t): op for s, t, op in genotype["cell"]}
     nodes = ["0"]
@@ -484,10 +494,10 @@ def nas_bench_201_string(genotype: Genotype) -> str:
 
 
 class Graph(NamedTuple):
-    """A cell of NAS-Bench-101: ops on vertices.
+    """A cell of NAS-Bench-101: a graph with ops on vertices.
 
     Attributes:
-      matrix: [V, V] of 0 and 1, upper triangular; the first vertex is the input, the last the output.
+      matrix: [V, V] of 0 and 1, upper triangular; the first vertex is the input, the last one the output.
       ops: [V] names, "input" first and "output" last.
     """
 
@@ -496,11 +506,11 @@ class Graph(NamedTuple):
 
 
 def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, output: Sequence[int]) -> Graph:
-    """A cell whose ops are on edges as a graph with ops on vertices: what an encoder of cells reads.
+    """Converts a cell with ops on edges to a graph with ops on vertices, the form that an encoder of cells reads.
 
-    Each op that is not "none" becomes a vertex, behind the ops into its source, or behind the input that its source is;
-    the output is behind the ops into its nodes. Nodes are in topological order; another such order of them changes the
-    order of vertices alone.
+    Each op other than "none" becomes a vertex. Its predecessors are the ops into its source, or the input if its source
+    is an input. The predecessors of the output are the ops into the output nodes. Nodes are in topological order; a
+    different topological order changes only the order of the vertices.
 
     Args:
       edges: (source, target, op), of one kind of cell of a genotype; `source` < `target`.
@@ -508,10 +518,10 @@ def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, ou
       output: the nodes whose channels are the output.
 
     Returns:
-      A `Graph`; of several inputs, the first vertices are "input 0", "input 1" ...
+      A `Graph`. With several inputs, the first vertices are "input 0", "input 1" ...
 
     Raises:
-      ValueError: there is no input, or an edge leads backwards or to an input.
+      ValueError: if `num_inputs < 1`, or if an edge leads backwards or to an input.
     """
     base.check_integer("num_inputs", num_inputs, 1)
     edges = list(edges)
@@ -522,7 +532,7 @@ def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, ou
     inputs = ["input"] if num_inputs == 1 else [f"input {i}" for i in range(num_inputs)]
     size = num_inputs + len(kept) + 1
     matrix = np.zeros((size, size), int)
-    arriving: dict[int, list[int]] = {i: [i] for i in range(num_inputs)}  # node -> vertices into it
+    arriving: dict[int, list[int]] = {i: [i] for i in range(num_inputs)}  # node -> its predecessor vertices
     for vertex, (source, target, _) in enumerate(kept, num_inputs):
         matrix[arriving.get(source, []), vertex] = 1
         arriving.setdefault(target, []).append(vertex)
@@ -538,13 +548,13 @@ def pruned(graph: Graph) -> Graph | None:
     """A graph without the vertices that are on no path from the input to the output.
 
     Args:
-      graph: any.
+      graph: any graph.
 
     Returns:
-      A `Graph`; None where no path leads from the input to the output.
+      A `Graph`; None if no path leads from the input to the output.
 
     Raises:
-      ValueError: the matrix is not square and upper triangular of 0 and 1, or there is not one op a vertex.
+      ValueError: if the matrix is not square, or not upper triangular of 0 and 1, or if there is not one op per vertex.
     """
     matrix = np.asarray(graph.matrix)
     size = len(graph.ops)
@@ -563,19 +573,19 @@ def pruned(graph: Graph) -> Graph | None:
 
 
 def nas_bench_101_hash(graph: Graph) -> str:
-    """NAS-Bench-101's name of a cell: equal for isomorphic graphs.
+    """The hash by which NAS-Bench-101 identifies a cell: equal for isomorphic graphs.
 
-    Rounds of message passing, as many as vertices: a vertex starts at the digest of its degrees and its op, and
-    becomes the digest of (those before it, sorted | those behind it, sorted | itself).
+    It takes as many rounds of message passing as there are vertices. A vertex starts with the digest of its degrees and
+    its op. In each round it becomes the digest of (its predecessors, sorted | its successors, sorted | itself).
 
     Args:
-      graph: it is pruned first.
+      graph: a cell; it is pruned first.
 
     Returns:
-      32 hexadecimal digits, the key of the benchmark's tables.
+      32 hexadecimal digits, the key in the tables of the benchmark.
 
     Raises:
-      ValueError: nothing joins input and output; an op is unknown; as for `pruned`.
+      ValueError: if no path joins input and output, if an op is unknown, or as for `pruned`.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
@@ -600,7 +610,7 @@ def nas_bench_201_genotypes() -> list[Genotype]:
     """All 15,625 cells of NAS-Bench-201, in the order of `itertools.product` over its edges.
 
     Returns:
-      Genotypes of the one kind "cell".
+      Genotypes of the single kind "cell".
     """
     pairs = [(s, t) for t in (1, 2, 3) for s in range(t)]
     choices = itertools.product(NAS_BENCH_201_PRIMITIVES, repeat=6)

@@ -1,8 +1,9 @@
-"""Ops on graphs, and what makes tokens of the columns of a table.
+"""Ops on graphs, and ops that turn the columns of a table into tokens.
 
-A graph's nodes are positions: x is [N, nodes, C], N signals on one graph (1, where the nodes are the rows of a data
-set). The ops close over its adjacency, so a set of them is made for each graph; their parameters do not depend on it,
-so that weights go from one graph to another. Adjacency may be traced: a batch of graphs is a `vmap` over it.
+The nodes of a graph are positions. x is [N, nodes, C], N signals on one graph; N is 1 if the nodes are the rows of a
+data set. The ops hold the adjacency of the graph, so each graph needs its own set of ops. Their parameters do not
+depend on the adjacency, so weights can move from one graph to another. Adjacency may be traced: a batch of graphs is a
+`vmap` over it.
 """
 
 from collections.abc import Sequence
@@ -15,27 +16,31 @@ from metaopt.nas._ops import BLOCKS, Op, uniform
 
 
 def graph_ops(adjacency: Any) -> dict[str, Op]:
-    """A set of ops for cells on one graph, to stand beside `BLOCKS`: {**nas.BLOCKS, **nas.graph_ops(adjacency)}.
+    """Makes a set of ops for cells on one graph.
 
-    A[i, j] is the weight of the edge from node j to node i; Ã = A + I, d̃ its row sums, and x_i are rows:
+    Use it together with `BLOCKS`: `{**nas.BLOCKS, **nas.graph_ops(adjacency)}`.
+
+    A[i, j] is the weight of the edge from node j to node i, and Ã = A + I. d and d̃ are the row sums of A and Ã; x_i are
+    rows:
 
         gcn:   D̃^(−1/2) Ã D̃^(−1/2) x W                                    (Kipf & Welling)
         sage:  x W₁ + (A x / d) W₂, the mean over neighbors                (Hamilton, Ying & Leskovec)
         gin:   relu(((1 + ε) x + A x) W₁) W₂                               (Xu et al.)
         gat:   Σ_j softmax_j(LeakyReLU(a·x_i W + b·x_j W)) x_j W over Ã_ij ≠ 0, one head (Veličković et al.)
 
-    No normalization, no nonlinearity before or after: `norm_relu` is a layer of its own; "mlp", "linear" and
-    "skip_connect" of `BLOCKS` work at each node alone, and "attention" over all nodes, edges or none.
+    The ops have no normalization, and no nonlinearity before or after. `norm_relu` is a separate layer. "mlp", "linear"
+    and "skip_connect" of `BLOCKS` act on each node separately. "attention" acts on all nodes, whether edges join them
+    or not.
 
     Args:
-      adjacency: [nodes, nodes], not negative, without self-loops (they are added where a rule has them); symmetric for
-        an undirected graph. Dense: memory is nodes².
+      adjacency: [nodes, nodes], not negative, without self-loops (a rule adds them if it needs them). Make it symmetric
+        for an undirected graph. It is dense, so memory grows as nodes².
 
     Returns:
-      Name -> `Op`. A stride other than 1, or another number of nodes, is refused at build time.
+      Name -> `Op`. The ops reject a stride other than 1, or another number of nodes, at build time.
 
     Raises:
-      ValueError: `adjacency` is not square.
+      ValueError: if `adjacency` is not square.
 
     Sources: https://arxiv.org/abs/1609.02907, https://arxiv.org/abs/1706.02216, https://arxiv.org/abs/1810.00826,
     https://arxiv.org/abs/1710.10903
@@ -55,7 +60,7 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
     num = adjacency.shape[0]
     adjacency = adjacency.astype(jnp.zeros(0).dtype)
     loops = adjacency + jnp.eye(num)
-    degree = jnp.maximum(adjacency.sum(1, keepdims=True), 1e-12)  # of a node without edges the mean is 0
+    degree = jnp.maximum(adjacency.sum(1, keepdims=True), 1e-12)  # so that the mean over no neighbors is 0
     root = jax.lax.rsqrt(loops.sum(1, keepdims=True))
 
     def op(init, apply):
@@ -70,7 +75,7 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
         return Op(checked, lambda params, x, channels, stride: apply(params, x))
 
     def weights(names: str):
-        """One matrix a name."""
+        """One matrix per name."""
         return lambda key, c, d: {n: uniform(key, (c, d), c, number=i) for i, n in enumerate(names)}
 
     def gin_init(key, c, d):
@@ -110,7 +115,7 @@ def _tokens_apply(params, x, channels, stride):
 
 
 def _block_init(key: jax.Array, in_shape: Sequence[int], channels: int, stride: int):
-    """Attention, then an MLP, each on the normalized input and added to it; a projection where channels differ."""
+    """Attention, then an MLP, with layer norms and residual connections; first a projection if channels differ."""
     attention = BLOCKS["attention"].init(key, (*in_shape[:-1], channels), channels, 1)
     params = {"attention": attention}
     numbers = {"up": (channels, 2 * channels), "down": (2 * channels, channels), "enter": (in_shape[-1], channels)}
@@ -133,8 +138,8 @@ def _layer_norm(x: jax.Array) -> jax.Array:
     return centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
 
 
-# "tokens": every position has a projection and a vector of its own: columns of a table (a feature tokenizer, Gorishniy
-# et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959), or positions of a sequence. "transformer": attention and MLP.
+# "tokens": every position has its own projection and vector. Positions are columns of a table (a feature tokenizer,
+# Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959) or of a sequence. "transformer": attention and MLP.
 TOKEN_OPS: dict[str, Op] = {
     "tokens": Op(_tokens_init, _tokens_apply),
     "transformer": Op(_block_init, _block_apply),

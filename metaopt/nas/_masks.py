@@ -1,7 +1,7 @@
-"""Rows that are padding, and labels that are not classes: losses and scores leave out the first, and reject the second.
+"""Losses and scores that leave out padding rows and reject labels that are not classes.
 
-A batch's "mask" [N] is 1 for a real row and 0 for padding, wherever it stands; its "class_mask" [C] likewise, as
-`tasks.to_task` writes them:
+The "mask" [N] of a batch is 1 for a real row and 0 for padding, which may be anywhere. Its "class_mask" [C] is 1 for a
+real class and 0 otherwise. `tasks.to_task` writes both:
 
     L = Σ_n mask_n ℓ(y_n, f(x)_n + log class_mask) / Σ_n mask_n
 """
@@ -22,16 +22,16 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     """The mean cross-entropy over the real rows of a batch, among its real classes: the default loss of searches.
 
     Args:
-      outputs: [N, C] logits; [N, positions..., C] of a network that is not pooled.
-      batch: with labels "y" [N, positions...], integers in 0..C-1 (or truth values), and, where there is padding,
-        "mask" [N], or shaped as y; and "class_mask" [C].
+      outputs: [N, C] logits; [N, positions..., C] for a network that is not pooled.
+      batch: a dict with labels "y" [N, positions...], integers in 0..C-1 (or booleans). With padding it also has
+        "mask", shaped [N] or like y. If a task lacks some of the C classes, it also has "class_mask" [C].
 
     Returns:
-      [], in nats. NaN, with its gradient, where the label of a real row is no class, below 0 or from C on, or where no
-      row is real.
+      [], in nats. It and its gradient are NaN if the label of a real row is below 0 or above C - 1, or if no row is
+      real.
 
     Raises:
-      ValueError: there are no labels, or no integers; one of the three has another shape.
+      ValueError: if the labels are missing or not integers, or if "y", "mask" or "class_mask" has another shape.
     """
     num = outputs.shape[-1]
     _check_form(batch, num, outputs.shape[:-1])
@@ -56,7 +56,7 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
 
 
 def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """ValueError where "y" [*shape] or "class_mask" cannot be what they should, which traced ones tell, too."""
+    """Raises ValueError if the shape or type of "y" [*shape] or the shape of "class_mask" is wrong, also if traced."""
     y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
     if y is None:
         raise ValueError(
@@ -87,21 +87,25 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
 
 
 def _nan_where(wrong: jax.Array, losses: jax.Array) -> jax.Array:
-    """Where a label is no class: the loss as Optax has it is of another class, or NaN with a gradient that is not."""
+    """Sets the losses of invalid labels, and their gradients, to NaN.
+
+    Otherwise the loss from optax would be the loss of another class, or NaN with a gradient that is not NaN.
+    """
     return losses * jnp.where(wrong, jnp.nan, jnp.ones_like(losses))
 
 
 def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
-    """The mask of a batch's rows, as `Supernet.apply` takes it: its "mask", where that is [N].
+    """The mask of a batch's rows, as `Supernet.apply` takes it: its "mask", if that is [N].
 
     Args:
-      batch: with "x" [N, ...].
+      batch: a dict with "x" [N, ...].
 
     Returns:
-      [N], or None: there is no mask, or it is of parts of rows [N, ...], such as positions, which a loss may leave out.
+      [N]; or None if there is no mask, or if it masks parts of rows [N, ...], such as positions. A loss may leave those
+      out.
 
     Raises:
-      ValueError: the batch is no dict with "x"; "mask" is of neither rows nor their parts, as [N, 1] is.
+      ValueError: if the batch is not a dict with "x", or if "mask" fits neither rows nor their parts, such as [N, 1].
     """
     if not isinstance(batch, Mapping) or "x" not in batch:
         found = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
@@ -122,22 +126,25 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
 
 
 def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """Raises ValueError if labels of real rows are not classes. Of traced labels it checks only type and shape.
+    """Raises ValueError if labels of real rows are not classes. For traced labels it checks only type and shape.
 
     Args:
-      batch: with "y", and optionally "x", "mask" and "class_mask". What is not a mapping, or has no "y", passes.
+      batch: a dict with "y", and optionally "x", "mask" and "class_mask". A value that is not a mapping, or has no "y",
+        passes.
       num_outputs: C.
-      shape: the shape that labels must have, [N, positions...]; None does not check it.
+      shape: the required shape of the labels, [N, positions...]; None does not check it.
 
     Raises:
-      ValueError: if labels are not integers (or truth values), are not as many as rows of "x", or have another shape;
-        if "class_mask" is not [C]; if a label is below 0 or above C - 1, or of a class that "class_mask" leaves out.
+      ValueError: if labels are not integers (or booleans), do not match the rows of "x" in number, or have another
+        shape.
+      ValueError: if "class_mask" is not [C].
+      ValueError: if a label is below 0 or above C - 1, or is a class that "class_mask" leaves out.
     """
     if not isinstance(batch, Mapping) or batch.get("y") is None:
         return
     _check_form(batch, num_outputs, shape)
     y, mask = batch["y"], batch.get("mask")
     if mask is not None and np.shape(mask) not in (np.shape(y), np.shape(y)[:1]):
-        mask = None  # of something else than rows
+        mask = None  # a mask of something other than rows
     name = f'The labels "y" of a network with {num_outputs} outputs'
     base.check_labels(name, y, num_outputs, mask=mask, class_mask=batch.get("class_mask"))

@@ -1,9 +1,9 @@
-"""NAS-Bench-101: its cells, counted; a network of one of them; a supernet of all of them.
+"""NAS-Bench-101: an enumeration of its cells, a network of one cell, and a supernet of all cells.
 
-A cell is a graph with an op on every vertex: each inner vertex applies its op to the sum of what leads to it, where the
-cell's input comes in through a projection (a 1×1 convolution with normalization and ReLU), and the output is the
-channels of all vertices that lead to it together, which split the cell's channels among them, plus the projected input
-where that leads to it, too.
+A cell is a graph with an op on every vertex. Each inner vertex applies its op to the sum of its inputs. The input of
+the cell enters each vertex through a projection (a 1×1 convolution with normalization and ReLU). The vertices that lead
+to the output split the channels of the cell among them, and the output concatenates their channels. If the input leads
+to the output too, the projected input is added.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from metaopt.nas import _ops
 from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, Graph, check_finite, pruned
 from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network
 
-_NUM_EDGES = 9  # at most, and 7 vertices
+_NUM_EDGES = 9  # at most, with at most 7 vertices
 _PROJECTION = "conv1x1-bn-relu"
 
 
@@ -27,20 +27,20 @@ _PROJECTION = "conv1x1-bn-relu"
 
 
 def nas_bench_101_cells(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
-    """All cells of so many vertices, one of every isomorphism class, as NAS-Bench-101 has them.
+    """All cells with `num_vertices` vertices, one per isomorphism class, as NAS-Bench-101 has them.
 
-    Every vertex lies on a path from the input to the output, and there are at most 9 edges. Of 2 to 7 vertices there
-    are 1, 6, 84, 2,441, 62,010 and 359,082: 423,624 in all. Isomorphism is told by the benchmark's own rule (rounds of
-    messages) with words of 64 bits in the place of digests. 7 vertices take half a minute and two gigabytes.
+    Every vertex lies on a path from the input to the output, and there are at most 9 edges. For 2 to 7 vertices there
+    are 1, 6, 84, 2,441, 62,010 and 359,082 cells: 423,624 in all. Isomorphism is decided by the rule of the benchmark
+    (rounds of messages), with words of 64 bits instead of digests. 7 vertices take half a minute and two gigabytes.
 
     Args:
-      num_vertices: 2 to 7, input and output among them.
+      num_vertices: 2 to 7, including input and output.
 
     Returns:
       Matrices [M, V, V] of 0 and 1, and ops [M, V − 2] as indices into `NAS_BENCH_101_PRIMITIVES`.
 
     Raises:
-      ValueError: `num_vertices` is out of range.
+      ValueError: if `num_vertices` is out of range.
     """
     base.check_integer("num_vertices", num_vertices, 2)
     if num_vertices > 7:
@@ -48,19 +48,22 @@ def nas_bench_101_cells(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
     matrices = _full_matrices(num_vertices)
     blank = np.zeros(matrices.shape[:2], np.int64)
     blank[:, 0], blank[:, -1] = 8, 9
-    matrices = matrices[np.unique(_class_words(matrices, blank), return_index=True)[1]]  # without labels
+    matrices = matrices[np.unique(_class_words(matrices, blank), return_index=True)[1]]  # labels are ignored
     inner = num_vertices - 2
     ops = np.array(list(itertools.product(range(3), repeat=inner)), np.int64).reshape(3**inner, inner)
     ends = (np.full((len(ops), 1), 8), np.full((len(ops), 1), 9))
     labels = np.concatenate([ends[0], ops, ends[1]], 1)
-    # All labels on one matrix of each class of unlabelled graphs have every class among them.
+    # One matrix per class of unlabeled graphs, with all possible labels, covers every class of labeled graphs.
     words = np.concatenate([_class_words(np.repeat(m[None], len(labels), 0), labels) for m in matrices])
     first = np.sort(np.unique(words, return_index=True)[1])
     return matrices[first // len(labels)], ops[first % len(labels)].astype(np.int8)
 
 
 def _full_matrices(size: int) -> np.ndarray:
-    """Upper triangular matrices with at most nine edges, each of whose vertices has a way in and a way out."""
+    """Upper triangular matrices with at most nine edges and no dead ends.
+
+    Every vertex except the input has a predecessor, and every vertex except the output has a successor.
+    """
     pairs = [(s, t) for t in range(size) for s in range(t)]
     found = []
     for chunk in np.array_split(np.arange(2 ** len(pairs)), max(1, 2 ** len(pairs) >> 16)):
@@ -96,16 +99,16 @@ def _class_words(matrices: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
-    """The cell that a row of `nas_bench_101_table` or `read_nas_bench_101` says.
+    """The cell that a row of `nas_bench_101_table` or `read_nas_bench_101` encodes.
 
     Args:
-      encoding: 21 entries above the diagonal, five ops (0: none).
+      encoding: 21 entries above the diagonal, then five ops (0: no op).
 
     Returns:
       A `Graph`, not pruned.
 
     Raises:
-      ValueError: the digits say no cell.
+      ValueError: if the digits do not describe a cell.
     """
     digits = [int(x) for x in encoding]
     ops = [x for x in digits[21:] if x]
@@ -127,24 +130,25 @@ def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
 def nas_bench_101_network(
     graph: Graph, num_outputs: int = 10, *, channels: int = 128, cells_per_stack: int = 3, num_stacks: int = 3
 ) -> tuple[Network, dict[str, _ops.Op]]:
-    """The network that NAS-Bench-101 trains for a cell: stacks of it, with pooling and twice the channels between them.
+    """The network that NAS-Bench-101 trains for a cell: stacks of the cell.
 
-    As published, except that normalization has no scale and shift. In training it is by the batch, to predict by
-    training rows (`methods.trained_network`).
+    Pooling between stacks halves the positions, and the first cell of the next stack doubles the channels. The network
+    is as published, except that normalization has no scale and shift. In training, normalization is by the batch. To
+    predict, normalize by training rows (`methods.trained_network`).
 
     Args:
-      graph: it is pruned first.
-      num_outputs: classes.
-      channels: of the first stack.
-      cells_per_stack: cells.
-      num_stacks: stacks.
+      graph: a cell; it is pruned first.
+      num_outputs: number of classes.
+      channels: channels of the first stack.
+      cells_per_stack: number of cells per stack.
+      num_stacks: number of stacks.
 
     Returns:
-      A `Network` without mixing weights, and the ops for `supernet`: a cell is one of them.
+      A `Network` without mixing weights, and the ops for `supernet`. The cell is one of these ops.
 
     Raises:
-      ValueError: nothing joins input and output; an op is unknown; a count is below 1; at build time, more vertices
-        lead to the output than there are channels.
+      ValueError: if no path joins input and output, if an op is unknown, or if a count is below 1.
+      ValueError: at build time, if more vertices lead to the output than there are channels.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
@@ -163,13 +167,13 @@ def graph_op(graph: Graph) -> _ops.Op:
     """A cell of NAS-Bench-101 as one op.
 
     Args:
-      graph: it is pruned first.
+      graph: a cell; it is pruned first.
 
     Returns:
       An `Op` of stride 1.
 
     Raises:
-      ValueError: nothing joins input and output, or an op is unknown; as for `pruned`.
+      ValueError: if no path joins input and output, if an op is unknown, or as for `pruned`.
     """
     whole = pruned(graph)
     if whole is None:
@@ -207,8 +211,11 @@ def graph_op(graph: Graph) -> _ops.Op:
 
 
 def _vertex_channels(m: np.ndarray, channels: int) -> list[int]:
-    """How the vertices that lead to the output split its channels, the first ones with one more; others have the most
-    of those that they lead to."""
+    """The number of channels of every vertex.
+
+    The vertices that lead to the output split its channels; the first ones get one more if there is a remainder. Every
+    other vertex has the largest number of channels among its successors.
+    """
     last = len(m) - 1
     widths = [0] * last + [channels]
     out = [v for v in range(1, last) if m[v, last]]
@@ -233,28 +240,33 @@ def nas_bench_101_space(
     num_stacks: int = 3,
     num_vertices: int = 7,
 ) -> Network:
-    """The space of NAS-Bench-101 as a supernet: mixing weights for the op of every vertex, and for every edge.
+    """The space of NAS-Bench-101 as a supernet, with mixing weights for the op of every vertex and for every edge.
 
-    A vertex v is two nodes: the sum of what leads to it, 2v − 1, and what its op makes of that, 2v. So a cell has three
-    kinds of edges, all with three candidates: from a vertex, ("none", "none", "skip_connect"); from the cell's input,
-    ("none", "none", "conv1x1-bn-relu"), its projection; and a vertex's op. ("none" stands twice where there is one
-    thing to choose, since all edges have as many candidates.) Otherwise than the published networks, whose vertices
-    split channels, all have the cell's channels and are summed at the output, since a supernet's weights have one
-    shape; and channels are doubled between stacks.
+    A vertex v is two nodes: 2v − 1 is the sum of its inputs, and 2v is the result of its op. So a cell has three kinds
+    of edges, each with three candidates:
+
+    - from a vertex: ("none", "none", "skip_connect");
+    - from the input of the cell: ("none", "none", "conv1x1-bn-relu"), its projection;
+    - the op of a vertex: `NAS_BENCH_101_PRIMITIVES`.
+
+    ("none" occurs twice because all edges must have the same number of candidates.) There are two differences from the
+    published networks. There the vertices split the channels. Here all vertices have the channels of the cell and are
+    summed at the output, since the weights of a supernet have one shape. And here a layer between stacks doubles the
+    channels.
 
     Args:
-      num_outputs: classes.
-      channels: of the first stack; the benchmark has 128.
-      cells_per_stack: the benchmark has 3.
-      num_stacks: the benchmark has 3.
-      num_vertices: at most; 3 to 7.
+      num_outputs: number of classes.
+      channels: channels of the first stack; the benchmark has 128.
+      cells_per_stack: number of cells per stack; the benchmark has 3.
+      num_stacks: number of stacks; the benchmark has 3.
+      num_vertices: largest number of vertices of a cell, at least 3; the benchmark has 7.
 
     Returns:
-      A `Network` over `NAS_BENCH_101_OPS`, of the one kind "cell": 26 rows of mixing weights for 7 vertices.
-      `discretize_graph` reads a cell from them, and `graph_genotype` writes one.
+      A `Network` over `NAS_BENCH_101_OPS`, with the single kind "cell": 26 rows of mixing weights for 7 vertices.
+      `discretize_graph` reads a cell from them. `graph_genotype` converts a cell to a genotype.
 
     Raises:
-      ValueError: a count is out of range.
+      ValueError: if a count is out of range.
 
     Sources: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635; Zela et al., ICLR 2020,
     https://arxiv.org/abs/2001.10422, for one-shot search in it
@@ -281,17 +293,17 @@ def nas_bench_101_space(
 
 
 def graph_genotype(network: Network, graph: Graph) -> Genotype:
-    """A cell of NAS-Bench-101 as a genotype of `nas_bench_101_space`, for `discrete`, `one_hot` and `inherit`.
+    """Converts a cell of NAS-Bench-101 to a genotype of `nas_bench_101_space`, for `discrete`, `one_hot` and `inherit`.
 
     Args:
-      network: of `nas_bench_101_space`.
-      graph: with at most as many vertices; it is pruned first.
+      network: a network of `nas_bench_101_space`.
+      graph: a cell with at most as many vertices as the space; it is pruned first.
 
     Returns:
       A `Genotype`.
 
     Raises:
-      ValueError: nothing joins input and output, or there are too many vertices.
+      ValueError: if no path joins input and output, or if there are too many vertices.
     """
     whole, last = pruned(graph), _last_vertex(network)
     if whole is None:
@@ -311,17 +323,17 @@ def graph_genotype(network: Network, graph: Graph) -> Genotype:
 
 
 def genotype_graph(genotype: Genotype) -> Graph:
-    """A genotype of `nas_bench_101_space` as a cell of NAS-Bench-101: the inverse of `graph_genotype`.
+    """Converts a genotype of `nas_bench_101_space` to a cell of NAS-Bench-101: the inverse of `graph_genotype`.
 
     Args:
-      genotype: {"cell": edges} between the nodes of such a space: 2v − 1 is what leads to the vertex v, 2v what its op
-        makes of that, and the last node leads to the output.
+      genotype: {"cell": edges} between the nodes of such a space. Node 2v − 1 is the sum of the inputs of vertex v, and
+        node 2v is the result of its op. The last node leads to the output.
 
     Returns:
       A pruned `Graph`.
 
     Raises:
-      ValueError: the genotype is of another space, or nothing joins input and output.
+      ValueError: if the genotype is of another space, or if no path joins input and output.
 
     >>> from metaopt import nas
     >>> graph = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "maxpool3x3", "output"))
@@ -338,7 +350,7 @@ def genotype_graph(genotype: Genotype) -> Graph:
             f"to 2v and links from 2u to 2v − 1, as `graph_genotype` writes them; got {genotype!r}."
         )
     end = max((t for _, t in links), default=1)
-    # What leads to a vertex without an op leads nowhere.
+    # A vertex without an op leads nowhere, so it is left out.
     vertices = [0, *sorted((node + 1) // 2 for node in ops if node < end), (end + 1) // 2]
     at = {v: i for i, v in enumerate(vertices)}
     matrix = np.zeros((len(vertices),) * 2, int)
@@ -353,21 +365,23 @@ def genotype_graph(genotype: Genotype) -> Graph:
 
 
 def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int = _NUM_EDGES) -> Graph:
-    """The cell that mixing weights say: the strongest op of every vertex, and the strongest edges.
+    """The cell of mixing weights: the strongest op of every vertex, and the strongest edges.
 
-    First the path from the input to the output with the largest product of weights, then the strongest of the other
-    edges that outweigh each "none", up to `max_edges`; what is then on no path falls away.
+    It first takes the path from the input to the output with the largest product of weights. Then it adds the strongest
+    of the other edges, up to `max_edges`, if their weight exceeds the weight of each "none". Finally it removes the
+    vertices that are on no path.
 
     Args:
-      network: of `nas_bench_101_space`.
+      network: a network of `nas_bench_101_space`.
       weights: {"cell": [edges, 3]}, not negative.
-      max_edges: at least as many as there are vertices less one; the benchmark has 9.
+      max_edges: at least the number of vertices minus one; the benchmark has 9.
 
     Returns:
       A pruned `Graph`, in the benchmark.
 
     Raises:
-      ValueError: the weights have another shape, or some are negative, NaN or infinite; `max_edges` is too small.
+      ValueError: if the weights have another shape, or if some are negative, NaN or infinite.
+      ValueError: if `max_edges` is too small.
     """
     last, cell = _last_vertex(network), network.cells["cell"]
     base.check_integer("max_edges", max_edges, last)
@@ -391,7 +405,7 @@ def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges:
     kept = {*path, *others[: max_edges - len(path)]}
     matrix = tuple(tuple(int((s, t) in kept) for t in range(last + 1)) for s in range(last + 1))
     found = pruned(Graph(matrix, tuple(ops)))
-    assert found is not None  # the path is there
+    assert found is not None  # the path joins input and output
     return found
 
 

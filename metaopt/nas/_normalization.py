@@ -1,11 +1,13 @@
-"""What `nas.normalized` normalizes by in a traced network: the batch, its real rows, or statistics that are given.
+"""The statistics by which `nas.normalized` normalizes in a traced network.
 
-    y = (x − mean) / √(variance + ε),  mean and variance of each channel over
+    y = (x − mean) / √(variance + ε)
 
-- the rows and positions of the batch: in search and training, where no mask is given;
-- the real rows of the batch: where rows are padding (`over_real_rows`);
-- training rows, computed once (`statistics_of`, `at_statistics`): then the output of a row does not depend on the
-  other rows, and a network predicts for one row as it does for a thousand.
+The mean and variance of each channel are over one of these sets of rows:
+
+- all rows and positions of the batch: in search and training, if no mask is given;
+- the real rows of the batch: if some rows are padding (`over_real_rows`);
+- training rows, computed once (`statistics_of`, `at_statistics`). The output of a row then does not depend on the other
+  rows, so a network predicts the same for one row as for a thousand.
 
 The calls of `nas.normalized` are found by their name in the traced function, so ops need no arguments for this.
 """
@@ -22,7 +24,7 @@ from metaopt.nas._ops import NORMALIZATION
 
 
 class Statistics(NamedTuple):
-    """Moments that one normalization uses. Those of a scan over layers or edges have its steps as leading axes.
+    """Moments that one normalization uses. In a scan over layers or edges, its steps are leading axes.
 
     Attributes:
       mean: [..., C].
@@ -34,22 +36,22 @@ class Statistics(NamedTuple):
 
 
 def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: jax.Array | None) -> base.PyTree:
-    """`fn(x)`, where every `normalized` takes its mean and variance over the real rows, and gives 0 in the others.
+    """`fn(x)`, where every `normalized` takes its mean and variance over the real rows, and gives 0 in other rows.
 
-    Calls are found by their name in the traced function, also inside of loops and branches. If an op computes something
-    over the batch in another way, padding counts there.
+    Calls are found by their name in the traced function, also inside loops and branches. If an op computes over the
+    batch in another way, padding affects it.
 
     Args:
-      fn: of arrays with the rows as their first axis.
+      fn: a function of arrays whose first axis is rows.
       x: [N, ...].
-      mask: [N], 1 for a real row, 0 for padding; it may be traced. With None all rows are real: `fn(x)`.
+      mask: [N], 1 for a real row, 0 for padding; it may be traced. If None, all rows are real: `fn(x)`.
 
     Returns:
       The result of `fn`.
 
     Raises:
-      ValueError: if `mask` is not [N], an array with another first axis is normalized, or a normalization is inside of
-        a function with a derivative of its own.
+      ValueError: if `mask` is not [N], or if an array with another first axis is normalized.
+      ValueError: if a normalization is inside a function with a custom derivative.
     """
     if mask is None:
         return fn(x)
@@ -66,10 +68,10 @@ def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: j
 def statistics_of(
     fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: jax.Array | None = None
 ) -> list[Statistics]:
-    """The statistics of every `normalized` of `fn`, where each is normalized by the rows x.
+    """The statistics of every `normalized` in `fn`, if each normalizes by the rows x.
 
     Args:
-      fn: of arrays with the rows as their first axis.
+      fn: a function of arrays whose first axis is rows.
       x: [N, ...], all rows as one batch.
       mask: [N], as for `over_real_rows`.
 
@@ -77,7 +79,7 @@ def statistics_of(
       The statistics in the order in which `fn` normalizes.
 
     Raises:
-      ValueError: as for `over_real_rows`; or a normalization is inside of a `while` loop.
+      ValueError: if a normalization is inside a `while` loop, or as for `over_real_rows`.
     """
     real = _real_rows(x, jnp.ones(len(x)) if mask is None else mask)
 
@@ -92,18 +94,18 @@ def statistics_of(
 def at_statistics(
     fn: Callable[[jax.Array], base.PyTree], x: jax.Array, statistics: Sequence[Statistics]
 ) -> base.PyTree:
-    """`fn(x)`, where every `normalized` uses the statistics that `statistics_of` returned: rows are independent.
+    """`fn(x)`, where every `normalized` uses the statistics that `statistics_of` returned, so rows are independent.
 
     Args:
-      fn: of arrays with the rows as their first axis.
+      fn: a function of arrays whose first axis is rows.
       x: [N, ...], any number of rows.
-      statistics: of the same function.
+      statistics: statistics of the same function.
 
     Returns:
       The result of `fn`.
 
     Raises:
-      ValueError: if `fn` normalizes another number of times, or as for `statistics_of`.
+      ValueError: if `fn` has another number of normalizations than `statistics`, or as for `statistics_of`.
     """
     closed, structure = _traced(fn, x)
     num = sum(map(_normalizes, rewrite.equations(closed.jaxpr)))
@@ -122,7 +124,7 @@ def at_statistics(
 
 
 def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
-    """Raises ValueError if `fn` normalizes one row [1, ...] without positions by itself: the result is always 0."""
+    """Raises ValueError if `fn` normalizes a single row [1, ...] without positions: the result would always be 0."""
     for equation in rewrite.equations(jax.make_jaxpr(fn)(x).jaxpr):
         if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
             raise ValueError(
@@ -136,7 +138,7 @@ def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
 def _normalize(
     x: jax.Array, epsilon: jax.Array, real: jax.Array | None, statistics: Statistics | None
 ) -> tuple[jax.Array, Statistics]:
-    """`nas.normalized` by `statistics`, or else by the rows [N] that are real, with zeros in the others."""
+    """`nas.normalized` by `statistics`; without them by the rows [N] that are real, with zeros in the other rows."""
     wide = lambda moment: moment.reshape((1,) * (x.ndim - 1) + (-1,))
     if statistics is not None:
         centered = x - wide(statistics.mean)

@@ -1,17 +1,18 @@
-"""Operations on the edges of a cell, as plain functions over parameters, and dictionaries of them by name.
+"""Operations on the edges of a cell, as plain functions of parameters, and dictionaries of them by name.
 
-Arrays are [N, spatial..., C]: images [N, H, W, C], sequences [N, L, C], rows of a table [N, C]. A shape written
-`in_shape` has no N. With a stride s every op gives ⌈n / s⌉ positions along every spatial axis.
+Arrays are [N, spatial..., C]: images [N, H, W, C], sequences [N, L, C], rows of a table [N, C]. A shape called
+`in_shape` has no N. With a stride s, every op returns ⌈n / s⌉ positions along every spatial axis.
 
-In search and training, normalization uses the mean and variance of the batch, of each channel over all else, without
-scale and shift: weights that many networks share have no one average. So an output depends on the whole batch. To
-predict, a trained network normalizes by statistics of training rows instead, which are computed once
-(`Supernet.statistics`, `methods.trained_network`). Rows of padding are left out if `Supernet.apply` gets their mask, as
-it does in searches. Masks and statistics reach `nas.normalized` only: an own op that computes over the batch in another
-way keeps doing so.
+In search and training, normalization uses the mean and variance of each channel over the batch and all positions. It
+has no scale and shift, and no moving averages: weights that many networks share have no single average. So an output
+depends on the whole batch. To predict, a trained network normalizes by statistics of training rows instead, which are
+computed once (`Supernet.statistics`, `methods.trained_network`). Padding rows are left out if `Supernet.apply` gets
+their mask, as it does in searches. Masks and statistics affect only `nas.normalized`. If your own op computes over the
+batch in another way, they do not change it.
 
-A set of ops is a dict from names to `Op`s. Each named space has its own, since names mean different things in them:
-DARTS's `avg_pool_3x3` is normalized, NAS-Bench-201's is not. One's own go in as `{**nas.BLOCKS, "mine": nas.Op(...)}`.
+A set of ops is a dict from names to `Op`s. Each named space has its own set, because the same name differs between
+spaces: DARTS's `avg_pool_3x3` is normalized, NAS-Bench-201's is not. Add your own op with `{**nas.BLOCKS, "mine":
+nas.Op(...)}`.
 """
 
 import math
@@ -25,7 +26,7 @@ from metaopt import base
 
 
 class Op(NamedTuple):
-    """One operation. A new one, searched for on data of one's own (here one-channel images that are not square):
+    """One operation. This example searches with a new op on your own data (one-channel images that are not square):
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, methods, nas
@@ -39,9 +40,9 @@ class Op(NamedTuple):
     (4, 3)
 
     Attributes:
-      init: `(key, in_shape, channels, stride) -> params`, any tree of floating-point arrays, or `()`. Called at build
-        time too, so this is where a ValueError says what the op cannot do.
-      apply: `(params, x, channels, stride) -> y`, of x [N, *in_shape] to [N, spatial..., channels].
+      init: `(key, in_shape, channels, stride) -> params`, any tree of floating-point arrays, or `()`. It also runs at
+        build time, so raise a ValueError here for inputs that the op cannot take.
+      apply: `(params, x, channels, stride) -> y`, from x [N, *in_shape] to [N, spatial..., channels].
     """
 
     init: Callable[[jax.Array, tuple[int, ...], int, int], base.PyTree]
@@ -49,10 +50,10 @@ class Op(NamedTuple):
 
 
 def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
-    """(x − mean) / √(var + ε), of each channel over the batch and all positions; zeros stay zeros.
+    """(x − mean) / √(var + ε), for each channel over the batch and all positions; zeros stay zeros.
 
-    In a supernet `apply(..., mask=)` takes the moments over the real rows, and `apply(..., statistics=)` uses given
-    ones. Of one row without positions the result is 0, whatever x is; supernets reject such a batch.
+    In a supernet, `apply(..., mask=)` takes the moments over the real rows, and `apply(..., statistics=)` uses the
+    given moments. For one row without positions the result is 0 for any x; supernets reject such a batch.
 
     Args:
       x: [N, spatial..., C].
@@ -71,21 +72,22 @@ def _normalize_channels(x, epsilon):
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + epsilon)
 
 
-# A call of its own in every program: `synflow`, masks and statistics find it by this name. Its operands are x and ε.
+# A separate call in every program: `synflow`, masks and statistics find it by this name. Its operands are x and ε.
 NORMALIZATION = "_normalize_channels"
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, *, number: int = 0) -> jax.Array:
-    """U(−1/√fan_in, 1/√fan_in): how the published code of all these spaces starts.
+    """U(−1/√fan_in, 1/√fan_in), the initialization in the published code of all these spaces.
 
-    By a hash of the position and the key, in a few operations: a supernet draws hundreds of arrays, and the compiler
-    takes half a second for each draw of `jax.random`. Good enough to start from, and for nothing else.
+    It hashes the position and the key in a few operations. A supernet draws hundreds of arrays, and the compiler takes
+    half a second for each draw of `jax.random`. The numbers are good enough for an initialization, and for nothing
+    else.
 
     Args:
       key: a PRNG key.
-      shape: of the weights.
-      fan_in: how many inputs each output sums.
-      number: which draw of this key, so that an op needs no split.
+      shape: shape of the weights.
+      fan_in: number of inputs that each output sums.
+      number: index of the draw from this key, so that an op need not split it.
 
     Returns:
       [*shape], in the default floating-point type.
@@ -102,10 +104,10 @@ def convolve(x: jax.Array, w: jax.Array, *, stride: int = 1, dilation: int = 1, 
 
     Args:
       x: [N, spatial..., C].
-      w: [window..., C / groups, D], of odd window sizes.
-      stride: along every axis.
-      dilation: along every axis.
-      groups: of channels; C for a depthwise convolution.
+      w: [window..., C / groups, D], with odd window sizes.
+      stride: stride along every axis.
+      dilation: dilation along every axis.
+      groups: number of groups of channels; C for a depthwise convolution.
 
     Returns:
       [N, ⌈spatial / stride⌉..., D].
@@ -125,7 +127,7 @@ def convolve(x: jax.Array, w: jax.Array, *, stride: int = 1, dilation: int = 1, 
 
 
 def subsample(x: jax.Array, stride: int, offset: int = 0) -> jax.Array:
-    """Every `stride`-th position along every spatial axis, from `offset` on; zeros beyond the end.
+    """Every `stride`-th position along every spatial axis, starting at `offset`; zeros beyond the end.
 
     Args:
       x: [N, spatial..., C].
@@ -145,7 +147,7 @@ def subsample(x: jax.Array, stride: int, offset: int = 0) -> jax.Array:
 
 
 def _need_space(in_shape: tuple[int, ...], what: str) -> int:
-    """How many spatial axes; refuses none, and more than a convolution takes."""
+    """Returns the number of spatial axes; raises ValueError unless it is 1, 2 or 3."""
     if not 2 <= len(in_shape) <= 4:
         raise ValueError(
             f"{what} needs one to three spatial axes; got the shape {in_shape} of one input. Rows of a table take the "
@@ -159,7 +161,7 @@ def _linear(key: jax.Array, in_shape: tuple[int, ...], channels: int, number: in
     return uniform(key, (in_shape[-1], channels), in_shape[-1], number=number)
 
 
-# ---- Nothing, and skipping ------------------------------------------------------------------------------------------
+# ---- Zero and skip ops ----------------------------------------------------------------------------------------------
 
 
 def _zero_apply(params, x, channels, stride):
@@ -168,7 +170,7 @@ def _zero_apply(params, x, channels, stride):
 
 
 def _skip_init(key, in_shape, channels, stride):
-    """Two halves of the channels where positions are dropped; a projection where channels differ."""
+    """Two halves of the channels if the op drops positions; a projection if only the channels differ."""
     if stride == 1 or len(in_shape) == 1:
         return () if in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
     half = channels // 2
@@ -189,7 +191,7 @@ def _skip_apply(params, x, channels, stride):
 
 
 def _pool(kind: str, norm: bool) -> Op:
-    """Pooling over 3 positions along every axis; the average is over those that are not padding."""
+    """Pooling over 3 positions along every axis; the average leaves out padding."""
 
     def init(key, in_shape, channels, stride):
         _need_space(in_shape, f"'{kind}_pool_3x3'")
@@ -217,13 +219,13 @@ def _pool(kind: str, norm: bool) -> Op:
 
 
 def _separable(size: int, *, dilation: int = 1, times: int = 1) -> Op:
-    """ReLU, depthwise, pointwise, normalize, `times` over; the stride is the first one's."""
+    """ReLU, depthwise, pointwise and normalization, repeated `times` times; only the first has the stride."""
 
     def init(key, in_shape, channels, stride):
         spatial = _need_space(in_shape, f"A separable convolution of size {size}")
         window, params = (size,) * spatial, []
         for i in range(times):
-            depth = in_shape[-1]  # the channels change in the last one
+            depth = in_shape[-1]  # the last repetition changes the channels
             out = channels if i == times - 1 else depth
             depthwise = uniform(key, (*window, 1, depth), size**spatial, number=2 * i)
             params.append({"depthwise": depthwise, "pointwise": uniform(key, (depth, out), depth, number=2 * i + 1)})
@@ -240,18 +242,19 @@ def _separable(size: int, *, dilation: int = 1, times: int = 1) -> Op:
 
 
 def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) -> Op:
-    """A convolution with ReLU and normalization, in the order that is named.
+    """A convolution with ReLU and normalization, in the given order.
 
     Args:
-      size: of the window along every spatial axis, odd; 1 is a matrix product, which rows of a table take too.
+      size: size of the window along every spatial axis, odd. 1 is a matrix product, which also takes rows of a table.
       order: "relu_conv_norm", "conv_norm_relu" or "conv_norm".
-      dilation: along every axis.
+      dilation: dilation along every axis.
 
     Returns:
       An `Op`.
 
     Raises:
-      ValueError: `size` is even, or `order` unknown; at build time, a window of more than 1 on rows of a table.
+      ValueError: if `size` is even, or if `order` is unknown.
+      ValueError: at build time, if `size > 1` and the inputs are rows of a table.
     """
     base.check_integer("size", size, 1)
     if size % 2 == 0:
@@ -279,7 +282,7 @@ def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) 
 
 
 def _residual_init(key, in_shape, channels, stride):
-    """NAS-Bench-201's block between stages: two convolutions, beside an average of 2 positions and a projection."""
+    """NAS-Bench-201's block between stages: two convolutions, added to an average over the stride and a projection."""
     out_shape = (*(-(-n // stride) for n in in_shape[:-1]), channels)
     window = (3,) * _need_space(in_shape, "'residual'")
     fans = [3 ** len(window) * shape[-1] for shape in (in_shape, out_shape)]
@@ -303,7 +306,7 @@ def _residual_apply(params, x, channels, stride):
 
 
 def _inverted_residual(size: int, expansion: int) -> Op:
-    """Pointwise to `expansion` times the channels, depthwise, pointwise, beside the input where shapes are kept."""
+    """Pointwise to `expansion` times the channels, depthwise, pointwise; added to the input if shapes are kept."""
 
     def init(key, in_shape, channels, stride):
         spatial, width = _need_space(in_shape, f"An inverted residual of size {size}"), expansion * in_shape[-1]
@@ -350,7 +353,7 @@ def _attention_init(key, in_shape, channels, stride):
 
 
 def _attention_apply(params, x, channels, stride):
-    """One head; every position attends to all of them, along all spatial axes together."""
+    """One head; every position attends to all positions along all spatial axes."""
     queries = subsample(x, stride)
     flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
     q, k, v = flat(queries) @ params["q"], flat(x) @ params["k"], flat(x) @ params["v"]
@@ -376,13 +379,13 @@ def _maxima_apply(params, x, channels, stride):
 
 
 def _maxima(x: jax.Array, stride: int) -> jax.Array:
-    """The maxima of windows as long as the stride, which do not overlap."""
+    """The maxima of windows that are as long as the stride and do not overlap."""
     window = (1, *[stride] * (x.ndim - 2), 1)
     padding = [(0, -n % size) for n, size in zip(x.shape, window, strict=True)]
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, padding)
 
 
-# What stands around cells, and what sequences and rows of tables take.
+# Ops around cells, and ops for sequences and rows of tables.
 BLOCKS: dict[str, Op] = {
     "none": _ZERO,
     "skip_connect": _SKIP,

@@ -1,9 +1,9 @@
-"""Reads the containers, texts and numbers of a pickle. Nothing of it is imported, called or executed.
+"""Reads the containers, texts and numbers of a pickle. Nothing in the pickle is imported, called or executed.
 
 A pickle is a program for a stack machine. This machine knows the instructions of protocols 2 to 5 that build plain
 values, NumPy's scalars, and PyTorch's tensors, which become None. It rejects every other instruction and name.
 
-Time and memory are proportional to the length of the data. The memo is a dict. A text ends before the data do. An
+Time and memory are proportional to the length of the data. The memo is a dict. A text must end within the data. An
 integer has at most 16 bytes. Keys of dicts are plain values, because the hash of nested tuples can take exponential
 time.
 """
@@ -37,24 +37,24 @@ class _Name(NamedTuple):
 
 
 class _Type:
-    """A type of NumPy, as the file describes it."""
+    """A NumPy type, as the file describes it."""
 
     def __init__(self, code: Any):
         self.code, self.order = code, "="
 
 
 def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
-    """The value of a pickle.
+    """Reads the value of a pickle.
 
     Args:
-      data: with the pickle.
-      start: where it starts.
+      data: bytes that contain the pickle.
+      start: position where the pickle starts.
 
     Returns:
-      The value, and where the pickle ends. An `OrderedDict` becomes a dict, a tensor None.
+      The value, and the position where the pickle ends. An `OrderedDict` becomes a dict, a tensor becomes None.
 
     Raises:
-      ValueError: if an instruction, or a name of a class or function, is not one of those that are read.
+      ValueError: if an instruction, or the name of a class or function, is not supported.
       Exception: IndexError, KeyError, TypeError, AttributeError or struct.error, if the data are damaged.
     """
     stack: list[Any] = []
@@ -117,7 +117,7 @@ def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
 
 
 def _sized(data: bytes, position: int, length: struct.Struct, most: int | None = None) -> tuple[bytes, int]:
-    """The bytes after their number, and where they end."""
+    """Reads a length and that many bytes; returns the bytes and the position after them."""
     (size,) = length.unpack_from(data, position)
     start = position + length.size
     if size > (len(data) - start if most is None else most) or start + size > len(data):
@@ -165,7 +165,7 @@ def _stack_name(stack, name):
 
 
 def _call(stack, args):
-    """The value of a call that the file asks for."""
+    """Pushes the result of a call in the file; a tensor becomes None."""
     name = stack.pop()
     if not isinstance(name, _Name) or not isinstance(args, tuple):
         raise ValueError("The file calls a value that is not a class or a function.")
@@ -173,7 +173,7 @@ def _call(stack, args):
 
 
 def _set_state(stack, state):
-    """The attributes of an object: only the byte order of a type is of use."""
+    """Sets the attributes of an object: only the byte order of a type is used."""
     if isinstance(stack[-1], _Type):
         stack[-1].order = state[1]
 

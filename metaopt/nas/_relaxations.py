@@ -1,7 +1,8 @@
-"""Relaxations: from α to mixing weights; and what keeps a search from collapsing.
+"""Relaxations, which map α to mixing weights; and tools that keep a search from collapsing.
 
-A **relaxation** is a function `(alpha, cell, key, step) -> weights [edges, ops]` of one kind of cell; key and step are
-those of `base.Context`, for noise and schedules. Those below are made by functions, and wrap one another.
+A **relaxation** is a function `(alpha, cell, key, step) -> weights [edges, ops]` for one kind of cell. Key and step
+come from `base.Context`, for noise and schedules. The functions below make relaxations, and some of them wrap a
+relaxation.
 """
 
 import inspect
@@ -18,7 +19,7 @@ from metaopt import base
 from metaopt.nas._genotypes import NONE, SKIP, check_finite, edges_kept
 from metaopt.nas._specs import Cell, Space
 
-Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as optax has them
+Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as in optax
 
 
 class Relaxation(Protocol):
@@ -28,11 +29,11 @@ class Relaxation(Protocol):
 
 
 class Decoded(NamedTuple):
-    """A relaxation with noise or a schedule, and the one by which genotypes are read from its α.
+    """A relaxation with noise or a schedule, together with the relaxation by which genotypes are read from its α.
 
     Attributes:
-      relax: from α to the weights that train.
-      decode: from α to the weights that a genotype is read from.
+      relax: maps α to the weights for training.
+      decode: maps α to the weights from which a genotype is read.
     """
 
     relax: Relaxation
@@ -43,34 +44,34 @@ class Decoded(NamedTuple):
 
 
 def decoding(relaxation: Relaxation) -> Relaxation:
-    """The relaxation by which genotypes are read: without what only training has.
+    """The relaxation by which genotypes are read, without the parts that only training needs.
 
     Args:
-      relaxation: any; of `gumbel_softmax` the softmax without noise, of `auxiliary_skip` what it wraps, of a `softmax`
-        with a schedule that of temperature 1.
+      relaxation: any relaxation. For `gumbel_softmax` the result is the softmax without noise. For `auxiliary_skip` it
+        is the wrapped relaxation. For a `softmax` with a schedule it is the softmax at temperature 1.
 
     Returns:
-      A `Relaxation`; the same one where nothing else is known.
+      A `Relaxation`; the same one if it has no separate decoding.
     """
     return relaxation.decode if isinstance(relaxation, Decoded) else relaxation
 
 
 def check_relaxation(name: str, value: Any) -> None:
-    """Refuses what is no relaxation.
+    """Raises ValueError unless `value` is a relaxation.
 
     Args:
-      name: what the message calls it.
-      value: what was given.
+      name: name of the argument in the message.
+      value: the argument.
 
     Raises:
-      ValueError: it is no function, or one that does not take (alpha, cell, key, step), such as `softmax` itself, which
-        makes one.
+      ValueError: if `value` is not a function, or does not take (alpha, cell, key, step). `softmax` itself does not;
+        `softmax()` does.
     """
     takes = callable(value)
     if takes:
         try:
             inspect.signature(value).bind(*[None] * 4)
-        except ValueError:  # of a function that says nothing of its arguments
+        except ValueError:  # the function has no signature to inspect
             pass
         except TypeError:
             takes = False
@@ -83,7 +84,7 @@ def check_relaxation(name: str, value: Any) -> None:
 
 
 def _check_temperature(temperature: Schedule) -> None:
-    """Of a number that is known: what a schedule or a traced one gives is known where it runs."""
+    """Checks a temperature that is a known number. Schedules and traced values are known only at run time."""
     if not callable(temperature) and not isinstance(temperature, Tracer):
         if np.ndim(temperature):
             raise ValueError(f"`temperature` must be one number; got shape {np.shape(temperature)}.")
@@ -101,20 +102,20 @@ def mixing_weights(
     key: jax.Array,
     step: jax.Array | int = 0,
 ) -> dict[str, jax.Array]:
-    """The mixing weights of all kinds of cells, with a key for each.
+    """The mixing weights of all kinds of cells, with a separate key for each kind.
 
     Args:
-      relaxation: from α to weights.
-      network: a supernet's spec.
+      relaxation: maps α to weights.
+      network: the spec of a supernet.
       alpha: kind -> α.
       key: a PRNG key.
-      step: of a schedule.
+      step: step of the schedules.
 
     Returns:
       kind -> [edges, ops].
 
     Raises:
-      ValueError: the kinds of α are not those of the network.
+      ValueError: if the kinds of α are not the kinds of the network.
     """
     if not isinstance(alpha, Mapping) or set(alpha) != set(network.cells):
         got = f"the kinds {sorted(map(str, alpha))}" if isinstance(alpha, Mapping) else type(alpha).__name__
@@ -127,18 +128,19 @@ def mixing_weights(
 
 
 def discretized(network: Space, weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """`one_hot(network, discretize(network, weights))`, for weights that are traced.
+    """`one_hot(network, discretize(network, weights))`, also for traced weights.
 
     Args:
-      network: a supernet's, whose `keep` says how many edges are kept.
+      network: the spec of a supernet, whose `keep` is the number of kept edges.
       weights: kind -> [edges, ops], not negative.
 
     Returns:
-      kind -> [edges, ops]: 1 for the ops that are kept, 0 elsewhere. Constant for derivatives.
+      kind -> [edges, ops]: 1 for the ops that are kept, 0 elsewhere. Derivatives treat it as constant.
 
     Raises:
-      ValueError: the weights do not have the network's shape; some are NaN or infinite, where they are not traced; the
-        network is one of NAS-Bench-101.
+      ValueError: if the weights do not have the shape of the network, or if some are NaN or infinite (not checked for
+        traced weights).
+      ValueError: if the network is a NAS-Bench-101 space.
     """
     keep, found = edges_kept(network, "space"), {}
     for kind, cell in network.cells.items():
@@ -154,7 +156,7 @@ def discretized(network: Space, weights: Mapping[str, Any]) -> dict[str, jax.Arr
             strongest = jnp.zeros(len(w), w.dtype)
             for node in sorted({edge.target for edge in cell.edges}):
                 into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
-                first = jax.lax.top_k(among.max(1)[into], min(keep, len(into)))[1]  # of equal ones the first
+                first = jax.lax.top_k(among.max(1)[into], min(keep, len(into)))[1]  # the first of equal ones
                 strongest = strongest.at[jnp.asarray(into)[first]].set(1.0)
             kept = kept * strongest[:, None]
         found[kind] = kept
@@ -165,14 +167,14 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
     """w = softmax(α / τ) over the ops of an edge (DARTS).
 
     Args:
-      temperature: τ, positive, or a schedule of the inner step; genotypes are read at τ = 1 then (`decoding`), and
-        not at the temperature of the first step.
+      temperature: τ, positive, or a schedule of the inner step. With a schedule, genotypes are read at τ = 1
+        (`decoding`), not at the temperature of the first step.
 
     Returns:
       A `Relaxation`.
 
     Raises:
-      ValueError: `temperature` is neither a schedule nor one positive number.
+      ValueError: if `temperature` is neither a schedule nor one positive number.
     """
     _check_temperature(temperature)
     relax = lambda alpha, cell, key, step: jax.nn.softmax(alpha / _at(temperature, step), -1)
@@ -180,7 +182,7 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
 
 
 def sigmoid() -> Relaxation:
-    """w = σ(α): ops do not compete (FairDARTS).
+    """w = σ(α), so ops do not compete (FairDARTS).
 
     Returns:
       A `Relaxation`.
@@ -191,22 +193,23 @@ def sigmoid() -> Relaxation:
 
 
 def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
-    """w = softmax((log softmax(α) + G) / τ), G Gumbel noise; or its largest entry's one-hot, with the gradient of w.
+    """w = softmax((log softmax(α) + G) / τ) with Gumbel noise G, or a hard form of it.
 
         hard: onehot(argmax w) − stop(w) + w
 
-    Soft is SNAS; hard, with a `single_path` supernet, is GDAS. The argmax is a sample of softmax(α), whatever τ. The
-    hard form's gradient is biased, by the less the lower τ is.
+    The hard form is the one-hot of the largest entry of w, with the gradient of w. The soft form is SNAS. The hard
+    form, with a `single_path` supernet, is GDAS. The argmax is a sample of softmax(α) for any τ. The gradient of the
+    hard form is biased; the bias is smaller for lower τ.
 
     Args:
       temperature: τ, positive, or a schedule of the inner step such as `optax.linear_schedule(10, 0.1, num_steps)`.
-      hard: one op an edge.
+      hard: whether to select one op per edge.
 
     Returns:
       A `Relaxation`.
 
     Raises:
-      ValueError: `temperature` is neither a schedule nor one positive number.
+      ValueError: if `temperature` is neither a schedule nor one positive number.
 
     Sources: Xie et al., ICLR 2019, https://arxiv.org/abs/1812.09926; Dong & Yang, CVPR 2019,
     https://arxiv.org/abs/1910.04465
@@ -218,7 +221,7 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
         w = jax.nn.softmax((jax.nn.log_softmax(alpha, -1) + noise) / _at(temperature, step), -1)
         if not hard:
             return w
-        # 1 exactly, and 0 exactly: the rounding of w − stop(w) would let other ops in.
+        # Exactly 1 and exactly 0: otherwise the rounding of w − stop(w) would give weight to other ops.
         chosen = jax.nn.one_hot(jnp.argmax(w, -1), w.shape[-1], dtype=w.dtype)
         return chosen + (w - jax.lax.stop_gradient(w))
 
@@ -226,7 +229,7 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
 
 
 def uniform_path() -> Relaxation:
-    """One op an edge, each alike, whatever α is: single-path one-shot's sampling.
+    """One op per edge, all equally likely, for any α: the sampling of single-path one-shot.
 
     Returns:
       A `Relaxation` without a gradient.
@@ -242,16 +245,18 @@ def uniform_path() -> Relaxation:
 
 
 def edge_normalized(relaxation: Relaxation) -> Relaxation:
-    """w[e, o] · softmax(β)[e] over the edges into the same node (PC-DARTS): a softmax an edge cannot tell edges apart.
+    """w[e, o] · softmax(β)[e] over the edges into the same node (PC-DARTS).
+
+    A softmax over the ops of each edge cannot compare edges; β can.
 
     Args:
-      relaxation: of the ops.
+      relaxation: relaxation of the ops.
 
     Returns:
       A `Relaxation` of {"ops": α [edges, ops], "edges": β [edges]}.
 
     Raises:
-      ValueError: `relaxation` is none.
+      ValueError: if `relaxation` is not a relaxation.
 
     Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
     """
@@ -262,7 +267,7 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
         w, beta = relaxation(alpha["ops"], cell, key, step), alpha["edges"]
         targets = np.array([edge.target for edge in cell.edges])
         same = jnp.asarray(targets[:, None] == targets[None])
-        # A softmax over each row's own group, of which the row's own entry is taken.
+        # For each edge, its own entry of the softmax over the edges into its node.
         logs = jax.nn.logsumexp(jnp.where(same, beta[None], -jnp.inf), -1)
         return w * jnp.exp(beta - logs)[:, None]
 
@@ -271,20 +276,21 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
 
 
 def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
-    """β more weight on skipping, on every edge (DARTS−): what a skip gives to training is not laid to α's account.
+    """Adds β to the weight of the skip on every edge (DARTS−).
 
-    The auxiliary path has the parameters of the edge's own skip, where it has any: at a stride.
+    So α does not measure how much a skip helps training. The auxiliary path uses the parameters of the edge's own skip,
+    if it has any. It has them at a stride.
 
     Args:
-      relaxation: of the ops.
-      beta: β, or a schedule of the inner step, such as `optax.linear_schedule(1, 0, num_steps)`: at its end nothing is
-        left. Genotypes are read by the relaxation alone (`decoding`).
+      relaxation: relaxation of the ops.
+      beta: β, or a schedule of the inner step, such as `optax.linear_schedule(1, 0, num_steps)`, which ends at 0.
+        Genotypes are read without β (`decoding`).
 
     Returns:
       A `Relaxation`.
 
     Raises:
-      ValueError: `relaxation` is none; when called, an edge has no "skip_connect".
+      ValueError: if `relaxation` is not a relaxation; when called, if an edge has no "skip_connect".
 
     Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
     """
@@ -304,7 +310,7 @@ def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
 def beta_decay(alpha: base.HyperParams) -> jax.Array:
     """The mean over all edges of logsumexp(α), a penalty for the outer loss (β-DARTS).
 
-    Its gradient, softmax(α) / edges, shrinks the α of strong ops most, so that none runs away.
+    Its gradient, softmax(α) / edges, shrinks the α of strong ops most, so that no α grows without bound.
 
     Args:
       alpha: kind -> [edges, ops], or a tree with such leaves.
@@ -318,24 +324,25 @@ def beta_decay(alpha: base.HyperParams) -> jax.Array:
 
 
 def dominant_eigenvalue(loss: Callable, at: base.PyTree, key: jax.Array, *, num_steps: int = 20) -> jax.Array:
-    """The eigenvalue of ∇² loss at `at` that is largest in absolute value, by Lanczos iterations.
+    """The eigenvalue of ∇² loss at `at` with the largest absolute value, by Lanczos iterations.
 
-    Each takes one Hessian-vector product, forward over reverse; the vectors are kept orthogonal. The error falls
-    exponentially in `num_steps` over the root of the relative gap, and is zero at the number of dimensions.
+    Each iteration takes one Hessian-vector product, forward over reverse. The vectors are kept orthogonal. The error
+    falls exponentially in `num_steps` times the root of the relative gap. It is zero if `num_steps` reaches the number
+    of dimensions.
 
     Args:
       loss: `(at) -> []`, twice differentiable.
       at: a tree of floating-point arrays, such as α.
-      key: of the first vector.
-      num_steps: at least 1; no more than there are dimensions are taken.
+      key: key of the first vector.
+      num_steps: at least 1; at most as many steps are taken as there are dimensions.
 
     Returns:
       [], with its sign.
 
     Raises:
-      ValueError: `num_steps` is below 1.
+      ValueError: if `num_steps < 1`.
 
-    Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656, of ∇²α of the validation loss
+    Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656, for ∇²α of the validation loss
     """
     base.check_integer("num_steps", num_steps, 1)
     flat, unravel = ravel_pytree(at)
@@ -348,10 +355,10 @@ def dominant_eigenvalue(loss: Callable, at: base.PyTree, key: jax.Array, *, num_
         basis = basis.at[i].set(v)
         w = product(v)
         diagonal = w @ v
-        for _ in range(2):  # twice, against rounding
+        for _ in range(2):  # twice, to remove rounding errors
             w = w - basis.T @ (basis @ w)
         norm = jnp.linalg.norm(w)
-        # Where the space is exhausted nothing follows, and nothing couples to it.
+        # If the Krylov space is exhausted, the next vector and its coupling are 0.
         small = norm <= 1e-6 * jnp.maximum(jnp.abs(diagonal), jnp.finfo(flat.dtype).tiny)
         return (basis, jnp.where(small, 0, w / jnp.where(small, 1, norm))), (diagonal, jnp.where(small, 0, norm))
 

@@ -1,10 +1,11 @@
-"""Training-free scores: what a network at its initialization says of how well it will train; larger is better.
+"""Training-free scores: predictions of how well a network will train, from its initialization; larger is better.
 
-All have the form `(supernet, params, weights, batch) -> []`, with `weights` None for a discrete network, or the one-hot
-mixing weights of a genotype in a supernet with `single_path`, whose one program then serves all genotypes of a space.
-They cost one backward pass of one batch (`nwot`: a forward pass), and hold for one draw of the parameters.
-Rows that the batch's "mask" [N] says are padding count nowhere: a score is that of the real rows alone, to rounding.
-Where nothing arrives at the output, `synflow` and `jacob_cov` are −inf, and those of the loss's gradient small.
+All scores have the form `(supernet, params, weights, batch) -> []`. A discrete network has `weights=None`. For a
+supernet with `single_path`, `weights` are the one-hot weights of a genotype; one program then serves all genotypes. A
+score costs one backward pass on one batch (`nwot`: a forward pass), and holds for one draw of the parameters. Rows that
+the "mask" [N] of the batch marks as padding do not count: a score equals the score of the real rows only, up to
+rounding. If nothing arrives at the output, `synflow` and `jacob_cov` are −inf, and the scores from the gradient of the
+loss are small.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,14 +36,14 @@ def _loss(supernet, params, weights, batch, loss) -> jax.Array:
 
 
 def _outputs(supernet, params, weights, batch) -> jax.Array:
-    """Of a batch without padding by three arguments alone, for an `apply` of one's own."""
+    """Calls `apply` with only three arguments if the batch has no padding, so that your own `apply` needs no more."""
     mask = row_mask(batch)
     more = () if mask is None else (None, mask)
     return supernet.apply(params, weights, batch["x"], *more)
 
 
 def _rows_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
-    """Of a score that sees rows alone."""
+    """The mask for a score that can leave out only whole rows; raises ValueError if the batch masks parts of rows."""
     mask = row_mask(batch)
     if mask is None and batch.get("mask") is not None:
         raise ValueError(
@@ -53,14 +54,14 @@ def _rows_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
 
 
 def _each_weight(params: base.Params) -> list[tuple[jax.Array, int]]:
-    """The convolutions and matrices of a supernet's params, and how many of their leading axes stack edges and layers.
+    """The convolutions and matrices in params, each with its number of stacking axes.
 
-    Biases are left out.
+    Stacking axes are leading axes over layers and edges. Biases are left out.
     """
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [getattr(entry, "key", None) for entry in path]
-        # "layers" are stacked by layer, and the ops of a cell by edge, too.
+        # Parameters in "layers" are stacked by layer; those of a cell's ops also by edge.
         stacked = 0 if keys[0] != "layers" else 2 if keys[2:3] == ["edges"] else 1
         if leaf.ndim - stacked >= 2:
             found.append((leaf, stacked))
@@ -75,20 +76,20 @@ def grad_norm(
     *,
     loss: Callable = cross_entropy,
 ) -> jax.Array:
-    """Σ_W ‖∂L/∂W‖₂ over the convolutions and matrices W, each by itself.
+    """Σ_W ‖∂L/∂W‖₂ over the convolutions and matrices W, with one norm for each.
 
     Args:
-      supernet: of `nas.supernet`.
-      params: its parameters at the start.
+      supernet: a supernet of `nas.supernet`.
+      params: its initial parameters.
       weights: one-hot mixing weights, or None.
-      batch: {"x": [N, *in_shape], "y": what `loss` takes}.
-      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, of labels "y" [N].
+      batch: {"x": [N, *in_shape], "y": labels in the form that `loss` takes}.
+      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, with labels "y" [N].
 
     Returns:
       [].
 
     Raises:
-      ValueError: labels that are not traced are no classes, where `loss` is the default.
+      ValueError: if `loss` is the default and labels are not classes (not checked for traced labels).
 
     Source: Abdelfattah et al., ICLR 2021, https://arxiv.org/abs/2101.08134
     """
@@ -109,10 +110,10 @@ def snip(
 
     Args:
       supernet: as for `grad_norm`.
-      params: likewise.
-      weights: likewise.
-      batch: likewise.
-      loss: likewise.
+      params: as for `grad_norm`.
+      weights: as for `grad_norm`.
+      batch: as for `grad_norm`.
+      loss: as for `grad_norm`.
 
     Returns:
       [].
@@ -129,16 +130,17 @@ def synflow(
 ) -> jax.Array:
     """log Σ |θ · ∂R/∂θ|, R = the sum of the outputs for an input of ones, with |θ| and without any normalization.
 
-    It needs no data. Normalization is what `nas.normalized` does; an own op's own is not seen, and stays. Computed with
-    input and output scaled by 1e-15, so that sums up to 1e50 fit into float32: networks of 17 cells reach 1e40. That is
-    right where outputs are in proportion to inputs, as with convolutions, pooling and ReLU; biases that are not zero,
-    GELU and attention (`TOKEN_OPS`, the block "mlp") break it, and the score means nothing there.
+    It needs no data. It removes the normalization of `nas.normalized`. If your own op normalizes in another way, that
+    normalization stays. Input and output are scaled by 1e-15, so that sums up to 1e50 fit into float32; networks of 17
+    cells reach 1e40. The scaling is correct if outputs are proportional to inputs, as with convolutions, pooling and
+    ReLU. Nonzero biases, GELU and attention (`TOKEN_OPS`, the block "mlp") break this, and the score is then
+    meaningless.
 
     Args:
       supernet: as for `grad_norm`.
-      params: likewise.
-      weights: likewise.
-      batch: is not used.
+      params: as for `grad_norm`.
+      weights: as for `grad_norm`.
+      batch: not used.
 
     Returns:
       [].
@@ -146,8 +148,8 @@ def synflow(
     Source: Tanaka et al., NeurIPS 2020, https://arxiv.org/abs/2006.05467; as a score Abdelfattah et al., ICLR 2021
     """
     del batch
-    scale = 1e-15  # of the input and of the output, so that products in the middle have room on both sides
-    # Two rows, of which one counts: normalization refuses a single one, before it is taken out.
+    scale = 1e-15  # of input and output, so that products in between neither overflow nor underflow
+    # Two rows, of which only one counts: `apply` rejects a single row before the normalization is removed.
     ones = jnp.full((2, *supernet.in_shape), scale)
     plain = _without_normalization(lambda params: supernet.apply(params, weights, ones)[:1].sum() * scale)
     positive = jax.tree.map(jnp.abs, params)
@@ -160,22 +162,22 @@ def synflow(
 def jacob_cov(
     supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """−Σ_i log(λ_i + k) + 1/(λ_i + k), of the correlations between inputs' Jacobians: whether inputs are told apart.
+    """−Σ_i log(λ_i + k) + 1/(λ_i + k), a score of how well the network distinguishes inputs.
 
-    λ are the eigenvalues of the correlation matrix [N, N] of the rows J_n = ∂ Σ outputs / ∂x_n, k = 1e-5. At most −N,
-    where the rows are not correlated.
+    λ are the eigenvalues of the correlation matrix [N, N] of the inputs' Jacobians, the rows J_n = ∂ Σ outputs / ∂x_n,
+    and k = 1e-5. The score is at most −N, for uncorrelated rows.
 
     Args:
       supernet: as for `grad_norm`.
-      params: likewise.
-      weights: likewise.
-      batch: {"x": [N, *in_shape]}, of at least 2.
+      params: as for `grad_norm`.
+      weights: as for `grad_norm`.
+      batch: {"x": [N, *in_shape]}, with N at least 2.
 
     Returns:
       [].
 
     Raises:
-      ValueError: the batch has a mask of something else than rows.
+      ValueError: if the mask of the batch is not a mask of rows.
 
     Source: Mellor et al., 2020, https://arxiv.org/abs/2006.04647v1
     """
@@ -188,13 +190,13 @@ def jacob_cov(
     centered = rows - rows.mean(1, keepdims=True)
     if real is not None:
         centered = jnp.where(real[:, None], centered, 0)
-    # By the largest entry first: products of small numbers vanish in float32.
+    # Divide by the largest entry first: products of small numbers vanish in float32.
     centered = centered / jnp.maximum(abs(centered).max(), jnp.finfo(rows.dtype).tiny)
     lengths = jnp.sqrt((centered**2).sum(1, keepdims=True))
     unit = centered / jnp.where(lengths > 0, lengths, 1)
     if real is None:
         seen, correlations, padding = (lengths > 0).all(), unit @ unit.T, 0.0
-    else:  # each row of padding is an eigenvalue 1 of its own, which is taken off
+    else:  # each padding row adds an eigenvalue 1, whose term is removed
         seen = ((lengths[:, 0] > 0) | ~real).all()
         correlations = unit @ unit.T + jnp.diag((~real).astype(unit.dtype))
         padding = (~real).sum() * (jnp.log1p(1e-5) + 1 / (1 + 1e-5))
@@ -203,23 +205,23 @@ def jacob_cov(
 
 
 def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """log |det K|, K_ij = in how many ReLUs the inputs i and j are on the same side: NASWOT.
+    """log |det K|, where K_ij counts the ReLUs at which inputs i and j are on the same side: NASWOT.
 
-        K = C Cᵀ + (1 − C)(1 − C)ᵀ,    C[n, r] = 1 where the ReLU r is positive for the input n
+        K = C Cᵀ + (1 − C)(1 − C)ᵀ,    C[n, r] = 1 if the ReLU r is positive for the input n
 
-    A ReLU is `jax.nn.relu`, or any maximum of an array and the number 0 (of N rows), in an op that runs.
+    A ReLU is `jax.nn.relu`, or any maximum of the number 0 and an array of N rows, in an op that runs.
 
     Args:
       supernet: as for `grad_norm`.
-      params: likewise.
-      weights: likewise; a supernet without `single_path` counts the ReLUs of all its ops.
+      params: as for `grad_norm`.
+      weights: as for `grad_norm`; a supernet without `single_path` counts the ReLUs of all its ops.
       batch: {"x": [N, *in_shape]}.
 
     Returns:
-      []; −inf where two inputs are on the same sides everywhere.
+      []; −inf if two inputs are on the same side at every ReLU.
 
     Raises:
-      ValueError: the network has no ReLU, or the batch a mask of something else than rows.
+      ValueError: if the network has no ReLU, or if the mask of the batch is not a mask of rows.
 
     Source: Mellor et al., ICML 2021, https://arxiv.org/abs/2006.04647
     """
@@ -229,7 +231,7 @@ def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch
     if not _holds_relu(closed.jaxpr, len(x)):
         raise ValueError("`nwot` looks at the signs at ReLUs; this network has none.")
     _, kernel = _agreements(closed.jaxpr, closed.consts, jax.tree.leaves(args), len(x))
-    if mask is not None:  # each row of padding a block of its own, whose determinant is 1
+    if mask is not None:  # each padding row becomes a separate block with determinant 1
         real = jnp.asarray(mask) > 0
         kernel = jnp.where(real[:, None] & real[None], kernel, 0) + jnp.diag((~real).astype(kernel.dtype))
     sign, log = jnp.linalg.slogdet(kernel)
@@ -245,7 +247,7 @@ SCORES: dict[str, Score] = {
 }
 
 
-# ---- Looking into a network -----------------------------------------------------------------------------------------
+# ---- Inspecting a network -------------------------------------------------------------------------------------------
 
 
 def gradient_features(
@@ -256,24 +258,24 @@ def gradient_features(
     loss: Callable = cross_entropy,
     num_keys: int = 2,
 ) -> jax.Array:
-    """What a task's first gradients say of every op, for an h that reads it: nothing is trained for it.
+    """The first gradients of a task with respect to every op, as features for an h. They need no training.
 
         d[o] = ∂L/∂w[e, o] at equal mixing weights, less its mean over o; the mean over initializations and edges e
 
-    Negative where more of an op lowers the loss at once.
+    It is negative if more of an op lowers the loss at once.
 
     Args:
-      supernet: of a space; not one with `single_path`, which has no gradient for ops that do not run.
-      key: of the initializations.
-      batch: {"x": [N, *in_shape], "y": what `loss` takes}; two batches of training are enough rows.
-      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, of labels "y" [N].
-      num_keys: initializations, at least 1.
+      supernet: a supernet of a space, without `single_path`: ops that do not run would get no gradient.
+      key: key of the initializations.
+      batch: {"x": [N, *in_shape], "y": labels in the form that `loss` takes}; two training batches are enough rows.
+      loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, with labels "y" [N].
+      num_keys: number of initializations, at least 1.
 
     Returns:
-      [K], the ops of every kind of cell, each kind with the length 1.
+      [K], the features of the ops, one kind of cell after another. The features of each kind have norm 1.
 
     Raises:
-      ValueError: `num_keys` is below 1; the supernet is one with `single_path`; labels are no classes, as for
+      ValueError: if `num_keys < 1`, if the supernet has `single_path`, or if labels are not classes, as for
         `grad_norm`.
     """
     base.check_integer("num_keys", num_keys, 1)
@@ -291,7 +293,7 @@ def gradient_features(
 
 
 def _without_normalization(fn: Callable[[base.Params], jax.Array]) -> Callable[[base.Params], jax.Array]:
-    """`fn` with the identity in the place of every `nas.normalized`."""
+    """`fn` with every `nas.normalized` replaced by the identity."""
 
     def identity(equation: Any) -> Callable | None:
         return (lambda x, epsilon: x) if equation.params.get("name") == NORMALIZATION else None
@@ -314,7 +316,7 @@ def _holds_relu(jaxpr: Any, num_rows: int) -> bool:
 
 
 def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list, jax.Array]:
-    """The outputs of a jaxpr, and K [N, N], the sum over its ReLUs of where two rows are on the same side."""
+    """The outputs of a jaxpr, and K [N, N], which counts the ReLUs at which two rows are on the same side."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
@@ -333,7 +335,7 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
             index, *rest = operands
             outputs, more = jax.lax.switch(index, [lambda *a, b=b: run(b, *a) for b in params["branches"]], *rest)
         elif name == "scan":
-            # Carries and constants are as the body has them; what is scanned has one more axis.
+            # Carries and constants have the same shape in the body; scanned values have one more axis outside.
             closed = params["jaxpr"]
             num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, closed.out_avals, strict=True))
             num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(equation.invars, closed.in_avals, strict=True))
@@ -353,7 +355,7 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
             start = (carry, jnp.zeros_like(kernel))
             (carry, more), ys = jax.lax.scan(body, start, xs, params["length"], params["reverse"])
             outputs = [*carry, *ys]
-        else:  # nested calls, functions with a derivative of their own, checkpoints: once, as they are
+        else:  # nested calls, functions with a custom derivative, checkpoints: run inline, once
             inner = params.get("call_jaxpr", params.get("fun_jaxpr", params.get("jaxpr")))
             if name == "while" or inner is None:
                 raise ValueError(f"`nwot` does not look for ReLUs inside {name!r}.")

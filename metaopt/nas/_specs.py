@@ -1,11 +1,11 @@
-"""Cells and networks as data: which nodes an edge joins, which ops are its candidates, and in what order layers stand.
+"""Cells and networks as data: the nodes that an edge joins, the candidate ops of an edge, and the order of layers.
 
-A cell is a directed graph. Its first nodes are its inputs, numbered from 0, and every other node is the sum of the
-edges into it; each edge mixes its candidate ops by weights w, and the output is the channels of some nodes together:
+A cell is a directed graph. Its first nodes are its inputs, numbered from 0. Every other node is the sum of the edges
+into it. Each edge mixes its candidate ops by weights w, and the output concatenates the channels of some nodes:
 
     node_t = Σ_{edges (s, t)} Σ_o w[edge, o] · o(node_s),    output = concat(node_t for t in `output`).
 
-A discrete network is a network whose edges have one candidate each: the same data, and the same code.
+A discrete network is a network whose edges have one candidate each. It uses the same data and the same code.
 """
 
 import json
@@ -21,7 +21,7 @@ from metaopt import _files, base
 
 
 class Edge(NamedTuple):
-    """From node `source` to node `target`, with the names of the ops that are its candidates."""
+    """An edge from node `source` to node `target`, with the names of its candidate ops."""
 
     source: int
     target: int
@@ -32,12 +32,13 @@ class Cell(NamedTuple):
     """One kind of cell.
 
     Attributes:
-      num_inputs: 1, the output of the layer before; or 2, those of the two layers before, older first. (Of the second
-        layer both are the first one's output; of the first layer, the data.)
-      edges: in any order; mixing weights follow it. `source` < `target`.
+      num_inputs: 1, the output of the layer before; or 2, the outputs of the two layers before, the older one first.
+        (For the second layer, both are the output of the first layer. For the first layer, both are the data.)
+      edges: in any order; mixing weights follow this order. `source` < `target`.
       output: the nodes whose channels are the output.
-      preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization.
-        Without it there is one input, as it is: where it has other channels, the ops on the edges from it change them.
+      preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization. If
+        False, there is one input, which is used as it is. If its channels differ from the cell's, the ops on the edges
+        from it change them.
     """
 
     num_inputs: int
@@ -58,13 +59,13 @@ class Network(NamedTuple):
     """Layers in order, then the mean over all positions, if `pooled`, and a linear layer to `num_outputs`.
 
     Attributes:
-      cells: kind -> `Cell`; all cells of one kind share their architecture, and not their weights.
-      layers: the first one sees the data. The stride of a cell is that of the edges from its inputs.
-      num_outputs: classes, or targets of a regression.
-      pooled: False gives outputs at every position: of a graph's nodes, a sequence's steps.
-      keep: how a genotype is read from mixing weights, unless it is said: so many edges into each node, as in DARTS's
-        space; None, every edge by itself, as in NAS-Bench-201's; "graph", by `discretize_graph`, as in
-        NAS-Bench-101's.
+      cells: kind -> `Cell`; all cells of one kind share their architecture, but not their weights.
+      layers: the layers; the first one sees the data. The stride of a cell is the stride of the edges from its inputs.
+      num_outputs: number of classes, or of regression targets.
+      pooled: False gives outputs at every position, such as the nodes of a graph or the steps of a sequence.
+      keep: the default rule for reading a genotype from mixing weights. A number keeps so many edges into each node, as
+        in the space of DARTS. None decides every edge by itself, as in the space of NAS-Bench-201. "graph" uses
+        `discretize_graph`, as in the space of NAS-Bench-101.
     """
 
     cells: Mapping[str, Cell]
@@ -75,18 +76,20 @@ class Network(NamedTuple):
 
 
 class ElasticLayer(NamedTuple):
-    """Layers of one kind whose sizes are candidates: those with more than one are chosen by mixing weights.
+    """Layers of one kind whose sizes are candidates. Mixing weights choose each size that has several candidates.
 
     Attributes:
-      kind: "conv" and "linear", with bias, normalization (if any) and ReLU; "max_pool" and "avg_pool" over windows as
-        wide as the stride; "flatten", which makes positions into features of the linear layer behind it.
-      width: candidates for channels, or features; the first of them that a mask keeps. None of pools and "flatten".
-      kernel: candidates for the window of a convolution along every spatial axis, odd; smaller ones are the center of
-        the largest.
-      depth: candidates for how many times the layer is there, the later ones with as many channels and stride 1.
-      stride: of a convolution's first time, or a pool.
-      norm: None; "batch", of each channel over the batch and all positions; "layer", over the channels of each position
-        that are there. Both without scale and shift.
+      kind: "conv" and "linear", with bias, normalization (if any) and ReLU; "max_pool" and "avg_pool", with windows as
+        wide as the stride; "flatten", which turns positions into features of the linear layer after it.
+      width: candidates for the number of channels, or features; a mask keeps the first of them. Empty for pools and
+        "flatten".
+      kernel: candidates for the window of a convolution along every spatial axis, odd; smaller windows are the center
+        of the largest one.
+      depth: candidates for the number of repetitions of the layer. Later repetitions have the same number of channels
+        and stride 1.
+      stride: stride of a convolution's first repetition, or of a pool.
+      norm: None; "batch", for each channel over the batch and all positions; "layer", for each position over the
+        channels that are kept. Both have no scale and shift.
     """
 
     kind: str
@@ -101,16 +104,17 @@ SIZES = ("width", "kernel", "depth")
 
 
 class ElasticNetwork(NamedTuple):
-    """Layers in order, of which sizes are searched, then a linear layer to `num_outputs`.
+    """Layers in order, with sizes to be searched, then a linear layer to `num_outputs`.
 
-    A size with more than one candidate is a choice, "conv1.width": for relaxations, α, genotypes and searches it is a
-    kind of cell with one edge, whose ops are the sizes as text. Between a last layer with positions and the outputs is
-    the mean over them, unless "flatten" stands there. In search a step costs what the largest network costs: masks save
-    nothing. (What asks for a certain op has nothing to say to sizes: DARTS− its skip, PC-DARTS its partial channels.)
+    A size with more than one candidate is a choice, such as "conv1.width". For relaxations, α, genotypes and searches,
+    a choice is a kind of cell with one edge, whose ops are the sizes as text. If the last layer has positions, the mean
+    over them precedes the outputs, unless there is a "flatten". In search, a step costs as much as the largest network:
+    masks save nothing. (Methods that need a certain op do not apply to sizes, such as DARTS− with its skip, or PC-DARTS
+    with its partial channels.)
 
     Attributes:
       layers: name -> `ElasticLayer`, in order; the first one sees the data.
-      num_outputs: classes, or targets of a regression.
+      num_outputs: number of classes, or of regression targets.
     """
 
     layers: Mapping[str, ElasticLayer]
@@ -124,21 +128,22 @@ class ElasticNetwork(NamedTuple):
         return {name: Cell(1, (edge(sizes),), (1,), False) for name, sizes in choices.items() if len(sizes) > 1}
 
 
-Space = Network | ElasticNetwork  # what a search may be over
+Space = Network | ElasticNetwork  # the spaces that a search takes
 
 # kind -> (source, target, op) of the edges that are kept
 Genotype = dict[str, tuple[tuple[int, int, str], ...]]
 
 
 def check_network(network: Network) -> None:
-    """ValueError where a network does not hold together; shapes are checked by `supernet`.
+    """Raises ValueError if a network is inconsistent; `supernet` checks shapes.
 
     Args:
       network: a spec.
 
     Raises:
-      ValueError: an edge goes backwards or nowhere, a cell has no output, a kind no layer; `num_outputs` is below 1;
-        `keep` is no such value; cells, layers or candidates have another form.
+      ValueError: if an edge goes backwards or to an input, if a cell has no output, or if a kind has no layer.
+      ValueError: if `num_outputs < 1`, if `keep` is not a valid value, or if cells, layers or candidates have another
+        form.
     """
     base.check_integer("num_outputs", network.num_outputs, 1)
     if not isinstance(network.cells, Mapping) or not all(isinstance(layer, Layer) for layer in network.layers):
@@ -175,7 +180,7 @@ def check_network(network: Network) -> None:
 
 
 def _check_names(what: str, ops: Any) -> None:
-    """ValueError where what should be names of ops is one text, or something else."""
+    """Raises ValueError unless `ops` is a sequence of names of ops; a single text is not one."""
     if isinstance(ops, str) or not np.iterable(ops) or not all(isinstance(op, str) for op in ops):
         one = f"; of one op that is ({ops!r},)" if isinstance(ops, str) else ", and the ops themselves go to `supernet`"
         raise ValueError(f"{what} must be names, such as ('none', 'mlp'); got {ops!r}{one}.")
@@ -188,7 +193,7 @@ def to_json(network: Space) -> str:
       network: a spec.
 
     Returns:
-      Text, with the version of the form.
+      Text, with the version of the format.
     """
     if isinstance(network, ElasticNetwork):
         elastic = [[name, layer._asdict()] for name, layer in network.layers.items()]
@@ -257,13 +262,14 @@ KINDS = ("conv", "linear", "max_pool", "avg_pool", "flatten")
 
 
 def check_elastic(network: ElasticNetwork) -> None:
-    """ValueError where the sizes of a network do not hold together; shapes are checked by `supernet`.
+    """Raises ValueError if the sizes of a network are inconsistent; `supernet` checks shapes.
 
     Args:
       network: a spec.
 
     Raises:
-      ValueError: an unknown kind or normalization, sizes that are missing, not increasing, or of no use.
+      ValueError: if a kind or normalization is unknown, or if sizes are missing, not increasing, or not used by the
+        kind.
     """
     base.check_integer("num_outputs", network.num_outputs, 1)
     if not network.layers:
@@ -295,15 +301,17 @@ def check_elastic(network: ElasticNetwork) -> None:
 
 
 def check_single_path(kind: str, weights: Any) -> None:
-    """ValueError where mixing weights that are not traced give an edge several ops, of which one would run, or are not
-    finite, so that none is the largest."""
+    """Raises ValueError if mixing weights give an edge several ops, or are not finite.
+
+    With `single_path` only the op with the largest weight would run. Traced weights are not checked.
+    """
     if isinstance(weights, Tracer):
         return
     weights = np.asarray(weights, np.float64)
     if not np.isfinite(weights).all():
         raise ValueError(f"The mixing weights of {kind!r} must be finite; got {weights.tolist()}.")
     sizes = np.sort(np.abs(weights), -1)
-    # One-hot weights may be off by rounding, as those of a straight-through estimator.
+    # One-hot weights may have rounding errors, such as from a straight-through estimator.
     if (sizes[..., :-1] > 1e-5 * sizes[..., -1:]).any():
         raise ValueError(
             f"`single_path` runs the op with the largest weight alone, and the weights of {kind!r} give weight to "
@@ -313,11 +321,11 @@ def check_single_path(kind: str, weights: Any) -> None:
 
 
 def read_json(text: str, *names: str) -> dict[str, Any]:
-    """The fields of a JSON object of version 1; ValueError if `text` is something else.
+    """The fields of a JSON object of version 1; raises ValueError if `text` is something else.
 
     Args:
       text: JSON.
-      *names: fields that it must have.
+      *names: fields that the object must have.
     """
     try:
         data = _files.parse_json(text)
@@ -333,10 +341,10 @@ def read_json(text: str, *names: str) -> dict[str, Any]:
 
 
 def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, preprocess: bool = True) -> Cell:
-    """A cell in which every node sees all nodes before it, and which gives out the last one.
+    """A cell in which every node sees all earlier nodes, and whose output is the last node.
 
     Args:
-      num_nodes: beside the inputs, at least 1.
+      num_nodes: number of nodes besides the inputs, at least 1.
       ops: the candidates on every edge, by name.
       num_inputs: 1 or 2.
       preprocess: as for `Cell`.
@@ -345,10 +353,10 @@ def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, pr
       A `Cell`, its edges ordered by target, then source.
 
     Raises:
-      ValueError: `num_nodes` is below 1; `ops` is a text, or not of texts.
+      ValueError: if `num_nodes < 1`, or if `ops` is a single text or has entries that are not texts.
     """
     base.check_integer("num_nodes", num_nodes, 1)
-    given: Any = tuple(ops) if np.iterable(ops) and not isinstance(ops, str) else ops  # also of a generator
+    given: Any = tuple(ops) if np.iterable(ops) and not isinstance(ops, str) else ops  # `ops` may be a generator
     _check_names("`ops`", given)
     last = num_inputs + num_nodes
     edges = tuple(Edge(s, t, given) for t in range(num_inputs, last) for s in range(t))
@@ -383,17 +391,17 @@ def darts_space(
     """The DARTS space: normal cells, and reduction cells at a third and two thirds of the depth.
 
     Args:
-      num_outputs: classes.
-      channels: of the first cells; the stem has three times as many, and reductions double them.
-      num_cells: in all.
-      num_nodes: of a cell, beside its two inputs.
-      primitives: the candidates on every edge; ("skip_connect", "sep_conv_3x3") is RobustDARTS's S2.
+      num_outputs: number of classes.
+      channels: channels of the first cells; the stem has three times as many, and reductions double them.
+      num_cells: number of all cells.
+      num_nodes: number of nodes of a cell, besides its two inputs.
+      primitives: the candidates on every edge; ("skip_connect", "sep_conv_3x3") is the space S2 of RobustDARTS.
 
     Returns:
-      A `Network` over `DARTS_OPS`, of two kinds, "normal" and "reduce", with mixing weights [14, 8] each.
+      A `Network` over `DARTS_OPS`, of two kinds, "normal" and "reduce", by default with mixing weights [14, 8] each.
 
     Raises:
-      ValueError: a count is below 1.
+      ValueError: if a count is below 1.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
@@ -412,19 +420,19 @@ def darts_space(
 
 
 def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_stage: int = 5) -> Network:
-    """The space of NAS-Bench-201: three stages of one kind of cell with four nodes, residual blocks between them.
+    """The space of NAS-Bench-201: three stages of one kind of cell with four nodes, and residual blocks between them.
 
     Args:
-      num_outputs: classes.
+      num_outputs: number of classes.
       channels: C of the first stage; the benchmark has 16.
       cells_per_stage: N; the benchmark has 5.
 
     Returns:
-      A `Network` over `NAS_BENCH_201_OPS`, of the one kind "cell" with mixing weights [6, 5]: edges 0→1, 0→2, 1→2, 0→3,
-      1→3, 2→3, each of which has its own argmax.
+      A `Network` over `NAS_BENCH_201_OPS`, of the single kind "cell" with mixing weights [6, 5]. The edges are 0→1,
+      0→2, 1→2, 0→3, 1→3, 2→3; each has its own argmax.
 
     Raises:
-      ValueError: a count is below 1.
+      ValueError: if a count is below 1.
 
     Source: Dong & Yang, ICLR 2020, https://arxiv.org/abs/2001.00326
     """
@@ -440,22 +448,25 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
 
 
 def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cells_per_module: int = 2) -> Network:
-    """The micro space of TransNAS-Bench-101: five modules of one kind of cell, of which every other one is a reduction.
+    """The micro space of TransNAS-Bench-101: five modules of one kind of cell.
 
-    A reduction doubles the channels, and halves the positions, on the edges from its first cell's input. The networks
-    of the macro space change shapes by what is chosen, which no mixture has: they are a table alone.
+    The first, third and fifth module are reductions. A reduction doubles the channels and halves the positions, on the
+    edges from the input of its first cell. The networks of the macro space have shapes that depend on the choices. No
+    mixture can do this, so they exist only as a table.
 
     Args:
-      num_outputs: classes, or targets; the benchmark has decoders of their own for tasks with outputs at every pixel.
-      channels: C of the stem, behind which reductions double it three times; the benchmark has 64.
-      cells_per_module: the benchmark has 2.
+      num_outputs: number of classes or targets; the benchmark has its own decoders for tasks with outputs at every
+        pixel.
+      channels: C of the stem; the reductions after it double C three times. The benchmark has 64.
+      cells_per_module: number of cells per module; the benchmark has 2.
 
     Returns:
-      A `Network` over `TRANS_NAS_BENCH_101_OPS`, of the one kind "cell" with mixing weights [6, 4]: edges as in
-      `nas_bench_201_space`. Its genotypes are asked for as they are: `trans_nas_bench_101_table().query(found, task)`.
+      A `Network` over `TRANS_NAS_BENCH_101_OPS`, of the single kind "cell" with mixing weights [6, 4]. The edges are as
+      in `nas_bench_201_space`. The table takes its genotypes directly:
+      `trans_nas_bench_101_table().query(genotype, task)`.
 
     Raises:
-      ValueError: a count is below 1.
+      ValueError: if a count is below 1.
 
     Source: Duan et al., CVPR 2021, https://arxiv.org/abs/2105.11871
     """
@@ -471,22 +482,23 @@ def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cell
 
 
 def nas_bench_macro_space(num_outputs: int = 10, *, channels: int = 32, features: int = 1280) -> Network:
-    """The space of NAS-Bench-Macro: eight layers, each an identity or one of two inverted residuals, chosen one by one.
+    """The space of NAS-Bench-Macro: eight layers, each an identity or one of two inverted residuals.
 
-    The first, third and sixth layer double the channels and halve the positions. A layer is all that there is at its
-    place: `drop_path` would leave nothing, and `methods.retraining` takes `drop_path=0` alone.
+    Each layer is chosen separately. The first, third and sixth layer double the channels and halve the positions. A
+    layer is the only path at its place, so `drop_path` would leave nothing. `methods.retraining` therefore takes only
+    `drop_path=0`.
 
     Args:
-      num_outputs: classes.
-      channels: of the stem; the benchmark has 32.
-      features: of the last convolution; the benchmark has 1,280.
+      num_outputs: number of classes.
+      channels: channels of the stem; the benchmark has 32.
+      features: channels of the last convolution; the benchmark has 1,280.
 
     Returns:
-      A `Network` over `NAS_BENCH_MACRO_OPS`, of the kinds "block0" to "block7" with mixing weights [1, 3] each. Its
-      genotypes are asked for as they are: `nas_bench_macro_table().query(genotype, "cifar10")`.
+      A `Network` over `NAS_BENCH_MACRO_OPS`, of the kinds "block0" to "block7" with mixing weights [1, 3] each. The
+      table takes its genotypes directly: `nas_bench_macro_table().query(genotype, "cifar10")`.
 
     Raises:
-      ValueError: a count is below 1.
+      ValueError: if a count is below 1.
 
     Source: Su et al., CVPR 2021, https://arxiv.org/abs/2103.11922
     """
@@ -511,21 +523,21 @@ def conv_net_space(
     hidden: Sequence[int] = (256, 512, 1024),
     norm: str | None = None,
 ) -> ElasticNetwork:
-    """Conv–ReLU–Pool–Conv–ReLU–Pool–Flatten–Linear with all of its sizes searched, for images, sequences and volumes.
+    """Conv–ReLU–Pool–Conv–ReLU–Pool–Flatten–Linear with all sizes searched, for images, sequences and volumes.
 
     Args:
-      num_outputs: classes.
+      num_outputs: number of classes.
       widths: candidates for the channels of both convolutions.
-      kernels: for their windows.
-      depths: for how often Conv–ReLU stands before each pool; (1,) is the network as written above.
-      hidden: for the features of the linear layer (and ReLU), behind which is the one to the outputs.
-      norm: of the convolutions, as for `ElasticLayer`.
+      kernels: candidates for their windows.
+      depths: candidates for the number of Conv–ReLU before each pool; (1,) gives the network of the first line.
+      hidden: candidates for the features of the linear layer (with ReLU). Another linear layer gives the outputs.
+      norm: normalization of the convolutions, as for `ElasticLayer`.
 
     Returns:
       An `ElasticNetwork`: 1,728 networks by default.
 
     Raises:
-      ValueError: sizes are not integers that increase.
+      ValueError: if sizes are not increasing integers.
     """
     conv = ElasticLayer("conv", tuple(widths), tuple(kernels), tuple(depths), norm=norm)
     pool = ElasticLayer("max_pool", stride=2)
@@ -542,19 +554,19 @@ def mlp_space(
     depths: Sequence[int] = (1, 2, 3, 4),
     norm: str | None = None,
 ) -> ElasticNetwork:
-    """Linear–ReLU, as often as `depths` says, for rows of a table: one width for all layers.
+    """Linear–ReLU layers for rows of a table, with a searched depth and one width for all layers.
 
     Args:
-      num_outputs: classes, or targets.
-      widths: candidates for the features.
-      depths: for the hidden layers.
+      num_outputs: number of classes, or of targets.
+      widths: candidates for the number of features.
+      depths: candidates for the number of hidden layers.
       norm: as for `ElasticLayer`.
 
     Returns:
       An `ElasticNetwork`.
 
     Raises:
-      ValueError: sizes are not integers that increase.
+      ValueError: if sizes are not increasing integers.
     """
     network = ElasticNetwork({"linear": ElasticLayer("linear", tuple(widths), (), tuple(depths), 1, norm)}, num_outputs)
     check_elastic(network)

@@ -1,8 +1,8 @@
 """Supernets: all networks of a spec in one, with mixing weights on its ops; and single networks by the same code.
 
-Edges of a cell that have the same candidates and the same shapes are one scan over their stacked parameters, and so
-are layers that follow one another and are alike: a program has each op once for a group, however many edges and layers
-there are, which is what keeps compilation short.
+If edges of a cell have the same candidates and the same shapes, they are one scan over their stacked parameters. Equal
+layers that follow one another are also one scan. So a program contains each op once per group, however many edges and
+layers there are. This keeps compilation short.
 """
 
 import itertools
@@ -31,34 +31,33 @@ Weights = Mapping[str, Any]  # kind -> [edges, ops]
 
 
 class Supernet(NamedTuple):
-    """What `supernet` makes of a spec.
+    """The functions and settings that `supernet` makes from a spec.
 
     Attributes:
       init: `(key) -> params`.
-      apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]` (and all positions
-        between, if the spec is not `pooled`), of x [N, *in_shape]. With weights None every op counts once (all sizes of
-        an `ElasticNetwork` are then the largest). Integers as x are the same numbers as floats: images of uint8 are
-        0..255; networks that do not normalize first learn worse from them than from x / 255.
-        **Without `statistics` it is the network in training and search**: it normalizes by the batch, so the outputs
-        of a row depend on the other rows, and a single row without positions raises a ValueError. With `statistics`
-        (from `statistics` below) the outputs of a row depend on this row only: predict in this way.
-        With `drop_path=(key, rate)` each edge is left out of each example with that probability, except where its op
-        returns its input as it is, and the edges that stay count 1 / (1 − rate); sizes have no edges to leave out.
-        With `mask` [N], 1 for a real row and 0 for padding, outputs of real rows are, to rounding, those of a batch of
-        the real rows only: `nas.normalized` leaves padding out. (An own op that computes over the batch in another way
-        uses all rows, with `mask` and with `statistics`.)
-      features: as `apply`, the outputs of all layers in place of the network's, in their order, as an auxiliary head
-        reads them.
+      apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]`, with
+        `x: [N, *in_shape]`. If the spec is not `pooled`, all positions are axes in between. If `weights=None`, every op
+        has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x count as the same numbers in
+        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255.
+        **Without `statistics` it is the network in training and search.** It normalizes by the batch, so the outputs of
+        a row depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
+        `statistics` below), the outputs of a row depend only on this row: predict in this way.
+        With `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`, except if its op
+        returns its input unchanged. The remaining edges are scaled by 1 / (1 − rate). Sizes have no edges to drop.
+        `mask` [N] is 1 for a real row and 0 for padding. With it, the outputs of real rows equal the outputs of a batch
+        of only these rows, up to rounding: `nas.normalized` leaves padding out. (If your own op computes over the batch
+        in another way, it uses all rows, with `mask` and with `statistics`.)
+      features: like `apply`, but it returns the outputs of all layers in order, as an auxiliary head reads them.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
-      inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights; raises as
-        `discrete` does.
-      statistics: `(params, weights, x, mask=None) -> statistics`, a list with mean and variance of every normalization
-        over the real rows x, all as one batch. They hold for these `params` and `weights` only.
+      inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights. It raises
+        the same errors as `discrete`.
+      statistics: `(params, weights, x, mask=None) -> statistics`, a list with the mean and variance of every
+        normalization over the real rows x, all as one batch. They hold for these `params` and `weights` only.
         `methods.trained_network` computes them from training rows.
       network: the spec.
       in_shape: the shape of one input.
-      single_path: whether one op an edge runs, that with the largest weight.
-      partial: K, the share of the channels that ops see is 1/K.
+      single_path: whether only one op per edge runs, the op with the largest weight.
+      partial: K; ops see 1/K of the channels.
     """
 
     init: Callable[[jax.Array], base.Params]
@@ -74,24 +73,24 @@ class Supernet(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Edges of a cell that are one scan: alike in candidates and stride, and next to one another in order."""
+    """Edges of a cell that are one scan: they have the same candidates and stride, and follow one another in order."""
 
     edges: tuple[int, ...]  # positions among the cell's edges
     ops: tuple[str, ...]
-    in_shape: tuple[int, ...]  # of what the ops see, after the split of channels
-    channels: int  # of what they give
+    in_shape: tuple[int, ...]  # of the input of the ops, after the split of channels
+    channels: int  # of their output
     stride: int
-    enters: bool  # from inputs whose shape is not that of the nodes
+    enters: bool  # whether they start at inputs whose shape differs from the nodes
 
 
 class _Run(NamedTuple):
-    """Layers that follow one another and are alike: one scan."""
+    """Equal layers that follow one another: one scan."""
 
     layer: Layer
     length: int
-    in_shapes: tuple[tuple[int, ...], ...]  # of the inputs; of a single op, one
+    in_shapes: tuple[tuple[int, ...], ...]  # of the inputs; one entry for a single op
     out_shape: tuple[int, ...]
-    groups: tuple[_Group, ...]  # of a single op, none
+    groups: tuple[_Group, ...]  # empty for a single op
 
 
 def supernet(
@@ -103,34 +102,36 @@ def supernet(
     single_path: bool = False,
     remat_edges: bool = False,
 ) -> Supernet:
-    """The network of a spec; shapes are checked here.
+    """The supernet of a spec. It checks all shapes.
 
         node_t = Σ_{edges (s, t)} Σ_o w[edge, o] · o(node_s)
 
-    w are mixing weights, one row for each edge of a kind of cell, shared by all cells of the kind: what a relaxation
-    makes of α. Differentiable in w and in the parameters, in any mode; `vmap` over tasks that each have their own w
-    works. Memory of the backward pass grows with the number of ops that run.
+    w are mixing weights, which a relaxation makes of α. They have one row for each edge of a kind of cell, and all
+    cells of the kind share them. The supernet is differentiable in w and in the parameters, in any mode. `vmap` over
+    tasks works, also if each task has its own w. The memory of the backward pass grows with the number of ops that run.
 
     Args:
-      network: a spec, or a discrete network. One of sizes (`ElasticNetwork`) has the weights of the largest network,
-        every step costs as much as that one, and layers run on all of its channels, `single_path` or not.
-      in_shape: of one input without the batch axis: (32, 32, 3), (100, 1) for a sequence, (8,) for rows of a table.
-      ops: name -> `Op`: the space's set, such as `DARTS_OPS`, and one's own. An `ElasticNetwork` has none: {}.
-      partial: K. Only the first C/K channels of an edge go through the ops, whose channels are then C/K; the rest pass
-        by (by a maximum over the stride's positions), times Σ_o w[edge, o], and the channels are shuffled (PC-DARTS).
-        1 is the whole.
-      single_path: w has one entry that is not zero in a row, or none; only the op with the largest entry runs, and
-        others have no gradient. (Under `vmap` over different w, all run.) `apply` refuses other w where it can see
-        them, which is not while it is traced; a mixture is for the supernet without it, which has the same parameters.
-      remat_edges: the backward pass runs the ops again rather than keep what is inside them: its memory is that of the
-        nodes and of one edge, for one more forward pass.
+      network: a spec, or a discrete network. An `ElasticNetwork` has the weights of the largest network. Every step
+        then costs as much as the largest network, and layers run on all of its channels, even with `single_path`.
+      in_shape: shape of one input without the batch axis: (32, 32, 3), (100, 1) for a sequence, (8,) for rows of a
+        table.
+      ops: name -> `Op`: the set of the space, such as `DARTS_OPS`, and your own ops. For an `ElasticNetwork`, {}.
+      partial: K. Only the first C/K channels of an edge go through the ops, which then have C/K channels. The other
+        channels bypass the ops and are multiplied by Σ_o w[edge, o]. With a stride, they are reduced by max pooling.
+        Then the channels are shuffled (PC-DARTS). With 1, all channels go through the ops.
+      single_path: whether w has at most one nonzero entry per row. Only the op with the largest entry runs, and others
+        have no gradient. (Under `vmap` over different w, all ops run.) `apply` rejects other w, but it cannot check
+        traced w. For a mixture, use the supernet without `single_path`, which has the same parameters.
+      remat_edges: whether the backward pass runs the ops again instead of storing their intermediate results. Its
+        memory is then the memory of the nodes and of one edge, at the cost of one more forward pass.
 
     Returns:
       A `Supernet`. Its parameters are a tree of arrays, with stacks of edges and of layers as leading axes.
 
     Raises:
-      ValueError: the spec does not hold together; `in_shape` is a number; an op is unknown, no `Op`, or does not take
-        or give the shape that it should; K does not divide the channels, or is more than 1 where sizes are searched.
+      ValueError: if the spec is inconsistent, or if `in_shape` is a number.
+      ValueError: if an op is unknown or not an `Op`, or if its input or output has a wrong shape.
+      ValueError: if K does not divide the channels, or if K > 1 for an `ElasticNetwork`.
 
     Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,
     https://arxiv.org/abs/1907.05737
@@ -163,7 +164,7 @@ def supernet(
     features = runs[-1].out_shape[-1]
 
     def init(key):
-        # One split for all: every draw of `jax.random` takes the compiler half a second.
+        # One split for all keys: every draw of `jax.random` takes the compiler half a second.
         nums = [run.length * _num_keys(run) for run in runs]
         head_key, *keys = jnp.split(jax.random.split(key, 1 + sum(nums)), np.cumsum([1, *nums[:-1]]))
         layers = [_init_run(k, run, network.cells.get(run.layer.name), ops) for k, run in zip(keys, runs, strict=True)]
@@ -171,7 +172,7 @@ def supernet(
         return {"layers": layers, "head": {**head, "b": jnp.zeros(network.num_outputs)}}
 
     def layers(params, weights, x, drop_path, every) -> list[jax.Array]:
-        """The output of the last layer alone; with `every`, of all."""
+        """A list of the outputs of all layers if `every`, otherwise of only the last output."""
         if x.shape[1:] != in_shape:
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         kept = _kept(drop_path, runs, network, x) if drop_path is not None else [None] * len(runs)
@@ -206,7 +207,7 @@ def supernet(
                 (before, last), new = step((before, last), jax.tree.map(lambda leaf: leaf[0], (stacked, keep)))
                 outputs.append(new)
             if run is runs[0] and run.length == 1:
-                before = last  # the second layer's inputs are both the first one's output
+                before = last  # both inputs of the second layer are the output of the first one
         return outputs if every else [last]
 
     def apply(params, weights, x, drop_path=None):
@@ -229,7 +230,7 @@ def supernet(
 
 
 def _over_rows(fn: Callable) -> Callable:
-    """`apply` or `features`, also for integers, with a mask of rows, and with statistics to normalize by."""
+    """Extends `apply` or `features` to integers, a mask of rows, and statistics for normalization."""
 
     def over_rows(params, weights, x, drop_path=None, mask=None, statistics=None):
         x = jnp.asarray(x, jnp.result_type(x, float))
@@ -244,7 +245,7 @@ def _over_rows(fn: Callable) -> Callable:
 
 
 def _statistics_fn(apply: Callable) -> Callable:
-    """`Supernet.statistics`."""
+    """Makes `Supernet.statistics`."""
 
     def statistics(params, weights, x, mask=None):
         x = jnp.asarray(x, jnp.result_type(x, float))
@@ -257,18 +258,18 @@ def _statistics_fn(apply: Callable) -> Callable:
 
 
 def head(network: Network, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
-    """From what the last layer gives to the outputs."""
+    """Maps the output of the last layer to the outputs of the network."""
     x = x.mean(tuple(range(1, x.ndim - 1))) if network.pooled else x
     return x @ params["w"] + params["b"].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[str, jax.Array]:
-    """α to start from: `scale` · N(0, 1), one leaf for each kind of cell, or choice of a size.
+    """Initial α: `scale` · N(0, 1), with one leaf for each kind of cell, or for each choice of a size.
 
     Args:
       key: a PRNG key.
-      network: a supernet's spec.
-      scale: standard deviation; 0 starts with equal weights.
+      network: the spec of a supernet.
+      scale: standard deviation; with 0, all weights start equal.
 
     Returns:
       kind -> [edges, ops].
@@ -282,7 +283,7 @@ def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[s
 
 
 def _check_op(ops: Mapping[str, _ops.Op], name: str) -> None:
-    """ValueError where `ops` has no op of a name."""
+    """Raises ValueError unless `ops` has an `Op` of this name."""
     if not isinstance(ops, Mapping):
         raise ValueError(f"`ops` must be a dict, name -> `nas.Op`, such as `nas.BLOCKS`; got {type(ops).__name__}.")
     if name not in ops:
@@ -304,7 +305,7 @@ def _check_op(ops: Mapping[str, _ops.Op], name: str) -> None:
 
 
 def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op], partial: int) -> list[_Run]:
-    """What is run, with all shapes, which are checked against what the ops give."""
+    """The runs of a network with all shapes, which are checked against the output shapes of the ops."""
     checked: dict[tuple, tuple[int, ...]] = {}
 
     def out_shape(name, shape, channels, stride):
@@ -337,7 +338,7 @@ def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.O
             groups, new = _groups(layer, cell, in_shapes, partial, out_shape)
         run = _Run(layer, 1, in_shapes, new, groups)
         alike = bool(runs) and runs[-1][2:] == run[2:] and runs[-1].layer == layer
-        # The carry of a scan keeps its shapes; what came before the last layer is no input of all.
+        # The carry of a scan keeps its shapes. Layers with one input do not read `before`.
         if alike and last == new and (len(in_shapes) == 1 or (before == last and i > 1)):
             runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
         else:
@@ -369,7 +370,7 @@ def _groups(
             return edge.ops, (*spatial, width // partial), stride, True
         return edge.ops, (*small, channels // partial), 1, False
 
-    # First what changes the shape, which comes from the inputs alone; then by target, so that sources are complete.
+    # First the edges that change the shape, which start at inputs; then by target, so that sources are complete.
     order = sorted(range(len(cell.edges)), key=lambda e: _order(cell.edges[e], of(cell.edges[e])[3]))
     groups = []
     for (names, shape, edge_stride, enters), edges in itertools.groupby(order, key=lambda e: of(cell.edges[e])):
@@ -384,7 +385,7 @@ def _order(edge: Edge, enters: bool) -> tuple[bool, int, int]:
 
 
 def _preprocess_stride(shape: tuple[int, ...], wanted: tuple[int, ...]) -> int:
-    """By how much an older input must be made smaller: the layer between may have had a stride."""
+    """The stride that shrinks an older input to `wanted`, since the layer in between may have had a stride."""
     for stride in range(1, max((*shape[:-1], 1)) + 1):
         if tuple(-(-n // stride) for n in shape[:-1]) == wanted[:-1]:
             return stride
@@ -399,7 +400,7 @@ def _num_keys(run: _Run) -> int:
 
 
 def _init_run(keys: jax.Array, run: _Run, cell: Cell | None, ops: Mapping[str, _ops.Op]) -> base.PyTree:
-    """Parameters of a run: layers stacked, and within a cell the edges of a group; from a key for each op."""
+    """Parameters of a run, with one key per op. Layers are stacked, and within a cell the edges of each group."""
     name, channels, stride = run.layer
 
     def one(keys):
@@ -423,7 +424,7 @@ def _init_run(keys: jax.Array, run: _Run, cell: Cell | None, ops: Mapping[str, _
 
 
 def _input_init(key, shape, channels, stride):
-    """ReLU, 1×1 convolution, normalization; where the layer between had a stride, in two halves as in skipping."""
+    """ReLU, 1×1 convolution, normalization; the skip op, with its two halves, if `stride > 1`."""
     return (_ops.BLOCKS["skip_connect"] if stride > 1 else _ops.convolution(1)).init(key, shape, channels, stride)
 
 
@@ -432,7 +433,7 @@ def _input_apply(params, x, channels, stride):
 
 
 def _unstacked(layers: list, runs: list[_Run], network: Network) -> list[dict]:
-    """One entry a layer: {"inputs" or "op": ..., (source, target, op name): params}."""
+    """One entry per layer: {"inputs" or "op": ..., (source, target, op name): params}."""
     flat = []
     for run, stacked in zip(runs, layers, strict=True):
         cell = network.cells.get(run.layer.name)
@@ -474,11 +475,11 @@ def _stacked(flat: list[dict], runs: list[_Run], network: Network) -> list:
 
 
 def _kept(drop_path, runs: list[_Run], network: Network, x: jax.Array) -> list[jax.Array | None]:
-    """For each run of cells [layers, edges, N]: 0 where an edge is dropped, 1 / (1 − rate) where it stays."""
+    """For each run of cells, [layers, edges, N]: 0 if an edge is dropped, 1 / (1 − rate) if it stays."""
     key, rate = drop_path
     edges = [len(network.cells[run.layer.name].edges) if run.groups else 0 for run in runs]
     sizes = [run.length * num for run, num in zip(runs, edges, strict=True)]
-    # One draw for all: each takes the compiler half a second.
+    # One draw for all edges: each draw takes the compiler half a second.
     draws = jax.random.bernoulli(key, 1 - jnp.asarray(rate), (sum(sizes), len(x))).astype(x.dtype)
     parts = jnp.split(draws / (1 - jnp.asarray(rate, x.dtype)), np.cumsum(sizes)[:-1])
     shaped = [part.reshape(run.length, -1, len(x)) for run, part in zip(runs, parts, strict=True) if len(part)]
@@ -521,12 +522,12 @@ def _cell(cell, run, params, weights, kept, inputs, ops, partial, single_path, r
 
 
 def _edge(params, w, keep, x, group, ops, partial, single_path):
-    """Σ_o w_o · o(x), on the first of K parts of the channels where K > 1; of each example times `keep`."""
+    """Σ_o w_o · o(x), on the first of K parts of the channels if K > 1; each example is multiplied by its `keep`."""
     width, stride = group.in_shape[-1], group.stride
 
     def apply(p, x, name):
         y = ops[name].apply(p, x, group.channels, stride)
-        if keep is None or y is x:  # an identity is not dropped
+        if keep is None or y is x:  # a skip that returns its input is not dropped
             return y
         return y * keep.reshape(-1, *[1] * (y.ndim - 1))
 
@@ -542,7 +543,7 @@ def _edge(params, w, keep, x, group, ops, partial, single_path):
         y = sum(w[i] * apply(p, seen) for i, (apply, p) in enumerate(zip(applied, params, strict=True)))
     if partial == 1:
         return y
-    # The sum is 1 after a softmax; it is what scales a whole edge, or drops it.
+    # The sum is 1 after a softmax. Other relaxations use it to scale or drop a whole edge.
     rest = x[..., width:] * (1 if w is None else w.sum())
     if stride > 1:
         window = (1, *[stride] * (x.ndim - 2), 1)

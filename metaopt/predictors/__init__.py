@@ -1,4 +1,4 @@
-"""What g and h are: networks that map a task to λ, and what makes an estimator tune their weights."""
+"""The predictors g and h: networks that map a task to λ, and a wrapper with which an estimator tunes their weights."""
 
 from metaopt.predictors._acquisition import (
     batch_expected_improvement,

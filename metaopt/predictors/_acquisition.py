@@ -1,4 +1,4 @@
-"""What the next trial is chosen by: scores of configurations, larger is better, differentiable in the configuration."""
+"""Acquisition functions, which score the next trial: larger is better, and they are differentiable in it."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
     """E[max(best − y, 0)] under the mixture.
 
     Args:
-      mixture: at P configurations.
+      mixture: the predictions at P configurations.
       best: [] the smallest outcome so far.
 
     Returns:
@@ -22,39 +22,40 @@ def expected_improvement(mixture: Mixture, best: jax.Array) -> jax.Array:
 
 
 def censored_mean(mixture: Mixture, bound: jax.Array) -> jax.Array:
-    """E[y | y ≥ bound] under the mixture, of each configuration by itself.
+    """E[y | y ≥ bound] under the mixture, for each configuration separately.
 
         Σ_k w_k (μ_k Φ(u_k) + σ_k φ(u_k)) / Σ_k w_k Φ(u_k),    u_k = (μ_k − bound)/σ_k.
 
-    What a trial that failed is worth: all that is known of its outcome is that it is no better than the worst one. It
-    is the expectation step of a censored likelihood, taken once. The worst outcome in its place would say more than is
-    known, and too little: that the configuration is no worse than another that did run.
+    This is the outcome to impute for a failed trial. A failed trial is treated as censored: its outcome is at least as
+    bad as the worst observed one. The function computes the expectation step of a censored likelihood once. Imputing
+    the worst outcome itself would claim too much: the outcome is not known exactly. It would also claim too little: the
+    failed configuration would not be worse than the worst successful one.
 
     Args:
-      mixture: at P configurations, given the trials that did not fail.
-      bound: [] the worst outcome of those.
+      mixture: the predictions at P configurations, given the trials that did not fail.
+      bound: [] the worst outcome of those trials.
 
     Returns:
       [P], at least the bound.
 
     Source: Tobin, Econometrica 1958 (the censored likelihood); Hutter, Hoos & Leyton-Brown, Bayesian optimization with
-      censored response data, 2011, https://arxiv.org/abs/1310.1947 (imputed in turn, in Bayesian optimization).
+      censored response data, 2011, https://arxiv.org/abs/1310.1947 (repeated imputation in Bayesian optimization).
     """
     above = (mixture.mean - bound) / mixture.std
     weights = jnp.exp(mixture.log_weights)
     shares = jax.scipy.special.ndtr(above) @ weights
-    # E[y | y ≥ bound] − bound is the improvement in the other direction, among what is beyond the bound.
+    # E[y | y ≥ bound] − bound is the expected improvement in the other direction, divided by the mass above the bound.
     excess = _improvement(mixture.mean - bound, mixture.std) @ weights
-    # Far from what was expected (shares underflow) the excess is less than a standard deviation of any Gaussian.
+    # If the bound is far above the predictions (shares underflow), the excess is below the std of every component.
     return bound + jnp.where(shares > 1e-6, excess / jnp.maximum(shares, 1e-6), 0.0)
 
 
 def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
-    """width·σ − μ, with mean and standard deviation of the whole mixture.
+    """width·σ − μ, with the mean μ and the standard deviation σ of the whole mixture.
 
     Args:
-      mixture: at P configurations.
-      width: standard deviations.
+      mixture: the predictions at P configurations.
+      width: in standard deviations.
 
     Returns:
       [P], larger is better.
@@ -66,13 +67,14 @@ def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
 
 
 def thompson_sample(key: jax.Array, mixture: Mixture, *, independent: bool) -> jax.Array:
-    """Minus an outcome that is drawn for each configuration: one Gaussian of the mixture for all, and its values.
+    """Minus a sampled outcome per configuration, from one Gaussian component that all configurations share.
 
     Args:
       key: consumed.
-      mixture: at P configurations.
-      independent: draw values, each by itself: for finite sets, whose correlations are neglected. Otherwise they are
-        the Gaussian's means, a smooth function: what is drawn is the earlier task that the new one is like.
+      mixture: the predictions at P configurations.
+      independent: whether to sample each outcome independently, which ignores correlations; use it for finite sets. If
+        False, the outcomes are the component's means, a smooth function: the sample is the earlier task that the new
+        one resembles.
 
     Returns:
       [P], larger is better.
@@ -96,39 +98,41 @@ def batch_expected_improvement(
     num_samples: int = 128,
     functions: jax.Array | None = None,
 ) -> jax.Array:
-    """What one more configuration adds to the expected improvement of a batch whose other trials still run.
+    """How much one more configuration adds to the expected improvement of a batch that contains the running trials.
 
         E[max(best − min(y(x), y_pending), 0)] − E[max(best − min y_pending, 0)] = E_{y_pending}[EI(x; y_pending)]
 
-    The outer expectation is over samples of the outcomes of the trials that run, jointly Gaussian with y(x) within
-    each component of the mixture; the inner one is in closed form, so that the gradient in x is exact for the samples
-    at hand. A batch that is chosen greedily by it has at least 1 − 1/e of the best batch's expected improvement.
+    The outer expectation is over samples of the running trials' outcomes. Within each component of the mixture they are
+    jointly Gaussian with y(x). The inner expectation is in closed form, so the gradient in x is exact for the given
+    samples. A batch that is chosen greedily by this score has at least 1 − 1/e of the best batch's expected
+    improvement.
 
     Args:
-      surrogate: what is known.
-      conditioned: the same given the trials that have ended, by `condition`.
-      pending: (x [Q, D], mask [Q]) of the trials that run.
+      surrogate: the model of the earlier tasks.
+      conditioned: the same model given the finished trials, by `condition`.
+      pending: (x [Q, D], mask [Q]) of the running trials.
       x: [P, D]; differentiable.
       best: [] the smallest outcome so far.
-      key: of the samples.
-      num_samples: how many; a component is drawn for each.
-      functions: `functions_at(surrogate, x)`, where it is known already.
+      key: for the samples.
+      num_samples: the number of samples; a component is drawn for each.
+      functions: `functions_at(surrogate, x)`, if already computed.
 
     Returns:
-      [P], larger is better. It takes memory O((P + Q) Q + P num_samples) beyond that of `posterior_at`.
+      [P], larger is better. It takes memory O((P + Q) Q + P num_samples) beyond the memory of `posterior_at`.
 
-    Source: Snoek, Larochelle & Adams, NeurIPS 2012, https://arxiv.org/abs/1206.2944, section 3.2 (integration over what
-    runs); Wilson, Hutter & Deisenroth, NeurIPS 2018, https://arxiv.org/abs/1805.10196 (batches by gradient; greedily)
+    Source: Snoek, Larochelle & Adams, NeurIPS 2012, https://arxiv.org/abs/1206.2944, section 3.2 (integration over
+      running trials); Wilson, Hutter & Deisenroth, NeurIPS 2018, https://arxiv.org/abs/1805.10196 (gradient-based and
+      greedy batches)
     """
     running, mask = pending
     joint = joint_posterior_at(surrogate, conditioned, x, running, functions=functions)
     num = len(x)
     which, noise = jax.random.split(key)
-    # Evenly spaced: components come up as often as they weigh.
+    # Evenly spaced levels, so that each component is drawn in proportion to its weight.
     levels = (jnp.arange(num_samples) + jax.random.uniform(which)) / num_samples
     cumulative = jnp.cumsum(jnp.exp(joint.log_weights))
     at = jnp.minimum(jnp.searchsorted(cumulative, levels), len(cumulative) - 1)
-    # Within a process, in normalized units: the covariance of what runs, and with x.
+    # Per process, in normalized units: covariances among the running trials, and between them and x.
     cross = joint.covariance[:, :num] * mask[None, None]
     within = joint.covariance[:, num:] * (mask[:, None] * mask[None])[None]
     chol = jnp.linalg.cholesky(within + jnp.diag(1e-6 + 1 - mask)[None])

@@ -1,4 +1,4 @@
-"""λ = g(task; φ): from an estimator of dF/dλ to one of dF/dφ."""
+"""λ = g(task; φ): turns an estimator of dF/dλ into an estimator of dF/dφ."""
 
 import jax
 
@@ -8,20 +8,22 @@ from metaopt import base
 def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estimator:
     """Estimates dF/dφ = (∂g(task; φ)/∂φ)ᵀ dF/dλ, where λ = g(task; φ) for every task.
 
-    The estimator sees λ, and its hypergradient is pulled back through the predictor: any rule serves, and the pullback
-    is exact and costs one reverse pass of the predictor. Wrap it in `hypergrad.over_tasks` to learn φ over many tasks.
+    The inner estimator sees λ, and its hypergradient is pulled back through the predictor. Any hypergradient rule
+    works. The pullback is exact and costs one reverse pass of the predictor. Wrap the result in `hypergrad.over_tasks`
+    to learn φ over many tasks.
 
     Args:
-      estimator: for one task, of `spaces.constrain(problem, space)`: predictors of a space return `Unconstrained`
-        coordinates. For a predictor of one's own, of the problem in the λ that it returns.
+      estimator: for one task, built from `spaces.constrain(problem, space)`, since the predictors of metaopt return
+        `Unconstrained` coordinates. If your own predictor returns λ in natural units, build it from the problem itself.
       predictor: g.
 
     Returns:
-      An `Estimator` of the same kind for one task, whose `hyperparams` are φ and whose state is the inner estimator's.
+      An `Estimator` of the same kind for one task. Its `hyperparams` are φ, and its state is the inner estimator's
+        state.
 
     Raises:
       ValueError: at trace time, if the predictor returns `Unconstrained` and the problem takes λ in natural units, or
-        the predictor returns λ in natural units and the problem is constrained.
+        if the predictor returns λ in natural units and the problem is constrained.
     """
 
     def init(key, hyperparams, task):

@@ -1,17 +1,19 @@
-"""A transformer over cells, crossed with the task: how well would this architecture do there?
+"""A transformer that scores a cell for a task: how good would this architecture be on that task?
 
-A cell is a directed acyclic graph with an op on every vertex. Its vertices are tokens, in no order: what a token is
-told of its place is its depth below the input and its height above the output, and it may look at the vertices that
-edges and paths lead to. There are four heads: one looks at those right before a vertex, one at all from which it is
-reached, one at those right behind it, one at all that it reaches; each at the vertex itself, too.
+A cell is a directed acyclic graph with an op on every vertex. The vertices are tokens without an order. The position of
+a token is encoded only by its depth below the input and its height above the output. A token attends only to vertices
+that are connected to it by edges or paths. There are four heads. One attends to the direct predecessors of a vertex and
+one to all its ancestors; one to its direct successors and one to all its descendants. Each head also attends to the
+vertex itself.
 
     x_v = E[op_v] + D[depth_v] + H[height_v],
     x ← x + Σ_heads attention(norm x; mask),    x ← x + W₂ relu(W₁ norm x)        (`num_layers` times)
     z(a) = relu(W Σ_v x_v / √V + b),
     score(a, t) = z(a) · c(t),    c(t) = c₀ + A t + B tanh(C t + b)
 
-so that a task is a vector of coefficients, which its features move: with A and B zero at the start there is one ranking
-for all tasks. Renaming the vertices changes nothing, nor does what stands in padding; V is part of the function.
+A task is thus a vector of coefficients, which depends on the task's features. A and B start at zero, so the ranking is
+initially the same for all tasks. Reordering the vertices does not change the score, and neither do the values in
+padding. The score does depend on V.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,15 +30,15 @@ _NUM_HEADS = 4
 
 
 class Cells(NamedTuple):
-    """Cells as arrays, made by `cells`. V vertices each, some of them padding.
+    """Cells as arrays, made by `cells`. Each has V vertices, of which some may be padding.
 
     Attributes:
-      ops: [A, V] int32, indices into the ops' names.
+      ops: [A, V] int32, indices into the names of the ops.
       edges: [A, V, V] bool, whether an edge leads from one vertex to another.
-      paths: [A, V, V] bool, whether a path does.
-      depth: [A, V] int32, edges of the longest path that ends at a vertex.
-      height: [A, V] int32, edges of the longest path that begins there.
-      mask: [A, V] bool, which vertices are there.
+      paths: [A, V, V] bool, whether a path leads from one vertex to another.
+      depth: [A, V] int32, the number of edges of the longest path that ends at a vertex.
+      height: [A, V] int32, the number of edges of the longest path that begins at a vertex.
+      mask: [A, V] bool, which vertices are real.
     """
 
     ops: jax.Array
@@ -48,14 +50,14 @@ class Cells(NamedTuple):
 
 
 class CellEncoder(NamedTuple):
-    """What `cell_encoder` returns.
+    """The functions that `cell_encoder` returns.
 
     Attributes:
       init: `(key) -> φ`.
       encode: `(φ, Cells) -> [A, width]`, z.
       score: `(φ, Cells, features [F]) -> [A]`, larger is better.
       coefficients: `(φ, features [F]) -> [width]`, c.
-      config: the options that it was made with, so that `cell_encoder(**config)` is the same.
+      config: the options of the encoder; `cell_encoder(**config)` builds the same one.
     """
 
     init: Callable[[jax.Array], base.PyTree]
@@ -66,19 +68,19 @@ class CellEncoder(NamedTuple):
 
 
 def cells(graphs: Sequence[nas.Graph], ops: Sequence[str], *, num_vertices: int | None = None) -> Cells:
-    """Graphs as arrays of one shape.
+    """Converts graphs to arrays of one shape.
 
     Args:
-      graphs: with the vertices in any order; `nas.edge_graph` makes them of cells whose ops are on edges.
-      ops: all names that may be on a vertex, the input's and the output's too.
-      num_vertices: V; by default, that of the largest graph.
+      graphs: their vertices may be in any order. `nas.edge_graph` makes a graph from a cell whose ops are on edges.
+      ops: all names that may be on a vertex, including those of the input and the output.
+      num_vertices: V; by default, the size of the largest graph.
 
     Returns:
       `Cells`.
 
     Raises:
-      ValueError: there is no graph; an op has no such name; a graph has a cycle, a matrix of another shape, or more
-        than `num_vertices` vertices.
+      ValueError: if there is no graph, or `num_vertices` is not an integer of at least 1.
+      ValueError: if a graph has an op that is not in `ops`, a cycle, a matrix of another shape, or too many vertices.
     """
     base.check_integer("num_vertices", num_vertices, 1, optional=True)
     if not len(graphs):
@@ -111,26 +113,28 @@ def cells(graphs: Sequence[nas.Graph], ops: Sequence[str], *, num_vertices: int 
 def cell_encoder(
     num_ops: int, num_vertices: int, *, num_features: int = 0, width: int = 32, num_layers: int = 2, num_hidden: int = 8
 ) -> CellEncoder:
-    """A scorer of cells for tasks, to be trained by `cell_ranking_loss`; `methods.train_cell_searcher` does so.
+    """A scorer of cells for tasks. Train it with `cell_ranking_loss`, as `methods.train_cell_searcher` does.
 
     Args:
-      num_ops: names of ops, the input's and the output's too; that indices are below it is not checked.
+      num_ops: the number of op names, including the input's and the output's. It is not checked that the indices are
+        smaller.
       num_vertices: V.
-      num_features: F, of a task; 0 scores for all tasks alike.
-      width: of a token and of z, a multiple of 4 (the heads).
-      num_layers: of attention.
+      num_features: F, of a task; with 0 the scores are the same for all tasks.
+      width: of a token and of z, a multiple of 4 (the number of heads).
+      num_layers: the number of attention layers.
       num_hidden: tanh units between a task's features and its coefficients.
 
     Returns:
-      A `CellEncoder`, plain functions under jit, vmap and any mode of differentiation. A call takes memory of about
-      A·V·(20·width + 8·V)·num_layers numbers where it is differentiated.
+      A `CellEncoder`. Its functions are pure and work under jit, vmap and any mode of differentiation. A differentiated
+        call takes memory for about A·V·(20·width + 8·V)·num_layers numbers.
 
     Raises:
-      ValueError: a size is out of range; at trace time, cells have another number of vertices, or a task of features.
+      ValueError: if a size is out of range; at trace time, if the cells do not have V vertices or the features are not
+        [F].
 
-    Sources: Luo, Thost & Shi, Transformers over directed acyclic graphs, NeurIPS 2023,
-      https://arxiv.org/abs/2210.13148 (attention along paths, depth as position); Zaheer et al., Deep Sets, NeurIPS
-      2017, https://arxiv.org/abs/1703.06114 (the sum).
+    Sources: Luo, Thost & Shi, Transformers over directed acyclic graphs, NeurIPS 2023, https://arxiv.org/abs/2210.13148
+      (attention along paths, depth as position); Zaheer et al., Deep Sets, NeurIPS 2017,
+      https://arxiv.org/abs/1703.06114 (the sum).
     """
     for name, value in (("num_ops", num_ops), ("num_vertices", num_vertices), ("num_layers", num_layers)):
         base.check_integer(name, value, 1)
@@ -190,7 +194,7 @@ def cell_encoder(
 
 
 def _encode(meta_params, cell: Cells) -> jax.Array:
-    """[W] of one cell."""
+    """z [W] of one cell."""
     tokens = meta_params["tokens"]
     x = tokens["op"][cell.ops] + tokens["depth"][cell.depth] + tokens["height"][cell.height]  # [V, W]
     itself = jnp.eye(len(x), dtype=bool)
@@ -199,34 +203,34 @@ def _encode(meta_params, cell: Cells) -> jax.Array:
 
     def step(x, layer):
         q, k, v = jnp.split((norm(x) @ layer["qkv"]).reshape(len(x), _NUM_HEADS, -1), 3, axis=-1)
-        # By hand: `jax.nn.dot_product_attention` takes the softmax in float32, whatever it is given.
+        # Not `jax.nn.dot_product_attention`, which always computes the softmax in float32.
         logits = jnp.einsum("uhk,vhk->huv", q, k) / np.sqrt(q.shape[-1])
         mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=seen), v)
         x = x + mixed.reshape(x.shape) @ layer["mix"]
         return x + jax.nn.relu(norm(x) @ layer["up"]) @ layer["down"], None
 
     x, _ = jax.lax.scan(step, x, meta_params["layers"])
-    # A sum, since two convolutions are more than one; what attention averages does not say how many there are.
+    # A sum, because the number of ops matters: attention averages and does not keep it.
     total = jnp.where(cell.mask[:, None], x, 0).sum(0) / np.sqrt(len(x))
     return jax.nn.relu(total @ meta_params["out"] + meta_params["bias"])
 
 
 def cell_ranking_loss(scores: jax.Array, outcomes: jax.Array) -> jax.Array:
-    """The logistic loss of the order of all pairs, each by how far its two lie apart.
+    """The logistic ranking loss over all pairs of cells, each pair weighted by the difference of its normal scores.
 
         Σ_{i, j: y_i < y_j} |q_i − q_j| log(1 + exp(s_j − s_i)) / Σ |q_i − q_j|
 
-    where q are normal scores of the outcomes: the best and the worst count more than the middle, and the units of a
-    task not at all.
+    Here q are the normal scores of the outcomes. So the best and the worst cells count more than those in the middle,
+    and the units of a task do not matter.
 
     Args:
       scores: [N] s, larger is better.
-      outcomes: [N] y, losses, smaller is better; NaN where there is none.
+      outcomes: [N] y, losses, smaller is better; NaN if missing.
 
     Returns:
-      []; log 2 where all scores are equal, 0 where no two outcomes differ.
+      []; log 2 if all scores are equal, 0 if no two outcomes differ.
 
-    Source: Burges et al., Learning to rank using gradient descent, ICML 2005 (pairs by a logistic loss).
+    Source: Burges et al., Learning to rank using gradient descent, ICML 2005 (logistic loss over pairs).
     """
     known = jnp.isfinite(outcomes)
     y = jnp.where(known, outcomes, 0.0)

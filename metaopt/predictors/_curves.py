@@ -1,19 +1,19 @@
-"""Learning curves: what the beginning of a trial, other trials and other tasks' curves say about its end.
+"""Learning curves: predicts the end of a trial from its beginning, from other trials and from other tasks' curves.
 
-Let f_s(c, j) be the outcome of configuration c at fidelity j on the earlier task s, m its mean over the S tasks and
-d_s = f_s − m. On a new task, all curves are one Gaussian process over configurations and fidelities,
+Let f_s(c, j) be the outcome of configuration c at fidelity j on the earlier task s, m its mean over the S tasks and d_s
+= f_s − m. On a new task, all curves are one Gaussian process over configurations and fidelities,
 
     y ~ GP(m, (α/S) Σ_s d_s d_sᵀ + (β + γ k(c, c') + δ [c = c']) u(c, j) u(c', j') R(j, j')) + N(0, (σ u(c, j))²).
 
-The first term says that the task is a combination of earlier ones. The second is what they do not know: a level of the
-task (β), what similar configurations share (γ), and what a configuration has for itself (δ). u is by how much tasks
-differ at (c, j), and R the correlation of two fidelities, both learned from earlier tasks; α to σ and the lengths of k
-are learned by leaving one task out (`curve_loss`). Everything observed (any fidelities of any configurations) is
-conditioned on in closed form.
+The first term says that the task is a combination of earlier ones. The second term models the rest: a level of the task
+(β), a part that similar configurations share (γ), and a part of each single configuration (δ). u states how much tasks
+differ at (c, j), and R is the correlation of two fidelities; both are learned from earlier tasks. The scales α to σ and
+the lengths of k are learned by leaving one task out (`curve_loss`). All observations (any fidelities of any
+configurations) are conditioned on in closed form.
 
-What it does not do: outcomes of all tasks must have one scale (error rates, clipped losses), the candidates are
-finite and were run on earlier tasks (gaps are filled in), and predictions are Gaussian, also where curves have two
-fates, such as divergence.
+Limits: the outcomes of all tasks must have one scale (error rates, clipped losses). The candidates are a finite set and
+were run on earlier tasks (gaps are filled in). Predictions are Gaussian, even if curves can end in two ways, for
+example by divergence.
 
 Sources: Swersky, Snoek & Adams, Freeze-thaw Bayesian optimization, 2014, https://arxiv.org/abs/1406.3896 (a process
 over curves, conditioned on prefixes); Wang et al., JMLR 2024, https://arxiv.org/abs/2109.08215 (mean and covariance
@@ -33,7 +33,7 @@ _FEW = 10
 
 
 class CurveNoise(NamedTuple):
-    """What `curve_loss` learns.
+    """The parameters that `curve_loss` learns.
 
     Attributes:
       log_scales: [5] logarithms of α, β, γ, δ and σ².
@@ -45,19 +45,19 @@ class CurveNoise(NamedTuple):
 
 
 class CurveSurrogate(NamedTuple):
-    """What is known of earlier tasks: S tasks, M candidates, F fidelities.
+    """A model of the curves of earlier tasks: S tasks, M candidates, F fidelities.
 
     Attributes:
       x: [M, D] encoded candidates.
-      fidelities: [F], ascending, the last is the full budget.
+      fidelities: [F], ascending; the last one is the full budget.
       mean: [M, F] m.
       deviations: [S, M, F] d_s.
       spread: [M, F] u.
       correlation: [F, F] R.
-      known: [S, M, F] bool, what was observed of f_s; the rest was filled in.
+      known: [S, M, F] bool, which values of f_s were observed; the others were filled in.
       noise: the scales of the terms.
-      errors: [1 + F, Q] ascending: what (y − μ)/σ was at the full budget on earlier tasks that were left out, after 0,
-        1, ... F fidelities of the trial itself were seen (`calibrate`). They take the place of the normal distribution.
+      errors: [1 + F, Q] ascending: standardized errors (y − μ)/σ at the full budget on left-out earlier tasks, after 0,
+        1, ... F fidelities of the trial itself were observed (`calibrate`). They replace the normal distribution.
     """
 
     x: jax.Array
@@ -75,10 +75,10 @@ class Observed(NamedTuple):
     """N outcomes of the new task, padded.
 
     Attributes:
-      candidate: [N] int, the candidate's number.
-      fidelity: [N] int, the fidelity's number.
+      candidate: [N] int, the index of the candidate.
+      fidelity: [N] int, the index of the fidelity.
       y: [N].
-      mask: [N] 1.0 where there is one.
+      mask: [N] 1.0 for an outcome, 0.0 for padding.
     """
 
     candidate: jax.Array
@@ -88,13 +88,13 @@ class Observed(NamedTuple):
 
 
 def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -> CurveSurrogate:
-    """Mean, deviations, spread and correlation of earlier tasks' curves; the noise is at its start.
+    """Computes the mean, deviations, spread and correlation of earlier tasks' curves; the noise has its initial values.
 
-    A gap is filled by what the candidate has on average at that fidelity, what the task adds to it, and what the
-    candidate's own curve adds on that task by R.
+    A gap is filled with the sum of three terms: the candidate's mean at that fidelity, the task's mean deviation there,
+    and a term for the candidate. R predicts the last term from the candidate's known outcomes on that task.
 
     Args:
-      curves: [S, M, F] outcomes, NaN where there is none; at least three tasks: two are left where one is left out.
+      curves: [S, M, F] outcomes, NaN if missing; at least three tasks, because two must remain when one is left out.
       x: [M, D] encoded candidates.
       fidelities: [F] in (0, 1], ascending.
 
@@ -102,8 +102,8 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
       A `CurveSurrogate`.
 
     Raises:
-      ValueError: shapes disagree, fidelities do not ascend to at most 1, there are fewer than three tasks, or a
-        candidate has no outcome at a fidelity on any task.
+      ValueError: if shapes disagree, fidelities do not ascend within (0, 1], or there are fewer than three tasks.
+      ValueError: if an outcome is infinite, or a candidate has no outcome at some fidelity on any task.
     """
     curves, x, fidelities = np.asarray(curves, float), np.asarray(x, float), np.asarray(fidelities, float)
     if curves.ndim != 3 or curves.shape[1:] != (len(x), len(fidelities)):
@@ -138,17 +138,17 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
 
 
 def _spread(deviations, num_tasks: int):
-    """u [M, F]: half of the variance is the candidate's own, half that of all."""
+    """u [M, F]: half of the variance is the candidate's own, half is the mean over all candidates."""
     own = (deviations**2).sum(0) / max(num_tasks - 1, 1)
     return ((own + own.mean(0, keepdims=True)) / 2 + 1e-8) ** 0.5
 
 
 def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Curves without gaps, and R."""
+    """Returns the curves without gaps, and R."""
     mean = np.nanmean(curves, 0)
     with np.errstate(invalid="ignore"):
         level = np.where(known.any(1), np.nansum(curves - mean, 1) / np.maximum(known.sum(1), 1), np.nan)  # [S, F]
-    for row in level:  # a fidelity that no candidate has reached is as the nearest one
+    for row in level:  # interpolated at fidelities that no candidate has reached
         seen = np.flatnonzero(np.isfinite(row))
         row[:] = np.interp(np.arange(len(row)), seen, row[seen]) if len(seen) else 0.0
     filled = np.where(known, curves, mean + level[:, None])
@@ -174,7 +174,7 @@ def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _covariance(surrogate: CurveSurrogate, a, b):
-    """Between entries (candidate, fidelity) a [P] and b [N], without the noise: [P, N]."""
+    """[P, N] covariances, without noise, between the entries a [P] and b [N], which are pairs (candidate, fidelity)."""
     (c, j), (d, i) = a, b
     alpha, beta, gamma, delta, _ = jnp.exp(surrogate.noise.log_scales)
     lengths = jnp.exp(surrogate.noise.log_lengths)
@@ -186,7 +186,7 @@ def _covariance(surrogate: CurveSurrogate, a, b):
 
 
 def _factor(surrogate: CurveSurrogate, observed: Observed):
-    """Cholesky factor of what was observed, and its whitened residual."""
+    """The Cholesky factor of the covariance of the observed outcomes, and their whitened residual."""
     at = observed.candidate, observed.fidelity
     both = observed.mask[:, None] * observed.mask[None]
     noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
@@ -199,16 +199,16 @@ def _factor(surrogate: CurveSurrogate, observed: Observed):
 def curve_posterior(
     surrogate: CurveSurrogate, observed: Observed, candidate: jax.Array, fidelity: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of outcomes, given those observed; in closed form, at a cost of N³ + P N (N + S).
+    """Mean and standard deviation of outcomes given the observed ones, in closed form, at a cost of N³ + P N (N + S).
 
     Args:
-      surrogate: what is known.
-      observed: N outcomes; none where the mask is zero.
+      surrogate: the model of the earlier tasks.
+      observed: N outcomes; entries whose mask is zero are ignored.
       candidate: [P] int.
       fidelity: [P] int.
 
     Returns:
-      [P] means and [P] standard deviations of what would be observed, noise included.
+      [P] means and [P] standard deviations of the outcome that would be observed, noise included.
     """
     at = candidate, fidelity
     chol, white = _factor(surrogate, observed)
@@ -223,36 +223,36 @@ def curve_posterior(
 
 
 def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, observed: Observed) -> jax.Array:
-    """The negative log likelihood of one earlier task's outcomes under the process of the others, an outcome.
+    """The negative log likelihood, per outcome, of one earlier task's outcomes under the process of the other tasks.
 
     Args:
-      noise: what is learned.
-      surrogate: of all tasks, this one included; it is left out of mean and deviations here.
-      task: [] int, which one.
-      observed: some of its outcomes.
+      noise: the parameters to learn.
+      surrogate: of all tasks, including this one; the function leaves it out of mean and deviations.
+      task: [] int, the index of the task.
+      observed: some of the task's outcomes.
 
     Returns:
-      [].
+      []; it includes a weak prior on `noise`.
     """
     left = leave_out(surrogate._replace(noise=noise), task)
     chol, white = _factor(left, observed)
     nll = (white @ white) / 2 + (jnp.log(jnp.diag(chol)) * observed.mask).sum()
     prior = ((noise.log_lengths + 0.5) ** 2).sum() / 2 + ((noise.log_scales + 2) ** 2).sum() / 16
-    return (nll + 0.1 * prior) / jnp.maximum(observed.mask.sum(), 1)  # nothing may have been seen of this task
+    return (nll + 0.1 * prior) / jnp.maximum(observed.mask.sum(), 1)  # `observed` may be empty
 
 
 def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
-    """What would be known without one of the earlier tasks; R stays.
+    """The surrogate without one of the earlier tasks; R is unchanged.
 
     Args:
       surrogate: of S tasks.
-      task: [] int, which one.
+      task: [] int, the index of the task.
 
     Returns:
-      A `CurveSurrogate` in which its deviations are zero, at the scale of S tasks.
+      A `CurveSurrogate` in which the task's deviations are zero, and the others are scaled as those of S tasks.
     """
     num, own = len(surrogate.deviations), surrogate.deviations[task]
-    # The mean moves by -d/(S - 1), and so do the others' deviations by its opposite.
+    # The mean moves by -d/(S - 1), so the deviations of the other tasks move by d/(S - 1).
     keep = (jnp.arange(num) != task)[:, None, None]
     others = jnp.where(keep, surrogate.deviations + own[None] / (num - 1), 0.0)
     return surrogate._replace(
@@ -263,19 +263,20 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
 
 
 def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
-    """Standardized errors at the full budget on each earlier task, left out, by how much of a trial was seen.
+    """Standardized errors at the full budget on each left-out earlier task, by how much of a trial was observed.
 
-    What was filled in of a task is neither seen nor predicted here. A length of which earlier tasks say too little
-    (fewer than ten errors of trials with an outcome there and at the full budget) has those of the next shorter one.
+    Filled-in values of a task are neither observed nor predicted here. A number of observed fidelities may have too few
+    errors: fewer than ten from trials with an outcome there and at the full budget. It then uses the errors of the next
+    smaller number.
 
     Args:
-      surrogate: what is known, with its noise learned.
-      key: which candidates are looked at.
-      num_candidates: how many are seen at a time on a task.
-      num_draws: how often, for each task.
+      surrogate: the model of the earlier tasks, with its noise learned.
+      key: selects the candidates.
+      num_candidates: the number of candidates that are observed at a time on a task.
+      num_draws: the number of such draws for each task.
 
     Returns:
-      The surrogate with `errors`: quantiles of them at Q levels, (q + ½)/Q.
+      The surrogate with `errors`: their quantiles at Q levels, (q + ½)/Q.
     """
     num_tasks, num, _ = surrogate.deviations.shape
     keys = jax.random.split(key, num_tasks * num_draws)
@@ -291,10 +292,10 @@ def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int 
 
 @partial(jax.jit, static_argnums=3)
 def _errors(surrogate, task, key, num_candidates: int):
-    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities; NaN: not known."""
+    """[1 + F, num_candidates] standardized errors at the full budget after 0, 1, ... F fidelities; NaN if unknown."""
     num, num_fidelities = surrogate.mean.shape
     known = surrogate.known[task]
-    # Those that the task has an end of, in random order, before the others.
+    # In random order, but candidates with an outcome at the full budget come first.
     order = jax.random.permutation(key, num)
     chosen = order[jnp.argsort(~known[order, -1], stable=True)][:num_candidates]
     candidate, fidelity = jnp.repeat(chosen, num_fidelities), jnp.tile(jnp.arange(num_fidelities), num_candidates)
@@ -318,7 +319,7 @@ def curve_improvement(mean: jax.Array, std: jax.Array, errors: jax.Array, best: 
     Args:
       mean: [P].
       std: [P].
-      errors: [P, Q], rows of a surrogate's.
+      errors: [P, Q], rows of `CurveSurrogate.errors`.
       best: [].
 
     Returns:

@@ -1,13 +1,14 @@
-"""A Gaussian process whose kernel sees configurations through a network, adapted to a task by a few steps.
+"""A Gaussian process whose kernel compares network embeddings of configurations, adapted to a task by a few steps.
 
     y = a + b f(c),    f ~ GP(m, k),    m(c) = w·φ(c, t),
     k(c, c') = v (s exp(−½ Σ_h ((φ_h(c, t) − φ_h(c', t))/ℓ_h)²) + (1 − s) [c = c']),
     φ(c, t) = tanh(U tanh(W c + V x_t + β) + γ),
 
-c an encoded configuration, x_t the task's features. All parameters are meta-learned: gradient steps on the marginal
-likelihood of earlier tasks' outcomes, a few trials of a few tasks at a time. On a new task the same likelihood of its
-own trials is ascended for a few steps from there, which is the few-shot adaptation. m, k and φ are shared; the offset
-and the scale are a task's own, and are integrated out, or tried out, as in `_processes`.
+where c is an encoded configuration and x_t are the task's features. All parameters are meta-learned by gradient steps
+on the marginal likelihood of earlier tasks' outcomes, on a few trials of a few tasks at a time. On a new task, a few
+more steps ascend the same likelihood of the task's trials. This is the few-shot adaptation. m, k and φ are shared
+between tasks. The offset a and the scale b belong to one task: a is integrated out and several b are tried, as in
+`_processes`.
 
 Sources: Wistuba & Grabocka, Few-shot Bayesian optimization with deep kernel surrogates (FSBO), ICLR 2021,
 https://arxiv.org/abs/2101.07667; Patacchiola et al., Bayesian meta-learning for the few-shot setting via deep kernels,
@@ -25,11 +26,11 @@ from metaopt.predictors import _networks, _processes
 
 ADAPTATION_STEPS = 10
 ADAPTATION_RATE = 1e-2  # of Adam
-MAX_ADAPTED = 128  # trials that a step reads
+MAX_ADAPTED = 128  # the number of trials that a step uses
 
 
 class DeepKernel(NamedTuple):
-    """Parameters of one such process, or of E of them with one more leading axis on every leaf.
+    """Parameters of one such process, or of E processes with one more leading axis on every leaf.
 
     Attributes:
       configuration: W [D, H].
@@ -55,12 +56,12 @@ class DeepKernel(NamedTuple):
 
 
 def init_deep_kernel(key: jax.Array, num_dims: int, num_features: int, *, num_hidden: int = 32) -> DeepKernel:
-    """A random φ, no mean, and a smooth k.
+    """Initial parameters: a random φ, a mean of zero, and a smooth k.
 
     Args:
       key: consumed.
       num_dims: D, of encoded configurations.
-      num_features: F, of tasks; 0 if there are none.
+      num_features: F, of tasks; 0 for no features.
       num_hidden: H.
 
     Returns:
@@ -85,7 +86,7 @@ def embed(deep: DeepKernel, x: jax.Array) -> jax.Array:
     """φ of one process.
 
     Args:
-      deep: one.
+      deep: one process.
       x: [P, D]; differentiable.
 
     Returns:
@@ -96,13 +97,13 @@ def embed(deep: DeepKernel, x: jax.Array) -> jax.Array:
 
 
 def covariance(deep: DeepKernel, at_x: jax.Array, at_z: jax.Array, same: jax.Array) -> jax.Array:
-    """k of one process between configurations whose φ is known.
+    """k of one process between configurations whose φ is given.
 
     Args:
-      deep: one.
-      at_x: [P, H].
-      at_z: [N, H].
-      same: [P, N] bool, whether they are one configuration.
+      deep: one process.
+      at_x: φ [P, H] of the first configurations.
+      at_z: φ [N, H] of the second configurations.
+      same: [P, N] bool, whether two configurations are the same.
 
     Returns:
       [P, N].
@@ -117,13 +118,13 @@ def covariance(deep: DeepKernel, at_x: jax.Array, at_z: jax.Array, same: jax.Arr
 def condition_deep(
     deep: DeepKernel, log_scales: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], *, own_scale: bool = True
 ) -> _processes.Given:
-    """What trials say of one process, as it stands.
+    """Conditions one process on trials, without adapting it.
 
     Args:
-      deep: one.
+      deep: one process.
       log_scales: [B] logarithms of b.
       trials: (x [N, D], y [N], mask [N]).
-      own_scale: as in `given`.
+      own_scale: as in `_processes.given`.
 
     Returns:
       A `Given` with K = 1.
@@ -137,13 +138,13 @@ def condition_deep(
 def deep_kernel_loss(
     deep: DeepKernel, trials: tuple[jax.Array, jax.Array, jax.Array], features: jax.Array, *, penalty: float = 1e-3
 ) -> jax.Array:
-    """The negative log marginal likelihood of one task's normalized outcomes, per trial, and a penalty on the weights.
+    """The negative log marginal likelihood per trial of one task's normalized outcomes, plus a weight penalty.
 
     Args:
       deep: one process, to be meta-learned.
       trials: (x [N, D], y [N] normalized, mask [N]); at least two are real.
       features: [F] of the task, ranked.
-      penalty: on the sum of squares of w and V: tasks are few, and their trials many.
+      penalty: on the sum of squares of w and V, because there are few tasks, each with many trials.
 
     Returns:
       [].
@@ -161,18 +162,18 @@ def adapt_deep_kernel(
     num_steps: int = ADAPTATION_STEPS,
     rate: float = ADAPTATION_RATE,
 ) -> DeepKernel:
-    """Few-shot adaptation: steps of Adam on the likelihood of a new task's trials, from what was meta-learned.
+    """Few-shot adaptation: Adam steps on the likelihood of a new task's trials, from the meta-learned parameters.
 
     Args:
       deep: one process, at the task's features.
-      log_scales: [B] logarithms of b, all as likely.
-      trials: (x [N, D], y [N], mask [N]), in the task's units, in order. One trial says nothing, and changes nothing;
-        of more than 128, the best half and the latest others are read.
-      num_steps: how many; few, since nothing else keeps to what earlier tasks said.
+      log_scales: [B] logarithms of b, all equally likely.
+      trials: (x [N, D], y [N], mask [N]), in the task's units, in chronological order. A single trial is not
+        informative and changes nothing. If there are more than 128, the steps use the best half and the latest others.
+      num_steps: the number of steps; keep it small, since only this keeps the parameters near the meta-learned ones.
       rate: of Adam.
 
     Returns:
-      A `DeepKernel`. It costs `num_steps` O(N³), N up to 128, and is not to be differentiated.
+      A `DeepKernel`. It costs `num_steps` O(N³), N up to 128. Do not differentiate through it.
     """
     optimizer, trials = optax.adam(rate), best_and_latest(trials, MAX_ADAPTED)
 
@@ -191,19 +192,20 @@ def adapt_deep_kernel(
 
 
 def best_and_latest(trials: tuple[jax.Array, jax.Array, jax.Array], num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Few of many trials: the best half, and the latest others.
+    """Selects some of many trials: the best ones as half of the selection, and the latest others.
 
     Args:
-      trials: (x [N, D], y [N], mask [N]), in order.
-      num: how many, real ones and padding.
+      trials: (x [N, D], y [N], mask [N]), in chronological order.
+      num: the number of selected trials, including padding.
 
     Returns:
-      The same of `num` trials, or of N where that is less; all real ones where these are no more.
+      (x, y, mask) of `num` trials, or of all N if N is smaller. If at most `num` trials are real, all of them are
+        selected.
     """
     x, y, mask = trials
     if len(y) <= num:
         return trials
     best = jnp.argsort(jnp.where(mask > 0, y, jnp.inf))[: num // 2]
-    when = jnp.where(mask > 0, jnp.arange(len(y)), -1).at[best].set(-2)  # padding before what is there already
+    when = jnp.where(mask > 0, jnp.arange(len(y)), -1).at[best].set(-2)  # below padding: the best are already selected
     keep = jnp.concatenate([best, jax.lax.top_k(when, num - num // 2)[1]])
     return x[keep], y[keep], mask[keep]

@@ -1,4 +1,4 @@
-"""Predictors on disk: one file with what is needed to predict for a new task, and nothing that runs code."""
+"""Saves predictors: one file holds everything that a prediction for a new task needs, and loading it runs no code."""
 
 import json
 import math
@@ -17,13 +17,13 @@ VERSION = 1
 
 
 class SavedPredictor(NamedTuple):
-    """What `load` returns.
+    """The result of `load`.
 
     Attributes:
       predictor: g or h.
       meta_params: φ.
       space: of λ: `spaces.to_constrained(space, predictor.apply(meta_params, task))` is λ.
-      scaling: for `tasks.apply_scaling`, which makes `task.features` of raw meta-features; None if none was saved.
+      scaling: for `tasks.apply_scaling`, which computes `task.features` from raw meta-features; None if none was saved.
     """
 
     predictor: base.Predictor
@@ -39,17 +39,17 @@ def save(
     *,
     scaling: tasks.FeatureScaling | Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a predictor with its weights, its space and its feature scaling as one `.npz` file, atomically.
+    """Writes a predictor with its weights, its space and its feature scaling to one `.npz` file, atomically.
 
     Args:
       path: the file.
-      predictor: made by a factory of this room.
-      meta_params: φ, as `predictor.init` makes it; bfloat16 becomes float32. (If `meta_architecture_search` learned
-        {"h", "init"}, this is "h"; `methods.save_meta_architecture` writes both.)
+      predictor: made by a factory of `metaopt.predictors`.
+      meta_params: φ, with the shapes of `predictor.init`; bfloat16 becomes float32. (If `meta_architecture_search`
+        learned {"h", "init"}, pass the entry "h"; `methods.save_meta_architecture` writes both.)
       scaling: from `tasks.fit_scaling`, or its `_asdict()`.
 
     Raises:
-      ValueError: if the predictor has no `config` to build it again from, `meta_params` do not have the shapes of
+      ValueError: if the predictor has no `config` from which it can be rebuilt, `meta_params` do not have the shapes of
         `predictor.init`, or `scaling` is not a `tasks.FeatureScaling`.
     """
     if not predictor.config:
@@ -69,14 +69,14 @@ def save(
     header = {"format": "metaopt.predictor", "version": VERSION, "config": predictor.config, "scaling": plain}
     leaves = jax.tree_util.tree_leaves_with_path(meta_params)
     arrays: dict[str, Any] = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
-    # The format has no bfloat16; every such number is one of float32.
+    # The `.npz` format has no bfloat16; float32 holds every such number exactly.
     arrays = {name: x.astype(np.float32) if x.dtype.kind == "V" else x for name, x in arrays.items()}
-    encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before there is a file: it may not be serializable
+    encoded = np.frombuffer(json.dumps(header).encode(), np.uint8)  # before writing: it may not be serializable
     _files.write_npz(path, {"header": encoded, **arrays})
 
 
 def _feature_scaling(scaling: Any) -> tasks.FeatureScaling:
-    """A `FeatureScaling` of plain values, from one or from its fields by name."""
+    """A `FeatureScaling` of plain values, from a `FeatureScaling` or a mapping of its fields."""
     try:
         fields = scaling._asdict() if isinstance(scaling, tasks.FeatureScaling) else dict(scaling)
         types = {"names": str, "center": float, "scale": float, "log": bool}
@@ -94,7 +94,7 @@ def _feature_scaling(scaling: Any) -> tasks.FeatureScaling:
 
 
 def load(path: str | os.PathLike[str]) -> SavedPredictor:
-    """Reads what `save` wrote. Nothing in the file is executed.
+    """Reads a file that `save` wrote. Nothing in the file is executed.
 
     Args:
       path: the file.
@@ -103,8 +103,9 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
       A `SavedPredictor`.
 
     Raises:
-      ValueError: if the file is not a predictor, is of a newer version, or its weights do not fit its description or
-        are not finite floating-point numbers; if its scaling is not a `tasks.FeatureScaling`.
+      ValueError: if the file is not a predictor or is of a newer version.
+      ValueError: if the weights do not fit the file's description or are not finite floating-point numbers.
+      ValueError: if the scaling is not a `tasks.FeatureScaling`.
     """
     fault = "is not a predictor that `predictors.save` wrote"
     with _files.reading(path, fault), _files.open_npz(path) as file:
@@ -131,7 +132,7 @@ def load(path: str | os.PathLike[str]) -> SavedPredictor:
 
 
 def _check_sizes(config: Any, space: base.PyTree, file: _files.Npz) -> None:
-    """Raises a ValueError if a predictor, and those that it consists of, would be larger than the file's weights."""
+    """Raises ValueError if the predictor or one of its members would be larger than the file's weights."""
     num_weights = sum(math.prod(spec.shape) for spec in file.specs.values())
     if spaces.num_dims(space) > num_weights:
         raise ValueError(f"its space has {spaces.num_dims(space)} dimensions, and there are only {num_weights} weights")

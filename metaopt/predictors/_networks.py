@@ -4,7 +4,8 @@ Both return unconstrained coordinates z of a space (`spaces.Unconstrained`), com
 
     z = z₀ + A h + B tanh(C h + b),    h the task's features or its embedding,
 
-with A and B zero at the start: training begins at one λ for all tasks, z₀. `spaces.to_constrained(space, z)` is λ.
+with A and B zero at the start. So training begins with the same λ for all tasks, given by z₀.
+`spaces.to_constrained(space, z)` is λ.
 """
 
 from collections.abc import Mapping
@@ -66,12 +67,12 @@ def mlp(
     Args:
       space: of λ; its unconstrained coordinates are predicted.
       num_features: F; `task.features` must be [F], standardized (`tasks.apply_scaling`).
-      num_hidden: tanh units; 0 leaves the linear map.
-      hyperparams: λ to start from, in natural units; by default the space's.
+      num_hidden: H, the number of tanh units; with 0 the map is linear.
+      hyperparams: the initial λ, in natural units; by default the space's default.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
-      "bias" [H], "out" [H, Z].
+        "bias" [H], "out" [H, Z].
 
     Raises:
       ValueError: if a size is negative, the space has nothing to tune, or `hyperparams` do not fit the space; at trace
@@ -100,7 +101,7 @@ def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
       width: W, of every layer and of the embedding.
 
     Returns:
-      "entry" {"w", "b"}, "pair" {"w", "b"}, "embedding": W₁ and b₁, W₂ and b₂, W₃.
+      A dict: "entry" {"w", "b"} are W₁ and b₁, "pair" {"w", "b"} are W₂ and b₂, "embedding" is W₃.
     """
     return _init_embedding(jax.random.split(key, 3), width, jnp.result_type(float))
 
@@ -119,22 +120,23 @@ def _init_embedding(keys, width: int, dtype) -> dict[str, Any]:
 
 
 def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) -> jax.Array:
-    """The embedding of `dataset_embedding`: what a labelled table is like, whatever the order of anything in it.
+    """The embedding of `dataset_embedding`: it ignores the order of rows, columns and classes.
 
     Args:
       params: by `init_embedding`.
       data: a dict like `train` of `tasks.to_task`: "x" [N, D] of N rows and D columns, "y" [N] in {0, …, C − 1}, and
-        "class_mask" [C]; "mask" [N] and "feature_mask" [D] say which rows and columns are real, all where they are
-        lacking. What has positions, such as images [N, H, W, c], counts as D = H·W·c columns: where a pixel stands is
-        not looked at.
-      max_rows: rows that are read, the first real ones.
+        "class_mask" [C]. "mask" [N] and "feature_mask" [D] state which rows and columns are real; by default, all are.
+        An "x" with more axes, such as images [N, H, W, c], is flattened to D = H·W·c columns: the position of a pixel
+        is ignored.
+      max_rows: the maximal number of rows to use; the first real ones are used.
 
     Returns:
       [W]. It takes memory O((N + C) D W), and is differentiable in `params` and in "x".
 
     Raises:
-      ValueError: at trace time, `data` is no such dict.
-      AssertionError: at trace time, "y" or a mask has another shape.
+      ValueError: at trace time, if `data` is not such a dict; if "y" is not traced and the label of a real row is not a
+        class.
+      AssertionError: at trace time, if "y" or a mask has another shape.
     """
     lacks = [name for name in ("x", "y", "class_mask") if not isinstance(data, Mapping) or name not in data]
     if lacks:
@@ -152,11 +154,11 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
     chex.assert_shape((y, mask, feature_mask), [(len(x),), (len(x),), (x.shape[1],)])
     base.check_labels('The labels "y"', y, len(data["class_mask"]), mask=mask)
     if len(mask) > max_rows:
-        first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows, wherever they stand
+        first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows first, wherever they are
         x, y, mask = x[first], y[first], mask[first]
     entry, pair = params["entry"], params["pair"]
     entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
-    # Labels of fewer bits would have class 256 be class 0, too.
+    # In a dtype with 8 bits, class 256 would equal class 0.
     member = jax.nn.one_hot(y.astype(jnp.int32), len(data["class_mask"]), dtype=x.dtype) * mask[:, None]  # [N, C]
     count, total = member.sum(0), mask.sum()
     by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
@@ -183,30 +185,32 @@ def dataset_embedding(
     max_rows: int = 256,
     hyperparams: base.HyperParams | None = None,
 ) -> base.Predictor:
-    """g(t; φ) from the rows of a labelled table themselves: a learned embedding that no order of anything changes.
+    """g(t; φ) from the rows of a labelled table, by an embedding that ignores the order of rows, columns and classes.
 
         e(n, d) = relu(W₁ x_nd + b₁)                                  per entry
         s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)
         h = [mean_d Σ_c share(c) W₃ s(c, d), task.features]
 
-    Permuting the rows that are read, columns or classes leaves h as it is, and padding does not enter: masks say what
-    is real. It costs N·D·width multiplications.
+    Permuting the used rows, the columns or the classes does not change h. Padding is ignored: masks state which rows
+    and columns are real. It costs N·D·width multiplications.
 
     Args:
       space: of λ.
-      num_features: F of `task.features` that are appended to the embedding; 0 ignores them.
+      num_features: F, the number of entries of `task.features` that are appended to the embedding; with 0 they are
+        ignored.
       width: of the embedding.
       num_hidden: tanh units of the head.
-      max_rows: rows that are read, the first real ones (rows of prepared tables are in random order).
-      hyperparams: λ to start from, in natural units; by default the space's.
+      max_rows: the maximal number of rows to use; the first real ones are used (rows of prepared tables are in random
+        order).
+      hyperparams: the initial λ, in natural units; by default the space's default.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
-      (`embed_rows` says which parts of it).
+        (`embed_rows` lists the entries that it uses).
 
     Raises:
-      ValueError: a size is out of range; the space has nothing to tune; at trace time, the task's features are not [F],
-        or its `train` is no such dict.
+      ValueError: if a size is out of range, or the space has nothing to tune; at trace time, if the task's features are
+        not [F], or `task.train` is not such a dict.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
@@ -244,19 +248,19 @@ def dataset_embedding(
 def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
     """The mean of several predictions, in unconstrained coordinates: g(t; φ) = (1/M) Σ_m g_m(t; φ_m).
 
-    Hypergradients through training are noisy, and predictors that differ only in the key they were trained with
-    disagree about a new task as much as good methods differ from each other; their mean does not. Train each member by
-    itself (`amortize` with `predictor`), and stack their φ_m along a new leading axis.
+    Hypergradients through training are noisy. Predictors that were trained with different keys disagree about a new
+    task as much as good methods differ from each other; averaging them removes this noise. Train each member separately
+    (`amortize` with `predictor`), and stack their φ_m along a new leading axis.
 
     Args:
       predictor: of one member.
       num_members: M, at least 1.
 
     Returns:
-      A `Predictor` whose φ has leaves [M, ...]; `apply` costs M predictions, by vmap. To be differentiated in any mode.
+      A `Predictor` whose φ has leaves [M, ...]; `apply` costs M predictions, by vmap. It is differentiable in any mode.
 
     Raises:
-      ValueError: `num_members` is no integer of at least 1; at trace time, weights are not [M, ...].
+      ValueError: if `num_members` is not an integer of at least 1; at trace time, if the weights are not [M, ...].
 
     Source: Breiman, Bagging predictors, Machine Learning 1996; Lakshminarayanan et al., NeurIPS 2017,
       https://arxiv.org/abs/1612.01474 (members that differ by initialization and order of the data).
@@ -297,10 +301,10 @@ def from_config(config: dict[str, Any]) -> base.Predictor:
       config: as in `base.Predictor.config`.
 
     Returns:
-      A `Predictor` that predicts as the one described; its `init` starts from the space's default λ.
+      A `Predictor` that predicts as the described one does; its `init` starts from the space's default λ.
 
     Raises:
-      ValueError: the kind is unknown.
+      ValueError: if the kind is unknown.
     """
     options = dict(config)
     kind = options.pop("kind", None)
@@ -310,13 +314,13 @@ def from_config(config: dict[str, Any]) -> base.Predictor:
 
 
 def at_features(network: Any, features: jax.Array) -> Any:
-    """A `DeepKernel` or `Transformer` of a task: its features enter by β alone.
+    """A `DeepKernel` or `Transformer` for one task: the task's features enter only through β.
 
     Args:
       network: one, or E of them, with "bias" β [..., W] and "task" V [..., F, W].
-      features: [F] ranked (`rank_features`); zeros where they are unknown.
+      features: x_t [F], ranked (`rank_features`); zeros if unknown.
 
     Returns:
-      The same with β + V x_t; from then on x_t is not needed.
+      The same network with β + V x_t; x_t is not needed after that.
     """
     return network._replace(bias=network.bias + jnp.einsum("f,...fw->...w", features, network.task))

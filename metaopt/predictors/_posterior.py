@@ -1,6 +1,6 @@
-"""What to expect of configurations on a new task, given its trials: the mixture of `_surrogates`, in closed form.
+"""Predicts outcomes of configurations on a new task, given its trials: the mixture of `_surrogates`, in closed form.
 
-What depends on the trials alone (`condition`) is computed once for all configurations at which it is looked at.
+`condition` computes everything that depends only on the trials, once for all configurations.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from metaopt.predictors import _deep_kernel, _processes
 from metaopt.predictors._surrogates import Surrogate, expected_outcomes, kernel_matrix
 
 _FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
-# How likely it is that a task's outcomes have other units than those of earlier tasks: if these inform it, and if not.
+# The prior probability that a task's outcomes have other units than earlier tasks, for informed and naive processes.
 _OWN_UNITS, _OWN_UNITS_NAIVE = 0.1, 0.5
 
 
 class Mixture(NamedTuple):
-    """Outcomes at P configurations: K Gaussians each, in the units of the task, up to one offset for all.
+    """Outcomes at P configurations: K Gaussians each, in the units of the task, up to one offset that all share.
 
     Attributes:
       log_weights: [K].
@@ -37,8 +37,8 @@ class Joint(NamedTuple):
     Attributes:
       log_weights: [K].
       mean: [P + Q, K].
-      scales: [K]; variances and covariances of Gaussian k are scales[k]² times those of process kind[k].
-      kind: [K] which process it is of: of R, which are 2 and the deep kernels.
+      scales: [K]; the variances and covariances of Gaussian k are scales[k]² times those of process kind[k].
+      kind: [K] the index of the process of each Gaussian; there are R processes: 2 and the deep kernels.
       variance: [R, P + Q].
       covariance: [R, P + Q, Q], with the Q others.
     """
@@ -57,7 +57,7 @@ class Conditioned(NamedTuple):
     Attributes:
       seen: [N, D] their encoded configurations.
       at_seen: [N, 1 + S] k(seen, reference) @ coefficients.
-      processes: what follows for the process that earlier tasks inform, and for the one that knows nothing.
+      processes: the process that earlier tasks inform, and the one that does not use them, each given the trials.
       log_weights: [4 S + 6 + 6 E] of all Gaussians.
       deep: the E deep kernels, adapted, or None.
     """
@@ -70,11 +70,11 @@ class Conditioned(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """E deep kernels after a few steps on a task's trials, and given those.
+    """E deep kernels after a few steps on a task's trials, and given those trials.
 
     Attributes:
       members: their parameters.
-      given: what the trials say; leaves [E, ...].
+      given: the processes given the trials; leaves [E, ...].
       at_seen: [E, N, H] φ of the trials.
     """
 
@@ -90,13 +90,13 @@ def condition(
     *,
     adaptation_steps: int = _deep_kernel.ADAPTATION_STEPS,
 ) -> Conditioned:
-    """What the trials of a new task say, whatever is asked afterwards.
+    """Conditions a surrogate on the trials of a new task; the result serves for predictions at any configurations.
 
     Args:
-      surrogate: what is known, of the task (`at_task`) where it has deep kernels.
+      surrogate: the model of the earlier tasks; if it has deep kernels, specialized to the task (`at_task`).
       weights: [S + E], by `task_weights`.
       trials: (x [N, D], y [N], mask [N]); at least one is real. y may have any units.
-      adaptation_steps: of deep kernels, on these trials.
+      adaptation_steps: the number of steps by which deep kernels are adapted to these trials.
 
     Returns:
       A `Conditioned`, for `posterior_at` and `joint_posterior_at`; it takes memory O(N (N + S + M)).
@@ -110,7 +110,7 @@ def condition(
         log_scales = _typical_scales(surrogate)
 
         def of_member(member):
-            # What was adapted to the trials would always explain them best: it weighs as what was not.
+            # An adapted member would always explain the trials best, so it keeps its likelihood before the adaptation.
             before = _deep_kernel.condition_deep(member, log_scales, trials).log_likelihood.max()
             member = _deep_kernel.adapt_deep_kernel(member, log_scales, trials, num_steps=adaptation_steps)
             given = _deep_kernel.condition_deep(member, log_scales, trials)
@@ -125,10 +125,10 @@ def condition(
 
 
 def functions_at(surrogate: Surrogate, x: jax.Array) -> jax.Array:
-    """What earlier tasks say of x: f̄ and every f_s − f̄.
+    """The functions of earlier tasks at x: f̄ and every f_s − f̄.
 
     Args:
-      surrogate: what is known.
+      surrogate: the model of the earlier tasks.
       x: [P, D]; differentiable.
 
     Returns:
@@ -140,13 +140,13 @@ def functions_at(surrogate: Surrogate, x: jax.Array) -> jax.Array:
 def posterior_at(
     surrogate: Surrogate, conditioned: Conditioned, x: jax.Array, *, functions: jax.Array | None = None
 ) -> Mixture:
-    """Few-shot adaptation in closed form: the outcomes to expect at x, given the trials seen on the new task.
+    """Few-shot adaptation in closed form: predicts the outcomes at x, given the trials of the new task.
 
     Args:
-      surrogate: what is known.
+      surrogate: the model of the earlier tasks.
       conditioned: by `condition`.
       x: [P, D]; differentiable.
-      functions: `functions_at(surrogate, x)`, where it is known already.
+      functions: `functions_at(surrogate, x)`, if already computed.
 
     Returns:
       A `Mixture` of 4 S + 6 + 6 E Gaussians; it takes memory O(P (S + N + M)).
@@ -158,18 +158,19 @@ def posterior_at(
 def expected_after_failures(
     surrogate: Surrogate, weights: jax.Array, failed: tuple[jax.Array, jax.Array], x: jax.Array
 ) -> jax.Array:
-    """The outcomes to expect at x on a task of which nothing is known but that trials failed.
+    """The expected outcomes at x on a task on which all trials so far failed.
 
-    Without an outcome there is no offset, and none is needed: in normalized units a failed trial is as bad as the worst
-    configuration, 1, or as bad as was expected. It says so of what is like it, and not, as an outcome would, which
-    earlier tasks the new one is like. With m = Σ_s w_s f_s,
+    Without an outcome the offset is unknown, but it is not needed. In normalized units a failed trial counts as 1,
+    which is as bad as the worst configuration, or as its expected outcome if that is worse. A failure changes the
+    prediction for similar configurations. Unlike an outcome, it does not change which earlier tasks the new one
+    resembles. With m = Σ_s w_s f_s,
 
         E[f(x)] = m(x) + k(x, F) (k(F, F) + noise)⁻¹ max(1 − m(F), 0).
 
     Args:
-      surrogate: what is known, of the task (`at_task`) where it has deep kernels.
+      surrogate: the model of the earlier tasks; if it has deep kernels, specialized to the task (`at_task`).
       weights: [S + E], by `task_weights`.
-      failed: (x [N, D], mask [N]); trials that still run may stand among them, so that a batch spreads.
+      failed: (x [N, D], mask [N]); running trials may be included, so that a batch spreads.
       x: [P, D]; differentiable.
 
     Returns:
@@ -190,17 +191,17 @@ def joint_posterior_at(
     *,
     functions: jax.Array | None = None,
 ) -> Joint:
-    """`posterior_at` with the covariances between the outcomes at x and at others.
+    """`posterior_at` with the covariances between the outcomes at x and at other configurations.
 
     Args:
-      surrogate: what is known.
+      surrogate: the model of the earlier tasks.
       conditioned: by `condition`.
       x: [P, D]; differentiable.
       others: [Q, D]; differentiable.
-      functions: `functions_at(surrogate, x)`, where it is known already.
+      functions: `functions_at(surrogate, x)`, if already computed.
 
     Returns:
-      A `Joint`; it takes memory O((P + Q) Q) beyond that of `posterior_at`.
+      A `Joint`; it takes memory O((P + Q) Q) beyond the memory of `posterior_at`.
     """
     functions = functions_at(surrogate, x) if functions is None else functions
     at_x = jnp.concatenate([functions, functions_at(surrogate, others)])
@@ -216,10 +217,10 @@ def joint_posterior_at(
 def posterior(
     surrogate: Surrogate, weights: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array
 ) -> Mixture:
-    """`condition` and `posterior_at` in one: for one look at a task.
+    """`condition` and `posterior_at` in one call, for a single prediction on a task.
 
     Args:
-      surrogate: what is known.
+      surrogate: the model of the earlier tasks.
       weights: [S + E], by `task_weights`.
       trials: (x [N, D], y [N], mask [N]); at least one is real. y may have any units.
       x: [P, D]; differentiable.
@@ -231,8 +232,10 @@ def posterior(
 
 
 def _condition(surrogate: Surrogate, weights, trials, within):
-    """The processes that stand on functions of earlier tasks, and the one that knows nothing, given the trials; the log
-    weights of all their Gaussians."""
+    """The informed and the naive process given the trials, and the log weights of all their Gaussians.
+
+    The informed process uses the functions of earlier tasks; the naive process does not.
+    """
     at_seen, y, mask = trials
     rho = surrogate.closeness
     informed = _processes.given(
@@ -253,7 +256,7 @@ def _condition(surrogate: Surrogate, weights, trials, within):
 
 
 def _log(weights: jax.Array) -> jax.Array:
-    """What has no weight is never believed, however likely it makes the trials."""
+    """The logarithm; −∞ for zero weights, so that no likelihood of the trials can revive them."""
     return jnp.where(weights > 0, jnp.log(jnp.maximum(weights, 1e-37)), -jnp.inf)
 
 
@@ -262,7 +265,7 @@ def _typical_scales(surrogate: Surrogate) -> jax.Array:
 
 
 def _weigh(given: _processes.Given, prior: jax.Array, own: float = _OWN_UNITS) -> jax.Array:
-    """[K·B] prior and likelihood: each scale of earlier tasks alike, and the task's own."""
+    """[K·B] log prior plus log likelihood; the task's own scale has the prior `own`, the others share the rest."""
     num = given.scales.shape[1] - 1
     scales = np.log(np.append(np.full(num, (1 - own) / num), own)).astype(given.scales.dtype)
     return (prior + scales[None] + given.log_likelihood).ravel()
@@ -282,14 +285,16 @@ def _mixture(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between) -
 
 
 def _scales(conditioned: Conditioned) -> list[jax.Array]:
-    """[K·B] of every process."""
+    """The scales of every process, each [K·B]."""
     scales = [given.scales.ravel() for given in conditioned.processes]
     return scales if conditioned.deep is None else [*scales, *conditioned.deep.given.scales[:, 0]]
 
 
 def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among):
-    """[P, K] means of all Gaussians; for each process, variances [P] and covariances [P, Q] with the last Q of x, in
-    units of the scale, squared. `among` is k(x, the last Q of x)."""
+    """[P, K] means of all Gaussians, and for each process variances [P] and covariances [P, Q] with the last Q of x.
+
+    Variances and covariances are in units of the squared scale. `among` is k(x, the last Q of x).
+    """
     informed, naive = conditioned.processes
     share, amplitude = _share(surrogate), jnp.exp(surrogate.kernel.log_amplitude)
     functions, at_seen = at_x[:, 1:], conditioned.at_seen[:, 1:]

@@ -6,7 +6,8 @@ With P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1 and residuals r = y/b − μ, 
 
     −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b.
 
-It is quadratic in 1/b, and so costs one solve for any number of scales, and its largest value over b is in closed form.
+Up to the last term it is quadratic in 1/b. So any number of scales costs one solve, and its maximum over b is in closed
+form.
 """
 
 from typing import NamedTuple
@@ -16,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 NOISE = 1e-3  # variance of a repeated outcome, in normalized units
-_WIDEST = 10.0  # how far units may differ from those of earlier tasks, as a logarithm
-_FEW = 16  # coordinates that are summed one by one
+_WIDEST = 10.0  # the largest log ratio between a task's units and those of earlier tasks
+_FEW = 16  # up to this number of coordinates, they are summed one by one
 
 
 class Given(NamedTuple):
     """K processes with B scales each and one covariance LLᵀ, given N trials.
 
-    L⁻¹ is kept, since products take a tenth of the time of solves; noise bounds the condition of L by some hundreds.
+    L⁻¹ is stored, because products take a tenth of the time of solves. The noise bounds the condition number of L by
+    some hundreds.
 
     Attributes:
       whitening: [N, N] L⁻¹.
@@ -31,7 +33,7 @@ class Given(NamedTuple):
       one: [N] L⁻¹1.
       at_y: [N] L⁻¹y.
       at_mu: [N, K] L⁻¹μ.
-      middle: [] what was taken off y.
+      middle: [] the mean outcome, which was subtracted from y.
       scales: [K, B] b.
       log_likelihood: [K, B].
     """
@@ -57,9 +59,9 @@ def square_distances(x: jax.Array, z: jax.Array, weights: jax.Array) -> jax.Arra
     Returns:
       [P, M].
     """
-    if x.shape[1] > _FEW:  # each takes some hundredths of a second to compile, with its gradient
+    if x.shape[1] > _FEW:  # each summand takes some hundredths of a second to compile, with its gradient
         return (jnp.square(x[:, None] - z[None]) * weights[None, None]).sum(-1)
-    # XLA's sums over a last axis are no vector instructions on CPU: one by one takes a quarter of the time.
+    # On CPU, XLA does not vectorize sums over the last axis: summing one by one takes a quarter of the time.
     found = jnp.zeros((len(x), len(z)), jnp.result_type(x, z, weights))
     for d in range(x.shape[1]):
         found = found + jnp.square(x[:, d][:, None] - z[:, d][None]) * weights[d]
@@ -87,22 +89,22 @@ def given(
     *,
     own_scale: bool = True,
 ) -> Given:
-    """What trials say of K processes.
+    """Conditions K processes on trials.
 
     Args:
       mu: [N, K] their means, in normalized units.
       covariance: [N, N], without noise.
       log_scales: [K, B] or [1, B], logarithms of b.
       trials: (y [N], mask [N]).
-      own_scale: add one more scale, where the likelihood is largest, with the likelihood that it has on average over
-        the units that a task may have (Laplace's method; log b uniform within ±10 of the first scales' median).
+      own_scale: whether to add one more scale, at the maximum of the likelihood. It gets the mean likelihood over the
+        units that a task may have (Laplace's method). log b is uniform within ±10 of the median of `log_scales`.
 
     Returns:
-      A `Given`, with B + 1 scales where there is one more.
+      A `Given`, with B + 1 scales if `own_scale`.
     """
     y, mask = trials
     num = mask.sum()
-    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # taken off, and put back: float32 has few digits
+    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # added back later: float32 has few digits
     y = jnp.where(mask > 0, y - middle, 0.0)
     chol = jnp.linalg.cholesky(covariance * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, NOISE, 1.0)))
     whitening = jax.scipy.linalg.solve_triangular(chol, jnp.eye(len(y), dtype=chol.dtype), lower=True)
@@ -120,7 +122,7 @@ def given(
     values = log_likelihood(log_scales)
     if own_scale:
         own, width = _likeliest(of_y, of_both, num, log_scales)
-        known = num > 1  # one trial says nothing of scales
+        known = num > 1  # one trial does not determine a scale
         at_own = jnp.where(known, log_likelihood(own) + jnp.log(width / (2 * _WIDEST)), values[:, :1])
         values = jnp.concatenate([values, at_own], axis=1)
         log_scales = jnp.concatenate([log_scales, jnp.where(known, own, log_scales[:, :1])], axis=1)
@@ -128,38 +130,38 @@ def given(
 
 
 def _likeliest(of_y, of_both, num, log_scales):
-    """[K, 1] the log b at which −½ of_y/b² + of_both/b − (n − 1) log b is largest, and √(2π / its curvature there)."""
+    """[K, 1] the log b that maximizes −½ of_y/b² + of_both/b − (n − 1) log b, and √(2π / its curvature there)."""
     root = jnp.sqrt(of_both**2 + 4 * of_y * (num - 1))
-    # Both are the positive root of −of_y u² + of_both u + (n − 1), u = 1/b; each is exact where the other cancels.
+    # Both are the positive root of −of_y u² + of_both u + (n − 1), u = 1/b; each is accurate where the other cancels.
     inverse = jnp.where(
         of_both > 0,
         (of_both + root) / jnp.maximum(2 * of_y, 1e-30),
         2 * (num - 1) / jnp.maximum(root - of_both, 1e-30),
     )
     middle = jnp.median(log_scales)
-    # Equal outcomes have no scale, and would be of the smallest.
+    # Equal outcomes have no scale; the maximum would be at b = 0.
     own = jnp.clip(-jnp.log(jnp.maximum(inverse, 1e-30)), middle - _WIDEST, middle + _WIDEST)
     curvature = of_y * jnp.exp(-2 * own) + jnp.maximum(num - 1, 1)
     return jax.lax.stop_gradient(own), jax.lax.stop_gradient(jnp.sqrt(2 * np.pi / curvature))
 
 
 def predict(given: Given, mu: jax.Array, cross: jax.Array, variance: jax.Array, covariance: jax.Array):
-    """Means of all processes at P configurations, and what the trials leave of their variance.
+    """Means of all processes at P configurations, and their posterior variances and covariances.
 
     Args:
-      given: what the trials say.
+      given: the processes given the trials.
       mu: [P, K] prior means.
       cross: [P, N] prior covariances with the trials.
       variance: [P] prior variances.
       covariance: [P, Q] prior covariances with the last Q configurations.
 
     Returns:
-      [P, K·B] means in the task's units; [P] variances and [P, Q] covariances in normalized ones.
+      [P, K·B] means in the task's units; [P] variances and [P, Q] covariances in normalized units.
     """
     one, at_y, at_mu = given.one, given.at_y, given.at_mu
     at_x = given.whitening @ (cross * given.mask[None]).T  # [N, P]
     total = one @ one
-    # Means: offset + μ(c) + k K⁻¹(r − offset), and those are linear in y/b and in μ.
+    # The means are offset + μ(c) + k K⁻¹(r − offset), which is linear in y/b and in μ.
     unexplained = 1 - one @ at_x  # [P]
     offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
     mean_y = at_x.T @ at_y + unexplained * offset_y + given.middle  # [P]

@@ -1,13 +1,14 @@
-"""What earlier tasks say of a finite set of architectures, and what trials on a new task change in it: in closed form.
+"""Scores of a finite set of architectures on a new task, predicted in closed form from earlier tasks and trials.
 
-Losses of a task become normal scores, since tasks have different metrics. In features φ(a) a task is a vector of
-coefficients with a Gaussian prior that the earlier tasks T make, and what φ does not say of an architecture is partly
-its own on every task (u), partly on this one (d), partly noise of validation (ε):
+Losses of a task become normal scores, since tasks have different metrics. In features φ(a), a task is a vector of
+coefficients c_t. Its Gaussian prior is fitted to the earlier tasks T. The features do not explain the whole score of an
+architecture. The rest has a part that all tasks share (u), a part of this task only (d), and validation noise (ε):
 
-    score_t(a) = φ(a)·c_t + u_a + d_at + ε,    c_t' ~ N(mean_T c, cov_T c + as much again)
+    score_t(a) = φ(a)·c_t + u_a + d_at + ε,    c_t' ~ N(mean_T c, cov_T c + diag(cov_T c))
 
-The variances of φ's blocks maximize the marginal likelihood of the earlier tasks' scores; those of u, d and ε are
-moments of their residuals (of validation and test together: u is what tasks share, d what validation and test share).
+The variances of φ's blocks maximize the marginal likelihood of the earlier tasks' scores. The variances of u, d and ε
+are moments of the residuals of validation and test scores: tasks share u, and validation and test of one task share u
+and d.
 """
 
 import itertools
@@ -16,19 +17,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_PAIRS = 1_000  # columns of pairs of entries; where there would be more, entries alone
+MAX_PAIRS = 1_000  # of columns for pairs of entries; if there could be more, only single entries get columns
 
 
 class ScorePrior(NamedTuple):
-    """What the earlier tasks say of the scores on a new one; made by `score_prior`. A architectures, T tasks.
+    """The prior of the scores on a new task, made by `score_prior`. A architectures, T tasks.
 
     Attributes:
       features: [A, D], φ.
-      mean: [A] what is expected.
-      spread: [A, T] along which tasks differ.
-      own: [D] variances of what a new task's coefficients have of their own.
-      alone: [A] the variance of what an architecture has of its own.
-      noise: the variance of validation.
+      mean: [A] the expected scores.
+      spread: [A, T] the scaled deviations of the earlier tasks' fitted scores from their mean: directions in which
+        tasks differ.
+      own: [D] additional variances of a new task's coefficients.
+      alone: [A] the variance of an architecture's score that the features do not explain.
+      noise: the variance of the validation noise.
     """
 
     features: np.ndarray
@@ -59,11 +61,11 @@ def configuration_columns(
     """One-hot columns of the entries of configurations, and of all pairs of entries.
 
     Args:
-      configurations: A of them; what one lacks counts as a value of its own.
-      like: those whose values, and pairs of values, have a column; `configurations` by default.
+      configurations: A configurations; a missing entry counts as a separate value.
+      like: the configurations whose values, and pairs of values, have a column; `configurations` by default.
 
     Returns:
-      [A, D] and [A, P] of 0 and 1; P is 0 where there would be more than `MAX_PAIRS`.
+      [A, D] and [A, P] of 0 and 1; P is 0 if there could be more than `MAX_PAIRS` pairs of values.
     """
     like = configurations if like is None else like
     names = list(dict.fromkeys(name for c in like for name in c))
@@ -89,20 +91,22 @@ def configuration_columns(
 def score_prior(
     blocks: Sequence[tuple[np.ndarray, Sequence[float]]], scores: np.ndarray, tests: np.ndarray | None = None
 ) -> ScorePrior:
-    """The prior that earlier tasks make.
+    """Fits the prior to earlier tasks.
 
     Args:
-      blocks: features [A, D_i] with one variance each, and the variances to choose from, over that of the noise.
-      scores: [A, T] `normal_scores` of validation, NaN where an architecture was not tried.
-      tests: [A, T] those of test losses, NaN where they are not known; without them, what tasks do not share is taken
-        for no noise.
+      blocks: pairs of features [A, D_i], which share one variance, and the variances to choose from, relative to the
+        noise variance.
+      scores: [A, T] `normal_scores` of validation losses, NaN if an architecture was not tried.
+      tests: [A, T] `normal_scores` of test losses, NaN if unknown. If None, the residuals that tasks do not share count
+        as real differences, not as noise.
 
     Returns:
-      A `ScorePrior` of all A architectures, tried or not. Takes time of about the number of combinations of variances,
-      times tasks that did not try the same architectures, times D³ (or the cube of what a task tried, if that is less).
+      A `ScorePrior` of all A architectures, tried or not. Its time is about the product of three numbers: the
+        combinations of variances, the different sets of architectures that tasks tried, and D³. If a set is smaller
+        than D, its size cubed replaces D³.
 
     Raises:
-      ValueError: a task has no score, or shapes do not fit.
+      ValueError: if a task has no score, or shapes do not fit.
     """
     scores = np.asarray(scores, np.float64)
     tests = scores if tests is None else np.asarray(tests, np.float64)
@@ -113,7 +117,7 @@ def score_prior(
             f"`scores` and `tests` must have shape [{len(features)}, tasks] and a number for every task; got shapes "
             f"{scores.shape} and {tests.shape}."
         )
-    groups: dict[bytes, list[int]] = {}  # tasks that tried the same
+    groups: dict[bytes, list[int]] = {}  # tasks that tried the same architectures
     for t in range(scores.shape[1]):
         groups.setdefault(known[:, t].tobytes(), []).append(t)
     reduced = []
@@ -124,7 +128,7 @@ def score_prior(
         reduced.append((those, r, q.T @ y, (y**2).sum(0), len(y)))
 
     def likelihood(variances) -> float:
-        """log p(scores) up to a constant, summed over tasks; the noise's variance is at its maximum."""
+        """log p(scores) up to a constant, summed over tasks; each task's noise variance maximizes it."""
         total = 0.0
         for those, r, z, squares, num in reduced:
             factor = np.linalg.cholesky(np.eye(len(r)) + (r * variances) @ r.T)
@@ -161,15 +165,16 @@ def score_prior(
 
 
 def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and the variance of all real scores after trials on the new task.
+    """The mean and the variance of all noise-free scores after trials on the new task.
 
-    Of trials only the order is used, laid on what was expected of them. One that failed is worse than all others, and
-    at least a standard deviation below what was expected of it, so that it says something alone, too.
+    Only the order of the trials is used. Their normal scores are shifted and scaled to fit the prior expectation of
+    these trials. A failed trial is worse than all others, and at least a standard deviation below its expected score.
+    So even a single failed trial is informative.
 
     Args:
       prior: of the earlier tasks.
-      tried: [k] architectures.
-      losses: [k] what came of them; infinite where a trial failed.
+      tried: [k] indices of architectures.
+      losses: [k] their losses; infinite for a failed trial.
 
     Returns:
       [A] and [A].
@@ -192,15 +197,16 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
 
 
 def score_improvement(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> np.ndarray:
-    """What a trial promises: the expected improvement of the score over the best of what was tried and did not fail.
+    """The expected improvement of the score over the best trial that did not fail.
 
     Args:
       prior: of the earlier tasks.
-      tried: [k] architectures.
-      losses: [k]; infinite where a trial failed.
+      tried: [k] indices of architectures.
+      losses: [k]; infinite for a failed trial.
 
     Returns:
-      [A]; −∞ for what was tried, and without a trial that ended the expected score of all others.
+      [A]; −∞ for tried architectures. If no trial has succeeded, the value of each other architecture is its expected
+        score.
     """
     from scipy.stats import norm
 

@@ -1,19 +1,20 @@
-"""What earlier tasks say about a new one: a mixture of Gaussian processes, one around each earlier task.
+"""Predicts a new task from earlier ones: a mixture of Gaussian processes, one around each earlier task.
 
-Let f_s(c) be the normalized outcome (0 best, 1 worst) of configuration c on the earlier task s, f̄ their mean and C
-their covariance over the S tasks, a function of two configurations. A new task t with features x_t has, up to an
+Let f_s(c) be the normalized outcome (0 best, 1 worst) of configuration c on the earlier task s. Let f̄ be the mean of
+the S functions and C their covariance, a function of two configurations. A new task t with features x_t has, up to an
 unknown offset a and scale b of its outcomes,
 
     y_t(c) = a + b f(c),    f ~ Σ_s w_s(x_t) GP(f̄ + ρ (f_s − f̄), (1 − ρ²) C + η k).
 
-ρ is where the mixture stands between two models that are each good at one thing: at ρ = 0 it is one process with a
-learned mean and covariance; at ρ = 1 (and η = 0) the new task is one of the earlier ones, as a greedy portfolio has it.
-Mean and covariance of f are the same for every ρ, if all w_s are. k is a plain kernel over encoded configurations. One
-more component, GP(0, v k), knows nothing of earlier tasks, and takes over where their predictions fail; deep kernels
-(`_deep_kernel`) may stand beside, and so may transformers (`_transformer`), apart from the mixture. Offsets have a flat
-prior; scales are those of the earlier tasks, times a few factors, and the one that a task's own trials make likeliest,
-should its outcomes have other units. Everything but the adaptation of deep kernels is in closed form, and all is
-differentiable in c.
+ρ interpolates between two models. At ρ = 0 the mixture is one process with a learned mean and covariance. At ρ = 1 (and
+η = 0) the new task is one of the earlier ones, as a greedy portfolio assumes. If all w_s are equal, ρ does not change
+the mean and covariance of f. k is a plain kernel over encoded configurations.
+
+One more component, GP(0, v k), does not use the earlier tasks; it takes over where their predictions fail. Deep kernels
+(`_deep_kernel`) may be added to the mixture. Transformers (`_transformer`) may be used next to it, but are not part of
+it. Offsets have a flat prior. Scales are those of the earlier tasks times a few factors. One more scale maximizes the
+likelihood of the task's own trials, in case its outcomes have other units. Everything except the adaptation of deep
+kernels is in closed form, and everything is differentiable in c.
 
 Sources: Wang et al., Pre-trained Gaussian processes for Bayesian optimization, JMLR 2024,
 https://arxiv.org/abs/2109.08215 (learned mean and covariance, ρ = 0); Silverman, Density estimation, 1986, section 6.4
@@ -36,7 +37,7 @@ class TaskTrials(NamedTuple):
 
     Attributes:
       x: [N, D] encoded configurations.
-      y: [N] outcomes, smaller is better; NaN where the trial failed.
+      y: [N] outcomes, smaller is better; NaN if the trial failed.
     """
 
     x: np.ndarray
@@ -48,7 +49,8 @@ class Kernel(NamedTuple):
 
     Attributes:
       log_lengths: [D] logarithms of ℓ, in units of the encoding.
-      logit_smooth: [] logit of smooth/.99, the share of the outcome that similar configurations have in common.
+      logit_smooth: [] logit of smooth/.99, where smooth is the share of the outcome that similar configurations have in
+        common.
       log_amplitude: [] logarithm of v, the variance of normalized outcomes within a task.
     """
 
@@ -62,8 +64,8 @@ class Embedding(NamedTuple):
 
     Attributes:
       params: of `embed_rows`.
-      center: [W] the mean over earlier tasks, which is taken off.
-      scale: [W] the standard deviation, by which it is divided.
+      center: [W] the mean over earlier tasks, which is subtracted.
+      scale: [W] the standard deviation over earlier tasks, which divides.
     """
 
     params: dict[str, Any]
@@ -72,25 +74,26 @@ class Embedding(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """What is known of earlier tasks, as arrays: M reference configurations, S tasks, E members, F features.
+    """A model of earlier tasks, as arrays: M reference configurations, S tasks, E members, F features.
 
     Attributes:
       reference: [M, D] encoded configurations.
       curves: [S, M] f_s at the reference configurations.
-      coefficients: [M, 1 + S] K⁻¹ of f̄ and f_s − f̄: k(c, reference) @ coefficients are the functions themselves.
+      coefficients: [M, 1 + S] K⁻¹ of f̄ and f_s − f̄, where K is k between the reference configurations: k(c,
+        reference) @ coefficients are the functions themselves.
       log_scales: [S] logarithm of b.
       kernel: k.
-      attention: how features weigh tasks (`attention_weights`).
-      sorted_features: [F, S] the features of earlier tasks in ascending order: raw ones become ranks.
+      attention: parameters by which features weight tasks (`attention_weights`).
+      sorted_features: [F, S] the features of earlier tasks in ascending order, which turn raw features into ranks.
       features: [S, F] as ranks; [S, F + W] with an embedding of the tasks' rows.
       closeness: [] ρ.
       residual: [] η.
-      deep: E Gaussian processes with a meta-learned network in them (`deep_kernel_loss`), or None.
-      deep_share: [] how likely they are, together, before there is a trial.
+      deep: E Gaussian processes that contain a meta-learned network (`deep_kernel_loss`), or None.
+      deep_share: [] their total prior weight, before the first trial.
       embedding: how a task's rows become features, or None.
-      transformers: E of them, which read trials (`transformer_loss`), or None.
-      transformer_share: [] how much of what is expected is theirs, whatever the trials say.
-      max_shown: with how many trials of a task they were trained; no more are shown to them.
+      transformers: E transformers, which read trials (`transformer_loss`), or None.
+      transformer_share: [] their share of the prediction, for any trials.
+      max_shown: the number of trials per task with which the transformers were trained; they are never shown more.
     """
 
     reference: jax.Array
@@ -122,17 +125,17 @@ def kernel_matrix(kernel: Kernel, x: jax.Array, z: jax.Array) -> jax.Array:
     Returns:
       [P, M].
     """
-    smooth = 0.99 * jax.nn.sigmoid(kernel.logit_smooth)  # below 1: inverses are taken
+    smooth = 0.99 * jax.nn.sigmoid(kernel.logit_smooth)  # below 1, so that the matrix is invertible
     distance = _processes.square_distances(x, z, jnp.exp(-2 * kernel.log_lengths))
     return smooth * jnp.exp(-distance / 2) + (1 - smooth) * _processes.same_configuration(x, z)
 
 
 def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """The negative log marginal likelihood of one task's outcomes, per trial, and a weak prior on k.
+    """The negative log marginal likelihood, per trial, of one task's outcomes, and a weak prior on k.
 
     Args:
       kernel: its parameters, to be learned.
-      trials: (x [N, D], y [N] normalized outcomes less their mean, mask [N]).
+      trials: (x [N, D], y [N] normalized outcomes minus their mean, mask [N]).
 
     Returns:
       [].
@@ -148,11 +151,12 @@ def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) 
 
 
 def normalize(y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Outcomes of one task from 0, its best, to 1, its worst; diverged ones do not set the scale, unless three in four
-    of all are the best.
+    """Normalizes the outcomes of one task from 0, the best, to 1, the worst.
+
+    Diverged outcomes do not set the scale, unless the 75 % quantile equals the best outcome.
 
     Args:
-      y: [N], NaN where a trial failed; at least one is finite.
+      y: [N], NaN if a trial failed; at least one is finite.
 
     Returns:
       [N] normalized outcomes, and their scale b.
@@ -174,26 +178,26 @@ def surrogate(
     residual: float = 0.005,
     num_rounds: int = 5,
 ) -> Surrogate:
-    """Learns f_s, their mean and their covariance from the trials of earlier tasks, by expectation and maximization.
+    """Learns f_s, their mean and their covariance from the trials of earlier tasks, by expectation maximization.
 
-    Each f_s is the posterior mean given the task's trials under the mean and covariance of all tasks, which are those
-    of the f_s of the round before. A trial that failed counts as halfway between what it is expected to give and the
-    worst. It costs O(S N³ + S M N²) a round for N trials a task.
+    Each f_s is the posterior mean given the task's trials. Its prior has the mean and covariance of the f_s of all
+    tasks from the previous round. A failed trial counts as the midpoint between its expected outcome and the worst
+    outcome. It costs O(S N³ + S M N²) per round for N trials per task.
 
     Args:
-      tasks: S of them, each with a finite outcome.
+      tasks: S tasks, each with a finite outcome.
       kernel: k, by `kernel_loss`.
-      reference: [M, D] the configurations at which functions are kept; those tried, or some of them.
-      features: [S, F], NaN where unknown.
+      reference: [M, D] the configurations at which functions are stored: all tried ones, or some of them.
+      features: [S, F], NaN if unknown.
       closeness: ρ, in [0, 1].
       residual: η.
-      num_rounds: rounds.
+      num_rounds: the number of rounds.
 
     Returns:
-      A `Surrogate` that weighs all tasks alike (`attention` has no member).
+      A `Surrogate` that weights all tasks equally (`attention` has no member).
 
     Raises:
-      ValueError: there is no task, or ρ is out of range.
+      ValueError: if there is no task, or ρ is out of range.
     """
     if not tasks:
         raise ValueError("`tasks` must hold at least one task with an outcome; it is empty.")
@@ -206,7 +210,7 @@ def surrogate(
     normalized = [normalize(np.asarray(task.y, np.float64)) for task in tasks]
     cross = [_gram(kernel, np.asarray(task.x, np.float64), reference) for task in tasks]
     project = [k @ inverse for k in cross]
-    # What the reference configurations leave open of a configuration that is not among them.
+    # The variance at a configuration that the reference configurations do not explain.
     left = [amplitude * np.maximum(1 - (k * a).sum(1), 0) for k, a in zip(cross, project, strict=True)]
     mean = np.full(len(reference), np.mean([np.nanmean(y) for y, _ in normalized]))
     covariance = amplitude * gram
@@ -215,7 +219,7 @@ def surrogate(
     for s, ((y, _), a) in enumerate(zip(normalized, project, strict=True)):
         at = a.argmax(1)
         whole[s] = np.isfinite(y).all() and len(y) == len(np.unique(at)) == len(reference)
-        if whole[s]:  # each reference configuration was tried once: there is nothing to infer
+        if whole[s]:  # each reference configuration was tried once: nothing to infer
             curves[s, at] = y
     for done in range(1, num_rounds + 1):
         for s, ((y, _), a, rest) in enumerate(zip(normalized, project, left, strict=True)):
@@ -248,7 +252,7 @@ def surrogate(
 
 
 def _gram(kernel: Kernel, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """`kernel_matrix` in float64, on the host: inverses of it are taken."""
+    """`kernel_matrix` in float64 on the host, since its inverses are needed."""
     lengths = np.exp(np.asarray(kernel.log_lengths, np.float64))
     smooth = 0.99 / (1 + np.exp(-float(kernel.logit_smooth)))
     a, b = x / lengths, z / lengths
@@ -276,18 +280,18 @@ def explained_share(kernel: Kernel, seen: np.ndarray, x: np.ndarray) -> np.ndarr
 
 
 def _posterior(mean, covariance, a, y, rest):
-    """The posterior mean of f ~ N(mean, covariance), given y = a f + noise of variance `rest`, and a little."""
+    """The posterior mean of f ~ N(mean, covariance), given y = a f + noise of variance `rest` + 1e-4."""
     cross = a @ covariance
     return mean + cross.T @ np.linalg.solve(cross @ a.T + np.diag(rest + 1e-4), y - a @ mean)
 
 
 def rank_features(sorted_features: np.ndarray, features: Any, num: int) -> np.ndarray:
-    """Features as ranks among those of earlier tasks, of unit variance: heavy tails do not matter, nor do units.
+    """Ranks of features among those of earlier tasks, with unit variance: neither heavy tails nor units matter.
 
     Args:
       sorted_features: [F, S].
-      features: [num, F], NaN where unknown (the middle); None: unknown altogether.
-      num: how many tasks.
+      features: [num, F]; NaN if unknown, which gets the middle rank. If None, all features are unknown.
+      num: the number of tasks.
 
     Returns:
       [num, F] in [−√3, √3].
@@ -305,15 +309,15 @@ def rank_features(sorted_features: np.ndarray, features: Any, num: int) -> np.nd
 
 
 def init_attention(key: jax.Array, num_members: int, num_features: int) -> dict[str, jax.Array]:
-    """Parameters of `attention_weights`, a row a member, spread so that members begin apart.
+    """Initial parameters of `attention_weights`, one row per member, spread so that the members differ from the start.
 
     Args:
       key: consumed.
-      num_members: E; 0 weighs all tasks alike.
+      num_members: E; 0 weights all tasks equally.
       num_features: F.
 
     Returns:
-      "log_rates" [E, F], "logit_share" [E].
+      A dict: "log_rates" [E, F], "logit_share" [E].
     """
     spread = jax.random.normal(key, (num_members, num_features))
     log_rates = -1.0 - np.log(max(num_features, 1)) / 2 + 0.7 * spread
@@ -328,8 +332,9 @@ def attention_weights(
     Args:
       attention: of one member: "log_rates" [F], "logit_share" [].
       query: [Q, F] ranked features.
-      features: [S, F] those of earlier tasks.
-      excluded: [Q, S] bool, earlier tasks that get no weight (the same family).
+      features: [S, F] of the earlier tasks.
+      excluded: [Q, S] bool, earlier tasks that get no weight (of the same family). The uniform part is shared by the
+        others.
 
     Returns:
       [Q, S], rows sum to 1.
@@ -350,12 +355,12 @@ def attention_loss(
     temperature: float = 0.02,
     penalty: float = 1e-3,
 ) -> jax.Array:
-    """The regret of choosing by the weighted mean of other tasks, each task left out with its family: a ranking loss.
+    """The regret of a choice by the weighted mean of other tasks, each task left out with its family: a ranking loss.
 
         Σ_t v_t Σ_c softmax_c(−f̂_t(c)/τ) f_t(c),    f̂_t = Σ_s w_s(x_t) f_s,    s not of t's family.
 
-    Only the order of the best configurations matters to it. Members see tasks with weights v of their own (the Bayesian
-    bootstrap).
+    Only the order of the best configurations matters to it. Each member has its own weights v of the tasks (the
+    Bayesian bootstrap). The regret is divided by the standard deviation of all f_s.
 
     Args:
       attention: of all members, [E, ...].
@@ -376,19 +381,19 @@ def attention_loss(
     return jax.vmap(member)(attention, data["weights"]).sum()
 
 
-MAX_ROWS = 64  # of a task's table that its embedding reads
+MAX_ROWS = 64  # the maximal number of rows of a task's table that its embedding uses
 
 
 def task_features(surrogate: Surrogate, features: Any = None, data: Any = None) -> jax.Array | None:
-    """What tells a task from others: the ranks of its features, and the embedding of its rows.
+    """The features that distinguish a task: the ranks of its meta-features, and the embedding of its rows.
 
     Args:
-      surrogate: what is known.
-      features: [F] of the task, raw; None or NaN where unknown.
-      data: a dict like `train` of `tasks.to_task`; None where unknown, and where there is no embedding.
+      surrogate: the model of the earlier tasks.
+      features: [F] of the task, raw; None or NaN if unknown.
+      data: a dict like `train` of `tasks.to_task`; None if unknown. It is ignored if the surrogate has no embedding.
 
     Returns:
-      [F + W], 0 where unknown; None where all is unknown.
+      [F + W], 0 if unknown; None if everything is unknown.
     """
     embedding, num_features = surrogate.embedding, len(surrogate.sorted_features)
     data = None if embedding is None else data
@@ -406,15 +411,16 @@ def task_features(surrogate: Surrogate, features: Any = None, data: Any = None) 
 
 
 def task_weights(surrogate: Surrogate, features: Any = None, data: Any = None) -> jax.Array:
-    """How much each earlier task, and each deep kernel, says about a new one before it has a trial.
+    """The prior weight of each earlier task, and of each deep kernel, for a new task without trials.
 
     Args:
-      surrogate: what is known.
-      features: [F] of the new task, raw; None or NaN where unknown.
+      surrogate: the model of the earlier tasks.
+      features: [F] of the new task, raw; None or NaN if unknown.
       data: its rows, as for `task_features`.
 
     Returns:
-      [S + E], sums to 1: earlier tasks by the mean over the attention's members, then the E deep kernels alike.
+      [S + E], sums to 1: earlier tasks by the mean over the attention's members, then the E deep kernels with equal
+        weights.
     """
     num_tasks = len(surrogate.curves)
     query = task_features(surrogate, features, data)
@@ -431,11 +437,13 @@ def task_weights(surrogate: Surrogate, features: Any = None, data: Any = None) -
 
 
 def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Surrogate:
-    """The surrogate for one task: what is known of it goes into deep kernels and transformers, which else see nothing.
+    """The surrogate for one task: its deep kernels and transformers get the task's features.
+
+    Without this call they predict as if the features were unknown.
 
     Args:
-      surrogate: what is known.
-      features: [F] of the task, raw; None or NaN where unknown.
+      surrogate: the model of the earlier tasks.
+      features: [F] of the task, raw; None or NaN if unknown.
       data: its rows, as for `task_features`.
 
     Returns:
@@ -455,12 +463,12 @@ def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
     """f_s, and the means of deep kernels, at any configurations.
 
     Args:
-      surrogate: what is known, of the task (`at_task`) where it has deep kernels.
+      surrogate: the model of the earlier tasks; if it has deep kernels, specialized to the task (`at_task`).
       x: [P, D] encoded configurations.
 
     Returns:
-      [P, S + E] normalized outcomes. Deep kernels know theirs up to an offset: over the reference configurations their
-      mean is that of earlier tasks.
+      [P, S + E] normalized outcomes. Deep kernels predict only up to an offset. It is chosen such that their mean over
+        the reference configurations equals that of earlier tasks.
     """
     functions = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
     known = functions[:, :1] + functions[:, 1:]

@@ -1,6 +1,6 @@
-"""A transformer over the trials of a task: what outcome to expect of a configuration, given the trials so far.
+"""A transformer over the trials of a task: it predicts the outcome of a configuration, given the trials so far.
 
-The trials are tokens of a set, and what is asked for are more tokens, which look at the trials and at themselves:
+The trials are tokens of a set. The queried configurations are further tokens; each attends to the trials and to itself:
 
     task:   h₀ = β + V x_t + N [log(1 + n), n = 0, n = 1]
     trial:  h_i = C c_i + Y [asinh(10 v_i), v_i = 0, it failed, it did not]
@@ -8,17 +8,19 @@ The trials are tokens of a set, and what is asked for are more tokens, which loo
     h ← h + Σ_heads attention(norm h; the task, the trials, itself),    h ← h + W₂ relu(W₁ norm h)    (L times)
     p(v, or failure | c, trials) = softmax(W norm h_c + b)
 
-c an encoded configuration, x_t the task's features, n the number of trials that did not fail. Outcomes are relative to
-the trials themselves, so that units say nothing: with n > 1,
+where c is an encoded configuration, x_t are the task's features, and n is the number of trials that did not fail.
+Outcomes are relative to the trials themselves, so their units do not matter: with n > 1,
 
     v = (y − min_i y_i) / s,    s = max(Σ_i (y_i − min_j y_j), b / 10) / (n − 1).
 
-b is the scale of earlier tasks: a few trials that are equal, or nearly so, do not say that all others are, too. One
-trial has no scale: s is b. Without a trial there is no zero either, and v is the normalized outcome (0 the task's best,
-1 its worst). p is constant within bins, which are narrow about the best
-trial and wide away from it; a failure is a class of its own. Nothing depends on the order of the trials. The parameters
-are trained on earlier tasks, a random number of whose trials is shown and others asked for: one forward pass then
-stands for the inference that a Gaussian process does by solving equations.
+b is the scale of earlier tasks. It bounds s from below because a few equal, or nearly equal, outcomes do not imply that
+all others are equal. One trial has no scale: then s is b. Without any trial the zero is missing too; then v is the
+normalized outcome (0 the task's best, 1 its worst).
+
+p is constant within bins. The bins are narrow near the best trial and wide far from it; failure is a separate class.
+Nothing depends on the order of the trials. The parameters are trained on earlier tasks: a random number of a task's
+trials is shown, and the outcomes of others are predicted. One forward pass then replaces the inference that a Gaussian
+process does by solving equations.
 
 Sources: Müller et al., Transformers can do Bayesian inference, ICLR 2022, https://arxiv.org/abs/2112.10510 (the pattern
 of attention, the bins); Müller et al., PFNs4BO, ICML 2023, https://arxiv.org/abs/2305.17535; Nguyen & Grover,
@@ -34,10 +36,10 @@ import numpy as np
 from metaopt.predictors import _networks
 
 NUM_BINS = 100
-MAX_SHOWN = 32  # trials of a task: with at most so many a transformer is trained
-_LEAST = 0.1  # of the scale of earlier tasks: what outcomes are taken to exceed the best one by, together
+MAX_SHOWN = 32  # a transformer is trained with at most this number of trials of a task
+_LEAST = 0.1  # lower bound of the sum of y − min y, as a fraction of the scale of earlier tasks
 _NUM_HEADS = 4
-_LOWEST, _HIGHEST, _NARROW = -10.0, 50.0, 0.1  # of v; what lies beyond is in the outermost bin
+_LOWEST, _HIGHEST, _NARROW = -10.0, 50.0, 0.1  # of v; values outside are in the outermost bins
 
 
 class Transformer(NamedTuple):
@@ -51,7 +53,7 @@ class Transformer(NamedTuple):
       bias: β [W].
       query: q [W].
       layers: "qkv" [L, W, 3 W], "mix" [L, W, W], "up" [L, W, 2 W], "down" [L, 2 W, W].
-      head: W [W, B + 1]; the last column is that of failures.
+      head: W [W, B + 1]; the last column is for failures.
       head_bias: b [B + 1].
     """
 
@@ -67,7 +69,7 @@ class Transformer(NamedTuple):
 
 
 class Binned(NamedTuple):
-    """Outcomes at P configurations, of constant density within each of B bins, which all have in common.
+    """Outcomes at P configurations, with constant density in each of B bins that all configurations share.
 
     Attributes:
       edges: [B + 1] ascending, in the units of the task.
@@ -81,11 +83,11 @@ class Binned(NamedTuple):
 
 
 class TrialsRead(NamedTuple):
-    """What a transformer makes of the N trials of a task, whatever is asked afterwards.
+    """A transformer's encoding of the N trials of a task; it serves for any queries.
 
     Attributes:
-      keys: [L, N + 1, heads, W / heads]; with one more leading axis of E of them.
-      values: the same.
+      keys: [L, N + 1, heads, W / heads]; with one more leading axis for E transformers.
+      values: as `keys`.
       mask: [N + 1] bool.
       possible: [B + 1] bool, which bins an outcome can be in, and failure.
       low: [] the zero of v, in the units of the task.
@@ -103,20 +105,20 @@ class TrialsRead(NamedTuple):
 def init_transformer(
     key: jax.Array, num_dims: int, num_features: int, *, width: int = 32, num_layers: int = 2
 ) -> Transformer:
-    """Random layers; all bins are alike, whatever the trials.
+    """Random layers and a zero head: all bins have the same logit, whatever the trials are.
 
     Args:
       key: consumed.
       num_dims: D, of encoded configurations.
-      num_features: F, of tasks; 0 if there are none.
-      width: W, a multiple of 4 (the heads).
+      num_features: F, of tasks; 0 for no features.
+      width: W, a multiple of 4 (the number of heads).
       num_layers: L.
 
     Returns:
       A `Transformer`.
 
     Raises:
-      ValueError: the width is no multiple of 4.
+      ValueError: if the width is not a multiple of 4.
     """
     if width % _NUM_HEADS:
         raise ValueError(f"`width` must be a multiple of {_NUM_HEADS}, the number of heads; got {width}.")
@@ -148,12 +150,12 @@ def init_transformer(
 def read_trials(
     transformers: Transformer, trials: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array | float = 1.0
 ) -> TrialsRead:
-    """Reads the trials of a task.
+    """Encodes the trials of a task.
 
     Args:
-      transformers: E of them, of the task (`at_features`).
-      trials: (x [N, D], y [N], mask [N]); y may have any units, and is NaN where the trial failed. N may be 0.
-      scale: of outcomes where the trials have none: b, that of earlier tasks (`Surrogate.log_scales`).
+      transformers: E transformers, specialized to the task (`at_features`).
+      trials: (x [N, D], y [N], mask [N]); y may have any units, and is NaN if the trial failed. N may be 0.
+      scale: b, the scale of earlier tasks (`Surrogate.log_scales`), for trials whose outcomes determine none.
 
     Returns:
       A `TrialsRead` with leaves [E, ...]; it costs O(E L W N (N + W)).
@@ -173,7 +175,7 @@ def _read(transformer, trials, scale) -> TrialsRead:
     first = transformer.bias + of_count @ transformer.count
     h = jnp.concatenate([first[None], x @ transformer.configuration + of_outcome @ transformer.outcome])
     there = jnp.concatenate([jnp.ones(1, bool), mask > 0])
-    h = jnp.where(there[:, None], h, 0.0)  # whatever padding holds
+    h = jnp.where(there[:, None], h, 0.0)  # padding may hold any values
 
     def step(h, layer):
         q, k, v = _qkv(h, layer)
@@ -182,7 +184,7 @@ def _read(transformer, trials, scale) -> TrialsRead:
         return _onward(h, mixed, layer), (k, v)
 
     _, (keys, values) = jax.lax.scan(step, h, transformer.layers)
-    # Normalized outcomes lie in [0, 1]; and with one of them as the zero, in [-1, 1].
+    # Normalized outcomes lie in [0, 1], and relative to one of them in [-1, 1].
     lowest = jnp.where(num == 0, 0.0, jnp.where(num == 1, -1.0, -jnp.inf))
     highest = jnp.where(num < 2, 1.0, jnp.inf)
     edges = jnp.asarray(_edges(), x.dtype)
@@ -210,11 +212,11 @@ def _logits(transformer: Transformer, read: TrialsRead, x: jax.Array) -> jax.Arr
 
 
 def predict_binned(transformers: Transformer, read: TrialsRead, x: jax.Array) -> Binned:
-    """The outcomes to expect at x, by the mean of what E transformers expect.
+    """Predicts the outcomes at x by the mean of the probabilities of E transformers.
 
     Args:
-      transformers: E of them, of the task (`at_features`).
-      read: its trials, by `read_trials`.
+      transformers: E transformers, specialized to the task (`at_features`).
+      read: the task's trials, by `read_trials`.
       x: [P, D]; differentiable.
 
     Returns:
@@ -231,12 +233,12 @@ def transformer_loss(
     asked: tuple[jax.Array, jax.Array, jax.Array],
     features: jax.Array,
 ) -> jax.Array:
-    """The cross-entropy of what some trials of a task gave, in bins, given others.
+    """The cross-entropy of the binned outcomes of some trials of a task, given others.
 
     Args:
-      transformer: one, to be trained.
-      trials: (x [N, D], y [N], mask [N]) that are shown; y is normalized, and NaN where the trial failed.
-      asked: (x [P, D], y [P], mask [P]) that are asked for; at least one is real.
+      transformer: one transformer, to be trained.
+      trials: (x [N, D], y [N], mask [N]) that are shown; y is normalized, and NaN if the trial failed.
+      asked: (x [P, D], y [P], mask [P]) whose outcomes are predicted; at least one is real.
       features: [F] of the task, ranked.
 
     Returns:
@@ -252,11 +254,11 @@ def transformer_loss(
 def outcome_classes(
     trials: tuple[jax.Array, jax.Array, jax.Array], asked: tuple[jax.Array, jax.Array, jax.Array]
 ) -> jax.Array:
-    """The bin that an outcome is in, or B where the trial failed.
+    """The index of the bin that contains an outcome, or B if the trial failed.
 
     Args:
-      trials: that are shown, as for `transformer_loss`.
-      asked: [P] of them, as there.
+      trials: the trials that are shown, as for `transformer_loss`.
+      asked: [P] trials to predict, as for `transformer_loss`.
 
     Returns:
       [P] integers.
@@ -269,10 +271,10 @@ def outcome_classes(
 
 
 def binned_improvement(binned: Binned, best: jax.Array | float) -> jax.Array:
-    """E[max(best − y, 0)]; a trial that fails improves nothing.
+    """E[max(best − y, 0)]; a failed trial improves nothing.
 
     Args:
-      binned: at P configurations.
+      binned: the predictions at P configurations.
       best: [] the smallest outcome so far.
 
     Returns:
@@ -284,11 +286,11 @@ def binned_improvement(binned: Binned, best: jax.Array | float) -> jax.Array:
 
 
 def binned_moments(binned: Binned, failed: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation.
+    """Mean and standard deviation of the outcomes.
 
     Args:
-      binned: at P configurations.
-      failed: [] the outcome that a failed trial is taken to have.
+      binned: the predictions at P configurations.
+      failed: [] the outcome that a failed trial is assumed to have.
 
     Returns:
       [P], [P].
@@ -298,18 +300,18 @@ def binned_moments(binned: Binned, failed: jax.Array | float) -> tuple[jax.Array
     apart = (left + right)[None] / 2 - mean[:, None]
     variance = (binned.probs * (apart**2 + (right - left)[None] ** 2 / 12)).sum(1)
     variance = variance + binned.failure * (failed - mean) ** 2
-    return mean, jnp.sqrt(jnp.maximum(variance, 1e-12))  # where failure is certain it is 0, and its root has no slope
+    return mean, jnp.sqrt(jnp.maximum(variance, 1e-12))  # 0 if failure is certain, where the root has no derivative
 
 
 def binned_quantile(binned: Binned, level: jax.Array | float) -> jax.Array:
-    """The outcome below which a trial ends with some probability; failures lie above all outcomes.
+    """The quantile of the outcomes at a level; failures count as larger than all outcomes.
 
     Args:
-      binned: at P configurations.
+      binned: the predictions at P configurations.
       level: [] or [P], in (0, 1).
 
     Returns:
-      [P]; the last edge, where the trial fails at this level.
+      [P]; the last edge, if the trial fails at this level.
     """
     cumulative = jnp.pad(jnp.cumsum(binned.probs, axis=1), ((0, 0), (1, 0)))
     level = jnp.broadcast_to(level, len(cumulative))
@@ -317,10 +319,10 @@ def binned_quantile(binned: Binned, level: jax.Array | float) -> jax.Array:
 
 
 def binned_below(binned: Binned, y: jax.Array) -> jax.Array:
-    """The probability of an outcome below y; failures lie above all.
+    """The probability of an outcome below y; failures count as larger than all outcomes.
 
     Args:
-      binned: at P configurations.
+      binned: the predictions at P configurations.
       y: [P].
 
     Returns:
@@ -331,7 +333,7 @@ def binned_below(binned: Binned, y: jax.Array) -> jax.Array:
 
 
 def _edges() -> np.ndarray:
-    """[B + 1] of v, evenly spaced in asinh(v/δ) on either side of 0, which is one of them."""
+    """[B + 1] edges of v, evenly spaced in asinh(v/δ) on either side of 0, which is one of the edges."""
     lowest, highest = np.arcsinh(_LOWEST / _NARROW), np.arcsinh(_HIGHEST / _NARROW)
     num_below = round(NUM_BINS * lowest / (lowest - highest))
     below, above = np.linspace(lowest, 0, num_below + 1), np.linspace(0, highest, NUM_BINS - num_below + 1)

@@ -1,8 +1,10 @@
-"""What is tuned: trees of bounded, positive, relaxed and fixed quantities, and the coordinates to tune them in.
+"""Search spaces: trees of bounded, positive, relaxed and fixed quantities, and the coordinates in which they are tuned.
 
-A **space** is any pytree whose leaves are made by the factories here. Each leaf is a bijection z ↦ λ from unconstrained
-coordinates, in which a gradient step of any size is valid, to where λ lives; a distribution to sample λ from; and
-the coordinate in [0, 1] in which that distribution is uniform.
+A **space** is any pytree whose leaves are made by the factories of this package. Each leaf has three parts:
+
+- a bijection z ↦ λ from unconstrained coordinates, in which a gradient step of any size is valid, to the range of λ;
+- a distribution from which λ is sampled;
+- the coordinate in [0, 1] in which that distribution is uniform.
 
     real           λ = default + scale·z                              z ~ N(0, 1)
     positive       λ = default·exp(scale·z)                           z ~ N(0, 1)
@@ -13,22 +15,26 @@ the coordinate in [0, 1] in which that distribution is uniform.
     choice         a simplex with a label for each weight             every label is equally probable
     fixed          λ is the value; there is no z, and so no gradient
 
-The functions are pure in everything but the space; `jax.jit`, `jax.vmap` and differentiation in
-either mode work on all but the space, which is static: close over it, or use `functools.partial`.
+The functions are pure. `jax.jit`, `jax.vmap` and differentiation in either mode work on all arguments except the space,
+which is static: close over it, or use `functools.partial`.
 
 λ is in **natural units**: `training.fit(space=...)` and `methods.fine_tune(space=...)` take and return λ, and losses
-read λ. Unconstrained coordinates z have a type of their own, `Unconstrained`. `to_unconstrained` and the predictors of
-a space return it; `to_constrained` and the problems that `constrain` returns accept nothing else. λ in place of z, or z
+read λ. Unconstrained coordinates z have their own type, `Unconstrained`. `to_unconstrained` and the predictors of a
+space return it. `to_constrained` and the problems that `constrain` returns accept only this type. λ in place of z, or z
 in place of λ, is an error.
 
-A λ that does not fit the space in structure or shape raises a `ValueError` while tracing. `to_unconstrained` raises a
+A λ that does not fit the space in structure or shape raises a `ValueError` during tracing. `to_unconstrained` raises a
 `ValueError` for a value outside the range of its leaf. A traced value cannot raise: its coordinate is NaN. `encode` and
-`discretize` replace such a value, as in a record of another space, by the nearest bound.
+`discretize` replace such a value, for example from a record of another space, by the nearest bound.
 
-What is tuned without a gradient runs with a **configuration**: `configuration` writes λ as plain values by name,
-integers rounded, choices as their labels, and leaves out what is not active (`active_if`); `from_configuration` reads
-it back; `complete` adds what one lacks; `foreign` says which values the space does not have, and `infer`
-makes a space of configurations that were tried.
+Code without a gradient runs with a **configuration**:
+
+- `configuration` writes λ as plain values by name. It rounds integers, writes choices as their labels, and omits
+  quantities that are not active (`active_if`).
+- `from_configuration` reads a configuration back as λ.
+- `complete` adds the missing parts of a configuration.
+- `foreign` returns the values that the space does not have.
+- `infer` makes a space from configurations of earlier trials.
 
 Source for the bijections: Stan Reference Manual, "Constraint transforms",
 https://mc-stan.org/docs/reference-manual/transforms.html

@@ -1,7 +1,7 @@
-"""λ as plain values: what a black box runs with, and what a record of it keeps.
+"""Configurations: λ as plain values, for a black box to run with and for records to keep.
 
-A configuration is a flat dict from names to Python's numbers, strings, booleans and None, so that it is the same in
-JSON, in a data base and in Optuna or ConfigSpace.
+A configuration is a flat dict from names to Python's numbers, strings, booleans and None. It is therefore the same in
+JSON, in a database and in Optuna or ConfigSpace.
 """
 
 import functools
@@ -19,20 +19,20 @@ from metaopt.spaces._tree import _flatten, _match, _name
 
 
 def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str, Any]:
-    """λ as plain values by name: integers rounded, choices as their labels, without what is not active.
+    """Returns λ as plain values by name: integers rounded, choices as labels, inactive quantities omitted.
 
     Args:
       space: a tree of leaves.
       hyperparams: λ, structured like the space; relaxed or not. Not traced.
 
     Returns:
-      A value for each entry of each active leaf, fixed ones among them: a float (also for each weight of a `simplex`),
-      an int, or a label. Names are paths, with an index where a leaf has a shape: `"adam.rate"`, `"mix[0]"`. A float is
-      the shortest decimal of λ's type, within the bounds of its leaf.
+      A value for each entry of each active leaf, including fixed leaves. A value is a float (also for each weight of a
+      `simplex`), an int, or a label. Names are paths, with an index if a leaf has a shape: `"adam.rate"`, `"mix[0]"`. A
+      float is the shortest decimal of λ's type, within the bounds of its leaf.
 
     Raises:
-      ValueError: λ does not fit the space, a condition names what the space does not have, or two leaves have one
-        name.
+      ValueError: if λ does not fit the space, a condition names something that the space does not have, or two leaves
+        have the same name.
 
     >>> import numpy as np
     >>> from metaopt import spaces
@@ -55,24 +55,27 @@ def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str
 def from_configuration(
     space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True
 ) -> base.HyperParams:
-    """λ from plain values by name. What the configuration lacks (what is not active, among others) is at its default.
+    """Reads λ from plain values by name. Missing values are at their default, for example those that are not active.
+
+    NaN marks a missing value, as in a row of a data frame, in two cases: if the leaf has a condition, or if `strict` is
+    false. For a choice that has None as a label, NaN means None, since a column of numbers cannot hold None.
 
     Args:
       space: a tree of leaves.
-      configuration: plain values by name, as from `configuration`; those of fixed leaves are not looked at. NaN of what
-        is not active is a gap, as of a row of a data frame, and lacking; of a choice that has None as a label it is
-        None, which a column of numbers cannot hold.
-      strict: whether names, labels and values out of bounds, or between integers, which the space does not have, are
-        refused. Otherwise such names are ignored, such values kept, such labels give all labels the same weight, and
-        what should be a number and is none (None, "auto", True) or is NaN is at its default: for records of a space
-        that has changed since, or of others.
+      configuration: plain values by name, as `configuration` returns them. Values of fixed leaves are ignored.
+      strict: whether to raise for values that the space does not have: unknown names, unknown labels, numbers out of
+        bounds, and non-integers for an integer. If false, unknown names are ignored, such numbers are kept, and an
+        unknown label gives all labels the same weight. A value that is not a number (None, "auto", True) or is NaN is
+        then at its default. Use this for records of an earlier version of the space, or of other spaces.
 
     Returns:
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
 
     Raises:
-      ValueError: where `strict`, a name or a label is not known, or a value is no number (True is none), out of bounds,
-        or no integer where one is tuned, but for the rounding of float32; or two leaves of the space have one name.
+      ValueError: if `strict` and a name or a label is unknown, or a value is not a number (True is not a number here).
+      ValueError: if `strict` and a number is out of bounds, or is not an integer for an integer leaf, beyond the
+        rounding of float32.
+      ValueError: if two leaves of the space have the same name.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
@@ -115,24 +118,26 @@ def from_configuration(
 
 
 def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
-    """A whole configuration: with what it lacks at its default, without what is not active.
+    """Returns a whole configuration: missing values are at their default, and inactive quantities are omitted.
 
-    What is given, and is not active by what else is given, is left out, as of a record that has all parameters.
+    A given value is omitted, too, if it is not active because of other given values. Records with all parameters have
+    such values.
 
     Args:
       space: a tree of leaves.
       configuration: plain values by name.
-      strict: as for `from_configuration`, and whether a value is refused that is given, and is not active by what is
-        lacking. Where it is not, what is `foreign` is replaced: a label by the first one, a number by the bound, or the
-        nearest integer, what should be a number by the default.
+      strict: as for `from_configuration`. If true, a given value also raises if missing values make it inactive. If
+        false, `foreign` values are replaced: a label by the first label, a number by the bound or the nearest integer,
+        and a value that is not a number by the default.
 
     Returns:
-      A configuration like those of `configuration`, with the given numbers to the last digit, which a λ of float32 has
-      not: a record is found again by its configuration.
+      A configuration as from `configuration`, but with all digits of the given numbers. A λ in float32 does not have
+      all digits. A record can thus be found again by its configuration.
 
     Raises:
-      ValueError: as for `from_configuration`; or where `strict`, a parameter is given whose conditions fail only at the
-        defaults of what is lacking: it would be left out unnoticed.
+      ValueError: under the conditions of `from_configuration`.
+      ValueError: if `strict` and the conditions of a given parameter fail only because missing parameters are at their
+        defaults. It would be omitted without notice.
 
     >>> from metaopt import spaces
     >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
@@ -144,7 +149,7 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
         _check_active(space, given, whole)
     choices = {_name(path) for path, leaf in _flatten(space)[0] if isinstance(leaf, Choice)}
 
-    def kept(name, value):  # the number as given, without the rounding of λ; a label is the label
+    def kept(name, value):  # the number as given, without the rounding of λ; a label stays the label
         if name in choices or name.rpartition("[")[0] in choices or not isinstance(value, float):
             return False
         return name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
@@ -153,15 +158,16 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
 
 
 def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration that the space has by name, and not with these values.
+    """Returns the entries of a configuration whose name the space has, but whose value it does not have.
 
     Args:
       space: a tree of leaves.
-      configuration: plain values by name, of another space or of an earlier form of this one.
+      configuration: plain values by name, of another space or of an earlier version of this one.
 
     Returns:
-      Labels that are none of a choice's, numbers out of bounds or between integers, and what is no number (True is
-      none) where one is tuned; but for None, which there stands for what is not given, and NaN, which is a gap.
+      Labels that a choice does not have, numbers out of bounds or between integers, and values that are not numbers
+      (True is not a number here) for numerical leaves. None for a numerical leaf is not returned, since it means that
+      no value was given. NaN is not returned either, since it marks a gap.
 
     >>> from metaopt import spaces
     >>> space = {"depth": spaces.integer(1, 8), "loss": spaces.choice(["mse", "mae"])}
@@ -183,17 +189,17 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
 
 
 def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
-    """Which dimensions of the encoding matter at λ; `jax.vmap` and `jax.jit` work over λ.
+    """Returns which dimensions of the encoding matter at λ; `jax.vmap` and `jax.jit` work over λ.
 
     Args:
       space: a tree of leaves.
       hyperparams: λ, structured like the space; relaxed or not.
 
     Returns:
-      [num_dims] bool, ordered like `encode`: whether the conditions of the leaf hold, those of its parents included.
+      [num_dims] bool, ordered like `encode`: whether the conditions of the leaf hold, and those of its parents.
 
     Raises:
-      ValueError: λ does not fit the space, or a condition names what the space does not have.
+      ValueError: if λ does not fit the space, or a condition names something that the space does not have.
 
     >>> from metaopt import spaces
     >>> space = {
@@ -220,17 +226,17 @@ def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
     return jnp.concatenate([jnp.ravel(part) for part in parts]) if parts else jnp.zeros((0,), bool)
 
 
-_configuration = configuration  # where an argument has the name
+_configuration = configuration  # for functions with an argument of the same name
 _MISSING = object()
 
 
 def _is_gap(value) -> bool:
-    """Whether it is NaN, with which data frames fill what a row does not have."""
+    """Whether a value is NaN, with which data frames fill missing entries of a row."""
     return isinstance(value, (float, np.floating)) and value != value
 
 
 def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Refuses what is given, and left out of the whole by the default of what is not given."""
+    """Raises ValueError if a given value is omitted from the whole only because of the default of a missing value."""
     conditions = _conditions(space)
 
     def failing(leaf):
@@ -244,7 +250,7 @@ def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> 
         if name in whole or _is_gap(value):
             continue
         found = list(failing(_leaf_name(name, conditions)))
-        if all(parent not in given or _is_gap(given[parent]) for parent, _ in found):  # one that is given is meant
+        if all(parent not in given or _is_gap(given[parent]) for parent, _ in found):  # a given parent is intended
             parent, of = found[0]
             raise ValueError(
                 f"The configuration's `{name}` is {value!r}, and would be left out: it is active only where "
@@ -259,7 +265,7 @@ def _is_number(value) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _default_value(leaf: Leaf, dtype) -> np.ndarray:
-    """In NumPy, and once per type of λ: thousands of records are read with one space."""
+    """The leaf's default in NumPy, cached per type of λ: thousands of records are read with one space."""
     return np.asarray(leaf.default_value())
 
 
@@ -272,14 +278,14 @@ def _leaf_name(name: str, conditions) -> str:
 
 
 def _check_names(names: list[str]) -> None:
-    """A plain value is known by its name alone, which {"a.b": ...} and {"a": {"b": ...}} share."""
+    """Raises ValueError if two names are equal. {"a.b": ...} and {"a": {"b": ...}} have the same name."""
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise ValueError(f"Two leaves of the space have the same name, {', '.join(twice)}: rename one of them.")
 
 
 def _conditions(space) -> dict[str, tuple[tuple[str, tuple], ...]]:
-    """The condition of every leaf by its name, parents before their children; raises where one cannot be met."""
+    """The condition of every leaf by its name, parents before their children. Raises if a condition cannot be met."""
     flat = _flatten(space)[0]
     _check_names([_entry(_name(path), index) for path, leaf in flat for index in np.ndindex(leaf.plain_shape)])
     leaves: dict[str, Leaf] = {_name(path): leaf for path, leaf in flat}

@@ -1,28 +1,28 @@
-"""A change of coordinates is a change of the problem."""
+"""Changes the coordinates of a problem from λ to the unconstrained z."""
 
 from metaopt import base
 from metaopt.spaces._tree import num_dims, to_constrained
 
 
 def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
-    """The same problem in unconstrained coordinates: F̃(z) = F(λ(z)), with λ = `to_constrained(space, z)`.
+    """Returns the same problem in unconstrained coordinates: F̃(z) = F(λ(z)), with λ = `to_constrained(space, z)`.
 
-    λ(z) is composed into the loop's `init`, `loss` and `update` and into `outer_loss`, the four functions that see λ.
-    So every rule works in z: gradients obey the chain rule, dF̃/dz = (∂λ/∂z)ᵀ dF/dλ, and rules that perturb (evolution
-    strategies, finite differences) never leave the range. Fixed leaves are None in z, without a gradient.
+    λ(z) is composed into the four functions that take λ: the loop's `init`, `loss` and `update`, and `outer_loss`.
+    Every rule therefore works in z. Gradients obey the chain rule, dF̃/dz = (∂λ/∂z)ᵀ dF/dλ. Rules that perturb
+    (evolution strategies, finite differences) never leave the range. Fixed leaves are None in z, without a gradient.
 
     Args:
-      problem: in λ.
+      problem: a problem in λ.
       space: a tree of leaves, structured like λ.
 
     Returns:
-      A problem in z, which takes coordinates marked as `Unconstrained` and nothing else. `training.fit` and
-      `methods.fine_tune` convert λ to z and back where they have `space`; elsewhere, `to_unconstrained(space, λ)` and
-      `to_constrained(space, z)` do.
+      A problem in z, which accepts only coordinates marked as `Unconstrained`. `training.fit` and `methods.fine_tune`
+      convert λ to z and back if they have `space`. Elsewhere, use `to_unconstrained(space, λ)` and
+      `to_constrained(space, z)`.
 
     Raises:
-      ValueError: if the space has a leaf of another kind, or nothing to tune; at trace time, if it is given λ in
-        natural units, or z does not fit the space.
+      ValueError: if the space has a leaf of another kind, or has no leaf to tune.
+      ValueError: at trace time, if the problem gets λ in natural units, or z does not fit the space.
 
     >>> import jax
     >>> from metaopt import base, spaces

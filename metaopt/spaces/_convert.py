@@ -1,7 +1,7 @@
-"""Spaces as Optuna's distributions and as ConfigSpace's JSON, and back.
+"""Converts spaces to Optuna's distributions and to ConfigSpace's JSON, and back.
 
-Names are those of a configuration. `real` and `positive`, which have no bounds here, get those at ±3 z, between which
-99.7 % of their samples lie. A simplex has no counterpart in either.
+Names are those of a configuration. `real` and `positive` have no bounds in metaopt. Here they get the bounds z = ±3,
+which contain 99.7 % of their samples. A simplex has no counterpart in Optuna or ConfigSpace.
 """
 
 import math
@@ -16,21 +16,22 @@ from metaopt.spaces._configuration import _conditions, _entry
 from metaopt.spaces._leaves import Leaf
 from metaopt.spaces._tree import _flatten, _name
 
-_MOST_VALUES = 1_000  # of an integer, in a condition that is an inequality
+_MOST_VALUES = 1_000  # limit for an integer in an inequality condition
 
 
 def to_optuna(space: base.PyTree) -> dict[str, Any]:
-    """Optuna's distribution of every tuned entry, by name; conditions, which Optuna does not have, are left out.
+    """Returns Optuna's distribution of every tuned entry, by name. Conditions are omitted: Optuna does not have them.
 
     Args:
       space: a tree of leaves.
 
     Returns:
-      Float, integer and categorical distributions, parents of conditions before what depends on them.
+      Float, integer and categorical distributions. Parents of conditions come before the parameters that depend on
+      them.
 
     Raises:
-      ValueError: the space has a simplex, or a condition that cannot be met.
-      ImportError: Optuna is not installed.
+      ValueError: if the space has a simplex, or a condition that cannot be met.
+      ImportError: if Optuna is not installed.
     """
     from optuna import distributions as optuna
 
@@ -46,7 +47,7 @@ def to_optuna(space: base.PyTree) -> dict[str, Any]:
 
 
 def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
-    """A configuration from Optuna's sampler, for an objective of a study: conditions are obeyed as it is drawn.
+    """Draws a configuration with Optuna's sampler, for an objective of a study. It obeys conditions while it draws.
 
     Args:
       trial: an `optuna.Trial`.
@@ -56,7 +57,7 @@ def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
       Plain values by name, as from `configuration`.
 
     Raises:
-      ValueError: the space has a simplex, or a condition that cannot be met.
+      ValueError: if the space has a simplex, or a condition that cannot be met.
     """
     found: dict[str, Any] = {}
     for name, leaf, index in _entries(space):
@@ -73,17 +74,17 @@ def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
 
 
 def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The space of Optuna's distributions, as of a study's trials.
+    """Makes a space from Optuna's distributions, for example those of a study's trials.
 
     Args:
-      distributions: by name. An integer with a step becomes a choice of its values.
+      distributions: Optuna's distributions by name. An integer with a step becomes a choice of its values.
 
     Returns:
-      A flat dict of leaves; a distribution of one number is fixed.
+      A flat dict of leaves; a distribution of one number becomes a fixed leaf.
 
     Raises:
-      ValueError: `distributions` is no dict, or a distribution has no counterpart: a float with a step, or a step that
-        gives more than 1,000 values.
+      ValueError: if `distributions` is not a mapping, a distribution has no counterpart (such as a float with a step),
+        or an integer with a step has more than 1,000 values.
     """
     if not isinstance(distributions, Mapping):
         raise ValueError(
@@ -111,7 +112,7 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
 
 
 def to_configspace(space: base.PyTree) -> dict[str, Any]:
-    """ConfigSpace's JSON (its format 0.4) of a space, with conditions.
+    """Returns ConfigSpace's JSON (its format 0.4) of a space, with conditions.
 
     Args:
       space: a tree of leaves.
@@ -120,7 +121,7 @@ def to_configspace(space: base.PyTree) -> dict[str, Any]:
       A document for `json.dump`, which `ConfigurationSpace.from_json` reads.
 
     Raises:
-      ValueError: the space has a simplex, or a condition that cannot be met.
+      ValueError: if the space has a simplex, or a condition that cannot be met.
     """
     hyperparameters, conditions = [], []
     for name, leaf, index in _entries(space):
@@ -147,20 +148,21 @@ def to_configspace(space: base.PyTree) -> dict[str, Any]:
 
 
 def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The space of ConfigSpace's JSON (its format 0.4).
+    """Makes a space from ConfigSpace's JSON (its format 0.4).
 
-    A normal distribution with bounds becomes uniform between them, an ordinal parameter a choice, and the weights of a
-    categorical one equal; a constant is fixed, or a choice of one label. A default at a bound is moved inside by a
-    millionth of the range. Conditions may be =, ≠, in, <, > and their conjunctions.
+    A normal distribution with bounds becomes uniform between its bounds. An ordinal parameter becomes a choice. The
+    weights of a categorical parameter become equal. A constant becomes a fixed leaf or a choice of one label. A float
+    default at a bound is moved inside by a millionth of the (log) range. Conditions may be =, ≠, in, <, > and their
+    conjunctions.
 
     Args:
-      document: `json.load` of what `ConfigurationSpace.to_json` wrote.
+      document: the dict that `ConfigurationSpace.to_json` wrote, as `json.load` returns it.
 
     Returns:
       A flat dict of leaves.
 
     Raises:
-      ValueError: `document` is no such document, or there is a forbidden clause, a disjunction of conditions, or a
+      ValueError: if `document` is not such a dict, or has a forbidden clause, a disjunction of conditions, or a
         parameter without a counterpart.
     """
     if not isinstance(document, Mapping) or "hyperparameters" not in document:
@@ -201,9 +203,9 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
             if isinstance(other, _leaves.Integer):
                 allowed = _few(parent, range(other.low, other.high + 1))
             else:
-                allowed = getattr(other, "labels", ())  # of what is no choice, `_conditions` says that it is none
+                allowed = getattr(other, "labels", ())  # `_conditions` reports parents that are not choices
             wanted = one["values"] if one["type"] == "IN" else one["value"]
-            if parent in ordinals and one["type"] in ("LT", "GT"):  # by their places, not by the alphabet
+            if parent in ordinals and one["type"] in ("LT", "GT"):  # compares places in the sequence, not the alphabet
                 place = ordinals[parent].index
                 holding = [v for v in allowed if holds(place(v), place(wanted))]
             else:
@@ -225,7 +227,7 @@ _HOLDS = {
 
 
 def _entries(space) -> list[tuple[str, Leaf, tuple[int, ...]]]:
-    """Name, leaf and index of every plain value, parents of conditions first."""
+    """The name, leaf and index of every plain value; parents of conditions come first."""
     leaves = {_name(path): leaf for path, leaf in _flatten(space)[0]}
     return [
         (_entry(name, index), leaves[name], index)
@@ -235,7 +237,7 @@ def _entries(space) -> list[tuple[str, Leaf, tuple[int, ...]]]:
 
 
 def _bounds(name: str, leaf: Leaf, index) -> tuple[float, float, float]:
-    """The smallest value of one entry, the largest, and the default."""
+    """The smallest value, the largest value and the default of one entry."""
     if isinstance(leaf, _leaves.Simplex):
         raise ValueError(f"`{name}` is of a simplex, which has no counterpart; use a `choice`, or weights that add up.")
     assert isinstance(leaf, (_leaves.Real, _leaves.Positive, _leaves._Bounded))

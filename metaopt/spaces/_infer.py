@@ -1,4 +1,4 @@
-"""A space from configurations that were tried, where nobody has kept the one that they were drawn from."""
+"""Infers a space from configurations of earlier trials, if the space they were drawn from is not known."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,34 +10,38 @@ from metaopt.spaces._configuration import _is_gap
 from metaopt.spaces._leaves import Leaf
 
 _MOST_LABELS = 100
-_MOST_NUMBERS = 20  # beside None: of more of them, it is their range that is meant
-_FEWEST = 3  # with a parameter, and without it: chance finds those of a label in one of C(6, 3) = 20 draws of 3 of 6
+_MOST_NUMBERS = 20  # next to None; with more numbers, we infer their range
+_FEWEST = 3  # with a parameter, and without it: 3 of 6 agree with a label by chance in one of C(6, 3) = 20 draws
 
 
 def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
-    """The smallest space that has all of some configurations, as far as they tell.
+    """Infers the smallest space that contains all given configurations, as far as they determine it.
 
-    - Numbers lie between the smallest and the largest: an `integer` where all are integers, otherwise an `interval`;
-      with `log` where all are positive and the largest is more than a hundred times the smallest.
-    - Texts, booleans, and numbers among them are labels of a `choice`, and so is None, also among at most 20 different
-      numbers (2 and 2.0 are one): scikit-learn's `max_depth=None` has no limit, and is no depth between others. Among
-      more numbers, None says that nothing is given, and is taken to be the default of their range: replace it by what
-      it stands for. As the first label None is the default of its choice.
-    - One value alone is `fixed`; one text a `choice` of it.
-    - A parameter that some configurations lack is active only if a choice has the labels that it has in those that have
-      the parameter, where there is a choice that tells, and at least three different configurations have the parameter,
-      and three with such a choice lack it: fewer are divided so by chance more often than once in 20. Otherwise it is
-      optional as all parameters are: what lacks it is taken to be at its default.
+    - Numbers become a range between the smallest and the largest: an `integer` if all are integers, otherwise an
+      `interval`. The range has `log` if all numbers are positive and the largest is more than a hundred times the
+      smallest.
+    - Texts, booleans, and numbers that occur together with them are labels of a `choice`. Labels are sorted, with None
+      first, and the first label is the default.
+    - None is a label, too, if a parameter has at most 20 different numbers (2 and 2.0 count as one). For example,
+      scikit-learn's `max_depth=None` means no limit, and is not a depth between others.
+    - None among more than 20 numbers means that no value was given. It then stands for the default of their range. If
+      None has another meaning, replace it by a value.
+    - A single value is `fixed`; a single text is a `choice` with one label.
+    - A parameter that some configurations lack is active only for some labels of a choice, if a choice explains which
+      configurations lack it. No label may occur both with and without the parameter. At least three different
+      configurations must have the parameter, and three that have the choice must lack it. With fewer, chance
+      would produce such a split more often than once in 20.
+    - Otherwise such a parameter is optional, as all parameters are: configurations without it have its default.
 
     Args:
-      configurations: plain values by name; NaN is a gap, as of a data frame.
+      configurations: plain values by name; NaN is a gap, as in a data frame.
 
     Returns:
       A flat dict of leaves.
 
     Raises:
-      ValueError: there is no parameter; a value is no plain one; labels are equal (1, 1.0 and True) or more than a
-        hundred.
+      ValueError: if no configuration has a parameter, or a value is not a number, text, boolean or None.
+      ValueError: if labels are equal (1, 1.0 and True), or there are more than a hundred.
 
     >>> from metaopt import spaces
     >>> tried = [{"kernel": "linear", "C": c} for c in (0.1, 1.0, 10.0)]
@@ -51,13 +55,13 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     for configuration in tried:
         for name, value in configuration.items():
             values.setdefault(name, []).append(value)
-    # Beside None a data frame has no integers: 2 and 2.0 are one label, an integer where one of them is.
+    # Next to None a data frame has no integers. 2 and 2.0 are therefore one label, an integer if one of them is.
     labels = {
         name: {v: v for v in sorted(found, key=lambda v: isinstance(v, int))}
         for name, found in values.items()
         if _numbers(found) and None in found and len(set(found)) <= _MOST_NUMBERS + 1
     }
-    # Among many numbers None says that nothing is given.
+    # Among many numbers None means that no value was given.
     many = {name for name, found in values.items() if _numbers(found) and name not in labels}
     tried = [
         {n: labels[n][v] if n in labels else v for n, v in c.items() if v is not None or n not in many} for c in tried
@@ -65,7 +69,7 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     space = {name: _leaf(name, [c[name] for c in tried if name in c]) for name in values}
     if not space:
         raise ValueError("No configuration has a parameter: there is no space to infer. Give `space`.")
-    # What is tried on many tasks is one configuration.
+    # A configuration that was tried on many tasks counts once.
     different = {tuple(sorted((n, type(v).__name__, repr(v)) for n, v in c.items())): c for c in tried}
     return {name: _where_active(name, leaf, space, list(different.values())) for name, leaf in space.items()}
 
@@ -81,7 +85,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _numbers(found: list[Any]) -> bool:
-    """Whether there are numbers, and nothing else but None."""
+    """Whether there are numbers, and no other values except None."""
     given = [value for value in found if value is not None]
     return bool(given) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given)
 
@@ -96,7 +100,7 @@ def _leaf(name: str, found: list[Any]) -> Leaf:
             return _leaves.integer(low, high, log=log)
         return _leaves.interval(low, high, log=log)
     labels = list({(type(value), value): value for value in found}.values())
-    alike = _numbers(labels)  # a list that is being sorted looks empty
+    alike = _numbers(labels)  # computed before the sort, during which the list is empty
     kind = lambda label: "" if alike else type(label).__name__
     labels.sort(key=lambda label: (label is not None, kind(label), label if label is not None else ""))
     if len(labels) == 1 and isinstance(labels[0], bool):
@@ -108,11 +112,11 @@ def _leaf(name: str, found: list[Any]) -> Leaf:
 
 
 def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dict[str, Any]]) -> Leaf:
-    """The leaf, with a condition where some lack it and a choice tells which."""
+    """The leaf, with a condition if some configurations lack it and a choice explains which."""
     lacking = [name not in configuration for configuration in tried]
     if not any(lacking) or lacking.count(False) < _FEWEST:
         return leaf
-    # What is always there comes first.
+    # Choices that every configuration has come first.
     parents = [other for other, of in space.items() if isinstance(of, _leaves.Choice) and other != name]
     parents.sort(key=lambda other: sum(other not in configuration for configuration in tried))
     key = lambda configuration, parent: (type(label := configuration.get(parent)), label)

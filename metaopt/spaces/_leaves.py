@@ -1,7 +1,7 @@
 """The kinds of leaves: a bijection, a distribution and a coordinate in [0, 1] for one tuned quantity.
 
-The classes hold plain Python numbers, so that a leaf is hashable, compares by value and is written to JSON as it is;
-the factories below them check, and make them.
+The classes hold plain Python numbers. A leaf is therefore hashable, compares by value and is written to JSON as it is.
+The factories below the classes check the arguments and make the leaves.
 """
 
 import abc
@@ -16,22 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A number for every entry alike, or one per entry as nested tuples.
+# One number for all entries, or one number per entry as nested tuples.
 Numbers = float | tuple
 
 _FLOAT32_EPS = float(np.finfo(np.float32).eps)
-_MARGIN = 1e-3  # of the range: how far inside a value at a bound is moved, where its coordinate is finite
+_MARGIN = 1e-3  # fraction of the range by which a value at a bound moves inside, where its coordinate is finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf(abc.ABC):
     """One quantity of a space; made by `real`, `positive`, `interval`, `integer`, `simplex`, `choice` or `fixed`.
 
-    Not a pytree node: `jax.tree.map` over a space sees whole leaves. The methods take arrays of `value_shape`.
+    It is not a pytree node: `jax.tree.map` over a space sees whole leaves. The methods take arrays of `value_shape`.
 
     Attributes:
-      shape: of the quantity; a simplex has one more axis in its values.
-      condition: (name, values) of other quantities, all of which must hold for this one to matter (`active_if`).
+      shape: the shape of the quantity; the values of a simplex have one more axis.
+      condition: pairs (name, values) of other quantities. The leaf matters only if all of them hold (`active_if`).
     """
 
     shape: tuple[int, ...] = ()
@@ -54,22 +54,22 @@ class Leaf(abc.ABC):
 
     @property
     def plain_shape(self) -> tuple[int, ...]:
-        """How many plain values a configuration has for the leaf: one an index."""
+        """The shape of the leaf's plain values in a configuration: one value for each index."""
         return self.value_shape
 
     def to_plain(self, value: np.ndarray) -> Any:
-        """The plain Python value of one entry of λ; 0.1, and not 0.10000000149011612, for the 0.1 of float32."""
+        """The plain Python value of one entry of λ; for float32's 0.1 it is 0.1, not 0.10000000149011612."""
         return float(np.format_float_scientific(value)) if isinstance(value, np.floating) else value.item()
 
     def from_plain(self, value: Any, strict: bool) -> Any:
-        """One entry of λ from its plain value; raises ValueError where it is not one."""
+        """One entry of λ from its plain value. Raises ValueError if the value is invalid."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError("a finite number")
         return value
 
     @abc.abstractmethod
     def default_value(self) -> jax.Array:
-        """λ to start from."""
+        """λ at the start of a search."""
 
     @abc.abstractmethod
     def sample(self, key: jax.Array) -> jax.Array:
@@ -81,11 +81,11 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def to_unconstrained(self, value: jax.Array) -> jax.Array:
-        """Unconstrained coordinates from λ; finite for every finite λ, also where `contains` is false."""
+        """Unconstrained coordinates from λ; finite for every finite λ, even if `contains` is false."""
 
     @property
     def range(self) -> str:
-        """The range of λ, in words, for error messages."""
+        """The range of λ as text, for error messages."""
         return "finite"
 
     def contains(self, value: jax.Array) -> jax.Array:
@@ -94,14 +94,14 @@ class Leaf(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, value: jax.Array) -> jax.Array:
-        """λ in [0, 1], in the coordinate that `sample` is uniform in."""
+        """λ in [0, 1], in the coordinate in which `sample` is uniform."""
 
     def discretize(self, value: jax.Array) -> jax.Array:
-        """The value that code without a gradient runs with."""
+        """The value for code without a gradient."""
         return value
 
     def at_bounds(self, value: jax.Array, tol: float) -> jax.Array:
-        """[*shape] bool, whether λ is within `tol` of the range of a bound."""
+        """[*shape] bool, whether the distance of λ from a bound is at most `tol` of the range."""
         return jnp.zeros(self.shape, bool)
 
 
@@ -155,7 +155,7 @@ class Positive(_Gaussian):
         return "positive (float32 has 7e-35 to 5e34)"
 
     def contains(self, value):
-        # λ is computed at its limits as the exponential of a large number, which has few correct digits.
+        # At its limits λ is the exponential of a large number, which has few correct digits.
         low, high = (
             limit + margin for limit, margin in zip(_log_limits(value.dtype), (-_MARGIN, _MARGIN), strict=True)
         )
@@ -164,7 +164,7 @@ class Positive(_Gaussian):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Bounded(Leaf):
-    """Leaves between two edges, linearly or in the logarithm, through a sigmoid."""
+    """Leaves between two edges, linear or logarithmic, through a sigmoid."""
 
     low: float
     high: float
@@ -173,18 +173,18 @@ class _Bounded(Leaf):
 
     @property
     def edges(self) -> tuple[float, float]:
-        """What λ lies between."""
+        """The lower and the upper edge of the range of λ."""
         return self.low, self.high
 
     def default_value(self):
         return jnp.broadcast_to(jnp.asarray(self.default, _default_float()), self.shape)
 
     def to_plain(self, value):
-        return min(max(super().to_plain(value), self.low), self.high)  # float32's nearest to a bound may lie beyond it
+        return min(max(super().to_plain(value), self.low), self.high)  # float32's nearest to a bound may be beyond it
 
     def from_plain(self, value, strict):
         value = super().from_plain(value, strict)
-        rounding = 0.0 if _is_integer(value) else 1e-6  # of float32
+        rounding = 0.0 if _is_integer(value) else 1e-6  # the rounding of float32
         if not strict:
             return value
         inside = min(max(value, self.low), self.high)
@@ -212,7 +212,7 @@ class _Bounded(Leaf):
 
     def contains(self, value):
         low, high = self.edges
-        scales = (low, high) if self.log else (max(abs(low), abs(high)),) * 2  # λ is a sum of parts of both
+        scales = (low, high) if self.log else (max(abs(low), abs(high)),) * 2  # λ is a weighted sum of both edges
         rounding = 4 * float(jnp.finfo(value.dtype).eps)
         return (value >= low - rounding * scales[0]) & (value <= high + rounding * scales[1])
 
@@ -220,12 +220,15 @@ class _Bounded(Leaf):
         return _fraction(value, *self.edges, self.log)
 
     def at_bounds(self, value, tol):
-        # Of [low, high] itself: a rounded integer sits at its bound, half a unit inside its edge.
+        # The fraction of [low, high], not of the edges: a rounded integer at its bound is half a unit inside its edge.
         fraction = _fraction(value, self.low, self.high, self.log)
         return (fraction <= tol) | (fraction >= 1.0 - tol)
 
     def _between(self, above, below):
-        """λ, the fraction `above` of the way up from the lower edge; `below` is 1 − `above`, without cancellation."""
+        """λ at the fraction `above` of the way from the lower to the upper edge.
+
+        `below` is 1 − `above`, computed without cancellation.
+        """
         low, high = self.edges
         if self.log:
             value = jnp.exp(above * math.log(high) + below * math.log(low))
@@ -261,14 +264,14 @@ class Integer(_Bounded):
         if not strict:
             return value
         whole = round(value)
-        if abs(value - whole) > min(1e-6 * max(abs(value), 1.0), 0.1):  # rounding of float32, and no half of a million
+        if abs(value - whole) > min(1e-6 * max(abs(value), 1.0), 0.1):  # float32 rounding; 0.1 excludes halves
             raise ValueError("an integer (round it, or tune an `interval`)")
         return super().from_plain(whole, True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Weights(Leaf):
-    """Leaves of nonnegative weights that sum to one on the last axis, through a softmax."""
+    """Leaves of nonnegative weights that sum to one over the last axis, through a softmax."""
 
     @property
     @abc.abstractmethod
@@ -280,7 +283,7 @@ class _Weights(Leaf):
         return (*self.shape, self.num_weights)
 
     def sample(self, key):
-        # Independent exponentials, normalized, are Dirichlet(1).
+        # Normalized independent exponentials have the distribution Dirichlet(1).
         weights = jax.random.exponential(key, self.value_shape, _default_float())
         weights += float(jnp.finfo(weights.dtype).tiny)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -329,7 +332,7 @@ class Simplex(_Weights):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice(_Weights):
-    """One of several labels, relaxed to a weight for each; made by `choice`."""
+    """One of several labels, relaxed to one weight per label; made by `choice`."""
 
     labels: tuple
     default: Any
@@ -343,7 +346,7 @@ class Choice(_Weights):
         return self.shape
 
     def default_value(self):
-        # Twice as heavy as each of the others: `discretize` gives the default label, and z is finite.
+        # The default has twice the weight of each other label: `discretize` returns it, and z is finite.
         weights = np.ones(len(self.labels))
         weights[self.labels.index(self.default)] = 2
         return jnp.asarray(np.broadcast_to(weights / weights.sum(), self.value_shape), _default_float())
@@ -352,8 +355,8 @@ class Choice(_Weights):
         return self.labels[int(np.argmax(value))]
 
     def from_plain(self, value, strict):
-        # scikit-learn's `max_features=1` is one feature, and 1.0 all: where labels are texts, too, types tell. Beside
-        # None a data frame has no integers.
+        # For scikit-learn, `max_features=1` is one feature, and 1.0 is all of them. If some labels are texts, types
+        # must therefore agree. If not, they need not: next to None a data frame has no integers.
         by_value = {type(label) for label in self.labels} <= {int, float, type(None)}
         alike = by_value and isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
         kind = str if isinstance(value, str) else type(value.item() if isinstance(value, np.generic) else value)
@@ -371,7 +374,7 @@ class Fixed(Leaf):
     """A value that is not tuned; made by `fixed`.
 
     Attributes:
-      value: a read-only array; compared by content and type.
+      value: a read-only array. Fixed leaves are compared by its content and type.
     """
 
     value: np.ndarray
@@ -419,39 +422,39 @@ class Fixed(Leaf):
 
 
 def real(default: Any = 0.0, scale: float = 1.0, *, shape: Sequence[int] = ()) -> Real:
-    """Any real number: λ = default + scale·z, with z ~ N(0, 1).
+    """Makes a leaf for any real number: λ = default + scale·z, with z ~ N(0, 1).
 
     Args:
       default: λ at z = 0; a number, or an array of `shape`.
-      scale: λ per unit of z, positive: how far apart two plausible values are.
-      shape: of λ.
+      scale: λ per unit of z, positive: a typical difference between two plausible values.
+      shape: the shape of λ.
 
     Returns:
-      A leaf whose samples are normal, and whose encoding is their cumulative distribution Φ(z).
+      A leaf with normal samples, encoded as their cumulative distribution Φ(z).
 
     Raises:
-      ValueError: an argument is not finite, `scale` is not positive, or `default` does not fit `shape`.
+      ValueError: if an argument is not finite, `scale` is not positive, or `default` does not fit `shape`.
     """
     shape = _shape(shape)
     return Real(default=_numbers("default", default, shape), scale=_scale(scale), shape=shape)
 
 
 def positive(default: Any = 1.0, scale: float = 1.0, *, shape: Sequence[int] = ()) -> Positive:
-    """A positive number in log coordinates: λ = default·exp(scale·z), with z ~ N(0, 1).
+    """Makes a leaf for a positive number in log coordinates: λ = default·exp(scale·z), with z ~ N(0, 1).
 
-    λ is kept between the floating-point type's smallest and largest normal number, each to the power 0.9 (7e-35 and
-    5e34 in float32), with a zero gradient beyond, so that neither λ nor a derivative overflows.
+    λ is clipped to the floating-point type's smallest and largest normal number, each to the power 0.9 (7e-35 and 5e34
+    in float32). The gradient is zero beyond these limits. Thus neither λ nor a derivative overflows.
 
     Args:
       default: λ at z = 0, between 1e-30 and 1e30; a number, or an array of `shape`.
       scale: natural-log units of λ per unit of z, positive.
-      shape: of λ.
+      shape: the shape of λ.
 
     Returns:
-      A leaf whose samples are log-normal, and whose encoding is their cumulative distribution Φ(z).
+      A leaf with log-normal samples, encoded as their cumulative distribution Φ(z).
 
     Raises:
-      ValueError: `default` is out of range or does not fit `shape`, or `scale` is not positive and finite.
+      ValueError: if `default` is out of range or does not fit `shape`, or `scale` is not positive and finite.
     """
     shape = _shape(shape)
     numbers_ = _numbers("default", default, shape)
@@ -461,25 +464,25 @@ def positive(default: Any = 1.0, scale: float = 1.0, *, shape: Sequence[int] = (
 
 
 def interval(low: float, high: float, *, log: bool = False, default: Any = None, shape: Sequence[int] = ()) -> Interval:
-    """A number between two bounds: λ = low + (high − low)·σ(z), or the same for log λ; z = 0 is the middle.
+    """Makes a leaf for a number between two bounds: λ = low + (high − low)·σ(z), or the same for log λ.
 
-    In floating point λ reaches the bounds (beyond |z| = 17 in float32) and the gradient in z is zero there.
-    `to_unconstrained` therefore moves a value at a bound inside, by 0.001 of the (log) range, where |z| = 6.9.
+    z = 0 is the middle. In floating point, λ reaches the bounds (beyond |z| = 17 in float32), where the gradient in z
+    is zero. `to_unconstrained` therefore moves a value at a bound inside, by 0.001 of the (log) range, where |z| = 6.9.
 
     Args:
-      low: lower bound; positive where `log` is true.
+      low: lower bound; positive if `log` is true.
       high: upper bound, above `low`.
       log: whether the sigmoid, the samples and the encoding act on log λ.
-      default: a number or an array of `shape`, inside the bounds; by default the middle, or with `log` the geometric
+      default: a number or an array of `shape`, inside the bounds. By default the middle, or with `log` the geometric
         middle.
-      shape: of λ.
+      shape: the shape of λ.
 
     Returns:
       A leaf whose samples are uniform in λ, or in log λ.
 
     Raises:
-      ValueError: the bounds are not finite and ordered, `low` is not positive with `log`, or `default` lies at a
-        bound or outside, or does not fit `shape`.
+      ValueError: if the bounds are not finite and ordered, or `low` is not positive with `log`.
+      ValueError: if `default` lies at a bound or outside, or does not fit `shape`.
     """
     shape, low, high = _shape(shape), _number("low", low), _number("high", high)
     if not low < high:
@@ -490,8 +493,9 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
         default = math.exp((math.log(low) + math.log(high)) / 2) if log else low + (high - low) / 2
     numbers_ = _numbers("default", default, shape)
     inside = np.maximum(numbers_, low)
-    fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
-    if np.min(fraction) < _FLOAT32_EPS or np.max(fraction) > 1 - _FLOAT32_EPS:
+    with np.errstate(all="ignore"):  # near the limits of float64, the fraction is infinite or NaN
+        fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
+    if not (np.min(fraction) >= _FLOAT32_EPS and np.max(fraction) <= 1 - _FLOAT32_EPS):
         raise ValueError(
             f"`default` must lie inside ({low}, {high}), by {_FLOAT32_EPS:.1g} of the range: at a bound z is infinite; "
             f"got {default}."
@@ -500,41 +504,43 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
 
 
 def unit_interval(default: Any = 0.5, *, shape: Sequence[int] = ()) -> Interval:
-    """A number between 0 and 1, such as a rate of dropout or a momentum: `interval(0, 1)`.
+    """Makes a leaf for a number between 0 and 1, such as a dropout rate or a momentum: `interval(0, 1)`.
 
     Args:
       default: a number or an array of `shape`, strictly between 0 and 1.
-      shape: of λ.
+      shape: the shape of λ.
 
     Returns:
       A leaf λ = σ(z) whose samples are uniform.
 
     Raises:
-      ValueError: `default` lies at a bound or outside, or does not fit `shape`.
+      ValueError: if `default` lies at a bound or outside, or does not fit `shape`.
     """
     return interval(0.0, 1.0, default=default, shape=shape)
 
 
 def integer(low: int, high: int, *, log: bool = False, default: Any = None, shape: Sequence[int] = ()) -> Integer:
-    """An integer from `low` to `high`, both included, relaxed to a real in [low − ½, high + ½] as by `interval`.
+    """Makes a leaf for an integer from `low` to `high`, both included.
 
-    Differentiable code is given the relaxed, floating-point value. Code that needs a count calls `discretize`, which
-    rounds, clips and returns int32; every integer has a unit of the range (of λ, or on the log axis).
+    The integer is relaxed to a real number in [low − ½, high + ½], as by `interval`. Differentiable code gets the
+    relaxed, floating-point value. Code that needs a count calls `discretize`, which rounds, clips and returns int32.
+    Every integer n covers [n − ½, n + ½] of the relaxed range, also if `log` is true.
 
     Args:
-      low: smallest value; at least 1 where `log` is true.
+      low: smallest value; at least 1 if `log` is true.
       high: largest value, above `low`.
       log: whether the sigmoid, the samples and the encoding act on log λ.
-      default: an integer or an array of integers of `shape`, from `low` to `high`; by default the (geometric) middle
-        of the relaxed range, rounded.
-      shape: of λ.
+      default: an integer or an array of integers of `shape`, from `low` to `high`. By default the (geometric) middle of
+        the relaxed range, rounded.
+      shape: the shape of λ.
 
     Returns:
       A leaf whose samples are uniform in the relaxed λ, or in its logarithm.
 
     Raises:
-      ValueError: the bounds are not integers in order, are beyond ±2²⁴ (where float32 skips integers), or are not
-        positive with `log`; or `default` is not an integer between them or does not fit `shape`.
+      ValueError: if the bounds are not ordered integers within ±2²⁴ (beyond which float32 skips integers), or `low` is
+        below 1 with `log`.
+      ValueError: if `default` is not an integer between the bounds, or does not fit `shape`.
     """
     shape = _shape(shape)
     for name, bound in (("low", low), ("high", high)):
@@ -555,7 +561,7 @@ def integer(low: int, high: int, *, log: bool = False, default: Any = None, shap
 
 
 def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simplex:
-    """`num` nonnegative weights that sum to one on the last axis: λ = softmax(z).
+    """Makes a leaf for `num` nonnegative weights that sum to one over the last axis: λ = softmax(z).
 
     z has one coordinate more than λ has degrees of freedom. `to_unconstrained` returns the centered logarithms, which
     sum to zero. A weight of zero has no logarithm and counts as 0.001 of a uniform weight, so a one-hot λ has finite z.
@@ -566,12 +572,12 @@ def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simp
       shape: leading axes of λ: how many independent simplexes.
 
     Returns:
-      A leaf of values [*shape, num]. Its samples are Dirichlet(1), uniform on the simplex; its encoding is its
-      `num` weights, each of them Beta(1, num − 1) and not uniform. `discretize` gives the one-hot of the largest.
-      `at_bounds` is true, [*shape], where one weight has all the mass.
+      A leaf of values [*shape, num]. Its samples are Dirichlet(1), uniform on the simplex. Its encoding is its `num`
+      weights; each of them is Beta(1, num − 1), not uniform. `discretize` returns the one-hot of the largest weight.
+      `at_bounds`, [*shape], is true if one weight has all the mass.
 
     Raises:
-      ValueError: `num` is below 2, or `default` does not fit, is not positive or does not sum to one.
+      ValueError: if `num < 2`, or `default` does not fit, is not positive or does not sum to one.
     """
     shape = _shape(shape)
     if not _is_integer(num) or num < 2:
@@ -590,26 +596,29 @@ def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simp
 
 
 def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] = ()) -> Choice:
-    """One of several labels, relaxed to weights as by `simplex`: λ = softmax(z), one weight a label.
+    """Makes a leaf for one of several labels, relaxed to weights as by `simplex`: λ = softmax(z), one weight per label.
 
-    Differentiable code is given the weights (of a mixture); code that needs the label itself is given it by
-    `configuration`, and `discretize` gives the one-hot of the largest weight.
+    Differentiable code gets the weights (of a mixture). Code that needs the label itself gets it from `configuration`.
+    `discretize` returns the one-hot of the largest weight.
 
     Args:
-      labels: at least two different strings, numbers, booleans or None; or one string or None, which `fixed` cannot
-        hold.
-      default: one of the labels; by default, the first. It has twice the weight of each other one.
+      labels: at least two different strings, numbers, booleans or None. A single label must be a string or None; for a
+        single value of another type, use `fixed`.
+      default: one of the labels; by default the first, or None if it is a label. It has twice the weight of each other
+        label.
       shape: how many independent choices among the same labels.
 
     Returns:
-      A leaf of values [*shape, number of labels], whose samples are Dirichlet(1): every label is equally probable. In a
-      configuration, a value is a label where both have one type, since 1, 1.0 and True may mean different things
-      (scikit-learn's `max_features`); but where all labels are numbers or None, 1 and 1.0 are one, as in a data frame's
-      column with gaps. Where None is a label, NaN stands for it, of which such a column makes NaN.
+      A leaf of values [*shape, number of labels]. Its samples are Dirichlet(1): every label is equally probable.
+
+      In a configuration, a value equals a label only if both have the same type. The reason is that 1, 1.0 and True may
+      have different meanings (scikit-learn's `max_features`). If all labels are numbers or None, however, 1 and 1.0 are
+      equal, as in a data frame's column with gaps. Such a column turns None into NaN. NaN therefore stands for None if
+      None is a label.
 
     Raises:
-      ValueError: the labels are one number or none at all, of another type or not different (1, 1.0 and True are
-        equal), or `default` is none of them.
+      ValueError: if `labels` is empty or a single number, or a label has another type.
+      ValueError: if two labels are equal (1, 1.0 and True are equal), or `default` is not a label.
 
     >>> import jax
     >>> from metaopt import spaces
@@ -632,22 +641,24 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
 
 
 def active_if(leaf: Leaf, name: str, values: Sequence[Any]) -> Leaf:
-    """The leaf, which matters only where another quantity has one of some values: an SVM's γ where the kernel is RBF.
+    """Makes a leaf that matters only for some values of another quantity, such as an SVM's γ for the kernel RBF.
 
-    It stays in λ, in its coordinates and in the encoding, so that shapes do not depend on values; `configuration`
-    leaves it out where it is not active, and `active` says where it is. Applied again, both conditions must hold; what
-    depends on an inactive quantity is inactive.
+    The leaf stays in λ, in its coordinates and in the encoding, so that shapes do not depend on values. `configuration`
+    omits it while it is not active, and `active` returns whether it is. If applied twice, both conditions must hold. A
+    quantity that depends on an inactive one is inactive.
 
     Args:
       leaf: a leaf.
-      name: the other one, a `choice` or an `integer` without shape, by its path as in `names` (`"svm.kernel"`).
+      name: the other quantity, by its path as in `names` (`"svm.kernel"`). It is a `choice` or an `integer` without
+        shape.
       values: some of its labels or integers.
 
     Returns:
       A leaf.
 
     Raises:
-      ValueError: `values` is no list or is empty; later, in what uses conditions, there is no such quantity or value.
+      ValueError: if `values` is not a list or is empty. Functions that use conditions raise later if there is no such
+        quantity or value.
 
     >>> from metaopt import spaces
     >>> space = {
@@ -663,20 +674,20 @@ def active_if(leaf: Leaf, name: str, values: Sequence[Any]) -> Leaf:
 
 
 def fixed(value: Any) -> Fixed:
-    """A quantity that is not tuned: λ is `value`, and its unconstrained coordinate is None, an empty subtree.
+    """Makes a quantity that is not tuned: λ is `value`, and its unconstrained coordinate is None, an empty subtree.
 
-    An optimizer, a perturbation or a gradient in unconstrained coordinates has nothing there, so that one space serves
-    to tune a part and to hold the rest. Replacing a leaf by `fixed` leaves the other leaves' samples as they were.
+    An optimizer, a perturbation or a gradient in unconstrained coordinates has no entry for it. One space can therefore
+    tune some quantities and hold the others. Replacing a leaf by `fixed` does not change the samples of other leaves.
 
     Args:
-      value: a number or an array, of floating-point numbers, integers or booleans. The type is kept; a Python number
+      value: a number or an array of floating-point numbers, integers or booleans. Its type is kept; a Python number
         has JAX's default type.
 
     Returns:
       A leaf without dimensions.
 
     Raises:
-      ValueError: `value` is not an array of numbers, or is traced.
+      ValueError: if `value` is not an array of numbers, or is traced.
     """
     array = _array("value", value)
     array.flags.writeable = False
@@ -689,13 +700,13 @@ def _default_float():
 
 
 def _log_limits(dtype) -> tuple[float, float]:
-    """The natural logarithms that a positive leaf is kept between, short of where 1/λ or λ·scale overflows."""
+    """The natural logarithms of the limits of a positive leaf, within which neither 1/λ nor λ·scale overflows."""
     info = jnp.finfo(dtype)
     return 0.9 * math.log(float(info.tiny)), 0.9 * math.log(float(info.max))
 
 
 def _fraction(value, low: float, high: float, log: bool):
-    """Where `value` lies between `low` and `high`, in [0, 1]."""
+    """The position of `value` between `low` and `high`, in [0, 1]."""
     value = jnp.clip(value, low, high)
     if log:
         fraction = (jnp.log(value) - math.log(low)) / (math.log(high) - math.log(low))
@@ -705,7 +716,7 @@ def _fraction(value, low: float, high: float, log: bool):
 
 
 def _is_near(value, label) -> bool:
-    """Whether it is that number, but for the rounding of float32."""
+    """Whether `value` equals a float label up to the rounding of float32."""
     return isinstance(label, float) and math.isclose(value, label, rel_tol=1e-6)
 
 
@@ -714,7 +725,7 @@ def _is_integer(value) -> bool:
 
 
 def _array(name: str, value) -> np.ndarray:
-    """A copy of `value`, which must be an array of real numbers or booleans."""
+    """Returns a copy of `value`, which must be an array of real numbers or booleans."""
     try:
         array = np.array(value)
     except (TypeError, ValueError):  # a tracer, a ragged list

@@ -1,8 +1,8 @@
 """Spaces as JSON, for records that outlive the program that made them.
 
 A document is `{"version": 1, "space": node}`. A node is null, a container `{"type": "dict", "items": ...}` (or
-"list", "tuple"), or a leaf `{"type": kind, ...}` with the arguments of its factory, and with `"condition"`, a list of
-[name, values], where it is active only under one.
+"list", "tuple"), or a leaf `{"type": kind, ...}` with the arguments of its factory. A leaf with conditions also has
+`"condition"`, a list of [name, values].
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from metaopt import base
 from metaopt.spaces import _leaves
 
 VERSION = 1
-_MAX_VALUES = 2**24  # of λ, in a document: its text may be short, and its default is an array
+_MAX_VALUES = 2**24  # of λ in a document, whose text may be short although its default is a large array
 
 _FACTORIES = {
     "real": _leaves.real,
@@ -31,7 +31,7 @@ _FACTORIES = {
 
 
 def to_json(space: base.PyTree) -> dict[str, Any]:
-    """A space of nested dicts, lists and tuples as plain data, for `json.dump`.
+    """Returns a space of nested dicts, lists and tuples as plain data, for `json.dump`.
 
     Args:
       space: a tree of leaves.
@@ -40,7 +40,7 @@ def to_json(space: base.PyTree) -> dict[str, Any]:
       `{"version": 1, "space": ...}`, from which `from_json` makes an equal space.
 
     Raises:
-      ValueError: a container is a NamedTuple or of another type, a key is not a string, or something is no leaf.
+      ValueError: if a container is a NamedTuple or has another type, a key is not a string, or a value is not a leaf.
 
     >>> import json
     >>> from metaopt import spaces
@@ -52,17 +52,17 @@ def to_json(space: base.PyTree) -> dict[str, Any]:
 
 
 def from_json(document: dict[str, Any]) -> base.PyTree:
-    """The space that `to_json` wrote; the factory of every leaf checks its arguments again.
+    """Returns the space that `to_json` wrote. The factory of every leaf checks its arguments again.
 
     Args:
-      document: what `to_json` returned, or `json.load` of it.
+      document: the result of `to_json`, or `json.load` of it.
 
     Returns:
       A tree of leaves.
 
     Raises:
-      ValueError: if the version or the type of a node is not known, an argument of a leaf is not valid, or λ has more
-        than 2**24 entries.
+      ValueError: if the version or the type of a node is unknown, an argument of a leaf is invalid, or λ has more than
+        2**24 entries.
     """
     if not isinstance(document, dict) or "version" not in document or "space" not in document:
         got = reprlib.repr(document)
@@ -129,7 +129,7 @@ def _from_node(node, path: str):
         condition = arguments.pop("condition", [])
         if kind == "fixed":
             leaf = _fixed(arguments["value"], jnp.dtype(arguments["dtype"]))
-        elif kind == "simplex" and len(arguments["default"]) == 0:  # its factory makes one of `num` entries
+        elif kind == "simplex" and len(arguments["default"]) == 0:  # the factory would make a leaf of `num` entries
             raise TypeError("`default` is empty")
         else:
             leaf = _FACTORIES[kind](**arguments)

@@ -1,7 +1,7 @@
-"""Functions of a whole space: one verb each, applied to every leaf of the tree.
+"""Functions of a whole space: each applies one operation to every leaf of the tree.
 
 Unconstrained coordinates are marked by `Unconstrained` and have the structure of the space, with None for fixed leaves.
-Every tree is matched with the space first, so that an error names the entry, what was expected and what came.
+Every tree is first matched with the space, so that an error names the entry, the expected value and the actual one.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
       λ, of JAX's default floating-point type; integers are relaxed (see `discretize`), fixed leaves are their value.
 
     Raises:
-      ValueError: the space has a leaf of another kind.
+      ValueError: if the space has a leaf of another kind.
 
     >>> import jax
     >>> from metaopt import spaces
@@ -37,13 +37,13 @@ def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
     ((5,), (5,))
     """
     leaves, treedef = _flatten(space)
-    # One key a leaf, tuned or not: fixing a leaf leaves the others' draws unchanged.
+    # Each leaf has a key, tuned or not, so that fixing one leaf does not change the draws of the others.
     keys = jax.random.split(key, max(1, len(leaves)))
     return treedef.unflatten([leaf.sample(key) for (_, leaf), key in zip(leaves, keys, strict=False)])
 
 
 def default(space: base.PyTree) -> base.HyperParams:
-    """λ to start from: every leaf's default, of JAX's default floating-point type.
+    """Returns λ at the start of a search: the default of every leaf, in JAX's default floating-point type.
 
     Args:
       space: a tree of leaves.
@@ -52,7 +52,7 @@ def default(space: base.PyTree) -> base.HyperParams:
       λ, like a sample.
 
     Raises:
-      ValueError: the space has a leaf of another kind.
+      ValueError: if the space has a leaf of another kind.
 
     >>> from metaopt import spaces
     >>> λ = spaces.default({"rate": spaces.interval(1e-4, 1e-2, log=True), "mix": spaces.simplex(4)})
@@ -64,9 +64,9 @@ def default(space: base.PyTree) -> base.HyperParams:
 
 
 def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.HyperParams:
-    """λ from unconstrained coordinates: the bijection of every leaf, applied entry by entry.
+    """Returns λ from unconstrained coordinates: the bijection of every leaf, applied entry by entry.
 
-    Differentiable in both modes, to any order; a saturated coordinate has a zero gradient, never NaN.
+    Differentiable in both modes, to any order. A saturated coordinate has a zero gradient, never NaN.
 
     Args:
       space: a tree of leaves.
@@ -76,7 +76,8 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
       λ in natural units, structured like the space, of the types of z; fixed leaves are their value.
 
     Raises:
-      ValueError: if z is not marked as `Unconstrained` (λ in natural units is not), or does not fit the space.
+      ValueError: if z is not marked as `Unconstrained`, for example because it is λ in natural units.
+      ValueError: if z does not fit the space.
 
     >>> import jax
     >>> from metaopt import spaces
@@ -93,7 +94,7 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
 
 
 def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Unconstrained:
-    """Unconstrained coordinates from λ, the inverse of `to_constrained`.
+    """Returns unconstrained coordinates from λ, the inverse of `to_constrained`.
 
     A value at a bound (within the type's eps of the range) has no finite coordinate. It is moved inside, by 0.001 of
     the (log) range. There the derivative of λ in z is 0.001 of the range, so a gradient that points inward can move λ
@@ -105,12 +106,13 @@ def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Uncon
       hyperparams: λ in natural units, structured like the space; integers may be relaxed or not.
 
     Returns:
-      z, structured like the space with None for fixed leaves, of the types of λ where they are floating-point. A
+      z, structured like the space with None for fixed leaves. Its types are those of λ if they are floating-point. A
       traced value outside the range of its leaf cannot raise: its coordinate is NaN.
 
     Raises:
-      ValueError: if λ does not fit the space, or is already `Unconstrained`; if a value that is not traced lies outside
-        the range of its leaf, or differs from the value of a fixed leaf (by more than a few rounding errors).
+      ValueError: if λ does not fit the space, or is already `Unconstrained`.
+      ValueError: if a value that is not traced lies outside the range of its leaf, or differs from the value of a fixed
+        leaf by more than a few rounding errors.
 
     >>> from metaopt import spaces
     >>> spaces.to_unconstrained({"momentum": spaces.unit_interval()}, {"momentum": 2.0})
@@ -124,7 +126,7 @@ def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Uncon
 
 
 def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
-    """What code without a gradient runs with: integers rounded to int32, simplexes to the one-hot of the largest.
+    """Returns λ for code without a gradient: integers rounded to int32, simplexes one-hot at the largest weight.
 
     Args:
       space: a tree of leaves.
@@ -132,10 +134,10 @@ def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperP
 
     Returns:
       λ, with integer leaves rounded, clipped to their bounds and int32; simplexes one-hot; fixed leaves their value;
-      the rest unchanged. It has no gradient in what was rounded.
+      the rest unchanged. The rounded entries have no gradient.
 
     Raises:
-      ValueError: λ does not fit the space.
+      ValueError: if λ does not fit the space.
 
     >>> import jax.numpy as jnp
     >>> from metaopt import spaces
@@ -149,11 +151,11 @@ def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperP
 
 
 def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
-    """λ as one vector in the unit cube, in the coordinates that `sample` is uniform in: the inputs of surrogates.
+    """Returns λ as one vector in the unit cube, in the coordinates in which `sample` is uniform, for surrogates.
 
-    Intervals are their fraction of the (log) range; `real` and `positive` are Φ(z), the normal cumulative distribution;
-    a simplex is its weights. Integers may be relaxed or rounded. Fixed leaves are left out. A value outside the range,
-    as in a record of another space, is encoded as the nearest bound.
+    Intervals are encoded as their fraction of the (log) range. `real` and `positive` become Φ(z), the normal cumulative
+    distribution. A simplex becomes its weights. Integers may be relaxed or rounded. Fixed leaves are omitted. A value
+    outside the range, for example from a record of another space, is encoded as the nearest bound.
 
     Args:
       space: a tree of leaves.
@@ -163,7 +165,7 @@ def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
       [num_dims] in [0, 1], ordered like `names`.
 
     Raises:
-      ValueError: λ does not fit the space.
+      ValueError: if λ does not fit the space.
 
     >>> from metaopt import spaces
     >>> space = {"rate": spaces.interval(1e-4, 1.0, log=True), "layers": spaces.integer(1, 4)}
@@ -178,7 +180,7 @@ def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
 
 
 def num_dims(space: base.PyTree) -> int:
-    """The length of the encoding: entries of tuned leaves, where a simplex counts all of its weights.
+    """Returns the length of the encoding: the number of entries of tuned leaves, including all weights of a simplex.
 
     Args:
       space: a tree of leaves.
@@ -187,13 +189,13 @@ def num_dims(space: base.PyTree) -> int:
       A Python int.
 
     Raises:
-      ValueError: the space has a leaf of another kind.
+      ValueError: if the space has a leaf of another kind.
     """
     return sum(int(np.prod(leaf.value_shape)) for _, leaf in _flatten(space)[0] if leaf.tuned)
 
 
 def names(space: base.PyTree) -> tuple[str, ...]:
-    """A name for each dimension of the encoding: its path, and its index where the leaf has a shape.
+    """Returns a name for each dimension of the encoding: its path, with an index if the leaf has a shape.
 
     Args:
       space: a tree of leaves.
@@ -202,7 +204,7 @@ def names(space: base.PyTree) -> tuple[str, ...]:
       `num_dims` strings, ordered like `encode`.
 
     Raises:
-      ValueError: the space has a leaf of another kind.
+      ValueError: if the space has a leaf of another kind.
 
     >>> from metaopt import spaces
     >>> spaces.names({"adam": {"rate": spaces.positive(1e-3)}, "mix": spaces.simplex(2), "seed": spaces.fixed(0)})
@@ -217,19 +219,19 @@ def names(space: base.PyTree) -> tuple[str, ...]:
 
 
 def at_bounds(space: base.PyTree, hyperparams: base.HyperParams, *, tol: float = 1e-2) -> base.PyTree:
-    """Says which bounded leaves sit at a bound: a range to widen, or a mixture that has collapsed.
+    """Returns which leaves are at a bound, which suggests to widen a range, or reveals a mixture that has collapsed.
 
     Args:
       space: a tree of leaves.
       hyperparams: λ, structured like the space.
-      tol: how near, as a fraction of the (log) range; in [0, 0.5).
+      tol: the largest distance from a bound, as a fraction of the (log) range; in [0, 0.5).
 
     Returns:
-      Structured like the space, [*shape] bool: intervals and integers within `tol` of low or high; simplexes where one
-      weight is at least 1 − `tol`; false for unbounded and fixed leaves.
+      Structured like the space, [*shape] bool. Intervals and integers are true within `tol` of a bound. Simplexes are
+      true if one weight is at least 1 − `tol`. Unbounded and fixed leaves are false.
 
     Raises:
-      ValueError: λ does not fit the space, or `tol` is out of range.
+      ValueError: if λ does not fit the space, or `tol` is out of range.
 
     >>> from metaopt import spaces
     >>> at = spaces.at_bounds({"rate": spaces.interval(1e-4, 1.0, log=True)}, {"rate": 0.99})
@@ -245,7 +247,7 @@ def at_bounds(space: base.PyTree, hyperparams: base.HyperParams, *, tol: float =
 
 
 def _flatten(space):
-    """[(path, leaf)] and the structure of a space; raises where a leaf is no `Leaf`."""
+    """[(path, leaf)] and the structure of a space. Raises ValueError if a leaf is not a `Leaf`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(space)
     for path, leaf in leaves:
         if not isinstance(leaf, Leaf):
@@ -258,7 +260,7 @@ def _flatten(space):
 
 
 def _coordinate(leaf: Leaf, value: jax.Array) -> jax.Array | None:
-    """z of one leaf, NaN where the value is outside its range; None of a fixed leaf."""
+    """z of one leaf: NaN if the value is outside its range, None for a fixed leaf."""
     if not leaf.tuned:
         return None
     value = _floating(value)
@@ -283,7 +285,7 @@ def _check_range(matched, values) -> None:
 
 
 def _match(space, tree, *, constrained: bool = True):
-    """[(path, leaf, array or None)] and the structure of the space; raises where `tree` does not fit.
+    """[(path, leaf, array or None)] and the structure of the space. Raises ValueError if `tree` does not fit.
 
     Unconstrained trees are marked, and have None for fixed leaves.
     """
@@ -339,12 +341,12 @@ def _as_array(path, leaf, value, constrained):
 
 
 def _floating(array):
-    """Floating-point types are kept; integers and booleans become the default one."""
+    """Casts integers and booleans to the default floating-point type; floating-point types are kept."""
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
 
 
 def _difference(space, expected, tree, path):
-    """(path, text) of the first difference in structure, or None; `space` is `expected` with its fixed leaves."""
+    """(path, text) of the first difference in structure, or None. `space` is `expected` with its fixed leaves."""
     if isinstance(space, Leaf):
         if expected is None:
             if tree is not None:

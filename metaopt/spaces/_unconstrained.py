@@ -1,4 +1,4 @@
-"""The mark of unconstrained coordinates: z and λ are different types, so that neither is taken for the other."""
+"""The type of unconstrained coordinates: z and λ have different types, so that they cannot be confused."""
 
 import dataclasses
 from typing import Any
@@ -18,9 +18,9 @@ _HOW_TO_CONVERT = (
 class Unconstrained:
     """Unconstrained coordinates z of a space, as a pytree node around their tree.
 
-    `to_unconstrained` returns it, and `to_constrained` and the problem that `constrain` returns accept nothing else.
-    Optimizers, `jax.grad` and `jax.tree` work through it; its leaves have the same paths as those of λ. Reading an
-    entry, `z["rate"]`, raises: a loss that does so expects λ in natural units.
+    `to_unconstrained` returns this type. `to_constrained` and the problem that `constrain` returns accept only this
+    type. Optimizers, `jax.grad` and `jax.tree` work through it; its leaves have the same paths as those of λ. Reading
+    an entry, `z["rate"]`, raises, because a loss that reads an entry expects λ in natural units.
 
     Args:
       coordinates: structured like the space, with None for fixed leaves.
@@ -48,7 +48,7 @@ class Unconstrained:
 
     def tree_flatten_with_keys(self):
         paths, structure = jax.tree_util.tree_flatten_with_path(self.coordinates, is_leaf=self._is_below)
-        # One array alone has an empty path.
+        # A single array has an empty path.
         keys = [path[0] if path else jax.tree_util.GetAttrKey("coordinates") for path, _ in paths]
         return list(zip(keys, (child for _, child in paths), strict=True)), structure
 
@@ -60,5 +60,5 @@ class Unconstrained:
         return cls(jax.tree.unflatten(structure, children))
 
     def _is_below(self, node):
-        # The children are those of `coordinates` and not `coordinates` itself: paths are the same as in λ.
+        # The children are those of `coordinates`, not `coordinates` itself, so that paths are the same as in λ.
         return node is not self.coordinates

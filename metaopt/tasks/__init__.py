@@ -1,5 +1,9 @@
-"""What is solved: tables, their preparation, batches and features of tasks; episodes, their sources and splits;
-records of trials, how they are collected, kept and read."""
+"""Tasks to learn from: tables, few-shot episodes, and records of trials.
+
+* Tables: their sources and preparation, the batches and meta-features of tasks.
+* Episodes: their sources and splits.
+* Records of trials: how to collect, store and read them.
+"""
 
 from metaopt.base import Task
 from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack

@@ -1,9 +1,9 @@
-"""Tasks of different sizes in one batch: padding, masks, and a few common shapes.
+"""Puts tasks of different sizes into one batch: padding, masks, and a few common shapes.
 
-A compiled program has one shape, and tables have many. Each is padded with zeros to the shape of its bucket; masks say
-what is real, and a loss that heeds them gives the same value and gradient as without padding:
+A compiled program has one shape, but tables have many. Each task is padded with zeros to the shape of its bucket, and
+masks mark the real entries. A loss that uses the masks has the same value and gradient as without padding:
 
-    g(θ) = Σ_i mask_i ℓ(y_i, f_θ(x_i) + log class_mask) / Σ_i mask_i.
+    ℓ(θ) = Σ_i mask_i loss(y_i, network_θ(x_i) + log class_mask) / Σ_i mask_i.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from metaopt.tasks._prepare import PreparedTable, Rows
 
 
 class TaskShape(NamedTuple):
-    """How large a task is, or what it is padded to."""
+    """The size of a task, or the size that it is padded to."""
 
     train_rows: int
     valid_rows: int
@@ -27,11 +27,11 @@ class TaskShape(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """Which tasks share a shape, and what the shapes are.
+    """Which tasks share a padded shape, and the shapes.
 
     Attributes:
       assignment: [T] int32, the bucket of each task.
-      shapes: what the tasks of each bucket are padded to.
+      shapes: the padded shape of each bucket.
     """
 
     assignment: np.ndarray
@@ -39,7 +39,7 @@ class Buckets(NamedTuple):
 
 
 def shape_of(prepared: PreparedTable) -> TaskShape:
-    """The smallest shape that a prepared table fits.
+    """Returns the smallest shape that a prepared table fits into.
 
     Args:
       prepared: the table.
@@ -48,7 +48,7 @@ def shape_of(prepared: PreparedTable) -> TaskShape:
       A `TaskShape`.
 
     Raises:
-      ValueError: it is no prepared table.
+      ValueError: if `prepared` is not a `PreparedTable`.
     """
     if not isinstance(prepared, PreparedTable):
         raise ValueError(
@@ -68,23 +68,24 @@ def to_task(
 ) -> base.Task:
     """Pads a prepared table to a given shape.
 
-    `train` (support) and `valid` (query) are dicts of NumPy arrays, N rows, D columns and C classes after padding:
-    "x" [N, D] float32, "y" [N] int32, "mask" [N] float32 (1 a real row, 0 padding), "feature_mask" [D] float32,
-    "class_mask" [C] float32, "num_features" [] float32, "num_rows" [] int32. Padding is zeros, at the end.
+    `train` (support) and `valid` (query) are dicts of NumPy arrays. Let N be the rows, D the columns and C the classes
+    after padding: "x" [N, D] float32, "y" [N] int32, "mask" [N] float32 (1 for a real row, 0 for padding),
+    "feature_mask" [D] float32, "class_mask" [C] float32, "num_features" [] float32, "num_rows" [] int32. Padding
+    consists of zeros, at the end.
 
     Args:
-      prepared: what to pad; its test rows stay out of it.
-      rows: of `train` and of `valid`, after padding.
-      num_features: columns after padding.
-      num_classes: classes after padding.
-      features: meta-features, taken over as they are.
+      prepared: the table to pad; its test rows are not part of the task.
+      rows: the number of rows of `train` and of `valid`, after padding.
+      num_features: the number of columns after padding.
+      num_classes: the number of classes after padding.
+      features: meta-features, copied unchanged into the task.
 
     Returns:
       A `Task` of NumPy arrays.
 
     Raises:
-      ValueError: the table is not prepared, does not fit, has no row to train on or to validate on, or has a NaN or an
-        infinite value.
+      ValueError: if the table is not prepared, does not fit the shape, has no training row or no validation row, or has
+        a NaN or infinite value.
     """
     shape, padded = shape_of(prepared), TaskShape(*rows, num_features, num_classes)
     if any(s > p for s, p in zip(shape, padded, strict=True)):
@@ -121,23 +122,24 @@ def to_task(
 
 
 def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64) -> Buckets:
-    """Chooses few shapes for many tasks, so that little is computed on padding.
+    """Chooses a few shapes for many tasks, so that little is computed on padding.
 
-    The cost of a task is that of one forward pass of a network with `width` hidden units, padded:
-    (train_rows + valid_rows) (features + width + classes). Tasks start in buckets of their own; the two whose merger
-    adds the least cost are merged until few enough are left; then every task moves to the cheapest bucket that it fits,
-    and buckets shrink to what is in them, until nothing changes. Neither phase is sure to find the optimum.
+    The cost of a task is the cost of one forward pass, after padding, of a network with `width` hidden units:
+    (train_rows + valid_rows) (features + width + classes). At first, every different shape has its own bucket. The two
+    buckets whose merger adds the least cost are merged, until few enough are left. Then every task moves to the
+    cheapest bucket that it fits, and buckets shrink to their tasks, until nothing changes. Neither phase is guaranteed
+    to find the optimum.
 
     Args:
-      shapes: one a task; plain tuples will do.
-      max_buckets: at least 1; each costs one compilation.
-      width: of the hidden layers that the tasks are to be learned with.
+      shapes: one per task; plain tuples are allowed.
+      max_buckets: at least 1; each bucket costs one compilation.
+      width: of the hidden layers of the networks that will learn the tasks.
 
     Returns:
       The bucket of every task, and the padded shape of every bucket, smallest cost first.
 
     Raises:
-      ValueError: there is no shape, or `max_buckets` is below 1.
+      ValueError: if `shapes` is empty, or `max_buckets < 1`.
     """
     if not len(shapes):
         raise ValueError("`shapes` must hold at least one shape; it is empty.")
@@ -173,18 +175,21 @@ def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64
 
 
 def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> base.Task:
-    """A batch of tasks: one more leading axis on every leaf. Takes arrays with values: not for use under `jit`.
+    """Stacks tasks into a batch: every leaf gets one more leading axis.
+
+    The function reads the values of the leaves, so it does not work under `jit`.
 
     Args:
-      tasks: of one structure, one shape and one type a leaf.
-      names: what error messages call them; None: their places.
+      tasks: the tasks, all with the same structure, and with the same shape and type of each leaf.
+      names: of the tasks, for error messages; None numbers them.
 
     Returns:
       A `Task` of JAX arrays [T, ...].
 
     Raises:
-      ValueError: if there is no task; if structures, shapes or types differ; if a leaf has a NaN or an infinite value;
-        if a label is not a class that "class_mask" allows.
+      ValueError: if `tasks` is empty, or the number of names is not the number of tasks.
+      ValueError: if structures, shapes or types differ.
+      ValueError: if a leaf has a NaN or infinite value, or a label is not a class that "class_mask" allows.
     """
     if not len(tasks):
         raise ValueError("`tasks` must hold at least one task; it is empty.")
@@ -220,10 +225,10 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
 
 
 def unstack(tasks: base.Task) -> list[base.Task]:
-    """The tasks of a batch, one by one.
+    """Returns the tasks of a batch, one by one.
 
     Args:
-      tasks: as `stack` returns them.
+      tasks: a batch, as `stack` returns it.
 
     Returns:
       The T tasks.
@@ -233,20 +238,21 @@ def unstack(tasks: base.Task) -> list[base.Task]:
 
 
 def resplit(key: jax.Array, task: base.Task) -> base.Task:
-    """Draws training and validation rows anew from both together: as many real ones of each, then padding.
+    """Draws new training and validation rows from both parts together. Each part keeps its number of real rows.
 
-    A rotating split keeps λ from adapting to one choice of validation rows. Pure; works under `jit` and `vmap`; in
-    reverse mode gradients pass to the rows. Stratified: rows are ranked at random within their class, and those of
-    the lowest rank / (rows of the class) are trained on. So a class has its share of the training rows, rounded up
-    where it can be, and every class is trained on where there are at least as many training rows as classes.
+    A rotating split keeps λ from adapting to one choice of validation rows. The function is pure and works under `jit`
+    and `vmap`; in reverse mode, gradients pass to the rows. The split is stratified: rows are ranked at random within
+    their class. The rows with the lowest rank / (rows of the class) become training rows. So each class has its share
+    of the training rows, rounded up where possible. If there are at least as many training rows as classes, every class
+    has a training row.
 
     Args:
       key: consumed.
-      task: one task as `to_task` gives it; for a batch, `vmap` over keys and tasks. Entries but x, y and mask stay as
-        they are.
+      task: one task, as `to_task` returns it; for a batch, use `vmap` over keys and tasks. All entries except x, y and
+        mask stay unchanged.
 
     Returns:
-      The task with other rows in its parts.
+      The task with other rows in its parts; padding stays at the end.
     """
     train, valid = task.train, task.valid
 
@@ -282,7 +288,7 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
 
 
 def _check_values(task: base.Task, name: str) -> None:
-    """ValueError if a padded task has a value that is not finite, or a label that is not a class."""
+    """Raises ValueError if a padded task has a non-finite value, or a label that is not a class."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(task)[0]:
         _check_leaf("task" + jax.tree_util.keystr(path), np.asarray(leaf), f"task {name}")
     base.check_task_labels(f"task {name}", task)

@@ -1,6 +1,6 @@
-"""Where the classes of few-shot episodes come from: labelled examples, who made them, and what the classes belong to.
+"""Sources of classes for few-shot episodes: labeled examples, their makers, and the superclasses of the classes.
 
-A source is one data set in memory; `_image_sources` reads some.
+A source is one data set in memory. The readers are in `_image_sources`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,19 @@ import numpy as np
 
 
 class Source(NamedTuple):
-    """Labelled examples of one kind: `N` examples of `C` classes. Made by `from_arrays` and its like, which check it.
+    """Labeled examples of one kind: `N` examples of `C` classes.
+
+    Functions such as `from_arrays` make sources and check them.
 
     Attributes:
       name: unique among the sources in use.
-      x: [N, ...], the examples; images are best left as uint8.
+      x: [N, ...], the examples; it is best to leave images as uint8.
       y: [N] int32 in 0..C-1; every class has an example.
-      group: [N] int32 in 0..G-1, who made the example (drawer, speaker, camera); None where that is not known.
+      group: [N] int32 in 0..G-1, the maker of each example (drawer, speaker, camera); None if the makers are not known.
       class_names: C names, all different.
-      superclass: [C] int32, what a class belongs to (a character's alphabet), or None.
-      ontology: node -> the names of its children, nodes or classes: a directed acyclic graph over the classes, or None.
+      superclass: [C] int32, the superclass of each class (the alphabet of a character), or None.
+      ontology: node -> the names of its children, which are nodes or classes; a directed acyclic graph over the
+        classes, or None.
     """
 
     name: str
@@ -37,7 +40,7 @@ class Source(NamedTuple):
 
     @property
     def num_groups(self) -> int:
-        """G; 1 where groups are not known."""
+        """G; 1 if groups are not known."""
         return 1 if self.group is None else int(self.group.max()) + 1
 
 
@@ -51,27 +54,30 @@ def from_arrays(
     superclass: Any = None,
     ontology: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
-    """A source from arrays.
+    """Makes a source from arrays.
 
     Args:
-      x: [N, ...], the examples; finite, since a gap would reach the outputs of its whole episode.
-      y: [N], their labels: integers or strings; the classes are the different labels, sorted.
+      x: [N, ...], the examples. They must be finite, because one gap would affect the outputs of its whole episode.
+      y: [N], their labels: integers or strings. The classes are the different labels, sorted.
       name: of the source.
-      group: [N], who made each example; None where that is not known. Any values: equal ones are one group.
-      class_names: of the classes, sorted by label; None: the labels.
-      superclass: [C], what each class belongs to, sorted by label; any values.
+      group: [N], the maker of each example; None if the makers are not known. Values may have any type; equal values
+        are one group.
+      class_names: of the classes, sorted by label; None uses the labels.
+      superclass: [C], the superclass of each class, sorted by label; any values.
       ontology: node -> its children, which are nodes or names of classes.
 
     Returns:
       A `Source`.
 
     Raises:
-      ValueError: there is no example; lengths differ; names are not as many as classes, or not all different; x is no
-        numbers, or not finite; a label is missing (NaN, None) or no class: a number that is not whole; a group or
-        superclass is missing.
+      ValueError: if `x` is empty, or lengths differ.
+      ValueError: if the number of class names is not the number of classes, or two names are equal.
+      ValueError: if `x` is not numeric or not finite.
+      ValueError: if a label is missing (NaN, None) or is a number that is not whole, or a group or superclass is
+        missing.
     """
     x, given, y = np.asarray(x), y, exact_array(y)
-    y = y.astype(np.float32) if y.dtype.kind == "V" else y  # bfloat16, for one
+    y = y.astype(np.float32) if y.dtype.kind == "V" else y  # such as bfloat16
     if not x.ndim or not len(x):
         raise ValueError(f"Source {name!r} is empty: `x` must have at least one example; got shape {x.shape}.")
     for what, array in (("`y`", y), ("`group`", group)):
@@ -118,9 +124,9 @@ def from_arrays(
 
 
 def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
-    """Raises a `ValueError` where a label is missing, or no class."""
+    """Raises ValueError if a label is missing or is not a class."""
     no_class = lambda label: label is None or isinstance(label, float | np.floating) and not float(label).is_integer()
-    # As `given`: of strings and NaN NumPy makes strings, "nan" among them.
+    # Check the original values: in an array of strings and NaN, NumPy turns NaN into the string "nan".
     of = given if y.dtype.kind == "U" and not isinstance(given, np.ndarray) else y if y.dtype.kind in "fO" else ()
     for row, label in enumerate(of):
         if no_class(label):
@@ -131,13 +137,15 @@ def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
 
 
 def exact_array(values: Any) -> np.ndarray:
-    """Makes an array in which integers keep their values: NumPy makes floats of [2**63, -1], which merge others.
+    """Makes an array in which integers keep their exact values.
+
+    NumPy converts a list such as [2**63, -1] to floats, which makes some different integers equal.
 
     Args:
       values: an array, or a sequence.
 
     Returns:
-      The array; of Python objects if float64 cannot hold every integer.
+      The array; it holds Python objects if float64 cannot represent every integer.
     """
     array = np.asarray(values)
     if array.dtype.kind == "f" and not isinstance(values, np.ndarray) and (np.abs(array) >= 2**53).any():
@@ -146,31 +154,31 @@ def exact_array(values: Any) -> np.ndarray:
 
 
 def first_missing(values: Any) -> int | None:
-    """The place of the first value that is None, NaN or NaT; None where there is none.
+    """Returns the index of the first missing value (None, NaN or NaT), or None if all values are present.
 
     Args:
-      values: as they were given: of strings and NaN NumPy makes strings, "nan" among them.
+      values: the original values. After NumPy has converted strings and NaN to an array, NaN is the string "nan".
 
     Returns:
-      The place, or None.
+      The index, or None.
     """
     return next((place for place, value in enumerate(values) if value is None or value != value), None)
 
 
 def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = None, min_examples: int = 1) -> Source:
-    """A part of a source: some classes, some examples, no class that is too small.
+    """Returns a part of a source: some classes and some examples, without classes that are too small.
 
     Args:
-      source: the whole.
+      source: the whole source.
       classes: names of the classes to keep, in any order; None keeps all.
       rows: [M] int, the examples to keep; None keeps all.
-      min_examples: classes that are left with fewer are dropped.
+      min_examples: classes with fewer remaining examples are dropped.
 
     Returns:
-      A `Source` of the same name, classes and groups numbered anew in the same order.
+      A `Source` of the same name; its classes and groups are numbered again, in the same order.
 
     Raises:
-      ValueError: a class or row is not in the source, or nothing is left.
+      ValueError: if a class or row is not in the source, `rows` is not a nonempty list of integers, or nothing remains.
     """
     chosen = np.ones(len(source.x), bool)
     if rows is not None:
@@ -203,19 +211,19 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
 
 
 def with_rotations(source: Source) -> Source:
-    """Every class four times: its images turned by 0, 90, 180 and 270 degrees are classes of their own.
+    """Returns a source with four classes for each class: its images rotated by 0, 90, 180 and 270 degrees.
 
-    Usual for training on Omniglot (Santoro et al., ICML 2016; Vinyals et al., NIPS 2016). Turn what a split left for
-    training, so that no class is turned into another part.
+    This is usual for training on Omniglot (Santoro et al., ICML 2016; Vinyals et al., NIPS 2016). Rotate the training
+    part after a split. Otherwise a rotated class may be in another part than its original.
 
     Args:
       source: of square images [N, S, S] or [N, S, S, channels], without an ontology.
 
     Returns:
-      A `Source` of 4 C classes; turned classes belong to superclasses of their own, one for each angle.
+      A `Source` of 4 C classes. For each angle, the superclasses have new numbers.
 
     Raises:
-      ValueError: the images are not square, or there is an ontology.
+      ValueError: if the images are not square, or there is an ontology.
     """
     if source.x.ndim < 3 or source.x.shape[1] != source.x.shape[2]:
         raise ValueError(f"`with_rotations` needs square images [N, S, S, ...]; got shape {source.x.shape}.")
@@ -235,17 +243,19 @@ def with_rotations(source: Source) -> Source:
 
 
 def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
-    """Sources without episodes, for training on all classes at once: fine-tuning's pre-training, and baselines.
+    """Returns the rows of sources without episodes, for training on all classes at once.
+
+    Use them for the pre-training before fine-tuning, and for baselines.
 
     Args:
       sources: one or several, with examples of one shape and type.
 
     Returns:
-      "x" [N, ...] as it is in the sources, "y" [N] int32, classes numbered through all sources, "source" [N] int32: as
-      `inner.minibatch` takes them.
+      "x" [N, ...], unchanged; "y" [N] int32, with classes numbered across all sources; and "source" [N] int32. This is
+      the form that `inner.minibatch` takes.
 
     Raises:
-      ValueError: there is no source, or shapes or types differ.
+      ValueError: if `sources` is empty, if shapes or types differ, or if two sources have the same name.
     """
     sources = [sources] if isinstance(sources, Source) else list(sources)
     check_alike(sources)
@@ -258,10 +268,10 @@ def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
 
 
 def check_alike(sources: Sequence[Source]) -> None:
-    """Raises a `ValueError` where sources cannot be joined to one array.
+    """Raises ValueError if sources cannot be joined into one array.
 
     Args:
-      sources: to be joined.
+      sources: the sources to join.
     """
     if not len(sources):
         raise ValueError("`sources` must hold at least one source; it is empty.")
@@ -276,7 +286,7 @@ def check_alike(sources: Sequence[Source]) -> None:
 
 
 def check_names(sources: Sequence[Source]) -> list[str]:
-    """The names of sources; a `ValueError` where two have the same.
+    """Returns the names of sources. Raises ValueError if two sources have the same name.
 
     Args:
       sources: any.

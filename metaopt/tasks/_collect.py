@@ -1,12 +1,13 @@
-"""Collects records: any searcher, any Python callable, many tasks at a time; interrupted and continued at any point.
+"""Collects records from any searcher and any Python callable, on many tasks at a time.
 
-There is one loop. In each round the searcher of every task is asked for a batch of trials, shortly before a worker is
-free for them; joblib runs them; then every searcher is told the records of its own trials, in the order in which it
-proposed them. A trial depends only on its own seed. So the records depend on the size of a batch, and not on the number
-of workers.
+You can interrupt a collection at any point and continue it later. There is one loop. In each round, `collect` asks the
+searcher of every task for a batch of trials, shortly before a worker is free for them. joblib runs the trials. Then
+every searcher receives the records of the trials that it proposed, in the order of its proposals. A trial depends only
+on its own seed. So the records depend on the batch size, but not on the number of workers.
 
-A collection is continued by a second call: the searchers are asked again from the start, which gives the same trials.
-Those that have ended in the store are told without being run. The state of a searcher is never saved.
+To continue a collection, call `collect` again. It asks the searchers from the start, which gives the same trials.
+Trials that have ended in the store are not run again; the searcher receives their stored records. The state of a
+searcher is never saved.
 """
 
 import collections
@@ -55,71 +56,74 @@ def collect(
     """Runs trials of an objective on tasks, and records them.
 
     By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
-    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to
-    the workers, not to joblib: a process pool that ends one of its own processes loses the other trials of the pool.
-    joblib's workers only wait for the children. They are threads by default. `joblib.parallel_config(backend=...)`
-    makes them threads or processes of loky, Dask (`pip install "dask[distributed]"`) or Ray (`pip install ray`), each
-    with children on its own machine:
+    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
+    workers, not to joblib, because a process pool loses its other trials when one of its processes is ended. The
+    workers of joblib only wait for the children. By default they are threads. With
+    `joblib.parallel_config(backend=...)` they are threads or processes of loky, Dask
+    (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each worker has children on its own machine:
 
         client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
         ray.util.joblib.register_ray()                        # "ray"
         with joblib.parallel_config(backend="dask", n_jobs=64):
             records = tasks.collect(objective, space, named, num_trials=100, key=key, store="records.db")
 
-    Only this process writes to the store, as soon as a trial ends. With Ray it writes after as many trials as run at a
-    time. If the workers of a backend are processes, it must be able to send the objective and the tasks to them.
+    Only this process writes to the store, as soon as a trial ends. With Ray, it writes after each group of trials that
+    ran at the same time. If the workers of a backend are processes, the backend must be able to send the objective and
+    the tasks to them.
 
     Args:
       objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
-        use `trial.configuration` (plain values by name), `trial.seed` for all random numbers, and `trial.fidelity` if
-        the searcher proposes fractions of the full budget. It may raise `tasks.Pruned(outcome)`. If it forks its
-        process, the fork ends where the objective returns or raises, and its answer is ignored.
+        use `trial.configuration` (plain values by name) and use `trial.seed` for all random numbers. It should also use
+        `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise `tasks.Pruned(outcome)`. If
+        it forks its process, the fork ends when the objective returns or raises, and its result is ignored.
       space: a tree of leaves.
       tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
         `Table`s.
-      num_trials: how many full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
+      num_trials: the number of full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
       key: of the search. The key of each task is folded from it and the name of the task.
-      searcher: by default `random_search()`: the space's default first, then random configurations. `enqueue` places
-        your own configurations before or among those of any searcher.
-      batch_size: how many trials a task's searcher is asked for at a time. It is told their records before it is asked
-        again. By default 1. Random search by default (`searcher=None`) needs no records, so its trials do not wait for
-        one another, and it is asked as workers become free.
+      searcher: by default `random_search()`: first the default of the space, then random configurations. `enqueue`
+        places your own configurations before or among those of any searcher.
+      batch_size: the number of trials that a task's searcher proposes at a time. The searcher receives their
+        records before the next batch. By default 1. The default random search (`searcher=None`) does not need
+        records. So its trials do not wait for one another, and it proposes trials as workers become free.
       same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
         the same seeds on every task, and the records form a matrix.
       resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
         difference of the two fidelities counts as spent.
-      store: a file of records (`append_records`), created if it does not exist; by default, none. A trial that has
-        ended in the store is not run again, even if it failed (see `retry_failed`). During a collection a lock
-        file lies next to the store, with a name that ends in `.lock`. A killed collection may leave this file behind;
-        it is harmless.
-      study: the collection's name in the store. To continue a collection, call again with the same space, searcher,
-        `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left out, and
-        configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at a time.
-        Several studies may share a store.
+      store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
+        ended in the store is not run again, even if it failed (see `retry_failed`). During a collection, a lock file
+        lies next to the store; its name ends in `.lock`. A killed collection may leave this file behind; it is
+        harmless.
+      study: the name of the collection in the store. To continue a collection, call again with the same space,
+        searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
+        out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
+        a time. Several studies may share a store.
       retry_failed: run failed trials once more, in every call with this argument. The new record replaces the old one,
-        which stays in the store (`read_records(history=True)`). A searcher that learns from records is still told of
-        the failure, so that it proposes the same trials as before.
-      num_workers: how many trials run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or `searcher` is
-        given, at most `batch_size` of each task.
-      isolated: whether trials run in children, on POSIX systems. Otherwise they run in joblib's workers. This is faster
-        for trials of less than milliseconds, but there are no limits, and a crash ends the collection.
-      time_limit: seconds for each trial; by default none, and then a trial that hangs stops the collection.
+        which stays in the store (`read_records(history=True)`). The searcher still receives the record of the failure,
+        so that it proposes the same trials as before.
+      num_workers: the number of trials that run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or
+        `searcher` is given, at most `batch_size` trials of each task run at a time.
+      isolated: whether trials run in child processes, on POSIX systems. Otherwise they run in joblib's workers. This is
+        faster for trials that take less than milliseconds. But then limits are impossible, and a crash ends the
+        collection.
+      time_limit: seconds for each trial. None sets no limit, and a trial that hangs stops the collection.
       memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
         Python with metaopt and JAX takes 200 to 300 MiB.
-      budget: seconds for the whole collection; None or `inf` is no limit. No trial begins later. Those that already run
-        continue to their end, or their limit, so a collection takes less than one trial's limit longer. Workers on
-        other machines should have the same clock. Trials that were about to begin stay "RUNNING" in the store until
-        the next call.
-      progress: None reports trials on standard error: by a bar in a terminal or notebook, and elsewhere by a line every
-        10 s. True prints also a line at the end of a short collection; False reports nothing.
+      budget: seconds for the whole collection; None or `inf` sets no limit. No trial begins later. Running trials
+        continue until they end or reach their limit. So a collection exceeds its budget by less than the limit of one
+        trial. Workers on other machines should have the same clock. Trials that were about to begin stay "RUNNING" in
+        the store until the next call.
+      progress: None reports trials on standard error: with a bar in a terminal or notebook, otherwise with a line every
+        10 s. True also prints a line at the end of a short collection; False reports nothing.
 
     Returns:
       The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
       did not begin within the budget have no record.
 
     Raises:
-      ValueError: if an argument is invalid, the store has this study from another space, searcher or key, or another
-        collection of the study is running.
+      ValueError: if an argument is invalid.
+      ValueError: if the store has this study from another space, searcher or key, or another collection of it is
+        running.
       FileNotFoundError: if the folder of the store does not exist.
       RuntimeError: if a child cannot start, or cannot read the objective or a task.
       ImportError: if joblib or, for isolated trials, cloudpickle is not installed.
@@ -157,7 +161,7 @@ def collect(
     if memory_limit is not None and not memory_is_known():
         raise ValueError("`memory_limit` needs Linux, whose /proc says what a process holds; leave it out.")
     named = _by_name(tasks)
-    # Random search proposes the same trials whether it is asked for one at a time or for all.
+    # Random search proposes the same trials, one at a time or all at once.
     all_at_once = batch_size is None and searcher is None
     searcher = random_search() if searcher is None else searcher
 
@@ -175,14 +179,14 @@ def collect(
                 _check_same(known, trial, store, study)
                 show(known)
 
-            # A searcher hears how a trial ended the first time, even if a failed trial was run again.
+            # A searcher receives the first end of a trial, even if a failed trial was run again.
             last, first = _read_ended(store, study, named, retry_failed)
             while searching := [search for search in searches if not search.ended]:
                 trials = _ask_round(searching, batch_size or 1, all_at_once, last, deadline, read)
                 for record in _run_all(run, objective, named, trials, store, study, num_workers, deadline):
                     last[_identity(record)] = record
                     show(record)
-                for _ in trials:  # those that the store does not have need time, and the budget is spent
+                for _ in trials:  # after the deadline, this still reads the trials that have ended in the store
                     pass
                 if not all([search.tell(last, first) for search in searching]):
                     break
@@ -199,7 +203,7 @@ class _TaskSearch:
       name: of the task.
       records: of the trials that have ended, in the order of the trials.
       batch: the trials of this round.
-      whole: whether the searcher was asked for the whole round.
+      whole: whether the searcher was asked for all trials of this round.
       ended: whether the searcher will not be asked again.
     """
 
@@ -225,7 +229,7 @@ class _TaskSearch:
         return trials
 
     def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
-        """Ends a round. If trials of it have not ended, it returns False and tells the searcher nothing."""
+        """Ends a round. Returns False, and passes no records to the searcher, if some of its trials have not ended."""
         done = [last[_identity(trial)] for trial in self.batch if _identity(trial) in last]
         self.records += done
         complete = self.whole and len(done) == len(self.batch)
@@ -245,8 +249,8 @@ def _ask_round(
 ) -> Iterator[base.Record]:
     """Asks the searchers for one batch after the other, and yields the trials that have to run.
 
-    `all_at_once` makes all trials of a search one round. `read(known, trial)` is called for each trial that has ended.
-    After the deadline a searcher is only asked if the store has more of its trials.
+    With `all_at_once`, all trials of a search form one round. `read(known, trial)` is called for each trial that has
+    ended. After the deadline, it asks a searcher only if the store has more of its trials.
     """
     num_known = collections.Counter(task for task, *_ in ended)
     for search in searches:
@@ -265,7 +269,7 @@ def _ask_round(
 
 
 def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) -> None:
-    """Raises `ValueError` if the store has another trial under this number."""
+    """Raises ValueError if the store has another trial under this number."""
     if (known.configuration, known.seed) != (trial.configuration, trial.seed):
         raise ValueError(
             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
@@ -276,7 +280,7 @@ def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) 
 
 
 def _check_key(key: Any) -> None:
-    """Typed keys, and those of `jax.random.PRNGKey`."""
+    """Raises ValueError unless `key` is one key: a typed key, or a key of `jax.random.PRNGKey`."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not (typed and shape == () or dtype == jnp.uint32 and shape is not None and len(shape) == 1):
@@ -291,7 +295,7 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
         of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
         refusal = ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
-        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one, such as a `Table`
+        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one task (a `Table`)
             raise refusal
         try:
             given = iter(tasks)
@@ -311,7 +315,7 @@ def _by_name(tasks: Any) -> dict[str, Any]:
 
 
 class _Isolated:
-    """`run_isolated` with its limits, for joblib to send."""
+    """`run_isolated` with its limits, as an object that joblib can send."""
 
     def __init__(self, time_limit, memory_limit, owner):
         self.limits = {"time_limit": time_limit, "memory_limit": memory_limit, "owner": owner}
@@ -331,12 +335,13 @@ def _identity(record: base.Record) -> tuple:
 
 @contextlib.contextmanager
 def _alone(store, study: str) -> Iterator[None]:
-    """Raises `ValueError` if another collection of the study is running: it would run the same trials.
+    """Raises ValueError if another collection of the study is running, because it would run the same trials.
 
-    The operating system locks a file next to the store. The lock ends when this process and its forks (joblib's
-    "multiprocessing" workers, or forks made by the objective) have ended. The children of trials do not hold it.
+    The operating system locks a file next to the store. The lock ends when this process and its forks have ended. Such
+    forks are joblib's "multiprocessing" workers and forks made by the objective. The child processes of trials do not
+    hold the lock.
     """
-    path = "" if store is None else os.path.realpath(store)  # through every link, it is the same file
+    path = "" if store is None else os.path.realpath(store)  # links to the same file share the lock
     if store is not None and not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(
             f"The store {os.fspath(store)} cannot be made: there is no folder of it. Make that first."
@@ -356,7 +361,7 @@ def _alone(store, study: str) -> Iterator[None]:
 
 
 def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
-    """The last and the first record with which each trial of the study ended; a trial without one runs again."""
+    """Returns the last and the first end of each trial; a trial that is not in the first dict runs again."""
     if store is None or not os.path.exists(store):
         return {}, {}
     rows = read_records(store, study=study, status=_ENDED, history=True)
@@ -368,9 +373,10 @@ def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Rec
 
 
 def _run_all(run, objective, named, trials, store, study, num_workers, deadline) -> Iterator[base.Record]:
-    """Runs trials and yields their records as they end, each appended to the store at once.
+    """Runs trials and yields their records as they end; each is appended to the store at once.
 
-    `trials` is an iterator, of which this thread takes a few more than can run at a time: asking a searcher takes time.
+    `trials` is an iterator. Asking a searcher takes time, so this thread takes a few more trials than can run at a
+    time.
     """
     queue = collections.deque(itertools.islice(trials, 1))
     if not queue:
@@ -382,7 +388,7 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
     stopped = False
 
     def jobs():
-        while queue:  # joblib, in any of its threads, takes the next one when a worker is free
+        while queue:  # joblib takes the next trial, in any of its threads, when a worker is free
             left = deadline - time.monotonic()
             if stopped or left <= 0:
                 return
@@ -394,17 +400,17 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
     as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
-    streams = backend.supports_return_generator  # Ray's does not
+    streams = backend.supports_return_generator  # Ray's backend does not
     kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
     parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
     at_once = joblib.effective_n_jobs(parallel.n_jobs)
-    # joblib takes as many at a time as run at a time: with four times as many, the queue does not run empty.
+    # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
     refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
     refill()
     try:
         while queue and time.monotonic() < deadline:
             for record in parallel(jobs() if streams else list(itertools.islice(jobs(), at_once))):
-                if record is not None:  # it had time to begin
+                if record is not None:  # otherwise the trial had no time to begin
                     if store is not None:
                         append_records(store, [record], study=study)
                     yield record
@@ -415,7 +421,7 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
 
 @contextlib.contextmanager
 def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
-    """Yields a function that counts a record, one that the store already had included."""
+    """Yields a function that counts a record, including records that the store already had."""
     done, counts = 0.0, {"failed": 0, "pruned": 0}
     with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", failed=0, pruned=0) as report:
 

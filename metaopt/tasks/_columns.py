@@ -1,6 +1,6 @@
-"""Columns of text as columns of float32: numbers, numbers with thousands separators, dates, or categories.
+"""Converts columns of text to float32: numbers, numbers with thousands separators, dates, or categories.
 
-All values of a column have the same type; a column whose values do not is categorical. Whole numbers are compared as
+All values of a column must have the same type; otherwise the column is categorical. Whole numbers are compared as
 Python integers, because float64 merges them above 2^53 and float32 above 2^24.
 """
 
@@ -47,7 +47,7 @@ class Column(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """The numbers of a column: `values` / `unit`, where whole values are integers."""
+    """The numbers of a column: `values` / `unit`. Whole values are Python integers."""
 
     values: list[int | float]
     unit: int = 1
@@ -55,7 +55,7 @@ class _Numbers(NamedTuple):
 
 
 def number(text: str) -> int | float | None:
-    """Returns the number that a text stands for: an exact integer if it is whole, otherwise a float.
+    """Returns the number that a text represents: an exact integer if it is whole, otherwise a float.
 
     Args:
       text: such as "3", "3.0", "1e3" or "inf". "nan" and "1_000" are not numbers.
@@ -90,7 +90,7 @@ def read_column(name: str, texts: Sequence[str], lines: Sequence[int], *, decima
       The `Column`.
 
     Raises:
-      ValueError: if a number of a numeric column is beyond float32.
+      ValueError: if a number of a numeric column is beyond the range of float32.
     """
     present = [i for i, text in enumerate(texts) if text not in MISSING]
     rows = [i for i in present if texts[i].lower() != "none"]
@@ -145,17 +145,17 @@ def code(values: Sequence, rows: Sequence[int], num_rows: int) -> np.ndarray:
 
 
 def as_float32(values: Sequence[int | float], unit: int = 1) -> tuple[np.ndarray, bool, tuple[str, ...]]:
-    """Converts finite numbers to float32. If that merges some, the smallest number is subtracted first.
+    """Converts finite numbers to float32. If this makes too many values equal, it first subtracts the smallest number.
 
-    Whole numbers must all stay different. Of other numbers a tenth may merge, because digits beyond the seventh are
-    mostly noise.
+    Whole numbers must all stay different. Among other numbers, up to a tenth of the values may become equal, because
+    digits beyond the seventh are mostly noise.
 
     Args:
       values: integers, compared exactly, or floats.
       unit: the divisor of all values.
 
     Returns:
-      The float32 numbers, whether they are as different as they have to be, and notes about what changed.
+      The float32 numbers, whether enough of them are still different, and notes about changes.
     """
     if not len(values):
         return np.zeros(0, np.float32), True, ()
@@ -178,7 +178,7 @@ def merged_values(x: np.ndarray) -> dict[int, int]:
       x: [n, d] numbers.
 
     Returns:
-      Column -> how many of its different values are lost; only columns that lose some.
+      Column -> the number of different values that are lost; only columns that lose some.
     """
     if x.dtype == np.float32:
         return {}
@@ -189,10 +189,11 @@ def merged_values(x: np.ndarray) -> dict[int, int]:
 
 
 def looks_like_id(values: Sequence[int | float]) -> bool:
-    """Returns whether numbers look like the names of rows: whole, hardly any repeated, and dense or of equal length.
+    """Returns whether numbers look like the names of rows: whole, hardly any repeated, and dense, of equal length, or
+    large.
 
     Args:
-      values: finite numbers; at least 20, otherwise the answer is False.
+      values: finite numbers; at least 20, otherwise the result is False.
     """
     different = set(values)
     if len(values) < 20 or len(different) < 0.95 * len(values) or any(value != int(value) for value in different):
@@ -207,7 +208,7 @@ def _are_whole(values: Sequence[int | float]) -> bool:
 
 
 def _readings(texts: list[str], decimal_comma: bool) -> Iterator[_Numbers]:
-    """The ways to read all texts as numbers, the preferred one first."""
+    """Yields the ways to read all texts as numbers, the preferred one first."""
     if not texts:
         return
     if (values := _all_or_none(map(number, texts))) is not None:
@@ -221,7 +222,7 @@ def _readings(texts: list[str], decimal_comma: bool) -> Iterator[_Numbers]:
 
 
 def _all_or_none(values: Iterable[_T | None]) -> list[_T] | None:
-    """Returns the values, or None if any value is None."""
+    """Returns the values, or None if they include None."""
     kept = []
     for value in values:
         if value is None:
@@ -231,7 +232,7 @@ def _all_or_none(values: Iterable[_T | None]) -> list[_T] | None:
 
 
 def _number_with_separators(text: str, mark: str) -> int | float | None:
-    """The number with the decimal mark `mark`, with or without thousands separators."""
+    """Returns the number with the decimal mark `mark`, with or without thousands separators."""
     if _GROUPED[mark].fullmatch(text):
         text = text.replace("," if mark == "." else ".", "")
     return number(text.replace(mark, "."))
@@ -250,13 +251,13 @@ def _separator_notes(texts: list[str], mark: str) -> tuple[str, ...]:
 
 
 def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Numbers]:
-    """Days since 1970, in the order of day and month in which all dates exist."""
+    """Yields days since 1970, for an order of day and month in which all dates exist."""
     days = {order: times for order in orders if (times := _microseconds(matches, order)) is not None}
     if not days:
         return
     named = {"ymd": "year-month-day", "dmy": "day-month-year", "mdy": "month-day-year"}
     order = next(iter(days))
-    if len(days) > 1 and matches[0][2] != ".":  # as in pandas; with dots the day is first everywhere
+    if len(days) > 1 and matches[0][2] != ".":  # as in pandas; dates with dots always have the day first
         order = "mdy"
     note = f"has dates; they become days since 1970, and {matches[0][0]!r} is read as {named[order]}"
     if len(days) > 1 and days["dmy"] != days["mdy"]:
@@ -282,7 +283,7 @@ def _microseconds(matches: list[re.Match], order: str) -> list[int | float] | No
 
 
 def _exceptions(texts: list[str], lines: list[int]) -> tuple[str, ...]:
-    """A note if the column is categorical because of a few of its values."""
+    """Returns a note if the column is categorical because of a few of its values."""
     is_number = [_number_with_separators(text, ".") is not None for text in texts]
     is_date = [bool(_YEAR_FIRST.fullmatch(text) or _YEAR_LAST.fullmatch(text)) for text in texts]
     for kind, follows in (("numbers", is_number), ("dates", is_date)):

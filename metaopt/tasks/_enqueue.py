@@ -1,4 +1,4 @@
-"""Configurations of one's own before those of a searcher."""
+"""Your own configurations before those of a searcher."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,19 +8,19 @@ import jax
 from metaopt import base, spaces
 from metaopt.tasks._random_search import untried
 
-_OWN_SEEDS = 0x656E7175  # folded into the searcher's key, which folds in the numbers of its trials
+_OWN_SEEDS = 0x656E7175  # folded into the key of the searcher; the searcher itself folds in trial numbers
 
 
 class EnqueuedState(NamedTuple):
-    """Carried from one call to the next.
+    """The state between calls.
 
     Attributes:
       searcher: the state of the searcher.
-      key: of the seeds of configurations of one's own.
-      waiting: configurations that have not been asked for.
+      key: for the seeds of the enqueued configurations.
+      waiting: the enqueued configurations that have not been proposed yet.
       numbers: the searcher's number of a trial -> its number here.
-      num_asked: how many trials there are.
-      held: trials that the searcher has asked for, which come after what is waiting.
+      num_asked: the number of trials so far.
+      held: trials that the searcher has already proposed and that come after the waiting configurations.
     """
 
     searcher: Any
@@ -38,16 +38,18 @@ def enqueue(
     after: int = 0,
     skip_if_exists: bool = False,
 ) -> base.Searcher:
-    """Tries some configurations first, at the full budget, and tells any searcher what came of them.
+    """Tries your configurations before those of a searcher, at the full budget. The searcher receives their records.
 
-    `first=` of a searcher replaces what it begins with; this stands before it, is there for every searcher, and is not
-    part of one: a searcher hears of these trials as of others' (under numbers of their own, below 0) before it is asked
-    for more, and does not try what it begins with again if it was among them. So they are asked for by themselves: a
-    batch is not filled up with the searcher's. It stands around `methods.asha`, not within it: there, what is queued
-    begins at a low fidelity, and does not count as tried.
+    The argument `first=` of a searcher replaces the configurations that the searcher begins with. `enqueue` keeps them,
+    works with every searcher, and is not part of the searcher. The searcher receives the records of enqueued trials
+    like records of others, with negative trial numbers, before it proposes more trials. So a batch of enqueued
+    configurations is not filled up with trials of the searcher. And the searcher does not try a configuration that it
+    begins with again if it was enqueued. Wrap `enqueue` around `methods.asha`, not the other way round. Inside
+    `methods.asha`, enqueued configurations begin at a low fidelity and do not count as tried.
 
-    In a collection, they are part of what must stay the same for it to go on. What is to be tried in the middle of one
-    comes `after` the trials that it has: the searcher is given the same key, so that these are found in the store.
+    To continue a collection, pass the same enqueued configurations again. To add configurations in the middle of a
+    collection, place them `after` its existing trials. The searcher receives the same key, so its earlier trials are
+    found in the store.
 
         records = tasks.collect(objective, space, named, num_trials=25, searcher=searcher, store=store, key=key)
         more = tasks.enqueue(searcher, [{"depth": 7}], after=25)
@@ -55,18 +57,20 @@ def enqueue(
 
     Args:
       searcher: any.
-      configurations: in order; what one lacks is at its default.
-      after: how many trials of the searcher come before them (in a store, of the task that has the most of them); a
-        trial at several fidelities is one. A searcher that ends earlier is followed by them.
-      skip_if_exists: whether to leave out what a trial at the full budget has tried before, whatever came of it, and
-        what comes twice; the name is Optuna's.
+      configurations: in order; parameters that a configuration lacks get their defaults.
+      after: the number of trials of the searcher that come before the configurations. A trial at several fidelities
+        counts once. For a store with several tasks, use the largest number of trials of a task. If the searcher ends
+        earlier, the configurations follow its last trial.
+      skip_if_exists: whether to leave out repeated configurations, and those that a trial has already tried at the full
+        budget, whatever its outcome. The name is Optuna's.
 
     Returns:
-      A searcher, whose trials are numbered in the order in which they are asked for.
+      A searcher. Its trials are numbered in the order in which they are proposed.
 
     Raises:
-      ValueError: `searcher` is none; `after` is no integer of at least 0; when a search starts, a configuration does
-        not fit the space, or no space is given.
+      ValueError: if `searcher` is not a searcher, `configurations` is a single mapping, or `after` is not an integer of
+        at least 0.
+      ValueError: at the start of a search, if a configuration does not fit the space, or `init` receives no space.
 
     >>> import jax
     >>> from metaopt import spaces, tasks
@@ -106,12 +110,12 @@ def enqueue(
         return asked, state._replace(waiting=state.waiting[num:], num_asked=state.num_asked + len(asked))
 
     def ask_searcher(state, num):
-        # It is asked for as many as without a queue: what it answers may depend on that.
+        # Ask for as many trials as without a queue, because the searcher's answer may depend on the number.
         others, inner = (state.held, state.searcher) if state.held else searcher.ask(state.searcher, num)
         waiting = untried(state.waiting, others) if skip_if_exists else state.waiting
         asked, numbers, num_asked = [], dict(state.numbers), state.num_asked
         for trial in others[:num]:
-            if trial.trial not in numbers:  # it may have been asked for at another fidelity
+            if trial.trial not in numbers:  # otherwise it was proposed at another fidelity before
                 if waiting and num_asked >= after:
                     break
                 numbers[trial.trial] = num_asked
@@ -121,7 +125,7 @@ def enqueue(
 
     def tell(state, records):
         of_searcher = {here: there for there, here in state.numbers.items()}
-        below = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # no two alike, whatever enqueues within
+        below = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # all different, even if `enqueue` is nested
         heard = [record._replace(trial=of_searcher.get(record.trial, below(record.trial))) for record in records]
         waiting = untried(state.waiting, records) if skip_if_exists else state.waiting
         return state._replace(searcher=searcher.tell(state.searcher, heard), waiting=waiting)

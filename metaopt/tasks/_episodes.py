@@ -1,10 +1,10 @@
-"""Episodes: small tasks drawn from labelled examples, on the device, as a pure function of a key.
+"""Episodes: small tasks drawn from labeled examples, on the device, as a pure function of a key.
 
-An episode has a support set, which a method adapts to, and a query set, on which the outcome is judged. Both have one
-shape in all draws, with padding at the end and masks that say what is real; so draws can be jitted, mapped over keys
-and carried by scans. All sources lie on the device, joined to one array; drawing an episode costs one gather of its
-examples and little else. Samplers are `jax.tree_util.Partial`s, so that programs can take them as an argument, and hold
-no copy of the data. A task distribution of one's own is any function `key -> Episode`, or `key -> base.Task`:
+An episode has a support set, which a method adapts to, and a query set, on which the outcome is judged. All draws have
+the same shapes, with padding at the end and masks that mark the real entries. So draws can be jitted, mapped over keys,
+and carried by scans. All sources lie on the device, joined into one array. Drawing an episode costs one gather of its
+examples and little else. Samplers are `jax.tree_util.Partial`s. So programs can take them as an argument, and hold no
+copy of the data. Your own task distribution is any function `key -> Episode`, or `key -> base.Task`:
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import tasks
@@ -37,12 +37,12 @@ class Episode(NamedTuple):
     """One few-shot task. `W` ways, `S` support and `Q` query examples, after padding.
 
     Attributes:
-      support: of a classification episode, "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 a real
-        row, 0 padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding is zeros, at the end: a model whose
-        derivative is not finite at zeros, such as x / |x|, gives NaN there, which a mask does not take away (0 · NaN).
-        Write x / √(|x|² + ε).
+      support: of a classification episode: "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 for a
+        real row, 0 for padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding consists of zeros, at the
+        end. A model whose derivative is not finite at zeros, such as x / |x|, gives NaN there, and a mask does not
+        remove it (0 · NaN). Write x / √(|x|² + ε) instead.
       query: the same with Q rows.
-      meta: what else is known; methods do not see it. `EpisodeMeta`, or a family's coefficients.
+      meta: additional information that methods do not see: `EpisodeMeta`, or the coefficients of a function family.
     """
 
     support: dict[str, jax.Array]
@@ -56,7 +56,7 @@ class Episode(NamedTuple):
 
 
 class EpisodeMeta(NamedTuple):
-    """Where an episode's examples are from. `W`, `S` and `Q` as in `Episode`; padding is -1, or 0 for counts.
+    """The origin of the examples of an episode. `W`, `S` and `Q` as in `Episode`; padding is -1, or 0 for counts.
 
     Attributes:
       source: [] int32, the number of the source.
@@ -79,23 +79,24 @@ class EpisodeMeta(NamedTuple):
 
 class SampleEpisodeFn(Protocol):
     def __call__(self, key: jax.Array) -> Episode:
-        """One episode; pure, for `jit` and `vmap`, of one shape for every key."""
+        """Draws one episode. Pure, works under `jit` and `vmap`; the shapes are the same for every key."""
         ...
 
 
 def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Callable[[jax.Array], base.Task]:
-    """Batches of tasks on the device, as `training.fit` takes them.
+    """Makes a function that draws batches of tasks on the device, in the form that `training.fit` takes.
 
     Args:
       sample: `key -> Episode` or `key -> base.Task`.
       num_tasks: B, at least 1.
 
     Returns:
-      `key -> base.Task` whose leaves have a leading axis of B; jitted. The data that a sampler of `episodes` holds are
-      an argument of the program, and of those of `training.fit`: not constants in them, which take long to compile.
+      `key -> base.Task`, jitted; its leaves have a leading axis of B. The data of a sampler of `episodes` are an
+      argument of this program and of the programs of `training.fit`. They are not constants in the programs, which
+      would take long to compile.
 
     Raises:
-      ValueError: `num_tasks` is below 1.
+      ValueError: if `num_tasks < 1`.
     """
     base.check_integer("num_tasks", num_tasks, 1)
 
@@ -116,21 +117,21 @@ def labelled_batches(
     weights: Sequence[float] | None = None,
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[jax.Array], base.Task]:
-    """Rows of all classes at once, as tasks: what is trained on before fine-tuning (`methods.pretrained`).
+    """Makes tasks from rows of all classes at once, for training before fine-tuning (`methods.pretrained`).
 
     Args:
-      sources: one or several; their examples have one shape. Their `C` classes are numbered through.
+      sources: one or several; their examples have one shape. Their `C` classes are numbered across all sources.
       batch_size: N, at least 1; rows are drawn uniformly, with repetition.
-      weights: of the sources; a row's source is drawn by them, and one of weight 0 never. None: rows of all sources are
-        alike.
+      weights: of the sources, proportional to their probabilities for each row; a source of weight 0 is never drawn. By
+        default, all rows of all sources are equally likely.
       preprocess: as for `episodes`.
 
     Returns:
-      `key -> base.Task`, pure, on the device: `train` and `valid` are the same rows, "x" [N, ...], "y" [N] int32 in
-      0..C-1, "mask" [N] and "class_mask" [C], both ones. One task, for an estimator of one task.
+      `key -> base.Task`, pure, on the device. `train` and `valid` are the same rows: "x" [N, ...], "y" [N] int32 in
+      0..C-1, "mask" [N] and "class_mask" [C], both ones. It returns one task, for an estimator of one task.
 
     Raises:
-      ValueError: `batch_size` is below 1, weights are negative or all 0, or sources cannot be joined.
+      ValueError: if `batch_size < 1`, weights are negative or all 0, or sources cannot be joined.
     """
     base.check_integer("batch_size", batch_size, 1)
     sources = _as_list(sources)
@@ -154,9 +155,9 @@ def labelled_batches(
 
 
 def _shares(weights: Sequence[float] | None, num_sources: int) -> jax.Array:
-    """[sources], their shares of the draws, cumulated."""
+    """[sources], the cumulative shares of the sources in the draws."""
     weights = [1.0] * num_sources if weights is None else list(weights)
-    # `nan` and `inf` are refused by the last condition.
+    # The last condition rejects `nan` and `inf`.
     if len(weights) != num_sources or not all(w >= 0 for w in weights) or not 0 < sum(weights) < np.inf:
         raise ValueError(
             f"`weights` must be one for each of the {num_sources} sources, at least 0, and not all 0; got {weights}."
@@ -178,29 +179,32 @@ def episodes(
 ) -> SampleEpisodeFn:
     """N-way K-shot episodes: N classes of one source, K support and Q query examples of each, without repetition.
 
-    Where a source knows who made its examples, nobody who made a support example made a query example: about
-    K / (K + Q) of the groups, drawn at random for each episode, make the support set, and the others the query set.
-    What varies between hands and voices is then part of the task.
+    If a source has groups (the makers of its examples), no group is in both sets of an episode. For each episode, about
+    K / (K + Q) of the groups, drawn at random, make the support set. The other groups make the query set. So the
+    variation between hands or voices is part of the task.
 
     Args:
       sources: one or several; their examples have one shape.
       num_ways: N, at least 2.
       num_shots: K, at least 1.
       num_query: Q, at least 1.
-      within_superclass: all classes of an episode are of one superclass (one alphabet), drawn uniformly from those with
-        at least N classes.
-      disjoint_groups: False draws from all examples of a class alike, as in the figures that the literature has of
-        Omniglot, where nobody asks who drew.
-      weights: of the sources, by which they are drawn; one of weight 0 never is. None draws them uniformly.
-      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs; None: bytes to floats in [0, 1], all else to
-        float32.
+      within_superclass: all classes of an episode are of one superclass (one alphabet), drawn uniformly from the
+        superclasses with at least N classes.
+      disjoint_groups: if False, all examples of a class are equally likely in both sets. The published results on
+        Omniglot do this and ignore the drawers.
+      weights: of the sources, proportional to their probabilities; a source of weight 0 is never drawn. None draws
+        sources uniformly.
+      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs. By default, bytes become floats in [0, 1], and all
+        other types become float32.
 
     Returns:
-      `key -> Episode`, pure, on the device; no derivative. The support has N K rows and the query N Q, class by class.
+      `key -> Episode`, pure, on the device, without a derivative. The support set has N K rows and the query set N Q,
+      class by class.
 
     Raises:
-      ValueError: an argument is out of range; a source has too few classes; a class has too few examples, or too few
-        groups to be sure of K and Q.
+      ValueError: if an argument is out of range.
+      ValueError: if a source has too few classes.
+      ValueError: if a class has too few examples, or too few groups to guarantee K and Q examples.
 
     >>> from metaopt import tasks
     >>> images = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)  # of 6 classes
@@ -253,9 +257,9 @@ def meta_dataset_episodes(
     weights: Sequence[float] | None = None,
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
 ) -> SampleEpisodeFn:
-    """Meta-Dataset's episodes: ways, shots and the balance of classes vary as they do in the world.
+    """Makes a sampler of Meta-Dataset's episodes: ways, shots and the balance of classes vary as in the real world.
 
-    With n_c the examples of class c, U{a..b} and U[a, b] uniform:
+    Let n_c be the number of examples of class c. U{a..b} and U[a, b] are uniform distributions:
 
         classes   flat          ways N ~ U{5..min(50, C)}, of all C classes
                   superclasses  one superclass, then N ~ U{5..min(50, its classes)} of its classes      (Omniglot)
@@ -264,32 +268,36 @@ def meta_dataset_episodes(
         support   S = min(500, Σ_c ⌊β min(100, n_c − q) + 1⌋),  β ~ U[0, 1)
         shots     k_c = min(⌊p_c (S − N) + 1⌋, n_c − q),  p_c ∝ n_c exp(α_c),  α_c ~ U[log ½, log 2]
 
-    Superclasses, nodes and classes are drawn uniformly, classes and examples without repetition.
+    Superclasses, nodes and classes are drawn uniformly. Classes and examples are drawn without repetition.
 
-    Where a source knows who made its examples, half of the groups, drawn at random for each episode, make the support
-    set and the others the query set: n_c − q is then what the first half made of class c, and q no more than what the
-    second half made of any class. For Omniglot, whose 20 drawers drew every character once, neither changes a count.
+    If a source has groups (the makers of its examples), half of the groups make the support set and the others the
+    query set. The halves are drawn at random for each episode. Then n_c − q is replaced by the number of examples of
+    class c in the first half. The number q is at most the number of examples of any class in the second half. For
+    Omniglot, whose 20 drawers drew every character once, this does not change the counts.
 
     Args:
-      sources: one or several; their examples have one shape. An ontology goes before superclasses.
+      sources: one or several; their examples have one shape. If a source has an ontology, its superclasses are ignored.
       min_ways: at least 2.
       max_ways: at least `min_ways`.
-      max_query: of one class.
-      max_support: at least `max_ways`.
-      max_support_per_class: what one class adds to S, at most; it may get more of S than that.
+      max_query: the largest number of query examples of one class.
+      max_support: the largest number of support examples; at least `max_ways`.
+      max_support_per_class: the largest amount that one class adds to S; it may get more of S than that.
       log_weights: the range of α.
-      hierarchy: False draws classes flat.
-      disjoint_groups: False draws from all examples of a class alike.
-      weights: of the sources, by which they are drawn; one of weight 0 never is. None draws them uniformly.
+      hierarchy: if False, classes are drawn flat.
+      disjoint_groups: if False, all examples of a class are equally likely in both sets.
+      weights: of the sources, proportional to their probabilities; a source of weight 0 is never drawn. None draws
+        sources uniformly.
       preprocess: as for `episodes`.
 
     Returns:
-      `key -> Episode`, pure, on the device; no derivative. Shapes are those of the largest episode that can come:
-      `max_ways` ways (or as many as there are classes), `max_support` support rows, `max_ways * max_query` query rows.
+      `key -> Episode`, pure, on the device, without a derivative. The shapes fit the largest possible episode. They
+      have `max_ways` ways (or as many as there are classes), and at most `max_support` support rows and max_ways ·
+      max_query query rows.
 
     Raises:
-      ValueError: an argument is out of range; a source, a superclass or all nodes have too few classes; a class has
-        fewer than two examples, or too few groups for two halves.
+      ValueError: if an argument is out of range.
+      ValueError: if a source, a superclass or all nodes have too few classes.
+      ValueError: if a class has fewer than two examples, or too few groups for two halves.
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096, Sec. 3.2 and App. B.
     """
@@ -350,32 +358,32 @@ def meta_dataset_episodes(
     return Partial(sample, pool)
 
 
-# --- what both draw from ---------------------------------------------------------------------------------------------
+# --- shared by both samplers -----------------------------------------------------------------------------------------
 
 
 class _Pool(NamedTuple):
-    """All sources as one, on the device: rows sorted by class, then by group. Classes are numbered through."""
+    """All sources as one, on the device: rows sorted by class, then by group. Classes are numbered across sources."""
 
     x: jax.Array  # [rows, ...]
-    row: jax.Array  # [rows], in the source
-    cells: jax.Array  # [classes, groups], rows that a group made of a class
-    cell_start: jax.Array  # [classes, groups], where they start
+    row: jax.Array  # [rows], the row in the source
+    cells: jax.Array  # [classes, groups], how many rows of the class the group made
+    cell_start: jax.Array  # [classes, groups], the first of these rows
     first_class: jax.Array  # [sources]
     num_groups: jax.Array  # [sources]
-    support_groups: jax.Array  # [sources], how many groups make the support set; 0 where groups do not matter
+    support_groups: jax.Array  # [sources], how many groups make the support set; 0 if groups are ignored
     first_node: jax.Array  # [sources]
     num_nodes: jax.Array  # [sources]
-    node_start: jax.Array  # [nodes], in `members`
+    node_start: jax.Array  # [nodes], the position in `members`
     node_size: jax.Array  # [nodes]
     members: jax.Array  # the classes of all nodes, one node after the other
-    shares: jax.Array  # [sources], cumulated, of the episodes
+    shares: jax.Array  # [sources], cumulative shares of the episodes
 
 
 class _Sides(NamedTuple):
-    """Who made the query set and who the support set, and how much of each class either made."""
+    """The groups of the query set and of the support set, and the number of examples of each class on each side."""
 
-    order: jax.Array  # [groups], first those that make the query set
-    num_query: jax.Array  # [W] examples; all of them where groups do not matter
+    order: jax.Array  # [groups], the groups of the query set first
+    num_query: jax.Array  # [W] examples; all of them if groups are ignored
     num_support: jax.Array  # [W]
 
 
@@ -401,10 +409,13 @@ def _check_classes(source: Source, num_ways: int, num_examples: int, what: str) 
 
 
 def _support_groups(source: Source, num_shots: int, num_query: int, disjoint: bool) -> int:
-    """How many groups make the support set, so that whichever they are there are examples enough on both sides."""
+    """Returns the number of groups in the support set.
+
+    With this number, both sides have enough examples, whichever groups are drawn.
+    """
     if not disjoint or source.num_groups < 2:
         return 0
-    ascending = np.cumsum(np.sort(_cells(source), axis=1), axis=1)  # what the least productive groups made
+    ascending = np.cumsum(np.sort(_cells(source), axis=1), axis=1)  # examples of the k least productive groups
 
     def needed(num):
         return int((ascending < num).sum(axis=1).max()) + 1
@@ -432,9 +443,9 @@ def _pool(
     support_groups: Sequence[int],
     weights: Sequence[float] | None,
 ) -> tuple[_Pool, int]:
-    """The pool, and the classes of the widest node."""
+    """Returns the pool, and the number of classes of the widest node."""
     shares = _shares(weights, len(sources))
-    # Where groups do not matter, all examples of a class are one group's.
+    # If groups are ignored, all examples of a class belong to one group.
     sources = [s if num else s._replace(group=None) for s, num in zip(sources, support_groups, strict=True)]
     most = max(source.num_groups for source in sources)
     cells = np.concatenate([np.pad(c, [(0, 0), (0, most - c.shape[1])]) for c in map(_cells, sources)])
@@ -485,7 +496,7 @@ def _noise(widest: int, num_groups: int, key: jax.Array, padded_ways: int) -> tu
 
 
 def _below(bits: jax.Array, size: jax.Array) -> jax.Array:
-    """Uniform in 0..size-1, but for a bias of size / 2³²."""
+    """Uniform in 0..size-1, except for a bias of size / 2³²."""
     return (bits % jnp.asarray(size, jnp.uint32)).astype(jnp.int32)
 
 
@@ -495,12 +506,12 @@ def _uniform(bits: jax.Array) -> jax.Array:
 
 
 def _random_order(bits: jax.Array, size: jax.Array) -> jax.Array:
-    """The numbers 0..size-1 in random order, then the others, as many as there are bits."""
+    """The numbers 0..size-1 in random order, followed by the remaining numbers up to the number of bits."""
     return jnp.argsort(jnp.where(jnp.arange(len(bits)) < size, bits >> 1, jnp.uint32(2**31))).astype(jnp.int32)
 
 
 def _draw_classes(pool: _Pool, noise: _Noise, ways_fn: Callable) -> tuple[jax.Array, jax.Array]:
-    """The source, and [W] its classes, numbered through all sources; -1 is padding."""
+    """Returns the source and its classes [W], numbered across all sources; -1 is padding."""
     padded_ways = len(noise.weights)
     source = (pool.shares[:-1] <= _uniform(noise.source)).sum().astype(jnp.int32)
     node = pool.first_node[source] + _below(noise.node, pool.num_nodes[source])
@@ -531,10 +542,10 @@ def _gather(
     sizes: tuple[int, int],
     preprocess: Callable | None,
 ) -> Episode:
-    """The episode with so many examples of each class, padded to `sizes`."""
+    """Returns the episode with the given number of examples of each class, padded to `sizes`."""
     grouped, padded_ways = pool.support_groups[source] > 0, len(classes)
     num_ways = (classes >= 0).sum().astype(jnp.int32)
-    # Which class, and the how manieth of its examples: [S] of the support set, then [Q] of the query set.
+    # The class of each row, and the index among its examples: [S] rows of the support set, then [Q] of the query set.
     at, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
     way = (ends[None] <= at[:, None]).sum(axis=1).astype(jnp.int32)
     nth = at - jnp.append(0, ends)[way]
@@ -543,7 +554,8 @@ def _gather(
     way = jnp.minimum(jnp.append(way, at_query // num_query), padded_ways - 1)
     nth = jnp.append(nth, at_query % num_query)
     real = jnp.append(at < ends[-1], at_query < num_query * num_ways)
-    # Permutations of the examples of each class: of either side's; or one, of which the query set is the beginning.
+    # Permutations of the examples of each class: one for each side if groups matter. Otherwise one, and the query set
+    # takes its beginning.
     apart = grouped & ~is_query
     epoch = jnp.where(apart, way + padded_ways, way)
     nth = jnp.where(grouped | is_query, nth, nth + num_query)
@@ -551,7 +563,7 @@ def _gather(
         key, epoch, nth, jnp.maximum(jnp.where(apart, sides.num_support[way], sides.num_query[way]), 1)
     )
     place = place + jnp.where(apart, sides.num_query[way], 0)
-    # Counted through the class in the order of the groups, in which rows of one group follow one another.
+    # From the place within the class, in the order of the groups, to the row: rows of one group are contiguous.
     cumulated = jnp.cumsum(pool.cells[classes][:, sides.order], axis=1)  # [W, groups]
     group = (cumulated[way] <= place[:, None]).sum(axis=1)
     start = pool.cell_start[classes[way], sides.order[jnp.minimum(group, len(sides.order) - 1)]]

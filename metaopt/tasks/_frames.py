@@ -1,4 +1,4 @@
-"""Records as data frames, and so as Parquet, CSV or what else pandas writes."""
+"""Converts records to data frames and back. pandas writes such frames as Parquet, CSV and other formats."""
 
 import json
 import math
@@ -15,19 +15,19 @@ _EXTRA = 'install it with `pip install "metaopt-jax[records]"`.'
 
 
 def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "pandas.DataFrame":
-    """Records as a data frame, a row each; `frame.to_parquet(file)` writes it.
+    """Converts records to a data frame, one row per record; `frame.to_parquet(file)` writes it.
 
     Args:
       records: any number.
-      wide: one more column for each parameter, for looking at; `records_from_frame` does not need them, and Parquet
-        does not take columns in which labels and numbers are mixed.
+      wide: add a column for each parameter, to look at. `records_from_frame` does not need these columns. Parquet
+        rejects columns that mix labels and numbers.
 
     Returns:
-      A column for each field of a record. "configuration" is JSON, which keeps what a column cannot: whether a number
-      is an integer, and whether None is a value or a gap.
+      A frame with a column for each field of a record. "configuration" is JSON, because a column does not
+      keep whether a number is an integer, and whether None is a value or a gap.
 
     Raises:
-      ImportError: pandas is not installed.
+      ImportError: if pandas is not installed.
     """
     try:
         import pandas as pd
@@ -42,13 +42,13 @@ def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "panda
 
 
 def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
-    """The records of a data frame that `records_to_frame` made, or `pandas.read_parquet` read.
+    """Reads records from a data frame that `records_to_frame` made, or that `pandas.read_parquet` read.
 
     Args:
-      frame: with "task" and "configuration" (JSON, or dicts), and with as many other fields as there are. What is
-        missing (NaN, None, NA) is NaN where it is a number, and "" where it is a reason. A frame of polars, or what
-        else has a `to_pandas`, is converted.
-        CSV cannot tell a name from a number, or from nothing ("007", "1e5", "NA"), so that pandas must be told:
+      frame: has the columns "task" and "configuration" (JSON, or dicts), and any of the other fields. Missing entries
+        (NaN, None, NA) become NaN in numeric fields, and "" in "reason". A frame of polars, or any object with
+        `to_pandas`, is converted first. A CSV file cannot distinguish a name from a number or a gap ("007", "1e5",
+        "NA"). So pandas needs these arguments:
 
             texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
             pandas.read_csv(file, dtype=texts, na_values=gaps, keep_default_na=False)
@@ -57,8 +57,9 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
       The records, in order.
 
     Raises:
-      ValueError: if it is not a data frame, or a required column is missing, or a task or reason is not text, or a
-        configuration is neither JSON of a dict nor a dict; the message names the row, from 0.
+      ValueError: if `frame` is not a data frame, or a required column is missing.
+      ValueError: if a task or reason is not text, or a configuration is neither a dict nor JSON of a dict. The message
+        has the row number, from 0.
     """
     frame = as_pandas("frame", frame)
     if missing := {"task", "configuration"} - set(frame.columns):
@@ -91,7 +92,9 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
 
 
 def _values(column: Any) -> list[Any]:
-    """As plain values; gaps of any kind are NaN, and numbers of a measure are floats, though they may all be whole."""
+    """Returns plain values. Gaps of any kind become NaN. Outcomes, fidelities and costs become floats, even if all are
+    whole.
+    """
     if column.name in ("outcome", "fidelity", "cost") and column.dtype.kind in "iuf":
         return column.to_numpy(float, na_value=math.nan).tolist()
     return column.astype(object).where(column.notna(), math.nan).tolist()

@@ -1,4 +1,4 @@
-"""Regression tasks: functions of one family with other coefficients, each seen at a few points."""
+"""Regression tasks: functions of one family with different coefficients, each observed at a few points."""
 
 import math
 from collections.abc import Callable
@@ -27,15 +27,16 @@ def function_episodes(
       function: `(coefficients, x [N, 1]) -> y [N, 1]`.
       num_shots: K, support points; at least 1.
       num_query: Q, query points; at least 1.
-      inputs: the range of x; the second number is above the first.
-      noise: standard deviation, in units of y; the query set has none, so that its error is that of the function.
+      inputs: the range of x; the second number is larger than the first.
+      noise: standard deviation, in units of y. The query set has no noise, so that its error is the error of the
+        function.
 
     Returns:
-      `key -> Episode`: "x" [K, 1] and "y" [K, 1] float32, "mask" [K], "num_rows" []; the query likewise; `meta` is the
-      coefficients.
+      `key -> Episode`: "x" [K, 1] and "y" [K, 1] float32, "mask" [K], "num_rows" []; the query set likewise. `meta` has
+      the coefficients.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
     """
     base.check_integer("num_shots", num_shots, 1)
     base.check_integer("num_query", num_query, 1)
@@ -59,13 +60,15 @@ def function_episodes(
 
 
 def _check_range(name: str, value: tuple[float, float], *, fixed: bool = False) -> None:
-    """Raises a `ValueError` where it is no range, or (but for `fixed`) one of one number. What is traced may be any."""
+    """Raises ValueError unless `value` is two finite, ascending numbers, or two equal ones if `fixed`. Skips traced
+    values.
+    """
     try:
         low, high = value
         if isinstance(low, Tracer) or isinstance(high, Tracer):
             return
         holds = -math.inf < low <= high < math.inf and (fixed or low < high)
-    except (TypeError, ValueError):  # no pair; no numbers
+    except (TypeError, ValueError):  # not a pair, or not numbers
         holds = False
     if not holds:
         once = ", or one twice" if fixed else ""
@@ -85,21 +88,21 @@ def sinusoids(
     inputs: tuple[float, float] = (-5.0, 5.0),
     noise: float = 0.0,
 ) -> SampleEpisodeFn:
-    """MAML's sinusoids: y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5].
+    """Makes a sampler of MAML's sinusoids: y = A sin(x − φ), A ~ U[0.1, 5], φ ~ U[0, π], x ~ U[−5, 5].
 
     Args:
       num_shots: support points.
       num_query: query points.
-      amplitude: the range of A, two numbers that ascend; one twice fixes it.
+      amplitude: the range of A, two ascending numbers; two equal numbers fix it.
       phase: the range of φ, in radians, likewise.
-      inputs: the range of x, two numbers that ascend.
+      inputs: the range of x, two ascending numbers.
       noise: of the support's y, as for `function_episodes`.
 
     Returns:
       `key -> Episode`, as `function_episodes` returns it; `meta` has "amplitude" [] and "phase" [].
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Source: Finn, Abbeel & Levine, ICML 2017, Sec. 5.1, https://arxiv.org/abs/1703.03400
 
@@ -121,7 +124,7 @@ def sinusoids(
 
 
 def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 0.0) -> SampleEpisodeFn:
-    """Three families in equal shares, with x ~ U[−5, 5]: one initialization serves them badly.
+    """Makes a sampler of three families in equal shares, with x ~ U[−5, 5]: one initialization fits them badly.
 
         0  sinusoid   A sin(x − φ)      A ~ U[0.1, 5], φ ~ U[0, π]
         1  line       a x + b           a, b ~ U[−3, 3]
@@ -133,14 +136,14 @@ def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 
       noise: of the support's y, as for `function_episodes`.
 
     Returns:
-      `key -> Episode`, as `function_episodes` returns it; `meta` has "family" [] int32 and "coefficients" [3]: of the
-      families above A, φ, –; a, b, –; a, c, b.
+      `key -> Episode`, as `function_episodes` returns it. `meta` has "family" [] int32 and "coefficients" [3]. For the
+      families above, the coefficients are A, φ, –; a, b, –; a, c, b.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: if an argument is out of range.
 
-    Source: Vuorio et al., NeurIPS 2019, https://arxiv.org/abs/1910.13616; the ranges are those of the authors' code
-    (`ManyFunctionsMetaDataset` of https://github.com/vuoristo/MMAML-Regression), with shares drawn and not fixed.
+    Source: Vuorio et al., NeurIPS 2019, https://arxiv.org/abs/1910.13616. The ranges are from the authors' code
+    (`ManyFunctionsMetaDataset` of https://github.com/vuoristo/MMAML-Regression). The shares are drawn, not fixed.
     """
     ranges = jnp.array(
         [

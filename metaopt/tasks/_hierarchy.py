@@ -1,8 +1,8 @@
-"""Which classes belong together: the sets that an episode's classes are drawn from, out of an ontology."""
+"""Selects sets of related classes from an ontology. The classes of an episode are drawn from one such set."""
 
 from collections.abc import Mapping, Sequence
 
-# The smallest bound with which every class of ImageNet can be reached; larger nodes are hardly of one kind.
+# The smallest bound with which every class of ImageNet can be reached; the classes of larger nodes are too different.
 MAX_LEAVES = 392
 
 
@@ -13,24 +13,25 @@ def ontology_nodes(
     min_leaves: int,
     max_leaves: int = MAX_LEAVES,
 ) -> list[tuple[str, list[int]]]:
-    """The nodes of a directed acyclic graph that an episode may be about, and the classes below each.
+    """Returns the nodes of a directed acyclic graph that are eligible for episodes, and the classes below each.
 
-    As in Meta-Dataset: the graph is cut to the classes and what is above them; then a node with one child gives its
-    place to the child, until there is none, so that no set of classes counts more often because of a chain above it;
-    nodes with fewer than `min_leaves` or more than `max_leaves` classes are left out. (Here a node's children are a
-    set: one that reaches its only child by two ways is a node with one child.)
+    The procedure is that of Meta-Dataset. First the graph is reduced to the classes and their ancestors. Then a node
+    with one child is replaced by this child, until no such node is left. So a chain above a set of classes does not
+    make the set count more often. Nodes with fewer than `min_leaves` or more than `max_leaves` classes are left out.
+    (Here the children of a node are a set: a node that reaches its only child in two ways is a node with one child.)
 
     Args:
-      ontology: node -> its children, nodes or classes.
-      class_names: the classes, which have no children.
-      min_leaves: of a node.
-      max_leaves: of a node.
+      ontology: node -> its children, which are nodes or classes.
+      class_names: the classes; they must not have children.
+      min_leaves: the smallest number of classes of a node.
+      max_leaves: the largest number of classes of a node.
 
     Returns:
       (node, sorted numbers of its classes), sorted by node.
 
     Raises:
-      ValueError: a class is not in the ontology or has children there, the graph has a cycle, or no node is eligible.
+      ValueError: if a class is not in the ontology or has children there, the graph has a cycle, or no node is
+        eligible.
 
     Source: Triantafillou et al., ICLR 2020, App. B, https://arxiv.org/abs/1903.03096
     """
@@ -69,7 +70,7 @@ def ontology_nodes(
 
 
 def _spans(children: Mapping[str, set[str]], number: Mapping[str, int]) -> dict[str, set[int]]:
-    """The classes below every node, from the leaves up."""
+    """Returns the classes below every node, computed from the leaves up. Raises ValueError if there is a cycle."""
     spans = {name: {i} for name, i in number.items()}
     waiting = set(children)
     while waiting:

@@ -1,4 +1,4 @@
-"""Sources that are read: folders of images, data sets of TensorFlow Datasets, and those of the data folder.
+"""Readers of image sources: folders of images, data sets of TensorFlow Datasets, and image sets of the data folder.
 
 Nothing is downloaded.
 """
@@ -29,24 +29,25 @@ def from_image_folder(
     group_fn: Callable[[Path], Any] | None = None,
     name: str | None = None,
 ) -> Source:
-    """A folder of images: each folder in it is a class; with two levels, a superclass of classes. Needs Pillow.
+    """Reads a folder of images: each folder in it is a class; with two levels, a superclass of classes. Needs Pillow.
 
     Args:
       folder: FOLDER/class/image.png, or FOLDER/superclass/class/image.png.
-      size: of the images, which are resized to a square of so many pixels a side, in area means.
-      channels: 1, gray, [N, S, S]; 3, colors, [N, S, S, 3].
+      size: pixels per side; images are resized to a square of this size by area means.
+      channels: 1 for gray [N, S, S], or 3 for colors [N, S, S, 3].
       levels: 1 or 2.
-      group_fn: `path -> who made it`; None where that is not known.
-      name: of the source; None: the folder's.
+      group_fn: `path -> the maker of the image`; None if the makers are not known.
+      name: of the source; by default, the name of the folder.
 
     Returns:
-      A `Source` of uint8 images, in the order of their paths. Files whose suffix Pillow does not know are passed over.
+      A `Source` of uint8 images, in the order of their paths. Files with a suffix that Pillow does not know are
+      skipped.
 
     Raises:
-      FileNotFoundError: if there is no such folder.
-      ValueError: if there is no image, one cannot be read or has more than 2**26 pixels, or an argument is out of
-        range.
-      ImportError: Pillow is not installed.
+      FileNotFoundError: if the folder does not exist.
+      ValueError: if the folder has no images, or an argument is out of range.
+      ValueError: if an image cannot be read or has more than 2**26 pixels.
+      ImportError: if Pillow is not installed.
     """
     if levels not in (1, 2) or channels not in (1, 3) or size < 1:
         raise ValueError(
@@ -83,16 +84,17 @@ def _pillow(caller: str) -> Any:
 
 
 def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarray:
-    """The pixels of an image file, by Pillow's module; [size, size], or [size, size, 3]."""
+    """Reads the pixels of an image file with the module of Pillow; [size, size], or [size, size, 3]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit here is lower
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # metaopt's own limit is lower
         try:
             image = pillow.open(file)
         except pillow.DecompressionBombError as error:
             raise ValueError(str(error)) from None
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
-    return _resized(image, size, channels)
+    with image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
+        return _resized(image, size, channels)
 
 
 def _resized(image: Any, size: int | None, channels: int) -> np.ndarray:
@@ -114,28 +116,30 @@ def from_tfds(
     size: int | None = None,
     channels: int = 1,
 ) -> Source:
-    """A data set of TensorFlow Datasets, read without TensorFlow. It must have been prepared as `array_record`:
-    `tfds.builder(name, file_format="array_record").download_and_prepare(file_format="array_record")`.
+    """Reads a data set of TensorFlow Datasets without TensorFlow.
+
+    The data set must have been prepared as `array_record`: `tfds.builder(name,
+    file_format="array_record").download_and_prepare(file_format="array_record")`.
 
     Args:
-      name: as tfds knows it, "omniglot" or "cifar10:3.0.2".
+      name: the tfds name, such as "omniglot" or "cifar10:3.0.2".
       split: "train", "test", "train[:10%]", "train+test".
-      data_dir: where it was prepared; None: tfds's own place.
+      data_dir: where the data set was prepared; None is the default folder of tfds.
       image: the feature that holds the example.
       label: the feature that holds the class.
-      group: the feature that says who made the example; None: that is not known.
-      superclass: the feature that says what its class belongs to, such as "alphabet" of "omniglot"; None: nothing.
-      size: images are resized to a square of so many pixels a side (needs Pillow); None leaves them.
-      channels: 1 or 3, where images are resized.
+      group: the feature that holds the maker of the example; None if the makers are not known.
+      superclass: the feature that holds the superclass of the class, such as "alphabet" of "omniglot"; None omits it.
+      size: pixels per side; images are resized to a square of this size (needs Pillow). None leaves them unchanged.
+      channels: 1 or 3, if images are resized.
 
     Returns:
       A `Source`; a last axis of one channel is dropped.
 
     Raises:
-      FileNotFoundError: the data set is not prepared in `data_dir`.
-      ImportError: tensorflow-datasets or array_record is not installed.
-      ValueError: the data set has no such features, images differ in shape and `size` is None, or examples of one
-        class are of several superclasses.
+      FileNotFoundError: if the data set is not prepared in `data_dir`.
+      ImportError: if tensorflow-datasets or array_record is not installed.
+      ValueError: if the data set lacks one of these features, or examples of one class are of several superclasses.
+      ValueError: if images differ in shape and no `size` is given.
     """
     try:
         tfds: Any = importlib.import_module("tensorflow_datasets")
@@ -184,7 +188,7 @@ def from_tfds(
 def from_image_sets(
     names: Sequence[str] = IMAGE_SETS, *, path: str | os.PathLike[str] | None = None
 ) -> dict[str, Source]:
-    """The image sets in the folder that METAOPT_DATA names, 28 × 28, ink high: [N, 28, 28] uint8.
+    """Reads the image sets in the folder that METAOPT_DATA names: 28 × 28, ink high, [N, 28, 28] uint8.
 
     | source | classes | examples | group | superclass |
     |---|---|---|---|---|
@@ -195,18 +199,18 @@ def from_image_sets(
     | fashion_mnist | 10 | 35,000 | | |
     | mnist | 10 | 70,000 | | |
 
-    Omniglot has 20 drawers for every alphabet; "drawer 3" is one person within an alphabet. Its official split is
-    `omniglot_split`.
+    Omniglot has 20 drawers for every alphabet; "drawer 3" is one person within an alphabet. `omniglot_split` returns
+    its official split.
 
     Args:
-      names: which of them.
-      path: the folder; None: the environment variable METAOPT_DATA.
+      names: the sets to read.
+      path: the folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
       Name -> `Source`.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
+      FileNotFoundError: if the folder or a file does not exist.
       ValueError: if a name is not in the table, or a file is damaged.
     """
     unknown = sorted(set(names) - set(IMAGE_SETS))
@@ -239,17 +243,17 @@ def _image_set(name: str, data: _files.Npz) -> Source:
 
 
 def data_file(name: str, path: str | os.PathLike[str] | None = None) -> Path:
-    """The path of one file of the data folder.
+    """Returns the path of one file of the data folder.
 
     Args:
       name: of the file.
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
-      The path, of a file that exists.
+      The path of an existing file.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if the folder or the file does not exist.
     """
     folder = os.environ.get("METAOPT_DATA") if path is None else path
     if not folder:
@@ -261,16 +265,16 @@ def data_file(name: str, path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def omniglot_split(path: str | os.PathLike[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Omniglot's official split: 964 characters of 30 alphabets to train on, 659 of the 20 others to judge on.
+    """Returns Omniglot's official split: 964 characters of 30 alphabets for training, 659 of the 20 others for testing.
 
     Args:
-      path: the folder of `omniglot.npz`; None: the environment variable METAOPT_DATA.
+      path: the folder of `omniglot.npz`; by default, the environment variable METAOPT_DATA.
 
     Returns:
-      A split with the parts "train" and "test", as `select` takes it.
+      A split with the parts "train" and "test", in the form that `select` takes.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
+      FileNotFoundError: if the folder or the file does not exist.
       ValueError: if the file is damaged.
 
     Source: Lake, Salakhutdinov & Tenenbaum, Science 2015.

@@ -1,6 +1,7 @@
-"""Meta-Dataset's own files, and those of its builder for tfds, without TensorFlow: TFRecords, and a JSON about them.
+"""Reads Meta-Dataset's own files, and the files of its builder for tfds, without TensorFlow.
 
-A record is a protocol-buffer `Example`: a map from names to lists of bytes, floats or integers.
+The files are TFRecords, and a JSON that describes them. A record is a protocol-buffer `Example`: a map from names to
+lists of bytes, floats or integers.
 """
 
 import io
@@ -22,7 +23,7 @@ PARTS = ("train", "valid", "test")
 
 
 def read_example(data: bytes) -> dict[str, list[Any]]:
-    """A serialized `tf.train.Example`: the values of each feature.
+    """Reads a serialized `tf.train.Example`: the values of each feature.
 
     Args:
       data: one record.
@@ -31,7 +32,7 @@ def read_example(data: bytes) -> dict[str, list[Any]]:
       Name -> list of bytes, floats or ints.
 
     Raises:
-      ValueError: if the data are something else.
+      ValueError: if the data are not an `Example`.
     """
     example: dict[str, list[Any]] = {}
     try:
@@ -65,24 +66,24 @@ def from_meta_dataset(
 ) -> Source:
     """Reads one data set of Meta-Dataset, in the form of its conversion scripts or of its builder for tfds.
 
-    The scripts write `dataset_spec.json`, and one file per class: `0.tfrecords`, `1.tfrecords` ... The builder
-    (`tfds build md_tfds`) writes `metadata.json`, and all classes, one after another, to `*-all_classes.tfrecord-*`.
+    The scripts write `dataset_spec.json`, and one file per class: `0.tfrecords`, `1.tfrecords` ... The builder (`tfds
+    build md_tfds`) writes `metadata.json`, and all classes, one after another, to `*-all_classes.tfrecord-*`.
 
     Args:
       folder: of one data set (`omniglot`, `aircraft` ...; with tfds `meta_dataset/omniglot/1.0.0`).
-      part: "train", "valid" or "test": the classes that the specification gives to it.
-      size: images are resized to a square of so many pixels a side.
-      channels: 3, [N, S, S, 3], or 1, gray, [N, S, S].
-      version: of the protocol, where the files have both: "v1", or "v2" (with VTAB, which has other parts).
+      part: "train", "valid" or "test": the classes that the specification assigns to this part.
+      size: pixels per side; images are resized to a square of this size.
+      channels: 3 for colors [N, S, S, 3], or 1 for gray [N, S, S].
+      version: of the protocol, if the files have both: "v1", or "v2" (with VTAB, which has other parts).
       check: as for `read_tfrecords`.
 
     Returns:
-      A `Source`: Omniglot's with superclasses, ImageNet's with the ontology of the part.
+      A `Source`. Omniglot's source has superclasses; ImageNet's has the ontology of the part.
 
     Raises:
-      FileNotFoundError: if there is no specification, or there are no records.
-      ValueError: if the part has no classes, a file is damaged, an image has more than 2**26 pixels, or the
-        specification has another form.
+      FileNotFoundError: if the specification or the records do not exist.
+      ValueError: if the part has no classes, a file is damaged, or an image has more than 2**26 pixels.
+      ValueError: if the specification has another form.
       ImportError: if Pillow is not installed.
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096; the formats:
@@ -139,7 +140,7 @@ class _Described(NamedTuple):
 
 
 def _described(spec: Any, part: str) -> _Described:
-    """The classes of a part. A specification of another form raises any error."""
+    """Returns the classes of a part. If the specification has another form, it may raise any error."""
     num_classes = len(spec["class_names"])
     superclass = ontology = None
     if "superclasses_per_split" in spec:
@@ -162,9 +163,9 @@ def _described(spec: Any, part: str) -> _Described:
 
 
 def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Iterator[bytes]]:
-    """The records of each class, which are at a slice of all that follow one another in the shards.
+    """Yields the records of each class, which are a slice of the sequence of all records in the shards.
 
-    The classes of a part follow one another, too, so that one pass reads them.
+    The classes of a part are contiguous, too, so that one pass reads them.
     """
     files = sorted(folder.glob("*-all_classes.tfrecord-*"))
     if not files:
@@ -182,7 +183,7 @@ def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Ite
 
 
 def _in_part(sizes: dict[str, int], part: str, num: int) -> range:
-    """The classes of a part, of `num` in all; those of the parts follow one another."""
+    """Returns the classes of a part, out of `num` classes. Classes of one part are contiguous."""
     sizes = {p: operator.index(sizes.get(p.upper(), 0)) for p in PARTS}
     if min(sizes.values()) < 0 or sum(sizes.values()) > num:
         raise ValueError(f"the parts have {sizes} classes, and there are {num}")

@@ -1,9 +1,9 @@
 """Meta-features: a few dozen numbers that describe a classification table, for a predictor of λ.
 
-The names are those of Rivolli et al., "Meta-features for meta-learning", Knowledge-Based Systems 2022,
-https://doi.org/10.1016/j.knosys.2021.108101, as in pymfe; a feature of many values (one a column, a pair, a class or a
-fold) is summarized by its mean and its standard deviation (n - 1): "skewness.mean", "skewness.sd". What is undefined
-for a table (a skewness without numeric columns) is NaN, and `apply_scaling` puts it in the middle.
+The names are from Rivolli et al., "Meta-features for meta-learning", Knowledge-Based Systems 2022,
+https://doi.org/10.1016/j.knosys.2021.108101, as in pymfe. A feature with many values (one per column, pair, class or
+fold) is summarized by its mean and its standard deviation (n - 1): "skewness.mean", "skewness.sd". A feature that is
+undefined for a table (such as the skewness without numeric columns) is NaN. `apply_scaling` replaces it by the median.
 """
 
 import math
@@ -18,7 +18,7 @@ from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._tables import Table
 
 GROUPS = ("simple", "statistical", "information_theoretic", "landmarking")
-_MAX_ROWS = 1000  # for what grows faster than the rows: concentrations of pairs, landmarkers
+_MAX_ROWS = 1000  # for features whose cost grows faster than the rows: concentrations of pairs, landmarkers
 _MAX_LEVELS = 1000  # over all columns, for the concentrations of pairs
 _NUM_FOLDS = 5
 
@@ -29,9 +29,11 @@ def metafeatures(
     groups: Sequence[str] = GROUPS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Describes a table in numbers. Rows and columns may come in any order, but for landmarking (random folds).
+    """Describes a table by numbers. They do not depend on the order of rows and columns, except landmarking (random
+    folds).
 
-    Let n be the rows, d the columns, K the classes. Gaps count as the column's median, or as one more category.
+    Let n be the rows, d the columns, K the classes. Missing values count as the median of the column, or as one more
+    category.
 
     * simple: `attr_to_inst` d/n, `inst_to_attr` n/d, `nr_attr` d, `nr_num`, `nr_cat`, `nr_bin` (columns of two values),
       `cat_to_num`, `num_to_cat`, `nr_inst` n, `nr_class` K, `freq_class` (shares of the classes).
@@ -42,27 +44,26 @@ def metafeatures(
       values over 1.5 interquartile ranges from the quartiles); `gravity` (distance between the means of the most and
       the least frequent class); `can_cor` ρ (canonical correlations with the classes) and its tests `p_trace` Σρ²,
       `lh_trace` Σρ²/(1 - ρ²), `roy_root` max ρ²/(1 - ρ²), `w_lambda` Π(1 - ρ²), with ρ² at most 1 - 10⁻⁶.
-    * information_theoretic, in bits, numeric columns cut into ⌊n^⅓⌋ bins of equal frequency: `attr_ent` H(x),
-      `class_ent` H(y), `joint_ent` H(x, y), `mut_inf` I(x; y), `eq_num_attr` H(y)/mean I, `ns_ratio`
-      (mean H(x) - mean I)/mean I; `attr_conc`, `class_conc`: Goodman and Kruskal's τ between columns, and of a column
-      for the class.
+    * information_theoretic, in bits, numeric columns cut into max(2, ⌊n^⅓⌋) bins of equal frequency: `attr_ent` H(x),
+      `class_ent` H(y), `joint_ent` H(x, y), `mut_inf` I(x; y), `eq_num_attr` H(y)/mean I, `ns_ratio` (mean H(x) - mean
+      I)/mean I; `attr_conc`, `class_conc`: Goodman and Kruskal's τ between columns, and of a column for the class.
     * landmarking: accuracies over 5 stratified folds of at most 1000 rows: `best_node`, `random_node`, `worst_node`
       (decision stumps on the best column, a random one, the one of least mutual information), `one_nn`, `elite_nn`
       (1-NN on all standardized columns; on the one of most mutual information), `linear_discr`, `naive_bayes`.
 
     Args:
-      table: a `PreparedTable`, of which only the training rows are seen; a `Table`; or (x [n, d], y [n],
-        categorical [d]).
+      table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
+        [d]).
       groups: some of `GROUPS`.
       seed: of subsamples, folds and the random column.
 
     Returns:
-      One float a name; the names depend on `groups` alone.
+      One float per name. The names depend only on `groups`.
 
     Raises:
-      ValueError: an unknown group, fewer than 2 rows, no column, arrays that do not fit together, infinite or complex
-        values.
-      ImportError: landmarking without scikit-learn.
+      ValueError: if a group is unknown, or there are fewer than 2 rows or no columns.
+      ValueError: if the arrays do not fit together, or have infinite or complex values.
+      ImportError: if `groups` has "landmarking" and scikit-learn is not installed.
     """
     unknown = set(groups) - set(GROUPS)
     if unknown:
@@ -104,19 +105,19 @@ def metafeatures(
 
 
 def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """What a look at a task's images says, for an h or g that reads image tasks. No learner is trained for it.
+    """Describes the images of a task by simple statistics, for an h or g that reads image tasks. It trains no learner.
 
-        between(a, b) = mean of a · b over mean of x², with x the images less their mean image
+        between(a, b) = mean of a · b over mean of x², with x the images minus their mean image
 
     Args:
       images: [N, height, width, channels] of training rows, standardized; channels are averaged.
-      labels: [N] integers from 0 on.
+      labels: [N] integers, from 0.
 
     Returns:
-      "rows" and "classes", logarithms of their numbers; "between neighboring pixels" of a row and "between opposite
-      halves", left and mirrored right, as above, NaN of images that are all one; "ink", the share of values above 0;
-      "in the class means", the variance between class means over that of images, in the mean over pixels.
-      `fit_scaling` makes numbers of one size of them.
+      A dict of floats. "rows" and "classes" are logarithms of their numbers. "between neighboring pixels" (of a row)
+      and "between opposite halves" (left and mirrored right) are defined above. They are NaN if all images are equal,
+      or one pixel wide. "ink" is the share of values above 0. "in the class means" is the variance between class means
+      over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
       ValueError: if the shapes do not fit, or a label is negative.
@@ -138,7 +139,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     centered = x - x.mean(0)
     power = float((centered**2).mean())
     class_means = np.stack([x[labels == c].mean(0) for c in np.unique(labels)])
-    mean = lambda products: float(products.mean()) if products.size else math.nan  # images of one column have none
+    mean = lambda products: float(products.mean()) if products.size else math.nan  # images of width 1 have no products
     return {
         "rows": math.log(len(x)),
         "classes": math.log(int(np.max(labels)) + 1),
@@ -187,7 +188,7 @@ def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     sd = x.std(axis=0, ddof=1)
     sd = np.where(sd > 1e-12 * np.abs(x).max(axis=0, initial=0.0), sd, 0.0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled = centered / sd  # NaN where a column is constant
+        scaled = centered / sd  # NaN if a column is constant
         skewness, kurtosis = (scaled**3).mean(axis=0), (scaled**4).mean(axis=0) - 3.0
         if num_columns:
             q1, median, q3 = np.quantile(x, (0.25, 0.5, 0.75), axis=0)
@@ -219,7 +220,7 @@ def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         "eigenvalues": np.linalg.eigvalsh(cov) if num_columns else sd,
     }
     counts = np.bincount(y)
-    least = len(counts) - 1 - np.argmin(counts[::-1])  # another class where all are as frequent
+    least = len(counts) - 1 - np.argmin(counts[::-1])  # not the most frequent class, even if all are equally frequent
     centers = [x[y == k].mean(axis=0) for k in (np.argmax(counts), least)]
     squared = _canonical_correlations(centered, sd, y) ** 2
     eigenvalues = squared / (1.0 - squared)
@@ -240,7 +241,7 @@ def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 def _canonical_correlations(centered: np.ndarray, sd: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosines of the angles between the span of the columns and the span of the class indicators, min(d, K - 1).
 
-    The class indicators over √count are orthonormal, and centered columns have no part in their sum.
+    The class indicators over √count are orthonormal, and centered columns are orthogonal to the sum of the indicators.
     """
     scaled = centered[:, sd > 0] / sd[sd > 0]
     if not scaled.shape[1]:
@@ -255,7 +256,7 @@ def _canonical_correlations(centered: np.ndarray, sd: np.ndarray, y: np.ndarray)
 
 
 def _discretize(x: np.ndarray, categorical: np.ndarray) -> list[np.ndarray]:
-    """Codes 0, 1, 2 ... of every column; a numeric one of over ⌊n^⅓⌋ values is cut into bins of equal frequency."""
+    """Codes 0, 1, 2 ... of every column. Numeric columns with many values are cut into bins of equal frequency."""
     num_bins = max(2, int(len(x) ** (1 / 3) + 1e-9))
     codes = []
     for column, is_categorical in zip(x.T, categorical, strict=True):
@@ -350,7 +351,7 @@ def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> 
     names = ("best_node", "random_node", "worst_node", "one_nn", "elite_nn", "linear_discr", "naive_bayes")
     scores: dict[str, list[float]] = {name: [] for name in names}
     every = slice(None)
-    with threadpool_limits(1), warnings.catch_warnings():  # threads cost more than they bring here
+    with threadpool_limits(1), warnings.catch_warnings():  # here, threads cost more than they save
         warnings.simplefilter("ignore")  # collinear columns, classes of one row
         for k in range(fold.max() + 1):
             train, held = fold != k, fold == k
@@ -372,13 +373,13 @@ def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> 
 
 
 class FeatureScaling(NamedTuple):
-    """How meta-features become a network's input; plain values, so that `json` writes `_asdict()`.
+    """How meta-features become the input of a network; plain values, so that `json` writes `_asdict()`.
 
     Attributes:
-      names: F names, the order of the input.
-      center: the median over tables, after the logarithm where there is one.
-      scale: 1/1.349 of the interquartile range, a normal variable's standard deviation.
-      log: whether sign(v) log(1 + |v|) comes first.
+      names: F names, in the order of the input.
+      center: the median over tables, after the logarithm if there is one.
+      scale: 1/1.349 of the interquartile range, which is the standard deviation of a normal variable.
+      log: whether sign(v) log(1 + |v|) is applied first.
     """
 
     names: Sequence[str]
@@ -388,20 +389,21 @@ class FeatureScaling(NamedTuple):
 
 
 def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | None = None) -> FeatureScaling:
-    """Learns, on the tables that are learned from, how meta-features are brought to one scale.
+    """Fits the scaling of meta-features on the training tables.
 
-    A name takes the logarithm where its tails are heavy: its 1 % and 99 % quantiles are more than 5 interquartile
-    ranges apart (a normal variable's are 3.4 apart).
+    The logarithm is applied to features with heavy tails: their 1 % and 99 % quantiles are more than 5 interquartile
+    ranges apart (for a normal variable, 3.4).
 
     Args:
       features: the meta-features of the tables, one dict each.
-      names: which ones, in which order; None: those of the first table, without the ones that never vary.
+      names: the features to use, in this order; None takes all features of the first table, without those that never
+        vary.
 
     Returns:
-      What `apply_scaling` takes.
+      The scaling, for `apply_scaling`.
 
     Raises:
-      ValueError: there is no table, one lacks a name, or it is one dict.
+      ValueError: if `features` is empty or a single dict, or a table lacks a name.
     """
     if isinstance(features, Mapping):
         raise ValueError("`features` must be the meta-features of several tables; got a dict. Give its `.values()`.")
@@ -430,7 +432,7 @@ def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | 
 
 
 def apply_scaling(scaling: FeatureScaling, features: Mapping[str, float], *, clip: float = 3.0) -> np.ndarray:
-    """Brings one table's meta-features to the scale that `fit_scaling` learned.
+    """Brings the meta-features of one table to the scale that `fit_scaling` learned.
 
     Args:
       scaling: from `fit_scaling`.
@@ -438,10 +440,11 @@ def apply_scaling(scaling: FeatureScaling, features: Mapping[str, float], *, cli
       clip: the largest absolute value.
 
     Returns:
-      [F] float32 within ±`clip`, in the order of `scaling.names`; what is not finite becomes 0, the median table.
+      [F] float32 within ±`clip`, in the order of `scaling.names`; a non-finite feature becomes 0, the value of the
+      median table.
 
     Raises:
-      ValueError: a name is absent.
+      ValueError: if a name is absent.
     """
     values = _values(features, scaling.names)
     values = np.where(np.asarray(scaling.log, bool), _log(values), values)

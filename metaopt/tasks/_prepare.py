@@ -1,7 +1,7 @@
-"""From a table to arrays that a network can be trained on: split, then encode by what the training rows tell.
+"""Turns a table into arrays for training a network: splits the rows, then encodes them by their training statistics.
 
-Nothing is fitted on validation or test rows: medians, quantiles, levels and the choice of columns come from training
-rows alone. The same rows are kept unencoded for learners that want them so (`Rows.raw`: forests).
+Nothing is fitted on validation or test rows. Medians, quantiles, levels and the choice of columns come only from
+training rows. The same rows are also kept unencoded, for learners that prefer this (`Rows.raw`, for forests).
 """
 
 import functools
@@ -25,8 +25,8 @@ class Rows(NamedTuple):
     Attributes:
       x: [n, D] float32, encoded.
       y: [n] int32 in 0..C-1.
-      raw: [n, d] float32: numbers as they were with medians in the gaps, categories as codes with -1 in the gaps.
-      index: [n] int64, which rows of the table these are.
+      raw: [n, d] float32: original numbers, with medians in the gaps; categories as codes, with -1 in the gaps.
+      index: [n] int64, the position of each row in the table.
     """
 
     x: np.ndarray
@@ -41,12 +41,12 @@ class PreparedTable(NamedTuple):
     Attributes:
       name: of the table.
       family: of the table.
-      train: what the inner loss sees.
-      valid: what the outer loss sees.
-      test: what only the experiment sees.
+      train: the rows for the inner loss.
+      valid: the rows for the outer loss.
+      test: the rows that only the experiment uses.
       num_features: D.
       num_classes: C.
-      classes: [C] int32, the table's own number of each class.
+      classes: [C] int32, the number of each class in the original table.
       categorical: [d] bool, of the columns of `raw`.
     """
 
@@ -75,27 +75,28 @@ def prepare(
 ) -> PreparedTable:
     """Splits a table into training, validation and test rows, and encodes it.
 
-    The split is stratified: every class has its share in each part, to within a row, and at least one training row.
-    A numeric column becomes one column: gaps take the training median; then, by `scaling`,
+    The split is stratified: every class has its share in each part, to within a row, and at least one training row. A
+    numeric column becomes one column. Gaps are filled with the training median. Then, depending on `scaling`,
 
-    * "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the training rows, which makes
-      a normal variable of any continuous one; then zero mean and unit variance;
-    * "standard": zero mean and unit variance;
+    * "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the training rows. This turns
+      any continuous variable into a normal one. Then the column gets zero mean and unit variance;
+    * "standard": zero mean and unit variance.
 
-    and, softly clipped, x / √(1 + (x / 3)²), which stays within (-3, 3). Where training rows have gaps, a second column
-    says so. A categorical column of two levels becomes one column of ∓1 (0 where neither); of up to `max_levels`, one
-    column a level (all zeros where none of them); of more, its `max_levels` - 1 most frequent levels and one column
-    for the others. Columns that are constant on the training rows are dropped.
+    Finally, x / √(1 + (x / 3)²) clips the values softly to (-3, 3). If training rows have gaps, a second column marks
+    them. A categorical column is encoded by its number of levels. Two levels give one column of ∓1 (0 for neither). Up
+    to `max_levels` levels give one column per level (all zeros for none of them). More levels give columns for the
+    `max_levels` - 1 most frequent ones and one column for the others. Columns that are constant on the training rows
+    are dropped.
 
     Args:
-      table: what to prepare.
+      table: the table to prepare.
       seed: of the split and of the subsampling; equal seeds give equal arrays.
       valid_fraction: share of the rows, in (0, 1).
       test_fraction: share of the rows, in [0, 1).
       max_rows: a larger table is subsampled, stratified by class.
-      max_classes: where there are more, the rows of the rarest are dropped; None: all stay.
-      max_features: where encoding gives more columns, those with the largest F statistic of a one-way analysis of
-        variance between the classes stay, on training rows.
+      max_classes: if there are more, the rows of the rarest classes are dropped; None keeps all.
+      max_features: if the encoding gives more columns, only those with the largest F statistic stay. It is computed on
+        training rows by a one-way analysis of variance between the classes.
       max_levels: at least 2.
       scaling: "quantile" or "standard".
 
@@ -103,11 +104,13 @@ def prepare(
       A `PreparedTable`, with its rows in random order.
 
     Raises:
-      ValueError: if an argument is out of range, if the arrays of the table do not fit together, if `x` is not real or
-        not finite in float32, or if there are fewer than 2 classes, no varying column or no validation row.
+      ValueError: if an argument is out of range, or the arrays of the table do not fit together.
+      ValueError: if `x` is not real, or not finite in float32, or `y` is not classes as integers from 0.
+      ValueError: if float32 merges the codes of a categorical column.
+      ValueError: if fewer than 2 classes, no varying column, or no validation or test row remains.
 
     Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
-      Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
+    Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
     """
     if not 0 < valid_fraction < 1 or not 0 <= test_fraction < 1 or valid_fraction + test_fraction >= 1:
         raise ValueError(
@@ -192,7 +195,7 @@ def prepare(
 
 
 def _checked(table: Table) -> tuple[Table, np.ndarray]:
-    """The table as arrays, and its `x` in float32; raises ValueError if an array has a wrong shape, type or value."""
+    """Returns the table as arrays, and its `x` in float32. Raises ValueError if a shape, type or value is wrong."""
     x, y, categorical = np.asarray(table.x), np.asarray(table.y), np.asarray(table.categorical, bool)
     if x.ndim != 2 or y.shape != x.shape[:1] or categorical.shape != x.shape[1:]:
         raise ValueError(
@@ -235,9 +238,10 @@ def _checked(table: Table) -> tuple[Table, np.ndarray]:
 
 
 def _split(y: np.ndarray, index: np.ndarray, fractions: tuple[float, ...], rng) -> list[np.ndarray]:
-    """The rest, then one part a fraction, in random order; each class keeps a row in the rest, where it has one at all.
+    """Returns the rest, then one part per fraction, in random order. Each class of `index` keeps a row in the rest.
 
-    Rounding is done on counts summed over the classes in random order, so that the parts have the right sizes as well.
+    Counts are rounded after summing them over the classes in random order, so that the sizes of the parts are also
+    right.
     """
     classes = rng.permutation(np.unique(y[index]))
     members = [rng.permutation(index[y[index] == c]) for c in classes]
@@ -281,7 +285,7 @@ def _encode_numbers(train: np.ndarray, column: np.ndarray, scaling: str) -> np.n
 
 
 def _normal_scores(x: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Φ⁻¹ of the mid-rank: where values repeat, halfway between the ranks of the first and of the last of them."""
+    """Φ⁻¹ of the mid-rank: for repeated values, halfway between the ranks of the first and of the last one."""
     first = np.searchsorted(quantiles, x, side="left")
     last = np.searchsorted(quantiles, x, side="right") - 1
     tied = last >= first
@@ -294,7 +298,7 @@ def _normal_scores(x: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> 
 
 @functools.cache
 def _normal_table() -> tuple[np.ndarray, np.ndarray]:
-    """u and Φ⁻¹(u), finely enough to interpolate."""
+    """u and Φ⁻¹(u), on a grid fine enough to interpolate."""
     u = np.linspace(0.0, 1.0, 4001)[1:-1]
     return u, np.array([NormalDist().inv_cdf(v) for v in u])
 

@@ -10,13 +10,13 @@ from metaopt import base, spaces
 
 
 class RandomSearchState(NamedTuple):
-    """Carried from one call to the next.
+    """The state between calls.
 
     Attributes:
-      key: of the search; a trial's own is folded from it and the trial's number.
-      space: what is searched.
+      key: of the search; the key of a trial is folded from it and the trial's number.
+      space: the search space.
       first: the configurations of the first trials.
-      num_asked: how many trials have been asked for.
+      num_asked: the number of trials that the search has proposed.
     """
 
     key: jax.Array
@@ -26,14 +26,15 @@ class RandomSearchState(NamedTuple):
 
 
 def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.Searcher:
-    """Every configuration is drawn by itself, as by `spaces.sample`; a few given ones come first.
+    """Draws every configuration independently, as `spaces.sample` does, after a few given ones.
 
-    What is drawn depends on the key and the trial's number alone: on no outcome, and not on how many are asked for at a
-    time.
+    A drawn configuration depends only on the key and the number of the trial. It does not depend on outcomes, or on the
+    number of trials per call.
 
     Args:
-      first: configurations to try first; what they lack is at its default. By default, the space's default. What
-        others have tried, as far as it is told before it is asked for, is not tried again.
+      first: configurations to try first; parameters that one lacks get their defaults. By default, the default of the
+        space. A configuration is skipped if someone else has tried it at the full budget, and the search has already
+        received that record.
 
     Returns:
       A searcher.
@@ -69,17 +70,17 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
 
 
 def complete(space: base.PyTree, first: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """The configurations to try first, with what they lack at its default.
+    """Returns the configurations to try first; missing parameters get their defaults.
 
     Args:
       space: a tree of leaves.
-      first: configurations, or None for the space's default alone.
+      first: configurations, or None for only the default of the space.
 
     Returns:
-      Whole configurations, without what is not active.
+      Complete configurations, without inactive parameters.
 
     Raises:
-      ValueError: one of them does not fit the space.
+      ValueError: if a configuration does not fit the space.
     """
     return [spaces.complete(space, c) for c in ([{}] if first is None else first)]
 
@@ -87,12 +88,13 @@ def complete(space: base.PyTree, first: Sequence[Mapping[str, Any]] | None) -> l
 def untried(
     configurations: Sequence[dict[str, Any]], records: Sequence[base.Record], num_asked: int = 0
 ) -> tuple[dict[str, Any], ...]:
-    """The configurations that nobody has tried at the full budget: what is left of a searcher's `first`.
+    """Returns the configurations that nobody else has tried at the full budget: the rest of a searcher's `first`.
 
     Args:
-      configurations: whole ones, as records have them.
-      records: what a searcher is told, whatever its status.
-      num_asked: how many trials the searcher has asked for, numbered from 0: those are its own, and do not count.
+      configurations: complete ones, as in records.
+      records: the records that a searcher receives, with any status.
+      num_asked: the number of trials that the searcher has proposed, numbered from 0; these are its own and do not
+        count.
 
     Returns:
       Some of `configurations`, in their order.

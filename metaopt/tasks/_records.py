@@ -1,22 +1,23 @@
-"""Records on disk: one SQLite file that is only ever appended to.
+"""Records on disk: one SQLite file, to which rows are only ever appended.
 
-A row is what was known of a trial at one time, as one `base.Record`: "RUNNING" when it starts, and how it ended
-afterwards. Rows are of one trial where study, task, number, configuration, fidelity and seed are the same: a number
-alone says little, since every search counts from 0. Of one trial
+A row is one `base.Record`: the state of a trial at one time. A trial has a row "RUNNING" when it starts, and later a
+row that states how it ended. Rows belong to the same trial if study, task, trial number, configuration, fidelity and
+seed are equal. The number is not enough, because every search counts from 0. For each trial,
 
-- what says how it ended replaces what says that it waits or runs, wherever that stands;
-- how it ended last replaces how it had ended before, failures, too: what was wrong is corrected by appending.
+- a row with an end replaces rows "WAITING" and "RUNNING", in any order;
+- a later end replaces an earlier one, even a failure. So you correct a row by appending another one.
 
-Where number and seed are 0, nobody has numbered the trials, and rows may be of several, repeats of one configuration:
+If number and seed are 0, the trials have no numbers. Then such rows may come from several trials, which repeat one
+configuration:
 
-- outcomes that differ are repeats, and each counts. The same outcome once more is the same trial, appended once more,
-  and its status is the later one: of "PRUNED" at 0.5 and "COMPLETE" at 0.5 the later row counts alone;
-- a failure, or an end without a finite outcome, is replaced by how a trial ended afterwards (it was run again). One
+- different outcomes are repeats, and each counts. A second row with an equal outcome is the same trial, and its later
+  status counts. For example, of "PRUNED" at 0.5 and "COMPLETE" at 0.5, only the later row counts;
+- a failure, or an end without a finite outcome, is replaced by the next end, because the trial was run again. A failure
   after an outcome is a repeat that failed, and both count.
 
-Each `append_records` is one transaction: a process that is killed loses what it had not appended, and nothing else;
-several processes of one machine may append to one file at a time. (SQLite's write-ahead log needs a file system that is
-local, not one over a network.)
+Each `append_records` is one transaction. A process that is killed loses only the records that it has not appended.
+Several processes of one machine may append to one file at a time. (SQLite's write-ahead log needs a local file system,
+not a network file system.)
 """
 
 import contextlib
@@ -55,19 +56,21 @@ PRAGMA user_version = {VERSION};
 
 
 def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, study: str = "") -> None:
-    """Appends records to a file, in one transaction; the file is made where there is none.
+    """Appends records to a file, in one transaction. The file is created if it does not exist.
 
     Args:
-      file: its path; beside it, SQLite keeps `-wal` and `-shm` while it is in use.
+      file: its path. SQLite keeps the files `-wal` and `-shm` next to it while it is in use.
       records: any number. NumPy's numbers are written as Python's.
-      study: the search that they belong to. Trials are numbered within a study and a task. A numbered one is corrected
-        by another row of it. Those without numbers (`trial` and `seed` are 0) are told apart by their configurations,
-        and repeats of one by their outcomes: repeats of which the equal outcomes should count, too, need numbers.
+      study: the search that the records belong to. Trials are numbered within a study and a task. A later row of a
+        numbered trial corrects it. Trials without numbers (`trial` and `seed` are 0) are distinguished by their
+        configurations, and repeats of one configuration by their outcomes. If repeats with equal outcomes should all
+        count, give them numbers.
 
     Raises:
-      ValueError: a record cannot be written (its status is unknown, its fidelity not in (0, 1], its outcome or cost no
-        number, its configuration no plain data, its task or reason no text, its seed or trial no integer of 64 bits),
-        or the file is damaged, of something else, or of a later version of metaopt.
+      ValueError: if a record's status is unknown, its fidelity outside (0, 1], or its outcome or cost not a number.
+      ValueError: if a record's configuration is not plain data, its task or reason not text, or its seed or trial not
+        an integer of 64 bits.
+      ValueError: if the file is damaged, is not a file of records, or is from a later version of metaopt.
       OSError: if the file or its folder cannot be written.
     """
     _insert(file, [(study, *_to_row(record)) for record in records])
@@ -81,30 +84,31 @@ def read_records(
     status: str | Sequence[str] | None = None,
     history: bool = False,
 ) -> list[Record]:
-    """The records of a file: of each trial how it ended last, or, where it has not, the last row; of trials without
-    numbers each different outcome.
+    """Reads the records of a file: the last end of each trial, or its last row if it has not ended.
+
+    For trials without numbers, it returns each different outcome.
 
     Args:
       file: its path; the file and its folder may be read-only.
       study: of one study only; by default, of all.
       task: of one task, or of several.
       status: of one status, or of several, such as `("COMPLETE", "PRUNED")`.
-      history: every row that was ever appended, in that order, instead of one for each trial.
+      history: return every row that was ever appended, in that order, instead of one for each trial.
 
     Returns:
       The records, in the order in which their trials, or their repeats, were first appended.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: if the file is damaged, of something else, or of a later version of metaopt; if a row is broken (the
-        message has its number); or if `status` is unknown.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged, is not a file of records, or is from a later version of metaopt.
+      ValueError: if a row is broken (the message has its number), or `status` is unknown.
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
         raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
     query, values = f"SELECT id, study, {_COLUMNS} FROM records WHERE 1", []
-    # A trial's status is known once all of its rows are.
+    # The status of a trial is known only after all of its rows have been read.
     for column, wanted in (("study", study), ("task", task), ("status", status if history else None)):
-        if wanted is not None:  # one variable, whose number SQLite limits
+        if wanted is not None:  # pass one JSON variable, because SQLite limits the number of variables
             query += f" AND {column} IN (SELECT value FROM json_each(?))"
             values.append(json.dumps(_listed(wanted), default=as_python))
     with _open(file) as connection:
@@ -116,9 +120,9 @@ def read_records(
 
 
 def _of_each_trial(file, rows) -> list[Record]:
-    """What counts of each trial, of rows in the order in which they were appended."""
-    names: dict[str, str] = {}  # of configurations, by their text
-    trials: dict[tuple, dict[Any, tuple[int, Record]]] = {}  # by how they ended, and the place at which they are listed
+    """Returns the records that count for each trial, from rows in the order in which they were appended."""
+    names: dict[str, str] = {}  # JSON text of a configuration -> the same with sorted keys
+    trials: dict[tuple, dict[Any, tuple[int, Record]]] = {}  # trial -> end -> (position in the result, record)
     for place, row in enumerate(rows):
         record, study, text = _read_row(file, row), row[1], row[3]
         if (name := names.get(text)) is None:
@@ -137,20 +141,20 @@ def _of_each_trial(file, rows) -> list[Record]:
 
 
 def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:
-    """Copies what can still be read of a damaged file to a new one, row by row; the old one is left as it is.
+    """Copies the readable rows of a damaged file to a new one, row by row; the old file is not changed.
 
     Args:
       file: the damaged file.
       to: the path of a file that does not exist yet.
 
     Returns:
-      How many rows were copied. Broken rows, and those on pages of the file that cannot be read, are lost.
+      The number of copied rows. Broken rows, and rows on unreadable pages of the file, are lost.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      FileExistsError: there is a file at `to`.
-      ValueError: nothing can be read: not even the header says that it is a file of records, or it lists no table of
-        them.
+      FileNotFoundError: if `file` does not exist.
+      FileExistsError: if there is a file at `to`.
+      ValueError: if nothing can be read, because the header does not say that this is a file of records, or the file
+        lists no table of records.
     """
     if os.path.exists(to):
         raise FileExistsError(f"{to} exists; records are recovered to a new file.")
@@ -164,7 +168,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                 shutil.copyfile(f"{file}{end}", f"{copy}{end}")
         _pad(copy)
         with _open(copy, recover=True) as connection:
-            connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row, only what there is
+            connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
             # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
                 with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
@@ -177,7 +181,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
 
 
 def _pad(file: Path) -> None:
-    """Zeros for the pages that a file has lost at its end: SQLite reads none of one that is shorter than it says."""
+    """Appends zeros for lost pages at the end: SQLite cannot read a file that is shorter than its header says."""
     with open(file, "r+b") as stream:
         header = stream.read(32)
         if header.startswith(b"SQLite format 3\0"):
@@ -204,7 +208,7 @@ def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqli
         except (
             sqlite3.DatabaseError,
             UnicodeDecodeError,
-        ) as error:  # the latter if SQLite's message has bytes of the file
+        ) as error:  # UnicodeDecodeError if SQLite's message has bytes of the file
             raise _explained(error, path, create, recover) from error
 
 
@@ -212,7 +216,7 @@ def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.C
     """A connection that `stack` closes. To read a file, its folder need not be writable."""
 
     def connect(name, uri=False):
-        connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are begun by hand
+        connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are started explicitly
         stack.callback(connection.close)
         connection.text_factory = _decoded
         _check(connection, path, create)
@@ -250,14 +254,14 @@ def _explained(error: Exception, path: Path, create: bool, recover: bool) -> Exc
             "the tables are listed, or another program has changed it. `tasks.recover_records` needs them, too; "
             "what SQLite's own shell can still find, `sqlite3 FILE .recover` prints."
         )
-    if name.startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):  # the row or the query is wrong, and not the file
+    if name.startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):  # the row or the query is wrong, not the file
         return ValueError(f"{path} does not take this: {error}.")
     hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
     return ValueError(f"{path} is damaged, or is no file of records: {error}.{hint}")
 
 
 def _error_name(error: Exception) -> str:
-    return getattr(error, "sqlite_errorname", None) or ""  # Python's own errors have none
+    return getattr(error, "sqlite_errorname", None) or ""  # errors of Python lack this attribute
 
 
 def _decoded(text: bytes) -> str:
@@ -269,7 +273,7 @@ def _check(connection, file, create):
     application, version = _header_of_made(connection, create)
     if application != _APPLICATION:
         raise ValueError(f"{file} is an SQLite file, but none of records.")
-    # A view can run without end.
+    # A query of a view may never end.
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'records' AND type = 'view'").fetchone():
         raise ValueError(f"{file} is not a file of records: `records` is a view, and not a table.")
     if version > VERSION:
@@ -277,10 +281,10 @@ def _check(connection, file, create):
 
 
 def _header_of_made(connection, create: bool) -> list[int]:
-    """The application and the version in the header, once the file is made: by this process, or by another."""
+    """Returns the application and the version in the header, after this process or another one has created the file."""
     header = lambda: [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     deadline = time.monotonic() + _TIMEOUT
-    connection.execute("PRAGMA busy_timeout = 100")  # then look again whether another process has made it
+    connection.execute("PRAGMA busy_timeout = 100")  # then check again whether another process has created the file
     while True:
         try:
             if header()[0] == 0 and not connection.execute("SELECT * FROM sqlite_master").fetchone():
@@ -290,7 +294,7 @@ def _header_of_made(connection, create: bool) -> list[int]:
                         for statement in _SCHEMA.split(";")[:-1]:
                             connection.execute(statement)
             if create:
-                connection.execute("PRAGMA journal_mode = WAL")  # stays with the file
+                connection.execute("PRAGMA journal_mode = WAL")  # SQLite stores this mode in the file
             found = header()
             connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
             return found
@@ -304,7 +308,7 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
-        if not _is_unicode(text):  # from the name of a file, which may be any bytes
+        if not _is_unicode(text):  # such as names of files, which may be any bytes
             raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.")
     try:
         configuration = json.dumps(record.configuration, allow_nan=False, default=as_python)
@@ -327,7 +331,7 @@ def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
 
 
 def _read_row(file, row) -> Record:
-    """The record of a row (id, study, fields of a record ...); raises ValueError with the file and the row."""
+    """Returns the record of a row (id, study, fields of a record ...). Raises ValueError with the file and the row."""
     try:
         return _from_row(row[2:])
     except ValueError as error:
@@ -338,7 +342,7 @@ def _read_row(file, row) -> Record:
 
 
 def _from_row(row) -> Record:
-    """The record of a row; raises ValueError if it holds something else."""
+    """Returns the record of a row. Raises ValueError if the row is not a valid record."""
     record = Record(*row)
     for name, text in (("task", record.task), ("configuration", record.configuration), ("reason", record.reason)):
         if not isinstance(text, str):
@@ -382,8 +386,8 @@ def _integer(name: str, value: Any) -> int:
 
 
 def as_python(value: Any) -> Any:
-    """What JSON has of NumPy's scalars: for `json.dumps(default=)`."""
-    if isinstance(value, np.generic) and not isinstance(number := value.item(), np.generic):  # a longdouble stays one
+    """Converts NumPy's scalars to values that JSON can write: for `json.dumps(default=)`."""
+    if isinstance(value, np.generic) and not isinstance(number := value.item(), np.generic):  # not a longdouble
         return number
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
 

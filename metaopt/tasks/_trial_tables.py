@@ -1,6 +1,6 @@
-"""Records as one array: many configurations on many tasks, and published tables of them.
+"""Trials as one array: many configurations on many tasks, and readers of published tables of trials.
 
-The readers take the folder that METAOPT_DATA names. Outcomes are losses: 1 − accuracy where a table has accuracies.
+The readers take the folder that METAOPT_DATA names. Outcomes are losses: 1 − accuracy if a table has accuracies.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class TrialTable(NamedTuple):
     Attributes:
       tasks: T names.
       configurations: C plain configurations.
-      outcomes: [T, C, F] float; NaN where there is none.
-      costs: [T, C, F] seconds; NaN where they are not known.
+      outcomes: [T, C, F] float; NaN if missing.
+      costs: [T, C, F] seconds; NaN if the cost is not known.
       fidelities: [F] in (0, 1], ascending.
-      families: T names of what near-duplicates and parts of one source share; leave out whole families.
+      families: T names, shared by near-duplicates and parts of one source; leave out whole families.
     """
 
     tasks: tuple[str, ...]
@@ -43,17 +43,18 @@ class TrialTable(NamedTuple):
 
 
 def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = None) -> TrialTable:
-    """Records as a table: one row a task, one column a configuration; the mean over seeds.
+    """Converts records to a table: one row per task, one column per configuration; the mean over seeds.
 
     Args:
-      records: "COMPLETE" ones count; of the others, only that they were tried is known. (What a pruned trial had
-        reached, it had reached somewhere below its fidelity.)
-      families: the family of each task, by name; by default, each task is one of its own.
+      records: only "COMPLETE" records with finite outcomes give outcomes. All others only add their task, configuration
+        and fidelity. (The outcome of a pruned trial is not used, because the trial reached it somewhere below its
+        fidelity.)
+      families: the family of each task, by name; by default, each task is its own family.
 
     Returns:
-      A table of the records' tasks, configurations and fidelities, in the order in which they first occur; fidelities
-      ascend. Those that are equal but for rounding, to a millionth, are one, and what lacks a millionth of the full
-      budget is 1.
+      A table of the records' tasks and configurations, in the order in which they first occur; fidelities ascend.
+      Fidelities that differ only by rounding, up to a relative millionth, are merged. A fidelity that lacks at most a
+      millionth of the full budget counts as 1.
 
     >>> from metaopt import Record, tasks
     >>> table = tasks.tabulate([Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)])
@@ -87,13 +88,13 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
 
 
 def table_records(table: TrialTable) -> list[Record]:
-    """A table's entries as records; a trial's number is its configuration's.
+    """Converts the entries of a table to records; the number of a trial is the number of its configuration.
 
     Args:
       table: a table.
 
     Returns:
-      A record for every outcome that is not NaN, task by task.
+      A record for every finite outcome, task by task.
     """
     records = []
     for t, c, f in np.argwhere(np.isfinite(table.outcomes)):
@@ -109,20 +110,23 @@ def table_records(table: TrialTable) -> list[Record]:
 def from_pmlb_results(
     path: str | os.PathLike[str] | None = None, *, algorithms: Sequence[str] = ("RandomForestClassifier",)
 ) -> TrialTable:
-    """scikit-learn's classifiers on 164 tables of PMLB: 1 − balanced accuracy. Forests have all 56 on 163.
+    """scikit-learn's classifiers on 164 tables of PMLB: 1 − balanced accuracy.
+
+    Random forests have all of their 56 configurations on 163 tables.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
-      algorithms: of "RandomForestClassifier", "DecisionTreeClassifier", "GradientBoostingClassifier",
-        "KNeighborsClassifier", "LogisticRegression", "SVC"; a configuration says which where there are several.
+      path: the folder; by default, the environment variable METAOPT_DATA.
+      algorithms: some of "RandomForestClassifier", "DecisionTreeClassifier", "GradientBoostingClassifier",
+        "KNeighborsClassifier", "LogisticRegression", "SVC". If there are several, each configuration names its
+        algorithm.
 
     Returns:
       A table with one fidelity.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
-      ValueError: there is no such algorithm.
-      ImportError: pandas is not installed.
+      FileNotFoundError: if the folder or a file does not exist.
+      ValueError: if an algorithm is unknown, or a file is damaged.
+      ImportError: if pandas is not installed.
 
     Source: EpistasisLab, https://github.com/EpistasisLab/Aliro (GPL-3.0).
     """
@@ -169,13 +173,13 @@ def from_oboe(path: str | os.PathLike[str] | None = None) -> TrialTable:
     """OBOE: 219 scikit-learn classifiers on 418 tables of OpenML, balanced error and seconds.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
-      A table with one fidelity; a configuration says its "algorithm".
+      A table with one fidelity; a configuration has its "algorithm".
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
+      FileNotFoundError: if the folder or a file does not exist.
 
     Source: Yang et al., KDD 2019, https://arxiv.org/abs/1808.03233 (BSD-3-Clause).
     """
@@ -195,16 +199,16 @@ def from_taskset(path: str | os.PathLike[str] | None = None, *, split: str = "va
     """TaskSet: the losses of 12 text RNNs over training, by 1,000 configurations of Adam; NaN after divergence.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
       split: "valid" or "test".
 
     Returns:
-      A table with 50 fidelities, parts of the training's steps; the loss before training is left out. A configuration
-      has eight parameters of the optimizer.
+      A table with 50 fidelities, which are fractions of the training steps; the loss before training is left out. A
+      configuration has eight parameters of the optimizer.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
-      ValueError: `split` is another one.
+      FileNotFoundError: if the folder or a file does not exist.
+      ValueError: if `split` is neither "valid" nor "test".
 
     Source: Metz et al., 2020, https://arxiv.org/abs/2002.11887 (Apache-2.0).
     """
@@ -222,16 +226,16 @@ def from_lcdb(path: str | os.PathLike[str] | None = None, *, split: str = "valid
     """LCDB: 20 learners with default parameters on 248 tables of OpenML, 1 − accuracy over the training set's size.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
       split: "valid" or "test".
 
     Returns:
-      A table with 28 fidelities, sizes as parts of the largest one (which small tables do not reach: NaN); a
-      configuration is the "learner".
+      A table with 28 fidelities, which are sizes as fractions of the largest one. Small tables do not reach the largest
+      sizes and have NaN there. A configuration is the "learner".
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
-      ValueError: `split` is another one.
+      FileNotFoundError: if the folder or a file does not exist.
+      ValueError: if `split` is neither "valid" nor "test".
 
     Source: Mohr et al., ECML 2022, https://github.com/fmohr/lcdb (MIT).
     """
@@ -253,13 +257,13 @@ def from_hpobench_mlp(path: str | os.PathLike[str] | None = None) -> TrialTable:
     """HPOBench's grid of 30,000 multilayer perceptrons on 8 tables, 1 − accuracy (mean over 5 seeds) and seconds.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
       A table with one fidelity.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
+      FileNotFoundError: if the folder or a file does not exist.
 
     Source: Eggensperger et al., NeurIPS 2021, https://arxiv.org/abs/2109.06716 (Apache-2.0).
     """
@@ -276,19 +280,19 @@ def from_hpobench_mlp(path: str | os.PathLike[str] | None = None) -> TrialTable:
 
 
 def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
-    """The trials of one search space of HPO-B, from its JSON (`meta-train-dataset.json` and so on).
+    """Reads the trials of one search space of HPO-B, from its JSON (`meta-train-dataset.json` and so on).
 
     Args:
       file: the JSON: {search space: {data set: {"X": [[...]], "y": [[accuracy]]}}}, X in [0, 1].
       search_space: its number, such as "5860".
 
     Returns:
-      A record for each row, in that order: the task is the data set's number, a configuration {"x0": ..., "x1": ...},
-      the outcome 1 − accuracy.
+      A record for each row, in that order. The task is the number of the data set, the configuration is {"x0": ...,
+      "x1": ...}, and the outcome is 1 − accuracy.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file has no such search space, or is not such a JSON.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file has no such search space, or is not a file of HPO-B.
 
     Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257
     """
@@ -309,19 +313,20 @@ def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
 def to_hpob(
     file: str | os.PathLike[str], search_space: str, records: Sequence[Record], *, space: PyTree | None = None
 ) -> None:
-    """Writes trials as HPO-B's JSON, for what reads that; other search spaces in the file stay.
+    """Writes trials as HPO-B's JSON, for programs that read it; other search spaces in the file stay.
 
     Args:
-      file: the JSON, made where there is none.
-      search_space: its name there; what it held is replaced.
-      records: "COMPLETE" ones at the full budget count; HPO-B has no place for others. Outcomes are errors: y is
-        1 − outcome.
-      space: of the configurations, whose encoding (`spaces.encode`) is X. By default X are the parameters themselves,
-        numbers in [0, 1], in the order of the first configuration: `from_hpob` gives such records.
+      file: the JSON, created if it does not exist.
+      search_space: its name in the file; its old content is replaced.
+      records: only "COMPLETE" records at the full budget with finite outcomes are written, because HPO-B has no place
+        for others. Outcomes are errors: y is 1 − outcome.
+      space: of the configurations; X is their encoding (`spaces.encode`). By default, X has the parameters themselves,
+        which must be numbers in [0, 1], in the order of the first configuration. `from_hpob` returns such records.
 
     Raises:
-      ValueError: no record counts, or without a space a configuration has other parameters than the first one, or no
-        numbers in [0, 1].
+      ValueError: if no record is "COMPLETE" at the full budget.
+      ValueError: without a `space`, if a configuration has other parameters than the first one, or values that are
+        not numbers in [0, 1].
     """
     ended = [r for r in records if r.status == "COMPLETE" and is_full_budget(r.fidelity) and math.isfinite(r.outcome)]
     if not ended:
@@ -359,13 +364,13 @@ def _is_fraction(value) -> bool:
 
 
 class PublishedCurves(NamedTuple):
-    """What a benchmark's authors have published of M methods on T tasks with R seeds, after each of N trials.
+    """Published results of a benchmark: M methods on T tasks with R seeds, after each of N trials.
 
     Attributes:
       methods: M names.
       tasks: T names, "search space/data set".
-      regret: [M, T, R, N] normalized regret of the best so far, 0 at the task's best and 1 at its worst; NaN where it
-        was not published.
+      regret: [M, T, R, N] normalized regret of the best outcome so far: 0 at the task's best and 1 at its worst; NaN if
+        it was not published.
     """
 
     methods: tuple[str, ...]
@@ -377,13 +382,14 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
     """HPO-B v3: 14 methods on the 86 test tasks, 5 seeds, after the 5 initial trials and each of 100 more.
 
     Args:
-      path: the folder; None: the environment variable METAOPT_DATA.
+      path: the folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
-      The curves. Those of "RF" are missing after 5 trials on 80 tasks. What rises by rounding is made monotone.
+      The curves. For "RF", 80 tasks lack values after 5 trials. Increases of the regret by rounding are removed, so
+      that curves are monotone.
 
     Raises:
-      FileNotFoundError: if there is no such folder or file.
+      FileNotFoundError: if the folder or a file does not exist.
 
     Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257 (MIT).
     """
@@ -391,7 +397,7 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
         best = data["best_so_far"].astype(np.float64)
         names = tuple(f"{s}/{d}" for s, d in zip(data["search_space_id"], data["dataset_id"], strict=True))
         _files.check_finite("best_so_far", best, missing=True)
-        best = np.maximum.accumulate(best, axis=-1)  # NaN stays NaN from there on
+        best = np.maximum.accumulate(best, axis=-1)  # after a NaN, all values are NaN
         if best.ndim != 4 or best.shape[:2] != (len(data["methods"]), len(names)):
             raise ValueError(
                 f"`best_so_far` has shape {best.shape} for {len(data['methods'])} methods and {len(names)} tasks"
@@ -400,26 +406,27 @@ def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCur
 
 
 def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_better: bool | None = None) -> list[Record]:
-    """OpenML's runs, as openml-python lists them.
+    """Converts OpenML's runs, as openml-python lists them, to records.
 
     Args:
-      rows: `openml.evaluations.list_evaluations_setups(...)`, the data frame or its `to_dict("records")`: each with
-        "data_name" (or "task_id"), "run_id", "value", and "parameters", whose values are JSON. "data_id" tells data
-        sets of one name apart.
-      higher_is_better: of the values. By default they are taken for what is at most 1 and better where it is larger,
-        such as an accuracy, and refused where they are above 1, or where the row's "function" is an error, a cost or a
-        time.
+      rows: `openml.evaluations.list_evaluations_setups(...)`, the data frame or its `to_dict("records")`. Each row has
+        "data_name" (or "task_id"), "run_id", "value", and "parameters", whose values are JSON. "data_id" distinguishes
+        data sets of the same name.
+      higher_is_better: whether larger values are better. By default, values are measures such as accuracy, which are at
+        most 1 and better if larger. Then values above 1 are rejected, and also rows whose "function" is an error, a
+        cost or a time.
 
     Returns:
-      A record a row: the task is the data set's name, with its number where rows have several data sets of that name,
-      as "iris (61)" and "iris (969)"; a parameter's name loses its flow, what stands before and after it in
-      `sklearn.svm.classes.SVC(16)_gamma`, where that is not ambiguous; the outcome is 1 − value, or where higher is not
-      better the value itself. Values of parameters that are no plain data are left out. A run without a value has
-      failed.
+      A record per row. The task is the name of the data set. If rows have several data sets of that name, the task
+      includes their number, as "iris (61)" and "iris (969)". Parameter names lose their flow, which is
+      `sklearn.svm.classes.SVC(16)_` in `sklearn.svm.classes.SVC(16)_gamma`, if the result is not ambiguous. The outcome
+      is 1 − value, or the value itself if `higher_is_better` is False. Parameters whose values are not plain data are
+      left out. A run without a value has status "FAIL".
 
     Raises:
-      ValueError: a value is no number; it is above 1, or of an error, and `higher_is_better` is not said; or rows are
-        of several functions, which are not to be compared.
+      ValueError: if a value is not a number.
+      ValueError: without `higher_is_better`, if a value is above 1 or an error.
+      ValueError: if rows are of several functions, which are not comparable.
     """
     if hasattr(rows, "columns"):
         rows = as_pandas("rows", rows).to_dict("records")
@@ -431,7 +438,7 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
             f"The values are of {losses[0]!r}, which is better where it is smaller; `higher_is_better=False` takes "
             "them as outcomes."
         )
-    versions: dict[str, set[int]] = {}  # another upload is another data set, of the same name
+    versions: dict[str, set[int]] = {}  # each upload is a different data set, even with the same name
     for row in rows:
         if "data_name" in row and _is_given(row.get("data_id")):
             versions.setdefault(str(row["data_name"]), set()).add(int(row["data_id"]))
@@ -471,15 +478,17 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
 
 
 def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Trials as rows like those of OpenML's runs, which `from_openml_evaluations` reads; `pandas.DataFrame` of them is
-    what openml-python lists.
+    """Converts trials to rows like those of OpenML's runs, which `from_openml_evaluations` reads.
+
+    `pandas.DataFrame(rows)` has the form that openml-python lists.
 
     Args:
-      records: "COMPLETE" ones at the full budget count; OpenML lists no others. Outcomes are errors.
+      records: only "COMPLETE" records at the full budget with finite outcomes are used, because OpenML lists no others.
+        Outcomes are errors.
 
     Returns:
-      A row a record: "run_id" is the trial's number, "data_name" the task, "value" 1 − outcome, and "parameters" has
-      values as JSON under the configuration's names, which have no flow before them.
+      A row per record. "run_id" is the number of the trial, "data_name" the task, and "value" 1 − outcome. "parameters"
+      has values as JSON under the names of the configuration, without a flow.
     """
     return [
         {
@@ -493,7 +502,7 @@ def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-# What OpenML's measures that are better where they are smaller have in their names.
+# Parts of the names of OpenML's measures for which smaller values are better.
 _LOSS = re.compile("error|loss|cost|time|memory|brier|deviance|variance|bias")
 
 
@@ -507,7 +516,7 @@ def _file(path, name: str) -> Path:
 
 
 def _positions(values) -> dict[str, int]:
-    """Where each value first occurs among the different ones."""
+    """Returns the position of each value among the different ones, in the order in which they first occur."""
     return {value: index for index, value in enumerate(dict.fromkeys(values))}
 
 
@@ -519,7 +528,7 @@ def _open(path: str | os.PathLike[str] | None, name: str) -> Iterator[_files.Npz
 
 
 def _checked(tasks, configurations, outcomes, costs, fidelities, families) -> TrialTable:
-    """A table whose arrays fit one another; ValueError otherwise."""
+    """Makes a table whose arrays fit one another. Raises ValueError otherwise."""
     shape = len(tasks), len(configurations), len(fidelities)
     if outcomes.shape != shape or costs.shape != shape or np.ndim(fidelities) != 1 or len(families) != len(tasks):
         raise ValueError(f"its outcomes and costs must have shape {shape}; got {outcomes.shape} and {costs.shape}")
@@ -527,11 +536,14 @@ def _checked(tasks, configurations, outcomes, costs, fidelities, families) -> Tr
         raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
     if np.isinf(outcomes).any() or np.isinf(costs).any() or not all(isinstance(name, str) for name in tasks):
         raise ValueError("its outcomes and costs must be finite or NaN, and its tasks texts")
+    values = [value for configuration in configurations for value in configuration.values()]
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise ValueError("its configurations must be finite")
     return TrialTable(tasks, configurations, outcomes, costs, fidelities, families)
 
 
 def _is_given(value) -> bool:
-    """Whether it is neither None nor NaN, with which data frames fill gaps."""
+    """Returns whether a value is neither None nor NaN; data frames fill gaps with these."""
     return value is not None and value == value
 
 
@@ -543,7 +555,7 @@ def _parsed(text):
 
 
 def _plain(value):
-    """A value of a data frame: text may be a number, and where a column has gaps, 3.0 stands for 3."""
+    """Converts a value of a data frame. Text may be a number, and 3.0 may mean 3, because the column has gaps."""
     if isinstance(value, str):
         return _parsed(value)
-    return int(value) if float(value).is_integer() else float(f"{value:.7g}")  # float32, as it was written
+    return int(value) if float(value).is_integer() else float(f"{value:.7g}")  # the digits of the original float32

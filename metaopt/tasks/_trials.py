@@ -1,14 +1,18 @@
-"""One trial at a time, in a child process: what it does to that process is a record, and not the end of the search.
+"""Runs one trial at a time in a child process. If a trial crashes it, this is recorded and the search goes on.
 
-A child is started by `exec`, never by a fork of a process in which JAX runs threads, and serves one trial after the
-other, since starting Python with JAX costs seconds: what a trial leaves behind there (caches, other generators than
-those of `random` and NumPy, the working directory) the next one finds. It is ended, with the processes that it started,
-where a trial exceeds a limit; a trial that ends it (a segmentation fault, the system's own killer) is a record as well.
-A child whose parent is gone ends itself. What has made a session of its own (`setsid`, a daemon) outlives a child that
-ends by itself, or whose parent is gone; where a limit ends the child, only what has lost its own parent does, and on
-other systems than Linux every session.
+A child is started by `exec`, never by a fork of a process in which JAX runs threads. It serves one trial after another,
+because starting Python with JAX takes seconds. So the next trial finds the side effects of earlier ones: caches, the
+working directory, and the state of random generators other than those of `random` and NumPy.
 
-Objective, task and trial travel by cloudpickle: functions of a notebook and of `__main__` are sent by value.
+If a trial exceeds a limit, its child is ended, together with the processes that it started. If a trial ends the child
+(by a segmentation fault, or because the system kills it), this gives a record, too. A child whose parent is gone ends
+itself.
+
+A process that a trial has started in a separate session (`setsid`, a daemon) can survive. It survives if the child ends
+by itself, or if the child's parent is gone. If a limit ends the child, then on Linux only processes that have lost
+their own parent survive. On other systems, every process in a separate session survives.
+
+Objective, task and trial are sent by cloudpickle: functions of a notebook and of `__main__` are sent by value.
 """
 
 import atexit
@@ -33,32 +37,33 @@ from metaopt.base import Record
 
 
 class ObjectiveFn(Protocol):
-    """A black box: `(trial, task) -> outcome`, a number, smaller is better."""
+    """A black box: `(trial, task) -> outcome`, a number; smaller is better."""
 
     def __call__(self, trial: Record, task: Any, /) -> float: ...
 
 
 _SECONDS_TO_START = 300.0
-# One thread a trial, unless the environment says otherwise: workers do not crowd each other, and the order in which
-# sums are taken does not depend on how many there are.
+# One thread per trial, unless the environment says otherwise. Then workers do not compete for cores, and the order of
+# sums does not depend on the number of workers.
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 class Pruned(Exception):
     """Raised by an objective that gives up early: `raise tasks.Pruned(outcome)`; the trial's status is "PRUNED".
 
-    With a text instead, `raise tasks.Pruned("too slow")`, that is the record's reason, and the outcome is NaN.
+    With a text instead, `raise tasks.Pruned("too slow")`, the text is the reason in the record, and the outcome is NaN.
     """
 
 
 def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
-    """Runs a trial in this process: an exception becomes a record, and there are no limits.
+    """Runs a trial in this process: an exception becomes a record, and limits are not supported.
 
     If the objective forks the process, only the original process returns. A fork that leaves the objective ends at
-    once, with exit code 0, or the code of its `SystemExit`, or a traceback and 1.
+    once. Its exit code is 0, or the code of its `SystemExit`; after another exception it prints a traceback, and the
+    code is 1.
 
     Args:
-      objective: `(trial, task) -> outcome`, a number, smaller is better.
+      objective: `(trial, task) -> outcome`, a number; smaller is better.
       task: the argument of the objective.
       trial: the trial to run.
 
@@ -66,7 +71,8 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
       The trial with its outcome, cost, status and reason.
     """
     start, outcome, reason = time.perf_counter(), math.nan, ""
-    # A copy, since `kwargs.pop("kind")` is common: the record, the searcher and the store keep the configuration.
+    # A copy, because objectives often call `kwargs.pop("kind")`. The record, the searcher and the store must keep the
+    # original configuration.
     running = trial._replace(status="RUNNING", configuration=dict(trial.configuration))
     try:
         outcome = float(_call_without_forks(objective, running, task))
@@ -79,7 +85,7 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
             reason = _text(pruned.args[0])
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
-            raise  # `training.fit` in the objective passes on that this process shall end
+            raise  # `training.fit` in the objective has received the signal that this process must end
         status, reason = "FAIL", f"{type(error).__name__}: {_text(error)}"
     if status == "COMPLETE" and not math.isfinite(outcome):
         outcome, status, reason = math.nan, "FAIL", f"the outcome is {outcome}"
@@ -112,7 +118,7 @@ def _flush() -> None:
 
 
 def _text(value: Any) -> str:
-    """What it says of itself, as a text that a file takes: names of files that are no UTF-8 stand in messages, too."""
+    """Returns the text of a value in a form that files accept: messages may contain file names that are not UTF-8."""
     try:
         return str(value)[:2_000].encode("utf-8", "backslashreplace").decode()
     except Exception as error:
@@ -125,7 +131,7 @@ class _Child(NamedTuple):
 
 
 _idle: list[_Child] = []
-_busy: dict[int, tuple[str, _Child]] = {}  # by process, with who had it started
+_busy: dict[int, tuple[str, _Child]] = {}  # process -> (owner, child)
 
 
 def run_isolated(
@@ -142,19 +148,19 @@ def run_isolated(
 
     Args:
       objective: `(trial, task) -> outcome`.
-      task: whatever the objective takes.
-      trial: what is to be tried; `random` and `numpy.random` of the child are seeded with its seed.
+      task: any argument that the objective takes.
+      trial: the trial to run; `random` and `numpy.random` of the child are seeded with its seed.
       time_limit: seconds, without the child's start and imports.
-      memory_limit: MiB of the child and what it starts, Python and its libraries included.
-      owner: whose trial it is, for `end_children`.
-      begins_before: by `time.time()`, from when on the trial does not begin any more: a child takes seconds to start.
+      memory_limit: MiB of the child and the processes that it starts, including Python and its libraries.
+      owner: the owner of the trial, for `end_children`.
+      begins_before: the deadline, by `time.time()`, for the beginning of the trial: a child takes seconds to start.
 
     Returns:
-      The trial with its outcome, cost, status and reason; None where it could not begin in time.
+      The trial with its outcome, cost, status and reason; None if it could not begin in time.
 
     Raises:
-      RuntimeError: a child cannot be started, or cannot read the objective or the task.
-      ImportError: cloudpickle is not installed.
+      RuntimeError: if a child cannot be started, or cannot read the objective or the task.
+      ImportError: if cloudpickle is not installed.
     """
     try:
         import cloudpickle
@@ -175,7 +181,7 @@ def run_isolated(
         child.connection.send_bytes(message)
         for answer_of in ("read", "run"):
             start = time.perf_counter()
-            # Reading imports what the objective needs, for which the first trial of a child is not to pay.
+            # Reading imports the modules of the objective. The time limit of the first trial must not include this.
             reads = answer_of == "read"
             limit = None if time_limit is None else time_limit + (_SECONDS_TO_START if reads else 0)
             exceeded = _wait(child, min(limit or math.inf, left()) if reads else limit, memory_limit)
@@ -203,20 +209,20 @@ def run_isolated(
 
 
 def end_children(owner: str) -> None:
-    """Ends the children that run an owner's trials, and those that run none.
+    """Ends the children that run the trials of an owner, and all idle children.
 
     Args:
       owner: as in `run_isolated`.
     """
     for whose, child in list(_busy.values()):
         if whose == owner:
-            _kill(child)  # whoever waits for it ends the rest
+            _kill(child)  # the thread that waits for the child cleans up
     while (child := _take_idle()) is not None:
         _end(child)
 
 
 def _take_idle() -> _Child | None:
-    """One that runs no trial, if there is one; other threads take them, too."""
+    """Returns an idle child, or None; other threads take idle children, too."""
     try:
         return _idle.pop()
     except IndexError:
@@ -227,7 +233,7 @@ atexit.register(end_children, "")
 
 
 def memory_is_known() -> bool:
-    """Whether the memory of a process can be read here.
+    """Returns whether the memory of a process can be read here.
 
     Returns:
       True on Linux.
@@ -236,7 +242,7 @@ def memory_is_known() -> bool:
 
 
 def _take(seconds: float) -> _Child | None:
-    """A child that waits for a trial; None where none is ready within so many seconds."""
+    """Returns a child that waits for a trial, or None if none is ready within `seconds`."""
     while (child := _take_idle()) is not None:
         if child.process.poll() is None:
             return child
@@ -245,10 +251,10 @@ def _take(seconds: float) -> _Child | None:
     environment = _THREADS | os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     process = subprocess.Popen(
         [sys.executable, "-c", f"from metaopt.tasks import _trials; _trials._serve({there.fileno()})"],
-        stdin=subprocess.PIPE,  # never written to: its end is the parent's end
+        stdin=subprocess.PIPE,  # never written to: it closes when the parent ends
         env=environment,
         pass_fds=[there.fileno()],
-        start_new_session=True,  # so that what it starts ends with it, and Ctrl-C does not reach it
+        start_new_session=True,  # so that its own processes end with it, and Ctrl-C does not reach it
     )
     there.close()
     child = _Child(process, here)
@@ -256,7 +262,7 @@ def _take(seconds: float) -> _Child | None:
         if here.poll(max(0.0, min(_SECONDS_TO_START, seconds))) and here.recv() == "ready":
             return child
     except (EOFError, ConnectionError):
-        seconds = math.inf  # it has ended by itself
+        seconds = math.inf  # the child has ended by itself
     if seconds < _SECONDS_TO_START:
         _end(child)
         return None
@@ -266,7 +272,7 @@ def _take(seconds: float) -> _Child | None:
 
 
 def _serve(descriptor: int) -> None:
-    """The child's own loop: a trial comes in; None goes out, or why it cannot be read; then its record goes out."""
+    """The child's own loop: receives a trial, sends None (or why it cannot read the trial), then sends the record."""
     life = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
@@ -294,14 +300,16 @@ def _serve(descriptor: int) -> None:
 
 
 def _wait(child: _Child, time_limit, memory_limit) -> str:
-    """Waits for the child's answer, or its end; says which limit it has exceeded, if any."""
+    """Waits for the child's answer. Returns the limit that the child exceeded, or "". Raises EOFError if the child has
+    ended.
+    """
     start = time.perf_counter()
     while True:
         left = math.inf if time_limit is None else time_limit - (time.perf_counter() - start)
-        ended = child.process.poll() is not None  # before the look into the pipe: what it sent last is still read
+        ended = child.process.poll() is not None  # before polling the pipe, so that its last message is still read
         if child.connection.poll(0.0 if ended else min(max(left, 0.0), 1.0 if memory_limit is None else 0.05)):
             return ""
-        if ended:  # and a process that it has forked holds the pipe open
+        if ended:  # a forked process may still hold the pipe open
             raise EOFError
         if left <= 0:
             return f"time limit of {time_limit:g} s"
@@ -310,12 +318,12 @@ def _wait(child: _Child, time_limit, memory_limit) -> str:
 
 
 def _memory(process: int) -> float:
-    """Resident MiB of a process and all that it has started."""
+    """Returns the resident MiB of a process and of all processes that it has started."""
     try:
         folder = Path(f"/proc/{process}")
         pages = int((folder / "statm").read_text().split()[1])
         children = [child for thread in (folder / "task").iterdir() for child in _children(thread)]
-    except (OSError, IndexError):  # it is gone
+    except (OSError, IndexError):  # the process is gone
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 + sum(_memory(child) for child in children)
 
@@ -323,7 +331,7 @@ def _memory(process: int) -> float:
 def _children(thread: Path) -> list[int]:
     try:
         return [int(child) for child in (thread / "children").read_text().split()]
-    except OSError:  # the thread is gone, or the kernel does not say
+    except OSError:  # the thread is gone, or the kernel does not report children
         return []
 
 
@@ -336,20 +344,20 @@ def _how_it_ended(process: subprocess.Popen) -> str:
 
 
 def _kill(child: _Child) -> None:
-    sessions = _descendants(child.process.pid)  # before its end, with which they would have no parent
+    sessions = _descendants(child.process.pid)  # before the child ends, because then they lose their parent
     try:
         os.killpg(child.process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # all of it is gone
+    except (ProcessLookupError, PermissionError):  # the whole group is gone
         pass
     for process in sessions:
         try:
             os.kill(process, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # it was of the group, or has ended
+        except (ProcessLookupError, PermissionError):  # the process was in the group, or has ended
             pass
 
 
 def _descendants(process: int) -> list[int]:
-    """What a process has started, in whatever session, as far as Linux says."""
+    """Returns the processes that a process has started, in any session, as far as Linux reports them."""
     try:
         children = [child for thread in Path(f"/proc/{process}/task").iterdir() for child in _children(thread)]
     except OSError:

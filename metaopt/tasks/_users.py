@@ -1,4 +1,4 @@
-"""One task a person, a patient or a hospital: adapt to the first few records of somebody new, predict the others."""
+"""One task per person, patient or hospital: adapt to the first few records of a new user, and predict the others."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ class UserTable(NamedTuple):
       x: [N, D] float32; NaN where missing.
       y: [N] float32, or int32 for classes.
       user: [N] int32 in 0..U-1.
-      time: [N] float64, when the record was made; None where that is not known.
+      time: [N] float64, the time of each record; None if times are not known.
       user_names: U names.
       feature_names: D names.
     """
@@ -51,25 +51,27 @@ class UserTable(NamedTuple):
 def from_user_records(
     x: Any, y: Any, user: Any, *, time: Any = None, feature_names: Sequence[str] | None = None
 ) -> UserTable:
-    """A table of records, each of one user.
+    """Makes a table of records, each of one user.
 
     Args:
       x: [N, D], numbers; NaN where missing.
-      y: [N], numbers, or integers for classes; none may be missing.
-      user: [N], whose record it is: any values.
-      time: [N], when it was made: numbers, or dates (NumPy's, `datetime` or ISO 8601); none may be missing. None where
-        it is not known at all.
-      feature_names: D names; None numbers them.
+      y: [N], numbers, or integers for classes; all must be present.
+      user: [N], the user of each record: any values.
+      time: [N], the time of each record: numbers, or dates (NumPy's, `datetime` or ISO 8601); all must be present. None
+        if times are not known.
+      feature_names: D names; None numbers the columns.
 
     Returns:
       A `UserTable`; users are the different values of `user`, sorted.
 
     Raises:
-      ValueError: there is no record, lengths differ, something is text, integer labels are not 0..C-1, an entry of `x`
-        is infinite, or one of `y`, `user` or `time` is missing (NaN, NaT) or infinite.
+      ValueError: if `x` is empty, lengths differ, or a value is text.
+      ValueError: if integer labels are not 0..C-1.
+      ValueError: if an entry of `x` is infinite, or an entry of `y`, `user` or `time` is missing (NaN, NaT) or
+        infinite.
     """
     wide, y = _numbers("x", x), _numbers("y", y)
-    with np.errstate(over="ignore"):  # infinite, which is refused below
+    with np.errstate(over="ignore"):  # infinite values are rejected below
         x = wide.astype(np.float32)
     if x.ndim != 2 or not x.size:
         raise ValueError(f"`x` must be [records, columns], at least one of each; got shape {x.shape}.")
@@ -102,19 +104,19 @@ def from_user_records(
         times = _numbers("time", time)
         time = times.astype(np.float64)  # seconds since 1970 do not fit float32
         if times.dtype.kind in "mM":
-            time[np.isnat(times)] = np.nan  # as a number it would be the first
+            time[np.isnat(times)] = np.nan  # as a number, NaT would be the earliest time
     table = UserTable(x, y, user.astype(np.int32), time, tuple(map(str, users)), names)
     _check_finite(table)
     return table
 
 
 def _numbers(name: str, values: Any) -> np.ndarray:
-    """An array of numbers, or of times; a `ValueError` where there is text."""
+    """Returns an array of numbers, or of times. Raises ValueError if there is text."""
     array = np.asarray(values)
     try:
         if array.dtype.kind == "O":  # None is a gap
             array = array.astype(np.float64)
-    except TypeError:  # of `datetime`
+    except TypeError:  # objects such as `datetime`
         pass
     except ValueError:
         array = array.astype(str)
@@ -131,7 +133,7 @@ def _numbers(name: str, values: Any) -> np.ndarray:
 
 
 def _check_finite(table: UserTable) -> None:
-    """Raises a `ValueError` where an entry is infinite, or where one of y or time is missing."""
+    """Raises ValueError if an entry is infinite, or an entry of y or time is missing."""
     for name, array in (("x", table.x), ("y", table.y), ("time", table.time)):
         if array is None:  # no time
             continue
@@ -147,17 +149,17 @@ def _check_finite(table: UserTable) -> None:
 
 
 def standardize_users(table: UserTable, fit_on: Sequence[int] | np.ndarray) -> UserTable:
-    """Columns to mean 0 and variance 1 over some users; gaps become 0, and a column of its own says where they were.
+    """Scales columns to mean 0 and variance 1 over some users; gaps become 0, and additional columns mark them.
 
     Args:
       table: of all users.
-      fit_on: the users that are trained on, by their places in `table.user_names`: nothing is learned from the others.
+      fit_on: the training users, by their positions in `table.user_names`; the statistics come only from them.
 
     Returns:
-      A table without NaN: first the D columns, then one of 0 and 1 for each that has gaps, "missing NAME".
+      A table without NaN: first the D columns, then a column of 0 and 1 for each column with gaps, "missing NAME".
 
     Raises:
-      ValueError: there is no such user, `fit_on` is a mask or has names, or an entry is infinite.
+      ValueError: if a user does not exist, `fit_on` is a mask or has names, or an entry is infinite.
     """
     _check_finite(table)
     rows = np.isin(table.user, _check_users("fit_on", table, fit_on))
@@ -180,27 +182,30 @@ def user_episodes(
     order: str = "time",
     users: Sequence[int] | np.ndarray | None = None,
 ):
-    """One episode a user: `num_support` records to adapt to, and later (or other) ones to predict.
+    """Makes a sampler of one episode per user: `num_support` records to adapt to, and later (or other) ones to predict.
 
     Args:
       table: of all users, without NaN (`standardize_users`).
       num_support: K, at least 1.
-      num_query: at most so many records of the query set; None: all that are left, padded to the longest.
-      order: which records are which. "time": the first K are the support set, what follows the query set; "window": the
-        same from a random record on, so that training sees more than beginnings; "random": at random, for records
-        without a time.
-      users: which users, by their places in `table.user_names`, integers in 0..U-1; None: all.
+      num_query: the largest number of query records; None takes all remaining ones, padded to the longest user.
+      order: how to divide the records. "time": the first K are the support set, and the next ones the query set.
+        "window": the same from a random record on, so that training does not see only beginnings. "random": at random,
+        for records without a time.
+      users: the users, by their positions in `table.user_names`, integers in 0..U-1; None takes all.
 
     Returns:
-      `(key, user=None) -> Episode`, pure, for `jit` and `vmap`: of a user drawn from `users` uniformly, or of the one
-      given by its place in `users` (a traced place is not checked: outside of `users` it is that of somebody there), so
-      that `vmap` over `arange(len(users))` gives everybody once. Records of one time are in the table's order. "x"
-      [K, D], "y" [K], "mask" [K], "num_rows" and, where y is an integer, "class_mask" [C], ones for the classes 0..C-1
-      of the whole table; the query likewise; `meta` has "user" [] int32, the place in the table.
+      `(key, user=None) -> Episode`, pure, works under `jit` and `vmap`. By default, the user is drawn uniformly from
+      `users`. An argument `user` is a position in `users`, so that `vmap` over `arange(len(users))` gives every user
+      once. A traced position is not checked; outside `users` it gives some user of `users`. Records with equal times
+      are in the table's order. The support set has "x" [K, D], "y" [K], "mask" [K] and "num_rows". If y is an integer,
+      it also has "class_mask" [C], ones for the classes 0..C-1 of the whole table. The query set likewise; `meta` has
+      "user" [] int32, the position in the table.
 
     Raises:
-      ValueError: an argument is out of range, `users` is a mask or has names, a user has K records or fewer, x has NaN,
-        an entry is infinite, or there is no time; a sampler is asked for a place that is not in `users`.
+      ValueError: if an argument is out of range, or `users` is a mask or has names.
+      ValueError: if a user has K records or fewer, x has NaN, or an entry is infinite.
+      ValueError: if the table has no time, except with `order="random"`.
+      ValueError: in the sampler, if `user` is not a position in `users`.
     """
     base.check_integer("num_support", num_support, 1)
     base.check_integer("num_query", num_query, 1, optional=True)
@@ -267,7 +272,7 @@ def user_episodes(
 
 
 def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray) -> np.ndarray:
-    """[M], the places of users in the table: a mask is none, though NumPy takes it for the users 0 and 1."""
+    """Returns the positions of users [M]. Rejects masks, because NumPy would take them for the users 0 and 1."""
     given = [np.asarray(user) for user in users] if np.iterable(users) else []
     is_place = lambda user: user.dtype.kind in "iu" and not user.ndim and 0 <= user < table.num_users
     if not given or not all(map(is_place, given)):
@@ -289,15 +294,15 @@ def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str =
     The scores are interpolated between visits to a clinic, so that neighbors in time are nearly equal.
 
     Args:
-      path: the data folder; None: the environment variable METAOPT_DATA.
+      path: the data folder; by default, the environment variable METAOPT_DATA.
       target: "motor_UPDRS" or "total_UPDRS".
 
     Returns:
-      A `UserTable`; a user is a patient, time in days since recruitment; x is age, sex, time and the measures.
+      A `UserTable`. A user is a patient, and time is in days since recruitment. x has age, sex, time and the measures.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
-      ValueError: there is no such target.
+      FileNotFoundError: if the folder or the file does not exist.
+      ValueError: if `target` is unknown.
 
     Source: Tsanas et al., IEEE Transactions on Biomedical Engineering 2009; UCI, CC BY 4.0.
     """
@@ -313,20 +318,20 @@ def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str =
 
 
 def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
-    """Heart disease: 920 patients of four hospitals; whether disease was found. Here a "user" is a hospital.
+    """Heart disease: 920 patients of four hospitals, and whether disease was found. Here a "user" is a hospital.
 
-    Nobody has a cholesterol or a blood pressure of 0, which one hospital wrote for all of its patients and another for
-    some: these are gaps.
+    A cholesterol or a blood pressure of 0 is impossible. One hospital wrote a 0 for all of its patients, and another
+    one for some. These values become gaps.
 
     Args:
-      path: the data folder; None: the environment variable METAOPT_DATA.
+      path: the data folder; by default, the environment variable METAOPT_DATA.
 
     Returns:
-      A `UserTable` without time; y is 0 or 1; many gaps in the last columns; "cp", "restecg", "slope" and "thal" are
+      A `UserTable` without time; y is 0 or 1. The last columns have many gaps. "cp", "restecg", "slope" and "thal" are
       codes. To leave one hospital out, standardize and train on the three others.
 
     Raises:
-      FileNotFoundError: there is no such folder or file.
+      FileNotFoundError: if the folder or the file does not exist.
 
     Source: Janosi, Steinbrunn, Pfisterer & Detrano; UCI, CC BY 4.0.
     """

@@ -1,4 +1,4 @@
-"""Who runs it: the outer step and the outer loop around it, checkpoints, progress, several devices."""
+"""The outer loop: outer steps, the loop around them, checkpoints, progress reports, and several devices."""
 
 from metaopt.training._fit import FitResult, fit
 from metaopt.training._learner import Learner, LearnerState, learner

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: arrays written by orbax, next to a file that identifies the run; each appears at once.
+"""Checkpoints of a run: orbax writes the arrays, next to a file that identifies the run. Each appears as a whole.
 
-A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary, by their path in the tree,
-with a checksum each, and a JSON file; nothing is pickled. PRNG keys are saved as their data.
+A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary by their path in the tree,
+each with a checksum, and a JSON file. Nothing is pickled. PRNG keys are saved as their data.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ class Saved(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-      step: whose checkpoint it is.
+      step: the step of the checkpoint.
       extra: the plain values saved with it.
       arrays: path in the saved tree -> array, keys as their data.
       impls: path -> the name of the PRNG implementation, for keys.
-      directory: where it lay.
+      directory: the directory that it was read from.
     """
 
     step: int
@@ -38,10 +38,10 @@ class Saved(NamedTuple):
     directory: str
 
     def tree(self, like: base.PyTree) -> base.PyTree:
-        """The saved arrays in the structure of `like`, as numpy arrays where it has those, else as JAX arrays.
+        """Returns the saved arrays in the structure of `like`, as numpy arrays if `like` has them, else as JAX arrays.
 
         Raises:
-          ValueError: the two differ in structure, shape or dtype.
+          ValueError: if the two differ in structure, shape or dtype.
         """
         leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
         names = [jax.tree_util.keystr(path) for path, _ in leaves]
@@ -62,7 +62,7 @@ class Saved(NamedTuple):
         return jax.tree.unflatten(treedef, restored)
 
     def refusal(self, difference: str) -> str:
-        """What to say where this run differs from the checkpoint's."""
+        """The error message for a difference between this run and the checkpoint's."""
         return _refusal(self.directory, self.step, difference)
 
 
@@ -70,12 +70,12 @@ class Checkpoints:
     """The newest two checkpoints of one run, in one folder, which is locked until `close`.
 
     Args:
-      directory: made if it does not exist; each run needs its own.
-      settings: plain values that the run depends on. A checkpoint with other settings is rejected.
+      directory: the folder; made if it does not exist. Each run needs its own.
+      settings: plain values on which the run depends. A checkpoint with other settings is rejected.
 
     Attributes:
       directory: the folder, as an absolute path.
-      newest: the step of the newest checkpoint, once `restore` or `save` knows it.
+      newest: the step of the newest checkpoint, after `restore` or `save`; None before.
 
     Raises:
       ValueError: if `directory` is a file, cannot be written to, or is in use by another run.
@@ -102,7 +102,7 @@ class Checkpoints:
         self._stack.close()
 
     def save(self, step: int, tree: base.PyTree, extra: dict[str, Any]) -> None:
-        """Writes a checkpoint; when this returns it is on disk, and an interrupted one leaves the former intact."""
+        """Writes a checkpoint. It is on disk on return. An interrupted write leaves the former checkpoint intact."""
         args = self._ocp.args
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
         arrays, impls = {}, {}
@@ -116,7 +116,7 @@ class Checkpoints:
             name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": checksum(x)} for name, x in arrays.items()
         }
         run = {"settings": self._settings, "extra": extra, "impls": impls, "arrays": described}
-        # Orbax saves no empty arrays; `restore` makes them from their description.
+        # Orbax does not save empty arrays; `restore` makes them from their description.
         full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
         if not self._manager.save(step, args=saved, force=True):
@@ -124,19 +124,19 @@ class Checkpoints:
         self.newest = step
 
     def restore(self) -> Saved | None:
-        """The newest checkpoint that can be read, or None if there is none.
+        """Returns the newest readable checkpoint, or None without checkpoints.
 
-        One that cannot be read is moved aside, with a warning.
+        Unreadable checkpoints are moved aside, with a warning.
 
         Raises:
-          ValueError: the directory holds another run, or no checkpoint in it can be read.
+          ValueError: if the directory holds another run, or no checkpoint in it can be read.
         """
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 run = self._read(step, "run", self._ocp.args.JsonRestore())
                 saved = self._read_arrays(step, run)
-            except Exception as error:  # whatever damage raises: orbax, tensorstore, JSON, the checksum
+            except Exception as error:  # damage raises many types: from orbax, tensorstore, JSON, the checksum
                 unreadable.append(step)
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
                 warnings.warn(
@@ -196,9 +196,9 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _claimed(directory: str) -> Iterator[None]:
-    """Locks a folder for this run, and so finds out early whether it can be written to.
+    """Locks a folder for this run, which also checks early that it can be written to.
 
-    Of several processes that JAX runs together (`jax.distributed`), the first one locks the folder for all.
+    If JAX runs several processes together (`jax.distributed`), the first one locks the folder for all of them.
     """
     if jax.process_index() > 0:
         yield

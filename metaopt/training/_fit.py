@@ -1,4 +1,4 @@
-"""The outer loop: draws tasks, takes steps, evaluates, and can be interrupted at any point and continued."""
+"""The outer loop: draws tasks, takes steps and evaluates. It can be interrupted at any point and continued."""
 
 import contextlib
 import functools
@@ -32,17 +32,17 @@ class FitResult(NamedTuple):
     """The result of an outer loop.
 
     Attributes:
-      hyperparams: λ after the last step, in natural units if `fit` was given `space`.
-      state: the learner's state, from which more steps can be taken. With `space`, its `hyperparams` are
+      hyperparams: λ after the last step, in natural units if `fit` had `space`.
+      state: the learner's state, from which you can take more steps. With `space`, its `hyperparams` are
         `spaces.Unconstrained`.
-      history: name -> [steps] float64, the scalar metrics of every step; NaN where a step had no such metric.
+      history: name -> [steps] float64, the scalar metrics of every step; NaN if a step did not have the metric.
       evaluations: [1 + steps // eval_every] float64, the held-out losses at steps 0, eval_every, 2 eval_every ...;
         empty without `evaluate`.
-      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`; the last λ, without
-        `evaluate`.
+      best_hyperparams: λ with the smallest held-out loss, in the units of `hyperparams`. Without `evaluate`, the last
+        λ.
       best_value: that loss; NaN without `evaluate`, or if no loss was below infinity.
-      stopped: why the run ended: "num_steps", "patience" or "callback". In the partial result that an exception
-        carries also "interrupted" or "non-finite".
+      stopped: the reason for the end of the run: "num_steps", "patience" or "callback". The partial result of an
+        exception may also have "interrupted" or "non-finite".
     """
 
     hyperparams: base.HyperParams
@@ -76,62 +76,62 @@ def fit(
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
-    Everything random follows from `key` and the step: the tasks drawn for step t are `sample_tasks(fold_in(k, t))`,
-    and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. If a run was killed, the same call
-    continues it, and ends in the same bits as a run that was not killed: history, best λ and patience included. It may
+    All randomness follows from `key` and the step. The tasks of step t are `sample_tasks(fold_in(k, t))`, and every
+    evaluation is `evaluate(k', λ)`, with k and k' split from `key`. If a run was killed, the same call continues it.
+    The result has the same bits as that of a run that was not killed, including history, best λ and patience. A run can
     also be continued to a larger `num_steps`.
 
     A checkpoint is rejected if the key, the initial λ, the tasks drawn last, `eval_every`, `settings` or the program of
-    the outer step differ. The program is what JAX traces: a changed loss, number of inner steps, outer rate, optimizer
-    or captured array changes it, and the error names the difference. Functions that run on the host (`evaluate`,
-    `callback`, `jax.pure_callback`) are not part of it. Programs are compared only under the same version of JAX, on
-    the same platform with as many devices; otherwise there is a warning. To compare takes about a tenth of the time of
-    tracing.
-    A checkpoint does not hold tasks that can be drawn again.
+    the outer step differ. The program is the result of JAX's tracing. A changed loss, number of inner steps, outer
+    rate, optimizer or captured array changes it, and the error names the difference. Functions that run on the host
+    (`evaluate`, `callback`, `jax.pure_callback`) are not part of it. Programs are compared only if the version of JAX,
+    the platform and the number of devices are the same; otherwise there is a warning. The comparison takes about a
+    tenth of the time of tracing. A checkpoint does not hold tasks that can be drawn again.
 
-    The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step. If it arrives while a step is compiled,
-    that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial `FitResult`
-    as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are handled only in
-    the main thread. An error in one of the functions passes through, after a checkpoint was written.
+    The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step. If it arrives during the compilation of a
+    step, that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial
+    `FitResult` as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are
+    handled only in the main thread. If one of your functions raises an error, `fit` writes a checkpoint and re-raises
+    the error.
 
     The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
     donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
 
     Args:
       learner: see `learner`.
-      sample_tasks: `(key) -> tasks`, on the host: an array or tree of arrays, of numpy or JAX, as the estimator wants
-        them. It depends on the key alone, and is called before the first step and whenever a slot is done. Shapes may
-        differ from one call to the next, if all slots end together.
-      hyperparams: the initial λ, in natural units if `space` is given; kept intact.
-      num_steps: outer steps in all, those of earlier, interrupted runs included; at least 0.
-      key: what everything random follows from.
-      space: of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is converted to
-        unconstrained coordinates, in which the outer optimizer works; `evaluate` and the result have λ in natural
-        units. An initial λ that is `spaces.Unconstrained` already, as a predictor's, is not converted.
-      evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. It is called with the same key each time,
-        so that every λ is judged on the same draws. Compile it yourself.
+      sample_tasks: `(key) -> tasks`, on the host. It returns an array or a tree of arrays, of numpy or JAX, in the form
+        that the estimator expects. It may depend only on the key. It is called before the first step and whenever a
+        slot is done. Shapes may differ from one call to the next if all slots end together.
+      hyperparams: the initial λ, in natural units if there is a `space`; it is not modified.
+      num_steps: the total number of outer steps, including those of earlier, interrupted runs; at least 0.
+      key: the source of all randomness.
+      space: the space of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is
+        converted to unconstrained coordinates, in which the outer optimizer works. `evaluate` and the result have λ in
+        natural units. An initial λ that is already `spaces.Unconstrained`, such as a predictor's, is not converted.
+      evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. Every call has the same key, so that
+        every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first one judges the initial λ.
-      patience: stop after this many consecutive evaluations without a new best; None never does.
-      steps_per_call: outer steps that are compiled into one program, for steps of a millisecond, where calls, draws and
-        metrics take as long as they do. `sample_tasks` is then traced, and draws tasks of one shape. Evaluations and
-        checkpoints keep their places, and cut a call short; signals wait for its end. The results are those of single
-        steps, to rounding.
-      callback: `(step, metrics) -> stop`, after every step, counted from 1. Scalar metrics are floats, others numpy
-        arrays. If it returns something true, the run ends (after the call, with `steps_per_call`). An error that it
-        raises ends the run, after it was called for the other steps of the same call. After a resume, steps since the
-        checkpoint are reported again.
-      progress: None reports steps, evaluations and compilations on standard error: by a bar in a terminal or
-        notebook, and elsewhere by a line every 10 s and for compilations that take 2 s or more. True prints also a line
-        at the end of a short run; False reports nothing.
-      checkpoint_dir: the folder for the newest two checkpoints, one for each run, which is locked during the run; None
-        keeps none.
-      checkpoint_every: steps between checkpoints; the end of the run leaves one too.
-      settings: more values that identify the run, as JSON has them, such as the text of an architecture or a rate.
-      allow_changed_program: continue from a checkpoint although the program of the outer step differs.
-      compilation_cache: the folder of JAX's persistent compilation cache during this call, so that a later process
-        reads a compiled program (of 1 s or more, `jax_persistent_cache_min_compile_time_secs`) instead of compiling it
-        again. The setting belongs to the process: other threads that compile meanwhile use the folder too. JAX runs
-        the programs in it, so that nobody else may have write access. None leaves JAX's own setting.
+      patience: stop after this many consecutive evaluations without a new best; None never stops.
+      steps_per_call: outer steps that are compiled into one program. Use it for steps of a millisecond, where calls,
+        draws and metrics take as long as the steps. `sample_tasks` is then traced, and draws tasks of one shape. The
+        steps of evaluations and checkpoints stay the same, and shorten a call if necessary. Signals wait for the end of
+        a call. The results are those of single steps, up to rounding.
+      callback: `(step, metrics) -> stop`, called after every step, counted from 1. Scalar metrics are floats, others
+        numpy arrays. If it returns a true value, the run ends (after the call, with `steps_per_call`). If it raises an
+        error, it is still called for the other steps of the same call, and then the run ends. After a resume, it is
+        called again for the steps since the checkpoint.
+      progress: None reports steps, evaluations and compilations on standard error. A terminal or notebook shows a bar.
+        Elsewhere a line appears every 10 s, and for compilations that take 2 s or more. True also prints a line at the
+        end of a short run. False reports nothing.
+      checkpoint_dir: the folder for the newest two checkpoints, which is locked during the run; each run needs its own.
+        None keeps no checkpoints.
+      checkpoint_every: steps between checkpoints; the end of the run writes one, too.
+      settings: further values that identify the run, as JSON values, such as the text of an architecture or a rate.
+      allow_changed_program: whether to continue from a checkpoint although the program of the outer step differs.
+      compilation_cache: the folder of JAX's persistent compilation cache during this call. A later process then reads a
+        compiled program (of 1 s or more, `jax_persistent_cache_min_compile_time_secs`) instead of compiling it again.
+        The setting belongs to the process: other threads that compile meanwhile use the folder, too. JAX executes the
+        programs in it, so nobody else may have write access. None keeps JAX's own setting.
 
     Returns:
       A `FitResult`.
@@ -140,10 +140,12 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if an argument is out of range; if λ has an integer leaf or one that is not finite, does not fit
-        `space`, or lies outside it. If the estimator works in unconstrained coordinates and `space` is missing, or the
-        other way round. If the tasks are empty, or have labels outside their classes; if tasks of other shapes were
-        drawn while some slots were not done. If `checkpoint_dir` is in use, cannot be written to, or holds another run.
+      ValueError: if an argument is out of range.
+      ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
+      ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse.
+      ValueError: if the tasks are empty, have labels outside their classes, or change their shapes while some slots are
+        not done.
+      ValueError: if `checkpoint_dir` is in use, cannot be written to, or holds another run.
 
     Example:
       >>> import optax
@@ -186,7 +188,7 @@ def fit(
         first_step, ended_by_callback, warned = run.step, False, False
         try:
             while True:
-                if evaluate is not None and run.step == len(run.evaluations) * eval_every:
+                if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
                     with report.during("evaluating"):
                         run = _evaluated(run, evaluate, eval_key)
                 if run.step > 0 and run.step % checkpoint_every == 0:
@@ -196,7 +198,7 @@ def fit(
                 if stopped or received:
                     break
                 num = min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
-                program, args, drawn = steps.next_call(run, num)
+                program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
                 state, metrics = program(*args)
@@ -207,7 +209,7 @@ def fit(
                 if callback is not None:
                     ended_by_callback = _report(callback, run.step - num + 1, metrics)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
-            received.append(error.number)  # in a `fit` that `evaluate` or `callback` called
+            received.append(error.number)  # from a `fit` that `evaluate` or `callback` called
             stopped = ""
         finally:
             _save(checkpoints, run, steps, report)
@@ -233,14 +235,14 @@ class _Steps:
         self.init = jax.jit(learner.init)
         self.step = jax.jit(learner.step, donate_argnums=0)
         self.several = _several_steps(learner, self.sample_key, steps_per_call)
-        self.drawn: int | None = None  # the step that `tasks` were drawn for
+        self.drawn: int | None = None  # the step for which `tasks` were drawn
         self.tasks: base.PyTree = None
         self.types: tuple = ()  # of `tasks`
         self.compiled: set = set()
         self.descriptions: dict = {}
 
     def draw(self, step: int) -> base.PyTree:
-        """The tasks of a step; those drawn last are not drawn again."""
+        """The tasks of a step. The tasks drawn last are not drawn again."""
         if step != self.drawn:
             self.tasks = _draw(self.sampler, self.sample_key, step)
             self.drawn, self.types = step, _types(self.tasks)
@@ -255,8 +257,8 @@ class _Steps:
         state = owned(self.init(*args))
         return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
 
-    def next_call(self, run: Run, num: int) -> tuple[Callable, tuple, int]:
-        """The program that takes the next `num` steps, its arguments, and the step that tasks were drawn last for."""
+    def next_call(self, run: Run, num: int, report: Report) -> tuple[Callable, tuple, int]:
+        """The program for the next `num` steps, its arguments, and the last step for which tasks were drawn."""
         state, drawn = run.state, run.drawn
         if num > 1:
             return self.several, (state, run.step, num, self.sampler), run.step + num - 1
@@ -264,11 +266,12 @@ class _Steps:
             tasks, drawn = self.draw(run.step), run.step
             if not _learner.same_types(tasks, state.tasks):
                 _check_all_done(state, tasks)
-                state = owned(_learner.restart(self.init, state, tasks))
+                with report.compiling("the initial state"):
+                    state = owned(_learner.restart(self.init, state, tasks))
         return self.step, (state, self.tasks), drawn
 
     def compile(self, program: Callable, args: tuple, num: int, received: Sequence[int], report: Report) -> bool:
-        """Compiles a program for arguments of new shapes; returns False if it is compiled already."""
+        """Compiles a program for arguments of new shapes. Returns False if it was already compiled."""
         kind = (num, self.types)
         if kind in self.compiled:
             return False
@@ -278,7 +281,7 @@ class _Steps:
         return True
 
     def describe(self, state: LearnerState, report: Report) -> dict[str, Any]:
-        """Describes the programs for tasks of the shapes that the state carries. JAX traces them only once."""
+        """Describes the programs for tasks of the shapes in the state. JAX traces them only once."""
         types = _types(state.tasks)
         if types not in self.descriptions:
             with report.during("tracing one step", compiles=True):
@@ -313,7 +316,7 @@ def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int)
 
 
 def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
-    """Traces and compiles, unless a signal arrives in between. JAX keeps the result for the call that follows."""
+    """Traces and compiles, unless a signal arrives in between. JAX keeps the result for the next call."""
     if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
         return
     traced = program.trace(*args)
@@ -322,13 +325,13 @@ def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
 
 
 def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
-    """The run of a checkpoint, after all comparisons."""
+    """Returns the run of a checkpoint, after all comparisons."""
     if saved.step > num_steps:
         raise ValueError(
             f"`num_steps` is {num_steps}, and {saved.directory} holds a run of {saved.step} steps; ask for at least as "
             "many, or give this run another directory."
         )
-    # The tasks drawn last have the shapes of the carried tasks.
+    # The tasks drawn last have the same shapes as the carried tasks.
     with report.during("drawing tasks"):
         tasks = steps.draw(saved.extra["drawn"])
     run = _run.resumed(saved, jax.eval_shape(steps.init, *steps.start, tasks), steps.start[1], tasks)
@@ -337,7 +340,7 @@ def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program:
 
 
 def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps, report: Report) -> None:
-    """Writes a checkpoint of a run, unless there is one of this step."""
+    """Writes a checkpoint of a run, unless this step already has one."""
     # An error inside the compiled step leaves nothing to save: the state was donated to it.
     if checkpoints is None or run.step == checkpoints.newest or not _intact(run.state):
         return
@@ -348,7 +351,7 @@ def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps, report: Repo
 
 
 def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
-    """A copy of λ as arrays; ValueError if it is not finite."""
+    """Returns a copy of λ as arrays. Raises ValueError if it is not finite."""
     hyperparams = owned(_learner.check_hyperparams(hyperparams))
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
         if not jnp.isfinite(leaf).all():
@@ -362,7 +365,7 @@ def _progress(start: int, num_steps: int, show: bool | None) -> contextlib.Abstr
 
 
 def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], drawn: int) -> Run:
-    """The run after a call; adds the metrics of its steps to the history."""
+    """Returns the run after a call, with the metrics of its steps added to the history."""
     for i, of_step in enumerate(metrics):
         _record(run.history, run.step + i, of_step)
     any_done = metrics[-1]["num_done"] > 0
@@ -411,19 +414,19 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
 
 
 def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
-    """The λ that the learner starts from: unconstrained coordinates, if there is a space."""
+    """The initial λ of the learner: unconstrained coordinates if there is a space."""
     if space is None or isinstance(hyperparams, spaces.Unconstrained):
         return hyperparams
     return spaces.to_unconstrained(space, hyperparams)
 
 
 def _to_natural_units(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
-    """The λ that the caller sees: the inverse of `_to_coordinates`."""
+    """The λ for the caller: the inverse of `_to_coordinates`."""
     return hyperparams if space is None else spaces.to_constrained(space, hyperparams)
 
 
 def _in_natural_units(space: base.PyTree | None, evaluate: EvaluateFn | None) -> EvaluateFn | None:
-    """`evaluate` as a function of what the learner carries."""
+    """`evaluate` as a function of the learner's λ."""
     if space is None or evaluate is None:
         return evaluate
     return lambda key, coordinates: evaluate(key, spaces.to_constrained(space, coordinates))
@@ -436,9 +439,9 @@ def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
 
 
 def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Calls the callback for every step of a call; returns whether it asked to stop.
+    """Calls the callback for every step of a call. Returns whether it asked to stop.
 
-    Its first error is raised after the last step, because a resumed run continues after all of them.
+    Its first error is raised after the last step, because a resumed run continues after all of the steps.
     """
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
@@ -452,7 +455,7 @@ def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, An
 
 
 def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
-    """Logs a warning if an implicit rule runs far from rest; looks every 100 steps, and at the end.
+    """Logs a warning if an implicit rule runs far from rest. It checks every 100 steps, and at the end.
 
     Returns:
       Whether it logged the warning.
@@ -469,7 +472,7 @@ def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
 
 @contextlib.contextmanager
 def _explained(steps_per_call: int) -> Iterator[None]:
-    """Explains an error of a `sample_tasks` that cannot be traced."""
+    """Explains the error if `sample_tasks` cannot be traced."""
     try:
         yield
     except jax.errors.JAXTypeError as error:
@@ -506,11 +509,11 @@ def _types(tasks: base.PyTree) -> tuple:
 
 
 def _why_stop(run: Run, num_steps: int, patience: int | None, *, ended: bool, moved: bool) -> str:
-    """Why the run ends here; "" if it goes on.
+    """Returns the reason why the run ends here; "" if it continues.
 
     Args:
-      run: after its last step.
-      num_steps: of the whole run.
+      run: the run after its last step.
+      num_steps: the number of steps of the whole run.
       patience: evaluations without a new best.
       ended: whether the callback ended it.
       moved: whether this call of `fit` took a step. A run that continues after non-finite steps gets another chance.

@@ -1,13 +1,13 @@
 """The outer step: λ ← λ − optimizer(dF/dλ), with tasks and inner training carried from step to step.
 
-What one outer step does, for every slot of the batch of tasks:
+One outer step does the following for every slot of the batch of tasks:
 
     where done:  task ← a fresh one,  estimator state ← init(λ, task)
     F, dF/dλ, done, estimator state ← estimate(λ, task, estimator state)
     λ ← λ + optimizer.update(dF/dλ)
 
-A slot is `done` when the horizon of its inner training has ended; other slots keep their task and go on training.
-Both functions are pure: jit them, scan them, vmap them over states.
+A slot is `done` when the horizon of its inner training has ended. Other slots keep their task and continue to train.
+Both functions are pure: you can jit them, scan them, and vmap them over states.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,17 @@ from metaopt import base
 
 
 class LearnerState(NamedTuple):
-    """Everything that an outer loop carries: a checkpoint holds it, but for tasks that a draw gives again.
+    """The state of an outer loop. A checkpoint holds all of it, except for tasks that can be drawn again.
 
     Attributes:
       hyperparams: λ.
-      opt_state: of the outer optimizer.
+      opt_state: the state of the outer optimizer.
       estimator_state: inner states, adjoints, keys; leading axes as `done`.
-      tasks: what each slot trains on; leading axes as `done`.
-      done: [] bool, or [B] for a batch of tasks, or a tree of those over several batches: the slots that the next
-        step gives a fresh task and a fresh state.
-      step: [] int32, the outer steps taken.
-      key: what later steps draw from.
+      tasks: the task of each slot; leading axes as `done`.
+      done: [] bool, or [B] for a batch of tasks, or a tree of such arrays for several batches. It marks the slots that
+        get a fresh task and a fresh state in the next step.
+      step: [] int32, the number of outer steps taken.
+      key: the source of the randomness of later steps.
     """
 
     hyperparams: base.HyperParams
@@ -47,7 +47,7 @@ class LearnerState(NamedTuple):
 
 class LearnerInitFn(Protocol):
     def __call__(self, key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
-        """The state before the first outer step."""
+        """Returns the state before the first outer step."""
         ...
 
 
@@ -55,12 +55,12 @@ class LearnerStepFn(Protocol):
     def __call__(
         self, state: LearnerState, fresh_tasks: base.PyTree = None
     ) -> tuple[LearnerState, dict[str, jax.Array]]:
-        """One outer step; `fresh_tasks` go where a slot was done, and None restarts those on the task they had."""
+        """Takes one outer step. Done slots get their `fresh_tasks`, or with None restart on their old task."""
         ...
 
 
 class Learner(NamedTuple):
-    """An estimator and an outer optimizer, made one; see `learner`."""
+    """An estimator and an outer optimizer, combined; see `learner`."""
 
     init: LearnerInitFn
     step: LearnerStepFn
@@ -72,40 +72,43 @@ def learner(
     *,
     stagger: int = 1,
 ) -> Learner:
-    """Makes an estimator and an outer optimizer into the two pure functions of an outer loop.
+    """Combines an estimator and an outer optimizer into the two pure functions of an outer loop.
 
-    `init(key, hyperparams, tasks)` starts every slot. `step(state, fresh_tasks)` first renews the slots that the
-    previous estimate left `done`, at the current λ, then estimates, then updates λ. `fresh_tasks` are shaped as the
-    carried tasks; slots that are not done ignore theirs. Without `fresh_tasks`, done slots restart on the task that
-    they had, which is what tuning on one data set needs. Fresh tasks of other shapes or another structure (a batch
-    padded otherwise) cannot be mixed with the carried ones: then **every** slot is renewed, done or not.
+    `init(key, hyperparams, tasks)` starts every slot. `step(state, fresh_tasks)` first renews, at the current λ, the
+    slots that the previous estimate marked as `done`. Then it estimates, and then it updates λ. `fresh_tasks` have the
+    shapes of the carried tasks; slots that are not done ignore theirs. Without `fresh_tasks`, done slots restart on
+    their old task, as needed for tuning on one data set. Fresh tasks of other shapes or another structure (for example
+    a batch with other padding) cannot be mixed with the carried tasks. Then **every** slot is renewed, done or not.
 
     An outer step whose hypergradient has a non-finite entry is skipped: λ and the optimizer's state stay, the
-    estimator's state advances, and `skipped` is 1. Where there is one task, it starts afresh at the next step.
+    estimator's state advances, and `skipped` is 1. If there is only one task, it restarts at the next step.
 
-    Both functions work under `jit`, `vmap` and `lax.scan`; the gradient through them is what the estimator's own
-    functions allow. A donated state is safe (`jax.jit(step, donate_argnums=0)`), with the care that `fit` takes:
-    what `init` returns may share buffers with what it was given.
+    Both functions work under `jit`, `vmap` and `lax.scan`. Gradients through them are possible as far as the
+    estimator's own functions allow. The state may be donated (`jax.jit(step, donate_argnums=0)`) with the same care as
+    in `fit`: the result of `init` may share buffers with its arguments.
 
     Args:
-      estimator: for one task (`done` is []), or wrapped by `hypergrad.over_tasks` for a batch of tasks with leading
-        axis B on every leaf ([B]), or for a tuple of such batches (a tuple of [B_i]). Each array in `done` must be a
-        prefix of the axes of the task and state leaves that it governs. Or `step -> estimator`, where step is [] int32,
-        the outer steps taken, for rules with a schedule (MAML++): their states must be alike, and λ is the same.
-      optimizer: any optax transform; it is given `value`, the outer loss F(λ), as an extra argument.
-      stagger: E, at least 1: `init` takes slot i of B ahead by ⌊i E / B⌋ estimates, at the initial λ, so that slots
-        whose horizon is E estimates (`truncated`: T / K) do not end together, and every horizon is whole. It costs
-        E − 1 estimates at the start; 1 starts all slots alike.
+      estimator: an estimator for one task (`done` is []). Or one wrapped by `hypergrad.over_tasks`, for a batch of
+        tasks with leading axis B on every leaf ([B]), or for a tuple of such batches (a tuple of [B_i]). The shape of
+        each array in `done` must be a prefix of the shapes of the task and state leaves that it governs.
+        Or a function `step -> estimator`, for rules with a schedule (MAML++), where step is [] int32, the number of
+        outer steps taken. The states of these estimators must have the same structure, and λ is the same.
+      optimizer: any optax transform. Its update gets the outer loss F(λ) as the extra argument `value`.
+      stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
+        is E estimates (`truncated`: T / K) then do not end together, and every horizon is whole. It costs E − 1
+        estimates at the start. With 1, all slots start alike.
 
     Returns:
-      A `Learner`. The metrics of its step are the estimator's, and over those `value` (F before the update),
-      `hypergrad_norm` (not finite where the step was skipped), `num_done` (slots that ended here) and `skipped`
-      (0 or 1).
+      A `Learner`. Its step has the estimator's metrics and four more, which replace those of the same name: `value` (F
+      before the update), `hypergrad_norm` (not finite if the step was skipped), `num_done` (slots that ended here) and
+      `skipped` (0 or 1).
 
     Raises:
-      ValueError: `stagger` is below 1, or `estimator` is none; at trace time, a leaf of λ is not floating-point,
-        the tasks are empty, or none for this estimator, or `done` is no prefix of the axes of a leaf.
-        (AssertionError: the estimator broke its contract.)
+      ValueError: if `stagger < 1`, or `estimator` or `optimizer` has the wrong type.
+      ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or not valid for this
+        estimator.
+      ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
+      AssertionError: at trace time, if the estimator violates its contract.
 
     Example:
       >>> def estimate(hyperparams, task, state):
@@ -126,7 +129,7 @@ def learner(
     base.check_estimator(estimator, or_function=True)
 
     def spread(hyperparams, tasks, estimator_state, done):
-        """Slots ahead of one another. Only here is a first start known from a renewal, which starts at the start."""
+        """Advances each slot by its own number of estimates, at the first start only; renewed slots start at 0."""
 
         def advance(i, carry):
             estimator_state, done = carry
@@ -149,7 +152,7 @@ def learner(
         try:
             estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
             estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
-        except AttributeError as error:  # only the rule knows what it takes for a task
+        except AttributeError as error:  # only the estimator knows the form of its tasks
             if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
                 raise
             raise ValueError(
@@ -183,12 +186,12 @@ def learner(
         _check_estimate(estimate, hyperparams, new_estimator_state, estimator_state)
 
         finite = all_finite(estimate.hypergrad)
-        # Zeros, so that the branch not taken puts no NaN into a gradient through this step.
+        # Zeros, so that the branch that is not taken does not put NaN into a gradient through this step.
         hypergrad = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), estimate.hypergrad)
         updates, opt_state = optimizer.update(hypergrad, state.opt_state, hyperparams, value=estimate.value)
         updated = (optax.apply_updates(hyperparams, updates), opt_state)
         hyperparams, opt_state = _select(finite, updated, (hyperparams, state.opt_state))
-        # A single task that diverged would never recover by itself; over a batch, `over_tasks` ends such slots.
+        # A single task that diverged would never recover. In a batch, `over_tasks` ends such slots.
         ended = estimate.done
         if isinstance(ended, jax.Array) and ended.ndim == 0:
             ended = ended | ~finite | ~jnp.isfinite(estimate.value)
@@ -206,19 +209,19 @@ def learner(
 
 
 def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> LearnerState:
-    """`state` with every slot started afresh on `tasks`; λ and the outer optimizer stay."""
+    """Returns `state` with every slot restarted on `tasks`; λ and the outer optimizer's state stay."""
     fresh = init(state.key, state.hyperparams, tasks)
     return fresh._replace(opt_state=state.opt_state, step=state.step)
 
 
 def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
-    """λ as arrays; ValueError where a leaf has no gradient."""
+    """Returns λ as arrays. Raises ValueError if a leaf cannot have a gradient."""
     base.check_hyperparams(hyperparams)
     return _strong(hyperparams)
 
 
 def check_tasks(tasks: base.PyTree) -> base.PyTree:
-    """The tasks as arrays; ValueError if there are none, or if they are not numbers or have labels without a class."""
+    """Returns the tasks as arrays. Raises ValueError if they are empty, not numbers, or have labels without a class."""
     leaves = jax.tree_util.tree_leaves_with_path(tasks)
     if not leaves:
         raise ValueError(f"The tasks are empty: {tasks!r} has no arrays.")
@@ -237,7 +240,7 @@ def check_tasks(tasks: base.PyTree) -> base.PyTree:
 
 
 def same_types(a: base.PyTree, b: base.PyTree) -> bool:
-    """Whether two trees of arrays have one structure, and equal shapes and dtypes."""
+    """Whether two trees of arrays have the same structure, shapes and dtypes."""
     types_a, types_b = ([(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (a, b))
     return jax.tree.structure(a) == jax.tree.structure(b) and types_a == types_b
 
@@ -253,7 +256,7 @@ def all_finite(tree: base.PyTree) -> jax.Array:
 
 
 def _strong(tree: base.PyTree) -> base.PyTree:
-    """Leaves as arrays without weak types, so that a carried tree keeps its types."""
+    """Returns the leaves as arrays without weak types, so that a carried tree keeps its types."""
 
     def strong(leaf):
         leaf = jnp.asarray(leaf)
@@ -264,7 +267,7 @@ def _strong(tree: base.PyTree) -> base.PyTree:
 
 
 def _select(done: base.PyTree, new: base.PyTree, old: base.PyTree) -> base.PyTree:
-    """`new` in the slots that are done, `old` in the others; typed PRNG keys too."""
+    """Returns `new` in the slots that are done, and `old` in the others; also for typed PRNG keys."""
 
     def select(mask, new_leaf, old_leaf):
         if mask.shape != old_leaf.shape[: mask.ndim]:

@@ -1,11 +1,11 @@
 """Descriptions of compiled programs that two processes can compare.
 
-A description of a program is plain data (JSON). Its digest is a hash of the traced program: every operation is hashed
-with its parameters and the hashes of its operands, from the inputs to the outputs. So the digest does not depend on the
-names of variables and functions, on source lines, on memory addresses, or on the order in which independent operations
-were traced. Constants are hashed by their content.
+A description of a program is plain data (JSON). Its digest is a hash of the traced program. Every operation is hashed
+with its parameters and the hashes of its operands, from the inputs to the outputs. The digest therefore does not depend
+on the names of variables and functions, on source lines or on memory addresses. It does not depend on the order in
+which independent operations were traced either. Constants are hashed by their content.
 
-The other entries count numbers, constants, loops and operations, so that `differences` can name what changed.
+The other entries count numbers, constants, loops and operations, so that `differences` can name the changes.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from jax.extend import core
 
 from metaopt import rewrite
 
-# Parameters of operations that do not change a result. Where an array lies is one: a restored state is on one device.
+# Parameters that do not change a result. The placement of an array is one of them: a restored state is on one device.
 _NAMES = ("name", "debug_info", "sharding", "out_sharding", "in_shardings", "out_shardings", "dst_sharding")
 _KINDS = {"loops": "a loop of", "numbers": "the number", "constants": "the constant", "operations": "the operation"}
-_MOST = 3  # differences of one kind that a message lists
+_MOST = 3  # the number of differences of one kind that a message lists
 
 
 def environment() -> dict[str, Any]:
-    """What decides how JAX traces a program; descriptions from different environments cannot be compared."""
+    """The facts that decide how JAX traces a program. Descriptions from different environments cannot be compared."""
     return {"version of JAX": jax.__version__, "platform": jax.default_backend(), "devices": jax.device_count()}
 
 
@@ -44,7 +44,7 @@ def describe(closed: Any) -> dict[str, Any]:
 
     Returns:
       A mapping of JSON values with the keys "digest", "numbers", "constants", "loops" and "operations". The last four
-      map a text to how often it occurs.
+      map a text to its number of occurrences.
     """
     hasher = _Hasher()
     digest = hasher.program(closed)
@@ -61,7 +61,7 @@ def describe(closed: Any) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Names what differs between two descriptions of programs; "" if their digests are equal."""
+    """Names the differences between two descriptions of programs; "" if their digests are equal."""
     if there["digest"] == here["digest"]:
         return ""
     only_there, only_here = [], []
@@ -82,7 +82,7 @@ def _listed(called: str, surplus: Counter) -> list[str]:
 
 
 class _Hasher:
-    """Hashes jaxprs and arrays, each one once, and keeps the texts of the arrays."""
+    """Hashes jaxprs and arrays, each one once, and keeps the texts of numbers and constants."""
 
     def __init__(self):
         self.digests: dict[int, str] = {}  # by the id of a jaxpr or an array
@@ -126,7 +126,7 @@ class _Hasher:
         return self.digests[id(x)]
 
     def parameter(self, x: Any) -> Any:
-        """What of an operation's parameter is the same in every process: its value, or at least its type."""
+        """The part of a parameter that is the same in every process: its value, or at least its type."""
         if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
             return repr(x)
         if isinstance(getattr(x, "jaxpr", x), core.Jaxpr):

@@ -1,4 +1,4 @@
-"""The state of the outer loop between two steps, and how a checkpoint keeps it."""
+"""The state of the outer loop between two steps, and its form in a checkpoint."""
 
 import json
 import logging
@@ -33,12 +33,12 @@ class Run(NamedTuple):
 
 
 def owned(tree: base.PyTree) -> base.PyTree:
-    """A copy that shares no buffer with the caller's arrays or between its leaves, so that it can be donated."""
+    """Returns a copy that can be donated: its leaves share no buffer with one another or with the caller's arrays."""
     return jax.tree.map(jnp.copy, tree)
 
 
 def columns(run: Run) -> dict[str, np.ndarray]:
-    """The history as arrays [steps], with NaN where a step had no such metric."""
+    """Returns the history as arrays [steps], with NaN if a step did not have the metric."""
     arrays = {}
     for name, column in run.history.items():
         arrays[name] = np.full(run.step, math.nan)
@@ -49,7 +49,7 @@ def columns(run: Run) -> dict[str, np.ndarray]:
 def identity(
     key: jax.Array, hyperparams: base.HyperParams, eval_every: int | None, settings: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The arguments that a continued run must repeat, in a form that can be compared."""
+    """Returns the arguments that a continued run must repeat, in a form that can be compared."""
     try:
         named = json.loads(json.dumps(dict(settings or {}), allow_nan=False))  # turns tuples into lists
     except (TypeError, ValueError) as error:
@@ -72,10 +72,10 @@ def save(checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[s
     """Writes a checkpoint.
 
     Args:
-      checkpoints: where to.
-      run: what to keep.
-      tasks: those drawn for step `run.drawn`, or None if they cannot be drawn again. If the run carries exactly these
-        tasks, the checkpoint does not hold them.
+      checkpoints: the folder to write to.
+      run: the run to save.
+      tasks: the tasks drawn for step `run.drawn`, or None if they cannot be drawn again. If the run carries exactly
+        these tasks, the checkpoint does not hold them.
       program: the description of the compiled programs.
     """
     lists = {"history": columns(run), "evaluations": np.array(run.evaluations, np.float64)}
@@ -88,7 +88,7 @@ def save(checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[s
 
 
 def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, tasks: base.PyTree) -> Run:
-    """The run of a checkpoint.
+    """Returns the run of a checkpoint.
 
     Args:
       saved: the checkpoint.
@@ -165,5 +165,5 @@ def _described(tasks: base.PyTree) -> dict[str, str]:
 
 
 def _plain(leaf: jax.Array) -> np.ndarray:
-    """An array on the host; of a key, its data."""
+    """An array on the host; for a key, its data."""
     return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)

@@ -1,7 +1,7 @@
-"""A batch of tasks over several devices.
+"""Spreads a batch of tasks over several devices.
 
-Each device estimates on its share of the tasks. Devices may have left out different numbers of tasks (those that were
-not finite), so what is combined are sums and counts, not means of means:
+Each device estimates on its share of the tasks. Devices may have skipped different numbers of non-finite tasks. We
+therefore combine sums and counts, not means of means:
 
     F = Σ_d n_d F_d / Σ_d n_d,    dF/dλ = Σ_d n_d (dF/dλ)_d / Σ_d n_d,
 
@@ -21,23 +21,23 @@ COUNTS = ("num_tasks", "num_finite", "num_nonfinite")  # of `over_tasks`; its ot
 def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> base.Estimator:
     """Spreads the batch of tasks of `estimator` over the devices of `mesh`.
 
-    λ is copied to every device. Tasks, states and `done` are split along their leading axis, and stay where they
-    are; what travels between devices is one sum of the size of λ in each step. The result is that of the
-    estimator without `shard`, up to rounding, and `init` gives the same bits.
+    λ is copied to every device. Tasks, states and `done` are split along their leading axis, and stay where they are.
+    In each step, only one sum of the size of λ travels between devices. The result equals that of the estimator without
+    `shard`, up to rounding, and `init` returns the same bits.
 
     Args:
-      estimator: wrapped by `hypergrad.over_tasks`: a mean over the leading axis of the tasks, with the metric
-        "num_finite", how many tasks entered it.
-      mesh: of the devices, for instance `jax.make_mesh((jax.device_count(),), ("tasks",))`.
-      axis_name: the mesh axis to split over; along others the same is computed repeatedly.
+      estimator: an estimator wrapped by `hypergrad.over_tasks`. It computes a mean over the leading axis of the tasks,
+        and its metric "num_finite" is the number of tasks in this mean.
+      mesh: the mesh of the devices, for example `jax.make_mesh((jax.device_count(),), ("tasks",))`.
+      axis_name: the mesh axis to split over. Along other axes, the same values are computed repeatedly.
 
     Returns:
-      An `Estimator` of the same kind. Metrics are combined too: the counts of `over_tasks` summed, its variance
-      pooled, the rest averaged like F. Means are NaN where no task entered any, and `learner` then skips the step.
+      An `Estimator` of the same kind. Metrics are combined, too: the counts of `over_tasks` are summed, its variance is
+      pooled, and the others are averaged like F. Means are NaN if no task was finite; `learner` then skips the step.
 
     Raises:
-      ValueError: the mesh has no such axis; at trace time, a batch of tasks does not split evenly, or "num_finite"
-        is missing.
+      ValueError: if the mesh does not have this axis.
+      ValueError: at trace time, if a batch of tasks does not split evenly, or "num_finite" is missing.
     """
     if axis_name not in mesh.axis_names:
         raise ValueError(f"`mesh` has no axis {axis_name!r}; its axes are {mesh.axis_names}.")
@@ -60,7 +60,7 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
         total = jax.lax.psum(num, axis_name)
 
         def weighted_sum(x):
-            # A mean over no task may be NaN; it has no weight.
+            # A mean over no tasks may be NaN; it has no weight.
             return jax.lax.psum(jnp.where(num > 0, x * num, 0), axis_name)
 
         def mean(x):
@@ -73,14 +73,14 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
             for name, x in estimate.metrics.items()
         }
         if "hypergrad_variance" in metrics:
-            # Σ over all tasks of ‖h_i − h‖²: within the devices, and between them.
+            # Σ over all tasks of ‖h_i − h‖²: the part within devices, plus the part between them.
             within = estimate.metrics["hypergrad_variance"] * jnp.maximum(num - 1, 1) / jnp.maximum(num, 1)
             between = optax.tree.norm(optax.tree.sub(estimate.hypergrad, hypergrad), squared=True)
             degrees = jnp.where(total > 0, jnp.maximum(total - 1, 1), jnp.nan)
             metrics["hypergrad_variance"] = weighted_sum(within + between) / degrees
         return base.Estimate(mean(estimate.value), hypergrad, estimate.done, metrics), state
 
-    # Without the check of varying axes: with it, a gradient in λ taken inside would already be summed over devices.
+    # No check of varying axes: with it, a gradient in λ taken inside would already be summed over devices.
     sharded_estimate = jax.shard_map(
         local_estimate,
         mesh=mesh,

@@ -1,8 +1,9 @@
-"""How a run ends before its last step: by a signal, or because no hypergradient is finite."""
+"""Ends of a run before its last step: by a signal, or because no hypergradient is finite."""
 
 import contextlib
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -25,9 +26,12 @@ class Interrupted(KeyboardInterrupt):
 
     number = signal.SIGINT
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self):
+        return type(self), (str(self),)  # to another process without the result, whose arrays may lie on a device
 
 
 class Terminated(SystemExit):
@@ -35,7 +39,7 @@ class Terminated(SystemExit):
 
     number = signal.SIGTERM
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(128 + signal.SIGTERM)
         self.message = message
         self.result = result
@@ -43,18 +47,24 @@ class Terminated(SystemExit):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self):
+        return type(self), (self.message,)
+
 
 class NonFiniteError(FloatingPointError):
     """No hypergradient was finite in many consecutive steps; `result` is the partial `FitResult`."""
 
-    def __init__(self, message: str, result: Any):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self):
+        return type(self), (str(self),)
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of acting on them; a second SIGINT raises KeyboardInterrupt.
+    """Collects SIGINT and SIGTERM instead of acting on them. A second SIGINT raises KeyboardInterrupt.
 
     Python handles signals only in the main thread: in other threads the list stays empty.
     """
@@ -62,8 +72,13 @@ def signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
+    process = os.getpid()
 
     def receive(number, frame):
+        if os.getpid() != process:  # a fork: it has no run to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
@@ -83,7 +98,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def signal_error(number: int, message: str, result: Any) -> Interrupted | Terminated:
-    """The exception to raise for a signal that ended a run."""
+    """Returns the exception to raise for a signal that ended a run."""
     if number == signal.SIGINT:
         return Interrupted(message, result)
     _log.warning(message)  # Python prints no message for a SystemExit that has a status
@@ -91,7 +106,7 @@ def signal_error(number: int, message: str, result: Any) -> Interrupted | Termin
 
 
 def num_non_finite(values: Sequence[float], skipped: Sequence[float]) -> int:
-    """How many steps at the end of a history had no finite outer loss or no finite hypergradient."""
+    """Returns how many steps at the end of a history had no finite outer loss or no finite hypergradient."""
     num = 0
     for value, skip in zip(reversed(values), reversed(skipped), strict=False):
         if math.isfinite(value) and not skip:
@@ -101,7 +116,7 @@ def num_non_finite(values: Sequence[float], skipped: Sequence[float]) -> int:
 
 
 def likely_cause(tasks: base.PyTree) -> str:
-    """What in the tasks may have made an outer loss or a hypergradient infinite or NaN."""
+    """Returns a likely cause, found in the tasks, of an infinite or NaN outer loss or hypergradient."""
     non_finite, integers = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or not leaf.is_fully_addressable or not leaf.size:

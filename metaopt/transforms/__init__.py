@@ -1,4 +1,4 @@
-"""Composable optax transforms: any of them differentiable at zero gradients, and with more to be tuned in them."""
+"""Composable optax transforms: any transform differentiable at zero gradients, and transforms with more to tune."""
 
 from metaopt.transforms._accumulation import AccumulationState, learnable_accumulation
 from metaopt.transforms._clip import learnable_clip

@@ -9,7 +9,7 @@ import optax
 
 
 class AccumulationState(NamedTuple):
-    """What `learnable_accumulation` carries.
+    """State of `learnable_accumulation`.
 
     Attributes:
       momenta: [K, ...] for each parameter [...].
@@ -29,25 +29,26 @@ def learnable_accumulation(
 
         m_k ← β_k m_k + g,    u = Σ_k w_k m_k
 
-    or with `average` m_k ← β_k m_k + (1 − β_k) g. One decay is `optax.trace` (`optax.ema` without debiasing); several
-    are aggregated momentum, whose fast members damp the slow one's oscillations. β and w differentiate in both modes;
-    neither is checked: `spaces.unit_interval(shape=(K,))` and `spaces.simplex(K)` keep them where they belong.
+    or, with `average`, m_k ← β_k m_k + (1 − β_k) g. With one decay this is `optax.trace` (`optax.ema` without
+    debiasing). With several decays it is aggregated momentum, whose fast members damp the oscillations of the slow one.
+    It is differentiable in β and w in both modes. Neither is checked: `spaces.unit_interval(shape=(K,))` and
+    `spaces.simplex(K)` keep them in range.
 
     Takes K times the memory of the parameters.
 
     Args:
       decays: β, [K], each in [0, 1).
       weights: w, [K]; 1/K by default.
-      average: whether a momentum is an average of gradients, and not a sum.
-      accumulator_dtype: of the momenta; the parameters' by default. In bfloat16 a momentum with β above .998 is rounded
-        to itself and never decays: `jnp.float32` for those.
+      average: whether a momentum is an average of gradients instead of a sum.
+      accumulator_dtype: of the momenta; the parameters' dtype by default. In bfloat16 a momentum with β above .998 is
+        rounded to itself and never decays: use `jnp.float32` for such decays.
 
     Returns:
-      A transform, to be chained with a learning rate. As those of `optax.trace`, its updates have the wider type of
-      gradient and momentum.
+      A transform, to be chained with a learning rate. As with `optax.trace`, its updates have the wider dtype of
+        gradient and momentum.
 
     Raises:
-      ValueError: `decays` is no vector, or the weights are not as many.
+      ValueError: if `decays` is not a vector of at least one decay, or `weights` has another shape.
 
     Source: Lucas et al., ICLR 2019, https://arxiv.org/abs/1804.00325
 
@@ -86,7 +87,7 @@ def learnable_accumulation(
             b = column(beta, m)
             return (b * m + (1 - b if average else 1) * jnp.asarray(u)[None]).astype(m.dtype)
 
-        def mixed(u, m):  # a sum of products and no dot, which an accelerator rounds
+        def mixed(u, m):  # a sum of products, since accelerators round in `dot`
             return (column(weight, m) * m).sum(0).astype(jnp.promote_types(jnp.result_type(u), m.dtype))
 
         momenta = jax.tree.map(decayed, updates, state.momenta)

@@ -14,25 +14,26 @@ def learnable_clip(
 ) -> optax.GradientTransformation:
     """Scales updates down to a norm c: u = g · min(1, c/‖g‖), with finite derivatives everywhere.
 
-    The minimum tells c nothing while no update is clipped. With a `sharpness` p it is replaced by a smooth one,
+    With this minimum, c has no gradient while no update is clipped. A `sharpness` p replaces the minimum by a smooth
+    one,
 
         u = g · (1 + (‖g‖/c)^p)^(−1/p),
 
     which is shorter than both ‖g‖ and c, tends to the minimum for p → ∞, and has a derivative in c at every step.
 
-    Values of the hard one are those of `optax.clip_by_global_norm`, in float32 and float64; norms of half-precision
-    updates are taken in float32. At g = 0 the derivative in g is 1, and in c it is 0.
+    Without a `sharpness` the values are those of `optax.clip_by_global_norm`, in float32 and float64. Norms of
+    half-precision updates are computed in float32. At g = 0 the derivative in g is 1, and in c it is 0.
 
     Args:
       max_norm: c, positive.
-      scope: "global" for the norm of all updates together, "leaf" for one of each parameter.
-      sharpness: p, positive: 1 is g · c/(c + ‖g‖); None for the minimum itself.
+      scope: "global" for the norm of all updates together, "leaf" for a separate norm of each parameter.
+      sharpness: p, positive; 1 gives g · c/(c + ‖g‖), None gives the minimum itself.
 
     Returns:
-      A transform without a state, differentiable in c, p and g in both modes.
+      A stateless transform, differentiable in c, p and g in both modes.
 
     Raises:
-      ValueError: `scope` is something else, or `max_norm` or `sharpness` is no number, or not positive.
+      ValueError: if `scope` is neither "global" nor "leaf", or `max_norm` or `sharpness` is not a positive number.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -48,7 +49,7 @@ def learnable_clip(
                 f"`{name}` must be one number; got shape {np.shape(value)}. One for each parameter: "
                 '`per_parameter(functools.partial(learnable_clip, scope="leaf"))`.'
             )
-    # In `inject_hyperparams` they are traced.
+    # Within `inject_hyperparams` they are traced.
     if not isinstance(max_norm, Tracer):
         base.check_positive("max_norm", max_norm)
     if not isinstance(sharpness, Tracer):

@@ -1,10 +1,10 @@
-"""Differentiating through any optax transform without NaN.
+"""Differentiates through any optax transform without NaN.
 
-Adaptive optimizers divide by a root of a running mean of squares, u = m / (√v + ε). Where a parameter's gradient has
-always been exactly zero (a dead ReLU, an embedding row that no example used) v = 0, the chain rule meets
+Adaptive optimizers divide by a root of a running mean of squares, u = m / (√v + ε). If a parameter's gradient has
+always been exactly zero (a dead ReLU, an embedding row that no example used), v = 0. The chain rule then meets
 (d√v/dv)·(dv/dg) = ∞ · 0, and one such entry turns the whole hypergradient into NaN. The update itself is well defined
-there; only its derivative has to be said. `differentiable` traces the transform's `update` and evaluates the same
-operations with the derivative of √, 1/√, powers and quotients defined as zero at their singularity. No value changes.
+there; only its derivative needs a definition. `differentiable` traces the transform's `update` and evaluates the same
+operations, but defines the derivative of √, 1/√, powers and quotients as zero at their singularity. No value changes.
 """
 
 import functools
@@ -20,16 +20,16 @@ from jax.extend import core
 
 from metaopt import base, rewrite
 
-# An exact zero whose slope is steeper than this is what an ε in a denominator makes of an entry without a gradient.
+# A slope above this at an exact zero results from an ε in a denominator, at an entry without a gradient.
 _STEEP = 1e3
 
 
 def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bool) -> Callable:
-    """`operation`, with the derivative that `rule(operands, tangents, output)` gives, and zero where it is singular.
+    """`operation`, with the derivative `rule(operands, tangents, output)`, or zero if it is singular.
 
-    There the output is a constant, and the rule is evaluated at ones with tangents of zero, so that its own derivatives
-    are finite too, also where a scan that is differentiated in reverse forgets that there is a rule. (A power between 1
-    and 2 has an infinite second derivative at zero, which is left as it is.) A tangent known to be zero is None.
+    If it is singular, the output is a constant, and the rule is evaluated at ones with tangents of zero. So its own
+    derivatives are finite too, even if a scan that is differentiated in reverse does not keep the rule. (A power
+    between 1 and 2 has an infinite second derivative at zero, which is unchanged.) A tangent known to be zero is None.
     """
     function = jax.custom_jvp(operation)
 
@@ -48,7 +48,7 @@ def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bo
 
 
 def _sum(*terms: Any) -> Any:
-    """The sum of the terms that are not None; one of them is not."""
+    """The sum of the terms that are not None; at least one must not be None."""
     return functools.reduce(jnp.add, [term for term in terms if term is not None])
 
 
@@ -98,14 +98,14 @@ def _singular_pow(x, y, *, drop):
 
 
 def _singular_div(x, y, *, drop):
-    # The derivative divides by y². A branch that `where` leaves out may hold anything.
+    # The derivative divides by y². The branch that `where` does not select may hold any value.
     size = jnp.abs(y)
     bad = ~((size >= jnp.finfo(y.dtype).tiny ** 0.5) & jnp.isfinite(y) & jnp.isfinite(x))
     return bad | ((x == 0) & (size <= 1 / _STEEP)) if drop else bad
 
 
-# What has an infinite derivative: where it is singular, `(*operands, drop) -> bool`, and its rule. Complex operands are
-# judged by their size: a root of a negative number, too, has a slope there.
+# Operations with infinite derivatives: the test for a singularity, `(*operands, drop) -> bool`, and their rule.
+# For complex operands the test uses the size, since the root of a negative number has a derivative there.
 _RULES: dict[str, tuple[Callable, Callable]] = {
     "sqrt": (lambda x, *, drop: _size(x) <= 0, _sqrt),
     "rsqrt": (lambda x, *, drop: _size(x) <= jnp.finfo(x.dtype).tiny ** (2 / 3), _rsqrt),  # below, x^(-3/2) overflows
@@ -119,7 +119,7 @@ _RULES: dict[str, tuple[Callable, Callable]] = {
 
 
 def _rule_of(equation: Any) -> tuple[Callable, Callable]:
-    """Where an operation is singular, and its rule."""
+    """The test for a singularity of an operation, and its derivative rule."""
     if equation.primitive.name != "integer_pow":
         return _RULES[equation.primitive.name]
     exponent = equation.params["y"]  # negative: below the bound x^(exponent − 1) overflows
@@ -128,7 +128,7 @@ def _rule_of(equation: Any) -> tuple[Callable, Callable]:
 
 
 def _is_tame(equation: Any) -> bool:
-    """Whether the derivative is finite and not steep whatever the operands, as for a product with a small constant."""
+    """Whether the derivative is finite and not steep for all operands, as for a product with a small constant."""
     name, invars = equation.primitive.name, equation.invars
     if not jnp.issubdtype(invars[0].aval.dtype, jnp.inexact):
         return True
@@ -141,7 +141,7 @@ def _is_tame(equation: Any) -> bool:
 
 
 def _zero_safe_form(equation: Any, drop: bool) -> Callable | None:
-    """What takes the equation's place, where its derivative needs a rule."""
+    """The function that replaces the equation, or None if its derivative needs no rule."""
     if (equation.primitive.name not in _RULES and equation.primitive.name != "integer_pow") or _is_tame(equation):
         return None
     function = _zero_safe(functools.partial(equation.primitive.bind, **equation.params), *_rule_of(equation), drop)
@@ -151,35 +151,35 @@ def _zero_safe_form(equation: Any, drop: bool) -> Callable | None:
 def differentiable(
     optimizer: optax.GradientTransformation, *, zero: str = "drop"
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optax transform, with the same values and a derivative that is finite at zero gradients.
+    """Wraps any optax transform: the same values, and a derivative that is finite at zero gradients.
 
-    The derivatives of √x, 1/√x, x^p (p < 1) and 1/x at x = 0 are defined as 0; everything else is the chain rule. At an
-    entry whose gradient has always been exactly zero, the first step of Adam has u = g / (|g| + ε), and so
+    The derivatives of √x, 1/√x, x^p (p < 1) and 1/x at x = 0 are defined as 0. Everything else follows the chain rule.
+    At an entry whose gradient has always been exactly zero, the first step of Adam is u = g / (|g| + ε), and so
 
         zero="exact":  ∂u/∂g = 1/ε      the true derivative: 1e8, which overflows float32 in a few steps;
-        zero="drop":   ∂u/∂g = 0        a quotient of an exact zero and at most 1e-3 passes nothing on.
+        zero="drop":   ∂u/∂g = 0        a quotient of an exact zero and at most 1e-3 passes no derivative on.
 
-    Where no perturbation of λ moves such a gradient off zero (a dead unit), both are exact; they differ where it would.
+    If no perturbation of λ moves such a gradient off zero (a dead unit), both are exact. Otherwise they differ.
 
-    In float16, whose smallest normal number is 6e-5, quotients by less than .008 count as singular too, and so does
-    1/√x for x below .0015, √x below .039: there the derivative lacks that term, and is wrong wherever the gradient is
-    not zero. float32 and bfloat16 have the range for what they are.
+    In float16 the smallest normal number is 6e-5. There, quotients by less than .008 count as singular too, and so do
+    1/√x for x below .0015 and √x below .039. The derivative then lacks that term, and is wrong if the gradient is not
+    zero. float32 and bfloat16 have enough range to avoid this.
 
-    Complex parameters are differentiated as JAX does it, with the same rules by the size of an operand.
+    Complex parameters are differentiated with JAX's conventions, with the same rules applied to the size of an operand.
 
-    Reverse, forward, nested and batched differentiation work, and cost what they cost without it. A `while_loop` inside
-    the transform (a line search) remains forward-differentiable only, as everywhere in JAX.
+    Reverse, forward, nested and batched differentiation work, at the same cost as without the wrapper. A `while_loop`
+    inside the transform (a line search) can only be differentiated in forward mode, as always in JAX.
 
     Args:
       optimizer: any `optax.GradientTransformation`.
       zero: "drop" or "exact".
 
     Returns:
-      A transform with the same state and the same values under jit; what `update` returns has the types that it has
-      under jit, also where optax keeps a Python bool in its state.
+      A transform with the same state and the same values under jit. The outputs of `update` have the types that they
+        have under jit, even if optax keeps a Python bool in its state.
 
     Raises:
-      ValueError: `optimizer` is no transform, or `zero` is neither "drop" nor "exact".
+      ValueError: if `optimizer` is not a transform, or `zero` is neither "drop" nor "exact".
 
     >>> import jax, optax, metaopt
     >>> def trained(rate, optimizer):
@@ -197,7 +197,7 @@ def differentiable(
     inner = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra_args):
-        # Callables (`value_fn`) and other options, such as Python's numbers and booleans, are not traced.
+        # Callables (`value_fn`) and other options, such as Python numbers and booleans, are not traced.
         def is_array(v):
             return all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(v))
 

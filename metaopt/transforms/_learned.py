@@ -1,12 +1,12 @@
-"""A learned optimizer: a small network maps what is known about a parameter to its next step.
+"""A learned optimizer: a small network maps features of a parameter to its next step.
 
-For every entry i of every tensor, from features x_i (the gradient, its momenta and second moments, Adafactor's factors,
-the parameter; each divided by its root mean square over the tensor) and features τ of the time,
+Every entry i of every tensor has features x_i: the gradient, its momenta and second moments, Adafactor's factors, and
+the parameter. Each is divided by its root mean square over the tensor. With features τ of the time,
 
     (d_i, m_i) = MLP(x_i, τ; φ),    u_i = −0.01 d_i exp(0.1 m_i).
 
-One network serves all entries of all tensors; its weights φ are meta-parameters, trained like any λ (`inner.problem`
-over many tasks, any estimator), and shipped.
+One network serves all entries of all tensors. Its weights φ are meta-parameters. They can be trained like any λ
+(`inner.problem` over many tasks, any estimator), and trained weights are shipped with metaopt.
 """
 
 import functools
@@ -25,25 +25,25 @@ import optax
 from metaopt import _files, base
 
 FORMAT, VERSION = "metaopt.learned", 1
-SHIPPED = ("small",)  # names of files beside this one
+SHIPPED = ("small",)  # names of files next to this one
 
-# The decays that meta-training starts from, as many as there are of each kind of accumulator.
+# The initial decays of meta-training, one for each accumulator of a kind.
 _DECAYS = {"momentum": (0.9, 0.99, 0.999), "second": (0.999,), "factored": (0.9, 0.99, 0.999)}
 _TIMES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
-_ENDS = (16, 22, 28)  # of the features of an entry, of its row and of its column; then come those of the time
+_ENDS = (16, 22, 28)  # cumulative numbers of features of an entry, its row and its column; the time follows
 _STEP, _EXPONENT = 0.01, 0.1
 _EPS = 1e-10  # added to squares: gradients far below its root count as zero
 
 
 class LearnedState(NamedTuple):
-    """What `learned` carries. Float32 at least, whatever the parameters.
+    """State of `learned`. It is at least float32 for any dtype of the parameters.
 
     Attributes:
-      count: [] int32, the steps taken.
+      count: [] int32, the number of steps taken.
       momenta: [3, ...] for each parameter [...].
       second: [1, ...] for each parameter, of squared gradients.
       factored: for each parameter [..., R, ..., C, ...] the means of its squared gradients over one of its two largest
-        axes, {"row": [3, ..., R, ..., 1, ...], "column": [3, ..., 1, ..., C, ...]}; of a vector, both are [3, C].
+        axes, {"row": [3, ..., R, ..., 1, ...], "column": [3, ..., 1, ..., C, ...]}; for a vector [C], both are [3, C].
     """
 
     count: jax.Array
@@ -53,10 +53,9 @@ class LearnedState(NamedTuple):
 
 
 def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> base.PyTree:
-    """Fresh meta-parameters φ of a learned optimizer.
+    """Initializes meta-parameters φ of a learned optimizer.
 
-    The network's last layer starts small, so that an untrained optimizer takes steps of about 1e-3 in a random
-    direction.
+    The network's last layer starts small. So an untrained optimizer takes steps of about 1e-3 in a random direction.
 
     Args:
       key: consumed.
@@ -64,10 +63,10 @@ def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> base.PyTr
 
     Returns:
       φ, float32: {"decays": {"momentum": [3], "second": [1], "factored": [3]}, "layers": {"0": {"w", "b"}, ...}}. The
-      decays are offsets of their logits.
+        decays are offsets of their logits.
 
     Raises:
-      ValueError: `hidden` is empty, or a layer has no unit.
+      ValueError: if `hidden` is empty, or a layer has no unit.
 
     >>> import jax, optax
     >>> from metaopt import transforms
@@ -90,7 +89,7 @@ def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> base.PyTr
 
 
 def _axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The two largest axes of a tensor, in their order; of equals the last ones. None for vectors."""
+    """The two largest axes of a tensor, in their order; among equal ones the last. None for vectors."""
     if len(shape) < 2:
         return None
     row, column = sorted(np.argsort(shape, kind="stable")[-2:].tolist())
@@ -117,25 +116,25 @@ def _average(decays: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _features(g, p, m, v, row, column, axes) -> tuple[jax.Array, ...]:
-    """[16, ...], one for each entry; [6, ...] for each row and each column, with one in the place of the other axis."""
+    """[16, ...] for each entry, and [6, ...] for each row and each column, where the other axis has size 1."""
     inverse = _inverse_root(v)
-    # Adafactor's estimate of the second moment is row ⊗ column / mean(row); of a vector it is the moment itself.
+    # Adafactor's estimate of the second moment is row ⊗ column / mean(row); for a vector it is the moment itself.
     if axes is None:
         scale = _inverse_root(row)
     else:
-        # The root of the product is the product of roots, which neither over- nor underflows.
+        # A product of roots, since the root of the product may over- or underflow.
         scale = _inverse_root(row) * _inverse_root(column) * jnp.sqrt(_mean(row, 1 + axes[0]) + _EPS)
     entries = jnp.concatenate([g, p, m, v, m * inverse, inverse, g * scale, m * scale])
     return entries, *(jnp.concatenate([x, _inverse_root(x)]) for x in (row, column))
 
 
 def _network(layers: Mapping[str, Any], features: Sequence[jax.Array], count: jax.Array) -> jax.Array:
-    """[2, ...] for each entry, from its features, those of its row and its column, and the time."""
+    """[2, ...] for each entry, from its features, the features of its row and its column, and the time."""
     dtype = features[0].dtype
     time = jnp.tanh(count.astype(dtype) / jnp.asarray(_TIMES, dtype) - 1)
     first, *rest = [jax.tree.map(lambda x: x.astype(dtype), layers[str(i)]) for i in range(len(layers))]
-    # What is the same for many entries is multiplied once: the time, the rows, the columns; and dividing features by
-    # their root mean squares is dividing weights.
+    # Features that many entries share (time, rows, columns) are multiplied only once. Dividing the weights by the
+    # root mean squares has the same effect as dividing the features.
     *parts, of_time = jnp.split(first["w"], _ENDS)
     x = (first["b"] + time @ of_time).reshape(-1, *[1] * (features[0].ndim - 1))
     for w, feature in zip(parts, features, strict=True):
@@ -147,36 +146,38 @@ def _network(layers: Mapping[str, Any], features: Sequence[jax.Array], count: ja
 
 
 def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
-    """A learned optimizer with meta-parameters φ, as a transform of optax.
+    """A learned optimizer with meta-parameters φ, as an optax transform.
 
-    In a chain it stands where Adam with its rate stands: `optax.chain(optax.clip_by_global_norm(1.0), learned())`;
-    `optax.scale(0.5)` behind it halves its steps. It needs the parameters (`update(grads, state, params)`). It is the
-    same for all tensors, blind to the order of their entries (of a matrix: of its rows, and of its columns), and, since
-    features are relative to the tensor, to the scales of the loss and of the parameters; its steps are absolute.
+    In a chain it replaces Adam and its learning rate: `optax.chain(optax.clip_by_global_norm(1.0), learned())`.
+    `optax.scale(0.5)` after it halves its steps. It needs the parameters (`update(grads, state, params)`). It uses the
+    same network for all tensors and ignores the order of their entries (of a matrix: of its rows, and of its columns).
+    Since features are relative to the tensor, it does not depend on the scales of the loss and of the parameters. Its
+    steps are absolute.
 
-    Differentiable in φ and through the training, in both modes, with finite derivatives at zero gradients. Takes 4
-    times the memory of the parameters, in float32 at least, and 3 rows and columns for each matrix; a step costs about
-    150 multiplications for each parameter.
+    It is differentiable in φ and through the training, in both modes, with finite derivatives at zero gradients. It
+    takes 4 times the memory of the parameters, in float32 at least, and 3 rows and columns for each matrix. A step
+    costs about 150 multiplications for each parameter.
 
-    `learned()` was meta-trained by `experiments/learned_optimizer.py` on trainings of 200 and 1,000 steps of small
-    networks, for losses on held-out rows, by ES-Single (`hypergrad.es_single`; the script's `--rule` has persistent
-    evolution strategies and gradients of truncated windows, too). On other families of tables, and small images, it is
-    about as good after 200 steps as Adam with one rate chosen over the tasks of the meta-training, without a rate to
-    choose (validation loss 1.14 against 1.12 times that of Adam tuned on each task; Adam at 1e-3: 2.16). After 1,000
-    steps it is worse (1.41 against 1.23; Adam at 1e-3: 1.27), and its training losses are far from those of a tuned
-    optimizer: its steps do not become small enough.
+    The weights of `learned()` were meta-trained by `experiments/learned_optimizer.py` on trainings of 200 and 1,000
+    steps of small networks. The objective was the loss on held-out rows, and the estimator ES-Single
+    (`hypergrad.es_single`). The script's `--rule` also offers persistent evolution strategies and gradients of
+    truncated windows. The following results are on other families of tables, and small images; the numbers are
+    validation losses relative to Adam tuned on each task. The alternative is Adam with one rate chosen over the tasks
+    of the meta-training. After 200 steps, `learned()` is about as good (1.14 against 1.12; Adam at 1e-3: 2.16), and
+    needs no rate. After 1,000 steps it is worse (1.41 against 1.23; Adam at 1e-3: 1.27). Its training losses are far
+    from those of a tuned optimizer: its steps do not become small enough.
 
     Args:
-      weights: φ, as `init_learned` and `load_learned` give it; or the name of shipped ones: "small".
+      weights: φ, from `init_learned` or `load_learned`; or the name of shipped weights: "small".
 
     Returns:
       A transform.
 
     Raises:
-      ValueError: `weights` is no φ, or an unknown name; `update` is not given the parameters.
+      ValueError: if `weights` is neither φ nor a known name; in `update`, if the parameters are missing.
 
-    Source: small_fc_lopt of Metz et al., CoLLAs 2022, https://arxiv.org/abs/2203.11860; other constants, and decays
-      by their logits.
+    Source: small_fc_lopt of Metz et al., CoLLAs 2022, https://arxiv.org/abs/2203.11860; with other constants, and
+      decays parametrized by their logits.
 
     >>> import jax, optax
     >>> from metaopt import transforms
@@ -199,7 +200,7 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
     fault = _fault(weights)
     if fault:
         raise ValueError(f"`weights` must be meta-parameters as `init_learned` gives them: {fault}.")
-    # As arrays here, so that a tree of NumPy arrays is as good.
+    # A tree of NumPy arrays is accepted too.
     weights = jax.tree.map(jnp.asarray, weights)
     decays = {
         name: jax.nn.sigmoid(jnp.asarray(np.log(np.divide(values, np.subtract(1, values))), offset.dtype) + offset)
@@ -250,7 +251,7 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
 
 
 def _fault(weights: base.PyTree) -> str:
-    """Why these are not meta-parameters; empty where they are."""
+    """The reason why `weights` are not meta-parameters; empty if they are."""
     if not isinstance(weights, Mapping) or set(weights) != {"decays", "layers"}:
         return f'they are a dict of "decays" and "layers"; got {jax.tree.structure(weights)}'
     try:
@@ -265,7 +266,7 @@ def _fault(weights: base.PyTree) -> str:
     ):
         dtype = (
             leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
-        )  # a file may hold what JAX has no type for
+        )  # a file may hold dtypes that JAX does not have
         if np.shape(leaf) != wanted.shape or not jnp.issubdtype(dtype, jnp.floating):
             got = f"{dtype} of shape {np.shape(leaf)}"
             return f"{jax.tree_util.keystr(path)} should be floating-point of shape {wanted.shape}; got {got}"
@@ -273,20 +274,20 @@ def _fault(weights: base.PyTree) -> str:
 
 
 def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
-    """Writes the meta-parameters of a learned optimizer as one `.npz` file, atomically; half precision as float32.
+    """Writes the meta-parameters of a learned optimizer to one `.npz` file, atomically; half precision becomes float32.
 
     Args:
       path: the file.
       weights: φ.
 
     Raises:
-      ValueError: `weights` is no φ.
+      ValueError: if `weights` is not φ.
     """
     fault = _fault(weights)
     if fault:
         raise ValueError(f"`weights` must be meta-parameters as `init_learned` gives them: {fault}.")
     header = {"format": FORMAT, "version": VERSION}
-    # NumPy's files do not know bfloat16, which float32 holds.
+    # The `.npz` format has no bfloat16; float32 holds every such number exactly.
     arrays: dict[str, Any] = {
         "/".join(key.key for key in keys): np.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
         for keys, leaf in jax.tree_util.tree_leaves_with_path(weights)
@@ -295,7 +296,7 @@ def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
 
 
 def load_learned(path: str | os.PathLike[str]) -> base.PyTree:
-    """Reads what `save_learned` wrote. Nothing in the file is executed.
+    """Reads a file that `save_learned` wrote. Nothing in the file is executed.
 
     Args:
       path: the file, or the name of shipped weights: "small".
@@ -334,6 +335,6 @@ def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of leaves with names such as "layers/0/w"."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        *parents, last = name.split("/", 3)  # no deeper tree than that of φ, and one level more
+        *parents, last = name.split("/", 3)  # at most one level deeper than φ
         functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
     return tree

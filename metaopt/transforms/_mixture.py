@@ -15,15 +15,15 @@ from metaopt.transforms import _prefixes
 
 @jax.custom_jvp
 def _weighted(weight, update):
-    """w·u; with w = 0 the −0 that changes no bit of what it is added to, whatever u is."""
+    """w·u; for w = 0 it is −0 for any u, because adding −0 changes no bit of the other term."""
     return jnp.where(weight == 0, -jnp.zeros_like(update), weight * update)
 
 
 @_weighted.defjvp
 def _weighted_jvp(primals, tangents):
     (weight, update), (weight_dot, update_dot) = primals, tangents
-    # At w = 0 the derivative along w is u itself, unless u is broken. A condition on w alone would take the derivative
-    # of the last term along w, which is the mixed second one, away.
+    # At w = 0 the derivative along w is u itself, unless u is not finite. A condition on only w would remove the
+    # derivative of the last term along w, which is the mixed second derivative.
     broken = (weight == 0) & ~jnp.isfinite(update)
     by_weight, by_update = jnp.where(broken, 0, update), jnp.where(broken, 0, update_dot)
     return _weighted(weight, update), weight_dot * by_weight + weight * by_update
@@ -34,26 +34,28 @@ def mixture(
 ) -> optax.GradientTransformationExtraArgs:
     """The weighted mean of the updates of several transforms, u = Σ_k w_k u_k.
 
-    Each member sees the same gradients and parameters and keeps its own state, whatever its weight: memory and time are
-    the members' together. With a one-hot w the update is that member's to the bit. A member of weight zero whose update
-    or state is not finite leaks neither into the values nor into any derivative; the derivative along its weight is
-    zero then, and else its update. What has a weight other than zero and is not finite is passed on.
+    Each member sees the same gradients and parameters and keeps its own state, whatever its weight. Memory and time are
+    the sums of the members'. With a one-hot w the update equals that member's to the bit.
 
-    Differentiable in the weights and through the members, in both modes, as far as they are: wrap the mixture in
-    `differentiable`, as `inner.loop` does.
+    A member of weight zero may have an update or state that is not finite. It then affects neither the values nor any
+    derivative, and the derivative along its weight is zero. Otherwise that derivative is the member's update. A member
+    with a nonzero weight passes on values that are not finite.
+
+    It is differentiable in the weights and through the members, in both modes, as far as the members are. Wrap the
+    mixture in `differentiable`, as `inner.loop` does.
 
     Args:
-      transforms: the members, at least one; wrap those that need it in `optax.chain` for their own rates.
-      weights: [K], an array or a list of K numbers, one for each member; or a tree of them that is a prefix of the
-        parameters', for a mixture of its own in each (in `nnx.Optimizer`, a dict or an `nnx.State`). They are used as
-        they are: `spaces.simplex(K)` or a softmax keeps them nonnegative with sum one.
+      transforms: the members, at least one; use `optax.chain` to give a member its own rate.
+      weights: [K], an array or a list of K numbers, one for each member. Or a tree of such vectors that is a prefix of
+        the parameters' tree, for a separate mixture in each subtree (in `nnx.Optimizer`, a dict or an `nnx.State`). The
+        weights are used unchanged: `spaces.simplex(K)` or a softmax keeps them nonnegative with sum one.
 
     Returns:
       A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
 
     Raises:
-      ValueError: there is no member, one is no transform, or weights are not [K]; by `update`, their tree does not fit
-        the parameters.
+      ValueError: if `transforms` is empty, a member is not a transform, or weights are not [K]; in `update`, if the
+        tree of weights does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -61,7 +63,7 @@ def mixture(
     >>> print(half.update(jnp.array([4.0, -1.0]), half.init(jnp.zeros(2)))[0])
     [-0.25  0.1 ]
     """
-    transforms = list(transforms)  # a generator can be read once
+    transforms = list(transforms)  # a generator can be iterated only once
     for k, member in enumerate(transforms):
         base.check_transform(f"transforms[{k}]", member)
     members = [optax.with_extra_args_support(member) for member in transforms]
@@ -102,13 +104,13 @@ def mixture(
 
 
 def _update_apart(member, idle, operands, extra_args):
-    """A member's update, through which no derivative passes while it is idle and not finite (0 · ∞ is NaN)."""
+    """A member's update. It passes no derivative on while the member is idle and not finite, since 0 · ∞ is NaN."""
     function = lambda operands: member.update(*operands, **extra_args)
-    # As a jaxpr, whose constants are the hyperparameters and other arrays that the member closes over.
+    # The constants of the jaxpr are the hyperparameters and other arrays that the member closes over.
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(operands)
     arguments = (closed.consts, jax.tree.leaves(operands))
     evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
-    # The compiler sees that it is the same evaluation twice.
+    # The compiler merges this evaluation with the one below.
     outputs = filter(_is_float, evaluate(jax.lax.stop_gradient(arguments)))
     broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
     hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _is_float(x) else x

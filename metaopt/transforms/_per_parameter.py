@@ -1,9 +1,9 @@
-"""Hyperparameters that differ from parameter to parameter, for any optax factory.
+"""Hyperparameters that differ between parameters, for any optax factory.
 
 optax's hyperparameters are scalars, one for all parameters. Here the parameters are split into groups that share all
-their hyperparameters, and the factory makes one transform for each group (`optax.partition`); nothing is known of what
-the factory does with them. A transform that looks at all parameters at once, such as a global norm, would look at one
-group instead, and is refused.
+their hyperparameters, and the factory makes one transform for each group (`optax.partition`). This works for any
+factory, without knowledge of its internals. A transform that depends on all parameters at once, such as a global norm,
+would see only one group, and is rejected.
 """
 
 import functools
@@ -21,28 +21,29 @@ from metaopt.transforms import _prefixes
 
 
 def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Callable:
-    """The same factory, where any hyperparameter may be a tree like the parameters.
+    """Wraps a factory so that any hyperparameter may be a tree like the parameters.
 
     Each hyperparameter is one value for all parameters, or a tree with the structure of the parameters, or a prefix of
-    it: {"encoder": 1e-3, "head": 1e-2}. Parameters that share all their values are one call of the factory, so that the
-    program grows with the number of different settings. A value may be an array that broadcasts against its parameter,
-    for one hyperparameter an entry, as far as the factory's own arithmetic broadcasts; a schedule; a boolean; None.
-    A container that is no tree of hyperparameters (`ns_coeffs` of Muon) belongs into the factory, by
-    `functools.partial`. A PRNG key that is not a tree is the same for every group.
+    it: {"encoder": 1e-3, "head": 1e-2}. Parameters that share all their values share one call of the factory, so the
+    program grows with the number of different settings. A value may be a schedule, a boolean or None. It may also be an
+    array that broadcasts against its parameter, with one hyperparameter per entry, if the factory's own arithmetic
+    broadcasts. A container that is a single value, not a tree of hyperparameters (`ns_coeffs` of Muon), must be bound
+    to the factory by `functools.partial`. A PRNG key that is not a tree is the same for every group.
 
-    Refused is what makes one number of all parameters, or one array. Of optax's optimizers these are `lbfgs`,
-    `polyak_sgd` and, from `contrib`, `dadapt_adamw`, `dog`, `dowg`, `dpsgd`, `mechanize`, `momo`, `momo_adam`,
-    `prodigy`, `sam` and `sophia` (inner products, norms, a loss of the whole); of its parts `clip_by_global_norm`,
-    `normalize_by_update_norm`, `scale_by_polyak`, the line searches, and `normalize` and
-    `differentially_private_aggregate` from `contrib`; `apply_if_finite`, and a `MultiSteps` that skips (one NaN skips
-    all); `flatten` (one array, whatever is done with it). Of this room, `mixture` and `self_tuning` take trees by
-    themselves.
+    Transforms that compute one number or one array from all parameters are rejected. Among optax's optimizers these are
+    `lbfgs`, `polyak_sgd` and, from `contrib`, `dadapt_adamw`, `dog`, `dowg`, `dpsgd`, `mechanize`, `momo`, `momo_adam`,
+    `prodigy`, `sam` and `sophia` (inner products, norms, a loss of all parameters). Among its components these are
+    `clip_by_global_norm`, `normalize_by_update_norm`, `scale_by_polyak`, the line searches, and `normalize` and
+    `differentially_private_aggregate` from `contrib`. `apply_if_finite` and a `MultiSteps` that skips are rejected too
+    (one NaN skips all), and so is `flatten` (one array, whatever is done with it). In metaopt, `mixture` and
+    `self_tuning` accept trees without this wrapper.
 
     In `nnx.Optimizer`, a tree is a dict of the paths in the model, {"layers": {0: {"kernel": 1e-3, "bias": 1e-2}}}, or
     an `nnx.State`, such as `jax.tree.map(lambda p: 1e-3, nnx.state(model, nnx.Param))`.
 
-    Differentiable in every floating-point hyperparameter that the factory is. The state is that of `optax.partition`,
-    whose labels are the path of a group's first parameter; with one value for all, that of the factory.
+    It is differentiable in every floating-point hyperparameter in which the factory is. The state is that of
+    `optax.partition`, whose labels are the path of a group's first parameter. With one value for all, the state is the
+    factory's.
 
     Args:
       factory: such as `optax.adamw`: `(...) -> optax.GradientTransformation`.
@@ -51,8 +52,8 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
       A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: `factory` is no function; by `init` and `update`, a tree does not fit the parameters; by `update`, the
-        update of one group would depend on the gradient or the parameters of another.
+      ValueError: if `factory` is not a function; in `init` and `update`, if a tree does not fit the parameters.
+      ValueError: in `update`, if the update of one group would depend on the gradient or the parameters of another.
 
     >>> import jax, optax
     >>> from metaopt import transforms
@@ -94,25 +95,26 @@ def per_group(
     patterns: Mapping[str, str] | None = None,
     labels: base.PyTree | Callable[[base.Params], base.PyTree] | None = None,
 ) -> Callable:
-    """The same factory, where any hyperparameter may be a dict by group of parameters.
+    """Wraps a factory so that any hyperparameter may be a dict by group of parameters.
 
-    As `per_parameter`, with the groups named once: by patterns of the parameters' paths, or by a tree of labels, among
-    them masks. Every hyperparameter is one value for all, or a dict with an entry for each group.
+    This is `per_parameter` with the groups named once: by patterns of the parameters' paths, or by a tree of labels,
+    such as a mask. Every hyperparameter is one value for all, or a dict with an entry for each group.
 
     Args:
       factory: such as `optax.adamw`: `(...) -> optax.GradientTransformation`.
-      patterns: group -> regular expression, searched for in paths like "encoder/0/bias"
-        (in `nnx.Optimizer`, too); the first that is found is the
-        parameter's group, and `"rest": ""` fits what is left. Every pattern must find a parameter.
-      labels: in the place of patterns: a tree of groups (strings, numbers or booleans) that is the parameters' or a
+      patterns: group -> regular expression, searched for in paths like "encoder/0/bias" (in `nnx.Optimizer`, too). The
+        first matching pattern determines the parameter's group, and `"rest": ""` matches the remaining ones. Every
+        pattern must be the first match of at least one parameter.
+      labels: replaces `patterns`: a tree of groups (strings, numbers or booleans) with the parameters' structure or a
         prefix of it, or a function `params -> tree`, such as a mask for `optax.masked`.
 
     Returns:
-      A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`, that raises as `per_parameter`'s
-      does; also where a parameter is in no group, or a dict does not have exactly the groups.
+      A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`. It raises the errors of
+        `per_parameter`'s factory. It also raises if a parameter is in no group, or if a dict does not have exactly the
+        groups.
 
     Raises:
-      ValueError: `factory` is no function, or there are both patterns and labels, or neither.
+      ValueError: if `factory` is not a function, or both `patterns` and `labels` are given or neither is.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -169,7 +171,7 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
             f"{type(factory).__name__}, which it has made: its hyperparameters cannot be changed any more."
         )
 
-    @functools.wraps(factory)  # the signature, for `optax.inject_hyperparams`
+    @functools.wraps(factory)  # `optax.inject_hyperparams` reads the signature
     def make(*args, **kwargs) -> optax.GradientTransformationExtraArgs:
         hyperparams = {**dict(enumerate(args)), **kwargs}
         checked = set()
@@ -179,7 +181,7 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
 
         def transform(params):
             settings, labels = choose(hyperparams, params)
-            if len(settings) < 2:  # nothing to tell apart
+            if len(settings) < 2:  # one setting for all parameters
                 return optax.with_extra_args_support(call(next(iter(settings.values()), hyperparams))), settings, labels
             return (
                 optax.partition({label: call(s) for label, s in settings.items()}, lambda _: labels),
@@ -205,7 +207,7 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
 
 
 def _refuse_coupled(optimizer, labels, updates, params, extra_args):
-    """Raises where one group's update depends on another group's parameters, or on its gradient in any step."""
+    """Raises ValueError if a group's update depends on another group's parameters, or, in any step, on its gradient."""
     optimizer = optax.with_extra_args_support(optimizer)
     like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
     grads, params = like(updates), like(updates if params is None else params)
@@ -215,7 +217,7 @@ def _refuse_coupled(optimizer, labels, updates, params, extra_args):
     first = lambda grads, params: update(grads, optimizer.init(params), params)
     jaxpr, (_, state) = jax.make_jaxpr(first, return_shape=True)(grads, params)
     sources = _sources(jaxpr.jaxpr, own * 2)
-    jaxpr = jax.make_jaxpr(update)(grads, state, params).jaxpr  # a state may grow in the first step alone
+    jaxpr = jax.make_jaxpr(update)(grads, state, params).jaxpr  # a state may grow, but only in the first step
     sources = _until_it_stays(lambda sources: _sources(jaxpr, [*own, *sources[len(own) :], *own]), sources)
     for (group,), found in zip(own, sources[: len(own)], strict=True):
         others = found - {group}
@@ -229,7 +231,7 @@ def _refuse_coupled(optimizer, labels, updates, params, extra_args):
 
 
 def _sources(jaxpr, given):
-    """For each output of a jaxpr, the union of what is `given` for the inputs that it depends on."""
+    """For each output of a jaxpr, the union of the `given` sets of the inputs that it depends on."""
     known: dict[Any, frozenset] = dict(zip(jaxpr.invars, given, strict=True))
     look = lambda v: frozenset() if isinstance(v, core.Literal) else known.get(v, frozenset())
     for equation in jaxpr.eqns:
@@ -244,7 +246,7 @@ def _sources(jaxpr, given):
 
 
 def _until_it_stays(step, carry):
-    """What a carry has come to depend on after any number of steps."""
+    """The sources of a carry after any number of steps, found by iterating to a fixed point."""
     while (after := [old | new for old, new in zip(carry, step(carry), strict=True)]) != carry:
         carry = after
     return carry
@@ -262,7 +264,7 @@ def _sources_of_cond(equation, operands):
 
 
 def _sources_of_scan(equation, operands):
-    # Constants and carry are as the body has them; what is scanned has one more axis.
+    # Constants and carry have the shapes of the body's arguments; scanned arrays have one more axis.
     body, more = equation.params["jaxpr"], lambda v, aval: v.aval.ndim > aval.ndim
     num_carry = len(equation.outvars) - sum(map(more, equation.outvars, body.out_avals))
     start = len(operands) - sum(map(more, equation.invars, body.in_avals)) - num_carry
@@ -298,6 +300,6 @@ def _is_one_value(value: Any) -> bool:
 
 
 def _scalar(value: Any) -> Any:
-    """An array of one hyperparameter an entry fits its own parameter alone; for the others, its first entry."""
+    """An array with one hyperparameter per entry fits only its own parameter; for the others, use its first entry."""
     is_array = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
     return jnp.ravel(value)[0] if is_array and jnp.ndim(value) else value

@@ -1,4 +1,4 @@
-"""Trees over the parameters that a user writes down: the parameters' own or a prefix of it, also in Flax NNX."""
+"""Trees over the parameters, as users write them: the parameters' own structure or a prefix of it, also in Flax NNX."""
 
 import sys
 
@@ -8,12 +8,12 @@ from metaopt import base
 
 
 def opened(tree: base.PyTree) -> base.PyTree:
-    """The tree with an `nnx.State` as the dict of the same paths, and an `nnx.Variable` as its value.
+    """The tree with each `nnx.State` as a dict of the same paths, and each `nnx.Variable` as its value.
 
     `nnx.Optimizer` calls `init` with variables and `update` with their values, both in a `State`.
     """
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:  # then there is none in the tree
+    if nnx is None:  # not imported, so the tree has no NNX nodes
         return tree
 
     def open_node(node):
@@ -25,10 +25,10 @@ def opened(tree: base.PyTree) -> base.PyTree:
 
 
 def spread(prefix: base.PyTree, params: base.Params) -> base.PyTree:
-    """The tree like the parameters in which each leaf of the prefix stands for all that is below it.
+    """A tree like the parameters, in which each leaf of the prefix is repeated for all parameters below it.
 
     Raises:
-      ValueError: it is no prefix.
+      ValueError: if `prefix` is not a prefix of `params`.
     """
     full = jax.tree.map(lambda value, below: jax.tree.map(lambda _: value, below), opened(prefix), opened(params))
     return jax.tree.structure(params).unflatten(jax.tree.leaves(full))

@@ -1,8 +1,8 @@
-"""Schedules that can be learned: `step -> value`, differentiable in every number that they are made of.
+"""Schedules that can be learned: `step -> value`, differentiable in every number that defines them.
 
 They are optax schedules: `optax.adam(transforms.wsd_schedule(hp["peak"], ...))`. Lengths are in steps and need not be
-whole numbers; each derivative is that of the piecewise smooth function that a schedule is, so that a length has one
-wherever no step falls on a kink.
+whole numbers. As a function of its lengths, a schedule is piecewise smooth. A length has a derivative unless a step
+falls exactly on a kink.
 """
 
 from collections.abc import Callable
@@ -21,27 +21,27 @@ def knot_schedule(
     knots: jax.typing.ArrayLike | None = None,
     monotone: str | None = None,
 ) -> optax.Schedule:
-    """Values at knots, with straight lines between and constant beyond.
+    """Values at knots, connected by straight lines, and constant before the first and after the last knot.
 
         monotone=None:          v_k = values_k
         monotone="increasing":  v_k = Σ_{j≤k} values_j
         monotone="decreasing":  v_k = Σ_{j≥k} values_j
 
-    With nonnegative `values` (`spaces.positive(shape=(K,))`), the sums are monotone and nonnegative whatever they are.
+    If `values` are nonnegative (`spaces.positive(shape=(K,))`), the sums are always monotone and nonnegative.
 
     Args:
       values: [K].
-      num_steps: for K knots at equal distances, the first at step 0 and the last at step `num_steps`, as in the other
-        schedules: the first that training of `num_steps` steps does not take.
-      knots: in the place of `num_steps`: [K], the steps that the values belong to, increasing.
+      num_steps: places K knots at equal distances, the first at step 0 and the last at step `num_steps`. As in the
+        other schedules, this is the first step that training of `num_steps` steps does not take.
+      knots: replaces `num_steps`: [K], the steps that the values belong to, increasing.
       monotone: None, "increasing" or "decreasing".
 
     Returns:
       A schedule, differentiable in `values` and `knots`.
 
     Raises:
-      ValueError: `values` is no vector, there are both `num_steps` and `knots` or neither, the knots are not as many
-        as the values, or `monotone` is something else.
+      ValueError: if `values` is not a vector, the knots have another shape, or `monotone` is another value.
+      ValueError: if both `num_steps` and `knots` are given or neither is, or `num_steps < 1`.
 
     >>> import jax.numpy as jnp
     >>> from metaopt import transforms
@@ -57,7 +57,7 @@ def knot_schedule(
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     if knots is not None and np.shape(knots) != np.shape(values):
         raise ValueError(f"`knots` must be as many as `values`; got shapes {np.shape(knots)} and {np.shape(values)}.")
-    # Half precision has no room for steps.
+    # Half precision cannot represent step numbers.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     at = jnp.asarray(np.linspace(0, num_steps, len(values)) if num_steps is not None else knots, values.dtype)
@@ -80,12 +80,12 @@ def polynomial_schedule(
 ) -> optax.Schedule:
     """v(t) = end + (init − end) (1 − s)^power, where s rises from 0 to 1 over the `num_steps` after `begin_step`.
 
-    The values of `optax.polynomial_schedule`, with a derivative in all five that stays finite at the end, where 1 − s
-    is zero; it is zero there for what moves s.
+    The values are those of `optax.polynomial_schedule`. The derivatives in all five arguments stay finite at the end,
+    where 1 − s is zero: there the derivative in the arguments that move s is zero.
 
     Args:
-      init_value: before and at `begin_step`.
-      end_value: after.
+      init_value: the value until `begin_step`, inclusive.
+      end_value: the value after the decay.
       num_steps: the length of the decay.
       power: positive; 1 is a straight line.
       begin_step: the last step at `init_value`.
@@ -111,17 +111,17 @@ def cosine_schedule(
 ) -> optax.Schedule:
     """A straight line from `init_value` to `peak_value`, then half a cosine down to `end_value`.
 
-    The values of `optax.warmup_cosine_decay_schedule`.
+    The values are those of `optax.warmup_cosine_decay_schedule`.
 
     Args:
-      peak_value: at step `warmup_steps`.
-      num_steps: when `end_value` is reached, warmup included.
-      warmup_steps: the length of the straight line; 0 for none.
-      init_value: at step 0 of a warmup.
-      end_value: after `num_steps`.
+      peak_value: the value at step `warmup_steps`.
+      num_steps: the step at which `end_value` is reached, warmup included.
+      warmup_steps: the length of the straight line; 0 for no warmup.
+      init_value: the value at step 0 of a warmup.
+      end_value: the value after `num_steps`.
 
     Returns:
-      A schedule, differentiable in all five.
+      A schedule, differentiable in all five numbers.
     """
 
     def schedule(step):
@@ -132,7 +132,7 @@ def cosine_schedule(
     return schedule
 
 
-# From 1 to 0 as s goes from 0 to 1.
+# They fall from 1 to 0 as s rises from 0 to 1.
 _DECAYS: dict[str, Callable] = {
     "linear": lambda s: 1 - s,
     "cosine": lambda s: (1 + jnp.cos(jnp.pi * s)) / 2,
@@ -153,30 +153,31 @@ def wsd_schedule(
     """Warmup, stable, decay: a straight line up to `peak_value`, constant, and down to `end_value` at the end.
 
     Args:
-      peak_value: the constant.
-      num_steps: when `end_value` is reached, all three phases included.
-      warmup_steps: the length of the first phase; 0 for none.
-      decay_steps: the length of the last; 0 for none.
-      init_value: at step 0 of a warmup.
-      end_value: after `num_steps`.
+      peak_value: the value of the constant phase.
+      num_steps: the step at which `end_value` is reached, all three phases included.
+      warmup_steps: the length of the first phase; 0 for no warmup.
+      decay_steps: the length of the last phase; 0 for no decay.
+      init_value: the value at step 0 of a warmup.
+      end_value: the value after `num_steps`.
       decay: "linear", "cosine", or "sqrt" for peak · (1 − √s), which falls fast at first.
 
     Returns:
       A schedule, differentiable in all six numbers.
 
     Raises:
-      ValueError: `decay` is something else, or warmup and decay together are longer than `num_steps`, where neither is
-        traced; traced ones are used as they are, and the value jumps where the warmup ends.
+      ValueError: if `decay` is another value, or if warmup and decay together are longer than `num_steps` and none of
+        the three is traced. Traced lengths are not checked: if they are too long, the value jumps where the warmup
+        ends.
 
     Source: Hu et al., COLM 2024, https://arxiv.org/abs/2404.06395; "sqrt": Hägele et al., NeurIPS 2024,
-    https://arxiv.org/abs/2405.18392
+      https://arxiv.org/abs/2405.18392
     """
     if decay not in _DECAYS:
         raise ValueError(f"`decay` must be one of {sorted(_DECAYS)}; got {decay!r}.")
     lengths = (warmup_steps, decay_steps, num_steps)
     if not any(isinstance(x, Tracer) for x in lengths):
         warmup, last, total = (np.asarray(x, float) for x in lengths)
-        if np.any(warmup + last > total * (1 + 1e-6)):  # shares of the whole are rounded
+        if np.any(warmup + last > total * (1 + 1e-6)):  # lengths computed as shares of the whole are rounded
             raise ValueError(
                 f"`warmup_steps` and `decay_steps` must fit into `num_steps`; got {warmup} + {last} of {total}."
             )
@@ -195,20 +196,20 @@ def _warmed_up(step, warmup_steps, init_value, peak_value, later):
 
 
 def _ramp(step, start, end):
-    """From 0 at `start` to 1 at `end`, constant beyond; a jump where they are equal."""
+    """Rises from 0 at `start` to 1 at `end`, constant outside; a jump if they are equal."""
     start, end = _wide(start), _wide(end)
     length = end - start
     rising = length > 0
     s = (step - start) / jnp.where(rising, length, 1)
-    # The bounds first: `clip` halves the derivative at a bound, where the side that moves is the inner one.
+    # Not `clip`, which halves the derivative at a bound; here it is zero there.
     return jnp.where(rising, jnp.where(s <= 0, 0.0, jnp.where(s >= 1, 1.0, s)), jnp.where(step >= start, 1.0, 0.0))
 
 
 def _wide(x):
-    """Half precision has no room for steps: float32."""
+    """Converts half precision to float32, because it cannot represent step numbers."""
     return jnp.asarray(x, jnp.float32) if jnp.result_type(x) in (jnp.bfloat16, jnp.float16) else x
 
 
 def _power(x, exponent):
-    """x^p for x ≥ 0 and p > 0, with zero as its derivative at 0, where it may be infinite."""
+    """x^p for x ≥ 0 and p > 0; at 0 its derivative, which may be infinite, is defined as zero."""
     return jnp.where(x > 0, jnp.power(jnp.where(x > 0, x, 1), exponent), 0)

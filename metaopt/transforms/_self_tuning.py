@@ -1,12 +1,12 @@
 """An optimizer that tunes its own hyperparameters while it trains, by the training or the validation loss.
 
-What a step of the optimizer does to a loss f is seen after it: with θ_t = θ_{t−1} + u_{t−1}(λ),
+The effect of an optimizer step on a loss f is known after the step: with θ_t = θ_{t−1} + u_{t−1}(λ),
 
     h_t = (∂θ_t/∂λ)ᵀ g_t,    g_t = ∇f(θ_t),
 
-where ∂θ_t/∂λ is that of the last step alone, ∂u_{t−1}/∂λ, or is carried along with training. The next training gradient
-is such a g_t for free: for the rate of SGD, h_t = −g_t · g_{t−1}. An optimizer of λ, the tuner, descends along h. The
-tuner is any transform, and so may tune itself.
+where ∂θ_t/∂λ is either that of only the last step, ∂u_{t−1}/∂λ, or is carried along with training. The next training
+gradient is such a g_t at no extra cost: for the rate of SGD, h_t = −g_t · g_{t−1}. An optimizer of λ, the tuner,
+descends along h. The tuner is any transform, and so may tune itself.
 """
 
 import functools
@@ -25,15 +25,15 @@ from metaopt.transforms._differentiable import differentiable
 
 
 class SelfTuningState(NamedTuple):
-    """What `self_tuning` carries.
+    """State of `self_tuning`.
 
     Attributes:
-      hyperparams: λ, as the last step used it: look here for logging.
+      hyperparams: λ, as the last step used it; read it for logging.
       inner: the optimizer's state.
       tuner: the state of the optimizer of λ.
-      last: what says how λ moved the parameters: with `mode="forward"` the derivatives themselves, with a leading axis
-        for the entries of λ; with "reverse" what the last step was made of.
-      count: [] int32, the steps taken.
+      last: the data that determine how λ moved the parameters. With `mode="forward"` these are the derivatives
+        themselves, with a leading axis for the entries of λ; with "reverse", the inputs of the last step.
+      count: [] int32, the number of steps taken.
     """
 
     hyperparams: base.HyperParams
@@ -62,100 +62,117 @@ def self_tuning(
         rule="normalized":      λ ← λ · exp(tuner(λ h / (‖g_t‖ ‖u_{t−1}‖)))
         rule="cosine":          λ_i ← λ_i · exp(tuner(h_i / (‖g_t‖ ‖∂u_{t−1}/∂λ_i‖)))
 
-    h_t = (∂u_{t−1}/∂λ)ᵀ g_t says how the last step's λ changed the loss at θ_t. λ h is the derivative in log λ, so that
-    all rules but the first keep λ positive; the last two do not depend on the scale of the loss: for a rate they move
-    log λ by β times the cosine between g_t and the last step, with `optax.sgd(β)` as the tuner. β from 0.1 to 0.5 is a
-    place to start: a rate that is 100 times too small is found within some hundred steps. They differ where there is
-    more than one λ: "normalized" follows the gradient in log λ, where what moves the parameters little, such as a
-    weight decay, is hardly tuned; with "cosine" each λ moves by the cosine of its own effect, whatever its size, as far
-    as the parameters' precision has room for λ ∂u/∂λ (not for a decay of 0.01 at a rate of 1e-5 in float16) and float32
-    for its square.
+    h_t = (∂u_{t−1}/∂λ)ᵀ g_t states how the last step's λ changed the loss at θ_t. λ h is the derivative in log λ, so
+    all rules except the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)`
+    as the tuner, they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial
+    choice of β is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
 
-    **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)` each step multiplies it by up to exp(β); with
-    the other rules there is no such bound. A rate that is too large turns its own signal round, but a long step of
-    another λ may go too far for that: where decay helps at every step, as on ½‖θ‖², and β is 2, rate · decay passes 2,
-    where a step throws θ further to the other side, and training diverges; and a momentum may pass 1. `projection_fn`
-    takes λ back to where it belongs, at the start and after each move: λ ← P(λ). It sees all of λ:
+    The two rules differ if there is more than one λ. "normalized" follows the gradient in log λ. A λ that moves the
+    parameters little, such as a weight decay, is then hardly tuned. With "cosine" each λ moves by the cosine of its own
+    effect, independently of the effect's size. Two dtypes limit this. The parameters' dtype must represent λ ∂u/∂λ
+    (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must represent its square.
+
+    **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)`, each step multiplies λ by at most exp(β). The
+    other rules have no such bound. If a rate is too large, its own signal changes sign and reduces it. But a long step
+    of another λ may be too large for this to help. An example is a problem on which decay helps at every step, such as
+    ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and further out, and training
+    diverges. A momentum may also exceed 1. `projection_fn` moves λ back into its range, at the start and after each
+    move: λ ← P(λ). It receives all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
         lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
 
-    With the second, a decay takes at most the whole of a parameter in a step, and can throw none further than it was.
-    Where P(λ) = λ it changes nothing.
+    With the second example, a decay removes at most the whole of a parameter in a step. So it cannot move a parameter
+    further from zero than it was. If P(λ) = λ, the projection changes nothing.
 
-    Start too small rather than too large, at a hundredth of a guess: a network may be damaged, or have overfitted,
-    before λ has come down, and five decades are climbed in some 50 steps. The training loss does not see overfitting:
-    where it goes to zero, following it keeps the rate too large. What did best (`experiments/results/self_tuning.md`)
-    follows a validation loss, with the weight decay in λ and `rule="cosine"`: two of three problems whose networks
-    overfit then ended below the best constant rate, from either start. Tuners there are `optax.sgd(0.5)` for the rate
-    and `optax.sgd(2.0)` for the decay, which starts at 0.01 and is kept below 1 / rate by the projection above.
+    Start too small rather than too large, at a hundredth of a guess. With a rate that is too large, a network may be
+    damaged, or may overfit, before λ has come down. From below, λ rises by five decades in about 50 steps. The training
+    loss does not show overfitting: if it goes to zero, following it keeps the rate too large. The best variant
+    (`experiments/results/self_tuning.md`) follows a validation loss, with the weight decay in λ and `rule="cosine"`.
+    Networks overfit on three problems. On two of them, this variant ended with a lower loss than the best constant
+    rate, from either start. It uses the tuners `optax.sgd(0.5)` for the rate and `optax.sgd(2.0)` for the decay. The
+    decay starts at 0.01 and is kept below 1 / rate by the projection above.
 
-    **Which loss.** By default g_t is the gradient that `update` is given, that of the training loss: hypergradient
-    descent, at no gradient more. With the extra argument `valid_grad_fn` it is `valid_grad_fn(params)`, the gradient of
-    the validation loss, on a batch of the caller's: T1–T2. The same is a `valid_batch` as the extra argument, where
-    `self_tuning` was given the loss itself, as `valid_loss_fn` (of complex parameters, the conjugate of JAX's gradient:
-    the direction of ascent). All members of a chain see the same extra arguments. One more gradient a step; a smaller
-    batch costs less. A `gap` γ counts the gap between the losses once more, g_t = ∇f_valid + γ (∇f_valid − ∇f_train):
-    it grows before the validation loss does, where a network is about to overfit. On three such problems, γ = 1 (with a
-    validation batch twice as large) was better than 0, on two others worse, and on the rest now this, now that.
+    **Which loss.** By default g_t is the gradient passed to `update`, which is that of the training loss. This is
+    hypergradient descent, without an additional gradient. With the extra argument `valid_grad_fn`, g_t is
+    `valid_grad_fn(params)`, the gradient of the validation loss on a batch that the caller chooses: T1–T2.
+    Alternatively, give `self_tuning` the loss itself as `valid_loss_fn`, and `update` the extra argument `valid_batch`.
+    (For complex parameters, g_t is then the conjugate of JAX's gradient: the direction of ascent.) All members of a
+    chain get the same extra arguments. This costs one more gradient per step; a smaller batch costs less.
 
-    **How far back.** One step is short-sighted: it knows of no later step, prefers small rates on noisy gradients, and
-    cannot see what a small decay does over time. With a `discount` μ > 0 the derivative is carried along with training,
+    A `gap` γ adds the gap between the losses with a weight: g_t = ∇f_valid + γ (∇f_valid − ∇f_train). If a network is
+    about to overfit, the gap grows before the validation loss does. On three such problems γ = 1 (with a validation
+    batch twice as large) was better than 0. On two others it was worse, and on the remaining ones the results were
+    mixed.
+
+    **How far back.** One step is short-sighted. It does not see later steps, prefers small rates on noisy gradients,
+    and cannot measure the effect of a small decay over time. With a `discount` μ > 0 the derivative is carried along
+    with training,
 
         Z_t = ∂Φ/∂λ + μ (∂Φ/∂(θ, s)) Z_{t−1},    h_t = Z_tᵀ g_t,    (θ, s)_t = Φ((θ, s)_{t−1}, λ),
 
-    with s the optimizer's state. μ = 0 is one step; μ = 1 is the exact derivative of f(θ_t) along an equal shift of all
-    λ so far (of all log λ, but for "additive"); between them, steps longer ago than 1/(1 − μ) are forgotten: a short
-    truncation, biased by what it forgets. It needs `grad_fn`, `params -> gradient` of this step's training loss; what
-    transforms gradients before this optimizer in a chain, or updates after it, has no part in the derivative. (With
-    μ = 0, `grad_fn` goes to the optimizer, as other extra arguments do: to `optax.contrib.sam`.)
+    with s the optimizer's state. μ = 0 is one step. μ = 1 is the exact derivative of f(θ_t) along an equal shift of all
+    λ so far (of all log λ, except for "additive"). For values between them, steps longer ago than 1/(1 − μ) are
+    forgotten: a short truncation, biased by the forgotten steps. It needs `grad_fn`, `params -> gradient` of this
+    step's training loss. Transforms before this optimizer in a chain, which change gradients, and transforms after it,
+    which change updates, do not enter the derivative. (With μ = 0, `grad_fn` is passed to the optimizer, as other extra
+    arguments are: to `optax.contrib.sam`.)
 
-    **What it costs**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (μ > 0: and of the
-    optimizer's state), in their precision, and pushes n tangents through the optimizer's operations; with μ > 0 it
-    takes n products with the Hessian, too. `mode="reverse"` takes one pullback through the optimizer's operations
-    whatever n is, and keeps the last gradient and copies of the optimizer's state and the parameters: for many λ, such
-    as a rate for each parameter. Its extra arguments of the optimizer itself (`value`) are this step's, where the last
-    step is looked at too. In forward mode, the normalized rule has the largest of the n ‖λ ∂u/∂λ‖ in the place of
-    ‖u‖, which is the same thing where λ holds the rate.
+    **Cost**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (if μ > 0, also of the
+    optimizer's state), in their precision, and pushes n tangents through the optimizer's operations. With μ > 0 it also
+    takes n products with the Hessian. `mode="reverse"` takes one pullback through the optimizer's operations for any n.
+    It keeps the last gradient and copies of the optimizer's state and the parameters. Use it for many λ, such as a rate
+    for each parameter. In reverse mode the last step is recomputed, with the current step's extra arguments of the
+    optimizer itself (`value`). In forward mode, the normalized rule uses the largest of the n ‖λ ∂u/∂λ‖ instead of ‖u‖,
+    which is the same if λ contains the rate.
 
-    The tuner may be a `self_tuning` itself, to any height. The state is a pytree of arrays, and λ enters `update` from
-    there: nothing recompiles. Extra arguments come through `optax.chain`, `apply_if_finite`, `inject_hyperparams`,
-    `MultiSteps` and `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`. Flax's `TrainState.apply_gradients` has no
-    way for them; these two lines are what it does, with them:
+    The tuner may be a `self_tuning` itself, to any depth. The state is a pytree of arrays, and `update` reads λ from
+    it, so a change of λ does not recompile anything. Extra arguments are passed through `optax.chain`,
+    `apply_if_finite`, `inject_hyperparams`, `MultiSteps` and `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`.
+    Flax's `TrainState.apply_gradients` does not pass them to the optimizer. Use its two lines instead, with the
+    arguments:
 
         updates, opt_state = ts.tx.update(grads, ts.opt_state, ts.params, valid_grad_fn=fn)
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
 
     Args:
-      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`;
-        `lambda hp: optax.adamw(**hp)`, where λ has the names of its arguments.
-      hyperparams: λ to start from, any tree of numbers; positive but for "additive".
+      factory: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["rate"])`; or
+        `lambda hp: optax.adamw(**hp)`, if λ has the names of its arguments.
+      hyperparams: the initial λ, any tree of numbers; positive except for "additive".
       tuner: the optimizer of λ.
-      rule: "additive", "multiplicative", "normalized" or "cosine"; the last with `mode="forward"`.
+      rule: "additive", "multiplicative", "normalized" or "cosine"; the last needs `mode="forward"`.
       discount: μ, in [0, 1].
-      gap: γ, at least 0; counts where there is a validation loss.
+      gap: γ, at least 0; has an effect only with a validation loss.
       mode: "forward", for few λ, or "reverse", for many, with μ = 0.
-      projection_fn: P, `hyperparams -> hyperparams`, positive but for "additive" (a λ of zero never moves again: no
-        simplex); by default λ is not bounded.
-      valid_loss_fn: the validation loss, `(params, batch) -> []`, where `update` is to be given the batch alone.
+      projection_fn: P, `hyperparams -> hyperparams`, positive except for "additive" (a λ of zero never moves again, so
+        a simplex does not work); by default λ is not bounded.
+      valid_loss_fn: the validation loss, `(params, batch) -> []`, if `update` gets only the batch.
 
     Returns:
-      A transform, with parameters as a required argument of `update`, and `valid_grad_fn` or `valid_batch`, and
-      `grad_fn`, as extra ones.
+      A transform whose `update` requires the parameters, and takes `valid_grad_fn` or `valid_batch`, and `grad_fn`, as
+        extra arguments.
 
     Raises:
-      ValueError: `rule` or `mode` is something else, `factory`, `projection_fn` or `valid_loss_fn` is no function or
-        `tuner` no transform, λ is empty, no finite real number, or not positive where it must be, `discount` is not in
-        [0, 1], or in reverse mode not 0, `rule` is "cosine" there, `gap` is negative; in `init`, what `projection_fn`
-        returns is no tree like λ; in `update`: there are no parameters, or no `grad_fn` where μ > 0 needs one, or a
-        `valid_batch` and no `valid_loss_fn` or the other way around, or both a `valid_batch` and a `valid_grad_fn`,
-        they or what `valid_grad_fn` or `grad_fn` returns are no tree like the gradients, or a leaf of λ does not move
-        the updates (within `optax.masked`: but for leaves at the paths of parameters that are masked out).
+      ValueError: if `rule` or `mode` is unknown; `factory`, `projection_fn` or `valid_loss_fn` is not a function; or
+        `tuner` is not a transform.
+      ValueError: if λ is empty, not a finite real number, or not positive although the rule requires it.
+      ValueError: if `gap` is negative, or `discount` is not in [0, 1]; with `mode="reverse"`, if `discount` is not 0,
+        or `rule` is "cosine".
+      ValueError: in `init`, if `projection_fn` returns a tree that is not like λ, or values that are not positive
+        although the rule requires it.
+      ValueError: in `update`, if the parameters are missing, or `grad_fn` is missing with μ > 0.
+      ValueError: in `update`, if exactly one of `valid_batch` and `valid_loss_fn` is given (but `valid_grad_fn` may
+        replace the batch), or both `valid_batch` and `valid_grad_fn`.
+      ValueError: in `update`, if the parameters or the results of `valid_grad_fn` or `grad_fn` are not a tree like the
+        gradients.
+      ValueError: in `update`, if a leaf of λ does not move the updates (within `optax.masked`, leaves at the paths of
+        masked-out parameters are exempt).
+      ValueError: in `update`, if a validation loss or `grad_fn` is given within `optax.masked` or `multi_transform`.
 
-    Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of them: Chandra et al., NeurIPS 2022,
-    https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried:
-    Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, with a discount: Donini et al., IJCAI 2020,
-    https://arxiv.org/abs/1910.08525
+    Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782; a stack of tuners: Chandra et al., NeurIPS 2022,
+      https://arxiv.org/abs/1909.13371; T1–T2: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727; carried
+      derivative: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, with a discount: Donini et al., IJCAI
+      2020, https://arxiv.org/abs/1910.08525
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -230,7 +247,7 @@ def self_tuning(
         return differentiable(made)
 
     def run(hyperparams, updates, inner, params, extra_args):
-        """u and the optimizer's state after it, as arrays: some states hold a number of Python's."""
+        """u and the next state of the optimizer, as arrays, since some states hold a Python number."""
         with base.explained_schedules("factory"):
             return jax.tree.map(jnp.asarray, optimizer(hyperparams).update(updates, inner, params, **extra_args))
 
@@ -239,11 +256,11 @@ def self_tuning(
             return hyperparams
         allowed = projection_fn(hyperparams)
         _check_like("what `projection_fn` returns", allowed, hyperparams, "λ", hint="")
-        # Copies: what P returns may be the caller's own array, or one array twice.
+        # Copies, since P may return the caller's own array, or one array twice.
         return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), allowed, hyperparams)
 
     def init(params):
-        # A copy, so that a program may be given the buffer: the next run starts from λ again.
+        # A copy, so that the buffer may be donated to a program: the next run starts from λ again.
         params = jax.tree.map(jnp.asarray, params)
         start = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
         start = projected(start)
@@ -254,7 +271,7 @@ def self_tuning(
                 f"zero never moves again; got {start}."
             )
         inner = jax.tree.map(jnp.asarray, optimizer(start).init(params))
-        if mode == "reverse":  # copies, so that a program may be given the buffers of both
+        if mode == "reverse":  # copies, so that the buffers of both may be donated to a program
             last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
         else:
             num = ravel_pytree(start)[0].size
@@ -263,11 +280,11 @@ def self_tuning(
         return SelfTuningState(start, inner, tuner.init(start), last, jnp.zeros([], jnp.int32))
 
     def signal_forward(judge, state, extra_args):
-        """Z_tᵀ g_t; zero before the first step, since Z is."""
+        """Z_tᵀ g_t; zero before the first step, since Z is zero."""
         del extra_args
         derivatives, _ = state.last
         flat, unravel = ravel_pytree(state.hyperparams)
-        # With `axis_size`, parameters may be an empty tree.
+        # `axis_size` allows parameters that are an empty tree.
         dots = jax.vmap(lambda z: optax.tree.vdot(_wide(z), _wide(judge)), axis_size=flat.size)(derivatives)
         signal = jnp.real(dots)
         if rule in ("normalized", "cosine"):
@@ -284,21 +301,21 @@ def self_tuning(
             return _split(out)[0]
 
         last_updates, pullback = jax.vjp(last_update, state.hyperparams)
-        if rule == "normalized":  # before the products, for which half precision may have no room
+        if rule == "normalized":  # before the products, which may over- or underflow in half precision
             norm = _norm(judge)
             judge = jax.tree.map(lambda g: _divided(g, norm), _wide(judge))
-        # JAX's pullback is that of u ↦ Re Σ g u, without a conjugate.
+        # JAX's pullback belongs to u ↦ Re Σ g u, without a conjugate.
         (signal,) = pullback(_like(jax.tree.map(jnp.conj, judge), last_updates))
         if logarithmic:
             signal = jax.tree.map(jnp.multiply, state.hyperparams, signal)
         if rule == "normalized":
             length = _norm(last_updates)
             signal = jax.tree.map(lambda h: _divided(h, length), signal)
-        # Before the first step there is nothing to judge.
+        # No update exists yet before the first step.
         return jax.tree.map(lambda h: jnp.where(state.count > 0, h, 0), signal)
 
     def step_reverse(updates, state, params, tuned, grad_fn, extra_args):
-        """u_t, the optimizer's state after it, and what the next signal is made of."""
+        """u_t, the next state of the optimizer, and the inputs of the next signal."""
         del grad_fn
         out, inner = run(tuned, updates, state.inner, params, extra_args)
         return out, inner, (updates, state.inner, params)
@@ -306,7 +323,7 @@ def self_tuning(
     def step_forward(updates, state, params, tuned, grad_fn, extra_args):
         floats, rest = _split((updates, params, state.inner))
         flat, unravel = ravel_pytree(tuned)
-        # Each λ, or each log λ.
+        # One tangent per entry, in λ or in log λ.
         primals, tangents = (tuned,), (jax.vmap(unravel)(jnp.diag(flat if logarithmic else jnp.ones_like(flat))),)
         if discount:
             by_params, by_inner = jax.tree.map(lambda z: discount * z, state.last)
@@ -333,7 +350,7 @@ def self_tuning(
         return out, inner, (jax.tree.map(jnp.add, by_params, by_params_out), by_inner_out)
 
     def refuse_what_has_no_effect(updates, state, params, extra_args):
-        """Raises where a leaf of λ does not move the updates (with a discount: nor the optimizer's state)."""
+        """Raises ValueError if a leaf of λ does not move the updates (with a discount: nor the optimizer's state)."""
 
         def moved(hyperparams):
             out, inner = run(hyperparams, updates, state.inner, params, extra_args)
@@ -341,7 +358,7 @@ def self_tuning(
 
         used = rewrite.used_leaves(moved, state.hyperparams)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.hyperparams)]
-        # In a tree of λ, what belongs to parameters that are masked out need not be used.
+        # In a tree of λ, leaves that belong to masked-out parameters need not be used.
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
         out = [path for path, node in nodes if _is_masked(node)]
         kept = [path for path, node in nodes if not _is_masked(node)]
@@ -381,7 +398,7 @@ def self_tuning(
                     "place of `valid_grad_fn`; got " + ("both." if valid_loss_fn is not None else "no such loss.")
                 )
             valid_grad_fn = functools.partial(_loss_gradient, valid_loss_fn, valid_batch)
-        if grad_fn is not None and not discount:  # the optimizer's own
+        if grad_fn is not None and not discount:  # an extra argument of the optimizer itself
             extra_args, grad_fn = {**extra_args, "grad_fn": grad_fn}, None
         masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         if masked and (valid_grad_fn is not None or grad_fn is not None):
@@ -418,12 +435,12 @@ def self_tuning(
 
 
 def _like(new, old):
-    """With the precision of `old`: λ in float32 does not widen what is in bfloat16."""
+    """Casts `new` to the precision of `old`, so that λ in float32 does not widen values in bfloat16."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype) if _is_float(y) else x, new, old)
 
 
 def _promoted(new, updates, params):
-    """As precise as the gradients or the parameters: a decay in bfloat16 would be lost beside a larger step."""
+    """Casts to the wider dtype of gradient and parameter: in bfloat16 a decay would be lost next to a larger step."""
 
     def one(x, update, param):
         return x.astype(jnp.promote_types(update.dtype, param.dtype)) if _is_float(update) else x
@@ -440,13 +457,13 @@ def _is_masked(x: Any) -> bool:
 
 
 def _loss_gradient(loss_fn, batch, params):
-    """The direction of ascent, as optax has it for complex parameters; of integers there is none."""
+    """The direction of ascent, as optax defines it for complex parameters; integers have none."""
     grads = jax.grad(loss_fn, allow_int=True)(params, batch)
     return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
 
 
 def _belongs_to(path, others):
-    """Whether the end of a path is that of another, or within it, or leads to it."""
+    """Whether some end of `path` starts with one of the other paths, or is the start of one."""
 
     def names(path):
         return [jax.tree_util.keystr((key,), simple=True) for key in path]
@@ -456,12 +473,12 @@ def _belongs_to(path, others):
 
 
 def _wide(tree):
-    """At least in float32: squares of half-precision gradients underflow."""
+    """Casts to at least float32, since squares of half-precision gradients underflow."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _norm(tree):
-    """With a derivative of zero at zero: before the first step there is no last one."""
+    """The norm, with a derivative of zero at zero, since the last update is zero before the first step."""
     square = optax.tree.norm(_wide(tree), squared=True)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
@@ -473,9 +490,9 @@ _CHANGED_STRUCTURE = (
 
 
 def _check_like(what, tree, like, name="the gradients that `update` is given", *, hint=_CHANGED_STRUCTURE, real=True):
-    """Refuses a tree that is not like another in structure and shapes, or not floating-point where that is.
+    """Raises ValueError if a tree differs from another in structure or shapes, or is not floating-point like it.
 
-    With `real`, it must not be complex, either, where the other is real.
+    With `real`, it must not be complex either if the other is real.
     """
     shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
     start = f"{what[0].upper()}{what[1:]} must be"
@@ -492,7 +509,7 @@ def _check_like(what, tree, like, name="the gradients that `update` is given", *
 
 
 def _gradient(name, grad_fn, params, updates):
-    """What a function of the caller's returns, where the updates have a derivative."""
+    """The result of the caller's gradient function, for the leaves whose updates have a derivative."""
     if not callable(grad_fn):
         raise ValueError(f"`{name}` must be a function, `params -> gradient`; got a {type(grad_fn).__name__}.")
     found = grad_fn(params)
@@ -501,12 +518,12 @@ def _gradient(name, grad_fn, params, updates):
 
 
 def _divided(x, norm):
-    """x / norm, and zero where that is zero."""
+    """x / norm, or zero if the norm is zero."""
     return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
 
 
 def _split(tree):
-    """What has a derivative, and what has none (counts, PRNG keys), each with None in the place of the other."""
+    """Leaves with a derivative, and leaves without (counts, PRNG keys); each tree has None for the other's leaves."""
 
     def only(floating):
         return jax.tree.map(lambda x: x if _is_float(x) == floating else None, tree)

@@ -195,6 +195,9 @@ def test_a_zero_hypergradient_stays_zero_when_normalized():
 def test_kinds_are_kept():
     pseudo = linear()._replace(kind="pseudo")
     assert hypergrad.over_tasks(pseudo).kind == hypergrad.over_tasks(pseudo, normalize=True).kind == "pseudo"
+    unbiased = pseudo._replace(kind="unbiased")
+    assert hypergrad.over_tasks(unbiased).kind == "unbiased"
+    assert hypergrad.over_tasks(unbiased, max_norm=1.0).kind == "biased"
     assert hypergrad.over_tasks(linear()).kind == hypergrad.over_seeds(linear(), 2).kind == "exact"
 
 

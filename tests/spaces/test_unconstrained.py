@@ -1,7 +1,6 @@
 """λ in natural units and unconstrained coordinates are two types: neither is taken for the other."""
 
 import copy
-import pickle
 from typing import Any
 
 import chex
@@ -124,8 +123,7 @@ def test_transformations_and_optimizers_work_through_it():
 
 def test_copies_and_repr():
     assert repr(spaces.Unconstrained({"a": 1.0})) == "Unconstrained(coordinates={'a': 1.0})"
-    for again in (copy.deepcopy(Z), pickle.loads(pickle.dumps(spaces.Unconstrained({"a": 1.0})))):
-        assert isinstance(again, spaces.Unconstrained)
+    assert isinstance(copy.deepcopy(Z), spaces.Unconstrained)
     with pytest.raises(AttributeError):
         COORDINATES.coordinates = {}
 

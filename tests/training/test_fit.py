@@ -1,7 +1,10 @@
 """The outer loop: where it ends, what it reports, what it refuses, and what it leaves intact."""
 
+import copy
+import os
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -397,6 +400,46 @@ def test_a_signal_ends_the_run_after_the_step_and_raises(number, kind, capfd):
         assert error.value.code == 143
     else:
         assert "Ctrl-C again ends it at once" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_no_evaluation_runs_after_a_signal():
+    evaluated = []
+    with pytest.raises(KeyboardInterrupt) as error:
+        fit(
+            evaluate=lambda key, x: evaluated.append(x) or x,
+            eval_every=2,
+            callback=lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGINT),
+        )
+    assert len(evaluated) == len(error.value.result.evaluations) == 1
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "kind"), [*SIGNALS, (None, FloatingPointError)])
+def test_the_exceptions_of_a_run_can_be_sent_to_another_process(number, kind):
+    nan = np.array([np.nan])
+    with pytest.raises(kind) as error:
+        if number is None:
+            fit(sample_tasks=lambda key: nan, num_steps=20)
+        fit(callback=lambda step, metrics: signal.raise_signal(number))
+    received = copy.copy(error.value)  # by the protocol of pickle
+    assert type(received) is type(error.value) and str(received) == str(error.value) and received.result is None
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_a_fork_of_a_run_dies_of_its_signal():
+    def callback(step, metrics):
+        if step == 1:
+            child = os.fork()
+            if child == 0:
+                while True:
+                    time.sleep(0.01)
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    assert fit(callback=callback).stopped == "num_steps"
 
 
 @pytest.mark.usefixtures("interruptible")
