@@ -61,7 +61,7 @@ def test_classes_that_a_task_does_not_have_are_an_error(name):
         CALLS[name]([0, 2, 1, 2])
 
 
-@pytest.mark.parametrize("wrong", [9.0, 1.5, np.nan])
+@pytest.mark.parametrize("wrong", [9.0, 1.5, -1.0])
 def test_floating_point_labels_are_whole_numbers_of_classes(wrong):
     tasks.stack([task([0.0, 1.0, 0.0, 99.0])])
     with pytest.raises(ValueError, match=r"labels .*y.* must be in 0\.\.2; got labels from .* 1 of . outside"):

@@ -27,14 +27,16 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
         "mask", shaped [N] or like y. If a task lacks some of the C classes, it also has "class_mask" [C].
 
     Returns:
-      [], in nats. It and its gradient are NaN if the label of a real row is below 0 or above C - 1, or if no row is
-      real.
+      [], in nats. In a traced program it and its gradient are NaN if the label of a real row is below 0 or above
+      C - 1. They are NaN as well if no row is real.
 
     Raises:
-      ValueError: if the labels are missing or not integers, or if "y", "mask" or "class_mask" has another shape.
+      ValueError: if the labels are missing or not integers, or if "y", "mask" or "class_mask" has another shape; if
+        labels that are not traced are not classes.
     """
     num = outputs.shape[-1]
     _check_form(batch, num, outputs.shape[:-1])
+    check_labels(batch, num)
     y = jnp.asarray(batch["y"])
     y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y  # `uint8 >= 256` would be `>= 0`
     if batch.get("class_mask") is not None:
