@@ -106,6 +106,16 @@ def meta_architecture(path):
     return methods.load_meta_architecture(path, meta), hyperparams
 
 
+def trained_network(path):
+    cell = nas.complete_cell(1, ("linear",), preprocess=False)
+    network = nas.Network({"cell": cell}, (nas.Layer("mlp", 2), nas.Layer("cell", 2)), 2)
+    supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
+    rows = {"x": np.arange(12.0).reshape(4, 3)}
+    saved = methods.trained_network(supernet, supernet.init(KEY), rows)
+    methods.save_trained_network(path, saved)
+    return methods.load_trained_network(path, ops=nas.BLOCKS), saved
+
+
 def evaluation(path):
     of = lambda *values: {"one": np.array(values, np.float32), "two": np.array(values)}
     scores = {"a": of([0.0, 0.5], [0.25, 1.0]), "b": of([0.5], [math.nan])}
@@ -160,6 +170,7 @@ MEMBERS = {
     "methods.save_cell_searcher": cell_searcher,
     "methods.save_meta_architecture": meta_architecture,
     "methods.save_evaluation": evaluation,
+    "methods.save_trained_network": trained_network,
     "nas.save_benchmark": benchmark,
     "tasks.save_split": split,
     "transforms.save_learned": learned_transform,

@@ -241,7 +241,8 @@ def optuna_sampler(
     >>> from metaopt import base, integrations, methods, spaces
     >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
     >>> space = {"depth": spaces.integer(1, 4)}
-    >>> earlier = [base.Record("earlier", {"depth": d}, (d - 3.0) ** 2) for d in (1, 2, 3, 4)]
+    >>> depths, tables = (1, 2, 3, 4), range(40)
+    >>> earlier = [base.Record(f"table {i}", {"depth": d}, (d - 3.0) ** 2) for i in tables for d in depths]
     >>> g = methods.train_meta_searcher(earlier, space=space, num_steps=0)
     >>> study = optuna.create_study(sampler=integrations.optuna_sampler(g, seed=0))
     >>> study.optimize(lambda trial: abs(trial.suggest_int("depth", 1, 4) - 3.0), n_trials=1)
