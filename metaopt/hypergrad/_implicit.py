@@ -171,7 +171,8 @@ def implicit(
     causes a bias:
 
     - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
-      `"inner_step_norm"`). `training.fit` logs a warning once if this norm is large (`rest_warning`).
+      `"inner_step_norm"`). With `condition="gradient"`, `training.fit` logs a warning once if this norm is large next
+      to ‖∂f/∂θ‖ (`rest_warning`).
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
       ‖(A + δI) v − ∂f/∂θ‖.
     - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. It helps

@@ -108,6 +108,8 @@ def fit(
       space: the space of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is
         converted to unconstrained coordinates, in which the outer optimizer works. `evaluate` and the result have λ in
         natural units. An initial λ that is already `spaces.Unconstrained`, such as a predictor's, is not converted.
+        It must be the space that the problem was constrained with: only the structures of the two are compared. A tree
+        of labels or masks for the outer optimizer must be wrapped in `spaces.Unconstrained`, too.
       evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. Every call has the same key, so that
         every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first one judges the initial λ.
