@@ -373,7 +373,7 @@ def cell(
     wrong = [(s, t) for s, t, _ in arcs if not 0 <= s < t or t < inputs]
     if wrong:
         raise ValueError(
-            f"An edge goes from a node to a later one that is no input; got {wrong[0][0]} -> {wrong[0][1]}."
+            f"An edge must go from a node to a later one that is not an input; got {wrong[0][0]} -> {wrong[0][1]}."
         )
     heights = _arc_heights([(s, t) for s, t, _ in arcs])
     if axes is None:

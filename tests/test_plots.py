@@ -204,7 +204,7 @@ def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
     assert [axes.get_title() for axes in drawn] == ["normal", "reduce"] and len(drawn[1].patches) == 2 + 4
     with pytest.raises(ValueError, match="no op 'mlp'"):
         plots.genotype(network, {"normal": ((0, 2, "mlp"),), "reduce": ()})
-    with pytest.raises(ValueError, match="to a later one that is no input; got 3 -> 2"):
+    with pytest.raises(ValueError, match="to a later one that is not an input; got 3 -> 2"):
         plots.cell([(3, 2, "mlp")])
 
 

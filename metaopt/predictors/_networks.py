@@ -23,7 +23,7 @@ from metaopt import base, spaces
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
     """z₀ as a vector, and the function from a vector to `Unconstrained`."""
     if spaces.num_dims(space) == 0:
-        raise ValueError(f"`space` must have a leaf that is tuned; got {space}.")
+        raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
     hyperparams = spaces.default(space) if hyperparams is None else hyperparams
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
 

@@ -206,8 +206,8 @@ def test_records_and_trials_are_refused_by_their_place():
     for field, value, message in (
         ("status", "complete", "status must be one of .*; got 'complete'"),
         ("fidelity", 12.0, r"fidelity must lie in \(0, 1\]"),
-        ("outcome", None, "outcome must be a number, NaN where there is none; got None"),
-        ("task", 3, "task must be a name"),
+        ("outcome", None, "outcome must be a number, or NaN if it is unknown; got None"),
+        ("task", 3, "task must be a string"),
     ):
         with pytest.raises(ValueError, match=rf"`records\[{len(given)}\]`'s {message}"):
             trained([*given, given[0]._replace(**{field: value})])

@@ -265,7 +265,7 @@ def test_a_batch_of_tasks_needs_over_tasks():
     batch = jax.tree.map(lambda x: jnp.stack([x] * 8), to_jax(base.Task(side(6, 2), side(7, 1))))  # as many as rows
     a = methods.maml(lambda params, hyperparams, batch: methods.cross_entropy(batch["x"] @ params["w"], batch))
     hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
-    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). A batch of tasks needs `hypergrad.over_tasks`"):
+    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). Use `hypergrad.over_tasks` for a batch of tasks"):
         methods.cross_entropy(batch.train["x"] @ hyperparams["init"]["w"], batch.train)
     with pytest.raises(ValueError, match=r"got shape \(8, 8\). A batch of tasks needs `hypergrad.over_tasks`"):
         jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)

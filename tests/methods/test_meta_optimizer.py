@@ -538,11 +538,11 @@ def test_what_is_wrong_is_said():
     [
         ({"status": "TIMEOUT"}, r"`records\[1\]`'s status must be one of WAITING, .*, FAIL; got 'TIMEOUT'"),
         ({"status": "Complete"}, "got 'Complete'"),
-        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* no number of epochs"),
-        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, NaN where there is none; got None"),
+        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of epochs"),
+        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, or NaN if it is unknown; got None"),
         ({"outcome": "0.5"}, "outcome must be a number, .*; got '0.5'"),
-        ({"configuration": [0.5, "a"]}, "configuration must be a dict of values by name; got"),
-        ({"task": 3}, "task must be a name"),
+        ({"configuration": [0.5, "a"]}, "configuration must be a dict from parameter names to values; got"),
+        ({"task": 3}, "task must be a string"),
     ],
 )
 @pytest.mark.parametrize("train", [methods.train_meta_optimizer, methods.train_meta_searcher])
@@ -566,11 +566,11 @@ def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
     for given, message in (
         (
             [record._asdict() for record in records],
-            r"`records\[0\]` must be a `Record`; got dict. `Record\(\*\*fields\)`",
+            r"`records\[0\]` must be a `Record`; got dict. Use `Record\(\*\*fields\)`",
         ),
         (records[0], "`records` must be a list of `Record`s, or a data frame of them; got Record"),
         (frame.assign(status="DONE"), r"`records\[0\]`'s status must be one of"),
-        (frame.assign(configuration=1.5), 'The column "configuration" must hold JSON or dicts; got 1.5'),
+        (frame.assign(configuration=1.5), 'The column "configuration" must hold dicts, or JSON of dicts; got 1.5'),
         (pd.DataFrame({"x": [0.5]}), "The frame has no column"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -651,7 +651,10 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     for call, message in (
         (lambda: g.suggest(array, y), "`configurations` must be a list of configurations, .*; got ndarray. `pandas"),
         (lambda: g.suggest(tried, y, pending=tried[0]), "`pending` must be a list of configurations; got one"),
-        (lambda: g.suggest([0.1, 0.4], y), r"`configurations\[0\]` must be a dict of values by name; got 0.1"),
+        (
+            lambda: g.suggest([0.1, 0.4], y),
+            r"`configurations\[0\]` must be a dict from parameter names to values; got 0.1",
+        ),
         (lambda: g.suggest(tried, np.zeros((2, 2))), r"`outcomes` must be a number for each .*; got shape \(2, 2\)"),
         (lambda: g.suggest(tried, ["good", 1]), "`outcomes` must be numbers, NaN where a trial failed; got"),
         (lambda: g.suggest(tried, y[:1]), "Each configuration has an outcome; got 2 and 1"),

@@ -287,7 +287,7 @@ CONV = nas.ElasticLayer("conv", (2, 4), (3,))
 @pytest.mark.parametrize(
     ("layers", "shape", "message"),
     [
-        ({"a": CONV._replace(kind="dense")}, (4, 1), "The kind of a layer is one of .*; 'a' has 'dense'"),
+        ({"a": CONV._replace(kind="dense")}, (4, 1), "The kind of a layer must be one of .*; 'a' has 'dense'"),
         ({"a": CONV._replace(width=(4, 2))}, (4, 1), "candidates of a.width must increase"),
         ({"a": CONV._replace(width=())}, (4, 1), "a.width must be a tuple of integers, since the layer is 'conv'"),
         ({"a": CONV._replace(width=[2, 4])}, (4, 1), "a.width must be a tuple of integers"),
@@ -317,7 +317,7 @@ def test_bad_weights_and_inputs():
         apply({"linear.width": jnp.ones(2), "linear.depth": jnp.ones((1, 2))}, x)
     with pytest.raises(ValueError, match=r"must have the shape \(N, 3\)"):
         apply(None, jnp.zeros((2, 4)))
-    with pytest.raises(ValueError, match="sizes have no ops: 1, not 4"):
+    with pytest.raises(ValueError, match="`partial` must be 1 for a network of sizes.*got 4"):
         methods.pc_darts(SIZES, (3,), ops={})
     inherit = nas.supernet(nas.mlp_space(2, widths=(4, 6), depths=(1,)), (3,), ops={}).inherit
     with pytest.raises(ValueError, match="no op '5' on the edge 0 -> 1 of 'linear.width'"):

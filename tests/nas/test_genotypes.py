@@ -137,8 +137,8 @@ def test_darts():
 
 BAD_JSON = [
     ("no JSON", "This is not JSON"),
-    ("[1]", "version of this form is 1; got None"),
-    ('{"version": 2, "genotype": {}}', "version of this form is 1; got 2"),
+    ("[1]", "version of this format must be 1; got None"),
+    ('{"version": 2, "genotype": {}}', "version of this format must be 1; got 2"),
     ('{"version": 1}', "genotype is missing"),
     ('{"version": 1, "genotype": [1]}', "must be kind -> edges"),
     ('{"version": 1, "genotype": {"cell": 3}}', "An edge is"),

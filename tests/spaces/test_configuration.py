@@ -326,7 +326,7 @@ def test_a_space_is_inferred_from_what_was_tried():
     assert spaces.infer(told)["m"] == spaces.integer(1, 3)  # 2 does not tell
     assert spaces.infer([{"n": n} for n in (None, 2, 0.5)])["n"] == spaces.choice([None, 0.5, 2])
     for wrong, message in (
-        ([{"layers": [1]}], r"`layers` has the value \[1\], which is no number"),
+        ([{"layers": [1]}], r"`layers` has the value \[1\], which is not a number"),
         ([{"a": True}, {"a": 1}, {"a": "x"}], r"`a` has labels that are equal \(1, 1.0 and True\)"),
         ([{"a": str(i)} for i in range(101)], "`a` has 101 labels"),
         ([{}], "No configuration has a parameter"),

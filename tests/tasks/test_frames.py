@@ -48,7 +48,7 @@ def test_frames_of_other_libraries_are_converted_or_named():
     assert list(map(repr, tasks.records_from_frame(other))) == list(map(repr, RECORDS))  # pyright: ignore
     pa = pytest.importorskip("pyarrow")
     assert list(map(repr, tasks.records_from_frame(pa.Table.from_pandas(frame)))) == list(map(repr, RECORDS))
-    with pytest.raises(ValueError, match="`frame` must be a data frame of pandas, or have .*; got types.SimpleNamesp"):
+    with pytest.raises(ValueError, match="`frame` must be a pandas data frame, or have .*; got types.SimpleNamesp"):
         tasks.records_from_frame(types.SimpleNamespace(columns=["task", "configuration"]))  # pyright: ignore
 
 

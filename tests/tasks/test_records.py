@@ -276,10 +276,10 @@ def test_a_store_that_must_not_be_read_is_named(open_folder, request):
     ("change", "message"),
     [
         ("configuration = '{\"x\": '", "Its configuration must be JSON; got '{\"x\": '"),
-        ("configuration = '[1]'", r"configuration must be a dict of values by name; got \[1\]"),
+        ("configuration = '[1]'", r"configuration must be a dict from parameter names to values; got \[1\]"),
         ("configuration = x'00'", "Its configuration must be a text; got b'.x00'"),
         ("status = 'DONE'", "status must be one of WAITING.*got 'DONE'"),
-        ("outcome = 'good'", "outcome must be a number, NaN where there is none; got 'good'"),
+        ("outcome = 'good'", "outcome must be a number, or NaN if it is unknown; got 'good'"),
         ("fidelity = 'full'", "Its fidelity must be a number; got 'full'"),
         ("seed = 'x'", "seed must be an integer of 64 bits; got 'x'"),
         ("trial = 0.5", "trial must be an integer of 64 bits; got 0.5"),
@@ -345,7 +345,7 @@ def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (Record(3, {}), "task must be a name, a string, as it is on disk; got 3"),  # pyright: ignore
+        (Record(3, {}), "task must be a string, the name of the task; got 3"),  # pyright: ignore
         (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
         (Record("t", {"x": object()}), "must be plain numbers, strings, booleans and None"),
         (Record("t", {"x": math.nan}), "must be plain numbers"),
@@ -357,8 +357,8 @@ def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
         (Record("t", {}, seed=None), "seed must be an integer of 64 bits; got None"),  # pyright: ignore
         (Record("t", {}, seed=1.5), "seed must be an integer of 64 bits; got 1.5"),  # pyright: ignore
         (Record("t", {}, trial="2"), "trial must be an integer of 64 bits; got '2'"),  # pyright: ignore
-        (Record("t", {}, None), "outcome must be a number, NaN where there is none; got None"),  # pyright: ignore
-        (Record("t", {}, cost="1 s"), "cost must be a number, NaN where there is none; got '1 s'"),  # pyright: ignore
+        (Record("t", {}, None), "outcome must be a number, or NaN if it is unknown; got None"),  # pyright: ignore
+        (Record("t", {}, cost="1 s"), "cost must be a number, or NaN if it is unknown; got '1 s'"),  # pyright: ignore
         (Record("t", {}, fidelity=None), "fidelity must be a number"),  # pyright: ignore
         (Record("t", {"x": np.longdouble(1)}), "must be plain numbers, strings, booleans and None"),
         (Record("t", {"x": np.zeros(2)}), "must be plain numbers, strings, booleans and None"),

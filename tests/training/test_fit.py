@@ -244,7 +244,7 @@ def test_refuses_other_shapes_while_slots_are_not_done():
         ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1"),
         ({"patience": 0, "evaluate": lambda key, x: x}, "`patience` must be at least 1"),
         ({"patience": 3}, "give `evaluate`"),
-        ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, and only floating-point"),
+        ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
         ({"sample_tasks": lambda key: None}, "The tasks are empty"),
         ({"sample_tasks": lambda key: []}, "The tasks are empty"),
         ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch of no tasks"),

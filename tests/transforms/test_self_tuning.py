@@ -459,7 +459,9 @@ def test_it_is_made_in_a_jitted_function_too():
 def test_a_schedule_that_asks_for_the_value_of_a_traced_hyperparameter():
     scheduled = lambda peak: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, peak, 3, 10))
     optimizer = transforms.self_tuning(scheduled, 0.1, optax.sgd(0.1))
-    with pytest.raises(ValueError, match="`factory` asks a hyperparameter for its value.*`transforms.cosine_schedule`"):
+    with pytest.raises(
+        ValueError, match="`factory` needs the concrete value of a hyperparameter.*`transforms.cosine_schedule`"
+    ):
         jax.jit(optimizer.update)(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
 
 
