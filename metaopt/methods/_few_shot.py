@@ -385,8 +385,8 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
     """
     if logits.ndim != 2:
         raise ValueError(
-            "`cross_entropy` is of one episode, whose logits are [N, W], a row an example; got shape "
-            f"{logits.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator."
+            "`cross_entropy` takes one episode, with logits [N, W], one row for each example; got shape "
+            f"{logits.shape}. Use `hypergrad.over_tasks` for a batch of tasks."
         )
     y, ways = batch["y"], batch["class_mask"].shape[0]
     if logits.shape != (*y.shape, ways):  # [N, 1] would broadcast

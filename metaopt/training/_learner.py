@@ -156,9 +156,8 @@ def learner(
             if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
                 raise
             raise ValueError(
-                f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. Of a sampler of "
-                "episodes, `tasks.episode_batches(sample, num_tasks)` makes batches for "
-                "`hypergrad.over_tasks(estimator)`."
+                f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. For a sampler of "
+                "episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
             ) from error
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
         if stagger > 1:

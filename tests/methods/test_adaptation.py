@@ -789,7 +789,7 @@ def test_lambda_without_rates_and_an_episode_in_the_place_of_a_task():
             jax.eval_shape(a.estimator.estimate, {"init": meta}, base.Task(*data), KEY)
     a = methods.maml(loss)
     for function, args in ((a.estimator.init, (KEY, {"init": meta})), (a.estimator.estimate, ({"init": meta},))):
-        with pytest.raises(ValueError, match="got an `Episode`: take its `.task`"):
+        with pytest.raises(ValueError, match="got an `Episode`: pass its `.task`"):
             function(*args, tasks.Episode(*data), *([KEY] if function is a.estimator.estimate else []))
 
 

@@ -267,7 +267,7 @@ def test_a_batch_of_tasks_needs_over_tasks():
     hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
     with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). Use `hypergrad.over_tasks` for a batch of tasks"):
         methods.cross_entropy(batch.train["x"] @ hyperparams["init"]["w"], batch.train)
-    with pytest.raises(ValueError, match=r"got shape \(8, 8\). A batch of tasks needs `hypergrad.over_tasks`"):
+    with pytest.raises(ValueError, match=r"got shape \(8, 8\). Use `hypergrad.over_tasks` for a batch of tasks"):
         jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)
     whole = hypergrad.over_tasks(a.estimator)
     state = whole.init(KEY, hyperparams, batch)
@@ -276,7 +276,7 @@ def test_a_batch_of_tasks_needs_over_tasks():
     loss = lambda params, hyperparams, batch: ((params["a"] * batch["x"] - batch["y"]) ** 2).mean()
     for a in (methods.maml(loss), methods.reptile(loss), methods.pretrained(loss), methods.imaml(loss, proximal=1.0)):
         learner = training.learner(a.estimator, optax.sgd(0.1))
-        with pytest.raises(ValueError, match=r"got shape \(4, 10\). A batch of tasks needs `hypergrad.over_tasks`"):
+        with pytest.raises(ValueError, match=r"got shape \(4, 10\). Use `hypergrad.over_tasks` for a batch of tasks"):
             sample = tasks.episode_batches(tasks.sinusoids(num_shots=10), 4)
             training.fit(learner, sample, hyperparams=a.hyperparams({"a": 1.0}), num_steps=1, key=KEY)
     # A mask of tokens is no batch, nor is one number.

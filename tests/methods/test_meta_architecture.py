@@ -262,5 +262,7 @@ def test_an_h_of_another_alpha_is_refused(space, told):
     meta = methods.meta_architecture_search(search_of(), predictors.mlp(space, 2, num_hidden=2))
     learned = jax.eval_shape(meta.hyperparams, KEY)
     for ask in (meta.alpha, meta.genotype, lambda learned, task: meta.estimator.init(KEY, learned, task)):
-        with pytest.raises(ValueError, match=r"as the search has it.*\['cell'\].*\(1, 3\).*it gave .*" + told):
+        with pytest.raises(
+            ValueError, match=r"with the leaves and shapes of the search.*\['cell'\].*\(1, 3\).*it returned .*" + told
+        ):
             jax.eval_shape(lambda learned, ask=ask: ask(learned, TASKS[0]), learned)

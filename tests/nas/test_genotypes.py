@@ -84,7 +84,9 @@ def test_how_genotypes_are_read_is_the_spaces_own():
     whole = nas.nas_bench_101_space(num_vertices=3)
     with pytest.raises(ValueError, match="`discretize_graph` reads them"):
         nas.discretize(whole, {"cell": np.ones((4, 3))})
-    with pytest.raises(ValueError, match="`keep` must be a number of edges, at least 1, None or 'space'; got 'all'"):
+    with pytest.raises(
+        ValueError, match=r"`keep` must be a number of edges \(at least 1\), None or 'space'; got 'all'"
+    ):
         nas.random_genotype(0, THREE, keep="all")
 
 
@@ -233,7 +235,7 @@ def test_a_number_of_edges_that_is_none_is_refused_before_the_search(keep):
         lambda: methods.darts(THREE._replace(keep=keep), (3,), ops=nas.BLOCKS),
         lambda: nas.from_json(nas.to_json(THREE._replace(keep=keep))),
     ):
-        with pytest.raises(ValueError, match="`keep` must be a number of edges, at least 1"):
+        with pytest.raises(ValueError, match=r"`keep` must be a number of edges \(at least 1\)"):
             search()
     with pytest.raises(ValueError, match=r"`in_shape` must be a shape, such as \(3,\)"):
         methods.darts(THREE, 3, ops=nas.BLOCKS)

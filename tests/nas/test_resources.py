@@ -409,7 +409,7 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
     given = bound.hyperparams(KEY)
     assert jnp.isfinite(bound.problem.outer_loss(params, given, batch, at))
     h = predictors.mlp({"cell": spaces.real(shape=(3, 3))}, num_features=2)
-    with pytest.raises(ValueError, match="has a multiplier, which h does not write down"):
+    with pytest.raises(ValueError, match="has a multiplier, which h cannot predict"):
         methods.meta_architecture_search(bound, h)
 
 
