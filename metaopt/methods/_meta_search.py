@@ -530,7 +530,9 @@ def meta_optimizer(
         features = features_of(new_task)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
-            raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
+            raise ValueError(
+                f"A new task must have features of shape [{num_features}]; got shape {np.shape(features)}."
+            )
         if features is not None and not num_features:
             warnings.warn(
                 "The new task's features are not looked at: none were learned from. `train_meta_optimizer(features=)` "

@@ -330,7 +330,7 @@ def to_hpob(
     """
     ended = [r for r in records if r.status == "COMPLETE" and is_full_budget(r.fidelity) and math.isfinite(r.outcome)]
     if not ended:
-        raise ValueError('`records` must hold a trial that is "COMPLETE" at fidelity 1; there is none.')
+        raise ValueError('`records` must contain a trial that is "COMPLETE" at fidelity 1; it has none.')
     encoded = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
     names, rows = list(ended[0].configuration), {}
     for record in ended:

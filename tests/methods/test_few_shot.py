@@ -163,7 +163,7 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.cavia(np.sum, num_context=0), "`num_context` must be at least 1; got 0"),
         (lambda: methods.cavia(np.sum, num_context=2, adapt="x"), "`cavia` has no option `adapt`"),
         (lambda: methods.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
-        (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
+        (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "cannot be combined with a `rule`"),
         (lambda: methods.fomaml(np.sum, order="second"), "`fomaml` has no option `order`"),
         (lambda: methods.reptile(np.sum, rule=None), "`reptile` has no option `rule`"),
         (lambda: methods.anil(np.sum, adapt="x"), "`anil` has no option `adapt`"),
@@ -190,7 +190,10 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.meta_sgd(np.sum, rate=optax.constant_schedule(0.1)), "a finite number where it is learned"),
         (lambda: methods.meta_sgd(np.sum, rate=None), "a finite number where it is learned; got None"),
         (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
-        (lambda: methods.proto_maml(features, rates="leaf").hyperparams(META), "`hyperparams` needs one task's"),
+        (
+            lambda: methods.proto_maml(features, rates="leaf").hyperparams(META),
+            "`hyperparams` needs the data of one task",
+        ),
         (
             lambda: estimate(methods.proto_maml(features, proximal=0.1), base.Task(side(4, 0), side(4, 0))),
             r'the distance from λ\["init"\], in which the leaves \[\'head/b\', \'head/w\'\], made by `init`, are not',

@@ -370,7 +370,7 @@ def test_a_portfolio_has_no_configuration_twice():
     records = [base.Record(f"t{t}", {"n": n}, float((n - t) ** 2)) for t in range(1, 4) for n in range(1, 6)]
     g = methods.train_meta_optimizer(records, space=space, num_steps=2)
     assert sorted(c["n"] for c in g.portfolio(5)) == [1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match=r"A new task has \[2\] features; got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"A new task must have features of shape \[2\]; got shape \(3,\)"):
         features = {f"t{t}": np.array([t, 1.0]) for t in range(1, 4)}
         methods.train_meta_optimizer(records, space=space, features=features, num_steps=2).predict(np.zeros(3))
 
@@ -519,12 +519,12 @@ def test_what_is_wrong_is_said():
     named = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
     with pytest.raises(ValueError, match="`features` must have features as an array .* `tasks.apply_scaling`"):
         methods.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="it has none"):
         methods.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
-    with pytest.raises(ValueError, match=r"there is none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
+    with pytest.raises(ValueError, match=r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
         half = [r._replace(status="PRUNED", fidelity=0.5) for r in records]
         methods.train_meta_optimizer(half, space=SPACE)
-    with pytest.raises(ValueError, match="as many `features`"):
+    with pytest.raises(ValueError, match="the same number of `features`"):
         methods.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
     g = methods.train_meta_optimizer(records, space=SPACE, num_steps=0)
     with pytest.raises(ValueError, match="`acquisition` must be one of"):
@@ -588,7 +588,7 @@ def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is
     np.testing.assert_array_equal(one.cost_surrogate.curves, other.cost_surrogate.curves)
     half = [r._replace(fidelity=0.5 if r.task == "t0" else 1.0) for r in records]
     half += [base.Record("failed", {}, status="FAIL"), base.Record("runs", {}, status="RUNNING", fidelity=0.5)]
-    with pytest.warns(UserWarning, match="1 of 5 tasks are left out, 't0': they have outcomes, and none"):
+    with pytest.warns(UserWarning, match="1 of 5 tasks are ignored, 't0': they have no outcome"):
         assert methods.train_meta_searcher(half, **kwargs).surrogate.curves.shape[0] == 2
 
 
@@ -598,7 +598,8 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
     xs = [record.configuration["x"] for record in records]
     expected = {"x": spaces.interval(min(xs), max(xs), log=max(xs) > 100 * min(xs)), "kind": SPACE["kind"]}
     with pytest.warns(
-        UserWarning, match=r"(?s)`space` is not given; this one has all .*'x': interval.*'kind': choice\(\['a', 'b'\]\)"
+        UserWarning,
+        match=r"(?s)`space` is not given, so it was inferred .*'x': interval.*'kind': choice\(\['a', 'b'\]\)",
     ):
         g = methods.train_meta_optimizer(records, num_steps=0)
     assert g.space == expected and set(g.predict()) == {"x", "kind"}
@@ -631,7 +632,7 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
         UserWarning, match="`x` is active only where `kind` is True rests on 4 different .* and 4 that do"
     ):
         methods.train_meta_searcher([*rests, *rests[:4]], num_steps=0)
-    with pytest.raises(ValueError, match="`space` is not given, and cannot be inferred .* `layers` has the value"):
+    with pytest.raises(ValueError, match="`space` is not given and cannot be inferred .* `layers` has the value"):
         methods.train_meta_searcher([base.Record("t", {"layers": [1, 2]}, 1.0)], num_steps=0)
 
 

@@ -556,7 +556,7 @@ def test_a_graph_s_cell_is_not_projected():
             lambda keep: nas.within_budget(network, weights, table, 1e9, keep=keep),
             lambda keep: nas.discretize(network, weights, keep=keep),
         ):
-            with pytest.raises(ValueError, match="`discretize_graph` reads them"):
+            with pytest.raises(ValueError, match="Use `discretize_graph`"):
                 read(keep)
 
 

@@ -193,7 +193,7 @@ def test_a_completed_configuration_keeps_its_own_numbers():
     [
         ("b", [1], "condition of `a` names `b`, which must be a `choice` or an `integer`.*got None"),
         ("real", [1], r"names `real`, .* got Real\("),
-        ("model", ["tree"], "condition of `a` has 'tree', which is no value of `model`"),
+        ("model", ["tree"], "condition of `a` has 'tree', which is not a value of `model`"),
         ("a", [1], r"conditions of \['a'\] depend on one another"),
     ],
 )

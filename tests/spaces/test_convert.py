@@ -111,7 +111,7 @@ def change(**fields):
         ),
         (
             DOCUMENT | {"conditions": [{"type": "EQ", "child": "a", "parent": "kind", "value": "w"}]},
-            "condition of `a` has 'w', which is no value of `kind`",
+            "condition of `a` has 'w', which is not a value of `kind`",
         ),
     ],
 )

@@ -38,7 +38,7 @@ def test_keep_keeps_classes_rows_and_those_with_enough():
         ({"classes": ["z"]}, "has no class 'z'"),
         ({"rows": [6]}, r"must be in 0\.\.5"),
         ({"rows": [0.5]}, "must be integers"),
-        ({"min_examples": 4}, "Nothing of source"),
+        ({"min_examples": 4}, "would be empty"),
     ):
         with pytest.raises(ValueError, match=message):
             tasks.keep(source, **kwargs)
@@ -83,9 +83,15 @@ def test_rows_of_all_sources_are_numbered_through():
         ),
         (lambda: tasks.from_arrays([["a"]] * 6, Y), "`x` must be numbers; got <U1"),
         (lambda: tasks.from_arrays(X.astype(object), Y), "`x` must be numbers; got object"),
-        (lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]), "`group` must say of all; entry 3 is nan"),
-        (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must say of all; entry 1 is None"),
-        (lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]), "`superclass` must say of all; entry 1 is nan"),
+        (
+            lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]),
+            "`group` must be known for all; entry 3 is nan",
+        ),
+        (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must be known for all; entry 1 is None"),
+        (
+            lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]),
+            "`superclass` must be known for all; entry 1 is nan",
+        ),
         (lambda: tasks.labelled_rows([]), "at least one source"),
         (lambda: tasks.from_image_sets(["mnist", "cifar"]), "got 'cifar'"),
     ],

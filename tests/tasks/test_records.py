@@ -324,7 +324,7 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
     file, new = tmp_path / "records.db", tmp_path / "new.db"
     records = damaged(file, how)
     before = Path(file).read_bytes()
-    with pytest.raises(ValueError, match="records.db is damaged, .*malformed.*`tasks.recover_records`"):
+    with pytest.raises(ValueError, match="records.db is damaged or .*malformed.*`tasks.recover_records`"):
         tasks.read_records(file, history=True)
     num = tasks.recover_records(file, new)
     recovered = tasks.read_records(new, study="s")

@@ -402,8 +402,8 @@ def never(*args):
     [
         ("file", "must be a folder; .*file is, or lies in, a file"),
         ("file/folder", "must be a folder; .*file/folder is, or lies in, a file"),
-        ("/proc", r"/proc cannot be written to \(.*\). Give a folder in which"),
-        ("/proc/none", r"/proc/none cannot be written to \(.*\). Give a folder in which"),
+        ("/proc", r"/proc cannot be written to \(.*\). Choose a folder in which"),
+        ("/proc/none", r"/proc/none cannot be written to \(.*\). Choose a folder in which"),
     ],
 )
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="a folder that nobody can write to")

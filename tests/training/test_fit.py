@@ -247,10 +247,13 @@ def test_refuses_other_shapes_while_slots_are_not_done():
         ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
         ({"sample_tasks": lambda key: None}, "The tasks are empty"),
         ({"sample_tasks": lambda key: []}, "The tasks are empty"),
-        ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch of no tasks"),
-        ({"sample_tasks": lambda key: {"y": np.array(["a"])}}, r"`tasks\['y'\]` is of <U1, and JAX has numbers alone"),
-        ({"sample_tasks": lambda key: {"y": "a"}}, r"`tasks\['y'\]` is of <U1, .* number the classes"),
-        ({"sample_tasks": lambda key: np.ones(2, object)}, r"`tasks` is of object, .* take `.astype\(float\)`"),
+        ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch without tasks"),
+        (
+            {"sample_tasks": lambda key: {"y": np.array(["a"])}},
+            r"`tasks\['y'\]` has dtype <U1, but JAX takes only numbers",
+        ),
+        ({"sample_tasks": lambda key: {"y": "a"}}, r"`tasks\['y'\]` has dtype <U1, .* Number the classes"),
+        ({"sample_tasks": lambda key: np.ones(2, object)}, r"`tasks` has dtype object, .* use `.astype\(float\)`"),
         ({"evaluate": lambda key, x: jnp.ones(2)}, r"`evaluate` must return a scalar; got shape \(2,\)"),
     ],
 )

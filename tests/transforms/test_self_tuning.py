@@ -356,7 +356,7 @@ def test_in_multi_transform_it_tunes_its_group_and_around_it_all():
         _, alone_state = update_alone(grads["w"], alone_state, params["w"])
     chex.assert_trees_all_close(optax.tree.get(state, "rate"), alone_state.hyperparams["rate"], rtol=1e-12)
     # Inside, there are no parameters to evaluate a validation loss at.
-    with pytest.raises(ValueError, match="sees some of the parameters alone"):
+    with pytest.raises(ValueError, match="sees only some of the parameters"):
         inside.update(grads, state, params, valid_grad_fn=jax.grad(square))
     around = transforms.self_tuning(
         lambda hp: optax.multi_transform({"tuned": optax.adam(hp["w"]), "fixed": optax.sgd(hp["b"])}, labels),
