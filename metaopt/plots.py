@@ -238,7 +238,9 @@ def scores_by_number(
     """
     binned = methods.by_number(evaluation, of, edges, step=step)
     if not all(binned.values()):
-        raise ValueError(f"`edges` must hold the {of} of an episode between them; there is none within {list(edges)}.")
+        raise ValueError(
+            f"`edges` must enclose the {of} of at least one episode; no episode lies within {list(edges)}."
+        )
     axes = _axes(axes)
     for place, (method, bins) in enumerate(binned.items()):
         number, _, mean, half = np.array(bins).T

@@ -124,7 +124,7 @@ def test_a_method_that_diverges_is_drawn_without_its_points(value):
         (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
         (lambda: plots.adaptation_curves(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
         (lambda: plots.leaderboard(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
-        (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must hold the ways .* \[50, 60\]"),
+        (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must enclose the ways .* \[50, 60\]"),
         (lambda: plots.comparison({}), "`scores` must hold at least one method"),
         (lambda: plots.comparison({"a": [np.nan]}), "'a' has none"),
         (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), r"\['b'\] are not in \['a'\]"),

@@ -86,7 +86,7 @@ def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
             if not 1 <= len(spatial) <= 3:
                 raise ValueError(
                     f"{name!r} is {layer.kind!r}, which needs one to three spatial axes; its input has the shape "
-                    f"{(*spatial, *width[-1:])}. Rows of a table take 'linear' alone, as in `mlp_space`."
+                    f"{(*spatial, *width[-1:])}. Use only 'linear' for rows of a table, as in `mlp_space`."
                 )
         if layer.kind == "flatten":
             flat = True
@@ -249,7 +249,7 @@ def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[s
     rows = {}
     for name, cell in cells.items():
         if name not in weights:
-            raise ValueError(f"There are no weights of {name!r}, which is a choice; got those of {sorted(weights)}.")
+            raise ValueError(f"The weights must include {name!r}, which is a choice; got {sorted(weights)}.")
         w, shape = weights[name], (1, len(cell.edges[0].ops))
         if w.shape != shape:
             raise ValueError(f"The weights of {name!r} must have the shape {shape}; got {w.shape}.")

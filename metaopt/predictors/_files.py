@@ -62,7 +62,7 @@ def save(
     given, own = shapes(jax.eval_shape(lambda: meta_params)), shapes(jax.eval_shape(predictor.init, jax.random.key(0)))
     if given != own:
         raise ValueError(
-            f"`meta_params` must be what `predictor.init` makes, with the shapes {own}; got {given}, which `load` "
+            f"`meta_params` must have the shapes that `predictor.init` returns, {own}; got {given}, which `load` "
             "could not read."
         )
     plain = None if scaling is None else scaling._asdict()

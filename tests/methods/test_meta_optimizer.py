@@ -571,7 +571,7 @@ def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
         (records[0], "`records` must be a list of `Record`s, or a data frame of them; got Record"),
         (frame.assign(status="DONE"), r"`records\[0\]`'s status must be one of"),
         (frame.assign(configuration=1.5), 'The column "configuration" must hold dicts, or JSON of dicts; got 1.5'),
-        (pd.DataFrame({"x": [0.5]}), "The frame has no column"),
+        (pd.DataFrame({"x": [0.5]}), "The frame lacks the columns"),
     ):
         with pytest.raises(ValueError, match=message):
             methods.train_meta_searcher(given, **kwargs)

@@ -311,7 +311,7 @@ def test_bad_weights_and_inputs():
     params, x = jax.eval_shape(supernet.init, KEY), jnp.zeros((2, 3))
     apply = lambda weights, x: jax.eval_shape(supernet.apply, params, weights, x)
     assert apply(None, x).shape == (2, 2)  # the largest
-    with pytest.raises(ValueError, match="no weights of 'linear.depth'"):
+    with pytest.raises(ValueError, match="weights must include 'linear.depth'"):
         apply({"linear.width": jnp.ones((1, 2))}, x)
     with pytest.raises(ValueError, match=r"of 'linear.width' must have the shape \(1, 2\); got \(2,\)"):
         apply({"linear.width": jnp.ones(2), "linear.depth": jnp.ones((1, 2))}, x)

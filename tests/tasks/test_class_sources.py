@@ -131,7 +131,7 @@ def test_a_folder_of_images(tmp_path):
     np.testing.assert_array_equal(source.x[3], [[80, 60], [60, 60]])
     flat = tasks.from_image_folder(tmp_path / "greek", size=4, channels=3)
     assert flat.x.shape == (4, 4, 4, 3) and flat.class_names == ("alpha", "beta") and flat.superclass is None
-    with pytest.raises(ValueError, match="there is no image"):
+    with pytest.raises(ValueError, match="has no images"):
         tasks.from_image_folder(tmp_path, size=2)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         tasks.from_image_folder(tmp_path / "none", size=2)
@@ -165,7 +165,7 @@ def test_a_data_set_of_tfds(monkeypatch):
     assert source.x.shape == (3, 2, 2)
     np.testing.assert_array_equal(source.group, [0, 1, 0])
     np.testing.assert_array_equal(source.superclass, [0, 1])
-    with pytest.raises(ValueError, match="several 'by': it is no superclass"):
+    with pytest.raises(ValueError, match="several 'by', which is not a superclass"):
         builder = lambda *args, **options: types.SimpleNamespace(
             info=Builder(*args, **options).info, as_data_source=lambda split: [
                 {"image": np.zeros((2, 2, 1), np.uint8), "label": 0, "by": by} for by in range(2)

@@ -155,7 +155,7 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
         assert other[3].configuration != whole[3].configuration and other[0].seed != whole[0].seed
     with pytest.raises(ValueError, match="enqueued"):
         collect(store=store, searcher=tasks.enqueue(searcher, MINE[1:]), **kwargs)
-    with pytest.raises(ValueError, match="`init` needs the space here"):
+    with pytest.raises(ValueError, match="`init` needs `space` to complete"):
         ours.init(KEY, None)
     with pytest.raises(ValueError, match="must be a list of configurations; got one"):
         tasks.enqueue(searcher, MINE[0])  # pyright: ignore[reportArgumentType]

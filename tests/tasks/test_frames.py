@@ -61,9 +61,9 @@ def test_records_come_back_from_csv_and_can_be_stored(tmp_path, names, reason):
     texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
     back = tasks.records_from_frame(read(dtype=texts, na_values=gaps, keep_default_na=False))
     assert list(map(repr, back)) == list(map(repr, records))
-    with pytest.raises(ValueError, match="column 'task' must hold texts; got .* CSV"):
+    with pytest.raises(ValueError, match="column 'task' must contain strings; got .* CSV"):
         tasks.records_from_frame(read())
-    with pytest.raises(ValueError, match="column 'reason' must hold texts; got 12 in row 0"):
+    with pytest.raises(ValueError, match="column 'reason' must contain strings; got 12 in row 0"):
         tasks.records_from_frame(pd.DataFrame({"task": ["a"], "configuration": ["{}"], "reason": [12]}))
     tasks.append_records(tmp_path / "records.db", back)
     assert list(map(repr, tasks.read_records(tmp_path / "records.db"))) == list(map(repr, records))

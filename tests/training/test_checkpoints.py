@@ -107,7 +107,7 @@ def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unb
 
 def test_refuses_settings_that_json_does_not_have(tmp_path):
     for value in (object(), float("nan")):
-        with pytest.raises(ValueError, match="`settings` must map names to what JSON has"):
+        with pytest.raises(ValueError, match="`settings` must map names to JSON values"):
             fit(tmp_path, settings={"net": value})
 
 
