@@ -81,7 +81,7 @@ def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
         if layer.kind in ("conv", "max_pool", "avg_pool", "flatten"):
             if flat:
                 raise ValueError(
-                    f"{name!r} is {layer.kind!r}, and stands behind a 'flatten': let a 'linear' follow it."
+                    f"{name!r} is a {layer.kind!r} layer after a 'flatten'; only 'linear' layers can follow it."
                 )
             if not 1 <= len(spatial) <= 3:
                 raise ValueError(
@@ -221,7 +221,9 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
 
     def features(params, weights, x, drop_path=None):
         if drop_path is not None:
-            raise ValueError("`drop_path` leaves out edges, and a network of sizes has none: regularize it otherwise.")
+            raise ValueError(
+                "`drop_path` drops edges, but a network of sizes has no edges. Use another regularization."
+            )
         if x.shape[1:] != in_shape:
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         rows = {} if weights is None else _rows(cells, weights, x.dtype, single_path)

@@ -54,8 +54,8 @@ def save(
     """
     if not predictor.config:
         raise ValueError(
-            "This predictor carries no `config` and could not be built again from a file: give `Predictor` the "
-            "options that it was made with, or save its weights yourself."
+            "This predictor has no `config`, so it could not be rebuilt from a file. Create the `Predictor` with the "
+            "`config` of its options, or save its weights yourself."
         )
     scaling = None if scaling is None else _feature_scaling(scaling)
     shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}

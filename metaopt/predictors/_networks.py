@@ -142,7 +142,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
     if lacks:
         raise ValueError(
             f"A dataset embedding reads a dict of x, y and class_mask, C ones for C classes; it lacks "
-            f"{', '.join(lacks)}. `tasks.to_task` makes one of a table."
+            f"{', '.join(lacks)}. Use `tasks.to_task` to convert a table."
         )
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
     x = x.reshape(len(x), -1)

@@ -253,9 +253,9 @@ def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> 
         if all(parent not in given or _is_gap(given[parent]) for parent, _ in found):  # a given parent is intended
             parent, of = found[0]
             raise ValueError(
-                f"The configuration's `{name}` is {value!r}, and would be left out: it is active only where "
-                f"`{parent}` is {' or '.join(map(repr, of))}, and `{parent}` is lacking, which is "
-                f"{whole[parent]!r} by default. Give `{parent}`, too, or leave `{name}` out."
+                f"The configuration's `{name}` is {value!r}, but would be ignored: it is active only if "
+                f"`{parent}` is {' or '.join(map(repr, of))}, but `{parent}` is missing and "
+                f"{whole[parent]!r} by default. Add `{parent}`, or remove `{name}`."
             )
 
 

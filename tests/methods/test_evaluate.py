@@ -340,7 +340,7 @@ def test_what_cannot_be_joined():
             assert sorted(joined.scores) == ["a", "b", "c"] and joined.score == "accuracy"
     for wrong, message in (
         (HAND, "The method 'a' is in both"),
-        (other._replace(higher_is_better=False), "of accuracies and the other of errors"),
+        (other._replace(higher_is_better=False), "one has accuracies and the other errors"),
         (other._replace(score="other"), "`score` is 'accuracy' and the other's 'other'"),
         (other._replace(num_ways={"u": HAND.num_ways["u"]}), r"same sources; got `num_ways` of \['u', 'v'\] and"),
         (other._replace(marks=HAND.num_ways), "same sources; got `marks` of"),

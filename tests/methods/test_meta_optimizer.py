@@ -685,7 +685,7 @@ def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
             found = ask(base.Task(None, None))
         assert found == ask()  # None says it, and needs no warning
         (warning,) = said
-        assert str(warning.message).startswith("The new task has no `features`: [2] of each were learned from")
+        assert str(warning.message).startswith("The new task has no `features`, but training used [2] of each task")
         assert warning.filename == __file__
 
 
@@ -693,7 +693,7 @@ def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
     records = make_records(np.random.default_rng(0), num_tasks=2)[0]
     g = methods.train_meta_searcher(records, space=SPACE, num_steps=0)
     for task in ([0.1, 0.2], base.Task(None, None, np.array([0.1]))):
-        with pytest.warns(UserWarning, match="The new task's features are not looked at: none were learned from"):
+        with pytest.warns(UserWarning, match="The new task's features are ignored, because training had no features"):
             assert g.predict(task) == g.predict()
 
 

@@ -296,7 +296,7 @@ CONV = nas.ElasticLayer("conv", (2, 4), (3,))
         ({"a": CONV._replace(norm="group")}, (4, 1), '`norm` must be None, "batch" or "layer"'),
         ({"a": nas.ElasticLayer("max_pool", kernel=(3,))}, (4, 1), "a.kernel must be empty"),
         ({"a": CONV}, (4,), r"'a' is 'conv', which needs one to three spatial axes; .* \(4,\)"),
-        ({"f": nas.ElasticLayer("flatten"), "a": CONV}, (4, 1), "stands behind a 'flatten'"),
+        ({"f": nas.ElasticLayer("flatten"), "a": CONV}, (4, 1), "layer after a 'flatten'"),
         ({"head": CONV}, (4, 1), "A layer is called 'head'"),
         ({}, (4, 1), "must have a layer"),
     ],

@@ -134,7 +134,7 @@ def test_what_one_given_parent_leaves_out_needs_no_other_parent():
     for given in ({"a": "n"}, {"b": "n"}, {"a": "n", "b": "y"}):
         assert "x" not in spaces.complete(space, given | {"x": 0.5})
     for given in ({}, {"a": "y"}, {"b": "y"}):
-        with pytest.raises(ValueError, match=r"`x` is 0.5, and would be left out: .* is lacking"):
+        with pytest.raises(ValueError, match=r"`x` is 0.5, but would be ignored: .* is missing"):
             spaces.complete(space, given | {"x": 0.5})
 
 

@@ -156,9 +156,7 @@ def test_openml_s_measures_that_are_errors_are_not_turned_around():
     row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
     rmse = row | {"function": "root_mean_squared_error"}
     read = lambda *rows, **kwargs: [r.outcome for r in tasks.from_openml_evaluations(rows, **kwargs)]
-    with pytest.raises(
-        ValueError, match="of 'root_mean_squared_error', which is better where it is smaller; `higher_is"
-    ):
+    with pytest.raises(ValueError, match="of 'root_mean_squared_error', for which smaller is better. Pass `higher_is"):
         read(rmse | {"value": 0.5})
     with pytest.raises(ValueError, match="The value of run 7 is 37.2, .* say `higher_is_better`, True or False"):
         read(row)

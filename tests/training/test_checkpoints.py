@@ -101,7 +101,7 @@ def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unb
     again = fit(tmp_path, num_steps=11, callback=interrupt_call(1, print))
     assert again.state.step == 11
     assert same(fit(tmp_path), unbroken)
-    with pytest.raises(ValueError, match="`num_steps` is 11, and .* holds a run of 23 steps"):
+    with pytest.raises(ValueError, match="`num_steps` is 11, but .* has a run of 23 steps"):
         fit(tmp_path, num_steps=11)
 
 

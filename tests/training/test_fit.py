@@ -243,7 +243,7 @@ def test_refuses_other_shapes_while_slots_are_not_done():
         ({"eval_every": 0}, "`eval_every` must be at least 1; got 0"),
         ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1"),
         ({"patience": 0, "evaluate": lambda key, x: x}, "`patience` must be at least 1"),
-        ({"patience": 3}, "give `evaluate`"),
+        ({"patience": 3}, "pass `evaluate`"),
         ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
         ({"sample_tasks": lambda key: None}, "The tasks are empty"),
         ({"sample_tasks": lambda key: []}, "The tasks are empty"),
