@@ -553,7 +553,7 @@ def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
     )
     alpha = {"cell": jnp.zeros((1, 3))}
     for task in (base.Task(wrong, TASK.valid), base.Task(TASK.train, wrong)):
-        with pytest.raises(ValueError, match=r"must be in 0\.\.1, since the network has 2 outputs"):
+        with pytest.raises(ValueError, match=r"of a network with 2 outputs must be in 0\.\.1"):
             search.estimator.init(KEY, alpha, task)
     with pytest.raises(ValueError, match="Number the classes from 0"):
         one_shot.train(KEY, wrong)
