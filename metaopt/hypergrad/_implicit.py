@@ -52,7 +52,7 @@ def _refusal(paths: list[str], condition: str, depends: str) -> str:
         use = ', `condition="step"` where the optimizer rests elsewhere for their sake (a decoupled weight decay)'
     return (
         f"An implicit rule cannot answer for the leaves {', '.join(paths)} of λ: neither {what} {depends}, only {only} "
-        f"does, and a minimum does not know which way led to it. Use `hypergrad.unrolled` for them{use}, or fix them "
+        f"does, and a minimum does not depend on the path to it. Use `hypergrad.unrolled` for them{use}, or fix them "
         "(`spaces.fixed`)."
     )
 

@@ -330,8 +330,8 @@ def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program:
     """Returns the run of a checkpoint, after all comparisons."""
     if saved.step > num_steps:
         raise ValueError(
-            f"`num_steps` is {num_steps}, and {saved.directory} holds a run of {saved.step} steps; ask for at least as "
-            "many, or give this run another directory."
+            f"`num_steps` is {num_steps}, but {saved.directory} has a run of {saved.step} steps. Increase `num_steps` "
+            "to at least as many, or use another directory for this run."
         )
     # The tasks drawn last have the same shapes as the carried tasks.
     with report.during("drawing tasks"):
@@ -412,7 +412,7 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
         base.check_integer(name, value, 1)
     base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations: give `evaluate` too, or leave `patience` out.")
+        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
 
 
 def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
