@@ -435,10 +435,13 @@ def test_the_exceptions_of_a_run_can_be_sent_to_another_process(number, kind):
 def test_a_fork_of_a_run_dies_of_its_signal():
     def callback(step, metrics):
         if step == 1:
+            ready, started = os.pipe()
             child = os.fork()
             if child == 0:
-                while True:
-                    time.sleep(0.01)
+                os.write(started, b"1")
+                time.sleep(60)
+                os._exit(0)
+            os.read(ready, 1)  # a signal that arrives during the fork would be lost
             os.kill(child, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
