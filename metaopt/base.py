@@ -115,8 +115,8 @@ def explained_schedules(name: str) -> Iterator[None]:
         jax.errors.TracerIntegerConversionError,
     ) as error:
         raise ValueError(
-            f"`{name}` asks a hyperparameter for its value, by `if`, `float`, `int` or NumPy, and it has none while "
-            "JAX traces it. Schedules of optax do this to some arguments, such as `peak_value` of "
+            f"`{name}` needs the concrete value of a hyperparameter (in `if`, `float`, `int` or NumPy), but JAX traces "
+            "the hyperparameter, so it has no value. Some optax schedules do this, for example with `peak_value` of "
             "`optax.warmup_cosine_decay_schedule`: use `transforms.cosine_schedule` (or `wsd_schedule`, "
             "`polynomial_schedule`, `knot_schedule`), which is differentiable in all of its numbers. In your own code "
             f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
@@ -140,8 +140,8 @@ def check_hyperparams(hyperparams: HyperParams) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             name = f"hyperparams{jax.tree_util.keystr(path)}"
             raise ValueError(
-                f"`{name}` has dtype {dtype}, and only floating-point leaves have a gradient; write it as a float if "
-                "it is to be tuned (1.0, not 1), and keep it out of λ, for instance in a closure, if it is not."
+                f"`{name}` has dtype {dtype}, but only floating-point leaves have a gradient. To tune it, write it "
+                "as a float (1.0, not 1); otherwise keep it out of λ, for instance in a closure."
             )
 
 
@@ -185,7 +185,7 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
     known = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
     if (real & ~known).any():
         raise ValueError(
-            f'{name} have classes that "class_mask" leaves out: {np.unique(y[real & ~known]).tolist()}. It must be 1 '
+            f'{name} have classes that "class_mask" excludes: {np.unique(y[real & ~known]).tolist()}. It must be 1 '
             "for every class of the task."
         )
 
@@ -473,7 +473,7 @@ def as_pandas(name: str, frame: Any) -> Any:
     pandas = sys.modules.get("pandas")  # a caller that passes a DataFrame has already imported pandas
     if pandas is None or not isinstance(frame, pandas.DataFrame):
         of = f"{type(frame).__module__}.{type(frame).__qualname__}"
-        raise ValueError(f"`{name}` must be a data frame of pandas, or have a `to_pandas` that makes one; got {of}.")
+        raise ValueError(f"`{name}` must be a pandas data frame, or have a method `to_pandas`; got {of}.")
     return frame
 
 
@@ -534,13 +534,15 @@ def check_record(record: Any, name: str = "A record") -> None:
     """
     if not isinstance(record, Record):
         raise ValueError(
-            f"{name} must be a `Record`; got {type(record).__name__}. `Record(**fields)` makes one of a dict with "
-            '"task", "configuration", "outcome" and so on, `tasks.records_from_frame` a list of a data frame.'
+            f"{name} must be a `Record`; got {type(record).__name__}. Use `Record(**fields)` for a dict with "
+            '"task", "configuration", "outcome" and so on, and `tasks.records_from_frame` for a data frame.'
         )
     if not isinstance(record.task, str):
-        raise ValueError(f"{name}'s task must be a name, a string, as it is on disk; got {record.task!r}.")
+        raise ValueError(f"{name}'s task must be a string, the name of the task; got {record.task!r}.")
     if not isinstance(record.configuration, Mapping):
-        raise ValueError(f"{name}'s configuration must be a dict of values by name; got {record.configuration!r}.")
+        raise ValueError(
+            f"{name}'s configuration must be a dict from parameter names to values; got {record.configuration!r}."
+        )
     if record.status not in STATUSES:
         raise ValueError(f"{name}'s status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
     for field in ("outcome", "fidelity", "cost"):
@@ -549,11 +551,11 @@ def check_record(record: Any, name: str = "A record") -> None:
             if not math.isnan(value):
                 float(value)
         except (TypeError, OverflowError):
-            raise ValueError(f"{name}'s {field} must be a number, NaN where there is none; got {value!r}.") from None
+            raise ValueError(f"{name}'s {field} must be a number, or NaN if it is unknown; got {value!r}.") from None
     if not 0 < record.fidelity <= 1:
         raise ValueError(
-            f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, and "
-            "no number of epochs."
+            f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, "
+            "not a number of epochs."
         )
 
 
@@ -590,9 +592,9 @@ def rung_of(fidelities: Sequence[float], record: Record, *, own: bool = False) -
         return rung
     if own:
         raise ValueError(
-            f"A trial's fidelity must be one of {[float(f) for f in fidelities]}, which are asked for, to six digits; "
-            f"got {record.fidelity!r} of trial {record.trial}. What a trial came to is told at the fidelity that it "
-            "was asked for: `trial._replace(status=..., outcome=...)`."
+            f"A trial's fidelity must be one of the searcher's, {[float(f) for f in fidelities]}, to six digits; got "
+            f"{record.fidelity!r} for trial {record.trial}. Report a result at the fidelity that `ask` returned, as in "
+            "`trial._replace(status=..., outcome=...)`."
         )
     return None
 

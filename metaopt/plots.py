@@ -238,7 +238,9 @@ def scores_by_number(
     """
     binned = methods.by_number(evaluation, of, edges, step=step)
     if not all(binned.values()):
-        raise ValueError(f"`edges` must hold the {of} of an episode between them; there is none within {list(edges)}.")
+        raise ValueError(
+            f"`edges` must enclose the {of} of at least one episode; no episode lies within {list(edges)}."
+        )
     axes = _axes(axes)
     for place, (method, bins) in enumerate(binned.items()):
         number, _, mean, half = np.array(bins).T
@@ -373,7 +375,7 @@ def cell(
     wrong = [(s, t) for s, t, _ in arcs if not 0 <= s < t or t < inputs]
     if wrong:
         raise ValueError(
-            f"An edge goes from a node to a later one that is no input; got {wrong[0][0]} -> {wrong[0][1]}."
+            f"An edge must go from a node to a later one that is not an input; got {wrong[0][0]} -> {wrong[0][1]}."
         )
     heights = _arc_heights([(s, t) for s, t, _ in arcs])
     if axes is None:

@@ -57,7 +57,7 @@ def test_labels_outside_the_classes_are_an_error(call):
 
 @pytest.mark.parametrize("name", ["nas.cross_entropy", "methods.cross_entropy", "prototypes", "tasks.stack", "fit"])
 def test_classes_that_a_task_does_not_have_are_an_error(name):
-    with pytest.raises(ValueError, match=r'y.* have classes that "class_mask" leaves out: \[2\]'):
+    with pytest.raises(ValueError, match=r'y.* have classes that "class_mask" excludes: \[2\]'):
         CALLS[name]([0, 2, 1, 2])
 
 

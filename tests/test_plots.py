@@ -124,7 +124,7 @@ def test_a_method_that_diverges_is_drawn_without_its_points(value):
         (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
         (lambda: plots.adaptation_curves(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
         (lambda: plots.leaderboard(EVALUATION, source="w"), "must be one of 'u', 'v'; got 'w'"),
-        (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must hold the ways .* \[50, 60\]"),
+        (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must enclose the ways .* \[50, 60\]"),
         (lambda: plots.comparison({}), "`scores` must hold at least one method"),
         (lambda: plots.comparison({"a": [np.nan]}), "'a' has none"),
         (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), r"\['b'\] are not in \['a'\]"),
@@ -204,7 +204,7 @@ def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
     assert [axes.get_title() for axes in drawn] == ["normal", "reduce"] and len(drawn[1].patches) == 2 + 4
     with pytest.raises(ValueError, match="no op 'mlp'"):
         plots.genotype(network, {"normal": ((0, 2, "mlp"),), "reduce": ()})
-    with pytest.raises(ValueError, match="to a later one that is no input; got 3 -> 2"):
+    with pytest.raises(ValueError, match="to a later one that is not an input; got 3 -> 2"):
         plots.cell([(3, 2, "mlp")])
 
 

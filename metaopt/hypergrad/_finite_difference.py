@@ -45,8 +45,8 @@ def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
         if refused:
             raise ValueError(
                 f"`{rule}` cannot answer for the leaves {', '.join(refused)} of λ: neither the inner loss's gradient, "
-                "nor the optimizer's update, nor the outer loss depends on them, and one step does not know where "
-                "training began. Use `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
+                "nor the optimizer's update, nor the outer loss depends on them, and one step does not depend on "
+                "where training began. Use `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
             )
         return LookaheadState(state, key)
 

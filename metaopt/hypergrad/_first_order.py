@@ -42,7 +42,7 @@ def _refuse(problem: base.Problem, state: base.InnerState, hyperparams: base.Hyp
         raise ValueError(
             f"A value-function rule cannot answer for the leaves {', '.join(refused)} of λ: neither the gradient of "
             "the inner loss nor the outer loss depends on them, only the initialization or the optimizer's update "
-            "does, and the least inner loss does not know which way led to it. Use `hypergrad.unrolled` for them, or "
+            "does, and the least inner loss does not depend on the path to it. Use `hypergrad.unrolled` for them, or "
             "fix them (`spaces.fixed`)."
         )
 

@@ -66,8 +66,8 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
         refused = [path for path in in_update if in_loss[path] or not in_update[path]]
         if refused:
             raise ValueError(
-                f"Hypergradient descent cannot answer for the leaves {', '.join(refused)} of λ: it answers for what "
-                "enters the optimizer's update and not the inner loss, which would judge itself. Use "
+                f"Hypergradient descent cannot answer for the leaves {', '.join(refused)} of λ: it needs leaves that "
+                "enter the optimizer's update and not the inner loss, which would otherwise judge itself. Use "
                 "`hypergrad.lookahead` or `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
             )
         return evaluate(state, hyperparams, task.train)[1]

@@ -52,7 +52,7 @@ def _refusal(paths: list[str], condition: str, depends: str) -> str:
         use = ', `condition="step"` where the optimizer rests elsewhere for their sake (a decoupled weight decay)'
     return (
         f"An implicit rule cannot answer for the leaves {', '.join(paths)} of λ: neither {what} {depends}, only {only} "
-        f"does, and a minimum does not know which way led to it. Use `hypergrad.unrolled` for them{use}, or fix them "
+        f"does, and a minimum does not depend on the path to it. Use `hypergrad.unrolled` for them{use}, or fix them "
         "(`spaces.fixed`)."
     )
 
@@ -171,7 +171,8 @@ def implicit(
     causes a bias:
 
     - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
-      `"inner_step_norm"`). `training.fit` logs a warning once if this norm is large (`rest_warning`).
+      `"inner_step_norm"`). With `condition="gradient"`, `training.fit` logs a warning once if this norm is large next
+      to ‖∂f/∂θ‖ (`rest_warning`).
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
       ‖(A + δI) v − ∂f/∂θ‖.
     - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. It helps

@@ -71,8 +71,8 @@ def lookahead(
         if refused:
             raise ValueError(
                 f"`lookahead` cannot answer for the leaves {', '.join(refused)} of λ: the {num_steps} virtual steps "
-                "and the outer loss do not depend on them. Use `hypergrad.unrolled` for what training starts from, "
-                "more virtual steps for what enters them, or fix the leaves (`spaces.fixed`)."
+                "and the outer loss do not depend on them. Use `hypergrad.unrolled` for a learned initialization, more "
+                "virtual steps for values that enter later steps, or fix the leaves (`spaces.fixed`)."
             )
         return LookaheadState(state, key)
 

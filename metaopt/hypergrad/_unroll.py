@@ -123,7 +123,7 @@ def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: i
         if weights.shape != (num_steps,):
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
     if num_steps == 0:
-        raise ValueError('With `num_steps=0` there is no step to weigh: take `outer="last"`.')
+        raise ValueError('`outer` cannot weight steps if `num_steps=0`. Use `outer="last"`.')
     if isinstance(weights, jax.Array) or weights[:-1].any():
         return weights, 1.0
     return None, float(weights[-1])

@@ -54,7 +54,7 @@ def _check_scalar(value: Any, what: str) -> None:
     if not is_leaf or not _is_array(value):
         got = f"type {type(value).__name__}" if is_leaf else structure
         raise ValueError(
-            f"The {what} must return a floating-point scalar; got {got}. Return the loss alone"
+            f"The {what} must return a floating-point scalar; got {got}. Return only the loss"
             + (", or a pair (loss, model state) with `with_context=True`." if what == "inner loss" else ".")
         )
     shape, dtype = jnp.shape(leaves[0]), jnp.result_type(leaves[0])
@@ -73,15 +73,13 @@ def _strong(leaf: Any) -> jax.Array:
 
 def _check_floating(params: base.Params) -> base.Params:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        instead = (
-            "Keep what is not trained out of them: in the loss's closure (`equinox.partition`), or in the model state."
-        )
+        instead = "Keep values that are not trained in the loss's closure (`equinox.partition`), or in the model state."
         if not _is_array(leaf):
             problem = f"of type {type(leaf).__name__}"
         elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             problem = f"of dtype {jnp.result_type(leaf)}"
             if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-                instead = "Train the real and the imaginary part as two leaves, and join them in the loss."
+                instead = "Train the real and the imaginary parts as two leaves, and combine them in the loss."
         else:
             continue
         raise ValueError(
@@ -106,14 +104,14 @@ def _check_same_structure(new: base.PyTree, old: base.PyTree, what: str) -> None
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
             f"The {what} changed its structure in one step, from {jax.tree.structure(old)} to "
-            f"{jax.tree.structure(new)}: every step must return what it was given."
+            f"{jax.tree.structure(new)}: a step must not change it."
         )
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
         before, after = (jnp.shape(a), jnp.result_type(a)), (jnp.shape(b), jnp.result_type(b))
         if before != after:
             raise ValueError(
                 f"The {what} changed its leaf {jax.tree_util.keystr(path) or 'itself'} in one step, from shape and "
-                f"dtype {before} to {after}: every step must return what it was given."
+                f"dtype {before} to {after}: a step must not change them."
             )
 
 
@@ -217,7 +215,7 @@ def loop(
             return value, context.model_state
         value = loss(params, hyperparams, batch, context)
         if isinstance(value, tuple) and len(value) != 2:
-            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
+            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} values.")
         value, model_state = value if isinstance(value, tuple) else (value, context.model_state)
         _check_scalar(value, "inner loss")
         return value, model_state
@@ -292,11 +290,11 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
     """
     base.check_integer("num_steps", num_steps, 0, optional=True)
     if num_steps is None and trace_fn is not None:
-        raise ValueError("`trace_fn` needs `num_steps` to be given to `run`, since the trace has its length.")
+        raise ValueError("`trace_fn` needs `num_steps`, the length of the trace: pass it to `run`.")
 
     def train(key, hyperparams, data, num_steps=num_steps):
         if num_steps is None:
-            raise ValueError("`num_steps` must be given, to `run` or with the call; got None.")
+            raise ValueError("`num_steps` must be passed to `run` or to the returned function; got None.")
         inputs = key, hyperparams, data
         # From here on these are constants, so that a differentiated caller neither computes nor stores tangents.
         key, hyperparams, data = jax.lax.stop_gradient(inputs)

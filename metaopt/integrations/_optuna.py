@@ -130,8 +130,8 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
             low, high = near[0]
             what = f"the fidelities {low!r} and {high!r}, within" if low else f"the fidelity {high!r}, less than"
             raise ValueError(
-                f"A trial has {what} a billionth of the full budget: a study's steps are whole numbers, and such fine "
-                "ones do not fit into what Optuna stores. Leave one record out."
+                f"A trial has {what} a billionth of the full budget. A study's steps are integers, and Optuna cannot "
+                "store such fine steps. Remove one of the records."
             )
         parts *= 10
 

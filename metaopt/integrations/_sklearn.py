@@ -101,7 +101,9 @@ def sklearn_objective(
         elif hasattr(estimator, "score_samples"):
             scoring = "log_likelihood"
         else:
-            raise ValueError(f"`scoring` must be given for what is no classifier, regressor or clusterer: {estimator}.")
+            raise ValueError(
+                f"`scoring` must be given, since this is not a classifier, regressor or clusterer: {estimator}."
+            )
 
     def objective(trial, task):
         from sklearn import metrics, pipeline

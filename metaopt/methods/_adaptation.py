@@ -193,9 +193,11 @@ def adaptation(
         raise ValueError('`rates_per_step` needs learned rates: `rates="one"`, "leaf" or "entry".')
     judged_last = isinstance(outer, str) and outer == "last"
     if rule is not None and not (order == "second" and judged_last and remat == "none"):
-        raise ValueError("`order`, `outer` and `remat` say how training is unrolled: they do not go with a `rule`.")
+        raise ValueError(
+            "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
+        )
     if num_steps == 0 and (rates_per_step or leaves_per_step):
-        raise ValueError("With `num_steps=0` there is no step to have values of its own.")
+        raise ValueError("`rates_per_step` and `leaves_per_step` need at least one step; got `num_steps=0`.")
 
     def full_form(function):
         def full(params, hyperparams, batch, context):
@@ -241,12 +243,12 @@ def adaptation(
             model_state = None
         paths = [_path(path) for path in _by_path(params)]
         if not any(re.search(adapt, path) for path in paths):
-            raise ValueError(f"`adapt` must find a leaf: {adapt!r} is in none of {paths}.")
+            raise ValueError(f"`adapt` must match at least one leaf: {adapt!r} matches none of {paths}.")
         both = [
             path for path in paths if leaves_per_step and re.search(adapt, path) and re.search(leaves_per_step, path)
         ]
         if both:
-            raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Leave them out of `adapt`.")
+            raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Exclude them from `adapt`.")
         given = _by_path(hyperparams["init"])
         alone = [_path(path) for path in _by_path(params) if re.search(adapt, _path(path)) and path not in given]
         # A leaf of λ["init"] is identified by its keys, so `init` must not pass it on under other keys.
@@ -284,7 +286,7 @@ def adaptation(
         with _traced_after_steps(False):  # ℓ sees a support set, even if it is traced within another adaptation's f
             value = inner_loss(whole(params, made, hyperparams["init"]), hyperparams, batch, context)
         if isinstance(value, tuple) and len(value) != 2:
-            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} things.")
+            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} values.")
         return value if isinstance(value, tuple) else (value, context.model_state)
 
     def halves(params, made, hyperparams, batch, context):
@@ -383,8 +385,8 @@ def adaptation(
                 if data is not None or init is None:
                     raise
                 raise ValueError(
-                    "Each leaf or entry of what `init` makes of a support set has a rate: `hyperparams` needs one "
-                    "task's, `hyperparams(meta_params, data)`, for their shapes."
+                    "Each leaf or entry that `init` computes from a support set has a rate, so `hyperparams` needs the "
+                    "data of one task for their shapes: `hyperparams(meta_params, data)`."
                 ) from error
         lead = (num_steps,) if rates_per_step else ()
         dtype = lambda x: x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else float  # as an integer, a rate would be 0

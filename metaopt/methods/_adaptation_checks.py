@@ -44,10 +44,10 @@ def check_hyperparams(hyperparams: Any, *names: str) -> None:
         return
     found = f"a dict of {[*hyperparams]}" if is_dict else type(hyperparams).__name__
     rates = ' and the learned rates as "rate"' if "rate" in names else ""
-    other = "Is it of an adaptation whose rates are fixed?" if is_dict and "init" in hyperparams else ""
+    other = "Is it from an adaptation whose rates are fixed?" if is_dict and "init" in hyperparams else ""
     raise ValueError(
-        f'λ must be a dict with the meta-parameters as "init"{rates}, as `a.hyperparams(meta_params)` makes it of an '
-        f"adaptation `a`; got {found}. {other or 'Were those the meta-parameters?'}"
+        f'λ must be a dict with the meta-parameters as "init"{rates}, as `a.hyperparams(meta_params)` returns '
+        f"for an adaptation `a`; got {found}. {other or 'Did you pass only the meta-parameters?'}"
     )
 
 
@@ -64,9 +64,9 @@ def check_one_task(data: Any) -> None:
     batch = np.ndim(data["num_rows"]) > 0 if "num_rows" in data else len(mask) == 2 and y[:2] == mask
     if batch:
         raise ValueError(
-            f'An adaptation is to one task, whose "mask" is [N], a number for each row; got shape {mask}. A batch of '
-            "tasks needs `hypergrad.over_tasks` around the estimator. (A mask of labels that are not one for each row "
-            "needs another name.)"
+            f'An adaptation takes one task, whose "mask" is [N], a number for each row; got shape {mask}. Use '
+            "`hypergrad.over_tasks` for a batch of tasks. If the mask is for labels with several values per row, give "
+            "it another name."
         )
 
 
@@ -74,6 +74,6 @@ def check_task(task: Any) -> None:
     """Raises ValueError if `task` is an episode."""
     if isinstance(task, tasks.Episode):
         raise ValueError(
-            "This estimator takes tasks `base.Task(train, valid)`; got an `Episode`: take its `.task`. Of a sampler of "
-            "episodes, `tasks.episode_batches(sample, num_tasks)` makes batches for `hypergrad.over_tasks(estimator)`."
+            "This estimator takes tasks `base.Task(train, valid)`; got an `Episode`: pass its `.task`. For a sampler "
+            "of episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
         )

@@ -21,8 +21,8 @@ def check_single(relaxation, network, edge_weights) -> None:
         several = [kind for kind, w in weights.items() if bool(((w != 0).sum(-1) > 1).any())]
     if several:
         raise ValueError(
-            f"`single_path` runs the op with the largest weight alone, and `relaxation` gives weight to several ops of "
-            f"an edge of {several[0]!r}: use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
+            f"`single_path` runs only the op with the largest weight, but `relaxation` gives weight to several ops of "
+            f"an edge of {several[0]!r}. Use `nas.gumbel_softmax(..., hard=True)` or `nas.uniform_path()`."
         )
 
 
@@ -31,8 +31,8 @@ def alpha_beside_init(hyperparams: base.HyperParams) -> base.HyperParams:
     if not isinstance(hyperparams, Mapping) or "alpha" not in hyperparams:
         got = f"the keys {[*hyperparams]}" if isinstance(hyperparams, Mapping) else type(hyperparams).__name__
         raise ValueError(
-            'With `learn_init` the search\'s λ is {"alpha": α, "init": θ_0}; got ' + got + ". Of an α alone, such as "
-            'that of `fine_tune`, pass {"alpha": α}: genotypes and weights take no more.'
+            'With `learn_init` the search\'s λ is {"alpha": α, "init": θ_0}; got ' + got + ". If you have "
+            'only α, for example from `fine_tune`, pass {"alpha": α}; genotypes and weights need nothing else.'
         )
     return hyperparams["alpha"]
 
@@ -42,9 +42,8 @@ def found(result: training.FitResult) -> base.HyperParams:
     num = len(result.history.get("skipped", ()))
     if num and not (np.isfinite(result.history["value"]) & (np.asarray(result.history["skipped"]) == 0)).any():
         raise ValueError(
-            f"None of the run's {num} steps had a finite loss and a finite hypergradient: α says nothing, and its "
-            "genotype would be an accident. Losses (`result.history`) are NaN where labels are no classes (they go "
-            "from 0 to the number of outputs less 1), where data are NaN (`tasks.stack` refuses them), and where the "
-            "weights diverge (take a smaller rate)."
+            f"None of the run's {num} steps had a finite loss and a finite hypergradient, so α was not trained and has "
+            "no meaningful genotype. Losses (`result.history`) are NaN if labels are outside 0..number of outputs - 1, "
+            "if data are NaN (`tasks.stack` rejects them), or if the weights diverge (use a smaller rate)."
         )
     return result.hyperparams

@@ -194,7 +194,7 @@ def train_cell_searcher(
     base.check_positive("rate", rate)
     if candidates is not None and not len(candidates := as_configurations("candidates", candidates)):
         raise ValueError(
-            "`candidates` must hold an architecture, or be None to take those of the records; it is empty."
+            "`candidates` must contain an architecture, or be None to use those of the records; it is empty."
         )
     for i, candidate in enumerate(candidates or ()):
         _check_values(f"`candidates[{i}]`", candidate)
@@ -334,7 +334,7 @@ def cell_searcher(
         if given is None:
             given = np.full(len(center), np.nan)
         if np.shape(given) != np.shape(center):
-            raise ValueError(f"A new task has [{len(center)}] features; got shape {np.shape(given)}.")
+            raise ValueError(f"A new task must have features of shape [{len(center)}]; got shape {np.shape(given)}.")
         given = jnp.asarray(np.nan_to_num((np.asarray(given, float) - center) / scale), jnp.result_type(float))
         return _standardized(coefficients(meta_params, given), encoded, encoded)
 
@@ -370,8 +370,8 @@ def cell_searcher(
         trials = as_records(trials, "trials")
         if any(map(partial_fidelity, trials)) and all(full_loss(record) is None for record in trials):
             warnings.warn(
-                "The `trials` have outcomes, and none of a complete trial at fidelity 1, the full budget: they say "
-                "nothing of scores. Give the largest budget that is meant to count the fidelity 1.",
+                "The `trials` have no outcome of a complete trial at fidelity 1, the full budget, so they do not "
+                "change the scores. Give your largest budget the fidelity 1.",
                 stacklevel=3,
             )
         return trials
@@ -460,8 +460,8 @@ def _check_values(place: str, configuration: Mapping[str, Any]) -> None:
         hash(_name(configuration))
     except TypeError:
         raise ValueError(
-            f"{place} must have values such as numbers and texts, by names that are texts; got "
-            f"{dict(configuration)!r}. Give each entry of a list a name of its own."
+            f"{place} must map strings to values such as numbers and strings; got "
+            f"{dict(configuration)!r}. Give each entry of a list its own name."
         ) from None
 
 
@@ -485,8 +485,8 @@ def _same(of_tasks, trials, names, outcomes) -> np.ndarray:
     found = np.stack([losses.get(name, nothing) for name in names], 1)
     if not np.isfinite(outcomes + found).any():
         raise ValueError(
-            "`tests` must be of tasks and configurations that `records` have; no configuration has a trial on the same "
-            f"task in both. The tasks there are {some(of_tasks)}, and of `records` {some(names)}."
+            "`tests` and `records` must share tasks and configurations, but no configuration has a trial on the same "
+            f"task in both. The tasks of `tests` are {some(of_tasks)}, those of `records` {some(names)}."
         )
     return found
 

@@ -45,7 +45,7 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     try:
         space = spaces.infer(every)
     except ValueError as error:
-        raise ValueError(f"`space` is not given, and cannot be inferred from the `records`: {error}") from None
+        raise ValueError(f"`space` is not given and cannot be inferred from the `records`: {error}") from None
     default, counts = spaces.configuration(space, spaces.default(space)), []
     without_gaps = list(map(given, every))
     different = list({repr(sorted(of.items())): of for of in without_gaps}.values())
@@ -59,8 +59,8 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     gaps += "".join(_evidence(name, leaf, different) for name, leaf in space.items() if leaf.condition)
     text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
     warnings.warn(
-        f"`space` is not given; this one has all of the records' configurations:\n  {text}.\nGive one as `space`, with "
-        f"the ranges that are meant, defaults, and conditions.{gaps}",
+        f"`space` is not given, so it was inferred from the records' configurations:\n  {text}.\nPass `space` with "
+        f"your own ranges, defaults and conditions.{gaps}",
         stacklevel=3,
     )
     return space
@@ -110,9 +110,9 @@ def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
         example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
         examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
-            f"{num} of {len(found)} records have values that the space does not have ({examples}). A label counts as "
-            "none in particular, a number out of bounds as the bound, a text or boolean in the place of a number as "
-            "the default. Where that is untrue of them, leave them out (`spaces.foreign` finds them), or widen "
+            f"{num} of {len(found)} records have values that the space does not have ({examples}). An unknown "
+            "label counts as no label, a number out of bounds as the bound, and a string or boolean instead of a "
+            "number as the default. If that is wrong, remove these records (`spaces.foreign` finds them), or widen "
             "the space.",
             stacklevel=3,
         )
@@ -138,22 +138,22 @@ def by_task(records: list[base.Record], encode, name: str = "records") -> tuple[
         if partial:
             found += f"; the largest fidelity with an outcome is {max(partial.values()):g}"
         raise ValueError(
-            f'`{name}` must hold trials that are "COMPLETE" at fidelity 1, with an outcome; there is none '
+            f'`{name}` must contain trials that are "COMPLETE" at fidelity 1, with an outcome; it has none '
             f"({found or 'no record at all'})."
         )
     if lost := [name for name in partial if name not in of]:
         warnings.warn(
-            f"{len(lost)} of {len({record.task for record in records})} tasks are left out, {some(lost)}: they have "
-            "outcomes, and none of a complete trial at fidelity 1, the full budget. Give the largest budget that is "
-            "meant to count the fidelity 1, or learn from whole curves (`train_curve_searcher`).",
+            f"{len(lost)} of {len({record.task for record in records})} tasks are ignored, {some(lost)}: they have no "
+            "outcome of a complete trial at fidelity 1, the full budget. Give your largest budget the fidelity 1, or "
+            "learn from whole curves (`train_curve_searcher`).",
             stacklevel=3,
         )
     # A failure and a success also count as different outcomes.
     of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
     if not of:
         raise ValueError(
-            f"`{name}` must hold a task with trials of different outcomes; each has one trial, or one outcome for all, "
-            "which says nothing of what is better."
+            f"`{name}` must contain a task with trials of different outcomes. Every task has only one trial, or the "
+            "same outcome for all trials, so no configuration is known to be better."
         )
     return list(of), _stacked(of)
 
@@ -173,9 +173,9 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
     lacking, others = [n for n in names if n not in features], [n for n in features if n not in names]
     if lacking and others:
         warnings.warn(
-            f"`features` lacks {len(lacking)} of {len(names)} tasks, {some(lacking)}, of which nothing is known then, "
-            f"and has {len(others)} that are none of them, {some(others)}: are they the same under another name? Name "
-            "them as the records do, or leave out what is of no task.",
+            f"`features` lacks {len(lacking)} of {len(names)} tasks, {some(lacking)}, "
+            f"and has {len(others)} that are not in the records, {some(others)}. If these are the same tasks, use the "
+            "records' names; otherwise remove the features of unknown tasks.",
             stacklevel=3,
         )
     for name in names:
@@ -183,7 +183,7 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
     rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
     lengths = sorted({len(row) for row in rows if row is not None})
     if len(lengths) != 1:
-        raise ValueError(f"All tasks must have as many `features`; got {lengths}.")
+        raise ValueError(f"All tasks must have the same number of `features`; got {lengths}.")
     return np.stack([np.full(lengths[0], np.nan) if row is None else row for row in rows])
 
 
@@ -200,7 +200,9 @@ def costs_by_task(records: list[base.Record], encode) -> list[predictors.TaskTri
             of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
     of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
     if not of:
-        raise ValueError("`costs=True` needs records with a `cost` in seconds, and a task where they differ.")
+        raise ValueError(
+            "`costs=True` needs records with a `cost` in seconds, and at least one task whose costs differ."
+        )
     return _stacked(of)
 
 

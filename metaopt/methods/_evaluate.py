@@ -49,8 +49,8 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
     """
     if "class_mask" not in query:
         raise ValueError(
-            '`accuracy` is of episodes with classes, whose query sets have "class_mask"; this one has '
-            f"{sorted(query)}. Regression needs another score: `score_fn=methods.mean_squared_error`, say."
+            '`accuracy` needs episodes with classes, whose query sets have "class_mask"; this one has '
+            f"{sorted(query)}. For regression use another score, such as `score_fn=methods.mean_squared_error`."
         )
     whole = (*query["y"].shape, *query["class_mask"].shape)
     if outputs.shape != whole:  # [W] and [Q, 1] would broadcast
@@ -92,7 +92,7 @@ def mean_absolute_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> j
 def _like(outputs: jax.Array, y: jax.Array) -> jax.Array:
     if outputs.shape != y.shape:  # [Q, 1] and [Q] would broadcast
         raise ValueError(
-            f"The method's outputs must be shaped as the labels, {y.shape}, after each step; got {outputs.shape}."
+            f"The method's outputs must have the shape of the labels, {y.shape}, after each step; got {outputs.shape}."
         )
     return outputs
 
@@ -154,15 +154,15 @@ def evaluate_episodes(
         take. Also if there are Q classes and a leaf could belong to either examples or classes.
     """
     if not isinstance(methods, Mapping):
-        raise ValueError(f'`methods` must be a dict, as `{{"MAML": method}}`; got {type(methods).__name__}.')
+        raise ValueError(f'`methods` must be a dict, such as `{{"MAML": method}}`; got {type(methods).__name__}.')
     if not methods:
         raise ValueError("`methods` must hold at least one method; it is empty.")
     for name, method in methods.items():
         if not callable(method):
             raise ValueError(
                 f"The method {name!r} must be a function `(key, support, query) -> outputs`; got "
-                f"{type(method).__name__}. Of an `Adaptation`, `methods.adapted(adaptation, hyperparams, predict)` is "
-                "one."
+                f"{type(method).__name__}. For an `Adaptation`, use "
+                "`methods.adapted(adaptation, hyperparams, predict)`."
             )
     if not isinstance(samplers, Mapping):
         samplers = {"episodes": samplers}
@@ -175,8 +175,8 @@ def evaluate_episodes(
         higher_is_better = next((better for fn, better in HIGHER_IS_BETTER.items() if fn is score_fn), None)
         if higher_is_better is None:
             raise ValueError(
-                "Nothing says whether high values of `score_fn` are good: `higher_is_better=True` of an accuracy, "
-                "False of an error."
+                "`higher_is_better` must be given for your own `score_fn`: True for a score such as accuracy, False "
+                "for an error."
             )
     num_episodes = num_episodes if each is None else each
     chunk_size = min(chunk_size, num_episodes)
@@ -205,8 +205,8 @@ def evaluate_episodes(
             num_users = len(np.unique(numbers["users"]))
             if each is not None and num_users < each:
                 raise ValueError(
-                    f"`each` must be the number of users: the sampler of {source!r} has {num_users}, so that "
-                    f"with each={each} some are judged more than once, and intervals are too narrow."
+                    f"`each` must be the number of users: the sampler of {source!r} has {num_users}, so with "
+                    f"each={each} some users count more than once, and confidence intervals are too narrow."
                 )
             transductive |= found
             for name in methods:
@@ -289,8 +289,8 @@ def _shuffled(
     user = meta["user"] if isinstance(meta, dict) and "user" in meta else number
     if not by_number and isinstance(meta, dict) and "user" in meta:
         raise ValueError(
-            "The sampler draws users with replacement, so that episodes are not independent, and intervals over them "
-            "false. Judge every user once: `each=` the number of users."
+            "The sampler draws users with replacement, so episodes are not independent and their confidence intervals "
+            "are wrong. Evaluate every user once: set `each` to the number of users."
         )
     size = query["y"].shape[0]
     _check_leaves(query, size)
@@ -308,7 +308,7 @@ def _check_episode(episode: tasks.Episode) -> None:
     """Raises ValueError if a sampler returns something other than one episode, such as a batch of episodes."""
     if not isinstance(episode, tuple) or len(episode) != 3 or not all(isinstance(p, Mapping) for p in episode[:2]):
         raise ValueError(
-            "A sampler must give an episode, `tasks.Episode(support, query)`, both of them dicts; got "
+            "A sampler must return an episode, `tasks.Episode(support, query)` of two dicts; got "
             f"{type(episode).__name__}."
         )
     for name, part in zip(("support", "query"), episode, strict=False):
@@ -321,8 +321,8 @@ def _check_episode(episode: tasks.Episode) -> None:
         if jnp.ndim(part["mask"]) != 1 or jnp.shape(part["y"])[:1] != jnp.shape(part["mask"]):
             shapes = f"{jnp.shape(part['mask'])} and {jnp.shape(part['y'])}"
             raise ValueError(
-                'A sampler must give one episode, whose "mask" is [N], a number for each row, and "y" [N, ...]; in the '
-                f"{name} set they are {shapes}. (Batches are for training: take the sampler that they are made of.)"
+                'A sampler must return one episode, with "mask" [N], a number for each row, and "y" [N, ...]; in the '
+                f"{name} set they are {shapes}. Batches are only for training: pass the sampler of single episodes."
             )
 
 
@@ -343,9 +343,9 @@ def _check_leaves(query: Mapping[str, base.PyTree], size: int) -> None:
     unclear = [name for name, tree in others.items() if any(jnp.shape(x)[:1] == (size,) for x in jax.tree.leaves(tree))]
     if unclear:
         raise ValueError(
-            f"Query sets have {size} examples and {size} classes, so that nothing tells which of them {unclear} belong "
-            'to. Put what belongs to examples into "x", as a dict, and give what belongs to classes another axis in '
-            "front, of one."
+            f"Query sets have {size} examples and {size} classes, so it is unclear whether {unclear} belong to "
+            'examples or to classes. Put values of examples into "x", as a dict, and give values of classes an extra '
+            "leading axis of size 1."
         )
 
 
@@ -359,9 +359,9 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
         of_one = query["y"].shape[:1] + query["class_mask"].shape if "class_mask" in query else query["y"].shape
         if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]) or outputs.shape == of_one:
             raise ValueError(
-                f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], one after each number "
-                f"of adaptation steps for each query example; got shape {jnp.shape(outputs)}. Without steps: "
-                "`outputs[None]`. With steps, and one number for each example: `outputs[..., None]`."
+                f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], for each number of "
+                f"adaptation steps and each query example; got shape {jnp.shape(outputs)}. Without steps, return "
+                "`outputs[None]`; with steps and one number for each example, return `outputs[..., None]`."
             )
         return jax.vmap(lambda one: score_fn(one, query))(outputs), outputs
 

@@ -56,7 +56,7 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
     if twice:
         raise ValueError(f"The method {twice[0]!r} is in both evaluations: give one of them another name.")
     if first.higher_is_better != second.higher_is_better:
-        raise ValueError("One evaluation is of accuracies and the other of errors: there is nothing to compare.")
+        raise ValueError("The evaluations cannot be compared: one has accuracies and the other errors.")
     if first.score and second.score and first.score != second.score:
         raise ValueError(
             f"One evaluation's `score` is {first.score!r} and the other's {second.score!r}: there is nothing to "

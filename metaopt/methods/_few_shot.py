@@ -21,7 +21,9 @@ def _check_options(name: str, options: Mapping[str, Any], *taken: str) -> None:
     """Raises ValueError if an option is given that the method sets itself or cannot have."""
     given = [option for option in taken if option in options]
     if given:
-        raise ValueError(f"`{name}` has no option `{given[0]}`: the method says what it is. Take `methods.adaptation`.")
+        raise ValueError(
+            f"`{name}` has no option `{given[0]}`, because the method fixes it. Use `methods.adaptation` to choose it."
+        )
 
 
 def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
@@ -337,8 +339,8 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
 def _as_dict(params: Any) -> dict[str, Any]:
     if not isinstance(params, Mapping):
         raise ValueError(
-            'λ["init"] must be a dict, to which the method adds leaves of its own; '
-            f"got {type(params).__name__}. Put the meta-parameters into one."
+            'λ["init"] must be a dict, because the method adds its own leaves to it; '
+            f"got {type(params).__name__}. Put the meta-parameters into a dict."
         )
     return dict(params)
 
@@ -385,8 +387,8 @@ def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arra
     """
     if logits.ndim != 2:
         raise ValueError(
-            "`cross_entropy` is of one episode, whose logits are [N, W], a row an example; got shape "
-            f"{logits.shape}. A batch of tasks needs `hypergrad.over_tasks` around the estimator."
+            "`cross_entropy` takes one episode, with logits [N, W], one row for each example; got shape "
+            f"{logits.shape}. Use `hypergrad.over_tasks` for a batch of tasks."
         )
     y, ways = batch["y"], batch["class_mask"].shape[0]
     if logits.shape != (*y.shape, ways):  # [N, 1] would broadcast

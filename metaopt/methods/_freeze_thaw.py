@@ -129,15 +129,15 @@ def train_curve_searcher(
     complete = [record for record in records if record.status == "COMPLETE"]
     if (num_tasks := len({record.task for record in complete})) < 3:
         raise ValueError(
-            '`records` must have trials that are "COMPLETE" of at least three tasks, since two are left where one is '
-            f"left out; got {num_tasks}."
+            '`records` must have trials that are "COMPLETE" for at least three tasks, since cross-validation leaves '
+            f"out one and needs two; got {num_tasks}."
         )
     table = tasks.tabulate(complete)
     if table.fidelities[-1] < 1:
         raise ValueError(
-            '`records` must hold trials that are "COMPLETE" at fidelity 1, the full budget, which is what is predicted '
-            f"and asked for; the largest fidelity is {table.fidelities[-1]:g}. Give the largest budget that is meant "
-            "to count the fidelity 1, and smaller ones their fractions of it."
+            '`records` must hold trials that are "COMPLETE" at fidelity 1, the full budget, which the searcher '
+            f"predicts; the largest fidelity is {table.fidelities[-1]:g}. Give your largest budget the fidelity 1, and "
+            "smaller budgets their fractions of it."
         )
     hyperparams = [spaces.from_configuration(space, c) for c in table.configurations]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
@@ -204,7 +204,9 @@ def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
             name = tuple(sorted(spaces.complete(space, configuration).items()))
         if name in number:
             return number[name]
-        raise ValueError(f"{configuration} is none of the candidates, the configurations that earlier tasks tried.")
+        raise ValueError(
+            f"{configuration} is not one of the candidates, which are the configurations of the earlier tasks."
+        )
 
     def seen_of(records):
         counted = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]

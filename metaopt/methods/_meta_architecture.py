@@ -121,7 +121,7 @@ def meta_architecture_search(
     made = jax.eval_shape(search.hyperparams, jax.eval_shape(lambda: jax.random.key(0)))
     if isinstance(made, dict) and "multiplier" in made:
         raise ValueError(
-            "`search` has a multiplier, which h does not write down: in the place of `under_budget`, give the search "
+            "`search` has a multiplier, which h cannot predict. Instead of `under_budget`, use a search with "
             "`penalty=nas.resource_penalty(...)`."
         )
 
@@ -141,8 +141,8 @@ def meta_architecture_search(
         told = lambda tree: {jax.tree_util.keystr(p) or "α": x.shape for p, x in tree_leaves_with_path(tree)}
         if jax.tree.structure(given) != jax.tree.structure(wanted) or told(given) != told(wanted):
             raise ValueError(
-                f"`predictor` must give α as the search has it, since it stands in the place of α: {told(wanted)}; it "
-                f"gave {told(given)}. `predictors.mlp` makes such a tree of a space of the same leaves, "
+                f"`predictor` must return α with the leaves and shapes of the search, {told(wanted)}; it returned "
+                f"{told(given)}. `predictors.mlp` returns such a tree for a space with the same leaves, "
                 "`{kind: spaces.real(shape=(edges, ops))}`."
             )
         return given
@@ -184,7 +184,7 @@ def _in_natural_units(predictor: base.Predictor, predicted: base.HyperParams) ->
         return predicted
     if "space" not in predictor.config:
         raise ValueError(
-            "`predictor` returns unconstrained coordinates (`spaces.Unconstrained`), and its `config` has no space to "
-            'convert them: give `config={"space": spaces.to_json(space)}`, or return α itself.'
+            "`predictor` returns unconstrained coordinates (`spaces.Unconstrained`), but its `config` has no space to "
+            'convert them. Pass `config={"space": spaces.to_json(space)}`, or return α itself.'
         )
     return spaces.to_constrained(spaces.from_json(predictor.config["space"]), predicted)

@@ -530,17 +530,19 @@ def meta_optimizer(
         features = features_of(new_task)
         num_features = len(surrogate.sorted_features)
         if features is not None and num_features and np.shape(features) != (num_features,):
-            raise ValueError(f"A new task has [{num_features}] features; got shape {np.shape(features)}.")
+            raise ValueError(
+                f"A new task must have features of shape [{num_features}]; got shape {np.shape(features)}."
+            )
         if features is not None and not num_features:
             warnings.warn(
-                "The new task's features are not looked at: none were learned from. `train_meta_optimizer(features=)` "
-                "takes those of earlier tasks. None, or a Task without `features`, is a task that is not known.",
+                "The new task's features are ignored, because training had no features. Pass the features of the "
+                "earlier tasks to `train_meta_optimizer(features=)`, or pass None for the new task.",
                 stacklevel=stacklevel,
             )
         if features is None and num_features and isinstance(new_task, base.Task):
             warnings.warn(
-                f"The new task has no `features`: [{num_features}] of each were learned from, and count here as not "
-                "known. `tasks.to_task(..., features=)` has a Task hold them; None says that nothing is known.",
+                f"The new task has no `features`, but training used [{num_features}] of each task; they count as "
+                "unknown here. Pass them with `tasks.to_task(..., features=)`, or pass None if nothing is known.",
                 stacklevel=stacklevel,
             )
         rows = new_task.train if isinstance(new_task, base.Task) else None

@@ -44,7 +44,7 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
         )
     for i, configuration in enumerate(given):
         if not isinstance(configuration, (dict, Mapping)):  # the check for dict is faster than the one for Mapping
-            raise ValueError(f"`{name}[{i}]` must be a dict of values by name; got {configuration!r}.")
+            raise ValueError(f"`{name}[{i}]` must be a dict from parameter names to values; got {configuration!r}.")
     return given
 
 

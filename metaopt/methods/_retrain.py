@@ -109,20 +109,20 @@ def retraining(
         raise ValueError(f"`drop_path` must be a probability below 1; got {drop_path!r}.")
     if not isinstance(network, nas.Network):
         raise ValueError(
-            "`network` must be a `nas.Network`: one of sizes has no edges for `drop_path` and no cells for an "
-            "auxiliary head. Train it by `inner.loop` over `nas.supernet(network, in_shape, ops={}).apply`."
+            "`network` must be a `nas.Network`; a network of sizes has no edges for `drop_path` and no cells for an "
+            "auxiliary head. Train it with `inner.loop` over `nas.supernet(network, in_shape, ops={}).apply`."
         )
     if any(len(edge.ops) != 1 for cell in network.cells.values() for edge in cell.edges):
         raise ValueError("`network` must have one op on every edge: pass `nas.discrete(network, genotype)`.")
     if drop_path and (single := [kind for kind, cell in network.cells.items() if len(cell.edges) == 1]):
         raise ValueError(
-            f"`drop_path` leaves out edges at random and needs cells with several; {single[0]!r} has only one, and "
+            f"`drop_path` drops edges at random and needs cells with several edges; {single[0]!r} has only one, but "
             f"`drop_path` is {drop_path}. Pass `drop_path=0`."
         )
     supernet = nas.supernet(network, in_shape, ops=ops)
     strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]
     if auxiliary and not strided:
-        raise ValueError("The auxiliary head sees the last layer with a stride; there is none: pass `auxiliary=0`.")
+        raise ValueError("The auxiliary head needs a layer with a stride, but `network` has none. Pass `auxiliary=0`.")
     auxiliary_layer = strided[-1] if auxiliary else None
     head = nas.auxiliary_head(network.num_outputs, widths=auxiliary_widths)
 
@@ -356,7 +356,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
             if value < 0 or value > 1 + 1e-6:  # False for NaN, which is allowed
                 raise ValueError(
                     f"Accuracies must be in [0, 1], as `TrainedNetwork.accuracy`; got {value} of {score.name!r}. "
-                    "Divide those in % by 100."
+                    "Divide percentages by 100."
                 )
     inherited = np.array([score.inherited for score in scores])
     retrained = np.array([np.mean(score.retrained) for score in scores])

@@ -99,20 +99,19 @@ def make_benchmark(
             digits = tuple(digit.get(found.get(dim, ())) for dim in dims)
             return rows.get(digits) if set(architecture) == set(dims) else None
         if isinstance(architecture, str | Mapping | Graph) or not np.iterable(architecture):
-            raise ValueError(f"{name} is asked for rows of integers of {len(dims)} entries; got {architecture!r}.")
+            raise ValueError(f"{name} takes rows of {len(dims)} integers; got {architecture!r}.")
         digits = tuple(architecture)
         if any(isinstance(x, str | bytes) or np.ndim(x) for x in digits):
             raise ValueError(
-                f"{name} is asked for rows of integers of {len(dims)} entries, which stand for "
-                f"{', '.join(dims)}; got {architecture!r}."
+                f"{name} takes rows of {len(dims)} integers, which stand for {', '.join(dims)}; got {architecture!r}."
             )
         return rows.get(tuple(map(int, digits))) if all(float(x).is_integer() for x in digits) else None
 
     def query(architecture, task, fidelity=1.0):
         if np.ndim(fidelity) or np.asarray(fidelity).dtype.kind not in "biuf":
             raise ValueError(
-                f"`fidelity` must be a number, one of {', '.join(map(str, fidelities))}; got {fidelity!r}. Without it "
-                "that is the full budget, 1.0."
+                f"`fidelity` must be a number, one of {', '.join(map(str, fidelities))}; got {fidelity!r}. The "
+                "default is the full budget, 1.0."
             )
         row, near = row_of(architecture), [i for i, f in enumerate(fidelities) if abs(f - fidelity) < 1e-3]
         if row is None or task not in tasks or not near:
@@ -146,8 +145,8 @@ def _open(name: str, folder: str | os.PathLike | None) -> Iterator[_files.Npz]:
     path = Path(os.environ.get("METAOPT_DATA", "") if folder is None else folder) / f"{name}.npz"
     if not path.is_file():
         raise ValueError(
-            f"There is no file {path}: give the folder of the tables, or let the environment variable METAOPT_DATA "
-            "name it."
+            f"There is no file {path}. Pass the folder of the tables, or set the environment variable METAOPT_DATA to "
+            "it."
         )
     with _files.reading(path, "is not the table of this benchmark"), _files.open_npz(path) as data:
         yield data

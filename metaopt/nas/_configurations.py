@@ -46,7 +46,7 @@ def configuration_space(
         for kind, cell in network.cells.items():
             sets, nums = _sets(cell, keep), {len(_some(edge)) for edge in cell.edges}
             if len(nums) > 1:
-                raise ValueError(f'Of the edges of {kind!r} some have "none" and some have not: give `keep=None`.')
+                raise ValueError(f'Only some edges of {kind!r} have the candidate "none". Pass `keep=None`.')
             sizes |= {f"{kind}.inputs{node}": len(those) for node, those in sets.items() if len(those) > 1}
             sizes |= {f"{kind}.op{i}": min(nums) for i in range(sum(len(those[0]) for those in sets.values()))}
     return {name: spaces.integer(0, size - 1) if size > 1 else spaces.fixed(0) for name, size in sizes.items()}

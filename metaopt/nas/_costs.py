@@ -271,8 +271,8 @@ def _in_whole(row: jax.Array, given: Any, network: Space | None, kind: str, edge
     absent = not isinstance(given, Tracer) and not np.asarray(given)[edge].any()
     if network is None and absent:
         raise ValueError(
-            f"The edge {edge} of {kind!r} has no weight, and the table is of whole networks, which have an op or "
-            '"none" there: pass `network`, which says where "none" stands.'
+            f"The edge {edge} of {kind!r} has no weight, but the table is for whole networks, which have an op or "
+            '"none" there. Pass `network`, which has the position of "none".'
         )
     if not isinstance(network, Network):
         return row

@@ -81,12 +81,12 @@ def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
         if layer.kind in ("conv", "max_pool", "avg_pool", "flatten"):
             if flat:
                 raise ValueError(
-                    f"{name!r} is {layer.kind!r}, and stands behind a 'flatten': let a 'linear' follow it."
+                    f"{name!r} is a {layer.kind!r} layer after a 'flatten'; only 'linear' layers can follow it."
                 )
             if not 1 <= len(spatial) <= 3:
                 raise ValueError(
                     f"{name!r} is {layer.kind!r}, which needs one to three spatial axes; its input has the shape "
-                    f"{(*spatial, *width[-1:])}. Rows of a table take 'linear' alone, as in `mlp_space`."
+                    f"{(*spatial, *width[-1:])}. Use only 'linear' for rows of a table, as in `mlp_space`."
                 )
         if layer.kind == "flatten":
             flat = True
@@ -221,7 +221,9 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
 
     def features(params, weights, x, drop_path=None):
         if drop_path is not None:
-            raise ValueError("`drop_path` leaves out edges, and a network of sizes has none: regularize it otherwise.")
+            raise ValueError(
+                "`drop_path` drops edges, but a network of sizes has no edges. Use another regularization."
+            )
         if x.shape[1:] != in_shape:
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         rows = {} if weights is None else _rows(cells, weights, x.dtype, single_path)
@@ -249,7 +251,7 @@ def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[s
     rows = {}
     for name, cell in cells.items():
         if name not in weights:
-            raise ValueError(f"There are no weights of {name!r}, which is a choice; got those of {sorted(weights)}.")
+            raise ValueError(f"The weights must include {name!r}, which is a choice; got {sorted(weights)}.")
         w, shape = weights[name], (1, len(cell.edges[0].ops))
         if w.shape != shape:
             raise ValueError(f"The weights of {name!r} must have the shape {shape}; got {w.shape}.")

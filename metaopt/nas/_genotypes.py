@@ -62,8 +62,8 @@ def discretize(network: Space, weights: Mapping[str, np.ndarray], *, keep: int |
         check_finite(kind, w)
         if (w < 0).any():
             raise ValueError(
-                f"The weights of {kind!r} are negative in places: they look like α. Pass what the relaxation makes of "
-                "it, for instance `jax.nn.softmax(alpha)`."
+                f"The weights of {kind!r} must not be negative; they look like α. Pass the relaxation's weights, for "
+                "instance `jax.nn.softmax(alpha)`."
             )
         some = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
         if keep is None:
@@ -166,7 +166,7 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
         raise ValueError(f"There must be a score for each of the {len(genotypes)} genotypes; got shape {scores.shape}.")
     finite = np.isfinite(scores)
     if not finite.any() or (scores == np.inf).any():
-        raise ValueError(f"`scores` must have a finite one, and no +inf, since larger is better; got {scores}.")
+        raise ValueError(f"`scores` must have a finite score and no +inf, since larger is better; got {scores}.")
     # Without the failed architectures, the ops that made them fail would look too good.
     scores = np.where(finite, scores, scores[finite].min())
     rows = [one_hot(network, genotype) for genotype in genotypes]
@@ -226,12 +226,12 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
     own = network.keep if isinstance(network, Network) else None
     if own == "graph":
         raise ValueError(
-            "The network's cells are graphs with ops on vertices (NAS-Bench-101), which no `keep` says: "
-            "`discretize_graph` reads them."
+            "The network's cells are graphs with ops on vertices (NAS-Bench-101), for which `keep` has no meaning. "
+            "Use `discretize_graph`."
         )
     rule = own if keep == "space" else keep
     if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
-        raise ValueError(f"`keep` must be a number of edges, at least 1, None or 'space'; got {rule!r}.")
+        raise ValueError(f"`keep` must be a number of edges (at least 1), None or 'space'; got {rule!r}.")
     return None if rule is None else int(rule)
 
 
@@ -239,8 +239,8 @@ def check_finite(kind: str, weights: np.ndarray) -> None:
     """Raises ValueError if mixing weights are NaN or infinite, because their argmax is meaningless."""
     if not np.isfinite(weights).all():
         raise ValueError(
-            f"The weights of {kind!r} are not finite in places, so that no op is the strongest: the search has "
-            "diverged. Take α of an earlier step, such as its last checkpoint's, or search at a smaller rate."
+            f"The weights of {kind!r} are not all finite, so no op is the strongest: the search has diverged. "
+            "Use α of an earlier step, for example of a checkpoint, or search with a smaller rate."
         )
 
 
@@ -375,15 +375,22 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
             if given != list(range(2, 2 + len(pairs) // 2)) or len(pairs) % 2:
                 raise ValueError("not all nodes, or an edge too many")
     except (SyntaxError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"This is no genotype in DARTS's form that gives out all of its nodes: {text!r}.") from error
+        raise ValueError(
+            f"This is not a genotype in DARTS's format whose output uses all of its nodes: {text!r}."
+        ) from error
     for kind, edges in genotype.items():
         for source, target, op in edges:
             if type(source) is not int or not 0 <= source < target:
-                raise ValueError(f"Node {target} of {kind!r} sees nodes 0 to {target - 1}; got {source!r} in {text!r}.")
+                raise ValueError(
+                    f"The edges to node {target} of {kind!r} must come from nodes 0 to {target - 1}; got {source!r} "
+                    f"in {text!r}."
+                )
             if op not in primitives:
-                raise ValueError(f"The ops are {', '.join(primitives)}; {kind!r} has {op!r}. Pass `primitives`?")
+                raise ValueError(
+                    f"The ops must be among {', '.join(primitives)}; {kind!r} has {op!r}. Pass your own `primitives`."
+                )
         if len({edge[:2] for edge in edges}) < len(edges):
-            raise ValueError(f"A node of {kind!r} sees another one twice: {text!r}.")
+            raise ValueError(f"A node of {kind!r} has two edges from the same node: {text!r}.")
     return genotype
 
 
@@ -427,7 +434,7 @@ def from_nas_bench_201(text: str) -> Genotype:
         for source, term in enumerate(node.strip("|").split("|")):
             op, _, at = term.partition("~")
             if at != str(source) or source >= target:
-                raise ValueError(f"This is no cell in NAS-Bench-201's form: {text!r}.")
+                raise ValueError(f"This is not a cell in NAS-Bench-201's format: {text!r}.")
             if op not in NAS_BENCH_201_PRIMITIVES:
                 raise ValueError(f"The ops of NAS-Bench-201 are {', '.join(NAS_BENCH_201_PRIMITIVES)}; got {op!r}.")
             edges.append((source, target, op))
@@ -527,7 +534,7 @@ def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, ou
     edges = list(edges)
     for source, target, _ in edges:
         if not 0 <= source < target or target < num_inputs:
-            raise ValueError(f"An edge goes to a later node that is no input; got {source} -> {target}.")
+            raise ValueError(f"An edge must go to a later node that is not an input; got {source} -> {target}.")
     kept = sorted((edge for edge in edges if edge[2] != NONE), key=_by_target)
     inputs = ["input"] if num_inputs == 1 else [f"input {i}" for i in range(num_inputs)]
     size = num_inputs + len(kept) + 1

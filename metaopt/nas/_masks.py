@@ -49,8 +49,9 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     mask = jnp.asarray(batch["mask"], losses.dtype)
     if mask.shape not in (losses.shape, losses.shape[:1]):
         raise ValueError(
-            f'"mask" must be [N], 1 for a real row and 0 for padding, or shaped as the labels, {losses.shape}; got '
-            f"shape {mask.shape}. A batch of tasks needs `hypergrad.over_tasks`; a mask of something else another name."
+            f'"mask" must be [N], 1 for a real row and 0 for padding, or have the shape of the labels, {losses.shape}; '
+            f"got shape {mask.shape}. Use `hypergrad.over_tasks` for a batch of tasks, and another name for a mask of "
+            "anything else."
         )
     mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (losses.ndim - mask.ndim)), losses.shape)
     losses = _nan_where(wrong & (mask > 0), losses)
@@ -62,29 +63,29 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
     y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
     if y is None:
         raise ValueError(
-            f'The labels "y" are missing, integers in 0..{num_outputs - 1} that the loss compares outputs with; got a '
-            f"dict of {[*batch]}."
+            f'The batch must have labels "y", integers in 0..{num_outputs - 1}, for the loss; got a dict with the keys '
+            f"{[*batch]}."
         )
     dtype, found = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
         raise ValueError(
-            f'The labels "y" must be integers in 0..{num_outputs - 1}, or truth values; got {dtype}. Number the '
-            "classes (`np.unique(y, return_inverse=True)[1]`); targets that are no classes need a `loss` of your own."
+            f'The labels "y" must be integers in 0..{num_outputs - 1}, or booleans; got {dtype}. Number the '
+            "classes (`np.unique(y, return_inverse=True)[1]`), or pass your own `loss` if the targets are not classes."
         )
     rows = getattr(x, "shape", None)  # other losses' x may be a tree
     if rows is not None and rows[:1] != found[:1]:
         each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (rows, found))
-        raise ValueError(f'"x" and "y" must have a row for each other; got {each}.')
+        raise ValueError(f'"x" and "y" must have the same number of rows; got {each}.')
     if shape is not None and found != shape:
         raise ValueError(
-            f'The labels "y" must have the shape {shape}, that of the outputs {(*shape, num_outputs)} without their '
-            f"last axis; got {found}. Of a column of labels [N, 1] take `y[:, 0]`, of one-hot rows [N, C] "
-            "`y.argmax(-1)`."
+            f'The labels "y" must have the shape {shape}, the outputs\' shape {(*shape, num_outputs)} without the '
+            f"last axis; got {found}. Use `y[:, 0]` for a column of labels [N, 1], and `y.argmax(-1)` for one-hot rows "
+            "[N, C]."
         )
     if classes is not None and np.shape(classes) != (num_outputs,):
         raise ValueError(
-            f'"class_mask" must be [C] = ({num_outputs},), 1 for a class of the task and 0 for another, as long as the '
-            f"network has outputs; got shape {np.shape(classes)}."
+            f'"class_mask" must be [C] = ({num_outputs},), one entry for each output of the network, 1 for '
+            f"a class of the task and 0 for another; got shape {np.shape(classes)}."
         )
 
 
@@ -113,7 +114,7 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
         found = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             'A batch of rows must be a dict with the inputs as "x" [N, ...] and, for the default loss, labels as "y" '
-            f"[N], since losses and samplers read them by name; got {found}. Of arrays x and y that is "
+            f"[N], since losses and samplers read them by name; got {found}. For arrays x and y, use "
             '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
         )
     mask, rows = batch.get("mask"), np.shape(batch["x"])[:1]
@@ -121,8 +122,8 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
         return mask
     if np.shape(mask)[:1] != rows or math.prod(np.shape(mask)[1:]) <= 1:
         raise ValueError(
-            f'"mask" must be [N] = {rows}, 1 for a real row of "x" and 0 for padding; got shape {np.shape(mask)}. Of a '
-            "column [N, 1] that is `mask[:, 0]`."
+            f'"mask" must be [N] = {rows}, 1 for a real row of "x" and 0 for padding; got shape {np.shape(mask)}. Use '
+            "`mask[:, 0]` for a column [N, 1]."
         )
     return None
 

@@ -170,8 +170,8 @@ def _traced(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> tuple[Any, 
     for equation in rewrite.equations(closed.jaxpr):
         if equation.primitive.name.startswith("custom_") and any(map(_normalizes, rewrite.equations_inside(equation))):
             raise ValueError(
-                "An op normalizes inside of a function with a derivative of its own (`jax.custom_vjp`), which neither "
-                "masks of rows nor statistics of training rows reach. Normalize outside of that function."
+                "An op normalizes inside a function with a custom derivative (`jax.custom_vjp`), where neither masks "
+                "of rows nor statistics of training rows can be used. Normalize outside that function."
             )
     return closed, jax.tree.structure(shape)
 

@@ -120,8 +120,8 @@ def mixing_weights(
     if not isinstance(alpha, Mapping) or set(alpha) != set(network.cells):
         got = f"the kinds {sorted(map(str, alpha))}" if isinstance(alpha, Mapping) else type(alpha).__name__
         raise ValueError(
-            f"α must have a leaf for each kind of cell of the network, {sorted(network.cells)}; got {got}. It is of "
-            "another search, or not α alone."
+            f"α must have a leaf for each kind of cell of the network, {sorted(network.cells)}; got {got}. Pass "
+            "only α, from a search of this network."
         )
     kinds = network.cells.items()
     return {k: relaxation(alpha[k], cell, jax.random.fold_in(key, i), step) for i, (k, cell) in enumerate(kinds)}

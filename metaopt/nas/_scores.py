@@ -229,7 +229,7 @@ def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch
     args = (params, weights, x) if mask is None else (params, weights, x, None, mask)
     closed = jax.make_jaxpr(supernet.apply)(*args)
     if not _holds_relu(closed.jaxpr, len(x)):
-        raise ValueError("`nwot` looks at the signs at ReLUs; this network has none.")
+        raise ValueError("`nwot` needs the signs of ReLU inputs, but this network has no ReLU.")
     _, kernel = _agreements(closed.jaxpr, closed.consts, jax.tree.leaves(args), len(x))
     if mask is not None:  # each padding row becomes a separate block with determinant 1
         real = jnp.asarray(mask) > 0

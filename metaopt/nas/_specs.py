@@ -154,36 +154,36 @@ def check_network(network: Network) -> None:
     is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
     if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):
         raise ValueError(
-            f'`keep` must be a number of edges, at least 1, None, or "graph", which NAS-Bench-101\'s space says; got '
+            f'`keep` must be a number of edges (at least 1), None, or "graph" (for NAS-Bench-101\'s space); got '
             f"{network.keep!r}."
         )
     for kind, cell in network.cells.items():
         if cell.num_inputs not in (1, 2):
             raise ValueError(f"A cell has 1 or 2 inputs; the cell {kind!r} has {cell.num_inputs}.")
         if cell.num_inputs == 2 and not cell.preprocess:
-            raise ValueError(f"The cell {kind!r} has two inputs, of different shapes: it needs `preprocess=True`.")
+            raise ValueError(f"The cell {kind!r} has two inputs of different shapes, so it needs `preprocess=True`.")
         for edge in cell.edges:
             _check_names(f"The candidates of the edge {edge.source} -> {edge.target} of the cell {kind!r}", edge.ops)
             if not 0 <= edge.source < edge.target or edge.target < cell.num_inputs:
                 raise ValueError(
-                    f"An edge goes from a node to a later one that is no input; the cell {kind!r} has {edge.source} -> "
-                    f"{edge.target}."
+                    f"An edge must go from a node to a later one that is not an input; the cell {kind!r} has "
+                    f"{edge.source} -> {edge.target}."
                 )
             if len(edge.ops) != len(cell.edges[0].ops) or not edge.ops:
                 raise ValueError(
                     f"Every edge of the cell {kind!r} must have the same number of candidates, at least 1."
                 )
         if not cell.output or min(cell.output) < cell.num_inputs:
-            raise ValueError(f"`output` names nodes that are no inputs; that of {kind!r} is {cell.output}.")
+            raise ValueError(f"`output` must list nodes that are not inputs; the cell {kind!r} has {cell.output}.")
         if kind not in {layer.name for layer in network.layers}:
-            raise ValueError(f"No layer is of the kind {kind!r}.")
+            raise ValueError(f"No layer uses the cell {kind!r}; each kind in `cells` needs a layer with this name.")
 
 
 def _check_names(what: str, ops: Any) -> None:
     """Raises ValueError unless `ops` is a sequence of names of ops; a single text is not one."""
     if isinstance(ops, str) or not np.iterable(ops) or not all(isinstance(op, str) for op in ops):
-        one = f"; of one op that is ({ops!r},)" if isinstance(ops, str) else ", and the ops themselves go to `supernet`"
-        raise ValueError(f"{what} must be names, such as ('none', 'mlp'); got {ops!r}{one}.")
+        one = f"; for one op, use ({ops!r},)" if isinstance(ops, str) else "; pass the ops themselves to `supernet`"
+        raise ValueError(f"{what} must be a sequence of names, such as ('none', 'mlp'); got {ops!r}{one}.")
 
 
 def to_json(network: Space) -> str:
@@ -254,7 +254,7 @@ def _read_network(data: Mapping[str, Any]) -> Network:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"names must be texts; got {reprlib.repr(value)}")
+        raise TypeError(f"names must be strings; got {reprlib.repr(value)}")
     return value
 
 
@@ -276,7 +276,7 @@ def check_elastic(network: ElasticNetwork) -> None:
         raise ValueError("An `ElasticNetwork` must have a layer.")
     for name, layer in network.layers.items():
         if layer.kind not in KINDS:
-            raise ValueError(f"The kind of a layer is one of {', '.join(KINDS)}; {name!r} has {layer.kind!r}.")
+            raise ValueError(f"The kind of a layer must be one of {', '.join(KINDS)}; {name!r} has {layer.kind!r}.")
         if layer.norm not in (None, "batch", "layer"):
             raise ValueError(f'`norm` must be None, "batch" or "layer"; {name!r} has {layer.norm!r}.')
         base.check_integer(f"{name}.stride", layer.stride, 1)
@@ -293,11 +293,11 @@ def check_elastic(network: ElasticNetwork) -> None:
             if list(candidates) != sorted(set(candidates)):
                 raise ValueError(f"The candidates of {name}.{size} must increase; got {candidates}.")
         if any(k % 2 == 0 for k in layer.kernel):
-            raise ValueError(f"{name}.kernel must be odd, so that windows have one center; got {layer.kernel}.")
+            raise ValueError(f"{name}.kernel must be odd, so that each window has a center; got {layer.kernel}.")
         if layer.kind not in ("conv", "linear") and (layer.depth != (1,) or layer.norm):
-            raise ValueError(f"{name} is {layer.kind!r}, which has no depth and no normalization.")
+            raise ValueError(f"{name} is a {layer.kind!r} layer, which must not have a depth or a normalization.")
         if layer.kind in ("linear", "flatten") and layer.stride > 1:
-            raise ValueError(f"{name} is {layer.kind!r}, which has no stride; got {layer.stride}.")
+            raise ValueError(f"{name} is a {layer.kind!r} layer, which must not have a stride; got {layer.stride}.")
 
 
 def check_single_path(kind: str, weights: Any) -> None:
@@ -314,9 +314,9 @@ def check_single_path(kind: str, weights: Any) -> None:
     # One-hot weights may have rounding errors, such as from a straight-through estimator.
     if (sizes[..., :-1] > 1e-5 * sizes[..., -1:]).any():
         raise ValueError(
-            f"`single_path` runs the op with the largest weight alone, and the weights of {kind!r} give weight to "
-            "several: pass one-hot weights (`nas.one_hot`), or the same parameters to a `nas.supernet` of this spec "
-            "without `single_path`, which runs the mixture."
+            f"`single_path` runs only the op with the largest weight, but the weights of {kind!r} give weight to "
+            "several ops. Pass one-hot weights (`nas.one_hot`), or run the mixture: pass the same parameters to a "
+            "`nas.supernet` of this spec without `single_path`."
         )
 
 
@@ -333,10 +333,10 @@ def read_json(text: str, *names: str) -> dict[str, Any]:
         raise ValueError(f"This is not JSON with finite numbers ({error}): {text[:200]!r}.") from None
     version = data.get("version") if isinstance(data, dict) else None
     if version != 1:
-        raise ValueError(f"The version of this form is 1; got {reprlib.repr(version)}.")
+        raise ValueError(f"The version of this format must be 1; got {reprlib.repr(version)}.")
     missing = [name for name in names if name not in data]
     if missing:
-        raise ValueError(f"This form has {', '.join(names)}; {', '.join(missing)} is missing in {text[:200]!r}.")
+        raise ValueError(f"This format needs {', '.join(names)}; {', '.join(missing)} is missing in {text[:200]!r}.")
     return data
 
 

@@ -153,7 +153,7 @@ def supernet(
     in_shape = tuple(in_shape)
     if isinstance(network, ElasticNetwork):
         if partial > 1:
-            raise ValueError(f"`partial` splits the channels that ops see, and sizes have no ops: 1, not {partial}.")
+            raise ValueError(f"`partial` must be 1 for a network of sizes, which has no ops; got {partial}.")
         made = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat_edges)
         inherit = lambda params, genotype: made[-1](params, _genotypes.discrete(network, genotype))
         init, apply, all_features, outputs_of = made[:-1]
@@ -288,18 +288,18 @@ def _check_op(ops: Mapping[str, _ops.Op], name: str) -> None:
         raise ValueError(f"`ops` must be a dict, name -> `nas.Op`, such as `nas.BLOCKS`; got {type(ops).__name__}.")
     if name not in ops:
         none = (
-            f"There is no op {name!r} among {', '.join(map(str, ops))}" if ops else f"`ops` is empty, without {name!r}"
+            f"`ops` has no {name!r}, only {', '.join(map(str, ops))}" if ops else f"`ops` is empty and has no {name!r}"
         )
         raise ValueError(
-            f"{none}, which the network has: pass the set of its space, such as `nas.BLOCKS` or `nas.DARTS_OPS`, and "
-            "one's own ops beside it, `{**nas.BLOCKS, 'mine': nas.Op(...)}`."
+            f"{none}, an op that the network uses. Pass the op set of its space, such as `nas.BLOCKS` or "
+            "`nas.DARTS_OPS`, together with your own ops: `{**nas.BLOCKS, 'mine': nas.Op(...)}`."
         )
     op = ops[name]
     if not (callable(getattr(op, "init", None)) and callable(getattr(op, "apply", None))):
-        one = "a function; one" if callable(op) else f"{op!r}. An op"
+        one = "a function" if callable(op) else repr(op)
         raise ValueError(
             f"`ops[{name!r}]` must be a `nas.Op`, the pair `init(key, in_shape, channels, stride) -> params` and "
-            f"`apply(params, x, channels, stride) -> y`; got {one} without parameters is "
+            f"`apply(params, x, channels, stride) -> y`; got {one}. An op without parameters is "
             "`nas.Op(lambda key, in_shape, channels, stride: (), lambda params, x, channels, stride: ...)`."
         )
 
@@ -320,7 +320,7 @@ def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.O
             if getattr(y, "shape", None) != wanted:
                 raise ValueError(
                     f"The op {name!r} must turn the shape {x.shape} into {wanted} with {channels} channels and stride "
-                    f"{stride}; it gave {getattr(y, 'shape', type(y).__name__)}."
+                    f"{stride}; it returned {getattr(y, 'shape', type(y).__name__)}."
                 )
             checked[at] = wanted[1:]
         return checked[at]
@@ -354,12 +354,15 @@ def _groups(
     name, channels, stride = layer
     spatial = in_shapes[-1][:-1]
     if channels % partial:
-        raise ValueError(f"`partial` must divide the channels; got {partial}, and {channels} channels in {name!r}.")
+        raise ValueError(
+            f"`partial` must divide the number of channels; got {partial}, but {name!r} has {channels} channels."
+        )
     width = channels if cell.preprocess else in_shapes[-1][-1]  # of the inputs, as edges see them
     if partial > 1 and width != channels:
         raise ValueError(
-            f"The cell {name!r} has {channels} channels, `preprocess=False`, and an input of {width}, so that what "
-            "`partial` passes by has no place: let a layer before it change the channels, or set `preprocess`."
+            f"The cell {name!r} has {channels} channels, but its input has {width} and `preprocess=False`, so the "
+            "channels that skip the ops because of `partial` do not fit. Change the channels in the layer before it, "
+            "or set `preprocess=True`."
         )
     for shape in in_shapes[:-1]:
         _preprocess_stride(shape, in_shapes[-1])  # raises
@@ -389,7 +392,7 @@ def _preprocess_stride(shape: tuple[int, ...], wanted: tuple[int, ...]) -> int:
     for stride in range(1, max((*shape[:-1], 1)) + 1):
         if tuple(-(-n // stride) for n in shape[:-1]) == wanted[:-1]:
             return stride
-    raise ValueError(f"An input of the shape {shape} cannot be made as small as {wanted} by one stride.")
+    raise ValueError(f"No stride reduces an input of shape {shape} to {wanted}.")
 
 
 # ---- Parameters -----------------------------------------------------------------------------------------------------

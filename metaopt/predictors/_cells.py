@@ -106,7 +106,7 @@ def cells(graphs: Sequence[nas.Graph], ops: Sequence[str], *, num_vertices: int 
         depth = np.where(edges, depth[:, :, None] + 1, 0).max(1)
         height = np.where(edges, height[:, None] + 1, 0).max(2)
     if np.einsum("avv->av", paths).any():
-        raise ValueError("A graph has a cycle; a cell has none.")
+        raise ValueError("A graph has a cycle; the graph of a cell must be acyclic.")
     return Cells(*map(jnp.asarray, (labels, edges, paths, depth, height, mask)))
 
 

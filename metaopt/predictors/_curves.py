@@ -113,7 +113,7 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
     if len(curves) < 3:
         raise ValueError(f"`curves` must be of at least three tasks; got {len(curves)}.")
     if np.isinf(curves).any():
-        raise ValueError("`curves` must be finite, or NaN where there is no outcome; clip what diverged.")
+        raise ValueError("`curves` must be finite, or NaN if there is no outcome; clip diverged outcomes.")
     known = np.isfinite(curves)
     if not known.any(0).all():
         raise ValueError("`curves` must have each candidate at each fidelity on some task.")

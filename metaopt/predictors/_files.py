@@ -54,15 +54,15 @@ def save(
     """
     if not predictor.config:
         raise ValueError(
-            "This predictor carries no `config` and could not be built again from a file: give `Predictor` the "
-            "options that it was made with, or save its weights yourself."
+            "This predictor has no `config`, so it could not be rebuilt from a file. Create the `Predictor` with the "
+            "`config` of its options, or save its weights yourself."
         )
     scaling = None if scaling is None else _feature_scaling(scaling)
     shapes = lambda tree: {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     given, own = shapes(jax.eval_shape(lambda: meta_params)), shapes(jax.eval_shape(predictor.init, jax.random.key(0)))
     if given != own:
         raise ValueError(
-            f"`meta_params` must be what `predictor.init` makes, with the shapes {own}; got {given}, which `load` "
+            f"`meta_params` must have the shapes that `predictor.init` returns, {own}; got {given}, which `load` "
             "could not read."
         )
     plain = None if scaling is None else scaling._asdict()

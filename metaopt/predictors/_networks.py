@@ -23,7 +23,7 @@ from metaopt import base, spaces
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
     """z₀ as a vector, and the function from a vector to `Unconstrained`."""
     if spaces.num_dims(space) == 0:
-        raise ValueError(f"`space` must have a leaf that is tuned; got {space}.")
+        raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
     hyperparams = spaces.default(space) if hyperparams is None else hyperparams
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
 
@@ -142,7 +142,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
     if lacks:
         raise ValueError(
             f"A dataset embedding reads a dict of x, y and class_mask, C ones for C classes; it lacks "
-            f"{', '.join(lacks)}. `tasks.to_task` makes one of a table."
+            f"{', '.join(lacks)}. Use `tasks.to_task` to convert a table."
         )
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
     x = x.reshape(len(x), -1)

@@ -109,7 +109,7 @@ def from_configuration(
         raise ValueError(
             f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has "
             f"{', '.join(f'`{name}`' for name in names)}. "
-            "`from_configuration(strict=False)` ignores what it does not have."
+            "Use `from_configuration(strict=False)` to ignore the others."
         )
     hyperparams = treedef.unflatten(values)
     if gaps and strict and (lacking := [name for name in _configuration(space, hyperparams) if name in gaps]):
@@ -253,9 +253,9 @@ def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> 
         if all(parent not in given or _is_gap(given[parent]) for parent, _ in found):  # a given parent is intended
             parent, of = found[0]
             raise ValueError(
-                f"The configuration's `{name}` is {value!r}, and would be left out: it is active only where "
-                f"`{parent}` is {' or '.join(map(repr, of))}, and `{parent}` is lacking, which is "
-                f"{whole[parent]!r} by default. Give `{parent}`, too, or leave `{name}` out."
+                f"The configuration's `{name}` is {value!r}, but would be ignored: it is active only if "
+                f"`{parent}` is {' or '.join(map(repr, of))}, but `{parent}` is missing and "
+                f"{whole[parent]!r} by default. Add `{parent}`, or remove `{name}`."
             )
 
 
@@ -299,7 +299,7 @@ def _conditions(space) -> dict[str, tuple[tuple[str, tuple], ...]]:
                 )
             allowed = other.labels if isinstance(other, Choice) else range(other.low, other.high + 1)
             if wrong := [value for value in values if value not in allowed]:
-                raise ValueError(f"The condition of `{name}` has {wrong[0]!r}, which is no value of `{parent}`.")
+                raise ValueError(f"The condition of `{name}` has {wrong[0]!r}, which is not a value of `{parent}`.")
     ordered: dict[str, tuple] = {}
     while len(ordered) < len(leaves):
         ready = [n for n, x in leaves.items() if n not in ordered and all(p in ordered for p, _ in x.condition)]

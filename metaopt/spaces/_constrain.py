@@ -40,5 +40,5 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     0.5
     """
     if num_dims(space) == 0:
-        raise ValueError(f"`space` must have a leaf that is tuned; got {space}.")
+        raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
     return base.reparametrized(problem, lambda hyperparams, step: to_constrained(space, hyperparams))

@@ -88,14 +88,14 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
     """
     if not isinstance(distributions, Mapping):
         raise ValueError(
-            f"`distributions` must be a dict of Optuna's distributions by name; got {type(distributions).__name__}. "
-            "Of a study, `{n: d for trial in study.trials for n, d in trial.distributions.items()}` is one."
+            f"`distributions` must be a dict from names to Optuna distributions; got {type(distributions).__name__}. "
+            "For a study, use `{n: d for trial in study.trials for n, d in trial.distributions.items()}`."
         )
     space: dict[str, Leaf] = {}
     for name, distribution in distributions.items():
         kind = type(distribution).__name__
         if not kind.endswith("Distribution"):
-            raise ValueError(f"`{name}` must be a distribution of Optuna; got {distribution!r}.")
+            raise ValueError(f"`{name}` must be an Optuna distribution; got {distribution!r}.")
         if kind == "CategoricalDistribution":
             space[name] = _choice(distribution.choices)
         elif distribution.single():
@@ -107,7 +107,7 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
         elif kind == "FloatDistribution" and distribution.step is None:
             space[name] = _leaves.interval(distribution.low, distribution.high, log=distribution.log)
         else:
-            raise ValueError(f"`{name}` has no counterpart in a space: {distribution}.")
+            raise ValueError(f"`{name}` cannot be represented in a space: {distribution}.")
     return space
 
 
@@ -169,16 +169,18 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
         what = f"a dict of {list(document)}" if isinstance(document, Mapping) else type(document).__name__
         raise ValueError(
             '`document` must be the dict that ConfigSpace writes as JSON, with "hyperparameters"; got '
-            f"{what}. Of a file, `json.loads(Path(file).read_text())` is one; a `ConfigurationSpace` writes the file "
-            "with `to_json`."
+            f"{what}. Write a `ConfigurationSpace` to a file with its `to_json`, and load it with "
+            "`json.loads(Path(file).read_text())`."
         )
     if document.get("forbiddens"):
-        raise ValueError("A space has no forbidden clauses; let the objective raise where they hold.")
+        raise ValueError(
+            "A space cannot have forbidden clauses; remove them, and let the objective raise for such configurations."
+        )
     space: dict[str, Leaf] = {}
     ordinals = {e["name"]: list(e["sequence"]) for e in document["hyperparameters"] if e["type"] == "ordinal"}
     for entry in document["hyperparameters"]:
         if entry.get("q") is not None:
-            raise ValueError(f"`{entry['name']}` is quantized, which has no counterpart: {entry}.")
+            raise ValueError(f"`{entry['name']}` is quantized, which a space cannot represent: {entry}.")
         name, kind = entry["name"], entry["type"]
         default = entry.get("default_value")
         if kind in ("constant", "unparametrized"):
@@ -193,12 +195,12 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
             low, high, log = entry["lower"], entry["upper"], entry.get("log", False)
             space[name] = _leaves.interval(low, high, log=log, default=_inside(low, high, log, default))
         else:
-            raise ValueError(f"`{name}` has no counterpart in a space: {entry}.")
+            raise ValueError(f"`{name}` cannot be represented in a space: {entry}.")
     for condition in document.get("conditions", []):
         for one in condition["conditions"] if condition["type"] == "AND" else [condition]:
             name, parent = one.get("child"), one.get("parent")
             if one["type"] not in _HOLDS or name not in space or parent not in space:
-                raise ValueError(f"A condition that has no counterpart in a space: {one}.")
+                raise ValueError(f"A space cannot represent this condition: {one}.")
             holds, other = _HOLDS[one["type"]], space[parent]
             if isinstance(other, _leaves.Integer):
                 allowed = _few(parent, range(other.low, other.high + 1))
@@ -211,7 +213,7 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
             else:
                 holding = [v for v in allowed if holds(v, wanted)]
             if allowed and not holding and one["type"] in ("LT", "GT"):
-                raise ValueError(f"A condition that never holds: {one}.")
+                raise ValueError(f"This condition never holds: {one}.")
             space[name] = _leaves.active_if(space[name], parent, holding or [wanted])
     _conditions(space)
     return space
@@ -239,7 +241,9 @@ def _entries(space) -> list[tuple[str, Leaf, tuple[int, ...]]]:
 def _bounds(name: str, leaf: Leaf, index) -> tuple[float, float, float]:
     """The smallest value, the largest value and the default of one entry."""
     if isinstance(leaf, _leaves.Simplex):
-        raise ValueError(f"`{name}` is of a simplex, which has no counterpart; use a `choice`, or weights that add up.")
+        raise ValueError(
+            f"`{name}` belongs to a simplex, which cannot be converted; use a `choice`, or weights that you normalize."
+        )
     assert isinstance(leaf, (_leaves.Real, _leaves.Positive, _leaves._Bounded))
     default = float(np.broadcast_to(leaf.default, leaf.shape)[index])
     if isinstance(leaf, _leaves.Integer):
@@ -274,5 +278,5 @@ def _choice(labels, default=None) -> Leaf:
 
 def _few(name, values):
     if len(values) > _MOST_VALUES:
-        raise ValueError(f"`{name}` has {len(values)} values, and at most {_MOST_VALUES} can be written out.")
+        raise ValueError(f"`{name}` has {len(values)} values; at most {_MOST_VALUES} can be converted.")
     return values

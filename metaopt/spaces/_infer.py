@@ -68,7 +68,7 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     ]
     space = {name: _leaf(name, [c[name] for c in tried if name in c]) for name in values}
     if not space:
-        raise ValueError("No configuration has a parameter: there is no space to infer. Give `space`.")
+        raise ValueError("No configuration has a parameter, so no space can be inferred. Pass `space`.")
     # A configuration that was tried on many tasks counts once.
     different = {tuple(sorted((n, type(v).__name__, repr(v)) for n, v in c.items())): c for c in tried}
     return {name: _where_active(name, leaf, space, list(different.values())) for name, leaf in space.items()}
@@ -78,8 +78,8 @@ def _plain(name: str, value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if value is not None and not isinstance(value, (str, bool, int, float)):
         raise ValueError(
-            f"`{name}` has the value {value!r}, which is no number, text, boolean or None: no space is inferred of it. "
-            "Give `space`, or leave it out."
+            f"`{name}` has the value {value!r}, which is not a number, string, boolean or None, so no space can be "
+            "inferred. Pass `space`, or remove the parameter."
         )
     return value
 
@@ -107,7 +107,7 @@ def _leaf(name: str, found: list[Any]) -> Leaf:
         return _leaves.fixed(labels[0])
     if len(labels) > _MOST_LABELS or len(set(labels)) < len(labels):
         what = f"{len(labels)} labels" if len(labels) > _MOST_LABELS else "labels that are equal (1, 1.0 and True)"
-        raise ValueError(f"`{name}` has {what}, {labels[:5]} among them: no choice is inferred of them. Give `space`.")
+        raise ValueError(f"`{name}` has {what}, such as {labels[:5]}, so no choice can be inferred. Pass `space`.")
     return _leaves.choice(labels)
 
 

@@ -497,8 +497,8 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
         fraction = np.log(inside / low) / math.log(high / low) if log else (inside - low) / (high - low)
     if not (np.min(fraction) >= _FLOAT32_EPS and np.max(fraction) <= 1 - _FLOAT32_EPS):
         raise ValueError(
-            f"`default` must lie inside ({low}, {high}), by {_FLOAT32_EPS:.1g} of the range: at a bound z is infinite; "
-            f"got {default}."
+            f"`default` must lie inside ({low}, {high}), by at least {_FLOAT32_EPS:.1g} of the range, since z is "
+            f"infinite at a bound; got {default}."
         )
     return Interval(low=low, high=high, log=bool(log), default=numbers_, shape=shape)
 

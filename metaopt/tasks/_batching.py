@@ -53,7 +53,7 @@ def shape_of(prepared: PreparedTable) -> TaskShape:
     if not isinstance(prepared, PreparedTable):
         raise ValueError(
             f"`prepared` must be a `PreparedTable`, whose rows are split and encoded; got {type(prepared).__name__}. "
-            "`tasks.prepare(table)` makes one of a `Table`."
+            "Use `tasks.prepare(table)` to convert a `Table`."
         )
     return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
 
@@ -93,8 +93,8 @@ def to_task(
 
     if 0 in (shape.train_rows, shape.valid_rows):
         raise ValueError(
-            f"task {prepared.name} needs rows to train on and to validate on, at least one each: a mean over padding "
-            f"alone is NaN; it has {shape}. Leave it out, or split it otherwise (`prepare(..., valid_fraction=...)`)."
+            f"task {prepared.name} needs at least one row to train on and one to validate on, since a mean over only "
+            f"padding is NaN; it has {shape}. Remove it, or split it differently (`prepare(..., valid_fraction=...)`)."
         )
 
     def pad(part: Rows, num_rows: int):
@@ -194,7 +194,7 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
     if not len(tasks):
         raise ValueError("`tasks` must hold at least one task; it is empty.")
     if names is not None and len(names) != len(tasks):
-        raise ValueError(f"`names` must be as many as the tasks; got {len(names)} for {len(tasks)}.")
+        raise ValueError(f"`names` must have one name for each task; got {len(names)} for {len(tasks)} tasks.")
     called = [f"task {i}" for i in range(len(tasks))] if names is None else [f"task {name}" for name in names]
     first, structure = jax.tree_util.tree_flatten_with_path(tasks[0])
     paths = ["task" + jax.tree_util.keystr(path) for path, _ in first]

@@ -87,7 +87,7 @@ def from_arrays(
                 f"got shape {np.shape(array)}."
             )
     if x.dtype.kind not in "biufcV":
-        raise ValueError(f"Source {name!r}: `x` must be numbers; got {x.dtype}. Number what is text, or embed it.")
+        raise ValueError(f"Source {name!r}: `x` must be numbers; got {x.dtype}. Convert text to numbers, or embed it.")
     if x.dtype.kind in "fcV" and not np.isfinite(x).all():
         at = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
         raise ValueError(
@@ -98,8 +98,8 @@ def from_arrays(
     for what, values in (("`group`", group), ("`superclass`", superclass)):
         if values is not None and (place := first_missing(values)) is not None:
             raise ValueError(
-                f"Source {name!r}: {what} must say of all; entry {place} is {values[place]}. Give each that is not "
-                "known a value of its own."
+                f"Source {name!r}: {what} must be known for all; entry {place} is {values[place]}. Give each unknown "
+                "entry its own value."
             )
     labels, y = np.unique(y, return_inverse=True)
     names = tuple(map(str, labels if class_names is None else class_names))
@@ -131,8 +131,8 @@ def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
     for row, label in enumerate(of):
         if no_class(label):
             raise ValueError(
-                f"Source {name!r}: `y` must be classes, integers or strings; got {label} for example {row}. Bin what "
-                "is measured, and leave out examples without a label."
+                f"Source {name!r}: `y` must be classes, as integers or strings; got {label} for example {row}. Bin "
+                "continuous values, and remove examples without a label."
             )
 
 
@@ -197,7 +197,7 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
     counts = np.bincount(source.y[chosen], minlength=source.num_classes)
     chosen &= (counts >= min_examples)[source.y]
     if not chosen.any():
-        raise ValueError(f"Nothing of source {source.name!r} is left: no class of these has {min_examples} examples.")
+        raise ValueError(f"Source {source.name!r} would be empty: none of these classes has {min_examples} examples.")
     left = np.unique(source.y[chosen])
     return from_arrays(
         source.x[chosen],
@@ -228,7 +228,9 @@ def with_rotations(source: Source) -> Source:
     if source.x.ndim < 3 or source.x.shape[1] != source.x.shape[2]:
         raise ValueError(f"`with_rotations` needs square images [N, S, S, ...]; got shape {source.x.shape}.")
     if source.ontology is not None:
-        raise ValueError("`with_rotations` cannot turn the classes of an ontology; `_replace(ontology=None)` first.")
+        raise ValueError(
+            "`with_rotations` cannot rotate the classes of an ontology; call `_replace(ontology=None)` first."
+        )
     num, superclass = source.num_classes, source.superclass
     return Source(
         source.name,

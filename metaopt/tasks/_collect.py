@@ -155,11 +155,13 @@ def collect(
     for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
         base.check_positive(name, value, optional=True)
     if not isolated and (time_limit is not None or memory_limit is not None):
-        raise ValueError("A limit needs `isolated=True`: what runs in this process cannot be ended.")
+        raise ValueError("A limit needs `isolated=True`, because a trial in this process cannot be stopped.")
     if isolated and os.name != "posix":
         raise ValueError(f"Isolated trials need a POSIX system; on {os.name!r}, use `isolated=False`.")
     if memory_limit is not None and not memory_is_known():
-        raise ValueError("`memory_limit` needs Linux, whose /proc says what a process holds; leave it out.")
+        raise ValueError(
+            "`memory_limit` needs Linux, whose /proc reports the memory of a process; omit it on other systems."
+        )
     named = _by_name(tasks)
     # Random search proposes the same trials, one at a time or all at once.
     all_at_once = batch_size is None and searcher is None
@@ -274,8 +276,8 @@ def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) 
         raise ValueError(
             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
             "proposes now: the store comes from another space, searcher, key or `batch_size`, or other configurations "
-            "were enqueued (to add some in the middle of a collection, `enqueue` takes `after`, the number of trials "
-            f"that it has). Give this collection another `study` than {study!r}."
+            "were enqueued. To enqueue in the middle of a collection, pass `after`, its number of trials so far, to "
+            f"`enqueue`; otherwise give this collection another `study` than {study!r}."
         )
 
 
@@ -308,7 +310,7 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         named = {task.name: task for task in tasks}
     if len(named) < len(tasks):
         names = [task.name for task in tasks]
-        raise ValueError(f"The names of `tasks` must differ; {max(names, key=names.count)!r} is there twice or more.")
+        raise ValueError(f"The names of `tasks` must differ; {max(names, key=names.count)!r} occurs more than once.")
     if unnamed := [name for name in named if not isinstance(name, str)]:
         raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
     return named
@@ -344,7 +346,7 @@ def _alone(store, study: str) -> Iterator[None]:
     path = "" if store is None else os.path.realpath(store)  # links to the same file share the lock
     if store is not None and not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(
-            f"The store {os.fspath(store)} cannot be made: there is no folder of it. Make that first."
+            f"The store {os.fspath(store)} cannot be created, because its folder does not exist. Create it first."
         )
     if store is None:
         yield
@@ -354,8 +356,8 @@ def _alone(store, study: str) -> Iterator[None]:
             stack.enter_context(_locks.exclusive(f"{path}-{zlib.crc32(study.encode()):08x}.lock"))
         except _locks.Locked:
             raise ValueError(
-                f"Another collection of the study {study!r} in {store} is under way, and runs the same trials. "
-                "`num_workers` runs more of them at a time; another search needs another `study`."
+                f"Another collection of the study {study!r} in {store} is running, and would run the same trials. "
+                "Use `num_workers` to run more trials at a time, or another `study` for another search."
             ) from None
         yield
 

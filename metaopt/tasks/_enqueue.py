@@ -90,7 +90,7 @@ def enqueue(
 
     def init(key, space):
         if space is None:
-            raise ValueError("`init` needs the space here, to complete what was enqueued; got None.")
+            raise ValueError("`init` needs `space` to complete the enqueued configurations; got None.")
         whole = tuple(spaces.complete(space, configuration) for configuration in configurations)
         if skip_if_exists:
             whole = tuple(c for i, c in enumerate(whole) if c not in whole[:i])

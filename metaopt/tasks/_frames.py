@@ -63,7 +63,9 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
     """
     frame = as_pandas("frame", frame)
     if missing := {"task", "configuration"} - set(frame.columns):
-        raise ValueError(f"The frame has no column {sorted(missing)}; `records_to_frame` makes such frames.")
+        raise ValueError(
+            f"The frame lacks the columns {sorted(missing)}; `records_to_frame` returns frames with all columns."
+        )
     columns = [name for name in Record._fields if name in frame.columns]
     rows = zip(*(_values(frame[name]) for name in columns), strict=True)
     records = []
@@ -73,8 +75,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
         for name, text in (("task", record.task), ("reason", reason)):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"The column {name!r} must hold texts; got {text!r} in row {number}, which may have been another "
-                    "text in a CSV file: the docstring of `records_from_frame` says how pandas reads one."
+                    f"The column {name!r} must contain strings; got {text!r} in row {number}. If it comes from a CSV "
+                    "file, pandas may have changed it: the docstring of `records_from_frame` shows how to read one."
                 )
         configuration = record.configuration
         if not isinstance(configuration, dict):

@@ -42,10 +42,12 @@ def ontology_nodes(
             parents.setdefault(child, set()).add(node)
     inner = sorted(name for name in number if ontology.get(name))
     if inner:
-        raise ValueError(f"The class {inner[0]!r} has children in the ontology; only what has none can be a class.")
+        raise ValueError(
+            f"The class {inner[0]!r} has children in the ontology; a class must be a node without children."
+        )
     lost = sorted(set(number) - set(parents))
     if lost:
-        raise ValueError(f"The class {lost[0]!r} is no child of any node of the ontology.")
+        raise ValueError(f"The class {lost[0]!r} is not in the ontology as a child of any node.")
     above: set[str] = set()
     frontier = set(number)
     while frontier:

@@ -59,7 +59,7 @@ def from_image_folder(
     known = image.registered_extensions()
     files = [f for f in sorted(folder.glob("/".join(["*"] * (levels + 1)))) if f.suffix.lower() in known]
     if not files:
-        raise ValueError(f"there is no image in {folder}: images lie in {'/'.join(['*'] * levels)}/ below it.")
+        raise ValueError(f"{folder} has no images; they must lie in {'/'.join(['*'] * levels)}/ below it.")
     labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]
     names = sorted(set(labels))
     pixels = []
@@ -173,7 +173,9 @@ def from_tfds(
     if superclass is not None:
         pairs = sorted({(int(row[label]), row[superclass]) for row in examples})
         if len(pairs) > len(np.unique(y)):
-            raise ValueError(f"In {name!r} a class has examples of several {superclass!r}: it is no superclass.")
+            raise ValueError(
+                f"In {name!r} a class has examples of several {superclass!r}, which is not a superclass then."
+            )
         belongs = [one for _, one in pairs]
     return from_arrays(
         x,

@@ -104,7 +104,7 @@ def read_records(
       ValueError: if a row is broken (the message has its number), or `status` is unknown.
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
-        raise ValueError(f"`status` must be of {', '.join(STATUSES)}; got {sorted(unknown)}.")
+        raise ValueError(f"`status` must be one or more of {', '.join(STATUSES)}; got {sorted(unknown)}.")
     query, values = f"SELECT id, study, {_COLUMNS} FROM records WHERE 1", []
     # The status of a trial is known only after all of its rows have been read.
     for column, wanted in (("study", study), ("task", task), ("status", status if history else None)):
@@ -157,7 +157,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
         lists no table of records.
     """
     if os.path.exists(to):
-        raise FileExistsError(f"{to} exists; records are recovered to a new file.")
+        raise FileExistsError(f"{to} already exists; pass the path of a new file for the recovered records.")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"There is no file of records at {file}.")
     rows = []
@@ -242,22 +242,22 @@ def _explained(error: Exception, path: Path, create: bool, recover: bool) -> Exc
     if name.startswith(_NOT_WRITABLE):
         if create:
             return OSError(
-                f"{path} cannot be written ({error}). SQLite writes to the file, and keeps others next to it: give a "
-                f"path in a folder that exists and can be written; the folder here is {path.absolute().parent}."
+                f"{path} cannot be written ({error}). SQLite writes this file and others next to it, so the folder "
+                f"must exist and be writable; it is {path.absolute().parent}."
             )
         return OSError(f"{path} cannot be read ({error}). Check the permissions of the file and its folder.")
     if name.startswith(_NOT_ITS_FAULT):
         return OSError(f"{path}: {error}.")
     if "no such table" in text or "no such column" in text or "has no column" in text:
         return ValueError(
-            f"{path} says that it is a file of records, and lacks what they are in ({error}): it is damaged where "
-            "the tables are listed, or another program has changed it. `tasks.recover_records` needs them, too; "
-            "what SQLite's own shell can still find, `sqlite3 FILE .recover` prints."
+            f"{path} is marked as a file of records, but lacks their table or a column of it ({error}). Its list of "
+            "tables is damaged, or another program has changed it. `tasks.recover_records` cannot read it either; try "
+            "SQLite's own shell, `sqlite3 FILE .recover`, which prints the data that it can still find."
         )
     if name.startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):  # the row or the query is wrong, not the file
-        return ValueError(f"{path} does not take this: {error}.")
-    hint = "" if recover else " `tasks.recover_records` copies what can still be read to a new file."
-    return ValueError(f"{path} is damaged, or is no file of records: {error}.{hint}")
+        return ValueError(f"{path} rejected the row or the query: {error}.")
+    hint = "" if recover else " `tasks.recover_records` copies all records that can still be read to a new file."
+    return ValueError(f"{path} is damaged or is not a file of records: {error}.{hint}")
 
 
 def _error_name(error: Exception) -> str:
@@ -272,10 +272,10 @@ def _decoded(text: bytes) -> str:
 def _check(connection, file, create):
     application, version = _header_of_made(connection, create)
     if application != _APPLICATION:
-        raise ValueError(f"{file} is an SQLite file, but none of records.")
+        raise ValueError(f"{file} is an SQLite file, but not a file of records.")
     # A query of a view may never end.
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'records' AND type = 'view'").fetchone():
-        raise ValueError(f"{file} is not a file of records: `records` is a view, and not a table.")
+        raise ValueError(f"{file} is not a file of records: `records` is a view instead of a table.")
     if version > VERSION:
         raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
 
@@ -306,16 +306,16 @@ def _header_of_made(connection, create: bool) -> list[int]:
 def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
     check_record(record._replace(fidelity=1.0) if any_fidelity else record)
     if not isinstance(record.reason, str):
-        raise ValueError(f'A record\'s reason must be a text, "" where there is none; got {record.reason!r}.')
+        raise ValueError(f'A record\'s reason must be a string, "" if there is no reason; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
         if not _is_unicode(text):  # such as names of files, which may be any bytes
-            raise ValueError(f"A record's {name} must be a text in Unicode; got {text!r}.")
+            raise ValueError(f"A record's {name} must be valid Unicode; got {text!r}.")
     try:
         configuration = json.dumps(record.configuration, allow_nan=False, default=as_python)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"A record's configuration must be plain numbers, strings, booleans and None, as from "
-            f"`spaces.configuration`; got {record.configuration!r} ({error})."
+            f"A record's configuration must contain only plain numbers, strings, booleans and None, as "
+            f"`spaces.configuration` returns them; got {record.configuration!r} ({error})."
         ) from None
     return (
         record.task,
@@ -346,9 +346,9 @@ def _from_row(row) -> Record:
     record = Record(*row)
     for name, text in (("task", record.task), ("configuration", record.configuration), ("reason", record.reason)):
         if not isinstance(text, str):
-            raise ValueError(f"Its {name} must be a text; got {text!r}.")
+            raise ValueError(f"Its {name} must be a string; got {text!r}.")
         if not _is_unicode(text):
-            raise ValueError(f"Its {name} must be a text in UTF-8; got {text!r}.")
+            raise ValueError(f"Its {name} must be valid UTF-8; got {text!r}.")
     try:
         configuration = json.loads(str(record.configuration))
     except ValueError as error:
@@ -381,7 +381,7 @@ def _integer(name: str, value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         whole = None
     if whole is None or whole != value or not -(2**63) <= whole < 2**63:
-        raise ValueError(f"A record's {name} must be an integer of 64 bits; got {value!r}.")
+        raise ValueError(f"A record's {name} must be a 64-bit integer; got {value!r}.")
     return whole
 
 

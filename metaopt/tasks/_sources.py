@@ -326,7 +326,9 @@ def from_csv_folder(
 def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table:
     header, rows, lines, separator = _read_fields(file)
     if target not in header:
-        raise ValueError(f"line 1: there is no column {target!r}; there are {', '.join(map(repr, header))}.")
+        raise ValueError(
+            f"line 1: the target column {target!r} is missing; the columns are {', '.join(map(repr, header))}."
+        )
     target_column = header.index(target)
     missing = {row[target_column] for row in rows} & MISSING
     kept = [i for i, row in enumerate(rows) if row[target_column] not in missing]
@@ -336,7 +338,7 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
     kept_lines = [lines[i] for i in kept]
     if len(kept) < min_rows:
         last = kept_lines[-1] if kept else 1
-        raise ValueError(f"line {last}: it ends after {len(kept)} usable rows; {min_rows} are needed.")
+        raise ValueError(f"line {last}: the file ends after {len(kept)} usable rows, but {min_rows} are needed.")
     decimal_comma = separator == ";"
     labels = _class_labels([rows[i][target_column] for i in kept], kept_lines, target, max_classes, decimal_comma)
     columns: list[Column] = []
@@ -358,7 +360,7 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
         else:
             columns.append(column)
     if not columns:
-        raise ValueError("line 1: no column is left but the target.")
+        raise ValueError("line 1: the target is the only usable column.")
     name = re.sub(r"\.csv(\.gz)?$", "", file.name, flags=re.IGNORECASE)
     return _table(name, family_name(name), columns, labels, file.name)
 

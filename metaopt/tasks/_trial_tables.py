@@ -330,7 +330,7 @@ def to_hpob(
     """
     ended = [r for r in records if r.status == "COMPLETE" and is_full_budget(r.fidelity) and math.isfinite(r.outcome)]
     if not ended:
-        raise ValueError('`records` must hold a trial that is "COMPLETE" at fidelity 1; there is none.')
+        raise ValueError('`records` must contain a trial that is "COMPLETE" at fidelity 1; it has none.')
     encoded = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
     names, rows = list(ended[0].configuration), {}
     for record in ended:
@@ -435,7 +435,7 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
     losses = [name for name in functions if _LOSS.search(name)]
     if losses and higher_is_better is None:
         raise ValueError(
-            f"The values are of {losses[0]!r}, which is better where it is smaller; `higher_is_better=False` takes "
+            f"The values are of {losses[0]!r}, for which smaller is better. Pass `higher_is_better=False` to use "
             "them as outcomes."
         )
     versions: dict[str, set[int]] = {}  # each upload is a different data set, even with the same name

@@ -82,7 +82,7 @@ def from_user_records(
     if len(names) != x.shape[1]:
         raise ValueError(f"`feature_names` must be {x.shape[1]} names; got {len(names)}.")
     if (row := first_missing(user)) is not None:
-        raise ValueError(f"`user` says whose record it is, of every record; row {row} has none.")
+        raise ValueError(f"`user` must be known for every record; row {row} has none.")
     for j, num_lost in merged_values(wide).items():
         _log.warning(
             "float32 merges %d values of the column %r of `x`; remove it if it is an id, otherwise subtract its "
@@ -95,8 +95,8 @@ def from_user_records(
     labels = np.unique(y)
     if classes and (labels[0] != 0 or labels[-1] != len(labels) - 1):
         raise ValueError(
-            f"Integer `y` are classes, and must be 0..C-1, each of them there; got {labels[:10].tolist()}. "
-            "Number them, `np.unique(y, return_inverse=True)[1]`, or give what is counted or measured as floats."
+            f"Integers in `y` are classes and must be 0..C-1, without gaps; got {labels[:10].tolist()}. "
+            "Number them, `np.unique(y, return_inverse=True)[1]`, or pass counts and measurements as floats."
         )
     with np.errstate(over="ignore"):
         y = y.astype(np.int32 if classes else np.float32)
@@ -212,7 +212,7 @@ def user_episodes(
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
     if order != "random" and table.time is None:
-        raise ValueError(f'The table has no time: take `order="random"`; got {order!r}.')
+        raise ValueError(f'The table has no time, so `order` must be "random"; got {order!r}.')
     if np.isnan(table.x).any():
         raise ValueError("The table has NaN: fill the gaps first, with `standardize_users`.")
     _check_finite(table)
@@ -222,8 +222,8 @@ def user_episodes(
     short = [u for u in chosen if counts[u] <= num_support]
     if short:
         raise ValueError(
-            f"User {table.user_names[short[0]]} has {counts[short[0]]} records: too few for {num_support} to adapt to "
-            "and one to predict. Take fewer, or leave such users out (`users`)."
+            f"User {table.user_names[short[0]]} has {counts[short[0]]} records, but needs {num_support} to adapt to "
+            "and one to predict. Reduce `num_support`, or exclude such users with `users`."
         )
     padded = int(counts[chosen].max()) - num_support
     padded = padded if num_query is None else min(num_query, padded)
@@ -240,8 +240,8 @@ def user_episodes(
             given = np.asarray(user)
             if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < len(chosen):
                 raise ValueError(
-                    f"`user` must be a place in the sampler's users, an integer in 0..{len(chosen) - 1}; got "
-                    f"{given.tolist()!r}. (The place in `table.user_names` is another.)"
+                    f"`user` must be an index into the sampler's users, an integer in 0..{len(chosen) - 1}; got "
+                    f"{given.tolist()!r}. It is not an index into `table.user_names`."
                 )
         user_key, row_key = jax.random.split(key)
         place = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
@@ -278,8 +278,8 @@ def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray)
     if not given or not all(map(is_place, given)):
         shown = f"[{', '.join(repr(user.tolist()) for user in given[:5])}{', ...' if len(given) > 5 else ''}]"
         raise ValueError(
-            f"`{name}` must be places in `table.user_names`, integers in 0..{table.num_users - 1}, at least one; got "
-            f"{shown if np.iterable(users) else repr(users)}. Of a mask these are `np.flatnonzero(mask)`, of names "
+            f"`{name}` must be indices into `table.user_names`, integers in 0..{table.num_users - 1}, at least one; "
+            f"got {shown if np.iterable(users) else repr(users)}. For a mask use `np.flatnonzero(mask)`, for names "
             "`[table.user_names.index(name) for name in names]`."
         )
     return np.array(given, int)

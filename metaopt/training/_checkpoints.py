@@ -215,12 +215,12 @@ def _claimed(directory: str) -> Iterator[None]:
                 owner = "another run of this process"
             raise ValueError(
                 f"`checkpoint_dir` {directory} is in use by {owner}: two runs would delete each other's checkpoints. "
-                "Wait until that run has ended, or give this one a folder of its own."
+                "Wait until that run has ended, or use another folder for this run."
             ) from None
         except OSError as error:
             raise ValueError(
-                f"`checkpoint_dir` {directory} cannot be written to ({error.strerror}). Give a folder in which this "
-                "process may make files."
+                f"`checkpoint_dir` {directory} cannot be written to ({error.strerror}). Choose a folder in which this "
+                "process may create files."
             ) from error
         yield
 

@@ -108,6 +108,8 @@ def fit(
       space: the space of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is
         converted to unconstrained coordinates, in which the outer optimizer works. `evaluate` and the result have λ in
         natural units. An initial λ that is already `spaces.Unconstrained`, such as a predictor's, is not converted.
+        It must be the space that the problem was constrained with: only the structures of the two are compared. A tree
+        of labels or masks for the outer optimizer must be wrapped in `spaces.Unconstrained`, too.
       evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. Every call has the same key, so that
         every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first one judges the initial λ.
@@ -328,8 +330,8 @@ def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program:
     """Returns the run of a checkpoint, after all comparisons."""
     if saved.step > num_steps:
         raise ValueError(
-            f"`num_steps` is {num_steps}, and {saved.directory} holds a run of {saved.step} steps; ask for at least as "
-            "many, or give this run another directory."
+            f"`num_steps` is {num_steps}, but {saved.directory} has a run of {saved.step} steps. Increase `num_steps` "
+            "to at least as many, or use another directory for this run."
         )
     # The tasks drawn last have the same shapes as the carried tasks.
     with report.during("drawing tasks"):
@@ -410,7 +412,7 @@ def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, 
         base.check_integer(name, value, 1)
     base.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations: give `evaluate` too, or leave `patience` out.")
+        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
 
 
 def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:

@@ -156,9 +156,8 @@ def learner(
             if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
                 raise
             raise ValueError(
-                f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. Of a sampler of "
-                "episodes, `tasks.episode_batches(sample, num_tasks)` makes batches for "
-                "`hypergrad.over_tasks(estimator)`."
+                f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. For a sampler of "
+                "episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
             ) from error
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
         if stagger > 1:
@@ -230,11 +229,11 @@ def check_tasks(tasks: base.PyTree) -> base.PyTree:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if isinstance(dtype, np.dtype) and dtype.kind in "OSUmM":
             raise ValueError(
-                f"`{name}` is of {dtype}, and JAX has numbers alone. Of labels that are texts, number the classes "
-                "(`np.unique(y, return_inverse=True)[1]`); of numbers as objects take `.astype(float)`."
+                f"`{name}` has dtype {dtype}, but JAX takes only numbers. Number the classes if labels are strings "
+                "(`np.unique(y, return_inverse=True)[1]`), and use `.astype(float)` for numbers stored as objects."
             )
         if jnp.shape(leaf)[:1] == (0,):
-            raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch of no tasks, or a task of no data.")
+            raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch without tasks, or a task without data.")
     base.check_task_labels("tasks", tasks)
     return _strong(tasks)
 
@@ -272,8 +271,8 @@ def _select(done: base.PyTree, new: base.PyTree, old: base.PyTree) -> base.PyTre
     def select(mask, new_leaf, old_leaf):
         if mask.shape != old_leaf.shape[: mask.ndim]:
             raise ValueError(
-                f"`done` has shape {mask.shape}, and a leaf of the tasks or of the estimator's state has shape "
-                f"{old_leaf.shape}: what a slot carries must have the leading axes of `done`."
+                f"`done` has shape {mask.shape}, but a leaf of the tasks or of the estimator's state has shape "
+                f"{old_leaf.shape}. Every leaf must start with the axes of `done`, one entry for each slot."
             )
         mask = mask.reshape(mask.shape + (1,) * (old_leaf.ndim - mask.ndim))
         return jnp.where(mask, new_leaf, old_leaf)

@@ -54,7 +54,7 @@ def identity(
         named = json.loads(json.dumps(dict(settings or {}), allow_nan=False))  # turns tuples into lists
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`settings` must map names to what JSON has: numbers, texts, lists of them ({error})."
+            f"`settings` must map names to JSON values, such as numbers, strings or lists of them ({error})."
         ) from error
     leaves = [np.asarray(x) for x in jax.tree.leaves(hyperparams)]
     total = 0

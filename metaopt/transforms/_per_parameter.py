@@ -224,8 +224,8 @@ def _refuse_coupled(optimizer, labels, updates, params, extra_args):
         if others:
             raise ValueError(
                 f"The hyperparameters must be one value for all parameters here: the update of the group {group!r} "
-                f"depends on that of {sorted(others)[0]!r} (a global norm, a step size from all gradients, one "
-                "array of all), which each group would be without. Chain what looks at all parameters outside: "
+                f"depends on that of {sorted(others)[0]!r} (for example through a global norm), so groups "
+                "cannot be updated separately. Chain transforms that need all parameters outside: "
                 "`optax.chain(optax.clip_by_global_norm(1.0), transforms.per_parameter(optax.adamw)(...))`."
             )
 

@@ -56,7 +56,9 @@ def knot_schedule(
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     if knots is not None and np.shape(knots) != np.shape(values):
-        raise ValueError(f"`knots` must be as many as `values`; got shapes {np.shape(knots)} and {np.shape(values)}.")
+        raise ValueError(
+            f"`knots` and `values` must have the same length; got shapes {np.shape(knots)} and {np.shape(values)}."
+        )
     # Half precision cannot represent step numbers.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -194,7 +194,7 @@ def self_tuning(
         raise ValueError(f"`gap` must be at least 0; got {gap}.")
     if discount and mode == "reverse":
         raise ValueError(
-            f'`discount` must be 0 with `mode="reverse"`, which looks at the last step alone; got {discount}. '
+            f'`discount` must be 0 with `mode="reverse"`, which uses only the last step; got {discount}. '
             'Use `mode="forward"`.'
         )
     if rule == "cosine" and mode == "reverse":
@@ -210,11 +210,13 @@ def self_tuning(
         if not jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, jnp.complexfloating):
             raise ValueError(f"`hyperparams` must be real numbers; got {leaf!r} at {where}.")
         if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
-            raise ValueError(f"`hyperparams` must be finite: nothing moves an infinite one; got {leaf} at {where}.")
+            raise ValueError(
+                f"`hyperparams` must be finite, since updates cannot change an infinite value; got {leaf} at {where}."
+            )
         if rule != "additive" and not np.all(np.asarray(leaf) > 0):
             raise ValueError(
                 f"`hyperparams` must be positive, since the {rule} rule moves their logarithms; got {leaf} at "
-                f'{where}. Use `rule="additive"`, or leave it in the factory.'
+                f'{where}. Use `rule="additive"`, or make it a constant of the factory.'
             )
     if not jax.tree.leaves(hyperparams):
         raise ValueError(f"`hyperparams` must hold at least one number to tune; got {hyperparams}.")
@@ -374,8 +376,8 @@ def self_tuning(
                 "their path in λ."
             )
             raise ValueError(
-                f"The leaves {', '.join(idle)} of λ do not move the updates: `factory` does not use them, or what it "
-                "makes keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
+                f"The leaves {', '.join(idle)} of λ do not change the updates. `factory` does not use them, or its "
+                "optimizer keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
                 "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
                 f"`inject_hyperparams` works.{some_out if out else ''}"
             )
@@ -389,7 +391,7 @@ def self_tuning(
         if valid_loss_fn is not None and valid_batch is None and valid_grad_fn is None:
             raise ValueError(
                 "`valid_loss_fn` needs its batch: call `update(updates, state, params, valid_batch=batch)`; got none. "
-                "(Flax's `TrainState.apply_gradients` has no way for it.)"
+                "(Flax's `TrainState.apply_gradients` cannot pass it.)"
             )
         if valid_batch is not None:
             if valid_loss_fn is None or valid_grad_fn is not None:
@@ -403,8 +405,8 @@ def self_tuning(
         masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         if masked and (valid_grad_fn is not None or grad_fn is not None):
             raise ValueError(
-                "A validation loss and `grad_fn` need all parameters, and within `optax.masked` or `multi_transform` "
-                "`self_tuning` sees some of the parameters alone. Put it outside: "
+                "A validation loss and `grad_fn` need all parameters, but within `optax.masked` or `multi_transform` "
+                "`self_tuning` sees only some of the parameters. Put it outside: "
                 "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
             )
         _check_like("the parameters", params, updates, real=False)

@@ -382,7 +382,7 @@ def test_the_outer_batch_is_drawn_from_the_task():
         ({"num_steps": 1, "remat": 0}, "or a number of levels, at least 1; got 0"),
         ({"num_steps": 2, "outer": "first"}, '`outer` must be "last", "mean" or 2 weights; got \'first\''),
         ({"num_steps": 2, "outer": [1.0]}, r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
-        ({"num_steps": 0, "outer": "mean"}, "With `num_steps=0` there is no step to weigh"),
+        ({"num_steps": 0, "outer": "mean"}, "`outer` cannot weight steps if `num_steps=0`"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -316,7 +316,7 @@ BAD_LOOPS = {
     ),
     "loss_string": (
         dict(loss=lambda params, hp, batch: "a"),
-        "The inner loss must return a floating-point scalar; got type str. Return the loss alone",
+        "The inner loss must return a floating-point scalar; got type str. Return only the loss",
     ),
     "optimizer_not_from_a_factory": (
         dict(optimizer=lambda hp: 0.1),
@@ -352,7 +352,7 @@ BAD_LOOPS = {
     ),
     "complex_parameters": (
         dict(init=lambda key, hp, data: {"w": jnp.zeros(2, complex)}),
-        r"the leaf \['w'\] is of dtype complex128. Train the real and the imaginary part as two leaves",
+        r"the leaf \['w'\] is of dtype complex128. Train the real and the imaginary parts as two leaves",
     ),
     "parameters_of_another_type": (
         dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
@@ -405,7 +405,9 @@ ASKS_FOR_A_VALUE = {
 
 @pytest.mark.parametrize("name", ASKS_FOR_A_VALUE)
 def test_an_optimizer_that_asks_for_the_value_of_a_traced_hyperparameter(name):
-    with pytest.raises(ValueError, match=r"`optimizer` asks a hyperparameter for its value.*`transforms.cosine_sched"):
+    with pytest.raises(
+        ValueError, match=r"`optimizer` needs the concrete value of a hyperparameter.*`transforms.cosine_sched"
+    ):
         run_jitted(make(optimizer=ASKS_FOR_A_VALUE[name]))
 
 
@@ -434,7 +436,7 @@ def test_run_arguments():
         inner.run(make(), 2.5)
     with pytest.raises(ValueError, match="`trace_fn` needs `num_steps`"):
         inner.run(make(), trace_fn=lambda state: state.step)
-    with pytest.raises(ValueError, match="`num_steps` must be given"):
+    with pytest.raises(ValueError, match="`num_steps` must be passed to `run`"):
         inner.run(make())(KEY, LAM, DATA)
 
 

@@ -387,9 +387,9 @@ def test_model_state_is_carried_and_seen():
         ({"order": "third"}, '`order` must be "first", "second" or a number'),
         ({"order": -2}, '`order` must be "first", "second" or a number'),
         ({"order": True}, '`order` must be "first", "second" or a number.*got True'),
-        ({"order": "first", "rule": lambda problem: None}, "they do not go with a `rule`"),
+        ({"order": "first", "rule": lambda problem: None}, "cannot be combined with a `rule`"),
         ({"rates_per_step": True}, "`rates_per_step` needs learned rates"),
-        ({"num_steps": 0, "leaves_per_step": "gain"}, "there is no step to have values of its own"),
+        ({"num_steps": 0, "leaves_per_step": "gain"}, "need at least one step; got `num_steps=0`"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -407,7 +407,7 @@ def test_a_support_set_is_kept_in_a_dict():
 
 def test_bad_patterns():
     with pytest.raises(
-        ValueError, match=r"`adapt` must find a leaf: '\(\^\|/\)head\(/\|\$\)' is in none of \['hidden/b'"
+        ValueError, match=r"`adapt` must match at least one leaf: '\(\^\|/\)head\(/\|\$\)' matches none of \['hidden/b'"
     ):
         a = methods.anil(loss)
         a.problem.loop.init(KEY, {"init": META}, DATA[0])
@@ -789,7 +789,7 @@ def test_lambda_without_rates_and_an_episode_in_the_place_of_a_task():
             jax.eval_shape(a.estimator.estimate, {"init": meta}, base.Task(*data), KEY)
     a = methods.maml(loss)
     for function, args in ((a.estimator.init, (KEY, {"init": meta})), (a.estimator.estimate, ({"init": meta},))):
-        with pytest.raises(ValueError, match="got an `Episode`: take its `.task`"):
+        with pytest.raises(ValueError, match="got an `Episode`: pass its `.task`"):
             function(*args, tasks.Episode(*data), *([KEY] if function is a.estimator.estimate else []))
 
 

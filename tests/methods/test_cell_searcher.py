@@ -82,7 +82,7 @@ def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fai
     second = jax.tree.map(lambda x: x[1], h.meta_params)
     raw = jax.jit(h.encoder.score)(second, cells, (np.array([0.3]) - np.mean(SHARES)) / np.std(SHARES))
     np.testing.assert_allclose(h.scores([0.3])[1], (raw - raw.mean()) / raw.std(), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"has \[1\] features; got shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"must have features of shape \[1\]; got shape \(2,\)"):
         h.predict([0.1, 0.2])
     with pytest.raises(ValueError, match="`new_task` must have features as an array"):
         h.predict({"share": 0.1})
@@ -161,7 +161,7 @@ def test_what_has_a_trial_is_not_proposed_again():
             state = searcher.tell(state, asked[-1:])
         assert sorted(trial.configuration["op"] for trial in asked) == list(range(6))
         said = "PRUNED" not in part.values() and "fidelity" not in part  # of scores; others are named below
-        with contextlib.nullcontext() if said else pytest.warns(UserWarning, match="they say nothing of scores"):
+        with contextlib.nullcontext() if said else pytest.warns(UserWarning, match="they do not change the scores"):
             assert h.suggest(trials=asked[:1]) != asked[0].configuration
     # A rung compares different cells.
     asha = methods.asha(h.searcher(), reduction_factor=3, num_rungs=2)
@@ -206,8 +206,8 @@ def test_records_and_trials_are_refused_by_their_place():
     for field, value, message in (
         ("status", "complete", "status must be one of .*; got 'complete'"),
         ("fidelity", 12.0, r"fidelity must lie in \(0, 1\]"),
-        ("outcome", None, "outcome must be a number, NaN where there is none; got None"),
-        ("task", 3, "task must be a name"),
+        ("outcome", None, "outcome must be a number, or NaN if it is unknown; got None"),
+        ("task", 3, "task must be a string"),
     ):
         with pytest.raises(ValueError, match=rf"`records\[{len(given)}\]`'s {message}"):
             trained([*given, given[0]._replace(**{field: value})])
@@ -234,7 +234,7 @@ def test_records_and_trials_are_refused_by_their_place():
         ({"given": given, "tests": listed}, r"`tests\[1\]`'s configuration"),
         ({"given": given, "candidates": [CELLS[0], cell]}, r"`candidates\[1\]`"),
     ):
-        with pytest.raises(ValueError, match=place + r" must have values such as .*'e0': \[1, 2\]"):
+        with pytest.raises(ValueError, match=place + r" must map strings to values such as .*'e0': \[1, 2\]"):
             trained(**options)
 
 
@@ -256,13 +256,13 @@ def test_data_frames_and_generators_are_records_too():
 def test_tasks_without_a_full_budget_and_trials_without_one_are_named():
     given = records((0.1, 0.2))
     half = [record._replace(task="half", fidelity=0.5) for record in given[:5]]
-    with pytest.warns(UserWarning, match="1 of 3 tasks are left out, 'half': they have outcomes, and none"):
+    with pytest.warns(UserWarning, match="1 of 3 tasks are ignored, 'half': they have no outcome"):
         h = trained([*given, *half], num_steps=0)
     np.testing.assert_array_equal(h.posterior()[0], trained(given, num_steps=0).posterior()[0])
     for ask in (h.posterior, h.predict, h.suggest):
         for status in ("COMPLETE", "PRUNED"):
             low = base.Record("", CELLS[50], 0.0, fidelity=0.5, status=status)
-            with pytest.warns(UserWarning, match="`trials` have outcomes, and none of a complete trial at fidelity 1"):
+            with pytest.warns(UserWarning, match="`trials` have no outcome of a complete trial at fidelity 1"):
                 ask(trials=[low])
             ask(trials=[low, low._replace(fidelity=1.0, status="COMPLETE")])
             ask(trials=[low._replace(outcome=float("nan"), status="RUNNING")])
@@ -272,11 +272,11 @@ def test_tasks_without_a_full_budget_and_trials_without_one_are_named():
 def test_tasks_of_one_outcome_say_nothing():
     given = records((0.1,), CELLS[::4])
     constant = [record._replace(task="constant", outcome=1.0) for record in given]
-    with pytest.raises(ValueError, match="one outcome for all, which says nothing of what is better"):
+    with pytest.raises(ValueError, match="the same outcome for all trials, so no configuration is known to be better"):
         trained(constant)
     told = trained([*given, *constant, base.Record("one", CELLS[0], 1.0)], num_steps=0)
     assert told.prior.spread.shape == trained(given, num_steps=0).prior.spread.shape
-    with pytest.raises(ValueError, match="`tests` must hold a task with trials of different outcomes"):
+    with pytest.raises(ValueError, match="`tests` must contain a task with trials of different outcomes"):
         trained(given, tests=constant)
 
 
@@ -311,7 +311,7 @@ def test_features_of_a_task_under_another_name_are_named():
     given = records((0.1, 0.2, 0.3), CELLS[::8])
     features = {"t0.1": [1.0], "T0.2": [2.0], "t0.3": [3.0]}
     for train in (trained, lambda given, **more: methods.train_meta_searcher(given, space=SPACE, **more)):
-        with pytest.warns(UserWarning, match="lacks 1 of 3 tasks, 't0.2', .* none of them, 'T0.2': are they"):
+        with pytest.warns(UserWarning, match="lacks 1 of 3 tasks, 't0.2', .* not in the records, 'T0.2'"):
             train(given, features=features, num_steps=0)
     names = ["t0.1", "t0.2", "t0.3"]
     np.testing.assert_array_equal(features_by_task(names, {"t0.1": [1.0]})[:, 0], [1.0, np.nan, np.nan])
@@ -319,7 +319,7 @@ def test_features_of_a_task_under_another_name_are_named():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="it has none"):
         trained([base.Record("t", CELLS[0], 1.0, fidelity=0.5)])
     with pytest.raises(ValueError, match="it is empty"):
         trained(records((0.5,)), candidates=[])
@@ -329,7 +329,9 @@ def test_refusals():
         trained(records((0.5,)), features={"t0.5": {"share": 1.0}})
     other_task = [record._replace(task="t.5") for record in records((0.5,))]
     for tests in (other_task, records((0.5,), CELLS[:9])):
-        with pytest.raises(ValueError, match="on the same task in both. The tasks there are .*, and of .* 't0.5'[.]$"):
+        with pytest.raises(
+            ValueError, match="on the same task in both. The tasks of `tests` are .*, those of .* 't0.5'[.]$"
+        ):
             trained(records((0.5,), CELLS[9:]), tests=tests, num_steps=0)
     with pytest.raises(ValueError, match="`num_members` must be at least 1"):
         methods.train_cell_searcher(records((0.5,)), graph, num_members=0)

@@ -226,13 +226,13 @@ def test_every_user_is_judged_once():
     options = {"score_fn": methods.mean_absolute_error, "higher_is_better": False}
     found = methods.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
     np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
-    with pytest.raises(ValueError, match="draws users with replacement.*`each=` the number of users"):
+    with pytest.raises(ValueError, match="draws users with replacement.*set `each` to the number of users"):
         methods.evaluate_episodes({"last": last}, sample, KEY, num_episodes=3, **options)
-    with pytest.raises(ValueError, match="the sampler of 'episodes' has 3, so that with each=7"):
+    with pytest.raises(ValueError, match="the sampler of 'episodes' has 3, so with each=7"):
         methods.evaluate_episodes({"last": last}, sample, KEY, each=7, **options)
     known = {"score_fn": methods.mean_absolute_error}
     assert not methods.evaluate_episodes({"last": last}, sample, KEY, each=3, **known).higher_is_better
-    with pytest.raises(ValueError, match="`higher_is_better=True` of an accuracy, False of an error"):
+    with pytest.raises(ValueError, match="True for a score such as accuracy, False for an error"):
         methods.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
@@ -279,7 +279,7 @@ def test_a_score_may_have_no_hash():
     run = lambda **told: methods.evaluate_episodes(
         {"p": pixels}, one_episode, KEY, num_episodes=1, score_fn=Unhashable(), **told
     )
-    with pytest.raises(ValueError, match="Nothing says whether high values"):
+    with pytest.raises(ValueError, match="`higher_is_better` must be given"):
         run()
     found = run(higher_is_better=False)
     assert found.higher_is_better is False and found.scores["p"]["episodes"] == [[1.0]]
@@ -340,7 +340,7 @@ def test_what_cannot_be_joined():
             assert sorted(joined.scores) == ["a", "b", "c"] and joined.score == "accuracy"
     for wrong, message in (
         (HAND, "The method 'a' is in both"),
-        (other._replace(higher_is_better=False), "of accuracies and the other of errors"),
+        (other._replace(higher_is_better=False), "one has accuracies and the other errors"),
         (other._replace(score="other"), "`score` is 'accuracy' and the other's 'other'"),
         (other._replace(num_ways={"u": HAND.num_ways["u"]}), r"same sources; got `num_ways` of \['u', 'v'\] and"),
         (other._replace(marks=HAND.num_ways), "same sources; got `marks` of"),
@@ -535,7 +535,7 @@ def test_scores_of_masked_rows():
     of = {"y": jnp.array([[1.0], [2.0], [50.0]]), "mask": jnp.array([1.0, 1.0, 0.0])}
     outputs = jnp.array([[2.0], [5.0], [jnp.nan]])
     assert float(methods.mean_squared_error(outputs, of)) == 5 and float(methods.mean_absolute_error(outputs, of)) == 2
-    with pytest.raises(ValueError, match=r"shaped as the labels, \(3, 1\).*got \(3,\)"):
+    with pytest.raises(ValueError, match=r"the shape of the labels, \(3, 1\).*got \(3,\)"):
         methods.mean_squared_error(outputs[:, 0], of)
 
 
@@ -553,7 +553,7 @@ def test_scores_of_masked_rows():
         (lambda: methods.evaluate_episodes(METHODS, sample, KEY, chunk_size=2.0), "`chunk_size` must be an integer"),
         (
             lambda: methods.evaluate_episodes({"x": lambda k, s, q: q["x"][None]}, tasks.sinusoids(), KEY),
-            "`accuracy` is of episodes with classes.*`score_fn=methods.mean_squared_error`",
+            "`accuracy` needs episodes with classes.*`score_fn=methods.mean_squared_error`",
         ),
         (
             lambda: methods.evaluate_episodes({"flat": lambda key, s, q: q["x"]}, sample, KEY, num_episodes=1),
@@ -569,11 +569,11 @@ def test_scores_of_masked_rows():
         ),
         (
             lambda: methods.evaluate_episodes(METHODS, lambda key: (jnp.ones(2), jnp.ones(2)), KEY),
-            "must give an episode, .*; got tuple",
+            "must return an episode, .*; got tuple",
         ),
         (
             lambda: methods.evaluate_episodes(METHODS, tasks.episode_batches(sample, 3), KEY),
-            r"must give one episode, .* support set they are \(3, 6\) and \(3, 6\). \(Batches are for training",
+            r"must return one episode, .* support set they are \(3, 6\) and \(3, 6\). Batches are only for training",
         ),
         (lambda: methods.paired_differences(HAND, "c"), "must be one of 'a', 'b'; got 'c'"),
         (lambda: methods.by_number(HAND, "rows", [1, 2]), '`of` must be "ways" or "shots"'),

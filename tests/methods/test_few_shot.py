@@ -163,7 +163,7 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.cavia(np.sum, num_context=0), "`num_context` must be at least 1; got 0"),
         (lambda: methods.cavia(np.sum, num_context=2, adapt="x"), "`cavia` has no option `adapt`"),
         (lambda: methods.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
-        (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "they do not go with a `rule`"),
+        (lambda: methods.imaml(np.sum, proximal=1.0, order="first"), "cannot be combined with a `rule`"),
         (lambda: methods.fomaml(np.sum, order="second"), "`fomaml` has no option `order`"),
         (lambda: methods.reptile(np.sum, rule=None), "`reptile` has no option `rule`"),
         (lambda: methods.anil(np.sum, adapt="x"), "`anil` has no option `adapt`"),
@@ -190,7 +190,10 @@ def test_imaml_is_the_implicit_derivative_in_closed_form():
         (lambda: methods.meta_sgd(np.sum, rate=optax.constant_schedule(0.1)), "a finite number where it is learned"),
         (lambda: methods.meta_sgd(np.sum, rate=None), "a finite number where it is learned; got None"),
         (lambda: methods.ridge_head(features, with_context=True), "has no option `with_context`"),
-        (lambda: methods.proto_maml(features, rates="leaf").hyperparams(META), "`hyperparams` needs one task's"),
+        (
+            lambda: methods.proto_maml(features, rates="leaf").hyperparams(META),
+            "`hyperparams` needs the data of one task",
+        ),
         (
             lambda: estimate(methods.proto_maml(features, proximal=0.1), base.Task(side(4, 0), side(4, 0))),
             r'the distance from λ\["init"\], in which the leaves \[\'head/b\', \'head/w\'\], made by `init`, are not',
@@ -265,9 +268,9 @@ def test_a_batch_of_tasks_needs_over_tasks():
     batch = jax.tree.map(lambda x: jnp.stack([x] * 8), to_jax(base.Task(side(6, 2), side(7, 1))))  # as many as rows
     a = methods.maml(lambda params, hyperparams, batch: methods.cross_entropy(batch["x"] @ params["w"], batch))
     hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
-    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). A batch of tasks needs `hypergrad.over_tasks`"):
+    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). Use `hypergrad.over_tasks` for a batch of tasks"):
         methods.cross_entropy(batch.train["x"] @ hyperparams["init"]["w"], batch.train)
-    with pytest.raises(ValueError, match=r"got shape \(8, 8\). A batch of tasks needs `hypergrad.over_tasks`"):
+    with pytest.raises(ValueError, match=r"got shape \(8, 8\). Use `hypergrad.over_tasks` for a batch of tasks"):
         jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)
     whole = hypergrad.over_tasks(a.estimator)
     state = whole.init(KEY, hyperparams, batch)
@@ -276,7 +279,7 @@ def test_a_batch_of_tasks_needs_over_tasks():
     loss = lambda params, hyperparams, batch: ((params["a"] * batch["x"] - batch["y"]) ** 2).mean()
     for a in (methods.maml(loss), methods.reptile(loss), methods.pretrained(loss), methods.imaml(loss, proximal=1.0)):
         learner = training.learner(a.estimator, optax.sgd(0.1))
-        with pytest.raises(ValueError, match=r"got shape \(4, 10\). A batch of tasks needs `hypergrad.over_tasks`"):
+        with pytest.raises(ValueError, match=r"got shape \(4, 10\). Use `hypergrad.over_tasks` for a batch of tasks"):
             sample = tasks.episode_batches(tasks.sinusoids(num_shots=10), 4)
             training.fit(learner, sample, hyperparams=a.hyperparams({"a": 1.0}), num_steps=1, key=KEY)
     # A mask of tokens is no batch, nor is one number.

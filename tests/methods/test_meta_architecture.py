@@ -191,7 +191,10 @@ def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
         (lambda: methods.load_meta_architecture(path, other), "is of another `h` than this search"),
         (lambda: methods.save_meta_architecture(path, META, learned["h"]), "λ of this search has the shapes"),
         # h's predictor alone is saved alone.
-        (lambda: predictors.save(path, predictors.mlp(SPACE, 2, num_hidden=2), learned), "`meta_params` must be what"),
+        (
+            lambda: predictors.save(path, predictors.mlp(SPACE, 2, num_hidden=2), learned),
+            "`meta_params` must have the shapes",
+        ),
         (lambda: predictors.load(path), "is of format 'metaopt.meta_architecture' version 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -243,7 +246,7 @@ def test_h_from_the_rows_of_images_themselves():
     np.testing.assert_allclose(estimate(flat)[1] @ along, slope, rtol=1e-6)
 
     without = {key: few.train[key] for key in ("x", "y")}
-    with pytest.raises(ValueError, match="it lacks class_mask. `tasks.to_task` makes one"):
+    with pytest.raises(ValueError, match="it lacks class_mask. Use `tasks.to_task`"):
         meta.alpha(unravel(flat), base.Task(without, without))
 
 
@@ -262,5 +265,7 @@ def test_an_h_of_another_alpha_is_refused(space, told):
     meta = methods.meta_architecture_search(search_of(), predictors.mlp(space, 2, num_hidden=2))
     learned = jax.eval_shape(meta.hyperparams, KEY)
     for ask in (meta.alpha, meta.genotype, lambda learned, task: meta.estimator.init(KEY, learned, task)):
-        with pytest.raises(ValueError, match=r"as the search has it.*\['cell'\].*\(1, 3\).*it gave .*" + told):
+        with pytest.raises(
+            ValueError, match=r"with the leaves and shapes of the search.*\['cell'\].*\(1, 3\).*it returned .*" + told
+        ):
             jax.eval_shape(lambda learned, ask=ask: ask(learned, TASKS[0]), learned)

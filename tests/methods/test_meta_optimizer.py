@@ -370,7 +370,7 @@ def test_a_portfolio_has_no_configuration_twice():
     records = [base.Record(f"t{t}", {"n": n}, float((n - t) ** 2)) for t in range(1, 4) for n in range(1, 6)]
     g = methods.train_meta_optimizer(records, space=space, num_steps=2)
     assert sorted(c["n"] for c in g.portfolio(5)) == [1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match=r"A new task has \[2\] features; got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"A new task must have features of shape \[2\]; got shape \(3,\)"):
         features = {f"t{t}": np.array([t, 1.0]) for t in range(1, 4)}
         methods.train_meta_optimizer(records, space=space, features=features, num_steps=2).predict(np.zeros(3))
 
@@ -519,12 +519,12 @@ def test_what_is_wrong_is_said():
     named = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
     with pytest.raises(ValueError, match="`features` must have features as an array .* `tasks.apply_scaling`"):
         methods.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="it has none"):
         methods.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
-    with pytest.raises(ValueError, match=r"there is none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
+    with pytest.raises(ValueError, match=r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
         half = [r._replace(status="PRUNED", fidelity=0.5) for r in records]
         methods.train_meta_optimizer(half, space=SPACE)
-    with pytest.raises(ValueError, match="as many `features`"):
+    with pytest.raises(ValueError, match="the same number of `features`"):
         methods.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
     g = methods.train_meta_optimizer(records, space=SPACE, num_steps=0)
     with pytest.raises(ValueError, match="`acquisition` must be one of"):
@@ -538,11 +538,11 @@ def test_what_is_wrong_is_said():
     [
         ({"status": "TIMEOUT"}, r"`records\[1\]`'s status must be one of WAITING, .*, FAIL; got 'TIMEOUT'"),
         ({"status": "Complete"}, "got 'Complete'"),
-        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* no number of epochs"),
-        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, NaN where there is none; got None"),
+        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of epochs"),
+        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, or NaN if it is unknown; got None"),
         ({"outcome": "0.5"}, "outcome must be a number, .*; got '0.5'"),
-        ({"configuration": [0.5, "a"]}, "configuration must be a dict of values by name; got"),
-        ({"task": 3}, "task must be a name"),
+        ({"configuration": [0.5, "a"]}, "configuration must be a dict from parameter names to values; got"),
+        ({"task": 3}, "task must be a string"),
     ],
 )
 @pytest.mark.parametrize("train", [methods.train_meta_optimizer, methods.train_meta_searcher])
@@ -566,12 +566,12 @@ def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
     for given, message in (
         (
             [record._asdict() for record in records],
-            r"`records\[0\]` must be a `Record`; got dict. `Record\(\*\*fields\)`",
+            r"`records\[0\]` must be a `Record`; got dict. Use `Record\(\*\*fields\)`",
         ),
         (records[0], "`records` must be a list of `Record`s, or a data frame of them; got Record"),
         (frame.assign(status="DONE"), r"`records\[0\]`'s status must be one of"),
         (frame.assign(configuration=1.5), 'The column "configuration" must hold dicts, or JSON of dicts; got 1.5'),
-        (pd.DataFrame({"x": [0.5]}), "The frame has no column"),
+        (pd.DataFrame({"x": [0.5]}), "The frame lacks the columns"),
     ):
         with pytest.raises(ValueError, match=message):
             methods.train_meta_searcher(given, **kwargs)
@@ -588,7 +588,7 @@ def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is
     np.testing.assert_array_equal(one.cost_surrogate.curves, other.cost_surrogate.curves)
     half = [r._replace(fidelity=0.5 if r.task == "t0" else 1.0) for r in records]
     half += [base.Record("failed", {}, status="FAIL"), base.Record("runs", {}, status="RUNNING", fidelity=0.5)]
-    with pytest.warns(UserWarning, match="1 of 5 tasks are left out, 't0': they have outcomes, and none"):
+    with pytest.warns(UserWarning, match="1 of 5 tasks are ignored, 't0': they have no outcome"):
         assert methods.train_meta_searcher(half, **kwargs).surrogate.curves.shape[0] == 2
 
 
@@ -598,7 +598,8 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
     xs = [record.configuration["x"] for record in records]
     expected = {"x": spaces.interval(min(xs), max(xs), log=max(xs) > 100 * min(xs)), "kind": SPACE["kind"]}
     with pytest.warns(
-        UserWarning, match=r"(?s)`space` is not given; this one has all .*'x': interval.*'kind': choice\(\['a', 'b'\]\)"
+        UserWarning,
+        match=r"(?s)`space` is not given, so it was inferred .*'x': interval.*'kind': choice\(\['a', 'b'\]\)",
     ):
         g = methods.train_meta_optimizer(records, num_steps=0)
     assert g.space == expected and set(g.predict()) == {"x", "kind"}
@@ -631,7 +632,7 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
         UserWarning, match="`x` is active only where `kind` is True rests on 4 different .* and 4 that do"
     ):
         methods.train_meta_searcher([*rests, *rests[:4]], num_steps=0)
-    with pytest.raises(ValueError, match="`space` is not given, and cannot be inferred .* `layers` has the value"):
+    with pytest.raises(ValueError, match="`space` is not given and cannot be inferred .* `layers` has the value"):
         methods.train_meta_searcher([base.Record("t", {"layers": [1, 2]}, 1.0)], num_steps=0)
 
 
@@ -651,7 +652,10 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     for call, message in (
         (lambda: g.suggest(array, y), "`configurations` must be a list of configurations, .*; got ndarray. `pandas"),
         (lambda: g.suggest(tried, y, pending=tried[0]), "`pending` must be a list of configurations; got one"),
-        (lambda: g.suggest([0.1, 0.4], y), r"`configurations\[0\]` must be a dict of values by name; got 0.1"),
+        (
+            lambda: g.suggest([0.1, 0.4], y),
+            r"`configurations\[0\]` must be a dict from parameter names to values; got 0.1",
+        ),
         (lambda: g.suggest(tried, np.zeros((2, 2))), r"`outcomes` must be a number for each .*; got shape \(2, 2\)"),
         (lambda: g.suggest(tried, ["good", 1]), "`outcomes` must be numbers, NaN where a trial failed; got"),
         (lambda: g.suggest(tried, y[:1]), "Each configuration has an outcome; got 2 and 1"),
@@ -681,7 +685,7 @@ def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
             found = ask(base.Task(None, None))
         assert found == ask()  # None says it, and needs no warning
         (warning,) = said
-        assert str(warning.message).startswith("The new task has no `features`: [2] of each were learned from")
+        assert str(warning.message).startswith("The new task has no `features`, but training used [2] of each task")
         assert warning.filename == __file__
 
 
@@ -689,7 +693,7 @@ def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
     records = make_records(np.random.default_rng(0), num_tasks=2)[0]
     g = methods.train_meta_searcher(records, space=SPACE, num_steps=0)
     for task in ([0.1, 0.2], base.Task(None, None, np.array([0.1]))):
-        with pytest.warns(UserWarning, match="The new task's features are not looked at: none were learned from"):
+        with pytest.warns(UserWarning, match="The new task's features are ignored, because training had no features"):
             assert g.predict(task) == g.predict()
 
 

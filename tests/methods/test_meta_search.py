@@ -754,7 +754,7 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
     assert with_them.portfolio(4) == methods.train_meta_optimizer(records, **kwargs).portfolio(4)
     for useless in ([one], same):
         with pytest.raises(
-            ValueError, match="a task with trials of different outcomes; each has one trial, or one out"
+            ValueError, match="a task with trials of different outcomes. Every task has only one trial, or the same out"
         ):
             methods.train_meta_optimizer(useless, **kwargs)
     # A failure beside a success is a difference.

@@ -180,5 +180,5 @@ def test_arguments_are_checked():
             methods.bohb(**kwargs)
     with pytest.raises(ValueError, match="`num_random` must be at least 0; got -1"):
         methods.tpe(num_random=-1)
-    with pytest.raises(ValueError, match="which has no counterpart"):
+    with pytest.raises(ValueError, match="belongs to a simplex, which cannot be converted"):
         methods.tpe().init(KEY, {"mix": spaces.simplex(2)})

@@ -275,15 +275,15 @@ def test_recipes_that_cannot_be():
             recipe(**options)
     with pytest.raises(ValueError, match="one op on every edge"):
         methods.retraining(SPACE, (6, 2), ops=nas.BLOCKS, num_steps=1)
-    with pytest.raises(ValueError, match="one of sizes has no edges .* Train it by `inner.loop`"):
+    with pytest.raises(ValueError, match="a network of sizes has no edges .* Train it with `inner.loop`"):
         methods.retraining(nas.conv_net_space(10), (28, 28, 1), ops={}, num_steps=1)  # pyright: ignore[reportArgumentType]
     one = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
     options = {"ops": nas.BLOCKS, "num_steps": 1, "auxiliary": 0.0}
-    with pytest.raises(ValueError, match="'cell' has only one, and `drop_path` is 0.2. Pass `drop_path=0`"):
+    with pytest.raises(ValueError, match="'cell' has only one, but `drop_path` is 0.2. Pass `drop_path=0`"):
         methods.retraining(one, (3,), **options)
     methods.retraining(one, (3,), **options, drop_path=0.0)
     flat = NET._replace(layers=NET.layers[:2])
-    with pytest.raises(ValueError, match="pass `auxiliary=0`"):
+    with pytest.raises(ValueError, match="Pass `auxiliary=0`"):
         methods.retraining(flat, (6, 2), ops=nas.BLOCKS, num_steps=1)
 
 
@@ -335,7 +335,7 @@ def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
 def test_accuracies_in_percent_are_refused(change):
     for others in ([], SCORES[1:]):
         with pytest.raises(
-            ValueError, match=r"in \[0, 1\], as `TrainedNetwork.accuracy`; .* of 'found'. Divide those in % by 100"
+            ValueError, match=r"in \[0, 1\], as `TrainedNetwork.accuracy`; .* of 'found'. Divide percentages by 100"
         ):
             methods.search_report([SCORES[0]._replace(**change), *others])
     methods.search_report([SCORES[0]._replace(inherited=1 + 1e-7, mixed=float("nan"), retrained=(0.0,))])

@@ -154,7 +154,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
     head = "params['head']['w']"
     own = {**nas.BLOCKS, "norm_relu": nas.BLOCKS["skip_connect"]}
     for change, ops, message in [
-        (lambda: {}, {}, "`ops` is empty, without 'linear'"),
+        (lambda: {}, {}, "`ops` is empty and has no 'linear'"),
         (lambda: {}, own, r"network with these `ops`.*statistics\[1\]"),
         (lambda: {head: np.ones((3, 2))}, nas.BLOCKS, re.escape(f"{head} (3, 2) instead of (4, 2)")),
         (lambda: {head: np.ones((4, 2), int)}, nas.BLOCKS, "is not floating-point"),
@@ -197,7 +197,7 @@ def test_arguments_that_are_rejected():
         (lambda: methods.trained_network(SUPERNET, PARAMS, cast(Any, X)), 'must be a dict with the inputs as "x"'),
         (lambda: methods.trained_network(SUPERNET, PARAMS, {"x": X[:1]}), "at least two real rows .* got 1"),
         (lambda: methods.trained_network(SUPERNET, PARAMS, {"x": X}, num_rows=1), "`num_rows` must be at least 2"),
-        (lambda: methods.trained_network(path, path.init(KEY), {"x": X}, weights=equal), "pass one-hot weights"),
+        (lambda: methods.trained_network(path, path.init(KEY), {"x": X}, weights=equal), "Pass one-hot weights"),
         (lambda: methods.trained_network(in_loop, PARAMS, {"x": X}), "inside of 'while'"),
         (lambda: trained.predict(X[0]), r"`x` must have the shape \(N, 3\)"),
         (lambda: trained.predict(X * np.nan), "The outputs of 40 of 40 rows are NaN"),
@@ -241,7 +241,7 @@ def test_accuracy_rejects_labels_that_do_not_fit():
         ({"y": np.array(["a", "b"])[y]}, r"must be integers.*got <U1"),
         ({"y": y + 5.0}, "must be integers.*got float64"),
         ({"y": y + 1}, r"must be in 0\.\.1.*got labels from 1 to 2, 4 of 8 outside"),
-        ({"y": y[:6]}, r'"x" and "y" must have a row for each other; got 8 and 6'),
+        ({"y": y[:6]}, r'"x" and "y" must have the same number of rows; got 8 and 6'),
         ({"class_mask": np.array([1, 0, 1])}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
         ({"mask": np.ones((8, 1))}, r'"mask" must be \[N\] = \(8,\)'),
         ({"mask": np.zeros(8)}, r"with at least one real row; got shape \(8,\) and 0 real rows"),

@@ -287,7 +287,7 @@ CONV = nas.ElasticLayer("conv", (2, 4), (3,))
 @pytest.mark.parametrize(
     ("layers", "shape", "message"),
     [
-        ({"a": CONV._replace(kind="dense")}, (4, 1), "The kind of a layer is one of .*; 'a' has 'dense'"),
+        ({"a": CONV._replace(kind="dense")}, (4, 1), "The kind of a layer must be one of .*; 'a' has 'dense'"),
         ({"a": CONV._replace(width=(4, 2))}, (4, 1), "candidates of a.width must increase"),
         ({"a": CONV._replace(width=())}, (4, 1), "a.width must be a tuple of integers, since the layer is 'conv'"),
         ({"a": CONV._replace(width=[2, 4])}, (4, 1), "a.width must be a tuple of integers"),
@@ -296,7 +296,7 @@ CONV = nas.ElasticLayer("conv", (2, 4), (3,))
         ({"a": CONV._replace(norm="group")}, (4, 1), '`norm` must be None, "batch" or "layer"'),
         ({"a": nas.ElasticLayer("max_pool", kernel=(3,))}, (4, 1), "a.kernel must be empty"),
         ({"a": CONV}, (4,), r"'a' is 'conv', which needs one to three spatial axes; .* \(4,\)"),
-        ({"f": nas.ElasticLayer("flatten"), "a": CONV}, (4, 1), "stands behind a 'flatten'"),
+        ({"f": nas.ElasticLayer("flatten"), "a": CONV}, (4, 1), "layer after a 'flatten'"),
         ({"head": CONV}, (4, 1), "A layer is called 'head'"),
         ({}, (4, 1), "must have a layer"),
     ],
@@ -311,13 +311,13 @@ def test_bad_weights_and_inputs():
     params, x = jax.eval_shape(supernet.init, KEY), jnp.zeros((2, 3))
     apply = lambda weights, x: jax.eval_shape(supernet.apply, params, weights, x)
     assert apply(None, x).shape == (2, 2)  # the largest
-    with pytest.raises(ValueError, match="no weights of 'linear.depth'"):
+    with pytest.raises(ValueError, match="weights must include 'linear.depth'"):
         apply({"linear.width": jnp.ones((1, 2))}, x)
     with pytest.raises(ValueError, match=r"of 'linear.width' must have the shape \(1, 2\); got \(2,\)"):
         apply({"linear.width": jnp.ones(2), "linear.depth": jnp.ones((1, 2))}, x)
     with pytest.raises(ValueError, match=r"must have the shape \(N, 3\)"):
         apply(None, jnp.zeros((2, 4)))
-    with pytest.raises(ValueError, match="sizes have no ops: 1, not 4"):
+    with pytest.raises(ValueError, match="`partial` must be 1 for a network of sizes.*got 4"):
         methods.pc_darts(SIZES, (3,), ops={})
     inherit = nas.supernet(nas.mlp_space(2, widths=(4, 6), depths=(1,)), (3,), ops={}).inherit
     with pytest.raises(ValueError, match="no op '5' on the edge 0 -> 1 of 'linear.width'"):

@@ -166,7 +166,7 @@ def test_where_nothing_arrives(found):
 
 def test_nwot_needs_relus():
     plain = nas.supernet(NET._replace(cells={}, layers=NET.layers[:1]), (9,), ops=OPS)
-    with pytest.raises(ValueError, match="this network has none"):
+    with pytest.raises(ValueError, match="this network has no ReLU"):
         nas.nwot(plain, jax.eval_shape(plain.init, KEY), None, BATCH)
 
 

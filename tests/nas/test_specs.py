@@ -70,12 +70,12 @@ def network_of(num_outputs):
 def test_json(net):
     again = nas.from_json(nas.to_json(net))
     assert again == net
-    with pytest.raises(ValueError, match="version of this form is 1; got 2"):
+    with pytest.raises(ValueError, match="version of this format must be 1; got 2"):
         nas.from_json(nas.to_json(net).replace('"version": 1', '"version": 2'))
     text = nas.to_json(net)
     for bad, message in [
         (text[:-1], "This is not JSON"),
-        ("3", "version of this form is 1; got None"),
+        ("3", "version of this format must be 1; got None"),
         (text.replace('"layers"', '"other"'), "it lacks 'layers'"),
         (text.replace('"num_inputs"', '"other"'), "This is not a network"),
         (text.replace('"edges": [[0, ', '"edges": [['), "This is not a network"),
@@ -92,13 +92,13 @@ def test_json(net):
         (lambda c: c._replace(edges=(nas.Edge(0, 0, ("none",)),)), "from a node to a later one"),
         (lambda c: c._replace(edges=(nas.Edge(0, 1, ("none",)), nas.Edge(0, 2, ("none", "mlp")))), "same number"),
         (lambda c: c._replace(edges=(nas.Edge(0, 1, ()),)), "at least 1"),
-        (lambda c: c._replace(edges=(nas.Edge(0, 1, "mlp"),)), r"edge 0 -> 1 .* got 'mlp'; of one op .* \('mlp',\)"),
+        (lambda c: c._replace(edges=(nas.Edge(0, 1, "mlp"),)), r"edge 0 -> 1 .* got 'mlp'; for one op, use \('mlp',\)"),
         (
             lambda c: c._replace(edges=(nas.Edge(0, 1, (3,)),)),
-            r"edge 0 -> 1 of the cell 'cell' must be names.* got \(3,\)",
+            r"edge 0 -> 1 of the cell 'cell' must be a sequence of names.* got \(3,\)",
         ),
-        (lambda c: c._replace(output=()), "`output` names nodes"),
-        (lambda c: c._replace(output=(0,)), "`output` names nodes"),
+        (lambda c: c._replace(output=()), "`output` must list nodes"),
+        (lambda c: c._replace(output=(0,)), "`output` must list nodes"),
         (lambda c: c._replace(num_inputs=3), "1 or 2 inputs"),
         (lambda c: c._replace(num_inputs=2, preprocess=False), "needs `preprocess=True`"),
     ],
@@ -108,7 +108,7 @@ def test_cells_that_do_not_hold_together(change, message):
     net = nas.Network({"cell": change(cell)}, (nas.Layer("cell", 4),), 2)
     with pytest.raises(ValueError, match=message):
         nas.check_network(net)
-    with pytest.raises(ValueError, match="No layer is of the kind 'cell'"):
+    with pytest.raises(ValueError, match="No layer uses the cell 'cell'"):
         nas.check_network(nas.Network({"cell": cell}, (), 2))
     for cells, layers, got in [
         (cell, (nas.Layer("cell", 4),), "got Cell, and"),
@@ -121,9 +121,13 @@ def test_cells_that_do_not_hold_together(change, message):
 @pytest.mark.parametrize(
     ("num_nodes", "ops", "message"),
     [
-        (2, "mlp", r"`ops` must be names, such as \('none', 'mlp'\); got 'mlp'; of one op that is \('mlp',\)"),
-        (2, (nas.BLOCKS["mlp"],), "`ops` must be names.*, and the ops themselves go to `supernet`"),
-        (2, 3, "`ops` must be names.*; got 3"),
+        (
+            2,
+            "mlp",
+            r"`ops` must be a sequence of names, such as \('none', 'mlp'\); got 'mlp'; for one op, use \('mlp',\)",
+        ),
+        (2, (nas.BLOCKS["mlp"],), "`ops` must be a sequence of names.*; pass the ops themselves to `supernet`"),
+        (2, 3, "`ops` must be a sequence of names.*; got 3"),
         (0, ("mlp",), "`num_nodes` must be at least 1; got 0"),
     ],
 )

@@ -171,7 +171,7 @@ def test_improvement_is_the_mean_over_errors():
         (CURVES, FIDELITIES[::-1], "ascend"),
         (CURVES, FIDELITIES * 2, "ascend"),
         (CURVES[:2], FIDELITIES, "at least three tasks"),
-        (np.where(CURVES == CURVES[0, 0, 0], np.inf, CURVES), FIDELITIES, "clip what diverged"),
+        (np.where(CURVES == CURVES[0, 0, 0], np.inf, CURVES), FIDELITIES, "clip diverged outcomes"),
         (np.where(np.arange(F) == 1, np.nan, CURVES), FIDELITIES, "each candidate at each fidelity"),
     ],
 )

@@ -158,6 +158,6 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
     for scaling in ({"mean": [0.1]}, dict(names=["n"], center=[object()], scale=[1.0], log=[False]), 3):
         with pytest.raises(ValueError, match="`scaling` must be a `tasks.FeatureScaling`, with"):
             predictors.save(path, predictor, weights(predictor), scaling=scaling)
-    with pytest.raises(ValueError, match="carries no `config`"):
+    with pytest.raises(ValueError, match="has no `config`"):
         predictors.save(path, predictor._replace(config={}), weights(predictor))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

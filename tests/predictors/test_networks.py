@@ -192,8 +192,11 @@ def test_float32_stays_float32(name):
     ("make", "message"),
     [
         (lambda: predictors.mlp(SPACE, -1), "must not be negative; got -1, 16"),
-        (lambda: predictors.mlp({"rate": spaces.fixed(0.1)}, 2), "`space` must have a leaf that is tuned; got {'rate'"),
-        (lambda: predictors.dataset_embedding({}), "`space` must have a leaf that is tuned; got {}"),
+        (
+            lambda: predictors.mlp({"rate": spaces.fixed(0.1)}, 2),
+            "`space` must have at least one leaf that is tuned; got {'rate'",
+        ),
+        (lambda: predictors.dataset_embedding({}), "`space` must have at least one leaf that is tuned; got {}"),
         (lambda: predictors.dataset_embedding(SPACE, width=0), "`width` and `max_rows` must be at least 1"),
         (
             lambda: predictors.ensemble(predictors.mlp(SPACE, 2), 0),

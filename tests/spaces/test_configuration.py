@@ -134,7 +134,7 @@ def test_what_one_given_parent_leaves_out_needs_no_other_parent():
     for given in ({"a": "n"}, {"b": "n"}, {"a": "n", "b": "y"}):
         assert "x" not in spaces.complete(space, given | {"x": 0.5})
     for given in ({}, {"a": "y"}, {"b": "y"}):
-        with pytest.raises(ValueError, match=r"`x` is 0.5, and would be left out: .* is lacking"):
+        with pytest.raises(ValueError, match=r"`x` is 0.5, but would be ignored: .* is missing"):
             spaces.complete(space, given | {"x": 0.5})
 
 
@@ -193,7 +193,7 @@ def test_a_completed_configuration_keeps_its_own_numbers():
     [
         ("b", [1], "condition of `a` names `b`, which must be a `choice` or an `integer`.*got None"),
         ("real", [1], r"names `real`, .* got Real\("),
-        ("model", ["tree"], "condition of `a` has 'tree', which is no value of `model`"),
+        ("model", ["tree"], "condition of `a` has 'tree', which is not a value of `model`"),
         ("a", [1], r"conditions of \['a'\] depend on one another"),
     ],
 )
@@ -326,7 +326,7 @@ def test_a_space_is_inferred_from_what_was_tried():
     assert spaces.infer(told)["m"] == spaces.integer(1, 3)  # 2 does not tell
     assert spaces.infer([{"n": n} for n in (None, 2, 0.5)])["n"] == spaces.choice([None, 0.5, 2])
     for wrong, message in (
-        ([{"layers": [1]}], r"`layers` has the value \[1\], which is no number"),
+        ([{"layers": [1]}], r"`layers` has the value \[1\], which is not a number"),
         ([{"a": True}, {"a": 1}, {"a": "x"}], r"`a` has labels that are equal \(1, 1.0 and True\)"),
         ([{"a": str(i)} for i in range(101)], "`a` has 101 labels"),
         ([{}], "No configuration has a parameter"),

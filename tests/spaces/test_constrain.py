@@ -116,7 +116,7 @@ def test_perturbations_stay_in_the_range():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="`space` must have a leaf that is tuned"):
+    with pytest.raises(ValueError, match="`space` must have at least one leaf that is tuned"):
         spaces.constrain(PROBLEM, {"rate": spaces.fixed(0.1)})
     with pytest.raises(ValueError, match="Every leaf of a space"):
         spaces.constrain(PROBLEM, {"rate": 0.1})

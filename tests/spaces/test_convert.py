@@ -99,11 +99,11 @@ def change(**fields):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (DOCUMENT | {"forbiddens": [{"type": "EQUALS"}]}, "no forbidden clauses"),
-        (change(type="beta_int", lower=None), "`a` has no counterpart in a space"),
+        (DOCUMENT | {"forbiddens": [{"type": "EQUALS"}]}, "cannot have forbidden clauses"),
+        (change(type="beta_int", lower=None), "`a` cannot be represented in a space"),
         (
             change() | {"conditions": [{"type": "OR", "child": "a", "conditions": []}]},
-            "condition that has no counterpart",
+            "cannot represent this condition",
         ),
         (
             DOCUMENT | {"conditions": [{"type": "EQ", "child": "a", "parent": "b", "value": 0.5}]},
@@ -111,7 +111,7 @@ def change(**fields):
         ),
         (
             DOCUMENT | {"conditions": [{"type": "EQ", "child": "a", "parent": "kind", "value": "w"}]},
-            "condition of `a` has 'w', which is no value of `kind`",
+            "condition of `a` has 'w', which is not a value of `kind`",
         ),
     ],
 )
@@ -141,10 +141,10 @@ def test_optuna_s_distributions():
     assert again["n"] == spaces.integer(1, 64, log=True)
     stepped = {"i": optuna.IntDistribution(2, 6, step=2), "one": optuna.FloatDistribution(0.5, 0.5)}
     assert spaces.from_optuna(stepped) == {"i": spaces.choice([2, 4, 6]), "one": spaces.fixed(0.5)}
-    with pytest.raises(ValueError, match="`f` has no counterpart in a space: FloatDistribution"):
+    with pytest.raises(ValueError, match="`f` cannot be represented in a space: FloatDistribution"):
         spaces.from_optuna({"f": optuna.FloatDistribution(0.0, 1.0, step=0.25)})
     for fn in (spaces.to_optuna, spaces.to_configspace):
-        with pytest.raises(ValueError, match=r"`mix\[0\]` is of a simplex, which has no counterpart"):
+        with pytest.raises(ValueError, match=r"`mix\[0\]` belongs to a simplex, which cannot be converted"):
             fn({"mix": spaces.simplex(2)})
 
 
@@ -154,7 +154,7 @@ def test_an_ordinals_places_are_compared_and_not_its_labels():
     condition = {"type": "LT", "child": "rate", "parent": "size", "value": "large"}
     space = spaces.from_configspace({"hyperparameters": [size, rate], "conditions": [condition]})
     assert space["rate"].condition == (("size", ("small", "medium")),)
-    with pytest.raises(ValueError, match="A condition that never holds"):
+    with pytest.raises(ValueError, match="This condition never holds"):
         spaces.from_configspace({"hyperparameters": [size, rate], "conditions": [{**condition, "value": "small"}]})
     with pytest.raises(ValueError, match="`rate` is quantized"):
         spaces.from_configspace({"hyperparameters": [{**rate, "q": 0.25}]})
@@ -165,11 +165,13 @@ def test_what_is_no_document_and_no_distribution_is_refused():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     study.optimize(lambda trial: trial.suggest_float("x", 0.0, 1.0), n_trials=1)
-    with pytest.raises(ValueError, match="must be a dict of Optuna's distributions by name; got Study. Of a study, `"):
+    with pytest.raises(
+        ValueError, match="must be a dict from names to Optuna distributions; got Study. For a study, use `"
+    ):
         spaces.from_optuna(study)
     instead = {n: d for trial in study.trials for n, d in trial.distributions.items()}  # as the message says
     assert spaces.from_optuna(instead) == {"x": spaces.interval(0.0, 1.0)}
-    with pytest.raises(ValueError, match="`x` must be a distribution of Optuna; got 0.5"):
+    with pytest.raises(ValueError, match="`x` must be an Optuna distribution; got 0.5"):
         spaces.from_optuna({"x": 0.5})
     for wrong, what in (
         ("space.json", "str"),

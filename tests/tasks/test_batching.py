@@ -87,7 +87,7 @@ def test_to_task_refuses_what_does_not_fit_and_what_is_not_finite():
 
 def test_to_task_refuses_what_is_not_prepared():
     table = tasks.Table("iris", "iris", np.zeros((4, 2)), np.arange(4) % 2, np.zeros(2, bool))
-    with pytest.raises(ValueError, match=r"must be a `PreparedTable`, .*; got Table. `tasks.prepare\(table\)` makes"):
+    with pytest.raises(ValueError, match=r"must be a `PreparedTable`, .*; got Table. Use `tasks.prepare\(table\)`"):
         tasks.to_task(table, rows=(4, 4), num_features=2, num_classes=2)  # pyright: ignore[reportArgumentType]
 
 
@@ -95,7 +95,9 @@ def test_to_task_refuses_what_is_not_prepared():
 def test_to_task_refuses_a_part_without_rows(part):
     one = prepared()
     one = one._replace(**{part: tasks.Rows(*(leaf[:0] for leaf in getattr(one, part)))})
-    with pytest.raises(ValueError, match=f"task t0 needs rows to train on and to validate on.*{part}_rows=0"):
+    with pytest.raises(
+        ValueError, match=f"task t0 needs at least one row to train on and one to validate on.*{part}_rows=0"
+    ):
         padded(one)
 
 
@@ -158,7 +160,7 @@ def test_stack_names_what_is_wrong():
     a, b = padded(prepared()), padded(prepared(seed=1))
     with pytest.raises(ValueError, match="it is empty"):
         tasks.stack([])
-    with pytest.raises(ValueError, match="`names` must be as many as the tasks; got 1 for 2"):
+    with pytest.raises(ValueError, match="`names` must have one name for each task; got 1 for 2"):
         tasks.stack([a, b], names=["first"])
     with pytest.raises(ValueError, match=r"task\.train\['feature_mask'\] has shape \(8,\) in task 1 .*pad them"):
         tasks.stack([a, padded(prepared(seed=1), num_features=8)])

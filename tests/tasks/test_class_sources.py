@@ -38,7 +38,7 @@ def test_keep_keeps_classes_rows_and_those_with_enough():
         ({"classes": ["z"]}, "has no class 'z'"),
         ({"rows": [6]}, r"must be in 0\.\.5"),
         ({"rows": [0.5]}, "must be integers"),
-        ({"min_examples": 4}, "Nothing of source"),
+        ({"min_examples": 4}, "would be empty"),
     ):
         with pytest.raises(ValueError, match=message):
             tasks.keep(source, **kwargs)
@@ -83,9 +83,15 @@ def test_rows_of_all_sources_are_numbered_through():
         ),
         (lambda: tasks.from_arrays([["a"]] * 6, Y), "`x` must be numbers; got <U1"),
         (lambda: tasks.from_arrays(X.astype(object), Y), "`x` must be numbers; got object"),
-        (lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]), "`group` must say of all; entry 3 is nan"),
-        (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must say of all; entry 1 is None"),
-        (lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]), "`superclass` must say of all; entry 1 is nan"),
+        (
+            lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]),
+            "`group` must be known for all; entry 3 is nan",
+        ),
+        (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must be known for all; entry 1 is None"),
+        (
+            lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]),
+            "`superclass` must be known for all; entry 1 is nan",
+        ),
         (lambda: tasks.labelled_rows([]), "at least one source"),
         (lambda: tasks.from_image_sets(["mnist", "cifar"]), "got 'cifar'"),
     ],
@@ -125,7 +131,7 @@ def test_a_folder_of_images(tmp_path):
     np.testing.assert_array_equal(source.x[3], [[80, 60], [60, 60]])
     flat = tasks.from_image_folder(tmp_path / "greek", size=4, channels=3)
     assert flat.x.shape == (4, 4, 4, 3) and flat.class_names == ("alpha", "beta") and flat.superclass is None
-    with pytest.raises(ValueError, match="there is no image"):
+    with pytest.raises(ValueError, match="has no images"):
         tasks.from_image_folder(tmp_path, size=2)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         tasks.from_image_folder(tmp_path / "none", size=2)
@@ -159,7 +165,7 @@ def test_a_data_set_of_tfds(monkeypatch):
     assert source.x.shape == (3, 2, 2)
     np.testing.assert_array_equal(source.group, [0, 1, 0])
     np.testing.assert_array_equal(source.superclass, [0, 1])
-    with pytest.raises(ValueError, match="several 'by': it is no superclass"):
+    with pytest.raises(ValueError, match="several 'by', which is not a superclass"):
         builder = lambda *args, **options: types.SimpleNamespace(
             info=Builder(*args, **options).info, as_data_source=lambda split: [
                 {"image": np.zeros((2, 2, 1), np.uint8), "label": 0, "by": by} for by in range(2)

@@ -155,7 +155,7 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
         assert other[3].configuration != whole[3].configuration and other[0].seed != whole[0].seed
     with pytest.raises(ValueError, match="enqueued"):
         collect(store=store, searcher=tasks.enqueue(searcher, MINE[1:]), **kwargs)
-    with pytest.raises(ValueError, match="`init` needs the space here"):
+    with pytest.raises(ValueError, match="`init` needs `space` to complete"):
         ours.init(KEY, None)
     with pytest.raises(ValueError, match="must be a list of configurations; got one"):
         tasks.enqueue(searcher, MINE[0])  # pyright: ignore[reportArgumentType]
@@ -187,7 +187,7 @@ def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_
     found = collect(num_trials=15, store=store, searcher=more, **kwargs)
     assert without_cost(found[:12]) == without_cost(whole[:12]) and found[12].configuration["x"] == -0.1
     # Not among what has been run.
-    with pytest.raises(ValueError, match="`enqueue` takes `after`, the number of trials that it has"):
+    with pytest.raises(ValueError, match="pass `after`, its number of trials so far, to `enqueue`"):
         collect(num_trials=15, store=store, searcher=tasks.enqueue(searcher, MINE, after=5), **kwargs)
     with pytest.raises(ValueError, match="`after` must be at least 0"):
         tasks.enqueue(searcher, MINE, after=-1)
@@ -246,7 +246,7 @@ def test_one_collection_of_a_study_at_a_time(tmp_path):
     def starts_another(trial, task):
         collect(store=store, study="other")
         for same in (store, link):
-            with pytest.raises(ValueError, match=f"Another collection of the study 'one' in .*{same.name} is under"):
+            with pytest.raises(ValueError, match=f"Another collection of the study 'one' in .*{same.name} is running"):
                 collect(store=same, study="one")
         refused.append(trial)
         return 0.0
@@ -255,7 +255,7 @@ def test_one_collection_of_a_study_at_a_time(tmp_path):
     assert collect(starts_another, **kwargs)[0].status == "COMPLETE" and len(refused) == 1
     collect(**kwargs | {"num_trials": 3})  # it has ended
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.db", "records.db"]
-    with pytest.raises(FileNotFoundError, match="The store .*none/records.db cannot be made: .* folder"):
+    with pytest.raises(FileNotFoundError, match="The store .*none/records.db cannot be created, .* folder"):
         collect(store=tmp_path / "none" / "records.db")
 
 
@@ -443,7 +443,7 @@ def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe(
         _trials._end(child)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says what a process has started")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc reports the memory of a process has started")
 def test_what_a_child_has_started_in_a_session_of_its_own_ends_with_it():
     code = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
     code += "print(p.pid, flush=True); time.sleep(60)"
@@ -488,7 +488,7 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
         ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
-        ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "must differ; 'a' is there twice or"),  # pyright: ignore
+        ({"on": [black_boxes.tasks.Table("a", "", *[None] * 3)] * 2}, "must differ; 'a' occurs more than once"),  # pyright: ignore
         ({"on": {3: 0.0}}, "names of `tasks` must be strings, as records hold them; got 3"),
         ({"on": "abc"}, "`tasks` must be a dict of .* by name, or a list of what has a `name`, .*; got str"),
         ({"on": 3}, "`tasks` must be a dict of .*; got int"),

@@ -48,7 +48,7 @@ def test_frames_of_other_libraries_are_converted_or_named():
     assert list(map(repr, tasks.records_from_frame(other))) == list(map(repr, RECORDS))  # pyright: ignore
     pa = pytest.importorskip("pyarrow")
     assert list(map(repr, tasks.records_from_frame(pa.Table.from_pandas(frame)))) == list(map(repr, RECORDS))
-    with pytest.raises(ValueError, match="`frame` must be a data frame of pandas, or have .*; got types.SimpleNamesp"):
+    with pytest.raises(ValueError, match="`frame` must be a pandas data frame, or have .*; got types.SimpleNamesp"):
         tasks.records_from_frame(types.SimpleNamespace(columns=["task", "configuration"]))  # pyright: ignore
 
 
@@ -61,9 +61,9 @@ def test_records_come_back_from_csv_and_can_be_stored(tmp_path, names, reason):
     texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
     back = tasks.records_from_frame(read(dtype=texts, na_values=gaps, keep_default_na=False))
     assert list(map(repr, back)) == list(map(repr, records))
-    with pytest.raises(ValueError, match="column 'task' must hold texts; got .* CSV"):
+    with pytest.raises(ValueError, match="column 'task' must contain strings; got .* CSV"):
         tasks.records_from_frame(read())
-    with pytest.raises(ValueError, match="column 'reason' must hold texts; got 12 in row 0"):
+    with pytest.raises(ValueError, match="column 'reason' must contain strings; got 12 in row 0"):
         tasks.records_from_frame(pd.DataFrame({"task": ["a"], "configuration": ["{}"], "reason": [12]}))
     tasks.append_records(tmp_path / "records.db", back)
     assert list(map(repr, tasks.read_records(tmp_path / "records.db"))) == list(map(repr, records))

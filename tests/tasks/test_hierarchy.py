@@ -52,7 +52,7 @@ def test_random_graphs_by_their_definition(seed):
 
 
 def test_what_is_no_ontology_is_refused():
-    with pytest.raises(ValueError, match="'b' is no child"):
+    with pytest.raises(ValueError, match="'b' is not in the ontology as a child"):
         tasks.ontology_nodes({"top": ["a"]}, ["a", "b"], min_leaves=1)
     with pytest.raises(ValueError, match="'a' has children"):
         tasks.ontology_nodes({"top": ["a"], "a": ["b"]}, ["a", "b"], min_leaves=1)

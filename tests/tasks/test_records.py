@@ -64,11 +64,11 @@ def test_any_number_of_tasks_is_asked_for_and_a_wrong_query_is_no_damage(tmp_pat
     with sqlite3.connect(file) as connection:
         connection.execute("ALTER TABLE records RENAME TO others")
     connection.close()
-    message = r"records.db says that it is a file of records, and lacks .*no such table: records.*recover_records"
+    message = r"records.db is marked as a file of records, but lacks .*no such table: records.*recover_records"
     for fn in (tasks.read_records, lambda file: tasks.append_records(file, RECORDS)):
         with pytest.raises(ValueError, match=message):
             fn(file)
-    with pytest.raises(ValueError, match="lacks what they are in"):
+    with pytest.raises(ValueError, match="lacks their table"):
         tasks.recover_records(file, tmp_path / "new.db")
     assert not (tmp_path / "new.db").exists()
 
@@ -188,12 +188,14 @@ def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
         connection.execute("CREATE TABLE x (y)")
     connection.close()
     for fn in (lambda: tasks.read_records(other), lambda: tasks.append_records(other, RECORDS)):
-        with pytest.raises(ValueError, match="other.db is an SQLite file, but none of records"):
+        with pytest.raises(ValueError, match="other.db is an SQLite file, but not a file of records"):
             fn()
     (tmp_path / "text.db").write_text("a,b\n" * 1_000)
-    with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.*recover_records"):
+    with pytest.raises(
+        ValueError, match="damaged or is not a file of records: file is not a database.*recover_records"
+    ):
         tasks.read_records(tmp_path / "text.db")
-    with pytest.raises(ValueError, match="damaged, or is no file of records: file is not a database.$"):
+    with pytest.raises(ValueError, match="damaged or is not a file of records: file is not a database.$"):
         tasks.recover_records(tmp_path / "text.db", tmp_path / "new.db")
     file = tmp_path / "records.db"
     tasks.append_records(file, RECORDS)
@@ -258,7 +260,8 @@ def test_a_store_in_a_read_only_folder_is_read(store_of_another_user, mode, requ
     assert same(read[:3], RECORDS) and len(read) == num_records
     for path in (file, file.with_name("new.db"), file.parent / "nowhere" / "new.db"):
         with pytest.raises(
-            OSError, match=rf"{re.escape(str(path))} cannot be written.*the folder here is {path.parent}"
+            OSError,
+            match=rf"{re.escape(str(path))} cannot be written.*must exist and be writable; it is {path.parent}",
         ):
             tasks.append_records(path, RECORDS)
 
@@ -276,15 +279,15 @@ def test_a_store_that_must_not_be_read_is_named(open_folder, request):
     ("change", "message"),
     [
         ("configuration = '{\"x\": '", "Its configuration must be JSON; got '{\"x\": '"),
-        ("configuration = '[1]'", r"configuration must be a dict of values by name; got \[1\]"),
-        ("configuration = x'00'", "Its configuration must be a text; got b'.x00'"),
+        ("configuration = '[1]'", r"configuration must be a dict from parameter names to values; got \[1\]"),
+        ("configuration = x'00'", "Its configuration must be a string; got b'.x00'"),
         ("status = 'DONE'", "status must be one of WAITING.*got 'DONE'"),
-        ("outcome = 'good'", "outcome must be a number, NaN where there is none; got 'good'"),
+        ("outcome = 'good'", "outcome must be a number, or NaN if it is unknown; got 'good'"),
         ("fidelity = 'full'", "Its fidelity must be a number; got 'full'"),
-        ("seed = 'x'", "seed must be an integer of 64 bits; got 'x'"),
-        ("trial = 0.5", "trial must be an integer of 64 bits; got 0.5"),
-        ("task = cast(x'ff41' as text)", "Its task must be a text in UTF-8; got '.udcffA'"),
-        ("reason = x'41'", "Its reason must be a text; got b'A'"),
+        ("seed = 'x'", "seed must be a 64-bit integer; got 'x'"),
+        ("trial = 0.5", "trial must be a 64-bit integer; got 0.5"),
+        ("task = cast(x'ff41' as text)", "Its task must be valid UTF-8; got '.udcffA'"),
+        ("reason = x'41'", "Its reason must be a string; got b'A'"),
     ],
 )
 def test_a_broken_row_is_named_and_the_others_are_recovered(tmp_path, change, message):
@@ -321,7 +324,7 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
     file, new = tmp_path / "records.db", tmp_path / "new.db"
     records = damaged(file, how)
     before = Path(file).read_bytes()
-    with pytest.raises(ValueError, match="records.db is damaged, .*malformed.*`tasks.recover_records`"):
+    with pytest.raises(ValueError, match="records.db is damaged or .*malformed.*`tasks.recover_records`"):
         tasks.read_records(file, history=True)
     num = tasks.recover_records(file, new)
     recovered = tasks.read_records(new, study="s")
@@ -345,23 +348,23 @@ def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (Record(3, {}), "task must be a name, a string, as it is on disk; got 3"),  # pyright: ignore
+        (Record(3, {}), "task must be a string, the name of the task; got 3"),  # pyright: ignore
         (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
-        (Record("t", {"x": object()}), "must be plain numbers, strings, booleans and None"),
-        (Record("t", {"x": math.nan}), "must be plain numbers"),
+        (Record("t", {"x": object()}), "must contain only plain numbers, strings, booleans and None"),
+        (Record("t", {"x": math.nan}), "must contain only plain numbers"),
         (Record("t", {}, fidelity=math.nan), r"fidelity must lie in \(0, 1\]; got nan"),
-        (Record("t", {}, reason=None), "reason must be a text"),  # pyright: ignore
-        (Record("t", {}, reason="\udcff"), r"reason must be a text in Unicode; got '.udcff'"),
-        (Record("\udcff", {}), "task must be a text in Unicode"),
-        (Record("t", {}, seed=2**63), "seed must be an integer of 64 bits; got 9223372036854775808"),
-        (Record("t", {}, seed=None), "seed must be an integer of 64 bits; got None"),  # pyright: ignore
-        (Record("t", {}, seed=1.5), "seed must be an integer of 64 bits; got 1.5"),  # pyright: ignore
-        (Record("t", {}, trial="2"), "trial must be an integer of 64 bits; got '2'"),  # pyright: ignore
-        (Record("t", {}, None), "outcome must be a number, NaN where there is none; got None"),  # pyright: ignore
-        (Record("t", {}, cost="1 s"), "cost must be a number, NaN where there is none; got '1 s'"),  # pyright: ignore
+        (Record("t", {}, reason=None), "reason must be a string"),  # pyright: ignore
+        (Record("t", {}, reason="\udcff"), r"reason must be valid Unicode; got '.udcff'"),
+        (Record("\udcff", {}), "task must be valid Unicode"),
+        (Record("t", {}, seed=2**63), "seed must be a 64-bit integer; got 9223372036854775808"),
+        (Record("t", {}, seed=None), "seed must be a 64-bit integer; got None"),  # pyright: ignore
+        (Record("t", {}, seed=1.5), "seed must be a 64-bit integer; got 1.5"),  # pyright: ignore
+        (Record("t", {}, trial="2"), "trial must be a 64-bit integer; got '2'"),  # pyright: ignore
+        (Record("t", {}, None), "outcome must be a number, or NaN if it is unknown; got None"),  # pyright: ignore
+        (Record("t", {}, cost="1 s"), "cost must be a number, or NaN if it is unknown; got '1 s'"),  # pyright: ignore
         (Record("t", {}, fidelity=None), "fidelity must be a number"),  # pyright: ignore
-        (Record("t", {"x": np.longdouble(1)}), "must be plain numbers, strings, booleans and None"),
-        (Record("t", {"x": np.zeros(2)}), "must be plain numbers, strings, booleans and None"),
+        (Record("t", {"x": np.longdouble(1)}), "must contain only plain numbers, strings, booleans and None"),
+        (Record("t", {"x": np.zeros(2)}), "must contain only plain numbers, strings, booleans and None"),
     ],
 )
 def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
@@ -370,7 +373,7 @@ def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_p
         tasks.append_records(file, [RECORDS[0], record])
     assert not file.exists()
     tasks.append_records(file, [])
-    with pytest.raises(ValueError, match=r"`status` must be of WAITING, .*; got \['DONE'\]"):
+    with pytest.raises(ValueError, match=r"`status` must be one or more of WAITING, .*; got \['DONE'\]"):
         tasks.read_records(file, status="DONE")
-    with pytest.raises(ValueError, match="does not take this: NOT NULL"):  # and is not damaged
+    with pytest.raises(ValueError, match="rejected the row or the query: NOT NULL"):  # and is not damaged
         tasks.append_records(file, RECORDS, study=None)  # pyright: ignore

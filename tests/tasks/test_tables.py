@@ -178,9 +178,9 @@ BAD = {
     "ragged": ("a,kind\n" + "1,x\n2,y\n" * 30 + "1,2,x\n", r"line 62: 3 fields, but the first line has 2"),
     "quote": ("a,kind\n" + "1,x\n2,y\n" * 30 + '"1,x\n', r"line 62: "),
     "encoding": (b"a,kind\n1,x\n\xff,y\n", "line 3: it is not UTF-8"),
-    "no_target": ("a,b\n1,2\n", "line 1: there is no column 'kind'; there are 'a', 'b'"),
+    "no_target": ("a,b\n1,2\n", "line 1: the target column 'kind' is missing; the columns are 'a', 'b'"),
     "twice": ("a,a,kind\n1,2,3\n", "line 1: the column 'a' occurs twice"),
-    "short": ("a,kind\n1,x\n2,y\n", "line 3: it ends after 2 usable rows; 50 are needed"),
+    "short": ("a,kind\n1,x\n2,y\n", "line 3: the file ends after 2 usable rows, but 50 are needed"),
     "one_class": ("a,kind\n" + "1,x\n2,x\n" * 30, "one class only"),
     "regression": (
         "a,kind\n" + "".join(f"{i % 5},{i / 7}\n" for i in range(90)),
@@ -190,7 +190,7 @@ BAD = {
     "many": ("a,kind\n" + "".join(f"{i % 5},c{i}\n" for i in range(200)), "has 200 classes"),
     "infinite": ("a,kind\n" + "1,x\n2,y\n" * 30 + "inf,x\n", "line 62: 'a' is inf"),
     "infinite_target": ("a,kind\n" + "1,0\n2,1\n" * 30 + "1,inf\n", "line 62: 'kind' is inf"),
-    "constant": ("a,kind\n" + "1,x\n1,y\n" * 30, "no column is left"),
+    "constant": ("a,kind\n" + "1,x\n1,y\n" * 30, "the target is the only usable column"),
     "empty": ("", "line 1: the file is empty"),
     "damaged.csv.gz": (gzip.compress(GOOD.encode())[:20] + b"\xff" * 30, "Error"),
 }

@@ -74,7 +74,7 @@ def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
     for wrong in ({"x0": 0.5}, {"x0": 0.5, "x1": 2}, {"x0": 0.5, "x1": "rbf"}):
         with pytest.raises(ValueError, match=r"numbers in \[0, 1\] for \['x0', 'x1'\]; got .* Give .* `space`"):
             tasks.to_hpob(file, "a", [records[0], records[1]._replace(configuration=wrong)])
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="it has none"):
         tasks.to_hpob(file, "a", others)
     space = {"rate": spaces.interval(1e-4, 1.0, log=True), "kind": spaces.choice(["a", "b"])}
     tasks.to_hpob(file, "c", [Record("3", {"rate": 1e-2, "kind": "b"}, 0.25)], space=space)
@@ -156,9 +156,7 @@ def test_openml_s_measures_that_are_errors_are_not_turned_around():
     row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
     rmse = row | {"function": "root_mean_squared_error"}
     read = lambda *rows, **kwargs: [r.outcome for r in tasks.from_openml_evaluations(rows, **kwargs)]
-    with pytest.raises(
-        ValueError, match="of 'root_mean_squared_error', which is better where it is smaller; `higher_is"
-    ):
+    with pytest.raises(ValueError, match="of 'root_mean_squared_error', for which smaller is better. Pass `higher_is"):
         read(rmse | {"value": 0.5})
     with pytest.raises(ValueError, match="The value of run 7 is 37.2, .* say `higher_is_better`, True or False"):
         read(row)

@@ -101,13 +101,13 @@ def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unb
     again = fit(tmp_path, num_steps=11, callback=interrupt_call(1, print))
     assert again.state.step == 11
     assert same(fit(tmp_path), unbroken)
-    with pytest.raises(ValueError, match="`num_steps` is 11, and .* holds a run of 23 steps"):
+    with pytest.raises(ValueError, match="`num_steps` is 11, but .* has a run of 23 steps"):
         fit(tmp_path, num_steps=11)
 
 
 def test_refuses_settings_that_json_does_not_have(tmp_path):
     for value in (object(), float("nan")):
-        with pytest.raises(ValueError, match="`settings` must map names to what JSON has"):
+        with pytest.raises(ValueError, match="`settings` must map names to JSON values"):
             fit(tmp_path, settings={"net": value})
 
 
@@ -402,8 +402,8 @@ def never(*args):
     [
         ("file", "must be a folder; .*file is, or lies in, a file"),
         ("file/folder", "must be a folder; .*file/folder is, or lies in, a file"),
-        ("/proc", r"/proc cannot be written to \(.*\). Give a folder in which"),
-        ("/proc/none", r"/proc/none cannot be written to \(.*\). Give a folder in which"),
+        ("/proc", r"/proc cannot be written to \(.*\). Choose a folder in which"),
+        ("/proc/none", r"/proc/none cannot be written to \(.*\). Choose a folder in which"),
     ],
 )
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="a folder that nobody can write to")

@@ -246,14 +246,17 @@ def test_refuses_other_shapes_while_slots_are_not_done():
         ({"eval_every": 0}, "`eval_every` must be at least 1; got 0"),
         ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1"),
         ({"patience": 0, "evaluate": lambda key, x: x}, "`patience` must be at least 1"),
-        ({"patience": 3}, "give `evaluate`"),
-        ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, and only floating-point"),
+        ({"patience": 3}, "pass `evaluate`"),
+        ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
         ({"sample_tasks": lambda key: None}, "The tasks are empty"),
         ({"sample_tasks": lambda key: []}, "The tasks are empty"),
-        ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch of no tasks"),
-        ({"sample_tasks": lambda key: {"y": np.array(["a"])}}, r"`tasks\['y'\]` is of <U1, and JAX has numbers alone"),
-        ({"sample_tasks": lambda key: {"y": "a"}}, r"`tasks\['y'\]` is of <U1, .* number the classes"),
-        ({"sample_tasks": lambda key: np.ones(2, object)}, r"`tasks` is of object, .* take `.astype\(float\)`"),
+        ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch without tasks"),
+        (
+            {"sample_tasks": lambda key: {"y": np.array(["a"])}},
+            r"`tasks\['y'\]` has dtype <U1, but JAX takes only numbers",
+        ),
+        ({"sample_tasks": lambda key: {"y": "a"}}, r"`tasks\['y'\]` has dtype <U1, .* Number the classes"),
+        ({"sample_tasks": lambda key: np.ones(2, object)}, r"`tasks` has dtype object, .* use `.astype\(float\)`"),
         ({"evaluate": lambda key, x: jnp.ones(2)}, r"`evaluate` must return a scalar; got shape \(2,\)"),
     ],
 )
@@ -432,10 +435,13 @@ def test_the_exceptions_of_a_run_can_be_sent_to_another_process(number, kind):
 def test_a_fork_of_a_run_dies_of_its_signal():
     def callback(step, metrics):
         if step == 1:
+            ready, started = os.pipe()
             child = os.fork()
             if child == 0:
-                while True:
-                    time.sleep(0.01)
+                os.write(started, b"1")
+                time.sleep(60)
+                os._exit(0)
+            os.read(ready, 1)  # a signal that arrives during the fork would be lost
             os.kill(child, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 

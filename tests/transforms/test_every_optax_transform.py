@@ -475,5 +475,5 @@ def test_self_tuning_of_every_transform(mode):
         assert before == after, name
     for name, why in NOT_SELF_TUNED.items():
         if "state alone" in why:
-            with pytest.raises(ValueError, match="do not move the updates"):
+            with pytest.raises(ValueError, match="do not change the updates"):
                 both_states(CASES[name])

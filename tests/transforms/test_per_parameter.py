@@ -261,7 +261,7 @@ def refused(factory):
     try:
         jax.eval_shape(update, {"encoder": 0.1, "head": 0.2})
     except ValueError as error:
-        assert "Chain what looks at all parameters outside" in str(error)
+        assert "Chain transforms that need all parameters outside" in str(error)
         return True
     return False
 

@@ -159,7 +159,7 @@ def test_bad_arguments():
         transforms.knot_schedule([0.1, 0.2])
     with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
         transforms.knot_schedule([0.1, 0.2], num_steps=0)
-    with pytest.raises(ValueError, match="`knots` must be as many"):
+    with pytest.raises(ValueError, match="`knots` and `values` must have the same length"):
         transforms.knot_schedule([0.1, 0.2], knots=[1.0])
     with pytest.raises(ValueError, match="`monotone` must be None"):
         transforms.knot_schedule([0.1, 0.2], num_steps=3, monotone="up")

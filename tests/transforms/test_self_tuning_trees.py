@@ -117,12 +117,12 @@ def test_what_does_not_move_the_updates_is_refused():
     injected = transforms.self_tuning(
         lambda hp: optax.inject_hyperparams(optax.adam)(hp["rate"]), {"rate": 1e-3}, optax.sgd(0.1)
     )
-    with pytest.raises(ValueError, match=r"\['rate'\] of λ do not move the updates.*`optax.inject_hyperparams` does"):
+    with pytest.raises(ValueError, match=r"\['rate'\] of λ do not change the updates.*`optax.inject_hyperparams` does"):
         injected.update(params, injected.init(params), params)
     forgotten = transforms.self_tuning(
         lambda hp: optax.adamw(hp["rate"]), {"rate": 1e-3, "decay": 0.1}, optax.sgd(0.1), mode="reverse"
     )
-    with pytest.raises(ValueError, match=r"The leaves \['decay'\] of λ do not move"):
+    with pytest.raises(ValueError, match=r"The leaves \['decay'\] of λ do not change"):
         forgotten.update(params, forgotten.init(params), params)
     # Within `masked`, values of what is left out are not used, and need not be.
     rates = {"w": 0.1, "b": 0.2}
@@ -137,12 +137,12 @@ def test_what_does_not_move_the_updates_is_refused():
         transforms.self_tuning(lambda hp: optax.sgd(hp["b"]), {"w": 0.1, "b": 0.2}, optax.sgd(0.1)),
         {"w": {"in": True, "out": False}, "b": True},
     )
-    with pytest.raises(ValueError, match=r"The leaves \['w'\] of λ do not move.* Some parameters are masked out"):
+    with pytest.raises(ValueError, match=r"The leaves \['w'\] of λ do not change.* Some parameters are masked out"):
         run(of_one, pairs, pairs)
     # What has no parameter to its name is used by none.
     for idle in (forgotten, injected):
         whole = optax.masked(idle, {"w": True, "b": False})
-        with pytest.raises(ValueError, match="do not move the updates.* Some parameters are masked out here"):
+        with pytest.raises(ValueError, match="do not change the updates.* Some parameters are masked out here"):
             run(whole, *2 * [jax.tree.map(jnp.asarray, PARAMS)])
 
 
