@@ -344,7 +344,7 @@ BAD_LOOPS = {
             init=lambda key, hp, data: (jnp.zeros(2), None),
             with_context=True,
         ),
-        r"The inner loss must return \[\] or \(\[\], model_state\); got 3 things",
+        r"The inner loss must return \[\] or \(\[\], model_state\); got 3 values",
     ),
     "integer_parameters": (
         dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),

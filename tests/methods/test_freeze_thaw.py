@@ -192,7 +192,7 @@ def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_fir
 
 
 def test_bad_input_is_named(g):
-    with pytest.raises(ValueError, match="none of the candidates"):
+    with pytest.raises(ValueError, match="is not one of the candidates"):
         g.predict([base.Record("", {"x": 0.1}, 1.0, 0.25)])
     with pytest.raises(ValueError, match="fidelity must be one of"):
         g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])

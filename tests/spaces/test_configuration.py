@@ -114,9 +114,9 @@ def test_booleans_are_no_numbers_and_fractions_no_integers():
 
 def test_what_is_given_is_not_left_out_by_the_default_of_what_is_lacking():
     for given, message in (
-        ({"forest.leaves": 8}, "`forest.leaves` is 8, and .* `model` is 'forest', and `model` is lacking, .* 'svm' by"),
+        ({"forest.leaves": 8}, "`forest.leaves` is 8, but .* `model` is 'forest', but `model` is missing and 'svm' by"),
         ({"svm.gamma": 1.0, "model": "forest", "forest.depth": 1, "forest.leaves": 3}, None),  # the forest is meant
-        ({"model": "forest", "forest.leaves": 3}, "where `forest.depth` is 0, and `forest.depth` is lacking, .* 4 by"),
+        ({"model": "forest", "forest.leaves": 3}, "if `forest.depth` is 0, but `forest.depth` is missing and 4 by"),
         ({"model": "forest", "svm.kernel": float("nan")}, None),
     ):
         if message is None:

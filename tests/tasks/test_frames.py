@@ -83,5 +83,5 @@ def test_a_frame_of_a_person_s_own_needs_two_columns():
         rows = pd.DataFrame({"task": ["a", "b"], "configuration": ['{"x": 1}', broken]})
         with pytest.raises(ValueError, match='"configuration" must hold dicts, or JSON of dicts; got .* in row 1'):
             tasks.records_from_frame(rows)
-    with pytest.raises(ValueError, match=r"no column \['configuration'\]"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['configuration'\]"):
         tasks.records_from_frame(frame.drop(columns="configuration"))
