@@ -28,7 +28,7 @@ import numpy as np
 import script
 from scipy.stats import rankdata
 
-from metaopt import methods, nas, spaces
+from metaopt import blackbox, nas, spaces
 
 MARKS = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the budget at which regrets are reported
 Trials = Iterator[tuple[int, int]]  # (row, fidelity) of each training, in order
@@ -44,7 +44,7 @@ def evolution(table: nas.Benchmark, task: int, seed: int) -> Trials:
     losses = table.valid[:, task, -1]
     if len(losses) == np.prod(table.num_choices, dtype=float):
         space = {name: spaces.integer(0, n - 1) for name, n in zip(table.dims, table.num_choices, strict=True)}
-        searcher = methods.regularized_evolution(population_size=20, sample_size=5)
+        searcher = blackbox.regularized_evolution(population_size=20, sample_size=5)
         state, rows = searcher.init(jax.random.key(seed), space), rows_of(table)
         while True:
             (trial,), state = searcher.ask(state, 1)

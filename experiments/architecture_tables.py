@@ -2,7 +2,7 @@
 
 The only knowledge is records of other tasks: architectures × tasks × losses. One task at a time is left out. Losses
 become normal scores, since tasks have different metrics. With one-hot digits and pairs of digits as features, a task is
-a vector of coefficients. The other tasks define its prior, and trials condition it (`predictors.score_prior`):
+a vector of coefficients. The other tasks define its prior, and trials condition it (`nas.score_prior`):
 
     h(t'), no trial:   the largest expected score
     h(t'), k trials:   condition on the scores of the trials, next try the largest expected improvement, and
@@ -10,17 +10,17 @@ a vector of coefficients. The other tasks define its prior, and trials condition
 
 Within a run, no choice depends on the task that is left out. Without a trial, nothing is known about this task, except
 in "crossed", which reads its features. Only the order of trials is used, matched to their expected scores. (The form of
-the model, u and d of `predictors.score_prior`, was decided after a first run on these tables.)
+the model, u and d of `nas.score_prior`, was decided after a first run on these tables.)
 
 This method is "h by digits".
 
-"h by cells" is the `scores` of `methods.train_cell_searcher`: a transformer over the graphs of cells, trained on the
+"h by cells" is the `scores` of `nas.train_cell_searcher`: a transformer over the graphs of cells, trained on the
 same records by a ranking loss. "Crossed" also reads features of the task. For TransNAS-Bench-101, they are the
 correlations of training-free scores of 100 of its architectures on the task with their operations. For NAS-Bench-Graph,
 they are the sizes of the graph. The sizes, steps and rate of the transformer were chosen on NAS-Bench-201, which is not
 in the comparison.
 
-"h" combines both, as in `methods.CellSearcher`: without trials, the mean of the two predictions, in units of normal
+"h" combines both, as in `nas.CellSearcher`: without trials, the mean of the two predictions, in units of normal
 scores. With trials, it uses the same posterior, where the features are digits, pairs and the transformer's embedding of
 a cell. This combination was selected from several by its results on the micro space. So these results are not a test of
 a form chosen in advance. The other two spaces had no influence. (The transformer's embedding was learned from the same
@@ -61,7 +61,7 @@ import numpy as np
 import script
 from scipy.stats import rankdata
 
-from metaopt import methods, nas, predictors, spaces
+from metaopt import blackbox, nas, spaces
 
 MARKS = (1, 5, 20, 100)  # evaluations at which regrets are reported
 
@@ -82,12 +82,12 @@ def best_by_validation(valid: np.ndarray) -> np.ndarray:
 GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # of digits, of pairs
 
 
-def choose_with_trials(prior: predictors.ScorePrior, losses: np.ndarray, num_trials: int) -> int:
+def choose_with_trials(prior: nas.ScorePrior, losses: np.ndarray, num_trials: int) -> int:
     """Returns the chosen row after `num_trials` trials on the new task, each with the largest expected improvement."""
     tried: list[int] = []
     for _ in range(num_trials):
-        tried.append(int(predictors.score_improvement(prior, tried, losses[tried]).argmax()))
-    return int(predictors.score_posterior(prior, tried, losses[tried])[0].argmax())
+        tried.append(int(nas.score_improvement(prior, tried, losses[tried]).argmax()))
+    return int(nas.score_posterior(prior, tried, losses[tried])[0].argmax())
 
 
 # ---- By α ----------------------------------------------------------------------------------------------------------
@@ -150,13 +150,13 @@ def configurations(table: nas.Benchmark) -> list[dict]:
 
 
 def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool, seed: int):
-    """Runs `methods.train_cell_searcher` on the records of the other tasks, with the key of `seed`."""
+    """Runs `nas.train_cell_searcher` on the records of the other tasks, with the key of `seed`."""
     cells, name = configurations(table), lambda c: tuple(c.values())
     at = {name(c): row for row, c in enumerate(cells)}
 
     names = [table.tasks[t] for t in others]
     sizes: dict[str, Any] = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
-    return methods.train_cell_searcher(
+    return nas.train_cell_searcher(
         nas.benchmark_records(table, names),
         lambda c: graphs[at[name(c)]],
         features=features,
@@ -166,7 +166,7 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
     )
 
 
-def searched(searcher: methods.CellSearcher, table: nas.Benchmark, losses: np.ndarray, num_trials: int) -> int:
+def searched(searcher: nas.CellSearcher, table: nas.Benchmark, losses: np.ndarray, num_trials: int) -> int:
     """Returns the chosen row after the trials on the new task that `searcher` asks for."""
     rows = {tuple(c.values()): row for row, c in enumerate(configurations(table))}
     search = searcher.searcher()
@@ -259,15 +259,15 @@ def left_out(
         return
     valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
     ranks, judged = (np.stack([percentiles(x) for x in losses.T], 1) for losses in (valid, test))
-    scores, test_scores = (np.stack([predictors.normal_scores(x) for x in y.T], 1) for y in (valid, test))
-    blocks = list(zip(predictors.configuration_columns(configurations(table)), GRIDS, strict=True))
+    scores, test_scores = (np.stack([nas.normal_scores(x) for x in y.T], 1) for y in (valid, test))
+    blocks = list(zip(nas.configuration_columns(configurations(table)), GRIDS, strict=True))
     graphs, features = [nas.benchmark_graph(table, row) for row in table.encodings], task_features(table, folder)
     draws = np.random.default_rng(0).integers(len(valid), size=(num_random, 100))
     for t in left:
         others = [u for u in range(len(tasks)) if u != t]
         order = np.argsort(-ranks[:, others].mean(1), kind="stable")
         best = lambda rows, t=t: rows[np.argmin(valid[rows, t])]
-        prior = predictors.score_prior(blocks, scores[:, others], test_scores[:, others])
+        prior = nas.score_prior(blocks, scores[:, others], test_scores[:, others])
         searcher = cell_searcher(table, graphs, [tasks[u] for u in others], features, smoke, seed)
         cells, crossed = searcher.scores().mean(0), searcher.scores(features[table.tasks[tasks[t]]]).mean(0)
         both = searcher.posterior()[0]
@@ -321,7 +321,7 @@ def random_curve(losses: np.ndarray, rng: np.random.Generator, num: int) -> np.n
 
 def evolution_curve(table: nas.Benchmark, losses: np.ndarray, seed: int, num: int, rows: dict) -> np.ndarray:
     space = {name: spaces.integer(0, n - 1) for name, n in zip(table.dims, table.num_choices, strict=True)}
-    searcher = methods.regularized_evolution(population_size=10, sample_size=3)
+    searcher = blackbox.regularized_evolution(population_size=10, sample_size=3)
     state, best, curve = searcher.init(jax.random.key(seed), space), -1, []
     for _ in range(num):
         (trial,), state = searcher.ask(state, 1)
@@ -402,7 +402,7 @@ def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
 def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int, num_keys: int = 1) -> str:
     lines = [
         "The form of the model was written with these tables in view: that an architecture has something of its own on "
-        "every task, and on one (u and d of `predictors.score_prior`), after a first run on them. What is left out of "
+        "every task, and on one (u and d of `nas.score_prior`), after a first run on them. What is left out of "
         "a run is a task, not the tables. The transformers of h and of h by cells were trained with "
         + (
             f"{num_keys} keys: their rows are means over them, with the standard deviation over keys of the mean over "
@@ -412,7 +412,7 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         ),
         "",
         '"h by digits" is a linear model of the digits of an architecture and of their pairs, "h by cells" a '
-        'transformer over the graphs of cells, "h" both (`methods.train_cell_searcher`); all learn from the other '
+        'transformer over the graphs of cells, "h" both (`nas.train_cell_searcher`); all learn from the other '
         "tasks of the table. None of them, but crossed, knows anything of the task that is left out, beside the trials "
         "it is told. Crossed, the transformer is told features of it: of TransNAS-Bench-101 "
         f"{len(PROBES)} training-free scores of {PROBED} architectures ({', '.join(PROBES)}; how their ranks go with "

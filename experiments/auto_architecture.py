@@ -82,7 +82,7 @@ from auto_architecture_results import (
 from auto_architecture_training import Shape, in_chunks, masked_loss
 from image_table_tasks import NUM_CLASSES, SHAPES, Unit, image_units, stack_units, table_units
 
-from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training
+from metaopt import base, blackbox, hypergrad, inner, nas, predictors, spaces, tasks, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,21 +238,21 @@ class Meta:
         config, self.num_features = shape.config, num_features
         predictor = predictors.mlp(shape.space(), num_features, num_hidden=config.num_hidden)
         h = sampled(predictor, shape.space(), config.temperature)
-        self.search = methods.meta_architecture_search(shape.search, h)
+        self.search = nas.meta_architecture_search(shape.search, h)
         self.learner = make_learner(self.search, config)
         self.hyperparams = jax.jit(self.search.hyperparams)
         self.alpha = jax.jit(jax.vmap(self.search.alpha, in_axes=(None, 0)))
 
         def fine_tune(rate, learned, key, task):
             adam = optax.adam(rate, b1=0.5)
-            tuned = methods.meta_architecture_search(shape.tuning, h, num_steps=config.fine_tune_steps, optimizer=adam)
+            tuned = nas.meta_architecture_search(shape.tuning, h, num_steps=config.fine_tune_steps, optimizer=adam)
             found = tuned.fine_tune(key, learned, task)
             return found.alpha, found.params
 
         self.fine_tune = jax.jit(lambda shared, args: jax.vmap(fine_tune, in_axes=(None, None, 0, 0))(*shared, *args))
 
 
-def make_learner(meta: methods.MetaArchitecture, config: Config) -> training.Learner:
+def make_learner(meta: nas.MetaArchitecture, config: Config) -> training.Learner:
     """Returns a learner of h and of the initial weights, each at its own rate.
 
     Weight decay keeps the effect of features small.
@@ -276,7 +276,7 @@ def make_learner(meta: methods.MetaArchitecture, config: Config) -> training.Lea
 def evolve(shape: Shape, key, batch, test, num: int) -> np.ndarray:
     """Returns [num, n, 3] outcomes of regularized evolution on each of n tasks. All searches advance together."""
     n = len(test["y"])
-    searcher = methods.regularized_evolution(population_size=shape.config.population, sample_size=3)
+    searcher = blackbox.regularized_evolution(population_size=shape.config.population, sample_size=3)
     space = {f"edge {i}": spaces.integer(0, size - 1) for i, size in enumerate(shape.sizes())}
     states = [searcher.init(jax.random.fold_in(key, i), space) for i in range(n)]
     outcomes = []

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from auto_architecture_training import in_chunks
 
-from metaopt import methods, nas, training
+from metaopt import nas, training
 
 if TYPE_CHECKING:
     from auto_architecture_training import Shape
@@ -31,7 +31,7 @@ class Darts:
     def __init__(self, shape: "Shape"):
         self.shape, config = shape, shape.config
         self.searches = {
-            order: methods.darts(
+            order: nas.darts(
                 shape.network,
                 shape.in_shape,
                 order=order,
@@ -45,7 +45,7 @@ class Darts:
         most = max(np.bincount([edge.target for edge in cell.edges]).max() for cell in shape.network.cells.values())
         self.readings = [name for name in READINGS if name != TWO_EDGES or most > 2]  # with two edges, both are kept
 
-    def _program(self, search: methods.Search):
+    def _program(self, search: nas.Search):
         def alone(rate, key, task):
             learner = training.learner(search.estimator, optax.adam(rate, b1=0.5))
             state = learner.init(key, search.hyperparams(key), task)

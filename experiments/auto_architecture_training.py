@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from image_table_tasks import NUM_CLASSES, OPS, make_network
 
-from metaopt import base, hypergrad, inner, methods, nas, spaces
+from metaopt import base, hypergrad, inner, nas, spaces
 
 if TYPE_CHECKING:
     from auto_architecture import Config
@@ -67,11 +67,11 @@ class Shape:
         }
         rule = lambda problem: hypergrad.unrolled(problem, num_steps=config.unroll)
         constant = lambda hyperparams: optax.adam(config.rate)
-        self.search = methods.architecture_search(
+        self.search = nas.architecture_search(
             self.network, self.in_shape, rule, optimizer=constant, learn_init=True, **self.options
         )
         # The problem of fine-tuning. As in DARTS, each step has a batch of validation rows.
-        self.tuning = methods.architecture_search(
+        self.tuning = nas.architecture_search(
             self.network,
             self.in_shape,
             rule,
@@ -81,7 +81,7 @@ class Shape:
             **self.options,
         )
         # Only one op per edge runs, since networks follow one another in a loop.
-        one = methods.architecture_search(
+        one = nas.architecture_search(
             self.network,
             self.in_shape,
             rule,

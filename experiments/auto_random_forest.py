@@ -4,9 +4,9 @@
 
 1. Tables: rows are split once. Test rows are only used to score the chosen configurations.
 2. Records: the same random configurations on every table (scikit-learn's defaults first), cross-validated on the
-   training rows. `tasks.collect` makes them, and they are kept next to the results. All methods look up the outcomes of
+   training rows. `blackbox.collect` makes them, and they are kept next to the results. All methods look up the outcomes of
    their trials there.
-3. g = `methods.train_meta_searcher`, trained on the records of other families, with meta-features. `g.predict` chooses
+3. g = `blackbox.train_meta_searcher`, trained on the records of other families, with meta-features. `g.predict` chooses
    for a table that was not used for training (five folds, by family).
 4. `g.searcher` spends a few trials on this table.
 
@@ -52,7 +52,7 @@ import script
 from auto_tune import FEATURES
 from scipy import stats
 
-from metaopt import base, integrations, methods, predictors, spaces, tasks
+from metaopt import base, blackbox, spaces, tasks
 
 RECORDS = Path(__file__).parent / "results" / "auto_random_forest.npz"
 FIDELITIES = (1 / 9, 1 / 3, 1.0)  # shares of the trees
@@ -118,11 +118,11 @@ def make_space(config: Config) -> dict:
     trees = spaces.integer(
         min(10, config.max_trees // 2), config.max_trees, log=True, default=min(100, config.max_trees)
     )
-    return integrations.sklearn_model("random_forest_classifier").space | {"n_estimators": trees}
+    return blackbox.sklearn_model("random_forest_classifier").space | {"n_estimators": trees}
 
 
 class Objective:
-    """Cross-validated log loss of a forest, which `tasks.collect` records.
+    """Cross-validated log loss of a forest, which `blackbox.collect` records.
 
     The first ninth and the first third of the forest's trees are forests, too. Their losses go into the same store, as
     records at these fidelities. The store also gets the scores on the test rows of a forest that is fitted to all
@@ -148,9 +148,9 @@ class Objective:
         test_loss, test_error = forest_scores(trial.configuration, trial.seed, *whole)[-1]
         ended = trial._replace(status="COMPLETE", cost=seconds)
         partial = [ended._replace(outcome=float(v), fidelity=f) for v, f in zip(losses, FIDELITIES, strict=True)]
-        tasks.append_records(self.store, partial, study=f"{self.study} curve")
-        tasks.append_records(self.store, [ended._replace(outcome=test_loss)], study=f"{self.study} test loss")
-        tasks.append_records(self.store, [ended._replace(outcome=test_error)], study=f"{self.study} test error")
+        blackbox.append_records(self.store, partial, study=f"{self.study} curve")
+        blackbox.append_records(self.store, [ended._replace(outcome=test_loss)], study=f"{self.study} test loss")
+        blackbox.append_records(self.store, [ended._replace(outcome=test_error)], study=f"{self.study} test error")
         return float(losses[-1])
 
 
@@ -196,7 +196,7 @@ def collect(splits: list[Split], config: Config, store: Path, workers: int, budg
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return
-        tasks.collect(
+        blackbox.collect(
             Objective(config.num_folds, store, study(config)),
             make_space(config),
             {splits[i].train.name: splits[i] for i in order},
@@ -239,10 +239,10 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
 
     It has as many configurations as most tables have, and the tables that have all of them.
     """
-    read = lambda part: tasks.read_records(store, study=f"{study(config)} {part}", status="COMPLETE")
+    read = lambda part: blackbox.read_records(store, study=f"{study(config)} {part}", status="COMPLETE")
     # In the order of trials, the default first: workers append records in the order in which trials end.
     ordered = lambda part: sorted(read(part), key=lambda record: record.trial)
-    found = {part: tasks.tabulate(ordered(part)) for part in ("curve", "test loss", "test error")}
+    found = {part: blackbox.tabulate(ordered(part)) for part in ("curve", "test loss", "test error")}
     curve = found["curve"]
     whole = np.isfinite(curve.outcomes).all(2)  # [T, C]
     tables = np.logical_and.accumulate(whole, 1).sum(0)  # [C] number of tables that have that many configurations
@@ -366,7 +366,7 @@ def run_optimizer(name: str, records: Records, config: Config, num_seeds: int, f
             if name == "SMAC":
                 rows.append(run_smac(records, t, space, seed, config.trials, nearest))
                 continue
-            make = {"TPE": lambda: methods.tpe(), "BOHB": lambda: methods.bohb(num_rungs=len(FIDELITIES))}
+            make = {"TPE": lambda: blackbox.tpe(), "BOHB": lambda: blackbox.bohb(num_rungs=len(FIDELITIES))}
             rows.append(run_searcher(records, t, make[name](), space, seed, config.trials, nearest))
         done.append(np.array(rows))
         known = read_optimizers(file, records, config) | {name: np.array(done, np.int16)}
@@ -465,7 +465,7 @@ def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *
             for c, v in zip(records.configurations, y[s], strict=True)
         ]
         features = {str(records.names[s]): records.features[s] for s in train}
-        g = methods.train_meta_searcher(
+        g = blackbox.train_meta_searcher(
             trials,
             space=space,
             candidates=records.configurations,
@@ -511,7 +511,7 @@ def choose(
             for seed in range(options.train_seeds):
                 of_key(fold, name, seed, wait=False)
     trained = 0.0
-    near = predictors.rank_features(np.sort(records.features, 0).T, records.features, num_tables)
+    near = blackbox.rank_features(np.sort(records.features, 0).T, records.features, num_tables)
     for fold in range(config.num_splits):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         learned = {name: [of_key(fold, name, seed) for seed in range(options.train_seeds)] for name in names}
@@ -530,7 +530,7 @@ def choose(
                     add(f"{name}, no trial" if num == 1 else f"{searched}, {num} trials", t, numbers)
                     if num > 1 and name == OURS:
                         add(f"portfolio, {num} trials", t, [best_of(records, t, portfolio[:num])])
-    # Prefixes of random orders that start with the defaults, as in `tasks.random_search`.
+    # Prefixes of random orders that start with the defaults, as in `blackbox.random_search`.
     for num in sorted({*(n for n in counts if n > 1), *(min(n, y.shape[1]) for n in config.more_trials)}):
         for t in range(num_tables):
             rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]

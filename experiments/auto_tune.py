@@ -43,8 +43,8 @@ import optax
 import scipy.stats
 from rich.console import Console
 
-from metaopt import base, hypergrad, inner, methods, predictors, spaces, tasks, training
-from metaopt.progress import report_progress
+from metaopt import base, hypergrad, inner, predictors, spaces, tasks, training
+from metaopt.training import report_progress
 
 RESULTS = Path(__file__).parent / "results"
 COMMITTED = RESULTS / "auto_tune.md"
@@ -751,7 +751,7 @@ def meta_train(learners, predictor, space, sample_tasks, key, config: Config, ch
 def fine_tune(estimator: base.Estimator, space, num_steps: int, key, starts, buckets: list[Bucket], config: Config):
     """Returns λ of every unit after `num_steps` hypergradient steps, and the seconds for all, without compilation."""
     optimizer = outer_optimizer(config.fine_tune_rate, num_steps + 1)
-    tune = methods.fine_tune(estimator, num_steps=num_steps, optimizer=optimizer, space=space)
+    tune = training.fine_tune(estimator, num_steps=num_steps, optimizer=optimizer, space=space)
     batch = jax.jit(
         lambda keys, start, task: jax.lax.map(
             lambda args: tune(*args).hyperparams, (keys, start, task), batch_size=config.chunk

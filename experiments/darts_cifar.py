@@ -18,7 +18,7 @@ Images are cifar10_sub32.npz in the folder that METAOPT_DATA names, a fifth of C
 `--full`. `--data FILE` takes an .npz of x_train, y_train, x_test, y_test (uint8 [N, 32, 32, 3], integers), and `--tfds`
 uses TensorFlow Datasets. Results go to experiments/results/darts_cifar.md and .png.
 
-Differences from the published experiment: normalization has no scale and shift (see `methods.retraining`). The small
+Differences from the published experiment: normalization has no scale and shift (see `nas.retraining`). The small
 scale takes a hundredth of the steps. So it moves α at a rate of 0.02 instead of 3e-4, drops few edges and has no
 auxiliary head. Its α are of first order, unless `--order` says otherwise. Networks are normalized by statistics of
 training images. (The committed results are from a version that normalized by batches of test images.)
@@ -37,7 +37,7 @@ import numpy as np
 import optax
 import script
 
-from metaopt import base, inner, methods, nas, tasks, training
+from metaopt import base, inner, nas, tasks, training
 
 
 class Scale(NamedTuple):
@@ -133,7 +133,7 @@ def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tupl
         return {"x": change(key, task.valid["x"][index]), "y": task.valid["y"][index]}
 
     rate = optax.cosine_decay_schedule(scale.rate, scale.steps, scale.last_rate / scale.rate)
-    found = methods.darts(
+    found = nas.darts(
         network,
         data["x"].shape[1:],
         ops=nas.DARTS_OPS,
@@ -176,7 +176,7 @@ def train_alone(
             )
         return kept["accuracy"]
     network = space(scale, scale.channels_alone, scale.cells_alone)
-    recipe = methods.retraining(
+    recipe = nas.retraining(
         nas.discrete(network, genotype),
         parts["train"]["x"].shape[1:],
         ops=nas.DARTS_OPS,
@@ -187,7 +187,7 @@ def train_alone(
         auxiliary=scale.auxiliary,
         augment=(nas.crop_and_flip(scale.crop), nas.cutout(scale.cutout)),
     )
-    state, _ = methods.train(
+    state, _ = nas.train(
         recipe.loop,
         jax.tree.map(jnp.asarray, parts["train"]),
         num_steps=scale.steps_alone,
@@ -212,7 +212,7 @@ def num_params(genotype: nas.Genotype, scale: Scale) -> int:
 
 
 def text_of(
-    genotypes: dict[str, nas.Genotype], reports: dict[str, methods.SearchReport], scale: Scale, num_images: int
+    genotypes: dict[str, nas.Genotype], reports: dict[str, nas.SearchReport], scale: Scale, num_images: int
 ) -> str:
     lines = []
     for name, report in reports.items():
@@ -294,13 +294,13 @@ def main() -> None:
         print(f"{name}: {', '.join(f'{100 * a:.1f}' for a in alone[name])} % trained alone", flush=True)
     reports, some = {}, {k: v[: scale.judged] for k, v in parts["test"].items()}
     for searched, (_, super_) in found.items():
-        fixed = functools.partial(methods.trained_network, super_["net"], super_["params"], parts["train"])
+        fixed = functools.partial(nas.trained_network, super_["net"], super_["params"], parts["train"])
         judge = lambda weights, fixed=fixed: fixed(weights=weights).accuracy(some)
         spec, scores = super_["net"].network, []
         for name, one in genotypes.items():
             mixed = judge(super_["weights"]) if name == searched else float("nan")
-            scores.append(methods.ArchitectureScores(name, judge(nas.one_hot(spec, one)), alone[name], mixed))
-        reports[searched] = methods.search_report(scores)
+            scores.append(nas.ArchitectureScores(name, judge(nas.one_hot(spec, one)), alone[name], mixed))
+        reports[searched] = nas.search_report(scores)
     script.publish(
         __file__,
         "DARTS on CIFAR-10",

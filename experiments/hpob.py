@@ -5,7 +5,7 @@ benchmark's own (discrete candidates). For each of five seeds, `bo-initializatio
 method then chooses 100 more, one by one, among the configurations that it has not seen. Outcomes are accuracies,
 normalized to the task's worst and best. The score is the best so far.
 
-metaopt (`methods.train_meta_optimizer`) learns from `meta-train-dataset.json` of the same search space, with at most
+metaopt (`blackbox.train_meta_optimizer`) learns from `meta-train-dataset.json` of the same search space, with at most
 200 configurations per data set. It maximizes expected improvement over the candidates. Its searcher would spend one
 trial in eight on the configuration farthest from all earlier ones; here, it does not.
 
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import script
 
-from metaopt import base, methods, plots, predictors, spaces, tasks
+from metaopt import base, blackbox, plots, spaces
 
 AT = (5, 25, 50, 100)
 SEEDS = ("test0", "test1", "test2", "test3", "test4")
@@ -53,9 +53,9 @@ def run_protocol(x: np.ndarray, y: np.ndarray, first: list[int], suggest: Sugges
     return 1.0 - np.array(best)
 
 
-def learn(file: Path, search_space: str, num_steps: int) -> tuple[predictors.Surrogate, jax.Array]:
+def learn(file: Path, search_space: str, num_steps: int) -> tuple[blackbox.Surrogate, jax.Array]:
     """Learns from the training data sets of a search space. Also returns the tasks' weights, which are equal."""
-    records = tasks.from_hpob(file, search_space)
+    records = blackbox.from_hpob(file, search_space)
     rng, of = np.random.default_rng(0), {}
     for record in records:
         of.setdefault(record.task, []).append(record)
@@ -64,22 +64,22 @@ def learn(file: Path, search_space: str, num_steps: int) -> tuple[predictors.Sur
         kept += [trials[i] for i in rng.permutation(len(trials))[:MAX_CONFIGURATIONS]]
     space = {name: spaces.interval(0.0, 1.0) for name in sorted(records[0].configuration, key=lambda n: int(n[1:]))}
     kept = [r._replace(configuration={n: float(np.clip(v, 0, 1)) for n, v in r.configuration.items()}) for r in kept]
-    g = methods.train_meta_optimizer(kept, space=space, num_steps=num_steps)
+    g = blackbox.train_meta_optimizer(kept, space=space, num_steps=num_steps)
     # Trees sort names: x0, x1, x10, ...; but a candidate is a row in the table's own order.
     order = np.argsort([int(name[1:]) for name in sorted(space)])
     kernel = g.surrogate.kernel
     kernel = kernel._replace(log_lengths=kernel.log_lengths[order])
     surrogate = g.surrogate._replace(reference=g.surrogate.reference[:, order], kernel=kernel)
-    return surrogate, predictors.task_weights(surrogate)
+    return surrogate, blackbox.task_weights(surrogate)
 
 
 @jax.jit
 def score(surrogate, weights, trials, x):
     best = jnp.where(trials[2] > 0, trials[1], jnp.inf).min()
-    return predictors.expected_improvement(predictors.posterior(surrogate, weights, trials, x), best)
+    return blackbox.expected_improvement(blackbox.posterior(surrogate, weights, trials, x), best)
 
 
-def make_suggest(surrogate: predictors.Surrogate, weights: jax.Array, *, chunk: int = 1024) -> Suggest:
+def make_suggest(surrogate: blackbox.Surrogate, weights: jax.Array, *, chunk: int = 1024) -> Suggest:
     def suggest(seen, y, open_):
         size = max(32, 1 << (len(y) - 1).bit_length())
         pad = size - len(y)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="folder of HPO-B v3's JSON files: metaopt joins the others")
     options: argparse.Namespace = parser.parse_args()
     script.data_file(__file__, "hpob_baseline_curves.npz")
-    published = tasks.from_hpob_curves()
+    published = blackbox.from_hpob_curves()
     names = published.tasks[:3] if options.smoke else published.tasks
     regret = dict(zip(published.methods, published.regret[:, : len(names)], strict=True))
     if options.tables:

@@ -9,8 +9,8 @@ to the largest size that half of the learners have. Families (by the first word 
 and each is left out in turn. Tables without all sizes from 1/32 on are not used. Normalized regret is 0 at a task's
 best and 1 at its worst candidate.
 
-`metaopt` is `methods.train_curve_searcher`, trained on the other tasks' curves. The baselines are random search and the
-best on average of the other tasks, both at full budgets; and Hyperband and BOHB of Optuna (`methods.bohb`). For the
+`metaopt` is `blackbox.train_curve_searcher`, trained on the other tasks' curves. The baselines are random search and the
+best on average of the other tasks, both at full budgets; and Hyperband and BOHB of Optuna (`blackbox.bohb`). For the
 last two, a suggestion becomes the nearest candidate that was not begun. A repeated run at the same fidelity costs
 nothing. On TaskSet, trials continue after a pause, and all methods only pay the difference. On LCDB, a larger training
 set is paid in full. The recommendation of a method is its best trial at the full budget. Before there is one, it is the
@@ -35,7 +35,7 @@ import jax
 import numpy as np
 import script
 
-from metaopt import base, methods, spaces, tasks
+from metaopt import base, blackbox, spaces
 
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
 SHOWN = (1.0, 2.0, 5.0, 10.0, 20.0)
@@ -68,7 +68,7 @@ class Curves(NamedTuple):
 
 def load_taskset(options: argparse.Namespace) -> Curves:
     script.data_file(__file__, "taskset_rnn_curves.npz")
-    table = tasks.from_taskset()
+    table = blackbox.from_taskset()
     num = len(table.fidelities)
     # Some checkpoints, including those of Hyperband (1/27, 1/9, 1/3, 1).
     at = np.array([1, 2, 4, 6, 10, 17, 28, num]) - 1
@@ -118,7 +118,7 @@ def load_lcdb(options: argparse.Namespace) -> Curves:
     return Curves("LCDB", y[keep], fidelities, configurations, space, fold[keep], of[keep], False, 2)
 
 
-def learn(data: Curves, group, options: argparse.Namespace, *, whole: bool = False) -> methods.CurveSearcher:
+def learn(data: Curves, group, options: argparse.Namespace, *, whole: bool = False) -> blackbox.CurveSearcher:
     """Learns from the curves of all tasks outside the group. With `whole`, it only uses the curves' ends."""
     fidelities = [len(data.fidelities) - 1] if whole else range(len(data.fidelities))
     records = [
@@ -128,7 +128,7 @@ def learn(data: Curves, group, options: argparse.Namespace, *, whole: bool = Fal
         for j in fidelities
         if np.isfinite(data.y[t, c, j])
     ]
-    return methods.train_curve_searcher(records, space=data.space, num_steps=2 if options.smoke else 100)
+    return blackbox.train_curve_searcher(records, space=data.space, num_steps=2 if options.smoke else 100)
 
 
 def name_of(configuration: dict) -> tuple:
@@ -138,7 +138,7 @@ def name_of(configuration: dict) -> tuple:
 # ---- Prediction ------------------------------------------------------------------------------------------------------
 
 
-def predict(data: Curves, t: int, g: methods.CurveSearcher, num_draws: int) -> np.ndarray:
+def predict(data: Curves, t: int, g: blackbox.CurveSearcher, num_draws: int) -> np.ndarray:
     """Returns [N, len(FOUND)] predictions for 20 candidates that were begun on the task t, for several draws."""
     rng, found = np.random.default_rng(t), []
     open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
@@ -273,7 +273,7 @@ def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) ->
     for name, num_random in (("Hyperband", 10**6), ("BOHB", 10)):
         curves[name] = []
         for seed in range(options.bohb_seeds):
-            searcher = methods.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
+            searcher = blackbox.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
             curves[name].append(search(data, t, searcher, data.space, BUDGETS[-1], seed, Snap(data, t)))
     return {name: np.array(found) for name, found in curves.items()}
 

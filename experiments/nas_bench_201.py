@@ -7,7 +7,7 @@ except for the changes of their papers. No choice depends on a test accuracy. On
 
 RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS. The dominant
 eigenvalue in α of its validation loss is measured at the end of every epoch. So one run gives three rows. (As separate
-searches they are `methods.robust_darts` and `methods.darts_plus`, which choose the same epoch.)
+searches they are `nas.robust_darts` and `nas.darts_plus`, which choose the same epoch.)
 
 Other rows use the table's validation accuracies after 12 epochs (its only true validation): random search, regularized
 evolution, and the best architecture of the other two tasks. The next row is the constant cell 9930, which is nearly the
@@ -41,7 +41,7 @@ import optax
 import script
 from scipy.stats import rankdata, spearmanr
 
-from metaopt import base, hypergrad, inner, methods, nas, spaces, tasks, training
+from metaopt import base, blackbox, hypergrad, inner, nas, spaces, training
 
 
 class Config(NamedTuple):
@@ -106,7 +106,7 @@ def augmented(key: jax.Array, batch: dict) -> dict:
 # ---- Searches -------------------------------------------------------------------------------------------------------
 
 
-def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTransformation, int]]:
+def searches(config: Config) -> dict[str, tuple[nas.Search, optax.GradientTransformation, int]]:
     """Returns name -> search, optimizer of α, and the number of other searches' steps that count as one estimate."""
     steps, rows = config.num_steps, inner.minibatch(config.batch)
 
@@ -139,24 +139,24 @@ def searches(config: Config) -> dict[str, tuple[methods.Search, optax.GradientTr
             schedule = lambda step: jnp.where(step < rest * steps, 0.0, rate)
         return optax.chain(optax.add_decayed_weights(1e-3), optax.adam(schedule, b1=0.5, b2=0.999))
 
-    first = of(methods.darts, order="first")
+    first = of(nas.darts, order="first")
     watch: dict[str, Any] = {**LATE, "every": config.every, "num_iterations": 10}
     first = first._replace(estimator=nas.stopped_by_curvature(first.estimator, first.problem, **watch))
     solver = hypergrad.neumann(num_steps=3, rate=0.025)
     return {
         "DARTS, first order": (first, adam(), 1),
-        "iDARTS, T = 4": (of(methods.implicit_darts, num_steps=4, solver=solver), adam(4.0), 4),
-        "GDAS": (of(methods.gdas, num_steps=steps), adam(), 1),
-        "PC-DARTS": (of(methods.pc_darts, partial=min(4, config.channels)), adam(2.0, rest=0.3), 1),
-        "DARTS−": (of(methods.darts_minus, num_steps=steps), adam(), 1),
-        "β-DARTS": (of(methods.beta_darts, num_steps=steps), adam(), 1),
-        "DARTS, second order": (of(methods.darts, order="second"), adam(), 1),
-        "DARTS, exact": (of(methods.darts, order="exact"), adam(), 1),
-        "DARTS, unrolled, T = 20": (of(methods.unrolled_darts, num_steps=20), adam(4.0), 4),
+        "iDARTS, T = 4": (of(nas.implicit_darts, num_steps=4, solver=solver), adam(4.0), 4),
+        "GDAS": (of(nas.gdas, num_steps=steps), adam(), 1),
+        "PC-DARTS": (of(nas.pc_darts, partial=min(4, config.channels)), adam(2.0, rest=0.3), 1),
+        "DARTS−": (of(nas.darts_minus, num_steps=steps), adam(), 1),
+        "β-DARTS": (of(nas.beta_darts, num_steps=steps), adam(), 1),
+        "DARTS, second order": (of(nas.darts, order="second"), adam(), 1),
+        "DARTS, exact": (of(nas.darts, order="exact"), adam(), 1),
+        "DARTS, unrolled, T = 20": (of(nas.unrolled_darts, num_steps=20), adam(4.0), 4),
     }
 
 
-def recording(search: methods.Search) -> base.Estimator:
+def recording(search: nas.Search) -> base.Estimator:
     """Returns the search's estimator, with the mixing weights [6, 5] among its metrics."""
 
     def estimate(hyperparams, task, state):
@@ -181,7 +181,7 @@ def supernet_accuracies(search, result, train, valid) -> dict[str, float]:
     net = nas.supernet(search.supernet.network, search.supernet.in_shape, **dense)
     params = search.problem.loop.params(inner_state)
     one_hot = nas.one_hot(net.network, search.genotype(result.hyperparams))
-    judge = lambda weights: round(methods.trained_network(net, params, train, weights=weights).accuracy(valid), 4)
+    judge = lambda weights: round(nas.trained_network(net, params, train, weights=weights).accuracy(valid), 4)
     return {"mixed": judge(found), "inherited": judge(one_hot)}
 
 
@@ -231,7 +231,7 @@ def run_one_shot(task, valid, config: Config, seed: int, row_of: Callable) -> di
     sgd = lambda hp: optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(rate, momentum=0.9, nesterov=True))
     rows = inner.minibatch(config.batch)
     network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
-    one_shot = methods.single_path_one_shot(
+    one_shot = nas.single_path_one_shot(
         network,
         (config.size, config.size, 3),
         ops=nas.NAS_BENCH_201_OPS,
@@ -261,7 +261,7 @@ def genotype_of(digits) -> nas.Genotype:
 def run_scores(task, table, config: Config, seed: int) -> dict:
     """Computes our scores of random cells. The screened searches choose from the same cells."""
     network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
-    score = methods.training_free_scores(network, (config.size, config.size, 3), ops=nas.NAS_BENCH_201_OPS)
+    score = nas.training_free_scores(network, (config.size, config.size, 3), ops=nas.NAS_BENCH_201_OPS)
     batch = jax.tree.map(lambda leaf: leaf[:64], task.train)
     rows = np.random.default_rng(seed).choice(len(table.encodings), config.num_scored, replace=False)
     found: dict[str, list] = {"rows": rows.tolist()}
@@ -274,7 +274,7 @@ def run_scores(task, table, config: Config, seed: int) -> dict:
 def screened(values: dict[int, float]) -> int:
     """Returns the best of `SCREENED` random cells, each drawn once.
 
-    It is the first trial of `methods.screened_random_search`.
+    It is the first trial of `nas.screened_random_search`.
     """
     return max(list(values)[:SCREENED], key=values.__getitem__)
 
@@ -288,8 +288,8 @@ def table_searches(table: nas.Benchmark, num_seeds: int, num: int) -> dict[str, 
     space = {name: spaces.integer(0, 4) for name in table.dims}
     rows = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
     searchers = {
-        f"random search, {num} cells": tasks.random_search(first=()),
-        f"regularized evolution, {num} cells": methods.regularized_evolution(population_size=10, sample_size=3),
+        f"random search, {num} cells": blackbox.random_search(first=()),
+        f"regularized evolution, {num} cells": blackbox.regularized_evolution(population_size=10, sample_size=3),
     }
     for name, searcher in searchers.items():
         accuracies = np.zeros((num_seeds, len(table.tasks)))
@@ -401,9 +401,9 @@ def gaps(runs: dict, table) -> list[str]:
         for seed, run in seeds.items():
             if "mixed" in run:
                 each = run["inherited"], retrained(run["row"]), run["mixed"]
-                scores.append(methods.ArchitectureScores(f"{name}, seed {seed}", *each))
+                scores.append(nas.ArchitectureScores(f"{name}, seed {seed}", *each))
     if len(scores) > 1:
-        lines += [methods.search_report(scores).text, ""]
+        lines += [nas.search_report(scores).text, ""]
     searched = [run for seeds in runs.values() for run in seeds.values() if "weights" in run]
     if any("mixed" not in run for run in searched):
         lines += [
@@ -419,7 +419,7 @@ def gaps(runs: dict, table) -> list[str]:
         # The likelihood has the same order as the loss, and only ranks are compared.
         of = lambda run: zip(run["drawn"], np.exp(-np.array(run["losses"])), strict=True)
         reports = [
-            methods.search_report([methods.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in of(run)])
+            nas.search_report([nas.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in of(run)])
             for run in one_shot
         ]
         lines += [

@@ -41,7 +41,7 @@ import numpy as np
 import optax
 import script
 
-from metaopt import hypergrad, methods, plots, tasks, training
+from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
@@ -89,18 +89,18 @@ class Row(NamedTuple):
 
 KEEP: dict[str, Any] = {"rate": 0.4, "keep_support": True}
 ROWS = {
-    "prototypical networks": Row(lambda f, loss, T: methods.prototypical_networks(f), 1, ways=False),
-    "ridge head (R2D2)": Row(lambda f, loss, T: methods.ridge_head(f), 1, ways=False),
-    "Proto-MAML": Row(lambda f, loss, T: methods.proto_maml(f, num_steps=1, rate=0.02), 0.5, ways=False),
-    "MAML": Row(lambda f, loss, T: methods.maml(loss, num_steps=T, **KEEP), 0.5),
-    "FOMAML": Row(lambda f, loss, T: methods.fomaml(loss, num_steps=T, **KEEP), 0.75),
-    "Reptile": Row(lambda f, loss, T: methods.reptile(loss, num_steps=4, **KEEP | {"rate": 0.2}), 0.25, shots=5),
-    "ANIL": Row(lambda f, loss, T: methods.anil(loss, num_steps=T, **KEEP), 0.5),
+    "prototypical networks": Row(lambda f, loss, T: few_shot.prototypical_networks(f), 1, ways=False),
+    "ridge head (R2D2)": Row(lambda f, loss, T: few_shot.ridge_head(f), 1, ways=False),
+    "Proto-MAML": Row(lambda f, loss, T: few_shot.proto_maml(f, num_steps=1, rate=0.02), 0.5, ways=False),
+    "MAML": Row(lambda f, loss, T: few_shot.maml(loss, num_steps=T, **KEEP), 0.5),
+    "FOMAML": Row(lambda f, loss, T: few_shot.fomaml(loss, num_steps=T, **KEEP), 0.75),
+    "Reptile": Row(lambda f, loss, T: few_shot.reptile(loss, num_steps=4, **KEEP | {"rate": 0.2}), 0.25, shots=5),
+    "ANIL": Row(lambda f, loss, T: few_shot.anil(loss, num_steps=T, **KEEP), 0.5),
     # With a head of zeros, nothing else would have a gradient.
-    "BOIL": Row(lambda f, loss, T: methods.boil(loss, num_steps=T, **KEEP), 0.5, head=1.0),
-    "Meta-SGD": Row(lambda f, loss, T: methods.meta_sgd(loss, num_steps=T, **KEEP), 0.5),
+    "BOIL": Row(lambda f, loss, T: few_shot.boil(loss, num_steps=T, **KEEP), 0.5, head=1.0),
+    "Meta-SGD": Row(lambda f, loss, T: few_shot.meta_sgd(loss, num_steps=T, **KEEP), 0.5),
     "MAML++": Row(
-        lambda f, loss, T: methods.maml_plus_plus(
+        lambda f, loss, T: few_shot.maml_plus_plus(
             loss,
             num_steps=3,
             rate=0.2,
@@ -113,28 +113,28 @@ ROWS = {
         steps=3,
     ),
     "iMAML": Row(
-        lambda f, loss, T: methods.imaml(
+        lambda f, loss, T: few_shot.imaml(
             loss, proximal=1.0, num_steps=5, rate=0.2, solver=hypergrad.cg(num_steps=3), keep_support=True
         ),
         0.25,
     ),
     "CAVIA": Row(
-        lambda f, loss, T: methods.cavia(loss, num_context=32, num_steps=T, rate=1.0, keep_support=True),
+        lambda f, loss, T: few_shot.cavia(loss, num_context=32, num_steps=T, rate=1.0, keep_support=True),
         0.5,
         head=1.0,
         context=32,
     ),
     "fine-tuning": Row(
-        lambda f, loss, T: methods.pretrained(loss),
+        lambda f, loss, T: few_shot.pretrained(loss),
         5,  # a step costs a tenth
         ways=False,
-        at_test=lambda f: methods.proto_maml(f, adapt="^head", num_steps=5, rate=0.1),
+        at_test=lambda f: few_shot.proto_maml(f, adapt="^head", num_steps=5, rate=0.1),
     ),
 }
 # The same with other statistics; the row above uses those of the support set.
 ROWS |= {
     f"MAML, {name}": Row(
-        lambda f, loss, T, k=keep: methods.maml(loss, num_steps=T, **KEEP | {"keep_support": k}), 0.5, True, name
+        lambda f, loss, T, k=keep: few_shot.maml(loss, num_steps=T, **KEEP | {"keep_support": k}), 0.5, True, name
     )
     for name, keep in {"batch": False, "tasknorm": True, "group": False, "layer": False, "none": False}.items()
 }
@@ -187,12 +187,12 @@ def num_tasks(scale: Scale, ways: int) -> int:
 def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale, options) -> Trained:
     row = ROWS[name]
     trained_shots = row.shots or shots
-    network = methods.conv4(
+    network = few_shot.conv4(
         normalization=row.normalization, num_filters=scale.filters, num_blocks=scale.blocks, num_steps=row.steps
     )
     features = modulated(network.features) if row.context else network.features
-    head = methods.linear_head(features)
-    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    head = few_shot.linear_head(features)
+    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
     adaptation = row.make(network.features, loss, scale.inner_steps)
     num = num_tasks(scale, ways)
     if row.at_test is None:
@@ -219,7 +219,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         del params["head"]  # the support set makes it
     at_test = adaptation if row.at_test is None else row.at_test(network.features)
     most = scale.test_steps if at_test.test_steps else 0
-    method = lambda hyperparams, num_steps: methods.adapted(at_test, hyperparams, head, num_steps=num_steps)
+    method = lambda hyperparams, num_steps: few_shot.adapted(at_test, hyperparams, head, num_steps=num_steps)
     drawn = {}
     for k in (1, 5):
         valid = tasks.episodes(
@@ -234,7 +234,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
         def one(support, query):
             seen = {k: v for k, v in query.items() if k != "y"}
             outputs = method(hyperparams, most)(jax.random.key(0), support, seen)
-            return jax.vmap(methods.accuracy, (0, None))(outputs, query)
+            return jax.vmap(few_shot.accuracy, (0, None))(outputs, query)
 
         return jax.lax.map(lambda task: one(*task[:2]), batch).mean(0)
 
@@ -315,39 +315,39 @@ def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_sh
             print(f"[{time.process_time():6.0f} s] judging {len(of)} methods, {ways}w{shots}s", flush=True)
             setting = f"{ways}w{shots}s"
             each = [judge_one(name, *one, sample, setting, scale, options) for name, one in of.items()]
-            found[setting] = functools.reduce(methods.join_evaluations, each)
+            found[setting] = functools.reduce(evaluation.join_evaluations, each)
     if (20, 1) in trained and one_shot is not None:
         runs = one_shot_runs(one_shot, scale.size)
         named = {name: method for name, (method, _) in trained[20, 1].items()}
-        found[ONE_SHOT] = methods.evaluate_episodes(named, runs, jax.random.key(0), each=20, chunk_size=10)
+        found[ONE_SHOT] = few_shot.evaluate_episodes(named, runs, jax.random.key(0), each=20, chunk_size=10)
     return found
 
 
 def judge_one(
     name: str, method: Callable, training: str, sample: Callable, setting: str, scale: Scale, options
-) -> methods.Evaluation:
+) -> evaluation.Evaluation:
     """Evaluates one method, or loads its saved evaluation."""
     file = options.work / f"{training}_at_{setting}.npz"
     if file.is_file() and not options.smoke:
-        return methods.load_evaluation(file)
+        return evaluation.load_evaluation(file)
     key, chunk_size = jax.random.key(2025), min(20, scale.episodes)
-    found = methods.evaluate_episodes({name: method}, sample, key, num_episodes=scale.episodes, chunk_size=chunk_size)
+    found = few_shot.evaluate_episodes({name: method}, sample, key, num_episodes=scale.episodes, chunk_size=chunk_size)
     if not options.smoke:
-        methods.save_evaluation(file, found)
+        evaluation.save_evaluation(file, found)
     return found
 
 
-def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, options) -> methods.Evaluation | None:
+def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, options) -> evaluation.Evaluation | None:
     """Returns accuracy over the inner steps, 5w1s; for each method, the mean over its seeds."""
     sample = tasks.episodes(
         parts["test"], num_ways=5, num_shots=1, num_query=15, disjoint_groups=options.disjoint_drawers
     )
     setting = f"5w1s_over_{scale.over_steps}_steps"
     each = [judge_one(name, *one, sample, setting, scale, options) for name, one in trained.items()]
-    return joined({"": functools.reduce(methods.join_evaluations, each)}, slice(None))[""] if each else None
+    return joined({"": functools.reduce(evaluation.join_evaluations, each)}, slice(None))[""] if each else None
 
 
-def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
+def of_seeds(evaluation: evaluation.Evaluation) -> dict[str, list[str]]:
     """Returns method -> its trainings in an evaluation. Their names end in their seeds."""
     found: dict[str, list[str]] = {}
     for name in evaluation.scores:
@@ -355,7 +355,7 @@ def of_seeds(evaluation: methods.Evaluation) -> dict[str, list[str]]:
     return found
 
 
-def joined(found: dict[str, methods.Evaluation], steps: slice = slice(-1, None)) -> dict[str, methods.Evaluation]:
+def joined(found: dict[str, evaluation.Evaluation], steps: slice = slice(-1, None)) -> dict[str, evaluation.Evaluation]:
     """Joins the seeds of each method.
 
     An episode's scores are means over seeds, each after its chosen number of steps.
@@ -372,19 +372,19 @@ def joined(found: dict[str, methods.Evaluation], steps: slice = slice(-1, None))
     return {setting: one(of) for setting, of in found.items()}
 
 
-def report(found: dict[str, methods.Evaluation], trainings: dict[str, list[Trained]]) -> str:
+def report(found: dict[str, evaluation.Evaluation], trainings: dict[str, list[Trained]]) -> str:
     """Returns tables of inductive methods, transductive ones with the literature, normalizations, and validation.
 
     It ends with the missed aims.
     """
     whole = joined(found)
-    means = {setting: methods.mean_scores(of) for setting, of in whole.items()}
+    means = {setting: evaluation.mean_scores(of) for setting, of in whole.items()}
 
     def cell(name, setting):
         if name not in means[setting]:
             return ""
         ((mean, half),) = means[setting][name].values()
-        each = methods.mean_scores(found[setting])
+        each = evaluation.mean_scores(found[setting])
         seeds = [mean for training in of_seeds(found[setting])[name] for mean, _ in each[training].values()]
         spread = f"; {100 * np.std(seeds, ddof=1):.1f}" if len(seeds) > 1 else ""
         return f"{100 * mean:.1f} ± {100 * half:.1f}{spread}"
@@ -452,8 +452,8 @@ def mean_of(trainings: list[Trained]) -> list[tuple[int, float]]:
 
 
 def draw(
-    found: dict[str, methods.Evaluation],
-    over_steps: methods.Evaluation | None,
+    found: dict[str, evaluation.Evaluation],
+    over_steps: evaluation.Evaluation | None,
     trainings: dict[str, list[Trained]],
     path: Path,
 ) -> None:

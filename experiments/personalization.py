@@ -40,7 +40,7 @@ import numpy as np
 import optax
 import script
 
-from metaopt import hypergrad, methods, tasks, training
+from metaopt import few_shot, hypergrad, tasks, training
 
 BARS = {5: 3.19, 10: 3.03, 20: 2.68}  # the last value
 HOSPITAL_BARS = {"cleveland": 0.857, "hungarian": 0.881, "switzerland": 0.715, "va": 0.714}  # logistic regression
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
 SMOKE = Settings(width=4, batch=2, rows=4, steps=2, every=1, draws=2)
 
 
-def train(adaptation: methods.Adaptation, start: Callable, sample: Callable, judge: Callable, settings: Settings):
+def train(adaptation: few_shot.Adaptation, start: Callable, sample: Callable, judge: Callable, settings: Settings):
     """Returns `(key, run) -> λ`, to be mapped over runs: the best λ of every `settings.every` steps, the last of ties.
 
     The weight decay of a run, "decay", only applies to the initialization: learned rates do not decay.
@@ -119,13 +119,13 @@ def hidden(params, z):
     return jnp.tanh(z @ params["hidden"]["w"] + params["hidden"]["b"][None])
 
 
-def compared(loss: Callable, rate: float) -> dict[str, methods.Adaptation]:
+def compared(loss: Callable, rate: float) -> dict[str, few_shot.Adaptation]:
     return {
-        "one network for all": methods.pretrained(loss, test_steps=5, rate=rate),
-        "MAML": methods.maml(loss, num_steps=5, rate=rate),
-        "FOMAML": methods.fomaml(loss, num_steps=5, rate=rate),
-        "ANIL": methods.anil(loss, num_steps=5, rate=rate),
-        "Meta-SGD, a rate a leaf": methods.meta_sgd(loss, num_steps=5, rate=rate, rates="leaf"),
+        "one network for all": few_shot.pretrained(loss, test_steps=5, rate=rate),
+        "MAML": few_shot.maml(loss, num_steps=5, rate=rate),
+        "FOMAML": few_shot.fomaml(loss, num_steps=5, rate=rate),
+        "ANIL": few_shot.anil(loss, num_steps=5, rate=rate),
+        "Meta-SGD, a rate a leaf": few_shot.meta_sgd(loss, num_steps=5, rate=rate, rates="leaf"),
     }
 
 
@@ -138,11 +138,11 @@ def trend_features(params, batch):
     return jnp.concatenate([units, units * passed, passed], axis=1)
 
 
-trend = methods.linear_head(trend_features)
+trend = few_shot.linear_head(trend_features)
 
 
 def trend_loss(params, hyperparams, batch):
-    return methods.mean_absolute_error(trend(params, batch), batch)
+    return few_shot.mean_absolute_error(trend(params, batch), batch)
 
 
 def parkinson_runs(num_patients: int, seeds: int, table: tasks.UserTable) -> dict[str, np.ndarray]:
@@ -207,7 +207,7 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
         def one(user):
             support, query, _ = seen(run, first(jax.random.key(0), user))  # in the order of time: the key has no effect
             outputs = method(jax.random.key(0), support, unlabelled(query))
-            return jax.vmap(lambda one: SCALE * methods.mean_absolute_error(one, query))(outputs)
+            return jax.vmap(lambda one: SCALE * few_shot.mean_absolute_error(one, query))(outputs)
 
         return jax.vmap(one, out_axes=1)(users)
 
@@ -221,10 +221,10 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
     found = {"the last value": of_all(jax.vmap(lambda run: errors(last, run, run["test"])[0])(runs))}
     made = {
         **compared(trend_loss, 0.03),
-        "ridge head (R2D2)": methods.ridge_head(trend_features, loss=methods.mean_absolute_error),
+        "ridge head (R2D2)": few_shot.ridge_head(trend_features, loss=few_shot.mean_absolute_error),
     }
     for name, adaptation in list(made.items())[slice(only)]:
-        method = lambda hyperparams, a=adaptation: methods.adapted(a, hyperparams, trend)
+        method = lambda hyperparams, a=adaptation: few_shot.adapted(a, hyperparams, trend)
         trained_steps = 0 if name == "one network for all" else -1
         judge = lambda run, hp, method=method, at=trained_steps: errors(method(hp), run, run["kept"])[at].mean()
         num_inputs = table.x.shape[1] + 3
@@ -281,8 +281,8 @@ def parkinson_missed(means: dict[int, dict[str, float]], against: dict[int, dict
 
 # ---- Heart disease ---------------------------------------------------------------------------------------------------
 
-risk = methods.linear_head(lambda params, batch: jnp.concatenate([hidden(params, batch["x"]), batch["x"]], 1))
-linear = methods.linear_head(lambda params, batch: batch["x"])
+risk = few_shot.linear_head(lambda params, batch: jnp.concatenate([hidden(params, batch["x"]), batch["x"]], 1))
+linear = few_shot.linear_head(lambda params, batch: batch["x"])
 
 
 def log_loss_of(model: Callable) -> Callable:
@@ -356,7 +356,7 @@ def hospitals(
         return jax.vmap(one)(jax.random.split(key, settings.draws))
 
     made: dict[str, tuple] = {
-        "logistic regression": (methods.pretrained(log_loss_of(linear), test_steps=5, rate=0.1), linear, sample_whole)
+        "logistic regression": (few_shot.pretrained(log_loss_of(linear), test_steps=5, rate=0.1), linear, sample_whole)
     }
     made |= {name: (a, risk, sample) for name, a in compared(log_loss_of(risk), 0.1).items()}
     others = lambda *without: [h for h in range(num) if h not in without]
@@ -375,7 +375,7 @@ def hospitals(
         run_one = train(adaptation, start, drawn, never, settings)
 
         def outcome(number, run, run_one=run_one, a=adaptation, model=model):
-            method = methods.adapted(a, run_one(jax.random.fold_in(jax.random.key(1), number), run), model)
+            method = few_shot.adapted(a, run_one(jax.random.fold_in(jax.random.key(1), number), run), model)
             test_key = jax.random.fold_in(jax.random.key(2), number)  # the same supports for all methods
             episodes = test_episodes(run, test_key)
             seen_of_query = unlabelled(episodes.query)

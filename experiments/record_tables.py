@@ -6,7 +6,7 @@ tables of OpenML × 219 pipelines (OBOE). All near-duplicates of a table are in 
 left out in turn, and methods learn only on the other four. The normalized regret of a task is 0 at its best and 1 at
 its worst configuration.
 
-`metaopt` is `methods.train_meta_searcher`, with a task's features. Its searcher begins with its prediction and
+`metaopt` is `blackbox.train_meta_searcher`, with a task's features. Its searcher begins with its prediction and
 continues by expected improvement. Every eighth trial is instead the configuration farthest from all earlier ones. The
 method was developed on the regrets in folds 0–2. The regrets of folds 3 and 4 were not looked at before the first whole
 run, and are also reported separately.
@@ -56,7 +56,7 @@ import numpy as np
 import script
 from scipy.spatial.distance import cdist
 
-from metaopt import base, methods, predictors, spaces
+from metaopt import base, blackbox, spaces
 
 NUM_TRIALS = 20
 FARTHEST_EVERY = 8  # the same as in the searcher
@@ -179,17 +179,17 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
     def step(carry, i):
         seen, mask, tried = carry
         y = error[seen]
-        conditioned = predictors.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
-        mixture = predictors.posterior_at(surrogate, conditioned, x, functions=functions)
+        conditioned = blackbox.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
+        mixture = blackbox.posterior_at(surrogate, conditioned, x, functions=functions)
         best = jnp.where(mask > 0, y, jnp.inf).min()
-        score = predictors.expected_improvement(mixture, best)
+        score = blackbox.expected_improvement(mixture, best)
         if surrogate.transformers is not None:
             # As in the searcher: outcomes far above the upper quartile of the trials are cut off.
             upper = jnp.sort(jnp.where(mask > 0, y, jnp.inf))[(3 * (i - 1)) // 4] - best
             shown = jnp.where((i >= 4) & (upper > 0), jnp.minimum(y, best + 4 * upper), y)
-            read = predictors.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
-            binned = predictors.predict_binned(surrogate.transformers, read, x)
-            score = share * predictors.binned_improvement(binned, best) + (1 - share) * score
+            read = blackbox.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
+            binned = blackbox.predict_binned(surrogate.transformers, read, x)
+            score = share * blackbox.binned_improvement(binned, best) + (1 - share) * score
         nearest = jnp.where(mask[:, None] > 0, distances[seen], jnp.inf).min(0)
         score = jnp.where(i % FARTHEST_EVERY == FARTHEST_EVERY - 1, nearest, score)
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
@@ -232,8 +232,8 @@ def plain_search(grams, error, starts):
             cross = grams[best][:, seen] * mask[None]
             variance = 1 + 1e-3 - ((cross @ inverse) * cross).sum(1)
             mu, std = mean + cross @ inverse @ rest, scale * jnp.sqrt(jnp.maximum(variance, 1e-9))
-            mixture = predictors.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
-            score = predictors.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
+            mixture = blackbox.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
+            score = blackbox.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
             new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
             return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
 
@@ -256,8 +256,8 @@ def encode(space: dict, plain: list[dict]) -> jax.Array:
 def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
     """Returns [test tasks, NUM_TRIALS] curves of the Gaussian process without other tasks."""
     encoded = encode(*make_space(data.configurations))
-    of_length = lambda log: predictors.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
-    grams = jnp.stack([predictors.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)])
+    of_length = lambda log: blackbox.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
+    grams = jnp.stack([blackbox.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)])
     rng, curves = np.random.default_rng(0), []
     for t in test:
         regret = data.regret[t]
@@ -270,11 +270,11 @@ def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
 @jax.jit
 def expected(of, encoded, weights):
     """Returns [C] the expected outcomes without a trial."""
-    found = predictors.expected_outcomes(of, encoded) @ weights
+    found = blackbox.expected_outcomes(of, encoded) @ weights
     if of.transformers is None:
         return found
-    read = predictors.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
-    mean, _ = predictors.binned_moments(predictors.predict_binned(of.transformers, read, encoded), 1.0)
+    read = blackbox.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
+    mean, _ = blackbox.binned_moments(blackbox.predict_binned(of.transformers, read, encoded), 1.0)
     return of.transformer_share * mean + (1 - of.transformer_share) * found
 
 
@@ -297,7 +297,7 @@ def learned(
     features, families = dict(zip(names, data.features, strict=True)), dict(zip(names, data.family, strict=True))
     num_steps = 5 if options.smoke else 150
     train_g = partial(
-        methods.train_meta_searcher,
+        blackbox.train_meta_searcher,
         records,
         space=space,
         candidates=plain,
@@ -330,13 +330,13 @@ def learned(
     if options.ablate:
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
     encoded = encode(space, plain)
-    functions = predictors.functions_at(surrogate, encoded)
+    functions = blackbox.functions_at(surrogate, encoded)
     distances = jnp.asarray(cdist(encoded, encoded), jnp.float32)
     curves = {name: [] for name in variants}
 
     def trials(name, t, error, open_):
         known = None if name == ABLATED[0] else data.features[t]
-        weights, of = predictors.task_weights(variants[name], known), predictors.at_task(variants[name], known)
+        weights, of = blackbox.task_weights(variants[name], known), blackbox.at_task(variants[name], known)
         start = open_[np.asarray(expected(of, encoded, weights))[open_].argmin()]
         return search(of, encoded, functions, weights, error, start, distances, 0 if name == NOT_ADAPTED else 10)
 
@@ -369,7 +369,7 @@ def check_same_trials(name: str, again: list[int], tried: list[int]) -> None:
         )
 
 
-def one_by_one(g: methods.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
+def one_by_one(g: blackbox.MetaOptimizer, data: Records, t: int, plain: list[dict]) -> tuple[list[int], float]:
     """Runs the first trials of the searcher, one by one. Also returns the median milliseconds of an `ask`."""
     searcher = g.searcher(data.features[t], first=())
     state, tried, times = searcher.init(jax.random.key(0), g.space), [], []
@@ -604,7 +604,7 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
         train, test = split(data, fold, options)
         judged.extend(test)
         average, portfolio = np.nanmean(regret[train], 0).argsort(), greedy(regret[train])
-        ranks = predictors.rank_features(np.sort(data.features[train], 0).T, data.features, len(regret))
+        ranks = blackbox.rank_features(np.sort(data.features[train], 0).T, data.features, len(regret))
         for t in test:
             add("average-best", t, curve(regret[t], average))
             add("portfolio", t, curve(regret[t], portfolio))

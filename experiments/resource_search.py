@@ -31,7 +31,7 @@ import optax
 import script
 from sklearn.datasets import load_digits
 
-from metaopt import base, hypergrad, inner, methods, nas, training
+from metaopt import base, hypergrad, inner, nas, training
 
 IN_SHAPE = (8, 8, 1)
 LIMIT = 0.2  # networks with a larger test error do not count in a front
@@ -154,11 +154,11 @@ def make_searcher(config: Config, table: nas.CostTable):
         return jax.tree.map(lambda leaf: leaf[rows], task.valid)
 
     options: dict[str, Any] = {"sampler": inner.minibatch(config.batch_size), "outer_batch": valid_batch, "decay": 0.0}
-    free = methods.darts(config.space, IN_SHAPE, ops={}, order="first", optimizer=adam, **options)
+    free = nas.darts(config.space, IN_SHAPE, ops={}, order="first", optimizer=adam, **options)
 
     @jax.jit
     def run(key, task, budget):
-        search = methods.under_budget(free, table, budget=budget, damping=1.0)
+        search = nas.under_budget(free, table, budget=budget, damping=1.0)
         learner = training.learner(search.estimator, optax.adam(config.alpha_rate, b1=0.5))
         start = learner.init(key, search.hyperparams(key), task)
         state, _ = jax.lax.scan(lambda state, _: learner.step(state), start, length=config.search_steps)
@@ -176,15 +176,13 @@ def gap(config: Config, grid: Grid, found: list, one_shot: np.ndarray, splits) -
     for s, a, weights, params in found:
         accuracy = lambda w, s=s, params=params: float(judge(params, w, splits[s][0].valid))
         each = accuracy(nas.one_hot(config.space, grid.genotypes[a])), (1 - grid.errors[s, a, 0],), accuracy(weights)
-        scores.append(methods.ArchitectureScores(f"{a}", *each))
-    report = methods.search_report(scores)
+        scores.append(nas.ArchitectureScores(f"{a}", *each))
+    report = nas.search_report(scores)
     # Only ranks are compared. The likelihood has the same order as the loss.
     ranks = []
     for s in range(len(splits)):
         each = zip(np.exp(-one_shot[s]), 1 - grid.errors[s, :, 0], strict=True)
-        ranks.append(
-            methods.search_report([methods.ArchitectureScores("", p, (alone,)) for p, alone in each]).correlation
-        )
+        ranks.append(nas.search_report([nas.ArchitectureScores("", p, (alone,)) for p, alone in each]).correlation)
     return (
         f"The gap between supernet, discrete and retrained, by validation accuracy: what is found is "
         f"{100 * report.discretization_gap:.1f} points worse at one-hot weights than as the mixture, and trained alone "
@@ -197,7 +195,7 @@ def gap(config: Config, grid: Grid, found: list, one_shot: np.ndarray, splits) -
 def one_shot_scores(config: Config, genotypes, splits) -> np.ndarray:
     """Returns [seeds, A] validation losses with the weights of one supernet per seed."""
     options: dict[str, Any] = {"optimizer": adam, "sampler": inner.minibatch(config.batch_size), "decay": 0.0}
-    one_shot = methods.single_path_one_shot(config.space, IN_SHAPE, ops={}, num_steps=config.one_shot_steps, **options)
+    one_shot = nas.single_path_one_shot(config.space, IN_SHAPE, ops={}, num_steps=config.one_shot_steps, **options)
     train, scores = jax.jit(one_shot.train), np.zeros((len(splits), len(genotypes)))
     for s, (task, _) in enumerate(splits):
         params = train(jax.random.key(200 + s), task.train)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import metaopt
-from metaopt.progress import report_progress
+from metaopt.training import report_progress
 
 
 def run(main: Callable[[], Any]) -> Any:

@@ -40,7 +40,7 @@ import optax
 import script
 
 import metaopt
-from metaopt import hypergrad, methods, tasks, training
+from metaopt import few_shot, hypergrad, tasks, training
 
 RESULTS = Path(__file__).parent / "results"
 TEST_STEPS = 10
@@ -74,18 +74,20 @@ class Row(NamedTuple):
 LONG: dict[str, Any] = {"share": 3, "tasks": 50, "hold": 0.5}
 # The rate .01 is from MAML's code. Rows have 10 shots unless the name says otherwise.
 ROWS = {
-    "MAML, 1 step": Row(lambda loss: methods.maml(loss, num_steps=1), 10, 1, {1: 0.32}, **LONG),
-    "MAML, 5 steps": Row(lambda loss: methods.maml(loss, num_steps=5), 10, 5, {5: 0.062, 10: 0.038}, share=2, hold=0.5),
-    "MAML, 1 step, 5 shots": Row(lambda loss: methods.maml(loss, num_steps=1), 5, 1, {1: 0.54}, **LONG),
-    "Meta-SGD, 1 step": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 10, 1, share=0.5),
-    "LSLR, 5 steps": Row(
-        lambda loss: methods.meta_sgd(loss, num_steps=5, rates="leaf", rates_per_step=True), 10, 5, share=1 / 3
+    "MAML, 1 step": Row(lambda loss: few_shot.maml(loss, num_steps=1), 10, 1, {1: 0.32}, **LONG),
+    "MAML, 5 steps": Row(
+        lambda loss: few_shot.maml(loss, num_steps=5), 10, 5, {5: 0.062, 10: 0.038}, share=2, hold=0.5
     ),
-    "Meta-SGD, 1 step, 5 shots": Row(lambda loss: methods.meta_sgd(loss, num_steps=1), 5, 1, share=0.5),
-    "FOMAML, 5 steps": Row(lambda loss: methods.fomaml(loss, num_steps=5), 10, 5, share=1 / 3),
-    "ANIL, 5 steps": Row(lambda loss: methods.anil(loss, head="^out", num_steps=5), 10, 5, share=1 / 3),
-    "CAVIA, 2 steps": Row(lambda loss: methods.cavia(loss, num_context=4, num_steps=2), 10, 5, share=0.5, context=4),
-    "pre-trained": Row(lambda loss: methods.pretrained(loss), 10, 10, share=1 / 3),
+    "MAML, 1 step, 5 shots": Row(lambda loss: few_shot.maml(loss, num_steps=1), 5, 1, {1: 0.54}, **LONG),
+    "Meta-SGD, 1 step": Row(lambda loss: few_shot.meta_sgd(loss, num_steps=1), 10, 1, share=0.5),
+    "LSLR, 5 steps": Row(
+        lambda loss: few_shot.meta_sgd(loss, num_steps=5, rates="leaf", rates_per_step=True), 10, 5, share=1 / 3
+    ),
+    "Meta-SGD, 1 step, 5 shots": Row(lambda loss: few_shot.meta_sgd(loss, num_steps=1), 5, 1, share=0.5),
+    "FOMAML, 5 steps": Row(lambda loss: few_shot.fomaml(loss, num_steps=5), 10, 5, share=1 / 3),
+    "ANIL, 5 steps": Row(lambda loss: few_shot.anil(loss, head="^out", num_steps=5), 10, 5, share=1 / 3),
+    "CAVIA, 2 steps": Row(lambda loss: few_shot.cavia(loss, num_context=4, num_steps=2), 10, 5, share=0.5, context=4),
+    "pre-trained": Row(lambda loss: few_shot.pretrained(loss), 10, 10, share=1 / 3),
 }
 
 
@@ -114,7 +116,7 @@ def steps_of(row: Row, config) -> int:
     return max(1, round(config.outer_steps * row.share))
 
 
-def train(row: Row, seed: int, config) -> tuple[methods.Adaptation, dict]:
+def train(row: Row, seed: int, config) -> tuple[few_shot.Adaptation, dict]:
     adaptation = row.make(loss)
     held = round(row.hold * steps_of(row, config))
 
@@ -143,9 +145,9 @@ def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
 
     The tasks are the same for all models with the same number of shots, and for all seeds.
     """
-    evaluation = methods.evaluate_episodes(
+    evaluation = few_shot.evaluate_episodes(
         {
-            "row": methods.adapted(
+            "row": few_shot.adapted(
                 adaptation, hyperparams, lambda p, query: network(p, query["x"]), num_steps=TEST_STEPS
             )
         },
@@ -153,7 +155,7 @@ def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
         jax.random.key(2025),  # the outer optimizer, its rate and query points were chosen on tasks of the key 2024
         num_episodes=config.test_tasks,
         chunk_size=min(100, config.test_tasks),
-        score_fn=methods.mean_squared_error,
+        score_fn=few_shot.mean_squared_error,
         higher_is_better=False,
     )
     return evaluation.scores["row"]["episodes"]

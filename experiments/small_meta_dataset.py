@@ -31,7 +31,7 @@ import optax
 import script
 from jax.tree_util import Partial
 
-from metaopt import hypergrad, methods, plots, tasks, training
+from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
 
 LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
 
@@ -72,19 +72,19 @@ LEARNED: dict[str, Any] = {"rates": "leaf", "order": "first"}
 FIXED: dict[str, Any] = {"rate": 0.2, "keep_support": True}
 STRONGER: dict[str, Any] = {"rate": 0.4, "keep_support": True}
 ROWS = {
-    "prototypical networks": Row(lambda f, loss: methods.prototypical_networks(f)),
-    "ridge head (R2D2)": Row(lambda f, loss: methods.ridge_head(f)),
-    "Proto-MAML": Row(lambda f, loss: methods.proto_maml(f, num_steps=2, rate=0.005, **LEARNED)),
-    "MAML": Row(lambda f, loss: methods.maml(loss, num_steps=5, **FIXED), 0.0),
-    "FOMAML": Row(lambda f, loss: methods.fomaml(loss, num_steps=5, **FIXED), 0.0),
-    "Meta-SGD, a rate a leaf": Row(lambda f, loss: methods.meta_sgd(loss, num_steps=5, **FIXED, **LEARNED), 0.0),
-    "MAML++": Row(lambda f, loss: methods.maml_plus_plus(loss, num_steps=5, multi_step_steps=200, **FIXED), 0.0),
-    "ANIL": Row(lambda f, loss: methods.anil(loss, num_steps=5, **FIXED), 0.0),
+    "prototypical networks": Row(lambda f, loss: few_shot.prototypical_networks(f)),
+    "ridge head (R2D2)": Row(lambda f, loss: few_shot.ridge_head(f)),
+    "Proto-MAML": Row(lambda f, loss: few_shot.proto_maml(f, num_steps=2, rate=0.005, **LEARNED)),
+    "MAML": Row(lambda f, loss: few_shot.maml(loss, num_steps=5, **FIXED), 0.0),
+    "FOMAML": Row(lambda f, loss: few_shot.fomaml(loss, num_steps=5, **FIXED), 0.0),
+    "Meta-SGD, a rate a leaf": Row(lambda f, loss: few_shot.meta_sgd(loss, num_steps=5, **FIXED, **LEARNED), 0.0),
+    "MAML++": Row(lambda f, loss: few_shot.maml_plus_plus(loss, num_steps=5, multi_step_steps=200, **FIXED), 0.0),
+    "ANIL": Row(lambda f, loss: few_shot.anil(loss, num_steps=5, **FIXED), 0.0),
     # With a head of zeros, nothing else would have a gradient.
-    "BOIL": Row(lambda f, loss: methods.boil(loss, num_steps=5, **STRONGER), 0.3, test_steps=30),
+    "BOIL": Row(lambda f, loss: few_shot.boil(loss, num_steps=5, **STRONGER), 0.3, test_steps=30),
     # Its direction is a distance moved, not a gradient.
     "Reptile": Row(
-        lambda f, loss: methods.reptile(loss, num_steps=5, **STRONGER),
+        lambda f, loss: few_shot.reptile(loss, num_steps=5, **STRONGER),
         0.0,
         outer=optax.sgd,
         outer_rate=0.3,
@@ -92,7 +92,7 @@ ROWS = {
     ),
     "iMAML": Row(lambda f, loss: imaml(loss), 0.0, outer_rate=2e-3, test_steps=20),
     "CAVIA, with prototypes": Row(lambda f, loss: cavia_with_prototypes(f), context=32),
-    "fine-tuning": Row(lambda f, loss: methods.pretrained(loss), 0.0, plain=True),
+    "fine-tuning": Row(lambda f, loss: few_shot.pretrained(loss), 0.0, plain=True),
 }
 
 
@@ -141,7 +141,7 @@ def pixels(key, support, query):
     return (flat(query["x"]) @ (center / length).T)[None]
 
 
-def beside_the_image(network: methods.Network) -> methods.Network:
+def beside_the_image(network: few_shot.Network) -> few_shot.Network:
     """Concatenates the network's features and the image, each times a learned gain.
 
     The image has length 1, minus the mean of the support set. Without this subtraction, the common part of all images
@@ -163,7 +163,7 @@ def beside_the_image(network: methods.Network) -> methods.Network:
         gain = params["gain"]
         return jnp.concatenate([gain[0] * learned / learned.shape[1] ** 0.5, gain[1] * image], axis=1)
 
-    return methods.Network(init, features)
+    return few_shot.Network(init, features)
 
 
 def modulated(features: Callable) -> Callable:
@@ -176,28 +176,28 @@ def modulated(features: Callable) -> Callable:
     return of_context
 
 
-def cavia_with_prototypes(features: Callable) -> methods.Adaptation:
+def cavia_with_prototypes(features: Callable) -> few_shot.Adaptation:
     """Adapts a context vector, from zero, as in CAVIA. The head is the prototypes of the unmodulated features."""
-    prototypes = methods.proto_maml(features).problem.loop
+    prototypes = few_shot.proto_maml(features).problem.loop
 
     def init(key, hyperparams, data):
         made = prototypes.params(prototypes.init(key, {"init": hyperparams["init"]}, data))
         context = jnp.zeros(hyperparams["init"]["modulation"].shape[1])
         return {**hyperparams["init"], "head": made["head"], "context": context}
 
-    head = methods.linear_head(modulated(features))
-    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
-    return methods.adaptation(loss, init=init, adapt="^context$", num_steps=2, rate=0.5, keep_support=True)
+    head = few_shot.linear_head(modulated(features))
+    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    return few_shot.adaptation(loss, init=init, adapt="^context$", num_steps=2, rate=0.5, keep_support=True)
 
 
-def imaml(loss: Callable) -> methods.Adaptation:
+def imaml(loss: Callable) -> few_shot.Adaptation:
     """iMAML with momentum, which comes closer to θ* than plain steps."""
     momentum = lambda rate: optax.sgd(rate, momentum=0.9)
     options: dict[str, Any] = {"optimizer": momentum, "rate": 0.05, "keep_support": True}
-    return methods.imaml(loss, proximal=0.3, num_steps=15, solver=hypergrad.cg(num_steps=5), **options)
+    return few_shot.imaml(loss, proximal=0.3, num_steps=15, solver=hypergrad.cg(num_steps=5), **options)
 
 
-def train(row: Row, adaptation: methods.Adaptation, start: Callable, sampler: Partial, settings: Settings):
+def train(row: Row, adaptation: few_shot.Adaptation, start: Callable, sampler: Partial, settings: Settings):
     """Returns `key -> λ` of all trainings, along a leading axis."""
     num_tasks = None if row.plain else settings.tasks
     num_steps = settings.plain_steps if row.plain else settings.steps
@@ -234,21 +234,21 @@ def kept(name: str, make: Callable[[], Any], options) -> Any:
     return found
 
 
-def joined(evaluation: methods.Evaluation, seeds: dict[str, list[str]]) -> methods.Evaluation:
+def joined(result: evaluation.Evaluation, seeds: dict[str, list[str]]) -> evaluation.Evaluation:
     """Joins the seeds of each method: an episode's score is the mean over the seeds of its trainings."""
-    mean = lambda source, names: np.mean([evaluation.scores[name][source] for name in names], axis=0)
-    return evaluation._replace(
-        scores={name: {s: mean(s, names) for s in evaluation.sources} for name, names in seeds.items()},
-        transductive={name: any(evaluation.transductive[n] for n in names) for name, names in seeds.items()},
+    mean = lambda source, names: np.mean([result.scores[name][source] for name in names], axis=0)
+    return result._replace(
+        scores={name: {s: mean(s, names) for s in result.sources} for name, names in seeds.items()},
+        transductive={name: any(result.transductive[n] for n in names) for name, names in seeds.items()},
     )
 
 
-def by_number(evaluation: methods.Evaluation) -> str:
+def by_number(result: evaluation.Evaluation) -> str:
     """Tabulates accuracy against ways and shots, over the episodes of all sources."""
-    rows: dict[str, list[str]] = {name: [name] for name in evaluation.scores}
+    rows: dict[str, list[str]] = {name: [name] for name in result.scores}
     header = [""]
     for of, edges in (("ways", (5, 6, 7, 8, 9)), ("shots", (1, 2, 3, 4, 9))):
-        binned = methods.by_number(evaluation, of, edges)
+        binned = evaluation.by_number(result, of, edges)
         if of == "ways":
             header += [f"{number:.0f} ways" for number, *_ in next(iter(binned.values()))]
         else:
@@ -294,18 +294,18 @@ def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) 
     }
 
 
-def draw(evaluation: methods.Evaluation, path: Path) -> None:
+def draw(result: evaluation.Evaluation, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    plots.leaderboard(evaluation, axes=left)
+    plots.leaderboard(result, axes=left)
     left.set(xlabel="accuracy, mean over sources", title="")
     # There are more methods than colors.
     right.set_prop_cycle(color=[*matplotlib.colormaps["tab10"].colors] * 2, linestyle=["-"] * 10 + ["--"] * 10)
-    plots.scores_by_number(evaluation, "shots", (1, 2, 3, 4, 9), axes=right, ylabel="accuracy")
+    plots.scores_by_number(result, "shots", (1, 2, 3, 4, 9), axes=right, ylabel="accuracy")
     right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -341,25 +341,25 @@ def main() -> None:
         lambda name: tasks.labelled_batches(trained_on, BATCH, weights=weights(trained_on, name)), left_out
     )
 
-    network = beside_the_image(methods.conv4(normalization="support", num_filters=settings.filters, num_blocks=2))
-    head = methods.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    network = beside_the_image(few_shot.conv4(normalization="support", num_filters=settings.filters, num_blocks=2))
+    head = few_shot.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
 
-    judged: dict[str, methods.AdaptFn] = {"pixel prototypes": pixels}
+    judged: dict[str, few_shot.AdaptFn] = {"pixel prototypes": pixels}
     names: dict[str, list[str]] = {"pixel prototypes": ["pixel prototypes"], UNTRAINED: []}
-    untrained = methods.prototypical_networks(network.features)
+    untrained = few_shot.prototypical_networks(network.features)
     for seed in range(seeds):
         drawn = untrained.hyperparams(network.init(jax.random.fold_in(jax.random.key(1), seed)))
-        judged[f"{UNTRAINED}, {seed}"] = methods.adapted(untrained, drawn, head)
+        judged[f"{UNTRAINED}, {seed}"] = few_shot.adapted(untrained, drawn, head)
         names[UNTRAINED].append(f"{UNTRAINED}, {seed}")
-    tuned = lambda rate: methods.proto_maml(network.features, adapt="^head", rate=rate)
+    tuned = lambda rate: few_shot.proto_maml(network.features, adapt="^head", rate=rate)
 
     def of_each(adaptation, hyperparams, num_steps, outputs):
         """Returns a method that uses the λ of the training in the episode."""
 
         def method(key, support, query):
             of_source = jax.tree.map(lambda x: x[support["training"]], hyperparams)
-            return methods.adapted(adaptation, of_source, outputs, num_steps=num_steps)(key, support, query)
+            return few_shot.adapted(adaptation, of_source, outputs, num_steps=num_steps)(key, support, query)
 
         return method
 
@@ -371,7 +371,7 @@ def main() -> None:
             support, query, _ = jax.tree.map(lambda x: x[number], episodes)(key)
             seen = {k: v for k, v in query.items() if k != "y"}
             predicted = method(key, {**support, "training": number}, seen)
-            return jax.vmap(methods.accuracy, (0, None))(predicted, query)
+            return jax.vmap(few_shot.accuracy, (0, None))(predicted, query)
 
         keys = jax.random.split(jax.random.key(3), CHECKED)
         numbers = jnp.arange(CHECKED) % settings.sources
@@ -383,7 +383,7 @@ def main() -> None:
     for name, row in [(name, ROWS[name]) for name in options.methods]:
         started = time.process_time()
         adaptation = row.make(network.features, loss)
-        outputs = methods.linear_head(modulated(network.features)) if row.context else head
+        outputs = few_shot.linear_head(modulated(network.features)) if row.context else head
 
         def start(key, row=row):
             network_key, head_key, context_key = jax.random.split(key, 3)
@@ -430,34 +430,34 @@ def main() -> None:
     for seed in range(seeds):
         of_seed = {name: judged[name] for all_ in names.values() for name in all_[seed : seed + 1]}
         file = options.work / f"episodes_{seed}.npz"
-        known = methods.load_evaluation(file) if file.is_file() and not options.smoke else None
+        known = evaluation.load_evaluation(file) if file.is_file() and not options.smoke else None
         new = {name: method for name, method in of_seed.items() if known is None or name not in known.scores}
         if new:
             chunk_size = min(20, settings.episodes)
             key, num_episodes = jax.random.key(2028), settings.episodes
-            one = methods.evaluate_episodes(new, tests, key, num_episodes=num_episodes, chunk_size=chunk_size)
-            known = one if known is None else methods.join_evaluations(known, one)
+            one = few_shot.evaluate_episodes(new, tests, key, num_episodes=num_episodes, chunk_size=chunk_size)
+            known = one if known is None else evaluation.join_evaluations(known, one)
             if not options.smoke:
-                methods.save_evaluation(file, known)
+                evaluation.save_evaluation(file, known)
         by_seed.append(known)
         print(f"[{time.process_time():5.0f} s in all] seed {seed} is judged", flush=True)
-    each = functools.reduce(methods.join_evaluations, by_seed)
-    evaluation = joined(each, names)
-    text = methods.leaderboard(evaluation, reference="pixel prototypes")
-    whole_means = methods.mean_scores(evaluation)
-    pairs = methods.paired_differences(evaluation, "pixel prototypes")
+    each = functools.reduce(evaluation.join_evaluations, by_seed)
+    result = joined(each, names)
+    text = evaluation.leaderboard(result, reference="pixel prototypes")
+    whole_means = evaluation.mean_scores(result)
+    pairs = evaluation.paired_differences(result, "pixel prototypes")
     over_sources = {name: np.array(list(of.values())) for name, of in pairs.items()}  # the same as in `leaderboard`
     text += "\n" + missed(
         {name: {source: mean for source, (mean, _) in of.items()} for name, of in whole_means.items()},
         {name: (of[:, 0].mean(), float(np.hypot.reduce(of[:, 1])) / len(of)) for name, of in over_sources.items()},
     )
     text += "\n"
-    means = methods.mean_scores(each)
+    means = evaluation.mean_scores(each)
     of_seeds = {name: [np.mean([m for m, _ in means[one].values()]) for one in all_] for name, all_ in names.items()}
     text += "\nMean over the sources, by seed: "
     text += "; ".join(f"{name} {', '.join(f'{x:.3f}' for x in xs)}" for name, xs in of_seeds.items())
     text += ".\n\nAgainst the numbers of ways and of shots (support examples for each way, in four bins):\n\n"
-    text += by_number(evaluation)
+    text += by_number(result)
     text += (
         f"\n\nAccuracies are means over {seeds} seed(s), which differ in initialization and training episodes; ± is 95 "
         f"% over episodes. {settings.filters} filters in each of two blocks, normalized by the support set, beside the "
@@ -481,7 +481,7 @@ def main() -> None:
     )
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
-        draw(evaluation, options.out / "small_meta_dataset.png")
+        draw(result, options.out / "small_meta_dataset.png")
         for name, one in splits(whole, split, settings.rows).items():
             tasks.save_split(options.work / f"split_without_{name}.json", one)
     script.publish(__file__, "A small Meta-Dataset", text, options)

@@ -2,7 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training, transforms
+from metaopt import (
+    base,
+    blackbox,
+    evaluation,
+    few_shot,
+    hypergrad,
+    inner,
+    nas,
+    predictors,
+    spaces,
+    tasks,
+    training,
+    transforms,
+)
 from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
 
 if TYPE_CHECKING:
@@ -21,9 +34,11 @@ __all__ = [
     "Searcher",
     "Task",
     "base",
+    "blackbox",
     "hypergrad",
     "inner",
-    "methods",
+    "evaluation",
+    "few_shot",
     "nas",
     "plots",
     "predictors",

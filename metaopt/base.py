@@ -12,17 +12,10 @@ Everything here is a plain `NamedTuple` of functions or of arrays; there are no 
 of floating-point arrays. It is called `hyperparams`, or meta-parameters if it consists of a network's weights.
 """
 
-import contextlib
-import math
-import operator
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 PyTree = Any
 Params = PyTree  # θ
@@ -31,197 +24,6 @@ Batch = PyTree
 Data = PyTree
 InnerState = PyTree
 EstimatorState = PyTree
-
-
-def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    """Raises ValueError unless `value` is an integer of at least `least`.
-
-    Args:
-      name: the argument's name in the error message.
-      value: the value to check.
-      least: the smallest allowed value.
-      optional: whether None is allowed, too.
-
-    Raises:
-      ValueError: if `value` is not such an integer. A boolean is not an integer here.
-    """
-    if optional and value is None:
-        return
-    try:
-        is_integer = not isinstance(value, bool) and operator.index(value) is not None
-    except TypeError:
-        is_integer = False
-    if not is_integer or value < least:
-        wanted = f"{'' if is_integer else 'an integer of '}at least {least}{', or None' if optional else ''}"
-        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
-
-
-def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool = False) -> None:
-    """Raises ValueError unless `value` is a positive number.
-
-    Args:
-      name: the argument's name in the error message.
-      value: the value to check.
-      zero: whether zero is allowed, too.
-      optional: whether None is allowed, too.
-
-    Raises:
-      ValueError: if `value` is not such a number.
-    """
-    if optional and value is None:
-        return
-    try:
-        holds = value >= 0 if zero else value > 0
-    except TypeError:  # not a number
-        holds = False
-    if not holds:
-        wanted = f"{'at least 0' if zero else 'positive'}{', or None' if optional else ''}"
-        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
-
-
-def check_transform(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an optax transform: an object with functions `init` and `update`.
-
-    Args:
-      name: the argument's name in the error message.
-      value: the value to check.
-
-    Raises:
-      ValueError: if `value` is not a transform, for example if it is the factory of a transform.
-    """
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
-        uncalled = ", a function: call it, as in `optax.adam(1e-3)`" if callable(value) else ""
-        raise ValueError(f"`{name}` must be an optax transform; got {value!r}{uncalled}.")
-
-
-@contextlib.contextmanager
-def explained_schedules(name: str) -> Iterator[None]:
-    """Explains JAX's error if an optimizer reads the value of a traced hyperparameter, as some optax schedules do.
-
-    Args:
-      name: the argument that makes the optimizer, for the error message.
-
-    Returns:
-      A context manager for calls of the optimizer and of its factory.
-
-    Raises:
-      ValueError: if the calls need the value of a traced array.
-    """
-    try:
-        yield
-    except (
-        jax.errors.ConcretizationTypeError,  # `if`, `float`
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ) as error:
-        raise ValueError(
-            f"`{name}` needs the concrete value of a hyperparameter (in `if`, `float`, `int` or NumPy), but JAX traces "
-            "the hyperparameter, so it has no value. Some optax schedules do this, for example with `peak_value` of "
-            "`optax.warmup_cosine_decay_schedule`: use `transforms.cosine_schedule` (or `wsd_schedule`, "
-            "`polynomial_schedule`, `knot_schedule`), which is differentiable in all of its numbers. In your own code "
-            f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def check_hyperparams(hyperparams: HyperParams) -> None:
-    """Raises ValueError if λ has no leaves, or has a leaf that cannot have a gradient.
-
-    Args:
-      hyperparams: λ.
-
-    Raises:
-      ValueError: if λ has no leaves, or a leaf is not floating-point.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
-    if not leaves:
-        raise ValueError("`hyperparams` has no leaves: there is nothing to tune.")
-    for path, leaf in leaves:
-        dtype = jnp.asarray(leaf).dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            name = f"hyperparams{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"`{name}` has dtype {dtype}, but only floating-point leaves have a gradient. To tune it, write it "
-                "as a float (1.0, not 1); otherwise keep it out of λ, for instance in a closure."
-            )
-
-
-def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class_mask: Any = None) -> None:
-    """Raises ValueError if the label of a real row is not a class.
-
-    Traced arrays are not checked, because a compiled program cannot raise.
-
-    Args:
-      name: the name of the labels in the error message.
-      y: [..., N, ...] labels, whole numbers in 0..C-1 or booleans.
-      num_classes: C.
-      mask: [..., N], where the axes are the first axes of y or all of them. Positive entries mark real rows. None: all
-        rows are real.
-      class_mask: [..., C], where the leading axes are the first axes of y. Positive entries mark the classes of the
-        task. None: the task has every class.
-
-    Raises:
-      ValueError: if a label of a real row is below 0, above C - 1 or not a whole number, or `class_mask` excludes its
-        class.
-    """
-    if any(isinstance(x, Tracer) for x in (y, mask, class_mask)):
-        return
-    y = np.asarray(y)
-    y = y.astype(int) if y.dtype == bool else y
-    real = np.ones(y.shape, bool)
-    if mask is not None:
-        mask = np.asarray(mask)
-        real = np.broadcast_to((mask > 0).reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), y.shape)
-    inside = (y >= 0) & (y < num_classes) & (y == np.floor(y))
-    if (real & ~inside).any():
-        raise ValueError(
-            f"{name} must be in 0..{num_classes - 1}; got labels from {y[real].min()} to {y[real].max()}, "
-            f"{int((real & ~inside).sum())} of {int(real.sum())} outside. Number the classes from 0 "
-            "(`np.unique(y, return_inverse=True)[1]`)."
-        )
-    if class_mask is None:
-        return
-    class_mask = np.asarray(class_mask)
-    place = np.where(inside, y, 0).astype(int).reshape(*class_mask.shape[:-1], -1)
-    known = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
-    if (real & ~known).any():
-        raise ValueError(
-            f'{name} have classes that "class_mask" excludes: {np.unique(y[real & ~known]).tolist()}. It must be 1 '
-            "for every class of the task."
-        )
-
-
-def check_task_labels(name: str, tasks: PyTree) -> None:
-    """Raises ValueError if a part of a task has labels "y" that its "class_mask" does not allow.
-
-    Args:
-      name: the name of the tasks in the error message.
-      tasks: a task, an episode or a batch of them. The check covers each mapping inside it that has "y" [..., N] and
-        "class_mask" [..., C]. Only rows with a positive "mask" [..., N] are checked. Floating-point labels are checked
-        if they have the shape of "mask"; others may be targets of another kind, such as probabilities.
-
-    Raises:
-      ValueError: under the conditions of `check_labels`.
-    """
-
-    def is_part(x: Any) -> bool:
-        return isinstance(x, Mapping) and "y" in x and "class_mask" in x
-
-    for path, part in jax.tree_util.tree_leaves_with_path(tasks, is_leaf=is_part):
-        if not is_part(part) or any(isinstance(part.get(leaf), Tracer) for leaf in ("y", "mask", "class_mask")):
-            continue
-        shape, classes = np.shape(part["y"]), np.shape(part["class_mask"])
-        fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)
-        mask = part.get("mask")
-        dtype = getattr(part["y"], "dtype", None) or np.asarray(part["y"]).dtype
-        is_label = jnp.issubdtype(dtype, jnp.integer) or (
-            jnp.issubdtype(dtype, jnp.floating) and np.shape(mask) == shape
-        )
-        if not fits or not is_label:
-            continue
-        if mask is not None and np.shape(mask) != shape[: np.ndim(mask)]:
-            continue  # the mask does not mark rows
-        labels = f"The labels `{name}{jax.tree_util.keystr(path)}['y']`"
-        check_labels(labels, part["y"], classes[-1], mask=mask, class_mask=part["class_mask"])
 
 
 class Task(NamedTuple):
@@ -343,53 +145,6 @@ def reparametrized(problem: Problem, hyperparams_fn: Callable[[HyperParams, Any]
     return problem._replace(loop=loop._replace(init=init, loss=loss, update=update), outer_loss=outer_loss)
 
 
-def mix_bits(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that mixes all bits: the finalizer of MurmurHash3.
-
-    Args:
-      x: [...] uint32.
-
-    Returns:
-      [...] uint32.
-    """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | jax.Array) -> jax.Array:
-    """Returns the entries at `position` of a keyed permutation of 0..size-1, without building the permutation.
-
-    It is a swap-or-not network: in each round, x and (k − x) mod n swap places or not. A hash of the larger of the two
-    decides. The cost is a few integer operations per entry, for any size. The size may differ between tasks under vmap.
-
-    Args:
-      key: the permutation's key.
-      epoch: [...] int; each epoch has its own permutation.
-      position: [...] int32, in [0, size).
-      size: n, an integer or an array of shape [].
-
-    Returns:
-      [...] int32.
-
-    Source: Hoang, Morris & Rogaway, CRYPTO 2012, https://arxiv.org/abs/1208.1176
-    """
-    size = jnp.asarray(size, jnp.uint32)
-    seed = jax.random.bits(key, (2,), jnp.uint32)
-    # From 12 rounds on, the statistics of 64 rows among 5,000 equal those of true permutations. We use twice as many.
-    rounds = jnp.arange(24, dtype=jnp.uint32)
-    salt = mix_bits(seed[0] ^ mix_bits(jnp.asarray(epoch).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
-    x = jnp.asarray(position).astype(jnp.uint32)
-
-    def swap_or_not(i, x):
-        round_salt = mix_bits(salt + rounds[i] * jnp.uint32(0x9E3779B9))
-        partner = (round_salt % size + size - x) % size
-        larger = jnp.maximum(x, partner)
-        return jnp.where(mix_bits(larger ^ round_salt ^ seed[1]) & 1, partner, x)
-
-    return jax.lax.fori_loop(0, len(rounds), swap_or_not, x).astype(jnp.int32)
-
-
 class Estimate(NamedTuple):
     """The result of one call of an estimator.
 
@@ -439,44 +194,6 @@ class Estimator(NamedTuple):
     kind: str
 
 
-def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
-    """Raises ValueError unless `estimator` is an `Estimator`.
-
-    Args:
-      estimator: the value to check.
-      or_function: whether a function of the outer step is allowed, too.
-
-    Raises:
-      ValueError: if it is neither.
-    """
-    if isinstance(estimator, Estimator) or or_function and callable(estimator):
-        return
-    instead = "; take its `.estimator`" if isinstance(getattr(estimator, "estimator", None), Estimator) else ""
-    function = ", or a function `step -> Estimator`" if or_function else ""
-    raise ValueError(f"`estimator` must be a `base.Estimator`{function}; got {type(estimator).__name__}{instead}.")
-
-
-def as_pandas(name: str, frame: Any) -> Any:
-    """Returns a pandas DataFrame, converted if necessary with `to_pandas`, which polars and pyarrow tables have.
-
-    Args:
-      name: the argument's name in the error message.
-      frame: a `pandas.DataFrame`, or an object with a method `to_pandas` that returns one.
-
-    Returns:
-      A `pandas.DataFrame`.
-
-    Raises:
-      ValueError: if `frame` is not such a table.
-    """
-    frame = frame.to_pandas() if callable(getattr(frame, "to_pandas", None)) else frame
-    pandas = sys.modules.get("pandas")  # a caller that passes a DataFrame has already imported pandas
-    if pandas is None or not isinstance(frame, pandas.DataFrame):
-        of = f"{type(frame).__module__}.{type(frame).__qualname__}"
-        raise ValueError(f"`{name}` must be a pandas data frame, or have a method `to_pandas`; got {of}.")
-    return frame
-
-
 class Predictor(NamedTuple):
     """A predictor (g or h) that maps a task to λ. Its weights φ are meta-parameters.
 
@@ -521,84 +238,6 @@ class Record(NamedTuple):
 STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # the valid statuses of a record
 
 
-def check_record(record: Any, name: str = "A record") -> None:
-    """Raises ValueError unless `record` is a valid record of a trial.
-
-    Args:
-      record: the value to check.
-      name: the record's name in the error message, such as "`records[3]`".
-
-    Raises:
-      ValueError: if it is not a `Record`, its task is not a string, or its configuration is not a mapping.
-      ValueError: if its status is unknown, its fidelity is not in (0, 1], or its outcome or cost is not a number.
-    """
-    if not isinstance(record, Record):
-        raise ValueError(
-            f"{name} must be a `Record`; got {type(record).__name__}. Use `Record(**fields)` for a dict with "
-            '"task", "configuration", "outcome" and so on, and `tasks.records_from_frame` for a data frame.'
-        )
-    if not isinstance(record.task, str):
-        raise ValueError(f"{name}'s task must be a string, the name of the task; got {record.task!r}.")
-    if not isinstance(record.configuration, Mapping):
-        raise ValueError(
-            f"{name}'s configuration must be a dict from parameter names to values; got {record.configuration!r}."
-        )
-    if record.status not in STATUSES:
-        raise ValueError(f"{name}'s status must be one of {', '.join(STATUSES)}; got {record.status!r}.")
-    for field in ("outcome", "fidelity", "cost"):
-        value = getattr(record, field)
-        try:
-            if not math.isnan(value):
-                float(value)
-        except (TypeError, OverflowError):
-            raise ValueError(f"{name}'s {field} must be a number, or NaN if it is unknown; got {value!r}.") from None
-    if not 0 < record.fidelity <= 1:
-        raise ValueError(
-            f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, "
-            "not a number of epochs."
-        )
-
-
-def is_full_budget(fidelity: float) -> bool:
-    """Whether a fidelity is 1 up to rounding: three thirds, or 1 rounded to float32, are the full budget.
-
-    Args:
-      fidelity: in (0, 1].
-
-    Returns:
-      Whether at most a millionth of the budget is missing. Such a difference is not visible in any outcome.
-    """
-    return fidelity >= 1 - 1e-6
-
-
-def rung_of(fidelities: Sequence[float], record: Record, *, own: bool = False) -> int | None:
-    """Returns the position of a record's fidelity among the fidelities of a searcher.
-
-    Fidelities are compared up to rounding: float32 stores 1/3 with an error of 3e-8.
-
-    Args:
-      fidelities: in (0, 1].
-      record: the record of a trial.
-      own: whether the searcher requested the trial, so that its fidelity must be one of `fidelities`.
-
-    Returns:
-      The position of the nearest fidelity, if the two differ by at most a millionth of the larger one; else None.
-
-    Raises:
-      ValueError: if no fidelity is that near and `own` is true.
-    """
-    rung = min(range(len(fidelities)), key=lambda i: abs(fidelities[i] - record.fidelity))
-    if math.isclose(fidelities[rung], record.fidelity, rel_tol=1e-6):
-        return rung
-    if own:
-        raise ValueError(
-            f"A trial's fidelity must be one of the searcher's, {[float(f) for f in fidelities]}, to six digits; got "
-            f"{record.fidelity!r} for trial {record.trial}. Report a result at the fidelity that `ask` returned, as in "
-            "`trial._replace(status=..., outcome=...)`."
-        )
-    return None
-
-
 class SearcherInitFn(Protocol):
     def __call__(self, key: jax.Array, space: PyTree) -> PyTree:
         """Returns a searcher's state before the first trial."""
@@ -623,24 +262,3 @@ class Searcher(NamedTuple):
     init: SearcherInitFn
     ask: AskFn
     tell: TellFn
-
-
-def check_searcher(searcher: Any) -> None:
-    """Raises ValueError unless `searcher` has the functions `init`, `ask` and `tell`.
-
-    Args:
-      searcher: the value to check.
-
-    Raises:
-      ValueError: if it is not a searcher, for example if it is the factory of a searcher, or a `MetaOptimizer`.
-    """
-    if all(callable(getattr(searcher, name, None)) for name in Searcher._fields):
-        return
-    instead = ""
-    if callable(getattr(searcher, "searcher", None)):
-        instead = "; its `.searcher(...)` makes one"
-    elif callable(searcher):
-        instead = ", a function: call it, as in `tasks.random_search()`"
-    raise ValueError(
-        f"`searcher` must be a `base.Searcher`; got {getattr(searcher, '__name__', type(searcher).__name__)}{instead}."
-    )

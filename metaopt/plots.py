@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from metaopt import base, methods, nas
+from metaopt import base, nas
+from metaopt.evaluation import Evaluation, average_ranks, by_number, mean_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,12 +159,12 @@ def _rows(
 
 
 def adaptation_curves(
-    evaluation: methods.Evaluation, *, source: str | None = None, axes: "Axes | None" = None, ylabel: str = "score"
+    evaluation: Evaluation, *, source: str | None = None, axes: "Axes | None" = None, ylabel: str = "score"
 ) -> "Axes":
     """Plots the mean score over the adaptation steps, with one line per method and its 95 % interval.
 
     Args:
-      evaluation: the result of `methods.evaluate_episodes`.
+      evaluation: the result of `few_shot.evaluate_episodes`.
       source: the source of the episodes; None: the episodes of all sources.
       axes: the axes to draw on; None makes a figure.
       ylabel: the name of the scores.
@@ -211,7 +212,7 @@ def _look(number: int, marker: str = "") -> dict[str, Any]:
 
 
 def scores_by_number(
-    evaluation: methods.Evaluation,
+    evaluation: Evaluation,
     of: str,
     edges: Sequence[float],
     *,
@@ -222,9 +223,9 @@ def scores_by_number(
     """Plots the mean score against the number of ways or shots, with one line per method and 95 % intervals.
 
     Args:
-      evaluation: the result of `methods.evaluate_episodes`.
+      evaluation: the result of `few_shot.evaluate_episodes`.
       of: "ways" or "shots".
-      edges: the edges of the bins, as for `methods.by_number`.
+      edges: the edges of the bins, as for `evaluation.by_number`.
       step: the number of adaptation steps after which the scores are taken; −1: after the last step.
       axes: the axes to draw on; None makes a figure.
       ylabel: the name of the scores.
@@ -236,7 +237,7 @@ def scores_by_number(
       ValueError: if `of` or `edges` is out of range, or no episode is within `edges`.
       ImportError: if matplotlib is not installed.
     """
-    binned = methods.by_number(evaluation, of, edges, step=step)
+    binned = by_number(evaluation, of, edges, step=step)
     if not all(binned.values()):
         raise ValueError(
             f"`edges` must enclose the {of} of at least one episode; no episode lies within {list(edges)}."
@@ -254,14 +255,14 @@ def scores_by_number(
 
 
 def leaderboard(
-    evaluation: methods.Evaluation, *, source: str | None = None, step: int = -1, axes: "Axes | None" = None
+    evaluation: Evaluation, *, source: str | None = None, step: int = -1, axes: "Axes | None" = None
 ) -> "Axes":
     """Draws a dot plot of mean scores with 95 % intervals, best average rank first.
 
     Inductive methods come first. Transductive methods follow below them, and are labeled "transductive".
 
     Args:
-      evaluation: the result of `methods.evaluate_episodes`.
+      evaluation: the result of `few_shot.evaluate_episodes`.
       source: the source of the scores; None: the mean over the sources.
       step: the number of adaptation steps after which the scores are taken; −1: after the last step.
       axes: the axes to draw on; None makes a figure.
@@ -275,9 +276,9 @@ def leaderboard(
     """
     if source is not None and source not in evaluation.sources:
         raise ValueError(f"`source` must be one of {', '.join(map(repr, evaluation.sources))}; got {source!r}.")
-    table = methods.mean_scores(evaluation, step=step)
+    table = mean_scores(evaluation, step=step)
     labels, means, halves = [], [], []
-    for method in methods.average_ranks(evaluation, step=step):
+    for method in average_ranks(evaluation, step=step):
         pairs = np.array([pair for name, pair in table[method].items() if source in (None, name)])
         finite = np.isfinite(pairs[:, 0]).all()
         labels.append(_label(evaluation, method))
@@ -286,7 +287,7 @@ def leaderboard(
     return _rows(labels, means, halves, axes=axes, xlabel=source or "mean over sources")
 
 
-def _label(evaluation: methods.Evaluation, method: str) -> str:
+def _label(evaluation: Evaluation, method: str) -> str:
     return f"{method}, transductive" if evaluation.transductive[method] else method
 
 

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from metaopt import spaces, tasks
+from metaopt import blackbox, spaces
 
 SPACE = {
     "x": spaces.interval(-1.0, 1.0),
@@ -66,15 +66,15 @@ def misbehave(trial, task):
     if task == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if task == "prune":
-        raise tasks.Pruned(0.5)
+        raise blackbox.Pruned(0.5)
     if task == "prune in words":
-        raise tasks.Pruned("too slow")
+        raise blackbox.Pruned("too slow")
     if task == "raise bytes":
         raise FileNotFoundError(os.fsdecode(b"data/\xff.csv"))
     if task == "raise in silence":
         raise Speechless
     if task == "prune in silence":
-        raise tasks.Pruned(Speechless())
+        raise blackbox.Pruned(Speechless())
     if task == "change":
         return trial.configuration.pop("x") + 0.25
     if task == "fork":

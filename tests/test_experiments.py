@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import base, methods, nas, predictors, spaces, tasks, transforms
+from metaopt import base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -337,7 +337,7 @@ def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_firs
     rng.shuffle(records)
     whole = [record for record in records if record.fidelity == 1.0]
     for part, found in (("curve", records), ("test loss", whole), ("test error", whole)):
-        tasks.append_records(store, found, study=f"{forest.study(config)} {part}")
+        blackbox.append_records(store, found, study=f"{forest.study(config)} {part}")
     forest.pack(tmp_path / "packed.npz", splits, config, store)
     packed = forest.unpack(tmp_path / "packed.npz", config)
     assert packed.configurations == configurations[:2]
@@ -436,7 +436,7 @@ def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     script = load_nas_bench_201()
     network = nas.nas_bench_201_space(4, channels=2, cells_per_stage=1)
     network = network._replace(layers=network.layers[:2])
-    search = methods.gdas(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS, num_steps=6)
+    search = nas.gdas(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS, num_steps=6)
     alpha = {"cell": jnp.zeros((6, 5)).at[:, 0].set(0.1)}
     params = jax.jit(search.supernet.init)(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (64, 4, 4, 3))
@@ -941,7 +941,7 @@ def test_trainings_of_omniglot_are_joined_after_the_steps_of_each(monkeypatch):
     rng = np.random.default_rng(0)
     scores = {f"MAML{script.SEED}{i}": {"omniglot": rng.random((6, steps))} for i, steps in enumerate((3, 5))}
     ways = {"omniglot": np.full(6, 5)}
-    of = methods.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), True)
+    of = evaluation.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), True)
     whole = script.joined({"5w1s": of})["5w1s"]
     last = [each["omniglot"][:, -1] for each in scores.values()]
     np.testing.assert_allclose(whole.scores["MAML"]["omniglot"][:, 0], np.mean(last, 0), rtol=1e-12)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaopt import _files, base, methods, nas, predictors, spaces, tasks, transforms
+from metaopt import _files, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
 from metaopt.training import _checkpoints
 
 KEY = jax.random.key(0)
@@ -167,24 +167,24 @@ def write_predictor(folder):
 
 
 def write_meta_optimizer(folder):
-    kernel = predictors.Kernel(*map(jax.numpy.zeros, (3, (), ())))
-    trials = [predictors.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
-    surrogate = predictors.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
+    kernel = blackbox.Kernel(*map(jax.numpy.zeros, (3, (), ())))
+    trials = [blackbox.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
+    surrogate = blackbox.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
     evidence = SimpleNamespace(num_records=8, effective_tasks=1.5)
     learned: Any = SimpleNamespace(evidence=evidence, space=SPACE, candidates=None)
     learned.surrogate, learned.cost_surrogate = surrogate, None
-    methods.save_meta_optimizer(folder / "g.npz", learned)
+    blackbox.save_meta_optimizer(folder / "g.npz", learned)
 
 
 def write_cell_searcher(folder):
-    candidates, encoder = [{"e": "a"}, {"e": "b"}, {"e": "c"}], predictors.cell_encoder(3, 2, width=4, num_layers=1)
-    scores = predictors.score_prior([(np.eye(3), (1.0,))], RNG.normal(size=(3, 4)))
+    candidates, encoder = [{"e": "a"}, {"e": "b"}, {"e": "c"}], nas.cell_encoder(3, 2, width=4, num_layers=1)
+    scores = nas.score_prior([(np.eye(3), (1.0,))], RNG.normal(size=(3, 4)))
     prior = scores._replace(own=np.ones(3 + 4))  # three entries, and the width of the encoder
     searcher: Any = SimpleNamespace(encoder=encoder, ops=("a", "b", "c"), candidates=candidates, prior=prior)
     searcher.encoded, searcher.units = RNG.normal(size=(1, 3, 4)), np.ones(2)
     searcher.center = searcher.scale = np.ones(0)
     searcher.meta_params = jax.vmap(encoder.init)(jax.random.split(KEY, 1))
-    methods.save_cell_searcher(folder / "h.npz", searcher)
+    nas.save_cell_searcher(folder / "h.npz", searcher)
 
 
 H = predictors.mlp(SPACE, 2, num_hidden=3)
@@ -194,15 +194,15 @@ META: Any = SimpleNamespace(settings={"search": {"network": {"cells": 1}}, "h": 
 def write_evaluation(folder):
     scores = {"m": {"u": RNG.uniform(size=(3, 2)), "v": RNG.uniform(size=(2, 2))}}
     sizes = {"u": np.ones(3), "v": np.ones(2, int)}
-    evaluation = methods.Evaluation(scores, sizes, sizes, {"m": True}, True, {"u": np.ones(3)}, "accuracy")
-    methods.save_evaluation(folder / "scores.npz", evaluation)
+    compared = evaluation.Evaluation(scores, sizes, sizes, {"m": True}, True, {"u": np.ones(3)}, "accuracy")
+    evaluation.save_evaluation(folder / "scores.npz", compared)
 
 
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
-    trained = methods.trained_network(supernet, supernet.init(KEY), {"x": RNG.normal(size=(8, 3))})
-    methods.save_trained_network(folder / "network.npz", trained)
+    trained = nas.trained_network(supernet, supernet.init(KEY), {"x": RNG.normal(size=(8, 3))})
+    nas.save_trained_network(folder / "network.npz", trained)
 
 
 def write_benchmark(folder):
@@ -241,7 +241,7 @@ def read_checkpoint(folder):
 
 def write_store(folder):
     record = base.Record("t", {"rate": 0.1, "op": "a"}, 0.25, 1.0, 3.5)
-    tasks.append_records(folder / "trials.db", [record._replace(trial=i) for i in range(20)])
+    blackbox.append_records(folder / "trials.db", [record._replace(trial=i) for i in range(20)])
 
 
 def write_csv(folder, compress=False):
@@ -326,25 +326,25 @@ def write_tables(folder):
     (folder / "tabular_classification_index.csv").write_text(header)
 
 
-SOURCE, TABLE, BENCHMARK = tasks.Source, tasks.TrialTable, nas.Benchmark
+SOURCE, TABLE, BENCHMARK = tasks.Source, blackbox.TrialTable, nas.Benchmark
 CASES = {
     "predictor": Case(write_predictor, lambda f: predictors.load(f / "g.npz"), predictors.SavedPredictor),
     "meta optimizer": Case(
-        write_meta_optimizer, lambda f: methods.load_meta_optimizer(f / "g.npz"), methods.MetaOptimizer
+        write_meta_optimizer, lambda f: blackbox.load_meta_optimizer(f / "g.npz"), blackbox.MetaOptimizer
     ),
-    "cell searcher": Case(write_cell_searcher, lambda f: methods.load_cell_searcher(f / "h.npz"), methods.CellSearcher),
+    "cell searcher": Case(write_cell_searcher, lambda f: nas.load_cell_searcher(f / "h.npz"), nas.CellSearcher),
     "meta architecture": Case(
-        lambda f: methods.save_meta_architecture(f / "h.npz", META, H.init(KEY)),
-        lambda f: methods.load_meta_architecture(f / "h.npz", META),
+        lambda f: nas.save_meta_architecture(f / "h.npz", META, H.init(KEY)),
+        lambda f: nas.load_meta_architecture(f / "h.npz", META),
         dict,
     ),
     "evaluation": Case(
-        write_evaluation, lambda f: methods.load_evaluation(f / "scores.npz"), methods.Evaluation, numbers="any"
+        write_evaluation, lambda f: evaluation.load_evaluation(f / "scores.npz"), evaluation.Evaluation, numbers="any"
     ),
     "trained network": Case(
         write_network,
-        lambda f: methods.load_trained_network(f / "network.npz", ops=nas.BLOCKS),
-        methods.TrainedNetwork,
+        lambda f: nas.load_trained_network(f / "network.npz", ops=nas.BLOCKS),
+        nas.TrainedNetwork,
     ),
     "learned optimizer": Case(
         lambda f: transforms.save_learned(f / "w.npz", transforms.init_learned(KEY)),
@@ -374,7 +374,7 @@ CASES = {
     ),
     "HPO-B": Case(
         text_file("hpob.json", json.dumps(HPOB)),
-        lambda f: tasks.from_hpob(f / "hpob.json", "5860"),
+        lambda f: blackbox.from_hpob(f / "hpob.json", "5860"),
         base.Record,
         numbers="missing",  # costs are not known
     ),
@@ -385,9 +385,11 @@ CASES = {
         tasks.Table,
         numbers="missing",
     ),
-    "store": Case(write_store, lambda f: tasks.read_records(f / "trials.db"), base.Record, numbers="missing", share=2),
+    "store": Case(
+        write_store, lambda f: blackbox.read_records(f / "trials.db"), base.Record, numbers="missing", share=2
+    ),
     "parquet": Case(
-        write_parquet, lambda f: tasks.from_pmlb_results(f, algorithms=["SVC"]), TABLE, numbers="missing", share=0.5
+        write_parquet, lambda f: blackbox.from_pmlb_results(f, algorithms=["SVC"]), TABLE, numbers="missing", share=0.5
     ),
     "Meta-Dataset": Case(
         write_meta_dataset, lambda f: tasks.from_meta_dataset(f, part="train", size=2), SOURCE, share=2
@@ -400,16 +402,18 @@ CASES = {
     "digits": Case(
         arrays("signdigits", **DIGITS), lambda f: list(tasks.from_image_sets(["signdigits"], path=f).values()), SOURCE
     ),
-    "OBOE": Case(arrays("oboe_error_matrix", **OBOE), lambda f: tasks.from_oboe(f), TABLE, numbers="missing"),
-    "TaskSet": Case(arrays("taskset_rnn_curves", **TASKSET), lambda f: tasks.from_taskset(f), TABLE, numbers="missing"),
-    "LCDB": Case(arrays("lcdb_accuracy_curves", **LCDB), lambda f: tasks.from_lcdb(f), TABLE, numbers="missing"),
+    "OBOE": Case(arrays("oboe_error_matrix", **OBOE), lambda f: blackbox.from_oboe(f), TABLE, numbers="missing"),
+    "TaskSet": Case(
+        arrays("taskset_rnn_curves", **TASKSET), lambda f: blackbox.from_taskset(f), TABLE, numbers="missing"
+    ),
+    "LCDB": Case(arrays("lcdb_accuracy_curves", **LCDB), lambda f: blackbox.from_lcdb(f), TABLE, numbers="missing"),
     "HPOBench": Case(
-        arrays("hpobench_mlp_table", **MLP), lambda f: tasks.from_hpobench_mlp(f), TABLE, numbers="missing"
+        arrays("hpobench_mlp_table", **MLP), lambda f: blackbox.from_hpobench_mlp(f), TABLE, numbers="missing"
     ),
     "HPO-B's curves": Case(
         arrays("hpob_baseline_curves", **CURVES),
-        lambda f: tasks.from_hpob_curves(f),
-        tasks.PublishedCurves,
+        lambda f: blackbox.from_hpob_curves(f),
+        blackbox.PublishedCurves,
         numbers="missing",
     ),
     "tables": Case(write_tables, lambda f: tasks.from_data_folder(f), tasks.Table, numbers="missing"),
@@ -926,7 +930,7 @@ def test_a_store_has_a_table_and_no_view_without_end(tmp_path):
         row = "n, '', 't', '{}', 0.0, 1.0, 0.0, 0, 'COMPLETE', n, ''"
         connection.execute(f"CREATE VIEW records({columns}) AS {numbers} SELECT {row} FROM numbers")
     with pytest.raises(ValueError, match="trials.db is not a file of records: `records` is a view"):
-        tasks.read_records(file)
+        blackbox.read_records(file)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -16,7 +16,7 @@ import optax
 import pytest
 import test_contract
 
-from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, tasks, training
+from metaopt import base, few_shot, hypergrad, inner, nas, predictors, spaces, tasks, training
 
 KEY = jax.random.key(7)
 REPORTED = collections.defaultdict(list)  # use -> what its functions got, as bits
@@ -322,8 +322,8 @@ def test_episodes_and_the_methods_that_are_judged_on_them():
         return jnp.zeros((1, *query["x"].shape))
 
     def judge(seed):
-        score = {"score_fn": methods.mean_squared_error, "num_episodes": 5}
-        run = lambda: methods.evaluate_episodes({"m": method}, {"s": sample}, jax.random.key(seed), **score).scores
+        score = {"score_fn": few_shot.mean_squared_error, "num_episodes": 5}
+        run = lambda: few_shot.evaluate_episodes({"m": method}, {"s": sample}, jax.random.key(seed), **score).scores
         return reports(run)[1]
 
     found, again, other = judge(0), judge(0), judge(1)

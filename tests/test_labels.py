@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, hypergrad, methods, nas, predictors, spaces, tasks, training
+from metaopt import base, few_shot, hypergrad, inner, predictors, spaces, tasks, training
 
 KEY = jax.random.key(0)
 SPACE = {"rate": spaces.real(0.0)}
 PREDICTOR = predictors.dataset_embedding(SPACE, width=2, num_hidden=2)
-PROTOTYPES = methods.prototypical_networks(lambda params, batch: batch["x"])
+PROTOTYPES = few_shot.prototypical_networks(lambda params, batch: batch["x"])
 
 
 def part(y, **more):
@@ -35,10 +35,10 @@ def stacked(y):
 
 
 CALLS = {
-    "nas.cross_entropy": lambda y: nas.cross_entropy(jnp.zeros((4, 3)), part(y)),
-    "a gradient": lambda y: jax.grad(nas.cross_entropy)(jnp.zeros((4, 3)), part(y)),
-    "methods.cross_entropy": lambda y: methods.cross_entropy(jnp.zeros((4, 3)), part(y)),
-    "nas.check_labels": lambda y: nas.check_labels(part(y), 3),
+    "inner.cross_entropy": lambda y: inner.cross_entropy(jnp.zeros((4, 3)), part(y)),
+    "a gradient": lambda y: jax.grad(inner.cross_entropy)(jnp.zeros((4, 3)), part(y)),
+    "few_shot.cross_entropy": lambda y: few_shot.cross_entropy(jnp.zeros((4, 3)), part(y)),
+    "inner.check_labels": lambda y: inner.check_labels(part(y), 3),
     "prototypes": lambda y: PROTOTYPES.problem.loop.init(KEY, PROTOTYPES.hyperparams({}), part(y)),
     "dataset_embedding": lambda y: PREDICTOR.apply(PREDICTOR.init(KEY), base.Task(part(y), None)),
     "tasks.stack": lambda y: tasks.stack([task([0, 0, 1, 1]), task(y)]),
@@ -55,7 +55,7 @@ def test_labels_outside_the_classes_are_an_error(call):
             call(wrong)
 
 
-@pytest.mark.parametrize("name", ["nas.cross_entropy", "methods.cross_entropy", "prototypes", "tasks.stack", "fit"])
+@pytest.mark.parametrize("name", ["inner.cross_entropy", "few_shot.cross_entropy", "prototypes", "tasks.stack", "fit"])
 def test_classes_that_a_task_does_not_have_are_an_error(name):
     with pytest.raises(ValueError, match=r'y.* have classes that "class_mask" excludes: \[2\]'):
         CALLS[name]([0, 2, 1, 2])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaopt import base, inner, methods, nas, predictors, spaces
+from metaopt import base, blackbox, few_shot, inner, nas, predictors, spaces
 
 pytestmark = pytest.mark.once
 
@@ -42,7 +42,7 @@ def kept(network, *, ops=nas.BLOCKS, x=IMAGES, weights=None, **options):
     """The network of a search, kept by `trained_network`."""
     supernet = nas.supernet(network, x.shape[1:], ops=ops, **options)
     weights = jax.tree.map(np.asarray, weights)
-    trained = methods.trained_network(
+    trained = nas.trained_network(
         supernet, jax.jit(supernet.init)(KEY), {"x": RNG.normal(size=(32, *x.shape[1:]))}, weights=weights
     )
     return lambda x, mask: trained.outputs(x), x
@@ -50,7 +50,7 @@ def kept(network, *, ops=nas.BLOCKS, x=IMAGES, weights=None, **options):
 
 def retrained():
     network = nas.discrete(MIXED, nas.random_genotype(0, MIXED))
-    made = methods.retraining(network, (3,), ops=nas.BLOCKS, num_steps=4, auxiliary=0.0, batch_size=4)
+    made = nas.retraining(network, (3,), ops=nas.BLOCKS, num_steps=4, auxiliary=0.0, batch_size=4)
     data = {"x": jnp.asarray(RNG.normal(size=(16, 3))), "y": jnp.arange(16) % 3}
     trained = made.finish(jax.jit(lambda: inner.run(made.loop, 4)(KEY, None, data))(), data)
     return lambda x, mask: trained.outputs(x), RNG.normal(size=(8, 3))
@@ -110,25 +110,25 @@ SEARCHED = {
 SUPPORT = {"x": jnp.asarray(RNG.normal(size=(6, 4, 4))), "y": jnp.arange(6) % 2, "mask": jnp.ones(6)}
 SUPPORT |= {"class_mask": jnp.ones(2)}
 HEADS = {
-    "maml": lambda features, loss: methods.maml(loss, rate=0.1, num_steps=2, keep_support=True),
-    "cavia": lambda features, loss: methods.cavia(loss, num_context=2, keep_support=True),
-    "proto_maml": lambda features, loss: methods.proto_maml(features, num_steps=2, rate=0.1),
-    "prototypical_networks": lambda features, loss: methods.prototypical_networks(features),
-    "ridge_head": lambda features, loss: methods.ridge_head(features),
+    "maml": lambda features, loss: few_shot.maml(loss, rate=0.1, num_steps=2, keep_support=True),
+    "cavia": lambda features, loss: few_shot.cavia(loss, num_context=2, keep_support=True),
+    "proto_maml": lambda features, loss: few_shot.proto_maml(features, num_steps=2, rate=0.1),
+    "prototypical_networks": lambda features, loss: few_shot.prototypical_networks(features),
+    "ridge_head": lambda features, loss: few_shot.ridge_head(features),
 }
 
 
-def few_shot(head, normalization):
-    network = methods.conv4(normalization=normalization, num_filters=8, num_blocks=2)
+def few_shot_method(head, normalization):
+    network = few_shot.conv4(normalization=normalization, num_filters=8, num_blocks=2)
     params = jax.tree.map(lambda leaf: leaf.astype(float), network.init(KEY))
     params["head"] = {"w": jnp.asarray(RNG.normal(size=(8, 2))), "b": jnp.zeros(2)}
-    outputs = methods.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: methods.cross_entropy(outputs(params, batch), batch)
+    outputs = few_shot.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(outputs(params, batch), batch)
     if head == "cavia":  # the context moves the inputs of the head
         outputs = lambda params, batch: network.features(params, batch)[:, :2] + params["context"][None]
     made = HEADS[head](network.features, loss)
     hyperparams = made.hyperparams(params)
-    method = jax.jit(methods.adapted(made, hyperparams, outputs))
+    method = jax.jit(few_shot.adapted(made, hyperparams, outputs))
 
     def predict(x, mask):
         query = {"x": jnp.asarray(x), "mask": jnp.asarray(mask), "class_mask": jnp.ones(2)}
@@ -139,7 +139,7 @@ def few_shot(head, normalization):
 
 def features_by_hand():
     """Rows to normalize by are put into the parameters."""
-    network = methods.conv4(normalization="support", num_filters=8, num_blocks=2)
+    network = few_shot.conv4(normalization="support", num_filters=8, num_blocks=2)
     params = {**network.init(KEY), "support": {"x": SUPPORT["x"], "mask": SUPPORT["mask"]}}
     params = jax.tree.map(lambda leaf: leaf.astype(float), params)
     features = jax.jit(lambda x, mask: network.features(params, {"x": x, "mask": mask}))
@@ -147,10 +147,13 @@ def features_by_hand():
 
 
 FEW_SHOT = {
-    f"conv4, {kind}": functools.partial(few_shot, "prototypical_networks", kind) for kind in methods.NORMALIZATIONS
+    f"conv4, {kind}": functools.partial(few_shot_method, "prototypical_networks", kind)
+    for kind in few_shot.NORMALIZATIONS
 }
 FEW_SHOT |= {"conv4, features by hand": features_by_hand}
-FEW_SHOT |= {name: functools.partial(few_shot, name, "support") for name in HEADS if name != "prototypical_networks"}
+FEW_SHOT |= {
+    name: functools.partial(few_shot_method, name, "support") for name in HEADS if name != "prototypical_networks"
+}
 
 # ---- Flax modules ---------------------------------------------------------------------------------------------------
 
@@ -207,10 +210,10 @@ def of_tasks(predictor, num_features):
 
 
 def of_cells():
-    encoder = predictors.cell_encoder(4, 3, num_features=1, width=8)
+    encoder = nas.cell_encoder(4, 3, num_features=1, width=8)
     params = moved(encoder.init(KEY))
     graphs = [nas.Graph(((0, 1, 0), (0, 0, 1), (0, 0, 0)), (str(i), "2", "3")) for i in range(4)]
-    cells = predictors.cells(graphs, ("0", "1", "2", "3"))
+    cells = nas.cells(graphs, ("0", "1", "2", "3"))
 
     def predict(x, mask):
         some = jax.tree.map(lambda leaf: leaf[jnp.asarray(x, int)[:, 0] % 4], cells)
@@ -221,26 +224,26 @@ def of_cells():
 
 def of_processes():
     x = RNG.uniform(size=(12, 2))
-    kernel = predictors.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
-    trials = [predictors.TaskTrials(x, (s + 1) * x[:, 0] ** 2 - x[:, 1]) for s in range(4)]
-    surrogate = predictors.surrogate(trials, kernel, x)
+    kernel = blackbox.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
+    trials = [blackbox.TaskTrials(x, (s + 1) * x[:, 0] ** 2 - x[:, 1]) for s in range(4)]
+    surrogate = blackbox.surrogate(trials, kernel, x)
     weights = jnp.ones(4) / 4
     known = jnp.asarray(x[:3]), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
-    posterior = jax.jit(lambda x, mask: predictors.posterior(surrogate, weights, known, x))
+    posterior = jax.jit(lambda x, mask: blackbox.posterior(surrogate, weights, known, x))
 
     def predict(x, mask):
         mixture = posterior(x, mask)
-        return predictors.expected_improvement(mixture, jnp.array(0.4))
+        return blackbox.expected_improvement(mixture, jnp.array(0.4))
 
     return predict, RNG.uniform(size=(8, 2))
 
 
 def of_transformer():
-    init = predictors.init_transformer(KEY, 2, 1, width=8, num_layers=1)
+    init = blackbox.init_transformer(KEY, 2, 1, width=8, num_layers=1)
     networks = jax.tree.map(lambda leaf: leaf[None] + RNG.normal(size=(1, *leaf.shape)) / 4, init)
     trials = jnp.asarray(RNG.uniform(size=(3, 2))), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
-    read = predictors.read_trials(networks, trials, 1.0)
-    return lambda x, mask: predictors.predict_binned(networks, read, jnp.asarray(x)).probs, RNG.uniform(size=(8, 2))
+    read = blackbox.read_trials(networks, trials, 1.0)
+    return lambda x, mask: blackbox.predict_binned(networks, read, jnp.asarray(x)).probs, RNG.uniform(size=(8, 2))
 
 
 PREDICTORS = {

@@ -10,7 +10,7 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from metaopt import methods, nas, plots
+from metaopt import evaluation, nas, plots
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ SCORES = {
     "level": {"u": np.array([[0.5], [0.5]]), "v": np.array([[0.1], [0.3]])},
 }
 NUMBERS = {"u": np.array([5.0, 10.0]), "v": np.array([5.0, 10.0])}
-EVALUATION = methods.Evaluation(SCORES, NUMBERS, NUMBERS, dict.fromkeys(SCORES, False))
+EVALUATION = evaluation.Evaluation(SCORES, NUMBERS, NUMBERS, dict.fromkeys(SCORES, False))
 
 
 def test_adaptation_curves_are_means_over_episodes():
@@ -108,7 +108,7 @@ def test_a_method_that_diverges_is_drawn_without_its_points(value):
     (text,) = axes.texts
     assert sorted(labels) == ["level", "steps", "wild"] and axes.yaxis_inverted() and len(axes.containers) == 2
     assert text.get_text() == "diverges" and labels[text.get_position()[1]] == "wild"
-    assert "wild" in methods.leaderboard(diverging, reference="steps")
+    assert "wild" in evaluation.leaderboard(diverging, reference="steps")
     np.testing.assert_array_equal(plots.adaptation_curves(diverging).lines[2].get_ydata(), [0.5, np.nan])
     points = plots.scores_by_number(diverging, "shots", [1, 6, 11]).containers[2].lines[0].get_ydata()
     assert np.isnan(points[0]) and len(points) == 2

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, methods, progress, tasks, training
-from metaopt.progress import Display, report_progress
+from metaopt import _progress, base, few_shot, tasks, training
+from metaopt._progress import Display, report_progress
 
 ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -109,14 +109,14 @@ def test_a_compilation_is_reported_after_two_seconds_and_at_its_end(log, no_cach
             with report.compiling("one step"):
                 log.wait(13)
     first = ["compiling one step, 2 s", "compiling one step, 10 s", "compiled one step in 13 s"]
-    assert log.lines() == [*first, progress.HINT, *first, "step 0/20, value nan, 27 s"]  # the hint comes once
+    assert log.lines() == [*first, _progress.HINT, *first, "step 0/20, value nan, 27 s"]  # the hint comes once
 
 
 def test_no_hint_if_the_cache_is_on(log):
     assert jax.config.jax_compilation_cache_dir  # of these tests
     with log.report() as report, report.compiling("one step"):
         log.wait(60)
-    assert progress.HINT not in log.lines()
+    assert _progress.HINT not in log.lines()
 
 
 def test_other_phases_have_their_name_and_seconds(log):
@@ -185,9 +185,9 @@ def untimed(text):
 def always(monkeypatch):
     """Every tick prints; the thread has none of its own."""
     for name in ("EVERY", "SOON"):
-        monkeypatch.setattr(progress, name, 0.0)
-    monkeypatch.setattr(progress.DISPLAY, "tick_every", 3600.0)
-    return progress.DISPLAY.tick
+        monkeypatch.setattr(_progress, name, 0.0)
+    monkeypatch.setattr(_progress.DISPLAY, "tick_every", 3600.0)
+    return _progress.DISPLAY.tick
 
 
 def test_fit_reports_compilations_evaluations_and_steps_in_a_log(capsys, always):
@@ -217,7 +217,7 @@ def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys, always
 
     rows = {"x": jnp.zeros((2, 1)), "y": jnp.arange(2), "mask": jnp.ones(2), "class_mask": jnp.ones(2)}
     episode = tasks.Episode(rows, rows)
-    run = lambda **kwargs: methods.evaluate_episodes({"zero": constant}, lambda key: episode, KEY, **kwargs)
+    run = lambda **kwargs: few_shot.evaluate_episodes({"zero": constant}, lambda key: episode, KEY, **kwargs)
     run(num_episodes=4, chunk_size=2)
     lines = untimed(capsys.readouterr().err)  # one program, traced once
     assert lines == ["compiling zero", "compiled zero", "episode 4/4, episodes: zero"]
@@ -242,7 +242,7 @@ def test_the_cache_is_restored_after_the_call(tmp_path):
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from metaopt import inner, methods
+from metaopt import few_shot, inner, nas
 
 events = []
 jax.monitoring.register_event_listener(lambda event, **kwargs: events.append(event))
@@ -251,7 +251,7 @@ import optax
 loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda key, h, data: jnp.zeros(()))
 jax.jit(lambda x: x + 1)(1.0)  # JAX has compiled already, without a cache
 data = {"x": jnp.ones(3)}
-methods.train(loop, data, num_steps=2, key=jax.random.key(0), compilation_cache=sys.argv[1])
+nas.train(loop, data, num_steps=2, key=jax.random.key(0), compilation_cache=sys.argv[1])
 print(events.count("/jax/compilation_cache/cache_hits"), events.count("/jax/compilation_cache/cache_misses"))
 """
 

@@ -12,7 +12,19 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, hypergrad, methods, nas, predictors, spaces, tasks, training, transforms
+from metaopt import (
+    base,
+    blackbox,
+    evaluation,
+    few_shot,
+    hypergrad,
+    nas,
+    predictors,
+    spaces,
+    tasks,
+    training,
+    transforms,
+)
 
 KEY = jax.random.key(0)
 SPACE = {
@@ -78,9 +90,9 @@ def meta_optimizer(path):
     ]
     features = {f"t{t}": [float(t), -1.0] for t in range(4)}
     options: Any = {"num_members": 2, "num_steps": 0, "deep_kernels": 1, "transformers": 1, "costs": True}
-    g = methods.train_meta_optimizer(records, space=space, candidates=pool, features=features, **options)
-    methods.save_meta_optimizer(path, g)
-    return methods.load_meta_optimizer(path), g
+    g = blackbox.train_meta_optimizer(records, space=space, candidates=pool, features=features, **options)
+    blackbox.save_meta_optimizer(path, g)
+    return blackbox.load_meta_optimizer(path), g
 
 
 def cell_searcher(path):
@@ -89,9 +101,9 @@ def cell_searcher(path):
     records = [base.Record(f"t{t}", c, float(i * t % 5)) for t in range(3) for i, c in enumerate(cells)]
     graph = lambda cell: nas.edge_graph([(0, 1, cell["e0"]), (1, 2, cell["e1"])], output=(2,))
     sizes: Any = {"width": 4, "num_layers": 1, "num_members": 2, "batch_size": 9, "num_steps": 0}
-    h = methods.train_cell_searcher(records, graph, features={f"t{t}": [float(t)] for t in range(3)}, **sizes)
-    methods.save_cell_searcher(path, h)
-    return methods.load_cell_searcher(path), h
+    h = nas.train_cell_searcher(records, graph, features={f"t{t}": [float(t)] for t in range(3)}, **sizes)
+    nas.save_cell_searcher(path, h)
+    return nas.load_cell_searcher(path), h
 
 
 def meta_architecture(path):
@@ -99,11 +111,11 @@ def meta_architecture(path):
     network = nas.Network({"cell": cell}, (nas.Layer("mlp", 2), nas.Layer("cell", 2)), 2)
     rule = lambda problem: hypergrad.unrolled(problem, num_steps=1)
     options = {"ops": nas.BLOCKS, "optimizer": lambda hyperparams: optax.sgd(0.5), "learn_init": True}
-    search = methods.architecture_search(network, (3,), rule, **options)
-    meta = methods.meta_architecture_search(search, predictors.mlp({"cell": spaces.real(shape=(1, 2))}, 2))
+    search = nas.architecture_search(network, (3,), rule, **options)
+    meta = nas.meta_architecture_search(search, predictors.mlp({"cell": spaces.real(shape=(1, 2))}, 2))
     hyperparams = meta.hyperparams(KEY)
-    methods.save_meta_architecture(path, meta, hyperparams)
-    return methods.load_meta_architecture(path, meta), hyperparams
+    nas.save_meta_architecture(path, meta, hyperparams)
+    return nas.load_meta_architecture(path, meta), hyperparams
 
 
 def trained_network(path):
@@ -111,18 +123,18 @@ def trained_network(path):
     network = nas.Network({"cell": cell}, (nas.Layer("mlp", 2), nas.Layer("cell", 2)), 2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
     rows = {"x": np.arange(12.0).reshape(4, 3)}
-    saved = methods.trained_network(supernet, supernet.init(KEY), rows)
-    methods.save_trained_network(path, saved)
-    return methods.load_trained_network(path, ops=nas.BLOCKS), saved
+    saved = nas.trained_network(supernet, supernet.init(KEY), rows)
+    nas.save_trained_network(path, saved)
+    return nas.load_trained_network(path, ops=nas.BLOCKS), saved
 
 
-def evaluation(path):
+def scores_of_methods(path):
     of = lambda *values: {"one": np.array(values, np.float32), "two": np.array(values)}
     scores = {"a": of([0.0, 0.5], [0.25, 1.0]), "b": of([0.5], [math.nan])}
     flags = {"a": True, "b": False}
-    saved = methods.Evaluation(scores, of(5, 5), of(1.0, 2.5), flags, False, of(0.1, 0.2), "accuracy")
-    methods.save_evaluation(path, saved)
-    return methods.load_evaluation(path), saved
+    saved = evaluation.Evaluation(scores, of(5, 5), of(1.0, 2.5), flags, False, of(0.1, 0.2), "accuracy")
+    evaluation.save_evaluation(path, saved)
+    return evaluation.load_evaluation(path), saved
 
 
 def benchmark(path):
@@ -146,13 +158,13 @@ def learned_transform(path):
 
 
 def store(path):
-    tasks.append_records(path, RECORDS)
-    return tasks.read_records(path), RECORDS
+    blackbox.append_records(path, RECORDS)
+    return blackbox.read_records(path), RECORDS
 
 
 def frame(path):
     pytest.importorskip("pandas")
-    return tasks.records_from_frame(tasks.records_to_frame(RECORDS)), RECORDS
+    return blackbox.records_from_frame(blackbox.records_to_frame(RECORDS)), RECORDS
 
 
 def space(path):
@@ -166,16 +178,16 @@ def network(path):
 
 MEMBERS = {
     "predictors.save": predictor,
-    "methods.save_meta_optimizer": meta_optimizer,
-    "methods.save_cell_searcher": cell_searcher,
-    "methods.save_meta_architecture": meta_architecture,
-    "methods.save_evaluation": evaluation,
-    "methods.save_trained_network": trained_network,
+    "blackbox.save_meta_optimizer": meta_optimizer,
+    "nas.save_cell_searcher": cell_searcher,
+    "nas.save_meta_architecture": meta_architecture,
+    "evaluation.save_evaluation": scores_of_methods,
+    "nas.save_trained_network": trained_network,
     "nas.save_benchmark": benchmark,
     "tasks.save_split": split,
     "transforms.save_learned": learned_transform,
-    "tasks.append_records": store,
-    "tasks.records_to_frame": frame,
+    "blackbox.append_records": store,
+    "blackbox.records_to_frame": frame,
     "spaces.to_json": space,
     "nas.to_json": network,
 }
@@ -187,7 +199,7 @@ def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_pat
 
 
 def test_every_public_pair_is_a_member():
-    rooms = (methods, nas, predictors, spaces, tasks, training, transforms)
+    rooms = (blackbox, evaluation, few_shot, nas, predictors, spaces, tasks, training, transforms)
     public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}
     pairs = {name for name in public if name.split(".")[1].split("_")[0] == "save" or name.endswith(".to_json")}
     assert pairs <= MEMBERS.keys() <= public and all(inspect.isfunction(member) for member in MEMBERS.values())

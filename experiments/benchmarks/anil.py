@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
-from metaopt import base, hypergrad, inner, methods, tasks
+from metaopt import base, few_shot, hypergrad, inner, tasks
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "anil.md"
 TOLERANCE, RATE = 1e-3, 1e-3
@@ -68,12 +68,12 @@ def dense(settings) -> tuple[Any, base.Task, Callable, Callable]:
 
 
 def convolutional(settings) -> tuple[Any, base.Task, Callable, Callable]:
-    network = methods.conv4(num_filters=settings.filters, num_blocks=settings.blocks)
+    network = few_shot.conv4(num_filters=settings.filters, num_blocks=settings.blocks)
     batch = conv4.data(8 if settings.blocks > 1 else 2, settings.size)
     params = network.init(jax.random.key(0))
     depth = settings.filters * (settings.size // 2**settings.blocks) ** 2
     params["head"] = {"w": jax.random.normal(jax.random.key(1), (depth, 5)) / depth**0.5, "b": jnp.zeros(5)}
-    loss = lambda head, z, batch: methods.cross_entropy(z @ head["w"] + head["b"], batch)
+    loss = lambda head, z, batch: few_shot.cross_entropy(z @ head["w"] + head["b"], batch)
     return params, batch, network.features, loss
 
 
@@ -96,7 +96,7 @@ def programs(model, num_steps: int) -> dict[str, Callable]:
     """Returns name -> `params -> ` the gradient of the mean query loss."""
     _, batch, features, loss = model
     whole = lambda params, hyperparams, batch: loss(params["head"], features(params, batch), batch)
-    anil = methods.anil(whole, num_steps=num_steps, rate=RATE)
+    anil = few_shot.anil(whole, num_steps=num_steps, rate=RATE)
 
     def gradient(estimator):
         estimator = hypergrad.over_tasks(estimator)

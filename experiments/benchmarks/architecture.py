@@ -23,7 +23,7 @@ import numpy as np
 from timing import circumstances, table, temporary_mib
 from turns import medians
 
-from metaopt import base, hypergrad, inner, methods, nas
+from metaopt import base, hypergrad, inner, nas
 
 RESULT = Path(__file__).resolve().parents[2] / "experiments" / "results" / "architecture.md"
 KEY = jax.random.key(0)
@@ -45,7 +45,7 @@ class Case(NamedTuple):
         rows = {"x": x, "y": jnp.asarray(rng.integers(10, size=len(x)))}
         return base.Task(rows, rows)
 
-    def search(self, method: Callable, **options) -> methods.Search:
+    def search(self, method: Callable, **options) -> nas.Search:
         rows = inner.minibatch(self.batch)
         options = {
             "ops": self.ops,
@@ -91,13 +91,13 @@ def compiled(function: Callable, *args) -> Program:
     return Program(call, temporary_mib(program), seconds, hypergrad.flops(function, *args))
 
 
-def estimate(search: methods.Search, task: base.Task) -> Program:
+def estimate(search: nas.Search, task: base.Task) -> Program:
     alpha = search.hyperparams(KEY)
     state = jax.jit(search.estimator.init)(KEY, alpha, task)
     return compiled(search.estimator.estimate, alpha, task, state)
 
 
-def plain(search: methods.Search, task: base.Task) -> Program:
+def plain(search: nas.Search, task: base.Task) -> Program:
     loop, alpha = search.problem.loop, search.hyperparams(KEY)
     state = jax.jit(loop.init)(KEY, alpha, task.train)
     return compiled(lambda state, alpha: inner.step(loop, state, alpha, task.train), state, alpha)
@@ -108,20 +108,20 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     case = small_case(smoke)
     task = case.task()
     of = lambda method, **options: estimate(case.search(method, **options), task)
-    first = case.search(methods.darts, order="first")
+    first = case.search(nas.darts, order="first")
     lengths = (2,) if smoke else (4, 16)
     programs = {
         "plain": plain(first, task),
         "first": estimate(first, task),
-        "second": of(methods.darts, order="second"),
-        "forward": of(methods.darts, order="second", difference="forward"),
-        "exact": of(methods.darts, order="exact"),
-        "gdas": of(methods.gdas, num_steps=100),
-        "partial": of(methods.pc_darts, partial=4),
+        "second": of(nas.darts, order="second"),
+        "forward": of(nas.darts, order="second", difference="forward"),
+        "exact": of(nas.darts, order="exact"),
+        "gdas": of(nas.gdas, num_steps=100),
+        "partial": of(nas.pc_darts, partial=4),
     }
     unrolled = [(num, remat) for num in lengths for remat in ("none", "step", "sqrt")]
     for num, remat in unrolled:
-        programs[f"unrolled {num} {remat}"] = of(methods.unrolled_darts, num_steps=num, remat=remat)
+        programs[f"unrolled {num} {remat}"] = of(nas.unrolled_darts, num_steps=num, remat=remat)
     # Twice per turn: after a larger program, the first call of a small one is slower, which would make the others look
     # better.
     calls = {name: p.call for name, p in programs.items()}
@@ -155,7 +155,7 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
         told("partial", "PC-DARTS, K = 4 (a step of weights and one of α)"),
     ]
     single = nas.uniform_path()
-    path = case.search(methods.darts, order="first", relaxation=single, decode=nas.softmax(), single_path=True)
+    path = case.search(nas.darts, order="first", relaxation=single, decode=nas.softmax(), single_path=True)
     dense, sampled = programs["plain"], plain(path, task)
     calls = {"dense": dense.call, "one": sampled.call}
     pair = medians(calls, repetitions, clock=time.process_time, twice=True)
@@ -168,14 +168,14 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
 def many(smoke: bool, repetitions: int) -> list[list[str]]:
     """Returns rows: the time of an estimate for many tasks, several at the same time, divided by the time for one."""
     case = small_case(smoke)
-    task, first = case.task(), case.search(methods.darts, order="first")
+    task, first = case.task(), case.search(nas.darts, order="first")
     tasks = jax.tree.map(lambda leaf: jnp.stack([leaf] * TASKS), task)
     programs: dict[int | str, Program] = {0: estimate(first, task)}
     for chunk in (1, 4, TASKS):
         over = hypergrad.over_tasks(first.estimator, task_chunk=chunk)
         programs[chunk] = estimate(first._replace(estimator=over), tasks)
     shared = base.Predictor(first.hyperparams, lambda alpha, task: alpha, {})  # h that does not depend on the task
-    meta = methods.meta_architecture_search(first, shared)
+    meta = nas.meta_architecture_search(first, shared)
     programs["chosen"] = estimate(first._replace(estimator=meta.over_tasks(), hyperparams=meta.hyperparams), tasks)
     # One task is called several times in a row: after a larger program, its first call is slower.
     calls: dict[int | str, Callable] = {chunk: p.call for chunk, p in programs.items() if chunk}
@@ -198,11 +198,9 @@ def memory(smoke: bool) -> list[list[str]]:
     """Returns rows: the peak of an implicit estimate after few and after many inner steps, and of a single path."""
     case = small_case(smoke)
     task, solver = case.task(), hypergrad.neumann(num_steps=3, rate=0.025)
-    few, many = (estimate(case.search(methods.implicit_darts, num_steps=num, solver=solver), task) for num in (4, 64))
-    dense = plain(case.search(methods.darts, order="first"), task)
-    path = case.search(
-        methods.darts, order="first", relaxation=nas.uniform_path(), decode=nas.softmax(), single_path=True
-    )
+    few, many = (estimate(case.search(nas.implicit_darts, num_steps=num, solver=solver), task) for num in (4, 64))
+    dense = plain(case.search(nas.darts, order="first"), task)
+    path = case.search(nas.darts, order="first", relaxation=nas.uniform_path(), decode=nas.softmax(), single_path=True)
     one = plain(path, task)
     return [
         row("implicit, the peak after 64 inner steps over that after 4", many.mib / few.mib, 1.01, many),
@@ -214,9 +212,9 @@ def large(smoke: bool) -> list[list[str]]:
     """Returns rows: the compiler's seconds for the DARTS supernet, and the peak with partial channels."""
     case = large_case(smoke)
     task = case.task()
-    step = plain(case.search(methods.darts, order="first"), task)
-    dense = estimate(case.search(methods.darts, order="first"), task)
-    partial = estimate(case.search(methods.pc_darts, partial=4), task)
+    step = plain(case.search(nas.darts, order="first"), task)
+    dense = estimate(case.search(nas.darts, order="first"), task)
+    partial = estimate(case.search(nas.pc_darts, partial=4), task)
     return [
         row("seconds to compile a plain step", step.seconds, 60.0, step),
         row("seconds to compile DARTS, first order", dense.seconds, None, dense),

@@ -29,7 +29,7 @@ import numpy as np
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
-from metaopt import base, hypergrad, methods
+from metaopt import base, few_shot, hypergrad
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "results" / "conv4.md"
@@ -67,15 +67,15 @@ def data(num_tasks: int, size: int) -> base.Task:
     return base.Task(part(1), part(QUERY))
 
 
-def network_of(settings) -> methods.Network:
-    return methods.conv4(num_filters=settings.filters, num_blocks=settings.blocks, downsampling=settings.downsampling)
+def network_of(settings) -> few_shot.Network:
+    return few_shot.conv4(num_filters=settings.filters, num_blocks=settings.blocks, downsampling=settings.downsampling)
 
 
 def programs(settings, params, tasks) -> dict:
     """Returns name -> `params -> ` the gradient of the mean query loss."""
     network = network_of(settings)
-    head = methods.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: methods.cross_entropy(head(params, batch), batch)
+    head = few_shot.linear_head(network.features)
+    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
 
     def one(params, task):
         grads = jax.grad(loss)(params, None, task.train)
@@ -85,7 +85,7 @@ def programs(settings, params, tasks) -> dict:
         task = lambda i: jax.tree.map(lambda x: x[i], tasks)
         return sum(one(params, task(i)) for i in range(settings.tasks)) / settings.tasks
 
-    adaptation = methods.maml(loss, num_steps=1, rate=RATE)
+    adaptation = few_shot.maml(loss, num_steps=1, rate=RATE)
     estimator = hypergrad.over_tasks(adaptation.estimator)
     state = estimator.init(jax.random.key(0), {"init": params}, tasks)
     return {

@@ -29,7 +29,7 @@ import optax
 from timing import circumstances, num_cores, table
 from turns import medians
 
-from metaopt import hypergrad, methods, tasks, training
+from metaopt import few_shot, hypergrad, tasks, training
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "results" / "maml.md"
@@ -115,7 +115,7 @@ def ours(num_steps: int, many: int, params, batch):
         for n in (1, many):
             calls[name, n] = stepper(step, (params, optimizer.init(params), batch), n)
 
-    adaptation = methods.maml(lambda params, hp, batch: loss(params, batch), num_steps=num_steps, rate=INNER_RATE)
+    adaptation = few_shot.maml(lambda params, hp, batch: loss(params, batch), num_steps=num_steps, rate=INNER_RATE)
     estimator = hypergrad.over_tasks(adaptation.estimator)
     learner = training.learner(estimator, optimizer)
     state = learner.init(jax.random.key(0), adaptation.hyperparams(params), batch)

@@ -5,9 +5,9 @@ configurations. (The outcomes are made up, since only the cost is measured.) Wit
 gradient ascent over the relaxed space from 8 starts. With candidates, it evaluates 1,000 configurations. Except under
 Optuna, the timed trials do not include random ones, or ones that are the farthest from all earlier trials.
 
-"running" is the number of trials that have been asked for and have not ended (`predictors.batch_expected_improvement`).
+"running" is the number of trials that have been asked for and have not ended (`blackbox.batch_expected_improvement`).
 Most rows use g's searcher, which receives each trial once. The rows of `suggest(X, y)` get all trials again at every
-call. In the rows "under Optuna", g is the sampler of a study (`integrations.optuna_sampler`).
+call. In the rows "under Optuna", g is the sampler of a study (`blackbox.optuna_sampler`).
 
     python experiments/benchmarks/suggest.py           # writes experiments/results/suggest.md
     python experiments/benchmarks/suggest.py --smoke   # seconds; prints only
@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from timing import circumstances, num_cores, table
 
-from metaopt import base, integrations, methods, spaces, tasks
+from metaopt import base, blackbox, spaces
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "suggest.md"
 HEADER = ["sampler", "acquisition", "running", "trials", "ms a suggestion", "slowest", "CPU-ms", "MiB of state"]
@@ -49,7 +49,7 @@ def learn(space, drawn, num_tasks: int, num_trials: int):
             records.append(base.Record(f"t{t}", c, y, cost=float(c["n_estimators"]) * (1 + t % 5)))
     kwargs = {"space": space, "num_steps": 5, "costs": True}
     return [
-        methods.train_meta_optimizer(records, candidates=candidates, deep_kernels=deep, **kwargs)
+        blackbox.train_meta_optimizer(records, candidates=candidates, deep_kernels=deep, **kwargs)
         for deep in (0, 2)
         for candidates in (None, drawn)
     ]
@@ -130,8 +130,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
     parser.add_argument("--candidates", type=int, metavar="N", help="of a finite set of N alone; writes no result")
     options = parser.parse_args()
-    space = integrations.sklearn_model("random_forest_classifier").space
-    searcher = tasks.random_search()
+    space = blackbox.sklearn_model("random_forest_classifier").space
+    searcher = blackbox.random_search()
     asked, _ = searcher.ask(
         searcher.init(jax.random.key(0), space), options.candidates or (20 if options.smoke else 1_000)
     )
@@ -169,7 +169,7 @@ def main() -> None:
         firsts.append(f"{first:.0f}")
     for name, g in (("candidates", finite), ("gradient", free)):
         for num in nums:
-            sampler = lambda optuna, g=g: integrations.optuna_sampler(g, seed=0)
+            sampler = lambda optuna, g=g: blackbox.optuna_sampler(g, seed=0)
             found = under_optuna(sampler, space, drawn, num, repetitions, num_first=3)
             rows.append([f"metaopt, {name}, under Optuna", "ei", "0", str(num), *found])
             print(f"| {name}, under Optuna | {num} | {found}", flush=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 
 _BATCH = (
     "A batch of tasks is one `Task(train, valid)` whose leaves have a leading axis of tasks (`tasks.stack` makes it of "
@@ -92,14 +92,14 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
     Raises:
       ValueError: if `num_seeds < 1`.
     """
-    base.check_integer("num_seeds", num_seeds, 1)
+    _checks.check_integer("num_seeds", num_seeds, 1)
 
     def init(key, hyperparams, task):
-        base.check_hyperparams(hyperparams)
+        _checks.check_hyperparams(hyperparams)
         return jax.vmap(estimator.init, in_axes=(0, None, None))(jax.random.split(key, num_seeds), hyperparams, task)
 
     def estimate(hyperparams, task, state):
-        base.check_hyperparams(hyperparams)
+        _checks.check_hyperparams(hyperparams)
         estimates, state = jax.vmap(estimator.estimate, in_axes=(None, None, 0))(hyperparams, task, state)
         sums, _ = _sums(estimates)
         mean = jax.tree.map(lambda x: x / sums["finite"], {k: sums[k] for k in ("value", "hypergrad", "metrics")})
@@ -145,7 +145,7 @@ def over_tasks(
       task_chunk: the number of tasks that run at once under vmap. A scan runs one chunk after another and accumulates
         the sums, so the memory is that of one chunk. The remaining tasks form a shorter chunk. None runs all tasks at
         once. On a CPU core, 1 is the fastest for a convolutional supernet, since a batch of its tasks does not fit into
-        the caches (`experiments/benchmarks/architecture.py`). `methods.MetaArchitecture.over_tasks` chooses it itself.
+        the caches (`experiments/benchmarks/architecture.py`). `nas.MetaArchitecture.over_tasks` chooses it itself.
       max_norm: clips the norm of each task's hypergradient, before the mean.
       normalize: scales each task's hypergradient to norm 1, before the mean.
 
@@ -160,9 +160,9 @@ def over_tasks(
       ValueError: if `estimator` is not an estimator, if an argument is out of range, or if `normalize` and `max_norm`
         are both set. At trace time, if the batch is empty or its leaves disagree on B.
     """
-    base.check_estimator(estimator)
-    base.check_integer("task_chunk", task_chunk, 1, optional=True)
-    base.check_positive("max_norm", max_norm, optional=True)
+    _checks.check_estimator(estimator)
+    _checks.check_integer("task_chunk", task_chunk, 1, optional=True)
+    _checks.check_positive("max_norm", max_norm, optional=True)
     if normalize and max_norm is not None:
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
@@ -192,7 +192,7 @@ def over_tasks(
             raise ValueError(_EMPTY)
 
     def init(key, hyperparams, task):
-        base.check_hyperparams(hyperparams)
+        _checks.check_hyperparams(hyperparams)
         if is_ragged(task):
             check_parts(task)
             keys = jax.random.split(key, len(task))
@@ -234,7 +234,7 @@ def over_tasks(
         return total, *outputs
 
     def estimate(hyperparams, task, state):
-        base.check_hyperparams(hyperparams)
+        _checks.check_hyperparams(hyperparams)
         if is_ragged(task):
             check_parts(task)
             parts = [batch_sums(hyperparams, *part) for part in zip(task, state, strict=True)]

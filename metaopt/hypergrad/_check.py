@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base, rewrite
+from metaopt import _checks, _jaxpr, base
 from metaopt.hypergrad import _slopes
 
 _ROUNDED_ZERO = 1e-6  # smaller entries are zeros up to float32 rounding, such as 2.4e-7
@@ -159,16 +159,16 @@ def check(
 
     Source: metasmoothness follows Engstrom et al., 2025, https://arxiv.org/abs/2503.13751.
     """
-    base.check_integer("num_directions", num_directions, 1)
-    base.check_integer("num_estimates", num_estimates, 1)
-    base.check_integer("num_samples", num_samples, 2)
-    base.check_positive("epsilon", epsilon)
-    base.check_positive("radius", radius)
-    base.check_positive("rtol", rtol)
+    _checks.check_integer("num_directions", num_directions, 1)
+    _checks.check_integer("num_estimates", num_estimates, 1)
+    _checks.check_integer("num_samples", num_samples, 2)
+    _checks.check_positive("epsilon", epsilon)
+    _checks.check_positive("radius", radius)
+    _checks.check_positive("rtol", rtol)
     key = jax.random.key(0) if key is None else key
     keys = jax.random.split(key, num_samples if estimator.kind == "unbiased" else 1)
     args = (hyperparams, task, estimator.init(key, hyperparams, task), keys)
-    program, narrow = rewrite.in_float64(_samples(estimator, num_estimates), *args)
+    program, narrow = _jaxpr.in_float64(_samples(estimator, num_estimates), *args)
     with jax.enable_x64(True), np.errstate(invalid="ignore", over="ignore"):
         run = jax.jit(program)
         leaves, structure = jax.tree.flatten(hyperparams)

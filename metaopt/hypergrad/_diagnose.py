@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, inner, spaces
+from metaopt import _checks, base, inner, spaces
 from metaopt.hypergrad import _implicit
 
 
@@ -82,7 +82,7 @@ def diagnose(
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
-    base.check_integer("num_steps", num_steps, 2)
+    _checks.check_integer("num_steps", num_steps, 2)
     key = jax.random.key(0) if key is None else key
     loop = problem.loop
     start_key, noise_key, estimator_key = jax.random.split(key, 3)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _unroll
 
 
@@ -42,7 +42,7 @@ def check_pairs(sigma: base.PyTree, num_pairs: int, least: int = 1) -> None:
     """Raises a `ValueError` if a scale is not positive, or if there are fewer than `least` pairs."""
     if not all(np.all(np.asarray(leaf) > 0) for leaf in jax.tree.leaves(sigma)):
         raise ValueError(f"`sigma` must be positive; got {sigma}.")
-    base.check_integer("num_pairs", num_pairs, least)
+    _checks.check_integer("num_pairs", num_pairs, least)
 
 
 def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
@@ -153,8 +153,8 @@ def _particles(problem, window, sigma, num_pairs, renew):
 def _windowed(problem, num_steps, truncation_length, sigma, num_pairs, renew, kind) -> base.Estimator:
     """A rule that makes one estimate per window and is done at the horizon."""
     check_pairs(sigma, num_pairs)
-    base.check_integer("truncation_length", truncation_length, 1)
-    base.check_integer("num_steps", num_steps, 1)
+    _checks.check_integer("truncation_length", truncation_length, 1)
+    _checks.check_integer("num_steps", num_steps, 1)
     if num_steps % truncation_length:
         raise ValueError(
             f"`num_steps` must be a positive multiple of `truncation_length`, {truncation_length}, so that all windows "

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, inner, rewrite
+from metaopt import _checks, _jaxpr, base, inner
 from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -28,8 +28,8 @@ LARGE = 2**22  # if the operations of a loss write more bytes than this, its gra
 
 
 def check(epsilon: float | None, horizon: int | None) -> None:
-    base.check_positive("epsilon", epsilon, optional=True)
-    base.check_integer("horizon", horizon, 1, optional=True)
+    _checks.check_positive("epsilon", epsilon, optional=True)
+    _checks.check_integer("horizon", horizon, 1, optional=True)
 
 
 def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
@@ -63,7 +63,7 @@ def _apart(loop, state, hyperparams, data) -> bool:
     if jax.default_backend() != "cpu":
         return False
     at = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
-    equations = list(rewrite.equations(jax.make_jaxpr(loop.loss)(*at).jaxpr))
+    equations = list(_jaxpr.equations(jax.make_jaxpr(loop.loss)(*at).jaxpr))
     if any(equation.primitive.name == "conv_general_dilated" for equation in equations):
         return False
     made = (variable.aval for equation in equations for variable in equation.outvars)
@@ -216,7 +216,7 @@ def darts_fd(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
-    base.check_integer("commit", commit, 0)
+    _checks.check_integer("commit", commit, 0)
     check(epsilon, horizon)
     if difference not in DIFFERENCES:
         raise ValueError(f"`difference` must be one of {', '.join(DIFFERENCES)}; got {difference!r}.")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -78,7 +78,7 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
 
     Source: Kwon et al., ICML 2023, Alg. 1, https://arxiv.org/abs/2301.10945
     """
-    base.check_integer("num_steps", num_steps, 1)
+    _checks.check_integer("num_steps", num_steps, 1)
     if not callable(multiplier) and not multiplier > 0:
         raise ValueError(f"`multiplier` must be positive, or a schedule; got {multiplier}.")
     loop = problem.loop
@@ -164,8 +164,8 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
 
     Source: Liu et al., NeurIPS 2022, Alg. 1, https://arxiv.org/abs/2209.08709
     """
-    base.check_integer("num_steps", num_steps, 1)
-    base.check_positive("barrier", barrier)
+    _checks.check_integer("num_steps", num_steps, 1)
+    _checks.check_positive("barrier", barrier)
     loop = problem.loop
 
     def init(key, hyperparams, task):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
-from metaopt import rewrite
+from metaopt import _jaxpr
 
 
 def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
@@ -51,7 +51,7 @@ def _count(jaxpr: Any, products_only: bool) -> float:
         name, params, outputs = equation.primitive.name, equation.params, sum(map(_size, equation.outvars))
         # A linear solve runs only its solver; its products and its transpose serve derivatives.
         is_solve = name == "custom_linear_solve"
-        inner_jaxprs = [params["jaxprs"].solve.jaxpr] if is_solve else list(rewrite.inner_jaxprs(equation))
+        inner_jaxprs = [params["jaxprs"].solve.jaxpr] if is_solve else list(_jaxpr.inner_jaxprs(equation))
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             total += 2 * outputs * math.prod(equation.invars[0].aval.shape[d] for d in contracted)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _unroll
 
 
@@ -70,8 +70,8 @@ def forward(
     Source: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, Alg. 2; Micaelli & Storkey, NeurIPS 2021,
       https://arxiv.org/abs/2007.07869, for long horizons.
     """
-    base.check_integer("num_steps", num_steps, 0)
-    base.check_integer("chunk", chunk, 1, optional=True)
+    _checks.check_integer("num_steps", num_steps, 0)
+    _checks.check_integer("chunk", chunk, 1, optional=True)
     weights, last_weight = _unroll._weights(outer, num_steps)
     loop = problem.loop
 

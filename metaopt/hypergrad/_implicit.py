@@ -17,9 +17,9 @@ import optax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
+from metaopt._jaxpr import used_leaves
 from metaopt.hypergrad import _solvers
-from metaopt.rewrite import used_leaves
 
 CONDITIONS = ("gradient", "step")
 BATCHES = ("next", "full")
@@ -97,8 +97,8 @@ def _refuse_unanswerable(
 
 
 def _check(num_steps: int, damping: float, batch: Any, condition: str) -> None:
-    base.check_integer("num_steps", num_steps, 1)
-    base.check_positive("damping", damping, zero=True)
+    _checks.check_integer("num_steps", num_steps, 1)
+    _checks.check_positive("damping", damping, zero=True)
     if not callable(batch) and batch not in BATCHES:
         raise ValueError(f'`batch` must be "next", "full" or a function `(key, data) -> batch`; got {batch!r}.')
     if condition not in CONDITIONS:
@@ -229,7 +229,7 @@ def implicit(
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
     _check(num_steps, damping, batch, condition)
-    base.check_integer("horizon", horizon, 1, optional=True)
+    _checks.check_integer("horizon", horizon, 1, optional=True)
     if horizon is not None and not warm_start:
         raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")
     if gauss_newton is not None and condition == "step":
@@ -363,7 +363,7 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
 
     Source: Arbel & Mairal, ICLR 2022, Alg. 1, https://arxiv.org/abs/2111.14580
     """
-    base.check_positive("adjoint_rate", adjoint_rate)
+    _checks.check_positive("adjoint_rate", adjoint_rate)
     return implicit(problem, num_steps=num_steps, solver=_solvers.neumann(num_steps=num_steps, rate=adjoint_rate))
 
 

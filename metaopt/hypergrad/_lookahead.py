@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _mixed, _refusals, _unroll
 
 
@@ -57,8 +57,8 @@ def lookahead(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
-    base.check_integer("commit", commit, 0)
-    base.check_integer("horizon", horizon, 1, optional=True)
+    _checks.check_integer("commit", commit, 0)
+    _checks.check_integer("horizon", horizon, 1, optional=True)
     _unroll._check(num_steps, remat)
     loop = problem.loop
 

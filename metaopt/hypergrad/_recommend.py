@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import (
     _check,
     _evolution,
@@ -147,7 +147,7 @@ def recommend(
     Raises:
       ValueError: if `num_steps < 1`, or no rule can handle the problem within `max_memory`.
     """
-    base.check_integer("num_steps", num_steps, 1)
+    _checks.check_integer("num_steps", num_steps, 1)
     key = jax.random.key(0)
     loop = problem.loop
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _finite_difference
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -44,7 +44,7 @@ def sama(
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
-    base.check_integer("num_steps", num_steps, 1)
+    _checks.check_integer("num_steps", num_steps, 1)
     _finite_difference.check(epsilon, horizon)
     loop = problem.loop
 

@@ -14,7 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse import linalg
 
-from metaopt import base
+from metaopt import _checks, base
 
 
 class Matvec(Protocol):
@@ -52,8 +52,8 @@ def _unless_nan(v: base.Params, residual: base.Params) -> base.Params:
 
 
 def _check(num_steps: int, tol: float = 0.0) -> None:
-    base.check_integer("num_steps", num_steps, 1)
-    base.check_positive("tol", tol, zero=True)
+    _checks.check_integer("num_steps", num_steps, 1)
+    _checks.check_positive("tol", tol, zero=True)
 
 
 def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
@@ -215,7 +215,7 @@ def neumann(*, num_steps: int, rate: float) -> Solver:
     Source: Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590
     """
     _check(num_steps)
-    base.check_positive("rate", rate)
+    _checks.check_positive("rate", rate)
 
     def solve(matvec, b, initial, *, key):
         del key
@@ -252,8 +252,8 @@ def nystrom(*, rank: int, damping: float) -> Solver:
 
     Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
     """
-    base.check_integer("rank", rank, 1)
-    base.check_positive("damping", damping)
+    _checks.check_integer("rank", rank, 1)
+    _checks.check_positive("damping", damping)
 
     def solve(matvec, b, initial, *, key):
         del initial

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _mixed, _unroll
 
 
@@ -65,8 +65,8 @@ def truncated(
     Source: Shaban et al., AISTATS 2019, https://arxiv.org/abs/1810.10667; the bias: Wu et al., ICLR 2018,
       https://arxiv.org/abs/1803.02021.
     """
-    base.check_integer("num_steps", num_steps, 1)
-    base.check_integer("truncation_length", truncation_length, 1)
+    _checks.check_integer("num_steps", num_steps, 1)
+    _checks.check_integer("truncation_length", truncation_length, 1)
     if num_steps % truncation_length:
         raise ValueError(
             f"`truncation_length` must divide `num_steps`, so that all windows are full; got {truncation_length} and "

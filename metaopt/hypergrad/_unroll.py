@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _mixed
 
 REMAT = ("none", "step", "grads", "sqrt")
@@ -25,7 +25,7 @@ UNROLLED = 5
 
 
 def _check(num_steps: int, remat: str | int) -> None:
-    base.check_integer("num_steps", num_steps, 0)
+    _checks.check_integer("num_steps", num_steps, 0)
     if remat not in REMAT and (isinstance(remat, bool) or not (isinstance(remat, int) and remat >= 1)):
         raise ValueError(
             f"`remat` must be one of {', '.join(map(repr, REMAT))}, or a number of levels, at least 1; got {remat!r}."
@@ -267,7 +267,7 @@ def unrolled(
         return key
 
     def estimate(hyperparams, task, state):
-        base.check_hyperparams(hyperparams)
+        _checks.check_hyperparams(hyperparams)
         run_key, key = jax.random.split(state)
         value, hypergrad = jax.value_and_grad(objective)(hyperparams, run_key, task)
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key

@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from metaopt import rewrite
+from metaopt import _jaxpr
 
 _convolution_p = core.Primitive("cpu_convolution")
 LARGE = 2**28  # bytes: the largest array of patches, or of their cotangents, that is made at once
@@ -47,7 +47,7 @@ def _rebound(fn: Callable) -> Callable:
 
     def rebound(*args):
         closed = jax.make_jaxpr(fn)(*args)
-        return rewrite.evaluate(closed.jaxpr, closed.consts, args, replace)[0]
+        return _jaxpr.evaluate(closed.jaxpr, closed.consts, args, replace)[0]
 
     return rebound
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from metaopt import rewrite
+from metaopt import _jaxpr
 from metaopt.inner import _convolution as fast
 from metaopt.inner import _depthwise
 from metaopt.inner._depthwise import Window, length, total
@@ -87,7 +87,7 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(operands)
         if closed is None:
             return fn(*args)  # raises that error again
-        outputs = rewrite.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
+        outputs = _jaxpr.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return rewritten

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, rewrite, transforms
+from metaopt import _checks, _jaxpr, base, transforms
 from metaopt.inner import _im2col, _samplers
 
 _FACTORY = (
@@ -177,7 +177,7 @@ def loop(
 
     def transform(hyperparams):
         try:
-            with base.explained_schedules("optimizer"):
+            with _checks.explained_schedules("optimizer"):
                 optimizer_ = optimizer(hyperparams)
         except TypeError as error:
             raise ValueError(f"{_FACTORY}; called with λ it raised: {error}") from error
@@ -197,7 +197,7 @@ def loop(
             params, model_state = params
         params, model_state = _check_floating(params), jax.tree.map(_strong, model_state)
         params = jax.tree.map(_strong, params)
-        with base.explained_schedules("optimizer"):
+        with _checks.explained_schedules("optimizer"):
             opt_state = jax.tree.map(_strong, transform(hyperparams).init(params))
         return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
@@ -221,7 +221,7 @@ def loop(
         return value, model_state
 
     def update(state, grads, model_state, hyperparams):
-        with base.explained_schedules("optimizer"):
+        with _checks.explained_schedules("optimizer"):
             updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
@@ -288,7 +288,7 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
       ValueError: if `num_steps < 0`, or `trace_fn` is given without `num_steps`.
       ValueError: at trace time, if the result is differentiated.
     """
-    base.check_integer("num_steps", num_steps, 0, optional=True)
+    _checks.check_integer("num_steps", num_steps, 0, optional=True)
     if num_steps is None and trace_fn is not None:
         raise ValueError("`trace_fn` needs `num_steps`, the length of the trace: pass it to `run`.")
 
@@ -314,7 +314,7 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
                 return state, look(state)
 
             result = jax.lax.scan(traced, state, length=num_steps)
-        return rewrite.refuse_derivative(result, (inputs, start), _NO_DERIVATIVE)
+        return _jaxpr.refuse_derivative(result, (inputs, start), _NO_DERIVATIVE)
 
     return train
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
-from metaopt.base import shuffled
+from metaopt import _checks, base
+from metaopt._permutations import shuffled
 
 
 class Sampler(Protocol):
@@ -119,7 +119,7 @@ def minibatch(
       ValueError: at trace time, if leaves of the data disagree on the number of rows, or `shared` names an entry that
         the data do not have.
     """
-    base.check_integer("batch_size", batch_size, 1)
+    _checks.check_integer("batch_size", batch_size, 1)
     count = num_rows or functools.partial(_num_rows, shared=shared)
 
     def sample(key, step, data):

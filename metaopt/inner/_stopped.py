@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from metaopt import rewrite
+from metaopt import _jaxpr
 
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
@@ -38,7 +38,7 @@ def without_stops(function: Callable) -> Callable:
     def call(*args):
         arrays, join = _split_arrays(args)
         closed, shape = jax.make_jaxpr(lambda arrays: function(*join(arrays)), return_shape=True)(arrays)
-        outputs = rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arrays), _identity_for_stop)
+        outputs = _jaxpr.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arrays), _identity_for_stop)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return call

@@ -8,24 +8,10 @@ A search makes the choice of ops differentiable. Every edge mixes its candidates
 `methods.darts` and related functions combine these parts.
 """
 
-from metaopt.nas._augmentation import auxiliary_head, crop_and_flip, cutout
-from metaopt.nas._benchmark_files import (
-    load_benchmark,
-    nas_bench_301_genotype,
-    read_nas_bench_101,
-    read_nas_bench_201,
-    read_nas_bench_301,
-    save_benchmark,
-)
-from metaopt.nas._benchmarks import (
-    Benchmark,
-    benchmark_graph,
-    benchmark_records,
-    nas_bench_101_table,
-    nas_bench_201_table,
-    nas_bench_graph_table,
-    nas_bench_macro_table,
-    trans_nas_bench_101_table,
+from metaopt.nas._augmentation import (
+    auxiliary_head,
+    crop_and_flip,
+    cutout,
 )
 from metaopt.nas._budgets import (
     hypervolume,
@@ -36,7 +22,11 @@ from metaopt.nas._budgets import (
     resource_penalty,
     within_budget,
 )
-from metaopt.nas._configurations import configuration_space, from_configuration, to_configuration
+from metaopt.nas._configurations import (
+    configuration_space,
+    from_configuration,
+    to_configuration,
+)
 from metaopt.nas._costs import (
     CostTable,
     CostTerm,
@@ -78,8 +68,10 @@ from metaopt.nas._genotypes import (
     to_darts,
     to_nas_bench_201,
 )
-from metaopt.nas._graph_ops import TOKEN_OPS, graph_ops
-from metaopt.nas._masks import check_labels, cross_entropy, row_mask
+from metaopt.nas._graph_ops import (
+    TOKEN_OPS,
+    graph_ops,
+)
 from metaopt.nas._nas_bench_101 import (
     discretize_graph,
     genotype_graph,
@@ -90,7 +82,9 @@ from metaopt.nas._nas_bench_101 import (
     nas_bench_101_network,
     nas_bench_101_space,
 )
-from metaopt.nas._normalization import over_real_rows
+from metaopt.nas._normalization import (
+    over_real_rows,
+)
 from metaopt.nas._ops import (
     BLOCKS,
     DARTS_OPS,
@@ -120,7 +114,16 @@ from metaopt.nas._relaxations import (
     softmax,
     uniform_path,
 )
-from metaopt.nas._scores import SCORES, Score, grad_norm, gradient_features, jacob_cov, nwot, snip, synflow
+from metaopt.nas._scores import (
+    SCORES,
+    Score,
+    grad_norm,
+    gradient_features,
+    jacob_cov,
+    nwot,
+    snip,
+    synflow,
+)
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
     NAS_BENCH_201_PRIMITIVES,
@@ -130,6 +133,7 @@ from metaopt.nas._specs import (
     Edge,
     ElasticLayer,
     ElasticNetwork,
+    Genotype,
     Layer,
     Network,
     Space,
@@ -144,51 +148,162 @@ from metaopt.nas._specs import (
     to_json,
     trans_nas_bench_101_space,
 )
-from metaopt.nas._specs import (
-    Genotype as Genotype,
+from metaopt.nas._supernet import (
+    Supernet,
+    init_alpha,
+    supernet,
 )
-from metaopt.nas._supernet import Supernet, init_alpha, supernet
+from metaopt.nas.benchmarks._files import (
+    load_benchmark,
+    nas_bench_301_genotype,
+    read_nas_bench_101,
+    read_nas_bench_201,
+    read_nas_bench_301,
+    save_benchmark,
+)
+from metaopt.nas.benchmarks._tables import (
+    Benchmark,
+    benchmark_graph,
+    benchmark_records,
+    nas_bench_101_table,
+    nas_bench_201_table,
+    nas_bench_graph_table,
+    nas_bench_macro_table,
+    trans_nas_bench_101_table,
+)
+from metaopt.nas.search._architecture import (
+    Search,
+    architecture_search,
+    beta_darts,
+    darts,
+    darts_minus,
+    gdas,
+    implicit_darts,
+    pc_darts,
+    under_budget,
+    unrolled_darts,
+)
+from metaopt.nas.search._cell_encoder import (
+    CellEncoder,
+    Cells,
+    cell_encoder,
+    cell_ranking_loss,
+    cells,
+)
+from metaopt.nas.search._cell_searcher import (
+    CellSearcher,
+    train_cell_searcher,
+)
+from metaopt.nas.search._early_stopped import (
+    darts_plus,
+    robust_darts,
+)
+from metaopt.nas.search._meta_architecture import (
+    FineTunedArchitecture,
+    MetaArchitecture,
+    meta_architecture_search,
+)
+from metaopt.nas.search._one_shot import (
+    OneShot,
+    single_path_one_shot,
+)
+from metaopt.nas.search._retrain import (
+    ArchitectureScores,
+    Retraining,
+    SearchReport,
+    retraining,
+    search_report,
+    train,
+)
+from metaopt.nas.search._saved import (
+    load_cell_searcher,
+    load_meta_architecture,
+    save_cell_searcher,
+    save_meta_architecture,
+)
+from metaopt.nas.search._score_prior import (
+    ScorePrior,
+    configuration_columns,
+    normal_scores,
+    score_improvement,
+    score_posterior,
+    score_prior,
+)
+from metaopt.nas.search._trained_network import (
+    TrainedNetwork,
+    load_trained_network,
+    save_trained_network,
+    trained_network,
+)
+from metaopt.nas.search._training_free import (
+    ScreenedState,
+    screened_random_search,
+    training_free_scores,
+)
 
 __all__ = [
+    "load_cell_searcher",
+    "save_cell_searcher",
+    "load_meta_architecture",
+    "save_meta_architecture",
+    "ArchitectureScores",
     "BLOCKS",
+    "Benchmark",
+    "Cell",
+    "CellEncoder",
+    "CellSearcher",
+    "Cells",
+    "CostTable",
+    "CostTerm",
     "DARTS_OPS",
     "DARTS_PRIMITIVES",
+    "Edge",
+    "ElasticLayer",
+    "ElasticNetwork",
+    "FineTunedArchitecture",
+    "Genotype",
+    "Graph",
+    "Layer",
+    "MetaArchitecture",
     "NAS_BENCH_101_OPS",
     "NAS_BENCH_101_PRIMITIVES",
     "NAS_BENCH_201_OPS",
     "NAS_BENCH_201_PRIMITIVES",
     "NAS_BENCH_MACRO_OPS",
     "NAS_BENCH_MACRO_PRIMITIVES",
-    "SCORES",
-    "TOKEN_OPS",
-    "TRANS_NAS_BENCH_101_OPS",
-    "TRANS_NAS_BENCH_101_PRIMITIVES",
-    "Benchmark",
-    "Cell",
-    "CostTable",
-    "CostTerm",
-    "Edge",
-    "ElasticLayer",
-    "ElasticNetwork",
-    "Graph",
-    "Layer",
     "Network",
+    "OneShot",
     "Op",
     "Relaxation",
+    "Retraining",
+    "SCORES",
     "Score",
+    "ScorePrior",
+    "ScreenedState",
+    "Search",
+    "SearchReport",
     "Space",
     "StoppingState",
     "Supernet",
+    "TOKEN_OPS",
+    "TRANS_NAS_BENCH_101_OPS",
+    "TRANS_NAS_BENCH_101_PRIMITIVES",
+    "TrainedNetwork",
+    "architecture_search",
     "auxiliary_head",
     "auxiliary_skip",
     "benchmark_graph",
     "benchmark_records",
+    "beta_darts",
     "beta_decay",
     "canonical",
-    "check_labels",
+    "cell_encoder",
+    "cell_ranking_loss",
+    "cells",
     "check_network",
     "check_relaxation",
     "complete_cell",
+    "configuration_columns",
     "configuration_space",
     "conv_net_space",
     "convolution",
@@ -198,8 +313,10 @@ __all__ = [
     "cost_table_from_json",
     "cost_table_to_json",
     "crop_and_flip",
-    "cross_entropy",
     "cutout",
+    "darts",
+    "darts_minus",
+    "darts_plus",
     "darts_space",
     "decoding",
     "discrete",
@@ -214,6 +331,7 @@ __all__ = [
     "from_darts",
     "from_json",
     "from_nas_bench_201",
+    "gdas",
     "genotype_from_json",
     "genotype_graph",
     "genotype_to_json",
@@ -224,11 +342,14 @@ __all__ = [
     "graph_ops",
     "gumbel_softmax",
     "hypervolume",
+    "implicit_darts",
     "init_alpha",
     "jacob_cov",
     "lagrangian",
     "latency",
     "load_benchmark",
+    "load_trained_network",
+    "meta_architecture_search",
     "mixing_weights",
     "mlp_space",
     "nas_bench_101_cells",
@@ -246,6 +367,7 @@ __all__ = [
     "nas_bench_graph_table",
     "nas_bench_macro_space",
     "nas_bench_macro_table",
+    "normal_scores",
     "normalized",
     "num_params",
     "num_skips",
@@ -255,6 +377,7 @@ __all__ = [
     "over_budget",
     "over_real_rows",
     "pareto_front",
+    "pc_darts",
     "penalized",
     "pruned",
     "random_genotype",
@@ -262,10 +385,18 @@ __all__ = [
     "read_nas_bench_201",
     "read_nas_bench_301",
     "resource_penalty",
-    "row_mask",
+    "retraining",
+    "robust_darts",
     "save_benchmark",
+    "save_trained_network",
+    "score_improvement",
+    "score_posterior",
+    "score_prior",
+    "screened_random_search",
+    "search_report",
     "sharpness_stop",
     "sigmoid",
+    "single_path_one_shot",
     "skip_count_stop",
     "snip",
     "softmax",
@@ -278,9 +409,15 @@ __all__ = [
     "to_darts",
     "to_json",
     "to_nas_bench_201",
+    "train",
+    "train_cell_searcher",
+    "trained_network",
+    "training_free_scores",
     "trans_nas_bench_101_space",
     "trans_nas_bench_101_table",
+    "under_budget",
     "uniform",
     "uniform_path",
+    "unrolled_darts",
     "within_budget",
 ]

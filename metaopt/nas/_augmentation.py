@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _checks
 from metaopt.nas import _ops
 
 
@@ -30,7 +30,7 @@ def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
     Source: DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552
     """
-    base.check_integer("size", size, 1)
+    _checks.check_integer("size", size, 1)
 
     def apply(key, x):
         spatial = _spatial(x)
@@ -59,7 +59,7 @@ def crop_and_flip(padding: int = 4, *, flip: bool = True) -> Callable[[jax.Array
     Raises:
       ValueError: if `padding < 0`.
     """
-    base.check_integer("padding", padding, 0)
+    _checks.check_integer("padding", padding, 0)
 
     def apply(key, x):
         spatial = _spatial(x)
@@ -102,7 +102,7 @@ def auxiliary_head(num_outputs: int, *, widths: tuple[int, int] = (128, 768)) ->
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
     for name, value in (("num_outputs", num_outputs), ("widths", widths[0]), ("widths", widths[1])):
-        base.check_integer(name, value, 1)
+        _checks.check_integer(name, value, 1)
 
     def init(key, in_shape, channels, stride):
         places = 1

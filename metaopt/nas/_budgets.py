@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.nas import _genotypes
 from metaopt.nas._costs import CostTable, check_table, cost_of, expected_cost
 from metaopt.nas._relaxations import Relaxation, check_relaxation, edge_normalized, mixing_weights, softmax
@@ -58,7 +58,7 @@ def resource_penalty(
     forms = {"linear": lambda r: r, "hinge": lambda r: jax.nn.relu(r - 1), "absolute": lambda r: jnp.abs(r - 1)}
     if form not in forms:
         raise ValueError(f"`form` must be one of {', '.join(forms)}; got {form!r}.")
-    base.check_positive("weight", weight, zero=True)
+    _checks.check_positive("weight", weight, zero=True)
     excess = over_budget(table, network, budget=target, relaxation=relaxation)
     return lambda alpha, step: weight * forms[form](1 + excess(alpha, step))
 
@@ -85,7 +85,7 @@ def over_budget(
         not a relaxation.
     """
     if not isinstance(budget, Tracer):
-        base.check_positive("budget", budget)
+        _checks.check_positive("budget", budget)
     check_table(table, network)
     relax = softmax() if relaxation is None else relaxation
     check_relaxation("relaxation", relax)
@@ -150,7 +150,7 @@ def lagrangian(
 
     Source: Platt & Barr, Constrained Differential Optimization, NIPS 1987
     """
-    base.check_positive("damping", damping, zero=True)
+    _checks.check_positive("damping", damping, zero=True)
     inner = base.reparametrized(problem, lambda both, step: both["hyperparams"])
 
     def outer_loss(params, both, batch, context):

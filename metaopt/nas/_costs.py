@@ -30,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import base
-from metaopt.nas import _benchmarks, _elastic, _genotypes, _ops, _supernet
+from metaopt import _checks, base
+from metaopt.nas import _elastic, _genotypes, _ops, _supernet
 from metaopt.nas._relaxations import discretized
 from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, read_json
+from metaopt.nas.benchmarks import _tables
 
 Measure = Callable[..., float]  # (apply, params, x) -> cost
 
@@ -102,7 +103,7 @@ def cost_table(
     >>> nas.cost_of(table, space, wide)  # (3 + 1)8 + (8 + 1)8 + (8 + 1)2
     122.0
     """
-    base.check_integer("batch_size", batch_size, 1)
+    _checks.check_integer("batch_size", batch_size, 1)
     if not callable(measure):
         raise ValueError(
             f"`measure` must be a function, such as `nas.num_params` or `hypergrad.flops`; got {measure!r}."
@@ -370,8 +371,8 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
     Raises:
       ValueError: if a number is out of range.
     """
-    base.check_integer("num_samples", num_samples, 1)
-    base.check_positive("min_seconds", min_seconds)
+    _checks.check_integer("num_samples", num_samples, 1)
+    _checks.check_positive("min_seconds", min_seconds)
 
     def measure(apply, params, x):
         rng = np.random.default_rng(0)  # zeros may run faster, and denormal numbers slower
@@ -410,7 +411,7 @@ def nas_bench_201_costs(resource: str, task: str = "cifar10", *, folder: str | o
 
     Source: Li et al., ICLR 2021, https://arxiv.org/abs/2103.10584
     """
-    with _benchmarks._open("nasbench201", folder) as data:
+    with _tables._open("nasbench201", folder) as data:
         names, tasks = data["hw_names"].tolist(), data["datasets"].tolist()
         for name, given, known in (("resource", resource, names), ("task", task, tasks)):
             if given not in known:

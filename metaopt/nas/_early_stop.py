@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.nas._genotypes import SKIP
 from metaopt.nas._relaxations import discretized, dominant_eigenvalue
 from metaopt.nas._specs import Space
@@ -82,8 +82,8 @@ def skip_count_stop(counts: Sequence[int], *, most: int = 1, start: int = 1) -> 
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
-    base.check_integer("most", most, 0)
-    base.check_integer("start", start, 1)
+    _checks.check_integer("most", most, 0)
+    _checks.check_integer("start", start, 1)
     return next((e - 1 for e in range(start, len(counts)) if counts[e] > most), None)
 
 
@@ -133,9 +133,9 @@ def stopped_by_curvature(
       ValueError: if a count or `factor` is out of range.
     """
     for name, value in (("window", window), ("delta", delta), ("num_iterations", num_iterations)):
-        base.check_integer(name, value, 1)
-    base.check_integer("start", start, 0)
-    base.check_positive("factor", factor)
+        _checks.check_integer(name, value, 1)
+    _checks.check_integer("start", start, 0)
+    _checks.check_positive("factor", factor)
     loop = problem.loop
 
     def measure(keys, hyperparams, task, after):
@@ -187,8 +187,8 @@ def stopped_by_skips(
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
-    base.check_integer("most", most, 0)
-    base.check_integer("start", start, 1)
+    _checks.check_integer("most", most, 0)
+    _checks.check_integer("start", start, 1)
     measure = lambda keys, hyperparams, task, after: num_skips(hyperparams)
     return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > most, every, 1, 1, start)
 
@@ -217,7 +217,7 @@ def num_skips(network: Space, weights: Mapping[str, Any]) -> jax.Array:
 
 def _stopped(estimator, name, measure, stops, every, num_measured, delta, start) -> base.Estimator:
     """Wraps `estimator`: measures at the end of every epoch, and keeps the α of `delta` epochs before the stop."""
-    base.check_integer("every", every, 1)
+    _checks.check_integer("every", every, 1)
 
     def init(key, hyperparams, task):
         init_key, key = jax.random.split(key)

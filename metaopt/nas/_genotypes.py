@@ -13,7 +13,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks
 from metaopt.nas import _elastic
 from metaopt.nas._specs import (
     DARTS_PRIMITIVES,
@@ -137,7 +137,7 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
 
         α[e, o] = mean {s_a : o on e in a} − mean_a s_a
 
-    The scores may come from an h that was learned from records (`methods.train_cell_searcher`), or from any other
+    The scores may come from an h that was learned from records (`nas.train_cell_searcher`), or from any other
     source. The result is a starting point for a search, or for an h that is then learned by hypergradients:
     `predictors.mlp(space, num_features, hyperparams=alpha)`.
 
@@ -530,7 +530,7 @@ def edge_graph(edges: Iterable[tuple[int, int, str]], *, num_inputs: int = 1, ou
     Raises:
       ValueError: if `num_inputs < 1`, or if an edge leads backwards or to an input.
     """
-    base.check_integer("num_inputs", num_inputs, 1)
+    _checks.check_integer("num_inputs", num_inputs, 1)
     edges = list(edges)
     for source, target, _ in edges:
         if not 0 <= source < target or target < num_inputs:

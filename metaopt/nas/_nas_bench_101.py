@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks
 from metaopt.nas import _ops
 from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, Graph, check_finite, pruned
 from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network
@@ -42,7 +42,7 @@ def nas_bench_101_cells(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: if `num_vertices` is out of range.
     """
-    base.check_integer("num_vertices", num_vertices, 2)
+    _checks.check_integer("num_vertices", num_vertices, 2)
     if num_vertices > 7:
         raise ValueError(f"NAS-Bench-101 has at most 7 vertices; got {num_vertices}.")
     matrices = _full_matrices(num_vertices)
@@ -134,7 +134,7 @@ def nas_bench_101_network(
 
     Pooling between stacks halves the positions, and the first cell of the next stack doubles the channels. The network
     is as published, except that normalization has no scale and shift. In training, normalization is by the batch. To
-    predict, normalize by training rows (`methods.trained_network`).
+    predict, normalize by training rows (`nas.trained_network`).
 
     Args:
       graph: a cell; it is pruned first.
@@ -154,7 +154,7 @@ def nas_bench_101_network(
     """
     counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
     for name, value in {"num_outputs": num_outputs, **counts}.items():
-        base.check_integer(name, value, 1)
+        _checks.check_integer(name, value, 1)
     layers = [Layer("conv3x3-bn-relu", channels)]
     for stack in range(num_stacks):
         if stack:
@@ -273,8 +273,8 @@ def nas_bench_101_space(
     """
     counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
     for name, value in {"num_outputs": num_outputs, **counts}.items():
-        base.check_integer(name, value, 1)
-    base.check_integer("num_vertices", num_vertices, 3)
+        _checks.check_integer(name, value, 1)
+    _checks.check_integer("num_vertices", num_vertices, 3)
     last = num_vertices - 1
     edges = []
     for v in range(1, num_vertices):
@@ -384,7 +384,7 @@ def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges:
       ValueError: if `max_edges` is too small.
     """
     last, cell = _last_vertex(network), network.cells["cell"]
-    base.check_integer("max_edges", max_edges, last)
+    _checks.check_integer("max_edges", max_edges, last)
     w = np.asarray(weights["cell"], np.float64)
     if w.shape != (len(cell.edges), 3) or (w < 0).any():
         raise ValueError(f"The weights must be [{len(cell.edges)}, 3] and not negative; got shape {w.shape}.")

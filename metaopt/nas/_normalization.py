@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import base, rewrite
+from metaopt import _jaxpr, base
 from metaopt.nas._ops import NORMALIZATION
 
 
@@ -62,7 +62,7 @@ def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: j
         return _normalize(x, epsilon, real, None)[0]
 
     replace = lambda equation: masked if _normalizes(equation) else None
-    return jax.tree.unflatten(structure, rewrite.evaluate(closed.jaxpr, closed.consts, [x], replace))
+    return jax.tree.unflatten(structure, _jaxpr.evaluate(closed.jaxpr, closed.consts, [x], replace))
 
 
 def statistics_of(
@@ -88,7 +88,7 @@ def statistics_of(
 
     closed, _ = _traced(fn, x)
     replace = lambda equation: collect if _normalizes(equation) else None
-    return rewrite.exchange(closed.jaxpr, closed.consts, [x], replace)[1]
+    return _jaxpr.exchange(closed.jaxpr, closed.consts, [x], replace)[1]
 
 
 def at_statistics(
@@ -108,7 +108,7 @@ def at_statistics(
       ValueError: if `fn` has another number of normalizations than `statistics`, or as for `statistics_of`.
     """
     closed, structure = _traced(fn, x)
-    num = sum(map(_normalizes, rewrite.equations(closed.jaxpr)))
+    num = sum(map(_normalizes, _jaxpr.equations(closed.jaxpr)))
     if num != len(statistics):
         raise ValueError(
             f"`statistics` must have an entry for each of the {num} normalizations of the network; got "
@@ -119,18 +119,18 @@ def at_statistics(
         return _normalize(x, epsilon, None, statistics)
 
     replace = lambda equation: use if _normalizes(equation) else None
-    outputs, _ = rewrite.exchange(closed.jaxpr, closed.consts, [x], replace, list(statistics))
+    outputs, _ = _jaxpr.exchange(closed.jaxpr, closed.consts, [x], replace, list(statistics))
     return jax.tree.unflatten(structure, outputs)
 
 
 def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
     """Raises ValueError if `fn` normalizes a single row [1, ...] without positions: the result would always be 0."""
-    for equation in rewrite.equations(jax.make_jaxpr(fn)(x).jaxpr):
+    for equation in _jaxpr.equations(jax.make_jaxpr(fn)(x).jaxpr):
         if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
             raise ValueError(
                 f"The batch has one row, and an op normalizes it without positions, in the shape {shape}, by the batch:"
                 " the mean is the row itself, so all rows would give the same outputs. To predict, normalize by "
-                "training rows: `methods.trained_network`, or `apply(..., statistics=supernet.statistics(...))`. To "
+                "training rows: `nas.trained_network`, or `apply(..., statistics=supernet.statistics(...))`. To "
                 "train, use batches of several rows."
             )
 
@@ -167,8 +167,8 @@ def _real_rows(x: jax.Array, mask: jax.Array) -> jax.Array:
 def _traced(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> tuple[Any, Any]:
     """The jaxpr of `fn`, whose normalizations can all be replaced, and the structure of its outputs."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
-    for equation in rewrite.equations(closed.jaxpr):
-        if equation.primitive.name.startswith("custom_") and any(map(_normalizes, rewrite.equations_inside(equation))):
+    for equation in _jaxpr.equations(closed.jaxpr):
+        if equation.primitive.name.startswith("custom_") and any(map(_normalizes, _jaxpr.equations_inside(equation))):
             raise ValueError(
                 "An op normalizes inside a function with a custom derivative (`jax.custom_vjp`), where neither masks "
                 "of rows nor statistics of training rows can be used. Normalize outside that function."

@@ -6,7 +6,7 @@ Arrays are [N, spatial..., C]: images [N, H, W, C], sequences [N, L, C], rows of
 In search and training, normalization uses the mean and variance of each channel over the batch and all positions. It
 has no scale and shift, and no moving averages: weights that many networks share have no single average. So an output
 depends on the whole batch. To predict, a trained network normalizes by statistics of training rows instead, which are
-computed once (`Supernet.statistics`, `methods.trained_network`). Padding rows are left out if `Supernet.apply` gets
+computed once (`Supernet.statistics`, `nas.trained_network`). Padding rows are left out if `Supernet.apply` gets
 their mask, as it does in searches. Masks and statistics affect only `nas.normalized`. If your own op computes over the
 batch in another way, they do not change it.
 
@@ -22,20 +22,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _checks, _permutations, base
 
 
 class Op(NamedTuple):
     """One operation. This example searches with a new op on your own data (one-channel images that are not square):
 
     >>> import jax, jax.numpy as jnp
-    >>> from metaopt import base, methods, nas
+    >>> from metaopt import base, nas
     >>> init = lambda key, in_shape, channels, stride: {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}
     >>> gated = nas.Op(init, lambda params, x, channels, stride: jnp.tanh(nas.subsample(x, stride) @ params["w"]))
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "gated"))
     >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4, 2)), num_outputs=3)
     >>> rows = {"x": jnp.ones((6, 7, 4, 1)), "y": jnp.arange(6) % 3}
-    >>> search = methods.darts(network, rows["x"].shape[1:], ops={**nas.BLOCKS, "gated": gated}, order="first")
+    >>> search = nas.darts(network, rows["x"].shape[1:], ops={**nas.BLOCKS, "gated": gated}, order="first")
     >>> jax.eval_shape(search.supernet.init, jax.random.key(0))["head"]["w"].shape
     (4, 3)
 
@@ -94,7 +94,9 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, *, number: int 
     """
     words = jax.random.key_data(key).ravel().astype(jnp.uint32)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    bits = base.mix_bits(base.mix_bits(position + words[0]) ^ (words[-1] + jnp.uint32(0x9E3779B9 * number % 2**32)))
+    bits = _permutations.mix_bits(
+        _permutations.mix_bits(position + words[0]) ^ (words[-1] + jnp.uint32(0x9E3779B9 * number % 2**32))
+    )
     unit = (bits >> 8).astype(jnp.zeros(0).dtype) / 2**24  # in [0, 1)
     return (2 * unit - 1) / math.sqrt(max(fan_in, 1))
 
@@ -256,7 +258,7 @@ def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) 
       ValueError: if `size` is even, or if `order` is unknown.
       ValueError: at build time, if `size > 1` and the inputs are rows of a table.
     """
-    base.check_integer("size", size, 1)
+    _checks.check_integer("size", size, 1)
     if size % 2 == 0:
         raise ValueError(f"`size` must be odd, so that the window has a center; got {size}.")
     orders = ("relu_conv_norm", "conv_norm_relu", "conv_norm")

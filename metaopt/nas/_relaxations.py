@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.nas._genotypes import NONE, SKIP, check_finite, edges_kept
 from metaopt.nas._specs import Cell, Space
 
@@ -88,7 +88,7 @@ def _check_temperature(temperature: Schedule) -> None:
     if not callable(temperature) and not isinstance(temperature, Tracer):
         if np.ndim(temperature):
             raise ValueError(f"`temperature` must be one number; got shape {np.shape(temperature)}.")
-        base.check_positive("temperature", temperature)
+        _checks.check_positive("temperature", temperature)
 
 
 def _at(schedule: Schedule, step) -> Any:
@@ -344,7 +344,7 @@ def dominant_eigenvalue(loss: Callable, at: base.PyTree, key: jax.Array, *, num_
 
     Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656, for ∇²α of the validation loss
     """
-    base.check_integer("num_steps", num_steps, 1)
+    _checks.check_integer("num_steps", num_steps, 1)
     flat, unravel = ravel_pytree(at)
     steps = min(num_steps, flat.size)
     product = lambda v: jax.jvp(jax.grad(lambda x: loss(unravel(x))), (flat,), (v,))[1]

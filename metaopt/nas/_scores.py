@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from metaopt import base, rewrite
-from metaopt.nas._masks import check_labels, cross_entropy, row_mask
+from metaopt import _checks, _jaxpr, base
+from metaopt.inner import check_labels, cross_entropy, row_mask
 from metaopt.nas._ops import NORMALIZATION
 from metaopt.nas._supernet import Supernet, Weights
 
@@ -278,7 +278,7 @@ def gradient_features(
       ValueError: if `num_keys < 1`, if the supernet has `single_path`, or if labels are not classes, as for
         `grad_norm`.
     """
-    base.check_integer("num_keys", num_keys, 1)
+    _checks.check_integer("num_keys", num_keys, 1)
     if supernet.single_path:
         raise ValueError(
             "`supernet` runs one op an edge (`single_path`), so that the others have no gradient: pass a "
@@ -300,7 +300,7 @@ def _without_normalization(fn: Callable[[base.Params], jax.Array]) -> Callable[[
 
     def plain(params):
         closed = jax.make_jaxpr(fn)(params)
-        return rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(params), identity)[0]
+        return _jaxpr.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(params), identity)[0]
 
     return plain
 
@@ -312,7 +312,7 @@ def _is_relu(equation: Any, num_rows: int) -> bool:
 
 
 def _holds_relu(jaxpr: Any, num_rows: int) -> bool:
-    return any(_is_relu(equation, num_rows) for equation in rewrite.equations(jaxpr))
+    return any(_is_relu(equation, num_rows) for equation in _jaxpr.equations(jaxpr))
 
 
 def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list, jax.Array]:
@@ -325,7 +325,7 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
     for equation in jaxpr.eqns:
         operands = [read(v) for v in equation.invars]
         name, params, more = equation.primitive.name, equation.params, 0.0
-        if not any(_is_relu(inner, num_rows) for inner in rewrite.equations_inside(equation)):
+        if not any(_is_relu(inner, num_rows) for inner in _jaxpr.equations_inside(equation)):
             outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
             outputs = outputs if equation.primitive.multiple_results else [outputs]
             if _is_relu(equation, num_rows):

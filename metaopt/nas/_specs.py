@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import _files, base
+from metaopt import _checks, _files
 
 
 class Edge(NamedTuple):
@@ -145,7 +145,7 @@ def check_network(network: Network) -> None:
       ValueError: if `num_outputs < 1`, if `keep` is not a valid value, or if cells, layers or candidates have another
         form.
     """
-    base.check_integer("num_outputs", network.num_outputs, 1)
+    _checks.check_integer("num_outputs", network.num_outputs, 1)
     if not isinstance(network.cells, Mapping) or not all(isinstance(layer, Layer) for layer in network.layers):
         raise ValueError(
             "`cells` must be a dict, kind -> `nas.Cell`, and `layers` a tuple of `nas.Layer`; got "
@@ -271,7 +271,7 @@ def check_elastic(network: ElasticNetwork) -> None:
       ValueError: if a kind or normalization is unknown, or if sizes are missing, not increasing, or not used by the
         kind.
     """
-    base.check_integer("num_outputs", network.num_outputs, 1)
+    _checks.check_integer("num_outputs", network.num_outputs, 1)
     if not network.layers:
         raise ValueError("An `ElasticNetwork` must have a layer.")
     for name, layer in network.layers.items():
@@ -279,7 +279,7 @@ def check_elastic(network: ElasticNetwork) -> None:
             raise ValueError(f"The kind of a layer must be one of {', '.join(KINDS)}; {name!r} has {layer.kind!r}.")
         if layer.norm not in (None, "batch", "layer"):
             raise ValueError(f'`norm` must be None, "batch" or "layer"; {name!r} has {layer.norm!r}.')
-        base.check_integer(f"{name}.stride", layer.stride, 1)
+        _checks.check_integer(f"{name}.stride", layer.stride, 1)
         wants = {"width": layer.kind in ("conv", "linear"), "kernel": layer.kind == "conv", "depth": True}
         for size in SIZES:
             candidates = getattr(layer, size)
@@ -289,7 +289,7 @@ def check_elastic(network: ElasticNetwork) -> None:
                     f"{layer.kind!r}; got {candidates!r}."
                 )
             for candidate in candidates:
-                base.check_integer(f"{name}.{size}", candidate, 1)
+                _checks.check_integer(f"{name}.{size}", candidate, 1)
             if list(candidates) != sorted(set(candidates)):
                 raise ValueError(f"The candidates of {name}.{size} must increase; got {candidates}.")
         if any(k % 2 == 0 for k in layer.kernel):
@@ -355,7 +355,7 @@ def complete_cell(num_nodes: int, ops: Sequence[str], *, num_inputs: int = 1, pr
     Raises:
       ValueError: if `num_nodes < 1`, or if `ops` is a single text or has entries that are not texts.
     """
-    base.check_integer("num_nodes", num_nodes, 1)
+    _checks.check_integer("num_nodes", num_nodes, 1)
     given: Any = tuple(ops) if np.iterable(ops) and not isinstance(ops, str) else ops  # `ops` may be a generator
     _check_names("`ops`", given)
     last = num_inputs + num_nodes
@@ -407,7 +407,7 @@ def darts_space(
     """
     counts = {"num_outputs": num_outputs, "channels": channels, "num_cells": num_cells, "num_nodes": num_nodes}
     for name, value in counts.items():
-        base.check_integer(name, value, 1)
+        _checks.check_integer(name, value, 1)
     cell = complete_cell(num_nodes, primitives, num_inputs=2)._replace(output=tuple(range(2, 2 + num_nodes)))
     layers, width = [Layer("stem", 3 * channels)], channels
     for i in range(num_cells):
@@ -438,7 +438,7 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
     """
     counts = {"num_outputs": num_outputs, "channels": channels, "cells_per_stage": cells_per_stage}
     for name, value in counts.items():
-        base.check_integer(name, value, 1)
+        _checks.check_integer(name, value, 1)
     stage = lambda width: [Layer("cell", width)] * cells_per_stage
     layers = [Layer("stem", channels), *stage(channels)]
     for width in (2 * channels, 4 * channels):
@@ -472,7 +472,7 @@ def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cell
     """
     counts = {"num_outputs": num_outputs, "channels": channels, "cells_per_module": cells_per_module}
     for name, value in counts.items():
-        base.check_integer(name, value, 1)
+        _checks.check_integer(name, value, 1)
     layers = [Layer("stem", -(-channels // 2), 2), Layer("conv3x3", channels, 2)]
     for i in range(5):
         width = channels * 2 ** (i // 2 + 1)
@@ -485,7 +485,7 @@ def nas_bench_macro_space(num_outputs: int = 10, *, channels: int = 32, features
     """The space of NAS-Bench-Macro: eight layers, each an identity or one of two inverted residuals.
 
     Each layer is chosen separately. The first, third and sixth layer double the channels and halve the positions. A
-    layer is the only path at its place, so `drop_path` would leave nothing. `methods.retraining` therefore takes only
+    layer is the only path at its place, so `drop_path` would leave nothing. `nas.retraining` therefore takes only
     `drop_path=0`.
 
     Args:
@@ -503,7 +503,7 @@ def nas_bench_macro_space(num_outputs: int = 10, *, channels: int = 32, features
     Source: Su et al., CVPR 2021, https://arxiv.org/abs/2103.11922
     """
     for name, value in {"num_outputs": num_outputs, "channels": channels, "features": features}.items():
-        base.check_integer(name, value, 1)
+        _checks.check_integer(name, value, 1)
     layers, width = [Layer("stem_relu", channels)], channels
     for i in range(8):
         halves = i in (0, 2, 5)

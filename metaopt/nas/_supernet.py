@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.nas import _elastic, _genotypes, _normalization, _ops
 from metaopt.nas._specs import (
     Cell,
@@ -53,7 +53,7 @@ class Supernet(NamedTuple):
         the same errors as `discrete`.
       statistics: `(params, weights, x, mask=None) -> statistics`, a list with the mean and variance of every
         normalization over the real rows x, all as one batch. They hold for these `params` and `weights` only.
-        `methods.trained_network` computes them from training rows.
+        `nas.trained_network` computes them from training rows.
       network: the spec.
       in_shape: the shape of one input.
       single_path: whether only one op per edge runs, the op with the largest weight.
@@ -147,7 +147,7 @@ def supernet(
     >>> jax.eval_shape(net.apply, params, weights, jnp.ones((4, 5))).shape
     (4, 3)
     """
-    base.check_integer("partial", partial, 1)
+    _checks.check_integer("partial", partial, 1)
     if not np.iterable(in_shape):
         raise ValueError(f"`in_shape` must be a shape, such as ({in_shape},) for rows of a table; got {in_shape!r}.")
     in_shape = tuple(in_shape)
@@ -328,8 +328,8 @@ def _build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.O
     runs: list[_Run] = []
     before, last = in_shape, in_shape
     for i, layer in enumerate(network.layers):
-        base.check_integer("channels", layer.channels, 1)
-        base.check_integer("stride", layer.stride, 1)
+        _checks.check_integer("channels", layer.channels, 1)
+        _checks.check_integer("stride", layer.stride, 1)
         cell = network.cells.get(layer.name)
         if cell is None:
             in_shapes, groups, new = (last,), (), out_shape(layer.name, last, layer.channels, layer.stride)

@@ -45,7 +45,7 @@ def save(
       path: the file.
       predictor: made by a factory of `metaopt.predictors`.
       meta_params: φ, with the shapes of `predictor.init`; bfloat16 becomes float32. (If `meta_architecture_search`
-        learned {"h", "init"}, pass the entry "h"; `methods.save_meta_architecture` writes both.)
+        learned {"h", "init"}, pass the entry "h"; `nas.save_meta_architecture` writes both.)
       scaling: from `tasks.fit_scaling`, or its `_asdict()`.
 
     Raises:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base, spaces
+from metaopt import _checks, _heads, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -26,23 +26,6 @@ def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
         raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
     hyperparams = spaces.default(space) if hyperparams is None else hyperparams
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
-
-
-def _init_head(key: jax.Array, num_features: int, num_hidden: int, center: jax.Array) -> dict[str, jax.Array]:
-    num_outputs = center.shape[0]
-    weights = jax.random.normal(key, (num_features, num_hidden), center.dtype) / np.sqrt(max(num_features, 1))
-    return {
-        "center": center,
-        "linear": jnp.zeros((num_features, num_outputs), center.dtype),
-        "hidden": weights,
-        "bias": jnp.zeros(num_hidden, center.dtype),
-        "out": jnp.zeros((num_hidden, num_outputs), center.dtype),
-    }
-
-
-def _apply_head(params: dict[str, jax.Array], features: jax.Array) -> jax.Array:
-    hidden = jnp.tanh(features @ params["hidden"] + params["bias"])
-    return params["center"] + features @ params["linear"] + hidden @ params["out"]
 
 
 def _check_features(task: base.Task, num_features: int) -> None:
@@ -83,11 +66,11 @@ def mlp(
     center, unravel = _start(space, hyperparams)
 
     def init(key):
-        return _init_head(key, num_features, num_hidden, center)
+        return _heads.init_head(key, num_features, num_hidden, center)
 
     def apply(meta_params, task):
         _check_features(task, num_features)
-        return unravel(_apply_head(meta_params, task.features))
+        return unravel(_heads.apply_head(meta_params, task.features))
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
     return base.Predictor(init, apply, config)
@@ -152,7 +135,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
         for name, num in zip(("mask", "feature_mask"), x.shape, strict=True)
     )
     chex.assert_shape((y, mask, feature_mask), [(len(x),), (len(x),), (x.shape[1],)])
-    base.check_labels('The labels "y"', y, len(data["class_mask"]), mask=mask)
+    _checks.check_labels('The labels "y"', y, len(data["class_mask"]), mask=mask)
     if len(mask) > max_rows:
         first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows first, wherever they are
         x, y, mask = x[first], y[first], mask[first]
@@ -225,14 +208,14 @@ def dataset_embedding(
     def init(key):
         *keys, head_key = jax.random.split(key, 4)
         params = _init_embedding(keys, width, center.dtype)
-        return params | {"head": _init_head(head_key, width + num_features, num_hidden, center)}
+        return params | {"head": _heads.init_head(head_key, width + num_features, num_hidden, center)}
 
     def apply(meta_params, task):
         embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
         if num_features:
             _check_features(task, num_features)
             embedding = jnp.concatenate([embedding, task.features])
-        return unravel(_apply_head(meta_params["head"], embedding))
+        return unravel(_heads.apply_head(meta_params["head"], embedding))
 
     config = {
         "kind": "dataset_embedding",

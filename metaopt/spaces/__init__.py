@@ -18,7 +18,7 @@ A **space** is any pytree whose leaves are made by the factories of this package
 The functions are pure. `jax.jit`, `jax.vmap` and differentiation in either mode work on all arguments except the space,
 which is static: close over it, or use `functools.partial`.
 
-λ is in **natural units**: `training.fit(space=...)` and `methods.fine_tune(space=...)` take and return λ, and losses
+λ is in **natural units**: `training.fit(space=...)` and `training.fine_tune(space=...)` take and return λ, and losses
 read λ. Unconstrained coordinates z have their own type, `Unconstrained`. `to_unconstrained` and the predictors of a
 space return it. `to_constrained` and the problems that `constrain` returns accept only this type. λ in place of z, or z
 in place of λ, is an error.

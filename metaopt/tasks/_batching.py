@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.tasks._prepare import PreparedTable, Rows
 
 
@@ -219,7 +219,7 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
                     "make them one type."
                 )
             _check_leaf(path, leaf, name)
-        base.check_task_labels(name, task)
+        _checks.check_task_labels(name, task)
         rows.append(leaves)
     return jax.tree.unflatten(structure, [jnp.asarray(np.stack(leaf)) for leaf in zip(*rows, strict=True)])
 
@@ -291,7 +291,7 @@ def _check_values(task: base.Task, name: str) -> None:
     """Raises ValueError if a padded task has a non-finite value, or a label that is not a class."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(task)[0]:
         _check_leaf("task" + jax.tree_util.keystr(path), np.asarray(leaf), f"task {name}")
-    base.check_task_labels(f"task {name}", task)
+    _checks.check_task_labels(f"task {name}", task)
 
 
 def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:

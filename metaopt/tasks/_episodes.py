@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import _checks, _permutations, base
 from metaopt.tasks._class_sources import Source, check_alike, labelled_rows
 from metaopt.tasks._hierarchy import ontology_nodes
 
@@ -98,7 +98,7 @@ def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Calla
     Raises:
       ValueError: if `num_tasks < 1`.
     """
-    base.check_integer("num_tasks", num_tasks, 1)
+    _checks.check_integer("num_tasks", num_tasks, 1)
 
     def batch(sample, key):
         def one(key):
@@ -117,7 +117,7 @@ def labelled_batches(
     weights: Sequence[float] | None = None,
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[jax.Array], base.Task]:
-    """Makes tasks from rows of all classes at once, for training before fine-tuning (`methods.pretrained`).
+    """Makes tasks from rows of all classes at once, for training before fine-tuning (`few_shot.pretrained`).
 
     Args:
       sources: one or several; their examples have one shape. Their `C` classes are numbered across all sources.
@@ -133,7 +133,7 @@ def labelled_batches(
     Raises:
       ValueError: if `batch_size < 1`, weights are negative or all 0, or sources cannot be joined.
     """
-    base.check_integer("batch_size", batch_size, 1)
+    _checks.check_integer("batch_size", batch_size, 1)
     sources = _as_list(sources)
     rows = labelled_rows(sources)
     num_classes = int(rows["y"].max()) + 1
@@ -215,7 +215,7 @@ def episodes(
     ((6, 4, 4), (12,))
     """
     for name, value, least in (("num_ways", num_ways, 2), ("num_shots", num_shots, 1), ("num_query", num_query, 1)):
-        base.check_integer(name, value, least)
+        _checks.check_integer(name, value, least)
     sources = _as_list(sources)
     nodes = []
     for source in sources:
@@ -301,11 +301,11 @@ def meta_dataset_episodes(
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096, Sec. 3.2 and App. B.
     """
-    base.check_integer("min_ways", min_ways, 2)
-    base.check_integer("max_ways", max_ways, min_ways)
-    base.check_integer("max_support", max_support, max_ways)
-    base.check_integer("max_query", max_query, 1)
-    base.check_integer("max_support_per_class", max_support_per_class, 1)
+    _checks.check_integer("min_ways", min_ways, 2)
+    _checks.check_integer("max_ways", max_ways, min_ways)
+    _checks.check_integer("max_support", max_support, max_ways)
+    _checks.check_integer("max_query", max_query, 1)
+    _checks.check_integer("max_support_per_class", max_support_per_class, 1)
     if not log_weights[0] <= log_weights[1]:
         raise ValueError(f"`log_weights` must ascend; got {log_weights}.")
     sources = _as_list(sources)
@@ -559,7 +559,7 @@ def _gather(
     apart = grouped & ~is_query
     epoch = jnp.where(apart, way + padded_ways, way)
     nth = jnp.where(grouped | is_query, nth, nth + num_query)
-    place = base.shuffled(
+    place = _permutations.shuffled(
         key, epoch, nth, jnp.maximum(jnp.where(apart, sides.num_support[way], sides.num_query[way]), 1)
     )
     place = place + jnp.where(apart, sides.num_query[way], 0)

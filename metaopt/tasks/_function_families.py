@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.tasks._episodes import Episode, SampleEpisodeFn
 
 
@@ -38,10 +38,10 @@ def function_episodes(
     Raises:
       ValueError: if an argument is out of range.
     """
-    base.check_integer("num_shots", num_shots, 1)
-    base.check_integer("num_query", num_query, 1)
+    _checks.check_integer("num_shots", num_shots, 1)
+    _checks.check_integer("num_query", num_query, 1)
     _check_range("inputs", inputs)
-    base.check_positive("noise", noise, zero=True)
+    _checks.check_positive("noise", noise, zero=True)
 
     def sample(key):
         coefficients_key, x_key, noise_key = jax.random.split(key, 3)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt import _files
+from metaopt._tfrecord import fields, integers, read_tfrecords
 from metaopt.tasks._class_sources import Source, from_arrays
 from metaopt.tasks._image_sources import _pillow, _pixels
-from metaopt.tfrecord import fields, integers, read_tfrecords
 
 PARTS = ("train", "valid", "test")
 

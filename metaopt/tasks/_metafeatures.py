@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks
 from metaopt.tasks._prepare import PreparedTable
 from metaopt.tasks._tables import Table
 
@@ -134,7 +134,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
             "`images` must be [N, height, width, channels] and `labels` [N], at least one; got the shapes "
             f"{np.shape(images)} and {np.shape(labels)}."
         )
-    base.check_labels("`labels`", labels, int(np.max(labels)) + 1)
+    _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import _files, base
+from metaopt import _checks, _files
 from metaopt.tasks._class_sources import exact_array, first_missing
 from metaopt.tasks._columns import merged_values
 from metaopt.tasks._episodes import Episode
@@ -207,8 +207,8 @@ def user_episodes(
       ValueError: if the table has no time, except with `order="random"`.
       ValueError: in the sampler, if `user` is not a position in `users`.
     """
-    base.check_integer("num_support", num_support, 1)
-    base.check_integer("num_query", num_query, 1, optional=True)
+    _checks.check_integer("num_support", num_support, 1)
+    _checks.check_integer("num_query", num_query, 1, optional=True)
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
     if order != "random" and table.time is None:

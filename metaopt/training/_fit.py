@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base, hypergrad, spaces
-from metaopt.progress import Report, report_progress
+from metaopt import _checks, base, hypergrad, spaces
+from metaopt._progress import Report, report_progress
 from metaopt.training import _cache, _learner, _program, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
@@ -406,11 +406,11 @@ def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
 
 
 def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every):
-    base.check_integer("num_steps", num_steps, 0)
+    _checks.check_integer("num_steps", num_steps, 0)
     counts = {"eval_every": eval_every, "steps_per_call": steps_per_call, "checkpoint_every": checkpoint_every}
     for name, value in counts.items():
-        base.check_integer(name, value, 1)
-    base.check_integer("patience", patience, 1, optional=True)
+        _checks.check_integer(name, value, 1)
+    _checks.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
 

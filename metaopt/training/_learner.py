@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 
 
 class LearnerState(NamedTuple):
@@ -120,13 +120,13 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    base.check_integer("stagger", stagger, 1)
+    _checks.check_integer("stagger", stagger, 1)
     if not hasattr(optimizer, "update"):
         got = getattr(optimizer, "__name__", optimizer)
         raise ValueError(f"`optimizer` must be an optax transform, such as `optax.adam(1e-2)`; got {got!r}.")
     optimizer = optax.with_extra_args_support(optimizer)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
-    base.check_estimator(estimator, or_function=True)
+    _checks.check_estimator(estimator, or_function=True)
 
     def spread(hyperparams, tasks, estimator_state, done):
         """Advances each slot by its own number of estimates, at the first start only; renewed slots start at 0."""
@@ -215,7 +215,7 @@ def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> Lea
 
 def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
     """Returns λ as arrays. Raises ValueError if a leaf cannot have a gradient."""
-    base.check_hyperparams(hyperparams)
+    _checks.check_hyperparams(hyperparams)
     return _strong(hyperparams)
 
 
@@ -234,7 +234,7 @@ def check_tasks(tasks: base.PyTree) -> base.PyTree:
             )
         if jnp.shape(leaf)[:1] == (0,):
             raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch without tasks, or a task without data.")
-    base.check_task_labels("tasks", tasks)
+    _checks.check_task_labels("tasks", tasks)
     return _strong(tasks)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from metaopt import rewrite
+from metaopt import _jaxpr
 
 # Parameters that do not change a result. The placement of an array is one of them: a restored state is on one device.
 _NAMES = ("name", "debug_info", "sharding", "out_sharding", "in_shardings", "out_shardings", "dst_sharding")
@@ -48,7 +48,7 @@ def describe(closed: Any) -> dict[str, Any]:
     """
     hasher = _Hasher()
     digest = hasher.program(closed)
-    equations = list(rewrite.equations(closed.jaxpr))
+    equations = list(_jaxpr.equations(closed.jaxpr))
     operands = [v for equation in equations for v in equation.invars]
     literals: list[Any] = [v for v in operands if isinstance(v, core.Literal) and _is_number(v.aval)]
     return {

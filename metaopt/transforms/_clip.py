@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from metaopt import base
+from metaopt import _checks
 
 
 def learnable_clip(
@@ -51,9 +51,9 @@ def learnable_clip(
             )
     # Within `inject_hyperparams` they are traced.
     if not isinstance(max_norm, Tracer):
-        base.check_positive("max_norm", max_norm)
+        _checks.check_positive("max_norm", max_norm)
     if not isinstance(sharpness, Tracer):
-        base.check_positive("sharpness", sharpness, optional=True)
+        _checks.check_positive("sharpness", sharpness, optional=True)
 
     def clip(updates):
         precise = jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates)

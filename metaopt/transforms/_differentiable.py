@@ -18,7 +18,7 @@ import optax
 from jax import custom_derivatives
 from jax.extend import core
 
-from metaopt import base, rewrite
+from metaopt import _checks, _jaxpr
 
 # A slope above this at an exact zero results from an ε in a denominator, at an entry without a gradient.
 _STEEP = 1e3
@@ -193,7 +193,7 @@ def differentiable(
     """
     if zero not in ("drop", "exact"):
         raise ValueError(f'`zero` must be "drop" or "exact"; got {zero!r}.')
-    base.check_transform("optimizer", optimizer)
+    _checks.check_transform("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra_args):
@@ -210,7 +210,7 @@ def differentiable(
         operands = (updates, state, params, arrays)
         closed, shapes = jax.make_jaxpr(flat_update, return_shape=True)(*operands)
         replace = functools.partial(_zero_safe_form, drop=zero == "drop")
-        outputs = rewrite.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), replace)
+        outputs = _jaxpr.evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(operands), replace)
         return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(x) for x in outputs])
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

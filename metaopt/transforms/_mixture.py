@@ -9,7 +9,7 @@ import optax
 from jax.core import eval_jaxpr
 from jax.tree_util import all_leaves
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.transforms import _prefixes
 
 
@@ -65,7 +65,7 @@ def mixture(
     """
     transforms = list(transforms)  # a generator can be iterated only once
     for k, member in enumerate(transforms):
-        base.check_transform(f"transforms[{k}]", member)
+        _checks.check_transform(f"transforms[{k}]", member)
     members = [optax.with_extra_args_support(member) for member in transforms]
     if not members:
         raise ValueError("`transforms` must have at least one member; got none.")

@@ -20,7 +20,7 @@ import optax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base, rewrite
+from metaopt import _checks, _jaxpr, base
 from metaopt.transforms._differentiable import differentiable
 
 
@@ -225,7 +225,7 @@ def self_tuning(
             "`factory` must be a function `hyperparams -> optax.GradientTransformation`, such as "
             f"`lambda hp: optax.adamw(hp['rate'])`; got {type(factory).__name__} itself."
         )
-    base.check_transform("tuner", tuner)
+    _checks.check_transform("tuner", tuner)
     if valid_loss_fn is not None and not callable(valid_loss_fn):
         kind = type(valid_loss_fn).__name__
         raise ValueError(f"`valid_loss_fn` must be a function, `(params, batch) -> loss`; got a {kind}.")
@@ -240,17 +240,17 @@ def self_tuning(
 
     def optimizer(hyperparams):
         try:
-            with base.explained_schedules("factory"):
+            with _checks.explained_schedules("factory"):
                 made = factory(hyperparams)
         except TypeError as error:
             error.add_note("`factory` is called with the whole of λ: for a dict, `lambda hp: optax.adamw(**hp)`.")
             raise
-        base.check_transform("factory(hyperparams)", made)
+        _checks.check_transform("factory(hyperparams)", made)
         return differentiable(made)
 
     def run(hyperparams, updates, inner, params, extra_args):
         """u and the next state of the optimizer, as arrays, since some states hold a Python number."""
-        with base.explained_schedules("factory"):
+        with _checks.explained_schedules("factory"):
             return jax.tree.map(jnp.asarray, optimizer(hyperparams).update(updates, inner, params, **extra_args))
 
     def projected(hyperparams):
@@ -358,7 +358,7 @@ def self_tuning(
             out, inner = run(hyperparams, updates, state.inner, params, extra_args)
             return _split((out, inner if discount else None))[0]
 
-        used = rewrite.used_leaves(moved, state.hyperparams)
+        used = _jaxpr.used_leaves(moved, state.hyperparams)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.hyperparams)]
         # In a tree of λ, leaves that belong to masked-out parameters need not be used.
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)

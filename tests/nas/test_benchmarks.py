@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metaopt import base, hypergrad, nas
-from metaopt.nas._benchmarks import make_benchmark
+from metaopt import _checks, base, hypergrad, nas
+from metaopt.nas.benchmarks._tables import make_benchmark
 
 needs_tables = pytest.mark.skipif(
     not Path(os.environ.get("METAOPT_DATA", "absent")).is_dir(), reason="needs the folder that METAOPT_DATA names"
@@ -212,7 +212,7 @@ def test_records_of_a_table_leave_out_what_was_not_trained():
     assert nas.benchmark_records(part, ["b"]) == second
     assert nas.benchmark_records(part, ["a"], test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
     for record in nas.benchmark_records(part):
-        base.check_record(record)
+        _checks.check_record(record)
     with pytest.raises(ValueError, match="mine has the tasks a, b; got 'c'"):
         nas.benchmark_records(part, ["a", "c"])
     with pytest.raises(ValueError, match=r"`tasks` must be a sequence of names, such as \['a'\]; got the string"):

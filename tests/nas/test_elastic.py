@@ -9,7 +9,7 @@ import optax
 import pytest
 from scipy.signal import correlate
 
-from metaopt import base, inner, methods, nas
+from metaopt import base, blackbox, inner, nas
 
 pytestmark = pytest.mark.once
 
@@ -196,7 +196,7 @@ SEARCHES = {
     "name", [pytest.param(name, marks=[] if name == "gdas" else [pytest.mark.once]) for name in SEARCHES]
 )
 def test_every_search_takes_sizes(name):
-    method = getattr(methods, name, methods.darts)
+    method = getattr(nas, name, nas.darts)
     search = method(SIZES, (3,), ops={}, **SEARCHES[name])
     alpha = jax.tree.map(lambda a: a + 0.1, search.hyperparams(KEY))
 
@@ -213,10 +213,10 @@ def test_every_search_takes_sizes(name):
 
 @pytest.mark.slow
 def test_the_exact_hypergradient_is_finite_differences():
-    """In windows, widths and depths at once, one step ahead, through `methods.darts`."""
+    """In windows, widths and depths at once, one step ahead, through `nas.darts`."""
     network = conv_net(widths=(1, 2), kernels=(1, 3), depths=(1, 2), hidden=(2, 3), norm="batch")
     sgd = lambda hyperparams: optax.sgd(0.3)
-    search = methods.darts(network, (4, 2, 1), ops={}, order="exact", optimizer=sgd)
+    search = nas.darts(network, (4, 2, 1), ops={}, order="exact", optimizer=sgd)
     images = lambda num: {"x": jnp.asarray(RNG.normal(size=(num, 4, 2, 1))), "y": jnp.arange(num) % 3}
     task, loop = base.Task(images(6), images(5)), search.problem.loop
     alpha = nas.init_alpha(KEY, network, scale=1.0)
@@ -242,9 +242,9 @@ def test_the_exact_hypergradient_is_finite_differences():
 
 @pytest.mark.once
 def test_single_path_one_shot_and_evolution_over_sizes():
-    one_shot = methods.single_path_one_shot(SIZES, (3,), ops={}, num_steps=20)
+    one_shot = nas.single_path_one_shot(SIZES, (3,), ops={}, num_steps=20)
     params = one_shot.train(KEY, TASK.train)
-    searcher = methods.regularized_evolution(population_size=4, sample_size=2)
+    searcher = blackbox.regularized_evolution(population_size=4, sample_size=2)
     state, seen = searcher.init(KEY, nas.configuration_space(SIZES)), {}
     for _ in range(12):
         (trial,), state = searcher.ask(state, 1)
@@ -318,7 +318,7 @@ def test_bad_weights_and_inputs():
     with pytest.raises(ValueError, match=r"must have the shape \(N, 3\)"):
         apply(None, jnp.zeros((2, 4)))
     with pytest.raises(ValueError, match="`partial` must be 1 for a network of sizes.*got 4"):
-        methods.pc_darts(SIZES, (3,), ops={})
+        nas.pc_darts(SIZES, (3,), ops={})
     inherit = nas.supernet(nas.mlp_space(2, widths=(4, 6), depths=(1,)), (3,), ops={}).inherit
     with pytest.raises(ValueError, match="no op '5' on the edge 0 -> 1 of 'linear.width'"):
         inherit(None, {"linear.width": ((0, 1, "5"),)})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from metaopt import methods, nas, tasks
+from metaopt import blackbox, nas
 
 CONV3, CONV1, POOL = nas.NAS_BENCH_101_PRIMITIVES
 TABLES = Path(os.environ.get("METAOPT_DATA", "absent"))
@@ -235,23 +235,23 @@ def test_an_edge_that_can_only_be_none_is_never_kept():
 @pytest.mark.parametrize("keep", ["foo", 2.0, 0, True])
 def test_a_number_of_edges_that_is_none_is_refused_before_the_search(keep):
     for search in (
-        lambda: methods.darts(THREE, (3,), ops=nas.BLOCKS, keep=keep),
-        lambda: methods.darts(THREE._replace(keep=keep), (3,), ops=nas.BLOCKS),
+        lambda: nas.darts(THREE, (3,), ops=nas.BLOCKS, keep=keep),
+        lambda: nas.darts(THREE._replace(keep=keep), (3,), ops=nas.BLOCKS),
         lambda: nas.from_json(nas.to_json(THREE._replace(keep=keep))),
     ):
         with pytest.raises(ValueError, match=r"`keep` must be a number of edges \(at least 1\)"):
             search()
     with pytest.raises(ValueError, match=r"`in_shape` must be a shape, such as \(3,\)"):
-        methods.darts(THREE, 3, ops=nas.BLOCKS)
+        nas.darts(THREE, 3, ops=nas.BLOCKS)
     with pytest.raises(ValueError, match="be a number of edges or None for others; got 'graph'"):
-        methods.darts(THREE, (3,), ops=nas.BLOCKS, keep="graph")
+        nas.darts(THREE, (3,), ops=nas.BLOCKS, keep="graph")
 
 
 # ---- Configurations -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "searcher", [tasks.random_search(first=()), methods.regularized_evolution(population_size=6, sample_size=3)]
+    "searcher", [blackbox.random_search(first=()), blackbox.regularized_evolution(population_size=6, sample_size=3)]
 )
 @pytest.mark.once
 def test_searchers_without_a_gradient_stay_in_the_space_of_darts(searcher):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, methods, nas
+from metaopt import base, nas
 
 KEY = jax.random.key(0)
 SETS = {
@@ -64,7 +64,7 @@ def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_squa
         if shape in ((9, 2), (5,)):
             continue
         # And a search on such data.
-        search = methods.darts(net, shape, ops=ops, order="first")
+        search = nas.darts(net, shape, ops=ops, order="first")
         rows = {"x": jax.random.normal(KEY, (4, *shape)), "y": jnp.array([0, 1, 2, 0])}
         task, alpha = base.Task(rows, rows), search.hyperparams(KEY)
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import base, hypergrad, inner, methods, nas, predictors, spaces, training
+from metaopt import base, hypergrad, inner, nas, predictors, spaces, training
 
 pytestmark = pytest.mark.once
 
@@ -191,7 +191,7 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
     assert jax.jit(lambda w: nas.expected_cost(WHOLE, w, network))(one_hot) == cost
     with pytest.raises(ValueError, match="The edge 1 of 'cell' has no weight, .* Pass `network`"):
         nas.expected_cost(WHOLE, one_hot)
-    search = methods.darts(network, (3,), ops=nas.BLOCKS)
+    search = nas.darts(network, (3,), ops=nas.BLOCKS)
     alpha = {"cell": jnp.asarray([[-9.0, 0.0, 1.0], [0.0, -9.0, -9.0], [-9.0, 0.5, 0.0]])}
     excess, grads = jax.value_and_grad(nas.over_budget(WHOLE, network, budget=10.0))(alpha, 0)
     w, mean = jax.device_get(search.weights(alpha))["cell"], 1.0
@@ -292,10 +292,10 @@ def test_penalties_by_hand_and_in_a_problem():
     expected = {"linear": (1.5, 6.0), "hinge": (0.0, 3.0), "absolute": (1.5, 3.0)}
     for form, values in expected.items():
         np.testing.assert_allclose([found[form, 2 * cost], found[form, cost / 2]], values, rtol=1e-6)
-    search = methods.darts(ROWS, (3,), ops={}, order="first")
+    search = nas.darts(ROWS, (3,), ops={}, order="first")
     penalty = nas.resource_penalty(row_table(), ROWS, weight=3.0, target=cost)
     problem = nas.penalized(search.problem, penalty)
-    optional = methods.darts(ROWS, (3,), ops={}, order="first", penalty=penalty).problem
+    optional = nas.darts(ROWS, (3,), ops={}, order="first", penalty=penalty).problem
 
     @jax.jit
     def values(alpha):
@@ -344,9 +344,9 @@ def test_the_lagrangian_finds_the_constrained_minimum_and_the_multiplier(limit):
 
 @pytest.mark.once
 def test_a_search_comes_to_its_budget():
-    search = methods.darts(ROWS, (3,), ops={}, order="first", optimizer=lambda hp: optax.sgd(0.05), decay=0.0)
+    search = nas.darts(ROWS, (3,), ops={}, order="first", optimizer=lambda hp: optax.sgd(0.05), decay=0.0)
     budget = 60.0  # networks have 14 to 354 parameters
-    bound = methods.under_budget(search, row_table(), budget=budget, damping=1.0)
+    bound = nas.under_budget(search, row_table(), budget=budget, damping=1.0)
     learner = training.learner(bound.estimator, optax.adam(0.05))
     start = bound.hyperparams(KEY)
     run = training.fit(learner, lambda key: TASK, hyperparams=start, num_steps=400, key=KEY, steps_per_call=200)
@@ -356,8 +356,8 @@ def test_a_search_comes_to_its_budget():
     found = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
     assert nas.cost_of(row_table(), ROWS, found) <= budget
     # With a learned start the constraint still sees α alone.
-    search = methods.unrolled_darts(ROWS, (3,), ops={}, num_steps=1, learn_init=True)
-    learned = methods.under_budget(search, row_table(), budget=budget)
+    search = nas.unrolled_darts(ROWS, (3,), ops={}, num_steps=1, learn_init=True)
+    learned = nas.under_budget(search, row_table(), budget=budget)
     given = learned.hyperparams(KEY)
     excess = nas.over_budget(row_table(), ROWS, budget=budget)(learned.alpha(given), 0)
     assert set(given["hyperparams"]) == {"alpha", "init"}
@@ -368,9 +368,9 @@ def test_a_search_comes_to_its_budget():
 
 
 def test_robust_darts_under_budgets_measures_the_validation_loss_in_alpha_alone():
-    robust = methods.robust_darts(ROWS, (3,), ops={}, every=1)
-    twice = methods.under_budget(
-        methods.under_budget(robust, row_table(), budget=60.0), row_table(), budget=100.0, multiplier=1.0
+    robust = nas.robust_darts(ROWS, (3,), ops={}, every=1)
+    twice = nas.under_budget(
+        nas.under_budget(robust, row_table(), budget=60.0), row_table(), budget=100.0, multiplier=1.0
     )
     both = twice.hyperparams(KEY)
 
@@ -398,19 +398,19 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
     penalty = nas.resource_penalty(table, network, weight=1.0, target=50.0)
     at = base.Context(KEY, jnp.array(5))
     batch = {"x": TASK.train["x"], "y": TASK.train["y"]}
-    for method, options in ((methods.beta_darts, {"num_steps": 10}), (methods.pc_darts, {"partial": 2})):
+    for method, options in ((nas.beta_darts, {"num_steps": 10}), (nas.pc_darts, {"partial": 2})):
         plain, more = (method(network, (3,), ops=nas.BLOCKS, **options, **p) for p in ({}, {"penalty": penalty}))
         alpha, params = plain.hyperparams(KEY), plain.supernet.init(KEY)
         with_it, without = (s.problem.outer_loss(params, alpha, batch, at) for s in (more, plain))
         ops = alpha["cell"]["ops"] if isinstance(alpha["cell"], dict) else alpha["cell"]
         expected = nas.expected_cost(table, {"cell": jax.nn.softmax(ops, -1)}, network) / 50
         np.testing.assert_allclose(with_it - without, expected, rtol=1e-6)
-    bound = methods.under_budget(methods.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
+    bound = nas.under_budget(nas.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
     given = bound.hyperparams(KEY)
     assert jnp.isfinite(bound.problem.outer_loss(params, given, batch, at))
     h = predictors.mlp({"cell": spaces.real(shape=(3, 3))}, num_features=2)
     with pytest.raises(ValueError, match="has a multiplier, which h cannot predict"):
-        methods.meta_architecture_search(bound, h)
+        nas.meta_architecture_search(bound, h)
 
 
 def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
@@ -422,7 +422,7 @@ def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
     alpha = {"ops": np.where(weak[:, None], [-9.0, 9.0, -9.0], [-9.0, 0.0, 6.0]), "edges": np.where(weak, -2.0, 2.0)}
     alpha = {"cell": jax.tree.map(jnp.asarray, alpha)}
     for keep in (1, None):
-        search = methods.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2, keep=keep)
+        search = nas.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2, keep=keep)
         excess = nas.over_budget(table, search.supernet.network, budget=1.0)
         weights = search.weights(alpha) if keep else {"cell": jax.nn.softmax(alpha["cell"]["ops"], -1)}
         expected = nas.expected_cost(table, weights, search.supernet.network)
@@ -505,7 +505,7 @@ def test_a_search_that_reads_otherwise_counts_otherwise():
     table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
     alpha, costs = {"cell": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))}, []
     for keep in (1, None):
-        search = methods.darts(network, (3,), ops=nas.BLOCKS, keep=keep)
+        search = nas.darts(network, (3,), ops=nas.BLOCKS, keep=keep)
         expected = nas.expected_cost(table, search.weights(alpha), network._replace(keep=keep))
         # What `under_budget` asks of a search.
         excess = nas.over_budget(table, search.supernet.network, budget=1.0)(search.alpha(alpha), 0)
@@ -514,7 +514,7 @@ def test_a_search_that_reads_otherwise_counts_otherwise():
     assert abs(costs[0] - costs[1]) > 1
     whole = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=3)
     with pytest.raises(ValueError, match="`keep` must be left out for NAS-Bench-101's space"):
-        methods.darts(whole, (8, 8, 1), ops=nas.NAS_BENCH_101_OPS, keep=2)
+        nas.darts(whole, (8, 8, 1), ops=nas.NAS_BENCH_101_OPS, keep=2)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -616,10 +616,10 @@ def test_weights_of_another_space_are_refused():
 def test_a_table_of_another_space_is_refused_where_it_is_given(term, message):
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
-    table, search = nas.CostTable(1.0, (term,)), methods.darts(network, (3,), ops=nas.BLOCKS)
+    table, search = nas.CostTable(1.0, (term,)), nas.darts(network, (3,), ops=nas.BLOCKS)
     genotype = {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
     for build in (
-        lambda: methods.under_budget(search, table, budget=10.0),
+        lambda: nas.under_budget(search, table, budget=10.0),
         lambda: nas.resource_penalty(table, network, weight=1.0, target=10.0),
         lambda: nas.cost_of(table, network, genotype),
         lambda: nas.within_budget(network, nas.one_hot(network, genotype), table, 10.0),

@@ -342,7 +342,7 @@ def test_padding_counts_in_no_normalization_and_no_loss(net, single_path):
 
     def loss(params, batch):
         outputs = supernet.apply(params, w, batch["x"], None, batch.get("mask"))
-        return nas.cross_entropy(outputs, batch), outputs
+        return inner.cross_entropy(outputs, batch), outputs
 
     both = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (alone, outputs), grads = both(params, {"x": x[real], "y": y[real]})
@@ -357,23 +357,23 @@ def test_padding_counts_in_no_normalization_and_no_loss(net, single_path):
 @pytest.mark.once
 def test_labels_that_are_no_classes_give_no_loss():
     outputs = jnp.zeros((3, 2))
-    np.testing.assert_allclose(nas.cross_entropy(outputs, {"y": np.array([0, 1, 1])}), np.log(2))
+    np.testing.assert_allclose(inner.cross_entropy(outputs, {"y": np.array([0, 1, 1])}), np.log(2))
     for bad in (-1, 2):  # nor a gradient, which would move α
-        gradient = jax.jit(jax.grad(nas.cross_entropy))  # a program cannot raise
+        gradient = jax.jit(jax.grad(inner.cross_entropy))  # a program cannot raise
         assert np.isnan(gradient(outputs, {"y": np.array([0, 1, bad])})[2]).all()
     among = {"y": np.array([0, 1, 1]), "class_mask": np.array([1, 1, 0.0])}
-    np.testing.assert_allclose(nas.cross_entropy(jnp.zeros((3, 3)), among), np.log(2))
+    np.testing.assert_allclose(inner.cross_entropy(jnp.zeros((3, 3)), among), np.log(2))
     with pytest.raises(ValueError, match=r'"mask" must be \[N\].*got shape \(2,\)'):
-        nas.cross_entropy(outputs, {"y": np.array([0, 1, 1]), "mask": np.ones(2)})
+        inner.cross_entropy(outputs, {"y": np.array([0, 1, 1]), "mask": np.ones(2)})
     for same in (np.array([False, True, True]), np.array([0, 1, 1], np.uint8), [0, 1, 1]):
-        np.testing.assert_allclose(nas.cross_entropy(outputs, {"y": same}), np.log(2))
+        np.testing.assert_allclose(inner.cross_entropy(outputs, {"y": same}), np.log(2))
     for narrow in (np.uint8, np.int8):  # fewer numbers than there are classes
         y = np.array([0, 1, np.iinfo(narrow).max], narrow)
-        np.testing.assert_allclose(nas.cross_entropy(jnp.zeros((3, 256)), {"y": y}), np.log(256))
+        np.testing.assert_allclose(inner.cross_entropy(jnp.zeros((3, 256)), {"y": y}), np.log(256))
     with pytest.raises(
         ValueError, match=r'must have labels "y", integers in 0\.\.1, .*got a dict with the keys \[.x.\]'
     ):
-        nas.cross_entropy(outputs, {"x": outputs})
+        inner.cross_entropy(outputs, {"x": outputs})
 
 
 LABELS = np.array([0, 1, 1])
@@ -395,14 +395,17 @@ LABELS = np.array([0, 1, 1])
 def test_labels_and_masks_of_other_forms_are_refused(batch, message):
     """Traced ones, too, where a loss sees them; before any training, what is seen without outputs."""
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda batch: nas.cross_entropy(jnp.zeros((3, 2)), batch), batch)
+        jax.eval_shape(lambda batch: inner.cross_entropy(jnp.zeros((3, 2)), batch), batch)
     if "class_mask" in batch or batch["y"].dtype == float:
-        for check in (nas.check_labels, lambda batch, num: jax.eval_shape(lambda b: nas.check_labels(b, num), batch)):
+        for check in (
+            inner.check_labels,
+            lambda batch, num: jax.eval_shape(lambda b: inner.check_labels(b, num), batch),
+        ):
             with pytest.raises(ValueError, match=message):
                 check(batch, 2)
     if batch["y"].shape[0] < 3:
         with pytest.raises(ValueError, match='"x" and "y" must have the same number of rows; got 3 and'):
-            nas.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
+            inner.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
 
 
 def test_normalization_by_one_row_is_refused():

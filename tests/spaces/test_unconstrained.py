@@ -27,7 +27,7 @@ EVOLUTION = hypergrad.evolution(IN_Z, num_steps=1, sigma={"penalty": 0.1}, num_p
 PENALTY = spaces.default(problems.SPACE)
 COORDINATES: Any = spaces.to_unconstrained(problems.SPACE, PENALTY)
 SCALAR: Any = 1.0
-NATURAL = "λ is in natural units here .*Pass `space=` to `training.fit` or `methods.fine_tune`, or convert λ by"
+NATURAL = "λ is in natural units here .*Pass `space=` to `training.fit` or `training.fine_tune`, or convert λ by"
 UNCONSTRAINED = "λ is expected in natural units, and these are unconstrained coordinates"
 NO_ENTRY = "These are unconstrained coordinates and not λ: they have no .*spaces.to_constrained.*spaces.constrain"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import methods, tasks
+from metaopt import few_shot, tasks
 
 KEY = jax.random.key(0)
 USER = np.array(["b", "a", "b", "b", "a", "b", "a", "b"])
@@ -37,9 +37,9 @@ def test_users_with_classes_go_with_heads_that_the_support_set_makes():
     table = TABLE._replace(y=(TIME > 1).astype(np.int32))
     sample = tasks.user_episodes(table, num_support=2)
     np.testing.assert_array_equal(everybody(sample, 2).support["class_mask"], np.ones((2, 2)))
-    prototypes = methods.prototypical_networks(lambda params, batch: batch["x"])
-    named = {"p": methods.adapted(prototypes, {"init": {}}, methods.linear_head(lambda params, batch: batch["x"]))}
-    found = methods.evaluate_episodes(named, {"all": sample}, jax.random.key(0), each=2)
+    prototypes = few_shot.prototypical_networks(lambda params, batch: batch["x"])
+    named = {"p": few_shot.adapted(prototypes, {"init": {}}, few_shot.linear_head(lambda params, batch: batch["x"]))}
+    found = few_shot.evaluate_episodes(named, {"all": sample}, jax.random.key(0), each=2)
     # "b" adapts to 1 and 2, one of each class, and 3, 4, 5 are nearer to 2; "a", to 0 and 1, has seen one class alone.
     np.testing.assert_array_equal(found.scores["p"]["all"], [[0.0], [1.0]])
 

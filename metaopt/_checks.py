@@ -1,0 +1,281 @@
+"""Checks of arguments that several packages need. Each raises a ValueError that names the argument and the fix."""
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from metaopt import base
+
+
+def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`.
+
+    Args:
+      name: the argument's name in the error message.
+      value: the value to check.
+      least: the smallest allowed value.
+      optional: whether None is allowed, too.
+
+    Raises:
+      ValueError: if `value` is not such an integer. A boolean is not an integer here.
+    """
+    if optional and value is None:
+        return
+    try:
+        is_integer = not isinstance(value, bool) and operator.index(value) is not None
+    except TypeError:
+        is_integer = False
+    if not is_integer or value < least:
+        wanted = f"{'' if is_integer else 'an integer of '}at least {least}{', or None' if optional else ''}"
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+
+
+def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool = False) -> None:
+    """Raises ValueError unless `value` is a positive number.
+
+    Args:
+      name: the argument's name in the error message.
+      value: the value to check.
+      zero: whether zero is allowed, too.
+      optional: whether None is allowed, too.
+
+    Raises:
+      ValueError: if `value` is not such a number.
+    """
+    if optional and value is None:
+        return
+    try:
+        holds = value >= 0 if zero else value > 0
+    except TypeError:  # not a number
+        holds = False
+    if not holds:
+        wanted = f"{'at least 0' if zero else 'positive'}{', or None' if optional else ''}"
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+
+
+def check_transform(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is an optax transform: an object with functions `init` and `update`.
+
+    Args:
+      name: the argument's name in the error message.
+      value: the value to check.
+
+    Raises:
+      ValueError: if `value` is not a transform, for example if it is the factory of a transform.
+    """
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        uncalled = ", a function: call it, as in `optax.adam(1e-3)`" if callable(value) else ""
+        raise ValueError(f"`{name}` must be an optax transform; got {value!r}{uncalled}.")
+
+
+@contextlib.contextmanager
+def explained_schedules(name: str) -> Iterator[None]:
+    """Explains JAX's error if an optimizer reads the value of a traced hyperparameter, as some optax schedules do.
+
+    Args:
+      name: the argument that makes the optimizer, for the error message.
+
+    Returns:
+      A context manager for calls of the optimizer and of its factory.
+
+    Raises:
+      ValueError: if the calls need the value of a traced array.
+    """
+    try:
+        yield
+    except (
+        jax.errors.ConcretizationTypeError,  # `if`, `float`
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        raise ValueError(
+            f"`{name}` needs the concrete value of a hyperparameter (in `if`, `float`, `int` or NumPy), but JAX traces "
+            "the hyperparameter, so it has no value. Some optax schedules do this, for example with `peak_value` of "
+            "`optax.warmup_cosine_decay_schedule`: use `transforms.cosine_schedule` (or `wsd_schedule`, "
+            "`polynomial_schedule`, `knot_schedule`), which is differentiable in all of its numbers. In your own code "
+            f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_hyperparams(hyperparams: base.HyperParams) -> None:
+    """Raises ValueError if λ has no leaves, or has a leaf that cannot have a gradient.
+
+    Args:
+      hyperparams: λ.
+
+    Raises:
+      ValueError: if λ has no leaves, or a leaf is not floating-point.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
+    if not leaves:
+        raise ValueError("`hyperparams` has no leaves: there is nothing to tune.")
+    for path, leaf in leaves:
+        dtype = jnp.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            name = f"hyperparams{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"`{name}` has dtype {dtype}, but only floating-point leaves have a gradient. To tune it, write it "
+                "as a float (1.0, not 1); otherwise keep it out of λ, for instance in a closure."
+            )
+
+
+def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class_mask: Any = None) -> None:
+    """Raises ValueError if the label of a real row is not a class.
+
+    Traced arrays are not checked, because a compiled program cannot raise.
+
+    Args:
+      name: the name of the labels in the error message.
+      y: [..., N, ...] labels, whole numbers in 0..C-1 or booleans.
+      num_classes: C.
+      mask: [..., N], where the axes are the first axes of y or all of them. Positive entries mark real rows. None: all
+        rows are real.
+      class_mask: [..., C], where the leading axes are the first axes of y. Positive entries mark the classes of the
+        task. None: the task has every class.
+
+    Raises:
+      ValueError: if a label of a real row is below 0, above C - 1 or not a whole number, or `class_mask` excludes its
+        class.
+    """
+    if any(isinstance(x, Tracer) for x in (y, mask, class_mask)):
+        return
+    y = np.asarray(y)
+    y = y.astype(int) if y.dtype == bool else y
+    real = np.ones(y.shape, bool)
+    if mask is not None:
+        mask = np.asarray(mask)
+        real = np.broadcast_to((mask > 0).reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), y.shape)
+    inside = (y >= 0) & (y < num_classes) & (y == np.floor(y))
+    if (real & ~inside).any():
+        raise ValueError(
+            f"{name} must be in 0..{num_classes - 1}; got labels from {y[real].min()} to {y[real].max()}, "
+            f"{int((real & ~inside).sum())} of {int(real.sum())} outside. Number the classes from 0 "
+            "(`np.unique(y, return_inverse=True)[1]`)."
+        )
+    if class_mask is None:
+        return
+    class_mask = np.asarray(class_mask)
+    place = np.where(inside, y, 0).astype(int).reshape(*class_mask.shape[:-1], -1)
+    known = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
+    if (real & ~known).any():
+        raise ValueError(
+            f'{name} have classes that "class_mask" excludes: {np.unique(y[real & ~known]).tolist()}. It must be 1 '
+            "for every class of the task."
+        )
+
+
+def check_task_labels(name: str, tasks: base.PyTree) -> None:
+    """Raises ValueError if a part of a task has labels "y" that its "class_mask" does not allow.
+
+    Args:
+      name: the name of the tasks in the error message.
+      tasks: a task, an episode or a batch of them. The check covers each mapping inside it that has "y" [..., N] and
+        "class_mask" [..., C]. Only rows with a positive "mask" [..., N] are checked. Floating-point labels are checked
+        if they have the shape of "mask"; others may be targets of another kind, such as probabilities.
+
+    Raises:
+      ValueError: under the conditions of `check_labels`.
+    """
+
+    def is_part(x: Any) -> bool:
+        return isinstance(x, Mapping) and "y" in x and "class_mask" in x
+
+    for path, part in jax.tree_util.tree_leaves_with_path(tasks, is_leaf=is_part):
+        if not is_part(part) or any(isinstance(part.get(leaf), Tracer) for leaf in ("y", "mask", "class_mask")):
+            continue
+        shape, classes = np.shape(part["y"]), np.shape(part["class_mask"])
+        fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)
+        mask = part.get("mask")
+        dtype = getattr(part["y"], "dtype", None) or np.asarray(part["y"]).dtype
+        is_label = jnp.issubdtype(dtype, jnp.integer) or (
+            jnp.issubdtype(dtype, jnp.floating) and np.shape(mask) == shape
+        )
+        if not fits or not is_label:
+            continue
+        if mask is not None and np.shape(mask) != shape[: np.ndim(mask)]:
+            continue  # the mask does not mark rows
+        labels = f"The labels `{name}{jax.tree_util.keystr(path)}['y']`"
+        check_labels(labels, part["y"], classes[-1], mask=mask, class_mask=part["class_mask"])
+
+
+def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
+    """Raises ValueError unless `estimator` is an `Estimator`.
+
+    Args:
+      estimator: the value to check.
+      or_function: whether a function of the outer step is allowed, too.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    if isinstance(estimator, base.Estimator) or or_function and callable(estimator):
+        return
+    instead = "; take its `.estimator`" if isinstance(getattr(estimator, "estimator", None), base.Estimator) else ""
+    function = ", or a function `step -> Estimator`" if or_function else ""
+    raise ValueError(f"`estimator` must be a `base.Estimator`{function}; got {type(estimator).__name__}{instead}.")
+
+
+def check_record(record: Any, name: str = "A record") -> None:
+    """Raises ValueError unless `record` is a valid record of a trial.
+
+    Args:
+      record: the value to check.
+      name: the record's name in the error message, such as "`records[3]`".
+
+    Raises:
+      ValueError: if it is not a `Record`, its task is not a string, or its configuration is not a mapping.
+      ValueError: if its status is unknown, its fidelity is not in (0, 1], or its outcome or cost is not a number.
+    """
+    if not isinstance(record, base.Record):
+        raise ValueError(
+            f"{name} must be a `Record`; got {type(record).__name__}. Use `Record(**fields)` for a dict with "
+            '"task", "configuration", "outcome" and so on, and `blackbox.records_from_frame` for a data frame.'
+        )
+    if not isinstance(record.task, str):
+        raise ValueError(f"{name}'s task must be a string, the name of the task; got {record.task!r}.")
+    if not isinstance(record.configuration, Mapping):
+        raise ValueError(
+            f"{name}'s configuration must be a dict from parameter names to values; got {record.configuration!r}."
+        )
+    if record.status not in base.STATUSES:
+        raise ValueError(f"{name}'s status must be one of {', '.join(base.STATUSES)}; got {record.status!r}.")
+    for field in ("outcome", "fidelity", "cost"):
+        value = getattr(record, field)
+        try:
+            if not math.isnan(value):
+                float(value)
+        except (TypeError, OverflowError):
+            raise ValueError(f"{name}'s {field} must be a number, or NaN if it is unknown; got {value!r}.") from None
+    if not 0 < record.fidelity <= 1:
+        raise ValueError(
+            f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, "
+            "not a number of epochs."
+        )
+
+
+def check_searcher(searcher: Any) -> None:
+    """Raises ValueError unless `searcher` has the functions `init`, `ask` and `tell`.
+
+    Args:
+      searcher: the value to check.
+
+    Raises:
+      ValueError: if it is not a searcher, for example if it is the factory of a searcher, or a `MetaOptimizer`.
+    """
+    if all(callable(getattr(searcher, name, None)) for name in base.Searcher._fields):
+        return
+    instead = ""
+    if callable(getattr(searcher, "searcher", None)):
+        instead = "; its `.searcher(...)` makes one"
+    elif callable(searcher):
+        instead = ", a function: call it, as in `blackbox.random_search()`"
+    raise ValueError(
+        f"`searcher` must be a `base.Searcher`; got {getattr(searcher, '__name__', type(searcher).__name__)}{instead}."
+    )

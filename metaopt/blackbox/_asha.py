@@ -1,0 +1,152 @@
+"""ASHA and asynchronous Hyperband around any searcher: only good trials get the full budget."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt import _checks, base
+from metaopt.blackbox import _fidelities
+from metaopt.blackbox._random_search import random_search
+
+
+class AshaState(NamedTuple):
+    """State of the searcher, passed from one call to the next.
+
+    Attributes:
+      searcher: the state of the searcher that proposes configurations.
+      trials: trial number -> (bracket, the record that `searcher` first asked for).
+      outcomes: trial number -> the outcome at each rung that has a result; infinite if the trial failed or was pruned.
+      asked: (trial number, rung) of all trials that were asked for.
+      num_started: number of trials that have started.
+    """
+
+    searcher: Any
+    trials: dict[int, tuple[int, base.Record]]
+    outcomes: dict[int, dict[int, float]]
+    asked: frozenset[tuple[int, int]]
+    num_started: int
+
+
+def asha(
+    searcher: base.Searcher | None = None,
+    *,
+    reduction_factor: int = 3,
+    num_rungs: int = 4,
+    num_brackets: int = 1,
+) -> base.Searcher:
+    """Asynchronous successive halving: a trial continues to η times the budget if it is in the best 1/η of its rung.
+
+    Configurations come from `searcher`. With random search this is ASHA. A searcher of `train_meta_optimizer`
+    receives every outcome with its fidelity, and brings outcomes of several fidelities to one scale.
+
+    A trial starts at fidelity η^(1 − K + b), where b is its bracket and K the number of rungs. One bracket is ASHA. K
+    brackets are Hyperband, which also starts some trials at larger budgets, in case small budgets mislead. Trials start
+    in brackets as often as in Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b.
+
+    The searcher never waits for a rung to fill, so that you can ask for any number of trials at any time.
+    `blackbox.collect` asks for `batch_size` trials per task, and reports all their results before it asks again. The
+    search depends on the order in which it receives outcomes, but not on the number of workers.
+
+    Args:
+      searcher: proposes configurations at the full budget, and accepts records of fidelities below 1. The default is
+        `blackbox.random_search`. `tpe()` is another choice; it learns from lower fidelities as from pruned trials.
+      reduction_factor: η, at least 2.
+      num_rungs: K, the number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
+      num_brackets: at least 1, at most K.
+
+    Returns:
+      A searcher. A trial has a record for each fidelity that it reached. An objective that resumes its own checkpoints
+      (`blackbox.collect(resumes=True)`) pays only for the differences in budget.
+
+    Raises:
+      ValueError: if an argument is not an integer or is out of range.
+      ValueError: (in `ask`) if `searcher` chooses fidelities itself, as `bohb` does.
+      ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the K. A trial is
+        recognized by its number, configuration and seed.
+
+    Source: Li et al., A system for massively parallel hyperparameter tuning, MLSys 2020,
+    https://arxiv.org/abs/1810.05934 (Algorithm 2); brackets: Li et al., Hyperband, JMLR 2018,
+    https://arxiv.org/abs/1603.06560
+
+    >>> import jax
+    >>> from metaopt import blackbox, spaces
+    >>> searcher = blackbox.asha(reduction_factor=2, num_rungs=2)
+    >>> state = searcher.init(jax.random.key(0), {"x": spaces.interval(0.0, 1.0)})
+    >>> trials, state = searcher.ask(state, 2)
+    >>> [trial.fidelity for trial in trials]
+    [0.5, 0.5]
+    >>> told = [trial._replace(status="COMPLETE", outcome=trial.configuration["x"]) for trial in trials]
+    >>> (best,), state = searcher.ask(searcher.tell(state, told), 1)
+    >>> best.fidelity, best.trial == min(told, key=lambda record: record.outcome).trial
+    (1.0, True)
+    """
+    _checks.check_integer("reduction_factor", reduction_factor, 2)
+    _checks.check_integer("num_rungs", num_rungs, 2)
+    _checks.check_integer("num_brackets", num_brackets, 1)
+    if num_brackets > num_rungs:
+        raise ValueError(f"`num_brackets` must be at most `num_rungs`, {num_rungs}; got {num_brackets}.")
+    inner = random_search() if searcher is None else searcher
+    fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
+    left = [num_rungs - 1 - bracket for bracket in range(num_brackets)]  # s
+    share = np.array([reduction_factor**s / (s + 1) for s in left])
+    share /= share.sum()
+
+    def init(key, space):
+        return AshaState(inner.init(key, space), {}, {}, frozenset(), 0)
+
+    def promotion(state) -> tuple[int, int] | None:
+        """(trial, rung) of the trial to promote, at the highest possible rung, or None."""
+        for rung in reversed(range(1, num_rungs)):
+            for bracket in range(num_brackets):
+                done = [
+                    (outcomes[rung - 1], number)
+                    for number, outcomes in state.outcomes.items()
+                    if rung - 1 in outcomes and state.trials[number][0] == bracket
+                ]
+                for outcome, number in sorted(done)[: len(done) // reduction_factor]:
+                    if (number, rung) not in state.asked and np.isfinite(outcome):
+                        return number, rung
+        return None
+
+    def next_bracket(state) -> int:
+        """The bracket that is furthest below its share of the started trials."""
+        begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=num_brackets)
+        return int(np.argmax(share * (state.num_started + 1) - begun))
+
+    def ask(state, num):
+        asked = []
+        for _ in range(num):
+            due = promotion(state)
+            if due is None:
+                new, searcher_state = inner.ask(state.searcher, 1)
+                if not new:
+                    break
+                bracket, trial = next_bracket(state), new[0]
+                if not _fidelities.is_full_budget(trial.fidelity):
+                    raise ValueError(
+                        f"`searcher` asks for a fidelity of {trial.fidelity:g}, and so chooses budgets itself; "
+                        "use it without `asha`."
+                    )
+                due = trial.trial, bracket
+                trials = {**state.trials, trial.trial: (bracket, trial)}
+                state = state._replace(searcher=searcher_state, trials=trials, num_started=state.num_started + 1)
+            number, rung = due
+            asked.append(state.trials[number][1]._replace(fidelity=fidelities[rung]))
+            state = state._replace(asked=state.asked | {due})
+        return asked, state
+
+    def tell(state, records):
+        outcomes = dict(state.outcomes)
+        for record in records:
+            known = state.trials.get(record.trial)
+            if known is None or record.configuration != known[1].configuration:
+                continue  # a trial of another search: only `searcher` receives it
+            # Another search may start with the same default, from another seed.
+            rung = _fidelities.rung_of(fidelities, record, own=record.seed == known[1].seed)
+            if rung is None:
+                continue
+            y = record.outcome if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
+            outcomes[record.trial] = {**outcomes.get(record.trial, {}), rung: float(y)}
+        return state._replace(searcher=inner.tell(state.searcher, records), outcomes=outcomes)
+
+    return base.Searcher(init, ask, tell)

@@ -1,0 +1,437 @@
+"""Collects records from any searcher and any Python callable, on many tasks at a time.
+
+You can interrupt a collection at any point and continue it later. There is one loop. In each round, `collect` asks the
+searcher of every task for a batch of trials, shortly before a worker is free for them. joblib runs the trials. Then
+every searcher receives the records of the trials that it proposed, in the order of its proposals. A trial depends only
+on its own seed. So the records depend on the batch size, but not on the number of workers.
+
+To continue a collection, call `collect` again. It asks the searchers from the start, which gives the same trials.
+Trials that have ended in the store are not run again; the searcher receives their stored records. The state of a
+searcher is never saved.
+"""
+
+import collections
+import contextlib
+import itertools
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import _checks, _locks, base
+from metaopt._progress import report_progress
+from metaopt.blackbox._random_search import random_search
+from metaopt.blackbox._records import append_records, read_records
+from metaopt.blackbox._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
+
+_ENDED = ("COMPLETE", "PRUNED", "FAIL")
+
+
+def collect(
+    objective: ObjectiveFn,
+    space: base.PyTree,
+    tasks: Mapping[str, Any] | Sequence[Any],
+    *,
+    num_trials: float,
+    key: jax.Array,
+    searcher: base.Searcher | None = None,
+    batch_size: int | None = None,
+    same_trials: bool = False,
+    resumes: bool = False,
+    store: str | os.PathLike[str] | None = None,
+    study: str = "",
+    retry_failed: bool = False,
+    num_workers: int | None = None,
+    isolated: bool = True,
+    time_limit: float | None = None,
+    memory_limit: float | None = None,
+    budget: float | None = None,
+    progress: bool | None = None,
+) -> list[base.Record]:
+    """Runs trials of an objective on tasks, and records them.
+
+    By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
+    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
+    workers, not to joblib, because a process pool loses its other trials when one of its processes is ended. The
+    workers of joblib only wait for the children. By default they are threads. With
+    `joblib.parallel_config(backend=...)` they are threads or processes of loky, Dask
+    (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each worker has children on its own machine:
+
+        client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
+        ray.util.joblib.register_ray()                        # "ray"
+        with joblib.parallel_config(backend="dask", n_jobs=64):
+            records = blackbox.collect(objective, space, named, num_trials=100, key=key, store="records.db")
+
+    Only this process writes to the store, as soon as a trial ends. With Ray, it writes after each group of trials that
+    ran at the same time. If the workers of a backend are processes, the backend must be able to send the objective and
+    the tasks to them.
+
+    Args:
+      objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
+        use `trial.configuration` (plain values by name) and use `trial.seed` for all random numbers. It should also use
+        `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise `blackbox.Pruned(outcome)`. If
+        it forks its process, the fork ends when the objective returns or raises, and its result is ignored.
+      space: a tree of leaves.
+      tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
+        `Table`s.
+      num_trials: the number of full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
+      key: of the search. The key of each task is folded from it and the name of the task.
+      searcher: by default `random_search()`: first the default of the space, then random configurations. `enqueue`
+        places your own configurations before or among those of any searcher.
+      batch_size: the number of trials that a task's searcher proposes at a time. The searcher receives their
+        records before the next batch. By default 1. The default random search (`searcher=None`) does not need
+        records. So its trials do not wait for one another, and it proposes trials as workers become free.
+      same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
+        the same seeds on every task, and the records form a matrix.
+      resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
+        difference of the two fidelities counts as spent.
+      store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
+        ended in the store is not run again, even if it failed (see `retry_failed`). During a collection, a lock file
+        lies next to the store; its name ends in `.lock`. A killed collection may leave this file behind; it is
+        harmless.
+      study: the name of the collection in the store. To continue a collection, call again with the same space,
+        searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
+        out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
+        a time. Several studies may share a store.
+      retry_failed: run failed trials once more, in every call with this argument. The new record replaces the old one,
+        which stays in the store (`read_records(history=True)`). The searcher still receives the record of the failure,
+        so that it proposes the same trials as before.
+      num_workers: the number of trials that run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or
+        `searcher` is given, at most `batch_size` trials of each task run at a time.
+      isolated: whether trials run in child processes, on POSIX systems. Otherwise they run in joblib's workers. This is
+        faster for trials that take less than milliseconds. But then limits are impossible, and a crash ends the
+        collection.
+      time_limit: seconds for each trial. None sets no limit, and a trial that hangs stops the collection.
+      memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
+        Python with metaopt and JAX takes 200 to 300 MiB.
+      budget: seconds for the whole collection; None or `inf` sets no limit. No trial begins later. Running trials
+        continue until they end or reach their limit. So a collection exceeds its budget by less than the limit of one
+        trial. Workers on other machines should have the same clock. Trials that were about to begin stay "RUNNING" in
+        the store until the next call.
+      progress: None reports trials on standard error: with a bar in a terminal or notebook, otherwise with a line every
+        10 s. True also prints a line at the end of a short collection; False reports nothing.
+
+    Returns:
+      The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
+      did not begin within the budget have no record.
+
+    Raises:
+      ValueError: if an argument is invalid.
+      ValueError: if the store has this study from another space, searcher or key, or another collection of it is
+        running.
+      FileNotFoundError: if the folder of the store does not exist.
+      RuntimeError: if a child cannot start, or cannot read the objective or a task.
+      ImportError: if joblib or, for isolated trials, cloudpickle is not installed.
+
+    >>> import jax
+    >>> from metaopt import blackbox, spaces
+    >>> def objective(trial, task):
+    ...     return (trial.configuration["x"] - task) ** 2
+    >>> space = {"x": spaces.interval(-1.0, 1.0)}
+    >>> kwargs = {"num_trials": 3, "key": jax.random.key(0), "isolated": False}
+    >>> records = blackbox.collect(objective, space, {"left": -0.5, "right": 0.5}, **kwargs)
+    >>> [(record.task, record.trial, record.status) for record in records][2:4]
+    [('left', 2, 'COMPLETE'), ('right', 0, 'COMPLETE')]
+    >>> records[0].configuration, records[0].outcome
+    ({'x': 0.0}, 0.25)
+    """
+    if not callable(objective):
+        raise ValueError(
+            "`objective` must be a function `(trial, task) -> outcome`, which runs a trial; got "
+            f"{type(objective).__name__}."
+        )
+    _checks.check_positive("num_trials", num_trials)
+    if num_trials == float("inf"):
+        raise ValueError("`num_trials` must be finite; got inf. Give a large number, and a `budget` in seconds.")
+    _check_key(key)
+    if searcher is not None:
+        _checks.check_searcher(searcher)
+    _checks.check_integer("batch_size", batch_size, 1, optional=True)
+    for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
+        _checks.check_positive(name, value, optional=True)
+    if not isolated and (time_limit is not None or memory_limit is not None):
+        raise ValueError("A limit needs `isolated=True`, because a trial in this process cannot be stopped.")
+    if isolated and os.name != "posix":
+        raise ValueError(f"Isolated trials need a POSIX system; on {os.name!r}, use `isolated=False`.")
+    if memory_limit is not None and not memory_is_known():
+        raise ValueError(
+            "`memory_limit` needs Linux, whose /proc reports the memory of a process; omit it on other systems."
+        )
+    named = _by_name(tasks)
+    # Random search proposes the same trials, one at a time or all at once.
+    all_at_once = batch_size is None and searcher is None
+    searcher = random_search() if searcher is None else searcher
+
+    owner = uuid.uuid4().hex
+    run = _run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
+    deadline = float("inf") if budget is None else time.monotonic() + budget
+    task_key = lambda name: key if same_trials else jax.random.fold_in(key, zlib.crc32(name.encode()))
+    searches = [
+        _TaskSearch(name, searcher, searcher.init(task_key(name), space), num_trials, resumes) for name in named
+    ]
+    try:
+        with _alone(store, study), _progress(num_trials * len(named), progress) as show:
+
+            def read(known, trial):
+                _check_same(known, trial, store, study)
+                show(known)
+
+            # A searcher receives the first end of a trial, even if a failed trial was run again.
+            last, first = _read_ended(store, study, named, retry_failed)
+            while searching := [search for search in searches if not search.ended]:
+                trials = _ask_round(searching, batch_size or 1, all_at_once, last, deadline, read)
+                for record in _run_all(run, objective, named, trials, store, study, num_workers, deadline):
+                    last[_identity(record)] = record
+                    show(record)
+                for _ in trials:  # after the deadline, this still reads the trials that have ended in the store
+                    pass
+                if not all([search.tell(last, first) for search in searching]):
+                    break
+    finally:
+        if isolated:
+            end_children(owner)
+    return [record for search in searches for record in search.records]
+
+
+class _TaskSearch:
+    """The search on one task.
+
+    Attributes:
+      name: of the task.
+      records: of the trials that have ended, in the order of the trials.
+      batch: the trials of this round.
+      whole: whether the searcher was asked for all trials of this round.
+      ended: whether the searcher will not be asked again.
+    """
+
+    def __init__(self, name: str, searcher: base.Searcher, state: Any, num_trials: float, resumes: bool):
+        self.name, self.records, self.batch, self.whole, self.ended = name, [], [], False, False
+        self._searcher, self._state, self._num_trials = searcher, state, num_trials
+        self._spent = 0.0  # in full budgets
+        self._paid: dict[int, float] | None = {} if resumes else None  # the highest fidelity of each trial
+
+    def ask(self, num: int) -> list[base.Record]:
+        """Asks for a whole batch even if `num_trials` allows fewer, so that a later call may raise `num_trials`."""
+        asked, self._state = self._searcher.ask(self._state, num)
+        trials = []
+        for trial in asked:
+            if self._spent < self._num_trials - 1e-6:  # a sum of thirds is not exactly an integer
+                self._spent += trial.fidelity
+                if self._paid is not None:
+                    self._spent -= self._paid.get(trial.trial, 0.0)
+                    self._paid[trial.trial] = trial.fidelity
+                trials.append(trial._replace(task=self.name))
+        self.ended = not asked or self._spent >= self._num_trials - 1e-6
+        self.batch += trials
+        return trials
+
+    def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
+        """Ends a round. Returns False, and passes no records to the searcher, if some of its trials have not ended."""
+        done = [last[_identity(trial)] for trial in self.batch if _identity(trial) in last]
+        self.records += done
+        complete = self.whole and len(done) == len(self.batch)
+        if complete:
+            heard = [first.get(_identity(record), record) for record in done]
+            self._state = self._searcher.tell(self._state, heard)
+        return complete
+
+
+def _ask_round(
+    searches: list[_TaskSearch],
+    batch_size: int,
+    all_at_once: bool,
+    ended: Mapping[tuple, base.Record],
+    deadline: float,
+    read: Callable[[base.Record, base.Record], None],
+) -> Iterator[base.Record]:
+    """Asks the searchers for one batch after the other, and yields the trials that have to run.
+
+    With `all_at_once`, all trials of a search form one round. `read(known, trial)` is called for each trial that has
+    ended. After the deadline, it asks a searcher only if the store has more of its trials.
+    """
+    num_known = collections.Counter(task for task, *_ in ended)
+    for search in searches:
+        num_known[search.name] -= len(search.records)
+        search.batch, search.whole = [], False
+    for search in searches:
+        while not search.whole and (num_known[search.name] > 0 or time.monotonic() < deadline):
+            for trial in search.ask(batch_size):
+                known = ended.get(_identity(trial))
+                if known is None:
+                    yield trial
+                else:
+                    num_known[search.name] -= 1
+                    read(known, trial)
+            search.whole = search.ended or not all_at_once
+
+
+def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) -> None:
+    """Raises ValueError if the store has another trial under this number."""
+    if (known.configuration, known.seed) != (trial.configuration, trial.seed):
+        raise ValueError(
+            f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
+            "proposes now: the store comes from another space, searcher, key or `batch_size`, or other configurations "
+            "were enqueued. To enqueue in the middle of a collection, pass `after`, its number of trials so far, to "
+            f"`enqueue`; otherwise give this collection another `study` than {study!r}."
+        )
+
+
+def _check_key(key: Any) -> None:
+    """Raises ValueError unless `key` is one key: a typed key, or a key of `jax.random.PRNGKey`."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (typed and shape == () or dtype == jnp.uint32 and shape is not None and len(shape) == 1):
+        got = repr(key) if shape is None else f"an array of {dtype}, shape {shape}"
+        raise ValueError(f"`key` must be one key, such as `jax.random.key(0)`; got {got}.")
+
+
+def _by_name(tasks: Any) -> dict[str, Any]:
+    if isinstance(tasks, Mapping):
+        named = dict(tasks)
+    else:
+        what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
+        of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
+        refusal = ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
+        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one task (a `Table`)
+            raise refusal
+        try:
+            given = iter(tasks)
+        except TypeError as error:
+            raise refusal from error
+        tasks = list(given)
+        for i, task in enumerate(tasks):
+            if not hasattr(task, "name"):
+                raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")
+        named = {task.name: task for task in tasks}
+    if len(named) < len(tasks):
+        names = [task.name for task in tasks]
+        raise ValueError(f"The names of `tasks` must differ; {max(names, key=names.count)!r} occurs more than once.")
+    if unnamed := [name for name in named if not isinstance(name, str)]:
+        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
+    return named
+
+
+class _Isolated:
+    """`run_isolated` with its limits, as an object that joblib can send."""
+
+    def __init__(self, time_limit, memory_limit, owner):
+        self.limits = {"time_limit": time_limit, "memory_limit": memory_limit, "owner": owner}
+
+    def __call__(self, objective, task, trial, begins_before):
+        return run_isolated(objective, task, trial, begins_before=begins_before, **self.limits)
+
+
+def _run_here(objective, task, trial, begins_before):
+    late = begins_before is not None and time.time() >= begins_before  # a pool of processes takes seconds to start
+    return None if late else run_here(objective, task, trial)
+
+
+def _identity(record: base.Record) -> tuple:
+    return record.task, record.trial, record.fidelity
+
+
+@contextlib.contextmanager
+def _alone(store, study: str) -> Iterator[None]:
+    """Raises ValueError if another collection of the study is running, because it would run the same trials.
+
+    The operating system locks a file next to the store. The lock ends when this process and its forks have ended. Such
+    forks are joblib's "multiprocessing" workers and forks made by the objective. The child processes of trials do not
+    hold the lock.
+    """
+    path = "" if store is None else os.path.realpath(store)  # links to the same file share the lock
+    if store is not None and not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(
+            f"The store {os.fspath(store)} cannot be created, because its folder does not exist. Create it first."
+        )
+    if store is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locks.exclusive(f"{path}-{zlib.crc32(study.encode()):08x}.lock"))
+        except _locks.Locked:
+            raise ValueError(
+                f"Another collection of the study {study!r} in {store} is running, and would run the same trials. "
+                "Use `num_workers` to run more trials at a time, or another `study` for another search."
+            ) from None
+        yield
+
+
+def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
+    """Returns the last and the first end of each trial; a trial that is not in the first dict runs again."""
+    if store is None or not os.path.exists(store):
+        return {}, {}
+    rows = read_records(store, study=study, status=_ENDED, history=True)
+    rows = [record for record in rows if record.task in named]
+    last = {_identity(record): record for record in rows}
+    if retry_failed:
+        last = {name: record for name, record in last.items() if record.status != "FAIL"}
+    return last, {_identity(record): record for record in reversed(rows)}
+
+
+def _run_all(run, objective, named, trials, store, study, num_workers, deadline) -> Iterator[base.Record]:
+    """Runs trials and yields their records as they end; each is appended to the store at once.
+
+    `trials` is an iterator. Asking a searcher takes time, so this thread takes a few more trials than can run at a
+    time.
+    """
+    queue = collections.deque(itertools.islice(trials, 1))
+    if not queue:
+        return
+    try:
+        import joblib
+    except ImportError as error:
+        raise ImportError('`collect` needs joblib; install it with `pip install "metaopt-jax[records]"`.') from error
+    stopped = False
+
+    def jobs():
+        while queue:  # joblib takes the next trial, in any of its threads, when a worker is free
+            left = deadline - time.monotonic()
+            if stopped or left <= 0:
+                return
+            trial = queue.popleft()
+            if store is not None:
+                append_records(store, [trial._replace(status="RUNNING")], study=study)
+            begins_before = time.time() + left if left < float("inf") else None
+            yield joblib.delayed(run)(objective, named[trial.task], trial, begins_before)
+
+    backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
+    as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
+    streams = backend.supports_return_generator  # Ray's backend does not
+    kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
+    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
+    at_once = joblib.effective_n_jobs(parallel.n_jobs)
+    # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
+    refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
+    refill()
+    try:
+        while queue and time.monotonic() < deadline:
+            for record in parallel(jobs() if streams else list(itertools.islice(jobs(), at_once))):
+                if record is not None:  # otherwise the trial had no time to begin
+                    if store is not None:
+                        append_records(store, [record], study=study)
+                    yield record
+                refill()
+    finally:
+        stopped = True
+
+
+@contextlib.contextmanager
+def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
+    """Yields a function that counts a record, including records that the store already had."""
+    done, counts = 0.0, {"failed": 0, "pruned": 0}
+    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", failed=0, pruned=0) as report:
+
+        def count(record):
+            nonlocal done
+            done += record.fidelity
+            counts["failed"] += record.status == "FAIL"
+            counts["pruned"] += record.status == "PRUNED"
+            report(done, **counts)
+
+        yield count

@@ -1,0 +1,219 @@
+"""Converts the records of earlier tasks to the arrays that a surrogate learns from."""
+
+import collections
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from metaopt import _checks, base, spaces
+from metaopt.blackbox import _fidelities, _frames, _surrogates
+from metaopt.blackbox._meta_search import check_no_mapping
+
+
+def as_records(records: Any, name: str = "records") -> list[base.Record]:
+    """Returns records from a list, a generator or a data frame; raises `ValueError` for the first invalid record."""
+    if isinstance(records, (base.Record, dict, str)) or not hasattr(records, "__iter__"):
+        raise ValueError(
+            f"`{name}` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
+        )
+    records = _frames.records_from_frame(records) if hasattr(records, "columns") else list(records)
+    for i, record in enumerate(records):
+        _checks.check_record(record, f"`{name}[{i}]`")
+    return records
+
+
+def full_loss(record: base.Record) -> float | None:
+    """A trial's outcome at the full budget: NaN if it failed or has no finite outcome, None if it is not known."""
+    if record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity):
+        return float(record.outcome) if np.isfinite(record.outcome) else np.nan
+    return np.nan if record.status == "FAIL" else None
+
+
+def partial_fidelity(record: base.Record) -> float:
+    """The fidelity of an outcome below the full budget; 0 if the record has none."""
+    ended = record.status in ("COMPLETE", "PRUNED") and np.isfinite(record.outcome)
+    return record.fidelity if ended and full_loss(record) is None else 0.0
+
+
+def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
+    """Infers the space of the records' configurations and the candidates; a warning states the space."""
+    # A table has few configuration dicts, and the records of all its tasks share them.
+    tried = list({id(record.configuration): record.configuration for record in records}.values())
+    every = [*tried, *(candidates or ())]
+    try:
+        space = spaces.infer(every)
+    except ValueError as error:
+        raise ValueError(f"`space` is not given and cannot be inferred from the `records`: {error}") from None
+    default, counts = spaces.configuration(space, spaces.default(space)), []
+    without_gaps = list(map(given, every))
+    different = list({repr(sorted(of.items())): of for of in without_gaps}.values())
+    for name, leaf in space.items():
+        missing = sum(name not in of for of in without_gaps[: len(tried)])
+        nones = sum(stands_for_nothing(leaf, c, name) for c in tried)
+        if (missing or nones) and not leaf.condition:
+            none = f" ({nones} have None)" * bool(nones)
+            counts.append(f"`{name}` in {missing + nones}{none}, which then is at its default, {default[name]!r}")
+    gaps = f" Of {len(tried)} configurations some lack {'; '.join(counts)}." * bool(counts)
+    gaps += "".join(_evidence(name, leaf, different) for name, leaf in space.items() if leaf.condition)
+    text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
+    warnings.warn(
+        f"`space` is not given, so it was inferred from the records' configurations:\n  {text}.\nPass `space` with "
+        f"your own ranges, defaults and conditions.{gaps}",
+        stacklevel=3,
+    )
+    return space
+
+
+def given(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without NaN values, with which data frames fill missing values."""
+    return {name: value for name, value in configuration.items() if value == value}
+
+
+def stands_for_nothing(leaf: spaces.Leaf, configuration: Mapping[str, Any], name: str) -> bool:
+    """Whether the configuration has None where the space has a number, so that the default is used."""
+    return configuration.get(name, name) is None and None not in _labels(leaf)
+
+
+def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> str:
+    """States how many configurations support a condition of `spaces.infer`; they are distinct and without gaps."""
+    ((parent, values),) = leaf.condition
+    having = sum(parent in of and name in of and not stands_for_nothing(leaf, of, name) for of in different)
+    return (
+        f" That `{name}` is active only where `{parent}` is {' or '.join(map(repr, values))} rests on {having} "
+        f"different configurations that have it, and {sum(parent in of for of in different) - having} that do not."
+    )
+
+
+def _labels(leaf: spaces.Leaf) -> tuple:
+    return leaf.labels if isinstance(leaf, spaces.Choice) else ()
+
+
+def _as_code(leaf: spaces.Leaf) -> str:
+    """The code that constructs a leaf of `spaces.infer`."""
+    for parent, values in leaf.condition:
+        return f"active_if({_as_code(dataclasses.replace(leaf, condition=()))}, {parent!r}, {list(values)})"
+    if isinstance(leaf, (spaces.Integer, spaces.Interval)):
+        return f"{leaf.kind}({leaf.low}, {leaf.high}{', log=True' if leaf.log else ''})"
+    return f"choice({list(_labels(leaf))})" if _labels(leaf) else f"fixed({leaf.default_value()})"
+
+
+def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
+    """Warns how many records have values that the space does not have."""
+    # A table has few configuration dicts, and the records of all its tasks share them.
+    shared = {id(record.configuration): record.configuration for record in records}
+    of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
+    found = [of[id(record.configuration)] for record in records]
+    if num := sum(map(bool, found)):
+        counts = collections.Counter(name for values in found for name in values)
+        example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
+        examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
+        warnings.warn(
+            f"{num} of {len(found)} records have values that the space does not have ({examples}). An unknown "
+            "label counts as no label, a number out of bounds as the bound, and a string or boolean instead of a "
+            "number as the default. If that is wrong, remove these records (`spaces.foreign` finds them), or widen "
+            "the space.",
+            stacklevel=3,
+        )
+
+
+def by_task(
+    records: list[base.Record], encode, name: str = "records"
+) -> tuple[list[str], list[_surrogates.TaskTrials]]:
+    """Returns the names and the trials of the tasks whose outcomes differ; y is NaN if a trial failed.
+
+    Raises:
+      ValueError: if no record has an outcome at the full budget, or if no task has different outcomes.
+    """
+    of: dict[str, list[tuple[np.ndarray, float]]] = {}
+    partial: dict[str, float] = {}  # task -> the largest fidelity with an outcome that is not at the full budget
+    for record in records:
+        if (y := full_loss(record)) is not None:
+            of.setdefault(record.task, []).append((encode(record.configuration), y))
+        elif fidelity := partial_fidelity(record):
+            partial[record.task] = max(partial.get(record.task, 0.0), fidelity)
+    of = {name: pairs for name, pairs in of.items() if np.isfinite([y for _, y in pairs]).any()}
+    if not of:
+        counts = collections.Counter(record.status for record in records)
+        found = ", ".join(f"{num} {status}" for status, num in counts.items())
+        if partial:
+            found += f"; the largest fidelity with an outcome is {max(partial.values()):g}"
+        raise ValueError(
+            f'`{name}` must contain trials that are "COMPLETE" at fidelity 1, with an outcome; it has none '
+            f"({found or 'no record at all'})."
+        )
+    if lost := [name for name in partial if name not in of]:
+        warnings.warn(
+            f"{len(lost)} of {len({record.task for record in records})} tasks are ignored, {some(lost)}: they have no "
+            "outcome of a complete trial at fidelity 1, the full budget. Give your largest budget the fidelity 1, or "
+            "learn from whole curves (`train_curve_searcher`).",
+            stacklevel=3,
+        )
+    # A failure and a success also count as different outcomes.
+    of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
+    if not of:
+        raise ValueError(
+            f"`{name}` must contain a task with trials of different outcomes. Every task has only one trial, or the "
+            "same outcome for all trials, so no configuration is known to be better."
+        )
+    return list(of), _stacked(of)
+
+
+def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np.ndarray | None:
+    """[T, F] features of tasks, NaN if unknown, or None without `features`.
+
+    Warns if some tasks lack features and some features match no task: they may belong together under different names.
+
+    Raises:
+      ValueError: if `features` has none of the tasks, has a mapping for a task, or has different lengths.
+    """
+    if features is None:
+        return None
+    if not any(name in features for name in names):
+        raise ValueError(f"`features` has none of the records' tasks, {some(names)}; its keys are {some(features)}.")
+    lacking, others = [n for n in names if n not in features], [n for n in features if n not in names]
+    if lacking and others:
+        warnings.warn(
+            f"`features` lacks {len(lacking)} of {len(names)} tasks, {some(lacking)}, "
+            f"and has {len(others)} that are not in the records, {some(others)}. If these are the same tasks, use the "
+            "records' names; otherwise remove the features of unknown tasks.",
+            stacklevel=3,
+        )
+    for name in names:
+        check_no_mapping("features", features.get(name))
+    rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
+    lengths = sorted({len(row) for row in rows if row is not None})
+    if len(lengths) != 1:
+        raise ValueError(f"All tasks must have the same number of `features`; got {lengths}.")
+    return np.stack([np.full(lengths[0], np.nan) if row is None else row for row in rows])
+
+
+def costs_by_task(records: list[base.Record], encode) -> list[_surrogates.TaskTrials]:
+    """The logarithms of trials' costs at the full budget, for tasks in which costs differ.
+
+    Raises:
+      ValueError: if costs differ in none of the tasks.
+    """
+    of: dict[str, list[tuple[np.ndarray, float]]] = {}
+    for record in records:
+        # A trial that failed early was not cheap: the cost of the full trial is unknown.
+        if record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity) and 0 < record.cost < np.inf:
+            of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
+    of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
+    if not of:
+        raise ValueError(
+            "`costs=True` needs records with a `cost` in seconds, and at least one task whose costs differ."
+        )
+    return _stacked(of)
+
+
+def _stacked(of) -> list[_surrogates.TaskTrials]:
+    return [_surrogates.TaskTrials(np.stack([x for x, _ in p]), np.array([y for _, y in p])) for p in of.values()]
+
+
+def some(names) -> str:
+    """The first few names, to show a mismatch in a message."""
+    names = list(names)
+    return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"

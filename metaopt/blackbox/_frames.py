@@ -1,0 +1,124 @@
+"""Converts records to data frames and back. pandas writes such frames as Parquet, CSV and other formats."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from metaopt.base import Record
+from metaopt.blackbox._records import as_python
+
+if TYPE_CHECKING:
+    import pandas
+
+_EXTRA = 'install it with `pip install "metaopt-jax[records]"`.'
+
+
+def as_pandas(name: str, frame: Any) -> Any:
+    """Returns a pandas DataFrame, converted if necessary with `to_pandas`, which polars and pyarrow tables have.
+
+    Args:
+      name: the argument's name in the error message.
+      frame: a `pandas.DataFrame`, or an object with a method `to_pandas` that returns one.
+
+    Returns:
+      A `pandas.DataFrame`.
+
+    Raises:
+      ValueError: if `frame` is not such a table.
+    """
+    frame = frame.to_pandas() if callable(getattr(frame, "to_pandas", None)) else frame
+    pandas = sys.modules.get("pandas")  # a caller that passes a DataFrame has already imported pandas
+    if pandas is None or not isinstance(frame, pandas.DataFrame):
+        of = f"{type(frame).__module__}.{type(frame).__qualname__}"
+        raise ValueError(f"`{name}` must be a pandas data frame, or have a method `to_pandas`; got {of}.")
+    return frame
+
+
+def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "pandas.DataFrame":
+    """Converts records to a data frame, one row per record; `frame.to_parquet(file)` writes it.
+
+    Args:
+      records: any number.
+      wide: add a column for each parameter, to look at. `records_from_frame` does not need these columns. Parquet
+        rejects columns that mix labels and numbers.
+
+    Returns:
+      A frame with a column for each field of a record. "configuration" is JSON, because a column does not
+      keep whether a number is an integer, and whether None is a value or a gap.
+
+    Raises:
+      ImportError: if pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(f"`records_to_frame` needs pandas; {_EXTRA}") from error
+    frame = pd.DataFrame([record._asdict() for record in records], columns=list(Record._fields))
+    texts = frame.assign(configuration=[json.dumps(record.configuration, default=as_python) for record in records])
+    if wide:
+        parameters = pd.DataFrame([record.configuration for record in records], index=frame.index)
+        texts = texts.join(parameters.add_prefix("configuration."))
+    return texts
+
+
+def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
+    """Reads records from a data frame that `records_to_frame` made, or that `pandas.read_parquet` read.
+
+    Args:
+      frame: has the columns "task" and "configuration" (JSON, or dicts), and any of the other fields. Missing entries
+        (NaN, None, NA) become NaN in numeric fields, and "" in "reason". A frame of polars, or any object with
+        `to_pandas`, is converted first. A CSV file cannot distinguish a name from a number or a gap ("007", "1e5",
+        "NA"). So pandas needs these arguments:
+
+            texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
+            pandas.read_csv(file, dtype=texts, na_values=gaps, keep_default_na=False)
+
+    Returns:
+      The records, in order.
+
+    Raises:
+      ValueError: if `frame` is not a data frame, or a required column is missing.
+      ValueError: if a task or reason is not text, or a configuration is neither a dict nor JSON of a dict. The message
+        has the row number, from 0.
+    """
+    frame = as_pandas("frame", frame)
+    if missing := {"task", "configuration"} - set(frame.columns):
+        raise ValueError(
+            f"The frame lacks the columns {sorted(missing)}; `records_to_frame` returns frames with all columns."
+        )
+    columns = [name for name in Record._fields if name in frame.columns]
+    rows = zip(*(_values(frame[name]) for name in columns), strict=True)
+    records = []
+    for number, row in enumerate(rows):
+        record = Record(**dict(zip(columns, row, strict=True)))
+        reason = "" if record.reason != record.reason else record.reason  # NaN
+        for name, text in (("task", record.task), ("reason", reason)):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"The column {name!r} must contain strings; got {text!r} in row {number}. If it comes from a CSV "
+                    "file, pandas may have changed it: the docstring of `records_from_frame` shows how to read one."
+                )
+        configuration = record.configuration
+        if not isinstance(configuration, dict):
+            try:
+                configuration = json.loads(configuration)
+            except (TypeError, ValueError):
+                configuration = None
+        if not isinstance(configuration, dict):
+            raise ValueError(
+                f'The column "configuration" must hold dicts, or JSON of dicts; got {record.configuration!r} in row '
+                f"{number}. `records_to_frame` makes such frames."
+            )
+        records.append(record._replace(configuration=configuration, reason=reason))
+    return records
+
+
+def _values(column: Any) -> list[Any]:
+    """Returns plain values. Gaps of any kind become NaN. Outcomes, fidelities and costs become floats, even if all are
+    whole.
+    """
+    if column.name in ("outcome", "fidelity", "cost") and column.dtype.kind in "iuf":
+        return column.to_numpy(float, na_value=math.nan).tolist()
+    return column.astype(object).where(column.notna(), math.nan).tolist()

@@ -1,0 +1,354 @@
+"""Freeze-thaw search: pauses and continues trials by predictions of their learning curves (`train_curve_searcher`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import _checks, base, hypergrad, spaces, training
+from metaopt.blackbox import _curves, _fidelities, _trial_tables
+from metaopt.blackbox._new_trials import best_and_latest
+
+_MAX_SEEN = 1024  # maximum number of outcomes on a new task that the surrogate reads
+
+
+class PredictFinalFn(Protocol):
+    def __call__(self, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
+        """Returns [M, levels] quantiles of candidates' outcomes at the full budget, given trials on the new task."""
+        ...
+
+
+class MakeCurveSearcherFn(Protocol):
+    def __call__(self, *, first: Sequence[Mapping[str, Any]] = (), resumes: bool = True) -> base.Searcher:
+        """Returns a searcher that decides after every step which trial to start or to continue.
+
+        It starts with the configurations of `first`. Unlike other searchers, it does not start with the space's
+        default, since the default may not be a candidate. `resumes` states whether trials continue from the point where
+        they paused, so that only the difference in budget is paid."""
+        ...
+
+
+class CurveSearcher(NamedTuple):
+    """The result of `train_curve_searcher`.
+
+    Attributes:
+      predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
+      searcher: `(*, first, resumes) -> Searcher`.
+      candidates: M configurations.
+      surrogate: the learned `blackbox.CurveSurrogate`.
+      space: the search space of λ.
+    """
+
+    predict: PredictFinalFn
+    searcher: MakeCurveSearcherFn
+    candidates: list[dict[str, Any]]
+    surrogate: _curves.CurveSurrogate
+    space: base.PyTree
+
+
+class FreezeThawState(NamedTuple):
+    """State of the searcher, passed from one call to the next.
+
+    Attributes:
+      key: the key of the trials' seeds.
+      started: the started candidates by trial number.
+      seen: (candidate, index of the fidelity, outcome) of each finite outcome of a complete record.
+      closed: candidates that failed, or that the objective pruned.
+      pending: (candidate, index of the fidelity) of each trial without a result.
+    """
+
+    key: jax.Array
+    started: tuple[int, ...]
+    seen: tuple[tuple[int, int, float], ...]
+    closed: frozenset[int]
+    pending: tuple[tuple[int, int], ...]
+
+
+def train_curve_searcher(
+    records: Sequence[base.Record],
+    *,
+    space: base.PyTree,
+    num_steps: int = 100,
+    progress: bool | None = None,
+    key: jax.Array | None = None,
+) -> CurveSearcher:
+    """Learns from learning curves of earlier tasks how trials continue, and allocates budget on a new task.
+
+    The surrogate (`blackbox.curve_surrogate`) is one Gaussian process over all candidates and fidelities.
+    `training.fit` learns its scales on randomly drawn tasks, each left out of the earlier tasks. Its errors are also
+    calibrated on left-out tasks.
+
+    The searcher is freeze-thaw. The next fidelity goes to one of all candidates, started or not. It is the candidate
+    with the largest expected improvement at the full budget per unit of remaining budget,
+
+        E[max(y* − y(c, F), 0)] / (1 − fidelity reached),
+
+    where y* is the best outcome at the full budget. Before the first such outcome, y* is the smallest predicted mean at
+    the full budget. Objectives should continue a trial from its own checkpoint (`blackbox.collect(resumes=True)`).
+
+    Sometimes every fidelity costs its full budget again (larger training sets, or no checkpoints). Then use
+    `searcher(resumes=False)`, which only asks for full budgets, by expected improvement. A trial at a lower fidelity
+    would cost more than its information is worth. The searcher still learns from all records that it receives.
+
+    The outcome of a pruned trial belongs to an unknown fidelity below the requested one. It has no place on a learning
+    curve, so it is not used, neither on earlier tasks nor on the new one. Outcomes of this trial at lower fidelities
+    count, and it is not continued.
+
+    With more than 1,024 outcomes on a new task, the searcher reads the latest outcome of each candidate. If there are
+    more candidates than that, it reads those with the best and the latest outcomes. The remaining places go to the
+    latest other outcomes. A decision takes time O(1024² (1024 + M)) and memory O(1024 (1024 + M)) at most, for M
+    candidates.
+
+    Args:
+      records: trials of at least three earlier tasks at several fidelities, including the full budget. Outcomes of all
+        tasks must be on one scale, such as error rates or clipped losses. Failed and pruned trials are not used, and
+        missing outcomes are filled in.
+      space: the search space of λ. The candidates are the configurations of complete records. Each of them must have an
+        outcome at each fidelity on some task.
+      num_steps: outer steps that learn the scales of the Gaussian process.
+      progress: as for `training.fit`.
+      key: random key; `jax.random.key(0)` by default.
+
+    Returns:
+      A `CurveSearcher`.
+
+    Raises:
+      ValueError: if `num_steps` is not an integer of at least 0.
+      ValueError: if the "COMPLETE" records have fewer than three tasks, or none is at the full budget.
+      ValueError: if a configuration does not fit the space, or if a candidate has no outcome at some fidelity.
+      ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that the records do not have. A
+        trial is recognized by its number, configuration and seed.
+
+    Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
+    """
+    _checks.check_integer("num_steps", num_steps, 0)
+    key = jax.random.key(0) if key is None else key
+    fit_key, calibrate_key = jax.random.split(key)
+    complete = [record for record in records if record.status == "COMPLETE"]
+    if (num_tasks := len({record.task for record in complete})) < 3:
+        raise ValueError(
+            '`records` must have trials that are "COMPLETE" for at least three tasks, since cross-validation leaves '
+            f"out one and needs two; got {num_tasks}."
+        )
+    table = _trial_tables.tabulate(complete)
+    if table.fidelities[-1] < 1:
+        raise ValueError(
+            '`records` must hold trials that are "COMPLETE" at fidelity 1, the full budget, which the searcher '
+            f"predicts; the largest fidelity is {table.fidelities[-1]:g}. Give your largest budget the fidelity 1, and "
+            "smaller budgets their fractions of it."
+        )
+    hyperparams = [spaces.from_configuration(space, c) for c in table.configurations]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *hyperparams)
+    x = np.asarray(jax.jit(jax.vmap(lambda hp: spaces.encode(space, hp)))(stacked))
+    surrogate = _curves.curve_surrogate(table.outcomes, x, table.fidelities)
+    surrogate = surrogate._replace(noise=_fit_noise(fit_key, surrogate, table.outcomes, num_steps, progress))
+    surrogate = _curves.calibrate(surrogate, calibrate_key)
+    return _curve_searcher(surrogate, space, [dict(c) for c in table.configurations])
+
+
+def _fit_noise(
+    key, surrogate, curves, num_steps: int, progress: bool | None, *, num_tasks: int = 4, num_candidates: int = 16
+):
+    """Fits the scales by the likelihood of a few candidates' outcomes on a left-out task.
+
+    A candidate's outcomes are those at a random number of its first fidelities and, for about half of the candidates,
+    at the last one.
+    """
+    num_fidelities = curves.shape[2]
+
+    def sample_tasks(key):
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        batch = []
+        for task in rng.integers(len(curves), size=num_tasks):
+            some = rng.choice(curves.shape[1], min(num_candidates, curves.shape[1]), replace=False)
+            candidate, fidelity = np.repeat(some, num_fidelities), np.tile(np.arange(num_fidelities), len(some))
+            begun = np.repeat(rng.integers(1, num_fidelities + 1, len(some)), num_fidelities)
+            ended = np.repeat(rng.random(len(some)) < 0.5, num_fidelities) & (fidelity == num_fidelities - 1)
+            y = curves[task, candidate, fidelity]
+            mask = np.isfinite(y) & ((fidelity < begun) | ended)
+            y = jnp.asarray(np.where(mask, y, 0.0), jnp.result_type(float))
+            observed = _curves.Observed(jnp.asarray(candidate), jnp.asarray(fidelity), y, jnp.asarray(mask * 1.0))
+            batch.append((jnp.asarray(task), observed))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batch)
+
+    def loss(noise, task, key):
+        number, observed = task
+        return _curves.curve_loss(noise, surrogate, number, observed)
+
+    learner = training.learner(hypergrad.over_tasks(hypergrad.direct(loss)), optax.adam(0.05))
+    fitted = training.fit(
+        learner,
+        sample_tasks,
+        hyperparams=surrogate.noise,
+        num_steps=num_steps,
+        key=key,
+        progress=progress,
+    )
+    return fitted.hyperparams
+
+
+def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
+    num, num_fidelities = surrogate.mean.shape
+    number = {tuple(sorted(c.items())): i for i, c in enumerate(candidates)}
+    rungs = surrogate.fidelities
+    last = num_fidelities - 1
+    final = lambda observed: _at(surrogate, observed, jnp.arange(num), jnp.full(num, last))
+    # The remaining budget of a candidate, indexed by the number of fidelities that it has reached.
+    remaining = jnp.asarray(np.maximum(1 - np.concatenate([[0.0], rungs / rungs[-1]]), 1e-9))
+
+    def known_number(configuration) -> int:
+        name = tuple(sorted(configuration.items()))
+        if name not in number:  # fill missing values with defaults
+            name = tuple(sorted(spaces.complete(space, configuration).items()))
+        if name in number:
+            return number[name]
+        raise ValueError(
+            f"{configuration} is not one of the candidates, which are the configurations of the earlier tasks."
+        )
+
+    def seen_of(records):
+        counted = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
+        at = [(known_number(r.configuration), _fidelities.rung_of(rungs, r, own=True)) for r in counted]
+        return [(c, j, float(r.outcome)) for (c, j), r in zip(at, counted, strict=True) if j is not None]
+
+    def predict(trials=(), levels=(0.05, 0.5, 0.95)):
+        if not all(0 < level < 1 for level in levels):
+            raise ValueError(f"`levels` must lie between 0 and 1; got {list(levels)}.")
+        seen = seen_of(trials)
+        mean, std = (np.asarray(value) for value in final(_padded(seen)))
+        errors = np.asarray(surrogate.errors)[_reached(seen, num)]
+        middle = (np.arange(errors.shape[1]) + 0.5) / errors.shape[1]
+        at_levels = np.stack([[np.interp(level, middle, row) for level in levels] for row in errors])
+        return mean[:, None] + std[:, None] * at_levels
+
+    def searcher(*, first=(), resumes=True):
+        given = [known_number(c) for c in first]
+
+        def init(key, space):
+            del space  # the candidates come from the records
+            return FreezeThawState(key, (), (), frozenset(), ())
+
+        def seed_of(state, trial):
+            return int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
+
+        def choose(state):
+            seen = list(state.seen)
+            if state.pending:  # assume that running trials give the expected outcome
+                c, j = (np.array(column) for column in zip(*state.pending, strict=True))
+                size = max(8, 1 << (len(c) - 1).bit_length())
+                padded = (jnp.asarray(np.pad(v, (0, size - len(v)))) for v in (c, j))
+                believed = np.asarray(_at(surrogate, _padded(seen), *padded)[0])[: len(c)]
+                seen += [(int(a), int(b), float(y)) for a, b, y in zip(c, j, believed, strict=True)]
+            reached = _reached(seen, num)
+            busy = {candidate for candidate, _ in state.pending}
+            open_ = (reached < num_fidelities) & ~np.isin(np.arange(num), [*busy, *state.closed])
+            if not open_.any():
+                return None
+            waiting = [c for c in given if open_[c] and not reached[c]]
+            if waiting:
+                return waiting[0], 0 if resumes else last
+            ended = [y for _, j, y in state.seen if j == last]
+            best = min(ended, default=np.inf)
+            to_pay = remaining if resumes else jnp.ones_like(remaining)
+            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)
+            value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
+            # If no improvement is expected, choose the smallest expected outcome.
+            chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
+            return chosen, int(reached[chosen]) if resumes else last
+
+        def ask(state, num):
+            asked = []
+            for _ in range(num):
+                found = choose(state)
+                if found is None:
+                    break
+                candidate, rung = found
+                if candidate not in state.started:
+                    state = state._replace(started=(*state.started, candidate))
+                trial = state.started.index(candidate)
+                asked.append(
+                    base.Record(
+                        "",
+                        dict(candidates[candidate]),
+                        fidelity=float(rungs[rung]),
+                        seed=seed_of(state, trial),
+                        status="WAITING",
+                        trial=trial,
+                    )
+                )
+                state = state._replace(pending=(*state.pending, (candidate, rung)))
+            return asked, state
+
+        def tell(state, records):
+            for record in records:
+                if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
+                    continue
+                try:
+                    candidate = known_number(record.configuration)
+                except (TypeError, ValueError):  # a trial of another search that is not a candidate
+                    continue
+                asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
+                own = asked and record.seed == seed_of(state, record.trial)
+                if (rung := _fidelities.rung_of(rungs, record, own=own)) is None:
+                    continue
+                entry = candidate, rung
+                state = state._replace(pending=tuple(p for p in state.pending if p != entry))
+                seen = seen_of([record])
+                state = state._replace(seen=(*state.seen, *seen))
+                if record.status != "COMPLETE" or not seen:
+                    state = state._replace(closed=state.closed | {entry[0]})
+            return state
+
+        return base.Searcher(init, ask, tell)
+
+    return CurveSearcher(predict, searcher, candidates, surrogate, space)
+
+
+_at = jax.jit(_curves.curve_posterior)
+
+
+@jax.jit
+def _score(surrogate, observed, reached, remaining, best):
+    """[M] expected improvements per unit of remaining budget, and [M] means at the full budget."""
+    num, num_fidelities = surrogate.mean.shape
+    mean, std = _at(surrogate, observed, jnp.arange(num), jnp.full(num, num_fidelities - 1))
+    y = jnp.where(jnp.isfinite(best), best, mean.min())
+    return _curves.curve_improvement(mean, std, surrogate.errors[reached], y) / remaining[reached], mean
+
+
+def _reached(seen, num: int) -> np.ndarray:
+    """[M] the number of fidelities that each candidate has reached."""
+    reached = np.zeros(num, int)
+    for candidate, rung, _ in seen:
+        reached[candidate] = max(reached[candidate], rung + 1)
+    return reached
+
+
+def _few(seen):
+    """Selects at most 1,024 outcomes, in order; each candidate's latest outcome has priority over earlier ones.
+
+    If there are too many candidates, it keeps those with the best and the latest outcomes.
+    """
+    if len(seen) <= _MAX_SEEN:
+        return seen
+    last = np.array(sorted({candidate: i for i, (candidate, _, _) in enumerate(seen)}.values()))
+    kept = last[best_and_latest(np.array([seen[i][2] for i in last]), _MAX_SEEN)]
+    others = np.setdiff1d(np.arange(len(seen)), last)
+    return [seen[i] for i in np.union1d(kept, others[max(len(others) + len(kept) - _MAX_SEEN, 0) :])]
+
+
+def _padded(seen) -> _curves.Observed:
+    """Pads the outcomes to a power of two, at least 32, so that JAX compiles few programs."""
+    seen = _few(seen)
+    size = max(32, 1 << max(len(seen) - 1, 0).bit_length())
+    candidate, fidelity, y = (np.array(column) for column in zip(*seen, strict=True)) if seen else (np.zeros(0),) * 3
+    pad = (0, size - len(seen))
+    return _curves.Observed(
+        jnp.asarray(np.pad(candidate.astype(int), pad)),
+        jnp.asarray(np.pad(fidelity.astype(int), pad)),
+        jnp.asarray(np.pad(y.astype(float), pad), jnp.result_type(float)),
+        jnp.asarray(np.pad(np.ones(len(seen)), pad), jnp.result_type(float)),
+    )

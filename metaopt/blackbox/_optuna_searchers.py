@@ -1,0 +1,264 @@
+"""Searchers that use Optuna's samplers and pruners: TPE and BOHB."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from metaopt import _checks, base, spaces
+from metaopt.blackbox import _fidelities, _random_search
+
+
+class OptunaState(NamedTuple):
+    """State of the searcher, passed from one call to the next.
+
+    Attributes:
+      study: Optuna's study. It changes in place, so that a state is valid for only one call of `ask` or `tell`.
+      space: the search space.
+      key: the key of the trials' seeds.
+      trials: trial number -> Optuna's trial, for trials that were asked for and have not ended.
+      num_asked: number of trials.
+      survivors: (trial number, index of its next fidelity) of trials that were not pruned, in the order to run them.
+      first: configurations to try before others.
+    """
+
+    study: Any
+    space: base.PyTree
+    key: jax.Array
+    trials: dict[int, Any]
+    num_asked: int
+    survivors: list[tuple[int, int]]
+    first: tuple[dict[str, Any], ...]
+
+
+def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 10) -> base.Searcher:
+    """Tree-structured Parzen estimators, by Optuna (extra `optuna`).
+
+    The method estimates one density of the good configurations and one of the others. Both are joint over the
+    parameters of one branch of a conditional space. The next configuration maximizes their ratio. Running trials count
+    as bad ones, so that a batch spreads out.
+
+    Args:
+      first: configurations to try first, with missing values at their defaults. By default, the space's default. A
+        configuration is skipped if `tell` has received a full-budget record of it from another search.
+        `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were good on earlier
+        tasks.
+      num_random: number of random trials before the first model.
+
+    Returns:
+      A searcher for the spaces that `spaces.to_optuna` supports. `tell` also accepts records of trials that the
+      searcher did not ask for. It learns from them, unless they failed or lie outside the space. "COMPLETE" records at
+      the full budget rank first. Records at fidelities below 1 count like pruned trials in Optuna: they rank behind the
+      complete ones, and larger fidelities rank higher. "PRUNED" records rank last, in the order of their outcomes,
+      since they belong to an unknown fidelity below the requested one.
+
+    Raises:
+      ValueError: if `num_random` is not an integer of at least 0.
+      ImportError: (when a search starts) if Optuna is not installed.
+
+    Source: Bergstra et al., NeurIPS 2011, https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization;
+    Optuna: Akiba et al., KDD 2019, https://arxiv.org/abs/1907.10902
+    """
+    return _searcher([1.0], first, num_random, lambda optuna: optuna.pruners.NopPruner())
+
+
+def bohb(
+    *,
+    first: Sequence[Mapping[str, Any]] | None = None,
+    num_random: int = 10,
+    reduction_factor: int = 3,
+    num_rungs: int = 4,
+) -> base.Searcher:
+    """BOHB: configurations from TPE, budgets from Hyperband, both by Optuna (extra `optuna`).
+
+    A trial first runs at fidelity η^(1 − `num_rungs`), where η is the reduction factor. While Hyperband's brackets do
+    not prune it, it continues at η times the fidelity, up to 1. So a trial has a record for each fidelity that it
+    reached.
+
+    As in Optuna, pruning is asynchronous: a trial is compared with the trials that reached the same fidelity before it.
+    Every bracket has its own model. Trials of brackets that prune late also run at the low fidelities. An objective
+    that resumes its own checkpoints (`blackbox.collect(resumes=True)`) pays nothing extra for these runs.
+
+    Args:
+      first: as for `tpe`. `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were
+        good on earlier tasks.
+      num_random: number of random trials of each bracket before its first model.
+      reduction_factor: η, at least 2.
+      num_rungs: number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
+
+    Returns:
+      A searcher for the spaces that `spaces.to_optuna` supports. As for `tpe`, `tell` also accepts records of trials
+      that the searcher did not ask for. Each of them, at any fidelity, enters the model of one bracket. They do not
+      prune the searcher's own trials.
+
+    Raises:
+      ValueError: if an argument is not an integer, or is too small.
+      ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the searcher's. A
+        trial is recognized by its number, configuration and seed.
+      ImportError: (when a search starts) if Optuna is not installed.
+
+    Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
+    """
+    _checks.check_integer("reduction_factor", reduction_factor, 2)
+    _checks.check_integer("num_rungs", num_rungs, 2)
+    fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
+    steps = reduction_factor ** (num_rungs - 1)
+    pruner = lambda optuna: optuna.pruners.HyperbandPruner(1, steps, reduction_factor)
+    return _searcher(fidelities, first, num_random, pruner)
+
+
+def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
+    _checks.check_integer("num_random", num_random, 0)
+
+    def init(key, space):
+        try:
+            import optuna
+        except ImportError as error:
+            raise ImportError(
+                'This searcher needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.'
+            ) from error
+        seed_key, key = jax.random.split(key)
+        seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
+        spaces.to_optuna(space)  # raises an error if Optuna does not support the space
+        kwargs = {
+            "n_startup_trials": num_random,
+            "seed": seed,
+            "multivariate": True,
+            "group": True,
+            "constant_liar": True,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(**kwargs)
+        # Optuna assigns a trial to a bracket by the study's name, among other things.
+        kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
+        study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
+        whole = tuple(spaces.complete(space, c) for c in ([{}] if first is None else first))
+        return OptunaState(study, space, key, {}, 0, [], whole)
+
+    seed_of = lambda state, number: int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
+
+    def step_of(record) -> int:
+        """The step in Optuna; only the order of steps counts.
+
+        The step of a pruned trial is 0, since the fidelity that it reached is unknown.
+        """
+        budget = round(1 / fidelities[0]) if len(fidelities) > 1 else 1000
+        return 0 if record.status == "PRUNED" else max(1, round(budget * record.fidelity))
+
+    def ask(state, num):
+        asked = []
+        survivors, trials = list(state.survivors), dict(state.trials)
+        num_asked, left = state.num_asked, state.first
+        for _ in range(num):
+            if survivors:
+                number, rung = survivors.pop(0)
+            else:
+                number, rung = num_asked, 0
+                if left:
+                    names = spaces.to_optuna(state.space)
+                    state.study.enqueue_trial({name: value for name, value in left[0].items() if name in names})
+                    left = left[1:]
+                trials[number] = state.study.ask()
+                num_asked += 1
+            asked.append(
+                base.Record(
+                    "",
+                    spaces.suggest(trials[number], state.space),
+                    fidelity=fidelities[rung],
+                    seed=seed_of(state, number),
+                    status="WAITING",
+                    trial=number,
+                )
+            )
+        return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors, first=left)
+
+    def tell(state, records):
+        from optuna.trial import TrialState
+
+        survivors, trials = list(state.survivors), dict(state.trials)
+        # Other searches also number their trials from 0, so we also compare the configuration.
+        own = lambda r: r.trial in trials and _same(r.configuration, spaces.suggest(trials[r.trial], state.space))
+        ended = [record for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]  # others still run
+        # Optuna rejects NaN with a warning, and would take −∞ as the best outcome.
+        lost = lambda record: record.status == "COMPLETE" and not math.isfinite(record.outcome)
+        ended = [record._replace(status="FAIL") if lost(record) else record for record in ended]
+        for record in ended:
+            if len(fidelities) > 1 and record.status != "FAIL" and own(record):  # raise before the study changes
+                _fidelities.rung_of(fidelities, record, own=record.seed == seed_of(state, record.trial))
+        left = _random_search.untried(state.first, records, state.num_asked)
+        for record in ended:
+            rung = _fidelities.rung_of(fidelities, record)
+            at_rung = rung is not None or record.status == "FAIL"
+            if not own(record) or not (at_rung or len(fidelities) == 1):
+                _add(state.study, state.space, record, step_of(record))
+                continue
+            trial = trials[record.trial]
+            if not at_rung:  # `asha` asked for a lower fidelity
+                if math.isfinite(record.outcome):
+                    trial.report(record.outcome, step=step_of(record))
+                state.study.tell(trial, state=TrialState.PRUNED)
+                del trials[record.trial]  # its next fidelity becomes another trial of the study
+                continue
+            if record.status == "FAIL":
+                state.study.tell(trial, state=TrialState.FAIL)
+                del trials[record.trial]
+                continue
+            assert rung is not None
+            if record.status == "COMPLETE" and rung + 1 < len(fidelities):
+                trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
+                if not trial.should_prune():
+                    survivors.append((record.trial, rung + 1))
+                    continue
+            elif record.status == "PRUNED":  # a trial of BOHB has completed all lower budgets, so its rung is known
+                step = round(record.fidelity / fidelities[0]) if len(fidelities) > 1 else step_of(record)
+                trial.report(record.outcome, step=step)
+            whole = record.status == "COMPLETE" and rung + 1 == len(fidelities)
+            if whole:
+                state.study.tell(trial, record.outcome)
+            else:
+                state.study.tell(trial, state=TrialState.PRUNED)
+            del trials[record.trial]
+        return state._replace(trials=trials, survivors=survivors, first=left)
+
+    return base.Searcher(init, ask, tell)
+
+
+def _same(configuration, other) -> bool:
+    close = lambda a, b: math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
+    return configuration.keys() == other.keys() and all(close(configuration[n], other[n]) for n in other)
+
+
+def _add(study, space, record: base.Record, step: int) -> None:
+    """Adds a trial that was not asked for: of another or an earlier search, or of this one at another fidelity."""
+    import optuna
+
+    if record.status == "FAIL" or not math.isfinite(record.outcome):
+        return
+    distributions = spaces.to_optuna(space)
+    known = {name: value for name, value in record.configuration.items() if name in distributions}
+    whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
+    try:
+        within = spaces.configuration(space, spaces.from_configuration(space, known))
+        trial = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
+            params={name: within.get(name, value) for name, value in known.items()},
+            distributions={name: distributions[name] for name in known},
+            value=record.outcome if whole else None,
+            intermediate_values=None if whole else {step: record.outcome},
+        )
+    except ValueError:  # a number out of range, or an unknown label
+        return
+    study.add_trial(trial)
+
+
+def _quietly(optuna, fn):
+    """Calls `fn` without Optuna's log line on standard error for every new study."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return fn()
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -1,0 +1,366 @@
+"""Optuna: converts records to studies and back, and offers a learned meta-optimizer as a sampler."""
+
+import collections
+import itertools
+import math
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from metaopt import _checks, base, spaces
+from metaopt.blackbox import _fidelities, _meta_search
+
+_OURS = "metaopt:"  # prefix of our user attributes, because users may have their own "cost" or "seed"
+_FINEST = 10**9  # steps of the full budget that fit into 32 bits
+_KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
+
+
+def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs: Any) -> Any:
+    """Makes an Optuna study from the records of one task, for example for Optuna's dashboard and plots.
+
+    The records of one trial (same number, seed and configuration) at several fidelities become its intermediate values.
+    Their steps are thousandths of the full budget. If these do not separate all fidelities of each trial, the steps are
+    ten thousandths and so on, down to billionths. Fidelities that differ by at most a millionth of the larger one count
+    as equal (float32 stores 1/3 with an error of 3e-8). A second record at the same fidelity becomes another trial, for
+    example one of another study.
+
+    Args:
+      records: the records of one task.
+      space: the space of their configurations.
+      **kwargs: arguments of `optuna.create_study`, such as `study_name`, or `storage="sqlite:///study.db"` for the
+        dashboard. `direction` is not allowed, since outcomes are minimized.
+
+    Returns:
+      A study whose trials have the records' parameters, values and states. Their user attributes hold the task, cost,
+      seed, reason, fidelity and metaopt's trial number, as "metaopt:trial" and so on. A trial that never reached the
+      full budget is pruned. A trial whose outcome is NaN has failed.
+
+    Raises:
+      ValueError: if the records are of several tasks, or a record is invalid (unknown status, fidelity outside (0, 1],
+        or non-numeric outcome).
+      ValueError: if a fidelity is less than a billionth of the full budget, or two fidelities of a trial are within a
+        billionth.
+      ValueError: if a configuration does not fit the space, or a direction is given.
+      ImportError: if Optuna is not installed.
+    """
+    import optuna
+
+    records = list(records)
+    for i, record in enumerate(records):
+        _checks.check_record(record, f"`records[{i}]`")
+    if len(names := {record.task for record in records}) > 1:
+        raise ValueError(f"An Optuna study is of one task; got records of {sorted(names)}.")
+    if given := {"direction", "directions"} & set(kwargs):
+        raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
+    distributions = spaces.to_optuna(space)
+    levels = _levels(record.fidelity for record in records)
+    trials = _by_trial(records, levels)
+    parts = _parts(trials)
+    study = optuna.create_study(**kwargs)
+    for several in trials:
+        last = max(several, key=lambda record: record.fidelity)
+        state = optuna.trial.TrialState.PRUNED
+        if last.status != "COMPLETE" or _fidelities.is_full_budget(last.fidelity):
+            state = optuna.trial.TrialState[last.status]
+        if last.status == "COMPLETE" and math.isnan(last.outcome):
+            state = optuna.trial.TrialState.FAIL  # Optuna does not allow a complete trial without a value
+        complete = [record for record in several if record.outcome == record.outcome]
+        attributes = {name: getattr(last, name) for name in _KEPT}
+        attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # Optuna's JSON
+        values = {}
+        for name, value in last.configuration.items():
+            if name not in distributions:
+                continue
+            value = value.item() if isinstance(value, np.generic) else value
+            if not (found := _fitting(value, distributions[name])):
+                raise ValueError(f"`{name}` of trial {last.trial} is {value!r}, and not of {distributions[name]}.")
+            values[name] = found[0]
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=float(last.outcome) if state == optuna.trial.TrialState.COMPLETE else None,
+                params=values,
+                distributions={name: distributions[name] for name in values},
+                intermediate_values={
+                    round(parts * float(record.fidelity)): float(record.outcome) for record in complete
+                },
+                user_attrs={_OURS + name: value for name, value in attributes.items()},
+            )
+        )
+    return study
+
+
+def _levels(fidelities: Iterable[float]) -> dict[float, float]:
+    """Maps each fidelity to the largest one that it equals up to rounding."""
+    levels, level = {}, math.inf
+    for fidelity in sorted(set(fidelities), reverse=True):
+        level = levels[fidelity] = level if math.isclose(fidelity, level, rel_tol=1e-6) else fidelity
+    return levels
+
+
+def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> list[list[base.Record]]:
+    """Returns the records of each trial, in the order of the first ones.
+
+    A trial number does not identify a trial: every study, and every task's searcher, counts from 0.
+    """
+    trials: dict[tuple, list[base.Record]] = {}
+    counts = collections.Counter()
+    for record in records:
+        what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
+        name = record.trial, record.seed, tuple(what)
+        at = *name, levels[record.fidelity]
+        trials.setdefault((*name, counts[at]), []).append(record)
+        counts[at] += 1
+    return list(trials.values())
+
+
+def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
+    """Returns the number of steps of the full budget for which a trial's fidelities have different steps above 0."""
+    parts = 1000
+    while True:
+        within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
+        near = [(a, b) for of in within for a, b in itertools.pairwise(of) if round(parts * a) == round(parts * b)]
+        if not near:
+            return parts
+        if parts == _FINEST:
+            low, high = near[0]
+            what = f"the fidelities {low!r} and {high!r}, within" if low else f"the fidelity {high!r}, less than"
+            raise ValueError(
+                f"A trial has {what} a billionth of the full budget. A study's steps are integers, and Optuna cannot "
+                "store such fine steps. Remove one of the records."
+            )
+        parts *= 10
+
+
+def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
+    """Returns the trials of an Optuna study of one objective as records, with the last value of each trial.
+
+    Trials that `to_optuna_study` wrote keep their task, trial number, cost and seed.
+
+    Args:
+      study: an Optuna study. If it maximizes, outcomes are the negative values.
+      task: the task's name; by default the name that `to_optuna_study` stored, or the study's name.
+
+    Returns:
+      A record for each trial. A pruned trial has its last intermediate value. Its fidelity is its last step divided by
+      the largest step of the study, both counted from 1. Optuna does not know the number of steps of a whole trial.
+
+      Records with number 0 and seed 0 count as trials without a number. To correct that trial in your own records,
+      number them from 1, or give seeds. Several records without numbers and with one seed are corrections of one trial,
+      not repetitions.
+
+    Raises:
+      ValueError: if the study has several objectives.
+    """
+    if len(study.directions) > 1:
+        raise ValueError("Records have one outcome; the study has several objectives.")
+    sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+    trials = study.get_trials()
+    # Steps start at 0 or at 1. If they start at 0, the value at step 0 was reported after one step.
+    first = int(any(0 in trial.intermediate_values for trial in trials))
+    steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0) + first
+    records = []
+    for trial in trials:
+        outcome, fidelity = trial.value, 1.0
+        if trial.state.name == "PRUNED" and trial.last_step is not None:
+            outcome = trial.intermediate_values[trial.last_step]
+            fidelity = (trial.last_step + first) / steps
+        seconds = trial.duration.total_seconds() if trial.duration is not None else float("nan")
+        ours = {name: trial.user_attrs[_OURS + name] for name in _KEPT if _OURS + name in trial.user_attrs}
+        if task is not None:
+            ours["task"] = task
+        record = base.Record(
+            task=study.study_name,
+            configuration=dict(trial.params),
+            outcome=float("nan") if outcome is None else sign * outcome,
+            fidelity=fidelity,
+            cost=seconds,
+            status=trial.state.name,
+            trial=trial.number,
+        )
+        records.append(record._replace(**ours))
+    return records
+
+
+def optuna_sampler(
+    meta_optimizer: _meta_search.MetaOptimizer,
+    new_task: Any = None,
+    *,
+    acquisition: str = "ei",
+    seed: int | None = None,
+    independent_sampler: Any = None,
+) -> Any:
+    """Returns an Optuna sampler that uses knowledge from earlier tasks; study, storage and dashboard remain Optuna's.
+
+    The first trial is the prediction of `meta_optimizer.predict`. The following trials come from its searcher, which
+    learns of all trials of the study, including those of other samplers. The sampler supports `study.enqueue_trial`,
+    `directions`, pruners and `n_jobs`:
+
+    - The parameters of `meta_optimizer.space` are drawn together; those whose conditions do not hold are omitted. An
+      objective requests them as in `spaces.to_optuna`, or all in one line: `spaces.suggest(trial, space)`. It may
+      request another range, scale or other labels (for example because labels were added). It then gets the drawn value
+      if that value is allowed. Otherwise `independent_sampler` draws the value. It also draws parameters that the space
+      does not have.
+    - Trials that are still running, in any thread or process, count by their possible contribution
+      (`batch_expected_improvement`).
+    - A pruned trial counts with its last intermediate value. We correct this value by the mean difference between that
+      step and the end in the trials that have both. A pruned trial without a value counts as failed. Steps of one trial
+      that agree in six digits (possible beyond a million) count as one, with the last value.
+    - A trial may end or fail before it has requested all of its parameters. The others then count with their drawn
+      values if this sampler has drawn them, else with their defaults. A trial that has requested no parameter does not
+      count, regardless of its end. A conditional parameter that is requested without its parent counts if the drawn
+      parent makes it active.
+    - With a finite set (`candidates`), a trial may use another label or number than the drawn one. It then counts with
+      the value that it used. The drawn value is untried, and may be drawn again. Request the labels and numbers of the
+      set to avoid this.
+    - The draw for a trial depends on `seed`, its number, and the trials that have ended or are running when it begins.
+      If an objective does not request all parameters, it also depends on which of these trials this sampler has drawn.
+      In a distributed study, each process makes its own sampler; a sampler cannot be pickled.
+
+    Args:
+      meta_optimizer: made by `blackbox.train_meta_optimizer`. Its records may come from earlier studies
+        (`from_optuna_study`), and its space from their trials (`spaces.from_optuna`).
+      new_task: as for `meta_optimizer.predict`.
+      acquisition: as for `meta_optimizer.searcher`.
+      seed: the seed of everything random; by default, a fresh one.
+      independent_sampler: draws parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
+
+    Returns:
+      An `optuna.samplers.BaseSampler`, for studies of one objective.
+
+    Raises:
+      ValueError: if the space has a simplex, which Optuna does not have, or `acquisition` is unknown; when a trial
+        begins, if the study has several objectives.
+      ImportError: if Optuna is not installed.
+
+    >>> import optuna
+    >>> from metaopt import base, blackbox, spaces
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> space = {"depth": spaces.integer(1, 4)}
+    >>> depths, tables = (1, 2, 3, 4), range(40)
+    >>> earlier = [base.Record(f"table {i}", {"depth": d}, (d - 3.0) ** 2) for i in tables for d in depths]
+    >>> g = blackbox.train_meta_searcher(earlier, space=space, num_steps=0)
+    >>> study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
+    >>> study.optimize(lambda trial: abs(trial.suggest_int("depth", 1, 4) - 3.0), n_trials=1)
+    >>> study.best_params
+    {'depth': 3}
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
+    spaces.to_optuna(meta_optimizer.space)  # raises if the space has no counterpart in Optuna
+    searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
+    number = int.from_bytes(os.urandom(4)) if seed is None else seed
+    key = jax.random.key(number % 2**32)
+    independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
+    running_state, single = optuna.trial.TrialState.RUNNING, threading.Lock()
+    # Keys are the storage and the number of a study, since Optuna may make a study object for every trial.
+    studies: Any = weakref.WeakKeyDictionary()
+
+    def known_of(study) -> _KnownOfStudy:
+        of_storage = studies.setdefault(study._storage, {})
+        return of_storage.setdefault(study._study_id, _KnownOfStudy(searcher.init(key, None), set(), {}))
+
+    def draw(study, number: int) -> dict[str, Any]:
+        """Returns the configuration of a trial, drawn after learning of all trials that have ended."""
+        known = known_of(study)
+        sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+        # One read: between two reads, a trial that ends would be among neither the ended nor the running trials.
+        # We read from the storage, because with Hyperband's pruner `study.get_trials` returns only one bracket.
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        new = [trial for trial in trials if trial.state.is_finished() and trial.number not in known.heard]
+        told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
+        known.state = searcher.tell(known.state, told)
+        known.heard |= {trial.number for trial in new}
+        known.drawn = {other: drawn for other, drawn in known.drawn.items() if other not in known.heard}
+        others = [trial for trial in trials if trial.state == running_state and trial.number != number]
+        # The drawn values hold until the trial reports its own, which may differ if the trial was enqueued.
+        took = [(trial.number, known.drawn.get(trial.number, {}) | trial.params) for trial in others]
+        running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
+        (record,), _ = searcher.ask(searcher.tell(known.state, running)._replace(num_asked=number), 1)
+        known.drawn[number] = record.configuration
+        return record.configuration
+
+    class MetaSampler(optuna.samplers.BaseSampler):
+        """`blackbox.optuna_sampler`."""
+
+        def reseed_rng(self):
+            independent.reseed_rng()  # our randomness is folded from a trial's number
+
+        def infer_relative_search_space(self, study, trial):
+            if len(study.directions) > 1:
+                raise ValueError("This sampler is for studies of one objective; use another for several.")
+            return {}  # parameters are returned only when we know how the objective requests them
+
+        def sample_relative(self, study, trial, search_space):
+            with single:
+                draw(study, trial.number)
+            return {}
+
+        def sample_independent(self, study, trial, param_name, param_distribution):
+            with single:
+                drawn = known_of(study).drawn.get(trial.number) or draw(study, trial.number)
+            if param_name in drawn and (found := _fitting(drawn[param_name], param_distribution)):
+                return found[0]
+            return independent.sample_independent(study, trial, param_name, param_distribution)
+
+        def before_trial(self, study, trial):
+            independent.before_trial(study, trial)
+
+        def after_trial(self, study, trial, state, values):
+            independent.after_trial(study, trial, state, values)
+
+    return MetaSampler()
+
+
+class _KnownOfStudy:
+    """The memory of a sampler for one study.
+
+    It has a searcher's state, the numbers of the trials that the searcher has learned of, and, by number, the
+    configurations drawn for running trials.
+    """
+
+    def __init__(self, state: Any, heard: set[int], drawn: dict[int, dict[str, Any]]):
+        self.state, self.heard, self.drawn = state, heard, drawn
+
+
+def _fitting(value: Any, distribution: Any) -> list[Any]:
+    """[the value as the distribution has it], or [] if it is not allowed. A float32 may lie next to a bound."""
+    if hasattr(distribution, "choices"):
+        return [choice for choice in distribution.choices if choice == value][:1]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return []
+    near = min(max(value, distribution.low), distribution.high)
+    steps = 0.0 if distribution.step is None else (near - distribution.low) / distribution.step
+    if not math.isclose(near, value, rel_tol=1e-6) or not math.isclose(steps, round(steps), abs_tol=1e-6):
+        return []
+    return [round(near) if type(distribution).__name__ == "IntDistribution" else float(near)]
+
+
+def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
+    """Converts an Optuna trial to records for a searcher: its value, and its step values at fidelities below 1.
+
+    A failed trial may not have requested all drawn parameters yet, and an ended trial may never do so. Both count with
+    their drawn values. With only the requested parameters, it would be another configuration, and the same one would be
+    drawn again and again.
+    """
+    if not trial.params:
+        return []  # it requested nothing, so its outcome says nothing about any configuration
+    record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
+    told = [
+        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
+        for step, value in sorted(trial.intermediate_values.items())
+        if step >= 0 and math.isfinite(value)
+    ]
+    if trial.state.name == "COMPLETE":
+        seconds = trial.duration.total_seconds() if trial.duration is not None else math.nan
+        told.append(record._replace(outcome=sign * trial.value, cost=seconds))
+    elif trial.state.name == "FAIL" or not told:
+        told = [record._replace(status="FAIL")]
+    return told

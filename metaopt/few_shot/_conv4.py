@@ -1,0 +1,194 @@
+"""The network of the few-shot literature, with an explicit choice of the statistics that normalize it.
+
+Statistics of a batch make the features of an example depend on the other examples. Statistics of the query set reveal
+something about its labels (all classes are present, in equal shares). The result is then *transductive*:
+`evaluate_episodes` detects and reports it. A transductive network cannot predict for one example.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import _checks
+from metaopt.few_shot._adaptation import after_steps
+
+NORMALIZATIONS = ("batch", "support", "tasknorm", "group", "layer", "none")
+_GROUPS = 8
+_EPSILON = 1e-5
+
+
+class Network(NamedTuple):
+    """A network as plain functions over a pytree.
+
+    Attributes:
+      init: `(key) -> params`, without a head.
+      features: `(params, batch) -> [N, D]`, for a batch with "x" [N, H, W] or [N, H, W, C] and "mask" [N].
+    """
+
+    init: Callable[[jax.Array], dict[str, Any]]
+    features: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
+
+
+def conv4(
+    *,
+    normalization: str = "batch",
+    num_filters: int = 64,
+    num_blocks: int = 4,
+    num_channels: int = 1,
+    num_steps: int | None = None,
+    downsampling: str = "pool",
+) -> Network:
+    """Blocks of a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling; four blocks of 64 filters are usual.
+
+        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over positions and
+
+    | normalization | the examples | inductive | |
+    |---|---|---|---|
+    | "batch" | of the batch: for a query set, the query set | no | used by MAML's published results |
+    | "support" | of the support set, for both sets | yes | |
+    | "tasknorm" | of the support set, mixed with the example itself | yes | Bronskill et al., ICML 2020 |
+    | "group" | the example itself, over 8 filters at a time | yes | Wu & He, ECCV 2018 |
+    | "layer" | the example itself, over all filters | yes | |
+    | "none" | no normalization, only a shift | yes | |
+
+    TaskNorm uses the moments of the mixture of both, with weights α and 1 − α. Here α = sigmoid(a |support| + b), and
+    each block learns a and b. Padded rows do not enter the statistics of a set. With images of 28 × 28,
+    D = `num_filters`.
+
+    **With "batch", the default, a prediction depends on all rows of its batch.** Single query images, or images of one
+    class, get other outputs than in a whole query set. This reproduces published results. To predict for single images,
+    choose another normalization.
+
+    "support" and "tasknorm" need the support set when they see the query set. `adaptation(keep_support=True)` puts it
+    into `params["support"]`, and the methods that take `features` do so themselves. Without it, the statistics are
+    those of the batch, which is correct in the inner loss and in pre-training. Elsewhere, in f and in `adapted`, a
+    missing support set raises a ValueError, because the method would be transductive.
+
+    `features` cannot raise this error if they are jitted or called directly, or if the loss is under `jax.jit` or
+    `jax.checkpoint`. In this case put the rows to normalize by into the parameters yourself:
+    `network.features({**params, "support": {"x": ..., "mask": ...}}, batch)`.
+
+    Args:
+      normalization: one of the names in the table.
+      num_filters: filters of each block; a multiple of 8 for "group".
+      num_blocks: number of blocks; each halves height and width.
+      num_channels: C, the channels of the images.
+      num_steps: T, if scale and shift have a value for each inner step (MAML++), as their leading axis. Then use
+        `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`. The statistics are still those of the
+        table, computed again at each step: nothing is carried from step to step or from task to task.
+      downsampling: "pool" or "stride". "stride" uses convolutions of stride 2 instead of max-pooling, and the mean over
+        positions at the end, as Finn et al. (ICML 2017) do for Omniglot. D = `num_filters`, for a fraction of the
+        operations.
+
+    Returns:
+      A `Network`. `features` are [N, D]: the flattened output of the last block, or with "stride" its mean over
+      positions. All leaves are floating-point numbers; the network is differentiable in any mode.
+
+    Raises:
+      ValueError: if an argument is out of range. At trace time, if the images are not [N, H, W, C], if they are too
+        small for `num_blocks`, or if the support set is needed and was not kept.
+
+    Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
+
+    >>> import jax, jax.numpy as jnp
+    >>> network = conv4(num_filters=16, normalization="group")
+    >>> batch = {"x": jnp.ones((3, 28, 28)), "mask": jnp.ones(3)}
+    >>> network.features(network.init(jax.random.key(0)), batch).shape
+    (3, 16)
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"`normalization` must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}."
+        )
+    for name, value in {"num_filters": num_filters, "num_blocks": num_blocks, "num_channels": num_channels}.items():
+        _checks.check_integer(name, value, 1)
+    _checks.check_integer("num_steps", num_steps, 1, optional=True)
+    if downsampling not in ("pool", "stride"):
+        raise ValueError(f'`downsampling` must be "pool" or "stride"; got {downsampling!r}.')
+    strided = downsampling == "stride"
+    if normalization == "group" and num_filters % _GROUPS:
+        raise ValueError(f"`num_filters` must be a multiple of {_GROUPS} for group normalization; got {num_filters}.")
+    needs_support = normalization in ("support", "tasknorm")
+
+    def init(key):
+        params = {}
+        lead = () if num_steps is None else (num_steps,)
+        for i, block_key in enumerate(jax.random.split(key, num_blocks)):
+            depth = num_channels if i == 0 else num_filters
+            w = jax.random.normal(block_key, (3, 3, depth, num_filters), jnp.float32) * (2 / (9 * depth)) ** 0.5
+            block = {"w": w, "shift": jnp.zeros((*lead, num_filters), jnp.float32)}
+            if normalization != "none":
+                block["scale"] = jnp.ones((*lead, num_filters), jnp.float32)
+            if normalization == "tasknorm":
+                block["mix"] = jnp.zeros(2, jnp.float32)  # a, b
+            params[f"block{i}"] = block
+        return params
+
+    def features(params, batch):
+        dtype = params["block0"]["w"].dtype
+        x, mask = (batch[name].astype(dtype) for name in ("x", "mask"))
+        support = params.get("support") if needs_support else None
+        if needs_support and support is None and after_steps():
+            raise ValueError(
+                f'`conv4(normalization="{normalization}")` sees a query set without the support set, whose statistics '
+                "it is to be normalized by: with the query set's own the method would be transductive. Give the method "
+                '`keep_support=True`; or ask for statistics of the set at hand, `normalization="batch"`.'
+            )
+        if x.ndim not in (3, 4) or (*x.shape, 1)[3] != num_channels:  # [N, H, W] has one channel
+            raise ValueError(
+                f"`conv4(num_channels={num_channels})` takes images [N, H, W, {num_channels}]"
+                f"{' or [N, H, W]' * (num_channels == 1)}, channels last; got {x.shape}."
+            )
+        if support is not None:  # both sets, normalized by the statistics of the support set
+            x, mask = (
+                jnp.concatenate([support["x"].astype(dtype), x]),
+                jnp.append(support["mask"].astype(dtype), 0 * mask),
+            )
+        x = x.reshape(*x.shape[:3], num_channels)
+        if not strided and min(x.shape[1:3]) < 2**num_blocks:
+            raise ValueError(
+                f"Images of {x.shape[1:3]} are too small for {num_blocks} blocks, each of which halves them."
+            )
+        for i in range(num_blocks):
+            block = params[f"block{i}"]
+            strides, padding = ((2, 2) if strided else (1, 1)), ((1, 1), (1, 1))
+            x = jax.lax.conv_general_dilated(
+                x, block["w"], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            shift, by = block["shift"].reshape(1, 1, 1, -1), jnp.ones((1, 1, 1, 1), dtype)
+            if normalization != "none":
+                mean, variance = _moments(x, mask, block)
+                by = jax.lax.rsqrt(variance + _EPSILON) * block["scale"].reshape(1, 1, 1, -1)
+                shift = shift - mean * by
+            if strided:
+                x = jax.nn.relu(x * by + shift)
+                continue
+            # max(relu(x by + shift)) = relu(max(x by) + shift): after the maximum, a quarter of the entries is left.
+            sign = jnp.where(by < 0, -1, 1).astype(dtype)
+            x = jax.lax.reduce_window(x * sign, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            x = jax.nn.relu(x * (sign * by) + shift)
+        x = x.mean((1, 2)) if strided else x.reshape(len(x), -1)
+        return x if support is None else x[len(support["x"]) :]
+
+    def _moments(x, mask, block):
+        if normalization in ("group", "layer"):
+            groups = _GROUPS if normalization == "group" else 1
+            parts = x.reshape(*x.shape[:3], groups, -1)
+            mean, variance = parts.mean((1, 2, 4)), parts.var((1, 2, 4))  # [N, groups]
+            return tuple(jnp.repeat(m, num_filters // groups, axis=1)[:, None, None] for m in (mean, variance))
+        weights = (mask / mask.sum())[:, None, None, None]
+        over = lambda x: (weights * x.mean((1, 2), keepdims=True)).sum(
+            0, keepdims=True
+        )  # the mean over pixels comes first, so no number of pixels overflows
+        mean = over(x)
+        variance = over((x - mean) ** 2)
+        if normalization != "tasknorm":
+            return mean, variance
+        own = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # each example's own moments
+        alpha = jax.nn.sigmoid(block["mix"][0] * mask.sum() + block["mix"][1])
+        both = alpha * mean + (1 - alpha) * own[0]
+        return both, alpha * (variance + (mean - both) ** 2) + (1 - alpha) * (own[1] + (own[0] - both) ** 2)
+
+    return Network(init, features)

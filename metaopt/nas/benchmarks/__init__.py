@@ -1,0 +1,1 @@
+"""Readers and tables of published benchmarks."""

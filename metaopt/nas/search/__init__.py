@@ -1,0 +1,1 @@
+"""Searches for architectures, and what is done with their results."""

@@ -1,0 +1,191 @@
+"""h(t') by hypergradient: a predictor of the architecture for a task, learned over many tasks with a shared start.
+
+    α = h(t; φ),    θ_0 shared,    F(φ, θ_0) = Σ_t f_t(θ_T(θ_0, h(t; φ)), h(t; φ))
+
+On a new task, h predicts α at once. A few alternating steps of weights and α (`lookahead`, the rule of DARTS) fine-tune
+both.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.tree_util import tree_leaves_with_path
+
+from metaopt import _checks, base, hypergrad, predictors, spaces, training
+from metaopt.nas import _specs
+from metaopt.nas.search._architecture import Search
+from metaopt.nas.search._settings import plain
+
+
+class FineTunedArchitecture(NamedTuple):
+    """The result of fine-tuning on a new task.
+
+    Attributes:
+      alpha: α after the last step. For a search with `learn_init`, `search.genotype({"alpha": alpha})` decodes it.
+      params: the supernet's weights after the last step. `search.supernet.inherit` extracts the weights of one network.
+        `trained_network(search.supernet, params, task.train, weights=search.weights(alpha))` predicts with them.
+      values: [num_steps] the outer loss before every step of α.
+    """
+
+    alpha: base.HyperParams
+    params: base.Params
+    values: jax.Array
+
+
+class MetaArchitecture(NamedTuple):
+    """A search over tasks; `training.fit` learns its λ with the estimator `over_tasks()`.
+
+    Attributes:
+      estimator: estimates dF/dλ for one task. λ is {"h": φ, "init": θ_0}, or {"h": φ} if θ_0 is drawn at random.
+      hyperparams: `(key) -> λ`, the starting point.
+      alpha: `(λ, task) -> α`, the prediction of h for a task.
+      genotype: `(λ, task) -> Genotype`, a*.
+      fine_tune: `(key, λ, task) -> FineTunedArchitecture`; jit it, and vmap it over tasks.
+      over_tasks: `(**options) -> ` the estimator for a batch of tasks: `hypergrad.over_tasks(estimator, **options)`.
+        On a CPU (as the default backend), tasks run one after the other if inputs have positions, as images do.
+        Their activations then stay in the caches (`experiments/benchmarks/architecture.py`). The option `task_chunk`
+        overrides this.
+      settings: settings of the search and of h, as JSON values, for `training.fit(settings=meta.settings)`.
+
+    `save_meta_architecture` saves λ to disk.
+    """
+
+    estimator: base.Estimator
+    hyperparams: Callable[[jax.Array], base.HyperParams]
+    alpha: Callable[[base.HyperParams, base.Task], base.HyperParams]
+    genotype: Callable[[base.HyperParams, base.Task], _specs.Genotype]
+    fine_tune: Callable[[jax.Array, base.HyperParams, base.Task], FineTunedArchitecture]
+    over_tasks: Callable[..., base.Estimator]
+    settings: dict[str, Any]
+
+
+def meta_architecture_search(
+    search: Search,
+    predictor: base.Predictor,
+    *,
+    num_steps: int = 10,
+    ahead: int = 1,
+    optimizer: optax.GradientTransformation | None = None,
+) -> MetaArchitecture:
+    """A meta-searcher h: `predictors.amortize` over a search, with fine-tuning.
+
+    With `architecture_search(..., learn_init=True)` and `hypergrad.unrolled`, α and the start of training are learned
+    together through T inner steps. With a predictor that reads nothing of the task, this is the shared α of T-NAS and
+    MetaNAS, learned by exact second-order MAML. Without `learn_init`, only h is learned, by any rule.
+
+    Args:
+      search: a search for one task; its `estimator` is the rule that learns h.
+      predictor: h, whose prediction is α as `search` takes it. Use `predictors.mlp` for a task's features, or
+        `predictors.dataset_embedding` for its rows. Their space has `spaces.real` leaves, one [edges, ops] for each
+        kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`.
+      num_steps: steps of fine-tuning, at least 0. Each is one step of the weights, starting from θ_0, and then one
+        step of α.
+      ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is second-order DARTS, 0 is first-order DARTS.
+      optimizer: the optimizer of α in fine-tuning; `optax.adam(0.05, b1=0.5)` by default.
+
+    Returns:
+      A `MetaArchitecture`; its estimator is of the same kind as that of the search.
+
+    Raises:
+      ValueError: if `num_steps` is negative, or if λ of the search has parts other than α and a start, as for
+        `under_budget`. At trace time, if h predicts α of other kinds or shapes than the search has, or predicts
+        `Unconstrained` coordinates without a space in its `config`.
+
+    Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from metaopt import base, hypergrad, nas, predictors, spaces
+    >>> cell = nas.complete_cell(1, ("none", "mlp"))
+    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> rule = lambda problem: hypergrad.unrolled(problem, num_steps=3)
+    >>> search = nas.architecture_search(table, (3,), rule, ops=nas.BLOCKS, learn_init=True)
+    >>> h = predictors.mlp({"cell": spaces.real(shape=(1, 2))}, num_features=5)
+    >>> meta = nas.meta_architecture_search(search, h, num_steps=2)
+    >>> learned = meta.hyperparams(jax.random.key(0))  # `training.fit` of `meta.over_tasks()` learns it
+    >>> sorted(learned)
+    ['h', 'init']
+
+    A new task, whose features h reads:
+
+    >>> rows = {"x": jax.random.normal(jax.random.key(1), (16, 3)), "y": jnp.arange(16) % 2}
+    >>> task = base.Task(rows, rows, features=jnp.ones(5))
+    >>> sorted(meta.genotype(learned, task))  # a*, at once: kind -> edges
+    ['cell']
+    >>> tuned = jax.jit(meta.fine_tune)(jax.random.key(2), learned, task)
+    >>> tuned.values.shape, sorted(search.genotype({"alpha": tuned.alpha}))
+    ((2,), ['cell'])
+    """
+    _checks.check_integer("num_steps", num_steps, 0)
+    optimizer = optax.adam(0.05, b1=0.5) if optimizer is None else optimizer
+    made = jax.eval_shape(search.hyperparams, jax.eval_shape(lambda: jax.random.key(0)))
+    if isinstance(made, dict) and "multiplier" in made:
+        raise ValueError(
+            "`search` has a multiplier, which h cannot predict. Instead of `under_budget`, use a search with "
+            "`penalty=nas.resource_penalty(...)`."
+        )
+
+    def start(key):
+        """Returns the initial θ_0 if it is learned, else an empty dict."""
+        made = search.hyperparams(key)
+        return {"init": made["init"]} if isinstance(made, dict) and set(made) == {"alpha", "init"} else {}
+
+    def hyperparams(key):
+        h_key, init_key = jax.random.split(key)
+        return {"h": predictor.init(h_key), **start(init_key)}
+
+    wanted = jax.eval_shape(search.alpha, made)
+
+    def alpha(meta_params, task):
+        given = _in_natural_units(predictor, predictor.apply(meta_params["h"], task))
+        told = lambda tree: {jax.tree_util.keystr(p) or "α": x.shape for p, x in tree_leaves_with_path(tree)}
+        if jax.tree.structure(given) != jax.tree.structure(wanted) or told(given) != told(wanted):
+            raise ValueError(
+                f"`predictor` must return α with the leaves and shapes of the search, {told(wanted)}; it returned "
+                f"{told(given)}. `predictors.mlp` returns such a tree for a space with the same leaves, "
+                "`{kind: spaces.real(shape=(edges, ops))}`."
+            )
+        return given
+
+    def apply(meta_params, task):
+        given = alpha(meta_params, task)
+        return {"alpha": given, "init": meta_params["init"]} if "init" in meta_params else given
+
+    def fine_tune(key, meta_params, task):
+        given = apply(meta_params, task)
+        # θ_0 stays fixed as the start of training: only α moves.
+        at = (lambda alpha, step: {**given, "alpha": alpha}) if "init" in meta_params else (lambda alpha, step: alpha)
+        rule = hypergrad.lookahead(base.reparametrized(search.problem, at), num_steps=ahead)
+        learner = training.learner(rule, optimizer)
+
+        def step(state, _):
+            state, metrics = learner.step(state)
+            return state, metrics["value"]
+
+        state = learner.init(key, alpha(meta_params, task), task)
+        state, values = jax.lax.scan(step, state, length=num_steps)
+        return FineTunedArchitecture(state.hyperparams, search.problem.loop.params(state.estimator_state.inner), values)
+
+    estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, apply, predictor.config))
+
+    def over_tasks(**options):
+        if jax.default_backend() == "cpu" and len(search.supernet.in_shape) > 1:
+            options = {"task_chunk": 1, **options}
+        return hypergrad.over_tasks(estimator, **options)
+
+    genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
+    settings = {"search": search.settings, "h": plain(predictor.config, depth=20)}
+    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, over_tasks, settings)
+
+
+def _in_natural_units(predictor: base.Predictor, predicted: base.HyperParams) -> base.HyperParams:
+    """Converts predictions in unconstrained coordinates to λ; returns other predictions unchanged."""
+    if not isinstance(predicted, spaces.Unconstrained):
+        return predicted
+    if "space" not in predictor.config:
+        raise ValueError(
+            "`predictor` returns unconstrained coordinates (`spaces.Unconstrained`), but its `config` has no space to "
+            'convert them. Pass `config={"space": spaces.to_json(space)}`, or return α itself.'
+        )
+    return spaces.to_constrained(spaces.from_json(predictor.config["space"]), predicted)

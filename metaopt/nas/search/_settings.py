@@ -1,0 +1,92 @@
+"""The settings of a search as JSON values, by which checkpoints are recognized."""
+
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import types
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from metaopt.nas import _specs
+
+P = ParamSpec("P")
+S = TypeVar("S")
+
+
+def plain(value: Any, depth: int = 12) -> Any:
+    """Converts a value to JSON types.
+
+    A function becomes its name, the values that it encloses and the defaults of its arguments. A method also has its
+    object, and a dataclass its fields. An array of more than 100 entries becomes its shape and a checksum. Any other
+    value that JSON does not have, or that lies deeper than `depth`, becomes the name of its type. The arguments of
+    a factory are therefore recorded (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`). A number that is written
+    in a function's body is not.
+    """
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
+        if isinstance(value, jax.Array) and (value.is_deleted() or not value.is_fully_addressable):
+            value = f"{value.shape}, {value.dtype}"  # the entries cannot be read here
+        elif jnp.issubdtype(value.dtype, np.number) or value.dtype == bool:
+            array = np.asarray(value)
+            value = array.tolist() if array.size <= 100 else f"{array.shape}, checksum {zlib.crc32(array.tobytes())}"
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if not depth:
+        return type(value).__name__
+    inside = lambda x: plain(x, depth - 1)
+    if isinstance(value, Mapping):
+        return {str(inside(name)): inside(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [inside(x) for x in value]
+    if inspect.ismethod(value):  # before jitted functions: a method has the attributes of its function
+        return inside([value.__func__, value.__self__])
+    if callable(value) and hasattr(value, "__wrapped__"):  # jitted
+        return inside(inspect.unwrap(value))
+    if isinstance(value, functools.partial):
+        return inside([value.func, value.args, value.keywords])
+    if inspect.isfunction(value):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        enclosed = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # skips unassigned
+        defaults = {f"default {i}": x for i, x in enumerate(value.__defaults__ or ())} | (value.__kwdefaults__ or {})
+        return {f"{value.__module__}.{value.__qualname__}": inside(enclosed | defaults)}
+    if dataclasses.is_dataclass(value) and not inspect.isclass(value):
+        fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]  # skips unassigned
+        return {type(value).__name__: inside({name: getattr(value, name) for name in fields})}
+    return type(value).__name__
+
+
+def of_network(network: _specs.Space) -> dict[str, Any]:
+    """Converts a spec to JSON types."""
+    return json.loads(_specs.to_json(network))
+
+
+def with_settings(method: Callable[P, S]) -> Callable[P, S]:
+    """Wraps a method: its result's `settings` then have the method's name, the network and all arguments except `ops`.
+
+    If methods call one another, the outermost one is named. The arguments of the inner methods, defaults included,
+    override the arguments of the outer one, so writing out a default changes nothing. Settings that a method has
+    already put into its result override its arguments.
+    """
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def made(*args: P.args, **kwargs: P.kwargs) -> S:
+        result: Any = method(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = {name: x for name, x in bound.arguments.items() if name not in ("network", "ops", "options")}
+        told = {"method": "", **{name: plain(x) for name, x in given.items()}, **result.settings}
+        network = told.pop("network", None) or of_network(bound.arguments["network"])
+        # The error about a checkpoint names the first setting that differs, so the whole network comes last.
+        return result._replace(settings={**told, "method": method.__name__, "network": network})
+
+    return made

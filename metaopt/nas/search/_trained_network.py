@@ -1,0 +1,280 @@
+"""A trained network that predicts: its weights, and the statistics of training rows that it normalizes by.
+
+    state, losses = train(made.loop, data, ...)
+    network = made.finish(state, data)         # or `trained_network(supernet, params, data)`
+    network.predict(x)                         # a batch of one row, or of any number of rows
+    save_trained_network(path, network)        # `load_trained_network(path, ops=...)` reads it
+
+Training normalizes by the batch. A prediction must not do so: the answer for a row would depend on the other rows of
+the batch. After training, the moments of every normalization are therefore computed over training rows, as one batch,
+and stored. There are three reasons to prefer these statistics to running averages of training:
+
+- they are exact after any number of steps;
+- they hold for any mixing weights of a supernet, while no single running average does;
+- training carries no additional state.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import _checks, _files, _saving, base, inner
+from metaopt.nas import _ops, _specs, _supernet
+
+_FORMAT = "metaopt.trained_network"
+_VERSION = 1
+_BATCH = 256  # rows per prediction batch
+
+
+class TrainedNetwork(NamedTuple):
+    """A network whose output for a row depends only on this row; `trained_network` makes it.
+
+    Attributes:
+      supernet: the `nas.supernet` of the network's spec.
+      params: the network's weights.
+      weights: mixing weights of a supernet, kind -> [edges, ops]; None for a discrete network.
+      statistics: mean and variance of every normalization, over training rows.
+      outputs: `(x) -> [N, num_outputs]`, such as logits, for x [N, *in_shape] with any N, on the host.
+    """
+
+    supernet: _supernet.Supernet
+    params: base.Params
+    weights: Mapping[str, Any] | None
+    statistics: list[Any]
+    outputs: Callable[[Any], np.ndarray]
+
+    def predict(self, x: Any) -> np.ndarray:
+        """Predicts the class of each row: the index of the largest output.
+
+        Args:
+          x: [N, *in_shape]. For one image, pass `image[None]`.
+
+        Returns:
+          [N] integers; [N, positions...] for a network without pooling.
+
+        Raises:
+          ValueError: if x has another shape, or an output is NaN.
+        """
+        outputs = self.outputs(x)
+        wrong = np.isnan(outputs).any(-1)
+        if wrong.any():
+            raise ValueError(
+                f"The outputs of {int(wrong.sum())} of {wrong.size} rows are NaN, so they have no class: `x` has a NaN "
+                "there, or the training diverged (take a smaller rate)."
+            )
+        return outputs.argmax(-1)
+
+    def accuracy(self, data: Mapping[str, Any]) -> float:
+        """Returns the share of rows with a correct prediction.
+
+        Args:
+          data: {"x" [N, *in_shape], "y"}. Labels are integers or booleans, shaped like the outputs without their last
+            axis. With "mask" [N], only real rows count. With "class_mask" [C], only real classes can be predicted.
+
+        Returns:
+          In [0, 1]. A row with a NaN among its outputs counts as wrong.
+
+        Raises:
+          ValueError: if x and y have different numbers of rows, or if y has another type or shape. Also if "mask" is
+            not [N] or has no real row, if "class_mask" is not [C], or if a label is not a class.
+        """
+        rows = _real_rows(data)
+        x, y = np.asarray(data["x"]), np.asarray(data["y"])
+        if not len(rows) or (data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]):
+            raise ValueError(
+                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with at least one real row; '
+                f"got shape {np.shape(data['mask'])} and {len(rows)} real rows."
+            )
+        outputs = self.outputs(x[rows])
+        inner.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
+        if data.get("class_mask") is not None:
+            outputs = np.where(np.asarray(data["class_mask"]) > 0, outputs, -np.inf)
+        right = (outputs.argmax(-1) == y[rows]) & ~np.isnan(outputs).any(-1)
+        return float(right.mean())
+
+
+def trained_network(
+    supernet: _supernet.Supernet,
+    params: base.Params,
+    data: Mapping[str, Any],
+    *,
+    weights: Mapping[str, Any] | None = None,
+    num_rows: int = 1_024,
+) -> TrainedNetwork:
+    """Computes the statistics that a trained network normalizes by, so that it can predict.
+
+        mean, variance = moments of each normalization's input over training rows, taken as one batch
+
+    The rows are not augmented, and no edges are dropped. A network without normalization has no statistics.
+
+    Args:
+      supernet: `nas.supernet` of a discrete network or of a space, such as `search.supernet`.
+      params: its trained weights.
+      data: the training data, {"x": [N, *in_shape]}; with "mask" [N] only real rows are used.
+      weights: mixing weights of a supernet: `search.weights(alpha)`, or `nas.one_hot(network, genotype)` for one
+        architecture with the supernet's weights. None for a discrete network.
+      num_rows: R, the largest number of training rows used for the statistics, at least 2. If there are more rows, R
+        of them are drawn, always the same ones. The standard error of the means is about 1/√R of a channel's standard
+        deviation, and less if there are positions. It takes the memory of one forward pass of R rows.
+
+    Returns:
+      A `TrainedNetwork`.
+
+    Raises:
+      ValueError: if `data` is not a dict with "x", if there are fewer than two real rows, or if `num_rows < 2`. Also if
+        the supernet is `single_path` and `weights` are not one-hot. Also if an op computes over the batch without
+        `nas.normalized`, so that the output for a row still depends on the other rows.
+
+    Sources: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420 (statistics of each architecture in a supernet);
+      Wu & Johnson, 2021, https://arxiv.org/abs/2105.07576, Sec. 3 (statistics of training rows or running averages)
+
+    >>> import jax, numpy as np
+    >>> from metaopt import nas
+    >>> network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
+    >>> supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
+    >>> rows = np.random.default_rng(0).normal(size=(32, 3))
+    >>> trained = nas.trained_network(supernet, supernet.init(jax.random.key(0)), {"x": rows})
+    >>> bool(trained.predict(rows[5:6])[0] == trained.predict(rows)[5])
+    True
+    """
+    _checks.check_integer("num_rows", num_rows, 2)
+    rows = _real_rows(data)
+    if len(rows) < 2:
+        raise ValueError(f"`data` must have at least two real rows to take statistics of; got {len(rows)}.")
+    if len(rows) > num_rows:
+        rows = np.sort(rows[np.asarray(jax.random.permutation(jax.random.key(0), len(rows))[:num_rows])])
+    x = np.asarray(data["x"])[rows]
+    jax.eval_shape(lambda x: supernet.statistics(params, weights, x), x)  # checks mixing weights, which jit would trace
+    statistics = jax.jit(inner.im2col(supernet.statistics, only_on_cpu=True))(params, weights, x)
+    network = _network(supernet, params, weights, statistics)
+    _check_independent(network, x[:_BATCH])
+    return network
+
+
+def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) -> None:
+    """Writes a network with its weights and statistics as one `.npz` file, atomically.
+
+    Args:
+      path: the file.
+      network: from `trained_network`, or from `finish` of `retraining`. Its ops are functions and are not saved.
+
+    Raises:
+      ValueError: if a weight is not finite.
+    """
+    supernet = network.supernet
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "network": json.loads(_specs.to_json(supernet.network)),
+        "in_shape": [int(size) for size in supernet.in_shape],
+        "single_path": bool(supernet.single_path),
+        "partial": int(supernet.partial),
+    }
+    leaves = _saving.arrays("params", network.params) | _saving.arrays("statistics", network.statistics)
+    leaves |= _saving.arrays("weights", network.weights)
+    # The format has no bfloat16; float32 represents every bfloat16 number.
+    arrays = {k: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None) for k, x in leaves.items()}
+    try:
+        _check_finite(arrays)
+    except ValueError as error:
+        raise ValueError(f"`network` cannot be saved: {error}.") from None
+    _saving.write(path, _saving.encode(header, "The network"), arrays)
+
+
+def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, _ops.Op]) -> TrainedNetwork:
+    """Reads a file that `save_trained_network` wrote. Nothing in the file is executed.
+
+    Args:
+      path: the file.
+      ops: the ops that the network was built with, such as `nas.DARTS_OPS`; {} for a network of sizes.
+
+    Returns:
+      A `TrainedNetwork` with the same outputs as the saved one, to rounding.
+
+    Raises:
+      ValueError: if the file is of another kind or a newer version, if `ops` lacks an op of the network, or if the
+        arrays do not fit.
+    """
+    built: list[Any] = []
+
+    def check(header, specs):
+        with _files.reading(path, "does not describe a network with these `ops` as it should"):
+            built.extend(_templates(header, specs, ops))
+
+    _, arrays = _saving.read(path, _FORMAT, _VERSION, "save_trained_network", check=check)
+    supernet, templates = built
+    with _files.reading(path, "does not have the weights of a trained network"):
+        _check_finite(arrays)
+    read = lambda kind: jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.asarray(arrays[kind + jax.tree_util.keystr(path)]), templates[kind]
+    )
+    return _network(supernet, read("params"), read("weights"), read("statistics"))
+
+
+def _templates(
+    header: dict[str, Any], specs: Mapping[str, Any], ops: Mapping[str, _ops.Op]
+) -> tuple[_supernet.Supernet, Any]:
+    """Returns the supernet and the shapes of its arrays; raises ValueError if the arrays of the file do not match."""
+    options = {name: header[name] for name in ("single_path", "partial")}
+    network, in_shape = _specs.from_json(json.dumps(header["network"])), tuple(header["in_shape"])
+    supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
+    params = jax.eval_shape(supernet.init, jax.random.key(0))
+    weights = None
+    if any(name.startswith("weights") for name in specs):
+        sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in network.cells.items()}
+        weights = {kind: jax.ShapeDtypeStruct(size, float) for kind, size in sizes.items()}
+    x = jax.ShapeDtypeStruct((2, *in_shape), float)
+    statistics = jax.eval_shape(supernet.statistics, params, weights, x)
+    templates = {"params": params, "weights": weights, "statistics": statistics}
+    _saving.check_shapes(
+        specs, {n: leaf.shape for kind, tree in templates.items() for n, leaf in _saving.arrays(kind, tree).items()}
+    )
+    return supernet, templates
+
+
+def _network(supernet, params, weights, statistics) -> TrainedNetwork:
+    apply = lambda at, x: supernet.apply(at[0], at[1], x, statistics=at[2])
+    run = jax.jit(inner.im2col(apply, only_on_cpu=True))
+
+    def outputs(x):
+        x, parts = np.asarray(x), []
+        for start in range(0, max(len(x), 1), _BATCH):
+            part = x[start : start + _BATCH]
+            # Rounds up to a power of two, because every new size is compiled.
+            size = 1 << max(len(part) - 1, 0).bit_length()
+            padded = np.concatenate([part, np.zeros((size - len(part), *x.shape[1:]), x.dtype)])
+            parts.append(np.asarray(run((params, weights, statistics), padded))[: len(part)])
+        return np.concatenate(parts)
+
+    return TrainedNetwork(supernet, params, weights, statistics, outputs)
+
+
+def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
+    """Returns the indices of the rows that are not padding."""
+    mask = inner.row_mask(data)
+    return np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
+
+
+def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
+    """Raises ValueError if the outputs of the even rows change when the odd rows are set to zero."""
+    others = np.arange(len(x)) % 2 == 1
+    blank = np.where(others.reshape(-1, *[1] * (x.ndim - 1)), np.zeros_like(x), x)
+    before, after = (network.outputs(rows)[~others] for rows in (x, blank))
+    if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * np.nanmax(abs(before), initial=0), equal_nan=True):
+        raise ValueError(
+            "The outputs of a row still depend on the other rows of the batch: an own op computes over the batch. "
+            "Let it normalize by `nas.normalized`, for which statistics of training rows are known."
+        )
+
+
+def _check_finite(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError if a weight is not finite or a variance is negative. Ops that never run have NaN statistics."""
+    for name, array in arrays.items():
+        _files.check_finite(name, array, missing=name.startswith("statistics"))
+        if name.endswith("variance") and (array < 0).any():
+            raise ValueError(f"the array {name} has negative entries")

@@ -1,0 +1,94 @@
+"""Fine-tuning: a few hypergradient steps on one new task, starting from a predicted λ."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import _checks, base, spaces
+from metaopt.training import _learner
+
+
+class FineTuned(NamedTuple):
+    """The result of fine-tuning.
+
+    Attributes:
+      hyperparams: the visited λ with the smallest outer loss, including the start. It is in natural units if
+        `fine_tune` was given `space`, and otherwise in the units of the start.
+      value: [] the outer loss of this λ.
+      step: [] int32, the outer step at which it was visited; 0 is the start.
+      values: [num_steps + 1] the outer loss at every visited λ; NaN if no horizon ended there.
+    """
+
+    hyperparams: base.HyperParams
+    value: jax.Array
+    step: jax.Array
+    values: jax.Array
+
+
+def fine_tune(
+    estimator: base.Estimator,
+    *,
+    num_steps: int = 5,
+    optimizer: optax.GradientTransformation | None = None,
+    space: base.PyTree | None = None,
+) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
+    """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
+
+        λ_{k+1} = λ_k + optimizer(dF/dλ(λ_k)),    λ* = argmin_{k ≤ K} F(λ_k)
+
+    Start from λ in natural units, or from a prediction g(t') = `predictor.apply(meta_params, task)`, which is
+    `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
+    pure: jit it, and vmap it over tasks that each have their own λ.
+
+    F is a sample (each step has a new key), so the smallest of K + 1 values is an optimistic estimate of the outer
+    loss. Evaluate the result on data that took no part.
+
+    This tunes λ. `few_shot.pretrained` fine-tunes a pre-trained model θ to a few-shot task.
+
+    Args:
+      estimator: the estimator for one task, of `spaces.constrain(problem, space)`, so that λ stays inside its space. A
+        rule that carries training between estimates has comparable values only where a horizon ended. Before that, F
+        falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
+      num_steps: K, at least 0; 0 returns the start.
+      optimizer: any optax transform; `optax.adam(0.1)` by default.
+      space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
+        natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
+
+    Returns:
+      `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
+
+    Raises:
+      ValueError: if `num_steps` is negative. At trace time, if the start does not fit `space`, or if `space` is missing
+        and a start in natural units meets an estimator in unconstrained coordinates.
+    """
+    _checks.check_integer("num_steps", num_steps, 0)
+    learner = _learner.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer)
+
+    def tune(key, hyperparams, task):
+        init_key, last_key = jax.random.split(key)
+        if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
+            hyperparams = spaces.to_unconstrained(space, hyperparams)
+
+        def step(state, _):
+            visited = state.hyperparams
+            state, metrics = learner.step(state)
+            whole = metrics["num_done"] > 0
+            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
+
+        state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
+        last = state.hyperparams
+        # Only the value is used, so the compiler omits the gradient.
+        estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]
+        counts = jnp.all(estimate.done) | ~jnp.isfinite(values).any()
+        last_value = jnp.where(counts, estimate.value, jnp.nan)
+        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
+        values = jnp.append(values, last_value)
+        best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
+        tuned = jax.tree.map(lambda x: x[best], visited)
+        tuned = tuned if space is None else spaces.to_constrained(space, tuned)
+        return FineTuned(tuned, values[best], best, values)
+
+    return tune

@@ -1,0 +1,228 @@
+"""Trials that are paused and continued, on curves that are known."""
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import base, blackbox, spaces
+from metaopt.blackbox import _freeze_thaw
+
+pytestmark = pytest.mark.once
+
+SPACE = {"x": spaces.interval(0.0, 1.0)}
+CANDIDATES = [{"x": v} for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+FIDELITIES = (0.25, 0.5, 1.0)
+
+
+def outcome(task, x, fidelity):
+    """All begin alike, and part by their ends; the best x is the task."""
+    return 0.2 + 0.8 * (1 - fidelity) ** 2 + fidelity * (x - task) ** 2
+
+
+@pytest.fixture(scope="module")
+def g():
+    earlier = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    records = [
+        base.Record(str(task), c, outcome(task, c["x"], f), f)
+        for task in earlier
+        for c in CANDIDATES
+        for f in FIDELITIES
+    ]
+    records.append(base.Record("0.0", {"x": 0.3}, status="FAIL"))  # is no candidate
+    return blackbox.train_curve_searcher(records, space=SPACE, num_steps=3)
+
+
+def begin(g, **kwargs):
+    searcher = g.searcher(**kwargs)
+    return searcher, searcher.init(jax.random.key(0), SPACE)
+
+
+def done(trial, task):
+    return trial._replace(status="COMPLETE", outcome=outcome(task, trial.configuration["x"], trial.fidelity))
+
+
+def test_every_trial_climbs_its_fidelities_and_all_end(g):
+    searcher, state = begin(g)
+    seen: dict[int, list] = {}
+    for _ in range(len(CANDIDATES) * len(FIDELITIES)):
+        (trial,), state = searcher.ask(state, 1)
+        seen.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
+        state = searcher.tell(state, [done(trial, 0.7)])
+    assert list(seen) == [0, 1, 2, 3, 4]
+    for steps in seen.values():
+        x, fidelities, seeds = zip(*steps, strict=True)
+        assert fidelities == FIDELITIES and len(set(x)) == len(set(seeds)) == 1
+    assert len({steps[0][0] for steps in seen.values()}) == len(CANDIDATES)
+    assert searcher.ask(state, 2)[0] == []
+
+
+def test_the_best_is_found_without_ending_the_others(g):
+    for task in (0.1, 0.5, 0.9):
+        records = blackbox.collect(
+            lambda trial, task: outcome(task, trial.configuration["x"], trial.fidelity),
+            SPACE,
+            {"new": task},
+            num_trials=2,
+            key=jax.random.key(0),
+            searcher=g.searcher(),
+            resumes=True,
+            isolated=False,
+            num_workers=1,
+            progress=False,
+        )
+        ended = [r for r in records if r.fidelity == 1.0]
+        best = min(CANDIDATES, key=lambda c: (c["x"] - task) ** 2)
+        assert best in [r.configuration for r in ended] and len(ended) <= 2 < len({r.trial for r in records}) + 1
+
+
+def test_predictions_follow_what_was_seen(g):
+    """Before: the mean of the tasks. After two beginnings on the task x = 1: its order, at narrower intervals."""
+    nothing = g.predict()
+    order = [g.candidates.index(c) for c in CANDIDATES]
+    trials = [
+        base.Record("", c, outcome(1.0, c["x"], f), f) for c in (CANDIDATES[0], CANDIDATES[4]) for f in (0.25, 0.5)
+    ]
+    quantiles = g.predict(trials, (0.1, 0.5, 0.9))[order]
+    assert quantiles.shape == (5, 3) and (np.diff(quantiles) >= 0).all() and nothing.shape == (5, 3)
+    truth = [outcome(1.0, c["x"], 1.0) for c in CANDIDATES]
+    assert np.abs(quantiles[:, 1] - truth).mean() < 0.3 * np.abs(nothing[order][:, 1] - truth).mean()
+    assert set(np.argsort(quantiles[:, 1])[:2]) == {3, 4}
+    failed = [trials[0]._replace(status="FAIL", outcome=np.nan)]
+    np.testing.assert_array_equal(g.predict(failed), nothing)
+
+
+def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
+    searcher, state = begin(g, first=[CANDIDATES[3], CANDIDATES[1]])
+    asked, state = searcher.ask(state, 9)
+    assert [t.configuration for t in asked[:2]] == [CANDIDATES[3], CANDIDATES[1]]
+    assert [t.fidelity for t in asked] == [0.25] * 5 and len({t.trial for t in asked}) == 5
+    state = searcher.tell(state, [asked[0]._replace(status="FAIL"), asked[1]._replace(status="PRUNED"), *asked[2:4]])
+    assert searcher.ask(state, 1)[0] == []  # two are closed, and three run still: "WAITING" ends nothing
+    state = searcher.tell(state, [done(asked[4], 0.5)])
+    (again, *rest), _ = searcher.ask(state, 3)
+    assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
+
+
+def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place(g):
+    searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first is no candidate
+    state, asked = searcher.init(jax.random.key(0), SPACE), []
+    for _ in range(len(CANDIDATES) * len(FIDELITIES)):
+        trials, state = searcher.ask(state, 1)
+        asked += trials
+        state = searcher.tell(state, [done(trial, 0.7) for trial in trials])
+    tried = [(trial.configuration["x"], trial.fidelity) for trial in asked]
+    # The second is at its full budget by then.
+    assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
+    assert set(tried[2:]) == {(c["x"], f) for c in CANDIDATES if c["x"] != 0.75 for f in FIDELITIES}
+    others = [base.Record("", {"x": x}, 1.0, f) for x, f in (("far", 1.0), ([0], 1.0), (0.5, 0.3))]
+    assert searcher.tell(state, [*others, base.Record("", {"y": 0.5}, 1.0)]).searcher == state.searcher
+
+
+def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not_go_on(g):
+    """It is the outcome of some fidelity below the one that was asked for."""
+    searcher, state = begin(g)
+    asked, state = searcher.ask(state, 5)
+    state = searcher.tell(state, [done(t, 0.5) for t in asked])
+    (first,), state = searcher.ask(state, 1)
+    half_way = first._replace(status="PRUNED", outcome=outcome(0.5, first.configuration["x"], 0.3))
+    told = searcher.tell(state, [half_way])
+    assert told.seen == state.seen and len(told.seen) == 5 and len(told.closed) == 1 and told.pending == ()
+    assert first.trial not in {t.trial for t in searcher.ask(told, 4)[0]}
+    ended = [done(t, 0.5) for t in asked]
+    np.testing.assert_array_equal(g.predict([*ended, half_way]), g.predict(ended))
+    # Nor is it an end that others would have to be better than.
+    full = half_way._replace(fidelity=1.0, outcome=-9.0)
+    np.testing.assert_array_equal(g.predict([full]), g.predict())
+    for record in (full, full._replace(outcome=np.nan)):
+        assert searcher.tell(begin(g)[1], [record]).seen == ()
+
+
+def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g, monkeypatch):
+    # One has only begun, long ago and badly, and one has not been at the last fidelity.
+    every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
+    seen = lambda observed: [
+        (int(c), int(j))
+        for c, j, mask in zip(observed.candidate, observed.fidelity, observed.mask, strict=True)
+        if mask
+    ]
+    assert seen(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
+    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 7)  # where each candidate is, and two before that
+    assert seen(_freeze_thaw._padded(every)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 4)  # the best two of them, and the latest two others
+    assert seen(_freeze_thaw._padded(every)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
+    searcher, state = begin(g)
+    asked = []
+    for _ in range(15):
+        (trial,), state = searcher.ask(state, 1)
+        asked.append((trial.trial, trial.fidelity))
+        state = searcher.tell(state, [done(trial, 0.7)])
+    assert len(set(asked)) == 15 and searcher.ask(state, 1)[0] == []
+
+
+def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
+    records = [
+        base.Record(str(task), c, outcome(task, c["x"], f), f)
+        for task in (0.0, 0.5, 1.0)
+        for c in CANDIDATES
+        for f in FIDELITIES
+    ]
+    early = base.Record("0.5", CANDIDATES[2], outcome(0.5, 0.5, 0.3), 1.0, status="PRUNED")
+    one, other = (
+        blackbox.train_curve_searcher(r, space=SPACE, num_steps=0).surrogate.mean for r in (records, [*records, early])
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g, monkeypatch):
+    searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
+    asked = []
+    for _ in CANDIDATES:
+        (trial,), state = searcher.ask(state, 1)
+        state = searcher.tell(state, [done(trial, 0.7)])
+        asked.append(trial)
+    assert {t.fidelity for t in asked} == {1.0} and {t.configuration["x"] for t in asked} == {0, 0.25, 0.5, 0.75, 1}
+    assert asked[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in asked[1:3]]
+    assert searcher.ask(state, 1)[0] == []
+    # What is paid does not matter any more, and what was seen below the full budget is believed all the same.
+    low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
+    to_pay, real = [], _freeze_thaw._score
+    monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: to_pay.append(np.asarray(args[3])) or real(*args))
+    (trial,), _ = searcher.ask(searcher.tell(begin(g, resumes=False)[1], low), 1)
+    assert (trial.fidelity, trial.configuration) == (1.0, CANDIDATES[3]) and (to_pay[0] == 1).all()
+
+
+def test_bad_input_is_named(g):
+    with pytest.raises(ValueError, match="is not one of the candidates"):
+        g.predict([base.Record("", {"x": 0.1}, 1.0, 0.25)])
+    with pytest.raises(ValueError, match="fidelity must be one of"):
+        g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
+    searcher, state = begin(g)
+    (asked,), state = searcher.ask(state, 1)
+    told = done(asked, 0.5)._replace(fidelity=0.2501)
+    with pytest.raises(ValueError, match=r"fidelity must be one of .*\[0.25, 0.5, 1.0\], .*; got 0.2501 for trial 0"):
+        searcher.tell(state, [told])
+    assert searcher.tell(state, [told._replace(seed=asked.seed + 1)]) == state  # another search's
+    rounded = searcher.tell(state, [told._replace(fidelity=0.25 + 1e-8)])
+    assert rounded.pending == () and len(rounded.seen) == 1
+    with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
+        g.predict((), (0.0, 0.5))
+    failed = base.Record("c", CANDIDATES[0], status="FAIL")
+    for names in ("a", "ab"):
+        records = [*(base.Record(name, CANDIDATES[0], 1.0) for name in names), failed]
+        with pytest.raises(ValueError, match=f"`records` must .* for at least three tasks, .*; got {len(names)}"):
+            blackbox.train_curve_searcher(records, space=SPACE)
+    half = [base.Record(name, CANDIDATES[0], 1.0, f) for name in "abc" for f in (0.25, 0.5)]
+    with pytest.raises(ValueError, match="at fidelity 1, the full budget, .*; the largest fidelity is 0.5"):
+        blackbox.train_curve_searcher(half, space=SPACE)
+
+
+def test_a_full_budget_but_for_rounding_is_no_fidelity_of_its_own(monkeypatch):
+    monkeypatch.setattr(_freeze_thaw.predictors, "calibrate", lambda surrogate, key: surrogate)
+    records = [
+        base.Record(str(task), c, outcome(task, c["x"], f), 0.9999999 if task == 0.5 and f == 1 else f)
+        for task in (0.0, 0.5, 1.0)
+        for c in CANDIDATES
+        for f in FIDELITIES
+    ]
+    g = blackbox.train_curve_searcher(records, space=SPACE, num_steps=0)
+    assert g.surrogate.fidelities.tolist() == list(FIDELITIES)

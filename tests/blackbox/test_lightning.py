@@ -1,0 +1,540 @@
+"""Lightning's epochs as fidelities: by a stub of what is called of it, and, where it is installed, by itself."""
+
+import collections
+import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+import types
+from pathlib import Path
+from pickle import UnpicklingError
+
+import jax
+import pytest
+
+from metaopt import Record, blackbox, spaces
+from metaopt.blackbox import lightning
+from metaopt.blackbox._fingerprint import fingerprint
+
+SPACE = {"width": spaces.integer(4, 32, log=True), "rate": spaces.interval(1e-4, 1e-1, log=True)}
+real = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+
+
+class StubTrainer:
+    """What `Trainer.fit` does with callbacks and checkpoints, and no more."""
+
+    is_global_zero = True
+
+    def __init__(self, *, max_epochs, callbacks, **options):
+        self.max_epochs, self.callbacks, self.options = max_epochs, callbacks, options
+        self.callback_metrics, self.should_stop, self.current_epoch = {}, False, 0
+
+    def dump_checkpoint(self):
+        checkpoint = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        checkpoint |= {"epoch": self.current_epoch + 1, "theta": self.module.theta}
+        checkpoint |= {"hyper_parameters": {"act": abs}, "hparams_type": dict}
+        checkpoint |= {"datamodule_hyper_parameters": {"folder": Path("a")}}
+        for callback in self.callbacks:
+            callback.on_save_checkpoint(self, self.module, checkpoint)
+        return checkpoint
+
+    def save_checkpoint(self, path):
+        Path(path).write_text(json.dumps(self.dump_checkpoint()))
+
+    def fit(self, module, train, valid, ckpt_path=None):
+        self.module = module
+        if ckpt_path is not None:
+            state = module.read(Path(ckpt_path))
+            self.current_epoch, module.theta = state["epoch"], state["theta"]
+            for callback in self.callbacks:
+                callback.load_state_dict(state[callback.state_key])
+        for callback in self.callbacks:
+            callback.setup(self, module, "fit")
+        while self.current_epoch < self.max_epochs and not self.should_stop:
+            for callback in self.callbacks:
+                callback.on_train_epoch_start(self, module)
+            for callback in self.callbacks:
+                callback.on_train_batch_start(self, module, None, 0)
+            module.theta = module.step(module.theta)
+            self.callback_metrics = {module.logs: module.theta}
+            for callback in self.callbacks:
+                callback.on_train_epoch_end(self, module)
+            assert "hyper_parameters" in self.dump_checkpoint()  # those of others have them
+            self.current_epoch += 1
+
+
+class Halving:
+    logs = "val_loss"
+
+    def __init__(self, rate):
+        self.theta, self.rate, self.steps = 1.0, rate, 0
+
+    def step(self, theta):
+        self.steps += 1
+        return theta * (1 - self.rate)
+
+    def read(self, checkpoint):
+        return json.loads(checkpoint.read_text())
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A module in the place of Lightning; its list of seeds."""
+    module: object = types.ModuleType("lightning.pytorch")
+    seeds = []
+    module.Callback, module.Trainer = type("Callback", (), {}), StubTrainer
+    module.LightningDataModule = type("LightningDataModule", (), {})
+    module.seed_everything = lambda seed, verbose: seeds.append(seed)
+    monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", module)
+    return seeds
+
+
+def make(made, **kwargs):
+    def module(configuration, task):
+        made.append(Halving(configuration["rate"]))
+        return made[-1]
+
+    return lightning.objective(module, lambda configuration, task: ((), ()), max_epochs=8, **kwargs)
+
+
+TRIAL = Record("t", {"rate": 0.5}, fidelity=0.5, seed=7, status="WAITING", trial=3)
+
+
+def test_every_epoch_is_a_record_and_the_last_is_the_outcome(stub):
+    made, told = [], []
+    assert make(made, report=told.append)(TRIAL, None) == 1 / 16
+    assert [record.fidelity for record in told] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
+    assert [record.outcome for record in told] == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert all(record[:2] == TRIAL[:2] and (record.seed, record.trial) == (7, 3) for record in told)
+    assert len(set(stub)) == 8 and stub[0] == stub[1] == 7  # the module's, the first epoch's, two for each
+    assert make(made, mode="max")(TRIAL, None) == -1 / 16
+
+
+def test_what_is_given_up_is_pruned_with_its_last_outcome(stub):
+    made = []
+    records = blackbox.collect(
+        make(made, report=lambda record: record.outcome > 0.3),
+        {"rate": spaces.interval(0.1, 0.9)},
+        {"t": None},
+        num_trials=2,
+        key=jax.random.key(0),
+        searcher=blackbox.random_search(first=[{"rate": 0.1}, {"rate": 0.8}]),
+        isolated=False,
+    )
+    assert [record.status for record in records] == ["PRUNED", "COMPLETE"]
+    assert records[0].outcome == pytest.approx(0.9) and made[0].steps == 1
+    assert records[1].outcome == pytest.approx(0.2**8)
+
+
+def test_a_larger_fidelity_goes_on_from_the_checkpoint_and_equals_what_was_not_interrupted(stub, tmp_path):
+    made = []
+    objective = make(made, checkpoints=tmp_path)
+    whole = make([])(TRIAL._replace(fidelity=1.0), None)
+    of_whole = stub[1:]
+    stub.clear()
+    assert objective(TRIAL, None) == 1 / 16 and made[0].steps == 4
+    seeds = stub[1:]
+    stub.clear()
+    assert objective(TRIAL._replace(fidelity=1.0), None) == whole == 1 / 256 and made[1].steps == 4
+    assert seeds + stub[1:] == of_whole  # each epoch's own, wherever training was cut
+    assert objective(TRIAL._replace(fidelity=1.0), None) == whole and made[2].steps == 0
+    assert [path.name for path in tmp_path.glob("*/*")] == ["000008.ckpt"]  # one, and nothing unfinished
+    other = TRIAL._replace(configuration={"rate": 0.25})
+    assert objective(other, None) == 0.75**4 and made[3].steps == 4  # another trial's checkpoint is not its own
+
+
+def test_each_epoch_is_paid_for_once_under_asha(stub, tmp_path):
+    made = []
+    searcher = blackbox.asha(reduction_factor=2, num_rungs=4)
+    records = blackbox.collect(
+        make(made, checkpoints=tmp_path),
+        {"rate": spaces.interval(0.1, 0.9)},
+        {"t": None},
+        num_trials=4,
+        key=jax.random.key(0),
+        searcher=searcher,
+        resumes=True,
+        isolated=False,
+    )
+    assert {record.fidelity for record in records} == {1 / 8, 1 / 4, 1 / 2, 1.0}
+    assert sum(module.steps for module in made) == 32
+    for record in records:
+        assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
+
+
+HALVINGS = {"rate": spaces.interval(0.1, 0.9)}
+
+
+def collect(objective, **kwargs):
+    kwargs = {"num_trials": 4, "key": jax.random.key(0), "isolated": False} | kwargs
+    return blackbox.collect(objective, HALVINGS, {"t": None}, **kwargs)
+
+
+def test_a_new_store_over_old_checkpoints_has_each_fidelity_s_own_outcome(stub, tmp_path):
+    made, found = [], []
+    for i in range(2):
+        searcher = blackbox.asha(reduction_factor=2, num_rungs=4)
+        kwargs = {"searcher": searcher, "resumes": True, "store": tmp_path / f"{i}.db"}
+        found.append(collect(make(made, checkpoints=tmp_path / "checkpoints"), **kwargs))
+    assert sum(module.steps for module in made) == 32  # of the first
+    assert [record._replace(cost=0.0) for record in found[0]] == [record._replace(cost=0.0) for record in found[1]]
+    for record in found[1]:
+        assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
+
+
+def test_a_checkpoint_of_another_objective_is_passed_over(stub, tmp_path):
+    class Growing(Halving):
+        def step(self, theta):
+            self.steps += 1
+            return theta * (1 + self.rate)
+
+    class Shaped(Halving):
+        def named_parameters(self):
+            return [("w", types.SimpleNamespace(shape=(3, 4)))]
+
+    def objective(cls=Halving, *, size=4, loaders=((), ()), **kwargs):
+        def module(configuration, task):
+            made.append(cls(configuration["rate"]))
+            made[-1].hparams = {"size": size}
+            return made[-1]
+
+        kwargs = {"max_epochs": 8, "checkpoints": tmp_path} | kwargs
+        return lightning.objective(module, lambda configuration, task: loaders, **kwargs)
+
+    made = []
+    assert objective()(TRIAL, None) == objective()(TRIAL, None) == 1 / 16
+    assert [module.steps for module in made] == [4, 0]
+    others = [{"cls": Growing}, {"cls": Shaped}, {"size": 5}, {"mode": "max"}, {"trainer": {"precision": 16}}]
+    for i, other in enumerate(others):
+        made.clear()
+        expected = {0: 1.5**4, 3: -1 / 16}.get(i, 1 / 16)
+        assert objective(**other)(TRIAL, None) == objective(**other)(TRIAL, None) == expected
+        assert [module.steps for module in made] == [4, 0], other
+    made.clear()
+    trials = [TRIAL._replace(seed=8), TRIAL._replace(task="u"), TRIAL._replace(configuration={"rate": 0.25})]
+    for trial in trials:
+        objective()(trial, None)
+    objective(trainer={"enable_progress_bar": True})(TRIAL, None)
+    assert [module.steps for module in made] == [4, 4, 4, 0]  # what is shown changes nothing
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stub, tmp_path):
+    wrong = [True]  # which no fingerprint tells
+
+    class Corrected(Halving):
+        def step(self, theta):
+            if wrong and raises and self.steps == 3:
+                raise RuntimeError("no memory")
+            bad = wrong and self.steps == 3
+            return math.nan if bad else (0.9 if wrong else 1.0) * super().step(theta)
+
+    objective = lightning.objective(
+        lambda c, task: Corrected(c["rate"]), lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path
+    )
+    kwargs = {"num_trials": 2, "store": tmp_path / "r.db"}
+    assert {record.status for record in collect(objective, **kwargs)} == {"FAIL"}
+    assert not list(tmp_path.glob("*/*"))
+    wrong.clear()
+    for record in collect(objective, retry_failed=True, **kwargs):
+        assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** 8)
+
+
+TORCH_SAYS = """Weights only load failed. This file can still be loaded: set `weights_only` to `False`.
+WeightsUnpickler error: Unsupported global: GLOBAL pathlib.PosixPath was not an allowed global by default."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UnpicklingError(TORCH_SAYS), r"holds pathlib\.PosixPath, which .* save text or numbers instead"),
+        (EOFError("Ran out of input"), "EOFError: Ran out of input"),
+    ],
+)
+def test_a_checkpoint_that_is_not_read_says_what_to_do(error, said, stub, tmp_path):
+    class Unread(Halving):
+        def read(self, checkpoint):
+            raise error
+
+    objective = lightning.objective(
+        lambda c, task: Unread(c["rate"]), lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path
+    )
+    objective(TRIAL, None)
+    with pytest.raises(ValueError, match=rf"Trial 3 did not go on .*{said}.*retry_failed.* trained anew") as told:
+        objective(TRIAL, None)
+    assert "weights_only" not in "".join(traceback.format_exception(told.value))
+    assert objective(TRIAL, None) == 1 / 16
+
+
+def test_a_fingerprint_is_the_same_in_every_process_and_differs_with_the_code(tmp_path):
+    source = """
+class Module:
+    kinds = "a"
+    widths = [{"a": (8, 16)}]
+    def __init__(self, size=3):
+        super().__init__()
+        self.size = size
+    @functools.cached_property
+    def scale(self):
+        return self.size + 0.25
+    @functools.lru_cache
+    def power(self):
+        return 6 ** self.size
+    def step(self, x):
+        return x in {"a", "b", "c", "d"} and sorted(y * 2 for y in x)
+def factor(z):
+    return z + 1
+def make(x, *, y=2):
+    return factor(x) + y + (lambda z: 3 * z)(x)
+def enclosing(factor):
+    return lambda x: factor * x
+letters = [{frozenset("abcd"): 1}]
+"""
+    parts = (
+        "[Module(), make, enclosing(5), functools.partial(make, 1), Module().step, {'a': 1, 'b': make, 'c': letters}]"
+    )
+    changes = [
+        ('kinds = "a"', 'kinds = "b"'),
+        ("size=3", "size=4"),
+        ("(8, 16)", "(8, 17)"),
+        ("0.25", "0.5"),
+        ("6 **", "7 **"),
+        ("y * 2", "y * 3"),
+        ('"d"', '"e"'),
+        ("y=2", "y=1"),
+        ("3 * z", "4 * z"),
+        ("enclosing(5)", "enclosing(6)"),
+        ("(make, 1)", "(make, 2)"),
+        ("'a': 1", "'a': 2"),
+    ]
+    file = Path(lightning.__file__).parent / "_fingerprint.py"
+
+    def run(text, parts, seed):
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import functools, importlib.util\n"
+            f"spec = importlib.util.spec_from_file_location('f', {str(file)!r})\n"
+            "f = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(f)\n"
+            + text
+            + f"print(*map(f.fingerprint, {parts}))"
+        )
+        done = subprocess.run(
+            [sys.executable, program], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first = run(source, parts, "1")
+    assert len(set(first)) == 6 and run("# a comment" + source, parts, "2") == first
+
+    # Here, without a process for each.
+    def here(text, parts):
+        names = {"functools": functools, "__name__": "made_here"}
+        exec(text, names)
+        return [fingerprint(part) for part in eval(parts, names)]
+
+    whole = here(source, parts)
+    for before, after in changes:
+        changed = here(source.replace(before, after), parts.replace(before, after))
+        assert changed != whole, (before, after)
+    # A list that a function encloses may grow from trial to trial.
+    enclosing = lambda made: lambda: made
+    assert fingerprint(enclosing([])) == fingerprint(enclosing([1]))
+
+
+def test_a_fingerprint_tells_the_code_and_plain_values_of_every_part():
+    class Composed(Halving):
+        """What torch's modules have of it; printed, it is the same for all."""
+
+        def __init__(self, *parts):
+            super().__init__(0.5)
+            self.parts = parts
+
+        def modules(self):
+            return [self, *self.parts]
+
+    def net(forward=lambda self, x: 2 * x, **attributes):
+        made = type("Net", (), {"forward": forward, "__repr__": lambda self: "Net()"})()
+        vars(made).update(attributes)
+        return made
+
+    same = [fingerprint(Composed(net(scale=2.0, _power=3), net())) for _ in range(2)]
+    others = [
+        Composed(net(lambda self, x: 3 * x, scale=2.0, _power=3), net()),
+        Composed(net(scale=2.0, _power=3), net(lambda self, x: 3 * x)),
+        Composed(net(scale=2.5, _power=3), net()),
+        Composed(net(scale=2.0, _power=4), net()),
+        Composed(net(scale=2.0, _power=3), net(scale=2.0)),
+        Composed(net(scale=2.0, _power=3, hparams={"depth": 2}), net()),
+        Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=2)), net()),
+        Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=3)), net()),
+        Composed(net(scale=2.0, _power=3, _widths={"a": 8}), net()),
+    ]
+    assert same[0] == same[1] and len({same[0], *map(fingerprint, others)}) == 10
+    # A dict that holds itself, and one of OmegaConf that lacks a value, are no reason to fail.
+    inside: dict = {"depth": 2}
+    inside["self"] = [inside]
+    lacking = type("Lacking", (collections.UserDict,), {"__getitem__": lambda self, key: 1 / 0})({"depth": 2})
+    for held in (inside, lacking):
+        assert fingerprint(net(held=held)) == fingerprint(net(held=held)) != fingerprint(net(held={}))
+    # What torch numbers by a counter, such as hooks, differs from trial to trial.
+    assert fingerprint(Composed(net(_hooks={1: True}))) == fingerprint(Composed(net(_hooks={2: True})))
+
+
+def test_a_fingerprint_takes_hyper_parameters_of_any_depth_and_no_address(stub, tmp_path):
+    made, kept = [], []
+
+    def objective(hparams):
+        def module(configuration, task):
+            made.append(Halving(configuration["rate"]))
+            made[-1].hparams = hparams()
+            return made[-1]
+
+        return lightning.objective(module, lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path)
+
+    def function():
+        """Another one each time, at another address."""
+        kept.append(lambda: 0)
+        return kept[-1]
+
+    def thing():
+        kept.append(types.new_class("Thing")())
+        return kept[-1]
+
+    cases = [
+        lambda: {"stages": [{(1, 2): 3}]},
+        lambda: {"stages": [{(1, 2): 4}]},
+        lambda: {"stages": [{1: 3, "1": 4, None: 5, (1, "a"): {2: {"x": (3, {4: 5})}}}]},
+        lambda: {"stages": [{1: 4, "1": 3, None: 5, (1, "a"): {2: {"x": (3, {4: 5})}}}]},
+        lambda: {"stages": [{"width": 3, "act": function(), "init": thing()}]},
+        lambda: {"stages": [{"width": 4, "act": function(), "init": thing()}]},
+        lambda: {"by": {function(): 1, thing(): 2, frozenset("abc"): 3}},
+        lambda: {"act": str(function())},
+    ]
+    for hparams in cases:
+        made.clear()
+        assert objective(hparams)(TRIAL, None) == objective(hparams)(TRIAL, None) == 1 / 16
+        assert [module.steps for module in made] == [4, 0], hparams()
+    assert fingerprint([function()]) == fingerprint([function()]) != fingerprint([lambda: 1])
+    # A string in hexadecimal is no address.
+    assert fingerprint({"color": "0xff"}) != fingerprint({"color": "0xfe"})
+
+
+def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
+    objective = make([])
+    assert math.isnan(objective(TRIAL._replace(configuration={"rate": math.nan}), None))
+    monkeypatch.setattr(Halving, "logs", "loss")
+    with pytest.raises(ValueError, match=r"logs no 'val_loss' in an epoch; it logs \['loss'\]"):
+        objective(TRIAL, None)
+    with pytest.raises(ValueError, match="`mode` must be 'min' or 'max'; got 'least'"):
+        lightning.callback(TRIAL, max_epochs=3, mode="least")
+    with pytest.raises(ValueError, match="`max_epochs` must be at least 1; got 0"):
+        lightning.objective(None, None, max_epochs=0)  # pyright: ignore
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"metaopt-jax\[lightning\]"):
+        lightning.callback(TRIAL, max_epochs=3)
+
+
+# ---- By itself ------------------------------------------------------------------------------------------------------
+
+
+def digits_module(configuration, task):
+    import lightning as L
+    import torch
+
+    class Digits(L.LightningModule):
+        def __init__(self, width, rate, act=torch.nn.ReLU):
+            super().__init__()
+            self.save_hyperparameters()  # a class among them
+            self.rate = rate
+            hidden = torch.nn.Linear(64, width), act(), torch.nn.Dropout(0.2)
+            self.net = torch.nn.Sequential(*hidden, torch.nn.Linear(width, 10))
+
+        def training_step(self, batch, _):
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, _):
+            self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), self.rate)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    return Digits(configuration["width"], configuration["rate"])
+
+
+def digits_data(configuration, task):
+    import torch
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    data = torch.utils.data.TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+    train, valid = torch.utils.data.Subset(data, range(600)), torch.utils.data.Subset(data, range(600, 900))
+    return (
+        torch.utils.data.DataLoader(train, batch_size=50, shuffle=True),
+        torch.utils.data.DataLoader(valid, batch_size=300),
+    )
+
+
+CPU = {"accelerator": "cpu", "devices": 1}
+
+
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_digits_continued_from_checkpoints_equal_digits_in_one_go(tmp_path):
+    trial = Record("digits", {"width": 32, "rate": 1e-2}, seed=5, status="WAITING", trial=0)
+    told = []
+    whole = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, report=told.append)
+    parts = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, checkpoints=tmp_path)
+    expected = whole(trial, None)
+    assert [round(6 * record.fidelity) for record in told] == [1, 2, 3, 4, 5, 6] and expected < told[0].outcome < 2.4
+    assert parts(trial._replace(fidelity=1 / 3), None) == told[1].outcome
+    assert parts(trial._replace(fidelity=1 / 2), None) == told[2].outcome
+    assert parts(trial, None) == expected == parts(trial, None)
+    assert whole(trial._replace(seed=6), None) != expected
+
+
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_does_not_read_safely_is_named(tmp_path):
+    def module(configuration, task):
+        made = digits_module(configuration, task)
+        made.on_save_checkpoint = lambda checkpoint: checkpoint.update(folder=Path("a"))
+        return made
+
+    trial = Record("digits", {"width": 4, "rate": 1e-2}, fidelity=0.5, seed=5, status="WAITING", trial=3)
+    objective = lightning.objective(module, digits_data, max_epochs=2, trainer=CPU, checkpoints=tmp_path)
+    first = objective(trial, None)
+    with pytest.raises(ValueError, match=r"Trial 3 did not go on .*it holds pathlib\S*\.PosixPath, which") as told:
+        objective(trial._replace(fidelity=1.0), None)
+    assert "weights_only" not in "".join(traceback.format_exception(told.value))
+    assert objective(trial, None) == first
+
+
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_digits_are_collected_with_pruning(tmp_path):
+    seen = {}
+
+    def worse_than_the_median(record):
+        """Optuna's median rule, by hand."""
+        others = seen.setdefault(record.fidelity, [])
+        others.append(record.outcome)
+        return record.outcome > sorted(others)[len(others) // 2]
+
+    objective = lightning.objective(
+        digits_module, digits_data, max_epochs=4, trainer=CPU, report=worse_than_the_median, checkpoints=tmp_path
+    )
+    first = [{"width": 32, "rate": 1e-2}, {"width": 32, "rate": 2e-2}, {"width": 4, "rate": 1e-4}]
+    searcher = blackbox.random_search(first=first)
+    records = blackbox.collect(
+        objective, SPACE, {"digits": None}, num_trials=3, key=jax.random.key(0), searcher=searcher, isolated=False
+    )
+    assert [record.status for record in records] == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert records[0].outcome < 0.8 and records[2].outcome > 2.0

@@ -1,0 +1,791 @@
+"""Trials on a new task with what was learned: many, failed, running, cheap and dear, at several fidelities; on disk."""
+
+import json
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt import Record, Task, blackbox, spaces, tasks
+from metaopt.blackbox import _earlier_trials, _meta_search, _new_trials
+
+SPACE = {
+    "x": spaces.interval(0.0, 1.0),
+    "kind": spaces.choice(["a", "b"]),
+    "only_b": spaces.active_if(spaces.interval(-1.0, 1.0), "kind", ["b"]),
+}
+POOL = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 12)]
+POOL += [{"x": float(x), "kind": "b", "only_b": float(y)} for x in np.linspace(0, 1, 4) for y in (-0.5, 0.5)]
+
+
+def loss(configuration, best=0.4):
+    return (configuration["x"] - best) ** 2 + 0.2 * (configuration["kind"] == "b")
+
+
+def make_records(num_tasks=4, cost=lambda configuration: 1.0 + 9.0 * configuration["x"]):
+    return [
+        Record(f"t{t}", c, loss(c, (t + 1) / 6), cost=(1 + t) * cost(c), trial=i)
+        for t in range(num_tasks)
+        for i, c in enumerate(POOL)
+    ]
+
+
+def rows_of(rng, shift, num=12, num_columns=2, num_classes=2):
+    """A table whose two classes lie as far apart as the shift."""
+    y = np.arange(num) % 2
+    x = rng.normal(size=(num, num_columns)) / 9 + 3 * shift * (y[:, None] - 0.5)
+    masks = {"mask": np.ones(num), "feature_mask": np.ones(num_columns), "class_mask": np.ones(num_classes)}
+    return {"x": x, "y": y, **masks}
+
+
+@pytest.fixture(scope="module")
+def g():
+    return blackbox.train_meta_optimizer(
+        make_records(), space=SPACE, candidates=POOL, features={"t0": [1.0], "t1": [2.0]}, num_steps=1, costs=True
+    )
+
+
+def told(trials, best=0.4, **kwargs):
+    return [t._replace(status="COMPLETE", outcome=loss(t.configuration, best), **kwargs) for t in trials]
+
+
+@pytest.mark.once
+def test_suggest_needs_no_bookkeeping_and_no_fit(g):
+    assert g.suggest([], []) == [g.predict()]
+    searcher = g.searcher([1.5])
+    asked, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
+    tried = [record.configuration for record in asked]
+    state = searcher.tell(state, told(asked))
+    expected, _ = searcher.ask(state, 2)
+    found = g.suggest(tried, [loss(c) for c in tried], [1.5], num=2)
+    assert found == [record.configuration for record in expected] and found[0] != found[1]
+    # What runs is not suggested again, and what failed is no reason to stop.
+    assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
+    assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
+    with pytest.raises(ValueError, match="Each configuration has an outcome; got 3 and 1"):
+        g.suggest(tried, [0.1])
+
+
+@pytest.mark.once
+def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
+    rng = np.random.default_rng(0)
+    line = [{"x": float(x)} for x in np.linspace(0, 1, 15)]
+
+    def outcomes():
+        best, width = rng.uniform(), rng.uniform(0.5, 1.5)
+        return np.array([width * (c["x"] - best) ** 2 for c in line]) + rng.normal(size=15) / 100
+
+    earlier = [Record(f"t{t}", c, y) for t in range(40) for c, y in zip(line, outcomes(), strict=True)]
+    g = blackbox.train_meta_optimizer(earlier, space={"x": SPACE["x"]}, candidates=line, num_steps=20)
+    seen = np.array([0, 6, 12])
+    left = np.setdiff1d(np.arange(15), seen)
+    at, tried = [line[i] for i in left], [line[i] for i in seen]
+    below, wrong, wide = [], [], []
+    for _ in range(60):
+        y = outcomes()
+        found = g.outcomes(at, tried=tried, outcomes=y[seen])
+        assert (np.diff(found.quantiles, axis=1) > 0).all()
+        below.append((y[left][:, None] < found.quantiles).mean(0))
+        wrong.append([np.abs(found.mean - y[left]).mean(), np.abs(y[seen].mean() - y[left]).mean()])
+        wide.append([np.ptp(found.quantiles, axis=1).mean() / 2, y[left].std()])
+    below, wrong, wide = (np.mean(values, 0) for values in (below, wrong, wide))
+    # On the safe side: here the noise is a third of what the processes take for granted.
+    assert below[0] < 0.1 and abs(below[1] - 0.5) < 0.1 and below[2] > 0.9
+    assert wrong[0] < 0.4 * wrong[1] and wide[0] < 0.6 * wide[1], (wrong, wide)
+    moved = g.outcomes(at, tried=tried, outcomes=7 + y[seen])  # in the units of the task
+    np.testing.assert_allclose(moved.quantiles, 7 + found.quantiles, rtol=1e-6)
+    prior = g.outcomes(at)
+    np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, left].mean(0), atol=0.02)
+    assert (prior.quantiles > -0.1).all() and (prior.quantiles < 1.1).all()
+    with pytest.raises(ValueError, match=r"`levels` must lie in \(0, 1\)"):
+        g.outcomes(at, levels=[1.0])
+    with pytest.raises(ValueError, match="Each configuration has an outcome; got 0 and 1"):
+        g.outcomes(at, outcomes=[1.0])
+
+
+@pytest.mark.once
+def test_what_failed_or_diverged_says_what_to_expect_beside_it(g):
+    """As it does to the searcher."""
+    line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 11)]
+    prior, tried = g.outcomes(line).mean, [line[0], line[10]]
+    for others, y in (([], []), (tried, [0.3, 0.5])):  # where no trial has ended, and where some have
+        without = g.outcomes(line, tried=others, outcomes=y) if others else g.outcomes(line)
+        after = g.outcomes(line, tried=[*others, line[5]], outcomes=[*y, np.nan])
+        worse, quantiles = after.mean - without.mean, after.quantiles - without.quantiles
+        assert worse[5] > 0.1 and worse.argmax() == 5 and (quantiles[5] > 0.05).all(), (worse, quantiles)
+        assert after.mean[5] > max([0.9 * prior.max(), *y])
+    far, further = (g.outcomes(line, tried=[*tried, line[5]], outcomes=[0.3, 0.5, y]).mean for y in (1e6, 1e9))
+    np.testing.assert_allclose(far, further, rtol=1e-6)
+    assert far.max() < 10
+    nothing = g.outcomes([])
+    assert nothing.mean.shape == (0,) and nothing.quantiles.shape == (0, 3)
+
+
+@pytest.mark.once
+def test_what_a_person_gives_by_hand_must_be_of_the_space(g):
+    for wrong, message in (({"y": 0.9}, "has no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between")):
+        for call in (
+            lambda wrong: g.outcomes([wrong]),
+            lambda wrong: g.outcomes(POOL, tried=[wrong], outcomes=[0.1]),
+            lambda wrong: g.suggest([wrong], [0.1]),
+            lambda wrong: g.suggest([], [], pending=[wrong]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(wrong)
+
+
+@pytest.mark.once
+def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
+
+    def first(g, **kwargs):
+        searcher = g.searcher(**kwargs)
+        return [record.configuration for record in searcher.ask(searcher.init(jax.random.key(0), None), 2)[0]]
+
+    everywhere = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None, effective_tasks=1e3)
+    default = spaces.configuration(SPACE, spaces.default(SPACE))
+    assert first(everywhere) == [default, everywhere.predict()]
+    assert first(everywhere, first=())[0] == everywhere.predict() == everywhere.suggest([], [])[0] != default
+    assert first(g)[0] == g.predict()  # nothing but the pool
+    encode = _meta_search.encoder(SPACE)
+    np.testing.assert_array_equal(encode({}), encode(default, True))  # what is lacking is the default, not near it
+    np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
+    within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
+    assert first(within)[0] == default != first(within)[1]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["g", "tpe", "bohb", "asha"])
+def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
+    if name in ("tpe", "bohb"):
+        pytest.importorskip("optuna")
+    inner = {
+        "g": lambda: g.searcher(first=[{}, POOL[3]]),
+        "tpe": lambda: blackbox.tpe(first=[{}, POOL[3]]),
+        "bohb": lambda: blackbox.bohb(first=[{}, POOL[3]], num_rungs=2),
+        "asha": lambda: blackbox.asha(g.searcher(first=[{}, POOL[3]]), num_rungs=2),
+    }[name]
+    default = spaces.complete(SPACE, {})
+    for mine, expected in (([{}], [default, POOL[3]]), ([POOL[3], {}], [POOL[3], default]), ([], [default, POOL[3]])):
+        searcher = blackbox.enqueue(inner(), mine)
+        state, tried = searcher.init(jax.random.key(0), SPACE), []
+        while len({trial.trial for trial in tried}) < 4:
+            asked, state = searcher.ask(state, 2)
+            tried += asked
+            state = searcher.tell(state, told(asked))
+        configurations = [next(t.configuration for t in tried if t.trial == i) for i in range(4)]
+        assert configurations[:2] == expected and not any(c in expected for c in configurations[2:]), name
+
+
+@pytest.mark.once
+def test_a_region_that_fails_is_left_at_once(monkeypatch):
+    """Earlier tasks say that x = 0.8 is best; here all beyond 0.55 fails."""
+    space, line = {"x": spaces.interval(0.0, 1.0)}, [{"x": float(x)} for x in np.linspace(0, 1, 21)]
+    bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
+    records = [Record(f"t{t}", c, (c["x"] - best) ** 2) for t, best in enumerate(bests) for c in line]
+
+    def failures(num, first=()):
+        g = blackbox.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
+        searcher = g.searcher(first=first)
+        state, tried = searcher.init(jax.random.key(0), None), []
+        for _ in range(num):
+            (trial,), state = searcher.ask(state, 1)
+            x = trial.configuration["x"]
+            tried.append(x)
+            ended = {"status": "FAIL"} if x > 0.55 else {"status": "COMPLETE", "outcome": (x - 0.8) ** 2}
+            state = searcher.tell(state, [trial._replace(**ended)])
+        return np.array(tried) > 0.55
+
+    # Before there is an outcome: what is like a failed trial is expected to be bad, and not the portfolio's next.
+    assert failures(4).tolist() == [True, False, False, False]
+    # Afterwards: beyond the worst outcome, and not at it.
+    first = [{"x": 0.4}]
+    assert failures(4, first).tolist() == [False, True, False, False]
+    monkeypatch.setattr("metaopt.blackbox._acquisition.censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound))
+    assert failures(4, first).tolist() == [False, True, True, False]
+
+
+@pytest.mark.once
+def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
+    """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
+    looked_at, real = [], _meta_search.padded
+    monkeypatch.setattr(_meta_search, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
+    searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
+    others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
+    many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), [*told([Record("", POOL[0])], trial=10_001), *many])
+    asked, state = searcher.ask(state._replace(num_asked=10_002), 3)
+    assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 10_001
+    # The only good one is still known, though it is not among the latest; none is repeated.
+    x, y = looked_at[0]
+    np.testing.assert_array_equal(x[y.argmin()], _meta_search.encoder(SPACE)(POOL[0]))
+    assert len(y) > 128 and len({tuple(record.configuration.items()) for record in asked}) == 3
+    state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
+    (last,), _ = searcher.ask(state._replace(pending={}), 1)
+    assert last.configuration == POOL[-1]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("unit", [1.0, 1e4])
+def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_number_of_trials(g, monkeypatch, unit):
+    free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
+    tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
+    y = [unit * loss(c) if i % 5 else np.inf if i % 2 else np.nan for i, c in enumerate(tried)]
+    searcher, read, real = free.searcher(first=()), [], spaces.from_configuration
+    start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
+    monkeypatch.setattr(
+        spaces, "from_configuration", lambda *args, **kwargs: read.append(args[1]) or real(*args, **kwargs)
+    )
+    found = free.suggest(tried, y, key=jax.random.key(3))
+    assert 200 < len(read) <= 2 * 256 + 4  # each is completed before
+    state = searcher.tell(start, [Record("", c, v, trial=i) for i, (c, v) in enumerate(zip(tried, y, strict=True))])
+    assert found == [record.configuration for record in searcher.ask(state, 1)[0]]
+
+
+@pytest.mark.once
+def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ago(g):
+    late = [{"x": x, "kind": "a"} for x in np.random.default_rng(0).uniform(size=400).tolist()]
+    # Bad, early, and written otherwise: in another order, as NumPy's numbers, with what is not active.
+    early = [dict(reversed(c.items())) | {"x": np.float64(c["x"])} for c in POOL[:-1]]
+    early = [c | {"only_b": 0.25} if c["kind"] == "a" else c for c in early]
+    y = [9.0 + i for i in range(len(early))] + [loss(c) for c in late]
+    assert g.suggest([*early, *late], y) == [POOL[-1]]
+
+
+def test_what_failed_teaches_no_cost():
+    records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
+    encode = _meta_search.encoder(SPACE)
+    costs = [task.y for task in _earlier_trials.costs_by_task(records, encode)]
+    assert [len(y) for y in costs] == [len(POOL) // 2] * 2 and min(map(np.min, costs)) >= 0
+
+
+@pytest.mark.once
+def test_the_weights_of_a_simplex_are_searched_and_not_its_corners():
+    space = {"mix": spaces.simplex(2)}
+    mixes = [{"mix[0]": float(a), "mix[1]": float(1 - a)} for a in np.linspace(0.05, 0.95, 19)]
+    records = [Record(f"t{t}", c, (c["mix[0]"] - 0.7 - t % 3 / 50) ** 2) for t in range(90) for c in mixes]
+    g = blackbox.train_meta_optimizer(records, space=space, num_steps=0)
+    assert abs(g.predict()["mix[0]"] - 0.72) < 0.1
+
+
+@pytest.mark.slow
+def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
+    """Costs grow with x, tenfold; what is good is symmetric around the middle."""
+    tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
+    searcher = {name: g.searcher(acquisition=name) for name in ("ei", "ei_per_cost")}
+    found = {}
+    for name, ours in searcher.items():
+        state = ours.init(jax.random.key(0), None)
+        state = ours.tell(state, [Record("", c, 1.0, cost=1 + 9 * c["x"], trial=i) for i, c in enumerate(tried)])
+        asked, _ = ours.ask(state._replace(num_asked=2), 4)
+        found[name] = np.mean([record.configuration["x"] for record in asked])
+    assert found["ei_per_cost"] < found["ei"] - 0.05
+    # Before any trial has a cost, earlier tasks say what costs more.
+    state = searcher["ei_per_cost"].tell(state, [])._replace(tried={})
+    state = searcher["ei_per_cost"].tell(state, [Record("", tried[1], 1.0, trial=0)])
+    assert searcher["ei_per_cost"].ask(state, 1)[0][0].configuration["x"] < 0.7
+    with pytest.raises(ValueError, match="'ei_per_cost' needs `train_meta_optimizer"):
+        blackbox.train_meta_searcher(make_records(2), space=SPACE, num_steps=0).searcher(acquisition="ei_per_cost")
+    with pytest.raises(ValueError, match="`costs=True` needs records with a `cost`"):
+        free = [record._replace(cost=np.nan) for record in make_records(2)]
+        blackbox.train_meta_searcher(free, space=SPACE, num_steps=0, costs=True)
+
+
+def at_full_budget(outcomes):
+    return _new_trials.at_full_budget([_new_trials.tried_configuration(np.zeros(1), of) for of in outcomes])
+
+
+class Counted(dict):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, key):
+        Counted.reads += 1
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        Counted.reads += 1
+        return super().__contains__(key)
+
+
+@pytest.mark.parametrize(
+    ("together", "num_steps", "nums"),
+    [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000)), (False, 1_000, (4_000, 4_000))],
+)
+def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_number(together, num_steps, nums):
+    """With trials that report on their way, and with fidelities that no two have in common."""
+    steps, reads = [(i + 1) / num_steps for i in range(num_steps)], []
+    for num in nums:
+        ends = np.random.default_rng(0).integers(1, num_steps + 1, size=num)
+        of = lambda i, ends=ends: steps[: ends[i]] if together else steps[ends[i] - 1 : ends[i]]
+        curves = [Counted({s: float(i % 7) - s for s in of(i)}) for i in range(num)]
+        tried = [_new_trials.tried_configuration(np.zeros(1), curve) for curve in curves]
+        Counted.reads = 0
+        found = _new_trials.at_full_budget(tried)
+        reads.append(Counted.reads)
+        if together:  # all curves fall alike
+            np.testing.assert_allclose(found, np.arange(num) % 7 - 1.0, atol=1e-9)
+    assert 0 < reads[1] < min(1.1 * reads[0], 400_000)
+
+
+def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
+    nan = np.nan
+    # 1 -> .5 adds 1, in two trials; the third has only been at .5, the fourth failed there, the fifth has nothing yet.
+    outcomes = [{0.5: 2.0, 1.0: 1.0}, {0.5: 3.0, 1.0: 2.0}, {0.5: 2.5}, {0.5: nan}, {0.25: nan, 0.5: 4.0}]
+    np.testing.assert_allclose(at_full_budget(outcomes), [1, 2, 1.5, nan, 3])
+    # What is infinite failed, wherever it was.
+    infinite = [*outcomes[:4], {0.25: np.inf, 0.5: 4.0}, {1.0: np.inf}, {0.5: 1.0, 1.0: -np.inf}]
+    np.testing.assert_allclose(at_full_budget(infinite), [1, 2, 1.5, nan, 3, nan, nan])
+    # Step by step: .25 and 1 have no trial in common.
+    chained = [{1.0: 0.0, 0.5: 1.0}, {0.5: 1.0, 0.25: 3.0}, {0.25: 4.0}]
+    np.testing.assert_allclose(at_full_budget(chained), [0, 0, 1])
+    # Nothing in common at all: their means are the same.
+    np.testing.assert_allclose(at_full_budget([{1.0: 0.0}, {1.0: 2.0}, {0.5: 5.0}]), [0, 2, 1])
+    np.testing.assert_allclose(at_full_budget([{1.0: 0.0}, {1.0: nan}, {0.5: 1.0, 1.0: nan}]), [0, nan, nan])
+
+
+@pytest.mark.once
+def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
+    encode = _meta_search.encoder(SPACE)
+    base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
+    np.testing.assert_array_equal(encode(base), encode(other))
+    assert (encode({**other, "kind": "b"}) != encode({**base, "kind": "b"})).any()
+    with pytest.raises(ValueError, match="The space has no `y`"):  # and is not remembered as known
+        encode({"y": 1.0}), encode({"y": 1.0}, True)
+    # Two parameters of a branch that are only good together: additive models of them see nothing at all.
+    rng = np.random.default_rng(0)
+    draws = [{"x": float(x), "kind": "b", "only_b": float(2 * y - 1)} for x, y in rng.uniform(size=(60, 2))]
+    together = lambda c: -4 * (c["x"] - 0.5) * c["only_b"]
+    records = [Record(f"t{t}", c, together(c), trial=i) for t in range(2) for i, c in enumerate(draws)]
+    h = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
+    corners = [{"x": x, "kind": "b", "only_b": y} for x in (0.2, 0.8) for y in (-0.6, 0.6)]
+    found = blackbox.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
+    np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
+
+
+@pytest.mark.once
+def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g, monkeypatch):
+    searcher = g.searcher()
+    (trial,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
+    pruned = trial._replace(status="PRUNED", outcome=0.3, fidelity=0.5, cost=7.0)
+    (tried,) = searcher.tell(state, [pruned]).tried.values()
+    assert tried.outcomes == {0.5: 0.3} and np.isnan(tried.log_cost)
+    (tried,) = searcher.tell(state, [pruned._replace(status="FAIL")]).tried.values()
+    assert np.isnan(tried.outcomes[0.5]) and np.isnan(tried.log_cost)  # what fails at once is not cheap
+    # A trial that goes on from a checkpoint costs the difference: the first fidelity says what it costs as a whole.
+    both = [pruned._replace(status="COMPLETE", fidelity=s, cost=c) for s, c in ((0.25, 2.0), (1.0, 6.0))]
+    (tried,) = searcher.tell(searcher.tell(state, both[:1]), both[1:]).tried.values()
+    assert tried.log_cost == pytest.approx(np.log(8.0))
+    # Of one fidelity the last row counts, and the row of the largest one says whether the trial was given up.
+    corrected = [*both, both[0]._replace(cost=20.0), pruned]
+    (tried,) = searcher.tell(state, corrected).tried.values()
+    assert tried.log_cost == pytest.approx(np.log(80.0)) and not tried.given_up
+    without = both[0]._replace(cost=float("nan"))  # a correction of the outcome alone
+    (tried,) = searcher.tell(state, [both[0], without]).tried.values()
+    assert tried.log_cost == pytest.approx(np.log(8.0))
+    (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
+    assert tried.given_up
+    # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
+    seen, real = [], _meta_search.padded
+    monkeypatch.setattr(_meta_search, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
+    others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
+    for outcome in (0.6, 0.3):
+        searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)
+    np.testing.assert_allclose(seen, [[0.1, 0.0, 0.4], [0.0, 0.0, 0.4]], atol=1e-9)
+
+
+@pytest.mark.once
+def test_bohb_and_tpe_begin_with_what_g_proposes(g):
+    pytest.importorskip("optuna")
+    first = g.portfolio(3, [1.2])
+    for searcher, fidelity in ((blackbox.tpe(first=first), 1.0), (blackbox.bohb(first=first, num_rungs=3), 1 / 9)):
+        asked, _ = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
+        assert [t.configuration for t in asked[:3]] == first != [t.configuration for t in asked[1:]]
+        assert {round(t.fidelity, 9) for t in asked} == {round(fidelity, 9)}
+
+
+def test_repeats_without_numbers_all_count_and_what_failed_is_run_again(g):
+    searcher = g.searcher()
+    state = searcher.init(jax.random.key(0), None)
+    several = [Record("", POOL[3], y) for y in (1.0, 9.0, 3.0)]
+    state = searcher.tell(state, several)
+    assert [trial.outcomes for trial in state.tried.values()] == [{1.0: 1.0}, {1.0: 9.0}, {1.0: 3.0}]
+    assert len(searcher.tell(state, several).tried) == 3  # told again
+    failed = Record("", POOL[4], status="FAIL")
+    again = searcher.tell(searcher.tell(state, [failed]), [failed._replace(status="COMPLETE", outcome=2.0)])
+    assert [trial.last for trial in again.tried.values()] == [1.0, 9.0, 3.0, 2.0]
+    assert searcher.ask(state, 1)[0][0].configuration != POOL[3]
+
+
+def test_of_a_numbered_trial_the_last_end_counts(g):
+    searcher = g.searcher()
+    start = searcher.init(jax.random.key(0), None)
+    for numbers in ({"trial": 3}, {"seed": 5}):
+        one = Record("", POOL[3], 9.0, **numbers)
+        (tried,) = searcher.tell(start, [one, one._replace(outcome=1.0)]).tried.values()  # corrected
+        assert tried.outcomes == {1.0: 1.0}
+        (tried,) = searcher.tell(start, [one, one._replace(status="FAIL")]).tried.values()
+        assert np.isnan(tried.last)
+    one = Record("", POOL[3], 9.0)
+    one, failed = searcher.tell(start, [one, one._replace(status="FAIL")]).tried.values()
+    assert one.last == 9.0 and np.isnan(failed.last)
+
+
+def test_repeats_are_told_in_a_time_that_grows_with_their_number(g):
+    searcher = g.searcher()
+    start = searcher.init(jax.random.key(0), None)
+    several = [Record("", POOL[3], float(y), fidelity=s) for y in range(10_000) for s in (0.5, 1.0)]
+    begin = time.thread_time()
+    state = searcher.tell(start, several)
+    assert time.thread_time() - begin < 5
+    assert [trial.outcomes for trial in state.tried.values()] == [{0.5: float(y), 1.0: float(y)} for y in range(10_000)]
+    assert len(searcher.tell(state, several).tried) == 10_000  # told again
+    one_by_one = start
+    for record in several[:6]:
+        one_by_one = searcher.tell(one_by_one, [record])
+    assert list(one_by_one.tried) == list(state.tried)[:3] and not start.repeats
+
+
+def test_fidelities_that_differ_by_rounding_are_one(g):
+    searcher = g.searcher()
+    start = searcher.init(jax.random.key(0), None)
+    of = lambda s, y, trial=1: Record("", POOL[trial], y, fidelity=s, trial=trial)
+    of_one = [of(float(np.float32(1 / 3)), 5.0), of(1 / 3, 4.0), of(0.9999999, 3.0)]
+    (tried,) = searcher.tell(start, of_one).tried.values()
+    assert list(tried.outcomes.values()) == [4.0, 3.0] and tried.reached == 1.0
+    several = [of(1 / 3, 4.0), of(1.0, 2.0), of(1 / 3, 1.0, trial=2)]
+    rounded = [r._replace(fidelity=float(np.nextafter(np.float32(r.fidelity), np.float32(0)))) for r in several]
+    both = [searcher.tell(start, [*several[:i], *rounded[i:]]).tried for i in range(4)]
+    for tried in both:
+        np.testing.assert_array_equal(_new_trials.at_full_budget(list(tried.values())), [2.0, -1.0])
+
+
+@pytest.mark.once
+def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g):
+    searcher = g.searcher()
+    (own,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
+    state = searcher.tell(state, [Record("", POOL[3], 0.5, trial=own.trial), Record("", POOL[4], 0.5, trial=9)])
+    assert set(state.pending) == {own.trial} and len(state.tried) == 2
+    assert searcher.ask(state, 1)[0][0].configuration not in (own.configuration, POOL[3], POOL[4])
+    state = searcher.tell(state, told([own]))
+    assert not state.pending and len(state.tried) == 3
+
+
+def without_cost(records):
+    return [repr(record._replace(cost=0.0)) for record in records]
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["g", "asha", "tpe"])
+def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_workers(g, name, tmp_path):
+    """Configurations, seeds and outcomes, failures among them, and what would be asked for next; a trial that ran when
+    the collector was killed is queued again. Four workers, whose trials end in any order, find what one does."""
+    if name == "tpe":
+        pytest.importorskip("optuna")
+    make = {"g": g.searcher, "asha": lambda: blackbox.asha(g.searcher(), num_rungs=3), "tpe": blackbox.tpe}[name]
+    ran, num, more = [], *((14, 15) if name == "asha" else (50, 54))  # full budgets: of ASHA, many trials each
+
+    def objective(trial, task):
+        ran.append(trial)
+        if len(ran) == 26:
+            raise Killed
+        time.sleep(np.random.default_rng(zlib.crc32(repr(trial.configuration).encode())).uniform(0, 0.02))
+        return np.nan if trial.trial % 7 == 3 else loss(trial.configuration) + 1 - trial.fidelity
+
+    kwargs = {"key": jax.random.key(1), "batch_size": 4, "isolated": False, "space": SPACE, "tasks": {"t": 0}}
+    collect = lambda objective=objective, **more: blackbox.collect(objective, searcher=make(), **kwargs | more)
+    store = tmp_path / "r.db"
+    with pytest.raises(Killed):
+        collect(num_trials=num, store=store)
+    kept = blackbox.read_records(store)
+    assert [r.status == "RUNNING" for r in kept] == [False] * 25 + [True]
+    found = collect(num_trials=num, store=store, num_workers=4)
+    assert ran[25] in ran[26:]  # the trial that ran
+    whole = collect(num_trials=more, num_workers=1)
+    four = collect(num_trials=num // 2, num_workers=4)
+    assert without_cost(four) == without_cost(whole[: len(four)])
+    assert without_cost(found) == without_cost(whole[: len(found)]) and {"FAIL", "COMPLETE"} <= {
+        r.status for r in found
+    }
+    assert without_cost(collect(num_trials=more, store=store)) == without_cost(whole) and len(whole) >= 54
+    assert len(ran) == 1 + 2 * len(whole) + len(four)  # nothing is run again
+
+
+def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
+    objective = lambda trial, task: (trial.configuration["x"] - 0.3) ** 2 + (1 - trial.fidelity) / 10
+    space = {"x": spaces.interval(0.0, 1.0)}
+    kwargs = {"key": jax.random.key(0), "isolated": False, "progress": False, "resumes": True}
+    for num_brackets in (1, 3):
+        searcher = blackbox.asha(num_rungs=3, num_brackets=num_brackets)
+        records = blackbox.collect(objective, space, {"t": 0}, num_trials=12, searcher=searcher, **kwargs)
+        at = {f: {r.trial: r for r in records if r.fidelity == pytest.approx(f)} for f in (1 / 9, 1 / 3, 1.0)}
+        assert sum(map(len, at.values())) == len(records)
+        assert all(at[1.0][n].configuration == record.configuration for n, record in at[1 / 3].items() if n in at[1.0])
+        first = {min(f for f in at if n in at[f]) for n in {r.trial for r in records}}
+        assert len(first) == num_brackets
+        if num_brackets == 1:
+            # About a third of each rung: what was among the best when it was promoted may have been overtaken since.
+            for low, high in ((1 / 9, 1 / 3), (1 / 3, 1.0)):
+                assert len(at[low]) // 3 <= len(at[high]) <= 0.45 * len(at[low])
+            ranks = np.argsort(np.argsort([r.outcome for r in at[1 / 9].values()])) / len(at[1 / 9])
+            promoted = [rank for n, rank in zip(at[1 / 9], ranks, strict=True) if n in at[1.0]]
+            assert np.mean(promoted) < 0.2
+        else:
+            # Hyperband's shares: 9/3, 3/2 and 1 of 5.5.
+            starts = [sum(n not in at.get(f / 3, {}) for n in at[f]) for f in at]
+            total = len({r.trial for r in records})
+            starts = np.bincount([int(np.argmax([n in at[f] for f in at])) for n in {r.trial for r in records}])
+            np.testing.assert_allclose(starts, total * np.array([3, 1.5, 1]) / 5.5, atol=1.01)
+    for kwargs, message in (({"num_rungs": 1}, "`num_rungs` must be at least 2"), ({"num_brackets": 5}, "at most")):
+        with pytest.raises(ValueError, match=message):
+            blackbox.asha(**kwargs)
+
+
+@pytest.mark.slow
+def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
+    """Without candidates: the trials of a batch are where each adds to the others."""
+    records = [Record(f"t{t}", {"x": float(x)}, (x - t / 4) ** 2) for t in range(5) for x in np.linspace(0, 1, 9)]
+    g = blackbox.train_meta_optimizer(records, space={"x": spaces.interval(0.0, 1.0)}, num_steps=0)
+    searcher = g.searcher(first=())
+    low = [Record("", {"x": x}, 5 + (x - 0.75) ** 2, fidelity=1 / 9, trial=i) for i, x in enumerate((0.0, 0.5, 1.0))]
+    start = searcher.init(jax.random.key(0), None)._replace(num_asked=4)
+    asked, _ = searcher.ask(searcher.tell(start, low), 1)
+    assert abs(asked[0].configuration["x"] - 0.75) < 0.12
+    # After one trial every earlier task is as likely: a batch looks at what is best for several of them.
+    asked, _ = searcher.ask(searcher.tell(start, [Record("", {"x": 0.5}, 1.0, trial=0)]), 3)
+    xs = np.array([record.configuration["x"] for record in asked])
+    assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
+
+
+def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
+    """What the surrogate holds for no better is tried in the end, though much is left near the best one."""
+    encode = lambda c: np.asarray(spaces.encode(SPACE, spaces.from_configuration(SPACE, c)))
+    of_pool, y = np.stack([encode(c) for c in POOL]), [loss(c) for c in POOL]
+
+    def farthest(*tried):
+        distances = np.linalg.norm(of_pool[:, None] - np.stack([encode(c) for c in tried])[None], axis=2).min(1)
+        return [c for c, distance in zip(POOL, distances, strict=True) if distance > distances.max() - 1e-6]
+
+    searcher = g.searcher(first=())
+    of_nine = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:9])]
+    state = searcher.tell(searcher.init(jax.random.key(0), None), of_nine)
+    for num_asked in (7, 8, 14, 15, 16, 23):
+        (asked,), _ = searcher.ask(state._replace(num_asked=num_asked), 1)
+        assert (asked.configuration in farthest(*POOL[:9])) == (num_asked % 8 == 7)
+    for num in (6, 7, 8):
+        (found,) = g.suggest(POOL[:num], y[:num])
+        assert (found in farthest(*POOL[:num])) == (num == 7)
+    # What runs counts, what failed, what was tried long ago, and what is not of the set.
+    one = farthest(*POOL[:6])[0]
+    another = farthest(*POOL[:6], one)
+    assert not any(c in another for c in farthest(*POOL[:6]))
+    foreign = one | {"only_b": 0.9 * one["only_b"]}
+    assert farthest(*POOL[:6], foreign) == another
+    assert g.suggest(POOL[:6], y[:6], pending=[one])[0] in another
+    assert g.suggest([*POOL[:6], one], [*y[:6], np.nan])[0] in another
+    assert g.suggest([*POOL[:6], foreign], [*y[:6], 1.0])[0] in another
+    long = [one, *45 * POOL[:6]]  # more than the surrogate looks at
+    assert len(long) % 8 == 7 and g.suggest(long, [loss(c) for c in long])[0] in another
+    running, _ = searcher.ask(state._replace(num_asked=7, pending={6: encode(one)}), 1)
+    assert running[0].configuration in farthest(*POOL[:9], one) and one in farthest(*POOL[:9])
+    # All were tried.
+    state = searcher.tell(state, [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL)])
+    assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration == g.predict()
+    # What is told in the other precision is encoded in that of g.
+    with jax.enable_x64(False):
+        six = [
+            Record("", c, loss(c), trial=i) for i, c in enumerate([*POOL[:6], one | {"only_b": 0.8 * one["only_b"]}])
+        ]
+        state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=7), six)
+        assert searcher.ask(state, 1)[0][0].configuration in another
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("made", "transformers"), [(False, 1), (True, 0)], ids=["float32", "float64"])
+def test_what_was_made_in_one_precision_is_asked_in_the_other(made, transformers):
+    """To the same answers; a warning of what is truncated would be an error here."""
+    with jax.enable_x64(made):
+        options = {"candidates": POOL[:9], "num_steps": 1, "transformers": transformers}
+        g = blackbox.train_meta_optimizer(make_records(2), space=SPACE, **options)
+    searcher = g.searcher(first=())
+    tried = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:4])]
+
+    def answers():
+        state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=4), tried)
+        (asked,), _ = searcher.ask(state, 1)
+        suggested = g.suggest(POOL[:4], [record.outcome for record in tried])
+        return (asked.configuration, suggested, g.predict(), g.portfolio(2)), g.outcomes(POOL[:3])
+
+    with jax.enable_x64(made):
+        expected, believed = answers()
+    with jax.enable_x64(not made):
+        found, again = answers()
+    assert found == expected
+    jax.tree.map(np.testing.assert_array_equal, again, believed)
+
+
+@pytest.mark.parametrize("configuration", [{"x": 1 / 11}, {}], ids=["given", "lacking"])
+def test_a_configuration_has_one_encoding_in_both_precisions(configuration):
+    """That of g, whichever asks first: there are two g of each precision."""
+    space = {"x": spaces.interval(1e-4, 1.0, log=True, default=0.1)}
+    records = [Record("t", {"x": x}, x) for x in (0.1, 0.5)]
+    make = lambda: blackbox.train_meta_searcher(records, space=space, candidates=[{"x": 0.3}], num_steps=0)
+
+    def name(g, x64):
+        with jax.enable_x64(x64):
+            searcher = g.searcher(first=())
+            (key,) = searcher.tell(searcher.init(jax.random.key(0), None), [Record("", configuration, 1.0)]).tried
+        return key[2]
+
+    with jax.enable_x64(False):
+        single = make(), make()
+    double = make(), make()
+    for of_g, size in ((single, 4), (double, 8)):
+        assert name(of_g[0], False) == name(of_g[1], True) and len(name(of_g[0], False)) == size
+
+
+def test_the_farthest_of_many():
+    rng = np.random.default_rng(0)
+    x, tried = rng.normal(size=(600, 3)), rng.normal(size=(40, 3))
+    for i in (3, 300, 599):  # over all parts
+        moved = x.copy()
+        moved[i] += 100
+        assert _new_trials.farthest(moved, tried) == i
+    line = np.linspace(0, 1, 11)[:, None]
+    assert _new_trials.farthest(line, line[[0, 10]]) == 5
+    assert _new_trials.farthest(line[::-1], line[[0, 4, 8]]) == 0  # of 0, 4 and 8, which are the same up to rounding
+
+
+# ---- On disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_what_was_learned_comes_back_from_disk(g, tmp_path):
+    blackbox.save_meta_optimizer(tmp_path / "g.npz", g)
+    again = blackbox.load_meta_optimizer(tmp_path / "g.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["g.npz"]
+    assert (again.space, again.candidates) == (SPACE, POOL) and again.portfolio(3, [1.2]) == g.portfolio(3, [1.2])
+    for one, other in zip(*(jax.tree.leaves((h.surrogate, h.cost_surrogate)) for h in (again, g)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tried = POOL[:3]
+    kwargs = {"acquisition": "ei_per_cost", "num": 2}
+    assert again.suggest(tried, [1, 2, 3], **kwargs) == g.suggest(tried, [1, 2, 3], **kwargs)
+
+    with np.load(tmp_path / "g.npz") as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+
+    def change(**changed):
+        new = {k: v for k, v in (header | changed).items() if k in header}
+        rest = {k: changed.get(k, v) for k, v in arrays.items() if changed.get(k, v) is not None}
+        np.savez(tmp_path / "h.npz", **rest | {"header": np.frombuffer(json.dumps(new).encode(), np.uint8)})
+        return blackbox.load_meta_optimizer(tmp_path / "h.npz")
+
+    for changed, message in (
+        ({"version": 5}, "reads 'metaopt.meta_optimizer' up to version 4"),
+        ({"outcome.max_shown": None}, "does not describe .* 'outcome.max_shown'"),
+        ({"version": 2, "outcome.max_shown": None, "outcome.deep_share": None}, "does not .* 'outcome.deep_share'"),
+        ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
+        ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
+        ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
+        ({"candidates": [{"z": 1}]}, "The space has no `z`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change(**changed)
+    # Files of before: 3 has not how many trials transformers are shown, 2 no transformers, 1 no deep kernels.
+    added: dict = {}
+    for version, name in ((3, "max_shown"), (2, "transformer_share"), (1, "deep_share")):
+        added |= {f"{kind}.{name}": None for kind in ("outcome", "cost")}
+        old = change(version=version, **added)
+        assert old.evidence == g.evidence
+        assert old.surrogate.max_shown == 32 and old.suggest(tried, [1, 2, 3]) == g.suggest(tried, [1, 2, 3])
+    # Files from before the evidence was counted: every task counts as a whole one.
+    counts = {name: header.pop(name) for name in ("num_records", "effective_tasks")}
+    assert change().evidence == blackbox.Evidence(4, None, 4.0, g.evidence.weight)
+    header |= counts
+    for name, wrong in (("num_records", -1), ("effective_tasks", "many")):
+        with pytest.raises(ValueError, match=f"does not describe .* `{name}` must be positive"):
+            change(**{name: wrong})
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match="is not a file that `save_meta_optimizer` wrote"):
+        blackbox.load_meta_optimizer(tmp_path / "text.npz")
+    with pytest.raises(FileNotFoundError):
+        blackbox.load_meta_optimizer(tmp_path / "none.npz")
+
+
+@pytest.mark.slow
+def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
+    tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
+    h = blackbox.train_meta_optimizer(
+        make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
+    )
+    blackbox.save_meta_optimizer(tmp_path / "h.npz", h)
+    again = blackbox.load_meta_optimizer(tmp_path / "h.npz")
+    assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
+    for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
+        np.testing.assert_array_equal(one, other)
+    task = Task(tables["t1"], None)
+    assert again.predict(task) == h.predict(task)
+    with np.load(tmp_path / "h.npz") as file:
+        arrays = dict(file)
+    for name in ("deep.hidden", "embedding.params['pair']['w']"):
+        np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][:, :-1]})
+        with pytest.raises(ValueError, match="does not describe .* have shapes"):
+            blackbox.load_meta_optimizer(tmp_path / "wrong.npz")
+
+
+# ---- What is wrong is said ------------------------------------------------------------------------------------------
+
+
+def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
+    records = make_records(3)
+    one = Record("one trial", POOL[-1], 0.0)
+    same = [Record("all the same", c, 1.0) for c in POOL[6:]]
+    kwargs = {"space": SPACE, "candidates": POOL, "num_steps": 0}
+    with_them = blackbox.train_meta_optimizer([*records, one, *same], **kwargs)
+    assert with_them.surrogate.curves.shape[0] == 3
+    assert with_them.portfolio(4) == blackbox.train_meta_optimizer(records, **kwargs).portfolio(4)
+    for useless in ([one], same):
+        with pytest.raises(
+            ValueError, match="a task with trials of different outcomes. Every task has only one trial, or the same out"
+        ):
+            blackbox.train_meta_optimizer(useless, **kwargs)
+    # A failure beside a success is a difference.
+    failed = blackbox.train_meta_optimizer([one, one._replace(configuration=POOL[0], status="FAIL")], **kwargs)
+    assert failed.predict()["kind"] == "b"
+
+
+def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_not(g):
+    rows = rows_of(np.random.default_rng(0), 1.0)
+    table = tasks.Table("iris", "iris", rows["x"], rows["y"], np.zeros(2, bool))
+    blind = _meta_search.meta_optimizer(g.surrogate._replace(sorted_features=np.zeros((0, 4))), None, SPACE, POOL)
+    for wrong, called in ((table, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float")):
+        for call in (g.predict, blind.predict, lambda wrong: g.suggest([], [], wrong), lambda wrong: g.searcher(wrong)):
+            with pytest.raises(ValueError, match=f"`new_task` must be a `base.Task` .*, or None; got {called}"):
+                call(wrong)
+    path = r"`tasks.apply_scaling\(scaling, tasks.metafeatures\(table\)\)`, .* of what `tasks.prepare` returns\."
+    for wrong in (table, tasks.prepare(table, valid_fraction=0.3, test_fraction=0.3)):
+        with pytest.raises(ValueError, match=f"got {type(wrong).__name__}. A table's features are {path}"):
+            g.predict(wrong)
+    assert g.predict(Task(None, None, features=[1.5])) == g.predict([1.5]) == g.predict(jnp.array([1.5]))
+
+
+def test_names_that_match_no_task_other_bounds_and_empty_sets_are_refused(g):
+    records = make_records(2)
+    kwargs = {"space": SPACE, "num_steps": 0}
+    for name in ("features", "families"):
+        with pytest.raises(ValueError, match=f"`{name}` has none of the records' tasks, 't0', 't1'; its keys are 0, 1"):
+            blackbox.train_meta_optimizer(records, **kwargs, **{name: {0: [1.0], 1: [2.0]}})
+    with pytest.raises(ValueError, match="`candidates` must hold a configuration"):
+        blackbox.train_meta_optimizer(records, candidates=[], **kwargs)
+    with pytest.raises(ValueError, match="another space .other leaves, bounds or labels"):
+        g.searcher().init(jax.random.key(0), SPACE | {"x": spaces.interval(0.0, 2.0)})
+    with pytest.raises(ValueError, match="`x` must be between 0.0 and 1.0; got 2"):
+        g.searcher(first=[{"x": 2, "kind": "a"}])

@@ -1,0 +1,261 @@
+"""g whose expectations are those of transformers over trials: predictions, trials, failures, files."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import Record, blackbox, spaces
+from metaopt.blackbox import _meta_optimizer, _meta_outcomes, _meta_search, _new_trials
+
+SPACE = {"x": spaces.interval(0.0, 1.0)}
+LINE = [{"x": float(x)} for x in np.linspace(0, 1, 21)]
+
+
+def loss(configuration, best):
+    return 3.0 + (configuration["x"] - best) ** 2
+
+
+@pytest.fixture(scope="module")
+def g():
+    """A task's feature is where its best is, and beyond .7 above it all fails."""
+    rng, records, features = np.random.default_rng(0), [], {}
+    for t, best in enumerate(rng.uniform(size=60)):
+        features[f"t{t}"] = [best]
+        for c in [LINE[i] for i in rng.permutation(21)[: rng.integers(8, 16)]]:
+            failed = c["x"] > best + 0.5
+            records.append(
+                Record(f"t{t}", c, np.nan if failed else loss(c, best), status="FAIL" if failed else "COMPLETE")
+            )
+    return blackbox.train_meta_optimizer(
+        records, space=SPACE, features=features, num_steps=200, num_members=2, transformers=1, transformer_share=1.0
+    )
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """Five tasks of eight trials, the last of which failed; random networks."""
+    records = [
+        Record(f"t{t}", c, loss(c, t / 5), status="FAIL" if i == 7 else "COMPLETE")
+        for t in range(5)
+        for i, c in enumerate(LINE[::3] + LINE[1:2])
+    ]
+    h = blackbox.train_meta_optimizer(
+        records, space=SPACE, candidates=LINE, num_steps=0, transformers=2, transformer_share=1.0
+    )
+    rng = np.random.default_rng(0)
+    random = lambda leaf: leaf + rng.normal(size=leaf.shape) / 10
+    return rebuilt(h, LINE, transformers=jax.tree.map(random, h.surrogate.transformers))
+
+
+def rebuilt(g, candidates=None, **changes):
+    return _meta_search.meta_optimizer(g.surrogate._replace(**changes), None, SPACE, candidates)
+
+
+def run(searcher, best, num, batch=1, fails=lambda x: False):
+    state, told = searcher.init(jax.random.key(0), None), []
+    while len(told) < num:
+        asked, state = searcher.ask(state, batch)
+        done = [
+            trial._replace(status="FAIL")
+            if fails(trial.configuration["x"])
+            else trial._replace(status="COMPLETE", outcome=loss(trial.configuration, best))
+            for trial in asked
+        ]
+        told += done
+        state = searcher.tell(state, done)
+    return told
+
+
+@pytest.mark.slow
+def test_they_predict_from_features_and_adapt_to_trials(g):
+    told, blind = [], []
+    for best in (0.1, 0.3, 0.7, 0.9):
+        assert abs(g.predict([best])["x"] - best) < 0.2  # without features, 0.4 for the outer two
+        tried = run(g.searcher([best], first=()), best, 4)
+        assert tried[0].configuration == g.predict([best])
+        assert min(record.outcome for record in tried) < 3.0 + 0.01
+        # Nothing is known of the task, but for three trials.
+        at = [{"x": 0.2}, {"x": 0.5}, {"x": 0.8}]
+        found = g.outcomes(LINE, tried=at, outcomes=[loss(c, best) for c in at])
+        told.append(abs(LINE[int(found.mean.argmin())]["x"] - best))
+        blind.append(abs(g.predict()["x"] - best))
+    assert np.mean(told) < 0.6 * np.mean(blind), (told, blind)
+    other = [
+        g.suggest([{"x": 0.2}, {"x": 0.6}, {"x": 0.9}], [a + b * y for y in (9, 1, 4)])[0]
+        for a, b in ((0, 1), (5, 1e3))
+    ]
+    assert other[0]["x"] == pytest.approx(other[1]["x"], abs=1e-3)
+    # A failure and a second outcome say more than one outcome.
+    found = g.outcomes(LINE, [0.3], tried=[{"x": 0.1}, {"x": 0.6}, {"x": 1.0}], outcomes=[3.04, 3.09, np.nan])
+    blank = g.outcomes(LINE, tried=LINE[:1], outcomes=[3.04])
+    assert np.ptp(found.quantiles[:14], axis=1).mean() < 0.7 * np.ptp(blank.quantiles[:14], axis=1).mean()
+
+
+@pytest.mark.slow
+def test_they_foresee_failures_from_features_and_from_trials(g):
+    def failure(features, at, x, y):
+        networks = blackbox.at_task(g.surrogate, features).transformers
+        trials = np.reshape(x, (-1, 1)), np.array(y, float), np.ones(len(y))
+        read = blackbox.read_trials(networks, trials)
+        return float(blackbox.predict_binned(networks, read, np.array([[at]])).failure[0])
+
+    assert failure(np.array([0.3]), 0.9, [], []) > 0.7 > 0.2 > failure(np.array([0.3]), 0.7, [], [])
+    failed, ended = [3.0, np.nan], [3.0, 3.1]
+    assert failure(None, 0.7, [0.2, 0.6], failed) > 0.3 > 2 * failure(None, 0.7, [0.2, 0.6], ended)
+    assert failure(None, 0.4, [0.2, 0.6], failed) < 0.1
+
+
+@pytest.mark.slow
+def test_without_a_share_they_change_nothing_and_with_some_they_do(g):
+    without = rebuilt(g, LINE, transformers=None)
+    none, half = (rebuilt(g, LINE, transformer_share=share) for share in (0.0, 0.5))
+    trials = [[r.configuration for r in run(h.searcher([0.3]), 0.6, 6, batch=2)] for h in (without, none, half)]
+    assert trials[0] == trials[1] != trials[2]
+    assert without.portfolio(4, [0.3]) == none.portfolio(4, [0.3])
+    assert len({c["x"] for c in half.portfolio(4, [0.3])}) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("acquisition", ["ei", "ucb", "thompson"])
+def test_every_acquisition_goes_on_in_batches_with_failures_and_repeats_nothing(g, acquisition):
+    searcher = rebuilt(g, LINE, transformer_share=0.5).searcher(acquisition=acquisition)
+    tried = [r.configuration["x"] for r in run(searcher, 0.4, 9, batch=3, fails=lambda x: x > 0.7)]
+    assert min(loss({"x": x}, 0.4) for x in tried if x <= 0.7) < 3.01 and len(set(tried)) == 9
+    first, state = searcher.ask(searcher.init(jax.random.key(0), None), 2)
+    state = searcher.tell(state, [first[0]._replace(status="COMPLETE", outcome=3.0)])
+    one, other = (searcher.ask(state, 2)[0] for _ in range(2))
+    assert one == other and one[0].configuration != one[1].configuration  # pure
+
+
+@pytest.mark.slow
+def test_a_batch_does_not_pile_up_on_what_runs(g):
+    """After one bad trial, what runs is believed to be better, and promises nothing once more."""
+    searcher = g.searcher(first=[{"x": 0.95}])
+    (first,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
+    state = searcher.tell(state, [first._replace(status="COMPLETE", outcome=4.0)])
+    asked, _ = searcher.ask(state._replace(num_asked=4), 3)  # of which none is random
+    x = np.sort([record.configuration["x"] for record in asked])
+    assert np.diff(x).min() > 0.03, x
+
+
+@pytest.mark.slow
+def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
+    seen = []
+    read = blackbox.read_trials
+    monkeypatch.setattr("metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args))
+    h = rebuilt(g)
+    many = np.random.default_rng(0).uniform(size=100)
+    h.suggest([{"x": float(x)} for x in many], [loss({"x": x}, 0.4) for x in many])
+    assert seen[-1] == (16, 1)  # of those that it was trained with, padded
+    np.testing.assert_array_equal(_new_trials.best_and_latest(np.array([5, 1, 4, 2, 3, np.nan]), 4), [1, 3, 4, 5])
+
+
+@pytest.mark.slow
+def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
+    h = rebuilt(g, LINE, transformer_share=0.25)
+    blackbox.save_meta_optimizer(tmp_path / "h.npz", h)
+    again = blackbox.load_meta_optimizer(tmp_path / "h.npz")
+    assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
+    for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with np.load(tmp_path / "h.npz") as file:
+        arrays = dict(file)
+    for name in ("transformers.head", "transformers.layers['up']"):
+        np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][..., :-1]})
+        with pytest.raises(ValueError, match="does not describe .* have shapes"):
+            blackbox.load_meta_optimizer(tmp_path / "wrong.npz")
+
+    def collect(searcher, num, **kwargs):
+        return blackbox.collect(
+            lambda trial, task: loss(trial.configuration, 0.35),
+            SPACE,
+            {"t": 0},
+            num_trials=num,
+            searcher=searcher,
+            key=jax.random.key(1),
+            isolated=False,
+            progress=False,
+            **kwargs,
+        )
+
+    plain = lambda records: [(r.configuration, r.seed, r.outcome) for r in records]
+    collect(h.searcher(), 4, store=tmp_path / "r.db")
+    assert plain(collect(again.searcher(), 8, store=tmp_path / "r.db")) == plain(collect(h.searcher(), 8))
+
+
+def test_what_is_wrong_is_said():
+    records = [Record("t", c, loss(c, 0.4)) for c in LINE]
+    refused: list[tuple[Any, str]] = [
+        ({"transformers": -1}, "`transformers` must be"),
+        ({"transformer_share": 2}, r"`transformer_share` must lie in \[0, 1\]; got 2"),
+    ]
+    for kwargs, message in refused:
+        with pytest.raises(ValueError, match=message):
+            blackbox.train_meta_optimizer(records, space=SPACE, **kwargs)
+    with pytest.raises(ValueError, match="`width` must be a multiple of 4"):
+        blackbox.init_transformer(jax.random.key(0), 1, 0, width=6)
+
+
+@pytest.mark.slow
+def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are_certain(untrained):
+    """In float32, as users have it."""
+    with jax.enable_x64(False):
+        cast = lambda leaf: leaf.astype("float32") if isinstance(leaf, jax.Array) else leaf
+        one = jax.tree.map(lambda leaf: leaf[:1], untrained.surrogate.transformers)
+        surrogate = jax.tree.map(cast, untrained.surrogate._replace(transformers=one))
+        bias, found = surrogate.transformers.head_bias, []
+        for failure in (0.0, 25.0):
+            transformers = surrogate.transformers._replace(head_bias=bias.at[:, -1].add(failure))
+            h = _meta_search.meta_optimizer(surrogate._replace(transformers=transformers), None, SPACE, LINE)
+            found.append(h.outcomes(LINE, tried=LINE[:3] + LINE[-1:], outcomes=[3.1, 3.0, 3.2, np.nan]))
+        np.testing.assert_allclose(found[1].mean, found[0].mean, rtol=1e-4)
+        np.testing.assert_allclose(found[1].quantiles, found[0].quantiles, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_diverged(untrained, monkeypatch):
+    h, seen = untrained, []
+    assert h.surrogate.max_shown == 7
+    for module in (_meta_search, _meta_outcomes):
+        real = _new_trials.shown_to_transformers
+        keep = lambda *args, real=real: seen.append(real(*args)) or seen[-1]
+        monkeypatch.setattr(module, "shown_to_transformers", keep)
+    y = [3.3, 3.1, 3.2, 3.5, 3.6, 3.0, np.nan, 3.4, 3.6, 3.4, 1e6, 3.9]
+    near = h.outcomes(LINE, tried=LINE[:12], outcomes=y)
+    h.suggest(LINE[:12], y)
+    for _, shown, mask in seen:
+        shown = np.asarray(shown)[np.asarray(mask) > 0]
+        assert len(shown) == 7 and np.isnan(shown).sum() == 1 and np.nanmax(shown) < np.nanmin(shown) + 4
+    far = h.outcomes(LINE, tried=LINE[:12], outcomes=np.where(np.array(y) == 1e6, 1e9, y))
+    np.testing.assert_allclose(near.quantiles, far.quantiles, rtol=1e-3)
+
+
+def test_few_of_many_trials():
+    nan, y = np.nan, np.arange(20.0)[::-1].copy()
+    y[[0, 3]] = nan
+    # The best four, the latest, which are the same, and of the failures the latest as far as a quarter.
+    np.testing.assert_array_equal(_new_trials.best_and_latest(y, 8), [0, 3, 14, 15, 16, 17, 18, 19])
+    np.testing.assert_array_equal(_new_trials.best_and_latest(y[:10], 2), [3, 9])
+    np.testing.assert_array_equal(_new_trials.best_and_latest(np.full(9, nan), 3), [6, 7, 8])
+    np.testing.assert_array_equal(_new_trials.best_and_latest(y, 20), np.arange(20))
+    clipped = _new_trials.without_outliers(np.array([5.0, 5.1, nan, 5.2, 1e6]))
+    np.testing.assert_allclose(clipped, [5.0, 5.1, nan, 5.2, 5.8])
+    for same in ([0.0, 0.0, 0.0, 1.0], [0.0, 0.2, 9.0], [0.1, nan]):
+        np.testing.assert_array_equal(_new_trials.without_outliers(np.array(same)), same)
+
+
+@pytest.mark.once
+def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told(monkeypatch):
+    """The mean over tasks would hold a task's own outcomes, and those of near-duplicates: they are left out."""
+    f = np.random.default_rng(0).normal(size=(6, 4))  # of four tasks
+    functions = np.concatenate([f.mean(1, keepdims=True), f - f.mean(1, keepdims=True)], 1)
+    found = _meta_optimizer.mean_of_others(functions, np.array([True, False, True, False]))
+    np.testing.assert_allclose(found, f[:, [1, 3]].mean(1))
+    np.testing.assert_array_equal(_meta_optimizer.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
+    seen, real = [], _meta_optimizer.mean_of_others
+    monkeypatch.setattr(_meta_optimizer, "mean_of_others", lambda f, out: seen.append(out.tolist()) or real(f, out))
+    records = [Record(name, c, loss(c, 0.4)) for name in "abc" for c in LINE[:4]]
+    blackbox.train_meta_optimizer(records, space=SPACE, families={"a": 1, "b": 2, "c": 1}, num_steps=0, transformers=1)
+    assert seen == [[True, False, True], [False, True, False], [True, False, True]]

@@ -1,0 +1,158 @@
+"""Records as Optuna's studies, and studies as records."""
+
+import math
+
+import numpy as np
+import pytest
+
+from metaopt import Record, blackbox, spaces
+
+optuna = pytest.importorskip("optuna")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SPACE = {
+    "rate": spaces.interval(1e-3, 1.0, log=True),
+    "kind": spaces.choice(["a", "b"]),
+    "depth": spaces.active_if(spaces.integer(1, 8), "kind", ["b"]),
+    "three": spaces.fixed(3),
+}
+RECORDS = [
+    Record("t", {"rate": 0.5, "kind": "b", "depth": 2, "three": 3}, 0.25, 1.0, 1.5, 11, trial=0),
+    Record("t", {"rate": 0.1, "kind": "a", "three": 3}, math.nan, 1.0, 2.0, 12, "FAIL", 1, "time limit of 1 s"),
+    Record("t", {"rate": 0.2, "kind": "a", "three": 3}, 0.75, 0.25, 0.5, 13, trial=2),
+    Record("t", {"rate": 0.2, "kind": "a", "three": 3}, 0.5, 0.5, 1.0, 13, trial=2),
+]
+
+
+def test_records_become_a_study_and_come_back():
+    study = blackbox.to_optuna_study(RECORDS, SPACE, study_name="t")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED"]
+    assert study.best_value == 0.25 and study.best_params == {"rate": 0.5, "kind": "b", "depth": 2}
+    assert study.trials[2].intermediate_values == {250: 0.75, 500: 0.5}
+    assert study.trials[1].user_attrs["metaopt:reason"] == "time limit of 1 s"
+    back = blackbox.from_optuna_study(study)
+    without = lambda record: {name: value for name, value in record.configuration.items() if name != "three"}
+    expected = [RECORDS[0], RECORDS[1], RECORDS[3]._replace(status="PRUNED", fidelity=0.5)]
+    assert list(map(repr, back)) == [repr(record._replace(configuration=without(record))) for record in expected]
+
+
+def test_numbers_and_tasks_come_back_and_a_person_s_attributes_are_not_metaopt_s():
+    records = [RECORDS[0]._replace(trial=7, task="mine"), RECORDS[1]._replace(trial=9, task="mine")]
+    study = blackbox.to_optuna_study(records, SPACE)
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"trial": "b", "cost": "9 EUR", "seed": "x"}))
+    back = blackbox.from_optuna_study(study)
+    assert [(r.task, r.trial, r.seed) for r in back[:2]] == [("mine", 7, 11), ("mine", 9, 12)]
+    assert (back[2].trial, back[2].seed) == (2, 0) and isinstance(back[2].cost, float)
+    assert {r.task for r in blackbox.from_optuna_study(study, task="other")} == {"other"}
+
+
+def test_what_ended_without_a_number_has_failed(tmp_path):
+    nan, partial = RECORDS[0]._replace(outcome=math.nan), RECORDS[2]._replace(outcome=math.nan)
+    study = blackbox.to_optuna_study([nan, partial, RECORDS[0]._replace(trial=3, outcome=math.inf)], SPACE)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
+    (back, *_) = blackbox.from_optuna_study(study)
+    assert back.status == "FAIL" and math.isnan(back.outcome) and back.configuration["depth"] == 2
+
+
+def test_numbers_of_numpy_are_python_s(tmp_path):
+    pytest.importorskip("sqlalchemy")
+    numbers = {"rate": np.float32(0.5), "kind": np.str_("b"), "depth": np.int64(2), "three": np.int64(3)}
+    record = RECORDS[0]._replace(configuration=numbers, outcome=np.float32(0.25), seed=np.int64(11))
+    study = blackbox.to_optuna_study([record], SPACE, storage=f"sqlite:///{tmp_path}/study.db")
+    assert study.best_params == {"rate": 0.5, "kind": "b", "depth": 2} and study.best_value == 0.25
+    assert study.trials[0].user_attrs["metaopt:seed"] == 11
+
+
+def test_a_study_that_optuna_made_is_read():
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+
+    def objective(trial):
+        configuration = spaces.suggest(trial, SPACE)
+        assert ("depth" in configuration) == (configuration["kind"] == "b") and configuration["three"] == 3
+        return configuration["rate"]
+
+    study.optimize(objective, n_trials=8)
+    records = blackbox.from_optuna_study(study, task="mine")
+    assert [record.outcome for record in records] == [-trial.value for trial in study.trials]
+    assert all(record.task == "mine" and record.cost >= 0 and record.status == "COMPLETE" for record in records)
+    for record in records:
+        spaces.from_configuration(SPACE, record.configuration)
+
+
+def test_numbers_of_float32_next_to_a_bound_are_within_it_and_others_are_refused():
+    record = RECORDS[0]._replace(configuration={"rate": 1.0000001, "kind": "a"})
+    assert blackbox.to_optuna_study([record], SPACE).best_params == {"rate": 1.0, "kind": "a"}
+    with pytest.raises(ValueError, match="`rate` of trial 0 is 2.0, and not of FloatDistribution"):
+        blackbox.to_optuna_study([record._replace(configuration={"rate": 2.0})], SPACE)
+    with pytest.raises(ValueError, match="Outcomes are minimized, so that `direction` cannot be given"):
+        blackbox.to_optuna_study(RECORDS, SPACE, direction="maximize")
+
+
+def test_what_is_no_study_of_one_task_and_one_objective_is_refused():
+    with pytest.raises(ValueError, match=r"of one task; got records of \['t', 'u'\]"):
+        blackbox.to_optuna_study([*RECORDS, RECORDS[0]._replace(task="u")], SPACE)
+    with pytest.raises(ValueError, match="several objectives"):
+        blackbox.from_optuna_study(optuna.create_study(directions=["minimize", "minimize"]))
+
+
+def test_trials_of_one_number_and_another_seed_or_configuration_are_others():
+    """As `read_records` returns them of two studies, each of which counts from 0."""
+    space = {"x": spaces.interval(0.0, 1.0)}
+    one = Record("t", {"x": 0.1}, 1.0, seed=1, trial=0)
+    records = [one, one._replace(configuration={"x": 0.9}, outcome=0.2, seed=2), one._replace(seed=3, outcome=0.7)]
+    records += [one._replace(configuration={"x": 0.3}), one._replace(outcome=0.8), one._replace(fidelity=0.5)]
+    study = blackbox.to_optuna_study(records, space)
+    found = [(trial.params["x"], trial.value, trial.user_attrs["metaopt:seed"]) for trial in study.trials]
+    assert found == [(0.1, 1.0, 1), (0.9, 0.2, 2), (0.1, 0.7, 3), (0.3, 1.0, 1), (0.1, 0.8, 1)]
+    assert [trial.intermediate_values for trial in study.trials[:2]] == [{1000: 1.0, 500: 1.0}, {1000: 0.2}]
+    assert blackbox.from_optuna_study(study) == records[:5]
+
+
+def test_two_studies_of_one_task_are_kept_in_one_file(tmp_path):
+    """Both are numbered from 0; one configuration is the first one of both."""
+    records = []
+    for seed in (0, 1):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+        study.enqueue_trial({"x": 0.5})
+        study.optimize(lambda trial, seed=seed: trial.suggest_float("x", 0, 1) + seed, n_trials=10)
+        records += blackbox.from_optuna_study(study, task="t")
+    for part in (records[:10], records[10:]):
+        blackbox.append_records(tmp_path / "records.db", part)
+    assert blackbox.read_records(tmp_path / "records.db") == records and len(records) == 20
+    assert len(blackbox.to_optuna_study(records, {"x": spaces.interval(0.0, 1.0)}).trials) == 20
+
+
+def test_steps_are_as_fine_as_a_trial_s_fidelities():
+    space = {"x": spaces.interval(0.0, 1.0)}
+    epochs = (1, 2, 3, 4, 5, 6, 4_000)
+    records = [Record("t", {"x": 0.5}, 1 / e, e / 4_000) for e in epochs]
+    (trial,) = blackbox.to_optuna_study(records, space).trials
+    assert list(trial.intermediate_values.values()) == [1 / e for e in epochs]
+    assert list(trial.intermediate_values) == [2, 5, 8, 10, 12, 15, 10_000] and trial.value == 1 / 4_000
+    # None is at step 0, which Optuna takes for a first report; three thirds are one, and no fidelity of their own.
+    (trial,) = blackbox.to_optuna_study([records[0]._replace(fidelity=1e-4)], space).trials
+    assert list(trial.intermediate_values) == [1]
+    thirds = [records[0]._replace(fidelity=f) for f in (0.1 + 0.2, 0.3)]
+    assert [list(t.intermediate_values) for t in blackbox.to_optuna_study(thirds, space).trials] == [[300], [300]]
+    # What float32 has kept of a third is a third: a second record of it is another trial, and steps are no finer.
+    several = [records[0]._replace(fidelity=f, outcome=f) for f in (1 / 3, float(np.float32(1 / 3)), 2 / 3, 1.0)]
+    several += [records[0]._replace(fidelity=0.99999997, outcome=2.0)]
+    found = blackbox.to_optuna_study(several, space).trials
+    assert [list(t.intermediate_values) for t in found] == [[333, 667, 1000], [333, 1000]]
+    assert [t.value for t in found] == [1.0, 2.0]
+    with pytest.raises(ValueError, match="has the fidelity 1e-10, less than a billionth of the full budget"):
+        blackbox.to_optuna_study([records[0]._replace(fidelity=1e-10)], space)
+    with pytest.raises(
+        ValueError, match=r"has the fidelities 1e-09 and 1.4e-09, within a billionth of the full budget"
+    ):
+        blackbox.to_optuna_study([records[0]._replace(fidelity=f) for f in (1.4e-9, 1.0, 1e-9)], space)
+
+
+def test_what_is_no_record_is_refused_by_its_place():
+    for wrong, message in (
+        (RECORDS[0]._replace(status="DONE"), r"`records\[1\]`'s status must be one of WAITING, .*; got 'DONE'"),
+        (RECORDS[0]._replace(outcome=None), r"`records\[1\]`'s outcome must be a number, .*; got None"),
+        (RECORDS[0]._asdict(), r"`records\[1\]` must be a `Record`; got dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            blackbox.to_optuna_study(iter([RECORDS[0], wrong]), SPACE)  # pyright: ignore[reportArgumentType]

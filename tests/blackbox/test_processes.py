@@ -1,0 +1,69 @@
+"""Processes with an unknown offset and scale against densities and integrals that are written out here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt.blackbox import _processes
+
+RNG = np.random.default_rng(0)
+ROOT = RNG.normal(size=(5, 5))
+COVARIANCE = ROOT @ ROOT.T / 5
+MU = RNG.normal(size=(5, 2))
+Y = 30.0 + 8.0 * (MU[:, 0] + 0.5 * RNG.normal(size=5))
+MASK = np.array([1.0, 1, 1, 1, 0])
+given = jax.jit(_processes.given, static_argnames="own_scale")
+
+
+def log_density(log_scale, mu, y=Y[:4], covariance=COVARIANCE[:4, :4]):
+    """Of the outcomes' differences, which no offset changes; up to a constant."""
+    contrast = np.eye(len(y))[1:] - 1 / len(y)
+    c = contrast @ (covariance + _processes.NOISE * np.eye(len(y))) @ contrast.T
+    r = contrast @ (y / np.exp(log_scale) - mu)
+    return -r @ np.linalg.solve(c, r) / 2 - (len(y) - 1) * log_scale
+
+
+def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
+    found = given(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
+    assert found.scales.shape == found.log_likelihood.shape == (2, 3)
+    grid = np.linspace(0.75 - 10, 0.75 + 10, 200_001)  # around the median of the scales
+    for k in range(2):
+        values = np.array([log_density(b, MU[:4, k]) for b in grid[::100]])
+        best = grid[::100][values.argmax()]
+        assert abs(np.log(found.scales[k, 2]) - best) < 0.02
+        # What Laplace's method gives for the mean of the likelihood over log b, to a tenth or two.
+        top = values.max()
+        mean = np.log(np.trapezoid(np.exp(values - top), grid[::100]) / 20) + top
+        at_first = found.log_likelihood[k, 0] - log_density(np.log(found.scales[k, 0]), MU[:4, k])
+        np.testing.assert_allclose(found.log_likelihood[k, 2], mean + at_first, atol=0.25)
+
+
+@pytest.mark.once
+def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_the_smallest():
+    alone = given(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (Y, np.eye(5)[0]))
+    np.testing.assert_allclose(alone.scales[:, 2], 1.0)
+    np.testing.assert_allclose(alone.log_likelihood[:, 2], alone.log_likelihood[:, 0])
+    equal = given(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (np.full(5, 3.0), MASK))
+    assert np.isfinite(equal.log_likelihood).all() and (np.abs(np.log(equal.scales) - 0.5) < 10.001).all()
+    gradient = jax.grad(
+        lambda mu: given(mu, COVARIANCE, jnp.array([[0.0]]), (np.full(5, 3.0), MASK)).log_likelihood.sum()
+    )
+    assert np.isfinite(gradient(jnp.asarray(MU))).all()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+@pytest.mark.once
+def test_outcomes_in_other_units_are_explained_as_well(factor):
+    """Its own scale moves with the units, and so does what it expects."""
+    scales = jnp.array([[0.0, 1.0]])
+    at, cross = RNG.normal(size=(3, 2)), RNG.normal(size=(3, 5)) / 9
+    nothing = jnp.zeros((3, 0))
+    one, other = (given(MU, COVARIANCE, scales, (Y * f, MASK)) for f in (1.0, factor))
+    np.testing.assert_allclose(other.scales[:, 2], factor * one.scales[:, 2], rtol=1e-6)
+    means = [
+        _processes.predict(of, at, cross, jnp.ones(3), nothing)[0].reshape(3, 2, 3)[:, :, 2] for of in (one, other)
+    ]
+    np.testing.assert_allclose(means[1], factor * means[0], rtol=1e-6)
+    # Beside it the scales of earlier tasks have nothing to say any more.
+    assert (other.log_likelihood[0, 2] > other.log_likelihood[0, :2] + 3).all()

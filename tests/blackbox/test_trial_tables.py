@@ -1,0 +1,281 @@
+"""Tables of trials: records as an array and back, and the published ones."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from metaopt import Record, blackbox, spaces
+
+DATA = os.environ.get("METAOPT_DATA", "")
+needs_data = pytest.mark.skipif(not DATA, reason="METAOPT_DATA is not set")
+
+
+def test_records_become_a_table_and_come_back():
+    records = [
+        Record("b", {"x": 1, "kind": "p"}, 0.5, 1 / 3, 2.0),
+        Record("b", {"kind": "p", "x": 1}, 0.4, 1.0, 6.0),  # the same configuration
+        Record("a", {"x": 2}, 0.1, 1.0, 1.0, seed=0),
+        Record("a", {"x": 2}, 0.3, 1.0, 2.0, seed=1),
+        Record("a", {"x": 3}, status="FAIL"),
+        Record("a", {"x": 1, "kind": "p"}, 0.9, 1.0, status="PRUNED"),  # reached somewhere below the whole budget
+    ]
+    table = blackbox.tabulate(records, families={"a": "letters"})
+    assert table.tasks == ("b", "a") and table.families == ("b", "letters")
+    assert table.configurations == ({"x": 1, "kind": "p"}, {"x": 2}, {"x": 3})
+    nan = math.nan
+    expected = [[[0.5, 0.4], [nan, nan], [nan, nan]], [[nan, nan], [nan, 0.2], [nan, nan]]]
+    np.testing.assert_allclose(table.outcomes, expected)
+    np.testing.assert_allclose(table.costs[0, 0], [2.0, 6.0])
+    back = blackbox.table_records(table)
+    assert [(r.task, r.trial, r.fidelity, r.outcome) for r in back] == [
+        ("b", 0, pytest.approx(1 / 3), 0.5),
+        ("b", 0, 1.0, 0.4),
+        ("a", 1, 1.0, pytest.approx(0.2)),
+    ]
+
+
+def test_fidelities_that_are_equal_but_for_rounding_are_one_column():
+    budgets = [1 / 3, float(np.float32(1 / 3)), 0.5, 0.9999999, 1.0]
+    table = blackbox.tabulate([Record("a", {"x": i}, float(i), f) for i, f in enumerate(budgets)])
+    assert table.fidelities.tolist() == [1 / 3, 0.5, 1.0] and table.outcomes.shape == (1, 5, 3)
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in table.outcomes[0]] == [[0], [0], [1], [2], [2]]
+    both = blackbox.tabulate([Record("a", {"x": 1}, 0.5), Record("a", {"x": 1}, 0.25, 0.9999999)])
+    assert both.fidelities.tolist() == [1.0] and both.outcomes.tolist() == [[[0.375]]]
+    assert blackbox.tabulate([Record("a", {"x": 1}, 0.25, 0.9999999)]).fidelities.tolist() == [1.0]
+
+
+def test_hpob_s_json(tmp_path):
+    content = {"5860": {"3": {"X": [[0.0, 1.0], [0.5, 0.25]], "y": [[0.75], [0.5]]}, "9": {"X": [[1, 0]], "y": [[1]]}}}
+    (tmp_path / "meta.json").write_text(json.dumps(content))
+    records = blackbox.from_hpob(tmp_path / "meta.json", "5860")
+    assert records == [
+        Record("3", {"x0": 0.0, "x1": 1.0}, 0.25, trial=0, cost=records[0].cost),
+        Record("3", {"x0": 0.5, "x1": 0.25}, 0.5, trial=1, cost=records[1].cost),
+        Record("9", {"x0": 1, "x1": 0}, 0.0, trial=0, cost=records[2].cost),
+    ]
+    with pytest.raises(ValueError, match="has no search space '1'; it has 5860"):
+        blackbox.from_hpob(tmp_path / "meta.json", "1")
+
+
+def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
+    file, plain = tmp_path / "meta.json", lambda records: [(r.task, r.configuration, r.outcome) for r in records]
+    trials = [("3", {"x0": 0.0, "x1": 1}, 0.25), ("9", {"x1": 0.5, "x0": 0.25}, 0.5), ("3", {"x0": 1, "x1": 0.75}, 0)]
+    records = [Record(task, c, y, trial=i) for i, (task, c, y) in enumerate(trials)]
+    others = [Record("3", {"x0": 0.5, "x1": 0.5}, status="FAIL"), Record("3", {"x0": 0.1, "x1": 0.5}, 0.1, 0.5)]
+    blackbox.to_hpob(file, "a", records + others)
+    blackbox.to_hpob(file, "b", records[:1])
+    assert plain(blackbox.from_hpob(file, "a")) == plain([records[0], records[2], records[1]])
+    assert plain(blackbox.from_hpob(file, "b")) == plain(records[:1]) and list(tmp_path.iterdir()) == [file]
+    content = json.loads(file.read_text())["a"]["3"]
+    assert content == {"X": [[0.0, 1.0], [1.0, 0.75]], "y": [[0.75], [1.0]]}
+    for wrong in ({"x0": 0.5}, {"x0": 0.5, "x1": 2}, {"x0": 0.5, "x1": "rbf"}):
+        with pytest.raises(ValueError, match=r"numbers in \[0, 1\] for \['x0', 'x1'\]; got .* Give .* `space`"):
+            blackbox.to_hpob(file, "a", [records[0], records[1]._replace(configuration=wrong)])
+    with pytest.raises(ValueError, match="it has none"):
+        blackbox.to_hpob(file, "a", others)
+    space = {"rate": spaces.interval(1e-4, 1.0, log=True), "kind": spaces.choice(["a", "b"])}
+    blackbox.to_hpob(file, "c", [Record("3", {"rate": 1e-2, "kind": "b"}, 0.25)], space=space)
+    (found,) = blackbox.from_hpob(file, "c")
+    assert sorted(found.configuration.values()) == pytest.approx([0.0, 0.5, 1.0], abs=1e-6)
+    assert "a" in json.loads(file.read_text())
+    # Names and labels of all kinds, None and booleans.
+    mixed = [Record("t", {"svc__C": 1.5, "kernel": "rbf", "depth": None, "shrinking": True, "n": 3}, 0.25, trial=7)]
+    rows = blackbox.to_openml_evaluations(mixed + others)
+    back = blackbox.from_openml_evaluations(rows)
+    assert rows[0]["value"] == 0.75 and rows[0]["parameters"]["kernel"] == '"rbf"'
+    assert [r._replace(cost=0.0) for r in back] == [r._replace(cost=0.0) for r in mixed]
+    # NumPy's numbers are plain ones there.
+    typed = Record("t", {"x": np.float32(0.5), "n": np.int64(1)}, np.float32(0.25), trial=7)  # pyright: ignore
+    blackbox.to_hpob(file, "d", [typed])
+    assert json.loads(file.read_text())["d"]["t"] == {"X": [[0.5, 1.0]], "y": [[0.75]]}
+    assert blackbox.to_openml_evaluations([typed])[0]["parameters"] == {"x": "0.5", "n": "1"}
+
+
+def test_numpys_scalars_are_numbers(tmp_path):
+    given = {"x0": np.float32(0.5), "x1": np.int64(1), "x2": 0}
+    record = Record("3", given, 0.25)
+    blackbox.to_hpob(tmp_path / "a.json", "a", [record])
+    assert blackbox.from_hpob(tmp_path / "a.json", "a")[0].configuration == {"x0": 0.5, "x1": 1.0, "x2": 0.0}
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
+        blackbox.to_hpob(tmp_path / "a.json", "a", [record._replace(configuration={"x0": np.float32(1.5)})])
+    (row,) = blackbox.to_openml_evaluations([record._replace(configuration=given | {"b": np.bool_(True)})])
+    assert row["parameters"] == {"x0": "0.5", "x1": "1", "x2": "0", "b": "true"}
+    assert blackbox.tabulate([record]).configurations == ({"x0": 0.5, "x1": 1, "x2": 0},)
+    with pytest.raises(TypeError, match="a complex cannot be written as JSON: 1j"):
+        blackbox.tabulate([record._replace(configuration={"x": 1j})])
+
+
+def test_hpob_s_published_curves(tmp_path):
+    best = np.full((2, 2, 1, 3), np.nan, np.float32)  # methods, tasks, seeds, trials
+    best[:, :, 0] = [[[0.25, 0.5, 0.4375], [0.0, 0.5, 1.0]], [[0.25, 0.75, np.nan], [0.5, 0.5, 0.75]]]
+    names = np.array(["GP", "RF"]), np.array(["5860", "6767"]), np.array(["3", "9"])
+    keys = dict(zip(["methods", "search_space_id", "dataset_id"], names, strict=True))
+    np.savez(tmp_path / "hpob_baseline_curves.npz", best_so_far=best, **keys)
+    curves = blackbox.from_hpob_curves(tmp_path)
+    assert curves.methods == ("GP", "RF") and curves.tasks == ("5860/3", "6767/9")
+    expected = [[[0.75, 0.5, 0.5], [1.0, 0.5, 0.0]], [[0.75, 0.25, np.nan], [0.5, 0.5, 0.25]]]
+    np.testing.assert_allclose(curves.regret[:, :, 0], expected)
+    with pytest.raises(FileNotFoundError, match="has no hpob_baseline_curves.npz"):
+        blackbox.from_hpob_curves(tmp_path / "none")
+
+
+def test_openml_s_evaluations():
+    flow = "sklearn.svm.classes.SVC(16)"
+    pipe = "sklearn.pipeline.Pipeline(imputer=a.Imputer,svc=sklearn.svm.classes.SVC)(1)"
+    row = {
+        "run_id": 7,
+        "task_id": 3,
+        "setup_id": 5,
+        "flow_id": 16,
+        "data_id": 3,
+        "data_name": "kr-vs-kp",
+        "value": 0.75,
+    }
+    parameters = {f"{flow}_C": "1.5", f"{flow}_kernel": '"rbf"', f"{flow}_shrinking": "true", f"{flow}_tol": "null"}
+    parameters |= {f"{flow}_steps": '[{"oml-python:serialized_object": 1}]', f"{flow}_note": "free text"}
+    both = {f"{flow}_verbose": "1", f"{pipe}_verbose": "2"}
+    records = blackbox.from_openml_evaluations([row | {"parameters": parameters}, row | {"parameters": both}])
+    expected = {"C": 1.5, "kernel": "rbf", "shrinking": True, "tol": None, "note": "free text"}
+    assert records[0] == Record("kr-vs-kp", expected, 0.25, trial=7, cost=records[0].cost)
+    assert records[1].configuration == {f"{flow}_verbose": 1, f"{pipe}_verbose": 2}
+
+
+def test_openml_s_data_sets_of_one_name_are_several_tasks():
+    row = {"data_name": "iris", "run_id": 7, "value": 0.5, "parameters": {}}
+    ids = [{"data_id": 61}, {"data_id": 969.0}, {"data_id": 61, "data_name": "wine"}, {"data_id": math.nan}, {}]
+    rows = [row | other for other in ids]
+    found = [record.task for record in blackbox.from_openml_evaluations(rows)]
+    assert found == ["iris (61)", "iris (969)", "wine", "iris", "iris"]
+    assert [record.task for record in blackbox.from_openml_evaluations(rows[1:])] == ["iris", "wine", "iris", "iris"]
+
+
+def test_openml_s_measures_that_are_errors_are_not_turned_around():
+    row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
+    rmse = row | {"function": "root_mean_squared_error"}
+    read = lambda *rows, **kwargs: [r.outcome for r in blackbox.from_openml_evaluations(rows, **kwargs)]
+    with pytest.raises(ValueError, match="of 'root_mean_squared_error', for which smaller is better. Pass `higher_is"):
+        read(rmse | {"value": 0.5})
+    with pytest.raises(ValueError, match="The value of run 7 is 37.2, .* say `higher_is_better`, True or False"):
+        read(row)
+    assert read(rmse, row | {"value": 0.5}, higher_is_better=False) == [37.2, 0.5]
+    assert read(row, higher_is_better=True) == [1.0 - 37.2]
+    assert read(row | {"value": "0.75", "function": "area_under_roc_curve"}) == [0.25]
+    with pytest.raises(ValueError, match=r"values of one function; got \['predictive_accuracy', 'root_mean"):
+        read(rmse, row | {"function": "predictive_accuracy"}, higher_is_better=False)
+    with pytest.raises(ValueError, match="The value of run 7 must be a number; got 'much'"):
+        read(row | {"value": "much"})
+    for none in (None, math.nan):
+        (record,) = blackbox.from_openml_evaluations([row | {"value": none}])
+        assert (record.status, record.reason) == ("FAIL", "OpenML has no value of it") and math.isnan(record.outcome)
+    frame = pytest.importorskip("pandas").DataFrame([row | {"value": 0.5}])
+    assert [r.outcome for r in blackbox.from_openml_evaluations(frame)] == [0.5]
+
+
+def write(folder):
+    """The published tables' formats, with a few entries."""
+    np.savez(
+        folder / "oboe_error_matrix.npz",
+        error=np.array([[0.25, 0.5]], np.float32),
+        runtime=np.array([[1.0, 2.0]], np.float32),
+        openml_id=np.array(["3"]),
+        configs=np.array([json.dumps({"algorithm": a, "hyperparameters": {"k": 3}}) for a in ("AB", "KNN")]),
+        family=np.array(["chess"]),
+    )
+    np.savez(
+        folder / "taskset_rnn_curves.npz",
+        hp=np.array([[1e-3, 0.9]]),
+        hp_names=np.array(["learning_rate", "beta1"]),
+        curves=np.array([[[[0.7, 0.5, 0.25], [0.7, 0.6, 0.5]]]], np.float32),
+        splits=np.array(["valid", "test"]),
+        tasks=np.array(["rnn"]),
+    )
+    np.savez(
+        folder / "lcdb_accuracy_curves.npz",
+        openml_id=np.array([3], np.int32),
+        learners=np.array(["SVC_linear"]),
+        anchors=np.array([16, 64]),
+        valid=np.array([[[0.5, np.nan]]], np.float32),
+        test=np.array([[[0.25, np.nan]]], np.float32),
+        traintime=np.array([[[0.5, np.nan]]], np.float16),
+    )
+    np.savez(
+        folder / "hpobench_mlp_table.npz",
+        hp_index=np.array([[0, 1]], np.uint8),
+        hp_names=np.array(["alpha", "depth"]),
+        hp_values=np.array(json.dumps({"alpha": [1e-8, 1], "depth": [1, 2]})),
+        datasets=np.array(["car"]),
+        val_acc_mean=np.array([[0.75]], np.float32),
+        train_time_mean=np.array([[3.0]], np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (blackbox.from_oboe, ({"algorithm": "KNN", "k": 3}, [[[0.25], [0.5]]], [1.0], ("chess",))),
+        (blackbox.from_taskset, ({"learning_rate": 1e-3, "beta1": 0.9}, [[[0.5, 0.25]]], [0.5, 1.0], ("rnn",))),
+        (blackbox.from_lcdb, ({"learner": "SVC_linear"}, [[[0.5, math.nan]]], [0.25, 1.0], ("3",))),
+        (blackbox.from_hpobench_mlp, ({"alpha": 1e-8, "depth": 2}, [[[0.25]]], [1.0], ("car",))),
+    ],
+)
+def test_published_tables_are_read(tmp_path, read, expected):
+    write(tmp_path)
+    table = read(tmp_path)
+    configuration, outcomes, fidelities, families = expected
+    assert table.configurations[-1] == configuration and table.families == families
+    np.testing.assert_allclose(table.outcomes, outcomes)
+    np.testing.assert_allclose(table.fidelities, fidelities)
+    assert table.costs.shape == table.outcomes.shape
+    with pytest.raises(FileNotFoundError, match="has no .*npz"):
+        read(tmp_path / "none")
+    if read in (blackbox.from_taskset, blackbox.from_lcdb):
+        assert read(tmp_path, split="test").outcomes[0, 0, 0] > table.outcomes[0, 0, 0]
+        with pytest.raises(ValueError, match='`split` must be "valid" or "test"; got \'train\''):
+            read(tmp_path, split="train")
+
+
+def average_best(table, numbers=(1, 5, 20)):
+    """Mean normalized regret of the configurations that are best on average over the tasks of other families."""
+    y = table.outcomes[:, :, -1]
+    y = (y - np.nanmin(y, 1, keepdims=True)) / np.maximum(np.nanmax(y, 1) - np.nanmin(y, 1), 1e-12)[:, None]
+    families, regrets = np.array(table.families), []
+    for t, family in enumerate(families):
+        order = np.argsort(np.nanmean(y[families != family], axis=0), stable=True)
+        order = order[np.isfinite(y[t, order])]  # what was not tried here is passed over
+        regrets.append([y[t, order[:n]].min() for n in numbers])
+    return np.mean(regrets, axis=0)
+
+
+@needs_data
+@pytest.mark.once
+def test_the_random_forests_of_pmlb_are_those_of_the_published_baseline():
+    pytest.importorskip("pandas")
+    table = blackbox.from_pmlb_results(DATA)
+    assert table.outcomes.shape == (164, 56, 1) and np.isfinite(table.outcomes).mean() > 0.99
+    assert len(set(map(str, table.configurations))) == 56
+    np.testing.assert_allclose(average_best(table), [0.089, 0.052, 0.009], atol=2e-3)
+    several = blackbox.from_pmlb_results(DATA, algorithms=["SVC", "KNeighborsClassifier"])
+    assert {c["algorithm"] for c in several.configurations} == {"SVC", "KNeighborsClassifier"}
+    with pytest.raises(ValueError, match=r"`algorithms` must be of \['DecisionTreeClassifier'.*got \['Forest'\]"):
+        blackbox.from_pmlb_results(DATA, algorithms=["Forest"])
+
+
+@needs_data
+def test_oboe_s_baseline():
+    table = blackbox.from_oboe(DATA)
+    assert table.outcomes.shape == (418, 219, 1)
+    np.testing.assert_allclose(average_best(table), [0.155, 0.100, 0.067], atol=2e-3)
+
+
+@needs_data
+def test_the_whole_of_the_other_tables_is_read():
+    shapes = {
+        blackbox.from_taskset: (12, 1000, 50),
+        blackbox.from_lcdb: (248, 20, 28),
+        blackbox.from_hpobench_mlp: (8, 30_000, 1),
+    }
+    for read, shape in shapes.items():
+        assert read(DATA).outcomes.shape == shape

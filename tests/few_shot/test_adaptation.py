@@ -1,0 +1,845 @@
+"""The specification, setting by setting, against a network whose training is written in NumPy and its differences."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import _jaxpr, base, few_shot, hypergrad, inner, tasks, training
+
+KEY = jax.random.key(0)
+RATE = 0.1
+
+
+def tree(rng, gain=None):
+    made = {
+        "hidden": {"w": rng.normal(size=(1, 3)), "b": 0.3 * rng.normal(size=3)},
+        "out": {"w": rng.normal(size=(3, 1)), "b": rng.normal(size=1)},
+    }
+    return made | ({} if gain is None else {"gain": np.array(gain)})
+
+
+RNG = np.random.default_rng(0)
+META = tree(RNG)
+DATA = [{"x": RNG.normal(size=(n, 1)), "y": RNG.normal(size=(n, 1))} for n in (4, 5)]
+TASK = base.Task(*DATA)
+
+
+# ---- By hand, in NumPy: h = tanh(x w + b + context), out = gain · (h w + b) ------------------------------------------
+
+
+def predicted(params, x):
+    hidden = np.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"] + params.get("context", 0.0))
+    return params.get("gain", 1.0) * (hidden @ params["out"]["w"] + params["out"]["b"])
+
+
+def error(params, data):
+    return ((predicted(params, data["x"]) - data["y"]) ** 2).mean()
+
+
+def slopes(params, data):
+    """The gradient of `error`, for every leaf but the gain."""
+    x, y, gain = data["x"], data["y"], params.get("gain", 1.0)
+    hidden = np.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"] + params.get("context", 0.0))
+    back = gain * 2 * (predicted(params, x) - y) / len(y)
+    inner = back @ params["out"]["w"].T * (1 - hidden**2)
+    found = {
+        "hidden": {"w": x.T @ inner, "b": inner.sum(0)},
+        "out": {"w": hidden.T @ back, "b": back.sum(0)},
+    }
+    return found | ({"context": inner.sum(0)} if "context" in params else {})
+
+
+def trained(params, num_steps, adapts=lambda path: True, rate=lambda path, t: RATE, at=lambda params, t: params):
+    """θ_0..θ_T; `at` is what the model sees at a step."""
+    visited = [params]
+    for t in range(num_steps):
+        found = slopes(at(params, t), DATA[0])
+
+        def move(path, x, t=t, found=found):
+            for key in path:
+                found = found.get(key.key, 0.0) if isinstance(found, dict) else found
+            name = "/".join(str(key.key) for key in path)
+            return x - rate(name, t) * found if adapts(name) else x
+
+        params = jax.tree_util.tree_map_with_path(move, params)
+        visited.append(params)
+    return visited
+
+
+def differences(function, hyperparams, size=1e-6):
+    """Central differences of a function of a tree of NumPy arrays."""
+    leaves, structure = jax.tree.flatten(hyperparams)
+    found = [np.zeros_like(leaf) for leaf in leaves]
+    for number, leaf in enumerate(leaves):
+        for at in np.ndindex(leaf.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.copy() for x in leaves]
+                moved[number][at] += sign * size
+                ends.append(function(structure.unflatten(moved)))
+            found[number][at] = (ends[0] - ends[1]) / (2 * size)
+    return structure.unflatten(found)
+
+
+# ---- The same by metaopt ---------------------------------------------------------------------------------------------
+
+
+def network(params, x):
+    context = params.get("context", jnp.zeros(3))
+    hidden = jnp.tanh(x @ params["hidden"]["w"] + (params["hidden"]["b"] + context)[None])
+    return params.get("gain", 1.0) * (hidden @ params["out"]["w"] + params["out"]["b"][None])
+
+
+def loss(params, hyperparams, batch):
+    return ((network(params, batch["x"]) - batch["y"]) ** 2).mean()
+
+
+def at_gain(params, t):
+    return params | {"gain": params["gain"][min(t, 1)]}
+
+
+def lookup(rates, path):
+    for name in path.split("/"):
+        rates = rates[name]
+    return rates
+
+
+def lslr_by_hand(hp):
+    visited = trained(hp["init"], 2, lambda p: p != "gain", lambda p, t: lookup(hp["rate"], p)[t], at=at_gain)
+    return 0.3 * error(at_gain(visited[1], 0), DATA[1]) + 0.7 * error(at_gain(visited[2], 1), DATA[1])
+
+
+LSLR = {"adapt": "hidden|out", "rates": "leaf", "rates_per_step": True, "leaves_per_step": "gain", "outer": (0.3, 0.7)}
+CASES = {  # the adaptation, the meta-parameters, and F in NumPy
+    "maml": (few_shot.maml(loss, num_steps=2, rate=RATE), META, lambda hp: error(trained(hp["init"], 2)[-1], DATA[1])),
+    "anil": (
+        few_shot.anil(loss, head="^out", num_steps=2, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"], 2, lambda path: "out" in path)[-1], DATA[1]),
+    ),
+    "boil": (
+        few_shot.boil(loss, head="^out", num_steps=1, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"], 1, lambda path: "out" not in path)[-1], DATA[1]),
+    ),
+    "meta_sgd": (
+        few_shot.meta_sgd(loss, num_steps=2, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"], 2, rate=lambda path, t: lookup(hp["rate"], path))[-1], DATA[1]),
+    ),
+    "lslr": (
+        few_shot.adaptation(loss, num_steps=2, rate=RATE, **LSLR),
+        META | {"gain": np.array([1.1, 0.9])},
+        lslr_by_hand,
+    ),
+    "cavia": (
+        few_shot.cavia(loss, num_context=3, num_steps=2, rate=RATE),
+        META,
+        lambda hp: error(trained(hp["init"] | {"context": np.zeros(3)}, 2, lambda p: p == "context")[-1], DATA[1]),
+    ),
+    "pretrained": (few_shot.pretrained(loss), META, lambda hp: error(hp["init"], DATA[1])),
+}
+OTHERS = {  # compared with those, or with NumPy, below
+    "fomaml": few_shot.fomaml(loss, num_steps=2, rate=RATE),
+    "reptile": few_shot.reptile(loss, num_steps=2, rate=RATE),
+    "all leaves by name": few_shot.anil(loss, head="^hidden/|^out/", num_steps=2, rate=RATE),
+}
+
+
+@pytest.fixture(scope="module")
+def estimates():
+    """All of them by one program."""
+    made = {name: (case[0], case[1]) for name, case in CASES.items()} | {n: (a, META) for n, a in OTHERS.items()}
+    hyperparams = {name: a.hyperparams(jax.tree.map(jnp.asarray, meta)) for name, (a, meta) in made.items()}
+
+    def program(hyperparams, task):
+        found = {}
+        for name, (a, _) in made.items():
+            state = a.estimator.init(KEY, hyperparams[name], task)
+            found[name] = a.estimator.estimate(hyperparams[name], task, state)[0]
+        return found
+
+    found = jax.jit(program)(hyperparams, jax.tree.map(jnp.asarray, TASK))
+    return SimpleNamespace(found=jax.device_get(found), hyperparams=jax.device_get(hyperparams))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.once
+def test_the_hypergradient_is_that_of_differences_of_training_in_numpy(name, estimates):
+    _, _, by_hand = CASES[name]
+    out, hyperparams = estimates.found[name], estimates.hyperparams[name]
+    np.testing.assert_allclose(out.value, by_hand(hyperparams), rtol=1e-12)
+    expected = differences(by_hand, hyperparams)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), out.hypergrad, expected)
+    assert any(abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(expected))
+
+
+def close(a, b, rtol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13), a, b)
+
+
+@pytest.mark.once
+def test_no_inner_step_is_plain_training(estimates):
+    close(estimates.found["pretrained"].hypergrad["init"], slopes(META, DATA[1]))
+
+
+def test_all_leaves_by_name_are_maml_and_so_are_equal_rates(estimates):
+    close(estimates.found["all leaves by name"], estimates.found["maml"])
+    close(estimates.found["meta_sgd"].hypergrad["init"], estimates.found["maml"].hypergrad["init"])
+    assert estimates.found["meta_sgd"].value == pytest.approx(estimates.found["maml"].value, rel=1e-13)
+
+
+def test_first_order_is_the_gradient_of_f_where_training_ends(estimates):
+    close(estimates.found["fomaml"].hypergrad["init"], slopes(trained(META, 2)[-1], DATA[1]))
+    assert few_shot.fomaml(loss).estimator.kind == "biased" and few_shot.maml(loss).estimator.kind == "exact"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden", "out", "nothing"], meta_fields=[])
+@dataclasses.dataclass
+class Module:
+    """A model like Equinox's: it can be called, and what is static in it is None."""
+
+    hidden: dict
+    out: dict
+    nothing: None = None
+
+    def __call__(self, x):
+        return network({"hidden": self.hidden, "out": self.out}, x)
+
+
+def module_loss(params, hyperparams, batch):
+    assert params.nothing is None
+    return ((params(batch["x"]) - batch["y"]) ** 2).mean()
+
+
+@pytest.mark.once
+def test_a_model_that_can_be_called_and_has_none_in_it(estimates):
+    made = {
+        "maml": few_shot.maml(module_loss, num_steps=2, rate=RATE),
+        "anil": few_shot.anil(module_loss, head="^out", num_steps=2, rate=RATE),
+        "reptile": few_shot.reptile(module_loss, num_steps=2, rate=RATE),
+        "meta_sgd": few_shot.meta_sgd(module_loss, num_steps=2, rate=RATE),
+    }
+
+    @jax.jit
+    def program(init, task):
+        found = {}
+        for name, a in made.items():
+            hyperparams = a.hyperparams(init)
+            found[name] = a.estimator.estimate(hyperparams, task, a.estimator.init(KEY, hyperparams, task))[0]
+        return found
+
+    found = program(Module(**jax.tree.map(jnp.asarray, META)), jax.tree.map(jnp.asarray, TASK))
+    for name, estimate in found.items():
+        expected = estimates.found[name].hypergrad["init"]
+        init = estimate.hypergrad["init"]
+        chex.assert_trees_all_close({"hidden": init.hidden, "out": init.out}, expected, rtol=1e-10)
+
+
+@pytest.mark.once
+def test_truncation_to_one_step_is_first_order():
+    """In coordinates δ = θ − λ, where every step sees λ; the step itself is held, and the past is cut off."""
+    at = lambda delta, hp, batch: loss(jax.tree.map(jnp.add, hp, delta), None, batch)
+    zeros = lambda key, hp, data: jax.tree.map(jnp.zeros_like, hp)
+    problem = inner.problem(inner.loop(at, lambda hp: optax.sgd(RATE), init=zeros), at)
+    held = lambda function, has_aux: lambda *args: jax.grad(function, has_aux=has_aux)(*jax.lax.stop_gradient(args))
+    estimator = hypergrad.truncated(problem, num_steps=2, truncation_length=1, grad=held)
+    hyperparams, task = jax.tree.map(jnp.asarray, (META, TASK))
+    state, estimate = estimator.init(KEY, hyperparams, task), jax.jit(estimator.estimate)
+    for steps, theta in enumerate(trained(META, 2)[1:], 1):
+        found, state = estimate(hyperparams, task, state)
+        close(found.hypergrad, slopes(theta, DATA[1]))
+        first_order = few_shot.fomaml(loss, num_steps=steps, rate=RATE)
+        expected, _ = jax.jit(first_order.estimator.estimate)({"init": hyperparams}, task, KEY)
+        close((found.value, found.hypergrad), (expected.value, expected.hypergrad["init"]))
+
+
+def test_reptile_is_the_way_that_training_went(estimates):
+    start, _, end = trained(META, 2)
+    close(estimates.found["reptile"].hypergrad["init"], jax.tree.map(np.subtract, start, end))
+    assert estimates.found["reptile"].value == pytest.approx(error(end, DATA[1]), rel=1e-12)
+    assert OTHERS["reptile"].estimator.kind == "pseudo"
+
+
+@pytest.mark.once
+def test_schedules_follow_the_outer_step():
+    """MAML++: first order and equal weights at step 0; second order and the last loss alone from step 1 on."""
+    a = few_shot.maml_plus_plus(
+        loss, num_steps=2, rate=RATE, rates="fixed", rates_per_step=False, first_order_steps=1, multi_step_steps=1
+    )
+    learner = training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optax.sgd(1.0))
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], TASK)
+    start = a.hyperparams(jax.tree.map(jnp.asarray, META))
+    state, step = learner.init(KEY, start, batch), jax.jit(learner.step)
+    state, metrics = step(state)
+    _, once, twice = trained(META, 2)
+    direction = jax.tree.map(lambda a, b: (a + b) / 2, slopes(once, DATA[1]), slopes(twice, DATA[1]))
+    after = jax.tree.map(np.subtract, META, direction)
+    close(state.hyperparams["init"], after)
+    assert metrics["value"] == pytest.approx((error(once, DATA[1]) + error(twice, DATA[1])) / 2, rel=1e-12)
+    state, metrics = step(state)
+    direction = differences(lambda params: error(trained(params, 2)[-1], DATA[1]), after)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        state.hyperparams["init"],
+        jax.tree.map(np.subtract, after, direction),
+    )
+    assert metrics["value"] == pytest.approx(error(trained(after, 2)[-1], DATA[1]), rel=1e-12)
+
+
+def test_schedules_of_maml_plus_plus():
+    a = few_shot.maml_plus_plus(loss, num_steps=3, first_order_steps=5, multi_step_steps=10)
+    assert [a.estimator_at(step).kind for step in (0, 4, 5, 99)] == ["biased"] * 2 + ["exact"] * 2
+    rates = a.hyperparams(META)["rate"]
+    assert jax.tree.map(jnp.shape, rates) == jax.tree.map(lambda _: (3,), META)
+    assert few_shot.meta_sgd(loss).hyperparams(META)["rate"]["out"]["w"].shape == (3, 1)
+    assert few_shot.adaptation(loss, rates="one", rates_per_step=True, num_steps=2).hyperparams(META)["rate"].shape == (
+        2,
+    )
+
+
+def test_at_test_it_goes_on_with_the_last_rates_and_says_what_each_step_predicts():
+    a, meta, _ = CASES["lslr"]
+    hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, meta))
+    hyperparams["rate"] = jax.tree.map(lambda x: x * jnp.array([1.0, 0.5]), hyperparams["rate"])
+    method = few_shot.adapted(a, hyperparams, lambda params, query: network(params, query["x"]), num_steps=3)
+    outputs = jax.jit(method)(KEY, *jax.tree.map(jnp.asarray, DATA))
+    visited = trained(meta, 3, lambda p: p != "gain", lambda p, t: RATE * (1.0, 0.5, 0.5)[t], at=at_gain)
+    expected = [predicted(at_gain(params, max(t - 1, 0)), DATA[1]["x"]) for t, params in enumerate(visited)]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-10)
+
+
+@pytest.mark.once
+def test_memory_at_test_is_that_of_the_outputs_whatever_the_steps():
+    """No graph is kept: beside it, what a derivative through as many steps keeps."""
+    a = CASES["maml"][0]
+    hyperparams, (support, query) = jax.tree.map(jnp.asarray, (a.hyperparams(META), DATA))
+    solve = lambda num: hypergrad.unroll(a.problem.loop, num_steps=num)
+    end = lambda hp, support, query, num: solve(num)(KEY, hp, support).params["out"]["b"].sum()
+
+    def temporary(num_steps, derivative=False):
+        method = few_shot.adapted(a, hyperparams, lambda p, query: network(p, query["x"]), num_steps=num_steps)
+        program = lambda hp, support, query: method(KEY, support, query)
+        if derivative:
+            program = jax.grad(lambda hp, support, query: end(hp, support, query, num_steps))
+        compiled = jax.jit(program).lower(hyperparams, support, query).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    outputs = 500 * query["y"].size * 8
+    assert temporary(506) - temporary(6) <= 2 * outputs + 1000
+    assert temporary(506, derivative=True) - temporary(6, derivative=True) > 4 * outputs
+
+
+@pytest.mark.once
+def test_model_state_is_carried_and_seen():
+    """A running mean of the inputs, which the outer loss subtracts."""
+
+    def with_state(params, hyperparams, batch, context):
+        mean = 0.5 * context.model_state + 0.5 * batch["x"].mean()
+        value = ((params["w"] * (batch["x"] - mean) - batch["y"]) ** 2).mean()
+        return value, mean
+
+    def outer(params, hyperparams, batch, context):
+        return ((params["w"] * (batch["x"] - context.model_state) - batch["y"]) ** 2).mean()
+
+    a = few_shot.maml(
+        with_state,
+        outer_loss=outer,
+        init=lambda key, hp, data: (hp["init"], jnp.zeros([])),
+        rate=RATE,
+        proximal=0.5,
+        with_context=True,
+    )
+    hyperparams, task = a.hyperparams({"w": jnp.array(0.7)}), jax.tree.map(jnp.asarray, TASK)
+    found = a.estimator.estimate(hyperparams, task, KEY)[0]
+
+    def by_hand(hp):
+        (x, y), (xq, yq) = ((data["x"], data["y"]) for data in DATA)
+        mean = 0.5 * x.mean()
+        w = hp["w"] - RATE * (2 * (hp["w"] * (x - mean) - y) * (x - mean)).mean()  # the proximal term rests at θ_0
+        return ((w * (xq - mean) - yq) ** 2).mean()
+
+    assert found.value == pytest.approx(by_hand({"w": np.array(0.7)}), rel=1e-12)
+    expected = differences(lambda w: by_hand({"w": w}), np.array(0.7))
+    # d θ_1 / d λ with the proximal term: its pull on θ and on λ cancel at the first step.
+    np.testing.assert_allclose(found.hypergrad["init"]["w"], expected, rtol=1e-7)
+    predict = lambda params, query, context: params["w"] * (query["x"] - context.model_state)
+    outputs = few_shot.adapted(a, hyperparams, predict, with_context=True)(KEY, task.train, task.valid)
+    np.testing.assert_allclose(outputs[0], 0.7 * DATA[1]["x"], rtol=1e-12)
+    np.testing.assert_allclose(((outputs[1] - DATA[1]["y"]) ** 2).mean(), found.value, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": "all"}, "`rates` must be one of"),
+        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
+        ({"test_steps": -1}, "`test_steps` must be at least 0, or None; got -1"),
+        ({"proximal": -1.0}, "`proximal` must be at least 0"),
+        ({"order": "third"}, '`order` must be "first", "second" or a number'),
+        ({"order": -2}, '`order` must be "first", "second" or a number'),
+        ({"order": True}, '`order` must be "first", "second" or a number.*got True'),
+        ({"order": "first", "rule": lambda problem: None}, "cannot be combined with a `rule`"),
+        ({"rates_per_step": True}, "`rates_per_step` needs learned rates"),
+        ({"num_steps": 0, "leaves_per_step": "gain"}, "need at least one step; got `num_steps=0`"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        few_shot.adaptation(loss, **options)
+
+
+def test_a_support_set_is_kept_in_a_dict():
+    a = few_shot.maml(lambda params, hyperparams, batch: ((params[0] - batch["x"]) ** 2).sum(), keep_support=True)
+    data = {"x": jnp.ones(2), "mask": jnp.ones(2)}
+    task = base.Task(data, data)
+    with pytest.raises(ValueError, match="so that the model must be a dict; got a tuple"):
+        jax.eval_shape(a.estimator.estimate, a.hyperparams((jnp.zeros(2),)), task, KEY)
+
+
+def test_bad_patterns():
+    with pytest.raises(
+        ValueError, match=r"`adapt` must match at least one leaf: '\(\^\|/\)head\(/\|\$\)' matches none of \['hidden/b'"
+    ):
+        a = few_shot.anil(loss)
+        a.problem.loop.init(KEY, {"init": META}, DATA[0])
+    with pytest.raises(ValueError, match=r"Leaves with a value for each step cannot adapt: \['hidden/w'\]"):
+        a = few_shot.maml(loss, leaves_per_step="hidden/w")
+        a.problem.loop.init(KEY, {"init": META}, DATA[0])
+    for pattern, found in (("gain", "'gain' finds none"), ("out", r"'out' finds {'out/w': \(3, 1\)}")):
+        with pytest.raises(ValueError, match="`leaves_per_step` must find leaves.*`num_steps` = 1; " + found):
+            few_shot.maml(loss, adapt="hidden", leaves_per_step=pattern).problem.loop.init(KEY, {"init": META}, DATA[0])
+    with pytest.raises(ValueError, match="`proximal` must be positive"):
+        few_shot.imaml(loss, proximal=0.0)
+
+
+def test_leaves_whose_paths_look_alike_are_two():
+    params = {"enc/w": jnp.array([2.0]), "enc": {"w": jnp.array([5.0])}, "head": jnp.array([0.1])}
+    product = lambda p, _, batch: ((p["enc/w"] * p["enc"]["w"] * p["head"] * batch - 3.0) ** 2).sum()
+    task = base.Task(jnp.ones(1), jnp.ones(1))
+    value = lambda a, init: a.estimator.estimate(a.hyperparams(init), task, KEY)[0].value
+    assert value(few_shot.anil(product, num_steps=0), params) == 4.0
+    # `init` makes one of them; the other is that of λ.
+    made = lambda key, hp, data: {**hp["init"], "enc": {"w": 2 * hp["init"]["enc"]["w"]}}
+    assert value(few_shot.anil(product, num_steps=0, init=made), params) == 1.0
+    # One has no value for each step.
+    with pytest.raises(ValueError, match=r"`num_steps` = 1; 'w\$' finds {'enc/w': \(3,\)}"):
+        value(few_shot.anil(product, leaves_per_step="w$"), {**params, "enc": {"w": jnp.ones(3)}})
+
+
+def test_what_init_passes_on_under_other_keys_is_not_told_as_made_by_it():
+    """A NamedTuple in the place of λ's dict: its leaves train on, but nothing of λ["init"] is found at their keys."""
+
+    class Params(NamedTuple):
+        body: jax.Array
+        head: jax.Array
+
+    loss = lambda p, _, batch: ((p.body * p.head * batch - 3.0) ** 2).sum()
+    params, task = {"body": jnp.ones(1), "head": jnp.ones(1)}, base.Task(jnp.ones(1), jnp.ones(1))
+    value = lambda a: a.estimator.estimate(a.hyperparams(params), task, KEY)[0].value
+    init = lambda key, hp, data: Params(**hp["init"])
+    assert value(few_shot.anil(loss, num_steps=0, init=init)) == 4.0
+    message = r"passed on the leaves \['{}'\] of λ\[\"init\"\] under other keys.*let it return them in the containers"
+    with pytest.raises(ValueError, match=message.format(r"body', 'head")):
+        value(few_shot.adaptation(loss, adapt="head", proximal=1.0, init=init))
+    rule = functools.partial(hypergrad.unrolled, num_steps=1)
+    ruled = few_shot.adaptation(loss, adapt="head", rule=rule, init=init)
+    with pytest.raises(ValueError, match=message.format(r"body', 'head") + ".*or adapt.*sees no derivative"):
+        ruled.problem.loop.init(KEY, ruled.hyperparams(params), task.train)
+
+
+def with_made(params):
+    """A gain out of the support set, and a changed bias, neither of which adapts."""
+    gain = 1 + 0.3 * params["hidden"]["b"][0] * DATA[0]["y"].mean()
+    return {**params, "gain": gain, "out": {"w": params["out"]["w"], "b": 2.0 * params["out"]["b"]}}
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+@pytest.mark.once
+def test_what_init_makes_and_does_not_adapt_stays(order):
+    a = few_shot.anil(
+        loss, init=lambda key, hp, data: with_made(hp["init"]), head="hidden", num_steps=2, rate=RATE, order=order
+    )
+    hyperparams, task = jax.tree.map(jnp.asarray, (a.hyperparams(META), TASK))
+    found = jax.jit(lambda hp: a.estimator.estimate(hp, task, KEY)[0])(hyperparams)
+    end = trained(with_made(META), 2, lambda path: "hidden" in path)[-1]
+    assert found.value == pytest.approx(error(end, DATA[1]), rel=1e-12)
+
+    def by_hand(meta):
+        if order == "second":
+            return error(trained(with_made(meta), 2, lambda path: "hidden" in path)[-1], DATA[1])
+        moved = jax.tree.map(lambda a, b: a - b, end["hidden"], META["hidden"])  # held
+        made = with_made(meta)
+        return error(made | {"hidden": jax.tree.map(lambda a, b: a + b, made["hidden"], moved)}, DATA[1])
+
+    expected = differences(by_hand, META)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found.hypergrad["init"], expected)
+    predict = lambda params, query: network(params, query["x"])
+    outputs = few_shot.adapted(a, hyperparams, predict)(KEY, task.train, task.valid)
+    np.testing.assert_allclose(outputs[-1], predicted(end, DATA[1]["x"]), rtol=1e-10)
+    with pytest.raises(ValueError, match=r"made the leaves \['gain', 'out/b'\], which do not adapt, and a `rule`"):
+        ruled = few_shot.imaml(
+            loss, proximal=1.0, init=lambda key, hp, data: with_made(hp["init"]), adapt="hidden", num_steps=1
+        )
+        ruled.problem.loop.init(KEY, hyperparams, task.train)
+
+
+# ---- What no step changes is computed once ---------------------------------------------------------------------------
+
+
+def units(params, x, layers):
+    for layer in layers:
+        x = jnp.tanh(x @ params[layer]["w"] + params[layer]["b"][None])
+    return x
+
+
+DEEP = {"first": tree(RNG)["hidden"], "second": {"w": RNG.normal(size=(3, 3)), "b": RNG.normal(size=3)}}
+DEEP |= {"head": tree(RNG)["out"], "gain": np.array([1.1, 0.9])}
+SIDES = [{**data, "mask": np.array([1.0] * (len(data["x"]) - 1) + [0.0])} for data in DATA]  # the last row is padding
+
+
+def masked(outputs, batch):
+    return (batch["mask"][:, None] * (outputs - batch["y"]) ** 2).sum() / batch["mask"].sum()
+
+
+def deep(params, batch):
+    return params["gain"].mean() * units(params, batch["x"], ("first", "second")) @ params["head"]["w"]
+
+
+def deep_loss(params, hyperparams, batch):
+    return masked(deep(params, batch), batch)
+
+
+def jitted_loss(params, hyperparams, batch):
+    """The whole model is one nested call."""
+    return masked(jax.jit(deep)(params, batch), batch)
+
+
+def noisy_loss(params, hyperparams, batch, context):
+    """Dropout after the first layer; the model's state is a running mean of the second's units."""
+    kept = jax.random.bernoulli(context.key, 0.7, (3,))
+    x = units(params, units(params, batch["x"], ("first",)) * kept[None], ("second",))
+    value = masked((x - context.model_state[None]) @ params["head"]["w"], batch)
+    return value, 0.5 * context.model_state + 0.5 * x.mean(0)
+
+
+def normal_of_support(params, batch):
+    """Units that are normalized by the support set, wherever they are."""
+    x = units(params, batch["x"], ("first", "second"))
+    whose = params.get("support", batch)
+    of = units(params, whose["x"], ("first", "second")) * whose["mask"][:, None]
+    return (x - of.sum(0, keepdims=True) / whose["mask"].sum()) @ params["head"]["w"] + params["head"]["b"][None]
+
+
+def with_state(key, hyperparams, data):
+    return hyperparams["init"], jnp.zeros(3)
+
+
+def made_bias(key, hyperparams, data):
+    """A bias of the body that the support set makes, and that does not adapt."""
+    params = hyperparams["init"]
+    second = {"w": params["second"]["w"], "b": params["first"]["w"][0] * data["y"].mean()}
+    return {**params, "second": second}
+
+
+def gain_in_front(params, hyperparams, batch):
+    return deep_loss(params, hyperparams, {**batch, "x": params["gain"] * batch["x"]})
+
+
+TWO = {"num_steps": 2, "rate": RATE}
+ONCE = {  # an adaptation; the shapes of what is computed once
+    "a nested call": (few_shot.anil(jitted_loss, **TWO), [(4, 3)]),
+    "a layer in the middle": (few_shot.adaptation(deep_loss, adapt="second", **TWO), [(4, 3)]),
+    "a value a step": (
+        few_shot.anil(deep_loss, rates="leaf", rates_per_step=True, leaves_per_step="gain", **TWO),
+        [(4, 3)],
+    ),
+    "dropout and a state": (
+        few_shot.anil(
+            noisy_loss, init=with_state, with_context=True, outer_loss=lambda *args: noisy_loss(*args)[0], **TWO
+        ),
+        [(4, 3)],
+    ),
+    "made by init": (few_shot.anil(deep_loss, init=made_bias, **TWO), [(4, 3)]),
+    "made by init, first order": (few_shot.anil(deep_loss, init=made_bias, order="first", **TWO), [(4, 3)]),
+    "normalized": (
+        few_shot.anil(
+            lambda params, hyperparams, batch: masked(normal_of_support(params, batch), batch), keep_support=True, **TWO
+        ),
+        [(4, 3)],
+    ),
+    "checkpoints": (few_shot.anil(deep_loss, num_steps=4, rate=RATE, remat="sqrt", outer="mean"), [(4, 3)]),
+}
+NOT_ONCE = {
+    "all adapt": few_shot.maml(deep_loss),
+    "what comes first adapts": few_shot.boil(deep_loss),
+    "a value a step in front": few_shot.anil(gain_in_front, leaves_per_step="gain", **TWO),
+    "a sampler": few_shot.anil(deep_loss, sampler=inner.minibatch(2)),
+    # What it computes of λ alone may depend on how many rows there are.
+    "a sampler, and a product of λ": few_shot.anil(
+        lambda params, hyperparams, batch: (
+            (params["first"]["w"] @ params["second"]["w"]).mean() / len(batch["x"])
+            + deep_loss(params, hyperparams, batch)
+        ),
+        sampler=inner.minibatch(2),
+    ),
+}
+
+
+def hold(loss, has_aux=False):
+    """First order: inner gradients are held, and what `init` made is read as λ is."""
+
+    def held(params, hyperparams, batch, context):
+        grads, state = jax.grad(loss, has_aux=True)(*jax.lax.stop_gradient((params, hyperparams, batch, context)))
+        return grads, state._replace(made=context.model_state.made)
+
+    return held
+
+
+OPTIONS = {"checkpoints": {"remat": "sqrt", "outer": "mean"}, "made by init, first order": {"grad": hold}}
+
+
+@pytest.fixture(scope="module")
+def both_ways():
+    """Estimates with, and without: by `problem`, which computes all of g at every step."""
+    sides = [jax.tree.map(jnp.asarray, side) for side in SIDES]
+    hyperparams = {name: a.hyperparams(jax.tree.map(jnp.asarray, DEEP), sides[0]) for name, (a, _) in ONCE.items()}
+
+    def program(hyperparams):
+        found = {}
+        for name, (a, _) in ONCE.items():
+            plain = hypergrad.unrolled(a.problem, num_steps=a.test_steps, **OPTIONS.get(name, {}))
+            estimate = lambda e, name=name: e.estimate(hyperparams[name], base.Task(*sides), KEY)[0]
+            found[name] = estimate(a.estimator), estimate(plain)
+        return found
+
+    return hyperparams, sides, jax.device_get(jax.jit(program)(hyperparams))
+
+
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.once
+def test_what_no_step_changes_is_computed_once(name, both_ways):
+    hyperparams, sides, found = both_ways
+    close(*found[name])
+    slopes = found[name][0].hypergrad["init"]
+    assert min(abs(slopes["first"]["w"]).max(), abs(slopes["head"]["w"]).max()) > 1e-3
+    a, shapes = ONCE[name]
+    # And the steps use it: without a word they would compute all of it again.
+    estimators = a.estimator, hypergrad.unrolled(a.problem, num_steps=a.test_steps, **OPTIONS.get(name, {}))
+    once, always = (
+        hypergrad.flops(
+            lambda hp, e=e: e.estimate(hp, base.Task(*sides), KEY)[0].hypergrad, hyperparams[name], products_only=True
+        )
+        for e in estimators
+    )
+    assert once == always if name == "checkpoints" else once < always
+    state = jax.eval_shape(a.unrolling.loop.init, KEY, hyperparams[name], sides[0])
+    assert [x.shape for x in state.model_state.once] == shapes
+    assert jax.eval_shape(a.problem.loop.init, KEY, hyperparams[name], sides[0]).model_state.once == ()
+
+
+@pytest.mark.parametrize("name", NOT_ONCE)
+def test_what_a_step_changes_is_not(name):
+    side, hyperparams = jax.tree.map(jnp.asarray, (SIDES[0], {"init": DEEP}))
+    state = jax.eval_shape(NOT_ONCE[name].unrolling.loop.init, KEY, hyperparams, side)
+    assert state.model_state.once == ()
+
+
+@pytest.mark.once
+def test_at_test_too():
+    """Predictions of a query set with statistics of the support set: the body is computed once for both."""
+    sides = [jax.tree.map(jnp.asarray, side) for side in SIDES]
+    a, _ = ONCE["normalized"]
+    hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, DEEP))
+
+    def at_every_step(params, query):
+        """Hidden in a branch that the head decides on."""
+        return jax.lax.cond(params["head"]["b"][0] < 1e9, normal_of_support, lambda p, q: q["y"], params, query)
+
+    method = few_shot.adapted(a, hyperparams, normal_of_support, num_steps=6)
+    without = few_shot.adapted(a._replace(unrolling=a.problem), hyperparams, at_every_step, num_steps=6)
+    close(jax.jit(method)(KEY, *sides), jax.jit(without)(KEY, *sides))
+    count = lambda method: hypergrad.flops(method, KEY, *sides, products_only=True)
+    head = 2 * 3 * (3 * 4 + 5)  # a step's forward pass and gradient on the support set, and the query set's outputs
+    body = 2 * (3 + 9) * (4 + 5 + 4)  # the query set is normalized by the support set
+    assert count(method) <= 7 * head + 2 * body < 6 * body < count(without)
+
+
+def test_the_cost_of_more_steps_is_that_of_the_head():
+    """Operations of one hypergradient, by the number of steps."""
+    side = {"x": jnp.ones((4, 1)), "y": jnp.ones((4, 1)), "mask": jnp.ones(4)}
+    hyperparams = {"init": jax.tree.map(jnp.asarray, DEEP)}
+
+    def count(num_steps, adapt, always=False):
+        a = few_shot.adaptation(deep_loss, adapt=adapt, num_steps=num_steps)
+        estimator = hypergrad.unrolled(a.problem, num_steps=num_steps) if always else a.estimator
+        program = lambda hp: estimator.estimate(hp, base.Task(side, side), KEY)[0].hypergrad
+        return hypergrad.flops(program, hyperparams, products_only=True)
+
+    step = lambda *args, **options: (count(16, *args, **options) - count(6, *args, **options)) / 10
+    forward = 2 * 4 * (3 + 9 + 3)
+    assert step("head") <= 8 * 2 * 4 * 3  # the head's share of `forward`, and of its derivatives
+    assert step("head", always=True) > 2 * forward
+    assert step("") == step("", always=True)
+
+
+def test_predictions_that_cannot_be_computed_once_raise_what_is_wrong(monkeypatch):
+    """Only what cannot be traced is passed over in silence."""
+
+    def once(args):
+        raise MemoryError("of the query set")
+
+    side = jax.tree.map(jnp.asarray, SIDES[0])
+    a = few_shot.anil(deep_loss, sampler=inner.minibatch(2))  # whose steps compute all of g
+    method = few_shot.adapted(a, {"init": jax.tree.map(jnp.asarray, DEEP)}, deep)
+    monkeypatch.setattr("metaopt._jaxpr.split", lambda *args: _jaxpr.Halves(once, lambda args, kept: 0.0, []))
+    with pytest.raises(MemoryError, match="of the query set"):
+        method(KEY, side, side)
+
+
+def test_at_test_init_is_called_once_and_a_derivative_raises():
+    calls = []
+
+    def init(key, hyperparams, data):
+        calls.append(0)
+        return hyperparams["init"]
+
+    a = few_shot.maml(loss, init=init)
+    hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, META))
+    support, query = jax.tree.map(jnp.asarray, DATA)
+    a.unrolling.loop.init(KEY, hyperparams, support)
+    alone, method = len(calls), lambda hp: few_shot.adapted(a, hp, lambda p, q: network(p, q["x"]))(KEY, support, query)
+    calls.clear()
+    assert method(hyperparams).shape == (2, 5, 1) and len(calls) == alone
+    for differentiated in (jax.grad, jax.jacfwd):
+        with pytest.raises(ValueError, match=r"`methods\.adapted` have no derivative.*`hypergrad\.unroll\("):
+            differentiated(lambda hp: method(hp).sum())(hyperparams)
+    assert not jax.grad(lambda x: jax.lax.stop_gradient(method({**hyperparams, "init": x})).sum())(META)["out"]["b"]
+
+
+@pytest.mark.once
+def test_what_is_computed_once_is_kept_once():
+    x = jnp.ones((64, 4))
+    loss = lambda params, hyperparams, batch: ((jnp.tanh(batch @ params["w"]) @ params["head"]) ** 2).mean()
+    a = few_shot.anil(loss, num_steps=24)
+    hyperparams = {"init": {"w": jnp.ones((4, 256)), "head": jnp.ones(256)}}
+    program = jax.jit(lambda hp: a.estimator.estimate(hp, base.Task(x, x), KEY)[0].hypergrad)
+    assert program.lower(hyperparams).compile().memory_analysis().temp_size_in_bytes < 8 * (64 * 256 * 8)
+
+
+def test_convolutions_of_init_and_of_predictions_are_products():
+    """On CPU those in a loop are slow, and those of one kernel a task too."""
+    kernel = jnp.ones((2, 1, 3, 3), jnp.float32)
+    features = lambda params, b: jax.lax.conv(b["x"][:, None], params["k"], (1, 1), "SAME").mean((2, 3))
+    a = few_shot.prototypical_networks(features)
+    part = {"x": jnp.ones((2, 5, 5), jnp.float32), "y": jnp.arange(2), "mask": jnp.ones(2), "class_mask": jnp.ones(2)}
+    hyperparams = a.hyperparams({"k": kernel})
+    init = jax.make_jaxpr(a.problem.loop.init)(KEY, hyperparams, part)
+    method = jax.make_jaxpr(few_shot.adapted(a, hyperparams, few_shot.linear_head(features)))(KEY, part, part)
+    for jaxpr in (init, method):
+        assert ("conv_general_dilated" in str(jaxpr)) == (jax.default_backend() != "cpu")
+
+
+def test_a_schedule_may_be_made_inside_a_program():
+    outside = few_shot.maml_plus_plus(loss, num_steps=2, rate=RATE, multi_step_steps=3)
+    program = lambda hp: (
+        few_shot.maml_plus_plus(loss, num_steps=2, rate=RATE, multi_step_steps=3)
+        .estimator.estimate(hp, jax.tree.map(jnp.asarray, TASK), KEY)[0]
+        .value
+    )
+    hyperparams = outside.hyperparams(jax.tree.map(jnp.asarray, META))
+    assert float(jax.jit(program)(hyperparams)) == pytest.approx(error(trained(META, 2)[-1], DATA[1]), rel=1e-12)
+
+
+def test_an_adaptation_is_no_estimator():
+    for wrap in (hypergrad.over_tasks, lambda a: training.learner(a, optax.sgd(0.1))):
+        with pytest.raises(ValueError, match="must be a `base.Estimator`.*got Adaptation; take its `.estimator`"):
+            wrap(few_shot.maml(loss))
+
+
+@pytest.mark.once
+def test_ordinary_mistakes_are_explained():
+    """Meta-parameters in the place of λ; a sampler of episodes where batches of tasks are asked for."""
+    a, meta, data = few_shot.maml(loss), *jax.tree.map(jnp.asarray, (META, DATA))
+    method = few_shot.adapted(a, meta, lambda params, query: network(params, query["x"]))
+    with pytest.raises(ValueError, match=r"`a.hyperparams\(meta_params\)`.*got a dict of \['hidden', 'out'\]"):
+        method(KEY, *data)
+    for estimator, what in (
+        (a.estimator, r"takes tasks `base.Task\(train, valid\)`; got an `Episode`"),
+        (hypergrad.over_tasks(a.estimator), "must have the number of tasks as its leading axis"),
+    ):
+        learner = training.learner(estimator, optax.sgd(0.1))
+        with pytest.raises(ValueError, match=what + r".*`tasks.episode_batches\(sample, num_tasks\)`"):
+            training.fit(learner, tasks.sinusoids(), hyperparams=a.hyperparams(meta), num_steps=1, key=KEY)
+
+
+def test_lambda_without_rates_and_an_episode_in_the_place_of_a_task():
+    meta, data = jax.tree.map(jnp.asarray, (META, DATA))
+    for options in ({"rates": "leaf"}, {"rates": "one", "rates_per_step": True}):
+        a = few_shot.adaptation(loss, **options)
+        with pytest.raises(ValueError, match=r'the learned rates as "rate".*got a dict of \[\'init\'\].*are fixed\?'):
+            jax.eval_shape(a.estimator.estimate, {"init": meta}, base.Task(*data), KEY)
+    a = few_shot.maml(loss)
+    for function, args in ((a.estimator.init, (KEY, {"init": meta})), (a.estimator.estimate, ({"init": meta},))):
+        with pytest.raises(ValueError, match="got an `Episode`: pass its `.task`"):
+            function(*args, tasks.Episode(*data), *([KEY] if function is a.estimator.estimate else []))
+
+
+@pytest.mark.once
+def test_numbers_and_rates_may_be_arrays_and_schedules():
+    data = jax.tree.map(jnp.asarray, DATA)
+    predict = lambda params, query: network(params, query["x"])
+    for options in (
+        {"num_steps": jnp.array(2), "rate": jnp.array(RATE)},
+        {"num_steps": np.int64(1), "rate": optax.constant_schedule(RATE), "test_steps": jnp.array(2)},
+        {"num_steps": 1, "rate": {"of": RATE}, "optimizer": lambda rate: optax.sgd(rate["of"]), "test_steps": 2},
+        {"num_steps": 2, "rate": np.array([RATE, RATE]), "rates": "one", "rates_per_step": True},
+        {"num_steps": 1, "rate": None, "optimizer": lambda rate: optax.sgd(RATE), "test_steps": 2},
+    ):
+        a = few_shot.adaptation(loss, **options)
+        hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, META))
+        assert isinstance(a.test_steps, int)
+        outputs = few_shot.adapted(a, hyperparams, predict)(KEY, *data)
+        np.testing.assert_allclose(outputs[-1], predicted(trained(META, 2)[-1], DATA[1]["x"]), rtol=1e-6)
+    method = few_shot.adapted(a, hyperparams, predict, num_steps=jnp.array(3))
+    assert jax.eval_shape(method, KEY, *data).shape == (4, 5, 1)
+    a = few_shot.maml(loss, num_steps=jnp.array(2))
+    jax.eval_shape(a.estimator.estimate, a.hyperparams(META), base.Task(*data), KEY)
+    assert np.isfinite(jax.jit(lambda rate: few_shot.maml(loss, rate=rate).hyperparams(META)["init"]["out"]["b"])(0.1))
+    assert few_shot.reptile(loss, num_steps=jnp.array(2)).estimator.kind == "pseudo"
+
+
+@pytest.mark.slow
+def test_learns_sinusoids():
+    """A few outer steps through `fit`, several a call, and the evaluation: better than where it started."""
+    a = few_shot.meta_sgd(loss, num_steps=1, rate=0.05, rates="leaf")
+    start = a.hyperparams(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), META))
+    result = training.fit(
+        training.learner(hypergrad.over_tasks(a.estimator), optax.adam(0.05)),
+        tasks.episode_batches(tasks.sinusoids(), 8),
+        hyperparams=start,
+        num_steps=60,
+        key=KEY,
+        steps_per_call=30,
+    )
+    predict = lambda params, query: network(params, query["x"])
+    evaluation = few_shot.evaluate_episodes(
+        {"start": few_shot.adapted(a, start, predict), "learned": few_shot.adapted(a, result.hyperparams, predict)},
+        tasks.sinusoids(),
+        jax.random.key(1),
+        num_episodes=50,
+        chunk_size=50,
+        score_fn=few_shot.mean_squared_error,
+        higher_is_better=False,
+    )
+    scores = {name: evaluation.mean_scores(evaluation)[name]["episodes"][0] for name in ("start", "learned")}
+    assert scores["learned"] < 0.8 * scores["start"]
+    assert evaluation.scores["learned"]["episodes"].shape == (50, 2)

@@ -1,0 +1,314 @@
+"""Heads that the support set makes, and iMAML, against NumPy."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaopt import base, evaluation, few_shot, hypergrad, tasks, training
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(1)
+WAYS, DIM, REAL = 3, 4, 2  # one of the three classes is padding
+
+
+def side(num, num_padded):
+    """An episode's side of two real classes, with padded rows at the end."""
+    x = np.concatenate([RNG.normal(size=(num, DIM)), np.zeros((num_padded, DIM))])
+    y = np.concatenate([np.arange(num) % REAL, np.zeros(num_padded)]).astype(np.int32)
+    mask = np.concatenate([np.ones(num), np.zeros(num_padded)])
+    return {"x": x, "y": y, "mask": mask, "class_mask": np.array([1.0, 1.0, 0.0])}
+
+
+def features(params, batch):
+    return batch["x"] @ params["map"]
+
+
+def to_jax(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+META = {"map": RNG.normal(size=(DIM, DIM))}
+
+
+def cross_entropy(logits, side):
+    """By NumPy, among the real classes and rows."""
+    real = side["mask"] > 0
+    logits, y = logits[real, :REAL], side["y"][real]
+    return float(np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]))
+
+
+def estimate(a, task, meta=META):
+    hyperparams = to_jax(a.hyperparams(to_jax(meta)))
+    found = jax.jit(a.estimator.estimate)(hyperparams, to_jax(task), KEY)[0]
+    return hyperparams, jax.device_get(found)
+
+
+@pytest.mark.once
+def test_prototypes_are_the_nearest_class_means():
+    task = base.Task(side(6, 2), side(5, 1))
+    x, y, mask = (task.train[name] for name in ("x", "y", "mask"))
+    z, query = x @ META["map"], task.valid["x"] @ META["map"]
+    means = np.stack([z[(y == c) & (mask > 0)].mean(0) for c in range(REAL)])
+    distances = ((query[:, None] - means[None]) ** 2).sum(-1)
+    hyperparams, found = estimate(few_shot.prototypical_networks(features), task)
+    assert found.value == pytest.approx(cross_entropy(-distances, task.valid), rel=1e-10)
+    # Proto-MAML starts there.
+    a = few_shot.proto_maml(features, num_steps=2, rate=0.1)
+    outputs = few_shot.adapted(a, hyperparams, few_shot.linear_head(features))(
+        KEY, to_jax(task.train), to_jax(task.valid)
+    )
+    shared = outputs[0, :, :REAL] + distances  # |x|²: the same for all classes
+    np.testing.assert_allclose(shared[:, 0], shared[:, 1], rtol=1e-10, atol=1e-12)
+    losses = [cross_entropy(np.asarray(o), task.valid | {"y": task.valid["y"]}) for o in outputs]
+    assert outputs.shape == (3, 6, WAYS) and losses[0] == pytest.approx(float(found.value), rel=1e-10)
+
+
+@pytest.mark.once
+def test_hypergradients_of_heads_are_those_of_differences():
+    """Along one direction of all of λ, what is between two values of F."""
+    task = base.Task(side(6, 2), side(5, 1))
+    lslr = {"rates": "leaf", "rates_per_step": True}
+    made = {
+        "prototypes": few_shot.prototypical_networks(features),
+        "Proto-MAML": few_shot.proto_maml(features, num_steps=2, rate=0.1, **lslr),
+        "its head alone": few_shot.proto_maml(features, num_steps=2, rate=0.1, adapt="^head"),
+        "ridge": few_shot.ridge_head(features),
+        "ridge that adapts": few_shot.ridge_head(features, num_steps=2, rate=0.1),
+    }
+    hyperparams = {name: to_jax(a.hyperparams(to_jax(META), to_jax(task.train))) for name, a in made.items()}
+    rng = np.random.default_rng(3)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), hyperparams)
+
+    @jax.jit
+    def estimates(hyperparams):
+        return {n: a.estimator.estimate(hyperparams[n], to_jax(task), KEY)[0] for n, a in made.items()}
+
+    moved = lambda eps: optax.tree.add_scale(hyperparams, eps, direction)
+    high, low = estimates(moved(1e-5)), estimates(moved(-1e-5))
+    for name, found in estimates(hyperparams).items():
+        expected = (high[name].value - low[name].value) / 2e-5
+        assert abs(expected) > 1e-3, name
+        np.testing.assert_allclose(optax.tree.vdot(found.hypergrad, direction[name]), expected, rtol=1e-6, err_msg=name)
+
+
+def with_ones(x):
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("make", [few_shot.prototypical_networks, few_shot.ridge_head])
+def test_labels_of_few_bits_are_classes_beside_more_than_those_bits_hold(make):
+    """Class 3 had been class 259, too."""
+    wide = side(6, 1) | {"class_mask": np.ones(260)}
+    narrow = wide | {"y": wide["y"].astype(np.uint8)}
+    values = [float(estimate(make(features), base.Task(rows, rows))[1].value) for rows in (wide, narrow)]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("num", [3, 7])  # fewer and more rows than features
+@pytest.mark.once
+def test_the_ridge_head_is_numpys(num):
+    task = base.Task(side(num, 1), side(5, 1))
+    hyperparams, found = estimate(few_shot.ridge_head(features), task)
+
+    def by_hand(log_ridge, scale, shift):
+        x, query = (with_ones(side["x"] @ META["map"]) for side in (task.train, task.valid))
+        y = np.eye(WAYS)[task.train["y"]][:num]
+        w = np.linalg.solve(x[:num].T @ x[:num] + np.exp(log_ridge) * np.eye(DIM + 1), x[:num].T @ y)
+        return cross_entropy(scale * (query @ w) + shift, task.valid)
+
+    assert found.value == pytest.approx(by_hand(0.0, 1.0, 0.0), rel=1e-9)
+    for name, at in {"log_ridge": (1, 0, 0), "scale": (0, 1, 0), "shift": (0, 0, 1)}.items():
+        step = 1e-5 * np.array(at)
+        ends = [by_hand(*(np.array([0.0, 1.0, 0.0]) + sign * step)) for sign in (1, -1)]
+        np.testing.assert_allclose(found.hypergrad[name], (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-9)
+
+
+def test_the_ridge_head_of_regression():
+    train, valid = ({"x": RNG.normal(size=(n, DIM)), "y": RNG.normal(size=(n, 2)), "mask": np.ones(n)} for n in (6, 3))
+    a = few_shot.ridge_head(features, loss=few_shot.mean_squared_error)
+    _, found = estimate(a, base.Task(train, valid))
+    x, query = (with_ones(side["x"] @ META["map"]) for side in (train, valid))
+    w = np.linalg.solve(x.T @ x + np.eye(DIM + 1), x.T @ train["y"])
+    assert found.value == pytest.approx(((query @ w - valid["y"]) ** 2).mean(), rel=1e-10)
+    with pytest.raises(ValueError, match=r"numbers \[N, W\] .* got float64 of shape \(6,\)"):
+        estimate(a, base.Task({**train, "y": train["y"][:, 0]}, valid))
+
+
+@pytest.mark.once
+def test_imaml_is_the_implicit_derivative_in_closed_form():
+    """g = |Xθ − y|²/2N:  θ* = (H + μI)⁻¹ (Xᵀy/N + μλ),  dF/dλ = μ (H + μI)⁻¹ ∇f(θ*)."""
+    proximal, start = 0.7, RNG.normal(size=DIM)
+    task = base.Task(*({"x": RNG.normal(size=(n, DIM)), "y": RNG.normal(size=n)} for n in (8, 6)))
+    loss = lambda params, hyperparams, batch: ((batch["x"] @ params - batch["y"]) ** 2).mean() / 2
+    a = few_shot.imaml(loss, proximal=proximal, num_steps=400, rate=0.2)
+    hyperparams = a.hyperparams(jnp.asarray(start))
+    state = a.estimator.init(KEY, hyperparams, to_jax(task))
+    found = jax.jit(a.estimator.estimate)(hyperparams, to_jax(task), state)[0]
+    (x, y), (xq, yq) = ((part["x"], part["y"]) for part in task[:2])
+    regular = x.T @ x / len(y) + proximal * np.eye(DIM)
+    theta = np.linalg.solve(regular, x.T @ y / len(y) + proximal * start)
+    slope = xq.T @ (xq @ theta - yq) / len(yq)
+    assert found.value == pytest.approx(((xq @ theta - yq) ** 2).mean() / 2, rel=1e-9)
+    np.testing.assert_allclose(found.hypergrad["init"], proximal * np.linalg.solve(regular, slope), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: few_shot.cavia(np.sum, num_context=0), "`num_context` must be at least 1; got 0"),
+        (lambda: few_shot.cavia(np.sum, num_context=2, adapt="x"), "`cavia` has no option `adapt`"),
+        (lambda: few_shot.imaml(np.sum, proximal=1.0, rates="leaf"), "`imaml` has no option `rates`"),
+        (lambda: few_shot.imaml(np.sum, proximal=1.0, order="first"), "cannot be combined with a `rule`"),
+        (lambda: few_shot.fomaml(np.sum, order="second"), "`fomaml` has no option `order`"),
+        (lambda: few_shot.reptile(np.sum, rule=None), "`reptile` has no option `rule`"),
+        (lambda: few_shot.anil(np.sum, adapt="x"), "`anil` has no option `adapt`"),
+        (lambda: few_shot.boil(np.sum, adapt="x"), "`boil` has no option `adapt`"),
+        (lambda: few_shot.maml_plus_plus(np.sum, outer="mean"), "`maml_plus_plus` has no option `outer`"),
+        (lambda: few_shot.pretrained(np.sum, num_steps=1), "`pretrained` has no option `num_steps`"),
+        (lambda: few_shot.prototypical_networks(features, num_steps=1), "has no option `num_steps`"),
+        (lambda: few_shot.ridge_head(features, extra={}), "`ridge_head` has no option `extra`"),
+        (lambda: few_shot.prototypical_networks(lambda p, hp, b: 0.0), r"`features` must .*A loss, `.params, hyper"),
+        (lambda: few_shot.linear_head("features"), "`features` must be a function .* got 'features'"),
+        (lambda: few_shot.adaptation(np.sum, adapt=["w", "b"]), r"`adapt` must be a regular .* got \['w', 'b'\]"),
+        (lambda: few_shot.adaptation(np.sum, adapt="w("), r"`adapt` must be a regular expression; got 'w\(': missing"),
+        (lambda: few_shot.adaptation(np.sum, leaves_per_step=["w"]), "`leaves_per_step` must be a regular expression"),
+        (lambda: few_shot.anil(np.sum, head=["w"]), "`head` must be a regular expression"),
+        (lambda: few_shot.boil(np.sum, head="w)"), "`head` must be a regular expression"),
+        (lambda: few_shot.boil(np.sum, head=re.compile("head", re.IGNORECASE)), "`head` must have no flags"),
+        (lambda: few_shot.maml(np.sum, test_steps=1.5), "`test_steps` must be an integer of at least 0, or None"),
+        (lambda: few_shot.maml(np.sum, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+        (lambda: few_shot.adapted(few_shot.maml(np.sum), {}, np.sum, num_steps=1.5), "`num_steps` must be an integer"),
+        (lambda: few_shot.adaptation(np.sum, proximal=-1), "`proximal` must be at least 0; got -1"),
+        (lambda: few_shot.maml(np.sum, rate="0.1"), "`rate` must be a finite number; got '0.1'"),
+        (lambda: few_shot.maml(np.sum, rate=np.nan), "`rate` must be a finite number; got nan"),
+        (lambda: few_shot.maml(np.sum, rate=jnp.array([0.1, np.inf])), "`rate` must be a finite number; got "),
+        (lambda: few_shot.meta_sgd(np.sum, rate=optax.constant_schedule(0.1)), "a finite number where it is learned"),
+        (lambda: few_shot.meta_sgd(np.sum, rate=None), "a finite number where it is learned; got None"),
+        (lambda: few_shot.ridge_head(features, with_context=True), "has no option `with_context`"),
+        (
+            lambda: few_shot.proto_maml(features, rates="leaf").hyperparams(META),
+            "`hyperparams` needs the data of one task",
+        ),
+        (
+            lambda: estimate(few_shot.proto_maml(features, proximal=0.1), base.Task(side(4, 0), side(4, 0))),
+            r'the distance from λ\["init"\], in which the leaves \[\'head/b\', \'head/w\'\], made by `init`, are not',
+        ),
+        (
+            lambda: estimate(few_shot.ridge_head(lambda p, b: b["x"]), base.Task(side(4, 0), side(4, 0)), 1.0),
+            "must be a dict",
+        ),
+    ],
+)
+def test_options_that_a_method_does_not_have(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_cavia_with_a_context():
+    """Where the loss is in its full form, so is the `init` that CAVIA makes."""
+    loss = lambda params, hyperparams, batch, context: ((params["w"] + params["context"][0] - batch) ** 2).sum() / 2
+    a = few_shot.cavia(loss, num_context=1, num_steps=1, rate=0.5, with_context=True)
+    found = a.estimator.estimate(a.hyperparams({"w": jnp.array(1.0)}), base.Task(jnp.array(3.0), jnp.array(4.0)), KEY)
+    assert float(found[0].value) == pytest.approx((1 + 0.5 * 2 - 4) ** 2 / 2)
+
+
+@pytest.mark.slow
+def test_pretraining_on_all_classes_is_a_baseline_for_labels_that_change():
+    """Classes are directions in a plane; four other inputs are noise, which features must learn to leave out."""
+    rng = np.random.default_rng(0)
+
+    def source(angles, name):
+        y = np.repeat(np.arange(len(angles)), 100)
+        radius = rng.uniform(1, 3, len(y))
+        x = np.stack([radius * np.cos(angles[y]), radius * np.sin(angles[y])], 1) + 0.05 * rng.normal(size=(len(y), 2))
+        x = np.concatenate([x, 2 * rng.normal(size=(len(y), 4))], 1).astype(np.float32)
+        return tasks.from_arrays(x, y, name=name)
+
+    train, test = source(np.arange(6) * 0.5, "train"), source(np.arange(3) * 0.8 + 0.2, "test")
+    net = lambda params, batch: jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
+    head = few_shot.linear_head(net)
+    before = few_shot.pretrained(lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch))
+    keys = jax.random.split(KEY, 2)
+    start = before.hyperparams(
+        {
+            "a": jax.random.normal(keys[0], (6, 16), jnp.float32) / 4,
+            "b": jax.random.normal(keys[1], (16, 8), jnp.float32) / 4,
+            "head": {"w": jnp.zeros((8, 6), jnp.float32), "b": jnp.zeros(6, jnp.float32)},
+        }
+    )
+    result = training.fit(
+        training.learner(before.estimator, optax.adam(0.02)),
+        tasks.labelled_batches(train, 64),
+        hyperparams=start,
+        num_steps=150,
+        key=KEY,
+        steps_per_call=150,
+    )
+    assert result.history["value"][0] == pytest.approx(np.log(6)) and result.history["value"][-1] < 0.5
+    tuned = few_shot.proto_maml(net, adapt="^head", num_steps=3)
+    found = few_shot.evaluate_episodes(
+        {name: few_shot.adapted(tuned, hp, head) for name, hp in (("start", start), ("tuned", result.hyperparams))},
+        tasks.episodes(test, num_ways=3, num_shots=1, num_query=5),
+        KEY,
+        num_episodes=100,
+        chunk_size=100,
+    )
+    scores = {name: evaluation.mean_scores(found)[name]["episodes"][0] for name in ("start", "tuned")}
+    assert scores["tuned"] > 0.8 and scores["tuned"] > scores["start"] + 0.2
+
+
+@pytest.mark.once
+def test_a_batch_of_tasks_needs_over_tasks():
+    """Without it one adaptation to all tasks at once would be another objective, of the right shape."""
+    batch = jax.tree.map(lambda x: jnp.stack([x] * 8), to_jax(base.Task(side(6, 2), side(7, 1))))  # as many as rows
+    a = few_shot.maml(lambda params, hyperparams, batch: few_shot.cross_entropy(batch["x"] @ params["w"], batch))
+    hyperparams = a.hyperparams({"w": jnp.zeros((DIM, WAYS))})
+    with pytest.raises(ValueError, match=r"got shape \(8, 8, 3\). Use `hypergrad.over_tasks` for a batch of tasks"):
+        few_shot.cross_entropy(batch.train["x"] @ hyperparams["init"]["w"], batch.train)
+    with pytest.raises(ValueError, match=r"got shape \(8, 8\). Use `hypergrad.over_tasks` for a batch of tasks"):
+        jax.eval_shape(a.estimator.estimate, hyperparams, batch, KEY)
+    whole = hypergrad.over_tasks(a.estimator)
+    state = whole.init(KEY, hyperparams, batch)
+    assert jax.eval_shape(whole.estimate, hyperparams, batch, state)[0].value.shape == ()
+    # Of regression, too, and whatever the rule.
+    loss = lambda params, hyperparams, batch: ((params["a"] * batch["x"] - batch["y"]) ** 2).mean()
+    for a in (
+        few_shot.maml(loss),
+        few_shot.reptile(loss),
+        few_shot.pretrained(loss),
+        few_shot.imaml(loss, proximal=1.0),
+    ):
+        learner = training.learner(a.estimator, optax.sgd(0.1))
+        with pytest.raises(ValueError, match=r"got shape \(4, 10\). Use `hypergrad.over_tasks` for a batch of tasks"):
+            sample = tasks.episode_batches(tasks.sinusoids(num_shots=10), 4)
+            training.fit(learner, sample, hyperparams=a.hyperparams({"a": 1.0}), num_steps=1, key=KEY)
+    # A mask of tokens is no batch, nor is one number.
+    a = few_shot.maml(lambda params, hyperparams, batch: params["a"] * batch["mask"].sum() - batch["y"].mean())
+    for shape in ((6, 4), ()):
+        data = {"x": jnp.ones((6, 4)), "y": jnp.ones(6), "mask": jnp.ones(shape)}
+        estimate, _ = jax.eval_shape(a.estimator.estimate, a.hyperparams({"a": 1.0}), base.Task(data, data), KEY)
+        assert estimate.value.shape == ()
+
+
+@pytest.mark.once
+def test_logits_and_labels_that_do_not_fit():
+    batch = {"y": jnp.array([0, 1, 7]), "mask": jnp.array([1.0, 1.0, 0.0]), "class_mask": jnp.ones(2)}
+    logits = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
+    by_hand = np.mean([np.log(1 + np.exp(-1)), np.log(1 + np.exp(-2))])
+    assert float(few_shot.cross_entropy(logits, batch)) == pytest.approx(by_hand)  # padding may have any label
+    for label in (-1, 2):
+        slope = jax.jit(jax.grad(lambda z, y: few_shot.cross_entropy(z, batch | {"y": y})))
+        assert np.isnan(slope(logits, jnp.array([0, label, 0]))).any()  # a program cannot raise
+    for wrong in (logits[:, :1], logits[:2], jnp.ones((3, 5))):
+        with pytest.raises(ValueError, match=r"logits \[N, W\] = \(3, 2\), .*; got \("):
+            few_shot.cross_entropy(wrong, batch)
+
+
+def test_learned_rates_of_integer_leaves_are_no_integers():
+    made = few_shot.meta_sgd(lambda params, hyperparams, batch: params["a"], rate=0.3).hyperparams({"a": 1})
+    assert float(made["rate"]["a"]) == pytest.approx(0.3)

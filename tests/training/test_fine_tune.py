@@ -1,0 +1,140 @@
+"""Fine-tuning: the best λ of those visited, never worse than the start by its own measure."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from metaopt import base, hypergrad, spaces, training
+
+KEY = jax.random.key(0)
+TASK = base.Task(jnp.zeros(1), jnp.array(1.0))
+
+
+def quadratic(noise=0.0, bad=lambda hyperparams: False):
+    """F(λ) = (λ − valid)² + noise; NaN where λ is bad."""
+
+    def estimate(hyperparams, task, state):
+        f, grads = jax.value_and_grad(lambda x: (x - task.valid) ** 2)(hyperparams)
+        f = jnp.where(bad(hyperparams), jnp.nan, f + noise * jax.random.normal(state))
+        grads = jnp.where(bad(hyperparams), jnp.nan, grads)
+        return base.Estimate(f, grads, jnp.array(True), {}), jax.random.fold_in(state, 0)
+
+    return base.Estimator(lambda key, hyperparams, task: key, estimate, kind="exact")
+
+
+def test_every_value_is_that_of_the_lambda_visited():
+    tuned = jax.jit(training.fine_tune(quadratic(), num_steps=3, optimizer=optax.sgd(0.25)))(KEY, 3.0, TASK)
+    expected = [4.0, 1.0, 0.25, 0.0625]  # λ − 1 halves at every step
+    np.testing.assert_allclose(tuned.values, expected)
+    assert (tuned.step, tuned.value, tuned.hyperparams) == (3, 0.0625, 1.25)
+
+
+@pytest.mark.once
+def test_keeps_the_best_and_not_the_last():
+    # The error changes sign and doubles: 1, 4, 16 ...
+    tuned = training.fine_tune(quadratic(), num_steps=3, optimizer=optax.sgd(1.5))(KEY, 2.0, TASK)
+    np.testing.assert_allclose(tuned.values, [1, 4, 16, 64])
+    assert (tuned.step, tuned.value, tuned.hyperparams) == (0, 1.0, 2.0)
+    # With a schedule that overshoots once: 1, 4, 0, 0.
+    schedule = optax.piecewise_constant_schedule(1.5, {1: 1 / 3})
+    tuned = training.fine_tune(quadratic(), num_steps=3, optimizer=optax.sgd(schedule))(KEY, 2.0, TASK)
+    assert (tuned.step, tuned.value, tuned.hyperparams) == (2, 0.0, 1.0)
+
+
+@pytest.mark.once
+def test_never_worse_than_the_start():
+    tune = jax.jit(jax.vmap(training.fine_tune(quadratic(noise=3.0), num_steps=4), (0, 0, None)))
+    tuned = tune(jax.random.split(KEY, 50), jnp.linspace(-2, 4, 50), TASK)
+    assert (tuned.value <= tuned.values[:, 0]).all()
+    np.testing.assert_array_equal(tuned.value, tuned.values.min(axis=1))
+    assert len(set(tuned.step.tolist())) > 2
+
+
+def test_no_steps_return_the_start():
+    tuned = jax.jit(training.fine_tune(quadratic(), num_steps=0))(KEY, 3.0, TASK)
+    assert (tuned.step, tuned.value, tuned.hyperparams) == (0, 4.0, 3.0)
+    assert tuned.values.shape == (1,)
+
+
+def test_values_that_are_not_finite_are_never_the_best():
+    # λ goes 3, 2, 1.5 ...; it is bad below 2.5, and stays where the hypergradient is not finite.
+    tune = training.fine_tune(quadratic(bad=lambda x: x < 2.5), num_steps=3, optimizer=optax.sgd(0.25))
+    tuned = tune(KEY, 3.0, TASK)
+    assert (tuned.step, tuned.value, tuned.hyperparams) == (0, 4.0, 3.0)
+    assert np.isnan(tuned.values).tolist() == [False, True, True, True]
+    all_bad = tune(KEY, 1.0, TASK)
+    assert np.isnan(all_bad.value) and all_bad.step == 0 and all_bad.hyperparams == 1.0
+
+
+@pytest.mark.once
+def test_in_its_space_over_tasks_and_better():
+    problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
+    tune = training.fine_tune(hypergrad.unrolled(problem, num_steps=20), num_steps=4, optimizer=optax.adam(0.5))
+    tasks = [problems.regression_task(seed) for seed in range(3)]
+    start = spaces.to_unconstrained(problems.SPACE, {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])})
+    starts = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, x - 0.1]), start)
+    keys = jax.random.split(KEY, 3)
+    batched = jax.jit(jax.vmap(tune))(keys, starts, problems.stack(tasks))
+    one = jax.jit(tune)
+    singles = [one(keys[i], jax.tree.map(lambda x, i=i: x[i], starts), tasks[i]) for i in range(3)]
+    chex.assert_trees_all_close(batched, problems.stack(singles), rtol=1e-8)
+    assert (spaces.to_constrained(problems.SPACE | {}, singles[0].hyperparams)["penalty"] > 0).all()
+    assert (batched.value < batched.values[:, 0]).all()
+    assert batched.step.dtype == jnp.int32
+
+
+@pytest.mark.once
+def test_with_its_space_it_takes_and_returns_natural_units():
+    problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
+    estimator = hypergrad.unrolled(problem, num_steps=5)
+    start = {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])}
+    coordinates = spaces.to_unconstrained(problems.SPACE, start)
+    expected = jax.jit(training.fine_tune(estimator, num_steps=2))(KEY, coordinates, problems.TASK)
+    tune = jax.jit(training.fine_tune(estimator, num_steps=2, space=problems.SPACE))
+    for given in (start, coordinates):  # λ, or what a predictor returns
+        tuned = tune(KEY, given, problems.TASK)
+        penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
+        np.testing.assert_allclose(tuned.hyperparams["penalty"], penalty, rtol=1e-12)
+        np.testing.assert_allclose(tuned.values, expected.values, rtol=1e-12)
+    assert (tuned.hyperparams["penalty"] != start["penalty"]).any()
+    # A traced λ outside its space cannot raise: nothing is finite.
+    outside = tune(KEY, {"penalty": -start["penalty"]}, problems.TASK)
+    assert np.isnan(outside.hyperparams["penalty"]).all() and np.isnan(outside.values).all()
+
+
+def test_float32_stays_float32():
+    with jax.enable_x64(False):
+        tuned = jax.jit(training.fine_tune(quadratic(), num_steps=2))(
+            KEY, np.float32(3), base.Task(np.zeros(1, np.float32), np.float32(1))
+        )
+        assert [leaf.dtype.name for leaf in tuned] == ["float32", "float32", "int32", "float32"]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
+        training.fine_tune(quadratic(), num_steps=-1)
+    with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0; got 2.5"):
+        training.fine_tune(quadratic(), num_steps=2.5)
+
+
+def test_a_rule_that_carries_training_returns_its_last_lambda():
+    """Its values fall because θ is trained: they say nothing about which λ is best."""
+    estimator = hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1)
+    start = {"log_penalty": jnp.full(problems.NUM_FEATURES, 3.0)}
+    tuned = jax.jit(training.fine_tune(estimator, num_steps=4))(KEY, start, problems.TASK)
+    assert np.isnan(tuned.values).tolist() == [True] * 4 + [False] and tuned.step == 4
+    assert (jnp.abs(tuned.hyperparams["log_penalty"] - 3.0) > 0.1).all()
+
+
+@pytest.mark.once
+def test_the_last_value_counts_only_where_it_ended_a_horizon():
+    """Training overfits, so that F is small early in it; the horizon is 4 estimates."""
+    estimator = hypergrad.truncated(problems.RIDGE, num_steps=8, truncation_length=2)
+    start = {"log_penalty": jnp.full(problems.NUM_FEATURES, 3.0)}
+    tuned = jax.jit(training.fine_tune(estimator, num_steps=8))(KEY, start, problems.TASK)
+    assert np.isfinite(tuned.values).tolist() == [False, False, False, True] * 2 + [False]
+    assert tuned.step == 3 + 4 * (tuned.values[7] < tuned.values[3]) and tuned.value == tuned.values[tuned.step]
