@@ -263,14 +263,6 @@ def test_the_hypergradient_through_running_statistics_is_that_of_finite_differen
     np.testing.assert_allclose(exact_hypergradient(model, start), expected, rtol=1e-6)
 
 
-def test_nnx_and_linen_have_the_same_hypergradient():
-    params, stats = in_float64(TWO_SWITCHES["linen"]().init(KEY, None, DATA))
-    of_nnx = {"first": params["Dense_0"], "norm": params["BatchNorm_0"], "last": params["Dense_1"]}
-    state = {**nnx_model().init(KEY, None, DATA)[1], "norm": stats["batch_stats"]["BatchNorm_0"]}
-    expected = exact_hypergradient(TWO_SWITCHES["linen"](), (params, stats))
-    np.testing.assert_allclose(exact_hypergradient(nnx_model(), (of_nnx, state)), expected, rtol=1e-10)
-
-
 class Transformed(nnx.Module):
     """BatchNorm within `nnx.scan` and `nnx.remat`, and one layer that is called twice in a step."""
 
