@@ -401,7 +401,7 @@ class Fixed(Leaf):
         return self.default_value()
 
     def to_unconstrained(self, value):
-        raise TypeError("A fixed leaf has no unconstrained coordinates.")
+        return jnp.zeros((0,))
 
     @property
     def range(self):
@@ -413,7 +413,7 @@ class Fixed(Leaf):
         return jnp.isclose(jnp.asarray(value), jnp.asarray(self.value), rtol=rounding, atol=0.0, equal_nan=True)
 
     def encode(self, value):
-        raise TypeError("A fixed leaf has no dimension of the encoding.")
+        return jnp.zeros((0,))
 
     def discretize(self, value):
         return self.default_value()

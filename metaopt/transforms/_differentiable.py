@@ -38,9 +38,9 @@ def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bo
         operands = [jnp.where(bad, jnp.ones_like(x), x) for x in primals]
         output = function(*operands)
         absent = [isinstance(t, custom_derivatives.SymbolicZero) or t.dtype == jax.dtypes.float0 for t in tangents]
-        known = [None if a else jnp.where(bad, 0, t) for a, t in zip(absent, tangents, strict=True)]
+        nonzero = [None if a else jnp.where(bad, 0, t) for a, t in zip(absent, tangents, strict=True)]
         constant = operation(*map(jax.lax.stop_gradient, primals))
-        tangent = jnp.zeros_like(output) if all(absent) else rule(operands, known, output)
+        tangent = jnp.zeros_like(output) if all(absent) else rule(operands, nonzero, output)
         return jnp.where(bad, constant, output), tangent
 
     function.defjvp(jvp, symbolic_zeros=True)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import all_leaves
 
-from metaopt import _checks, _trees, base
+from metaopt import _trees, base
 from metaopt._jaxpr import eval_jaxpr
 from metaopt.transforms import _prefixes
 
@@ -54,8 +54,7 @@ def mixture(
       A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
 
     Raises:
-      ValueError: if `transforms` is empty, a member is not a transform, or weights are not [K]; in `update`, if the
-        tree of weights does not fit the parameters.
+      ValueError: if weights are not [K]; in `update`, if the tree of weights does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -64,11 +63,7 @@ def mixture(
     [-0.25  0.1 ]
     """
     transforms = list(transforms)  # a generator can be iterated only once
-    for k, member in enumerate(transforms):
-        _checks.check_transform(f"transforms[{k}]", member)
     members = [optax.with_extra_args_support(member) for member in transforms]
-    if not members:
-        raise ValueError("`transforms` must have at least one member; got none.")
     weights = jax.tree.map(_as_vector, _prefixes.opened(weights), is_leaf=_is_list_of_numbers)
     for leaf in jax.tree.leaves(weights):
         if np.shape(leaf) != (len(members),):

@@ -51,7 +51,7 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
       A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: if `factory` is not a function; in `init` and `update`, if a tree does not fit the parameters.
+      ValueError: in `init` and `update`, if a tree does not fit the parameters.
       ValueError: in `update`, if the update of one group would depend on the gradient or the parameters of another.
 
     >>> import jax, optax
@@ -113,7 +113,7 @@ def per_group(
         groups.
 
     Raises:
-      ValueError: if `factory` is not a function, or both `patterns` and `labels` are given or neither is.
+      ValueError: if both `patterns` and `labels` are given or neither is.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -127,10 +127,10 @@ def per_group(
         raise ValueError("`per_group` needs either `patterns` or `labels`.")
 
     def group_of(path):
-        found = [group for group, pattern in (patterns or {}).items() if re.search(pattern, path)]
-        if not found:
+        matches = [group for group, pattern in (patterns or {}).items() if re.search(pattern, path)]
+        if not matches:
             raise ValueError(f'The parameter {path} fits no pattern of {patterns}; add `"rest": ""`.')
-        return found[0]
+        return matches[0]
 
     def choose(hyperparams, params):
         if patterns is not None:
@@ -164,11 +164,6 @@ def per_group(
 
 def _partitioned(factory: Callable, choose: Callable) -> Callable:
     """The factory, with one call for each of the settings of `choose(hyperparams, params) -> (settings, labels)`."""
-    if not callable(factory):
-        raise ValueError(
-            f"`factory` must be a function that makes a transform, such as `optax.adamw`; got a "
-            f"{type(factory).__name__}, which it has made: its hyperparameters cannot be changed any more."
-        )
 
     @functools.wraps(factory)  # `optax.inject_hyperparams` reads the signature
     def make(*args, **kwargs) -> optax.GradientTransformationExtraArgs:
