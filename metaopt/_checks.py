@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import base
+from metaopt._jaxpr import Tracer
 
 
 def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
@@ -163,10 +163,10 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
         return
     class_mask = np.asarray(class_mask)
     place = np.where(inside, y, 0).astype(int).reshape(*class_mask.shape[:-1], -1)
-    known = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
-    if (real & ~known).any():
+    allowed = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
+    if (real & ~allowed).any():
         raise ValueError(
-            f'{name} have classes that "class_mask" excludes: {np.unique(y[real & ~known]).tolist()}. It must be 1 '
+            f'{name} have classes that "class_mask" excludes: {np.unique(y[real & ~allowed]).tolist()}. It must be 1 '
             "for every class of the task."
         )
 

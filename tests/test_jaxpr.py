@@ -1,5 +1,8 @@
 """A traced function in two halves: what is dear and the same, and the rest."""
 
+import re
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -263,3 +266,14 @@ def test_operations_that_stay_narrow_are_named():
     assert sorted(name.split(",")[0] for name in narrow) == ["bitcast_convert_type", "pure_callback"]
     assert sine.dtype == exponential.dtype == jnp.float64
     np.testing.assert_allclose(exponential, np.exp(x.astype(float)), rtol=1e-14)
+
+
+def test_semi_public_jax_is_imported_in_one_place():
+    """`jax.core`, `jax.extend`, `jax.interpreters` and `jax._src` may change in any release."""
+    package = Path(_jaxpr.__file__).parent
+    pattern = re.compile(
+        r"^\s*(?:from|import) jax\.(?:core|extend|interpreters|_src)|\bjax\.(?:core|extend|_src)\.", re.M
+    )
+    others = [file for file in package.parent.rglob("*.py") if package not in file.parents]
+    assert len(others) > 100
+    assert [str(file) for file in others if pattern.search(file.read_text())] == []

@@ -14,20 +14,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from metaopt import _checks, base, inner
+from metaopt._trees import merge as _merge
+from metaopt._trees import split as _split
 from metaopt.hypergrad import _unroll
-
-
-def _split(state: base.InnerState) -> tuple[base.PyTree, base.PyTree]:
-    """The leaves with a tangent, and those without (counts, PRNG keys); each tree has None in place of the others."""
-
-    def only(floating):
-        return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) == floating else None, state)
-
-    return only(True), only(False)
-
-
-def _merge(floats: base.PyTree, rest: base.PyTree) -> base.InnerState:
-    return jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)
 
 
 def forward(

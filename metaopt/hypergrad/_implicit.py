@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 
 from metaopt import _checks, base, inner
-from metaopt._jaxpr import used_leaves
+from metaopt._jaxpr import jaxpr_as_fun, used_leaves
 from metaopt.hypergrad import _solvers
 
 CONDITIONS = ("gradient", "step")
@@ -373,7 +372,7 @@ def _shield(function: Callable) -> Any:
     If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
-    leaves = core.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
+    leaves = jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

@@ -15,7 +15,9 @@ from contextvars import ContextVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
+
+from metaopt._jaxpr import jaxpr_as_fun
+from metaopt._trees import is_float as _is_float
 
 # The number of nested checkpointed loops that are being traced. Each loop keeps only the gradients of its level.
 _depth: ContextVar[int] = ContextVar("depth", default=0)
@@ -37,10 +39,6 @@ def keeping(step: Callable) -> tuple[Callable, Callable]:
 
 def _name(depth: int) -> str:
     return f"metaopt_inner_grads_{depth}"
-
-
-def _is_float(leaf) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
@@ -107,7 +105,7 @@ def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
 
         def flat_loss(params, floats, fixed):
             values = join(floats, fixed, is_float)
-            function = core.jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
+            function = jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
             out = function(*jax.tree.leaves(params), *values[num_consts:])
             return jax.tree.unflatten(jax.tree.structure(shapes), out)
 

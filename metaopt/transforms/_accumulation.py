@@ -48,7 +48,7 @@ def learnable_accumulation(
         gradient and momentum.
 
     Raises:
-      ValueError: if `decays` is not a vector of at least one decay, or `weights` has another shape.
+      ValueError: if `weights` has another shape.
 
     Source: Lucas et al., ICLR 2019, https://arxiv.org/abs/1804.00325
 
@@ -61,8 +61,6 @@ def learnable_accumulation(
     >>> print(update)
     1.25
     """
-    if len(np.shape(decays)) != 1 or np.shape(decays)[0] < 1:
-        raise ValueError(f"`decays` must be a vector of at least one decay; got shape {np.shape(decays)}.")
     if weights is not None and np.shape(weights) != np.shape(decays):
         raise ValueError(
             f"`weights` must be one for each of `decays`; got shapes {np.shape(weights)} and {np.shape(decays)}."

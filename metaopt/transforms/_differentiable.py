@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import custom_derivatives
-from jax.extend import core
 
 from metaopt import _checks, _jaxpr
+from metaopt._jaxpr import Literal
 
 # A slope above this at an exact zero results from an ε in a denominator, at an entry without a gradient.
 _STEEP = 1e3
@@ -38,9 +38,9 @@ def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bo
         operands = [jnp.where(bad, jnp.ones_like(x), x) for x in primals]
         output = function(*operands)
         absent = [isinstance(t, custom_derivatives.SymbolicZero) or t.dtype == jax.dtypes.float0 for t in tangents]
-        known = [None if a else jnp.where(bad, 0, t) for a, t in zip(absent, tangents, strict=True)]
+        nonzero = [None if a else jnp.where(bad, 0, t) for a, t in zip(absent, tangents, strict=True)]
         constant = operation(*map(jax.lax.stop_gradient, primals))
-        tangent = jnp.zeros_like(output) if all(absent) else rule(operands, known, output)
+        tangent = jnp.zeros_like(output) if all(absent) else rule(operands, nonzero, output)
         return jnp.where(bad, constant, output), tangent
 
     function.defjvp(jvp, symbolic_zeros=True)
@@ -134,7 +134,7 @@ def _is_tame(equation: Any) -> bool:
         return True
     if name == "integer_pow":
         return equation.params["y"] >= 0
-    constants = [float(abs(v.val)) if isinstance(v, core.Literal) and np.ndim(v.val) == 0 else None for v in invars]
+    constants = [float(abs(v.val)) if isinstance(v, Literal) and np.ndim(v.val) == 0 else None for v in invars]
     if name == "mul":
         return any(c is not None and np.isfinite(c) for c in constants)
     return name == "div" and constants[1] is not None and constants[1] > 1 / _STEEP

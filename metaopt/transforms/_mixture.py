@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import eval_jaxpr
 from jax.tree_util import all_leaves
 
-from metaopt import _checks, base
+from metaopt import _trees, base
+from metaopt._jaxpr import eval_jaxpr
 from metaopt.transforms import _prefixes
 
 
@@ -54,8 +54,7 @@ def mixture(
       A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
 
     Raises:
-      ValueError: if `transforms` is empty, a member is not a transform, or weights are not [K]; in `update`, if the
-        tree of weights does not fit the parameters.
+      ValueError: if weights are not [K]; in `update`, if the tree of weights does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -64,11 +63,7 @@ def mixture(
     [-0.25  0.1 ]
     """
     transforms = list(transforms)  # a generator can be iterated only once
-    for k, member in enumerate(transforms):
-        _checks.check_transform(f"transforms[{k}]", member)
     members = [optax.with_extra_args_support(member) for member in transforms]
-    if not members:
-        raise ValueError("`transforms` must have at least one member; got none.")
     weights = jax.tree.map(_as_vector, _prefixes.opened(weights), is_leaf=_is_list_of_numbers)
     for leaf in jax.tree.leaves(weights):
         if np.shape(leaf) != (len(members),):
@@ -111,9 +106,9 @@ def _update_apart(member, idle, operands, extra_args):
     arguments = (closed.consts, jax.tree.leaves(operands))
     evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
     # The compiler merges this evaluation with the one below.
-    outputs = filter(_is_float, evaluate(jax.lax.stop_gradient(arguments)))
+    outputs = filter(_trees.is_float, evaluate(jax.lax.stop_gradient(arguments)))
     broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
-    hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _is_float(x) else x
+    hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _trees.is_float(x) else x
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(hold, arguments)))
 
 
@@ -123,7 +118,3 @@ def _is_list_of_numbers(x) -> bool:
 
 def _as_vector(weights):
     return jnp.stack([jnp.asarray(w) for w in weights]) if _is_list_of_numbers(weights) else weights
-
-
-def _is_float(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+
+from metaopt._jaxpr import Tracer
 
 
 def knot_schedule(
@@ -40,7 +41,7 @@ def knot_schedule(
       A schedule, differentiable in `values` and `knots`.
 
     Raises:
-      ValueError: if `values` is not a vector, the knots have another shape, or `monotone` is another value.
+      ValueError: if `monotone` is another value.
       ValueError: if both `num_steps` and `knots` are given or neither is, or `num_steps < 1`.
 
     >>> import jax.numpy as jnp
@@ -49,27 +50,21 @@ def knot_schedule(
     >>> [round(float(schedule(step)), 3) for step in range(7)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.5, 0.5]
     """
-    if len(np.shape(values)) != 1 or np.shape(values)[0] < 1:
-        raise ValueError(f"`values` must be a vector of at least one value; got shape {np.shape(values)}.")
     if (num_steps is None) == (knots is None):
         raise ValueError("`knot_schedule` needs either `num_steps` or `knots`.")
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    if knots is not None and np.shape(knots) != np.shape(values):
-        raise ValueError(
-            f"`knots` and `values` must have the same length; got shapes {np.shape(knots)} and {np.shape(values)}."
-        )
     # Half precision cannot represent step numbers.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    at = jnp.asarray(np.linspace(0, num_steps, len(values)) if num_steps is not None else knots, values.dtype)
+    positions = jnp.asarray(np.linspace(0, num_steps, len(values)) if num_steps is not None else knots, values.dtype)
     if monotone == "increasing":
         values = jnp.cumsum(values)
     elif monotone == "decreasing":
         values = jnp.cumsum(values[::-1])[::-1]
     elif monotone is not None:
         raise ValueError(f'`monotone` must be None, "increasing" or "decreasing"; got {monotone!r}.')
-    return lambda step: jnp.interp(jnp.asarray(step, values.dtype), at, values)
+    return lambda step: jnp.interp(jnp.asarray(step, values.dtype), positions, values)
 
 
 def polynomial_schedule(

@@ -1,7 +1,5 @@
 """The loop: steps, contexts, training runs, and what it says where a loss, an optimizer or an init does not fit."""
 
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -33,13 +31,14 @@ def test_steps_equal_a_plain_optax_loop():
     params = jnp.zeros(problems.NUM_FEATURES)
     optimizer = optax.adam(0.1)
     opt_state = optimizer.init(params)
-    for t in range(7):
+    step = jax.jit(lambda state: inner.step(loop, state, LAM, DATA))
+    for t in range(4):
         assert state.step == t and loop.context(state).step == t
         batch = loop.batch(state, DATA)
         grads = jax.grad(problems.penalized)(params, LAM, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        state = inner.step(loop, state, LAM, DATA)
+        state = step(state)
         chex.assert_trees_all_close((loop.params(state), state.opt_state), (params, opt_state), rtol=1e-12)
 
 
@@ -96,16 +95,20 @@ def test_the_gradient_is_an_argument_of_the_step():
 # Training runs.
 
 
-@pytest.mark.parametrize("num_steps", [0, 1, 5])
 @pytest.mark.once
-def test_run_equals_unroll(num_steps):
+def test_run_equals_unroll():
     loop, lam = problems.EVERYTHING_LOOP, problems.EVERYTHING_LAM
-    expected = jax.jit(hypergrad.unroll(loop, num_steps=num_steps))(KEY, lam, DATA)
-    trained = jax.jit(inner.run(loop, num_steps=num_steps))(KEY, lam, DATA)
-    chex.assert_trees_all_close(numbers(trained), numbers(expected), rtol=1e-12, atol=1e-14)
-    traced = jax.jit(inner.run(loop))(KEY, lam, DATA, jnp.int32(num_steps))
-    chex.assert_trees_all_close(numbers(traced), numbers(expected), rtol=1e-12, atol=1e-14)
-    assert trained.step == num_steps
+    traced = jax.jit(inner.run(loop))
+    for num_steps in (0, 5):
+        both = lambda lam, n=num_steps: (
+            inner.run(loop, n)(KEY, lam, DATA),
+            hypergrad.unroll(loop, num_steps=n)(KEY, lam, DATA),
+        )
+        trained, expected = jax.jit(both)(lam)
+        chex.assert_trees_all_close(numbers(trained), numbers(expected), rtol=1e-12, atol=1e-14)
+        state = traced(KEY, lam, DATA, jnp.int32(num_steps))
+        chex.assert_trees_all_close(numbers(state), numbers(expected), rtol=1e-12, atol=1e-14)
+        assert trained.step == num_steps
 
 
 def test_run_traces_every_step():
@@ -120,18 +123,24 @@ def test_run_traces_every_step():
     chex.assert_trees_all_equal(trace["params"][-1], state.params)
 
 
-def mean_of_run(hyperparams, data=DATA, **options):
+def plain_sgd(hyperparams):
+    return optax.sgd(hyperparams["rate"])
+
+
+def mean_of_run(hyperparams, data=DATA):
     """A scalar of a short training run, where λ is the start too."""
-    loop = make(init=lambda key, hyperparams, data: hyperparams["penalty"])
-    return inner.run(loop, num_steps=2, **options)(KEY, hyperparams, data).params.mean()
+    loop = make(optimizer=plain_sgd, init=lambda key, hyperparams, data: hyperparams["penalty"])
+    return inner.run(loop, num_steps=2)(KEY, hyperparams, data).params.mean()
 
 
 def mean_of_trace(hyperparams):
-    return inner.run(make(), num_steps=2, trace_fn=lambda s: s.params)(KEY, hyperparams, DATA)[1].mean()
+    return inner.run(make(optimizer=plain_sgd), num_steps=2, trace_fn=lambda s: s.params)(KEY, hyperparams, DATA)[
+        1
+    ].mean()
 
 
 def mean_of_traced_length(hyperparams):
-    return inner.run(make())(KEY, hyperparams, DATA, jnp.int32(2)).params.mean()
+    return inner.run(make(optimizer=plain_sgd))(KEY, hyperparams, DATA, jnp.int32(2)).params.mean()
 
 
 def mean_of_closures(hyperparams, init=lambda hp: jnp.ones(4), penalty=lambda hp: 0.1, look=lambda hp: 1.0):
@@ -155,24 +164,25 @@ def batched(function):
 
 TANGENT = jax.tree.map(jnp.ones_like, LAM)
 DIFFERENTIATED = {
-    "reverse": lambda: jax.grad(mean_of_run)(LAM),
-    "reverse_data": lambda: jax.grad(mean_of_run, argnums=1)(LAM, DATA),
-    "reverse_of_jit": lambda: jax.grad(jax.jit(mean_of_run))(LAM),
-    "jit_of_reverse": lambda: jax.eval_shape(jax.grad(mean_of_run), LAM),  # at trace time
-    "reverse_of_vmap": lambda: jax.grad(batched(mean_of_run))(LAM),
-    "vmap_of_reverse": lambda: jax.vmap(jax.grad(mean_of_run))(jax.tree.map(lambda x: x[None], LAM)),
-    "reverse_of_scan": lambda: jax.grad(scanned(mean_of_run))(LAM),
-    "reverse_of_checkpoint": lambda: jax.grad(jax.checkpoint(mean_of_run))(LAM),
-    "forward": lambda: jax.jvp(mean_of_run, (LAM,), (TANGENT,)),
-    "forward_of_jit": lambda: jax.jvp(jax.jit(mean_of_run), (LAM,), (TANGENT,)),
-    "forward_of_vmap": lambda: jax.jvp(batched(mean_of_run), (LAM,), (TANGENT,)),
-    "forward_of_scan": lambda: jax.jvp(scanned(mean_of_run), (LAM,), (TANGENT,)),
-    "second_order": lambda: jax.hessian(mean_of_run)(LAM),
-    "trace": lambda: jax.grad(mean_of_trace)(LAM),
-    "traced_length": lambda: jax.grad(mean_of_traced_length)(LAM),
+    # Reverse mode raises at trace time, so nothing is compiled here.
+    "reverse": lambda: jax.eval_shape(jax.grad(mean_of_run), LAM),
+    "reverse_data": lambda: jax.eval_shape(jax.grad(mean_of_run, argnums=1), LAM, DATA),
+    "reverse_of_jit": lambda: jax.eval_shape(jax.grad(jax.jit(mean_of_run)), LAM),
+    "reverse_of_vmap": lambda: jax.eval_shape(jax.grad(batched(mean_of_run)), LAM),
+    "vmap_of_reverse": lambda: jax.eval_shape(jax.vmap(jax.grad(mean_of_run)), jax.tree.map(lambda x: x[None], LAM)),
+    "reverse_of_scan": lambda: jax.eval_shape(jax.grad(scanned(mean_of_run)), LAM),
+    "reverse_of_checkpoint": lambda: jax.eval_shape(jax.grad(jax.checkpoint(mean_of_run)), LAM),
+    "second_order": lambda: jax.eval_shape(jax.hessian(mean_of_run), LAM),
+    "trace": lambda: jax.eval_shape(jax.grad(mean_of_trace), LAM),
+    "traced_length": lambda: jax.eval_shape(jax.grad(mean_of_traced_length), LAM),
     "closure_of_init": lambda: jax.grad(lambda x: mean_of_closures(x, init=lambda x: x * jnp.ones(4)))(1.0),
     "closure_of_loss": lambda: jax.grad(lambda x: mean_of_closures(x, penalty=lambda x: x))(1.0),
     "closure_of_trace_fn": lambda: jax.grad(lambda x: mean_of_closures(x, look=lambda x: x))(1.0),
+    # Forward mode raises when it is evaluated, or when the program is lowered.
+    "forward": lambda: jax.jvp(mean_of_run, (LAM,), (TANGENT,)),
+    "forward_of_jit": lambda: jax.jit(lambda: jax.jvp(mean_of_run, (LAM,), (TANGENT,))).lower(),
+    "forward_of_vmap": lambda: jax.jit(lambda: jax.jvp(batched(mean_of_run), (LAM,), (TANGENT,))).lower(),
+    "forward_of_scan": lambda: jax.jit(lambda: jax.jvp(scanned(mean_of_run), (LAM,), (TANGENT,))).lower(),
 }
 
 
@@ -201,11 +211,11 @@ CONSTANT = {  # functions of λ with the slope of `beside`, in which `run` is a 
 }
 
 
-@pytest.mark.parametrize("name", CONSTANT)
-def test_run_is_a_constant_within_a_differentiated_function_where_the_caller_says_so(name):
-    slope = jax.jit(jax.grad(CONSTANT[name]))(LAM)
-    np.testing.assert_allclose(slope["rate"], 2 * LAM["rate"], rtol=1e-12)
-    assert not slope["penalty"].any()
+def test_run_is_a_constant_within_a_differentiated_function_where_the_caller_says_so():
+    slopes = jax.jit(lambda lam: {name: jax.grad(function)(lam) for name, function in CONSTANT.items()})(LAM)
+    for slope in slopes.values():
+        np.testing.assert_allclose(slope["rate"], 2 * LAM["rate"], rtol=1e-12)
+        assert not slope["penalty"].any()
 
 
 def test_run_may_end_in_an_auxiliary_output_of_a_differentiated_function():
@@ -230,11 +240,11 @@ def test_run_does_not_store_its_steps_within_a_differentiated_function(init, clo
 def test_run_over_a_batch_of_keys_and_hyperparams():
     loop = problems.EVERYTHING_LOOP
     train = inner.run(loop, num_steps=3)
-    keys = jax.random.split(KEY, 3)
+    single, keys = jax.jit(train), jax.random.split(KEY, 3)
     lams = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 1.1 * x]), problems.EVERYTHING_LAM)
     batched = jax.jit(jax.vmap(train, (0, 0, None)))(keys, lams, DATA).params
     for i in range(3):
-        one = train(keys[i], jax.tree.map(lambda x, i=i: x[i], lams), DATA).params
+        one = single(keys[i], jax.tree.map(lambda x, i=i: x[i], lams), DATA).params
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], batched), one, rtol=1e-9, atol=1e-12)
 
 
@@ -247,20 +257,17 @@ def test_float32_training_stays_float32(x64):
     with jax.enable_x64(x64):
         data = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), DATA)
         lam = {"rate": np.float32(0.1), "penalty": np.full(problems.NUM_FEATURES, 0.2, np.float32)}
-        for optimizer in (optax.adamw, partial(optax.sgd, momentum=0.9)):
-            loop = make(optimizer=lambda hp, make=optimizer: make(hp["rate"]), sampler=inner.minibatch(4))
-            state = jax.jit(inner.run(loop, num_steps=3))(KEY, lam, data)
-            assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
-            state = inner.step(loop, loop.init(KEY, lam, data), lam, data)
-            floating = [leaf for leaf in jax.tree.leaves(state.opt_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            assert {leaf.dtype for leaf in floating} == {np.dtype(np.float32)}
+        loop = make(optimizer=lambda hp: optax.adamw(hp["rate"]), sampler=inner.minibatch(4))
+        state = jax.eval_shape(lambda lam: inner.run(loop, num_steps=3)(KEY, lam, data)._replace(key=None), lam)
+        floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert {leaf.dtype for leaf in floating} == {np.dtype(np.float32)}
 
-            def objective(lam, loop=loop):
-                return hypergrad.unroll(loop, num_steps=3, remat="sqrt")(KEY, lam, data).params.sum()
+        def objective(lam):
+            return hypergrad.unroll(loop, num_steps=3, remat="sqrt")(KEY, lam, data).params.sum()
 
-            grads = jax.jit(jax.grad(objective))(lam)
-            chex.assert_tree_all_finite(grads)
-            assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype(np.float32)}
+        grads = jax.jit(jax.grad(objective))(lam)
+        chex.assert_tree_all_finite(grads)
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -297,84 +304,57 @@ def changes_structure(key, value):
     return optax.GradientTransformation(lambda params: {key: jnp.zeros(2)}, update)
 
 
-BAD_LOOPS = {
-    "loss_vector": (
+REFUSED_LOOPS = {
+    "a loss for each row": (
         dict(loss=lambda params, hp, batch: (batch["x"] @ params - batch["y"]) ** 2),
-        r"The inner loss must return a floating-point scalar; got shape \(20,\) and dtype float64. Reduce it",
+        r"The inner loss must return a floating-point scalar; got shape \(20,\) and dtype float64. Reduce an array",
     ),
-    "loss_integer": (
+    "an integer as loss": (
         dict(loss=lambda params, hp, batch: jnp.int32(1)),
         r"The inner loss must return a floating-point scalar; got shape \(\) and dtype int32",
     ),
-    "loss_pair_without_context": (
+    "a pair without context": (
         dict(loss=lambda params, hp, batch: (params.sum(), None)),
-        "The inner loss must return a floating-point scalar; got .*with_context=True",
+        "The inner loss must return a floating-point scalar; got type tuple.*with_context=True",
     ),
-    "loss_none": (
-        dict(loss=lambda params, hp, batch: None),
-        "The inner loss must return a floating-point scalar; got PyTreeDef",
-    ),
-    "loss_string": (
+    "a string as loss": (
         dict(loss=lambda params, hp, batch: "a"),
-        "The inner loss must return a floating-point scalar; got type str. Return only the loss",
+        "The inner loss must return a floating-point scalar; got type str",
     ),
-    "optimizer_not_from_a_factory": (
-        dict(optimizer=lambda hp: 0.1),
-        "`optimizer` must be a factory .*it returned float",
-    ),
-    "optimizer_state_structure": (
+    "a factory of numbers": (dict(optimizer=lambda hp: 0.1), "`optimizer` must be an optax transform; got 0.1"),
+    "a state with another structure": (
         dict(optimizer=lambda hp: changes_structure("a", lambda state: {"b": state["a"]})),
-        "The optimizer's state changed its structure in one step, from .*'a'.*to.*'b'",
+        r"it changed `opt_state\['a'\]` from float64\[2\] to nothing",
     ),
-    "optimizer_state_shape": (
+    "a state with another shape": (
         dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": jnp.zeros(3)})),
-        r"The optimizer's state changed its leaf \['a'\] in one step, from shape and dtype \(\(2,\)",
+        r"it changed `opt_state\['a'\]` from float64\[2\] to float64\[3\]",
     ),
-    "optimizer_state_dtype": (
+    "a state with another dtype": (
         dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": state["a"].astype(int)})),
-        r"The optimizer's state changed its leaf \['a'\] in one step.*float64.*int64",
+        r"it changed `opt_state\['a'\]` from float64\[2\] to int64\[2\]",
     ),
-    "optimizer_that_raises": (
-        dict(optimizer=lambda hp: optax.adam()),
-        "`optimizer` must be a factory .*called with λ it raised: .*learning_rate",
-    ),
-    "loss_of_three": (
-        dict(
-            loss=lambda params, hp, batch, context: (params.sum(), None, None),
-            init=lambda key, hp, data: (jnp.zeros(2), None),
-            with_context=True,
-        ),
-        r"The inner loss must return \[\] or \(\[\], model_state\); got 3 values",
-    ),
-    "integer_parameters": (
-        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),
-        r"The parameters must be floating-point arrays; the leaf \['n'\] is of dtype int64",
-    ),
-    "complex_parameters": (
-        dict(init=lambda key, hp, data: {"w": jnp.zeros(2, complex)}),
-        r"the leaf \['w'\] is of dtype complex128. Train the real and the imaginary parts as two leaves",
-    ),
-    "parameters_of_another_type": (
-        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
-        r"The parameters must be floating-point arrays; the leaf \['activation'\] is of type",
-    ),
-    "model_state_structure": (
+    "another model state": (
         dict(
             loss=lambda params, hp, batch, context: (params.sum(), {"mean": 0.0, "var": 1.0}),
             init=lambda key, hp, data: (jnp.zeros(2), {"mean": 0.0}),
             with_context=True,
         ),
-        "The model state changed its structure in one step.*'mean'.*to.*'var'",
+        r"it changed `model_state\['var'\]` from nothing to float64\[\]",
     ),
-    "model_state_shape": (
-        dict(
-            loss=lambda params, hp, batch, context: (params.sum(), {"mean": jnp.zeros(3)}),
-            init=lambda key, hp, data: (jnp.zeros(2), {"mean": jnp.zeros(2)}),
-            with_context=True,
-        ),
-        r"The model state changed its leaf \['mean'\] in one step",
+    "integer parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),
+        r"The parameters must be floating-point arrays; the leaf \['n'\] is of dtype int64",
     ),
-    "init_without_a_model_state": (
+    "complex parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2, complex)}),
+        r"the leaf \['w'\] is of dtype complex128.*Train the real and the imaginary part",
+    ),
+    "functions as parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
+        r"The parameters must be floating-point arrays; the leaf \['activation'\] is of type",
+    ),
+    "an init without a model state": (
         dict(
             loss=lambda params, hp, batch, context: params["w"].sum(),
             init=lambda key, hp, data: {"w": jnp.zeros(2)},
@@ -385,12 +365,17 @@ BAD_LOOPS = {
 }
 
 
-@pytest.mark.parametrize("run", [first_step, run_jitted])
-@pytest.mark.parametrize("name", BAD_LOOPS)
-def test_messages(name, run):
-    options, message = BAD_LOOPS[name]
+@pytest.mark.parametrize("name", REFUSED_LOOPS)
+def test_refusals(name):
+    options, message = REFUSED_LOOPS[name]
     with pytest.raises(ValueError, match=message):
-        run(make(**options))
+        jax.eval_shape(lambda: numbers(first_step(make(**options))))
+
+
+def test_a_factory_that_raises_explains_what_a_factory_is():
+    with pytest.raises(TypeError, match="learning_rate") as error:
+        first_step(make(optimizer=lambda hp: optax.adam()))
+    assert any("`optimizer` must be a factory" in note for note in error.value.__notes__)
 
 
 ASKS_FOR_A_VALUE = {
@@ -416,17 +401,12 @@ def test_an_optimizer_instead_of_a_factory():
         make(optimizer=optax.adam(0.1))
 
 
-def test_a_loss_that_is_no_function():
-    with pytest.raises(ValueError, match=r"`loss` must be a function `\(params, hyperparams, batch\) -> \[\]`.*got 3"):
-        make(3)
-
-
 @pytest.mark.parametrize("value", [lambda p: "a", lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()}])
 @pytest.mark.once
 def test_the_outer_loss_is_a_scalar(value):
     problem = inner.problem(make(), lambda params, hyperparams, batch: value(params))
     with pytest.raises(ValueError, match="The outer loss must return a floating-point scalar"):
-        hypergrad.unrolled(problem, num_steps=1).estimate(LAM, problems.TASK, KEY)
+        problem.outer_loss(jnp.zeros(2), LAM, problems.TASK.valid, None)
 
 
 def test_run_arguments():
@@ -434,10 +414,6 @@ def test_run_arguments():
         inner.run(make(), num_steps=-1)
     with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0, or None; got 2.5"):
         inner.run(make(), 2.5)
-    with pytest.raises(ValueError, match="`trace_fn` needs `num_steps`"):
-        inner.run(make(), trace_fn=lambda state: state.step)
-    with pytest.raises(ValueError, match="`num_steps` must be passed to `run`"):
-        inner.run(make())(KEY, LAM, DATA)
 
 
 def test_a_learned_momentum_does_not_widen_a_narrow_state():

@@ -193,8 +193,7 @@ def test_linen_modules_with_other_arguments():
 
 def test_a_linen_module_without_the_train_argument():
     model = inner.from_linen(linen.Dense(2), jnp.ones((1, D)))
-    message = r"takes no argument `train`: .*Give `train_argument` of `from_linen` .*, or None"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'train'"):
         model.init(KEY, None, None)
 
 
@@ -262,14 +261,6 @@ def test_the_hypergradient_through_running_statistics_is_that_of_finite_differen
     expected = central_difference(forward, start)
     assert abs(expected) > 1e-2
     np.testing.assert_allclose(exact_hypergradient(model, start), expected, rtol=1e-6)
-
-
-def test_nnx_and_linen_have_the_same_hypergradient():
-    params, stats = in_float64(TWO_SWITCHES["linen"]().init(KEY, None, DATA))
-    of_nnx = {"first": params["Dense_0"], "norm": params["BatchNorm_0"], "last": params["Dense_1"]}
-    state = {**nnx_model().init(KEY, None, DATA)[1], "norm": stats["batch_stats"]["BatchNorm_0"]}
-    expected = exact_hypergradient(TWO_SWITCHES["linen"](), (params, stats))
-    np.testing.assert_allclose(exact_hypergradient(nnx_model(), (of_nnx, state)), expected, rtol=1e-10)
 
 
 class Transformed(nnx.Module):

@@ -1,5 +1,6 @@
 """One battery over every kind of leaf, in both float types, against formulas that metaopt did not compute."""
 
+import functools
 import json
 
 import chex
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from jax.test_util import check_grads
 
 from metaopt import spaces
 
@@ -81,9 +81,21 @@ def coordinates(name, scale=1.5, dtype=float):
     return scale * jax.random.normal(jax.random.key(7), LEAVES[name].value_shape, dtype)
 
 
-def samples(name, num=4_000):
-    keys = jax.random.split(jax.random.key(1), num)
-    return jax.jit(jax.vmap(lambda key: spaces.sample(key, LEAVES[name])))(keys)
+@functools.cache
+def draws(x64=True):
+    """4,000 samples of every leaf, from one program."""
+    with jax.enable_x64(x64):
+        keys = jax.random.split(jax.random.key(1), 4_000)
+        return jax.jit(jax.vmap(lambda key: spaces.sample(key, LEAVES)))(keys)
+
+
+def samples(name):
+    return draws()[name]
+
+
+def each(function):
+    """`function(leaf, value)` of every leaf, as a function of a dict of values: one program for all leaves."""
+    return lambda values: {name: function(LEAVES[name], value) for name, value in values.items()}
 
 
 @ALL
@@ -139,11 +151,11 @@ def test_entries_of_a_sample_are_independent(name):
 def test_samples_and_defaults_lie_in_the_range_and_have_the_default_type(name, x64):
     leaf = LEAVES[name]
     with jax.enable_x64(x64):
-        draws, start = samples(name), spaces.default(leaf)
-        assert draws.dtype == start.dtype == (jnp.float64 if x64 else jnp.float32)
-        draws, start = np.asarray(draws), np.asarray(start)
-    assert draws.shape == (4_000, *leaf.value_shape) and start.shape == leaf.value_shape
-    for value in (draws, start):
+        drawn, start = draws(x64)[name], spaces.default(leaf)
+        assert drawn.dtype == start.dtype == (jnp.float64 if x64 else jnp.float32)
+        drawn, start = np.asarray(drawn), np.asarray(start)
+    assert drawn.shape == (4_000, *leaf.value_shape) and start.shape == leaf.value_shape
+    for value in (drawn, start):
         assert np.all(np.isfinite(value))
         if name in BOUNDED:
             low, high = (value.dtype.type(edge) for edge in leaf.edges)
@@ -155,51 +167,69 @@ def test_samples_and_defaults_lie_in_the_range_and_have_the_default_type(name, x
             assert value.min() > 0
 
 
-@ALL
 @pytest.mark.parametrize("fn", [to_constrained, to_unconstrained, spaces.encode])
 @pytest.mark.once
-def test_derivatives_equal_finite_differences(name, fn):
-    leaf, at = LEAVES[name], coordinates(name)
+def test_derivatives_equal_finite_differences(fn):
+    # Forward mode is compared leaf by leaf.
+    points = {name: coordinates(name) for name in LEAVES}
     if fn is not to_constrained:
-        at = to_constrained(leaf, at)
+        points = each(to_constrained)(points)
 
-    def moved(t):
+    def moved(name, t):
+        point = points[name]
         if fn is to_unconstrained and name in SIMPLEX:  # weights that sum to one
-            return at * jnp.exp(t) / jnp.sum(at * jnp.exp(t), axis=-1, keepdims=True)
-        return at + jnp.maximum(jnp.abs(at), 1e-3) * t
+            return point * jnp.exp(t) / jnp.sum(point * jnp.exp(t), axis=-1, keepdims=True)
+        return point + jnp.maximum(jnp.abs(point), 1e-3) * t
 
-    check_grads(lambda t: fn(leaf, moved(t)), (jnp.zeros_like(at),), order=2, rtol=1e-4)
-    jacobian = jax.jacobian(lambda at: fn(leaf, at))(at)
-    assert np.abs(np.asarray(jacobian)).max() > 1e-3 or name == "interval_log"
+    directions = {name: jax.random.normal(jax.random.key(i), points[name].shape) for i, name in enumerate(points)}
+
+    def derivatives(s):  # along one direction of each leaf, from s = 0
+        function = lambda ts: each(fn)({name: moved(name, t) for name, t in ts.items()})
+        along = lambda s: function(jax.tree.map(lambda t: s * t, directions))
+        slope = lambda s: jax.jvp(along, (s,), (1.0,))[1]
+        totals = lambda ts: sum(jnp.sum(jnp.sin(value)) for value in function(ts).values())
+        reverse = lambda s: jax.grad(totals)(jax.tree.map(lambda t: s * t, directions))
+        return along(s), slope(s), jax.jvp(slope, (s,), (1.0,))[1], reverse(s), jax.jvp(reverse, (s,), (1.0,))[1]
+
+    eps = 1e-5
+    results = jax.jit(jax.vmap(derivatives))(jnp.array([0.0, eps, -eps]))
+    values, slopes, seconds, gradients, gradient_slopes = results
+    difference = lambda tree: jax.tree.map(lambda x: (x[1] - x[2]) / (2 * eps), tree)
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    chex.assert_trees_all_close(first(slopes), difference(values), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(first(seconds), difference(slopes), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(first(gradient_slopes), difference(gradients), rtol=1e-4, atol=1e-6)
+    for name, gradient in first(gradients).items():
+        by_slope = np.sum(np.cos(values[name][0]) * slopes[name][0])
+        np.testing.assert_allclose(np.sum(gradient * directions[name]), by_slope, rtol=1e-8, atol=1e-12)
+        assert np.abs(slopes[name][0]).max() > 1e-6
 
 
-@ALL
-@pytest.mark.parametrize("at", [-50.0, 50.0, -1e4, 1e4])
 @pytest.mark.once
-def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32(name, at):
-    leaf = LEAVES[name]
-    z = jnp.zeros(leaf.value_shape, jnp.float32)
-    z = z.at[..., 0].set(at) if z.ndim else z + at
+def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32():
+    extremes = jnp.array([-50.0, 50.0, -1e4, 1e4], jnp.float32)
 
-    def there(z):
-        return to_constrained(leaf, z)
+    def values_and_derivatives(extreme):
+        results = {}
+        for name, leaf in LEAVES.items():
+            z = jnp.zeros(leaf.value_shape, jnp.float32)
+            z = z.at[..., 0].set(extreme) if z.ndim else z + extreme
+            there = lambda z, leaf=leaf: to_constrained(leaf, z)
+            back = lambda z, leaf=leaf, there=there: to_unconstrained(leaf, there(z))
+            code = lambda z, leaf=leaf, there=there: spaces.encode(leaf, there(z))
+            forward = [jax.jvp(fn, (z,), (jnp.ones_like(z),)) for fn in (there, back, code)]
+            reverse = [jax.grad(lambda z, fn=fn: fn(z).sum())(z) for fn in (there, back, code)]
+            second = jax.hessian(lambda z, there=there: there(z).sum())(z)
+            results[name] = {"value": there(z), "derivatives": (forward, reverse, second)}
+        return results
 
-    def back(z):
-        return to_unconstrained(leaf, there(z))
-
-    def code(z):
-        return spaces.encode(leaf, there(z))
-
-    for fn in (there, back, code):
-        value, tangent = jax.jvp(fn, (z,), (jnp.ones_like(z),))
-        gradient = jax.grad(lambda z, fn=fn: fn(z).sum())(z)
-        assert value.dtype == jnp.float32
-        chex.assert_tree_all_finite((value, tangent, gradient))
-    chex.assert_tree_all_finite(jax.hessian(lambda z: there(z).sum())(z))
-    if name in BOUNDED:
-        low, high = np.float32(leaf.edges)
-        value = np.asarray(to_constrained(leaf, z))
-        assert low <= value.min() and value.max() <= high
+    for name, result in jax.jit(jax.vmap(values_and_derivatives))(extremes).items():
+        chex.assert_tree_all_finite(result)
+        assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(jnp.float32)}
+        if name in BOUNDED:
+            low, high = np.float32(LEAVES[name].edges)
+            value = np.asarray(result["value"])
+            assert low <= value.min() and value.max() <= high
 
 
 # Values that do not belong to a leaf; every leaf refuses NaN.
@@ -217,29 +247,36 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("name, value", [(n, v) for n, values in OUTSIDE.items() for v in (*values, np.nan)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_value_outside_the_range_raises_or_has_no_coordinate_if_it_is_traced(name, value, dtype):
-    leaf = LEAVES[name]
-    value = np.full(leaf.value_shape, value, dtype)
-    with pytest.raises(ValueError, match="^λ lies outside the space at `hyperparams`: it must be .*; got "):
-        to_unconstrained(leaf, value)
-    with pytest.raises(ValueError, match="^λ lies outside the space"):  # known while tracing
-        jax.jit(lambda: to_unconstrained(leaf, value))()
-    z, tangent = jax.jvp(jax.jit(lambda x: to_unconstrained(leaf, x)), (value,), (np.ones_like(value),))
-    assert np.isnan(z).all() and z.dtype == dtype and tangent.shape == value.shape
+def test_a_value_outside_the_range_raises_or_has_no_coordinate_if_it_is_traced(dtype):
+    cases = [(LEAVES[name], value) for name, values in OUTSIDE.items() for value in (*values, np.nan)]
+    cases = [(leaf, np.full(leaf.value_shape, value, dtype)) for leaf, value in cases]
+    for leaf, value in cases:
+        with pytest.raises(ValueError, match="^λ lies outside the space at `hyperparams`: it must be .*; got "):
+            to_unconstrained(leaf, value)
+        with pytest.raises(ValueError, match="^λ lies outside the space"):  # known while tracing
+            jax.jit(lambda leaf=leaf, value=value: to_unconstrained(leaf, value))()
+    values = [value for _, value in cases]
+    convert = jax.jit(lambda values: [to_unconstrained(leaf, x) for (leaf, _), x in zip(cases, values, strict=True)])
+    for value, z, tangent in zip(values, *jax.jvp(convert, (values,), (list(map(np.ones_like, values)),)), strict=True):
+        assert np.isnan(z).all() and z.dtype == dtype and tangent.shape == value.shape
 
 
-@ALL
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.once
-def test_any_finite_value_has_a_finite_encoding(name, dtype):
-    leaf = LEAVES[name]
-    for value in (0.0, 1.0, -1.0, 1e6, float(jnp.finfo(dtype).tiny), *getattr(leaf, "edges", ())):
-        value = jnp.full(leaf.value_shape, value, dtype)
-        out, tangent = jax.jvp(lambda x: spaces.encode(leaf, x), (value,), (jnp.ones_like(value),))
-        gradient = jax.grad(lambda x: spaces.encode(leaf, x).sum())(value)
-        chex.assert_tree_all_finite((out, tangent, gradient))
+def test_any_finite_value_has_a_finite_encoding(dtype):
+    def codes(leaf, values):
+        def code(value):
+            tangents = jax.jvp(lambda x: spaces.encode(leaf, x), (value,), (jnp.ones_like(value),))
+            return tangents, jax.grad(lambda x: spaces.encode(leaf, x).sum())(value)
+
+        return jax.vmap(code)(values)
+
+    values = {}
+    for name, leaf in LEAVES.items():
+        extremes = [0.0, 1.0, -1.0, 1e6, float(jnp.finfo(dtype).tiny), *getattr(leaf, "edges", ())]
+        values[name] = jnp.stack([jnp.full(leaf.value_shape, value, dtype) for value in extremes])
+    chex.assert_tree_all_finite(jax.jit(each(codes))(values))
 
 
 ROUNDED = {
@@ -321,10 +358,15 @@ def test_to_unconstrained_is_the_inverse_formula(name):
     chex.assert_trees_all_close(to_unconstrained(LEAVES[name], value), expected, rtol=1e-10, atol=1e-12)
 
 
+@functools.cache
+def codes_of_samples():
+    return jax.jit(jax.vmap(each(spaces.encode)))(draws())
+
+
 @ALL
 def test_encoding_is_in_the_unit_interval_and_uniform_over_samples(name):
     leaf = LEAVES[name]
-    codes = np.asarray(jax.vmap(lambda value: spaces.encode(leaf, value))(samples(name)))
+    codes = np.asarray(codes_of_samples()[name])
     assert codes.shape == (4_000, spaces.num_dims(leaf)) == (4_000, len(spaces.names(leaf)))
     assert 0 <= codes.min() and codes.max() <= 1
     law = DISTRIBUTIONS[name] if name in SIMPLEX else scipy.stats.uniform()
@@ -348,8 +390,7 @@ def test_encoding_is_the_cumulative_distribution(name):
 @ALL
 @pytest.mark.once
 def test_discretized_values_are_valid(name):
-    leaf = LEAVES[name]
-    draws = samples(name, num=500)
+    leaf, draws = LEAVES[name], samples(name)[:500]
     values = jax.vmap(lambda value: spaces.discretize(leaf, value))(draws)
     if name.startswith("integer"):
         assert values.dtype == jnp.int32
@@ -412,14 +453,15 @@ def test_leaves_are_hashable_compare_by_value_and_are_no_pytree_nodes(name):
     assert sum(leaf == other for other in LEAVES.values()) == 1
 
 
-@ALL
 @pytest.mark.once
-def test_vmap_and_jit_equal_one_at_a_time(name):
-    leaf = LEAVES[name]
-    z = jax.random.normal(jax.random.key(3), (5, *leaf.value_shape))
+def test_vmap_and_jit_equal_one_at_a_time():
+    keys = jax.random.split(jax.random.key(3), len(LEAVES))
+    z = {n: jax.random.normal(key, (2, *LEAVES[n].value_shape)) for n, key in zip(LEAVES, keys, strict=True)}
     for fn in (to_constrained, lambda leaf, z: spaces.encode(leaf, to_constrained(leaf, z))):
-        many = jax.jit(jax.vmap(lambda z, fn=fn: fn(leaf, z)))(z)
-        chex.assert_trees_all_close(many, jnp.stack([fn(leaf, one) for one in z]), rtol=1e-12)
+        many = jax.jit(jax.vmap(each(fn)))(z)
+        for i in range(2):
+            one = each(fn)(jax.tree.map(lambda x, i=i: x[i], z))
+            chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], many), one, rtol=1e-12)
 
 
 @ALL
@@ -446,18 +488,18 @@ def test_python_numbers_and_integers_become_the_default_float(name):
 @pytest.mark.parametrize(
     "factory, message",
     [
-        (lambda: spaces.real(float("nan")), "`default` must be finite; got nan"),
+        (lambda: spaces.real(float("nan")), "`default` must be finite, of shape .*; got nan"),
         (lambda: spaces.real("0.1"), "`default` must be a number or an array of real numbers.*got '0.1'"),
-        (lambda: spaces.real([1.0, 2.0]), r"`default` must be a number or have `shape` \(\); got shape \(2,\)"),
+        (lambda: spaces.real([1.0, 2.0]), r"`default` must be finite, of shape \(\); got \[1.0, 2.0\]"),
         (lambda: spaces.real(0.0, 0.0), "`scale` must be positive; got 0.0"),
-        (lambda: spaces.real(0.0, [1.0]), r"`scale` must be a finite number; got \[1.0\]"),
+        (lambda: spaces.real(0.0, [1.0]), r"`scale` must be finite, of shape \(\); got \[1.0\]"),
         (lambda: spaces.real(shape=3), "`shape` must be a tuple of integers of at least 1; got 3"),  # pyright: ignore
         (lambda: spaces.real(shape=(0,)), r"`shape` must be .* got \(0,\)"),
         (lambda: spaces.positive(0.0), "`default` must be positive, between 1e-30 and 1e30; got 0.0"),
         (lambda: spaces.positive(1.0, -1.0), "`scale` must be positive; got -1.0"),
-        (lambda: spaces.interval(1.0, 1.0), "`high` must be above `low`; got low=1.0, high=1.0"),
-        (lambda: spaces.interval(0.0, float("inf")), "`high` must be a finite number; got inf"),
-        (lambda: spaces.interval(0.0, 1.0, log=True), "`low` must be positive where `log` is true; got 0.0"),
+        (lambda: spaces.interval(1.0, 1.0), "`high` must be above `low`.*got low=1.0, high=1.0"),
+        (lambda: spaces.interval(0.0, float("inf")), "`high` must be finite.*got inf"),
+        (lambda: spaces.interval(0.0, 1.0, log=True), "`low` positive if `log` is true; got low=0.0"),
         (lambda: spaces.interval(0.0, 1.0, default=1.0), r"`default` must lie inside \(0.0, 1.0\).*got 1.0"),
         (lambda: spaces.interval(0.0, 1.0, default=1 - 1e-8), "`default` must lie inside"),
         (lambda: spaces.interval(0.0, 1.0, default=-3.0), "`default` must lie inside .*got -3.0"),
@@ -466,14 +508,14 @@ def test_python_numbers_and_integers_become_the_default_float(name):
         (lambda: spaces.unit_interval(0.0), "`default` must lie inside"),
         (lambda: spaces.integer(1, 2.5), r"`high` must be an integer within ±2\*\*24.*got 2.5"),  # pyright: ignore
         (lambda: spaces.integer(1, 10**9), r"`high` must be an integer within ±2\*\*24.*got 1000000000"),
-        (lambda: spaces.integer(3, 3), "`high` must be above `low`; got low=3, high=3. For one value, use `fixed`"),
-        (lambda: spaces.integer(0, 3, log=True), "`low` must be at least 1 where `log` is true; got 0"),
+        (lambda: spaces.integer(3, 3), "`high` must be above `low`.*got low=3, high=3, .*For one value, use `fixed`"),
+        (lambda: spaces.integer(0, 3, log=True), "`low` positive if `log` is true; got low=0"),
         (lambda: spaces.integer(0, 3, default=4), "`default` must be an integer from 0 to 3; got 4"),
         (lambda: spaces.integer(0, 3, default=1.5), "`default` must be an integer from 0 to 3; got 1.5"),
-        (lambda: spaces.simplex(1), "`num` must be an integer of at least 2; got 1"),
-        (lambda: spaces.simplex(3, default=[0.5, 0.5]), r"`default` must have shape \(3,\)"),
+        (lambda: spaces.simplex(1), "`num` must be at least 2; got 1"),
+        (lambda: spaces.simplex(3, default=[0.5, 0.5]), r"`default` must be finite, of shape \(3,\)"),
         (lambda: spaces.simplex(2, default=[1.0, 0.0]), r"`default` must be positive.*got \[1.0, 0.0\]"),
-        (lambda: spaces.simplex(2, default=[0.5, 0.6]), "`default` must sum to one"),
+        (lambda: spaces.simplex(2, default=[0.5, 0.6]), "`default` must be positive.* must sum to one"),
         (lambda: spaces.choice("ab"), "`labels` must be a list of strings, numbers, booleans or None; got 'ab'"),
         (lambda: spaces.choice([(1,), (2,)]), "`labels` must be a list of strings"),
         (lambda: spaces.choice([1, True]), r"`labels` must be at least two that differ; got \(1, True\)"),

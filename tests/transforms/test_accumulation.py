@@ -75,10 +75,3 @@ def test_whole_numbers_and_no_dot():
     np.testing.assert_allclose(transform.update(jnp.ones(2), state)[0], 1.0)
     # Accelerators round the operands of a dot.
     assert "dot_general" not in str(jax.make_jaxpr(transform.update)(jnp.ones(2), state))
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`decays` must be a vector"):
-        transforms.learnable_accumulation(0.9)
-    with pytest.raises(ValueError, match="`weights` must be one for each"):
-        transforms.learnable_accumulation(jnp.array([0.9]), jnp.ones(2))

@@ -341,13 +341,6 @@ def test_extra_arguments_reach_the_transform():
     assert by_value == 2 * 10
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match='`zero` must be "drop" or "exact"; got \'keep\''):
-        transforms.differentiable(optax.sgd(0.1), zero="keep")
-    with pytest.raises(ValueError, match="`optimizer` must be an optax transform; got .*, a function: call it"):
-        transforms.differentiable(optax.sgd)
-
-
 def scanning():
     """A transform with a scan and a while loop inside: a running root of squares."""
 

@@ -158,19 +158,3 @@ def test_the_members_may_be_generated():
     members = (optax.sgd(rate) for rate in (0.1, 0.3))
     updates, _ = (mixed := transforms.mixture(members, jnp.array([0.5, 0.5]))).update(PARAMS, mixed.init(PARAMS))
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.2 * g, PARAMS), rtol=1e-6)
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="at least one member"):
-        transforms.mixture([], jnp.ones(0))
-    with pytest.raises(ValueError, match="one weight for each of the 2 transforms"):
-        transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], jnp.ones(3))
-    with pytest.raises(ValueError, match=r"leaf of shape \(\)"):
-        transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], {"a": 0.5})
-    with pytest.raises(ValueError, match=r"leaf of shape \(3,\)"):
-        transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], [0.5, 0.5, 0.0])
-    with pytest.raises(ValueError, match="`weights` must be one vector, or a tree of vectors"):
-        mixed = transforms.mixture([optax.sgd(0.1), optax.adam(0.1)], {"a": [0.5, 0.5]})
-        mixed.update(PARAMS, mixed.init(PARAMS))
-    with pytest.raises(ValueError, match=r"`transforms\[1\]` must be an optax transform; got .*: call it"):
-        transforms.mixture([optax.sgd(0.1), optax.adam], jnp.ones(2))

@@ -369,25 +369,3 @@ def test_inject_hyperparams_finds_the_arguments():
     chex.assert_trees_all_close(
         optimizer.update(GRADS, state, PARAMS)[0], expected.update(GRADS, expected.init(PARAMS), PARAMS)[0], rtol=1e-12
     )
-
-
-def test_bad_arguments():
-    make = transforms.per_parameter(optax.sgd)
-    with pytest.raises(ValueError, match="hyperparameter 0 must be one value, or a tree"):
-        make({"encoder": 0.1, "tail": 0.1}).init(PARAMS)
-    with pytest.raises(ValueError, match="either `patterns` or `labels`"):
-        transforms.per_group(optax.sgd)
-    for wrap in (transforms.per_parameter, lambda factory: transforms.per_group(factory, patterns={"all": ""})):
-        with pytest.raises(ValueError, match="`factory` must be a function that makes a transform"):
-            wrap(optax.sgd(0.1))
-    with pytest.raises(ValueError, match="Two parameters have the same path"):
-        make({"a/b": 0.1, "a": {"b": 0.2}}).init({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
-    grouped = transforms.per_group(optax.sgd, patterns={"kernels": "kernel"})
-    with pytest.raises(ValueError, match="encoder/bias fits no pattern"):
-        grouped(0.1).init(PARAMS)
-    with pytest.raises(ValueError, match=r"\['late'\] find no parameter"):
-        transforms.per_group(optax.sgd, patterns={"all": "", "late": "head"})(0.1).init(PARAMS)
-    with pytest.raises(ValueError, match="hyperparameter learning_rate must be one value, or a dict with the groups"):
-        transforms.per_group(optax.sgd, patterns={"a": "kernel", "b": ""})(learning_rate={"a": 0.1}).init(PARAMS)
-    with pytest.raises(ValueError, match="`labels` must be a tree like the parameters"):
-        transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS)

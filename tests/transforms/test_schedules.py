@@ -152,20 +152,6 @@ def test_whole_numbers_and_half_precision():
             np.testing.assert_allclose(schedule(jnp.array(999)), exact, rtol=1e-5)
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`values` must be a vector"):
-        transforms.knot_schedule(0.1, num_steps=3)
-    with pytest.raises(ValueError, match="either `num_steps` or `knots`"):
-        transforms.knot_schedule([0.1, 0.2])
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
-        transforms.knot_schedule([0.1, 0.2], num_steps=0)
-    with pytest.raises(ValueError, match="`knots` and `values` must have the same length"):
-        transforms.knot_schedule([0.1, 0.2], knots=[1.0])
-    with pytest.raises(ValueError, match="`monotone` must be None"):
-        transforms.knot_schedule([0.1, 0.2], num_steps=3, monotone="up")
-    with pytest.raises(ValueError, match="`decay` must be one of"):
-        transforms.wsd_schedule(0.1, num_steps=3, decay="exponential")
-    with pytest.raises(ValueError, match="must fit into `num_steps`; got 4.0 \\+ 2.5 of 6.0"):
-        transforms.wsd_schedule(0.1, num_steps=6, warmup_steps=4, decay_steps=jnp.array(2.5))
-    transforms.wsd_schedule(0.1, num_steps=3.0, warmup_steps=0.1 * 3, decay_steps=0.9 * 3)  # rounded
-    jax.jit(lambda n: transforms.wsd_schedule(0.1, num_steps=n, warmup_steps=4)(0))(3)  # not known
+def test_lengths_that_fit_up_to_rounding_or_are_not_known():
+    transforms.wsd_schedule(0.1, num_steps=3.0, warmup_steps=0.1 * 3, decay_steps=0.9 * 3)
+    jax.jit(lambda n: transforms.wsd_schedule(0.1, num_steps=n, warmup_steps=4)(0))(3)
