@@ -45,7 +45,6 @@ def sama(
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
     _checks.check_integer("num_steps", num_steps, 1)
-    _finite_difference.check(epsilon, horizon)
     loop = problem.loop
 
     def estimate(hyperparams, task, state):

@@ -53,7 +53,7 @@ def trace(
       `unrolled(...).estimate` runs from the state `key`.
 
     Raises:
-      ValueError: if `num_steps`, `remat` or the number of weights is wrong.
+      ValueError: if the number of weights is wrong.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
@@ -68,8 +68,7 @@ def trace(
     >>> print(parts.steps["rate"].round(4))  # θ_2 = 1 − (1 − rate_1)(1 − rate_2)
     [0.75 0.75]
     """
-    _unroll._check(num_steps, remat)
-    weights = _unroll._weights(outer, num_steps)
+    weights = _unroll.step_weights(outer, num_steps)
     loop = problem.loop
 
     def contributions(key, hyperparams, task):
@@ -85,7 +84,7 @@ def trace(
                 return problem.outer_loss(loop.params(state), at.outer, batch, loop.context(state))
 
             state = loop.init(train_key, at.start, task.train)
-            return _unroll._weighted_scan(
+            return _unroll.weighted_scan(
                 step, outer_loss, state, at.steps, weights=weights, num_steps=num_steps, remat=remat
             )[0]
 
