@@ -156,7 +156,7 @@ def check(
       A `Check`; print it.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: if a number of directions, estimates or samples is too small.
 
     Source: metasmoothness follows Engstrom et al., 2025, https://arxiv.org/abs/2503.13751.
     """
@@ -167,10 +167,8 @@ def check(
     )
     for name, count, least in counts:
         _checks.check_integer(name, count, least)
-    key = jax.random.key(0) if key is None else key
-    keys = jax.random.split(key, num_samples if estimator.kind == "unbiased" else 1)
-    args = (hyperparams, task, estimator.init(key, hyperparams, task), keys)
-    point = evaluated(_samples(estimator, num_estimates), *args, epsilon=epsilon, rtol=rtol)
+    options = {"num_estimates": num_estimates, "num_samples": num_samples, "epsilon": epsilon, "rtol": rtol}
+    point = evaluated(estimator, hyperparams, task, key=key, **options)
     return compared(estimator.kind, point, num_directions, radius)
 
 
@@ -202,19 +200,21 @@ class Point(NamedTuple):
     rtol: float
 
 
-def evaluated(samples: Callable, hyperparams: base.HyperParams, *args: Any, epsilon: float, rtol: float) -> Point:
-    """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ.
-
-    Args:
-      samples: `(λ, ...) -> (F [K], hypergradients [K, ...])`.
-      hyperparams: λ.
-      *args: the further arguments of `samples`.
-      epsilon: the first step, in units.
-      rtol: the largest relative error that passes.
-
-    Returns:
-      A `Point`.
-    """
+def evaluated(
+    estimator: base.Estimator,
+    hyperparams: base.HyperParams,
+    task: base.Task,
+    *,
+    key: jax.Array | None = None,
+    num_estimates: int,
+    num_samples: int,
+    epsilon: float,
+    rtol: float,
+) -> Point:
+    """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ; see `check`."""
+    key = jax.random.key(0) if key is None else key
+    keys = jax.random.split(key, num_samples if estimator.kind == "unbiased" else 1)
+    samples, args = _samples(estimator, num_estimates), (task, estimator.init(key, hyperparams, task), keys)
     leaves, structure = jax.tree.flatten(hyperparams)
     center = [np.asarray(leaf, np.float64) for leaf in leaves]
     both, narrow = _jaxpr.in_float64(samples, hyperparams, *args)

@@ -254,7 +254,7 @@ def persistent_es(
       "inner_steps" and, if there are two or more pairs, "sampling_variance".
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if `sigma` is a tree that is not like λ.
+      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -288,7 +288,7 @@ def es_single(
       An `Estimator` like that of `persistent_es`.
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if `sigma` is a tree that is not like λ.
+      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -325,7 +325,7 @@ def truncated_es(
       An `Estimator` like that of `persistent_es`, of kind "biased".
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if `sigma` is a tree that is not like λ.
+      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

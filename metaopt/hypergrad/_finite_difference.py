@@ -206,7 +206,7 @@ def darts_fd(
       An `Estimator` of kind "biased", whose value is f(θ'). Metrics: "inner_steps", and "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: if an argument is out of range, or `difference` is unknown; at trace time, if a leaf of λ is used only
+      ValueError: if `commit` is negative, or `difference` is unknown; at trace time, if a leaf of λ is used only
         by `init`.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.

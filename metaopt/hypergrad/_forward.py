@@ -116,7 +116,7 @@ def forward(
       An `Estimator` of kind "exact", `done` after every estimate. Its state is a key.
 
     Raises:
-      ValueError: if the number of weights is wrong.
+      ValueError: if `num_steps` or the number of weights is wrong.
 
     Source: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, Alg. 2; Micaelli & Storkey, NeurIPS 2021,
       https://arxiv.org/abs/2007.07869, for long horizons.

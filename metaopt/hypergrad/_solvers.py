@@ -139,12 +139,8 @@ def gmres(*, num_steps: int = 20) -> Solver:
     Returns:
       A `Solver` that starts from the guess. It needs the memory of `num_steps` vectors like θ.
 
-    Raises:
-      ValueError: if `num_steps < 1`.
-
     Source: Saad & Schultz, 1986; for hypergradients Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
     """
-    _checks.check_integer("num_steps", num_steps, 1)
 
     def solve(matvec, b, initial, *, key):
         del key

@@ -53,7 +53,7 @@ def trace(
       `unrolled(...).estimate` runs from the state `key`.
 
     Raises:
-      ValueError: if the number of weights is wrong.
+      ValueError: if `num_steps` or the number of weights is wrong.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner

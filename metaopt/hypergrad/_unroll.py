@@ -113,7 +113,11 @@ def _stretched(
 
 
 def step_weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ), and 1; or None and w_T if only the last step is known to count."""
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ), and 1; or None and w_T if only the last step is known to count.
+
+    Raises a `ValueError` if a number of steps or of weights is wrong.
+    """
+    _checks.check_integer("num_steps", num_steps, 0)
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')

@@ -96,20 +96,6 @@ def test_one_step_recomputes_too():
     assert memory["step"] < 0.9 * memory["none"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"commit": -1}, "`commit` must be at least 0; got -1"),
-        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
-        ({"horizon": 0}, "`horizon` must be at least 1, or None; got 0"),
-        ({"remat": "some"}, "`remat` must be one of"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        hypergrad.lookahead(PROBLEM, **options)
-
-
 @pytest.mark.parametrize(("leaf", "num_steps"), [("start", 1), ("rate", 0)])
 def test_a_leaf_that_no_virtual_step_sees_is_refused(leaf, num_steps):
     loop = inner.loop(

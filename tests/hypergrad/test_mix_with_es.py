@@ -158,16 +158,3 @@ def test_a_value_that_is_not_finite_leaves_its_task_out():
     out, _ = jax.jit(lambda: estimator.estimate(2.0, tasks, estimator.init(KEY, 2.0, tasks)))()
     np.testing.assert_allclose(out.hypergrad, 2.0, rtol=1e-9)
     assert out.metrics["num_nonfinite"] == 1 and out.done.all()
-
-
-@pytest.mark.parametrize(
-    ("estimator", "options", "message"),
-    [
-        (hypergrad.lookahead(problems.RIDGE), {}, '`estimator` must be of kind "exact".*got "biased"'),
-        (hypergrad.direct(wavy), {"num_pairs": 2}, "`num_pairs` must be at least 3; got 2"),
-        (hypergrad.direct(wavy), {"sigma": -1.0}, "`sigma` must be positive; got -1.0"),
-    ],
-)
-def test_bad_arguments(estimator, options, message):
-    with pytest.raises(ValueError, match=message):
-        hypergrad.mix_with_es(estimator, **{"sigma": 0.1, "num_pairs": 4} | options)

@@ -133,11 +133,3 @@ def test_an_implicit_rule_is_asked_for_its_own_leaves_alone():
     rules = {"unrolled": UNROLLED, "implicit": IMPLICIT}
     with pytest.raises(ValueError, match=r"cannot answer for the leaves \['rate'\] of λ"):
         hypergrad.partition(PROBLEM, rules, {"rate": "implicit", "penalty": "unrolled"}).init(KEY, LAM, problems.TASK)
-
-
-def test_labels_must_be_those_of_the_estimators():
-    with pytest.raises(ValueError, match="`estimators` must have at least one entry"):
-        hypergrad.partition(PROBLEM, {}, LABELS)
-    for rules in ({"unrolled": UNROLLED}, {"unrolled": UNROLLED, "implicit": IMPLICIT, "third": UNROLLED}):
-        with pytest.raises(ValueError, match="the leaves of λ have .'implicit', 'unrolled'., and the estimators"):
-            hypergrad.partition(PROBLEM, rules, LABELS).init(KEY, LAM, problems.TASK)

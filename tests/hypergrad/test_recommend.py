@@ -179,8 +179,3 @@ def test_the_default_window_divides_the_horizon(num_steps, window):
     assert (f"truncated, {window} steps" if window > 1 else "t1t2") in _recommend.candidates(
         problems.RIDGE, problems.LAM, num_steps
     )
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
-        hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=0)
