@@ -5,7 +5,7 @@ fixed. The slope of F is then compared with the slope of the hypergradient along
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -336,18 +336,18 @@ def _judge(
 ) -> tuple[str, str]:
     """The status of a leaf, and a note on it."""
     size, gap = max(abs(claimed), abs(slope.value)), abs(claimed - slope.value) - slope.uncertainty
-    known = slope.uncertainty <= max(point.rtol * size, standard_error)
+    is_known = slope.uncertainty <= max(point.rtol * size, standard_error)
     # A slope that consists only of rounding errors counts as zero: a bias before batch normalization has such a slope.
     flat = (point.rtol if norm == 0 else _FLAT) * max(abs(point.value), 1e-300)
     if not np.isfinite(slope.value):
         return "inconclusive", "F is not finite next to λ"
     if norm == 0 and abs(slope.value) > 2 * slope.uncertainty:
         return "dead", ""
-    if (norm == 0 or not known) and size + slope.uncertainty <= flat:
+    if (norm == 0 or not is_known) and size + slope.uncertainty <= flat:
         return "zero", ""
     if norm != 0 and gap > max(point.rtol * size, 3 * standard_error):
         return "wrong", ""
-    if norm == 0 or not known:
+    if norm == 0 or not is_known:
         return "inconclusive", _cause(point, size, slope, tried)
     if 3 * standard_error > size:
         return "inconclusive", "three standard errors exceed the slope"

@@ -113,7 +113,7 @@ def diagnose(
 
 
 class _Steps(NamedTuple):
-    """What one training run measures at each of its T steps.
+    """The numbers of one training run, step by step.
 
     Attributes:
       loss: [T] the inner loss ℓ.

@@ -6,7 +6,6 @@ R = θ* − Φ(θ*, λ) = 0. For any path that led there, the implicit function 
     dF/dλ = ∂f/∂λ − (∂R/∂λ)ᵀ v,    (∂R/∂θ)ᵀ v = ∂f/∂θ.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,7 +119,14 @@ def implicit(
         raise ValueError('`gauss_newton` approximates a Hessian: it needs `condition="gradient"`; got "step".')
     solver = _stationary.default_solver(solver, condition)
     rule = _Rule(problem, num_steps, solver, damping, batch, condition, gauss_newton, warm_start, horizon)
-    return base.Estimator(functools.partial(_init, rule), functools.partial(_estimate, rule), kind="biased")
+
+    def init(key, hyperparams, task):
+        return _init(rule, key, hyperparams, task)
+
+    def estimate(hyperparams, task, state):
+        return _estimate(rule, hyperparams, task, state)
+
+    return base.Estimator(init, estimate, kind="biased")
 
 
 class _Rule(NamedTuple):

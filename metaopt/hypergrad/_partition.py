@@ -1,6 +1,5 @@
 """Combines several estimators, each for some leaves of λ."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +71,14 @@ def partition(
     rule = _Partition(problem, dict(estimators), labels)
     kinds = {make(problem).kind for make in estimators.values()}
     kind = next((kind for kind in ("pseudo", "biased", "unbiased") if kind in kinds), "exact")
-    return base.Estimator(functools.partial(_init, rule), functools.partial(_estimate, rule), kind)
+
+    def init(key, hyperparams, task):
+        return _init(rule, key, hyperparams, task)
+
+    def estimate(hyperparams, task, state):
+        return _estimate(rule, hyperparams, task, state)
+
+    return base.Estimator(init, estimate, kind)
 
 
 class _Partition(NamedTuple):

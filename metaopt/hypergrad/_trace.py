@@ -76,16 +76,16 @@ def trace(
         train_key, outer_key = jax.random.split(run_key)
         batch = problem.outer_batch(outer_key, task)
 
-        def objective(at):
+        def objective(copies):
             def step(state, hyperparams):
                 return inner.step(loop, state, hyperparams, task.train, grad=grad)
 
             def outer_loss(state):
-                return problem.outer_loss(loop.params(state), at.outer, batch, loop.context(state))
+                return problem.outer_loss(loop.params(state), copies.outer, batch, loop.context(state))
 
-            state = loop.init(train_key, at.start, task.train)
+            state = loop.init(train_key, copies.start, task.train)
             return _unroll.weighted_scan(
-                step, outer_loss, state, at.steps, weights=weights, num_steps=num_steps, remat=remat
+                step, outer_loss, state, copies.steps, weights=weights, num_steps=num_steps, remat=remat
             )[0]
 
         steps = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps, *jnp.shape(x))), hyperparams)

@@ -26,20 +26,12 @@ def broken(estimator, change, kind=None):
     return base.Estimator(estimator.init, estimate, kind or estimator.kind)
 
 
-@pytest.mark.once
-def test_a_right_hypergradient_passes_wherever_lambda_enters():
-    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=3)
-    report = CHECK(estimator, problems.EVERYTHING_LAM, problems.TASK)
-    assert report.passed and [leaf.status for leaf in report.leaves] == ["right"] * 6
-    assert report.cosine > 0.999999 and max(leaf.relative_error for leaf in report.leaves) < 1e-6
-    assert "right" in str(report) and str(report).startswith("passed")
-
-
 def test_what_is_given_in_float32_is_checked_in_float64():
     with jax.enable_x64(False):
         lam, task = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (problems.LAM, problems.TASK))
         report = CHECK(UNROLLED, lam, task)
     assert report.passed and report.float32_operations == [] and report.leaves[0].relative_error < 1e-8
+    assert report.cosine > 0.999999 and "right" in str(report) and str(report).startswith("passed")
 
 
 def point_of(estimator, *, num_estimates=30):

@@ -1,9 +1,9 @@
 """`hypergrad.check` passes correct gradients of many kinds of problems, and finds an error of 2 % in one leaf of each.
 
-Every model below meets two or more of the settings below; single problems follow. All gradients are correct by construction (JAX
-differentiates), so whatever `check` rejects is a mistake of `check`. The error of 2 % is a factor on one leaf of the
-hypergradient. A biased rule promises an uphill direction only, so an error of 2 % breaks no promise: biased rules are
-checked at their exact limit, as exact ones.
+Every model below meets two or more of the settings below; single problems follow. All gradients are correct by
+construction (JAX differentiates), so whatever `check` rejects is a mistake of `check`. The error of 2 % is a factor on
+one leaf of the hypergradient. A biased rule only promises an uphill direction, so an error of 2 % breaks no promise:
+biased rules are checked at their exact limit, as exact ones.
 """
 
 from collections.abc import Callable
