@@ -140,9 +140,10 @@ def over_tasks(
       "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: if `max_norm` is not positive, or `normalize` and `max_norm` are both set. At trace time, if the batch
-        is empty or its leaves disagree on B.
+      ValueError: if `estimator` is not an `Estimator`, `max_norm` is not positive, or `normalize` and `max_norm` are
+        both set. At trace time, if the batch is empty or its leaves disagree on B.
     """
+    _checks.check_estimator(estimator)
     _checks.check_positive("max_norm", max_norm, optional=True)
     if normalize and max_norm is not None:
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
@@ -189,9 +190,9 @@ def _batch_size(tasks: base.Task) -> int:
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
     if len(sizes) != 1 or sizes in ({()}, {(0,)}):
         raise ValueError(
-            "Every leaf of a batch of tasks must have the number of tasks, at least 1, as its leading axis; got axes "
-            f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`, or draw batches of episodes with "
-            "`tasks.episode_batches(sample, num_tasks)`."
+            "Every leaf of a batch of tasks must have the number of tasks as its leading axis, and there must be at "
+            f"least one task; got axes {sorted(map(str, sizes))}. Stack tasks with `tasks.stack`, or draw batches of "
+            "episodes with `tasks.episode_batches(sample, num_tasks)`."
         )
     return sizes.pop()[0]
 

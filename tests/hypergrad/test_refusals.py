@@ -93,14 +93,15 @@ REFUSALS = [
     (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
     (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
     # Batches of tasks.
+    (lambda: hypergrad.over_tasks(hypergrad.unrolled), "`estimator` must be a `base.Estimator`; got function"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=0.0), "`max_norm` must be positive, or None; got 0.0"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=float("nan")), "`max_norm` must be positive"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=1.0, normalize=True), "`normalize` and `max_norm` exclude"),
     (lambda: batched(()), r"A batch of tasks is one `Task\(train, valid\)`.*; got a tuple of \[\]"),
     (lambda: batched([TASK, TASK]), r"A batch of tasks is one `Task.*`tasks.stack`.*got a list of \['Task', 'Task'\]"),
     (lambda: batched((TASK, None)), r"or a tuple of such batches; got a tuple of \['Task', 'NoneType'\]"),
-    (lambda: batched(base.Task(None, None)), r"must have the number of tasks, at least 1, .* got axes \[\]"),
-    (lambda: batched(base.Task(jnp.zeros((0, 3)), None)), r"number of tasks, at least 1, .* got axes \['\(0,\)'\]"),
+    (lambda: batched(base.Task(None, None)), r"there must be at least one task; got axes \[\]"),
+    (lambda: batched(base.Task(jnp.zeros((0, 3)), None)), r"at least one task; got axes \['\(0,\)'\]"),
     (lambda: batched(base.Task(jnp.zeros(3), jnp.zeros(4))), r"as its leading axis.*\(3,\).*\(4,\).*`tasks.stack`"),
     (lambda: batched(base.Task(jnp.zeros([]), jnp.zeros(4))), "must have the number of tasks"),
     # Others.
