@@ -190,7 +190,7 @@ def trainer(problem: Problem, make, config, signal: int = 0, read=lambda state, 
                 extra = {"valid_grad_fn": lambda p: jax.grad(mean_loss)(p, take(valid_key, parts[1], signal))}
             grads = jax.grad(mean_loss)(params, take(train_key, parts[0], problem.batch))
             updates, state = optimizer.update(grads, state, params, **extra)
-            used = state.hyperparams if isinstance(state, transforms.SelfTuningState) else {}
+            used = state.hyperparams if hasattr(state, "hyperparams") else {}
             return (optax.apply_updates(params, updates), state), used
 
         start = params, optimizer.init(params)

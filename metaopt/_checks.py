@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import base
+from metaopt._jaxpr import Tracer
 
 
 def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:

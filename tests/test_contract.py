@@ -124,7 +124,7 @@ def test_functions_of_training():
     assert names(hypergrad.unroll(problems.RIDGE_LOOP, num_steps=1)) == ["key", "hyperparams", "data"]
     assert names(hypergrad.implicit_solve(problems.RIDGE_LOOP, num_steps=1)) == ["key", "hyperparams", "data"]
     assert names(inner.run(problems.RIDGE_LOOP, num_steps=1)) == ["key", "hyperparams", "data"]
-    for sampler in (inner.full_batch(), inner.minibatch(2)):
+    for sampler in (inner.minibatch(2), inner.minibatch(2, replace=True)):
         assert names(sampler) == stated(inner.Sampler)
 
 

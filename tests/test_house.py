@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"base"},
-    {"_checks", "_files", "_heads", "_jaxpr", "_locks", "_permutations", "_progress", "_tfrecord", "_trees"},
+    {"_trees"},
+    {"_jaxpr"},
+    {"_checks", "_files", "_heads", "_locks", "_permutations", "_progress", "_tfrecord"},
     {"_saving"},
     {"spaces", "transforms"},
     {"tasks", "inner"},

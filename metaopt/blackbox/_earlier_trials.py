@@ -88,7 +88,7 @@ def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> 
 
 
 def _labels(leaf: spaces.Leaf) -> tuple:
-    return leaf.labels if isinstance(leaf, spaces.Choice) else ()
+    return getattr(leaf, "labels", ())
 
 
 def _as_code(leaf: spaces.Leaf) -> str:

@@ -350,7 +350,7 @@ def meta_optimizer(
     template, unravel = ravel_pytree(spaces.to_unconstrained(space, spaces.default(space)))
     relaxed = lambda z: encode_relaxed(spaces.to_constrained(space, unravel(z)))
     # A simplex keeps its weights, as in `spaces.configuration`.
-    plain = lambda leaf, x, dtype: x if isinstance(leaf, spaces.Simplex) else jnp.asarray(leaf.discretize(x), dtype)
+    plain = lambda leaf, x, dtype: x if leaf.kind == "simplex" else jnp.asarray(leaf.discretize(x), dtype)
     rounded = lambda z: encode_relaxed(
         jax.tree.map(lambda leaf, x: plain(leaf, x, z.dtype), space, spaces.to_constrained(space, unravel(z)))
     )

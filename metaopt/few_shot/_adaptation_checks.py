@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import _checks, tasks
+from metaopt._jaxpr import Tracer
 
 
 def check_pattern(name: str, pattern: Any) -> None:

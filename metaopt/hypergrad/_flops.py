@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.interpreters import partial_eval
 
 from metaopt import _jaxpr
 
@@ -37,7 +36,7 @@ def flops(function: Callable, *args: Any, products_only: bool = False) -> float:
 
 def of_jaxpr(jaxpr: Any, products_only: bool = False) -> float:
     """Operations of a program that is already traced."""
-    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    live, _ = _jaxpr.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(live, products_only)
 
 

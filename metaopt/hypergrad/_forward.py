@@ -14,21 +14,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import base, inner
+from metaopt import _trees, base, inner
 from metaopt.hypergrad import _unroll
-
-
-def _split(state: base.InnerState) -> tuple[base.PyTree, base.PyTree]:
-    """The leaves with a tangent, and those without (counts, PRNG keys); each tree has None in place of the others."""
-
-    def only(floating):
-        return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) == floating else None, state)
-
-    return only(True), only(False)
-
-
-def _merge(floats: base.PyTree, rest: base.PyTree) -> base.InnerState:
-    return jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)
 
 
 def _pushed(linear: Callable, *tangents: base.PyTree, chunk: int | None) -> base.PyTree:
@@ -48,10 +35,10 @@ def _judged(
     """f and its total derivative; one reverse pass of f serves all tangents."""
     loop = problem.loop
     flat, unravel = ravel_pytree(hyperparams)
-    floats, rest = _split(state)
+    floats, rest = _trees.split(state)
 
     def outer_loss(floats, hyperparams):
-        state = _merge(floats, rest)
+        state = _trees.merge(floats, rest)
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
     value, (by_state, direct) = jax.value_and_grad(outer_loss, argnums=(0, 1))(floats, hyperparams)
@@ -71,14 +58,14 @@ def _advanced(
     grad: Callable,
 ) -> tuple[base.InnerState, base.PyTree]:
     """The state after one step, and its tangents: (∂Φ/∂θ) Z + ∂Φ/∂λ."""
-    floats, rest = _split(state)
+    floats, rest = _trees.split(state)
 
     def advance(floats, hyperparams):
-        return _split(inner.step(loop, _merge(floats, rest), hyperparams, data, grad=grad))
+        return _trees.split(inner.step(loop, _trees.merge(floats, rest), hyperparams, data, grad=grad))
 
     # The other leaves have no tangent. The linear map holds the step's values, so nothing is computed n times.
     floats, linear, rest = jax.linearize(advance, floats, hyperparams, has_aux=True)
-    return _merge(floats, rest), _pushed(linear, tangents, basis, chunk=chunk)
+    return _trees.merge(floats, rest), _pushed(linear, tangents, basis, chunk=chunk)
 
 
 def forward(
@@ -144,9 +131,9 @@ def forward(
             return (state, tangents, total), None
 
         floats, linear, rest = jax.linearize(
-            lambda hyperparams: _split(loop.init(train_key, hyperparams, task.train)), hyperparams, has_aux=True
+            lambda hyperparams: _trees.split(loop.init(train_key, hyperparams, task.train)), hyperparams, has_aux=True
         )
-        start = _merge(floats, rest), _pushed(linear, basis, chunk=chunk)
+        start = _trees.merge(floats, rest), _pushed(linear, basis, chunk=chunk)
         total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge, *start))
         xs = None if weights is None else jnp.asarray(weights)
         (state, tangents, total), _ = jax.lax.scan(step, (*start, total), xs, length=num_steps)

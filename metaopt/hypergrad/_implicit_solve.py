@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
 from metaopt import _jaxpr, base, inner
 from metaopt.hypergrad import _refusals, _solvers, _stationary
@@ -18,7 +17,7 @@ def _shielded(function: Callable) -> Any:
     If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
-    leaves = core.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
+    leaves = _jaxpr.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

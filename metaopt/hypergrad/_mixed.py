@@ -9,14 +9,15 @@ both parts. It starts only from (θ, λ, batch), so no activation is kept from t
 training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
+
+from metaopt import _jaxpr, _trees
 
 # The number of nested checkpointed loops that are being traced. Each loop keeps only the gradients of its level.
 _depth: ContextVar[int] = ContextVar("depth", default=0)
@@ -38,10 +39,6 @@ def keeping(step: Callable) -> tuple[Callable, Callable]:
 
 def _name(depth: int) -> str:
     return f"metaopt_inner_grads_{depth}"
-
-
-def _is_float(leaf) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
@@ -80,19 +77,8 @@ def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
     return grads_and_aux
 
 
-def _split(leaves: Sequence[Any], is_float: Sequence[bool]) -> tuple[list, list]:
-    """The floating-point leaves, and the others (indices, keys)."""
-    pairs = list(zip(leaves, is_float, strict=True))
-    return [x for x, f in pairs if f], [x for x, f in pairs if not f]
-
-
-def _join(floats: Sequence[Any], fixed: Sequence[Any], is_float: Sequence[bool]) -> list:
-    iterators = {True: iter(floats), False: iter(fixed)}
-    return [next(iterators[bool(f)]) for f in is_float]
-
-
-def _flattened(loss: Callable, has_aux: bool, params: Any, rest: Any) -> tuple[Callable, list, list]:
-    """The loss as `flat_loss(params, floats, fixed) -> (value, aux)`, and its two lists of further arguments.
+def _flattened(loss: Callable, has_aux: bool, params: Any, rest: Any) -> tuple[Callable, Any, Any]:
+    """The loss as `flat_loss(params, floats, fixed) -> (value, aux)`, and its further arguments in two parts.
 
     Variables that the loss closes over become arguments too. They may be differentiated on another level of nesting,
     and a custom rule must not hold tracers.
@@ -104,16 +90,15 @@ def _flattened(loss: Callable, has_aux: bool, params: Any, rest: Any) -> tuple[C
         return out if has_aux else (out, None)
 
     closed, shapes = jax.make_jaxpr(whole_loss, return_shape=True)(params, leaves)
-    num_consts, arguments = len(closed.consts), [*closed.consts, *leaves]
-    is_float = [_is_float(x) for x in arguments]
+    num_consts = len(closed.consts)
 
     def flat_loss(params, floats, fixed):
-        values = _join(floats, fixed, is_float)
-        function = core.jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
+        values = _trees.merge(floats, fixed)
+        function = _jaxpr.jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
         out = function(*jax.tree.leaves(params), *values[num_consts:])
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    return flat_loss, *_split(arguments, is_float)
+    return flat_loss, *_trees.split([*closed.consts, *leaves])
 
 
 def _mixed_gradient(flat_loss: Callable, name: str) -> Callable:
@@ -140,7 +125,7 @@ def _mixed_gradient(flat_loss: Callable, name: str) -> Callable:
         def pulled_back(params, w):
             def floats_of(params, floats):
                 value, aux = flat_loss(params, floats, fixed)
-                return value, [leaf for leaf in jax.tree.leaves(aux) if _is_float(leaf)]
+                return value, [leaf for leaf in jax.tree.leaves(aux) if _trees.is_float(leaf)]
 
             (value, _), pullback = jax.vjp(floats_of, params, floats)
             return pullback((jnp.ones_like(value), w))

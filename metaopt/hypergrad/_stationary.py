@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _jaxpr, base, inner
+from metaopt import _checks, _jaxpr, _trees, base, inner
 from metaopt.hypergrad import _refusals, _solvers
 
 CONDITIONS = ("gradient", "step")
@@ -51,7 +50,7 @@ def unknowns(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tu
         places = jax.tree.leaves(loop.params(structure.unflatten(range(len(leaves)))))
         x = loop.params(state)
     else:
-        places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        places = [i for i, leaf in enumerate(leaves) if _trees.is_float(leaf)]
         x = [leaves[place] for place in places]
 
     def put(x):

@@ -1,5 +1,7 @@
 """Makes an `InnerLoop` from a loss and an optax factory, and from it a step, a training run and a `Problem`."""
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _jaxpr, base, transforms
-from metaopt.inner import _im2col, _samplers
+from metaopt import _checks, _jaxpr, _trees, base, transforms
+from metaopt.inner import _cpu, _samplers
 
 _FACTORY = (
     "`optimizer` must be a factory `hyperparams -> optax.GradientTransformation`, such as "
@@ -34,59 +36,63 @@ class LoopState(NamedTuple):
     step: jax.Array
 
 
-def _with_products(fn: Callable, choice: bool | None) -> Callable:
-    """`fn` with its convolutions as matrix products, if `choice` selects them; None selects them on CPU only."""
-    chosen = fn if choice is False else _im2col.im2col(fn, only_on_cpu=choice is None)
+_LOGGER = logging.getLogger("metaopt")
 
-    def called(params, hyperparams, batch, context):
-        return chosen(params, hyperparams, batch, context)
 
-    return called
+def _with_products(loss: Callable, im2col: bool | None, owner: str) -> Callable:
+    """The loss with its convolutions as matrix products, if `im2col` selects them; None selects them on CPU only."""
+    rewritten = loss if im2col is False else _cpu.rewrite(loss, only_on_cpu=im2col is None, log=_logged_once(owner))
+
+    def call(params, hyperparams, batch, context):
+        return rewritten(params, hyperparams, batch, context)
+
+    return call
+
+
+def _logged_once(owner: str) -> Callable[[list[str]], None]:
+    """A function that logs the convolutions of the first program that has some, as one line."""
+    logged = []
+
+    def log(convolutions):
+        if convolutions and not logged:
+            logged.append(True)
+            _LOGGER.info(
+                "%s computes the convolutions of its loss in forms that are fast on CPU (images * kernels): %s. Use "
+                "`im2col=False` to keep the convolutions of XLA.",
+                owner,
+                ", ".join(convolutions),
+            )
+
+    return log
+
+
+def _check_scalar(value: Any, name: str) -> None:
+    if jax.tree_util.all_leaves([value]) and _is_array(value):
+        got = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+        if jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return
+    else:
+        got = f"type {type(value).__name__}"
+    raise ValueError(
+        f"The {name} must return a floating-point scalar; got {got}. Reduce an array, for instance with `.mean()`. "
+        "With `with_context=True`, the inner loss may return a pair (loss, model state)."
+    )
 
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))
 
 
-def _check_scalar(value: Any, what: str) -> None:
-    leaves, structure = jax.tree.flatten(value)
-    is_leaf = leaves and jax.tree_util.treedef_is_leaf(structure)
-    if not is_leaf or not _is_array(value):
-        got = f"type {type(value).__name__}" if is_leaf else structure
-        raise ValueError(
-            f"The {what} must return a floating-point scalar; got {got}. Return only the loss"
-            + (", or a pair (loss, model state) with `with_context=True`." if what == "inner loss" else ".")
-        )
-    shape, dtype = jnp.shape(leaves[0]), jnp.result_type(leaves[0])
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"The {what} must return a floating-point scalar; got shape {shape} and dtype {dtype}. "
-            "Reduce it, for instance with `.mean()`."
-        )
-
-
-def _strong(leaf: Any) -> jax.Array:
-    """A leaf as an array without a weak type, so that a step does not change its type. Typed PRNG keys are kept."""
-    leaf = jnp.asarray(leaf)
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf, leaf.dtype)
-
-
-def _check_floating(params: base.Params) -> base.Params:
+def _check_floating(params: base.Params) -> None:
+    """Raises ValueError for parameters that cannot be trained; complex ones would be updated in a wrong direction."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        instead = "Keep values that are not trained in the loss's closure (`equinox.partition`), or in the model state."
-        if not _is_array(leaf):
-            problem = f"of type {type(leaf).__name__}"
-        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            problem = f"of dtype {jnp.result_type(leaf)}"
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-                instead = "Train the real and the imaginary parts as two leaves, and combine them in the loss."
-        else:
-            continue
-        raise ValueError(
-            f"The parameters must be floating-point arrays; the leaf {jax.tree_util.keystr(path) or 'itself'} is "
-            f"{problem}. {instead}"
-        )
-    return params
+        if not _is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            kind = f"of dtype {jnp.result_type(leaf)}" if _is_array(leaf) else f"of type {type(leaf).__name__}"
+            raise ValueError(
+                f"The parameters must be floating-point arrays; the leaf {jax.tree_util.keystr(path) or 'itself'} is "
+                f"{kind}. Keep values that are not trained in the loss's closure (`equinox.partition`), or in the "
+                "model state. Train the real and the imaginary part of a complex number as two leaves."
+            )
 
 
 def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
@@ -99,20 +105,98 @@ def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
     return jax.tree.map(cast, new, old) if jax.tree.structure(new) == jax.tree.structure(old) else new
 
 
-def _check_same_structure(new: base.PyTree, old: base.PyTree, what: str) -> None:
-    """Raises ValueError that names the leaf whose shape or dtype changed: a scan needs a carry that keeps both."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
+def _check_same_types(new: LoopState, old: LoopState) -> None:
+    """Raises ValueError if a step changes the state's structure, shapes or dtypes: some rules take steps in a scan."""
+
+    def types(state):
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
+
+    before, after = types(old), types(new)
+    changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    if changed:
         raise ValueError(
-            f"The {what} changed its structure in one step, from {jax.tree.structure(old)} to "
-            f"{jax.tree.structure(new)}: a step must not change it."
+            f"A step must keep the structure, shapes and dtypes of the state; it changed `{changed[0][1:]}` from "
+            f"{before.get(changed[0], 'nothing')} to {after.get(changed[0], 'nothing')}."
         )
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
-        before, after = (jnp.shape(a), jnp.result_type(a)), (jnp.shape(b), jnp.result_type(b))
-        if before != after:
+
+
+def _transform(optimizer: Callable, zero: str, hyperparams: base.HyperParams) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for one λ, with a derivative at zero gradients."""
+    try:
+        with _checks.explained_schedules("optimizer"):
+            return transforms.differentiable(optimizer(hyperparams), zero=zero)
+    except TypeError as error:
+        error.add_note(f"{_FACTORY}.")
+        raise
+
+
+def _init(
+    init: Callable,
+    transform: Callable,
+    with_context: bool,
+    key: jax.Array,
+    hyperparams: base.HyperParams,
+    data: base.Data,
+) -> LoopState:
+    """The state before the first step."""
+    init_key, key = jax.random.split(key)
+    params, model_state = init(init_key, hyperparams, data), None
+    if with_context:
+        if type(params) not in (tuple, list) or len(params) != 2:
             raise ValueError(
-                f"The {what} changed its leaf {jax.tree_util.keystr(path) or 'itself'} in one step, from shape and "
-                f"dtype {before} to {after}: a step must not change them."
+                "With `with_context=True`, `init` must return a pair (params, model state), where the model state "
+                f"may be None; got {type(params).__name__}."
             )
+        params, model_state = params
+    _check_floating(params)
+    params, model_state = _trees.strong((params, model_state))
+    with _checks.explained_schedules("optimizer"):
+        opt_state = _trees.strong(transform(hyperparams).init(params))
+    return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
+
+
+def _loss(
+    loss: Callable,
+    with_context: bool,
+    params: base.Params,
+    hyperparams: base.HyperParams,
+    batch: base.Batch,
+    context: base.Context,
+) -> tuple[jax.Array, base.PyTree]:
+    """ℓ and the model state after the step."""
+    value = loss(params, hyperparams, batch, *([context] if with_context else []))
+    value, model_state = value if with_context and isinstance(value, tuple) else (value, context.model_state)
+    _check_scalar(value, "inner loss")
+    return value, model_state
+
+
+def _update(
+    transform: Callable,
+    state: LoopState,
+    grads: base.Params,
+    model_state: base.PyTree,
+    hyperparams: base.HyperParams,
+) -> LoopState:
+    """One step of the optimizer."""
+    with _checks.explained_schedules("optimizer"):
+        updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
+    new_state = LoopState(params, opt_state, model_state, state.key, state.step + 1)
+    _check_same_types(new_state, state)
+    return new_state
+
+
+def _context(state: LoopState) -> base.Context:
+    """The context of the next step's loss."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step)
+    return base.Context(key, state.step, state.model_state)
+
+
+def _batch(sample: _samplers.Sampler, state: LoopState, data: base.Data) -> base.Batch:
+    """The batch of the next step."""
+    return sample(jax.random.fold_in(state.key, 1), state.step, data)
 
 
 def loop(
@@ -139,17 +223,18 @@ def loop(
         state; do not use it here.)
       init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
-      sampler: selects the rows of each step: `inner.full_batch()` (default) or `inner.minibatch(64)`.
+      sampler: selects the rows of each step, such as `inner.minibatch(64)`. By default each step gets all of the data.
       with_context: whether the loss and `init` have their full form.
       zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
       im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`).
-        None does so if the default backend is a CPU, whose convolutions in loops are slow.
+        None does so if the default backend is a CPU, whose convolutions in loops are slow. The first program with such
+        convolutions logs a line with their shapes (logger "metaopt", level INFO).
 
     Returns:
       An `InnerLoop`.
 
     Raises:
-      ValueError: if `loss` is not a function, or `optimizer` is not a factory.
+      ValueError: if `optimizer` is not a factory.
       ValueError: at trace time, if the loss is not a scalar, the parameters are not floating-point, or `init` does not
         return the pair that `with_context` needs.
       ValueError: at trace time, if the optimizer reads the value of a traced hyperparameter.
@@ -166,72 +251,18 @@ def loop(
     >>> print(train(jax.random.key(0), {"rate": 0.1}, jax.numpy.array([1.0, 2.0])).params.round(3))
     [1. 2.]
     """
-    sample = _samplers.full_batch() if sampler is None else sampler
-    if not callable(loss):
-        raise ValueError(
-            "`loss` must be a function `(params, hyperparams, batch) -> []`, or, with `with_context`, "
-            f"`(params, hyperparams, batch, context) -> []`; got {loss!r}."
-        )
     if not callable(optimizer):
         raise ValueError(f"{_FACTORY}; got {type(optimizer).__name__} itself.")
-
-    def transform(hyperparams):
-        try:
-            with _checks.explained_schedules("optimizer"):
-                optimizer_ = optimizer(hyperparams)
-        except TypeError as error:
-            raise ValueError(f"{_FACTORY}; called with λ it raised: {error}") from error
-        if not (hasattr(optimizer_, "init") and hasattr(optimizer_, "update")):
-            raise ValueError(f"{_FACTORY}; it returned {type(optimizer_).__name__}.")
-        return transforms.differentiable(optimizer_, zero=zero)
-
-    def init_state(key, hyperparams, data):
-        init_key, key = jax.random.split(key)
-        params, model_state = init(init_key, hyperparams, data), None
-        if with_context:
-            if type(params) not in (tuple, list) or len(params) != 2:
-                raise ValueError(
-                    "With `with_context=True`, `init` must return a pair (params, model state), where the model state "
-                    f"may be None; got {type(params).__name__}."
-                )
-            params, model_state = params
-        params, model_state = _check_floating(params), jax.tree.map(_strong, model_state)
-        params = jax.tree.map(_strong, params)
-        with _checks.explained_schedules("optimizer"):
-            opt_state = jax.tree.map(_strong, transform(hyperparams).init(params))
-        return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
-
-    def context(state):
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step)
-        return base.Context(key, state.step, state.model_state)
-
-    def batch(state, data):
-        return sample(jax.random.fold_in(state.key, 1), state.step, data)
-
-    def full_loss(params, hyperparams, batch, context):
-        if not with_context:
-            value = loss(params, hyperparams, batch)
-            _check_scalar(value, "inner loss")
-            return value, context.model_state
-        value = loss(params, hyperparams, batch, context)
-        if isinstance(value, tuple) and len(value) != 2:
-            raise ValueError(f"The inner loss must return [] or ([], model_state); got {len(value)} values.")
-        value, model_state = value if isinstance(value, tuple) else (value, context.model_state)
-        _check_scalar(value, "inner loss")
-        return value, model_state
-
-    def update(state, grads, model_state, hyperparams):
-        with _checks.explained_schedules("optimizer"):
-            updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
-        _check_same_structure(opt_state, state.opt_state, "optimizer's state")
-        _check_same_structure(params, state.params, "parameters")
-        _check_same_structure(model_state, state.model_state, "model state")
-        return LoopState(params, opt_state, model_state, state.key, state.step + 1)
-
-    loss_fn = _with_products(full_loss, im2col)
-    return base.InnerLoop(init_state, batch, loss_fn, update, lambda state: state.params, context)
+    transform = functools.partial(_transform, optimizer, zero)
+    loss_fn = functools.partial(_loss, loss, with_context)
+    return base.InnerLoop(
+        init=functools.partial(_init, init, transform, with_context),
+        batch=functools.partial(_batch, _samplers.full_batch() if sampler is None else sampler),
+        loss=_with_products(loss_fn, im2col, "`inner.loop`"),
+        update=functools.partial(_update, transform),
+        params=lambda state: state.params,
+        context=_context,
+    )
 
 
 def step(
@@ -285,16 +316,12 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
       leading axis of `num_steps`. With `num_steps=None`, `(key, hyperparams, data, num_steps)`.
 
     Raises:
-      ValueError: if `num_steps < 0`, or `trace_fn` is given without `num_steps`.
+      ValueError: if `num_steps < 0`.
       ValueError: at trace time, if the result is differentiated.
     """
     _checks.check_integer("num_steps", num_steps, 0, optional=True)
-    if num_steps is None and trace_fn is not None:
-        raise ValueError("`trace_fn` needs `num_steps`, the length of the trace: pass it to `run`.")
 
     def train(key, hyperparams, data, num_steps=num_steps):
-        if num_steps is None:
-            raise ValueError("`num_steps` must be passed to `run` or to the returned function; got None.")
         inputs = key, hyperparams, data
         # From here on these are constants, so that a differentiated caller neither computes nor stores tangents.
         key, hyperparams, data = jax.lax.stop_gradient(inputs)
@@ -307,11 +334,10 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
         if trace_fn is None:
             result = jax.lax.fori_loop(0, num_steps, lambda _, s: next_state(s), state)
         else:
-            look = trace_fn  # the name tells the type checker that it is not None
 
-            def traced(state, _):
+            def traced(state, _, trace_fn=trace_fn):
                 state = next_state(state)
-                return state, look(state)
+                return state, trace_fn(state)
 
             result = jax.lax.scan(traced, state, length=num_steps)
         return _jaxpr.refuse_derivative(result, (inputs, start), _NO_DERIVATIVE)
@@ -349,4 +375,6 @@ def problem(
         _check_scalar(value, "outer loss")
         return value
 
-    return base.Problem(loop, _with_products(full_outer_loss, im2col), outer_batch or (lambda key, task: task.valid))
+    return base.Problem(
+        loop, _with_products(full_outer_loss, im2col, "`inner.problem`"), outer_batch or (lambda key, task: task.valid)
+    )

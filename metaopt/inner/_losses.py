@@ -19,7 +19,9 @@ from metaopt import _checks
 
 
 def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean cross-entropy over the real rows of a batch, among its real classes: the default loss of searches.
+    """The mean cross-entropy over the real rows of a batch, among its real classes.
+
+    This is the default loss of architecture searches, and the loss of few-shot methods on one episode.
 
     Args:
       outputs: [N, C] logits; [N, positions..., C] for a network that is not pooled.
@@ -31,13 +33,12 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
       C - 1. They are NaN as well if no row is real.
 
     Raises:
-      ValueError: if the labels are missing or not integers, or if "y", "mask" or "class_mask" has another shape; if
-        labels that are not traced are not classes.
+      ValueError: if the labels are not integers, or if "y", "mask" or "class_mask" has another shape.
+      ValueError: if labels that are not traced are not classes.
     """
     num = outputs.shape[-1]
-    _check_form(batch, num, outputs.shape[:-1])
-    check_labels(batch, num)
     y = jnp.asarray(batch["y"])
+    check_labels(batch, num, outputs.shape[:-1])
     y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y  # `uint8 >= 256` would be `>= 0`
     if batch.get("class_mask") is not None:
         real = jnp.asarray(batch["class_mask"]).reshape((1,) * (outputs.ndim - 1) + (num,)) > 0
@@ -61,31 +62,28 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
 def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
     """Raises ValueError if the shape or type of "y" [*shape] or the shape of "class_mask" is wrong, also if traced."""
     y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
-    if y is None:
-        raise ValueError(
-            f'The batch must have labels "y", integers in 0..{num_outputs - 1}, for the loss; got a dict with the keys '
-            f"{[*batch]}."
-        )
-    dtype, found = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
+    dtype, y_shape = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
         raise ValueError(
             f'The labels "y" must be integers in 0..{num_outputs - 1}, or booleans; got {dtype}. Number the '
             "classes (`np.unique(y, return_inverse=True)[1]`), or pass your own `loss` if the targets are not classes."
         )
     rows = getattr(x, "shape", None)  # other losses' x may be a tree
-    if rows is not None and rows[:1] != found[:1]:
-        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (rows, found))
+    if rows is not None and rows[:1] != y_shape[:1]:
+        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (rows, y_shape))
         raise ValueError(f'"x" and "y" must have the same number of rows; got {each}.')
-    if shape is not None and found != shape:
+    if shape is not None and y_shape != shape:
         raise ValueError(
             f'The labels "y" must have the shape {shape}, the outputs\' shape {(*shape, num_outputs)} without the '
-            f"last axis; got {found}. Use `y[:, 0]` for a column of labels [N, 1], and `y.argmax(-1)` for one-hot rows "
-            "[N, C]."
+            f"last axis; got {y_shape}. Use `y[:, 0]` for a column of labels [N, 1], `y.argmax(-1)` for one-hot rows "
+            "[N, C], and `hypergrad.over_tasks` for a batch of tasks."
         )
     if classes is not None and np.shape(classes) != (num_outputs,):
         raise ValueError(
             f'"class_mask" must be [C] = ({num_outputs},), one entry for each output of the network, 1 for '
-            f"a class of the task and 0 for another; got shape {np.shape(classes)}."
+            f"a class of the task and 0 for another; got shape {np.shape(classes)}. For episodes of several numbers of "
+            "classes, use a head that the support set makes (`few_shot.proto_maml`, `few_shot.ridge_head`), and "
+            "`hypergrad.over_tasks` for a batch of tasks."
         )
 
 
@@ -111,10 +109,10 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
       ValueError: if the batch is not a dict with "x", or if "mask" fits neither rows nor their parts, such as [N, 1].
     """
     if not isinstance(batch, Mapping) or "x" not in batch:
-        found = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
+        got = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             'A batch of rows must be a dict with the inputs as "x" [N, ...] and, for the default loss, labels as "y" '
-            f"[N], since losses and samplers read them by name; got {found}. For arrays x and y, use "
+            f"[N], since losses and samplers read them by name; got {got}. For arrays x and y, use "
             '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
         )
     mask, rows = batch.get("mask"), np.shape(batch["x"])[:1]

@@ -30,9 +30,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _trees, base
 from metaopt.inner import _stopped
 
 
@@ -68,17 +67,13 @@ def _model(init: Callable, call: Callable, *, adapter: str, allow_stopped_state:
         outputs, new_state = call(mode, context.key, params, state, inputs, options)
         if mode == (False, True, True):
             return outputs, state
-        if not allow_stopped_state and any(map(_is_float, jax.tree.leaves(state))):
+        if not allow_stopped_state and any(map(_trees.is_float, jax.tree.leaves(state))):
             call_named = lambda args: call(mode, context.key, **args)[1]
             args = {"params": params, "state": state, "inputs": inputs, "options": options}
             _check_not_stopped(_stopped.stopped_paths(call_named, args), adapter)
         return outputs, new_state
 
     return Model(init, apply)
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _check_not_stopped(stopped: list[tuple[str, str]], adapter: str) -> None:
@@ -203,13 +198,13 @@ def from_linen(
       A `Model`.
 
     Raises:
-      ValueError: at trace time, if the module has no keyword `train_argument`.
+      TypeError: at trace time, if the module has no keyword `train_argument`.
       ValueError: at trace time, if a switch differs from `not train` and `train_argument` does not name it.
       ValueError: at trace time, if the module stops the gradient of its new model state.
     """
     keywords = (train_argument,) if isinstance(train_argument, str) else tuple(train_argument or ())
 
-    def options_of(mode):
+    def switch_options(mode):
         switches = {"use_running_average": mode.use_running_average, "deterministic": mode.deterministic}
         for name, switch in switches.items():
             if name not in keywords and switch == mode.train:
@@ -226,20 +221,11 @@ def from_linen(
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         params_key, dropout_key = jax.random.split(key)
         keys = {"params": params_key, "dropout": dropout_key}
-        try:
-            variables = module.init(keys, *inputs, **options_of(_Mode(False, True, True)))
-        except TypeError as error:
-            missing = [name for name in keywords if f"unexpected keyword argument '{name}'" in str(error)]
-            if not missing:
-                raise
-            raise ValueError(
-                f"The module takes no argument `{missing[0]}`: {error}. Give `train_argument` of `from_linen` the "
-                "name of the keyword that switches the module to training, or None if it has none."
-            ) from error
+        variables = module.init(keys, *inputs, **switch_options(_Mode(False, True, True)))
         return variables["params"], {name: v for name, v in variables.items() if name != "params"}
 
     def call(mode, key, params, state, inputs, options):
-        variables, options = {"params": params, **(state or {})}, {**options_of(mode), **options}
+        variables, options = {"params": params, **(state or {})}, {**switch_options(mode), **options}
         if mode == (False, True, True):
             return module.apply(variables, *inputs, **options), state
         mutable = list(state or {})

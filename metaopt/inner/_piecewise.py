@@ -29,7 +29,7 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
       A problem whose λ has a leading axis of W on every leaf (no such axis if W is 0).
 
     Raises:
-      ValueError: if a W is negative or above T, or all are 0; at trace time, if a leaf of λ does not have this axis.
+      ValueError: if a W is negative or above T; at trace time, if a leaf of λ does not have this axis.
 
     Source: Micaelli & Storkey, NeurIPS 2021, https://arxiv.org/abs/2007.07869.
 
@@ -47,10 +47,8 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
     for count in counts:
         if not 0 <= count <= num_steps:
             raise ValueError(f"`windows` must be between 0 and `num_steps`, which is {num_steps}; got {count}.")
-    if not any(counts):
-        raise ValueError(f"`windows` must be at least 1 for a leaf of λ; got {windows}.")
 
-    def at(hyperparams, step):
+    def current(hyperparams, step):
         """λ_t, with t = step."""
 
         def value(path, leaf, count):
@@ -66,4 +64,4 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
         spread = jax.tree.map(lambda count, part: jax.tree.map(lambda _: count, part), windows, hyperparams)
         return jax.tree_util.tree_map_with_path(value, hyperparams, spread)
 
-    return base.reparametrized(problem, at)
+    return base.reparametrized(problem, current)

@@ -43,7 +43,7 @@ def num_rows(data: base.Data, shared: Sequence[str] = ()) -> int | jax.Array:
     Raises:
       ValueError: if the leading axes of the leaves differ, or `shared` names an entry that the data do not have.
     """
-    rows = _split(data, shared)[0]
+    rows = _split_rows(data, shared)[0]
     padded, real = _check_rows(rows), _real(rows)
     counted = isinstance(data, dict) and "num_rows" in data
     if real is None:
@@ -59,17 +59,14 @@ def _real(rows: base.Data) -> jax.Array | None:
     return mask.any(tuple(range(1, mask.ndim)))
 
 
-def _split(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str, Any]]:
+def _split_rows(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict[str, Any]]:
     """The entries that have an axis of rows, and the entries that every batch carries whole."""
-    if isinstance(shared, str):
-        raise ValueError(f"`shared` must be a sequence of names, such as ({shared!r},); got the string {shared!r}.")
-    if not isinstance(data, dict):
-        if shared:
-            raise ValueError(f"`shared` names entries of a dict; got data of type {type(data).__name__}.")
-        return data, {}
-    missing = sorted(set(shared) - set(data))
+    missing = sorted(set(shared) - set(data if isinstance(data, dict) else ()))
     if missing:
-        raise ValueError(f"`shared` names {', '.join(missing)}, and the data have {', '.join(map(str, data))}.")
+        entries = ", ".join(map(str, data)) if isinstance(data, dict) else f"no names ({type(data).__name__})"
+        raise ValueError(f"`shared` names {', '.join(missing)}, and the data have {entries}.")
+    if not isinstance(data, dict):
+        return data, {}
     whole = {*shared, "num_rows"} & set(data)
     if "class_mask" in data and jnp.ndim(data["class_mask"]) == 1:  # [C], as in episodes, not one per row
         whole.add("class_mask")
@@ -108,8 +105,9 @@ def minibatch(
       replace: whether to draw rows independently, with replacement.
       shared: entries of a dict of data without an axis of rows. Every batch carries them whole, and also "num_rows" and
         a "class_mask" [C].
-      num_rows: `data -> N`: the first N rows are real, and masks are ignored. By default, `inner.num_rows` determines
-        the real rows. N may differ between tasks: all tasks share one compiled program.
+      num_rows: `data -> N`: the first N rows are real, and masks are ignored. By default, positive entries of "mask"
+        [N] or [N, ...] mark the real rows (a row is real if one of its parts is), or the first `data["num_rows"]` rows
+        are real, or all. N may differ between tasks: all tasks share one compiled program.
 
     Returns:
       A `Sampler`. Batches look like the data, with B instead of the length of the axis of rows.
@@ -123,7 +121,7 @@ def minibatch(
     count = num_rows or functools.partial(_num_rows, shared=shared)
 
     def sample(key, step, data):
-        rows, whole = _split(data, shared)
+        rows, whole = _split_rows(data, shared)
         _check_rows(rows)
         size = count(data)
         if replace:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import _checks, base
+from metaopt._jaxpr import Tracer
 from metaopt.nas import _genotypes
 from metaopt.nas._costs import CostTable, check_table, cost_of, expected_cost
 from metaopt.nas._relaxations import Relaxation, check_relaxation, edge_normalized, mixing_weights, softmax

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import _checks, base
+from metaopt._jaxpr import Tracer
 from metaopt.nas import _elastic, _genotypes, _ops, _supernet
 from metaopt.nas._relaxations import discretized
 from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, read_json

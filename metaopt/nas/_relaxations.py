@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from metaopt import _checks, base
+from metaopt._jaxpr import Tracer
 from metaopt.nas._genotypes import NONE, SKIP, check_finite, edges_kept
 from metaopt.nas._specs import Cell, Space
 

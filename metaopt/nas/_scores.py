@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from metaopt import _checks, _jaxpr, base
+from metaopt._jaxpr import Literal
 from metaopt.inner import check_labels, cross_entropy, row_mask
 from metaopt.nas._ops import NORMALIZATION
 from metaopt.nas._supernet import Supernet, Weights
@@ -306,7 +306,7 @@ def _without_normalization(fn: Callable[[base.Params], jax.Array]) -> Callable[[
 
 
 def _is_relu(equation: Any, num_rows: int) -> bool:
-    zeros = [v for v in equation.invars if isinstance(v, core.Literal) and jnp.ndim(v.val) == 0 and v.val == 0]
+    zeros = [v for v in equation.invars if isinstance(v, Literal) and jnp.ndim(v.val) == 0 and v.val == 0]
     shape = getattr(equation.outvars[0].aval, "shape", ())
     return equation.primitive.name == "max" and bool(zeros) and len(shape) > 1 and shape[0] == num_rows
 
@@ -319,7 +319,7 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
     """The outputs of a jaxpr, and K [N, N], which counts the ReLUs at which two rows are on the same side."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
-    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]
     kernel = jnp.zeros((num_rows, num_rows))
     run = lambda closed, *operands: _agreements(closed.jaxpr, closed.consts, operands, num_rows)
     for equation in jaxpr.eqns:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import _checks, _files
+from metaopt._jaxpr import Tracer
 
 
 class Edge(NamedTuple):

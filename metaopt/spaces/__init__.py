@@ -43,16 +43,7 @@ https://mc-stan.org/docs/reference-manual/transforms.html
 from metaopt.spaces._configuration import active, complete, configuration, foreign, from_configuration
 from metaopt.spaces._constrain import constrain
 from metaopt.spaces._convert import from_configspace, from_optuna, suggest, to_configspace, to_optuna
-from metaopt.spaces._infer import infer
-from metaopt.spaces._leaves import (
-    Choice,
-    Fixed,
-    Integer,
-    Interval,
-    Leaf,
-    Positive,
-    Real,
-    Simplex,
+from metaopt.spaces._factories import (
     active_if,
     choice,
     fixed,
@@ -63,6 +54,8 @@ from metaopt.spaces._leaves import (
     simplex,
     unit_interval,
 )
+from metaopt.spaces._infer import infer
+from metaopt.spaces._leaves import Fixed, Integer, Interval, Leaf
 from metaopt.spaces._serialize import from_json, to_json
 from metaopt.spaces._tree import (
     at_bounds,
@@ -78,14 +71,10 @@ from metaopt.spaces._tree import (
 from metaopt.spaces._unconstrained import Unconstrained
 
 __all__ = [
-    "Choice",
     "Fixed",
     "Integer",
     "Interval",
     "Leaf",
-    "Positive",
-    "Real",
-    "Simplex",
     "Unconstrained",
     "active",
     "active_if",

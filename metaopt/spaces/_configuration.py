@@ -91,18 +91,18 @@ def from_configuration(
         for index in np.ndindex(leaf.plain_shape):
             name = _entry(_name(path), index)
             names.append(name)
-            given = unknown.pop(name, _MISSING)
-            if _is_gap(given) and isinstance(leaf, Choice) and None in leaf.labels:
-                given = None
-            if _is_gap(given) and (leaf.condition or not strict):
+            plain = unknown.pop(name, _MISSING)
+            if _is_gap(plain) and isinstance(leaf, Choice) and None in leaf.labels:
+                plain = None
+            if _is_gap(plain) and (leaf.condition or not strict):
                 gaps.append(name)
-            elif given is not _MISSING and leaf.tuned:
+            elif plain is not _MISSING and leaf.tuned:
                 try:
-                    value[index] = leaf.from_plain(given, strict)
+                    value[index] = leaf.from_plain(plain, strict)
                 except ValueError as error:
                     if not strict:
                         continue
-                    raise ValueError(f"The configuration's `{name}` must be {error}; got {given!r}.") from None
+                    raise ValueError(f"The configuration's `{name}` must be {error}; got {plain!r}.") from None
         values.append(value)
     _check_names(names)
     if unknown and strict:
@@ -143,18 +143,18 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
     >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
     {'depth': 5, 'rate': 0.123456789}
     """
-    given = configuration
-    whole = _configuration(space, from_configuration(space, given, strict=strict))
+    partial = configuration
+    whole = _configuration(space, from_configuration(space, partial, strict=strict))
     if strict:
-        _check_active(space, given, whole)
+        _check_active(space, partial, whole)
     choices = {_name(path) for path, leaf in _flatten(space)[0] if isinstance(leaf, Choice)}
 
     def kept(name, value):  # the number as given, without the rounding of λ; a label stays the label
         if name in choices or name.rpartition("[")[0] in choices or not isinstance(value, float):
             return False
-        return name in given and _is_number(given[name]) and math.isclose(given[name], value, rel_tol=1e-6)
+        return name in partial and _is_number(partial[name]) and math.isclose(partial[name], value, rel_tol=1e-6)
 
-    return {name: float(given[name]) if kept(name, value) else value for name, value in whole.items()}
+    return {name: float(partial[name]) if kept(name, value) else value for name, value in whole.items()}
 
 
 def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
     >>> spaces.foreign(space, {"depth": None, "loss": "huber", "rate": 0.1})
     {'loss': 'huber'}
     """
-    found = {}
+    values = {}
     for path, leaf in _flatten(space)[0]:
         for index in np.ndindex(leaf.plain_shape if leaf.tuned else (0,)):
             name = _entry(_name(path), index)
@@ -184,8 +184,8 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
             try:
                 leaf.from_plain(value, True)
             except ValueError:
-                found[name] = value
-    return found
+                values[name] = value
+    return values
 
 
 def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
@@ -217,10 +217,10 @@ def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
         for parent, values in conditions[name]:
             leaf, value = leaves[parent]
             if isinstance(leaf, Choice):
-                at, among = jnp.argmax(value), [leaf.labels.index(label) for label in values]
+                number, allowed = jnp.argmax(value), [leaf.labels.index(label) for label in values]
             else:
-                at, among = leaf.discretize(value), list(values)
-            here &= holds[parent] & jnp.isin(at, jnp.array(among))
+                number, allowed = leaf.discretize(value), list(values)
+            here &= holds[parent] & jnp.isin(number, jnp.array(allowed))
         holds[name] = here
     parts = [jnp.full(leaf.value_shape, holds[name]) for name, (leaf, _) in leaves.items() if leaf.tuned]
     return jnp.concatenate([jnp.ravel(part) for part in parts]) if parts else jnp.zeros((0,), bool)
@@ -235,26 +235,26 @@ def _is_gap(value) -> bool:
     return isinstance(value, (float, np.floating)) and value != value
 
 
-def _check_active(space, given: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+def _check_active(space, partial: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     """Raises ValueError if a given value is omitted from the whole only because of the default of a missing value."""
     conditions = _conditions(space)
 
     def failing(leaf):
-        for parent, of in conditions[leaf]:
+        for parent, values in conditions[leaf]:
             if parent not in whole:
                 yield from failing(parent)
-            elif whole[parent] not in of:
-                yield parent, of
+            elif whole[parent] not in values:
+                yield parent, values
 
-    for name, value in given.items():
+    for name, value in partial.items():
         if name in whole or _is_gap(value):
             continue
-        found = list(failing(_leaf_name(name, conditions)))
-        if all(parent not in given or _is_gap(given[parent]) for parent, _ in found):  # a given parent is intended
-            parent, of = found[0]
+        failed = list(failing(_leaf_name(name, conditions)))
+        if all(parent not in partial or _is_gap(partial[parent]) for parent, _ in failed):  # a given parent is intended
+            parent, values = failed[0]
             raise ValueError(
                 f"The configuration's `{name}` is {value!r}, but would be ignored: it is active only if "
-                f"`{parent}` is {' or '.join(map(repr, of))}, but `{parent}` is missing and "
+                f"`{parent}` is {' or '.join(map(repr, values))}, but `{parent}` is missing and "
                 f"{whole[parent]!r} by default. Add `{parent}`, or remove `{name}`."
             )
 

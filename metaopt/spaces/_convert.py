@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from metaopt import base
-from metaopt.spaces import _leaves
+from metaopt.spaces import _factories, _leaves
 from metaopt.spaces._configuration import _conditions, _entry
 from metaopt.spaces._leaves import Leaf
 from metaopt.spaces._tree import _flatten, _name
@@ -35,15 +35,15 @@ def to_optuna(space: base.PyTree) -> dict[str, Any]:
     """
     from optuna import distributions as optuna
 
-    found = {}
+    distributions = {}
     for name, leaf, index in _entries(space):
         if isinstance(leaf, _leaves.Choice):
-            found[name] = optuna.CategoricalDistribution(leaf.labels)
+            distributions[name] = optuna.CategoricalDistribution(leaf.labels)
         elif isinstance(leaf, _leaves.Integer):
-            found[name] = optuna.IntDistribution(leaf.low, leaf.high, log=leaf.log)
+            distributions[name] = optuna.IntDistribution(leaf.low, leaf.high, log=leaf.log)
         elif leaf.tuned:
-            found[name] = optuna.FloatDistribution(*_bounds(name, leaf, index)[:2], log=_is_log(leaf))
-    return found
+            distributions[name] = optuna.FloatDistribution(*_bounds(name, leaf, index)[:2], log=_is_log(leaf))
+    return distributions
 
 
 def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
@@ -59,53 +59,48 @@ def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
     Raises:
       ValueError: if the space has a simplex, or a condition that cannot be met.
     """
-    found: dict[str, Any] = {}
+    configuration: dict[str, Any] = {}
     for name, leaf, index in _entries(space):
-        if not all(parent in found and found[parent] in values for parent, values in leaf.condition):
+        if not all(parent in configuration and configuration[parent] in values for parent, values in leaf.condition):
             continue
         if isinstance(leaf, _leaves.Fixed):
-            found[name] = leaf.value[index].item()
+            configuration[name] = leaf.value[index].item()
         elif isinstance(leaf, _leaves.Choice):
-            found[name] = trial.suggest_categorical(name, leaf.labels)
+            configuration[name] = trial.suggest_categorical(name, leaf.labels)
         else:
             fn = trial.suggest_int if isinstance(leaf, _leaves.Integer) else trial.suggest_float
-            found[name] = fn(name, *_bounds(name, leaf, index)[:2], log=_is_log(leaf))
-    return found
+            configuration[name] = fn(name, *_bounds(name, leaf, index)[:2], log=_is_log(leaf))
+    return configuration
 
 
 def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
     """Makes a space from Optuna's distributions, for example those of a study's trials.
 
     Args:
-      distributions: Optuna's distributions by name. An integer with a step becomes a choice of its values.
+      distributions: Optuna's distributions by name. For a study, use
+        `{n: d for trial in study.trials for n, d in trial.distributions.items()}`. An integer with a step becomes a
+        choice of its values.
 
     Returns:
       A flat dict of leaves; a distribution of one number becomes a fixed leaf.
 
     Raises:
-      ValueError: if `distributions` is not a mapping, a distribution has no counterpart (such as a float with a step),
-        or an integer with a step has more than 1,000 values.
+      ValueError: if a distribution has no counterpart (such as a float with a step), or an integer with a step has more
+        than 1,000 values.
     """
-    if not isinstance(distributions, Mapping):
-        raise ValueError(
-            f"`distributions` must be a dict from names to Optuna distributions; got {type(distributions).__name__}. "
-            "For a study, use `{n: d for trial in study.trials for n, d in trial.distributions.items()}`."
-        )
     space: dict[str, Leaf] = {}
     for name, distribution in distributions.items():
         kind = type(distribution).__name__
-        if not kind.endswith("Distribution"):
-            raise ValueError(f"`{name}` must be an Optuna distribution; got {distribution!r}.")
         if kind == "CategoricalDistribution":
             space[name] = _choice(distribution.choices)
         elif distribution.single():
-            space[name] = _leaves.fixed(distribution.low)
+            space[name] = _factories.fixed(distribution.low)
         elif kind == "IntDistribution" and distribution.step == 1:
-            space[name] = _leaves.integer(distribution.low, distribution.high, log=distribution.log)
+            space[name] = _factories.integer(distribution.low, distribution.high, log=distribution.log)
         elif kind == "IntDistribution":
             space[name] = _choice(_few(name, range(distribution.low, distribution.high + 1, distribution.step)))
         elif kind == "FloatDistribution" and distribution.step is None:
-            space[name] = _leaves.interval(distribution.low, distribution.high, log=distribution.log)
+            space[name] = _factories.interval(distribution.low, distribution.high, log=distribution.log)
         else:
             raise ValueError(f"`{name}` cannot be represented in a space: {distribution}.")
     return space
@@ -162,61 +157,58 @@ def from_configspace(document: Mapping[str, Any]) -> dict[str, Leaf]:
       A flat dict of leaves.
 
     Raises:
-      ValueError: if `document` is not such a dict, or has a forbidden clause, a disjunction of conditions, or a
-        parameter without a counterpart.
+      ValueError: if `document` has a forbidden clause, a disjunction of conditions, or a parameter without a
+        counterpart.
     """
-    if not isinstance(document, Mapping) or "hyperparameters" not in document:
-        what = f"a dict of {list(document)}" if isinstance(document, Mapping) else type(document).__name__
-        raise ValueError(
-            '`document` must be the dict that ConfigSpace writes as JSON, with "hyperparameters"; got '
-            f"{what}. Write a `ConfigurationSpace` to a file with its `to_json`, and load it with "
-            "`json.loads(Path(file).read_text())`."
-        )
     if document.get("forbiddens"):
         raise ValueError(
             "A space cannot have forbidden clauses; remove them, and let the objective raise for such configurations."
         )
-    space: dict[str, Leaf] = {}
-    ordinals = {e["name"]: list(e["sequence"]) for e in document["hyperparameters"] if e["type"] == "ordinal"}
-    for entry in document["hyperparameters"]:
-        if entry.get("q") is not None:
-            raise ValueError(f"`{entry['name']}` is quantized, which a space cannot represent: {entry}.")
-        name, kind = entry["name"], entry["type"]
-        default = entry.get("default_value")
-        if kind in ("constant", "unparametrized"):
-            space[name] = _choice([entry["value"]])
-        elif kind == "categorical":
-            space[name] = _choice(entry["choices"], default)
-        elif kind == "ordinal":
-            space[name] = _choice(entry["sequence"], default)
-        elif kind.endswith("_int") and entry.get("lower") is not None:
-            space[name] = _leaves.integer(entry["lower"], entry["upper"], log=entry.get("log", False), default=default)
-        elif kind.endswith("_float") and entry.get("lower") is not None:
-            low, high, log = entry["lower"], entry["upper"], entry.get("log", False)
-            space[name] = _leaves.interval(low, high, log=log, default=_inside(low, high, log, default))
-        else:
-            raise ValueError(f"`{name}` cannot be represented in a space: {entry}.")
+    entries = document["hyperparameters"]
+    space = {entry["name"]: _leaf(entry) for entry in entries}
+    ordinals = {entry["name"]: list(entry["sequence"]) for entry in entries if entry["type"] == "ordinal"}
     for condition in document.get("conditions", []):
-        for one in condition["conditions"] if condition["type"] == "AND" else [condition]:
-            name, parent = one.get("child"), one.get("parent")
-            if one["type"] not in _HOLDS or name not in space or parent not in space:
-                raise ValueError(f"A space cannot represent this condition: {one}.")
-            holds, other = _HOLDS[one["type"]], space[parent]
-            if isinstance(other, _leaves.Integer):
-                allowed = _few(parent, range(other.low, other.high + 1))
-            else:
-                allowed = getattr(other, "labels", ())  # `_conditions` reports parents that are not choices
-            wanted = one["values"] if one["type"] == "IN" else one["value"]
-            if parent in ordinals and one["type"] in ("LT", "GT"):  # compares places in the sequence, not the alphabet
-                place = ordinals[parent].index
-                holding = [v for v in allowed if holds(place(v), place(wanted))]
-            else:
-                holding = [v for v in allowed if holds(v, wanted)]
-            if allowed and not holding and one["type"] in ("LT", "GT"):
-                raise ValueError(f"This condition never holds: {one}.")
-            space[name] = _leaves.active_if(space[name], parent, holding or [wanted])
+        for part in condition["conditions"] if condition["type"] == "AND" else [condition]:
+            space[part.get("child")] = _with_condition(part, space, ordinals)
     _conditions(space)
     return space
+
+
+def _leaf(entry: Mapping[str, Any]) -> Leaf:
+    """The leaf of one of ConfigSpace's hyperparameters."""
+    kind, default = entry["type"], entry.get("default_value")
+    if entry.get("q") is None:
+        if kind in ("constant", "unparametrized"):
+            return _choice([entry["value"]])
+        if kind in ("categorical", "ordinal"):
+            return _choice(entry["choices" if kind == "categorical" else "sequence"], default)
+        if kind.endswith(("_int", "_float")) and entry.get("lower") is not None:
+            low, high, log = entry["lower"], entry["upper"], entry.get("log", False)
+            if kind.endswith("_int"):
+                return _factories.integer(low, high, log=log, default=default)
+            return _factories.interval(low, high, log=log, default=_inside(low, high, log, default))
+    raise ValueError(f"`{entry['name']}` cannot be represented in a space: {entry}.")
+
+
+def _with_condition(condition: Mapping[str, Any], space: dict[str, Leaf], ordinals: dict[str, list]) -> Leaf:
+    """The leaf that a condition is about, with the condition."""
+    kind, name, parent = condition["type"], condition.get("child"), condition.get("parent")
+    if kind not in _HOLDS or name not in space or parent not in space:
+        raise ValueError(f"A space cannot represent this condition: {condition}.")
+    holds, leaf = _HOLDS[kind], space[parent]
+    if isinstance(leaf, _leaves.Integer):
+        allowed = _few(parent, range(leaf.low, leaf.high + 1))
+    else:
+        allowed = getattr(leaf, "labels", ())  # `_conditions` reports parents that are not choices
+    value = condition["values"] if kind == "IN" else condition["value"]
+    if parent in ordinals and kind in ("LT", "GT"):  # compares places in the sequence, not the alphabet
+        place = ordinals[parent].index
+        values = [label for label in allowed if holds(place(label), place(value))]
+    else:
+        values = [label for label in allowed if holds(label, value)]
+    if allowed and not values and kind in ("LT", "GT"):
+        raise ValueError(f"This condition never holds: {condition}.")
+    return _factories.active_if(space[name], parent, values or [value])
 
 
 _HOLDS = {
@@ -262,9 +254,9 @@ def _is_log(leaf: Leaf) -> bool:
 def _inside(low, high, log, default):
     if default is None:
         return None
-    low, high, at = (math.log(x) if log else x for x in (low, high, default))
-    inside = min(max(at, low + 1e-6 * (high - low)), high - 1e-6 * (high - low))
-    if inside == at:
+    low, high, point = (math.log(x) if log else x for x in (low, high, default))
+    inside = min(max(point, low + 1e-6 * (high - low)), high - 1e-6 * (high - low))
+    if inside == point:
         return default
     return math.exp(inside) if log else inside
 
@@ -272,8 +264,8 @@ def _inside(low, high, log, default):
 def _choice(labels, default=None) -> Leaf:
     labels = list(labels)
     if len(labels) == 1 and isinstance(labels[0], (int, float)):
-        return _leaves.fixed(labels[0])
-    return _leaves.choice(labels, default=default)
+        return _factories.fixed(labels[0])
+    return _factories.choice(labels, default=default)
 
 
 def _few(name, values):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt.spaces import _leaves
+from metaopt.spaces import _factories, _leaves
 from metaopt.spaces._configuration import _is_gap
 from metaopt.spaces._leaves import Leaf
 
@@ -57,12 +57,12 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
             values.setdefault(name, []).append(value)
     # Next to None a data frame has no integers. 2 and 2.0 are therefore one label, an integer if one of them is.
     labels = {
-        name: {v: v for v in sorted(found, key=lambda v: isinstance(v, int))}
-        for name, found in values.items()
-        if _numbers(found) and None in found and len(set(found)) <= _MOST_NUMBERS + 1
+        name: {v: v for v in sorted(each, key=lambda v: isinstance(v, int))}
+        for name, each in values.items()
+        if _is_numeric(each) and None in each and len(set(each)) <= _MOST_NUMBERS + 1
     }
     # Among many numbers None means that no value was given.
-    many = {name for name, found in values.items() if _numbers(found) and name not in labels}
+    many = {name for name, each in values.items() if _is_numeric(each) and name not in labels}
     tried = [
         {n: labels[n][v] if n in labels else v for n, v in c.items() if v is not None or n not in many} for c in tried
     ]
@@ -84,31 +84,31 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def _numbers(found: list[Any]) -> bool:
+def _is_numeric(values: list[Any]) -> bool:
     """Whether there are numbers, and no other values except None."""
-    given = [value for value in found if value is not None]
-    return bool(given) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in given)
+    numbers = [value for value in values if value is not None]
+    return bool(numbers) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers)
 
 
-def _leaf(name: str, found: list[Any]) -> Leaf:
-    if _numbers(found) and None not in found:
-        low, high = min(found), max(found)
+def _leaf(name: str, values: list[Any]) -> Leaf:
+    if _is_numeric(values) and None not in values:
+        low, high = min(values), max(values)
         if low == high:
-            return _leaves.fixed(low)
+            return _factories.fixed(low)
         log = low > 0 and high > 100 * low
-        if all(isinstance(value, int) for value in found) and max(abs(low), abs(high)) <= 2**24:
-            return _leaves.integer(low, high, log=log)
-        return _leaves.interval(low, high, log=log)
-    labels = list({(type(value), value): value for value in found}.values())
-    alike = _numbers(labels)  # computed before the sort, during which the list is empty
+        if all(isinstance(value, int) for value in values) and max(abs(low), abs(high)) <= 2**24:
+            return _factories.integer(low, high, log=log)
+        return _factories.interval(low, high, log=log)
+    labels = list({(type(value), value): value for value in values}.values())
+    alike = _is_numeric(labels)  # computed before the sort, during which the list is empty
     kind = lambda label: "" if alike else type(label).__name__
     labels.sort(key=lambda label: (label is not None, kind(label), label if label is not None else ""))
     if len(labels) == 1 and isinstance(labels[0], bool):
-        return _leaves.fixed(labels[0])
+        return _factories.fixed(labels[0])
     if len(labels) > _MOST_LABELS or len(set(labels)) < len(labels):
         what = f"{len(labels)} labels" if len(labels) > _MOST_LABELS else "labels that are equal (1, 1.0 and True)"
         raise ValueError(f"`{name}` has {what}, such as {labels[:5]}, so no choice can be inferred. Pass `space`.")
-    return _leaves.choice(labels)
+    return _factories.choice(labels)
 
 
 def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dict[str, Any]]) -> Leaf:
@@ -117,14 +117,14 @@ def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dic
     if not any(lacking) or lacking.count(False) < _FEWEST:
         return leaf
     # Choices that every configuration has come first.
-    parents = [other for other, of in space.items() if isinstance(of, _leaves.Choice) and other != name]
+    parents = [other for other, node in space.items() if isinstance(node, _leaves.Choice) and other != name]
     parents.sort(key=lambda other: sum(other not in configuration for configuration in tried))
     key = lambda configuration, parent: (type(label := configuration.get(parent)), label)
     for parent in parents:
         has = {key(c, parent) for c, without in zip(tried, lacking, strict=True) if not without}
         without = [key(c, parent) for c, without in zip(tried, lacking, strict=True) if without and parent in c]
-        told = len(without) >= _FEWEST and not has & set(without)
-        if told and all(parent in c for c, out in zip(tried, lacking, strict=True) if not out):
+        explains = len(without) >= _FEWEST and not has & set(without)
+        if explains and all(parent in c for c, out in zip(tried, lacking, strict=True) if not out):
             labels = space[parent].labels  # pyright: ignore[reportAttributeAccessIssue]
-            return _leaves.active_if(leaf, parent, [label for label in labels if (type(label), label) in has])
+            return _factories.active_if(leaf, parent, [label for label in labels if (type(label), label) in has])
     return leaf

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.spaces import _leaves
+from metaopt.spaces import _factories, _leaves
 
 VERSION = 1
 _MAX_VALUES = 2**24  # of λ in a document, whose text may be short although its default is a large array
 
 _FACTORIES = {
-    "real": _leaves.real,
-    "positive": _leaves.positive,
-    "interval": _leaves.interval,
-    "integer": _leaves.integer,
-    "simplex": _leaves.simplex,
-    "choice": _leaves.choice,
+    "real": _factories.real,
+    "positive": _factories.positive,
+    "interval": _factories.interval,
+    "integer": _factories.integer,
+    "simplex": _factories.simplex,
+    "choice": _factories.choice,
 }
 
 
@@ -64,12 +64,11 @@ def from_json(document: dict[str, Any]) -> base.PyTree:
       ValueError: if the version or the type of a node is unknown, an argument of a leaf is invalid, or λ has more than
         2**24 entries.
     """
-    if not isinstance(document, dict) or "version" not in document or "space" not in document:
-        got = reprlib.repr(document)
-        raise ValueError(f"`document` must have `version` and `space`, as `to_json` writes; got {got}.")
-    if document["version"] != VERSION:
-        got = reprlib.repr(document["version"])
-        raise ValueError(f"`version` must be {VERSION}; got {got}, of another metaopt release.")
+    if not isinstance(document, dict) or document.get("version") != VERSION or "space" not in document:
+        raise ValueError(
+            f"`document` must have `version` {VERSION} (of this metaopt release) and `space`, as `to_json` writes; got "
+            f"{reprlib.repr(document)}."
+        )
     try:
         space = _from_node(document["space"], "space")
     except RecursionError:
@@ -94,21 +93,14 @@ def _to_node(space, path: str):
         if not space.condition:
             del fields["condition"]
         return {"type": space.kind, **fields}
-    if type(space) is dict:
-        for key in space:
-            if not isinstance(key, str):
-                raise ValueError(f"Keys must be strings, as in JSON; got {key!r} in `{path}`.")
+    if type(space) is dict and all(isinstance(key, str) for key in space):
         return {"type": "dict", "items": {key: _to_node(child, f"{path}.{key}") for key, child in space.items()}}
     if type(space) in (list, tuple):
         items = [_to_node(child, f"{path}.{index}") for index, child in enumerate(space)]
         return {"type": type(space).__name__, "items": items}
-    if isinstance(space, tuple) and hasattr(space, "_fields"):
-        raise ValueError(
-            f"A NamedTuple cannot be written, because JSON does not hold its class; got {type(space).__name__} at "
-            f"`{path}`. Use a dict, `{path}._asdict()`, and rebuild the NamedTuple after reading."
-        )
     raise ValueError(
-        f"A space of dicts, lists, tuples and leaves can be written; got {type(space).__name__} at `{path}`."
+        f"JSON can hold a space of dicts with strings as keys, lists, tuples and leaves; got {reprlib.repr(space)} of "
+        f"type {type(space).__name__} at `{path}`. Write a NamedTuple as a dict, `{path}._asdict()`."
     )
 
 
@@ -134,7 +126,7 @@ def _from_node(node, path: str):
         else:
             leaf = _FACTORIES[kind](**arguments)
         for name, values in condition:
-            leaf = _leaves.active_if(leaf, name, values)
+            leaf = _factories.active_if(leaf, name, values)
         return leaf
     except (AttributeError, KeyError, OverflowError, TypeError, ZeroDivisionError) as error:
         got = reprlib.repr(node)
@@ -146,7 +138,7 @@ def _fixed(value, dtype):
         array = np.asarray(value, dtype)
     if array.dtype.kind == "f" and (np.isinf(array) & np.isfinite(np.asarray(value, np.float64))).any():
         raise TypeError(f"`value` is beyond {dtype}")
-    return _leaves.fixed(array)
+    return _factories.fixed(array)
 
 
 def _lists(value):

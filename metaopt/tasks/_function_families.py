@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from metaopt import _checks, base
+from metaopt._jaxpr import Tracer
 from metaopt.tasks._episodes import Episode, SampleEpisodeFn
 
 

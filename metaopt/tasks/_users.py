@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from metaopt import _checks, _files
+from metaopt._jaxpr import Tracer
 from metaopt.tasks._class_sources import exact_array, first_missing
 from metaopt.tasks._columns import merged_values
 from metaopt.tasks._episodes import Episode

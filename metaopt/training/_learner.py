@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from metaopt import _checks, base
+from metaopt._trees import strong as _strong
 
 
 class LearnerState(NamedTuple):
@@ -252,17 +253,6 @@ def num_true(tree: base.PyTree) -> jax.Array:
 def all_finite(tree: base.PyTree) -> jax.Array:
     """[] bool, whether every entry of every leaf is finite."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
-def _strong(tree: base.PyTree) -> base.PyTree:
-    """Returns the leaves as arrays without weak types, so that a carried tree keeps its types."""
-
-    def strong(leaf):
-        leaf = jnp.asarray(leaf)
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return leaf if is_key else jax.lax.convert_element_type(leaf, leaf.dtype)
-
-    return jax.tree.map(strong, tree)
 
 
 def _select(done: base.PyTree, new: base.PyTree, old: base.PyTree) -> base.PyTree:

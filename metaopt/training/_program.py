@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.extend import core
 
 from metaopt import _jaxpr
+from metaopt._jaxpr import Jaxpr, Literal, Tracer
 
 # Parameters that do not change a result. The placement of an array is one of them: a restored state is on one device.
 _NAMES = ("name", "debug_info", "sharding", "out_sharding", "in_shardings", "out_shardings", "dst_sharding")
@@ -50,7 +49,7 @@ def describe(closed: Any) -> dict[str, Any]:
     digest = hasher.program(closed)
     equations = list(_jaxpr.equations(closed.jaxpr))
     operands = [v for equation in equations for v in equation.invars]
-    literals: list[Any] = [v for v in operands if isinstance(v, core.Literal) and _is_number(v.aval)]
+    literals: list[Any] = [v for v in operands if isinstance(v, Literal) and _is_number(v.aval)]
     return {
         "digest": digest,
         "numbers": Counter(hasher.numbers) + Counter(_number(v.val, v.aval.dtype) for v in literals),
@@ -105,7 +104,7 @@ class _Hasher:
                 self.numbers.append(values[v])
 
         def read(v):
-            return self.array(v.val, v.aval) if isinstance(v, core.Literal) else values[v]
+            return self.array(v.val, v.aval) if isinstance(v, Literal) else values[v]
 
         effects = []
         for equation in jaxpr.eqns:
@@ -129,7 +128,7 @@ class _Hasher:
         """The part of a parameter that is the same in every process: its value, or at least its type."""
         if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
             return repr(x)
-        if isinstance(getattr(x, "jaxpr", x), core.Jaxpr):
+        if isinstance(getattr(x, "jaxpr", x), Jaxpr):
             return self.program(x)
         if isinstance(x, enum.Enum):
             return f"{type(x).__name__}.{x.name}"

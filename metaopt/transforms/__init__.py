@@ -1,18 +1,15 @@
 """Composable optax transforms: any transform differentiable at zero gradients, and transforms with more to tune."""
 
-from metaopt.transforms._accumulation import AccumulationState, learnable_accumulation
+from metaopt.transforms._accumulation import learnable_accumulation
 from metaopt.transforms._clip import learnable_clip
 from metaopt.transforms._differentiable import differentiable
-from metaopt.transforms._learned import LearnedState, init_learned, learned, load_learned, save_learned
+from metaopt.transforms._learned import init_learned, learned, load_learned, save_learned
 from metaopt.transforms._mixture import mixture
 from metaopt.transforms._per_parameter import per_group, per_parameter
 from metaopt.transforms._schedules import cosine_schedule, knot_schedule, polynomial_schedule, wsd_schedule
-from metaopt.transforms._self_tuning import SelfTuningState, self_tuning
+from metaopt.transforms._self_tuning import self_tuning
 
 __all__ = [
-    "AccumulationState",
-    "LearnedState",
-    "SelfTuningState",
     "cosine_schedule",
     "differentiable",
     "init_learned",

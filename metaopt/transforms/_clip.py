@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from metaopt import _checks
+from metaopt._jaxpr import Tracer
 
 
 def learnable_clip(

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import custom_derivatives
-from jax.extend import core
 
 from metaopt import _checks, _jaxpr
+from metaopt._jaxpr import Literal
 
 # A slope above this at an exact zero results from an ε in a denominator, at an entry without a gradient.
 _STEEP = 1e3
@@ -134,7 +134,7 @@ def _is_tame(equation: Any) -> bool:
         return True
     if name == "integer_pow":
         return equation.params["y"] >= 0
-    constants = [float(abs(v.val)) if isinstance(v, core.Literal) and np.ndim(v.val) == 0 else None for v in invars]
+    constants = [float(abs(v.val)) if isinstance(v, Literal) and np.ndim(v.val) == 0 else None for v in invars]
     if name == "mul":
         return any(c is not None and np.isfinite(c) for c in constants)
     return name == "div" and constants[1] is not None and constants[1] > 1 / _STEEP

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import eval_jaxpr
 from jax.tree_util import all_leaves
 
-from metaopt import _checks, base
+from metaopt import _checks, _trees, base
+from metaopt._jaxpr import eval_jaxpr
 from metaopt.transforms import _prefixes
 
 
@@ -111,9 +111,9 @@ def _update_apart(member, idle, operands, extra_args):
     arguments = (closed.consts, jax.tree.leaves(operands))
     evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
     # The compiler merges this evaluation with the one below.
-    outputs = filter(_is_float, evaluate(jax.lax.stop_gradient(arguments)))
+    outputs = filter(_trees.is_float, evaluate(jax.lax.stop_gradient(arguments)))
     broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
-    hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _is_float(x) else x
+    hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _trees.is_float(x) else x
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(hold, arguments)))
 
 
@@ -123,7 +123,3 @@ def _is_list_of_numbers(x) -> bool:
 
 def _as_vector(weights):
     return jnp.stack([jnp.asarray(w) for w in weights]) if _is_list_of_numbers(weights) else weights
-
-
-def _is_float(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

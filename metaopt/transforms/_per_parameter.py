@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
-from metaopt import base
+from metaopt import _jaxpr, base
 from metaopt.transforms import _prefixes
 
 
@@ -197,7 +196,7 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
             structure = jax.tree.structure(updates)
             if len(settings) > 1 and structure not in checked:
                 scalars = {name: _scalar(value) for name, value in next(iter(settings.values())).items()}
-                _refuse_coupled(call(scalars), labels, updates, params, extra_args)
+                _check_uncoupled(call(scalars), labels, updates, params, extra_args)
                 checked.add(structure)
             return partition.update(updates, state, params, **extra_args)
 
@@ -206,7 +205,7 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
     return make
 
 
-def _refuse_coupled(optimizer, labels, updates, params, extra_args):
+def _check_uncoupled(optimizer, labels, updates, params, extra_args):
     """Raises ValueError if a group's update depends on another group's parameters, or, in any step, on its gradient."""
     optimizer = optax.with_extra_args_support(optimizer)
     like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
@@ -216,11 +215,12 @@ def _refuse_coupled(optimizer, labels, updates, params, extra_args):
     update = functools.partial(optimizer.update, **extra_args)
     first = lambda grads, params: update(grads, optimizer.init(params), params)
     jaxpr, (_, state) = jax.make_jaxpr(first, return_shape=True)(grads, params)
-    sources = _sources(jaxpr.jaxpr, own * 2)
+    sources = _jaxpr.dependencies(jaxpr.jaxpr, own * 2)
     jaxpr = jax.make_jaxpr(update)(grads, state, params).jaxpr  # a state may grow, but only in the first step
-    sources = _until_it_stays(lambda sources: _sources(jaxpr, [*own, *sources[len(own) :], *own]), sources)
-    for (group,), found in zip(own, sources[: len(own)], strict=True):
-        others = found - {group}
+    one_step = lambda sources: _jaxpr.dependencies(jaxpr, [*own, *sources[len(own) :], *own])
+    sources = _jaxpr.until_fixed(one_step, sources)
+    for (group,), groups in zip(own, sources[: len(own)], strict=True):
+        others = groups - {group}
         if others:
             raise ValueError(
                 f"The hyperparameters must be one value for all parameters here: the update of the group {group!r} "
@@ -228,71 +228,6 @@ def _refuse_coupled(optimizer, labels, updates, params, extra_args):
                 "cannot be updated separately. Chain transforms that need all parameters outside: "
                 "`optax.chain(optax.clip_by_global_norm(1.0), transforms.per_parameter(optax.adamw)(...))`."
             )
-
-
-def _sources(jaxpr, given):
-    """For each output of a jaxpr, the union of the `given` sets of the inputs that it depends on."""
-    known: dict[Any, frozenset] = dict(zip(jaxpr.invars, given, strict=True))
-    look = lambda v: frozenset() if isinstance(v, core.Literal) else known.get(v, frozenset())
-    for equation in jaxpr.eqns:
-        operands = [look(v) for v in equation.invars]
-        rule = _RULES.get(equation.primitive.name)
-        if rule is None:  # every output may depend on every operand
-            outputs = [frozenset().union(*operands)] * len(equation.outvars)
-        else:
-            outputs = rule(equation, operands)
-        known.update(zip(equation.outvars, outputs, strict=True))
-    return [look(v) for v in jaxpr.outvars]
-
-
-def _until_it_stays(step, carry):
-    """The sources of a carry after any number of steps, found by iterating to a fixed point."""
-    while (after := [old | new for old, new in zip(carry, step(carry), strict=True)]) != carry:
-        carry = after
-    return carry
-
-
-def _sources_of_call(equation, operands):
-    called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    return _sources(getattr(called, "jaxpr", called), operands)
-
-
-def _sources_of_cond(equation, operands):
-    index, *operands = operands
-    results = [_sources(branch.jaxpr, operands) for branch in equation.params["branches"]]
-    return [index.union(*found) for found in zip(*results, strict=True)]
-
-
-def _sources_of_scan(equation, operands):
-    # Constants and carry have the shapes of the body's arguments; scanned arrays have one more axis.
-    body, more = equation.params["jaxpr"], lambda v, aval: v.aval.ndim > aval.ndim
-    num_carry = len(equation.outvars) - sum(map(more, equation.outvars, body.out_avals))
-    start = len(operands) - sum(map(more, equation.invars, body.in_avals)) - num_carry
-    consts, carry, xs = operands[:start], operands[start : start + num_carry], operands[start + num_carry :]
-    step = lambda carry: _sources(body.jaxpr, [*consts, *carry, *xs])
-    carry = _until_it_stays(lambda carry: step(carry)[:num_carry], carry)
-    return [*carry, *step(carry)[num_carry:]]
-
-
-def _sources_of_while(equation, operands):
-    condition, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
-    of_condition, rest = operands[: (n := equation.params["cond_nconsts"])], operands[n:]
-    of_body, carry = rest[: (n := equation.params["body_nconsts"])], rest[n:]
-
-    def step(carry):
-        (goes_on,) = _sources(condition, [*of_condition, *carry])
-        return [goes_on | found for found in _sources(body, [*of_body, *carry])]
-
-    return _until_it_stays(step, carry)
-
-
-_CALLS = ("jit", "pjit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
-_RULES: dict[str, Callable] = {
-    **dict.fromkeys(_CALLS, _sources_of_call),
-    "cond": _sources_of_cond,
-    "scan": _sources_of_scan,
-    "while": _sources_of_while,
-}
 
 
 def _is_one_value(value: Any) -> bool:

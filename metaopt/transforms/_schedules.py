@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+
+from metaopt._jaxpr import Tracer
 
 
 def knot_schedule(

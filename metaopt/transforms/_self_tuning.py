@@ -11,36 +11,18 @@ descends along h. The tuner is any transform, and so may tune itself.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _jaxpr, base
-from metaopt.transforms._differentiable import differentiable
-
-
-class SelfTuningState(NamedTuple):
-    """State of `self_tuning`.
-
-    Attributes:
-      hyperparams: λ, as the last step used it; read it for logging.
-      inner: the optimizer's state.
-      tuner: the state of the optimizer of λ.
-      last: the data that determine how λ moved the parameters. With `mode="forward"` these are the derivatives
-        themselves, with a leading axis for the entries of λ; with "reverse", the inputs of the last step.
-      count: [] int32, the number of steps taken.
-    """
-
-    hyperparams: base.HyperParams
-    inner: optax.OptState
-    tuner: optax.OptState
-    last: tuple
-    count: jax.Array
+from metaopt import _jaxpr, _trees, base
+from metaopt._jaxpr import Tracer
+from metaopt.transforms import _tuned_steps
+from metaopt.transforms._tuned_steps import SelfTuningState, Settings, cast_like, check_like, gradient, wide
 
 
 def self_tuning(
@@ -149,20 +131,19 @@ def self_tuning(
       valid_loss_fn: the validation loss, `(params, batch) -> []`, if `update` gets only the batch.
 
     Returns:
-      A transform whose `update` requires the parameters, and takes `valid_grad_fn` or `valid_batch`, and `grad_fn`, as
-        extra arguments.
+      A transform. Its `update` requires the parameters, and takes `valid_grad_fn` or `valid_batch`, and `grad_fn`, as
+        extra arguments. Its state has the attribute `hyperparams`, which is λ as the last step used it; in a chain,
+        `optax.tree.get(state, "hyperparams")` reads it.
 
     Raises:
-      ValueError: if `rule` or `mode` is unknown; `factory`, `projection_fn` or `valid_loss_fn` is not a function; or
-        `tuner` is not a transform.
-      ValueError: if λ is empty, not a finite real number, or not positive although the rule requires it.
-      ValueError: if `gap` is negative, or `discount` is not in [0, 1]; with `mode="reverse"`, if `discount` is not 0,
-        or `rule` is "cosine".
-      ValueError: in `init`, if `projection_fn` returns a tree that is not like λ, or values that are not positive
-        although the rule requires it.
-      ValueError: in `update`, if the parameters are missing, or `grad_fn` is missing with μ > 0.
-      ValueError: in `update`, if exactly one of `valid_batch` and `valid_loss_fn` is given (but `valid_grad_fn` may
-        replace the batch), or both `valid_batch` and `valid_grad_fn`.
+      ValueError: if `rule` or `mode` is unknown, or `mode="reverse"` is given with a `discount` or `rule="cosine"`.
+      ValueError: if `gap` is negative, or `discount` is not in [0, 1].
+      ValueError: if λ is not of finite real numbers, or not positive although the rule requires it.
+      ValueError: in `init` and `update`, if `projection_fn` returns a tree that is not like λ; in `init`, if its values
+        are not positive although the rule requires it.
+      ValueError: in `update`, if `grad_fn` is missing with μ > 0.
+      ValueError: in `update`, if only one of `valid_loss_fn` and `valid_batch` is given, or both `valid_batch` and
+        `valid_grad_fn`. (`valid_grad_fn` may replace the batch.)
       ValueError: in `update`, if the parameters or the results of `valid_grad_fn` or `grad_fn` are not a tree like the
         gradients.
       ValueError: in `update`, if a leaf of λ does not move the updates (within `optax.masked`, leaves at the paths of
@@ -184,287 +165,211 @@ def self_tuning(
     >>> bool(state.hyperparams["rate"] > 0.05)
     True
     """
-    if rule not in ("additive", "multiplicative", "normalized", "cosine"):
-        raise ValueError(f'`rule` must be "additive", "multiplicative", "normalized" or "cosine"; got {rule!r}.')
-    if mode not in ("forward", "reverse"):
-        raise ValueError(f'`mode` must be "forward" or "reverse"; got {mode!r}.')
-    if not 0 <= discount <= 1:
-        raise ValueError(f"`discount` must be in [0, 1]; got {discount}.")
-    if not gap >= 0:
-        raise ValueError(f"`gap` must be at least 0; got {gap}.")
-    if discount and mode == "reverse":
+    if rule not in ("additive", "multiplicative", "normalized", "cosine") or mode not in ("forward", "reverse"):
         raise ValueError(
-            f'`discount` must be 0 with `mode="reverse"`, which uses only the last step; got {discount}. '
-            'Use `mode="forward"`.'
+            '`rule` must be "additive", "multiplicative", "normalized" or "cosine", and `mode` must be "forward" or '
+            f'"reverse"; got {rule!r} and {mode!r}.'
         )
-    if rule == "cosine" and mode == "reverse":
+    if not (0 <= discount <= 1 and gap >= 0):
+        raise ValueError(f"`discount` must be in [0, 1], and `gap` at least 0; got {discount} and {gap}.")
+    if mode == "reverse" and (discount or rule == "cosine"):
         raise ValueError(
-            '`rule="cosine"` needs the effect of each λ by itself, which `mode="reverse"` never has. Use '
-            '`mode="forward"`, or `rule="normalized"`.'
+            '`mode="reverse"` has only the last step, and only the total effect of all λ. Use `mode="forward"` for '
+            f'`rule="cosine"` or a `discount`; got `rule={rule!r}` and `discount={discount}`.'
         )
+    _check_values("`hyperparams`", hyperparams, rule)
+    settings = Settings(
+        factory,
+        hyperparams,
+        optax.with_extra_args_support(tuner),
+        rule,
+        discount,
+        gap,
+        mode,
+        projection_fn,
+        valid_loss_fn,
+    )
+    return optax.GradientTransformationExtraArgs(
+        init=functools.partial(_init, settings), update=functools.partial(_update, settings, set())
+    )
+
+
+def _check_values(name: str, hyperparams: base.HyperParams, rule: str) -> None:
+    """Raises ValueError for values that updates cannot move: infinite ones, or zeros whose logarithm should move."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
-        where = jax.tree_util.keystr(path) or "the root"
         if isinstance(leaf, Tracer):
             continue
-        kind = np.asarray(leaf).dtype
-        if not jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, jnp.complexfloating):
-            raise ValueError(f"`hyperparams` must be real numbers; got {leaf!r} at {where}.")
-        if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+        value = np.asarray(leaf)
+        real = jnp.issubdtype(value.dtype, jnp.number) and not jnp.issubdtype(value.dtype, jnp.complexfloating)
+        finite = real and np.all(np.isfinite(np.asarray(value, np.float64)))
+        if not finite or (rule != "additive" and not np.all(value > 0)):
             raise ValueError(
-                f"`hyperparams` must be finite, since updates cannot change an infinite value; got {leaf} at {where}."
+                f'{name} must be finite real numbers, and positive unless `rule` is "additive", since the other rules '
+                f"move logarithms; got {leaf!r} at {jax.tree_util.keystr(path) or 'the root'}."
             )
-        if rule != "additive" and not np.all(np.asarray(leaf) > 0):
-            raise ValueError(
-                f"`hyperparams` must be positive, since the {rule} rule moves their logarithms; got {leaf} at "
-                f'{where}. Use `rule="additive"`, or make it a constant of the factory.'
-            )
-    if not jax.tree.leaves(hyperparams):
-        raise ValueError(f"`hyperparams` must hold at least one number to tune; got {hyperparams}.")
-    if not callable(factory):
+
+
+def _init(settings: Settings, params: base.Params) -> SelfTuningState:
+    """The state before the first step: λ at its start, and no step whose effect is known."""
+    params = jax.tree.map(jnp.asarray, params)
+    # A copy, so that the buffer may be donated to a program: the next run starts from λ again.
+    copied = lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    start = _projected(settings, jax.tree.map(copied, settings.start))
+    if settings.projection_fn is not None:
+        _check_values("The results of `projection_fn`", start, settings.rule)
+    inner = jax.tree.map(jnp.asarray, _tuned_steps.make_optimizer(settings.factory, start).init(params))
+    if settings.mode == "reverse":  # copies, so that the buffers of both may be donated to a program
+        last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
+    else:
+        num = ravel_pytree(start)[0].size
+        carried = (_trees.split(params)[0], _trees.split(inner)[0] if settings.discount else None)
+        last = jax.tree.map(lambda x: jnp.zeros((num, *jnp.shape(x)), jnp.result_type(x)), carried)
+    return SelfTuningState(start, inner, settings.tuner.init(start), last, jnp.zeros([], jnp.int32))
+
+
+def _projected(settings: Settings, hyperparams: base.HyperParams) -> base.HyperParams:
+    """P(λ)."""
+    if settings.projection_fn is None:
+        return hyperparams
+    allowed = settings.projection_fn(hyperparams)
+    check_like("the result of `projection_fn`", allowed, hyperparams, "λ", hint="")
+    # Copies, since P may return the caller's own array, or one array twice.
+    return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), allowed, hyperparams)
+
+
+def _update(
+    settings: Settings,
+    checked: set,
+    updates: optax.Updates,
+    state: Any,
+    params: base.Params | None = None,
+    *,
+    valid_grad_fn: Callable | None = None,
+    valid_batch: base.Batch | None = None,
+    grad_fn: Callable | None = None,
+    **extra_args: Any,
+) -> tuple[optax.Updates, SelfTuningState]:
+    """Moves λ along its signal, and then takes a step with it. `checked` has the structures whose λ has an effect."""
+    updates, params = jax.tree.map(jnp.asarray, (updates, params))
+    valid_grad_fn = _valid_gradient(settings, valid_grad_fn, valid_batch)
+    if grad_fn is not None and not settings.discount:  # an extra argument of the optimizer itself
+        extra_args, grad_fn = {**extra_args, "grad_fn": grad_fn}, None
+    _check_params(params, updates, needs_all=valid_grad_fn is not None or grad_fn is not None)
+    grads = (
+        _trees.split(updates)[0] if valid_grad_fn is None else gradient("valid_grad_fn", valid_grad_fn, params, updates)
+    )
+    structure = jax.tree.structure((updates, extra_args))
+    if jax.tree.leaves(grads) and structure not in checked:
+        _check_effect(settings, updates, state, params, extra_args)
+        checked.add(structure)
+    if settings.gap and valid_grad_fn is not None:
+        train_grads = wide(_trees.split(updates)[0])
+        grads = jax.tree.map(lambda v, g: v + settings.gap * (v - g), wide(grads), train_grads)
+    if settings.mode == "reverse":
+        signal = _tuned_steps.reverse_signal(settings, grads, state, extra_args)
+    else:
+        signal = _tuned_steps.forward_signal(settings, grads, state)
+    hyperparams, tuner_state = _tuned(settings, signal, state)
+    if settings.mode == "reverse":
+        new_updates, inner = _tuned_steps.run(settings.factory, hyperparams, updates, state.inner, params, extra_args)
+        last = (updates, state.inner, params)
+    else:
+        new_updates, inner, last = _tuned_steps.forward_step(
+            settings, hyperparams, updates, state, params, grad_fn, extra_args
+        )
+    last, inner = cast_like((last, inner), (state.last, state.inner))
+    new_state = SelfTuningState(hyperparams, inner, tuner_state, last, state.count + 1)
+    return _promoted(new_updates, updates, params), new_state
+
+
+def _valid_gradient(settings: Settings, valid_grad_fn: Callable | None, valid_batch: Any) -> Callable | None:
+    """`params -> gradient` of the validation loss, or None without a validation loss."""
+    if valid_batch is None and (settings.valid_loss_fn is None or valid_grad_fn is not None):
+        return valid_grad_fn
+    if settings.valid_loss_fn is None or valid_batch is None or valid_grad_fn is not None:
         raise ValueError(
-            "`factory` must be a function `hyperparams -> optax.GradientTransformation`, such as "
-            f"`lambda hp: optax.adamw(hp['rate'])`; got {type(factory).__name__} itself."
+            "A validation loss `self_tuning(..., valid_loss_fn=loss)` and its batch `update(updates, state, params, "
+            "valid_batch=batch)` must be given together, and without `valid_grad_fn`. (Flax's "
+            "`TrainState.apply_gradients` cannot pass the batch.)"
         )
-    _checks.check_transform("tuner", tuner)
-    if valid_loss_fn is not None and not callable(valid_loss_fn):
-        kind = type(valid_loss_fn).__name__
-        raise ValueError(f"`valid_loss_fn` must be a function, `(params, batch) -> loss`; got a {kind}.")
-    if projection_fn is not None and not callable(projection_fn):
-        raise ValueError(
-            "`projection_fn` must be a function `hyperparams -> hyperparams`, such as `lambda hp: "
-            f"optax.projections.projection_box(hp, low, high)`; got a {type(projection_fn).__name__}."
-        )
-    tuner = optax.with_extra_args_support(tuner)
-    logarithmic = rule != "additive"
-    checked = set()
-
-    def optimizer(hyperparams):
-        try:
-            with _checks.explained_schedules("factory"):
-                made = factory(hyperparams)
-        except TypeError as error:
-            error.add_note("`factory` is called with the whole of λ: for a dict, `lambda hp: optax.adamw(**hp)`.")
-            raise
-        _checks.check_transform("factory(hyperparams)", made)
-        return differentiable(made)
-
-    def run(hyperparams, updates, inner, params, extra_args):
-        """u and the next state of the optimizer, as arrays, since some states hold a Python number."""
-        with _checks.explained_schedules("factory"):
-            return jax.tree.map(jnp.asarray, optimizer(hyperparams).update(updates, inner, params, **extra_args))
-
-    def projected(hyperparams):
-        if projection_fn is None:
-            return hyperparams
-        allowed = projection_fn(hyperparams)
-        _check_like("what `projection_fn` returns", allowed, hyperparams, "λ", hint="")
-        # Copies, since P may return the caller's own array, or one array twice.
-        return jax.tree.map(lambda x, like: jnp.array(x, like.dtype), allowed, hyperparams)
-
-    def init(params):
-        # A copy, so that the buffer may be donated to a program: the next run starts from λ again.
-        params = jax.tree.map(jnp.asarray, params)
-        start = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), hyperparams)
-        start = projected(start)
-        known = [x for x in jax.tree.leaves(start) if not isinstance(x, Tracer)]
-        if logarithmic and projection_fn is not None and not all(np.all(x > 0) for x in known):
-            raise ValueError(
-                f"What `projection_fn` returns must be positive, since the {rule} rule moves logarithms, and a λ of "
-                f"zero never moves again; got {start}."
-            )
-        inner = jax.tree.map(jnp.asarray, optimizer(start).init(params))
-        if mode == "reverse":  # copies, so that the buffers of both may be donated to a program
-            last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
-        else:
-            num = ravel_pytree(start)[0].size
-            carried = (_split(params)[0], _split(inner)[0] if discount else None)
-            last = jax.tree.map(lambda x: jnp.zeros((num, *jnp.shape(x)), jnp.result_type(x)), carried)
-        return SelfTuningState(start, inner, tuner.init(start), last, jnp.zeros([], jnp.int32))
-
-    def signal_forward(judge, state, extra_args):
-        """Z_tᵀ g_t; zero before the first step, since Z is zero."""
-        del extra_args
-        derivatives, _ = state.last
-        flat, unravel = ravel_pytree(state.hyperparams)
-        # `axis_size` allows parameters that are an empty tree.
-        dots = jax.vmap(lambda z: optax.tree.vdot(_wide(z), _wide(judge)), axis_size=flat.size)(derivatives)
-        signal = jnp.real(dots)
-        if rule in ("normalized", "cosine"):
-            lengths = jax.vmap(_norm, axis_size=flat.size)(derivatives)
-            signal = _divided(signal, _norm(judge) * (lengths if rule == "cosine" else jnp.max(lengths)))
-        return unravel(jnp.asarray(signal, flat.dtype))
-
-    def signal_reverse(judge, state, extra_args):
-        """(∂u_{t−1}/∂λ)ᵀ g_t."""
-        last_grads, last_inner, last_params = state.last
-
-        def last_update(hyperparams):
-            out, _ = run(hyperparams, last_grads, last_inner, last_params, extra_args)
-            return _split(out)[0]
-
-        last_updates, pullback = jax.vjp(last_update, state.hyperparams)
-        if rule == "normalized":  # before the products, which may over- or underflow in half precision
-            norm = _norm(judge)
-            judge = jax.tree.map(lambda g: _divided(g, norm), _wide(judge))
-        # JAX's pullback belongs to u ↦ Re Σ g u, without a conjugate.
-        (signal,) = pullback(_like(jax.tree.map(jnp.conj, judge), last_updates))
-        if logarithmic:
-            signal = jax.tree.map(jnp.multiply, state.hyperparams, signal)
-        if rule == "normalized":
-            length = _norm(last_updates)
-            signal = jax.tree.map(lambda h: _divided(h, length), signal)
-        # No update exists yet before the first step.
-        return jax.tree.map(lambda h: jnp.where(state.count > 0, h, 0), signal)
-
-    def step_reverse(updates, state, params, tuned, grad_fn, extra_args):
-        """u_t, the next state of the optimizer, and the inputs of the next signal."""
-        del grad_fn
-        out, inner = run(tuned, updates, state.inner, params, extra_args)
-        return out, inner, (updates, state.inner, params)
-
-    def step_forward(updates, state, params, tuned, grad_fn, extra_args):
-        floats, rest = _split((updates, params, state.inner))
-        flat, unravel = ravel_pytree(tuned)
-        # One tangent per entry, in λ or in log λ.
-        primals, tangents = (tuned,), (jax.vmap(unravel)(jnp.diag(flat if logarithmic else jnp.ones_like(flat))),)
-        if discount:
-            by_params, by_inner = jax.tree.map(lambda z: discount * z, state.last)
-            if grad_fn is None:
-                raise ValueError(
-                    "`discount` above 0 needs the gradient of the training loss as a function, to see how it changes "
-                    "with the parameters: call `update(updates, state, params, grad_fn=grad_fn)`."
-                )
-            train_grad = lambda p: _gradient("grad_fn", grad_fn, _merge(p, rest[1]), updates)
-            _, hessian = jax.linearize(train_grad, floats[1])
-            by_updates = _like(jax.vmap(hessian, axis_size=flat.size)(by_params), floats[0])
-            primals, tangents = (tuned, floats), (*tangents, (by_updates, by_params, by_inner))
-
-        def advance(hyperparams, floats=floats):
-            updates, params, inner = _merge(floats, rest)
-            out, inner = run(hyperparams, updates, inner, params, extra_args)
-            return _split((out, _like(inner, state.inner)))
-
-        floats_out, push, rest_out = jax.linearize(advance, *primals, has_aux=True)
-        by_params_out, by_inner_out = jax.vmap(push)(*tangents)
-        out, inner = _merge(floats_out, rest_out)
-        if not discount:
-            return out, inner, (by_params_out, None)
-        return out, inner, (jax.tree.map(jnp.add, by_params, by_params_out), by_inner_out)
-
-    def refuse_what_has_no_effect(updates, state, params, extra_args):
-        """Raises ValueError if a leaf of λ does not move the updates (with a discount: nor the optimizer's state)."""
-
-        def moved(hyperparams):
-            out, inner = run(hyperparams, updates, state.inner, params, extra_args)
-            return _split((out, inner if discount else None))[0]
-
-        used = _jaxpr.used_leaves(moved, state.hyperparams)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.hyperparams)]
-        # In a tree of λ, leaves that belong to masked-out parameters need not be used.
-        nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
-        out = [path for path, node in nodes if _is_masked(node)]
-        kept = [path for path, node in nodes if not _is_masked(node)]
-
-        def masked_out(path):
-            return _belongs_to(path, out) and not _belongs_to(path, kept)
-
-        unused = [path for path, u in zip(paths, used, strict=True) if not (u or masked_out(path))]
-        idle = [jax.tree_util.keystr(path) or "itself" for path in unused]
-        if idle:
-            some_out = (
-                " Some parameters are masked out here: what is theirs alone belongs outside, too, unless it stands at "
-                "their path in λ."
-            )
-            raise ValueError(
-                f"The leaves {', '.join(idle)} of λ do not change the updates. `factory` does not use them, or its "
-                "optimizer keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
-                "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
-                f"`inject_hyperparams` works.{some_out if out else ''}"
-            )
-
-    signal_of, step = (signal_forward, step_forward) if mode == "forward" else (signal_reverse, step_reverse)
-
-    def update(updates, state, params=None, *, valid_grad_fn=None, valid_batch=None, grad_fn=None, **extra_args):
-        if params is None:
-            raise ValueError("`self_tuning` needs the parameters: call `update(updates, state, params)`.")
-        updates, params = jax.tree.map(jnp.asarray, (updates, params))
-        if valid_loss_fn is not None and valid_batch is None and valid_grad_fn is None:
-            raise ValueError(
-                "`valid_loss_fn` needs its batch: call `update(updates, state, params, valid_batch=batch)`; got none. "
-                "(Flax's `TrainState.apply_gradients` cannot pass it.)"
-            )
-        if valid_batch is not None:
-            if valid_loss_fn is None or valid_grad_fn is not None:
-                raise ValueError(
-                    "`valid_batch` needs the validation loss, `self_tuning(..., valid_loss_fn=loss)`, and takes the "
-                    "place of `valid_grad_fn`; got " + ("both." if valid_loss_fn is not None else "no such loss.")
-                )
-            valid_grad_fn = functools.partial(_loss_gradient, valid_loss_fn, valid_batch)
-        if grad_fn is not None and not discount:  # an extra argument of the optimizer itself
-            extra_args, grad_fn = {**extra_args, "grad_fn": grad_fn}, None
-        masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
-        if masked and (valid_grad_fn is not None or grad_fn is not None):
-            raise ValueError(
-                "A validation loss and `grad_fn` need all parameters, but within `optax.masked` or `multi_transform` "
-                "`self_tuning` sees only some of the parameters. Put it outside: "
-                "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
-            )
-        _check_like("the parameters", params, updates, real=False)
-        judge = _split(updates)[0]
-        if valid_grad_fn is not None:
-            judge = _gradient("valid_grad_fn", valid_grad_fn, params, updates)
-        structure = jax.tree.structure((updates, extra_args))
-        if jax.tree.leaves(judge) and structure not in checked:
-            refuse_what_has_no_effect(updates, state, params, extra_args)
-            checked.add(structure)
-        if gap and valid_grad_fn is not None:
-            judge = jax.tree.map(lambda v, g: v + gap * (v - g), _wide(judge), _wide(_split(updates)[0]))
-        signal = signal_of(judge, state, extra_args)
-        at = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
-        moves, tuner_state = tuner.update(signal, state.tuner, at)
-
-        def moved(x, move):
-            return (x * jnp.exp(move) if logarithmic else x + move).astype(x.dtype)
-
-        tuned = projected(jax.tree.map(moved, state.hyperparams, moves))
-        new_updates, inner, last = step(updates, state, params, tuned, grad_fn, extra_args)
-        last, inner = _like((last, inner), (state.last, state.inner))
-        return _promoted(new_updates, updates, params), SelfTuningState(
-            tuned, inner, tuner_state, last, state.count + 1
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return functools.partial(_loss_gradient, settings.valid_loss_fn, valid_batch)
 
 
-def _like(new, old):
-    """Casts `new` to the precision of `old`, so that λ in float32 does not widen values in bfloat16."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype) if _is_float(y) else x, new, old)
+def _loss_gradient(loss_fn: Callable, batch: base.Batch, params: base.Params) -> base.Params:
+    """The direction of ascent, as optax defines it for complex parameters; integers have none."""
+    grads = jax.grad(loss_fn, allow_int=True)(params, batch)
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
 
 
-def _promoted(new, updates, params):
+def _tuned(
+    settings: Settings, signal: base.HyperParams, state: SelfTuningState
+) -> tuple[base.HyperParams, optax.OptState]:
+    """λ after one step of the tuner, and the tuner's state."""
+    logarithmic = settings.rule != "additive"
+    point = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
+    moves, tuner_state = settings.tuner.update(signal, state.tuner, point)
+    moved = lambda x, move: (x * jnp.exp(move) if logarithmic else x + move).astype(x.dtype)
+    return _projected(settings, jax.tree.map(moved, state.hyperparams, moves)), tuner_state
+
+
+def _promoted(new: optax.Updates, updates: optax.Updates, params: base.Params) -> optax.Updates:
     """Casts to the wider dtype of gradient and parameter: in bfloat16 a decay would be lost next to a larger step."""
 
-    def one(x, update, param):
-        return x.astype(jnp.promote_types(update.dtype, param.dtype)) if _is_float(update) else x
+    def cast(x, update, param):
+        return x.astype(jnp.promote_types(update.dtype, param.dtype)) if _trees.is_float(update) else x
 
-    return jax.tree.map(one, new, updates, params)
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.tree.map(cast, new, updates, params)
 
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _loss_gradient(loss_fn, batch, params):
-    """The direction of ascent, as optax defines it for complex parameters; integers have none."""
-    grads = jax.grad(loss_fn, allow_int=True)(params, batch)
-    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
+def _check_params(params: base.Params, updates: optax.Updates, *, needs_all: bool) -> None:
+    """Raises ValueError if the parameters are not like the gradients, or are not all there although they must be."""
+    if needs_all and any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+        raise ValueError(
+            "A validation loss and `grad_fn` need all parameters, but within `optax.masked` or `multi_transform` "
+            "`self_tuning` sees only some of the parameters. Put it outside: "
+            "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
+        )
+    check_like("the parameters, the third argument of `update`,", params, updates, real=False)
 
 
-def _belongs_to(path, others):
+def _check_effect(
+    settings: Settings, updates: optax.Updates, state: SelfTuningState, params: base.Params, extra_args: dict[str, Any]
+) -> None:
+    """Raises ValueError if a leaf of λ does not move the updates (with a discount: nor the optimizer's state)."""
+
+    def moved(hyperparams):
+        out, inner = _tuned_steps.run(settings.factory, hyperparams, updates, state.inner, params, extra_args)
+        return _trees.split((out, inner if settings.discount else None))[0]
+
+    used = _jaxpr.used_leaves(moved, state.hyperparams)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.hyperparams)]
+    # In a tree of λ, leaves that belong to masked-out parameters need not be used.
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+    masked = [path for path, node in nodes if _is_masked(node)]
+    kept = [path for path, node in nodes if not _is_masked(node)]
+    unused = [
+        jax.tree_util.keystr(path) or "itself"
+        for path, is_used in zip(paths, used, strict=True)
+        if not is_used and not (_belongs_to(path, masked) and not _belongs_to(path, kept))
+    ]
+    if unused:
+        hint = (
+            " Some parameters are masked out here. Keep hyperparameters of only those parameters outside, too, unless "
+            "they are at the paths of these parameters in λ."
+        )
+        raise ValueError(
+            f"The leaves {', '.join(unused)} of λ do not change the updates. `factory` does not use them, or its "
+            "optimizer keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
+            "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
+            f"`inject_hyperparams` works.{hint if masked else ''}"
+        )
+
+
+def _belongs_to(path: tuple, others: list[tuple]) -> bool:
     """Whether some end of `path` starts with one of the other paths, or is the start of one."""
 
     def names(path):
@@ -472,66 +377,3 @@ def _belongs_to(path, others):
 
     ends = [names(path)[i:] for i in range(len(path))]
     return any(end[: len(other)] == other[: len(end)] for other in map(names, others) for end in ends)
-
-
-def _wide(tree):
-    """Casts to at least float32, since squares of half-precision gradients underflow."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def _norm(tree):
-    """The norm, with a derivative of zero at zero, since the last update is zero before the first step."""
-    square = optax.tree.norm(_wide(tree), squared=True)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-_CHANGED_STRUCTURE = (
-    " (`jax.value_and_grad` returns a pair; what changes the parameters' structure, as `optax.lookahead` does, belongs "
-    "around `self_tuning`, not into its factory.)"
-)
-
-
-def _check_like(what, tree, like, name="the gradients that `update` is given", *, hint=_CHANGED_STRUCTURE, real=True):
-    """Raises ValueError if a tree differs from another in structure or shapes, or is not floating-point like it.
-
-    With `real`, it must not be complex either if the other is real.
-    """
-    shapes = [jax.tree.map(jnp.shape, t) for t in (tree, like)]
-    start = f"{what[0].upper()}{what[1:]} must be"
-    if jax.tree.structure(tree) != jax.tree.structure(like) or shapes[0] != shapes[1]:
-        raise ValueError(f"{start} a tree like {name}, {shapes[1]}; got {shapes[0]}.{hint}")
-    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
-        if not _is_float(other):
-            continue
-        kinds = [jnp.result_type(x) for x in (leaf, other)]
-        imaginary = real and jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other)
-        if not jnp.issubdtype(kinds[0], jnp.inexact) or imaginary:
-            where = jax.tree_util.keystr(path) or "the root"
-            raise ValueError(f"{start} of the kind of {name}, {kinds[1]} at {where}; got {kinds[0]}.")
-
-
-def _gradient(name, grad_fn, params, updates):
-    """The result of the caller's gradient function, for the leaves whose updates have a derivative."""
-    if not callable(grad_fn):
-        raise ValueError(f"`{name}` must be a function, `params -> gradient`; got a {type(grad_fn).__name__}.")
-    found = grad_fn(params)
-    _check_like(f"what `{name}` returns", found, updates)
-    return jax.tree.map(lambda x, u: jnp.asarray(x) if _is_float(u) else None, found, updates)
-
-
-def _divided(x, norm):
-    """x / norm, or zero if the norm is zero."""
-    return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
-
-
-def _split(tree):
-    """Leaves with a derivative, and leaves without (counts, PRNG keys); each tree has None for the other's leaves."""
-
-    def only(floating):
-        return jax.tree.map(lambda x: x if _is_float(x) == floating else None, tree)
-
-    return only(True), only(False)
-
-
-def _merge(floats, rest):
-    return jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)

@@ -297,84 +297,57 @@ def changes_structure(key, value):
     return optax.GradientTransformation(lambda params: {key: jnp.zeros(2)}, update)
 
 
-BAD_LOOPS = {
-    "loss_vector": (
+REFUSED_LOOPS = {
+    "a loss for each row": (
         dict(loss=lambda params, hp, batch: (batch["x"] @ params - batch["y"]) ** 2),
-        r"The inner loss must return a floating-point scalar; got shape \(20,\) and dtype float64. Reduce it",
+        r"The inner loss must return a floating-point scalar; got shape \(20,\) and dtype float64. Reduce an array",
     ),
-    "loss_integer": (
+    "an integer as loss": (
         dict(loss=lambda params, hp, batch: jnp.int32(1)),
         r"The inner loss must return a floating-point scalar; got shape \(\) and dtype int32",
     ),
-    "loss_pair_without_context": (
+    "a pair without context": (
         dict(loss=lambda params, hp, batch: (params.sum(), None)),
-        "The inner loss must return a floating-point scalar; got .*with_context=True",
+        "The inner loss must return a floating-point scalar; got type tuple.*with_context=True",
     ),
-    "loss_none": (
-        dict(loss=lambda params, hp, batch: None),
-        "The inner loss must return a floating-point scalar; got PyTreeDef",
-    ),
-    "loss_string": (
+    "a string as loss": (
         dict(loss=lambda params, hp, batch: "a"),
-        "The inner loss must return a floating-point scalar; got type str. Return only the loss",
+        "The inner loss must return a floating-point scalar; got type str",
     ),
-    "optimizer_not_from_a_factory": (
-        dict(optimizer=lambda hp: 0.1),
-        "`optimizer` must be a factory .*it returned float",
-    ),
-    "optimizer_state_structure": (
+    "a factory of numbers": (dict(optimizer=lambda hp: 0.1), "`optimizer` must be an optax transform; got 0.1"),
+    "a state with another structure": (
         dict(optimizer=lambda hp: changes_structure("a", lambda state: {"b": state["a"]})),
-        "The optimizer's state changed its structure in one step, from .*'a'.*to.*'b'",
+        r"it changed `opt_state\['a'\]` from float64\[2\] to nothing",
     ),
-    "optimizer_state_shape": (
+    "a state with another shape": (
         dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": jnp.zeros(3)})),
-        r"The optimizer's state changed its leaf \['a'\] in one step, from shape and dtype \(\(2,\)",
+        r"it changed `opt_state\['a'\]` from float64\[2\] to float64\[3\]",
     ),
-    "optimizer_state_dtype": (
+    "a state with another dtype": (
         dict(optimizer=lambda hp: changes_structure("a", lambda state: {"a": state["a"].astype(int)})),
-        r"The optimizer's state changed its leaf \['a'\] in one step.*float64.*int64",
+        r"it changed `opt_state\['a'\]` from float64\[2\] to int64\[2\]",
     ),
-    "optimizer_that_raises": (
-        dict(optimizer=lambda hp: optax.adam()),
-        "`optimizer` must be a factory .*called with λ it raised: .*learning_rate",
-    ),
-    "loss_of_three": (
-        dict(
-            loss=lambda params, hp, batch, context: (params.sum(), None, None),
-            init=lambda key, hp, data: (jnp.zeros(2), None),
-            with_context=True,
-        ),
-        r"The inner loss must return \[\] or \(\[\], model_state\); got 3 values",
-    ),
-    "integer_parameters": (
-        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),
-        r"The parameters must be floating-point arrays; the leaf \['n'\] is of dtype int64",
-    ),
-    "complex_parameters": (
-        dict(init=lambda key, hp, data: {"w": jnp.zeros(2, complex)}),
-        r"the leaf \['w'\] is of dtype complex128. Train the real and the imaginary parts as two leaves",
-    ),
-    "parameters_of_another_type": (
-        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
-        r"The parameters must be floating-point arrays; the leaf \['activation'\] is of type",
-    ),
-    "model_state_structure": (
+    "another model state": (
         dict(
             loss=lambda params, hp, batch, context: (params.sum(), {"mean": 0.0, "var": 1.0}),
             init=lambda key, hp, data: (jnp.zeros(2), {"mean": 0.0}),
             with_context=True,
         ),
-        "The model state changed its structure in one step.*'mean'.*to.*'var'",
+        r"it changed `model_state\['var'\]` from nothing to float64\[\]",
     ),
-    "model_state_shape": (
-        dict(
-            loss=lambda params, hp, batch, context: (params.sum(), {"mean": jnp.zeros(3)}),
-            init=lambda key, hp, data: (jnp.zeros(2), {"mean": jnp.zeros(2)}),
-            with_context=True,
-        ),
-        r"The model state changed its leaf \['mean'\] in one step",
+    "integer parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "n": jnp.zeros(2, int)}),
+        r"The parameters must be floating-point arrays; the leaf \['n'\] is of dtype int64",
     ),
-    "init_without_a_model_state": (
+    "complex parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2, complex)}),
+        r"the leaf \['w'\] is of dtype complex128.*Train the real and the imaginary part",
+    ),
+    "functions as parameters": (
+        dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
+        r"The parameters must be floating-point arrays; the leaf \['activation'\] is of type",
+    ),
+    "an init without a model state": (
         dict(
             loss=lambda params, hp, batch, context: params["w"].sum(),
             init=lambda key, hp, data: {"w": jnp.zeros(2)},
@@ -385,12 +358,17 @@ BAD_LOOPS = {
 }
 
 
-@pytest.mark.parametrize("run", [first_step, run_jitted])
-@pytest.mark.parametrize("name", BAD_LOOPS)
-def test_messages(name, run):
-    options, message = BAD_LOOPS[name]
+@pytest.mark.parametrize("name", REFUSED_LOOPS)
+def test_refusals(name):
+    options, message = REFUSED_LOOPS[name]
     with pytest.raises(ValueError, match=message):
-        run(make(**options))
+        jax.eval_shape(lambda: numbers(first_step(make(**options))))
+
+
+def test_a_factory_that_raises_explains_what_a_factory_is():
+    with pytest.raises(TypeError, match="learning_rate") as error:
+        first_step(make(optimizer=lambda hp: optax.adam()))
+    assert any("`optimizer` must be a factory" in note for note in error.value.__notes__)
 
 
 ASKS_FOR_A_VALUE = {
@@ -416,17 +394,12 @@ def test_an_optimizer_instead_of_a_factory():
         make(optimizer=optax.adam(0.1))
 
 
-def test_a_loss_that_is_no_function():
-    with pytest.raises(ValueError, match=r"`loss` must be a function `\(params, hyperparams, batch\) -> \[\]`.*got 3"):
-        make(3)
-
-
 @pytest.mark.parametrize("value", [lambda p: "a", lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()}])
 @pytest.mark.once
 def test_the_outer_loss_is_a_scalar(value):
     problem = inner.problem(make(), lambda params, hyperparams, batch: value(params))
     with pytest.raises(ValueError, match="The outer loss must return a floating-point scalar"):
-        hypergrad.unrolled(problem, num_steps=1).estimate(LAM, problems.TASK, KEY)
+        problem.outer_loss(jnp.zeros(2), LAM, problems.TASK.valid, None)
 
 
 def test_run_arguments():
@@ -434,10 +407,6 @@ def test_run_arguments():
         inner.run(make(), num_steps=-1)
     with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0, or None; got 2.5"):
         inner.run(make(), 2.5)
-    with pytest.raises(ValueError, match="`trace_fn` needs `num_steps`"):
-        inner.run(make(), trace_fn=lambda state: state.step)
-    with pytest.raises(ValueError, match="`num_steps` must be passed to `run`"):
-        inner.run(make())(KEY, LAM, DATA)
 
 
 def test_a_learned_momentum_does_not_widen_a_narrow_state():

@@ -92,8 +92,6 @@ def test_at_bounds_is_a_tree_of_bools():
     at = spaces.at_bounds(SPACE, value)
     expected = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), SPACE)
     chex.assert_trees_all_equal(at, expected | {"depth": np.array(True), "mix": np.array(True)})
-    with pytest.raises(ValueError, match=r"`tol` must lie in \[0, 0.5\); got 0.5"):
-        spaces.at_bounds(SPACE, value, tol=0.5)
 
 
 def drop(tree, name):
@@ -166,10 +164,10 @@ def test_json_of_a_tree():
 @pytest.mark.parametrize(
     "space, message",
     [
-        (SPACE, r"A NamedTuple cannot be written.* got Adam at `space.adam`. Use a dict, `space.adam._asdict\(\)`"),
-        ({1: spaces.real()}, "Keys must be strings, as in JSON; got 1 in `space`"),
-        (OrderedDict(a=spaces.real()), "got OrderedDict at `space`"),
-        ({"a": 0.1}, "got float at `space.a`"),
+        (SPACE, r"of type Adam at `space.adam`. Write a NamedTuple as a dict, `space.adam._asdict\(\)`"),
+        ({1: spaces.real()}, "dicts with strings as keys.*got {1: .* at `space`"),
+        (OrderedDict(a=spaces.real()), "of type OrderedDict at `space`"),
+        ({"a": 0.1}, "got 0.1 of type float at `space.a`"),
     ],
 )
 def test_json_refuses_what_it_would_lose(space, message):
@@ -180,8 +178,8 @@ def test_json_refuses_what_it_would_lose(space, message):
 @pytest.mark.parametrize(
     "document, message",
     [
-        ({"space": None}, "`document` must have `version` and `space`"),
-        ({"version": 2, "space": None}, "`version` must be 1; got 2, of another metaopt release"),
+        ({"space": None}, "`document` must have `version` 1 .* and `space`"),
+        ({"version": 2, "space": None}, "must have `version` 1 .of this metaopt release.*got .*2"),
         ({"version": 1, "space": {"type": "categorical"}}, "known `type`; got {'type': 'categorical'} at `space`"),
         ({"version": 1, "space": {"type": "dict", "items": {"a": 0.1}}}, "got 0.1 at `space.a`"),
         ({"version": 1, "space": {"type": "real", "mean": 1}}, "type 'real' at `space` cannot be read .*mean"),

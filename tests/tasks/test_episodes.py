@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from metaopt import hypergrad, inner, tasks
+from metaopt.inner import _samplers
 
 P = 1e-3
 
@@ -285,7 +286,7 @@ def test_a_key_is_an_episode_whatever_it_is_drawn_with(draw_fixed, fixed):
     again = draw_fixed(KEYS[:2000][::-1])
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[::-1], fixed), jax.tree.map(np.asarray, again))
     for part in (fixed.support, fixed.query):
-        assert inner.num_rows(part, shared=("class_mask",)).shape == (2000,)
+        assert _samplers.num_rows(part, shared=("class_mask",)).shape == (2000,)
 
 
 @pytest.mark.parametrize("sample", [tasks.sinusoids(), SAMPLE_FIXED])

@@ -185,8 +185,6 @@ def test_a_cosine_for_each_hyperparameter():
     }
     chex.assert_trees_all_close(state.hyperparams, expected, rtol=1e-6)  # λ is in float32
     assert abs(expected["decay"] / 1e-6 - 1) > 0.05
-    with pytest.raises(ValueError, match='`rule="cosine"` needs the effect of each λ by itself'):
-        transforms.self_tuning(factory, start, optax.sgd(0.5), rule="cosine", mode="reverse")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"mode": "reverse", "gap": 1.0}])
@@ -214,17 +212,13 @@ def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
     chex.assert_trees_all_close(found.hyperparams, expected.hyperparams, rtol=1e-12)
     _, training = run(transforms.self_tuning(make, start, optax.sgd(0.1), **kwargs), grads, params)
     assert abs(jax.tree.leaves(found.hyperparams)[0] - jax.tree.leaves(training.hyperparams)[0]) > 1e-3
-    for other, extra, match in (
-        (adam(), {"valid_batch": batch}, "`valid_batch` needs the validation loss.*; got no such loss"),
-        (tuned, {"valid_batch": batch, "valid_grad_fn": by_hand}, "takes the place of `valid_grad_fn`; got both"),
-        (tuned, {}, "`valid_loss_fn` needs its batch.*; got none"),  # and does not follow the training loss instead
+    for other, extra in (
+        (adam(), {"valid_batch": batch}),
+        (tuned, {"valid_batch": batch, "valid_grad_fn": by_hand}),
+        (tuned, {}),  # and does not follow the training loss instead
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match="its batch .* must be given together, and without `valid_grad_fn`"):
             other.update(grads, tuned.init(params), params, **extra)
-    with pytest.raises(
-        ValueError, match=r"`valid_loss_fn` must be a function, `\(params, batch\) -> loss`; got a dict"
-    ):
-        transforms.self_tuning(make, start, optax.sgd(0.1), valid_loss_fn=batch, **kwargs)
 
 
 @pytest.mark.once
@@ -326,11 +320,9 @@ def test_it_descends_and_is_projected_from_the_start_on(mode):
 
 
 def test_what_a_projection_returns_is_checked():
-    with pytest.raises(ValueError, match="`projection_fn` must be a function .* got a float"):
-        adam(projection_fn=1.0)
     for projection_fn, match in (
-        (lambda hp: hp["rate"], "What `projection_fn` returns must be a tree like λ.*; got"),
-        (lambda hp: {"rate": jnp.ones(2)}, r"What `projection_fn` returns must be a tree like λ.*\(2,\)"),
+        (lambda hp: hp["rate"], "The result of `projection_fn` must be a tree like λ.*; got"),
+        (lambda hp: {"rate": jnp.ones(2)}, r"The result of `projection_fn` must be a tree like λ.*\[2\]"),
     ):
         with pytest.raises(ValueError, match=match):
             adam(projection_fn=projection_fn).init(jnp.ones(2))
@@ -350,39 +342,27 @@ def test_training_in_float32_among_float64_is_differentiable():
         np.testing.assert_allclose(slope, expected, rtol=1e-2)
 
 
-def test_what_is_no_transform_and_no_gradient_is_refused():
-    with pytest.raises(ValueError, match="`tuner` must be an optax transform; got 0.1"):
-        transforms.self_tuning(optax.sgd, 0.1, 0.1)
-    with pytest.raises(ValueError, match=r"`hyperparams` must be real numbers; got '0.1' at \['rate'\]"):
-        transforms.self_tuning(optax.sgd, {"rate": "0.1"}, optax.sgd(0.1))
-    for start in (1j, np.inf, np.nan, np.array([0.1, -np.inf])):
-        with pytest.raises(ValueError, match="`hyperparams` must be (real|finite)"):
-            transforms.self_tuning(optax.sgd, start, optax.sgd(0.1), rule="additive")
-    unmade = transforms.self_tuning(lambda hp: optax.adam, 0.1, optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"`factory\(hyperparams\)` must be an optax transform; got .* call it"):
-        unmade.init(jnp.ones(2))
+def test_gradients_and_parameters_of_another_form_are_refused():
     optimizer, params = adam(), jax.tree.map(jnp.asarray, PARAMS)
     state = optimizer.init(params)
     for valid_grad_fn, match in (
-        (params, "`valid_grad_fn` must be a function, `params -> gradient`; got a dict"),
-        (lambda p: (1.0, p), "What `valid_grad_fn` returns must be a tree like the gradients.*value_and_grad"),
-        (lambda p: {**p, "w": jnp.ones(3)}, r"What `valid_grad_fn` returns .*'w': \(2,\)\}; got .*'w': \(3,\)\}"),
+        (lambda p: (1.0, p), "The result of `valid_grad_fn` must be a tree like the gradients.*value_and_grad"),
+        (lambda p: {**p, "w": jnp.ones(3)}, r"The result of `valid_grad_fn` .*'w': .*\[2\]'.*; got .*'w': .*\[3\]'"),
     ):
         with pytest.raises(ValueError, match=match):
             optimizer.update(params, state, params, valid_grad_fn=valid_grad_fn)
     carried = adam(discount=0.5)
     for grad_fn, match in (
-        (params, "`grad_fn` must be a function, `params -> gradient`; got a dict"),
-        (lambda p: (1.0, p), "What `grad_fn` returns must be a tree like the gradients"),
-        (lambda p: {**p, "w": jnp.ones(3)}, r"What `grad_fn` returns .*; got .*'w': \(3,\)\}"),
-        (lambda p: {**p, "w": jnp.ones(2, int)}, r"`grad_fn` returns must be of the kind .* at \['w'\]; got int"),
-        (lambda p: {**p, "w": 1j * p["w"]}, r"`grad_fn` returns must be of the kind .* at \['w'\]; got complex"),
+        (lambda p: (1.0, p), "The result of `grad_fn` must be a tree like the gradients"),
+        (lambda p: {**p, "w": jnp.ones(3)}, r"The result of `grad_fn` .*; got .*'w': .*\[3\]'"),
+        (lambda p: {**p, "w": jnp.ones(2, int)}, r"The result of `grad_fn` .*; got .*'w': 'int"),
+        (lambda p: {**p, "w": 1j * p["w"]}, r"The result of `grad_fn` .*; got .*'w': 'complex"),
     ):
         with pytest.raises(ValueError, match=match):
             carried.update(params, carried.init(params), params, grad_fn=grad_fn)
     ahead = transforms.self_tuning(lambda hp: optax.lookahead(optax.adam(hp), 2, 0.5), 0.1, optax.sgd(0.1))
     pair = optax.LookaheadParams.init_synced(params)
-    with pytest.raises(ValueError, match="The parameters must be a tree like the gradients .*belongs around"):
+    with pytest.raises(ValueError, match="The parameters, .*, must be a tree like the gradients.*belong around"):
         ahead.update(params, ahead.init(pair), pair)
 
 
@@ -393,7 +373,7 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
         optax.sgd(0.1),
         projection_fn=bound,
     )
-    with pytest.raises(ValueError, match="must be positive, since the normalized rule moves logarithms"):
+    with pytest.raises(ValueError, match="The results of `projection_fn` must be .*positive unless"):
         pair(lambda hp: {**hp, "b": 0.0}).init(jnp.ones(2))
     # One array for two leaves, which is the caller's own: a program may be given the state's buffers all the same.
     limit = jnp.array(0.1, float)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from metaopt import _checks, base, hypergrad, inner, training
+from metaopt._jaxpr import Tracer
 from metaopt.nas import _budgets, _costs, _genotypes, _nas_bench_101, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._architecture_checks import alpha_beside_init, check_single, found
 from metaopt.nas.search._settings import of_network, plain, with_settings

@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from metaopt._jaxpr import Tracer
 from metaopt.nas import _specs
 
 P = ParamSpec("P")

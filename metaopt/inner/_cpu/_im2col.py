@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from metaopt import _jaxpr
-from metaopt.inner import _convolution as fast
-from metaopt.inner import _depthwise
-from metaopt.inner._depthwise import Window, length, total
+from metaopt._jaxpr import Tracer
+from metaopt.inner._cpu import _convolution as fast
+from metaopt.inner._cpu import _depthwise
+from metaopt.inner._cpu._depthwise import Window, length, total
 
 # A kernel with more positions is left to XLA if it needs slices: each position adds work for the compiler.
 _MOST_POSITIONS = 128
@@ -70,6 +70,12 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
     False
     """
 
+    return rewrite(fn, only_on_cpu=only_on_cpu)
+
+
+def rewrite(fn: Callable, *, only_on_cpu: bool, log: Callable[[list[str]], None] | None = None) -> Callable:
+    """`im2col`, which also calls `log` with the rewritten convolutions ("[8, 5, 5, 2] * [3, 3, 2, 4]") of a program."""
+
     def rewritten(*args):
         if only_on_cpu and jax.default_backend() != "cpu":
             return fn(*args)
@@ -87,10 +93,28 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(operands)
         if closed is None:
             return fn(*args)  # raises that error again
-        outputs = _jaxpr.evaluate(closed.jaxpr, closed.consts, operands, _by_slices)
+        convolutions: dict[str, None] = {}
+        replace = functools.partial(_replacement, convolutions=convolutions)
+        outputs = _jaxpr.evaluate(closed.jaxpr, closed.consts, operands, replace)
+        if log is not None:
+            log(list(convolutions))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return rewritten
+
+
+def _replacement(equation: Any, convolutions: dict[str, None]) -> Callable | None:
+    """`_by_slices`, which adds the shapes of a convolution to `convolutions` when it is replaced."""
+    form = _by_slices(equation)
+    if form is None or equation.primitive.name != "conv_general_dilated":
+        return form
+
+    def recorded(*operands):
+        images, kernels = (list(v.aval.shape) for v in equation.invars)
+        convolutions[f"{images} * {kernels}"] = None
+        return form(*operands)
+
+    return recorded
 
 
 def _by_slices(equation: Any) -> Callable | None:
@@ -172,7 +196,7 @@ def _convolution(
     x = x.transpose(lhs[0], *lhs[2:], lhs[1])  # [N, spatial..., C]
     w = w.transpose(*rhs[2:], rhs[1], rhs[0])  # [window..., C / G, D]
     sizes = w.shape[:-2]
-    windows = [Window(*w_) for w_ in zip(sizes, window_strides, padding, lhs_dilation, rhs_dilation, strict=True)]
+    windows = [Window(*axis) for axis in zip(sizes, window_strides, padding, lhs_dilation, rhs_dilation, strict=True)]
     spatial = [length(n, window) for n, window in zip(x.shape[1:-1], windows, strict=True)]
     rows = x.shape[0] * math.prod(spatial)
     product = functools.partial(jnp.einsum, precision=precision)
@@ -250,7 +274,7 @@ def _tiles(x: jax.Array, sizes: list[int], fold: Callable) -> jax.Array:
     def pooled(x, axis):
         if axis == len(sizes):
             return x
-        place = lambda i: pooled(jax.lax.index_in_dim(x, i, axis + 1, keepdims=False), axis + 1)
-        return functools.reduce(fold, [place(i) for i in range(sizes[axis])])
+        position = lambda i: pooled(jax.lax.index_in_dim(x, i, axis + 1, keepdims=False), axis + 1)
+        return functools.reduce(fold, [position(i) for i in range(sizes[axis])])
 
     return pooled(x, 0)

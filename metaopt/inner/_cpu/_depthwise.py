@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+
+from metaopt import _jaxpr
 
 
 class Window(NamedTuple):
@@ -41,7 +41,6 @@ def total(terms: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-_depthwise_p = core.Primitive("cpu_depthwise")
 _OPERANDS = {"y": "xw", "x": "wy", "w": "xy"}  # result -> its two operands
 
 
@@ -50,18 +49,24 @@ def convolution(x: jax.Array, w: jax.Array, windows: tuple[Window, ...]) -> jax.
     return _bind("y", {"x": x[None], "w": w[None]}, windows, x.shape[1:-1])[0]
 
 
-def _bind(of: str, known: dict[str, jax.Array], windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
+def _bind(
+    result: str, arrays: dict[str, jax.Array], windows: tuple[Window, ...], spatial: tuple[int, ...]
+) -> jax.Array:
     """Binds the primitive to arrays with a leading axis of tasks; `spatial` is the spatial shape of x."""
-    return _depthwise_p.bind(*(known[name] for name in _OPERANDS[of]), of=of, windows=windows, spatial=spatial)
+    return _depthwise_p.bind(
+        *(arrays[name] for name in _OPERANDS[result]), result=result, windows=windows, spatial=spatial
+    )
 
 
 def _lowered(
-    a: jax.Array, b: jax.Array, *, of: str, windows: tuple[Window, ...], spatial: tuple[int, ...]
+    a: jax.Array, b: jax.Array, *, result: str, windows: tuple[Window, ...], spatial: tuple[int, ...]
 ) -> jax.Array:
     def one(pair):
         wide = jnp.promote_types(a.dtype, jnp.float32)
-        found = {"y": _outputs, "x": _images, "w": _kernel}[of](*(part.astype(wide) for part in pair), windows, spatial)
-        return found.astype(a.dtype)
+        outputs = {"y": _outputs, "x": _images, "w": _kernel}[result](
+            *(part.astype(wide) for part in pair), windows, spatial
+        )
+        return outputs.astype(a.dtype)
 
     return one((a[0], b[0]))[None] if len(a) == 1 else jax.lax.map(one, (a, b))
 
@@ -71,23 +76,23 @@ def _outputs(x: jax.Array, w: jax.Array, windows: tuple[Window, ...], _: Any) ->
     ends = [(length(n, window) - 1) * window.stride + 1 for n, window in zip(x.shape[1:-1], windows, strict=True)]
     x, kernels = _padded(x, windows), w.reshape(-1, *[1] * len(windows), 1, w.shape[-1])
 
-    def seen(place):
+    def read(place):
         stop = [start + end for start, end in zip(place, ends, strict=True)]
         return jax.lax.slice(x, (0, *place, 0), (len(x), *stop, x.shape[-1]), (1, *steps, 1))
 
-    return total(seen(place) * kernel for place, kernel in zip(places, kernels, strict=True))
+    return total(read(place) * kernel for place, kernel in zip(places, kernels, strict=True))
 
 
 def _images(w: jax.Array, y: jax.Array, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
     """The convolution of y with the reversed kernel, with base dilation and stride exchanged."""
 
-    def turned(window, n, places):
+    def reversed_window(window, n, places):
         around = window.dilation * (window.size - 1)
         low, long = around - window.padding[0], (n - 1) * window.base_dilation + 1
         high = long + around - low - ((places - 1) * window.stride + 1)
         return Window(window.size, window.base_dilation, (low, high), window.stride, window.dilation)
 
-    back = tuple(map(turned, windows, spatial, y.shape[1:-1]))
+    back = tuple(map(reversed_window, windows, spatial, y.shape[1:-1]))
     return _outputs(y, jnp.flip(w, range(len(windows))), back, None)
 
 
@@ -96,12 +101,12 @@ def _kernel(x: jax.Array, y: jax.Array, windows: tuple[Window, ...], _: Any) -> 
     strided = (slice(None), *(slice(None, None, window.stride) for window in windows))
     x = _padded(x, windows)
 
-    def at(place):
+    def entry(place):
         start = (0, *place, 0)
-        seen = jax.lax.dynamic_slice(x, start, (len(x), *ends, x.shape[-1]))[strided]
-        return (seen * y).sum(range(y.ndim - 1))
+        read = jax.lax.dynamic_slice(x, start, (len(x), *ends, x.shape[-1]))[strided]
+        return (read * y).sum(range(y.ndim - 1))
 
-    return jax.lax.map(at, jnp.asarray(_places(windows))).reshape(*(window.size for window in windows), -1)
+    return jax.lax.map(entry, jnp.asarray(_places(windows))).reshape(*(window.size for window in windows), -1)
 
 
 def _places(windows: tuple[Window, ...]) -> np.ndarray:
@@ -118,18 +123,18 @@ def _padded(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
     return jax.lax.pad(x, jnp.zeros([], x.dtype), around)
 
 
-def _abstract(a: Any, b: Any, *, of: str, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> Any:
-    if of == "w":
+def _abstract(a: Any, b: Any, *, result: str, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> Any:
+    if result == "w":
         return a.update(shape=(a.shape[0], *_sizes(windows), a.shape[-1]))
-    images = a if of == "y" else b
-    places = map(length, spatial, windows) if of == "y" else spatial
+    images = a if result == "y" else b
+    places = map(length, spatial, windows) if result == "y" else spatial
     return images.update(shape=(*images.shape[:2], *places, images.shape[-1]))
 
 
-def _transpose(which: int, g: jax.Array, a: Any, b: Any, *, of: str, **params: Any) -> jax.Array:
+def _transpose(which: int, g: jax.Array, a: Any, b: Any, *, result: str, **params: Any) -> jax.Array:
     """Maps the cotangent of the result to that of the first (0) or the second operand (1)."""
-    names = _OPERANDS[of]
-    return _bind(names[which], {of: g, names[1 - which]: (b, a)[which]}, **params)
+    names = _OPERANDS[result]
+    return _bind(names[which], {result: g, names[1 - which]: (b, a)[which]}, **params)
 
 
 def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
@@ -144,8 +149,10 @@ def _batch(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
     return y.reshape(a.shape[:2] + y.shape[1:]), 0
 
 
-_depthwise_p.def_impl(_lowered)
-_depthwise_p.def_abstract_eval(_abstract)
-ad.defbilinear(_depthwise_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
-batching.primitive_batchers[_depthwise_p] = _batch
-mlir.register_lowering(_depthwise_p, mlir.lower_fun(_lowered, multiple_results=False))
+_depthwise_p = _jaxpr.bilinear_primitive(
+    "cpu_depthwise",
+    _lowered,
+    abstract=_abstract,
+    transposes=(functools.partial(_transpose, 0), functools.partial(_transpose, 1)),
+    batch=_batch,
+)

@@ -19,12 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
 
 from metaopt import _jaxpr
 
-_convolution_p = core.Primitive("cpu_convolution")
 LARGE = 2**28  # bytes: the largest array of patches, or of their cotangents, that is made at once
 
 
@@ -66,8 +63,8 @@ def _lowered(x: jax.Array, w: jax.Array, *, num_tasks: int | None, **params: Any
         if _gathers(x, w, spatial, params):
             return _gathered(x, w, spatial, params).transpose(from_rows(out))
         last = x.ndim - 1
-        known = ((0, last, *range(1, last)), (last, last - 1, *range(last - 1)), (0, last, *range(1, last)))
-        y = _plain(x, w, **{**params, "dimension_numbers": jax.lax.ConvDimensionNumbers(*known)})
+        layout = ((0, last, *range(1, last)), (last, last - 1, *range(last - 1)), (0, last, *range(1, last)))
+        y = _plain(x, w, **{**params, "dimension_numbers": jax.lax.ConvDimensionNumbers(*layout)})
         return y.transpose(from_rows(out))
 
     return one(x, w) if num_tasks is None else jax.lax.map(lambda pair: one(*pair), (x, w))
@@ -120,12 +117,12 @@ def _gathered(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -
     x = jax.lax.pad(x, jnp.zeros([], x.dtype), around)
     rows, strides = w.reshape(-1, w.shape[-1]), (1, *params["rhs_dilation"], 1)
 
-    def of(place):
+    def output(place):
         ends = [k + s * (q - 1) + 1 for k, s, q in zip(place, params["rhs_dilation"], w.shape[1:-1], strict=True)]
-        seen = jax.lax.slice(x, (0, *place, 0), (len(x), *ends, x.shape[-1]), strides)
-        return jnp.dot(seen.reshape(-1, x.shape[-1]).T, rows, precision=params["precision"])
+        read = jax.lax.slice(x, (0, *place, 0), (len(x), *ends, x.shape[-1]), strides)
+        return jnp.dot(read.reshape(-1, x.shape[-1]).T, rows, precision=params["precision"])
 
-    y = jnp.stack([of(place) for place in np.ndindex(*spatial)], axis=1)
+    y = jnp.stack([output(place) for place in np.ndindex(*spatial)], axis=1)
     return y.reshape(x.shape[-1], *spatial, w.shape[-1])
 
 
@@ -150,12 +147,12 @@ def _by_task(fn: Callable, num_tasks: int | None) -> Callable:
 
 def _transpose(which: int, g: jax.Array, x: Any, w: Any, *, num_tasks: int | None, **params: Any) -> jax.Array:
     """Maps the cotangent of y to that of x (0) or of w (1)."""
-    of, other = (x, w) if which == 0 else (w, x)
-    shape = of.aval.shape if num_tasks is None else of.aval.shape[1:]
-    like = jax.ShapeDtypeStruct(shape, of.aval.dtype)
+    operand, other = (x, w) if which == 0 else (w, x)
+    shape = operand.aval.shape if num_tasks is None else operand.aval.shape[1:]
+    like = jax.ShapeDtypeStruct(shape, operand.aval.dtype)
 
     def pullback(g, other):
-        linear = lambda of: _plain(*((of, other) if which == 0 else (other, of)), **params)
+        linear = lambda operand: _plain(*((operand, other) if which == 0 else (other, operand)), **params)
         return jax.linear_transpose(linear, like)(g)[0]
 
     return _by_task(_rebound(pullback), num_tasks)(g, other)
@@ -181,8 +178,10 @@ def _batch(args: Any, dims: Any, *, num_tasks: int | None, **params: Any) -> tup
     return jax.vmap(fn)(x, w), 1
 
 
-_convolution_p.def_impl(_lowered)
-_convolution_p.def_abstract_eval(_abstract)
-ad.defbilinear(_convolution_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
-batching.primitive_batchers[_convolution_p] = _batch
-mlir.register_lowering(_convolution_p, mlir.lower_fun(_lowered, multiple_results=False))
+_convolution_p = _jaxpr.bilinear_primitive(
+    "cpu_convolution",
+    _lowered,
+    abstract=_abstract,
+    transposes=(functools.partial(_transpose, 0), functools.partial(_transpose, 1)),
+    batch=_batch,
+)

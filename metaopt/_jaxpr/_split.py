@@ -1,0 +1,137 @@
+"""Splits a function in two: the expensive parts that do not depend on its moving arguments, and the rest."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from metaopt._jaxpr import _walk
+
+_EXPENSIVE = ("dot_general", "ragged_dot_general", "conv_general_dilated", "cpu_convolution", "cpu_depthwise")
+
+
+class Halves(NamedTuple):
+    """A function split in two: `function(*args) = rest(args, once(args))`.
+
+    Attributes:
+      once: `(args) -> kept`, a list of arrays.
+      rest: `(args, kept) -> outputs`.
+      kept: shapes and types of the result of `once`; empty if the split gains nothing.
+    """
+
+    once: Callable[[Any], list]
+    rest: Callable[[Any, Sequence], Any]
+    kept: list[jax.ShapeDtypeStruct]
+
+
+def split(function: Callable, args: Any, moves: Any) -> Halves:
+    """Splits a function: one half has the expensive parts that do not depend on its moving arguments.
+
+    Matrix products and convolutions are expensive. So is an operation that contains one, and everything computed from
+    such results, regardless of its size. Operations before the first of them are cheap, and the other half repeats
+    them. Nested calls are split, too. Loops, branches, checkpoints and functions that define their own derivative stay
+    whole, in one half. Operations with an effect (`jax.debug.print`) are in the other half. Both halves can be
+    differentiated as the function can.
+
+    Args:
+      function: any function that can be traced.
+      args: its positional arguments, or their shapes and types; trees of arrays.
+      moves: structured like `args`, one bool per leaf: whether the leaf moves (has many values).
+
+    Returns:
+      `Halves`, for arguments of these shapes.
+    """
+    # A new function, since JAX would return the trace of an earlier call.
+    closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+    inputs = [object() for _ in closed.jaxpr.invars]
+    constants: dict[Any, Any] = {}
+    steps: list[_Step] = []
+    outputs = _flattened(closed, inputs, constants, steps)
+    moving = {place for place, moved in zip(inputs, jax.tree.leaves(moves), strict=True) if moved}
+    expensive, wanted = _fixed_and_expensive(steps, moving)
+    kept = [place for place in dict.fromkeys([*wanted, *outputs]) if place in expensive]
+
+    def run(steps, args, kept_values=()):
+        values = constants | dict(zip(inputs, jax.tree.leaves(args), strict=True))
+        return _run(steps, values | dict(zip(kept, kept_values, strict=False)))
+
+    def once(args):
+        values = run(_needed(steps, kept, set(), effects=False), args)
+        return [values[place] for place in kept]
+
+    def rest(args, kept_values):
+        values = run(_needed(steps, outputs, set(kept), effects=True), args, kept_values)
+        return jax.tree.unflatten(jax.tree.structure(shape), [values[place] for place in outputs])
+
+    return Halves(once, rest, [jax.ShapeDtypeStruct(expensive[place].shape, expensive[place].dtype) for place in kept])
+
+
+class _Step(NamedTuple):
+    """One operation of a program, with places in place of variables: a place is an object that stands for a value."""
+
+    equation: Any
+    operands: list
+    results: list
+
+
+def _flattened(closed: Any, inputs: list, constants: dict[Any, Any], steps: list[_Step]) -> list:
+    """Adds all operations to `steps`, also those of nested calls, and their constants. Returns the outputs' places."""
+    places = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+    for variable, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+        places[variable] = object()
+        constants[places[variable]] = value
+
+    def place(v):
+        if not isinstance(v, core.Literal):
+            return places[v]
+        literal = object()
+        constants[literal] = v.val
+        return literal
+
+    for equation in closed.jaxpr.eqns:
+        operands = [place(v) for v in equation.invars]
+        if equation.primitive.name in _walk.CALLS:
+            results = _flattened(_walk.called_jaxpr(equation), operands, constants, steps)
+        else:
+            results = [object() for _ in equation.outvars]
+            steps.append(_Step(equation, operands, results))
+        places.update(zip(equation.outvars, results, strict=True))
+    return [place(v) for v in closed.jaxpr.outvars]
+
+
+def _fixed_and_expensive(steps: list[_Step], moving: set) -> tuple[dict[Any, Any], list]:
+    """The shapes and types of all values that are expensive and do not move, and the operands of steps that move."""
+    moving, expensive, wanted = set(moving), {}, []
+    for equation, operands, results in steps:
+        if equation.effects or not moving.isdisjoint(operands):
+            moving.update(results)
+            wanted += operands
+        elif any(place in expensive for place in operands) or _is_expensive(equation):
+            expensive.update((place, v.aval) for place, v in zip(results, equation.outvars, strict=True))
+    return expensive, wanted
+
+
+def _needed(steps: list[_Step], places: Iterable, available: set, *, effects: bool) -> list[_Step]:
+    """The steps that compute `places` from the available ones; with `effects`, also all steps with an effect."""
+    missing, needed = set(places) - available, []
+    for step in reversed(steps):
+        if step.equation.effects and effects or not missing.isdisjoint(step.results):
+            missing |= set(step.operands) - available
+            needed.append(step)
+    return needed[::-1]
+
+
+def _run(steps: list[_Step], values: dict[Any, Any]) -> dict[Any, Any]:
+    """The values by place, with the results of the steps."""
+    for equation, operands, results in steps:
+        primitive, params = equation.primitive, equation.params
+        with _walk.traced_context(equation):
+            outputs = primitive.bind(*(values[place] for place in operands), **primitive.get_bind_params(params))
+        values.update(zip(results, outputs if primitive.multiple_results else [outputs], strict=True))
+    return values
+
+
+def _is_expensive(equation: Any) -> bool:
+    named = lambda equation: equation.primitive.name in _EXPENSIVE
+    return named(equation) or _walk.contains(equation, named)
