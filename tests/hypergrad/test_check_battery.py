@@ -1,6 +1,6 @@
 """`hypergrad.check` passes correct gradients of many kinds of problems, and finds an error of 2 % in one leaf of each.
 
-Every model below meets two or more of the settings below; single problems follow. All gradients are correct by
+Every model below meets one or more of the settings below; single problems follow. All gradients are correct by
 construction (JAX differentiates), so whatever `check` rejects is a mistake of `check`. The error of 2 % is a factor on
 one leaf of the hypergradient. A biased rule only promises an uphill direction, so an error of 2 % breaks no promise:
 biased rules are checked at their exact limit, as exact ones.
@@ -208,16 +208,16 @@ def network_problem(model, setting):
     return setting.estimator(problem), hyperparams, task
 
 
-# One model in every setting, and the others in two settings each, so that every setting has three or more models.
+# One model in every setting, and the others where they are hardest, so that every setting has two or more models.
 MEETINGS = {
-    "linear": ("sgd", "constrained"),
+    "linear": ("constrained",),
     "relu": tuple(SETTINGS),
-    "maxout": ("adamw with captured float32", "scales, minibatches"),
+    "maxout": ("scales, minibatches",),
     "batch norm": ("adam in float32", "sgd"),
-    "dropout": ("constrained", "scales, minibatches"),
-    "convolution": ("sgd", "adamw with captured float32"),
-    "embedding": ("adam in float32", "scales, minibatches"),
-    "linen": ("constrained", "adamw with captured float32"),
+    "dropout": ("scales, minibatches",),
+    "convolution": ("adamw with captured float32", "constrained"),
+    "embedding": ("adam in float32",),
+    "linen": ("sgd",),
 }
 GRID = {
     f"{model}, {name}": (partial(network_problem, model, SETTINGS[name]), SETTINGS[name].precision)
@@ -360,5 +360,5 @@ def test_a_correct_hypergradient_passes_and_an_error_of_two_percent_fails(name):
 
 def test_the_battery_is_large_enough():
     assert MEETINGS.keys() == MODELS.keys()
-    assert all(sum(name in names for names in MEETINGS.values()) >= 3 for name in SETTINGS)
-    assert len(GRID) + len(SINGLE) >= 36
+    assert all(sum(name in names for names in MEETINGS.values()) >= 2 for name in SETTINGS)
+    assert len(GRID) + len(SINGLE) >= 31

@@ -74,7 +74,11 @@ def closed_form_of_coordinates(unconstrained):
     return problems.closed_form({"log_penalty": jnp.log(penalty)})
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+# Checkpoints change nothing here, as `test_unroll` shows.
+COMPOSED = [name for name in ESTIMATORS if name not in ("unrolled_step", "unrolled_sqrt")]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
 @pytest.mark.once
 def test_through_a_change_of_coordinates(name):
     unconstrained = spaces.Unconstrained({"penalty": jnp.array([2.0, -1.0, 1.5, 0.5])})
@@ -93,7 +97,7 @@ def closed_form_of_weights(phi):
     return sum(map(problems.closed_form, lam, TASKS)) / len(TASKS)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", COMPOSED)
 @pytest.mark.once
 def test_predicted_for_a_batch_of_tasks(name):
     phi = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), PREDICTOR.init(KEY))
