@@ -1,4 +1,4 @@
-"""Over tasks and over seeds: loops, chunks, padding, order, and what is not finite."""
+"""Over tasks and over seeds: loops, chunks, padding, order, and non-finite estimates."""
 
 import functools
 

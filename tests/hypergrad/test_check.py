@@ -121,7 +121,7 @@ ROLLED = {"num_steps": 6, "truncation_length": 2, "sigma": 0.1, "num_pairs": 4}
 
 @pytest.mark.once
 def test_an_unbiased_rule_is_judged_over_its_whole_episode():
-    # In the first window these are the same rule; what comes later tells them apart.
+    # In the first window these are the same rule; later windows differ.
     persistent = hypergrad.persistent_es(problems.RIDGE, **ROLLED)
     assert CHECK(persistent, problems.LAM, problems.TASK).passed
 

@@ -106,7 +106,7 @@ def test_evolution_is_unbiased_for_the_smoothed_loss(outer):
     whole = hypergrad.unrolled(POLYNOMIAL, num_steps=3, outer=outer)
     plain = columns(jax.jit(whole.estimate)(LAM, TASK, KEY)[0].hypergrad)
     assert np.abs(standard_errors(estimates, plain)).max() > 10
-    # What the metric says of one estimate is what many show.
+    # The metric of one estimate agrees with the variance of many estimates.
     np.testing.assert_allclose(out.metrics["sampling_variance"].mean(), estimates.var(0).sum(), rtol=0.1)
 
 

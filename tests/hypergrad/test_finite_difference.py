@@ -14,7 +14,7 @@ from metaopt.hypergrad import _finite_difference
 
 KEY = jax.random.key(0)
 
-# λ in the loss, in what the loss gives beside its value, in the optimizer and in the outer loss; noise, a count.
+# λ enters the loss, its auxiliary output, the optimizer and the outer loss; there are noise and a count.
 
 
 def _loss(params, hyperparams, batch, context):
@@ -85,7 +85,7 @@ def test_the_error_falls_with_the_distance_by_its_order(error, difference, order
     for coarse, fine in zip(errors[:2], errors[1:3], strict=True):
         assert 0.95 * 2**order < coarse["target"] / fine["target"] < 1.05 * 2**order
     assert errors[3]["target"] < (1e-7 if order == 2 else 1e-4)
-    # What enters the optimizer or the outer loss alone is exact at every distance.
+    # Leaves that enter only the optimizer or the outer loss are exact at every distance.
     assert max(max(e["rate"], e["scale"]) for e in errors) < 1e-12
 
 

@@ -1,4 +1,4 @@
-"""Forward mode: a closed form, every other exact rule, what is carried and what is computed once."""
+"""Forward mode: a closed form, all other exact rules, the carried values, and the work that is done once."""
 
 import chex
 import jax

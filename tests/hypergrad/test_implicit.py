@@ -1,4 +1,4 @@
-"""Implicit hypergradients: rules, biases, warm starts, what they refuse and by what name."""
+"""Implicit hypergradients: rules, biases, warm starts, and the leaves that they reject."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""Training as a function that is differentiated where it rests: orders, modes, levels, and what it refuses."""
+"""Training as a function that is differentiated at rest: orders, modes, levels, and rejected leaves."""
 
 import chex
 import jax
@@ -160,7 +160,7 @@ def test_three_levels(lower, upper):
     chex.assert_trees_all_close(out, (jnp.asarray(value), expected), rtol=1e-7)
 
 
-# What it refuses, and only when asked.
+# Leaves that it rejects, if their derivative is taken.
 
 
 def loop_with_everything():

@@ -1,4 +1,4 @@
-"""Lookahead: DARTS written out by hand, its first-order form, what is carried."""
+"""Lookahead: DARTS written by hand, its first-order form, and the carried state."""
 
 import chex
 import jax
@@ -77,7 +77,7 @@ def test_the_gradient_is_an_argument_of_the_virtual_steps():
 
 @pytest.mark.once
 def test_one_step_recomputes_too():
-    # XLA inlines a loop of one step; what it computed must not be kept all the same.
+    # XLA inlines a loop of one step; its values must not be kept.
     def losses(params, batch):
         x = batch["x"]
         for w in params:

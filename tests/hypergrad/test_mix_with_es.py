@@ -141,7 +141,7 @@ def test_over_tasks_amortized_and_carried():
     state = jax.jit(estimator.init)(KEY, phi, tasks)
     out, after = jax.jit(estimator.estimate)(phi, tasks, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    # With so small a σ, evolution strategies vary far more than the gradient: what is left is the rule itself.
+    # With such a small σ, evolution strategies vary far more than the gradient, so only the exact rule remains.
     plain = hypergrad.over_tasks(predictors.amortize(rule, predictor))
     expected, _ = jax.jit(lambda: plain.estimate(phi, tasks, plain.init(KEY, phi, tasks)))()
     chex.assert_trees_all_close(out.hypergrad, expected.hypergrad, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Reptile's direction through any map from λ to the initialization; what it refuses."""
+"""Reptile's direction through any map from λ to the initialization, and the leaves that it rejects."""
 
 import jax
 import jax.numpy as jnp

@@ -123,7 +123,7 @@ def test_negative_curvature():
     v, num_products = solve(hypergrad.cg(), a, b, guess=0 * B)
     assert 2 < num_products < SIZE and np.isfinite(v).all()
     assert v @ a @ v > 0 and b @ v > 0
-    # At once: what it has is the guess.
+    # It stops at once, with the guess.
     np.testing.assert_array_equal(solve(hypergrad.cg(), -np.eye(SIZE))[0], GUESS)
 
 

@@ -1,4 +1,4 @@
-"""Contributions of single steps: finite differences of λ at one step alone, and the sum."""
+"""Contributions of single steps: finite differences of λ at one step, and their sum."""
 
 import chex
 import jax
