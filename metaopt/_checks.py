@@ -1,4 +1,4 @@
-"""Checks of arguments that several packages need. Each raises a ValueError that names the argument and the fix."""
+"""Checks that several rooms need. Checks of arguments raise a ValueError that names the argument and the fix."""
 
 import contextlib
 import math
@@ -220,6 +220,42 @@ def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
     instead = "; take its `.estimator`" if isinstance(getattr(estimator, "estimator", None), base.Estimator) else ""
     function = ", or a function `step -> Estimator`" if or_function else ""
     raise ValueError(f"`estimator` must be a `base.Estimator`{function}; got {type(estimator).__name__}{instead}.")
+
+
+_REST_TOLERANCE = 0.3  # limit of ‖∇θ ℓ‖ / ‖∂f/∂θ‖
+REST_ADVICE = (
+    "Take more inner steps per estimate (`num_steps`) or a better inner optimizer, or use `hypergrad.unrolled`, which "
+    "needs no stationary point. The noise of a minibatch counts too: an implicit rule with `batch='full'` leaves it "
+    "out."
+)
+
+
+def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
+    """Finds implicit rules that ran far from a stationary point of ℓ, where their hypergradient is biased.
+
+    θ is about A⁻¹ ∇θ ℓ away from rest, where A is the Hessian of the inner loss ℓ. This changes ∂f/∂θ, the right-hand
+    side of the linear system, by (∂²f/∂θ²) A⁻¹ ∇θ ℓ. If f and ℓ have about the same curvature (one loss on two data
+    sets), this change is ∇θ ℓ. So ‖∇θ ℓ‖ / ‖∂f/∂θ‖ estimates the relative error of the hypergradient, in any unit of
+    the loss. The limit is 0.3.
+
+    Args:
+      metrics: scalars by name: the metrics of an estimate, or their means over some steps. The function compares
+        "inner_grad_norm" with "outer_grad_norm", also under the prefixes of `hypergrad.partition`. Other rules have no
+        such pair.
+
+    Returns:
+      One sentence for each such rule; `REST_ADVICE` lists the remedies.
+    """
+    sentences = []
+    for name in metrics:
+        prefix = name.removesuffix("inner_grad_norm")
+        inner_norm, outer_norm = float(metrics[name]), float(metrics.get(f"{prefix}outer_grad_norm", math.nan))
+        if prefix != name and inner_norm > _REST_TOLERANCE * outer_norm:
+            sentences.append(
+                f"An implicit rule runs far from a stationary point of the inner loss, so that its hypergradient is "
+                f"biased: `{name}` is {inner_norm:.3g} and `{prefix}outer_grad_norm` is {outer_norm:.3g}."
+            )
+    return sentences
 
 
 def check_record(record: Any, name: str = "A record") -> None:

@@ -10,7 +10,7 @@ import optax
 from metaopt import base, inner, spaces
 
 # Ridge regression with one learned penalty per feature, p = exp(λ):
-#   g = |Xθ − y|²/2N + Σ_d p_d θ_d²/2,    θ*(λ) = (XᵀX/N + diag p)⁻¹ Xᵀy/N,    f = |Xv θ − yv|²/2M.
+#   ℓ = |Xθ − y|²/2N + Σ_d p_d θ_d²/2,    θ*(λ) = (XᵀX/N + diag p)⁻¹ Xᵀy/N,    f = |Xv θ − yv|²/2M.
 
 NUM_FEATURES = 4
 
@@ -176,7 +176,7 @@ def masked_problem(sampler=None) -> base.Problem:
 
 
 # Logistic regression with a penalty per feature, p = exp(λ), by Newton's method and the implicit function theorem:
-# g = mean log(1 + exp(−y xᵀθ)) + Σ p_d θ_d²/2,  f = the same mean on the validation rows + 0.1 Σ λ_d².
+# ℓ = mean log(1 + exp(−y xᵀθ)) + Σ p_d θ_d²/2,  f = the same mean on the validation rows + 0.1 Σ λ_d².
 
 
 def logistic_task(seed=0):
@@ -213,6 +213,6 @@ def logistic_answer(lam, task=LOGISTIC_TASK):
     assert np.linalg.norm(grad) < 1e-12
     xv, yv = np.asarray(task.valid["x"]), np.asarray(task.valid["y"])
     f_theta = -xv.T @ (yv / (1 + np.exp(yv * (xv @ theta)))) / len(yv)
-    mixed = penalty * theta  # ∂²g/∂λ∂θ is diagonal
+    mixed = penalty * theta  # ∂²ℓ/∂λ∂θ is diagonal
     hypergradient = 0.2 * np.asarray(lam["log_penalty"]) - mixed * np.linalg.solve(hessian, f_theta)
     return theta, hessian, f_theta, mixed, hypergradient

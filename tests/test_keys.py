@@ -182,13 +182,21 @@ def children(data):
     return jax.random.key_data(jnp.concatenate([*split, folded]))
 
 
+@jax.jit
+def descendants(data):
+    """What is derived from each of the keys in one step, and in two steps."""
+    once = jax.vmap(children)(data)
+    return once, jax.vmap(jax.vmap(children))(once)
+
+
 def derived(keys):
     """What is derived from keys in one step or two."""
     if not keys:
         return set()
-    once = jax.vmap(children)(jnp.array(sorted(keys), jnp.uint32))
-    twice = jax.vmap(jax.vmap(children))(once)
-    return {tuple(row) for level in (once, twice) for row in np.reshape(level, (-1, 2)).tolist()}
+    keys = sorted(keys)
+    keys += keys[:1] * (-len(keys) % 32)  # few shapes, so few programs
+    levels = descendants(np.array(keys, np.uint32))
+    return {tuple(row) for level in levels for row in np.reshape(level, (-1, 2)).tolist()}
 
 
 def assert_unrelated(found, uses):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from metaopt._jaxpr import _walk
 from metaopt._jaxpr._evaluate import evaluate, run_scan, run_while
@@ -21,7 +22,8 @@ def in_float64(function: Callable, *args: Any) -> tuple[Callable, set[str]]:
     """Returns the same program with every narrower floating-point type replaced by float64 (complex by complex128).
 
     The function is traced in its own types, so integers and random bits stay the same. Casts between floating-point
-    types disappear. The result can only be evaluated: differentiate the function before, not after.
+    types disappear, and so do operations on which no output depends. The result can only be evaluated: differentiate
+    the function before, not after.
 
     Args:
       function: any traceable function, such as an estimator's `estimate`.
@@ -41,6 +43,8 @@ def in_float64(function: Callable, *args: Any) -> tuple[Callable, set[str]]:
     """
     # A new function, since JAX would return the trace of an earlier call.
     closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    closed = closed.replace(jaxpr=live)
     narrow: set[str] = set()
 
     def replace(equation: Any) -> Callable:

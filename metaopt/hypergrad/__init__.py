@@ -1,58 +1,38 @@
 """Estimators of dF/dλ: one rule per file, and wrappers that run a rule over seeds and tasks."""
 
 from metaopt.hypergrad._batching import over_seeds, over_tasks
-from metaopt.hypergrad._check import Check, LeafCheck, check
-from metaopt.hypergrad._diagnose import Diagnosis, Finding, diagnose
+from metaopt.hypergrad._check import Check, check
+from metaopt.hypergrad._diagnose import Diagnosis, diagnose
 from metaopt.hypergrad._direct import direct
-from metaopt.hypergrad._evolution import ParticlesState, es_single, evolution, persistent_es, truncated_es
+from metaopt.hypergrad._evolution import es_single, evolution, persistent_es, truncated_es
 from metaopt.hypergrad._finite_difference import darts_fd
-from metaopt.hypergrad._first_order import F2saState, bome, f2sa
+from metaopt.hypergrad._first_order import bome, f2sa
 from metaopt.hypergrad._flops import flops
 from metaopt.hypergrad._forward import forward
-from metaopt.hypergrad._hypergradient_descent import HypergradientDescentState, hypergradient_descent
-from metaopt.hypergrad._implicit import (
-    ImplicitState,
-    implicit,
-    implicit_solve,
-    rest_warning,
-    used_leaves,
-    warm_implicit,
-)
-from metaopt.hypergrad._lookahead import LookaheadState, lookahead
-from metaopt.hypergrad._mix_with_es import MixState, mix_with_es
+from metaopt.hypergrad._hypergradient_descent import hypergradient_descent
+from metaopt.hypergrad._implicit import implicit, warm_implicit
+from metaopt.hypergrad._implicit_solve import implicit_solve
+from metaopt.hypergrad._lookahead import lookahead
+from metaopt.hypergrad._mix_with_es import mix_with_es
 from metaopt.hypergrad._mixed import mixed_grad
-from metaopt.hypergrad._partition import PartitionState, partition
-from metaopt.hypergrad._recommend import Cost, Recommendation, recommend
+from metaopt.hypergrad._partition import partition
+from metaopt.hypergrad._recommend import Recommendation, recommend
 from metaopt.hypergrad._reptile import reptile
 from metaopt.hypergrad._sama import sama
-from metaopt.hypergrad._solvers import Matvec, Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
-from metaopt.hypergrad._trace import Contributions, trace
-from metaopt.hypergrad._truncated import TruncatedState, t1t2, truncated
-from metaopt.hypergrad._unroll import checkpointed_scan, unroll, unrolled
+from metaopt.hypergrad._solvers import Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
+from metaopt.hypergrad._trace import trace
+from metaopt.hypergrad._truncated import t1t2, truncated
+from metaopt.hypergrad._unroll import unroll, unrolled
 
 __all__ = [
     "Check",
-    "Contributions",
-    "Cost",
     "Diagnosis",
-    "F2saState",
-    "Finding",
-    "HypergradientDescentState",
-    "ImplicitState",
-    "LeafCheck",
-    "LookaheadState",
-    "Matvec",
-    "MixState",
-    "ParticlesState",
-    "PartitionState",
     "Recommendation",
     "Solver",
-    "TruncatedState",
     "bicgstab",
     "bome",
     "cg",
     "check",
-    "checkpointed_scan",
     "darts_fd",
     "dense",
     "diagnose",
@@ -79,7 +59,6 @@ __all__ = [
     "persistent_es",
     "recommend",
     "reptile",
-    "rest_warning",
     "sama",
     "t1t2",
     "trace",
@@ -87,6 +66,5 @@ __all__ = [
     "truncated_es",
     "unroll",
     "unrolled",
-    "used_leaves",
     "warm_implicit",
 ]

@@ -1,6 +1,6 @@
 """Runs one estimator over several seeds, and over a batch of tasks."""
 
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,18 +13,6 @@ _BATCH = (
     "A batch of tasks is one `Task(train, valid)` whose leaves have a leading axis of tasks (`tasks.stack` makes it of "
     "a list of them, `tasks.episode_batches` of a sampler of episodes), or a tuple of such batches"
 )
-_EMPTY = "The batch of tasks is empty: it needs at least one task, stacked with `tasks.stack`."
-
-
-@contextlib.contextmanager
-def _explained(task: Any):
-    """Explains the form of a task if a rule fails since `task` is not one; `direct` accepts tasks of any structure."""
-    try:
-        yield
-    except AttributeError as error:
-        if type(error.obj) is not type(task) or error.name not in base.Task._fields:
-            raise
-        raise ValueError(f"{_BATCH}; got a {type(task).__name__}.") from error
 
 
 def _is_finite(estimate: base.Estimate) -> jax.Array:
@@ -89,17 +77,12 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
       An `Estimator` for one task. Its state has a leading axis of S. It is `done` if all seeds are done, or if one is
       not finite. Metrics: the means of the inner estimator's metrics, and "num_finite_seeds".
 
-    Raises:
-      ValueError: if `num_seeds < 1`.
     """
-    _checks.check_integer("num_seeds", num_seeds, 1)
 
     def init(key, hyperparams, task):
-        _checks.check_hyperparams(hyperparams)
         return jax.vmap(estimator.init, in_axes=(0, None, None))(jax.random.split(key, num_seeds), hyperparams, task)
 
     def estimate(hyperparams, task, state):
-        _checks.check_hyperparams(hyperparams)
         estimates, state = jax.vmap(estimator.estimate, in_axes=(None, None, 0))(hyperparams, task, state)
         sums, _ = _sums(estimates)
         mean = jax.tree.map(lambda x: x / sums["finite"], {k: sums[k] for k in ("value", "hypergrad", "metrics")})
@@ -157,103 +140,105 @@ def over_tasks(
       "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: if `estimator` is not an estimator, if an argument is out of range, or if `normalize` and `max_norm`
-        are both set. At trace time, if the batch is empty or its leaves disagree on B.
+      ValueError: if `estimator` is not an `Estimator`, `max_norm` is not positive, or `normalize` and `max_norm` are
+        both set. At trace time, if the batch is empty or its leaves disagree on B.
     """
     _checks.check_estimator(estimator)
-    _checks.check_integer("task_chunk", task_chunk, 1, optional=True)
     _checks.check_positive("max_norm", max_norm, optional=True)
     if normalize and max_norm is not None:
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 
-    def is_ragged(tasks):
-        """Whether `tasks` is a tuple of batches; rejects a mixed tuple and a list."""
-        if type(tasks) is tuple and all(isinstance(part, base.Task) for part in tasks):
-            return True
-        if type(tasks) in (tuple, list) and any(isinstance(part, base.Task) for part in tasks):
-            raise ValueError(f"{_BATCH}; got a {type(tasks).__name__} of {[type(t).__name__ for t in tasks]}.")
-        return False
-
-    def size(tasks):
-        """Checks one batch, and returns its number of tasks."""
-        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
-        if not sizes or sizes == {(0,)}:
-            raise ValueError(_EMPTY)
-        if len(sizes) > 1 or () in sizes:
-            raise ValueError(
-                "Every leaf of a batch of tasks must have the number of tasks as its leading axis; got leading axes "
-                f"{sorted(map(str, sizes))}. Stack tasks with `tasks.stack`; of a sampler of episodes, "
-                "`tasks.episode_batches(sample, num_tasks)` draws batches."
-            )
-        return sizes.pop()[0]
-
-    def check_parts(tasks):
-        if not tasks:
-            raise ValueError(_EMPTY)
-
-    def init(key, hyperparams, task):
-        _checks.check_hyperparams(hyperparams)
-        if is_ragged(task):
-            check_parts(task)
-            keys = jax.random.split(key, len(task))
-            return tuple(init(k, hyperparams, batch) for k, batch in zip(keys, task, strict=True))
-        keys = jax.random.split(key, size(task))
-        with _explained(task):
-            return jax.vmap(estimator.init, in_axes=(0, None, 0))(keys, hyperparams, task)
-
-    def one(hyperparams, task, state):
-        with _explained(task):
-            estimate, state = estimator.estimate(hyperparams, task, state)
+    def one_task(hyperparams, task, state):
+        estimate, state = estimator.estimate(hyperparams, task, state)
         return _normalize(estimate, max_norm, normalize), state
 
-    def batch_sums(hyperparams, tasks, state):
-        def chunk_sums(tasks, state):
-            estimates, state = jax.vmap(one, in_axes=(None, 0, 0))(hyperparams, tasks, state)
-            sums, finite = _sums(estimates)
-            return sums, estimates.done | ~finite, state
-
-        num_tasks = size(tasks)
-        if task_chunk is None or task_chunk >= num_tasks:
-            return chunk_sums(tasks, state)
-        whole = num_tasks - num_tasks % task_chunk
-
-        def accumulate(total, chunk):
-            sums, done, state = chunk_sums(*chunk)
-            return jax.tree.map(jnp.add, total, sums), (done, state)
-
-        chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, task_chunk, *x.shape[1:]), (tasks, state))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda c: chunk_sums(*c)[0], jax.tree.map(lambda x: x[0], chunks)),
-        )
-        total, outputs = jax.lax.scan(accumulate, zeros, chunks)
-        outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
-        if whole < num_tasks:
-            total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], (tasks, state)))
-            outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, rest)
-        return total, *outputs
+    def init(key, hyperparams, task):
+        if _is_ragged(task):
+            keys = jax.random.split(key, len(task))
+            return tuple(init(k, hyperparams, batch) for k, batch in zip(keys, task, strict=True))
+        keys = jax.random.split(key, _batch_size(task))
+        return jax.vmap(estimator.init, in_axes=(0, None, 0))(keys, hyperparams, task)
 
     def estimate(hyperparams, task, state):
-        _checks.check_hyperparams(hyperparams)
-        if is_ragged(task):
-            check_parts(task)
-            parts = [batch_sums(hyperparams, *part) for part in zip(task, state, strict=True)]
+        if _is_ragged(task):
+            batches = zip(task, state, strict=True)
+            parts = [_batch_sums(one_task, task_chunk, hyperparams, *batch) for batch in batches]
             sums = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *[p[0] for p in parts])
             done, state = tuple(p[1] for p in parts), tuple(p[2] for p in parts)
         else:
-            sums, done, state = batch_sums(hyperparams, task, state)
-        count = sums["finite"]
-        hypergrad = jax.tree.map(lambda x: (x / count).astype(x.dtype), sums["hypergrad"])
-        spread = sums["squared_norm"] - count * optax.tree.norm(hypergrad, squared=True)
-        metrics = {
-            **jax.tree.map(lambda x: x / count, sums["metrics"]),
-            "num_tasks": sums["tasks"],
-            "num_finite": count,
-            "num_nonfinite": sums["tasks"] - count,
-            "hypergrad_variance": jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1),  # rounding may give spread < 0
-        }
-        return base.Estimate(sums["value"] / count, hypergrad, done, metrics), state
+            sums, done, state = _batch_sums(one_task, task_chunk, hyperparams, task, state)
+        return _mean_over_tasks(sums, done), state
 
     changed = normalize or max_norm is not None
     biased = changed and estimator.kind in ("exact", "unbiased")
     return base.Estimator(init, estimate, "biased" if biased else estimator.kind)
+
+
+def _is_ragged(tasks: Any) -> bool:
+    """Whether `tasks` is a tuple of batches; rejects an empty or mixed tuple, and a list."""
+    if type(tasks) is tuple and tasks and all(isinstance(part, base.Task) for part in tasks):
+        return True
+    if (type(tasks) is tuple and not tasks) or (
+        type(tasks) in (tuple, list) and any(isinstance(part, base.Task) for part in tasks)
+    ):
+        raise ValueError(f"{_BATCH}; got a {type(tasks).__name__} of {[type(t).__name__ for t in tasks]}.")
+    return False
+
+
+def _batch_size(tasks: base.Task) -> int:
+    """Checks the leading axes of one batch, and returns its number of tasks."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tasks)}
+    if len(sizes) != 1 or sizes in ({()}, {(0,)}):
+        raise ValueError(
+            "Every leaf of a batch of tasks must have the number of tasks as its leading axis, and there must be at "
+            f"least one task; got axes {sorted(map(str, sizes))}. Stack tasks with `tasks.stack`, or draw batches of "
+            "episodes with `tasks.episode_batches(sample, num_tasks)`."
+        )
+    return sizes.pop()[0]
+
+
+def _batch_sums(
+    one_task: Callable, task_chunk: int | None, hyperparams: base.HyperParams, tasks: base.Task, state: Any
+) -> tuple[dict[str, Any], jax.Array, Any]:
+    """The sums over the tasks of one batch, which slots are done, and the state of every slot."""
+
+    def chunk_sums(tasks, state):
+        estimates, state = jax.vmap(one_task, in_axes=(None, 0, 0))(hyperparams, tasks, state)
+        sums, finite = _sums(estimates)
+        return sums, estimates.done | ~finite, state
+
+    num_tasks = _batch_size(tasks)
+    if task_chunk is None or task_chunk >= num_tasks:
+        return chunk_sums(tasks, state)
+    whole = num_tasks - num_tasks % task_chunk
+
+    def accumulate(total, chunk):
+        sums, done, state = chunk_sums(*chunk)
+        return jax.tree.map(jnp.add, total, sums), (done, state)
+
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, task_chunk, *x.shape[1:]), (tasks, state))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(lambda c: chunk_sums(*c)[0], jax.tree.map(lambda x: x[0], chunks)),
+    )
+    total, outputs = jax.lax.scan(accumulate, zeros, chunks)
+    outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
+    if whole < num_tasks:
+        total, rest = accumulate(total, jax.tree.map(lambda x: x[whole:], (tasks, state)))
+        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, rest)
+    return total, *outputs
+
+
+def _mean_over_tasks(sums: dict[str, Any], done: base.PyTree) -> base.Estimate:
+    """The estimate of `over_tasks`, from the sums over all finite tasks."""
+    count = sums["finite"]
+    hypergrad = jax.tree.map(lambda x: (x / count).astype(x.dtype), sums["hypergrad"])
+    spread = sums["squared_norm"] - count * optax.tree.norm(hypergrad, squared=True)
+    metrics = {
+        **jax.tree.map(lambda x: x / count, sums["metrics"]),
+        "num_tasks": sums["tasks"],
+        "num_finite": count,
+        "num_nonfinite": sums["tasks"] - count,
+        "hypergrad_variance": jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1),  # rounding may give spread < 0
+    }
+    return base.Estimate(sums["value"] / count, hypergrad, done, metrics)

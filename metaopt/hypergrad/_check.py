@@ -114,9 +114,10 @@ def check(
 ) -> Check:
     """Compares an estimator with finite differences of F in float64, on the given problem.
 
-    The whole estimate runs in float64, for any types in the problem: its program is traced as it is, and every narrower
-    floating-point type is replaced. Operations for which that is impossible (callbacks, foreign kernels) are listed in
-    `float32_operations`. In that case ε and `rtol` are at least 1e-2.
+    The hypergradient is computed once, at λ. At all other points, only F is evaluated. Both run in float64, for any
+    types in the problem: the programs are traced as they are, and every narrower floating-point type is replaced.
+    Operations for which that is impossible (callbacks, foreign kernels) are listed in `float32_operations`. In that
+    case ε and `rtol` are at least 1e-2.
 
     Slopes of F along d come from differences at the distances ε, ε/2 and ε/4, combined so that their error is O(ε⁴).
     Their uncertainty is the disagreement of the three, and the difference between the slopes to the left and right of
@@ -155,33 +156,94 @@ def check(
       A `Check`; print it.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: if a number of directions, estimates or samples is too small.
 
     Source: metasmoothness follows Engstrom et al., 2025, https://arxiv.org/abs/2503.13751.
     """
-    _checks.check_integer("num_directions", num_directions, 1)
-    _checks.check_integer("num_estimates", num_estimates, 1)
-    _checks.check_integer("num_samples", num_samples, 2)
-    _checks.check_positive("epsilon", epsilon)
-    _checks.check_positive("radius", radius)
-    _checks.check_positive("rtol", rtol)
+    counts = (
+        ("num_directions", num_directions, 1),
+        ("num_estimates", num_estimates, 1),
+        ("num_samples", num_samples, 2),
+    )
+    for name, count, least in counts:
+        _checks.check_integer(name, count, least)
+    options = {"num_estimates": num_estimates, "num_samples": num_samples, "epsilon": epsilon, "rtol": rtol}
+    point = evaluated(estimator, hyperparams, task, key=key, **options)
+    return compared(estimator.kind, point, num_directions, radius)
+
+
+class Point(NamedTuple):
+    """F near λ, and its hypergradients at λ.
+
+    Attributes:
+      mean_value: a function from the leaves of λ to F, the mean over the keys.
+      paths: the path of each leaf of λ.
+      center: the leaves of λ.
+      units: the unit of each leaf's steps.
+      value: F(λ).
+      grads: the leaves of the hypergradients, [K, ...], one for each key.
+      narrow: the operations that stay in float32.
+      noise: the relative rounding error of F.
+      epsilon: the first step, in units.
+      rtol: the largest relative error that passes.
+    """
+
+    mean_value: Callable[[list[np.ndarray]], float]
+    paths: list[str]
+    center: list[np.ndarray]
+    units: list[float]
+    value: float
+    grads: list[np.ndarray]
+    narrow: list[str]
+    noise: float
+    epsilon: float
+    rtol: float
+
+
+def evaluated(
+    estimator: base.Estimator,
+    hyperparams: base.HyperParams,
+    task: base.Task,
+    *,
+    key: jax.Array | None = None,
+    num_estimates: int,
+    num_samples: int,
+    epsilon: float,
+    rtol: float,
+) -> Point:
+    """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ; see `check`."""
     key = jax.random.key(0) if key is None else key
     keys = jax.random.split(key, num_samples if estimator.kind == "unbiased" else 1)
-    args = (hyperparams, task, estimator.init(key, hyperparams, task), keys)
-    program, narrow = _jaxpr.in_float64(_samples(estimator, num_estimates), *args)
-    with jax.enable_x64(True), np.errstate(invalid="ignore", over="ignore"):
-        run = jax.jit(program)
-        leaves, structure = jax.tree.flatten(hyperparams)
-        center = [np.asarray(leaf, np.float64) for leaf in leaves]
-        values = lambda leaves: run(structure.unflatten(leaves), *args[1:])
-        point = _point(values, center, narrow, epsilon, rtol)
-        paths = [jax.tree_util.keystr(path) or "λ" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
-        rng = np.random.default_rng(0)
-        checks = [_check_leaf(point, rng, i, path) for i, path in enumerate(paths)]
+    samples, args = _samples(estimator, num_estimates), (task, estimator.init(key, hyperparams, task), keys)
+    leaves, structure = jax.tree.flatten(hyperparams)
+    center = [np.asarray(leaf, np.float64) for leaf in leaves]
+    both, narrow = _jaxpr.in_float64(samples, hyperparams, *args)
+    only_values, _ = _jaxpr.in_float64(lambda *args: samples(*args)[0], hyperparams, *args)
+    gradient_fn, value_fn = jax.jit(lambda *args: both(*args)[1]), jax.jit(only_values)
+
+    def mean_value(leaves):
+        with jax.enable_x64(True), np.errstate(invalid="ignore", over="ignore"):
+            return float(np.mean(value_fn(structure.unflatten(leaves), *args)))
+
+    with jax.enable_x64(True):
+        grads = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient_fn(structure.unflatten(center), *args))]
+    noise = _NOISE_FLOAT64
+    if narrow:
+        noise, epsilon, rtol = _NOISE_FLOAT32, max(epsilon, _EPSILON_FLOAT32), max(rtol, _RTOL_FLOAT32)
+    paths = [jax.tree_util.keystr(path) or "λ" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+    units = [_unit(x) for x in center]
+    return Point(mean_value, paths, center, units, mean_value(center), grads, sorted(narrow), noise, epsilon, rtol)
+
+
+def compared(kind: str, point: Point, num_directions: int, radius: float) -> Check:
+    """The result of `check`, from the hypergradients at λ and the values of F next to it."""
+    rng = np.random.default_rng(0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        leaves = [_check_leaf(point, rng, i) for i in range(len(point.center))]
         cosine, uphill, metasmoothness = _check_directions(point, rng, num_directions, radius)
-    verdict = _verdict(estimator.kind, checks, uphill)
-    message = _advice(estimator.kind, checks, uphill, metasmoothness, sorted(narrow), point.rtol)
-    return Check(estimator.kind, verdict, point.value, checks, cosine, metasmoothness, sorted(narrow), message)
+    verdict = _verdict(kind, leaves, uphill)
+    message = _advice(kind, leaves, uphill, metasmoothness, point.narrow, point.rtol)
+    return Check(kind, verdict, point.value, leaves, cosine, metasmoothness, point.narrow, message)
 
 
 def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
@@ -216,41 +278,6 @@ def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
     return samples
 
 
-class _Point(NamedTuple):
-    """F near λ, and its hypergradients at λ.
-
-    Attributes:
-      mean_value: a function from the leaves of λ to F, the mean over the keys.
-      center: the leaves of λ.
-      units: the unit of each leaf's steps.
-      value: F(λ).
-      grads: the leaves of the hypergradients, [K, ...], one for each key.
-      noise: the relative rounding error of F.
-      epsilon: the first step, in units.
-      rtol: the largest relative error that passes.
-    """
-
-    mean_value: Callable[[list[np.ndarray]], float]
-    center: list[np.ndarray]
-    units: list[float]
-    value: float
-    grads: list[np.ndarray]
-    noise: float
-    epsilon: float
-    rtol: float
-
-
-def _point(run: Callable, center: list[np.ndarray], narrow: set[str], epsilon: float, rtol: float) -> _Point:
-    """Evaluates F and its hypergradients at λ; after this first run, `narrow` holds the operations left in float32."""
-    values, grads = run(center)
-    noise = _NOISE_FLOAT64
-    if narrow:
-        noise, epsilon, rtol = _NOISE_FLOAT32, max(epsilon, _EPSILON_FLOAT32), max(rtol, _RTOL_FLOAT32)
-    mean_value = lambda leaves: float(np.mean(run(leaves)[0]))
-    grads = [np.asarray(leaf) for leaf in jax.tree.leaves(grads)]
-    return _Point(mean_value, center, [_unit(x) for x in center], float(np.mean(values)), grads, noise, epsilon, rtol)
-
-
 def _unit(leaf: np.ndarray) -> float:
     """The scale of a leaf's steps: its largest entry, or 1 if that entry is zero up to rounding."""
     largest = float(np.max(np.abs(leaf), initial=0.0))
@@ -261,14 +288,14 @@ def _moved(center: list[np.ndarray], direction: list[np.ndarray], distance: floa
     return [x + distance * d for x, d in zip(center, direction, strict=True)]
 
 
-def _hypergrad_slope(point: _Point, direction: list[np.ndarray]) -> tuple[float, float]:
+def _hypergrad_slope(point: Point, direction: list[np.ndarray]) -> tuple[float, float]:
     """The mean slope that the estimator claims along a direction, and its standard error."""
     dots = sum(g.reshape(len(g), -1) @ d.ravel() for g, d in zip(point.grads, direction, strict=True))
     dots = np.asarray(dots)
     return float(dots.mean()), float(dots.std(ddof=1) / len(dots) ** 0.5) if len(dots) > 1 else 0.0
 
 
-def _leaf_directions(point: _Point, rng: np.random.Generator, index: int) -> list[list[np.ndarray]]:
+def _leaf_directions(point: Point, rng: np.random.Generator, index: int) -> list[list[np.ndarray]]:
     """Two random sign vectors in one leaf.
 
     Out of 16 vectors, the function takes the two along which the claimed slope cancels least. If the slope is random,
@@ -282,9 +309,9 @@ def _leaf_directions(point: _Point, rng: np.random.Generator, index: int) -> lis
     return [[*zeros[:index], signs[i], *zeros[index + 1 :]] for i in best]
 
 
-def _check_leaf(point: _Point, rng: np.random.Generator, index: int, path: str) -> LeafCheck:
+def _check_leaf(point: Point, rng: np.random.Generator, index: int) -> LeafCheck:
     """Compares slopes within one leaf; tries a second direction if the first is inconclusive."""
-    norm = float(np.linalg.norm(point.grads[index].mean(0)))
+    path, norm = point.paths[index], float(np.linalg.norm(point.grads[index].mean(0)))
     if not np.isfinite([norm, point.value]).all():
         return LeafCheck(path, norm, np.nan, np.nan, np.nan, np.nan, 0.0, "not finite", "")
     leaf = None
@@ -305,22 +332,22 @@ def _check_leaf(point: _Point, rng: np.random.Generator, index: int, path: str) 
 
 
 def _judge(
-    point: _Point, norm: float, claimed: float, standard_error: float, slope: _slopes.Slope, tried: list[_slopes.Slope]
+    point: Point, norm: float, claimed: float, standard_error: float, slope: _slopes.Slope, tried: list[_slopes.Slope]
 ) -> tuple[str, str]:
     """The status of a leaf, and a note on it."""
     size, gap = max(abs(claimed), abs(slope.value)), abs(claimed - slope.value) - slope.uncertainty
-    known = slope.uncertainty <= max(point.rtol * size, standard_error)
+    is_known = slope.uncertainty <= max(point.rtol * size, standard_error)
     # A slope that consists only of rounding errors counts as zero: a bias before batch normalization has such a slope.
     flat = (point.rtol if norm == 0 else _FLAT) * max(abs(point.value), 1e-300)
     if not np.isfinite(slope.value):
         return "inconclusive", "F is not finite next to λ"
     if norm == 0 and abs(slope.value) > 2 * slope.uncertainty:
         return "dead", ""
-    if (norm == 0 or not known) and size + slope.uncertainty <= flat:
+    if (norm == 0 or not is_known) and size + slope.uncertainty <= flat:
         return "zero", ""
     if norm != 0 and gap > max(point.rtol * size, 3 * standard_error):
         return "wrong", ""
-    if norm == 0 or not known:
+    if norm == 0 or not is_known:
         return "inconclusive", _cause(point, size, slope, tried)
     if 3 * standard_error > size:
         return "inconclusive", "three standard errors exceed the slope"
@@ -329,7 +356,7 @@ def _judge(
     return "right", ""
 
 
-def _cause(point: _Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
+def _cause(point: Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
     """The reason why finite differences are inconclusive."""
     value = max(abs(point.value), 1e-300)
     if slope.rounding > slope.uncertainty / 2:
@@ -343,7 +370,7 @@ def _cause(point: _Point, size: float, slope: _slopes.Slope, tried: list[_slopes
 
 
 def _check_directions(
-    point: _Point, rng: np.random.Generator, num_directions: int, radius: float
+    point: Point, rng: np.random.Generator, num_directions: int, radius: float
 ) -> tuple[float, str, float]:
     """The cosine, whether the hypergradient points uphill ("yes", "no", "unknown"), and the metasmoothness."""
     claims, slopes, errors, far_slopes = [], [], [], []

@@ -1,7 +1,7 @@
 """Finds out why a hypergradient goes wrong: one training run with diagnostic numbers, and advice."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 from metaopt import _checks, base, inner, spaces
-from metaopt.hypergrad import _implicit
 
 
 class Finding(NamedTuple):
@@ -42,8 +41,8 @@ class Diagnosis(NamedTuple):
     inner_grad_norm: np.ndarray
 
     def __str__(self) -> str:
-        found = [f"* {f.what}\n  {f.advice}" for f in self.findings] or ["Nothing was found."]
-        return "\n".join(found)
+        lines = [f"* {finding.what}\n  {finding.advice}" for finding in self.findings] or ["Nothing was found."]
+        return "\n".join(lines)
 
 
 def diagnose(
@@ -84,56 +83,15 @@ def diagnose(
     """
     _checks.check_integer("num_steps", num_steps, 2)
     key = jax.random.key(0) if key is None else key
-    loop = problem.loop
     start_key, noise_key, estimator_key = jax.random.split(key, 3)
-
-    def run(hyperparams):
-        state = loop.init(start_key, hyperparams, task.train)
-        leaves, structure = jax.tree.flatten(state)
-        moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-        def join(floats, state):
-            floats = iter(floats)
-            return structure.unflatten(
-                [next(floats) if m else x for m, x in zip(moves, jax.tree.leaves(state), strict=True)]
-            )
-
-        def floats_of(state):
-            return [x for m, x in zip(moves, jax.tree.leaves(state), strict=True) if m]
-
-        noise = [
-            jax.random.normal(jax.random.fold_in(noise_key, i), x.shape, x.dtype)
-            for i, x in enumerate(leaves)
-            if moves[i]
-        ]
-        # Only θ is perturbed; optimizer states follow. `params` of a state of indices gives the places of θ.
-        indices = structure.unflatten(list(range(len(leaves))))
-        is_param = set(jax.tree.leaves(loop.params(indices)))
-        at = [i for i, m in enumerate(moves) if m]
-        noise = [n if i in is_param else jnp.zeros_like(n) for n, i in zip(noise, at, strict=True)]
-        noise = jax.tree.map(lambda n: n / optax.tree.norm(noise), noise)
-
-        def step(carry, _):
-            state, delta = carry
-            context, batch = loop.context(state), loop.batch(state, task.train)
-            value, grads = jax.value_and_grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)
-
-            def advance(floats):
-                new = inner.step(loop, join(floats, state), hyperparams, task.train)
-                return floats_of(new), new
-
-            _, delta, new = jax.jvp(advance, (floats_of(state),), (delta,), has_aux=True)
-            size = optax.tree.norm(delta)
-            delta = jax.tree.map(lambda d: d / jnp.where(size > 0, size, 1), delta)
-            return (new, delta), (value[0], optax.tree.norm(grads), jnp.log(size))
-
-        (state, _), trace = jax.lax.scan(step, (state, noise), length=num_steps)
-        batch = problem.outer_batch(start_key, task)
-        return trace, problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
-
-    (loss, grad_norm, growth), outer = jax.tree.map(np.asarray, jax.jit(run)(hyperparams))
+    run = jax.jit(lambda hyperparams: _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps))
+    steps, outer = jax.tree.map(np.asarray, run(hyperparams))
+    bad = np.flatnonzero(~np.isfinite(steps.loss) | ~np.isfinite(steps.grad_norm))
+    kept = steps.growth[: bad[0]] if bad.size else steps.growth
+    # The perturbation needs some steps to turn into the direction that grows.
+    settled = kept[len(kept) // 5 :]
+    rate = float(np.mean(settled)) if settled.size else math.nan
     findings: list[Finding] = []
-    bad = np.flatnonzero(~np.isfinite(loss) | ~np.isfinite(grad_norm))
     if bad.size:
         findings.append(
             Finding(
@@ -144,65 +102,142 @@ def diagnose(
         )
     elif not np.isfinite(outer):
         findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
-    kept = growth[: bad[0]] if bad.size else growth
-    # The perturbation needs some steps to turn into the direction that grows.
-    settled = kept[len(kept) // 5 :]
-    rate = float(np.mean(settled)) if settled.size else math.nan
+    findings += _findings_of_growth(kept, settled, rate, num_steps)
+    if not bad.size:
+        findings += _findings_of_loss(steps, num_steps)
+    if space is not None:
+        findings += _findings_of_bounds(space, hyperparams)
+    if estimator is not None:
+        findings += _findings_of_estimator(estimator, estimator_key, hyperparams, task, num_estimates)
+    return Diagnosis(findings, rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm)
+
+
+class _Steps(NamedTuple):
+    """The numbers of one training run, step by step.
+
+    Attributes:
+      loss: [T] the inner loss ℓ.
+      grad_norm: [T] ‖∇θ ℓ‖.
+      growth: [T] log growth of the perturbation.
+    """
+
+    loss: Any
+    grad_norm: Any
+    growth: Any
+
+
+def _perturbed_run(
+    problem: base.Problem,
+    hyperparams: base.HyperParams,
+    task: base.Task,
+    start_key: jax.Array,
+    noise_key: jax.Array,
+    num_steps: int,
+) -> tuple[_Steps, jax.Array]:
+    """Trains once, with a perturbation of θ in forward mode. Returns the numbers of each step, and f at the end."""
+    loop = problem.loop
+    state = loop.init(start_key, hyperparams, task.train)
+    leaves, structure = jax.tree.flatten(state)
+    moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def join(floats, state):
+        floats = iter(floats)
+        return structure.unflatten(
+            [next(floats) if m else x for m, x in zip(moves, jax.tree.leaves(state), strict=True)]
+        )
+
+    def floats_of(state):
+        return [x for m, x in zip(moves, jax.tree.leaves(state), strict=True) if m]
+
+    # Only θ is perturbed; optimizer states follow. `params` of a state of indices gives the places of θ.
+    is_param = set(jax.tree.leaves(loop.params(structure.unflatten(list(range(len(leaves)))))))
+    noise = [
+        jax.random.normal(jax.random.fold_in(noise_key, i), x.shape, x.dtype) if i in is_param else jnp.zeros_like(x)
+        for i, x in enumerate(leaves)
+        if moves[i]
+    ]
+    noise = jax.tree.map(lambda n: n / optax.tree.norm(noise), noise)
+
+    def step(carry, _):
+        state, delta = carry
+        context, batch = loop.context(state), loop.batch(state, task.train)
+        value, grads = jax.value_and_grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)
+
+        def advance(floats):
+            new = inner.step(loop, join(floats, state), hyperparams, task.train)
+            return floats_of(new), new
+
+        _, delta, new = jax.jvp(advance, (floats_of(state),), (delta,), has_aux=True)
+        size = optax.tree.norm(delta)
+        delta = jax.tree.map(lambda d: d / jnp.where(size > 0, size, 1), delta)
+        return (new, delta), _Steps(value[0], optax.tree.norm(grads), jnp.log(size))
+
+    (state, _), steps = jax.lax.scan(step, (state, noise), length=num_steps)
+    batch = problem.outer_batch(start_key, task)
+    return steps, problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+
+def _findings_of_growth(kept: np.ndarray, settled: np.ndarray, rate: float, num_steps: int) -> list[Finding]:
+    """Problems with the derivative of training, from the log growth of the perturbation at each step."""
     if rate * num_steps > math.log(1e3):
-        findings.append(
+        return [
             Finding(
                 f"Products of Jacobians explode: a perturbation of θ grows by exp({rate:.3f}) a step, and by "
                 f"exp({rate * num_steps:.0f}) over {num_steps}: training is chaotic, and its hypergradient is noise.",
-                "A smaller inner rate is the cure; else fewer steps, `truncated`, `persistent_es`, or clipping per "
-                "task (`over_tasks(max_norm=...)`).",
+                "Use a smaller inner rate. Or use fewer steps, `truncated`, `persistent_es`, or clipping per task "
+                "(`over_tasks(max_norm=...)`).",
             )
-        )
-    elif float(np.max(settled, initial=-math.inf)) > math.log(3):
+        ]
+    if float(np.max(settled, initial=-math.inf)) > math.log(3):
         worst = len(kept) - len(settled) + int(np.argmax(settled))
-        findings.append(
+        return [
             Finding(
                 f"The step is chaotic in places: at step {worst} a perturbation grows by {math.exp(kept[worst]):.1f}.",
                 "Clip gradients in the optimizer, or warm the rate up.",
             )
+        ]
+    return []
+
+
+def _findings_of_loss(steps: _Steps, num_steps: int) -> list[Finding]:
+    """Problems with training itself, from a finite inner loss at each step."""
+    loss, tenth = steps.loss, max(1, num_steps // 10)
+    before, after, first = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean(), loss[:tenth].mean()
+    if after >= first:
+        return [
+            Finding(
+                f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end.",
+                "The rate is too small or too large for this many steps.",
+            )
+        ]
+    # Smaller differences of the loss are rounding errors, and their shares have no meaning.
+    rounding = 100 * np.finfo(loss.dtype).eps * abs(first)
+    if num_steps >= 20 and before - after > max(0.05 * (first - after), rounding):
+        return [
+            Finding(
+                "The inner loop has not converged: the last tenth of the steps still lowered ℓ by "
+                f"{before - after:.3g} of {first - after:.3g} in all; ‖∇θ ℓ‖ = {steps.grad_norm[-1]:.3g}.",
+                "An implicit rule is biased here: train longer, or take `unrolled`, which needs no convergence.",
+            )
+        ]
+    return []
+
+
+def _findings_of_bounds(space: base.PyTree, hyperparams: base.HyperParams) -> list[Finding]:
+    """Leaves of λ that are at a bound of their range."""
+    is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
+    natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
+    return [
+        Finding(
+            f"λ{jax.tree_util.keystr(path)} is at a bound of its range ({int(np.sum(leaf))} entries).",
+            "Widen the range, or fix the leaf.",
         )
-    if not bad.size:
-        tenth = max(1, num_steps // 10)
-        before, after, first = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean(), loss[:tenth].mean()
-        if after >= first:
-            findings.append(
-                Finding(
-                    f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end.",
-                    "The rate is too small or too large for this many steps.",
-                )
-            )
-        # Smaller differences of the loss are rounding errors, and their shares have no meaning.
-        elif num_steps >= 20 and before - after > max(
-            0.05 * (first - after), 100 * np.finfo(loss.dtype).eps * abs(first)
-        ):
-            findings.append(
-                Finding(
-                    "The inner loop has not converged: the last tenth of the steps still lowered g by "
-                    f"{before - after:.3g} of {first - after:.3g} in all; ‖∇θ g‖ = {grad_norm[-1]:.3g}.",
-                    "An implicit rule is biased here: train longer, or take `unrolled`, which needs no convergence.",
-                )
-            )
-    if space is not None:
-        is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
-        natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
-        for path, leaf in jax.tree_util.tree_leaves_with_path(spaces.at_bounds(space, natural)):
-            if np.any(leaf):
-                findings.append(
-                    Finding(
-                        f"λ{jax.tree_util.keystr(path)} sits at a bound of its range ({int(np.sum(leaf))} entries).",
-                        "Widen the range, or fix the leaf.",
-                    )
-                )
-    if estimator is not None:
-        findings += _of_estimator(estimator, estimator_key, hyperparams, task, num_estimates)
-    return Diagnosis(findings, rate, np.cumsum(growth), loss, grad_norm)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(spaces.at_bounds(space, natural))
+        if np.any(leaf)
+    ]
 
 
-def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Finding]:
+def _findings_of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Finding]:
     """Problems that an estimator's own numbers reveal."""
 
     def again(state, _):
@@ -229,7 +264,7 @@ def _of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Find
                 )
             )
     last = {name: values[-1] for name, values in estimates.metrics.items() if values.ndim == 1}
-    findings += [Finding(sentence, _implicit.REST_ADVICE) for sentence in _implicit.far_from_rest(last)]
+    findings += [Finding(sentence, _checks.REST_ADVICE) for sentence in _checks.far_from_rest(last)]
     for name, values in estimates.metrics.items():
         if not name.endswith("residual"):
             continue

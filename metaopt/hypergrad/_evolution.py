@@ -40,21 +40,16 @@ class ParticlesState(NamedTuple):
 
 def check_pairs(sigma: base.PyTree, num_pairs: int, least: int = 1) -> None:
     """Raises a `ValueError` if a scale is not positive, or if there are fewer than `least` pairs."""
-    if not all(np.all(np.asarray(leaf) > 0) for leaf in jax.tree.leaves(sigma)):
-        raise ValueError(f"`sigma` must be positive; got {sigma}.")
+    for scale in jax.tree.leaves(sigma):
+        _checks.check_positive("sigma", float(np.min(scale)))
     _checks.check_integer("num_pairs", num_pairs, least)
 
 
 def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
     """σ for every entry of λ, from a scalar or from a tree like λ of scalars and arrays."""
-    structure = jax.tree.structure(hyperparams)
     if jax.tree.structure(sigma) == jax.tree.structure(0) and jnp.ndim(sigma) == 0:
         sigma = jax.tree.map(lambda _: sigma, hyperparams)
-    if jax.tree.structure(sigma) != structure:
-        raise ValueError(
-            f"`sigma` must be a scalar or structured like λ, {structure}; got {jax.tree.structure(sigma)}."
-        )
-    return jax.tree.map(lambda s, x: jnp.broadcast_to(jnp.asarray(s, x.dtype), x.shape), sigma, hyperparams)
+    return jax.tree.map(lambda x, s: jnp.broadcast_to(jnp.asarray(s, x.dtype), x.shape), hyperparams, sigma)
 
 
 def normals(key: jax.Array, hyperparams: base.HyperParams, num_pairs: int) -> base.HyperParams:
@@ -102,8 +97,7 @@ def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str
 
 def _window(problem, num_steps, outer):
     """`(state, hyperparams, task, outer_key) -> (Σ_t w_t f(θ_t, λ), state)`; all steps use one validation batch."""
-    _unroll._check(num_steps, "none")
-    loop, weights = problem.loop, _unroll._weights(outer, num_steps)
+    loop, weights = problem.loop, _unroll.step_weights(outer, num_steps)
 
     def window(state, hyperparams, task, outer_key):
         def outer_loss(state):
@@ -113,7 +107,7 @@ def _window(problem, num_steps, outer):
         def step(state, _):
             return inner.step(loop, state, hyperparams, task.train)
 
-        return _unroll._weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat="none")
+        return _unroll.weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat="none")
 
     return window
 
@@ -130,17 +124,18 @@ def _particles(problem, window, sigma, num_pairs, renew):
         perturbation_key, loop_key, key = jax.random.split(key, 3)
         epsilon = normals(perturbation_key, hyperparams, num_pairs)
         # λ may enter the initialization, so it is perturbed there too.
-        at = pairs(hyperparams, scales(sigma, hyperparams), epsilon)
+        perturbed = pairs(hyperparams, scales(sigma, hyperparams), epsilon)
         start = over_pairs(lambda hyperparams, key, task: loop.init(key, hyperparams, task.train))
-        return ParticlesState(start(at, jax.random.split(loop_key, num_pairs), task), epsilon, epsilon, key)
+        return ParticlesState(start(perturbed, jax.random.split(loop_key, num_pairs), task), epsilon, epsilon, key)
 
     def estimate(hyperparams, task, state):
         hyperparams = jax.tree.map(jnp.asarray, hyperparams)
         perturbation_key, outer_key, key = jax.random.split(state.key, 3)
         scale = scales(sigma, hyperparams)
         members = jax.vmap(jax.vmap(window, (0, 0, None, None)), (0, 0, None, 0))
-        at, outer_keys = pairs(hyperparams, scale, state.perturbation), jax.random.split(outer_key, num_pairs)
-        losses, particles = members(state.inner, at, task, outer_keys)
+        perturbed = pairs(hyperparams, scale, state.perturbation)
+        outer_keys = jax.random.split(outer_key, num_pairs)
+        losses, particles = members(state.inner, perturbed, task, outer_keys)
         hypergrad, metrics = mean_and_metrics(score_estimates(state.score, losses, scale))
         fresh = normals(perturbation_key, hyperparams, num_pairs)
         perturbation, score = renew(state.perturbation, fresh, state.score)
@@ -153,13 +148,7 @@ def _particles(problem, window, sigma, num_pairs, renew):
 def _windowed(problem, num_steps, truncation_length, sigma, num_pairs, renew, kind) -> base.Estimator:
     """A rule that makes one estimate per window and is done at the horizon."""
     check_pairs(sigma, num_pairs)
-    _checks.check_integer("truncation_length", truncation_length, 1)
-    _checks.check_integer("num_steps", num_steps, 1)
-    if num_steps % truncation_length:
-        raise ValueError(
-            f"`num_steps` must be a positive multiple of `truncation_length`, {truncation_length}, so that all windows "
-            f"have one length; got {num_steps}."
-        )
+    _unroll.check_windows(num_steps, truncation_length)
     window = _window(problem, truncation_length, "mean")
     init, one_window = _particles(problem, window, sigma, num_pairs, renew)
 
@@ -265,7 +254,7 @@ def persistent_es(
       "inner_steps" and, if there are two or more pairs, "sampling_variance".
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if `sigma` is a tree that is not like λ.
+      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -299,7 +288,7 @@ def es_single(
       An `Estimator` like that of `persistent_es`.
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if `sigma` is a tree that is not like λ.
+      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -336,7 +325,7 @@ def truncated_es(
       An `Estimator` like that of `persistent_es`, of kind "biased".
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if `sigma` is a tree that is not like λ.
+      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

@@ -27,9 +27,10 @@ DIFFERENCES = ("central", "forward")
 LARGE = 2**22  # if the operations of a loss write more bytes than this, its gradients are taken one after another
 
 
-def check(epsilon: float | None, horizon: int | None) -> None:
-    _checks.check_positive("epsilon", epsilon, optional=True)
-    _checks.check_integer("horizon", horizon, 1, optional=True)
+_REASON = (
+    "neither the inner loss's gradient, nor the optimizer's update, nor the outer loss depends on them, and one step "
+    "does not depend on where training began. Use `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
+)
 
 
 def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
@@ -41,13 +42,7 @@ def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
         state = loop.init(init_key, hyperparams, task.train)
         places = ("inner", "model_state", "update", "outer")
         entering = _refusals.entering(problem, state, hyperparams, task, *places)
-        refused = [path for path, enters in entering.items() if not enters]
-        if refused:
-            raise ValueError(
-                f"`{rule}` cannot answer for the leaves {', '.join(refused)} of λ: neither the inner loss's gradient, "
-                "nor the optimizer's update, nor the outer loss depends on them, and one step does not depend on "
-                "where training began. Use `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
-            )
+        _refusals.refuse_unanswered(f"`{rule}`", entering, _REASON)
         return LookaheadState(state, key)
 
     return init
@@ -62,20 +57,20 @@ def _apart(loop, state, hyperparams, data) -> bool:
     """
     if jax.default_backend() != "cpu":
         return False
-    at = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
-    equations = list(_jaxpr.equations(jax.make_jaxpr(loop.loss)(*at).jaxpr))
+    args = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
+    equations = list(_jaxpr.equations(jax.make_jaxpr(loop.loss)(*args).jaxpr))
     if any(equation.primitive.name == "conv_general_dilated" for equation in equations):
         return False
-    made = (variable.aval for equation in equations for variable in equation.outvars)
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in made) > LARGE
+    outputs = (variable.aval for equation in equations for variable in equation.outvars)
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in outputs) > LARGE
 
 
 def _train(loop, state, hyperparams, data, *, num_steps, argnums, apart):
     """The state before the last of `num_steps` steps, its gradient by `argnums` of the loss, and the model state."""
 
     def gradient(state):
-        at = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
-        return jax.grad(loop.loss, argnums, has_aux=True)(*at)
+        args = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
+        return jax.grad(loop.loss, argnums, has_aux=True)(*args)
 
     if not apart:
         state = jax.lax.fori_loop(0, num_steps - 1, lambda _, s: inner.step(loop, s, hyperparams, data), state)
@@ -132,16 +127,16 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
         return jax.grad(lambda hyperparams: loop.loss(params, hyperparams, batch, context)[0])(hyperparams)
 
     def product():
-        """(∂²g/∂λ∂θ)ᵀ u."""
+        """(∂²ℓ/∂λ∂θ)ᵀ u."""
         if epsilon is None:
             return jax.jvp(hyper_grad, (origin,), (u,))[1]
         size = epsilon / jnp.where(norm == 0, 1, norm)
-        at = lambda size: hyper_grad(optax.tree.add_scale(origin, size, u))
+        hyper_grad_at = lambda size: hyper_grad(optax.tree.add_scale(origin, size, u))
         if one_sided:
-            return jax.tree.map(lambda a, b: (a - b) / size, at(size), hyper_grad_here)
+            return jax.tree.map(lambda a, b: (a - b) / size, hyper_grad_at(size), hyper_grad_here)
         if not apart:
-            return jax.tree.map(lambda a, b: (a - b) / (2 * size), at(size), at(-size))
-        both = jax.lax.map(at, jnp.stack([size, -size]))
+            return jax.tree.map(lambda a, b: (a - b) / (2 * size), hyper_grad_at(size), hyper_grad_at(-size))
+        both = jax.lax.map(hyper_grad_at, jnp.stack([size, -size]))
         return jax.tree.map(lambda x: (x[0] - x[1]) / (2 * size), both)
 
     # The branch saves memory (see `_apart`). NaN takes the same branch, so that it is not hidden.
@@ -211,13 +206,12 @@ def darts_fd(
       An `Estimator` of kind "biased", whose value is f(θ'). Metrics: "inner_steps", and "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: if an argument is out of range, or `difference` is unknown; at trace time, if a leaf of λ is used only
+      ValueError: if `commit` is negative, or `difference` is unknown; at trace time, if a leaf of λ is used only
         by `init`.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
     _checks.check_integer("commit", commit, 0)
-    check(epsilon, horizon)
     if difference not in DIFFERENCES:
         raise ValueError(f"`difference` must be one of {', '.join(DIFFERENCES)}; got {difference!r}.")
     loop = problem.loop

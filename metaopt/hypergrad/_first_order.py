@@ -35,16 +35,18 @@ class F2saState(NamedTuple):
     key: jax.Array
 
 
-def _refuse(problem: base.Problem, state: base.InnerState, hyperparams: base.HyperParams, task: base.Task) -> None:
+_REASON = (
+    "neither the gradient of the inner loss nor the outer loss depends on them, only the initialization or the "
+    "optimizer's update does, and the least inner loss does not depend on the path to it. Use `hypergrad.unrolled` for "
+    "them, or fix them (`spaces.fixed`)."
+)
+
+
+def _refuse_unanswered(
+    problem: base.Problem, state: base.InnerState, hyperparams: base.HyperParams, task: base.Task
+) -> None:
     entering = _refusals.entering(problem, state, hyperparams, task, "inner", "outer")
-    refused = [path for path, enters in entering.items() if not enters]
-    if refused:
-        raise ValueError(
-            f"A value-function rule cannot answer for the leaves {', '.join(refused)} of λ: neither the gradient of "
-            "the inner loss nor the outer loss depends on them, only the initialization or the optimizer's update "
-            "does, and the least inner loss does not depend on the path to it. Use `hypergrad.unrolled` for them, or "
-            "fix them (`spaces.fixed`)."
-        )
+    _refusals.refuse_unanswered("A value-function rule", entering, _REASON)
 
 
 def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable) -> base.Estimator:
@@ -79,14 +81,14 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
     Source: Kwon et al., ICML 2023, Alg. 1, https://arxiv.org/abs/2301.10945
     """
     _checks.check_integer("num_steps", num_steps, 1)
-    if not callable(multiplier) and not multiplier > 0:
-        raise ValueError(f"`multiplier` must be positive, or a schedule; got {multiplier}.")
+    if not callable(multiplier):
+        _checks.check_positive("multiplier", multiplier)
     loop = problem.loop
 
     def init(key, hyperparams, task):
         init_key, key = jax.random.split(key)
         state = loop.init(init_key, hyperparams, task.train)
-        _refuse(problem, state, hyperparams, task)
+        _refuse_unanswered(problem, state, hyperparams, task)
         return F2saState(state, state, jnp.zeros([], jnp.int32), key)
 
     def estimate(hyperparams, task, state):
@@ -101,7 +103,9 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
                     grads, model_state = jax.grad(loss, **options)(params, hyperparams, batch, context)
                     outer_batch = problem.outer_batch(jax.random.fold_in(outer_key, i), task)
                     outer_grads = jax.grad(problem.outer_loss)(params, hyperparams, outer_batch, context)
-                    return jax.tree.map(lambda g, f: g + (f / mu).astype(g.dtype), grads, outer_grads), model_state
+                    return jax.tree.map(
+                        lambda inner, outer: inner + (outer / mu).astype(inner.dtype), grads, outer_grads
+                    ), model_state
 
                 return gradient
 
@@ -122,12 +126,12 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
             return loop.loss(loop.params(state), hyperparams, loop.batch(state, task.train), loop.context(state))[0]
 
         f_hyper = jax.grad(outer_loss)(hyperparams, y)
-        g_y, g_y_hyper = jax.value_and_grad(inner_loss)(hyperparams, y)
-        g_z, g_z_hyper = jax.value_and_grad(inner_loss)(hyperparams, z)
+        l_y, l_y_hyper = jax.value_and_grad(inner_loss)(hyperparams, y)
+        l_z, l_z_hyper = jax.value_and_grad(inner_loss)(hyperparams, z)
         hypergrad = jax.tree.map(
-            lambda f, g_y, g_z: (f + mu * (g_y - g_z)).astype(f.dtype), f_hyper, g_y_hyper, g_z_hyper
+            lambda f, l_y, l_z: (f + mu * (l_y - l_z)).astype(f.dtype), f_hyper, l_y_hyper, l_z_hyper
         )
-        metrics = {"multiplier": jnp.asarray(mu, g_y.dtype), "gap": g_y - g_z}
+        metrics = {"multiplier": jnp.asarray(mu, l_y.dtype), "gap": l_y - l_z}
         after = F2saState(z, y, state.count + 1, key)
         return base.Estimate(outer_loss(hyperparams, z), hypergrad, jnp.array(False), metrics), after
 
@@ -171,31 +175,33 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
     def init(key, hyperparams, task):
         init_key, key = jax.random.split(key)
         state = loop.init(init_key, hyperparams, task.train)
-        _refuse(problem, state, hyperparams, task)
+        _refuse_unanswered(problem, state, hyperparams, task)
         return LookaheadState(state, key)
 
     def estimate(hyperparams, task, state):
         outer_key, key = jax.random.split(state.key)
         now = state.inner
         z = jax.lax.fori_loop(0, num_steps, lambda _, s: inner.step(loop, s, hyperparams, task.train), now)
-        at, batch, context = (loop.params(now), hyperparams), loop.batch(now, task.train), loop.context(now)
+        point, batch, context = (loop.params(now), hyperparams), loop.batch(now, task.train), loop.context(now)
         f, f_grads = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(
-            *at, problem.outer_batch(outer_key, task), context
+            *point, problem.outer_batch(outer_key, task), context
         )
-        (g, model_state), g_grads = jax.value_and_grad(loop.loss, argnums=(0, 1), has_aux=True)(*at, batch, context)
+        inner_gradient = jax.value_and_grad(loop.loss, argnums=(0, 1), has_aux=True)
+        (inner_loss, model_state), inner_grads = inner_gradient(*point, batch, context)
 
         def inner_loss_at_z(hyperparams):
             # The batch and the noise are the same as at θ, so that they cancel in q.
             z_context = context._replace(model_state=loop.context(z).model_state)
             return loop.loss(loop.params(z), hyperparams, batch, z_context)[0]
 
-        g_z, g_z_hyper = jax.value_and_grad(inner_loss_at_z)(hyperparams)
-        q_grads = (g_grads[0], optax.tree.sub(g_grads[1], g_z_hyper))
+        loss_at_z, hyper_grad_at_z = jax.value_and_grad(inner_loss_at_z)(hyperparams)
+        q_grads = (inner_grads[0], optax.tree.sub(inner_grads[1], hyper_grad_at_z))
         square = optax.tree.norm(q_grads, squared=True)
         slope = optax.tree.vdot(f_grads, q_grads) / jnp.where(square == 0, 1, square)
         mu = jnp.maximum(barrier - slope, 0)
         grads, hypergrad = jax.tree.map(lambda f, q: f + mu.astype(f.dtype) * q, f_grads, q_grads)
         after = LookaheadState(loop.update(now, grads, model_state, hyperparams), key)
-        return base.Estimate(f, hypergrad, jnp.array(False), {"multiplier": mu, "gap": g - g_z}), after
+        metrics = {"multiplier": mu, "gap": inner_loss - loss_at_z}
+        return base.Estimate(f, hypergrad, jnp.array(False), metrics), after
 
     return base.Estimator(init, estimate, kind="biased")

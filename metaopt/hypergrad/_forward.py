@@ -5,6 +5,7 @@
 No step is stored for later, so memory does not depend on T. Time and memory grow with the number of entries of λ.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,10 +14,58 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, base, inner
-from metaopt._trees import merge as _merge
-from metaopt._trees import split as _split
+from metaopt import _trees, base, inner
 from metaopt.hypergrad import _unroll
+
+
+def _pushed(linear: Callable, *tangents: base.PyTree, chunk: int | None) -> base.PyTree:
+    """Applies a linear map to each of n tangents."""
+    if chunk is None:
+        return jax.vmap(linear)(*tangents)
+    return jax.lax.map(lambda tangent: linear(*tangent), tangents, batch_size=chunk)
+
+
+def _judged(
+    problem: base.Problem,
+    hyperparams: base.HyperParams,
+    batch: base.Batch,
+    state: base.InnerState,
+    tangents: base.PyTree,
+) -> tuple[jax.Array, base.HyperParams]:
+    """f and its total derivative; one reverse pass of f serves all tangents."""
+    loop = problem.loop
+    flat, unravel = ravel_pytree(hyperparams)
+    floats, rest = _trees.split(state)
+
+    def outer_loss(floats, hyperparams):
+        state = _trees.merge(floats, rest)
+        return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+    value, (by_state, direct) = jax.value_and_grad(outer_loss, argnums=(0, 1))(floats, hyperparams)
+    through = jax.vmap(lambda tangent: jnp.asarray(optax.tree.vdot(tangent, by_state), flat.dtype))(tangents)
+    return value, optax.tree.add(direct, unravel(through))
+
+
+def _advanced(
+    loop: base.InnerLoop,
+    hyperparams: base.HyperParams,
+    data: base.Data,
+    basis: base.HyperParams,
+    state: base.InnerState,
+    tangents: base.PyTree,
+    *,
+    chunk: int | None,
+    grad: Callable,
+) -> tuple[base.InnerState, base.PyTree]:
+    """The state after one step, and its tangents: (∂Φ/∂θ) Z + ∂Φ/∂λ."""
+    floats, rest = _trees.split(state)
+
+    def advance(floats, hyperparams):
+        return _trees.split(inner.step(loop, _trees.merge(floats, rest), hyperparams, data, grad=grad))
+
+    # The other leaves have no tangent. The linear map holds the step's values, so nothing is computed n times.
+    floats, linear, rest = jax.linearize(advance, floats, hyperparams, has_aux=True)
+    return _trees.merge(floats, rest), _pushed(linear, tangents, basis, chunk=chunk)
 
 
 def forward(
@@ -54,21 +103,13 @@ def forward(
       An `Estimator` of kind "exact", `done` after every estimate. Its state is a key.
 
     Raises:
-      ValueError: if `num_steps`, `chunk` or the number of weights is wrong.
+      ValueError: if `num_steps` or the number of weights is wrong.
 
     Source: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785, Alg. 2; Micaelli & Storkey, NeurIPS 2021,
       https://arxiv.org/abs/2007.07869, for long horizons.
     """
-    _checks.check_integer("num_steps", num_steps, 0)
-    _checks.check_integer("chunk", chunk, 1, optional=True)
-    weights, last_weight = _unroll._weights(outer, num_steps)
+    weights, last_weight = _unroll.step_weights(outer, num_steps)
     loop = problem.loop
-
-    def push(linear, *tangents):
-        """Applies a linear map to each of n tangents."""
-        if chunk is None:
-            return jax.vmap(linear)(*tangents)
-        return jax.lax.map(lambda tangent: linear(*tangent), tangents, batch_size=chunk)
 
     def init(key, hyperparams, task):
         del hyperparams, task
@@ -80,37 +121,19 @@ def forward(
         batch = problem.outer_batch(outer_key, task)
         flat, unravel = ravel_pytree(hyperparams)
         basis = jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))  # dλ/dλ, a row for each entry
-
-        def judge(state, tangents):
-            """f and its total derivative; one reverse pass of f serves all tangents."""
-            floats, rest = _split(state)
-
-            def outer_loss(floats, hyperparams):
-                state = _merge(floats, rest)
-                return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
-
-            value, (by_state, direct) = jax.value_and_grad(outer_loss, argnums=(0, 1))(floats, hyperparams)
-            through = jax.vmap(lambda tangent: jnp.asarray(optax.tree.vdot(tangent, by_state), flat.dtype))(tangents)
-            return value, optax.tree.add(direct, unravel(through))
+        judge = functools.partial(_judged, problem, hyperparams, batch)
 
         def step(carry, weight):
             state, tangents, total = carry
-            floats, rest = _split(state)
-
-            def advance(floats, hyperparams):
-                return _split(inner.step(loop, _merge(floats, rest), hyperparams, task.train, grad=grad))
-
-            # The other leaves have no tangent. The linear map holds the step's values, so nothing is computed n times.
-            floats, linear, rest = jax.linearize(advance, floats, hyperparams, has_aux=True)
-            state, tangents = _merge(floats, rest), push(linear, tangents, basis)
+            state, tangents = _advanced(loop, hyperparams, task.train, basis, state, tangents, chunk=chunk, grad=grad)
             if weight is not None:
                 total = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total, judge(state, tangents))
             return (state, tangents, total), None
 
         floats, linear, rest = jax.linearize(
-            lambda hyperparams: _split(loop.init(train_key, hyperparams, task.train)), hyperparams, has_aux=True
+            lambda hyperparams: _trees.split(loop.init(train_key, hyperparams, task.train)), hyperparams, has_aux=True
         )
-        start = _merge(floats, rest), push(linear, basis)
+        start = _trees.merge(floats, rest), _pushed(linear, basis, chunk=chunk)
         total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge, *start))
         xs = None if weights is None else jnp.asarray(weights)
         (state, tangents, total), _ = jax.lax.scan(step, (*start, total), xs, length=num_steps)

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.hypergrad import _refusals
+
+_REASON = (
+    "it needs leaves that enter the optimizer's update and not the inner loss, which would otherwise judge itself. Use "
+    "`hypergrad.lookahead` or `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
+)
 
 
 class HypergradientDescentState(NamedTuple):
@@ -46,11 +51,10 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
       Metrics: "inner_steps", and "inner_grad_norm", which is ‖G_{t+1}‖.
 
     Raises:
-      ValueError: if `horizon < 1`; at trace time, if a leaf of λ does not enter `update`, or enters the inner loss.
+      ValueError: at trace time, if a leaf of λ does not enter `update`, or enters the inner loss.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """
-    _checks.check_integer("horizon", horizon, 1, optional=True)
     loop = problem.loop
 
     def evaluate(state, hyperparams, data):
@@ -63,13 +67,8 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
         state = loop.init(key, hyperparams, task.train)
         in_update = _refusals.entering(problem, state, hyperparams, task, "update")
         in_loss = _refusals.entering(problem, state, hyperparams, task, "inner")
-        refused = [path for path in in_update if in_loss[path] or not in_update[path]]
-        if refused:
-            raise ValueError(
-                f"Hypergradient descent cannot answer for the leaves {', '.join(refused)} of λ: it needs leaves that "
-                "enter the optimizer's update and not the inner loss, which would otherwise judge itself. Use "
-                "`hypergrad.lookahead` or `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
-            )
+        is_answered = {path: in_update[path] and not in_loss[path] for path in in_update}
+        _refusals.refuse_unanswered("Hypergradient descent", is_answered, _REASON)
         return evaluate(state, hyperparams, task.train)[1]
 
     def estimate(hyperparams, task, state):

@@ -58,8 +58,7 @@ def lookahead(
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
     _checks.check_integer("commit", commit, 0)
-    _checks.check_integer("horizon", horizon, 1, optional=True)
-    _unroll._check(num_steps, remat)
+    _unroll.check_steps(num_steps, remat)
     loop = problem.loop
 
     def init(key, hyperparams, task):
@@ -67,13 +66,12 @@ def lookahead(
         state = loop.init(init_key, hyperparams, task.train)
         places = ("outer", "inner", "model_state", "update") if num_steps else ("outer",)
         entering = _refusals.entering(problem, state, hyperparams, task, *places)
-        refused = [path for path, enters in entering.items() if not enters]
-        if refused:
-            raise ValueError(
-                f"`lookahead` cannot answer for the leaves {', '.join(refused)} of λ: the {num_steps} virtual steps "
-                "and the outer loss do not depend on them. Use `hypergrad.unrolled` for a learned initialization, more "
-                "virtual steps for values that enter later steps, or fix the leaves (`spaces.fixed`)."
-            )
+        reason = (
+            f"the {num_steps} virtual steps and the outer loss do not depend on them. Use `hypergrad.unrolled` for a "
+            "learned initialization, more virtual steps for values that enter later steps, or fix the leaves "
+            "(`spaces.fixed`)."
+        )
+        _refusals.refuse_unanswered("`lookahead`", entering, reason)
         return LookaheadState(state, key)
 
     def estimate(hyperparams, task, state):

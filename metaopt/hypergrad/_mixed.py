@@ -11,13 +11,13 @@ training.
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from metaopt._jaxpr import jaxpr_as_fun
-from metaopt._trees import is_float as _is_float
+from metaopt import _jaxpr, _trees
 
 # The number of nested checkpointed loops that are being traced. Each loop keeps only the gradients of its level.
 _depth: ContextVar[int] = ContextVar("depth", default=0)
@@ -65,79 +65,74 @@ def mixed_grad(loss: Callable, has_aux: bool = False) -> Callable:
     Returns:
       `(params, *rest) -> gradient`, or `-> (gradient, aux)`, as `inner.step(..., grad=hypergrad.mixed_grad)` expects.
 
-    Raises:
-      ValueError: at trace time, if a leaf of the parameters is not floating-point.
-
     Source: Kemaev et al., Scalable Meta-Learning via Mixed-Mode Differentiation, ICML 2025,
       https://arxiv.org/abs/2505.00793; Pearlmutter, Neural Computation 1994, for the product.
     """
 
     def grads_and_aux(params, *rest):
-        name = _name(_depth.get())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            if not _is_float(leaf):
-                raise ValueError(
-                    "The parameters must be floating-point arrays; the leaf "
-                    f"{jax.tree_util.keystr(path) or 'itself'} is of dtype {jnp.result_type(leaf)}."
-                )
-        leaves, structure = jax.tree.flatten(rest)
-        is_float = [_is_float(leaf) for leaf in leaves]
-
-        def split(leaves, is_float):
-            pairs = list(zip(leaves, is_float, strict=True))
-            return [x for x, f in pairs if f], [x for x, f in pairs if not f]
-
-        def join(floats, fixed, is_float):
-            floats, fixed = iter(floats), iter(fixed)
-            return [next(floats if f else fixed) for f in is_float]
-
-        def whole_loss(params, leaves):
-            out = loss(params, *jax.tree.unflatten(structure, leaves))
-            return out if has_aux else (out, None)
-
-        # Variables that the loss closes over become arguments too. They may be differentiated on another level of
-        # nesting, and a custom rule must not hold tracers.
-        closed, shapes = jax.make_jaxpr(whole_loss, return_shape=True)(params, leaves)
-        is_float_const = [_is_float(c) for c in closed.consts]
-        is_float = is_float_const + is_float
-        floats, fixed = split([*closed.consts, *leaves], is_float)  # fixed: indices, keys
-        num_consts = len(closed.consts)
-
-        def flat_loss(params, floats, fixed):
-            values = join(floats, fixed, is_float)
-            function = jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
-            out = function(*jax.tree.leaves(params), *values[num_consts:])
-            return jax.tree.unflatten(jax.tree.structure(shapes), out)
-
-        def first_order(params, floats, fixed):
-            grads, aux = jax.grad(flat_loss, has_aux=True)(params, floats, fixed)
-            return checkpoint_name(grads, name), aux
-
-        mixed = jax.custom_vjp(first_order)
-
-        def forward(params, floats, fixed):
-            return first_order(params, floats, fixed), (params, floats, fixed)
-
-        def backward(residuals, cotangents):
-            params, floats, fixed = residuals
-            v, w = cotangents
-            # Auxiliary outputs that are not floating-point (counters, keys) have no cotangent.
-            float_w = [c for c in jax.tree.leaves(w) if c.dtype != jax.dtypes.float0]
-
-            def pulled_back(params, w):
-                def floats_of(params, floats):
-                    value, aux = flat_loss(params, floats, fixed)
-                    return value, [leaf for leaf in jax.tree.leaves(aux) if _is_float(leaf)]
-
-                (value, _), pullback = jax.vjp(floats_of, params, floats)
-                return pullback((jnp.ones_like(value), w))
-
-            zeros = [jnp.zeros_like(c) for c in float_w]
-            _, tangent = jax.jvp(pulled_back, (params, zeros), (v, float_w))
-            return *tangent, None
-
-        mixed.defvjp(forward, backward)
-        grads, aux = mixed(params, floats, fixed)
+        flat_loss, floats, fixed = _flattened(loss, has_aux, params, rest)
+        grads, aux = _mixed_gradient(flat_loss, _name(_depth.get()))(params, floats, fixed)
         return (grads, aux) if has_aux else grads
 
     return grads_and_aux
+
+
+def _flattened(loss: Callable, has_aux: bool, params: Any, rest: Any) -> tuple[Callable, Any, Any]:
+    """The loss as `flat_loss(params, floats, fixed) -> (value, aux)`, and its further arguments in two parts.
+
+    Variables that the loss closes over become arguments too. They may be differentiated on another level of nesting,
+    and a custom rule must not hold tracers.
+    """
+    leaves, structure = jax.tree.flatten(rest)
+
+    def whole_loss(params, leaves):
+        out = loss(params, *jax.tree.unflatten(structure, leaves))
+        return out if has_aux else (out, None)
+
+    closed, shapes = jax.make_jaxpr(whole_loss, return_shape=True)(params, leaves)
+    num_consts = len(closed.consts)
+
+    def flat_loss(params, floats, fixed):
+        values = _trees.merge(floats, fixed)
+        function = _jaxpr.jaxpr_as_fun(closed.replace(consts=values[:num_consts]))
+        out = function(*jax.tree.leaves(params), *values[num_consts:])
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    return flat_loss, *_trees.split([*closed.consts, *leaves])
+
+
+def _mixed_gradient(flat_loss: Callable, name: str) -> Callable:
+    """`(params, floats, fixed) -> (gradient, aux)`, where reverse mode runs forward over reverse.
+
+    Checkpoint policies know the gradient under `name`.
+    """
+
+    def first_order(params, floats, fixed):
+        grads, aux = jax.grad(flat_loss, has_aux=True)(params, floats, fixed)
+        return checkpoint_name(grads, name), aux
+
+    mixed = jax.custom_vjp(first_order)
+
+    def forward(params, floats, fixed):
+        return first_order(params, floats, fixed), (params, floats, fixed)
+
+    def backward(residuals, cotangents):
+        params, floats, fixed = residuals
+        v, w = cotangents
+        # Auxiliary outputs that are not floating-point (counters, keys) have no cotangent.
+        float_w = [c for c in jax.tree.leaves(w) if c.dtype != jax.dtypes.float0]
+
+        def pulled_back(params, w):
+            def floats_of(params, floats):
+                value, aux = flat_loss(params, floats, fixed)
+                return value, [leaf for leaf in jax.tree.leaves(aux) if _trees.is_float(leaf)]
+
+            (value, _), pullback = jax.vjp(floats_of, params, floats)
+            return pullback((jnp.ones_like(value), w))
+
+        zeros = [jnp.zeros_like(c) for c in float_w]
+        _, tangent = jax.jvp(pulled_back, (params, zeros), (v, float_w))
+        return *tangent, None
+
+    mixed.defvjp(forward, backward)
+    return mixed

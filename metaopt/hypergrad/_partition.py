@@ -1,6 +1,6 @@
 """Combines several estimators, each for some leaves of λ."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ def partition(
       restarts on the same task. Metrics: those of each estimator as "label/name", and "label/value".
 
     Raises:
-      ValueError: if `estimators` is empty. At trace time, if a label has no estimator, or an estimator has no leaf.
+      ValueError: at trace time, if a label has no estimator, or an estimator has no leaf.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
@@ -68,70 +68,87 @@ def partition(
     >>> sorted(estimate.hypergrad)
     ['penalty', 'rate']
     """
-    if not estimators:
-        raise ValueError("`estimators` must have at least one entry, label -> (problem -> Estimator).")
-
-    def spread(hyperparams):
-        """The label of each leaf."""
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
-        if callable(labels):
-            found = [labels(jax.tree_util.keystr(path, simple=True, separator="/")) for path in paths]
-        else:
-            unmarked = hyperparams.coordinates if isinstance(hyperparams, spaces.Unconstrained) else hyperparams
-            tree = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, unmarked)
-            found = jax.tree.leaves(tree)
-        if set(found) != set(estimators):
-            raise ValueError(
-                "`labels` and `estimators` must have the same labels; the leaves of λ have "
-                f"{sorted(set(map(str, found)))}, and the estimators {sorted(estimators)}."
-            )
-        return found
-
-    def parts(hyperparams):
-        """For every label: its estimator, and λ with only its leaves and None in place of the others."""
-        leaves, structure = jax.tree.flatten(hyperparams)
-        found = spread(hyperparams)
-
-        def complete(label, own):
-            own = iter(jax.tree.leaves(own))
-            return structure.unflatten([next(own) if f == label else x for f, x in zip(found, leaves, strict=True)])
-
-        for label, make in estimators.items():
-            restricted = base.reparametrized(problem, lambda own, step, label=label: complete(label, own))
-            own = structure.unflatten([x if f == label else None for f, x in zip(found, leaves, strict=True)])
-            yield label, make(restricted), own
-
-    def start(key, hyperparams, task):
-        # All estimators get one key: rules that train from the same key see the same F.
-        return {label: estimator.init(key, own, task) for label, estimator, own in parts(hyperparams)}
+    rule = _Partition(problem, dict(estimators), labels)
+    kinds = {make(problem).kind for make in estimators.values()}
+    kind = next((kind for kind in ("pseudo", "biased", "unbiased") if kind in kinds), "exact")
 
     def init(key, hyperparams, task):
-        start_key, key = jax.random.split(key)
-        done = {label: jnp.array(False) for label in estimators}
-        return PartitionState(start(start_key, hyperparams, task), done, key)
+        return _init(rule, key, hyperparams, task)
 
     def estimate(hyperparams, task, state):
-        start_key, key = jax.random.split(state.key)
-        estimates, states = {}, {}
-        for label, estimator, own in parts(hyperparams):
-            carried = jax.lax.cond(
-                state.done[label],
-                lambda estimator=estimator, own=own: estimator.init(start_key, own, task),
-                lambda label=label: state.states[label],
-            )
-            estimates[label], states[label] = estimator.estimate(own, task, carried)
-        own = {label: iter(jax.tree.leaves(each.hypergrad)) for label, each in estimates.items()}
-        hypergrad = jax.tree.structure(hyperparams).unflatten([next(own[label]) for label in spread(hyperparams)])
-        metrics = {
-            f"{label}/{name}": metric
-            for label, each in estimates.items()
-            for name, metric in {"value": each.value, **each.metrics}.items()
-        }
-        done = {label: each.done for label, each in estimates.items()}
-        first = estimates[next(iter(estimators))]
-        all_done = jnp.all(jnp.stack(list(done.values())))
-        return base.Estimate(first.value, hypergrad, all_done, metrics), PartitionState(states, done, key)
+        return _estimate(rule, hyperparams, task, state)
 
-    kinds = {make(problem).kind for make in estimators.values()}
-    kind = next(kind for kind in ("pseudo", "biased", "unbiased", "exact") if kind in kinds)
     return base.Estimator(init, estimate, kind)
+
+
+class _Partition(NamedTuple):
+    """The arguments of `partition`."""
+
+    problem: base.Problem
+    estimators: dict[str, Callable[[base.Problem], base.Estimator]]
+    labels: Any
+
+
+def _leaf_labels(rule: _Partition, hyperparams: base.HyperParams) -> list[Any]:
+    """The label of each leaf of λ."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
+    if callable(rule.labels):
+        leaf_labels = [rule.labels(jax.tree_util.keystr(path, simple=True, separator="/")) for path in paths]
+    else:
+        unmarked = hyperparams.coordinates if isinstance(hyperparams, spaces.Unconstrained) else hyperparams
+        tree = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), rule.labels, unmarked)
+        leaf_labels = jax.tree.leaves(tree)
+    if set(leaf_labels) != set(rule.estimators):
+        raise ValueError(
+            "`labels` and `estimators` must have the same labels; the leaves of λ have "
+            f"{sorted(set(map(str, leaf_labels)))}, and the estimators {sorted(rule.estimators)}."
+        )
+    return leaf_labels
+
+
+def _parts(rule: _Partition, hyperparams: base.HyperParams) -> Iterator[tuple[str, base.Estimator, base.HyperParams]]:
+    """For every label: its estimator, and λ with only its leaves and None in place of the others."""
+    leaves, structure = jax.tree.flatten(hyperparams)
+    labeled = list(zip(_leaf_labels(rule, hyperparams), leaves, strict=True))
+
+    def complete(label, own):
+        own = iter(jax.tree.leaves(own))
+        return structure.unflatten([next(own) if name == label else x for name, x in labeled])
+
+    for label, make in rule.estimators.items():
+        restricted = base.reparametrized(rule.problem, lambda own, step, label=label: complete(label, own))
+        own = structure.unflatten([x if name == label else None for name, x in labeled])
+        yield label, make(restricted), own
+
+
+def _init(rule: _Partition, key: jax.Array, hyperparams: base.HyperParams, task: base.Task) -> PartitionState:
+    start_key, key = jax.random.split(key)
+    # All estimators get one key: rules that train from the same key see the same F.
+    states = {label: estimator.init(start_key, own, task) for label, estimator, own in _parts(rule, hyperparams)}
+    return PartitionState(states, {label: jnp.array(False) for label in rule.estimators}, key)
+
+
+def _estimate(
+    rule: _Partition, hyperparams: base.HyperParams, task: base.Task, state: PartitionState
+) -> tuple[base.Estimate, PartitionState]:
+    start_key, key = jax.random.split(state.key)
+    estimates, states = {}, {}
+    for label, estimator, own in _parts(rule, hyperparams):
+        carried = jax.lax.cond(
+            state.done[label],
+            lambda estimator=estimator, own=own: estimator.init(start_key, own, task),
+            lambda label=label: state.states[label],
+        )
+        estimates[label], states[label] = estimator.estimate(own, task, carried)
+    own = {label: iter(jax.tree.leaves(each.hypergrad)) for label, each in estimates.items()}
+    structure = jax.tree.structure(hyperparams)
+    hypergrad = structure.unflatten([next(own[label]) for label in _leaf_labels(rule, hyperparams)])
+    metrics = {
+        f"{label}/{name}": metric
+        for label, each in estimates.items()
+        for name, metric in {"value": each.value, **each.metrics}.items()
+    }
+    done = {label: each.done for label, each in estimates.items()}
+    first = estimates[next(iter(rule.estimators))]
+    all_done = jnp.all(jnp.stack(list(done.values())))
+    return base.Estimate(first.value, hypergrad, all_done, metrics), PartitionState(states, done, key)

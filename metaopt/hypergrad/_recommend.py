@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.hypergrad import (
     _check,
     _evolution,
@@ -145,9 +145,8 @@ def recommend(
       A `Recommendation`; print it.
 
     Raises:
-      ValueError: if `num_steps < 1`, or no rule can handle the problem within `max_memory`.
+      ValueError: if no rule can handle the problem within `max_memory`.
     """
-    _checks.check_integer("num_steps", num_steps, 1)
     key = jax.random.key(0)
     loop = problem.loop
 

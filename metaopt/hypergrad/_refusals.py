@@ -1,9 +1,15 @@
-"""Finds where each leaf of λ enters a problem, so that a rule can reject leaves that would get a wrong zero."""
+"""Finds where each leaf of λ enters a problem, and rejects leaves for which a rule would return a wrong zero."""
+
+from collections.abc import Mapping
 
 import jax
 
-from metaopt import base
-from metaopt.hypergrad import _implicit
+from metaopt import _jaxpr, base
+
+
+def paths(hyperparams: base.HyperParams) -> list[str]:
+    """The path of each leaf of λ, as in "['rate']"; "itself" if λ is one array."""
+    return [jax.tree_util.keystr(path) or "itself" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
 
 
 def entering(
@@ -38,6 +44,21 @@ def entering(
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
     functions = {"inner": inner_grad, "model_state": model_state, "update": update, "outer": outer_loss}
-    used = [_implicit.used_leaves(functions[place], hyperparams, state, task) for place in places]
-    paths = [jax.tree_util.keystr(path) or "itself" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
-    return {path: any(flags) for path, *flags in zip(paths, *used, strict=True)}
+    used = [_jaxpr.used_leaves(functions[place], hyperparams, state, task) for place in places]
+    return {path: any(flags) for path, *flags in zip(paths(hyperparams), *used, strict=True)}
+
+
+def refuse_unanswered(rule: str, is_answered: Mapping[str, bool], reason: str) -> None:
+    """Rejects the leaves of λ whose hypergradient would be a wrong zero.
+
+    Args:
+      rule: the name of the rule, for the message.
+      is_answered: for each leaf of λ, by path: whether the rule can estimate its hypergradient.
+      reason: the end of the message: why the rule cannot estimate it, and what to use instead.
+
+    Raises:
+      ValueError: if a leaf is not answered.
+    """
+    refused = [path for path, answered in is_answered.items() if not answered]
+    if refused:
+        raise ValueError(f"{rule} cannot answer for the leaves {', '.join(refused)} of λ: {reason}")

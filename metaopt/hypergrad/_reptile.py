@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, inner
-from metaopt.hypergrad import _implicit
+from metaopt import _checks, _jaxpr, base, inner
+from metaopt.hypergrad import _refusals
+
+_REASON = "the initialization of θ does not depend on them. Use `hypergrad.unrolled` for them, or keep them out of λ."
 
 
 def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
@@ -32,8 +34,7 @@ def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
 
     Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    _checks.check_integer("num_steps", num_steps, 1)
     loop = problem.loop
     train = inner.run(loop, num_steps)
 
@@ -41,14 +42,9 @@ def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
         return loop.params(loop.init(key, hyperparams, data))
 
     def init(key, hyperparams, task):
-        used = _implicit.used_leaves(start, hyperparams, key, task.train)
-        paths = [jax.tree_util.keystr(path) or "itself" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
-        refused = [path for path, enters in zip(paths, used, strict=True) if not enters]
-        if refused:
-            raise ValueError(
-                f"Reptile cannot answer for the leaves {', '.join(refused)} of λ: the initialization of θ does not "
-                "depend on them. Use `hypergrad.unrolled` for them, or keep them out of λ."
-            )
+        used = _jaxpr.used_leaves(start, hyperparams, key, task.train)
+        is_answered = dict(zip(_refusals.paths(hyperparams), used, strict=True))
+        _refusals.refuse_unanswered("Reptile", is_answered, _REASON)
         return key
 
     def estimate(hyperparams, task, state):

@@ -40,12 +40,11 @@ def sama(
       "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if a leaf of λ is used only by `init`.
+      ValueError: if `num_steps < 1`; at trace time, if a leaf of λ is used only by `init`.
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
     _checks.check_integer("num_steps", num_steps, 1)
-    _finite_difference.check(epsilon, horizon)
     loop = problem.loop
 
     def estimate(hyperparams, task, state):

@@ -53,7 +53,7 @@ def trace(
       `unrolled(...).estimate` runs from the state `key`.
 
     Raises:
-      ValueError: if `num_steps`, `remat` or the number of weights is wrong.
+      ValueError: if `num_steps` or the number of weights is wrong.
 
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
@@ -68,8 +68,7 @@ def trace(
     >>> print(parts.steps["rate"].round(4))  # θ_2 = 1 − (1 − rate_1)(1 − rate_2)
     [0.75 0.75]
     """
-    _unroll._check(num_steps, remat)
-    weights = _unroll._weights(outer, num_steps)
+    weights = _unroll.step_weights(outer, num_steps)
     loop = problem.loop
 
     def contributions(key, hyperparams, task):
@@ -77,16 +76,16 @@ def trace(
         train_key, outer_key = jax.random.split(run_key)
         batch = problem.outer_batch(outer_key, task)
 
-        def objective(at):
+        def objective(copies):
             def step(state, hyperparams):
                 return inner.step(loop, state, hyperparams, task.train, grad=grad)
 
             def outer_loss(state):
-                return problem.outer_loss(loop.params(state), at.outer, batch, loop.context(state))
+                return problem.outer_loss(loop.params(state), copies.outer, batch, loop.context(state))
 
-            state = loop.init(train_key, at.start, task.train)
-            return _unroll._weighted_scan(
-                step, outer_loss, state, at.steps, weights=weights, num_steps=num_steps, remat=remat
+            state = loop.init(train_key, copies.start, task.train)
+            return _unroll.weighted_scan(
+                step, outer_loss, state, copies.steps, weights=weights, num_steps=num_steps, remat=remat
             )[0]
 
         steps = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps, *jnp.shape(x))), hyperparams)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.hypergrad import _mixed, _unroll
 
 
@@ -65,17 +65,9 @@ def truncated(
     Source: Shaban et al., AISTATS 2019, https://arxiv.org/abs/1810.10667; the bias: Wu et al., ICLR 2018,
       https://arxiv.org/abs/1803.02021.
     """
-    _checks.check_integer("num_steps", num_steps, 1)
-    _checks.check_integer("truncation_length", truncation_length, 1)
-    if num_steps % truncation_length:
-        raise ValueError(
-            f"`truncation_length` must divide `num_steps`, so that all windows are full; got {truncation_length} and "
-            f"{num_steps}."
-        )
-    if outer not in ("last", "mean"):
-        raise ValueError(f'`outer` must be "last" or "mean"; got {outer!r}.')
-    _unroll._check(truncation_length, remat)
-    weights = _unroll._weights(outer, truncation_length)
+    _unroll.check_windows(num_steps, truncation_length)
+    _unroll.check_steps(truncation_length, remat)
+    weights = _unroll.step_weights(outer, truncation_length)
     loop = problem.loop
 
     def init(key, hyperparams, task):
@@ -98,7 +90,7 @@ def truncated(
             start = jax.lax.cond(
                 first, lambda: loop.init(state.start_key, hyperparams, task.train), lambda: state.inner
             )
-            return _unroll._weighted_scan(
+            return _unroll.weighted_scan(
                 step, outer_loss, start, None, weights=weights, num_steps=truncation_length, remat=remat
             )
 

@@ -24,11 +24,21 @@ REMAT = ("none", "step", "grads", "sqrt")
 UNROLLED = 5
 
 
-def _check(num_steps: int, remat: str | int) -> None:
+def check_steps(num_steps: int, remat: str | int) -> None:
+    """Raises a `ValueError` unless a number of steps and a kind of checkpointing are valid."""
     _checks.check_integer("num_steps", num_steps, 0)
     if remat not in REMAT and (isinstance(remat, bool) or not (isinstance(remat, int) and remat >= 1)):
         raise ValueError(
             f"`remat` must be one of {', '.join(map(repr, REMAT))}, or a number of levels, at least 1; got {remat!r}."
+        )
+
+
+def check_windows(num_steps: int, truncation_length: int) -> None:
+    """Raises a `ValueError` unless `num_steps` steps consist of whole windows of `truncation_length` steps."""
+    if truncation_length < 1 or num_steps < 1 or num_steps % truncation_length:
+        raise ValueError(
+            "`truncation_length` must be at least 1 and divide `num_steps`, so that all windows are full; got "
+            f"{truncation_length} and {num_steps}."
         )
 
 
@@ -50,21 +60,13 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
 
     Returns:
       The last carry, and the stacked y.
-
-    Raises:
-      ValueError: if `length` is negative, `remat` is unknown, or `xs` does not have `length` entries.
     """
-    _check(length, remat)
     step, policy = _mixed.keeping(step)
     if remat == "none" and 0 < length <= UNROLLED:
         # The first step runs before the scan. Under `vmap`, the carry of a scan has an axis of tasks. The shared start
         # of all tasks has no such axis, so its products are computed once for all tasks. This saves a tenth of MAML's
         # time with one step.
         carry, xs = jax.tree.map(jnp.asarray, (carry, xs))  # as in a scan
-        if any(len(x) != length for x in jax.tree.leaves(xs)):
-            raise ValueError(
-                f"`xs` must have {length} entries, one a step; got {[len(x) for x in jax.tree.leaves(xs)]}."
-            )
         carry, first = step(carry, jax.tree.map(lambda x: x[0], xs))
         first = jax.tree.map(lambda y: jnp.asarray(y)[None], first)
         if length == 1:
@@ -110,8 +112,12 @@ def _stretched(
     return carry, ys
 
 
-def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ), and 1; or None and w_T if only the last step is known to count."""
+def step_weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
+    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ), and 1; or None and w_T if only the last step is known to count.
+
+    Raises a `ValueError` if a number of steps or of weights is wrong.
+    """
+    _checks.check_integer("num_steps", num_steps, 0)
     if isinstance(outer, str):
         if outer not in ("last", "mean"):
             raise ValueError(f'`outer` must be "last", "mean" or {num_steps} weights; got {outer!r}.')
@@ -122,14 +128,12 @@ def _weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: i
         weights = outer if isinstance(outer, jax.Array) else np.asarray(outer, float)
         if weights.shape != (num_steps,):
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
-    if num_steps == 0:
-        raise ValueError('`outer` cannot weight steps if `num_steps=0`. Use `outer="last"`.')
     if isinstance(weights, jax.Array) or weights[:-1].any():
         return weights, 1.0
     return None, float(weights[-1])
 
 
-def _weighted_scan(
+def weighted_scan(
     step: Callable, outer_loss: Callable, state: Any, xs: Any, *, weights: tuple, num_steps: int, remat: str | int
 ) -> tuple[jax.Array, Any]:
     """Σ_t w_t outer_loss(state_t) along a checkpointed scan of `step`, `(state, x) -> state`, and the last state."""
@@ -161,7 +165,8 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     - "none" stores everything in each step: 2.9.
     - "step" stores only the state of each step: 3.9, or 3.3 with `mixed_grad`.
     - "sqrt" stores √T states: 5.0, or 4.4 with `mixed_grad`.
-    - An integer k stores about k T^(1/k) states: each level is one more forward pass.
+    - An integer k stores about k T^(1/k) states: each level is one more forward pass. More than log₂ T levels do not
+      help, so k is limited to log₂ T.
     - "grads" with `mixed_grad` stores the gradients of all steps and √T states: 3.4. With Adam, whose state is three
       times the parameters, it takes a third of the memory of "step", and in long runs less time. Without `mixed_grad`
       it is "sqrt". The loss computes a model state, such as batch statistics, again.
@@ -174,7 +179,7 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     Args:
       loop: the inner loop, which trains θ.
       num_steps: T, at least 0.
-      remat: "none", "step", "grads", "sqrt", or a number of levels; see `checkpointed_scan`.
+      remat: "none", "step", "grads", "sqrt", or a number of levels.
       grad: the function that takes the inner gradient; see `inner.step`. If only reverse mode is needed,
         `hypergrad.mixed_grad` saves time and memory.
 
@@ -196,7 +201,7 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     >>> print(round(float(jax.grad(outer)(0.25)), 4))  # θ_2 = 1 − (1 − rate)²
     1.5
     """
-    _check(num_steps, remat)
+    check_steps(num_steps, remat)
 
     def solve(key, hyperparams, data):
         def step(state, _):
@@ -243,8 +248,8 @@ def unrolled(
     Source: Domke, AISTATS 2012; Maclaurin, Duvenaud & Adams, ICML 2015, https://arxiv.org/abs/1502.03492; Franceschi
       et al., ICML 2017, https://arxiv.org/abs/1703.01785. MAML's per-step losses: Antoniou et al., ICLR 2019.
     """
-    _check(num_steps, remat)
-    weights = _weights(outer, num_steps)
+    check_steps(num_steps, remat)
+    weights = step_weights(outer, num_steps)
     loop = problem.loop
 
     def objective(hyperparams, key, task):
@@ -259,7 +264,7 @@ def unrolled(
             return inner.step(loop, state, hyperparams, task.train, grad=grad)
 
         state = loop.init(train_key, hyperparams, task.train)
-        scan = _weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat=remat)
+        scan = weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat=remat)
         return scan[0]
 
     def init(key, hyperparams, task):
@@ -267,7 +272,6 @@ def unrolled(
         return key
 
     def estimate(hyperparams, task, state):
-        _checks.check_hyperparams(hyperparams)
         run_key, key = jax.random.split(state)
         value, hypergrad = jax.value_and_grad(objective)(hyperparams, run_key, task)
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key

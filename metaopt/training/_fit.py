@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import _checks, base, hypergrad, spaces
+from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
 from metaopt.training import _cache, _learner, _program, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
@@ -466,10 +466,11 @@ def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
         return False
     with np.errstate(over="ignore"):  # a diverging loss
         recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
-    message = hypergrad.rest_warning(recent)
-    if message:
+    sentences = _checks.far_from_rest(recent)
+    if sentences:
+        message = " ".join([*sentences, _checks.REST_ADVICE])
         _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
-    return bool(message)
+    return bool(sentences)
 
 
 @contextlib.contextmanager

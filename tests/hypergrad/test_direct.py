@@ -42,7 +42,7 @@ def test_every_call_has_a_fresh_key():
 
 
 def test_fit_runs_it():
-    # A linear g(features) trained on records: what a surrogate minimizes is a closed form.
+    # A linear g(features) trained on records: the minimum of a surrogate has a closed form.
     rng = np.random.default_rng(0)
     features, outcomes = jnp.asarray(rng.normal(size=(30, 2))), jnp.asarray(rng.normal(size=30))
 

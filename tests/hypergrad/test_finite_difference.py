@@ -10,10 +10,11 @@ import problems
 import pytest
 
 from metaopt import base, hypergrad, inner
+from metaopt.hypergrad import _finite_difference
 
 KEY = jax.random.key(0)
 
-# λ in the loss, in what the loss gives beside its value, in the optimizer and in the outer loss; noise, a count.
+# λ enters the loss, its auxiliary output, the optimizer and the outer loss; there are noise and a count.
 
 
 def _loss(params, hyperparams, batch, context):
@@ -59,7 +60,7 @@ def error(exact):
     @functools.partial(jax.jit, static_argnames="difference")
     def hypergrad_at(epsilon, state, difference):
         # A traced ε: one program for all.
-        step = hypergrad._finite_difference.one_step
+        step = _finite_difference.one_step
         return step(problem(), state, LAM, TASK, KEY, epsilon=epsilon, around="before", difference=difference)[1]
 
     state = exact[1].inner
@@ -72,7 +73,8 @@ def error(exact):
 def estimated_by_lookahead(state):
     """Without commitment, from `state`, with the outer batch's key of no effect."""
     estimator = hypergrad.lookahead(problem(), commit=0)
-    return estimator.estimate(LAM, TASK, hypergrad.LookaheadState(state, KEY))[0].hypergrad
+    start = estimator.init(KEY, LAM, TASK)._replace(inner=state)
+    return estimator.estimate(LAM, TASK, start)[0].hypergrad
 
 
 @pytest.mark.once
@@ -83,7 +85,7 @@ def test_the_error_falls_with_the_distance_by_its_order(error, difference, order
     for coarse, fine in zip(errors[:2], errors[1:3], strict=True):
         assert 0.95 * 2**order < coarse["target"] / fine["target"] < 1.05 * 2**order
     assert errors[3]["target"] < (1e-7 if order == 2 else 1e-4)
-    # What enters the optimizer or the outer loss alone is exact at every distance.
+    # Leaves that enter only the optimizer or the outer loss are exact at every distance.
     assert max(max(e["rate"], e["scale"]) for e in errors) < 1e-12
 
 
@@ -107,7 +109,7 @@ def test_one_gradient_at_a_time_gives_what_all_in_one_program_do(monkeypatch, ru
     num = {"darts_fd": "commit", "sama": "num_steps"}[rule]
     estimate = lambda: estimated(getattr(hypergrad, rule)(problem(), **{num: 2}, **options))
     together = estimate()
-    monkeypatch.setattr(hypergrad._finite_difference, "LARGE", 0)
+    monkeypatch.setattr(_finite_difference, "LARGE", 0)
     apart = estimate()
     assert min(float(jnp.abs(leaf).min()) for leaf in jax.tree.leaves(together[0].hypergrad)) > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), together[0], apart[0])
@@ -117,7 +119,7 @@ def test_one_gradient_at_a_time_gives_what_all_in_one_program_do(monkeypatch, ru
 
 def test_one_gradient_at_a_time_heeds_a_product_that_is_not_finite(monkeypatch):
     # The branch is taken; nothing but the product depends on λ.
-    monkeypatch.setattr(hypergrad._finite_difference, "LARGE", 0)
+    monkeypatch.setattr(_finite_difference, "LARGE", 0)
     loop = inner.loop(
         lambda params, target, batch: ((params - target) ** 2).sum(),
         lambda target: optax.sgd(0.1),
@@ -208,17 +210,3 @@ def test_the_horizon_ends_once_so_many_steps_are_committed():
         estimate, state = once(LAM, TASK, state)
         done.append(bool(estimate.done))
     assert done == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"commit": -1}, "`commit` must be at least 0; got -1"),
-        ({"epsilon": 0.0}, "`epsilon` must be positive, or None; got 0.0"),
-        ({"horizon": 0}, "`horizon` must be at least 1, or None; got 0"),
-        ({"difference": "backward"}, "`difference` must be one of central, forward; got 'backward'"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        hypergrad.darts_fd(problem(), **options)

@@ -171,17 +171,3 @@ def test_refuses_a_rate_and_an_initialization_by_name(name):
     estimator = getattr(hypergrad, name)(problem, num_steps=1, **options)
     with pytest.raises(ValueError, match=r"cannot answer for the leaves \['rate'\], \['start'\] of λ.*unrolled"):
         estimator.init(KEY, lam, problems.TASK)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("f2sa", {"num_steps": 0, "multiplier": 1.0}, "`num_steps` must be at least 1; got 0"),
-        ("f2sa", {"num_steps": 1, "multiplier": 0.0}, "`multiplier` must be positive, or a schedule; got 0.0"),
-        ("bome", {"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
-        ("bome", {"num_steps": 1, "barrier": 0.0}, "`barrier` must be positive; got 0.0"),
-    ],
-)
-def test_bad_arguments(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        getattr(hypergrad, name)(problems.RIDGE, **options)

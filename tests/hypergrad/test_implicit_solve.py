@@ -1,4 +1,4 @@
-"""Training as a function that is differentiated where it rests: orders, modes, levels, and what it refuses."""
+"""Training as a function that is differentiated at rest: orders, modes, levels, and rejected leaves."""
 
 import chex
 import jax
@@ -160,7 +160,7 @@ def test_three_levels(lower, upper):
     chex.assert_trees_all_close(out, (jnp.asarray(value), expected), rtol=1e-7)
 
 
-# What it refuses, and only when asked.
+# Leaves that it rejects, if their derivative is taken.
 
 
 def loop_with_everything():
@@ -216,10 +216,3 @@ def test_sampled_batches_are_drawn_from_the_key():
         gradients[name] = np.asarray(jax.jit(jax.grad(lambda lam, s=solve: outer(lam, s)))(problems.LAM)["log_penalty"])
     np.testing.assert_allclose(gradients["next"], gradients["full"], rtol=1e-12)  # the loop sees all rows
     assert np.linalg.norm(gradients["half"] - gradients["full"]) > 1e-5
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
-        hypergrad.implicit_solve(problems.RIDGE_LOOP, num_steps=0)
-    with pytest.raises(ValueError, match="`condition` must be one of"):
-        hypergrad.implicit_solve(problems.RIDGE_LOOP, num_steps=1, condition="minimum")

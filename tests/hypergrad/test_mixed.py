@@ -251,8 +251,3 @@ def test_all_gradients_and_few_states():
     np.testing.assert_allclose([grads, sqrt], step, rtol=1e-11)
     assert step_stored >= 4 * num_steps and num_steps + 9 <= grads_stored <= num_steps + 20 and sqrt_stored <= 20, found
     assert step_flops < grads_flops < step_flops + 0.2 * (sqrt_flops - step_flops), found
-
-
-def test_parameters_that_are_no_floats_are_named():
-    with pytest.raises(ValueError, match=r"the leaf \['count'\] is of dtype int"):
-        hypergrad.mixed_grad(lambda params: params["x"] ** 2)({"x": 1.0, "count": jnp.array(1)})

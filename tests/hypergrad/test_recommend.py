@@ -88,7 +88,7 @@ REFUSED = {  # for an initialization
 
 
 def check_figures(found, problem, hp, num_steps, names):
-    """Each against calls of its own, and training counted step by step."""
+    """Each figure equals that of a separate call; training is counted step by step."""
     rules = _recommend.candidates(problem, hp, num_steps)
 
     def training(hp, task):
@@ -138,7 +138,7 @@ def test_the_figures_of_every_default_rule(part):
     )
     stochastic = {c.name.split(",")[0] for c in found.costs if c.stochastic}
     assert stochastic == {"evolution", "persistent_es", "es_single", "truncated_es", "mix_with_es"}
-    # What is stored falls from policy to policy, and what is computed rises.
+    # Memory falls from policy to policy, and the number of operations rises.
     policies = [c for c in found.costs if c.name.startswith("unrolled")]
     assert policies[-1].name == "unrolled, remat=3"
     flops = [c.flops for c in policies]
@@ -179,8 +179,3 @@ def test_the_default_window_divides_the_horizon(num_steps, window):
     assert (f"truncated, {window} steps" if window > 1 else "t1t2") in _recommend.candidates(
         problems.RIDGE, problems.LAM, num_steps
     )
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1; got 0"):
-        hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=0)

@@ -103,16 +103,3 @@ def test_answers_for_a_rate_and_carries_the_training():
         before = inner.run(loop, num_steps=steps - 1)(KEY, rate, train).params
         np.testing.assert_allclose(estimate.hypergrad, jax.grad(rated)(0.1, before), rtol=1e-10)
     assert done == [False, True] and estimate.metrics["inner_steps"] == 4
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
-        ({"epsilon": -1.0}, "`epsilon` must be positive, or None; got -1.0"),
-        ({"horizon": 0}, "`horizon` must be at least 1, or None; got 0"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        hypergrad.sama(problem(optax.sgd(0.1)), **options)

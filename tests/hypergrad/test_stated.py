@@ -1,4 +1,4 @@
-"""Every deterministic rule against what it states, in NumPy alone: logistic regression, at rest and on the way there.
+"""Every deterministic rule against its documented formula in NumPy: logistic regression, at rest and before.
 
     g = mean log(1 + exp(−y xᵀθ)) + Σ exp(λ_d) θ_d²/2,    m ← m/2 + ∇θ g,    θ ← θ − rate · m,
     f = the same mean on the validation rows + 0.1 Σ λ_d²,
@@ -172,7 +172,7 @@ AT_REST = {
 }
 
 
-# Equal to others by tests of their own, or on the way too.
+# Other tests show that these equal other rules, or they are tested before rest.
 SLOW = ("unrolled", "unrolled_sqrt", "unrolled_three_levels", "truncated", "partition")
 
 

@@ -1,4 +1,4 @@
-"""Contributions of single steps: finite differences of λ at one step alone, and the sum."""
+"""Contributions of single steps: finite differences of λ at one step, and their sum."""
 
 import chex
 import jax
@@ -9,6 +9,7 @@ import problems
 import pytest
 
 from metaopt import hypergrad, inner
+from metaopt.hypergrad import _trace
 
 KEY = jax.random.key(3)
 NUM_STEPS = 3
@@ -41,7 +42,7 @@ def test_each_contribution_equals_finite_differences_of_its_hyperparams_alone():
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), found)
     steps = jax.tree.map(lambda x: jnp.stack([x] * NUM_STEPS), LAM)
-    base = hypergrad.Contributions(LAM, steps, LAM)
+    base = _trace.Contributions(LAM, steps, LAM)
 
     def places():
         """One direction for each place, zero at the others."""
@@ -77,10 +78,3 @@ def test_the_sum_is_the_hypergradient():
     total = jax.tree.map(lambda start, steps, outer: start + steps.sum(1) + outer, *parts)
     assert optax.tree.norm(expected) > 1e-2
     chex.assert_trees_all_close(total, expected, rtol=1e-12)
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
-        hypergrad.trace(problems.RIDGE, num_steps=-1)
-    with pytest.raises(ValueError, match='`outer` must be "last", "mean" or 2 weights'):
-        hypergrad.trace(problems.RIDGE, num_steps=2, outer="first")

@@ -92,19 +92,3 @@ def test_staggered_slots_do_not_end_together_and_every_horizon_is_whole():
     np.testing.assert_array_equal(done, taken == 8)  # and none before its eighth
     for slot in range(4):
         assert set(np.diff(np.flatnonzero(done[:, slot]))) == {4}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_steps": 0, "truncation_length": 1}, "`num_steps` must be at least 1; got 0"),
-        ({"num_steps": 4, "truncation_length": 0}, "`truncation_length` must be at least 1; got 0"),
-        ({"num_steps": 4, "truncation_length": 3}, "`truncation_length` must divide `num_steps`.*got 3 and 4"),
-        ({"num_steps": 4, "truncation_length": 8}, "`truncation_length` must divide `num_steps`"),
-        ({"num_steps": 4, "truncation_length": 2, "outer": "sum"}, '`outer` must be "last" or "mean"; got \'sum\''),
-        ({"num_steps": 4, "truncation_length": 2, "remat": "all"}, "`remat` must be one of"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        hypergrad.truncated(PROBLEM, **options)

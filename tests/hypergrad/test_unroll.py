@@ -12,6 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from metaopt import base, hypergrad, inner
+from metaopt.hypergrad import _unroll
 
 KEY = jax.random.key(3)
 DATA = problems.TASK.train
@@ -33,7 +34,8 @@ def numerical_gradient(function, tree, eps=1e-5):
     flat, unravel = ravel_pytree(tree)
     shifted = jax.vmap(lambda direction: function(unravel(flat + direction)))
     basis = eps * jnp.eye(flat.size)
-    return unravel((shifted(basis) - shifted(-basis)) / (2 * eps))
+    ahead, behind = jnp.split(shifted(jnp.concatenate([basis, -basis])), 2)  # one copy of the function
+    return unravel((ahead - behind) / (2 * eps))
 
 
 # Dropout, minibatches, running statistics and Adam; λ in the initialization, both losses and the optimizer.
@@ -41,7 +43,7 @@ def numerical_gradient(function, tree, eps=1e-5):
 
 @pytest.mark.once
 def test_forward_and_reverse_equal_finite_differences_wherever_hyperparams_enter():
-    objective = everything_objective(num_steps=4)
+    objective = everything_objective(num_steps=6)  # a loop, which compiles faster than steps that are written out
     lam = problems.EVERYTHING_LAM
     expected = jax.jit(lambda lam: numerical_gradient(objective, lam))(lam)
     for name in lam._fields:  # every part has an influence, or else the test says nothing
@@ -63,7 +65,7 @@ def test_the_estimator_equals_finite_differences_of_its_own_value():
 
 @pytest.mark.once
 def test_second_order_equals_finite_differences():
-    grad = jax.jit(jax.grad(everything_objective(num_steps=2)))
+    grad = jax.jit(jax.grad(everything_objective(num_steps=6)))
     lam = problems.EVERYTHING_LAM
     leaves, structure = jax.tree.flatten(lam)
     keys = jax.random.split(KEY, len(leaves))
@@ -143,22 +145,18 @@ SMALL_TASK = base.Task(None, None)
 @pytest.mark.parametrize("num_steps", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 16, 17)), 5, 23])
 @pytest.mark.once
 def test_checkpointing_changes_nothing(num_steps):
-    def results(remat):
+    def results(remat, lam):
         def objective(lam):
             state = hypergrad.unroll(SMALL.loop, num_steps=num_steps, remat=remat)(KEY, lam, None)
             return (jnp.sin(state.params) ** 2 + state.model_state**2).sum()
 
-        return jax.jit(jax.value_and_grad(objective))(SMALL_LAM)
+        return jax.value_and_grad(objective)(lam)
 
-    expected = results("none")
+    kinds = ("none", "step", "grads", "sqrt", *[3] * (num_steps > 17))
+    expected, *others = jax.jit(lambda lam: [results(remat, lam) for remat in kinds])(SMALL_LAM)  # one program for all
     assert num_steps == 0 or optax.tree.norm(expected[1]) > 1e-2
-    for remat in (
-        "step",
-        "grads",
-        "sqrt",
-        *[3] * (num_steps > 17),
-    ):  # the same operations, fused otherwise: equal to rounding
-        chex.assert_trees_all_close(results(remat), expected, rtol=1e-11, atol=1e-14)
+    for other in others:  # the same operations, fused otherwise: equal to rounding
+        chex.assert_trees_all_close(other, expected, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.slow
@@ -175,21 +173,25 @@ def test_orders_of_nesting_agree():
         chex.assert_trees_all_close(hessian(outer, remat), expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("remat", ["none", "step", "grads", "sqrt", 3, 4])
-@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 9, 11, 28])
-def test_checkpointed_scan_keeps_the_order_of_its_steps(length, remat):
+@pytest.mark.parametrize("length", [0, 1, 3, 5, 11, 28])
+def test_checkpointed_scan_keeps_the_order_of_its_steps(length):
     xs = {"x": jnp.arange(1.0, length + 1), "unused": None}
 
     def step(carry, x):
         carry = 3 * carry + x["x"]
         return carry, {"carry": carry, "none": None}
 
-    carry, ys = hypergrad.checkpointed_scan(step, jnp.array(1.0), xs, length=length, remat=remat)
+    @jax.jit  # one program for all
+    def scans():
+        kinds = ("none", "step", "grads", "sqrt", 3, 4)
+        return [_unroll.checkpointed_scan(step, jnp.array(1.0), xs, length=length, remat=remat) for remat in kinds]
+
     expected = [1.0]
     for x in range(1, length + 1):
         expected.append(3 * expected[-1] + x)
-    assert carry == expected[-1]
-    np.testing.assert_array_equal(ys["carry"], expected[1:])
+    for carry, ys in scans():
+        assert carry == expected[-1]
+        np.testing.assert_array_equal(ys["carry"], expected[1:])
 
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 256), ("step", 64), ("sqrt", 16), (3, 8), (6, 4)])
@@ -204,7 +206,7 @@ def three_uses(carry, length, remat):
     def step(carry, _):
         return jnp.sin(jnp.cos(jnp.tanh(carry))), None
 
-    return hypergrad.checkpointed_scan(step, carry, None, length=length, remat=remat)[0].sum()
+    return _unroll.checkpointed_scan(step, carry, None, length=length, remat=remat)[0].sum()
 
 
 def test_more_levels_need_less_memory():
@@ -366,33 +368,6 @@ def test_the_outer_batch_is_drawn_from_the_task():
     assert len({*map(float, values), float(whole)}) == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
-        ({"num_steps": 2.5}, "`num_steps` must be an integer of at least 0; got 2.5"),
-        ({"num_steps": "x"}, "`num_steps` must be an integer of at least 0; got 'x'"),
-        ({"num_steps": True}, "`num_steps` must be an integer of at least 0; got True"),
-        ({"num_steps": None}, "`num_steps` must be an integer of at least 0; got None"),
-        (
-            {"num_steps": 1, "remat": "all"},
-            "`remat` must be one of 'none', 'step', 'grads', 'sqrt', or a number.*; got 'all'",
-        ),
-        ({"num_steps": 1, "remat": True}, "or a number of levels, at least 1; got True"),
-        ({"num_steps": 1, "remat": 0}, "or a number of levels, at least 1; got 0"),
-        ({"num_steps": 2, "outer": "first"}, '`outer` must be "last", "mean" or 2 weights; got \'first\''),
-        ({"num_steps": 2, "outer": [1.0]}, r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
-        ({"num_steps": 0, "outer": "mean"}, "`outer` cannot weight steps if `num_steps=0`"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        hypergrad.unrolled(problems.RIDGE, **options)
-    if "outer" not in options:
-        with pytest.raises(ValueError, match=message):
-            hypergrad.unroll(problems.RIDGE_LOOP, **options)
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.1)])
 @pytest.mark.once
 def test_bounds_in_low_precision(dtype, bound):
@@ -406,15 +381,10 @@ def test_bounds_in_low_precision(dtype, bound):
     assert error < bound, error
 
 
-def test_integer_hyperparams_are_refused():
-    with pytest.raises(ValueError, match=r"`hyperparams\['log_penalty'\]` has dtype int.*write it as a float"):
-        hypergrad.unrolled(problems.RIDGE, num_steps=1).estimate({"log_penalty": 1}, problems.TASK, KEY)
-
-
 @pytest.mark.parametrize(("num_steps", "loops"), [(1, False), (5, False), (6, True)])
 def test_up_to_five_steps_are_written_out_and_more_are_a_loop(num_steps, loops):
     step = lambda carry, x: (jnp.sin(carry) + x, carry)
-    scan = partial(hypergrad.checkpointed_scan, step, length=num_steps, remat="none")
+    scan = partial(_unroll.checkpointed_scan, step, length=num_steps, remat="none")
     lowered = jax.jit(lambda carry: scan(carry, jnp.arange(float(num_steps)))).lower(0.5).as_text()
     assert ("stablehlo.while" in lowered) == loops
 
@@ -427,15 +397,13 @@ def test_what_is_scanned_may_be_numpys(num_steps):
         carry += x[0]  # in place, were it numpy's
         return carry, carry[x[0].astype(int)]
 
-    carry, ys = hypergrad.checkpointed_scan(
+    carry, ys = _unroll.checkpointed_scan(
         step, start, np.arange(num_steps)[:, None] % 2 + table[:1], length=num_steps, remat="none"
     )
     total = np.cumsum(np.arange(num_steps) % 2)
     np.testing.assert_array_equal(carry, 1 + total[-1] * np.ones(4))
     np.testing.assert_array_equal(ys, 1 + total)
     np.testing.assert_array_equal(start, np.ones(4))
-    with pytest.raises(ValueError, match="axis sizes|must have . entries"):
-        hypergrad.checkpointed_scan(step, start, np.zeros((7, 1)), length=num_steps, remat="none")
 
 
 def test_the_first_step_is_one_product_for_all_tasks():
@@ -444,7 +412,7 @@ def test_the_first_step_is_one_product_for_all_tasks():
 
     def run(num_steps, x):
         step = lambda w, _: (w - x.T @ (x @ w), None)
-        return hypergrad.checkpointed_scan(step, w, None, length=num_steps, remat="none")[0]
+        return _unroll.checkpointed_scan(step, w, None, length=num_steps, remat="none")[0]
 
     batched = lambda n: [
         equation.params["dimension_numbers"][1] != ((), ())

@@ -138,7 +138,7 @@ def test_one_step_unrolled_is_the_lookahead():
     def both():
         lookahead = hypergrad.lookahead(search.problem, commit=0, num_steps=1)
         state = search.problem.loop.init(jax.random.split(jax.random.split(KEY)[0])[0], alpha, TASK.train)
-        start = hypergrad.LookaheadState(state, KEY)
+        start = lookahead.init(KEY, alpha, TASK)._replace(inner=state, key=KEY)
         return [
             e.estimate(alpha, TASK, s)[0].hypergrad["cell"] for e, s in ((search.estimator, KEY), (lookahead, start))
         ]

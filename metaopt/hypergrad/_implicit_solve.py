@@ -1,0 +1,127 @@
+"""Training as a function whose derivative is that of the point where training comes to rest."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import _jaxpr, base, inner
+from metaopt.hypergrad import _refusals, _solvers, _stationary
+
+
+def _shielded(function: Callable) -> Any:
+    """Evaluates `function()` without a derivative, also for the variables that it closes over, and without its cost.
+
+    If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
+    leaves = _jaxpr.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _refusing_zero(
+    hyperparams: base.HyperParams, in_training: list[bool], in_residual: list[bool], condition: str
+) -> jax.Array:
+    """0, whose derivative raises a ValueError for each leaf of λ that training depends on and R does not."""
+    zero = jnp.zeros([])
+    why = _stationary.reason(condition, "depends on them")
+    leaves = zip(_refusals.paths(hyperparams), jax.tree.leaves(hyperparams), in_training, in_residual, strict=True)
+    for path, leaf, trains, rests in leaves:
+        if trains and not rests:
+            message = f"An implicit rule cannot answer for the leaves {path} of λ: {why}"
+            zero = zero + _jaxpr.refuse_derivative(jnp.zeros([]), leaf, message)
+    return zero
+
+
+def implicit_solve(
+    loop: base.InnerLoop,
+    *,
+    num_steps: int,
+    solver: _solvers.Solver | None = None,
+    damping: float = 0.0,
+    batch: str | Callable[[jax.Array, base.Data], base.Batch] = "next",
+    condition: str = "gradient",
+) -> Callable:
+    """Training as a differentiable function. Its derivative is that of the point where training comes to rest:
+
+        dθ*/dλ = −(∂R/∂θ)⁻¹ ∂R/∂λ,    R = ∇θ ℓ, or θ − Φ(θ, λ).
+
+    It can replace `unroll`, and its memory does not depend on the number of steps. Forward and reverse mode, jit, vmap
+    and any nesting work. So several levels of optimization are possible: derivatives of any order are exact if θ is at
+    rest. Each derivative costs one solve. Variables that the loss closes over are differentiated too. The biases are
+    those of `implicit`.
+
+    Args:
+      loop: the inner loop, which trains θ.
+      num_steps: training steps, at least 1. No derivative passes through them.
+      solver: as for `implicit`.
+      damping: δ ≥ 0.
+      batch: as for `implicit`.
+      condition: "gradient" or "step".
+
+    Returns:
+      `(key, hyperparams, data) -> InnerState`. The derivative of `loop.params` of this state, with respect to λ and the
+      data, is that of θ*. With the condition "gradient", everything else in the state is constant. With "step", the
+      other floating-point leaves have a derivative too. A derivative with respect to a leaf of λ raises a `ValueError`
+      if training depends on the leaf and R does not (a rate, an initialization).
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    >>> import jax, optax
+    >>> from metaopt import hypergrad, inner
+    >>> loop = inner.loop(
+    ...     lambda params, hp, data: (params - data) ** 2 / 2 + hp["penalty"] * params**2 / 2,
+    ...     lambda hp: optax.sgd(0.5),
+    ...     init=lambda key, hp, data: jax.numpy.zeros([]),
+    ... )
+    >>> solve = hypergrad.implicit_solve(loop, num_steps=50)
+    >>> outer = lambda penalty: loop.params(solve(jax.random.key(0), {"penalty": penalty}, jax.numpy.array(1.0)))
+    >>> print(f"{jax.grad(outer)(1.0):.4f} {jax.grad(jax.grad(outer))(1.0):.4f}")  # θ* = 1 / (1 + penalty)
+    -0.2500 0.2500
+    """
+    _stationary.check(num_steps, damping, batch, condition)
+    solver = _stationary.default_solver(solver, condition)
+
+    def train(hyperparams, key, data, num_steps=num_steps):
+        state = loop.init(key, hyperparams, data)
+        return jax.lax.fori_loop(0, num_steps, lambda _, s: inner.step(loop, s, hyperparams, data), state)
+
+    def at_rest(state, key, data):
+        x, put = _stationary.unknowns(loop, state, condition)
+        rows = _stationary.draw(batch, key, loop, state, data)
+        return x, put, _stationary.residual_fn(loop, put, state, data, rows, condition)
+
+    def one_step(hyperparams, key, data):
+        return loop.params(train(hyperparams, key, data, num_steps=1))
+
+    def residual_at(hyperparams, state, key, data):
+        x, _, residual = at_rest(state, key, data)
+        return residual(x, hyperparams)
+
+    def solve(key, hyperparams, data):
+        train_key, batch_key, solver_key = jax.random.split(key, 3)
+        trained = _shielded(lambda: train(hyperparams, train_key, data))
+        in_training = _jaxpr.used_leaves(one_step, hyperparams, train_key, data)
+        in_residual = _jaxpr.used_leaves(residual_at, hyperparams, trained, batch_key, data)
+        zero = _refusing_zero(hyperparams, in_training, in_residual, condition)
+        x, put, residual = at_rest(trained, batch_key, data)
+
+        def function(x):
+            return jax.tree.map(lambda r: r + zero.astype(r.dtype), residual(x, hyperparams))
+
+        def tangent_solve(linear, y):
+            matvec = lambda v: optax.tree.add_scale(linear(v), damping, v)
+
+            def solve_linear(matvec, b):
+                return solver(matvec, b, optax.tree.zeros_like(b), key=solver_key)[0]
+
+            symmetric = condition == "gradient"
+            return jax.lax.custom_linear_solve(matvec, y, solve_linear, solve_linear, symmetric=symmetric)
+
+        already_solved = lambda function, x: x
+        return put(jax.lax.custom_root(function, x, already_solved, tangent_solve))
+
+    return solve

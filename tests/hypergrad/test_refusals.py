@@ -1,0 +1,130 @@
+"""Arguments that would give a silently wrong answer are an error: one table of calls and messages for the room."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+
+from metaopt import base, hypergrad, inner
+
+KEY = jax.random.key(0)
+RIDGE, LAM, TASK = problems.RIDGE, problems.LAM, problems.TASK
+ONE_STEP = hypergrad.unrolled(RIDGE, num_steps=1)
+WINDOWS = {"sigma": 0.1, "num_pairs": 2}
+check = partial(hypergrad.check, ONE_STEP, LAM, TASK)
+unrolled, unroll = partial(hypergrad.unrolled, RIDGE), partial(hypergrad.unroll, RIDGE.loop)
+truncated, lookahead = partial(hypergrad.truncated, RIDGE), partial(hypergrad.lookahead, RIDGE)
+implicit, darts_fd = partial(hypergrad.implicit, RIDGE), partial(hypergrad.darts_fd, RIDGE)
+evolution = partial(hypergrad.evolution, RIDGE, num_steps=4, **WINDOWS)
+persistent_es = partial(hypergrad.persistent_es, RIDGE, num_steps=4, truncation_length=2, **WINDOWS)
+
+
+def batched(tasks):
+    return hypergrad.over_tasks(ONE_STEP).init(KEY, LAM, tasks)
+
+
+def partition(rules, labels):
+    loop = inner.loop(problems.penalized, lambda hp: optax.sgd(hp["rate"]), init=problems.zeros)
+    problem = inner.problem(loop, lambda params, hp, batch: problems.mean_squares(params, batch))
+    lam = {"penalty": jnp.ones(problems.NUM_FEATURES), "rate": jnp.array(0.1)}
+    return hypergrad.partition(problem, rules, labels).init(KEY, lam, TASK)
+
+
+RULE = partial(hypergrad.unrolled, num_steps=1)
+LABELS = {"penalty": "a", "rate": "b"}
+REFUSALS = [
+    # Numbers of steps.
+    (lambda: unrolled(num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: unrolled(num_steps=2.5), "`num_steps` must be an integer of at least 0; got 2.5"),
+    (lambda: unrolled(num_steps=True), "`num_steps` must be an integer of at least 0; got True"),
+    (lambda: unrolled(num_steps=None), "`num_steps` must be an integer of at least 0; got None"),
+    (lambda: unroll(num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: hypergrad.forward(RIDGE, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: hypergrad.trace(RIDGE, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: evolution(num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: lookahead(num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: lookahead(commit=-1), "`commit` must be at least 0; got -1"),
+    (lambda: darts_fd(commit=-1), "`commit` must be at least 0; got -1"),
+    (lambda: implicit(num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.warm_implicit(RIDGE, num_steps=0, adjoint_rate=0.1), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.implicit_solve(RIDGE.loop, num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.f2sa(RIDGE, num_steps=0, multiplier=1.0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.bome(RIDGE, num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.sama(RIDGE, num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.reptile(RIDGE, num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.cg(num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.bicgstab(num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.neumann(num_steps=0, rate=1.0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.diagnose(RIDGE, LAM, TASK, num_steps=1), "`num_steps` must be at least 2; got 1"),
+    # Windows, weights of steps, checkpoints.
+    (lambda: truncated(num_steps=0, truncation_length=1), "`truncation_length` must be at least 1 and divide"),
+    (lambda: truncated(num_steps=4, truncation_length=0), "`truncation_length` must be at least 1 and divide.*got 0 "),
+    (lambda: truncated(num_steps=4, truncation_length=3), "`truncation_length` .* divide `num_steps`.*got 3 and 4"),
+    (lambda: truncated(num_steps=4, truncation_length=8), "`truncation_length` .* divide `num_steps`"),
+    (lambda: persistent_es(num_steps=5), "`truncation_length` .* divide `num_steps`.*got 2 and 5"),
+    (lambda: persistent_es(truncation_length=0), "`truncation_length` must be at least 1"),
+    (lambda: truncated(num_steps=4, truncation_length=2, outer="sum"), '`outer` must be "last", "mean" or 2 weights'),
+    (lambda: unrolled(num_steps=2, outer="first"), '`outer` must be "last", "mean" or 2 weights; got \'first\''),
+    (lambda: unrolled(num_steps=2, outer=[1.0]), r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
+    (lambda: unrolled(num_steps=1, remat="all"), "`remat` must be one of 'none', 'step', 'grads', 'sqrt', or a num"),
+    (lambda: unroll(num_steps=1, remat=True), "or a number of levels, at least 1; got True"),
+    (lambda: unroll(num_steps=1, remat=0), "or a number of levels, at least 1; got 0"),
+    (lambda: truncated(num_steps=4, truncation_length=2, remat="all"), "`remat` must be one of"),
+    (lambda: lookahead(remat="some"), "`remat` must be one of"),
+    # Implicit and first-order rules, and solvers.
+    (lambda: implicit(num_steps=1, damping=-1.0), "`damping` must be at least 0; got -1.0"),
+    (lambda: implicit(num_steps=1, batch="last"), '`batch` must be "next", "full" or a function .*; got \'last\''),
+    (lambda: implicit(num_steps=1, condition="minimum"), "`condition` must be one of 'gradient', 'step'; got 'mini"),
+    (lambda: implicit(num_steps=1, horizon=9, warm_start=False), "`horizon` needs `warm_start=True`, .*; got 9"),
+    (lambda: implicit(num_steps=1, condition="step", gauss_newton=(len, len)), "`gauss_newton` approximates a Hess"),
+    (lambda: hypergrad.warm_implicit(RIDGE, num_steps=1, adjoint_rate=0.0), "`rate` must be positive; got 0.0"),
+    (lambda: hypergrad.neumann(num_steps=1, rate=float("nan")), "`rate` must be positive; got nan"),
+    (lambda: hypergrad.nystrom(rank=1, damping=0.0), "`damping` must be positive; got 0.0"),
+    (lambda: hypergrad.f2sa(RIDGE, num_steps=1, multiplier=0.0), "`multiplier` must be positive; got 0.0"),
+    (lambda: hypergrad.bome(RIDGE, num_steps=1, barrier=0.0), "`barrier` must be positive; got 0.0"),
+    (lambda: darts_fd(difference="backward"), "`difference` must be one of central, forward; got 'backward'"),
+    # Evolution strategies.
+    (lambda: evolution(sigma=0.0), "`sigma` must be positive; got 0.0"),
+    (lambda: persistent_es(sigma={"a": jnp.array([1.0, -1.0])}), "`sigma` must be positive; got -1.0"),
+    (lambda: evolution(num_pairs=0), "`num_pairs` must be at least 1; got 0"),
+    (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
+    (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
+    # Batches of tasks.
+    (lambda: hypergrad.over_tasks(hypergrad.unrolled), "`estimator` must be a `base.Estimator`; got function"),
+    (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=0.0), "`max_norm` must be positive, or None; got 0.0"),
+    (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=float("nan")), "`max_norm` must be positive"),
+    (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=1.0, normalize=True), "`normalize` and `max_norm` exclude"),
+    (lambda: batched(()), r"A batch of tasks is one `Task\(train, valid\)`.*; got a tuple of \[\]"),
+    (lambda: batched([TASK, TASK]), r"A batch of tasks is one `Task.*`tasks.stack`.*got a list of \['Task', 'Task'\]"),
+    (lambda: batched((TASK, None)), r"or a tuple of such batches; got a tuple of \['Task', 'NoneType'\]"),
+    (lambda: batched(base.Task(None, None)), r"there must be at least one task; got axes \[\]"),
+    (lambda: batched(base.Task(jnp.zeros((0, 3)), None)), r"at least one task; got axes \['\(0,\)'\]"),
+    (lambda: batched(base.Task(jnp.zeros(3), jnp.zeros(4))), r"as its leading axis.*\(3,\).*\(4,\).*`tasks.stack`"),
+    (lambda: batched(base.Task(jnp.zeros([]), jnp.zeros(4))), "must have the number of tasks"),
+    # Others.
+    (lambda: check(num_directions=0), "`num_directions` must be at least 1; got 0"),
+    (lambda: check(num_estimates=0), "`num_estimates` must be at least 1; got 0"),
+    (lambda: check(num_samples=1), "`num_samples` must be at least 2; got 1"),
+    (lambda: partition({"a": RULE}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \['a'\]"),
+    (lambda: partition({"a": RULE, "b": RULE, "c": RULE}, LABELS), r"and the estimators \['a', 'b', 'c'\]"),
+    (lambda: partition({}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \[\]"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSALS)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_integer_hyperparams_are_an_error_of_jax():
+    with pytest.raises(TypeError, match="grad requires real-valued inputs|real- or complex-valued inputs"):
+        ONE_STEP.estimate({"log_penalty": 1}, TASK, KEY)
+
+
+def test_a_sigma_that_is_not_like_lambda_is_an_error_of_jax():
+    with pytest.raises(ValueError, match="structure|key"):
+        hypergrad.evolution(RIDGE, num_steps=1, sigma={"rate": 0.1}, num_pairs=1).estimate(LAM, TASK, KEY)
