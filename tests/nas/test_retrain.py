@@ -319,7 +319,7 @@ def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
     assert np.isnan(one.correlation) and np.isnan(one.interval).all()
     assert one.discretization_gap == pytest.approx(0.15) and one.evaluation_gap == pytest.approx(0.25)
     told = one.text.splitlines()[-1]
-    assert "over 1 architecture: undefined, one alone has no ranks. Discretization gap" in told
+    assert "over 1 architecture: undefined, one architecture has no ranks. Discretization gap" in told
     assert "15.0 points; retrained − discrete, of all: 25.0 points" in told
 
 

@@ -209,11 +209,11 @@ def cell_ranking_loss(scores: jax.Array, outcomes: jax.Array) -> jax.Array:
 
     Source: Burges et al., Learning to rank using gradient descent, ICML 2005 (logistic loss over pairs).
     """
-    known = jnp.isfinite(outcomes)
-    y = jnp.where(known, outcomes, 0.0)
-    below = ((y[:, None] > y[None]) & known[None]).sum(1) + 0.5 * ((y[:, None] == y[None]) & known[None]).sum(1)
-    q = jax.scipy.special.ndtri(jnp.clip(below / jnp.maximum(known.sum(), 1), 1e-3, 1 - 1e-3))
-    better = (y[:, None] < y[None]) & known[:, None] & known[None]
+    finite = jnp.isfinite(outcomes)
+    y = jnp.where(finite, outcomes, 0.0)
+    below = ((y[:, None] > y[None]) & finite[None]).sum(1) + 0.5 * ((y[:, None] == y[None]) & finite[None]).sum(1)
+    q = jax.scipy.special.ndtri(jnp.clip(below / jnp.maximum(finite.sum(), 1), 1e-3, 1 - 1e-3))
+    better = (y[:, None] < y[None]) & finite[:, None] & finite[None]
     weights = jnp.where(better, jnp.abs(q[:, None] - q[None]), 0.0)
     losses = jax.nn.softplus(scores[None] - scores[:, None])
     return (weights * losses).sum() / jnp.maximum(weights.sum(), 1e-9)

@@ -1,4 +1,4 @@
-"""A searcher h of cells: its predictions and suggestions. `train_cell_searcher` learns what they depend on."""
+"""A searcher h of cells: its predictions and suggestions, by the parts that `train_cell_searcher` learned."""
 
 import functools
 import warnings
@@ -132,7 +132,7 @@ def cell_searcher(
 
 
 class _Model(NamedTuple):
-    """What predictions depend on. The fields without a comment are those of `CellSearcher`."""
+    """The inputs of all predictions. The fields without a comment are those of `CellSearcher`."""
 
     encoded: np.ndarray
     coefficients: Callable  # standardized features [F] -> [members, width]
@@ -145,7 +145,7 @@ class _Model(NamedTuple):
 
 
 class _Evidence(NamedTuple):
-    """What trials on the new task say.
+    """The results of trials on the new task.
 
     Attributes:
       rows: [k] indices of the candidates with a result.
@@ -177,10 +177,10 @@ def _scores(model: _Model, new_task: Any = None) -> np.ndarray:
 
 def _task_prior(model: _Model, new_task: Any) -> _score_prior.ScorePrior:
     """The prior with the mean that the encoder and the entries of configurations expect for a task."""
-    unknown, known = (_scores(model, task).mean(0) for task in (None, new_task))
+    any_task, this_task = (_scores(model, task).mean(0) for task in (None, new_task))
     offset, slope = model.units
-    mean = (model.prior.mean + offset + slope * unknown) / 2
-    return model.prior._replace(mean=mean + slope * (known - unknown))
+    mean = (model.prior.mean + offset + slope * any_task) / 2
+    return model.prior._replace(mean=mean + slope * (this_task - any_task))
 
 
 # ---- Trials on the new task -----------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def score_prior(
     scores = np.asarray(scores, np.float64)
     tests = scores if tests is None else np.asarray(tests, np.float64)
     features = np.concatenate([block for block, _ in blocks], 1)
-    known = np.isfinite(scores)
+    tried = np.isfinite(scores)
     groups = _reduced(features, scores)
     widths = [block.shape[1] for block, _ in blocks]
     grid = (np.repeat(v, widths) for v in itertools.product(*(grid for _, grid in blocks)))
@@ -119,10 +119,10 @@ def score_prior(
         scaled = r * variances
         coefficients[:, tasks] = scaled.T @ np.linalg.solve(np.eye(len(r)) + scaled @ r.T, z)
     fitted = features @ coefficients
-    both = known & np.isfinite(tests)
-    rest, rest_test = np.where(known, scores - fitted, 0.0), np.where(both, tests - fitted, 0.0)
-    times = known.sum(1)  # [A]
-    total = (rest**2).sum() / known.sum()
+    both = tried & np.isfinite(tests)
+    rest, rest_test = np.where(tried, scores - fitted, 0.0), np.where(both, tests - fitted, 0.0)
+    times = tried.sum(1)  # [A]
+    total = (rest**2).sum() / tried.sum()
     together = (rest.sum(1) ** 2 - (rest**2).sum(1)).sum() / max((times * (times - 1)).sum(), 1)
     shared = max(together, 0.0)  # u
     real = min(max((rest * rest_test).sum() / max(both.sum(), 1), shared), total)  # u and d
@@ -159,13 +159,13 @@ class _Group(NamedTuple):
 
 def _reduced(features: np.ndarray, scores: np.ndarray) -> list[_Group]:
     """Groups tasks by the architectures that they tried."""
-    known = np.isfinite(scores)
+    tried = np.isfinite(scores)
     groups: dict[bytes, list[int]] = {}
     for t in range(scores.shape[1]):
-        groups.setdefault(known[:, t].tobytes(), []).append(t)
+        groups.setdefault(tried[:, t].tobytes(), []).append(t)
     reduced = []
     for tasks in groups.values():
-        rows = known[:, tasks[0]]
+        rows = tried[:, tasks[0]]
         q, r = np.linalg.qr(features[rows])
         y = scores[rows][:, tasks]
         reduced.append(_Group(tasks, r, q.T @ y, (y**2).sum(0), len(y)))

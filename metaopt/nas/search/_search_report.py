@@ -101,16 +101,16 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
 
     >>> shared = result.state.estimator_state.inner.params  # the supernet's weights
     >>> supernet = lambda weights: nas.trained_network(search.supernet, shared, task.train, weights=weights)
-    >>> found = nas.ArchitectureScores(
+    >>> scores = nas.ArchitectureScores(
     ...     "found", inherited=supernet(nas.one_hot(network, genotype)).accuracy(task.valid),
     ...     retrained=(trained.accuracy(task.valid),), mixed=supernet(search.weights(alpha)).accuracy(task.valid),
     ... )
-    >>> print(nas.search_report([found]).text)  # doctest: +ELLIPSIS
+    >>> print(nas.search_report([scores]).text)  # doctest: +ELLIPSIS
     |  | supernet, mixed | supernet's weights, discrete | retrained | mixed − discrete | seeds |
     | --- | --- | --- | --- | --- | --- |
     | found | ... | ... | ... | ... | 1 |
     <BLANKLINE>
-    Accuracies in %. Rank correlation (Spearman) ... undefined, one alone has no ranks. Discretization gap ... points.
+    Accuracies in %. Rank correlation (Spearman) ... undefined, one architecture has no ranks. Discretization gap ... points.
     """
     scores = list(scores)
     if not scores or any(not len(score.retrained) for score in scores):
@@ -173,7 +173,7 @@ def _table(scores: Sequence[ArchitectureScores]) -> list[str]:
 def _summary(num: int, correlation: float, interval: tuple[float, float], discretization: float, evaluation: float):
     """Returns the sentences below the table."""
     if math.isnan(correlation):
-        ranks = "undefined, " + ("one side is constant" if num > 1 else "one alone has no ranks")
+        ranks = "undefined, " + ("one side is constant" if num > 1 else "one architecture has no ranks")
     else:
         ranks = f"{correlation:.2f}"
     if not math.isnan(interval[0]):

@@ -254,12 +254,12 @@ def _standardized_features(raw: np.ndarray | None, num_tasks: int) -> tuple[jax.
     """Returns features [T, F] of mean 0 and variance 1 over tasks, 0 where unknown; and means and deviations [F]."""
     if raw is None:
         return jnp.zeros((num_tasks, 0)), np.zeros(0), np.ones(0)
-    known = np.isfinite(raw)
-    count = np.maximum(known.sum(0), 1)
-    center = np.where(known, raw, 0).sum(0) / count
-    scale = np.sqrt((np.where(known, raw - center, 0) ** 2).sum(0) / count)
+    finite = np.isfinite(raw)
+    count = np.maximum(finite.sum(0), 1)
+    center = np.where(finite, raw, 0).sum(0) / count
+    scale = np.sqrt((np.where(finite, raw - center, 0) ** 2).sum(0) / count)
     scale = np.where(scale > 0, scale, 1.0)
-    return jnp.asarray(np.where(known, (raw - center) / scale, 0), jnp.result_type(float)), center, scale
+    return jnp.asarray(np.where(finite, (raw - center) / scale, 0), jnp.result_type(float)), center, scale
 
 
 # ---- The encoder ----------------------------------------------------------------------------------------------------
