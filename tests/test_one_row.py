@@ -46,9 +46,9 @@ ON_IMAGES = {
 NEIGHBORS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
 
 
-def drawn(supernet):
-    """Weights of a supernet, drawn without compiling its `init`."""
-    return jax.tree.map(lambda leaf: 0.5 * RNG.normal(size=leaf.shape), jax.eval_shape(supernet.init, KEY))
+def drawn(init):
+    """Weights with the shapes of those of `init`, which need not be compiled."""
+    return jax.tree.map(lambda leaf: 0.5 * RNG.normal(size=leaf.shape), jax.eval_shape(init, KEY))
 
 
 def kept(network, *, ops=nas.BLOCKS, x=IMAGES, weights=None, **options):
@@ -56,7 +56,7 @@ def kept(network, *, ops=nas.BLOCKS, x=IMAGES, weights=None, **options):
     supernet = nas.supernet(network, x.shape[1:], ops=ops, **options)
     weights = jax.tree.map(np.asarray, weights)
     rows = {"x": RNG.normal(size=x.shape)}  # as many as are predicted, since every number of rows is compiled
-    trained = nas.trained_network(supernet, drawn(supernet), rows, weights=weights)
+    trained = nas.trained_network(supernet, drawn(supernet.init), rows, weights=weights)
     return lambda x, mask: trained.outputs(x), x
 
 
@@ -78,13 +78,13 @@ def retrained():
 
 def in_search(network=MIXED):
     supernet = nas.supernet(network, (3, 2), ops=nas.BLOCKS)
-    params = drawn(supernet)
+    params = drawn(supernet.init)
     return jax.jit(lambda x, mask: supernet.apply(params, None, x, None, mask)), RNG.normal(size=(8, 3, 2))
 
 
 def features_at_statistics():
     supernet = nas.supernet(MIXED, (3,), ops=nas.BLOCKS)
-    params, x = drawn(supernet), RNG.normal(size=(8, 3))
+    params, x = drawn(supernet.init), RNG.normal(size=(8, 3))
     statistics = jax.jit(supernet.statistics)(params, None, RNG.normal(size=(8, 3)))
     return jax.jit(lambda x, mask: supernet.features(params, None, x, statistics=statistics)[-1]), x
 
@@ -135,10 +135,11 @@ HEADS = {
 }
 
 
-def few_shot_method(head, normalization, num_blocks=2):
+def few_shot_method(head, normalization, num_blocks):
     network = few_shot.conv4(normalization=normalization, num_filters=8, num_blocks=num_blocks)
     params = jax.tree.map(lambda leaf: leaf.astype(float), network.init(KEY))
-    params["head"] = {"w": jnp.asarray(RNG.normal(size=(8, 2))), "b": jnp.zeros(2)}
+    num_features = 8 * (4 // 2**num_blocks) ** 2
+    params["head"] = {"w": jnp.asarray(RNG.normal(size=(num_features, 2))), "b": jnp.zeros(2)}
     outputs = few_shot.linear_head(network.features)
     loss = lambda params, hyperparams, batch: few_shot.cross_entropy(outputs(params, batch), batch)
     if head == "cavia":  # the context moves the inputs of the head
@@ -164,12 +165,12 @@ def features_by_hand():
 
 
 FEW_SHOT = {
-    f"conv4, {kind}": functools.partial(few_shot_method, "prototypical_networks", kind)
+    f"conv4, {kind}": functools.partial(few_shot_method, "prototypical_networks", kind, 1 + (kind == "support"))
     for kind in few_shot.NORMALIZATIONS
 }
 FEW_SHOT |= {"conv4, features by hand": features_by_hand}
 FEW_SHOT |= {
-    name: functools.partial(few_shot_method, name, "support", num_blocks=1)
+    name: functools.partial(few_shot_method, name, "support", 1)
     for name in HEADS
     if name != "prototypical_networks"
 }
@@ -230,7 +231,7 @@ def of_tasks(predictor, num_features):
 
 def of_cells():
     encoder = _cell_encoder.cell_encoder(4, 3, num_features=1, width=8)
-    params = moved(jax.jit(encoder.init)(KEY))
+    params = drawn(encoder.init)
     graphs = [nas.Graph(((0, 1, 0), (0, 0, 1), (0, 0, 0)), (str(i), "2", "3")) for i in range(4)]
     cells = _cell_encoder.cells(graphs, ("0", "1", "2", "3"))
 
