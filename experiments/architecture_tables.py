@@ -2,7 +2,7 @@
 
 The only knowledge is records of other tasks: architectures × tasks × losses. One task at a time is left out. Losses
 become normal scores, since tasks have different metrics. With one-hot digits and pairs of digits as features, a task is
-a vector of coefficients. The other tasks define its prior, and trials condition it (`nas.score_prior`):
+a vector of coefficients. The other tasks define its prior, and trials condition it (`CellSearcher.prior`):
 
     h(t'), no trial:   the largest expected score
     h(t'), k trials:   condition on the scores of the trials, next try the largest expected improvement, and
@@ -10,7 +10,7 @@ a vector of coefficients. The other tasks define its prior, and trials condition
 
 Within a run, no choice depends on the task that is left out. Without a trial, nothing is known about this task, except
 in "crossed", which reads its features. Only the order of trials is used, matched to their expected scores. (The form of
-the model, u and d of `nas.score_prior`, was decided after a first run on these tables.)
+the model, u and d of `CellSearcher.prior`, was decided after a first run on these tables.)
 
 This method is "h by digits".
 
@@ -62,6 +62,7 @@ import script
 from scipy.stats import rankdata
 
 from metaopt import blackbox, nas, spaces
+from metaopt.nas.search import _score_prior
 
 MARKS = (1, 5, 20, 100)  # evaluations at which regrets are reported
 
@@ -82,12 +83,12 @@ def best_by_validation(valid: np.ndarray) -> np.ndarray:
 GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # of digits, of pairs
 
 
-def choose_with_trials(prior: nas.ScorePrior, losses: np.ndarray, num_trials: int) -> int:
+def choose_with_trials(prior: _score_prior.ScorePrior, losses: np.ndarray, num_trials: int) -> int:
     """Returns the chosen row after `num_trials` trials on the new task, each with the largest expected improvement."""
     tried: list[int] = []
     for _ in range(num_trials):
-        tried.append(int(nas.score_improvement(prior, tried, losses[tried]).argmax()))
-    return int(nas.score_posterior(prior, tried, losses[tried])[0].argmax())
+        tried.append(int(_score_prior.score_improvement(prior, tried, losses[tried]).argmax()))
+    return int(_score_prior.score_posterior(prior, tried, losses[tried])[0].argmax())
 
 
 # ---- By α ----------------------------------------------------------------------------------------------------------
@@ -259,15 +260,15 @@ def left_out(
         return
     valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
     ranks, judged = (np.stack([percentiles(x) for x in losses.T], 1) for losses in (valid, test))
-    scores, test_scores = (np.stack([nas.normal_scores(x) for x in y.T], 1) for y in (valid, test))
-    blocks = list(zip(nas.configuration_columns(configurations(table)), GRIDS, strict=True))
+    scores, test_scores = (np.stack([_score_prior.normal_scores(x) for x in y.T], 1) for y in (valid, test))
+    blocks = list(zip(_score_prior.configuration_columns(configurations(table)), GRIDS, strict=True))
     graphs, features = [nas.benchmark_graph(table, row) for row in table.encodings], task_features(table, folder)
     draws = np.random.default_rng(0).integers(len(valid), size=(num_random, 100))
     for t in left:
         others = [u for u in range(len(tasks)) if u != t]
         order = np.argsort(-ranks[:, others].mean(1), kind="stable")
         best = lambda rows, t=t: rows[np.argmin(valid[rows, t])]
-        prior = nas.score_prior(blocks, scores[:, others], test_scores[:, others])
+        prior = _score_prior.score_prior(blocks, scores[:, others], test_scores[:, others])
         searcher = cell_searcher(table, graphs, [tasks[u] for u in others], features, smoke, seed)
         cells, crossed = searcher.scores().mean(0), searcher.scores(features[table.tasks[tasks[t]]]).mean(0)
         both = searcher.posterior()[0]
@@ -402,7 +403,7 @@ def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
 def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int, num_keys: int = 1) -> str:
     lines = [
         "The form of the model was written with these tables in view: that an architecture has something of its own on "
-        "every task, and on one (u and d of `nas.score_prior`), after a first run on them. What is left out of "
+        "every task, and on one (u and d of `CellSearcher.prior`), after a first run on them. What is left out of "
         "a run is a task, not the tables. The transformers of h and of h by cells were trained with "
         + (
             f"{num_keys} keys: their rows are means over them, with the standard deviation over keys of the mean over "

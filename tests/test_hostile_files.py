@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from metaopt import _files, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
+from metaopt.nas.search import _cell_encoder, _score_prior
 from metaopt.training import _checkpoints
 
 KEY = jax.random.key(0)
@@ -177,8 +178,8 @@ def write_meta_optimizer(folder):
 
 
 def write_cell_searcher(folder):
-    candidates, encoder = [{"e": "a"}, {"e": "b"}, {"e": "c"}], nas.cell_encoder(3, 2, width=4, num_layers=1)
-    scores = nas.score_prior([(np.eye(3), (1.0,))], RNG.normal(size=(3, 4)))
+    candidates, encoder = [{"e": "a"}, {"e": "b"}, {"e": "c"}], _cell_encoder.cell_encoder(3, 2, width=4, num_layers=1)
+    scores = _score_prior.score_prior([(np.eye(3), (1.0,))], RNG.normal(size=(3, 4)))
     prior = scores._replace(own=np.ones(3 + 4))  # three entries, and the width of the encoder
     searcher: Any = SimpleNamespace(encoder=encoder, ops=("a", "b", "c"), candidates=candidates, prior=prior)
     searcher.encoded, searcher.units = RNG.normal(size=(1, 3, 4)), np.ones(2)

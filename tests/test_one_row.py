@@ -1,5 +1,6 @@
-"""Every prediction that users keep: the answer for a row is the same alone, in a batch, in a batch of one class, and
-with padding rows. Those that may depend on the other rows are listed with the reason, and must do so.
+"""The prediction for a row does not depend on the other rows: alone, in a batch, in a batch of one class, with padding.
+
+`TRANSDUCTIVE` lists predictions that may depend on the other rows, with the reason. They must do so.
 """
 
 import functools
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 from metaopt import base, blackbox, few_shot, inner, nas, predictors, spaces
+from metaopt.nas.search import _cell_encoder
 
 pytestmark = pytest.mark.once
 
@@ -23,49 +25,67 @@ RNG = np.random.default_rng(0)
 
 IMAGES = RNG.normal(size=(8, 6, 5, 2))
 IMAGES[4:] += 2.0  # another class
-CELL = nas.complete_cell(2, ("skip_connect", "linear", "mlp"))
-MIXED = nas.Network({"cell": CELL}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)] * 3), 3)
+CELL = nas.complete_cell(1, ("skip_connect", "linear", "mlp"))
+MIXED = nas.Network({"cell": CELL}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)] * 3), 3)  # ends with a scan
 GRAPH = nas.Graph(
-    ((0, 1, 1, 0), (0, 0, 0, 1), (0, 0, 0, 1), (0,) * 4), ("input", "conv1x1-bn-relu", "maxpool3x3", "output")
+    ((0, 1, 1, 1, 0), *[(0, 0, 0, 0, 1)] * 3, (0,) * 5),
+    ("input", "conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3", "output"),
 )
+# The ops on images, which change the channels and the positions, on one edge.
+ON_IMAGES = {
+    f"{space}: {name}": op
+    for space, ops in (
+        ("DARTS", nas.DARTS_OPS),
+        ("NAS-Bench-201", nas.NAS_BENCH_201_OPS),
+        ("NAS-Bench-Macro", nas.NAS_BENCH_MACRO_OPS),
+        ("NAS-Bench-101", nas.NAS_BENCH_101_OPS),
+    )
+    for name, op in ops.items()
+    if name not in nas.BLOCKS
+}
 NEIGHBORS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
 
 
-def every_op(ops):
-    """One edge with all ops of a set, which change the channels and the positions."""
-    names = tuple(name for name in ops if name != "norm_relu")  # it changes neither, and follows
-    cell = nas.Cell(1, (nas.Edge(0, 1, names),), (1,), preprocess=False)
-    return nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 6, 2), nas.Layer("norm_relu", 6)), 3)
+def drawn(init):
+    """Weights with the shapes of those of `init`, which need not be compiled."""
+    return jax.tree.map(lambda leaf: 0.5 * RNG.normal(size=leaf.shape), jax.eval_shape(init, KEY))
 
 
 def kept(network, *, ops=nas.BLOCKS, x=IMAGES, weights=None, **options):
     """The network of a search, kept by `trained_network`."""
     supernet = nas.supernet(network, x.shape[1:], ops=ops, **options)
     weights = jax.tree.map(np.asarray, weights)
-    trained = nas.trained_network(
-        supernet, jax.jit(supernet.init)(KEY), {"x": RNG.normal(size=(32, *x.shape[1:]))}, weights=weights
-    )
+    rows = {"x": RNG.normal(size=x.shape)}  # as many as are predicted, since every number of rows is compiled
+    trained = nas.trained_network(supernet, drawn(supernet.init), rows, weights=weights)
     return lambda x, mask: trained.outputs(x), x
+
+
+def ops_on_images():
+    cell = nas.Cell(1, (nas.Edge(0, 1, tuple(ON_IMAGES)),), (1,), preprocess=False)
+    network = nas.Network(
+        {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 6, 2), nas.Layer("norm_relu", 6)), 3
+    )
+    return kept(network, ops={**nas.BLOCKS, **ON_IMAGES})
 
 
 def retrained():
     network = nas.discrete(MIXED, nas.random_genotype(0, MIXED))
     made = nas.retraining(network, (3,), ops=nas.BLOCKS, num_steps=4, auxiliary=0.0, batch_size=4)
-    data = {"x": jnp.asarray(RNG.normal(size=(16, 3))), "y": jnp.arange(16) % 3}
+    data = {"x": jnp.asarray(RNG.normal(size=(8, 3))), "y": jnp.arange(8) % 3}
     trained = made.finish(jax.jit(lambda: inner.run(made.loop, 4)(KEY, None, data))(), data)
     return lambda x, mask: trained.outputs(x), RNG.normal(size=(8, 3))
 
 
 def in_search(network=MIXED):
     supernet = nas.supernet(network, (3, 2), ops=nas.BLOCKS)
-    params = supernet.init(KEY)
+    params = drawn(supernet.init)
     return jax.jit(lambda x, mask: supernet.apply(params, None, x, None, mask)), RNG.normal(size=(8, 3, 2))
 
 
 def features_at_statistics():
     supernet = nas.supernet(MIXED, (3,), ops=nas.BLOCKS)
-    params, x = supernet.init(KEY), RNG.normal(size=(8, 3))
-    statistics = supernet.statistics(params, None, RNG.normal(size=(16, 3)))
+    params, x = drawn(supernet.init), RNG.normal(size=(8, 3))
+    statistics = jax.jit(supernet.statistics)(params, None, RNG.normal(size=(8, 3)))
     return jax.jit(lambda x, mask: supernet.features(params, None, x, statistics=statistics)[-1]), x
 
 
@@ -78,18 +98,15 @@ SEARCHED = {
     "retraining": retrained,
     "supernet, a mixture": lambda: kept(MIXED, x=ROWS, weights=WEIGHTS),
     "supernet, one path": lambda: kept(MIXED, x=ROWS, weights=PATH, single_path=True),
-    "supernet, partial channels": lambda: kept(MIXED, x=ROWS, weights=WEIGHTS, partial=2),
-    "supernet, edges computed again": lambda: kept(MIXED, x=ROWS, weights=WEIGHTS, remat_edges=True),
+    "supernet, partial channels, edges computed again": lambda: kept(
+        MIXED, x=ROWS, weights=WEIGHTS, partial=2, remat_edges=True
+    ),
     "supernet, features": features_at_statistics,
-    "sizes, by batch": lambda: kept(CONVS, ops={}),
     "sizes, by batch, computed again": lambda: kept(CONVS, ops={}, remat_edges=True),
     "sizes, by layer": lambda: kept(LAYERS, ops={}, x=ROWS),
-    "ops of DARTS": lambda: kept(every_op(nas.DARTS_OPS), ops=nas.DARTS_OPS),
-    "ops of NAS-Bench-201": lambda: kept(every_op(nas.NAS_BENCH_201_OPS), ops=nas.NAS_BENCH_201_OPS),
-    "ops of NAS-Bench-Macro": lambda: kept(every_op(nas.NAS_BENCH_MACRO_OPS), ops=nas.NAS_BENCH_MACRO_OPS),
-    "ops of NAS-Bench-101": lambda: kept(every_op(nas.NAS_BENCH_101_OPS), ops=nas.NAS_BENCH_101_OPS),
+    "ops on images": ops_on_images,
     "a graph of NAS-Bench-101": lambda: kept(
-        nas.nas_bench_101_network(GRAPH, 3, channels=4, cells_per_stack=2, num_stacks=1)[0],
+        nas.nas_bench_101_network(GRAPH, 3, channels=6, cells_per_stack=1, num_stacks=1)[0],
         ops=nas.nas_bench_101_network(GRAPH)[1],
     ),
     "tokens": lambda: kept(
@@ -110,18 +127,19 @@ SEARCHED = {
 SUPPORT = {"x": jnp.asarray(RNG.normal(size=(6, 4, 4))), "y": jnp.arange(6) % 2, "mask": jnp.ones(6)}
 SUPPORT |= {"class_mask": jnp.ones(2)}
 HEADS = {
-    "maml": lambda features, loss: few_shot.maml(loss, rate=0.1, num_steps=2, keep_support=True),
+    "maml": lambda features, loss: few_shot.maml(loss, rate=0.1, num_steps=1, keep_support=True),
     "cavia": lambda features, loss: few_shot.cavia(loss, num_context=2, keep_support=True),
-    "proto_maml": lambda features, loss: few_shot.proto_maml(features, num_steps=2, rate=0.1),
+    "proto_maml": lambda features, loss: few_shot.proto_maml(features, num_steps=1, rate=0.1),
     "prototypical_networks": lambda features, loss: few_shot.prototypical_networks(features),
     "ridge_head": lambda features, loss: few_shot.ridge_head(features),
 }
 
 
-def few_shot_method(head, normalization):
-    network = few_shot.conv4(normalization=normalization, num_filters=8, num_blocks=2)
+def few_shot_method(head, normalization, num_blocks):
+    network = few_shot.conv4(normalization=normalization, num_filters=8, num_blocks=num_blocks)
     params = jax.tree.map(lambda leaf: leaf.astype(float), network.init(KEY))
-    params["head"] = {"w": jnp.asarray(RNG.normal(size=(8, 2))), "b": jnp.zeros(2)}
+    num_features = 8 * (4 // 2**num_blocks) ** 2
+    params["head"] = {"w": jnp.asarray(RNG.normal(size=(num_features, 2))), "b": jnp.zeros(2)}
     outputs = few_shot.linear_head(network.features)
     loss = lambda params, hyperparams, batch: few_shot.cross_entropy(outputs(params, batch), batch)
     if head == "cavia":  # the context moves the inputs of the head
@@ -147,12 +165,14 @@ def features_by_hand():
 
 
 FEW_SHOT = {
-    f"conv4, {kind}": functools.partial(few_shot_method, "prototypical_networks", kind)
+    f"conv4, {kind}": functools.partial(few_shot_method, "prototypical_networks", kind, 1 + (kind == "support"))
     for kind in few_shot.NORMALIZATIONS
 }
 FEW_SHOT |= {"conv4, features by hand": features_by_hand}
 FEW_SHOT |= {
-    name: functools.partial(few_shot_method, name, "support") for name in HEADS if name != "prototypical_networks"
+    name: functools.partial(few_shot_method, name, "support", 1)
+    for name in HEADS
+    if name != "prototypical_networks"
 }
 
 # ---- Flax modules ---------------------------------------------------------------------------------------------------
@@ -210,15 +230,16 @@ def of_tasks(predictor, num_features):
 
 
 def of_cells():
-    encoder = nas.cell_encoder(4, 3, num_features=1, width=8)
-    params = moved(encoder.init(KEY))
+    encoder = _cell_encoder.cell_encoder(4, 3, num_features=1, width=8)
+    params = drawn(encoder.init)
     graphs = [nas.Graph(((0, 1, 0), (0, 0, 1), (0, 0, 0)), (str(i), "2", "3")) for i in range(4)]
-    cells = nas.cells(graphs, ("0", "1", "2", "3"))
+    cells = _cell_encoder.cells(graphs, ("0", "1", "2", "3"))
 
     def predict(x, mask):
         some = jax.tree.map(lambda leaf: leaf[jnp.asarray(x, int)[:, 0] % 4], cells)
-        return encoder.score(params, some, jnp.ones(1))
+        return score(params, some, jnp.ones(1))
 
+    score = jax.jit(encoder.score)
     return predict, np.arange(8.0)[:, None]
 
 
@@ -247,7 +268,6 @@ def of_transformer():
 
 
 PREDICTORS = {
-    "mlp": lambda: of_tasks(predictors.mlp(SPACE, 2), 2),
     "dataset_embedding": lambda: of_tasks(predictors.dataset_embedding(SPACE, width=4), 0),
     "ensemble": lambda: of_tasks(predictors.ensemble(predictors.mlp(SPACE, 2), 2), 2),
     "cell_encoder": of_cells,

@@ -5,7 +5,7 @@ A search makes the choice of ops differentiable. Every edge mixes its candidates
     spec (`darts_space`, `nas_bench_201_space`, your own `Network`) --`supernet`--> init, apply
     α --relaxation--> weights --`discretize`--> genotype --`discrete`--> spec of one network --`supernet`--> init, apply
 
-`methods.darts` and related functions combine these parts.
+`darts` and related searches combine these parts.
 """
 
 from metaopt.nas._augmentation import (
@@ -171,49 +171,32 @@ from metaopt.nas.benchmarks._tables import (
     nas_bench_macro_table,
     trans_nas_bench_101_table,
 )
-from metaopt.nas.search._architecture import (
-    Search,
-    architecture_search,
+from metaopt.nas.search._cell_searcher import (
+    CellSearcher,
+)
+from metaopt.nas.search._darts import (
     beta_darts,
     darts,
     darts_minus,
     gdas,
     implicit_darts,
     pc_darts,
-    under_budget,
     unrolled_darts,
-)
-from metaopt.nas.search._cell_encoder import (
-    CellEncoder,
-    Cells,
-    cell_encoder,
-    cell_ranking_loss,
-    cells,
-)
-from metaopt.nas.search._cell_searcher import (
-    CellSearcher,
-    train_cell_searcher,
 )
 from metaopt.nas.search._early_stopped import (
     darts_plus,
     robust_darts,
 )
 from metaopt.nas.search._meta_architecture import (
-    FineTunedArchitecture,
     MetaArchitecture,
     meta_architecture_search,
 )
 from metaopt.nas.search._one_shot import (
-    OneShot,
     single_path_one_shot,
 )
 from metaopt.nas.search._retrain import (
-    ArchitectureScores,
     Retraining,
-    SearchReport,
     retraining,
-    search_report,
-    train,
 )
 from metaopt.nas.search._saved import (
     load_cell_searcher,
@@ -221,13 +204,20 @@ from metaopt.nas.search._saved import (
     save_cell_searcher,
     save_meta_architecture,
 )
-from metaopt.nas.search._score_prior import (
-    ScorePrior,
-    configuration_columns,
-    normal_scores,
-    score_improvement,
-    score_posterior,
-    score_prior,
+from metaopt.nas.search._search import (
+    Search,
+    architecture_search,
+)
+from metaopt.nas.search._search_report import (
+    ArchitectureScores,
+    SearchReport,
+    search_report,
+)
+from metaopt.nas.search._train import (
+    train,
+)
+from metaopt.nas.search._train_cell_searcher import (
+    train_cell_searcher,
 )
 from metaopt.nas.search._trained_network import (
     TrainedNetwork,
@@ -236,9 +226,11 @@ from metaopt.nas.search._trained_network import (
     trained_network,
 )
 from metaopt.nas.search._training_free import (
-    ScreenedState,
     screened_random_search,
     training_free_scores,
+)
+from metaopt.nas.search._under_budget import (
+    under_budget,
 )
 
 __all__ = [
@@ -250,9 +242,7 @@ __all__ = [
     "BLOCKS",
     "Benchmark",
     "Cell",
-    "CellEncoder",
     "CellSearcher",
-    "Cells",
     "CostTable",
     "CostTerm",
     "DARTS_OPS",
@@ -260,7 +250,6 @@ __all__ = [
     "Edge",
     "ElasticLayer",
     "ElasticNetwork",
-    "FineTunedArchitecture",
     "Genotype",
     "Graph",
     "Layer",
@@ -272,14 +261,11 @@ __all__ = [
     "NAS_BENCH_MACRO_OPS",
     "NAS_BENCH_MACRO_PRIMITIVES",
     "Network",
-    "OneShot",
     "Op",
     "Relaxation",
     "Retraining",
     "SCORES",
     "Score",
-    "ScorePrior",
-    "ScreenedState",
     "Search",
     "SearchReport",
     "Space",
@@ -297,13 +283,9 @@ __all__ = [
     "beta_darts",
     "beta_decay",
     "canonical",
-    "cell_encoder",
-    "cell_ranking_loss",
-    "cells",
     "check_network",
     "check_relaxation",
     "complete_cell",
-    "configuration_columns",
     "configuration_space",
     "conv_net_space",
     "convolution",
@@ -367,7 +349,6 @@ __all__ = [
     "nas_bench_graph_table",
     "nas_bench_macro_space",
     "nas_bench_macro_table",
-    "normal_scores",
     "normalized",
     "num_params",
     "num_skips",
@@ -389,9 +370,6 @@ __all__ = [
     "robust_darts",
     "save_benchmark",
     "save_trained_network",
-    "score_improvement",
-    "score_posterior",
-    "score_prior",
     "screened_random_search",
     "search_report",
     "sharpness_stop",

@@ -1,7 +1,6 @@
-"""Searches: the α-hypergradient of every exact one against finite differences, and what each adds to DARTS."""
+"""Searches: how genotypes are decoded, settings, checkpoints, padding, labels, and arguments that are rejected."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -9,238 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_search import KEY, NET, ONE, OPS, TASK, alpha_of, close, estimate_of, search_of, sgd
 
-from metaopt import base, hypergrad, inner, nas, training
+from metaopt import base, hypergrad, nas, training
 
-KEY = jax.random.key(0)
-
-
-def smooth(params, x, channels, stride):
-    return jnp.tanh(x @ params["w"])
-
-
-# No normalization, whose weights have no length at rest, and no kinks.
-OPS = {
-    **nas.BLOCKS,
-    "smooth": nas.Op(lambda key, shape, c, stride: {"w": nas.uniform(key, (shape[-1], c), shape[-1])}, smooth),
-}
-CELL = nas.complete_cell(2, ("none", "skip_connect", "smooth"), preprocess=False)
-NET = nas.Network({"cell": CELL}, (nas.Layer("smooth", 4), nas.Layer("cell", 4)), 2)
-# One edge with as many ops, and no more: programs of seconds.
-ONE = nas.Network({"cell": nas.complete_cell(1, CELL.edges[0].ops, preprocess=False)}, (nas.Layer("cell", 3),), 2)
-RNG = np.random.default_rng(0)
-
-
-def rows(num):
-    x = RNG.normal(size=(num, 3))
-    return {"x": jnp.asarray(x), "y": jnp.asarray((x[:, 0] * x[:, 1] > 0).astype(np.int32))}
-
-
-TASK = base.Task(rows(9), rows(8))
-
-
-def sgd(hyperparams):
-    return optax.sgd(0.3, momentum=0.5)
-
-
-def search_of(method, network=NET, **options):
-    return method(network, (3,), ops=OPS, **{"optimizer": sgd, "decay": 0.03, **options})
-
-
-FIRST = {
-    "darts": lambda **o: search_of(nas.darts, **{"order": "first", **o}),
-    "gumbel": lambda **o: search_of(nas.darts, order="first", relaxation=nas.gumbel_softmax(1.0, hard=False), **o),
-    "pc_darts": lambda **o: search_of(nas.pc_darts, partial=2, **o),
-    "darts_minus": lambda **o: search_of(nas.darts_minus, num_steps=10, **o),
-    "beta_darts": lambda **o: search_of(nas.beta_darts, num_steps=10, weight=2.0, **o),
-}
 SCHEDULED = (nas.gdas, nas.darts_minus, nas.beta_darts, nas.unrolled_darts)
-QUICK = ("darts-0", "darts-1", "darts_minus-1")
-
-
-def alpha_of(search):
-    key = jax.random.key(5)
-    return jax.jit(lambda: jax.tree.map(lambda a: a + 0.5 * jax.random.normal(key, a.shape), search.hyperparams(KEY)))()
-
-
-def estimate_of(search, alpha):
-    """The first estimate, from `KEY`."""
-    start = lambda: search.estimator.init(KEY, alpha, TASK)
-    return jax.jit(lambda: search.estimator.estimate(alpha, TASK, start()))()
-
-
-def differences(function, at, epsilon=1e-5):
-    """Central differences of a scalar function, one compiled program for all."""
-    flat, unravel = jax.flatten_util.ravel_pytree(at)
-    ends = np.concatenate([np.asarray(flat) + s * epsilon * np.eye(len(flat)) for s in (1, -1)])
-    values = np.asarray(jax.jit(lambda ends: jax.lax.map(lambda x: function(unravel(x)), ends))(ends))
-    ahead, behind = np.split(values, 2)
-    return (ahead - behind) / (2 * epsilon)
-
-
-def close(hypergrad, expected, rtol):
-    found = jax.flatten_util.ravel_pytree(hypergrad)[0]
-    assert np.linalg.norm(expected) > 1e-3
-    assert np.linalg.norm(found - expected) <= rtol * np.linalg.norm(expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "ahead", "network"),
-    [
-        pytest.param(name, ahead, network, id=f"{name}-{ahead}-{edges}", marks=marks)
-        for network, edges, marks in ((ONE, "one edge", []), (NET, "three edges", [pytest.mark.slow]))
-        for name in FIRST
-        for ahead in (0, 1)
-        if (name, ahead) != ("gumbel", 1) and (network is NET or f"{name}-{ahead}" in QUICK)
-    ],
-)
-@pytest.mark.once
-def test_one_step_searches_against_finite_differences(name, ahead, network):
-    search = FIRST[name](network=network, **({"order": "exact"} if ahead else {}))
-    loop, alpha = search.problem.loop, alpha_of(search)
-    estimate, after = estimate_of(search, alpha)
-
-    def objective(alpha):
-        state = after.inner  # committed
-        for _ in range(ahead):
-            state = inner.step(loop, state, alpha, TASK.train)
-        return search.problem.outer_loss(loop.params(state), alpha, TASK.valid, loop.context(state))
-
-    close(estimate.hypergrad, differences(objective, alpha), 1e-6)
-    # The committed step is one step of training.
-    assert int(loop.context(after.inner).step) == 1
-
-
-@pytest.mark.parametrize("network", [ONE, pytest.param(NET, marks=pytest.mark.slow)], ids=["one edge", "three edges"])
-@pytest.mark.once
-def test_second_order_is_the_exact_one_up_to_its_differences(network):
-    options = {"network": network, "epsilon": 1e-3}
-    exact, second = (search_of(nas.darts, order=order, **options) for order in ("exact", "second"))
-    alpha = alpha_of(exact)
-    found = [estimate_of(search, alpha)[0].hypergrad["cell"] for search in (second, exact)]
-    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-8)  # the first order is a third off
-
-
-@pytest.mark.slow
-def test_unrolled_against_finite_differences():
-    search = search_of(nas.unrolled_darts, num_steps=4)
-    alpha = alpha_of(search)
-    value = lambda alpha: search.estimator.estimate(alpha, TASK, KEY)[0].value
-    close(estimate_of(search, alpha)[0].hypergrad, differences(value, alpha), 1e-6)
-
-
-@pytest.mark.slow
-def test_one_step_unrolled_is_the_lookahead():
-    search = search_of(nas.unrolled_darts, num_steps=1)
-    alpha = alpha_of(search)
-
-    @jax.jit
-    def both():
-        lookahead = hypergrad.lookahead(search.problem, commit=0, num_steps=1)
-        state = search.problem.loop.init(jax.random.split(jax.random.split(KEY)[0])[0], alpha, TASK.train)
-        start = lookahead.init(KEY, alpha, TASK)._replace(inner=state, key=KEY)
-        return [
-            e.estimate(alpha, TASK, s)[0].hypergrad["cell"] for e, s in ((search.estimator, KEY), (lookahead, start))
-        ]
-
-    np.testing.assert_allclose(*both(), rtol=1e-10)
-
-
-@pytest.mark.slow
-def test_implicit_where_the_weights_rest():
-    search = search_of(nas.implicit_darts, num_steps=6_000, solver=hypergrad.dense())
-    alpha = alpha_of(search)
-    estimate, after = estimate_of(search, alpha)
-    assert estimate.metrics["inner_grad_norm"] < 1e-9
-
-    def value(alpha):
-        trained = jax.lax.fori_loop(
-            0, 6_000, lambda _, s: inner.step(search.problem.loop, s, alpha, TASK.train), after.inner
-        )
-        context = search.problem.loop.context(trained)
-        return search.problem.outer_loss(trained.params, alpha, TASK.valid, context)
-
-    close(estimate.hypergrad, differences(value, alpha), 1e-5)
-
-
-@pytest.mark.slow
-def test_gdas_trains_the_sampled_ops_alone_and_draws_anew():
-    search = search_of(nas.gdas, num_steps=20, decay=0.0, optimizer=lambda hp: optax.sgd(0.1))
-    alpha = alpha_of(search)
-
-    @jax.jit
-    def run():
-        def step(state, _):
-            estimate, after = search.estimator.estimate(alpha, TASK, state)
-            return after, (after.inner.params["layers"][1]["edges"][0][2]["w"][0], estimate.hypergrad["cell"])
-
-        return jax.lax.scan(step, search.estimator.init(KEY, alpha, TASK), length=13)[1]
-
-    weights, grads = jax.tree.map(np.asarray, run())
-    moved = abs(np.diff(weights, axis=0)).max((-1, -2)) > 0  # [steps, edges]: "smooth" was sampled, and reached
-    assert moved.shape == (12, 3) and 0 < moved.mean() < 1 and len(np.unique(moved, axis=0)) > 2
-    assert np.isfinite(grads).all() and (abs(grads).max((1, 2)) > 0).any()
-    assert search.weights(alpha)["cell"].sum(-1) == pytest.approx(np.ones(3))  # read without noise
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gdas", "darts_minus"])
-def test_over_tasks_each_has_its_own_draws_and_weights(name):
-    search = search_of(nas.gdas, num_steps=20) if name == "gdas" else FIRST[name](order="exact")
-    alpha = alpha_of(search)
-    tasks = [TASK, base.Task(TASK.valid, TASK.train)]
-    tasks = [base.Task(*(jax.tree.map(lambda x: x[:8], part) for part in task[:2])) for task in tasks]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
-    keys = jax.random.split(KEY, 2)
-    one = jax.jit(lambda key, task: search.estimator.estimate(alpha, task, search.estimator.init(key, alpha, task))[0])
-    many = jax.jit(jax.vmap(one))(keys, stacked)
-    for i, task in enumerate(tasks):
-        single = one(keys[i], task)
-        np.testing.assert_allclose(many.hypergrad["cell"][i], single.hypergrad["cell"], atol=1e-12)
-        np.testing.assert_allclose(many.value[i], single.value, rtol=1e-10)
-    over = hypergrad.over_tasks(search.estimator)
-    estimate = jax.jit(lambda: over.estimate(alpha, stacked, over.init(KEY, alpha, stacked))[0])()
-    assert np.isfinite(estimate.hypergrad["cell"]).all() and estimate.done.shape == (2,)
 
 
 def test_partial_searches_have_weights_for_edges():
-    search = FIRST["pc_darts"]()
+    search = search_of(nas.pc_darts, partial=2)
     alpha = search.hyperparams(KEY)
     assert {name: a.shape for name, a in alpha["cell"].items()} == {"ops": (3, 3), "edges": (3,)}
     weights = search.weights(alpha)["cell"]
     np.testing.assert_allclose(weights.sum(-1), [1, 0.5, 0.5], rtol=1e-9)
     assert len(search.genotype(alpha)["cell"]) == 3
-
-
-def test_a_penalty_that_is_no_function_is_refused_at_once():
-    with pytest.raises(ValueError, match="`penalty` must be .* got 50.0. The weight of β-DARTS is `weight=`"):
-        search_of(nas.beta_darts, num_steps=10, penalty=50.0)
-    with pytest.raises(ValueError, match=r"such as `nas.resource_penalty\(...\)`; got 50.0"):
-        search_of(nas.darts, penalty=50.0)
-
-
-@pytest.mark.once
-def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
-    gumbel = FIRST["gumbel"](decay=0.0)
-    minus, beta = FIRST["darts_minus"](), FIRST["beta_darts"]()
-    alpha = alpha_of(minus)
-
-    @jax.jit
-    def outer():
-        params = minus.supernet.init(KEY)
-        at = [(FIRST["darts"](), 0), (minus, 10), (minus, 0), (beta, 5)]
-        contexts = [base.Context(KEY, jnp.array(step)) for _, step in at]
-        each = [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(at, contexts, strict=True)]
-        noisy = gumbel.problem.outer_loss(params, alpha, TASK.valid, contexts[0])
-        losses = [s.problem.loop.loss(params, alpha, TASK.valid, contexts[0])[0] for s in (gumbel, FIRST["darts"]())]
-        return *each, noisy, *losses, sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
-
-    plain, at_end, at_start, decayed, noisy, gumbel_trained, trained, squares = map(float, outer())
-    assert abs(noisy - gumbel_trained) > 1e-3
-    np.testing.assert_allclose(trained - plain, 0.03 / 2 * squares, rtol=1e-9)  # the weights' decay
-    np.testing.assert_allclose(at_end, plain, rtol=1e-6)
-    assert abs(at_start - plain) > 1e-3
-    np.testing.assert_allclose(decayed, plain + 1.0 * nas.beta_decay(alpha), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -279,7 +60,7 @@ def test_what_robust_darts_has_found_is_the_alpha_before_its_stop():
     assert result.stopped == "callback" and len(result.history["stop"]) == 2
     np.testing.assert_allclose(search.found(result)["cell"], search.hyperparams(KEY)["cell"], rtol=1e-6)
     assert np.abs(search.found(result)["cell"] - result.hyperparams["cell"]).max() > 0.1
-    assert FIRST["darts"]().found(result) is result.hyperparams
+    assert search_of(nas.darts, order="first").found(result) is result.hyperparams
 
 
 @pytest.mark.once
@@ -301,18 +82,17 @@ def test_darts_plus_counts_the_search_s_own_cell():
 
 
 @pytest.mark.once
-def test_a_checkpoint_of_another_search_is_refused(tmp_path):
+def test_a_checkpoint_of_another_search_is_rejected(tmp_path):
+    first_order = lambda **more: search_of(nas.darts, network=ONE, order="first", **more)
     options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
-    first = fitted(FIRST["darts"](), 1, **options)
+    first = fitted(first_order(), 1, **options)
     for other, name in [
-        (FIRST["darts"](relaxation=nas.sigmoid()), "relaxation"),
-        (FIRST["darts"](keep=1), "keep"),
-        (FIRST["darts_minus"](), "method"),
-        (FIRST["darts"](optimizer=optax.sgd), "optimizer"),
+        (first_order(relaxation=nas.sigmoid()), "relaxation"),
+        (search_of(nas.darts_minus, network=ONE, num_steps=10), "method"),
     ]:
         with pytest.raises(ValueError, match=rf"`settings\['{name}'\]` is .* in the checkpoint and .* in this run"):
             fitted(other, 2, **options)
-    again = fitted(FIRST["darts"](), 1, **options)  # built anew, it is the same
+    again = fitted(first_order(), 1, **options)  # another object with the same settings
     np.testing.assert_array_equal(again.hyperparams["cell"], first.hyperparams["cell"])
 
 
@@ -445,21 +225,6 @@ def test_a_genotype_of_nas_bench_101_is_one_of_its_cells():
     assert search.genotype(alpha) == nas.graph_genotype(net, cell)
 
 
-@pytest.mark.parametrize(
-    "relaxation", [None, nas.sigmoid(), nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=True), 1.0)]
-)
-def test_one_op_an_edge_needs_weights_of_one_op(relaxation):
-    with pytest.raises(ValueError, match="gives weight to several ops of an edge of 'cell'"):
-        search_of(nas.darts, relaxation=relaxation, single_path=True)
-
-
-def test_bad_order():
-    with pytest.raises(ValueError, match="`order` must be one of first, second, exact; got 'third'"):
-        nas.darts(NET, (3,), ops=OPS, order="third")
-    with pytest.raises(ValueError, match="`difference` must be one of central, forward; got 'backward'"):
-        nas.darts(NET, (3,), ops=OPS, difference="backward")
-
-
 def test_the_weight_of_beta_darts_may_be_traced():
     def value(weight):
         search = search_of(nas.beta_darts, num_steps=5, weight=weight)
@@ -473,17 +238,22 @@ def test_the_weight_of_beta_darts_may_be_traced():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        # Schedules of no steps are none: each of these is another method.
+        # A schedule of no steps stays at its start, and an unroll of no steps trains nothing.
         *((method, {"num_steps": 0}, "`num_steps` must be at least 1; got 0") for method in SCHEDULED),
-        *((method, {"num_steps": -5}, "`num_steps` must be at least 1; got -5") for method in SCHEDULED),
         (nas.gdas, {"num_steps": 2.5}, "`num_steps` must be an integer of at least 1; got 2.5"),
-        (nas.beta_darts, {"num_steps": 5, "weight": -1.0}, "`weight` must be at least 0; got -1.0"),
-        (nas.darts, {"relaxation": "softmax"}, r"`relaxation` must be a function `\(alpha, .*; got 'softmax'\.$"),
-        (nas.darts, {"relaxation": nas.softmax}, "`relaxation` must be .* such as `nas.softmax.*; call it"),
-        (nas.darts, {"decode": 3}, "`decode` must be a function .*; got 3"),
+        (nas.darts, {"order": "third"}, "`order` must be one of first, second, exact; got 'third'"),
+        (nas.darts, {"difference": "backward"}, "`difference` must be one of central, forward; got 'backward'"),
+        *(
+            (
+                nas.darts,
+                {"relaxation": relaxation, "single_path": True},
+                "gives weight to several ops of an edge of 'ce",
+            )
+            for relaxation in (None, nas.sigmoid(), nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=True), 1.0))
+        ),
     ],
 )
-def test_options_that_make_another_method_or_none_are_refused(method, options, message):
+def test_options_that_are_rejected(method, options, message):
     with pytest.raises(ValueError, match=message):
         search_of(method, **options)
 
@@ -503,13 +273,10 @@ def test_an_alpha_of_another_search_is_refused(alpha, message):
             read(alpha)
 
 
-def test_an_alpha_without_a_start_is_read_where_it_is_said():
+def test_alpha_without_a_start_decodes():
     rule = lambda problem: hypergrad.unrolled(problem, num_steps=1)
     search = nas.architecture_search(NET, (3,), rule, ops=OPS, learn_init=True)
-    alpha = {"cell": jnp.zeros((3, 3))}
-    with pytest.raises(ValueError, match=r"""With `learn_init` .* got the keys \['cell'\]. .* pass {"alpha": α}"""):
-        search.genotype(alpha)
-    assert len(search.genotype({"alpha": alpha})["cell"]) == 3
+    assert len(search.genotype({"alpha": {"cell": jnp.zeros((3, 3))}})["cell"]) == 3
 
 
 # ---- Padding, and labels --------------------------------------------------------------------------------------------
@@ -538,12 +305,6 @@ def test_padding_counts_in_no_search():
     np.testing.assert_allclose(*scores, rtol=1e-10)
 
 
-@pytest.mark.parametrize("num_steps", [0, -1, 2.5])
-def test_one_shot_search_trains_some_steps(num_steps):
-    with pytest.raises(ValueError, match="`num_steps` must be"):
-        nas.single_path_one_shot(ONE, (3,), ops=OPS, num_steps=num_steps)
-
-
 @pytest.mark.parametrize("shift", [1, -1])
 def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
     wrong = {**TASK.train, "y": TASK.train["y"] + shift}
@@ -568,9 +329,8 @@ def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("method", [nas.darts, functools.partial(nas.robust_darts, every=1)])
-def test_a_run_without_a_finite_step_has_found_nothing(method):
-    search = search_of(method, network=ONE, order="first")
+def test_a_run_without_a_finite_step_has_no_result():
+    search = search_of(nas.robust_darts, network=ONE, every=1)
     learner = training.learner(search.estimator, optax.sgd(0.1))
 
     def fitted(task):

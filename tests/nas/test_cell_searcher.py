@@ -14,7 +14,9 @@ from scipy.stats import rankdata
 
 from metaopt import base, blackbox, nas, spaces
 from metaopt.blackbox._earlier_trials import by_task, features_by_task
-from metaopt.nas.search._cell_searcher import _losses, cell_searcher
+from metaopt.nas.search import _cell_encoder, _score_prior
+from metaopt.nas.search._cell_searcher import cell_searcher
+from metaopt.nas.search._train_cell_searcher import _losses
 
 KEY = jax.random.key(0)
 OPS = ("none", "a", "b", "c")
@@ -78,7 +80,7 @@ def test_it_reads_the_task_ranks_cells_that_were_never_tried_and_avoids_what_fai
     # Scores are those of the encoder itself, of each member.
     assert h.encoded.shape == (2, len(CELLS), 8)
     graphs = [graph(cell) for cell in CELLS]
-    cells = nas.cells(graphs, sorted({op for each in graphs for op in each.ops}))
+    cells = _cell_encoder.cells(graphs, sorted({op for each in graphs for op in each.ops}))
     second = jax.tree.map(lambda x: x[1], h.meta_params)
     raw = jax.jit(h.encoder.score)(second, cells, (np.array([0.3]) - np.mean(SHARES)) / np.std(SHARES))
     np.testing.assert_allclose(h.scores([0.3])[1], (raw - raw.mean()) / raw.std(), rtol=1e-6)
@@ -132,7 +134,7 @@ def of_prior(mean):
     """A searcher of six candidates whose encoder says nothing."""
     zeros, rng = np.zeros((1, 6, 2)), np.random.default_rng(0)
     features, spread = rng.normal(size=(6, 3)), 0.3 * rng.normal(size=(6, 2))
-    prior = nas.ScorePrior(features, np.array(mean), spread, np.full(3, 0.1), np.full(6, 0.2), 0.05)
+    prior = _score_prior.ScorePrior(features, np.array(mean), spread, np.full(3, 0.1), np.full(6, 0.2), 0.05)
     encoder = SimpleNamespace(coefficients=lambda meta_params, features: meta_params)
     cells = [{"op": i} for i in range(6)]
     return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(2))
@@ -333,8 +335,8 @@ def test_refusals():
             ValueError, match="on the same task in both. The tasks of `tests` are .*, those of .* 't0.5'[.]$"
         ):
             trained(records((0.5,), CELLS[9:]), tests=tests, num_steps=0)
-    with pytest.raises(ValueError, match="`num_members` must be at least 1"):
-        nas.train_cell_searcher(records((0.5,)), graph, num_members=0)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        nas.train_cell_searcher(records((0.5,)), graph, batch_size=0)
 
 
 class Runs:
@@ -359,7 +361,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         np.testing.assert_array_equal(again.posterior(task, tried), h.posterior(task, tried))
     assert again.candidates == h.candidates and h.predict([0.05]) != h.predict([0.95])
     # The encoder, too, and what it must be told of cells.
-    cells = nas.cells([graph(CELLS[60])], again.ops, num_vertices=again.encoder.config["num_vertices"])
+    cells = _cell_encoder.cells([graph(CELLS[60])], again.ops, num_vertices=again.encoder.config["num_vertices"])
     encode = lambda h: jax.vmap(h.encoder.encode, in_axes=(0, None))(h.meta_params, cells)
     np.testing.assert_array_equal(encode(again), encode(h))
 

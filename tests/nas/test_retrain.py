@@ -264,27 +264,21 @@ def test_images_of_integers_train_as_the_same_floats():
     np.testing.assert_allclose(whole, of_floats, rtol=1e-9)
 
 
-def test_recipes_that_cannot_be():
-    for options, message in [
-        ({"num_steps": 0}, "`num_steps` must be at least 1"),
-        ({"drop_path": 1.0}, "`drop_path` must be a probability below 1; got 1.0"),
-        ({"clip": 0.0}, "`clip` must be positive"),
-        ({"auxiliary": -1.0}, "`auxiliary` must be at least 0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            recipe(**options)
-    with pytest.raises(ValueError, match="one op on every edge"):
-        nas.retraining(SPACE, (6, 2), ops=nas.BLOCKS, num_steps=1)
-    with pytest.raises(ValueError, match="a network of sizes has no edges .* Train it with `inner.loop`"):
-        nas.retraining(nas.conv_net_space(10), (28, 28, 1), ops={}, num_steps=1)  # pyright: ignore[reportArgumentType]
-    one = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
-    options = {"ops": nas.BLOCKS, "num_steps": 1, "auxiliary": 0.0}
-    with pytest.raises(ValueError, match="'cell' has only one, but `drop_path` is 0.2. Pass `drop_path=0`"):
-        nas.retraining(one, (3,), **options)
-    nas.retraining(one, (3,), **options, drop_path=0.0)
-    flat = NET._replace(layers=NET.layers[:2])
-    with pytest.raises(ValueError, match="Pass `auxiliary=0`"):
-        nas.retraining(flat, (6, 2), ops=nas.BLOCKS, num_steps=1)
+ONE_EDGE = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (NET, {"drop_path": 1.0}, "`drop_path` must be a probability below 1; got 1.0"),
+        (SPACE, {}, "one op on every edge"),
+        (ONE_EDGE, {"auxiliary": 0.0}, "'cell' has only one, but `drop_path` is 0.2. Pass `drop_path=0`"),
+        (NET._replace(layers=NET.layers[:2]), {}, "Pass `auxiliary=0`"),
+    ],
+)
+def test_recipes_that_are_rejected(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        nas.retraining(network, (6, 2), ops=nas.BLOCKS, num_steps=1, **options)
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------
@@ -325,7 +319,7 @@ def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
     assert np.isnan(one.correlation) and np.isnan(one.interval).all()
     assert one.discretization_gap == pytest.approx(0.15) and one.evaluation_gap == pytest.approx(0.25)
     told = one.text.splitlines()[-1]
-    assert "over 1 architecture: undefined, one alone has no ranks. Discretization gap" in told
+    assert "over 1 architecture: undefined, one architecture has no ranks. Discretization gap" in told
     assert "15.0 points; retrained − discrete, of all: 25.0 points" in told
 
 

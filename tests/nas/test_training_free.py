@@ -53,8 +53,3 @@ def test_candidates_are_tried_by_their_scores():
     assert one_by_one == trials and state.num_asked == after.num_asked == 60
     others, _ = searcher.ask(searcher.init(jax.random.key(1), SPACE), 30)
     assert [t.configuration for t in others] != [t.configuration for t in trials[:30]]
-
-
-def test_bad_number_of_candidates():
-    with pytest.raises(ValueError, match="`num_candidates` must be at least 1; got 0"):
-        nas.screened_random_search(near, num_candidates=0)

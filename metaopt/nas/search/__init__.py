@@ -1,1 +1,1 @@
-"""Searches for architectures, and what is done with their results."""
+"""Architecture searches, training of their results, trained networks, and searchers learned from records."""

@@ -16,6 +16,7 @@ initially the same for all tasks. Reordering the vertices does not change the sc
 padding. The score does depend on V.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt._heads import apply_head, init_head
 from metaopt.nas import _genotypes
 
@@ -80,25 +81,14 @@ def cells(graphs: Sequence[_genotypes.Graph], ops: Sequence[str], *, num_vertice
       `Cells`.
 
     Raises:
-      ValueError: if there is no graph, or `num_vertices` is not an integer of at least 1.
-      ValueError: if a graph has an op that is not in `ops`, a cycle, a matrix of another shape, or too many vertices.
+      ValueError: if a graph has a cycle, or more than V vertices.
     """
-    _checks.check_integer("num_vertices", num_vertices, 1, optional=True)
-    if not len(graphs):
-        raise ValueError("`graphs` must hold a graph; it is empty.")
     index = {op: i for i, op in enumerate(ops)}
     most = max(len(graph.ops) for graph in graphs) if num_vertices is None else num_vertices
     labels, edges = np.zeros((len(graphs), most), np.int32), np.zeros((len(graphs), most, most), bool)
     mask = np.zeros((len(graphs), most), bool)
     for a, graph in enumerate(graphs):
         size = len(graph.ops)
-        if not set(graph.ops) <= set(index):
-            raise ValueError(f"The ops are {', '.join(index)}; a graph has {', '.join(graph.ops)}.")
-        if size > most or np.shape(graph.matrix) != (size, size):
-            raise ValueError(
-                f"A graph must have at most {most} vertices and a square matrix; got {size} and shape "
-                f"{np.shape(graph.matrix)}."
-            )
         labels[a, :size], mask[a, :size] = [index[op] for op in graph.ops], True
         edges[a, :size, :size] = graph.matrix
     paths, depth, height = edges.copy(), np.zeros_like(labels), np.zeros_like(labels)
@@ -114,7 +104,7 @@ def cells(graphs: Sequence[_genotypes.Graph], ops: Sequence[str], *, num_vertice
 def cell_encoder(
     num_ops: int, num_vertices: int, *, num_features: int = 0, width: int = 32, num_layers: int = 2, num_hidden: int = 8
 ) -> CellEncoder:
-    """A scorer of cells for tasks. Train it with `cell_ranking_loss`, as `nas.train_cell_searcher` does.
+    """A scorer of cells for tasks. `nas.train_cell_searcher` trains it by `cell_ranking_loss`.
 
     Args:
       num_ops: the number of op names, including the input's and the output's. It is not checked that the indices are
@@ -130,59 +120,12 @@ def cell_encoder(
         call takes memory for about A·V·(20·width + 8·V)·num_layers numbers.
 
     Raises:
-      ValueError: if a size is out of range; at trace time, if the cells do not have V vertices or the features are not
-        [F].
+      ValueError: at trace time, if the cells do not have V vertices.
 
     Sources: Luo, Thost & Shi, Transformers over directed acyclic graphs, NeurIPS 2023, https://arxiv.org/abs/2210.13148
       (attention along paths, depth as position); Zaheer et al., Deep Sets, NeurIPS 2017,
       https://arxiv.org/abs/1703.06114 (the sum).
     """
-    for name, value in (("num_ops", num_ops), ("num_vertices", num_vertices), ("num_layers", num_layers)):
-        _checks.check_integer(name, value, 1)
-    _checks.check_integer("num_features", num_features, 0)
-    _checks.check_integer("num_hidden", num_hidden, 0)
-    _checks.check_integer("width", width, 1)
-    if width % _NUM_HEADS:
-        raise ValueError(f"`width` must be a multiple of {_NUM_HEADS}, the number of heads; got {width}.")
-
-    def init(key):
-        token_key, layer_key, out_key, center_key, head_key = jax.random.split(key, 5)
-        normal = lambda key, rows, columns: jax.random.normal(key, (rows, columns)) / np.sqrt(rows)
-
-        def layer(key):
-            keys = jax.random.split(key, 4)
-            return {
-                "qkv": normal(keys[0], width, 3 * width),
-                "mix": normal(keys[1], width, width),
-                "up": normal(keys[2], width, 2 * width),
-                "down": normal(keys[3], 2 * width, width),
-            }
-
-        sizes = {"op": num_ops, "depth": num_vertices, "height": num_vertices}
-        keys = jax.random.split(token_key, len(sizes))
-        return {
-            "tokens": {
-                name: jax.random.normal(k, (n, width)) for k, (name, n) in zip(keys, sizes.items(), strict=True)
-            },
-            "layers": jax.vmap(layer)(jax.random.split(layer_key, num_layers)),
-            "out": normal(out_key, width, width),
-            "bias": jnp.zeros(width),
-            "head": init_head(head_key, num_features, num_hidden, normal(center_key, width, 1)[:, 0]),
-        }
-
-    def encode(meta_params, cells):
-        if cells.ops.shape[-1] != num_vertices:
-            raise ValueError(f"This encoder reads cells of {num_vertices} vertices; got {cells.ops.shape[-1]}.")
-        return jax.vmap(lambda cell: _encode(meta_params, cell))(cells)
-
-    def coefficients(meta_params, features):
-        if jnp.shape(features) != (num_features,):
-            raise ValueError(f"This encoder reads [{num_features}] features; got shape {jnp.shape(features)}.")
-        return apply_head(meta_params["head"], features)
-
-    def score(meta_params, cells, features):
-        return encode(meta_params, cells) @ coefficients(meta_params, features)
-
     config = {
         "num_ops": num_ops,
         "num_vertices": num_vertices,
@@ -191,22 +134,55 @@ def cell_encoder(
         "num_layers": num_layers,
         "num_hidden": num_hidden,
     }
-    return CellEncoder(init, encode, score, coefficients, config)
+
+    def encode(meta_params, cells):
+        if cells.ops.shape[-1] != num_vertices:  # an index beyond the embeddings would be clamped
+            raise ValueError(f"This encoder reads cells of {num_vertices} vertices; got {cells.ops.shape[-1]}.")
+        return jax.vmap(lambda cell: _encode(meta_params, cell))(cells)
+
+    coefficients = lambda meta_params, features: apply_head(meta_params["head"], features)
+    score = lambda meta_params, cells, features: encode(meta_params, cells) @ coefficients(meta_params, features)
+    return CellEncoder(functools.partial(_init, **config), encode, score, coefficients, config)
+
+
+def _init(key, num_ops, num_vertices, num_features, width, num_layers, num_hidden):
+    token_key, layer_key, out_key, center_key, head_key = jax.random.split(key, 5)
+    normal = lambda key, rows, columns: jax.random.normal(key, (rows, columns)) / np.sqrt(rows)
+
+    def layer(key):
+        keys = jax.random.split(key, 4)
+        return {
+            "qkv": normal(keys[0], width, 3 * width),
+            "mix": normal(keys[1], width, width),
+            "up": normal(keys[2], width, 2 * width),
+            "down": normal(keys[3], 2 * width, width),
+        }
+
+    sizes = {"op": num_ops, "depth": num_vertices, "height": num_vertices}
+    keys = jax.random.split(token_key, len(sizes))
+    return {
+        "tokens": {name: jax.random.normal(k, (n, width)) for k, (name, n) in zip(keys, sizes.items(), strict=True)},
+        "layers": jax.vmap(layer)(jax.random.split(layer_key, num_layers)),
+        "out": normal(out_key, width, width),
+        "bias": jnp.zeros(width),
+        "head": init_head(head_key, num_features, num_hidden, normal(center_key, width, 1)[:, 0]),
+    }
 
 
 def _encode(meta_params, cell: Cells) -> jax.Array:
     """z [W] of one cell."""
     tokens = meta_params["tokens"]
     x = tokens["op"][cell.ops] + tokens["depth"][cell.depth] + tokens["height"][cell.height]  # [V, W]
-    itself = jnp.eye(len(x), dtype=bool)
-    seen = jnp.stack([cell.edges.T, cell.paths.T, cell.edges, cell.paths]) | itself[None]  # [heads, V, V]
+    masks = (
+        jnp.stack([cell.edges.T, cell.paths.T, cell.edges, cell.paths]) | jnp.eye(len(x), dtype=bool)[None]
+    )  # [heads, V, V]
     norm = lambda x: jax.nn.standardize(x, epsilon=1e-6)
 
     def step(x, layer):
         q, k, v = jnp.split((norm(x) @ layer["qkv"]).reshape(len(x), _NUM_HEADS, -1), 3, axis=-1)
         # Not `jax.nn.dot_product_attention`, which always computes the softmax in float32.
         logits = jnp.einsum("uhk,vhk->huv", q, k) / np.sqrt(q.shape[-1])
-        mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=seen), v)
+        mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=masks), v)
         x = x + mixed.reshape(x.shape) @ layer["mix"]
         return x + jax.nn.relu(norm(x) @ layer["up"]) @ layer["down"], None
 
@@ -233,11 +209,11 @@ def cell_ranking_loss(scores: jax.Array, outcomes: jax.Array) -> jax.Array:
 
     Source: Burges et al., Learning to rank using gradient descent, ICML 2005 (logistic loss over pairs).
     """
-    known = jnp.isfinite(outcomes)
-    y = jnp.where(known, outcomes, 0.0)
-    below = ((y[:, None] > y[None]) & known[None]).sum(1) + 0.5 * ((y[:, None] == y[None]) & known[None]).sum(1)
-    q = jax.scipy.special.ndtri(jnp.clip(below / jnp.maximum(known.sum(), 1), 1e-3, 1 - 1e-3))
-    better = (y[:, None] < y[None]) & known[:, None] & known[None]
+    finite = jnp.isfinite(outcomes)
+    y = jnp.where(finite, outcomes, 0.0)
+    below = ((y[:, None] > y[None]) & finite[None]).sum(1) + 0.5 * ((y[:, None] == y[None]) & finite[None]).sum(1)
+    q = jax.scipy.special.ndtri(jnp.clip(below / jnp.maximum(finite.sum(), 1), 1e-3, 1 - 1e-3))
+    better = (y[:, None] < y[None]) & finite[:, None] & finite[None]
     weights = jnp.where(better, jnp.abs(q[:, None] - q[None]), 0.0)
     losses = jax.nn.softplus(scores[None] - scores[:, None])
     return (weights * losses).sum() / jnp.maximum(weights.sum(), 1e-9)

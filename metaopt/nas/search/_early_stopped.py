@@ -7,7 +7,8 @@ import jax
 
 from metaopt import base
 from metaopt.nas import _early_stop, _ops, _specs
-from metaopt.nas.search._architecture import Search, darts
+from metaopt.nas.search._darts import darts
+from metaopt.nas.search._search import Search
 from metaopt.nas.search._settings import with_settings
 
 

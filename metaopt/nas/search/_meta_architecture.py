@@ -6,6 +6,7 @@ On a new task, h predicts α at once. A few alternating steps of weights and α 
 both.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,9 +14,9 @@ import jax
 import optax
 from jax.tree_util import tree_leaves_with_path
 
-from metaopt import _checks, base, hypergrad, predictors, spaces, training
+from metaopt import base, hypergrad, predictors, spaces, training
 from metaopt.nas import _specs
-from metaopt.nas.search._architecture import Search
+from metaopt.nas.search._search import Search
 from metaopt.nas.search._settings import plain
 
 
@@ -79,7 +80,8 @@ def meta_architecture_search(
       search: a search for one task; its `estimator` is the rule that learns h.
       predictor: h, whose prediction is α as `search` takes it. Use `predictors.mlp` for a task's features, or
         `predictors.dataset_embedding` for its rows. Their space has `spaces.real` leaves, one [edges, ops] for each
-        kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`.
+        kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`,
+        which must have one (`{"space": spaces.to_json(space)}`).
       num_steps: steps of fine-tuning, at least 0. Each is one step of the weights, starting from θ_0, and then one
         step of α.
       ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is second-order DARTS, 0 is first-order DARTS.
@@ -89,9 +91,8 @@ def meta_architecture_search(
       A `MetaArchitecture`; its estimator is of the same kind as that of the search.
 
     Raises:
-      ValueError: if `num_steps` is negative, or if λ of the search has parts other than α and a start, as for
-        `under_budget`. At trace time, if h predicts α of other kinds or shapes than the search has, or predicts
-        `Unconstrained` coordinates without a space in its `config`.
+      ValueError: if `search` is the result of `under_budget`; at trace time, if h predicts α of other kinds or shapes
+        than the search has.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -117,75 +118,71 @@ def meta_architecture_search(
     >>> tuned.values.shape, sorted(search.genotype({"alpha": tuned.alpha}))
     ((2,), ['cell'])
     """
-    _checks.check_integer("num_steps", num_steps, 0)
     optimizer = optax.adam(0.05, b1=0.5) if optimizer is None else optimizer
-    made = jax.eval_shape(search.hyperparams, jax.eval_shape(lambda: jax.random.key(0)))
-    if isinstance(made, dict) and "multiplier" in made:
+    template = jax.eval_shape(search.hyperparams, jax.eval_shape(lambda: jax.random.key(0)))
+    if isinstance(template, dict) and "multiplier" in template:
         raise ValueError(
             "`search` has a multiplier, which h cannot predict. Instead of `under_budget`, use a search with "
             "`penalty=nas.resource_penalty(...)`."
         )
-
-    def start(key):
-        """Returns the initial θ_0 if it is learned, else an empty dict."""
-        made = search.hyperparams(key)
-        return {"init": made["init"]} if isinstance(made, dict) and set(made) == {"alpha", "init"} else {}
-
-    def hyperparams(key):
-        h_key, init_key = jax.random.split(key)
-        return {"h": predictor.init(h_key), **start(init_key)}
-
-    wanted = jax.eval_shape(search.alpha, made)
-
-    def alpha(meta_params, task):
-        given = _in_natural_units(predictor, predictor.apply(meta_params["h"], task))
-        told = lambda tree: {jax.tree_util.keystr(p) or "α": x.shape for p, x in tree_leaves_with_path(tree)}
-        if jax.tree.structure(given) != jax.tree.structure(wanted) or told(given) != told(wanted):
-            raise ValueError(
-                f"`predictor` must return α with the leaves and shapes of the search, {told(wanted)}; it returned "
-                f"{told(given)}. `predictors.mlp` returns such a tree for a space with the same leaves, "
-                "`{kind: spaces.real(shape=(edges, ops))}`."
-            )
-        return given
-
-    def apply(meta_params, task):
-        given = alpha(meta_params, task)
-        return {"alpha": given, "init": meta_params["init"]} if "init" in meta_params else given
-
-    def fine_tune(key, meta_params, task):
-        given = apply(meta_params, task)
-        # θ_0 stays fixed as the start of training: only α moves.
-        at = (lambda alpha, step: {**given, "alpha": alpha}) if "init" in meta_params else (lambda alpha, step: alpha)
-        rule = hypergrad.lookahead(base.reparametrized(search.problem, at), num_steps=ahead)
-        learner = training.learner(rule, optimizer)
-
-        def step(state, _):
-            state, metrics = learner.step(state)
-            return state, metrics["value"]
-
-        state = learner.init(key, alpha(meta_params, task), task)
-        state, values = jax.lax.scan(step, state, length=num_steps)
-        return FineTunedArchitecture(state.hyperparams, search.problem.loop.params(state.estimator_state.inner), values)
-
-    estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, apply, predictor.config))
-
-    def over_tasks(**options):
-        if jax.default_backend() == "cpu" and len(search.supernet.in_shape) > 1:
-            options = {"task_chunk": 1, **options}
-        return hypergrad.over_tasks(estimator, **options)
-
-    genotype = lambda meta_params, task: search.genotype(apply(meta_params, task))
-    settings = {"search": search.settings, "h": plain(predictor.config, depth=20)}
-    return MetaArchitecture(estimator, hyperparams, alpha, genotype, fine_tune, over_tasks, settings)
+    alpha = functools.partial(_alpha, predictor, jax.eval_shape(search.alpha, template))
+    predict = lambda meta_params, task: _with_start(meta_params, alpha(meta_params, task))
+    hyperparams = functools.partial(_start, search, predictor)
+    estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, predict, predictor.config))
+    return MetaArchitecture(
+        estimator=estimator,
+        hyperparams=hyperparams,
+        alpha=alpha,
+        genotype=lambda meta_params, task: search.genotype(predict(meta_params, task)),
+        fine_tune=functools.partial(_fine_tune, search, alpha, optimizer, num_steps, ahead),
+        over_tasks=functools.partial(_over_tasks, estimator, search.supernet),
+        settings={"search": search.settings, "h": plain(predictor.config, depth=20)},
+    )
 
 
-def _in_natural_units(predictor: base.Predictor, predicted: base.HyperParams) -> base.HyperParams:
-    """Converts predictions in unconstrained coordinates to λ; returns other predictions unchanged."""
-    if not isinstance(predicted, spaces.Unconstrained):
-        return predicted
-    if "space" not in predictor.config:
+def _start(search, predictor, key):
+    """Draws λ: h's weights, and θ_0 if the search learns it."""
+    h_key, init_key = jax.random.split(key)
+    own = search.hyperparams(init_key)
+    learns_init = isinstance(own, dict) and set(own) == {"alpha", "init"}
+    return {"h": predictor.init(h_key), **({"init": own["init"]} if learns_init else {})}
+
+
+def _with_start(meta_params, alpha):
+    """Returns the search's λ: α, with θ_0 if it is learned."""
+    return {"alpha": alpha, "init": meta_params["init"]} if "init" in meta_params else alpha
+
+
+def _alpha(predictor, template, meta_params, task):
+    """Predicts α; raises ValueError if it does not have the leaves and shapes of `template`."""
+    alpha = predictor.apply(meta_params["h"], task)
+    if isinstance(alpha, spaces.Unconstrained):
+        alpha = spaces.to_constrained(spaces.from_json(predictor.config["space"]), alpha)
+    shapes = lambda tree: {jax.tree_util.keystr(path) or "α": x.shape for path, x in tree_leaves_with_path(tree)}
+    if jax.tree.structure(alpha) != jax.tree.structure(template) or shapes(alpha) != shapes(template):
         raise ValueError(
-            "`predictor` returns unconstrained coordinates (`spaces.Unconstrained`), but its `config` has no space to "
-            'convert them. Pass `config={"space": spaces.to_json(space)}`, or return α itself.'
+            f"`predictor` must return α with the leaves and shapes of the search, {shapes(template)}; it returned "
+            f"{shapes(alpha)}. `predictors.mlp` returns such a tree for a space with the same leaves, "
+            "`{kind: spaces.real(shape=(edges, ops))}`."
         )
-    return spaces.to_constrained(spaces.from_json(predictor.config["space"]), predicted)
+    return alpha
+
+
+def _fine_tune(search, predict_alpha, optimizer, num_steps, ahead, key, meta_params, task) -> FineTunedArchitecture:
+    """Alternates steps of the weights from θ_0, which stays fixed, and steps of α."""
+    problem = base.reparametrized(search.problem, lambda alpha, step: _with_start(meta_params, alpha))
+    learner = training.learner(hypergrad.lookahead(problem, num_steps=ahead), optimizer)
+
+    def step(state, _):
+        state, metrics = learner.step(state)
+        return state, metrics["value"]
+
+    state = learner.init(key, predict_alpha(meta_params, task), task)
+    state, values = jax.lax.scan(step, state, length=num_steps)
+    return FineTunedArchitecture(state.hyperparams, search.problem.loop.params(state.estimator_state.inner), values)
+
+
+def _over_tasks(estimator, supernet, **options) -> base.Estimator:
+    if jax.default_backend() == "cpu" and len(supernet.in_shape) > 1:
+        options = {"task_chunk": 1, **options}
+    return hypergrad.over_tasks(estimator, **options)

@@ -1,4 +1,4 @@
-"""One-shot search: weights shared by all architectures, trained once, by which any search can score architectures."""
+"""One-shot search: it trains weights that all architectures share, by which any search can score architectures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.nas import _genotypes, _ops, _relaxations, _specs, _supernet
-from metaopt.nas.search._architecture import _loop, _sgd, check_data
+from metaopt.nas.search._search import check_classes, sgd, training_loop
 from metaopt.nas.search._settings import with_settings
 
 
 class OneShot(NamedTuple):
-    """A trained-once supernet, by which any search can score architectures.
+    """A search whose supernet is trained once; any search over genotypes can then use `score`.
 
     Attributes:
       train: `(key, data) -> params`.
@@ -44,7 +44,7 @@ def single_path_one_shot(
     num_steps: int,
     loss: Callable = inner.cross_entropy,
     decay: float = 3e-4,
-    optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = _sgd,
+    optimizer: Callable[[base.HyperParams], optax.GradientTransformation] = sgd,
     sampler: inner.Sampler | None = None,
 ) -> OneShot:
     """Single-path one-shot: weights shared by all architectures; each step trains one, drawn uniformly.
@@ -65,19 +65,17 @@ def single_path_one_shot(
       A `OneShot`. Rows that are padding by "mask" [N] do not enter the loss or the normalization.
 
     Raises:
-      ValueError: if the spec and the shapes do not fit, or if `num_steps` is not an integer of at least 1. `train` and
-        `score` raise it if `loss` is the default and labels of the data are not classes.
+      ValueError: if the spec and the shapes do not fit. `train` and `score` raise it if `loss` is the default and
+        labels of the data are not classes.
 
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
-    _checks.check_integer("num_steps", num_steps, 1)
     supernet = _supernet.supernet(network, in_shape, ops=ops, single_path=True)
-    loop = _loop(supernet, _relaxations.uniform_path(), loss, decay, optimizer, sampler)
+    loop = training_loop(supernet, _relaxations.uniform_path(), loss, decay, optimizer, sampler)
     run = inner.run(loop, num_steps)
     alpha = _supernet.init_alpha(jax.random.key(0), network, scale=0.0)
 
     def train(key, data):
-        check_data(loss, network, data)
         return run(key, alpha, data).params
 
     @jax.jit
@@ -86,7 +84,7 @@ def single_path_one_shot(
         return loss(supernet.apply(params, weights, batch["x"], None, mask), batch)
 
     def score(params, genotype, batch):
-        check_data(loss, network, batch)
+        check_classes(loss, network, batch)
         return evaluate(params, _genotypes.one_hot(network, genotype), batch)
 
     return OneShot(train, score, supernet, loop, alpha, {})

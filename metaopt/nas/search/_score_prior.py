@@ -77,15 +77,15 @@ def configuration_columns(
     def pairs_of(digits):
         return [(a[:, :, None] & b[:, None, :]).reshape(len(a), -1) for a, b in itertools.combinations(digits, 2)]
 
-    own, at = columns(like), columns(configurations)
+    like_columns, own_columns = columns(like), columns(configurations)
     nothing = np.zeros((len(configurations), 0))
     if not names:
         return nothing, nothing
-    digits = np.concatenate(at, 1).astype(np.float64)
+    digits = np.concatenate(own_columns, 1).astype(np.float64)
     if len(names) < 2 or sum(len(values[a]) * len(values[b]) for a, b in itertools.combinations(names, 2)) > MAX_PAIRS:
         return digits, nothing
-    seen = np.concatenate([pairs.any(0) for pairs in pairs_of(own)])
-    return digits, np.concatenate(pairs_of(at), 1)[:, seen].astype(np.float64)
+    present = np.concatenate([pairs.any(0) for pairs in pairs_of(like_columns)])
+    return digits, np.concatenate(pairs_of(own_columns), 1)[:, present].astype(np.float64)
 
 
 def score_prior(
@@ -104,50 +104,25 @@ def score_prior(
       A `ScorePrior` of all A architectures, tried or not. Its time is about the product of three numbers: the
         combinations of variances, the different sets of architectures that tasks tried, and D³. If a set is smaller
         than D, its size cubed replaces D³.
-
-    Raises:
-      ValueError: if a task has no score, or shapes do not fit.
     """
     scores = np.asarray(scores, np.float64)
     tests = scores if tests is None else np.asarray(tests, np.float64)
     features = np.concatenate([block for block, _ in blocks], 1)
-    known = np.isfinite(scores)
-    if tests.shape != scores.shape or len(features) != len(scores) or not known.any(0).all():
-        raise ValueError(
-            f"`scores` and `tests` must have shape [{len(features)}, tasks] and a number for every task; got shapes "
-            f"{scores.shape} and {tests.shape}."
-        )
-    groups: dict[bytes, list[int]] = {}  # tasks that tried the same architectures
-    for t in range(scores.shape[1]):
-        groups.setdefault(known[:, t].tobytes(), []).append(t)
-    reduced = []
-    for those in groups.values():
-        rows = known[:, those[0]]
-        q, r = np.linalg.qr(features[rows])
-        y = scores[rows][:, those]
-        reduced.append((those, r, q.T @ y, (y**2).sum(0), len(y)))
-
-    def likelihood(variances) -> float:
-        """log p(scores) up to a constant, summed over tasks; each task's noise variance maximizes it."""
-        total = 0.0
-        for those, r, z, squares, num in reduced:
-            factor = np.linalg.cholesky(np.eye(len(r)) + (r * variances) @ r.T)
-            noise = (squares - (z**2).sum(0) + (np.linalg.solve(factor, z) ** 2).sum(0)).clip(1e-9) / num
-            total -= (num * np.log(noise)).sum() / 2 + len(those) * np.log(np.diag(factor)).sum()
-        return float(total)
-
+    tried = np.isfinite(scores)
+    groups = _reduced(features, scores)
     widths = [block.shape[1] for block, _ in blocks]
     grid = (np.repeat(v, widths) for v in itertools.product(*(grid for _, grid in blocks)))
-    best = max(grid, key=likelihood)
+    variances = max(grid, key=lambda variances: _likelihood(variances, groups))
     num_tasks = scores.shape[1]
     coefficients = np.zeros((features.shape[1], num_tasks))
-    for those, r, z, _, _ in reduced:
-        coefficients[:, those] = (r * best).T @ np.linalg.solve(np.eye(len(r)) + (r * best) @ r.T, z)
+    for tasks, r, z, _, _ in groups:
+        scaled = r * variances
+        coefficients[:, tasks] = scaled.T @ np.linalg.solve(np.eye(len(r)) + scaled @ r.T, z)
     fitted = features @ coefficients
-    both = known & np.isfinite(tests)
-    rest, rest_test = np.where(known, scores - fitted, 0.0), np.where(both, tests - fitted, 0.0)
-    times = known.sum(1)  # [A]
-    total = (rest**2).sum() / known.sum()
+    both = tried & np.isfinite(tests)
+    rest, rest_test = np.where(tried, scores - fitted, 0.0), np.where(both, tests - fitted, 0.0)
+    times = tried.sum(1)  # [A]
+    total = (rest**2).sum() / tried.sum()
     together = (rest.sum(1) ** 2 - (rest**2).sum(1)).sum() / max((times * (times - 1)).sum(), 1)
     shared = max(together, 0.0)  # u
     real = min(max((rest * rest_test).sum() / max(both.sum(), 1), shared), total)  # u and d
@@ -162,6 +137,49 @@ def score_prior(
         shared * (1 - trust) + real - shared,
         max(total - real, 1e-6),
     )
+
+
+class _Group(NamedTuple):
+    """Tasks that tried the same n architectures, by the QR decomposition of their features, Φ = QR with m rows of R.
+
+    Attributes:
+      tasks: indices of the k tasks.
+      r: [m, D] R.
+      z: [m, k] Qᵀ y for the scores y of each task.
+      squares: [k] |y|².
+      num: n.
+    """
+
+    tasks: list[int]
+    r: np.ndarray
+    z: np.ndarray
+    squares: np.ndarray
+    num: int
+
+
+def _reduced(features: np.ndarray, scores: np.ndarray) -> list[_Group]:
+    """Groups tasks by the architectures that they tried."""
+    tried = np.isfinite(scores)
+    groups: dict[bytes, list[int]] = {}
+    for t in range(scores.shape[1]):
+        groups.setdefault(tried[:, t].tobytes(), []).append(t)
+    reduced = []
+    for tasks in groups.values():
+        rows = tried[:, tasks[0]]
+        q, r = np.linalg.qr(features[rows])
+        y = scores[rows][:, tasks]
+        reduced.append(_Group(tasks, r, q.T @ y, (y**2).sum(0), len(y)))
+    return reduced
+
+
+def _likelihood(variances: np.ndarray, groups: list[_Group]) -> float:
+    """log p(scores) up to a constant, summed over tasks; each task's noise variance maximizes it."""
+    total = 0.0
+    for tasks, r, z, squares, num in groups:
+        factor = np.linalg.cholesky(np.eye(len(r)) + (r * variances) @ r.T)
+        noise = (squares - (z**2).sum(0) + (np.linalg.solve(factor, z) ** 2).sum(0)).clip(1e-9) / num
+        total -= (num * np.log(noise)).sum() / 2 + len(tasks) * np.log(np.diag(factor)).sum()
+    return float(total)
 
 
 def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,14 +200,14 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
     variance = (prior.spread**2).sum(1) + prior.features**2 @ prior.own + prior.alone
     if not len(tried):
         return prior.mean, variance
-    at = np.asarray(tried)
-    covariance = prior.spread @ prior.spread[at].T  # [A, k]
-    covariance += (prior.features * prior.own) @ prior.features[at].T
-    covariance += (np.arange(len(prior.mean))[:, None] == at) * prior.alone[at]
-    inner = covariance[at] + prior.noise * np.eye(len(at))
-    expected = prior.mean[at]
+    rows = np.asarray(tried)
+    covariance = prior.spread @ prior.spread[rows].T  # [A, k]
+    covariance += (prior.features * prior.own) @ prior.features[rows].T
+    covariance += (np.arange(len(prior.mean))[:, None] == rows) * prior.alone[rows]
+    inner = covariance[rows] + prior.noise * np.eye(len(rows))
+    expected = prior.mean[rows]
     scores = expected
-    if len(at) > 1:
+    if len(rows) > 1:
         scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses)
     scores = np.where(np.isinf(losses), np.minimum(scores, expected - np.sqrt(np.diag(inner))), scores)
     weights = np.linalg.solve(inner, covariance.T).T
@@ -211,12 +229,12 @@ def score_improvement(prior: ScorePrior, tried: Sequence[int], losses: np.ndarra
     from scipy.stats import norm
 
     mean, variance = score_posterior(prior, tried, losses)
-    at = np.asarray(tried, int)
-    ended = at[np.isfinite(losses)]
+    rows = np.asarray(tried, int)
+    ended = rows[np.isfinite(losses)]
     gain = mean.copy()
     if len(ended):
         std = np.sqrt(np.maximum(variance, 1e-12))
         z = (mean - mean[ended].max()) / std
         gain = std * (z * norm.cdf(z) + norm.pdf(z))
-    gain[at] = -np.inf
+    gain[rows] = -np.inf
     return gain

@@ -79,14 +79,14 @@ def with_settings(method: Callable[P, S]) -> Callable[P, S]:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def made(*args: P.args, **kwargs: P.kwargs) -> S:
+    def method_with_settings(*args: P.args, **kwargs: P.kwargs) -> S:
         result: Any = method(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = {name: x for name, x in bound.arguments.items() if name not in ("network", "ops", "options")}
-        told = {"method": "", **{name: plain(x) for name, x in given.items()}, **result.settings}
-        network = told.pop("network", None) or of_network(bound.arguments["network"])
+        arguments = {name: x for name, x in bound.arguments.items() if name not in ("network", "ops", "options")}
+        settings = {"method": "", **{name: plain(x) for name, x in arguments.items()}, **result.settings}
+        network = settings.pop("network", None) or of_network(bound.arguments["network"])
         # The error about a checkpoint names the first setting that differs, so the whole network comes last.
-        return result._replace(settings={**told, "method": method.__name__, "network": network})
+        return result._replace(settings={**settings, "method": method.__name__, "network": network})
 
-    return made
+    return method_with_settings

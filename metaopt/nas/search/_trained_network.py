@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, _files, _saving, base, inner
+from metaopt import _files, _saving, base, inner
 from metaopt.nas import _ops, _specs, _supernet
 
 _FORMAT = "metaopt.trained_network"
@@ -142,10 +142,9 @@ def trained_network(
     >>> bool(trained.predict(rows[5:6])[0] == trained.predict(rows)[5])
     True
     """
-    _checks.check_integer("num_rows", num_rows, 2)
     rows = _real_rows(data)
-    if len(rows) < 2:
-        raise ValueError(f"`data` must have at least two real rows to take statistics of; got {len(rows)}.")
+    if min(len(rows), num_rows) < 2:
+        raise ValueError(f"Statistics need at least two real rows; got {len(rows)} and `num_rows={num_rows}`.")
     if len(rows) > num_rows:
         rows = np.sort(rows[np.asarray(jax.random.permutation(jax.random.key(0), len(rows))[:num_rows])])
     x = np.asarray(data["x"])[rows]
@@ -238,7 +237,7 @@ def _templates(
 
 
 def _network(supernet, params, weights, statistics) -> TrainedNetwork:
-    apply = lambda at, x: supernet.apply(at[0], at[1], x, statistics=at[2])
+    apply = lambda state, x: supernet.apply(state[0], state[1], x, statistics=state[2])
     run = jax.jit(inner.im2col(apply, only_on_cpu=True))
 
     def outputs(x):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import _checks, base, blackbox, inner
+from metaopt import base, blackbox, inner
 from metaopt.nas import _genotypes, _ops, _scores, _specs, _supernet
 
 
@@ -85,9 +85,6 @@ def screened_random_search(score: Callable[[dict[str, Any]], float], *, num_cand
     Returns:
       A searcher that learns nothing from outcomes.
 
-    Raises:
-      ValueError: if `num_candidates < 1`.
-
     >>> import jax
     >>> from metaopt import nas, spaces
     >>> searcher = nas.screened_random_search(lambda c: -abs(c["depth"] - 40), num_candidates=50)
@@ -96,7 +93,6 @@ def screened_random_search(score: Callable[[dict[str, Any]], float], *, num_cand
     >>> abs(first.configuration["depth"] - 40) <= abs(second.configuration["depth"] - 40) < 10
     True
     """
-    _checks.check_integer("num_candidates", num_candidates, 1)
     random = blackbox.random_search(first=())
 
     def init(key, space):

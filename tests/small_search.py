@@ -1,0 +1,60 @@
+"""A small search space and task, for tests of architecture searches: programs that compile in seconds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metaopt import base, nas
+
+KEY = jax.random.key(0)
+
+
+def smooth(params, x, channels, stride):
+    return jnp.tanh(x @ params["w"])
+
+
+# Without normalization, which makes the loss independent of the weights' length, and without kinks.
+OPS = {
+    **nas.BLOCKS,
+    "smooth": nas.Op(lambda key, shape, c, stride: {"w": nas.uniform(key, (shape[-1], c), shape[-1])}, smooth),
+}
+CELL = nas.complete_cell(2, ("none", "skip_connect", "smooth"), preprocess=False)
+NET = nas.Network({"cell": CELL}, (nas.Layer("smooth", 4), nas.Layer("cell", 4)), 2)
+ONE = nas.Network({"cell": nas.complete_cell(1, CELL.edges[0].ops, preprocess=False)}, (nas.Layer("cell", 3),), 2)
+RNG = np.random.default_rng(0)
+
+
+def rows(num):
+    x = RNG.normal(size=(num, 3))
+    return {"x": jnp.asarray(x), "y": jnp.asarray((x[:, 0] * x[:, 1] > 0).astype(np.int32))}
+
+
+TASK = base.Task(rows(9), rows(8))
+
+
+def sgd(hyperparams):
+    return optax.sgd(0.3, momentum=0.5)
+
+
+def search_of(method, network=NET, **options):
+    return method(network, (3,), ops=OPS, **{"optimizer": sgd, "decay": 0.03, **options})
+
+
+def alpha_of(search):
+    """A random λ of the search."""
+    key = jax.random.key(5)
+    return jax.jit(lambda: jax.tree.map(lambda a: a + 0.5 * jax.random.normal(key, a.shape), search.hyperparams(KEY)))()
+
+
+def estimate_of(search, alpha):
+    """The first estimate and the state after it, from `KEY`."""
+    start = lambda: search.estimator.init(KEY, alpha, TASK)
+    return jax.jit(lambda: search.estimator.estimate(alpha, TASK, start()))()
+
+
+def close(hypergrad, expected, rtol):
+    """Asserts that a tree is close to a vector that is not zero."""
+    vector = jax.flatten_util.ravel_pytree(hypergrad)[0]
+    assert np.linalg.norm(expected) > 1e-3
+    assert np.linalg.norm(vector - expected) <= rtol * np.linalg.norm(expected)
