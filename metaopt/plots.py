@@ -415,7 +415,7 @@ def genotype(network: nas.Network, found: nas.Genotype) -> list["Axes"]:
 
     Args:
       network: the supernet's spec, which has the number of inputs and the outputs of each cell.
-      found: a genotype, from `nas.discretize` or a search.
+      found: a genotype, from `nas.derive_genotype` or a search.
 
     Returns:
       The axes, one for each kind of cell; `axes[0].figure.savefig` writes the picture.

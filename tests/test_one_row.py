@@ -94,7 +94,7 @@ SEARCHED = {
     ),
     "tokens": lambda: kept(
         nas.Network({}, (nas.Layer("tokens", 4), nas.Layer("transformer", 4), nas.Layer("norm_relu", 4)), 3),
-        ops={**nas.BLOCKS, **nas.TOKEN_OPS},
+        ops=nas.BLOCKS,
         x=NODES,
     ),
     "graphs": lambda: kept(

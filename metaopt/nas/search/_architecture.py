@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from metaopt import _checks, base, hypergrad, inner, training
-from metaopt.nas import _budgets, _costs, _genotypes, _nas_bench_101, _ops, _relaxations, _specs, _supernet
+from metaopt.nas import _budgets, _costs, _derivation, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._architecture_checks import alpha_beside_init, check_single, found
 from metaopt.nas.search._settings import of_network, plain, with_settings
 
@@ -145,9 +145,9 @@ def architecture_search(
       learn_init: makes λ {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
         learned together over many tasks (MetaNAS, T-NAS). This is second-order MAML with an α. It needs a rule that
         differentiates through all of training (`hypergrad.unrolled`).
-      keep: edges into each node, as for `nas.discretize`. The default is the network's own value, which is 2 unless
-        the network sets another one. The search's network is `search.supernet.network`, which has the new value.
-        Use that network to decode, count or encode genotypes (`nas.over_budget`, `nas.to_configuration`).
+      keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2
+        unless the network sets another one. The search's network is `search.supernet.network`, which has the new value.
+        Use that network to decode, count or encode genotypes (`nas.cost_of`, `nas.genotype_to_configuration`).
 
     Returns:
       A `Search`.
@@ -225,10 +225,7 @@ def architecture_search(
         return _relaxations.mixing_weights(decode, network, alpha_of(hyperparams), jax.random.key(0))
 
     def genotype(hyperparams):
-        found = jax.device_get(weights(hyperparams))
-        if isinstance(network, _specs.Network) and network.keep == "graph":
-            return _nas_bench_101.graph_genotype(network, _nas_bench_101.discretize_graph(network, found))
-        return _genotypes.discretize(network, found)
+        return _derivation.derive_genotype(network, jax.device_get(weights(hyperparams)))
 
     def checked(problem):
         estimator = rule(problem)

@@ -16,7 +16,7 @@ from metaopt import _checks, base, blackbox, hypergrad, training
 from metaopt.blackbox._earlier_trials import as_records, by_task, features_by_task, full_loss, partial_fidelity, some
 from metaopt.blackbox._meta_search import features_of
 from metaopt.blackbox._new_trials import as_configurations
-from metaopt.nas import _genotypes
+from metaopt.nas import _graphs
 from metaopt.nas.search import _cell_encoder, _score_prior
 
 _AT_ONCE = 2048  # cells per encoding batch
@@ -109,7 +109,7 @@ class CellSearcherState(NamedTuple):
 
 def train_cell_searcher(
     records: Iterable[base.Record],
-    graph_fn: Callable[[dict[str, Any]], _genotypes.Graph],
+    graph_fn: Callable[[dict[str, Any]], _graphs.Graph],
     *,
     features: Mapping[str, Any] | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
