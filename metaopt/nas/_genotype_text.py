@@ -113,8 +113,8 @@ def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Ge
 def _darts_fields(text: str) -> list[tuple[str, list, list[int]]]:
     """(kind, its pairs of op and source, the nodes of its output) of a text in the form of DARTS."""
     call = ast.parse(text.strip(), mode="eval").body
-    is_call = isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", "")) == "Genotype"
-    if not is_call or call.args:
+    name = lambda func: getattr(func, "id", getattr(func, "attr", ""))
+    if not isinstance(call, ast.Call) or name(call.func) != "Genotype" or call.args:
         raise TypeError("it is not a call of `Genotype` with named fields")
     fields = {str(keyword.arg): keyword.value for keyword in call.keywords}
     kinds = [name for name in fields if not name.endswith("_concat")]

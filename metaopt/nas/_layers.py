@@ -22,8 +22,8 @@ class Group(NamedTuple):
 
     edges: tuple[int, ...]  # positions among the cell's edges
     ops: tuple[str, ...]
-    in_shape: tuple[int, ...]  # of the input of the ops, after the split of channels
-    channels: int  # of their output
+    in_shape: tuple[int, ...]  # input shape of the ops, after the split of channels
+    channels: int  # output channels of the ops
     stride: int
     enters: bool  # whether they start at inputs whose shape differs from the nodes
 
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     layer: Layer
     length: int
-    in_shapes: tuple[tuple[int, ...], ...]  # of the inputs; one entry for a single op
+    in_shapes: tuple[tuple[int, ...], ...]  # input shapes; one entry for a single op
     out_shape: tuple[int, ...]
     groups: tuple[Group, ...]  # empty for a single op
 
@@ -101,7 +101,7 @@ def _groups(
         raise ValueError(
             f"`partial` must divide the number of channels; got {partial}, but {name!r} has {channels} channels."
         )
-    width = channels if cell.preprocess else in_shapes[-1][-1]  # of the inputs, as edges see them
+    width = channels if cell.preprocess else in_shapes[-1][-1]  # channels of the inputs, as edges see them
     if partial > 1 and width != channels:
         raise ValueError(
             f"The cell {name!r} has {channels} channels, but its input has {width} and `preprocess=False`, so the "
@@ -274,20 +274,20 @@ def apply_cell(
             for p, x, shape in zip(params["inputs"], inputs, run.in_shapes, strict=True)
         ]
     num_nodes = max([*cell.output, *(edge.target for edge in cell.edges)]) + 1
-    inputs = jnp.stack(inputs)
-    shape = (num_nodes, inputs.shape[1], *run.out_shape[:-1], channels)
-    nodes = jnp.zeros(shape, inputs.dtype)
-    if inputs.shape[1:] == shape[1:]:
-        nodes = nodes.at[: cell.num_inputs].set(inputs)
+    stack = jnp.stack(inputs)
+    shape = (num_nodes, stack.shape[1], *run.out_shape[:-1], channels)
+    nodes = jnp.zeros(shape, stack.dtype)
+    if stack.shape[1:] == shape[1:]:
+        nodes = nodes.at[: cell.num_inputs].set(stack)
     for group, group_params in zip(run.groups, params["edges"], strict=True):
         sources, targets = (np.array([cell.edges[e][i] for e in group.edges]) for i in (0, 1))
-        w = None if weights is None else jnp.asarray(weights, inputs.dtype)[np.array(group.edges)]
+        w = None if weights is None else jnp.asarray(weights, stack.dtype)[np.array(group.edges)]
 
         keep = None if kept is None else kept[np.array(group.edges)]
 
         def step(nodes, edge, group=group):
             params, w, keep, source, target = edge
-            x = jax.lax.dynamic_index_in_dim(inputs if group.enters else nodes, source, keepdims=False)
+            x = jax.lax.dynamic_index_in_dim(stack if group.enters else nodes, source, keepdims=False)
             apply = lambda params, w, keep, x: _edge(group, ops, options, params, w, keep, x)
             y = (jax.checkpoint(apply) if options.remat_edges else apply)(params, w, keep, x)
             old = jax.lax.dynamic_index_in_dim(nodes, target, keepdims=False)
@@ -301,7 +301,7 @@ def apply_cell(
     return jnp.concatenate([nodes[i] for i in cell.output], -1)
 
 
-def _edge(group: Group, ops: Mapping[str, _ops.Op], options: Options, params, w, keep, x: jax.Array) -> jax.Array:
+def _edge(group: Group, ops: Mapping[str, _ops.Op], options: Options, params, w, keep, x: jax.Array) -> Any:
     """Σ_o w_o · o(x), on the first of K parts of the channels if K > 1; each example is multiplied by its `keep`."""
     width, stride, partial = group.in_shape[-1], group.stride, options.partial
 

@@ -376,7 +376,7 @@ def _tokens_apply(params, x, channels, stride):
 def _block_init(key, in_shape, channels, stride):
     """Attention, then an MLP, with layer norms and residual connections; first a projection if channels differ."""
     attention = _attention_init(key, (*in_shape[:-1], channels), channels, 1)
-    params = {"attention": attention}
+    params: dict[str, base.PyTree] = {"attention": attention}
     numbers = {"up": (channels, 2 * channels), "down": (2 * channels, channels), "enter": (in_shape[-1], channels)}
     for number, (name, shape) in enumerate(numbers.items(), 4):
         if name != "enter" or in_shape[-1] != channels:
