@@ -48,8 +48,8 @@ def configuration_space(
             sets, nums = _sets(cell, keep), {len(_some(edge)) for edge in cell.edges}
             if len(nums) > 1:
                 raise ValueError(f'Only some edges of {kind!r} have the candidate "none". Pass `keep=None`.')
-            sizes |= {f"{kind}.inputs{node}": len(those) for node, those in sets.items() if len(those) > 1}
-            sizes |= {f"{kind}.op{i}": min(nums) for i in range(sum(len(those[0]) for those in sets.values()))}
+            sizes |= {f"{kind}.inputs{node}": len(edge_sets) for node, edge_sets in sets.items() if len(edge_sets) > 1}
+            sizes |= {f"{kind}.op{i}": min(nums) for i in range(sum(len(edge_sets[0]) for edge_sets in sets.values()))}
     return {name: spaces.integer(0, size - 1) if size > 1 else spaces.fixed(0) for name, size in sizes.items()}
 
 
@@ -84,7 +84,7 @@ def genotype_from_configuration(
             chosen[kind].append((edge, edge.ops[index(name)]))
     else:
         for kind, cell in network.cells.items():
-            kept = [edge for node, those in _sets(cell, keep).items() for edge in those[index(f"{kind}.inputs{node}")]]
+            kept = [edge for node, edge_sets in _sets(cell, keep).items() for edge in edge_sets[index(f"{kind}.inputs{node}")]]
             chosen[kind] = [(edge, _some(edge)[index(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
             chosen[kind].sort(key=lambda pair: cell.edges.index(pair[0]))
     return {kind: tuple((*edge[:2], op) for edge, op in pairs if op != NONE) for kind, pairs in chosen.items()}
@@ -116,17 +116,17 @@ def genotype_to_configuration(
         return configuration
     for kind, cell in network.cells.items():
         kept = []
-        for node, those in _sets(cell, keep).items():
+        for node, edge_sets in _sets(cell, keep).items():
             sources = {s for s, t in ops[kind] if t == node}
-            fits = [i for i, edges in enumerate(those) if {edge.source for edge in edges} == sources]
+            fits = [i for i, edges in enumerate(edge_sets) if {edge.source for edge in edges} == sources]
             if not fits:
                 raise ValueError(
-                    f"A genotype of this space has {len(those[0])} edges into node {node} of {kind!r}; got those from "
+                    f"A genotype of this space has {len(edge_sets[0])} edges into node {node} of {kind!r}; got those from "
                     f"{sorted(sources)}."
                 )
-            if len(those) > 1:
+            if len(edge_sets) > 1:
                 configuration[f"{kind}.inputs{node}"] = fits[0]
-            kept += those[fits[0]]
+            kept += edge_sets[fits[0]]
         configuration |= {f"{kind}.op{i}": _some(edge).index(ops[kind][edge[:2]]) for i, edge in enumerate(kept)}
     return configuration
 

@@ -76,10 +76,10 @@ def check_relaxation(name: str, value: Any) -> None:
         except TypeError:
             takes = False
     if not takes:
-        made = "; call it, if it makes one" if callable(value) else ""
+        hint = "; call it, if it makes one" if callable(value) else ""
         raise ValueError(
             f"`{name}` must be a function `(alpha, cell, key, step) -> weights [edges, ops]`, such as `nas.softmax()` "
-            f"gives; got {value!r}{made}."
+            f"gives; got {value!r}{hint}."
         )
 
 
