@@ -63,11 +63,10 @@ def faults_of_imports(name, source):
     return faults
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in MODULES if f.parent.name != "metaopt" or f.stem != "__init__"], ids=name_of
-)
-def test_imports_point_down(file):
-    assert faults_of_imports(name_of(file), file.read_text()) == []
+def test_imports_point_down():
+    files = [f for f in MODULES if f.parent.name != "metaopt" or f.stem != "__init__"]
+    faults = [fault for file in files for fault in faults_of_imports(name_of(file), file.read_text())]
+    assert len(files) > 50 and faults == []
 
 
 @pytest.mark.parametrize(
@@ -97,12 +96,12 @@ def public_names():
             value = getattr(module, name)
             if inspect.isroutine(value) and not inspect.getmodule(value).__name__.startswith(f"metaopt.{room}"):
                 continue  # typing's and others', in a module without `__all__`
-            yield pytest.param(value, id=f"{room}.{name}")
+            yield f"{room}.{name}", value
 
 
 def faults_of_docstring(value):
-    if not callable(value):
-        return []  # a constant: a comment beside it says what it is
+    if not (inspect.isroutine(value) or inspect.isclass(value)):
+        return []  # a constant or an alias of a type: a comment beside it says what it is
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):
         generated = text.startswith(f"{value.__name__}(")  # what a NamedTuple without one gets
@@ -120,9 +119,10 @@ def faults_of_docstring(value):
     return faults
 
 
-@pytest.mark.parametrize("value", list(public_names()))
-def test_every_public_name_has_a_docstring(value):
-    assert faults_of_docstring(value) == []
+def test_every_public_name_has_a_docstring():
+    names = dict(public_names())
+    faults = {name: faults_of_docstring(value) for name, value in names.items()}
+    assert len(names) > 200 and {name: found for name, found in faults.items() if found} == {}
 
 
 def test_docstrings_that_lack_something_are_seen():
@@ -192,10 +192,10 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path):
         assert "'rate': Array(" in printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_of_a_page_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+def test_links_of_pages_lead_to_files():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
+    broken = [(page.name, link) for page, link in links if "://" not in link and not (page.parent / link).exists()]
+    assert len(links) > 20 and broken == []
 
 
 def test_the_readme_has_the_two_commands():
