@@ -36,7 +36,10 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
         for an undirected graph. It is dense, so memory grows as nodes².
 
     Returns:
-      Name -> `Op`. The ops reject a stride other than 1, or another number of nodes, at build time.
+      Name -> `Op`.
+
+    Raises:
+      ValueError: at build time, if an op has a stride other than 1, or an input with another number of nodes.
 
     Sources: https://arxiv.org/abs/1609.02907, https://arxiv.org/abs/1706.02216, https://arxiv.org/abs/1810.00826,
     https://arxiv.org/abs/1710.10903

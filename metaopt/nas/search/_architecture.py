@@ -134,7 +134,7 @@ def architecture_search(
       outer_batch: `(key, task) -> batch` of validation rows; the default uses all of them.
       relaxation: softmax by default.
       decode: the relaxation used to decode genotypes, at step 0 and with one fixed key. The default is `relaxation`
-        without noise and auxiliary paths (`nas.decoding`). If your own relaxation has noise or a schedule, pass
+        without noise and auxiliary paths. If your own relaxation has noise or a schedule, pass
         another one here.
       penalty: `(α, step) -> []`. Make a cost penalty from the network that is searched. With `keep=1`, that is
         `nas.resource_penalty(table, network._replace(keep=1), ...)`; for another network it counts other edges.
