@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import script
+from data import benchmarks
 from scipy.stats import rankdata
 
 from metaopt import blackbox, nas, spaces
@@ -172,7 +173,7 @@ def main() -> None:
     options = script.parser(__doc__, num_seeds=200).parse_args()
     num_seeds, num_trainings = (2, 10) if options.smoke else (options.seeds, 100)
     folder = script.data_file(__file__, "nasbench201.npz").parent
-    whole, part = nas.nas_bench_201_table(folder), nas.nas_bench_101_table(folder)
+    whole, part = benchmarks.nas_bench_201_table(folder), benchmarks.nas_bench_101_table(folder)
     plain = {"random search": random_search, "regularized evolution": evolution}
     results = {}
     for table, searches in ((whole, plain), (part, {**plain, "successive halving": successive_halving})):

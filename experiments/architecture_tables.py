@@ -59,6 +59,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import script
+from data import benchmarks
 from scipy.stats import rankdata
 
 from metaopt import blackbox, nas, spaces
@@ -109,7 +110,7 @@ def kept_by_alpha(table: nas.Benchmark, scores: np.ndarray) -> int:
     ]
     alpha = nas.op_scores(network, genotypes, scores)
     weights = {kind: jax.nn.softmax(a, -1) for kind, a in alpha.items()}
-    return genotypes.index(nas.discretize(network, weights, keep=None))
+    return genotypes.index(nas.derive_genotype(network, weights, keep=None))
 
 
 # ---- The encoder of cells -------------------------------------------------------------------------------------------
@@ -504,9 +505,9 @@ def main() -> None:
     options.seeds = 2 if options.smoke else options.seeds
     num = 20 if options.smoke else max(MARKS)
     folder = script.data_file(__file__, "nasbench201.npz").parent
-    micro = nas.trans_nas_bench_101_table(folder)
-    macro = nas.trans_nas_bench_101_table(folder, space="macro")
-    graph = nas.nas_bench_graph_table(folder)
+    micro = benchmarks.trans_nas_bench_101_table(folder)
+    macro = benchmarks.trans_nas_bench_101_table(folder, space="macro")
+    graph = benchmarks.nas_bench_graph_table(folder)
     file = None if options.smoke else options.out / "architecture_tables.json"
     tables, kept = {}, Kept(file, script.code(__file__), options.afresh, options.any_code)
     for table in [micro] if options.smoke else [micro, macro, graph]:
@@ -517,7 +518,7 @@ def main() -> None:
             leave_one_out(table, tasks, options.seeds, folder, options.smoke, kept, options.train_seeds),
         )
     curves = {}
-    whole = [nas.nas_bench_201_table(folder), micro, macro, nas.nas_bench_macro_table(folder), graph]
+    whole = [benchmarks.nas_bench_201_table(folder), micro, macro, benchmarks.nas_bench_macro_table(folder), graph]
     for table in whole[:1] if options.smoke else whole:
         for task in range(1 if options.smoke else min(len(table.tasks), 6)):  # of NAS-Bench-Graph, the tasks above
             curves[table.name, table.tasks[task]] = regrets(table, task, options.seeds, num)

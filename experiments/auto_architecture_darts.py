@@ -16,9 +16,9 @@ from metaopt import nas, training
 if TYPE_CHECKING:
     from auto_architecture_training import Shape
 
-# Ways to read an architecture from the mixing weights, as `keep` of `nas.discretize`. The last one is the published
-# way: without "none", and with the two strongest edges into a node. a* and random networks may have a "none" on any
-# edge.
+# Ways to read an architecture from the mixing weights, as `keep` of `nas.derive_genotype`. The last one is the
+# published way: without "none", and with the two strongest edges into a node. a* and random networks may have a "none"
+# on any edge.
 NONE_COUNTS = "none counts"
 NONE_LEFT_OUT = "none left out"
 TWO_EDGES = "two edges a node"
@@ -66,7 +66,7 @@ class Darts:
         weights = jax.device_get(jax.tree.map(lambda a: jax.nn.softmax(a, -1), alpha))
         codes = []
         for i in range(len(jax.tree.leaves(alpha)[0])):
-            genotype = nas.discretize(network, {kind: w[i] for kind, w in weights.items()}, keep=keep)
+            genotype = nas.derive_genotype(network, {kind: w[i] for kind, w in weights.items()}, keep=keep)
             rows = nas.one_hot(network, genotype)
             codes.append(np.concatenate([self._codes(kind, rows[kind]) for kind in network.cells]))
         return np.array(codes)

@@ -184,7 +184,7 @@ class Shape:
         single = []
         for code in codes:
             weights = {kind: np.asarray(w[0]) for kind, w in self.one_hot(code[None]).items()}
-            genotype = nas.discretize(self.network, weights, keep=None)
+            genotype = nas.derive_genotype(self.network, weights, keep=None)
             supernet = nas.supernet(nas.discrete(self.network, genotype), self.in_shape, ops=OPS)
             loss = lambda params, apply=supernet.apply: masked_loss(apply(params, None, rows["x"]), rows)
             single.append(hypergrad.flops(jax.grad(loss), supernet.init(key)))

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import script
+from data import benchmarks
 from scipy.stats import rankdata, spearmanr
 
 from metaopt import base, blackbox, hypergrad, inner, nas, spaces, training
@@ -542,7 +543,7 @@ def main() -> None:
     name = "nas_bench_201_full" if options.full else "nas_bench_201"
     path = script.data_file(__file__, "cifar10_sub32.npz")
     script.data_file(__file__, "nasbench201.npz")
-    table = nas.nas_bench_201_table(path.parent)
+    table = benchmarks.nas_bench_201_table(path.parent)
     at = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
     row_of = lambda weights: at[tuple(np.asarray(weights).argmax(-1).tolist())]
     task, valid = images(path, config)

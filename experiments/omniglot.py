@@ -473,7 +473,7 @@ def draw(
     left.set(xlabel="outer steps", ylabel="validation accuracy, %")
     left.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     setting = next(iter(whole))
-    plots.leaderboard(whole[setting], axes=right)
+    plots.ranking(whole[setting], axes=right)
     right.set(xlabel=f"accuracy on unseen characters, {setting}", title="")
     if over_steps is not None:
         below = plots.adaptation_curves(over_steps, axes=panels["c"], ylabel="accuracy on unseen characters, 5w1s")

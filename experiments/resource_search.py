@@ -130,7 +130,7 @@ class Grid(NamedTuple):
 def train_grid(config: Config, table: nas.CostTable, splits) -> Grid:
     space = nas.configuration_space(config.space)
     digits = np.ndindex(*(leaf.high + 1 for leaf in space.values()))
-    genotypes = [nas.from_configuration(config.space, dict(zip(space, each, strict=True))) for each in digits]
+    genotypes = [nas.genotype_from_configuration(config.space, dict(zip(space, each, strict=True))) for each in digits]
     train, errors = make_trainer(config), np.zeros((len(splits), len(genotypes), 2))
     for a, genotype in enumerate(genotypes):
         weights = {name: jnp.asarray(w, jnp.float32) for name, w in nas.one_hot(config.space, genotype).items()}
@@ -241,7 +241,7 @@ def draw(grid: Grid, chosen: np.ndarray, shared: np.ndarray, options) -> None:
     }
     figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
     labels = {"xlabel": "FLOPs of one image", "ylabel": "test error, %, mean of seeds"}
-    plots.pareto_front(sets, axes=axes, log=True, **labels)
+    plots.pareto(sets, axes=axes, log=True, **labels)
     figure.savefig(options.out / "resource_search.png", dpi=150)
     pyplot.close(figure)
 

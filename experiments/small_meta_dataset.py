@@ -301,7 +301,7 @@ def draw(result: evaluation.Evaluation, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    plots.leaderboard(result, axes=left)
+    plots.ranking(result, axes=left)
     left.set(xlabel="accuracy, mean over sources", title="")
     # There are more methods than colors.
     right.set_prop_cycle(color=[*matplotlib.colormaps["tab10"].colors] * 2, linestyle=["-"] * 10 + ["--"] * 10)

@@ -9,6 +9,7 @@ import problems
 import pytest
 
 from metaopt import base, hypergrad, inner, nas, predictors, spaces, training
+from metaopt.nas import _early_stop
 
 SPACE = {"log_penalty": spaces.real(0.0, shape=(problems.NUM_FEATURES,))}
 UNROLLED = hypergrad.unrolled(problems.RIDGE, num_steps=1)
@@ -36,7 +37,9 @@ ESTIMATORS = {
     "mix_with_es": hypergrad.mix_with_es(UNROLLED, sigma=0.1, num_pairs=3),
     "amortize": predictors.amortize(UNROLLED, MLP),
     "stopped_by_curvature": nas.stopped_by_curvature(hypergrad.lookahead(problems.RIDGE), problems.RIDGE, every=1),
-    "stopped_by_skips": nas.stopped_by_skips(hypergrad.lookahead(problems.RIDGE), lambda λ: jnp.zeros([]), every=1),
+    "stopped_by_skips": _early_stop.stopped_by_skips(
+        hypergrad.lookahead(problems.RIDGE), lambda λ: jnp.zeros([]), every=1
+    ),
     "over_seeds": hypergrad.over_seeds(UNROLLED, 2),
     "over_tasks": hypergrad.over_tasks(UNROLLED),
 }
@@ -73,7 +76,7 @@ WRAPPERS = {
     "over_seeds": lambda estimator: hypergrad.over_seeds(estimator, 2),
     "over_tasks": hypergrad.over_tasks,
     "stopped_by_curvature": lambda estimator: nas.stopped_by_curvature(estimator, problems.RIDGE, every=1),
-    "stopped_by_skips": lambda estimator: nas.stopped_by_skips(estimator, lambda λ: jnp.zeros([]), every=1),
+    "stopped_by_skips": lambda estimator: _early_stop.stopped_by_skips(estimator, lambda λ: jnp.zeros([]), every=1),
 }
 
 

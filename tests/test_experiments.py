@@ -453,7 +453,7 @@ def test_the_page_of_nas_bench_201_tells_the_gaps_of_the_runs_that_are_kept():
     results = ROOT / "experiments" / "results"
     runs = json.loads((results / "nas_bench_201.json").read_text())["runs"]
     page = (results / "nas_bench_201.md").read_text()
-    told = "\n".join(script.gaps(runs, nas.nas_bench_201_table(os.environ["METAOPT_DATA"])))
+    told = "\n".join(script.gaps(runs, script.benchmarks.nas_bench_201_table(os.environ["METAOPT_DATA"])))
     assert "1x1 convolution" in told and told in page
 
 

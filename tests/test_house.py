@@ -92,7 +92,7 @@ def test_imports_that_do_not_point_down_are_seen(source, fault):
 
 
 def public_names():
-    for room in [*ROOMS, "plots", "base", "_checks", "_jaxpr", "_permutations", "_tfrecord"]:
+    for room in [*ROOMS, "base", "_checks", "_jaxpr", "_permutations", "_tfrecord"]:
         module = importlib.import_module(f"metaopt.{room}")
         names = getattr(
             module, "__all__", [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]

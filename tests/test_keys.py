@@ -17,6 +17,7 @@ import pytest
 import test_contract
 
 from metaopt import base, few_shot, hypergrad, inner, nas, predictors, spaces, tasks, training
+from metaopt.nas import _early_stop
 
 KEY = jax.random.key(7)
 REPORTED = collections.defaultdict(list)  # use -> what its functions got, as bits
@@ -144,7 +145,7 @@ CASES = {
     "bome": Case(hypergrad.bome(PROBLEM, **WHOLE)),
     "hypergradient_descent": Case(hypergrad.hypergradient_descent(PROBLEM), "rate", outer=0),  # has no outer loss
     "stopped_by_curvature": Case(nas.stopped_by_curvature(LOOKAHEAD, PROBLEM, every=1), outer=2),
-    "stopped_by_skips": Case(nas.stopped_by_skips(LOOKAHEAD, lambda hp: jnp.zeros([]), every=2)),
+    "stopped_by_skips": Case(_early_stop.stopped_by_skips(LOOKAHEAD, lambda hp: jnp.zeros([]), every=2)),
 }
 
 

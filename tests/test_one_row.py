@@ -111,7 +111,7 @@ SEARCHED = {
     ),
     "tokens": lambda: kept(
         nas.Network({}, (nas.Layer("tokens", 4), nas.Layer("transformer", 4), nas.Layer("norm_relu", 4)), 3),
-        ops={**nas.BLOCKS, **nas.TOKEN_OPS},
+        ops=nas.BLOCKS,
         x=NODES,
     ),
     "graphs": lambda: kept(
@@ -170,9 +170,7 @@ FEW_SHOT = {
 }
 FEW_SHOT |= {"conv4, features by hand": features_by_hand}
 FEW_SHOT |= {
-    name: functools.partial(few_shot_method, name, "support", 1)
-    for name in HEADS
-    if name != "prototypical_networks"
+    name: functools.partial(few_shot_method, name, "support", 1) for name in HEADS if name != "prototypical_networks"
 }
 
 # ---- Flax modules ---------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def space(path):
 
 def network(path):
     saved = (nas.nas_bench_201_space(), nas.darts_space(7), nas.mlp_space(3))
-    return tuple(nas.from_json(nas.to_json(network)) for network in saved), saved
+    return tuple(nas.network_from_json(nas.network_to_json(network)) for network in saved), saved
 
 
 MEMBERS = {
@@ -189,7 +189,7 @@ MEMBERS = {
     "blackbox.append_records": store,
     "blackbox.records_to_frame": frame,
     "spaces.to_json": space,
-    "nas.to_json": network,
+    "nas.network_to_json": network,
 }
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks
 from metaopt.nas import _ops
 
 
@@ -25,20 +24,16 @@ def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     Returns:
       `(key, x) -> x`, for x [N, spatial..., C].
 
-    Raises:
-      ValueError: if `size < 1`.
-
     Source: DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552
     """
-    _checks.check_integer("size", size, 1)
 
     def apply(key, x):
         spatial = _spatial(x)
         inside = jnp.ones((len(x), *[1] * (x.ndim - 1)), bool)
         for axis, length in enumerate(spatial, 1):
             center = jax.random.randint(jax.random.fold_in(key, axis), (len(x), 1), 0, length)
-            at = jnp.arange(length)[None]
-            near = (at >= center - size // 2) & (at < center + size // 2)
+            position = jnp.arange(length)[None]
+            near = (position >= center - size // 2) & (position < center + size // 2)
             inside = inside & near.reshape(len(x), *(length if a == axis else 1 for a in range(1, x.ndim)))
         return jnp.where(inside, jnp.zeros((), x.dtype), x)
 
@@ -55,11 +50,7 @@ def crop_and_flip(padding: int = 4, *, flip: bool = True) -> Callable[[jax.Array
 
     Returns:
       `(key, x) -> x`, for x [N, spatial..., C].
-
-    Raises:
-      ValueError: if `padding < 0`.
     """
-    _checks.check_integer("padding", padding, 0)
 
     def apply(key, x):
         spatial = _spatial(x)
@@ -96,13 +87,8 @@ def auxiliary_head(num_outputs: int, *, widths: tuple[int, int] = (128, 768)) ->
     Returns:
       An `Op` that ignores `channels` and the stride: `apply` returns [N, num_outputs].
 
-    Raises:
-      ValueError: if `num_outputs` or an entry of `widths` is below 1.
-
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
-    for name, value in (("num_outputs", num_outputs), ("widths", widths[0]), ("widths", widths[1])):
-        _checks.check_integer(name, value, 1)
 
     def init(key, in_shape, channels, stride):
         places = 1

@@ -1,8 +1,8 @@
 """Searches within limits: penalties and constraints on the cost of an architecture, and Pareto fronts of results."""
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ import numpy as np
 
 from metaopt import _checks, base
 from metaopt._jaxpr import Tracer
-from metaopt.nas import _genotypes
+from metaopt.nas import _derivation, _genotypes
 from metaopt.nas._costs import CostTable, check_table, cost_of, expected_cost
-from metaopt.nas._relaxations import Relaxation, check_relaxation, edge_normalized, mixing_weights, softmax
+from metaopt.nas._relaxations import Relaxation, edge_normalized, mixing_weights, softmax
 from metaopt.nas._specs import Genotype, Network, Space
 
 # ---- Penalties and constraints --------------------------------------------------------------------------------------
@@ -50,17 +50,16 @@ def resource_penalty(
       `(α, step) -> []`.
 
     Raises:
-      ValueError: if a number is out of range, if `form` is unknown, or as for `over_budget`.
+      KeyError: if `form` is unknown.
+      ValueError: as for `over_budget`.
 
     Sources: Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332; Bender et al., CVPR 2020,
     https://arxiv.org/abs/2008.06120
     """
     forms = {"linear": lambda r: r, "hinge": lambda r: jax.nn.relu(r - 1), "absolute": lambda r: jnp.abs(r - 1)}
-    if form not in forms:
-        raise ValueError(f"`form` must be one of {', '.join(forms)}; got {form!r}.")
-    _checks.check_positive("weight", weight, zero=True)
+    shape = forms[form]
     excess = over_budget(table, network, budget=target, relaxation=relaxation)
-    return lambda alpha, step: weight * forms[form](1 + excess(alpha, step))
+    return lambda alpha, step: weight * shape(1 + excess(alpha, step))
 
 
 def over_budget(
@@ -81,14 +80,12 @@ def over_budget(
       `(α, step) -> []`.
 
     Raises:
-      ValueError: if the budget is not positive, if the table has choices that the network lacks, or if `relaxation` is
-        not a relaxation.
+      ValueError: if the budget is not positive, or if the table has choices that the network lacks.
     """
     if not isinstance(budget, Tracer):
         _checks.check_positive("budget", budget)
     check_table(table, network)
     relax = softmax() if relaxation is None else relaxation
-    check_relaxation("relaxation", relax)
     some_are_kept = isinstance(network, Network) and isinstance(network.keep, numbers.Integral)
 
     def counted(alpha, cell, key, step):
@@ -140,17 +137,13 @@ def lagrangian(
     Args:
       problem: any problem.
       constraint: `(λ, step) -> []`, at most 0 if the constraint is met, such as `over_budget`.
-      damping: at least 0.
+      damping: not negative.
 
     Returns:
       A `Problem` in {"hyperparams", "multiplier"}.
 
-    Raises:
-      ValueError: if `damping` is negative.
-
     Source: Platt & Barr, Constrained Differential Optimization, NIPS 1987
     """
-    _checks.check_positive("damping", damping, zero=True)
     inner = base.reparametrized(problem, lambda both, step: both["hyperparams"])
 
     def outer_loss(params, both, batch, context):
@@ -173,72 +166,84 @@ def within_budget(
 ) -> Genotype:
     """The projection onto a budget: the genotype of mixing weights, changed until its network is within the budget.
 
-    It starts with `discretize`. While the network costs too much, it makes the change that loses the least log weight
-    per saved cost. A change replaces the op of an edge, or a size. If the space keeps a number of edges into each node,
-    a change may also replace an edge by another edge into the same node. The method is greedy and the problem is a
-    knapsack problem, so a likelier network within the budget may exist.
+    It starts with `derive_genotype`. While the network costs too much, it makes the change that loses the least log
+    weight per saved cost. A change replaces the op of an edge, or a size. If the space keeps a number of edges into
+    each node, a change may also replace an edge by another edge into the same node. The method is greedy and the
+    problem is a knapsack problem, so a likelier network within the budget may exist.
 
     Args:
       network: the space.
       weights: kind -> [edges, ops], not negative.
       table: costs of the space.
       budget: in the unit of the table.
-      keep: edges into each node, as for `discretize`; "space" uses the rule of the network.
+      keep: edges into each node, as for `derive_genotype`; "space" uses the rule of the network.
 
     Returns:
       A `Genotype` of a network that costs at most `budget`.
 
     Raises:
-      ValueError: if the network costs too much and no change makes it cheaper, or as for `discretize`.
+      ValueError: if the network costs too much and no change makes it cheaper, or as for `derive_genotype`.
     """
-    rule = _genotypes.edges_kept(network, keep)
-    start = _genotypes.discretize(network, weights, keep=keep)
+    kept = _genotypes.edges_kept(network, keep) is not None
     logs = {kind: np.log(np.maximum(np.asarray(w, np.float64), 1e-300)) for kind, w in weights.items()}
-    # Each place is a chosen (kind, edge, op); the search changes one place at a time.
-    places = []
-    for kind, cell in network.cells.items():
-        at = {(s, t): op for s, t, op in start[kind]}
-        for e, edge in enumerate(cell.edges):
-            if edge[:2] in at or rule is None:
-                places.append((kind, e, edge.ops.index(at.get(edge[:2], _genotypes.NONE))))
-
-    def genotype(places):
-        edges = {kind: [] for kind in network.cells}
-        for kind, e, o in sorted(places, key=lambda place: place[1]):
-            edge = network.cells[kind].edges[e]
-            if edge.ops[o] != _genotypes.NONE:
-                edges[kind].append((edge.source, edge.target, edge.ops[o]))
-        return {kind: tuple(each) for kind, each in edges.items()}
-
-    def instead(place):
-        """Yields alternatives for a place: other ops of the edge and, if edges are kept, unused edges into its node."""
-        kind, e, o = place
-        edges = network.cells[kind].edges
-        taken = {other[1] for other in places if other[0] == kind} - {e}
-        free = [f for f in range(len(edges)) if edges[f].target == edges[e].target and f not in taken]
-        for f in [e] if rule is None else free:
-            for op in range(len(edges[f].ops)):
-                if (f, op) != (e, o) and (rule is None or edges[f].ops[op] != _genotypes.NONE):
-                    yield kind, f, op
-
-    price = lambda places: cost_of(table, network, genotype(places))
-    now = price(places)
-    while now > budget:
-        best = None
-        for i, old in enumerate(places):
-            for new in instead(old):
-                changed = [*places[:i], new, *places[i + 1 :]]
-                saved = now - price(changed)
+    price = lambda choices: cost_of(table, network, _genotype_of(network, choices))
+    choices = _choices_of(network, _derivation.derive_genotype(network, weights, keep=keep), kept)
+    cost = price(choices)
+    while cost > budget:
+        best = (np.inf, 0.0, None)
+        for i, old in enumerate(choices):
+            for new in _alternatives(network, choices, old, kept):
+                changed = [*choices[:i], new, *choices[i + 1 :]]
+                saved = cost - price(changed)
                 if saved > 0:
-                    loss = logs[old[0]][old[1:]] - logs[new[0]][new[1:]]
+                    loss = logs[old.kind][old.edge, old.op] - logs[new.kind][new.edge, new.op]
                     # A saving counts only down to the budget.
-                    rate = loss / min(saved, now - budget)
-                    best = min(best or (np.inf, 0.0, places), (rate, -saved, changed), key=lambda each: each[:2])
-        if best is None:
-            raise ValueError(f"`budget` is {budget} {table.unit}, and the cheapest network found costs {now}.")
-        places = best[2]
-        now = price(places)
-    return genotype(places)
+                    rate = loss / min(saved, cost - budget)
+                    best = min(best, (rate, -saved, changed), key=lambda change: change[:2])
+        if best[2] is None:
+            raise ValueError(f"`budget` is {budget} {table.unit}, and the cheapest network found costs {cost}.")
+        choices = best[2]
+        cost = price(choices)
+    return _genotype_of(network, choices)
+
+
+class _Choice(NamedTuple):
+    """An op of an edge, by their positions in the network; a projection changes one choice at a time."""
+
+    kind: str
+    edge: int
+    op: int
+
+
+def _choices_of(network: Space, genotype: Genotype, kept: bool) -> list[_Choice]:
+    """The choices of a genotype; if every edge is decided by itself, also "none" for edges that are absent."""
+    choices = []
+    for kind, cell in network.cells.items():
+        ops = {(s, t): op for s, t, op in genotype[kind]}
+        for e, edge in enumerate(cell.edges):
+            if edge[:2] in ops or not kept:
+                choices.append(_Choice(kind, e, edge.ops.index(ops.get(edge[:2], _genotypes.NONE))))
+    return choices
+
+
+def _genotype_of(network: Space, choices: Sequence[_Choice]) -> Genotype:
+    genotype = {kind: [] for kind in network.cells}
+    for kind, e, o in sorted(choices, key=lambda choice: choice.edge):
+        edge = network.cells[kind].edges[e]
+        if edge.ops[o] != _genotypes.NONE:
+            genotype[kind].append((edge.source, edge.target, edge.ops[o]))
+    return {kind: tuple(edges) for kind, edges in genotype.items()}
+
+
+def _alternatives(network: Space, choices: Sequence[_Choice], old: _Choice, kept: bool) -> Iterator[_Choice]:
+    """Yields other ops of the edge and, if a number of edges is kept, unused edges into the same node."""
+    edges = network.cells[old.kind].edges
+    taken = {choice.edge for choice in choices if choice.kind == old.kind} - {old.edge}
+    free = [e for e in range(len(edges)) if edges[e].target == edges[old.edge].target and e not in taken]
+    for e in free if kept else [old.edge]:
+        for op, name in enumerate(edges[e].ops):
+            if (e, op) != (old.edge, old.op) and not (kept and name == _genotypes.NONE):
+                yield _Choice(old.kind, e, op)
 
 
 # ---- Fronts ---------------------------------------------------------------------------------------------------------
@@ -260,13 +265,13 @@ def pareto_front(points: Any) -> np.ndarray:
     """
     points = _points(points)
     order = np.lexsort(points.T[::-1])
-    kept: list[int] = []
+    front: list[int] = []
     for i in order:
-        better = points[kept]
+        better = points[front]
         dominated = ((better <= points[i]).all(1) & (better < points[i]).any(1)).any()
         if not dominated and not np.isnan(points[i]).any():
-            kept.append(int(i))
-    return np.array(kept, int)
+            front.append(int(i))
+    return np.array(front, int)
 
 
 def hypervolume(points: Any, reference: Sequence[float]) -> float:

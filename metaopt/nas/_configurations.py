@@ -13,7 +13,8 @@ def configuration_space(
 ) -> dict[str, spaces.Integer | spaces.Fixed]:
     """The choices of a space as integers, for searchers without a gradient: evolution, random search, Optuna.
 
-    Different configurations are different genotypes. `from_configuration` and `to_configuration` convert between both.
+    Different configurations are different genotypes. `genotype_from_configuration` and `genotype_to_configuration`
+    convert between both.
 
     Args:
       network: the spec of a supernet.
@@ -36,7 +37,7 @@ def configuration_space(
     >>> space = nas.configuration_space(network)
     >>> list(space)[:5], space["normal.inputs3"].high, space["normal.op0"].high
     (['normal.inputs3', 'normal.op0', 'normal.op1', 'normal.op2', 'normal.op3'], 2, 6)
-    >>> nas.from_configuration(network, {**dict.fromkeys(space, 0), "normal.inputs3": 2})["normal"][3]
+    >>> nas.genotype_from_configuration(network, {**dict.fromkeys(space, 0), "normal.inputs3": 2})["normal"][3]
     (2, 3, 'max_pool_3x3')
     """
     if (keep := edges_kept(network, keep)) is None:
@@ -47,12 +48,12 @@ def configuration_space(
             sets, nums = _sets(cell, keep), {len(_some(edge)) for edge in cell.edges}
             if len(nums) > 1:
                 raise ValueError(f'Only some edges of {kind!r} have the candidate "none". Pass `keep=None`.')
-            sizes |= {f"{kind}.inputs{node}": len(those) for node, those in sets.items() if len(those) > 1}
-            sizes |= {f"{kind}.op{i}": min(nums) for i in range(sum(len(those[0]) for those in sets.values()))}
+            sizes |= {f"{kind}.inputs{node}": len(edge_sets) for node, edge_sets in sets.items() if len(edge_sets) > 1}
+            sizes |= {f"{kind}.op{i}": min(nums) for i in range(sum(len(edge_sets[0]) for edge_sets in sets.values()))}
     return {name: spaces.integer(0, size - 1) if size > 1 else spaces.fixed(0) for name, size in sizes.items()}
 
 
-def from_configuration(
+def genotype_from_configuration(
     network: Space, configuration: Mapping[str, int], *, keep: int | None | str = "space"
 ) -> Genotype:
     """The genotype that a configuration of integers describes.
@@ -76,20 +77,26 @@ def from_configuration(
         high = leaf.high if isinstance(leaf, spaces.Integer) else 0
         if not (0 <= configuration[name] <= high and float(configuration[name]).is_integer()):
             raise ValueError(f"{name!r} must be an integer in [0, {high}]; got {configuration[name]}.")
-    at = lambda name: int(configuration.get(name, 0))
+    index = lambda name: int(configuration.get(name, 0))
     chosen: dict[str, list] = {kind: [] for kind in network.cells}
     if (keep := edges_kept(network, keep)) is None:
         for name, (kind, edge) in _choices(network).items():
-            chosen[kind].append((edge, edge.ops[at(name)]))
+            chosen[kind].append((edge, edge.ops[index(name)]))
     else:
         for kind, cell in network.cells.items():
-            kept = [edge for node, those in _sets(cell, keep).items() for edge in those[at(f"{kind}.inputs{node}")]]
-            chosen[kind] = [(edge, _some(edge)[at(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
+            kept = [
+                edge
+                for node, edge_sets in _sets(cell, keep).items()
+                for edge in edge_sets[index(f"{kind}.inputs{node}")]
+            ]
+            chosen[kind] = [(edge, _some(edge)[index(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
             chosen[kind].sort(key=lambda pair: cell.edges.index(pair[0]))
     return {kind: tuple((*edge[:2], op) for edge, op in pairs if op != NONE) for kind, pairs in chosen.items()}
 
 
-def to_configuration(network: Space, genotype: Genotype, *, keep: int | None | str = "space") -> dict[str, int]:
+def genotype_to_configuration(
+    network: Space, genotype: Genotype, *, keep: int | None | str = "space"
+) -> dict[str, int]:
     """The configuration of a genotype, for instance for the first trial of a search.
 
     Args:
@@ -98,37 +105,34 @@ def to_configuration(network: Space, genotype: Genotype, *, keep: int | None | s
       keep: as for `configuration_space`.
 
     Returns:
-      A configuration; `from_configuration` is the inverse.
+      A configuration; `genotype_from_configuration` is the inverse.
 
     Raises:
       ValueError: if a node of the genotype does not have `keep` edges, or as for `discrete` and `configuration_space`.
       ValueError: if the genotype lacks an edge without "none" among its candidates.
     """
     check_genotype(network, genotype)
-    found = dict.fromkeys(configuration_space(network, keep=keep), 0)
+    configuration = dict.fromkeys(configuration_space(network, keep=keep), 0)
     ops = {kind: {(s, t): op for s, t, op in edges if op != NONE} for kind, edges in genotype.items()}
     if (keep := edges_kept(network, keep)) is None:
         for name, (kind, edge) in _choices(network).items():
-            op = ops[kind].get(edge[:2], NONE)
-            if op not in edge.ops:
-                raise ValueError(f"The genotype must have an op on the edge {edge[0]} -> {edge[1]} of {kind!r}.")
-            found[name] = edge.ops.index(op)
-        return found
+            configuration[name] = edge.ops.index(ops[kind].get(edge[:2], NONE))
+        return configuration
     for kind, cell in network.cells.items():
         kept = []
-        for node, those in _sets(cell, keep).items():
+        for node, edge_sets in _sets(cell, keep).items():
             sources = {s for s, t in ops[kind] if t == node}
-            fits = [i for i, edges in enumerate(those) if {edge.source for edge in edges} == sources]
+            fits = [i for i, edges in enumerate(edge_sets) if {edge.source for edge in edges} == sources]
             if not fits:
                 raise ValueError(
-                    f"A genotype of this space has {len(those[0])} edges into node {node} of {kind!r}; got those from "
+                    f"A genotype of this space has {len(edge_sets[0])} edges into node {node} of {kind!r}; got those from "
                     f"{sorted(sources)}."
                 )
-            if len(those) > 1:
-                found[f"{kind}.inputs{node}"] = fits[0]
-            kept += those[fits[0]]
-        found |= {f"{kind}.op{i}": _some(edge).index(ops[kind][edge[:2]]) for i, edge in enumerate(kept)}
-    return found
+            if len(edge_sets) > 1:
+                configuration[f"{kind}.inputs{node}"] = fits[0]
+            kept += edge_sets[fits[0]]
+        configuration |= {f"{kind}.op{i}": _some(edge).index(ops[kind][edge[:2]]) for i, edge in enumerate(kept)}
+    return configuration
 
 
 def _choices(network: Space) -> dict[str, tuple[str, Edge]]:

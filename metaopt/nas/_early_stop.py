@@ -78,11 +78,10 @@ def skip_count_stop(counts: Sequence[int], *, most: int = 1, start: int = 1) -> 
       The first epoch that stops, minus 1; or None.
 
     Raises:
-      ValueError: if `most < 0` or `start < 1`.
+      ValueError: if `start < 1`.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
-    _checks.check_integer("most", most, 0)
     _checks.check_integer("start", start, 1)
     return next((e - 1 for e in range(start, len(counts)) if counts[e] > most), None)
 
@@ -130,26 +129,24 @@ def stopped_by_curvature(
       epoch, NaN otherwise) and "stop".
 
     Raises:
-      ValueError: if a count or `factor` is out of range.
+      ValueError: if `every`, `window`, `delta` or `num_iterations` is below 1.
     """
     for name, value in (("window", window), ("delta", delta), ("num_iterations", num_iterations)):
         _checks.check_integer(name, value, 1)
-    _checks.check_integer("start", start, 0)
-    _checks.check_positive("factor", factor)
     loop = problem.loop
 
     def measure(keys, hyperparams, task, after):
         batch_key, vector_key = keys
-        trained, given = inner_state(after), own(hyperparams)
-        at, put = jax.vjp(alpha, given)  # the transpose of a selection puts leaves back to their places
+        trained, own_hyperparams = inner_state(after), own(hyperparams)
+        point, put = jax.vjp(alpha, own_hyperparams)  # the transpose of a selection puts leaves back to their places
 
         def outer_loss(a):
-            (change,) = put(jax.tree.map(jnp.subtract, a, at))
-            moved = jax.tree.map(jnp.add, given, change)
+            (change,) = put(jax.tree.map(jnp.subtract, a, point))
+            moved = jax.tree.map(jnp.add, own_hyperparams, change)
             batch = problem.outer_batch(batch_key, task)
             return problem.outer_loss(loop.params(trained), moved, batch, loop.context(trained))
 
-        return dominant_eigenvalue(outer_loss, at, vector_key, num_steps=num_iterations)
+        return dominant_eigenvalue(outer_loss, point, vector_key, num_steps=num_iterations)
 
     def grows(curvatures):
         # Epochs that have not happened are NaN, and comparisons with NaN are false.
@@ -183,11 +180,10 @@ def stopped_by_skips(
       epoch) and "stop".
 
     Raises:
-      ValueError: if a count is out of range.
+      ValueError: if `every` or `start` is below 1.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
-    _checks.check_integer("most", most, 0)
     _checks.check_integer("start", start, 1)
     measure = lambda keys, hyperparams, task, after: num_skips(hyperparams)
     return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > most, every, 1, 1, start)

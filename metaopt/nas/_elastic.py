@@ -63,16 +63,14 @@ class Placed(NamedTuple):
 
     def sized(self, sizes: Mapping[str, int]) -> "Placed":
         """The same layer with one candidate for each size in `sizes`."""
-        given = {s: (sizes[s],) for s in ("width", "kernel", "depth") if s in sizes}
-        small = self._replace(layer=self.layer._replace(**given))
+        fields = {s: (sizes[s],) for s in ("width", "kernel", "depth") if s in sizes}
+        small = self._replace(layer=self.layer._replace(**fields))
         return small._replace(in_width=(sizes["in"],), in_choice=None) if "in" in sizes else small
 
 
 def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
     """All layers with the shapes of their inputs, the head last."""
     check_elastic(network)
-    if not in_shape:
-        raise ValueError("`in_shape` must have an axis of channels: (8,) for rows of a table of 8 columns; got ().")
     *spatial, channels = in_shape
     spatial, width, choice, flat = tuple(spatial), (channels,), None, False
     layers = []
@@ -91,71 +89,75 @@ def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
         if layer.kind == "flatten":
             flat = True
             continue
-        at = Placed(name, layer, spatial, width, choice, flat)
-        layers.append(at)
-        spatial, flat = at.out_spatial, False
+        place = Placed(name, layer, spatial, width, choice, flat)
+        layers.append(place)
+        spatial, flat = place.out_spatial, False
         if layer.width:
             width = layer.width
             choice = f"{name}.width" if len(width) > 1 else None
-    if sum(at.name == "head" for at in layers) > 1:
-        raise ValueError("A layer is called 'head', which is the name of the one to the outputs: call it otherwise.")
+    if sum(place.name == "head" for place in layers) > 1:
+        raise ValueError(
+            "A layer is called 'head', which is the name of the layer to the outputs; give it another name."
+        )
     return layers
 
 
 # ---- One layer ------------------------------------------------------------------------------------------------------
 
 
-def num_keys(at: Placed) -> int:
-    return at.layer.depth[-1] if at.layer.width else 0
+def num_keys(place: Placed) -> int:
+    return place.layer.depth[-1] if place.layer.width else 0
 
 
-def init_layer(at: Placed, keys: jax.Array) -> list[dict[str, jax.Array]]:
+def init_layer(place: Placed, keys: jax.Array) -> list[dict[str, jax.Array]]:
     """The parameters at the largest sizes, one entry for each repetition of the layer."""
-    if not at.layer.width:
+    if not place.layer.width:
         return []
-    params, width = [], max(at.layer.width)
-    for i in range(at.layer.depth[-1]):
-        in_width = at.in_width[-1] if i == 0 else width
-        if at.layer.kind == "conv":
-            window = (at.layer.kernel[-1],) * len(at.spatial)
+    params, width = [], max(place.layer.width)
+    for i in range(place.layer.depth[-1]):
+        in_width = place.in_width[-1] if i == 0 else width
+        if place.layer.kind == "conv":
+            window = (place.layer.kernel[-1],) * len(place.spatial)
         else:
-            window = (math.prod(at.spatial) if at.flat and i == 0 else 1,)
+            window = (math.prod(place.spatial) if place.flat and i == 0 else 1,)
         w = _ops.uniform(keys[i], (*window, in_width, width), math.prod(window) * in_width)
         params.append({"w": w, "b": jnp.zeros(width)})
     return params
 
 
-def slice_layer(at: Placed, small: Placed, params: list[dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
-    """Slices the parameters of `small`, which has one candidate per size, out of the parameters of `at`."""
-    if not at.layer.width:
+def slice_layer(place: Placed, small: Placed, params: list[dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
+    """Slices the parameters of `small`, which has one candidate per size, out of the parameters of `place`."""
+    if not place.layer.width:
         return []
     (width,), (depth,), (in_width,) = small.layer.width, small.layer.depth, small.in_width
     sliced = []
     for i, p in enumerate(params[:depth]):
         w = p["w"][..., : in_width if i == 0 else width, :width]
-        if at.layer.kind == "conv":
+        if place.layer.kind == "conv":
             kernel = small.layer.kernel[0]
-            rim = (at.layer.kernel[-1] - kernel) // 2
-            w = w[(slice(rim, rim + kernel),) * len(at.spatial)]
+            rim = (place.layer.kernel[-1] - kernel) // 2
+            w = w[(slice(rim, rim + kernel),) * len(place.spatial)]
         sliced.append({"w": w, "b": p["b"][:width]})
     return sliced
 
 
-def apply_layer(at: Placed, params, x: jax.Array, weights: Mapping[str, jax.Array], remat: bool = False) -> jax.Array:
+def apply_layer(
+    place: Placed, params, x: jax.Array, weights: Mapping[str, jax.Array], remat: bool = False
+) -> jax.Array:
     """A layer under the weights of its choices, each [candidates]; a size without weights is the largest."""
-    layer, last = at.layer, at.name == "head"
+    layer, last = place.layer, place.name == "head"
     if not layer.width:
         return _pool(layer.kind, layer.stride, x)
-    if last and not at.flat:
+    if last and not place.flat:
         x = x.mean(tuple(range(1, x.ndim - 1)))
-    kernel, width, depth = (weights.get(f"{at.name}.{size}") for size in ("kernel", "width", "depth"))
+    kernel, width, depth = (weights.get(f"{place.name}.{size}") for size in ("kernel", "width", "depth"))
     under = np.arange(layer.width[-1])[None] < np.array(layer.width)[:, None]  # [candidates, channels]
 
     def once(p, x, first):
         if layer.kind == "conv":
-            w = p["w"] if kernel is None else p["w"] * _window(kernel, layer.kernel, len(at.spatial))
+            w = p["w"] if kernel is None else p["w"] * _window(kernel, layer.kernel, len(place.spatial))
             y = _ops.convolve(x, w, stride=layer.stride if first else 1)
-        elif first and at.flat:
+        elif first and place.flat:
             y = jnp.einsum("npc,pcd->nd", x.reshape(x.shape[0], -1, x.shape[-1]), p["w"])
         else:
             y = x @ p["w"][0]
@@ -214,9 +216,9 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
 
     def init(key):
         keys, used, params = jax.random.split(key, sum(map(num_keys, layers))), 0, {}
-        for at in layers:
-            params[at.name] = init_layer(at, keys[used : used + num_keys(at)])
-            used += num_keys(at)
+        for place in layers:
+            params[place.name] = init_layer(place, keys[used : used + num_keys(place)])
+            used += num_keys(place)
         return params
 
     def features(params, weights, x, drop_path=None):
@@ -228,8 +230,8 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
             raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         rows = {} if weights is None else _rows(cells, weights, x.dtype, single_path)
         outputs = []
-        for at in layers[:-1]:
-            x = apply_layer(at, params[at.name], x, rows, remat)
+        for place in layers[:-1]:
+            x = apply_layer(place, params[place.name], x, rows, remat)
             outputs.append(x)
         return outputs or [x]
 
@@ -247,17 +249,12 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
 
 
 def _rows(cells, weights: Mapping[str, Any], dtype, single_path: bool) -> dict[str, jax.Array]:
-    """Choice -> its weights [candidates], after checks."""
+    """Choice -> its weights [candidates]."""
     rows = {}
     for name, cell in cells.items():
-        if name not in weights:
-            raise ValueError(f"The weights must include {name!r}, which is a choice; got {sorted(weights)}.")
-        w, shape = weights[name], (1, len(cell.edges[0].ops))
-        if w.shape != shape:
-            raise ValueError(f"The weights of {name!r} must have the shape {shape}; got {w.shape}.")
         if single_path:
-            check_single_path(name, w)
-        w = jnp.asarray(w, dtype)[0]
+            check_single_path(name, weights[name])
+        w = jnp.asarray(weights[name], dtype).reshape(len(cell.edges[0].ops))
         if single_path:  # other candidates have no gradient, as if they did not run
             w = w * jax.nn.one_hot(jnp.argmax(jnp.abs(w)), w.size, dtype=dtype)
         rows[name] = w

@@ -1,4 +1,4 @@
-"""Ops on graphs, and ops that turn the columns of a table into tokens.
+"""Ops on graphs.
 
 The nodes of a graph are positions. x is [N, nodes, C], N signals on one graph; N is 1 if the nodes are the rows of a
 data set. The ops hold the adjacency of the graph, so each graph needs its own set of ops. Their parameters do not
@@ -6,13 +6,12 @@ depend on the adjacency, so weights can move from one graph to another. Adjacenc
 `vmap` over it.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from metaopt.nas._ops import BLOCKS, Op, uniform
+from metaopt.nas._ops import Op, uniform
 
 
 def graph_ops(adjacency: Any) -> dict[str, Op]:
@@ -37,10 +36,10 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
         for an undirected graph. It is dense, so memory grows as nodes².
 
     Returns:
-      Name -> `Op`. The ops reject a stride other than 1, or another number of nodes, at build time.
+      Name -> `Op`.
 
     Raises:
-      ValueError: if `adjacency` is not square.
+      ValueError: at build time, if an op has a stride other than 1, or an input with another number of nodes.
 
     Sources: https://arxiv.org/abs/1609.02907, https://arxiv.org/abs/1706.02216, https://arxiv.org/abs/1810.00826,
     https://arxiv.org/abs/1710.10903
@@ -55,8 +54,6 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
     (3, 5)
     """
     adjacency = jnp.asarray(adjacency)
-    if adjacency.ndim != 2 or adjacency.shape[0] != adjacency.shape[1]:
-        raise ValueError(f"`adjacency` must be [nodes, nodes]; got the shape {adjacency.shape}.")
     num = adjacency.shape[0]
     adjacency = adjacency.astype(jnp.zeros(0).dtype)
     loops = adjacency + jnp.eye(num)
@@ -97,50 +94,3 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
         "gin": op(gin_init, lambda p, x: jax.nn.relu(((1 + p["epsilon"]) * x + adjacency @ x) @ p["in"]) @ p["out"]),
         "gat": op(gat_init, gat_apply),
     }
-
-
-def _tokens_init(key: jax.Array, in_shape: Sequence[int], channels: int, stride: int):
-    if len(in_shape) != 2 or stride != 1:
-        raise ValueError(
-            f"'tokens' needs one axis of positions: (columns, 1) for a table, (length, channels) for a sequence, with "
-            f"stride 1; got {tuple(in_shape)}, and stride {stride}."
-        )
-    length, width = in_shape
-    w = uniform(key, (length, width, channels), width)
-    return {"w": w, "b": uniform(key, (length, channels), width, number=1)}
-
-
-def _tokens_apply(params, x, channels, stride):
-    return jnp.einsum("npc,pcd->npd", x, params["w"]) + params["b"][None]
-
-
-def _block_init(key: jax.Array, in_shape: Sequence[int], channels: int, stride: int):
-    """Attention, then an MLP, with layer norms and residual connections; first a projection if channels differ."""
-    attention = BLOCKS["attention"].init(key, (*in_shape[:-1], channels), channels, 1)
-    params = {"attention": attention}
-    numbers = {"up": (channels, 2 * channels), "down": (2 * channels, channels), "enter": (in_shape[-1], channels)}
-    for number, (name, shape) in enumerate(numbers.items(), 4):
-        if name != "enter" or in_shape[-1] != channels:
-            params[name] = uniform(key, shape, shape[0], number=number)
-    if stride != 1:
-        raise ValueError(f"'transformer' keeps positions; got stride {stride}.")
-    return params
-
-
-def _block_apply(params, x, channels, stride):
-    x = x @ params["enter"] if "enter" in params else x
-    x = x + BLOCKS["attention"].apply(params["attention"], _layer_norm(x), channels, 1)
-    return x + jax.nn.gelu(_layer_norm(x) @ params["up"]) @ params["down"]
-
-
-def _layer_norm(x: jax.Array) -> jax.Array:
-    centered = x - x.mean(-1, keepdims=True)
-    return centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
-
-
-# "tokens": every position has its own projection and vector. Positions are columns of a table (a feature tokenizer,
-# Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959) or of a sequence. "transformer": attention and MLP.
-TOKEN_OPS: dict[str, Op] = {
-    "tokens": Op(_tokens_init, _tokens_apply),
-    "transformer": Op(_block_init, _block_apply),
-}

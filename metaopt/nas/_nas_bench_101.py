@@ -7,19 +7,18 @@ to the output too, the projected input is added.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks
 from metaopt.nas import _ops
-from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, Graph, check_finite, pruned
+from metaopt.nas._graphs import Graph, pruned_cell
+from metaopt.nas._named_spaces import NAS_BENCH_101_PRIMITIVES
 from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network
 
-_NUM_EDGES = 9  # at most, with at most 7 vertices
+MAX_EDGES = 9  # at most, with at most 7 vertices
 _PROJECTION = "conv1x1-bn-relu"
 
 
@@ -42,9 +41,8 @@ def nas_bench_101_cells(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: if `num_vertices` is out of range.
     """
-    _checks.check_integer("num_vertices", num_vertices, 2)
-    if num_vertices > 7:
-        raise ValueError(f"NAS-Bench-101 has at most 7 vertices; got {num_vertices}.")
+    if not 2 <= num_vertices <= 7:
+        raise ValueError(f"A cell of NAS-Bench-101 has 2 to 7 vertices; got {num_vertices}.")
     matrices = _full_matrices(num_vertices)
     blank = np.zeros(matrices.shape[:2], np.int64)
     blank[:, 0], blank[:, -1] = 8, 9
@@ -65,16 +63,16 @@ def _full_matrices(size: int) -> np.ndarray:
     Every vertex except the input has a predecessor, and every vertex except the output has a successor.
     """
     pairs = [(s, t) for t in range(size) for s in range(t)]
-    found = []
+    chunks = []
     for chunk in np.array_split(np.arange(2 ** len(pairs)), max(1, 2 ** len(pairs) >> 16)):
         bits = chunk[:, None] >> np.arange(len(pairs)) & 1
-        bits = bits[bits.sum(1) <= _NUM_EDGES]
+        bits = bits[bits.sum(1) <= MAX_EDGES]
         matrices = np.zeros((len(bits), size, size), np.int8)
         for i, pair in enumerate(pairs):
             matrices[:, *pair] = bits[:, i]
         into, out_of = np.any(matrices, axis=1), np.any(matrices, axis=2)
-        found.append(matrices[np.all(into[:, 1:], axis=1) & np.all(out_of[:, :-1], axis=1)])
-    return np.concatenate(found)
+        chunks.append(matrices[np.all(into[:, 1:], axis=1) & np.all(out_of[:, :-1], axis=1)])
+    return np.concatenate(chunks)
 
 
 def _class_words(matrices: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -99,7 +97,7 @@ def _class_words(matrices: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
-    """The cell that a row of `nas_bench_101_table` or `read_nas_bench_101` encodes.
+    """The cell that a row of `read_nas_bench_101` encodes.
 
     Args:
       encoding: 21 entries above the diagonal, then five ops (0: no op).
@@ -112,10 +110,11 @@ def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
     """
     digits = [int(x) for x in encoding]
     ops = [x for x in digits[21:] if x]
-    if len(digits) != 26 or not {*digits[:21]} <= {0, 1} or digits[21:] != [*ops, *[0] * (5 - len(ops))]:
-        raise ValueError(f"A cell of NAS-Bench-101 is 21 bits and up to five ops, then zeros; got {digits}.")
-    if max(ops, default=0) > 3 or min(ops, default=1) < 1:
-        raise ValueError(f"The ops of NAS-Bench-101 are 1, 2 and 3; got {digits[21:]}.")
+    fits = len(digits) == 26 and {*digits[:21]} <= {0, 1} and {*ops} <= {1, 2, 3}
+    if not fits or digits[21:] != [*ops, *[0] * (5 - len(ops))]:
+        raise ValueError(
+            f"A cell of NAS-Bench-101 is 21 bits and up to five ops from 1 to 3, then zeros; got {digits}."
+        )
     matrix, size = np.zeros((7, 7), int), len(ops) + 2
     matrix[np.triu_indices(7, 1)] = digits[:21]
     if matrix[size:].any() or matrix[:, size:].any():
@@ -128,7 +127,12 @@ def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
 
 
 def nas_bench_101_network(
-    graph: Graph, num_outputs: int = 10, *, channels: int = 128, cells_per_stack: int = 3, num_stacks: int = 3
+    cell: Graph | Genotype,
+    num_outputs: int = 10,
+    *,
+    channels: int = 128,
+    cells_per_stack: int = 3,
+    num_stacks: int = 3,
 ) -> tuple[Network, dict[str, _ops.Op]]:
     """The network that NAS-Bench-101 trains for a cell: stacks of the cell.
 
@@ -137,7 +141,7 @@ def nas_bench_101_network(
     predict, normalize by training rows (`nas.trained_network`).
 
     Args:
-      graph: a cell; it is pruned first.
+      cell: a cell as a graph, or as a genotype of `nas_bench_101_space`; it is pruned first.
       num_outputs: number of classes.
       channels: channels of the first stack.
       cells_per_stack: number of cells per stack.
@@ -147,14 +151,18 @@ def nas_bench_101_network(
       A `Network` without mixing weights, and the ops for `supernet`. The cell is one of these ops.
 
     Raises:
-      ValueError: if no path joins input and output, if an op is unknown, or if a count is below 1.
+      ValueError: if no path joins input and output, or if an op is unknown.
       ValueError: at build time, if more vertices lead to the output than there are channels.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
+
+    >>> from metaopt import nas
+    >>> cell = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "conv3x3-bn-relu", "output"))
+    >>> network, ops = nas.nas_bench_101_network(cell, channels=16, num_stacks=1)
+    >>> [layer.name for layer in network.layers]
+    ['conv3x3-bn-relu', 'graph', 'graph', 'graph']
     """
-    counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
-    for name, value in {"num_outputs": num_outputs, **counts}.items():
-        _checks.check_integer(name, value, 1)
+    graph = cell if isinstance(cell, Graph) else genotype_graph(cell)
     layers = [Layer("conv3x3-bn-relu", channels)]
     for stack in range(num_stacks):
         if stack:
@@ -175,9 +183,7 @@ def graph_op(graph: Graph) -> _ops.Op:
     Raises:
       ValueError: if no path joins input and output, if an op is unknown, or as for `pruned`.
     """
-    whole = pruned(graph)
-    if whole is None:
-        raise ValueError("The graph has no path from its input to its output.")
+    whole = pruned_cell(graph)
     if not set(whole.ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES):
         raise ValueError(f"The ops of NAS-Bench-101 are {NAS_BENCH_101_PRIMITIVES}; got {whole.ops}.")
     m, last = np.asarray(whole.matrix), len(whole.ops) - 1
@@ -263,18 +269,11 @@ def nas_bench_101_space(
 
     Returns:
       A `Network` over `NAS_BENCH_101_OPS`, with the single kind "cell": 26 rows of mixing weights for 7 vertices.
-      `discretize_graph` reads a cell from them. `graph_genotype` converts a cell to a genotype.
-
-    Raises:
-      ValueError: if a count is out of range.
+      `derive_genotype` reads a cell from them, and `nas_bench_101_network` builds its published network.
 
     Sources: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635; Zela et al., ICLR 2020,
     https://arxiv.org/abs/2001.10422, for one-shot search in it
     """
-    counts = {"channels": channels, "cells_per_stack": cells_per_stack, "num_stacks": num_stacks}
-    for name, value in {"num_outputs": num_outputs, **counts}.items():
-        _checks.check_integer(name, value, 1)
-    _checks.check_integer("num_vertices", num_vertices, 3)
     last = num_vertices - 1
     edges = []
     for v in range(1, num_vertices):
@@ -305,18 +304,16 @@ def graph_genotype(network: Network, graph: Graph) -> Genotype:
     Raises:
       ValueError: if no path joins input and output, or if there are too many vertices.
     """
-    whole, last = pruned(graph), _last_vertex(network)
-    if whole is None:
-        raise ValueError("The graph has no path from its input to its output.")
+    whole, last = pruned_cell(graph), last_vertex(network)
     size = len(whole.ops)
     if size > last + 1:
         raise ValueError(f"The space has {last + 1} vertices; the graph has {size}.")
-    at = [*range(size - 1), last]  # the output is the last vertex of the space
+    vertex = [*range(size - 1), last]  # the output is the last vertex of the space
     edges = []
     for t in range(1, size):
         for s in range(t):
             if whole.matrix[s][t]:
-                edges.append((2 * at[s], 2 * at[t] - 1, "skip_connect" if s else _PROJECTION))
+                edges.append((2 * vertex[s], 2 * vertex[t] - 1, "skip_connect" if s else _PROJECTION))
         if t < size - 1:
             edges.append((2 * t - 1, 2 * t, whole.ops[t]))
     return {"cell": tuple(edges)}
@@ -337,7 +334,7 @@ def genotype_graph(genotype: Genotype) -> Graph:
 
     >>> from metaopt import nas
     >>> graph = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "maxpool3x3", "output"))
-    >>> nas.genotype_graph(nas.graph_genotype(nas.nas_bench_101_space(), graph)) == graph
+    >>> genotype_graph(graph_genotype(nas.nas_bench_101_space(), graph)) == graph
     True
     """
     edges = [(int(s), int(t), op) for s, t, op in genotype.get("cell", ())]
@@ -352,64 +349,16 @@ def genotype_graph(genotype: Genotype) -> Graph:
     end = max((t for _, t in links), default=1)
     # A vertex without an op leads nowhere, so it is left out.
     vertices = [0, *sorted((node + 1) // 2 for node in ops if node < end), (end + 1) // 2]
-    at = {v: i for i, v in enumerate(vertices)}
+    place = {v: i for i, v in enumerate(vertices)}
     matrix = np.zeros((len(vertices),) * 2, int)
     for s, t in links:
-        if s // 2 in at and (t + 1) // 2 in at:
-            matrix[at[s // 2], at[(t + 1) // 2]] = 1
+        if s // 2 in place and (t + 1) // 2 in place:
+            matrix[place[s // 2], place[(t + 1) // 2]] = 1
     named = ("input", *(ops[2 * v - 1] for v in vertices[1:-1]), "output")
-    whole = pruned(Graph(tuple(tuple(int(x) for x in row) for row in matrix), named))
-    if whole is None:
-        raise ValueError(f"The genotype has no path from its input to its output: {genotype!r}.")
-    return whole
+    return pruned_cell(Graph(tuple(tuple(int(x) for x in row) for row in matrix), named))
 
 
-def discretize_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int = _NUM_EDGES) -> Graph:
-    """The cell of mixing weights: the strongest op of every vertex, and the strongest edges.
-
-    It first takes the path from the input to the output with the largest product of weights. Then it adds the strongest
-    of the other edges, up to `max_edges`, if their weight exceeds the weight of each "none". Finally it removes the
-    vertices that are on no path.
-
-    Args:
-      network: a network of `nas_bench_101_space`.
-      weights: {"cell": [edges, 3]}, not negative.
-      max_edges: at least the number of vertices minus one; the benchmark has 9.
-
-    Returns:
-      A pruned `Graph`, in the benchmark.
-
-    Raises:
-      ValueError: if the weights have another shape, or if some are negative, NaN or infinite.
-      ValueError: if `max_edges` is too small.
-    """
-    last, cell = _last_vertex(network), network.cells["cell"]
-    _checks.check_integer("max_edges", max_edges, last)
-    w = np.asarray(weights["cell"], np.float64)
-    if w.shape != (len(cell.edges), 3) or (w < 0).any():
-        raise ValueError(f"The weights must be [{len(cell.edges)}, 3] and not negative; got shape {w.shape}.")
-    check_finite("cell", w)
-    strength, there, ops = {}, set(), ["input", *[""] * (last - 1), "output"]
-    for edge, row in zip(cell.edges, w, strict=True):
-        if edge.source % 2:
-            ops[edge.target // 2] = edge.ops[int(row.argmax())]
-        else:
-            at = edge.source // 2, (edge.target + 1) // 2
-            strength[at] = row[2]
-            there |= {at} if row.argmax() == 2 else set()
-    best = {0: (1.0, [])}  # vertex -> the product, and the edges
-    for v in range(1, last + 1):
-        best[v] = max(((best[u][0] * strength[u, v], [*best[u][1], (u, v)]) for u in range(v)), key=lambda b: b[0])
-    path = best[last][1]
-    others = sorted(there - {*path}, key=lambda edge: (-strength[edge], edge))
-    kept = {*path, *others[: max_edges - len(path)]}
-    matrix = tuple(tuple(int((s, t) in kept) for t in range(last + 1)) for s in range(last + 1))
-    found = pruned(Graph(matrix, tuple(ops)))
-    assert found is not None  # the path joins input and output
-    return found
-
-
-def _last_vertex(network: Network) -> int:
+def last_vertex(network: Network) -> int:
     cell = network.cells.get("cell")
     if cell is None or set(network.cells) != {"cell"} or not any(edge.ops[-1] == _PROJECTION for edge in cell.edges):
         raise ValueError("`network` must be one that `nas_bench_101_space` made.")

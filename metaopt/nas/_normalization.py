@@ -124,7 +124,9 @@ def at_statistics(
 
 
 def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
-    """Raises ValueError if `fn` normalizes a single row [1, ...] without positions: the result would always be 0."""
+    """Raises ValueError if x is one row and `fn` normalizes it without positions: the result would always be 0."""
+    if x.shape[:1] != (1,):
+        return
     for equation in _jaxpr.equations(jax.make_jaxpr(fn)(x).jaxpr):
         if _normalizes(equation) and math.prod((shape := equation.invars[0].aval.shape)[:-1]) == 1:
             raise ValueError(

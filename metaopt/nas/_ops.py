@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, _permutations, base
+from metaopt import _permutations, base
 
 
 class Op(NamedTuple):
@@ -258,7 +258,6 @@ def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) 
       ValueError: if `size` is even, or if `order` is unknown.
       ValueError: at build time, if `size > 1` and the inputs are rows of a table.
     """
-    _checks.check_integer("size", size, 1)
     if size % 2 == 0:
         raise ValueError(f"`size` must be odd, so that the window has a center; got {size}.")
     orders = ("relu_conv_norm", "conv_norm_relu", "conv_norm")
@@ -297,14 +296,14 @@ def _residual_init(key, in_shape, channels, stride):
 
 
 def _residual_apply(params, x, channels, stride):
-    conv, beside = convolution(3), x
+    conv, shortcut = convolution(3), x
     y = conv.apply(params["b"], conv.apply(params["a"], x, channels, stride), channels, 1)
     if stride > 1:
         window = (1, *[stride] * (x.ndim - 2), 1)
         padding = [(0, -n % size) for n, size in zip(x.shape, window, strict=True)]
         pool = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, padding)
-        beside = pool(x) / pool(jnp.ones((1, *x.shape[1:-1], 1), x.dtype))
-    return y + (beside @ params["w"] if "w" in params else beside)
+        shortcut = pool(x) / pool(jnp.ones((1, *x.shape[1:-1], 1), x.dtype))
+    return y + (shortcut @ params["w"] if "w" in params else shortcut)
 
 
 def _inverted_residual(size: int, expansion: int) -> Op:
@@ -363,6 +362,39 @@ def _attention_apply(params, x, channels, stride):
     return (weights @ v @ params["out"]).reshape(*queries.shape[:-1], channels)
 
 
+def _tokens_init(key, in_shape, channels, stride):
+    """Each position, a column of a table or of a sequence, has its own projection and vector."""
+    length, width = in_shape
+    w = uniform(key, (length, width, channels), width)
+    return {"w": w, "b": uniform(key, (length, channels), width, number=1)}
+
+
+def _tokens_apply(params, x, channels, stride):
+    return jnp.einsum("npc,pcd->npd", x, params["w"]) + params["b"][None]
+
+
+def _block_init(key, in_shape, channels, stride):
+    """Attention, then an MLP, with layer norms and residual connections; first a projection if channels differ."""
+    attention = _attention_init(key, (*in_shape[:-1], channels), channels, 1)
+    params: dict[str, base.PyTree] = {"attention": attention}
+    numbers = {"up": (channels, 2 * channels), "down": (2 * channels, channels), "enter": (in_shape[-1], channels)}
+    for number, (name, shape) in enumerate(numbers.items(), 4):
+        if name != "enter" or in_shape[-1] != channels:
+            params[name] = uniform(key, shape, shape[0], number=number)
+    return params
+
+
+def _block_apply(params, x, channels, stride):
+    x = x @ params["enter"] if "enter" in params else x
+    x = x + _attention_apply(params["attention"], _layer_norm(x), channels, 1)
+    return x + jax.nn.gelu(_layer_norm(x) @ params["up"]) @ params["down"]
+
+
+def _layer_norm(x: jax.Array) -> jax.Array:
+    centered = x - x.mean(-1, keepdims=True)
+    return centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+
+
 def _none(key, in_shape, channels, stride):
     return ()
 
@@ -387,7 +419,9 @@ def _maxima(x: jax.Array, stride: int) -> jax.Array:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, padding)
 
 
-# Ops around cells, and ops for sequences and rows of tables.
+# Ops around cells, and ops for sequences and rows of tables. With "tokens" (a feature tokenizer, Gorishniy et al.,
+# NeurIPS 2021, https://arxiv.org/abs/2106.11959), columns of a table are positions. "transformer" is attention and an
+# MLP.
 BLOCKS: dict[str, Op] = {
     "none": _ZERO,
     "skip_connect": _SKIP,
@@ -397,6 +431,8 @@ BLOCKS: dict[str, Op] = {
     "norm_relu": Op(_none, lambda params, x, channels, stride: jax.nn.relu(normalized(x))),
     "mlp": Op(_mlp_init, _mlp_apply),
     "attention": Op(_attention_init, _attention_apply),
+    "tokens": Op(_tokens_init, _tokens_apply),
+    "transformer": Op(_block_init, _block_apply),
 }
 
 DARTS_OPS: dict[str, Op] = {

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, _jaxpr, base
+from metaopt import _jaxpr, base
 from metaopt._jaxpr import Literal
 from metaopt.inner import check_labels, cross_entropy, row_mask
 from metaopt.nas._ops import NORMALIZATION
@@ -58,14 +58,14 @@ def _each_weight(params: base.Params) -> list[tuple[jax.Array, int]]:
 
     Stacking axes are leading axes over layers and edges. Biases are left out.
     """
-    found = []
+    each = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [getattr(entry, "key", None) for entry in path]
         # Parameters in "layers" are stacked by layer; those of a cell's ops also by edge.
         stacked = 0 if keys[0] != "layers" else 2 if keys[2:3] == ["edges"] else 1
         if leaf.ndim - stacked >= 2:
-            found.append((leaf, stacked))
-    return found
+            each.append((leaf, stacked))
+    return each
 
 
 def grad_norm(
@@ -275,10 +275,8 @@ def gradient_features(
       [K], the features of the ops, one kind of cell after another. The features of each kind have norm 1.
 
     Raises:
-      ValueError: if `num_keys < 1`, if the supernet has `single_path`, or if labels are not classes, as for
-        `grad_norm`.
+      ValueError: if the supernet has `single_path`, or if labels are not classes, as for `grad_norm`.
     """
-    _checks.check_integer("num_keys", num_keys, 1)
     if supernet.single_path:
         raise ValueError(
             "`supernet` runs one op an edge (`single_path`), so that the others have no gradient: pass a "

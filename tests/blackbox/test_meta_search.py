@@ -203,7 +203,9 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
     # Afterwards: beyond the worst outcome, and not at it.
     first = [{"x": 0.4}]
     assert failures(4, first).tolist() == [False, True, False, False]
-    monkeypatch.setattr("metaopt.blackbox._acquisition.censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound))
+    monkeypatch.setattr(
+        "metaopt.blackbox._acquisition.censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound)
+    )
     assert failures(4, first).tolist() == [False, True, True, False]
 
 

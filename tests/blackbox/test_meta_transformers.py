@@ -144,7 +144,9 @@ def test_a_batch_does_not_pile_up_on_what_runs(g):
 def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
     seen = []
     read = blackbox.read_trials
-    monkeypatch.setattr("metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args))
+    monkeypatch.setattr(
+        "metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args)
+    )
     h = rebuilt(g)
     many = np.random.default_rng(0).uniform(size=100)
     h.suggest([{"x": float(x)} for x in many], [loss({"x": x}, 0.4) for x in many])

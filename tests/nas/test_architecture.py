@@ -11,6 +11,7 @@ import pytest
 from small_search import KEY, NET, ONE, OPS, TASK, alpha_of, close, estimate_of, search_of, sgd
 
 from metaopt import base, hypergrad, nas, training
+from metaopt.nas import _derivation, _nas_bench_101, _relaxations
 
 SCHEDULED = (nas.gdas, nas.darts_minus, nas.beta_darts, nas.unrolled_darts)
 
@@ -153,7 +154,9 @@ def test_settings_tell_searches_apart_and_are_json():
     ]
     texts = [json.dumps(search.settings, allow_nan=False) for search in made]
     assert len(set(texts)) == len(made) and "0x" not in "".join(texts)
-    assert made[3].settings["method"] == "gdas" and nas.from_json(json.dumps(made[0].settings["network"])) == NET
+    assert (
+        made[3].settings["method"] == "gdas" and nas.network_from_json(json.dumps(made[0].settings["network"])) == NET
+    )
     for same in (
         search_of(nas.darts, order="first", keep="space"),
         search_of(nas.darts, order="first", keep=NET.keep, epsilon=0.01, partial=1),
@@ -211,7 +214,7 @@ def test_what_is_annealed_in_training_is_read_at_temperature_one():
     plain = search_of(nas.darts, order="first", keep=1)
     np.testing.assert_allclose(search.weights(alpha)["cell"], plain.weights(alpha)["cell"])
     assert search.genotype(alpha) == plain.genotype(alpha)
-    inside = nas.decoding(nas.edge_normalized(relaxation))(
+    inside = _relaxations.decoding(nas.edge_normalized(relaxation))(
         {"ops": alpha["cell"], "edges": jnp.zeros(3)}, NET.cells["cell"], KEY, 0
     )
     np.testing.assert_allclose(inside, plain.weights(alpha)["cell"] * np.array([[1.0], [0.5], [0.5]]))
@@ -221,8 +224,8 @@ def test_a_genotype_of_nas_bench_101_is_one_of_its_cells():
     net = nas.nas_bench_101_space(2, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
     search = nas.darts(net, (4, 4, 1), ops=nas.NAS_BENCH_101_OPS)
     alpha = {"cell": jnp.asarray(np.random.default_rng(0).normal(size=search.hyperparams(KEY)["cell"].shape))}
-    cell = nas.discretize_graph(net, jax.device_get(search.weights(alpha)))
-    assert search.genotype(alpha) == nas.graph_genotype(net, cell)
+    cell = _derivation.derive_graph(net, jax.device_get(search.weights(alpha)))
+    assert search.genotype(alpha) == _nas_bench_101.graph_genotype(net, cell)
 
 
 def test_the_weight_of_beta_darts_may_be_traced():

@@ -187,8 +187,6 @@ SEARCHES = {
     "pc_darts": {"partial": 1},
     "beta_darts": {"num_steps": 5},
     "robust_darts": {"every": 2},
-    "sigmoid": {"relaxation": nas.sigmoid()},
-    "gumbel": {"relaxation": nas.gumbel_softmax(1.0, hard=False), "decode": nas.softmax()},
 }
 
 
@@ -196,8 +194,7 @@ SEARCHES = {
     "name", [pytest.param(name, marks=[] if name == "gdas" else [pytest.mark.once]) for name in SEARCHES]
 )
 def test_every_search_takes_sizes(name):
-    method = getattr(nas, name, nas.darts)
-    search = method(SIZES, (3,), ops={}, **SEARCHES[name])
+    search = getattr(nas, name)(SIZES, (3,), ops={}, **SEARCHES[name])
     alpha = jax.tree.map(lambda a: a + 0.1, search.hyperparams(KEY))
 
     def estimate(key):
@@ -248,7 +245,7 @@ def test_single_path_one_shot_and_evolution_over_sizes():
     state, seen = searcher.init(KEY, nas.configuration_space(SIZES)), {}
     for _ in range(12):
         (trial,), state = searcher.ask(state, 1)
-        genotype = nas.from_configuration(SIZES, trial.configuration)
+        genotype = nas.genotype_from_configuration(SIZES, trial.configuration)
         score = float(one_shot.score(params, genotype, TASK.valid))
         seen[nas.genotype_to_json(genotype)] = score
         state = searcher.tell(state, [trial._replace(outcome=score, status="COMPLETE")])
@@ -266,19 +263,22 @@ def test_configurations_are_genotypes():
     assert list(network.cells) == ["conv1.width", "conv1.depth", "conv2.width", "conv2.depth", "linear.width"]
     space = nas.configuration_space(network)
     assert {name: leaf.high for name, leaf in space.items()} == dict(zip(space, (2, 1, 2, 1, 1), strict=True))
-    genotype = nas.from_configuration(network, dict(zip(space, (1, 0, 2, 1, 0), strict=True)))
+    genotype = nas.genotype_from_configuration(network, dict(zip(space, (1, 0, 2, 1, 0), strict=True)))
     small = nas.discrete(network, genotype)
     assert (small.layers["conv1"].width, small.layers["conv2"].depth) == ((4,), (2,))
-    assert nas.from_json(nas.to_json(small)) == small and nas.from_json(nas.to_json(network)) == network
+    assert (
+        nas.network_from_json(nas.network_to_json(small)) == small
+        and nas.network_from_json(nas.network_to_json(network)) == network
+    )
     cells = nas.nas_bench_201_space(channels=2, cells_per_stage=1)
     digits = dict(zip(nas.configuration_space(cells), (3, 0, 1, 0, 0, 2), strict=True))
     assert list(digits)[1] == "cell.0-2"
     text = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
-    assert nas.from_configuration(cells, digits) == nas.from_nas_bench_201(text)
+    assert nas.genotype_from_configuration(cells, digits) == nas.from_nas_bench_201(text)
     with pytest.raises(ValueError, match=r"'conv1.width' must be an integer in \[0, 2\]; got 3"):
-        nas.from_configuration(network, {**dict.fromkeys(space, 0), "conv1.width": 3})
+        nas.genotype_from_configuration(network, {**dict.fromkeys(space, 0), "conv1.width": 3})
     with pytest.raises(ValueError, match="A configuration has the entries .*; got"):
-        nas.from_configuration(network, {"conv1.width": 1})
+        nas.genotype_from_configuration(network, {"conv1.width": 1})
 
 
 CONV = nas.ElasticLayer("conv", (2, 4), (3,))
@@ -288,17 +288,17 @@ CONV = nas.ElasticLayer("conv", (2, 4), (3,))
     ("layers", "shape", "message"),
     [
         ({"a": CONV._replace(kind="dense")}, (4, 1), "The kind of a layer must be one of .*; 'a' has 'dense'"),
-        ({"a": CONV._replace(width=(4, 2))}, (4, 1), "candidates of a.width must increase"),
-        ({"a": CONV._replace(width=())}, (4, 1), "a.width must be a tuple of integers, since the layer is 'conv'"),
-        ({"a": CONV._replace(width=[2, 4])}, (4, 1), "a.width must be a tuple of integers"),
+        ({"a": CONV._replace(norm="group")}, (4, 1), "has 'conv' and 'group'"),
+        ({"a": CONV._replace(width=(4, 2))}, (4, 1), "candidates of a.width must be positive integers that increase"),
+        ({"a": CONV._replace(width=())}, (4, 1), r"candidates of a.width .*; got \(\)"),
+        ({"a": CONV._replace(depth=(0, 1))}, (4, 1), "candidates of a.depth"),
         ({"a": CONV._replace(kernel=(2, 3))}, (4, 1), "a.kernel must be odd"),
-        ({"a": CONV._replace(depth=(0, 1))}, (4, 1), "`a.depth` must be at least 1; got 0"),
-        ({"a": CONV._replace(norm="group")}, (4, 1), '`norm` must be None, "batch" or "layer"'),
-        ({"a": nas.ElasticLayer("max_pool", kernel=(3,))}, (4, 1), "a.kernel must be empty"),
+        ({"a": nas.ElasticLayer("max_pool", kernel=(3,))}, (4, 1), "'max_pool' layer, which does not use 'kernel'"),
+        ({"a": nas.ElasticLayer("avg_pool", norm="batch")}, (4, 1), "does not use 'norm'"),
+        ({"a": nas.ElasticLayer("linear", (2,), stride=2)}, (4,), "does not use 'stride'"),
         ({"a": CONV}, (4,), r"'a' is 'conv', which needs one to three spatial axes; .* \(4,\)"),
         ({"f": nas.ElasticLayer("flatten"), "a": CONV}, (4, 1), "layer after a 'flatten'"),
         ({"head": CONV}, (4, 1), "A layer is called 'head'"),
-        ({}, (4, 1), "must have a layer"),
     ],
 )
 def test_what_does_not_fit_is_refused(layers, shape, message):
@@ -311,10 +311,8 @@ def test_bad_weights_and_inputs():
     params, x = jax.eval_shape(supernet.init, KEY), jnp.zeros((2, 3))
     apply = lambda weights, x: jax.eval_shape(supernet.apply, params, weights, x)
     assert apply(None, x).shape == (2, 2)  # the largest
-    with pytest.raises(ValueError, match="weights must include 'linear.depth'"):
+    with pytest.raises(KeyError, match="'linear.depth'"):
         apply({"linear.width": jnp.ones((1, 2))}, x)
-    with pytest.raises(ValueError, match=r"of 'linear.width' must have the shape \(1, 2\); got \(2,\)"):
-        apply({"linear.width": jnp.ones(2), "linear.depth": jnp.ones((1, 2))}, x)
     with pytest.raises(ValueError, match=r"must have the shape \(N, 3\)"):
         apply(None, jnp.zeros((2, 4)))
     with pytest.raises(ValueError, match="`partial` must be 1 for a network of sizes.*got 4"):

@@ -72,7 +72,7 @@ def test_a_batch_of_graphs_is_a_vmap_over_their_adjacency():
 
 def test_outputs_at_every_node():
     network = nas.Network({}, (nas.Layer("gcn", 4),), 2, pooled=False)
-    assert nas.from_json(nas.to_json(network)) == network != network._replace(pooled=True)
+    assert nas.network_from_json(nas.network_to_json(network)) == network != network._replace(pooled=True)
     ops = nas.graph_ops(GRAPH)
     each, mean = (nas.supernet(net, (5, 3), ops=ops) for net in (network, network._replace(pooled=True)))
     params = each.init(KEY)
@@ -84,7 +84,7 @@ def test_outputs_at_every_node():
 
 def test_tokens_and_transformers_by_hand():
     """Columns of a table as positions: what attention has no order of, tokens have."""
-    tokens, block = nas.TOKEN_OPS["tokens"], nas.TOKEN_OPS["transformer"]
+    tokens, block = nas.BLOCKS["tokens"], nas.BLOCKS["transformer"]
     rows = RNG.normal(size=(3, 4, 1))
     p = tokens.init(KEY, (4, 1), 6, 1)
     y = np.asarray(jax.jit(lambda p, x: tokens.apply(p, x, 6, 1))(p, rows))
@@ -108,7 +108,7 @@ def test_tokens_and_transformers_by_hand():
 
 
 def test_a_table_is_a_sequence_of_its_columns():
-    ops = {**nas.BLOCKS, **nas.TOKEN_OPS}
+    ops = nas.BLOCKS
     cell = nas.complete_cell(2, ("skip_connect", "transformer", "attention", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("tokens", 4), nas.Layer("cell", 4)), 3)
     supernet = nas.supernet(network, (6, 1), ops=ops)
@@ -116,15 +116,15 @@ def test_a_table_is_a_sequence_of_its_columns():
     assert y.shape == (5, 3)
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"`adjacency` must be \[nodes, nodes\]; got the shape \(2, 3\)"):
-        nas.graph_ops(np.ones((2, 3)))
-    network = nas.Network({}, (nas.Layer("gcn", 4),), 2)
-    with pytest.raises(ValueError, match=r"shape \(5, channels\), .* got \(4, 3\), and stride 1"):
-        nas.supernet(network, (4, 3), ops=nas.graph_ops(GRAPH))
-    with pytest.raises(ValueError, match="stride 2"):
-        nas.supernet(nas.Network({}, (nas.Layer("gcn", 4, 2),), 2), (5, 3), ops=nas.graph_ops(GRAPH))
-    with pytest.raises(ValueError, match="'tokens' needs one axis of positions"):
-        nas.supernet(nas.Network({}, (nas.Layer("tokens", 4),), 2), (4,), ops=nas.TOKEN_OPS)
-    with pytest.raises(ValueError, match="'transformer' keeps positions; got stride 2"):
-        nas.supernet(nas.Network({}, (nas.Layer("transformer", 4, 2),), 2), (4, 4), ops=nas.TOKEN_OPS)
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (nas.Layer("gcn", 4), (4, 3), r"shape \(5, channels\), .* got \(4, 3\), and stride 1"),
+        (nas.Layer("gcn", 4, 2), (5, 3), "stride 2"),
+        (nas.Layer("tokens", 4), (4,), "not enough values to unpack"),
+        (nas.Layer("transformer", 4, 2), (4, 4), r"'transformer' must turn the shape \(2, 4, 4\) into \(2, 2, 4\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(layer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        nas.supernet(nas.Network({}, (layer,), 2), shape, ops={**nas.BLOCKS, **nas.graph_ops(GRAPH)})

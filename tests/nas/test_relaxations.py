@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from metaopt import nas
+from metaopt.nas import _relaxations
 
 KEY = jax.random.key(0)
 CELL = nas.complete_cell(2, ("none", "skip_connect", "mlp"))  # edges 0→1, 0→2, 1→2
@@ -47,12 +48,6 @@ def test_temperatures_that_are_not_positive(temperature):
             make(temperature)
 
 
-def test_a_temperature_is_one_number():
-    for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=False)):
-        with pytest.raises(ValueError, match=r"`temperature` must be one number; got shape \(2,\)"):
-            make(np.array([1.0, 2.0]))
-
-
 def test_uniform_paths():
     draw = jax.jit(jax.vmap(lambda key: nas.uniform_path()(ALPHA, CELL, key, 0)))
     draws = np.asarray(draw(jax.random.split(KEY, 3_000)))
@@ -81,17 +76,20 @@ def test_an_auxiliary_skip_fades():
 
 def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():
     plain = nas.softmax()
-    assert nas.decoding(plain) is plain and nas.decoding(nas.sigmoid())(ALPHA, CELL, KEY, 0).shape == ALPHA.shape
+    assert (
+        _relaxations.decoding(plain) is plain
+        and _relaxations.decoding(nas.sigmoid())(ALPHA, CELL, KEY, 0).shape == ALPHA.shape
+    )
     for relaxation in (nas.gumbel_softmax(5.0, hard=True), nas.auxiliary_skip(plain, lambda step: 1.0)):
-        found = nas.decoding(relaxation)(ALPHA, CELL, KEY, 0)
+        found = _relaxations.decoding(relaxation)(ALPHA, CELL, KEY, 0)
         np.testing.assert_allclose(found, plain(ALPHA, CELL, KEY, 0))
         assert abs(relaxation(ALPHA, CELL, KEY, 0) - found).max() > 1e-3
     # What wraps another one reads by what that one reads by.
     both = nas.edge_normalized(nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=False), 1.0))
     alpha = {"ops": ALPHA, "edges": jnp.zeros(len(ALPHA))}
-    found, expected = (r(alpha, CELL, KEY, 0) for r in (nas.decoding(both), nas.edge_normalized(plain)))
+    found, expected = (r(alpha, CELL, KEY, 0) for r in (_relaxations.decoding(both), nas.edge_normalized(plain)))
     np.testing.assert_allclose(found, expected)
-    assert nas.decoding(nas.edge_normalized(plain)) is not plain
+    assert _relaxations.decoding(nas.edge_normalized(plain)) is not plain
 
 
 def test_beta_decay():
@@ -129,7 +127,7 @@ def test_the_dominant_eigenvalue(sign):
     x = np.concatenate([at["a"].ravel(), at["b"]])
     exact = np.linalg.eigvalsh(matrix + np.diag(x**2))
     exact = exact[abs(exact).argmax()]
-    solve = jax.jit(lambda at, num: nas.dominant_eigenvalue(loss, at, KEY, num_steps=num), static_argnums=1)
+    solve = jax.jit(lambda at, num: _relaxations.dominant_eigenvalue(loss, at, KEY, num_steps=num), static_argnums=1)
     np.testing.assert_allclose(solve(at, 8), exact, rtol=0.01)
     np.testing.assert_allclose(solve(at, 40), exact, rtol=1e-9)  # all of its dimensions
 
@@ -137,8 +135,6 @@ def test_the_dominant_eigenvalue(sign):
 @pytest.mark.once
 def test_the_dominant_eigenvalue_where_the_space_is_exhausted():
     at = jnp.zeros(6)
-    found = nas.dominant_eigenvalue(lambda x: 3 * (x[:2] ** 2).sum() - x[3] ** 2, at, KEY)
+    found = _relaxations.dominant_eigenvalue(lambda x: 3 * (x[:2] ** 2).sum() - x[3] ** 2, at, KEY)
     np.testing.assert_allclose(found, 6.0, rtol=1e-9)
-    assert nas.dominant_eigenvalue(lambda x: x.sum() ** 2 * 0, at, KEY) == 0
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1"):
-        nas.dominant_eigenvalue(jnp.sum, at, KEY, num_steps=0)
+    assert _relaxations.dominant_eigenvalue(lambda x: x.sum() ** 2 * 0, at, KEY) == 0

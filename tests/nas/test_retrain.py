@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from metaopt import inner, nas
+from metaopt.nas import _augmentation
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -79,7 +80,7 @@ def test_every_edge_and_layer_has_its_own_draws():
 def test_a_step_by_hand():
     made = recipe(auxiliary=0.3, drop_path=0.0, clip=0.05, decay=0.1, rate=0.2)
     supernet = nas.supernet(NET, (6, 2), ops=nas.BLOCKS)
-    head = nas.auxiliary_head(3, widths=(3, 4))
+    head = _augmentation.auxiliary_head(3, widths=(3, 4))
 
     @jax.jit
     def run():

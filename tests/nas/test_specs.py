@@ -38,102 +38,78 @@ def test_the_spaces_of_transnas_and_macro():
     assert [layer.stride for layer in net.layers] == [1, 2, 1, 2, 1, 1, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "space",
-    [
-        nas.darts_space,
-        nas.nas_bench_201_space,
-        nas.nas_bench_101_space,
-        nas.trans_nas_bench_101_space,
-        nas.nas_bench_macro_space,
-        lambda n: nas.check_network(network_of(n)),
-    ],
-)
-def test_a_network_without_outputs_is_refused(space):
-    with pytest.raises(ValueError, match="`num_outputs` must be at least 1; got 0"):
-        space(0)
+NETWORKS = {
+    "darts": nas.darts_space(num_cells=2),
+    "201": nas.nas_bench_201_space(cells_per_stage=1),
+    "transnas": nas.trans_nas_bench_101_space(),
+    "macro": nas.nas_bench_macro_space(),
+}
 
 
-def network_of(num_outputs):
-    return nas.Network({}, (nas.Layer("linear", 4),), num_outputs)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_json(name):
+    net = NETWORKS[name]
+    assert nas.network_from_json(nas.network_to_json(net)) == net
+
+
+TEXT = nas.network_to_json(NETWORKS["201"])
 
 
 @pytest.mark.parametrize(
-    "net",
+    ("text", "message"),
     [
-        nas.darts_space(num_cells=2),
-        nas.nas_bench_201_space(cells_per_stage=1),
-        nas.trans_nas_bench_101_space(),
-        nas.nas_bench_macro_space(),
+        (TEXT[:-1], "delimiter"),
+        ("3", "'int' object has no attribute"),
+        (TEXT.replace('"version": 1', '"version": 2'), "its version must be 1; got 2"),
+        (TEXT.replace('"layers"', '"other"'), "it lacks 'layers'"),
+        (TEXT.replace('"num_inputs"', '"other"'), "it lacks 'num_inputs'"),
+        (TEXT.replace('"edges": [[0, ', '"edges": [['), "unpack"),
+        (TEXT.replace('"cells": {', '"cells": [], "x": {'), "has no attribute 'items'"),
+        (TEXT.replace('"num_outputs": 10', '"num_outputs": 0'), "`num_outputs` must be at least 1; got 0"),
+        (TEXT.replace('"keep": null', '"keep": 2.0'), "`keep` must be a number of edges"),
     ],
 )
-def test_json(net):
-    again = nas.from_json(nas.to_json(net))
-    assert again == net
-    with pytest.raises(ValueError, match="version of this format must be 1; got 2"):
-        nas.from_json(nas.to_json(net).replace('"version": 1', '"version": 2'))
-    text = nas.to_json(net)
-    for bad, message in [
-        (text[:-1], "This is not JSON"),
-        ("3", "version of this format must be 1; got None"),
-        (text.replace('"layers"', '"other"'), "it lacks 'layers'"),
-        (text.replace('"num_inputs"', '"other"'), "This is not a network"),
-        (text.replace('"edges": [[0, ', '"edges": [['), "This is not a network"),
-        (text.replace('"cells": {', '"cells": [], "x": {'), "This is not a network"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            nas.from_json(bad)
+def test_json_of_another_form_is_refused(text, message):
+    with pytest.raises(ValueError, match=f"(?s)This is not JSON that `network_to_json` wrote .*{message}"):
+        nas.network_from_json(text)
+
+
+CELL = nas.complete_cell(2, ("none", "skip_connect"))
+LAYERS = (nas.Layer("cell", 4),)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("cell", "message"),
     [
-        (lambda c: c._replace(edges=(nas.Edge(2, 1, ("none",)),)), "from a node to a later one"),
-        (lambda c: c._replace(edges=(nas.Edge(0, 0, ("none",)),)), "from a node to a later one"),
-        (lambda c: c._replace(edges=(nas.Edge(0, 1, ("none",)), nas.Edge(0, 2, ("none", "mlp")))), "same number"),
-        (lambda c: c._replace(edges=(nas.Edge(0, 1, ()),)), "at least 1"),
-        (lambda c: c._replace(edges=(nas.Edge(0, 1, "mlp"),)), r"edge 0 -> 1 .* got 'mlp'; for one op, use \('mlp',\)"),
-        (
-            lambda c: c._replace(edges=(nas.Edge(0, 1, (3,)),)),
-            r"edge 0 -> 1 of the cell 'cell' must be a sequence of names.* got \(3,\)",
-        ),
-        (lambda c: c._replace(output=()), "`output` must list nodes"),
-        (lambda c: c._replace(output=(0,)), "`output` must list nodes"),
-        (lambda c: c._replace(num_inputs=3), "1 or 2 inputs"),
-        (lambda c: c._replace(num_inputs=2, preprocess=False), "needs `preprocess=True`"),
+        (CELL._replace(edges=(nas.Edge(2, 1, ("none",)),)), "from a node to a later one"),
+        (CELL._replace(edges=(nas.Edge(0, 0, ("none",)),)), "from a node to a later one"),
+        (CELL._replace(edges=(nas.Edge(0, 1, ("none",)), nas.Edge(0, 2, ("none", "mlp")))), "same number on all edges"),
+        (CELL._replace(edges=(nas.Edge(0, 1, ()),)), "a tuple of candidates"),
+        (CELL._replace(edges=(nas.Edge(0, 1, "mlp"),)), "0 -> 1 has 'mlp'"),
+        (CELL._replace(output=()), "`output` must list nodes"),
+        (CELL._replace(output=(0,)), "`output` must list nodes"),
+        (CELL._replace(num_inputs=3), "one input, or two inputs"),
+        (CELL._replace(num_inputs=2, preprocess=False), "with `preprocess=True`; 'cell' has 2"),
+        (nas.complete_cell(0, ("mlp",)), "`output` must list nodes"),
     ],
 )
-def test_cells_that_do_not_hold_together(change, message):
-    cell = nas.complete_cell(2, ("none", "skip_connect"))
-    net = nas.Network({"cell": change(cell)}, (nas.Layer("cell", 4),), 2)
+def test_cells_that_do_not_hold_together(cell, message):
     with pytest.raises(ValueError, match=message):
-        nas.check_network(net)
-    with pytest.raises(ValueError, match="No layer uses the cell 'cell'"):
-        nas.check_network(nas.Network({"cell": cell}, (), 2))
-    for cells, layers, got in [
-        (cell, (nas.Layer("cell", 4),), "got Cell, and"),
-        ({"cell": cell}, ("linear", "cell"), r"layers \('linear', 'cell'\)"),
-    ]:
-        with pytest.raises(ValueError, match=f"`cells` must be a dict, kind -> `nas.Cell`, and `layers` .*{got}"):
-            nas.check_network(nas.Network(cells, layers, 2))
+        nas.supernet(nas.Network({"cell": cell}, LAYERS, 2), (3,), ops=nas.BLOCKS)
 
 
 @pytest.mark.parametrize(
-    ("num_nodes", "ops", "message"),
+    ("network", "message"),
     [
-        (
-            2,
-            "mlp",
-            r"`ops` must be a sequence of names, such as \('none', 'mlp'\); got 'mlp'; for one op, use \('mlp',\)",
-        ),
-        (2, (nas.BLOCKS["mlp"],), "`ops` must be a sequence of names.*; pass the ops themselves to `supernet`"),
-        (2, 3, "`ops` must be a sequence of names.*; got 3"),
-        (0, ("mlp",), "`num_nodes` must be at least 1; got 0"),
+        (nas.Network({"cell": CELL}, (nas.Layer("linear", 4),), 2), "No layer uses the cell 'cell'"),
+        (nas.Network({"cell": CELL}, LAYERS, 0), "`num_outputs` must be at least 1; got 0"),
+        (nas.Network({"cell": CELL}, LAYERS, 2, keep=0), r"`keep` must be a number of edges \(at least 1\)"),
+        (nas.mlp_space(0), "`num_outputs` must be at least 1; got 0"),
     ],
 )
-def test_complete_cells_of_no_nodes_or_names_are_refused(num_nodes, ops, message):
+def test_networks_that_do_not_hold_together(network, message):
     with pytest.raises(ValueError, match=message):
-        nas.complete_cell(num_nodes, ops)
+        nas.supernet(network, (3,), ops=nas.BLOCKS)
 
 
 def test_ops_of_a_complete_cell_may_come_one_by_one():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metaopt import inner, nas
+from metaopt.nas import _graphs, _normalization
 
 KEY = jax.random.key(0)
 TABLE = nas.Network(
@@ -115,13 +116,13 @@ def test_one_hot_weights_are_the_discrete_network(name, partial):
     if partial == 2:  # quicker: a normal cell and a reduction
         net = net._replace(layers=net.layers[:3])
     supernet = nas.supernet(net, shape, ops=ops, partial=partial)
-    genotype = nas.discretize(net, weights_of(net), keep=2 if name == "darts" else None)
+    genotype = nas.derive_genotype(net, weights_of(net), keep=2 if name == "darts" else None)
     chosen = {op for edges in genotype.values() for _, _, op in edges}
     none_among = any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
     assert len(chosen) == 3 if name == "macro" else none_among
     # As it is exported and read again.
-    exported = nas.to_json(nas.discrete(net, nas.genotype_from_json(nas.genotype_to_json(genotype))))
-    small = nas.supernet(nas.from_json(exported), shape, ops=ops, partial=partial)
+    exported = nas.network_to_json(nas.discrete(net, nas.genotype_from_json(nas.genotype_to_json(genotype))))
+    small = nas.supernet(nas.network_from_json(exported), shape, ops=ops, partial=partial)
 
     @jax.jit
     def both(x):
@@ -180,7 +181,7 @@ def test_isomorphic_cells_give_equal_outputs():
     params["layers"][1]["edges"] = jax.tree.map(tie, params["layers"][1]["edges"])
     classes = collections.defaultdict(list)
     for genotype in nas.nas_bench_201_genotypes():
-        classes[nas.canonical(genotype["cell"], output=(3,))].append(genotype)
+        classes[_graphs.canonical(genotype["cell"], output=(3,))].append(genotype)
     large = [c for c in sorted(classes) if len(classes[c]) >= 4]
     chosen = [classes[large[i]][j] for i in range(0, len(large), len(large) // 12) for j in (0, 1, -1)]
     x = jax.random.normal(KEY, (3, 3, 4, 1))
@@ -236,12 +237,12 @@ def test_a_single_path_refuses_a_mixture_that_it_can_see():
         for fine in (hot, off, jnp.asarray(off), 0 * hot):
             jax.eval_shape(lambda params, net=single, w={kind: fine}: net.apply(params, w, X), params)
         for call in (single.apply, single.features):
-            with pytest.raises(ValueError, match=f"the weights of '{kind}' give weight to several"):
+            with pytest.raises(ValueError, match=f"`single_path` runs only the op .*; those of '{kind}' are"):
                 jax.eval_shape(lambda params, call=call, w={kind: soft}: call(params, w, X), params)
         jax.eval_shape(single.apply, params, {kind: soft}, X)
         for bad in (np.nan, np.inf):
             w = {kind: np.where(hot > 0, bad, 0.0)}
-            with pytest.raises(ValueError, match=f"The mixing weights of '{kind}' must be finite; got .*{bad}"):
+            with pytest.raises(ValueError, match=f"the weights must be finite, .* those of '{kind}' are .*{bad}"):
                 jax.eval_shape(lambda params, net=single, w=w: net.apply(params, w, X), params)
 
 
@@ -296,16 +297,7 @@ def test_what_does_not_fit_is_refused():
             {"stem": nas.BLOCKS["stem"]},
             "`ops` has no 'linear', only stem, an op that the network uses. Pass the op set",
         ),
-        (
-            {},
-            "`ops` is empty and has no 'linear', an op that the network uses. Pass the op set",
-        ),
-        (
-            {"linear": lambda x: x},
-            r"`ops\['linear'\]` must be a `nas.Op`, .*; got a function. An op without parameters is",
-        ),
-        ({"linear": "linear"}, r"`ops\['linear'\]` must be a `nas.Op`, .*; got 'linear'\. An op without parameters is"),
-        ([nas.BLOCKS["linear"]], "`ops` must be a dict, name -> `nas.Op`, such as `nas.BLOCKS`; got list"),
+        ({}, "`ops` has no 'linear', only nothing, an op that the network uses"),
     ]:
         with pytest.raises(ValueError, match=message):
             nas.supernet(net, (3,), ops=ops)
@@ -420,11 +412,11 @@ def test_integers_are_taken_as_floats():
     for net in (TABLE, SIZES):
         supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
         params, x = supernet.init(KEY), np.array([[0, 200, 7], [3, 255, 1], [0, 0, 9]], np.uint8)
+        more = ((KEY, 0.5),) if net is TABLE else ()
         for fn in (supernet.apply, lambda *args, net=supernet: net.features(*args)[-1]):
-            for more in ((), ((KEY, 0.5),) if net is TABLE else ()):
-                found, floats = fn(params, None, x, *more), fn(params, None, x.astype(float), *more)
-                np.testing.assert_array_equal(found, floats)
-                assert found.dtype == floats.dtype
+            found, floats = fn(params, None, x, *more), fn(params, None, x.astype(float), *more)
+            np.testing.assert_array_equal(found, floats)
+            assert found.dtype == floats.dtype
     convolution = nas.Network({}, (nas.Layer("conv", 2, 2),), 2)
     images = nas.supernet(convolution, (4, 5, 1), ops={"conv": nas.convolution(3)})
     shape = jax.eval_shape(lambda: images.apply(images.init(KEY), None, jnp.zeros((2, 4, 5, 1), jnp.uint8)))
@@ -434,10 +426,10 @@ def test_integers_are_taken_as_floats():
 def test_masks_that_do_not_reach_a_normalization_are_refused():
     mask = jnp.ones(6)
     with pytest.raises(ValueError, match=r"`mask` must be \[N\] = \(6,\)"):
-        nas.over_real_rows(nas.normalized, X, mask[:5])
+        _normalization.over_real_rows(nas.normalized, X, mask[:5])
     with pytest.raises(ValueError, match=r"normalizes an array of the shape \(18, 1\)"):
-        nas.over_real_rows(lambda x: nas.normalized(x.reshape(18, 1)), X, mask)
+        _normalization.over_real_rows(lambda x: nas.normalized(x.reshape(18, 1)), X, mask)
     hidden = jax.custom_jvp(nas.normalized)
     hidden.defjvp(lambda x, dx: (nas.normalized(*x), nas.normalized(*dx)))
     with pytest.raises(ValueError, match="a custom derivative"):
-        nas.over_real_rows(hidden, X, mask)
+        _normalization.over_real_rows(hidden, X, mask)

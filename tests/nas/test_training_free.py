@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from metaopt import nas, spaces
+from metaopt.nas import _scores
 
 pytestmark = pytest.mark.once
 
@@ -16,7 +17,7 @@ SPACE = {"depth": spaces.integer(0, 99)}
 def test_scores_of_a_space_are_those_of_its_discrete_networks():
     cell = nas.complete_cell(2, ("none", "skip_connect", "linear"), preprocess=False)
     net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2)
-    score = nas.training_free_scores(net, (3,), {"flow": nas.synflow, "snip": nas.snip}, ops=nas.BLOCKS)
+    score = nas.training_free_scores(net, (3,), {"flow": _scores.synflow, "snip": _scores.snip}, ops=nas.BLOCKS)
     supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
     params = jax.jit(supernet.init)(KEY)
     batch = {"x": np.random.default_rng(0).normal(size=(5, 3)), "y": np.array([0, 1, 1, 0, 1])}
@@ -25,8 +26,8 @@ def test_scores_of_a_space_are_those_of_its_discrete_networks():
         scores = score(KEY, genotype, batch)
         inherited = supernet.inherit(params, genotype)
         small = nas.supernet(nas.discrete(net, genotype), (3,), ops=nas.BLOCKS)
-        np.testing.assert_allclose(scores["flow"], nas.synflow(small, inherited, None), rtol=1e-9)
-        np.testing.assert_allclose(scores["snip"], nas.snip(small, inherited, None, batch), rtol=1e-9)
+        np.testing.assert_allclose(scores["flow"], _scores.synflow(small, inherited, None), rtol=1e-9)
+        np.testing.assert_allclose(scores["snip"], _scores.snip(small, inherited, None, batch), rtol=1e-9)
         found.append(float(scores["flow"]))
     assert found[0] != found[1]  # each edge has its own weights
     assert score(jax.random.key(1), genotype, batch)["flow"] != found[1]

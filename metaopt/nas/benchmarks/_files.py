@@ -33,11 +33,10 @@ import numpy as np
 
 from metaopt import _files
 from metaopt._tfrecord import fields, read_tfrecords
-from metaopt.nas._configurations import configuration_space, from_configuration
-from metaopt.nas._genotypes import NAS_BENCH_101_PRIMITIVES, from_nas_bench_201
-from metaopt.nas._specs import DARTS_PRIMITIVES, NAS_BENCH_201_PRIMITIVES, Genotype, darts_space
+from metaopt.nas._genotype_text import from_nas_bench_201
+from metaopt.nas._named_spaces import DARTS_PRIMITIVES, NAS_BENCH_101_PRIMITIVES, NAS_BENCH_201_PRIMITIVES
 from metaopt.nas.benchmarks._pickles import read_pickle
-from metaopt.nas.benchmarks._tables import Benchmark, make_benchmark
+from metaopt.nas.benchmarks._tables import Benchmark, benchmark_table
 
 
 def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
@@ -76,7 +75,7 @@ def load_benchmark(path: str | os.PathLike) -> Benchmark:
         encodings = data["encodings"]
         if (encodings < 0).any() or (encodings >= data["num_choices"]).any():
             raise ValueError("its encodings are not below `num_choices`")
-        return make_benchmark(
+        return benchmark_table(
             str(data["name"]),
             data["tasks"].tolist(),
             data["dims"].tolist(),
@@ -141,7 +140,8 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
       verify: whether to check the checksums of the data too; the checksums of the lengths are always checked.
 
     Returns:
-      A `Benchmark` with the digits of `nas_bench_101_table`.
+      A `Benchmark`. Digits are the 21 entries above the diagonal of the matrix, then the ops of vertices 1 to 5: 1 is a
+      3×3 convolution, 2 a 1×1 convolution, 3 a pool, and 0 stands for the output or for a vertex that does not exist.
 
     Raises:
       ValueError: if the file is damaged or something else, or if a cell has ops or vertices outside the space.
@@ -173,7 +173,7 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
             means[row, i] = np.array(values) / count
     pairs = [f"{s}->{t}" for s, t in zip(*np.triu_indices(7, 1), strict=True)]
     with _files.reading(path, "is not a file of NAS-Bench-101"):
-        return make_benchmark(
+        return benchmark_table(
             "NAS-Bench-101",
             ["cifar10"],
             [*pairs, *(f"op{i}" for i in range(1, 6))],
@@ -189,9 +189,9 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
 def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
     """The 21 entries above the diagonal of a 7 × 7 matrix, and five ops; the output is the last vertex of a cell."""
     size = len(ops)
-    known = size <= 7 and len(bits) == size**2 and set(bits) <= {"0", "1"}
-    known = known and set(ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES)
-    if not known or size < 2 or (ops[0], ops[-1]) != ("input", "output"):
+    fits = size <= 7 and len(bits) == size**2 and set(bits) <= {"0", "1"}
+    fits = fits and set(ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES)
+    if not fits or size < 2 or (ops[0], ops[-1]) != ("input", "output"):
         raise ValueError(f"The cell {name!r} is not in the space of NAS-Bench-101: {bits!r}, {ops}.")
     matrix = np.zeros((7, 7), int)
     matrix[:size, :size] = np.array(list(bits), int).reshape(size, size)
@@ -245,7 +245,8 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
         NATS-tss-v1_0-3ffb9-simple.
 
     Returns:
-      A `Benchmark` with the digits of `nas_bench_201_table`, in the order of the file. Missing results are NaN.
+      A `Benchmark`, in the order of the file; a digit is an index into `NAS_BENCH_201_PRIMITIVES`. Missing results are
+      NaN.
 
     Raises:
       ValueError: if the file is something else or damaged, or if it asks for a class or function that is not a
@@ -258,15 +259,15 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
         files = sorted(file for file in path.iterdir() if file.name[:6].isdigit())
         if not files:
             raise ValueError(f"{path} has no files such as 000000.pickle.pbz2.")
-        found = (_unpickled(file) for file in files)
+        cells = (_unpickled(file) for file in files)
     else:
         whole = _unpickled(path)
         if not isinstance(whole, dict) or not isinstance(whole.get("arch2infos"), dict):
             raise ValueError(f"{path} has no results of NAS-Bench-201.")
         with _files.reading(path, "has no results of NAS-Bench-201"):
-            found = [whole["arch2infos"][index] for index in sorted(whole["arch2infos"])]
+            cells = [whole["arch2infos"][index] for index in sorted(whole["arch2infos"])]
     encodings, valid, test, cost = [], [], [], []
-    for infos in found:
+    for infos in cells:
         with _files.reading(path, "has no results of NAS-Bench-201"):
             short, long = (infos.get(name) or infos[other] for name, other in (("12", "less"), ("200", "full")))
             text = short["arch_str"]
@@ -279,7 +280,7 @@ def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
         for values, column in zip(zip(*rows, strict=True), (valid, test, cost), strict=True):
             column.append(values)
     with _files.reading(path, "has no results of NAS-Bench-201"):
-        return make_benchmark(
+        return benchmark_table(
             "NAS-Bench-201",
             list(_SETS_201),
             [f"{s}->{t}" for t in (1, 2, 3) for s in range(t)],
@@ -296,8 +297,8 @@ def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float
     """Returns validation errors at 12 and 200 epochs, the test error after 200, and seconds at 12 and 200 epochs."""
     (searched, valid_name), (trained, test_name) = _SETS_201[task]
 
-    def mean(of, data, value):
-        runs = [run for (name, _), run in of["all_results"].items() if name == data]
+    def mean(schedule, data, value):
+        runs = [run for (name, _), run in schedule["all_results"].items() if name == data]
         values = [float(value(run, int(run["epochs"]))) for run in runs]
         if any(np.isinf(values)):
             raise ValueError(f"the results on {data} must be finite; got {values}")
@@ -305,8 +306,8 @@ def _results_201(short: dict, long: dict, task: str) -> tuple[list[float], float
 
     error = lambda name: lambda run, epochs: 100 - run["eval_acc1es"][f"{name}@{epochs - 1}"]
     seconds = lambda run, epochs: sum(run["train_times"].values()) if run["train_times"] else np.nan
-    valid = [mean(of, searched, error(valid_name)) for of in (short, long)]
-    return valid, mean(long, trained, error(test_name)), [mean(of, searched, seconds) for of in (short, long)]
+    valid = [mean(each, searched, error(valid_name)) for each in (short, long)]
+    return valid, mean(long, trained, error(test_name)), [mean(each, searched, seconds) for each in (short, long)]
 
 
 # ---- NAS-Bench-301: JSON --------------------------------------------------------------------------------------------
@@ -330,14 +331,15 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
 
     Returns:
       A `Benchmark`. For each kind of cell, three digits state which two nodes are the inputs of nodes 3, 4 and 5. Eight
-      more digits state the ops of the edges, in their order. `nas_bench_301_genotype` decodes them.
+      more digits state the ops of the edges, in their order. `dims` are the names of the `configuration_space` of
+      `darts_space`, so `genotype_from_configuration` makes the genotype of a row.
 
     Raises:
       ValueError: if no such file exists, or if a file holds something else.
 
     Source: Siems et al., ICLR 2022, https://arxiv.org/abs/2008.09777
     """
-    found: dict[tuple, dict[tuple, list]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    outcomes: dict[tuple, dict[tuple, list]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for file in sorted(Path(path).rglob("results_*.json")):
         with _files.reading(file, "is not a log of NAS-Bench-301"):
             log = _files.read_json(file)
@@ -353,17 +355,17 @@ def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
             outcome = (float(log["info"][0]["val_accuracy"]), float(log["test_accuracy"]), float(log["runtime"]))
             if not all(map(math.isfinite, outcome)):
                 raise ValueError(f"its outcomes must be finite; got {outcome}")
-            found[scale][tuple(_encode_301(settings))].append(outcome)
-    if not found:
+            outcomes[scale][tuple(_encode_301(settings))].append(outcome)
+    if not outcomes:
         raise ValueError(f"There are no files results_*.json below {path}.")
-    networks = max(found.values(), key=len)
-    means = np.array([np.mean(outcomes, 0) for outcomes in networks.values()])
+    networks = max(outcomes.values(), key=len)
+    means = np.array([np.mean(runs, 0) for runs in networks.values()])
     kinds = ("normal", "reduce")
-    dims = [[*(f"{k} inputs{n}" for n in (3, 4, 5)), *(f"{k} op{i}" for i in range(8))] for k in kinds]
+    dims = [[*(f"{k}.inputs{n}" for n in (3, 4, 5)), *(f"{k}.op{i}" for i in range(8))] for k in kinds]
     choices = [*(len(pairs) for pairs in _PAIRS_301.values()), *[len(_OPS_301)] * 8]
     valid, test, seconds = means.T
     with _files.reading(path, "has no results of NAS-Bench-301"):
-        return make_benchmark(
+        return benchmark_table(
             "NAS-Bench-301",
             ["cifar10"],
             [*dims[0], *dims[1]],
@@ -387,24 +389,3 @@ def _encode_301(settings: dict) -> list[int]:
         digits += [pairs.index(inputs[node]) for node, pairs in _PAIRS_301.items()]
         digits += [_OPS_301.index(name) for name in names]
     return digits
-
-
-def nas_bench_301_genotype(encoding: Any) -> Genotype:
-    """The genotype that a row of `read_nas_bench_301` encodes.
-
-    Args:
-      encoding: 22 digits.
-
-    Returns:
-      A `Genotype` of the kinds "normal" and "reduce", in the space of `darts_space`. The `configuration_space` of that
-      space has the same digits.
-
-    Raises:
-      ValueError: if there are not 22 digits, or if one is out of range.
-    """
-    digits = [int(x) for x in encoding]
-    limits = [*(len(pairs) for pairs in _PAIRS_301.values()), *[len(_OPS_301)] * 8] * 2
-    if len(digits) != 22 or any(not 0 <= x < limit for x, limit in zip(digits, limits, strict=True)):
-        raise ValueError(f"A network of NAS-Bench-301 is 22 digits below {limits}; got {digits}.")
-    network = darts_space()
-    return from_configuration(network, dict(zip(configuration_space(network), digits, strict=True)))

@@ -105,7 +105,7 @@ def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
         elif code == ord("c"):  # GLOBAL
             module, position = _line(data, position)
             name, position = _line(data, position)
-            stack.append(_known(module, name))
+            stack.append(_allowed_name(module, name))
         elif code == ord("."):
             return stack.pop(), position
         elif code == 0x80:  # PROTO
@@ -161,7 +161,7 @@ def _key(value):
 
 
 def _stack_name(stack, name):
-    stack.append(_known(stack.pop(), name))
+    stack.append(_allowed_name(stack.pop(), name))
 
 
 def _call(stack, args):
@@ -178,22 +178,22 @@ def _set_state(stack, state):
         stack[-1].order = state[1]
 
 
-def _known(module, name):
+def _allowed_name(module, name):
     if not (isinstance(module, str) and isinstance(name, str)):
         raise ValueError("The file asks for a name that is not a text.")
-    found = _Name(module, name)
-    if found not in _CALLS and found not in _TENSORS and not (module == "torch" and name.endswith("Storage")):
+    asked = _Name(module, name)
+    if asked not in _CALLS and asked not in _TENSORS and not (module == "torch" and name.endswith("Storage")):
         raise ValueError(f"The file asks for {module}.{name}, which is not a container or a number.")
-    return found
+    return asked
 
 
 def _scalar(dtype, data=b""):
-    known = (
+    is_number = (
         isinstance(dtype, _Type)
         and re.fullmatch("[biuf][1248]", str(dtype.code))
         and dtype.order in ("<", ">", "|", "=")
     )
-    if not known:
+    if not is_number:
         raise ValueError("The file has a number whose type is not one of NumPy's integers and floats.")
     return np.frombuffer(data, dtype.order + dtype.code)[0].item()
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from metaopt import base
 from metaopt._heads import apply_head, init_head
-from metaopt.nas import _genotypes
+from metaopt.nas import _graphs
 
 _NUM_HEADS = 4
 
@@ -69,7 +69,7 @@ class CellEncoder(NamedTuple):
     config: dict[str, int]
 
 
-def cells(graphs: Sequence[_genotypes.Graph], ops: Sequence[str], *, num_vertices: int | None = None) -> Cells:
+def cells(graphs: Sequence[_graphs.Graph], ops: Sequence[str], *, num_vertices: int | None = None) -> Cells:
     """Converts graphs to arrays of one shape.
 
     Args:

@@ -76,7 +76,7 @@ def retraining(
         `nas.crop_and_flip(4)` and `nas.cutout(16)` for 32 × 32 images. Predictions do not apply them.
       drop_path: the probability at the end, in [0, 1). It must be 0 if a cell has only one edge, as in NAS-Bench-Macro.
       auxiliary: weight of the auxiliary head; 0 leaves it out.
-      auxiliary_widths: as for `nas.auxiliary_head`.
+      auxiliary_widths: channels of the two convolutions of the auxiliary head.
       rate: SGD's rate at the start.
       momentum: SGD's momentum.
       decay: weight decay of the weights.

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from metaopt import base, inner, training
-from metaopt.nas import _genotypes, _nas_bench_101, _ops, _relaxations, _specs, _supernet
+from metaopt.nas import _derivation, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._settings import of_network, plain, with_settings
 
 
@@ -105,7 +105,7 @@ def architecture_search(
       outer_batch: `(key, task) -> batch` of validation rows; the default uses all of them.
       relaxation: softmax by default.
       decode: the relaxation used to decode genotypes, at step 0 and with one fixed key. The default is `relaxation`
-        without noise and auxiliary paths (`nas.decoding`). If your own relaxation has noise or a schedule, pass
+        without noise and auxiliary paths. If your own relaxation has noise or a schedule, pass
         another one here.
       penalty: `(α, step) -> []`. Make a cost penalty from the network that is searched. With `keep=1`, that is
         `nas.resource_penalty(table, network._replace(keep=1), ...)`; for another network it counts other edges.
@@ -116,9 +116,9 @@ def architecture_search(
       learn_init: makes λ {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
         learned together over many tasks (MetaNAS, T-NAS). This is second-order MAML with an α. It needs a rule that
         differentiates through all of training (`hypergrad.unrolled`).
-      keep: edges into each node, as for `nas.discretize`. The default is the network's own value, which is 2 unless
+      keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2 unless
         the network sets another one. The search's network is `search.supernet.network`, which has the new value.
-        Use that network to decode, count or encode genotypes (`nas.over_budget`, `nas.to_configuration`).
+        Use that network to decode, count or encode genotypes (`nas.cost_of`, `nas.genotype_to_configuration`).
 
     Returns:
       A `Search`.
@@ -176,7 +176,7 @@ def architecture_search(
         hyperparams=functools.partial(_start, supernet, edge_weights, learn_init),
         alpha=alpha,
         weights=weights,
-        genotype=lambda hyperparams: _genotype(network, weights(hyperparams)),
+        genotype=lambda hyperparams: _derivation.derive_genotype(network, jax.device_get(weights(hyperparams))),
         rule=make_estimator,
         found=_last_alpha,
         settings={
@@ -232,13 +232,6 @@ def _start(supernet, edge_weights, learn_init, key):
     if edge_weights:
         alpha = {kind: {"ops": a, "edges": jnp.zeros(len(a), a.dtype)} for kind, a in alpha.items()}
     return {"alpha": alpha, "init": supernet.init(jax.random.fold_in(key, 1))} if learn_init else alpha
-
-
-def _genotype(network, weights) -> _specs.Genotype:
-    weights = jax.device_get(weights)
-    if isinstance(network, _specs.Network) and network.keep == "graph":
-        return _nas_bench_101.graph_genotype(network, _nas_bench_101.discretize_graph(network, weights))
-    return _genotypes.discretize(network, weights)
 
 
 def _checks_labels(estimator, loss, network) -> base.Estimator:

@@ -66,7 +66,7 @@ def plain(value: Any, depth: int = 12) -> Any:
 
 def of_network(network: _specs.Space) -> dict[str, Any]:
     """Converts a spec to JSON types."""
-    return json.loads(_specs.to_json(network))
+    return json.loads(_specs.network_to_json(network))
 
 
 def with_settings(method: Callable[P, S]) -> Callable[P, S]:

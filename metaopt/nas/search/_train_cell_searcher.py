@@ -12,7 +12,7 @@ import optax
 from metaopt import _checks, base, blackbox, hypergrad, training
 from metaopt.blackbox._earlier_trials import as_records, by_task, features_by_task, some
 from metaopt.blackbox._new_trials import as_configurations
-from metaopt.nas import _genotypes
+from metaopt.nas import _graphs
 from metaopt.nas.search import _cell_encoder, _score_prior
 from metaopt.nas.search._cell_searcher import (
     CellSearcher,
@@ -28,7 +28,7 @@ _CELLS_PER_BATCH = 2048  # in encoding
 
 def train_cell_searcher(
     records: Iterable[base.Record],
-    graph_fn: Callable[[dict[str, Any]], _genotypes.Graph],
+    graph_fn: Callable[[dict[str, Any]], _graphs.Graph],
     *,
     features: Mapping[str, Any] | None = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
@@ -265,7 +265,7 @@ def _standardized_features(raw: np.ndarray | None, num_tasks: int) -> tuple[jax.
 # ---- The encoder ----------------------------------------------------------------------------------------------------
 
 
-def _cells(graphs: Sequence[_genotypes.Graph]) -> tuple[_cell_encoder.Cells, tuple[str, ...]]:
+def _cells(graphs: Sequence[_graphs.Graph]) -> tuple[_cell_encoder.Cells, tuple[str, ...]]:
     """Returns the graphs as arrays, and the names of their ops."""
     ops = sorted({op for graph in graphs for op in graph.ops})
     return _cell_encoder.cells(graphs, ops), tuple(ops)

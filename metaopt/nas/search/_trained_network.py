@@ -169,7 +169,7 @@ def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) 
     header = {
         "format": _FORMAT,
         "version": _VERSION,
-        "network": json.loads(_specs.to_json(supernet.network)),
+        "network": json.loads(_specs.network_to_json(supernet.network)),
         "in_shape": [int(size) for size in supernet.in_shape],
         "single_path": bool(supernet.single_path),
         "partial": int(supernet.partial),
@@ -220,7 +220,7 @@ def _templates(
 ) -> tuple[_supernet.Supernet, Any]:
     """Returns the supernet and the shapes of its arrays; raises ValueError if the arrays of the file do not match."""
     options = {name: header[name] for name in ("single_path", "partial")}
-    network, in_shape = _specs.from_json(json.dumps(header["network"])), tuple(header["in_shape"])
+    network, in_shape = _specs.network_from_json(json.dumps(header["network"])), tuple(header["in_shape"])
     supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
     params = jax.eval_shape(supernet.init, jax.random.key(0))
     weights = None

@@ -32,7 +32,7 @@ def under_budget(
       table: cost table of the search space.
       budget: in the table's unit. It may be traced, so that one program can search within many budgets.
       multiplier: the initial m; softplus(−3) = .049.
-      damping: as for `nas.lagrangian`.
+      damping: weight of max(0, c)² in the outer loss, which reduces oscillation; not negative.
       relaxation: as for `nas.resource_penalty`.
 
     Returns:

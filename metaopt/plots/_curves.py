@@ -1,0 +1,164 @@
+"""Curves over steps: losses, λ and the scores of adaptation; and scores by the number of ways or shots."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from metaopt import base
+from metaopt.evaluation import Evaluation, by_number
+from metaopt.plots._axes import label_of, line_style, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, label: str | None = None) -> "Axes":
+    """Plots the outer loss F over the outer steps.
+
+    Args:
+      history: the history of a `training.FitResult`, or any mapping whose "value" is [T].
+      axes: the axes to draw on; None makes a figure.
+      label: the label of the line.
+
+    Returns:
+      The axes. Steps with a non-finite loss are gaps.
+
+    Raises:
+      ValueError: if `history` has no "value", or it is not [T].
+      ImportError: if matplotlib is not installed.
+    """
+    values = np.asarray(history["value"], float) if "value" in history else None
+    if values is None or values.ndim != 1:
+        got = f"{list(history)}" if values is None else f"shape {values.shape}"
+        raise ValueError(f'`history` must have "value", the outer loss of every step, as one axis; got {got}.')
+    axes = new_axes(axes)
+    axes.plot(np.arange(len(values)), np.where(np.isfinite(values), values, np.nan), label=label)
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("outer loss F(λ)")
+    return axes
+
+
+def hyperparameter_trace(
+    trace: Sequence[base.HyperParams] | base.HyperParams, *, log: bool = True, axes: "Axes | None" = None
+) -> "Axes":
+    """Plots λ over the outer steps, with one line per entry, named by its path.
+
+    Args:
+      trace: a list of T values of λ, for example collected by a callback of `training.fit`; or one λ whose leaves have
+        a leading axis of T, as a scan stacks them.
+      log: whether to use a logarithmic axis if every entry is positive.
+      axes: the axes to draw on; None makes a figure.
+
+    Returns:
+      The axes, with a legend if there are at most 12 lines.
+
+    Raises:
+      ValueError: if the leaves disagree on T.
+      ImportError: if matplotlib is not installed.
+    """
+    if isinstance(trace, list):
+        trace = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trace)
+    lines: list[tuple[str, np.ndarray]] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trace):
+        leaf = np.asarray(leaf, float)
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "λ"
+        for index in np.ndindex(leaf.shape[1:]):
+            suffix = f"[{','.join(map(str, index))}]" if index else ""
+            lines.append((name + suffix, leaf[(slice(None), *index)] if leaf.ndim else leaf))
+    if len({line.shape for _, line in lines}) != 1 or () in {line.shape for _, line in lines}:
+        shapes = {name: line.shape for name, line in lines}
+        raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")
+    axes = new_axes(axes)
+    for name, line in lines:
+        axes.plot(np.arange(len(line)), line, label=name)
+    if log and all((line > 0).all() for _, line in lines):
+        axes.set_yscale("log")
+    if len(lines) <= 12:
+        axes.legend(fontsize="small")
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("λ")
+    return axes
+
+
+def adaptation_curves(
+    evaluation: Evaluation, *, source: str | None = None, axes: "Axes | None" = None, ylabel: str = "score"
+) -> "Axes":
+    """Plots the mean score over the adaptation steps, with one line per method and its 95 % interval.
+
+    Args:
+      evaluation: the result of `few_shot.evaluate_episodes`.
+      source: the source of the episodes; None: the episodes of all sources.
+      axes: the axes to draw on; None makes a figure.
+      ylabel: the name of the scores.
+
+    Returns:
+      The axes, with a legend that marks transductive methods. A method without steps is a dashed level line. Steps with
+      a non-finite score are gaps. From the eleventh method on, lines have other markers and styles.
+
+    Raises:
+      KeyError: if `source` is unknown.
+      ImportError: if matplotlib is not installed.
+    """
+    axes = new_axes(axes)
+    longest = max(scores.shape[1] for by_source in evaluation.scores.values() for scores in by_source.values())
+    for number, (method, by_source) in enumerate(evaluation.scores.items()):
+        scores = np.concatenate(list(by_source.values()) if source is None else [by_source[source]])
+        scores = np.where(np.isfinite(scores).all(axis=0), scores, np.nan).astype(float)
+        mean, half = scores.mean(axis=0), np.full(scores.shape[1], np.nan)
+        if len(scores) > 1:
+            half = 1.96 * scores.std(axis=0, ddof=1) / np.sqrt(len(scores))
+        steps, look = np.arange(len(mean)), line_style(number)
+        if len(mean) == 1 < longest:
+            steps, mean, half = np.array([0, longest - 1]), np.repeat(mean, 2), np.repeat(half, 2)
+            look["linestyle"] = "--"
+        axes.plot(steps, mean, **look, label=label_of(evaluation, method))
+        axes.fill_between(steps, mean - half, mean + half, color=look["color"], alpha=0.2, linewidth=0)
+    axes.legend(fontsize="small", handlelength=3)
+    axes.set_xlabel("adaptation steps")
+    axes.set_ylabel(ylabel)
+    return axes
+
+
+def scores_by_number(
+    evaluation: Evaluation,
+    of: str,
+    edges: Sequence[float],
+    *,
+    step: int = -1,
+    axes: "Axes | None" = None,
+    ylabel: str = "score",
+) -> "Axes":
+    """Plots the mean score against the number of ways or shots, with one line per method and 95 % intervals.
+
+    Args:
+      evaluation: the result of `few_shot.evaluate_episodes`.
+      of: "ways" or "shots".
+      edges: the edges of the bins, as for `evaluation.by_number`.
+      step: the number of adaptation steps after which the scores are taken; −1: after the last step.
+      axes: the axes to draw on; None makes a figure.
+      ylabel: the name of the scores.
+
+    Returns:
+      The axes, with a legend that marks transductive methods. A non-finite mean is not drawn.
+
+    Raises:
+      ValueError: if `of` or `edges` is out of range, or no episode is within `edges`.
+      ImportError: if matplotlib is not installed.
+    """
+    binned = by_number(evaluation, of, edges, step=step)
+    if not all(binned.values()):
+        raise ValueError(
+            f"`edges` must enclose the {of} of at least one episode; no episode lies within {list(edges)}."
+        )
+    axes = new_axes(axes)
+    for place, (method, bins) in enumerate(binned.items()):
+        number, _, mean, half = np.array(bins).T
+        mean = np.where(np.isfinite(mean), mean, np.nan)
+        look = line_style(place, marker="o")
+        axes.errorbar(number, mean, yerr=half, **look, capsize=3, label=label_of(evaluation, method))
+    axes.legend(fontsize="small", handlelength=3)
+    axes.set_xlabel(of if of == "ways" else "shots (support examples for each way)")
+    axes.set_ylabel(ylabel)
+    return axes
