@@ -102,21 +102,14 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
       A `CurveSurrogate`.
 
     Raises:
-      ValueError: if shapes disagree, fidelities do not ascend within (0, 1], or there are fewer than three tasks.
-      ValueError: if an outcome is infinite, or a candidate has no outcome at some fidelity on any task.
+      ValueError: if a candidate has no outcome at some fidelity on any task.
     """
     curves, x, fidelities = np.asarray(curves, float), np.asarray(x, float), np.asarray(fidelities, float)
-    if curves.ndim != 3 or curves.shape[1:] != (len(x), len(fidelities)):
-        raise ValueError(f"`curves` must be [S, {len(x)}, {len(fidelities)}]; got {curves.shape}.")
-    if not (np.diff(fidelities) > 0).all() or not 0 < fidelities[0] <= fidelities[-1] <= 1:
-        raise ValueError(f"`fidelities` must ascend within (0, 1]; got {fidelities.tolist()}.")
-    if len(curves) < 3:
-        raise ValueError(f"`curves` must be of at least three tasks; got {len(curves)}.")
-    if np.isinf(curves).any():
-        raise ValueError("`curves` must be finite, or NaN if there is no outcome; clip diverged outcomes.")
     known = np.isfinite(curves)
     if not known.any(0).all():
-        raise ValueError("`curves` must have each candidate at each fidelity on some task.")
+        raise ValueError(
+            "Each configuration must have a finite outcome at each fidelity on some task; clip diverged outcomes."
+        )
     filled, correlation = _fill(curves, known)
     mean = filled.mean(0)
     deviations = filled - mean

@@ -10,7 +10,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt.blackbox import _fidelities, _frames, _surrogates
-from metaopt.blackbox._meta_search import check_no_mapping
+from metaopt.blackbox._new_task import check_no_mapping
 
 
 def as_records(records: Any, name: str = "records") -> list[base.Record]:

@@ -116,7 +116,7 @@ class TriedConfiguration(NamedTuple):
     last: float
 
 
-class Told(NamedTuple):
+class EndedTrials(NamedTuple):
     """All ended trials of a new task; their configurations are encoded only when needed.
 
     Attributes:
@@ -246,7 +246,7 @@ def farthest(x: np.ndarray, tried: np.ndarray) -> int:
 
 
 def without_outliers(y: np.ndarray) -> np.ndarray:
-    """[N] outcomes, clipped far above the third quartile, as `blackbox.normalize` does for earlier tasks.
+    """[N] outcomes, clipped far above the third quartile, as `_surrogates.normalize` does for earlier tasks.
 
     One trial of four may have diverged. Its outcome must not set the limit, so we do not interpolate the quartile.
     """

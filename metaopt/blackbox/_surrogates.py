@@ -196,14 +196,7 @@ def surrogate(
 
     Returns:
       A `Surrogate` that weights all tasks equally (`attention` has no member).
-
-    Raises:
-      ValueError: if there is no task, or ρ is out of range.
     """
-    if not tasks:
-        raise ValueError("`tasks` must hold at least one task with an outcome; it is empty.")
-    if not 0 <= closeness <= 1:
-        raise ValueError(f"`closeness` must lie in [0, 1]; got {closeness}.")
     reference = np.asarray(reference, np.float64)
     amplitude = float(np.exp(kernel.log_amplitude))
     gram = _gram(kernel, reference, reference)

@@ -116,12 +116,7 @@ def init_transformer(
 
     Returns:
       A `Transformer`.
-
-    Raises:
-      ValueError: if the width is not a multiple of 4.
     """
-    if width % _NUM_HEADS:
-        raise ValueError(f"`width` must be a multiple of {_NUM_HEADS}, the number of heads; got {width}.")
     keys = jax.random.split(key, 5)
     normal = lambda key, *shape: jax.random.normal(key, shape) / np.sqrt(max(shape[-2], 1))
 

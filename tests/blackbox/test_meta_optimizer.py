@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import sys
 import warnings
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from metaopt import base, blackbox, spaces
-from metaopt.blackbox import _earlier_trials, _meta_search, _new_trials
+from metaopt.blackbox import _deep_kernel, _earlier_trials, _encoding, _new_trials, _surrogates, _transformer
 
 slow = pytest.mark.slow
 MANY = 30  # copies of each earlier task, so that its best counts for more than the default
@@ -181,9 +180,10 @@ def test_a_second_key_compiles_no_step_again(monkeypatch):
 
         return counting
 
-    for name in ("kernel_loss", "attention_loss", "deep_kernel_loss", "transformer_loss"):
-        module = sys.modules[getattr(blackbox, name).__module__]
-        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    losses = {_surrogates: ("kernel_loss", "attention_loss"), _deep_kernel: ("deep_kernel_loss",)}
+    for module, names in (losses | {_transformer: ("transformer_loss",)}).items():
+        for name in names:
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     kwargs = {"space": SPACE, "num_steps": 1, "num_members": 1, "deep_kernels": 1, "transformers": 1}
     jax.clear_caches()  # of tests before
     found = []
@@ -239,7 +239,7 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
     order, columns = rng.permutation(24), rng.permutation(3)
     changed = {"x": table["x"][order][:, columns], "y": 1 - table["y"][order]}
     changed = {k: np.pad(v, [(0, 2)] * v.ndim) for k, v in {**table, **changed}.items()}
-    one, other = (blackbox.task_weights(g.surrogate, None, data) for data in (table, changed))
+    one, other = (_surrogates.task_weights(g.surrogate, None, data) for data in (table, changed))
     np.testing.assert_allclose(one, other, rtol=1e-6)
     without = {key: table[key] for key in ("x", "y", "class_mask")}
     with pytest.raises(ValueError, match=r"The new task's `train` must be a dict .* it lacks mask, feature_mask\."):
@@ -270,7 +270,7 @@ def test_one_task_of_another_family_among_many_is_in_every_step():
         num_members=1,
     )
     assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(np.isfinite(x).all()), g.surrogate.embedding.params)))
-    assert np.isfinite(blackbox.task_weights(g.surrogate, None, table() | masks)).all()
+    assert np.isfinite(_surrogates.task_weights(g.surrogate, None, table() | masks)).all()
 
 
 @pytest.mark.once
@@ -471,8 +471,7 @@ def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
     assert g.predict() == {"kind": "a", "x": 0.5}
 
     forests, machines = (
-        _meta_search.encoder(blackbox.sklearn_model(name).space)
-        for name in ("random_forest_classifier", "svm_classifier")
+        _encoding.encoder(blackbox.sklearn_model(name).space) for name in ("random_forest_classifier", "svm_classifier")
     )
     for encode, name, wrong in ((forests, "max_features", 0.3), (forests, "criterion", None), (machines, "kernel", [])):
         given, default = encode({name: wrong}), encode({})
@@ -720,7 +719,7 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
     g = blackbox.train_meta_searcher(records, space=space, candidates=frame, num_steps=0)
     assert g.candidates == tried
     np.testing.assert_array_equal(g.outcomes(frame).mean, g.outcomes(tried).mean)
-    encode = _meta_search.encoder(space)
+    encode = _encoding.encoder(space)
     for row, configuration in zip(frame.to_dict("records"), tried, strict=True):
         np.testing.assert_array_equal(encode(row), encode(configuration))
     # Also where its parent is a gap: None, at its default, or of no column.
@@ -759,7 +758,7 @@ def test_gaps_of_a_data_frame_are_what_a_row_does_not_have():
     records = [base.Record("t", c, y) for c, y in ((gap, 1.0), ({"kind": "b", "x": 0.3}, 2.0), ({"kind": "b"}, 3.0))]
     g = blackbox.train_meta_searcher(records, space=space, num_steps=0)  # without a warning
     assert g.candidates == [{"kind": "a"}, {"kind": "b", "x": 0.3}, {"kind": "b", "x": 0.5}]
-    encode = _meta_search.encoder(space)
+    encode = _encoding.encoder(space)
     for strict in (False, True):
         np.testing.assert_array_equal(encode(gap, strict), encode({"kind": "a"}))
     with pytest.raises(ValueError, match="`x` is active, and must have a value; got nan"):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from metaopt import Record, Task, blackbox, spaces, tasks
-from metaopt.blackbox import _earlier_trials, _meta_search, _new_trials
+from metaopt.blackbox import (
+    _earlier_trials,
+    _encoding,
+    _meta_search,
+    _new_trials,
+    _suggestions,
+    _surrogates,
+)
 
 SPACE = {
     "x": spaces.interval(0.0, 1.0),
@@ -149,7 +156,7 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
     assert first(everywhere) == [default, everywhere.predict()]
     assert first(everywhere, first=())[0] == everywhere.predict() == everywhere.suggest([], [])[0] != default
     assert first(g)[0] == g.predict()  # nothing but the pool
-    encode = _meta_search.encoder(SPACE)
+    encode = _encoding.encoder(SPACE)
     np.testing.assert_array_equal(encode({}), encode(default, True))  # what is lacking is the default, not near it
     np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
     within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
@@ -203,15 +210,17 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
     # Afterwards: beyond the worst outcome, and not at it.
     first = [{"x": 0.4}]
     assert failures(4, first).tolist() == [False, True, False, False]
-    monkeypatch.setattr("metaopt.blackbox._acquisition.censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound))
+    monkeypatch.setattr(
+        "metaopt.blackbox._acquisition.censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound)
+    )
     assert failures(4, first).tolist() == [False, True, True, False]
 
 
 @pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
-    looked_at, real = [], _meta_search.padded
-    monkeypatch.setattr(_meta_search, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
+    looked_at, real = [], _suggestions.padded
+    monkeypatch.setattr(_suggestions, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
     many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
@@ -220,7 +229,7 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 10_001
     # The only good one is still known, though it is not among the latest; none is repeated.
     x, y = looked_at[0]
-    np.testing.assert_array_equal(x[y.argmin()], _meta_search.encoder(SPACE)(POOL[0]))
+    np.testing.assert_array_equal(x[y.argmin()], _encoding.encoder(SPACE)(POOL[0]))
     assert len(y) > 128 and len({tuple(record.configuration.items()) for record in asked}) == 3
     state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
     (last,), _ = searcher.ask(state._replace(pending={}), 1)
@@ -256,7 +265,7 @@ def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ag
 
 def test_what_failed_teaches_no_cost():
     records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
-    encode = _meta_search.encoder(SPACE)
+    encode = _encoding.encoder(SPACE)
     costs = [task.y for task in _earlier_trials.costs_by_task(records, encode)]
     assert [len(y) for y in costs] == [len(POOL) // 2] * 2 and min(map(np.min, costs)) >= 0
 
@@ -349,7 +358,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
 
 @pytest.mark.once
 def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
-    encode = _meta_search.encoder(SPACE)
+    encode = _encoding.encoder(SPACE)
     base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
     np.testing.assert_array_equal(encode(base), encode(other))
     assert (encode({**other, "kind": "b"}) != encode({**base, "kind": "b"})).any()
@@ -362,7 +371,7 @@ def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_
     records = [Record(f"t{t}", c, together(c), trial=i) for t in range(2) for i, c in enumerate(draws)]
     h = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     corners = [{"x": x, "kind": "b", "only_b": y} for x in (0.2, 0.8) for y in (-0.6, 0.6)]
-    found = blackbox.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
+    found = _surrogates.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
     np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
 
 
@@ -389,8 +398,8 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
     # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
-    seen, real = [], _meta_search.padded
-    monkeypatch.setattr(_meta_search, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
+    seen, real = [], _suggestions.padded
+    monkeypatch.setattr(_suggestions, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
     for outcome in (0.6, 0.3):
         searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, blackbox, spaces
-from metaopt.blackbox import _meta_optimizer, _meta_outcomes, _meta_search, _new_trials
+from metaopt.blackbox import _fit_networks, _meta_search, _new_trials, _programs, _surrogates, _transformer
 
 SPACE = {"x": spaces.interval(0.0, 1.0)}
 LINE = [{"x": float(x)} for x in np.linspace(0, 1, 21)]
@@ -96,10 +96,10 @@ def test_they_predict_from_features_and_adapt_to_trials(g):
 @pytest.mark.slow
 def test_they_foresee_failures_from_features_and_from_trials(g):
     def failure(features, at, x, y):
-        networks = blackbox.at_task(g.surrogate, features).transformers
+        networks = _surrogates.at_task(g.surrogate, features).transformers
         trials = np.reshape(x, (-1, 1)), np.array(y, float), np.ones(len(y))
-        read = blackbox.read_trials(networks, trials)
-        return float(blackbox.predict_binned(networks, read, np.array([[at]])).failure[0])
+        read = _transformer.read_trials(networks, trials)
+        return float(_transformer.predict_binned(networks, read, np.array([[at]])).failure[0])
 
     assert failure(np.array([0.3]), 0.9, [], []) > 0.7 > 0.2 > failure(np.array([0.3]), 0.7, [], [])
     failed, ended = [3.0, np.nan], [3.0, 3.1]
@@ -143,8 +143,10 @@ def test_a_batch_does_not_pile_up_on_what_runs(g):
 @pytest.mark.slow
 def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
     seen = []
-    read = blackbox.read_trials
-    monkeypatch.setattr("metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args))
+    read = _transformer.read_trials
+    monkeypatch.setattr(
+        "metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args)
+    )
     h = rebuilt(g)
     many = np.random.default_rng(0).uniform(size=100)
     h.suggest([{"x": float(x)} for x in many], [loss({"x": x}, 0.4) for x in many])
@@ -188,14 +190,11 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
 def test_what_is_wrong_is_said():
     records = [Record("t", c, loss(c, 0.4)) for c in LINE]
     refused: list[tuple[Any, str]] = [
-        ({"transformers": -1}, "`transformers` must be"),
         ({"transformer_share": 2}, r"`transformer_share` must lie in \[0, 1\]; got 2"),
     ]
     for kwargs, message in refused:
         with pytest.raises(ValueError, match=message):
             blackbox.train_meta_optimizer(records, space=SPACE, **kwargs)
-    with pytest.raises(ValueError, match="`width` must be a multiple of 4"):
-        blackbox.init_transformer(jax.random.key(0), 1, 0, width=6)
 
 
 @pytest.mark.slow
@@ -218,10 +217,9 @@ def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are
 def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_diverged(untrained, monkeypatch):
     h, seen = untrained, []
     assert h.surrogate.max_shown == 7
-    for module in (_meta_search, _meta_outcomes):
-        real = _new_trials.shown_to_transformers
-        keep = lambda *args, real=real: seen.append(real(*args)) or seen[-1]
-        monkeypatch.setattr(module, "shown_to_transformers", keep)
+    real = _new_trials.shown_to_transformers
+    keep = lambda *args: seen.append(real(*args)) or seen[-1]
+    monkeypatch.setattr(_programs, "shown_to_transformers", keep)
     y = [3.3, 3.1, 3.2, 3.5, 3.6, 3.0, np.nan, 3.4, 3.6, 3.4, 1e6, 3.9]
     near = h.outcomes(LINE, tried=LINE[:12], outcomes=y)
     h.suggest(LINE[:12], y)
@@ -251,11 +249,11 @@ def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told(monkeyp
     """The mean over tasks would hold a task's own outcomes, and those of near-duplicates: they are left out."""
     f = np.random.default_rng(0).normal(size=(6, 4))  # of four tasks
     functions = np.concatenate([f.mean(1, keepdims=True), f - f.mean(1, keepdims=True)], 1)
-    found = _meta_optimizer.mean_of_others(functions, np.array([True, False, True, False]))
+    found = _fit_networks.mean_of_others(functions, np.array([True, False, True, False]))
     np.testing.assert_allclose(found, f[:, [1, 3]].mean(1))
-    np.testing.assert_array_equal(_meta_optimizer.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
-    seen, real = [], _meta_optimizer.mean_of_others
-    monkeypatch.setattr(_meta_optimizer, "mean_of_others", lambda f, out: seen.append(out.tolist()) or real(f, out))
+    np.testing.assert_array_equal(_fit_networks.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
+    seen, real = [], _fit_networks.mean_of_others
+    monkeypatch.setattr(_fit_networks, "mean_of_others", lambda f, out: seen.append(out.tolist()) or real(f, out))
     records = [Record(name, c, loss(c, 0.4)) for name in "abc" for c in LINE[:4]]
     blackbox.train_meta_optimizer(records, space=SPACE, families={"a": 1, "b": 2, "c": 1}, num_steps=0, transformers=1)
     assert seen == [[True, False, True], [False, True, False], [True, False, True]]
