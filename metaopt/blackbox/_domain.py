@@ -49,7 +49,7 @@ class Domain(NamedTuple):
     @property
     def holds_default(self) -> bool:
         """Whether the default can be chosen."""
-        return self.encoded is None or bool((self.encoded == self.default).all(1).any())
+        return self.encoded is None or bool(default_candidates(self))
 
 
 def make_domain(space: base.PyTree, candidates: Sequence[Mapping[str, Any]] | None) -> Domain:
@@ -61,6 +61,14 @@ def make_domain(space: base.PyTree, candidates: Sequence[Mapping[str, Any]] | No
     to_z = lambda key: ravel_pytree(spaces.to_unconstrained(space, spaces.sample(key, space)))[0]
     sample = jax.jit(jax.vmap(to_z))
     return Domain(space, encode, encode_fn(space), encode({}), default_z, unravel, sample, pool, encoded, names)
+
+
+def default_candidates(domain: Domain) -> list[dict[str, Any]]:
+    """The candidates that are encoded like the space's default."""
+    if domain.encoded is None:
+        return []
+    is_default = (domain.encoded == domain.default).all(1)
+    return [candidate for candidate, same in zip(domain.candidates, is_default, strict=True) if same]
 
 
 def to_configuration(domain: Domain, z: jax.Array) -> dict[str, Any]:

@@ -90,13 +90,13 @@ def fit_transformers(
     if not usable:
         return start, _transformer.MAX_SHOWN
     num_shown = min(_transformer.MAX_SHOWN, max(len(trials[s].y) for s in usable) - 1)
-    sample_tasks = _sample_shown(usable, trials, surrogate, family, num_shown)
+    sample_tasks = sample_shown(usable, trials, surrogate, family, num_shown)
     start = _with_frequencies(start, [sample_tasks(key) for key in jax.random.split(start_key, 32)])
     args = "transformers", _transformer_learner, sample_tasks, start, budget, fit_key, budget.num_steps
     return fit(*args), num_shown
 
 
-def _sample_shown(usable, trials, surrogate, family, num_shown: int) -> Callable[[jax.Array], Any]:
+def sample_shown(usable, trials, surrogate, family, num_shown: int) -> Callable[[jax.Array], Any]:
     """Returns `sample_tasks` for `fit`: trials that are shown, trials whose outcomes are asked for, and features.
 
     The choice of shown trials may depend on the expectation from other families, but not on the task's own outcomes,

@@ -151,7 +151,7 @@ def fit_embedding(
     num_members = 0 if data is None else num_members
     attention = _surrogates.init_attention(init_key, num_members, num_features)
     if data is not None:
-        sample_tasks = _sample_subsets(data, rows, num_tasks)
+        sample_tasks = sample_subsets(data, rows, num_tasks)
         start = attention, params
         attention, params = fit("the embedding of rows", _embedding_learner, sample_tasks, start, budget, fit_key)
     features, center, scale = _embed_all(params, rows)
@@ -162,7 +162,7 @@ def fit_embedding(
     )
 
 
-def _sample_subsets(data, rows, num_tasks: int):
+def sample_subsets(data, rows, num_tasks: int):
     """Returns `sample_tasks` for `fit`, which draws tasks of at least two families."""
     same, num_all = np.asarray(data["same_family"]), len(data["same_family"])
 

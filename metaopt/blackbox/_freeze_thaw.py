@@ -232,7 +232,7 @@ def _outcomes_of(learned: _Learned, records: Sequence[base.Record]) -> list[tupl
     """(candidate, index of the fidelity, outcome) of each finite outcome of a complete record."""
     complete = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
     rows = [_row_of(learned, record.configuration) for record in complete]
-    rungs = [_fidelities.rung_of(learned.surrogate.fidelities, record, own=True) for record in complete]
+    rungs = [_fidelities.rung_of(learned.surrogate.fidelities.tolist(), record, own=True) for record in complete]
     triples = zip(rows, rungs, complete, strict=True)
     return [(row, rung, float(record.outcome)) for row, rung, record in triples if rung is not None]
 
@@ -340,7 +340,7 @@ def _tell(learned: _Learned, state: FreezeThawState, records: Sequence[base.Reco
             continue
         asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
         own = asked and record.seed == _seed_of(state, record.trial)
-        if (rung := _fidelities.rung_of(learned.surrogate.fidelities, record, own=own)) is None:
+        if (rung := _fidelities.rung_of(learned.surrogate.fidelities.tolist(), record, own=own)) is None:
             continue
         state = state._replace(pending=tuple(p for p in state.pending if p != (candidate, rung)))
         seen = _outcomes_of(learned, [record])

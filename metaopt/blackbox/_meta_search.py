@@ -15,7 +15,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt.blackbox import _meta_searcher, _predictions
-from metaopt.blackbox._domain import NUM_RANDOM, Domain, make_domain
+from metaopt.blackbox._domain import NUM_RANDOM, default_candidates, make_domain
 from metaopt.blackbox._encoding import encode_fn, encoder
 from metaopt.blackbox._meta_outcomes import OutcomesFn, predict_outcomes
 from metaopt.blackbox._new_task import new_task_of
@@ -255,18 +255,13 @@ def searcher(
     domain = learned.domain
     search = make_search(learned, new_task_of(learned.model.surrogate, new_task), acquisition)
     if first is None:
-        first = [{}] if domain.encoded is None else _default_candidates(domain)
+        first = [{}] if domain.encoded is None else default_candidates(domain)[:1]
     whole = tuple(spaces.complete(domain.space, c) for c in as_configurations("first", first, domain.space))
     return base.Searcher(
         functools.partial(_meta_searcher.init, learned, whole),
         in_precision(x64, functools.partial(_meta_searcher.ask, learned, search)),
         in_precision(x64, functools.partial(_meta_searcher.tell, learned)),
     )
-
-
-def _default_candidates(domain: Domain) -> list[dict[str, Any]]:
-    """The first candidate that is the default, if there is one."""
-    return [c for i, c in enumerate(domain.candidates) if np.array_equal(domain.encoded[i], domain.default)][:1]
 
 
 def effective_tasks(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from metaopt import base, tasks
-from metaopt.blackbox import _deep_kernel, _surrogates, _transformer
+from metaopt.blackbox import _surrogates
 
 ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # the arrays of a labeled table that an embedding reads
 
@@ -18,13 +18,13 @@ class NewTask(NamedTuple):
 
     Attributes:
       weights: [S + E] prior weights of the earlier tasks and of the deep kernels.
-      deep: the E deep kernels with the task's features, or None.
-      transformers: the transformers with the task's features, or None.
+      deep: `DeepKernel`s with the task's features, or None.
+      transformers: a `Transformer` with the task's features, or None.
     """
 
     weights: jax.Array
-    deep: _deep_kernel.DeepKernel | None
-    transformers: _transformer.Transformer | None
+    deep: Any
+    transformers: Any
 
 
 def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any) -> NewTask:

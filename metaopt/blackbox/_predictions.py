@@ -1,6 +1,6 @@
 """Predicted outcomes of a new task's configurations, by Gaussian processes and transformers, as traced functions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from metaopt.blackbox._new_task import NewTask
 
 _DEFAULT_TASKS = 7.0  # weight of the prior in favor of the default, in earlier tasks
 Trials = tuple[jax.Array, jax.Array, jax.Array]  # x [N, D], y [N], mask [N]
+Shown = Any  # the Trials that transformers read; None without transformers
 
 
 class Model(NamedTuple):
@@ -72,7 +73,7 @@ def possible_outcomes(model: Model, task: NewTask, x: jax.Array) -> tuple[jax.Ar
     return outcomes, jnp.append((1 - share) * task.weights, share)
 
 
-def transformer_mean(task: NewTask, shown: Trials, x: jax.Array) -> jax.Array:
+def transformer_mean(task: NewTask, shown: Shown, x: jax.Array) -> jax.Array:
     """[P] normalized outcomes that transformers expect if no trial has one; a failure counts as the worst, 1."""
     read = _transformer.read_trials(task.transformers, shown)
     return _transformer.binned_moments(_transformer.predict_binned(task.transformers, read, x), 1.0)[0]
@@ -99,7 +100,7 @@ def mean_and_quantiles(
     x: jax.Array,
     trials: Trials | None,
     failed: tuple[jax.Array, jax.Array] | None,
-    shown: Trials | None,
+    shown: Shown,
     levels: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Means and quantiles of outcomes, assuming no failure.
@@ -142,7 +143,8 @@ def mean_and_quantiles(
             is_below = below(middle) < level
             return jnp.where(is_below, middle, low), jnp.where(is_below, high, middle)
 
-        return sum(jax.lax.fori_loop(0, 40, halve, (low, high))) / 2
+        left, right = jax.lax.fori_loop(0, 40, halve, (low, high))
+        return (left + right) / 2
 
     return mean, jax.vmap(quantile, out_axes=1)(levels)
 

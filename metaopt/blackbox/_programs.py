@@ -142,7 +142,7 @@ def impute_failed(learned: Learned, task: NewTask, x: np.ndarray, y: np.ndarray)
     return y
 
 
-def shown_trials(learned: Learned, x: np.ndarray, y: np.ndarray) -> _predictions.Trials | None:
+def shown_trials(learned: Learned, x: np.ndarray, y: np.ndarray) -> _predictions.Shown:
     """(x, y, mask) of the trials that transformers read, or None without transformers; y is NaN if a trial failed."""
     if not learned.model.transformer_share:
         return None

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 
 from metaopt.blackbox import _acquisition, _posterior, _surrogates, _transformer
 from metaopt.blackbox._new_task import NewTask
-from metaopt.blackbox._predictions import Model, Trials, mean_of, possible_outcomes, specialized, transformer_mean
+from metaopt.blackbox._predictions import (
+    Model,
+    Shown,
+    Trials,
+    mean_of,
+    possible_outcomes,
+    specialized,
+    transformer_mean,
+)
 
 # Expected improvement, expected improvement per predicted cost, a confidence bound, Thompson sampling.
 ACQUISITIONS = ("ei", "ei_per_cost", "ucb", "thompson")
@@ -27,7 +35,7 @@ class TrialArrays(NamedTuple):
 
     ended: Trials
     running: tuple[jax.Array, jax.Array] | None
-    shown: Trials | None
+    shown: Shown
     costs: Trials | None
 
 
@@ -48,7 +56,7 @@ def prediction_score(model: Model, task: NewTask, x: jax.Array) -> jax.Array:
 
 
 def score_after_failures(
-    model: Model, task: NewTask, failed: tuple[jax.Array, jax.Array], shown: Trials | None, x: jax.Array
+    model: Model, task: NewTask, failed: tuple[jax.Array, jax.Array], shown: Shown, x: jax.Array
 ) -> jax.Array:
     """Minus the expected outcome if all trials so far failed."""
     score = -_posterior.expected_after_failures(specialized(model, task), task.weights, failed, x)

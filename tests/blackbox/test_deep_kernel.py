@@ -73,7 +73,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     given = CONDITION(found, weights, padded(X[seen], y), adaptation_steps=0)
     mixture = POSTERIOR_AT(found, given, jnp.asarray(X[at]))
     mean, cov = by_numpy(DEEP, X)
-    scales = np.asarray(given.deep.given.scales)[0, 0]
+    scales = np.asarray(given.deep.processes.scales)[0, 0]
     assert len(scales) == 6 and mixture.mean.shape == (3, 4 * 3 + 6 + 6)
     for b, mu, std in zip(scales, mixture.mean.T[-6:], mixture.std.T[-6:], strict=True):
         wide = b**2 * cov + 1e5  # the offset as one more Gaussian, as wide as the sky
@@ -116,7 +116,7 @@ def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
         deep = jax.tree.map(lambda leaf: leaf[0], given.deep.members)
         return max(
             log_density(*by_numpy(deep, X[seen], 0 * FEATURES), y / b) - 4 * np.log(b)
-            for b in np.asarray(before.deep.given.scales)[0, 0]
+            for b in np.asarray(before.deep.processes.scales)[0, 0]
         )
 
     assert likelihood(after) > likelihood(before) + 0.05

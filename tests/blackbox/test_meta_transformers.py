@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -245,15 +246,32 @@ def test_few_of_many_trials():
 
 
 @pytest.mark.once
-def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told(monkeypatch):
+def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told():
     """The mean over tasks would hold a task's own outcomes, and those of near-duplicates: they are left out."""
     f = np.random.default_rng(0).normal(size=(6, 4))  # of four tasks
     functions = np.concatenate([f.mean(1, keepdims=True), f - f.mean(1, keepdims=True)], 1)
     found = _fit_networks.mean_of_others(functions, np.array([True, False, True, False]))
     np.testing.assert_allclose(found, f[:, [1, 3]].mean(1))
     np.testing.assert_array_equal(_fit_networks.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
-    seen, real = [], _fit_networks.mean_of_others
-    monkeypatch.setattr(_fit_networks, "mean_of_others", lambda f, out: seen.append(out.tolist()) or real(f, out))
-    records = [Record(name, c, loss(c, 0.4)) for name in "abc" for c in LINE[:4]]
-    blackbox.train_meta_optimizer(records, space=SPACE, families={"a": 1, "b": 2, "c": 1}, num_steps=0, transformers=1)
-    assert seen == [[True, False, True], [False, True, False], [True, False, True]]
+    # Other outcomes of one task of a family do not change which trials of this family are shown.
+    x, y = np.linspace(0, 1, 8)[:, None], np.random.default_rng(1).normal(size=(3, 8))
+    kernel = _surrogates.Kernel(jnp.array([-0.5]), jnp.array(1.5), jnp.array(-2.0))
+    family, shown = ["one", "two", "one"], []
+    for first in (y[0], -10 * y[0]):
+        trials = [_surrogates.TaskTrials(x, outcomes) for outcomes in (first, y[1], y[2])]
+        surrogate = _surrogates.surrogate(trials, kernel, x)
+        sample_tasks = _fit_networks.sample_shown([0, 1, 2], trials, surrogate, family, 7)
+        shown.append([sample_tasks(key)[0] for key in jax.random.split(jax.random.key(0), 4)])
+    # Which task is drawn shows in its outcomes: the second task is the other family.
+    second = _surrogates.normalize(y[1])[0]
+    is_second = lambda values: all(np.isclose(values[:, None], second[None]).any(1))
+    same, other = [], []
+    for (x_one, y_one, mask), (x_two, _, _) in zip(
+        *([jax.tree.map(np.asarray, s) for s in v] for v in shown), strict=True
+    ):
+        for task in range(len(mask)):
+            real = mask[task] > 0
+            if real.sum() > 1:
+                equal = np.array_equal(x_one[task], x_two[task])
+                (other if is_second(y_one[task][real]) else same).append(equal)
+    assert all(same) and not all(other) and len(same) > 9
