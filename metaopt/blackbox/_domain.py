@@ -53,7 +53,7 @@ class Domain(NamedTuple):
 
 
 def make_domain(space: base.PyTree, candidates: Sequence[Mapping[str, Any]] | None) -> Domain:
-    """Returns the `Domain` of candidates, or of the whole space if `candidates` is None or empty."""
+    """Returns the `Domain` of candidates, or of the whole space without candidates."""
     encode, pool = encoder(space), [dict(candidate) for candidate in candidates or ()]
     encoded = np.stack([encode(candidate, True) for candidate in pool]) if pool else None
     names = [] if encoded is None else [row.tobytes() for row in encoded]

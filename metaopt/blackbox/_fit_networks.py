@@ -97,7 +97,7 @@ def fit_transformers(
 
 
 def sample_shown(usable, trials, surrogate, family, num_shown: int) -> Callable[[jax.Array], Any]:
-    """Returns `sample_tasks` for `fit`: trials that are shown, trials whose outcomes are asked for, and features.
+    """Returns `sample_tasks` for `fit`: shown trials, trials to predict, and features.
 
     The choice of shown trials may depend on the expectation from other families, but not on the task's own outcomes,
     which are the targets.

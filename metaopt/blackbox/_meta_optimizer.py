@@ -86,15 +86,15 @@ def train_meta_optimizer(
     the configuration of `predict`. Later trials maximize an acquisition function, given the trials, in the same way.
     Without candidates, every fourth trial is random. With candidates, every eighth trial is the untried candidate that
     is farthest from all earlier trials. Both find configurations that the surrogate underrates. In a batch, and while
-    trials run, expected improvement counts only what a trial adds to the running trials.
+    trials run, the score is the gain over the expected improvement of the running trials.
 
     Records of unrelated tasks lose their weight after a few trials, except in the share of transformers. Outcomes of
     earlier tasks are normalized separately for each task. Outcomes of a new task are expected on the scales of earlier
     tasks, and on the scale that fits its own trials best, in case its units differ.
 
     A task whose trials all have the same outcome, such as a task with one trial, is skipped. It does not show which
-    configuration is better. A failed trial of the new task is treated as censored: its expected outcome is no better
-    than the worst finite one.
+    configuration is better. A failed trial of the new task is treated as censored: its expected outcome is at least as
+    bad as the worst finite outcome.
 
     Transformers read and predict failures. They read the best trials, the latest failures and the latest trials, up to
     the number that they were trained with (at most 32). They read running trials with the outcomes that the Gaussian

@@ -160,7 +160,7 @@ def meta_optimizer(
     num_records: int | None = None,
     effective_tasks: float | None = None,
 ) -> MetaOptimizer:
-    """The `MetaOptimizer` of a surrogate; each earlier task counts as a whole one if `effective_tasks` is None."""
+    """The `MetaOptimizer` of a surrogate; E is the number of earlier tasks if `effective_tasks` is None."""
     num_tasks = len(surrogate.curves)
     num_effective = float(num_tasks if effective_tasks is None else effective_tasks)
     domain = make_domain(space, candidates)

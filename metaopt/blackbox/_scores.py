@@ -28,9 +28,9 @@ class TrialArrays(NamedTuple):
 
     Attributes:
       ended: (x, y, mask) of trials, where failures have an imputed outcome.
-      running: (x, mask) of running trials; None if there are none, or if `ended` contains them.
+      running: (x, mask) of running trials, or None; also None if `ended` contains them.
       shown: (x, y, mask) of the trials that transformers read; y is NaN if a trial failed. None without transformers.
-      costs: (x, log cost, mask) of trials with a known cost; None if there are none.
+      costs: (x, log cost, mask) of trials with a known cost, or None.
     """
 
     ended: Trials
