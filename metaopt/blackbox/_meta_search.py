@@ -189,7 +189,7 @@ def in_precision(x64: bool, function: Callable) -> Any:
     identified by their bytes.
     """
 
-    @functools.wraps(function)
+    @functools.wraps(function, assigned=())  # a partial function has no name or docstring of its own
     def within(*args, **kwargs):
         with jax.enable_x64(x64):
             return function(*args, **kwargs)

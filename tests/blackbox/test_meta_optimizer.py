@@ -298,8 +298,6 @@ def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_
         predicted = alone.predict([best, 0.0])
         assert abs(predicted["x"] - best) < 0.3 and predicted["kind"] == ("a" if best < 0.5 else "b")
         assert search(alone.searcher([best, 0.0]), best, 5)[-1] < 0.02
-    with pytest.raises(ValueError, match=r"`deep_share` must lie in \[0, 1\]; got 2"):
-        blackbox.train_meta_optimizer(records, deep_share=2, **kwargs)
 
 
 def regrets_after(num, kind, seed, num_tasks, *others, candidates=None):
@@ -509,44 +507,64 @@ def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number
     assert g.candidates == [{"max_depth": 64}, {"max_depth": 3}]  # which the default stands for
 
 
-@pytest.mark.once
-def test_what_is_wrong_is_said():
-    records, features = make_records(np.random.default_rng(4), num_tasks=2)
-    named = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
-    with pytest.raises(ValueError, match="`features` must have features as an array .* `tasks.apply_scaling`"):
-        blackbox.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
-    with pytest.raises(ValueError, match="it has none"):
-        blackbox.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
-    with pytest.raises(ValueError, match=r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
-        half = [r._replace(status="PRUNED", fidelity=0.5) for r in records]
-        blackbox.train_meta_optimizer(half, space=SPACE)
-    with pytest.raises(ValueError, match="the same number of `features`"):
-        blackbox.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
-    g = blackbox.train_meta_optimizer(records, space=SPACE, num_steps=0)
-    with pytest.raises(ValueError, match="`acquisition` must be one of"):
-        g.searcher(acquisition="best")
-    with pytest.raises(ValueError, match="`new_task` must have features as an array"):
-        g.predict(base.Task(None, None, named["t0"]))
+RECORDS = make_records(np.random.default_rng(4), num_tasks=2)[0]
+NAMED = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
+HALF = [r._replace(status="PRUNED", fidelity=0.5) for r in RECORDS]
+ONE = base.Record("one trial", {"x": 0.5, "kind": "a"}, 0.0)
+TRAIN = functools.partial(blackbox.train_meta_optimizer, space=SPACE, num_steps=0)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"status": "TIMEOUT"}, r"`records\[1\]`'s status must be one of WAITING, .*, FAIL; got 'TIMEOUT'"),
-        ({"status": "Complete"}, "got 'Complete'"),
-        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of epochs"),
-        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, or NaN if it is unknown; got None"),
-        ({"outcome": "0.5"}, "outcome must be a number, .*; got '0.5'"),
-        ({"configuration": [0.5, "a"]}, "configuration must be a dict from parameter names to values; got"),
-        ({"task": 3}, "task must be a string"),
-    ],
-)
-@pytest.mark.parametrize("train", [blackbox.train_meta_optimizer, blackbox.train_meta_searcher])
-def test_what_is_no_record_is_refused_by_its_place(wrong, message, train):
-    records = make_records(np.random.default_rng(4), num_tasks=1)[0]
-    records[1] = records[1]._replace(**wrong)
+def changed(**fields):
+    """Records of which the second one has other fields."""
+    return [RECORDS[0], RECORDS[1]._replace(**fields), *RECORDS[2:]]
+
+
+@functools.cache
+def learned():
+    return TRAIN(RECORDS)
+
+
+REFUSED = [
+    (lambda: TRAIN(RECORDS, features=NAMED), "`features` must have features as an array .* `tasks.apply_scaling`"),
+    (lambda: TRAIN(RECORDS, features={"t0": [1.0], "t1": [1.0, 2.0]}), "the same number of `features`"),
+    *(
+        (lambda n=n: TRAIN(RECORDS, **{n: {0: [1.0]}}), f"`{n}` has none of the records' tasks, 't0', 't1'; .* are 0")
+        for n in ("features", "families")
+    ),
+    (lambda: TRAIN([r._replace(status="FAIL") for r in RECORDS]), "it has none"),
+    (lambda: TRAIN(HALF), r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"),
+    (lambda: TRAIN([ONE]), "a task with trials of different outcomes. Every task has only one trial, or the same out"),
+    (lambda: TRAIN([ONE, ONE]), "a task with trials of different outcomes"),
+    (lambda: TRAIN(RECORDS, candidates=[]), "`candidates` must hold a configuration"),
+    (lambda: TRAIN(RECORDS, transformer_share=2), r"`transformer_share` must lie in \[0, 1\]; got 2"),
+    (lambda: TRAIN(RECORDS, deep_share=2), r"`deep_share` must lie in \[0, 1\]; got 2"),
+    (lambda: TRAIN(changed(status="TIMEOUT")), r"`records\[1\]`'s status must be one of WAITING, .*; got 'TIMEOUT'"),
+    (lambda: TRAIN(changed(status="Complete")), "got 'Complete'"),
+    (
+        lambda: TRAIN(changed(fidelity=27)),
+        r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of",
+    ),
+    (lambda: TRAIN(changed(outcome=None)), r"`records\[1\]`'s outcome must be a number, or NaN if .*; got None"),
+    (lambda: TRAIN(changed(outcome="0.5")), "outcome must be a number, .*; got '0.5'"),
+    (lambda: TRAIN(changed(configuration=[0.5, "a"])), "configuration must be a dict from parameter names to values"),
+    (lambda: TRAIN(changed(task=3)), "task must be a string"),
+    (lambda: blackbox.train_meta_searcher(changed(task=3), space=SPACE), "task must be a string"),
+    (lambda: learned().searcher(acquisition="best"), "`acquisition` must be one of"),
+    (lambda: learned().searcher(acquisition="ei_per_cost"), "'ei_per_cost' needs `train_meta_optimizer"),
+    (lambda: learned().predict(base.Task(None, None, NAMED["t0"])), "`new_task` must have features as an array"),
+    (lambda: learned().outcomes(LINE, levels=[1.0]), r"`levels` must lie in \(0, 1\)"),
+    (lambda: learned().searcher(first=[{"x": 2, "kind": "a"}]), "`x` must be between 0.0 and 1.0; got 2"),
+    (
+        lambda: learned().searcher().init(jax.random.key(0), SPACE | {"x": spaces.interval(0.0, 2.0)}),
+        "another space .other leaves, bounds or labels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED)
+def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
-        train(records, space=SPACE, num_steps=0)
+        call()
 
 
 def test_records_come_as_generators_and_data_frames_and_not_as_dicts():

@@ -1,7 +1,5 @@
 """g whose expectations are those of transformers over trials: predictions, trials, failures, files."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,16 +184,6 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
     plain = lambda records: [(r.configuration, r.seed, r.outcome) for r in records]
     collect(h.searcher(), 4, store=tmp_path / "r.db")
     assert plain(collect(again.searcher(), 8, store=tmp_path / "r.db")) == plain(collect(h.searcher(), 8))
-
-
-def test_what_is_wrong_is_said():
-    records = [Record("t", c, loss(c, 0.4)) for c in LINE]
-    refused: list[tuple[Any, str]] = [
-        ({"transformer_share": 2}, r"`transformer_share` must lie in \[0, 1\]; got 2"),
-    ]
-    for kwargs, message in refused:
-        with pytest.raises(ValueError, match=message):
-            blackbox.train_meta_optimizer(records, space=SPACE, **kwargs)
 
 
 @pytest.mark.slow
