@@ -263,10 +263,3 @@ def test_diverged_outcomes_do_not_set_the_scale():
     # Three in four are the best: what is left says what is bad, in whatever units.
     y, scale = _surrogates.normalize(np.array([3.0] * 7 + [3.0 + 1e-6, 3.0 + 2e-6]))
     assert scale == pytest.approx(2e-6) and y[-2:].tolist() == pytest.approx([0.5, 1.0])
-
-
-def test_what_cannot_be_learned_from_is_refused():
-    with pytest.raises(ValueError, match="at least one task"):
-        _surrogates.surrogate([], KERNEL, X)
-    with pytest.raises(ValueError, match="`closeness` must lie in"):
-        surrogate(closeness=2.0)
