@@ -191,10 +191,10 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
     bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
     records = [Record(f"t{t}", c, (c["x"] - best) ** 2) for t, best in enumerate(bests) for c in line]
 
-    g = blackbox.train_meta_optimizer(records, space=space, candidates=line, num_steps=0)
+    g = blackbox.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
 
     def failures(num, first=()):
-        compiled = _meta_search.meta_optimizer(g.surrogate, None, space, line, effective_tasks=100)
+        compiled = _meta_search.meta_optimizer(g.surrogate, None, space, line, effective_tasks=g.evidence.effective_tasks)
         searcher = compiled.searcher(first=first)
         state, tried = searcher.init(jax.random.key(0), None), []
         for _ in range(num):
