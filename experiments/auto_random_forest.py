@@ -54,6 +54,9 @@ from scipy import stats
 
 from metaopt import base, blackbox, spaces, tasks
 
+# This experiment studies pieces of the learned optimizers, which are private: no user needs them.
+from metaopt.blackbox import _surrogates
+
 RECORDS = Path(__file__).parent / "results" / "auto_random_forest.npz"
 FIDELITIES = (1 / 9, 1 / 3, 1.0)  # shares of the trees
 OURS = "g(t')"
@@ -511,7 +514,7 @@ def choose(
             for seed in range(options.train_seeds):
                 of_key(fold, name, seed, wait=False)
     trained = 0.0
-    near = blackbox.rank_features(np.sort(records.features, 0).T, records.features, num_tables)
+    near = _surrogates.rank_features(np.sort(records.features, 0).T, records.features, num_tables)
     for fold in range(config.num_splits):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         learned = {name: [of_key(fold, name, seed) for seed in range(options.train_seeds)] for name in names}

@@ -29,6 +29,9 @@ import script
 
 from metaopt import base, blackbox, plots, spaces
 
+# This experiment studies pieces of the learned optimizers, which are private: no user needs them.
+from metaopt.blackbox import _acquisition, _posterior, _surrogates
+
 AT = (5, 25, 50, 100)
 SEEDS = ("test0", "test1", "test2", "test3", "test4")
 MAX_CONFIGURATIONS = 200  # per earlier data set
@@ -53,7 +56,7 @@ def run_protocol(x: np.ndarray, y: np.ndarray, first: list[int], suggest: Sugges
     return 1.0 - np.array(best)
 
 
-def learn(file: Path, search_space: str, num_steps: int) -> tuple[blackbox.Surrogate, jax.Array]:
+def learn(file: Path, search_space: str, num_steps: int) -> tuple[_surrogates.Surrogate, jax.Array]:
     """Learns from the training data sets of a search space. Also returns the tasks' weights, which are equal."""
     records = blackbox.from_hpob(file, search_space)
     rng, of = np.random.default_rng(0), {}
@@ -70,16 +73,16 @@ def learn(file: Path, search_space: str, num_steps: int) -> tuple[blackbox.Surro
     kernel = g.surrogate.kernel
     kernel = kernel._replace(log_lengths=kernel.log_lengths[order])
     surrogate = g.surrogate._replace(reference=g.surrogate.reference[:, order], kernel=kernel)
-    return surrogate, blackbox.task_weights(surrogate)
+    return surrogate, _surrogates.task_weights(surrogate)
 
 
 @jax.jit
 def score(surrogate, weights, trials, x):
     best = jnp.where(trials[2] > 0, trials[1], jnp.inf).min()
-    return blackbox.expected_improvement(blackbox.posterior(surrogate, weights, trials, x), best)
+    return _acquisition.expected_improvement(_posterior.posterior(surrogate, weights, trials, x), best)
 
 
-def make_suggest(surrogate: blackbox.Surrogate, weights: jax.Array, *, chunk: int = 1024) -> Suggest:
+def make_suggest(surrogate: _surrogates.Surrogate, weights: jax.Array, *, chunk: int = 1024) -> Suggest:
     def suggest(seen, y, open_):
         size = max(32, 1 << (len(y) - 1).bit_length())
         pad = size - len(y)

@@ -58,6 +58,9 @@ from scipy.spatial.distance import cdist
 
 from metaopt import base, blackbox, spaces
 
+# This experiment studies pieces of the learned optimizers, which are private: no user needs them.
+from metaopt.blackbox import _acquisition, _posterior, _surrogates, _transformer
+
 NUM_TRIALS = 20
 FARTHEST_EVERY = 8  # the same as in the searcher
 CURVES = Path(__file__).parent / "results" / "record_tables.npz"  # curves of the baselines that run separately
@@ -179,17 +182,17 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
     def step(carry, i):
         seen, mask, tried = carry
         y = error[seen]
-        conditioned = blackbox.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
-        mixture = blackbox.posterior_at(surrogate, conditioned, x, functions=functions)
+        conditioned = _posterior.condition(surrogate, weights, (x[seen], y, mask), adaptation_steps=adaptation_steps)
+        mixture = _posterior.posterior_at(surrogate, conditioned, x, functions=functions)
         best = jnp.where(mask > 0, y, jnp.inf).min()
-        score = blackbox.expected_improvement(mixture, best)
+        score = _acquisition.expected_improvement(mixture, best)
         if surrogate.transformers is not None:
             # As in the searcher: outcomes far above the upper quartile of the trials are cut off.
             upper = jnp.sort(jnp.where(mask > 0, y, jnp.inf))[(3 * (i - 1)) // 4] - best
             shown = jnp.where((i >= 4) & (upper > 0), jnp.minimum(y, best + 4 * upper), y)
-            read = blackbox.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
-            binned = blackbox.predict_binned(surrogate.transformers, read, x)
-            score = share * blackbox.binned_improvement(binned, best) + (1 - share) * score
+            read = _transformer.read_trials(surrogate.transformers, (x[seen], shown, mask), typical_scale)
+            binned = _transformer.predict_binned(surrogate.transformers, read, x)
+            score = share * _transformer.binned_improvement(binned, best) + (1 - share) * score
         nearest = jnp.where(mask[:, None] > 0, distances[seen], jnp.inf).min(0)
         score = jnp.where(i % FARTHEST_EVERY == FARTHEST_EVERY - 1, nearest, score)
         new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
@@ -232,8 +235,8 @@ def plain_search(grams, error, starts):
             cross = grams[best][:, seen] * mask[None]
             variance = 1 + 1e-3 - ((cross @ inverse) * cross).sum(1)
             mu, std = mean + cross @ inverse @ rest, scale * jnp.sqrt(jnp.maximum(variance, 1e-9))
-            mixture = blackbox.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
-            score = blackbox.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
+            mixture = _posterior.Mixture(jnp.zeros(1), mu[:, None], std[:, None])
+            score = _acquisition.expected_improvement(mixture, jnp.where(mask > 0, y, jnp.inf).min())
             new = jnp.argmax(jnp.where(open_ & ~tried, score, -jnp.inf))
             return (seen.at[i].set(new), mask.at[i].set(1.0), tried.at[new].set(True)), None
 
@@ -256,8 +259,8 @@ def encode(space: dict, plain: list[dict]) -> jax.Array:
 def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
     """Returns [test tasks, NUM_TRIALS] curves of the Gaussian process without other tasks."""
     encoded = encode(*make_space(data.configurations))
-    of_length = lambda log: blackbox.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
-    grams = jnp.stack([blackbox.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)])
+    of_length = lambda log: _surrogates.Kernel(jnp.full(encoded.shape[1], log), jnp.array(4.0), jnp.array(0.0))
+    grams = jnp.stack([_surrogates.kernel_matrix(of_length(log), encoded, encoded) for log in np.log(PLAIN_LENGTHS)])
     rng, curves = np.random.default_rng(0), []
     for t in test:
         regret = data.regret[t]
@@ -270,11 +273,11 @@ def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
 @jax.jit
 def expected(of, encoded, weights):
     """Returns [C] the expected outcomes without a trial."""
-    found = blackbox.expected_outcomes(of, encoded) @ weights
+    found = _surrogates.expected_outcomes(of, encoded) @ weights
     if of.transformers is None:
         return found
-    read = blackbox.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
-    mean, _ = blackbox.binned_moments(blackbox.predict_binned(of.transformers, read, encoded), 1.0)
+    read = _transformer.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
+    mean, _ = _transformer.binned_moments(_transformer.predict_binned(of.transformers, read, encoded), 1.0)
     return of.transformer_share * mean + (1 - of.transformer_share) * found
 
 
@@ -330,13 +333,13 @@ def learned(
     if options.ablate:
         variants |= {ABLATED[0]: surrogate, NOT_ADAPTED: variants["deep kernels alone (FSBO)"]}
     encoded = encode(space, plain)
-    functions = blackbox.functions_at(surrogate, encoded)
+    functions = _posterior.functions_at(surrogate, encoded)
     distances = jnp.asarray(cdist(encoded, encoded), jnp.float32)
     curves = {name: [] for name in variants}
 
     def trials(name, t, error, open_):
         known = None if name == ABLATED[0] else data.features[t]
-        weights, of = blackbox.task_weights(variants[name], known), blackbox.at_task(variants[name], known)
+        weights, of = _surrogates.task_weights(variants[name], known), _surrogates.at_task(variants[name], known)
         start = open_[np.asarray(expected(of, encoded, weights))[open_].argmin()]
         return search(of, encoded, functions, weights, error, start, distances, 0 if name == NOT_ADAPTED else 10)
 
@@ -604,7 +607,7 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
         train, test = split(data, fold, options)
         judged.extend(test)
         average, portfolio = np.nanmean(regret[train], 0).argsort(), greedy(regret[train])
-        ranks = blackbox.rank_features(np.sort(data.features[train], 0).T, data.features, len(regret))
+        ranks = _surrogates.rank_features(np.sort(data.features[train], 0).T, data.features, len(regret))
         for t in test:
             add("average-best", t, curve(regret[t], average))
             add("portfolio", t, curve(regret[t], portfolio))

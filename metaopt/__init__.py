@@ -17,6 +17,7 @@ from metaopt import (
     transforms,
 )
 from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
+from metaopt.blackbox import train_meta_optimizer, train_meta_searcher
 
 if TYPE_CHECKING:
     from metaopt import plots
@@ -44,6 +45,8 @@ __all__ = [
     "predictors",
     "spaces",
     "tasks",
+    "train_meta_optimizer",
+    "train_meta_searcher",
     "training",
     "transforms",
 ]

@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from metaopt import _files, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
+from metaopt.blackbox import _surrogates
 from metaopt.nas.search import _cell_encoder, _score_prior
 from metaopt.training import _checkpoints
 
@@ -168,9 +169,9 @@ def write_predictor(folder):
 
 
 def write_meta_optimizer(folder):
-    kernel = blackbox.Kernel(*map(jax.numpy.zeros, (3, (), ())))
-    trials = [blackbox.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
-    surrogate = blackbox.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
+    kernel = _surrogates.Kernel(*map(jax.numpy.zeros, (3, (), ())))
+    trials = [_surrogates.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
+    surrogate = _surrogates.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
     evidence = SimpleNamespace(num_records=8, effective_tasks=1.5)
     learned: Any = SimpleNamespace(evidence=evidence, space=SPACE, candidates=None)
     learned.surrogate, learned.cost_surrogate = surrogate, None

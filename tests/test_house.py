@@ -30,8 +30,8 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The searcher of cells reads records in the same way as those of `blackbox`.
 SHARED = {
-    "metaopt.nas.search._cell_searcher": ("_earlier_trials", "_meta_search"),
-    "metaopt.nas.search._train_cell_searcher": ("_earlier_trials", "_new_trials"),
+    "metaopt.nas.search._cell_searcher": ("_earlier_trials", "_new_task"),
+    "metaopt.nas.search._train_cell_searcher": ("_earlier_trials", "_new_trials", "_surrogates"),
 }
 MODULES = sorted((ROOT / "metaopt").rglob("*.py"))
 ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.parent.name == "metaopt")

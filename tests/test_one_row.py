@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from metaopt import base, blackbox, few_shot, inner, nas, predictors, spaces
+from metaopt import base, few_shot, inner, nas, predictors, spaces
+from metaopt.blackbox import _acquisition, _posterior, _surrogates, _transformer
 from metaopt.nas.search import _cell_encoder
 
 pytestmark = pytest.mark.once
@@ -243,26 +244,26 @@ def of_cells():
 
 def of_processes():
     x = RNG.uniform(size=(12, 2))
-    kernel = blackbox.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
-    trials = [blackbox.TaskTrials(x, (s + 1) * x[:, 0] ** 2 - x[:, 1]) for s in range(4)]
-    surrogate = blackbox.surrogate(trials, kernel, x)
+    kernel = _surrogates.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
+    trials = [_surrogates.TaskTrials(x, (s + 1) * x[:, 0] ** 2 - x[:, 1]) for s in range(4)]
+    surrogate = _surrogates.surrogate(trials, kernel, x)
     weights = jnp.ones(4) / 4
     known = jnp.asarray(x[:3]), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
-    posterior = jax.jit(lambda x, mask: blackbox.posterior(surrogate, weights, known, x))
+    posterior = jax.jit(lambda x, mask: _posterior.posterior(surrogate, weights, known, x))
 
     def predict(x, mask):
         mixture = posterior(x, mask)
-        return blackbox.expected_improvement(mixture, jnp.array(0.4))
+        return _acquisition.expected_improvement(mixture, jnp.array(0.4))
 
     return predict, RNG.uniform(size=(8, 2))
 
 
 def of_transformer():
-    init = blackbox.init_transformer(KEY, 2, 1, width=8, num_layers=1)
+    init = _transformer.init_transformer(KEY, 2, 1, width=8, num_layers=1)
     networks = jax.tree.map(lambda leaf: leaf[None] + RNG.normal(size=(1, *leaf.shape)) / 4, init)
     trials = jnp.asarray(RNG.uniform(size=(3, 2))), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
-    read = blackbox.read_trials(networks, trials, 1.0)
-    return lambda x, mask: blackbox.predict_binned(networks, read, jnp.asarray(x)).probs, RNG.uniform(size=(8, 2))
+    read = _transformer.read_trials(networks, trials, 1.0)
+    return lambda x, mask: _transformer.predict_binned(networks, read, jnp.asarray(x)).probs, RNG.uniform(size=(8, 2))
 
 
 PREDICTORS = {

@@ -5,7 +5,7 @@ configurations. (The outcomes are made up, since only the cost is measured.) Wit
 gradient ascent over the relaxed space from 8 starts. With candidates, it evaluates 1,000 configurations. Except under
 Optuna, the timed trials do not include random ones, or ones that are the farthest from all earlier trials.
 
-"running" is the number of trials that have been asked for and have not ended (`blackbox.batch_expected_improvement`).
+"running" is the number of trials that have been asked for and have not ended; expected improvement accounts for them.
 Most rows use g's searcher, which receives each trial once. The rows of `suggest(X, y)` get all trials again at every
 call. In the rows "under Optuna", g is the sampler of a study (`blackbox.optuna_sampler`).
 

@@ -1,36 +1,12 @@
 """blackbox"""
 
 from metaopt.blackbox import lightning
-from metaopt.blackbox._acquisition import (
-    batch_expected_improvement,
-    censored_mean,
-    expected_improvement,
-    lower_confidence_bound,
-    thompson_sample,
-)
 from metaopt.blackbox._asha import (
     AshaState,
     asha,
 )
 from metaopt.blackbox._collect import (
     collect,
-)
-from metaopt.blackbox._curves import (
-    CurveNoise,
-    CurveSurrogate,
-    Observed,
-    calibrate,
-    curve_improvement,
-    curve_loss,
-    curve_posterior,
-    curve_surrogate,
-    leave_out,
-)
-from metaopt.blackbox._deep_kernel import (
-    DeepKernel,
-    adapt_deep_kernel,
-    deep_kernel_loss,
-    init_deep_kernel,
 )
 from metaopt.blackbox._enqueue import (
     EnqueuedState,
@@ -46,7 +22,6 @@ from metaopt.blackbox._frames import (
 )
 from metaopt.blackbox._freeze_thaw import (
     CurveSearcher,
-    FreezeThawState,
     train_curve_searcher,
 )
 from metaopt.blackbox._meta_optimizer import (
@@ -57,13 +32,8 @@ from metaopt.blackbox._meta_outcomes import (
     Outcomes,
 )
 from metaopt.blackbox._meta_search import (
-    ACQUISITIONS,
     Evidence,
     MetaOptimizer,
-    MetaSearcherState,
-)
-from metaopt.blackbox._new_trials import (
-    TriedConfiguration,
 )
 from metaopt.blackbox._optuna_searchers import (
     bohb,
@@ -73,17 +43,6 @@ from metaopt.blackbox._optuna_studies import (
     from_optuna_study,
     optuna_sampler,
     to_optuna_study,
-)
-from metaopt.blackbox._posterior import (
-    Conditioned,
-    Joint,
-    Mixture,
-    condition,
-    expected_after_failures,
-    functions_at,
-    joint_posterior_at,
-    posterior,
-    posterior_at,
 )
 from metaopt.blackbox._random_search import (
     random_search,
@@ -100,41 +59,6 @@ from metaopt.blackbox._sklearn import (
     SklearnModel,
     sklearn_model,
     sklearn_objective,
-)
-from metaopt.blackbox._surrogates import (
-    MAX_ROWS,
-    Embedding,
-    Kernel,
-    Surrogate,
-    TaskTrials,
-    at_task,
-    attention_loss,
-    attention_weights,
-    expected_outcomes,
-    explained_share,
-    init_attention,
-    kernel_loss,
-    kernel_matrix,
-    normalize,
-    rank_features,
-    surrogate,
-    task_features,
-    task_weights,
-)
-from metaopt.blackbox._transformer import (
-    MAX_SHOWN,
-    Binned,
-    Transformer,
-    TrialsRead,
-    binned_below,
-    binned_improvement,
-    binned_moments,
-    binned_quantile,
-    init_transformer,
-    outcome_classes,
-    predict_binned,
-    read_trials,
-    transformer_loss,
 )
 from metaopt.blackbox._trial_tables import (
     PublishedCurves,
@@ -158,65 +82,24 @@ from metaopt.blackbox._trials import (
 )
 
 __all__ = [
-    "ACQUISITIONS",
     "AshaState",
-    "Binned",
-    "Conditioned",
-    "CurveNoise",
     "CurveSearcher",
-    "CurveSurrogate",
-    "DeepKernel",
-    "Embedding",
     "EnqueuedState",
     "Evidence",
     "EvolutionState",
-    "FreezeThawState",
-    "Joint",
-    "Kernel",
-    "MAX_ROWS",
-    "MAX_SHOWN",
     "MetaOptimizer",
-    "MetaSearcherState",
-    "Mixture",
     "ObjectiveFn",
-    "Observed",
     "Outcomes",
     "Pruned",
     "PublishedCurves",
     "SKLEARN_MODELS",
     "SklearnModel",
-    "Surrogate",
-    "TaskTrials",
-    "Transformer",
     "TrialTable",
-    "TrialsRead",
-    "TriedConfiguration",
-    "adapt_deep_kernel",
     "append_records",
     "asha",
-    "at_task",
-    "attention_loss",
-    "attention_weights",
-    "batch_expected_improvement",
-    "binned_below",
-    "binned_improvement",
-    "binned_moments",
-    "binned_quantile",
     "bohb",
-    "calibrate",
-    "censored_mean",
     "collect",
-    "condition",
-    "curve_improvement",
-    "curve_loss",
-    "curve_posterior",
-    "curve_surrogate",
-    "deep_kernel_loss",
     "enqueue",
-    "expected_after_failures",
-    "expected_improvement",
-    "expected_outcomes",
-    "explained_share",
     "from_hpob",
     "from_hpob_curves",
     "from_hpobench_mlp",
@@ -226,27 +109,11 @@ __all__ = [
     "from_optuna_study",
     "from_pmlb_results",
     "from_taskset",
-    "functions_at",
-    "init_attention",
-    "init_deep_kernel",
-    "init_transformer",
-    "joint_posterior_at",
-    "kernel_loss",
-    "kernel_matrix",
-    "leave_out",
     "lightning",
     "load_meta_optimizer",
-    "lower_confidence_bound",
-    "normalize",
     "optuna_sampler",
-    "outcome_classes",
-    "posterior",
-    "posterior_at",
-    "predict_binned",
     "random_search",
-    "rank_features",
     "read_records",
-    "read_trials",
     "records_from_frame",
     "records_to_frame",
     "recover_records",
@@ -254,12 +121,8 @@ __all__ = [
     "save_meta_optimizer",
     "sklearn_model",
     "sklearn_objective",
-    "surrogate",
     "table_records",
     "tabulate",
-    "task_features",
-    "task_weights",
-    "thompson_sample",
     "to_hpob",
     "to_openml_evaluations",
     "to_optuna_study",
@@ -267,6 +130,5 @@ __all__ = [
     "train_curve_searcher",
     "train_meta_optimizer",
     "train_meta_searcher",
-    "transformer_loss",
     "untried",
 ]

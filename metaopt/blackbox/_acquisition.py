@@ -80,10 +80,10 @@ def thompson_sample(key: jax.Array, mixture: Mixture, *, independent: bool) -> j
       [P], larger is better.
     """
     which, noise = jax.random.split(key)
-    at = jax.random.categorical(which, mixture.log_weights)
-    values = mixture.mean[:, at]
+    component = jax.random.categorical(which, mixture.log_weights)
+    values = mixture.mean[:, component]
     if independent:
-        values += jax.random.normal(noise, values.shape) * mixture.std[:, at]
+        values += jax.random.normal(noise, values.shape) * mixture.std[:, component]
     return -values
 
 
@@ -131,7 +131,7 @@ def batch_expected_improvement(
     # Evenly spaced levels, so that each component is drawn in proportion to its weight.
     levels = (jnp.arange(num_samples) + jax.random.uniform(which)) / num_samples
     cumulative = jnp.cumsum(jnp.exp(joint.log_weights))
-    at = jnp.minimum(jnp.searchsorted(cumulative, levels), len(cumulative) - 1)
+    drawn = jnp.minimum(jnp.searchsorted(cumulative, levels), len(cumulative) - 1)
     # Per process, in normalized units: covariances among the running trials, and between them and x.
     cross = joint.covariance[:, :num] * mask[None, None]
     within = joint.covariance[:, num:] * (mask[:, None] * mask[None])[None]
@@ -140,11 +140,11 @@ def batch_expected_improvement(
     left = joint.variance[:, :num] - (gain * cross).sum(2)
     std = jnp.sqrt(jnp.maximum(left, 1e-9))  # [R, P]
 
-    scale, kind = joint.scales[at], joint.kind[at]  # [n]
+    scale, kind = joint.scales[drawn], joint.kind[drawn]  # [n]
     deviations = jnp.einsum("nij,nj->ni", chol[kind], jax.random.normal(noise, (num_samples, len(mask))))
-    y = joint.mean[num:, at].T + scale[:, None] * deviations  # [n, Q]
+    y = joint.mean[num:, drawn].T + scale[:, None] * deviations  # [n, Q]
     best = jnp.minimum(best, jnp.where(mask[None] > 0, y, jnp.inf).min(1))  # [n]
-    mean = joint.mean[:num, at] + scale[None] * jnp.einsum("npq,nq->pn", gain[kind], deviations * mask[None])
+    mean = joint.mean[:num, drawn] + scale[None] * jnp.einsum("npq,nq->pn", gain[kind], deviations * mask[None])
     return _improvement(best[None] - mean, scale[None] * std[kind].T).mean(1)
 
 

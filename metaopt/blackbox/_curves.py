@@ -102,21 +102,14 @@ def curve_surrogate(curves: np.ndarray, x: np.ndarray, fidelities: np.ndarray) -
       A `CurveSurrogate`.
 
     Raises:
-      ValueError: if shapes disagree, fidelities do not ascend within (0, 1], or there are fewer than three tasks.
-      ValueError: if an outcome is infinite, or a candidate has no outcome at some fidelity on any task.
+      ValueError: if a candidate has no outcome at some fidelity on any task.
     """
     curves, x, fidelities = np.asarray(curves, float), np.asarray(x, float), np.asarray(fidelities, float)
-    if curves.ndim != 3 or curves.shape[1:] != (len(x), len(fidelities)):
-        raise ValueError(f"`curves` must be [S, {len(x)}, {len(fidelities)}]; got {curves.shape}.")
-    if not (np.diff(fidelities) > 0).all() or not 0 < fidelities[0] <= fidelities[-1] <= 1:
-        raise ValueError(f"`fidelities` must ascend within (0, 1]; got {fidelities.tolist()}.")
-    if len(curves) < 3:
-        raise ValueError(f"`curves` must be of at least three tasks; got {len(curves)}.")
-    if np.isinf(curves).any():
-        raise ValueError("`curves` must be finite, or NaN if there is no outcome; clip diverged outcomes.")
     known = np.isfinite(curves)
     if not known.any(0).all():
-        raise ValueError("`curves` must have each candidate at each fidelity on some task.")
+        raise ValueError(
+            "Each configuration must have a finite outcome at each fidelity on some task; clip diverged outcomes."
+        )
     filled, correlation = _fill(curves, known)
     mean = filled.mean(0)
     deviations = filled - mean
@@ -187,12 +180,12 @@ def _covariance(surrogate: CurveSurrogate, a, b):
 
 def _factor(surrogate: CurveSurrogate, observed: Observed):
     """The Cholesky factor of the covariance of the observed outcomes, and their whitened residual."""
-    at = observed.candidate, observed.fidelity
+    entries = observed.candidate, observed.fidelity
     both = observed.mask[:, None] * observed.mask[None]
-    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[at] ** 2
+    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[entries] ** 2
     diagonal = jnp.where(observed.mask > 0, noise + _JITTER, 1.0)
-    chol = jnp.linalg.cholesky(_covariance(surrogate, at, at) * both + jnp.diag(diagonal))
-    rest = jnp.where(observed.mask > 0, observed.y - surrogate.mean[at], 0.0)
+    chol = jnp.linalg.cholesky(_covariance(surrogate, entries, entries) * both + jnp.diag(diagonal))
+    rest = jnp.where(observed.mask > 0, observed.y - surrogate.mean[entries], 0.0)
     return chol, jax.scipy.linalg.solve_triangular(chol, rest, lower=True)
 
 
@@ -210,16 +203,16 @@ def curve_posterior(
     Returns:
       [P] means and [P] standard deviations of the outcome that would be observed, noise included.
     """
-    at = candidate, fidelity
+    queries = candidate, fidelity
     chol, white = _factor(surrogate, observed)
-    cross = _covariance(surrogate, at, (observed.candidate, observed.fidelity)) * observed.mask[None]
+    cross = _covariance(surrogate, queries, (observed.candidate, observed.fidelity)) * observed.mask[None]
     solved = jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)  # [N, P]
     alpha, beta, gamma, delta, sigma = jnp.exp(surrogate.noise.log_scales)
-    spread = surrogate.spread[at] ** 2
+    spread = surrogate.spread[queries] ** 2
     prior = alpha * (surrogate.deviations[:, candidate, fidelity] ** 2).mean(0)
     prior += (beta + gamma + delta) * spread * jnp.diag(surrogate.correlation)[fidelity]
     variance = prior - (solved**2).sum(0) + sigma * spread
-    return surrogate.mean[at] + solved.T @ white, jnp.sqrt(jnp.maximum(variance, 1e-12))
+    return surrogate.mean[queries] + solved.T @ white, jnp.sqrt(jnp.maximum(variance, 1e-12))
 
 
 def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, observed: Observed) -> jax.Array:
@@ -280,10 +273,10 @@ def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int 
     """
     num_tasks, num, _ = surrogate.deviations.shape
     keys = jax.random.split(key, num_tasks * num_draws)
-    some = min(num_candidates, num)
-    found = np.concatenate([np.asarray(_errors(surrogate, i % num_tasks, k, some)) for i, k in enumerate(keys)], 1)
+    size = min(num_candidates, num)
+    errors = [np.asarray(_errors(surrogate, i % num_tasks, k, size)) for i, k in enumerate(keys)]
     levels, quantiles = (np.arange(_NUM_ERRORS) + 0.5) / _NUM_ERRORS, []
-    for row in found:
+    for row in np.concatenate(errors, 1):
         row = row[np.isfinite(row)]
         enough = len(row) >= _FEW or not quantiles
         quantiles.append(np.quantile(row, levels) if enough else quantiles[-1])

@@ -118,22 +118,22 @@ def covariance(deep: DeepKernel, at_x: jax.Array, at_z: jax.Array, same: jax.Arr
 
 def condition_deep(
     deep: DeepKernel, log_scales: jax.Array, trials: tuple[jax.Array, jax.Array, jax.Array], *, own_scale: bool = True
-) -> _processes.Given:
+) -> _processes.Processes:
     """Conditions one process on trials, without adapting it.
 
     Args:
       deep: one process.
       log_scales: [B] logarithms of b.
       trials: (x [N, D], y [N], mask [N]).
-      own_scale: as in `_processes.given`.
+      own_scale: as in `_processes.condition`.
 
     Returns:
-      A `Given` with K = 1.
+      A `Processes` with K = 1.
     """
     x, y, mask = trials
     at_x = embed(deep, x)
     k = covariance(deep, at_x, at_x, _processes.same_configuration(x, x))
-    return _processes.given((at_x @ deep.mean)[:, None], k, log_scales[None], (y, mask), own_scale=own_scale)
+    return _processes.condition((at_x @ deep.mean)[:, None], k, log_scales[None], (y, mask), own_scale=own_scale)
 
 
 def deep_kernel_loss(
@@ -150,8 +150,8 @@ def deep_kernel_loss(
     Returns:
       [].
     """
-    found = condition_deep(predictors.at_features(deep, features), jnp.zeros(1), trials, own_scale=False)
-    nll = -found.log_likelihood[0, 0] / (trials[2].sum() - 1)
+    process = condition_deep(predictors.at_features(deep, features), jnp.zeros(1), trials, own_scale=False)
+    nll = -process.log_likelihood[0, 0] / (trials[2].sum() - 1)
     return nll + penalty * ((deep.task**2).sum() + (deep.mean**2).sum())
 
 
@@ -179,8 +179,8 @@ def adapt_deep_kernel(
     optimizer, trials = optax.adam(rate), best_and_latest(trials, MAX_ADAPTED)
 
     def loss(deep):
-        found = condition_deep(deep, log_scales, trials)
-        return -jax.nn.logsumexp(found.log_likelihood) / jnp.maximum(trials[2].sum() - 1, 1)
+        process = condition_deep(deep, log_scales, trials)
+        return -jax.nn.logsumexp(process.log_likelihood) / jnp.maximum(trials[2].sum() - 1, 1)
 
     def step(_, carry):
         deep, state = carry

@@ -10,7 +10,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt.blackbox import _fidelities, _frames, _surrogates
-from metaopt.blackbox._meta_search import check_no_mapping
+from metaopt.blackbox._new_task import check_no_mapping
 
 
 def as_records(records: Any, name: str = "records") -> list[base.Record]:
@@ -48,10 +48,10 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     except ValueError as error:
         raise ValueError(f"`space` is not given and cannot be inferred from the `records`: {error}") from None
     default, counts = spaces.configuration(space, spaces.default(space)), []
-    without_gaps = list(map(given, every))
-    different = list({repr(sorted(of.items())): of for of in without_gaps}.values())
+    without_gaps = list(map(without_nan, every))
+    different = list({repr(sorted(c.items())): c for c in without_gaps}.values())
     for name, leaf in space.items():
-        missing = sum(name not in of for of in without_gaps[: len(tried)])
+        missing = sum(name not in c for c in without_gaps[: len(tried)])
         nones = sum(stands_for_nothing(leaf, c, name) for c in tried)
         if (missing or nones) and not leaf.condition:
             none = f" ({nones} have None)" * bool(nones)
@@ -67,7 +67,7 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     return space
 
 
-def given(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def without_nan(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without NaN values, with which data frames fill missing values."""
     return {name: value for name, value in configuration.items() if value == value}
 
@@ -80,10 +80,10 @@ def stands_for_nothing(leaf: spaces.Leaf, configuration: Mapping[str, Any], name
 def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> str:
     """States how many configurations support a condition of `spaces.infer`; they are distinct and without gaps."""
     ((parent, values),) = leaf.condition
-    having = sum(parent in of and name in of and not stands_for_nothing(leaf, of, name) for of in different)
+    having = sum(parent in c and name in c and not stands_for_nothing(leaf, c, name) for c in different)
     return (
         f" That `{name}` is active only where `{parent}` is {' or '.join(map(repr, values))} rests on {having} "
-        f"different configurations that have it, and {sum(parent in of for of in different) - having} that do not."
+        f"different configurations that have it, and {sum(parent in c for c in different) - having} that do not."
     )
 
 
@@ -104,14 +104,14 @@ def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
     """Warns how many records have values that the space does not have."""
     # A table has few configuration dicts, and the records of all its tasks share them.
     shared = {id(record.configuration): record.configuration for record in records}
-    of = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
-    found = [of[id(record.configuration)] for record in records]
-    if num := sum(map(bool, found)):
-        counts = collections.Counter(name for values in found for name in values)
-        example = {name: next(values[name] for values in found if name in values) for name, _ in counts.most_common(3)}
+    foreign = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
+    every = [foreign[id(record.configuration)] for record in records]
+    if num := sum(map(bool, every)):
+        counts = collections.Counter(name for values in every for name in values)
+        example = {name: next(values[name] for values in every if name in values) for name, _ in counts.most_common(3)}
         examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
-            f"{num} of {len(found)} records have values that the space does not have ({examples}). An unknown "
+            f"{num} of {len(every)} records have values that the space does not have ({examples}). An unknown "
             "label counts as no label, a number out of bounds as the bound, and a string or boolean instead of a "
             "number as the default. If that is wrong, remove these records (`spaces.foreign` finds them), or widen "
             "the space.",
@@ -127,24 +127,24 @@ def by_task(
     Raises:
       ValueError: if no record has an outcome at the full budget, or if no task has different outcomes.
     """
-    of: dict[str, list[tuple[np.ndarray, float]]] = {}
+    pairs_of: dict[str, list[tuple[np.ndarray, float]]] = {}
     partial: dict[str, float] = {}  # task -> the largest fidelity with an outcome that is not at the full budget
     for record in records:
         if (y := full_loss(record)) is not None:
-            of.setdefault(record.task, []).append((encode(record.configuration), y))
+            pairs_of.setdefault(record.task, []).append((encode(record.configuration), y))
         elif fidelity := partial_fidelity(record):
             partial[record.task] = max(partial.get(record.task, 0.0), fidelity)
-    of = {name: pairs for name, pairs in of.items() if np.isfinite([y for _, y in pairs]).any()}
-    if not of:
+    pairs_of = {name: pairs for name, pairs in pairs_of.items() if np.isfinite([y for _, y in pairs]).any()}
+    if not pairs_of:
         counts = collections.Counter(record.status for record in records)
-        found = ", ".join(f"{num} {status}" for status, num in counts.items())
+        summary = ", ".join(f"{num} {status}" for status, num in counts.items())
         if partial:
-            found += f"; the largest fidelity with an outcome is {max(partial.values()):g}"
+            summary += f"; the largest fidelity with an outcome is {max(partial.values()):g}"
         raise ValueError(
             f'`{name}` must contain trials that are "COMPLETE" at fidelity 1, with an outcome; it has none '
-            f"({found or 'no record at all'})."
+            f"({summary or 'no record at all'})."
         )
-    if lost := [name for name in partial if name not in of]:
+    if lost := [name for name in partial if name not in pairs_of]:
         warnings.warn(
             f"{len(lost)} of {len({record.task for record in records})} tasks are ignored, {some(lost)}: they have no "
             "outcome of a complete trial at fidelity 1, the full budget. Give your largest budget the fidelity 1, or "
@@ -152,13 +152,15 @@ def by_task(
             stacklevel=3,
         )
     # A failure and a success also count as different outcomes.
-    of = {name: pairs for name, pairs in of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1}
-    if not of:
+    pairs_of = {
+        name: pairs for name, pairs in pairs_of.items() if len({y if np.isfinite(y) else None for _, y in pairs}) > 1
+    }
+    if not pairs_of:
         raise ValueError(
             f"`{name}` must contain a task with trials of different outcomes. Every task has only one trial, or the "
             "same outcome for all trials, so no configuration is known to be better."
         )
-    return list(of), _stacked(of)
+    return list(pairs_of), _stacked(pairs_of)
 
 
 def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np.ndarray | None:
@@ -196,21 +198,22 @@ def costs_by_task(records: list[base.Record], encode) -> list[_surrogates.TaskTr
     Raises:
       ValueError: if costs differ in none of the tasks.
     """
-    of: dict[str, list[tuple[np.ndarray, float]]] = {}
+    pairs_of: dict[str, list[tuple[np.ndarray, float]]] = {}
     for record in records:
         # A trial that failed early was not cheap: the cost of the full trial is unknown.
         if record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity) and 0 < record.cost < np.inf:
-            of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
-    of = {name: pairs for name, pairs in of.items() if len({y for _, y in pairs}) > 1}
-    if not of:
+            pairs_of.setdefault(record.task, []).append((encode(record.configuration), np.log(record.cost)))
+    pairs_of = {name: pairs for name, pairs in pairs_of.items() if len({y for _, y in pairs}) > 1}
+    if not pairs_of:
         raise ValueError(
             "`costs=True` needs records with a `cost` in seconds, and at least one task whose costs differ."
         )
-    return _stacked(of)
+    return _stacked(pairs_of)
 
 
-def _stacked(of) -> list[_surrogates.TaskTrials]:
-    return [_surrogates.TaskTrials(np.stack([x for x, _ in p]), np.array([y for _, y in p])) for p in of.values()]
+def _stacked(pairs_of) -> list[_surrogates.TaskTrials]:
+    columns = [zip(*pairs, strict=True) for pairs in pairs_of.values()]
+    return [_surrogates.TaskTrials(np.stack(x), np.array(y)) for x, y in columns]
 
 
 def some(names) -> str:

@@ -1,6 +1,7 @@
 """Freeze-thaw search: pauses and continues trials by predictions of their learning curves (`train_curve_searcher`)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks, base, hypergrad, spaces, training
+from metaopt import base, hypergrad, spaces, training
 from metaopt.blackbox import _curves, _fidelities, _trial_tables
 from metaopt.blackbox._new_trials import best_and_latest
 
@@ -38,7 +39,7 @@ class CurveSearcher(NamedTuple):
       predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
       searcher: `(*, first, resumes) -> Searcher`.
       candidates: M configurations.
-      surrogate: the learned `blackbox.CurveSurrogate`.
+      surrogate: the learned model of curves, a NamedTuple of arrays.
       space: the search space of λ.
     """
 
@@ -77,9 +78,8 @@ def train_curve_searcher(
 ) -> CurveSearcher:
     """Learns from learning curves of earlier tasks how trials continue, and allocates budget on a new task.
 
-    The surrogate (`blackbox.curve_surrogate`) is one Gaussian process over all candidates and fidelities.
-    `training.fit` learns its scales on randomly drawn tasks, each left out of the earlier tasks. Its errors are also
-    calibrated on left-out tasks.
+    The surrogate is one Gaussian process over all candidates and fidelities. `training.fit` learns its scales on
+    randomly drawn tasks, each left out of the earlier tasks. Its errors are also calibrated on left-out tasks.
 
     The searcher is freeze-thaw. The next fidelity goes to one of all candidates, started or not. It is the candidate
     with the largest expected improvement at the full budget per unit of remaining budget,
@@ -116,7 +116,6 @@ def train_curve_searcher(
       A `CurveSearcher`.
 
     Raises:
-      ValueError: if `num_steps` is not an integer of at least 0.
       ValueError: if the "COMPLETE" records have fewer than three tasks, or none is at the full budget.
       ValueError: if a configuration does not fit the space, or if a candidate has no outcome at some fidelity.
       ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that the records do not have. A
@@ -124,7 +123,6 @@ def train_curve_searcher(
 
     Source: Swersky, Snoek & Adams, 2014, https://arxiv.org/abs/1406.3896
     """
-    _checks.check_integer("num_steps", num_steps, 0)
     key = jax.random.key(0) if key is None else key
     fit_key, calibrate_key = jax.random.split(key)
     complete = [record for record in records if record.status == "COMPLETE"]
@@ -190,121 +188,166 @@ def _fit_noise(
     return fitted.hyperparams
 
 
-def _curve_searcher(surrogate, space, candidates) -> CurveSearcher:
-    num, num_fidelities = surrogate.mean.shape
-    number = {tuple(sorted(c.items())): i for i, c in enumerate(candidates)}
-    rungs = surrogate.fidelities
-    last = num_fidelities - 1
-    final = lambda observed: _at(surrogate, observed, jnp.arange(num), jnp.full(num, last))
-    # The remaining budget of a candidate, indexed by the number of fidelities that it has reached.
-    remaining = jnp.asarray(np.maximum(1 - np.concatenate([[0.0], rungs / rungs[-1]]), 1e-9))
+class _Learned(NamedTuple):
+    """Everything that the methods of a `CurveSearcher` share.
 
-    def known_number(configuration) -> int:
-        name = tuple(sorted(configuration.items()))
-        if name not in number:  # fill missing values with defaults
-            name = tuple(sorted(spaces.complete(space, configuration).items()))
-        if name in number:
-            return number[name]
-        raise ValueError(
-            f"{configuration} is not one of the candidates, which are the configurations of the earlier tasks."
+    Attributes:
+      surrogate: the model of curves.
+      space: the search space of λ.
+      candidates: M configurations.
+      rows: the sorted items of a candidate -> its index.
+    """
+
+    surrogate: _curves.CurveSurrogate
+    space: base.PyTree
+    candidates: list[dict[str, Any]]
+    rows: dict[tuple, int]
+
+
+def _curve_searcher(
+    surrogate: _curves.CurveSurrogate, space: base.PyTree, candidates: list[dict[str, Any]]
+) -> CurveSearcher:
+    rows = {_name(candidate): i for i, candidate in enumerate(candidates)}
+    learned = _Learned(surrogate, space, candidates, rows)
+    return CurveSearcher(partial(_predict, learned), partial(_searcher, learned), candidates, surrogate, space)
+
+
+def _name(configuration: Mapping[str, Any]) -> tuple:
+    return tuple(sorted(configuration.items()))
+
+
+def _row_of(learned: _Learned, configuration: Mapping[str, Any]) -> int:
+    """The index of a candidate; raises `ValueError` if the configuration is not a candidate."""
+    name = _name(configuration)
+    if name not in learned.rows:  # fill missing values with defaults
+        name = _name(spaces.complete(learned.space, configuration))
+    if name in learned.rows:
+        return learned.rows[name]
+    raise ValueError(
+        f"{configuration} is not one of the candidates, which are the configurations of the earlier tasks."
+    )
+
+
+def _outcomes_of(learned: _Learned, records: Sequence[base.Record]) -> list[tuple[int, int, float]]:
+    """(candidate, index of the fidelity, outcome) of each finite outcome of a complete record."""
+    complete = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
+    rows = [_row_of(learned, record.configuration) for record in complete]
+    rungs = [_fidelities.rung_of(learned.surrogate.fidelities.tolist(), record, own=True) for record in complete]
+    triples = zip(rows, rungs, complete, strict=True)
+    return [(row, rung, float(record.outcome)) for row, rung, record in triples if rung is not None]
+
+
+def _predict(
+    learned: _Learned, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)
+) -> np.ndarray:
+    """`CurveSearcher.predict`."""
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"`levels` must lie between 0 and 1; got {list(levels)}.")
+    seen, (num, num_fidelities) = _outcomes_of(learned, trials), learned.surrogate.mean.shape
+    final = jnp.arange(num), jnp.full(num, num_fidelities - 1)
+    mean, std = (np.asarray(value) for value in _at(learned.surrogate, _padded(seen), *final))
+    errors = np.asarray(learned.surrogate.errors)[_reached(seen, num)]
+    middle = (np.arange(errors.shape[1]) + 0.5) / errors.shape[1]
+    at_levels = np.stack([[np.interp(level, middle, row) for level in levels] for row in errors])
+    return mean[:, None] + std[:, None] * at_levels
+
+
+def _searcher(learned: _Learned, *, first: Sequence[Mapping[str, Any]] = (), resumes: bool = True) -> base.Searcher:
+    """`CurveSearcher.searcher`."""
+    first_rows = [_row_of(learned, configuration) for configuration in first]
+
+    def init(key, space):
+        del space  # the candidates come from the records
+        return FreezeThawState(key, (), (), frozenset(), ())
+
+    return base.Searcher(init, partial(_ask, learned, first_rows, resumes), partial(_tell, learned))
+
+
+def _seed_of(state: FreezeThawState, trial: int) -> int:
+    return int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
+
+
+def _ask(learned: _Learned, first_rows: list[int], resumes: bool, state: FreezeThawState, num: int):
+    asked = []
+    for _ in range(num):
+        chosen = _choose(learned, first_rows, resumes, state)
+        if chosen is None:
+            break
+        candidate, rung = chosen
+        if candidate not in state.started:
+            state = state._replace(started=(*state.started, candidate))
+        trial = state.started.index(candidate)
+        asked.append(
+            base.Record(
+                "",
+                dict(learned.candidates[candidate]),
+                fidelity=float(learned.surrogate.fidelities[rung]),
+                seed=_seed_of(state, trial),
+                status="WAITING",
+                trial=trial,
+            )
         )
+        state = state._replace(pending=(*state.pending, (candidate, rung)))
+    return asked, state
 
-    def seen_of(records):
-        counted = [r for r in records if r.status == "COMPLETE" and np.isfinite(r.outcome)]
-        at = [(known_number(r.configuration), _fidelities.rung_of(rungs, r, own=True)) for r in counted]
-        return [(c, j, float(r.outcome)) for (c, j), r in zip(at, counted, strict=True) if j is not None]
 
-    def predict(trials=(), levels=(0.05, 0.5, 0.95)):
-        if not all(0 < level < 1 for level in levels):
-            raise ValueError(f"`levels` must lie between 0 and 1; got {list(levels)}.")
-        seen = seen_of(trials)
-        mean, std = (np.asarray(value) for value in final(_padded(seen)))
-        errors = np.asarray(surrogate.errors)[_reached(seen, num)]
-        middle = (np.arange(errors.shape[1]) + 0.5) / errors.shape[1]
-        at_levels = np.stack([[np.interp(level, middle, row) for level in levels] for row in errors])
-        return mean[:, None] + std[:, None] * at_levels
+def _choose(learned: _Learned, first_rows: list[int], resumes: bool, state: FreezeThawState) -> tuple[int, int] | None:
+    """The candidate and the index of the fidelity to run next; None if no candidate is open."""
+    num, num_fidelities = learned.surrogate.mean.shape
+    last = num_fidelities - 1
+    seen = [*state.seen, *_expected_of_running(learned, state)]
+    reached = _reached(seen, num)
+    busy = {candidate for candidate, _ in state.pending}
+    is_open = (reached < num_fidelities) & ~np.isin(np.arange(num), [*busy, *state.closed])
+    if not is_open.any():
+        return None
+    waiting = [c for c in first_rows if is_open[c] and not reached[c]]
+    if waiting:
+        return waiting[0], 0 if resumes else last
+    best = min((y for _, rung, y in state.seen if rung == last), default=np.inf)
+    remaining = _remaining(learned.surrogate.fidelities)
+    to_pay = remaining if resumes else jnp.ones_like(remaining)
+    value, mean = _score(learned.surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)
+    value, mean = np.where(is_open, value, -1.0), np.where(is_open, mean, np.inf)
+    # If no improvement is expected, choose the smallest expected outcome.
+    chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
+    return chosen, int(reached[chosen]) if resumes else last
 
-    def searcher(*, first=(), resumes=True):
-        given = [known_number(c) for c in first]
 
-        def init(key, space):
-            del space  # the candidates come from the records
-            return FreezeThawState(key, (), (), frozenset(), ())
+def _expected_of_running(learned: _Learned, state: FreezeThawState) -> list[tuple[int, int, float]]:
+    """The expected outcomes of the running trials, like `FreezeThawState.seen`."""
+    if not state.pending:
+        return []
+    candidate, rung = (np.array(column) for column in zip(*state.pending, strict=True))
+    pad = 0, max(8, 1 << (len(rung) - 1).bit_length()) - len(rung)
+    padded = (jnp.asarray(np.pad(column, pad)) for column in (candidate, rung))
+    mean = np.asarray(_at(learned.surrogate, _padded(list(state.seen)), *padded)[0])[: len(rung)]
+    return [(int(c), int(j), float(y)) for c, j, y in zip(candidate, rung, mean, strict=True)]
 
-        def seed_of(state, trial):
-            return int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
 
-        def choose(state):
-            seen = list(state.seen)
-            if state.pending:  # assume that running trials give the expected outcome
-                c, j = (np.array(column) for column in zip(*state.pending, strict=True))
-                size = max(8, 1 << (len(c) - 1).bit_length())
-                padded = (jnp.asarray(np.pad(v, (0, size - len(v)))) for v in (c, j))
-                believed = np.asarray(_at(surrogate, _padded(seen), *padded)[0])[: len(c)]
-                seen += [(int(a), int(b), float(y)) for a, b, y in zip(c, j, believed, strict=True)]
-            reached = _reached(seen, num)
-            busy = {candidate for candidate, _ in state.pending}
-            open_ = (reached < num_fidelities) & ~np.isin(np.arange(num), [*busy, *state.closed])
-            if not open_.any():
-                return None
-            waiting = [c for c in given if open_[c] and not reached[c]]
-            if waiting:
-                return waiting[0], 0 if resumes else last
-            ended = [y for _, j, y in state.seen if j == last]
-            best = min(ended, default=np.inf)
-            to_pay = remaining if resumes else jnp.ones_like(remaining)
-            value, mean = _score(surrogate, _padded(seen), jnp.asarray(reached), to_pay, best)
-            value, mean = np.where(open_, value, -1.0), np.where(open_, mean, np.inf)
-            # If no improvement is expected, choose the smallest expected outcome.
-            chosen = int(value.argmax()) if value.max() > 1e-12 else int(mean.argmin())
-            return chosen, int(reached[chosen]) if resumes else last
+def _remaining(fidelities: np.ndarray) -> jax.Array:
+    """[1 + F] the remaining budget of a candidate after 0, 1, ... F fidelities."""
+    return jnp.asarray(np.maximum(1 - np.concatenate([[0.0], fidelities / fidelities[-1]]), 1e-9))
 
-        def ask(state, num):
-            asked = []
-            for _ in range(num):
-                found = choose(state)
-                if found is None:
-                    break
-                candidate, rung = found
-                if candidate not in state.started:
-                    state = state._replace(started=(*state.started, candidate))
-                trial = state.started.index(candidate)
-                asked.append(
-                    base.Record(
-                        "",
-                        dict(candidates[candidate]),
-                        fidelity=float(rungs[rung]),
-                        seed=seed_of(state, trial),
-                        status="WAITING",
-                        trial=trial,
-                    )
-                )
-                state = state._replace(pending=(*state.pending, (candidate, rung)))
-            return asked, state
 
-        def tell(state, records):
-            for record in records:
-                if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
-                    continue
-                try:
-                    candidate = known_number(record.configuration)
-                except (TypeError, ValueError):  # a trial of another search that is not a candidate
-                    continue
-                asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
-                own = asked and record.seed == seed_of(state, record.trial)
-                if (rung := _fidelities.rung_of(rungs, record, own=own)) is None:
-                    continue
-                entry = candidate, rung
-                state = state._replace(pending=tuple(p for p in state.pending if p != entry))
-                seen = seen_of([record])
-                state = state._replace(seen=(*state.seen, *seen))
-                if record.status != "COMPLETE" or not seen:
-                    state = state._replace(closed=state.closed | {entry[0]})
-            return state
-
-        return base.Searcher(init, ask, tell)
-
-    return CurveSearcher(predict, searcher, candidates, surrogate, space)
+def _tell(learned: _Learned, state: FreezeThawState, records: Sequence[base.Record]) -> FreezeThawState:
+    for record in records:
+        if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
+            continue
+        try:
+            candidate = _row_of(learned, record.configuration)
+        except (TypeError, ValueError):  # a trial of another search that is not a candidate
+            continue
+        asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
+        own = asked and record.seed == _seed_of(state, record.trial)
+        if (rung := _fidelities.rung_of(learned.surrogate.fidelities.tolist(), record, own=own)) is None:
+            continue
+        state = state._replace(pending=tuple(p for p in state.pending if p != (candidate, rung)))
+        seen = _outcomes_of(learned, [record])
+        state = state._replace(seen=(*state.seen, *seen))
+        if record.status != "COMPLETE" or not seen:
+            state = state._replace(closed=state.closed | {candidate})
+    return state
 
 
 _at = jax.jit(_curves.curve_posterior)

@@ -16,12 +16,12 @@ MAX_TRIALS = 256  # maximum number of trials of the new task that the surrogate 
 _NEAREST = 8  # number of next larger fidelities that a fidelity is compared with
 
 
-def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Sequence[Mapping[str, Any]]:
+def as_configurations(name: str, value: Any, space: base.PyTree = None) -> Sequence[Mapping[str, Any]]:
     """Returns configurations from a list of dicts or from a data frame, where gaps are missing values.
 
     Args:
       name: the argument's name, for error messages.
-      given: the argument.
+      value: the argument.
       space: the search space. If a choice has None as a label and is active, a gap (NaN, None, NA, NaT) of a data frame
         is None.
 
@@ -29,24 +29,22 @@ def as_configurations(name: str, given: Any, space: base.PyTree = None) -> Seque
       A sequence of dicts.
 
     Raises:
-      ValueError: if `given` is anything else, such as an array, which does not have the names of its columns.
+      ValueError: if `value` is anything else, such as an array, which does not have the names of its columns.
     """
-    if hasattr(given, "columns"):
-        given = _frames.as_pandas(name, given)
+    if hasattr(value, "columns"):
+        frame = _frames.as_pandas(name, value)
         # Turn the gaps of nullable types into NaN as well.
-        return _without_gaps(given.astype(object).where(given.notna(), math.nan).to_dict("records"), space)
-    if isinstance(given, Mapping):
-        raise ValueError(f"`{name}` must be a list of configurations; got one.")
-    if isinstance(given, (str, np.ndarray, jax.Array)) or not isinstance(given, Sequence):
+        return _without_gaps(frame.astype(object).where(frame.notna(), math.nan).to_dict("records"), space)
+    if isinstance(value, (str, Mapping, np.ndarray, jax.Array)) or not isinstance(value, Sequence):
         raise ValueError(
             f"`{name}` must be a list of configurations, dicts of values by name such as {{'x': 0.5}}, or a data frame "
-            f"with a column a name; got {type(given).__name__}. `pandas.DataFrame(array, columns=names)` makes a frame "
+            f"with a column a name; got {type(value).__name__}. `pandas.DataFrame(array, columns=names)` makes a frame "
             "of an array."
         )
-    for i, configuration in enumerate(given):
+    for i, configuration in enumerate(value):
         if not isinstance(configuration, (dict, Mapping)):  # the check for dict is faster than the one for Mapping
             raise ValueError(f"`{name}[{i}]` must be a dict from parameter names to values; got {configuration!r}.")
-    return given
+    return value
 
 
 def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[str, Any]]:
@@ -55,40 +53,35 @@ def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[s
     conditional = {jax.tree_util.keystr(p, simple=True, separator=".") or "hyperparams": x.condition for p, x in nones}
     leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # "w[0]" of leaf "w"
 
-    def given(row):
-        found = {name: value for name, value in row.items() if value == value}
-        gaps = [name for name in row if name not in found and leaf_name(name) in conditional]
+    def without_gaps(row):
+        values = {name: value for name, value in row.items() if value == value}
+        gaps = [name for name in row if name not in values and leaf_name(name) in conditional]
         if any(conditional[leaf_name(name)] for name in gaps):
-            whole = spaces.complete(space, found | dict.fromkeys(gaps, math.nan), strict=False)
+            whole = spaces.complete(space, values | dict.fromkeys(gaps, math.nan), strict=False)
             gaps = [name for name in gaps if name in whole]
-        return found | dict.fromkeys(gaps)
+        return values | dict.fromkeys(gaps)
 
-    return [given(row) for row in rows]
+    return [without_gaps(row) for row in rows]
 
 
-def as_outcomes(given: Any, num: int) -> np.ndarray:
+def as_outcomes(outcomes: Any, num: int) -> np.ndarray:
     """[N] outcomes of N configurations, NaN if a trial failed, from any array of N numbers.
 
     Args:
-      given: [N] or [N, 1] outcomes; None and non-finite numbers are failures.
+      outcomes: [N] or [N, 1]; None and non-finite numbers are failures.
       num: N, the number of configurations.
 
     Returns:
       [N] finite numbers or NaN.
 
     Raises:
-      ValueError: if `given` is anything else, or has another length.
+      ValueError: if `outcomes` are not numbers, or have another shape.
     """
-    try:
-        y = np.asarray(given, float)
-    except (TypeError, ValueError):
-        raise ValueError(f"`outcomes` must be numbers, NaN where a trial failed; got {given!r}.") from None
+    y = np.asarray(outcomes, float)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim != 1:
-        raise ValueError(f"`outcomes` must be a number for each configuration, [N]; got shape {y.shape}.")
-    if len(y) != num:
-        raise ValueError(f"Each configuration has an outcome; got {num} and {len(y)}.")
+    if y.shape != (num,):
+        raise ValueError(f"`outcomes` must be one number for each configuration, [{num}]; got shape {y.shape}.")
     return np.where(np.isfinite(y), y, np.nan)
 
 
@@ -116,7 +109,7 @@ class TriedConfiguration(NamedTuple):
     last: float
 
 
-class Told(NamedTuple):
+class EndedTrials(NamedTuple):
     """All ended trials of a new task; their configurations are encoded only when needed.
 
     Attributes:
@@ -175,24 +168,25 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
 
     @functools.cache
     def mean(level):
-        return float(np.nanmean([of[fidelities[level]] for of in compared[level] if fidelities[level] in of]))
+        s = fidelities[level]
+        return float(np.nanmean([outcomes[s] for outcomes in compared[level] if s in outcomes]))
 
-    for level, those in enumerate(by_fidelity if len(ended) else ()):
-        fidelities.append(s := float(reached[those[0]]))
-        both = np.sort(np.concatenate([those[-MAX_TRIALS:], further]))
+    for level, rows in enumerate(by_fidelity if len(ended) else ()):
+        fidelities.append(s := float(reached[rows[0]]))
+        both = np.sort(np.concatenate([rows[-MAX_TRIALS:], further]))
         # A trial that went further and has only one outcome has no outcome at this fidelity.
         compared.append([tried[i].outcomes for i in both[several[both] | (reached[both] == s)].tolist()])
         further = both[-MAX_TRIALS:]
         for above in range(level - 1, max(level - _NEAREST, 0) - 1, -1):  # the nearest first
             h = fidelities[above]
-            pairs = [of[h] - of[s] for of in compared[above] if s in of and h in of]
+            pairs = [outcomes[h] - outcomes[s] for outcomes in compared[above] if s in outcomes and h in outcomes]
             pairs = [difference for difference in pairs if math.isfinite(difference)]
             if pairs:
                 shifts.append(shifts[above] + float(np.mean(pairs)))
                 break
         else:
             shifts.append(shifts[-1] + mean(level - 1) - mean(level) if level else 0.0)
-        y[those] += shifts[-1]
+        y[rows] += shifts[-1]
     return y
 
 
@@ -246,7 +240,7 @@ def farthest(x: np.ndarray, tried: np.ndarray) -> int:
 
 
 def without_outliers(y: np.ndarray) -> np.ndarray:
-    """[N] outcomes, clipped far above the third quartile, as `blackbox.normalize` does for earlier tasks.
+    """[N] outcomes, clipped far above the third quartile, as `_surrogates.normalize` does for earlier tasks.
 
     One trial of four may have diverged. Its outcome must not set the limit, so we do not interpolate the quartile.
     """

@@ -64,7 +64,7 @@ class Conditioned(NamedTuple):
 
     seen: jax.Array
     at_seen: jax.Array
-    processes: tuple[_processes.Given, _processes.Given]
+    processes: tuple[_processes.Processes, _processes.Processes]
     log_weights: jax.Array
     deep: "Adapted | None" = None
 
@@ -74,12 +74,12 @@ class Adapted(NamedTuple):
 
     Attributes:
       members: their parameters.
-      given: the processes given the trials; leaves [E, ...].
+      processes: given the trials; leaves [E, ...].
       at_seen: [E, N, H] φ of the trials.
     """
 
     members: _deep_kernel.DeepKernel
-    given: _processes.Given
+    processes: _processes.Processes
     at_seen: jax.Array
 
 
@@ -113,14 +113,14 @@ def condition(
             # An adapted member would always explain the trials best, so it keeps its likelihood before the adaptation.
             before = _deep_kernel.condition_deep(member, log_scales, trials).log_likelihood.max()
             member = _deep_kernel.adapt_deep_kernel(member, log_scales, trials, num_steps=adaptation_steps)
-            given = _deep_kernel.condition_deep(member, log_scales, trials)
-            gained = given.log_likelihood.max() - before
-            given = given._replace(log_likelihood=given.log_likelihood - gained)
-            return Adapted(member, given, _deep_kernel.embed(member, seen))
+            process = _deep_kernel.condition_deep(member, log_scales, trials)
+            gained = process.log_likelihood.max() - before
+            process = process._replace(log_likelihood=process.log_likelihood - gained)
+            return Adapted(member, process, _deep_kernel.embed(member, seen))
 
         deep = jax.vmap(of_member)(surrogate.deep)
         prior = _log(weights[len(surrogate.curves) :])
-        log_weights = (*log_weights, jax.vmap(_weigh)(deep.given, prior).ravel())
+        log_weights = (*log_weights, jax.vmap(_weigh)(deep.processes, prior).ravel())
     return Conditioned(seen, at_seen, processes, jax.nn.log_softmax(jnp.concatenate(log_weights)), deep)
 
 
@@ -176,11 +176,12 @@ def expected_after_failures(
     Returns:
       [P] normalized outcomes.
     """
-    at, mask = failed
+    failed_x, mask = failed
     expected = lambda x: expected_outcomes(surrogate, x) @ weights
-    within = kernel_matrix(surrogate.kernel, at, at) * mask[:, None] * mask[None] + jnp.diag(1 - mask + 1e-2)
-    worse = jnp.maximum(1 - expected(at), 0) * mask
-    return expected(x) + kernel_matrix(surrogate.kernel, x, at) @ jnp.linalg.solve(within, worse)
+    between = kernel_matrix(surrogate.kernel, failed_x, failed_x)
+    within = between * mask[:, None] * mask[None] + jnp.diag(1 - mask + 1e-2)
+    worse = jnp.maximum(1 - expected(failed_x), 0) * mask
+    return expected(x) + kernel_matrix(surrogate.kernel, x, failed_x) @ jnp.linalg.solve(within, worse)
 
 
 def joint_posterior_at(
@@ -238,13 +239,13 @@ def _condition(surrogate: Surrogate, weights, trials, within):
     """
     at_seen, y, mask = trials
     rho = surrogate.closeness
-    informed = _processes.given(
+    informed = _processes.condition(
         at_seen[:, :1] + rho * at_seen[:, 1:],
         _share(surrogate) * at_seen[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * within,
         surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None],
         (y, mask),
     )
-    naive = _processes.given(
+    naive = _processes.condition(
         jnp.zeros((len(y), 1)),
         jnp.exp(surrogate.kernel.log_amplitude) * within,
         _typical_scales(surrogate)[None],
@@ -264,11 +265,11 @@ def _typical_scales(surrogate: Surrogate) -> jax.Array:
     return jnp.quantile(surrogate.log_scales, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))
 
 
-def _weigh(given: _processes.Given, prior: jax.Array, own: float = _OWN_UNITS) -> jax.Array:
+def _weigh(processes: _processes.Processes, prior: jax.Array, own: float = _OWN_UNITS) -> jax.Array:
     """[K·B] log prior plus log likelihood; the task's own scale has the prior `own`, the others share the rest."""
-    num = given.scales.shape[1] - 1
-    scales = np.log(np.append(np.full(num, (1 - own) / num), own)).astype(given.scales.dtype)
-    return (prior + scales[None] + given.log_likelihood).ravel()
+    num = processes.scales.shape[1] - 1
+    scales = np.log(np.append(np.full(num, (1 - own) / num), own)).astype(processes.scales.dtype)
+    return (prior + scales[None] + processes.log_likelihood).ravel()
 
 
 def _share(surrogate: Surrogate):
@@ -286,8 +287,8 @@ def _mixture(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between) -
 
 def _scales(conditioned: Conditioned) -> list[jax.Array]:
     """The scales of every process, each [K·B]."""
-    scales = [given.scales.ravel() for given in conditioned.processes]
-    return scales if conditioned.deep is None else [*scales, *conditioned.deep.given.scales[:, 0]]
+    scales = [processes.scales.ravel() for processes in conditioned.processes]
+    return scales if conditioned.deep is None else [*scales, *conditioned.deep.processes.scales[:, 0]]
 
 
 def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among):
@@ -300,7 +301,7 @@ def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among)
     functions, at_seen = at_x[:, 1:], conditioned.at_seen[:, 1:]
     num_others = among.shape[1]
     others = functions[len(at_x) - num_others :]
-    found = [
+    predictions = [
         _processes.predict(
             informed,
             at_x[:, :1] + surrogate.closeness * functions,
@@ -320,10 +321,10 @@ def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among)
         same = _processes.same_configuration(x, conditioned.seen)
         same_other = _processes.same_configuration(x, x[len(x) - num_others :])
 
-        def of_member(deep, given, at_seen):
+        def of_member(deep, process, at_seen):
             at_x = _deep_kernel.embed(deep, x)
             return _processes.predict(
-                given,
+                process,
                 (at_x @ deep.mean)[:, None],
                 _deep_kernel.covariance(deep, at_x, at_seen, same),
                 jnp.broadcast_to(jnp.exp(deep.log_amplitude), len(x)),
@@ -331,6 +332,6 @@ def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among)
             )
 
         members = jax.vmap(of_member)(*conditioned.deep)
-        found += [jax.tree.map(lambda leaf, e=e: leaf[e], members) for e in range(len(members[0]))]
-    means, variances, covariances = zip(*found, strict=True)
+        predictions += [jax.tree.map(lambda leaf, e=e: leaf[e], members) for e in range(len(members[0]))]
+    means, variances, covariances = zip(*predictions, strict=True)
     return jnp.concatenate(means, axis=1), variances, covariances

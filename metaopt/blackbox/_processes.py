@@ -21,7 +21,7 @@ _WIDEST = 10.0  # the largest log ratio between a task's units and those of earl
 _FEW = 16  # up to this number of coordinates, they are summed one by one
 
 
-class Given(NamedTuple):
+class Processes(NamedTuple):
     """K processes with B scales each and one covariance LLᵀ, given N trials.
 
     L⁻¹ is stored, because products take a tenth of the time of solves. The noise bounds the condition number of L by
@@ -62,10 +62,10 @@ def square_distances(x: jax.Array, z: jax.Array, weights: jax.Array) -> jax.Arra
     if x.shape[1] > _FEW:  # each summand takes some hundredths of a second to compile, with its gradient
         return (jnp.square(x[:, None] - z[None]) * weights[None, None]).sum(-1)
     # On CPU, XLA does not vectorize sums over the last axis: summing one by one takes a quarter of the time.
-    found = jnp.zeros((len(x), len(z)), jnp.result_type(x, z, weights))
+    total = jnp.zeros((len(x), len(z)), jnp.result_type(x, z, weights))
     for d in range(x.shape[1]):
-        found = found + jnp.square(x[:, d][:, None] - z[:, d][None]) * weights[d]
-    return found
+        total = total + jnp.square(x[:, d][:, None] - z[:, d][None]) * weights[d]
+    return total
 
 
 def same_configuration(x: jax.Array, z: jax.Array) -> jax.Array:
@@ -81,14 +81,14 @@ def same_configuration(x: jax.Array, z: jax.Array) -> jax.Array:
     return square_distances(x, z, jnp.ones(x.shape[1], x.dtype)) < 1e-8
 
 
-def given(
+def condition(
     mu: jax.Array,
     covariance: jax.Array,
     log_scales: jax.Array,
     trials: tuple[jax.Array, jax.Array],
     *,
     own_scale: bool = True,
-) -> Given:
+) -> Processes:
     """Conditions K processes on trials.
 
     Args:
@@ -100,7 +100,7 @@ def given(
         units that a task may have (Laplace's method). log b is uniform within ±10 of the median of `log_scales`.
 
     Returns:
-      A `Given`, with B + 1 scales if `own_scale`.
+      A `Processes`, with B + 1 scales if `own_scale`.
     """
     y, mask = trials
     num = mask.sum()
@@ -122,11 +122,11 @@ def given(
     values = log_likelihood(log_scales)
     if own_scale:
         own, width = _likeliest(of_y, of_both, num, log_scales)
-        known = num > 1  # one trial does not determine a scale
-        at_own = jnp.where(known, log_likelihood(own) + jnp.log(width / (2 * _WIDEST)), values[:, :1])
+        has_scale = num > 1  # one trial does not determine a scale
+        at_own = jnp.where(has_scale, log_likelihood(own) + jnp.log(width / (2 * _WIDEST)), values[:, :1])
         values = jnp.concatenate([values, at_own], axis=1)
-        log_scales = jnp.concatenate([log_scales, jnp.where(known, own, log_scales[:, :1])], axis=1)
-    return Given(whitening, mask, one, at_y, at_mu, middle, jnp.exp(log_scales), values)
+        log_scales = jnp.concatenate([log_scales, jnp.where(has_scale, own, log_scales[:, :1])], axis=1)
+    return Processes(whitening, mask, one, at_y, at_mu, middle, jnp.exp(log_scales), values)
 
 
 def _likeliest(of_y, of_both, num, log_scales):
@@ -145,11 +145,11 @@ def _likeliest(of_y, of_both, num, log_scales):
     return jax.lax.stop_gradient(own), jax.lax.stop_gradient(jnp.sqrt(2 * np.pi / curvature))
 
 
-def predict(given: Given, mu: jax.Array, cross: jax.Array, variance: jax.Array, covariance: jax.Array):
+def predict(processes: Processes, mu: jax.Array, cross: jax.Array, variance: jax.Array, covariance: jax.Array):
     """Means of all processes at P configurations, and their posterior variances and covariances.
 
     Args:
-      given: the processes given the trials.
+      processes: given the trials.
       mu: [P, K] prior means.
       cross: [P, N] prior covariances with the trials.
       variance: [P] prior variances.
@@ -158,15 +158,15 @@ def predict(given: Given, mu: jax.Array, cross: jax.Array, variance: jax.Array, 
     Returns:
       [P, K·B] means in the task's units; [P] variances and [P, Q] covariances in normalized units.
     """
-    one, at_y, at_mu = given.one, given.at_y, given.at_mu
-    at_x = given.whitening @ (cross * given.mask[None]).T  # [N, P]
+    one, at_y, at_mu = processes.one, processes.at_y, processes.at_mu
+    at_x = processes.whitening @ (cross * processes.mask[None]).T  # [N, P]
     total = one @ one
     # The means are offset + μ(c) + k K⁻¹(r − offset), which is linear in y/b and in μ.
     unexplained = 1 - one @ at_x  # [P]
     offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
-    mean_y = at_x.T @ at_y + unexplained * offset_y + given.middle  # [P]
+    mean_y = at_x.T @ at_y + unexplained * offset_y + processes.middle  # [P]
     mean_mu = mu - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
-    mean = mean_y[:, None, None] + given.scales[None] * mean_mu[..., None]
+    mean = mean_y[:, None, None] + processes.scales[None] * mean_mu[..., None]
     variance = jnp.maximum(variance - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
     others = slice(len(mu) - covariance.shape[1], None)
     covariance = covariance - at_x.T @ at_x[:, others] + jnp.outer(unexplained, unexplained[others]) / total

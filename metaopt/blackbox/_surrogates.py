@@ -196,14 +196,7 @@ def surrogate(
 
     Returns:
       A `Surrogate` that weights all tasks equally (`attention` has no member).
-
-    Raises:
-      ValueError: if there is no task, or ρ is out of range.
     """
-    if not tasks:
-        raise ValueError("`tasks` must hold at least one task with an outcome; it is empty.")
-    if not 0 <= closeness <= 1:
-        raise ValueError(f"`closeness` must lie in [0, 1]; got {closeness}.")
     reference = np.asarray(reference, np.float64)
     amplitude = float(np.exp(kernel.log_amplitude))
     gram = _gram(kernel, reference, reference)
@@ -218,10 +211,10 @@ def surrogate(
     curves = np.zeros((len(tasks), len(reference)))
     whole = np.zeros(len(tasks), bool)
     for s, ((y, _), a) in enumerate(zip(normalized, project, strict=True)):
-        at = a.argmax(1)
-        whole[s] = np.isfinite(y).all() and len(y) == len(np.unique(at)) == len(reference)
+        columns = a.argmax(1)
+        whole[s] = np.isfinite(y).all() and len(y) == len(np.unique(columns)) == len(reference)
         if whole[s]:  # each reference configuration was tried once: nothing to infer
-            curves[s, at] = y
+            curves[s, columns] = y
     for done in range(1, num_rounds + 1):
         for s, ((y, _), a, rest) in enumerate(zip(normalized, project, left, strict=True)):
             if whole[s]:
@@ -400,14 +393,14 @@ def task_features(surrogate: Surrogate, features: Any = None, data: Any = None) 
     data = None if embedding is None else data
     if (features is None or not num_features) and data is None:
         return None
-    given = None if features is None or not num_features else np.asarray(features)[None]
-    parts = [jnp.asarray(rank_features(surrogate.sorted_features, given, 1)[0])]
+    raw_features = None if features is None or not num_features else np.asarray(features)[None]
+    parts = [jnp.asarray(rank_features(surrogate.sorted_features, raw_features, 1)[0])]
     if embedding is not None:
-        found = jnp.zeros_like(embedding.center)
+        embedded = jnp.zeros_like(embedding.center)
         if data is not None:
             raw = predictors.embed_rows(embedding.params, jax.tree.map(jnp.asarray, data), max_rows=MAX_ROWS)
-            found = (raw - embedding.center) / embedding.scale
-        parts.append(found)
+            embedded = (raw - embedding.center) / embedding.scale
+        parts.append(embedded)
     return jnp.concatenate(parts)
 
 
@@ -472,9 +465,9 @@ def expected_outcomes(surrogate: Surrogate, x: jax.Array) -> jax.Array:
         the reference configurations equals that of earlier tasks.
     """
     functions = kernel_matrix(surrogate.kernel, x, surrogate.reference) @ surrogate.coefficients
-    known = functions[:, :1] + functions[:, 1:]
+    outcomes = functions[:, :1] + functions[:, 1:]
     if surrogate.deep is None:
-        return known
-    at = lambda deep, x: _deep_kernel.embed(deep, x) @ deep.mean
-    of_member = lambda deep: at(deep, x) - at(deep, surrogate.reference).mean() + surrogate.curves.mean()
-    return jnp.concatenate([known, jax.vmap(of_member)(surrogate.deep).T], axis=1)
+        return outcomes
+    mean_at = lambda deep, x: _deep_kernel.embed(deep, x) @ deep.mean
+    of_member = lambda deep: mean_at(deep, x) - mean_at(deep, surrogate.reference).mean() + surrogate.curves.mean()
+    return jnp.concatenate([outcomes, jax.vmap(of_member)(surrogate.deep).T], axis=1)

@@ -116,12 +116,7 @@ def init_transformer(
 
     Returns:
       A `Transformer`.
-
-    Raises:
-      ValueError: if the width is not a multiple of 4.
     """
-    if width % _NUM_HEADS:
-        raise ValueError(f"`width` must be a multiple of {_NUM_HEADS}, the number of heads; got {width}.")
     keys = jax.random.split(key, 5)
     normal = lambda key, *shape: jax.random.normal(key, shape) / np.sqrt(max(shape[-2], 1))
 
@@ -247,8 +242,8 @@ def transformer_loss(
     x, _, mask = asked
     transformer = predictors.at_features(transformer, features)
     logits = _logits(transformer, _read(transformer, trials, 1.0), x)
-    found = jnp.take_along_axis(logits, outcome_classes(trials, asked)[:, None], axis=1)[:, 0]
-    return -(found * mask).sum() / mask.sum()
+    log_probs = jnp.take_along_axis(logits, outcome_classes(trials, asked)[:, None], axis=1)[:, 0]
+    return -(log_probs * mask).sum() / mask.sum()
 
 
 def outcome_classes(
@@ -266,8 +261,8 @@ def outcome_classes(
     _, y, mask = trials
     low, scale = _zero_and_scale(y, (mask > 0) & ~jnp.isnan(y), 1.0)
     v = (asked[1] - low) / scale
-    at = jnp.searchsorted(jnp.asarray(_edges(), v.dtype), v, side="right") - 1
-    return jnp.where(jnp.isnan(v), NUM_BINS, jnp.clip(at, 0, NUM_BINS - 1))
+    bins = jnp.searchsorted(jnp.asarray(_edges(), v.dtype), v, side="right") - 1
+    return jnp.where(jnp.isnan(v), NUM_BINS, jnp.clip(bins, 0, NUM_BINS - 1))
 
 
 def binned_improvement(binned: Binned, best: jax.Array | float) -> jax.Array:

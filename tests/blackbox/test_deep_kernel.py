@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from metaopt import blackbox, predictors
-from metaopt.blackbox import _deep_kernel
+from metaopt import predictors
+from metaopt.blackbox import _deep_kernel, _posterior, _surrogates
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(9, 3))
 Y = np.sin(4 * X[:, 0]) + X[:, 1]
 FEATURES = np.array([0.5, -1.0])
-DEEP = blackbox.init_deep_kernel(jax.random.key(0), 3, 2, num_hidden=4)
+DEEP = _deep_kernel.init_deep_kernel(jax.random.key(0), 3, 2, num_hidden=4)
 DEEP = DEEP._replace(mean=jnp.array([0.3, -0.2, 0.1, 0.4]), hidden_bias=jnp.array([0.1, 0.2, -0.1, 0.0]))
-LOSS = jax.jit(blackbox.deep_kernel_loss, static_argnames="penalty")
-CONDITION = jax.jit(blackbox.condition)  # with the number of steps as an argument: one program for all
-POSTERIOR_AT, JOINT_AT = jax.jit(blackbox.posterior_at), jax.jit(blackbox.joint_posterior_at)
-ADAPT = jax.jit(blackbox.adapt_deep_kernel)
+LOSS = jax.jit(_deep_kernel.deep_kernel_loss, static_argnames="penalty")
+CONDITION = jax.jit(_posterior.condition)  # with the number of steps as an argument: one program for all
+POSTERIOR_AT, JOINT_AT = jax.jit(_posterior.posterior_at), jax.jit(_posterior.joint_posterior_at)
+ADAPT = jax.jit(_deep_kernel.adapt_deep_kernel)
 LOG_SCALES = jnp.array([-0.5, 0.5])
 
 
@@ -58,22 +58,22 @@ def test_the_loss_is_the_likelihood_and_its_gradient_is_right():
 
 
 def surrogate(deep, share):
-    trials = [blackbox.TaskTrials(X, 2.0 * (Y + s * X[:, 2])) for s in range(3)]
-    found = blackbox.surrogate(trials, blackbox.Kernel(jnp.zeros(3), jnp.array(2.0), jnp.array(-2.0)), X)
+    trials = [_surrogates.TaskTrials(X, 2.0 * (Y + s * X[:, 2])) for s in range(3)]
+    found = _surrogates.surrogate(trials, _surrogates.Kernel(jnp.zeros(3), jnp.array(2.0), jnp.array(-2.0)), X)
     return found._replace(deep=jax.tree.map(lambda leaf: leaf[None], deep), deep_share=share)
 
 
 @pytest.mark.slow
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     found = surrogate(predictors.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
-    weights = blackbox.task_weights(found)
+    weights = _surrogates.task_weights(found)
     np.testing.assert_allclose(weights, [0, 0, 0, 1])
     seen, at = np.array([1, 4, 7]), np.array([0, 1, 8])
     y = np.array([1.0, 0.2, 0.6])
     given = CONDITION(found, weights, padded(X[seen], y), adaptation_steps=0)
     mixture = POSTERIOR_AT(found, given, jnp.asarray(X[at]))
     mean, cov = by_numpy(DEEP, X)
-    scales = np.asarray(given.deep.given.scales)[0, 0]
+    scales = np.asarray(given.deep.processes.scales)[0, 0]
     assert len(scales) == 6 and mixture.mean.shape == (3, 4 * 3 + 6 + 6)
     for b, mu, std in zip(scales, mixture.mean.T[-6:], mixture.std.T[-6:], strict=True):
         wide = b**2 * cov + 1e5  # the offset as one more Gaussian, as wide as the sky
@@ -88,12 +88,12 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     np.testing.assert_allclose(np.log(weights[-6] / weights[-5]), one - other, rtol=1e-5)
     expected = by_numpy(DEEP, X)[0]  # X are the reference configurations, too
     expected += np.asarray(found.curves).mean() - expected.mean()
-    np.testing.assert_allclose(blackbox.expected_outcomes(found, X)[:, 3], expected, rtol=1e-6)
+    np.testing.assert_allclose(_surrogates.expected_outcomes(found, X)[:, 3], expected, rtol=1e-6)
     # The whole share is the whole: whatever explains the trials, nothing else is believed.
-    as_before = CONDITION(found, blackbox.task_weights(found), padded(X, 2.0 * Y), adaptation_steps=0)
+    as_before = CONDITION(found, _surrogates.task_weights(found), padded(X, 2.0 * Y), adaptation_steps=0)
     np.testing.assert_array_equal(jnp.exp(as_before.log_weights[:-6]), 0.0)
     # And what is adapted, or runs in a batch, goes the same way.
-    adapted = CONDITION(found, blackbox.task_weights(found), padded(X[seen], y), adaptation_steps=10)
+    adapted = CONDITION(found, _surrogates.task_weights(found), padded(X[seen], y), adaptation_steps=10)
     joint = JOINT_AT(found, adapted, jnp.asarray(X[at]), jnp.asarray(X[2:4]))
     again = POSTERIOR_AT(found, adapted, jnp.asarray(X[at]))
     np.testing.assert_allclose(joint.mean[:3], again.mean, rtol=1e-6)
@@ -106,7 +106,7 @@ def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
     found = surrogate(predictors.at_features(DEEP, jnp.asarray(FEATURES)), 0.5)
     seen, y = np.array([1, 3, 4, 6, 7]), np.array([1.0, 0.2, 0.6, 0.1, 0.9])
     before, after = (
-        CONDITION(found, blackbox.task_weights(found), padded(X[seen], y), adaptation_steps=n) for n in (0, 10)
+        CONDITION(found, _surrogates.task_weights(found), padded(X[seen], y), adaptation_steps=n) for n in (0, 10)
     )
     best = lambda given: given.log_weights[-6:].max() - given.log_weights[0]  # against an earlier task
     np.testing.assert_allclose(best(before), best(after), rtol=1e-6)
@@ -116,7 +116,7 @@ def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
         deep = jax.tree.map(lambda leaf: leaf[0], given.deep.members)
         return max(
             log_density(*by_numpy(deep, X[seen], 0 * FEATURES), y / b) - 4 * np.log(b)
-            for b in np.asarray(before.deep.given.scales)[0, 0]
+            for b in np.asarray(before.deep.processes.scales)[0, 0]
         )
 
     assert likelihood(after) > likelihood(before) + 0.05
@@ -137,10 +137,10 @@ def test_of_many_trials_the_best_and_the_latest_are_adapted_to(monkeypatch):
         assert sorted(at[np.asarray(kept_mask) > 0].tolist()) == sorted(expected) and len(at) == 16
         np.testing.assert_array_equal(kept_y, y[at])
     some = np.union1d(np.argsort(Y)[:3], [i for i in range(9) if i not in np.argsort(Y)[:3]][-3:])
-    few = blackbox.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X[some]), jnp.asarray(Y[some]), jnp.ones(6)))
-    every = blackbox.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X), jnp.asarray(Y), jnp.ones(9)))
+    few = _deep_kernel.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X[some]), jnp.asarray(Y[some]), jnp.ones(6)))
+    every = _deep_kernel.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X), jnp.asarray(Y), jnp.ones(9)))
     monkeypatch.setattr(_deep_kernel, "MAX_ADAPTED", 6)
-    found = blackbox.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X), jnp.asarray(Y), jnp.ones(9)))
+    found = _deep_kernel.adapt_deep_kernel(DEEP, LOG_SCALES, (jnp.asarray(X), jnp.asarray(Y), jnp.ones(9)))
     for one, same in zip(found, few, strict=True):
         np.testing.assert_allclose(one, same, rtol=1e-6)
     assert not np.allclose(found.mean, every.mean, rtol=1e-6)
@@ -167,11 +167,11 @@ def test_a_few_steps_make_a_tasks_own_trials_likelier():
 def test_a_tasks_features_enter_once(features):
     sorted_features = np.sort(RNG.normal(size=(2, 3)))
     found = surrogate(DEEP, 0.5)._replace(sorted_features=sorted_features)
-    seen = blackbox.at_task(found, features)
+    seen = _surrogates.at_task(found, features)
     if features is None:
         assert seen is found
     else:
-        ranks = blackbox.rank_features(sorted_features, features[None], 1)[0]
+        ranks = _surrogates.rank_features(sorted_features, features[None], 1)[0]
         expected = np.asarray(DEEP.bias + ranks @ DEEP.task)
         np.testing.assert_allclose(seen.deep.bias[0], expected)
         assert np.abs(expected - DEEP.bias).max() > 0.1

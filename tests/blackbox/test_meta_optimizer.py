@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import sys
 import warnings
 from typing import Any
 
@@ -12,7 +11,15 @@ import numpy as np
 import pytest
 
 from metaopt import base, blackbox, spaces
-from metaopt.blackbox import _earlier_trials, _meta_search, _new_trials
+from metaopt.blackbox import (
+    _deep_kernel,
+    _earlier_trials,
+    _encoding,
+    _fit_surrogate,
+    _new_trials,
+    _surrogates,
+    _transformer,
+)
 
 slow = pytest.mark.slow
 MANY = 30  # copies of each earlier task, so that its best counts for more than the default
@@ -149,7 +156,7 @@ def test_batches_failures_and_first_configurations(g):
 @pytest.mark.once
 def test_a_finite_set_is_never_left_nor_repeated(acquisition):
     records, features = make_records(np.random.default_rng(1), num_tasks=6)
-    h = blackbox.train_meta_searcher(records[:40], space=SPACE, features=features, num_steps=2, num_members=1)
+    h = blackbox.train_meta_searcher(records[:40], space=SPACE, features=features, num_steps=0, num_members=1)
     pool = [record.configuration for record in records[:40]]
     portfolio = h.portfolio(3)
     assert portfolio[0] == h.predict() and all(c in pool for c in portfolio) and portfolio[1] != portfolio[2]
@@ -181,9 +188,10 @@ def test_a_second_key_compiles_no_step_again(monkeypatch):
 
         return counting
 
-    for name in ("kernel_loss", "attention_loss", "deep_kernel_loss", "transformer_loss"):
-        module = sys.modules[getattr(blackbox, name).__module__]
-        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    losses = {_surrogates: ("kernel_loss", "attention_loss"), _deep_kernel: ("deep_kernel_loss",)}
+    for module, names in (losses | {_transformer: ("transformer_loss",)}).items():
+        for name in names:
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     kwargs = {"space": SPACE, "num_steps": 1, "num_members": 1, "deep_kernels": 1, "transformers": 1}
     jax.clear_caches()  # of tests before
     found = []
@@ -239,7 +247,7 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
     order, columns = rng.permutation(24), rng.permutation(3)
     changed = {"x": table["x"][order][:, columns], "y": 1 - table["y"][order]}
     changed = {k: np.pad(v, [(0, 2)] * v.ndim) for k, v in {**table, **changed}.items()}
-    one, other = (blackbox.task_weights(g.surrogate, None, data) for data in (table, changed))
+    one, other = (_surrogates.task_weights(g.surrogate, None, data) for data in (table, changed))
     np.testing.assert_allclose(one, other, rtol=1e-6)
     without = {key: table[key] for key in ("x", "y", "class_mask")}
     with pytest.raises(ValueError, match=r"The new task's `train` must be a dict .* it lacks mask, feature_mask\."):
@@ -251,26 +259,16 @@ def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
         blackbox.train_meta_optimizer(records, datasets={k: v for k, v in tables.items() if k != "t3"}, **kwargs)
 
 
-@pytest.mark.once
 def test_one_task_of_another_family_among_many_is_in_every_step():
-    rng = np.random.default_rng(0)
-    table = lambda: {"x": rng.normal(size=(8, 2)), "y": np.arange(8) % 2, "mask": np.ones(8)}
-    masks = {"feature_mask": np.ones(2), "class_mask": np.ones(2)}
-    names = [f"t{t}" for t in range(40)]
-    records = [
-        base.Record(name, {"x": x}, (x - 0.5) ** 2 + t / 100) for t, name in enumerate(names) for x in (0.2, 0.6)
-    ]
-    g = blackbox.train_meta_optimizer(
-        records,
-        datasets={name: table() | masks for name in names},
-        families={name: "one" if t else "other" for t, name in enumerate(names)},
-        space={"x": SPACE["x"]},
-        candidates=[{"x": 0.2}, {"x": 0.6}],
-        num_steps=5,
-        num_members=1,
-    )
-    assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(np.isfinite(x).all()), g.surrogate.embedding.params)))
-    assert np.isfinite(blackbox.task_weights(g.surrogate, None, table() | masks)).all()
+    """A step with one family has no other family to learn from, and would divide by zero."""
+    others = np.arange(40) > 0
+    data = {"features": jnp.zeros((40, 1)), "curves": jnp.zeros((40, 2)), "weights": jnp.full((1, 40), 1 / 40)}
+    data |= {"same_family": jnp.asarray(others[:, None] == others[None])}
+    sample_tasks = _fit_surrogate.sample_subsets(data, {"mask": jnp.arange(40)}, num_tasks=8)
+    for key in jax.random.split(jax.random.key(0), 10):
+        subset, rows = sample_tasks(key)
+        assert len(set(rows["mask"].tolist())) == 8 and 0 in rows["mask"] and not subset["same_family"].all()
+        np.testing.assert_allclose(subset["weights"].sum(1), 1)
 
 
 @pytest.mark.once
@@ -300,8 +298,6 @@ def test_deep_kernels_predict_from_features_and_stand_alone_where_they_have_the_
         predicted = alone.predict([best, 0.0])
         assert abs(predicted["x"] - best) < 0.3 and predicted["kind"] == ("a" if best < 0.5 else "b")
         assert search(alone.searcher([best, 0.0]), best, 5)[-1] < 0.02
-    with pytest.raises(ValueError, match=r"`deep_share` must lie in \[0, 1\]; got 2"):
-        blackbox.train_meta_optimizer(records, deep_share=2, **kwargs)
 
 
 def regrets_after(num, kind, seed, num_tasks, *others, candidates=None):
@@ -471,8 +467,7 @@ def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
     assert g.predict() == {"kind": "a", "x": 0.5}
 
     forests, machines = (
-        _meta_search.encoder(blackbox.sklearn_model(name).space)
-        for name in ("random_forest_classifier", "svm_classifier")
+        _encoding.encoder(blackbox.sklearn_model(name).space) for name in ("random_forest_classifier", "svm_classifier")
     )
     for encode, name, wrong in ((forests, "max_features", 0.3), (forests, "criterion", None), (machines, "kernel", [])):
         given, default = encode({name: wrong}), encode({})
@@ -512,44 +507,64 @@ def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number
     assert g.candidates == [{"max_depth": 64}, {"max_depth": 3}]  # which the default stands for
 
 
-@pytest.mark.once
-def test_what_is_wrong_is_said():
-    records, features = make_records(np.random.default_rng(4), num_tasks=2)
-    named = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
-    with pytest.raises(ValueError, match="`features` must have features as an array .* `tasks.apply_scaling`"):
-        blackbox.train_meta_optimizer(records, space=SPACE, features=named, num_steps=0)
-    with pytest.raises(ValueError, match="it has none"):
-        blackbox.train_meta_optimizer([r._replace(status="FAIL") for r in records], space=SPACE)
-    with pytest.raises(ValueError, match=r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"):
-        half = [r._replace(status="PRUNED", fidelity=0.5) for r in records]
-        blackbox.train_meta_optimizer(half, space=SPACE)
-    with pytest.raises(ValueError, match="the same number of `features`"):
-        blackbox.train_meta_optimizer(records, space=SPACE, features={"t0": [1.0], "t1": [1.0, 2.0]}, num_steps=0)
-    g = blackbox.train_meta_optimizer(records, space=SPACE, num_steps=0)
-    with pytest.raises(ValueError, match="`acquisition` must be one of"):
-        g.searcher(acquisition="best")
-    with pytest.raises(ValueError, match="`new_task` must have features as an array"):
-        g.predict(base.Task(None, None, named["t0"]))
+RECORDS = make_records(np.random.default_rng(4), num_tasks=2)[0]
+NAMED = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
+HALF = [r._replace(status="PRUNED", fidelity=0.5) for r in RECORDS]
+ONE = base.Record("one trial", {"x": 0.5, "kind": "a"}, 0.0)
+TRAIN = functools.partial(blackbox.train_meta_optimizer, space=SPACE, num_steps=0)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"status": "TIMEOUT"}, r"`records\[1\]`'s status must be one of WAITING, .*, FAIL; got 'TIMEOUT'"),
-        ({"status": "Complete"}, "got 'Complete'"),
-        ({"fidelity": 27}, r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of epochs"),
-        ({"outcome": None}, r"`records\[1\]`'s outcome must be a number, or NaN if it is unknown; got None"),
-        ({"outcome": "0.5"}, "outcome must be a number, .*; got '0.5'"),
-        ({"configuration": [0.5, "a"]}, "configuration must be a dict from parameter names to values; got"),
-        ({"task": 3}, "task must be a string"),
-    ],
-)
-@pytest.mark.parametrize("train", [blackbox.train_meta_optimizer, blackbox.train_meta_searcher])
-def test_what_is_no_record_is_refused_by_its_place(wrong, message, train):
-    records = make_records(np.random.default_rng(4), num_tasks=1)[0]
-    records[1] = records[1]._replace(**wrong)
+def changed(**fields):
+    """Records of which the second one has other fields."""
+    return [RECORDS[0], RECORDS[1]._replace(**fields), *RECORDS[2:]]
+
+
+@functools.cache
+def learned():
+    return TRAIN(RECORDS)
+
+
+REFUSED = [
+    (lambda: TRAIN(RECORDS, features=NAMED), "`features` must have features as an array .* `tasks.apply_scaling`"),
+    (lambda: TRAIN(RECORDS, features={"t0": [1.0], "t1": [1.0, 2.0]}), "the same number of `features`"),
+    *(
+        (lambda n=n: TRAIN(RECORDS, **{n: {0: [1.0]}}), f"`{n}` has none of the records' tasks, 't0', 't1'; .* are 0")
+        for n in ("features", "families")
+    ),
+    (lambda: TRAIN([r._replace(status="FAIL") for r in RECORDS]), "it has none"),
+    (lambda: TRAIN(HALF), r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"),
+    (lambda: TRAIN([ONE]), "a task with trials of different outcomes. Every task has only one trial, or the same out"),
+    (lambda: TRAIN([ONE, ONE]), "a task with trials of different outcomes"),
+    (lambda: TRAIN(RECORDS, candidates=[]), "`candidates` must hold a configuration"),
+    (lambda: TRAIN(RECORDS, transformer_share=2), r"`transformer_share` must lie in \[0, 1\]; got 2"),
+    (lambda: TRAIN(RECORDS, deep_share=2), r"`deep_share` must lie in \[0, 1\]; got 2"),
+    (lambda: TRAIN(changed(status="TIMEOUT")), r"`records\[1\]`'s status must be one of WAITING, .*; got 'TIMEOUT'"),
+    (lambda: TRAIN(changed(status="Complete")), "got 'Complete'"),
+    (
+        lambda: TRAIN(changed(fidelity=27)),
+        r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of",
+    ),
+    (lambda: TRAIN(changed(outcome=None)), r"`records\[1\]`'s outcome must be a number, or NaN if .*; got None"),
+    (lambda: TRAIN(changed(outcome="0.5")), "outcome must be a number, .*; got '0.5'"),
+    (lambda: TRAIN(changed(configuration=[0.5, "a"])), "configuration must be a dict from parameter names to values"),
+    (lambda: TRAIN(changed(task=3)), "task must be a string"),
+    (lambda: blackbox.train_meta_searcher(changed(task=3), space=SPACE), "task must be a string"),
+    (lambda: learned().searcher(acquisition="best"), "`acquisition` must be one of"),
+    (lambda: learned().searcher(acquisition="ei_per_cost"), "'ei_per_cost' needs `train_meta_optimizer"),
+    (lambda: learned().predict(base.Task(None, None, NAMED["t0"])), "`new_task` must have features as an array"),
+    (lambda: learned().outcomes(LINE, levels=[1.0]), r"`levels` must lie in \(0, 1\)"),
+    (lambda: learned().searcher(first=[{"x": 2, "kind": "a"}]), "`x` must be between 0.0 and 1.0; got 2"),
+    (
+        lambda: learned().searcher().init(jax.random.key(0), SPACE | {"x": spaces.interval(0.0, 2.0)}),
+        "another space .other leaves, bounds or labels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED)
+def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
-        train(records, space=SPACE, num_steps=0)
+        call()
 
 
 def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
@@ -650,17 +665,16 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     array = np.array([[0.1], [0.4]])
     for call, message in (
         (lambda: g.suggest(array, y), "`configurations` must be a list of configurations, .*; got ndarray. `pandas"),
-        (lambda: g.suggest(tried, y, pending=tried[0]), "`pending` must be a list of configurations; got one"),
+        (lambda: g.suggest(tried, y, pending=tried[0]), "`pending` must be a list of configurations, .*; got dict"),
         (
             lambda: g.suggest([0.1, 0.4], y),
             r"`configurations\[0\]` must be a dict from parameter names to values; got 0.1",
         ),
-        (lambda: g.suggest(tried, np.zeros((2, 2))), r"`outcomes` must be a number for each .*; got shape \(2, 2\)"),
-        (lambda: g.suggest(tried, ["good", 1]), "`outcomes` must be numbers, NaN where a trial failed; got"),
-        (lambda: g.suggest(tried, y[:1]), "Each configuration has an outcome; got 2 and 1"),
+        (lambda: g.suggest(tried, np.zeros((2, 2))), r"`outcomes` must be one number for each .*; got shape \(2, 2\)"),
+        (lambda: g.suggest(tried, y[:1]), r"one number for each configuration, \[2\]; got shape \(1,\)"),
         (lambda: g.outcomes(array), "`configurations` must be a list of configurations, .*; got ndarray"),
         (lambda: g.outcomes(pool, tried=tried, outcomes=np.zeros((2, 2))), r"got shape \(2, 2\)"),
-        (lambda: g.searcher(first={"x": 0.1}), "`first` must be a list of configurations; got one"),
+        (lambda: g.searcher(first={"x": 0.1}), "`first` must be a list of configurations, .*; got dict"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -720,7 +734,7 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
     g = blackbox.train_meta_searcher(records, space=space, candidates=frame, num_steps=0)
     assert g.candidates == tried
     np.testing.assert_array_equal(g.outcomes(frame).mean, g.outcomes(tried).mean)
-    encode = _meta_search.encoder(space)
+    encode = _encoding.encoder(space)
     for row, configuration in zip(frame.to_dict("records"), tried, strict=True):
         np.testing.assert_array_equal(encode(row), encode(configuration))
     # Also where its parent is a gap: None, at its default, or of no column.
@@ -746,8 +760,8 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
 def test_a_space_of_many_conditions_is_inferred_with_one_look_at_each_configuration(monkeypatch):
     kinds = {f"only_{kind}": kind for kind in "abcd"}
     records = [base.Record("t", {"kind": k, name: x}, x) for name, k in kinds.items() for x in (0.1, 0.2, 0.3, 0.4)]
-    looks, given = [], _earlier_trials.given
-    monkeypatch.setattr(_earlier_trials, "given", lambda configuration: looks.append(1) or given(configuration))
+    looks, real = [], _earlier_trials.without_nan
+    monkeypatch.setattr(_earlier_trials, "without_nan", lambda configuration: looks.append(1) or real(configuration))
     with pytest.warns(UserWarning, match="`only_d` is active only where `kind` is 'd' rests on 4 different .* 12 that"):
         space = _earlier_trials.inferred_space(records, None)
     assert sum(bool(leaf.condition) for leaf in space.values()) == 4 and len(looks) <= 2 * len(records)
@@ -759,7 +773,7 @@ def test_gaps_of_a_data_frame_are_what_a_row_does_not_have():
     records = [base.Record("t", c, y) for c, y in ((gap, 1.0), ({"kind": "b", "x": 0.3}, 2.0), ({"kind": "b"}, 3.0))]
     g = blackbox.train_meta_searcher(records, space=space, num_steps=0)  # without a warning
     assert g.candidates == [{"kind": "a"}, {"kind": "b", "x": 0.3}, {"kind": "b", "x": 0.5}]
-    encode = _meta_search.encoder(space)
+    encode = _encoding.encoder(space)
     for strict in (False, True):
         np.testing.assert_array_equal(encode(gap, strict), encode({"kind": "a"}))
     with pytest.raises(ValueError, match="`x` is active, and must have a value; got nan"):

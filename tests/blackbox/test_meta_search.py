@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from metaopt import Record, Task, blackbox, spaces, tasks
-from metaopt.blackbox import _earlier_trials, _meta_search, _new_trials
+from metaopt.blackbox import (
+    _earlier_trials,
+    _encoding,
+    _meta_search,
+    _new_trials,
+    _suggestions,
+    _surrogates,
+)
 
 SPACE = {
     "x": spaces.interval(0.0, 1.0),
@@ -44,7 +51,7 @@ def rows_of(rng, shift, num=12, num_columns=2, num_classes=2):
 @pytest.fixture(scope="module")
 def g():
     return blackbox.train_meta_optimizer(
-        make_records(), space=SPACE, candidates=POOL, features={"t0": [1.0], "t1": [2.0]}, num_steps=1, costs=True
+        make_records(), space=SPACE, candidates=POOL, features={"t0": [1.0], "t1": [2.0]}, num_steps=0, costs=True
     )
 
 
@@ -65,7 +72,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     # What runs is not suggested again, and what failed is no reason to stop.
     assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
     assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
-    with pytest.raises(ValueError, match="Each configuration has an outcome; got 3 and 1"):
+    with pytest.raises(ValueError, match=r"one number for each configuration, \[3\]; got shape \(1,\)"):
         g.suggest(tried, [0.1])
 
 
@@ -100,9 +107,7 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
     prior = g.outcomes(at)
     np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, left].mean(0), atol=0.02)
     assert (prior.quantiles > -0.1).all() and (prior.quantiles < 1.1).all()
-    with pytest.raises(ValueError, match=r"`levels` must lie in \(0, 1\)"):
-        g.outcomes(at, levels=[1.0])
-    with pytest.raises(ValueError, match="Each configuration has an outcome; got 0 and 1"):
+    with pytest.raises(ValueError, match=r"one number for each configuration, \[0\]; got shape \(1,\)"):
         g.outcomes(at, outcomes=[1.0])
 
 
@@ -149,7 +154,7 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
     assert first(everywhere) == [default, everywhere.predict()]
     assert first(everywhere, first=())[0] == everywhere.predict() == everywhere.suggest([], [])[0] != default
     assert first(g)[0] == g.predict()  # nothing but the pool
-    encode = _meta_search.encoder(SPACE)
+    encode = _encoding.encoder(SPACE)
     np.testing.assert_array_equal(encode({}), encode(default, True))  # what is lacking is the default, not near it
     np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
     within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
@@ -186,9 +191,13 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
     bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
     records = [Record(f"t{t}", c, (c["x"] - best) ** 2) for t, best in enumerate(bests) for c in line]
 
+    g = blackbox.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
+
     def failures(num, first=()):
-        g = blackbox.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
-        searcher = g.searcher(first=first)
+        compiled = _meta_search.meta_optimizer(
+            g.surrogate, None, space, line, effective_tasks=g.evidence.effective_tasks
+        )
+        searcher = compiled.searcher(first=first)
         state, tried = searcher.init(jax.random.key(0), None), []
         for _ in range(num):
             (trial,), state = searcher.ask(state, 1)
@@ -212,8 +221,8 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
 @pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
-    looked_at, real = [], _meta_search.padded
-    monkeypatch.setattr(_meta_search, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
+    looked_at, real = [], _suggestions.padded
+    monkeypatch.setattr(_suggestions, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
     many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
@@ -222,7 +231,7 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 10_001
     # The only good one is still known, though it is not among the latest; none is repeated.
     x, y = looked_at[0]
-    np.testing.assert_array_equal(x[y.argmin()], _meta_search.encoder(SPACE)(POOL[0]))
+    np.testing.assert_array_equal(x[y.argmin()], _encoding.encoder(SPACE)(POOL[0]))
     assert len(y) > 128 and len({tuple(record.configuration.items()) for record in asked}) == 3
     state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
     (last,), _ = searcher.ask(state._replace(pending={}), 1)
@@ -230,20 +239,21 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("unit", [1.0, 1e4])
-def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_number_of_trials(g, monkeypatch, unit):
+def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_number_of_trials(g, monkeypatch):
     free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
     tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
-    y = [unit * loss(c) if i % 5 else np.inf if i % 2 else np.nan for i, c in enumerate(tried)]
     searcher, read, real = free.searcher(first=()), [], spaces.from_configuration
     start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
     monkeypatch.setattr(
         spaces, "from_configuration", lambda *args, **kwargs: read.append(args[1]) or real(*args, **kwargs)
     )
-    found = free.suggest(tried, y, key=jax.random.key(3))
-    assert 200 < len(read) <= 2 * 256 + 4  # each is completed before
-    state = searcher.tell(start, [Record("", c, v, trial=i) for i, (c, v) in enumerate(zip(tried, y, strict=True))])
-    assert found == [record.configuration for record in searcher.ask(state, 1)[0]]
+    for unit in (1.0, 1e4):
+        y = [unit * loss(c) if i % 5 else np.inf if i % 2 else np.nan for i, c in enumerate(tried)]
+        suggested = free.suggest(tried, y, key=jax.random.key(3))
+        if unit == 1.0:  # later calls find configurations in a cache
+            assert 200 < len(read) <= 2 * 256 + 4  # each is completed before
+        state = searcher.tell(start, [Record("", c, v, trial=i) for i, (c, v) in enumerate(zip(tried, y, strict=True))])
+        assert suggested == [record.configuration for record in searcher.ask(state, 1)[0]]
 
 
 @pytest.mark.once
@@ -258,7 +268,7 @@ def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ag
 
 def test_what_failed_teaches_no_cost():
     records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
-    encode = _meta_search.encoder(SPACE)
+    encode = _encoding.encoder(SPACE)
     costs = [task.y for task in _earlier_trials.costs_by_task(records, encode)]
     assert [len(y) for y in costs] == [len(POOL) // 2] * 2 and min(map(np.min, costs)) >= 0
 
@@ -288,8 +298,6 @@ def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
     state = searcher["ei_per_cost"].tell(state, [])._replace(tried={})
     state = searcher["ei_per_cost"].tell(state, [Record("", tried[1], 1.0, trial=0)])
     assert searcher["ei_per_cost"].ask(state, 1)[0][0].configuration["x"] < 0.7
-    with pytest.raises(ValueError, match="'ei_per_cost' needs `train_meta_optimizer"):
-        blackbox.train_meta_searcher(make_records(2), space=SPACE, num_steps=0).searcher(acquisition="ei_per_cost")
     with pytest.raises(ValueError, match="`costs=True` needs records with a `cost`"):
         free = [record._replace(cost=np.nan) for record in make_records(2)]
         blackbox.train_meta_searcher(free, space=SPACE, num_steps=0, costs=True)
@@ -351,7 +359,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
 
 @pytest.mark.once
 def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
-    encode = _meta_search.encoder(SPACE)
+    encode = _encoding.encoder(SPACE)
     base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
     np.testing.assert_array_equal(encode(base), encode(other))
     assert (encode({**other, "kind": "b"}) != encode({**base, "kind": "b"})).any()
@@ -364,7 +372,7 @@ def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_
     records = [Record(f"t{t}", c, together(c), trial=i) for t in range(2) for i, c in enumerate(draws)]
     h = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     corners = [{"x": x, "kind": "b", "only_b": y} for x in (0.2, 0.8) for y in (-0.6, 0.6)]
-    found = blackbox.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
+    found = _surrogates.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
     np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
 
 
@@ -391,8 +399,8 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
     # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
-    seen, real = [], _meta_search.padded
-    monkeypatch.setattr(_meta_search, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
+    seen, real = [], _suggestions.padded
+    monkeypatch.setattr(_suggestions, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
     for outcome in (0.6, 0.3):
         searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)
@@ -614,8 +622,12 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
 def test_what_was_made_in_one_precision_is_asked_in_the_other(made, transformers):
     """To the same answers; a warning of what is truncated would be an error here."""
     with jax.enable_x64(made):
-        options = {"candidates": POOL[:9], "num_steps": 1, "transformers": transformers}
+        options = {"candidates": POOL[:9], "num_steps": 0, "transformers": transformers}
         g = blackbox.train_meta_optimizer(make_records(2), space=SPACE, **options)
+        rng = np.random.default_rng(0)  # untrained networks would read nothing
+        random = lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape) / 10, leaf.dtype)
+        networks = jax.tree.map(random, g.surrogate.transformers)
+        g = _meta_search.meta_optimizer(g.surrogate._replace(transformers=networks), None, SPACE, POOL[:9])
     searcher = g.searcher(first=())
     tried = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:4])]
 
@@ -754,11 +766,6 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
     with_them = blackbox.train_meta_optimizer([*records, one, *same], **kwargs)
     assert with_them.surrogate.curves.shape[0] == 3
     assert with_them.portfolio(4) == blackbox.train_meta_optimizer(records, **kwargs).portfolio(4)
-    for useless in ([one], same):
-        with pytest.raises(
-            ValueError, match="a task with trials of different outcomes. Every task has only one trial, or the same out"
-        ):
-            blackbox.train_meta_optimizer(useless, **kwargs)
     # A failure beside a success is a difference.
     failed = blackbox.train_meta_optimizer([one, one._replace(configuration=POOL[0], status="FAIL")], **kwargs)
     assert failed.predict()["kind"] == "b"
@@ -777,17 +784,3 @@ def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_
         with pytest.raises(ValueError, match=f"got {type(wrong).__name__}. A table's features are {path}"):
             g.predict(wrong)
     assert g.predict(Task(None, None, features=[1.5])) == g.predict([1.5]) == g.predict(jnp.array([1.5]))
-
-
-def test_names_that_match_no_task_other_bounds_and_empty_sets_are_refused(g):
-    records = make_records(2)
-    kwargs = {"space": SPACE, "num_steps": 0}
-    for name in ("features", "families"):
-        with pytest.raises(ValueError, match=f"`{name}` has none of the records' tasks, 't0', 't1'; its keys are 0, 1"):
-            blackbox.train_meta_optimizer(records, **kwargs, **{name: {0: [1.0], 1: [2.0]}})
-    with pytest.raises(ValueError, match="`candidates` must hold a configuration"):
-        blackbox.train_meta_optimizer(records, candidates=[], **kwargs)
-    with pytest.raises(ValueError, match="another space .other leaves, bounds or labels"):
-        g.searcher().init(jax.random.key(0), SPACE | {"x": spaces.interval(0.0, 2.0)})
-    with pytest.raises(ValueError, match="`x` must be between 0.0 and 1.0; got 2"):
-        g.searcher(first=[{"x": 2, "kind": "a"}])

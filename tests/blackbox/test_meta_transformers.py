@@ -1,13 +1,12 @@
 """g whose expectations are those of transformers over trials: predictions, trials, failures, files."""
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from metaopt import Record, blackbox, spaces
-from metaopt.blackbox import _meta_optimizer, _meta_outcomes, _meta_search, _new_trials
+from metaopt.blackbox import _fit_networks, _meta_search, _new_trials, _programs, _surrogates, _transformer
 
 SPACE = {"x": spaces.interval(0.0, 1.0)}
 LINE = [{"x": float(x)} for x in np.linspace(0, 1, 21)]
@@ -96,10 +95,10 @@ def test_they_predict_from_features_and_adapt_to_trials(g):
 @pytest.mark.slow
 def test_they_foresee_failures_from_features_and_from_trials(g):
     def failure(features, at, x, y):
-        networks = blackbox.at_task(g.surrogate, features).transformers
+        networks = _surrogates.at_task(g.surrogate, features).transformers
         trials = np.reshape(x, (-1, 1)), np.array(y, float), np.ones(len(y))
-        read = blackbox.read_trials(networks, trials)
-        return float(blackbox.predict_binned(networks, read, np.array([[at]])).failure[0])
+        read = _transformer.read_trials(networks, trials)
+        return float(_transformer.predict_binned(networks, read, np.array([[at]])).failure[0])
 
     assert failure(np.array([0.3]), 0.9, [], []) > 0.7 > 0.2 > failure(np.array([0.3]), 0.7, [], [])
     failed, ended = [3.0, np.nan], [3.0, 3.1]
@@ -143,7 +142,7 @@ def test_a_batch_does_not_pile_up_on_what_runs(g):
 @pytest.mark.slow
 def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
     seen = []
-    read = blackbox.read_trials
+    read = _transformer.read_trials
     monkeypatch.setattr(
         "metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args)
     )
@@ -187,19 +186,6 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
     assert plain(collect(again.searcher(), 8, store=tmp_path / "r.db")) == plain(collect(h.searcher(), 8))
 
 
-def test_what_is_wrong_is_said():
-    records = [Record("t", c, loss(c, 0.4)) for c in LINE]
-    refused: list[tuple[Any, str]] = [
-        ({"transformers": -1}, "`transformers` must be"),
-        ({"transformer_share": 2}, r"`transformer_share` must lie in \[0, 1\]; got 2"),
-    ]
-    for kwargs, message in refused:
-        with pytest.raises(ValueError, match=message):
-            blackbox.train_meta_optimizer(records, space=SPACE, **kwargs)
-    with pytest.raises(ValueError, match="`width` must be a multiple of 4"):
-        blackbox.init_transformer(jax.random.key(0), 1, 0, width=6)
-
-
 @pytest.mark.slow
 def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are_certain(untrained):
     """In float32, as users have it."""
@@ -220,10 +206,9 @@ def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are
 def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_diverged(untrained, monkeypatch):
     h, seen = untrained, []
     assert h.surrogate.max_shown == 7
-    for module in (_meta_search, _meta_outcomes):
-        real = _new_trials.shown_to_transformers
-        keep = lambda *args, real=real: seen.append(real(*args)) or seen[-1]
-        monkeypatch.setattr(module, "shown_to_transformers", keep)
+    real = _new_trials.shown_to_transformers
+    keep = lambda *args: seen.append(real(*args)) or seen[-1]
+    monkeypatch.setattr(_programs, "shown_to_transformers", keep)
     y = [3.3, 3.1, 3.2, 3.5, 3.6, 3.0, np.nan, 3.4, 3.6, 3.4, 1e6, 3.9]
     near = h.outcomes(LINE, tried=LINE[:12], outcomes=y)
     h.suggest(LINE[:12], y)
@@ -249,15 +234,32 @@ def test_few_of_many_trials():
 
 
 @pytest.mark.once
-def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told(monkeypatch):
+def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told():
     """The mean over tasks would hold a task's own outcomes, and those of near-duplicates: they are left out."""
     f = np.random.default_rng(0).normal(size=(6, 4))  # of four tasks
     functions = np.concatenate([f.mean(1, keepdims=True), f - f.mean(1, keepdims=True)], 1)
-    found = _meta_optimizer.mean_of_others(functions, np.array([True, False, True, False]))
+    found = _fit_networks.mean_of_others(functions, np.array([True, False, True, False]))
     np.testing.assert_allclose(found, f[:, [1, 3]].mean(1))
-    np.testing.assert_array_equal(_meta_optimizer.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
-    seen, real = [], _meta_optimizer.mean_of_others
-    monkeypatch.setattr(_meta_optimizer, "mean_of_others", lambda f, out: seen.append(out.tolist()) or real(f, out))
-    records = [Record(name, c, loss(c, 0.4)) for name in "abc" for c in LINE[:4]]
-    blackbox.train_meta_optimizer(records, space=SPACE, families={"a": 1, "b": 2, "c": 1}, num_steps=0, transformers=1)
-    assert seen == [[True, False, True], [False, True, False], [True, False, True]]
+    np.testing.assert_array_equal(_fit_networks.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
+    # Other outcomes of one task of a family do not change which trials of this family are shown.
+    x, y = np.linspace(0, 1, 8)[:, None], np.random.default_rng(1).normal(size=(3, 8))
+    kernel = _surrogates.Kernel(jnp.array([-0.5]), jnp.array(1.5), jnp.array(-2.0))
+    family, shown = ["one", "two", "one"], []
+    for first in (y[0], -10 * y[0]):
+        trials = [_surrogates.TaskTrials(x, outcomes) for outcomes in (first, y[1], y[2])]
+        surrogate = _surrogates.surrogate(trials, kernel, x)
+        sample_tasks = _fit_networks.sample_shown([0, 1, 2], trials, surrogate, family, 7)
+        shown.append([sample_tasks(key)[0] for key in jax.random.split(jax.random.key(0), 4)])
+    # Which task is drawn shows in its outcomes: the second task is the other family.
+    second = _surrogates.normalize(y[1])[0]
+    is_second = lambda values: all(np.isclose(values[:, None], second[None]).any(1))
+    same, other = [], []
+    for (x_one, y_one, mask), (x_two, _, _) in zip(
+        *([jax.tree.map(np.asarray, s) for s in v] for v in shown), strict=True
+    ):
+        for task in range(len(mask)):
+            real = mask[task] > 0
+            if real.sum() > 1:
+                equal = np.array_equal(x_one[task], x_two[task])
+                (other if is_second(y_one[task][real]) else same).append(equal)
+    assert all(same) and not all(other) and len(same) > 9

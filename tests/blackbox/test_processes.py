@@ -13,7 +13,7 @@ COVARIANCE = ROOT @ ROOT.T / 5
 MU = RNG.normal(size=(5, 2))
 Y = 30.0 + 8.0 * (MU[:, 0] + 0.5 * RNG.normal(size=5))
 MASK = np.array([1.0, 1, 1, 1, 0])
-given = jax.jit(_processes.given, static_argnames="own_scale")
+condition = jax.jit(_processes.condition, static_argnames="own_scale")
 
 
 def log_density(log_scale, mu, y=Y[:4], covariance=COVARIANCE[:4, :4]):
@@ -25,7 +25,7 @@ def log_density(log_scale, mu, y=Y[:4], covariance=COVARIANCE[:4, :4]):
 
 
 def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
-    found = given(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
+    found = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
     assert found.scales.shape == found.log_likelihood.shape == (2, 3)
     grid = np.linspace(0.75 - 10, 0.75 + 10, 200_001)  # around the median of the scales
     for k in range(2):
@@ -41,13 +41,13 @@ def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
 
 @pytest.mark.once
 def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_the_smallest():
-    alone = given(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (Y, np.eye(5)[0]))
+    alone = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (Y, np.eye(5)[0]))
     np.testing.assert_allclose(alone.scales[:, 2], 1.0)
     np.testing.assert_allclose(alone.log_likelihood[:, 2], alone.log_likelihood[:, 0])
-    equal = given(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (np.full(5, 3.0), MASK))
+    equal = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (np.full(5, 3.0), MASK))
     assert np.isfinite(equal.log_likelihood).all() and (np.abs(np.log(equal.scales) - 0.5) < 10.001).all()
     gradient = jax.grad(
-        lambda mu: given(mu, COVARIANCE, jnp.array([[0.0]]), (np.full(5, 3.0), MASK)).log_likelihood.sum()
+        lambda mu: condition(mu, COVARIANCE, jnp.array([[0.0]]), (np.full(5, 3.0), MASK)).log_likelihood.sum()
     )
     assert np.isfinite(gradient(jnp.asarray(MU))).all()
 
@@ -59,7 +59,7 @@ def test_outcomes_in_other_units_are_explained_as_well(factor):
     scales = jnp.array([[0.0, 1.0]])
     at, cross = RNG.normal(size=(3, 2)), RNG.normal(size=(3, 5)) / 9
     nothing = jnp.zeros((3, 0))
-    one, other = (given(MU, COVARIANCE, scales, (Y * f, MASK)) for f in (1.0, factor))
+    one, other = (condition(MU, COVARIANCE, scales, (Y * f, MASK)) for f in (1.0, factor))
     np.testing.assert_allclose(other.scales[:, 2], factor * one.scales[:, 2], rtol=1e-6)
     means = [
         _processes.predict(of, at, cross, jnp.ones(3), nothing)[0].reshape(3, 2, 3)[:, :, 2] for of in (one, other)

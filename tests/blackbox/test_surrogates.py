@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import blackbox
+from metaopt.blackbox import _acquisition, _posterior, _surrogates
 
-KERNEL = blackbox.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
+KERNEL = _surrogates.Kernel(jnp.array([-0.5, -1.0]), jnp.array(1.5), jnp.array(-2.0))
 RNG = np.random.default_rng(0)
 X = RNG.uniform(size=(12, 2))
-POSTERIOR = jax.jit(blackbox.posterior)
+POSTERIOR = jax.jit(_posterior.posterior)
 
 
 def curve(a, b):
@@ -19,15 +19,15 @@ def curve(a, b):
 
 
 def surrogate(num=6, **kwargs):
-    trials = [blackbox.TaskTrials(X, 3.0 + (s + 1) * curve(s / 5, 0.3 * (s % 2))) for s in range(num)]
-    return blackbox.surrogate(trials, KERNEL, X, **kwargs)
+    trials = [_surrogates.TaskTrials(X, 3.0 + (s + 1) * curve(s / 5, 0.3 * (s % 2))) for s in range(num)]
+    return _surrogates.surrogate(trials, KERNEL, X, **kwargs)
 
 
 @pytest.mark.parametrize("num", [3, 40], ids=["few coordinates", "many"])
 @pytest.mark.once
 def test_the_kernel_is_its_formula_with_its_gradients(num):
     rng = np.random.default_rng(1)
-    kernel = blackbox.Kernel(jnp.asarray(rng.normal(size=num) + 1), jnp.array(0.3), jnp.array(-2.0))
+    kernel = _surrogates.Kernel(jnp.asarray(rng.normal(size=num) + 1), jnp.array(0.3), jnp.array(-2.0))
     x = rng.uniform(size=(4, num))
     z = np.concatenate([x[1:2], rng.uniform(size=(5, num))])
     smooth = 0.99 / (1 + np.exp(-0.3))
@@ -36,12 +36,12 @@ def test_the_kernel_is_its_formula_with_its_gradients(num):
         distance = (((x[:, None] - z[None]) / np.exp(lengths)) ** 2).sum(-1)
         return smooth * np.exp(-distance / 2)
 
-    found = blackbox.kernel_matrix(kernel, jnp.asarray(x), jnp.asarray(z))
+    found = _surrogates.kernel_matrix(kernel, jnp.asarray(x), jnp.asarray(z))
     same = np.zeros((4, 6))
     same[1, 0] = 1 - smooth
     np.testing.assert_allclose(found, formula(np.asarray(kernel.log_lengths), x) + same, rtol=1e-10, atol=1e-12)
     weighed = lambda lengths, x: (
-        blackbox.kernel_matrix(kernel._replace(log_lengths=lengths), x, jnp.asarray(z)) * jnp.arange(1, 7)[None]
+        _surrogates.kernel_matrix(kernel._replace(log_lengths=lengths), x, jnp.asarray(z)) * jnp.arange(1, 7)[None]
     ).sum()
     by_lengths, by_x = jax.grad(weighed, (0, 1))(kernel.log_lengths, jnp.asarray(x))
     lengths, h = np.asarray(kernel.log_lengths), 1e-6
@@ -63,9 +63,9 @@ def test_the_explained_share_is_that_of_a_plain_gaussian_process():
     distance = lambda a, b: (((a[:, None] - b[None]) / np.exp([-0.5, -1.0])) ** 2).sum(-1)
     k = lambda a, b: variance * (smooth * np.exp(-distance(a, b) / 2) + (1 - smooth) * (distance(a, b) == 0))
     left = k(x, x) - k(x, seen) @ np.linalg.inv(k(seen, seen) + 1e-3 * np.eye(3)) @ k(seen, x)
-    found = blackbox.explained_share(KERNEL, seen, x)
+    found = _surrogates.explained_share(KERNEL, seen, x)
     np.testing.assert_allclose(found, 1 - np.diag(left) / variance, rtol=1e-9)
-    assert (found > 0).all() and (blackbox.explained_share(KERNEL, x, x) > 0.98).all()
+    assert (found > 0).all() and (_surrogates.explained_share(KERNEL, x, x) > 0.98).all()
 
 
 def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
@@ -73,7 +73,7 @@ def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
     y = curve(0.4, 0.0)
     np.testing.assert_allclose(found.curves[2], (y - y.min()) / (y.max() - y.min()), atol=1e-2)
     # Away from the reference configurations they are interpolated; at them, they are themselves.
-    np.testing.assert_allclose(blackbox.expected_outcomes(found, jnp.asarray(X)), found.curves.T, atol=1e-3)
+    np.testing.assert_allclose(_surrogates.expected_outcomes(found, jnp.asarray(X)), found.curves.T, atol=1e-3)
     np.testing.assert_allclose(np.exp(found.log_scales[2]), 3 * (y.max() - y.min()))
 
 
@@ -86,9 +86,9 @@ def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
     trials = (jnp.asarray(X[seen]), y, jnp.ones(3))
     mixture = POSTERIOR(found, jnp.full(6, 1 / 6), trials, jnp.asarray(X[at]))
     curves = np.asarray(found.coefficients)
-    functions = np.asarray(blackbox.kernel_matrix(found.kernel, jnp.asarray(X), found.reference)) @ curves
+    functions = np.asarray(_surrogates.kernel_matrix(found.kernel, jnp.asarray(X), found.reference)) @ curves
     mean, deviations = functions[:, 0], functions[:, 1:]
-    cov = deviations @ deviations.T / 6 + 0.05 * np.asarray(blackbox.kernel_matrix(KERNEL, jnp.asarray(X), X))
+    cov = deviations @ deviations.T / 6 + 0.05 * np.asarray(_surrogates.kernel_matrix(KERNEL, jnp.asarray(X), X))
     for s, f in ((0, 1), (3, 0)):
         b = np.exp(float(found.log_scales[s]) + (-0.7, 0.0, 0.7)[f])
         # The offset as one more Gaussian, as wide as the sky.
@@ -108,10 +108,12 @@ def test_the_weights_are_the_likelihoods():
     weights = jnp.array([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
     trials = (jnp.asarray(X[seen]), jnp.asarray(y), jnp.ones(3))
     mixture = POSTERIOR(found, weights, trials, jnp.asarray(X[:1]))
-    functions = np.asarray(blackbox.expected_outcomes(found, jnp.asarray(X[seen])))
+    functions = np.asarray(_surrogates.expected_outcomes(found, jnp.asarray(X[seen])))
     mean = functions.mean(1, keepdims=True)
     cov = 0.64 * (functions - mean) @ (functions - mean).T / 6
-    cov += found.residual * np.asarray(blackbox.kernel_matrix(KERNEL, jnp.asarray(X[seen]), X[seen])) + 1e-3 * np.eye(3)
+    cov += found.residual * np.asarray(
+        _surrogates.kernel_matrix(KERNEL, jnp.asarray(X[seen]), X[seen])
+    ) + 1e-3 * np.eye(3)
     contrast = np.array([[1.0, -1, 0], [0, 1, -1]])  # what an offset does not change
 
     def log_density(s, f):
@@ -142,29 +144,29 @@ def test_padding_units_and_offsets_change_nothing():
 
 @pytest.mark.once
 def test_acquisitions_are_those_of_samples():
-    mixture = blackbox.Mixture(jnp.log(jnp.array([0.3, 0.7])), jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.5]]))
+    mixture = _posterior.Mixture(jnp.log(jnp.array([0.3, 0.7])), jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.5]]))
     key, which = jax.random.split(jax.random.key(0))
     at = jax.random.bernoulli(which, 0.7, (200_000,)).astype(int)
     y = mixture.mean[0, at] + mixture.std[0, at] * jax.random.normal(key, at.shape)
     improvement = jnp.maximum(0.4 - y, 0)
     error = improvement.std() / np.sqrt(len(at))
-    assert abs(blackbox.expected_improvement(mixture, jnp.array(0.4))[0] - improvement.mean()) < 3 * error
-    bound = blackbox.lower_confidence_bound(mixture, 2.0)[0]
+    assert abs(_acquisition.expected_improvement(mixture, jnp.array(0.4))[0] - improvement.mean()) < 3 * error
+    bound = _acquisition.lower_confidence_bound(mixture, 2.0)[0]
     np.testing.assert_allclose(bound, 2 * y.std() - y.mean(), atol=0.02)
 
 
 def test_what_failed_is_expected_beyond_the_worst_outcome():
     """The mean of those samples of the mixture that are no better than the bound."""
     mean, std = jnp.array([[0.0, 1.0], [-1.0, 0.5], [3.0, 3.0]]), jnp.array([[1.0, 0.5], [0.2, 0.1], [0.1, 0.1]])
-    mixture = blackbox.Mixture(jnp.log(jnp.array([0.3, 0.7])), mean, std)
+    mixture = _posterior.Mixture(jnp.log(jnp.array([0.3, 0.7])), mean, std)
     rng, num = np.random.default_rng(0), 400_000
     at = (rng.random(num) < 0.7).astype(int)
     for i, bound in ((0, 0.8), (1, 0.55), (2, -1.0)):
         y = np.asarray(mean)[i, at] + np.asarray(std)[i, at] * rng.normal(size=num)
         y = y[y >= bound]
-        found = blackbox.censored_mean(mixture, jnp.array(bound))[i]
+        found = _acquisition.censored_mean(mixture, jnp.array(bound))[i]
         np.testing.assert_allclose(found, y.mean(), atol=4 * y.std() / np.sqrt(len(y)))
-    far = blackbox.censored_mean(mixture, jnp.array(50.0))
+    far = _acquisition.censored_mean(mixture, jnp.array(50.0))
     np.testing.assert_allclose(far, 50.0)
 
 
@@ -174,8 +176,8 @@ def test_what_one_more_adds_to_a_batch_is_that_of_samples():
     found, weights = surrogate(closeness=0.5, residual=0.05), jnp.full(6, 1 / 6)
     trials = (jnp.asarray(X[:3]), jnp.array([1.0, 0.2, 0.6]), jnp.ones(3))
     at, running, best = jnp.asarray(X[3:6]), jnp.asarray(X[6:8]), jnp.array(0.2)
-    given = jax.jit(blackbox.condition)(found, weights, trials)
-    joint = jax.jit(blackbox.joint_posterior_at)(found, given, jnp.zeros((0, 2)), jnp.concatenate([at, running]))
+    given = jax.jit(_posterior.condition)(found, weights, trials)
+    joint = jax.jit(_posterior.joint_posterior_at)(found, given, jnp.zeros((0, 2)), jnp.concatenate([at, running]))
     mixture = POSTERIOR(found, weights, trials, at)
     np.testing.assert_allclose(joint.log_weights, mixture.log_weights, rtol=1e-6)
     np.testing.assert_allclose(joint.mean[:3], mixture.mean, rtol=1e-6)
@@ -191,21 +193,21 @@ def test_what_one_more_adds_to_a_batch_is_that_of_samples():
     alone = np.maximum(0.2 - y[:, 3:].min(1), 0)
     added = np.stack([np.maximum(0.2 - np.minimum(y[:, i], y[:, 3:].min(1)), 0) - alone for i in range(3)])
     padded = (jnp.concatenate([running, 99 + running]), jnp.array([1.0, 1, 0, 0]))
-    score = jax.jit(blackbox.batch_expected_improvement, static_argnames="num_samples")
+    score = jax.jit(_acquisition.batch_expected_improvement, static_argnames="num_samples")
     values = score(found, given, padded, at, best, jax.random.key(0), num_samples=10_000)
     np.testing.assert_allclose(values, added.mean(1), atol=4 * added.std(1).max() / np.sqrt(10_000))
-    without = blackbox.expected_improvement(mixture, best)
+    without = _acquisition.expected_improvement(mixture, best)
     assert (values < without).all() and values[2] < 0.5 * without[2]  # what runs counts
 
 
 def test_a_failed_trial_is_worse_than_expected():
     y = np.stack([curve(s / 5, 0.0) for s in range(6)])
-    whole = [blackbox.TaskTrials(X, row) for row in y]
+    whole = [_surrogates.TaskTrials(X, row) for row in y]
     failed = y[0].copy()
     failed[3] = np.nan
-    found = blackbox.surrogate([blackbox.TaskTrials(X, failed), *whole[1:]], KERNEL, X)
-    absent = blackbox.TaskTrials(np.delete(X, 3, 0), np.delete(y[0], 3))
-    other = blackbox.surrogate([absent, *whole[1:]], KERNEL, X)
+    found = _surrogates.surrogate([_surrogates.TaskTrials(X, failed), *whole[1:]], KERNEL, X)
+    absent = _surrogates.TaskTrials(np.delete(X, 3, 0), np.delete(y[0], 3))
+    other = _surrogates.surrogate([absent, *whole[1:]], KERNEL, X)
     assert found.curves[0, 3] > other.curves[0, 3] + 0.2
     np.testing.assert_allclose(np.delete(found.curves[0], 3), np.delete(other.curves[0], 3), atol=0.05)
 
@@ -215,14 +217,16 @@ def test_attention_leaves_the_family_out_and_learns_what_matters():
     num = 40
     features = np.stack([np.arange(num) % 2, RNG.normal(size=num)], 1)
     curves = np.where(features[:, :1] > 0, [[0.0, 1.0]], [[1.0, 0.0]])
-    ranked = jnp.asarray(blackbox.rank_features(np.sort(features, 0).T, features, num))
+    ranked = jnp.asarray(_surrogates.rank_features(np.sort(features, 0).T, features, num))
     same = np.eye(num, dtype=bool)
     data = {"features": ranked, "curves": jnp.asarray(curves), "same_family": jnp.asarray(same)}
     data["weights"] = jnp.full((1, num), 1 / num)
     attention = {"log_rates": jnp.full((1, 2), -2.0), "logit_share": jnp.zeros(1)}
-    gradient = jax.jit(jax.grad(blackbox.attention_loss))(attention, data)
+    gradient = jax.jit(jax.grad(_surrogates.attention_loss))(attention, data)
     assert gradient["log_rates"][0, 0] < -abs(gradient["log_rates"][0, 1])
-    weights = blackbox.attention_weights(jax.tree.map(lambda a: a[0], attention), ranked, ranked, data["same_family"])
+    weights = _surrogates.attention_weights(
+        jax.tree.map(lambda a: a[0], attention), ranked, ranked, data["same_family"]
+    )
     np.testing.assert_allclose(weights.sum(1), 1)
     assert (np.asarray(weights)[same] == 0).all()
 
@@ -240,29 +244,22 @@ def test_the_attention_loss_is_the_regret_of_choosing_by_tasks_of_other_families
         expected += weights[t] * (chosen / chosen.sum()) @ curves[t] / curves.std()
     attention = {"log_rates": jnp.log(rates)[None], "logit_share": jnp.log(jnp.array([share / (1 - share)]))}
     data = {"features": features, "curves": curves, "same_family": family[:, None] == family, "weights": weights[None]}
-    loss = blackbox.attention_loss(attention, jax.tree.map(jnp.asarray, data), temperature=0.5, penalty=0.2)
+    loss = _surrogates.attention_loss(attention, jax.tree.map(jnp.asarray, data), temperature=0.5, penalty=0.2)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
 
 
 def test_features_become_ranks_whatever_their_units():
     features = np.array([[1.0, 5.0], [10.0, np.nan], [1e6, 7.0], [2.0, 6.0]])
-    ranked = blackbox.rank_features(np.sort(features, 0).T, features, 4)
+    ranked = _surrogates.rank_features(np.sort(features, 0).T, features, 4)
     np.testing.assert_allclose(ranked[:, 0], np.sqrt(3) * np.array([-0.75, 0.25, 0.75, -0.25]))
     assert ranked[1, 1] == 0
-    np.testing.assert_array_equal(blackbox.rank_features(np.sort(features, 0).T, None, 4), 0)
+    np.testing.assert_array_equal(_surrogates.rank_features(np.sort(features, 0).T, None, 4), 0)
 
 
 def test_diverged_outcomes_do_not_set_the_scale():
-    y, scale = blackbox.normalize(np.array([0.0, 0.1, 0.2, 0.3, 1e18, np.nan]))
+    y, scale = _surrogates.normalize(np.array([0.0, 0.1, 0.2, 0.3, 1e18, np.nan]))
     assert scale == pytest.approx(1.2) and y[4] == 1 and np.isnan(y[5])
-    assert blackbox.normalize(np.array([2.0, 2.0]))[1] == 1
+    assert _surrogates.normalize(np.array([2.0, 2.0]))[1] == 1
     # Three in four are the best: what is left says what is bad, in whatever units.
-    y, scale = blackbox.normalize(np.array([3.0] * 7 + [3.0 + 1e-6, 3.0 + 2e-6]))
+    y, scale = _surrogates.normalize(np.array([3.0] * 7 + [3.0 + 1e-6, 3.0 + 2e-6]))
     assert scale == pytest.approx(2e-6) and y[-2:].tolist() == pytest.approx([0.5, 1.0])
-
-
-def test_what_cannot_be_learned_from_is_refused():
-    with pytest.raises(ValueError, match="at least one task"):
-        blackbox.surrogate([], KERNEL, X)
-    with pytest.raises(ValueError, match="`closeness` must lie in"):
-        surrogate(closeness=2.0)

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from metaopt import base, blackbox, hypergrad, inner, predictors, spaces, training
+from metaopt.blackbox import _surrogates
 
 SPACE = {"penalty": spaces.interval(0.1, 10.0, log=True)}
 W, B = np.array([0.8, -0.5]), 0.3
@@ -57,9 +58,9 @@ def from_records():
     def loss(z, task, key):
         x = spaces.encode(SPACE, spaces.to_constrained(SPACE, z))
         same = jnp.argmin(((learned.surrogate.features - task.valid["ranked"][None]) ** 2).sum(1))
-        return blackbox.expected_outcomes(learned.surrogate, x[None])[0, same]
+        return _surrogates.expected_outcomes(learned.surrogate, x[None])[0, same]
 
-    ranked = blackbox.rank_features(learned.surrogate.sorted_features, np.asarray(TASKS.features), NUM_TASKS)
+    ranked = _surrogates.rank_features(learned.surrogate.sorted_features, np.asarray(TASKS.features), NUM_TASKS)
     return learned, hypergrad.direct(loss), TASKS._replace(valid={"ranked": jnp.asarray(ranked)})
 
 

@@ -8,20 +8,20 @@ import pytest
 from jax.test_util import check_grads
 from scipy import stats
 
-from metaopt import blackbox, hypergrad, predictors, training
+from metaopt import hypergrad, predictors, training
 from metaopt.blackbox import _transformer
 
 RNG = np.random.default_rng(0)
 X, AT = RNG.uniform(size=(6, 3)), RNG.uniform(size=(4, 3))
 Y = np.array([0.3, 0.9, np.nan, 0.1, 0.5, np.nan])
-INIT = blackbox.init_transformer(jax.random.key(0), 3, 2, width=8, num_layers=2)
+INIT = _transformer.init_transformer(jax.random.key(0), 3, 2, width=8, num_layers=2)
 # Away from where all bins are alike; two members.
 NETWORKS = jax.tree.map(lambda leaf: leaf[None] + RNG.normal(size=(2, *leaf.shape)) / 4, INIT)
 
 
 @jax.jit
 def predict(networks, trials, x, scale=1.0):
-    return blackbox.predict_binned(networks, blackbox.read_trials(networks, trials, scale), x)
+    return _transformer.predict_binned(networks, _transformer.read_trials(networks, trials, scale), x)
 
 
 def padded(x, y, num=8, far=1e3):
@@ -77,7 +77,7 @@ def test_without_a_scale_of_its_own_a_task_has_that_of_earlier_ones(y, low, high
 
 
 def binned_std(probs, failure):
-    return blackbox.binned_moments(blackbox.Binned(jnp.array([0.0, 1.0, 4.0]), probs, failure), 6.5)[1][0]
+    return _transformer.binned_moments(_transformer.Binned(jnp.array([0.0, 1.0, 4.0]), probs, failure), 6.5)[1][0]
 
 
 @pytest.mark.slow
@@ -91,21 +91,23 @@ def test_scores_are_those_of_samples_and_their_gradients_are_right():
     for best in (0.1, -0.33, 4.0):
         gains = np.where(bins == 100, 0, np.maximum(best - y, 0))
         error = gains.std(1) / np.sqrt(num)
-        assert (np.abs(blackbox.binned_improvement(found, best) - gains.mean(1)) < 4 * error).all()
-    mean, std = blackbox.binned_moments(found, 60.0)
+        assert (np.abs(_transformer.binned_improvement(found, best) - gains.mean(1)) < 4 * error).all()
+    mean, std = _transformer.binned_moments(found, 60.0)
     assert (np.abs(mean - y.mean(1)) < 4 * y.std(1) / np.sqrt(num)).all()
     np.testing.assert_allclose(std, y.std(1), rtol=0.02)
-    uniform = blackbox.Binned(jnp.array([0.0, 1.0, 4.0]), jnp.array([[1.0, 0.0], [0.0, 0.5]]), jnp.array([0.0, 0.5]))
-    mean, std = blackbox.binned_moments(uniform, 6.5)
+    uniform = _transformer.Binned(
+        jnp.array([0.0, 1.0, 4.0]), jnp.array([[1.0, 0.0], [0.0, 0.5]]), jnp.array([0.0, 0.5])
+    )
+    mean, std = _transformer.binned_moments(uniform, 6.5)
     np.testing.assert_allclose(mean, [0.5, 4.5])
     np.testing.assert_allclose(std**2, [1 / 12, (9 / 12 + 2 * 4.0) / 2])
     # Where failure is certain there is no deviation, and no slope of it.
     certain = lambda left: binned_std(jnp.array([[left, 0.0]]), jnp.array([1.0 - left]))
     assert np.isfinite(jax.grad(certain)(0.0))
     for level in (0.1, 0.5, 0.85):
-        share = (y < np.asarray(blackbox.binned_quantile(found, level))[:, None]).mean(1)
+        share = (y < np.asarray(_transformer.binned_quantile(found, level))[:, None]).mean(1)
         np.testing.assert_allclose(share, level, atol=0.005)
-    improvement = lambda x: blackbox.binned_improvement(predict(NETWORKS, padded(X, Y), x), 0.1)
+    improvement = lambda x: _transformer.binned_improvement(predict(NETWORKS, padded(X, Y), x), 0.1)
     check_grads(improvement, (jnp.asarray(AT),), order=1, modes=["rev"], rtol=1e-5)
     assert np.abs(jax.jacrev(improvement)(jnp.asarray(AT))).max() > 1e-3
 
@@ -120,7 +122,7 @@ def test_the_loss_is_the_cross_entropy_of_what_is_predicted_and_its_gradient_is_
     found = predict(at, shown, AT)
     bins = np.searchsorted(found.edges, y, side="right") - 1
     expected = -np.log([found.probs[0, bins[0]], found.failure[1], found.probs[2, bins[2]]]).mean()
-    loss = jax.jit(blackbox.transformer_loss)
+    loss = jax.jit(_transformer.transformer_loss)
     np.testing.assert_allclose(loss(member, shown, asked, features), expected, rtol=1e-9)
     check_grads(lambda member: loss(member, shown, asked, features), (member,), order=1, modes=["rev"], rtol=1e-4)
 
@@ -140,12 +142,12 @@ def test_what_it_says_of_gaussian_processes_is_calibrated_and_near_what_inferenc
         return (x[:num_shown], y[:num_shown], mask), (x[num_shown:], y[num_shown:], jnp.ones(num_asked)), jnp.zeros(0)
 
     sample_tasks = lambda key: jax.vmap(draw)(jax.random.split(key, 32))
-    estimator = hypergrad.direct(lambda network, task, key: blackbox.transformer_loss(network, *task))
+    estimator = hypergrad.direct(lambda network, task, key: _transformer.transformer_loss(network, *task))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, 800)))
     network = training.fit(
         training.learner(hypergrad.over_tasks(estimator), optimizer),
         sample_tasks,
-        hyperparams=blackbox.init_transformer(jax.random.key(0), 1, 0),
+        hyperparams=_transformer.init_transformer(jax.random.key(0), 1, 0),
         num_steps=800,
         steps_per_call=100,
         key=jax.random.key(1),
@@ -157,8 +159,8 @@ def test_what_it_says_of_gaussian_processes_is_calibrated_and_near_what_inferenc
     def judge(key):
         (x, y, mask), (at, outcome, _), _ = draw(key)
         found = predict(networks, (x, y, mask), at)
-        below = jnp.stack([outcome < blackbox.binned_quantile(found, level) for level in levels]).mean(1)
-        median = blackbox.binned_quantile(found, 0.5)
+        below = jnp.stack([outcome < _transformer.binned_quantile(found, level) for level in levels]).mean(1)
+        median = _transformer.binned_quantile(found, 0.5)
         gram = kernel(x, x) * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, noise, 1.0))
         exact = (kernel(at, x) * mask[None]) @ jnp.linalg.solve(gram, y * mask)
         wrong = [jnp.abs(guess - outcome).mean() for guess in (0 * exact, exact, median)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from metaopt import base
 from metaopt.blackbox._earlier_trials import as_records, full_loss, partial_fidelity
-from metaopt.blackbox._meta_search import features_of
+from metaopt.blackbox._new_task import features_of
 from metaopt.nas.search import _cell_encoder, _score_prior
 
 # Variances relative to the noise variance, from which `score_prior` chooses.

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks, base, blackbox, hypergrad, training
+from metaopt import _checks, base, hypergrad, training
 from metaopt.blackbox._earlier_trials import as_records, by_task, features_by_task, some
 from metaopt.blackbox._new_trials import as_configurations
+from metaopt.blackbox._surrogates import TaskTrials
 from metaopt.nas import _graphs
 from metaopt.nas.search import _cell_encoder, _score_prior
 from metaopt.nas.search._cell_searcher import (
@@ -224,7 +225,7 @@ def _check_values(place: str, configuration: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _losses(trials: list[blackbox.TaskTrials], num: int) -> np.ndarray:
+def _losses(trials: list[TaskTrials], num: int) -> np.ndarray:
     """Returns [num, T] mean losses of trials that ended: NaN if not tried, worse than all others if no trial ended."""
     losses = np.full((num, len(trials)), np.nan)
     for column, (rows, y) in zip(losses.T, trials, strict=True):

@@ -1,0 +1,119 @@
+"""Features and rows of a new task, and the parts of a surrogate that depend on them."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metaopt import base, tasks
+from metaopt.blackbox import _surrogates
+
+ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # the arrays of a labeled table that an embedding reads
+
+
+class NewTask(NamedTuple):
+    """The parts of a surrogate that depend on the features of a new task.
+
+    Attributes:
+      weights: [S + E] prior weights of the earlier tasks and of the deep kernels.
+      deep: `DeepKernel`s with the task's features, or None.
+      transformers: a `Transformer` with the task's features, or None.
+    """
+
+    weights: jax.Array
+    deep: Any
+    transformers: Any
+
+
+def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any) -> NewTask:
+    """Specializes a surrogate to a task, and warns if the task's features do not match those of the training.
+
+    Warnings point at the line that calls the public function: call this function directly from the public one, which
+    runs within `_meta_search.in_precision`.
+
+    Args:
+      surrogate: the model of the earlier tasks.
+      new_task: a `base.Task`, features [F], or None.
+
+    Returns:
+      A `NewTask`.
+
+    Raises:
+      ValueError: if the features have another shape than those of the training, or the rows lack an array.
+    """
+    features, stacklevel = features_of(new_task), 4
+    num_features = len(surrogate.sorted_features)
+    if features is not None and num_features and np.shape(features) != (num_features,):
+        raise ValueError(f"A new task must have features of shape [{num_features}]; got shape {np.shape(features)}.")
+    if features is not None and not num_features:
+        warnings.warn(
+            "The new task's features are ignored, because training had no features. Pass the features of the "
+            "earlier tasks to `train_meta_optimizer(features=)`, or pass None for the new task.",
+            stacklevel=stacklevel,
+        )
+    if features is None and num_features and isinstance(new_task, base.Task):
+        warnings.warn(
+            f"The new task has no `features`, but training used [{num_features}] of each task; they count as "
+            "unknown here. Pass them with `tasks.to_task(..., features=)`, or pass None if nothing is known.",
+            stacklevel=stacklevel,
+        )
+    rows = new_task.train if isinstance(new_task, base.Task) else None
+    if rows is not None and surrogate.embedding is not None:
+        check_rows("The new task's `train`", rows)
+        rows = {name: np.asarray(rows[name]) for name in ROWS}  # JAX arrays would keep the caller's precision
+    specialized = _surrogates.at_task(surrogate, features, rows)
+    weights = _surrogates.task_weights(surrogate, features, rows)
+    return NewTask(weights, specialized.deep, specialized.transformers)
+
+
+def features_of(new_task: Any) -> np.ndarray | None:
+    """[F] features of a new task, or None if nothing is known about it.
+
+    Args:
+      new_task: a `base.Task`, features, or None.
+
+    Raises:
+      ValueError: if `new_task` is anything else, such as a `tasks.Table`.
+    """
+    features = new_task.features if isinstance(new_task, base.Task) else new_task
+    check_no_mapping("new_task", features)
+    if features is None:
+        return None
+    try:
+        array = np.asarray(features, float)
+    except (TypeError, ValueError):
+        array = np.zeros(())
+    if array.ndim != 1:
+        advice = ""
+        if isinstance(new_task, (tasks.Table, tasks.PreparedTable)):
+            advice = (
+                " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table))`, scaled as those of "
+                "earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of what "
+                "`tasks.prepare` returns."
+            )
+        raise ValueError(
+            "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "
+            f"{f'shape {np.shape(features)}' if array.ndim else type(features).__name__}.{advice}"
+        )
+    return array
+
+
+def check_no_mapping(name: str, features: Any) -> None:
+    """Rejects a mapping, as `tasks.metafeatures` returns it: features must be in the order of earlier tasks."""
+    if isinstance(features, Mapping):
+        raise ValueError(
+            f"`{name}` must have features as an array of numbers [F], and not by name; `tasks.fit_scaling` and "
+            "`tasks.apply_scaling` make one of `tasks.metafeatures`."
+        )
+
+
+def check_rows(name: str, data: Any) -> None:
+    """Raises `ValueError` if `data` is not a mapping with all arrays that an embedding reads."""
+    missing = [key for key in ROWS if not isinstance(data, Mapping) or key not in data]
+    if missing:
+        raise ValueError(
+            f"{name} must be a dict of {', '.join(ROWS)}, like `train` of `tasks.to_task`; it lacks "
+            f"{', '.join(missing)}."
+        )
