@@ -60,7 +60,7 @@ def _count(jaxpr: Any, products_only: bool) -> float:
                 kernel = kernel[1:]
             total += 2 * outputs * math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
         elif name == "cpu_depthwise":
-            y = equation.outvars[0] if params["of"] == "y" else equation.invars[1]
+            y = equation.outvars[0] if params["result"] == "y" else equation.invars[1]
             total += 2 * _size(y) * math.prod(window.size for window in params["windows"])
         elif inner_jaxprs:
             counts = [_count(part, products_only) for part in inner_jaxprs]

@@ -81,7 +81,6 @@ def test_steps_beyond_the_last_window_keep_its_value():
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
-        (0, "`windows` must be at least 1 for a leaf of λ; got 0"),
         ({"rate": -1, "penalty": 2}, "`windows` must be between 0 and `num_steps`, which is 4; got -1"),
         (5, "`windows` must be between 0 and `num_steps`, which is 4; got 5"),
     ],

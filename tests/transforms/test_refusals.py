@@ -50,7 +50,7 @@ REFUSED = [
         lambda: transforms.per_group(optax.sgd, patterns={"a": "kernel", "b": ""})(learning_rate={"a": 0.1}).init(
             PARAMS
         ),
-        "hyperparameter 0 must be one value, or a dict with the groups",
+        "hyperparameter .* must be one value, or a dict with the groups",
     ),
     (
         lambda: transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS),
