@@ -8,7 +8,7 @@ The outer loss judges the result:
 An **estimator** estimates dF/dλ. A **task** holds the data of one training run. A **searcher** proposes values of λ
 without a gradient.
 
-Everything here is a plain `NamedTuple` of functions or of arrays; there are no base classes. λ is any pytree
+All of these are plain `NamedTuple`s of functions or arrays, without base classes. λ is any pytree
 of floating-point arrays. It is called `hyperparams`, or meta-parameters if it consists of a network's weights.
 """
 

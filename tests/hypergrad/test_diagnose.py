@@ -67,7 +67,7 @@ def test_lambda_at_a_bound():
         in_coordinates = spaces.constrain(natural[0], space), spaces.to_unconstrained(space, natural[1])
         for problem, lam in (natural, in_coordinates):
             diagnosis = hypergrad.diagnose(problem, lam, problems.TASK, num_steps=30, space=space)
-            assert ("sits at a bound" in words(diagnosis)) == found
+            assert ("is at a bound" in words(diagnosis)) == found
 
 
 @pytest.mark.once
