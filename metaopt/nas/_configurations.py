@@ -84,7 +84,11 @@ def genotype_from_configuration(
             chosen[kind].append((edge, edge.ops[index(name)]))
     else:
         for kind, cell in network.cells.items():
-            kept = [edge for node, edge_sets in _sets(cell, keep).items() for edge in edge_sets[index(f"{kind}.inputs{node}")]]
+            kept = [
+                edge
+                for node, edge_sets in _sets(cell, keep).items()
+                for edge in edge_sets[index(f"{kind}.inputs{node}")]
+            ]
             chosen[kind] = [(edge, _some(edge)[index(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
             chosen[kind].sort(key=lambda pair: cell.edges.index(pair[0]))
     return {kind: tuple((*edge[:2], op) for edge, op in pairs if op != NONE) for kind, pairs in chosen.items()}

@@ -169,7 +169,11 @@ def test_json_that_is_no_genotype(text, message):
     ("old", "new", "message"),
     [
         ("('dil_conv_3x3', 2)", "('dil_conv_7x7', 2)", "with an op among none, .*; got 2 and 'dil_conv_7x7'"),
-        ("('dil_conv_3x3', 2)", "('dil_conv_3x3', 5)", "edges to node 5 of 'normal' must come from nodes 0 to 4.*got 5"),
+        (
+            "('dil_conv_3x3', 2)",
+            "('dil_conv_3x3', 5)",
+            "edges to node 5 of 'normal' must come from nodes 0 to 4.*got 5",
+        ),
         ("('dil_conv_3x3', 2)", "('dil_conv_3x3', -1)", "must come from nodes 0 to 4, .*; got -1"),
         ("('dil_conv_3x3', 2)", "('dil_conv_3x3', 0)", "has two edges from the same node"),
         ("('dil_conv_3x3', 2)", "('dil_conv_3x3', '2')", "got '2'"),

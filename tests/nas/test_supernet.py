@@ -293,7 +293,10 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"'own' must turn the shape \(2, 3\) into \(2, 4\) .*; it returned \(2, 3\)"):
         nas.supernet(nas.Network({}, (nas.Layer("own", 4),), 2), (3,), ops={"own": linear})
     for ops, message in [
-        ({"stem": nas.BLOCKS["stem"]}, "`ops` has no 'linear', only stem, an op that the network uses. Pass the op set"),
+        (
+            {"stem": nas.BLOCKS["stem"]},
+            "`ops` has no 'linear', only stem, an op that the network uses. Pass the op set",
+        ),
         ({}, "`ops` has no 'linear', only nothing, an op that the network uses"),
     ]:
         with pytest.raises(ValueError, match=message):
