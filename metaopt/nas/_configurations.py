@@ -125,8 +125,8 @@ def genotype_to_configuration(
             fits = [i for i, edges in enumerate(edge_sets) if {edge.source for edge in edges} == sources]
             if not fits:
                 raise ValueError(
-                    f"A genotype of this space has {len(edge_sets[0])} edges into node {node} of {kind!r}; got those from "
-                    f"{sorted(sources)}."
+                    f"A genotype of this space has {len(edge_sets[0])} edges into node {node} of {kind!r}; "
+                    f"got those from {sorted(sources)}."
                 )
             if len(edge_sets) > 1:
                 configuration[f"{kind}.inputs{node}"] = fits[0]
