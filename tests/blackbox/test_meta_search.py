@@ -194,7 +194,9 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
     g = blackbox.train_meta_optimizer(records, space=space, candidates=line, num_steps=10)
 
     def failures(num, first=()):
-        compiled = _meta_search.meta_optimizer(g.surrogate, None, space, line, effective_tasks=g.evidence.effective_tasks)
+        compiled = _meta_search.meta_optimizer(
+            g.surrogate, None, space, line, effective_tasks=g.evidence.effective_tasks
+        )
         searcher = compiled.searcher(first=first)
         state, tried = searcher.init(jax.random.key(0), None), []
         for _ in range(num):
