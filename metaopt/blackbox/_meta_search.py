@@ -2,8 +2,9 @@
 
 The files follow the order of the algorithm. `_encoding` turns configurations into vectors, and `_domain` chooses them
 from a space or a finite set. `_new_task` specializes the surrogate to a task's features, and `_new_trials` turns its
-trials into arrays. `_predictions` and `_scores` have the formulas, and `_programs` compiles them. `_suggestions` chooses
-configurations by these scores, `_meta_searcher` keeps the trials of a search, and `_meta_outcomes` predicts outcomes.
+trials into arrays. `_predictions` and `_scores` have the formulas, and `_programs` compiles them. `_suggestions`
+chooses configurations by these scores, `_meta_searcher` keeps the trials of a search, and `_meta_outcomes` predicts
+outcomes.
 """
 
 import functools
