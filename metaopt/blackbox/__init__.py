@@ -9,7 +9,6 @@ from metaopt.blackbox._acquisition import (
     thompson_sample,
 )
 from metaopt.blackbox._asha import (
-    AshaState,
     asha,
 )
 from metaopt.blackbox._collect import (
@@ -33,11 +32,9 @@ from metaopt.blackbox._deep_kernel import (
     init_deep_kernel,
 )
 from metaopt.blackbox._enqueue import (
-    EnqueuedState,
     enqueue,
 )
 from metaopt.blackbox._evolution import (
-    EvolutionState,
     regularized_evolution,
 )
 from metaopt.blackbox._frames import (
@@ -87,7 +84,6 @@ from metaopt.blackbox._posterior import (
 )
 from metaopt.blackbox._random_search import (
     random_search,
-    untried,
 )
 from metaopt.blackbox._records import (
     append_records,
@@ -96,8 +92,6 @@ from metaopt.blackbox._records import (
 )
 from metaopt.blackbox._saved import load_meta_optimizer, save_meta_optimizer
 from metaopt.blackbox._sklearn import (
-    SKLEARN_MODELS,
-    SklearnModel,
     sklearn_model,
     sklearn_objective,
 )
@@ -137,29 +131,20 @@ from metaopt.blackbox._transformer import (
     transformer_loss,
 )
 from metaopt.blackbox._trial_tables import (
-    PublishedCurves,
     TrialTable,
     from_hpob,
-    from_hpob_curves,
-    from_hpobench_mlp,
-    from_lcdb,
-    from_oboe,
     from_openml_evaluations,
-    from_pmlb_results,
-    from_taskset,
     table_records,
     tabulate,
     to_hpob,
     to_openml_evaluations,
 )
 from metaopt.blackbox._trials import (
-    ObjectiveFn,
     Pruned,
 )
 
 __all__ = [
     "ACQUISITIONS",
-    "AshaState",
     "Binned",
     "Conditioned",
     "CurveNoise",
@@ -167,9 +152,7 @@ __all__ = [
     "CurveSurrogate",
     "DeepKernel",
     "Embedding",
-    "EnqueuedState",
     "Evidence",
-    "EvolutionState",
     "FreezeThawState",
     "Joint",
     "Kernel",
@@ -178,13 +161,9 @@ __all__ = [
     "MetaOptimizer",
     "MetaSearcherState",
     "Mixture",
-    "ObjectiveFn",
     "Observed",
     "Outcomes",
     "Pruned",
-    "PublishedCurves",
-    "SKLEARN_MODELS",
-    "SklearnModel",
     "Surrogate",
     "TaskTrials",
     "Transformer",
@@ -218,14 +197,8 @@ __all__ = [
     "expected_outcomes",
     "explained_share",
     "from_hpob",
-    "from_hpob_curves",
-    "from_hpobench_mlp",
-    "from_lcdb",
-    "from_oboe",
     "from_openml_evaluations",
     "from_optuna_study",
-    "from_pmlb_results",
-    "from_taskset",
     "functions_at",
     "init_attention",
     "init_deep_kernel",
@@ -268,5 +241,4 @@ __all__ = [
     "train_meta_optimizer",
     "train_meta_searcher",
     "transformer_loss",
-    "untried",
 ]

@@ -74,8 +74,9 @@ def collect(
     Args:
       objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
         use `trial.configuration` (plain values by name) and use `trial.seed` for all random numbers. It should also use
-        `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise `blackbox.Pruned(outcome)`. If
-        it forks its process, the fork ends when the objective returns or raises, and its result is ignored.
+        `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise
+        `blackbox.Pruned(outcome)`. If it forks its process, the fork ends when the objective returns or raises, and its
+        result is ignored.
       space: a tree of leaves.
       tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
         `Table`s.

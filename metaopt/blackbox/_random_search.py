@@ -100,8 +100,8 @@ def untried(
     Returns:
       Some of `configurations`, in their order.
 
-    >>> from metaopt import base, blackbox
-    >>> blackbox.untried([{"depth": 5}, {"depth": 7}], [base.Record("", {"depth": 5}, trial=-2)])
+    >>> from metaopt import base
+    >>> untried([{"depth": 5}, {"depth": 7}], [base.Record("", {"depth": 5}, trial=-2)])
     ({'depth': 7},)
     """
     others = [

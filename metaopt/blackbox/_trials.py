@@ -51,7 +51,8 @@ _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_TH
 class Pruned(Exception):
     """Raised by an objective that gives up early: `raise blackbox.Pruned(outcome)`; the trial's status is "PRUNED".
 
-    With a text instead, `raise blackbox.Pruned("too slow")`, the text is the reason in the record, and the outcome is NaN.
+    With a text, as in `raise blackbox.Pruned("too slow")`, the text is the reason in the record, and the outcome is
+    NaN.
     """
 
 

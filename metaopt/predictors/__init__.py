@@ -13,7 +13,6 @@ from metaopt.predictors._networks import (
     dataset_embedding,
     embed_rows,
     ensemble,
-    from_config,
     init_embedding,
     mlp,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "dataset_embedding",
     "embed_rows",
     "ensemble",
-    "from_config",
     "init_embedding",
     "load",
     "mlp",

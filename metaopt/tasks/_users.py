@@ -1,9 +1,6 @@
 """One task per person, patient or hospital: adapt to the first few records of a new user, and predict the others."""
 
-import csv
-import io
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from metaopt import _checks, _files
+from metaopt import _checks
 from metaopt.tasks._class_sources import exact_array, first_missing
 from metaopt.tasks._columns import merged_values
 from metaopt.tasks._episodes import Episode
-from metaopt.tasks._image_sources import data_file
 
 _log = logging.getLogger(__name__)
 
@@ -283,70 +279,3 @@ def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray)
             "`[table.user_names.index(name) for name in names]`."
         )
     return np.array(given, int)
-
-
-# --- the tables in the folder that METAOPT_DATA names ----------------------------------------------------------------
-
-
-def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str = "motor_UPDRS") -> UserTable:
-    """Parkinson's telemonitoring: 5,875 recordings of 42 patients over half a year, 16 measures of the voice.
-
-    The scores are interpolated between visits to a clinic, so that neighbors in time are nearly equal.
-
-    Args:
-      path: the data folder; by default, the environment variable METAOPT_DATA.
-      target: "motor_UPDRS" or "total_UPDRS".
-
-    Returns:
-      A `UserTable`. A user is a patient, and time is in days since recruitment. x has age, sex, time and the measures.
-
-    Raises:
-      FileNotFoundError: if the folder or the file does not exist.
-      ValueError: if `target` is unknown.
-
-    Source: Tsanas et al., IEEE Transactions on Biomedical Engineering 2009; UCI, CC BY 4.0.
-    """
-    if target not in ("motor_UPDRS", "total_UPDRS"):
-        raise ValueError(f'`target` must be "motor_UPDRS" or "total_UPDRS"; got {target!r}.')
-    columns = _read(path, "parkinsons_telemonitoring.csv.gz")
-    patient = np.array(columns.pop("subject#"), int)
-    y = np.array([float(v) for v in columns[target]], np.float32)
-    columns = {name: values for name, values in columns.items() if not name.endswith("_UPDRS")}
-    x = np.array([[float(v) for v in values] for values in columns.values()], np.float32).T
-    time = x[:, list(columns).index("test_time")]
-    return from_user_records(x, y, patient, time=time, feature_names=list(columns))
-
-
-def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
-    """Heart disease: 920 patients of four hospitals, and whether disease was found. Here a "user" is a hospital.
-
-    A cholesterol or a blood pressure of 0 is impossible. One hospital wrote a 0 for all of its patients, and another
-    one for some. These values become gaps.
-
-    Args:
-      path: the data folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      A `UserTable` without time; y is 0 or 1. The last columns have many gaps. "cp", "restecg", "slope" and "thal" are
-      codes. To leave one hospital out, standardize and train on the three others.
-
-    Raises:
-      FileNotFoundError: if the folder or the file does not exist.
-
-    Source: Janosi, Steinbrunn, Pfisterer & Detrano; UCI, CC BY 4.0.
-    """
-    columns = _read(path, "heart_by_hospital.csv.gz")
-    hospital = columns.pop("hospital")
-    y = np.array([float(v) > 0 for v in columns.pop("num")])
-    x = np.array([[float(v) if v else np.nan for v in values] for values in columns.values()], np.float32).T
-    for name in ("chol", "trestbps"):
-        of_name = x[:, list(columns).index(name)]
-        of_name[of_name == 0] = np.nan
-    return from_user_records(x, y, hospital, feature_names=list(columns))
-
-
-def _read(path: str | os.PathLike[str] | None, name: str) -> dict[str, list[str]]:
-    file = data_file(name, path)
-    with _files.reading(file, "is not this table of the data folder"):
-        rows = list(csv.DictReader(io.StringIO(_files.read_compressed(file).decode(), newline="")))
-        return {column: [row[column] for row in rows] for column in rows[0]}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, blackbox, spaces, tasks
+from metaopt.blackbox import _sklearn
 
 sklearn = pytest.importorskip("sklearn")
 from sklearn import datasets, metrics, model_selection, pipeline, preprocessing  # noqa: E402
@@ -26,7 +27,7 @@ def outcome(name, configuration=None, *, fidelity=1.0, data=None, **kwargs):
     return objective(trial, (X[:, :3], y) if data is None else data)
 
 
-@pytest.mark.parametrize("name", blackbox.SKLEARN_MODELS)
+@pytest.mark.parametrize("name", _sklearn.SKLEARN_MODELS)
 def test_the_default_of_every_space_is_scikit_learn_s_and_every_choice_is_valid(name):
     model = blackbox.sklearn_model(name)
     default = spaces.configuration(model.space, spaces.default(model.space))

@@ -8,6 +8,7 @@ import problems
 import pytest
 
 from metaopt import base, hypergrad, predictors, spaces
+from metaopt.predictors import _networks
 
 KEY = jax.random.key(0)
 SPACE = {
@@ -203,8 +204,8 @@ def test_float32_stays_float32(name):
             "`num_members` must be an integer of at least 1; got 0",
         ),
         (lambda: predictors.ensemble(predictors.mlp(SPACE, 2), 1.5), "must be an integer of at least 1; got 1.5"),
-        (lambda: predictors.from_config({"kind": "forest"}), "Unknown kind of predictor 'forest'; known are"),
-        (lambda: predictors.from_config({}), "Unknown kind of predictor None"),
+        (lambda: _networks.from_config({"kind": "forest"}), "Unknown kind of predictor 'forest'; known are"),
+        (lambda: _networks.from_config({}), "Unknown kind of predictor None"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import tasks
+from metaopt import base, tasks
+from metaopt.tasks import _prepare
 
 
 def prepared(rows=90, columns=4, classes=3, seed=0):
@@ -53,7 +54,7 @@ def test_padding_changes_neither_loss_nor_gradient():
 def test_task_entries():
     one = prepared()
     task = padded(one, features=np.ones(3, np.float32))
-    assert isinstance(task, tasks.Task) and task.features.shape == (3,)
+    assert isinstance(task, base.Task) and task.features.shape == (3,)
     for part, rows, total in ((task.train, one.train, 80), (task.valid, one.valid, 40)):
         n = len(rows.y)
         np.testing.assert_array_equal(part["x"][:n, :4], rows.x)
@@ -94,7 +95,7 @@ def test_to_task_refuses_what_is_not_prepared():
 @pytest.mark.parametrize("part", ["train", "valid"])
 def test_to_task_refuses_a_part_without_rows(part):
     one = prepared()
-    one = one._replace(**{part: tasks.Rows(*(leaf[:0] for leaf in getattr(one, part)))})
+    one = one._replace(**{part: _prepare.Rows(*(leaf[:0] for leaf in getattr(one, part)))})
     with pytest.raises(
         ValueError, match=f"task t0 needs at least one row to train on and one to validate on.*{part}_rows=0"
     ):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from metaopt import tasks
+from metaopt.tasks import _class_sources
 
 X = np.arange(6 * 4, dtype=np.uint8).reshape(6, 2, 2)
 Y = np.array(["b", "a", "c", "a", "b", "b"])
@@ -56,7 +57,7 @@ def test_turned_classes_are_classes_of_their_own():
 
 def test_rows_of_all_sources_are_numbered_through():
     a, b = tasks.from_arrays(X, Y, name="a"), tasks.from_arrays(X[:3], [9, 8, 9], name="b")
-    rows = tasks.labelled_rows([a, b])
+    rows = _class_sources.labelled_rows([a, b])
     np.testing.assert_array_equal(rows["y"], [1, 0, 2, 0, 1, 1, 4, 3, 4])
     np.testing.assert_array_equal(rows["source"], [0] * 6 + [1] * 3)
     np.testing.assert_array_equal(rows["x"], np.concatenate([X, X[:3]]))
@@ -92,8 +93,7 @@ def test_rows_of_all_sources_are_numbered_through():
             lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]),
             "`superclass` must be known for all; entry 1 is nan",
         ),
-        (lambda: tasks.labelled_rows([]), "at least one source"),
-        (lambda: tasks.from_image_sets(["mnist", "cifar"]), "got 'cifar'"),
+        (lambda: _class_sources.labelled_rows([]), "at least one source"),
     ],
 )
 def test_what_is_no_source_is_refused(make, message):
@@ -221,26 +221,3 @@ def test_a_data_set_that_tfds_itself_prepared_and_reads(tmp_path):
     np.testing.assert_array_equal(source.x[:, 0, 0] // 10 % 3, source.y)
     np.testing.assert_array_equal(np.sort(source.x[:, 0, 0]), 10 * np.arange(6))
     assert "tensorflow" not in sys.modules
-
-
-def test_the_sets_of_the_data_folder(monkeypatch, tmp_path):
-    try:
-        sources = tasks.from_image_sets(["omniglot", "spoken_digits", "signdigits"])
-    except FileNotFoundError:
-        pytest.skip("METAOPT_DATA names no folder with the image sets")
-    omniglot, spoken = sources["omniglot"], sources["spoken_digits"]
-    assert omniglot.num_classes == 1623 and omniglot.num_groups == 20 and omniglot.superclass.max() == 49
-    assert (np.bincount(omniglot.y) == 20).all() and spoken.num_groups == 6 and sources["signdigits"].group is None
-    # A character's name begins with its alphabet's.
-    alphabets = [name.split("/")[0] for name in omniglot.class_names]
-    assert len(set(zip(alphabets, omniglot.superclass.tolist(), strict=True))) == 50
-    split = tasks.omniglot_split()
-    train, test = (tasks.select(sources, split, part)[0] for part in ("train", "test"))
-    assert (train.num_classes, test.num_classes) == (964, 659)
-    assert (train.superclass.max(), test.superclass.max()) == (29, 19)
-    monkeypatch.setenv("METAOPT_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"has no omniglot\.npz"):
-        tasks.omniglot_split()
-    monkeypatch.delenv("METAOPT_DATA")
-    with pytest.raises(FileNotFoundError, match="set METAOPT_DATA"):
-        tasks.from_image_sets(["mnist"])
