@@ -19,13 +19,8 @@ from metaopt.tasks._class_sources import (
     keep,
     with_rotations,
 )
-from metaopt.tasks._episodes import (
-    Episode,
-    episode_batches,
-    episodes,
-    labelled_batches,
-    meta_dataset_episodes,
-)
+from metaopt.tasks._classification_episodes import episodes, meta_dataset_episodes
+from metaopt.tasks._episodes import Episode, episode_batches, labelled_batches
 from metaopt.tasks._function_families import (
     function_episodes,
     mixed_functions,
