@@ -96,9 +96,9 @@ def make_pool(
     cells = np.concatenate([np.pad(c, [(0, 0), (0, most - c.shape[1])]) for c in map(_cells, sources)])
     rows = [np.lexsort((s.y if s.group is None else s.group, s.y)) for s in sources]
     first_class = np.cumsum([0] + [source.num_classes for source in sources])
-    flat = [members + first for of, first in zip(nodes, first_class, strict=False) for members in of]
+    flat = [members + first for node, first in zip(nodes, first_class, strict=False) for members in node]
     sizes = np.array([len(members) for members in flat])
-    num_nodes = np.array([len(of) for of in nodes])
+    num_nodes = np.array([len(node) for node in nodes])
 
     def index(values):
         return jnp.asarray(np.asarray(values), jnp.int32)
