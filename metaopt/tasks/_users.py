@@ -221,50 +221,74 @@ def user_episodes(
             f"User {table.user_names[short[0]]} has {counts[short[0]]} records, but needs {num_support} to adapt to "
             "and one to predict. Reduce `num_support`, or exclude such users with `users`."
         )
-    padded = int(counts[chosen].max()) - num_support
-    padded = padded if num_query is None else min(num_query, padded)
-    x, y = jnp.asarray(table.x[by_time]), jnp.asarray(table.y[by_time])
-    who, count = jnp.asarray(chosen, jnp.int32), jnp.asarray(counts, jnp.int32)
-    first = jnp.asarray(np.cumsum(counts) - counts, jnp.int32)
     widest = int(counts[chosen].max())
+    num_padded = widest - num_support if num_query is None else min(num_query, widest - num_support)
     classes = {}
     if np.issubdtype(table.y.dtype, np.integer):
         classes["class_mask"] = jnp.ones(int(table.y.max()) + 1, jnp.float32)
+    records = _Records(
+        x=jnp.asarray(table.x[by_time]),
+        y=jnp.asarray(table.y[by_time]),
+        first=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
+        count=jnp.asarray(counts, jnp.int32),
+        classes=classes,
+    )
+    who = jnp.asarray(chosen, jnp.int32)
 
     def sample(key, user=None):
         if user is not None and not isinstance(user, Tracer):
-            given = np.asarray(user)
-            if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < len(chosen):
-                raise ValueError(
-                    f"`user` must be an index into the sampler's users, an integer in 0..{len(chosen) - 1}; got "
-                    f"{given.tolist()!r}. It is not an index into `table.user_names`."
-                )
+            _check_position(user, len(chosen))
         user_key, row_key = jax.random.split(key)
-        place = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
-        one = who[place]
-        at = jnp.arange(widest, dtype=jnp.int32)
-        if order == "window":
-            at = at + jax.random.randint(row_key, (), 0, count[one] - num_support)
-        elif order == "random":
-            bits = jax.random.bits(row_key, (widest,), jnp.uint32)
-            at = jnp.lexsort((bits, at >= count[one])).astype(jnp.int32)
-
-        def part(at):
-            real = at < count[one]
-            row = jnp.where(real, first[one] + at, 0)
-            mask = real.astype(jnp.float32)
-            return {
-                "x": jnp.where(real[:, None], x[row], 0),
-                "y": jnp.where(real, y[row], 0),
-                "mask": mask,
-                "num_rows": real.sum().astype(jnp.int32),
-                **classes,
-            }
-
-        query = part(at[num_support : num_support + padded])
-        return Episode(part(at[:num_support]), query, {"user": one})
+        position = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
+        drawn = who[position]
+        order_of_records = _draw_order(row_key, order, widest, records.count[drawn], num_support)
+        support = _part(records, drawn, order_of_records[:num_support])
+        query = _part(records, drawn, order_of_records[num_support : num_support + num_padded])
+        return Episode(support, query, {"user": drawn})
 
     return sample
+
+
+class _Records(NamedTuple):
+    """The records of all users, those of one user after those of another, in the order of time."""
+
+    x: jax.Array  # [N, D]
+    y: jax.Array  # [N]
+    first: jax.Array  # [U], the first record of each user
+    count: jax.Array  # [U]
+    classes: dict[str, jax.Array]  # "class_mask" [C], or empty
+
+
+def _draw_order(key: jax.Array, order: str, widest: int, count: jax.Array, num_support: int) -> jax.Array:
+    """[widest], numbers of records of a user with `count` records; numbers from `count` on are padding."""
+    place = jnp.arange(widest, dtype=jnp.int32)
+    if order == "window":
+        return place + jax.random.randint(key, (), 0, count - num_support)
+    if order == "random":
+        bits = jax.random.bits(key, (widest,), jnp.uint32)
+        return jnp.lexsort((bits, place >= count)).astype(jnp.int32)
+    return place
+
+
+def _part(records: _Records, user: jax.Array, place: jax.Array) -> dict[str, jax.Array]:
+    real = place < records.count[user]
+    row = jnp.where(real, records.first[user] + place, 0)
+    return {
+        "x": jnp.where(real[:, None], records.x[row], 0),
+        "y": jnp.where(real, records.y[row], 0),
+        "mask": real.astype(jnp.float32),
+        "num_rows": real.sum().astype(jnp.int32),
+        **records.classes,
+    }
+
+
+def _check_position(user: Any, num_users: int) -> None:
+    user = np.asarray(user)
+    if user.ndim or user.dtype.kind not in "iu" or not 0 <= user < num_users:
+        raise ValueError(
+            f"`user` must be an index into the sampler's users, an integer in 0..{num_users - 1}; got "
+            f"{user.tolist()!r}. It is not an index into `table.user_names`."
+        )
 
 
 def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray) -> np.ndarray:

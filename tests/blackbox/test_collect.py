@@ -494,13 +494,9 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
         ({"on": [tasks.Table("a", "", *[None] * 3)] * 2}, "must differ; 'a' occurs more than once"),  # pyright: ignore
         ({"on": {3: 0.0}}, "names of `tasks` must be strings, as records hold them; got 3"),
-        ({"on": "abc"}, "`tasks` must be a dict of .* by name, or a list of what has a `name`, .*; got str"),
-        ({"on": 3}, "`tasks` must be a dict of .*; got int"),
-        ({"on": [1, 2]}, r"`tasks` must be a dict of .*; `tasks\[0\]` has none, and is int"),
-        (
-            {"on": tasks.Table("a", "", *[None] * 3)},
-            r"be a dict of .*; got Table. `\[table\]` is a list of one",
-        ),
+        ({"on": "abc"}, "`tasks` must be a dict .* or a list of objects that have a `name`, .*; got str"),
+        ({"on": [1, 2]}, "`tasks` must be a dict .*; got list"),
+        ({"on": tasks.Table("a", "", *[None] * 3)}, "`tasks` must be a dict .*; got Table"),  # pyright: ignore
         (
             {"searcher": blackbox.random_search},
             "`searcher` must be a `base.Searcher`; got random_search, a function: cal",
@@ -510,7 +506,7 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"key": 0}, r"`key` must be one key, such as `jax.random.key\(0\)`; got 0"),
         ({"key": None}, "`key` must be one key, .*; got None"),
         ({"key": jax.random.split(KEY)}, r"`key` must be one key, .*; got an array of key<fry>, shape \(2,\)"),
-        ({"objective": None}, r"`objective` must be a function `\(trial, task\) -> outcome`, .*; got NoneType"),
+        ({"objective": None}, r"`objective` must be a function `\(trial, task\) -> outcome`; got NoneType"),
     ],
 )
 def test_arguments_are_checked(kwargs, message):
@@ -533,14 +529,6 @@ def test_tasks_come_as_any_iterable_and_keys_of_both_kinds():
     one, other = (collect(on=on, **kwargs) for on in (named, iter(named)))
     assert without_cost(one) == without_cost(other) and {record.task for record in one} == set(TASKS)
     assert len(collect(key=jax.random.PRNGKey(0), **kwargs)) == 4
-
-    class Failing:
-        def __iter__(self):
-            raise TypeError("the archive is closed")
-
-    with pytest.raises(ValueError, match="`tasks` must be .*; got Failing") as refusal:
-        collect(on=Failing(), **kwargs)
-    assert "the archive is closed" in str(refusal.value.__cause__)
 
 
 def test_what_is_enqueued_stands_before_a_searcher_and_not_before_its_factory():
@@ -720,8 +708,8 @@ def test_clusters_are_joblib_s_backends(backend, isolated, tmp_path):
 COLLECTOR = """
 import sys, black_boxes, jax
 from metaopt import blackbox
-blackbox.collect(black_boxes.slow, black_boxes.SPACE, {"left": -0.5}, num_trials=int(sys.argv[2]), key=jax.random.key(3),
-              store=sys.argv[1], num_workers=2)
+blackbox.collect(black_boxes.slow, black_boxes.SPACE, {"left": -0.5}, num_trials=int(sys.argv[2]),
+                 key=jax.random.key(3), store=sys.argv[1], num_workers=2)
 """
 
 
