@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"base"},
-    {"_checks", "_files", "_heads", "_jaxpr", "_locks", "_permutations", "_progress", "_tfrecord", "_trees"},
+    {"_checks", "_extras", "_files", "_heads", "_jaxpr", "_locks", "_permutations", "_progress", "_tfrecord", "_trees"},
     {"_saving"},
     {"spaces", "transforms"},
     {"tasks", "inner"},

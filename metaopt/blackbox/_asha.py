@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.blackbox import _fidelities
 from metaopt.blackbox._random_search import random_search
 
@@ -60,7 +60,7 @@ def asha(
       (`blackbox.collect(resumes=True)`) pays only for the differences in budget.
 
     Raises:
-      ValueError: if an argument is not an integer or is out of range.
+      ValueError: if an argument is out of range.
       ValueError: (in `ask`) if `searcher` chooses fidelities itself, as `bohb` does.
       ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the K. A trial is
         recognized by its number, configuration and seed.
@@ -81,11 +81,11 @@ def asha(
     >>> best.fidelity, best.trial == min(told, key=lambda record: record.outcome).trial
     (1.0, True)
     """
-    _checks.check_integer("reduction_factor", reduction_factor, 2)
-    _checks.check_integer("num_rungs", num_rungs, 2)
-    _checks.check_integer("num_brackets", num_brackets, 1)
-    if num_brackets > num_rungs:
-        raise ValueError(f"`num_brackets` must be at most `num_rungs`, {num_rungs}; got {num_brackets}.")
+    if reduction_factor < 2 or not 1 <= num_brackets <= num_rungs:
+        raise ValueError(
+            "`reduction_factor` must be at least 2, and `num_brackets` in 1..`num_rungs`; got "
+            f"{reduction_factor}, {num_brackets} and {num_rungs}."
+        )
     rungs = _Rungs(reduction_factor, num_rungs, num_brackets)
     inner = random_search() if searcher is None else searcher
     return base.Searcher(

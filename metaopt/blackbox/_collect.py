@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from metaopt import _checks, _locks, base
+from metaopt import _checks, _extras, _locks, base
 from metaopt._progress import report_progress
 from metaopt.blackbox._random_search import random_search
 from metaopt.blackbox._records import append_records, read_records
@@ -143,13 +142,9 @@ def collect(
     """
     if not callable(objective):
         raise ValueError(f"`objective` must be a function `(trial, task) -> outcome`; got {type(objective).__name__}.")
-    _check_limits(isolated, time_limit, memory_limit, budget)
-    _check_key(key)
-    _checks.check_positive("num_trials", num_trials)
+    _check_limits(isolated, time_limit, memory_limit)
     if num_trials == float("inf"):
         raise ValueError("`num_trials` must be finite; got inf. Give a large number, and a `budget` in seconds.")
-    if searcher is not None:
-        _checks.check_searcher(searcher)
     _checks.check_integer("batch_size", batch_size, 1, optional=True)
     named = _by_name(tasks)
     # Random search proposes the same trials, one at a time or all at once.
@@ -294,27 +289,14 @@ def _check_same(stored: base.Record, trial: base.Record, store: Any, study: str)
         )
 
 
-def _check_limits(isolated: bool, time_limit, memory_limit, budget) -> None:
-    """Raises ValueError if a limit is not positive, or cannot be enforced here."""
-    for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
-        _checks.check_positive(name, value, optional=True)
+def _check_limits(isolated: bool, time_limit, memory_limit) -> None:
+    """Raises ValueError if a limit cannot be enforced here."""
     if not isolated and (time_limit is not None or memory_limit is not None):
         raise ValueError("A limit needs `isolated=True`, because a trial in this process cannot be stopped.")
-    if isolated and os.name != "posix":
-        raise ValueError(f"Isolated trials need a POSIX system; on {os.name!r}, use `isolated=False`.")
     if memory_limit is not None and not memory_is_known():
         raise ValueError(
             "`memory_limit` needs Linux, whose /proc reports the memory of a process; omit it on other systems."
         )
-
-
-def _check_key(key: Any) -> None:
-    """Raises ValueError unless `key` is one key: a typed key, or a key of `jax.random.PRNGKey`."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not (typed and shape == () or dtype == jnp.uint32 and shape is not None and len(shape) == 1):
-        got = repr(key) if shape is None else f"an array of {dtype}, shape {shape}"
-        raise ValueError(f"`key` must be one key, such as `jax.random.key(0)`; got {got}.")
 
 
 def _by_name(tasks: Any) -> dict[str, Any]:
@@ -333,8 +315,6 @@ def _by_name(tasks: Any) -> dict[str, Any]:
         if len(named) < len(names):
             name = max(names, key=names.count)
             raise ValueError(f"The names of `tasks` must differ; {name!r} occurs more than once.")
-    if unnamed := [name for name in named if not isinstance(name, str)]:
-        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
     return named
 
 
@@ -366,10 +346,6 @@ def _alone(store, study: str) -> Iterator[None]:
     hold the lock.
     """
     path = "" if store is None else os.path.realpath(store)  # links to the same file share the lock
-    if store is not None and not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(
-            f"The store {os.fspath(store)} cannot be created, because its folder does not exist. Create it first."
-        )
     if store is None:
         yield
         return
@@ -405,10 +381,7 @@ def _run_all(runner: _Runner, trials: Iterator[base.Record]) -> Iterator[base.Re
     queue = collections.deque(itertools.islice(trials, 1))
     if not queue:
         return
-    try:
-        import joblib
-    except ImportError as error:
-        raise ImportError('`collect` needs joblib; install it with `pip install "metaopt-jax[records]"`.') from error
+    joblib = _extras.require("joblib", "records", "`collect`")
     stopped = False
 
     def jobs():

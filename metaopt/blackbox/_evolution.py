@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import base, spaces
 
 
 class EvolutionState(NamedTuple):
@@ -47,7 +47,7 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
       A searcher over a dict of `spaces.integer`, whose values are treated as categories, and `spaces.fixed`.
 
     Raises:
-      ValueError: if a size is below 1; in `init`, if the space is not such a dict.
+      ValueError: in `init`, if the space is not such a dict.
 
     Source: Real et al., AAAI 2019, https://arxiv.org/abs/1802.01548
 
@@ -61,11 +61,12 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     >>> sorted(child.configuration), child.trial
     (['edge0', 'edge1'], 2)
     """
-    _checks.check_integer("population_size", population_size, 1)
-    _checks.check_integer("sample_size", sample_size, 1)
-
     sizes = _Sizes(population_size, sample_size)
-    return base.Searcher(_init, lambda state, num: _ask(sizes, state, num), lambda *args: _tell(sizes, *args))
+    return base.Searcher(
+        init=_init,
+        ask=lambda state, num: _ask(sizes, state, num),
+        tell=lambda state, records: _tell(sizes, state, records),
+    )
 
 
 class _Sizes(NamedTuple):
@@ -75,14 +76,10 @@ class _Sizes(NamedTuple):
 
 def _init(key: jax.Array, space: base.PyTree) -> EvolutionState:
     leaves = (spaces.Integer, spaces.Fixed)
-    if not isinstance(space, dict) or not all(isinstance(leaf, leaves) for leaf in space.values()):
+    if not isinstance(space, dict) or not all(isinstance(x, leaves) and not x.shape for x in space.values()):
         raise ValueError(
-            "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed`; got another space."
-        )
-    if shaped := [name for name, leaf in space.items() if leaf.shape]:
-        raise ValueError(
-            f"`regularized_evolution` searches integers without shape; `{shaped[0]}` has shape "
-            f"{space[shaped[0]].shape}: write one leaf for each of its entries."
+            "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed` without shape; got another "
+            "space. Write one leaf for each entry of an array."
         )
     seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
     return EvolutionState(seed, dict(space), {}, 0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metaopt import _checks, base, spaces
+from metaopt import _extras, base, spaces
 from metaopt.blackbox import _fidelities, _random_search
 
 
@@ -55,7 +55,6 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
       since they belong to an unknown fidelity below the requested one.
 
     Raises:
-      ValueError: if `num_random` is not an integer of at least 0.
       ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Bergstra et al., NeurIPS 2011, https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization;
@@ -94,15 +93,12 @@ def bohb(
       prune the searcher's own trials.
 
     Raises:
-      ValueError: if an argument is not an integer, or is too small.
       ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the searcher's. A
         trial is recognized by its number, configuration and seed.
       ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
     """
-    _checks.check_integer("reduction_factor", reduction_factor, 2)
-    _checks.check_integer("num_rungs", num_rungs, 2)
     fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
     steps = reduction_factor ** (num_rungs - 1)
     pruner = lambda optuna: optuna.pruners.HyperbandPruner(1, steps, reduction_factor)
@@ -129,7 +125,6 @@ class _Budgets(NamedTuple):
 
 
 def _searcher(budgets: _Budgets, first: Sequence[Mapping[str, Any]] | None, num_random: int) -> base.Searcher:
-    _checks.check_integer("num_random", num_random, 0)
     return base.Searcher(
         init=lambda key, space: _init(budgets, first, num_random, key, space),
         ask=lambda state, num: _ask(budgets, state, num),
@@ -138,10 +133,7 @@ def _searcher(budgets: _Budgets, first: Sequence[Mapping[str, Any]] | None, num_
 
 
 def _init(budgets: _Budgets, first, num_random: int, key: jax.Array, space: base.PyTree) -> OptunaState:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError('This searcher needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
+    optuna = _extras.require("optuna", "optuna", "This searcher")
     seed_key, key = jax.random.split(key)
     seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
     spaces.to_optuna(space)  # raises an error if Optuna does not support the space

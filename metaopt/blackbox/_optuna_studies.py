@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _meta_search
 
 _OURS = "metaopt:"  # prefix of our user attributes, because users may have their own "cost" or "seed"
@@ -250,10 +250,7 @@ def optuna_sampler(
     >>> study.best_params
     {'depth': 3}
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
+    optuna = _extras.require("optuna", "optuna", "This sampler")
     spaces.to_optuna(meta_optimizer.space)  # raises if the space has no counterpart in Optuna
     searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
     number = int.from_bytes(os.urandom(4)) if seed is None else seed

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, spaces
+from metaopt import spaces
 from metaopt.blackbox._trials import ObjectiveFn
 
 
@@ -78,19 +78,11 @@ def sklearn_objective(
       the score itself if smaller scores are better.
 
     Raises:
-      ValueError: if `num_folds` is not an integer of at least 2, or `preparation` is not a transformer.
       ValueError: if `scoring` is missing and the estimator's kind does not have a default.
       ImportError: if scikit-learn is not installed.
     """
-    _checks.check_integer("num_folds", num_folds, 2)
     import sklearn.base
 
-    known = preparation is None or isinstance(preparation, str) and preparation == "passthrough"
-    if not known and (isinstance(preparation, type) or not hasattr(preparation, "transform")):
-        raise ValueError(
-            f'`preparation` must be a transformer such as `preprocessing.MinMaxScaler()`, "passthrough" for none, or '
-            f"None; got {preparation!r}."
-        )
     if scoring is None:
         if sklearn.base.is_classifier(estimator):
             scoring = "balanced_accuracy"

