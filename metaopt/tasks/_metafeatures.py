@@ -78,8 +78,8 @@ def metafeatures(
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if x.ndim != 2 or len(x) < 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:
         raise ValueError(
-            f"meta-features need x [rows, columns], y [rows] and `categorical` [columns], with 2 rows; got {x.shape}, "
-            f"{y.shape} and {categorical.shape}."
+            "meta-features need x [rows, columns], y [rows] and `categorical` [columns], at least 2 rows and 1 column; "
+            f"got {x.shape}, {y.shape} and {categorical.shape}."
         )
     if np.isinf(x).any():
         raise ValueError("meta-features need finite values; missing ones are NaN.")

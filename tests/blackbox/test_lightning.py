@@ -281,8 +281,6 @@ def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
         objective(TRIAL, None)
     with pytest.raises(ValueError, match="`mode` must be 'min' or 'max'; got 'least'"):
         lightning.callback(TRIAL, max_epochs=3, mode="least")
-    with pytest.raises(ValueError, match="`max_epochs` must be at least 1; got 0"):
-        lightning.objective(None, None, max_epochs=0)  # pyright: ignore
     for name in ("lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[lightning\]"):

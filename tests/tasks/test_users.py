@@ -83,7 +83,6 @@ def test_standardized_by_the_others_and_gaps_marked():
         (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2, 3], [0, 0, 0], feature_names="ab"), "1 names; got 2"),
         (lambda: tasks.user_episodes(TABLE, num_support=0), "`num_support` must be at least 1; got 0"),
         (lambda: tasks.user_episodes(TABLE, num_support=1.5), "`num_support` must be an integer of at least 1"),
-        (lambda: tasks.user_episodes(TABLE, num_support=1, num_query=0), "`num_query` must be at least 1, or None"),
         (lambda: tasks.user_episodes(TABLE, num_support=3), "User a has 3 records, but needs 3"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, order="past"), "must be one of 'time'"),
         (lambda: tasks.user_episodes(TABLE._replace(time=None), num_support=1), '`order` must be "random"'),
