@@ -30,7 +30,7 @@ from metaopt.training import _checkpoints
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 SPACE = {"rate": spaces.interval(1e-3, 1.0, log=True), "op": spaces.choice(["a", "b"]), "rest": [spaces.fixed(0.5)]}
-NUM_FILES = 1000
+NUM_FILES, FEW_FILES = 1000, 80  # over all readers
 SECONDS, MEGABYTES = 5.0, 60  # of the processor, and of memory, for one file of some kilobytes
 
 
@@ -591,15 +591,15 @@ def outcome(name, folder):
     return None
 
 
-@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:The checkpoint of step")
 # Reads of orbax that fail may leave others unfinished.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", CASES)
-def test_damaged_files_give_a_clear_error_or_a_valid_object(name, valid_files, tmp_path):
+@pytest.mark.parametrize("num_files", [FEW_FILES, pytest.param(NUM_FILES, marks=pytest.mark.once)])
+def test_damaged_files_give_a_clear_error_or_a_valid_object(num_files, name, valid_files, tmp_path):
     assert outcome(name, copied(valid_files[name], tmp_path / "whole")) is None
     total = sum(case.share for case in CASES.values())
-    number, rng, errors = math.ceil(NUM_FILES * CASES[name].share / total), random.Random(name), 0
+    number, rng, errors = math.ceil(num_files * CASES[name].share / total), random.Random(name), 0
     tracemalloc.start(1)
     try:
         for i in range(number):
@@ -617,7 +617,7 @@ def test_damaged_files_give_a_clear_error_or_a_valid_object(name, valid_files, t
             assert tracemalloc.get_traced_memory()[1] - before < MEGABYTES * 2**20, i
     finally:
         tracemalloc.stop()
-    assert errors > 0  # the mutations reach the reader
+    assert errors > 0 or num_files == FEW_FILES  # the mutations reach the reader
 
 
 # ---- Bombs: small files that took hours, or gigabytes ---------------------------------------------------------------

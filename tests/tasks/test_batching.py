@@ -30,6 +30,9 @@ def masked_loss(params, data):
     return jnp.sum(losses * data["mask"]) / jnp.sum(data["mask"])
 
 
+RESPLIT = jax.jit(tasks.resplit)  # one program for all tests
+
+
 @pytest.mark.once
 def test_padding_changes_neither_loss_nor_gradient():
     one = prepared()
@@ -40,9 +43,10 @@ def test_padding_changes_neither_loss_nor_gradient():
     rng = np.random.default_rng(1)
     params = {"w": rng.normal(size=(7, 5)), "b": rng.normal(size=5)}
     small = {"w": params["w"][:4, :3], "b": params["b"][:3]}
+    loss_and_grad = jax.jit(jax.value_and_grad(masked_loss))
     for part in ("train", "valid"):
-        value, grads = jax.value_and_grad(masked_loss)(params, getattr(loose, part))
-        expected, expected_grads = jax.value_and_grad(masked_loss)(small, getattr(tight, part))
+        value, grads = loss_and_grad(params, getattr(loose, part))
+        expected, expected_grads = loss_and_grad(small, getattr(tight, part))
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         chex.assert_trees_all_close(
             {"w": grads["w"][:4, :3], "b": grads["b"][:3]}, expected_grads, rtol=1e-5, atol=1e-8
@@ -170,7 +174,7 @@ def rows_of(part):
 @pytest.mark.once
 def test_resplit_redraws_the_same_rows():
     task = padded(prepared(rows=97, classes=4), features=np.ones(2))
-    new = jax.jit(tasks.resplit)(jax.random.key(0), task)
+    new = RESPLIT(jax.random.key(0), task)
     before = np.concatenate([rows_of(task.train), rows_of(task.valid)])
     after = np.concatenate([rows_of(new.train), rows_of(new.valid)])
     assert not np.array_equal(rows_of(new.valid), rows_of(task.valid))
@@ -182,7 +186,7 @@ def test_resplit_redraws_the_same_rows():
         assert not np.asarray(part["x"])[padding].any() and not np.asarray(part["y"])[padding].any()
         chex.assert_trees_all_equal_shapes_and_dtypes(part, jax.tree.map(jnp.asarray, old))
     np.testing.assert_array_equal(new.features, task.features)
-    other = tasks.resplit(jax.random.key(1), task)
+    other = RESPLIT(jax.random.key(1), task)
     assert not np.array_equal(rows_of(new.valid), rows_of(other.valid))
     chex.assert_trees_all_equal(tasks.resplit(jax.random.key(0), task), new)
 
@@ -192,7 +196,7 @@ def test_resplit_takes_real_rows_wherever_they_stand():
     task = padded(prepared(rows=97, classes=4))
     some = lambda part, at: {**part, "mask": np.where(np.isin(np.arange(len(part["mask"])), at), 0, part["mask"])}
     fewer = task._replace(train=some(task.train, [0, 5, 9]), valid=some(task.valid, [1]))
-    new = jax.jit(tasks.resplit)(jax.random.key(0), fewer)
+    new = RESPLIT(jax.random.key(0), fewer)
     before, after = (np.concatenate([rows_of(t.train), rows_of(t.valid)]) for t in (fewer, new))
     np.testing.assert_array_equal(before[np.lexsort(before.T)], after[np.lexsort(after.T)])
     for part, old in ((new.train, fewer.train), (new.valid, fewer.valid)):
@@ -205,7 +209,7 @@ def test_resplit_is_stratified_and_every_row_gets_its_turn():
     task = padded(prepared(rows=100, classes=4))
     total = np.bincount(rows_of(task.train)[:, -1].astype(int)) + np.bincount(rows_of(task.valid)[:, -1].astype(int))
     share = task.train["num_rows"] / (task.train["num_rows"] + task.valid["num_rows"])
-    draws = jax.vmap(tasks.resplit, in_axes=(0, None))(jax.random.split(jax.random.key(0), 300), task)
+    draws = jax.jit(jax.vmap(tasks.resplit, in_axes=(0, None)))(jax.random.split(jax.random.key(0), 300), task)
     seen: dict = {}
     for x, y, mask in zip(*(np.asarray(draws.valid[k]) for k in ("x", "y", "mask")), strict=True):
         counts = total - np.bincount(y[mask > 0], minlength=4)
@@ -220,6 +224,6 @@ def test_resplit_is_stratified_and_every_row_gets_its_turn():
 def test_resplit_of_a_batch_is_that_of_each_task():
     some = [padded(prepared(rows=60 + 20 * i, seed=i)) for i in range(3)]
     keys = jax.random.split(jax.random.key(2), 3)
-    batch = jax.vmap(tasks.resplit)(keys, tasks.stack(some))
+    batch = jax.jit(jax.vmap(tasks.resplit))(keys, tasks.stack(some))
     for key, one, new in zip(keys, some, tasks.unstack(batch), strict=True):
-        chex.assert_trees_all_equal(tasks.resplit(key, one), new)
+        chex.assert_trees_all_equal(RESPLIT(key, one), new)
