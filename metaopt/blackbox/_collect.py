@@ -168,7 +168,7 @@ def collect(
 
 
 class _Runner(NamedTuple):
-    """What it takes to run trials and to store their records."""
+    """The arguments that runs of trials and the store share."""
 
     run: Callable[..., base.Record | None]
     objective: ObjectiveFn

@@ -249,14 +249,14 @@ def _add(study, space, record: base.Record, step: int) -> None:
     if record.status == "FAIL" or not math.isfinite(record.outcome):
         return
     distributions = spaces.to_optuna(space)
-    known = {name: value for name, value in record.configuration.items() if name in distributions}
+    searched = {name: value for name, value in record.configuration.items() if name in distributions}
     whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
     try:
-        within = spaces.configuration(space, spaces.from_configuration(space, known))
+        within = spaces.configuration(space, spaces.from_configuration(space, searched))
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
-            params={name: within.get(name, value) for name, value in known.items()},
-            distributions={name: distributions[name] for name in known},
+            params={name: within.get(name, value) for name, value in searched.items()},
+            distributions={name: distributions[name] for name in searched},
             value=record.outcome if whole else None,
             intermediate_values=None if whole else {step: record.outcome},
         )

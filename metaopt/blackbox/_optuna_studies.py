@@ -55,8 +55,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         _checks.check_record(record, f"`records[{i}]`")
     if len(names := {record.task for record in records}) > 1:
         raise ValueError(f"An Optuna study is of one task; got records of {sorted(names)}.")
-    if given := {"direction", "directions"} & set(kwargs):
-        raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
+    if directions := {"direction", "directions"} & set(kwargs):
+        raise ValueError(f"Outcomes are minimized, so that `{directions.pop()}` cannot be given.")
     distributions = spaces.to_optuna(space)
     levels = _levels(record.fidelity for record in records)
     trials = _by_trial(records, levels)
@@ -77,9 +77,9 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
             if name not in distributions:
                 continue
             value = value.item() if isinstance(value, np.generic) else value
-            if not (found := _fitting(value, distributions[name])):
+            if not (allowed := _fitting(value, distributions[name])):
                 raise ValueError(f"`{name}` of trial {last.trial} is {value!r}, and not of {distributions[name]}.")
-            values[name] = found[0]
+            values[name] = allowed[0]
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
@@ -113,9 +113,9 @@ def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> lis
     for record in records:
         what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
         name = record.trial, record.seed, tuple(what)
-        at = *name, levels[record.fidelity]
-        trials.setdefault((*name, counts[at]), []).append(record)
-        counts[at] += 1
+        place = *name, levels[record.fidelity]
+        trials.setdefault((*name, counts[place]), []).append(record)
+        counts[place] += 1
     return list(trials.values())
 
 
@@ -124,7 +124,9 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
     parts = 1000
     while True:
         within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
-        near = [(a, b) for of in within for a, b in itertools.pairwise(of) if round(parts * a) == round(parts * b)]
+        near = [
+            (a, b) for steps in within for a, b in itertools.pairwise(steps) if round(parts * a) == round(parts * b)
+        ]
         if not near:
             return parts
         if parts == _FINEST:
@@ -358,14 +360,14 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
     if not trial.params:
         return []  # it requested nothing, so its outcome says nothing about any configuration
     record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
-    told = [
+    records = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())
         if step >= 0 and math.isfinite(value)
     ]
     if trial.state.name == "COMPLETE":
         seconds = trial.duration.total_seconds() if trial.duration is not None else math.nan
-        told.append(record._replace(outcome=sign * trial.value, cost=seconds))
-    elif trial.state.name == "FAIL" or not told:
-        told = [record._replace(status="FAIL")]
-    return told
+        records.append(record._replace(outcome=sign * trial.value, cost=seconds))
+    elif trial.state.name == "FAIL" or not records:
+        records = [record._replace(status="FAIL")]
+    return records

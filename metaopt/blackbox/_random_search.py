@@ -58,8 +58,8 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
         trials = []
         for trial in range(state.num_asked, state.num_asked + num):
             drawn, seed = draw(state.key, trial)
-            given = trial < len(state.first)
-            configuration = state.first[trial] if given else spaces.configuration(state.space, drawn)
+            is_first = trial < len(state.first)
+            configuration = state.first[trial] if is_first else spaces.configuration(state.space, drawn)
             trials.append(base.Record("", configuration, seed=int(seed), status="WAITING", trial=trial))
         return trials, state._replace(num_asked=state.num_asked + num)
 

@@ -128,17 +128,18 @@ def _of_each_trial(file, rows) -> list[Record]:
         record, study, text = _read_row(file, row), row[1], row[3]
         if (name := names.get(text)) is None:
             name = names[text] = json.dumps(record.configuration, sort_keys=True)
-        of = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
+        ends = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
         if record.status in _BEGUN:
-            if not of or _BEGUN in of:
-                of[_BEGUN] = of.get(_BEGUN, (place,))[0], record
+            if not ends or _BEGUN in ends:
+                ends[_BEGUN] = ends.get(_BEGUN, (place,))[0], record
             continue
         numbered = record.trial != 0 or record.seed != 0
         ended = record.status != "FAIL" and math.isfinite(record.outcome)
         end = "LAST" if numbered else record.outcome if ended else "FAIL"
-        before = next((before for before in (end, _BEGUN, "FAIL") if before in of), None)
-        of[end] = place if before is None else of.pop(before)[0], record
-    return [record for _, record in sorted((at for of in trials.values() for at in of.values()), key=lambda at: at[0])]
+        before = next((before for before in (end, _BEGUN, "FAIL") if before in ends), None)
+        ends[end] = place if before is None else ends.pop(before)[0], record
+    placed = sorted((end for ends in trials.values() for end in ends.values()), key=lambda end: end[0])
+    return [record for _, record in placed]
 
 
 def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:
@@ -296,9 +297,9 @@ def _header_of_made(connection, create: bool) -> list[int]:
                             connection.execute(statement)
             if create:
                 connection.execute("PRAGMA journal_mode = WAL")  # SQLite stores this mode in the file
-            found = header()
+            values = header()
             connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
-            return found
+            return values
         except sqlite3.OperationalError as error:
             if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
                 raise

@@ -167,12 +167,12 @@ def _data(task) -> tuple[np.ndarray, Any, np.ndarray]:
     return x, None if y is None else np.asarray(y), np.zeros(x.shape[1], bool)
 
 
-def _preparation(categorical, given):
+def _preparation(categorical, preparation):
     import sklearn.base
     from sklearn import compose, impute, pipeline, preprocessing
 
-    if given is not None:
-        return given if isinstance(given, str) else sklearn.base.clone(given)
+    if preparation is not None:
+        return preparation if isinstance(preparation, str) else sklearn.base.clone(preparation)
     numeric = pipeline.make_pipeline(impute.SimpleImputer(strategy="median"), preprocessing.StandardScaler())
     labels = pipeline.make_pipeline(
         impute.SimpleImputer(strategy="constant", fill_value=-1),
@@ -185,7 +185,8 @@ def sklearn_model(name: str) -> SklearnModel:
     """Returns a family of scikit-learn models, with a space of the parameters that are worth tuning.
 
     Args:
-      name: one of `SKLEARN_MODELS`, such as "random_forest_classifier".
+      name: "random_forest", "extra_trees", "gradient_boosting", "svm", "k_nearest" or "linear", followed by
+        "_classifier" or "_regressor"; or "k_means" or "gaussian_mixture".
 
     Returns:
       The estimator, space and scoring of the family.
@@ -309,5 +310,4 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     ),
 }
 
-# The names of the families of `sklearn_model`.
 SKLEARN_MODELS = tuple(_MODELS)

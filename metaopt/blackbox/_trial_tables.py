@@ -72,8 +72,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
     sums = np.zeros((3, len(names), len(columns), len(fidelities)))
     for key, record in zip(keys, records, strict=True):
         if record.status == "COMPLETE" and math.isfinite(record.outcome):
-            at = names[record.task], columns[key], at_fidelity[record.fidelity]
-            sums[:, *at] += record.outcome, record.cost, 1
+            entry = names[record.task], columns[key], at_fidelity[record.fidelity]
+            sums[:, *entry] += record.outcome, record.cost, 1
     with np.errstate(invalid="ignore"):
         outcomes, costs = sums[:2] / sums[2]
     family = {} if families is None else families
@@ -162,16 +162,18 @@ def to_hpob(
     encoded = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
     names, rows = list(ended[0].configuration), {}
     for record in ended:
-        given = record.configuration
+        configuration = record.configuration
         if space is not None:
-            x = np.asarray(encoded(spaces.from_configuration(space, given))).tolist()
-        elif set(given) == set(names) and all(_is_fraction(given[name]) for name in names):
-            x = [float(given[name]) for name in names]
+            x = np.asarray(encoded(spaces.from_configuration(space, configuration))).tolist()
+        elif set(configuration) == set(names) and all(_is_fraction(configuration[name]) for name in names):
+            x = [float(configuration[name]) for name in names]
         else:
-            raise ValueError(f"HPO-B has numbers in [0, 1] for {names}; got {given}. Give the configurations' `space`.")
-        of = rows.setdefault(record.task, {"X": [], "y": []})
-        of["X"].append(x)
-        of["y"].append([1.0 - float(record.outcome)])
+            raise ValueError(
+                f"HPO-B has numbers in [0, 1] for {names}; got {configuration}. Give the configurations' `space`."
+            )
+        trials = rows.setdefault(record.task, {"X": [], "y": []})
+        trials["X"].append(x)
+        trials["y"].append([1.0 - float(record.outcome)])
     content = {}
     if Path(file).is_file():
         with _files.reading(file, "is not a file of HPO-B"):
@@ -187,8 +189,8 @@ def _real(value):
 
 
 def _is_fraction(value) -> bool:
-    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return known and bool(0 <= value <= 1)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and bool(0 <= value <= 1)
 
 
 def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_better: bool | None = None) -> list[Record]:

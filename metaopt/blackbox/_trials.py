@@ -189,7 +189,7 @@ def run_isolated(
             answer = child.connection.recv()
             if reads and answer is not None:
                 raise RuntimeError(
-                    f"A trial's process cannot read the objective or the task: {answer}. What they need must be "
+                    f"A trial's process cannot read the objective or the task: {answer}. Their modules must be "
                     "importable there; `isolated=False` runs trials in this process."
                 )
         assert isinstance(answer, Record)

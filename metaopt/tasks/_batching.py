@@ -253,8 +253,8 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
     def take(part: Mapping[str, jax.Array], offset) -> dict[str, jax.Array]:
         size = part["y"].shape[0]
         inside = jnp.arange(size) < num_real(part)
-        at = chosen[jnp.minimum(offset + jnp.arange(size), total - 1)]
-        x, y = join("x")[at], join("y")[at]
+        index = chosen[jnp.minimum(offset + jnp.arange(size), total - 1)]
+        x, y = join("x")[index], join("y")[index]
         mask = inside.astype(part["mask"].dtype)
         rows = {"x": jnp.where(inside[:, None], x, 0), "y": jnp.where(inside, y, 0), "mask": mask}
         return {**part, **rows}

@@ -76,7 +76,7 @@ def from_arrays(
       ValueError: if a label is missing (NaN, None) or is a number that is not whole, or a group or superclass is
         missing.
     """
-    x, given, y = np.asarray(x), y, exact_array(y)
+    x, labels, y = np.asarray(x), y, exact_array(y)
     y = y.astype(np.float32) if y.dtype.kind == "V" else y  # such as bfloat16
     if not x.ndim or not len(x):
         raise ValueError(f"Source {name!r} is empty: `x` must have at least one example; got shape {x.shape}.")
@@ -87,12 +87,12 @@ def from_arrays(
                 f"got shape {np.shape(array)}."
             )
     if x.dtype.kind not in "biu" and not np.isfinite(x).all():
-        at = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
+        index = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
         raise ValueError(
-            f"Source {name!r}: `x` must be finite; got {x[at]} at {list(at)}. Fill gaps first, for instance with "
+            f"Source {name!r}: `x` must be finite; got {x[index]} at {list(index)}. Fill gaps first, for instance with "
             "the mean over the examples that are trained on."
         )
-    _check_labels(name, given, y)
+    _check_labels(name, labels, y)
     for what, values in (("`group`", group), ("`superclass`", superclass)):
         if values is not None and (place := first_missing(values)) is not None:
             raise ValueError(
@@ -121,12 +121,12 @@ def from_arrays(
     return Source(name, x, y.astype(np.int32), group, names, superclass, ontology)
 
 
-def _check_labels(name: str, given: Any, y: np.ndarray) -> None:
+def _check_labels(name: str, labels: Any, y: np.ndarray) -> None:
     """Raises ValueError if a label is missing or is not a class."""
     no_class = lambda label: label is None or isinstance(label, float | np.floating) and not float(label).is_integer()
     # Check the original values: in an array of strings and NaN, NumPy turns NaN into the string "nan".
-    of = given if y.dtype.kind == "U" and not isinstance(given, np.ndarray) else y if y.dtype.kind in "fO" else ()
-    for row, label in enumerate(of):
+    original = y.dtype.kind == "U" and not isinstance(labels, np.ndarray)
+    for row, label in enumerate(labels if original else y if y.dtype.kind in "fO" else ()):
         if no_class(label):
             raise ValueError(
                 f"Source {name!r}: `y` must be classes, as integers or strings; got {label} for example {row}. Bin "

@@ -137,10 +137,10 @@ def labelled_batches(
     def sample(x, y, shares, first, sizes, key):
         source_key, row_key = jax.random.split(key)
         source = (shares[None, :-1] <= jax.random.uniform(source_key, (batch_size, 1))).sum(axis=1)
-        at = first[source] + jax.random.randint(row_key, (batch_size,), 0, sizes[source])
-        drawn = to_floats(x[at]) if preprocess is None else preprocess(x[at])
+        row = first[source] + jax.random.randint(row_key, (batch_size,), 0, sizes[source])
+        drawn = to_floats(x[row]) if preprocess is None else preprocess(x[row])
         masks = {"mask": jnp.ones(batch_size, jnp.float32), "class_mask": jnp.ones(num_classes, jnp.float32)}
-        batch = {"x": drawn, "y": y[at], **masks}
+        batch = {"x": drawn, "y": y[row], **masks}
         return base.Task(batch, batch)
 
     numbers = (jnp.asarray(n, jnp.int32) for n in (first, sizes))

@@ -121,8 +121,8 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     >>> import numpy as np
     >>> from metaopt import tasks
     >>> bars = np.array([[[1.0, -1.0]] * 2, [[-1.0, 1.0]] * 2])[..., None]  # bright to the left, and to the right
-    >>> found = tasks.image_features(bars, np.array([0, 1]))
-    >>> found["between opposite halves"], found["ink"]
+    >>> features = tasks.image_features(bars, np.array([0, 1]))
+    >>> features["between opposite halves"], features["ink"]
     (-1.0, 0.5)
     """
     _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
@@ -346,9 +346,9 @@ def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> 
             best, worst, anywhere = [int(np.argmax(gains))], [int(np.argmin(gains))], [int(rng.integers(x.shape[1]))]
             columns = (every, anywhere, worst, every, best, every, every)
             learners = (stump, stump, stump, one_nn, one_nn, LinearDiscriminantAnalysis(), GaussianNB())
-            for name, learner, at in zip(names, learners, columns, strict=True):
+            for name, learner, column in zip(names, learners, columns, strict=True):
                 try:
-                    score = learner.fit(x[train][:, at], y[train]).score(x[held][:, at], y[held])
+                    score = learner.fit(x[train][:, column], y[train]).score(x[held][:, column], y[held])
                 except (ValueError, np.linalg.LinAlgError):  # one class, or fewer rows than classes
                     score = math.nan
                 scores[name].append(float(score))

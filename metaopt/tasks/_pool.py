@@ -170,10 +170,10 @@ def draw_sides(pool: Pool, noise: Noise, source: jax.Array, classes: jax.Array) 
     """Draws the groups of both sides."""
     num = pool.num_groups[source]
     order = _random_order(noise.groups, num)
-    made = pool.cells[classes][:, order] * (classes >= 0)[:, None]
+    counts = pool.cells[classes][:, order] * (classes >= 0)[:, None]
     on_query = jnp.arange(len(order)) < num - pool.support_groups[source]
-    num_query = (made * on_query[None]).sum(axis=1)
-    return Sides(order, num_query, made.sum(axis=1) - num_query)
+    num_query = (counts * on_query[None]).sum(axis=1)
+    return Sides(order, num_query, counts.sum(axis=1) - num_query)
 
 
 def gather(
@@ -191,14 +191,14 @@ def gather(
     grouped, padded_ways = pool.support_groups[source] > 0, len(classes)
     num_ways = (classes >= 0).sum().astype(jnp.int32)
     # The class of each row, and the index among its examples: [S] rows of the support set, then [Q] of the query set.
-    at, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
-    way = (ends[None] <= at[:, None]).sum(axis=1).astype(jnp.int32)
-    nth = at - jnp.append(0, ends)[way]
+    at_support, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
+    way = (ends[None] <= at_support[:, None]).sum(axis=1).astype(jnp.int32)
+    nth = at_support - jnp.append(0, ends)[way]
     at_query = jnp.arange(sizes[1], dtype=jnp.int32)
     is_query = jnp.arange(sum(sizes)) >= sizes[0]
     way = jnp.minimum(jnp.append(way, at_query // num_query), padded_ways - 1)
     nth = jnp.append(nth, at_query % num_query)
-    real = jnp.append(at < ends[-1], at_query < num_query * num_ways)
+    real = jnp.append(at_support < ends[-1], at_query < num_query * num_ways)
     # Permutations of the examples of each class: one for each side if groups matter. Otherwise one, and the query set
     # takes its beginning.
     apart = grouped & ~is_query

@@ -137,14 +137,14 @@ def _read_packaged(folder: Path, max_rows: int, max_columns: int) -> Table:
         fields, target = [rows[i].split() for i in keep], [labels[i] for i in keep]
         nominal = [False] * len(fields[0])
     elif name in _PLAIN_FILES:
-        pattern, separator, at, names, nominal_at = _PLAIN_FILES[name]
+        pattern, separator, target_column, names, nominal_at = _PLAIN_FILES[name]
         files = sorted(folder.glob(pattern))
         rows = [line for file in files for line in file.read_text().splitlines() if line.strip()]
         split = [[v.strip() for v in row.split(separator)] for row in rows]
         split = [split[i] for i in _subsample(len(split), max_rows, rng)]
         width = len(split[0])
-        inputs = [j for j in range(width) if j != at % width and j not in names]
-        fields, target = [[row[j] for j in inputs] for row in split], [row[at] for row in split]
+        inputs = [j for j in range(width) if j != target_column % width and j not in names]
+        fields, target = [[row[j] for j in inputs] for row in split], [row[target_column] for row in split]
         nominal = [j in nominal_at for j in inputs]
     else:
         fields, target, nominal = _read_keel(folder, max_rows, rng)
@@ -185,14 +185,14 @@ def _read_keel(folder: Path, max_rows: int, rng) -> tuple[list[list[str]], list[
             output = line.split(None, 1)[1].strip()
         elif line.lower().startswith("@data"):
             head = False
-    at = names.index(output) if output in names else len(names) - 1
+    target_column = names.index(output) if output in names else len(names) - 1
     split = [[v.strip() for v in rows[i].split(",")] for i in _subsample(len(rows), max_rows, rng)]
     if any(len(row) != len(names) for row in split):
         raise ValueError("rows of different lengths")
-    inputs = [j for j in range(len(names)) if j != at]
+    inputs = [j for j in range(len(names)) if j != target_column]
     return (
         [[row[j] for j in inputs] for row in split],
-        [row[at] for row in split],
+        [row[target_column] for row in split],
         [nominal[j] for j in inputs],
     )
 

@@ -160,10 +160,10 @@ def standardize_users(table: UserTable, fit_on: Sequence[int] | np.ndarray) -> U
     _check_finite(table)
     rows = np.isin(table.user, _check_users("fit_on", table, fit_on))
     gaps = np.isnan(table.x)
-    known = np.where(gaps, 0, table.x)[rows].astype(np.float64)
+    present = np.where(gaps, 0, table.x)[rows].astype(np.float64)
     count = np.maximum((~gaps[rows]).sum(axis=0), 1)
-    mean = known.sum(axis=0) / count
-    deviation = np.sqrt((np.where(gaps[rows], 0, known - mean) ** 2).sum(axis=0) / count)
+    mean = present.sum(axis=0) / count
+    deviation = np.sqrt((np.where(gaps[rows], 0, present - mean) ** 2).sum(axis=0) / count)
     x = np.where(gaps, 0, (table.x - mean) / np.where(deviation > 0, deviation, 1))
     with_gaps = np.flatnonzero(gaps.any(axis=0))
     names = table.feature_names + tuple(f"missing {table.feature_names[j]}" for j in with_gaps)
@@ -292,13 +292,13 @@ def _check_position(user: Any, num_users: int) -> None:
 
 def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns the positions of users [M]. Rejects masks, because NumPy would take them for the users 0 and 1."""
-    given = [np.asarray(user) for user in users] if np.iterable(users) else []
+    positions = [np.asarray(user) for user in users] if np.iterable(users) else []
     is_place = lambda user: user.dtype.kind in "iu" and not user.ndim and 0 <= user < table.num_users
-    if not given or not all(map(is_place, given)):
-        shown = f"[{', '.join(repr(user.tolist()) for user in given[:5])}{', ...' if len(given) > 5 else ''}]"
+    if not positions or not all(map(is_place, positions)):
+        shown = f"[{', '.join(repr(user.tolist()) for user in positions[:5])}{', ...' if len(positions) > 5 else ''}]"
         raise ValueError(
             f"`{name}` must be indices into `table.user_names`, integers in 0..{table.num_users - 1}, at least one; "
             f"got {shown if np.iterable(users) else repr(users)}. For a mask use `np.flatnonzero(mask)`, for names "
             "`[table.user_names.index(name) for name in names]`."
         )
-    return np.array(given, int)
+    return np.array(positions, int)
