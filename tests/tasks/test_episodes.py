@@ -338,7 +338,6 @@ FEW = source([20, 20, 3, 20, 20, 20])
         (lambda: tasks.meta_dataset_episodes(FLAT, max_query=0), "`max_query` must be at least 1; got 0"),
         (lambda: tasks.meta_dataset_episodes(FLAT, max_query=2.5), "`max_query` must be an integer of at least 1"),
         (lambda: tasks.meta_dataset_episodes(FLAT, max_support_per_class=0), "`max_support_per_class` must be at"),
-        (lambda: tasks.episode_batches(tasks.sinusoids(), 2.0), "`num_tasks` must be an integer of at least 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(make, message):
