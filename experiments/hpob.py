@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import script
 
+from experiments.data import from_hpob_curves
 from metaopt import base, blackbox, plots, spaces
 
 # This experiment studies pieces of the learned optimizers, which are private: no user needs them.
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="folder of HPO-B v3's JSON files: metaopt joins the others")
     options: argparse.Namespace = parser.parse_args()
     script.data_file(__file__, "hpob_baseline_curves.npz")
-    published = blackbox.from_hpob_curves()
+    published = from_hpob_curves()
     names = published.tasks[:3] if options.smoke else published.tasks
     regret = dict(zip(published.methods, published.regret[:, : len(names)], strict=True))
     if options.tables:

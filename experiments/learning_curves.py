@@ -35,6 +35,7 @@ import jax
 import numpy as np
 import script
 
+from experiments.data import from_taskset
 from metaopt import base, blackbox, spaces
 
 BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -68,7 +69,7 @@ class Curves(NamedTuple):
 
 def load_taskset(options: argparse.Namespace) -> Curves:
     script.data_file(__file__, "taskset_rnn_curves.npz")
-    table = blackbox.from_taskset()
+    table = from_taskset()
     num = len(table.fidelities)
     # Some checkpoints, including those of Hyperband (1/27, 1/9, 1/3, 1).
     at = np.array([1, 2, 4, 6, 10, 17, 28, num]) - 1

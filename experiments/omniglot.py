@@ -41,6 +41,7 @@ import numpy as np
 import optax
 import script
 
+from experiments.data import from_image_sets, omniglot_split
 from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
@@ -143,9 +144,9 @@ ROWS |= {
 def load(split: str, size: int) -> tuple[dict[str, tasks.Source], dict]:
     """Returns the parts train, valid and test, with images of `size`; and the split."""
     path = script.data_file(__file__, "omniglot.npz").parent
-    source = tasks.from_image_sets(["omniglot"], path=path)["omniglot"]
+    source = from_image_sets(["omniglot"], path=path)["omniglot"]
     source = source._replace(x=shrunk(source.x, size))
-    whole = tasks.omniglot_split(path)
+    whole = omniglot_split(path)
     if split == "random":
         whole = tasks.split_classes(source, {"train": 1200, "test": 423}, seed=0)
     background = tasks.select(source, whole, "train")[0]

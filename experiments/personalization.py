@@ -40,6 +40,7 @@ import numpy as np
 import optax
 import script
 
+from experiments.data import from_heart_disease, from_parkinsons
 from metaopt import few_shot, hypergrad, tasks, training
 
 BARS = {5: 3.19, 10: 3.03, 20: 2.68}  # the last value
@@ -438,7 +439,7 @@ def main() -> None:
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
     only = 1 if options.smoke else None
     folder = script.data_file(__file__, "parkinsons_telemonitoring.csv.gz").parent
-    table, hearts = tasks.from_parkinsons(folder), tasks.from_heart_disease(folder)
+    table, hearts = from_parkinsons(folder), from_heart_disease(folder)
     shots = (5,) if options.smoke else tuple(BARS)
     found = {k: parkinsons(table, k, seeds, settings, only) for k in shots}
     areas, decays = hospitals(hearts, seeds, settings, only)

@@ -31,6 +31,7 @@ import optax
 import script
 from jax.tree_util import Partial
 
+from experiments.data import from_image_sets, omniglot_split
 from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
 
 LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
@@ -327,10 +328,10 @@ def main() -> None:
         options.methods = ["prototypical networks"]
     folder = script.data_file(__file__, "omniglot.npz").parent
     left_out = list(LEFT_OUT[: settings.sources])
-    whole = tasks.from_image_sets(["omniglot", *left_out], path=folder)
+    whole = from_image_sets(["omniglot", *left_out], path=folder)
     sources = {name: small(s, settings.rows) for name, s in whole.items()}
     judged_on = {name: small(s, settings.rows, fresh=True) for name, s in whole.items()}
-    split = tasks.omniglot_split(folder)
+    split = omniglot_split(folder)
     background, unseen = (tasks.select(sources["omniglot"], split, part)[0] for part in ("train", "test"))
     trained_on = [background, *(sources[name] for name in left_out)]
     num_classes = sum(source.num_classes for source in trained_on)

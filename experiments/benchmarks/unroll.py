@@ -25,7 +25,7 @@ import optax
 from timing import circumstances, compiled, table, temporary_mib
 from turns import medians
 
-from metaopt import hypergrad, inner, tasks
+from metaopt import base, hypergrad, inner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "experiments" / "results" / "unroll.md"
@@ -34,7 +34,7 @@ SHARED = ("feature_mask", "class_mask", "num_features")
 HYPERPARAMS = {"rate": 3e-3, "decay": {"in": 1e-4, "hidden": 1e-4, "out": 1e-4}}
 
 
-def digits() -> tasks.Task:
+def digits() -> base.Task:
     """Returns scikit-learn's digits as one task."""
     table = tasks.prepare({table.name: table for table in tasks.from_sklearn()}["digits"])
     shape = tasks.shape_of(table)

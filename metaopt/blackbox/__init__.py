@@ -1,19 +1,28 @@
-"""blackbox"""
+"""Black-box search: objectives without a gradient, records of their trials, and searchers that learn from records.
 
-from metaopt.blackbox import lightning
+* Trials: `collect` runs an objective `(trial, task) -> outcome` with a searcher on many tasks, and stores a `Record`
+  of each trial (`append_records`, `read_records`, `recover_records`). `sklearn_objective` and `lightning.objective`
+  make objectives; `from_optuna_study`, `from_hpob` and `from_openml_evaluations` read the trials of other programs.
+* Searchers: `random_search`, `tpe`, `bohb`, `regularized_evolution`; `asha` and `enqueue` wrap any searcher.
+* Learned searchers: `train_meta_optimizer` and `train_meta_searcher` learn from the records of earlier tasks which
+  configurations to try on a new task; `train_curve_searcher` learns from their learning curves. `optuna_sampler`
+  offers the result to Optuna.
+* Surrogates: the models of earlier tasks that the learned searchers use.
+"""
+
+from metaopt.blackbox import (
+    lightning,
+)
 from metaopt.blackbox._asha import (
-    AshaState,
     asha,
 )
 from metaopt.blackbox._collect import (
     collect,
 )
 from metaopt.blackbox._enqueue import (
-    EnqueuedState,
     enqueue,
 )
 from metaopt.blackbox._evolution import (
-    EvolutionState,
     regularized_evolution,
 )
 from metaopt.blackbox._frames import (
@@ -46,54 +55,39 @@ from metaopt.blackbox._optuna_studies import (
 )
 from metaopt.blackbox._random_search import (
     random_search,
-    untried,
 )
 from metaopt.blackbox._records import (
     append_records,
     read_records,
     recover_records,
 )
-from metaopt.blackbox._saved import load_meta_optimizer, save_meta_optimizer
+from metaopt.blackbox._saved import (
+    load_meta_optimizer,
+    save_meta_optimizer,
+)
 from metaopt.blackbox._sklearn import (
-    SKLEARN_MODELS,
-    SklearnModel,
     sklearn_model,
     sklearn_objective,
 )
 from metaopt.blackbox._trial_tables import (
-    PublishedCurves,
     TrialTable,
     from_hpob,
-    from_hpob_curves,
-    from_hpobench_mlp,
-    from_lcdb,
-    from_oboe,
     from_openml_evaluations,
-    from_pmlb_results,
-    from_taskset,
     table_records,
     tabulate,
     to_hpob,
     to_openml_evaluations,
 )
 from metaopt.blackbox._trials import (
-    ObjectiveFn,
     Pruned,
 )
 
 __all__ = [
-    "AshaState",
     "CurveSearcher",
-    "EnqueuedState",
     "Evidence",
-    "EvolutionState",
     "MetaOptimizer",
-    "ObjectiveFn",
     "Outcomes",
     "Pruned",
-    "PublishedCurves",
-    "SKLEARN_MODELS",
-    "SklearnModel",
     "TrialTable",
     "append_records",
     "asha",
@@ -101,14 +95,8 @@ __all__ = [
     "collect",
     "enqueue",
     "from_hpob",
-    "from_hpob_curves",
-    "from_hpobench_mlp",
-    "from_lcdb",
-    "from_oboe",
     "from_openml_evaluations",
     "from_optuna_study",
-    "from_pmlb_results",
-    "from_taskset",
     "lightning",
     "load_meta_optimizer",
     "optuna_sampler",
@@ -130,5 +118,4 @@ __all__ = [
     "train_curve_searcher",
     "train_meta_optimizer",
     "train_meta_searcher",
-    "untried",
 ]

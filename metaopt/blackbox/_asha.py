@@ -1,10 +1,11 @@
 """ASHA and asynchronous Hyperband around any searcher: only good trials get the full budget."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.blackbox import _fidelities
 from metaopt.blackbox._random_search import random_search
 
@@ -59,7 +60,7 @@ def asha(
       (`blackbox.collect(resumes=True)`) pays only for the differences in budget.
 
     Raises:
-      ValueError: if an argument is not an integer or is out of range.
+      ValueError: if an argument is out of range.
       ValueError: (in `ask`) if `searcher` chooses fidelities itself, as `bohb` does.
       ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the K. A trial is
         recognized by its number, configuration and seed.
@@ -80,73 +81,88 @@ def asha(
     >>> best.fidelity, best.trial == min(told, key=lambda record: record.outcome).trial
     (1.0, True)
     """
-    _checks.check_integer("reduction_factor", reduction_factor, 2)
-    _checks.check_integer("num_rungs", num_rungs, 2)
-    _checks.check_integer("num_brackets", num_brackets, 1)
-    if num_brackets > num_rungs:
-        raise ValueError(f"`num_brackets` must be at most `num_rungs`, {num_rungs}; got {num_brackets}.")
+    if reduction_factor < 2 or not 1 <= num_brackets <= num_rungs:
+        raise ValueError(
+            "`reduction_factor` must be at least 2, and `num_brackets` in 1..`num_rungs`; got "
+            f"{reduction_factor}, {num_brackets} and {num_rungs}."
+        )
+    rungs = _Rungs(reduction_factor, num_rungs, num_brackets)
     inner = random_search() if searcher is None else searcher
-    fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
-    left = [num_rungs - 1 - bracket for bracket in range(num_brackets)]  # s
-    share = np.array([reduction_factor**s / (s + 1) for s in left])
+    return base.Searcher(
+        init=lambda key, space: AshaState(inner.init(key, space), {}, {}, frozenset(), 0),
+        ask=lambda state, num: _ask(rungs, inner, state, num),
+        tell=lambda state, records: _tell(rungs, inner, state, records),
+    )
+
+
+class _Rungs(NamedTuple):
+    factor: int  # η
+    num: int  # K
+    num_brackets: int
+
+    @property
+    def fidelities(self) -> list[float]:
+        return [float(self.factor) ** (rung - self.num + 1) for rung in range(self.num)]
+
+
+def _ask(rungs: _Rungs, inner: base.Searcher, state: AshaState, num: int) -> tuple[list[base.Record], AshaState]:
+    asked = []
+    for _ in range(num):
+        due = _promotion(rungs, state)
+        if due is None:
+            new, searcher_state = inner.ask(state.searcher, 1)
+            if not new:
+                break
+            bracket, trial = _next_bracket(rungs, state), new[0]
+            if not _fidelities.is_full_budget(trial.fidelity):
+                raise ValueError(
+                    f"`searcher` asks for a fidelity of {trial.fidelity:g}, and so chooses budgets itself; "
+                    "use it without `asha`."
+                )
+            due = trial.trial, bracket
+            trials = {**state.trials, trial.trial: (bracket, trial)}
+            state = state._replace(searcher=searcher_state, trials=trials, num_started=state.num_started + 1)
+        number, rung = due
+        asked.append(state.trials[number][1]._replace(fidelity=rungs.fidelities[rung]))
+        state = state._replace(asked=state.asked | {due})
+    return asked, state
+
+
+def _promotion(rungs: _Rungs, state: AshaState) -> tuple[int, int] | None:
+    """(trial, rung) of the trial to promote, at the highest possible rung, or None."""
+    for rung in reversed(range(1, rungs.num)):
+        for bracket in range(rungs.num_brackets):
+            done = [
+                (outcomes[rung - 1], number)
+                for number, outcomes in state.outcomes.items()
+                if rung - 1 in outcomes and state.trials[number][0] == bracket
+            ]
+            for outcome, number in sorted(done)[: len(done) // rungs.factor]:
+                if (number, rung) not in state.asked and np.isfinite(outcome):
+                    return number, rung
+    return None
+
+
+def _next_bracket(rungs: _Rungs, state: AshaState) -> int:
+    """The bracket that is furthest below its share of the started trials."""
+    left = [rungs.num - 1 - bracket for bracket in range(rungs.num_brackets)]  # s
+    share = np.array([rungs.factor**s / (s + 1) for s in left])
     share /= share.sum()
+    begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=rungs.num_brackets)
+    return int(np.argmax(share * (state.num_started + 1) - begun))
 
-    def init(key, space):
-        return AshaState(inner.init(key, space), {}, {}, frozenset(), 0)
 
-    def promotion(state) -> tuple[int, int] | None:
-        """(trial, rung) of the trial to promote, at the highest possible rung, or None."""
-        for rung in reversed(range(1, num_rungs)):
-            for bracket in range(num_brackets):
-                done = [
-                    (outcomes[rung - 1], number)
-                    for number, outcomes in state.outcomes.items()
-                    if rung - 1 in outcomes and state.trials[number][0] == bracket
-                ]
-                for outcome, number in sorted(done)[: len(done) // reduction_factor]:
-                    if (number, rung) not in state.asked and np.isfinite(outcome):
-                        return number, rung
-        return None
-
-    def next_bracket(state) -> int:
-        """The bracket that is furthest below its share of the started trials."""
-        begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=num_brackets)
-        return int(np.argmax(share * (state.num_started + 1) - begun))
-
-    def ask(state, num):
-        asked = []
-        for _ in range(num):
-            due = promotion(state)
-            if due is None:
-                new, searcher_state = inner.ask(state.searcher, 1)
-                if not new:
-                    break
-                bracket, trial = next_bracket(state), new[0]
-                if not _fidelities.is_full_budget(trial.fidelity):
-                    raise ValueError(
-                        f"`searcher` asks for a fidelity of {trial.fidelity:g}, and so chooses budgets itself; "
-                        "use it without `asha`."
-                    )
-                due = trial.trial, bracket
-                trials = {**state.trials, trial.trial: (bracket, trial)}
-                state = state._replace(searcher=searcher_state, trials=trials, num_started=state.num_started + 1)
-            number, rung = due
-            asked.append(state.trials[number][1]._replace(fidelity=fidelities[rung]))
-            state = state._replace(asked=state.asked | {due})
-        return asked, state
-
-    def tell(state, records):
-        outcomes = dict(state.outcomes)
-        for record in records:
-            known = state.trials.get(record.trial)
-            if known is None or record.configuration != known[1].configuration:
-                continue  # a trial of another search: only `searcher` receives it
-            # Another search may start with the same default, from another seed.
-            rung = _fidelities.rung_of(fidelities, record, own=record.seed == known[1].seed)
-            if rung is None:
-                continue
-            y = record.outcome if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
-            outcomes[record.trial] = {**outcomes.get(record.trial, {}), rung: float(y)}
-        return state._replace(searcher=inner.tell(state.searcher, records), outcomes=outcomes)
-
-    return base.Searcher(init, ask, tell)
+def _tell(rungs: _Rungs, inner: base.Searcher, state: AshaState, records: Sequence[base.Record]) -> AshaState:
+    outcomes = dict(state.outcomes)
+    for record in records:
+        bracket_and_trial = state.trials.get(record.trial)
+        if bracket_and_trial is None or record.configuration != bracket_and_trial[1].configuration:
+            continue  # a trial of another search: only `searcher` receives it
+        # Another search may start with the same default, from another seed.
+        own = record.seed == bracket_and_trial[1].seed
+        rung = _fidelities.rung_of(rungs.fidelities, record, own=own)
+        if rung is None:
+            continue
+        y = record.outcome if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
+        outcomes[record.trial] = {**outcomes.get(record.trial, {}), rung: float(y)}
+    return state._replace(searcher=inner.tell(state.searcher, records), outcomes=outcomes)

@@ -18,12 +18,11 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from metaopt import _checks, _locks, base
+from metaopt import _checks, _extras, _locks, base
 from metaopt._progress import report_progress
 from metaopt.blackbox._random_search import random_search
 from metaopt.blackbox._records import append_records, read_records
@@ -74,8 +73,9 @@ def collect(
     Args:
       objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
         use `trial.configuration` (plain values by name) and use `trial.seed` for all random numbers. It should also use
-        `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise `blackbox.Pruned(outcome)`. If
-        it forks its process, the fork ends when the objective returns or raises, and its result is ignored.
+        `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise
+        `blackbox.Pruned(outcome)`. If it forks its process, the fork ends when the objective returns or raises, and its
+        result is ignored.
       space: a tree of leaves.
       tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
         `Table`s.
@@ -141,61 +141,69 @@ def collect(
     ({'x': 0.0}, 0.25)
     """
     if not callable(objective):
-        raise ValueError(
-            "`objective` must be a function `(trial, task) -> outcome`, which runs a trial; got "
-            f"{type(objective).__name__}."
-        )
-    _checks.check_positive("num_trials", num_trials)
+        raise ValueError(f"`objective` must be a function `(trial, task) -> outcome`; got {type(objective).__name__}.")
+    _check_limits(isolated, time_limit, memory_limit)
     if num_trials == float("inf"):
         raise ValueError("`num_trials` must be finite; got inf. Give a large number, and a `budget` in seconds.")
-    _check_key(key)
-    if searcher is not None:
-        _checks.check_searcher(searcher)
     _checks.check_integer("batch_size", batch_size, 1, optional=True)
-    for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
-        _checks.check_positive(name, value, optional=True)
-    if not isolated and (time_limit is not None or memory_limit is not None):
-        raise ValueError("A limit needs `isolated=True`, because a trial in this process cannot be stopped.")
-    if isolated and os.name != "posix":
-        raise ValueError(f"Isolated trials need a POSIX system; on {os.name!r}, use `isolated=False`.")
-    if memory_limit is not None and not memory_is_known():
-        raise ValueError(
-            "`memory_limit` needs Linux, whose /proc reports the memory of a process; omit it on other systems."
-        )
     named = _by_name(tasks)
     # Random search proposes the same trials, one at a time or all at once.
     all_at_once = batch_size is None and searcher is None
     searcher = random_search() if searcher is None else searcher
-
-    owner = uuid.uuid4().hex
-    run = _run_here if not isolated else _Isolated(time_limit, memory_limit, owner)
-    deadline = float("inf") if budget is None else time.monotonic() + budget
     task_key = lambda name: key if same_trials else jax.random.fold_in(key, zlib.crc32(name.encode()))
     searches = [
         _TaskSearch(name, searcher, searcher.init(task_key(name), space), num_trials, resumes) for name in named
     ]
+    owner = uuid.uuid4().hex
+    run = _Isolated(time_limit, memory_limit, owner) if isolated else _run_here
+    deadline = float("inf") if budget is None else time.monotonic() + budget
+    trial_runner = _Runner(run, objective, named, store, study, num_workers, deadline)
     try:
         with _alone(store, study), _progress(num_trials * len(named), progress) as show:
-
-            def read(known, trial):
-                _check_same(known, trial, store, study)
-                show(known)
-
-            # A searcher receives the first end of a trial, even if a failed trial was run again.
-            last, first = _read_ended(store, study, named, retry_failed)
-            while searching := [search for search in searches if not search.ended]:
-                trials = _ask_round(searching, batch_size or 1, all_at_once, last, deadline, read)
-                for record in _run_all(run, objective, named, trials, store, study, num_workers, deadline):
-                    last[_identity(record)] = record
-                    show(record)
-                for _ in trials:  # after the deadline, this still reads the trials that have ended in the store
-                    pass
-                if not all([search.tell(last, first) for search in searching]):
-                    break
+            _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show)
     finally:
         if isolated:
             end_children(owner)
     return [record for search in searches for record in search.records]
+
+
+class _Runner(NamedTuple):
+    """The arguments that runs of trials and the store share."""
+
+    run: Callable[..., base.Record | None]
+    objective: ObjectiveFn
+    tasks: dict[str, Any]
+    store: Any
+    study: str
+    num_workers: int | None
+    deadline: float  # of `time.monotonic`
+
+
+def _search(
+    searches: "list[_TaskSearch]",
+    runner: _Runner,
+    batch_size: int,
+    all_at_once: bool,
+    retry_failed: bool,
+    show: Callable[[base.Record], None],
+) -> None:
+    """Runs rounds until all searches have ended, or time is over."""
+
+    def read(stored, trial):
+        _check_same(stored, trial, runner.store, runner.study)
+        show(stored)
+
+    # A searcher receives the first end of a trial, even if a failed trial was run again.
+    last, first = _read_ended(runner, retry_failed)
+    while searching := [search for search in searches if not search.ended]:
+        trials = _ask_round(searching, batch_size, all_at_once, last, runner.deadline, read)
+        for record in _run_all(runner, trials):
+            last[_identity(record)] = record
+            show(record)
+        for _ in trials:  # after the deadline, this still reads the trials that have ended in the store
+            pass
+        if not all([search.tell(last, first) for search in searching]):
+            break
 
 
 class _TaskSearch:
@@ -251,28 +259,28 @@ def _ask_round(
 ) -> Iterator[base.Record]:
     """Asks the searchers for one batch after the other, and yields the trials that have to run.
 
-    With `all_at_once`, all trials of a search form one round. `read(known, trial)` is called for each trial that has
+    With `all_at_once`, all trials of a search form one round. `read(stored, trial)` is called for each trial that has
     ended. After the deadline, it asks a searcher only if the store has more of its trials.
     """
-    num_known = collections.Counter(task for task, *_ in ended)
+    num_stored = collections.Counter(task for task, *_ in ended)
     for search in searches:
-        num_known[search.name] -= len(search.records)
+        num_stored[search.name] -= len(search.records)
         search.batch, search.whole = [], False
     for search in searches:
-        while not search.whole and (num_known[search.name] > 0 or time.monotonic() < deadline):
+        while not search.whole and (num_stored[search.name] > 0 or time.monotonic() < deadline):
             for trial in search.ask(batch_size):
-                known = ended.get(_identity(trial))
-                if known is None:
+                stored = ended.get(_identity(trial))
+                if stored is None:
                     yield trial
                 else:
-                    num_known[search.name] -= 1
-                    read(known, trial)
+                    num_stored[search.name] -= 1
+                    read(stored, trial)
             search.whole = search.ended or not all_at_once
 
 
-def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) -> None:
+def _check_same(stored: base.Record, trial: base.Record, store: Any, study: str) -> None:
     """Raises ValueError if the store has another trial under this number."""
-    if (known.configuration, known.seed) != (trial.configuration, trial.seed):
+    if (stored.configuration, stored.seed) != (trial.configuration, trial.seed):
         raise ValueError(
             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
             "proposes now: the store comes from another space, searcher, key or `batch_size`, or other configurations "
@@ -281,38 +289,32 @@ def _check_same(known: base.Record, trial: base.Record, store: Any, study: str) 
         )
 
 
-def _check_key(key: Any) -> None:
-    """Raises ValueError unless `key` is one key: a typed key, or a key of `jax.random.PRNGKey`."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not (typed and shape == () or dtype == jnp.uint32 and shape is not None and len(shape) == 1):
-        got = repr(key) if shape is None else f"an array of {dtype}, shape {shape}"
-        raise ValueError(f"`key` must be one key, such as `jax.random.key(0)`; got {got}.")
+def _check_limits(isolated: bool, time_limit, memory_limit) -> None:
+    """Raises ValueError if a limit cannot be enforced here."""
+    if not isolated and (time_limit is not None or memory_limit is not None):
+        raise ValueError("A limit needs `isolated=True`, because a trial in this process cannot be stopped.")
+    if memory_limit is not None and not memory_is_known():
+        raise ValueError(
+            "`memory_limit` needs Linux, whose /proc reports the memory of a process; omit it on other systems."
+        )
 
 
 def _by_name(tasks: Any) -> dict[str, Any]:
     if isinstance(tasks, Mapping):
         named = dict(tasks)
     else:
-        what = "`tasks` must be a dict of what the objective is given by name, or a list of what has a `name`, as"
-        of_one = " `[table]` is a list of one." * hasattr(tasks, "name")
-        refusal = ValueError(f"{what} `Table`s do; got {type(tasks).__name__}.{of_one}")
-        if isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields"):  # one task (a `Table`)
-            raise refusal
-        try:
-            given = iter(tasks)
-        except TypeError as error:
-            raise refusal from error
-        tasks = list(given)
-        for i, task in enumerate(tasks):
-            if not hasattr(task, "name"):
-                raise ValueError(f"{what} `Table`s do; `tasks[{i}]` has none, and is {type(task).__name__}.")
-        named = {task.name: task for task in tasks}
-    if len(named) < len(tasks):
+        is_task = isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")  # such as a `Table`
+        tasks = tasks if is_task else list(tasks)
+        if is_task or not all(hasattr(task, "name") for task in tasks):
+            raise ValueError(
+                "`tasks` must be a dict from names to tasks, or a list of objects that have a `name`, such as "
+                f"`Table`s; got {type(tasks).__name__}."
+            )
         names = [task.name for task in tasks]
-        raise ValueError(f"The names of `tasks` must differ; {max(names, key=names.count)!r} occurs more than once.")
-    if unnamed := [name for name in named if not isinstance(name, str)]:
-        raise ValueError(f"The names of `tasks` must be strings, as records hold them; got {unnamed[0]!r}.")
+        named = dict(zip(names, tasks, strict=True))
+        if len(named) < len(names):
+            name = max(names, key=names.count)
+            raise ValueError(f"The names of `tasks` must differ; {name!r} occurs more than once.")
     return named
 
 
@@ -344,10 +346,6 @@ def _alone(store, study: str) -> Iterator[None]:
     hold the lock.
     """
     path = "" if store is None else os.path.realpath(store)  # links to the same file share the lock
-    if store is not None and not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(
-            f"The store {os.fspath(store)} cannot be created, because its folder does not exist. Create it first."
-        )
     if store is None:
         yield
         return
@@ -362,19 +360,19 @@ def _alone(store, study: str) -> Iterator[None]:
         yield
 
 
-def _read_ended(store, study, named, retry_failed) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
+def _read_ended(runner: _Runner, retry_failed: bool) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
     """Returns the last and the first end of each trial; a trial that is not in the first dict runs again."""
-    if store is None or not os.path.exists(store):
+    if runner.store is None or not os.path.exists(runner.store):
         return {}, {}
-    rows = read_records(store, study=study, status=_ENDED, history=True)
-    rows = [record for record in rows if record.task in named]
+    rows = read_records(runner.store, study=runner.study, status=_ENDED, history=True)
+    rows = [record for record in rows if record.task in runner.tasks]
     last = {_identity(record): record for record in rows}
     if retry_failed:
         last = {name: record for name, record in last.items() if record.status != "FAIL"}
     return last, {_identity(record): record for record in reversed(rows)}
 
 
-def _run_all(run, objective, named, trials, store, study, num_workers, deadline) -> Iterator[base.Record]:
+def _run_all(runner: _Runner, trials: Iterator[base.Record]) -> Iterator[base.Record]:
     """Runs trials and yields their records as they end; each is appended to the store at once.
 
     `trials` is an iterator. Asking a searcher takes time, so this thread takes a few more trials than can run at a
@@ -383,38 +381,35 @@ def _run_all(run, objective, named, trials, store, study, num_workers, deadline)
     queue = collections.deque(itertools.islice(trials, 1))
     if not queue:
         return
-    try:
-        import joblib
-    except ImportError as error:
-        raise ImportError('`collect` needs joblib; install it with `pip install "metaopt-jax[records]"`.') from error
+    joblib = _extras.require("joblib", "records", "`collect`")
     stopped = False
 
     def jobs():
         while queue:  # joblib takes the next trial, in any of its threads, when a worker is free
-            left = deadline - time.monotonic()
+            left = runner.deadline - time.monotonic()
             if stopped or left <= 0:
                 return
             trial = queue.popleft()
-            if store is not None:
-                append_records(store, [trial._replace(status="RUNNING")], study=study)
+            if runner.store is not None:
+                append_records(runner.store, [trial._replace(status="RUNNING")], study=runner.study)
             begins_before = time.time() + left if left < float("inf") else None
-            yield joblib.delayed(run)(objective, named[trial.task], trial, begins_before)
+            yield joblib.delayed(runner.run)(runner.objective, runner.tasks[trial.task], trial, begins_before)
 
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
     as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
     streams = backend.supports_return_generator  # Ray's backend does not
     kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
-    parallel: Any = joblib.Parallel(n_jobs=num_workers, prefer="threads", **kwargs)
+    parallel: Any = joblib.Parallel(n_jobs=runner.num_workers, prefer="threads", **kwargs)
     at_once = joblib.effective_n_jobs(parallel.n_jobs)
     # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
     refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
     refill()
     try:
-        while queue and time.monotonic() < deadline:
+        while queue and time.monotonic() < runner.deadline:
             for record in parallel(jobs() if streams else list(itertools.islice(jobs(), at_once))):
                 if record is not None:  # otherwise the trial had no time to begin
-                    if store is not None:
-                        append_records(store, [record], study=study)
+                    if runner.store is not None:
+                        append_records(runner.store, [record], study=runner.study)
                     yield record
                 refill()
     finally:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metaopt import _checks, base, spaces
+from metaopt import base, spaces
 from metaopt.blackbox._random_search import untried
 
 _OWN_SEEDS = 0x656E7175  # folded into the key of the searcher; the searcher itself folds in trial numbers
@@ -68,9 +68,7 @@ def enqueue(
       A searcher. Its trials are numbered in the order in which they are proposed.
 
     Raises:
-      ValueError: if `searcher` is not a searcher, `configurations` is a single mapping, or `after` is not an integer of
-        at least 0.
-      ValueError: at the start of a search, if a configuration does not fit the space, or `init` receives no space.
+      ValueError: at the start of a search, if a configuration does not fit the space.
 
     >>> import jax
     >>> from metaopt import blackbox, spaces
@@ -83,14 +81,8 @@ def enqueue(
     >>> [(trial.trial, trial.configuration["depth"]) for trial in trials]
     [(2, 5)]
     """
-    if isinstance(configurations, Mapping):
-        raise ValueError("`configurations` must be a list of configurations; got one: put it into a list.")
-    _checks.check_searcher(searcher)
-    _checks.check_integer("after", after, 0)
 
     def init(key, space):
-        if space is None:
-            raise ValueError("`init` needs `space` to complete the enqueued configurations; got None.")
         whole = tuple(spaces.complete(space, configuration) for configuration in configurations)
         if skip_if_exists:
             whole = tuple(c for i, c in enumerate(whole) if c not in whole[:i])

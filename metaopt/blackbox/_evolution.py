@@ -2,12 +2,12 @@
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import base, spaces
 
 
 class EvolutionState(NamedTuple):
@@ -47,7 +47,7 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
       A searcher over a dict of `spaces.integer`, whose values are treated as categories, and `spaces.fixed`.
 
     Raises:
-      ValueError: if a size is below 1; in `init`, if the space is not such a dict.
+      ValueError: in `init`, if the space is not such a dict.
 
     Source: Real et al., AAAI 2019, https://arxiv.org/abs/1802.01548
 
@@ -61,65 +61,75 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     >>> sorted(child.configuration), child.trial
     (['edge0', 'edge1'], 2)
     """
-    _checks.check_integer("population_size", population_size, 1)
-    _checks.check_integer("sample_size", sample_size, 1)
+    sizes = _Sizes(population_size, sample_size)
+    return base.Searcher(
+        init=_init,
+        ask=lambda state, num: _ask(sizes, state, num),
+        tell=lambda state, records: _tell(sizes, state, records),
+    )
 
-    def init(key, space):
-        known = (spaces.Integer, spaces.Fixed)
-        if not isinstance(space, dict) or not all(isinstance(leaf, known) for leaf in space.values()):
-            raise ValueError(
-                "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed`; got another space."
-            )
-        if shaped := [name for name, leaf in space.items() if leaf.shape]:
-            raise ValueError(
-                f"`regularized_evolution` searches integers without shape; `{shaped[0]}` has shape "
-                f"{space[shaped[0]].shape}: write one leaf for each of its entries."
-            )
-        seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
-        return EvolutionState(seed, dict(space), {}, 0)
 
-    def parents(populations):
-        enough = min(sample_size, population_size)
-        of = max(populations, key=lambda fidelity: (min(len(populations[fidelity]), enough), fidelity))
-        return populations[of]
+class _Sizes(NamedTuple):
+    population: int
+    sample: int
 
-    def propose(rng, state):
-        free = {name: leaf for name, leaf in state.space.items() if isinstance(leaf, spaces.Integer)}
-        names, lows = list(free), [leaf.low for leaf in free.values()]
-        sizes = [leaf.high - leaf.low + 1 for leaf in free.values()]
-        if state.num_asked < population_size or not state.populations:
-            drawn = {name: low + int(rng.integers(size)) for name, low, size in zip(names, lows, sizes, strict=True)}
-            return {name: drawn[name] if name in drawn else leaf.value.item() for name, leaf in state.space.items()}
-        population = parents(state.populations)
-        drawn = rng.integers(len(population), size=sample_size)
-        parent, _ = min((population[i] for i in drawn), key=lambda member: member[1])
-        if not free:
-            return dict(parent)
-        i = int(rng.integers(len(names)))
-        # A step around the circle of values never returns the parent's value.
-        value = (parent[names[i]] - lows[i] + 1 + int(rng.integers(sizes[i] - 1))) % sizes[i] + lows[i]
-        return {**parent, names[i]: value}
 
-    def ask(state, num):
-        trials = []
-        for _ in range(num):
-            rng = np.random.default_rng((*state.seed, state.num_asked))
-            configuration = propose(rng, state)
-            seed = int(rng.integers(2**31))
-            trials.append(base.Record("", configuration, seed=seed, status="WAITING", trial=state.num_asked))
-            state = state._replace(num_asked=state.num_asked + 1)
-        return trials, state
+def _init(key: jax.Array, space: base.PyTree) -> EvolutionState:
+    leaves = (spaces.Integer, spaces.Fixed)
+    if not isinstance(space, dict) or not all(isinstance(x, leaves) and not x.shape for x in space.values()):
+        raise ValueError(
+            "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed` without shape; got another "
+            "space. Write one leaf for each entry of an array."
+        )
+    seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
+    return EvolutionState(seed, dict(space), {}, 0)
 
-    def tell(state, records: Sequence[base.Record]):
-        populations = {fidelity: deque(members, population_size) for fidelity, members in state.populations.items()}
-        for record in records:
-            counts = record.status == "COMPLETE" and np.isfinite(record.outcome)
-            if counts and _fits(state.space, record.configuration):
-                own = populations.setdefault(record.fidelity, deque(maxlen=population_size))
-                own.append((record.configuration, record.outcome))
-        return state._replace(populations={fidelity: tuple(members) for fidelity, members in populations.items()})
 
-    return base.Searcher(init, ask, tell)
+def _ask(sizes: _Sizes, state: EvolutionState, num: int) -> tuple[list[base.Record], EvolutionState]:
+    trials = []
+    for _ in range(num):
+        rng = np.random.default_rng((*state.seed, state.num_asked))
+        random = state.num_asked < sizes.population or not state.populations
+        configuration = _random(rng, state.space) if random else _child(sizes, rng, state)
+        seed = int(rng.integers(2**31))
+        trials.append(base.Record("", configuration, seed=seed, status="WAITING", trial=state.num_asked))
+        state = state._replace(num_asked=state.num_asked + 1)
+    return trials, state
+
+
+def _random(rng: np.random.Generator, space: dict[str, spaces.Integer | spaces.Fixed]) -> dict[str, Any]:
+    return {
+        name: leaf.low + int(rng.integers(leaf.high - leaf.low + 1))
+        if isinstance(leaf, spaces.Integer)
+        else leaf.value.item()
+        for name, leaf in space.items()
+    }
+
+
+def _child(sizes: _Sizes, rng: np.random.Generator, state: EvolutionState) -> dict[str, Any]:
+    enough = min(sizes.sample, sizes.population)
+    populations = state.populations
+    fidelity = max(populations, key=lambda fidelity: (min(len(populations[fidelity]), enough), fidelity))
+    drawn = rng.integers(len(populations[fidelity]), size=sizes.sample)
+    parent, _ = min((populations[fidelity][i] for i in drawn), key=lambda member: member[1])
+    free = [(name, leaf) for name, leaf in state.space.items() if isinstance(leaf, spaces.Integer)]
+    if not free:
+        return dict(parent)
+    name, leaf = free[int(rng.integers(len(free)))]
+    size = leaf.high - leaf.low + 1
+    # A step around the circle of values never returns the parent's value.
+    value = (parent[name] - leaf.low + 1 + int(rng.integers(size - 1))) % size + leaf.low
+    return {**parent, name: value}
+
+
+def _tell(sizes: _Sizes, state: EvolutionState, records: Sequence[base.Record]) -> EvolutionState:
+    populations = {fidelity: deque(members, sizes.population) for fidelity, members in state.populations.items()}
+    for record in records:
+        counts = record.status == "COMPLETE" and np.isfinite(record.outcome)
+        if counts and _fits(state.space, record.configuration):
+            own = populations.setdefault(record.fidelity, deque(maxlen=sizes.population))
+            own.append((record.configuration, record.outcome))
+    return state._replace(populations={fidelity: tuple(members) for fidelity, members in populations.items()})
 
 
 def _fits(space, configuration) -> bool:

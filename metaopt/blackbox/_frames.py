@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metaopt import _extras
 from metaopt.base import Record
 from metaopt.blackbox._records import as_python
 
 if TYPE_CHECKING:
     import pandas
-
-_EXTRA = 'install it with `pip install "metaopt-jax[records]"`.'
 
 
 def as_pandas(name: str, frame: Any) -> Any:
@@ -31,8 +30,8 @@ def as_pandas(name: str, frame: Any) -> Any:
     frame = frame.to_pandas() if callable(getattr(frame, "to_pandas", None)) else frame
     pandas = sys.modules.get("pandas")  # a caller that passes a DataFrame has already imported pandas
     if pandas is None or not isinstance(frame, pandas.DataFrame):
-        of = f"{type(frame).__module__}.{type(frame).__qualname__}"
-        raise ValueError(f"`{name}` must be a pandas data frame, or have a method `to_pandas`; got {of}.")
+        got = f"{type(frame).__module__}.{type(frame).__qualname__}"
+        raise ValueError(f"`{name}` must be a pandas data frame, or have a method `to_pandas`; got {got}.")
     return frame
 
 
@@ -51,10 +50,7 @@ def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "panda
     Raises:
       ImportError: if pandas is not installed.
     """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise ImportError(f"`records_to_frame` needs pandas; {_EXTRA}") from error
+    pd = _extras.require("pandas", "records", "`records_to_frame`")
     frame = pd.DataFrame([record._asdict() for record in records], columns=list(Record._fields))
     texts = frame.assign(configuration=[json.dumps(record.configuration, default=as_python) for record in records])
     if wide:

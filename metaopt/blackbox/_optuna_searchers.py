@@ -2,12 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from metaopt import _checks, base, spaces
+from metaopt import _extras, base, spaces
 from metaopt.blackbox import _fidelities, _random_search
 
 
@@ -55,13 +55,12 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
       since they belong to an unknown fidelity below the requested one.
 
     Raises:
-      ValueError: if `num_random` is not an integer of at least 0.
       ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Bergstra et al., NeurIPS 2011, https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization;
     Optuna: Akiba et al., KDD 2019, https://arxiv.org/abs/1907.10902
     """
-    return _searcher([1.0], first, num_random, lambda optuna: optuna.pruners.NopPruner())
+    return _searcher(_Budgets([1.0], lambda optuna: optuna.pruners.NopPruner()), first, num_random)
 
 
 def bohb(
@@ -94,136 +93,148 @@ def bohb(
       prune the searcher's own trials.
 
     Raises:
-      ValueError: if an argument is not an integer, or is too small.
       ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the searcher's. A
         trial is recognized by its number, configuration and seed.
       ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
     """
-    _checks.check_integer("reduction_factor", reduction_factor, 2)
-    _checks.check_integer("num_rungs", num_rungs, 2)
     fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
     steps = reduction_factor ** (num_rungs - 1)
     pruner = lambda optuna: optuna.pruners.HyperbandPruner(1, steps, reduction_factor)
-    return _searcher(fidelities, first, num_random, pruner)
+    return _searcher(_Budgets(fidelities, pruner), first, num_random)
 
 
-def _searcher(fidelities, first, num_random, pruner_fn) -> base.Searcher:
-    _checks.check_integer("num_random", num_random, 0)
+class _Budgets(NamedTuple):
+    """The fidelities of a searcher, ascending, and how Optuna prunes."""
 
-    def init(key, space):
-        try:
-            import optuna
-        except ImportError as error:
-            raise ImportError(
-                'This searcher needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.'
-            ) from error
-        seed_key, key = jax.random.split(key)
-        seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
-        spaces.to_optuna(space)  # raises an error if Optuna does not support the space
-        kwargs = {
-            "n_startup_trials": num_random,
-            "seed": seed,
-            "multivariate": True,
-            "group": True,
-            "constant_liar": True,
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(**kwargs)
-        # Optuna assigns a trial to a bracket by the study's name, among other things.
-        kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": pruner_fn(optuna)}
-        study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
-        whole = tuple(spaces.complete(space, c) for c in ([{}] if first is None else first))
-        return OptunaState(study, space, key, {}, 0, [], whole)
+    fidelities: list[float]
+    pruner_fn: Callable[[Any], Any]  # the module `optuna` -> a pruner
 
-    seed_of = lambda state, number: int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
+    @property
+    def only_full(self) -> bool:
+        return len(self.fidelities) == 1
 
-    def step_of(record) -> int:
+    def step(self, record: base.Record) -> int:
         """The step in Optuna; only the order of steps counts.
 
         The step of a pruned trial is 0, since the fidelity that it reached is unknown.
         """
-        budget = round(1 / fidelities[0]) if len(fidelities) > 1 else 1000
+        budget = 1000 if self.only_full else round(1 / self.fidelities[0])
         return 0 if record.status == "PRUNED" else max(1, round(budget * record.fidelity))
 
-    def ask(state, num):
-        asked = []
-        survivors, trials = list(state.survivors), dict(state.trials)
-        num_asked, left = state.num_asked, state.first
-        for _ in range(num):
-            if survivors:
-                number, rung = survivors.pop(0)
-            else:
-                number, rung = num_asked, 0
-                if left:
-                    names = spaces.to_optuna(state.space)
-                    state.study.enqueue_trial({name: value for name, value in left[0].items() if name in names})
-                    left = left[1:]
-                trials[number] = state.study.ask()
-                num_asked += 1
-            asked.append(
-                base.Record(
-                    "",
-                    spaces.suggest(trials[number], state.space),
-                    fidelity=fidelities[rung],
-                    seed=seed_of(state, number),
-                    status="WAITING",
-                    trial=number,
-                )
+
+def _searcher(budgets: _Budgets, first: Sequence[Mapping[str, Any]] | None, num_random: int) -> base.Searcher:
+    return base.Searcher(
+        init=lambda key, space: _init(budgets, first, num_random, key, space),
+        ask=lambda state, num: _ask(budgets, state, num),
+        tell=lambda state, records: _tell(budgets, state, records),
+    )
+
+
+def _init(budgets: _Budgets, first, num_random: int, key: jax.Array, space: base.PyTree) -> OptunaState:
+    optuna = _extras.require("optuna", "optuna", "This searcher")
+    seed_key, key = jax.random.split(key)
+    seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
+    spaces.to_optuna(space)  # raises an error if Optuna does not support the space
+    options = {"multivariate": True, "group": True, "constant_liar": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed, **options)
+    # Optuna assigns a trial to a bracket by the study's name, among other things.
+    kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": budgets.pruner_fn(optuna)}
+    study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
+    return OptunaState(study, space, key, {}, 0, [], tuple(_random_search.complete(space, first)))
+
+
+def _ask(budgets: _Budgets, state: OptunaState, num: int) -> tuple[list[base.Record], OptunaState]:
+    asked = []
+    survivors, trials = list(state.survivors), dict(state.trials)
+    num_asked, left = state.num_asked, state.first
+    for _ in range(num):
+        if survivors:
+            number, rung = survivors.pop(0)
+        else:
+            number, rung = num_asked, 0
+            if left:
+                names = spaces.to_optuna(state.space)
+                state.study.enqueue_trial({name: value for name, value in left[0].items() if name in names})
+                left = left[1:]
+            trials[number] = state.study.ask()
+            num_asked += 1
+        asked.append(
+            base.Record(
+                "",
+                spaces.suggest(trials[number], state.space),
+                fidelity=budgets.fidelities[rung],
+                seed=_seed(state, number),
+                status="WAITING",
+                trial=number,
             )
-        return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors, first=left)
+        )
+    return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors, first=left)
 
-    def tell(state, records):
-        from optuna.trial import TrialState
 
-        survivors, trials = list(state.survivors), dict(state.trials)
+def _seed(state: OptunaState, number: int) -> int:
+    return int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
+
+
+def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record]) -> OptunaState:
+    survivors, trials = list(state.survivors), dict(state.trials)
+
+    def is_own(record) -> bool:
         # Other searches also number their trials from 0, so we also compare the configuration.
-        own = lambda r: r.trial in trials and _same(r.configuration, spaces.suggest(trials[r.trial], state.space))
-        ended = [record for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]  # others still run
-        # Optuna rejects NaN with a warning, and would take −∞ as the best outcome.
-        lost = lambda record: record.status == "COMPLETE" and not math.isfinite(record.outcome)
-        ended = [record._replace(status="FAIL") if lost(record) else record for record in ended]
-        for record in ended:
-            if len(fidelities) > 1 and record.status != "FAIL" and own(record):  # raise before the study changes
-                _fidelities.rung_of(fidelities, record, own=record.seed == seed_of(state, record.trial))
-        left = _random_search.untried(state.first, records, state.num_asked)
-        for record in ended:
-            rung = _fidelities.rung_of(fidelities, record)
-            at_rung = rung is not None or record.status == "FAIL"
-            if not own(record) or not (at_rung or len(fidelities) == 1):
-                _add(state.study, state.space, record, step_of(record))
-                continue
-            trial = trials[record.trial]
-            if not at_rung:  # `asha` asked for a lower fidelity
-                if math.isfinite(record.outcome):
-                    trial.report(record.outcome, step=step_of(record))
-                state.study.tell(trial, state=TrialState.PRUNED)
-                del trials[record.trial]  # its next fidelity becomes another trial of the study
-                continue
-            if record.status == "FAIL":
-                state.study.tell(trial, state=TrialState.FAIL)
-                del trials[record.trial]
-                continue
-            assert rung is not None
-            if record.status == "COMPLETE" and rung + 1 < len(fidelities):
-                trial.report(record.outcome, step=round(record.fidelity / fidelities[0]))
-                if not trial.should_prune():
-                    survivors.append((record.trial, rung + 1))
-                    continue
-            elif record.status == "PRUNED":  # a trial of BOHB has completed all lower budgets, so its rung is known
-                step = round(record.fidelity / fidelities[0]) if len(fidelities) > 1 else step_of(record)
-                trial.report(record.outcome, step=step)
-            whole = record.status == "COMPLETE" and rung + 1 == len(fidelities)
-            if whole:
-                state.study.tell(trial, record.outcome)
-            else:
-                state.study.tell(trial, state=TrialState.PRUNED)
-            del trials[record.trial]
-        return state._replace(trials=trials, survivors=survivors, first=left)
+        trial = trials.get(record.trial)
+        return trial is not None and _same(record.configuration, spaces.suggest(trial, state.space))
 
-    return base.Searcher(init, ask, tell)
+    ended = [_without_lost(record) for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]
+    for record in ended:
+        if not budgets.only_full and record.status != "FAIL" and is_own(record):  # raise before the study changes
+            own = record.seed == _seed(state, record.trial)
+            _fidelities.rung_of(budgets.fidelities, record, own=own)
+    left = _random_search.untried(state.first, records, state.num_asked)
+    for record in ended:
+        rung = _fidelities.rung_of(budgets.fidelities, record)
+        if not is_own(record) or (rung is None and record.status != "FAIL" and not budgets.only_full):
+            _add(state.study, state.space, record, budgets.step(record))
+        elif _ends(budgets, state.study, trials[record.trial], record, rung):
+            del trials[record.trial]
+        else:
+            assert rung is not None
+            survivors.append((record.trial, rung + 1))
+    return state._replace(trials=trials, survivors=survivors, first=left)
+
+
+def _without_lost(record: base.Record) -> base.Record:
+    """Optuna rejects NaN with a warning, and would take −∞ as the best outcome: such a trial has failed."""
+    lost = record.status == "COMPLETE" and not math.isfinite(record.outcome)
+    return record._replace(status="FAIL") if lost else record
+
+
+def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: int | None) -> bool:
+    """Reports the record of an own trial to Optuna. Returns False if the trial continues at the next fidelity."""
+    from optuna.trial import TrialState
+
+    if record.status == "FAIL":
+        study.tell(trial, state=TrialState.FAIL)
+        return True
+    if rung is None:  # `asha` asked for a lower fidelity; the trial's next fidelity becomes another trial of the study
+        if math.isfinite(record.outcome):
+            trial.report(record.outcome, step=budgets.step(record))
+        study.tell(trial, state=TrialState.PRUNED)
+        return True
+    if record.status == "COMPLETE" and rung + 1 < len(budgets.fidelities):
+        trial.report(record.outcome, step=round(record.fidelity / budgets.fidelities[0]))
+        if not trial.should_prune():
+            return False
+    elif record.status == "PRUNED":  # a trial of BOHB has completed all lower budgets, so its rung is known
+        step = budgets.step(record) if budgets.only_full else round(record.fidelity / budgets.fidelities[0])
+        trial.report(record.outcome, step=step)
+    if record.status == "COMPLETE" and rung + 1 == len(budgets.fidelities):
+        study.tell(trial, record.outcome)
+    else:
+        study.tell(trial, state=TrialState.PRUNED)
+    return True
 
 
 def _same(configuration, other) -> bool:
@@ -238,14 +249,14 @@ def _add(study, space, record: base.Record, step: int) -> None:
     if record.status == "FAIL" or not math.isfinite(record.outcome):
         return
     distributions = spaces.to_optuna(space)
-    known = {name: value for name, value in record.configuration.items() if name in distributions}
+    searched = {name: value for name, value in record.configuration.items() if name in distributions}
     whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
     try:
-        within = spaces.configuration(space, spaces.from_configuration(space, known))
+        within = spaces.configuration(space, spaces.from_configuration(space, searched))
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
-            params={name: within.get(name, value) for name, value in known.items()},
-            distributions={name: distributions[name] for name in known},
+            params={name: within.get(name, value) for name, value in searched.items()},
+            distributions={name: distributions[name] for name in searched},
             value=record.outcome if whole else None,
             intermediate_values=None if whole else {step: record.outcome},
         )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _meta_search
 
 _OURS = "metaopt:"  # prefix of our user attributes, because users may have their own "cost" or "seed"
@@ -55,8 +55,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         _checks.check_record(record, f"`records[{i}]`")
     if len(names := {record.task for record in records}) > 1:
         raise ValueError(f"An Optuna study is of one task; got records of {sorted(names)}.")
-    if given := {"direction", "directions"} & set(kwargs):
-        raise ValueError(f"Outcomes are minimized, so that `{given.pop()}` cannot be given.")
+    if directions := {"direction", "directions"} & set(kwargs):
+        raise ValueError(f"Outcomes are minimized, so that `{directions.pop()}` cannot be given.")
     distributions = spaces.to_optuna(space)
     levels = _levels(record.fidelity for record in records)
     trials = _by_trial(records, levels)
@@ -77,9 +77,9 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
             if name not in distributions:
                 continue
             value = value.item() if isinstance(value, np.generic) else value
-            if not (found := _fitting(value, distributions[name])):
+            if not (allowed := _fitting(value, distributions[name])):
                 raise ValueError(f"`{name}` of trial {last.trial} is {value!r}, and not of {distributions[name]}.")
-            values[name] = found[0]
+            values[name] = allowed[0]
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
@@ -113,9 +113,9 @@ def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> lis
     for record in records:
         what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
         name = record.trial, record.seed, tuple(what)
-        at = *name, levels[record.fidelity]
-        trials.setdefault((*name, counts[at]), []).append(record)
-        counts[at] += 1
+        place = *name, levels[record.fidelity]
+        trials.setdefault((*name, counts[place]), []).append(record)
+        counts[place] += 1
     return list(trials.values())
 
 
@@ -124,7 +124,9 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
     parts = 1000
     while True:
         within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
-        near = [(a, b) for of in within for a, b in itertools.pairwise(of) if round(parts * a) == round(parts * b)]
+        near = [
+            (a, b) for steps in within for a, b in itertools.pairwise(steps) if round(parts * a) == round(parts * b)
+        ]
         if not near:
             return parts
         if parts == _FINEST:
@@ -250,84 +252,89 @@ def optuna_sampler(
     >>> study.best_params
     {'depth': 3}
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError('This sampler needs Optuna; install it with `pip install "metaopt-jax[optuna]"`.') from error
+    optuna = _extras.require("optuna", "optuna", "This sampler")
     spaces.to_optuna(meta_optimizer.space)  # raises if the space has no counterpart in Optuna
     searcher = meta_optimizer.searcher(new_task, acquisition=acquisition, first=())
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
-    running_state, single = optuna.trial.TrialState.RUNNING, threading.Lock()
-    # Keys are the storage and the number of a study, since Optuna may make a study object for every trial.
-    studies: Any = weakref.WeakKeyDictionary()
+    return type("MetaSampler", (_MetaSampler, optuna.samplers.BaseSampler), {})(searcher, key, independent)
 
-    def known_of(study) -> _KnownOfStudy:
-        of_storage = studies.setdefault(study._storage, {})
-        return of_storage.setdefault(study._study_id, _KnownOfStudy(searcher.init(key, None), set(), {}))
 
-    def draw(study, number: int) -> dict[str, Any]:
+class _StudyMemory:
+    """The memory of a sampler for one study.
+
+    Attributes:
+      state: the state of the searcher.
+      ended: the numbers of the trials that the searcher has learned of.
+      drawn: the configurations drawn for running trials, by number.
+    """
+
+    def __init__(self, state: Any):
+        self.state = state
+        self.ended: set[int] = set()
+        self.drawn: dict[int, dict[str, Any]] = {}
+
+
+class _MetaSampler:
+    """The sampler, without its base class of Optuna, which is imported when a sampler is made."""
+
+    def __init__(self, searcher: base.Searcher, key: jax.Array, independent: Any):
+        self._searcher, self._key, self._independent = searcher, key, independent
+        self._single = threading.Lock()
+        # Keys are the storage and the number of a study, since Optuna may make a study object for every trial.
+        self._studies: Any = weakref.WeakKeyDictionary()
+
+    def _memory(self, study: Any) -> _StudyMemory:
+        of_storage = self._studies.setdefault(study._storage, {})
+        return of_storage.setdefault(study._study_id, _StudyMemory(self._searcher.init(self._key, None)))
+
+    def _draw(self, study: Any, number: int) -> dict[str, Any]:
         """Returns the configuration of a trial, drawn after learning of all trials that have ended."""
-        known = known_of(study)
+        memory = self._memory(study)
         sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
         # One read: between two reads, a trial that ends would be among neither the ended nor the running trials.
         # We read from the storage, because with Hyperband's pruner `study.get_trials` returns only one bracket.
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
-        new = [trial for trial in trials if trial.state.is_finished() and trial.number not in known.heard]
-        told = [record for trial in new for record in _as_told(trial, sign, known.drawn.get(trial.number, {}))]
-        known.state = searcher.tell(known.state, told)
-        known.heard |= {trial.number for trial in new}
-        known.drawn = {other: drawn for other, drawn in known.drawn.items() if other not in known.heard}
-        others = [trial for trial in trials if trial.state == running_state and trial.number != number]
+        new = [trial for trial in trials if trial.state.is_finished() and trial.number not in memory.ended]
+        records = [record for trial in new for record in _as_told(trial, sign, memory.drawn.get(trial.number, {}))]
+        memory.state = self._searcher.tell(memory.state, records)
+        memory.ended |= {trial.number for trial in new}
+        memory.drawn = {other: drawn for other, drawn in memory.drawn.items() if other not in memory.ended}
+        others = [trial for trial in trials if trial.state.name == "RUNNING" and trial.number != number]
         # The drawn values hold until the trial reports its own, which may differ if the trial was enqueued.
-        took = [(trial.number, known.drawn.get(trial.number, {}) | trial.params) for trial in others]
+        took = [(trial.number, memory.drawn.get(trial.number, {}) | trial.params) for trial in others]
         running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
-        (record,), _ = searcher.ask(searcher.tell(known.state, running)._replace(num_asked=number), 1)
-        known.drawn[number] = record.configuration
+        state = self._searcher.tell(memory.state, running)._replace(num_asked=number)
+        (record,), _ = self._searcher.ask(state, 1)
+        memory.drawn[number] = record.configuration
         return record.configuration
 
-    class MetaSampler(optuna.samplers.BaseSampler):
-        """`blackbox.optuna_sampler`."""
+    def reseed_rng(self):
+        self._independent.reseed_rng()  # our randomness is folded from a trial's number
 
-        def reseed_rng(self):
-            independent.reseed_rng()  # our randomness is folded from a trial's number
+    def infer_relative_search_space(self, study, trial):
+        if len(study.directions) > 1:
+            raise ValueError("This sampler is for studies of one objective; use another for several.")
+        return {}  # parameters are returned only when we know how the objective requests them
 
-        def infer_relative_search_space(self, study, trial):
-            if len(study.directions) > 1:
-                raise ValueError("This sampler is for studies of one objective; use another for several.")
-            return {}  # parameters are returned only when we know how the objective requests them
+    def sample_relative(self, study, trial, search_space):
+        with self._single:
+            self._draw(study, trial.number)
+        return {}
 
-        def sample_relative(self, study, trial, search_space):
-            with single:
-                draw(study, trial.number)
-            return {}
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        with self._single:
+            drawn = self._memory(study).drawn.get(trial.number) or self._draw(study, trial.number)
+        if param_name in drawn and (allowed := _fitting(drawn[param_name], param_distribution)):
+            return allowed[0]
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
-        def sample_independent(self, study, trial, param_name, param_distribution):
-            with single:
-                drawn = known_of(study).drawn.get(trial.number) or draw(study, trial.number)
-            if param_name in drawn and (found := _fitting(drawn[param_name], param_distribution)):
-                return found[0]
-            return independent.sample_independent(study, trial, param_name, param_distribution)
+    def before_trial(self, study, trial):
+        self._independent.before_trial(study, trial)
 
-        def before_trial(self, study, trial):
-            independent.before_trial(study, trial)
-
-        def after_trial(self, study, trial, state, values):
-            independent.after_trial(study, trial, state, values)
-
-    return MetaSampler()
-
-
-class _KnownOfStudy:
-    """The memory of a sampler for one study.
-
-    It has a searcher's state, the numbers of the trials that the searcher has learned of, and, by number, the
-    configurations drawn for running trials.
-    """
-
-    def __init__(self, state: Any, heard: set[int], drawn: dict[int, dict[str, Any]]):
-        self.state, self.heard, self.drawn = state, heard, drawn
+    def after_trial(self, study, trial, state, values):
+        self._independent.after_trial(study, trial, state, values)
 
 
 def _fitting(value: Any, distribution: Any) -> list[Any]:
@@ -353,14 +360,14 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
     if not trial.params:
         return []  # it requested nothing, so its outcome says nothing about any configuration
     record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
-    told = [
+    records = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())
         if step >= 0 and math.isfinite(value)
     ]
     if trial.state.name == "COMPLETE":
         seconds = trial.duration.total_seconds() if trial.duration is not None else math.nan
-        told.append(record._replace(outcome=sign * trial.value, cost=seconds))
-    elif trial.state.name == "FAIL" or not told:
-        told = [record._replace(status="FAIL")]
-    return told
+        records.append(record._replace(outcome=sign * trial.value, cost=seconds))
+    elif trial.state.name == "FAIL" or not records:
+        records = [record._replace(status="FAIL")]
+    return records

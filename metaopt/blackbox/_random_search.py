@@ -58,8 +58,8 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
         trials = []
         for trial in range(state.num_asked, state.num_asked + num):
             drawn, seed = draw(state.key, trial)
-            given = trial < len(state.first)
-            configuration = state.first[trial] if given else spaces.configuration(state.space, drawn)
+            is_first = trial < len(state.first)
+            configuration = state.first[trial] if is_first else spaces.configuration(state.space, drawn)
             trials.append(base.Record("", configuration, seed=int(seed), status="WAITING", trial=trial))
         return trials, state._replace(num_asked=state.num_asked + num)
 
@@ -100,8 +100,8 @@ def untried(
     Returns:
       Some of `configurations`, in their order.
 
-    >>> from metaopt import base, blackbox
-    >>> blackbox.untried([{"depth": 5}, {"depth": 7}], [base.Record("", {"depth": 5}, trial=-2)])
+    >>> from metaopt import base
+    >>> untried([{"depth": 5}, {"depth": 7}], [base.Record("", {"depth": 5}, trial=-2)])
     ({'depth': 7},)
     """
     others = [

@@ -128,17 +128,18 @@ def _of_each_trial(file, rows) -> list[Record]:
         record, study, text = _read_row(file, row), row[1], row[3]
         if (name := names.get(text)) is None:
             name = names[text] = json.dumps(record.configuration, sort_keys=True)
-        of = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
+        ends = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
         if record.status in _BEGUN:
-            if not of or _BEGUN in of:
-                of[_BEGUN] = of.get(_BEGUN, (place,))[0], record
+            if not ends or _BEGUN in ends:
+                ends[_BEGUN] = ends.get(_BEGUN, (place,))[0], record
             continue
         numbered = record.trial != 0 or record.seed != 0
         ended = record.status != "FAIL" and math.isfinite(record.outcome)
         end = "LAST" if numbered else record.outcome if ended else "FAIL"
-        before = next((before for before in (end, _BEGUN, "FAIL") if before in of), None)
-        of[end] = place if before is None else of.pop(before)[0], record
-    return [record for _, record in sorted((at for of in trials.values() for at in of.values()), key=lambda at: at[0])]
+        before = next((before for before in (end, _BEGUN, "FAIL") if before in ends), None)
+        ends[end] = place if before is None else ends.pop(before)[0], record
+    placed = sorted((end for ends in trials.values() for end in ends.values()), key=lambda end: end[0])
+    return [record for _, record in placed]
 
 
 def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:
@@ -252,8 +253,8 @@ def _explained(error: Exception, path: Path, create: bool, recover: bool) -> Exc
     if "no such table" in text or "no such column" in text or "has no column" in text:
         return ValueError(
             f"{path} is marked as a file of records, but lacks their table or a column of it ({error}). Its list of "
-            "tables is damaged, or another program has changed it. `blackbox.recover_records` cannot read it either; try "
-            "SQLite's own shell, `sqlite3 FILE .recover`, which prints the data that it can still find."
+            "tables is damaged, or another program has changed it. `blackbox.recover_records` cannot read it either; "
+            "try SQLite's own shell, `sqlite3 FILE .recover`, which prints the data that it can still find."
         )
     if name.startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):  # the row or the query is wrong, not the file
         return ValueError(f"{path} rejected the row or the query: {error}.")
@@ -296,9 +297,9 @@ def _header_of_made(connection, create: bool) -> list[int]:
                             connection.execute(statement)
             if create:
                 connection.execute("PRAGMA journal_mode = WAL")  # SQLite stores this mode in the file
-            found = header()
+            values = header()
             connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
-            return found
+            return values
         except sqlite3.OperationalError as error:
             if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
                 raise
@@ -337,8 +338,8 @@ def _read_row(file, row) -> Record:
         return _from_row(row[2:])
     except ValueError as error:
         raise ValueError(
-            f"{file}: row {row[0]} of the table `records` is broken. {error} `blackbox.recover_records` copies the other "
-            "rows to a new file."
+            f"{file}: row {row[0]} of the table `records` is broken. {error} `blackbox.recover_records` copies the "
+            "other rows to a new file."
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, spaces
+from metaopt import spaces
 from metaopt.blackbox._trials import ObjectiveFn
 
 
@@ -78,19 +78,11 @@ def sklearn_objective(
       the score itself if smaller scores are better.
 
     Raises:
-      ValueError: if `num_folds` is not an integer of at least 2, or `preparation` is not a transformer.
       ValueError: if `scoring` is missing and the estimator's kind does not have a default.
       ImportError: if scikit-learn is not installed.
     """
-    _checks.check_integer("num_folds", num_folds, 2)
     import sklearn.base
 
-    known = preparation is None or isinstance(preparation, str) and preparation == "passthrough"
-    if not known and (isinstance(preparation, type) or not hasattr(preparation, "transform")):
-        raise ValueError(
-            f'`preparation` must be a transformer such as `preprocessing.MinMaxScaler()`, "passthrough" for none, or '
-            f"None; got {preparation!r}."
-        )
     if scoring is None:
         if sklearn.base.is_classifier(estimator):
             scoring = "balanced_accuracy"
@@ -175,12 +167,12 @@ def _data(task) -> tuple[np.ndarray, Any, np.ndarray]:
     return x, None if y is None else np.asarray(y), np.zeros(x.shape[1], bool)
 
 
-def _preparation(categorical, given):
+def _preparation(categorical, preparation):
     import sklearn.base
     from sklearn import compose, impute, pipeline, preprocessing
 
-    if given is not None:
-        return given if isinstance(given, str) else sklearn.base.clone(given)
+    if preparation is not None:
+        return preparation if isinstance(preparation, str) else sklearn.base.clone(preparation)
     numeric = pipeline.make_pipeline(impute.SimpleImputer(strategy="median"), preprocessing.StandardScaler())
     labels = pipeline.make_pipeline(
         impute.SimpleImputer(strategy="constant", fill_value=-1),
@@ -193,7 +185,8 @@ def sklearn_model(name: str) -> SklearnModel:
     """Returns a family of scikit-learn models, with a space of the parameters that are worth tuning.
 
     Args:
-      name: one of `SKLEARN_MODELS`, such as "random_forest_classifier".
+      name: "random_forest", "extra_trees", "gradient_boosting", "svm", "k_nearest" or "linear", followed by
+        "_classifier" or "_regressor"; or "k_means" or "gaussian_mixture".
 
     Returns:
       The estimator, space and scoring of the family.
@@ -317,5 +310,4 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     ),
 }
 
-# The names of the families of `sklearn_model`.
 SKLEARN_MODELS = tuple(_MODELS)

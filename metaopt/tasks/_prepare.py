@@ -119,30 +119,14 @@ def prepare(
         )
     if scaling not in SCALINGS:
         raise ValueError(f"`scaling` must be one of {SCALINGS}; got {scaling!r}.")
-    for name, value, least in (
-        ("max_rows", max_rows, 3),
-        ("max_features", max_features, 1),
-        ("max_levels", max_levels, 2),
-        ("max_classes", 2 if max_classes is None else max_classes, 2),
-    ):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {value}.")
     table, raw = _checked(table)
-
     rng = np.random.default_rng(seed)
-    index = np.arange(len(table.y))
-    labels, counts = np.unique(table.y, return_counts=True)
-    if max_classes is not None and len(labels) > max_classes:
-        frequent = labels[np.argsort(-counts, kind="stable")[:max_classes]]
-        index = index[np.isin(table.y, frequent)]
-        _log.warning("table %s: only its %d most frequent classes are kept", table.name, max_classes)
-    if len(index) > max_rows:
-        index = _split(table.y, index, (1.0 - max_rows / len(index),), rng)[0]
+    index = _usable_rows(table, max_rows, max_classes, rng)
     train, valid, test = _split(table.y, index, (valid_fraction, test_fraction), rng)
     classes = np.unique(table.y[train])
     if len(classes) < 2:
         raise ValueError(f"table {table.name} has fewer than 2 classes.")
-    lost = np.setdiff1d(labels, classes)
+    lost = np.setdiff1d(np.unique(table.y), classes)
     if len(lost):
         _log.warning("table %s: classes %s have no training row and are dropped", table.name, lost.tolist())
         valid, test = (rows[np.isin(table.y[rows], classes)] for rows in (valid, test))
@@ -152,35 +136,12 @@ def prepare(
                 f"table {table.name}: `{name}_fraction` {fraction} of {len(index)} rows leaves no {name} row, because "
                 "each class keeps a row to train on. Take a larger fraction or a larger table."
             )
-
-    fit_y = np.searchsorted(classes, table.y[train])
-    blocks = []
     used = np.concatenate([train, valid, test])
-    for j, is_categorical in enumerate(table.categorical):
-        column = table.x[:, j].astype(np.float64)
-        if is_categorical:
-            block = _encode_levels(column[train], column[used], max_levels)
-            raw[np.isnan(raw[:, j]), j] = -1
-        else:
-            block = _encode_numbers(column[train], column[used], scaling)
-            seen = column[train][~np.isnan(column[train])]
-            raw[np.isnan(raw[:, j]), j] = np.median(seen) if len(seen) else 0.0
-        blocks.append(block)
-    x = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(used), 0))
-    x = x[:, np.ptp(x[: len(train)], axis=0) > 0]
-    if not x.shape[1]:
-        raise ValueError(f"table {table.name} has no column that varies over its training rows.")
-    if x.shape[1] > max_features:
-        _log.info("table %s: %d of %d encoded columns are kept", table.name, max_features, x.shape[1])
-        statistic = _f_statistic(x[: len(train)], fit_y, len(classes))
-        x = x[:, np.sort(np.argsort(-statistic, kind="stable")[:max_features])]
-    x = x.astype(np.float32)
-
-    ends = np.cumsum([len(train), len(valid)])
-    rows = [
-        Rows(part, np.searchsorted(classes, table.y[at]).astype(np.int32), raw[at], at)
-        for part, at in zip(np.split(x, ends), (train, valid, test), strict=True)
-    ]
+    x = _encode(table, train, used, max_levels, scaling)
+    x = _best_columns(table.name, x, np.searchsorted(classes, table.y[train]), len(classes), max_features)
+    raw = _filled(table, raw, train)
+    parts = zip(np.split(x, np.cumsum([len(train), len(valid)])), (train, valid, test), strict=True)
+    rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], i) for part, i in parts]
     return PreparedTable(
         name=table.name,
         family=table.family,
@@ -192,6 +153,51 @@ def prepare(
         classes=classes.astype(np.int32),
         categorical=table.categorical,
     )
+
+
+def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> np.ndarray:
+    """Returns the rows of the most frequent classes, at most `max_rows` of them."""
+    index = np.arange(len(table.y))
+    labels, counts = np.unique(table.y, return_counts=True)
+    if max_classes is not None and len(labels) > max_classes:
+        frequent = labels[np.argsort(-counts, kind="stable")[:max_classes]]
+        index = index[np.isin(table.y, frequent)]
+        _log.warning("table %s: only its %d most frequent classes are kept", table.name, max_classes)
+    if len(index) > max_rows:
+        index = _split(table.y, index, (1.0 - max_rows / len(index),), rng)[0]
+    return index
+
+
+def _encode(table: Table, train: np.ndarray, used: np.ndarray, max_levels: int, scaling: str) -> np.ndarray:
+    """Returns [len(used), D] encoded columns without those that are constant on `train`, the first rows of `used`."""
+    blocks = []
+    for column, is_categorical in zip(table.x.T.astype(np.float64), table.categorical, strict=True):
+        if is_categorical:
+            blocks.append(_encode_levels(column[train], column[used], max_levels))
+        else:
+            blocks.append(_encode_numbers(column[train], column[used], scaling))
+    x = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(used), 0))
+    return x[:, np.ptp(x[: len(train)], axis=0) > 0]
+
+
+def _best_columns(name: str, x: np.ndarray, y: np.ndarray, num_classes: int, max_features: int) -> np.ndarray:
+    """Returns the columns with the largest F statistic on the training rows, whose classes are y, as float32."""
+    if not x.shape[1]:
+        raise ValueError(f"table {name} has no column that varies over its training rows.")
+    if x.shape[1] > max_features:
+        _log.info("table %s: %d of %d encoded columns are kept", name, max_features, x.shape[1])
+        statistic = _f_statistic(x[: len(y)], y, num_classes)
+        x = x[:, np.sort(np.argsort(-statistic, kind="stable")[:max_features])]
+    return x.astype(np.float32)
+
+
+def _filled(table: Table, raw: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Fills the gaps of `raw`: with the median of the training rows, and with -1 in categorical columns."""
+    for j, is_categorical in enumerate(table.categorical):
+        seen = table.x[train, j].astype(np.float64)
+        seen = seen[~np.isnan(seen)]
+        raw[np.isnan(raw[:, j]), j] = -1 if is_categorical else np.median(seen) if len(seen) else 0.0
+    return raw
 
 
 def _checked(table: Table) -> tuple[Table, np.ndarray]:

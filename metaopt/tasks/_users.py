@@ -1,9 +1,6 @@
 """One task per person, patient or hospital: adapt to the first few records of a new user, and predict the others."""
 
-import csv
-import io
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, _files
+from metaopt import _checks
 from metaopt._jaxpr import Tracer
 from metaopt.tasks._class_sources import exact_array, first_missing
 from metaopt.tasks._columns import merged_values
 from metaopt.tasks._episodes import Episode
-from metaopt.tasks._image_sources import data_file
 
 _log = logging.getLogger(__name__)
 
@@ -164,10 +160,10 @@ def standardize_users(table: UserTable, fit_on: Sequence[int] | np.ndarray) -> U
     _check_finite(table)
     rows = np.isin(table.user, _check_users("fit_on", table, fit_on))
     gaps = np.isnan(table.x)
-    known = np.where(gaps, 0, table.x)[rows].astype(np.float64)
+    present = np.where(gaps, 0, table.x)[rows].astype(np.float64)
     count = np.maximum((~gaps[rows]).sum(axis=0), 1)
-    mean = known.sum(axis=0) / count
-    deviation = np.sqrt((np.where(gaps[rows], 0, known - mean) ** 2).sum(axis=0) / count)
+    mean = present.sum(axis=0) / count
+    deviation = np.sqrt((np.where(gaps[rows], 0, present - mean) ** 2).sum(axis=0) / count)
     x = np.where(gaps, 0, (table.x - mean) / np.where(deviation > 0, deviation, 1))
     with_gaps = np.flatnonzero(gaps.any(axis=0))
     names = table.feature_names + tuple(f"missing {table.feature_names[j]}" for j in with_gaps)
@@ -208,7 +204,6 @@ def user_episodes(
       ValueError: in the sampler, if `user` is not a position in `users`.
     """
     _checks.check_integer("num_support", num_support, 1)
-    _checks.check_integer("num_query", num_query, 1, optional=True)
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
     if order != "random" and table.time is None:
@@ -225,128 +220,85 @@ def user_episodes(
             f"User {table.user_names[short[0]]} has {counts[short[0]]} records, but needs {num_support} to adapt to "
             "and one to predict. Reduce `num_support`, or exclude such users with `users`."
         )
-    padded = int(counts[chosen].max()) - num_support
-    padded = padded if num_query is None else min(num_query, padded)
-    x, y = jnp.asarray(table.x[by_time]), jnp.asarray(table.y[by_time])
-    who, count = jnp.asarray(chosen, jnp.int32), jnp.asarray(counts, jnp.int32)
-    first = jnp.asarray(np.cumsum(counts) - counts, jnp.int32)
     widest = int(counts[chosen].max())
+    num_padded = widest - num_support if num_query is None else min(num_query, widest - num_support)
     classes = {}
     if np.issubdtype(table.y.dtype, np.integer):
         classes["class_mask"] = jnp.ones(int(table.y.max()) + 1, jnp.float32)
+    records = _Records(
+        x=jnp.asarray(table.x[by_time]),
+        y=jnp.asarray(table.y[by_time]),
+        first=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
+        count=jnp.asarray(counts, jnp.int32),
+        classes=classes,
+    )
+    who = jnp.asarray(chosen, jnp.int32)
 
     def sample(key, user=None):
         if user is not None and not isinstance(user, Tracer):
-            given = np.asarray(user)
-            if given.ndim or given.dtype.kind not in "iu" or not 0 <= given < len(chosen):
-                raise ValueError(
-                    f"`user` must be an index into the sampler's users, an integer in 0..{len(chosen) - 1}; got "
-                    f"{given.tolist()!r}. It is not an index into `table.user_names`."
-                )
+            _check_position(user, len(chosen))
         user_key, row_key = jax.random.split(key)
-        place = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
-        one = who[place]
-        at = jnp.arange(widest, dtype=jnp.int32)
-        if order == "window":
-            at = at + jax.random.randint(row_key, (), 0, count[one] - num_support)
-        elif order == "random":
-            bits = jax.random.bits(row_key, (widest,), jnp.uint32)
-            at = jnp.lexsort((bits, at >= count[one])).astype(jnp.int32)
-
-        def part(at):
-            real = at < count[one]
-            row = jnp.where(real, first[one] + at, 0)
-            mask = real.astype(jnp.float32)
-            return {
-                "x": jnp.where(real[:, None], x[row], 0),
-                "y": jnp.where(real, y[row], 0),
-                "mask": mask,
-                "num_rows": real.sum().astype(jnp.int32),
-                **classes,
-            }
-
-        query = part(at[num_support : num_support + padded])
-        return Episode(part(at[:num_support]), query, {"user": one})
+        position = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
+        drawn = who[position]
+        order_of_records = _draw_order(row_key, order, widest, records.count[drawn], num_support)
+        support = _part(records, drawn, order_of_records[:num_support])
+        query = _part(records, drawn, order_of_records[num_support : num_support + num_padded])
+        return Episode(support, query, {"user": drawn})
 
     return sample
 
 
+class _Records(NamedTuple):
+    """The records of all users, those of one user after those of another, in the order of time."""
+
+    x: jax.Array  # [N, D]
+    y: jax.Array  # [N]
+    first: jax.Array  # [U], the first record of each user
+    count: jax.Array  # [U]
+    classes: dict[str, jax.Array]  # "class_mask" [C], or empty
+
+
+def _draw_order(key: jax.Array, order: str, widest: int, count: jax.Array, num_support: int) -> jax.Array:
+    """[widest], numbers of records of a user with `count` records; numbers from `count` on are padding."""
+    place = jnp.arange(widest, dtype=jnp.int32)
+    if order == "window":
+        return place + jax.random.randint(key, (), 0, count - num_support)
+    if order == "random":
+        bits = jax.random.bits(key, (widest,), jnp.uint32)
+        return jnp.lexsort((bits, place >= count)).astype(jnp.int32)
+    return place
+
+
+def _part(records: _Records, user: jax.Array, place: jax.Array) -> dict[str, jax.Array]:
+    real = place < records.count[user]
+    row = jnp.where(real, records.first[user] + place, 0)
+    return {
+        "x": jnp.where(real[:, None], records.x[row], 0),
+        "y": jnp.where(real, records.y[row], 0),
+        "mask": real.astype(jnp.float32),
+        "num_rows": real.sum().astype(jnp.int32),
+        **records.classes,
+    }
+
+
+def _check_position(user: Any, num_users: int) -> None:
+    user = np.asarray(user)
+    if user.ndim or user.dtype.kind not in "iu" or not 0 <= user < num_users:
+        raise ValueError(
+            f"`user` must be an index into the sampler's users, an integer in 0..{num_users - 1}; got "
+            f"{user.tolist()!r}. It is not an index into `table.user_names`."
+        )
+
+
 def _check_users(name: str, table: UserTable, users: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns the positions of users [M]. Rejects masks, because NumPy would take them for the users 0 and 1."""
-    given = [np.asarray(user) for user in users] if np.iterable(users) else []
+    positions = [np.asarray(user) for user in users] if np.iterable(users) else []
     is_place = lambda user: user.dtype.kind in "iu" and not user.ndim and 0 <= user < table.num_users
-    if not given or not all(map(is_place, given)):
-        shown = f"[{', '.join(repr(user.tolist()) for user in given[:5])}{', ...' if len(given) > 5 else ''}]"
+    if not positions or not all(map(is_place, positions)):
+        shown = f"[{', '.join(repr(user.tolist()) for user in positions[:5])}{', ...' if len(positions) > 5 else ''}]"
         raise ValueError(
             f"`{name}` must be indices into `table.user_names`, integers in 0..{table.num_users - 1}, at least one; "
             f"got {shown if np.iterable(users) else repr(users)}. For a mask use `np.flatnonzero(mask)`, for names "
             "`[table.user_names.index(name) for name in names]`."
         )
-    return np.array(given, int)
-
-
-# --- the tables in the folder that METAOPT_DATA names ----------------------------------------------------------------
-
-
-def from_parkinsons(path: str | os.PathLike[str] | None = None, *, target: str = "motor_UPDRS") -> UserTable:
-    """Parkinson's telemonitoring: 5,875 recordings of 42 patients over half a year, 16 measures of the voice.
-
-    The scores are interpolated between visits to a clinic, so that neighbors in time are nearly equal.
-
-    Args:
-      path: the data folder; by default, the environment variable METAOPT_DATA.
-      target: "motor_UPDRS" or "total_UPDRS".
-
-    Returns:
-      A `UserTable`. A user is a patient, and time is in days since recruitment. x has age, sex, time and the measures.
-
-    Raises:
-      FileNotFoundError: if the folder or the file does not exist.
-      ValueError: if `target` is unknown.
-
-    Source: Tsanas et al., IEEE Transactions on Biomedical Engineering 2009; UCI, CC BY 4.0.
-    """
-    if target not in ("motor_UPDRS", "total_UPDRS"):
-        raise ValueError(f'`target` must be "motor_UPDRS" or "total_UPDRS"; got {target!r}.')
-    columns = _read(path, "parkinsons_telemonitoring.csv.gz")
-    patient = np.array(columns.pop("subject#"), int)
-    y = np.array([float(v) for v in columns[target]], np.float32)
-    columns = {name: values for name, values in columns.items() if not name.endswith("_UPDRS")}
-    x = np.array([[float(v) for v in values] for values in columns.values()], np.float32).T
-    time = x[:, list(columns).index("test_time")]
-    return from_user_records(x, y, patient, time=time, feature_names=list(columns))
-
-
-def from_heart_disease(path: str | os.PathLike[str] | None = None) -> UserTable:
-    """Heart disease: 920 patients of four hospitals, and whether disease was found. Here a "user" is a hospital.
-
-    A cholesterol or a blood pressure of 0 is impossible. One hospital wrote a 0 for all of its patients, and another
-    one for some. These values become gaps.
-
-    Args:
-      path: the data folder; by default, the environment variable METAOPT_DATA.
-
-    Returns:
-      A `UserTable` without time; y is 0 or 1. The last columns have many gaps. "cp", "restecg", "slope" and "thal" are
-      codes. To leave one hospital out, standardize and train on the three others.
-
-    Raises:
-      FileNotFoundError: if the folder or the file does not exist.
-
-    Source: Janosi, Steinbrunn, Pfisterer & Detrano; UCI, CC BY 4.0.
-    """
-    columns = _read(path, "heart_by_hospital.csv.gz")
-    hospital = columns.pop("hospital")
-    y = np.array([float(v) > 0 for v in columns.pop("num")])
-    x = np.array([[float(v) if v else np.nan for v in values] for values in columns.values()], np.float32).T
-    for name in ("chol", "trestbps"):
-        of_name = x[:, list(columns).index(name)]
-        of_name[of_name == 0] = np.nan
-    return from_user_records(x, y, hospital, feature_names=list(columns))
-
-
-def _read(path: str | os.PathLike[str] | None, name: str) -> dict[str, list[str]]:
-    file = data_file(name, path)
-    with _files.reading(file, "is not this table of the data folder"):
-        rows = list(csv.DictReader(io.StringIO(_files.read_compressed(file).decode(), newline="")))
-        return {column: [row[column] for row in rows] for column in rows[0]}
+    return np.array(positions, int)

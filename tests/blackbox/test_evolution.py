@@ -107,8 +107,6 @@ def test_what_it_does_not_search():
     for space in ({"rate": spaces.positive(0.1)}, [spaces.integer(0, 1)]):
         with pytest.raises(ValueError, match="dict of `spaces.integer`"):
             searcher.init(jax.random.key(0), space)
-    with pytest.raises(ValueError, match="`population_size` must be at least 1; got 0"):
-        blackbox.regularized_evolution(population_size=0)
 
 
 def test_what_is_fixed_stays_and_shapes_are_refused():
@@ -118,5 +116,5 @@ def test_what_is_fixed_stays_and_shapes_are_refused():
         state = searcher.tell(state, [first._replace(outcome=0.0, status="COMPLETE")])
         (child,), _ = searcher.ask(state, 1)
         assert child.configuration["a"] == 2 and (len(space) == 1) == (child.configuration == first.configuration)
-    with pytest.raises(ValueError, match=r"without shape; `a` has shape \(2,\)"):
+    with pytest.raises(ValueError, match="without shape; got another space"):
         blackbox.regularized_evolution().init(jax.random.key(0), {"a": spaces.integer(0, 3, shape=(2,))})

@@ -1,12 +1,9 @@
 """Lightning's epochs as fidelities: by a stub of what is called of it, and, where it is installed, by itself."""
 
-import collections
 import functools
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 import traceback
 import types
@@ -18,7 +15,6 @@ import pytest
 
 from metaopt import Record, blackbox, spaces
 from metaopt.blackbox import lightning
-from metaopt.blackbox._fingerprint import fingerprint
 
 SPACE = {"width": spaces.integer(4, 32, log=True), "rate": spaces.interval(1e-4, 1e-1, log=True)}
 real = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
@@ -143,7 +139,7 @@ def test_a_larger_fidelity_goes_on_from_the_checkpoint_and_equals_what_was_not_i
     assert objective(TRIAL._replace(fidelity=1.0), None) == whole == 1 / 256 and made[1].steps == 4
     assert seeds + stub[1:] == of_whole  # each epoch's own, wherever training was cut
     assert objective(TRIAL._replace(fidelity=1.0), None) == whole and made[2].steps == 0
-    assert [path.name for path in tmp_path.glob("*/*")] == ["000008.ckpt"]  # one, and nothing unfinished
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["000008.ckpt", "source.txt"]  # nothing unfinished
     other = TRIAL._replace(configuration={"rate": 0.25})
     assert objective(other, None) == 0.75**4 and made[3].steps == 4  # another trial's checkpoint is not its own
 
@@ -187,45 +183,49 @@ def test_a_new_store_over_old_checkpoints_has_each_fidelity_s_own_outcome(stub, 
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
 
 
-def test_a_checkpoint_of_another_objective_is_passed_over(stub, tmp_path):
-    class Growing(Halving):
-        def step(self, theta):
-            self.steps += 1
-            return theta * (1 + self.rate)
-
-    class Shaped(Halving):
-        def named_parameters(self):
-            return [("w", types.SimpleNamespace(shape=(3, 4)))]
-
-    def objective(cls=Halving, *, size=4, loaders=((), ()), **kwargs):
-        def module(configuration, task):
-            made.append(cls(configuration["rate"]))
-            made[-1].hparams = {"size": size}
-            return made[-1]
-
-        kwargs = {"max_epochs": 8, "checkpoints": tmp_path} | kwargs
-        return lightning.objective(module, lambda configuration, task: loaders, **kwargs)
-
+def test_a_checkpoint_belongs_to_one_trial_and_one_version(stub, tmp_path):
     made = []
-    assert objective()(TRIAL, None) == objective()(TRIAL, None) == 1 / 16
-    assert [module.steps for module in made] == [4, 0]
-    others = [{"cls": Growing}, {"cls": Shaped}, {"size": 5}, {"mode": "max"}, {"trainer": {"precision": 16}}]
-    for i, other in enumerate(others):
-        made.clear()
-        expected = {0: 1.5**4, 3: -1 / 16}.get(i, 1 / 16)
-        assert objective(**other)(TRIAL, None) == objective(**other)(TRIAL, None) == expected
-        assert [module.steps for module in made] == [4, 0], other
+    first = make(made, checkpoints=tmp_path)
+    assert first(TRIAL, None) == first(TRIAL, None) == 1 / 16
+    assert make(made, checkpoints=tmp_path, trainer={"enable_progress_bar": True})(TRIAL, None) == 1 / 16
+    assert [module.steps for module in made] == [4, 0, 0]  # the display changes nothing
     made.clear()
-    trials = [TRIAL._replace(seed=8), TRIAL._replace(task="u"), TRIAL._replace(configuration={"rate": 0.25})]
-    for trial in trials:
-        objective()(trial, None)
-    objective(trainer={"enable_progress_bar": True})(TRIAL, None)
-    assert [module.steps for module in made] == [4, 4, 4, 0]  # what is shown changes nothing
+    for options in ({"version": "2"}, {"mode": "max"}):
+        other = make(made, checkpoints=tmp_path, **options)
+        assert other(TRIAL, None) == other(TRIAL, None) == (-1 / 16 if "mode" in options else 1 / 16)
+    for trial in (TRIAL._replace(seed=8), TRIAL._replace(task="u"), TRIAL._replace(configuration={"rate": 0.25})):
+        first(trial, None)
+    assert [module.steps for module in made] == [4, 0, 4, 0, 4, 4, 4]
+
+
+class Growing(Halving):
+    def step(self, theta):
+        self.steps += 1
+        return theta * (1 + self.rate)
+
+
+def test_a_changed_source_gives_a_warning_and_another_version_starts_again(stub, tmp_path):
+    data = lambda configuration, task: ((), ())
+
+    def objective(cls, **kwargs):
+        return lightning.objective(
+            lambda configuration, task: cls(configuration["rate"]), data, max_epochs=8, checkpoints=tmp_path, **kwargs
+        )
+
+    assert objective(Halving)(TRIAL, None) == objective(Halving)(TRIAL, None) == 1 / 16
+    for changed in (objective(Growing), objective(Halving, trainer={"precision": 16})):
+        with pytest.warns(UserWarning, match=r"source of the objective has changed .*000003-.* another `version`"):
+            assert changed(TRIAL, None) == 1 / 16  # of the checkpoint
+    assert objective(Growing, version="growing")(TRIAL, None) == 1.5**4
+    # Objects without source text are skipped.
+    kwargs = {"max_epochs": 8, "checkpoints": tmp_path}
+    callback = lightning.callback(TRIAL, version="other", sources=[functools.partial(data), len], **kwargs)
+    assert callback.checkpoint is None
 
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stub, tmp_path):
-    wrong = [True]  # which no fingerprint tells
+    wrong = [True]  # not part of the source text
 
     class Corrected(Halving):
         def step(self, theta):
@@ -239,7 +239,7 @@ def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stu
     )
     kwargs = {"num_trials": 2, "store": tmp_path / "r.db"}
     assert {record.status for record in collect(objective, **kwargs)} == {"FAIL"}
-    assert not list(tmp_path.glob("*/*"))
+    assert not list(tmp_path.glob("*/*.ckpt"))
     wrong.clear()
     for record in collect(objective, retry_failed=True, **kwargs):
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** 8)
@@ -265,164 +265,12 @@ def test_a_checkpoint_that_is_not_read_says_what_to_do(error, said, stub, tmp_pa
         lambda c, task: Unread(c["rate"]), lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path
     )
     objective(TRIAL, None)
-    with pytest.raises(ValueError, match=rf"Trial 3 did not go on .*{said}.*retry_failed.* trained anew") as told:
+    with pytest.raises(
+        ValueError, match=rf"Trial 3 could not continue .*{said}.*retry_failed.* from the beginning"
+    ) as told:
         objective(TRIAL, None)
     assert "weights_only" not in "".join(traceback.format_exception(told.value))
     assert objective(TRIAL, None) == 1 / 16
-
-
-def test_a_fingerprint_is_the_same_in_every_process_and_differs_with_the_code(tmp_path):
-    source = """
-class Module:
-    kinds = "a"
-    widths = [{"a": (8, 16)}]
-    def __init__(self, size=3):
-        super().__init__()
-        self.size = size
-    @functools.cached_property
-    def scale(self):
-        return self.size + 0.25
-    @functools.lru_cache
-    def power(self):
-        return 6 ** self.size
-    def step(self, x):
-        return x in {"a", "b", "c", "d"} and sorted(y * 2 for y in x)
-def factor(z):
-    return z + 1
-def make(x, *, y=2):
-    return factor(x) + y + (lambda z: 3 * z)(x)
-def enclosing(factor):
-    return lambda x: factor * x
-letters = [{frozenset("abcd"): 1}]
-"""
-    parts = (
-        "[Module(), make, enclosing(5), functools.partial(make, 1), Module().step, {'a': 1, 'b': make, 'c': letters}]"
-    )
-    changes = [
-        ('kinds = "a"', 'kinds = "b"'),
-        ("size=3", "size=4"),
-        ("(8, 16)", "(8, 17)"),
-        ("0.25", "0.5"),
-        ("6 **", "7 **"),
-        ("y * 2", "y * 3"),
-        ('"d"', '"e"'),
-        ("y=2", "y=1"),
-        ("3 * z", "4 * z"),
-        ("enclosing(5)", "enclosing(6)"),
-        ("(make, 1)", "(make, 2)"),
-        ("'a': 1", "'a': 2"),
-    ]
-    file = Path(lightning.__file__).parent / "_fingerprint.py"
-
-    def run(text, parts, seed):
-        program = tmp_path / "program.py"
-        program.write_text(
-            "import functools, importlib.util\n"
-            f"spec = importlib.util.spec_from_file_location('f', {str(file)!r})\n"
-            "f = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(f)\n"
-            + text
-            + f"print(*map(f.fingerprint, {parts}))"
-        )
-        done = subprocess.run(
-            [sys.executable, program], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
-    first = run(source, parts, "1")
-    assert len(set(first)) == 6 and run("# a comment" + source, parts, "2") == first
-
-    # Here, without a process for each.
-    def here(text, parts):
-        names = {"functools": functools, "__name__": "made_here"}
-        exec(text, names)
-        return [fingerprint(part) for part in eval(parts, names)]
-
-    whole = here(source, parts)
-    for before, after in changes:
-        changed = here(source.replace(before, after), parts.replace(before, after))
-        assert changed != whole, (before, after)
-    # A list that a function encloses may grow from trial to trial.
-    enclosing = lambda made: lambda: made
-    assert fingerprint(enclosing([])) == fingerprint(enclosing([1]))
-
-
-def test_a_fingerprint_tells_the_code_and_plain_values_of_every_part():
-    class Composed(Halving):
-        """What torch's modules have of it; printed, it is the same for all."""
-
-        def __init__(self, *parts):
-            super().__init__(0.5)
-            self.parts = parts
-
-        def modules(self):
-            return [self, *self.parts]
-
-    def net(forward=lambda self, x: 2 * x, **attributes):
-        made = type("Net", (), {"forward": forward, "__repr__": lambda self: "Net()"})()
-        vars(made).update(attributes)
-        return made
-
-    same = [fingerprint(Composed(net(scale=2.0, _power=3), net())) for _ in range(2)]
-    others = [
-        Composed(net(lambda self, x: 3 * x, scale=2.0, _power=3), net()),
-        Composed(net(scale=2.0, _power=3), net(lambda self, x: 3 * x)),
-        Composed(net(scale=2.5, _power=3), net()),
-        Composed(net(scale=2.0, _power=4), net()),
-        Composed(net(scale=2.0, _power=3), net(scale=2.0)),
-        Composed(net(scale=2.0, _power=3, hparams={"depth": 2}), net()),
-        Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=2)), net()),
-        Composed(net(scale=2.0, _power=3, hparams=types.SimpleNamespace(depth=3)), net()),
-        Composed(net(scale=2.0, _power=3, _widths={"a": 8}), net()),
-    ]
-    assert same[0] == same[1] and len({same[0], *map(fingerprint, others)}) == 10
-    # A dict that holds itself, and one of OmegaConf that lacks a value, are no reason to fail.
-    inside: dict = {"depth": 2}
-    inside["self"] = [inside]
-    lacking = type("Lacking", (collections.UserDict,), {"__getitem__": lambda self, key: 1 / 0})({"depth": 2})
-    for held in (inside, lacking):
-        assert fingerprint(net(held=held)) == fingerprint(net(held=held)) != fingerprint(net(held={}))
-    # What torch numbers by a counter, such as hooks, differs from trial to trial.
-    assert fingerprint(Composed(net(_hooks={1: True}))) == fingerprint(Composed(net(_hooks={2: True})))
-
-
-def test_a_fingerprint_takes_hyper_parameters_of_any_depth_and_no_address(stub, tmp_path):
-    made, kept = [], []
-
-    def objective(hparams):
-        def module(configuration, task):
-            made.append(Halving(configuration["rate"]))
-            made[-1].hparams = hparams()
-            return made[-1]
-
-        return lightning.objective(module, lambda c, task: ((), ()), max_epochs=8, checkpoints=tmp_path)
-
-    def function():
-        """Another one each time, at another address."""
-        kept.append(lambda: 0)
-        return kept[-1]
-
-    def thing():
-        kept.append(types.new_class("Thing")())
-        return kept[-1]
-
-    cases = [
-        lambda: {"stages": [{(1, 2): 3}]},
-        lambda: {"stages": [{(1, 2): 4}]},
-        lambda: {"stages": [{1: 3, "1": 4, None: 5, (1, "a"): {2: {"x": (3, {4: 5})}}}]},
-        lambda: {"stages": [{1: 4, "1": 3, None: 5, (1, "a"): {2: {"x": (3, {4: 5})}}}]},
-        lambda: {"stages": [{"width": 3, "act": function(), "init": thing()}]},
-        lambda: {"stages": [{"width": 4, "act": function(), "init": thing()}]},
-        lambda: {"by": {function(): 1, thing(): 2, frozenset("abc"): 3}},
-        lambda: {"act": str(function())},
-    ]
-    for hparams in cases:
-        made.clear()
-        assert objective(hparams)(TRIAL, None) == objective(hparams)(TRIAL, None) == 1 / 16
-        assert [module.steps for module in made] == [4, 0], hparams()
-    assert fingerprint([function()]) == fingerprint([function()]) != fingerprint([lambda: 1])
-    # A string in hexadecimal is no address.
-    assert fingerprint({"color": "0xff"}) != fingerprint({"color": "0xfe"})
 
 
 def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
@@ -433,8 +281,6 @@ def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
         objective(TRIAL, None)
     with pytest.raises(ValueError, match="`mode` must be 'min' or 'max'; got 'least'"):
         lightning.callback(TRIAL, max_epochs=3, mode="least")
-    with pytest.raises(ValueError, match="`max_epochs` must be at least 1; got 0"):
-        lightning.objective(None, None, max_epochs=0)  # pyright: ignore
     for name in ("lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[lightning\]"):
@@ -511,7 +357,7 @@ def test_what_torch_does_not_read_safely_is_named(tmp_path):
     trial = Record("digits", {"width": 4, "rate": 1e-2}, fidelity=0.5, seed=5, status="WAITING", trial=3)
     objective = lightning.objective(module, digits_data, max_epochs=2, trainer=CPU, checkpoints=tmp_path)
     first = objective(trial, None)
-    with pytest.raises(ValueError, match=r"Trial 3 did not go on .*it holds pathlib\S*\.PosixPath, which") as told:
+    with pytest.raises(ValueError, match=r"Trial 3 could not continue .*it holds pathlib\S*\.PosixPath, which") as told:
         objective(trial._replace(fidelity=1.0), None)
     assert "weights_only" not in "".join(traceback.format_exception(told.value))
     assert objective(trial, None) == first

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metaopt import Record, blackbox, spaces, tasks
+from metaopt.blackbox import _sklearn
 
 sklearn = pytest.importorskip("sklearn")
 from sklearn import datasets, metrics, model_selection, pipeline, preprocessing  # noqa: E402
@@ -26,7 +27,7 @@ def outcome(name, configuration=None, *, fidelity=1.0, data=None, **kwargs):
     return objective(trial, (X[:, :3], y) if data is None else data)
 
 
-@pytest.mark.parametrize("name", blackbox.SKLEARN_MODELS)
+@pytest.mark.parametrize("name", _sklearn.SKLEARN_MODELS)
 def test_the_default_of_every_space_is_scikit_learn_s_and_every_choice_is_valid(name):
     model = blackbox.sklearn_model(name)
     default = spaces.configuration(model.space, spaces.default(model.space))
@@ -236,11 +237,6 @@ def test_every_one_of_scikit_learn_s_is_an_objective(kind):
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="`name` must be one of random_forest_classifier, .*; got 'forest'"):
         blackbox.sklearn_model("forest")
-    with pytest.raises(ValueError, match="`num_folds` must be at least 2; got 1"):
-        blackbox.sklearn_objective(None, num_folds=1)
-    for wrong in ("minmax", preprocessing.MinMaxScaler, X):
-        with pytest.raises(ValueError, match="`preparation` must be a transformer .*; got "):
-            blackbox.sklearn_objective(blackbox.sklearn_model("k_means").estimator, preparation=wrong)
     with pytest.raises(ValueError, match="`scoring` must be given"):
         blackbox.sklearn_objective(preprocessing.StandardScaler())
     with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid parameter 'rate'"):

@@ -2,15 +2,11 @@
 
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 
 from metaopt import Record, blackbox, spaces
-
-DATA = os.environ.get("METAOPT_DATA", "")
-needs_data = pytest.mark.skipif(not DATA, reason="METAOPT_DATA is not set")
 
 
 def test_records_become_a_table_and_come_back():
@@ -108,20 +104,6 @@ def test_numpys_scalars_are_numbers(tmp_path):
         blackbox.tabulate([record._replace(configuration={"x": 1j})])
 
 
-def test_hpob_s_published_curves(tmp_path):
-    best = np.full((2, 2, 1, 3), np.nan, np.float32)  # methods, tasks, seeds, trials
-    best[:, :, 0] = [[[0.25, 0.5, 0.4375], [0.0, 0.5, 1.0]], [[0.25, 0.75, np.nan], [0.5, 0.5, 0.75]]]
-    names = np.array(["GP", "RF"]), np.array(["5860", "6767"]), np.array(["3", "9"])
-    keys = dict(zip(["methods", "search_space_id", "dataset_id"], names, strict=True))
-    np.savez(tmp_path / "hpob_baseline_curves.npz", best_so_far=best, **keys)
-    curves = blackbox.from_hpob_curves(tmp_path)
-    assert curves.methods == ("GP", "RF") and curves.tasks == ("5860/3", "6767/9")
-    expected = [[[0.75, 0.5, 0.5], [1.0, 0.5, 0.0]], [[0.75, 0.25, np.nan], [0.5, 0.5, 0.25]]]
-    np.testing.assert_allclose(curves.regret[:, :, 0], expected)
-    with pytest.raises(FileNotFoundError, match="has no hpob_baseline_curves.npz"):
-        blackbox.from_hpob_curves(tmp_path / "none")
-
-
 def test_openml_s_evaluations():
     flow = "sklearn.svm.classes.SVC(16)"
     pipe = "sklearn.pipeline.Pipeline(imputer=a.Imputer,svc=sklearn.svm.classes.SVC)(1)"
@@ -172,110 +154,3 @@ def test_openml_s_measures_that_are_errors_are_not_turned_around():
         assert (record.status, record.reason) == ("FAIL", "OpenML has no value of it") and math.isnan(record.outcome)
     frame = pytest.importorskip("pandas").DataFrame([row | {"value": 0.5}])
     assert [r.outcome for r in blackbox.from_openml_evaluations(frame)] == [0.5]
-
-
-def write(folder):
-    """The published tables' formats, with a few entries."""
-    np.savez(
-        folder / "oboe_error_matrix.npz",
-        error=np.array([[0.25, 0.5]], np.float32),
-        runtime=np.array([[1.0, 2.0]], np.float32),
-        openml_id=np.array(["3"]),
-        configs=np.array([json.dumps({"algorithm": a, "hyperparameters": {"k": 3}}) for a in ("AB", "KNN")]),
-        family=np.array(["chess"]),
-    )
-    np.savez(
-        folder / "taskset_rnn_curves.npz",
-        hp=np.array([[1e-3, 0.9]]),
-        hp_names=np.array(["learning_rate", "beta1"]),
-        curves=np.array([[[[0.7, 0.5, 0.25], [0.7, 0.6, 0.5]]]], np.float32),
-        splits=np.array(["valid", "test"]),
-        tasks=np.array(["rnn"]),
-    )
-    np.savez(
-        folder / "lcdb_accuracy_curves.npz",
-        openml_id=np.array([3], np.int32),
-        learners=np.array(["SVC_linear"]),
-        anchors=np.array([16, 64]),
-        valid=np.array([[[0.5, np.nan]]], np.float32),
-        test=np.array([[[0.25, np.nan]]], np.float32),
-        traintime=np.array([[[0.5, np.nan]]], np.float16),
-    )
-    np.savez(
-        folder / "hpobench_mlp_table.npz",
-        hp_index=np.array([[0, 1]], np.uint8),
-        hp_names=np.array(["alpha", "depth"]),
-        hp_values=np.array(json.dumps({"alpha": [1e-8, 1], "depth": [1, 2]})),
-        datasets=np.array(["car"]),
-        val_acc_mean=np.array([[0.75]], np.float32),
-        train_time_mean=np.array([[3.0]], np.float32),
-    )
-
-
-@pytest.mark.parametrize(
-    ("read", "expected"),
-    [
-        (blackbox.from_oboe, ({"algorithm": "KNN", "k": 3}, [[[0.25], [0.5]]], [1.0], ("chess",))),
-        (blackbox.from_taskset, ({"learning_rate": 1e-3, "beta1": 0.9}, [[[0.5, 0.25]]], [0.5, 1.0], ("rnn",))),
-        (blackbox.from_lcdb, ({"learner": "SVC_linear"}, [[[0.5, math.nan]]], [0.25, 1.0], ("3",))),
-        (blackbox.from_hpobench_mlp, ({"alpha": 1e-8, "depth": 2}, [[[0.25]]], [1.0], ("car",))),
-    ],
-)
-def test_published_tables_are_read(tmp_path, read, expected):
-    write(tmp_path)
-    table = read(tmp_path)
-    configuration, outcomes, fidelities, families = expected
-    assert table.configurations[-1] == configuration and table.families == families
-    np.testing.assert_allclose(table.outcomes, outcomes)
-    np.testing.assert_allclose(table.fidelities, fidelities)
-    assert table.costs.shape == table.outcomes.shape
-    with pytest.raises(FileNotFoundError, match="has no .*npz"):
-        read(tmp_path / "none")
-    if read in (blackbox.from_taskset, blackbox.from_lcdb):
-        assert read(tmp_path, split="test").outcomes[0, 0, 0] > table.outcomes[0, 0, 0]
-        with pytest.raises(ValueError, match='`split` must be "valid" or "test"; got \'train\''):
-            read(tmp_path, split="train")
-
-
-def average_best(table, numbers=(1, 5, 20)):
-    """Mean normalized regret of the configurations that are best on average over the tasks of other families."""
-    y = table.outcomes[:, :, -1]
-    y = (y - np.nanmin(y, 1, keepdims=True)) / np.maximum(np.nanmax(y, 1) - np.nanmin(y, 1), 1e-12)[:, None]
-    families, regrets = np.array(table.families), []
-    for t, family in enumerate(families):
-        order = np.argsort(np.nanmean(y[families != family], axis=0), stable=True)
-        order = order[np.isfinite(y[t, order])]  # what was not tried here is passed over
-        regrets.append([y[t, order[:n]].min() for n in numbers])
-    return np.mean(regrets, axis=0)
-
-
-@needs_data
-@pytest.mark.once
-def test_the_random_forests_of_pmlb_are_those_of_the_published_baseline():
-    pytest.importorskip("pandas")
-    table = blackbox.from_pmlb_results(DATA)
-    assert table.outcomes.shape == (164, 56, 1) and np.isfinite(table.outcomes).mean() > 0.99
-    assert len(set(map(str, table.configurations))) == 56
-    np.testing.assert_allclose(average_best(table), [0.089, 0.052, 0.009], atol=2e-3)
-    several = blackbox.from_pmlb_results(DATA, algorithms=["SVC", "KNeighborsClassifier"])
-    assert {c["algorithm"] for c in several.configurations} == {"SVC", "KNeighborsClassifier"}
-    with pytest.raises(ValueError, match=r"`algorithms` must be of \['DecisionTreeClassifier'.*got \['Forest'\]"):
-        blackbox.from_pmlb_results(DATA, algorithms=["Forest"])
-
-
-@needs_data
-def test_oboe_s_baseline():
-    table = blackbox.from_oboe(DATA)
-    assert table.outcomes.shape == (418, 219, 1)
-    np.testing.assert_allclose(average_best(table), [0.155, 0.100, 0.067], atol=2e-3)
-
-
-@needs_data
-def test_the_whole_of_the_other_tables_is_read():
-    shapes = {
-        blackbox.from_taskset: (12, 1000, 50),
-        blackbox.from_lcdb: (248, 20, 28),
-        blackbox.from_hpobench_mlp: (8, 30_000, 1),
-    }
-    for read, shape in shapes.items():
-        assert read(DATA).outcomes.shape == shape

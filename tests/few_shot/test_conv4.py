@@ -214,7 +214,7 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
 
     @jax.jit
     def both(params):
-        out = a.estimator.estimate(a.hyperparams(params), tasks.Task(support, query), KEY)[0]
+        out = a.estimator.estimate(a.hyperparams(params), base.Task(support, query), KEY)[0]
         theta, loss = params, loss_of(plain)
         for step in (0, 1):
             slopes = jax.grad(loss)(at(theta, step), None, support)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.data import from_image_sets, omniglot_split
 from metaopt import evaluation, few_shot, tasks
 
 
@@ -598,11 +599,11 @@ PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}
 def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
     """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official three_methods characters."""
     try:
-        source = tasks.from_image_sets(["omniglot"])
+        source = from_image_sets(["omniglot"])
     except FileNotFoundError:
         pytest.skip("METAOPT_DATA names no folder with omniglot.npz")
     ways, shots = setting
-    test = tasks.select(source, tasks.omniglot_split(), "test")
+    test = tasks.select(source, omniglot_split(), "test")
     sample = tasks.episodes(
         test, num_ways=ways, num_shots=shots, preprocess=lambda x: x.reshape(len(x), -1).astype(jnp.float32) / 255
     )

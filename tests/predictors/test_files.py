@@ -117,7 +117,7 @@ def test_garbage(tmp_path):
         ({"version": "new"}, "is not a predictor"),
         ({"config": None}, "is not a predictor that .*: TypeError"),
         ({"config": {"kind": "mlp"}}, "is not a predictor that .*: it lacks 'space'"),
-        ({"config": {"kind": "forest", "space": spaces.to_json(SPACE)}}, "Unknown kind of predictor 'forest'"),
+        ({"config": {"kind": "forest", "space": spaces.to_json(SPACE)}}, "is not a predictor that .*forest"),
         (
             {"scaling": {"names": ["n", "m"], "center": [0.0], "scale": [1.0], "log": [False]}},
             r"`scaling` must be a `tasks.FeatureScaling`, .*; got dict \(its fields have the lengths \[2, 1, 1, 1\]\)",

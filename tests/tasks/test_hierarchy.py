@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from metaopt import tasks
+from metaopt.tasks import _hierarchy
 
 
 def by_definition(graph, names, least, most):
@@ -44,20 +44,20 @@ def test_random_graphs_by_their_definition(seed):
     for least, most in ((2, 99), (3, 6)):
         expected = by_definition(graph, kept, least, most)
         if expected:
-            found = tasks.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
+            found = _hierarchy.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
             assert [(node, tuple(leaves)) for node, leaves in found] == expected
         else:
             with pytest.raises(ValueError, match="No node"):
-                tasks.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
+                _hierarchy.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
 
 
 def test_what_is_no_ontology_is_refused():
     with pytest.raises(ValueError, match="'b' is not in the ontology as a child"):
-        tasks.ontology_nodes({"top": ["a"]}, ["a", "b"], min_leaves=1)
+        _hierarchy.ontology_nodes({"top": ["a"]}, ["a", "b"], min_leaves=1)
     with pytest.raises(ValueError, match="'a' has children"):
-        tasks.ontology_nodes({"top": ["a"], "a": ["b"]}, ["a", "b"], min_leaves=1)
+        _hierarchy.ontology_nodes({"top": ["a"], "a": ["b"]}, ["a", "b"], min_leaves=1)
     with pytest.raises(ValueError, match="cycle through"):
-        tasks.ontology_nodes({"u": ["v", "a"], "v": ["u", "b"]}, ["a", "b"], min_leaves=1)
+        _hierarchy.ontology_nodes({"u": ["v", "a"], "v": ["u", "b"]}, ["a", "b"], min_leaves=1)
     with pytest.raises(ValueError, match="No node of the ontology has 5 to 392 of the 2 classes"):
-        tasks.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=5)
-    assert len(list(itertools.chain(tasks.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=2)))) == 1
+        _hierarchy.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=5)
+    assert len(list(itertools.chain(_hierarchy.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=2)))) == 1

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from metaopt import tasks
+from metaopt.tasks import _hierarchy, _meta_dataset
 
 
 def crc32c(data):
@@ -64,19 +65,19 @@ def example(**features):
 
 def test_an_example_is_read():
     data = example(image=b"\x00\xff" * 100, label=[3, 300, -1], size=[0.5, -2.0], empty=b"")
-    found = tasks.read_example(data)
+    found = _meta_dataset.read_example(data)
     assert found == {"image": [b"\x00\xff" * 100], "label": [3, 300, -1], "size": [0.5, -2.0], "empty": [b""]}
     unpacked = field(1, field(1, field(1, b"n") + field(2, field(3, varint(1 << 3) + varint(7)))))
-    assert tasks.read_example(unpacked) == {"n": [7]}
+    assert _meta_dataset.read_example(unpacked) == {"n": [7]}
     for damaged in (data[:-3], b"\x0b\x00", b"\xff"):
         with pytest.raises(ValueError, match="not an `Example`"):
-            tasks.read_example(damaged)
+            _meta_dataset.read_example(damaged)
 
 
 def test_records_and_their_checksums(tmp_path):
     file = tmp_path / "a.tfrecords"
     file.write_bytes(record(b"first") + record(b"") + record(b"third" * 50))
-    assert list(tasks.read_tfrecords(file, check=True)) == [b"first", b"", b"third" * 50]
+    assert list(_meta_dataset.read_tfrecords(file, check=True)) == [b"first", b"", b"third" * 50]
     whole = file.read_bytes()
     changed = whole.replace(b"first", b"furst")
     for content, check, message in (
@@ -87,9 +88,9 @@ def test_records_and_their_checksums(tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            list(tasks.read_tfrecords(file, check=check))
+            list(_meta_dataset.read_tfrecords(file, check=check))
     file.write_bytes(changed)
-    assert next(tasks.read_tfrecords(file)) == b"furst"  # not looked at
+    assert next(_meta_dataset.read_tfrecords(file)) == b"furst"  # not looked at
 
 
 def write(folder, spec, num_classes, per_class=2):
@@ -141,7 +142,7 @@ def test_superclasses_and_ontologies(tmp_path):
     names = {"0": "n1", "1": "n2", "2": "n3"}
     write(tmp_path, {"split_subgraphs": {"TRAIN": graph, "VALID": [], "TEST": other}, "class_names": names}, 3)
     train = tasks.from_meta_dataset(tmp_path, part="train", size=4)
-    assert tasks.ontology_nodes(train.ontology, train.class_names, min_leaves=2) == [("n0", [0, 1])]
+    assert _hierarchy.ontology_nodes(train.ontology, train.class_names, min_leaves=2) == [("n0", [0, 1])]
     assert tasks.from_meta_dataset(tmp_path, part="test", size=4).class_names == ("n3",)
 
 

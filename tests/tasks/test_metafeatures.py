@@ -153,16 +153,11 @@ def test_names_are_the_same_for_every_table(iris, found):
         got = tasks.metafeatures((x, y, categorical))
         assert list(got) == list(found), name
         assert not any(np.isinf(v) for v in got.values()), name
-    for x, message in ((np.ones((40, 0)), r"with columns; got \(40, 0\)"), (np.full((40, 1), np.inf), "finite values")):
+    for x, message in ((np.ones((40, 0)), r"1 column; got \(40, 0\)"), (np.full((40, 1), np.inf), "finite values")):
         with pytest.raises(ValueError, match=message):
             tasks.metafeatures((x, y, np.zeros(x.shape[1], bool)))
     with pytest.raises(ValueError, match="got \\['model_based'\\]"):
         tasks.metafeatures(iris, groups=["model_based"])
-
-
-def test_complex_numbers_are_rejected():
-    with pytest.raises(ValueError, match="meta-features need real numbers; got complex128"):
-        tasks.metafeatures((np.ones((9, 2)) * 1j, np.arange(9) % 2, np.zeros(2, bool)), groups=["simple"])
 
 
 def test_scaling_by_hand():
@@ -179,14 +174,10 @@ def test_scaling_by_hand():
     np.testing.assert_array_equal(far, [0, -3])
     restored = tasks.FeatureScaling(**json.loads(json.dumps(scaling._asdict())))
     np.testing.assert_array_equal(tasks.apply_scaling(restored, features[3]), got[3])
-    with pytest.raises(ValueError, match="\\['heavy'\\] are absent"):
+    with pytest.raises(KeyError, match="heavy"):
         tasks.apply_scaling(scaling, {"even": 1.0})
-    with pytest.raises(ValueError, match="it is empty"):
-        tasks.fit_scaling([])
     by_name = {str(i): of for i, of in enumerate(features)}
     assert tasks.fit_scaling(by_name.values()) == tasks.fit_scaling(iter(features)) == scaling
-    with pytest.raises(ValueError, match=r"must be the meta-features of several tables; got a dict. Give its `.values"):
-        tasks.fit_scaling(by_name)  # pyright: ignore[reportArgumentType]
     named = tasks.fit_scaling(features, names=["same", "gap"])
     np.testing.assert_array_equal(tasks.apply_scaling(named, {"same": 1.0, "gap": np.nan}), [0, 0])
 
@@ -213,6 +204,3 @@ def test_images_pixel_by_pixel():
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
     assert np.isnan(tasks.image_features(np.ones((4, 2, 2, 1)), np.zeros(4, int))["between neighboring pixels"])
-    for bad in ((images[..., 0], labels), (images, labels[1:])):
-        with pytest.raises(ValueError, match="`images` must be .* got the shapes"):
-            tasks.image_features(*bad)

