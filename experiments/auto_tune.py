@@ -43,6 +43,7 @@ import optax
 import scipy.stats
 from rich.console import Console
 
+import metaopt
 from metaopt import base, hypergrad, inner, predictors, spaces, tasks, training
 from metaopt.training import report_progress
 
@@ -841,7 +842,7 @@ def main(argv=None) -> list[dict]:
         ):
             predict = lambda w, f, g=which: spaces.to_constrained(space, g.apply(w, base.Task(None, None, f)))
             kept[fold] = jax.jit(jax.vmap(predict, in_axes=(None, 0)))(weights, jnp.asarray(features))
-        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling)
+        metaopt.save(out / f"auto_tune_fold{fold}.npz", predictors.TrainedPredictor(g, phi, scaling))
         tail = max(1, config.meta_steps // 5)
         one_history, g_history = histories[fold]
         say(

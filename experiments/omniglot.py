@@ -41,6 +41,7 @@ import numpy as np
 import optax
 import script
 
+import metaopt
 from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
@@ -150,7 +151,7 @@ def load(split: str, size: int) -> tuple[dict[str, tasks.Source], dict]:
         whole = tasks.split_classes(source, {"train": 1200, "test": 423}, seed=0)
     background = tasks.select(source, whole, "train")[0]
     held = tasks.split_classes(background, {"valid": 64, "train": background.num_classes - 64}, seed=1)
-    parts = {**held, "test": whole["test"]}
+    parts = tasks.Split(held | {"test": whole["test"]})
     sources = {part: tasks.select(source, parts, part)[0] for part in ("train", "valid", "test")}
     return {**sources, "train": tasks.with_rotations(sources["train"])}, parts
 
@@ -329,11 +330,11 @@ def judge_one(
     """Evaluates one method, or loads its saved evaluation."""
     file = options.work / f"{training}_at_{setting}.npz"
     if file.is_file() and not options.smoke:
-        return evaluation.load_evaluation(file)
+        return metaopt.load(file)
     key, chunk_size = jax.random.key(2025), min(20, scale.episodes)
     found = few_shot.evaluate_episodes({name: method}, sample, key, num_episodes=scale.episodes, chunk_size=chunk_size)
     if not options.smoke:
-        evaluation.save_evaluation(file, found)
+        metaopt.save(file, found)
     return found
 
 
@@ -528,9 +529,9 @@ def main() -> None:
     if not options.smoke:
         options.work.mkdir(parents=True, exist_ok=True)
         file = options.work / f"split_{options.split}.json"
-        if file.is_file() and tasks.load_split(file) != split:
+        if file.is_file() and metaopt.load(file) != split:
             sys.exit(f"The trainings in {options.work} are of another split ({file}): give --work another folder.")
-        tasks.save_split(file, split)
+        metaopt.save(file, split)
     settings = [setting for setting in SETTINGS if setting[0] in options.ways]
     plain = f"pixels_{options.split}_{scale.size}{'_disjoint' * options.disjoint_drawers}"
     trained: dict[tuple, dict[str, Any]] = {s: {f"pixel prototypes{SEED}0": (pixels, plain)} for s in settings}

@@ -40,6 +40,7 @@ import numpy as np
 import optax
 import script
 
+import metaopt
 from metaopt import few_shot, hypergrad, tasks, training
 
 BARS = {5: 3.19, 10: 3.03, 20: 2.68}  # the last value
@@ -416,7 +417,7 @@ def hospital_missed(means: dict[str, dict[str, float]]) -> str:
     return f"The aim is an area above the published one. Not above it: {script.listed(below)}."
 
 
-def splits(table: tasks.UserTable, hearts: tasks.UserTable, seeds: int) -> dict[str, Any]:
+def splits(table: tasks.UserTable, hearts: tasks.UserTable, seeds: int) -> tasks.Split:
     """Returns the names for training, validation and test, in every fold of every seed and for every hospital."""
     runs = parkinson_runs(table.num_users, seeds, table)
     folds = [f"Parkinson's, seed {seed}, fold {fold}" for seed in range(seeds) for fold in range(6)]
@@ -464,7 +465,7 @@ def main() -> None:
     text += hospital_missed({n: dict(zip(hearts.user_names, of.mean(1), strict=True)) for n, of in areas.items()})
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
-        tasks.save_split(options.out / "personalization_split.json", splits(table, hearts, seeds))
+        metaopt.save(options.out / "personalization_split.json", splits(table, hearts, seeds))
     script.publish(__file__, "Personalization", text, options)
 
 

@@ -31,6 +31,7 @@ import optax
 import script
 from jax.tree_util import Partial
 
+import metaopt
 from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
 
 LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
@@ -276,7 +277,7 @@ def missed(means: dict[str, dict[str, float]], against: dict[str, tuple[float, f
     )
 
 
-def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) -> dict[str, dict[str, Any]]:
+def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) -> dict[str, tasks.Split]:
     """Returns, for each left-out source, the classes and rows of the sources for training ("train") and test."""
 
     def of(name, fresh=False):
@@ -430,7 +431,7 @@ def main() -> None:
     for seed in range(seeds):
         of_seed = {name: judged[name] for all_ in names.values() for name in all_[seed : seed + 1]}
         file = options.work / f"episodes_{seed}.npz"
-        known = evaluation.load_evaluation(file) if file.is_file() and not options.smoke else None
+        known = metaopt.load(file) if file.is_file() and not options.smoke else None
         new = {name: method for name, method in of_seed.items() if known is None or name not in known.scores}
         if new:
             chunk_size = min(20, settings.episodes)
@@ -438,7 +439,7 @@ def main() -> None:
             one = few_shot.evaluate_episodes(new, tests, key, num_episodes=num_episodes, chunk_size=chunk_size)
             known = one if known is None else evaluation.join_evaluations(known, one)
             if not options.smoke:
-                evaluation.save_evaluation(file, known)
+                metaopt.save(file, known)
         by_seed.append(known)
         print(f"[{time.process_time():5.0f} s in all] seed {seed} is judged", flush=True)
     each = functools.reduce(evaluation.join_evaluations, by_seed)
@@ -483,7 +484,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         draw(result, options.out / "small_meta_dataset.png")
         for name, one in splits(whole, split, settings.rows).items():
-            tasks.save_split(options.work / f"split_without_{name}.json", one)
+            metaopt.save(options.work / f"split_without_{name}.json", one)
     script.publish(__file__, "A small Meta-Dataset", text, options)
 
 

@@ -16,6 +16,7 @@ from metaopt import (
     training,
     transforms,
 )
+from metaopt._saving import load, save
 from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ __all__ = [
     "inner",
     "evaluation",
     "few_shot",
+    "load",
     "nas",
     "plots",
     "predictors",
+    "save",
     "spaces",
     "tasks",
     "training",

@@ -1,5 +1,6 @@
 """blackbox"""
 
+from metaopt.blackbox import _saved as _saved  # registers `MetaOptimizer` for `metaopt.save`
 from metaopt.blackbox import lightning
 from metaopt.blackbox._acquisition import (
     batch_expected_improvement,
@@ -94,7 +95,6 @@ from metaopt.blackbox._records import (
     read_records,
     recover_records,
 )
-from metaopt.blackbox._saved import load_meta_optimizer, save_meta_optimizer
 from metaopt.blackbox._sklearn import (
     SKLEARN_MODELS,
     SklearnModel,
@@ -235,7 +235,6 @@ __all__ = [
     "kernel_matrix",
     "leave_out",
     "lightning",
-    "load_meta_optimizer",
     "lower_confidence_bound",
     "normalize",
     "optuna_sampler",
@@ -251,7 +250,6 @@ __all__ = [
     "records_to_frame",
     "recover_records",
     "regularized_evolution",
-    "save_meta_optimizer",
     "sklearn_model",
     "sklearn_objective",
     "surrogate",

@@ -154,12 +154,10 @@ from metaopt.nas._supernet import (
     supernet,
 )
 from metaopt.nas.benchmarks._files import (
-    load_benchmark,
     nas_bench_301_genotype,
     read_nas_bench_101,
     read_nas_bench_201,
     read_nas_bench_301,
-    save_benchmark,
 )
 from metaopt.nas.benchmarks._tables import (
     Benchmark,
@@ -215,12 +213,7 @@ from metaopt.nas.search._retrain import (
     search_report,
     train,
 )
-from metaopt.nas.search._saved import (
-    load_cell_searcher,
-    load_meta_architecture,
-    save_cell_searcher,
-    save_meta_architecture,
-)
+from metaopt.nas.search._saved import TrainedMetaArchitecture
 from metaopt.nas.search._score_prior import (
     ScorePrior,
     configuration_columns,
@@ -231,8 +224,6 @@ from metaopt.nas.search._score_prior import (
 )
 from metaopt.nas.search._trained_network import (
     TrainedNetwork,
-    load_trained_network,
-    save_trained_network,
     trained_network,
 )
 from metaopt.nas.search._training_free import (
@@ -242,10 +233,6 @@ from metaopt.nas.search._training_free import (
 )
 
 __all__ = [
-    "load_cell_searcher",
-    "save_cell_searcher",
-    "load_meta_architecture",
-    "save_meta_architecture",
     "ArchitectureScores",
     "BLOCKS",
     "Benchmark",
@@ -288,6 +275,7 @@ __all__ = [
     "TOKEN_OPS",
     "TRANS_NAS_BENCH_101_OPS",
     "TRANS_NAS_BENCH_101_PRIMITIVES",
+    "TrainedMetaArchitecture",
     "TrainedNetwork",
     "architecture_search",
     "auxiliary_head",
@@ -347,8 +335,6 @@ __all__ = [
     "jacob_cov",
     "lagrangian",
     "latency",
-    "load_benchmark",
-    "load_trained_network",
     "meta_architecture_search",
     "mixing_weights",
     "mlp_space",
@@ -387,8 +373,6 @@ __all__ = [
     "resource_penalty",
     "retraining",
     "robust_darts",
-    "save_benchmark",
-    "save_trained_network",
     "score_improvement",
     "score_posterior",
     "score_prior",

@@ -3,11 +3,7 @@
 from metaopt.predictors._amortize import (
     amortize,
 )
-from metaopt.predictors._files import (
-    SavedPredictor,
-    load,
-    save,
-)
+from metaopt.predictors._files import TrainedPredictor
 from metaopt.predictors._networks import (
     at_features,
     dataset_embedding,
@@ -19,7 +15,7 @@ from metaopt.predictors._networks import (
 )
 
 __all__ = [
-    "SavedPredictor",
+    "TrainedPredictor",
     "amortize",
     "at_features",
     "dataset_embedding",
@@ -27,7 +23,5 @@ __all__ = [
     "ensemble",
     "from_config",
     "init_embedding",
-    "load",
     "mlp",
-    "save",
 ]

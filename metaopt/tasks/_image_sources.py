@@ -14,6 +14,7 @@ import numpy as np
 
 from metaopt import _files
 from metaopt.tasks._class_sources import Source, from_arrays
+from metaopt.tasks._splits import Split
 
 IMAGE_SETS = ("omniglot", "quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
 _MAX_PIXELS = 2**26  # of one image
@@ -266,7 +267,7 @@ def data_file(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     return file
 
 
-def omniglot_split(path: str | os.PathLike[str] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+def omniglot_split(path: str | os.PathLike[str] | None = None) -> Split:
     """Returns Omniglot's official split: 964 characters of 30 alphabets for training, 659 of the 20 others for testing.
 
     Args:
@@ -285,7 +286,9 @@ def omniglot_split(path: str | os.PathLike[str] | None = None) -> dict[str, dict
     with _files.reading(file, "is not the Omniglot of the data folder"), _files.open_npz(file) as data:
         characters, first = np.unique(data["character"], return_index=True)
         part, names = data["split"][first], data["character_names"]
-        return {
-            word: {"omniglot": {"classes": [str(names[c]) for c in characters[part == number]]}}
-            for number, word in enumerate(("train", "test"))
-        }
+        return Split(
+            {
+                word: {"omniglot": {"classes": [str(names[c]) for c in characters[part == number]]}}
+                for number, word in enumerate(("train", "test"))
+            }
+        )

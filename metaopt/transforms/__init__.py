@@ -3,7 +3,7 @@
 from metaopt.transforms._accumulation import AccumulationState, learnable_accumulation
 from metaopt.transforms._clip import learnable_clip
 from metaopt.transforms._differentiable import differentiable
-from metaopt.transforms._learned import LearnedState, init_learned, learned, load_learned, save_learned
+from metaopt.transforms._learned import LearnedState, LearnedWeights, init_learned, learned
 from metaopt.transforms._mixture import mixture
 from metaopt.transforms._per_parameter import per_group, per_parameter
 from metaopt.transforms._schedules import cosine_schedule, knot_schedule, polynomial_schedule, wsd_schedule
@@ -12,6 +12,7 @@ from metaopt.transforms._self_tuning import SelfTuningState, self_tuning
 __all__ = [
     "AccumulationState",
     "LearnedState",
+    "LearnedWeights",
     "SelfTuningState",
     "cosine_schedule",
     "differentiable",
@@ -20,12 +21,10 @@ __all__ = [
     "learnable_accumulation",
     "learnable_clip",
     "learned",
-    "load_learned",
     "mixture",
     "per_group",
     "per_parameter",
     "polynomial_schedule",
-    "save_learned",
     "self_tuning",
     "wsd_schedule",
 ]
