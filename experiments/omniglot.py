@@ -42,7 +42,7 @@ import optax
 import script
 
 import metaopt
-from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
+from metaopt import evaluation, few_shot, hypergrad, inner, plots, tasks, training
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
@@ -95,7 +95,11 @@ ROWS = {
     "Proto-MAML": Row(lambda f, loss, T: few_shot.proto_maml(f, num_steps=1, rate=0.02), 0.5, ways=False),
     "MAML": Row(lambda f, loss, T: few_shot.maml(loss, num_steps=T, **KEEP), 0.5),
     "FOMAML": Row(lambda f, loss, T: few_shot.fomaml(loss, num_steps=T, **KEEP), 0.75),
-    "Reptile": Row(lambda f, loss, T: few_shot.reptile(loss, num_steps=4, **KEEP | {"rate": 0.2}), 0.25, shots=5),
+    "Reptile": Row(
+        lambda f, loss, T: few_shot.maml(loss, num_steps=4, rule=hypergrad.reptile, **KEEP | {"rate": 0.2}),
+        0.25,
+        shots=5,
+    ),
     "ANIL": Row(lambda f, loss, T: few_shot.anil(loss, num_steps=T, **KEEP), 0.5),
     # With a head of zeros, nothing else would have a gradient.
     "BOIL": Row(lambda f, loss, T: few_shot.boil(loss, num_steps=T, **KEEP), 0.5, head=1.0),
@@ -193,7 +197,7 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
     )
     features = modulated(network.features) if row.context else network.features
     head = few_shot.linear_head(features)
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
     adaptation = row.make(network.features, loss, scale.inner_steps)
     num = num_tasks(scale, ways)
     if row.at_test is None:

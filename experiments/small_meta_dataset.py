@@ -32,7 +32,7 @@ import script
 from jax.tree_util import Partial
 
 import metaopt
-from metaopt import evaluation, few_shot, hypergrad, plots, tasks, training
+from metaopt import evaluation, few_shot, hypergrad, inner, plots, tasks, training
 
 LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
 
@@ -85,7 +85,7 @@ ROWS = {
     "BOIL": Row(lambda f, loss: few_shot.boil(loss, num_steps=5, **STRONGER), 0.3, test_steps=30),
     # Its direction is a distance moved, not a gradient.
     "Reptile": Row(
-        lambda f, loss: few_shot.reptile(loss, num_steps=5, **STRONGER),
+        lambda f, loss: few_shot.maml(loss, num_steps=5, rule=hypergrad.reptile, **STRONGER),
         0.0,
         outer=optax.sgd,
         outer_rate=0.3,
@@ -142,7 +142,7 @@ def pixels(key, support, query):
     return (flat(query["x"]) @ (center / length).T)[None]
 
 
-def beside_the_image(network: few_shot.Network) -> few_shot.Network:
+def beside_the_image(network: few_shot.ConvNet) -> few_shot.ConvNet:
     """Concatenates the network's features and the image, each times a learned gain.
 
     The image has length 1, minus the mean of the support set. Without this subtraction, the common part of all images
@@ -164,7 +164,7 @@ def beside_the_image(network: few_shot.Network) -> few_shot.Network:
         gain = params["gain"]
         return jnp.concatenate([gain[0] * learned / learned.shape[1] ** 0.5, gain[1] * image], axis=1)
 
-    return few_shot.Network(init, features)
+    return few_shot.ConvNet(init, features)
 
 
 def modulated(features: Callable) -> Callable:
@@ -187,7 +187,7 @@ def cavia_with_prototypes(features: Callable) -> few_shot.Adaptation:
         return {**hyperparams["init"], "head": made["head"], "context": context}
 
     head = few_shot.linear_head(modulated(features))
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
     return few_shot.adaptation(loss, init=init, adapt="^context$", num_steps=2, rate=0.5, keep_support=True)
 
 
@@ -344,9 +344,9 @@ def main() -> None:
 
     network = beside_the_image(few_shot.conv4(normalization="support", num_filters=settings.filters, num_blocks=2))
     head = few_shot.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
 
-    judged: dict[str, few_shot.AdaptFn] = {"pixel prototypes": pixels}
+    judged: dict[str, Callable] = {"pixel prototypes": pixels}
     names: dict[str, list[str]] = {"pixel prototypes": ["pixel prototypes"], UNTRAINED: []}
     untrained = few_shot.prototypical_networks(network.features)
     for seed in range(seeds):
