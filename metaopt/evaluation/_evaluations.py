@@ -174,13 +174,13 @@ def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]
 
 
 def by_number(
-    evaluation: Evaluation, of: str, edges: Sequence[float], *, step: int = -1
+    evaluation: Evaluation, count: str, edges: Sequence[float], *, step: int = -1
 ) -> dict[str, list[tuple[float, int, float, float]]]:
     """Bins the scores by the number of ways or of shots, over the episodes of all sources.
 
     Args:
       evaluation: a result of `evaluate_episodes`.
-      of: "ways" or "shots". (For the number of adaptation steps, use `mean_scores(evaluation, step=t)` for each t.)
+      count: "ways" or "shots". (For the number of adaptation steps, use `mean_scores(evaluation, step=t)` for each t.)
       edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
       step: as for `mean_scores`.
 
@@ -188,9 +188,9 @@ def by_number(
       Method -> for each non-empty bin (mean number, episodes, mean score, half of its 95 % interval).
 
     Raises:
-      KeyError: if `of` is not "ways" or "shots".
+      KeyError: if `count` is not "ways" or "shots".
     """
-    numbers = np.concatenate(list({"ways": evaluation.num_ways, "shots": evaluation.num_shots}[of].values()))
+    numbers = np.concatenate(list({"ways": evaluation.num_ways, "shots": evaluation.num_shots}[count].values()))
     binned: dict[str, list[tuple[float, int, float, float]]] = {}
     for method in evaluation.scores:
         scores = np.concatenate([_scores_after(evaluation, method, source, step) for source in evaluation.sources])

@@ -144,14 +144,7 @@ def adaptation(
     _checks.check_integer("num_steps", num_steps, 0)
     num_steps = operator.index(num_steps)  # a number in an array cannot be hashed
     _checks.check_positive("proximal", proximal, zero=True)
-    is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
-    if order not in ("first", "second") and not (is_number and order >= 0):
-        raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
-    judged_last = isinstance(outer, str) and outer == "last"
-    if rule is not None and not (order == "second" and judged_last and remat == "none"):
-        raise ValueError(
-            "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
-        )
+    _adaptation_checks.check_unrolling(order, outer, remat, rule)
     full = lambda function: function if with_context else lambda *args: function(*args[:3])
     spec = _problem.Spec(
         loss=full(loss),

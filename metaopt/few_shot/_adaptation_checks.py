@@ -1,4 +1,4 @@
-"""Checks of an adaptation when it is traced: λ, tasks, and the leaves that adapt."""
+"""Checks of an adaptation: options of unrolling, and at trace time λ, tasks, and the leaves that adapt."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,18 @@ import numpy as np
 
 from metaopt import _checks, tasks
 from metaopt.few_shot import _leaves
+
+
+def check_unrolling(order: Any, outer: Any, remat: str, rule: Any) -> None:
+    """Raises ValueError if `order` is unknown, or if options of unrolling are combined with another rule."""
+    is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
+    if order not in ("first", "second") and not (is_number and order >= 0):
+        raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
+    judged_last = isinstance(outer, str) and outer == "last"
+    if rule is not None and not (order == "second" and judged_last and remat == "none"):
+        raise ValueError(
+            "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
+        )
 
 
 def check_hyperparams(hyperparams: Any, *, learned_rates: bool) -> None:

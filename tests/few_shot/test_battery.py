@@ -35,7 +35,9 @@ METHODS = {
     "ridge_head": lambda loss, features: few_shot.ridge_head(features),
     "Reptile": lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE, rule=hypergrad.reptile),
     "proto_maml, learned rates": lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE, **LSLR),
-    "proto_maml, only the head": lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE, adapt="^head"),
+    "proto_maml, only the head": lambda loss, features: few_shot.proto_maml(
+        features, num_steps=2, rate=RATE, adapt="^head"
+    ),
     "ridge_head that adapts": lambda loss, features: few_shot.ridge_head(features, num_steps=2, rate=RATE),
 }
 
@@ -118,7 +120,7 @@ def test_adaptation_does_not_read_the_query_set(methods):
     estimates, predictions = methods.run(query=other)
     assert_close(predictions, methods.reference[1], rtol=0)
     for name, estimate in estimates.items():
-        assert abs(estimate.value - methods.reference[0][name].value) > 1e-3, name
+        assert abs(estimate.value - methods.reference[0][name].value) > 1e-4, name
 
 
 def test_the_order_of_support_rows_does_not_matter(methods):

@@ -36,7 +36,7 @@ class Retraining(NamedTuple):
         which can continue after an interruption.
       finish: `(state, data) -> TrainedNetwork`, from a state of the loop and its training data. The result predicts
         with normalization by statistics of training rows, without dropped edges or the auxiliary head.
-        `save_trained_network` writes it.
+        `metaopt.save` writes it.
       num_steps: the number of steps that the schedules are made for.
     """
 
@@ -327,7 +327,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     ...     alone.loop, task.train, num_steps=alone.num_steps, key=jax.random.key(2), progress=False
     ... )
 
-    >>> trained = alone.finish(state, task.train)  # `nas.save_trained_network` writes it
+    >>> trained = alone.finish(state, task.train)  # `metaopt.save` writes it
     >>> trained.predict(x[:1]).shape
     (1,)
 
