@@ -82,16 +82,10 @@ def test_equals_the_unsharded_estimator_with_nonfinite_tasks_and_unequal_counts(
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(RUN)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "divisible" in done.stdout  # reported by JAX
+    assert "divide the shape" in done.stdout  # reported by JAX
 
 
 def test_refuses_an_estimator_that_does_not_count():
     sharded = training.shard(small.quadratic(), jax.make_mesh((1,), ("tasks",)))
     with pytest.raises(ValueError, match='needs the metric "num_finite".*`hypergrad.over_tasks` first'):
         sharded.estimate(1.0, np.ones(2), np.ones(2))
-
-
-def test_refuses_tasks_that_have_no_axis_to_split():
-    sharded = training.shard(small.carried(), jax.make_mesh((1,), ("tasks",)))
-    with pytest.raises(ValueError):
-        sharded.init(jax.random.key(0), {"x": 0.5}, np.float64(1.0))
