@@ -419,10 +419,11 @@ def main() -> None:
         weights = meta_train(pools, config, say)
         meta_trained = f"{sum(phase[0] for phase in config.phases)} outer steps"
     else:
-        weights = transforms.load_learned(config.weights)
+        shipped = Path(transforms.__file__).parent / f"learned_{config.weights}.npz"
+        weights = metaopt.load(shipped if shipped.is_file() else config.weights)
         meta_trained = f"weights {config.weights!r}"
     if config.save:
-        transforms.save_learned(config.save, weights)
+        metaopt.save(config.save, weights)
     text = report(compare(weights, pools, held_out, config, say), held_out)
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     command = " ".join(["python experiments/learned_optimizer.py", *sys.argv[1:]])

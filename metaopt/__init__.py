@@ -16,6 +16,7 @@ from metaopt import (
     training,
     transforms,
 )
+from metaopt._saving import load, save
 from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
 from metaopt.blackbox import train_meta_optimizer, train_meta_searcher
 
@@ -40,9 +41,11 @@ __all__ = [
     "inner",
     "evaluation",
     "few_shot",
+    "load",
     "nas",
     "plots",
     "predictors",
+    "save",
     "spaces",
     "tasks",
     "train_meta_optimizer",

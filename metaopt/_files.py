@@ -15,7 +15,7 @@ import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -56,7 +56,7 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
 
     Args:
       path: the path of the file.
-      fault: the predicate of the message, such as "is not a predictor that `predictors.save` wrote".
+      fault: the predicate of the message, such as "is not a file that `metaopt.save` wrote".
 
     Raises:
       ValueError: "{path} {fault}: {reason}".
@@ -216,11 +216,14 @@ class Npz:
         del self.specs["header"]
         return header
 
-    def floats(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    def floats(
+        self, shapes: Mapping[str, tuple[int, ...]], *, missing: Callable[[str], bool] = lambda name: False
+    ) -> dict[str, np.ndarray]:
         """Returns all arrays, which must have these names and shapes, be floating-point, and be finite in float32.
 
         Args:
           shapes: the expected shapes by name.
+          missing: `(name) -> bool`, whether an array may have NaN, as the mark of a missing value.
 
         Raises:
           ValueError: if an array is missing, not expected, of another shape or type, or not finite.
@@ -234,7 +237,7 @@ class Npz:
                 raise ValueError(f"the array {name} should be floating-point of shape {shape}, and {there}")
         arrays = {name: self[name] for name in shapes}
         for name, array in arrays.items():
-            check_finite(name, array)
+            check_finite(name, array, missing=missing(name))
         return arrays
 
     def _spec(self, info: zipfile.ZipInfo) -> Spec:

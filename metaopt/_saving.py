@@ -1,101 +1,178 @@
-"""Files of trained objects: a header in JSON and arrays, in one `.npz` file. They hold no code."""
+"""One pair for everything that can be saved: `metaopt.save(path, value)` and `metaopt.load(path)`.
 
+A file holds a header (JSON) and arrays, and no code. It is one `.npz` file, or a JSON text if the value has no arrays.
+A room registers its types next to their code:
+
+    _saving.register(_saving.Kind("predictor", TrainedPredictor, encode, decode))
+
+Files may come from anyone. `decode` therefore checks the header, and the shapes and types of the arrays in
+`file.specs`, before it reads an array.
+"""
+
+import contextlib
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from metaopt import _files
 
-_READERS = {
-    "metaopt.meta_optimizer": "`blackbox.load_meta_optimizer`",
-    "metaopt.cell_searcher": "`blackbox.load_cell_searcher`",
-    "metaopt.meta_architecture": "`blackbox.load_meta_architecture`",
-    "metaopt.evaluation": "`blackbox.load_evaluation`",
-    "metaopt.predictor": "`predictors.load`",
-    "metaopt.trained_network": "`nas.load_trained_network`",
-}
+
+class Kind(NamedTuple):
+    """How values of one type are saved.
+
+    Attributes:
+      name: the format in the header is "metaopt." and this name.
+      type: the type of the values.
+      encode: `(value) -> (header, arrays)`, a dict of JSON values and a dict of arrays by name.
+      decode: `(header, file, **parts) -> value`, where `file` is a `_files.Npz`.
+      parts: the arguments of `decode` that the caller of `load` must pass, since no file can hold them: name ->
+        description for the error message.
+      compress: whether the arrays are compressed.
+      version: of the header and the arrays; `load` rejects newer files.
+    """
+
+    name: str
+    type: type
+    encode: Callable[[Any], tuple[dict[str, Any], Mapping[str, Any]]]
+    decode: Callable[..., Any]
+    parts: Mapping[str, str] = {}
+    compress: bool = False
+    version: int = 1
 
 
-def check_shapes(specs: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError unless the arrays are floating-point, with these names and shapes."""
-    there = {name: spec.shape for name, spec in specs.items()}
-    if there != shapes:
-        wrong = [name for name in sorted({*there, *shapes}) if there.get(name) != shapes.get(name)]
-        differ = ", ".join(f"{name} {there.get(name)} instead of {shapes.get(name)}" for name in wrong[:5])
-        raise ValueError(f"its arrays do not have shapes that fit: {differ}")
-    for name, spec in specs.items():
-        if not _files.is_float(spec):
-            raise ValueError(f"its array {name} is {spec.dtype}, which is not floating-point")
+_KINDS: dict[str, Kind] = {}
 
 
-def plain(value: Any) -> Any:
-    """Converts NumPy numbers, which rows of a table may have, to Python numbers for JSON."""
-    return value.item() if isinstance(value, np.generic) else value
+def register(kind: Kind) -> None:
+    """Adds a kind of values to those that `save` and `load` support."""
+    _KINDS[f"metaopt.{kind.name}"] = kind
 
 
-def encode(header: dict[str, Any], what: str) -> bytes:
-    """Encodes the header as JSON; `what` names the part that may fail, for the error message."""
+def save(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a trained or computed value to one file, atomically. `metaopt.load` reads it.
+
+    | value | of |
+    |---|---|
+    | `predictors.TrainedPredictor` | a predictor g or h, its weights and the scaling of features |
+    | `blackbox.MetaOptimizer` | `train_meta_optimizer`, `train_meta_searcher` |
+    | `nas.CellSearcher` | `train_cell_searcher` |
+    | `nas.TrainedMetaArchitecture` | λ of a `meta_architecture_search`; `load` needs `meta=` |
+    | `nas.TrainedNetwork` | `trained_network`, `retraining`; `load` needs `ops=` |
+    | `nas.Benchmark` | a table of architectures |
+    | `evaluation.Evaluation` | scores of methods on episodes |
+    | `transforms.LearnedWeights` | the weights of `transforms.learned` |
+    | `tasks.Split` | classes, rows and sources of each part; a JSON text |
+
+    Records have a store of their own (`blackbox.append_records`), and `training.fit` writes its checkpoints.
+
+    Args:
+      path: the file. The name is used unchanged; an existing file is replaced.
+      value: of one of these types. Numbers in bfloat16 are saved as float32, which represents each of them exactly.
+
+    Raises:
+      TypeError: if values of this type cannot be saved.
+      ValueError: if the value is inconsistent, or a part of it cannot be written as JSON.
+
+    >>> import os, tempfile, metaopt
+    >>> split = metaopt.tasks.split_sources({"train": ["letters"], "test": ["digits"]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     metaopt.save(os.path.join(folder, "split.json"), split)
+    ...     metaopt.load(os.path.join(folder, "split.json")) == split
+    True
+    """
+    by_type = {kind.type: (format_, kind) for format_, kind in _KINDS.items()}
+    if type(value) not in by_type:
+        names = ", ".join(sorted(type_.__name__ for type_ in by_type))
+        raise TypeError(f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}.")
+    format_, kind = by_type[type(value)]
+    header, arrays = kind.encode(value)
+    header = {"format": format_, "version": kind.version, **header}
     try:
-        return json.dumps(header, allow_nan=False).encode()
+        text = json.dumps(header, allow_nan=False, ensure_ascii=False, indent=None if arrays else 1)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} cannot be written as JSON: {error}.") from error
+        raise ValueError(f"This `{kind.type.__name__}` cannot be written as JSON: {error}.") from error
+    if arrays:
+        arrays = {"header": np.frombuffer(text.encode(), np.uint8)} | {k: storable(x) for k, x in arrays.items()}
+        _files.write_npz(path, arrays, compress=kind.compress)
+        return
+    with _files.replacing(path) as file:
+        file.write(text.encode() + b"\n")
 
 
-def write(path: str | os.PathLike[str], header: bytes, arrays: dict[str, Any]) -> None:
-    _files.write_npz(path, {"header": np.frombuffer(header, np.uint8), **arrays})
-
-
-def read(
-    path: str | os.PathLike[str],
-    format_: str,
-    version: int,
-    writer: str,
-    *,
-    oldest: int = 1,
-    check: Callable[[dict[str, Any], dict[str, _files.Spec]], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads the header and the arrays of a file.
+def load(path: str | os.PathLike[str], **parts: Any) -> Any:
+    """Reads a file that `metaopt.save` wrote. Nothing in the file is executed.
 
     Args:
       path: the file.
-      format_: the format that the file must have.
-      version: the newest version that can be read.
-      writer: the function that writes such files, for error messages.
-      oldest: the oldest version that can be read.
-      check: `(header, specs)`, raises an error if the header, or the shapes and types of the arrays, are invalid. It is
-        called before the arrays are read.
+      **parts: functions that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for
+        a network of sizes), and `meta=` for a `nas.TrainedMetaArchitecture`. No other type needs any.
 
     Returns:
-      The header, and the arrays by name.
+      The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
 
     Raises:
-      ValueError: if the file has another format, a newer version, or a version older than `oldest`.
+      ValueError: if the file is damaged, is of a newer version, or its contents do not fit each other.
+      ValueError: if a part is missing or is not needed.
     """
-    with _files.reading(path, f"is not a file that `{writer}` wrote"), _files.open_npz(path) as file:
-        header = file.header()
-        found = header["format"], int(header["version"])
-        if found[0] != format_:
-            reader = f": {_READERS[found[0]]} reads it" if found[0] in _READERS else ""
-            raise ValueError(f"{os.fspath(path)} is of format {found[0]!r}, and `{writer}` writes {format_!r}{reader}.")
-        if found[1] > version:
+    name = os.fspath(path)
+    with _files.reading(path, "is not a file that `metaopt.save` wrote"), _opened(path) as (header, file):
+        format_, version = header["format"], int(header["version"])
+        kind = _KINDS.get(format_)
+        if kind is None:
+            raise ValueError(f"its format is {format_!r}; this metaopt reads {', '.join(sorted(_KINDS))}")
+        if version > kind.version:
             raise ValueError(
-                f"{os.fspath(path)} is of version {found[1]}; this metaopt reads {format_!r} up to version {version}. "
-                "A newer metaopt reads it."
+                f"{name} is of version {version}; this metaopt reads {format_!r} up to version {kind.version}. A newer "
+                "metaopt reads it."
             )
-        if found[1] < oldest:
+        if parts.keys() != kind.parts.keys():
+            needs = ", ".join(f"`{part}=`, {description}" for part, description in kind.parts.items())
+            got = ", ".join(f"`{part}=`" for part in parts)
             raise ValueError(
-                f"{os.fspath(path)} is of version {found[1]}, and lacks what {format_!r} has since version {oldest}: "
-                "train and save it again."
+                f"{name} holds a `{kind.type.__name__}`: `metaopt.load` needs {needs or 'the path only'}; got "
+                f"{got or 'the path only'}."
             )
-        if check is not None:
-            check(header, file.specs)
-        return header, {name: file[name] for name in file.specs}
+        with _files.reading(path, f"does not describe a `{kind.type.__name__}` as it should"):
+            return kind.decode(header, file, **parts)
 
 
-def arrays(kind: str, tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by name; leaves may also be shapes with types."""
-    return {kind + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], _files.Npz]]:
+    """Opens a file; yields its header and its arrays, of which a JSON text has none."""
+    with open(path, "rb") as stream:
+        start = stream.read(1)
+        stream.seek(0)
+        if start == b"{":
+            with zipfile.ZipFile(io.BytesIO(), "w") as empty:
+                yield _files.parse_json(stream.read()), _files.Npz(empty, 0)
+        else:
+            with _files.open_npz(stream) as file:
+                yield file.header(), file
+
+
+def storable(x: Any) -> np.ndarray:
+    """Returns an array of a type that `.npz` files have: they have no bfloat16."""
+    array = np.asarray(x)
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+def named_leaves(prefix: str, tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by `prefix` and their path; leaves may also be shapes with types."""
+    return {prefix + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def tree_from_leaves(prefix: str, arrays: Mapping[str, Any], template: Any) -> Any:
+    """The inverse of `named_leaves`: a tree with the structure of `template`."""
+    named = lambda path, _: arrays[prefix + jax.tree_util.keystr(path)]
+    return jax.tree_util.tree_map_with_path(named, template)
+
+
+def shapes(prefix: str, tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves of a tree by name, for `_files.Npz.floats`."""
+    return {name: tuple(np.shape(leaf)) for name, leaf in named_leaves(prefix, tree).items()}

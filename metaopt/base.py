@@ -201,7 +201,7 @@ class Predictor(NamedTuple):
       init: `(key) -> meta_params`.
       apply: `(meta_params, task) -> hyperparams`, for one task.
       config: the arguments that it was built with, as plain values. They are enough to build it again
-        (`predictors.save`).
+        (`metaopt.save`).
     """
 
     init: Callable[[jax.Array], PyTree]

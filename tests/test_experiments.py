@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
+import metaopt
+from metaopt import base, blackbox, evaluation, nas, spaces, tasks, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +54,7 @@ def test_auto_tune_smoke(tmp_path):
     assert printed.count("| g(t'), no trial |") == 2  # its own, and the committed table, marked as such
     assert "the committed table of the full run, which this run did not compute" in printed
 
-    saved = predictors.load(tmp_path / "auto_tune_fold0.npz")
+    saved = metaopt.load(tmp_path / "auto_tune_fold0.npz")
     features = np.zeros(len(saved.scaling.names), np.float32)
     z = saved.predictor.apply(saved.meta_params, base.Task(None, None, features))
     hyperparams = spaces.to_constrained(saved.space, z)
@@ -140,7 +141,7 @@ def test_learned_optimizer_smoke(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| 3 |")]
     assert [row[1] for row in rows][:2] == ["learned", "Adam, tuned on each task"] and len(rows) == 5
     assert all(np.isfinite([float(row[2]), float(row[4])]).all() for row in rows)
-    again, fresh = transforms.load_learned(tmp_path / "weights.npz"), transforms.init_learned(jax.random.key(1))
+    again, fresh = metaopt.load(tmp_path / "weights.npz"), transforms.init_learned(jax.random.key(1))
     assert not np.allclose(again["layers"]["2"]["w"], fresh["layers"]["2"]["w"])
 
 

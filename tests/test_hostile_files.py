@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import metaopt
 from metaopt import _files, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
 from metaopt.blackbox import _surrogates
 from metaopt.nas.search import _cell_encoder, _score_prior
@@ -165,28 +166,28 @@ def write_301(folder):
 
 def write_predictor(folder):
     predictor = predictors.ensemble(predictors.mlp(SPACE, 2, num_hidden=3), 2)
-    predictors.save(folder / "g.npz", predictor, predictor.init(KEY))
+    metaopt.save(folder / "g.npz", predictors.TrainedPredictor(predictor, predictor.init(KEY)))
 
 
 def write_meta_optimizer(folder):
     kernel = _surrogates.Kernel(*map(jax.numpy.zeros, (3, (), ())))
     trials = [_surrogates.TaskTrials(RNG.uniform(size=(4, 3)), RNG.uniform(size=4)) for _ in range(2)]
     surrogate = _surrogates.surrogate(trials, kernel, trials[0].x, features=RNG.normal(size=(2, 2)))
-    evidence = SimpleNamespace(num_records=8, effective_tasks=1.5)
-    learned: Any = SimpleNamespace(evidence=evidence, space=SPACE, candidates=None)
-    learned.surrogate, learned.cost_surrogate = surrogate, None
-    blackbox.save_meta_optimizer(folder / "g.npz", learned)
+    evidence: Any = SimpleNamespace(num_records=8, effective_tasks=1.5)
+    functions: Any = dict.fromkeys(("predict", "portfolio", "suggest", "searcher", "outcomes"))
+    data: Any = {"surrogate": surrogate, "cost_surrogate": None, "space": SPACE, "candidates": None}
+    metaopt.save(folder / "g.npz", blackbox.MetaOptimizer(**functions, **data, evidence=evidence))
 
 
 def write_cell_searcher(folder):
     candidates, encoder = [{"e": "a"}, {"e": "b"}, {"e": "c"}], _cell_encoder.cell_encoder(3, 2, width=4, num_layers=1)
     scores = _score_prior.score_prior([(np.eye(3), (1.0,))], RNG.normal(size=(3, 4)))
     prior = scores._replace(own=np.ones(3 + 4))  # three entries, and the width of the encoder
-    searcher: Any = SimpleNamespace(encoder=encoder, ops=("a", "b", "c"), candidates=candidates, prior=prior)
-    searcher.encoded, searcher.units = RNG.normal(size=(1, 3, 4)), np.ones(2)
-    searcher.center = searcher.scale = np.ones(0)
-    searcher.meta_params = jax.vmap(encoder.init)(jax.random.split(KEY, 1))
-    nas.save_cell_searcher(folder / "h.npz", searcher)
+    fields: Any = dict.fromkeys(nas.CellSearcher._fields)
+    fields |= {"encoder": encoder, "ops": ("a", "b", "c"), "candidates": candidates, "prior": prior}
+    fields |= {"encoded": RNG.normal(size=(1, 3, 4)), "units": np.ones(2), "center": np.ones(0), "scale": np.ones(0)}
+    fields["meta_params"] = jax.vmap(encoder.init)(jax.random.split(KEY, 1))
+    metaopt.save(folder / "h.npz", nas.CellSearcher(**fields))
 
 
 H = predictors.mlp(SPACE, 2, num_hidden=3)
@@ -197,19 +198,19 @@ def write_evaluation(folder):
     scores = {"m": {"u": RNG.uniform(size=(3, 2)), "v": RNG.uniform(size=(2, 2))}}
     sizes = {"u": np.ones(3), "v": np.ones(2, int)}
     compared = evaluation.Evaluation(scores, sizes, sizes, {"m": True}, True, {"u": np.ones(3)}, "accuracy")
-    evaluation.save_evaluation(folder / "scores.npz", compared)
+    metaopt.save(folder / "scores.npz", compared)
 
 
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
     trained = nas.trained_network(supernet, supernet.init(KEY), {"x": RNG.normal(size=(8, 3))})
-    nas.save_trained_network(folder / "network.npz", trained)
+    metaopt.save(folder / "network.npz", trained)
 
 
 def write_benchmark(folder):
     write_101(folder)
-    nas.save_benchmark(nas.read_nas_bench_101(folder / "nasbench.tfrecord"), folder / "b.npz")
+    metaopt.save(folder / "b.npz", nas.read_nas_bench_101(folder / "nasbench.tfrecord"))
     (folder / "nasbench.tfrecord").unlink()
 
 
@@ -261,7 +262,7 @@ def text_file(name, content):
 
 
 HPOB = {"5860": {"d": {"X": [[0.1, 0.2], [0.5, 0.25]], "y": [[0.75], [0.5]]}}}
-SPLIT = {"train": {"omniglot": {"classes": ["a", "b"]}}, "test": {"omniglot": {"rows": [4, 5]}}}
+SPLIT = tasks.Split({"train": {"omniglot": {"classes": ["a", "b"]}}, "test": {"omniglot": {"rows": [4, 5]}}})
 COSTS = nas.CostTable(0.5, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "ms")
 GENOTYPE: Any = {"cell": ((0, 1, "a"), (1, 2, "b"))}
 
@@ -288,30 +289,28 @@ def write_pickles(folder, form):
 
 SOURCE, BENCHMARK = tasks.Source, nas.Benchmark
 CASES = {
-    "predictor": Case(write_predictor, lambda f: predictors.load(f / "g.npz"), predictors.SavedPredictor),
-    "meta optimizer": Case(
-        write_meta_optimizer, lambda f: blackbox.load_meta_optimizer(f / "g.npz"), blackbox.MetaOptimizer
-    ),
-    "cell searcher": Case(write_cell_searcher, lambda f: nas.load_cell_searcher(f / "h.npz"), nas.CellSearcher),
+    "predictor": Case(write_predictor, lambda f: metaopt.load(f / "g.npz"), predictors.TrainedPredictor),
+    "meta optimizer": Case(write_meta_optimizer, lambda f: metaopt.load(f / "g.npz"), blackbox.MetaOptimizer),
+    "cell searcher": Case(write_cell_searcher, lambda f: metaopt.load(f / "h.npz"), nas.CellSearcher),
     "meta architecture": Case(
-        lambda f: nas.save_meta_architecture(f / "h.npz", META, H.init(KEY)),
-        lambda f: nas.load_meta_architecture(f / "h.npz", META),
-        dict,
+        lambda f: metaopt.save(f / "h.npz", nas.TrainedMetaArchitecture(META, H.init(KEY))),
+        lambda f: metaopt.load(f / "h.npz", meta=META),
+        nas.TrainedMetaArchitecture,
     ),
     "evaluation": Case(
-        write_evaluation, lambda f: evaluation.load_evaluation(f / "scores.npz"), evaluation.Evaluation, numbers="any"
+        write_evaluation, lambda f: metaopt.load(f / "scores.npz"), evaluation.Evaluation, numbers="any"
     ),
     "trained network": Case(
         write_network,
-        lambda f: nas.load_trained_network(f / "network.npz", ops=nas.BLOCKS),
+        lambda f: metaopt.load(f / "network.npz", ops=nas.BLOCKS),
         nas.TrainedNetwork,
     ),
     "learned optimizer": Case(
-        lambda f: transforms.save_learned(f / "w.npz", transforms.init_learned(KEY)),
-        lambda f: transforms.load_learned(f / "w.npz"),
-        dict,
+        lambda f: metaopt.save(f / "w.npz", transforms.init_learned(KEY)),
+        lambda f: metaopt.load(f / "w.npz"),
+        transforms.LearnedWeights,
     ),
-    "benchmark": Case(write_benchmark, lambda f: nas.load_benchmark(f / "b.npz"), BENCHMARK, numbers="missing"),
+    "benchmark": Case(write_benchmark, lambda f: metaopt.load(f / "b.npz"), BENCHMARK, numbers="missing"),
     "checkpoint": Case(write_checkpoint, read_checkpoint, (dict, type(None)), share=0.8),
     "space": Case(text_file("space.json", json.dumps(spaces.to_json(SPACE))), read_space, list, "any", share=2),
     "network": Case(
@@ -330,7 +329,7 @@ CASES = {
         nas.CostTable,
     ),
     "split": Case(
-        lambda f: tasks.save_split(f / "split.json", SPLIT), lambda f: tasks.load_split(f / "split.json"), dict
+        lambda f: metaopt.save(f / "split.json", SPLIT), lambda f: metaopt.load(f / "split.json"), tasks.Split
     ),
     "HPO-B": Case(
         text_file("hpob.json", json.dumps(HPOB)),
@@ -863,7 +862,7 @@ def test_a_store_has_a_table_and_no_view_without_end(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "w.npz"
-    transforms.save_learned(path, transforms.init_learned(KEY))
+    metaopt.save(path, transforms.init_learned(KEY))
     before = path.read_bytes()
     with pytest.raises(RuntimeError), _files.replacing(path) as file:
         file.write(b"half")
@@ -874,10 +873,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_arrays_of_another_byte_order_are_read(tmp_path):
     path = tmp_path / "w.npz"
     weights = transforms.init_learned(KEY)
-    transforms.save_learned(path, weights)
+    metaopt.save(path, weights)
     rewritten(
         path, lambda content: content.update({k: x.astype(x.dtype.newbyteorder(">")) for k, x in content.items()})
     )
-    for found, expected in zip(*map(jax.tree.leaves, (transforms.load_learned(path), weights)), strict=True):
+    for found, expected in zip(*map(jax.tree.leaves, (metaopt.load(path), weights)), strict=True):
         np.testing.assert_array_equal(found, expected)
         assert found.dtype.isnative

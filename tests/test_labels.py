@@ -37,7 +37,6 @@ def stacked(y):
 CALLS = {
     "inner.cross_entropy": lambda y: inner.cross_entropy(jnp.zeros((4, 3)), part(y)),
     "a gradient": lambda y: jax.grad(inner.cross_entropy)(jnp.zeros((4, 3)), part(y)),
-    "few_shot.cross_entropy": lambda y: few_shot.cross_entropy(jnp.zeros((4, 3)), part(y)),
     "inner.check_labels": lambda y: inner.check_labels(part(y), 3),
     "prototypes": lambda y: PROTOTYPES.problem.loop.init(KEY, PROTOTYPES.hyperparams({}), part(y)),
     "dataset_embedding": lambda y: PREDICTOR.apply(PREDICTOR.init(KEY), base.Task(part(y), None)),
@@ -55,7 +54,7 @@ def test_labels_outside_the_classes_are_an_error(call):
             call(wrong)
 
 
-@pytest.mark.parametrize("name", ["inner.cross_entropy", "few_shot.cross_entropy", "prototypes", "tasks.stack", "fit"])
+@pytest.mark.parametrize("name", ["inner.cross_entropy", "prototypes", "tasks.stack", "fit"])
 def test_classes_that_a_task_does_not_have_are_an_error(name):
     with pytest.raises(ValueError, match=r'y.* have classes that "class_mask" excludes: \[2\]'):
         CALLS[name]([0, 2, 1, 2])

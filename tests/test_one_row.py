@@ -142,7 +142,7 @@ def few_shot_method(head, normalization, num_blocks):
     num_features = 8 * (4 // 2**num_blocks) ** 2
     params["head"] = {"w": jnp.asarray(RNG.normal(size=(num_features, 2))), "b": jnp.zeros(2)}
     outputs = few_shot.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(outputs(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(outputs(params, batch), batch)
     if head == "cavia":  # the context moves the inputs of the head
         outputs = lambda params, batch: network.features(params, batch)[:, :2] + params["context"][None]
     made = HEADS[head](network.features, loss)
@@ -167,7 +167,7 @@ def features_by_hand():
 
 FEW_SHOT = {
     f"conv4, {kind}": functools.partial(few_shot_method, "prototypical_networks", kind, 1 + (kind == "support"))
-    for kind in few_shot.NORMALIZATIONS
+    for kind in ("batch", "support", "tasknorm", "group", "layer", "none")
 }
 FEW_SHOT |= {"conv4, features by hand": features_by_hand}
 FEW_SHOT |= {

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import metaopt
 from metaopt import (
     base,
     blackbox,
@@ -72,12 +73,15 @@ def assert_same(found, expected, where="it"):
         assert found == expected or (found != found and expected != expected), f"{where}: {found!r} for {expected!r}"
 
 
+def restored(path, value, **parts):
+    metaopt.save(path, value)
+    return metaopt.load(path, **parts), value
+
+
 def predictor(path):
     g = predictors.mlp(SPACE, 2, num_hidden=3)
     scaling = tasks.fit_scaling([{"n": 1.0, "m": 2.0}, {"n": 3.0, "m": 1e6}, {"n": 5.0, "m": 7.0}])
-    saved = predictors.SavedPredictor(g, g.init(KEY), SPACE, scaling)
-    predictors.save(path, g, saved.meta_params, scaling=scaling)
-    return predictors.load(path), saved
+    return restored(path, predictors.TrainedPredictor(g, g.init(KEY), scaling))
 
 
 def meta_optimizer(path):
@@ -91,8 +95,7 @@ def meta_optimizer(path):
     features = {f"t{t}": [float(t), -1.0] for t in range(4)}
     options: Any = {"num_members": 2, "num_steps": 0, "deep_kernels": 1, "transformers": 1, "costs": True}
     g = blackbox.train_meta_optimizer(records, space=space, candidates=pool, features=features, **options)
-    blackbox.save_meta_optimizer(path, g)
-    return blackbox.load_meta_optimizer(path), g
+    return restored(path, g)
 
 
 def cell_searcher(path):
@@ -102,8 +105,7 @@ def cell_searcher(path):
     graph = lambda cell: nas.edge_graph([(0, 1, cell["e0"]), (1, 2, cell["e1"])], output=(2,))
     sizes: Any = {"width": 4, "num_layers": 1, "num_members": 2, "batch_size": 9, "num_steps": 0}
     h = nas.train_cell_searcher(records, graph, features={f"t{t}": [float(t)] for t in range(3)}, **sizes)
-    nas.save_cell_searcher(path, h)
-    return nas.load_cell_searcher(path), h
+    return restored(path, h)
 
 
 def meta_architecture(path):
@@ -113,9 +115,7 @@ def meta_architecture(path):
     options = {"ops": nas.BLOCKS, "optimizer": lambda hyperparams: optax.sgd(0.5), "learn_init": True}
     search = nas.architecture_search(network, (3,), rule, **options)
     meta = nas.meta_architecture_search(search, predictors.mlp({"cell": spaces.real(shape=(1, 2))}, 2))
-    hyperparams = meta.hyperparams(KEY)
-    nas.save_meta_architecture(path, meta, hyperparams)
-    return nas.load_meta_architecture(path, meta), hyperparams
+    return restored(path, nas.TrainedMetaArchitecture(meta, meta.hyperparams(KEY)), meta=meta)
 
 
 def trained_network(path):
@@ -123,38 +123,31 @@ def trained_network(path):
     network = nas.Network({"cell": cell}, (nas.Layer("mlp", 2), nas.Layer("cell", 2)), 2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
     rows = {"x": np.arange(12.0).reshape(4, 3)}
-    saved = nas.trained_network(supernet, supernet.init(KEY), rows)
-    nas.save_trained_network(path, saved)
-    return nas.load_trained_network(path, ops=nas.BLOCKS), saved
+    return restored(path, nas.trained_network(supernet, supernet.init(KEY), rows), ops=nas.BLOCKS)
 
 
 def scores_of_methods(path):
     of = lambda *values: {"one": np.array(values, np.float32), "two": np.array(values)}
     scores = {"a": of([0.0, 0.5], [0.25, 1.0]), "b": of([0.5], [math.nan])}
     flags = {"a": True, "b": False}
-    saved = evaluation.Evaluation(scores, of(5, 5), of(1.0, 2.5), flags, False, of(0.1, 0.2), "accuracy")
-    evaluation.save_evaluation(path, saved)
-    return evaluation.load_evaluation(path), saved
+    marks = of(0.1, 0.2)
+    return restored(path, evaluation.Evaluation(scores, of(5, 5), of(1.0, 2.5), flags, False, marks, "accuracy"))
 
 
 def benchmark(path):
     valid = np.array([[[0.5, 0.25]], [[np.nan, 0.75]]], np.float32)
     table = (("a", "b"), (2, 1), np.array([[0, 0], [1, 0]]), (0.5, 1.0), valid, valid[..., -1], 2 * valid)
-    saved = nas.Benchmark("mine", ("t",), *table, query=lambda *_: (0.0, 0.0))
-    nas.save_benchmark(saved, path)
-    return nas.load_benchmark(path), saved
+    return restored(path, nas.Benchmark("mine", ("t",), *table, query=lambda *_: (0.0, 0.0)))
 
 
 def split(path):
-    saved = {"train": {"letters": {"classes": ["a", "é"]}}, "test": {"letters": {"rows": [0, 3]}, "digits": {}}}
-    tasks.save_split(path, saved)
-    return tasks.load_split(path), saved
+    parts = {"train": {"letters": {"classes": ["a", "é"]}}, "test": {"letters": {"rows": [0, 3]}, "digits": {}}}
+    return restored(path, tasks.Split(parts))
 
 
 def learned_transform(path):
-    weights = jax.tree.map(np.asarray, transforms.init_learned(KEY))  # `load_learned` reads NumPy's arrays
-    transforms.save_learned(path, weights)
-    return transforms.load_learned(path), weights
+    weights = transforms.init_learned(KEY)
+    return restored(path, jax.tree.map(np.asarray, weights))  # it comes back as NumPy's arrays
 
 
 def store(path):
@@ -177,15 +170,15 @@ def network(path):
 
 
 MEMBERS = {
-    "predictors.save": predictor,
-    "blackbox.save_meta_optimizer": meta_optimizer,
-    "nas.save_cell_searcher": cell_searcher,
-    "nas.save_meta_architecture": meta_architecture,
-    "evaluation.save_evaluation": scores_of_methods,
-    "nas.save_trained_network": trained_network,
-    "nas.save_benchmark": benchmark,
-    "tasks.save_split": split,
-    "transforms.save_learned": learned_transform,
+    "predictors.TrainedPredictor": predictor,
+    "blackbox.MetaOptimizer": meta_optimizer,
+    "nas.CellSearcher": cell_searcher,
+    "nas.TrainedMetaArchitecture": meta_architecture,
+    "evaluation.Evaluation": scores_of_methods,
+    "nas.TrainedNetwork": trained_network,
+    "nas.Benchmark": benchmark,
+    "tasks.Split": split,
+    "transforms.LearnedWeights": learned_transform,
     "blackbox.append_records": store,
     "blackbox.records_to_frame": frame,
     "spaces.to_json": space,
@@ -198,11 +191,16 @@ def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_pat
     assert_same(*MEMBERS[name](tmp_path / "file"))
 
 
-def test_every_public_pair_is_a_member():
+def test_everything_that_can_be_saved_is_a_member():
     rooms = (blackbox, evaluation, few_shot, nas, predictors, spaces, tasks, training, transforms)
     public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}
-    pairs = {name for name in public if name.split(".")[1].split("_")[0] == "save" or name.endswith(".to_json")}
-    assert pairs <= MEMBERS.keys() <= public and all(inspect.isfunction(member) for member in MEMBERS.values())
+    with pytest.raises(TypeError, match="it saves") as error:
+        metaopt.save("never", object())
+    types = str(error.value).split("it saves ")[1].rstrip(".").split(", ")
+    names = {name for name in public if name.split(".")[1] in types}
+    assert len(names) == len(types)
+    texts = {name for name in public if name.endswith(".to_json")}
+    assert names | texts <= MEMBERS.keys() <= public and all(map(inspect.isfunction, MEMBERS.values()))
 
 
 def test_a_loaded_scaling_is_what_apply_scaling_takes(tmp_path):

@@ -73,7 +73,7 @@ def convolutional(settings) -> tuple[Any, base.Task, Callable, Callable]:
     params = network.init(jax.random.key(0))
     depth = settings.filters * (settings.size // 2**settings.blocks) ** 2
     params["head"] = {"w": jax.random.normal(jax.random.key(1), (depth, 5)) / depth**0.5, "b": jnp.zeros(5)}
-    loss = lambda head, z, batch: few_shot.cross_entropy(z @ head["w"] + head["b"], batch)
+    loss = lambda head, z, batch: inner.cross_entropy(z @ head["w"] + head["b"], batch)
     return params, batch, network.features, loss
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
-from metaopt import base, few_shot, hypergrad
+from metaopt import base, few_shot, hypergrad, inner
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "results" / "conv4.md"
@@ -67,7 +67,7 @@ def data(num_tasks: int, size: int) -> base.Task:
     return base.Task(part(1), part(QUERY))
 
 
-def network_of(settings) -> few_shot.Network:
+def network_of(settings) -> few_shot.ConvNet:
     return few_shot.conv4(num_filters=settings.filters, num_blocks=settings.blocks, downsampling=settings.downsampling)
 
 
@@ -75,7 +75,7 @@ def programs(settings, params, tasks) -> dict:
     """Returns name -> `params -> ` the gradient of the mean query loss."""
     network = network_of(settings)
     head = few_shot.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
 
     def one(params, task):
         grads = jax.grad(loss)(params, None, task.train)

@@ -11,6 +11,7 @@
 """
 
 from metaopt.blackbox import (
+    _saved,
     lightning,
 )
 from metaopt.blackbox._asha import (
@@ -61,10 +62,6 @@ from metaopt.blackbox._records import (
     read_records,
     recover_records,
 )
-from metaopt.blackbox._saved import (
-    load_meta_optimizer,
-    save_meta_optimizer,
-)
 from metaopt.blackbox._sklearn import (
     sklearn_model,
     sklearn_objective,
@@ -89,6 +86,7 @@ __all__ = [
     "Outcomes",
     "Pruned",
     "TrialTable",
+    "_saved",
     "append_records",
     "asha",
     "bohb",
@@ -98,7 +96,6 @@ __all__ = [
     "from_openml_evaluations",
     "from_optuna_study",
     "lightning",
-    "load_meta_optimizer",
     "optuna_sampler",
     "random_search",
     "read_records",
@@ -106,7 +103,6 @@ __all__ = [
     "records_to_frame",
     "recover_records",
     "regularized_evolution",
-    "save_meta_optimizer",
     "sklearn_model",
     "sklearn_objective",
     "table_records",

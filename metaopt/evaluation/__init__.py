@@ -1,5 +1,6 @@
-"""evaluation"""
+"""Compares methods on the same episodes or tables: means, paired differences, intervals, ranks and leaderboards."""
 
+from metaopt.evaluation import _saved as _saved  # registers `Evaluation` for `metaopt.save`
 from metaopt.evaluation._evaluations import (
     Evaluation,
     average_ranks,
@@ -9,11 +10,8 @@ from metaopt.evaluation._evaluations import (
     mean_scores,
     paired_differences,
 )
-from metaopt.evaluation._saved import load_evaluation, save_evaluation
 
 __all__ = [
-    "load_evaluation",
-    "save_evaluation",
     "Evaluation",
     "average_ranks",
     "by_number",

@@ -1,6 +1,5 @@
-"""Checks of `adaptation`: rates, patterns, λ and tasks of the wrong kind."""
+"""Checks of an adaptation: options of unrolling, and at trace time λ, tasks, and the leaves that adapt."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,46 +7,32 @@ import jax
 import numpy as np
 
 from metaopt import _checks, tasks
-from metaopt._jaxpr import Tracer
+from metaopt.few_shot import _leaves
 
 
-def check_pattern(name: str, pattern: Any) -> None:
-    """Raises ValueError unless `pattern` is a regular expression."""
-    if not isinstance(pattern, (str, re.Pattern)):
-        raise ValueError(f'`{name}` must be a regular expression, such as "w2|b2"; got {pattern!r}.')
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"`{name}` must be a regular expression; got {pattern!r}: {error}.") from error
+def check_unrolling(order: Any, outer: Any, remat: str, rule: Any) -> None:
+    """Raises ValueError if `order` is unknown, or if options of unrolling are combined with another rule."""
+    is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
+    if order not in ("first", "second") and not (is_number and order >= 0):
+        raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
+    judged_last = isinstance(outer, str) and outer == "last"
+    if rule is not None and not (order == "second" and judged_last and remat == "none"):
+        raise ValueError(
+            "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
+        )
 
 
-def check_rate(rate: Any, *, learned: bool) -> None:
-    """Raises ValueError if a rate is not a finite number.
-
-    A fixed rate may also be anything else that the optimizer takes, except text.
-    """
-    for leaf in [rate] if learned else jax.tree.leaves(rate):
-        try:
-            wrong = isinstance(leaf, (str, bytes)) or not np.isfinite(np.asarray(leaf, float)).all()
-        except (TypeError, ValueError):
-            wrong = learned and not isinstance(leaf, Tracer)
-        if wrong:
-            raise ValueError(
-                f"`rate` must be a finite number{' where it is learned' if learned else ''}; got {rate!r}."
-            )
-
-
-def check_hyperparams(hyperparams: Any, *names: str) -> None:
-    """Raises ValueError if λ lacks one of `names`, which are "init" and possibly "rate"."""
+def check_hyperparams(hyperparams: Any, *, learned_rates: bool) -> None:
+    """Raises ValueError if λ lacks "init", or "rate" where rates are learned."""
     is_dict = isinstance(hyperparams, Mapping)
-    if is_dict and all(name in hyperparams for name in names):
+    if is_dict and "init" in hyperparams and ("rate" in hyperparams or not learned_rates):
         return
-    found = f"a dict of {[*hyperparams]}" if is_dict else type(hyperparams).__name__
-    rates = ' and the learned rates as "rate"' if "rate" in names else ""
+    got = f"a dict of {[*hyperparams]}" if is_dict else type(hyperparams).__name__
+    rates = ' and the learned rates as "rate"' if learned_rates else ""
     other = "Is it from an adaptation whose rates are fixed?" if is_dict and "init" in hyperparams else ""
     raise ValueError(
         f'λ must be a dict with the meta-parameters as "init"{rates}, as `a.hyperparams(meta_params)` returns '
-        f"for an adaptation `a`; got {found}. {other or 'Did you pass only the meta-parameters?'}"
+        f"for an adaptation `a`; got {got}. {other or 'Did you pass only the meta-parameters?'}"
     )
 
 
@@ -76,4 +61,37 @@ def check_task(task: Any) -> None:
         raise ValueError(
             "This estimator takes tasks `base.Task(train, valid)`; got an `Episode`: pass its `.task`. For a sampler "
             "of episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
+        )
+
+
+def check_leaves(spec: Any, params: Any, made: Any, meta_leaves: Mapping[Any, Any]) -> None:
+    """Raises ValueError if the patterns or the options of an adaptation do not fit the leaves that `init` returned.
+
+    Args:
+      spec: the `Spec`.
+      params: all leaves that `init` returned.
+      made: the leaves that it made and that do not adapt, with None in place of the others.
+      meta_leaves: the leaves of λ["init"] by path.
+    """
+    leaves = _leaves.by_path(params)
+    adapting = [path for path in leaves if _leaves.matches(spec.adapt, path)]
+    if not adapting:
+        names = [*map(_leaves.name, leaves)]
+        raise ValueError(f"`adapt` must match at least one leaf: {spec.adapt.pattern!r} matches none of {names}.")
+    if spec.leaves_per_step is not None:
+        both = [_leaves.name(path) for path in adapting if _leaves.matches(spec.leaves_per_step, path)]
+        if both:
+            raise ValueError(f"Leaves with a value for each step cannot adapt: {both}. Exclude them from `adapt`.")
+    # A leaf of λ["init"] is identified by its keys, so `init` must not pass it on under other keys.
+    hint = 'If `init` only passed them on, it must return them in the containers and under the keys of λ["init"]'
+    new = [_leaves.name(path) for path in adapting if path not in meta_leaves]
+    if spec.proximal and new:
+        raise ValueError(
+            f'`proximal` is the distance from λ["init"], which lacks the leaves {new} that `init` returned: let them '
+            f"not adapt (`adapt`), or leave out `proximal`. {hint}."
+        )
+    if spec.has_rule and jax.tree.leaves(made):
+        raise ValueError(
+            f"`init` made the leaves {[*map(_leaves.name, _leaves.by_path(made))]}, which do not adapt, and a `rule` "
+            f"sees no derivative through them: let them adapt (`adapt`), or leave out the `rule`. {hint}."
         )

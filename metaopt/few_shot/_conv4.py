@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks
-from metaopt.few_shot._adaptation import after_steps
+from metaopt.few_shot._phase import after_steps
 
 NORMALIZATIONS = ("batch", "support", "tasknorm", "group", "layer", "none")
 _GROUPS = 8
 _EPSILON = 1e-5
 
 
-class Network(NamedTuple):
+class ConvNet(NamedTuple):
     """A network as plain functions over a pytree.
 
     Attributes:
@@ -39,7 +38,7 @@ def conv4(
     num_channels: int = 1,
     num_steps: int | None = None,
     downsampling: str = "pool",
-) -> Network:
+) -> ConvNet:
     """Blocks of a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling; four blocks of 64 filters are usual.
 
         h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over positions and
@@ -83,17 +82,18 @@ def conv4(
         operations.
 
     Returns:
-      A `Network`. `features` are [N, D]: the flattened output of the last block, or with "stride" its mean over
+      A `ConvNet`. `features` are [N, D]: the flattened output of the last block, or with "stride" its mean over
       positions. All leaves are floating-point numbers; the network is differentiable in any mode.
 
     Raises:
-      ValueError: if an argument is out of range. At trace time, if the images are not [N, H, W, C], if they are too
-        small for `num_blocks`, or if the support set is needed and was not kept.
+      ValueError: if `normalization` or `downsampling` is unknown. At trace time, if the images are too small for
+        `num_blocks`, or if the support set is needed and was not kept.
 
     Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
 
     >>> import jax, jax.numpy as jnp
-    >>> network = conv4(num_filters=16, normalization="group")
+    >>> from metaopt import few_shot
+    >>> network = few_shot.conv4(num_filters=16, normalization="group")
     >>> batch = {"x": jnp.ones((3, 28, 28)), "mask": jnp.ones(3)}
     >>> network.features(network.init(jax.random.key(0)), batch).shape
     (3, 16)
@@ -102,93 +102,103 @@ def conv4(
         raise ValueError(
             f"`normalization` must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}."
         )
-    for name, value in {"num_filters": num_filters, "num_blocks": num_blocks, "num_channels": num_channels}.items():
-        _checks.check_integer(name, value, 1)
-    _checks.check_integer("num_steps", num_steps, 1, optional=True)
     if downsampling not in ("pool", "stride"):
         raise ValueError(f'`downsampling` must be "pool" or "stride"; got {downsampling!r}.')
-    strided = downsampling == "stride"
-    if normalization == "group" and num_filters % _GROUPS:
-        raise ValueError(f"`num_filters` must be a multiple of {_GROUPS} for group normalization; got {num_filters}.")
-    needs_support = normalization in ("support", "tasknorm")
+    layout = _Layout(normalization, num_filters, num_blocks, num_channels, num_steps, downsampling == "stride")
+    return ConvNet(lambda key: _init(layout, key), lambda params, batch: _features(layout, params, batch))
 
-    def init(key):
-        params = {}
-        lead = () if num_steps is None else (num_steps,)
-        for i, block_key in enumerate(jax.random.split(key, num_blocks)):
-            depth = num_channels if i == 0 else num_filters
-            w = jax.random.normal(block_key, (3, 3, depth, num_filters), jnp.float32) * (2 / (9 * depth)) ** 0.5
-            block = {"w": w, "shift": jnp.zeros((*lead, num_filters), jnp.float32)}
-            if normalization != "none":
-                block["scale"] = jnp.ones((*lead, num_filters), jnp.float32)
-            if normalization == "tasknorm":
-                block["mix"] = jnp.zeros(2, jnp.float32)  # a, b
-            params[f"block{i}"] = block
-        return params
 
-    def features(params, batch):
-        dtype = params["block0"]["w"].dtype
-        x, mask = (batch[name].astype(dtype) for name in ("x", "mask"))
-        support = params.get("support") if needs_support else None
-        if needs_support and support is None and after_steps():
-            raise ValueError(
-                f'`conv4(normalization="{normalization}")` sees a query set without the support set, whose statistics '
-                "it is to be normalized by: with the query set's own the method would be transductive. Give the method "
-                '`keep_support=True`; or ask for statistics of the set at hand, `normalization="batch"`.'
-            )
-        if x.ndim not in (3, 4) or (*x.shape, 1)[3] != num_channels:  # [N, H, W] has one channel
-            raise ValueError(
-                f"`conv4(num_channels={num_channels})` takes images [N, H, W, {num_channels}]"
-                f"{' or [N, H, W]' * (num_channels == 1)}, channels last; got {x.shape}."
-            )
-        if support is not None:  # both sets, normalized by the statistics of the support set
-            x, mask = (
-                jnp.concatenate([support["x"].astype(dtype), x]),
-                jnp.append(support["mask"].astype(dtype), 0 * mask),
-            )
-        x = x.reshape(*x.shape[:3], num_channels)
-        if not strided and min(x.shape[1:3]) < 2**num_blocks:
-            raise ValueError(
-                f"Images of {x.shape[1:3]} are too small for {num_blocks} blocks, each of which halves them."
-            )
-        for i in range(num_blocks):
-            block = params[f"block{i}"]
-            strides, padding = ((2, 2) if strided else (1, 1)), ((1, 1), (1, 1))
-            x = jax.lax.conv_general_dilated(
-                x, block["w"], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            shift, by = block["shift"].reshape(1, 1, 1, -1), jnp.ones((1, 1, 1, 1), dtype)
-            if normalization != "none":
-                mean, variance = _moments(x, mask, block)
-                by = jax.lax.rsqrt(variance + _EPSILON) * block["scale"].reshape(1, 1, 1, -1)
-                shift = shift - mean * by
-            if strided:
-                x = jax.nn.relu(x * by + shift)
-                continue
-            # max(relu(x by + shift)) = relu(max(x by) + shift): after the maximum, a quarter of the entries is left.
-            sign = jnp.where(by < 0, -1, 1).astype(dtype)
-            x = jax.lax.reduce_window(x * sign, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-            x = jax.nn.relu(x * (sign * by) + shift)
-        x = x.mean((1, 2)) if strided else x.reshape(len(x), -1)
-        return x if support is None else x[len(support["x"]) :]
+class _Layout(NamedTuple):
+    """The arguments of `conv4`."""
 
-    def _moments(x, mask, block):
-        if normalization in ("group", "layer"):
-            groups = _GROUPS if normalization == "group" else 1
-            parts = x.reshape(*x.shape[:3], groups, -1)
-            mean, variance = parts.mean((1, 2, 4)), parts.var((1, 2, 4))  # [N, groups]
-            return tuple(jnp.repeat(m, num_filters // groups, axis=1)[:, None, None] for m in (mean, variance))
-        weights = (mask / mask.sum())[:, None, None, None]
-        over = lambda x: (weights * x.mean((1, 2), keepdims=True)).sum(
-            0, keepdims=True
-        )  # the mean over pixels comes first, so no number of pixels overflows
-        mean = over(x)
-        variance = over((x - mean) ** 2)
-        if normalization != "tasknorm":
-            return mean, variance
-        own = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # each example's own moments
-        alpha = jax.nn.sigmoid(block["mix"][0] * mask.sum() + block["mix"][1])
-        both = alpha * mean + (1 - alpha) * own[0]
-        return both, alpha * (variance + (mean - both) ** 2) + (1 - alpha) * (own[1] + (own[0] - both) ** 2)
+    normalization: str
+    num_filters: int
+    num_blocks: int
+    num_channels: int
+    num_steps: int | None
+    strided: bool
 
-    return Network(init, features)
+
+def _init(layout: _Layout, key: jax.Array) -> dict[str, Any]:
+    params = {}
+    num_filters, lead = layout.num_filters, () if layout.num_steps is None else (layout.num_steps,)
+    for i, block_key in enumerate(jax.random.split(key, layout.num_blocks)):
+        depth = layout.num_channels if i == 0 else num_filters
+        w = jax.random.normal(block_key, (3, 3, depth, num_filters), jnp.float32) * (2 / (9 * depth)) ** 0.5
+        block = {"w": w, "shift": jnp.zeros((*lead, num_filters), jnp.float32)}
+        if layout.normalization != "none":
+            block["scale"] = jnp.ones((*lead, num_filters), jnp.float32)
+        if layout.normalization == "tasknorm":
+            block["mix"] = jnp.zeros(2, jnp.float32)  # a, b
+        params[f"block{i}"] = block
+    return params
+
+
+def _features(layout: _Layout, params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+    dtype = params["block0"]["w"].dtype
+    x, mask = (batch[name].astype(dtype) for name in ("x", "mask"))
+    support = _support(layout, params)
+    if support is not None:  # both sets, normalized by the statistics of the support set
+        x = jnp.concatenate([support["x"].astype(dtype), x])
+        mask = jnp.append(support["mask"].astype(dtype), 0 * mask)
+    x = x.reshape(*x.shape[:3], layout.num_channels)  # [N, H, W] has one channel
+    if not layout.strided and min(x.shape[1:3]) < 2**layout.num_blocks:
+        raise ValueError(
+            f"Images of {x.shape[1:3]} are too small for {layout.num_blocks} blocks, each of which halves them."
+        )
+    for i in range(layout.num_blocks):
+        x = _apply_block(layout, params[f"block{i}"], x, mask)
+    x = x.mean((1, 2)) if layout.strided else x.reshape(len(x), -1)
+    return x if support is None else x[len(support["x"]) :]
+
+
+def _support(layout: _Layout, params: Mapping[str, Any]) -> Mapping[str, jax.Array] | None:
+    """The support set that normalizes, if there is one. Raises ValueError if it is missing for a query set."""
+    if layout.normalization not in ("support", "tasknorm"):
+        return None
+    support = params.get("support")
+    if support is None and after_steps():
+        raise ValueError(
+            f'`conv4(normalization="{layout.normalization}")` normalizes a query set by the support set, which is '
+            "missing; by its own statistics the method would be transductive. Pass `keep_support=True` to the method, "
+            'or use `normalization="batch"` for statistics of the query set.'
+        )
+    return support
+
+
+def _apply_block(layout: _Layout, block: Mapping[str, jax.Array], x: jax.Array, mask: jax.Array) -> jax.Array:
+    strides, padding = ((2, 2) if layout.strided else (1, 1)), ((1, 1), (1, 1))
+    x = jax.lax.conv_general_dilated(x, block["w"], strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    shift, scale = block["shift"].reshape(1, 1, 1, -1), jnp.ones((1, 1, 1, 1), x.dtype)
+    if layout.normalization != "none":
+        mean, variance = _moments(layout, x, mask, block)
+        scale = jax.lax.rsqrt(variance + _EPSILON) * block["scale"].reshape(1, 1, 1, -1)
+        shift = shift - mean * scale
+    if layout.strided:
+        return jax.nn.relu(x * scale + shift)
+    # max(relu(x scale + shift)) = relu(max(x scale) + shift): after the maximum, a quarter of the entries is left.
+    sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
+    x = jax.lax.reduce_window(x * sign, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return jax.nn.relu(x * (sign * scale) + shift)
+
+
+def _moments(
+    layout: _Layout, x: jax.Array, mask: jax.Array, block: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance that normalize x [N, H, W, C], which broadcast against it."""
+    if layout.normalization in ("group", "layer"):
+        groups = _GROUPS if layout.normalization == "group" else 1
+        parts = x.reshape(*x.shape[:3], groups, -1)
+        repeated = lambda m: jnp.repeat(m, layout.num_filters // groups, axis=1)[:, None, None]  # of [N, groups]
+        return repeated(parts.mean((1, 2, 4))), repeated(parts.var((1, 2, 4)))
+    weights = (mask / mask.sum())[:, None, None, None]
+    # The mean over pixels comes first, so no number of pixels overflows.
+    mean_of = lambda x: (weights * x.mean((1, 2), keepdims=True)).sum(0, keepdims=True)
+    mean = mean_of(x)
+    variance = mean_of((x - mean) ** 2)
+    if layout.normalization != "tasknorm":
+        return mean, variance
+    own_mean, own_variance = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)  # of each example
+    alpha = jax.nn.sigmoid(block["mix"][0] * mask.sum() + block["mix"][1])
+    both = alpha * mean + (1 - alpha) * own_mean
+    return both, alpha * (variance + (mean - both) ** 2) + (1 - alpha) * (own_variance + (own_mean - both) ** 2)

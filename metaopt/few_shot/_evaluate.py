@@ -14,7 +14,7 @@ has size one. With `inner.run` and `trace_fn`, a method is
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,85 +24,14 @@ from jax.tree_util import Partial
 from metaopt import _checks, base, tasks
 from metaopt._progress import Report, report_progress
 from metaopt.evaluation import Evaluation
+from metaopt.few_shot._scores import HIGHER_IS_BETTER, accuracy
+from metaopt.few_shot._transductive import blank, differ, of_rows
 
 
 class AdaptFn(Protocol):
     def __call__(self, key: jax.Array, support: dict[str, jax.Array], query: dict[str, jax.Array]) -> jax.Array:
         """Returns outputs [T + 1, Q, ...] after 0..T steps on the support set, for a query set without labels."""
         ...
-
-
-def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
-    """The share of real query examples whose class has the largest output among the classes of the episode.
-
-    An example with a NaN among its outputs counts as wrong, so a diverging method is scored and not left out.
-
-    Args:
-      outputs: [Q, W].
-      query: with "y", "mask" and "class_mask", as in episodes.
-
-    Returns:
-      [], in [0, 1].
-
-    Raises:
-      ValueError: if the query set has no classes, or if outputs have another shape.
-    """
-    if "class_mask" not in query:
-        raise ValueError(
-            '`accuracy` needs episodes with classes, whose query sets have "class_mask"; this one has '
-            f"{sorted(query)}. For regression use another score, such as `score_fn=few_shot.mean_squared_error`."
-        )
-    whole = (*query["y"].shape, *query["class_mask"].shape)
-    if outputs.shape != whole:  # [W] and [Q, 1] would broadcast
-        raise ValueError(
-            f"The method's outputs must be [Q, W] = {whole}, one for each query example and class, after each step; "
-            f"got {outputs.shape}."
-        )
-    among = jnp.where(query["class_mask"][None] > 0, outputs, -jnp.inf)
-    right = (jnp.argmax(among, axis=-1) == query["y"]) & ~jnp.isnan(among).any(axis=-1)
-    return (right * query["mask"]).sum() / query["mask"].sum()
-
-
-def mean_squared_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean squared error over the real query examples.
-
-    Args:
-      outputs: shaped like `query["y"]`.
-      query: with "y" and "mask".
-
-    Returns:
-      [], in squared units of y.
-    """
-    return _masked_mean((_like(outputs, query["y"]) - query["y"]) ** 2, query["mask"])
-
-
-def mean_absolute_error(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean absolute error over the real query examples.
-
-    Args:
-      outputs: shaped like `query["y"]`.
-      query: with "y" and "mask".
-
-    Returns:
-      [], in units of y.
-    """
-    return _masked_mean(abs(_like(outputs, query["y"]) - query["y"]), query["mask"])
-
-
-def _like(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    if outputs.shape != y.shape:  # [Q, 1] and [Q] would broadcast
-        raise ValueError(
-            f"The method's outputs must have the shape of the labels, {y.shape}, after each step; got {outputs.shape}."
-        )
-    return outputs
-
-
-def _masked_mean(errors: jax.Array, mask: jax.Array) -> jax.Array:
-    mask = mask.reshape(-1, *[1] * (errors.ndim - 1)) * jnp.ones_like(errors)
-    return jnp.where(mask > 0, errors, 0).sum() / mask.sum()
-
-
-HIGHER_IS_BETTER: dict[Callable, bool] = {accuracy: True, mean_squared_error: False, mean_absolute_error: False}
 
 
 def evaluate_episodes(
@@ -147,30 +76,13 @@ def evaluate_episodes(
       An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
 
     Raises:
-      ValueError: if `methods` is not a dict of functions, if there is no method or no source, or if a number is below
-        1. Also if `higher_is_better` is missing and the score is unknown. Also if a sampler draws users with
-        replacement or has fewer than `each`, or if a label is not one of its episode's classes. At trace time, if a
-        sampler does not return an episode, or if outputs have no axis of steps or a shape that the score does not
-        take. Also if there are Q classes and a leaf could belong to either examples or classes.
+      ValueError: if `higher_is_better` is missing and the score is unknown.
+      ValueError: if a sampler draws users with replacement or has fewer than `each`, or if a label is not one of its
+        episode's classes.
+      ValueError: at trace time, if a sampler returns a batch of episodes, if outputs have no axis of steps or a shape
+        that the score does not take, or if there are Q classes and a leaf could belong to either examples or classes.
     """
-    if not isinstance(methods, Mapping):
-        raise ValueError(f'`methods` must be a dict, such as `{{"MAML": method}}`; got {type(methods).__name__}.')
-    if not methods:
-        raise ValueError("`methods` must hold at least one method; it is empty.")
-    for name, method in methods.items():
-        if not callable(method):
-            raise ValueError(
-                f"The method {name!r} must be a function `(key, support, query) -> outputs`; got "
-                f"{type(method).__name__}. For an `Adaptation`, use "
-                "`few_shot.adapted(adaptation, hyperparams, predict)`."
-            )
-    if not isinstance(samplers, Mapping):
-        samplers = {"episodes": samplers}
-    if not samplers:
-        raise ValueError("`samplers` must hold at least one source; it is empty.")
-    _checks.check_integer("num_episodes", num_episodes, 1)
-    _checks.check_integer("chunk_size", chunk_size, 1)
-    _checks.check_integer("each", each, 1, optional=True)
+    samplers = samplers if isinstance(samplers, Mapping) else {"episodes": samplers}
     if higher_is_better is None:
         higher_is_better = next((better for fn, better in HIGHER_IS_BETTER.items() if fn is score_fn), None)
         if higher_is_better is None:
@@ -179,101 +91,107 @@ def evaluate_episodes(
                 "for an error."
             )
     num_episodes = num_episodes if each is None else each
-    chunk_size = min(chunk_size, num_episodes)
     jitted = {name: jax.jit(jax.vmap(_scored(name, method, score_fn))) for name, method in methods.items()}
     transductive = dict.fromkeys(methods, False)
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
     ways, shots, marks = ({} for _ in range(3))
     total, text = num_episodes * len(samplers), "{source}: {method}"
-    compiled: set = set()
     with report_progress(total, progress, text, unit="episode", source="", method="") as report:
-        for number, (source, sample) in enumerate(samplers.items()):
-
-            def judged(name, num, number=number, source=source):
-                report(num_episodes * number + num, source=source, method=name)
-
-            def compile_once(name, *args):
-                _compile_once(jitted[name], name, args, compiled, report)
-
+        run = _Run(jitted, num_episodes, min(chunk_size, num_episodes), each is not None, report, set())
+        for i, (source, sample) in enumerate(samplers.items()):
             # The key depends on the source's name, so adding another source before it changes nothing.
             source_key = jax.random.fold_in(key, zlib.crc32(str(source).encode()))
-            asked = [name for name in methods if not transductive[name]]  # one source may not show it
-            of_source, numbers, found = _of_source(
-                jitted, sample, source_key, num_episodes, chunk_size, each is not None, asked, judged, compile_once
-            )
-            ways[source], shots[source], marks[source] = (numbers[name] for name in ("ways", "shots", "marks"))
-            num_users = len(np.unique(numbers["users"]))
+            unknown = [name for name in methods if not transductive[name]]  # one source may not show it
+            judged = _judge_source(run, source, sample, source_key, unknown, num_episodes * i)
+            num_users = len(np.unique(judged.numbers["users"]))
             if each is not None and num_users < each:
                 raise ValueError(
                     f"`each` must be the number of users: the sampler of {source!r} has {num_users}, so with "
                     f"each={each} some users count more than once, and confidence intervals are too narrow."
                 )
-            transductive |= found
+            ways[source], shots[source], marks[source] = (judged.numbers[name] for name in ("ways", "shots", "marks"))
+            transductive |= judged.transductive
             for name in methods:
-                scores[name][source] = of_source[name]
+                scores[name][source] = judged.scores[name]
     return Evaluation(scores, ways, shots, transductive, higher_is_better, marks, _name(score_fn))
 
 
-def _compile_once(method: Any, name: str, args: tuple, compiled: set, report: Report) -> None:
-    """Compiles a jitted method for arguments of new shapes. JAX keeps the result for the following call."""
-    kind = name, str(jax.eval_shape(lambda *args: args, *args))
-    if kind not in compiled:
-        with report.compiling(name):
-            method.trace(*args).lower().compile()
-        compiled.add(kind)
+class _Run(NamedTuple):
+    """The parts of a call of `evaluate_episodes` that all sources share."""
+
+    methods: Mapping[str, Any]  # jitted; they take a chunk of episodes
+    num_episodes: int
+    chunk_size: int
+    by_number: bool  # whether samplers take the number of a user
+    report: Report
+    compiled: set  # names of methods with the types of their arguments
 
 
-def _name(function: Callable) -> str:
-    if isinstance(function, functools.partial):  # its arguments are in the name, because they change the score
-        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
-        return f"{_name(function.func)}({', '.join(given)})" if given else _name(function.func)
-    return str(getattr(function, "__name__", type(function).__name__))
+class _Judged(NamedTuple):
+    """The results of one source.
 
-
-def _of_source(
-    jitted: Mapping[str, Callable],
-    sample: Callable,
-    key: jax.Array,
-    num_episodes: int,
-    chunk_size: int,
-    by_number: bool,
-    asked: Sequence[str],
-    judged: Callable[[str, float], None],
-    compile_once: Callable[..., None],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, bool]]:
-    """Returns scores of all methods [E, T + 1]; numbers [E] of the episodes; and which of `asked` are transductive.
-
-    `judged` is called after each method with the number of finished episodes; a chunk counts in part until all methods
-    have run. `compile_once` is called before each method, with its arguments.
+    Attributes:
+      scores: method -> [E, T + 1].
+      numbers: "ways", "shots", "marks" and "users" of the episodes, each [E].
+      transductive: method -> whether it is transductive, for the methods of which this was unknown.
     """
+
+    scores: dict[str, np.ndarray]
+    numbers: dict[str, np.ndarray]
+    transductive: dict[str, bool]
+
+
+def _judge_source(
+    run: _Run, source: str, sample: Callable, key: jax.Array, unknown: Sequence[str], num_before: int
+) -> _Judged:
+    """Scores all methods on the episodes of one source, after `num_before` episodes of other sources."""
     # Separate keys for drawing episodes, for the methods and for the order of query examples.
+    num_episodes, chunk_size = run.num_episodes, run.chunk_size
     draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in jax.random.split(key, 3))
     # An argument of the program, so that the data of a sampler that exposes them (`tasks.episodes`) are not constants.
     sample = sample if isinstance(sample, Partial) else Partial(sample)
-    draw = jax.jit(jax.vmap(functools.partial(_shuffled, by_number), in_axes=(None, 0, 0, 0)))
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in jitted}
+    draw = jax.jit(jax.vmap(functools.partial(_shuffled, run.by_number), in_axes=(None, 0, 0, 0)))
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in run.methods}
     numbers: dict[str, list[np.ndarray]] = {name: [] for name in ("ways", "shots", "marks", "users")}
     transductive = {}
     for done in range(0, num_episodes, chunk_size):
         # The last chunk is filled up with episodes that are already done, so that there is one program.
         start = min(done, num_episodes - chunk_size)
         chunk, new = slice(start, start + chunk_size), slice(done - start, None)
-        support, query, told = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
+        support, query, facts = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
         _checks.check_task_labels("episode", {"support": support, "query": query})
-        for place, (name, run) in enumerate(jitted.items()):
-            compile_once(name, method_keys[chunk], support, query)
-            score, outputs = run(method_keys[chunk], support, query)
+        for i, (name, method) in enumerate(run.methods.items()):
+            _compile_once(run, name, (method_keys[chunk], support, query))
+            score, outputs = method(method_keys[chunk], support, query)
             scores[name].append(np.asarray(score)[new])
-            if start == 0 and name in asked:
-                again = run(method_keys[chunk], support, _blank(query))[1]
-                transductive[name] = _differ(outputs, again, query)
-            judged(name, done + (place + 1) / len(jitted) * len(scores[name][-1]))
+            if start == 0 and name in unknown:
+                outputs_of_blank = method(method_keys[chunk], support, blank(query))[1]
+                transductive[name] = differ(outputs, outputs_of_blank, query)
+            # A chunk counts in part until all methods have run.
+            num_done = num_before + done + (i + 1) / len(run.methods) * len(scores[name][-1])
+            run.report(num_done, source=source, method=name)
         way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
-        told |= {"ways": way, "shots": np.asarray(support["mask"]).sum(axis=1) / way}
-        for name, of_chunk in told.items():
+        facts |= {"ways": way, "shots": np.asarray(support["mask"]).sum(axis=1) / way}
+        for name, of_chunk in facts.items():
             numbers[name].append(np.asarray(of_chunk)[new])
-    joined = lambda found: {name: np.concatenate(chunks) for name, chunks in found.items()}
-    return joined(scores), joined(numbers), transductive
+    joined = lambda parts: {name: np.concatenate(chunks) for name, chunks in parts.items()}
+    return _Judged(joined(scores), joined(numbers), transductive)
+
+
+def _compile_once(run: _Run, name: str, args: tuple) -> None:
+    """Compiles a method for arguments of new shapes. JAX keeps the result for the following call."""
+    kind = name, str(jax.eval_shape(lambda *args: args, *args))
+    if kind not in run.compiled:
+        with run.report.compiling(name):
+            run.methods[name].trace(*args).lower().compile()
+        run.compiled.add(kind)
+
+
+def _name(function: Callable) -> str:
+    if isinstance(function, functools.partial):  # its arguments are in the name, because they change the score
+        arguments = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"{_name(function.func)}({', '.join(arguments)})" if arguments else _name(function.func)
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _shuffled(
@@ -296,7 +214,7 @@ def _shuffled(
     _check_leaves(query, size)
     places = jnp.where(query["mask"] > 0, jax.random.uniform(order_key, (size,)), 2.0)  # padding stays last
     order = jnp.argsort(places)
-    query = {name: _of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
+    query = {name: of_rows(lambda x: x[order], name, leaf, size) for name, leaf in query.items()}
     leaves = [x for x in jax.tree.leaves((support, query)) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     flat = jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
     finite = jnp.clip(jnp.nan_to_num(flat, posinf=1, neginf=-1), -1e30, 1e30)  # keeps the sum finite, too
@@ -306,33 +224,13 @@ def _shuffled(
 
 def _check_episode(episode: tasks.Episode) -> None:
     """Raises ValueError if a sampler returns something other than one episode, such as a batch of episodes."""
-    if not isinstance(episode, tuple) or len(episode) != 3 or not all(isinstance(p, Mapping) for p in episode[:2]):
-        raise ValueError(
-            "A sampler must return an episode, `tasks.Episode(support, query)` of two dicts; got "
-            f"{type(episode).__name__}."
-        )
     for name, part in zip(("support", "query"), episode, strict=False):
-        missing = [leaf for leaf in ("y", "mask") if leaf not in part]
-        if missing:
-            raise ValueError(
-                f"The {name} set of an episode must have {missing[0]!r}; this one has {sorted(part)}. "
-                '"y" has the labels, "mask" [N] is 1 for each real row: `jnp.ones(len(y))` where none is padding.'
-            )
         if jnp.ndim(part["mask"]) != 1 or jnp.shape(part["y"])[:1] != jnp.shape(part["mask"]):
             shapes = f"{jnp.shape(part['mask'])} and {jnp.shape(part['y'])}"
             raise ValueError(
                 'A sampler must return one episode, with "mask" [N], a number for each row, and "y" [N, ...]; in the '
                 f"{name} set they are {shapes}. Batches are only for training: pass the sampler of single episodes."
             )
-
-
-def _of_rows(function: Callable, name: str, tree: base.PyTree, size: int, axis: int = 0) -> base.PyTree:
-    """Applies a function to the leaves that have a value for each of `size` examples."""
-
-    def one(x):
-        return function(x) if jnp.ndim(x) > axis and x.shape[axis] == size else x
-
-    return tree if name in ("class_mask", "num_rows") else jax.tree.map(one, tree)
 
 
 def _check_leaves(query: Mapping[str, base.PyTree], size: int) -> None:
@@ -366,42 +264,3 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
         return jax.vmap(lambda one: score_fn(one, query))(outputs), outputs
 
     return run
-
-
-def _blank(query: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Sets every other example of a chunk of query sets [B, Q, ...] to zero."""
-    size = query["y"].shape[1]
-
-    def without(x):
-        odd = (jnp.arange(size) % 2 == 1).reshape(1, -1, *[1] * (x.ndim - 2))
-        return jnp.where(odd, jnp.zeros_like(x), x)
-
-    kept = ("y", "mask")
-    return {k: x if k in kept else _of_rows(without, k, x, size, axis=1) for k, x in query.items()}
-
-
-def _differ(outputs: jax.Array, again: jax.Array, query: dict[str, jax.Array]) -> bool:
-    """Returns whether outputs [B, T + 1, Q, ...] of examples that `_blank` kept differ by more than rounding."""
-    real = np.asarray(query["mask"])[:, ::2] > 0
-    both = [np.moveaxis(np.asarray(o, np.float64), 1, 2)[:, ::2] for o in (outputs, again)]  # [B, Q/2, T + 1, ...]
-    if "class_mask" in query and both[0].shape[3:] == query["class_mask"].shape[1:]:
-        # Outputs of classes that an episode lacks are often large numbers, next to which all others look equal.
-        among = np.asarray(query["class_mask"])[:, None, None] > 0
-        both = [np.where(among, o, np.nan) for o in both]
-    # Step by step, and episode by episode: next to a step or an episode that diverges, all others look small.
-    for before, after in zip(*(np.moveaxis(o, 2, 0) for o in both), strict=True):
-        if not np.array_equal(np.isfinite(before[real]), np.isfinite(after[real])):
-            return True
-        pairs = [
-            [np.where(np.isfinite(o), o, 0).reshape(len(o), -1) for o in (b[r], a[r])]
-            for b, a, r in zip(before, after, real, strict=True)
-        ]
-        # Compare with the spread of most examples' outputs: an offset that all share, or one outlier, would otherwise
-        # hide a difference. Also compare with the rounding error of each example.
-        spreads = [float(np.quantile(abs(b - np.median(b, axis=0)), 0.9)) if b.size else 0.0 for b, _ in pairs]
-        usual = float(np.median(np.array(spreads)))
-        for (b, a), spread in zip(pairs, spreads, strict=True):
-            rounding = 1e-5 * abs(b).max(axis=1, initial=0, keepdims=True)
-            if np.any(abs(b - a) > np.maximum(1e-3 * (spread or usual), rounding)):  # a single example has no spread
-                return True
-    return False

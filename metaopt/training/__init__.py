@@ -1,28 +1,14 @@
 """The outer loop: outer steps, the loop around them, checkpoints, progress reports, and several devices."""
 
 from metaopt._progress import report_progress
-from metaopt.training._fine_tune import (
-    FineTuned,
-    fine_tune,
-)
-from metaopt.training._fit import (
-    FitResult,
-    fit,
-)
-from metaopt.training._learner import (
-    Learner,
-    LearnerState,
-    learner,
-)
-from metaopt.training._shard import (
-    shard,
-)
+from metaopt.training._fine_tune import fine_tune
+from metaopt.training._fit import FitResult, fit
+from metaopt.training._learner import Learner, learner
+from metaopt.training._shard import shard
 
 __all__ = [
-    "FineTuned",
     "FitResult",
     "Learner",
-    "LearnerState",
     "fine_tune",
     "fit",
     "learner",

@@ -17,7 +17,7 @@ import numpy as np
 
 from metaopt import _locks, base
 
-FORMAT = 2
+FORMAT = 1
 
 
 class Saved(NamedTuple):
@@ -97,6 +97,12 @@ class Checkpoints:
     def _open(self):
         options = self._ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         return self._ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._stack.close()

@@ -1,29 +1,27 @@
 """The outer loop: draws tasks, takes steps and evaluates. It can be interrupted at any point and continued."""
 
 import contextlib
-import functools
 import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
-from metaopt.training import _cache, _learner, _program, _run, _stopping
+from metaopt.training import _cache, _learner, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._run import Run, owned
+from metaopt.training._steps import SampleTasksFn, Steps
 
 _log = logging.getLogger(__name__)
 
-SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
 EvaluateFn = Callable[[jax.Array, base.HyperParams], jax.Array]  # key, λ -> [] loss
 CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to stop
 
@@ -142,7 +140,7 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if an argument is out of range.
+      ValueError: if `steps_per_call < 1`, or if there is `patience` and no `evaluate`.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse.
       ValueError: if the tasks are empty, have labels outside their classes, or change their shapes while some slots are
@@ -163,21 +161,20 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every)
-    if not isinstance(learner, _learner.Learner):
-        raise ValueError(f"`learner` must be made by `training.learner`; got {type(learner).__name__}.")
+    _checks.check_integer("steps_per_call", steps_per_call, 1)
+    if patience is not None and evaluate is None:
+        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
-    steps = _Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call)
+    steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cache.compilation_cache(compilation_cache))
         received = stack.enter_context(_stopping.signals())
         checkpoints = saved = None
         if checkpoint_dir is not None:
             identity = _run.identity(key, hyperparams, None if evaluate is None else eval_every, settings)
-            checkpoints = Checkpoints(checkpoint_dir, identity)
-            stack.callback(checkpoints.close)
+            checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, identity))
             saved = checkpoints.restore()
         report = stack.enter_context(_progress(0 if saved is None else saved.step, num_steps, progress))
         if saved is None:
@@ -220,113 +217,18 @@ def fit(
         raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
     if stopped == "non-finite":
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
-    if run.step and np.all(run.history.get("skipped", [0.0])):
-        cause = _stopping.likely_cause(run.state.tasks)
-        _log.warning(f"No step had a finite hypergradient, and λ is where it started. {cause}")
+    _warn_of_no_step(run)
     return result
 
 
-class _Steps:
-    """Draws tasks, and holds the compiled programs of a run: for the initial state, one step, and several steps."""
-
-    def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call):
-        init_key, self.sample_key = keys
-        # A `Partial` is an argument of the program, so that its arrays (`tasks.episodes`) are not compiled into it.
-        self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
-        self.start = init_key, hyperparams
-        self.init = jax.jit(learner.init)
-        self.step = jax.jit(learner.step, donate_argnums=0)
-        self.several = _several_steps(learner, self.sample_key, steps_per_call)
-        self.drawn: int | None = None  # the step for which `tasks` were drawn
-        self.tasks: base.PyTree = None
-        self.types: tuple = ()  # of `tasks`
-        self.compiled: set = set()
-        self.descriptions: dict = {}
-
-    def draw(self, step: int) -> base.PyTree:
-        """The tasks of a step. The tasks drawn last are not drawn again."""
-        if step != self.drawn:
-            self.tasks = _draw(self.sampler, self.sample_key, step)
-            self.drawn, self.types = step, _types(self.tasks)
-        return self.tasks
-
-    def first(self, report: Report) -> Run:
-        """The run before its first step."""
-        with report.during("drawing tasks"):
-            args = (*self.start, self.draw(0))
-        with report.compiling("the initial state"):
-            _compile(self.init, args, [])
-        state = owned(self.init(*args))
-        return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
-
-    def next_call(self, run: Run, num: int, report: Report) -> tuple[Callable, tuple, int]:
-        """The program for the next `num` steps, its arguments, and the last step for which tasks were drawn."""
-        state, drawn = run.state, run.drawn
-        if num > 1:
-            return self.several, (state, run.step, num, self.sampler), run.step + num - 1
-        if run.any_done:
-            tasks, drawn = self.draw(run.step), run.step
-            if not _learner.same_types(tasks, state.tasks):
-                _check_all_done(state, tasks)
-                with report.compiling("the initial state"):
-                    state = owned(_learner.restart(self.init, state, tasks))
-        return self.step, (state, self.tasks), drawn
-
-    def compile(self, program: Callable, args: tuple, num: int, received: Sequence[int], report: Report) -> bool:
-        """Compiles a program for arguments of new shapes. Returns False if it was already compiled."""
-        kind = (num, self.types)
-        if kind in self.compiled:
-            return False
-        with report.compiling("one step" if num == 1 else f"{num} steps"):
-            _compile(program, args, received)
-        self.compiled.add(kind)
-        return True
-
-    def describe(self, state: LearnerState, report: Report) -> dict[str, Any]:
-        """Describes the programs for tasks of the shapes in the state. JAX traces them only once."""
-        types = _types(state.tasks)
-        if types not in self.descriptions:
-            with report.during("tracing one step", compiles=True):
-                traced = {
-                    "init": self.init.trace(*self.start, state.tasks),
-                    "step": self.step.trace(state, state.tasks),
-                }
-                programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}
-            self.descriptions[types] = {"environment": _program.environment(), **programs}
-        return self.descriptions[types]
+def _warn_of_no_step(run: Run) -> None:
+    """Logs a warning if all steps of a short run were skipped."""
+    if run.step and np.all(run.history.get("skipped", [0.0])):
+        cause = _stopping.likely_cause(run.state.tasks)
+        _log.warning(f"No step had a finite hypergradient, and λ is where it started. {cause}")
 
 
-def _draw(sample_tasks: SampleTasksFn, key: jax.Array, step: Any) -> base.PyTree:
-    return _learner.check_tasks(sample_tasks(jax.random.fold_in(key, step)))
-
-
-def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int) -> Any:
-    """`(state, start, num, sample_tasks) -> state, metrics [num]`, a program of `num` steps from step `start` on."""
-    step_fn = jax.jit(learner.step, inline=True)  # shares its trace with the program of one step
-
-    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def several(state, start, num, sample_tasks):
-        # Slots that are not done ignore the tasks drawn for them.
-        def body(state, step):
-            with _explained(steps_per_call):
-                tasks = _draw(sample_tasks, sample_key, step)
-            return step_fn(state, tasks)
-
-        return jax.lax.scan(body, state, start + jnp.arange(num))
-
-    return several
-
-
-def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
-    """Traces and compiles, unless a signal arrives in between. JAX keeps the result for the next call."""
-    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    traced = program.trace(*args)
-    if not received:
-        traced.lower().compile()
-
-
-def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
+def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
     """Returns the run of a checkpoint, after all comparisons."""
     if saved.step > num_steps:
         raise ValueError(
@@ -341,7 +243,7 @@ def _resumed(saved: Saved, steps: _Steps, num_steps: int, allow_changed_program:
     return run
 
 
-def _save(checkpoints: Checkpoints | None, run: Run, steps: _Steps, report: Report) -> None:
+def _save(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report) -> None:
     """Writes a checkpoint of a run, unless this step already has one."""
     # An error inside the compiled step leaves nothing to save: the state was donated to it.
     if checkpoints is None or run.step == checkpoints.newest or not _intact(run.state):
@@ -405,16 +307,6 @@ def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
     )
 
 
-def _check_arguments(num_steps, evaluate, eval_every, patience, steps_per_call, checkpoint_every):
-    _checks.check_integer("num_steps", num_steps, 0)
-    counts = {"eval_every": eval_every, "steps_per_call": steps_per_call, "checkpoint_every": checkpoint_every}
-    for name, value in counts.items():
-        _checks.check_integer(name, value, 1)
-    _checks.check_integer("patience", patience, 1, optional=True)
-    if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
-
-
 def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:
     """The initial λ of the learner: unconstrained coordinates if there is a space."""
     if space is None or isinstance(hyperparams, spaces.Unconstrained):
@@ -473,42 +365,8 @@ def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
     return bool(sentences)
 
 
-@contextlib.contextmanager
-def _explained(steps_per_call: int) -> Iterator[None]:
-    """Explains the error if `sample_tasks` cannot be traced."""
-    try:
-        yield
-    except jax.errors.JAXTypeError as error:
-        raise ValueError(
-            f"With `steps_per_call={steps_per_call}`, `sample_tasks` is traced, and that failed (the error above says "
-            "where): it must be made of JAX operations. Take `steps_per_call=1` for a sampler that runs on the host "
-            "(NumPy, files, buckets)."
-        ) from error
-
-
-def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:
-    done = np.concatenate([np.atleast_1d(x).ravel() for x in jax.tree.leaves(jax.device_get(state.done))])
-    if not done.all():
-        drawn, carried = ([x.shape for x in jax.tree.leaves(tree)] for tree in (tasks, state.tasks))
-        raise ValueError(
-            f"`sample_tasks` returned tasks of shapes {drawn} where {carried} are carried, and "
-            f"slots {np.flatnonzero(~done).tolist()} of {done.size} are not done: their tasks and the inner training "
-            "carried for them would be lost. Pad every draw to the same shapes, or let all horizons end together."
-        )
-
-
 def _intact(tree: base.PyTree) -> bool:
     return not any(x.is_deleted() for x in jax.tree.leaves(tree))
-
-
-def _any(done: base.PyTree) -> bool:
-    return any(bool(np.any(x)) for x in jax.tree.leaves(done))
-
-
-def _types(tasks: base.PyTree) -> tuple:
-    """The structure, shapes and dtypes of tasks."""
-    leaves, structure = jax.tree.flatten(tasks)
-    return structure, *((x.shape, x.dtype) for x in leaves)
 
 
 def _why_stop(run: Run, num_steps: int, patience: int | None, *, ended: bool, moved: bool) -> str:
@@ -541,10 +399,7 @@ def _best(losses: list[float]) -> int | None:
 
 
 def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array) -> Run:
-    loss = evaluate(key, owned(run.state.hyperparams))
-    if jnp.shape(loss) != ():
-        raise ValueError(f"`evaluate` must return a scalar; got shape {jnp.shape(loss)}.")
-    evaluations = [*run.evaluations, float(loss)]
+    evaluations = [*run.evaluations, float(evaluate(key, owned(run.state.hyperparams)))]
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(run.state.hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)

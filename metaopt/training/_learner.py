@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from metaopt import _checks, base
@@ -105,7 +104,7 @@ def learner(
       `skipped` (0 or 1).
 
     Raises:
-      ValueError: if `stagger < 1`, or `estimator` or `optimizer` has the wrong type.
+      ValueError: if `estimator` is not an estimator or a function.
       ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or not valid for this
         estimator.
       ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
@@ -121,91 +120,108 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    _checks.check_integer("stagger", stagger, 1)
-    if not hasattr(optimizer, "update"):
-        got = getattr(optimizer, "__name__", optimizer)
-        raise ValueError(f"`optimizer` must be an optax transform, such as `optax.adam(1e-2)`; got {got!r}.")
-    optimizer = optax.with_extra_args_support(optimizer)
-    estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
     _checks.check_estimator(estimator, or_function=True)
-
-    def spread(hyperparams, tasks, estimator_state, done):
-        """Advances each slot by its own number of estimates, at the first start only; renewed slots start at 0."""
-
-        def advance(i, carry):
-            estimator_state, done = carry
-            estimate, new_state = estimator_at(jnp.int32(0)).estimate(hyperparams, tasks, estimator_state)
-
-            def moves(done):
-                ahead = jnp.arange(done.size) * stagger // done.size
-                return (i < ahead.reshape(done.shape)) & ~done
-
-            moving = jax.tree.map(moves, done)
-            ended = jax.tree.map(lambda done, moving, ends: done | (moving & ends), done, moving, estimate.done)
-            return _select(moving, _strong(new_state), estimator_state), ended
-
-        return jax.lax.fori_loop(0, stagger - 1, advance, (estimator_state, done))
+    estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
+    parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger)
 
     def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
-        hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
-        init_key, key = jax.random.split(key)
-        estimator = estimator_at(jnp.int32(0))
-        try:
-            estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
-            estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
-        except AttributeError as error:  # only the estimator knows the form of its tasks
-            if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
-                raise
-            raise ValueError(
-                f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. For a sampler of "
-                "episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
-            ) from error
-        done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
-        if stagger > 1:
-            estimator_state, done = spread(hyperparams, tasks, estimator_state, done)
-        opt_state = _strong(optimizer.init(hyperparams))
-        return LearnerState(hyperparams, opt_state, estimator_state, tasks, done, jnp.zeros((), jnp.int32), key)
+        return _init(parts, key, hyperparams, tasks)
 
     def step(state: LearnerState, fresh_tasks: base.PyTree = None) -> tuple[LearnerState, dict[str, jax.Array]]:
-        fresh_tasks = state.tasks if fresh_tasks is None else check_tasks(fresh_tasks)
-        if not same_types(fresh_tasks, state.tasks):
-            state = restart(init, state, fresh_tasks)
-        hyperparams, done = state.hyperparams, state.done
-        estimator = estimator_at(state.step)
-        init_key, key = jax.random.split(state.key)
-
-        def renew(tasks, estimator_state):
-            fresh_state = _strong(estimator.init(init_key, hyperparams, fresh_tasks))
-            return _select(done, fresh_tasks, tasks), _select(done, fresh_state, estimator_state)
-
-        def keep(*carried):
-            return carried
-
-        tasks, estimator_state = jax.lax.cond(num_true(done) > 0, renew, keep, state.tasks, state.estimator_state)
-        estimate, new_estimator_state = estimator.estimate(hyperparams, tasks, estimator_state)
-        _check_estimate(estimate, hyperparams, new_estimator_state, estimator_state)
-
-        finite = all_finite(estimate.hypergrad)
-        # Zeros, so that the branch that is not taken does not put NaN into a gradient through this step.
-        hypergrad = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), estimate.hypergrad)
-        updates, opt_state = optimizer.update(hypergrad, state.opt_state, hyperparams, value=estimate.value)
-        updated = (optax.apply_updates(hyperparams, updates), opt_state)
-        hyperparams, opt_state = _select(finite, updated, (hyperparams, state.opt_state))
-        # A single task that diverged would never recover. In a batch, `over_tasks` ends such slots.
-        ended = estimate.done
-        if isinstance(ended, jax.Array) and ended.ndim == 0:
-            ended = ended | ~finite | ~jnp.isfinite(estimate.value)
-        metrics = {
-            **estimate.metrics,
-            "value": estimate.value,
-            "hypergrad_norm": optax.tree.norm(estimate.hypergrad),
-            "num_done": num_true(ended),
-            "skipped": jnp.logical_not(finite).astype(jnp.int32),
-        }
-        new_state = LearnerState(hyperparams, opt_state, new_estimator_state, tasks, ended, state.step + 1, key)
-        return _strong(new_state), metrics
+        return _step(parts, state, fresh_tasks)
 
     return Learner(init, step)
+
+
+class _Parts(NamedTuple):
+    """The arguments of `learner`."""
+
+    estimator_at: Callable[[jax.Array], base.Estimator]
+    optimizer: optax.GradientTransformationExtraArgs
+    stagger: int
+
+
+def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
+    hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
+    init_key, key = jax.random.split(key)
+    estimator = parts.estimator_at(jnp.int32(0))
+    try:
+        estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
+        estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
+    except AttributeError as error:  # only the estimator knows the form of its tasks
+        if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
+            raise
+        raise ValueError(
+            f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. For a sampler of "
+            "episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
+        ) from error
+    done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
+    if parts.stagger > 1:
+        estimator_state, done = _staggered(parts, hyperparams, tasks, estimator_state, done)
+    opt_state = _strong(parts.optimizer.init(hyperparams))
+    return LearnerState(hyperparams, opt_state, estimator_state, tasks, done, jnp.zeros((), jnp.int32), key)
+
+
+def _staggered(parts: _Parts, hyperparams, tasks, estimator_state, done) -> tuple[base.EstimatorState, base.PyTree]:
+    """Advances each slot by its own number of estimates, at the first start only; renewed slots start at 0."""
+
+    def advance(i, carry):
+        estimator_state, done = carry
+        estimate, new_state = parts.estimator_at(jnp.int32(0)).estimate(hyperparams, tasks, estimator_state)
+
+        def moves(done):
+            ahead = jnp.arange(done.size) * parts.stagger // done.size
+            return (i < ahead.reshape(done.shape)) & ~done
+
+        moving = jax.tree.map(moves, done)
+        ended = jax.tree.map(lambda done, moving, ends: done | (moving & ends), done, moving, estimate.done)
+        return _select(moving, _strong(new_state), estimator_state), ended
+
+    return jax.lax.fori_loop(0, parts.stagger - 1, advance, (estimator_state, done))
+
+
+def _step(parts: _Parts, state: LearnerState, fresh_tasks: base.PyTree) -> tuple[LearnerState, dict[str, jax.Array]]:
+    fresh_tasks = state.tasks if fresh_tasks is None else check_tasks(fresh_tasks)
+    if not same_types(fresh_tasks, state.tasks):
+        state = restart(lambda *args: _init(parts, *args), state, fresh_tasks)
+    hyperparams, done = state.hyperparams, state.done
+    estimator = parts.estimator_at(state.step)
+    init_key, key = jax.random.split(state.key)
+
+    def renew(tasks, estimator_state):
+        fresh_state = _strong(estimator.init(init_key, hyperparams, fresh_tasks))
+        return _select(done, fresh_tasks, tasks), _select(done, fresh_state, estimator_state)
+
+    def keep(*carried):
+        return carried
+
+    tasks, estimator_state = jax.lax.cond(num_true(done) > 0, renew, keep, state.tasks, state.estimator_state)
+    estimate, new_estimator_state = estimator.estimate(hyperparams, tasks, estimator_state)
+    _check_estimate(estimate, hyperparams, new_estimator_state, estimator_state)
+    finite = all_finite(estimate.hypergrad)
+    hyperparams, opt_state = _updated(parts.optimizer, estimate, hyperparams, state.opt_state, finite)
+    # A single task that diverged would never recover. In a batch, `over_tasks` ends such slots.
+    ended = estimate.done
+    if isinstance(ended, jax.Array) and ended.ndim == 0:
+        ended = ended | ~finite | ~jnp.isfinite(estimate.value)
+    metrics = {
+        **estimate.metrics,
+        "value": estimate.value,
+        "hypergrad_norm": optax.tree.norm(estimate.hypergrad),
+        "num_done": num_true(ended),
+        "skipped": jnp.logical_not(finite).astype(jnp.int32),
+    }
+    new_state = LearnerState(hyperparams, opt_state, new_estimator_state, tasks, ended, state.step + 1, key)
+    return _strong(new_state), metrics
+
+
+def _updated(optimizer, estimate: base.Estimate, hyperparams, opt_state, finite: jax.Array):
+    """λ and the optimizer's state after an update, or unchanged if the hypergradient is not finite."""
+    # Zeros, so that the branch that is not taken does not put NaN into a gradient through this step.
+    hypergrad = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), estimate.hypergrad)
+    updates, new_opt_state = optimizer.update(hypergrad, opt_state, hyperparams, value=estimate.value)
+    updated = (optax.apply_updates(hyperparams, updates), new_opt_state)
+    return _select(finite, updated, (hyperparams, opt_state))
 
 
 def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> LearnerState:
@@ -221,19 +237,10 @@ def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def check_tasks(tasks: base.PyTree) -> base.PyTree:
-    """Returns the tasks as arrays. Raises ValueError if they are empty, not numbers, or have labels without a class."""
-    leaves = jax.tree_util.tree_leaves_with_path(tasks)
-    if not leaves:
-        raise ValueError(f"The tasks are empty: {tasks!r} has no arrays.")
-    for path, leaf in leaves:
-        name = f"tasks{jax.tree_util.keystr(path)}"
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if isinstance(dtype, np.dtype) and dtype.kind in "OSUmM":
-            raise ValueError(
-                f"`{name}` has dtype {dtype}, but JAX takes only numbers. Number the classes if labels are strings "
-                "(`np.unique(y, return_inverse=True)[1]`), and use `.astype(float)` for numbers stored as objects."
-            )
+    """Returns the tasks as arrays. Raises ValueError if a leaf is empty, or if labels are not among the classes."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         if jnp.shape(leaf)[:1] == (0,):
+            name = f"tasks{jax.tree_util.keystr(path)}"
             raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch without tasks, or a task without data.")
     _checks.check_task_labels("tasks", tasks)
     return _strong(tasks)

@@ -128,7 +128,7 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
     Raises:
       ValueError: if they differ and `allow_changed` is false.
     """
-    there = saved.extra.get("program", {"environment": {}})
+    there = saved.extra["program"]
     changed = [
         f"{name} {there['environment'].get(name, 'unknown')} (now {value})"
         for name, value in program["environment"].items()

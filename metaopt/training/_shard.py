@@ -36,16 +36,13 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
       pooled, and the others are averaged like F. Means are NaN if no task was finite; `learner` then skips the step.
 
     Raises:
-      ValueError: if the mesh does not have this axis.
-      ValueError: at trace time, if a batch of tasks does not split evenly, or "num_finite" is missing.
+      ValueError: at trace time, if the metric "num_finite" is missing, or (by JAX) if a batch of tasks does not split
+        evenly.
     """
-    if axis_name not in mesh.axis_names:
-        raise ValueError(f"`mesh` has no axis {axis_name!r}; its axes are {mesh.axis_names}.")
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     split, whole = PartitionSpec(axis_name), PartitionSpec()
 
     def init(key, hyperparams, task):
-        _check_batch(task, mesh.shape[axis_name])
         state = estimator.init(key, hyperparams, task)
         return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, split))
 
@@ -90,18 +87,6 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
     )
 
     def estimate(hyperparams, task, state):
-        _check_batch(task, mesh.shape[axis_name])
         return sharded_estimate(hyperparams, task, state)
 
     return base.Estimator(init, estimate, estimator.kind)
-
-
-def _check_batch(tasks: base.PyTree, num_devices: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
-        shape = jnp.shape(leaf)
-        if not shape or shape[0] % num_devices:
-            name = f"tasks{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"`{name}` has shape {shape}, and its leading axis does not split evenly over {num_devices} devices; "
-                "draw a multiple of that number of tasks."
-            )

@@ -1,15 +1,38 @@
 """Composable optax transforms: any transform differentiable at zero gradients, and transforms with more to tune."""
 
-from metaopt.transforms._accumulation import learnable_accumulation
-from metaopt.transforms._clip import learnable_clip
-from metaopt.transforms._differentiable import differentiable
-from metaopt.transforms._learned import init_learned, learned, load_learned, save_learned
-from metaopt.transforms._mixture import mixture
-from metaopt.transforms._per_parameter import per_group, per_parameter
-from metaopt.transforms._schedules import cosine_schedule, knot_schedule, polynomial_schedule, wsd_schedule
-from metaopt.transforms._self_tuning import self_tuning
+from metaopt.transforms._accumulation import (
+    learnable_accumulation,
+)
+from metaopt.transforms._clip import (
+    learnable_clip,
+)
+from metaopt.transforms._differentiable import (
+    differentiable,
+)
+from metaopt.transforms._learned import (
+    LearnedWeights,
+    init_learned,
+    learned,
+)
+from metaopt.transforms._mixture import (
+    mixture,
+)
+from metaopt.transforms._per_parameter import (
+    per_group,
+    per_parameter,
+)
+from metaopt.transforms._schedules import (
+    cosine_schedule,
+    knot_schedule,
+    polynomial_schedule,
+    wsd_schedule,
+)
+from metaopt.transforms._self_tuning import (
+    self_tuning,
+)
 
 __all__ = [
+    "LearnedWeights",
     "cosine_schedule",
     "differentiable",
     "init_learned",
@@ -17,12 +40,10 @@ __all__ = [
     "learnable_accumulation",
     "learnable_clip",
     "learned",
-    "load_learned",
     "mixture",
     "per_group",
     "per_parameter",
     "polynomial_schedule",
-    "save_learned",
     "self_tuning",
     "wsd_schedule",
 ]

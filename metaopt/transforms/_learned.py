@@ -11,9 +11,6 @@ One network serves all entries of all tensors. Its weights φ are meta-parameter
 
 import functools
 import importlib.resources
-import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _files, base
+from metaopt import _files, _saving, base
 
-FORMAT, VERSION = "metaopt.learned", 1
 SHIPPED = ("small",)  # names of files next to this one
 
 # The initial decays of meta-training, one for each accumulator of a kind.
@@ -33,6 +29,18 @@ _TIMES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 _ENDS = (16, 22, 28)  # cumulative numbers of features of an entry, its row and its column; the time follows
 _STEP, _EXPONENT = 0.01, 0.1
 _EPS = 1e-10  # added to squares: gradients far below its root count as zero
+
+
+class LearnedWeights(NamedTuple):
+    """Meta-parameters φ of a learned optimizer, at least float32 in a file.
+
+    Attributes:
+      decays: offsets of the decays' logits, {"momentum": [3], "second": [1], "factored": [3]}.
+      layers: of the network, {"0": {"w", "b"}, ...}.
+    """
+
+    decays: base.PyTree
+    layers: base.PyTree
 
 
 class LearnedState(NamedTuple):
@@ -52,7 +60,7 @@ class LearnedState(NamedTuple):
     factored: base.PyTree
 
 
-def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> base.PyTree:
+def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> LearnedWeights:
     """Initializes meta-parameters φ of a learned optimizer.
 
     The network's last layer starts small. So an untrained optimizer takes steps of about 1e-3 in a random direction.
@@ -62,8 +70,7 @@ def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> base.PyTr
       hidden: the number of units of each hidden layer, at least one layer.
 
     Returns:
-      φ, float32: {"decays": {"momentum": [3], "second": [1], "factored": [3]}, "layers": {"0": {"w", "b"}, ...}}. The
-        decays are offsets of their logits.
+      φ, float32.
 
     Raises:
       ValueError: if `hidden` is empty, or a layer has no unit.
@@ -85,7 +92,7 @@ def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> base.PyTr
         w = scale * jax.random.truncated_normal(k, -2.0, 2.0, (fan_in, fan_out), jnp.float32)
         layers[str(i)] = {"w": w, "b": jnp.zeros(fan_out, jnp.float32)}
     decays = {name: jnp.zeros(len(values), jnp.float32) for name, values in _DECAYS.items()}
-    return {"decays": decays, "layers": layers}
+    return LearnedWeights(decays, layers)
 
 
 def _axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -145,7 +152,7 @@ def _network(layers: Mapping[str, Any], features: Sequence[jax.Array], count: ja
     return x
 
 
-def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
+def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransformation:
     """A learned optimizer with meta-parameters φ, as an optax transform.
 
     In a chain it replaces Adam and its learning rate: `optax.chain(optax.clip_by_global_norm(1.0), learned())`.
@@ -168,7 +175,7 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
     from those of a tuned optimizer: its steps do not become small enough.
 
     Args:
-      weights: φ, from `init_learned` or `load_learned`; or the name of shipped weights: "small".
+      weights: φ, from `init_learned` or `metaopt.load`; or the name of shipped weights: "small".
 
     Returns:
       A transform.
@@ -194,9 +201,12 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
         if weights not in SHIPPED:
             raise ValueError(
                 f"`weights` must be meta-parameters, or one of the names {', '.join(map(repr, SHIPPED))}; got "
-                f"{weights!r}. `load_learned` reads them from a file."
+                f"{weights!r}. `metaopt.load` reads them from a file."
             )
-        weights = load_learned(weights)
+        with importlib.resources.as_file(
+            importlib.resources.files("metaopt.transforms") / f"learned_{weights}.npz"
+        ) as file:
+            weights = _saving.load(file)
     fault = _fault(weights)
     if fault:
         raise ValueError(f"`weights` must be meta-parameters as `init_learned` gives them: {fault}.")
@@ -204,7 +214,7 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
     weights = jax.tree.map(jnp.asarray, weights)
     decays = {
         name: jax.nn.sigmoid(jnp.asarray(np.log(np.divide(values, np.subtract(1, values))), offset.dtype) + offset)
-        for (name, values), offset in ((item, weights["decays"][item[0]]) for item in _DECAYS.items())
+        for (name, values), offset in ((item, weights.decays[item[0]]) for item in _DECAYS.items())
     }
 
     def wide(x):
@@ -233,7 +243,7 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
             over = {"row": _mean(square, 1 + axes[1]), "column": _mean(square, 1 + axes[0])}
         factored = {name: _average(decays["factored"], factored[name], over[name]) for name in over}
         features = _features(g, p_, m, v, **factored, axes=axes)
-        direction, magnitude = _network(weights["layers"], features, count)
+        direction, magnitude = _network(weights.layers, features, count)
         u = -_STEP * direction * jnp.exp(_EXPONENT * magnitude)
         return u.astype(jnp.result_type(p)), m, v, factored
 
@@ -252,10 +262,10 @@ def learned(weights: base.PyTree = "small") -> optax.GradientTransformation:
 
 def _fault(weights: base.PyTree) -> str:
     """The reason why `weights` are not meta-parameters; empty if they are."""
-    if not isinstance(weights, Mapping) or set(weights) != {"decays", "layers"}:
-        return f'they are a dict of "decays" and "layers"; got {jax.tree.structure(weights)}'
+    if not isinstance(weights, LearnedWeights):
+        return f"they are `LearnedWeights`; got {jax.tree.structure(weights)}"
     try:
-        *hidden, _ = [np.shape(weights["layers"][str(i)]["b"])[0] for i in range(len(weights["layers"]))]
+        *hidden, _ = [np.shape(weights.layers[str(i)]["b"])[0] for i in range(len(weights.layers))]
         template = jax.eval_shape(functools.partial(init_learned, hidden=hidden), jax.random.key(0))
     except (IndexError, KeyError, TypeError, ValueError):
         return 'their layers are a dict of "0", "1", ..., at least two of them, each a dict of "w" and "b"'
@@ -273,68 +283,31 @@ def _fault(weights: base.PyTree) -> str:
     return ""
 
 
-def save_learned(path: str | os.PathLike[str], weights: base.PyTree) -> None:
-    """Writes the meta-parameters of a learned optimizer to one `.npz` file, atomically; half precision becomes float32.
-
-    Args:
-      path: the file.
-      weights: φ.
-
-    Raises:
-      ValueError: if `weights` is not φ.
-    """
+def _encode(weights: LearnedWeights) -> tuple[dict[str, Any], dict[str, Any]]:
     fault = _fault(weights)
     if fault:
         raise ValueError(f"`weights` must be meta-parameters as `init_learned` gives them: {fault}.")
-    header = {"format": FORMAT, "version": VERSION}
-    # The `.npz` format has no bfloat16; float32 holds every such number exactly.
-    arrays: dict[str, Any] = {
+    arrays = {
         "/".join(key.key for key in keys): np.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(weights)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(weights._asdict())
     }
-    _files.write_npz(path, {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays})
+    return {}, arrays
 
 
-def load_learned(path: str | os.PathLike[str]) -> base.PyTree:
-    """Reads a file that `save_learned` wrote. Nothing in the file is executed.
-
-    Args:
-      path: the file, or the name of shipped weights: "small".
-
-    Returns:
-      φ, of NumPy arrays, for `learned`.
-
-    Raises:
-      ValueError: if the file is damaged, is not a learned optimizer, is of a newer version, or has weights that are not
-        finite floating-point numbers.
-    """
-    if path in SHIPPED:
-        file = importlib.resources.files("metaopt.transforms") / f"learned_{path}.npz"
-    else:
-        file = pathlib.Path(path)
-    fault = "is not a learned optimizer that `save_learned` wrote"
-    with _files.reading(path, fault), file.open("rb") as opened, _files.open_npz(opened) as archive:
-        return _read(archive, os.fspath(path))
-
-
-def _read(file: _files.Npz, path: str) -> base.PyTree:
-    header = file.header()
-    format_, version = header["format"], int(header["version"])
-    if format_ != FORMAT or version > VERSION:
-        raise ValueError(
-            f"{path} is of format {format_!r} version {version}; this metaopt reads {FORMAT!r} up to version "
-            f"{VERSION}. A newer metaopt reads it."
-        )
+def _decode(header: dict[str, Any], file: _files.Npz) -> LearnedWeights:
     fault = _fault(_tree({name: jax.ShapeDtypeStruct(*spec) for name, spec in file.specs.items()}))
     if fault:
         raise ValueError(f"it has no weights of a learned optimizer: {fault}")
     return _tree(file.floats({name: spec.shape for name, spec in file.specs.items()}))
 
 
-def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves with names such as "layers/0/w"."""
+def _tree(leaves: Mapping[str, Any]) -> LearnedWeights:
+    """The weights of leaves with names such as "layers/0/w"."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/", 3)  # at most one level deeper than φ
         functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
-    return tree
+    return LearnedWeights(**tree)
+
+
+_saving.register(_saving.Kind("learned", LearnedWeights, _encode, _decode))

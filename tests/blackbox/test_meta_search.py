@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import metaopt
 from metaopt import Record, Task, blackbox, spaces, tasks
 from metaopt.blackbox import (
     _earlier_trials,
@@ -682,8 +683,8 @@ def test_the_farthest_of_many():
 
 @pytest.mark.once
 def test_what_was_learned_comes_back_from_disk(g, tmp_path):
-    blackbox.save_meta_optimizer(tmp_path / "g.npz", g)
-    again = blackbox.load_meta_optimizer(tmp_path / "g.npz")
+    metaopt.save(tmp_path / "g.npz", g)
+    again = metaopt.load(tmp_path / "g.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["g.npz"]
     assert (again.space, again.candidates) == (SPACE, POOL) and again.portfolio(3, [1.2]) == g.portfolio(3, [1.2])
     for one, other in zip(*(jax.tree.leaves((h.surrogate, h.cost_surrogate)) for h in (again, g)), strict=True):
@@ -700,38 +701,19 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
         new = {k: v for k, v in (header | changed).items() if k in header}
         rest = {k: changed.get(k, v) for k, v in arrays.items() if changed.get(k, v) is not None}
         np.savez(tmp_path / "h.npz", **rest | {"header": np.frombuffer(json.dumps(new).encode(), np.uint8)})
-        return blackbox.load_meta_optimizer(tmp_path / "h.npz")
+        return metaopt.load(tmp_path / "h.npz")
 
     for changed, message in (
-        ({"version": 5}, "reads 'metaopt.meta_optimizer' up to version 4"),
         ({"outcome.max_shown": None}, "does not describe .* 'outcome.max_shown'"),
-        ({"version": 2, "outcome.max_shown": None, "outcome.deep_share": None}, "does not .* 'outcome.deep_share'"),
-        ({"format": "metaopt.predictor"}, "is of format 'metaopt.predictor'"),
         ({"outcome.curves": None}, "does not describe .* 'outcome.curves'"),
         ({"outcome.reference": np.zeros((4, 2))}, "does not describe .* have shapes"),
         ({"candidates": [{"z": 1}]}, "The space has no `z`"),
     ):
         with pytest.raises(ValueError, match=message):
             change(**changed)
-    # Files of before: 3 has not how many trials transformers are shown, 2 no transformers, 1 no deep kernels.
-    added: dict = {}
-    for version, name in ((3, "max_shown"), (2, "transformer_share"), (1, "deep_share")):
-        added |= {f"{kind}.{name}": None for kind in ("outcome", "cost")}
-        old = change(version=version, **added)
-        assert old.evidence == g.evidence
-        assert old.surrogate.max_shown == 32 and old.suggest(tried, [1, 2, 3]) == g.suggest(tried, [1, 2, 3])
-    # Files from before the evidence was counted: every task counts as a whole one.
-    counts = {name: header.pop(name) for name in ("num_records", "effective_tasks")}
-    assert change().evidence == blackbox.Evidence(4, None, 4.0, g.evidence.weight)
-    header |= counts
     for name, wrong in (("num_records", -1), ("effective_tasks", "many")):
         with pytest.raises(ValueError, match=f"does not describe .* `{name}` must be positive"):
             change(**{name: wrong})
-    (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="is not a file that `save_meta_optimizer` wrote"):
-        blackbox.load_meta_optimizer(tmp_path / "text.npz")
-    with pytest.raises(FileNotFoundError):
-        blackbox.load_meta_optimizer(tmp_path / "none.npz")
 
 
 @pytest.mark.slow
@@ -740,8 +722,8 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
     h = blackbox.train_meta_optimizer(
         make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
     )
-    blackbox.save_meta_optimizer(tmp_path / "h.npz", h)
-    again = blackbox.load_meta_optimizer(tmp_path / "h.npz")
+    metaopt.save(tmp_path / "h.npz", h)
+    again = metaopt.load(tmp_path / "h.npz")
     assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
     for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -752,7 +734,7 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
     for name in ("deep.hidden", "embedding.params['pair']['w']"):
         np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][:, :-1]})
         with pytest.raises(ValueError, match="does not describe .* have shapes"):
-            blackbox.load_meta_optimizer(tmp_path / "wrong.npz")
+            metaopt.load(tmp_path / "wrong.npz")
 
 
 # ---- What is wrong is said ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import metaopt
 from metaopt import Record, blackbox, spaces
 from metaopt.blackbox import _fit_networks, _meta_search, _new_trials, _programs, _surrogates, _transformer
 
@@ -156,8 +157,8 @@ def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
 @pytest.mark.slow
 def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
     h = rebuilt(g, LINE, transformer_share=0.25)
-    blackbox.save_meta_optimizer(tmp_path / "h.npz", h)
-    again = blackbox.load_meta_optimizer(tmp_path / "h.npz")
+    metaopt.save(tmp_path / "h.npz", h)
+    again = metaopt.load(tmp_path / "h.npz")
     assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
     for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -166,7 +167,7 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
     for name in ("transformers.head", "transformers.layers['up']"):
         np.savez(tmp_path / "wrong.npz", **arrays | {f"outcome.{name}": arrays[f"outcome.{name}"][..., :-1]})
         with pytest.raises(ValueError, match="does not describe .* have shapes"):
-            blackbox.load_meta_optimizer(tmp_path / "wrong.npz")
+            metaopt.load(tmp_path / "wrong.npz")
 
     def collect(searcher, num, **kwargs):
         return blackbox.collect(

@@ -1,5 +1,6 @@
 """Each normalization against NumPy; which of them are transductive; statistics of the support set alone."""
 
+import functools
 import re
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import base, few_shot, hypergrad, tasks
+from metaopt import base, few_shot, hypergrad, inner, tasks
 
+NORMALIZATIONS = ("batch", "support", "tasknorm", "group", "layer", "none")
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 FILTERS = 16
@@ -45,7 +47,7 @@ def by_hand(kind, params, x, whose):
     return h.max((2, 4)).reshape(len(h), -1)
 
 
-@pytest.mark.parametrize("kind", few_shot.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", NORMALIZATIONS)
 @pytest.mark.once
 def test_a_block_is_numpys(kind):
     network = few_shot.conv4(normalization=kind, num_filters=FILTERS, num_blocks=1, num_channels=2)
@@ -101,7 +103,7 @@ def test_scales_and_shifts_may_adapt_alone():
     params = network.init(KEY) | {"head": {"w": jnp.tile(jnp.array([0.3, -0.2]), (8, 1)), "b": jnp.zeros(2)}}
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     head = few_shot.linear_head(network.features)
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
     side = {"x": jnp.asarray(IMAGES, jnp.float64), "y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK)}
     side |= {"class_mask": jnp.ones(2)}
     a = few_shot.adaptation(loss, adapt="(^|/)(scale|shift)$", rate=0.5)
@@ -141,29 +143,38 @@ def test_only_batch_statistics_are_transductive():
     network = few_shot.conv4(normalization="support", num_filters=2, num_blocks=1)
     head = few_shot.linear_head(network.features)
     params = {**network.init(KEY), "head": {"w": jnp.zeros((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
     a = few_shot.maml(loss, rate=1.0, keep_support=True)
     found["maml"] = few_shot.adapted(a, a.hyperparams(params), head)
     kinds = few_shot.evaluate_episodes(found, sample, KEY, num_episodes=4, chunk_size=4).transductive
     assert kinds == {"batch": True, "support": False, "tasknorm": False, "maml": False}
 
 
-@pytest.mark.once
-@pytest.mark.parametrize(("kind", "makers"), [("support", ("maml", "reptile")), ("tasknorm", ("anil",))])
-def test_a_query_set_without_the_support_set_is_refused(kind, makers):
-    """By f and by predictions; the inner loss sees the support set, and pre-training has its own batch."""
+@pytest.mark.parametrize("kind", ["support", "tasknorm"])
+def test_predictions_without_the_support_set_are_rejected(kind):
     network = few_shot.conv4(normalization=kind, num_filters=2, num_blocks=1)
+    a = few_shot.maml(lambda params, hyperparams, batch: network.features(params, batch).mean())
+    rows = {"x": jnp.asarray(IMAGES[..., 0]), "mask": jnp.asarray(MASK)}
+    method = few_shot.adapted(a, a.hyperparams(network.init(KEY)), network.features, num_steps=0)
+    with pytest.raises(ValueError, match=f'{kind}"\\)` normalizes a query set by the support set.*`keep_support=True`'):
+        jax.eval_shape(method, KEY, rows, rows)
+
+
+@pytest.mark.once
+def test_a_query_set_without_the_support_set_is_rejected():
+    """By f and by predictions; the inner loss sees the support set, and pre-training has its own batch."""
+    network = few_shot.conv4(normalization="support", num_filters=2, num_blocks=1)
     head = few_shot.linear_head(network.features)
     params = {**network.init(KEY), "head": {"w": jnp.zeros((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
-    loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+    loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
     side = {"x": jnp.asarray(IMAGES[..., 0]), "y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK)}
     side |= {"class_mask": jnp.ones(2, jnp.float32)}
     estimate = lambda a: jax.eval_shape(
         lambda hp: a.estimator.estimate(hp, base.Task(side, side), KEY)[0].value, a.hyperparams(params)
     )
     judge = lambda a: jax.eval_shape(few_shot.adapted(a, a.hyperparams(params), head), KEY, side, side)
-    message = f'{kind}"\\)` sees a query set without the support set.*`keep_support=True`; or.*`normalization="batch"`'
-    for make in (getattr(few_shot, name) for name in makers):
+    message = 'support"\\)` normalizes a query set by the support set.*`keep_support=True`.*`normalization="batch"`'
+    for make in (few_shot.maml, functools.partial(few_shot.maml, rule=hypergrad.reptile)):
         for use in (estimate, judge):
             with pytest.raises(ValueError, match=message):
                 use(make(loss))
@@ -177,7 +188,7 @@ def test_a_query_set_without_the_support_set_is_refused(kind, makers):
     def judged_after_more_steps(params, hyperparams, batch):
         own = {"init": {name: leaf for name, leaf in params.items() if name != "support"}}
         outputs = jax.lax.stop_gradient(few_shot.adapted(within, own, head)(KEY, side, batch))
-        return few_shot.cross_entropy(outputs[-1], batch)
+        return inner.cross_entropy(outputs[-1], batch)
 
     nested = few_shot.adaptation(loss, num_steps=1, outer_loss=judged_after_more_steps, keep_support=True)
     assert estimate(nested).dtype == jnp.float32
@@ -196,7 +207,7 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
 
     def loss_of(network):
         head = few_shot.linear_head(network.features)
-        return lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
+        return lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
 
     a = few_shot.maml_plus_plus(
         loss_of(network), num_steps=2, rate=0.3, adapt="^(?!.*(scale|shift))", leaves_per_step="scale|shift"
@@ -232,8 +243,7 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
     ("options", "message"),
     [
         ({"normalization": "instance"}, "`normalization` must be one of 'batch'"),
-        ({"num_filters": 0}, "`num_filters` must be at least 1; got 0"),
-        ({"num_filters": 12, "normalization": "group"}, "a multiple of 8 for group normalization; got 12"),
+        ({"downsampling": "max"}, '`downsampling` must be "pool" or "stride"'),
         ({"num_blocks": 5}, r"Images of \(28, 28\) are too small for 5 blocks"),
     ],
 )
@@ -247,9 +257,9 @@ def test_bad_networks(options, message):
 def test_what_is_no_image_is_refused(shape):
     network = few_shot.conv4(num_filters=2, num_blocks=1)
     params = network.init(KEY)
-    with pytest.raises(ValueError, match=r"takes images \[N, H, W, 1\] or \[N, H, W\], channels last; got \(2, "):
+    with pytest.raises((TypeError, ValueError)):  # by JAX
         network.features(params, {"x": jnp.ones(shape), "mask": jnp.ones(2)})
     colored = few_shot.conv4(num_filters=2, num_blocks=1, num_channels=3)
     for wrong in ((2, 8, 8), (2, 3, 8, 8)):
-        with pytest.raises(ValueError, match=r"takes images \[N, H, W, 3\], channels last; got \(2, "):
+        with pytest.raises((TypeError, ValueError)):
             colored.features(colored.init(KEY), {"x": jnp.ones(wrong), "mask": jnp.ones(2)})

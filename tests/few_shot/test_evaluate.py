@@ -1,7 +1,6 @@
 """Scores that can be worked out by hand; what methods may see; what is made of scores."""
 
 import functools
-import json
 import zlib
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import metaopt
 from experiments.data import from_image_sets, omniglot_split
 from metaopt import evaluation, few_shot, tasks
 
@@ -300,30 +300,14 @@ def test_progress_counts_episodes(capsys):
     assert capsys.readouterr().err == ""  # no terminal
 
 
-def by_hand(scores, num_ways=None, higher=True):
-    scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
-    sources = next(iter(scores.values()))
-    ways = {s: np.ones(len(v)) for s, v in sources.items()} if num_ways is None else num_ways
-    return evaluation.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), higher, {}, "accuracy")
-
-
-HAND = by_hand(
-    {
-        "a": {"u": [[0.0, 0.5], [0.0, 0.7], [0.0, 0.6]], "v": [[0.0, 0.2], [0.0, 0.4], [0.0, 0.0]]},
-        "b": {"u": [[0.4], [0.6], [0.5]], "v": [[0.3], [0.1], [0.2]]},
-    },
-    {"u": np.array([5, 5, 10]), "v": np.array([10, 20, 20])},
-)
-
-
 @pytest.mark.once
 def test_methods_of_two_days_are_as_of_one(three_methods, tmp_path):
     samplers = {"two": lambda key: sample(key, 2), "three": sample}
     evaluate = lambda names, key=KEY, num=50: few_shot.evaluate_episodes(
         {name: METHODS[name] for name in names}, samplers, key, num_episodes=num, chunk_size=25
     )
-    evaluation.save_evaluation(tmp_path / "one", evaluate(["prototypes", "steps"]))
-    found = evaluation.join_evaluations(evaluation.load_evaluation(tmp_path / "one"), evaluate(["centered"]))
+    metaopt.save(tmp_path / "one", evaluate(["prototypes", "steps"]))
+    found = evaluation.join_evaluations(metaopt.load(tmp_path / "one"), evaluate(["centered"]))
     assert found.transductive == three_methods.transductive and list(found.scores) == list(three_methods.scores)
     assert found.score == three_methods.score == "accuracy"
     jax.tree.map(np.testing.assert_array_equal, found.scores, three_methods.scores)
@@ -333,24 +317,6 @@ def test_methods_of_two_days_are_as_of_one(three_methods, tmp_path):
     for key, num, what in ((jax.random.key(1), 50, "marks"), (KEY, 40, "num_ways")):
         with pytest.raises(ValueError, match=f"source 'three' are not the same .their `{what}` differ"):
             evaluation.join_evaluations(three_methods, evaluate(["steps"], key, num)._replace(scores={}))
-
-
-def test_what_cannot_be_joined():
-    other = HAND._replace(scores={"c": HAND.scores["a"]}, transductive={"c": True})
-    for score in ("accuracy", ""):  # of an earlier version
-        for pair in ((HAND, other._replace(score=score)), (other._replace(score=score), HAND)):
-            joined = evaluation.join_evaluations(*pair)
-            assert sorted(joined.scores) == ["a", "b", "c"] and joined.score == "accuracy"
-    for wrong, message in (
-        (HAND, "The method 'a' is in both"),
-        (other._replace(higher_is_better=False), "one has accuracies and the other errors"),
-        (other._replace(score="other"), "`score` is 'accuracy' and the other's 'other'"),
-        (other._replace(num_ways={"u": HAND.num_ways["u"]}), r"same sources; got `num_ways` of \['u', 'v'\] and"),
-        (other._replace(marks=HAND.num_ways), "same sources; got `marks` of"),
-        (other._replace(num_shots={**HAND.num_shots, "u": np.array([5, 5, 9])}), "source 'u' .* `num_shots` differ"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluation.join_evaluations(HAND, wrong)
 
 
 @pytest.mark.once
@@ -395,22 +361,6 @@ def test_labels_that_are_no_class_of_the_episode_are_refused(part, label):
             judge(wrong)
 
 
-def test_the_same_episodes_by_another_machine():
-    """Whose sums are rounded otherwise: of episodes that are much alike, too."""
-    rng = np.random.default_rng(0)
-    marks = {"u": (1e-4 + 4e-5 * rng.normal(size=50)).astype(np.float32)}
-    one = by_hand({"a": {"u": np.zeros((50, 1))}})._replace(marks=marks)
-    other = lambda found: by_hand({"b": {"u": np.zeros((50, 1))}})._replace(marks={"u": found})
-    rounded = (marks["u"] + 5e-9 * rng.choice([-1, 1], size=50)).astype(np.float32)
-    assert list(evaluation.join_evaluations(one, other(rounded)).scores) == ["a", "b"]
-    apart = marks["u"] + np.float32(4e-6) * (np.arange(50) == 7)  # one that differs by a tenth of what others do
-    for wrong in (apart, np.where(np.arange(50) == 3, np.nan, marks["u"]), np.roll(marks["u"], 1)):
-        with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
-            evaluation.join_evaluations(one, other(wrong))
-        with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
-            evaluation.join_evaluations(other(wrong), one)
-
-
 @pytest.mark.once
 def test_episodes_with_infinite_or_very_large_data_have_marks():
     def marks(extra):
@@ -425,104 +375,6 @@ def test_episodes_with_infinite_or_very_large_data_have_marks():
     assert np.isfinite(marks(extra)) and marks(extra) != marks(extra[::-1])
     large = 3e38 * np.sign(np.cos(4 + np.arange(20)))  # all weights' signs: the sum is as large as it can be
     assert np.isfinite(marks(large)) and marks(large) != marks(-large)
-
-
-def test_an_evaluation_on_disk(tmp_path):
-    file = tmp_path / "scores.npz"
-    given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
-    given = given._replace(score="mean_squared_error")
-    evaluation.save_evaluation(file, given)
-    found = evaluation.load_evaluation(file)
-    jax.tree.map(np.testing.assert_array_equal, found, given)
-    assert evaluation.leaderboard(found) == evaluation.leaderboard(given) and found.transductive == given.transductive
-    arrays = dict(np.load(file))
-    header = json.loads(arrays.pop("header").tobytes())
-    old = {name: value for name, value in header.items() if name != "score"}
-    np.savez(file, header=np.frombuffer(json.dumps(old).encode(), np.uint8), **arrays)
-    assert evaluation.load_evaluation(file).score == ""
-    for change, drop, message in (
-        (
-            {"format": "metaopt.cell_searcher"},
-            None,
-            "`save_evaluation` writes .*: `nas.load_cell_searcher` reads it",
-        ),
-        ({"version": 9}, None, "is of version 9; this metaopt reads 'metaopt.three_methods' up to version 1"),
-        ({}, "scores 1 0", "does not describe an `Evaluation` as it should: it lacks 'scores 1 0'"),
-        ({"transductive": [True]}, None, "does not describe an `Evaluation` as it should"),
-    ):
-        kept = {k: v for k, v in arrays.items() if k != drop}
-        np.savez(file, header=np.frombuffer(json.dumps({**header, **change}).encode(), np.uint8), **kept)
-        with pytest.raises(ValueError, match=message):
-            evaluation.load_evaluation(file)
-    np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **{**arrays, "shots 0": np.ones(2)})
-    with pytest.raises(ValueError, match="the arrays of source 'u' are not all of 3 episodes"):
-        evaluation.load_evaluation(file)
-    file.write_bytes(b"text")
-    with pytest.raises(ValueError, match="is not a file that `save_evaluation` wrote"):
-        evaluation.load_evaluation(file)
-
-
-def test_means_differences_and_ranks_by_hand():
-    mean, half = evaluation.mean_scores(HAND)["a"]["u"]
-    assert mean == pytest.approx(0.6) and half == pytest.approx(1.96 * 0.1 / np.sqrt(3))
-    assert (
-        evaluation.mean_scores(HAND, step=0)["a"]["u"] == (0, 0)
-        and evaluation.mean_scores(HAND, step=1)["b"] == (evaluation.mean_scores(HAND)["b"])
-    )
-    difference, half = evaluation.paired_differences(HAND, "b")["a"]["u"]
-    assert difference == pytest.approx(0.1) and half == pytest.approx(0, abs=1e-12)  # always .1 better
-    difference, half = evaluation.paired_differences(HAND, "b")["a"]["v"]
-    assert difference == pytest.approx(0) and half == pytest.approx(
-        1.96 * np.std([-0.1, 0.3, -0.2], ddof=1) / np.sqrt(3)
-    )
-    tied = by_hand({"a": {"u": [[1]], "v": [[3]]}, "b": {"u": [[1]], "v": [[2]]}, "c": {"u": [[0]], "v": [[9]]}})
-    assert evaluation.average_ranks(tied) == {"a": 1.75, "c": 2.0, "b": 2.25}
-    assert evaluation.average_ranks(tied._replace(higher_is_better=False)) == {"b": 1.75, "c": 2.0, "a": 2.25}
-    apart = evaluation.average_ranks(tied._replace(transductive={"a": True, "b": False, "c": False}))
-    assert list(apart.items()) == [("b", 1.5), ("c", 1.5), ("a", 1.0)]  # each kind among themselves
-    with pytest.raises(ValueError, match="`step` must be a number of steps, or -1"):
-        evaluation.mean_scores(HAND, step=-2)
-    with pytest.raises(ValueError, match="`step` must be a number of steps, or -1 .* got 1.5"):
-        evaluation.leaderboard(HAND, step=1.5)
-    with pytest.raises(ValueError, match="`digits` must be at least 0; got -1"):
-        evaluation.leaderboard(HAND, digits=-1)
-
-
-def test_against_ways_by_hand():
-    bins = evaluation.by_number(HAND, "ways", [5, 10, 11, 15, 30])
-    assert [(n, count) for n, count, _, _ in bins["a"]] == [(5, 2), (10, 2), (20, 2)]  # the empty bin is left out
-    np.testing.assert_allclose([mean for _, _, mean, _ in bins["a"]], [0.6, 0.4, 0.2])
-    np.testing.assert_allclose([mean for _, _, mean, _ in bins["b"]], [0.5, 0.4, 0.15])
-
-
-def test_the_leaderboard():
-    table = evaluation.leaderboard(HAND, reference="b", digits=2)
-    lines = table.splitlines()
-    assert lines[0] == "| method | u | v | average rank | against b |"
-    assert lines[2] == "| a | **0.60 ± 0.11** | **0.20 ± 0.23** | 1.25 | +0.05 ± 0.15 |"
-    assert lines[3] == "| b | 0.50 ± 0.11 | **0.20 ± 0.11** | 1.75 |  |"
-    assert "3 episodes of each source" in lines[-1] and "higher is better" in lines[-1]
-    errors = evaluation.leaderboard(HAND._replace(higher_is_better=False, transductive={"a": True, "b": False}))
-    lines = errors.splitlines()  # two tables: each has its own best
-    assert lines[0].startswith("| method |") and lines[2].startswith("| b | **0.500") and "**0.200" in lines[2]
-    assert lines[4].startswith("| transductive method |") and lines[6].startswith("| a | **0.600 ± 0.113** | **0.200")
-    assert lines[2].endswith("1.00 |") and lines[6].endswith("1.00 |") and "lower is better" in lines[-1]
-    of_one = evaluation.leaderboard(by_hand({"a": {1: [[0.5]]}, "b": {1: [[0.25]]}}), reference="b")
-    assert of_one.splitlines()[2] == "| a | **0.500** | 1.00 | +0.250 |"  # one episode has no interval
-    bars = evaluation.leaderboard(by_hand({"a|b": {"x|y": [[0.5]]}}), reference="a|b").splitlines()
-    assert bars[0] == r"| method | x\|y | average rank | against a\|b |" and bars[2].startswith(r"| a\|b |")
-
-
-def test_scores_that_are_not_finite_have_a_mean_and_no_interval():
-    wild, large = [[[np.inf], [1.0]], [[np.inf], [-np.inf]]], np.array([[1e30], [3e30]], np.float32)
-    of = by_hand({"a": {"u": wild[0], "v": wild[1]}, "b": {"u": [[1.0], [1.0]], "v": wild[1]}})
-    assert evaluation.mean_scores(of)["a"]["u"] == (np.inf, pytest.approx(np.nan, nan_ok=True))
-    assert np.isnan(evaluation.mean_scores(of)["a"]["v"]).all()
-    differences = evaluation.paired_differences(of, "b")["a"]
-    assert differences["u"][0] == np.inf and np.isnan(differences["v"]).all()
-    assert "| a | inf | nan |" in evaluation.leaderboard(of._replace(higher_is_better=False), reference="b")
-    mean, half = evaluation.mean_scores(of._replace(scores={"a": {"u": large, "v": large}}))["a"]["u"]
-    assert mean == pytest.approx(2e30) and half == pytest.approx(1.96e30)
 
 
 def test_scores_of_masked_rows():
@@ -547,15 +399,6 @@ def test_scores_of_masked_rows():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: few_shot.evaluate_episodes(prototypes, sample, KEY), "`methods` must be a dict.*got function"),
-        (lambda: few_shot.evaluate_episodes({}, sample, KEY), "at least one method"),
-        (lambda: few_shot.evaluate_episodes(METHODS, {}, KEY), "at least one source"),
-        (lambda: few_shot.evaluate_episodes(METHODS, sample, KEY, num_episodes=0), "`num_episodes` must be at least 1"),
-        (
-            lambda: few_shot.evaluate_episodes(METHODS, sample, KEY, num_episodes=9.0),
-            "`num_episodes` must be an integer",
-        ),
-        (lambda: few_shot.evaluate_episodes(METHODS, sample, KEY, chunk_size=2.0), "`chunk_size` must be an integer"),
         (
             lambda: few_shot.evaluate_episodes({"x": lambda k, s, q: q["x"][None]}, tasks.sinusoids(), KEY),
             "`accuracy` needs episodes with classes.*`score_fn=few_shot.mean_squared_error`",
@@ -565,28 +408,13 @@ def test_scores_of_masked_rows():
             r"'flat' must return outputs \[steps \+ 1, 11, ...\].*`outputs\[None\]`",
         ),
         (
-            lambda: few_shot.evaluate_episodes({"x": few_shot.maml(lambda *_: 0.0)}, sample, KEY),
-            "'x' must be a function .*; got Adaptation. .*`few_shot.adapted",
-        ),
-        (
-            lambda: few_shot.evaluate_episodes(METHODS, lambda key: tasks.Episode({"y": jnp.ones(2)}, {}), KEY),
-            "support set of an episode must have 'mask'; this one has .'y'.",
-        ),
-        (
-            lambda: few_shot.evaluate_episodes(METHODS, lambda key: (jnp.ones(2), jnp.ones(2)), KEY),
-            "must return an episode, .*; got tuple",
-        ),
-        (
             lambda: few_shot.evaluate_episodes(METHODS, tasks.episode_batches(sample, 3), KEY),
             r"must return one episode, .* support set they are \(3, 6\) and \(3, 6\). Batches are only for training",
         ),
-        (lambda: evaluation.paired_differences(HAND, "c"), "must be one of 'a', 'b'; got 'c'"),
-        (lambda: evaluation.by_number(HAND, "rows", [1, 2]), '`of` must be "ways" or "shots"'),
-        (lambda: evaluation.by_number(HAND, "ways", [2, 2]), "must ascend"),
     ],
 )
 @pytest.mark.once
-def test_what_cannot_be_evaluated_is_refused(make, message):
+def test_calls_that_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -597,7 +425,7 @@ PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", PIXELS)
 def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
-    """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official three_methods characters."""
+    """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official evaluation characters."""
     try:
         source = from_image_sets(["omniglot"])
     except FileNotFoundError:

@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
+import metaopt
 from metaopt import nas
 from metaopt.nas import _named_spaces, _nas_bench_101
 
@@ -91,23 +92,23 @@ def test_nas_bench_101(tmp_path):
     assert outcome == pytest.approx(0.19) and cost == 31
 
     kept = tmp_path / "kept"
-    nas.save_benchmark(table, kept)
+    metaopt.save(kept, table)
     (tmp_path / "kept.tmp").mkdir()  # what another process is at work on may stand there
-    nas.save_benchmark(table, kept)
+    metaopt.save(kept, table)
     (tmp_path / "kept.tmp").rmdir()
-    again = nas.load_benchmark(kept)
+    again = metaopt.load(kept)
     assert kept in tmp_path.iterdir() and not list(tmp_path.glob("kept*.*"))  # by the name that was given
     for name, value in table._asdict().items():
         if name != "query":
             np.testing.assert_array_equal(getattr(again, name), value)
     assert again.query(table.encodings[1], "cifar10") == table.query(table.encodings[1], "cifar10")
     with open(kept, "wb") as file:
-        np.savez(file, name="x")
-    with pytest.raises(ValueError, match="it lacks cost, dims"):
-        nas.load_benchmark(kept)
+        np.savez(file, name="x", header=np.frombuffer(b'{"format": "metaopt.benchmark", "version": 1}', np.uint8))
+    with pytest.raises(ValueError, match="it lacks 'tasks'"):
+        metaopt.load(kept)
     kept.write_bytes(kept.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="or is damaged: .*File is not a zip file"):
-        nas.load_benchmark(kept)
+    with pytest.raises(ValueError, match="is not a file that .*: .*File is not a zip file"):
+        metaopt.load(kept)
 
 
 def test_nas_bench_101_that_is_damaged(tmp_path):

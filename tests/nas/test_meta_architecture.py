@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import metaopt
 from metaopt import base, hypergrad, inner, nas, predictors, spaces, tasks
 
 pytestmark = pytest.mark.once
@@ -173,30 +174,34 @@ def test_fine_tuning_starts_from_what_was_learned(learned):
 @pytest.mark.once
 def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
     path = tmp_path / "h.npz"
-    nas.save_meta_architecture(path, META, learned)
+    metaopt.save(path, nas.TrainedMetaArchitecture(META, learned))
     again = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=2))
-    found = nas.load_meta_architecture(path, again)
+    found = metaopt.load(path, meta=again).hyperparams
     chex.assert_trees_all_equal(found, learned)
     assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(learned)]
     assert again.genotype(found, TASKS[0]) == META.genotype(learned, TASKS[0])
     json.dumps(META.settings, allow_nan=False)
     alone = nas.meta_architecture_search(search_of(), predictors.mlp(SPACE, 2, num_hidden=2))
     other = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=3))
+    part = nas.TrainedMetaArchitecture(META, learned["h"])
     for read, message in (
-        (lambda: nas.load_meta_architecture(path, alone), "h.npz does not have λ of this search"),
-        (lambda: nas.load_meta_architecture(path, other), "is of another `h` than this search"),
-        (lambda: nas.save_meta_architecture(path, META, learned["h"]), "λ of this search has the shapes"),
+        (lambda: metaopt.load(path, meta=alone), "h.npz does not describe .* do not belong there"),
+        (lambda: metaopt.load(path, meta=other), "is of another `h` than this search"),
+        (
+            lambda: metaopt.save(path, part),
+            "λ of this search has the shapes",
+        ),
         # h's predictor alone is saved alone.
         (
-            lambda: predictors.save(path, predictors.mlp(SPACE, 2, num_hidden=2), learned),
+            lambda: metaopt.save(path, predictors.TrainedPredictor(predictors.mlp(SPACE, 2, num_hidden=2), learned)),
             "`meta_params` must have the shapes",
         ),
-        (lambda: predictors.load(path), "is of format 'metaopt.meta_architecture' version 1"),
+        (lambda: metaopt.load(path), "holds a `TrainedMetaArchitecture`: `metaopt.load` needs `meta=`, the"),
     ):
         with pytest.raises(ValueError, match=message):
             read()
-    predictors.save(path, predictors.mlp(SPACE, 2, num_hidden=2), learned["h"])
-    chex.assert_trees_all_equal(predictors.load(path).meta_params, learned["h"])
+    metaopt.save(path, predictors.TrainedPredictor(predictors.mlp(SPACE, 2, num_hidden=2), learned["h"]))
+    chex.assert_trees_all_equal(metaopt.load(path).meta_params, learned["h"])
 
 
 def test_what_is_read_from_a_learned_start(learned):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import metaopt
 from metaopt import tasks
 
 Y = np.repeat(np.arange(12), 5)
@@ -46,21 +47,21 @@ def test_splits_are_json_and_merge(tmp_path):
     split = tasks.merge_splits(
         tasks.split_classes(LETTERS, {"train": 8, "test": 4}), tasks.split_sources({"test": ["digits"]})
     )
-    tasks.save_split(tmp_path / "split.json", split)
-    assert tasks.load_split(tmp_path / "split.json") == split == json.loads((tmp_path / "split.json").read_text())
+    metaopt.save(tmp_path / "split.json", split)
+    assert metaopt.load(tmp_path / "split.json") == split == json.loads((tmp_path / "split.json").read_text())["parts"]
     train, test = (tasks.select({"a": LETTERS, "b": DIGITS}, split, part) for part in ("train", "test"))
     assert [s.name for s in train] == ["letters"] and [s.name for s in test] == ["letters", "digits"]
     assert test[1].num_classes == 2
     assert tasks.select(DIGITS, tasks.split_sources({"all": ["digits"]}), "all")[0].num_classes == 2  # one alone
     for other in ("[1]", '{"train": [1]}', '{"train": {"digits": [1]}}'):
-        (tmp_path / "other.json").write_text(other)
-        with pytest.raises(ValueError, match="is not a split"):
-            tasks.load_split(tmp_path / "other.json")
+        (tmp_path / "other.json").write_text('{"format": "metaopt.split", "version": 1, "parts": ' + other + "}")
+        with pytest.raises(ValueError, match="`parts` is not a split"):
+            metaopt.load(tmp_path / "other.json")
         with pytest.raises(ValueError, match="`split` is not a split"):
             tasks.select([DIGITS], json.loads(other), "train")
     (tmp_path / "other.json").write_text('{"train":\n {"digits": ')
-    with pytest.raises(ValueError, match="other.json is not JSON that .*line 2"):
-        tasks.load_split(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="other.json is not a file that .*line 2"):
+        metaopt.load(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(

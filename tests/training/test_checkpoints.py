@@ -112,10 +112,10 @@ def test_refuses_settings_that_json_does_not_have(tmp_path):
 
 
 def test_refuses_the_checkpoint_of_another_format(tmp_path, monkeypatch):
-    monkeypatch.setattr(_checkpoints, "FORMAT", 1)
+    monkeypatch.setattr(_checkpoints, "FORMAT", 0)
     fit(tmp_path, num_steps=2)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="holds a checkpoint of the format 1, of another version of metaopt"):
+    with pytest.raises(ValueError, match="holds a checkpoint of the format 0, of another version of metaopt"):
         fit(tmp_path)
 
 

@@ -188,21 +188,12 @@ def test_a_slot_that_ends_while_others_go_ahead_waits_for_its_renewal():
         np.testing.assert_array_equal(done, np.array(ages) == small.HORIZON)
 
 
-def test_stagger_must_be_positive():
-    with pytest.raises(ValueError, match="`stagger` must be at least 1; got 0"):
-        training.learner(small.carried(), optax.sgd(0.1), stagger=0)
-    with pytest.raises(ValueError, match="`optimizer` must be an optax transform.*got 'adam'"):
-        training.learner(small.carried(), optax.adam)
-
-
 @pytest.mark.parametrize(
     "hyperparams, tasks, message",
     [
         ({"lr": 0.1, "layers": [2]}, np.ones(2), r"`hyperparams\['layers'\]\[0\]` has dtype int.*a closure"),
         ({"flag": True}, np.ones(2), "dtype bool"),
         ({}, np.ones(2), "nothing to tune"),
-        (1.0, None, "The tasks are empty"),
-        (1.0, [], "The tasks are empty"),
         (1.0, {"a": np.ones((0, 3))}, r"`tasks\['a'\]` has shape \(0, 3\)"),
     ],
 )

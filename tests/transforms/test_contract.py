@@ -65,7 +65,7 @@ TRANSFORMS = {
 # Compiled whole: operation by operation it takes the compiler many times as long.
 LEARNED = transforms.learned()
 LEARNED = optax.GradientTransformation(LEARNED.init, jax.jit(LEARNED.update))
-NO_TRANSFORMS = ("init_learned", "load_learned", "save_learned")  # weights of one
+NO_TRANSFORMS = ("init_learned",)  # weights of one
 COMPOSED = {
     "alone": lambda t: t,
     "chain": lambda t: optax.chain(optax.clip(1.0), t, optax.scale(0.5)),

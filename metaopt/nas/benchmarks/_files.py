@@ -11,8 +11,8 @@ They need neither TensorFlow nor PyTorch, and they run no code from a file.
 The readers are tested on files in these formats that the tests write. They have not been run on the official files,
 which have gigabytes.
 
-Reading takes minutes, and an hour for a .pth file. `save_benchmark` writes the result to a small file, which
-`load_benchmark` opens in a second.
+Reading takes minutes, and an hour for a .pth file. `metaopt.save` writes the result to a small file, which
+`metaopt.load` opens in a second.
 
 Pickles are programs. `_pickles` reads their containers, texts and numbers and rejects everything else. The readers
 support the training logs of NAS-Bench-301. They do not support its surrogate models, which are pickles of classes from
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _files
+from metaopt import _files, _saving
 from metaopt._tfrecord import fields, read_tfrecords
 from metaopt.nas._genotype_text import from_nas_bench_201
 from metaopt.nas._named_spaces import DARTS_PRIMITIVES, NAS_BENCH_101_PRIMITIVES, NAS_BENCH_201_PRIMITIVES
@@ -39,53 +39,30 @@ from metaopt.nas.benchmarks._pickles import read_pickle
 from metaopt.nas.benchmarks._tables import Benchmark, benchmark_table
 
 
-def save_benchmark(benchmark: Benchmark, path: str | os.PathLike) -> None:
-    """Writes a benchmark to an .npz file of arrays, atomically.
-
-    Args:
-      benchmark: any benchmark.
-      path: path of the file; the name is used as it is.
-    """
-    fields = {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
-    _files.write_npz(path, fields, compress=True)
+def _encode(benchmark: Benchmark) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {}, {name: np.asarray(x) for name, x in benchmark._asdict().items() if name != "query"}
 
 
-def load_benchmark(path: str | os.PathLike) -> Benchmark:
-    """Reads a file that `save_benchmark` wrote.
-
-    Args:
-      path: path of the file.
-
-    Returns:
-      A `Benchmark`.
-
-    Raises:
-      ValueError: if the file is something else or damaged, or if its arrays do not fit one another.
-    """
-    fault = "is not a benchmark that `save_benchmark` wrote, or is damaged"
-    with _files.reading(path, fault), _files.open_npz(path) as file:
-        missing = sorted({*Benchmark._fields} - {"query", *file.specs})
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        _check_benchmark(file.specs)
-        data = {name: file[name] for name in Benchmark._fields if name != "query"}
-        fidelities = data["fidelities"]
-        if not len(fidelities) or not (np.diff(fidelities, prepend=0) > 0).all() or fidelities[-1] != 1:
-            raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
-        encodings = data["encodings"]
-        if (encodings < 0).any() or (encodings >= data["num_choices"]).any():
-            raise ValueError("its encodings are not below `num_choices`")
-        return benchmark_table(
-            str(data["name"]),
-            data["tasks"].tolist(),
-            data["dims"].tolist(),
-            data["num_choices"].tolist(),
-            encodings,
-            data["valid"],
-            fidelities=tuple(fidelities.tolist()),
-            test=data["test"],
-            cost=data["cost"],
-        )
+def _decode(header: dict[str, Any], file: _files.Npz) -> Benchmark:
+    _check_benchmark(file.specs)
+    data = {name: file[name] for name in Benchmark._fields if name != "query"}
+    fidelities = data["fidelities"]
+    if not len(fidelities) or not (np.diff(fidelities, prepend=0) > 0).all() or fidelities[-1] != 1:
+        raise ValueError(f"its fidelities must increase to 1; got {fidelities}")
+    encodings = data["encodings"]
+    if (encodings < 0).any() or (encodings >= data["num_choices"]).any():
+        raise ValueError("its encodings are not below `num_choices`")
+    return benchmark_table(
+        str(data["name"]),
+        data["tasks"].tolist(),
+        data["dims"].tolist(),
+        data["num_choices"].tolist(),
+        encodings,
+        data["valid"],
+        fidelities=tuple(fidelities.tolist()),
+        test=data["test"],
+        cost=data["cost"],
+    )
 
 
 def _check_benchmark(specs: Any) -> None:
@@ -108,6 +85,9 @@ def _check_benchmark(specs: Any) -> None:
     for name, (shape, kinds) in expected.items():
         if specs[name].shape != shape or specs[name].dtype.kind not in kinds:
             raise ValueError(f"{name} has {specs[name]}; its shape should be {shape}")
+
+
+_saving.register(_saving.Kind("benchmark", Benchmark, _encode, _decode, compress=True))
 
 
 # ---- NAS-Bench-101: TFRecord, JSON, protocol buffers ----------------------------------------------------------------

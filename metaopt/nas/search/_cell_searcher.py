@@ -41,7 +41,7 @@ class CellSearcher(NamedTuple):
     at full fidelity, are evidence about scores. A complete trial without a finite outcome counts as failed. If the
     trials have outcomes, but all at lower fidelities and without a failure, a warning says so. A failure counts only if
     no other trial of the same candidate ended. A candidate with a trial of any status and fidelity is not proposed
-    again while there are others. `save_cell_searcher` writes the searcher to disk, and `load_cell_searcher` reads it.
+    again while there are others. `metaopt.save` writes the searcher to disk, and `metaopt.load` reads it.
 
     Attributes:
       predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score. Candidates that

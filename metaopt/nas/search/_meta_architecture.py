@@ -50,7 +50,7 @@ class MetaArchitecture(NamedTuple):
         overrides this.
       settings: settings of the search and of h, as JSON values, for `training.fit(settings=meta.settings)`.
 
-    `save_meta_architecture` saves λ to disk.
+    `metaopt.save` writes λ as a `TrainedMetaArchitecture`.
     """
 
     estimator: base.Estimator

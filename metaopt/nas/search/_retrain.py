@@ -28,7 +28,7 @@ class Retraining(NamedTuple):
         which can continue after an interruption.
       finish: `(state, data) -> TrainedNetwork`, from a state of the loop and its training data. The result predicts
         with normalization by statistics of training rows, without dropped edges or the auxiliary head.
-        `save_trained_network` writes it.
+        `metaopt.save` writes it.
       num_steps: the number of steps that the schedules are made for.
     """
 

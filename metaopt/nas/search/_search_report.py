@@ -93,7 +93,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     ...     alone.loop, task.train, num_steps=alone.num_steps, key=jax.random.key(2), progress=False
     ... )
 
-    >>> trained = alone.finish(state, task.train)  # `nas.save_trained_network` writes it
+    >>> trained = alone.finish(state, task.train)  # `metaopt.save` writes it
     >>> trained.predict(x[:1]).shape
     (1,)
 

@@ -3,7 +3,7 @@
     state, losses = train(made.loop, data, ...)
     network = made.finish(state, data)         # or `trained_network(supernet, params, data)`
     network.predict(x)                         # a batch of one row, or of any number of rows
-    save_trained_network(path, network)        # `load_trained_network(path, ops=...)` reads it
+    metaopt.save(path, network)                # `metaopt.load(path, ops=...)` reads it
 
 Training normalizes by the batch. A prediction must not do so: the answer for a row would depend on the other rows of
 the batch. After training, the moments of every normalization are therefore computed over training rows, as one batch,
@@ -15,7 +15,6 @@ and stored. There are three reasons to prefer these statistics to running averag
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,8 +25,6 @@ import numpy as np
 from metaopt import _files, _saving, base, inner
 from metaopt.nas import _ops, _specs, _supernet
 
-_FORMAT = "metaopt.trained_network"
-_VERSION = 1
 _BATCH = 256  # rows per prediction batch
 
 
@@ -155,70 +152,39 @@ def trained_network(
     return network
 
 
-def save_trained_network(path: str | os.PathLike[str], network: TrainedNetwork) -> None:
-    """Writes a network with its weights and statistics as one `.npz` file, atomically.
-
-    Args:
-      path: the file.
-      network: from `trained_network`, or from `finish` of `retraining`. Its ops are functions and are not saved.
-
-    Raises:
-      ValueError: if a weight is not finite.
-    """
+def _encode(network: TrainedNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
     supernet = network.supernet
     header = {
-        "format": _FORMAT,
-        "version": _VERSION,
         "network": json.loads(_specs.network_to_json(supernet.network)),
         "in_shape": [int(size) for size in supernet.in_shape],
         "single_path": bool(supernet.single_path),
         "partial": int(supernet.partial),
     }
-    leaves = _saving.arrays("params", network.params) | _saving.arrays("statistics", network.statistics)
-    leaves |= _saving.arrays("weights", network.weights)
-    # The format has no bfloat16; float32 represents every bfloat16 number.
-    arrays = {k: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None) for k, x in leaves.items()}
+    trees = {"params": network.params, "statistics": network.statistics, "weights": network.weights}
+    arrays = {}
+    for kind, tree in trees.items():
+        arrays |= {name: _saving.storable(x) for name, x in _saving.named_leaves(kind, tree).items()}
     try:
         _check_finite(arrays)
     except ValueError as error:
         raise ValueError(f"`network` cannot be saved: {error}.") from None
-    _saving.write(path, _saving.encode(header, "The network"), arrays)
+    return header, arrays
 
 
-def load_trained_network(path: str | os.PathLike[str], *, ops: Mapping[str, _ops.Op]) -> TrainedNetwork:
-    """Reads a file that `save_trained_network` wrote. Nothing in the file is executed.
-
-    Args:
-      path: the file.
-      ops: the ops that the network was built with, such as `nas.DARTS_OPS`; {} for a network of sizes.
-
-    Returns:
-      A `TrainedNetwork` with the same outputs as the saved one, to rounding.
-
-    Raises:
-      ValueError: if the file is of another kind or a newer version, if `ops` lacks an op of the network, or if the
-        arrays do not fit.
-    """
-    built: list[Any] = []
-
-    def check(header, specs):
-        with _files.reading(path, "does not describe a network with these `ops` as it should"):
-            built.extend(_templates(header, specs, ops))
-
-    _, arrays = _saving.read(path, _FORMAT, _VERSION, "save_trained_network", check=check)
-    supernet, templates = built
-    with _files.reading(path, "does not have the weights of a trained network"):
-        _check_finite(arrays)
-    read = lambda kind: jax.tree_util.tree_map_with_path(
-        lambda path, _: jnp.asarray(arrays[kind + jax.tree_util.keystr(path)]), templates[kind]
-    )
-    return _network(supernet, read("params"), read("weights"), read("statistics"))
+def _decode(header: dict[str, Any], file: _files.Npz, *, ops: Mapping[str, _ops.Op]) -> TrainedNetwork:
+    supernet, templates = _templates(header, file.specs, ops)
+    shapes = {name: size for kind, tree in templates.items() for name, size in _saving.shapes(kind, tree).items()}
+    arrays = file.floats(shapes, missing=_may_be_missing)
+    _check_finite(arrays)
+    trees = {kind: _saving.tree_from_leaves(kind, arrays, tree) for kind, tree in templates.items()}
+    trees = jax.tree.map(jnp.asarray, trees)
+    return _network(supernet, trees["params"], trees["weights"], trees["statistics"])
 
 
 def _templates(
     header: dict[str, Any], specs: Mapping[str, Any], ops: Mapping[str, _ops.Op]
 ) -> tuple[_supernet.Supernet, Any]:
-    """Returns the supernet and the shapes of its arrays; raises ValueError if the arrays of the file do not match."""
+    """Returns the supernet and the shapes and types of its params, weights and statistics."""
     options = {name: header[name] for name in ("single_path", "partial")}
     network, in_shape = _specs.network_from_json(json.dumps(header["network"])), tuple(header["in_shape"])
     supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
@@ -229,11 +195,7 @@ def _templates(
         weights = {kind: jax.ShapeDtypeStruct(size, float) for kind, size in sizes.items()}
     x = jax.ShapeDtypeStruct((2, *in_shape), float)
     statistics = jax.eval_shape(supernet.statistics, params, weights, x)
-    templates = {"params": params, "weights": weights, "statistics": statistics}
-    _saving.check_shapes(
-        specs, {n: leaf.shape for kind, tree in templates.items() for n, leaf in _saving.arrays(kind, tree).items()}
-    )
-    return supernet, templates
+    return supernet, {"params": params, "weights": weights, "statistics": statistics}
 
 
 def _network(supernet, params, weights, statistics) -> TrainedNetwork:
@@ -271,9 +233,24 @@ def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
         )
 
 
+def _may_be_missing(name: str) -> bool:
+    return name.startswith("statistics")
+
+
 def _check_finite(arrays: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError if a weight is not finite or a variance is negative. Ops that never run have NaN statistics."""
     for name, array in arrays.items():
-        _files.check_finite(name, array, missing=name.startswith("statistics"))
+        _files.check_finite(name, array, missing=_may_be_missing(name))
         if name.endswith("variance") and (array < 0).any():
             raise ValueError(f"the array {name} has negative entries")
+
+
+_saving.register(
+    _saving.Kind(
+        "trained_network",
+        TrainedNetwork,
+        _encode,
+        _decode,
+        parts={"ops": "the ops that the network was built with, such as `nas.DARTS_OPS`"},
+    )
+)

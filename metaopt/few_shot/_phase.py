@@ -1,0 +1,26 @@
+"""Whether the traced code sees the support set in an inner step, or the query set after the steps."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+_AFTER_STEPS = contextvars.ContextVar("_AFTER_STEPS", default=False)
+
+
+def after_steps() -> bool:
+    """Returns whether the traced code is f after inner steps, or a prediction; both see a query set.
+
+    A network's arguments do not contain this information. A network that needs the support set there can raise an error
+    if it is missing.
+    """
+    return _AFTER_STEPS.get()
+
+
+@contextlib.contextmanager
+def traced_after_steps(value: bool) -> Iterator[None]:
+    """Sets the answer of `after_steps` for the code that is traced meanwhile."""
+    token = _AFTER_STEPS.set(value)
+    try:
+        yield
+    finally:
+        _AFTER_STEPS.reset(token)

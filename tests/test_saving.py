@@ -1,0 +1,108 @@
+"""`metaopt.save` and `metaopt.load`: what holds for a file of any kind. `test_round_trips` has one row per kind."""
+
+import json
+import os
+import pickle
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+
+import metaopt
+from metaopt import evaluation, tasks
+
+SCORES: Any = {"m": {"u": np.ones((3, 1))}}
+EVALUATION = evaluation.Evaluation(SCORES, {"u": np.ones(3)}, {"u": np.ones(3)}, {"m": False}, True, {}, "accuracy")
+SPLIT = tasks.split_sources({"train": ["letters"]})
+
+
+class Runs:
+    """Makes a folder when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def with_header(path, **changes):
+    metaopt.save(path, EVALUATION)
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes()) | changes
+    np.savez(path, **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 9}, "is of version 9; this metaopt reads 'metaopt.evaluation' up to version 1"),
+        ({"format": "mine"}, "is not a file that .*: its format is 'mine'; this metaopt reads metaopt.benchmark, "),
+        ({"version": "new"}, "is not a file that `metaopt.save` wrote"),
+        ({"format": ["metaopt.split"]}, "is not a file that `metaopt.save` wrote"),
+        ({"format": "metaopt.benchmark"}, "does not describe a `Benchmark` as it should: it lacks 'tasks'"),
+        (
+            {"format": "metaopt.trained_network"},
+            "needs `ops=`, the ops that the network was built with.*; got",
+        ),
+    ],
+)
+def test_headers_that_are_rejected(changes, message, tmp_path):
+    with_header(tmp_path / "e.npz", **changes)
+    with pytest.raises(ValueError, match=message):
+        metaopt.load(tmp_path / "e.npz")
+
+
+def test_parts_that_the_file_does_not_need_are_rejected(tmp_path):
+    metaopt.save(tmp_path / "e.npz", EVALUATION)
+    with pytest.raises(ValueError, match="holds a `Evaluation`: `metaopt.load` needs the path only; got `ops=`"):
+        metaopt.load(tmp_path / "e.npz", ops={})
+
+
+def test_garbage_is_rejected_and_nothing_is_unpickled(tmp_path):
+    path = tmp_path / "e.npz"
+    metaopt.save(path, EVALUATION)
+    whole = path.read_bytes()
+    for content in (b"", b"not a file of this kind", b"{", b"{}", whole[: len(whole) // 2], pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="e.npz is not a file that `metaopt.save` wrote"):
+            metaopt.load(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="is not a file that"):
+        metaopt.load(path)
+    np.savez(path, header=np.array([Runs(tmp_path / "ran")], object))
+    with pytest.raises(ValueError, match="is not a file that"):
+        metaopt.load(path)
+    assert not (tmp_path / "ran").exists()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="is not a file that"):
+        metaopt.load(tmp_path / "array.npy")
+    with pytest.raises(FileNotFoundError):
+        metaopt.load(tmp_path / "absent.npz")
+
+
+def test_a_value_that_cannot_be_saved_leaves_the_old_file(tmp_path):
+    path = tmp_path / "split.json"
+    metaopt.save(path, SPLIT)
+    before = path.read_bytes()
+    for value, error, message in (
+        ({"train": {}}, TypeError, "cannot save a dict; it saves .*Split"),
+        (tasks.Split({"train": {"letters": {"rows": [np.int64(1)]}}}), ValueError, "`Split` cannot be written as JSON"),
+        (tasks.Split({"train": {"letters": [1]}}), ValueError, "is not a split"),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(error, match=message):
+            metaopt.save(path, value)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["split.json"]
+
+
+def test_a_file_without_arrays_is_a_json_text(tmp_path):
+    metaopt.save(tmp_path / "split.json", SPLIT)
+    parts = {"train": {"letters": {}}}
+    assert json.loads((tmp_path / "split.json").read_text()) == {
+        "format": "metaopt.split",
+        "version": 1,
+        "parts": parts,
+    }
