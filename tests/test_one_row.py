@@ -172,9 +172,7 @@ FEW_SHOT = {
 }
 FEW_SHOT |= {"conv4, features by hand": features_by_hand}
 FEW_SHOT |= {
-    name: functools.partial(few_shot_method, name, "support", 1)
-    for name in HEADS
-    if name != "prototypical_networks"
+    name: functools.partial(few_shot_method, name, "support", 1) for name in HEADS if name != "prototypical_networks"
 }
 
 # ---- Flax modules ---------------------------------------------------------------------------------------------------
