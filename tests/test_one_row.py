@@ -70,7 +70,9 @@ def ops_on_images():
 
 
 def retrained():
-    network = nas.discrete(MIXED, nas.random_genotype(0, MIXED))
+    cell = nas.complete_cell(2, ("skip_connect", "linear"))  # several edges, which training drops at random
+    space = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 3)
+    network = nas.discrete(space, nas.random_genotype(0, space))
     made = nas.retraining(network, (3,), ops=nas.BLOCKS, num_steps=4, auxiliary=0.0, batch_size=4)
     data = {"x": jnp.asarray(RNG.normal(size=(8, 3))), "y": jnp.arange(8) % 3}
     trained = made.finish(jax.jit(lambda: inner.run(made.loop, 4)(KEY, None, data))(), data)

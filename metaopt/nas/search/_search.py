@@ -214,8 +214,9 @@ def _alpha(learn_init: bool, hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def _outputs(supernet, relaxation, params, alpha, batch, context):
+    mask = inner.row_mask(batch)  # first, since it explains a batch of another form
     weights = _relaxations.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
-    return supernet.apply(params, weights, batch["x"], None, inner.row_mask(batch))
+    return supernet.apply(params, weights, batch["x"], None, mask)
 
 
 def _valid_loss(supernet, relaxation, loss, penalty, learn_init, params, hyperparams, batch, context):

@@ -110,7 +110,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     | --- | --- | --- | --- | --- | --- |
     | found | ... | ... | ... | ... | 1 |
     <BLANKLINE>
-    Accuracies in %. Rank correlation (Spearman) ... undefined, one architecture has no ranks. Discretization gap ... points.
+    Accuracies in %. Rank correlation (Spearman) ... undefined, one architecture has no ranks. Discretization gap ...
     """
     scores = list(scores)
     if not scores or any(not len(score.retrained) for score in scores):
