@@ -1,6 +1,7 @@
 """The alternatives: random search, TPE, random forests and gradient boosting."""
 
 import time
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,11 @@ def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def baselines(keys, trials: Trials, space, units, config: Config, with_trees: bool, say):
-    """Yields the alternatives: (label, ([units, 2] test loss and error, (training runs, seconds)))."""
+def baselines(keys, trials: Trials, space, config: Config, ensembles: Future | None, log):
+    """Yields the alternatives: (label, ([units, 2] test loss and error, (training runs, seconds))).
+
+    `ensembles` is the result of `trees`, which may still be running.
+    """
     most, num = max(config.trials), len(trials.units)
     for label, search in (("random search", random_search), ("Optuna TPE", tpe_search)):
         start = time.perf_counter()
@@ -133,11 +137,11 @@ def baselines(keys, trials: Trials, space, units, config: Config, with_trees: bo
         seconds = (time.perf_counter() - start) / num
         for t in config.trials:
             yield f"{label}, {t} trials", (incumbent(outcomes, t), (float(t), seconds * t / most))
-        say(f"{label}: {most} trials on each of {num} held-out tasks")
-    if with_trees:
-        for label, values in trees(units, trials.units, config.tree_trials).items():
+        log(f"{label}: {most} trials on each of {num} held-out tasks")
+    if ensembles is not None:
+        for label, values in ensembles.result().items():
             yield label, (values[:, :2], (None, values[:, 2].mean()))
-        say("forests and boosting")
+        log("forests and boosting")
 
 
 def earlier_baselines(earlier: dict, defaults: np.ndarray, tables, units: list[Unit], order: np.ndarray):

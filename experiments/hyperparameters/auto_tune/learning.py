@@ -2,16 +2,95 @@
 
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.hyperparameters.auto_tune.config import Config
-from experiments.hyperparameters.auto_tune.units import Bucket
-from metaopt import base, hypergrad, predictors, spaces, training
+from experiments.hyperparameters.auto_tune.config import FEATURES, Config
+from experiments.hyperparameters.auto_tune.network import make_problem, make_space
+from experiments.hyperparameters.auto_tune.units import Bucket, Collection, make_sampler
+from metaopt import base, hypergrad, predictors, spaces, tasks, training
 from metaopt.training import report_progress
+
+
+class Learning:
+    """The problem, its estimator, g, and the learners, which all folds share, so that they compile only once."""
+
+    def __init__(self, config: Config):
+        self.config, self.space = config, make_space()
+        self.problem, self.scores = make_problem(config)
+        constrained = spaces.constrain(self.problem, self.space)
+        self.estimator = hypergrad.unrolled(constrained, num_steps=config.num_steps, remat="step")
+        self.default = spaces.default(self.space)
+        self.predictor = predictors.mlp(self.space, len(FEATURES))
+        self.g = predictors.ensemble(self.predictor, config.num_predictors)
+        self.learners = make_learners(self.estimator, self.predictor, config)
+
+    def no_features(self, collection: Collection) -> np.ndarray:
+        return np.zeros((len(collection.units), len(FEATURES)), np.float32)
+
+
+class Learned(NamedTuple):
+    """By fold, learned without the families of the fold. Predictions have a leading axis over all units."""
+
+    one_for_all: dict[int, Any]
+    by_ensemble: dict[int, Any]  # λ = g(t)
+    by_member: dict[int, Any]  # λ of the first member of g
+    histories: dict[int, tuple[np.ndarray, np.ndarray]]  # validation losses of one λ, and of g
+
+
+def learn_folds(
+    learning: Learning,
+    collection: Collection,
+    buckets: list[Bucket],
+    seed: int,
+    out: Path,
+    checkpoints: str | None,
+    log,
+) -> Learned:
+    """Learns one λ for all tables and then g, starting there, for each fold. Saves g in `out`.
+
+    `checkpoints` is the start of the names of folders in `out / "checkpoints"`, from which a run continues.
+    """
+    config, learned = learning.config, Learned({}, {}, {}, {})
+    for fold in config.folds:
+        train_units = np.flatnonzero(collection.fold != fold)
+        # Scaling is fitted only on the training tables of the fold.
+        scaling = tasks.fit_scaling([collection.described[u] for u in train_units], FEATURES)
+        features = np.stack([np.asarray(tasks.apply_scaling(scaling, d), np.float32) for d in collection.described])
+        described = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in buckets]
+        rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in described]
+        start = time.perf_counter()
+        learned.one_for_all[fold], phi, learned.histories[fold] = meta_train(
+            learning.learners,
+            learning.predictor,
+            learning.space,
+            make_sampler(described, rows, config.meta_batch),
+            jax.random.fold_in(jax.random.key(seed), fold),
+            config,
+            out / "checkpoints" / f"{checkpoints}{fold}" if checkpoints else None,
+        )
+        log.seconds[f"meta-training, fold {fold}"] = time.perf_counter() - start
+        first_member = jax.tree.map(lambda x: x[0], phi)
+        learned.by_ensemble[fold] = predict(learning.g, learning.space, phi, features)
+        learned.by_member[fold] = predict(learning.predictor, learning.space, first_member, features)
+        predictors.save(out / f"auto_tune_fold{fold}.npz", learning.g, phi, scaling=scaling)
+        tail = max(1, config.meta_steps // 5)
+        one_history, g_history = learned.histories[fold]
+        log(
+            f"fold {fold}: validation loss {one_history[:tail].mean():.3f} → "
+            f"{one_history[-tail:].mean():.3f} (one λ) → {g_history[-tail:].mean():.3f} (g)"
+        )
+    return learned
+
+
+def predict(g: base.Predictor, space, weights, features: np.ndarray):
+    """Returns λ of every row of the features."""
+    one = lambda weights, row: spaces.to_constrained(space, g.apply(weights, base.Task(None, None, row)))
+    return jax.jit(jax.vmap(one, in_axes=(None, 0)))(weights, jnp.asarray(features))
 
 
 def outer_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
@@ -67,23 +146,36 @@ def meta_train(learners, predictor, space, sample_tasks, key, config: Config, ch
     return first.hyperparams, phi, (first.history["value"], np.mean(histories, axis=0))
 
 
-def fine_tune(estimator: base.Estimator, space, num_steps: int, key, starts, buckets: list[Bucket], config: Config):
-    """Returns λ of every unit after `num_steps` hypergradient steps, and the seconds for all, without compilation."""
-    optimizer = outer_optimizer(config.fine_tune_rate, num_steps + 1)
-    tune = training.fine_tune(estimator, num_steps=num_steps, optimizer=optimizer, space=space)
-    batch = jax.jit(
-        lambda keys, start, task: jax.lax.map(
-            lambda args: tune(*args).hyperparams, (keys, start, task), batch_size=config.chunk
+class FineTuning:
+    """Fine-tunes λ of the units of some buckets by a few hypergradient steps."""
+
+    def __init__(self, learning: Learning, num_steps: int, buckets: list[Bucket]):
+        self.buckets, self._compiled = buckets, []
+        optimizer = outer_optimizer(learning.config.fine_tune_rate, num_steps + 1)
+        tune = training.fine_tune(learning.estimator, num_steps=num_steps, optimizer=optimizer, space=learning.space)
+        self._batch = jax.jit(
+            lambda keys, start, task: jax.lax.map(
+                lambda args: tune(*args).hyperparams, (keys, start, task), batch_size=learning.config.chunk
+            )
         )
-    )
-    arguments, at = [], 0
-    for k, b in enumerate(buckets):
-        n = len(b.units)
-        part = jax.tree.map(lambda x, at=at, n=n: x[at : at + n], starts)
-        arguments.append((jax.random.split(jax.random.fold_in(key, k), n), part, b.task))
-        at += n
-    with report_progress(None, None, "fine-tuning") as report, report.compiling("fine-tuning"):
-        compiled = [batch.lower(*a).compile() for a in arguments]
-    start = time.perf_counter()
-    parts = jax.block_until_ready([f(*a) for f, a in zip(compiled, arguments, strict=True)])
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), time.perf_counter() - start
+
+    def _arguments(self, key, starts) -> list[tuple]:
+        """Returns keys, λ and tasks of each bucket."""
+        arguments, first = [], 0
+        for k, bucket in enumerate(self.buckets):
+            rows = slice(first, first := first + len(bucket.units))
+            keys = jax.random.split(jax.random.fold_in(key, k), len(bucket.units))
+            arguments.append((keys, jax.tree.map(lambda x, rows=rows: x[rows], starts), bucket.task))
+        return arguments
+
+    def compile(self, starts) -> None:
+        """Compiles for λ like `starts`, which has a leading axis over the units."""
+        with report_progress(None, None, "fine-tuning") as report, report.compiling("fine-tuning"):
+            self._compiled = [self._batch.lower(*a).compile() for a in self._arguments(jax.random.key(0), starts)]
+
+    def __call__(self, key, starts) -> tuple[Any, float]:
+        """Returns λ of every unit after the steps, and the seconds for all, without compilation."""
+        arguments = self._arguments(key, starts)
+        start = time.perf_counter()
+        parts = jax.block_until_ready([f(*a) for f, a in zip(self._compiled, arguments, strict=True)])
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), time.perf_counter() - start

@@ -7,29 +7,27 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from experiments import script
 from experiments.hyperparameters import auto_tune
-from experiments.hyperparameters.auto_tune.baselines import baselines, earlier_baselines
-from experiments.hyperparameters.auto_tune.config import FEATURES, PRESETS, Config
-from experiments.hyperparameters.auto_tune.learning import fine_tune, make_learners, meta_train
-from experiments.hyperparameters.auto_tune.network import make_problem, make_space
+from experiments.hyperparameters.auto_tune.baselines import baselines, earlier_baselines, trees
+from experiments.hyperparameters.auto_tune.config import PRESETS, Config
+from experiments.hyperparameters.auto_tune.learning import FineTuning, Learned, Learning, learn_folds
 from experiments.hyperparameters.auto_tune.report import COMMITTED, finish
 from experiments.hyperparameters.auto_tune.trials import Trials, train_and_validate
-from experiments.hyperparameters.auto_tune.units import (
-    Bucket,
-    describe,
-    load_tables,
-    make_sampler,
-    make_units,
-    stack_buckets,
-)
-from metaopt import base, hypergrad, predictors, spaces, tasks
+from experiments.hyperparameters.auto_tune.units import Collection, collect, select_units, stack_buckets
+from metaopt import hypergrad, spaces
+
+REFERENCE = "g(t'), no trial"
 
 
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
@@ -69,6 +67,20 @@ def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     return args, name, dataclasses.replace(PRESETS[name], **changed)
 
 
+class Log:
+    """Prints the time of each step, and keeps the seconds of some parts by name."""
+
+    def __init__(self):
+        self.begin, self.console = time.perf_counter(), Console()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, text: str) -> None:
+        self.console.print(f"[{self.total():6.1f} s] {text}", highlight=False, markup=False)
+
+    def total(self) -> float:
+        return time.perf_counter() - self.begin
+
+
 def main(argv=None) -> list[dict]:
     args, name, config = parse(argv)
     out = Path(args.out)
@@ -76,167 +88,171 @@ def main(argv=None) -> list[dict]:
     if args.merge:
         return finish([json.loads(Path(p).read_text()) for p in args.merge], out)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    console = Console()
-    begin = time.perf_counter()
-    clock: dict[str, float] = {}
-
-    def say(text):
-        console.print(f"[{time.perf_counter() - begin:6.1f} s] {text}", highlight=False, markup=False)
-
-    # 1. The meta-training set.
-    tables = load_tables(args)
-    if config.max_tables is not None:
-        tables = sorted(tables, key=lambda t: (len(t.y), t.name))[:: max(1, len(tables) // config.max_tables)]
-        tables = tables[: config.max_tables]
-    families = [t.family for t in tables]
-    num_folds = min(5, len(set(families)))
-    if num_folds < 2 or max(config.folds) >= num_folds:
-        sys.exit(
-            f"Found {len(tables)} table(s) of {num_folds} family or families. To learn from some and to be judged on "
-            "others takes two at least, and as many as the folds asked for: add tables, or leave --folds out."
-        )
-    folds = tasks.split_by_family(tables, num_folds=num_folds, seed=args.seed)
-    units = make_units(tables, config, args.seed)
-    unit_table = np.array([u.table for u in units])
-    unit_fold = folds[unit_table]
-    start = time.perf_counter()
-    described = describe(units)
-    clock["metafeatures"] = (time.perf_counter() - start) / len(units)
-    say(f"{len(tables)} tables of {len(set(families))} families, {config.num_seeds} seed(s); meta-features")
-
-    # 2. One λ for all tables, then g, starting there. The folds share the learners, which compile only once.
-    space = make_space()
-    problem, scores_fn = make_problem(config)
-    estimator = hypergrad.unrolled(spaces.constrain(problem, space), num_steps=config.num_steps, remat="step")
-    default = spaces.default(space)
-    predictor = predictors.mlp(space, len(FEATURES))
-    g = predictors.ensemble(predictor, config.num_predictors)
-    learners = make_learners(estimator, predictor, config)
-    scaled = np.zeros((len(units), len(FEATURES)), np.float32)
+    log = Log()
+    collection = collect(args, config, log)
+    learning = Learning(config)
     # Buckets are formed once, over all units, so that every fold runs the same programs.
-    all_buckets = stack_buckets(units, scaled, np.arange(len(units)), config)
-    one_for_all, by_ensemble, by_member, histories = {}, {}, {}, {}  # λ by fold
-    for fold in config.folds:
-        train_units = np.flatnonzero(unit_fold != fold)
-        # Scaling is fitted only on the training tables of the fold.
-        scaling = tasks.fit_scaling([described[u] for u in train_units], FEATURES)
-        features = np.stack([np.asarray(tasks.apply_scaling(scaling, d), np.float32) for d in described])
-        buckets = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in all_buckets]
-        rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in buckets]
-        start = time.perf_counter()
-        one_for_all[fold], phi, histories[fold] = meta_train(
-            learners,
-            predictor,
-            space,
-            make_sampler(buckets, rows, config.meta_batch),
-            jax.random.fold_in(jax.random.key(args.seed), fold),
-            config,
-            out / "checkpoints" / f"{name}_fold{fold}" if args.resume else None,
+    buckets = stack_buckets(collection.units, learning.no_features(collection), collection.rows(), config)
+    held_out = select_units(buckets, np.flatnonzero(np.isin(collection.fold, config.folds)))
+    trials = Trials(learning.problem, learning.scores, held_out, config)
+    tuning = {n: FineTuning(learning, n, held_out) for n in config.fine_tune_steps}
+    # On a second core, trees train and the programs of steps 3 and 4 compile while λ and g are learned.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        compiled = pool.submit(compile_programs, trials, tuning, learning)
+        ensembles = None
+        if not args.no_trees and not args.baselines:
+            ensembles = pool.submit(trees, collection.units, trials.units, config.tree_trials)
+        learned = learn_folds(
+            learning, collection, buckets, args.seed, out, f"{name}_fold" if args.resume else None, log
         )
-        clock[f"meta-training, fold {fold}"] = time.perf_counter() - start
-        for which, kept, weights in (
-            (g, by_ensemble, phi),
-            (predictor, by_member, jax.tree.map(lambda x: x[0], phi)),
-        ):
-            predict = lambda w, f, g=which: spaces.to_constrained(space, g.apply(w, base.Task(None, None, f)))
-            kept[fold] = jax.jit(jax.vmap(predict, in_axes=(None, 0)))(weights, jnp.asarray(features))
-        predictors.save(out / f"auto_tune_fold{fold}.npz", g, phi, scaling=scaling)
-        tail = max(1, config.meta_steps // 5)
-        one_history, g_history = histories[fold]
-        say(
-            f"fold {fold}: validation loss {one_history[:tail].mean():.3f} → "
-            f"{one_history[-tail:].mean():.3f} (one λ) → {g_history[-tail:].mean():.3f} (g)"
-        )
-
-    # 3. Prediction, on the units of the held-out folds.
-    eval_units = np.flatnonzero(np.isin(unit_fold, config.folds))
-    held_out = []
-    for b in all_buckets:
-        keep = np.flatnonzero(np.isin(b.units, eval_units))
-        if len(keep):
-            take = lambda x, keep=keep: x[keep]
-            held_out.append(Bucket(b.units[keep], jax.tree.map(take, b.task), jax.tree.map(take, b.test)))
-    trials = Trials(problem, scores_fn, held_out, config)
-    order = trials.units
-    num = len(order)
-
-    defaults = jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), default)
-
-    def by_fold(trees, indexed):
-        rows = [jax.tree.map(lambda x, u=u: x[u] if indexed else x, trees[unit_fold[u]]) for u in order]
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
-
-    predicted = by_fold(by_ensemble, True)
-    clock["compile trials"] = trials.compile(defaults)
-    scores, costs = {}, {}
-    keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 10_000), 16))
-    reference = "g(t'), no trial"
-    for label, hyperparams, extra in (
-        ("defaults", defaults, 0.0),
-        ("one global λ", by_fold(one_for_all, False), 0.0),
-        (reference, predicted, clock["metafeatures"]),
-    ):
-        start = time.perf_counter()
-        scores[label] = trials(next(keys), hyperparams)[:, 1:]
-        costs[label] = (1.0, (time.perf_counter() - start) / num + extra)
-    alone = trials(next(keys), by_fold(by_member, True))[:, 1].mean() if config.num_predictors > 1 else None
-    say("predicted λ for held-out tables and trained with it")
-
-    # 4. Fine-tuning. `ratio` is the cost of a hypergradient, in operations of plain training with its validation.
-    one = jax.tree.map(lambda x: x[0], held_out[0].task)
-    plain = hypergrad.flops(lambda hyperparams: train_and_validate(problem, config, hyperparams, one), default)
-    with_gradient = hypergrad.flops(
-        lambda z: estimator.estimate(z, one, estimator.init(jax.random.key(0), z, one))[0].hypergrad,
-        spaces.to_unconstrained(space, default),
-    )
-    ratio = with_gradient / plain
-    for steps in config.fine_tune_steps:
-        tune_key, run_key = jax.random.split(next(keys))
-        tuned, seconds = fine_tune(estimator, space, steps, tune_key, predicted, held_out, config)
-        start = time.perf_counter()
-        label = f"g(t') + {steps} hypergradient steps"
-        scores[label] = trials(run_key, tuned)[:, 1:]
-        seconds = (seconds + time.perf_counter() - start) / num + clock["metafeatures"]
-        costs[label] = (steps * ratio + 2, seconds)
-        say(f"fine-tuned by {steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
-
-    # The alternatives.
-    source = None
-    if args.baselines:
-        earlier = json.loads(Path(args.baselines).read_text())
-        source = earlier.get("baselines") or {f: earlier[f] for f in ("command", "seconds", "num_cores")}
-        others = earlier_baselines(earlier, scores["defaults"], tables, units, order)
-    else:
-        others = baselines(keys, trials, space, units, config, not args.no_trees, say)
-    for label, (values, cost) in others:
-        scores[label], costs[label] = values, cost
-
-    encoded = jax.vmap(lambda hyperparams: spaces.encode(space, hyperparams))(predicted)
-    larger = os.environ.get("METAOPT_DATA") and not args.csv and not args.packaged
-    details = {
-        "command": ("METAOPT_DATA=... " if larger else "")
-        + "python experiments/hyperparameters/auto_tune "
-        + " ".join(sys.argv[1:] if argv is None else argv),
-        "preset": name,
-        "num_seeds": config.num_seeds,
-        "training_run": f"{config.num_steps} steps of {config.batch_size} rows",
-        "hypergradient_cost": ratio,
-        "one_member": alone,
-        "baselines": source,
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "seconds": time.perf_counter() - begin,
-        "seconds_of": clock,
-        "reference": reference,
-        "tables": [tables[unit_table[u]].name for u in order],
-        "families": [families[unit_table[u]] for u in order],
-        "seeds": [units[u].seed for u in order],
-        "scores": {n: s.tolist() for n, s in scores.items()},
-        "costs": costs,
-        "predicted": dict(zip(spaces.names(space), np.asarray(encoded).T.tolist(), strict=True)),
-        "histories": {str(fold): [h.tolist() for h in pair] for fold, pair in histories.items()},
-    }
+        log.seconds["compile trials"] = compiled.result()
+        scores, costs, more = compare(args, collection, learning, learned, trials, tuning, ensembles, log)
+    details = describe_run(sys.argv[1:] if argv is None else argv, args, name, collection, learned, trials, log)
+    details |= more | {"scores": {label: values.tolist() for label, values in scores.items()}, "costs": costs}
     rows = finish([details], out)
     if name != "full" and COMMITTED.exists():
         print("For comparison, the committed table of the full run, which this run did not compute:\n")
         print(COMMITTED.read_text())
     return rows
+
+
+def compile_programs(trials: Trials, tuning: dict[int, FineTuning], learning: Learning) -> float:
+    """Compiles the programs of trials and of fine-tuning. Returns the seconds for those of trials."""
+    defaults = repeated(learning.default, len(trials.units))
+    seconds = trials.compile(defaults)
+    for tune in tuning.values():
+        tune.compile(defaults)
+    return seconds
+
+
+def repeated(hyperparams, num: int):
+    """Returns λ with a leading axis of `num` equal entries."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), hyperparams)
+
+
+def compare(
+    args,
+    collection: Collection,
+    learning: Learning,
+    learned: Learned,
+    trials: Trials,
+    tuning: dict[int, FineTuning],
+    ensembles: Future | None,
+    log: Log,
+) -> tuple[dict[str, np.ndarray], dict[str, tuple], dict[str, Any]]:
+    """Runs steps 3 and 4 and the baselines on the units of the held-out folds.
+
+    Returns:
+      test loss and error [units, 2] by method; (training runs, seconds) by method; and further fields of the result.
+    """
+    config = learning.config
+    num = len(trials.units)
+    keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 10_000), 16))
+    # 3. Prediction.
+    predicted = held_out_rows(learned.by_ensemble, collection, trials)
+    one_for_all = stacked([learned.one_for_all[fold] for fold in collection.fold[trials.units]])
+    scores, costs = {}, {}
+    for label, hyperparams, extra in (
+        ("defaults", repeated(learning.default, num), 0.0),
+        ("one global λ", one_for_all, 0.0),
+        (REFERENCE, predicted, log.seconds["metafeatures"]),
+    ):
+        start = time.perf_counter()
+        scores[label] = trials(next(keys), hyperparams)[:, 1:]
+        costs[label] = (1.0, (time.perf_counter() - start) / num + extra)
+    one_member = None
+    if config.num_predictors > 1:
+        by_member = held_out_rows(learned.by_member, collection, trials)
+        one_member = trials(next(keys), by_member)[:, 1].mean()
+    log("predicted λ for held-out tables and trained with it")
+
+    # 4. Fine-tuning.
+    ratio = hypergradient_cost(learning, trials)
+    for num_steps, tune in tuning.items():
+        tune_key, run_key = jax.random.split(next(keys))
+        tuned, seconds = tune(tune_key, predicted)
+        start = time.perf_counter()
+        label = f"g(t') + {num_steps} hypergradient steps"
+        scores[label] = trials(run_key, tuned)[:, 1:]
+        seconds = (seconds + time.perf_counter() - start) / num + log.seconds["metafeatures"]
+        costs[label] = (num_steps * ratio + 2, seconds)
+        log(f"fine-tuned by {num_steps} steps; one hypergradient costs {ratio:.2f} plain training runs")
+
+    source, others = alternatives(args, keys, collection, learning, trials, scores["defaults"], ensembles, log)
+    for label, (values, cost) in others:
+        scores[label], costs[label] = values, cost
+    encoded = jax.vmap(lambda hyperparams: spaces.encode(learning.space, hyperparams))(predicted)
+    names = spaces.names(learning.space)
+    return (
+        scores,
+        costs,
+        {
+            "hypergradient_cost": ratio,
+            "one_member": one_member,
+            "baselines": source,
+            "trees_while_learning": ensembles is not None,
+            "predicted": dict(zip(names, np.asarray(encoded).T.tolist(), strict=True)),
+        },
+    )
+
+
+def held_out_rows(by_fold: dict[int, Any], collection: Collection, trials: Trials):
+    """Returns λ of the units of the trials, each from the g that did not learn from its fold."""
+    return stacked([jax.tree.map(lambda x, u=u: x[u], by_fold[collection.fold[u]]) for u in trials.units])
+
+
+def stacked(trees: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def hypergradient_cost(learning: Learning, trials: Trials) -> float:
+    """Returns the cost of a hypergradient, in operations of plain training with its validation."""
+    task = jax.tree.map(lambda x: x[0], trials.buckets[0].task)
+    estimator, default = learning.estimator, learning.default
+    plain = hypergrad.flops(lambda hp: train_and_validate(learning.problem, learning.config, hp, task), default)
+    with_gradient = hypergrad.flops(
+        lambda z: estimator.estimate(z, task, estimator.init(jax.random.key(0), z, task))[0].hypergrad,
+        spaces.to_unconstrained(learning.space, default),
+    )
+    return with_gradient / plain
+
+
+def alternatives(
+    args,
+    keys: Iterator[jax.Array],
+    collection: Collection,
+    learning: Learning,
+    trials: Trials,
+    defaults: np.ndarray,
+    ensembles: Future | None,
+    log: Log,
+):
+    """Returns the source of earlier results, or None, and the baselines: run here, or from these earlier results."""
+    if not args.baselines:
+        return None, baselines(keys, trials, learning.space, learning.config, ensembles, log)
+    earlier = json.loads(Path(args.baselines).read_text())
+    source = earlier.get("baselines") or {f: earlier[f] for f in ("command", "seconds", "num_cores")}
+    return source, earlier_baselines(earlier, defaults, collection.tables, collection.units, trials.units)
+
+
+def describe_run(
+    argv: list[str], args, name: str, collection: Collection, learned: Learned, trials: Trials, log: Log
+) -> dict[str, Any]:
+    """Returns how the result was made, and the tables that it is about."""
+    config, units = trials.config, [collection.units[u] for u in trials.units]
+    larger = os.environ.get("METAOPT_DATA") and not args.csv and not args.packaged
+    command = f"python {script.place(Path(__file__).parent)} " + " ".join(argv)
+    return {
+        "command": ("METAOPT_DATA=... " if larger else "") + command,
+        "preset": name,
+        "num_seeds": config.num_seeds,
+        "training_run": f"{config.num_steps} steps of {config.batch_size} rows",
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "seconds": log.total(),
+        "seconds_of": log.seconds,
+        "reference": REFERENCE,
+        "tables": [collection.tables[unit.table].name for unit in units],
+        "families": [collection.tables[unit.table].family for unit in units],
+        "seeds": [unit.seed for unit in units],
+        "histories": {str(fold): [h.tolist() for h in pair] for fold, pair in learned.histories.items()},
+    }

