@@ -94,8 +94,8 @@ def data_file(file: str | Path, name: str) -> Path:
 def code(*files: str | Path) -> str:
     """Returns a digest of these files and folders and of the library, which identifies the code of a result."""
     digest = hashlib.sha256()
-    paths = [path for file in [*files, Path(metaopt.__file__).parent] for path in _python_files(Path(file))]
-    for path in paths:
+    own = [path for file in files for path in _python_files(Path(file))]
+    for path in [*own, *sorted(Path(metaopt.__file__).parent.rglob("*.py"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
