@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import metaopt
+from experiments import pages
 from metaopt.training import report_progress
 
 FOLDER = Path(__file__).resolve().parent  # of all experiments
@@ -188,6 +189,4 @@ def publish(
     text += f"{metaopt.__version__}.\n"
     print(text)
     if not options.smoke:
-        options.out.mkdir(parents=True, exist_ok=True)
-        shown = f"![{picture}]({name}.png)\n\n" if picture else ""
-        (options.out / f"{name}.md").write_text(f"# {title}\n\n{shown}{text}")
+        pages.write(options.out / f"{name}.md", title, text, picture)

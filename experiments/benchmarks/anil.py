@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, few_shot, hypergrad, inner, tasks
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "anil.md"
@@ -150,7 +151,7 @@ def main() -> None:
     text = "\n".join([text, table(HEADER, printed), "", end])
     print(text)
     if not options.smoke:
-        RESULT.write_text(f"# What ANIL costs\n\n{text}\n")
+        pages.write(RESULT, "What ANIL costs", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

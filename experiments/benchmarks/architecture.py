@@ -23,6 +23,7 @@ import numpy as np
 from timing import circumstances, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, hypergrad, inner, nas
 
 RESULT = Path(__file__).resolve().parents[2] / "experiments" / "results" / "architecture.md"
@@ -284,12 +285,12 @@ def sections(text: str) -> dict[str, str]:
 
 
 def page(earlier: dict[str, str], parts: dict[str, str]) -> str:
-    """Returns the whole result: the new parts, and the parts of earlier runs, which it names."""
+    """Returns the result without its title: the new parts, and the parts of earlier runs, which it names."""
     whole = {**earlier, **parts}
     names = [f'"{TITLES[name]}"' for name in TITLES if name in earlier and name not in parts]
     note = f"Of an earlier run, maybe of earlier code: {'; '.join(names)}. " if names else ""
     text = "\n\n".join(whole[name] for name in TITLES if name in whole)
-    return f"# What a step of architecture search costs\n\n{note}{ABOUT}\n\n{text}\n"
+    return f"{note}{ABOUT}\n\n{text}\n"
 
 
 def main() -> None:
@@ -304,7 +305,8 @@ def main() -> None:
         parts[name] = part(name, options.smoke, repetitions, before)
         print(parts[name], flush=True)
     if not options.smoke:
-        RESULT.write_text(page(sections(RESULT.read_text()) if RESULT.is_file() else {}, parts))
+        earlier = sections(RESULT.read_text()) if RESULT.is_file() else {}
+        pages.write(RESULT, "What a step of architecture search costs", page(earlier, parts))
 
 
 if __name__ == "__main__":

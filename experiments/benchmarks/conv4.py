@@ -29,6 +29,7 @@ import numpy as np
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, few_shot, hypergrad
 
 HERE = Path(__file__).resolve().parent
@@ -215,7 +216,7 @@ def main() -> None:
     text = "\n".join([text, *tables, "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
-        RESULT.write_text(f"# What an outer step of MAML costs on Omniglot's network\n\n{text}\n")
+        pages.write(RESULT, "What an outer step of MAML costs on Omniglot's network", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

@@ -29,6 +29,7 @@ import optax
 from timing import circumstances, num_cores, table
 from turns import medians
 
+from experiments import pages
 from metaopt import few_shot, hypergrad, tasks, training
 
 HERE = Path(__file__).resolve().parent
@@ -209,8 +210,7 @@ def main() -> None:
     text = "\n".join([text, table(HEADER, printed), "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(f"# What an outer step of MAML costs\n\n{text}\n")
+        pages.write(RESULT, "What an outer step of MAML costs", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

@@ -38,6 +38,7 @@ import published
 from timing import circumstances, compiled, num_cores, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, hypergrad, inner
 
 HERE = Path(__file__).resolve().parent
@@ -618,8 +619,7 @@ def main() -> None:
     text, wrong = report(options)
     print(text)
     if not (options.smoke or options.problems or options.num_steps):
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(f"# What every rule costs\n\n{text}\n")
+        pages.write(RESULT, "What every rule costs", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Hypergradients disagree:", *wrong]))
 

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from timing import circumstances, num_cores, table
 
+from experiments import pages
 from metaopt import base, blackbox, spaces
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "suggest.md"
@@ -195,7 +196,7 @@ def main() -> None:
     text += table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]  # that is another memory
     print(text)
     if not options.smoke:
-        RESULT.write_text(f"# What a suggestion costs\n\n{text}\n")
+        pages.write(RESULT, "What a suggestion costs", f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import optax
 from timing import circumstances, compiled, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import hypergrad, inner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,8 +172,7 @@ def main() -> None:
     text = report(options)
     print(text)
     if not options.smoke:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(f"# What a hypergradient costs\n\n{text}\n")
+        pages.write(RESULT, "What a hypergradient costs", f"{text}\n")
 
 
 if __name__ == "__main__":

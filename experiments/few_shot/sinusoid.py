@@ -39,7 +39,7 @@ import numpy as np
 import optax
 
 import metaopt
-from experiments import script
+from experiments import pages, script
 from metaopt import few_shot, hypergrad, tasks, training
 
 TEST_STEPS = 10
@@ -280,8 +280,7 @@ def main() -> None:
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     print(text)
     if not config.smoke:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "sinusoid.md").write_text(f"# Sinusoids\n\n{text}\n")
+        pages.write(config.out / "sinusoid.md", "Sinusoids", f"{text}\n")
         plot(errors, config.out / "sinusoid.png")
 
 

@@ -39,6 +39,7 @@ import numpy as np
 import optax
 
 import metaopt
+from experiments import pages
 from metaopt import base, hypergrad, inner, tasks, training, transforms
 
 ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu)
@@ -429,8 +430,7 @@ def main() -> None:
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     print(text)
     if not small:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "learned_optimizer.md").write_text(f"# A learned optimizer against Adam and momentum\n\n{text}\n")
+        pages.write(config.out / "learned_optimizer.md", "A learned optimizer against Adam and momentum", f"{text}\n")
 
 
 if __name__ == "__main__":
