@@ -310,20 +310,21 @@ def one_column_a_code(table: tasks.UserTable) -> tuple[tasks.UserTable, np.ndarr
     return table._replace(x=np.stack(columns, 1).astype(np.float32), feature_names=tuple(names)), np.array(of)
 
 
-def hospitals(
-    table: tasks.UserTable, seeds: int, settings: Settings, only: int | None
-) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
-    """Returns name -> [hospitals, seeds], areas under the curve; and the weight decays that the hospitals chose."""
-    num_measured = table.x.shape[1]
-    table, measured = one_column_a_code(table)
-    gaps = np.isnan(table.x)
-    filled = table._replace(x=np.concatenate([np.where(gaps, 0, table.x), gaps], axis=1).astype(np.float32))
-    columns, num = table.x.shape[1], table.num_users
-    draw = tasks.user_episodes(filled, num_support=20, num_query=settings.rows, order="random")
-    draw_all = tasks.user_episodes(filled, num_support=20, order="random")
+class Hospitals:
+    """The runs of leaving out hospitals, and their episodes."""
 
-    def run_of(fit: list[int], test: int, decay: float) -> dict:
-        x = table.x[np.isin(table.user, fit)]
+    def __init__(self, table: tasks.UserTable, settings: Settings):
+        self.num, self.draws, self._num_measured = table.num_users, settings.draws, table.x.shape[1]
+        table, self._measured = one_column_a_code(table)
+        gaps = np.isnan(table.x)
+        filled = table._replace(x=np.concatenate([np.where(gaps, 0, table.x), gaps], axis=1).astype(np.float32))
+        self._table, self.columns = table, table.x.shape[1]
+        self._draw = tasks.user_episodes(filled, num_support=20, num_query=settings.rows, order="random")
+        self._draw_all = tasks.user_episodes(filled, num_support=20, order="random")
+
+    def run(self, fit: list[int], test: int, decay: float) -> dict:
+        """Returns a run that learns from the hospitals `fit`, and is tested on the hospital `test`."""
+        x = self._table.x[np.isin(self._table.user, fit)]
         std = np.nanstd(x, axis=0)
         return {
             "fit": np.tile(fit, 6 // len(fit)),  # the same length for two or three hospitals; each is equally likely
@@ -333,72 +334,93 @@ def hospitals(
             "std": np.where(std > 0, std, 1),
         }
 
-    def seen(run, episode, blank):
+    def _scaled(self, run, episode, blank):
         def side(part):
-            gap = jnp.maximum(part["x"][:, columns:], blank[measured][None])
-            x = (part["x"][:, :columns] - run["mean"][None]) / run["std"][None]
+            gap = jnp.maximum(part["x"][:, self.columns :], blank[self._measured][None])
+            x = (part["x"][:, : self.columns] - run["mean"][None]) / run["std"][None]
             return {**part, "x": jnp.concatenate([jnp.where(gap > 0, 0, x), gap], axis=1), "y": 1.0 * part["y"]}
 
         return tasks.Episode(side(episode.support), side(episode.query))
 
-    def sample(run, key):
+    def sample(self, run, key):
+        """Returns an episode of training. A third of the columns is blank."""
         user_key, draw_key, blank_key = jax.random.split(key, 3)
-        blank = jax.random.bernoulli(blank_key, 1 / 3, (num_measured,)).astype(jnp.float32)
-        return seen(run, draw(draw_key, jax.random.choice(user_key, run["fit"])), blank)
+        blank = jax.random.bernoulli(blank_key, 1 / 3, (self._num_measured,)).astype(jnp.float32)
+        return self._scaled(run, self._draw(draw_key, jax.random.choice(user_key, run["fit"])), blank)
 
-    def sample_whole(run, key):
-        """Returns episodes without blank columns, for the training of logistic regression."""
+    def sample_whole(self, run, key):
+        """Returns an episode without blank columns, for the training of logistic regression."""
         user_key, draw_key = jax.random.split(key)
-        return seen(run, draw(draw_key, jax.random.choice(user_key, run["fit"])), jnp.zeros(num_measured))
+        episode = self._draw(draw_key, jax.random.choice(user_key, run["fit"]))
+        return self._scaled(run, episode, jnp.zeros(self._num_measured))
 
-    def test_episodes(run, key):
-        one = lambda key: seen(run, draw_all(key, run["test"]), jnp.zeros(num_measured))
-        return jax.vmap(one)(jax.random.split(key, settings.draws))
+    def test_episodes(self, run, key):
+        one = lambda key: self._scaled(run, self._draw_all(key, run["test"]), jnp.zeros(self._num_measured))
+        return jax.vmap(one)(jax.random.split(key, self.draws))
 
-    made: dict[str, tuple] = {
-        "logistic regression": (few_shot.pretrained(log_loss_of(linear), test_steps=5, rate=0.1), linear, sample_whole)
+
+def areas_of_runs(outcome: Callable, runs: list[dict], numbers: np.ndarray) -> np.ndarray:
+    """Returns [runs, 2] areas under the curve, before the first step of adaptation and after the last.
+
+    `outcome` maps the number of a run and the run to outputs, labels and mask of its test episodes.
+    """
+    program, areas = jax.jit(jax.vmap(outcome)), []
+    for first in range(0, len(runs), CHUNK):
+        rows = np.minimum(np.arange(first, first + CHUNK), len(runs) - 1)  # the last chunk is filled up
+        stacked = {leaf: np.stack([runs[i][leaf] for i in rows]) for leaf in runs[0]}
+        for run_outcome in zip(*map(np.asarray, program(numbers[rows], stacked)), strict=True):
+            draws = [(o[:, m > 0], y[m > 0]) for o, y, m in zip(*run_outcome, strict=True)]
+            areas.append([np.mean([area(o[step], y) for o, y in draws]) for step in (0, -1)])
+    return np.array(areas)[: len(runs)]
+
+
+def hospitals(
+    table: tasks.UserTable, seeds: int, settings: Settings, only: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
+    """Returns name -> [hospitals, seeds], areas under the curve; and the weight decays that the hospitals chose."""
+    data = Hospitals(table, settings)
+    num = data.num
+    methods: dict[str, tuple] = {
+        "logistic regression": (
+            few_shot.pretrained(log_loss_of(linear), test_steps=5, rate=0.1),
+            linear,
+            data.sample_whole,
+        )
     }
-    made |= {name: (a, risk, sample) for name, a in compared(log_loss_of(risk), 0.1).items()}
+    methods |= {name: (a, risk, data.sample) for name, a in compared(log_loss_of(risk), 0.1).items()}
     others = lambda *without: [h for h in range(num) if h not in without]
     # First, one of the three others is left out, with one seed. Then, the hospital itself.
     inner = [(d, test, held) for d in range(len(DECAYS)) for test in range(num) for held in others(test)]
     outer = [(d, test, seed) for d in range(len(DECAYS)) for test in range(num) for seed in range(seeds)]
-    runs = [run_of(others(test, held), held, DECAYS[d]) for d, test, held in inner]
-    runs += [run_of(others(test), test, DECAYS[d]) for d, test, _ in outer]
+    runs = [data.run(others(test, held), held, DECAYS[d]) for d, test, held in inner]
+    runs += [data.run(others(test), test, DECAYS[d]) for d, test, _ in outer]
     # Keys are the same for every decay.
-    place = [num * (seeds + test) + held for _, test, held in inner] + [test * seeds + seed for _, test, seed in outer]
-    found, chosen = {}, {}
-    for name, (adaptation, model, drawn) in list(made.items())[slice(only)]:
-        features = 2 * columns + (0 if model is linear else settings.width)
-        start = lambda key, features=features: initial(key, 2 * columns, features, settings.width)
+    numbers = [num * (seeds + test) + held for _, test, held in inner]
+    numbers += [test * seeds + seed for _, test, seed in outer]
+    areas, chosen = {}, {}
+    for name, (adaptation, model, sample) in list(methods.items())[slice(only)]:
+        features = 2 * data.columns + (0 if model is linear else settings.width)
+        start = lambda key, features=features: initial(key, 2 * data.columns, features, settings.width)
         never = lambda run, hyperparams: jnp.zeros([])  # all are ties, so the last is chosen
-        run_one = train(adaptation, start, drawn, never, settings)
+        run_one = train(adaptation, start, sample, never, settings)
 
         def outcome(number, run, run_one=run_one, a=adaptation, model=model):
             method = few_shot.adapted(a, run_one(jax.random.fold_in(jax.random.key(1), number), run), model)
             test_key = jax.random.fold_in(jax.random.key(2), number)  # the same supports for all methods
-            episodes = test_episodes(run, test_key)
-            seen_of_query = unlabelled(episodes.query)
-            outputs = jax.vmap(method)(jax.random.split(test_key, settings.draws), episodes.support, seen_of_query)
+            episodes = data.test_episodes(run, test_key)
+            query = unlabelled(episodes.query)
+            outputs = jax.vmap(method)(jax.random.split(test_key, settings.draws), episodes.support, query)
             return outputs[..., 0], episodes.query["y"], episodes.query["mask"]
 
-        program = jax.jit(jax.vmap(outcome))
-        scores = []  # of each run: before the first step, after the last
-        for first in range(0, len(runs), CHUNK):
-            at = np.minimum(np.arange(first, first + CHUNK), len(runs) - 1)  # the last chunk is filled up
-            stacked = {leaf: np.stack([runs[i][leaf] for i in at]) for leaf in runs[0]}
-            for of_run in zip(*map(np.asarray, program(np.array(place)[at], stacked)), strict=True):
-                draws = [(o[:, m > 0], y[m > 0]) for o, y, m in zip(*of_run, strict=True)]
-                scores.append([np.mean([area(o[step], y) for o, y in draws]) for step in (0, -1)])
+        by_run = areas_of_runs(outcome, runs, np.array(numbers))
         plain = name in ("logistic regression", "one network for all")
         for step, label in [(0, name), (-1, f"{name}, fine-tuned")] if plain else [(-1, name)]:
-            of_runs = np.array(scores)[: len(runs), step]
-            left_out = of_runs[: len(inner)].reshape(len(DECAYS), num, -1).mean(-1)
+            left_out = by_run[: len(inner), step].reshape(len(DECAYS), num, -1).mean(-1)
             best = left_out.argmax(0)  # [hospitals]
-            whole = of_runs[len(inner) :].reshape(len(DECAYS), num, seeds)
-            found[label], chosen[label] = whole[best, np.arange(num)], [DECAYS[d] for d in best]
-            print(f"hospitals: {label}: {found[label].mean(1)}, by decays {chosen[label]}", flush=True)
-    return found, chosen
+            whole = by_run[len(inner) :, step].reshape(len(DECAYS), num, seeds)
+            areas[label], chosen[label] = whole[best, np.arange(num)], [DECAYS[d] for d in best]
+            print(f"hospitals: {label}: {areas[label].mean(1)}, by decays {chosen[label]}", flush=True)
+    return areas, chosen
 
 
 def hospital_table(found: dict[str, np.ndarray], names: tuple[str, ...]) -> str:

