@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,87 @@ from experiments.architecture.auto_architecture.results import (
 )
 from experiments.architecture.auto_architecture.searcher import make_sampler, scale_features, trusted, with_features
 from experiments.architecture.auto_architecture.training import in_chunks
-from metaopt import training
+from metaopt import base, training
+
+
+def take(tree, rows):
+    """Returns these rows of every leaf."""
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+class Fold(NamedTuple):
+    """What all steps of a fold share."""
+
+    p: Prepared
+    number: int
+    keys: jax.Array  # [16]; one for each step, by its place
+    train_rows: np.ndarray  # meta-training tasks
+    learn_rows: np.ndarray  # those of them that h learns from
+    left_rows: np.ndarray  # those of left-out families
+    held: np.ndarray  # held-out tasks
+    left: np.ndarray  # the tasks that select trust and rates
+    with_values: base.Task  # all tasks, with the features that h reads
+    feature_names: list[str]
+
+
+def make_fold(p: Prepared, f: int, key: jax.Array, seed: int) -> Fold:
+    train_rows, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
+    values, names = scale_features(p.units, p.gradients, train_rows)
+    left = asked(learn_rows, left_rows, f, seed)
+    with_values = with_features(p.shape, p.batch, values)
+    keys = jax.random.split(key, 16)
+    return Fold(p, f, keys, train_rows, learn_rows, left_rows, held, left, with_values, names)
+
+
+def learn_h(fold: Fold, say: Callable) -> tuple[Any, np.ndarray]:
+    """Learns h and the initial weights over the meta-training tasks. Also returns the history of validation losses."""
+    p, config = fold.p, fold.p.shape.config
+    start = time.perf_counter()
+    init_key, fit_key = jax.random.split(fold.keys[0])
+    result = training.fit(
+        p.meta.learner,
+        make_sampler(fold.with_values, fold.learn_rows, config.meta_batch),
+        hyperparams=p.meta.hyperparams(init_key),
+        num_steps=config.meta_steps,
+        key=fit_key,
+    )
+    history = np.asarray(result.history["value"])
+    tail = max(1, len(history) // 5)
+    say(
+        f"{p.shape.name}, fold {fold.number}: validation loss {history[:tail].mean():.3f} -> "
+        f"{history[-tail:].mean():.3f} in {time.perf_counter() - start:.0f} s of meta-training"
+    )
+    return result.hyperparams, history
+
+
+def best_candidate(fold: Fold, candidates: tuple[float, ...], rows: np.ndarray, search: Callable) -> float:
+    """Returns the candidate with the smallest validation loss of the architectures that `search` gives.
+
+    The loss is a mean over the tasks `rows` and three trainings per architecture.
+    """
+    shape, losses = fold.p.shape, []
+    check_keys = jax.random.split(fold.keys[1], 3)
+    some, some_test = take(fold.with_values, rows), take(fold.p.test, rows)
+    for candidate in candidates if len(candidates) > 1 else ():
+        codes = shape.decode(search(candidate, some))
+        losses.append(shape.validation_loss(check_keys, codes, some._replace(features=None), some_test))
+    return candidates[int(np.argmin(losses or [0]))]
+
+
+def baseline_scores(fold: Fold, new: base.Task, new_test, run_key, seed: int) -> dict[str, np.ndarray]:
+    """Returns test loss and error [n, 2] of random search and evolution on the held-out tasks."""
+    p, config, n = fold.p, fold.p.shape.config, len(fold.held)
+    outcomes = p.outcomes[:, fold.held]
+    if len(p.codes) > len(outcomes):
+        more = [
+            p.shape.train(jax.random.fold_in(run_key, i), p.shape.one_hot(np.repeat(code[None], n, 0)), new, new_test)
+            for i, code in enumerate(p.codes[len(outcomes) :])
+        ]
+        outcomes = np.concatenate([outcomes, [outcome for outcome, _ in more]])
+    scores = {RANDOM.format(t): best_of(outcomes, t, np.random.default_rng(seed)) for t in config.trials}
+    evolved = evolve(p.shape, fold.keys[6], new, new_test, config.evolution)
+    scores[EVOLUTION.format(config.evolution)] = best_of(evolved, config.evolution, np.random.default_rng(seed))
+    return scores
 
 
 def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> dict[str, Any]:
@@ -32,52 +112,18 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
 
     h is not trained on the families of this fold. The result is ready for JSON.
     """
-    shape, config, units, name = p.shape, p.shape.config, p.units, p.shape.name
-    keys = iter(jax.random.split(key, 16))
-    take = lambda tree, at: jax.tree.map(lambda x: x[at], tree)
-    train_rows, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
-    n = len(held)
-    values, names = scale_features(units, p.gradients, train_rows)
-    with_values = with_features(shape, p.batch, values)
-    new, new_test = take(with_values, held), take(p.test, held)
+    shape, config, meta, name = p.shape, p.shape.config, p.meta, p.shape.name
+    fold = make_fold(p, f, key, seed)
+    held, n = fold.held, len(fold.held)
+    new, new_test = take(fold.with_values, held), take(p.test, held)
 
-    # 2. h and the initial weights, over the meta-training tasks.
-    start = time.perf_counter()
-    meta = p.meta
-    init_key, fit_key = jax.random.split(next(keys))
-    result = training.fit(
-        meta.learner,
-        make_sampler(with_values, learn_rows, config.meta_batch),
-        hyperparams=meta.hyperparams(init_key),
-        num_steps=config.meta_steps,
-        key=fit_key,
-    )
-    learned, history = result.hyperparams, np.asarray(result.history["value"])
-    tail = max(1, len(history) // 5)
-    say(
-        f"{name}, fold {f}: validation loss {history[:tail].mean():.3f} -> {history[-tail:].mean():.3f} in "
-        f"{time.perf_counter() - start:.0f} s of meta-training"
-    )
-
-    # The left-out tasks select the trust in h, and the rate of α.
-    left = asked(learn_rows, left_rows, f, seed)
-    check_keys = jax.random.split(next(keys), 3)
-
-    def best(candidates: tuple[float, ...], rows: np.ndarray, search: Callable) -> float:
-        """Returns the candidate with the smallest validation loss.
-
-        The loss is a mean over tasks and three trainings per architecture.
-        """
-        on, on_test, losses = take(with_values, rows), take(p.test, rows), []
-        for candidate in candidates if len(candidates) > 1 else ():
-            found = shape.decode(search(candidate, on))
-            losses.append(shape.validation_loss(check_keys, found, on._replace(features=None), on_test))
-        return candidates[int(np.argmin(losses or [0]))]
-
+    # 2. h and the initial weights. The left-out tasks select the trust in h, and the rate of α.
+    learned, history = learn_h(fold, say)
     trust = 1.0
-    if len(left_rows):
-        trust = best(config.trusts, left[: config.held_out], lambda t, on: meta.alpha(learned, trusted(on, t)))
-        with_values = trusted(with_values, trust)
+    if len(fold.left_rows):
+        alpha_at = lambda trust, some: meta.alpha(learned, trusted(some, trust))
+        trust = best_candidate(fold, config.trusts, fold.left[: config.held_out], alpha_at)
+        fold = fold._replace(with_values=trusted(fold.with_values, trust))
     new = trusted(new, trust)
 
     # 3. a*, for families that were not used for training; and the choice of h for the average task.
@@ -86,21 +132,18 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
     ignorant = shape.decode(meta.alpha(learned, trusted(new, 0.0)))
 
     # 4. Fine-tuning.
-    some = left[: config.tuned_on]
-    tune_keys = jax.random.split(next(keys), len(some))
-
-    tune = lambda rate, keys, on: in_chunks(meta.fine_tune, (jnp.float32(rate), learned), (keys, on), 4)
-    rates = {FINE_TUNED: best(config.rates, some, lambda rate, on: tune(rate, tune_keys, on)[0][0])}
-    (tuned, tuned_params), _ = tune(rates[FINE_TUNED], jax.random.split(next(keys), n), new)
+    some = fold.left[: config.tuned_on]
+    tune_keys = jax.random.split(fold.keys[2], len(some))
+    tune = lambda rate, keys, batch: in_chunks(meta.fine_tune, (jnp.float32(rate), learned), (keys, batch), 4)
+    rate = best_candidate(fold, config.rates, some, lambda rate, batch: tune(rate, tune_keys, batch)[0][0])
+    (tuned, tuned_params), _ = tune(rate, jax.random.split(fold.keys[3], n), new)
     fine = shape.decode(tuned)
 
     # The baselines. The best fixed architecture has the smallest mean loss over the meta-training tasks.
-    fixed = np.repeat(best_fixed(p.codes, p.outcomes[:, train_rows, 0])[None], n, 0)
-    plain_new = new._replace(features=None)
-    next(keys)  # the key of `run_darts`
-    run_key = next(keys)  # the same as `compared_key`
+    fixed = np.repeat(best_fixed(p.codes, p.outcomes[:, fold.train_rows, 0])[None], n, 0)
+    plain_new, run_key = new._replace(features=None), compared_key(key)
     trained = lambda code, start=None: shape.train(run_key, shape.one_hot(code), plain_new, new_test, start)[0][:, 1:]
-    fold_scores = {
+    scores = {
         A_STAR: trained(generated),
         A_STAR + LEARNED: trained(generated, learned["init"]),
         FINE_TUNED: trained(fine),
@@ -108,33 +151,23 @@ def run_fold(p: Prepared, f: int, key: jax.Array, seed: int, say: Callable) -> d
         IGNORANT: trained(ignorant),
         FIXED: trained(fixed),
         FIXED + LEARNED: trained(fixed, learned["init"]),
+        **baseline_scores(fold, plain_new, new_test, run_key, seed),
     }
-    outcomes = p.outcomes[:, held]
-    if len(p.codes) > len(outcomes):
-        more = [
-            shape.train(jax.random.fold_in(run_key, i), shape.one_hot(np.repeat(code[None], n, 0)), plain_new, new_test)
-            for i, code in enumerate(p.codes[len(outcomes) :])
-        ]
-        outcomes = np.concatenate([outcomes, [outcome for outcome, _ in more]])
-    for t in config.trials:
-        fold_scores[RANDOM.format(t)] = best_of(outcomes, t, np.random.default_rng(seed))
-    evolved = evolve(shape, next(keys), plain_new, new_test, config.evolution)
-    fold_scores[EVOLUTION.format(config.evolution)] = best_of(evolved, config.evolution, np.random.default_rng(seed))
-    say(f"{name}, fold {f}: " + "; ".join(f"{k} {x[:, 0].mean():.3f}" for k, x in fold_scores.items()))
+    say(f"{name}, fold {f}: " + "; ".join(f"{k} {x[:, 0].mean():.3f}" for k, x in scores.items()))
     chosen = {"a*": generated, "fine-tuned": fine, "best fixed": fixed}
     return {
         "shape": name,
-        "tasks": [units[u].name for u in held],
-        "families": [units[u].family for u in held],
-        "scores": {label: x.tolist() for label, x in fold_scores.items()},
+        "tasks": [p.units[u].name for u in held],
+        "families": [p.units[u].family for u in held],
+        "scores": {label: x.tolist() for label, x in scores.items()},
         "supernets": {FINE_TUNED: shape.gaps(tuned, tuned_params, fine, new_test).tolist()},
-        "rates": rates,
+        "rates": {FINE_TUNED: rate},
         "trust": trust,
-        "left_out": len(left_rows),
+        "left_out": len(fold.left_rows),
         "tuned_on": len(some),
         "history": history.tolist(),
-        "features": names,
-        "values": values[held, : len(names)].tolist(),
+        "features": fold.feature_names,
+        "values": np.asarray(fold.with_values.features["values"])[held, : len(fold.feature_names)].tolist(),
         "weights": {k: np.asarray(jax.nn.softmax(a, -1)).tolist() for k, a in alpha.items()},
         "ops": {kind: list(cell.edges[0].ops) for kind, cell in shape.network.cells.items()},
         "architectures": {label: [shape.describe(code) for code in x] for label, x in chosen.items()},
@@ -181,8 +214,7 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
     both = np.stack(
         [(a / logits_spread - e / effects_spread).argmax(-1) for a, e in zip(logits, found, strict=True)], 1
     )
-    at = lambda tree: jax.tree.map(lambda x: x[held], tree)
-    task, test = at(p.batch), at(p.test)
+    task, test = take(p.batch, held), take(p.test, held)
     trained = lambda code: shape.train(compared_key(key), shape.one_hot(code), task, test)[0][:, 1:]
     chosen = {RECORDS: by_records, BOTH: both}
     return {
@@ -201,9 +233,10 @@ def run_darts(
     keys, config = jax.random.split(key, 16), p.shape.config
     _, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
     some = asked(learn_rows, left_rows, f, seed)[: config.tuned_on]
-    at = lambda rows: jax.tree.map(lambda x: x[rows], (p.batch, p.test))
-    tuning = (jax.random.split(keys[2], len(some)), jax.random.split(keys[1], 3), *at(some))
-    found = darts.variants(order, tuning, (jax.random.split(keys[4], len(held)), compared_key(key), *at(held)))
+    tuning = (jax.random.split(keys[2], len(some)), jax.random.split(keys[1], 3), *take((p.batch, p.test), some))
+    found = darts.variants(
+        order, tuning, (jax.random.split(keys[4], len(held)), compared_key(key), *take((p.batch, p.test), held))
+    )
     told = (f"{name} {np.mean(x, 0)[0]:.3f}" for name, x in found["scores"].items())
     say(f"{p.shape.name}, DARTS, {order} order, fold {f}: {'; '.join(told)}")
     return found

@@ -44,6 +44,22 @@ def processor_seconds(shape: Shape, meta: Meta, units: list[Unit], batch, test, 
     }
 
 
+def outcomes_of(shape: Shape, codes: np.ndarray, key: jax.Array, batch, test) -> np.ndarray:
+    """Returns [networks, tasks, 3] outcomes of networks, each trained on every task."""
+    outcomes = []
+    for i, code in enumerate(codes):
+        weights = shape.one_hot(np.repeat(code[None], len(test["y"]), 0))
+        outcomes.append(shape.train(jax.random.fold_in(key, i), weights, batch, test)[0])
+    return np.stack(outcomes)
+
+
+def losses_of_records(shape: Shape, codes: np.ndarray, key: jax.Array, batch, test) -> np.ndarray:
+    """Returns [records, tasks] validation losses of networks [records, tasks, edges], at most those of chance."""
+    keys = jax.random.split(jax.random.fold_in(key, 1_000_000), max(len(codes), 1))
+    runs = [shape.train(k, shape.one_hot(c), batch, test) for k, c in zip(keys, codes, strict=False)]
+    return np.minimum([outcomes[:, 0] for outcomes, _ in runs], np.log(NUM_CLASSES))
+
+
 def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Callable, kept: Kept) -> None:
     """Runs the four steps and the comparison on tasks of one shape, fold by fold."""
     # 1. The meta-training set.
@@ -64,13 +80,7 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     num = max(config.trained, *config.trials)
     codes = np.stack([rng.integers(0, size, num) for size in shape.sizes()], 1)
 
-    def train_random() -> dict[str, Any]:
-        runs = []
-        for i, code in enumerate(codes[: config.trained]):
-            weights = shape.one_hot(np.repeat(code[None], len(units), 0))
-            runs.append(shape.train(jax.random.fold_in(train_key, i), weights, batch, test))
-        return {"outcomes": np.stack([outcome for outcome, _ in runs]).tolist()}
-
+    train_random = lambda: {"outcomes": outcomes_of(shape, codes[: config.trained], train_key, batch, test).tolist()}
     leaves = jax.tree.leaves((batch._replace(features=None), test))
     data = functools.reduce(lambda total, leaf: zlib.crc32(np.ascontiguousarray(leaf), total), leaves, 0)
     random = kept.get(f"{name}, random networks", data, train_random)
@@ -78,12 +88,7 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     # Each task gets its own networks: the value of an op needs more networks than the few that all tasks share.
     record_codes = np.stack([rng.integers(0, size, (config.records, len(units))) for size in shape.sizes()], -1)
 
-    def train_records() -> dict[str, Any]:
-        keys = jax.random.split(jax.random.fold_in(train_key, 1_000_000), max(config.records, 1))
-        runs = [shape.train(k, shape.one_hot(c), batch, test) for k, c in zip(keys, record_codes, strict=False)]
-        valid = np.minimum([outcomes[:, 0] for outcomes, _ in runs], np.log(NUM_CLASSES))
-        return {"losses": valid.tolist()}
-
+    train_records = lambda: {"losses": losses_of_records(shape, record_codes, train_key, batch, test).tolist()}
     losses = np.zeros((0, len(units)))
     if config.records:
         records = kept.get(f"{name}, records", data, train_records)
