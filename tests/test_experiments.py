@@ -19,6 +19,7 @@ import experiments.architecture.auto_architecture.main
 import experiments.architecture.nas_bench_201.main
 import experiments.blackbox.auto_random_forest.main
 import experiments.few_shot.omniglot.main
+import experiments.few_shot.small_meta_dataset.main
 import experiments.hyperparameters.auto_tune.main  # noqa: F401
 from experiments import script
 from experiments.architecture import auto_architecture, nas_bench_201
@@ -913,11 +914,11 @@ def test_pages_of_few_shot_learning_say_what_is_short_of_the_aims():
     cells = cells_of("small_meta_dataset.md", "| method")
     against = {name: tuple(of.pop("against pixel prototypes")) for name, of in cells.items()}
     means = {name: {s: x[0] for s, x in of.items() if s != "average rank"} for name, of in cells.items()}
-    sentence = small_meta_dataset.missed(means, against)
+    sentence = small_meta_dataset.report.missed(means, against)
     check_sentence(
         "small_meta_dataset.md", sentence, "ANIL (signdigits, spoken_digits)", "of: Meta-SGD, a rate a leaf; BOIL."
     )
-    assert "; MAML (" not in sentence and small_meta_dataset.UNTRAINED not in sentence
+    assert "; MAML (" not in sentence and small_meta_dataset.methods.UNTRAINED not in sentence
 
     for page, parts in {
         "omniglot.md": (

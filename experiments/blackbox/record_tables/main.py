@@ -1,5 +1,6 @@
 """Runs the tables one after the other, and writes the result."""
 
+import argparse
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -19,10 +20,10 @@ from experiments.blackbox.record_tables.baselines import (
 from experiments.blackbox.record_tables.report import compare, over_keys, plot
 from experiments.blackbox.record_tables.runs import run
 from experiments.blackbox.record_tables.searches import AT, NUM_DEEP, NUM_TRANSFORMERS
-from experiments.blackbox.record_tables.tables import load_oboe, load_pmlb
+from experiments.blackbox.record_tables.tables import Records, load_oboe, load_pmlb
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = script.parser(record_tables.__doc__, num_seeds=20)
     parser.add_argument(
         "--baselines", nargs="*", default=["TPE"], choices=list(BASELINES), help="what of them lacks is run"
@@ -47,31 +48,43 @@ def main() -> None:
     if options.smoke:
         options.seeds = options.plain_seeds = options.train_seeds = 1
         options.folds, options.tables, options.stride = [0], ["forest"], 4
-    load = {
-        "forest": lambda: load_pmlb("random forest", True),
-        "six": lambda: load_pmlb("six algorithms", False),
-        "oboe": load_oboe,
-    }
+    return options
+
+
+LOAD = {
+    "forest": lambda: load_pmlb("random forest", True),
+    "six": lambda: load_pmlb("six algorithms", False),
+    "oboe": load_oboe,
+}
+
+
+def curves_of_baselines(data: Records, options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Returns the curves of TPE and SMAC3 on this table. Missing seeds are run, and kept next to the results."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "smoke.npz" if options.smoke else CURVES
+        for baseline in ["TPE"] if options.smoke else options.baselines:
+            if baseline == "SMAC" and importlib.util.find_spec("smac") is None:
+                print('SMAC3 is not installed (`pip install "metaopt-jax[smac]"`), and is passed over.')
+                continue
+            number = 1 if options.smoke else options.baseline_seeds or options.seeds
+            judged = np.flatnonzero(np.isin(data.fold, options.folds))[:: options.stride]
+            run_baseline(baseline, data, number, file, judged)
+        kept = read_baselines(file)
+    return {key.partition("/")[2]: curves for key, curves in kept.items() if key.startswith(f"{data.name}/")}
+
+
+def main() -> None:
+    options = parse()
     if options.extra_trees:
         for name in options.tables:
-            means = [by_extra_trees(load[name](), seed).mean() for seed in range(5)]
+            means = [by_extra_trees(LOAD[name](), seed).mean() for seed in range(5)]
             print(f"{name}: mean regret of the first trial, of 5 seeds: {script.spread(means, 4)}")
         return
     text, results, counts, families = [], {}, [], []
     for name in options.tables:
-        data = load[name]()
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "smoke.npz" if options.smoke else CURVES
-            for baseline in ["TPE"] if options.smoke else options.baselines:
-                if baseline == "SMAC" and importlib.util.find_spec("smac") is None:
-                    print('SMAC3 is not installed (`pip install "metaopt-jax[smac]"`), and is passed over.')
-                    continue
-                number = 1 if options.smoke else options.baseline_seeds or options.seeds
-                judged = np.flatnonzero(np.isin(data.fold, options.folds))[:: options.stride]
-                run_baseline(baseline, data, number, file, judged)
-            known = read_baselines(file)
-        baselines = {key.partition("/")[2]: found for key, found in known.items() if key.startswith(f"{data.name}/")}
-        counts += [f"{b} on {data.name} {len(found)}" for b, found in baselines.items()]
+        data = LOAD[name]()
+        baselines = curves_of_baselines(data, options)
+        counts += [f"{b} on {data.name} {len(seeds)}" for b, seeds in baselines.items()]
         with_transformers = name in options.transformers
         found = run(data, options, baselines, with_transformers)
         curves, judged, seconds = found.curves, found.judged, found.seconds
