@@ -21,7 +21,7 @@ import experiments.blackbox.auto_random_forest.main
 import experiments.few_shot.omniglot.main
 import experiments.few_shot.small_meta_dataset.main
 import experiments.hyperparameters.auto_tune.main  # noqa: F401
-from experiments import script
+from experiments import pages, script
 from experiments.architecture import auto_architecture, nas_bench_201
 from experiments.blackbox import auto_random_forest as forest
 from experiments.blackbox import hpob, learning_curves
@@ -32,11 +32,43 @@ from metaopt import base, blackbox, evaluation, nas, predictors, spaces, tasks, 
 ROOT = Path(__file__).parents[1]
 
 
+# Programs of scripts are kept with those of the tests. Small programs: most of the time would go into optimizations.
+COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def run(*arguments, **environment):
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
+    environment = {**os.environ, **COMPILED, **environment}
+    if jax.config.jax_compilation_cache_dir:
+        environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def test_every_page_begins_with_its_question_answer_picture_and_a_small_table():
+    index = (ROOT / "experiments" / "README.md").read_text()
+    for page in sorted(pages.RESULTS.glob("*.md")):
+        text = page.read_text()
+        head = pages.head(text)
+        assert "**Question.** " in head and "**Answer.** " in head and f"(results/{page.name})" in index, page
+        (picture,) = re.findall(r"!\[.+\]\((.+)\)", head)
+        assert (page.parent / picture).is_file(), page
+        table, result = pages.small_table(text), text.removeprefix(head)
+        assert len(table) > 2 and {len(row) for row in table} == {len(table[0])} and len(table[0]) <= 6, page
+        for number in re.findall(r"\d+\.\d+", " ".join(cell for row in table[1:] for cell in row[1:])):
+            assert number in result, (page, number)
+        # Wider tables are in CSV files.
+        assert max(line.count(" | ") for line in result.splitlines() if line.startswith("|")) <= 12, page
+
+
+def test_a_new_result_keeps_the_head_of_its_page(tmp_path):
+    page = tmp_path / "a.md"
+    pages.write(page, "Title", "old\n", "picture")
+    assert page.read_text() == "# Title\n\n![picture](a.png)\n\nold\n"
+    page.write_text(f"# Title\n\nhead\n\n{pages.MARK}\n\nold\n")
+    pages.write(page, "Title", "new\n", "picture")
+    assert page.read_text() == f"# Title\n\nhead\n\n{pages.MARK}\n\nnew\n"
 
 
 @pytest.mark.once
@@ -750,18 +782,6 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "code"}))
     with pytest.raises(SystemExit, match="by other code"):  # it was not written down
         kept().get("images, fold 0", 7, make(7))
-
-
-@pytest.mark.once
-def test_a_shape_that_fails_is_told_whenever_it_ends(tmp_path, capfd):
-    file, cores = tmp_path / "parts.json", [0, 0]
-    if hasattr(os, "sched_getaffinity"):
-        cores = 2 * sorted(os.sched_getaffinity(0))[:1]
-    auto_architecture.kept.Kept(file, {"seed": 1}, "a").get("images, fold 0", 7, lambda: {})
-    message = "images ended with exit code 1, tables ended with exit code 1. What is finished is kept"
-    with pytest.raises(SystemExit, match=message):
-        auto_architecture.main.side_by_side(("images", "tables"), cores, str(tmp_path), (), (file, {"seed": 0}, "a"))
-    assert capfd.readouterr().err.count("holds parts of a run with other settings") == 2
 
 
 @pytest.mark.once
