@@ -84,7 +84,7 @@ def curve(trials: Trials, table: nas.Benchmark, task: int, seconds: np.ndarray) 
 
     It is NaN before the first training ends.
     """
-    best, spent, at, told = (-1, np.inf, -1), 0.0, [], []
+    best, spent, next_second, chosen = (-1, np.inf, -1), 0.0, [], []
     num = len(table.fidelities)
     for row, fidelity in trials:
         fidelity %= num
@@ -94,16 +94,16 @@ def curve(trials: Trials, table: nas.Benchmark, task: int, seconds: np.ndarray) 
         loss = table.valid[row, task, fidelity]
         if fidelity > best[0] or (fidelity == best[0] and loss < best[1]):
             best = (fidelity, loss, row)
-        at.append(spent)
-        told.append(table.test[best[2], task])
-    values = np.array([np.nan, *told]) - table.test[:, task].min()
-    return values[np.searchsorted(at, seconds, side="right")]
+        next_second.append(spent)
+        chosen.append(table.test[best[2], task])
+    values = np.array([np.nan, *chosen]) - table.test[:, task].min()
+    return values[np.searchsorted(next_second, seconds, side="right")]
 
 
 def run(table: nas.Benchmark, task: int, searches: dict[str, Callable], budget: float, num_seeds: int):
     """Returns (seconds [S], {search: [seeds, S]})."""
     seconds = np.geomspace(budget / 300, budget, 200)
-    found = {
+    curves = {
         name: np.stack([curve(search(table, task, seed), table, task, seconds) for seed in range(num_seeds)])
         for name, search in searches.items()
     }
@@ -112,8 +112,8 @@ def run(table: nas.Benchmark, task: int, searches: dict[str, Callable], budget: 
         ranks = np.stack([rankdata(table.valid[:, u, -1]) for u in others], 1).mean(1)
         regret = table.test[:, task] - table.test[:, task].min()
         constant = {"best of the other tasks": ranks.argmin(), "the cell 9930": 9930}
-        found |= {name: np.full((1, len(seconds)), regret[row]) for name, row in constant.items()}
-    return seconds, found
+        curves |= {name: np.full((1, len(seconds)), regret[row]) for name, row in constant.items()}
+    return seconds, curves
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,14 +124,14 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def report(results: dict, num_seeds: int, num_trainings: int) -> str:
     lines = []
-    for (name, task), (seconds, found) in results.items():
+    for (name, task), (seconds, curves) in results.items():
         rows = []
-        for method, values in found.items():
+        for method, values in curves.items():
             mean, half = band(values)
-            at = [min(int(np.searchsorted(seconds, share * seconds[-1])), len(seconds) - 1) for share in MARKS]
+            columns = [min(int(np.searchsorted(seconds, share * seconds[-1])), len(seconds) - 1) for share in MARKS]
             cells = (
                 "" if np.isnan(mean[i]) else f"{mean[i]:.3g}" + (f" ± {half[i]:.1g}" if len(values) > 1 else "")
-                for i in at
+                for i in columns
             )
             rows.append([method, *cells])
         header = [f"{_regret(name)} after", *(f"{share * seconds[-1]:,.0f} s" for share in MARKS)]
@@ -155,8 +155,8 @@ def plot(results: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, ((name, task), (seconds, found)) in zip(axes.flat, results.items(), strict=True):
-        for method, values in found.items():
+    for axis, ((name, task), (seconds, curves)) in zip(axes.flat, results.items(), strict=True):
+        for method, values in curves.items():
             mean, half = band(values)
             (line,) = axis.plot(seconds, mean, "--" if len(values) == 1 else "-", label=method)
             axis.fill_between(seconds, mean - half, mean + half, color=line.get_color(), alpha=0.3, linewidth=0)

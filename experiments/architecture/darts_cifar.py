@@ -132,7 +132,7 @@ def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tupl
         return {"x": change(key, task.valid["x"][index]), "y": task.valid["y"][index]}
 
     rate = optax.cosine_decay_schedule(scale.rate, scale.steps, scale.last_rate / scale.rate)
-    found = nas.darts(
+    darts = nas.darts(
         network,
         data["x"].shape[1:],
         ops=nas.DARTS_OPS,
@@ -145,18 +145,18 @@ def search(seed: int, data: dict, scale: Scale, settings: dict, options) -> tupl
     task = base.Task(*jax.tree.map(jnp.asarray, (train, valid)))
     key = jax.random.key(seed)
     result = training.fit(
-        training.learner(found.estimator, of_alpha),
+        training.learner(darts.estimator, of_alpha),
         lambda key: task,
-        hyperparams=found.hyperparams(jax.random.fold_in(key, 1)),
+        hyperparams=darts.hyperparams(jax.random.fold_in(key, 1)),
         num_steps=scale.steps,
         key=key,
         checkpoint_dir=None if options.smoke else (options.work / f"search_{seed}").absolute(),
         checkpoint_every=scale.every,
-        settings={**settings, **found.settings},
+        settings={**settings, **darts.settings},
     )
     alpha, params = result.hyperparams, result.state.estimator_state.inner.params
-    weights = {kind: np.asarray(w) for kind, w in found.weights(alpha).items()}
-    return found.genotype(alpha), {"net": found.supernet, "params": params, "weights": weights}
+    weights = {kind: np.asarray(w) for kind, w in darts.weights(alpha).items()}
+    return darts.genotype(alpha), {"net": darts.supernet, "params": params, "weights": weights}
 
 
 def train_alone(
@@ -279,11 +279,11 @@ def main() -> None:
         jax.config.update("jax_compilation_cache_dir", str((options.work / "compiled").absolute()))
     parts = load(options, scale)
     settings = identity(parts, scale)
-    found = {f"DARTS, seed {seed}": search(seed, parts["train"], scale, settings, options) for seed in range(seeds)}
-    for name, (genotype, _) in found.items():
+    cells = {f"DARTS, seed {seed}": search(seed, parts["train"], scale, settings, options) for seed in range(seeds)}
+    for name, (genotype, _) in cells.items():
         print(f"{name}: {nas.to_darts(genotype)}", flush=True)
     network = space(scale, scale.channels_alone, scale.cells_alone)
-    genotypes = {name: genotype for name, (genotype, _) in found.items()}
+    genotypes = {name: genotype for name, (genotype, _) in cells.items()}
     genotypes |= {f"random {i}": nas.random_genotype(i, network) for i in range(scale.random)}
     alone = {}
     for name, genotype in genotypes.items():
@@ -292,7 +292,7 @@ def main() -> None:
         alone[name] = tuple(train_alone(genotype, file, seed, parts, scale, settings, options) for seed in runs)
         print(f"{name}: {', '.join(f'{100 * a:.1f}' for a in alone[name])} % trained alone", flush=True)
     reports, some = {}, {k: v[: scale.judged] for k, v in parts["test"].items()}
-    for searched, (_, super_) in found.items():
+    for searched, (_, super_) in cells.items():
         fixed = functools.partial(nas.trained_network, super_["net"], super_["params"], parts["train"])
         judge = lambda weights, fixed=fixed: fixed(weights=weights).accuracy(some)
         spec, scores = super_["net"].network, []

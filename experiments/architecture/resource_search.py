@@ -167,13 +167,13 @@ def make_searcher(config: Config, table: nas.CostTable):
     return run
 
 
-def gap(config: Config, grid: Grid, found: list, one_shot: np.ndarray, splits) -> str:
+def gap(config: Config, grid: Grid, searched: list, one_shot: np.ndarray, splits) -> str:
     """Describes the gap between supernet, discrete and retrained, on validation rows."""
     net, scores = nas.supernet(config.space, IN_SHAPE, ops={}), []
     judge = jax.jit(
         lambda params, weights, rows: (net.apply(params, weights, rows["x"]).argmax(-1) == rows["y"]).mean()
     )
-    for s, a, weights, params in found:
+    for s, a, weights, params in searched:
         accuracy = lambda w, s=s, params=params: float(judge(params, w, splits[s][0].valid))
         each = accuracy(nas.one_hot(config.space, grid.genotypes[a])), (1 - grid.errors[s, a, 0],), accuracy(weights)
         scores.append(nas.ArchitectureScores(f"{a}", *each))

@@ -56,11 +56,11 @@ def run_protocol(x: np.ndarray, y: np.ndarray, first: list[int], suggest: Sugges
 def learn(file: Path, search_space: str, num_steps: int) -> tuple[blackbox.Surrogate, jax.Array]:
     """Learns from the training data sets of a search space. Also returns the tasks' weights, which are equal."""
     records = blackbox.from_hpob(file, search_space)
-    rng, of = np.random.default_rng(0), {}
+    rng, by_space = np.random.default_rng(0), {}
     for record in records:
-        of.setdefault(record.task, []).append(record)
+        by_space.setdefault(record.task, []).append(record)
     kept: list[base.Record] = []
-    for trials in of.values():
+    for trials in by_space.values():
         kept += [trials[i] for i in rng.permutation(len(trials))[:MAX_CONFIGURATIONS]]
     space = {name: spaces.interval(0.0, 1.0) for name in sorted(records[0].configuration, key=lambda n: int(n[1:]))}
     kept = [r._replace(configuration={n: float(np.clip(v, 0, 1)) for n, v in r.configuration.items()}) for r in kept]
@@ -87,12 +87,12 @@ def make_suggest(surrogate: blackbox.Surrogate, weights: jax.Array, *, chunk: in
         far = 1e3 + np.arange(pad)[:, None] * np.ones(seen.shape[1])
         trials = jnp.asarray(np.concatenate([seen, far])), jnp.asarray(np.pad(1 - y, (0, pad)))
         trials = *trials, jnp.asarray(np.pad(np.ones(len(y)), (0, pad)))
-        found = []
+        proposals = []
         for start in range(0, len(open_), chunk):
             part = open_[start : start + chunk]
             rows = np.concatenate([part, np.zeros((chunk - len(part), part.shape[1]))])
-            found.append(np.asarray(score(surrogate, weights, trials, jnp.asarray(rows)))[: len(part)])
-        return int(np.concatenate(found).argmax())
+            proposals.append(np.asarray(score(surrogate, weights, trials, jnp.asarray(rows)))[: len(part)])
+        return int(np.concatenate(proposals).argmax())
 
     return suggest
 
@@ -121,13 +121,13 @@ def report(regret: dict[str, np.ndarray], groups: np.ndarray) -> str:
     rows = []
     ranks = {}
     for a in AT:
-        known = {n: m[:, a].round(9) for n, m in means.items() if np.isfinite(m[:, a]).all()}
-        ranked = stats.rankdata(np.stack(list(known.values())), axis=0).mean(1)
-        ranks[a] = dict(zip(known, ranked, strict=True))
-    _, of = np.unique(groups, return_inverse=True)
+        complete = {n: m[:, a].round(9) for n, m in means.items() if np.isfinite(m[:, a]).all()}
+        ranked = stats.rankdata(np.stack(list(complete.values())), axis=0).mean(1)
+        ranks[a] = dict(zip(complete, ranked, strict=True))
+    _, group = np.unique(groups, return_inverse=True)
     for name, m in means.items():
         # As in the benchmark, tasks of a search space are averaged first.
-        by_space = np.mean([m[of == g].mean(0) for g in range(of.max() + 1)], 0)
+        by_space = np.mean([m[group == g].mean(0) for g in range(group.max() + 1)], 0)
         cells = [f"{m[:, a].mean():.4f} ({by_space[a]:.4f})" if name in ranks[a] else "" for a in AT]
         rows.append([name, *cells, *(f"{ranks[a][name]:.2f}" if name in ranks[a] else "" for a in AT)])
     rows.sort(key=lambda row: float(row[-1] or "inf"))

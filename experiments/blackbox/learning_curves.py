@@ -71,8 +71,8 @@ def load_taskset(options: argparse.Namespace) -> Curves:
     table = blackbox.from_taskset()
     num = len(table.fidelities)
     # Some checkpoints, including those of Hyperband (1/27, 1/9, 1/3, 1).
-    at = np.array([1, 2, 4, 6, 10, 17, 28, num]) - 1
-    y = np.where(np.isnan(table.outcomes), 1.0, np.minimum(table.outcomes, 1.0))[:, :, at]
+    steps = np.array([1, 2, 4, 6, 10, 17, 28, num]) - 1
+    y = np.where(np.isnan(table.outcomes), 1.0, np.minimum(table.outcomes, 1.0))[:, :, steps]
     kept = slice(0, 60) if options.smoke else slice(None)
     configurations = [dict(c) for c in table.configurations[kept]]
     values = {name: np.array([c[name] for c in configurations]) for name in configurations[0]}
@@ -85,7 +85,7 @@ def load_taskset(options: argparse.Namespace) -> Curves:
     return Curves(
         "TaskSet",
         y[:num_tasks, kept],
-        table.fidelities[at],
+        table.fidelities[steps],
         configurations,
         space,
         *[np.arange(num_tasks)] * 2,
@@ -109,13 +109,13 @@ def load_lcdb(options: argparse.Namespace) -> Curves:
             fits = np.abs(np.log(sizes[nearest] / wanted)) < 0.05
             y[t][:, fits] = table[:, nearest[fits]]
     families = [(re.findall(r"[a-z]+", name) or [name])[0] for name in names]
-    _, of = np.unique(families, return_inverse=True)
-    fold = np.random.default_rng(0).permutation(np.arange(of.max() + 1) % 5)[of]
-    known = np.isfinite(y).all(2).sum(1) >= len(learners) / 2
+    _, family = np.unique(families, return_inverse=True)
+    fold = np.random.default_rng(0).permutation(np.arange(family.max() + 1) % 5)[family]
+    complete = np.isfinite(y).all(2).sum(1) >= len(learners) / 2
     space = {"learner": spaces.choice(learners)}
-    keep = np.flatnonzero(known)[:: 12 if options.smoke else 1]
+    keep = np.flatnonzero(complete)[:: 12 if options.smoke else 1]
     configurations = [{"learner": n} for n in learners]
-    return Curves("LCDB", y[keep], fidelities, configurations, space, fold[keep], of[keep], False, 2)
+    return Curves("LCDB", y[keep], fidelities, configurations, space, fold[keep], family[keep], False, 2)
 
 
 def learn(data: Curves, group, options: argparse.Namespace, *, whole: bool = False) -> blackbox.CurveSearcher:
@@ -163,10 +163,10 @@ def predict(data: Curves, t: int, g: blackbox.CurveSearcher, num_draws: int) -> 
     return np.array(found).reshape(-1, len(FOUND))
 
 
-def prediction_table(data: Curves, found: np.ndarray) -> tuple[list[str], list[list[str]]]:
+def prediction_table(data: Curves, predictions: np.ndarray) -> tuple[list[str], list[list[str]]]:
     rows = []
-    for seen in np.unique(found[:, 0]).astype(int):
-        part = found[found[:, 0] == seen]
+    for seen in np.unique(predictions[:, 0]).astype(int):
+        part = predictions[predictions[:, 0] == seen]
         error, away = np.abs(part[:, 2:5] - part[:, 1:2]).mean(0), np.abs(part[:, 5] - 0.5)
         row = ["nothing" if seen == 0 else f"up to {data.fidelities[seen - 1]:.3g}"]
         row += [f"{e:.4f}" if np.isfinite(e) else "" for e in error]
@@ -190,17 +190,17 @@ class Snap:
 
     def __call__(self, configuration: dict) -> int:
         if len(self.data.space) == 1:  # a label maps to itself, or to -1 if it is not open
-            at = self.data.configurations.index(configuration)
-            return at if self.open_[at] else -1
+            row = self.data.configurations.index(configuration)
+            return row if self.open_[row] else -1
         values = []
         for name, leaf in self.data.space.items():  # the same as `spaces.encode`, without a compiled program
             low, high = np.log(leaf.low), np.log(leaf.high)
             values.append((np.log(configuration[name]) - low) / (high - low))
         scaled = (self.x - self.x.min(0)) / (self.x.max(0) - self.x.min(0))
         distance = np.where(self.open_, ((scaled - np.array(values)) ** 2).sum(1), np.inf)
-        at = int(distance.argmin())
-        self.open_[at] = False
-        return at
+        row = int(distance.argmin())
+        self.open_[row] = False
+        return row
 
 
 class Run:
@@ -248,8 +248,8 @@ def search(data: Curves, t: int, searcher: base.Searcher, space, budget: float, 
 
 
 def pick_exactly(number: dict, open_: set[int], configuration: dict) -> int:
-    at = number[name_of(configuration)]
-    return at if at in open_ else -1
+    row = number[name_of(configuration)]
+    return row if row in open_ else -1
 
 
 def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -275,18 +275,18 @@ def compare(data: Curves, t: int, learned: list, options: argparse.Namespace) ->
         for seed in range(options.bohb_seeds):
             searcher = blackbox.bohb(num_random=num_random, reduction_factor=data.eta, num_rungs=num_rungs, first=[])
             curves[name].append(search(data, t, searcher, data.space, BUDGETS[-1], seed, Snap(data, t)))
-    return {name: np.array(found) for name, found in curves.items()}
+    return {name: np.array(by_seed) for name, by_seed in curves.items()}
 
 
 def judge(data: Curves, group, options: argparse.Namespace, store: Path) -> None:
     """Evaluates all tasks of a group that are not yet in the store, and writes each to a file."""
-    at = {t: store / f"{options.table}_{t}.npz" for t in np.flatnonzero(data.groups == group)}
-    if all(file.is_file() for file in at.values()):
+    files = {t: store / f"{options.table}_{t}.npz" for t in np.flatnonzero(data.groups == group)}
+    if all(file.is_file() for file in files.values()):
         return
     begin = time.process_time()
     learned = [learn(data, group, options, whole=w) for w in ([False, True] if options.ablate else [False])]
     seconds = (time.process_time() - begin) / len(learned)
-    for t, file in at.items():
+    for t, file in files.items():
         if not file.is_file():
             found, curves = predict(data, t, learned[0], options.draws), compare(data, t, learned, options)
             with open(f"{file}.part", "wb") as part:
@@ -302,8 +302,8 @@ def search_table(means: dict[str, np.ndarray], seeds: dict[str, list[int]]) -> t
     after = BUDGETS.index(5.0)
     ranks = stats.rankdata(np.stack([m[:, after] for m in means.values()]).round(9), axis=0).mean(1)
     rows = []
-    for (name, found), rank in zip(means.items(), ranks, strict=True):
-        shown = {b: f"{found[:, BUDGETS.index(b)].mean():.4f}" for b in SHOWN if name not in OURS or b <= 10}
+    for (name, regret), rank in zip(means.items(), ranks, strict=True):
+        shown = {b: f"{regret[:, BUDGETS.index(b)].mean():.4f}" for b in SHOWN if name not in OURS or b <= 10}
         number = "–".join(map(str, seeds[name])) if len(seeds[name]) < 3 else f"{seeds[name][0]}–{seeds[name][-1]}"
         rows.append([name, number, *(shown.get(b, "") for b in SHOWN), f"{rank:.2f}"])
     return ["method", "seeds", *(f"after {b:g}" for b in SHOWN), "mean rank after 5"], rows
@@ -314,10 +314,12 @@ def against_bohb(means: dict[str, np.ndarray], families: np.ndarray) -> str:
     from scipy import stats
 
     bohb, budgets = means["BOHB"][:, BUDGETS.index(20.0)], (1.0, 2.0, 5.0)
-    _, of = np.unique(families, return_inverse=True)
+    _, family = np.unique(families, return_inverse=True)
     # Families are drawn with replacement, not tasks.
-    draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
-    weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
+    draws = np.random.default_rng(0).multinomial(
+        family.max() + 1, np.full(family.max() + 1, 1 / (family.max() + 1)), size=4000
+    )
+    weights = draws[:, family] / draws[:, family].sum(1, keepdims=True)
     difference = {b: means[OURS[0]][:, BUDGETS.index(b)] - bohb for b in budgets}
     p = {b: stats.wilcoxon(d, method="approx").pvalue if np.any(d) else 1.0 for b, d in difference.items()}
     holm, worst, parts = {}, 0.0, []
@@ -341,12 +343,14 @@ def by_parts(means: dict[str, np.ndarray], group_of: np.ndarray) -> str:
 
     The first part was seen when the rule for trials without resuming was chosen, the second was not.
     """
-    at, parts = {name: BUDGETS.index(20.0 if name == "BOHB" else 5.0) for name in means}, []
+    column, parts = {name: BUDGETS.index(20.0 if name == "BOHB" else 5.0) for name in means}, []
     for label, rows in (("those", group_of < 2), ("the others", group_of >= 2)):
         if not rows.any():
             continue
-        found = ", ".join(f"{n} {means[n][rows, at[n]].mean():.4f}" for n in (OURS[0], "best on average", "BOHB"))
-        parts.append(f"on {label} ({rows.sum()} tasks) {found}")
+        means_text = ", ".join(
+            f"{n} {means[n][rows, column[n]].mean():.4f}" for n in (OURS[0], "best on average", "BOHB")
+        )
+        parts.append(f"on {label} ({rows.sum()} tasks) {means_text}")
     return (
         "Trials do not resume here, and `searcher(resumes=False)` asks for full budgets alone. That rule was chosen "
         "with an earlier table of these tasks in sight, among some that also look at small fidelities, by the regrets "
@@ -354,7 +358,7 @@ def by_parts(means: dict[str, np.ndarray], group_of: np.ndarray) -> str:
     )
 
 
-def plot(data: Curves, curves: dict[str, np.ndarray], found: list, path: Path) -> None:
+def plot(data: Curves, curves: dict[str, np.ndarray], predictions: list, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -369,9 +373,9 @@ def plot(data: Curves, curves: dict[str, np.ndarray], found: list, path: Path) -
     left.set_yscale("symlog", linthresh=1e-2)
     left.set_ylim(0, 1.1)
     left.legend(fontsize=7)
-    lengths = np.unique(found[:, 0]).astype(int)
+    lengths = np.unique(predictions[:, 0]).astype(int)
     for seen in lengths[:: max(1, len(lengths) // 3)]:
-        pit = found[found[:, 0] == seen, 5]
+        pit = predictions[predictions[:, 0] == seen, 5]
         label = f"up to {data.fidelities[seen - 1]:.2g} seen" if seen else "nothing seen"
         right.hist(pit, bins=20, range=(0, 1), density=True, histtype="step", label=label)
     right.axhline(1, color="gray", lw=1)

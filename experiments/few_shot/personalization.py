@@ -92,9 +92,9 @@ def train(adaptation: few_shot.Adaptation, start: Callable, sample: Callable, ju
         def some(carry, number):
             state, best, least = carry
             state, _ = jax.lax.scan(step, state, number * settings.every + jnp.arange(settings.every))
-            found = judge(run, state.hyperparams)
-            best = jax.tree.map(lambda new, old: jnp.where(found <= least, new, old), state.hyperparams, best)
-            return (state, best, jnp.minimum(found, least)), None
+            error = judge(run, state.hyperparams)
+            best = jax.tree.map(lambda new, old: jnp.where(error <= least, new, old), state.hyperparams, best)
+            return (state, best, jnp.minimum(error, least)), None
 
         carry = (learner.init(init_key, hyperparams, draw(key)), hyperparams, judge(run, hyperparams))
         return jax.lax.scan(some, carry, jnp.arange(settings.steps // settings.every))[0][1]
@@ -176,8 +176,8 @@ def seen(run, episode: tasks.Episode) -> tasks.Episode:
     def side(part):
         passed = (part["x"][:, TIME] - day[-1]) / 100
         x = jnp.delete((part["x"] - run["mean"][None]) / run["std"][None], TIME, axis=1)
-        known = jnp.stack([(score[-1] - run["level"]) / SCALE, slope, day[-1] / 100])
-        z = jnp.concatenate([passed[:, None], jnp.broadcast_to(known[None], (len(x), 3)), x], axis=1)
+        summary = jnp.stack([(score[-1] - run["level"]) / SCALE, slope, day[-1] / 100])
+        z = jnp.concatenate([passed[:, None], jnp.broadcast_to(summary[None], (len(x), 3)), x], axis=1)
         return {**part, "x": z, "y": (part["y"] - score[-1])[:, None] / SCALE}
 
     return tasks.Episode(side(support), side(query), meta)
@@ -186,8 +186,8 @@ def seen(run, episode: tasks.Episode) -> tasks.Episode:
 def some_rows(key, episode: tasks.Episode, num: int) -> tasks.Episode:
     """Returns the episode with only `num` of the query recordings, so that a step is cheap."""
     query = episode.query
-    at = jax.random.randint(key, (num,), 0, query["num_rows"])
-    return episode._replace(query={name: query[name][at] for name in ("x", "y", "mask")})
+    drawn = jax.random.randint(key, (num,), 0, query["num_rows"])
+    return episode._replace(query={name: query[name][drawn] for name in ("x", "y", "mask")})
 
 
 def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Settings, only: int | None) -> dict:
@@ -211,22 +211,22 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
 
         return jax.vmap(one, out_axes=1)(users)
 
-    def of_all(found):
+    def of_all(errors_by_method):
         """Maps [runs, users of a fold] to [seeds, patients]."""
         by_patient = np.empty((seeds, table.num_users))
-        by_patient[np.repeat(np.arange(seeds), 6)[:, None], runs["test"]] = found
+        by_patient[np.repeat(np.arange(seeds), 6)[:, None], runs["test"]] = errors_by_method
         return by_patient
 
     last = lambda key, support, query: jnp.zeros((1, len(query["mask"]), 1))
-    found = {"the last value": of_all(jax.vmap(lambda run: errors(last, run, run["test"])[0])(runs))}
-    made = {
+    errors_by_method = {"the last value": of_all(jax.vmap(lambda run: errors(last, run, run["test"])[0])(runs))}
+    methods = {
         **compared(trend_loss, 0.03),
         "ridge head (R2D2)": few_shot.ridge_head(trend_features, loss=few_shot.mean_absolute_error),
     }
-    for name, adaptation in list(made.items())[slice(only)]:
+    for name, adaptation in list(methods.items())[slice(only)]:
         method = lambda hyperparams, a=adaptation: few_shot.adapted(a, hyperparams, trend)
         trained_steps = 0 if name == "one network for all" else -1
-        judge = lambda run, hp, method=method, at=trained_steps: errors(method(hp), run, run["kept"])[at].mean()
+        judge = lambda run, hp, method=method, step=trained_steps: errors(method(hp), run, run["kept"])[step].mean()
         num_inputs = table.x.shape[1] + 3
         start = lambda key, inputs=num_inputs: initial(key, inputs, 2 * settings.width + 1, settings.width)
         run_one = train(adaptation, start, sample, judge, settings)
@@ -236,29 +236,29 @@ def parkinsons(table: tasks.UserTable, shots: int, seeds: int, settings: Setting
 
         keys = jax.random.split(jax.random.key(shots), len(runs["level"]))
         scores = np.asarray(jax.jit(jax.vmap(outcome))(keys, runs))  # [runs, steps + 1, users]
-        found[name] = of_all(scores[:, trained_steps])
+        errors_by_method[name] = of_all(scores[:, trained_steps])
         if name == "one network for all":
-            found["the same, fine-tuned"] = of_all(scores[:, -1])
-        print(f"Parkinson's, {shots}: {name}: {found[name].mean():.3f}", flush=True)
-    return found
+            errors_by_method["the same, fine-tuned"] = of_all(scores[:, -1])
+        print(f"Parkinson's, {shots}: {name}: {errors_by_method[name].mean():.3f}", flush=True)
+    return errors_by_method
 
 
-def against_last(of: dict[str, np.ndarray], name: str) -> tuple[float, float]:
+def against_last(errors: dict[str, np.ndarray], name: str) -> tuple[float, float]:
     """Returns the difference to the last value: its mean, and half of its interval over patients."""
-    gain = (of[name] - of["the last value"]).mean(0)  # the seeds' mean for each patient
+    gain = (errors[name] - errors["the last value"]).mean(0)  # the seeds' mean for each patient
     return gain.mean(), 1.96 * gain.std(ddof=1) / len(gain) ** 0.5
 
 
-def parkinson_table(found: dict[int, dict[str, np.ndarray]]) -> str:
-    def cell(of, name):
-        of_seeds = of[name].mean(1)
+def parkinson_table(by_number: dict[int, dict[str, np.ndarray]]) -> str:
+    def cell(errors, name):
+        of_seeds = errors[name].mean(1)
         if name == "the last value":
             return f"{of_seeds.mean():.2f}"
-        mean, half = against_last(of, name)
+        mean, half = against_last(errors, name)
         return f"{script.spread(of_seeds, 2)} ({mean:+.2f} ± {half:.2f})"
 
-    rows = [[name, *(cell(of, name) for of in found.values())] for name in next(iter(found.values()))]
-    return script.table(["", *(f"first {shots} recordings" for shots in found)], rows)
+    rows = [[name, *(cell(errors, name) for errors in by_number.values())] for name in next(iter(by_number.values()))]
+    return script.table(["", *(f"first {shots} recordings" for shots in by_number)], rows)
 
 
 def parkinson_missed(means: dict[int, dict[str, float]], against: dict[int, dict[str, tuple[float, float]]]) -> str:
@@ -270,8 +270,10 @@ def parkinson_missed(means: dict[int, dict[str, float]], against: dict[int, dict
     """
     plain = "one network for all"
     names = list(next(iter(against.values())))
-    level = {n: [k for k, of in against.items() if round(of[n][0], 2) + round(of[n][1], 2) >= 0] for n in names}
-    worse = {n: [k for k, of in means.items() if round(of[n], 2) > round(of[plain], 2)] for n in names}
+    level = {
+        n: [k for k, values in against.items() if round(values[n][0], 2) + round(values[n][1], 2) >= 0] for n in names
+    }
+    worse = {n: [k for k, values in means.items() if round(values[n], 2) > round(values[plain], 2)] for n in names}
     return (
         "The aim is an error below the last value's. The interval of the difference is not below 0 of (recordings in "
         f"brackets): {script.listed(level)}. One network for all, without adaptation, has a lower mean "
@@ -301,13 +303,13 @@ def area(scores: np.ndarray, y: np.ndarray) -> float:
 
 def one_column_a_code(table: tasks.UserTable) -> tuple[tasks.UserTable, np.ndarray]:
     """Returns the table with a column for each value of a code, and every column's measurement number."""
-    columns, names, of = [], [], []
+    columns, names, owners = [], [], []
     for number, (name, values) in enumerate(zip(table.feature_names, table.x.T, strict=True)):
         codes = CODES.get(name)
-        made = [values] if codes is None else [np.where(np.isnan(values), np.nan, values == code) for code in codes]
-        columns, of = columns + made, of + [number] * len(made)
+        new = [values] if codes is None else [np.where(np.isnan(values), np.nan, values == code) for code in codes]
+        columns, owners = columns + new, owners + [number] * len(new)
         names += [name] if codes is None else [f"{name} {code}" for code in codes]
-    return table._replace(x=np.stack(columns, 1).astype(np.float32), feature_names=tuple(names)), np.array(of)
+    return table._replace(x=np.stack(columns, 1).astype(np.float32), feature_names=tuple(names)), np.array(owners)
 
 
 class Hospitals:
@@ -423,9 +425,9 @@ def hospitals(
     return areas, chosen
 
 
-def hospital_table(found: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
+def hospital_table(areas: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
     rows = [["published: logistic regression", *(f"{HOSPITAL_BARS[name]:.3f}" for name in names), ""]]
-    rows += [[name, *map(script.spread, of), script.spread(of.mean(0))] for name, of in found.items()]
+    rows += [[name, *map(script.spread, values), script.spread(values.mean(0))] for name, values in areas.items()]
     return script.table(["", *names, "mean"], rows)
 
 
@@ -434,7 +436,9 @@ def hospital_missed(means: dict[str, dict[str, float]]) -> str:
 
     means: method -> hospital -> mean area.
     """
-    below = {name: [h for h, mean in of.items() if round(mean, 3) <= HOSPITAL_BARS[h]] for name, of in means.items()}
+    below = {
+        name: [h for h, mean in areas.items() if round(mean, 3) <= HOSPITAL_BARS[h]] for name, areas in means.items()
+    }
     return f"The aim is an area above the published one. Not above it: {script.listed(below)}."
 
 
@@ -462,17 +466,17 @@ def main() -> None:
     folder = script.data_file(__file__, "parkinsons_telemonitoring.csv.gz").parent
     table, hearts = tasks.from_parkinsons(folder), tasks.from_heart_disease(folder)
     shots = (5,) if options.smoke else tuple(BARS)
-    found = {k: parkinsons(table, k, seeds, settings, only) for k in shots}
+    by_number = {k: parkinsons(table, k, seeds, settings, only) for k in shots}
     areas, decays = hospitals(hearts, seeds, settings, only)
-    text = "## Parkinson's telemonitoring\n\n" + parkinson_table(found)
+    text = "## Parkinson's telemonitoring\n\n" + parkinson_table(by_number)
     text += (
         f"\n\nMean absolute error of the motor score over {table.num_users} patients, each tested once a seed; mean ± "
         f"standard deviation over {seeds} seed(s), which differ in folds and initialization; in brackets the "
         "difference to the last value, ± 1.96 standard errors over patients.\n\n"
     )
     text += parkinson_missed(
-        {k: {name: errors.mean() for name, errors in of.items()} for k, of in found.items()},
-        {k: {name: against_last(of, name) for name in of if name != "the last value"} for k, of in found.items()},
+        {k: {name: errors.mean() for name, errors in of.items()} for k, of in by_number.items()},
+        {k: {name: against_last(of, name) for name in of if name != "the last value"} for k, of in by_number.items()},
     )
     text += "\n\n## Heart disease, leave one hospital out\n\n" + hospital_table(areas, hearts.user_names)
     text += (

@@ -180,8 +180,8 @@ def plot(errors: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    for i, (name, found) in enumerate(errors.items()):
-        axis.plot(found.mean((0, 1)), "--" if "5 shots" in name else "-", color=f"C{i}", label=name)
+    for i, (name, values) in enumerate(errors.items()):
+        axis.plot(values.mean((0, 1)), "--" if "5 shots" in name else "-", color=f"C{i}", label=name)
     axis.set(
         yscale="log",
         ylim=(2e-3, 10),
@@ -194,26 +194,26 @@ def plot(errors: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def is_reached(found: np.ndarray, step: int, bar: float) -> str:
-    return "yes" if found[:, :, step].mean() <= bar else "no"
+def is_reached(values: np.ndarray, step: int, bar: float) -> str:
+    return "yes" if values[:, :, step].mean() <= bar else "no"
 
 
 def report(errors: dict, config) -> str:
     shown = (0, 1, 5, 10)
     lines = []
-    for name, found in errors.items():
+    for name, values in errors.items():
         bars = ROWS[name].bars
         reached = ", ".join(
-            f"{bar:g} after {step}: {is_reached(found, step, bar)}, of the first 600 "
-            f"{is_reached(found[:, :600], step, bar)}"
+            f"{bar:g} after {step}: {is_reached(values, step, bar)}, of the first 600 "
+            f"{is_reached(values[:, :600], step, bar)}"
             for step, bar in bars.items()
         )
         judged = ROWS[name].judged
-        few = ", ".join(f"{interval(found[:, :600, step])} (after {step})" for step in bars or [judged])
-        seeds = ", ".join(f"{one:.4f}" for one in found[:, :, judged].mean(1))
+        few = ", ".join(f"{interval(values[:, :600, step])} (after {step})" for step in bars or [judged])
+        seeds = ", ".join(f"{one:.4f}" for one in values[:, :, judged].mean(1))
         steps = f"{steps_of(ROWS[name], config):,}"
         lines.append(
-            [name, steps, *(interval(found[:, :, step]) for step in shown), f"{seeds} (after {judged})", few, reached]
+            [name, steps, *(interval(values[:, :, step]) for step in shown), f"{seeds} (after {judged})", few, reached]
         )
     header = [
         "model",
@@ -250,20 +250,20 @@ def main() -> None:
             settings = f"{settings}_{config.test_tasks}"
             file = config.work / f"{name.replace(', ', '_').replace(' ', '-')}_{settings}.npy"
             if file.is_file() and not config.smoke:
-                found = np.load(file)
+                values = np.load(file)
             else:
-                found = judge(*train(row, seed, config), row.shots, config)
+                values = judge(*train(row, seed, config), row.shots, config)
                 if not config.smoke:
                     config.work.mkdir(parents=True, exist_ok=True)
-                    np.save(file, found)
-            errors.setdefault(name, []).append(found)
-            means = " ".join(f"{found[:, step].mean():.4f}" for step in (0, 1, 5, 10))
+                    np.save(file, values)
+            errors.setdefault(name, []).append(values)
+            means = " ".join(f"{values[:, step].mean():.4f}" for step in (0, 1, 5, 10))
             print(f"[{time.process_time():6.0f} s] seed {seed}, {name}: {means}", flush=True)
-    errors = {name: np.stack(found).astype(float) for name, found in errors.items()}
+    errors = {name: np.stack(values).astype(float) for name, values in errors.items()}
     text = report(errors, config)
     versions = {"JAX": jax.__version__, "optax": optax.__version__, "metaopt": metaopt.__version__}
     rows = [] if config.rows == list(ROWS) else ["--rows", *config.rows]
-    given = [
+    arguments = [
         "--seeds",
         str(config.seeds),
         "--outer-steps",
@@ -274,7 +274,7 @@ def main() -> None:
         str(config.query),
         *rows,
     ]
-    command = shlex.join(["python", "experiments/few_shot/sinusoid.py", *given])
+    command = shlex.join(["python", "experiments/few_shot/sinusoid.py", *arguments])
     text += TEXT.format(**vars(config))
     text += f"\n\n`{command}`; Python {platform.python_version()}, "
     text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

@@ -235,8 +235,8 @@ def plot(runs: dict, config, path: Path) -> None:
         for i, (name, marker) in enumerate(names.items()):
             for seed, (_, chosen) in enumerate(seeds):
                 values = [float(chosen[name][s]) / STRENGTHS[s][3] for s in STRENGTHS]
-                at = np.arange(len(STRENGTHS)) + 0.25 * i
-                axis.plot(at, values, marker, color=f"C{i}", label=None if seed else name.replace("`", ""))
+                places = np.arange(len(STRENGTHS)) + 0.25 * i
+                axis.plot(places, values, marker, color=f"C{i}", label=None if seed else name.replace("`", ""))
         axis.axhline(1.0, color="0.7", linewidth=1)
         axis.set(yscale="log", title=data)
         axis.set_xticks(np.arange(len(STRENGTHS)) + 0.1, STRENGTHS, rotation=30)

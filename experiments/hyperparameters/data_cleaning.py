@@ -140,8 +140,8 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     for seed in range(options.seeds):
         task, corrupted, test = load(seed, num_rows)
         everything, ones = both(task), np.ones(num_rows)
-        known = np.concatenate([~corrupted, ones])
-        add("oracle: clean rows and validation rows", kept=accuracy(train, known, everything, test))
+        is_clean = np.concatenate([~corrupted, ones])
+        add("oracle: clean rows and validation rows", kept=accuracy(train, is_clean, everything, test))
         add("no cleaning: all rows", kept=accuracy(train, np.ones(2 * num_rows), everything, test))
         add("validation rows alone", kept=accuracy(train, ones, task.valid, test))
         for name, (_, num_steps) in rules.items():

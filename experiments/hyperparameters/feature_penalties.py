@@ -169,8 +169,8 @@ def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
                 key=jax.random.key(seed),
                 callback=lambda step, metrics, clock=clock: clock.append(time.process_time()),
             )
-            found = judge(train, result.hyperparams, data)
-            add(name, **found, seconds=float(np.median(np.diff(clock))), total=clock[-1] - clock[0])
+            scored = judge(train, result.hyperparams, data)
+            add(name, **scored, seconds=float(np.median(np.diff(clock))), total=clock[-1] - clock[0])
     return scores, plain_seconds
 
 

@@ -52,11 +52,11 @@ def load(seed: int, config):
     length, gap = config.context + 1, 10_000
     sizes = [config.num_train, config.num_valid, config.num_test]
     needed = sum(sizes) * length + len(sizes) * gap
-    at = int(np.random.default_rng(seed).integers(len(codes) - needed))
+    start = int(np.random.default_rng(seed).integers(len(codes) - needed))
     parts = []
     for size in sizes:
-        parts.append(jnp.asarray(codes[at : at + size * length].reshape(size, length), jnp.int32))
-        at += size * length + gap
+        parts.append(jnp.asarray(codes[start : start + size * length].reshape(size, length), jnp.int32))
+        start += size * length + gap
     return base.Task(parts[0], parts[1]), parts[2]
 
 

@@ -57,7 +57,7 @@ def load(seed: int, config):
         "reconstruction": x,
         "random classes": rng.integers(0, 10, len(images)).astype(np.int32),
     }
-    part = lambda at: {name: jnp.asarray(x[at]) for name, x in rows.items()}
+    part = lambda rows_of_part: {name: jnp.asarray(x[rows_of_part]) for name, x in rows.items()}
     return base.Task(part(order[:train]), part(order[train:valid])), part(order[valid : valid + config.num_test])
 
 

@@ -209,10 +209,10 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
                 )
                 along = plain.loop.params(result.state.estimator_state.inner)
                 again = train(other_key, result.hyperparams, task.train)
-                found = {**rate(along, task, test), **rate(again, task, test, ", again")}
-                add((num_valid, which, rule), **found, seconds=float(np.median(np.diff(clock))))
+                rated = {**rate(along, task, test), **rate(again, task, test, ", again")}
+                add((num_valid, which, rule), **rated, seconds=float(np.median(np.diff(clock))))
                 if seed == 0:
-                    histories[num_valid, which, rule] = (result.history["value"], found["test loss"])
+                    histories[num_valid, which, rule] = (result.history["value"], rated["test loss"])
     return scores, histories
 
 

@@ -84,8 +84,8 @@ def task_of(layout: Layout, train, valid, rows):
 
     def part(data, num_rows):
         x, y = data[:2]
-        at = np.resize(np.arange(len(y)), num_rows)
-        return {"x": x[at], "y": (x if layout.loss == "inputs" else y)[at], "layout": sizes}
+        drawn = np.resize(np.arange(len(y)), num_rows)
+        return {"x": x[drawn], "y": (x if layout.loss == "inputs" else y)[drawn], "layout": sizes}
 
     return base.Task(part(train, rows[0]), part(valid, rows[1]))
 
@@ -113,7 +113,7 @@ def table_task(table: tasks.Table, layout: Layout, rows: tuple[int, int]):
 
 def image_tasks(layout: Layout, rows: tuple[int, int]):
     """Returns {name: task} of the images in the folder that METAOPT_DATA names, 7 by 7 pixels."""
-    found, folder = {}, Path(os.environ.get("METAOPT_DATA", ""))
+    by_name, folder = {}, Path(os.environ.get("METAOPT_DATA", ""))
     for name in ("mnist", "fashion_mnist_sub", "spoken_digits", "signdigits"):
         if not os.environ.get("METAOPT_DATA") or not (folder / f"{name}.npz").is_file():
             continue
@@ -125,8 +125,8 @@ def image_tasks(layout: Layout, rows: tuple[int, int]):
         x = images[order].reshape(-1, 7, 4, 7, 4).mean((2, 4)).reshape(len(order), -1)
         x, y = ((x - x.mean()) / x.std()).astype(np.float32), labels[order].astype(np.int32)
         split = len(order) * rows[0] // sum(rows)
-        found[name.removesuffix("_sub")] = task_of(layout, (x[:split], y[:split]), (x[split:], y[split:]), rows)
-    return found
+        by_name[name.removesuffix("_sub")] = task_of(layout, (x[:split], y[:split]), (x[split:], y[split:]), rows)
+    return by_name
 
 
 def init(key, hyperparams, data):
@@ -174,8 +174,8 @@ def outer_loss(params, hyperparams, batch):
 
 
 def outer_batch(key, task):
-    at = jax.random.randint(key, (64,), 0, task.valid["x"].shape[0])
-    rows = {name: task.valid[name][at] for name in ("x", "y")}
+    drawn = jax.random.randint(key, (64,), 0, task.valid["x"].shape[0])
+    rows = {name: task.valid[name][drawn] for name in ("x", "y")}
     return {**rows, "layout": task.valid["layout"], "no skill": no_skill(task.valid)}
 
 
@@ -191,8 +191,8 @@ def make_pools(tables):
     """Returns, for every layout, all tasks that fit it, stacked."""
     pools = []
     for layout in LAYOUTS:
-        found = [table_task(table, layout, (256, 128)) for table in tables]
-        pools.append(tasks.stack([task for task in found if task is not None]))
+        table_tasks = [table_task(table, layout, (256, 128)) for table in tables]
+        pools.append(tasks.stack([task for task in table_tasks if task is not None]))
     return tuple(pools)
 
 
@@ -208,10 +208,16 @@ def make_sampler(pools, num_slots):
         drawn = []
         for k, pool in zip(jax.random.split(key, len(pools)), pools, strict=True):
             table_key, activation_key, scale_key = jax.random.split(k, 3)
-            at = jax.random.randint(table_key, (num_slots,), 0, pool.train["x"].shape[0])
+            drawn_tables = jax.random.randint(table_key, (num_slots,), 0, pool.train["x"].shape[0])
             activation = jax.random.randint(activation_key, (num_slots,), 0, len(ACTIVATIONS))
             scale = jnp.exp(jax.random.uniform(scale_key, (num_slots,), minval=-1, maxval=1))
-            drawn.append(change(jax.tree.map(lambda x, at=at: x[at], pool), activation=activation, scale=scale))
+            drawn.append(
+                change(
+                    jax.tree.map(lambda x, drawn_tables=drawn_tables: x[drawn_tables], pool),
+                    activation=activation,
+                    scale=scale,
+                )
+            )
         return tuple(drawn)
 
     return sample
@@ -402,13 +408,13 @@ def main() -> None:
         tables = tasks.deduplicate(tables, tasks.from_data_folder())
     layout = Layout(4, 3, (3,), 4, "classes") if small else Layout(10, 3, (32, 16), 32, "classes")
     rows = (20, 10) if small else (600, 300)
-    found, families = {}, set()
+    by_name, families = {}, set()
     for table in tables:
         task = table_task(table, layout, rows) if table.family in {*HELD_OUT} - families else None
         if task is not None:
-            found[table.name] = task
+            by_name[table.name] = task
             families.add(table.family)
-    held_out["tables"] = list(found), tasks.stack(list(found.values()))
+    held_out["tables"] = list(by_name), tasks.stack(list(by_name.values()))
     images = {} if small else image_tasks(Layout(49, 10, (48,), 32, "classes"), (1000, 500))
     if images:
         held_out["images"] = list(images), tasks.stack(list(images.values()))

@@ -173,17 +173,17 @@ def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
     task, test = load(seed, config.num_train, config.num_valid)
     select_key, learn_key, test_key = jax.random.split(jax.random.key(seed), 3)
     select_keys = jax.random.split(select_key, config.repeats)
-    steps, found = config.num_steps, {}
+    steps, schedules = config.num_steps, {}
 
     def pick(name: str, candidates, settings):
         """Keeps the candidate with the smallest validation loss. Test rows are not used."""
         values = np.nan_to_num(np.asarray(judge(select_keys, candidates, task, task.valid))[:, 0], nan=np.inf)
         best = int(np.argmin(values))
-        found[name] = candidates[best]
+        schedules[name] = candidates[best]
         say(f"{name}: {settings[best]:.3g}, validation {values[best]:.4f}")
 
     grid = np.geomspace(LOW, HIGH, config.grid + 2)[1:-1]
-    found["the start, constant"] = jnp.full(steps, START)
+    schedules["the start, constant"] = jnp.full(steps, START)
     for name, tune in tuners.items():
         pick(name, tune(learn_key, jnp.asarray(config.greedy_rates), task), config.greedy_rates)
     pick("best constant rate of a grid", jnp.stack([jnp.full(steps, rate) for rate in grid]), grid)
@@ -203,17 +203,17 @@ def run_seed(seed: int, config, programs, say) -> tuple[dict, dict]:
         )
         best[result.best_value] = per_step(result.best_hyperparams["rate"], steps)
         say(f"{config.windows} windows, outer rate {outer_rate}: validation {np.round(result.evaluations, 4)}")
-    found[f"{config.windows} windows, whole horizon"] = best[min(best)]
+    schedules[f"{config.windows} windows, whole horizon"] = best[min(best)]
 
     test_keys = jax.random.split(test_key, config.repeats)
-    results = np.asarray(judge(test_keys, jnp.stack(list(found.values())), task, test))
-    return dict(zip(found, results, strict=True)), {name: np.asarray(rates) for name, rates in found.items()}
+    results = np.asarray(judge(test_keys, jnp.stack(list(schedules.values())), task, test))
+    return dict(zip(schedules, results, strict=True)), {name: np.asarray(rates) for name, rates in schedules.items()}
 
 
 def compare_modes(config) -> list[list[str]]:
     """Compares forward with reverse on one problem and key: the hypergradients' difference, time and memory."""
     task, _ = load(0, config.num_train, config.num_valid)
-    windows, rows, found = config.windows, [], {}
+    windows, rows, gradients = config.windows, [], {}
     for steps in config.compare_steps:
         scheduled = spaces.constrain(inner.piecewise(make_problem(), windows, num_steps=steps), space((windows,)))
         z, key = start(space((windows,))), jax.random.key(0)
@@ -234,10 +234,10 @@ def compare_modes(config) -> list[list[str]]:
             times = []
             for _ in range(2):
                 begin = time.process_time()  # processor time, so that other programs on the machine do not count
-                found[name] = jax.block_until_ready(call(z, key))
+                gradients[name] = jax.block_until_ready(call(z, key))
                 times.append(time.process_time() - begin)
             seconds[name] = min(times)
-        a, b = (np.asarray(found[name].coordinates["rate"]) for name in estimators)
+        a, b = (np.asarray(gradients[name].coordinates["rate"]) for name in estimators)
         for name, call in calls.items():
             rows.append(
                 [

@@ -67,13 +67,13 @@ def configurations(table: nas.Benchmark) -> list[dict]:
 def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], features, smoke: bool, seed: int):
     """Runs `nas.train_cell_searcher` on the records of the other tasks, with the key of `seed`."""
     cells, name = configurations(table), lambda c: tuple(c.values())
-    at = {name(c): row for row, c in enumerate(cells)}
+    row_of = {name(c): row for row, c in enumerate(cells)}
 
     names = [table.tasks[t] for t in others]
     sizes: dict[str, Any] = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
     return nas.train_cell_searcher(
         nas.benchmark_records(table, names),
-        lambda c: graphs[at[name(c)]],
+        lambda c: graphs[row_of[name(c)]],
         features=features,
         tests=nas.benchmark_records(table, names, test=True),
         key=jax.random.key(seed),

@@ -89,17 +89,17 @@ def leave_one_out(
     table: nas.Benchmark, tasks: list[int], num_random: int, folder: Path, smoke: bool, kept: Kept, num_keys: int = 1
 ) -> Outcomes:
     """Leaves out every task with every key, and saves each outcome. All tasks of a key come before the next key."""
-    at = range(1 if smoke else len(tasks))
+    numbers = range(1 if smoke else len(tasks))
     name = lambda t, seed: f"{table.name}, {table.tasks[tasks[t]]}, {num_random}" + (f", key {seed}" if seed else "")
     for seed in range(num_keys):
-        left = [t for t in at if name(t, seed) not in kept.tasks]
+        left = [t for t in numbers if name(t, seed) not in kept.tasks]
         for t, outcome in left_out(table, tasks, left, num_random, folder, smoke, seed):
             kept.add(name(t, seed), outcome)
     valid, test = table.valid[:, tasks, -1], table.test[:, tasks]
     return gathered(
-        [[kept.tasks[name(t, seed)] for t in at] for seed in range(num_keys)],
-        [valid[:, t] for t in at],
-        [test[:, t] for t in at],
+        [[kept.tasks[name(t, seed)] for t in numbers] for seed in range(num_keys)],
+        [valid[:, t] for t in numbers],
+        [test[:, t] for t in numbers],
     )
 
 
@@ -112,14 +112,16 @@ def gathered(outcomes: list[list[dict]], valid: list[np.ndarray], test: list[np.
 
     def together(part):
         names = outcomes[0][0][part]
-        return {n: np.array([[o[part][n] for o in of] for of in outcomes if n in of[0][part]]) for n in names}
+        return {
+            n: np.array([[o[part][n] for o in by_task] for by_task in outcomes if n in by_task[0][part]]) for n in names
+        }
 
-    found, lost = together("found"), {name: values + shift for name, values in together("lost").items()}
-    found["all by validation"] = np.array([[values.mean() for values in ties]])
+    judged, lost = together("found"), {name: values + shift for name, values in together("lost").items()}
+    judged["all by validation"] = np.array([[values.mean() for values in ties]])
     lost["all by validation"] = np.zeros((1, len(ties)))
     effects = {name: values.reshape(-1, values.shape[-1]) for name, values in together("effects").items()}
-    alone = np.array([[o["alone"] for o in of] for of in outcomes])
-    return Outcomes(found, lost, alone, effects, ties)
+    alone = np.array([[o["alone"] for o in by_task] for by_task in outcomes])
+    return Outcomes(judged, lost, alone, effects, ties)
 
 
 def left_out(
@@ -169,14 +171,14 @@ def left_out(
             "h, 20 trials": searched(searcher, table, valid[:, t], 20),
             **once({"all by validation": best(np.arange(len(valid)))}),
         }
-        found = {name: float(judged[row, t]) for name, row in chosen.items()}
+        chosen_percentiles = {name: float(judged[row, t]) for name, row in chosen.items()}
         for k in () if seed else (5, 20, 100):
-            found[f"random, best of {k}"] = float(np.mean([judged[best(rows[:k]), t] for rows in draws]))
+            chosen_percentiles[f"random, best of {k}"] = float(np.mean([judged[best(rows[:k]), t] for rows in draws]))
         oracle = test[best(np.arange(len(valid))), t]
         yield (
             t,
             {
-                "found": found,
+                "found": chosen_percentiles,
                 "lost": {name: float(test[row, t] - oracle) for name, row in chosen.items()},
                 "alone": [float(judged[member.argmax(), t]) for member in searcher.scores()],
                 "effects": {name: table.encodings[row].tolist() for name, row in effects.items()},

@@ -36,11 +36,11 @@ def regrets(table: nas.Benchmark, task: int, num_seeds: int, num: int) -> dict[s
     curves = {"random search": [random_curve(losses, np.random.default_rng(s), num) for s in seeds]}
     if len(rows) == np.prod(table.num_choices):  # otherwise, a change of one digit may leave the table
         curves["regularized evolution"] = [evolution_curve(table, losses, s, num, rows) for s in seeds]
-    found = {name: test[np.array(chosen)] - test.min() for name, chosen in curves.items()}
+    regret = {name: test[np.array(chosen)] - test.min() for name, chosen in curves.items()}
     others = [u for u in range(len(table.tasks)) if u != task]
     if others:
         ranks = np.stack([rankdata(table.valid[:, u, -1]) for u in others], 1).mean(1)
-        found["best of the other tasks"] = np.full((1, num), test[ranks.argmin()] - test.min())
+        regret["best of the other tasks"] = np.full((1, num), test[ranks.argmin()] - test.min())
     if table.name == "NAS-Bench-201":
-        found["the cell 9930"] = np.full((1, num), test[9930] - test.min())
-    return found
+        regret["the cell 9930"] = np.full((1, num), test[9930] - test.min())
+    return regret

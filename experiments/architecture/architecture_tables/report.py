@@ -16,41 +16,41 @@ BARS = {  # stated before any run
 }
 
 
-def rows_of(name: str, found: dict[str, np.ndarray]) -> list[list[str]]:
+def rows_of(name: str, judged: dict[str, np.ndarray]) -> list[list[str]]:
     """Returns a row per method: its mean, the value of each task, its wins and its bar.
 
     The deviation is over keys, of the means over tasks.
     """
     rows = []
-    for method, values in found.items():
+    for method, values in judged.items():
         # The baseline with the same number of trials. Without such a baseline, the one without trials.
         rival = (
             "best of the other tasks" + method[method.rindex(",") :].replace(", no trial", "") if "," in method else ""
         )
-        baseline = found.get(rival, found["best of the other tasks"])
+        baseline = judged.get(rival, judged["best of the other tasks"])
         won = (values > baseline).sum(1)
         wins = f"{won.mean():.3g} of {values.shape[1]}" if method.startswith(("h", "mean")) else ""
         means, bar = values.mean(1), BARS[name].get(method)
-        told = "" if bar is None else f"{bar} {'reached' if means.mean() >= bar else 'missed'}"
-        if told and len(means) > 1:
-            told = told.replace("missed", "missed; reached") + f" by {(means >= bar).sum()} of {len(means)} keys"
+        verdict = "" if bar is None else f"{bar} {'reached' if means.mean() >= bar else 'missed'}"
+        if verdict and len(means) > 1:
+            verdict = verdict.replace("missed", "missed; reached") + f" by {(means >= bar).sum()} of {len(means)} keys"
         mean = script.spread(means) if len(means) > 1 else f"{means[0]:.3f}"
-        rows.append([method, mean, *(f"{v:.2f}" for v in values.mean(0)), wins, told])
+        rows.append([method, mean, *(f"{v:.2f}" for v in values.mean(0)), wins, verdict])
     return rows
 
 
 def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
     """Describes how much of validation's choice is chance, if several configurations are the best by validation."""
-    told = [
+    texts = [
         f"{task}: {len(values)} configurations, of percentiles {values.min():.3f} to {values.max():.3f}"
         for task, values in zip(tasks, ties, strict=False)
         if len(values) > 1
     ]
-    if not told:
+    if not texts:
         return []
-    low, mean, high = (np.mean([of(values) for values in ties]) for of in (np.min, np.mean, np.max))
+    low, mean, high = (np.mean([statistic(values) for values in ties]) for statistic in (np.min, np.mean, np.max))
     return [
-        f'Several are the best by validation of the whole table ({"; ".join(told)}). "All by validation" is their '
+        f'Several are the best by validation of the whole table ({"; ".join(texts)}). "All by validation" is their '
         f"mean; by which of them is taken, its mean over tasks is {low:.3f} to {high:.3f} ({mean:.3f} on average).",
         "",
     ]
@@ -94,8 +94,8 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
                     "its ops go together, which an op at a time cannot say.",
                     "",
                 ]
-        of = "the members of all keys" if num_keys > 1 else "members"
-        lines += [f'Single members of "h by cells", mean over tasks and deviation of that over {of}: {told}.', ""]
+        members = "the members of all keys" if num_keys > 1 else "members"
+        lines += [f'Single members of "h by cells", mean over tasks and deviation of that over {members}: {told}.', ""]
         if name == "NAS-Bench-Graph":  # the other tables' tasks have their own units
             told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
             lines += [f"Test error less that of the best by validation of the whole table, in points: {told}.", ""]
@@ -106,9 +106,9 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
             told = []
             for mark in MARKS:
                 if mark <= values.shape[1]:
-                    at = values[:, mark - 1]
-                    band = 1.96 * at.std(ddof=1) / np.sqrt(len(at)) if len(at) > 1 else 0.0
-                    told.append(f"{at.mean():.3g} ± {band:.1g}" if len(at) > 1 else f"{at.mean():.3g}")
+                    at_mark = values[:, mark - 1]
+                    band = 1.96 * at_mark.std(ddof=1) / np.sqrt(len(at_mark)) if len(at_mark) > 1 else 0.0
+                    told.append(f"{at_mark.mean():.3g} ± {band:.1g}" if len(at_mark) > 1 else f"{at_mark.mean():.3g}")
                 else:
                     told.append("")
             rows.append([name, task, method, *told])
@@ -130,14 +130,14 @@ def plot(curves: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    methods_shown = list(dict.fromkeys(method for found in curves.values() for method in found))
+    methods_shown = list(dict.fromkeys(method for regret in curves.values() for method in regret))
     columns = 3
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
     for axis in axes.flat[len(curves) :]:
         axis.axis("off")
-    for axis, ((name, task), found) in zip(axes.flat, curves.items(), strict=False):
-        for method, values in found.items():
+    for axis, ((name, task), regret) in zip(axes.flat, curves.items(), strict=False):
+        for method, values in regret.items():
             steps, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
             color = f"C{methods_shown.index(method)}"
             (line,) = axis.plot(steps, mean, "--" if len(values) == 1 else "-", color=color, label=method)

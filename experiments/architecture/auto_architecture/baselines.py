@@ -37,8 +37,8 @@ def best_of(outcomes: np.ndarray, num: int, rng, num_draws: int = 200) -> np.nda
         return outcomes[outcomes[:, :, 0].argmin(0), np.arange(n), 1:]
     total = np.zeros((n, 2))
     for _ in range(num_draws):
-        of = np.stack([rng.permutation(trained)[:num] for _ in range(n)])
-        best = of[np.arange(n), outcomes[of, np.arange(n)[:, None], 0].argmin(1)]
+        subsets = np.stack([rng.permutation(trained)[:num] for _ in range(n)])
+        best = subsets[np.arange(n), outcomes[subsets, np.arange(n)[:, None], 0].argmin(1)]
         total += outcomes[best, np.arange(n), 1:]
     return total / num_draws
 

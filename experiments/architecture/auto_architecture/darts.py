@@ -97,8 +97,8 @@ class Darts:
                 losses[reading].append(shape.validation_loss(check_keys, codes, some, some_test))
         best = {reading: rates[int(np.argmin(x))] for reading, x in losses.items()}
         keys, run_key, new, new_test = held
-        found = {rate: self.search(order, rate, keys, new)[0] for rate in sorted(set(best.values()))}
-        codes = {reading: self.read(found[rate][0], reading) for reading, rate in best.items()}
+        searched = {rate: self.search(order, rate, keys, new)[0] for rate in sorted(set(best.values()))}
+        codes = {reading: self.read(searched[rate][0], reading) for reading, rate in best.items()}
         trained = lambda code: shape.train(run_key, shape.one_hot(code), new, new_test)[0][:, 1:]
         return {
             "rates": rates,
@@ -106,7 +106,8 @@ class Darts:
             "rate": best,
             "scores": {reading: trained(code).tolist() for reading, code in codes.items()},
             "supernets": {
-                reading: shape.gaps(*found[best[reading]], code, new_test).tolist() for reading, code in codes.items()
+                reading: shape.gaps(*searched[best[reading]], code, new_test).tolist()
+                for reading, code in codes.items()
             },
             "architectures": {reading: [shape.describe(code) for code in x] for reading, x in codes.items()},
         }

@@ -190,8 +190,8 @@ def effects(codes: np.ndarray, losses: np.ndarray, sizes: list[int], ridge: floa
     x = np.concatenate([codes[..., [e]] == np.arange(n) for e, n in enumerate(sizes)], -1).astype(float)
     x, y = x.reshape(losses.size, -1), ((losses - losses.mean(0)) / (losses.std(0) + 1e-9)).ravel()
     x = x - x.mean(0)
-    found = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
-    return np.split(found, np.cumsum(sizes)[:-1])
+    coefficients = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
+    return np.split(coefficients, np.cumsum(sizes)[:-1])
 
 
 def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: jax.Array, seed: int) -> dict[str, Any]:
@@ -203,16 +203,16 @@ def run_records(p: Prepared, f: int, fold: dict[str, Any], codes, losses, key: j
     """
     shape, sizes = p.shape, p.shape.sizes()
     train_rows, _, _, held = rows_of_fold(p, f, seed)
-    found = effects(codes[:, train_rows], losses[:, train_rows], sizes)
-    by_records = np.repeat(np.array([e.argmin() for e in found])[None], len(held), 0)
+    op_effects = effects(codes[:, train_rows], losses[:, train_rows], sizes)
+    by_records = np.repeat(np.array([e.argmin() for e in op_effects])[None], len(held), 0)
     # Mixing weights [tasks, edges, ops] of each kind, as logits. Logits and effects are in units of their spread within
     # an edge.
     weights = [np.array(fold["weights"][kind]) for kind in shape.network.cells]  # in the order of the codes
     logits = [np.log(w[:, e]) for w in weights for e in range(w.shape[1])]
     spread = lambda rows: np.sqrt(np.mean([x.var(-1).mean() for x in rows])) + 1e-9
-    logits_spread, effects_spread = spread(logits), spread(found)
+    logits_spread, effects_spread = spread(logits), spread(op_effects)
     both = np.stack(
-        [(a / logits_spread - e / effects_spread).argmax(-1) for a, e in zip(logits, found, strict=True)], 1
+        [(a / logits_spread - e / effects_spread).argmax(-1) for a, e in zip(logits, op_effects, strict=True)], 1
     )
     task, test = take(p.batch, held), take(p.test, held)
     trained = lambda code: shape.train(compared_key(key), shape.one_hot(code), task, test)[0][:, 1:]
@@ -234,9 +234,9 @@ def run_darts(
     _, learn_rows, left_rows, held = rows_of_fold(p, f, seed)
     some = asked(learn_rows, left_rows, f, seed)[: config.tuned_on]
     tuning = (jax.random.split(keys[2], len(some)), jax.random.split(keys[1], 3), *take((p.batch, p.test), some))
-    found = darts.variants(
+    variants = darts.variants(
         order, tuning, (jax.random.split(keys[4], len(held)), compared_key(key), *take((p.batch, p.test), held))
     )
-    told = (f"{name} {np.mean(x, 0)[0]:.3f}" for name, x in found["scores"].items())
-    say(f"{p.shape.name}, DARTS, {order} order, fold {f}: {'; '.join(told)}")
-    return found
+    losses = (f"{name} {np.mean(x, 0)[0]:.3f}" for name, x in variants["scores"].items())
+    say(f"{p.shape.name}, DARTS, {order} order, fold {f}: {'; '.join(losses)}")
+    return variants

@@ -175,8 +175,8 @@ def shrink(images: np.ndarray) -> np.ndarray:
     x = images.astype(np.float32)
     x = x.mean(-1) if x.ndim == 4 else x
     edges = np.linspace(0, x.shape[1], IMAGE_SIZE + 1)
-    at = (np.arange(x.shape[1]) + 0.5)[None]
-    share = ((at >= edges[:-1, None]) & (at < edges[1:, None])).astype(np.float32)
+    place = (np.arange(x.shape[1]) + 0.5)[None]
+    share = ((place >= edges[:-1, None]) & (place < edges[1:, None])).astype(np.float32)
     share /= share.sum(1, keepdims=True)
     return np.einsum("ah,nhw,bw->nab", share, x, share)
 

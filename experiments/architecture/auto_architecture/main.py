@@ -130,9 +130,9 @@ def main(argv=None) -> list[dict[str, Any]]:
     for shape in SHAPES:
         parts = []
         for key in sorted(key for key in kept.parts if key.startswith(f"{shape}, fold")):
-            of = lambda what, key=key: kept.parts.get(key.replace(", fold", f", {what}, fold"))
-            more = of("records") or {"scores": {}, "architectures": {}}
-            darts = {order: of(f"DARTS, {order} order") for order in config.darts_orders}
+            part_of = lambda what, key=key: kept.parts.get(key.replace(", fold", f", {what}, fold"))
+            more = part_of("records") or {"scores": {}, "architectures": {}}
+            darts = {order: part_of(f"DARTS, {order} order") for order in config.darts_orders}
             if all(darts.values()):  # otherwise, the fold is not finished
                 part = dict(kept.parts[key]) | {"darts": darts}
                 parts.append(part | {name: {**part[name], **more[name]} for name in more})
@@ -144,8 +144,8 @@ def main(argv=None) -> list[dict[str, Any]]:
     if not results:
         sys.exit(f"{kept.path} holds no fold that is finished.")
     seconds, processor = kept.seconds()
-    given = [x for x in (sys.argv[1:] if argv is None else argv) if x not in ("--note", args.note)]
-    call = " ".join(["python experiments/architecture/auto_architecture", *given])
+    arguments_given = [x for x in (sys.argv[1:] if argv is None else argv) if x not in ("--note", args.note)]
+    call = " ".join(["python experiments/architecture/auto_architecture", *arguments_given])
     details = {
         "command": call.strip() + (", after earlier calls" if earlier else ""),
         "preset": name,

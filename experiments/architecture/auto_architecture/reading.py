@@ -55,14 +55,14 @@ def what_h_reads(result: dict[str, Any]) -> str:
     if not read.any():
         return text + "No fold trusts what h reads in a task, and a* is one architecture for all tasks of each."
     moved = within(x, folds)[read].std(0)
-    found = correlation(x[read], values[read], folds[read])
+    correlations = correlation(x[read], values[read], folds[read])
     pooled = correlation(x, values, 0 * folds)
-    strongest = np.abs(found).argmax(1)  # the strongest feature of every op
-    most = np.argsort(-np.abs(found).max(1))[:3]
-    told = [
-        f"{labels[i]} with {result['features'][j]} {found[i, j]:+.2f} (all folds pooled {pooled[i, j]:+.2f})"
+    strongest = np.abs(correlations).argmax(1)  # the strongest feature of every op
+    most = np.argsort(-np.abs(correlations).max(1))[:3]
+    texts = [
+        f"{labels[i]} with {result['features'][j]} {correlations[i, j]:+.2f} (all folds pooled {pooled[i, j]:+.2f})"
         for i, j in zip(most, strongest[most], strict=True)
-        if found[i, j] != 0
+        if correlations[i, j] != 0
     ]
     own = result["architectures"]["a*"]
     others = sum(
@@ -79,8 +79,8 @@ def what_h_reads(result: dict[str, Any]) -> str:
         f"({labels[moved.argmax()]}; standard deviation), and a* is another than the fold's most frequent one on "
         f"{others} tasks. "
         + (
-            f"The strongest correlations with a feature there: {'; '.join(told)}. "
-            if told
+            f"The strongest correlations with a feature there: {'; '.join(texts)}. "
+            if texts
             else "No choice varies there. "
         )
         + f"Against h of the average task, reading changes test log loss by {difference[read, 0].mean():+.4f} "
@@ -116,11 +116,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         names = [(f, family) for f in np.unique(folds) for family in sorted(set(families[folds == f]))]
         if len(names) > 12:  # too many to name: the tasks of a fold, in the order of the features' principal direction
             direction = np.linalg.svd(within(values, folds), full_matrices=False)[2][0]
-            at = np.lexsort((values @ direction, folds))
-            shown = x[at].T
+            order_of_tasks = np.lexsort((values @ direction, folds))
+            shown = x[order_of_tasks].T
             strongest = result["features"][int(np.abs(direction).argmax())]
             middle.set_xlabel(f"held-out tasks, fold by fold along the features' main direction (mostly {strongest!r})")
-            middle.set_xticks(range(len(at)), np.array(result["tasks"])[at], rotation=90, fontsize=6)
+            middle.set_xticks(
+                range(len(order_of_tasks)), np.array(result["tasks"])[order_of_tasks], rotation=90, fontsize=6
+            )
             ends = np.cumsum(result["sizes"])
         else:
             shown = np.stack([x[(folds == f) & (families == family)].mean(0) for f, family in names], 1)
@@ -134,10 +136,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         middle.set_title(f"what h chose: mean mixing weight, by fold (trust in what is read {trusts})", fontsize=10)
         figure.colorbar(image, ax=middle, fraction=0.03)
 
-        found = (
+        correlations = (
             correlation(x[read], values[read], folds[read]) if read.any() else np.zeros((len(labels), values.shape[1]))
         )
-        image = right.imshow(found, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
+        image = right.imshow(correlations, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
         right.set_yticks(range(len(labels)), labels)
         right.set_xticks(range(len(result["features"])), result["features"], rotation=50, ha="right")
         right.set_title(

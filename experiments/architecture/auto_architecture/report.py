@@ -52,16 +52,16 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def compared(ours: np.ndarray, others: np.ndarray, groups: list[np.ndarray]) -> str:
     """Compares test log loss and error [n, 2] of two methods on the same tasks."""
-    told = []
+    texts = []
     for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
         difference = ours[:, column] - others[:, column]
         low, high = interval(difference, groups)
-        told.append(
+        texts.append(
             f"test {measure} {ours[:, column].mean():{form}} and {others[:, column].mean():{form}}, difference "
             f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
             f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(ours)} tasks"
         )
-    return "; ".join(told)
+    return "; ".join(texts)
 
 
 def bars(results: list[dict[str, Any]], most: int) -> str:
@@ -89,9 +89,9 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
 def verdict(difference: np.ndarray, groups: list[np.ndarray], ratio: float, share: float = 0.2) -> str:
     """Describes whether one method is better than another, and at which share of its cost."""
     low, high = interval(difference, groups)
-    found = "better" if high < 0 else "worse" if low > 0 else "level with it"
+    relation = "better" if high < 0 else "worse" if low > 0 else "level with it"
     reached = "reached" if high < 0 and ratio <= share else "missed"
-    return f"{found}, {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], at {ratio:.2f} of its cost: {reached}"
+    return f"{relation}, {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], at {ratio:.2f} of its cost: {reached}"
 
 
 ORDERS = {"first": "first order", "second": "second order", "exact": "second order, exact"}
@@ -120,36 +120,36 @@ def darts_rows(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def darts_text(results: list[dict[str, Any]]) -> str:
     """Describes DARTS's variants over all tasks, and compares a* fine-tuned with each variant, which was an aim."""
     groups, variants = groups_of(results), darts_rows(results)
-    at = lambda label: np.concatenate([np.array(r["scores"][label]) for r in results])
+    scores_of = lambda label: np.concatenate([np.array(r["scores"][label]) for r in results])
     cost = lambda label: np.mean([r["runs"][label] for r in results])
-    differences = lambda ours, scores: (at(ours) - scores).T  # [2, tasks]
+    differences = lambda ours, scores: (scores_of(ours) - scores).T  # [2, tasks]
     lines = [
         '| order, and how an architecture is read off α | test log loss | test error | with a "none" | rate of α, by '
         "fold | cost, in training runs | a* fine-tuned against it: log loss | errors | share of its cost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    chosen = {"scores": at(DARTS), "none": "", "rates": "; ".join(f"{r['shape']} {picks(r)}" for r in results)}
+    chosen = {"scores": scores_of(DARTS), "none": "", "rates": "; ".join(f"{r['shape']} {picks(r)}" for r in results)}
     for name, row in {**variants, "chosen, fold by fold": {**chosen, "runs": cost(DARTS)}}.items():
         loss, error = row["scores"].mean(0)
-        told = []
+        texts = []
         for difference, form in zip(differences(FINE_TUNED, row["scores"]), (".4f", ".2%"), strict=True):
             low, high = interval(difference, groups)
-            told.append(f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}]")
-        cells = [name, f"{loss:.4f}", f"{error:.2%}", str(row["none"]), row["rates"], f"{row['runs']:.1f}", *told]
+            texts.append(f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}]")
+        cells = [name, f"{loss:.4f}", f"{error:.2%}", str(row["none"]), row["rates"], f"{row['runs']:.1f}", *texts]
         lines.append(f"| {' | '.join(cells)} | {cost(FINE_TUNED) / row['runs']:.2f} |")
     best = min(variants, key=lambda name: variants[name]["scores"].mean(0)[0])
-    after, told = variants[best], []
+    after, texts = variants[best], []
     for name, scores, runs in (
-        ("the variant that is chosen by validation", at(DARTS), cost(DARTS)),
+        ("the variant that is chosen by validation", scores_of(DARTS), cost(DARTS)),
         (f"the one with the smallest test log loss, known afterwards ({best})", after["scores"], after["runs"]),
     ):
         each = []
         for ours in (FINE_TUNED, FINE_TUNED + LEARNED):
             loss, error = (verdict(d, groups, cost(ours) / runs) for d in differences(ours, scores))
             each.append(f"{ours}: log loss {loss}; errors {error}")
-        told.append(f"Against {name}, {'. '.join(each)}.")
+        texts.append(f"Against {name}, {'. '.join(each)}.")
     aim = "**Fine-tuned, better than DARTS on each task at a fifth of its cost**, the aim. "
-    return "\n".join(lines) + "\n\n" + aim + " ".join(told)
+    return "\n".join(lines) + "\n\n" + aim + " ".join(texts)
 
 
 def gaps_text(results: list[dict[str, Any]]) -> str:
@@ -164,23 +164,23 @@ def gaps_text(results: list[dict[str, Any]]) -> str:
         for label, supernets in r["supernets"].items():
             (mixed, discrete), alone = np.array(supernets).transpose(1, 0, 2), np.array(r["scores"][label])
             for column, measure, form in ((0, "log loss", ".4f"), (1, "error", ".2%")):
-                told = []
+                texts = []
                 for difference in (discrete - mixed, alone - mixed):
                     low, high = interval(difference[:, column], groups)
-                    told.append(f"{difference[:, column].mean():+{form}} [{low:+{form}}, {high:+{form}}]")
+                    texts.append(f"{difference[:, column].mean():+{form}} [{low:+{form}}, {high:+{form}}]")
                 means = [f"{x[:, column].mean():{form}}" for x in (mixed, discrete, alone)]
-                lines.append(f"| {label}, {r['shape']} | test {measure} | {' | '.join([*means, *told])} |")
-    told = {f"{label}, {r['shape']}" for r in results for label in (DARTS, FINE_TUNED) if label not in r["supernets"]}
-    lacking = f"\nNot kept in parts of earlier code: {'; '.join(sorted(told))}.\n" * bool(told)
+                lines.append(f"| {label}, {r['shape']} | test {measure} | {' | '.join([*means, *texts])} |")
+    texts = {f"{label}, {r['shape']}" for r in results for label in (DARTS, FINE_TUNED) if label not in r["supernets"]}
+    lacking = f"\nNot kept in parts of earlier code: {'; '.join(sorted(texts))}.\n" * bool(texts)
     return "\n".join(lines) + "\n" + lacking
 
 
 def trust_text(result: dict[str, Any]) -> str:
     """Describes each fold: the number of left-out tasks, and the trust in features that they selected."""
-    told = []
+    texts = []
     for num, trust in zip(result["left_out"], result["trust"], strict=True):
-        told.append(f"{num} tasks left out, which gave its reading the trust {trust}" if num else "none left out")
-    return "; ".join(told)
+        texts.append(f"{num} tasks left out, which gave its reading the trust {trust}" if num else "none left out")
+    return "; ".join(texts)
 
 
 def picks(result: dict[str, Any]) -> str:
@@ -239,7 +239,7 @@ def choices_text(result: dict[str, Any], best: str) -> str:
     joint = lambda values: ", ".join(values)
     loss = lambda row: joint(f"{np.mean(part, 0)[0]:.3f}" for part in by_fold(result["scores"][row]))
     chosen = {"a*": A_STAR, RECORDS: RECORDS, BOTH: BOTH}
-    told = [
+    texts = [
         f"{label}: {joint(str(len(set(part))) for part in by_fold(result['architectures'][label]))} (test log loss "
         f"{loss(row)})"
         for label, row in chosen.items()
@@ -247,7 +247,7 @@ def choices_text(result: dict[str, Any], best: str) -> str:
     ]
     return (
         f"How many architectures there are for the {joint(map(str, result['sizes']))} held-out {result['shape']} of "
-        f"each fold, {'; '.join(told)}; {best} had {loss(best)}."
+        f"each fold, {'; '.join(texts)}; {best} had {loss(best)}."
     )
 
 

@@ -91,9 +91,9 @@ def best_variant(darts: dict[str, Any]) -> tuple[str, str, float]:
     """Returns order, reading and rate with the smallest validation loss on the tuning tasks."""
     losses = {
         (order, reading, rate): loss
-        for order, found in darts.items()
-        for reading, by_rate in found["losses"].items()
-        for rate, loss in zip(found["rates"], by_rate, strict=True)
+        for order, variants in darts.items()
+        for reading, by_rate in variants["losses"].items()
+        for rate, loss in zip(variants["rates"], by_rate, strict=True)
     }
     return min(losses, key=losses.__getitem__)
 

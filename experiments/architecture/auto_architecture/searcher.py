@@ -87,8 +87,8 @@ def make_sampler(batch: base.Task, rows: np.ndarray, meta_batch: int):
     @jax.jit
     def draw(key, batch, rows):
         pick_key, split_key, class_key, noise_key = jax.random.split(key, 4)
-        at = rows[jax.random.choice(pick_key, rows.shape[0], (meta_batch,), replace=False)]
-        chosen = jax.tree.map(lambda x: x[at], batch)
+        drawn = rows[jax.random.choice(pick_key, rows.shape[0], (meta_batch,), replace=False)]
+        chosen = jax.tree.map(lambda x: x[drawn], batch)
         chosen = jax.vmap(resplit)(jax.random.split(split_key, meta_batch), chosen)
         # The classes of a task in random order, the real ones first.
         order = jax.random.uniform(class_key, (meta_batch, NUM_CLASSES)) + 2 * (1 - chosen.train["class_mask"])
@@ -118,8 +118,8 @@ class Meta:
         def fine_tune(rate, learned, key, task):
             adam = optax.adam(rate, b1=0.5)
             tuned = nas.meta_architecture_search(shape.tuning, h, num_steps=config.fine_tune_steps, optimizer=adam)
-            found = tuned.fine_tune(key, learned, task)
-            return found.alpha, found.params
+            result = tuned.fine_tune(key, learned, task)
+            return result.alpha, result.params
 
         self.fine_tune = jax.jit(lambda shared, args: jax.vmap(fine_tune, in_axes=(None, None, 0, 0))(*shared, *args))
 

@@ -39,12 +39,12 @@ def in_chunks(function: Callable, shared: Any, args: Any, size: int) -> tuple[An
     """
     n = len(jax.tree.leaves(args)[0])
     chunks = [np.minimum(np.arange(i, i + size), n - 1) for i in range(0, n, size)]
-    at = lambda rows: jax.tree.map(lambda x: x[rows], args)
+    rows_of_args = lambda rows: jax.tree.map(lambda x: x[rows], args)
     if function not in _COMPILED:
-        jax.block_until_ready(function(shared, at(chunks[0])))
+        jax.block_until_ready(function(shared, rows_of_args(chunks[0])))
         _COMPILED.add(function)
     start = time.process_time()
-    out = [jax.device_get(function(shared, at(rows))) for rows in chunks]
+    out = [jax.device_get(function(shared, rows_of_args(rows))) for rows in chunks]
     seconds = (time.process_time() - start) / sum(map(len, chunks))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:n], *out), seconds
 
@@ -156,11 +156,11 @@ class Shape:
 
     def one_hot(self, codes: np.ndarray) -> dict[str, jax.Array]:
         """Returns weights of architectures [n, edges] of integers."""
-        weights, at = {}, 0
+        weights, first = {}, 0
         for kind, cell in self.network.cells.items():
-            part = codes[:, at : at + len(cell.edges)]
+            part = codes[:, first : first + len(cell.edges)]
             weights[kind] = jax.nn.one_hot(jnp.asarray(part), len(cell.edges[0].ops))
-            at += len(cell.edges)
+            first += len(cell.edges)
         return weights
 
     def decode(self, alpha: dict[str, jax.Array]) -> np.ndarray:
@@ -198,8 +198,8 @@ class Shape:
     def tuning_alone(self) -> base.Estimator:
         """Returns the estimator of one alternation of fine-tuning, for α."""
         start = self.init(jax.random.key(0))
-        at = lambda alpha, step: {"alpha": alpha, "init": start}
-        return hypergrad.lookahead(base.reparametrized(self.tuning.problem, at), num_steps=1)
+        at_step = lambda alpha, step: {"alpha": alpha, "init": start}
+        return hypergrad.lookahead(base.reparametrized(self.tuning.problem, at_step), num_steps=1)
 
     def space(self):
         return {kind: spaces.real(shape=(len(c.edges), len(c.edges[0].ops))) for kind, c in self.network.cells.items()}

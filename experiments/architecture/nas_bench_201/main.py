@@ -31,13 +31,13 @@ def main() -> None:
     path = script.data_file(Path(__file__).parent, "cifar10_sub32.npz")
     script.data_file(Path(__file__).parent, "nasbench201.npz")
     table = nas.nas_bench_201_table(path.parent)
-    at = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
-    row_of = lambda weights: at[tuple(np.asarray(weights).argmax(-1).tolist())]
+    row_of_encoding = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
+    row_of = lambda weights: row_of_encoding[tuple(np.asarray(weights).argmax(-1).tolist())]
     task, valid = images(path, config)
 
-    found = searches(config)
+    searchers = searches(config)
     jobs: dict[str, Callable[[int], dict]] = {"scores": lambda seed: run_scores(task, table, config, seed)}
-    for job, (search, optimizer, steps_each) in found.items():
+    for job, (search, optimizer, steps_each) in searchers.items():
         folder = lambda seed, job=job: options.out / f"{name}_runs" / f"{job}-{seed}"
         one = functools.partial(run_search, search, optimizer, steps_each, task, valid, config)
         jobs[job] = lambda seed, one=one, folder=folder: one(seed, folder(seed), row_of)

@@ -14,7 +14,7 @@ from metaopt import nas
 
 def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
     """Returns name -> the resulting rows, one per seed, for all methods that use no outcome of the table."""
-    found: dict[str, list[int]] = {}
+    cells: dict[str, list[int]] = {}
     skips = lambda row: int((table.encodings[row] == SKIP).sum())
     for name, seeds in runs.items():
         if name == "scores":
@@ -23,10 +23,10 @@ def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
                 columns = {s: run[s] for s in nas.SCORES}
                 columns["FLOPs"] = flops[run["rows"]].tolist()
                 for column, values in columns.items():
-                    of = {r: -np.inf if v is None else v for r, v in zip(run["rows"], values, strict=True)}
-                    found.setdefault(f"best of {SCREENED} by {column}", []).append(screened(of))
+                    scores = {r: -np.inf if v is None else v for r, v in zip(run["rows"], values, strict=True)}
+                    cells.setdefault(f"best of {SCREENED} by {column}", []).append(screened(scores))
             continue
-        found[name] = [run["row"] for run in seeds.values()]
+        cells[name] = [run["row"] for run in seeds.values()]
         if name == "DARTS, first order":
             for run in seeds.values():
                 curvatures = [np.nan if c is None else c for c in run["curvatures"]]
@@ -35,8 +35,8 @@ def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
                     "DARTS, stopped at two skips": nas.skip_count_stop([skips(r) for r in run["rows"]], most=1),
                 }
                 for stop, epoch in stops.items():
-                    found.setdefault(stop, []).append(run["row"] if epoch is None else run["rows"][epoch])
-    return found
+                    cells.setdefault(stop, []).append(run["row"] if epoch is None else run["rows"][epoch])
+    return cells
 
 
 def report(runs: dict, table, data, config: Config, options) -> str:
@@ -57,8 +57,8 @@ def report(runs: dict, table, data, config: Config, options) -> str:
                 f"{np.mean(seconds):.0f}" if seconds else "",
             ]
         )
-    known = table_searches(table, 2 if options.smoke else 50, 5 if options.smoke else 100)
-    for name, accuracies in known.items():
+    looked_up = table_searches(table, 2 if options.smoke else 50, 5 if options.smoke else 100)
+    for name, accuracies in looked_up.items():
         told = [
             script.spread(accuracies[:, t], 2) if len(accuracies) > 1 else f"{accuracies[0, t]:.2f}" for t in range(3)
         ]
@@ -137,7 +137,7 @@ def op_correlations(one_shot: list[dict], table) -> str:
         "nor_conv_1x1": "1x1 convolutions",
         "nor_conv_3x3": "3x3 convolutions",
     }
-    told = []
+    texts = []
     for op, name in names.items():
         pairs = []
         for run in one_shot:
@@ -145,10 +145,10 @@ def op_correlations(one_shot: list[dict], table) -> str:
             of = (-np.array(run["losses"]), -table.test[run["drawn"], 0])
             pairs.append([float(np.asarray(spearmanr(nums, values))[0]) for values in of])
         likelihood, accuracy = (f"{min(each):+.2f} to {max(each):+.2f}" for each in zip(*pairs, strict=True))
-        told.append(f"{name} {likelihood} ({accuracy})")
+        texts.append(f"{name} {likelihood} ({accuracy})")
     return (
         "Which ops the supernet prefers: the rank correlation of its likelihood with the number of them in a cell, "
-        f"from the lowest seed to the highest, and that of the accuracy in brackets: {'; '.join(told)}. An op whose "
+        f"from the lowest seed to the highest, and that of the accuracy in brackets: {'; '.join(texts)}. An op whose "
         "two signs differ is one that shared weights misjudge."
     )
 
@@ -161,19 +161,19 @@ def correlations(seeds: dict, table, data) -> list[str]:
     for name in nas.SCORES:
         columns = []
         for run in seeds.values():
-            at = np.array(run["rows"])
+            cell_rows = np.array(run["rows"])
             ours = np.array([-np.inf if v is None else v for v in run[name]])
-            theirs = published[at, names.index(theirs_of.get(name, name))]
+            theirs = published[cell_rows, names.index(theirs_of.get(name, name))]
             both = np.isfinite(theirs) & (theirs > -1e7)
             rho = lambda a, b: float(np.asarray(spearmanr(a, b))[0])
-            test = 100 - table.test[at]
+            test = 100 - table.test[cell_rows]
             columns.append(
                 [rho(ours[both], theirs[both]), *(rho(ours, test[:, t]) for t in range(3))]
                 + [rho(ours[both], test[both, 0]), rho(theirs[both], test[both, 0]), both.sum()]
             )
         columns = np.array(columns)
-        told = [script.spread(columns[:, i], 2) for i in range(columns.shape[1] - 1)]
-        rows.append([name, *told, f"{columns[:, -1].mean():.0f}"])
+        texts = [script.spread(columns[:, i], 2) for i in range(columns.shape[1] - 1)]
+        rows.append([name, *texts, f"{columns[:, -1].mean():.0f}"])
     flops = np.array([[spearmanr(data["flops_params_M_cifar10"][r["rows"], 0], -table.test[r["rows"], t])[0]
                        for t in range(3)] for r in seeds.values()])  # fmt: skip
     rows.append(["FLOPs", "", *(script.spread(flops[:, t], 2) for t in range(3)), "", "", ""])
@@ -219,7 +219,7 @@ def plot(runs: dict, table, path: Path) -> None:
     axes[1].set(xlabel="share of the search", ylabel="CIFAR-10 test accuracy (%), mean over seeds")
     axes[2].set(xlabel="share of the search", ylabel="dominant eigenvalue of the Hessian in α")
     axes[0].legend(fontsize=7, ncols=2, loc="upper right")
-    axes[1].legend(*([of[-1]] for of in axes[1].get_legend_handles_labels()), fontsize=7, loc="lower right")
+    axes[1].legend(*([handles[-1]] for handles in axes[1].get_legend_handles_labels()), fontsize=7, loc="lower right")
     axes[2].margins(y=0.3)
     axes[2].legend(fontsize=7, ncols=2, loc="upper left")
     figure.tight_layout()

@@ -45,7 +45,7 @@ def augmented(key: jax.Array, batch: dict) -> dict:
     x = jnp.where(mirror, x[:, :, ::-1], x)
     x = jnp.pad(x, [(0, 0), (most, most), (most, most), (0, 0)])
     shifts = jax.random.randint(shift_key, (num, 2), 0, 2 * most + 1)
-    cut = lambda x, at: jax.lax.dynamic_slice(x, (at[0], at[1], 0), (size, size, 3))
+    cut = lambda x, corner: jax.lax.dynamic_slice(x, (corner[0], corner[1], 0), (size, size, 3))
     return {**batch, "x": jax.vmap(cut)(x, shifts)}
 
 
@@ -68,7 +68,7 @@ def searches(config: Config) -> dict[str, tuple[nas.Search, optax.GradientTransf
     network = nas.nas_bench_201_space(channels=config.channels, cells_per_stage=config.cells)
     options: dict[str, Any] = {"ops": nas.NAS_BENCH_201_OPS, "decay": 5e-4, "optimizer": sgd, "sampler": sampler}
     options.update(outer_batch=outer_batch, keep=None)
-    of = lambda method, **more: method(network, (config.size, config.size, 3), **options, **more)
+    make = lambda method, **more: method(network, (config.size, config.size, 3), **options, **more)
 
     def adam(factor=1.0, rest=0.0):
         """Returns the optimizer of α in DARTS.
@@ -82,20 +82,20 @@ def searches(config: Config) -> dict[str, tuple[nas.Search, optax.GradientTransf
             schedule = lambda step: jnp.where(step < rest * steps, 0.0, rate)
         return optax.chain(optax.add_decayed_weights(1e-3), optax.adam(schedule, b1=0.5, b2=0.999))
 
-    first = of(nas.darts, order="first")
+    first = make(nas.darts, order="first")
     watch: dict[str, Any] = {**LATE, "every": config.every, "num_iterations": 10}
     first = first._replace(estimator=nas.stopped_by_curvature(first.estimator, first.problem, **watch))
     solver = hypergrad.neumann(num_steps=3, rate=0.025)
     return {
         "DARTS, first order": (first, adam(), 1),
-        "iDARTS, T = 4": (of(nas.implicit_darts, num_steps=4, solver=solver), adam(4.0), 4),
-        "GDAS": (of(nas.gdas, num_steps=steps), adam(), 1),
-        "PC-DARTS": (of(nas.pc_darts, partial=min(4, config.channels)), adam(2.0, rest=0.3), 1),
-        "DARTS−": (of(nas.darts_minus, num_steps=steps), adam(), 1),
-        "β-DARTS": (of(nas.beta_darts, num_steps=steps), adam(), 1),
-        "DARTS, second order": (of(nas.darts, order="second"), adam(), 1),
-        "DARTS, exact": (of(nas.darts, order="exact"), adam(), 1),
-        "DARTS, unrolled, T = 20": (of(nas.unrolled_darts, num_steps=20), adam(4.0), 4),
+        "iDARTS, T = 4": (make(nas.implicit_darts, num_steps=4, solver=solver), adam(4.0), 4),
+        "GDAS": (make(nas.gdas, num_steps=steps), adam(), 1),
+        "PC-DARTS": (make(nas.pc_darts, partial=min(4, config.channels)), adam(2.0, rest=0.3), 1),
+        "DARTS−": (make(nas.darts_minus, num_steps=steps), adam(), 1),
+        "β-DARTS": (make(nas.beta_darts, num_steps=steps), adam(), 1),
+        "DARTS, second order": (make(nas.darts, order="second"), adam(), 1),
+        "DARTS, exact": (make(nas.darts, order="exact"), adam(), 1),
+        "DARTS, unrolled, T = 20": (make(nas.unrolled_darts, num_steps=20), adam(4.0), 4),
     }
 
 

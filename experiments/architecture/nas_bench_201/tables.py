@@ -17,11 +17,11 @@ def run_scores(task, table, config: Config, seed: int) -> dict:
     score = nas.training_free_scores(network, (config.size, config.size, 3), ops=nas.NAS_BENCH_201_OPS)
     batch = jax.tree.map(lambda leaf: leaf[:64], task.train)
     rows = np.random.default_rng(seed).choice(len(table.encodings), config.num_scored, replace=False)
-    found: dict[str, list] = {"rows": rows.tolist()}
+    scores_by_name: dict[str, list] = {"rows": rows.tolist()}
     for row in rows:
         for name, value in score(jax.random.key(seed), genotype_of(table.encodings[row]), batch).items():
-            found.setdefault(name, []).append(float(value) if np.isfinite(value) else None)
-    return found
+            scores_by_name.setdefault(name, []).append(float(value) if np.isfinite(value) else None)
+    return scores_by_name
 
 
 def screened(values: dict[int, float]) -> int:
@@ -34,7 +34,7 @@ def screened(values: dict[int, float]) -> int:
 
 def table_searches(table: nas.Benchmark, num_seeds: int, num: int) -> dict[str, np.ndarray]:
     """Returns name -> [seeds, tasks] test accuracies of the best of `num` cells, by each task's own validation."""
-    found: dict[str, np.ndarray] = {}
+    rows_by_search: dict[str, np.ndarray] = {}
     space = {name: spaces.integer(0, 4) for name in table.dims}
     rows = {encoding: row for row, encoding in enumerate(map(tuple, table.encodings.tolist()))}
     searchers = {
@@ -53,11 +53,11 @@ def table_searches(table: nas.Benchmark, num_seeds: int, num: int) -> dict[str, 
                     state = searcher.tell(state, [trial._replace(outcome=outcome, status="COMPLETE")])
                     tried.append((outcome, row))
                 accuracies[seed, t] = 100 - table.test[min(tried)[1], t]
-        found[name] = accuracies
+        rows_by_search[name] = accuracies
     ranks = np.stack([rankdata(table.valid[:, t, -1]) for t in range(len(table.tasks))], 1)
     others = [np.delete(ranks, t, 1).mean(1).argmin() for t in range(len(table.tasks))]
-    found["best of the other tasks"] = 100 - table.test[others, range(len(table.tasks))][None]
-    found["the cell 9930"] = 100 - table.test[[9930]]
-    found["a random cell"] = 100 - table.test.mean(0)[None]
-    found["the best cell of each task, by its test"] = 100 - table.test.min(0)[None]
-    return found
+    rows_by_search["best of the other tasks"] = 100 - table.test[others, range(len(table.tasks))][None]
+    rows_by_search["the cell 9930"] = 100 - table.test[[9930]]
+    rows_by_search["a random cell"] = 100 - table.test.mean(0)[None]
+    rows_by_search["the best cell of each task, by its test"] = 100 - table.test.min(0)[None]
+    return rows_by_search

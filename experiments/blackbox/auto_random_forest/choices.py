@@ -42,7 +42,7 @@ def split_families(families: np.ndarray, num_splits: int) -> np.ndarray:
 
 def table_rows(splits: list[Split]) -> dict[str, dict]:
     """Returns the training rows of every table in the form that an embedding reads: encoded, with masks."""
-    found = {}
+    rows_by_name = {}
     for part in splits:
         prepared = tasks.prepare(part.train, valid_fraction=0.1, test_fraction=0.0)
         shape = tasks.shape_of(prepared)
@@ -52,8 +52,8 @@ def table_rows(splits: list[Split]) -> dict[str, dict]:
             num_features=shape.features,
             num_classes=shape.classes,
         )
-        found[part.train.name] = task.train
-    return found
+        rows_by_name[part.train.name] = task.train
+    return rows_by_name
 
 
 def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *, wait: bool = True) -> dict:
@@ -92,8 +92,8 @@ def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *
             best.append(run_searcher(records, t, searcher, space, seed, counts))
         return {"best": np.array(best), "seconds": seconds}
 
-    of = f"{fingerprint(records, config)}{zlib.crc32(repr(config).encode()):08x}"
-    return script.kept(work, f"{of}, {fold}, {name}, {seed}", make, wait=wait)
+    digest = f"{fingerprint(records, config)}{zlib.crc32(repr(config).encode()):08x}"
+    return script.kept(work, f"{digest}, {fold}, {name}, {seed}", make, wait=wait)
 
 
 def choose(
@@ -132,7 +132,7 @@ def choose(
             nearest = train[((near[train] - near[t]) ** 2).sum(1).argmin()]
             add("1-nearest neighbor in meta-features", t, [int(y[nearest].argmin())])
             for name, of_each in learned.items():
-                tried = np.stack([found["best"][i] for found in of_each])  # [keys, counts]
+                tried = np.stack([learned_one["best"][i] for learned_one in of_each])  # [keys, counts]
                 for num, numbers in zip(counts, tried.T.tolist(), strict=True):
                     searched = f"{name} and its searcher" if name == OURS else name
                     add(f"{name}, no trial" if num == 1 else f"{searched}, {num} trials", t, numbers)

@@ -146,8 +146,8 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
     read = lambda part: blackbox.read_records(store, study=f"{study(config)} {part}", status="COMPLETE")
     # In the order of trials, the default first: workers append records in the order in which trials end.
     ordered = lambda part: sorted(read(part), key=lambda record: record.trial)
-    found = {part: blackbox.tabulate(ordered(part)) for part in ("curve", "test loss", "test error")}
-    curve = found["curve"]
+    outcome_tables = {part: blackbox.tabulate(ordered(part)) for part in ("curve", "test loss", "test error")}
+    curve = outcome_tables["curve"]
     whole = np.isfinite(curve.outcomes).all(2)  # [T, C]
     tables = np.logical_and.accumulate(whole, 1).sum(0)  # [C] number of tables that have that many configurations
     enough = tables >= min(100, len(splits))
@@ -160,7 +160,7 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
     described = [tasks.metafeatures(here[name]) for name in names]
 
     def of(part):
-        table = found[part]
+        table = outcome_tables[part]
         columns = [table.configurations.index(c) for c in curve.configurations[:num]]
         return table.outcomes[[table.tasks.index(name) for name in names]][:, columns]
 
@@ -179,10 +179,10 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
 
 
 def unpack(file: Path, config: Config) -> Records:
-    with np.load(file, allow_pickle=False) as found:
-        if str(found["config"]) != study(config):
+    with np.load(file, allow_pickle=False) as saved:
+        if str(saved["config"]) != study(config):
             raise SystemExit(f"{file} has records of other sizes; make them with --collect.")
-        arrays = {name: found[name] for name in Records._fields}
+        arrays = {name: saved[name] for name in Records._fields}
     arrays["configurations"] = [json.loads(text) for text in arrays["configurations"].tolist()]
     return Records(
         **{n: v.astype(float) if n not in ("names", "families", "configurations") else v for n, v in arrays.items()}

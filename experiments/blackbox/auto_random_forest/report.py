@@ -10,9 +10,11 @@ from experiments.blackbox.auto_random_forest.records import Records
 
 def interval(records: Records, difference: np.ndarray) -> np.ndarray:
     """Returns the 95 % interval of the mean of differences [T], by drawing families with replacement."""
-    _, of = np.unique(records.families, return_inverse=True)
-    draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
-    weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
+    _, family = np.unique(records.families, return_inverse=True)
+    draws = np.random.default_rng(0).multinomial(
+        family.max() + 1, np.full(family.max() + 1, 1 / (family.max() + 1)), size=4000
+    )
+    weights = draws[:, family] / draws[:, family].sum(1, keepdims=True)
     return np.quantile(weights @ difference, [0.025, 0.975])
 
 
@@ -50,14 +52,14 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
 def beside_average(records: Records, chosen) -> str:
     """Compares g without a trial with the configuration that is best on average, which also needs no trial."""
     names, tables = ("g(t'), no trial", "best on average"), range(len(records.names))
-    told = []
+    texts = []
     for what, values in (("log loss", records.test_loss), ("regret", records.regret)):
         ours, other = (np.array([values[t, chosen[name][t]].mean() for t in tables]) for name in names)
         low, high = interval(records, ours - other)
-        told.append(f"{(ours - other).mean():+.4f} [{low:+.4f}, {high:+.4f}] in {what}")
+        texts.append(f"{(ours - other).mean():+.4f} [{low:+.4f}, {high:+.4f}] in {what}")
     return (
         "The best on average and the portfolio are those of the mean regret over the other families' tables. "
-        f"Without a trial, g minus the best on average: {' and '.join(told)}. "
+        f"Without a trial, g minus the best on average: {' and '.join(texts)}. "
     )
 
 
@@ -84,12 +86,12 @@ def plot(differences: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     reference = next(reference for _, reference in differences)
-    found = {name: values for (name, r), values in differences.items() if r == reference and name != reference}
-    figure, axes = plt.subplots(figsize=(7, 0.3 * len(found) + 1))
-    for i, (name, (mean, low, high)) in enumerate(found.items()):
+    shown = {name: values for (name, r), values in differences.items() if r == reference and name != reference}
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(shown) + 1))
+    for i, (name, (mean, low, high)) in enumerate(shown.items()):
         axes.errorbar(mean, -i, xerr=[[mean - low], [high - mean]], fmt="o", color="C1" if name[:2] == "g(" else "C0")
     axes.axvline(0, color="gray", lw=1)
-    axes.set(yticks=-np.arange(len(found)), yticklabels=list(found), xlabel=f"test log loss minus that of {reference}")
+    axes.set(yticks=-np.arange(len(shown)), yticklabels=list(shown), xlabel=f"test log loss minus that of {reference}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -20,15 +20,15 @@ class Labels(NamedTuple):
     values: dict[tuple[str, str], list[str]]  # (algorithm, parameter) -> its values, if there are several
     numbers: set[tuple[str, str]]  # parameters with more than two values, all numbers, in ascending order
 
-    def nearest(self, algorithm: str, given: dict[str, str], open_: np.ndarray, rng: np.random.Generator) -> int:
+    def nearest(self, algorithm: str, proposal: dict[str, str], open_: np.ndarray, rng: np.random.Generator) -> int:
         """Returns the open configuration nearest to these values. Ties are broken at random."""
         distance = 100.0 * (self.columns["algorithm"] != algorithm)
-        for name, value in given.items():
+        for name, value in proposal.items():
             values, column = self.values[algorithm, name], self.columns[name]
             if (algorithm, name) in self.numbers:
-                at = np.array([values.index(v) if v in values else -1 for v in column])
-                apart = np.abs(at - values.index(value)) / (len(values) - 1)
-                distance += np.where(at < 0, 1.0, apart)
+                places = np.array([values.index(v) if v in values else -1 for v in column])
+                apart = np.abs(places - values.index(value)) / (len(values) - 1)
+                distance += np.where(places < 0, 1.0, apart)
             else:
                 distance += column != value
         distance = np.where(open_, distance, np.inf)
@@ -36,20 +36,20 @@ class Labels(NamedTuple):
 
 
 def label(data: Records) -> Labels:
-    found = [{n: str(v) for n, v in c.items()} for c in data.configurations]
+    texts = [{n: str(v) for n, v in c.items()} for c in data.configurations]
     values: dict[tuple[str, str], set[str]] = {}
-    for c in found:
+    for c in texts:
         for name, value in c.items():
             values.setdefault((c.get("algorithm", "") if name != "algorithm" else "", name), set()).add(value)
-    columns = {name: np.array([c.get(name, "") for c in found]) for name in {"algorithm", *(n for _, n in values)}}
+    columns = {name: np.array([c.get(name, "") for c in texts]) for name in {"algorithm", *(n for _, n in values)}}
     ordered, numbers = {}, set()
-    for key, of in values.items():
+    for key, options in values.items():
         try:
-            ordered[key] = sorted(of, key=float)
-            numbers |= {key} if len(of) > 2 else set()
+            ordered[key] = sorted(options, key=float)
+            numbers |= {key} if len(options) > 2 else set()
         except ValueError:
-            ordered[key] = sorted(of)
-    return Labels(columns, {key: of for key, of in ordered.items() if len(of) > 1}, numbers)
+            ordered[key] = sorted(options)
+    return Labels(columns, {key: options for key, options in ordered.items() if len(options) > 1}, numbers)
 
 
 def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
@@ -66,16 +66,16 @@ def tpe(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
     open_ = np.isfinite(regret)
     while len(tried) < NUM_TRIALS and open_.any():
         trial = study.ask()
-        algorithm, given = labels.columns["algorithm"][0], {}
+        algorithm, proposal = labels.columns["algorithm"][0], {}
         if ("", "algorithm") in labels.values:
             algorithm = trial.suggest_categorical("algorithm", labels.values["", "algorithm"])
-        for (of, name), values in labels.values.items():
-            if of == algorithm and name != "algorithm":
-                if (of, name) in labels.numbers:
-                    given[name] = values[trial.suggest_int(f"{of}.{name}", 0, len(values) - 1)]
+        for (owner, name), values in labels.values.items():
+            if owner == algorithm and name != "algorithm":
+                if (owner, name) in labels.numbers:
+                    proposal[name] = values[trial.suggest_int(f"{owner}.{name}", 0, len(values) - 1)]
                 else:
-                    given[name] = trial.suggest_categorical(f"{of}.{name}", values)
-        tried.append(labels.nearest(algorithm, given, open_, rng))
+                    proposal[name] = trial.suggest_categorical(f"{owner}.{name}", values)
+        tried.append(labels.nearest(algorithm, proposal, open_, rng))
         open_[tried[-1]] = False
         study.tell(trial, float(data.error[t, tried[-1]]))
     return curve(regret, np.array(tried))
@@ -97,15 +97,15 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
     if ("", "algorithm") in labels.values:
         which = ConfigSpace.CategoricalHyperparameter("algorithm", labels.values["", "algorithm"])
         space.add(which)
-    for (of, name), values in labels.values.items():
+    for (owner, name), values in labels.values.items():
         if name != "algorithm":
             kind: Any = ConfigSpace.CategoricalHyperparameter
-            if (of, name) in labels.numbers:
+            if (owner, name) in labels.numbers:
                 kind = ConfigSpace.OrdinalHyperparameter
-            parameter = kind(f"{of}.{name}", values)
+            parameter = kind(f"{owner}.{name}", values)
             space.add(parameter)
             if which is not None:
-                space.add(ConfigSpace.EqualsCondition(parameter, which, of))
+                space.add(ConfigSpace.EqualsCondition(parameter, which, owner))
     regret, tried = data.regret[t], []
     open_ = np.isfinite(regret)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,10 +121,10 @@ def smac(data: Records, labels: Labels, t: int, seed: int) -> np.ndarray:
         optimizer = HyperparameterOptimizationFacade(scenario, refuse, overwrite=True, logging_level=False)
         while len(tried) < NUM_TRIALS and open_.any():
             trial = optimizer.ask()
-            given = {name: str(value) for name, value in dict(trial.config).items()}
-            algorithm = given.pop("algorithm", labels.columns["algorithm"][0])
-            given = {name.partition(".")[2]: value for name, value in given.items()}
-            tried.append(labels.nearest(algorithm, given, open_, rng))
+            proposal = {name: str(value) for name, value in dict(trial.config).items()}
+            algorithm = proposal.pop("algorithm", labels.columns["algorithm"][0])
+            proposal = {name.partition(".")[2]: value for name, value in proposal.items()}
+            tried.append(labels.nearest(algorithm, proposal, open_, rng))
             open_[tried[-1]] = False
             optimizer.tell(trial, TrialValue(cost=float(data.error[t, tried[-1]])), save=False)
     return curve(regret, np.array(tried))
@@ -142,9 +142,9 @@ def run_baseline(name: str, data: Records, num_seeds: int, file: Path, judged: n
         for t in judged:
             curves[t] = BASELINES[name](data, labels, t, seed)
         done.append(curves)
-        known = read_baselines(file) | {key: np.array(done, np.float32)}
+        finished = read_baselines(file) | {key: np.array(done, np.float32)}
         with open(f"{file}.part", "wb") as part:
-            np.savez_compressed(part, **known)
+            np.savez_compressed(part, **finished)
         Path(f"{file}.part").replace(file)
         print(f"{key}: {len(done)} of {num_seeds} seeds", flush=True)
 
@@ -152,8 +152,8 @@ def run_baseline(name: str, data: Records, num_seeds: int, file: Path, judged: n
 def read_baselines(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         return {}
-    with np.load(file, allow_pickle=False) as found:
-        return dict(found)
+    with np.load(file, allow_pickle=False) as saved:
+        return dict(saved)
 
 
 def by_family(data: Records) -> np.ndarray:
@@ -173,11 +173,11 @@ def by_extra_trees(data: Records, seed: int) -> np.ndarray:
     from sklearn.ensemble import ExtraTreesRegressor
 
     regret, features = data.regret, np.nan_to_num(data.features)
-    found = np.zeros(len(regret))
+    first_regret = np.zeros(len(regret))
     for fold in np.unique(data.fold):
         train, test = data.fold != fold, data.fold == fold
         trees = ExtraTreesRegressor(300, min_samples_leaf=3, max_features=0.5, random_state=seed)
         trees.fit(features[train], np.nan_to_num(regret[train], nan=1.0))
         of_test = np.where(np.isfinite(regret[test]), trees.predict(features[test]), np.inf)
-        found[test] = regret[test][np.arange(test.sum()), of_test.argmin(1)]
-    return found
+        first_regret[test] = regret[test][np.arange(test.sum()), of_test.argmin(1)]
+    return first_regret

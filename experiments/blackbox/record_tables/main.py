@@ -86,9 +86,9 @@ def main() -> None:
         baselines = curves_of_baselines(data, options)
         counts += [f"{b} on {data.name} {len(seeds)}" for b, seeds in baselines.items()]
         with_transformers = name in options.transformers
-        found = run(data, options, baselines, with_transformers)
-        curves, judged, seconds = found.curves, found.judged, found.seconds
-        families.append(" ".join(f"{by_family(data)[:, at - 1].mean():.4f}" for at in AT))
+        result = run(data, options, baselines, with_transformers)
+        curves, judged, seconds = result.curves, result.judged, result.seconds
+        families.append(" ".join(f"{by_family(data)[:, num_trials - 1].mean():.4f}" for num_trials in AT))
         header, rows = compare(curves, data, judged, options.reference)
         results[data.name] = curves, judged
         text += [
@@ -104,7 +104,7 @@ def main() -> None:
             "",
             script.table(header, rows),
             "",
-            *([over_keys(found), ""] if options.train_seeds > 1 else []),
+            *([over_keys(result), ""] if options.train_seeds > 1 else []),
         ]
     text.append(
         f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "

@@ -10,13 +10,13 @@ from experiments.blackbox.record_tables.searches import AT, LEARNED, NUM_TRIALS
 from experiments.blackbox.record_tables.tables import Records
 
 
-def over_keys(found: Found) -> str:
+def over_keys(result: Found) -> str:
     """Describes how the means over tasks vary between keys of the training."""
     parts = []
-    for name, curves in found.by_key.items():
+    for name, curves in result.by_key.items():
         if len(curves) == 1:
             continue
-        means = curves[:, found.judged][..., [at - 1 for at in AT]].mean(1)  # [keys, 3]
+        means = curves[:, result.judged][..., [num_trials - 1 for num_trials in AT]].mean(1)  # [keys, 3]
         parts.append(f"{name} {' '.join(f'{std:.4f}' for std in means.std(0, ddof=1))}")
     return (
         f"Standard deviation of the mean regret after {', '.join(map(str, AT))} trials from key to key of the "
@@ -31,39 +31,42 @@ def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> 
     """
     from scipy import stats
 
-    _, of = np.unique(data.family[judged], return_inverse=True)
+    _, family = np.unique(data.family[judged], return_inverse=True)
     # Families are drawn with replacement, not tasks: near-duplicates are one observation.
-    draws = np.random.default_rng(0).multinomial(of.max() + 1, np.full(of.max() + 1, 1 / (of.max() + 1)), size=4000)
-    weights = draws[:, of] / draws[:, of].sum(1, keepdims=True)
+    draws = np.random.default_rng(0).multinomial(
+        family.max() + 1, np.full(family.max() + 1, 1 / (family.max() + 1)), size=4000
+    )
+    weights = draws[:, family] / draws[:, family].sum(1, keepdims=True)
     names, rows, untouched = list(curves), [], data.fold[judged] >= 3
     wilcoxon: Any = stats.wilcoxon
     ranks, tests = {}, {}
-    for at in AT:
-        values = np.stack([curves[name][judged, at - 1] for name in names])
-        ranks[at] = stats.rankdata(values.round(9), axis=0).mean(1)
+    for num_trials in AT:
+        values = np.stack([curves[name][judged, num_trials - 1] for name in names])
+        ranks[num_trials] = stats.rankdata(values.round(9), axis=0).mean(1)
         p = {}
         for name in names:
-            difference = curves[name][judged, at - 1] - curves[reference][judged, at - 1]
+            difference = curves[name][judged, num_trials - 1] - curves[reference][judged, num_trials - 1]
             if name != reference:
                 p[name] = wilcoxon(difference, method="approx").pvalue if np.any(difference) else 1.0
         worst = 0.0
         for i, name in enumerate(sorted(p, key=lambda n: p[n])):  # Holm
             worst = max(worst, min(1.0, (len(p) - i) * p[name]))
-            tests[at, name] = worst
+            tests[num_trials, name] = worst
     for i, name in enumerate(names):
         row = [name]
-        for at in AT:
-            values, others = curves[name][judged, at - 1], curves[reference][judged, at - 1]
+        for num_trials in AT:
+            values, others = curves[name][judged, num_trials - 1], curves[reference][judged, num_trials - 1]
             cell = f"{values.mean():.4f}"
             if name != reference:
                 low, high = np.quantile(weights @ (values - others), [0.025, 0.975])
-                cell += f" ({values.mean() - others.mean():+.4f} [{low:+.4f}, {high:+.4f}], p {tests[at, name]:.2g})"
+                p = tests[num_trials, name]
+                cell += f" ({values.mean() - others.mean():+.4f} [{low:+.4f}, {high:+.4f}], p {p:.2g})"
             row.append(cell)
-        row.append(" ".join(f"{ranks[at][i]:.2f}" for at in AT))
+        row.append(" ".join(f"{ranks[num_trials][i]:.2f}" for num_trials in AT))
         if untouched.any():
-            row.append(" ".join(f"{curves[name][judged[untouched], at - 1].mean():.4f}" for at in AT))
+            row.append(" ".join(f"{curves[name][judged[untouched], num_trials - 1].mean():.4f}" for num_trials in AT))
         rows.append(row)
-    header = ["method", *(f"after {at}" for at in AT), f"mean rank after {', '.join(map(str, AT))}"]
+    header = ["method", *(f"after {num_trials}" for num_trials in AT), f"mean rank after {', '.join(map(str, AT))}"]
     return header + (["regret in folds 3, 4"] if untouched.any() else []), rows
 
 
@@ -79,10 +82,10 @@ def plot(results: dict, path: Path) -> None:
     style |= {method: (f"C{i}", ("--", ":")[i // 10], 1.5) for i, method in enumerate(others)}
     figure, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
     for axes, (name, (curves, judged)) in zip(panels[0], results.items(), strict=True):
-        for method, found in curves.items():
+        for method, values in curves.items():
             color, dashes, width = style[method]
             line = {"color": color, "ls": dashes, "lw": width, "label": method}
-            axes.plot(range(1, NUM_TRIALS + 1), found[judged].mean(0), **line)
+            axes.plot(range(1, NUM_TRIALS + 1), values[judged].mean(0), **line)
         axes.set(title=name, xlabel="trials on the new task", yscale="log", xticks=[1, 5, 10, 15, 20])
     panels[0][0].set_ylabel("mean normalized regret")
     figure.tight_layout()

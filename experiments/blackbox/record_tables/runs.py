@@ -65,8 +65,8 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
         for seed in range(options.train_seeds):
             of_key(fold, seed, wait=False)
 
-    def add(name, t, found):
-        curves.setdefault(name, np.full((len(regret), NUM_TRIALS), np.nan))[t] = found
+    def add(name, t, method_curves):
+        curves.setdefault(name, np.full((len(regret), NUM_TRIALS), np.nan))[t] = method_curves
 
     for fold in options.folds:
         train, test = split(data, fold, options)
@@ -84,14 +84,14 @@ def run(data: Records, options: argparse.Namespace, baselines: dict[str, np.ndar
             )
             rngs = [np.random.default_rng([seed, t]) for seed in range(options.seeds)]
             add("random", t, np.mean([curve(regret[t], rng.permutation(regret.shape[1])) for rng in rngs], 0))
-            for name, found in baselines.items():
-                add(name, t, found[:, t].mean(0))
+            for name, method_curves in baselines.items():
+                add(name, t, method_curves[:, t].mean(0))
         repeats = [of_key(fold, seed, wait=True) for seed in range(options.train_seeds)]
         for name in [name for name in repeats[0] if name != "seconds"]:
-            found = np.stack([repeat[name] for repeat in repeats if name in repeat])
-            add(name, test, found.mean(0))
-            whole = by_key.setdefault(name, np.full((len(found), len(regret), NUM_TRIALS), np.nan))
-            whole[:, test] = found
+            method_curves = np.stack([repeat[name] for repeat in repeats if name in repeat])
+            add(name, test, method_curves.mean(0))
+            whole = by_key.setdefault(name, np.full((len(method_curves), len(regret), NUM_TRIALS), np.nan))
+            whole[:, test] = method_curves
         seconds.append(repeats[0]["seconds"])
         plain = script.kept(
             options.store,

@@ -107,9 +107,9 @@ def plain_search(grams, error, starts):
                 nll = (i - 1) * jnp.log(square) + jnp.linalg.slogdet(among)[1] + jnp.log(total)
                 return nll, inverse, mean, rest, jnp.sqrt(square)
 
-            nll, *found = jax.vmap(fitted)(grams)
+            nll, *posteriors = jax.vmap(fitted)(grams)
             best = jnp.argmin(nll)
-            inverse, mean, rest, scale = (leaf[best] for leaf in found)
+            inverse, mean, rest, scale = (leaf[best] for leaf in posteriors)
             cross = grams[best][:, seen] * mask[None]
             variance = 1 + 1e-3 - ((cross @ inverse) * cross).sum(1)
             mu, std = mean + cross @ inverse @ rest, scale * jnp.sqrt(jnp.maximum(variance, 1e-9))
@@ -149,14 +149,14 @@ def without_others(data: Records, test: np.ndarray, num_starts: int) -> dict:
 
 
 @jax.jit
-def expected(of, encoded, weights):
+def expected(g, encoded, weights):
     """Returns [C] the expected outcomes without a trial."""
-    found = blackbox.expected_outcomes(of, encoded) @ weights
-    if of.transformers is None:
-        return found
-    read = blackbox.read_trials(of.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
-    mean, _ = blackbox.binned_moments(blackbox.predict_binned(of.transformers, read, encoded), 1.0)
-    return of.transformer_share * mean + (1 - of.transformer_share) * found
+    outcomes = blackbox.expected_outcomes(g, encoded) @ weights
+    if g.transformers is None:
+        return outcomes
+    read = blackbox.read_trials(g.transformers, (encoded[:0], encoded[:0, 0], encoded[:0, 0]))
+    mean, _ = blackbox.binned_moments(blackbox.predict_binned(g.transformers, read, encoded), 1.0)
+    return g.transformer_share * mean + (1 - g.transformer_share) * outcomes
 
 
 def learned(
@@ -217,9 +217,9 @@ def learned(
 
     def trials(name, t, error, open_):
         known = None if name == ABLATED[0] else data.features[t]
-        weights, of = blackbox.task_weights(variants[name], known), blackbox.at_task(variants[name], known)
-        start = open_[np.asarray(expected(of, encoded, weights))[open_].argmin()]
-        return search(of, encoded, functions, weights, error, start, distances, 0 if name == NOT_ADAPTED else 10)
+        weights, g_at_task = blackbox.task_weights(variants[name], known), blackbox.at_task(variants[name], known)
+        start = open_[np.asarray(expected(g_at_task, encoded, weights))[open_].argmin()]
+        return search(g_at_task, encoded, functions, weights, error, start, distances, 0 if name == NOT_ADAPTED else 10)
 
     asks = []
     # The last task is repeated with the user's interface. A task without failures is preferred, so that all trials are
@@ -237,7 +237,7 @@ def learned(
         open_ = np.flatnonzero(np.isfinite(regret))
         for name in variants:
             curves[name].append(curve(regret, np.asarray(trials(name, t, error, open_))))
-    curves = {name: np.stack(found) for name, found in curves.items()}
+    curves = {name: np.stack(by_task) for name, by_task in curves.items()}
     return curves | {"seconds": (*seconds, *asks, np.nan, np.nan)[:5]}
 
 

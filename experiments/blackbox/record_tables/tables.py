@@ -67,14 +67,14 @@ def make_space(configurations: list[dict]) -> tuple[dict, list[dict]]:
         for name, value in configuration.items():
             values.setdefault(name, []).append(value)
     space = {}
-    for name, found in values.items():
-        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found)
-        low, high = (min(found), max(found)) if numeric else (0, 0)
+    for name, options in values.items():
+        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in options)
+        low, high = (min(options), max(options)) if numeric else (0, 0)
         if numeric and low < high:
             log = low > 0 and high / low > 20
             space[name] = spaces.interval(float(low), float(high), log=log)
-        elif len({str(v) for v in found}) > 1:
-            space[name] = spaces.choice(sorted({str(v) for v in found}))
+        elif len({str(v) for v in options}) > 1:
+            space[name] = spaces.choice(sorted({str(v) for v in options}))
     plain = [
         {n: float(v) if isinstance(space[n], spaces.Interval) else str(v) for n, v in c.items() if n in space}
         for c in configurations

@@ -41,9 +41,9 @@ def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_sh
 
     `trained` holds the methods with the names of their trainings.
     """
-    found = {}
-    for (ways, shots), of in trained.items():
-        if of:
+    by_setting = {}
+    for (ways, shots), methods in trained.items():
+        if methods:
             num_query = 15 if ways == 5 else 5
             sample = tasks.episodes(
                 parts["test"],
@@ -52,15 +52,15 @@ def judge(trained: dict[tuple, dict], parts: dict, scale: Scale, options, one_sh
                 num_query=num_query,
                 disjoint_groups=options.disjoint_drawers,
             )
-            print(f"[{time.process_time():6.0f} s] judging {len(of)} methods, {ways}w{shots}s", flush=True)
+            print(f"[{time.process_time():6.0f} s] judging {len(methods)} methods, {ways}w{shots}s", flush=True)
             setting = f"{ways}w{shots}s"
-            each = [judge_one(name, *one, sample, setting, scale, options) for name, one in of.items()]
-            found[setting] = functools.reduce(evaluation.join_evaluations, each)
+            each = [judge_one(name, *one, sample, setting, scale, options) for name, one in methods.items()]
+            by_setting[setting] = functools.reduce(evaluation.join_evaluations, each)
     if (20, 1) in trained and one_shot is not None:
         runs = one_shot_runs(one_shot, scale.size)
         named = {name: method for name, (method, _) in trained[20, 1].items()}
-        found[ONE_SHOT] = few_shot.evaluate_episodes(named, runs, jax.random.key(0), each=20, chunk_size=10)
-    return found
+        by_setting[ONE_SHOT] = few_shot.evaluate_episodes(named, runs, jax.random.key(0), each=20, chunk_size=10)
+    return by_setting
 
 
 def judge_one(
@@ -71,10 +71,10 @@ def judge_one(
     if file.is_file() and not options.smoke:
         return evaluation.load_evaluation(file)
     key, chunk_size = jax.random.key(2025), min(20, scale.episodes)
-    found = few_shot.evaluate_episodes({name: method}, sample, key, num_episodes=scale.episodes, chunk_size=chunk_size)
+    scored = few_shot.evaluate_episodes({name: method}, sample, key, num_episodes=scale.episodes, chunk_size=chunk_size)
     if not options.smoke:
-        evaluation.save_evaluation(file, found)
-    return found
+        evaluation.save_evaluation(file, scored)
+    return scored
 
 
 def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, options) -> evaluation.Evaluation | None:
@@ -89,24 +89,28 @@ def judge_over_steps(trained: dict[str, tuple], parts: dict, scale: Scale, optio
 
 def of_seeds(evaluation: evaluation.Evaluation) -> dict[str, list[str]]:
     """Returns method -> its trainings in an evaluation. Their names end in their seeds."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name in evaluation.scores:
-        found.setdefault(name.rpartition(SEED)[0], []).append(name)
-    return found
+        names.setdefault(name.rpartition(SEED)[0], []).append(name)
+    return names
 
 
-def joined(found: dict[str, evaluation.Evaluation], steps: slice = slice(-1, None)) -> dict[str, evaluation.Evaluation]:
+def joined(
+    evaluations: dict[str, evaluation.Evaluation], steps: slice = slice(-1, None)
+) -> dict[str, evaluation.Evaluation]:
     """Joins the seeds of each method.
 
     An episode's scores are means over seeds, each after its chosen number of steps.
     """
 
-    def one(of):
-        seeds = of_seeds(of)
-        mean = lambda source, names: np.mean([of.scores[name][source][..., steps] for name in names], axis=0)
-        return of._replace(
-            scores={method: {source: mean(source, names) for source in of.sources} for method, names in seeds.items()},
-            transductive={method: any(of.transductive[name] for name in names) for method, names in seeds.items()},
+    def one(result):
+        seeds = of_seeds(result)
+        mean = lambda source, names: np.mean([result.scores[name][source][..., steps] for name in names], axis=0)
+        return result._replace(
+            scores={
+                method: {source: mean(source, names) for source in result.sources} for method, names in seeds.items()
+            },
+            transductive={method: any(result.transductive[name] for name in names) for method, names in seeds.items()},
         )
 
-    return {setting: one(of) for setting, of in found.items()}
+    return {setting: one(result) for setting, result in evaluations.items()}

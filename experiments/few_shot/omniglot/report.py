@@ -15,39 +15,41 @@ LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # M
 SPREAD = "; after the semicolon, the standard deviation over seeds"
 
 
-def report(found: dict[str, evaluation.Evaluation], trainings: dict[str, list[Trained]]) -> str:
+def report(evaluations: dict[str, evaluation.Evaluation], trainings: dict[str, list[Trained]]) -> str:
     """Returns tables of inductive methods, transductive ones with the literature, normalizations, and validation.
 
     It ends with the missed aims.
     """
-    whole = joined(found)
-    means = {setting: evaluation.mean_scores(of) for setting, of in whole.items()}
+    whole = joined(evaluations)
+    means = {setting: evaluation.mean_scores(result) for setting, result in whole.items()}
 
     def cell(name, setting):
         if name not in means[setting]:
             return ""
         ((mean, half),) = means[setting][name].values()
-        each = evaluation.mean_scores(found[setting])
-        seeds = [mean for training in of_seeds(found[setting])[name] for mean, _ in each[training].values()]
+        each = evaluation.mean_scores(evaluations[setting])
+        seeds = [mean for training in of_seeds(evaluations[setting])[name] for mean, _ in each[training].values()]
         spread = f"; {100 * np.std(seeds, ddof=1):.1f}" if len(seeds) > 1 else ""
         return f"{100 * mean:.1f} ± {100 * half:.1f}{spread}"
 
-    names = list(dict.fromkeys(name for of in whole.values() for name in of.transductive))
-    transductive = {name: any(of.transductive.get(name) for of in whole.values()) for name in names}
+    names = list(dict.fromkeys(name for result in whole.values() for name in result.transductive))
+    transductive = {name: any(result.transductive.get(name) for result in whole.values()) for name in names}
     cells = lambda name: [cell(name, setting) for setting in whole]
     plain = [name for name in transductive if not name.startswith("MAML, ")]
     text = script.table(
         ["accuracy, %: inductive", *whole], [[name, *cells(name)] for name in plain if not transductive[name]]
     )
-    known = {f"{w}w{s}s": f"{100 * LITERATURE[w, s]:.1f}" for w, s in SETTINGS}
+    literature = {f"{w}w{s}s": f"{100 * LITERATURE[w, s]:.1f}" for w, s in SETTINGS}
     rows = [[name, *cells(name)] for name, flag in transductive.items() if flag]
-    rows.append(["MAML, in the literature (random split)", *(known.get(setting, "") for setting in whole)])
+    rows.append(["MAML, in the literature (random split)", *(literature.get(setting, "") for setting in whole)])
     text += "\n\nWhere the query set's own statistics are used:\n\n"
     text += script.table(["accuracy, %: transductive", *whole], rows)
     normalized = {name: "support" if name == "MAML" else name.removeprefix("MAML, ") for name in transductive}
-    normalized = {name: of for name, of in normalized.items() if name.split(", ")[0] == "MAML"}
+    normalized = {name: result for name, result in normalized.items() if name.split(", ")[0] == "MAML"}
     if len(normalized) > 1:
-        rows = [[of, "transductive" if transductive[n] else "inductive", *cells(n)] for n, of in normalized.items()]
+        rows = [
+            [result, "transductive" if transductive[n] else "inductive", *cells(n)] for n, result in normalized.items()
+        ]
         text += "\n\nMAML, by what its network is normalized by:\n\n"
         text += script.table(["normalization", "", *whole], rows)
     rows = []
@@ -61,7 +63,8 @@ def report(found: dict[str, evaluation.Evaluation], trainings: dict[str, list[Tr
     )
     text += "\n\n" + script.table(["training", "outer steps", "inner steps at test", "validation"], rows)
     percent = {
-        s: {name: 100 * mean for name, of in each.items() for mean, _ in of.values()} for s, each in means.items()
+        s: {name: 100 * mean for name, result in each.items() for mean, _ in result.values()}
+        for s, each in means.items()
     }
     return text + "\n\n" + missed(percent, [name for name, flag in transductive.items() if flag])
 
@@ -76,15 +79,15 @@ def missed(means: dict[str, dict[str, float]], transductive: Collection[str]) ->
       transductive: the transductive methods; MAML in the literature is one.
     """
     below: dict[str, list[str]] = {}
-    for setting, of in means.items():
-        for name, mean in of.items():
-            if name != "pixel prototypes" and round(mean, 1) <= round(of["pixel prototypes"], 1):
+    for setting, accuracies in means.items():
+        for name, mean in accuracies.items():
+            if name != "pixel prototypes" and round(mean, 1) <= round(accuracies["pixel prototypes"], 1):
                 below.setdefault(name, []).append(setting)
     text = f"The aim is that every method is above pixel prototypes. Those that are not: {script.listed(below)}."
     for name in transductive:
         if name.split(", ")[0] == "MAML":
-            known = [(f"{w}w{s}s", 100 * LITERATURE[w, s]) for w, s in SETTINGS]
-            gaps = [f"{means[s][name] - mean:+.1f} ({s})" for s, mean in known if name in means.get(s, {})]
+            literature = [(f"{w}w{s}s", 100 * LITERATURE[w, s]) for w, s in SETTINGS]
+            gaps = [f"{means[s][name] - mean:+.1f} ({s})" for s, mean in literature if name in means.get(s, {})]
             text += f" {name} minus the literature's MAML on the random split, in points: {', '.join(gaps)}."
     return text
 
@@ -95,7 +98,7 @@ def mean_of(trainings: list[Trained]) -> list[tuple[int, float]]:
 
 
 def draw(
-    found: dict[str, evaluation.Evaluation],
+    evaluations: dict[str, evaluation.Evaluation],
     over_steps: evaluation.Evaluation | None,
     trainings: dict[str, list[Trained]],
     path: Path,
@@ -105,7 +108,7 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    whole = joined(found)
+    whole = joined(evaluations)
     rows = ["ab"] if over_steps is None else ["ab", "cc"]
     figure, panels = plt.subplot_mosaic(
         [[*row] for row in rows], figsize=(13, len(rows) * (0.3 * len(trainings) + 2.5)), layout="constrained"

@@ -75,8 +75,8 @@ ROWS = {
 def pixels(key, support, query):
     """Classifies by the nearest class mean of the images, by cosine."""
     flat = lambda x: x.reshape(len(x), -1)
-    of = jax.nn.one_hot(support["y"], len(support["class_mask"])) * support["mask"][:, None]
-    center = of.T @ flat(support["x"])
+    members = jax.nn.one_hot(support["y"], len(support["class_mask"])) * support["mask"][:, None]
+    center = members.T @ flat(support["x"])
     length = jnp.maximum(jnp.linalg.norm(center, axis=1, keepdims=True), 1e-6)
     return (flat(query["x"]) @ (center / length).T)[None]
 
@@ -121,9 +121,9 @@ def cavia_with_prototypes(features: Callable) -> few_shot.Adaptation:
     prototypes = few_shot.proto_maml(features).problem.loop
 
     def init(key, hyperparams, data):
-        made = prototypes.params(prototypes.init(key, {"init": hyperparams["init"]}, data))
+        adapted = prototypes.params(prototypes.init(key, {"init": hyperparams["init"]}, data))
         context = jnp.zeros(hyperparams["init"]["modulation"].shape[1])
-        return {**hyperparams["init"], "head": made["head"], "context": context}
+        return {**hyperparams["init"], "head": adapted["head"], "context": context}
 
     head = few_shot.linear_head(modulated(features))
     loss = lambda params, hyperparams, batch: few_shot.cross_entropy(head(params, batch), batch)

@@ -23,9 +23,9 @@ def by_number(result: evaluation.Evaluation) -> str:
     """Tabulates accuracy against ways and shots, over the episodes of all sources."""
     rows: dict[str, list[str]] = {name: [name] for name in result.scores}
     header = [""]
-    for of, edges in (("ways", (5, 6, 7, 8, 9)), ("shots", (1, 2, 3, 4, 9))):
-        binned = evaluation.by_number(result, of, edges)
-        if of == "ways":
+    for what, edges in (("ways", (5, 6, 7, 8, 9)), ("shots", (1, 2, 3, 4, 9))):
+        binned = evaluation.by_number(result, what, edges)
+        if what == "ways":
             header += [f"{number:.0f} ways" for number, *_ in next(iter(binned.values()))]
         else:
             header += [f"{number:.1f} shots" for number, *_ in next(iter(binned.values()))]
@@ -74,10 +74,15 @@ def report(each: evaluation.Evaluation, result: evaluation.Evaluation, methods: 
     text = evaluation.leaderboard(result, reference="pixel prototypes")
     whole_means = evaluation.mean_scores(result)
     pairs = evaluation.paired_differences(result, "pixel prototypes")
-    over_sources = {name: np.array(list(of.values())) for name, of in pairs.items()}  # the same as in `leaderboard`
+    over_sources = {
+        name: np.array(list(values.values())) for name, values in pairs.items()
+    }  # the same as in `leaderboard`
     text += "\n" + missed(
-        {name: {source: mean for source, (mean, _) in of.items()} for name, of in whole_means.items()},
-        {name: (of[:, 0].mean(), float(np.hypot.reduce(of[:, 1])) / len(of)) for name, of in over_sources.items()},
+        {name: {source: mean for source, (mean, _) in values.items()} for name, values in whole_means.items()},
+        {
+            name: (values[:, 0].mean(), float(np.hypot.reduce(values[:, 1])) / len(values))
+            for name, values in over_sources.items()
+        },
     )
     text += "\n"
     means = evaluation.mean_scores(each)

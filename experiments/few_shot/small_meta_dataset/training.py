@@ -74,12 +74,12 @@ def kept(name: str, make: Callable[[], Any], options) -> Any:
         leaves, treedef = jax.tree.flatten(jax.eval_shape(make))
         with np.load(file) as saved:
             return jax.tree.unflatten(treedef, [jnp.asarray(saved[f"{i}"]) for i in range(len(leaves))])
-    found = make()
+    result = make()
     options.work.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, **{f"{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(found))})
+    np.savez(temporary, **{f"{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(result))})
     temporary.replace(file)
-    return found
+    return result
 
 
 def of_each(adaptation: few_shot.Adaptation, hyperparams, num_steps: int, outputs: Callable) -> few_shot.AdaptFn:

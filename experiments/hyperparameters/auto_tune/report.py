@@ -28,10 +28,10 @@ def report(scores: dict[str, np.ndarray], costs: dict[str, tuple], unit_table, f
     groups = [np.flatnonzero(family == f) for f in np.unique(family)]
     rng = np.random.default_rng(seed)
     draws = [np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))]) for _ in range(2000)]
-    at = names.index(reference)
+    reference_row = names.index(reference)
     rows = []
     for m, name in enumerate(names):
-        difference = mean[m, :, 0] - mean[at, :, 0]
+        difference = mean[m, :, 0] - mean[reference_row, :, 0]
         low, high = np.percentile([difference[d].mean() for d in draws], [2.5, 97.5])
         rows.append(
             {
@@ -42,7 +42,7 @@ def report(scores: dict[str, np.ndarray], costs: dict[str, tuple], unit_table, f
                 "difference": difference.mean(),
                 "low": low,
                 "high": high,
-                "wins": float((mean[m, :, 0] < mean[at, :, 0]).mean()),
+                "wins": float((mean[m, :, 0] < mean[reference_row, :, 0]).mean()),
                 "trainings": costs[name][0],
                 "seconds": costs[name][1],
             }
@@ -139,17 +139,17 @@ def merge(parts: list[dict]) -> dict:
 
 def without_made_tables(scores, details, unit_table, families) -> str:
     """Returns a paragraph with the results without the tables that are simulated or follow a rule."""
-    made = np.isin(families, list(tasks.SYNTHETIC_FAMILIES))
-    if not made.any() or made.all():
+    synthetic = np.isin(families, list(tasks.SYNTHETIC_FAMILIES))
+    if not synthetic.any() or synthetic.all():
         return ""
-    kept = ~made[unit_table]
+    kept = ~synthetic[unit_table]
     scores = {n: s[kept] for n, s in scores.items()}
     rows = report(scores, details["costs"], unit_table[kept], families, details["reference"])
     figures = "; ".join(f"{r['method']} {r['test_nll']:.4f} / {r['mean_rank']:.2f}" for r in rows)
     return (
-        f"\nWithout the {made.sum()} tables of {len(set(np.array(families)[made]))} families that are simulated or "
-        "follow a rule (`tasks.SYNTHETIC_FAMILIES`), test log loss / mean rank over the other "
-        f"{(~made).sum()}: {figures}.\n"
+        f"\nWithout the {synthetic.sum()} tables of {len(set(np.array(families)[synthetic]))} families that are simulated "
+        "or follow a rule (`tasks.SYNTHETIC_FAMILIES`), test log loss / mean rank over the other "
+        f"{(~synthetic).sum()}: {figures}.\n"
     )
 
 

@@ -98,5 +98,5 @@ def text(name: str, seed: int, config) -> Problem:
 
 def take(key, part, num: int):
     rows, num_rows = part
-    at = jax.random.randint(key, (num,), 0, num_rows)
-    return jax.tree.map(lambda x: x[at], rows)
+    drawn = jax.random.randint(key, (num,), 0, num_rows)
+    return jax.tree.map(lambda x: x[drawn], rows)

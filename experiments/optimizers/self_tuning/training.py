@@ -140,8 +140,8 @@ def run_problem(problems, methods, config):
         for i, start in enumerate(starts):
             shaped = len(starts) + i
             results[f"{name}, {start}"], results[f"{name}, {start}, shaped"] = losses[:, i], losses[:, shaped]
-            for at, shape in ((i, ""), (shaped, ", shaped")):
-                tuned[f"{name}, {start}{shape}"] = jax.tree.map(lambda path, at=at: path[:, at], paths)
+            for column, shape in ((i, ""), (shaped, ", shaped")):
+                tuned[f"{name}, {start}{shape}"] = jax.tree.map(lambda path, column=column: path[:, column], paths)
     for name in FREE:
         results[name] = np.nan_to_num(
             [methods[name](k, p.parts, {"_": jnp.zeros(1)})[0][0] for k, p in zip(keys, problems, strict=True)],
