@@ -147,8 +147,8 @@ def without_made_tables(scores, details, unit_table, families) -> str:
     rows = report(scores, details["costs"], unit_table[kept], families, details["reference"])
     figures = "; ".join(f"{r['method']} {r['test_nll']:.4f} / {r['mean_rank']:.2f}" for r in rows)
     return (
-        f"\nWithout the {synthetic.sum()} tables of {len(set(np.array(families)[synthetic]))} families that are simulated "
-        "or follow a rule (`tasks.SYNTHETIC_FAMILIES`), test log loss / mean rank over the other "
+        f"\nWithout the {synthetic.sum()} tables of {len(set(np.array(families)[synthetic]))} families that are "
+        "simulated or follow a rule (`tasks.SYNTHETIC_FAMILIES`), test log loss / mean rank over the other "
         f"{(~synthetic).sum()}: {figures}.\n"
     )
 
