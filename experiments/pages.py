@@ -1,7 +1,7 @@
 """Result pages. A page has a head, written by hand, and below it the result that its script writes.
 
-The head has the question, the answer, a picture, and a small table. Pages without a plot of their own have a bar chart
-of the small table, which this file draws:
+The head has the question, the answer, a picture, and a small table. If the script draws no plot, the picture is a bar
+chart of the small table:
 
     python experiments/pages.py unroll suggest:2      draws the first column of numbers of unroll.md, and column 2
 """

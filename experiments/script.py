@@ -24,7 +24,7 @@ import metaopt
 from experiments import pages
 from metaopt.training import report_progress
 
-FOLDER = Path(__file__).resolve().parent  # of all experiments
+FOLDER = Path(__file__).resolve().parent  # experiments/
 RESULTS = FOLDER / "results"
 
 

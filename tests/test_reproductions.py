@@ -72,7 +72,7 @@ def test_record_tables_end_where_the_searcher_tries_other_trials():
     """The smoke run compares them by running both."""
     check = load("blackbox.record_tables.searches").check_same_trials
     check("a", [3, 1], [3, 1, 2])
-    with pytest.raises(RuntimeError, match=r"a: the searcher of `methods` tries \[3, 2\], and .*, \[3, 1\]"):
+    with pytest.raises(RuntimeError, match=r"a: the searcher of `blackbox` tries \[3, 2\], and .*, \[3, 1\]"):
         check("a", [3, 2], [3, 1, 2])
 
 

@@ -256,14 +256,14 @@ def main() -> None:
     budgets = budgets_of(grid, config.num_budgets)
     chosen = np.zeros((num_seeds, len(budgets)), int)
     mixed = np.zeros((num_seeds, len(budgets)))
-    run, found = make_searcher(config, table), []
+    run, results = make_searcher(config, table), []
     for b, budget in enumerate(budgets):
         for s, (task, _) in enumerate(splits):
             key = jax.random.fold_in(jax.random.key(100 + s), b)
             weights, params = jax.device_get(run(key, task, budget))
             mixed[s, b] = nas.expected_cost(table, weights)
             chosen[s, b] = grid.genotypes.index(nas.within_budget(config.space, weights, table, budget))
-            found.append((s, chosen[s, b], weights, params))
+            results.append((s, chosen[s, b], weights, params))
         print(f"budget {budget:,.0f}: {[f'{grid.costs[a]:,.0f}' for a in chosen[:, b]]} FLOPs", flush=True)
 
     scores = one_shot_scores(config, grid.genotypes, splits)
@@ -308,7 +308,7 @@ def main() -> None:
         f"costs {one_shot_cost:.1f} for all budgets. What is found is trained once more. {num_seeds} seeds, each with "
     )
     text += "its own split, initial weights and order; ± is the standard deviation over seeds.\n\n"
-    text += gap(config, grid, found, scores, splits)
+    text += gap(config, grid, results, scores, splits)
     script.publish(
         __file__, "Searching within a budget of FLOPs", text, options, picture="Test errors against operations"
     )

@@ -49,7 +49,7 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
     trust = [part["trust"] for part in parts]
     runs, seconds = prices(list(labels), costs, trust, sizes, [order for order, _, _ in chosen], config)
     variants = []
-    for order, found in parts[0]["darts"].items():
+    for order, own in parts[0]["darts"].items():
         alone = prices([DARTS], costs, trust, sizes, [order] * len(parts), config)
         variants += [
             {
@@ -64,7 +64,7 @@ def joined(parts: list[dict[str, Any]], costs: dict[str, Any], random: np.ndarra
                 "runs": alone[0][DARTS],
                 "seconds": alone[1][DARTS],
             }
-            for reading in found["scores"]
+            for reading in own["scores"]
         ]
     return {
         **{name: parts[0][name] for name in ("shape", "features", "ops", "space", "num_folds")},

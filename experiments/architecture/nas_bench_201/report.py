@@ -40,10 +40,13 @@ def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
 
 
 def report(runs: dict, table, data, config: Config, options) -> str:
-    found, count = outcomes(runs, table, data, options.seeds), lambda row, op: int((table.encodings[row] == op).sum())
+    by_method, count = (
+        outcomes(runs, table, data, options.seeds),
+        lambda row, op: int((table.encodings[row] == op).sum()),
+    )
     header = ["", "seeds", *table.tasks, "CIFAR-10, by seed", "skips", "none", "seconds"]
     rows = []
-    for name, cells in found.items():
+    for name, cells in by_method.items():
         accuracies = 100 - table.test[cells]
         seconds = [run["seconds"] for run in runs.get(name, {}).values()]
         rows.append(
@@ -59,10 +62,10 @@ def report(runs: dict, table, data, config: Config, options) -> str:
         )
     looked_up = table_searches(table, 2 if options.smoke else 50, 5 if options.smoke else 100)
     for name, accuracies in looked_up.items():
-        told = [
+        shown = [
             script.spread(accuracies[:, t], 2) if len(accuracies) > 1 else f"{accuracies[0, t]:.2f}" for t in range(3)
         ]
-        rows.append([name, str(len(accuracies)), *told, "", "", "", ""])
+        rows.append([name, str(len(accuracies)), *shown, "", "", "", ""])
     lines = [
         "## Test accuracy of the cells that were found (%, after 200 epochs, from the table)",
         "",

@@ -115,7 +115,7 @@ def supernet_accuracies(search, result, train, valid) -> dict[str, float]:
 
     Normalization uses training images.
     """
-    state, found = result.state.estimator_state, search.weights(result.hyperparams)
+    state, mixed = result.state.estimator_state, search.weights(result.hyperparams)
     inner_state = getattr(getattr(state, "estimator", state), "inner", None)
     if inner_state is None:  # unrolled: every estimate trains new weights
         return {}
@@ -125,7 +125,7 @@ def supernet_accuracies(search, result, train, valid) -> dict[str, float]:
     params = search.problem.loop.params(inner_state)
     one_hot = nas.one_hot(net.network, search.genotype(result.hyperparams))
     judge = lambda weights: round(nas.trained_network(net, params, train, weights=weights).accuracy(valid), 4)
-    return {"mixed": judge(found), "inherited": judge(one_hot)}
+    return {"mixed": judge(mixed), "inherited": judge(one_hot)}
 
 
 def run_search(search, optimizer, steps_each, task, valid, config, seed, folder: Path, row_of: Callable) -> dict:

@@ -86,9 +86,9 @@ def learn(records, config, work, rows, folds, fold: int, name: str, seed: int, *
         seconds, best = time.process_time() - begin, []
         counts = sorted({min(n, y.shape[1]) for n in config.trials})
         for t in test:
-            known = None if name in (OF_ROWS[1], OF_NOTHING) else records.features[t]
-            task = base.Task(None if rows is None else rows[str(records.names[t])], None, known)
-            searcher = g.searcher(known if name == OURS else task, first=())
+            own_features = None if name in (OF_ROWS[1], OF_NOTHING) else records.features[t]
+            task = base.Task(None if rows is None else rows[str(records.names[t])], None, own_features)
+            searcher = g.searcher(own_features if name == OURS else task, first=())
             best.append(run_searcher(records, t, searcher, space, seed, counts))
         return {"best": np.array(best), "seconds": seconds}
 

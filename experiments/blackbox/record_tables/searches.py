@@ -49,7 +49,7 @@ def greedy(regret: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="adaptation_steps")
 def search(surrogate, x, functions, weights, error, start, distances, adaptation_steps=10):
-    """Runs the searcher of `methods` on one task, with all steps in one program. Returns [NUM_TRIALS] configurations.
+    """Runs the searcher of `blackbox` on one task, with all steps in one program. Returns [NUM_TRIALS] configurations.
 
     `distances` [C, C] define the farthest configuration.
     """
@@ -216,8 +216,11 @@ def learned(
     curves = {name: [] for name in variants}
 
     def trials(name, t, error, open_):
-        known = None if name == ABLATED[0] else data.features[t]
-        weights, g_at_task = blackbox.task_weights(variants[name], known), blackbox.at_task(variants[name], known)
+        own_features = None if name == ABLATED[0] else data.features[t]
+        weights, g_at_task = (
+            blackbox.task_weights(variants[name], own_features),
+            blackbox.at_task(variants[name], own_features),
+        )
         start = open_[np.asarray(expected(g_at_task, encoded, weights))[open_].argmin()]
         return search(g_at_task, encoded, functions, weights, error, start, distances, 0 if name == NOT_ADAPTED else 10)
 
@@ -245,7 +248,7 @@ def check_same_trials(name: str, again: list[int], tried: list[int]) -> None:
     """Raises an error if the first trials of the searcher differ from those of `search`, which replaces it."""
     if again != tried[: len(again)]:
         raise RuntimeError(
-            f"{name}: the searcher of `methods` tries {again}, and `search`, whose curves would be reported as "
+            f"{name}: the searcher of `blackbox` tries {again}, and `search`, whose curves would be reported as "
             f"metaopt's, {tried[: len(again)]}. They must be one and the same; mend `search`."
         )
 
