@@ -151,7 +151,7 @@ def main() -> None:
     text = "\n".join([text, table(HEADER, printed), "", end])
     print(text)
     if not options.smoke:
-        pages.write(RESULT, "What ANIL costs", f"{text}\n")
+        pages.write(RESULT, "The cost of ANIL", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

@@ -306,7 +306,7 @@ def main() -> None:
         print(parts[name], flush=True)
     if not options.smoke:
         earlier = sections(RESULT.read_text()) if RESULT.is_file() else {}
-        pages.write(RESULT, "What a step of architecture search costs", page(earlier, parts))
+        pages.write(RESULT, "The cost of a step of architecture search", page(earlier, parts))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def main() -> None:
     text = "\n".join([text, *tables, "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
-        pages.write(RESULT, "What an outer step of MAML costs on Omniglot's network", f"{text}\n")
+        pages.write(RESULT, "The cost of an outer step of MAML on Omniglot's network", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

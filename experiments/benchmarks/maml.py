@@ -210,7 +210,7 @@ def main() -> None:
     text = "\n".join([text, table(HEADER, printed), "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
-        pages.write(RESULT, "What an outer step of MAML costs", f"{text}\n")
+        pages.write(RESULT, "The cost of an outer step of MAML", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

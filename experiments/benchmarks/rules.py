@@ -239,7 +239,7 @@ def main() -> None:
     text, wrong = report(options)
     print(text)
     if not (options.smoke or options.problems or options.num_steps):
-        pages.write(RESULT, "What every rule costs", f"{text}\n")
+        pages.write(RESULT, "The cost of every rule", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Hypergradients disagree:", *wrong]))
 

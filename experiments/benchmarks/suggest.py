@@ -196,7 +196,7 @@ def main() -> None:
     text += table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]  # that is another memory
     print(text)
     if not options.smoke:
-        pages.write(RESULT, "What a suggestion costs", f"{text}\n")
+        pages.write(RESULT, "The cost of a suggestion", f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def main() -> None:
     text = report(options)
     print(text)
     if not options.smoke:
-        pages.write(RESULT, "What a hypergradient costs", f"{text}\n")
+        pages.write(RESULT, "The cost of a hypergradient", f"{text}\n")
 
 
 if __name__ == "__main__":
