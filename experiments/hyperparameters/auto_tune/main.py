@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import script
+from experiments import pages, script
 from experiments.hyperparameters import auto_tune
 from experiments.hyperparameters.auto_tune.baselines import baselines, earlier_baselines, trees
 from experiments.hyperparameters.auto_tune.config import PRESETS, Config
@@ -106,13 +106,16 @@ def main(argv=None) -> list[dict]:
             learning, collection, buckets, args.seed, out, f"{name}_fold" if args.resume else None, log
         )
         log.seconds["compile trials"] = compiled.result()
+        if ensembles is not None:
+            ensembles.result()  # ends here, so that nothing else runs while the methods are timed
         scores, costs, more = compare(args, collection, learning, learned, trials, tuning, ensembles, log)
     details = describe_run(sys.argv[1:] if argv is None else argv, args, name, collection, learned, trials, log)
     details |= more | {"scores": {label: values.tolist() for label, values in scores.items()}, "costs": costs}
     rows = finish([details], out)
     if name != "full" and COMMITTED.exists():
         print("For comparison, the committed table of the full run, which this run did not compute:\n")
-        print(COMMITTED.read_text())
+        page = COMMITTED.read_text()
+        print(page.removeprefix(pages.head(page)))
     return rows
 
 
