@@ -114,11 +114,11 @@ def programs(model, num_steps: int) -> dict[str, Callable]:
 
 def rows_of(name: str, model, num_steps: int, repetitions: int) -> tuple[list[list[str]], list[str]]:
     """Returns the printed rows, and the gradients that disagree."""
-    params, calls, found, gradients = model[0], {}, {}, {}
+    params, calls, hypergradients, gradients = model[0], {}, {}, {}
     for program, gradient in programs(model, num_steps).items():
         start = time.process_time()
         compiled = jax.jit(gradient).lower(params).compile()
-        found[program] = temporary_mib(compiled), time.process_time() - start
+        hypergradients[program] = temporary_mib(compiled), time.process_time() - start
         gradients[program] = jax.device_get(compiled(params))
         calls[program] = lambda compiled=compiled: jax.block_until_ready(compiled(params))
     timed = lambda clock: {name: 1e3 * s for name, s in medians(calls, repetitions, clock=clock, twice=True).items()}
@@ -127,7 +127,7 @@ def rows_of(name: str, model, num_steps: int, repetitions: int) -> tuple[list[li
     rows = [
         [name, str(num_steps), program, f"{ms[program]:.2f}", f"{system[program]:.2f}"]
         + [f"{ms[program] / ms[BY_HAND]:.2f}", f"{memory:.1f}", f"{seconds:.1f}", f"{errors[program]:.0e}"]
-        for program, (memory, seconds) in found.items()
+        for program, (memory, seconds) in hypergradients.items()
     ]
     return rows, [f"{name}, {num_steps} steps, {p}: {e:.1e}" for p, e in errors.items() if not e <= TOLERANCE]
 

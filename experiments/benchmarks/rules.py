@@ -120,14 +120,14 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
         for name, program in fits.items()
     }
     seconds = medians(calls, options.repetitions, options.seconds, options.clock)
-    found = {name: jax.device_get(call()) for name, call in calls.items()}
-    expected = found["by hand: step"][1]
+    results = {name: jax.device_get(call()) for name, call in calls.items()}
+    expected = results["by hand: step"][1]
 
     operations = {name: hypergrad.flops(function, hyperparams, task) for name, function in functions.items()}
     rows = []
     for name, (_, compile_seconds) in programs.items():
         rule = rules.get(name)
-        is_hypergradient = name in found and isinstance(found[name], tuple)
+        is_hypergradient = name in results and isinstance(results[name], tuple)
         rows.append(
             Row(
                 name,
@@ -137,7 +137,7 @@ def ours(case: cases.Case, num_steps: int, options: argparse.Namespace) -> tuple
                 operations[name] / operations[PLAIN],
                 f"by hand: {rule.by_hand}" if rule and not rule.layerwise else None,
                 mib[name],
-                error(found[name][1], expected) if is_hypergradient else None,
+                error(results[name][1], expected) if is_hypergradient else None,
                 compile_seconds,
                 "" if name in fits else f"not run: above {options.mib} MiB",
             )

@@ -101,7 +101,7 @@ def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
             # The same point.
             hyperparams = {"rate": hyperparams["rate"], "decay": jnp.asarray(cases.FEW["decay"])}
         state = estimator.init(jax.random.key(0), hyperparams, task)
-        found, _ = estimator.estimate(hyperparams, task, state)
-        return found.value, found.hypergrad
+        result, _ = estimator.estimate(hyperparams, task, state)
+        return result.value, result.hypergrad
 
     return program

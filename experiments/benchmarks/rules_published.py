@@ -43,15 +43,15 @@ def published_rows(options: argparse.Namespace) -> tuple[str, list]:
         programs = {r: compiled(published.program(rule), *arguments) for r, rule in setting.rules.items()}
         calls = {r: lambda p=p, a=arguments: jax.block_until_ready(p(*a)) for r, (p, _) in programs.items()}
         seconds = medians(calls, options.repetitions, options.seconds, options.clock)
-        theirs, found, reason = {}, {}, ""
+        theirs, hypergrads, reason = {}, {}, ""
         if options.peers:
-            theirs, found, reason = hypertorch(name, setting, num_outer, options)
+            theirs, hypergrads, reason = hypertorch(name, setting, num_outer, options)
         for rule, (program, _) in programs.items():
             off, ms, other = None, 1e3 * seconds[rule], theirs.get("ms", {}).get(rule, float("nan"))
-            if found:
+            if hypergrads:
                 hypergradient = jax.device_get(calls[rule]()[1])
                 hypergradient = hypergradient if isinstance(hypergradient, dict) else {"log_penalty": hypergradient}
-                off = relative_error(hypergradient, {leaf: found[f"{rule}/hp_{leaf}"] for leaf in hypergradient})
+                off = relative_error(hypergradient, {leaf: hypergrads[f"{rule}/hp_{leaf}"] for leaf in hypergradient})
                 wrong += [f"{name}, {rule}: {off:.1e}"] if not (off <= TOLERANCE or name in published.ROUGH) else []
             steps = [str(setting.steps[count]) for count in "TK"]
             printed.append(

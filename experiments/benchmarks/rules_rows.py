@@ -36,16 +36,16 @@ def number(value, digits):
     return "" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
-def error(found: dict, expected: dict) -> float:
+def error(actual: dict, expected: dict) -> float:
     """Returns `relative_error`, also if λ has only one penalty."""
-    if not isinstance(found["decay"], dict):  # one penalty for all: the sum of the others
+    if not isinstance(actual["decay"], dict):  # one penalty for all: the sum of the others
         expected = {**expected, "decay": sum(np.sum(leaf) for leaf in expected["decay"].values())}
-    return relative_error(found, expected)
+    return relative_error(actual, expected)
 
 
-def relative_error(found: base.PyTree, expected: base.PyTree) -> float:
+def relative_error(actual: base.PyTree, expected: base.PyTree) -> float:
     """Returns the largest relative error of a leaf of the hypergradient."""
-    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), found, expected)
+    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), actual, expected)
     return float(np.max(jax.tree.leaves(relative)))  # NaN if there is one
 
 
@@ -69,7 +69,7 @@ def peers(
     answer = json.loads(done.stdout.splitlines()[-1])
     rows = []
     for row in answer["rows"]:
-        found = row.pop("hypergrad", None)
-        found = jax.tree.map(np.asarray, found, is_leaf=lambda x: isinstance(x, list))
-        rows.append(Row(**row, error=error(found, expected) if found else None))
+        hypergrad = row.pop("hypergrad", None)
+        hypergrad = jax.tree.map(np.asarray, hypergrad, is_leaf=lambda x: isinstance(x, list))
+        rows.append(Row(**row, error=error(hypergrad, expected) if hypergrad else None))
     return rows, answer["versions"]

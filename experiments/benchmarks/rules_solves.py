@@ -61,8 +61,8 @@ def solve(case: cases.Case, num_products: int) -> Callable:
     def program(hyperparams, task):
         hyperparams = {"decay": hyperparams["decay"]}
         state = estimator.init(jax.random.key(0), hyperparams, task)
-        found, _ = estimator.estimate(hyperparams, task, state)
-        return found.value, found.hypergrad
+        result, _ = estimator.estimate(hyperparams, task, state)
+        return result.value, result.hypergrad
 
     return program
 
@@ -138,16 +138,16 @@ def side_by_side(
     expected = jax.device_get(calls[hand]())[1]
     rows = []
     for name in functions:
-        found = jax.device_get(calls[name]()) if name not in (unit, "gradient") else None
+        result = jax.device_get(calls[name]()) if name not in (unit, "gradient") else None
         rows.append(
             Row(
                 name,
                 1e3 * seconds[name],
                 unit,
                 operations=operations[name] / operations[unit],
-                by_hand=hand if found is not None and name != hand else None,
+                by_hand=hand if result is not None and name != hand else None,
                 mib=temporary_mib(programs[name]),
-                error=None if found is None else relative_error(found[1], expected),
+                error=None if result is None else relative_error(result[1], expected),
             )
         )
     rows += others(expected) if others else []

@@ -121,8 +121,8 @@ def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions:
 
     def python_loop():
         program = programs[name][0]
-        found = [program(HYPERPARAMS, *args)[0].hypergrad for args in zip(alone, states, strict=True)]
-        return jax.block_until_ready(jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *found))
+        results = [program(HYPERPARAMS, *args)[0].hypergrad for args in zip(alone, states, strict=True)]
+        return jax.block_until_ready(jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *results))
 
     calls[name] = python_loop
     seconds = medians(calls, repetitions)

@@ -140,7 +140,7 @@ def name_of(configuration: dict) -> tuple:
 
 def predict(data: Curves, t: int, g: blackbox.CurveSearcher, num_draws: int) -> np.ndarray:
     """Returns [N, len(FOUND)] predictions for 20 candidates that were begun on the task t, for several draws."""
-    rng, found = np.random.default_rng(t), []
+    rng, predictions = np.random.default_rng(t), []
     open_ = np.flatnonzero(np.isfinite(data.y[t]).all(1))
     number = {name_of(c): i for i, c in enumerate(g.candidates)}
     before = np.asarray(g.surrogate.mean)[:, -1]
@@ -159,8 +159,8 @@ def predict(data: Curves, t: int, g: blackbox.CurveSearcher, num_draws: int) -> 
                 came, last = data.y[t, c, -1], data.y[t, c, seen - 1] if seen else np.nan
                 average = before[number[name_of(data.configurations[c])]]
                 pit = float(np.interp(came, row, levels, left=0.0, right=1.0))
-                found.append((seen, came, row[24], last, average, pit))
-    return np.array(found).reshape(-1, len(FOUND))
+                predictions.append((seen, came, row[24], last, average, pit))
+    return np.array(predictions).reshape(-1, len(FOUND))
 
 
 def prediction_table(data: Curves, predictions: np.ndarray) -> tuple[list[str], list[list[str]]]:
@@ -288,9 +288,9 @@ def judge(data: Curves, group, options: argparse.Namespace, store: Path) -> None
     seconds = (time.process_time() - begin) / len(learned)
     for t, file in files.items():
         if not file.is_file():
-            found, curves = predict(data, t, learned[0], options.draws), compare(data, t, learned, options)
+            predictions, curves = predict(data, t, learned[0], options.draws), compare(data, t, learned, options)
             with open(f"{file}.part", "wb") as part:
-                np.savez_compressed(part, found=found, seconds=seconds, **curves)
+                np.savez_compressed(part, found=predictions, seconds=seconds, **curves)
             Path(f"{file}.part").replace(file)
             print(data.name, t, {n: c.mean(0).round(3).tolist() for n, c in curves.items()}, flush=True)
 
@@ -409,10 +409,13 @@ def main() -> None:
         for t in judged:
             with np.load(store / f"{options.table}_{t}.npz", allow_pickle=False) as file:
                 stored.append(dict(file))
-    found, seconds = (np.concatenate([s.pop("found") for s in stored]), np.mean([s.pop("seconds") for s in stored]))
+    predictions, seconds = (
+        np.concatenate([s.pop("found") for s in stored]),
+        np.mean([s.pop("seconds") for s in stored]),
+    )
     curves = {name: np.array([s[name].mean(0) for s in stored]) for name in stored[0]}
     seeds = {name: sorted({len(s[name]) for s in stored}) for name in stored[0]}
-    header, rows = prediction_table(data, found)
+    header, rows = prediction_table(data, predictions)
     text = "\n\n".join(
         [
             f"{len(stored)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} fidelities "
@@ -436,7 +439,7 @@ def main() -> None:
         __file__, f"Learning curves: {data.name}", text, options, name=name, picture="Regret, and calibration"
     )
     if not options.smoke:
-        plot(data, curves, found, options.out / f"{name}.png")
+        plot(data, curves, predictions, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -475,8 +475,11 @@ def main() -> None:
         "difference to the last value, ± 1.96 standard errors over patients.\n\n"
     )
     text += parkinson_missed(
-        {k: {name: errors.mean() for name, errors in of.items()} for k, of in by_number.items()},
-        {k: {name: against_last(of, name) for name in of if name != "the last value"} for k, of in by_number.items()},
+        {k: {name: errors.mean() for name, errors in values.items()} for k, values in by_number.items()},
+        {
+            k: {name: against_last(values, name) for name in values if name != "the last value"}
+            for k, values in by_number.items()
+        },
     )
     text += "\n\n## Heart disease, leave one hospital out\n\n" + hospital_table(areas, hearts.user_names)
     text += (
@@ -486,8 +489,10 @@ def main() -> None:
         "that are trained on (one seed); their range, the columns of codes and the gaps were chosen after a look at "
         "linear models on all four hospitals: "
     )
-    text += "; ".join(f"{name} {', '.join(f'{d:g}' for d in of)}" for name, of in decays.items()) + ".\n\n"
-    text += hospital_missed({n: dict(zip(hearts.user_names, of.mean(1), strict=True)) for n, of in areas.items()})
+    text += "; ".join(f"{name} {', '.join(f'{d:g}' for d in values)}" for name, values in decays.items()) + ".\n\n"
+    text += hospital_missed(
+        {n: dict(zip(hearts.user_names, values.mean(1), strict=True)) for n, values in areas.items()}
+    )
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
         tasks.save_split(options.out / "personalization_split.json", splits(table, hearts, seeds))

@@ -76,10 +76,10 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         "operations), of NAS-Bench-Graph the sizes of the graph.",
         "",
     ]
-    for name, (tasks, (found, lost, alone, effects, ties)) in tables.items():
+    for name, (tasks, (judged, lost, alone, effects, ties)) in tables.items():
         header = ["", "mean", *tasks[: len(ties)], "better than the best of the others", "bar"]
-        told = script.spread(alone.mean(1).ravel())  # one seed each
-        lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows_of(name, found)), ""]
+        shown = script.spread(alone.mean(1).ravel())  # one seed each
+        lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows_of(name, judged)), ""]
         lines += about_ties(tasks, ties)
         if name.endswith("micro"):
             lines += ["The form of h was chosen by what came of some of them here: its rows are no test of it.", ""]
@@ -95,23 +95,23 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
                     "",
                 ]
         members = "the members of all keys" if num_keys > 1 else "members"
-        lines += [f'Single members of "h by cells", mean over tasks and deviation of that over {members}: {told}.', ""]
+        lines += [f'Single members of "h by cells", mean over tasks and deviation of that over {members}: {shown}.', ""]
         if name == "NAS-Bench-Graph":  # the other tables' tasks have their own units
-            told = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
-            lines += [f"Test error less that of the best by validation of the whole table, in points: {told}.", ""]
+            shown = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
+            lines += [f"Test error less that of the best by validation of the whole table, in points: {shown}.", ""]
     lines += ["## Regret curves", ""]
     rows = []
-    for (name, task), found in curves.items():
-        for method, values in found.items():
-            told = []
+    for (name, task), judged in curves.items():
+        for method, values in judged.items():
+            shown = []
             for mark in MARKS:
                 if mark <= values.shape[1]:
                     at_mark = values[:, mark - 1]
                     band = 1.96 * at_mark.std(ddof=1) / np.sqrt(len(at_mark)) if len(at_mark) > 1 else 0.0
-                    told.append(f"{at_mark.mean():.3g} ± {band:.1g}" if len(at_mark) > 1 else f"{at_mark.mean():.3g}")
+                    shown.append(f"{at_mark.mean():.3g} ± {band:.1g}" if len(at_mark) > 1 else f"{at_mark.mean():.3g}")
                 else:
-                    told.append("")
-            rows.append([name, task, method, *told])
+                    shown.append("")
+            rows.append([name, task, method, *shown])
     lines.append(script.table(["table", "task", "", *(f"after {m}" for m in MARKS)], rows))
     lines += [
         "",

@@ -116,9 +116,9 @@ def gaps(runs: dict, table) -> list[str]:
     one_shot = [run for run in runs.get("single-path one-shot", {}).values() if len(run["drawn"]) > 4]
     if one_shot:
         # The likelihood has the same order as the loss, and only ranks are compared.
-        of = lambda run: zip(run["drawn"], np.exp(-np.array(run["losses"])), strict=True)
+        drawn_scores = lambda run: zip(run["drawn"], np.exp(-np.array(run["losses"])), strict=True)
         reports = [
-            nas.search_report([nas.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in of(run)])
+            nas.search_report([nas.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in drawn_scores(run)])
             for run in one_shot
         ]
         lines += [
@@ -145,8 +145,8 @@ def op_correlations(one_shot: list[dict], table) -> str:
         pairs = []
         for run in one_shot:
             nums = (table.encodings[run["drawn"]] == nas.NAS_BENCH_201_PRIMITIVES.index(op)).sum(-1)
-            of = (-np.array(run["losses"]), -table.test[run["drawn"], 0])
-            pairs.append([float(np.asarray(spearmanr(nums, values))[0]) for values in of])
+            pair = (-np.array(run["losses"]), -table.test[run["drawn"], 0])
+            pairs.append([float(np.asarray(spearmanr(nums, values))[0]) for values in pair])
         likelihood, accuracy = (f"{min(each):+.2f} to {max(each):+.2f}" for each in zip(*pairs, strict=True))
         texts.append(f"{name} {likelihood} ({accuracy})")
     return (

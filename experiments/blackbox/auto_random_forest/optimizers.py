@@ -24,19 +24,19 @@ def run_searcher(
 ) -> list[int]:
     """Returns the best completed trial after each budget in `at`."""
     state = searcher.init(jax.random.key(seed), space)
-    of, spent, ended, reached, best = {}, 0.0, [], {}, []
+    trial_of, spent, ended, reached, best = {}, 0.0, [], {}, []
     number = {name_of(c): i for i, c in enumerate(records.configurations)}
     open_ = np.ones(len(records.configurations), bool)
     while len(best) < len(budgets):
         asked, state = searcher.ask(state, 1)
-        if not asked or (not open_.any() and asked[0].trial not in of):
+        if not asked or (not open_.any() and asked[0].trial not in trial_of):
             break
         (trial,) = asked
-        if trial.trial not in of:
+        if trial.trial not in trial_of:
             row = number.get(name_of(trial.configuration))
-            of[trial.trial] = row if row is not None and open_[row] else nearest(trial.configuration, open_)
-            open_[of[trial.trial]] = False
-        c = of[trial.trial]
+            trial_of[trial.trial] = row if row is not None and open_[row] else nearest(trial.configuration, open_)
+            open_[trial_of[trial.trial]] = False
+        c = trial_of[trial.trial]
         j = int(np.abs(np.array(FIDELITIES) - trial.fidelity).argmin())
         spent += FIDELITIES[j] - reached.get(c, 0.0)
         reached[c] = FIDELITIES[j]

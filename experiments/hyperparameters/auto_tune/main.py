@@ -115,7 +115,7 @@ def main(argv=None) -> list[dict]:
     if name != "full" and COMMITTED.exists():
         print("For comparison, the committed table of the full run, which this run did not compute:\n")
         page = COMMITTED.read_text()
-        print(page.removeprefix(pages.head(page)))
+        print(page.removeprefix(pages.head(page)).lstrip())
     return rows
 
 
