@@ -71,7 +71,7 @@ def _program() -> str:
 
 def parser(doc: str | None, *, num_seeds: int = 3) -> argparse.ArgumentParser:
     """Returns a parser with the options of all scripts: --smoke, --seeds, --out. `doc` is the script's docstring."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(_program(), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
     parser.add_argument("--seeds", type=_count, default=num_seeds, help="how many")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

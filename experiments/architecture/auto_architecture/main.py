@@ -70,7 +70,7 @@ def side_by_side(names: tuple[str, ...], cores: list[int], compiled: str, argume
 
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     parser = argparse.ArgumentParser(
-        description=auto_architecture.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "auto_architecture", description=auto_architecture.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="a few tasks and steps")

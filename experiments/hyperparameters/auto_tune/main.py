@@ -33,7 +33,7 @@ REFERENCE = "g(t'), no trial"
 def parse(argv) -> tuple[argparse.Namespace, str, Config]:
     """Returns the arguments, the preset's name, and the configuration."""
     parser = argparse.ArgumentParser(
-        description=auto_tune.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "auto_tune", description=auto_tune.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--smoke", action="store_true", help="a few tables and steps")
