@@ -21,7 +21,11 @@ import numpy as np
 import optax
 
 import metaopt
+from experiments import pages
 from metaopt.training import report_progress
+
+FOLDER = Path(__file__).resolve().parent  # experiments/
+RESULTS = FOLDER / "results"
 
 
 def run(main: Callable[[], Any]) -> Any:
@@ -34,7 +38,7 @@ def run(main: Callable[[], Any]) -> Any:
 def reporting() -> Iterator[None]:
     """Prints a line every 10 s if standard error is not a terminal: the place in the script, and the step of `fit`."""
     if not sys.stderr.isatty():
-        print(f"{Path(sys.argv[0]).name} begins", file=sys.stderr, flush=True)
+        print(f"{_program()} begins", file=sys.stderr, flush=True)
     with report_progress(None, False if sys.stderr.isatty() else None, "{place}", place=_Place()):
         yield
 
@@ -49,18 +53,28 @@ class _Place:
             path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname.replace(".<locals>", "")
             if path.stem in ("compiler", "mlir", "partial_eval") and {"jax", "_src"} <= set(path.parts):
                 place, compiling = "", True  # inner frames belong to functions that JAX traces
-            elif not place and path.parent == Path(__file__).parent and path != Path(__file__) and "<" not in name:
+            elif not place and _is_of_an_experiment(path) and "<" not in name:
                 place = f"{name} ({path.name}:{frame.f_lineno})"
             frame = frame.f_back
-        return f"compiling in {place}" if compiling else place or Path(sys.argv[0]).name
+        return f"compiling in {place}" if compiling else place or _program()
+
+
+def _is_of_an_experiment(path: Path) -> bool:
+    return FOLDER in path.parents and path.name not in ("script.py", "__main__.py")
+
+
+def _program() -> str:
+    """Returns the name of the script, or of the folder that runs as a script."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def parser(doc: str | None, *, num_seeds: int = 3) -> argparse.ArgumentParser:
     """Returns a parser with the options of all scripts: --smoke, --seeds, --out. `doc` is the script's docstring."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(_program(), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small sizes, one seed; writes no result")
     parser.add_argument("--seeds", type=_count, default=num_seeds, help="how many")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
 
 
@@ -70,24 +84,28 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def data_file(file: str, name: str) -> Path:
-    """Returns the path of a data file of the script `file`. Exits the script if the data file is missing."""
+def data_file(file: str | Path, name: str) -> Path:
+    """Returns the path of a data file of the script or folder `file`. Exits the script if the data file is missing."""
     path = Path(os.environ.get("METAOPT_DATA", "")) / name
     if not path.is_file():
         sys.exit(f"{Path(file).stem} needs {name}, in the folder that the environment variable METAOPT_DATA names.")
     return path
 
 
-def code(*files: str) -> str:
-    """Returns a digest of these files and of the library, which identifies the code of a result."""
-    library = Path(metaopt.__file__).parent
+def code(*files: str | Path) -> str:
+    """Returns a digest of these files and folders and of the library, which identifies the code of a result."""
     digest = hashlib.sha256()
-    for path in [*map(Path, files), *sorted(library.rglob("*.py"))]:
+    own = [path for file in files for path in _python_files(Path(file))]
+    for path in [*own, *sorted(Path(metaopt.__file__).parent.rglob("*.py"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def work_folder(folder: Path, *files: str) -> Path:
+def _python_files(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def work_folder(folder: Path, *files: str | Path) -> Path:
     """Returns the folder in which a run of these files keeps its finished work.
 
     The folder depends on the code. Work of other code is in other folders, and is not used.
@@ -118,13 +136,13 @@ def kept(folder: Path | None, name: str, make: Callable[[], dict], *, wait: bool
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return {}
-            if not file.is_file():  # another process may have made it in the meantime
-                made = make()
+            if not file.is_file():  # another process may have written it in the meantime
+                arrays = make()
                 with open(f"{file}.part", "wb") as part:
-                    np.savez(part, **made)
+                    np.savez(part, **arrays)
                 Path(f"{file}.part").replace(file)
-    with np.load(file, allow_pickle=False) as found:
-        return {key: array for key, array in found.items()}
+    with np.load(file, allow_pickle=False) as saved:
+        return {key: array for key, array in saved.items()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -137,21 +155,32 @@ def spread(values, digits: int = 3) -> str:
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
 
-def listed(found: Mapping[str, Sequence]) -> str:
+def listed(places: Mapping[str, Sequence]) -> str:
     """Lists names with their places: "MAML (5, 20); ANIL (5)". Names without a place are omitted."""
-    return "; ".join(f"{name} ({', '.join(map(str, where))})" for name, where in found.items() if len(where)) or "none"
+    return "; ".join(f"{name} ({', '.join(map(str, where))})" for name, where in places.items() if len(where)) or "none"
+
+
+def place(file: str | Path) -> str:
+    """Returns the path of a script or folder below the root of the repository, as in a command."""
+    return Path(file).resolve().relative_to(FOLDER.parent).as_posix()
 
 
 def publish(
-    file: str, title: str, text: str, options: argparse.Namespace, *, name: str | None = None, picture: str = ""
+    file: str | Path,
+    title: str,
+    text: str,
+    options: argparse.Namespace,
+    *,
+    name: str | None = None,
+    picture: str = "",
 ) -> None:
     """Prints a result and a line on how it was made. Writes both as Markdown, except in a smoke run.
 
-    `name` is the name of the result; by default it is the script's name. `picture` describes the picture next to the
-    result.
+    `file` is the script, or the folder that runs as a script. `name` is the name of the result; by default it is the
+    name of the script or folder. `picture` describes the picture next to the result.
     """
     name = name or Path(file).stem
-    command = shlex.join(["python", f"experiments/{Path(file).name}", *sys.argv[1:]])
+    command = shlex.join(["python", place(file), *sys.argv[1:]])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text += (
         f"\n\n`{command}`, {time.process_time():.0f} processor seconds on {jax.default_backend()}, {cores} core(s); "
@@ -160,6 +189,4 @@ def publish(
     text += f"{metaopt.__version__}.\n"
     print(text)
     if not options.smoke:
-        options.out.mkdir(parents=True, exist_ok=True)
-        shown = f"![{picture}]({name}.png)\n\n" if picture else ""
-        (options.out / f"{name}.md").write_text(f"# {title}\n\n{shown}{text}")
+        pages.write(options.out / f"{name}.md", title, text, picture)

@@ -1,6 +1,5 @@
 """The experiments run from end to end, in a process of their own (they run in float32)."""
 
-import importlib.util
 import json
 import os
 import re
@@ -16,22 +15,67 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import experiments.architecture.auto_architecture.main
+import experiments.architecture.nas_bench_201.main
+import experiments.blackbox.auto_random_forest.main
+import experiments.few_shot.omniglot.main
+import experiments.few_shot.small_meta_dataset.main
+import experiments.hyperparameters.auto_tune.main  # noqa: F401
 import metaopt
+from experiments import pages, script
+from experiments.architecture import auto_architecture, nas_bench_201
+from experiments.blackbox import auto_random_forest as forest
+from experiments.blackbox import hpob, learning_curves
+from experiments.data import benchmarks
+from experiments.few_shot import omniglot, personalization, small_meta_dataset
+from experiments.hyperparameters import auto_tune
 from metaopt import base, blackbox, evaluation, nas, spaces, tasks, transforms
 
 ROOT = Path(__file__).parents[1]
 
 
+# Programs of scripts are kept with those of the tests. Small programs: most of the time would go into optimizations.
+COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def run(*arguments, **environment):
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT)
+    environment = {**os.environ, **COMPILED, **environment}
+    if jax.config.jax_compilation_cache_dir:
+        environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
 
+def test_every_page_begins_with_its_question_answer_picture_and_a_small_table():
+    index = (ROOT / "experiments" / "README.md").read_text()
+    for page in sorted(pages.RESULTS.glob("*.md")):
+        text = page.read_text()
+        head = pages.head(text)
+        assert "**Question.** " in head and "**Answer.** " in head and f"(results/{page.name})" in index, page
+        (picture,) = re.findall(r"!\[.+\]\((.+)\)", head)
+        assert (page.parent / picture).is_file(), page
+        table, result = pages.small_table(text), text.removeprefix(head)
+        assert len(table) > 2 and {len(row) for row in table} == {len(table[0])} and len(table[0]) <= 6, page
+        for number in re.findall(r"\d+\.\d+", " ".join(cell for row in table[1:] for cell in row[1:])):
+            assert number in result, (page, number)
+        # Wider tables are in CSV files.
+        assert max(line.count(" | ") for line in result.splitlines() if line.startswith("|")) <= 12, page
+
+
+def test_a_new_result_keeps_the_head_of_its_page(tmp_path):
+    page = tmp_path / "a.md"
+    pages.write(page, "Title", "old\n", "picture")
+    assert page.read_text() == "# Title\n\n![picture](a.png)\n\nold\n"
+    page.write_text(f"# Title\n\nhead\n\n{pages.MARK}\n\nold\n")
+    pages.write(page, "Title", "new\n", "picture")
+    assert page.read_text() == f"# Title\n\nhead\n\n{pages.MARK}\n\nnew\n"
+
+
 @pytest.mark.once
 def test_auto_tune_smoke(tmp_path):
-    printed = run("experiments/auto_tune.py", "--smoke", "--packaged", "--out", tmp_path)
+    printed = run("experiments/hyperparameters/auto_tune", "--smoke", "--packaged", "--out", tmp_path)
     details = json.loads((tmp_path / "auto_tune_smoke.json").read_text())
     rows = {row["method"]: row for row in details["rows"]}
     expected = {
@@ -61,14 +105,6 @@ def test_auto_tune_smoke(tmp_path):
     assert set(hyperparams) == set(saved.space) and 3e-4 < hyperparams["rate"] < 1e-1
 
 
-def load_auto_tune():
-    spec = importlib.util.spec_from_file_location("auto_tune", ROOT / "experiments" / "auto_tune.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["auto_tune"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
 def part(names, a, b, seconds):
     """Results of two methods on tables of one seed: test loss and error."""
     return {
@@ -93,9 +129,8 @@ def part(names, a, b, seconds):
 
 
 def test_runs_over_different_folds_are_merged(tmp_path):
-    auto_tune = load_auto_tune()
     first, second = part(["t", "u"], [0.1, 0.2], [0.3, 0.1], 1.0), part(["v"], [0.6], [0.9], 2.0)
-    a, b = auto_tune.finish([first, second], tmp_path)
+    a, b = auto_tune.report.finish([first, second], tmp_path)
     assert (a["test_nll"], b["test_nll"]) == pytest.approx((0.3, 1.3 / 3))
     assert (a["mean_rank"], b["mean_rank"]) == pytest.approx((4 / 3, 5 / 3))
     assert (b["difference"], b["wins"]) == pytest.approx((0.4 / 3, 1 / 3))
@@ -105,13 +140,12 @@ def test_runs_over_different_folds_are_merged(tmp_path):
     text = (tmp_path / "auto_tune_full.md").read_text()
     assert "test log loss of 0.6667 over" in text and "step costs 4.33 of them" in text
     with pytest.raises(ValueError, match="share tables"):
-        auto_tune.merge([first, first])
+        auto_tune.report.merge([first, first])
     with pytest.raises(ValueError, match="differ in 'training_run'"):
-        auto_tune.merge([first, {**second, "training_run": "3 steps"}])
+        auto_tune.report.merge([first, {**second, "training_run": "3 steps"}])
 
 
 def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
-    auto_tune = load_auto_tune()
     earlier = part(["t", "u"], [0.1, 0.2], [0.3, 0.1], 1.0)
     earlier["scores"] = {"defaults": earlier["scores"]["a"], "random search, 2 trials": earlier["scores"]["b"]}
     earlier["costs"] = {"defaults": [1.0, 2.0], "random search, 2 trials": [2.0, 4.0]}
@@ -120,10 +154,10 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
         table("u"),
         table("t"),
     ]
-    units = [auto_tune.Unit(0, 0, None), auto_tune.Unit(1, 0, None)]
+    units = [auto_tune.units.Unit(0, 0, None), auto_tune.units.Unit(1, 0, None)]
     order = np.array([1, 0])  # t, u
     take = lambda defaults, units=units: dict(
-        auto_tune.earlier_baselines(earlier, np.array(defaults), tables, units, order)
+        auto_tune.baselines.earlier_baselines(earlier, np.array(defaults), tables, units, order)
     )
     found = take([[0.1, 0.1], [0.2, 0.1]])
     assert list(found) == ["random search, 2 trials"]
@@ -132,12 +166,14 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
     with pytest.raises(ValueError, match="does not give what"):
         take([[0.2, 0.1], [0.1, 0.1]])
     with pytest.raises(ValueError, match="hold no result for"):
-        take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.Unit(0, 1, None), auto_tune.Unit(1, 0, None)])
+        take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.units.Unit(0, 1, None), auto_tune.units.Unit(1, 0, None)])
 
 
 @pytest.mark.slow
 def test_learned_optimizer_smoke(tmp_path):
-    printed = run("experiments/learned_optimizer.py", "--smoke", "--save", tmp_path / "weights.npz", JAX_ENABLE_X64="0")
+    printed = run(
+        "experiments/optimizers/learned_optimizer.py", "--smoke", "--save", tmp_path / "weights.npz", JAX_ENABLE_X64="0"
+    )
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| 3 |")]
     assert [row[1] for row in rows][:2] == ["learned", "Adam, tuned on each task"] and len(rows) == 5
     assert all(np.isfinite([float(row[2]), float(row[4])]).all() for row in rows)
@@ -156,7 +192,7 @@ def test_auto_tune_reads_a_persons_own_tables_and_names_the_bad_file(tmp_path):
         lines = ["a,b,c,d,kind", *(",".join([*(f"{v:.3f}" for v in r), k]) for r, k in zip(x, label, strict=True))]
         (folder / f"table{t}.csv").write_text("\n".join(lines))
     (folder / "broken.csv").write_text("a,b\n1,2\n")
-    command = [sys.executable, "-W", "ignore", "experiments/auto_tune.py", "--smoke", "--no-trees"]
+    command = [sys.executable, "-W", "ignore", "experiments/hyperparameters/auto_tune", "--smoke", "--no-trees"]
     command += ["--csv", str(folder), "--target", "kind", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -167,20 +203,12 @@ def test_auto_tune_reads_a_persons_own_tables_and_names_the_bad_file(tmp_path):
 # ---- A random forest from records -----------------------------------------------------------------------------------
 
 
-def load_auto_random_forest():
-    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
-    try:
-        return importlib.import_module("auto_random_forest")
-    finally:
-        sys.path.pop(0)
-
-
 @pytest.mark.slow
 @pytest.mark.once
 def test_auto_random_forest_smoke(tmp_path):
     pytest.importorskip("sklearn"), pytest.importorskip("optuna")
     printed = run(
-        "experiments/auto_random_forest.py", "--smoke", "--workers", "1", "--train-seeds", "2", "--out", tmp_path
+        "experiments/blackbox/auto_random_forest", "--smoke", "--workers", "1", "--train-seeds", "2", "--out", tmp_path
     )
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
     assert {row[0]: row[1] for row in rows if row[0][:2] == "g("} == dict.fromkeys(
@@ -200,10 +228,9 @@ def test_auto_random_forest_smoke(tmp_path):
 
 
 def test_the_rows_of_a_forests_table_are_split_once_and_rare_classes_are_left_out():
-    forest = load_auto_random_forest()
     y = np.repeat([0, 1, 2], [60, 3, 37])
     x = np.arange(100.0)[:, None]  # which row it is
-    split = forest.split(tasks.Table("t", "t", x, y, np.zeros(1, bool)), 70)
+    split = forest.tables.split(tasks.Table("t", "t", x, y, np.zeros(1, bool)), 70)
     train, test = split.train.x[:, 0].astype(int), split.test_x[:, 0].astype(int)
     assert not set(train) & set(test) and 60 < len(train) <= 70 and 20 < len(test) <= 25
     np.testing.assert_array_equal(np.array([0, 2])[split.train.y], y[train])
@@ -213,12 +240,12 @@ def test_the_rows_of_a_forests_table_are_split_once_and_rare_classes_are_left_ou
 def test_a_part_of_a_forest_is_the_forest_that_has_so_many_trees():
     """Its ninth and third: log loss and error are scikit-learn's own, of forests that were trained with fewer trees."""
     ensemble, metrics = pytest.importorskip("sklearn.ensemble"), pytest.importorskip("sklearn.metrics")
-    forest, rng = load_auto_random_forest(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 3)), rng.integers(3, size=60)
     x[:, 2] = rng.integers(3, size=60)
     x[0, 0] = np.nan  # is the median of the training rows
     categorical, train, test = np.array([False, False, True]), slice(0, 40), slice(40, 60)
-    found = forest.forest_scores({"n_estimators": 9}, 5, x[train], y[train], categorical, x[test], y[test])
+    found = forest.records.forest_scores({"n_estimators": 9}, 5, x[train], y[train], categorical, x[test], y[test])
     filled = np.where(np.isnan(x), np.nanmedian(x[train, 0]), x)
     columns = np.concatenate([filled[:, :2], filled[:, 2:] == np.arange(3)], 1).astype(np.float32)
     for (loss, error), trees in zip(found, (1, 3, 9), strict=True):
@@ -229,12 +256,11 @@ def test_a_part_of_a_forest_is_the_forest_that_has_so_many_trees():
 
 def test_what_ends_after_the_budget_does_not_count():
     """Fidelities 1/9, 1/3, 1 of three candidates: a trial that goes on pays for its new trees alone."""
-    forest = load_auto_random_forest()
     outcomes = np.array([[[0.9, 0.8, 0.5], [0.9, 0.6, 0.4], [0.9, 0.9, 0.3]]])
     one = np.zeros((1, 3))
     configurations = [{"x": float(i)} for i in range(3)]
     names, features = np.array(["t"]), np.zeros((1, 0))
-    records = forest.Records(names, names, features, configurations, outcomes, one, one, one)
+    records = forest.records.Records(names, names, features, configurations, outcomes, one, one, one)
     plan = iter([(0, 1 / 9), (0, 1 / 3), (0, 1.0), (1, 1 / 9), (1, 1 / 3), (1, 1.0), (2, 1.0)])
 
     def ask(state, num):
@@ -242,14 +268,14 @@ def test_what_ends_after_the_budget_does_not_count():
         return [base.Record("", configurations[c], fidelity=fidelity, trial=c)], state
 
     searcher = base.Searcher(lambda key, space: None, ask, lambda state, records: state)
-    assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2, 3)) == [0, 1, 2]
+    assert forest.optimizers.run_searcher(records, 0, searcher, None, 0, (1, 2, 3)) == [0, 1, 2]
     plan = iter([(1, 1 / 9), (0, 1.0), (2, 1.0)])  # the ninth is paid for: 0 ends after the first budget
-    assert forest.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
+    assert forest.optimizers.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
 
 
 def test_what_a_script_keeps_is_made_once_by_one_process(tmp_path):
     """The lock of another process is that of another open file."""
-    fcntl, script = pytest.importorskip("fcntl"), load_auto_random_forest().script
+    fcntl = pytest.importorskip("fcntl")
     made = []
 
     def make():
@@ -267,14 +293,13 @@ def test_what_a_script_keeps_is_made_once_by_one_process(tmp_path):
 
 
 def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monkeypatch, tmp_path):
-    forest = load_auto_random_forest()
     rng, keys = np.random.default_rng(0), []
     configurations = [{"n_estimators": n} for n in range(4)]
     losses = np.array([[0.1, 0.2, 0.4, 0.5]] * 6)
-    outcomes = np.repeat(losses[:, :, None], len(forest.FIDELITIES), 2)
+    outcomes = np.repeat(losses[:, :, None], len(forest.records.FIDELITIES), 2)
     names = np.array(list("abcdef"))
     arrays = rng.normal(size=(6, 2)), configurations, outcomes, losses, losses, losses
-    records = forest.Records(names, names, *arrays)
+    records = forest.records.Records(names, names, *arrays)
 
     def train(trials, *, key, **kwargs):
         """Its searcher tries the configuration of its key's number first, and the next ones then."""
@@ -288,109 +313,108 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
         searcher = base.Searcher(lambda key, space: number + 1, ask, lambda state, records: state)
         return SimpleNamespace(searcher=lambda task, first: searcher)
 
-    monkeypatch.setattr(forest.methods, "train_meta_searcher", train)
+    monkeypatch.setattr(blackbox, "train_meta_searcher", train)
     stop, options = 0, SimpleNamespace(seeds=2, train_seeds=2, work=None)
-    chosen, _ = forest.choose(records, forest.SMOKE, options, {})
-    assert keys == [0, 1] * forest.SMOKE.num_splits
+    chosen, _ = forest.choices.choose(records, forest.config.SMOKE, options, {})
+    assert keys == [0, 1] * forest.config.SMOKE.num_splits
     assert chosen["g(t'), no trial"] == chosen["g(t') and its searcher, 2 trials"] == [[1, 2]] * 6
-    assert "g(t'), no trial 0.2000 to 0.4000 (standard deviation 0.1414)" in forest.over_keys(records, chosen)
-    _, rows, _ = forest.compare(records, chosen, "g(t'), no trial", "random search, 2 trials")
+    assert "g(t'), no trial 0.2000 to 0.4000 (standard deviation 0.1414)" in forest.report.over_keys(records, chosen)
+    _, rows, _ = forest.report.compare(records, chosen, "g(t'), no trial", "random search, 2 trials")
     assert ["g(t'), no trial", "2", "0.3000"] in [row[:3] for row in rows]
     # The best on average is that of the mean regret of other families, where ranks would have it otherwise.
     losses = np.array([[0.0, 0.2, 0.4, 1.0]] * 5 + [[0.9, 0.2, 0.3, 1.0]])
-    outcomes = np.repeat(losses[:, :, None], len(forest.FIDELITIES), 2)
+    outcomes = np.repeat(losses[:, :, None], len(forest.records.FIDELITIES), 2)
     uneven = records._replace(outcomes=outcomes, test_loss=losses, test_error=losses)
-    found, folds = forest.choose(uneven, forest.SMOKE, options, {})[0], forest.split_families(names, 2)
-    assert forest.SMOKE.num_splits == 2
+    found, folds = (
+        forest.choices.choose(uneven, forest.config.SMOKE, options, {})[0],
+        forest.choices.split_families(names, 2),
+    )
+    assert forest.config.SMOKE.num_splits == 2
     average = [0 if folds[t] == folds[5] else 1 for t in range(6)]
     assert found["best on average"] == [[c] for c in average] and found["portfolio, 2 trials"][5] == [1]
     gap = np.mean([(losses[t, 1] + losses[t, 2]) / 2 - losses[t, c] for t, c in enumerate(average)])
-    assert f"g minus the best on average: {gap:+.4f} [" in forest.beside_average(uneven, found)
+    assert f"g minus the best on average: {gap:+.4f} [" in forest.report.beside_average(uneven, found)
     # What was kept before a run was killed is not trained again, nor what another process is at before all else.
     options.work = tmp_path
     keys.clear()
     stop = 3
     with pytest.raises(KeyboardInterrupt):
-        forest.choose(records, forest.SMOKE, options, {})
-    assert forest.choose(records, forest.SMOKE, options, {})[0] == chosen
+        forest.choices.choose(records, forest.config.SMOKE, options, {})
+    assert forest.choices.choose(records, forest.config.SMOKE, options, {})[0] == chosen
     assert keys == [0, 1, 0, 0, 1] and len(list(tmp_path.glob("*.npz"))) == 4
     other = records._replace(outcomes=outcomes[:, ::-1])
-    forest.choose(other, forest.SMOKE, options, {})
+    forest.choices.choose(other, forest.config.SMOKE, options, {})
     assert len(keys) == 9  # of other records
     options.train_seeds, options.work = 1, None
-    assert "one key of g's training" in forest.over_keys(records, forest.choose(records, forest.SMOKE, options, {})[0])
+    assert "one key of g's training" in forest.report.over_keys(
+        records, forest.choices.choose(records, forest.config.SMOKE, options, {})[0]
+    )
 
 
 def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_first(tmp_path):
     pytest.importorskip("optuna")
-    forest, rng = load_auto_random_forest(), np.random.default_rng(0)
-    config, store = forest.SMOKE, tmp_path / "records.sqlite"
+    rng = np.random.default_rng(0)
+    config, store = forest.config.SMOKE, tmp_path / "records.sqlite"
     table = lambda name: tasks.Table(name, name, rng.normal(size=(60, 2)), np.arange(60) % 2, np.zeros(2, bool))
-    splits = [forest.split(table(name), 40) for name in ("a", "b")]
+    splits = [forest.tables.split(table(name), 40) for name in ("a", "b")]
     configurations = [{"n_estimators": n} for n in (10, 5, 7)]
     outcome = lambda t, c, f: t + 0.1 * c + f
     records = [
         base.Record("ab"[t], configurations[c], outcome(t, c, f), f, cost=1.0, trial=c)
         for t in range(2)
         for c in range(3 - t)  # the second table lacks the last one
-        for f in forest.FIDELITIES
+        for f in forest.records.FIDELITIES
     ]
     rng.shuffle(records)
     whole = [record for record in records if record.fidelity == 1.0]
     for part, found in (("curve", records), ("test loss", whole), ("test error", whole)):
-        blackbox.append_records(store, found, study=f"{forest.study(config)} {part}")
-    forest.pack(tmp_path / "packed.npz", splits, config, store)
-    packed = forest.unpack(tmp_path / "packed.npz", config)
+        blackbox.append_records(store, found, study=f"{forest.records.study(config)} {part}")
+    forest.records.pack(tmp_path / "packed.npz", splits, config, store)
+    packed = forest.records.unpack(tmp_path / "packed.npz", config)
     assert packed.configurations == configurations[:2]
     at = ["ab".index(name) for name in packed.names]
-    expected = [[[outcome(t, c, f) for f in forest.FIDELITIES] for c in range(2)] for t in at]
+    expected = [[[outcome(t, c, f) for f in forest.records.FIDELITIES] for c in range(2)] for t in at]
     np.testing.assert_allclose(packed.outcomes, expected, rtol=1e-6)
     np.testing.assert_allclose(packed.test_loss, packed.outcomes[:, :, -1])
     # What was run on them is not taken for what was run on others.
     file = tmp_path / "runs.npz"
-    forest.run_optimizer("TPE", packed, config, 1, file)
-    assert forest.read_optimizers(file, packed, config)["TPE"].shape == (1, 2, 2)
-    assert forest.read_optimizers(file, packed._replace(outcomes=packed.outcomes + 0.1), config) == {}
-    assert forest.read_optimizers(file, packed, config._replace(trials=(1, 3))) == {}
+    forest.optimizers.run_optimizer("TPE", packed, config, 1, file)
+    assert forest.optimizers.read_optimizers(file, packed, config)["TPE"].shape == (1, 2, 2)
+    assert forest.optimizers.read_optimizers(file, packed._replace(outcomes=packed.outcomes + 0.1), config) == {}
+    assert forest.optimizers.read_optimizers(file, packed, config._replace(trials=(1, 3))) == {}
 
 
 def test_the_shipped_records_of_forests_fit_the_default_run():
-    forest = load_auto_random_forest()
-    records = forest.unpack(forest.RECORDS, forest.Config())
-    space = forest.make_space(forest.Config())
+    records = forest.records.unpack(forest.records.RECORDS, forest.config.Config())
+    space = forest.records.make_space(forest.config.Config())
     plain = [spaces.configuration(space, spaces.from_configuration(space, c)) for c in records.configurations]
     assert plain[0] == spaces.configuration(space, spaces.default(space)) and plain[0]["n_estimators"] == 64
     assert plain == records.configurations and len(records.names) >= 100
-    assert len(set(plain_names := list(map(forest.name_of, plain)))) == len(plain_names)
+    assert len(set(plain_names := list(map(forest.optimizers.name_of, plain)))) == len(plain_names)
     assert all(np.isfinite(values).all() for values in (records.outcomes, records.test_loss, records.seconds))
-    assert forest.RECORDS.stat().st_size < 1_000_000
+    assert forest.records.RECORDS.stat().st_size < 1_000_000
     assert not set(records.families) & set(tasks.SYNTHETIC_FAMILIES)
-    runs = forest.read_optimizers(
-        forest.RECORDS.with_name("auto_random_forest_optimizers.npz"), records, forest.Config()
+    runs = forest.optimizers.read_optimizers(
+        forest.records.RECORDS.with_name("auto_random_forest_optimizers.npz"), records, forest.config.Config()
     )
     assert {"TPE": 20, "BOHB": 20, "SMAC": 1} == {name: len(run) for name, run in runs.items()}
     assert all(run.shape[1:] == (len(records.names), 4) for run in runs.values())
     with pytest.raises(SystemExit, match="other sizes"):
-        forest.unpack(forest.RECORDS, forest.FULL)
+        forest.records.unpack(forest.records.RECORDS, forest.config.FULL)
 
 
 # ---- NAS-Bench-201 --------------------------------------------------------------------------------------------------
 
 
-def load_nas_bench_201():
+def needs_nas_bench_201():
     if not (Path(os.environ.get("METAOPT_DATA", "absent")) / "cifar10_sub32.npz").is_file():
         pytest.skip("needs the images and tables that METAOPT_DATA names")
-    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
-    try:
-        return importlib.import_module("nas_bench_201")
-    finally:
-        sys.path.pop(0)
 
 
 @pytest.mark.slow
 def test_nas_bench_201_smoke(tmp_path):
-    load_nas_bench_201()  # skips
-    printed = run("experiments/nas_bench_201.py", "--smoke", "--out", tmp_path, JAX_ENABLE_X64="0")
+    needs_nas_bench_201()  # skips
+    printed = run("experiments/architecture/nas_bench_201", "--smoke", "--out", tmp_path, JAX_ENABLE_X64="0")
     rows = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in printed.splitlines()}
     assert rows["the cell 9930"][1:4] == ["94.36", "73.51", "46.34"]
     assert rows["the best cell of each task, by its test"][1:4] == ["94.37", "73.51", "47.31"]
@@ -403,10 +427,10 @@ def test_nas_bench_201_smoke(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_path):
-    script = load_nas_bench_201()
-    config = script.SMOKE._replace(num_steps=8, num_epochs=4)
-    task, valid = script.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
-    search, optimizer, each = script.searches(config)["GDAS"]
+    needs_nas_bench_201()
+    config = nas_bench_201.config.SMOKE._replace(num_steps=8, num_epochs=4)
+    task, valid = nas_bench_201.searches.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
+    search, optimizer, each = nas_bench_201.searches.searches(config)["GDAS"]
     rows = []
 
     def row_of(weights):
@@ -418,7 +442,9 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
             os.kill(os.getpid(), signal.SIGINT)
         return row_of(weights)
 
-    of = lambda folder, row: script.run_search(search, optimizer, each, task, valid, config, 0, tmp_path / folder, row)
+    of = lambda folder, row: nas_bench_201.searches.run_search(
+        search, optimizer, each, task, valid, config, 0, tmp_path / folder, row
+    )
     whole = of("whole", row_of)
     assert len(whole["rows"]) == 4 and abs(rows[0] - rows[3]).max() > 0.1
     rows.clear()
@@ -434,7 +460,7 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
 @pytest.mark.once
 def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     """GDAS's supernet runs the strongest op alone: here "none" everywhere, by which all images are one class."""
-    script = load_nas_bench_201()
+    needs_nas_bench_201()
     network = nas.nas_bench_201_space(4, channels=2, cells_per_stage=1)
     network = network._replace(layers=network.layers[:2])
     search = nas.gdas(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS, num_steps=6)
@@ -445,16 +471,16 @@ def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     y = jax.jit(mixture)(params, search.weights(alpha), x).argmax(-1)
     state = SimpleNamespace(estimator_state=SimpleNamespace(inner=SimpleNamespace(params=params)))
     result = SimpleNamespace(state=state, hyperparams=alpha)
-    found = script.supernet_accuracies(search, result, {"x": x}, {"x": x, "y": y})
+    found = nas_bench_201.searches.supernet_accuracies(search, result, {"x": x}, {"x": x, "y": y})
     assert found["mixed"] > 0.95 and found["inherited"] < 0.5
 
 
 def test_the_page_of_nas_bench_201_tells_the_gaps_of_the_runs_that_are_kept():
-    script = load_nas_bench_201()
+    needs_nas_bench_201()
     results = ROOT / "experiments" / "results"
     runs = json.loads((results / "nas_bench_201.json").read_text())["runs"]
     page = (results / "nas_bench_201.md").read_text()
-    told = "\n".join(script.gaps(runs, script.benchmarks.nas_bench_201_table(os.environ["METAOPT_DATA"])))
+    told = "\n".join(nas_bench_201.report.gaps(runs, benchmarks.nas_bench_201_table(os.environ["METAOPT_DATA"])))
     assert "1x1 convolution" in told and told in page
 
 
@@ -465,7 +491,9 @@ def test_the_page_of_nas_bench_201_tells_the_gaps_of_the_runs_that_are_kept():
 @pytest.mark.once
 def test_auto_architecture_smoke(tmp_path):
     pytest.importorskip("sklearn")
-    printed = run("experiments/auto_architecture.py", "--smoke", "--packaged", "--out", tmp_path, JAX_ENABLE_X64="0")
+    printed = run(
+        "experiments/architecture/auto_architecture", "--smoke", "--packaged", "--out", tmp_path, JAX_ENABLE_X64="0"
+    )
     details = json.loads((tmp_path / "auto_architecture_smoke.json").read_text())
     assert [result["shape"] for result in details["results"]] == ["images", "tables"]
     for result in details["results"]:
@@ -494,50 +522,57 @@ def test_auto_architecture_smoke(tmp_path):
     assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000
 
 
-def test_effects_of_ops_from_records_are_those_that_made_them(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture")
+def test_effects_of_ops_from_records_are_those_that_made_them():
     rng, sizes = np.random.default_rng(0), [3, 5, 2]
     own = [x - x.mean() for x in map(rng.normal, [0.0] * 3, [1.0] * 3, sizes)]
     codes = np.stack([rng.integers(0, n, (60, 40)) for n in sizes], -1)  # others on each task
     losses = sum(e[codes[..., i]] for i, e in enumerate(own))
     # Tasks that differ in difficulty, and in how much a choice matters.
-    found = script.effects(codes, rng.normal(size=40) * 9 + np.exp(rng.normal(size=40)) * losses, sizes)
+    found = auto_architecture.folds.effects(
+        codes, rng.normal(size=40) * 9 + np.exp(rng.normal(size=40)) * losses, sizes
+    )
     scale = losses.std(0).mean()
     assert [len(e) for e in found] == sizes
     for e, expected in zip(found, own, strict=True):
         np.testing.assert_allclose(e - e.mean(), expected / scale, atol=0.06)
 
 
-def test_the_best_fixed_architecture_is_that_of_the_smallest_mean_loss(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture")
-    chance = np.log(script.NUM_CLASSES)
+def test_the_best_fixed_architecture_is_that_of_the_smallest_mean_loss():
+    chance = np.log(auto_architecture.image_table_tasks.NUM_CLASSES)
     losses = np.array([[0.1, 0.1, 2.0], [0.2, 0.2, 0.3], [0.3, 0.3, 0.2]])  # the first is ahead on two of three
-    assert script.best_fixed(np.arange(3), losses) == 1
+    assert auto_architecture.baselines.best_fixed(np.arange(3), losses) == 1
     losses[0], losses[1, 2] = [0.1, 0.1, 1e9], chance + 0.2  # one that diverged counts as chance
-    assert script.best_fixed(np.arange(2), losses[:2]) == 0
+    assert auto_architecture.baselines.best_fixed(np.arange(2), losses[:2]) == 0
 
 
-def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture_report")
-    random, ours = script.RANDOM.format(20), np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]])
-    scores = {label: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED, script.DARTS)}
-    scores |= {label + script.LEARNED: ours.tolist() for label in (script.A_STAR, script.FINE_TUNED)}
+def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors():
+    random, ours = (
+        auto_architecture.results.RANDOM.format(20),
+        np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]]),
+    )
+    scores = {
+        label: ours.tolist()
+        for label in (
+            auto_architecture.results.A_STAR,
+            auto_architecture.results.FINE_TUNED,
+            auto_architecture.results.DARTS,
+        )
+    }
+    scores |= {
+        label + auto_architecture.results.LEARNED: ours.tolist()
+        for label in (auto_architecture.results.A_STAR, auto_architecture.results.FINE_TUNED)
+    }
     scores[random] = (ours + [[-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02]]).tolist()
     cost = dict.fromkeys(scores, 1.0)
     result = {"shape": "tables", "families": list("aabc"), "scores": scores, "runs": cost, "seconds": cost}
-    first = script.bars([result], 20).splitlines()[0]
+    first = auto_architecture.report.bars([result], 20).splitlines()[0]
     assert (
         "test log loss 0.4500 and 0.3500, difference +0.1000 [+0.1000, +0.1000], smaller on 0% and larger on" in first
     )
     assert "test error 20.00% and 22.00%, difference -2.00% [-2.00%, -2.00%], smaller on 100% and larger on 0%" in first
 
 
-def test_what_h_reads_is_counted_whole_and_only_where_it_is_read(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture_results")
+def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
     seconds = {
         "training run": 0.01,
         "look": 0.06,
@@ -546,29 +581,52 @@ def test_what_h_reads_is_counted_whole_and_only_where_it_is_read(monkeypatch):
         "DARTS": {"first": 2.0, "exact": 6.0},
     }
     costs = {"operations": {"alternation": {"first": 0.5, "exact": 0.9}, "fine-tuning": 0.25}, "seconds": seconds}
-    labels = [script.A_STAR, script.FINE_TUNED, script.RECORDS, script.BOTH, script.DARTS, script.RANDOM.format(5)]
+    labels = [
+        auto_architecture.results.A_STAR,
+        auto_architecture.results.FINE_TUNED,
+        auto_architecture.results.RECORDS,
+        auto_architecture.results.BOTH,
+        auto_architecture.results.DARTS,
+        auto_architecture.results.RANDOM.format(5),
+    ]
     config = types.SimpleNamespace(fine_tune_steps=4, darts_steps=10, trials=(5,), evolution=3)
-    read = lambda trust, orders=("first", "first"): script.prices(labels, costs, trust, [1, 3], orders, config)
+    read = lambda trust, orders=("first", "first"): auto_architecture.results.prices(
+        labels, costs, trust, [1, 3], orders, config
+    )
     runs, clock = read([0.0, 1.0])  # three of four tasks are read: 6 of 8 training runs
-    assert runs[script.A_STAR] == runs[script.BOTH] == pytest.approx(7) and clock[script.A_STAR] == pytest.approx(0.07)
-    assert runs[script.FINE_TUNED] == pytest.approx(8) and clock[script.FINE_TUNED] == pytest.approx(0.57)
-    assert runs[script.DARTS] == 6 and clock[script.DARTS] == pytest.approx(2.01) and runs[script.RECORDS] == 1
+    assert runs[auto_architecture.results.A_STAR] == runs[auto_architecture.results.BOTH] == pytest.approx(7) and clock[
+        auto_architecture.results.A_STAR
+    ] == pytest.approx(0.07)
+    assert runs[auto_architecture.results.FINE_TUNED] == pytest.approx(8) and clock[
+        auto_architecture.results.FINE_TUNED
+    ] == pytest.approx(0.57)
+    assert (
+        runs[auto_architecture.results.DARTS] == 6
+        and clock[auto_architecture.results.DARTS] == pytest.approx(2.01)
+        and runs[auto_architecture.results.RECORDS] == 1
+    )
     runs, clock = read([0.0, 0.0])
-    assert runs[script.A_STAR] == 1 and clock[script.A_STAR] == 0.01 and runs[script.FINE_TUNED] == 2
-    assert runs[script.RANDOM.format(5)] == 5 and clock[script.RANDOM.format(5)] == pytest.approx(0.05)
+    assert (
+        runs[auto_architecture.results.A_STAR] == 1
+        and clock[auto_architecture.results.A_STAR] == 0.01
+        and runs[auto_architecture.results.FINE_TUNED] == 2
+    )
+    assert runs[auto_architecture.results.RANDOM.format(5)] == 5 and clock[
+        auto_architecture.results.RANDOM.format(5)
+    ] == pytest.approx(0.05)
     runs, clock = read([0.0, 0.0], ("first", "exact"))  # three of four tasks by the dearer order
-    assert runs[script.DARTS] == pytest.approx(9) and clock[script.DARTS] == pytest.approx(5.01)
+    assert runs[auto_architecture.results.DARTS] == pytest.approx(9) and clock[
+        auto_architecture.results.DARTS
+    ] == pytest.approx(5.01)
 
 
-def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture_reading")
+def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task():
     rng, folds = np.random.default_rng(0), np.repeat([0, 1, 2], 200)
     of_fold = np.array([-1.0, 0.5, 3.0])[folds]
     values = (of_fold + 0.1 * rng.normal(size=600))[:, None]
     noise = 1e-3 * rng.normal(size=600)
     x = np.stack([0.2 * of_fold + noise, 0.2 * of_fold, noise - 0.02 * values[:, 0], np.zeros(600)], 1)
-    found = script.correlation(x, values, folds)
+    found = auto_architecture.reading.correlation(x, values, folds)
     # The first two follow the fold alone; the third follows the task.
     assert np.corrcoef(x[:, 0], values[:, 0])[0, 1] > 0.99 and abs(found[0, 0]) < 0.1
     assert found[1, 0] == found[3, 0] == 0 and found[2, 0] == pytest.approx(-0.9, abs=0.05)
@@ -585,23 +643,23 @@ def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task(monkeypatch):
         "features": ["ink"],
         "families": [f"family {i // 50}" for i in range(600)],
         "architectures": {"a*": [f"architecture {f}" for f in folds]},
-        "scores": dict.fromkeys((script.A_STAR, script.IGNORANT), np.zeros((600, 2))),
+        "scores": dict.fromkeys(
+            (auto_architecture.results.A_STAR, auto_architecture.results.IGNORANT), np.zeros((600, 2))
+        ),
     }
-    told = script.what_h_reads(result)
+    told = auto_architecture.reading.what_h_reads(result)
     assert "100% of the variance" in told and "In the 2 of 3 folds that trust what it reads (400 tasks)" in told
     assert "another than the fold's most frequent one on 0 tasks" in told and "No choice varies there" in told
     moved = weights + 0.01 * np.array([1, -1]) * (values - of_fold[:, None])[:, None]
     own = [f"architecture {f} {i % 200 < 30}" for i, f in enumerate(folds)]
-    told = script.what_h_reads(result | {"weights": {"body": moved}, "architectures": {"a*": own}})
+    told = auto_architecture.reading.what_h_reads(result | {"weights": {"body": moved}, "architectures": {"a*": own}})
     assert "one on 60 tasks" in told and "body: a with ink +1.00 (all folds pooled -1.00)" in told
-    assert "No fold trusts what h reads" in script.what_h_reads(result | {"trust": [0.0] * 3})
+    assert "No fold trusts what h reads" in auto_architecture.reading.what_h_reads(result | {"trust": [0.0] * 3})
 
 
-def test_darts_is_read_with_and_without_none(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture_darts")
-    network, _ = importlib.import_module("image_table_tasks").make_network("images")
-    darts = object.__new__(script.Darts)
+def test_darts_is_read_with_and_without_none():
+    network, _ = auto_architecture.image_table_tasks.make_network("images")
+    darts = object.__new__(auto_architecture.darts.Darts)
     darts.shape = types.SimpleNamespace(network=network)
     edges, ops = network.cells["body"].edges, network.cells["body"].edges[0].ops
     none, skip, conv = map(ops.index, ("none", "skip", "conv 3"))
@@ -614,15 +672,19 @@ def test_darts_is_read_with_and_without_none(monkeypatch):
     alpha["last"][:, 0, 2] = 1.0
     every = [0, *[conv] * len(edges), 2]
     place = lambda code, edge, op: [op if i == 1 + edge else c for i, c in enumerate(code)]
-    assert darts.read(alpha, script.NONE_COUNTS).tolist() == [place(every, 0, none), place(every, into[1], skip)]
-    assert darts.read(alpha, script.NONE_LEFT_OUT).tolist() == [every, place(every, into[1], skip)]
+    assert darts.read(alpha, auto_architecture.darts.NONE_COUNTS).tolist() == [
+        place(every, 0, none),
+        place(every, into[1], skip),
+    ]
+    assert darts.read(alpha, auto_architecture.darts.NONE_LEFT_OUT).tolist() == [every, place(every, into[1], skip)]
     # Of equal ones the first.
-    assert darts.read(alpha, script.TWO_EDGES).tolist() == [place(every, into[2], none), place(every, into[1], none)]
+    assert darts.read(alpha, auto_architecture.darts.TWO_EDGES).tolist() == [
+        place(every, into[2], none),
+        place(every, into[1], none),
+    ]
 
 
-def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    results, script = map(importlib.import_module, ("auto_architecture_results", "auto_architecture_report"))
+def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
     found = lambda losses, test: {
         "rates": [0.1, 1.0],
         "losses": {"none counts": losses[:2], "none left out": losses[2:]},
@@ -632,16 +694,20 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
         "architectures": {"none counts": ["a, none"], "none left out": ["a, b"]},
     }
     darts = {"first": found([0.3, 0.4, 0.5, 0.25], 0.2), "second": found([0.5, 0.6, 0.7, 0.8], 0.1)}
-    assert results.best_variant(darts) == ("first", "none left out", 1.0)
+    assert auto_architecture.results.best_variant(darts) == ("first", "none left out", 1.0)
 
-    scores = {label: [[0.25, 0.1]] for label in (results.A_STAR, results.FINE_TUNED)}
-    scores |= {label + results.LEARNED: [[0.25, 0.1]] for label in scores} | {results.DARTS: [[9.0, 1.0]]}
+    scores = {
+        label: [[0.25, 0.1]] for label in (auto_architecture.results.A_STAR, auto_architecture.results.FINE_TUNED)
+    }
+    scores |= {label + auto_architecture.results.LEARNED: [[0.25, 0.1]] for label in scores} | {
+        auto_architecture.results.DARTS: [[9.0, 1.0]]
+    }
     part = dict.fromkeys(
         ("shape", "features", "ops", "space", "num_folds", "trust", "left_out", "tuned_on", "history"), 0
     )
     part |= {"tasks": ["t"], "families": ["f"], "values": [[0]], "weights": {}, "architectures": {}, "scores": scores}
-    part |= {"supernets": {results.FINE_TUNED: [[[0.2, 0.1], [0.3, 0.2]]]}}
-    part |= {"rates": {results.FINE_TUNED: 0.2}, "darts": darts}
+    part |= {"supernets": {auto_architecture.results.FINE_TUNED: [[[0.2, 0.1], [0.3, 0.2]]]}}
+    part |= {"rates": {auto_architecture.results.FINE_TUNED: 0.2}, "darts": darts}
     seconds = {
         "training run": 1.0,
         "look": 0.0,
@@ -651,17 +717,22 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
     }
     costs = {"operations": {"fine-tuning": 0.5, "alternation": {"first": 0.5, "second": 1.0}}, "seconds": seconds}
     config = types.SimpleNamespace(fine_tune_steps=2, darts_steps=10, trials=(5,), evolution=3)
-    result = results.joined([part], costs, np.full((4, 6, 3), 0.5), config)
-    assert result["scores"][results.DARTS] == [[pytest.approx(0.3), 0.2]]  # not what an older part has
-    assert result["runs"][results.DARTS] == 6 and result["runs"][results.FINE_TUNED] == 2
+    result = auto_architecture.results.joined([part], costs, np.full((4, 6, 3), 0.5), config)
+    assert result["scores"][auto_architecture.results.DARTS] == [
+        [pytest.approx(0.3), 0.2]
+    ]  # not what an older part has
+    assert (
+        result["runs"][auto_architecture.results.DARTS] == 6
+        and result["runs"][auto_architecture.results.FINE_TUNED] == 2
+    )
     assert result["random"] == {"error": 0.5, "networks": 4, "tasks": 6}
-    text = script.darts_text([result | {"shape": "tables"}])
+    text = auto_architecture.report.darts_text([result | {"shape": "tables"}])
     assert "| second order, none counts | 0.1000 | 10.00% | 1 | tables 0.1 | 11.0 | +0.1500" in text
     chosen, after = text.split("**")[-1].split("Against ")[1:]
     assert "log loss better, -0.0500 [-0.0500, -0.0500], at 0.33 of its cost: missed" in chosen
     assert "(second order, none counts)" in after and "log loss worse, +0.1500" in after
     # The gap of the variant that is chosen; alone it makes .3 and 20 % of errors.
-    text = script.gaps_text([result | {"shape": "tables"}])
+    text = auto_architecture.report.gaps_text([result | {"shape": "tables"}])
     row = (
         "| DARTS on each task, tables | test log loss | 0.2000 | 1.7000 | 0.3000 | +1.5000 [+1.5000, +1.5000] | +0.1000"
     )
@@ -670,20 +741,20 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told(monkeypat
     for variant in darts.values():
         del variant["supernets"]
     older = {name: value for name, value in part.items() if name != "supernets"}
-    older = results.joined([older], costs, np.full((4, 6, 3), 0.5), config)
-    text = script.gaps_text([older | {"shape": "tables"}])
+    older = auto_architecture.results.joined([older], costs, np.full((4, 6, 3), 0.5), config)
+    text = auto_architecture.report.gaps_text([older | {"shape": "tables"}])
     assert "Not kept in parts of earlier code: DARTS on each task, tables; a* fine-tuned, tables." in text
     groups = [np.arange(3), np.arange(3, 6)]
-    assert script.verdict(np.full(6, -0.1), groups, 0.2).endswith("at 0.20 of its cost: reached")
-    assert script.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")
+    assert auto_architecture.report.verdict(np.full(6, -0.1), groups, 0.2).endswith("at 0.20 of its cost: reached")
+    assert auto_architecture.report.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")
 
 
-def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture")
+def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_path):
     file, calls = tmp_path / "parts.json", []
     make = lambda value: lambda: calls.append(value) or {"scores": [value]}
-    kept = lambda seed=0, code="a", **more: script.Kept(file, {"seed": seed, "trials": (5, 20)}, code, **more)
+    kept = lambda seed=0, code="a", **more: auto_architecture.kept.Kept(
+        file, {"seed": seed, "trials": (5, 20)}, code, **more
+    )
     first = kept()
     assert not any(first.before) and first.get("images, fold 0", 7, make(1)) == {"scores": [1]}
     again = kept()  # after a kill
@@ -696,11 +767,11 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     assert {"images, fold 1", "images, fold 3", "tables, fold 3"} < set(kept().parts)
     assert kept().before == other.before and other.before[0] > one.before[0] > again.before[0]
     mixed = tmp_path / "mixed.json"  # two that began before there was a file
-    one, other = (script.Kept(mixed, {"seed": seed}, "a") for seed in (0, 1))
+    one, other = (auto_architecture.kept.Kept(mixed, {"seed": seed}, "a") for seed in (0, 1))
     one.get("images, fold 0", 7, lambda: {})
     with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
         other.get("images, fold 1", 7, lambda: {})
-    assert set(script.Kept(mixed, {"seed": 0}, "a").parts) == {"images, fold 0"}
+    assert set(auto_architecture.kept.Kept(mixed, {"seed": 0}, "a").parts) == {"images, fold 0"}
     with pytest.raises(SystemExit, match="holds 'images, fold 1' of other data"):
         kept().get("images, fold 1", 8, make(4))
     with pytest.raises(SystemExit, match="holds parts of a run with other settings"):
@@ -716,26 +787,13 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
 
 
 @pytest.mark.once
-def test_a_shape_that_fails_is_told_whenever_it_ends(tmp_path, monkeypatch, capfd):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("auto_architecture")
-    file, cores = tmp_path / "parts.json", [0, 0]
-    if hasattr(os, "sched_getaffinity"):
-        cores = 2 * sorted(os.sched_getaffinity(0))[:1]
-    script.Kept(file, {"seed": 1}, "a").get("images, fold 0", 7, lambda: {})
-    message = "images ended with exit code 1, tables ended with exit code 1. What is finished is kept"
-    with pytest.raises(SystemExit, match=message):
-        script.side_by_side(("images", "tables"), cores, str(tmp_path), (), (file, {"seed": 0}, "a"))
-    assert capfd.readouterr().err.count("holds parts of a run with other settings") == 2
-
-
-@pytest.mark.once
 def test_a_shape_that_fails_takes_nothing_from_one_that_ends_later(tmp_path):
     """Two processes at once, of which one fails while the other has still to keep what it finishes."""
     (tmp_path / "two.py").write_text(f"""
 import os, sys, time
-sys.path.insert(0, {str(ROOT / "experiments")!r})
-import auto_architecture as script
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from experiments.architecture.auto_architecture import main as script
 
 
 def run_shape(name, seconds, say, kept):
@@ -748,7 +806,7 @@ def run_shape(name, seconds, say, kept):
 
 script.run_shape = run_shape
 if __name__ == "__main__":
-    folder = script.Path({str(tmp_path)!r})
+    folder = Path({str(tmp_path)!r})
     cores = [min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0] * 2
     script.side_by_side(("images", "tables"), cores, str(folder), (2.0,), (folder / "parts.json", {{}}, "a"))
 """)
@@ -760,8 +818,6 @@ if __name__ == "__main__":
 
 
 def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("script")
     file, library = tmp_path / "a.py", tmp_path / "library" / "room"
     library.mkdir(parents=True)
     monkeypatch.setattr(script.metaopt, "__file__", str(library.parent / "__init__.py"))
@@ -771,15 +827,13 @@ def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, 
     assert script.code(str(file)) not in digests
 
 
-def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm(monkeypatch):
+def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm():
     stats = pytest.importorskip("scipy.stats")
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    curves = importlib.import_module("learning_curves")
-    rng, at = np.random.default_rng(0), curves.BUDGETS.index
-    ours, bohb = rng.uniform(0.3, 0.6, (2, 30, len(curves.BUDGETS)))
+    rng, at = np.random.default_rng(0), learning_curves.BUDGETS.index
+    ours, bohb = rng.uniform(0.3, 0.6, (2, 30, len(learning_curves.BUDGETS)))
     ours[:, at(1.0)] += 0.1
     ours[:, at(2.0)] -= 0.05
-    text = curves.against_bohb({"metaopt": ours, "BOHB": bohb}, np.arange(30))
+    text = learning_curves.against_bohb({"metaopt": ours, "BOHB": bohb}, np.arange(30))
     p = [stats.wilcoxon(ours[:, at(b)] - bohb[:, at(20.0)], method="approx").pvalue for b in (1.0, 2.0, 5.0)]
     assert p[0] < p[1] < p[2]
     for b, value in ((1, 3 * p[0]), (2, max(3 * p[0], 2 * p[1])), (5, max(2 * p[1], p[2]))):
@@ -792,19 +846,18 @@ def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm(monkeypatch
     # Twins say nothing new.
     width = lambda text: float(np.ptp([float(v) for v in re.search(r"after 5 .*?\[(.*?), (.*?)\]", text).groups()]))
     twins = {"metaopt": np.tile(ours, (9, 1)), "BOHB": np.tile(bohb, (9, 1))}
-    assert abs(width(curves.against_bohb(twins, np.tile(np.arange(30), 9))) / width(text) - 1) < 0.1
-    assert width(curves.against_bohb(twins, np.arange(270))) < 0.5 * width(text)
+    assert abs(width(learning_curves.against_bohb(twins, np.tile(np.arange(30), 9))) / width(text) - 1) < 0.1
+    assert width(learning_curves.against_bohb(twins, np.arange(270))) < 0.5 * width(text)
     for shift, word in ((0.2, "missed"), (-0.2, "reached")):
         moved = ours.copy()
         moved[:, at(5.0)] = bohb[:, at(20.0)] + shift
         assert f"it is {word}, {moved[:, at(5.0)].mean():.4f} after 5 against {bohb[:, at(20.0)].mean():.4f}." in (
-            curves.against_bohb({"metaopt": moved, "BOHB": bohb}, np.arange(30))
+            learning_curves.against_bohb({"metaopt": moved, "BOHB": bohb}, np.arange(30))
         )
 
 
 def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script, file = importlib.import_module("script"), tmp_path / "a.py"
+    file = tmp_path / "a.py"
     monkeypatch.setattr(script.metaopt, "__file__", str(tmp_path / "library" / "__init__.py"))
     folders = []
     for text in ("1", "2", "1"):
@@ -821,16 +874,7 @@ def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, ca
 # ---- HPO-B -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hpob():
-    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
-    try:
-        yield importlib.import_module("hpob")
-    finally:
-        sys.path.pop(0)
-
-
-def test_hpob_s_protocol_begins_with_the_given_ones_and_never_tries_one_twice(hpob):
+def test_hpob_s_protocol_begins_with_the_given_ones_and_never_tries_one_twice():
     x, y = np.arange(6.0)[:, None], np.array([0.5, 0.9, 0.6, 0.7, 0.5, 0.65])
     shown = []
 
@@ -846,7 +890,7 @@ def test_hpob_s_protocol_begins_with_the_given_ones_and_never_tries_one_twice(hp
 
 
 @pytest.mark.once
-def test_metaopt_joins_hpob_from_its_tables(hpob, tmp_path):
+def test_metaopt_joins_hpob_from_its_tables(tmp_path):
     """Two earlier data sets say that accuracy falls with the distance from (.2, .8): candidates near it come first."""
     rng = np.random.default_rng(0)
     x = rng.random((3, 40, 2)).round(3)
@@ -886,19 +930,17 @@ def check_sentence(page, sentence, *parts):
         assert part in sentence
 
 
-def test_pages_of_few_shot_learning_say_what_is_short_of_the_aims(monkeypatch):
+def test_pages_of_few_shot_learning_say_what_is_short_of_the_aims():
     """By the scripts' own functions, of the numbers that the committed tables have."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    omniglot, small, people = map(importlib.import_module, ("omniglot", "small_meta_dataset", "personalization"))
 
     cells = cells_of("small_meta_dataset.md", "| method")
     against = {name: tuple(of.pop("against pixel prototypes")) for name, of in cells.items()}
     means = {name: {s: x[0] for s, x in of.items() if s != "average rank"} for name, of in cells.items()}
-    sentence = small.missed(means, against)
+    sentence = small_meta_dataset.report.missed(means, against)
     check_sentence(
         "small_meta_dataset.md", sentence, "ANIL (signdigits, spoken_digits)", "of: Meta-SGD, a rate a leaf; BOIL."
     )
-    assert "; MAML (" not in sentence and small.UNTRAINED not in sentence
+    assert "; MAML (" not in sentence and small_meta_dataset.methods.UNTRAINED not in sentence
 
     for page, parts in {
         "omniglot.md": (
@@ -917,35 +959,37 @@ def test_pages_of_few_shot_learning_say_what_is_short_of_the_aims(monkeypatch):
             }
         settings = next(iter(rows.values()))
         means = {s: {name: of[s][0] for name, of in rows.items() if of[s]} for s in settings}
-        check_sentence(page, omniglot.missed(means, ["MAML, batch"]), *parts)
+        check_sentence(page, omniglot.report.missed(means, ["MAML, batch"]), *parts)
 
     rows = cells_of("personalization.md", "|  | first 5")
     shots = {int(column.split()[1]): column for column in rows["the last value"]}
     means = {k: {name: of[column][0] for name, of in rows.items()} for k, column in shots.items()}
     against = {k: {n: tuple(of[c][2:]) for n, of in rows.items() if of[c][1:]} for k, c in shots.items()}
-    sentence = people.parkinson_missed(means, against)
+    sentence = personalization.parkinson_missed(means, against)
     check_sentence(
         "personalization.md", sentence, "Meta-SGD, a rate a leaf (5); ridge head (R2D2) (5).", "MAML (5, 20)"
     )
     assert sentence.endswith("MAML (5, 10, 20); FOMAML (5, 10, 20); ANIL (5, 10, 20); ridge head (R2D2) (5, 10).")
     rows = cells_of("personalization.md", "|  | cleveland")
     means = {
-        n: {h: x[0] for h, x in of.items() if h in people.HOSPITAL_BARS} for n, of in rows.items() if "publ" not in n
+        n: {h: x[0] for h, x in of.items() if h in personalization.HOSPITAL_BARS}
+        for n, of in rows.items()
+        if "publ" not in n
     }
     parts = "Not above it: one network for all (switzerland); Meta-SGD, a rate a leaf (switzerland, va)."
-    check_sentence("personalization.md", people.hospital_missed(means), parts)
+    check_sentence("personalization.md", personalization.hospital_missed(means), parts)
 
 
-def test_trainings_of_omniglot_are_joined_after_the_steps_of_each(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    script = importlib.import_module("omniglot")
+def test_trainings_of_omniglot_are_joined_after_the_steps_of_each():
     rng = np.random.default_rng(0)
-    scores = {f"MAML{script.SEED}{i}": {"omniglot": rng.random((6, steps))} for i, steps in enumerate((3, 5))}
+    scores = {
+        f"MAML{omniglot.evaluation.SEED}{i}": {"omniglot": rng.random((6, steps))} for i, steps in enumerate((3, 5))
+    }
     ways = {"omniglot": np.full(6, 5)}
     of = evaluation.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), True)
-    whole = script.joined({"5w1s": of})["5w1s"]
+    whole = omniglot.evaluation.joined({"5w1s": of})["5w1s"]
     last = [each["omniglot"][:, -1] for each in scores.values()]
     np.testing.assert_allclose(whole.scores["MAML"]["omniglot"][:, 0], np.mean(last, 0), rtol=1e-12)
     three = of._replace(scores={name: {"omniglot": x["omniglot"][:, :3]} for name, x in scores.items()})
-    over_steps = script.joined({"5w1s": three}, slice(None))["5w1s"].scores["MAML"]["omniglot"]
+    over_steps = omniglot.evaluation.joined({"5w1s": three}, slice(None))["5w1s"].scores["MAML"]["omniglot"]
     np.testing.assert_allclose(over_steps, np.mean([x["omniglot"][:, :3] for x in scores.values()], 0), rtol=1e-12)

@@ -288,9 +288,8 @@ def main(tick):
 
 
 def test_a_script_reports_its_place_in_a_log(capsys, always, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.setattr(sys, "argv", ["job.py"])
-    script = importlib.import_module("script")
+    script = importlib.import_module("experiments.script")
     job = {}
     exec(compile(JOB, str(ROOT / "experiments" / "job.py"), "exec"), job)
     script.run(lambda: job["main"](always))

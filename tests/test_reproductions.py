@@ -1,6 +1,6 @@
 """The reproductions run from end to end, in a process of their own; those whose data are absent are skipped."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -29,8 +29,12 @@ SCRIPTS = {
 MOVES = {"shift": 2.0, "rotation": 20.0, "scale": 0.2, "shear": 0.4, "brightness": 0.1}
 
 
+# Name -> the script, or the folder that runs as a script.
+SCRIPT_OF = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "experiments").glob("*/*")}
+
+
 def run(name, *arguments, **environment):
-    command = [sys.executable, "-W", "ignore", f"experiments/{name}.py", *map(str, arguments)]
+    command = [sys.executable, "-W", "ignore", SCRIPT_OF[name], *map(str, arguments)]
     # Small programs: most of the time would go into the compiler's optimizations.
     environment = {**os.environ, "JAX_ENABLE_X64": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -61,18 +65,14 @@ def test_smoke_prints_a_table_and_writes_nothing(name, tmp_path):
 
 
 def load(name):
-    sys.path.insert(0, str(ROOT / "experiments"))  # for `script`
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
+    return importlib.import_module(f"experiments.{name}")
 
 
 def test_record_tables_end_where_the_searcher_tries_other_trials():
     """The smoke run compares them by running both."""
-    check = load("record_tables").check_same_trials
+    check = load("blackbox.record_tables.searches").check_same_trials
     check("a", [3, 1], [3, 1, 2])
-    with pytest.raises(RuntimeError, match=r"a: the searcher of `methods` tries \[3, 2\], and .*, \[3, 1\]"):
+    with pytest.raises(RuntimeError, match=r"a: the searcher of `blackbox` tries \[3, 2\], and .*, \[3, 1\]"):
         check("a", [3, 2], [3, 1, 2])
 
 
@@ -191,11 +191,8 @@ def test_augmentation(tmp_path):
 
 
 @pytest.mark.once
-def test_augmentation_moves_images_as_its_strengths_say(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    spec = importlib.util.spec_from_file_location("augmentation", ROOT / "experiments" / "augmentation.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_augmentation_moves_images_as_its_strengths_say():
+    script = load("hyperparameters.augmentation")
     none, key = dict.fromkeys(script.STRENGTHS, 0.0), jax.random.key(0)
     image = np.zeros((14, 14))
     image[5:9, 4:10] = np.random.default_rng(0).uniform(0.2, 1, (4, 6))
@@ -255,12 +252,8 @@ def test_self_tuning(tmp_path):
 # ---- Architectures from tables --------------------------------------------------------------------------------------
 
 
-def load_architecture_tables():
-    return load("architecture_tables")
-
-
 def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):
-    tables = load_architecture_tables()
+    tables = load("architecture.architecture_tables.choices")
     file = tmp_path / "kept.json"
     tables.Kept(file, "a").add("first", {"found": {}})
     again = tables.Kept(file, "a")
@@ -274,7 +267,7 @@ def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):
 
 
 def test_outcomes_of_several_keys_and_of_ties_are_put_together():
-    tables = load_architecture_tables()
+    tables, report = (load(f"architecture.architecture_tables.{name}") for name in ("choices", "report"))
     # Two tasks, three architectures; validation cannot tell the first two of the first task apart.
     valid, test = [np.array([1.0, 1, 3]), np.array([3.0, 2, 1])], [np.array([4.0, 2, 9]), np.array([3.0, 2, 1])]
 
@@ -298,18 +291,18 @@ def test_outcomes_of_several_keys_and_of_ties_are_put_together():
     np.testing.assert_allclose(lost["h, no trial"], [[2.0, 1.0], [2.0, 1.0]])
     np.testing.assert_allclose(lost["all by validation"], [[0.0, 0.0]])
     assert alone.shape == (2, 2, 2) and effects["h"].shape == (4, 2) and effects["h by digits"].shape == (2, 2)
-    (told, _) = tables.about_ties(["cora", "cs"], ties)
+    (told, _) = report.about_ties(["cora", "cs"], ties)
     assert "(cora: 2 configurations, of percentiles 0.500 to 1.000)" in told
     assert "its mean over tasks is 0.750 to 1.000 (0.875 on average)" in told
-    assert tables.about_ties(["cora", "cs"], [ties[1], ties[1]]) == []
+    assert report.about_ties(["cora", "cs"], [ties[1], ties[1]]) == []
 
     name = "NAS-Bench-Graph"
-    page = tables.report({name: (["cora", "cs"], tables.Outcomes(found, lost, alone, {}, ties))}, {}, 2, num_keys=2)
+    page = report.report({name: (["cora", "cs"], tables.Outcomes(found, lost, alone, {}, ties))}, {}, 2, num_keys=2)
     assert "| h, no trial | 0.700 ± 0.283 | 0.70 | 0.70 | 1 of 2 | 0.92 missed; reached by 0 of 2 keys |" in page
     assert "| best of the other tasks | 0.550 | 0.50 | 0.60 |  |  |" in page
     assert "trained with 2 keys" in page and "with these tables in view" in page and "0.400 ± 0.231" in page
     alone = tables.Outcomes({"best of the other tasks": np.array([[0.5, 0.6]])}, {}, alone[:1], {}, ties)
-    assert "trained with one key" in tables.report({name: (["cora", "cs"], alone)}, {}, 2)
+    assert "trained with one key" in report.report({name: (["cora", "cs"], alone)}, {}, 2)
 
 
 @pytest.mark.slow
@@ -326,9 +319,8 @@ def test_smoke_of_searches_within_budgets(tmp_path):
         assert max(costs) <= float(budget.replace(",", "")) and 0 < found < 100 and 0 < shared < 100
 
 
-def test_regret_against_seconds_counts_what_has_ended(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    regret = importlib.import_module("architecture_regret")
+def test_regret_against_seconds_counts_what_has_ended():
+    regret = load("architecture.architecture_regret")
     # Two fidelities; three architectures; validation prefers the last, testing the first.
     valid = np.array([[[5.0, 3.0]], [[1.0, 4.0]], [[2.0, 2.0]]])
     table = SimpleNamespace(

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, few_shot, hypergrad, inner, tasks
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "anil.md"
@@ -113,11 +114,11 @@ def programs(model, num_steps: int) -> dict[str, Callable]:
 
 def rows_of(name: str, model, num_steps: int, repetitions: int) -> tuple[list[list[str]], list[str]]:
     """Returns the printed rows, and the gradients that disagree."""
-    params, calls, found, gradients = model[0], {}, {}, {}
+    params, calls, hypergradients, gradients = model[0], {}, {}, {}
     for program, gradient in programs(model, num_steps).items():
         start = time.process_time()
         compiled = jax.jit(gradient).lower(params).compile()
-        found[program] = temporary_mib(compiled), time.process_time() - start
+        hypergradients[program] = temporary_mib(compiled), time.process_time() - start
         gradients[program] = jax.device_get(compiled(params))
         calls[program] = lambda compiled=compiled: jax.block_until_ready(compiled(params))
     timed = lambda clock: {name: 1e3 * s for name, s in medians(calls, repetitions, clock=clock, twice=True).items()}
@@ -126,7 +127,7 @@ def rows_of(name: str, model, num_steps: int, repetitions: int) -> tuple[list[li
     rows = [
         [name, str(num_steps), program, f"{ms[program]:.2f}", f"{system[program]:.2f}"]
         + [f"{ms[program] / ms[BY_HAND]:.2f}", f"{memory:.1f}", f"{seconds:.1f}", f"{errors[program]:.0e}"]
-        for program, (memory, seconds) in found.items()
+        for program, (memory, seconds) in hypergradients.items()
     ]
     return rows, [f"{name}, {num_steps} steps, {p}: {e:.1e}" for p, e in errors.items() if not e <= TOLERANCE]
 
@@ -150,7 +151,7 @@ def main() -> None:
     text = "\n".join([text, table(HEADER, printed), "", end])
     print(text)
     if not options.smoke:
-        RESULT.write_text(f"# What ANIL costs\n\n{text}\n")
+        pages.write(RESULT, "The cost of ANIL", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

@@ -23,6 +23,7 @@ import numpy as np
 from timing import circumstances, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, hypergrad, inner, nas
 
 RESULT = Path(__file__).resolve().parents[2] / "experiments" / "results" / "architecture.md"
@@ -107,21 +108,21 @@ def cost(smoke: bool, repetitions: int) -> list[list[str]]:
     """Returns rows: the time and the operations of an estimate divided by those of a plain step."""
     case = small_case(smoke)
     task = case.task()
-    of = lambda method, **options: estimate(case.search(method, **options), task)
+    program_of = lambda method, **options: estimate(case.search(method, **options), task)
     first = case.search(nas.darts, order="first")
     lengths = (2,) if smoke else (4, 16)
     programs = {
         "plain": plain(first, task),
         "first": estimate(first, task),
-        "second": of(nas.darts, order="second"),
-        "forward": of(nas.darts, order="second", difference="forward"),
-        "exact": of(nas.darts, order="exact"),
-        "gdas": of(nas.gdas, num_steps=100),
-        "partial": of(nas.pc_darts, partial=4),
+        "second": program_of(nas.darts, order="second"),
+        "forward": program_of(nas.darts, order="second", difference="forward"),
+        "exact": program_of(nas.darts, order="exact"),
+        "gdas": program_of(nas.gdas, num_steps=100),
+        "partial": program_of(nas.pc_darts, partial=4),
     }
     unrolled = [(num, remat) for num in lengths for remat in ("none", "step", "sqrt")]
     for num, remat in unrolled:
-        programs[f"unrolled {num} {remat}"] = of(nas.unrolled_darts, num_steps=num, remat=remat)
+        programs[f"unrolled {num} {remat}"] = program_of(nas.unrolled_darts, num_steps=num, remat=remat)
     # Twice per turn: after a larger program, the first call of a small one is slower, which would make the others look
     # better.
     calls = {name: p.call for name, p in programs.items()}
@@ -225,8 +226,8 @@ def large(smoke: bool) -> list[list[str]]:
 
 
 def row(what: str, value: float, bar: float | None, program: Program) -> list[str]:
-    told = "" if bar is None else f"{bar:g} {'reached' if value <= bar else 'missed'}"
-    return [what, f"{value:.2f}", told, f"{program.seconds:.0f}"]
+    verdict = "" if bar is None else f"{bar:g} {'reached' if value <= bar else 'missed'}"
+    return [what, f"{value:.2f}", verdict, f"{program.seconds:.0f}"]
 
 
 TITLES = {
@@ -268,28 +269,28 @@ def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
     begin, begin_wall = time.process_time(), time.perf_counter()
     header = ["", "", "at most", "compiled in, s", *(["in operations", "the peak, MiB"] if name == "cost" else [])]
     rows = table(header, PARTS[name](smoke, repetitions))
-    made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]]))
-    made += (
+    how_made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]]))
+    how_made += (
         f" {time.process_time() - begin:.0f} processor seconds in {time.perf_counter() - begin_wall:.0f}; "
         f"{'other' if before >= 0.5 else 'no other'} work ran when it began (a load of {before:.1f} on "
         f"{os.cpu_count()} cores)."
     )
-    return f"## {TITLES[name]}\n\n{rows}\n\n{made}"
+    return f"## {TITLES[name]}\n\n{rows}\n\n{how_made}"
 
 
 def sections(text: str) -> dict[str, str]:
     """Returns the parts of an earlier result, by name."""
-    found = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
-    return {name: f"## {found[title].rstrip()}" for name, title in TITLES.items() if title in found}
+    parts = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+    return {name: f"## {parts[title].rstrip()}" for name, title in TITLES.items() if title in parts}
 
 
 def page(earlier: dict[str, str], parts: dict[str, str]) -> str:
-    """Returns the whole result: the new parts, and the parts of earlier runs, which it names."""
+    """Returns the result without its title: the new parts, and the parts of earlier runs, which it names."""
     whole = {**earlier, **parts}
     names = [f'"{TITLES[name]}"' for name in TITLES if name in earlier and name not in parts]
     note = f"Of an earlier run, maybe of earlier code: {'; '.join(names)}. " if names else ""
     text = "\n\n".join(whole[name] for name in TITLES if name in whole)
-    return f"# What a step of architecture search costs\n\n{note}{ABOUT}\n\n{text}\n"
+    return f"{note}{ABOUT}\n\n{text}\n"
 
 
 def main() -> None:
@@ -304,7 +305,8 @@ def main() -> None:
         parts[name] = part(name, options.smoke, repetitions, before)
         print(parts[name], flush=True)
     if not options.smoke:
-        RESULT.write_text(page(sections(RESULT.read_text()) if RESULT.is_file() else {}, parts))
+        earlier = sections(RESULT.read_text()) if RESULT.is_file() else {}
+        pages.write(RESULT, "The cost of a step of architecture search", page(earlier, parts))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import numpy as np
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, few_shot, hypergrad, inner
 
 HERE = Path(__file__).resolve().parent
@@ -95,10 +96,10 @@ def programs(settings, params, tasks) -> dict:
     }
 
 
-def measure(made: dict, params, settings) -> tuple[dict[str, dict], dict, Callable]:
+def measure(by_name: dict, params, settings) -> tuple[dict[str, dict], dict, Callable]:
     """Returns name -> printed values; name -> gradient; a call of metaopt's program."""
     rows, calls, gradients = {}, {}, {}
-    for name, gradient in made.items():
+    for name, gradient in by_name.items():
 
         def several(params, gradient=gradient):
             body = lambda params, _: (jax.tree.map(lambda p, g: p - 1e-6 * g, params, gradient(params)), None)
@@ -137,10 +138,10 @@ def peers(settings, options, params, tasks) -> tuple[list[dict], str]:
     return answer["rows"], answer["versions"]
 
 
-def error(found, expected) -> float:
+def error(actual, expected) -> float:
     """Returns the relative error of the whole gradient: shifts before a normalization have a zero gradient."""
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-    return float(np.linalg.norm(flat(found) - flat(expected)) / np.linalg.norm(flat(expected)))
+    return float(np.linalg.norm(flat(actual) - flat(expected)) / np.linalg.norm(flat(expected)))
 
 
 def compare(settings, options) -> tuple[list[list[str]], dict[str, float], str]:
@@ -149,14 +150,14 @@ def compare(settings, options) -> tuple[list[list[str]], dict[str, float], str]:
     depth = settings.filters * ((settings.size // 2**settings.blocks) ** 2 if settings.downsampling == "pool" else 1)
     params["head"] = {"w": jax.random.normal(jax.random.key(1), (depth, WAYS)) / depth**0.5, "b": jnp.zeros(WAYS)}
     tasks = data(settings.tasks, settings.size)
-    found, gradients, call = measure(programs(settings, params, tasks), params, settings)
+    measured, gradients, call = measure(programs(settings, params, tasks), params, settings)
     expected = gradients["naive: JAX, vmap"]
-    ours = found["metaopt"]["once"]
+    ours = measured["metaopt"]["once"]
     errors = {name: error(gradient, expected) for name, gradient in gradients.items()}
     rows = [
         [name, f"{row['once']:.1f}", f"{row['scan']:.1f}" if "scan" in row else "", f"{row['once'] / ours:.2f}"]
         + [f"{row['compile']:.1f}", f"{row['memory']:.1f}", f"{errors[name]:.0e}"]
-        for name, row in found.items()
+        for name, row in measured.items()
     ]
     if not options.peers:
         return rows, errors, ""
@@ -215,7 +216,7 @@ def main() -> None:
     text = "\n".join([text, *tables, "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
-        RESULT.write_text(f"# What an outer step of MAML costs on Omniglot's network\n\n{text}\n")
+        pages.write(RESULT, "The cost of an outer step of MAML on Omniglot's network", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

@@ -95,12 +95,12 @@ def main() -> None:
         rows[name] = {"name": name}
         try:
             gradient = make(*setting, int(blocks), float(rate))
-            found = {}
+            results = {}
             for leaf, g in gradient().items():
                 _, layer, part = leaf.split("/")
                 g = g.permute(2, 3, 1, 0) if g.ndim == 4 else g
-                found.setdefault(layer, {})[part] = g.tolist()
-            rows[name]["gradient"] = found
+                results.setdefault(layer, {})[part] = g.tolist()
+            rows[name]["gradient"] = results
             calls[name] = gradient
         except Exception as error:  # a peer may fail: the table states the reason
             rows[name]["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

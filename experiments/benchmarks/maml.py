@@ -29,6 +29,7 @@ import optax
 from timing import circumstances, num_cores, table
 from turns import medians
 
+from experiments import pages
 from metaopt import few_shot, hypergrad, tasks, training
 
 HERE = Path(__file__).resolve().parent
@@ -126,9 +127,9 @@ def ours(num_steps: int, many: int, params, batch):
     return calls, gradients
 
 
-def error(found, expected) -> float:
+def error(actual, expected) -> float:
     """Returns the largest relative error of a leaf."""
-    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), found, expected)
+    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), actual, expected)
     return float(np.max(jax.tree.leaves(relative)))
 
 
@@ -154,15 +155,17 @@ def rows_of(num_steps: int, options) -> tuple[list[list[str]], list[str], str]:
     """Returns the printed rows of one number of inner steps, the gradients that disagree, and the peers' versions."""
     params = initial(options.width)
     batch = tasks.episode_batches(tasks.sinusoids(), options.tasks)(jax.random.key(1))
-    made, gradients = ours(num_steps, options.many, params, batch)
-    repeat = {(name, n): options.calls if n == 1 else 1 for name, n in made}
-    calls = {key: lambda call=call, key=key: [call() for _ in range(repeat[key])] for key, (call, _) in made.items()}
+    measured, gradients = ours(num_steps, options.many, params, batch)
+    repeat = {(name, n): options.calls if n == 1 else 1 for name, n in measured}
+    calls = {
+        key: lambda call=call, key=key: [call() for _ in range(repeat[key])] for key, (call, _) in measured.items()
+    }
     seconds = medians(calls, options.repetitions, clock=time.process_time)
-    ms = {(name, n): 1e3 * seconds[name, n] / (repeat[name, n] * n) for name, n in made}
+    ms = {(name, n): 1e3 * seconds[name, n] / (repeat[name, n] * n) for name, n in measured}
     expected = jax.device_get(gradients[BY_HAND.format(how="unrolled")])
-    errors = {name: error(jax.device_get(found), expected) for name, found in gradients.items()}
+    errors = {name: error(jax.device_get(actual), expected) for name, actual in gradients.items()}
     rows = []
-    for (name, n), (_, compile_seconds) in made.items():
+    for (name, n), (_, compile_seconds) in measured.items():
         hand = min(t for (other, m), t in ms.items() if m == n and other.startswith("by hand"))
         ratio = f"{ms[name, n] / ms['metaopt', 1]:.2f}" if n == 1 else ""
         rows.append(
@@ -176,8 +179,8 @@ def rows_of(num_steps: int, options) -> tuple[list[list[str]], list[str], str]:
             if "reason" in row:
                 rows.append([str(num_steps), f"{row['name']} ({row['reason']})", *[""] * 6])
                 continue
-            found = jax.tree.map(np.asarray, row["gradient"], is_leaf=lambda x: isinstance(x, list))
-            errors[row["name"]] = error(found, expected)
+            actual = jax.tree.map(np.asarray, row["gradient"], is_leaf=lambda x: isinstance(x, list))
+            errors[row["name"]] = error(actual, expected)
             compile_seconds = f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else ""
             rows.append(
                 [str(num_steps), row["name"], "1", f"{row['ms']:.3f}", "", f"{row['ms'] / ms['metaopt', 1]:.1f}"]
@@ -209,8 +212,7 @@ def main() -> None:
     text = "\n".join([text, table(HEADER, printed), "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(f"# What an outer step of MAML costs\n\n{text}\n")
+        pages.write(RESULT, "The cost of an outer step of MAML", f"{text}\n")
     if wrong:
         sys.exit("\n".join(["Gradients disagree:", *wrong]))
 

@@ -190,11 +190,11 @@ def main() -> None:
         try:
             call, gradient = make(setting)
             begin = time.perf_counter()
-            found = dict(zip(NAMES, gradient(), strict=True))
+            gradients = dict(zip(NAMES, gradient(), strict=True))
             if "compile" in name:
                 rows[name]["compile_seconds"] = time.perf_counter() - begin
             rows[name]["gradient"] = {
-                layer: {leaf: found[layer, leaf].tolist() for leaf in ("w", "b")} for layer in LAYERS
+                layer: {leaf: gradients[layer, leaf].tolist() for leaf in ("w", "b")} for layer in LAYERS
             }
             call()
             calls[name] = lambda call=call: [call() for _ in range(int(num_calls))]

@@ -291,8 +291,8 @@ def with_solve(num_products, method):
                 return values[-1]
 
             solver = getattr(hypertorch, method)
-            found = solver(params, decay, num_products, fixed_point_map, outer, tol=0, set_grad=False)
-            return values[0], [None, *found]
+            hypergrads = solver(params, decay, num_products, fixed_point_map, outer, tol=0, set_grad=False)
+            return values[0], [None, *hypergrads]
 
         return call
 

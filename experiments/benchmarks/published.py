@@ -290,8 +290,8 @@ def program(rule: base.Estimator) -> Callable:
     """Returns (λ, task) -> (F, dF/dλ): one outer step from the start."""
 
     def estimate(hyperparams, task):
-        found, _ = rule.estimate(hyperparams, task, rule.init(jax.random.key(0), hyperparams, task))
-        return found.value, found.hypergrad
+        result, _ = rule.estimate(hyperparams, task, rule.init(jax.random.key(0), hyperparams, task))
+        return result.value, result.hypergrad
 
     return estimate
 

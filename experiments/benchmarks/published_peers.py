@@ -90,18 +90,20 @@ def logistic(hg, example):
 
 def equilibrium(hg, example):
     d, num_steps, k = example.data, example.num_steps, example.k
-    at = {name: i for i, name in enumerate(example.names)}
+    place = {name: i for i, name in enumerate(example.names)}
 
     def dynamics(state, hyperparams):
-        a, b, c = (hyperparams[at[name]] for name in ("hp_a", "hp_b", "hp_c"))
+        a, b, c = (hyperparams[place[name]] for name in ("hp_a", "hp_b", "hp_c"))
         return [torch.tanh(state[0] @ a + d["x"] @ b + c)]
 
     def loss(state, hyperparams):
-        return F.cross_entropy(state[0] @ hyperparams[at["hp_out"]] + hyperparams[at["hp_out_bias"]], d["y"].long())
+        return F.cross_entropy(
+            state[0] @ hyperparams[place["hp_out"]] + hyperparams[place["hp_out_bias"]], d["y"].long()
+        )
 
     def rule(solver):
         def call(hyperparams):
-            start = [torch.zeros(len(d["x"]), hyperparams[at["hp_a"]].shape[0])]
+            start = [torch.zeros(len(d["x"]), hyperparams[place["hp_a"]].shape[0])]
             state = trajectory(dynamics, start, hyperparams, num_steps)[-1]
             if solver is hg.reverse_unroll:
                 solver(state, hyperparams, loss)

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from timing import circumstances, num_cores, table
 
+from experiments import pages
 from metaopt import base, blackbox, spaces
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "suggest.md"
@@ -63,14 +64,14 @@ def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -
     far = acquisition == "farthest"
     searcher, rng = g.searcher(acquisition="ei" if far else acquisition), np.random.default_rng(0)
     num_asked = 4 * num + 7 * far
-    told = [
+    records = [
         base.Record("", c, loss(c) + rng.normal() / 100, cost=1.0 + i % 3, trial=i, seed=i // len(drawn))
         for i, c in ((i, drawn[i % len(drawn)]) for i in range(num))
     ]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), told[:1_000])  # g keeps its encoded configurations
+    state = searcher.tell(searcher.init(jax.random.key(0), None), records[:1_000])  # g keeps its encoded configurations
     state = state._replace(tried={})
     tracemalloc.start()
-    state = searcher.tell(state, told)._replace(num_asked=num_asked)
+    state = searcher.tell(state, records)._replace(num_asked=num_asked)
     held = tracemalloc.get_traced_memory()[0] / 2**20
     tracemalloc.stop()
     _, state = searcher.ask(state, running)
@@ -143,8 +144,8 @@ def main() -> None:
     if options.candidates:
         for num in nums:
             for acquisition in ("ei", "farthest") if num < len(drawn) else ("ei",):  # the set has more than were tried
-                found = ours(finite, acquisition, drawn, num, 0, repetitions)
-                print(f"| {' | '.join([acquisition, str(num), *found])} |", flush=True)
+                measured = ours(finite, acquisition, drawn, num, 0, repetitions)
+                print(f"| {' | '.join([acquisition, str(num), *measured])} |", flush=True)
         return
     if not options.smoke:
         cases += [("gradient", free, name, 0) for name in ("ei_per_cost", "ucb")]
@@ -156,23 +157,23 @@ def main() -> None:
     cases += [("candidates, deep kernels", finite_deep, "ei", 0), ("gradient, deep kernels", free_deep, "ei", 0)]
     for name, g, acquisition, running in cases:
         for num in nums:
-            found = ours(g, acquisition, drawn, num, running, repetitions)
-            rows.append([f"metaopt, {name}", acquisition, str(running), str(num), *found])
-            print(f"| {name} | {acquisition} | {running} | {num} | {found}", flush=True)
+            measured = ours(g, acquisition, drawn, num, running, repetitions)
+            rows.append([f"metaopt, {name}", acquisition, str(running), str(num), *measured])
+            print(f"| {name} | {acquisition} | {running} | {num} | {measured}", flush=True)
     others = [c | {"n_estimators": 20 + k} for k in range(-(-nums[-1] // len(drawn))) for c in drawn]  # all different
     firsts = []
-    for name, g, given in (("candidates", finite, drawn), ("gradient", free, others)):
+    for name, g, candidates in (("candidates", finite, drawn), ("gradient", free, others)):
         for num in nums:
-            found, first = stateless(g, given, num, repetitions)
-            rows.append([f"metaopt, {name}, suggest(X, y)", "ei", "0", str(num), *found])
-            print(f"| {name}, suggest | {num} | {found} | {first}", flush=True)
+            measured, first = stateless(g, candidates, num, repetitions)
+            rows.append([f"metaopt, {name}, suggest(X, y)", "ei", "0", str(num), *measured])
+            print(f"| {name}, suggest | {num} | {measured} | {first}", flush=True)
         firsts.append(f"{first:.0f}")
     for name, g in (("candidates", finite), ("gradient", free)):
         for num in nums:
             sampler = lambda optuna, g=g: blackbox.optuna_sampler(g, seed=0)
-            found = under_optuna(sampler, space, drawn, num, repetitions, num_first=3)
-            rows.append([f"metaopt, {name}, under Optuna", "ei", "0", str(num), *found])
-            print(f"| {name}, under Optuna | {num} | {found}", flush=True)
+            measured = under_optuna(sampler, space, drawn, num, repetitions, num_first=3)
+            rows.append([f"metaopt, {name}, under Optuna", "ei", "0", str(num), *measured])
+            print(f"| {name}, under Optuna | {num} | {measured}", flush=True)
     for num in nums:
         sampler = lambda optuna: optuna.samplers.TPESampler(seed=0)
         rows.append(["Optuna TPE", "", "0", str(num), *under_optuna(sampler, space, drawn, num, min(repetitions, 5))])
@@ -195,7 +196,7 @@ def main() -> None:
     text += table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]  # that is another memory
     print(text)
     if not options.smoke:
-        RESULT.write_text(f"# What a suggestion costs\n\n{text}\n")
+        pages.write(RESULT, "The cost of a suggestion", f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import optax
 from timing import circumstances, compiled, table, temporary_mib
 from turns import medians
 
+from experiments import pages
 from metaopt import base, hypergrad, inner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,8 +121,8 @@ def tasks_per_second(problem, task, num_tasks: int, num_steps: int, repetitions:
 
     def python_loop():
         program = programs[name][0]
-        found = [program(HYPERPARAMS, *args)[0].hypergrad for args in zip(alone, states, strict=True)]
-        return jax.block_until_ready(jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *found))
+        results = [program(HYPERPARAMS, *args)[0].hypergrad for args in zip(alone, states, strict=True)]
+        return jax.block_until_ready(jax.tree.map(lambda *leaves: sum(leaves) / num_tasks, *results))
 
     calls[name] = python_loop
     seconds = medians(calls, repetitions)
@@ -171,8 +172,7 @@ def main() -> None:
     text = report(options)
     print(text)
     if not options.smoke:
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(f"# What a hypergradient costs\n\n{text}\n")
+        pages.write(RESULT, "The cost of a hypergradient", f"{text}\n")
 
 
 if __name__ == "__main__":

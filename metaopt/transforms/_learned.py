@@ -165,8 +165,8 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
     takes 4 times the memory of the parameters, in float32 at least, and 3 rows and columns for each matrix. A step
     costs about 150 multiplications for each parameter.
 
-    The weights of `learned()` were meta-trained by `experiments/learned_optimizer.py` on trainings of 200 and 1,000
-    steps of small networks. The objective was the loss on held-out rows, and the estimator ES-Single
+    The weights of `learned()` were meta-trained by `experiments/optimizers/learned_optimizer.py` on trainings of 200
+    and 1,000 steps of small networks. The objective was the loss on held-out rows, and the estimator ES-Single
     (`hypergrad.es_single`). The script's `--rule` also offers persistent evolution strategies and gradients of
     truncated windows. The following results are on other families of tables, and small images; the numbers are
     validation losses relative to Adam tuned on each task. The alternative is Adam with one rate chosen over the tasks

@@ -1,0 +1,1 @@
+"""The experiments of metaopt. README.md is their index."""

@@ -1,0 +1,1 @@
+"""Architecture search: on one task, from tables, and over many tasks."""

@@ -1,0 +1,26 @@
+"""Trains supernets of NAS-Bench-201 on real images, and looks up the resulting cells in the table.
+
+A supernet of the space is trained on one half of the training images, and each searcher trains α on the other half. The
+final α gives one of the 15,625 cells of the benchmark. Their test accuracies after 200 epochs on CIFAR-10, CIFAR-100
+and ImageNet16-120 are known, so nothing has to be trained again. Searchers have the same steps, batches and rates,
+except for the changes of their papers. No choice depends on a test accuracy. Only searchers that say so see the table.
+
+RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS. The dominant
+eigenvalue in α of its validation loss is measured at the end of every epoch. So one run gives three rows. (As separate
+searches they are `nas.robust_darts` and `nas.darts_plus`, which choose the same epoch.)
+
+Other rows use the table's validation accuracies after 12 epochs (its only true validation): random search, regularized
+evolution, and the best architecture of the other two tasks. The next row is the constant cell 9930, which is nearly the
+best on every task. The last rows are the best of 100 random cells by training-free scores at initialization, or by
+their FLOPs.
+
+    python experiments/architecture/nas_bench_201  forty minutes on a core: 16x16 images, C = 8, N = 1, 300 steps
+    python experiments/architecture/nas_bench_201 --full  the benchmark's scale: 32x32, C = 16, N = 5, 19,500 steps
+    python experiments/architecture/nas_bench_201 --smoke  seconds; prints only
+    python experiments/architecture/nas_bench_201 --report  only the report of the finished runs
+
+Every finished (searcher, seed) is saved in results/nas_bench_201.json and does not run again. A search that is killed
+continues from its checkpoint. Images and tables are read from the folder that METAOPT_DATA names. It has 10,000
+training images of CIFAR-10, two fifths of those in the searches of the benchmark's authors. So 50 of their epochs are
+125 of ours.
+"""

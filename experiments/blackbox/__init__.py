@@ -1,0 +1,1 @@
+"""Black boxes: searchers that learn from records of earlier tasks."""

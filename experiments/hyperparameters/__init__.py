@@ -1,0 +1,1 @@
+"""Many hyperparameters, of one training run or of one network over many tables."""

@@ -1,0 +1,52 @@
+"""Trials: one training run on every unit at once, each with its own λ."""
+
+import time
+
+import jax
+import numpy as np
+
+from metaopt import inner
+
+
+class Trials:
+    """Trains on many units, each with its own λ."""
+
+    def __init__(self, problem, scores, buckets, config):
+        self.buckets, self.config = buckets, config
+        self.units = np.concatenate([b.units for b in buckets])
+        train = inner.run(problem.loop, config.num_steps)
+
+        def trial(key, hyperparams, task, test):
+            params = problem.loop.params(train(key, hyperparams, task.train))
+            valid_loss, _ = scores(params, hyperparams, task.valid)
+            return valid_loss, *scores(params, hyperparams, test)
+
+        def batch(keys, hyperparams, task, test):
+            return jax.lax.map(lambda args: trial(*args), (keys, hyperparams, task, test), batch_size=config.chunk)
+
+        self._batch = jax.jit(batch)
+
+    def compile(self, hyperparams) -> float:
+        start = time.perf_counter()
+        self(jax.random.key(0), hyperparams)
+        return time.perf_counter() - start
+
+    def __call__(self, key, hyperparams) -> np.ndarray:
+        """Takes λ with a leading axis over `self.units`, returns [units, 3]: validation loss, test loss, test error."""
+        outputs, start = [], 0
+        for k, b in enumerate(self.buckets):
+            n = len(b.units)
+            part = jax.tree.map(lambda x, s=start, n=n: x[s : s + n], hyperparams)
+            keys = jax.random.split(jax.random.fold_in(key, k), n)
+            outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
+            start += n
+        out = np.concatenate(outputs)
+        # A run that diverged counts as a failed trial: it is never chosen, and its test scores are poor guesses.
+        return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
+
+
+def train_and_validate(problem, config, hyperparams, task):
+    """One plain training run with its validation, as a scan, so that its products can be counted."""
+    train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())
+    state, _ = train(jax.random.key(0), hyperparams, task.train)
+    return problem.outer_loss(problem.loop.params(state), hyperparams, task.valid, problem.loop.context(state))

@@ -1,0 +1,1 @@
+"""Schedules, optimizers that tune themselves, and learned optimizers."""
