@@ -63,7 +63,7 @@ def adaptation(
     outer_loss: Callable | None = None,
     init: Callable | None = None,
     extra: Mapping[str, base.PyTree] | None = None,
-    adapt: str = "",
+    adapt: str | re.Pattern[str] = "",
     optimizer: Callable[[Any], optax.GradientTransformation] = optax.sgd,
     rate: float = 0.01,
     rates: str = "fixed",
@@ -226,7 +226,8 @@ class _Unrolled(NamedTuple):
 
 def _unrolled_at(unrolled: _Unrolled, step: Any) -> base.Estimator:
     """The estimator of unrolled training at an outer step, by the schedules of `order` and `outer`."""
-    problem, num_steps, order, weights, remat = unrolled
+    problem, num_steps, order, _, remat = unrolled
+    weights: Any = unrolled.outer
     if callable(weights) and isinstance(step, int):  # weights are known: if only the last counts, only it is judged
         with jax.ensure_compile_time_eval():
             weights = np.asarray(weights(step))

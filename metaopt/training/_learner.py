@@ -10,6 +10,7 @@ A slot is `done` when the horizon of its inner training has ended. Other slots k
 Both functions are pure: you can jit them, scan them, and vmap them over states.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -183,7 +184,7 @@ def _staggered(parts: _Parts, hyperparams, tasks, estimator_state, done) -> tupl
 def _step(parts: _Parts, state: LearnerState, fresh_tasks: base.PyTree) -> tuple[LearnerState, dict[str, jax.Array]]:
     fresh_tasks = state.tasks if fresh_tasks is None else check_tasks(fresh_tasks)
     if not same_types(fresh_tasks, state.tasks):
-        state = restart(lambda *args: _init(parts, *args), state, fresh_tasks)
+        state = restart(functools.partial(_init, parts), state, fresh_tasks)
     hyperparams, done = state.hyperparams, state.done
     estimator = parts.estimator_at(state.step)
     init_key, key = jax.random.split(state.key)

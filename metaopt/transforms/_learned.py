@@ -211,10 +211,10 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
     if fault:
         raise ValueError(f"`weights` must be meta-parameters as `init_learned` gives them: {fault}.")
     # A tree of NumPy arrays is accepted too.
-    weights = jax.tree.map(jnp.asarray, weights)
+    learned_weights: Any = jax.tree.map(jnp.asarray, weights)
     decays = {
         name: jax.nn.sigmoid(jnp.asarray(np.log(np.divide(values, np.subtract(1, values))), offset.dtype) + offset)
-        for (name, values), offset in ((item, weights.decays[item[0]]) for item in _DECAYS.items())
+        for (name, values), offset in ((item, learned_weights.decays[item[0]]) for item in _DECAYS.items())
     }
 
     def wide(x):
@@ -243,7 +243,7 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
             over = {"row": _mean(square, 1 + axes[1]), "column": _mean(square, 1 + axes[0])}
         factored = {name: _average(decays["factored"], factored[name], over[name]) for name in over}
         features = _features(g, p_, m, v, **factored, axes=axes)
-        direction, magnitude = _network(weights.layers, features, count)
+        direction, magnitude = _network(learned_weights.layers, features, count)
         u = -_STEP * direction * jnp.exp(_EXPONENT * magnitude)
         return u.astype(jnp.result_type(p)), m, v, factored
 

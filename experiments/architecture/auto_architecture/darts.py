@@ -13,9 +13,9 @@ import optax
 from experiments.architecture.auto_architecture.training import Shape, in_chunks
 from metaopt import nas, training
 
-# Ways to read an architecture from the mixing weights, as `keep` of `nas.derive_genotype`. The last one is the published
-# way: without "none", and with the two strongest edges into a node. a* and random networks may have a "none" on any
-# edge.
+# Ways to read an architecture from the mixing weights, as `keep` of `nas.derive_genotype`. The last one is the
+# published way: without "none", and with the two strongest edges into a node. a* and random networks may have a "none"
+# on any edge.
 NONE_COUNTS = "none counts"
 NONE_LEFT_OUT = "none left out"
 TWO_EDGES = "two edges a node"

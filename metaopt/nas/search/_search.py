@@ -116,8 +116,8 @@ def architecture_search(
       learn_init: makes λ {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
         learned together over many tasks (MetaNAS, T-NAS). This is second-order MAML with an α. It needs a rule that
         differentiates through all of training (`hypergrad.unrolled`).
-      keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2 unless
-        the network sets another one. The search's network is `search.supernet.network`, which has the new value.
+      keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2
+        unless the network sets another one. The search's network is `search.supernet.network`, which has the new value.
         Use that network to decode, count or encode genotypes (`nas.cost_of`, `nas.genotype_to_configuration`).
 
     Returns:
