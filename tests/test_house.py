@@ -17,7 +17,7 @@ LEVELS = [
     {"base"},
     {"_trees"},
     {"_jaxpr"},
-    {"_checks", "_extras", "_files", "_heads", "_locks", "_permutations", "_progress", "_tfrecord"},
+    {"_checks", "_extras", "_files", "_heads", "_locks", "_permutations", "_progress", "_tfrecord", "_tuned_space"},
     {"_saving"},
     {"spaces", "transforms"},
     {"tasks", "inner"},

@@ -437,9 +437,7 @@ def test_warns_where_the_hypergradient_is_far_from_that_at_rest(scale, condition
     solver = hypergrad.dense()
     errors, warned = [], []
     for num_steps in (1, 2, 3, 30):
-        estimator = hypergrad.implicit(
-            ridge, num_steps=num_steps, solver=solver, warm_start=False, condition=condition
-        )
+        estimator = hypergrad.implicit(ridge, num_steps=num_steps, solver=solver, warm_start=False, condition=condition)
         estimate = estimated(estimator, problems.LAM, problems.TASK)
         errors.append(np.linalg.norm(estimate.hypergrad["log_penalty"] - exact) / np.linalg.norm(exact))
         message = " ".join(_checks.far_from_rest(estimate.metrics))
