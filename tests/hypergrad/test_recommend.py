@@ -10,7 +10,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, inner
+from metaopt import _progress, base, hypergrad, inner
 from metaopt.hypergrad import _recommend
 
 
@@ -179,3 +179,17 @@ def test_the_default_window_divides_the_horizon(num_steps, window):
     assert (f"truncated, {window} steps" if window > 1 else "t1t2") in _recommend.candidates(
         problems.RIDGE, problems.LAM, num_steps
     )
+
+
+def test_a_log_names_the_rule_that_is_traced(monkeypatch, capsys):
+    for name in ("EVERY", "SOON"):
+        monkeypatch.setattr(f"metaopt._progress.{name}", 0.0)
+    rule = hypergrad.unrolled(problems.RIDGE, num_steps=1)
+
+    def estimate(hyperparams, task, state):
+        _progress.DISPLAY.tick()  # as a thread does from time to time
+        return rule.estimate(hyperparams, task, state)
+
+    rules = {"first": rule._replace(estimate=estimate)}
+    hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=1, rules=rules)
+    assert "tracing first, 0 s" in capsys.readouterr().err
