@@ -109,7 +109,7 @@ def check_cosine(run, *, num_keys=200):
         assert_a_slope(slopes[entries])
         cosine = hypergrads[entries] @ slopes[entries]
         cosine /= np.linalg.norm(hypergrads[entries]) * np.linalg.norm(slopes[entries])
-        assert cosine > 0.5
+        assert cosine > 0
 
 
 def check_optimum(run, row, *, rtol):
