@@ -5,10 +5,11 @@ To add a rule:
 1. Write one file in `metaopt/hypergrad/`, such as `_my_rule.py`: a function `(problem, *, ...) -> base.Estimator`.
 2. Export it in `metaopt/hypergrad/__init__.py`, in the import and in `__all__`.
 3. Add a row to `ESTIMATORS` under the name of the function, such as
-   `"my_rule": Row(lambda problem: hypergrad.my_rule(problem, num_steps=2))`. `Row` documents the fields; the defaults
-   are those of a rule that continues one training run and answers for leaves of the losses.
+   `"my_rule": Row(lambda problem: hypergrad.my_rule(problem, num_steps=2), recommended=False)`. `Row` documents the
+   fields; the defaults are those of a rule that continues one training run and answers for leaves of the losses. A
+   second setting of a rule may have its own row, "my_rule, setting".
 
-No other test has to change. Each row is checked for these properties:
+No other file has to change. Each row is checked for these properties:
 
 - the contract (`test_contract.py`): names of arguments, kind, shapes and types of an estimate;
 - the keys (`test_keys.py`): all follow from the seed, each use has its own, and each estimate has new ones;
@@ -116,6 +117,8 @@ class Row(NamedTuple):
       rtol: the relative tolerance of the hypergradient in the limit.
       hyperparams: λ, if it does not consist of `leaves`.
       task: the task, or a batch of tasks.
+      recommended: whether `hypergrad.recommend` compares the rule by default. If so, `candidates` in `_recommend.py`
+        must list it; a new rule need not be there.
     """
 
     make: Callable[[base.Problem], base.Estimator]
@@ -129,6 +132,7 @@ class Row(NamedTuple):
     rtol: float = 1e-6
     hyperparams: Any = None
     task: base.Task = TASK
+    recommended: bool = True
 
 
 def hyperparams_of(row: Row) -> base.HyperParams:
@@ -189,7 +193,7 @@ ESTIMATORS = {
     # Exact rules.
     "unrolled": Row(whole, ALL, fresh=True),
     "forward": Row(lambda problem: hypergrad.forward(problem, num_steps=NUM_STEPS), ALL, fresh=True),
-    "direct": Row(direct, runs=0),
+    "direct": Row(direct, runs=0, recommended=False),
     # Rules by perturbation.
     "evolution": Row(
         lambda problem: hypergrad.evolution(problem, num_steps=NUM_STEPS, **PAIRS),
@@ -264,16 +268,28 @@ ESTIMATORS = {
         rtol=0.02,
     ),
     # A direction that is not a gradient.
-    "reptile": Row(lambda problem: hypergrad.reptile(problem, num_steps=NUM_STEPS), "start", fresh=True),
+    "reptile": Row(
+        lambda problem: hypergrad.reptile(problem, num_steps=NUM_STEPS), "start", fresh=True, recommended=False
+    ),
     # Wrappers of a rule.
-    "partition": Row(partition, STEP, fresh=True),
-    "over_seeds": Row(lambda problem: hypergrad.over_seeds(whole(problem), 3), ALL, runs=3, fresh=True, outer=3),
+    "partition": Row(partition, STEP, fresh=True, recommended=False),
+    "over_seeds": Row(
+        lambda problem: hypergrad.over_seeds(whole(problem), 3), ALL, runs=3, fresh=True, outer=3, recommended=False
+    ),
     "over_tasks": Row(
-        lambda problem: hypergrad.over_tasks(whole(problem)), ALL, runs=3, fresh=True, outer=3, task=TASKS
+        lambda problem: hypergrad.over_tasks(whole(problem)),
+        ALL,
+        runs=3,
+        fresh=True,
+        outer=3,
+        task=TASKS,
+        recommended=False,
     ),
-    "amortize": Row(amortize, "", fresh=True, hyperparams=WEIGHTS),
+    "amortize": Row(amortize, "", fresh=True, hyperparams=WEIGHTS, recommended=False),
     "stopped_by_curvature": Row(
-        stopped_by_curvature, outer=2, limit=lambda problem: stopped_by_curvature(problem, one_step)
+        stopped_by_curvature, outer=2, limit=lambda problem: stopped_by_curvature(problem, one_step), recommended=False
     ),
-    "stopped_by_skips": Row(stopped_by_skips, limit=lambda problem: stopped_by_skips(problem, one_step)),
+    "stopped_by_skips": Row(
+        stopped_by_skips, limit=lambda problem: stopped_by_skips(problem, one_step), recommended=False
+    ),
 }
