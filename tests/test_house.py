@@ -221,8 +221,8 @@ def documented_names(pages):
 def undocumented_names(pages):
     """The public names of the rooms and the contract that no page mentions."""
     documented = documented_names(pages)
-    for room in [*ROOMS, "base", "metaopt"]:
-        module = importlib.import_module("metaopt" if room == "metaopt" else f"metaopt.{room}")
+    for room in [*(room for room in ROOMS if room[0] != "_"), "base", "metaopt"]:
+        module = metaopt if room == "metaopt" else importlib.import_module(f"metaopt.{room}")
         names = getattr(module, "__all__", [n for n, v in vars(module).items() if inspect.isclass(v) and n[0] != "_"])
         for name in names:
             value = getattr(module, name)
