@@ -1,6 +1,7 @@
 """What every searcher does: new trials at every ask, and the documented treatment of records that are no outcomes."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, nas, spaces
+from metaopt import Record, Searcher, blackbox, nas, spaces
 
 pytestmark = pytest.mark.once
 
@@ -74,6 +75,16 @@ def start(name):
         pytest.importorskip("optuna")
     make, space = SEARCHERS[name]
     return make(), space
+
+
+def test_every_searcher_has_a_row():
+    searchers = {
+        name
+        for name in blackbox.__all__
+        if inspect.isfunction(getattr(blackbox, name))
+        and inspect.signature(getattr(blackbox, name)).return_annotation is Searcher
+    }
+    assert "tpe" in searchers and searchers <= SEARCHERS.keys()
 
 
 def told(trials, **kwargs):
