@@ -1,4 +1,4 @@
-"""What holds for the whole tree: imports point down, public names say what they do, and the files agree."""
+"""Rules for the whole tree: imports point down, public names have docstrings and are on a page, and files agree."""
 
 import ast
 import importlib
@@ -56,7 +56,7 @@ def imports(tree):
 
 
 def faults_of_imports(name, source):
-    """What is wrong with the imports of module `name`, in words."""
+    """The errors of the imports of module `name`, as text."""
     room = name.split(".")[1]
     faults = []
     for target in imports(ast.parse(source)):
@@ -110,10 +110,10 @@ def public_names():
 
 def faults_of_docstring(value):
     if not (inspect.isroutine(value) or inspect.isclass(value)):
-        return []  # a constant or an alias of a type: a comment beside it says what it is
+        return []  # a constant or an alias of a type has a comment
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):
-        generated = text.startswith(f"{value.__name__}(")  # what a NamedTuple without one gets
+        generated = text.startswith(f"{value.__name__}(")  # the default of a NamedTuple
         return ["no docstring"] if generated or not text or text == inspect.getdoc(tuple) else []
     signature = inspect.signature(value)
     faults = [] if text else ["no docstring"]
@@ -195,7 +195,7 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path):
     )
     code = few + "\n".join(python_blocks(page))
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    if jax.config.jax_compilation_cache_dir:  # of the tests: the second run compiles nothing
+    if jax.config.jax_compilation_cache_dir:  # the tests' own cache: a second run compiles nothing
         environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     printed = run_python(code, cwd=tmp_path, env={**os.environ, **environment})
     assert printed and "nan" not in printed
@@ -255,7 +255,7 @@ def exists(path):
 
 
 def stale_names(text):
-    """The names of rooms' functions, such as `nas.darts`, that stand in backticks or code and do not exist."""
+    """Names of a room, such as `nas.darts`, that a text has in backticks or code, and that do not exist."""
     for code in re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL):
         for path in re.findall(r"(?<![\w./])[a-z_]+(?:\.[A-Za-z_]\w*)+", code):
             room = path.split(".")[0]

@@ -1,4 +1,4 @@
-"""What every searcher does: new trials at every ask, and the documented treatment of records that are no outcomes."""
+"""Every searcher proposes new trials at every ask, and treats failed and unfinished trials as documented."""
 
 import functools
 import inspect
