@@ -10,10 +10,8 @@
 * Surrogates: the models of earlier tasks that the learned searchers use.
 """
 
-from metaopt.blackbox import (
-    _saved,
-    lightning,
-)
+from metaopt.blackbox import _saved as _saved  # registers learned optimizers for `metaopt.save`
+from metaopt.blackbox import lightning
 from metaopt.blackbox._asha import (
     asha,
 )
@@ -86,7 +84,6 @@ __all__ = [
     "Outcomes",
     "Pruned",
     "TrialTable",
-    "_saved",
     "append_records",
     "asha",
     "bohb",

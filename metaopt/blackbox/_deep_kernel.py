@@ -15,14 +15,13 @@ https://arxiv.org/abs/2101.07667; Patacchiola et al., Bayesian meta-learning for
 NeurIPS 2020, https://arxiv.org/abs/1910.05199; task features as in Jomaa et al., https://arxiv.org/abs/2101.12431.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import predictors
 from metaopt.blackbox import _processes
 
 ADAPTATION_STEPS = 10
@@ -54,6 +53,19 @@ class DeepKernel(NamedTuple):
     log_lengths: jax.Array
     logit_smooth: jax.Array
     log_amplitude: jax.Array
+
+
+def at_features(network: Any, features: jax.Array) -> Any:
+    """A `DeepKernel` or `Transformer` for one task: the task's features enter only through β.
+
+    Args:
+      network: one, or E of them, with "bias" β [..., W] and "task" V [..., F, W].
+      features: x_t [F], ranked (`rank_features`); zeros if unknown.
+
+    Returns:
+      The same network with β + V x_t; x_t is not needed after that.
+    """
+    return network._replace(bias=network.bias + jnp.einsum("f,...fw->...w", features, network.task))
 
 
 def init_deep_kernel(key: jax.Array, num_dims: int, num_features: int, *, num_hidden: int = 32) -> DeepKernel:
@@ -150,7 +162,7 @@ def deep_kernel_loss(
     Returns:
       [].
     """
-    process = condition_deep(predictors.at_features(deep, features), jnp.zeros(1), trials, own_scale=False)
+    process = condition_deep(at_features(deep, features), jnp.zeros(1), trials, own_scale=False)
     nll = -process.log_likelihood[0, 0] / (trials[2].sum() - 1)
     return nll + penalty * ((deep.task**2).sum() + (deep.mean**2).sum())
 

@@ -448,8 +448,8 @@ def at_task(surrogate: Surrogate, features: Any = None, data: Any = None) -> Sur
     if query is None or deep is transformers is None:
         return surrogate
     return surrogate._replace(
-        deep=None if deep is None else predictors.at_features(deep, query),
-        transformers=None if transformers is None else predictors.at_features(transformers, query),
+        deep=None if deep is None else _deep_kernel.at_features(deep, query),
+        transformers=None if transformers is None else _deep_kernel.at_features(transformers, query),
     )
 
 

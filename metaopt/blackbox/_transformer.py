@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import predictors
+from metaopt.blackbox import _deep_kernel
 
 NUM_BINS = 100
 MAX_SHOWN = 32  # a transformer is trained with at most this number of trials of a task
@@ -240,7 +240,7 @@ def transformer_loss(
       [].
     """
     x, _, mask = asked
-    transformer = predictors.at_features(transformer, features)
+    transformer = _deep_kernel.at_features(transformer, features)
     logits = _logits(transformer, _read(transformer, trials, 1.0), x)
     log_probs = jnp.take_along_axis(logits, outcome_classes(trials, asked)[:, None], axis=1)[:, 0]
     return -(log_probs * mask).sum() / mask.sum()

@@ -3,7 +3,7 @@
 A search makes the choice of ops differentiable. Every edge mixes its candidates by weights w(α), and α is part of λ.
 
     spec (`darts_space`, `nas_bench_201_space`, your own `Network`) --`supernet`--> init, apply
-    α --relaxation--> weights --`discretize`--> genotype --`discrete`--> spec of one network --`supernet`--> init, apply
+    α --relaxation--> weights --`derive_genotype`--> genotype --`discrete`--> spec of one network --`supernet`--> ...
 
 `darts` and related searches combine these parts.
 """

@@ -170,7 +170,7 @@ def stopped_by_skips(
 
     Args:
       estimator: an estimator of one task, such as DARTS's.
-      num_skips: `(λ) -> []` for the estimator's λ, such as `lambda λ: nas.num_skips(network, search.weights(λ))`.
+      num_skips: `(λ) -> []` for the estimator's λ, such as `lambda λ: num_skips(network, search.weights(λ))`.
       every: number of estimates per epoch.
       most: number of skips that a cell may have.
       start: the first epoch that may stop, counted from 0; at least 1.

@@ -133,7 +133,7 @@ def synflow(
     It needs no data. It removes the normalization of `nas.normalized`. If your own op normalizes in another way, that
     normalization stays. Input and output are scaled by 1e-15, so that sums up to 1e50 fit into float32; networks of 17
     cells reach 1e40. The scaling is correct if outputs are proportional to inputs, as with convolutions, pooling and
-    ReLU. Nonzero biases, GELU and attention (`TOKEN_OPS`, the block "mlp") break this, and the score is then
+    ReLU. Nonzero biases, GELU and attention (the blocks "mlp" and "attention") break this, and the score is then
     meaningless.
 
     Args:

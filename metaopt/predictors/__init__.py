@@ -7,7 +7,6 @@ from metaopt.predictors._files import (
     TrainedPredictor,
 )
 from metaopt.predictors._networks import (
-    at_features,
     dataset_embedding,
     embed_rows,
     ensemble,
@@ -18,7 +17,6 @@ from metaopt.predictors._networks import (
 __all__ = [
     "TrainedPredictor",
     "amortize",
-    "at_features",
     "dataset_embedding",
     "embed_rows",
     "ensemble",

@@ -262,16 +262,3 @@ def from_config(config: dict[str, Any]) -> base.Predictor:
     options = dict(config)
     kind = options.pop("kind", None)
     return _FACTORIES[kind](spaces.from_json(options.pop("space")), **options)
-
-
-def at_features(network: Any, features: jax.Array) -> Any:
-    """A `DeepKernel` or `Transformer` for one task: the task's features enter only through β.
-
-    Args:
-      network: one, or E of them, with "bias" β [..., W] and "task" V [..., F, W].
-      features: x_t [F], ranked (`rank_features`); zeros if unknown.
-
-    Returns:
-      The same network with β + V x_t; x_t is not needed after that.
-    """
-    return network._replace(bias=network.bias + jnp.einsum("f,...fw->...w", features, network.task))

@@ -4,7 +4,7 @@
   keep near-duplicates in one fold; `prepare` splits and encodes the rows; `to_task`, `bucket` and `stack` make
   batches; `metafeatures`, `fit_scaling` and `apply_scaling` describe a table to a predictor.
 * Sources of labeled examples: `from_arrays`, `from_image_folder`, `from_tfds` and `from_meta_dataset`; splits of them
-  are plain data (`split_classes`, `select`, `save_split`).
+  are plain data (`split_classes`, `select`).
 * Episodes: `episodes` and `meta_dataset_episodes` draw them from sources, `sinusoids` and `function_episodes` from
   families of functions, `user_episodes` from a table of users. `episode_batches` makes batches of tasks for
   `training.fit`.

@@ -8,8 +8,8 @@ import pytest
 from jax.test_util import check_grads
 from scipy import stats
 
-from metaopt import hypergrad, predictors, training
-from metaopt.blackbox import _transformer
+from metaopt import hypergrad, training
+from metaopt.blackbox import _deep_kernel, _transformer
 
 RNG = np.random.default_rng(0)
 X, AT = RNG.uniform(size=(6, 3)), RNG.uniform(size=(4, 3))
@@ -53,7 +53,7 @@ def test_order_padding_and_units_of_trials_do_not_matter_and_all_else_does():
     for changed in (padded(X, swapped), padded(X, succeeded), padded(X[:5], Y[:5]), padded(X + 0.1, Y)):
         assert np.abs(predict(NETWORKS, changed, AT).probs - found.probs).max() > 1e-4
     # Features enter by β.
-    at = predictors.at_features(NETWORKS, jnp.array([1.0, -1.0]))
+    at = _deep_kernel.at_features(NETWORKS, jnp.array([1.0, -1.0]))
     np.testing.assert_allclose(at.bias, NETWORKS.bias + NETWORKS.task[:, 0] - NETWORKS.task[:, 1])
 
 
@@ -118,7 +118,7 @@ def test_the_loss_is_the_cross_entropy_of_what_is_predicted_and_its_gradient_is_
     features = jnp.array([0.5, -1.0])
     y = np.array([0.2, np.nan, 1.0, 0.05])  # one better than all that are shown, one that fails
     shown, asked = padded(X, Y), (jnp.asarray(AT), jnp.asarray(y), jnp.array([1.0, 1.0, 1.0, 0.0]))
-    at = jax.tree.map(lambda leaf: leaf[None], predictors.at_features(member, features))
+    at = jax.tree.map(lambda leaf: leaf[None], _deep_kernel.at_features(member, features))
     found = predict(at, shown, AT)
     bins = np.searchsorted(found.edges, y, side="right") - 1
     expected = -np.log([found.probs[0, bins[0]], found.failure[1], found.probs[2, bins[2]]]).mean()

@@ -14,6 +14,7 @@ Every row is checked: the estimates are finite, have a gradient and advance thei
 no effect; α gives weights and a genotype that decodes to a network; settings are JSON and tell the rows apart.
 """
 
+import inspect
 import json
 
 import jax
@@ -120,6 +121,16 @@ def test_genotypes_decode(name):
     network = nas.discrete(search.supernet.network, search.genotype(hyperparams))
     supernet = nas.supernet(network, (3,), ops=OPS)
     assert jax.eval_shape(lambda key: supernet.apply(supernet.init(key), None, TASK.train["x"]), KEY).shape == (9, 2)
+
+
+def test_every_search_has_a_row():
+    searches = {
+        name
+        for name in nas.__all__
+        if inspect.isfunction(getattr(nas, name))
+        and inspect.signature(getattr(nas, name)).return_annotation is nas.Search
+    }
+    assert "darts" in searches and searches <= {name.split(",")[0] for name in SEARCHES}
 
 
 def test_settings_tell_the_searches_apart():
