@@ -1,4 +1,4 @@
-"""What every searcher does: new trials at every ask, and the documented treatment of records that are no outcomes.
+"""Every searcher proposes new trials at each ask, and treats records without an outcome as documented.
 
 To add a searcher:
 

@@ -14,7 +14,7 @@ from metaopt import base
 pytestmark = pytest.mark.once
 
 NOISE = 0.1
-STEP = 1e-4  # of the central differences
+STEP = 1e-4  # the step size of central differences
 MOST = 20  # estimates in a run that does not end by itself
 SETTLED = 200  # estimates after which a rule for the inner minimum has converged
 
