@@ -30,7 +30,9 @@ MOVES = {"shift": 2.0, "rotation": 20.0, "scale": 0.2, "shear": 0.4, "brightness
 
 
 # Name -> the script, or the folder that runs as a script.
-SCRIPT_OF = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "experiments").glob("*/*")}
+SCRIPT_OF = {
+    path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "experiments").glob("*/*") if "results" not in path.parts
+}
 
 
 def run(name, *arguments, **environment):
@@ -124,7 +126,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.once
 def test_absent_data_are_named(tmp_path):
-    paths = {name: f"experiments/{name}.py" for name in SCRIPTS}
+    paths = {name: SCRIPT_OF[name] for name in SCRIPTS}
     command = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS, *paths.values()]
     environment = {**os.environ, "METAOPT_DATA": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

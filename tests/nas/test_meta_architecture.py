@@ -247,7 +247,7 @@ def test_h_from_the_rows_of_images_themselves():
     np.testing.assert_allclose(estimate(flat)[1] @ along, slope, rtol=1e-6)
 
     without = {key: few.train[key] for key in ("x", "y")}
-    with pytest.raises(ValueError, match="it lacks class_mask. Use `tasks.to_task`"):
+    with pytest.raises(KeyError, match="class_mask"):
         meta.alpha(unravel(flat), base.Task(without, without))
 
 

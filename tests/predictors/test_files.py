@@ -76,7 +76,10 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
     [
         ({"config": None}, "does not describe a `TrainedPredictor` .*: TypeError"),
         ({"config": {"kind": "mlp"}}, "does not describe a `TrainedPredictor` .*: it lacks 'space'"),
-        ({"config": {"kind": "forest", "space": spaces.to_json(SPACE)}}, "Unknown kind of predictor 'forest'"),
+        (
+            {"config": {"kind": "forest", "space": spaces.to_json(SPACE)}},
+            "does not describe a `TrainedPredictor` .*it lacks 'forest'",
+        ),
         (
             {"scaling": {"names": ["n", "m"], "center": [0.0], "scale": [1.0], "log": [False]}},
             r"the fields of its scaling have the lengths \[2, 1, 1, 1\]",
