@@ -240,20 +240,20 @@ def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
 
     Args:
       metrics: scalars by name: the metrics of an estimate, or their means over some steps. The function compares
-        "inner_grad_norm" with "outer_grad_norm", also under the prefixes of `hypergrad.partition`. Other rules have no
-        such pair.
+        "inner_grad_norm", or "outer_grad_shift" where there is one, with "outer_grad_norm", also under the prefixes of
+        `hypergrad.partition`. Other rules have no such pair.
 
     Returns:
       One sentence for each such rule; `REST_ADVICE` lists the remedies.
     """
     sentences = []
     for name in metrics:
-        prefix = name.removesuffix("inner_grad_norm")
-        inner_norm, outer_norm = float(metrics[name]), float(metrics.get(f"{prefix}outer_grad_norm", math.nan))
-        if prefix != name and inner_norm > _REST_TOLERANCE * outer_norm:
+        prefix = name.removesuffix("inner_grad_norm").removesuffix("outer_grad_shift")
+        change, outer_norm = float(metrics[name]), float(metrics.get(f"{prefix}outer_grad_norm", math.nan))
+        if prefix != name and change > _REST_TOLERANCE * outer_norm:
             sentences.append(
                 f"An implicit rule runs far from a stationary point of the inner loss, so that its hypergradient is "
-                f"biased: `{name}` is {inner_norm:.3g} and `{prefix}outer_grad_norm` is {outer_norm:.3g}."
+                f"biased: `{name}` is {change:.3g} and `{prefix}outer_grad_norm` is {outer_norm:.3g}."
             )
     return sentences
 

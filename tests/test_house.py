@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import jax
+import measures
 import pytest
 
 import metaopt
@@ -21,7 +22,7 @@ LEVELS = [
     {"base"},
     {"_trees"},
     {"_jaxpr"},
-    {"_checks", "_extras", "_files", "_heads", "_locks", "_permutations", "_progress", "_tfrecord"},
+    {"_checks", "_extras", "_files", "_heads", "_locks", "_permutations", "_progress", "_tfrecord", "_tuned_space"},
     {"_saving"},
     {"spaces", "transforms"},
     {"tasks", "inner"},
@@ -93,6 +94,18 @@ def test_imports_point_down():
 def test_imports_that_do_not_point_down_are_seen(source, fault):
     (found,) = faults_of_imports("metaopt.hypergrad._new", source)
     assert fault in found
+
+
+def test_functions_and_files_are_short():
+    """Without docstrings below 80 lines; files below 500."""
+    long_functions = [f for folder in ("metaopt", "experiments") for f in measures.functions(folder) if f.lines >= 80]
+    long_files = [
+        name
+        for folder in ("metaopt", "experiments")
+        for name, text in measures.files(folder).items()
+        if text.count("\n") >= 500
+    ]
+    assert measures.functions("metaopt")[0].lines > 20 and long_functions == long_files == []
 
 
 def public_names():

@@ -1,25 +1,24 @@
 """Keys: every use has its own, every step has new ones, and all of them follow from the seed.
 
 The functions of a problem report the keys that they get: `init`, the sampler ("batch"), the two losses ("context") and
-`outer_batch` ("outer"). The battery runs every estimator, and compares the bits. It also derives keys from each of
-them, as the functions of users do, since a key that another use derives is a key that it shares.
+`outer_batch` ("outer"). The battery runs every estimator of the table in `estimators.py`, and compares the bits. It
+also derives keys from each of them, as the functions of users do, since a key that another use derives is a key that it
+shares.
 """
 
 import collections
 from collections.abc import Callable
-from typing import NamedTuple
 
+import estimators
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_contract
+from estimators import ESTIMATORS
 
-from metaopt import base, few_shot, hypergrad, inner, nas, predictors, spaces, tasks, training
-from metaopt.nas import _early_stop
+from metaopt import base, few_shot, hypergrad, inner, tasks, training
 
-KEY = jax.random.key(7)
 REPORTED = collections.defaultdict(list)  # use -> what its functions got, as bits
 
 
@@ -38,135 +37,24 @@ def reports(function, *args):
     return outputs, {use: set(found) for use, found in REPORTED.items()}
 
 
-# ---- The problem: θ ← θ − rate (θ − pull), from `start`; λ has those that the rule answers for -----------------------
+# ---- Estimators -----------------------------------------------------------------------------------------------------
 
-DEFAULTS = {"pull": 0.4, "rate": 0.3, "start": -0.5}
-NUM_STEPS = 2
-
-
-def hyperparam(hyperparams, name):
-    return hyperparams.get(name, DEFAULTS[name])
+PROBLEM = estimators.problem_of(report=report)
+NUMBERS = [name for name in estimators.LEAVES for _ in jnp.ravel(estimators.LEAVES[name])]  # the leaves of reported λ
 
 
-def init(key, hyperparams, data):
-    report("init", key)
-    return hyperparam(hyperparams, "start") * jnp.ones(2), None
-
-
-def sampler(key, step, data):
-    report("batch", key)
-    return data
-
-
-def loss(params, hyperparams, batch, context):
-    report("context", context.key, context.step)
-    return ((params - hyperparam(hyperparams, "pull") - batch) ** 2).sum() / 2
-
-
-def outer_loss(params, hyperparams, batch, context):
-    report("context", context.key, context.step)
-    report("λ", context.key, *(hyperparam(hyperparams, name) for name in DEFAULTS))
-    return ((params - batch) ** 2).sum() / 2
-
-
-def outer_batch(key, task):
-    report("outer", key)
-    return task.valid
-
-
-LOOP = inner.loop(
-    loss, lambda hp: optax.sgd(hyperparam(hp, "rate")), init=init, sampler=sampler, with_context=True, im2col=False
-)
-PROBLEM = inner.problem(LOOP, outer_loss, outer_batch=outer_batch, with_context=True, im2col=False)
-TASK = base.Task(jnp.zeros(2), jnp.ones(2), jnp.array([0.3, -0.2]))
-UNROLLED = hypergrad.unrolled(PROBLEM, num_steps=NUM_STEPS)
-LOOKAHEAD = hypergrad.lookahead(PROBLEM)
-SPACE = {"pull": spaces.real(0.4)}
-PREDICTOR = predictors.mlp(SPACE, 2)
-IN_COORDINATES = hypergrad.unrolled(spaces.constrain(PROBLEM, SPACE), num_steps=NUM_STEPS)
-
-
-class Case(NamedTuple):
-    """How an estimator uses keys.
-
-    Attributes:
-      estimator: of `PROBLEM`.
-      names: the leaves of λ.
-      runs: training runs with keys of their own, at a time.
-      fresh: whether each estimate starts new ones.
-      outer: outer batches with keys of their own, in an estimate.
-    """
-
-    estimator: base.Estimator
-    names: str = "pull"
-    runs: int = 1
-    fresh: bool = False
-    outer: int = 1
-
-
-def reported_direct(hyperparams, task, key):
-    report("outer", key)
-    return (hyperparams["pull"] ** 2).sum()
-
-
-WHOLE = {"num_steps": NUM_STEPS}
-WINDOWS = {"num_steps": 6, "truncation_length": 2}
-PAIRS = {"sigma": 0.1, "num_pairs": 3}
-CASES = {
-    "unrolled": Case(UNROLLED, "pull rate start", fresh=True),
-    "forward": Case(hypergrad.forward(PROBLEM, **WHOLE), "pull rate start", fresh=True),
-    "reptile": Case(hypergrad.reptile(PROBLEM, **WHOLE), "start", fresh=True),
-    "direct": Case(hypergrad.direct(reported_direct), runs=0),
-    "amortize": Case(predictors.amortize(IN_COORDINATES, PREDICTOR), "", fresh=True),
-    "over_seeds": Case(hypergrad.over_seeds(UNROLLED, 3), runs=3, fresh=True, outer=3),
-    "over_tasks": Case(hypergrad.over_tasks(UNROLLED), runs=3, fresh=True, outer=3),
-    "partition": Case(  # rules that train from one key see one F
-        hypergrad.partition(
-            PROBLEM,
-            {name: lambda problem: hypergrad.unrolled(problem, **WHOLE) for name in ("a", "b")},
-            {"pull": "a", "rate": "b"},
-        ),
-        "pull rate",
-        fresh=True,
-    ),
-    "evolution": Case(hypergrad.evolution(PROBLEM, **WHOLE, **PAIRS), "pull rate start", 3, fresh=True, outer=3),
-    "mix_with_es": Case(hypergrad.mix_with_es(UNROLLED, **PAIRS), "pull rate start", 3, fresh=True, outer=3),
-    "persistent_es": Case(hypergrad.persistent_es(PROBLEM, **WINDOWS, **PAIRS), "pull rate", 3, outer=3),
-    "es_single": Case(hypergrad.es_single(PROBLEM, **WINDOWS, **PAIRS), "pull rate", 3, outer=3),
-    "truncated_es": Case(hypergrad.truncated_es(PROBLEM, **WINDOWS, **PAIRS), "pull rate", 3, outer=3),
-    "truncated": Case(hypergrad.truncated(PROBLEM, **WINDOWS), "pull rate start"),
-    "t1t2": Case(hypergrad.t1t2(PROBLEM, num_steps=6), "pull rate"),
-    "lookahead": Case(LOOKAHEAD, "pull rate"),
-    "darts_fd": Case(hypergrad.darts_fd(PROBLEM), "pull rate"),
-    "sama": Case(hypergrad.sama(PROBLEM), "pull rate"),
-    "implicit": Case(hypergrad.implicit(PROBLEM, **WHOLE)),
-    "warm_implicit": Case(hypergrad.warm_implicit(PROBLEM, **WHOLE, adjoint_rate=0.1)),
-    "f2sa": Case(hypergrad.f2sa(PROBLEM, **WHOLE, multiplier=1.0), outer=NUM_STEPS + 1),
-    "bome": Case(hypergrad.bome(PROBLEM, **WHOLE)),
-    "hypergradient_descent": Case(hypergrad.hypergradient_descent(PROBLEM), "rate", outer=0),  # has no outer loss
-    "stopped_by_curvature": Case(nas.stopped_by_curvature(LOOKAHEAD, PROBLEM, every=1), outer=2),
-    "stopped_by_skips": Case(_early_stop.stopped_by_skips(LOOKAHEAD, lambda hp: jnp.zeros([]), every=2)),
-}
-
-
-def test_every_estimator_is_in_the_battery():
-    assert set(CASES) == set(test_contract.ESTIMATORS)
-
-
-def reports_of(case, name, seed, num_estimates=3):
-    """What `init` and each estimate reported, for one seed and for another."""
-    hyperparams = {leaf: jnp.array(DEFAULTS[leaf]) for leaf in case.names.split()}
-    hyperparams = PREDICTOR.init(KEY) if name == "amortize" else hyperparams
-    task = jax.tree.map(lambda x: jnp.stack([x] * 3), TASK) if name == "over_tasks" else TASK
-    start, estimate = jax.jit(case.estimator.init), jax.jit(case.estimator.estimate)
-    found = []
+def reports_of(row, seed, num_estimates=3):
+    """What `init` and each estimate reported, twice for one seed and once for another."""
+    estimator, hyperparams = row.make(PROBLEM), estimators.hyperparams_of(row)
+    start, estimate = jax.jit(estimator.init), jax.jit(estimator.estimate)
+    runs = []
     for own_seed in (seed, seed, seed + 1):
-        state, at_start = reports(start, jax.random.key(own_seed), hyperparams, task)
-        found.append([at_start])
+        state, at_start = reports(start, jax.random.key(own_seed), hyperparams, row.task)
+        runs.append([at_start])
         for _ in range(num_estimates):
-            (_, state), in_estimate = reports(estimate, hyperparams, task, state)
-            found[-1].append(in_estimate)
-    return found
+            (_, state), in_estimate = reports(estimate, hyperparams, row.task, state)
+            runs[-1].append(in_estimate)
+    return runs
 
 
 def bits(found, use):
@@ -209,11 +97,11 @@ def assert_unrelated(found, uses):
         assert not derived(own) & everything, f"a key is derived from one of {use!r}"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.once
 def test_estimators(name):
-    case = CASES[name]
-    found, again, other = reports_of(case, name, seed=3)
+    row = ESTIMATORS[name]
+    found, again, other = reports_of(row, seed=3)
     assert found == again, "keys follow from the seed"
     total = {
         use: set().union(*(part.get(use, set()) for part in found)) for use in ("init", "batch", "context", "outer")
@@ -222,42 +110,51 @@ def test_estimators(name):
         assert not bits(total, use) & set().union(*(bits(part, use) for part in other)), f"{use}: one key, two seeds"
 
     # Training runs: one key each for `init` and for the sampler, and for the losses one at each step.
-    num_runs = case.runs * (len(found) - 1 if case.fresh else 1)
+    num_runs = row.runs * (len(found) - 1 if row.fresh else 1)
     assert len(bits(total, "init")) == len(bits(total, "batch")) == num_runs
     steps = {step for _, step in total["context"]}
     assert len(total["context"]) == len(bits(total, "context")) == num_runs * len(steps)
-    assert not case.runs or len(steps) >= NUM_STEPS
+    assert not row.runs or len(steps) >= estimators.NUM_STEPS
 
     # Outer batches: new ones in every estimate.
-    assert [len(bits(part, "outer")) for part in found[1:]] == [case.outer] * (len(found) - 1)
-    assert len(bits(total, "outer")) == case.outer * (len(found) - 1)
+    assert [len(bits(part, "outer")) for part in found[1:]] == [row.outer] * (len(found) - 1)
+    assert len(bits(total, "outer")) == row.outer * (len(found) - 1)
 
     assert_unrelated(total, total)
 
+    lams = {tuple(lam) for part in found for _, *lam in part.get("λ", ())}
+    assert row.perturbs or len(lams) <= 1, "the rule perturbs λ: say so in its row"
 
-ES = [name for name in CASES if name in ("evolution", "mix_with_es", "persistent_es", "es_single", "truncated_es")]
+
+PERTURBING = [name for name, row in ESTIMATORS.items() if row.perturbs]
 
 
-@pytest.mark.parametrize("name", ES)
+@pytest.mark.parametrize("name", PERTURBING)
 @pytest.mark.once
 def test_perturbations(name):
-    found, _, other = reports_of(CASES[name], name, seed=5)
-    number = lambda lam: np.array([lam[list(DEFAULTS).index(leaf)] for leaf in CASES[name].names.split()])
-    means = number(list(DEFAULTS.values()))
-    estimates = [{tuple((number(lam) - means).round(9)) for _, *lam in part["λ"]} for part in (*found[1:], *other[1:])]
+    row = ESTIMATORS[name]
+    assert row.perturbs in ("estimate", "run")
+    found, _, other = reports_of(row, seed=5)
+    perturbed = np.array([leaf in row.leaves.split() for leaf in NUMBERS])
+    means = np.concatenate([np.ravel(x) for x in estimators.LEAVES.values()])
+    estimates = [
+        {tuple((np.array(lam) - means)[perturbed].round(9)) for _, *lam in part["λ"]}
+        for part in (*found[1:], *other[1:])
+    ]
+    num_entries = perturbed.sum()
     for perturbations in estimates:
-        # 3 pairs, both members of each, and another number for each leaf.
+        # 3 pairs, both members of each, and another number for each entry of λ.
         assert len(perturbations) == 6
-        assert len({abs(x) for perturbation in perturbations for x in perturbation}) == 3 * len(means)
+        assert len({abs(x) for perturbation in perturbations for x in perturbation}) == 3 * num_entries
         assert {tuple(-x for x in perturbation) for perturbation in perturbations} == perturbations
-    # New ones in every estimate, or (`es_single`) in every training run, and with every seed.
-    num_draws = 2 if name == "es_single" else len(estimates)
+    # New ones in every estimate, or in every training run, and with every seed.
+    num_draws = 2 if row.perturbs == "run" else len(estimates)
     assert len(set().union(*estimates)) == 6 * num_draws
     assert len({frozenset(perturbations) for perturbations in estimates}) == num_draws
 
 
 def test_both_members_of_a_pair_share_their_keys():
-    found, *_ = reports_of(CASES["evolution"], "evolution", seed=5)
+    found, *_ = reports_of(ESTIMATORS["evolution"], seed=5)
     for part in found[1:]:
         pairs = collections.Counter(key for key, *_ in part["λ"])
         assert set(pairs.values()) == {2} and len(pairs) == 3
@@ -276,8 +173,8 @@ def test_the_functions_of_an_implicit_rule():
         report("solver", key)
         return hypergrad.cg()(matvec, b, initial, key=key)
 
-    case = Case(hypergrad.implicit(PROBLEM, **WHOLE, batch=batch, solver=solver))
-    found, again, _ = reports_of(case, "implicit", seed=3)
+    rule = lambda problem: hypergrad.implicit(problem, num_steps=2, batch=batch, solver=solver)
+    found, again, _ = reports_of(ESTIMATORS["implicit"]._replace(make=rule), seed=3)
     assert found == again
     uses = ("init", "batch", "context", "outer", "rows", "solver")
     total = {use: set().union(*(part.get(use, set()) for part in found)) for use in uses}
@@ -396,7 +293,7 @@ def test_samplers_of_tasks(name):
 def test_batches_of_tasks_have_a_key_for_each_task():
     def sample(key):
         report("task", key)
-        return TASK
+        return estimators.TASK
 
     batch = tasks.episode_batches(sample, 3)
     found = [reports(batch, jax.random.key(seed))[1]["task"] for seed in (0, 0, 1)]

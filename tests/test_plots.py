@@ -181,6 +181,18 @@ def test_a_cell_names_every_edge_and_no_name_covers_another():
     assert dilated.get_position()[0] == (2 + 5) / 2 and dilated.get_position()[1] != 0
 
 
+def test_an_arc_rises_stays_level_and_falls_between_its_nodes():
+    arcs = [(0, 2, "mlp"), (1, 3, "mlp"), (0, 4, "mlp")]
+    patches = plots.cell(arcs, num_inputs=2, output=(4,)).patches
+    ends = [(s, t) for s, t, _ in arcs] + [(4, 5)]
+    assert len(patches) == len(ends)
+    for (s, t), patch in zip(ends, patches, strict=True):
+        x, y = patch.get_path().vertices.T
+        assert x[0] == s and x[-1] == t and (np.diff(x) >= 0).all()
+        np.testing.assert_allclose(x + x[::-1], s + t)  # symmetric
+        assert y[0] == y[-1] == 0 and len(set(y[1:-1])) == 1 and y[1] != 0
+
+
 def test_arcs_over_the_same_place_have_other_heights():
     rng = np.random.default_rng(0)
     for _ in range(20):

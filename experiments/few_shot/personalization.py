@@ -22,8 +22,7 @@ One program trains all folds and seeds of a method: a `vmap` over the learner's 
 chosen on patients or hospitals in the test. But the inputs of the network were. For patients, they were chosen after
 one look at the errors of a linear model over all of them. For hospitals, a look at the areas of linear models on all
 four came first. Then the inputs (a column for each code, 0 as a gap) and the range of weight decays were chosen.
-Leaving out each of the three others in turn prefers the same codes and gaps, but only by a very small margin for one
-hospital.
+Leaving out each of the three others in turn prefers the same codes and gaps, for one hospital by a small margin.
 
     python experiments/few_shot/personalization.py             minutes; writes experiments/results/personalization.md
     python experiments/few_shot/personalization.py --smoke     seconds; prints only
@@ -266,9 +265,7 @@ def parkinson_table(by_number: dict[int, dict[str, np.ndarray]]) -> str:
 def parkinson_missed(means: dict[int, dict[str, float]], against: dict[int, dict[str, tuple[float, float]]]) -> str:
     """Lists methods that miss the aim, to beat the last value, by the digits in the table.
 
-    Args:
-      means: recordings -> method -> mean error.
-      against: recordings -> method -> `against_last`.
+    `means` is recordings -> method -> mean error, and `against` is recordings -> method -> `against_last`.
     """
     plain = "one network for all"
     names = list(next(iter(against.values())))
@@ -434,10 +431,7 @@ def hospital_table(areas: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
 
 
 def hospital_missed(means: dict[str, dict[str, float]]) -> str:
-    """Lists the hospitals, per method, whose mean areas are not above the published ones, by the digits in the table.
-
-    means: method -> hospital -> mean area.
-    """
+    """Lists the hospitals (method -> hospital -> mean area) not above the published area, by the table's digits."""
     below = {
         name: [h for h, mean in areas.items() if round(mean, 3) <= HOSPITAL_BARS[h]] for name, areas in means.items()
     }

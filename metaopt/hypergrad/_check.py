@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import _checks, _jaxpr, base
+from metaopt._progress import report_progress
 from metaopt.hypergrad import _slopes
 
 _ROUNDED_ZERO = 1e-6  # smaller entries are zeros up to float32 rounding, such as 2.4e-7
@@ -225,14 +226,16 @@ def evaluated(
         with jax.enable_x64(True), np.errstate(invalid="ignore", over="ignore"):
             return float(np.mean(value_fn(structure.unflatten(leaves), *args)))
 
-    with jax.enable_x64(True):
+    with report_progress(None, None) as report, report.compiling("the hypergradient"), jax.enable_x64(True):
         grads = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient_fn(structure.unflatten(center), *args))]
+    with report_progress(None, None) as report, report.compiling("the outer loss"):
+        value = mean_value(center)
     noise = _NOISE_FLOAT64
     if narrow:
         noise, epsilon, rtol = _NOISE_FLOAT32, max(epsilon, _EPSILON_FLOAT32), max(rtol, _RTOL_FLOAT32)
     paths = [jax.tree_util.keystr(path) or "λ" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
     units = [_unit(x) for x in center]
-    return Point(mean_value, paths, center, units, mean_value(center), grads, sorted(narrow), noise, epsilon, rtol)
+    return Point(mean_value, paths, center, units, value, grads, sorted(narrow), noise, epsilon, rtol)
 
 
 def compared(kind: str, point: Point, num_directions: int, radius: float) -> Check:

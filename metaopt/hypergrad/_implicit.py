@@ -7,7 +7,7 @@ R = θ* − Φ(θ*, λ) = 0. For any path that led there, the implicit function 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,9 @@ def implicit(
     causes a bias:
 
     - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
-      `"inner_step_norm"`). With `condition="gradient"`, `training.fit` logs a warning once if this norm is large next
-      to ‖∂f/∂θ‖.
+      `"inner_step_norm"`). `training.fit` logs a warning once if ‖R‖ is large next to ‖∂f/∂θ‖. With
+      `condition="step"`, where R has the unit of θ, it compares the change of ∂f/∂θ up to rest instead, which
+      `metrics["outer_grad_shift"]` estimates by one more product with Aᵀ and one with ∂²f/∂θ².
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
       ‖(A + δI) v − ∂f/∂θ‖.
     - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. It helps
@@ -187,8 +188,21 @@ def _estimate(
         {"gradient": "inner_grad_norm", "step": "inner_step_norm"}[condition]: optax.tree.norm(residual),
         "num_products": jnp.asarray(num_products),
     }
+    if condition == "step":
+        outer_grad = jax.grad(lambda x: outer_loss(x, hyperparams))
+        metrics["outer_grad_shift"] = _outer_grad_shift(outer_grad, x, residual, pullback(residual)[0])
     carried = (trained, v) if rule.warm_start else (None, None)
     return base.Estimate(f, hypergrad, done, metrics), ImplicitState(*carried, key)
+
+
+def _outer_grad_shift(outer_grad: Callable, x: Any, residual: Any, transposed_product: Any) -> jax.Array:
+    """[], estimates how much ∂f/∂x differs at rest: ‖(∂²f/∂x²) Δx‖, with Δx = κ R and κ = ‖R‖² / ⟨R, A R⟩.
+
+    κ is the inverse of A's Rayleigh quotient at the residual R. `transposed_product` is Aᵀ R.
+    """
+    quotient = optax.tree.vdot(transposed_product, residual) / optax.tree.vdot(residual, residual)
+    shift = jax.jvp(outer_grad, (x,), (residual,))[1]
+    return jnp.where(optax.tree.norm(residual) > 0, optax.tree.norm(shift) / jnp.abs(quotient), 0.0)
 
 
 def _gauss_newton_product(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from metaopt import base, inner
+from metaopt._progress import report_progress
 from metaopt.hypergrad import (
     _check,
     _evolution,
@@ -113,6 +114,34 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
     return rules
 
 
+def _measured(rules: Mapping[str, base.Estimator], args: tuple, training: float) -> dict[str, Cost]:
+    """Memory and operations of each rule; `training` is the number of operations of plain training."""
+    key = jax.random.key(0)
+    costs, lowered = {}, {}
+    with report_progress(len(rules), None, "{rule}", unit="rule", rule="") as report:
+        for name, rule in rules.items():
+            try:
+                with report.during(f"tracing {name}", compiles=True):
+                    state = jax.eval_shape(functools.partial(rule.init, key), *args)
+                    traced = jax.jit(rule.estimate).trace(*args, state)
+                    lowered[name] = traced.lower()
+            except (ValueError, TypeError, NotImplementedError) as error:
+                costs[name] = Cost(name, rule.kind, math.nan, math.nan, str(error))
+                continue
+            stochastic = rule.kind == "unbiased" or "sampling_variance" in traced.out_info[0].metrics
+            operations = _flops.of_jaxpr(traced.jaxpr.jaxpr)
+            costs[name] = Cost(name, rule.kind, math.nan, operations / training, stochastic=stochastic)
+        refused = len(rules) - len(lowered)
+        with ThreadPoolExecutor() as pool:  # the compiler releases Python's lock
+            every = zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True)
+            for number, (name, compiled) in enumerate(every, start=1):
+                report(refused + number, rule=f"compiled {name}")
+                stats = compiled.memory_analysis()
+                if stats:  # some backends report none
+                    costs[name] = costs[name]._replace(memory=stats.temp_size_in_bytes / 2**20)
+    return costs
+
+
 def recommend(
     problem: base.Problem,
     hyperparams: base.HyperParams,
@@ -158,24 +187,7 @@ def recommend(
 
     training = _flops.flops(plain, hyperparams, task)
     rules = candidates(problem, hyperparams, num_steps) if rules is None else rules
-    costs, lowered = {}, {}
-    for name, rule in rules.items():
-        try:
-            state = jax.eval_shape(functools.partial(rule.init, key), hyperparams, task)
-            traced = jax.jit(rule.estimate).trace(hyperparams, task, state)
-            lowered[name] = traced.lower()
-        except (ValueError, TypeError, NotImplementedError) as error:
-            costs[name] = Cost(name, rule.kind, math.nan, math.nan, str(error))
-            continue
-        stochastic = rule.kind == "unbiased" or "sampling_variance" in traced.out_info[0].metrics
-        operations = _flops.of_jaxpr(traced.jaxpr.jaxpr)
-        costs[name] = Cost(name, rule.kind, math.nan, operations / training, stochastic=stochastic)
-    with ThreadPoolExecutor() as pool:  # the compiler releases Python's lock
-        for name, compiled in zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True):
-            stats = compiled.memory_analysis()
-            if stats:  # some backends report none
-                costs[name] = costs[name]._replace(memory=stats.temp_size_in_bytes / 2**20)
-    costs = list(costs.values())
+    costs = list(_measured(rules, (hyperparams, task), training).values())
     fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
     if not fitting:
         raise ValueError(

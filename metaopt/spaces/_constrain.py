@@ -1,6 +1,6 @@
 """Changes the coordinates of a problem from λ to the unconstrained z."""
 
-from metaopt import base
+from metaopt import _tuned_space, base
 from metaopt.spaces._tree import num_dims, to_constrained
 
 
@@ -22,7 +22,8 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
 
     Raises:
       ValueError: if the space has a leaf of another kind, or has no leaf to tune.
-      ValueError: at trace time, if the problem gets λ in natural units, or z does not fit the space.
+      ValueError: at trace time, if the problem gets λ in natural units, or z does not fit the space; if
+        `training.fit` or `training.fine_tune` has another `space`.
 
     >>> import jax
     >>> from metaopt import base, spaces
@@ -41,4 +42,9 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     """
     if num_dims(space) == 0:
         raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
-    return base.reparametrized(problem, lambda hyperparams, step: to_constrained(space, hyperparams))
+
+    def natural_units(hyperparams, step):
+        _tuned_space.check(space)
+        return to_constrained(space, hyperparams)
+
+    return base.reparametrized(problem, natural_units)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _tuned_space, base
 from metaopt._jaxpr import Tracer
 from metaopt.spaces._leaves import Leaf
 from metaopt.spaces._unconstrained import Unconstrained
@@ -90,6 +90,7 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
     >>> float(grads.coordinates["dropout"]), grads.coordinates["epochs"]
     (0.25, None)
     """
+    _tuned_space.used()
     matched, treedef = _match(space, unconstrained, constrained=False)
     return treedef.unflatten([leaf.to_constrained(z) for _, leaf, z in matched])
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base, spaces
+from metaopt import _checks, _tuned_space, base, spaces
 from metaopt.training import _learner
 
 
@@ -62,10 +62,11 @@ def fine_tune(
 
     Raises:
       ValueError: if `num_steps` is negative. At trace time, if the start does not fit `space`, or if `space` is missing
-        and a start in natural units meets an estimator in unconstrained coordinates.
+        and a start in natural units meets an estimator in unconstrained coordinates, or is not the problem's.
     """
     _checks.check_integer("num_steps", num_steps, 0)
     learner = _learner.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer)
+    take_step = _tuned_space.converting(space, learner.step)
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
@@ -74,7 +75,7 @@ def fine_tune(
 
         def step(state, _):
             visited = state.hyperparams
-            state, metrics = learner.step(state)
+            state, metrics = take_step(state)
             whole = metrics["num_done"] > 0
             return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
 

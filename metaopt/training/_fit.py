@@ -106,8 +106,8 @@ def fit(
       space: the space of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is
         converted to unconstrained coordinates, in which the outer optimizer works. `evaluate` and the result have λ in
         natural units. An initial λ that is already `spaces.Unconstrained`, such as a predictor's, is not converted.
-        It must be the space that the problem was constrained with: only the structures of the two are compared. A tree
-        of labels or masks for the outer optimizer must be wrapped in `spaces.Unconstrained`, too.
+        It must be the space that the problem was constrained with. A tree of labels or masks for the outer optimizer
+        must be wrapped in `spaces.Unconstrained`, too.
       evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. Every call has the same key, so that
         every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first one judges the initial λ.
@@ -142,7 +142,8 @@ def fit(
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
       ValueError: if `steps_per_call < 1`, or if there is `patience` and no `evaluate`.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
-      ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse.
+      ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
+        `space` is not the problem's.
       ValueError: if the tasks are empty, have labels outside their classes, or change their shapes while some slots are
         not done.
       ValueError: if `checkpoint_dir` is in use, cannot be written to, or holds another run.
@@ -167,7 +168,7 @@ def fit(
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
-    steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call)
+    steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cache.compilation_cache(compilation_cache))
         received = stack.enter_context(_stopping.signals())

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import _tuned_space, base
 from metaopt._progress import Report
 from metaopt.training import _learner, _program
-from metaopt.training._learner import Learner, LearnerState
+from metaopt.training._learner import LearnerState
 from metaopt.training._run import Run, owned
 
 SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
@@ -22,14 +22,15 @@ SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
 class Steps:
     """Draws tasks, and holds the compiled programs of a run: for the initial state, one step, and several steps."""
 
-    def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call):
+    def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call, space=None):
         init_key, self.sample_key = keys
         # A `Partial` is an argument of the program, so that its arrays (`tasks.episodes`) are not compiled into it.
         self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
         self.start = init_key, hyperparams
         self.init = jax.jit(learner.init)
-        self.step = jax.jit(learner.step, donate_argnums=0)
-        self.several = _several_steps(learner, self.sample_key, steps_per_call)
+        step = _tuned_space.converting(space, learner.step)
+        self.step = jax.jit(step, donate_argnums=0)
+        self.several = _several_steps(step, self.sample_key, steps_per_call)
         self.drawn: int | None = None  # the step for which `tasks` were drawn
         self.tasks: base.PyTree = None
         self.types: tuple = ()  # of `tasks`
@@ -93,9 +94,9 @@ def _draw(sample_tasks: SampleTasksFn, key: jax.Array, step: Any) -> base.PyTree
     return _learner.check_tasks(sample_tasks(jax.random.fold_in(key, step)))
 
 
-def _several_steps(learner: Learner, sample_key: jax.Array, steps_per_call: int) -> Any:
+def _several_steps(step: Callable, sample_key: jax.Array, steps_per_call: int) -> Any:
     """`(state, start, num, sample_tasks) -> state, metrics [num]`, a program of `num` steps from step `start` on."""
-    step_fn = jax.jit(learner.step, inline=True)  # shares its trace with the program of one step
+    step_fn = jax.jit(step, inline=True)  # shares its trace with the program of one step
 
     @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
     def several(state, start, num, sample_tasks):

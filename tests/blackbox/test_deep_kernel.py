@@ -62,6 +62,20 @@ def surrogate(deep, share):
     return found._replace(deep=jax.tree.map(lambda leaf: leaf[None], deep), deep_share=share)
 
 
+def test_expected_outcomes_have_a_column_for_each_deep_kernel():
+    members = [DEEP, DEEP._replace(mean=-DEEP.mean)]
+    members = [predictors.at_features(deep, jnp.asarray(FEATURES)) for deep in members]
+    found = surrogate(DEEP, 1.0)._replace(deep=jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+    outcomes = _surrogates.expected_outcomes(found, X[:4])  # X are the reference configurations
+    plain = _surrogates.expected_outcomes(found._replace(deep=None), X[:4])
+    assert outcomes.shape == (4, 3 + 2) and plain.shape == (4, 3)
+    np.testing.assert_array_equal(outcomes[:, :3], plain)
+    for column, sign in ((3, 1), (4, -1)):
+        mean = sign * by_numpy(DEEP, X)[0]
+        expected = mean - mean.mean() + np.asarray(found.curves).mean()
+        np.testing.assert_allclose(outcomes[:, column], expected[:4], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)

@@ -79,6 +79,25 @@ def test_a_study_that_optuna_made_is_read():
         spaces.from_configuration(SPACE, record.configuration)
 
 
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_a_pruned_trial_has_the_fidelity_of_its_last_step(first_step):
+    study = optuna.create_study()
+    for num_reports in (1, 3, 4):
+        trial = study.ask()
+        for step in range(num_reports):
+            trial.report(10.0 - step, step + first_step)
+        if num_reports < 4:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, 5.0)
+    records = blackbox.from_optuna_study(study)
+    assert [(record.status, record.fidelity, record.outcome) for record in records] == [
+        ("PRUNED", 0.25, 10.0),
+        ("PRUNED", 0.75, 8.0),
+        ("COMPLETE", 1.0, 5.0),
+    ]
+
+
 def test_numbers_of_float32_next_to_a_bound_are_within_it_and_others_are_refused():
     record = RECORDS[0]._replace(configuration={"rate": 1.0000001, "kind": "a"})
     assert blackbox.to_optuna_study([record], SPACE).best_params == {"rate": 1.0, "kind": "a"}

@@ -1,15 +1,29 @@
-"""Every searcher proposes new trials at every ask, and treats failed and unfinished trials as documented."""
+"""What every searcher does: new trials at every ask, and the documented treatment of records that are no outcomes.
+
+To add a searcher:
+
+1. Write one file in `metaopt/blackbox/`, such as `_my_search.py`: a function `(*, ...) -> base.Searcher`, or one that
+   trains on earlier records and returns a `NamedTuple` with a field `searcher`.
+2. Export it in `metaopt/blackbox/__init__.py`, in the imports and in `__all__`.
+3. Add a row to `SEARCHERS` under the name of the function, such as `"my_search": Row(blackbox.my_search)`. `Row`
+   documents the fields. A second setting of a searcher may have its own row, "my_search, setting".
+
+Every row is checked: the functions name their arguments as the contract does; asks without a tell propose different
+trials with different seeds; trials and seeds follow from the key; a trial without a finite outcome counts as failed.
+"""
 
 import functools
 import inspect
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, Searcher, blackbox, nas, spaces
+from metaopt import Record, base, blackbox, nas, spaces
 
 pytestmark = pytest.mark.once
 
@@ -54,37 +68,71 @@ def curve_searcher():
     return blackbox.train_curve_searcher(earlier(POOL, (0.5, 1.0)), space=LINE, num_steps=0).searcher()
 
 
-SEARCHERS = {  # name -> (its factory, the space)
-    "random_search": (blackbox.random_search, LINE),
-    "enqueue": (lambda: blackbox.enqueue(blackbox.random_search(), [{"x": 0.1}], after=2), LINE),
-    "g": (lambda: meta_optimizer(False).searcher(), LINE),
-    "g of candidates": (lambda: meta_optimizer(True).searcher(), LINE),
-    "h of cells": (lambda: cell_searcher().searcher(), None),
-    "curves": (curve_searcher, LINE),
-    "tpe": (blackbox.tpe, LINE),
-    "bohb": (blackbox.bohb, LINE),
-    "asha": (blackbox.asha, LINE),
-    "regularized_evolution": (lambda: blackbox.regularized_evolution(population_size=3, sample_size=2), INTEGERS),
-    "screened_random_search": (lambda: nas.screened_random_search(loss, num_candidates=3), LINE),
+def gaussian_processes():
+    return blackbox.train_meta_searcher(earlier(POOL), space=LINE, candidates=POOL, num_steps=0).searcher()
+
+
+class Row(NamedTuple):
+    """A searcher of the table.
+
+    Attributes:
+      make: `() -> Searcher`. Choose small networks and few steps.
+      space: the space of its `init`.
+      needs: the package that the searcher imports, if it is optional; without it, the tests of the row skip.
+    """
+
+    make: Callable[[], base.Searcher]
+    space: Any = LINE
+    needs: str | None = None
+
+
+SEARCHERS = {
+    "random_search": Row(blackbox.random_search),
+    "enqueue": Row(lambda: blackbox.enqueue(blackbox.random_search(), [{"x": 0.1}], after=2)),
+    "train_meta_optimizer": Row(lambda: meta_optimizer(False).searcher()),
+    "train_meta_optimizer, candidates": Row(lambda: meta_optimizer(True).searcher()),
+    "train_meta_searcher": Row(gaussian_processes),
+    "train_cell_searcher": Row(lambda: cell_searcher().searcher(), None),
+    "train_curve_searcher": Row(curve_searcher),
+    "tpe": Row(blackbox.tpe, needs="optuna"),
+    "bohb": Row(blackbox.bohb, needs="optuna"),
+    "asha": Row(blackbox.asha),
+    "regularized_evolution": Row(lambda: blackbox.regularized_evolution(population_size=3, sample_size=2), INTEGERS),
+    "screened_random_search": Row(lambda: nas.screened_random_search(loss, num_candidates=3)),
 }
 
 
 @functools.cache
 def start(name):
-    if name in ("tpe", "bohb"):
-        pytest.importorskip("optuna")
-    make, space = SEARCHERS[name]
-    return make(), space
+    row = SEARCHERS[name]
+    if row.needs:
+        pytest.importorskip(row.needs)
+    return row.make(), row.space
 
 
 def test_every_searcher_has_a_row():
-    searchers = {
-        name
-        for name in blackbox.__all__
-        if inspect.isfunction(getattr(blackbox, name))
-        and inspect.signature(getattr(blackbox, name)).return_annotation is Searcher
+    signatures = {
+        name: inspect.signature(getattr(room, name))
+        for room in (blackbox, nas)
+        for name in room.__all__
+        if inspect.isfunction(getattr(room, name))
     }
-    assert "tpe" in searchers and searchers <= SEARCHERS.keys()
+    unstated = {name for name, signature in signatures.items() if signature.return_annotation is signature.empty}
+    assert not unstated & set(blackbox.__all__), "state what the function returns"
+    returned = {name: signature.return_annotation for name, signature in signatures.items()}
+    factories = {name for name, kind in returned.items() if kind is base.Searcher or hasattr(kind, "searcher")}
+    assert factories == {name.split(", ")[0] for name in SEARCHERS}
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_arguments_have_the_names_of_the_contract(name):
+    searcher, _ = start(name)
+    for function, protocol in (
+        (searcher.init, base.SearcherInitFn),
+        (searcher.ask, base.AskFn),
+        (searcher.tell, base.TellFn),
+    ):
+        assert list(inspect.signature(function).parameters) == list(inspect.signature(protocol.__call__).parameters)[1:]
 
 
 def told(trials, **kwargs):
@@ -105,6 +153,19 @@ def test_asks_without_a_tell_propose_different_trials(name):
         assert len({t.seed for t in new}) == len(new)
         assert len({repr(sorted(t.configuration.items())) for t in new}) == len(new) > 0
         trials += first + second
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_trials_follow_from_the_key(name):
+    searcher, space = start(name)
+
+    def search(key):
+        trials, state = searcher.ask(searcher.init(key, space), 3)
+        return trials + searcher.ask(searcher.tell(state, told(trials)), 3)[0]
+
+    trials, again, other = search(KEY), search(KEY), search(jax.random.key(1))
+    assert repr(trials) == repr(again)
+    assert not {t.seed for t in trials} & {t.seed for t in other}
 
 
 @pytest.mark.parametrize("name", SEARCHERS)

@@ -423,9 +423,10 @@ def test_float32_stays_float32(x64):
 # Far from rest.
 
 
+@pytest.mark.parametrize("condition", ["gradient", "step"])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])  # the unit of both losses
 @pytest.mark.once
-def test_warns_where_the_hypergradient_is_far_from_that_at_rest(scale):
+def test_warns_where_the_hypergradient_is_far_from_that_at_rest(scale, condition):
     loop = inner.loop(
         lambda params, lam, batch: scale * problems.RIDGE_LOOP.loss(params, lam, batch, CONTEXT)[0],
         lambda lam: optax.sgd(0.4 / scale),
@@ -436,7 +437,7 @@ def test_warns_where_the_hypergradient_is_far_from_that_at_rest(scale):
     solver = hypergrad.dense()
     errors, warned = [], []
     for num_steps in (1, 2, 3, 30):
-        estimator = hypergrad.implicit(ridge, num_steps=num_steps, solver=solver, warm_start=False)
+        estimator = hypergrad.implicit(ridge, num_steps=num_steps, solver=solver, warm_start=False, condition=condition)
         estimate = estimated(estimator, problems.LAM, problems.TASK)
         errors.append(np.linalg.norm(estimate.hypergrad["log_penalty"] - exact) / np.linalg.norm(exact))
         message = " ".join(_checks.far_from_rest(estimate.metrics))

@@ -1,6 +1,5 @@
 """A recommendation follows from counts of memory and operations."""
 
-import inspect
 import math
 
 import jax
@@ -9,8 +8,9 @@ import numpy as np
 import optax
 import problems
 import pytest
+from estimators import ESTIMATORS
 
-from metaopt import base, hypergrad, inner
+from metaopt import _progress, hypergrad, inner
 from metaopt.hypergrad import _recommend
 
 
@@ -147,17 +147,10 @@ def test_the_figures_of_every_default_rule(part):
     check_figures(found, problem, hp, 64, [c.name for c in found.costs if not c.refused])
 
 
-def test_every_rule_is_a_default_rule():
-    made_of_others = {"partition", "direct", "over_seeds", "over_tasks"}
-    no_gradient = {"reptile"}
-    rules = {
-        name
-        for name in hypergrad.__all__
-        if inspect.isfunction(getattr(hypergrad, name))
-        and inspect.signature(getattr(hypergrad, name)).return_annotation is base.Estimator
-    }
+def test_the_default_rules_are_those_of_the_table():
     defaults = _recommend.candidates(problems.RIDGE, problems.LAM, 4)
-    assert {name.split(",")[0] for name in defaults} == rules - made_of_others - no_gradient
+    rules = {name.split(", ")[0] for name, row in ESTIMATORS.items() if row.recommended}
+    assert {name.split(",")[0] for name in defaults} == rules
 
 
 @pytest.mark.once
@@ -179,3 +172,17 @@ def test_the_default_window_divides_the_horizon(num_steps, window):
     assert (f"truncated, {window} steps" if window > 1 else "t1t2") in _recommend.candidates(
         problems.RIDGE, problems.LAM, num_steps
     )
+
+
+def test_a_log_names_the_rule_that_is_traced(monkeypatch, capsys):
+    for name in ("EVERY", "SOON"):
+        monkeypatch.setattr(f"metaopt._progress.{name}", 0.0)
+    rule = hypergrad.unrolled(problems.RIDGE, num_steps=1)
+
+    def estimate(hyperparams, task, state):
+        _progress.DISPLAY.tick()  # as a thread does from time to time
+        return rule.estimate(hyperparams, task, state)
+
+    rules = {"first": rule._replace(estimate=estimate)}
+    hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=1, rules=rules)
+    assert "tracing first, 0 s" in capsys.readouterr().err

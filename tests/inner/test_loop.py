@@ -70,6 +70,17 @@ def test_context_has_fresh_keys_the_step_and_the_model_state():
     assert not set(state.model_state["seen"].tolist()) & set(other.model_state["seen"].tolist())
 
 
+def test_the_key_of_init_is_not_the_key_of_the_run():
+    keys = [KEY]
+
+    def init(key, hyperparams, data):
+        keys.append(key)
+        return problems.zeros(key, hyperparams, data)
+
+    keys.append(make(init=init).init(KEY, LAM, DATA).key)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 3
+
+
 def test_a_full_loss_may_leave_the_model_state_out():
     loop = make(
         lambda params, hyperparams, batch, context: problems.penalized(params, hyperparams, batch),

@@ -6,8 +6,9 @@
 
 `draw` parses every file of `metaopt`, lists all places where an operator applies, and draws from them: rooms take
 turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
-applies one mutant at a time to a copy of the repository and runs the tests of its file, then those of its room, then,
-with `--everything`, the whole suite. A mutant is detected if a test fails or the tests run 25 minutes.
+applies one mutant at a time to a copy of the repository and runs the tests of its file, then those of its room, then
+the batteries over all rooms and, with `--everything`, the whole suite. A mutant is detected if a test fails or the
+tests run 25 minutes.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
@@ -196,15 +197,17 @@ def mutated(source: bytes, mutant: Mutant) -> bytes:
 
 
 def stages(mutant: Mutant, everything: bool) -> list[list[str]]:
-    """What pytest is asked for, nearest first."""
+    """What pytest is asked for, nearest first: the file's tests, the batteries over all rooms, and the room's tests."""
     file = pathlib.Path(mutant.file)
-    stem, room = file.stem.strip("_"), ROOT / "tests" / room_of(mutant.file)
-    pattern = re.compile(rf"test_{stem}(_.*)?\.py")
+    stems = {file.stem.strip("_"), *(part.strip("_") for part in file.parts[1:-1])}
+    room = ROOT / "tests" / room_of(mutant.file)
+    pattern = re.compile(rf"test_({'|'.join(map(re.escape, sorted(stems)))})(_.*)?\.py")
     folder = room if room.is_dir() else ROOT / "tests"
-    near = sorted(str(f.relative_to(ROOT)) for f in folder.glob("test_*.py") if pattern.fullmatch(f.name))
-    result = [[mutant.file, *near]]
-    if room.is_dir():
-        result.append([str(room.relative_to(ROOT))])
+    relative = lambda files: sorted(str(f.relative_to(ROOT)) for f in files)
+    near = relative(f for f in folder.glob("test_*.py") if pattern.fullmatch(f.name))
+    batteries = relative((ROOT / "tests").glob("test_*.py"))
+    batteries = [f for f in batteries if not re.search("experiment|benchmarks|notebook|reproductions|house", f)]
+    result = [[mutant.file, *near], *([relative([room])] if room.is_dir() else []), batteries]
     return [*result, *([["tests", "metaopt"]] if everything else [])]
 
 

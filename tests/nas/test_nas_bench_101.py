@@ -55,6 +55,14 @@ def test_the_count_of_nas_bench_101():
 # ---- A network of one cell ------------------------------------------------------------------------------------------
 
 
+def test_no_two_vertices_and_no_two_projections_start_with_the_same_weights():
+    cell = graph([(0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (3, 4)], (CONV1, CONV1, CONV1))
+    params = _nas_bench_101.graph_op(cell).init(KEY, (5, 4), 4, 1)
+    weights = [np.asarray(p["w"]) for p in params.values()]
+    assert len(weights) == 6 and {w.shape for w in weights} == {(4, 4)}
+    assert len({w.tobytes() for w in weights}) == 6
+
+
 def test_vertices_share_the_channels_of_the_output_and_are_cut_to_fit():
     # 1 leads to 2 and to the output; 2, 3 and 1 split 8 channels as 3, 3, 2; 3 sees 1's first two.
     cell = graph([(0, 1), (1, 2), (1, 3), (1, 4), (2, 4), (3, 4), (0, 4)], (CONV1, POOL, CONV1))

@@ -431,9 +431,13 @@ def test_at_bounds(name):
     if name in BOUNDED:
         assert np.all(at(jnp.full(leaf.shape, leaf.low)))
         assert not np.any(at(to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
-        near = leaf.low * (leaf.high / leaf.low) ** 0.05 if leaf.log else leaf.low + 0.05 * (leaf.high - leaf.low)
-        assert not np.any(at(jnp.full(leaf.shape, near)))
-        assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
+        assert np.all(at(jnp.full(leaf.shape, leaf.high)))
+        for place in (0.05, 0.95):
+            span = leaf.high - leaf.low
+            near = leaf.low * (leaf.high / leaf.low) ** place if leaf.log else leaf.low + place * span
+            assert not np.any(at(jnp.full(leaf.shape, near)))
+            assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
+            assert not np.any(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.04))
 
 
 @ALL

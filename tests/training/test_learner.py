@@ -8,7 +8,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import training
+from metaopt import base, training
 
 KEY = jax.random.key(0)
 LAM = {"x": 0.5}
@@ -62,6 +62,22 @@ def test_a_fresh_state_starts_from_the_current_hyperparams():
     np.testing.assert_array_equal(state.estimator_state, [7.0, 7.0])
     new, _ = step(state)
     np.testing.assert_array_equal(new.estimator_state, [state.hyperparams] * 2)
+
+
+def test_fresh_states_have_keys_of_their_own():
+    def estimate(hyperparams, task, key):
+        return base.Estimate(hyperparams**2, 2 * hyperparams, jnp.array(True), {}), key
+
+    rule = base.Estimator(lambda key, hyperparams, task: key, estimate, "exact")
+    init, step = training.learner(rule, optax.sgd(0.1))
+    state = init(KEY, 7.0, jnp.zeros(2))
+    keys = [KEY, state.key, state.estimator_state]  # of the learner, and of the fresh state
+    state, _ = step(state)  # keeps the fresh state of `init`
+    keys.append(state.key)
+    for _ in range(2):
+        state, _ = step(state)
+        keys += [state.key, state.estimator_state]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
 @pytest.mark.once

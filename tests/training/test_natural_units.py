@@ -176,3 +176,38 @@ def test_a_run_from_a_bound_leaves_it(bound, dtype):
         progress=False,
     )
     assert abs(np.log(first.hyperparams["rate"] / bound)) > 7e-3
+
+
+OTHER = SPACE | {"rates": Rates(spaces.interval(1e-3, 1.0, log=True, default=0.3), spaces.fixed(0.5))}
+LEAVES_ONLY = hypergrad.direct(lambda z, task, key: sum((leaf**2).sum() for leaf in jax.tree.leaves(z)))
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_refuses_a_space_that_is_not_the_one_of_the_problem(steps_per_call):
+    """The structure is the same, and λ of the result would be another one."""
+    with pytest.raises(ValueError, match=r"`space` and the problem's space differ.*0\.1.* and .*0\.3"):
+        fit(
+            training.learner(
+                hypergrad.over_tasks(hypergrad.unrolled(spaces.constrain(PROBLEM, OTHER), num_steps=3)), optax.adam(0.1)
+            ),
+            steps_per_call=steps_per_call,
+        )
+    with pytest.raises(ValueError, match="nothing in the estimator converts unconstrained coordinates to λ"):
+        fit(training.learner(hypergrad.over_tasks(LEAVES_ONLY), optax.adam(0.1)), steps_per_call=steps_per_call)
+
+
+def test_fine_tuning_refuses_a_space_that_is_not_the_one_of_the_problem():
+    task = jax.tree.map(lambda leaf: leaf[0], sample_tasks(KEY))
+    for estimator, message in (
+        (hypergrad.unrolled(spaces.constrain(PROBLEM, OTHER), num_steps=3), "the problem's space differ"),
+        (LEAVES_ONLY, "nothing in the estimator converts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.fine_tune(estimator, space=SPACE, num_steps=1)(KEY, LAM, task)
+
+
+def test_a_second_run_of_one_learner_is_compared_with_its_own_space():
+    fit(num_steps=1)
+    with pytest.raises(ValueError, match="the problem's space differ"):
+        fit(num_steps=1, space=OTHER)
+    fit(num_steps=1, space=dict(SPACE))  # an equal space is the same

@@ -1,0 +1,89 @@
+"""Sizes that tell how hard the code is to take over: `python tests/measures.py` prints them as a table.
+
+`test_house.py` asserts the limits of functions and files.
+"""
+
+import ast
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Function(NamedTuple):
+    """A function, and its number of lines without the docstring."""
+
+    lines: int
+    file: str
+    name: str
+
+
+def files(folder: str) -> dict[str, str]:
+    """The Python files of a folder: path -> text."""
+    return {str(file.relative_to(ROOT)): file.read_text() for file in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def functions(folder: str) -> list[Function]:
+    """All functions of a folder, the longest first."""
+    lengths = []
+    for file, text in files(folder).items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False)
+                lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+                lengths.append(Function(lines, file, node.name))
+    return sorted(lengths, reverse=True)
+
+
+def _checks(text: str) -> Iterator[ast.AST]:
+    for node in ast.walk(ast.parse(text)):
+        function = node.func if isinstance(node, ast.Call) else None
+        name = getattr(function, "attr", getattr(function, "id", ""))
+        if isinstance(node, ast.Raise) or name.lstrip("_").startswith("check_"):
+            yield node
+
+
+def _import_seconds() -> float:
+    """Seconds of `import metaopt` after its dependencies, the least of three."""
+    code = (
+        "import jax, flax, optax, chex, time; t = time.perf_counter(); import metaopt; print(time.perf_counter() - t)"
+    )
+    run = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return min(float(run()) for _ in range(3))
+
+
+def measures() -> dict[str, str]:
+    """Every measure by name, as text."""
+    metaopt = importlib.import_module("metaopt")
+    packages = [p.parent.name for p in (ROOT / "metaopt").glob("[a-z]*/__init__.py")]
+    names = {p: len(importlib.import_module(f"metaopt.{p}").__all__) for p in packages}
+    library = files("metaopt")
+    lines = sum(text.count("\n") for text in library.values())
+    longest = functions("metaopt")[0]
+    raises = sum(isinstance(node, ast.Raise) for text in library.values() for node in _checks(text))
+    checks = sum(1 for text in library.values() for _ in _checks(text))
+    return {
+        "public names in packages": f"{sum(names.values())} in {len(names)}, and {len(metaopt.__all__)} at the top",
+        "lines of `metaopt`": f"{lines:,}",
+        "`raise` statements per 1,000 lines": f"{1000 * raises / lines:.1f}",
+        "`raise` and calls of checks per 1,000 lines": f"{1000 * checks / lines:.1f}",
+        "longest function, without docstring": f"{longest.lines} lines, `{longest.name}`",
+        "functions above 60 lines": str(sum(f.lines > 60 for f in functions("metaopt"))),
+        "longest file": f"{max(text.count(chr(10)) for text in library.values())} lines",
+        "longest file of `experiments`": f"{max(t.count(chr(10)) for t in files('experiments').values())} lines",
+        "`import metaopt` after its dependencies": f"{_import_seconds():.2f} s",
+        "README, CHANGELOG": ", ".join(
+            f"{(ROOT / name).stat().st_size / 1000:.1f} kB" for name in ("README.md", "CHANGELOG.md")
+        ),
+    }
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    print(f"Measured on {time.strftime('%Y-%m-%d')}.\n\n| measure | value |\n|---|---|")
+    print("\n".join(f"| {name} | {value} |" for name, value in measures().items()))
