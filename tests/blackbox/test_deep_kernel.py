@@ -64,7 +64,7 @@ def surrogate(deep, share):
 
 def test_expected_outcomes_have_a_column_for_each_deep_kernel():
     members = [DEEP, DEEP._replace(mean=-DEEP.mean)]
-    members = [predictors.at_features(deep, jnp.asarray(FEATURES)) for deep in members]
+    members = [_deep_kernel.at_features(deep, jnp.asarray(FEATURES)) for deep in members]
     found = surrogate(DEEP, 1.0)._replace(deep=jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     outcomes = _surrogates.expected_outcomes(found, X[:4])  # X are the reference configurations
     plain = _surrogates.expected_outcomes(found._replace(deep=None), X[:4])
