@@ -330,11 +330,14 @@ def faults_of_text(text):
     return [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text)]
 
 
+SUFFIXES = {"", ".py", ".md", ".toml", ".ipynb", ".csv", ".json", ".sh"}
+
+
 def text_files():
     for folder in ("metaopt", "tests", "experiments", "docs", "colab", ".ci", "."):
         pattern = "*" if folder == "." else "**/*"
         for file in sorted((ROOT / folder).glob(pattern)):
-            if file.is_file() and file.suffix in {"", ".py", ".md", ".toml", ".ipynb", ".csv", ".json", ".sh"}:
+            if file.is_file() and file.name != ".git" and file.suffix in SUFFIXES:  # `.git` of a worktree is a file
                 yield file
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from metaopt import predictors
 from metaopt.blackbox import _deep_kernel, _posterior, _surrogates
 
 RNG = np.random.default_rng(0)
@@ -65,7 +64,7 @@ def surrogate(deep, share):
 
 def test_expected_outcomes_have_a_column_for_each_deep_kernel():
     members = [DEEP, DEEP._replace(mean=-DEEP.mean)]
-    members = [predictors.at_features(deep, jnp.asarray(FEATURES)) for deep in members]
+    members = [_deep_kernel.at_features(deep, jnp.asarray(FEATURES)) for deep in members]
     found = surrogate(DEEP, 1.0)._replace(deep=jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     outcomes = _surrogates.expected_outcomes(found, X[:4])  # X are the reference configurations
     plain = _surrogates.expected_outcomes(found._replace(deep=None), X[:4])
@@ -79,7 +78,7 @@ def test_expected_outcomes_have_a_column_for_each_deep_kernel():
 
 @pytest.mark.slow
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
-    found = surrogate(predictors.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
+    found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
     weights = _surrogates.task_weights(found)
     np.testing.assert_allclose(weights, [0, 0, 0, 1])
     seen, at = np.array([1, 4, 7]), np.array([0, 1, 8])
@@ -117,7 +116,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
 
 @pytest.mark.once
 def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
-    found = surrogate(predictors.at_features(DEEP, jnp.asarray(FEATURES)), 0.5)
+    found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 0.5)
     seen, y = np.array([1, 3, 4, 6, 7]), np.array([1.0, 0.2, 0.6, 0.1, 0.9])
     before, after = (
         CONDITION(found, _surrogates.task_weights(found), padded(X[seen], y), adaptation_steps=n) for n in (0, 10)
@@ -162,7 +161,7 @@ def test_of_many_trials_the_best_and_the_latest_are_adapted_to(monkeypatch):
 
 @pytest.mark.once
 def test_a_few_steps_make_a_tasks_own_trials_likelier():
-    start = predictors.at_features(DEEP, jnp.asarray(FEATURES))
+    start = _deep_kernel.at_features(DEEP, jnp.asarray(FEATURES))
     y = 5.0 - 2.0 * Y  # unlike anything
     likelihood = lambda deep: np.logaddexp.reduce(
         [log_density(*by_numpy(deep, X, 0 * FEATURES), y / np.exp(b)) - 8 * b for b in LOG_SCALES]
