@@ -713,6 +713,7 @@ WEIGHTS = ["predictor", "meta optimizer", "cell searcher", "meta architecture", 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("fault", ["NaN", "infinite", "float64 only", "integer", "complex", "boolean"])
+@pytest.mark.once
 def test_weights_are_finite_floating_point_numbers(name, fault, valid_files, tmp_path):
     folder = copied(valid_files[name], tmp_path / "weights")
     not_weights = ("header", "max_shown", "sorted_features", "statistics")

@@ -54,6 +54,7 @@ CASES = {  # (moving, x, a) -> outputs; shapes that are kept
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.once
 def test_the_halves_are_the_function(name):
     function, shapes = CASES[name]
     cut = halves(function, B, X, A, moving=1)

@@ -250,6 +250,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.once
 def test_samplers_of_rows(name):
     loop = inner.loop(
         lambda params, hp, batch: params.sum(), lambda hp: optax.sgd(0.1), init=init_of_zeros, sampler=BATCHES[name]

@@ -187,6 +187,7 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.once
 def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_path):
     assert_same(*MEMBERS[name](tmp_path / "file"))
 

@@ -85,6 +85,7 @@ def few_records(num_tasks, num_trials, best=1.0):
 FEW = {"space": {"x": SPACE["x"]}, "num_members": 1, "num_steps": 0}
 
 
+@pytest.mark.once
 def test_few_records_give_the_default_or_a_configuration_near_it_and_many_their_best(caplog):
     predicted = []
     for num_tasks, num_trials in ((1, 3), (3, 8), (300, 8)):
@@ -384,6 +385,7 @@ def test_a_portfolio_complements_what_is_good_on_most_tasks():
     assert [c["n"] for c in g.portfolio(3)] == [2, 8, 3]
 
 
+@pytest.mark.once
 def test_a_prediction_in_many_dimensions_is_better_than_any_point_that_its_ascent_starts_from():
     rng, names = np.random.default_rng(0), "abcde"
     space = {name: spaces.interval(0.0, 1.0) for name in names}

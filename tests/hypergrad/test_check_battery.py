@@ -349,6 +349,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.once if name in ONCE else ()) for 
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.once
 def test_a_correct_hypergradient_passes_and_an_error_of_two_percent_fails(name):
     right, wrong, index = reports(name)
     assert right.verdict == "passed", right

@@ -250,6 +250,7 @@ def central_difference(forward, start):
 
 
 @pytest.mark.parametrize("name", TWO_SWITCHES)
+@pytest.mark.once
 def test_the_hypergradient_through_running_statistics_is_that_of_finite_differences(name):
     model = TWO_SWITCHES[name]()
     start = in_float64(model.init(KEY, None, DATA))

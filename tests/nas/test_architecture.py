@@ -228,6 +228,7 @@ def test_a_genotype_of_nas_bench_101_is_one_of_its_cells():
     assert search.genotype(alpha) == _nas_bench_101.graph_genotype(net, cell)
 
 
+@pytest.mark.once
 def test_the_weight_of_beta_darts_may_be_traced():
     def value(weight):
         search = search_of(nas.beta_darts, num_steps=5, weight=weight)

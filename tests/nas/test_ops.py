@@ -31,6 +31,7 @@ def apply(op, x, channels, stride):
 
 
 @pytest.mark.parametrize(("name", "which"), OPS)
+@pytest.mark.once
 def test_shapes(name, which):
     op = SETS[which][name]
     # One channel, not square, odd; a sequence; a volume; rows of a table.

@@ -148,6 +148,7 @@ def test_entries_of_a_sample_are_independent(name):
 
 @ALL
 @pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.once
 def test_samples_and_defaults_lie_in_the_range_and_have_the_default_type(name, x64):
     leaf = LEAVES[name]
     with jax.enable_x64(x64):
@@ -248,6 +249,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.once
 def test_a_value_outside_the_range_raises_or_has_no_coordinate_if_it_is_traced(dtype):
     cases = [(LEAVES[name], value) for name, values in OUTSIDE.items() for value in (*values, np.nan)]
     cases = [(leaf, np.full(leaf.value_shape, value, dtype)) for leaf, value in cases]

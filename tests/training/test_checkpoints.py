@@ -282,6 +282,7 @@ def ridge_dir(tmp_path_factory):
         ({"stagger": 2}, "initial state differs: only this run has "),
     ],
 )
+@pytest.mark.once
 def test_refuses_another_program(ridge_dir, changes, message):
     with pytest.raises(ValueError, match=f"of another run: the program of the {message}.*allow_changed_program=True"):
         fit_ridge(ridge_dir, changes)
@@ -365,6 +366,7 @@ def test_names_order_and_unused_operations_do_not_change_a_digest():
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 3])
+@pytest.mark.once
 def test_comparing_programs_takes_no_further_trace(tmp_path, steps_per_call):
     estimator, traces = small.quadratic(), []
 

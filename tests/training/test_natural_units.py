@@ -62,6 +62,7 @@ def by_hand(z):
     }
 
 
+@pytest.mark.once
 def test_natural_units_are_the_manual_conversions_to_the_bit():
     """A nested space with a choice, a fixed leaf and an array; the held-out loss, the last and the best λ."""
     judged, judged_z = [], []
@@ -143,6 +144,7 @@ def test_wrong_units_raise(name):
 
 @pytest.mark.parametrize("bound", [1e-3, 1.0])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.once
 def test_a_run_from_a_bound_leaves_it(bound, dtype):
     """F = (log λ − log 0.03)²: its gradient points inward from either bound."""
     space = {"rate": spaces.interval(1e-3, 1.0, log=True)}

@@ -369,6 +369,7 @@ def test_gradients_that_optax_stops(name):
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in LOW)])
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.once
 def test_values_are_equal_to_the_bit(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):  # as it is used; some of optax takes its own state for float64 with it
         expected, found = (

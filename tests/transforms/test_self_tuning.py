@@ -206,6 +206,7 @@ def test_what_the_normalized_signal_of_many_hyperparameters_is_divided_by(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.once
 def test_a_gap_counts_the_validation_loss_more_and_the_training_loss_less(mode):
     # The signal is linear in the gradient that judges: of f_valid + 0.5 (f_valid − f_train).
     lam, grads = jax.tree.map(jnp.asarray, LAM), jax.grad(train_loss)

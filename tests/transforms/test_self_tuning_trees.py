@@ -188,6 +188,7 @@ def test_a_cosine_for_each_hyperparameter():
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"mode": "reverse", "gap": 1.0}])
+@pytest.mark.once
 def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
     # Of complex parameters the direction of ascent, of integers none.
     params = {"a": jnp.array([1.0, -2.0]), "z": jnp.array([0.3 + 0.4j]), "index": jnp.arange(2)}
