@@ -5,11 +5,11 @@ To add a rule:
 1. Write one file in `metaopt/hypergrad/`, such as `_my_rule.py`: a function `(problem, *, ...) -> base.Estimator`.
 2. Export it in `metaopt/hypergrad/__init__.py`, in the import and in `__all__`.
 3. Add a row to `ESTIMATORS` under the name of the function, such as
-   `"my_rule": Row(lambda problem: hypergrad.my_rule(problem, num_steps=2), recommended=False)`. `Row` documents the
+   `"my_rule": Row(lambda problem: hypergrad.my_rule(problem, num_steps=2))`. `Row` documents the
    fields; the defaults are those of a rule that continues one training run and answers for leaves of the losses. A
    second setting of a rule may have its own row, "my_rule, setting".
 
-No other file has to change. Each row is checked for these properties:
+The page `docs/rules.md` must name the rule. No other file has to change. Each row is checked for these properties:
 
 - the contract (`test_contract.py`): names of arguments, kind, shapes and types of an estimate;
 - the keys (`test_keys.py`): all follow from the seed, each use has its own, and each estimate has new ones;
@@ -112,13 +112,13 @@ class Row(NamedTuple):
       perturbs: "estimate" if each estimate draws three new antithetic pairs of λ, "run" if each training run does;
         None if the rule does not perturb λ.
       limit: for a biased rule, `problem -> Estimator`: the same rule in a limit in which it is exact, or None.
-      limit_answer: the answer in the limit: "value" (the derivative of `value` from the same state, as for exact
-        rules), "mean" (as for unbiased rules), or "optimum" (the derivative of f(θ*(λ), λ), after many estimates).
+      limit_answer: the answer in the limit: "value" (the derivative of `value` from the same state, which is the
+        answer of exact rules, too), "mean" (as for unbiased rules), or "optimum" (the derivative of f(θ*(λ), λ), after
+        many estimates).
       rtol: the relative tolerance of the hypergradient in the limit.
       hyperparams: λ, if it does not consist of `leaves`.
       task: the task, or a batch of tasks.
-      recommended: whether `hypergrad.recommend` compares the rule by default. If so, `candidates` in `_recommend.py`
-        must list it; a new rule need not be there.
+      recommended: whether `candidates` in `_recommend.py` lists the rule, so that `hypergrad.recommend` compares it.
     """
 
     make: Callable[[base.Problem], base.Estimator]
@@ -132,7 +132,7 @@ class Row(NamedTuple):
     rtol: float = 1e-6
     hyperparams: Any = None
     task: base.Task = TASK
-    recommended: bool = True
+    recommended: bool = False
 
 
 def hyperparams_of(row: Row) -> base.HyperParams:
@@ -191,9 +191,9 @@ ALL = "penalty rate start offset"
 STEP = "penalty rate offset"
 ESTIMATORS = {
     # Exact rules.
-    "unrolled": Row(whole, ALL, fresh=True),
-    "forward": Row(lambda problem: hypergrad.forward(problem, num_steps=NUM_STEPS), ALL, fresh=True),
-    "direct": Row(direct, runs=0, recommended=False),
+    "unrolled": Row(whole, ALL, fresh=True, recommended=True),
+    "forward": Row(lambda problem: hypergrad.forward(problem, num_steps=NUM_STEPS), ALL, fresh=True, recommended=True),
+    "direct": Row(direct, runs=0),
     # Rules by perturbation.
     "evolution": Row(
         lambda problem: hypergrad.evolution(problem, num_steps=NUM_STEPS, **PAIRS),
@@ -202,6 +202,7 @@ ESTIMATORS = {
         fresh=True,
         outer=3,
         perturbs="estimate",
+        recommended=True,
     ),
     "mix_with_es": Row(
         lambda problem: hypergrad.mix_with_es(whole(problem), **PAIRS),
@@ -210,12 +211,23 @@ ESTIMATORS = {
         fresh=True,
         outer=3,
         perturbs="estimate",
+        recommended=True,
     ),
     "persistent_es": Row(
-        lambda problem: hypergrad.persistent_es(problem, **WINDOWS, **PAIRS), STEP, runs=3, outer=3, perturbs="estimate"
+        lambda problem: hypergrad.persistent_es(problem, **WINDOWS, **PAIRS),
+        STEP,
+        runs=3,
+        outer=3,
+        perturbs="estimate",
+        recommended=True,
     ),
     "es_single": Row(
-        lambda problem: hypergrad.es_single(problem, **WINDOWS, **PAIRS), STEP, runs=3, outer=3, perturbs="run"
+        lambda problem: hypergrad.es_single(problem, **WINDOWS, **PAIRS),
+        STEP,
+        runs=3,
+        outer=3,
+        perturbs="run",
+        recommended=True,
     ),
     "truncated_es": Row(
         lambda problem: hypergrad.truncated_es(problem, **WINDOWS, **PAIRS),
@@ -225,34 +237,45 @@ ESTIMATORS = {
         perturbs="estimate",
         limit=lambda problem: hypergrad.truncated_es(problem, **ONE_WINDOW, **PAIRS),
         limit_answer="mean",
+        recommended=True,
     ),
     # Rules that differentiate the next steps of a training run.
     "truncated": Row(
         lambda problem: hypergrad.truncated(problem, **WINDOWS),
         ALL,
         limit=lambda problem: hypergrad.truncated(problem, **ONE_WINDOW),
+        recommended=True,
     ),
     "t1t2": Row(
         lambda problem: hypergrad.t1t2(problem, num_steps=6),
         STEP,
         limit=lambda problem: hypergrad.t1t2(problem, num_steps=1),
+        recommended=True,
     ),
-    "lookahead": Row(hypergrad.lookahead, STEP, limit=one_step),
-    "darts_fd": Row(hypergrad.darts_fd, STEP, limit=lambda problem: hypergrad.darts_fd(problem, commit=0)),
-    "sama": Row(hypergrad.sama, STEP),
+    "lookahead": Row(hypergrad.lookahead, STEP, limit=one_step, recommended=True),
+    "darts_fd": Row(
+        hypergrad.darts_fd, STEP, limit=lambda problem: hypergrad.darts_fd(problem, commit=0), recommended=True
+    ),
+    "sama": Row(hypergrad.sama, STEP, recommended=True),
     "hypergradient_descent": Row(  # it has no outer loss
-        hypergrad.hypergradient_descent, "rate", outer=0, limit=hypergrad.hypergradient_descent
+        hypergrad.hypergradient_descent,
+        "rate",
+        outer=0,
+        limit=hypergrad.hypergradient_descent,
+        recommended=True,
     ),
     # Rules for the inner minimum.
     "implicit": Row(
         lambda problem: hypergrad.implicit(problem, num_steps=NUM_STEPS),
         limit=lambda problem: hypergrad.implicit(problem, num_steps=NUM_STEPS),
         limit_answer="optimum",
+        recommended=True,
     ),
     "warm_implicit": Row(
         lambda problem: hypergrad.warm_implicit(problem, num_steps=NUM_STEPS, adjoint_rate=0.1),
         limit=lambda problem: hypergrad.warm_implicit(problem, num_steps=NUM_STEPS, adjoint_rate=0.1),
         limit_answer="optimum",
+        recommended=True,
     ),
     "f2sa": Row(
         lambda problem: hypergrad.f2sa(problem, num_steps=NUM_STEPS, multiplier=1.0),
@@ -260,36 +283,26 @@ ESTIMATORS = {
         limit=lambda problem: hypergrad.f2sa(problem, num_steps=NUM_STEPS, multiplier=1e5),
         limit_answer="optimum",
         rtol=1e-4,
+        recommended=True,
     ),
     "bome": Row(
         lambda problem: hypergrad.bome(problem, num_steps=NUM_STEPS),
         limit=lambda problem: hypergrad.bome(with_small_rate(problem), num_steps=600, barrier=30.0),
         limit_answer="optimum",
         rtol=0.02,
+        recommended=True,
     ),
     # A direction that is not a gradient.
-    "reptile": Row(
-        lambda problem: hypergrad.reptile(problem, num_steps=NUM_STEPS), "start", fresh=True, recommended=False
-    ),
+    "reptile": Row(lambda problem: hypergrad.reptile(problem, num_steps=NUM_STEPS), "start", fresh=True),
     # Wrappers of a rule.
-    "partition": Row(partition, STEP, fresh=True, recommended=False),
-    "over_seeds": Row(
-        lambda problem: hypergrad.over_seeds(whole(problem), 3), ALL, runs=3, fresh=True, outer=3, recommended=False
-    ),
+    "partition": Row(partition, STEP, fresh=True),
+    "over_seeds": Row(lambda problem: hypergrad.over_seeds(whole(problem), 3), ALL, runs=3, fresh=True, outer=3),
     "over_tasks": Row(
-        lambda problem: hypergrad.over_tasks(whole(problem)),
-        ALL,
-        runs=3,
-        fresh=True,
-        outer=3,
-        task=TASKS,
-        recommended=False,
+        lambda problem: hypergrad.over_tasks(whole(problem)), ALL, runs=3, fresh=True, outer=3, task=TASKS
     ),
-    "amortize": Row(amortize, "", fresh=True, hyperparams=WEIGHTS, recommended=False),
+    "amortize": Row(amortize, "", fresh=True, hyperparams=WEIGHTS),
     "stopped_by_curvature": Row(
-        stopped_by_curvature, outer=2, limit=lambda problem: stopped_by_curvature(problem, one_step), recommended=False
+        stopped_by_curvature, outer=2, limit=lambda problem: stopped_by_curvature(problem, one_step)
     ),
-    "stopped_by_skips": Row(
-        stopped_by_skips, limit=lambda problem: stopped_by_skips(problem, one_step), recommended=False
-    ),
+    "stopped_by_skips": Row(stopped_by_skips, limit=lambda problem: stopped_by_skips(problem, one_step)),
 }

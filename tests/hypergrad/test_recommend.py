@@ -147,7 +147,7 @@ def test_the_figures_of_every_default_rule(part):
     check_figures(found, problem, hp, 64, [c.name for c in found.costs if not c.refused])
 
 
-def test_the_default_rules_are_those_of_the_table():
+def test_every_default_rule_is_marked_in_the_table():
     defaults = _recommend.candidates(problems.RIDGE, problems.LAM, 4)
     rules = {name.split(", ")[0] for name, row in ESTIMATORS.items() if row.recommended}
     assert {name.split(",")[0] for name in defaults} == rules
