@@ -39,7 +39,7 @@ SHARED = {
     "metaopt.nas.search._train_cell_searcher": ("_earlier_trials", "_new_trials", "_surrogates"),
 }
 MODULES = sorted((ROOT / "metaopt").rglob("*.py"))
-ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.parent.name == "metaopt")
+ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.parent == ROOT / "metaopt")
 
 
 def name_of(file):

@@ -118,7 +118,8 @@ def adaptation(
 
     Returns:
       An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` makes predictions at test.
-      With a `sampler`, a `rule` or checkpoints (`remat`), every step computes all of ℓ.
+      A step omits parts of ℓ that depend only on leaves that do not adapt, since they are the same at each step. With a
+      `sampler`, a `rule` or checkpoints (`remat`), each step computes them again.
 
     Raises:
       ValueError: if an argument is out of range. At trace time: if `adapt` or `leaves_per_step` finds no leaf; if a

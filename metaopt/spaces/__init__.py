@@ -4,7 +4,8 @@ A **space** is any pytree whose leaves are made by the factories of this package
 
 - a bijection z ↦ λ from unconstrained coordinates, in which a gradient step of any size is valid, to the range of λ;
 - a distribution from which λ is sampled;
-- the coordinate in [0, 1] in which that distribution is uniform.
+- coordinates in [0, 1] (`encode`), in which that distribution is uniform; the weights of a simplex or choice stay
+  weights.
 
     real           λ = default + scale·z                              z ~ N(0, 1)
     positive       λ = default·exp(scale·z)                           z ~ N(0, 1)
