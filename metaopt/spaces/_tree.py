@@ -153,7 +153,7 @@ def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperP
 
 
 def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
-    """Returns λ as one vector in the unit cube, for surrogates. In these coordinates `sample` is uniform, except in weights.
+    """Returns λ as one vector in the unit cube, for surrogates. `sample` is uniform in it, except in weights.
 
     Intervals are encoded as their fraction of the (log) range. `real` and `positive` become Φ(z), the normal cumulative
     distribution. A simplex becomes its weights. Integers may be relaxed or rounded. Fixed leaves are omitted. A value
