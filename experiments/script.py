@@ -93,9 +93,9 @@ def data_file(file: str | Path, name: str) -> Path:
 
 
 def code(*files: str | Path) -> str:
-    """Returns a digest of these files and folders and of the library, which identifies the code of a result."""
+    """Returns a digest of these files and folders, the readers of data and the library: the code of a result."""
     digest = hashlib.sha256()
-    own = [path for file in files for path in _python_files(Path(file))]
+    own = [path for file in (*files, Path(__file__).parent / "data") for path in _python_files(Path(file))]
     for path in [*own, *sorted(Path(metaopt.__file__).parent.rglob("*.py"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

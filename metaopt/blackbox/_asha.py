@@ -86,7 +86,7 @@ def asha(
             "`reduction_factor` must be at least 2, and `num_brackets` in 1..`num_rungs`; got "
             f"{reduction_factor}, {num_brackets} and {num_rungs}."
         )
-    rungs = _Rungs(reduction_factor, num_rungs, num_brackets)
+    rungs = _Rungs(int(reduction_factor), num_rungs, num_brackets)
     inner = random_search() if searcher is None else searcher
     return base.Searcher(
         init=lambda key, space: AshaState(inner.init(key, space), {}, {}, frozenset(), 0),

@@ -142,6 +142,9 @@ def collect(
     """
     if not callable(objective):
         raise ValueError(f"`objective` must be a function `(trial, task) -> outcome`; got {type(objective).__name__}.")
+    _checks.check_positive("num_trials", num_trials)
+    for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
+        _checks.check_positive(name, value, optional=True)  # NaN would wait for ever, or fail each trial
     _check_limits(isolated, time_limit, memory_limit)
     if num_trials == float("inf"):
         raise ValueError("`num_trials` must be finite; got inf. Give a large number, and a `budget` in seconds.")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import spaces
+from metaopt import _checks, spaces
 from metaopt.blackbox._trials import ObjectiveFn
 
 
@@ -81,6 +81,9 @@ def sklearn_objective(
       ValueError: if `scoring` is missing and the estimator's kind does not have a default.
       ImportError: if scikit-learn is not installed.
     """
+    _checks.check_integer("num_folds", num_folds, 2)
+    if isinstance(preparation, type):
+        raise ValueError(f"`preparation` must be a transformer; got the class {preparation.__name__}: call it.")
     import sklearn.base
 
     if scoring is None:

@@ -192,8 +192,10 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
                 "the same entries (`features` of all of them, or of none)."
             )
         leaves = [np.asarray(leaf) for leaf in leaves]
-        for path, leaf in zip(paths, leaves, strict=True):
+        for path, leaf, first in zip(paths, leaves, rows[0] if rows else leaves, strict=True):
             _check_leaf(path, leaf, name)
+            if leaf.dtype != first.dtype:  # NumPy would promote bytes of images and scaled images to one type
+                raise ValueError(f"{path} is {leaf.dtype} in {name} and {first.dtype} in {called[0]}: use one type.")
         _checks.check_task_labels(name, task)
         rows.append(leaves)
     return jax.tree.unflatten(structure, [jnp.asarray(np.stack(leaf)) for leaf in zip(*rows, strict=True)])

@@ -87,6 +87,8 @@ def from_arrays(
                 f"Source {name!r}: {what} must have one entry for each of the {len(x)} examples; "
                 f"got shape {np.shape(array)}."
             )
+    if x.dtype.kind not in "biufcV":
+        raise TypeError(f"Source {name!r}: `x` must be numbers; got {x.dtype}.")
     if x.dtype.kind not in "biu" and not np.isfinite(x).all():
         index = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
         raise ValueError(
@@ -177,10 +179,14 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
       A `Source` of the same name; its classes and groups are numbered again, in the same order.
 
     Raises:
-      ValueError: if a class is not in the source, or nothing remains.
+      ValueError: if a class or row is not in the source, or nothing remains.
     """
     chosen = np.ones(len(source.x), bool)
     if rows is not None:
+        if len(rows) and not 0 <= np.min(rows) <= np.max(rows) < len(
+            source.x
+        ):  # NumPy counts negative rows from the end
+            raise ValueError(f"`rows` must be in 0..{len(source.x) - 1}; got {np.min(rows)}..{np.max(rows)}.")
         chosen = np.zeros(len(source.x), bool)
         chosen[rows] = True
     if classes is not None:

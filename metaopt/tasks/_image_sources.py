@@ -33,7 +33,7 @@ def from_image_folder(
       size: pixels per side; images are resized to a square of this size by area means.
       channels: 1 for gray [N, S, S], or 3 for colors [N, S, S, 3].
       levels: 1 or 2.
-      group_fn: `path -> the maker of the image`; None if the makers are not suffixes.
+      group_fn: `path -> the maker of the image`; None if the makers are not known.
       name: of the source; by default, the name of the folder.
 
     Returns:
@@ -113,7 +113,7 @@ def from_tfds(
       data_dir: where the data set was prepared; None is the default folder of tfds.
       image: the feature that holds the example.
       label: the feature that holds the class.
-      group: the feature that holds the maker of the example; None if the makers are not suffixes.
+      group: the feature that holds the maker of the example; None if the makers are not known.
       superclass: the feature that holds the superclass of the class, such as "alphabet" of "omniglot"; None omits it.
       size: pixels per side; images are resized to a square of this size (needs Pillow). None leaves them unchanged.
       channels: 1 or 3, if images are resized.

@@ -74,6 +74,8 @@ def metafeatures(
         x, y, categorical = table.x, table.y, table.categorical
     else:
         x, y, categorical = table
+    if np.iscomplexobj(x):
+        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
     x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if x.ndim != 2 or len(x) < 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:

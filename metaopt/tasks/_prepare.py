@@ -119,6 +119,10 @@ def prepare(
         )
     if scaling not in SCALINGS:
         raise ValueError(f"`scaling` must be one of {SCALINGS}; got {scaling!r}.")
+    sizes = {"max_rows": (max_rows, 3), "max_features": (max_features, 1), "max_levels": (max_levels, 2)}
+    for name, (value, least) in (sizes | {"max_classes": (2 if max_classes is None else max_classes, 2)}).items():
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}; got {value}.")
     table, raw = _checked(table)
     rng = np.random.default_rng(seed)
     index = _usable_rows(table, max_rows, max_classes, rng)

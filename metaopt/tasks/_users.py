@@ -221,6 +221,7 @@ def user_episodes(
             "and one to predict. Reduce `num_support`, or exclude such users with `users`."
         )
     widest = int(counts[chosen].max())
+    _checks.check_integer("num_query", num_query, 1, optional=True)
     num_padded = widest - num_support if num_query is None else min(num_query, widest - num_support)
     classes = {}
     if np.issubdtype(table.y.dtype, np.integer):

@@ -480,6 +480,10 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
     ("kwargs", "message"),
     [
         ({"num_trials": math.inf}, "`num_trials` must be finite; got inf"),
+        ({"num_trials": math.nan}, "`num_trials` must be positive; got nan"),  # would wait for ever
+        ({"num_trials": 0}, "`num_trials` must be positive; got 0"),
+        ({"budget": math.nan}, "`budget` must be positive, or None; got nan"),
+        ({"time_limit": 0, "isolated": True}, "`time_limit` must be positive, or None; got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
         ({"on": [tasks.Table("a", "", *[None] * 3)] * 2}, "must differ; 'a' occurs more than once"),  # pyright: ignore

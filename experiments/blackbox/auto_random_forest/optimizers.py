@@ -22,7 +22,7 @@ def best_of(records: Records, t: int, order: Sequence[int]) -> int:
 def run_searcher(
     records: Records, t: int, searcher, space, seed: int, budgets: Sequence[int], nearest=None
 ) -> list[int]:
-    """Returns the best completed trial after each budget in `at`."""
+    """Returns the best completed trial after each budget."""
     state = searcher.init(jax.random.key(seed), space)
     trial_of, spent, ended, reached, best = {}, 0.0, [], {}, []
     number = {name_of(c): i for i, c in enumerate(records.configurations)}

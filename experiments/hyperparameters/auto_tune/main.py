@@ -193,7 +193,7 @@ def compare(
             "hypergradient_cost": ratio,
             "one_member": one_member,
             "baselines": source,
-            "trees_while_learning": ensembles is not None,
+            "trees_while_learning": ensembles is not None or (source or {}).get("trees_while_learning", False),
             "predicted": dict(zip(names, np.asarray(encoded).T.tolist(), strict=True)),
         },
     )
@@ -235,6 +235,7 @@ def alternatives(
         return None, baselines(keys, trials, learning.space, learning.config, ensembles, log)
     earlier = json.loads(Path(args.baselines).read_text())
     source = earlier.get("baselines") or {f: earlier[f] for f in ("command", "seconds", "num_cores")}
+    source = {"trees_while_learning": earlier.get("trees_while_learning", False)} | source
     return source, earlier_baselines(earlier, defaults, collection.tables, collection.units, trials.units)
 
 

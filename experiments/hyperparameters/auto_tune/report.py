@@ -119,6 +119,7 @@ def merge(parts: list[dict]) -> dict:
     alone = [p["one_member"] for p in parts]
     return {
         **parts[0],
+        "trees_while_learning": any(part.get("trees_while_learning") for part in parts),
         "command": "; ".join(p["command"] for p in parts),
         "hypergradient_cost": float(share @ [p["hypergradient_cost"] for p in parts]),
         "seconds": sum(p["seconds"] for p in parts),
