@@ -1,89 +1,96 @@
-"""The space whose coordinates a program tunes, so that a problem in other coordinates is noticed while it is traced.
+"""Which space a program converts coordinates by, so that a run with another space is noticed.
 
-Coordinates of two spaces of one structure look alike, and each space gives another λ for them. `converting` says which
-space λ will be converted by after the program; `spaces.constrain` reports which one the problem uses.
+Coordinates of two spaces of one structure look alike, and each space gives another λ for them. `fit` and `fine_tune`
+convert λ by their `space`. While they trace a step, `recording` notes by which spaces the problem converts; `check`
+compares them.
 """
 
 import contextlib
 import contextvars
+import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-
-class _Tuned:
-    """The space, and whether the program has converted coordinates since."""
-
-    def __init__(self, space):
-        self.space, self.is_used = space, False
-
-
-_TUNED: contextvars.ContextVar[_Tuned | None] = contextvars.ContextVar("tuned space", default=None)
-
-
-def converting(space: Any, function: Callable) -> Callable:
-    """Wraps a function of coordinates of `space`: tracing it raises if the problem inside has other coordinates.
-
-    Args:
-      space: a tree of leaves; None returns the function itself.
-      function: a function to be traced, with `problem`s in coordinates of the space.
-
-    Returns:
-      A function with the same results.
-
-    Raises:
-      ValueError: while it is traced, if a problem is constrained by another space, or if nothing inside converts
-        coordinates to λ.
-    """
-    if space is None:
-        return function
-
-    def checked(*args):
-        with _tuning(_Tuned(space)) as tuned:
-            results = function(*args)
-        if not tuned.is_used:
-            raise ValueError(
-                "`space` is given, but nothing in the estimator converts unconstrained coordinates to λ: its loss uses "
-                "them as they are. Build the estimator from `spaces.constrain(problem, space)`, or omit `space`."
-            )
-        return results
-
-    return checked
+_log = logging.getLogger("metaopt")
+_RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
+# Step -> the spaces that it converts by. JAX keeps what it has traced: a second run of a step records nothing.
+_RECORDS: weakref.WeakKeyDictionary[Callable, list] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def _tuning(tuned: _Tuned) -> Iterator[_Tuned]:
-    token = _TUNED.set(tuned)
-    try:
-        yield tuned
-    finally:
-        _TUNED.reset(token)
-
-
-def used() -> None:
-    """Notes that coordinates are converted to λ."""
-    if tuned := _TUNED.get():
-        tuned.is_used = True
-
-
-def check(space: Any) -> None:
-    """Raises ValueError if a problem is constrained by another space than the one that the program tunes.
+def recording(step: Callable) -> Iterator[None]:
+    """Records the spaces by which coordinates are converted meanwhile, as those of `step`; the innermost one counts.
 
     Args:
-      space: the space of the problem.
+      step: the function that is traced or called.
+
+    Returns:
+      A context manager.
+    """
+    record: list = []
+    token = _RECORD.set(record)
+    try:
+        yield
+    finally:
+        _RECORD.reset(token)
+        if record or step not in _RECORDS:
+            _RECORDS[step] = [*_RECORDS.get(step, []), *record]
+
+
+def note(space: Any) -> None:
+    """Notes that coordinates are converted by this space."""
+    record = _RECORD.get()
+    if record is not None:
+        record.append(space)
+
+
+def check(step: Callable, space: Any) -> None:
+    """Compares the spaces of a step with the space of a run.
+
+    A step that converts nothing gives a warning in the log and no error, since it may call a function that was compiled
+    before.
+
+    Args:
+      step: as for `recording`.
+      space: a tree of leaves, or None for a run without a space.
 
     Raises:
-      ValueError: if there is a tuned space, and the two differ.
+      ValueError: if the step converts coordinates of this structure, but only by another formula.
     """
-    tuned = _TUNED.get()
-    if tuned is None or tuned.space is space:
+    if space is None or step not in _RECORDS:
         return
-    if jax.tree.structure(tuned.space) != jax.tree.structure(space):
-        return  # coordinates that do not fit the space are an error of their own
-    pairs = zip(jax.tree.leaves(tuned.space), jax.tree.leaves(space), strict=True)
-    if wrong := next(((a, b) for a, b in pairs if a != b), None):
-        raise ValueError(
-            f"`space` and the problem's space differ, so the result would be converted by another formula: {wrong[0]} "
-            f"and {wrong[1]}. Pass the space of `spaces.constrain(problem, space)`."
+    if not _RECORDS[step]:
+        _log.warning(
+            "`space` is given, but nothing in the estimator converts unconstrained coordinates to λ: its loss takes "
+            "them as they are. Build the estimator from `spaces.constrain(problem, space)`, or omit `space`."
         )
+        return
+    structure = jax.tree.structure(space)
+    alike = [other for other in _RECORDS[step] if jax.tree.structure(other) == structure]
+    differences = [_difference(space, other) for other in alike]
+    if differences and None not in differences:
+        raise ValueError(
+            "`space` and the problem's space differ, so λ of the result would be wrong: "
+            f"{differences[0][0]} and {differences[0][1]}. Pass the space of `spaces.constrain(problem, space)`."
+        )
+
+
+def _difference(space: Any, other: Any) -> tuple[Any, Any] | None:
+    """The first two leaves that convert by different formulas, or None."""
+    pairs = zip(jax.tree.leaves(space), jax.tree.leaves(other), strict=True)
+    return next(((a, b) for a, b in pairs if _formula(a) != _formula(b)), None)
+
+
+def _formula(leaf: Any) -> tuple:
+    """All that λ(z) of a leaf depends on: not labels and conditions, and the default only if it is the center."""
+    if leaf.kind == "fixed":
+        return (leaf,)
+    names = ("kind", "value_shape", "low", "high", "log", "scale")
+    fields = [(name, getattr(leaf, name)) for name in names if hasattr(leaf, name)]
+    if hasattr(leaf, "scale"):
+        fields.append(("default", np.broadcast_to(leaf.default, leaf.shape).tolist()))
+    return tuple(map(repr, fields))

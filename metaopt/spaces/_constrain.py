@@ -1,6 +1,6 @@
 """Changes the coordinates of a problem from λ to the unconstrained z."""
 
-from metaopt import _tuned_space, base
+from metaopt import base
 from metaopt.spaces._tree import num_dims, to_constrained
 
 
@@ -42,9 +42,4 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     """
     if num_dims(space) == 0:
         raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")
-
-    def natural_units(hyperparams, step):
-        _tuned_space.check(space)
-        return to_constrained(space, hyperparams)
-
-    return base.reparametrized(problem, natural_units)
+    return base.reparametrized(problem, lambda hyperparams, step: to_constrained(space, hyperparams))

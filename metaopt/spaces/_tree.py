@@ -90,8 +90,8 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
     >>> float(grads.coordinates["dropout"]), grads.coordinates["epochs"]
     (0.25, None)
     """
-    _tuned_space.used()
     matched, treedef = _match(space, unconstrained, constrained=False)
+    _tuned_space.note(space)
     return treedef.unflatten([leaf.to_constrained(z) for _, leaf, z in matched])
 
 

@@ -62,11 +62,11 @@ def fine_tune(
 
     Raises:
       ValueError: if `num_steps` is negative. At trace time, if the start does not fit `space`, or if `space` is missing
-        and a start in natural units meets an estimator in unconstrained coordinates, or is not the problem's.
+        and a start in natural units meets an estimator in unconstrained coordinates; or if `space` is not the
+        problem's.
     """
     _checks.check_integer("num_steps", num_steps, 0)
     learner = _learner.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer)
-    take_step = _tuned_space.converting(space, learner.step)
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
@@ -75,11 +75,13 @@ def fine_tune(
 
         def step(state, _):
             visited = state.hyperparams
-            state, metrics = take_step(state)
+            state, metrics = learner.step(state)
             whole = metrics["num_done"] > 0
             return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
 
-        state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
+        with _tuned_space.recording(learner.step):
+            state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
+        _tuned_space.check(learner.step, space)
         last = state.hyperparams
         # Only the value is used, so the compiler omits the gradient.
         estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]

@@ -28,9 +28,9 @@ class Steps:
         self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
         self.start = init_key, hyperparams
         self.init = jax.jit(learner.init)
-        step = _tuned_space.converting(space, learner.step)
-        self.step = jax.jit(step, donate_argnums=0)
-        self.several = _several_steps(step, self.sample_key, steps_per_call)
+        self.learner_step, self.space = learner.step, space
+        self.step = jax.jit(learner.step, donate_argnums=0)
+        self.several = _several_steps(learner.step, self.sample_key, steps_per_call)
         self.drawn: int | None = None  # the step for which `tasks` were drawn
         self.tasks: base.PyTree = None
         self.types: tuple = ()  # of `tasks`
@@ -72,7 +72,9 @@ class Steps:
         if kind in self.compiled:
             return False
         with report.compiling("one step" if num == 1 else f"{num} steps"):
-            _compile(program, args, received)
+            with _tuned_space.recording(self.learner_step):
+                _compile(program, args, received)
+        _tuned_space.check(self.learner_step, self.space)
         self.compiled.add(kind)
         return True
 
@@ -81,10 +83,9 @@ class Steps:
         types = _types(state.tasks)
         if types not in self.descriptions:
             with report.during("tracing one step", compiles=True):
-                traced = {
-                    "init": self.init.trace(*self.start, state.tasks),
-                    "step": self.step.trace(state, state.tasks),
-                }
+                traced = {"init": self.init.trace(*self.start, state.tasks)}
+                with _tuned_space.recording(self.learner_step):
+                    traced["step"] = self.step.trace(state, state.tasks)
                 programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}
             self.descriptions[types] = {"environment": _program.environment(), **programs}
         return self.descriptions[types]
