@@ -71,11 +71,12 @@ def check(step: Callable, space: Any) -> None:
         return
     structure = jax.tree.structure(space)
     alike = [other for other in _RECORDS[step] if jax.tree.structure(other) == structure]
-    differences = [_difference(space, other) for other in alike]
-    if differences and None not in differences:
+    differences = [pair for other in alike if (pair := _difference(space, other))]
+    if alike and len(differences) == len(alike):
+        own, others = differences[0]
         raise ValueError(
-            "`space` and the problem's space differ, so λ of the result would be wrong: "
-            f"{differences[0][0]} and {differences[0][1]}. Pass the space of `spaces.constrain(problem, space)`."
+            f"`space` and the problem's space differ, so λ of the result would be wrong: {own} and {others}. Pass the "
+            "space of `spaces.constrain(problem, space)`."
         )
 
 

@@ -124,4 +124,4 @@ def _surrogate(kind: str, arrays: Mapping[str, np.ndarray]) -> _surrogates.Surro
     )
 
 
-_saving.register(_saving.Kind("meta_optimizer", MetaOptimizer, _encode, _decode))
+_saving.register(_saving.Kind("learned_optimizer", MetaOptimizer, _encode, _decode))

@@ -9,6 +9,8 @@ from metaopt.evaluation._evaluations import Evaluation
 
 def _encode(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, Any]]:
     names, sources = list(evaluation.scores), list(evaluation.sources)
+    if not all(isinstance(name, str) for name in [*names, *sources]):
+        raise ValueError(f"The names of methods and sources must be texts; got {names} and {sources}.")
     header = {
         "methods": names,
         "sources": sources,

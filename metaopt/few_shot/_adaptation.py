@@ -13,6 +13,7 @@ in the traced loss: all matrix products and convolutions that do not depend on a
 `_problem.py` has the start, ℓ and f; this file has the factory and the estimators.
 """
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,8 @@ def adaptation(
         unrolled = _Unrolled(trained, num_steps, order, outer, remat)
         estimator_at = lambda step: _takes_tasks(_unrolled_at(unrolled, step))
     else:
+        if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
+            raise ValueError("Pass `num_steps` to the method and not to its `rule`: the method passes it on.")
         estimator_at = lambda step: _takes_tasks(rule(problem, num_steps=num_steps))
     return Adaptation(
         problem,

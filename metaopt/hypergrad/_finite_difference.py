@@ -211,6 +211,7 @@ def darts_fd(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
+    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
     _checks.check_integer("commit", commit, 0)
     if difference not in DIFFERENCES:
         raise ValueError(f"`difference` must be one of {', '.join(DIFFERENCES)}; got {difference!r}.")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _refusals
 
 _REASON = (
@@ -55,6 +55,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """
+    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
     loop = problem.loop
 
     def evaluate(state, hyperparams, data):

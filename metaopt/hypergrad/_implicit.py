@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _solvers, _stationary
 
 
@@ -57,7 +57,8 @@ def implicit(
     - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
       `"inner_step_norm"`). `training.fit` logs a warning once if ‖R‖ is large next to ‖∂f/∂θ‖. With
       `condition="step"`, where R has the unit of θ, it compares the change of ∂f/∂θ up to rest instead, which
-      `metrics["outer_grad_shift"]` estimates by one more product with Aᵀ and one with ∂²f/∂θ².
+      `metrics["outer_grad_shift"]` estimates by one more product with Aᵀ and one with ∂²f/∂θ². So f must then have a
+      second derivative.
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
       ‖(A + δI) v − ∂f/∂θ‖.
     - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. It helps
@@ -114,6 +115,7 @@ def implicit(
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
     _stationary.check(num_steps, damping, batch, condition)
+    _checks.check_integer("horizon", horizon, 1, optional=True)
     if horizon is not None and not warm_start:
         raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")
     if gauss_newton is not None and condition == "step":
@@ -200,9 +202,12 @@ def _outer_grad_shift(outer_grad: Callable, x: Any, residual: Any, transposed_pr
 
     κ is the inverse of A's Rayleigh quotient at the residual R. `transposed_product` is Aᵀ R.
     """
-    quotient = optax.tree.vdot(transposed_product, residual) / optax.tree.vdot(residual, residual)
-    shift = jax.jvp(outer_grad, (x,), (residual,))[1]
-    return jnp.where(optax.tree.norm(residual) > 0, optax.tree.norm(shift) / jnp.abs(quotient), 0.0)
+    norm = optax.tree.norm(residual)
+    size = jnp.where(norm == 0, 1, norm)  # a NaN stays a NaN
+    unit = lambda tree: jax.tree.map(lambda leaf: leaf / size.astype(leaf.dtype), tree)  # no underflow near rest
+    quotient = jnp.abs(optax.tree.vdot(unit(transposed_product), unit(residual)))
+    shift = optax.tree.norm(jax.jvp(outer_grad, (x,), (unit(residual),))[1])
+    return jnp.where(norm == 0, 0, norm * shift / jnp.where(quotient == 0, 1, quotient))
 
 
 def _gauss_newton_product(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _jaxpr, base, inner
+from metaopt import _jaxpr, _trees, base, inner
 from metaopt.hypergrad import _refusals, _solvers, _stationary
 
 
@@ -122,6 +122,8 @@ def implicit_solve(
             return jax.lax.custom_linear_solve(matvec, y, solve_linear, solve_linear, symmetric=symmetric)
 
         already_solved = lambda function, x: x
-        return put(jax.lax.custom_root(function, x, already_solved, tangent_solve))
+        state = put(jax.lax.custom_root(function, x, already_solved, tangent_solve))
+        # Leaves outside x, such as statistics, have no implicit derivative: they must refuse the same leaves of λ.
+        return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype) if _trees.is_float(leaf) else leaf, state)
 
     return solve

@@ -57,6 +57,7 @@ def lookahead(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
+    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
     _checks.check_integer("commit", commit, 0)
     _unroll.check_steps(num_steps, remat)
     loop = problem.loop

@@ -44,6 +44,7 @@ def sama(
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
+    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
     _checks.check_integer("num_steps", num_steps, 1)
     loop = problem.loop
 

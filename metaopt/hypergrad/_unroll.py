@@ -128,6 +128,8 @@ def step_weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_step
         weights = outer if isinstance(outer, jax.Array) else np.asarray(outer, float)
         if weights.shape != (num_steps,):
             raise ValueError(f"`outer` must have one weight per step, shape ({num_steps},); got {weights.shape}.")
+    if num_steps == 0:
+        raise ValueError('`outer` cannot weight steps if `num_steps=0`; use "last".')
     if isinstance(weights, jax.Array) or weights[:-1].any():
         return weights, 1.0
     return None, float(weights[-1])

@@ -245,6 +245,9 @@ def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space |
     if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
         weights = {**weights, **_of_kept_edges(network, weights)}
     total = jnp.asarray(table.fixed, dtype)
+    for kind, rows in weights.items():
+        if jnp.ndim(rows) != 2:
+            raise ValueError(f"The weights of {kind!r} must be [edges, ops] of one task; got shape {jnp.shape(rows)}.")
     for term in table.terms:
         left = jnp.asarray(term.values, dtype)
         for kind, edge in term.rows:

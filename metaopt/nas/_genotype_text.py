@@ -41,6 +41,8 @@ def genotype_from_json(text: str) -> Genotype:
     genotype = {}
     with reading_json(text, "genotype_to_json") as data:
         for kind, edges in data["genotype"].items():
+            if not isinstance(edges, list):
+                raise ValueError(f"the edges of {kind!r} must be a list; got {edges!r}")
             for edge in edges:
                 triple = isinstance(edge, list) and [type(x) for x in edge] == [int, int, str]
                 if not triple or not 0 <= edge[0] < edge[1]:

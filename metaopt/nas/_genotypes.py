@@ -101,6 +101,8 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     # Without the failed architectures, the ops that made them fail would look too good.
     scores = np.where(finite, scores, scores[finite].min())
     rows = [one_hot(network, genotype) for genotype in genotypes]
+    if scores.shape != (len(rows),):
+        raise ValueError(f"`scores` must have one score for each of the {len(rows)} genotypes; got {scores.shape}.")
     alpha = {}
     for kind, cell in network.cells.items():
         has = np.stack([row[kind] for row in rows])  # [A, edges, ops]

@@ -55,6 +55,8 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
     """
     adjacency = jnp.asarray(adjacency)
     num = adjacency.shape[0]
+    if adjacency.shape != (num, num):
+        raise ValueError(f"`adjacency` must be square; got shape {adjacency.shape}.")
     adjacency = adjacency.astype(jnp.zeros(0).dtype)
     loops = adjacency + jnp.eye(num)
     degree = jnp.maximum(adjacency.sum(1, keepdims=True), 1e-12)  # so that the mean over no neighbors is 0

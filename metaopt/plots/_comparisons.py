@@ -117,6 +117,11 @@ def critical_difference(
         raise ValueError(f"`scores` must have two methods or more, each [T] on the same T > 1 tasks; got {shapes}.")
     if not np.isfinite(values).all():
         raise ValueError("`scores` must be finite: leave out the tasks that a method has not.")
+    unknown = sorted({*highlight} - {*names})
+    if not 0 < alpha < 1 or unknown:
+        raise ValueError(
+            f"`alpha` must be in (0, 1), and `highlight` must name methods of `scores`; got {alpha} and {unknown}."
+        )
     ranks, cliques = _cliques(np.stack(values), alpha)
     order = np.argsort(ranks, kind="stable")
     axes = new_axes(axes, height=1.2 + 0.16 * len(names) + 0.12 * len(cliques))

@@ -176,6 +176,7 @@ def dataset_embedding(
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
+    _checks.check_integer("max_rows", max_rows, 1)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -220,6 +221,7 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
     Source: Breiman, Bagging predictors, Machine Learning 1996; Lakshminarayanan et al., NeurIPS 2017,
       https://arxiv.org/abs/1612.01474 (members that differ by initialization and order of the data).
     """
+    _checks.check_integer("num_members", num_members, 1)
 
     def init(key):
         return jax.vmap(predictor.init)(jax.random.split(key, num_members))

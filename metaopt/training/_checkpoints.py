@@ -17,7 +17,7 @@ import numpy as np
 
 from metaopt import _locks, base
 
-FORMAT = 1
+FORMAT = 3  # 1 and 2 were never released
 
 
 class Saved(NamedTuple):

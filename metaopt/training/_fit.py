@@ -140,7 +140,7 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if `steps_per_call < 1`, or if there is `patience` and no `evaluate`.
+      ValueError: if a number of steps is not an integer or too small, or if there is `patience` and no `evaluate`.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -162,7 +162,11 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _checks.check_integer("steps_per_call", steps_per_call, 1)
+    _checks.check_integer("num_steps", num_steps, 0)
+    for name, value in (("steps_per_call", steps_per_call), ("eval_every", eval_every)):
+        _checks.check_integer(name, value, 1)  # a float would fail after a call, whose state is lost
+    _checks.check_integer("checkpoint_every", checkpoint_every, 1)
+    _checks.check_integer("patience", patience, 1, optional=True)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     hyperparams = _initial(_to_coordinates(space, hyperparams))

@@ -74,6 +74,13 @@ REFUSALS = [
     (lambda: unroll(num_steps=1, remat=0), "or a number of levels, at least 1; got 0"),
     (lambda: truncated(num_steps=4, truncation_length=2, remat="all"), "`remat` must be one of"),
     (lambda: lookahead(remat="some"), "`remat` must be one of"),
+    (lambda: unrolled(num_steps=0, outer="mean"), "`outer` cannot weight steps if `num_steps=0`"),
+    (lambda: unrolled(num_steps=0, outer=jnp.zeros(0)), "`outer` cannot weight steps if `num_steps=0`"),
+    *(  # 0 would begin a new training at every estimate
+        (lambda rule=rule: rule(RIDGE, horizon=0), "`horizon` must be at least 1, or None; got 0")
+        for rule in (hypergrad.lookahead, hypergrad.darts_fd, hypergrad.sama, hypergrad.hypergradient_descent)
+    ),
+    (lambda: implicit(num_steps=1, horizon=0), "`horizon` must be at least 1, or None; got 0"),
     # Implicit and first-order rules, and solvers.
     (lambda: implicit(num_steps=1, damping=-1.0), "`damping` must be at least 0; got -1.0"),
     (lambda: implicit(num_steps=1, batch="last"), '`batch` must be "next", "full" or a function .*; got \'last\''),

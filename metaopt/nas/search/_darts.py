@@ -229,6 +229,7 @@ def beta_darts(
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
     _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, the weight would stay 0
+    _checks.check_positive("weight", weight, zero=True)
     grow = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):

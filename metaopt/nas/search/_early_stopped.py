@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.nas import _early_stop, _ops, _specs
 from metaopt.nas.search._darts import darts
 from metaopt.nas.search._search import Search
@@ -98,6 +98,7 @@ def darts_plus(
     >>> search.settings["method"], search.settings["most"]
     ('darts_plus', 1)
     """
+    _checks.check_integer("most", most, 0)
     search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
 
     def rule(problem, own):

@@ -118,7 +118,7 @@ def _decode_meta_architecture(
     return TrainedMetaArchitecture(meta, jax.tree.map(lambda x, leaf: jnp.asarray(x, leaf.dtype), leaves, template))
 
 
-_saving.register(_saving.Kind("cell_searcher", CellSearcher, _encode_cell_searcher, _decode_cell_searcher))
+_saving.register(_saving.Kind("learned_cell_searcher", CellSearcher, _encode_cell_searcher, _decode_cell_searcher))
 _saving.register(
     _saving.Kind(
         "meta_architecture",
