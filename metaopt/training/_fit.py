@@ -162,11 +162,7 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _checks.check_integer("num_steps", num_steps, 0)
-    for name, value in (("steps_per_call", steps_per_call), ("eval_every", eval_every)):
-        _checks.check_integer(name, value, 1)  # a float would fail after a call, whose state is lost
-    _checks.check_integer("checkpoint_every", checkpoint_every, 1)
-    _checks.check_integer("patience", patience, 1, optional=True)
+    _check_counts(num_steps, steps_per_call, eval_every, checkpoint_every, patience)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     hyperparams = _initial(_to_coordinates(space, hyperparams))
@@ -224,6 +220,15 @@ def fit(
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     _warn_of_no_step(run)
     return result
+
+
+def _check_counts(num_steps: int, steps_per_call: int, eval_every: int, checkpoint_every: int, patience: int | None):
+    """Raises ValueError for a number that would fail after a call whose state is lost, such as 1e3."""
+    _checks.check_integer("num_steps", num_steps, 0)
+    _checks.check_integer("steps_per_call", steps_per_call, 1)
+    _checks.check_integer("eval_every", eval_every, 1)
+    _checks.check_integer("checkpoint_every", checkpoint_every, 1)
+    _checks.check_integer("patience", patience, 1, optional=True)
 
 
 def _warn_of_no_step(run: Run) -> None:

@@ -142,7 +142,7 @@ BAD_JSON = [
     ('{"genotype": {}}', "its version must be 1; got None"),
     ('{"version": 1}', "it lacks 'genotype'"),
     ('{"version": 1, "genotype": [1]}', "'list' object has no attribute"),
-    ('{"version": 1, "genotype": {"cell": 3}}', "not iterable"),
+    ('{"version": 1, "genotype": {"cell": 3}}', "the edges of 'cell' must be a list; got 3"),
     ('{"version": 1, "genotype": {"cell": [[0, 2]]}}', "an edge is"),
     ('{"version": 1, "genotype": {"cell": [[2, 2, "none"]]}}', "an edge is"),
     ('{"version": 1, "genotype": {"cell": [[-1, 2, "none"]]}}', "an edge is"),

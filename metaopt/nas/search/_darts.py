@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from metaopt import _checks, hypergrad
+from metaopt._jaxpr import Tracer
 from metaopt.nas import _ops, _relaxations, _specs
 from metaopt.nas.search._search import Search, architecture_search
 from metaopt.nas.search._settings import with_settings
@@ -229,7 +230,8 @@ def beta_darts(
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
     _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, the weight would stay 0
-    _checks.check_positive("weight", weight, zero=True)
+    if not isinstance(weight, Tracer):
+        _checks.check_positive("weight", weight, zero=True)
     grow = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):
