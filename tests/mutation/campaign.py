@@ -6,9 +6,9 @@
 
 `draw` parses every file of `metaopt`, lists all places where an operator applies, and draws from them: rooms take
 turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
-applies one mutant at a time to a copy of the repository and runs the tests of its file, then those of its room, then
-the batteries over all rooms and, with `--everything`, the whole suite. A mutant is detected if a test fails or the
-tests run 25 minutes.
+applies one mutant at a time to a copy of the repository and runs, up to the number of `--stages`, the tests of its
+file, those of its room, the batteries over all rooms, and the whole suite. A mutant is detected if a test fails or the
+tests run 25 minutes. A later run with more stages continues with the survivors of fewer.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
@@ -196,8 +196,8 @@ def mutated(source: bytes, mutant: Mutant) -> bytes:
     return source[: mutant.start] + mutant.text.encode() + source[mutant.end :]
 
 
-def stages(mutant: Mutant, everything: bool) -> list[list[str]]:
-    """What pytest is asked for, nearest first: the file's tests, the batteries over all rooms, and the room's tests."""
+def stages(mutant: Mutant) -> list[list[str]]:
+    """What pytest is asked for, nearest first: the tests of the file, of its room, of all rooms, and the suite."""
     file = pathlib.Path(mutant.file)
     stems = {file.stem.strip("_"), *(part.strip("_") for part in file.parts[1:-1])}
     room = ROOT / "tests" / room_of(mutant.file)
@@ -207,17 +207,16 @@ def stages(mutant: Mutant, everything: bool) -> list[list[str]]:
     near = relative(f for f in folder.glob("test_*.py") if pattern.fullmatch(f.name))
     batteries = relative((ROOT / "tests").glob("test_*.py"))
     batteries = [f for f in batteries if not re.search("experiment|benchmarks|notebook|reproductions|house", f)]
-    result = [[mutant.file, *near], *([relative([room])] if room.is_dir() else []), batteries]
-    return [*result, *([["tests", "metaopt"]] if everything else [])]
+    return [[mutant.file, *near], relative([room]) if room.is_dir() else [], batteries, ["tests", "metaopt"]]
 
 
-def outcome(copy: pathlib.Path, mutant: Mutant, everything: bool) -> tuple[str, str]:
-    """("detected" or "survived", the first failing test or "")."""
+def outcome(copy: pathlib.Path, mutant: Mutant, which: slice) -> tuple[str, str]:
+    """("detected" or "survived", the first failing test or "") of some of the stages."""
     path = copy / mutant.file
     source = path.read_bytes()
     path.write_bytes(mutated(source, mutant))
     try:
-        for targets in stages(mutant, everything):
+        for targets in filter(None, stages(mutant)[which]):
             command = [sys.executable, "-m", "pytest", "-x", "-q", *targets]
             env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
             try:
@@ -232,15 +231,15 @@ def outcome(copy: pathlib.Path, mutant: Mutant, everything: bool) -> tuple[str, 
         path.write_bytes(source)
 
 
-def run(workers: int, everything: bool) -> None:
+def run(workers: int, num_stages: int) -> None:
     """Runs the mutants that have no result yet; every result is written at once."""
     mutants = [Mutant(**fields) for fields in json.loads((HERE / "mutants.json").read_text())]
     results_file = HERE / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     waiting: queue.Queue[int] = queue.Queue()
     for i in range(len(mutants)):
-        known = results.get(str(i))
-        if known is None or everything and known["outcome"] == "survived" and not known["everything"]:
+        result = results.get(str(i), {"outcome": "survived", "stages": 0})
+        if result["outcome"] == "survived" and result["stages"] < num_stages:
             waiting.put(i)
     lock = threading.Lock()
 
@@ -250,9 +249,9 @@ def run(workers: int, everything: bool) -> None:
                 i = waiting.get_nowait()
             except queue.Empty:
                 return
-            verdict, test = outcome(folder, mutants[i], everything)
+            verdict, test = outcome(folder, mutants[i], slice(results.get(str(i), {"stages": 0})["stages"], num_stages))
             with lock:
-                results[str(i)] = {"outcome": verdict, "test": test, "everything": everything}
+                results[str(i)] = {"outcome": verdict, "test": test, "stages": num_stages}
                 results_file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
                 print(
                     f"{i:4d} {verdict:9s} {mutants[i].operator:24s} {mutants[i].file}:{mutants[i].line} {test}",
@@ -304,14 +303,14 @@ def main() -> None:
     drawing.add_argument("--num", type=int, default=150)
     running = commands.add_parser("run", help="run the tests on every mutant without a result")
     running.add_argument("--workers", type=int, default=2)
-    running.add_argument("--everything", action="store_true", help="run the whole suite on those that survive")
+    running.add_argument("--stages", type=int, default=3, choices=range(1, 5), help="how many, nearest first")
     commands.add_parser("report", help="write mutants.md")
     options = parser.parse_args()
     if options.command == "draw":
         drawn = [mutant._asdict() for mutant in draw(options.seed, options.num)]
         (HERE / "mutants.json").write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
     elif options.command == "run":
-        run(options.workers, options.everything)
+        run(options.workers, options.stages)
     else:
         (HERE / "mutants.md").write_text(report())
 
