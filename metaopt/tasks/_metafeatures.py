@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from metaopt import _checks, _extras
-from metaopt.tasks._prepare import PreparedTable
+from metaopt.tasks._log_loss_features import log_loss_features
+from metaopt.tasks._prepare import PreparedTable, encode
 from metaopt.tasks._tables import Table
 
-GROUPS = ("simple", "statistical", "information_theoretic", "landmarking")
+GROUPS = ("simple", "statistical", "information_theoretic", "landmarking")  # by default
+_ALL_GROUPS = (*GROUPS, "log_loss")
 _MAX_ROWS = 1000  # for features whose cost grows faster than the rows: concentrations of pairs, landmarkers
 _MAX_LEVELS = 1000  # over all columns, for the concentrations of pairs
 _NUM_FOLDS = 5
@@ -29,8 +31,8 @@ def metafeatures(
     groups: Sequence[str] = GROUPS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Describes a table by numbers. They do not depend on the order of rows and columns, except landmarking (random
-    folds).
+    """Describes a table by numbers. They do not depend on the order of rows and columns, except landmarking and
+    log_loss (random folds).
 
     Let n be the rows, d the columns, K the classes. Missing values count as the median of the column, or as one more
     category.
@@ -50,11 +52,21 @@ def metafeatures(
     * landmarking: accuracies over 5 stratified folds of at most 1000 rows: `best_node`, `random_node`, `worst_node`
       (decision stumps on the best column, a random one, the one of least mutual information), `one_nn`, `elite_nn`
       (1-NN on all standardized columns; on the one of most mutual information), `linear_discr`, `naive_bayes`.
+    * log_loss (not by default), of the D columns that `prepare` encodes: the log loss L over 3 stratified folds of at
+      most 600 rows, in nats, with probabilities of at least 10⁻⁴. `log_loss.prior` is L of the class shares, smoothed
+      by ½ per class. The other learners give gains, 1 - L / max(L of the prior, .02), within [-2, 1]:
+      `log_loss.ridge_strong`, `log_loss.ridge_medium`, `log_loss.ridge_weak` (logistic regression with the penalty
+      |w|²/2C, C = .003, .1, 3) and `log_loss.neighbors` (15-NN, (15 p + 2 shares)/17). Differences between gains:
+      `log_loss.medium_gain` (medium - strong), `log_loss.weak_gain` (weak - medium), `log_loss.neighbors_gain`
+      (neighbors - best ridge). `log_loss.best` is the largest gain. Sizes: `log_loss.log_columns` log D,
+      `log_loss.log_rows` log n, `log_loss.log_minority` (log of the rows of the rarest class),
+      `log_loss.log_rows_per_column` log n/D. If the training rows of a fold have one class, its losses are the prior's.
 
     Args:
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
         [d]).
-      groups: some of `GROUPS`.
+      groups: some of "simple", "statistical", "information_theoretic", "landmarking" and "log_loss"; by default, all
+        but the last.
       seed: of subsamples, folds and the random column.
 
     Returns:
@@ -63,32 +75,13 @@ def metafeatures(
     Raises:
       ValueError: if a group is unknown, or there are fewer than 2 rows or no columns.
       ValueError: if the arrays do not fit together, or have infinite values.
-      ImportError: if `groups` has "landmarking" and scikit-learn is not installed.
+      ImportError: if `groups` has "landmarking" or "log_loss" and scikit-learn is not installed.
     """
-    unknown = set(groups) - set(GROUPS)
+    unknown = set(groups) - set(_ALL_GROUPS)
     if unknown:
-        raise ValueError(f"`groups` must be among {GROUPS}; got {sorted(unknown)}.")
-    if isinstance(table, PreparedTable):
-        x, y, categorical = table.train.raw, table.train.y, table.categorical
-    elif isinstance(table, Table):
-        x, y, categorical = table.x, table.y, table.categorical
-    else:
-        x, y, categorical = table
-    if np.iscomplexobj(x):
-        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
-    x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
-    y = np.unique(np.asarray(y), return_inverse=True)[1]
-    if x.ndim != 2 or len(x) < 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:
-        raise ValueError(
-            "meta-features need x [rows, columns], y [rows] and `categorical` [columns], at least 2 rows and 1 column; "
-            f"got {x.shape}, {y.shape} and {categorical.shape}."
-        )
-    if np.isinf(x).any():
-        raise ValueError("meta-features need finite values; missing ones are NaN.")
-    for j in range(x.shape[1]):
-        gaps = np.isnan(x[:, j])
-        if gaps.any():
-            x[gaps, j] = -1.0 if categorical[j] or gaps.all() else np.median(x[~gaps, j])
+        raise ValueError(f"`groups` must be among {_ALL_GROUPS}; got {sorted(unknown)}.")
+    raw, y, categorical = _checked(table)
+    x = _without_gaps(raw, categorical)
     rng = np.random.default_rng(seed)
     values: dict[str, float] = {}
     if "simple" in groups:
@@ -99,6 +92,9 @@ def metafeatures(
         values |= _information(_discretize(x, categorical), y, rng)
     if "landmarking" in groups:
         values |= _landmarking(x, y, categorical, rng)
+    if "log_loss" in groups:
+        encoded = table.train.x if isinstance(table, PreparedTable) else encode(raw, y, categorical)
+        values |= log_loss_features(encoded, y, seed)
     return {name: float(value) if np.isfinite(value) else math.nan for name, value in values.items()}
 
 
@@ -141,6 +137,38 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "ink": float((x > 0).mean()),
         "in the class means": float(class_means.var(0).mean() / (x.var(0).mean() + 1e-6)),
     }
+
+
+def _checked(table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns x [n, d] in float64 with NaN in the gaps, y [n] in {0, …, K − 1} and `categorical` [d]."""
+    if isinstance(table, PreparedTable):
+        x, y, categorical = table.train.raw, table.train.y, table.categorical
+    elif isinstance(table, Table):
+        x, y, categorical = table.x, table.y, table.categorical
+    else:
+        x, y, categorical = table
+    if np.iscomplexobj(x):
+        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
+    x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
+    y = np.unique(np.asarray(y), return_inverse=True)[1]
+    if x.ndim != 2 or len(x) < 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:
+        raise ValueError(
+            "meta-features need x [rows, columns], y [rows] and `categorical` [columns], at least 2 rows and 1 column; "
+            f"got {x.shape}, {y.shape} and {categorical.shape}."
+        )
+    if np.isinf(x).any():
+        raise ValueError("meta-features need finite values; missing ones are NaN.")
+    return x, y, categorical
+
+
+def _without_gaps(x: np.ndarray, categorical: np.ndarray) -> np.ndarray:
+    """Fills gaps with the median of the column, or with -1 in categorical columns."""
+    x = x.copy()
+    for j in range(x.shape[1]):
+        gaps = np.isnan(x[:, j])
+        if gaps.any():
+            x[gaps, j] = -1.0 if categorical[j] or gaps.all() else np.median(x[~gaps, j])
+    return x
 
 
 def _summary(name: str, values) -> dict[str, float]:

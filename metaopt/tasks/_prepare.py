@@ -159,6 +159,15 @@ def prepare(
     )
 
 
+def encode(x: np.ndarray, y: np.ndarray, categorical: np.ndarray) -> np.ndarray:
+    """Encodes all rows of a table as `prepare` does by default: [n, D] float32, D = 0 if no column varies."""
+    rows = np.arange(len(y))
+    encoded = _encode(Table("", "", x, y, categorical), rows, rows, 10, "quantile")
+    if not encoded.shape[1]:
+        return encoded.astype(np.float32)
+    return _best_columns("", encoded, y, int(y.max()) + 1, 128)
+
+
 def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> np.ndarray:
     """Returns the rows of the most frequent classes, at most `max_rows` of them."""
     index = np.arange(len(table.y))

@@ -160,6 +160,90 @@ def test_names_are_the_same_for_every_table(iris, found):
         tasks.metafeatures(iris, groups=["model_based"])
 
 
+LOG_LOSS = ("prior", "ridge_strong", "ridge_medium", "ridge_weak", "neighbors", "medium_gain", "weak_gain")
+LOG_LOSS += ("neighbors_gain", "best", "log_columns", "log_rows", "log_minority", "log_rows_per_column")
+
+
+def log_loss(table, **options):
+    values = tasks.metafeatures(table, groups=["log_loss"], **options)
+    assert tuple(values) == tuple(f"log_loss.{name}" for name in LOG_LOSS)
+    assert np.isfinite(list(values.values())).all()
+    return {name: values[f"log_loss.{name}"] for name in LOG_LOSS}
+
+
+def noisy_table(rows=96, classes=3):
+    rng = np.random.default_rng(2)
+    y = np.arange(rows) % classes
+    x = np.concatenate([rng.normal(size=(rows, 2)) + y[:, None], rng.integers(0, 3, (rows, 1))], axis=1)
+    return tasks.Table("noisy", "noisy", x, y, np.array([False, False, True]))
+
+
+def test_log_loss_against_scikit_learn():
+    linear_model, neighbors = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.neighbors")
+    selection = pytest.importorskip("sklearn.model_selection")
+    prepared = tasks.prepare(noisy_table())
+    x, y = prepared.train.x.astype(float), prepared.train.y
+    rows = np.random.default_rng(5).permutation(len(y))
+    by_class = np.concatenate([rows[y[rows] == c] for c in range(3)])
+    fold = np.empty(len(y), int)
+    fold[by_class] = np.arange(len(y)) % 3
+    assert all(np.ptp(np.bincount(y[fold == k])) <= 1 for k in range(3))  # stratified
+    split = selection.PredefinedSplit(fold)
+    shares = np.zeros((len(y), 3))
+    for k in range(3):
+        counts = np.bincount(y[fold != k])
+        shares[fold == k] = (counts + 0.5) / (counts.sum() + 1.5)
+
+    def loss(probability):
+        probability = np.maximum(probability, 1e-4)
+        return np.mean([-np.log(p[label] / p.sum()) for p, label in zip(probability, y, strict=True)])
+
+    def predict(learner):
+        return selection.cross_val_predict(learner, x, y, cv=split, method="predict_proba")
+
+    ridges = [predict(linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=1000)) for c in (0.003, 0.1, 3)]
+    nearest = (15 * predict(neighbors.KNeighborsClassifier(15)) + 2 * shares) / 17
+    prior = loss(shares)
+    strong, medium, weak, near = gains = [1 - loss(p) / prior for p in (*ridges, nearest)]
+    sizes = np.log([x.shape[1], len(y), np.bincount(y).min(), len(y) / x.shape[1]])
+    expected = (prior, *gains, medium - strong, weak - medium, near - max(gains[:3]), max(gains), *sizes)
+    np.testing.assert_allclose(list(log_loss(prepared, seed=5).values()), expected, atol=2e-3)  # 60 steps, not 1000
+    np.testing.assert_allclose([log_loss(prepared, seed=5)[n] for n in ("prior", "neighbors")], (prior, near), 1e-12)
+
+
+def test_log_loss_reads_only_training_rows():
+    prepared = tasks.prepare(noisy_table())
+    before = log_loss(prepared)
+    order = np.random.default_rng(0).permutation(len(prepared.valid.y))
+    for rows in ({field: getattr(prepared.valid, field)[order] for field in prepared.valid._fields}, {"x": None}):
+        assert log_loss(prepared._replace(valid=prepared.valid._replace(**rows), test=None)) == before
+    default = tasks.metafeatures(prepared)
+    assert not any(name.startswith("log_loss") for name in default)
+    everything = tasks.metafeatures(prepared, groups=[*ORDERLESS, "landmarking", "log_loss"])
+    assert everything == pytest.approx(default | {f"log_loss.{name}": v for name, v in before.items()}, nan_ok=True)
+
+
+def test_log_loss_on_odd_tables():
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 2
+    signal = log_loss((y[:, None] + rng.normal(size=(90, 2)), y, np.zeros(2, bool)))
+    assert signal["ridge_strong"] < signal["ridge_medium"] and signal["best"] > 0.15
+    equal = log_loss((np.ones((90, 2)), y, np.array([False, True])))
+    prepared = tasks.prepare(noisy_table())
+    rows = prepared.train._replace(x=np.ones_like(prepared.train.x))
+    for values in (equal, log_loss(prepared._replace(train=rows))):
+        np.testing.assert_array_equal([values[name] for name in LOG_LOSS[1:9]], 0)
+    np.testing.assert_allclose(equal["prior"], np.log(2))
+    lonely = log_loss((rng.normal(size=(31, 2)), np.r_[np.zeros(15, int), np.ones(15, int), 2], np.zeros(2, bool)))
+    assert lonely["log_minority"] == 0 and -2 <= lonely["ridge_weak"] <= lonely["best"] <= 1
+    one_class = log_loss((rng.normal(size=(30, 2)), np.r_[np.zeros(29, int), 1], np.zeros(2, bool)))
+    # The fold that holds the only row of class 1 has the prior's loss, and the others know it.
+    assert 0 < one_class["prior"] and np.isfinite(one_class["best"])
+    assert all(value == 0 for value in list(log_loss((np.eye(2), np.arange(2), np.zeros(2, bool))).values())[1:9])
+    repeated = log_loss((np.repeat([[0.0], [1.0]], 300, 0), rng.permutation(600) % 2, np.zeros(1, bool)))
+    assert abs(repeated["neighbors"]) < 0.1  # of 200 equal rows the neighbors are of random classes
+
+
 def test_scaling_by_hand():
     features = [{"even": float(v), "heavy": float(10.0**v), "same": 1.0, "gap": np.nan} for v in range(11)]
     scaling = tasks.fit_scaling(features)
