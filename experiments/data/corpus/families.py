@@ -66,7 +66,7 @@ class Excluded(NamedTuple):
         if any(fingerprint(values) in self.fingerprints for values in columns):
             return True
         sets = [s for values in columns if (s := _decimals(values))]
-        return any(len(a & b) > 0.5 * len(a | b) for a in sets for b in self.decimals)
+        return any(_are_similar(a, b) for a in sets for b in self.decimals)
 
 
 def reserved(path: Folder = None) -> Excluded:
@@ -79,7 +79,7 @@ def reserved(path: Folder = None) -> Excluded:
     return Excluded(frozenset(lists["name_hashes"]), frozenset(), frozenset(lists["column_hashes"]))
 
 
-def exclude(tables: Sequence[tasks.Table], also: Excluded = Excluded()) -> Excluded:
+def exclude(tables: Sequence[tasks.Table], also: Excluded) -> Excluded:
     """Returns `also` and these tables: their names, families and numeric columns."""
     columns = [values for table in tables for values in table_columns(table)]
     return Excluded(
@@ -94,6 +94,11 @@ def table_columns(table: tasks.Table) -> list[np.ndarray]:
     """Returns the values that are present in each numeric column."""
     numeric = table.x[:, ~table.categorical].astype(np.float64)
     return [values[np.isfinite(values)] for values in numeric.T]
+
+
+def _are_similar(a: frozenset[float], b: frozenset[float]) -> bool:
+    """Whether more than half of all values are in both sets."""
+    return len(a) < 2 * len(b) and len(b) < 2 * len(a) and len(a & b) > 0.5 * len(a | b)
 
 
 def _decimals(values: np.ndarray) -> frozenset[float] | None:

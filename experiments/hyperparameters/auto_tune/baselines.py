@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,22 @@ def incumbent(outcomes: np.ndarray, num: int) -> np.ndarray:
     return outcomes[best, np.arange(outcomes.shape[1]), 1:]
 
 
-def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dict[str, tuple]:
+class TreeOptions(NamedTuple):
+    """How tree ensembles are tuned and scored.
+
+    Attributes:
+      num_trials: of each kind of ensemble.
+      least_probability: of a class; smaller ones are raised to it.
+      smoothing: shares of the training classes' frequencies that are mixed into the probabilities. If there are
+        several, one more forest is tuned with the best of them.
+    """
+
+    num_trials: int
+    least_probability: float = 1e-6
+    smoothing: tuple[float, ...] = (0.0,)
+
+
+def _tree_unit(prepared: tasks.PreparedTable, seed: int, options: TreeOptions) -> dict[str, tuple]:
     """Returns test loss, error and seconds of tree ensembles on the same rows.
 
     Tuned ensembles are chosen on the validation rows.
@@ -66,14 +82,17 @@ def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dic
 
     rng = np.random.default_rng(seed)
     classes = np.arange(prepared.num_classes)
+    shares = np.bincount(prepared.train.y, minlength=len(classes)) / len(prepared.train.y)
 
-    def fit(model):
+    def fit(model, smoothing=0.0):
         start = time.perf_counter()
-        model.fit(prepared.train.raw, prepared.train.y)
+        if not hasattr(model, "classes_"):
+            model.fit(prepared.train.raw, prepared.train.y)
 
         def score(part):
-            p = np.full((len(part.y), len(classes)), 1e-6)
-            p[:, model.classes_] = np.maximum(model.predict_proba(part.raw), 1e-6)
+            p = np.zeros((len(part.y), len(classes)))
+            p[:, model.classes_] = model.predict_proba(part.raw)
+            p = np.maximum((1 - smoothing) * p + smoothing * shares, options.least_probability)
             p /= p.sum(1, keepdims=True)
             return -np.log(p[np.arange(len(part.y)), part.y]).mean(), float((p.argmax(1) != part.y).mean())
 
@@ -94,7 +113,7 @@ def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dic
                 max_features=float(rng.uniform(0.1, 0.9)),
                 criterion=str(rng.choice(["gini", "entropy"])),
             )
-            for _ in range(num_trials)
+            for _ in range(options.num_trials)
         ],
         "gradient boosting, tuned": [
             boosting(
@@ -104,21 +123,25 @@ def _tree_unit(prepared: tasks.PreparedTable, seed: int, num_trials: int) -> dic
                 l2_regularization=float(np.exp(rng.uniform(np.log(1e-3), np.log(10)))),
                 min_samples_leaf=int(rng.choice([5, 10, 20])),
             )
-            for _ in range(num_trials)
+            for _ in range(options.num_trials)
         ],
     }
     for name, models in tuned.items():
         fits = [fit(model) for model in models]
         best = min(fits)
         out[name] = (best[1], best[2], sum(f[3] for f in fits))
+        if len(options.smoothing) > 1 and "forest" in name:
+            smoothed = [fit(model, smoothing) for model in models for smoothing in options.smoothing]
+            best = min(smoothed)
+            out[f"{name} and smoothed"] = (best[1], best[2], sum(f[3] for f in fits + smoothed))
     return out
 
 
-def trees(units: list[Unit], which: np.ndarray, num_trials: int) -> dict[str, np.ndarray]:
+def trees(units: list[Unit], which: np.ndarray, options: TreeOptions) -> dict[str, np.ndarray]:
     """Returns name -> [units, 3]: test loss, test error, seconds."""
     # Largest first, so that no single process still runs a large one at the end.
     order = np.argsort([-len(units[u].prepared.train.y) * units[u].prepared.num_classes for u in which])
-    work = (joblib.delayed(_tree_unit)(units[which[i]].prepared, units[which[i]].seed, num_trials) for i in order)
+    work = (joblib.delayed(_tree_unit)(units[which[i]].prepared, units[which[i]].seed, options) for i in order)
     rows = in_processes(work, len(which), "forests and boosting")
     rows = [rows[i] for i in np.argsort(order)]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

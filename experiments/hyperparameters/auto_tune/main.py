@@ -19,7 +19,7 @@ from rich.console import Console
 
 from experiments import pages, script
 from experiments.hyperparameters import auto_tune
-from experiments.hyperparameters.auto_tune.baselines import baselines, earlier_baselines, trees
+from experiments.hyperparameters.auto_tune.baselines import TreeOptions, baselines, earlier_baselines, trees
 from experiments.hyperparameters.auto_tune.config import PRESETS, Config
 from experiments.hyperparameters.auto_tune.learning import FineTuning, Learned, Learning, learn_folds
 from experiments.hyperparameters.auto_tune.report import COMMITTED, finish
@@ -101,7 +101,7 @@ def main(argv=None) -> list[dict]:
         compiled = pool.submit(compile_programs, trials, tuning, learning)
         ensembles = None
         if not args.no_trees and not args.baselines:
-            ensembles = pool.submit(trees, collection.units, trials.units, config.tree_trials)
+            ensembles = pool.submit(trees, collection.units, trials.units, TreeOptions(config.tree_trials))
         learned = learn_folds(
             learning, collection, buckets, args.seed, out, f"{name}_fold" if args.resume else None, log
         )

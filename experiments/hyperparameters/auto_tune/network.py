@@ -44,12 +44,16 @@ def random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 HINGES = (-0.67, 0.0, 0.67)  # the quartiles of a standard normal
 
 
-def make_problem(config: Config):
+def make_problem(config: Config, least_probability: float = 0.0):
     """An ensemble of small networks with a linear part, Adam with decoupled decay, and validation log loss.
 
     The linear part reads each column and its hinges at the quartiles. So it is an additive model of piecewise linear
     functions. The hidden layers read the columns. The members share the batch, and each minimizes its own loss. Their
     probabilities are averaged.
+
+    Returns:
+      The problem, and a function (params, λ, rows) -> log loss and error. Its log loss replaces smaller probabilities
+      of the true class by `least_probability`.
     """
     members, hidden, num_steps = config.num_members, config.num_hidden, config.num_steps
 
@@ -113,12 +117,14 @@ def make_problem(config: Config):
         return optax.chain(optax.flatten(adam), optax.stateless(decay), optax.scale_by_learning_rate(rate))
 
     def outer_loss(params, hyperparams, batch):
-        return scores(params, hyperparams, batch)[0]
+        return scores(params, hyperparams, batch, 0.0)[0]
 
-    def scores(params, hyperparams, batch):
+    def scores(params, hyperparams, batch, least_probability=least_probability):
         """Returns log loss and error of the averaged probabilities, over the real rows."""
         log_p = jax.nn.logsumexp(log_probabilities(params, hyperparams, batch), axis=0) - np.log(members)
         nll = -jnp.take_along_axis(log_p, batch["y"][:, None], axis=1)[:, 0]
+        if least_probability:
+            nll = jnp.minimum(nll, -np.log(least_probability))
         wrong = log_p.argmax(1) != batch["y"]
         return jnp.sum(nll * batch["mask"]) / batch["mask"].sum(), jnp.sum(wrong * batch["mask"]) / batch["mask"].sum()
 

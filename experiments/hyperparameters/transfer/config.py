@@ -1,0 +1,86 @@
+"""The sizes of the experiment, and the meta-features that g reads."""
+
+import dataclasses
+from typing import NamedTuple
+
+from experiments.hyperparameters import auto_tune
+from experiments.hyperparameters.auto_tune.config import FEATURES as SIMPLE_FEATURES
+from experiments.hyperparameters.auto_tune.config import PRESETS
+
+LANDMARKS = tuple(
+    f"log_loss.{name}"
+    for name in (
+        "prior",
+        "ridge_strong",
+        "ridge_medium",
+        "ridge_weak",
+        "neighbors",
+        "medium_gain",
+        "weak_gain",
+        "neighbors_gain",
+        "best",
+        "log_columns",
+        "log_rows",
+        "log_minority",
+        "log_rows_per_column",
+    )
+)
+FEATURES = SIMPLE_FEATURES + LANDMARKS
+GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")
+
+
+class Width(NamedTuple):
+    """A padded width of tables: columns and classes."""
+
+    columns: int
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes of an experiment. The training run is that of `auto_tune`."""
+
+    run: auto_tune.config.Config = PRESETS["default"]
+    widths: tuple[Width, ...] = (Width(10, 4), Width(24, 6), Width(64, 12))
+    train_rows: int = 1200
+    valid_rows: int = 800
+    max_frames: int | None = None
+    clip: float = 2.0  # of standardized meta-features
+    feature_dropout: float = 0.1
+    meta_batch: int = 16
+    max_norm: float = 0.3  # of the hypergradient of one task, with respect to λ
+    global_steps: int = 100
+    global_rate: float = 0.1
+    meta_steps: int = 1000
+    meta_rate: float = 0.01
+    meta_decay: float = 0.1
+    eval_every: int = 100
+    num_evaluated: int = 240  # development tasks
+    # Of judging.
+    num_splits: int = 2
+    proposals: int = 10
+    spread: float = 0.5
+    fine_tune_steps: int = 3
+    fine_tune_rate: float = 0.3
+    trials: tuple[int, ...] = (4, 10, 20, 50, 100)
+    tree_trials: int = 3
+    max_judged: int | None = None
+
+
+DEFAULT = Config()
+SMOKE = Config(
+    run=PRESETS["smoke"],
+    widths=(Width(64, 12),),
+    max_frames=60,
+    meta_batch=4,
+    global_steps=2,
+    meta_steps=4,
+    eval_every=2,
+    num_evaluated=4,
+    num_splits=1,
+    proposals=2,
+    fine_tune_steps=1,
+    trials=(1, 2),
+    tree_trials=1,
+    max_judged=3,
+)

