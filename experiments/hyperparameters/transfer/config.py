@@ -45,7 +45,7 @@ class Config:
     train_rows: int = 1200
     valid_rows: int = 800
     max_frames: int | None = None
-    clip: float = 2.0  # of standardized meta-features
+    limit: float = 2.0  # of standardized meta-features; beyond it, g shrinks to its center
     feature_dropout: float = 0.1
     meta_batch: int = 16
     max_norm: float = 0.3  # of the hypergradient of one task, with respect to λ

@@ -115,7 +115,7 @@ def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[i
         one = json.loads((folder / f"g_{seed}.json").read_text())["one_for_all"]
         one = repeat({name: jnp.float32(value) for name, value in one.items()})
         methods |= once(f"one_{seed}", partial(start_methods, "one λ for all", one, seed))
-        features = np.stack([tasks.apply_scaling(trained.scaling, d, clip=config.clip) for d in judged.described])
+        features = np.stack([trained.scaled_features(d) for d in judged.described])
         predicted.append(predict(trained.predictor, space, trained.meta_params, features))
         methods |= once(f"g_{seed}", partial(start_methods, "g", predicted[-1], seed))
     mean = _mean_prediction(space, predicted)

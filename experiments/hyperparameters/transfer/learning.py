@@ -76,7 +76,7 @@ def learn(config: Config, folder: Path, seed: int) -> None:
         key=jax.random.fold_in(key, 0),
         checkpoint_dir=folder / "checkpoints" / f"global_{seed}",
     )
-    predictor = predictors.mlp(space, len(FEATURES))
+    predictor = predictors.mlp(space, len(FEATURES), limit=config.limit)
     decayed = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
     schedule = optax.cosine_decay_schedule(config.meta_rate, config.meta_steps)
     adamw = optax.adamw(schedule, weight_decay=config.meta_decay, mask=decayed)

@@ -11,7 +11,7 @@ import joblib
 import numpy as np
 
 from experiments.data import from_data_folder
-from experiments.data.corpus import Corpus, build, write_list
+from experiments.data.corpus import Corpus, build, read_frames, write_list
 from experiments.hyperparameters.auto_tune.units import in_processes
 from experiments.hyperparameters.transfer.config import FEATURES, GROUPS, Config
 from experiments.hyperparameters.transfer.families import excluded_tables, is_development
@@ -41,7 +41,7 @@ def natural_tables() -> list[tasks.Table]:
 def prepare_corpus(config: Config, folder: Path) -> None:
     """Builds the corpus, lists it in `corpus.csv`, and writes the tasks of every width to a file."""
     natural = natural_tables()
-    corpus = build(natural, excluded_tables(), max_frames=config.max_frames)
+    corpus = build(read_frames(config.max_frames), natural, excluded_tables())
     folder.mkdir(parents=True, exist_ok=True)
     write_list(corpus, folder / "corpus.csv")
     described = describe(corpus)
@@ -113,10 +113,10 @@ def load_pools(config: Config, folder: Path) -> list[Pool]:
     return pools
 
 
-def scale_features(scaling: tasks.FeatureScaling, raw: np.ndarray, clip: float) -> np.ndarray:
-    """Returns [n, F] standardized features."""
+def scale_features(scaling: tasks.FeatureScaling, raw: np.ndarray) -> np.ndarray:
+    """Returns [n, F] standardized features. g itself clips them at its limit."""
     rows = [dict(zip(FEATURES, row, strict=True)) for row in raw]
-    return np.stack([np.asarray(tasks.apply_scaling(scaling, row, clip=clip), np.float32) for row in rows])
+    return np.stack([tasks.apply_scaling(scaling, row, clip=100.0) for row in rows])
 
 
 def fit_scaling(pools: list[Pool]) -> tasks.FeatureScaling:
@@ -148,7 +148,7 @@ def make_sampler(pools: list[Pool], scaling: tasks.FeatureScaling, config: Confi
     shares = np.array([w.sum() for w in weights]) / sum(w.sum() for w in weights)
     counts = np.maximum(1, np.round(config.meta_batch * shares).astype(int))
     sampled = [
-        Sampled(_with_features(pool, scaling, config), w / w.sum(), int(min(count, (w > 0).sum())))
+        Sampled(_with_features(pool, scaling), w / w.sum(), int(min(count, (w > 0).sum())))
         for pool, w, count in zip(pools, weights, counts, strict=True)
         if w.sum() > 0
     ]
@@ -180,8 +180,8 @@ def _family_weights(pools: list[Pool]) -> list[np.ndarray]:
     return np.split(weight, np.cumsum([len(pool.family) for pool in pools])[:-1])
 
 
-def _with_features(pool: Pool, scaling: tasks.FeatureScaling, config: Config) -> base.Task:
-    return pool.tasks._replace(features=scale_features(scaling, pool.raw_features, config.clip))
+def _with_features(pool: Pool, scaling: tasks.FeatureScaling) -> base.Task:
+    return pool.tasks._replace(features=scale_features(scaling, pool.raw_features))
 
 
 def development_tasks(pools: list[Pool], scaling: tasks.FeatureScaling, config: Config) -> list[tuple[Any, np.ndarray]]:
@@ -194,7 +194,7 @@ def development_tasks(pools: list[Pool], scaling: tasks.FeatureScaling, config: 
         num = round(len(rows) * min(1.0, config.num_evaluated / total))
         rows = np.sort(rng.permutation(rows)[:num])
         if len(rows):
-            batches.append(jax.tree.map(lambda x, rows=rows: x[rows], _with_features(pool, scaling, config)))
+            batches.append(jax.tree.map(lambda x, rows=rows: x[rows], _with_features(pool, scaling)))
             family.append(pool.family[rows])
     _, index, counts = np.unique(np.concatenate(family), return_inverse=True, return_counts=True)
     weights = np.split((1 / counts)[index], np.cumsum([len(f) for f in family])[:-1])

@@ -14,10 +14,9 @@ from experiments.data.corpus.families import (
     Excluded,
     excluded_families,
     join_frames,
-    stem,
     table_columns,
 )
-from experiments.data.corpus.frames import numeric_columns, read_frames
+from experiments.data.corpus.frames import Frame, numeric_columns
 from experiments.data.corpus.targets import choose_targets, columns_of, make_task
 from metaopt import tasks
 from metaopt.training import report_progress
@@ -38,17 +37,16 @@ class Corpus(NamedTuple):
     rotated: np.ndarray
 
 
-def build(natural: Sequence[tasks.Table], excluded: Excluded, seed: int = 7, max_frames: int | None = None) -> Corpus:
+def build(frames: Sequence[Frame], natural: Sequence[tasks.Table], excluded: Excluded, seed: int = 7) -> Corpus:
     """Builds the corpus.
 
     Args:
+      frames: tables whose targets are rotated, by `read_frames`.
       natural: tables with their own target, such as those of the data folder. Simulated families are dropped.
       excluded: tables for judging. They are dropped with their whole families.
       seed: of targets, cuts and samples.
-      max_frames: of `read_frames`.
     """
     rng = np.random.default_rng(seed)
-    frames = read_frames(max_frames)
     families = join_frames(frames, natural)
     dropped = excluded_families(
         [*families, *(table.family for table in natural)],
@@ -103,6 +101,3 @@ def write_list(corpus: Corpus, path: Path) -> None:
             writer.writerow(
                 [table.name, table.family, table.source, kind, *table.x.shape, table.num_classes, row_hash(table)]
             )
-
-
-__all__ = ["Corpus", "build", "row_hash", "stem", "write_list"]

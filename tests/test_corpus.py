@@ -1,0 +1,117 @@
+"""The corpus of tasks with rotated targets: nothing that is kept for judging enters it, and no input is the target."""
+
+import csv
+import hashlib
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.data.corpus import Excluded, build, reserved, write_list
+from experiments.data.corpus.families import exclude, fingerprint, join_frames
+from experiments.data.corpus.frames import Frame
+from experiments.data.corpus.targets import Column, Target, choose_targets, columns_of, determines, labels_of, make_task
+from metaopt import tasks
+
+
+def _frame(item, seed=0, rows=200, **columns):
+    rng = np.random.default_rng(seed)
+    data = {f"{item}_{k}": rng.normal(size=rows) for k in range(3)} | columns
+    return Frame("package", item, pd.DataFrame(data))
+
+
+def _excluded(name="other", values=()):
+    x = np.zeros((200, 1), np.float32) if not len(values) else np.asarray(values, np.float32)[:, None]
+    table = tasks.Table(name, name, x, np.zeros(len(x), np.int32), np.zeros(1, bool))
+    return exclude([table], Excluded())
+
+
+def test_a_fingerprint_is_the_documented_hash_of_sorted_finite_values():
+    values = np.array([3.00001, np.nan, *np.arange(20) / 7])
+    expected = np.round(np.sort(values[:1].tolist() + values[2:].tolist()), 4).astype("<f8").tobytes()
+    assert fingerprint(values) == hashlib.sha256(expected).hexdigest()[:16]
+    assert fingerprint(np.arange(14.0)) is None
+
+
+def test_reserved_tables_are_found_by_name_and_by_column(tmp_path):
+    column = np.arange(30) ** 1.5
+    names = [hashlib.sha256(b"mytable2").hexdigest()[:16]]
+    (tmp_path / "reserved.json").write_text(json.dumps({"name_hashes": names, "column_hashes": [fingerprint(column)]}))
+    excluded = reserved(tmp_path)
+    assert excluded.has_name("My_Table-2") and not excluded.has_name("My_Table-3")
+    assert excluded.has_columns([np.arange(5.0), column[::-1]]) and not excluded.has_columns([column + 1])
+
+
+@pytest.mark.parametrize("kind", ["name", "part of the name", "column", "most values of a column"])
+def test_a_table_like_a_judged_one_is_dropped_with_its_family(kind):
+    twin = _frame("twin", sex=np.arange(200) % 2)
+    sibling = _frame("twin2", seed=1, sex=np.arange(200) % 2)  # the same stem
+    other = _frame("unrelated", seed=2, sex=np.arange(200) % 2)
+    column = twin.data["twin_0"].to_numpy()
+    excluded = {
+        "name": _excluded("twin"),
+        "part of the name": _excluded("win-twin-lose"),
+        "column": _excluded(values=column[::-1]),
+        "most values of a column": _excluded(values=np.where(np.arange(200) < 50, column + 3, column)),
+    }[kind]
+    corpus = build([twin, sibling, other], [], excluded)
+    assert {table.family for table in corpus.tables} == {"package:unrelated"}
+
+
+def test_tables_with_a_shared_column_are_one_family():
+    shared = np.random.default_rng(5).normal(size=200)
+    joined = join_frames([_frame("a", 0, x=shared), _frame("b", 1, y=shared[::-1].copy()), _frame("c", 2)])
+    assert joined == ["package:a", "package:a", "package:c"]
+    counting = np.arange(200)  # years and row numbers say nothing
+    assert len(set(join_frames([_frame("a", 0, year=counting), _frame("b", 1, year=counting)]))) == 2
+
+
+def test_a_natural_table_names_the_family_of_its_copies():
+    frame = _frame("copied")
+    x = frame.data.to_numpy().astype(np.float32)
+    natural = tasks.Table("mine", "my-family", frame.data.to_numpy(), np.zeros(200, np.int32), np.zeros(3, bool))
+    assert join_frames([frame], [natural]) == ["my-family"], x.shape
+
+
+def test_columns_that_give_the_class_away_are_inputs_of_no_task():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    assert determines(Column(labels * 2.0 + 5, True), labels)  # renamed levels
+    assert determines(Column(labels + rng.uniform(0, 0.9, 300), False), labels)  # intervals
+    assert not determines(Column(rng.normal(size=300), False), labels)
+    noisy = np.where(rng.random(300) < 0.1, rng.integers(0, 3, 300), labels)
+    assert not determines(Column(noisy.astype(float), True), labels)
+    frame = _frame("table", rows=300, kind=np.array(list("abc"))[labels], copy=labels * 10)
+    columns = columns_of(frame, rng)
+    table = make_task(frame, "family", columns, Target("kind", "classes"), rng)
+    assert table is not None and table.x.shape[1] == 3 and not table.categorical.any()
+
+
+def test_targets_are_classes_first_and_numbers_are_cut():
+    rng = np.random.default_rng(1)
+    frame = _frame("table", rows=400, color=np.array(list("abcd"))[rng.integers(0, 4, 400)])
+    columns = columns_of(frame, rng)
+    targets = choose_targets(columns, rng)
+    assert targets[0] == Target("color", "classes") and len(targets) == 3
+    numbers = columns["table_0"]
+    halves = labels_of(numbers, "median", rng)
+    np.testing.assert_array_equal(halves, numbers.values > np.median(numbers.values))
+    assert np.bincount(labels_of(numbers, "tercile", rng).astype(int)).tolist() == [134, 133, 133]
+
+
+def test_names_of_rows_and_mostly_missing_columns_are_not_used():
+    gaps = np.where(np.arange(200) < 90, np.nan, np.arange(200) % 7)
+    frame = _frame("table", rownames=np.arange(200), case_id=np.arange(200)[::-1], gaps=gaps, constant=np.ones(200))
+    assert set(columns_of(frame, np.random.default_rng(0))) == {"table_0", "table_1", "table_2"}
+
+
+def test_the_corpus_is_reproducible_and_listed_with_hashes_of_rows(tmp_path):
+    frames = [_frame(f"t{'abcdefgh'[k]}", k, sex=np.arange(200) % 2) for k in range(8)]
+    first, second = build(frames, [], Excluded()), build(frames, [], Excluded())
+    for k, corpus in enumerate((first, second)):
+        write_list(corpus, tmp_path / f"{k}.csv")
+    assert (tmp_path / "0.csv").read_text() == (tmp_path / "1.csv").read_text()
+    rows = list(csv.DictReader(open(tmp_path / "0.csv")))
+    assert len(rows) == len(first.tables) >= 16 and len({row["row_hash"] for row in rows}) == len(rows)
+    assert max(np.unique([row["family"] for row in rows], return_counts=True)[1]) <= 4
