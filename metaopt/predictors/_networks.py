@@ -44,6 +44,12 @@ def _apply_head(params, features: jax.Array, limit: float | None, embedding: jax
     return weight * z + (1 - weight) * params["center"]
 
 
+def _check_limit(limit: float | None, num_features: int) -> None:
+    _checks.check_positive("limit", limit, optional=True)
+    if limit is not None and not num_features:
+        raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
+
+
 def _with_limit(config: dict[str, Any], limit: float | None) -> dict[str, Any]:
     return config if limit is None else config | {"limit": float(limit)}
 
@@ -83,9 +89,9 @@ def mlp(
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
-      ValueError: if `limit` is not positive.
+      ValueError: if `limit` is not positive, or there are no features to limit.
     """
-    _checks.check_positive("limit", limit, optional=True)
+    _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -217,9 +223,7 @@ def dataset_embedding(
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
     _checks.check_integer("max_rows", max_rows, 1)
-    _checks.check_positive("limit", limit, optional=True)
-    if limit is not None and not num_features:
-        raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
+    _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
