@@ -1,10 +1,12 @@
 """Files of predictors, for `metaopt.save` and `metaopt.load`: everything that a prediction for a new task needs."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metaopt import _files, _saving, base, spaces, tasks
 from metaopt.predictors import _networks
@@ -17,7 +19,7 @@ class TrainedPredictor(NamedTuple):
       predictor: g or h, made by a factory of `metaopt.predictors`.
       meta_params: φ, with the shapes of `predictor.init`. (If `meta_architecture_search` learned {"h", "init"}, this is
         the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
-      scaling: for `tasks.apply_scaling`, which computes `task.features` from raw meta-features; None if there is none.
+      scaling: of raw meta-features, with which `scaled_features` computes `task.features`; None if there is none.
     """
 
     predictor: base.Predictor
@@ -28,6 +30,26 @@ class TrainedPredictor(NamedTuple):
     def space(self) -> base.PyTree:
         """The space of λ: `spaces.to_constrained(space, predictor.apply(meta_params, task))` is λ."""
         return spaces.from_json(self.predictor.config["space"])
+
+    def scaled_features(self, features: Mapping[str, float]) -> np.ndarray:
+        """Computes `task.features` of one task for this predictor.
+
+        Args:
+          features: raw meta-features, by name.
+
+        Returns:
+          [F], by `tasks.apply_scaling`. If the predictor has a `limit`, `clip` is 50 limits instead of its default, so
+          that the predictor sees how far the features are outside.
+
+        Raises:
+          ValueError: if there is no scaling.
+          KeyError: if a name is absent.
+        """
+        if self.scaling is None:
+            raise ValueError("This predictor has no `scaling` of features.")
+        limit = _networks.limit_of(self.predictor.config)
+        options = {} if limit is None else {"clip": 50 * limit}
+        return tasks.apply_scaling(self.scaling, features, **options)
 
 
 def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,6 +6,13 @@ Both return unconstrained coordinates z of a space (`spaces.Unconstrained`), com
 
 with A and B zero at the start. So training begins with the same λ for all tasks, given by z₀.
 `spaces.to_constrained(space, z)` is λ.
+
+With a `limit` L, a prediction shrinks towards z₀ as features x leave the range |x| ≤ L where g was trained:
+
+    z = w g(x clipped to ±L) + (1 - w) z₀,    w = 1 / (1 + mean_i e_i²),    e_i = max(|x_i| / L - 1, 0).
+
+Within the range, w is exactly 1. It is 1/2 if all features are at ±2L. It falls to 0 like 1/x², has a continuous
+derivative, and never increases as a feature moves away.
 """
 
 from typing import Any
@@ -27,12 +34,40 @@ def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
 
 
+def _apply_head(params, features: jax.Array, limit: float | None, embedding: jax.Array | None = None) -> jax.Array:
+    """z [Z] as a vector, from the features [F] that `limit` guards and an embedding that it does not."""
+    guarded = features if limit is None else jnp.clip(features, -limit, limit)
+    z = _heads.apply_head(params, guarded if embedding is None else jnp.concatenate([embedding, guarded]))
+    if limit is None:
+        return z
+    weight = 1 / (1 + jnp.mean(((features - guarded) / limit) ** 2))
+    return weight * z + (1 - weight) * params["center"]
+
+
+def _check_limit(limit: float | None, num_features: int) -> None:
+    _checks.check_positive("limit", limit, optional=True)
+    if limit is not None and not num_features:
+        raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
+
+
+def _with_limit(config: dict[str, Any], limit: float | None) -> dict[str, Any]:
+    return config if limit is None else config | {"limit": float(limit)}
+
+
+def limit_of(config: dict[str, Any]) -> float | None:
+    """The `limit` of the predictor that `config` describes, or of the members of an ensemble."""
+    while "member" in config:
+        config = config["member"]
+    return config.get("limit")
+
+
 def mlp(
     space: base.PyTree,
     num_features: int,
     *,
     num_hidden: int = 16,
     hyperparams: base.HyperParams | None = None,
+    limit: float | None = None,
 ) -> base.Predictor:
     """g(t; φ) from the task's meta-features: one λ for all, plus a linear map, plus a hidden layer of tanh units.
 
@@ -41,6 +76,12 @@ def mlp(
       num_features: F; `task.features` must be [F], standardized (`tasks.apply_scaling`).
       num_hidden: H, the number of tanh units; with 0 the map is linear.
       hyperparams: the initial λ, in natural units; by default the space's default.
+      limit: L, a safeguard against extrapolation. Features beyond ±L shrink the prediction towards "center" of φ:
+
+            z = w g(x clipped to ±L) + (1 - w) z₀,    w = 1 / (1 + mean_i max(|x_i| / L - 1, 0)²).
+
+        Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features with a `clip` far above L (the method
+        `TrainedPredictor.scaled_features` takes 50 L): w cannot see what was clipped before. None: no safeguard.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
@@ -48,17 +89,19 @@ def mlp(
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
+      ValueError: if `limit` is not positive, or there are no features to limit.
     """
+    _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
         return _heads.init_head(key, num_features, num_hidden, center)
 
     def apply(meta_params, task):
-        return unravel(_heads.apply_head(meta_params, task.features))
+        return unravel(_apply_head(meta_params, task.features, limit))
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
-    return base.Predictor(init, apply, config)
+    return base.Predictor(init, apply, _with_limit(config, limit))
 
 
 def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
@@ -146,6 +189,7 @@ def dataset_embedding(
     num_hidden: int = 16,
     max_rows: int = 256,
     hyperparams: base.HyperParams | None = None,
+    limit: float | None = None,
 ) -> base.Predictor:
     """g(t; φ) from the rows of a labelled table, by an embedding that ignores the order of rows, columns and classes.
 
@@ -165,18 +209,21 @@ def dataset_embedding(
       max_rows: the maximal number of rows to use; the first real ones are used (rows of prepared tables are in random
         order).
       hyperparams: the initial λ, in natural units; by default the space's default.
+      limit: as in `mlp`, of `task.features` only: an embedding far from those of training does not shrink the
+        prediction.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
         (`embed_rows` lists the entries that it uses).
 
     Raises:
-      ValueError: if the space has nothing to tune.
+      ValueError: if the space has nothing to tune, or `limit` is not positive, or there are no features to limit.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
     _checks.check_integer("max_rows", max_rows, 1)
+    _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -186,9 +233,9 @@ def dataset_embedding(
 
     def apply(meta_params, task):
         embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
-        if num_features:
-            embedding = jnp.concatenate([embedding, task.features])
-        return unravel(_heads.apply_head(meta_params["head"], embedding))
+        if not num_features:
+            return unravel(_heads.apply_head(meta_params["head"], embedding))
+        return unravel(_apply_head(meta_params["head"], task.features, limit, embedding))
 
     config = {
         "kind": "dataset_embedding",
@@ -198,7 +245,7 @@ def dataset_embedding(
         "max_rows": max_rows,
         "space": spaces.to_json(space),
     }
-    return base.Predictor(init, apply, config)
+    return base.Predictor(init, apply, _with_limit(config, limit))
 
 
 def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
@@ -209,7 +256,8 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
     (`amortize` with `predictor`), and stack their φ_m along a new leading axis.
 
     Args:
-      predictor: of one member.
+      predictor: of one member. With a `limit`, each member shrinks towards its own z₀, and the ensemble towards their
+        mean.
       num_members: M, at least 1.
 
     Returns:

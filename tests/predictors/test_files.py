@@ -16,6 +16,8 @@ MAKE = {
     "mlp": lambda: predictors.mlp(SPACE, 2, num_hidden=3, hyperparams=None),
     "dataset_embedding": lambda: predictors.dataset_embedding(SPACE, num_features=2, width=4, max_rows=7),
     "ensemble": lambda: predictors.ensemble(predictors.mlp(SPACE, 2, num_hidden=3), 2),
+    "limited": lambda: predictors.ensemble(predictors.mlp(SPACE, 2, num_hidden=3, limit=0.2), 2),
+    "limited_embedding": lambda: predictors.dataset_embedding(SPACE, num_features=2, width=4, max_rows=7, limit=0.2),
 }
 
 
@@ -51,6 +53,23 @@ def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["g.npz"]  # no temporary file is left
 
 
+def test_features_are_scaled_as_the_predictor_needs_them():
+    scaling = tasks.FeatureScaling(("a", "b"), (0.0, 1.0), (1.0, 2.0), (False, False))
+    described = {"a": 7.0, "b": -1e9}
+    free, limited = (
+        predictors.TrainedPredictor(g, weights(g), scaling)
+        for g in (MAKE["mlp"](), predictors.ensemble(predictors.mlp(SPACE, 2, limit=2), 2))
+    )
+    np.testing.assert_array_equal(free.scaled_features(described), tasks.apply_scaling(scaling, described))
+    np.testing.assert_array_equal(limited.scaled_features(described), [7.0, -100.0])
+    # The table is outside by most of its distance, so its prediction is that of the start.
+    z = limited.predictor.apply(limited.meta_params, base.Task(None, None, limited.scaled_features(described)))
+    mean = limited.meta_params["center"].mean(0)
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(z)[0], mean, atol=0.05)
+    with pytest.raises(ValueError, match="has no `scaling`"):
+        free._replace(scaling=None).scaled_features(described)
+
+
 def saved(path):
     predictor = MAKE["mlp"]()
     metaopt.save(path, predictors.TrainedPredictor(predictor, weights(predictor)))
@@ -79,6 +98,10 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
         (
             {"config": {"kind": "forest", "space": spaces.to_json(SPACE)}},
             "does not describe a `TrainedPredictor` .*it lacks 'forest'",
+        ),
+        (
+            {"config": {**predictors.mlp(SPACE, 2, num_hidden=3).config, "limit": -1.0}},
+            "`limit` must be positive",
         ),
         (
             {"scaling": {"names": ["n", "m"], "center": [0.0], "scale": [1.0], "log": [False]}},

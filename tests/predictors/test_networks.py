@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from jax.test_util import check_grads
 
 from metaopt import base, hypergrad, predictors, spaces
 
@@ -39,6 +40,15 @@ MAKE = {
     "dataset_embedding": lambda **options: predictors.dataset_embedding(SPACE, width=5, num_hidden=4, **options),
     "embedding_and_features": lambda **options: predictors.dataset_embedding(SPACE, num_features=2, width=5, **options),
     "ensemble": lambda **options: predictors.ensemble(predictors.mlp(SPACE, 2, **options), 3),
+    "limited": lambda **options: predictors.mlp(SPACE, 2, limit=0.5, **options),
+    "limited_embedding": lambda **options: predictors.dataset_embedding(
+        SPACE, num_features=2, width=5, limit=0.5, **options
+    ),
+}
+LIMITED = {  # a function of the limit, and the weights' head
+    "mlp": (lambda limit: predictors.mlp(SPACE, 2, limit=limit), lambda phi: phi),
+    "embedding": (lambda limit: predictors.dataset_embedding(SPACE, num_features=2, limit=limit), lambda p: p["head"]),
+    "ensemble": (lambda limit: predictors.ensemble(predictors.mlp(SPACE, 2, limit=limit), 3), lambda phi: phi),
 }
 
 
@@ -157,6 +167,65 @@ def test_the_embedding_of_labels_of_few_bits_beside_more_classes_than_they_hold(
     chex.assert_trees_all_equal(a, b)
 
 
+def flat(predictor, phi, features):
+    """z as one vector."""
+    z = predictor.apply(phi, task()._replace(features=jnp.asarray(features)))
+    return jax.flatten_util.ravel_pytree(z)[0]
+
+
+@pytest.mark.parametrize("name", LIMITED)
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.once
+def test_a_limit_changes_nothing_within_it_to_the_bit(name, x64):
+    make, _ = LIMITED[name]
+    with jax.enable_x64(x64):
+        free, limited = make(None), make(2.0)
+        phi = random_weights(free)
+
+        @jax.jit
+        def value_and_pullback(phi, features):
+            values, pullback = zip(
+                *(jax.vjp(lambda p, g=g: flat(g, p, features), phi) for g in (free, limited)), strict=True
+            )
+            return values, [pull(jnp.ones_like(values[0])) for pull in pullback]
+
+        for features in ([0.3, -1.2], [2.0, -2.0], [0.0, 1.9999]):
+            values, pulled = value_and_pullback(phi, jnp.array(features))
+            chex.assert_trees_all_equal(*values)
+            chex.assert_trees_all_equal(*pulled)
+            chex.assert_trees_all_equal(flat(free, phi, features), flat(limited, phi, features))
+
+
+@pytest.mark.parametrize("name", LIMITED)
+@pytest.mark.once
+def test_beyond_the_limit_predictions_return_to_the_start(name):
+    make, head = LIMITED[name]
+    free, limited = make(None), make(2.0)
+    phi = random_weights(free)
+    start = head(phi)["center"].reshape(-1, head(phi)["center"].shape[-1]).mean(0)
+    distance = jax.jit(lambda x: jnp.linalg.norm(flat(limited, phi, x) - start))
+    for direction in ([1.0, -1.0], [0.0, 1.0], [-1.0, 0.0]):
+        distances = np.stack([distance(2.0 * scale * np.array(direction)) for scale in np.geomspace(1.0, 1e5, 50)])
+        assert (np.diff(distances) < 0).all() and distances[-1] < 1e-6 < 1e-1 < distances[0]
+    for beyond in ([1e30, 0.0], [-np.inf, np.inf]):
+        np.testing.assert_allclose(flat(limited, phi, beyond), start, rtol=1e-12)
+    # By hand: the first feature is 1.5 limits away, so its excess is 1/2.
+    weight = 1 / (1 + (0.5**2 + 0) / 2)
+    expected = start + weight * (flat(free, phi, [2.0, -0.7]) - start)
+    np.testing.assert_allclose(flat(limited, phi, [3.0, -0.7]), expected, rtol=1e-12)
+
+
+@pytest.mark.once
+def test_a_limit_is_differentiable():
+    predictor = LIMITED["mlp"][0](2.0)
+    phi = random_weights(predictor)
+    for features in ([3.0, -0.7], [5.0, -9.0]):
+        check_grads(lambda phi, x: flat(predictor, phi, x), (phi, jnp.array(features)), order=2, rtol=1e-5)
+    steps = jnp.array([-1e-6, 1e-6])
+    slope = jax.vmap(jax.jacfwd(lambda step: flat(predictor, phi, jnp.array([2.0, 7.0]).at[1].add(step))))(steps)
+    chex.assert_trees_all_close(slope[0], slope[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize("num_hidden", [0, 3])
 @pytest.mark.once
 def test_amortize_is_the_chain_rule(num_hidden):
@@ -194,6 +263,11 @@ def test_float32_stays_float32(name):
         (
             lambda: predictors.mlp({"rate": spaces.fixed(0.1)}, 2),
             "`space` must have at least one leaf that is tuned; got {'rate'",
+        ),
+        (lambda: predictors.mlp(SPACE, 2, limit=0.0), "`limit` must be positive, or None; got 0.0"),
+        (
+            lambda: predictors.dataset_embedding(SPACE, limit=2.0),
+            "`limit` is for `task.features`, and `num_features` is 0",
         ),
         (lambda: predictors.dataset_embedding({}), "`space` must have at least one leaf that is tuned; got {}"),
     ],
