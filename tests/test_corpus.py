@@ -112,6 +112,6 @@ def test_the_corpus_is_reproducible_and_listed_with_hashes_of_rows(tmp_path):
     for k, corpus in enumerate((first, second)):
         write_list(corpus, tmp_path / f"{k}.csv")
     assert (tmp_path / "0.csv").read_text() == (tmp_path / "1.csv").read_text()
-    rows = list(csv.DictReader(open(tmp_path / "0.csv")))
+    rows = list(csv.DictReader((tmp_path / "0.csv").read_text().splitlines()))
     assert len(rows) == len(first.tables) >= 16 and len({row["row_hash"] for row in rows}) == len(rows)
     assert max(np.unique([row["family"] for row in rows], return_counts=True)[1]) <= 4
