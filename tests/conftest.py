@@ -21,10 +21,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """What was compiled is kept in pytest's cache, for the next file and the next run; by worker: there is no lock."""
+    """Keeps compiled programs in pytest's cache, for the next file, the next run and the other workers.
+
+    There is no lock. A worker that reads a program while another one writes it gets a warning, and compiles it again.
+    """
     if hasattr(config, "cache"):
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{worker}")))
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
