@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from metaopt import (
+    automl,
     base,
     blackbox,
     evaluation,
@@ -35,6 +36,7 @@ __all__ = [
     "Record",
     "Searcher",
     "Task",
+    "automl",
     "base",
     "blackbox",
     "hypergrad",

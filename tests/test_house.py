@@ -30,6 +30,7 @@ LEVELS = [
     {"training", "evaluation"},
     {"few_shot", "blackbox"},
     {"nas"},
+    {"automl"},
     {"plots"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -11,6 +11,7 @@
 """
 
 from metaopt.tasks._batching import (
+    TaskShape,
     bucket,
     resplit,
     shape_of,
@@ -90,6 +91,7 @@ __all__ = [
     "Source",
     "Split",
     "Table",
+    "TaskShape",
     "UserTable",
     "apply_scaling",
     "bucket",

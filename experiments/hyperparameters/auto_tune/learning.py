@@ -11,7 +11,7 @@ import optax
 
 import metaopt
 from experiments.hyperparameters.auto_tune.config import FEATURES, Config
-from experiments.hyperparameters.auto_tune.network import make_problem, make_space
+from experiments.hyperparameters.auto_tune.network import make_network, make_scores
 from experiments.hyperparameters.auto_tune.units import Bucket, Collection, make_sampler
 from metaopt import base, hypergrad, predictors, spaces, tasks, training
 from metaopt.training import report_progress
@@ -21,8 +21,9 @@ class Learning:
     """The problem, its estimator, g, and the learners, which all folds share, so that they compile only once."""
 
     def __init__(self, config: Config):
-        self.config, self.space = config, make_space()
-        self.problem, self.scores = make_problem(config)
+        network = make_network(config)
+        self.config, self.space, self.problem = config, network.space, network.problem
+        self.scores = make_scores(network)
         constrained = spaces.constrain(self.problem, self.space)
         self.estimator = hypergrad.unrolled(constrained, num_steps=config.num_steps, remat="step")
         self.default = spaces.default(self.space)

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.data import from_data_folder
 from experiments.hyperparameters.auto_tune.config import Config
-from metaopt import base, tasks
+from metaopt import automl, base, tasks
 from metaopt.training import report_progress
 
 
@@ -122,17 +122,9 @@ def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, co
         members = which[buckets.assignment == k]
         stacked, tests = [], []
         for u in members:
-            options = {
-                "rows": (shape.train_rows, shape.valid_rows),
-                "num_features": shape.features,
-                "num_classes": shape.classes,
-            }
             prepared = units[u].prepared
-            task = tasks.to_task(prepared, features=features[u], **options)
-            test = tasks.to_task(prepared._replace(valid=prepared.test), **options).valid
-            share = np.bincount(prepared.train.y, minlength=shape.classes).astype(np.float32) / len(prepared.train.y)
-            for part in (task.train, task.valid, test):
-                part["share"] = share
+            task = automl.tabular_task(prepared, shape=shape, features=features[u])
+            test = automl.tabular_task(prepared._replace(valid=prepared.test), shape=shape).valid
             stacked.append(task)
             tests.append(base.Task(test, test))
         out.append(Bucket(members, tasks.stack(stacked), tasks.stack(tests).valid))

@@ -15,7 +15,7 @@ import numpy as np
 import metaopt
 from experiments.hyperparameters.auto_tune.baselines import TreeOptions, incumbent, random_search, tpe_search, trees
 from experiments.hyperparameters.auto_tune.learning import FineTuning, Learning, predict
-from experiments.hyperparameters.auto_tune.network import make_problem, make_space
+from experiments.hyperparameters.auto_tune.network import make_network, make_scores
 from experiments.hyperparameters.auto_tune.trials import Trials
 from experiments.hyperparameters.auto_tune.units import Unit, in_processes, make_units, stack_buckets
 from experiments.hyperparameters.transfer.config import GROUPS, Config
@@ -56,8 +56,8 @@ def set_up(config: Config, tables: list[tasks.Table]) -> Judged:
     run = dataclasses.replace(config.run, num_seeds=config.num_splits, max_buckets=len(config.widths))
     units = make_units(tables, run, 77)
     buckets = stack_buckets(units, np.zeros((len(units), 1), np.float32), np.arange(len(units)), run)
-    problem, scores = make_problem(run, LEAST_PROBABILITY)
-    trials = Trials(problem, scores, buckets, run)
+    network = make_network(run)
+    trials = Trials(network.problem, make_scores(network, LEAST_PROBABILITY), buckets, run)
     learning = Learning(dataclasses.replace(run, fine_tune_rate=config.fine_tune_rate))
     units = [units[u] for u in trials.units]
     work = (joblib.delayed(tasks.metafeatures)(u.prepared, groups=GROUPS, seed=u.seed) for u in units)
@@ -91,7 +91,7 @@ def draws_around(key: jax.Array, space, hyperparams, num: int, spread: float) ->
 
 def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[int], with_trees: bool) -> Path:
     """Runs all methods and writes `judged.json`. Finished methods are kept, so that a killed run continues."""
-    judged, space = set_up(config, tables), make_space()
+    judged, space = set_up(config, tables), make_network(config.run).space
     kept = folder / "judged"
     kept.mkdir(parents=True, exist_ok=True)
     key = jax.random.key(1234)
@@ -139,7 +139,7 @@ def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[i
 
 def _start_methods(config: Config, judged: Judged, key, name: str, start, seed: int | None = None):
     """Returns the start, the best of draws around it, and the start after a few hypergradient steps."""
-    trials, space, suffix = judged.trials, make_space(), "" if seed is None else f" (seed {seed})"
+    trials, space, suffix = judged.trials, make_network(config.run).space, "" if seed is None else f" (seed {seed})"
     run_key, draw_key, tune_key, last_key = jax.random.split(key, 4)
     candidates = draws_around(draw_key, space, start, config.proposals, config.spread)
     outcomes = np.stack([trials(run_key, candidate) for candidate in candidates])
@@ -165,7 +165,7 @@ def _mean_prediction(space, predicted: list[Any]):
 def _search(config: Config, judged: Judged, key, label: str, search) -> dict[str, Outcome]:
     most = max(config.trials)
     with report_progress(most, None, label, unit="trial") as report:
-        outcomes = search(jax.random.fold_in(key, 99), judged.trials, make_space(), most, report)
+        outcomes = search(jax.random.fold_in(key, 99), judged.trials, make_network(config.run).space, most, report)
     return {f"{label}, {t} trials": Outcome(incumbent(outcomes, t), float(t)) for t in config.trials}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import metaopt
-from experiments.hyperparameters.auto_tune.network import make_problem, make_space
+from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import pool
 from experiments.hyperparameters.transfer.config import FEATURES, Config
 from metaopt import base, hypergrad, predictors, spaces, training
@@ -19,7 +19,8 @@ from metaopt import base, hypergrad, predictors, spaces, training
 
 def make_estimator(config: Config) -> base.Estimator:
     """Returns the exact hypergradient of one task through the whole training, clipped."""
-    constrained = spaces.constrain(make_problem(config.run)[0], make_space())
+    network = make_network(config.run)
+    constrained = spaces.constrain(network.problem, network.space)
     estimator = hypergrad.unrolled(constrained, num_steps=config.run.num_steps, remat="step")
     return clip_norm(estimator, config.max_norm)
 
@@ -60,7 +61,7 @@ def make_evaluate(estimator: base.Estimator, predictor, development):
 
 def learn(config: Config, folder: Path, seed: int) -> None:
     """Learns one λ and g with one seed. Writes both, with their histories, to `folder`. Continues after a kill."""
-    pools, space = pool.load_pools(config, folder), make_space()
+    pools, space = pool.load_pools(config, folder), make_network(config.run).space
     scaling = pool.fit_scaling(pools)
     sample_tasks = pool.make_sampler(pools, scaling, config)
     development = pool.development_tasks(pools, scaling, config)

@@ -15,7 +15,7 @@ from experiments.data.corpus import Corpus, build, read_frames, write_list
 from experiments.hyperparameters.auto_tune.units import in_processes
 from experiments.hyperparameters.transfer.config import FEATURES, GROUPS, Config
 from experiments.hyperparameters.transfer.families import excluded_tables, is_development
-from metaopt import base, tasks
+from metaopt import automl, base, tasks
 
 
 class Pool(NamedTuple):
@@ -85,14 +85,8 @@ def _width_of(prepared: tasks.PreparedTable, config: Config) -> int:
 
 def _padded(prepared: list[tasks.PreparedTable], config: Config, width) -> dict[str, np.ndarray]:
     """Returns the tasks as arrays, named part/entry."""
-    rows = (config.train_rows, config.valid_rows)
-    padded = []
-    for table in prepared:
-        task = tasks.to_task(table, rows=rows, num_features=width.columns, num_classes=width.classes)
-        share = np.bincount(table.train.y, minlength=width.classes).astype(np.float32) / len(table.train.y)
-        for part in (task.train, task.valid):
-            part["share"] = share
-        padded.append(task)
+    shape = tasks.TaskShape(config.train_rows, config.valid_rows, width.columns, width.classes)
+    padded = [automl.tabular_task(table, shape=shape) for table in prepared]
     stacked = tasks.stack(padded)
     return {f"{part}/{k}": v for part in ("train", "valid") for k, v in getattr(stacked, part).items()}
 

@@ -1,0 +1,70 @@
+"""The trained g that comes with the package."""
+
+import functools
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaopt import _saving, base, spaces, tasks
+from metaopt.predictors import TrainedPredictor
+
+GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")  # of the meta-features
+
+
+@functools.cache
+def shipped_predictor() -> TrainedPredictor:
+    """Returns the trained g of `tabular_network`, with its weights, the scaling of meta-features, and the space of λ.
+
+    It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
+    fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. The list of the
+    tasks that it learned from is `experiments/results/transfer_corpus.csv`, with the hashes of their rows.
+    """
+    with resources.as_file(resources.files("metaopt.automl") / "tabular_predictor.npz") as path:
+        return _saving.load(path)
+
+
+def predict_hyperparams(
+    table: tasks.PreparedTable | tasks.Table | tuple[np.ndarray, np.ndarray, np.ndarray], *, seed: int = 0
+) -> base.HyperParams:
+    """Predicts the hyperparameters of `tabular_network` for a new table, without a trial: λ = g(t').
+
+    It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. Features outside the
+    range of g's training shrink the prediction towards one λ for all tables.
+
+    Args:
+      table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
+        [d]).
+      seed: of subsamples and folds of the meta-features.
+
+    Returns:
+      λ in natural units: a dict of fourteen numbers.
+
+    Raises:
+      ValueError: if `tasks.metafeatures` rejects the table.
+      ImportError: if scikit-learn is not installed, which computes some meta-features.
+
+    Example:
+      >>> import jax
+      >>> from metaopt import automl, tasks
+      >>> table = tasks.from_sklearn()[1]
+      >>> prepared = tasks.prepare(table)
+      >>> hyperparams = automl.predict_hyperparams(prepared)
+      >>> network, task = automl.tabular_network(), automl.tabular_task(prepared)
+      >>> params = automl.train(network, jax.random.key(0), hyperparams, task)
+      >>> test = {**task.valid, "x": prepared.test.x}
+      >>> predicted = network.log_probabilities(params, hyperparams, test).argmax(axis=1)
+      >>> bool((predicted == prepared.test.y).mean() > 0.9)
+      True
+    """
+    trained = shipped_predictor()
+    features = trained.scaled_features(tasks.metafeatures(table, groups=GROUPS, seed=seed))
+    return _predict(jnp.asarray(features))
+
+
+@jax.jit
+def _predict(features: jax.Array) -> base.HyperParams:
+    trained = shipped_predictor()
+    z = trained.predictor.apply(trained.meta_params, base.Task(None, None, features))
+    return spaces.to_constrained(trained.space, z)
