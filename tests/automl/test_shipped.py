@@ -1,0 +1,65 @@
+"""The g that comes with the package: what it predicts, from what, and what it may not read."""
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import automl, base, spaces, tasks
+from metaopt.automl import _shipped
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return tasks.prepare(tasks.from_sklearn()[1])
+
+
+def test_a_prediction_lies_in_the_space_of_the_network(prepared):
+    hyperparams = automl.predict_hyperparams(prepared)
+    network = automl.tabular_network()
+    assert automl.shipped_predictor().space == network.space
+    assert set(hyperparams) == set(network.space)
+    for name, leaf in network.space.items():
+        assert leaf.low <= float(hyperparams[name]) <= leaf.high, name
+
+
+def test_it_is_g_at_the_scaled_meta_features(prepared):
+    trained = automl.shipped_predictor()
+    features = trained.scaled_features(tasks.metafeatures(prepared, groups=_shipped.GROUPS, seed=0))
+    z = trained.predictor.apply(trained.meta_params, base.Task(None, None, features))
+    expected = spaces.to_constrained(trained.space, z)
+    predicted = automl.predict_hyperparams(prepared)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), predicted, expected)
+
+
+def test_only_training_rows_are_read(prepared):
+    shuffled = {
+        part: getattr(prepared, part)._replace(raw=getattr(prepared, part).raw * 7) for part in ("valid", "test")
+    }
+    other = prepared._replace(**shuffled)
+    jax.tree.map(np.testing.assert_array_equal, automl.predict_hyperparams(prepared), automl.predict_hyperparams(other))
+
+
+def test_different_tables_get_different_hyperparameters(prepared):
+    digits = tasks.prepare(tasks.from_sklearn()[3], max_rows=600, max_features=64)
+    a, b = automl.predict_hyperparams(prepared), automl.predict_hyperparams(digits)
+    assert abs(np.log(float(a["decay_hidden"]) / float(b["decay_hidden"]))) > 0.05
+
+
+def test_features_far_outside_give_one_prediction_for_all():
+    trained = automl.shipped_predictor()
+    names = trained.scaling.names
+    z = [
+        trained.predictor.apply(
+            trained.meta_params, base.Task(None, None, trained.scaled_features(dict.fromkeys(names, v)))
+        )
+        for v in (1e30, -1e30)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.05), *z)
+
+
+def test_a_table_of_constants_is_rejected_or_predicted():
+    x, y = np.zeros((30, 2)), np.arange(30) % 2
+    hyperparams = automl.predict_hyperparams((x, y, np.zeros(2, bool)))
+    assert all(np.isfinite(value) for value in hyperparams.values())
+    with pytest.raises(ValueError, match="columns"):
+        automl.predict_hyperparams((np.zeros((30, 0)), y, np.zeros(0, bool)))
