@@ -32,10 +32,8 @@ def test_it_is_g_at_the_scaled_meta_features(prepared):
 
 
 def test_only_training_rows_are_read(prepared):
-    shuffled = {
-        part: getattr(prepared, part)._replace(raw=getattr(prepared, part).raw * 7) for part in ("valid", "test")
-    }
-    other = prepared._replace(**shuffled)
+    changed = lambda rows: rows._replace(raw=rows.raw * 7, x=rows.x * 7)
+    other = prepared._replace(valid=changed(prepared.valid), test=changed(prepared.test))
     jax.tree.map(np.testing.assert_array_equal, automl.predict_hyperparams(prepared), automl.predict_hyperparams(other))
 
 
@@ -47,13 +45,8 @@ def test_different_tables_get_different_hyperparameters(prepared):
 
 def test_features_far_outside_give_one_prediction_for_all():
     trained = automl.shipped_predictor()
-    names = trained.scaling.names
-    z = [
-        trained.predictor.apply(
-            trained.meta_params, base.Task(None, None, trained.scaled_features(dict.fromkeys(names, v)))
-        )
-        for v in (1e30, -1e30)
-    ]
+    features = [trained.scaled_features(dict.fromkeys(trained.scaling.names, value)) for value in (1e30, -1e30)]
+    z = [trained.predictor.apply(trained.meta_params, base.Task(None, None, f)) for f in features]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.05), *z)
 
 
