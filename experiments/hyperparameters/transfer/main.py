@@ -1,8 +1,14 @@
-"""The command line: prepare, learn, judge."""
+"""The command line: prepare, learn, judge, ship."""
 
 import argparse
+import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+import metaopt
+from experiments import script
 from experiments.hyperparameters import transfer
 from experiments.hyperparameters.transfer.config import DEFAULT, SMOKE
 from experiments.hyperparameters.transfer.families import judged_tables
@@ -10,13 +16,14 @@ from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
 from experiments.hyperparameters.transfer.pool import prepare_corpus
 from experiments.hyperparameters.transfer.report import publish
+from metaopt import predictors
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         "transfer", description=transfer.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", nargs="?", choices=("prepare", "learn", "judge", "all"), default="all")
+    parser.add_argument("step", nargs="?", choices=("prepare", "learn", "judge", "ship", "all"), default="all")
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="seeds of learning")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
@@ -31,3 +38,16 @@ def main(argv=None) -> None:
     if args.step in ("judge", "all"):
         tables = judged_tables()[: config.max_judged]
         publish(judge(config, tables, args.out, args.seed, not args.no_trees), args)
+    if args.step == "ship":
+        ship(args.out, args.seed)
+
+
+def ship(folder: Path, seeds: list[int]) -> None:
+    """Puts the mean of the trained predictors into the package, and the list of its tasks next to the results."""
+    trained = [metaopt.load(folder / f"g_{seed}.npz") for seed in seeds]
+    meta_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t.meta_params for t in trained))
+    g = predictors.ensemble(trained[0].predictor, len(seeds))
+    file = Path(metaopt.__file__).parent / "automl" / "tabular_predictor.npz"
+    metaopt.save(file, predictors.TrainedPredictor(g, meta_params, trained[0].scaling))
+    shutil.copy(folder / "corpus.csv", script.RESULTS / "transfer_corpus.csv")
+    print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)
