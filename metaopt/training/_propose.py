@@ -53,8 +53,7 @@ def propose(
     candidate is a weighted mean m of the better half of the last round's candidates, with the weights
     w_i ∝ log(⌊K/2⌋ + ½) − log i of the i-th best. The others are drawn around m. The squared spread of each coordinate
     becomes the mean of its old value and of the weighted variance Σ_i w_i (λ_i − m)². This is the cross-entropy method
-    with the weights of CMA-ES, and a smoothing of ½. Against draws around the best candidate so far, the weighted mean
-    has lower losses if the good λ are close to the start, and about the same ones if they are far from it.
+    with the weights of CMA-ES, and a smoothing of ½.
 
     `fine_tune` uses hypergradients instead. Both can be combined: pass `hyperparams` of one result to the other.
 
@@ -65,8 +64,8 @@ def propose(
         `hypergrad.unrolled`. With `hypergrad.over_seeds(rule, S)`, each candidate is the mean of S runs. With
         `hypergrad.over_tasks(rule)`, one λ is chosen for a batch of tasks.
       num_proposals: K, at least 1; 1 returns the start.
-      spread: the standard deviation of a draw, in the estimator's coordinates: a number, or a tree like the start of
-        numbers or arrays (None for fixed leaves), one for each coordinate. It may be traced. By default, it is the
+      spread: the standard deviation of a draw, in the estimator's coordinates: a number, or a tree like the start. The
+        leaves of the tree are numbers or arrays, and None for fixed leaves. It may be traced. By default, it is the
         spread of the prediction if its predictor was made with `spread`, and otherwise 0.5.
       rounds: the number of rounds, at least 1; K · rounds runs in all.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
@@ -78,9 +77,10 @@ def propose(
       the start. Of equal values the first one is the best.
 
     Raises:
-      ValueError: if a number is below 1. At trace time, if the start does not fit `space`, `spread` does not fit the
-        start, `space` is missing and a start in natural units meets an estimator in unconstrained coordinates, or
-        `space` is not the problem's.
+      ValueError: if a number is below 1.
+      ValueError: at trace time, if the start does not fit `space`, or `spread` does not fit the start.
+      ValueError: at trace time, if `space` is not the problem's, or is missing and a start in natural units meets an
+        estimator in unconstrained coordinates.
 
     Source: Rubinstein, The cross-entropy method, 1999, https://doi.org/10.1023/A:1010091220143; for the weights,
       Hansen, The CMA evolution strategy: a tutorial, 2016, https://arxiv.org/abs/1604.00772 (without negative weights).

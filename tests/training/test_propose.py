@@ -85,7 +85,7 @@ def test_without_spread_the_start_wins(rounds):
 
 def test_the_second_round_draws_by_the_moments_of_the_better_half():
     bad = lambda x: x[0] > 0.4
-    options = {"num_proposals": 16, "rounds": 2, "spread": jnp.array([1.0, 0.5])}
+    options = {"num_proposals": 16, "rounds": 2, "spread": np.array([1.0, 0.5])}
     proposed, seen, _ = candidates_of(quadratic(bad=bad), **options)
     assert 1 <= np.isnan(proposed.values[:16]).sum() <= 8
     finite = [x for x, _ in seen[:16] if not bad(x)]
