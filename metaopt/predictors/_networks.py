@@ -6,6 +6,10 @@ Both return unconstrained coordinates z of a space (`spaces.Unconstrained`), com
 
 with A and B zero at the start. So training begins with the same λ for all tasks, given by z₀.
 `spaces.to_constrained(space, z)` is λ.
+
+With `spread`, they also return the standard deviation of every coordinate, and z is the center of a distribution of λ:
+
+    log s = c + D h,    with c = log spread and D = 0 at the start.
 """
 
 from typing import Any
@@ -16,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _heads, base, spaces
+from metaopt import _checks, _heads, _proposals, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -27,12 +31,27 @@ def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
 
 
+def _init_spread(spread: float | None, num_inputs: int, center: jax.Array) -> dict[str, Any]:
+    """Weights with which the spread of every coordinate is `spread` for all tasks; none if it is None."""
+    if spread is None:
+        return {}
+    linear = jnp.zeros((num_inputs, center.shape[0]), center.dtype)
+    return {"log_spread": {"center": jnp.full_like(center, np.log(spread)), "linear": linear}}
+
+
+def _with_spread(meta_params: dict[str, Any], inputs: jax.Array, prediction: base.HyperParams, unravel):
+    """The prediction with its spread, as `_proposals.Normal`."""
+    weights = meta_params["log_spread"]
+    return _proposals.Normal(prediction, unravel(jnp.exp(weights["center"] + inputs @ weights["linear"])))
+
+
 def mlp(
     space: base.PyTree,
     num_features: int,
     *,
     num_hidden: int = 16,
     hyperparams: base.HyperParams | None = None,
+    spread: float | None = None,
 ) -> base.Predictor:
     """g(t; φ) from the task's meta-features: one λ for all, plus a linear map, plus a hidden layer of tanh units.
 
@@ -41,24 +60,29 @@ def mlp(
       num_features: F; `task.features` must be [F], standardized (`tasks.apply_scaling`).
       num_hidden: H, the number of tanh units; with 0 the map is linear.
       hyperparams: the initial λ, in natural units; by default the space's default.
+      spread: the initial standard deviation of each coordinate, positive: g predicts a distribution, a named tuple
+        (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
-        "bias" [H], "out" [H, Z].
+        "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
 
     Raises:
-      ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
+      ValueError: if the space has nothing to tune, `hyperparams` do not fit the space, or `spread` is not positive.
     """
     center, unravel = _start(space, hyperparams)
+    _checks.check_positive("spread", spread, optional=True)
 
     def init(key):
-        return _heads.init_head(key, num_features, num_hidden, center)
+        head = _heads.init_head(key, num_features, num_hidden, center)
+        return head | _init_spread(spread, num_features, center)
 
     def apply(meta_params, task):
-        return unravel(_heads.apply_head(meta_params, task.features))
+        z = unravel(_heads.apply_head(meta_params, task.features))
+        return z if spread is None else _with_spread(meta_params, task.features, z, unravel)
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
-    return base.Predictor(init, apply, config)
+    return base.Predictor(init, apply, config | ({} if spread is None else {"spread": float(spread)}))
 
 
 def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
@@ -146,6 +170,7 @@ def dataset_embedding(
     num_hidden: int = 16,
     max_rows: int = 256,
     hyperparams: base.HyperParams | None = None,
+    spread: float | None = None,
 ) -> base.Predictor:
     """g(t; φ) from the rows of a labelled table, by an embedding that ignores the order of rows, columns and classes.
 
@@ -165,30 +190,34 @@ def dataset_embedding(
       max_rows: the maximal number of rows to use; the first real ones are used (rows of prepared tables are in random
         order).
       hyperparams: the initial λ, in natural units; by default the space's default.
+      spread: as for `mlp`.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
         (`embed_rows` lists the entries that it uses).
 
     Raises:
-      ValueError: if the space has nothing to tune.
+      ValueError: if the space has nothing to tune, or `spread` is not positive.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
     _checks.check_integer("max_rows", max_rows, 1)
+    _checks.check_positive("spread", spread, optional=True)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
         *keys, head_key = jax.random.split(key, 4)
         params = _init_embedding(keys, width, center.dtype)
-        return params | {"head": _heads.init_head(head_key, width + num_features, num_hidden, center)}
+        head = {"head": _heads.init_head(head_key, width + num_features, num_hidden, center)}
+        return params | head | _init_spread(spread, width + num_features, center)
 
     def apply(meta_params, task):
         embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
         if num_features:
             embedding = jnp.concatenate([embedding, task.features])
-        return unravel(_heads.apply_head(meta_params["head"], embedding))
+        z = unravel(_heads.apply_head(meta_params["head"], embedding))
+        return z if spread is None else _with_spread(meta_params, embedding, z, unravel)
 
     config = {
         "kind": "dataset_embedding",
@@ -198,7 +227,7 @@ def dataset_embedding(
         "max_rows": max_rows,
         "space": spaces.to_json(space),
     }
-    return base.Predictor(init, apply, config)
+    return base.Predictor(init, apply, config | ({} if spread is None else {"spread": float(spread)}))
 
 
 def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
