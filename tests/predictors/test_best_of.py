@@ -45,7 +45,7 @@ def test_the_hypergradient_is_the_derivative_for_fixed_draws(name):
         hypergrad_ = at(flat, key).hypergrad
         np.testing.assert_allclose(ravel_pytree(hypergrad_)[0], slopes, rtol=1e-5, atol=1e-9)
         slopes_of_spread.append(jnp.abs(hypergrad_["log_spread"]["linear"]).max())
-    assert max(slopes_of_spread) > 1e-4  # not in every estimate: a center that is the best has none
+    assert max(slopes_of_spread) > 1e-6  # not in every estimate: a center that is the best has none
 
 
 def test_by_hand_on_a_quadratic():

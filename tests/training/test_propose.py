@@ -137,7 +137,7 @@ def test_with_its_space_it_takes_and_returns_natural_units():
     spread = {"penalty": jnp.array([0.0, 0.1, 0.2, 5.0])}
     expected = training.propose(estimator, spread=spaces.Unconstrained(spread))(KEY, coordinates, problems.TASK)
     propose = jax.jit(training.propose(estimator, spread=spread, space=problems.SPACE))
-    for one_start in (start, coordinates):  # λ, or what a predictor returns
+    for one_start in (start, coordinates):  # λ, or a prediction
         proposed = propose(KEY, one_start, problems.TASK)
         np.testing.assert_allclose(proposed.values, expected.values, rtol=1e-12)
         penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
