@@ -138,10 +138,8 @@ def _updated(normal: _proposals.Normal, candidates: base.HyperParams, values: ja
 
     def moments(center, spread, candidates):
         share = (weights / jnp.where(total > 0, total, 1)).astype(center.dtype)
-        used = (share > 0).reshape(-1, *[1] * center.ndim)
-        elite = jnp.where(used, candidates[best], center[None])  # without NaN, which no weight would remove
-        mean = jnp.tensordot(share, elite, 1)
-        variance = jnp.tensordot(share, jnp.square(elite - mean[None]), 1)
+        mean = jnp.tensordot(share, candidates[best], 1)
+        variance = jnp.tensordot(share, jnp.square(candidates[best] - mean[None]), 1)
         new_spread = jnp.sqrt((jnp.square(spread) + variance) / 2)
         return jnp.where(total > 0, mean, center), jnp.where(total > 0, new_spread, spread)
 

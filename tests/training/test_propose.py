@@ -96,6 +96,7 @@ def test_the_second_round_draws_by_the_moments_of_the_better_half():
     spread = np.sqrt((options["spread"] ** 2 + weights @ (best - mean) ** 2) / 2)
     # If no value is finite, the draws of the second round are those of the first normal.
     none, unmoved, _ = candidates_of(quadratic(bad=lambda x: True), **options)
+    assert len({tuple(x) for x, _ in unmoved}) == 31  # new draws in each round; the center is in both
     noise = np.array([x for x, _ in unmoved[16:]]) / options["spread"]
     np.testing.assert_allclose([x for x, _ in seen[16:]], mean + spread * noise, rtol=1e-10)
     assert none.index == 0 and np.isnan(none.value) and (none.hyperparams == START).all()
