@@ -34,7 +34,7 @@ def fine_tune(
     num_steps: int = 5,
     optimizer: optax.GradientTransformation | None = None,
     space: base.PyTree | None = None,
-    same_key: bool = True,
+    same_key: bool = False,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
     """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
 
@@ -44,12 +44,12 @@ def fine_tune(
     `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
     pure: jit it, and vmap it over tasks that each have their own λ.
 
-    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. Every
-    training run starts with the same key, so all K + 1 values are compared under one key, at no further cost. The steps
-    then descend on F for this key only. With `same_key=False`, each run has a new key: the noise of the steps averages
-    out, and the values differ by the noise of their keys, too. `hypergrad.over_seeds(rule, S)` reduces the noise in
-    both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the outer loss. Evaluate
-    the result on data that took no part.
+    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. By default,
+    each training run has a new key. The noise of the steps then averages out, and the values differ by the noise of
+    their keys, too. With `same_key=True`, every training run starts with the same key, so all K + 1 values are compared
+    under one key, at no further cost. The steps then descend on F for this key only. `hypergrad.over_seeds(rule, S)`
+    reduces the noise in both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the
+    outer loss. Evaluate the result on data that took no part.
 
     `propose` draws several λ instead of taking steps. This function tunes λ; `few_shot.pretrained` fine-tunes a
     pre-trained model θ to a few-shot task.

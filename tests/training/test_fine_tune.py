@@ -47,8 +47,7 @@ def test_keeps_the_best_and_not_the_last():
 
 @pytest.mark.once
 def test_never_worse_than_the_start():
-    tune = training.fine_tune(quadratic(noise=3.0), num_steps=4, same_key=False)
-    tune = jax.jit(jax.vmap(tune, (0, 0, None)))
+    tune = jax.jit(jax.vmap(training.fine_tune(quadratic(noise=3.0), num_steps=4), (0, 0, None)))
     tuned = tune(jax.random.split(KEY, 50), jnp.linspace(-2, 4, 50), TASK)
     assert (tuned.value <= tuned.values[:, 0]).all()
     np.testing.assert_array_equal(tuned.value, tuned.values.min(axis=1))
