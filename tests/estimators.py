@@ -109,8 +109,8 @@ class Row(NamedTuple):
       runs: the number of training runs with their own keys at a time.
       fresh: whether each estimate starts new training runs.
       outer: the number of outer batches with their own keys, in one estimate.
-      perturbs: "estimate" if each estimate draws three new antithetic pairs of λ, "run" if each training run does;
-        None if the rule does not perturb λ.
+      perturbs: "estimate" if each estimate draws three new antithetic pairs of λ, "run" if each training run does,
+        "proposals" if it draws values of λ that share a key; None if the rule does not perturb λ.
       limit: for a biased rule, `problem -> Estimator`: the same rule in a limit in which it is exact, or None.
       limit_answer: the answer in the limit: "value" (the derivative of `value` from the same state, which is the
         answer of exact rules, too), "mean" (as for unbiased rules), or "optimum" (the derivative of f(θ*(λ), λ), after
@@ -169,6 +169,13 @@ WEIGHTS = jax.tree.map(
 
 def amortize(problem):
     return predictors.amortize(whole(spaces.constrain(problem, SPACE)), PREDICTOR)
+
+
+DISTRIBUTION = predictors.mlp(SPACE, 2, num_hidden=3, spread=0.5)
+
+
+def best_of(problem):
+    return predictors.best_of(whole(spaces.constrain(problem, SPACE)), DISTRIBUTION, num_proposals=4)
 
 
 def partition(problem):
@@ -301,6 +308,9 @@ ESTIMATORS = {
         lambda problem: hypergrad.over_tasks(whole(problem)), ALL, runs=3, fresh=True, outer=3, task=TASKS
     ),
     "amortize": Row(amortize, "", fresh=True, hyperparams=WEIGHTS),
+    "best_of": Row(
+        best_of, "", fresh=True, perturbs="proposals", hyperparams=DISTRIBUTION.init(jax.random.key(7)) | WEIGHTS
+    ),
     "stopped_by_curvature": Row(
         stopped_by_curvature, outer=2, limit=lambda problem: stopped_by_curvature(problem, one_step)
     ),

@@ -126,14 +126,13 @@ def test_estimators(name):
     assert row.perturbs or len(lams) <= 1, "the rule perturbs λ: say so in its row"
 
 
-PERTURBING = [name for name, row in ESTIMATORS.items() if row.perturbs]
+PERTURBING = [name for name, row in ESTIMATORS.items() if row.perturbs in ("estimate", "run")]
 
 
 @pytest.mark.parametrize("name", PERTURBING)
 @pytest.mark.once
 def test_perturbations(name):
     row = ESTIMATORS[name]
-    assert row.perturbs in ("estimate", "run")
     found, _, other = reports_of(row, seed=5)
     perturbed = np.array([leaf in row.leaves.split() for leaf in NUMBERS])
     means = np.concatenate([np.ravel(x) for x in estimators.LEAVES.values()])
@@ -151,6 +150,19 @@ def test_perturbations(name):
     num_draws = 2 if row.perturbs == "run" else len(estimates)
     assert len(set().union(*estimates)) == 6 * num_draws
     assert len({frozenset(perturbations) for perturbations in estimates}) == num_draws
+
+
+@pytest.mark.once
+def test_proposals_share_their_keys():
+    found, _, other = reports_of(ESTIMATORS["best_of"], seed=5)
+    drawn = [collections.defaultdict(set) for _ in range(6)]
+    for lams, part in zip(drawn, (*found[1:], *other[1:]), strict=True):
+        for key, *lam in part["λ"]:
+            lams[key].add(tuple(lam))
+    assert [len(lams) for lams in drawn] == [1] * 6  # one key in each estimate, for the hypergradient too
+    candidates = [next(iter(lams.values())) for lams in drawn]
+    assert {len(lams) for lams in candidates} == {4} and len(set.intersection(*candidates)) == 1  # the center
+    assert len(set().union(*candidates)) == 6 * 3 + 1
 
 
 def test_both_members_of_a_pair_share_their_keys():

@@ -3,6 +3,9 @@
 from metaopt.predictors._amortize import (
     amortize,
 )
+from metaopt.predictors._best_of import (
+    best_of,
+)
 from metaopt.predictors._files import (
     TrainedPredictor,
 )
@@ -17,6 +20,7 @@ from metaopt.predictors._networks import (
 __all__ = [
     "TrainedPredictor",
     "amortize",
+    "best_of",
     "dataset_embedding",
     "embed_rows",
     "ensemble",

@@ -2,7 +2,7 @@
 
 import jax
 
-from metaopt import base
+from metaopt import _proposals, base
 
 
 def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estimator:
@@ -22,15 +22,22 @@ def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estim
         state.
 
     Raises:
+      ValueError: at trace time, if the predictor was made with `spread`, which would not be trained.
       ValueError: at trace time, if the predictor returns `Unconstrained` and the problem takes λ in natural units, or
         if the predictor returns λ in natural units and the problem is constrained.
     """
 
+    def predict(meta_params, task):
+        prediction = predictor.apply(meta_params, task)
+        if isinstance(prediction, _proposals.Normal):
+            raise ValueError("`predictor` predicts a spread, which has no gradient here: use `predictors.best_of`.")
+        return prediction
+
     def init(key, hyperparams, task):
-        return estimator.init(key, predictor.apply(hyperparams, task), task)
+        return estimator.init(key, predict(hyperparams, task), task)
 
     def estimate(hyperparams, task, state):
-        predicted, pullback = jax.vjp(lambda meta_params: predictor.apply(meta_params, task), hyperparams)
+        predicted, pullback = jax.vjp(lambda meta_params: predict(meta_params, task), hyperparams)
         inner, state = estimator.estimate(predicted, task, state)
         return inner._replace(hypergrad=pullback(inner.hypergrad)[0]), state
 

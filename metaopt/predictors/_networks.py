@@ -13,6 +13,10 @@ With a `limit` L, a prediction shrinks towards z₀ as features x leave the rang
 
 Within the range, w is exactly 1. It is 1/2 if all features are at ±2L. It falls to 0 like 1/x², has a continuous
 derivative, and never increases as a feature moves away.
+
+With `spread`, they also return the standard deviation of every coordinate, and z is the center of a distribution of λ:
+
+    log s = c + D h,    with c = log spread and D = 0 at the start.
 """
 
 from typing import Any
@@ -23,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _heads, base, spaces
+from metaopt import _checks, _heads, _proposals, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -34,13 +38,17 @@ def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
     return ravel_pytree(spaces.to_unconstrained(space, hyperparams))
 
 
-def _apply_head(params, features: jax.Array, limit: float | None, embedding: jax.Array | None = None) -> jax.Array:
-    """z [Z] as a vector, from the features [F] that `limit` guards and an embedding that it does not."""
-    guarded = features if limit is None else jnp.clip(features, -limit, limit)
-    z = _heads.apply_head(params, guarded if embedding is None else jnp.concatenate([embedding, guarded]))
+def _guarded(features: jax.Array, limit: float | None) -> jax.Array:
+    """The features [F], clipped at the limit."""
+    return features if limit is None else jnp.clip(features, -limit, limit)
+
+
+def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | None) -> jax.Array:
+    """z [Z] as a vector, from the inputs of the head, which end with the guarded features [F]."""
+    z = _heads.apply_head(params, inputs)
     if limit is None:
         return z
-    weight = 1 / (1 + jnp.mean(((features - guarded) / limit) ** 2))
+    weight = 1 / (1 + jnp.mean(((features - _guarded(features, limit)) / limit) ** 2))
     return weight * z + (1 - weight) * params["center"]
 
 
@@ -50,8 +58,9 @@ def _check_limit(limit: float | None, num_features: int) -> None:
         raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
 
 
-def _with_limit(config: dict[str, Any], limit: float | None) -> dict[str, Any]:
-    return config if limit is None else config | {"limit": float(limit)}
+def _options(**options: float | None) -> dict[str, float]:
+    """The entries of `config` for options that are set."""
+    return {name: float(value) for name, value in options.items() if value is not None}
 
 
 def limit_of(config: dict[str, Any]) -> float | None:
@@ -61,6 +70,20 @@ def limit_of(config: dict[str, Any]) -> float | None:
     return config.get("limit")
 
 
+def _init_spread(spread: float | None, num_inputs: int, center: jax.Array) -> dict[str, Any]:
+    """Weights with which the spread of every coordinate is `spread` for all tasks; none if it is None."""
+    if spread is None:
+        return {}
+    linear = jnp.zeros((num_inputs, center.shape[0]), center.dtype)
+    return {"log_spread": {"center": jnp.full_like(center, np.log(spread)), "linear": linear}}
+
+
+def _with_spread(meta_params: dict[str, Any], inputs: jax.Array, prediction: base.HyperParams, unravel):
+    """The prediction with its spread, as `_proposals.Normal`."""
+    weights = meta_params["log_spread"]
+    return _proposals.Normal(prediction, unravel(jnp.exp(weights["center"] + inputs @ weights["linear"])))
+
+
 def mlp(
     space: base.PyTree,
     num_features: int,
@@ -68,6 +91,7 @@ def mlp(
     num_hidden: int = 16,
     hyperparams: base.HyperParams | None = None,
     limit: float | None = None,
+    spread: float | None = None,
 ) -> base.Predictor:
     """g(t; φ) from the task's meta-features: one λ for all, plus a linear map, plus a hidden layer of tanh units.
 
@@ -82,26 +106,32 @@ def mlp(
 
         Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features with a `clip` far above L (the method
         `TrainedPredictor.scaled_features` takes 50 L): w cannot see what was clipped before. None: no safeguard.
+      spread: the initial standard deviation of each coordinate, positive: g predicts a distribution, a named tuple
+        (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
-        "bias" [H], "out" [H, Z].
+        "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
 
     Raises:
-      ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
+      ValueError: if the space has nothing to tune, `hyperparams` do not fit the space, or `spread` is not positive.
       ValueError: if `limit` is not positive, or there are no features to limit.
     """
     _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
+    _checks.check_positive("spread", spread, optional=True)
 
     def init(key):
-        return _heads.init_head(key, num_features, num_hidden, center)
+        head = _heads.init_head(key, num_features, num_hidden, center)
+        return head | _init_spread(spread, num_features, center)
 
     def apply(meta_params, task):
-        return unravel(_apply_head(meta_params, task.features, limit))
+        inputs = _guarded(task.features, limit)
+        z = unravel(_apply_head(meta_params, inputs, task.features, limit))
+        return z if spread is None else _with_spread(meta_params, inputs, z, unravel)
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
-    return base.Predictor(init, apply, _with_limit(config, limit))
+    return base.Predictor(init, apply, config | _options(limit=limit, spread=spread))
 
 
 def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
@@ -190,6 +220,7 @@ def dataset_embedding(
     max_rows: int = 256,
     hyperparams: base.HyperParams | None = None,
     limit: float | None = None,
+    spread: float | None = None,
 ) -> base.Predictor:
     """g(t; φ) from the rows of a labelled table, by an embedding that ignores the order of rows, columns and classes.
 
@@ -211,31 +242,37 @@ def dataset_embedding(
       hyperparams: the initial λ, in natural units; by default the space's default.
       limit: as in `mlp`, of `task.features` only: an embedding far from those of training does not shrink the
         prediction.
+      spread: as for `mlp`.
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
         (`embed_rows` lists the entries that it uses).
 
     Raises:
-      ValueError: if the space has nothing to tune, or `limit` is not positive, or there are no features to limit.
+      ValueError: if the space has nothing to tune, or `spread` or `limit` is not positive, or there are no features to
+        limit.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
     _checks.check_integer("max_rows", max_rows, 1)
     _check_limit(limit, num_features)
+    _checks.check_positive("spread", spread, optional=True)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
         *keys, head_key = jax.random.split(key, 4)
         params = _init_embedding(keys, width, center.dtype)
-        return params | {"head": _heads.init_head(head_key, width + num_features, num_hidden, center)}
+        head = {"head": _heads.init_head(head_key, width + num_features, num_hidden, center)}
+        return params | head | _init_spread(spread, width + num_features, center)
 
     def apply(meta_params, task):
         embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
-        if not num_features:
-            return unravel(_heads.apply_head(meta_params["head"], embedding))
-        return unravel(_apply_head(meta_params["head"], task.features, limit, embedding))
+        inputs = embedding
+        if num_features:
+            inputs = jnp.concatenate([embedding, _guarded(task.features, limit)])
+        z = unravel(_apply_head(meta_params["head"], inputs, task.features, limit))
+        return z if spread is None else _with_spread(meta_params, inputs, z, unravel)
 
     config = {
         "kind": "dataset_embedding",
@@ -245,7 +282,7 @@ def dataset_embedding(
         "max_rows": max_rows,
         "space": spaces.to_json(space),
     }
-    return base.Predictor(init, apply, _with_limit(config, limit))
+    return base.Predictor(init, apply, config | _options(limit=limit, spread=spread))
 
 
 def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:

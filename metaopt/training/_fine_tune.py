@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _tuned_space, base, spaces
+from metaopt import _checks, _proposals, _tuned_space, base, spaces
 from metaopt.training import _learner
 
 
@@ -34,6 +34,7 @@ def fine_tune(
     num_steps: int = 5,
     optimizer: optax.GradientTransformation | None = None,
     space: base.PyTree | None = None,
+    same_key: bool = False,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
     """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
 
@@ -43,10 +44,15 @@ def fine_tune(
     `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
     pure: jit it, and vmap it over tasks that each have their own λ.
 
-    F is a sample (each step has a new key), so the smallest of K + 1 values is an optimistic estimate of the outer
-    loss. Evaluate the result on data that took no part.
+    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. By default,
+    each training run has a new key. The noise of the steps then averages out, and the values differ by the noise of
+    their keys, too. With `same_key=True`, every training run starts with the same key, so all K + 1 values are compared
+    under one key, at no further cost. The steps then descend on F for this key only. `hypergrad.over_seeds(rule, S)`
+    reduces the noise in both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the
+    outer loss. Evaluate the result on data that took no part.
 
-    This tunes λ. `few_shot.pretrained` fine-tunes a pre-trained model θ to a few-shot task.
+    `propose` draws several λ instead of taking steps. This function tunes λ; `few_shot.pretrained` fine-tunes a
+    pre-trained model θ to a few-shot task.
 
     Args:
       estimator: the estimator for one task, of `spaces.constrain(problem, space)`, so that λ stays inside its space. A
@@ -56,6 +62,7 @@ def fine_tune(
       optimizer: any optax transform; `optax.adam(0.1)` by default.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
         natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
+      same_key: whether every training run starts with the same key.
 
     Returns:
       `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
@@ -66,10 +73,15 @@ def fine_tune(
         problem's.
     """
     _checks.check_integer("num_steps", num_steps, 0)
-    learner = _learner.learner(estimator, optax.adam(0.1) if optimizer is None else optimizer)
+    _checks.check_estimator(estimator)
+    optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
+        start = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
+        learner = _learner.learner(estimator._replace(init=start), optimizer)
+        if isinstance(hyperparams, _proposals.Normal):
+            hyperparams = hyperparams.center
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
 
@@ -79,9 +91,9 @@ def fine_tune(
             whole = metrics["num_done"] > 0
             return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
 
-        with _tuned_space.recording(learner.step):
+        with _tuned_space.recording(tune):
             state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
-        _tuned_space.check(learner.step, space)
+        _tuned_space.check(tune, space)
         last = state.hyperparams
         # Only the value is used, so the compiler omits the gradient.
         estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]

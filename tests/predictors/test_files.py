@@ -15,6 +15,7 @@ SPACE = {"rate": spaces.interval(1e-3, 1.0, log=True), "nested": [spaces.simplex
 MAKE = {
     "mlp": lambda: predictors.mlp(SPACE, 2, num_hidden=3, hyperparams=None),
     "dataset_embedding": lambda: predictors.dataset_embedding(SPACE, num_features=2, width=4, max_rows=7),
+    "mlp, spread": lambda: predictors.mlp(SPACE, 2, num_hidden=3, spread=0.5),
     "ensemble": lambda: predictors.ensemble(predictors.mlp(SPACE, 2, num_hidden=3), 2),
     "limited": lambda: predictors.ensemble(predictors.mlp(SPACE, 2, num_hidden=3, limit=0.2), 2),
     "limited_embedding": lambda: predictors.dataset_embedding(SPACE, num_features=2, width=4, max_rows=7, limit=0.2),

@@ -54,6 +54,38 @@ def test_never_worse_than_the_start():
     assert len(set(tuned.step.tolist())) > 2
 
 
+@pytest.mark.once
+def test_values_are_compared_under_one_key():
+    same, new = (
+        training.fine_tune(quadratic(noise=3.0), num_steps=4, optimizer=optax.sgd(0.25), same_key=same_key)
+        for same_key in (True, False)
+    )
+    exact = 4.0 * 0.25 ** np.arange(5)
+    for seed in range(5):
+        tuned = jax.jit(same)(jax.random.key(seed), 3.0, TASK)
+        noise = tuned.values - exact
+        np.testing.assert_allclose(noise, np.full(5, noise[0]), rtol=1e-9)  # it cancels
+        assert tuned.step == 4 and noise[0] != 0
+        assert len(set((jax.jit(new)(jax.random.key(seed), 3.0, TASK).values - exact).round(6).tolist())) == 5
+    again = jax.jit(same)(jax.random.key(0), 3.0, TASK).values
+    assert again[0] != tuned.values[0]  # another key, another noise
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("same_key", [True, False])
+def test_every_horizon_starts_with_the_same_key(same_key):
+    """Of a problem with dropout, random batches and running statistics; λ does not move."""
+    for estimator in (
+        hypergrad.unrolled(problems.EVERYTHING, num_steps=2),
+        hypergrad.truncated(problems.EVERYTHING, num_steps=4, truncation_length=2),
+    ):
+        tune = training.fine_tune(estimator, num_steps=4, optimizer=optax.sgd(0.0), same_key=same_key)
+        values = jax.jit(tune)(KEY, problems.EVERYTHING_LAM, problems.TASK).values
+        values = values[np.isfinite(values)]
+        assert len(values) in (5, 2)
+        assert (np.ptp(values) < 1e-12) == same_key
+
+
 def test_no_steps_return_the_start():
     tuned = jax.jit(training.fine_tune(quadratic(), num_steps=0))(KEY, 3.0, TASK)
     assert (tuned.step, tuned.value, tuned.hyperparams) == (0, 4.0, 3.0)
