@@ -109,6 +109,11 @@ def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[i
     start_methods = partial(_start_methods, config, judged, key)
     methods = {"class shares": Outcome(class_shares(judged.units), 0.0)}
     methods |= once("defaults", partial(start_methods, "defaults", repeat(spaces.default(space))))
+    for label, search in (("random search", random_search), ("TPE", tpe_search)):
+        methods |= once(label.split()[0], partial(_search, config, judged, key, label, search))
+    if with_trees:
+        options = TreeOptions(config.tree_trials, LEAST_PROBABILITY, SMOOTHING)
+        methods |= once("trees", partial(_trees, judged, options))
     predicted = []
     for seed in seeds:
         trained = metaopt.load(folder / f"g_{seed}.npz")
@@ -118,13 +123,9 @@ def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[i
         features = np.stack([trained.scaled_features(d) for d in judged.described])
         predicted.append(predict(trained.predictor, space, trained.meta_params, features))
         methods |= once(f"g_{seed}", partial(start_methods, "g", predicted[-1], seed))
-    mean = _mean_prediction(space, predicted)
-    methods |= once("g_mean", partial(start_methods, f"g, mean of {len(seeds)}", mean))
-    for label, search in (("random search", random_search), ("TPE", tpe_search)):
-        methods |= once(label.split()[0], partial(_search, config, judged, key, label, search))
-    if with_trees:
-        options = TreeOptions(config.tree_trials, LEAST_PROBABILITY, SMOOTHING)
-        methods |= once("trees", partial(_trees, judged, options))
+    if seeds:
+        mean = _mean_prediction(space, predicted)
+        methods |= once(f"g_mean_{len(seeds)}", partial(start_methods, f"g, mean of {len(seeds)}", mean))
     path = folder / "judged.json"
     details = {
         "tables": [judged.tables[u.table].name for u in judged.units],

@@ -25,7 +25,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("step", nargs="?", choices=("prepare", "learn", "judge", "ship", "all"), default="all")
     parser.add_argument("--smoke", action="store_true", help="small sizes")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="seeds of learning")
+    parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--out", type=Path, default=Path("results_local/transfer"), help="folder of the results")
     args = parser.parse_args(argv)
@@ -36,8 +36,9 @@ def main(argv=None) -> None:
         for seed in args.seed:
             learn(config, args.out, seed)
     if args.step in ("judge", "all"):
-        tables = judged_tables()[: config.max_judged]
-        publish(judge(config, tables, args.out, args.seed, not args.no_trees), args)
+        judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
+        if args.seed:
+            publish(judged, args)
     if args.step == "ship":
         ship(args.out, args.seed)
 
