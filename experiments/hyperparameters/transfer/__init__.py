@@ -5,6 +5,7 @@ families (`experiments.data.corpus`). It has three steps, which can run one afte
 
     python experiments/hyperparameters/transfer prepare           builds and prepares the corpus (10 core-minutes)
     python experiments/hyperparameters/transfer learn --seed 0    one λ for all tables, then g (30 core-minutes)
+    python experiments/hyperparameters/transfer choose            compares spreads of draws on the development families
     python experiments/hyperparameters/transfer judge             compares on the judging families (30 core-minutes)
     python experiments/hyperparameters/transfer ship              puts the trained g into the package
     python experiments/hyperparameters/transfer --smoke           all of them, small

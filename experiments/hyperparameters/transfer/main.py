@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import metaopt
 from experiments import script
 from experiments.hyperparameters import transfer
+from experiments.hyperparameters.transfer.choose import choose_spread
 from experiments.hyperparameters.transfer.config import DEFAULT, SMOKE
 from experiments.hyperparameters.transfer.families import judged_tables
 from experiments.hyperparameters.transfer.judge import judge
@@ -23,7 +24,9 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         "transfer", description=transfer.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", nargs="?", choices=("prepare", "learn", "judge", "ship", "all"), default="all")
+    parser.add_argument(
+        "step", nargs="?", choices=("prepare", "learn", "choose", "judge", "ship", "all"), default="all"
+    )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
@@ -35,6 +38,8 @@ def main(argv=None) -> None:
     if args.step in ("learn", "all"):
         for seed in args.seed:
             learn(config, args.out, seed)
+    if args.step == "choose":
+        choose_spread(config, args.out, args.seed[0])
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:
