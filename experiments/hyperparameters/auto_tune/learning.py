@@ -177,6 +177,8 @@ class FineTuning:
 
     def __call__(self, key, starts) -> tuple[Any, float]:
         """Returns λ of every unit after the steps, and the seconds for all, without compilation."""
+        if not self._compiled:
+            self.compile(starts)
         arguments = self._arguments(key, starts)
         start = time.perf_counter()
         parts = jax.block_until_ready([f(*a) for f, a in zip(self._compiled, arguments, strict=True)])

@@ -62,9 +62,7 @@ def set_up(config: Config, tables: list[tasks.Table]) -> Judged:
     units = [units[u] for u in trials.units]
     work = (joblib.delayed(tasks.metafeatures)(u.prepared, groups=GROUPS, seed=u.seed) for u in units)
     described = in_processes(work, len(units), "meta-features")
-    tuning = FineTuning(learning, config.fine_tune_steps, buckets)
-    tuning.compile(jax.tree.map(lambda x: jnp.full(len(units), x), learning.default))
-    return Judged(tables, units, trials, tuning, described)
+    return Judged(tables, units, trials, FineTuning(learning, config.fine_tune_steps, buckets), described)
 
 
 def class_shares(units: list[Unit]) -> np.ndarray:
