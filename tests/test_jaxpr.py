@@ -269,6 +269,26 @@ def test_operations_that_stay_narrow_are_named():
     np.testing.assert_allclose(exponential, np.exp(x.astype(float)), rtol=1e-14)
 
 
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_the_sources_of_a_loop_s_outputs(loop):
+    """Values that move on by one place in each step: the first comes from all others, and nothing from the last one."""
+
+    def scanned(constant, first, second, third, x):
+        step = lambda carry, x: ((carry[1], carry[2], constant * carry[2], carry[3] + x), carry[0] + x)
+        (first, second, third, total), ys = jax.lax.scan(step, (first, second, third, 0.0), jnp.stack([x, x]))
+        return first, second, third, total, ys
+
+    def repeated(constant, first, second, third, x):
+        step = lambda carry: (carry[1], carry[2], constant * carry[2], carry[3] + x)
+        return jax.lax.while_loop(lambda carry: carry[3] < 9.0, step, (first, second, third, 0.0))
+
+    jaxpr = jax.make_jaxpr(scanned if loop == "scan" else repeated)(*map(jnp.float64, range(5))).jaxpr
+    sources = ["".join(sorted(labels)) for labels in _jaxpr.dependencies(jaxpr, [frozenset(c) for c in "c123x"])]
+    assert sources == (
+        ["123c", "23c", "3c", "x", "123cx"] if loop == "scan" else ["123cx", "23cx", "3cx", "x"]
+    )
+
+
 def test_semi_public_jax_is_imported_in_one_place():
     """`jax.core`, `jax.extend`, `jax.interpreters` and `jax._src` may change in any release."""
     package = Path(_jaxpr.__file__).parent

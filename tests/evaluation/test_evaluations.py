@@ -60,6 +60,15 @@ def test_the_same_episodes_by_another_machine():
             evaluation.join_evaluations(other(wrong), one)
 
 
+def test_the_same_episodes_whose_marks_are_all_zero():
+    """Of black images, for example: nothing differs, and nothing is rounded."""
+    one = by_hand({"a": {"u": np.zeros((3, 1))}})._replace(marks={"u": np.zeros(3)})
+    other = by_hand({"b": {"u": np.zeros((3, 1))}})._replace(marks={"u": np.zeros(3)})
+    assert list(evaluation.join_evaluations(one, other).scores) == ["a", "b"]
+    with pytest.raises(ValueError, match="their `marks` differ"):
+        evaluation.join_evaluations(one, other._replace(marks={"u": np.array([0.0, 0.0, 1e-9])}))
+
+
 def test_an_evaluation_on_disk(tmp_path):
     file = tmp_path / "scores.npz"
     given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
