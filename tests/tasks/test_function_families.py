@@ -32,7 +32,7 @@ def test_sinusoids():
     assert (batch.query["num_rows"] == 4).all() and (batch.query["mask"] == 1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_mixed_functions():
     batch = draw(tasks.mixed_functions(num_shots=2, num_query=3))
     family, (a, b, c) = batch.meta["family"], batch.meta["coefficients"].T

@@ -60,6 +60,16 @@ def test_several_steps_a_call_are_continued(tmp_path, unbroken):
     )
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_a_checkpoint_does_not_hold_tasks_that_can_be_drawn_again(tmp_path, steps_per_call):
+    learner = training.learner(small.quadratic(), optax.sgd(0.1))
+    arguments = {"hyperparams": 0.5, "evaluate": None, "checkpoint_every": 100, "steps_per_call": steps_per_call}
+    fit(tmp_path, learner, lambda key: jax.random.normal(key, (2000,)), num_steps=6, **arguments)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 2000 * 8
+    fit(tmp_path, learner, lambda key: jax.random.normal(key, (2000,)), num_steps=7, **arguments)
+
+
 class Interruption(Exception):
     pass
 
