@@ -284,9 +284,7 @@ def test_the_sources_of_a_loop_s_outputs(loop):
 
     jaxpr = jax.make_jaxpr(scanned if loop == "scan" else repeated)(*map(jnp.float64, range(5))).jaxpr
     sources = ["".join(sorted(labels)) for labels in _jaxpr.dependencies(jaxpr, [frozenset(c) for c in "c123x"])]
-    assert sources == (
-        ["123c", "23c", "3c", "x", "123cx"] if loop == "scan" else ["123cx", "23cx", "3cx", "x"]
-    )
+    assert sources == (["123c", "23c", "3c", "x", "123cx"] if loop == "scan" else ["123cx", "23cx", "3cx", "x"])
 
 
 def test_semi_public_jax_is_imported_in_one_place():

@@ -137,6 +137,13 @@ def test_the_leaderboard():
     assert bars[0] == r"| method | x\|y | average rank | against a\|b |" and bars[2].startswith(r"| a\|b |")
 
 
+def test_methods_with_the_same_scores_are_all_in_bold():
+    scores = {"a": [[0.5], [0.7]], "b": [[0.5], [0.7]], "less": [[0.4], [0.6]]}
+    lines = evaluation.leaderboard(by_hand({name: {"u": values} for name, values in scores.items()})).splitlines()
+    bold = {line.split(" | ")[0][2:]: "**" in line for line in lines[2:5]}
+    assert bold == {"a": True, "b": True, "less": False}
+
+
 def test_scores_that_are_not_finite_have_a_mean_and_no_interval():
     wild, large = [[[np.inf], [1.0]], [[np.inf], [-np.inf]]], np.array([[1e30], [3e30]], np.float32)
     of = by_hand({"a": {"u": wild[0], "v": wild[1]}, "b": {"u": [[1.0], [1.0]], "v": wild[1]}})

@@ -51,6 +51,15 @@ def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["g.npz"]  # no temporary file is left
 
 
+def test_a_predictor_of_one_lambda_for_all_tasks(tmp_path):
+    """Its weights are as many as the dimensions of λ."""
+    predictor = predictors.mlp(SPACE, 0, num_hidden=0)
+    phi = weights(predictor)
+    metaopt.save(tmp_path / "g.npz", predictors.TrainedPredictor(predictor, phi))
+    chex.assert_trees_all_equal(metaopt.load(tmp_path / "g.npz").meta_params, phi)
+    assert sum(x.size for x in jax.tree.leaves(phi)) == spaces.num_dims(SPACE)
+
+
 def saved(path):
     predictor = MAKE["mlp"]()
     metaopt.save(path, predictors.TrainedPredictor(predictor, weights(predictor)))
