@@ -198,6 +198,10 @@ NARROW = {  # a program of a vector in float32, and its value in NumPy
         lambda x: jax.lax.scan(lambda c, a: (c / 3 + a, c), x, jnp.stack([x, x]))[0],
         lambda x: x * (1 / 9 + 4 / 3),
     ),
+    "the stacked outputs of a loop": (
+        lambda x: jax.lax.scan(lambda c, a: (c / 3, c * a + 1), x, jnp.stack([x, x, x]))[1][2],
+        lambda x: x**2 / 9 + 1,
+    ),
     "a while loop": (lambda x: jax.lax.while_loop(lambda c: c[0] > 0.15, lambda c: c / 3, x), lambda x: x / 3),
     "a branch": (lambda x: jax.lax.cond(x[0] > 0, lambda: x / 3, lambda: x), lambda x: x / 3),
     "a checkpoint": (

@@ -456,6 +456,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, unbroken, d
     assert steps_in(tmp_path) == [20, 23] and (tmp_path / "10.unreadable").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_thousand_damaged_checkpoints_of_one_step_have_names(tmp_path):
+    fit(tmp_path, num_steps=10)
+    damage_json(tmp_path / "10")
+    for i in range(999):
+        (tmp_path / f"10.unreadable{i or ''}").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint of step 10 .* cannot be read and is moved aside"):
+        fit(tmp_path, num_steps=6)
+    assert (tmp_path / "10.unreadable999" / "arrays").exists()
+
+
 def test_refuses_to_start_anew_where_no_checkpoint_can_be_read(tmp_path):
     fit(tmp_path, num_steps=10)
     for step in (5, 10):

@@ -54,6 +54,21 @@ def test_never_worse_than_the_start():
     assert len(set(tuned.step.tolist())) > 2
 
 
+def test_the_first_and_the_last_training_run_share_no_key():
+    keys = []
+
+    def init(key, hyperparams, task):
+        if not isinstance(key, jax.core.Tracer):  # those of renewed slots
+            keys.append(key)
+        return key
+
+    training.fine_tune(quadratic()._replace(init=init), num_steps=1)(KEY, 3.0, TASK)
+    assert len(keys) == 2
+    families = [jnp.stack([key, *jax.random.split(key)]) for key in keys]  # a key, and those derived from it
+    first, last = ({tuple(bits) for bits in jax.random.key_data(family).tolist()} for family in families)
+    assert not first & last
+
+
 def test_no_steps_return_the_start():
     tuned = jax.jit(training.fine_tune(quadratic(), num_steps=0))(KEY, 3.0, TASK)
     assert (tuned.step, tuned.value, tuned.hyperparams) == (0, 4.0, 3.0)
