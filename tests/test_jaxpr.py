@@ -198,6 +198,10 @@ NARROW = {  # a program of a vector in float32, and its value in NumPy
         lambda x: jax.lax.scan(lambda c, a: (c / 3 + a, c), x, jnp.stack([x, x]))[0],
         lambda x: x * (1 / 9 + 4 / 3),
     ),
+    "the stacked outputs of a loop": (
+        lambda x: jax.lax.scan(lambda c, a: (c / 3, c * a + 1), x, jnp.stack([x, x, x]))[1][2],
+        lambda x: x**2 / 9 + 1,
+    ),
     "a while loop": (lambda x: jax.lax.while_loop(lambda c: c[0] > 0.15, lambda c: c / 3, x), lambda x: x / 3),
     "a branch": (lambda x: jax.lax.cond(x[0] > 0, lambda: x / 3, lambda: x), lambda x: x / 3),
     "a checkpoint": (
@@ -267,6 +271,24 @@ def test_operations_that_stay_narrow_are_named():
     assert sorted(name.split(",")[0] for name in narrow) == ["bitcast_convert_type", "pure_callback"]
     assert sine.dtype == exponential.dtype == jnp.float64
     np.testing.assert_allclose(exponential, np.exp(x.astype(float)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_the_sources_of_a_loop_s_outputs(loop):
+    """Values that move on by one place in each step: the first comes from all others, and nothing from the last one."""
+
+    def scanned(constant, first, second, third, x):
+        step = lambda carry, x: ((carry[1], carry[2], constant * carry[2], carry[3] + x), carry[0] + x)
+        (first, second, third, total), ys = jax.lax.scan(step, (first, second, third, 0.0), jnp.stack([x, x]))
+        return first, second, third, total, ys
+
+    def repeated(constant, first, second, third, x):
+        step = lambda carry: (carry[1], carry[2], constant * carry[2], carry[3] + x)
+        return jax.lax.while_loop(lambda carry: carry[3] < 9.0, step, (first, second, third, 0.0))
+
+    jaxpr = jax.make_jaxpr(scanned if loop == "scan" else repeated)(*map(jnp.float64, range(5))).jaxpr
+    sources = ["".join(sorted(labels)) for labels in _jaxpr.dependencies(jaxpr, [frozenset(c) for c in "c123x"])]
+    assert sources == (["123c", "23c", "3c", "x", "123cx"] if loop == "scan" else ["123cx", "23cx", "3cx", "x"])
 
 
 def test_semi_public_jax_is_imported_in_one_place():

@@ -60,6 +60,15 @@ def test_the_same_episodes_by_another_machine():
             evaluation.join_evaluations(other(wrong), one)
 
 
+def test_the_same_episodes_whose_marks_are_all_zero():
+    """Of black images, for example: nothing differs, and nothing is rounded."""
+    one = by_hand({"a": {"u": np.zeros((3, 1))}})._replace(marks={"u": np.zeros(3)})
+    other = by_hand({"b": {"u": np.zeros((3, 1))}})._replace(marks={"u": np.zeros(3)})
+    assert list(evaluation.join_evaluations(one, other).scores) == ["a", "b"]
+    with pytest.raises(ValueError, match="their `marks` differ"):
+        evaluation.join_evaluations(one, other._replace(marks={"u": np.array([0.0, 0.0, 1e-9])}))
+
+
 def test_an_evaluation_on_disk(tmp_path):
     file = tmp_path / "scores.npz"
     given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
@@ -126,6 +135,13 @@ def test_the_leaderboard():
     assert of_one.splitlines()[2] == "| a | **0.500** | 1.00 | +0.250 |"  # one episode has no interval
     bars = evaluation.leaderboard(by_hand({"a|b": {"x|y": [[0.5]]}}), reference="a|b").splitlines()
     assert bars[0] == r"| method | x\|y | average rank | against a\|b |" and bars[2].startswith(r"| a\|b |")
+
+
+def test_methods_with_the_same_scores_are_all_in_bold():
+    scores = {"a": [[0.5], [0.7]], "b": [[0.5], [0.7]], "less": [[0.4], [0.6]]}
+    lines = evaluation.leaderboard(by_hand({name: {"u": values} for name, values in scores.items()})).splitlines()
+    bold = {line.split(" | ")[0][2:]: "**" in line for line in lines[2:5]}
+    assert bold == {"a": True, "b": True, "less": False}
 
 
 def test_scores_that_are_not_finite_have_a_mean_and_no_interval():

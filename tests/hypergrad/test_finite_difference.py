@@ -172,6 +172,27 @@ def test_equals_darts_by_hand():
     np.testing.assert_allclose(estimate.metrics["direction_norm"], xi * np.sqrt((v**2).sum()), rtol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["darts_fd", "sama"])
+def test_the_distance_is_that_of_the_parameters(rule):
+    """∇λ ℓ = w³/3 differs at w ± ε v by (2 w² ε v + 2 ε³ v³/3), with |v| = 1: the error is ε² v³/3."""
+    loop = inner.loop(
+        lambda w, lam, batch: lam * (w**3).sum() / 3,
+        lambda lam: optax.sgd(0.1),
+        init=lambda key, lam, data: jnp.array([0.6, -0.8]),
+    )
+    cubic = inner.problem(loop, lambda w, lam, batch: (w**2).sum() / 2)
+    lam, w = jnp.array(0.5), np.array([0.6, -0.8])
+    ahead = w - 0.1 * 0.5 * w**2
+    v, epsilon = ahead / np.linalg.norm(ahead), 0.3
+    if rule == "darts_fd":
+        estimate, _ = estimated(hypergrad.darts_fd(cubic, commit=0, epsilon=epsilon), lam)
+        expected = -0.1 * np.linalg.norm(ahead) * (w**2 @ v + epsilon**2 * (v**3).sum() / 3)
+    else:
+        estimate, _ = estimated(hypergrad.sama(cubic, num_steps=1, epsilon=epsilon), lam)
+        expected = -0.1 * np.linalg.norm(ahead) * (ahead**2 @ v + epsilon**2 * (v**3).sum() / 3)
+    np.testing.assert_allclose(estimate.hypergrad, expected, rtol=1e-10)
+
+
 def test_where_the_outer_loss_does_not_see_the_parameters():
     flat = problem(outer_loss=lambda params, hyperparams, batch, context: hyperparams["scale"] ** 2)
     estimate, _ = estimated(hypergrad.darts_fd(flat))

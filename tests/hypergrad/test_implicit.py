@@ -55,6 +55,20 @@ def logistic_loss(outputs, hyperparams, batch, context):
     return jnp.logaddexp(0.0, -batch["y"] * outputs["logits"]).mean() + penalty
 
 
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.once
+def test_the_initialization_sees_the_training_rows(warm_start):
+    """θ_0 = mean(x) of the training rows; a step of rate 0 stays there."""
+    loop = inner.loop(
+        problems.penalized, lambda hyperparams: optax.sgd(0.0), init=lambda key, hp, data: data["x"].mean(0)
+    )
+    start = inner.problem(loop, lambda params, hyperparams, batch: problems.mean_squares(params, batch))
+    estimator = hypergrad.implicit(start, num_steps=1, solver=hypergrad.dense(), warm_start=warm_start)
+    out = estimated(estimator, {"penalty": jnp.full(problems.NUM_FEATURES, 0.3)}, problems.TASK)
+    theta = problems.TASK.train["x"].mean(0)
+    np.testing.assert_allclose(out.value, problems.mean_squares(theta, problems.TASK.valid), rtol=1e-12)
+
+
 RULES = {
     "cg": {"solver": hypergrad.cg(tol=1e-12)},
     "normal_cg": {"solver": hypergrad.normal_cg(tol=1e-13)},

@@ -36,6 +36,23 @@ def test_the_direction_is_pulled_back_to_lambda():
     assert found.done and estimator.kind == "pseudo" and after != state
 
 
+def test_the_initialization_sees_the_training_rows():
+    """θ_0 = λ mean(x) of the training rows: the hypergradient is mean(x)ᵀ (θ_0 − θ_1)."""
+    loop = inner.loop(
+        lambda params, hp, batch: problems.mean_squares(params, batch),
+        lambda hp: optax.sgd(0.1),
+        init=lambda key, hp, data: hp * data["x"].mean(0),
+    )
+    estimator = hypergrad.reptile(
+        inner.problem(loop, lambda params, hp, batch: problems.mean_squares(params, batch)), num_steps=1
+    )
+    lam = jnp.array(0.7)
+    estimate, _ = jax.jit(estimator.estimate)(lam, DATA, estimator.init(jax.random.key(0), lam, DATA))
+    x, y = np.asarray(DATA.train["x"]), np.asarray(DATA.train["y"])
+    gradient = x.T @ (0.7 * x @ x.mean(0) - y) / len(y)
+    np.testing.assert_allclose(estimate.hypergrad, 0.1 * x.mean(0) @ gradient, rtol=1e-10)
+
+
 def test_refuses_what_the_initialization_does_not_depend_on():
     estimator = hypergrad.reptile(problems.EVERYTHING, num_steps=1)
     with pytest.raises(ValueError, match=r"leaves \.penalty, \.rate, \.temperature of λ"):

@@ -163,6 +163,11 @@ def test_nystrom():
     np.testing.assert_allclose(v, np.linalg.solve(u @ u.T + rho * np.eye(SIZE), B), rtol=1e-8)
 
 
+def test_nystrom_without_any_curvature():
+    v, _ = solve(hypergrad.nystrom(rank=3, damping=0.5), np.zeros((SIZE, SIZE)))
+    np.testing.assert_allclose(v, B / 0.5, rtol=1e-12)
+
+
 @pytest.mark.once
 def test_nystrom_leaves_out_the_eigenvalues_that_rounding_makes_and_no_others():
     # In float64 an eigenvalue of 1e-8 of the largest one is exact to eight digits, and decides the answer.

@@ -316,10 +316,13 @@ def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
         search_of(nas.darts, network=ONE),
         nas.single_path_one_shot(ONE, (3,), ops=OPS, num_steps=1),
     )
+    # A rule whose own `init` does not draw θ_0.
+    unrolled = nas.architecture_search(ONE, (3,), lambda problem: hypergrad.unrolled(problem, num_steps=1), ops=OPS)
     alpha = {"cell": jnp.zeros((1, 3))}
     for task in (base.Task(wrong, TASK.valid), base.Task(TASK.train, wrong)):
-        with pytest.raises(ValueError, match=r"of a network with 2 outputs must be in 0\.\.1"):
-            search.estimator.init(KEY, alpha, task)
+        for each in (search, unrolled):
+            with pytest.raises(ValueError, match=r"of a network with 2 outputs must be in 0\.\.1"):
+                each.estimator.init(KEY, alpha, task)
     with pytest.raises(ValueError, match="Number the classes from 0"):
         one_shot.train(KEY, wrong)
     with pytest.raises(ValueError, match="Number the classes from 0"):

@@ -99,6 +99,15 @@ def test_beta_decay():
     np.testing.assert_allclose(nas.beta_decay({"cell": {"ops": ALPHA, "edges": jnp.zeros(3)}}), nas.beta_decay([ALPHA]))
 
 
+def test_discretized_weights_are_constants_and_checked_in_a_derivative():
+    net = nas.Network({"cell": nas.complete_cell(1, ("smooth", "skip_connect"))}, (nas.Layer("cell", 3),), 2)
+    chosen = lambda w: (_relaxations.discretized(net, {"cell": w})["cell"] * jnp.array([[2.0, 5.0]])).sum()
+    value, slope = jax.value_and_grad(chosen)(jnp.array([[0.3, 0.7]]))
+    assert value == 5 and (slope == 0).all()
+    with pytest.raises(ValueError, match="cell"):
+        jax.grad(chosen)(jnp.array([[jnp.nan, 0.7]]))
+
+
 def test_kinds_have_keys_of_their_own():
     net = nas.darts_space(num_cells=3, num_nodes=1, primitives=("none", "skip_connect"))
     alpha = nas.init_alpha(KEY, net)

@@ -144,6 +144,25 @@ def test_the_embedding_does_not_change(what):
     assert np.abs(apply(other).coordinates["rate"] - apply(data).coordinates["rate"]) > 1e-6
 
 
+def test_the_embedding_by_hand():
+    """Its formula in NumPy, class by class and column by column. Labels of padded rows may be anything."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape)), predictors.init_embedding(KEY, 4))
+    data = table(rows=8, columns=3, classes=2)
+    data |= {"mask": np.arange(8) < 6.0, "feature_mask": np.array([1.0, 1.0, 0.0])}
+    data["y"][6:] = 99
+    entry, pair, expected = params["entry"], params["pair"], np.zeros(4)
+    entries = lambda rows, d: np.maximum(data["x"][rows][:, [d]] * entry["w"] + entry["b"], 0).mean(0)  # [W]
+    real = data["mask"] > 0
+    for c, d in ((c, d) for c in range(2) for d in range(2)):
+        member = real & (data["y"] == c)
+        share = member.sum() / real.sum()
+        s = np.concatenate([entries(member, d), entries(real, d), [share]]) @ pair["w"] + pair["b"]
+        expected += share * np.maximum(s, 0) @ params["embedding"] / 2
+    data["mask"] = data["mask"].astype(float)
+    np.testing.assert_allclose(predictors.embed_rows(params, data), expected, rtol=1e-12)
+
+
 @pytest.mark.once
 def test_the_embedding_reads_no_more_than_max_rows():
     predictor = MAKE["dataset_embedding"](max_rows=5)

@@ -32,7 +32,19 @@ def test_sinusoids():
     assert (batch.query["num_rows"] == 4).all() and (batch.query["mask"] == 1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.once
+def test_coefficients_inputs_and_noise_are_drawn_apart():
+    """Draws of one shape from one key would be equal: all three are [4, 1] here."""
+    uniform = lambda key: jax.random.uniform(key, (4, 1), jnp.float32)
+    family = tasks.function_episodes(uniform, lambda c, x: x, num_shots=3, num_query=1, inputs=(0.0, 1.0), noise=1.0)
+    batch = draw(family)
+    x = np.concatenate([batch.support["x"], batch.query["x"]], 1)
+    noise = (batch.support["y"] - batch.support["x"])[..., 0]
+    draws = np.concatenate([batch.meta[..., 0], x[..., 0], stats.norm.cdf(noise)], 1)  # [3000, 4 + 4 + 3]
+    assert abs(np.corrcoef(draws.T) - np.eye(11)).max() < 4.5 / np.sqrt(3000)
+
+
+@pytest.mark.once
 def test_mixed_functions():
     batch = draw(tasks.mixed_functions(num_shots=2, num_query=3))
     family, (a, b, c) = batch.meta["family"], batch.meta["coefficients"].T

@@ -73,6 +73,15 @@ def test_canonical_correlations_on_iris(found):
     np.testing.assert_allclose(found["can_cor.mean"], (0.984821 + 0.471197) / 2, rtol=1e-5)
 
 
+def test_a_column_that_is_the_class_has_a_canonical_correlation_just_below_one():
+    """cos² = 1 − 1e-6, so that the ratio cos² / (1 − cos²) is finite."""
+    y = np.repeat([0, 1], 10)
+    x = np.stack([y, np.tile([0, 1], 10)], 1).astype(float)
+    got = tasks.metafeatures((x, y, np.array([False, False])), groups=["statistical"])
+    for name, value in {"can_cor.mean": np.sqrt(1 - 1e-6), "lh_trace": 1e6 - 1, "w_lambda": 1e-6}.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
+
+
 def test_information_on_categories_by_hand():
     # x1 tells y; x2 is independent of it.
     x1 = np.repeat([0, 1], 60)

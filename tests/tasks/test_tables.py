@@ -114,6 +114,13 @@ def test_csv_columns(tmp_path, caplog):
     assert "'same' is constant" in caplog.text and "'row' numbers the rows" in caplog.text
 
 
+def test_csv_columns_of_two_values_are_kept(tmp_path):
+    rows = "".join(f"{i % 2},{('off', 'on')[i // 2 % 2]},{i % 3}\n" for i in range(60))
+    (tmp_path / "a.csv").write_text("bit,switch,kind\n" + rows)
+    (one,) = tasks.from_csv_folder(tmp_path, "kind")
+    np.testing.assert_array_equal(one.x, np.stack([np.arange(60) % 2, np.arange(60) // 2 % 2], 1))
+
+
 def test_csv_semicolons_decimal_commas_gz_and_byte_order_mark(tmp_path):
     text = "a;b;kind\n" + "".join(f"{i % 5},25;{i % 4};{i % 3}\n" for i in range(60))
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(text.encode("utf-8-sig")))

@@ -60,6 +60,16 @@ def test_several_steps_a_call_are_continued(tmp_path, unbroken):
     )
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_a_checkpoint_does_not_hold_tasks_that_can_be_drawn_again(tmp_path, steps_per_call):
+    learner = training.learner(small.quadratic(), optax.sgd(0.1))
+    arguments = {"hyperparams": 0.5, "evaluate": None, "checkpoint_every": 100, "steps_per_call": steps_per_call}
+    fit(tmp_path, learner, lambda key: jax.random.normal(key, (2000,)), num_steps=6, **arguments)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 2000 * 8
+    fit(tmp_path, learner, lambda key: jax.random.normal(key, (2000,)), num_steps=7, **arguments)
+
+
 class Interruption(Exception):
     pass
 
@@ -444,6 +454,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, unbroken, d
         resumed = fit(tmp_path)
     assert same(resumed, unbroken)
     assert steps_in(tmp_path) == [20, 23] and (tmp_path / "10.unreadable").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_thousand_damaged_checkpoints_of_one_step_have_names(tmp_path):
+    fit(tmp_path, num_steps=10)
+    damage_json(tmp_path / "10")
+    for i in range(999):
+        (tmp_path / f"10.unreadable{i or ''}").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint of step 10 .* cannot be read and is moved aside"):
+        fit(tmp_path, num_steps=6)
+    assert (tmp_path / "10.unreadable999" / "arrays").exists()
 
 
 def test_refuses_to_start_anew_where_no_checkpoint_can_be_read(tmp_path):

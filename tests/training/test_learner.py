@@ -131,6 +131,23 @@ def test_a_step_without_a_finite_hypergradient_changes_neither_hyperparams_nor_o
     assert small.bits((good.hyperparams, good.opt_state)) == small.bits((expected.hyperparams, expected.opt_state))
 
 
+def test_a_skipped_step_has_the_derivative_of_the_identity():
+    """Also where the optimizer's derivative at NaN is NaN, such as that of Adam."""
+    estimator = small.quadratic()._replace(
+        estimate=lambda hyperparams, task, state: (
+            base.Estimate(hyperparams + task, hyperparams + task, jnp.array(True), {}),
+            state,
+        )
+    )
+    init, step = training.learner(estimator, optax.adam(0.1, eps_root=1e-8))
+
+    def after(hyperparams, task):
+        return step(init(KEY, hyperparams, task), task)[0].hyperparams
+
+    assert jax.grad(after)(7.0, jnp.nan) == 1
+    np.testing.assert_allclose(jax.grad(after)(0.0, 1e-4), 1 - 0.1 * 1e-8 / (2e-8) ** 1.5, rtol=1e-3)
+
+
 @pytest.mark.once
 def test_scanned_and_vmapped_steps_equal_the_loop():
     init, step = map(jax.jit, training.learner(small.carried(), optax.adam(0.1)))
