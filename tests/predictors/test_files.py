@@ -54,7 +54,6 @@ def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["g.npz"]  # no temporary file is left
 
 
-<<<<<<< HEAD
 def test_features_are_scaled_as_the_predictor_needs_them():
     scaling = tasks.FeatureScaling(("a", "b"), (0.0, 1.0), (1.0, 2.0), (False, False))
     described = {"a": 7.0, "b": -1e9}
@@ -70,7 +69,8 @@ def test_features_are_scaled_as_the_predictor_needs_them():
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(z)[0], mean, atol=0.05)
     with pytest.raises(ValueError, match="has no `scaling`"):
         free._replace(scaling=None).scaled_features(described)
-=======
+
+
 def test_a_predictor_of_one_lambda_for_all_tasks(tmp_path):
     """Its weights are as many as the dimensions of λ."""
     predictor = predictors.mlp(SPACE, 0, num_hidden=0)
@@ -78,7 +78,6 @@ def test_a_predictor_of_one_lambda_for_all_tasks(tmp_path):
     metaopt.save(tmp_path / "g.npz", predictors.TrainedPredictor(predictor, phi))
     chex.assert_trees_all_equal(metaopt.load(tmp_path / "g.npz").meta_params, phi)
     assert sum(x.size for x in jax.tree.leaves(phi)) == spaces.num_dims(SPACE)
->>>>>>> tests26
 
 
 def saved(path):

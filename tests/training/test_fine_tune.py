@@ -54,7 +54,6 @@ def test_never_worse_than_the_start():
     assert len(set(tuned.step.tolist())) > 2
 
 
-<<<<<<< HEAD
 @pytest.mark.once
 def test_values_are_compared_under_one_key():
     same, new = (
@@ -85,7 +84,8 @@ def test_every_horizon_starts_with_the_same_key(same_key):
         values = values[np.isfinite(values)]
         assert len(values) in (5, 2)
         assert (np.ptp(values) < 1e-12) == same_key
-=======
+
+
 def test_the_first_and_the_last_training_run_share_no_key():
     keys = []
 
@@ -99,7 +99,6 @@ def test_the_first_and_the_last_training_run_share_no_key():
     families = [jnp.stack([key, *jax.random.split(key)]) for key in keys]  # a key, and those derived from it
     first, last = ({tuple(bits) for bits in jax.random.key_data(family).tolist()} for family in families)
     assert not first & last
->>>>>>> tests26
 
 
 def test_no_steps_return_the_start():
