@@ -266,6 +266,18 @@ def test_holm_s_correction_is_over_the_pairs():
     assert low < 1 and high > 3
 
 
+def test_a_rank_diagram_has_room_for_its_names_and_bars():
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=60)
+    apart = plots.critical_difference({name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()})
+    low, high = apart.get_xlim()
+    places = [text.get_position()[0] for text in apart.texts]
+    assert low < min(places) - 0.5 and high > max(places) + 0.5  # names extend outwards
+    joined = plots.critical_difference({name: rng.normal(size=60) for name in "abc"})
+    heights = [axes.figure.get_size_inches()[1] for axes in (apart, joined)]
+    assert len(drawn_ranks(joined)[1]) == 1 and heights[1] > heights[0] + 0.1
+
+
 def test_holm_s_levels_rise_with_each_rejected_pair():
     """c differs from a and b at p = .005. Then a and b, with p = .028, are tested at .05 and no longer at .05 / 3."""
     a = np.arange(10.0)
