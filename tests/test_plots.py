@@ -215,6 +215,9 @@ def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
         plots.genotype(network, {"normal": ((0, 2, "mlp"),), "reduce": ()})
     with pytest.raises(ValueError, match="to a later one that is not an input; got 3 -> 2"):
         plots.cell([(3, 2, "mlp")])
+    back = nas.Graph(((0, 1, 1), (0, 0, 1), (1, 0, 0)), graph.ops)
+    with pytest.raises(ValueError, match="to a later one that is not an input; got 2 -> 0"):
+        plots.cell(back)
 
 
 # ---- Rank diagrams -------------------------------------------------------------------------------------------------
@@ -261,6 +264,28 @@ def test_holm_s_correction_is_over_the_pairs():
     three = {"a": one, "b": one + 1 + one / 10, "c": one + 3 + one / 5}
     ((low, high),) = drawn_ranks(plots.critical_difference(three, alpha=0.05))[1]
     assert low < 1 and high > 3
+
+
+def test_a_rank_diagram_has_room_for_its_names_and_bars():
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=60)
+    apart = plots.critical_difference({name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()})
+    low, high = apart.get_xlim()
+    places = [text.get_position()[0] for text in apart.texts]
+    assert low < min(places) - 0.5 and high > max(places) + 0.5  # names extend outwards
+    joined = plots.critical_difference({name: rng.normal(size=60) for name in "abc"})
+    heights = [axes.figure.get_size_inches()[1] for axes in (apart, joined)]
+    assert len(drawn_ranks(joined)[1]) == 1 and heights[1] > heights[0] + 0.1
+
+
+def test_holm_s_levels_rise_with_each_rejected_pair():
+    """c differs from a and b at p = .005. Then a and b, with p = .028, are tested at .05 and no longer at .05 / 3."""
+    a = np.arange(10.0)
+    b = a + np.array([1, 2, 3, 4, 5, -6, 7, 8, 9, 10])  # W = 6 of n = 10
+    scores = {"a": a, "b": b, "c": np.maximum(a, b) + np.arange(20.0, 30.0)}
+    assert drawn_ranks(plots.critical_difference(scores, alpha=0.05))[1] == []
+    ((low, high),) = drawn_ranks(plots.critical_difference(scores, alpha=0.02))[1]
+    assert low < 1.1 and 1.9 < high < 2  # a and b
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,15 @@ def log_density(log_scale, mu, y=Y[:4], covariance=COVARIANCE[:4, :4]):
     return -r @ np.linalg.solve(c, r) / 2 - (len(y) - 1) * log_scale
 
 
+@pytest.mark.parametrize("num_dims", [0, 3, _processes._FEW + 1])  # summed one by one, and at once
+def test_square_distances_are_sums_of_weighted_squares(num_dims):
+    x, z = RNG.normal(size=(4, num_dims)), RNG.normal(size=(2, num_dims))
+    weights = RNG.uniform(1, 2, num_dims)
+    expected = [[sum(w * (a - b) ** 2 for w, a, b in zip(weights, p, q, strict=True)) for q in z] for p in x]
+    distances = jax.jit(_processes.square_distances)(x, z, weights)
+    np.testing.assert_allclose(distances, expected, rtol=1e-12)
+
+
 def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
     found = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
     assert found.scales.shape == found.log_likelihood.shape == (2, 3)

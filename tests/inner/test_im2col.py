@@ -156,6 +156,12 @@ def test_what_is_left_as_it_is():
     assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(large))(jnp.ones((1, 1, 200))))
 
 
+@pytest.mark.parametrize(("window", "rewritten"), [((8, 16), True), ((3, 43), False)])
+def test_pooling_of_at_most_128_positions_is_rewritten(window, rewritten):
+    pool = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 1), "VALID")
+    assert ("reduce_window" not in str(jax.make_jaxpr(inner.im2col(pool))(jnp.ones((8, 50))))) == rewritten
+
+
 def test_numbers_that_python_decides_by_are_not_traced():
     fn = inner.im2col(lambda x, twice, name: 2 * x if twice and name == "yes" else x)
     assert float(jax.jit(lambda x: fn(x, True, "yes"))(1.5)) == 3.0

@@ -420,6 +420,13 @@ def test_the_outer_loss_is_a_scalar(value):
         problem.outer_loss(jnp.zeros(2), LAM, problems.TASK.valid, None)
 
 
+def test_the_outer_loss_is_over_the_validation_data_unless_told_otherwise():
+    loss = lambda params, hyperparams, batch: jnp.sum(batch)
+    task = base.Task(train=1.0, valid=2.0)
+    assert inner.problem(make(), loss).outer_batch(KEY, task) == 2.0
+    assert inner.problem(make(), loss, outer_batch=lambda key, task: task.train).outer_batch(KEY, task) == 1.0
+
+
 def test_run_arguments():
     with pytest.raises(ValueError, match="`num_steps` must be at least 0, or None; got -1"):
         inner.run(make(), num_steps=-1)

@@ -120,6 +120,13 @@ def test_what_has_no_counterpart_in_a_space_is_refused(document, message):
         spaces.from_configspace(document)
 
 
+@pytest.mark.parametrize(("log", "inside"), [(False, 5.0 + 1e-6 * 2.0), (True, 5.0 * (7 / 5) ** 1e-6)])
+def test_a_default_at_the_lower_bound_moves_a_millionth_of_the_range_inside(log, inside):
+    kind = {"type": "uniform_float", "name": "x", "lower": 5.0, "upper": 7.0, "default_value": 5.0, "log": log}
+    space = spaces.from_configspace({"hyperparameters": [kind], "conditions": [], "forbiddens": []})
+    assert float(space["x"].default) == pytest.approx(inside, rel=1e-12)
+
+
 def test_optuna_s_distributions():
     optuna = pytest.importorskip("optuna").distributions
     distributions = spaces.to_optuna(SPACE | {"real": spaces.real(1.0, 2.0), "rates": spaces.positive(0.1, shape=(2,))})

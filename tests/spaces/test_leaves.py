@@ -319,6 +319,14 @@ def test_weights_of_zero_count_as_a_thousandth_of_a_uniform_weight():
     np.testing.assert_allclose(z, logits - logits.mean(), rtol=1e-12)
 
 
+def test_each_row_of_weights_is_inside_or_outside_as_a_whole():
+    leaf = spaces.simplex(2, shape=(3,))
+    weights = jnp.array([[0.5, 0.5], [1.5, -0.5], [0.5, 0.6]])  # valid, negative, a sum above one
+    np.testing.assert_array_equal(leaf.contains(weights), [[True, True], [False, False], [False, False]])
+    z = jax.jit(lambda weights: to_unconstrained(leaf, weights))(weights)
+    np.testing.assert_array_equal(z, [[0.0, 0.0], [np.nan, np.nan], [np.nan, np.nan]])
+
+
 def test_values_inside_keep_their_coordinates_however_near_a_bound():
     for fraction in (1e-7, 1e-4, 0.5, 0.9999):
         z = to_unconstrained(spaces.interval(0.0, 1.0), fraction)
@@ -440,6 +448,9 @@ def test_at_bounds(name):
             assert not np.any(at(jnp.full(leaf.shape, near)))
             assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
             assert not np.any(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.04))
+    if name in SIMPLEX:
+        near = jnp.full(leaf.value_shape, 0.05 / (leaf.num_weights - 1)).at[..., 0].set(0.95)
+        assert np.all(spaces.at_bounds(leaf, near, tol=0.06)) and not np.any(spaces.at_bounds(leaf, near, tol=0.04))
 
 
 @ALL

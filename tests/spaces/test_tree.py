@@ -120,6 +120,14 @@ CONSTRAINED = {
 }
 
 
+def test_a_traced_value_outside_its_range_becomes_nan_and_others_stay():
+    space = {"rate": spaces.interval(0.0, 1.0), "weights": spaces.positive(shape=(3,))}
+    values = {"rate": 1.5, "weights": jnp.array([1.0, -2.0, np.e])}
+    z = jax.jit(lambda values: spaces.to_unconstrained(space, values).coordinates)(values)
+    np.testing.assert_allclose(z["rate"], np.nan)
+    np.testing.assert_allclose(z["weights"], [0.0, np.nan, 1.0], atol=1e-12)
+
+
 @pytest.mark.parametrize("name", CONSTRAINED)
 @pytest.mark.parametrize("fn", [spaces.to_unconstrained, spaces.discretize, spaces.encode, spaces.at_bounds])
 def test_a_mismatch_names_the_path_what_was_expected_and_what_came(name, fn):

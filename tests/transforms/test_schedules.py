@@ -155,3 +155,4 @@ def test_whole_numbers_and_half_precision():
 def test_lengths_that_fit_up_to_rounding_or_are_not_known():
     transforms.wsd_schedule(0.1, num_steps=3.0, warmup_steps=0.1 * 3, decay_steps=0.9 * 3)
     jax.jit(lambda n: transforms.wsd_schedule(0.1, num_steps=n, warmup_steps=4)(0))(3)
+    assert transforms.wsd_schedule(0.1, num_steps=0, end_value=0.02)(0) == 0.02  # three phases of no steps
