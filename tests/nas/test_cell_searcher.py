@@ -137,7 +137,7 @@ def of_prior(mean):
     prior = _score_prior.ScorePrior(features, np.array(mean), spread, np.full(3, 0.1), np.full(6, 0.2), 0.05)
     encoder = SimpleNamespace(coefficients=lambda meta_params, features: meta_params)
     cells = [{"op": i} for i in range(6)]
-    return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(2))
+    return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(()))
 
 
 def test_what_failed_is_not_predicted():
