@@ -143,7 +143,9 @@ def task_coefficients(blocks: Sequence[tuple[np.ndarray, Sequence[float]]], scor
         matrix, right = _system(variances, group)
         solution = np.linalg.solve(matrix, right)
         dual = group.gram is None
-        weighted = variances[:, None] * (group.features.T @ solution) if dual else np.sqrt(variances)[:, None] * solution
+        weighted = (
+            variances[:, None] * (group.features.T @ solution) if dual else np.sqrt(variances)[:, None] * solution
+        )
         coefficients[:, group.tasks] = weighted
     return coefficients
 
@@ -212,8 +214,9 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
 
     Only the order of the trials is used. Their normal scores are shifted and scaled to the mean and the variance within
     these trials that the prior expects: tr(H C) / k + var(expected), where C is their covariance and H subtracts the
-    mean. So trials of similar architectures, of which the prior expects similar scores, change little. A failed trial is worse than all others, and at least a standard deviation below its expected score.
-    So even a single failed trial is informative.
+    mean. So the order of architectures of which the prior expects similar scores changes little. A failed trial is
+    worse than all others, and at least a standard deviation below its expected score. So even a single failed trial is
+    informative.
 
     Args:
       prior: of the earlier tasks.

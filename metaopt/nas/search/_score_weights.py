@@ -12,7 +12,6 @@ is the plain average, and w = 1 the models only. Architectures that no task trie
 The weights are those for which the choice is best on earlier tasks, each predicted from the other ones.
 """
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -91,9 +90,9 @@ def choose_weights(held_out: HeldOut) -> ScoreWeights:
     """The weights with the best choice on the tasks of `held_out`, each predicted from the other ones.
 
     The value of weights on a task is the mean percentile of the architectures with the largest expected scores, a
-    hundredth of those with a result. Of `models` and `encoder`, the pair with the largest mean over tasks is taken, the
-    first one if several are equal: so a correction without a gain has weight 0. `features` is positive only if its gain
-    exceeds its standard error over tasks, because a task's features can mislead much more than an average.
+    hundredth of those with a result. First `models` is chosen with the linear model only: the smallest weight with the
+    largest mean value. Then `encoder` and `features` in turn. They are positive only if their gain exceeds its standard
+    error over tasks: few tasks distinguish few weights, and a network misleads more than an average.
 
     Raises:
       ValueError: if `held_out` has fewer than two tasks.
@@ -101,12 +100,14 @@ def choose_weights(held_out: HeldOut) -> ScoreWeights:
     num_tasks = held_out.scores.shape[1]
     if num_tasks < 2:
         raise ValueError(f"Leaving out a task needs at least 2 tasks; got {num_tasks}.")
-    grid = [ScoreWeights(*weights) for weights in itertools.product(_SHARES, _ENCODER, (0.0,))]
-    best = max(grid, key=lambda weights: _values(held_out, weights).mean())
-    values = {f: _values(held_out, best._replace(features=f)) for f in _FEATURES}
-    share = max(values, key=lambda f: values[f].mean())
-    gain = values[share] - values[0.0]
-    return best._replace(features=share if gain.mean() > gain.std(ddof=1) / np.sqrt(num_tasks) else 0.0)
+    weights = max([ScoreWeights(w, 0.0, 0.0) for w in _SHARES], key=lambda weights: _values(held_out, weights).mean())
+    for name, shares in (("encoder", _ENCODER), ("features", _FEATURES)):
+        values = {share: _values(held_out, weights._replace(**{name: share})) for share in shares}
+        best = max(values, key=lambda share: values[share].mean())
+        gain = values[best] - values[0.0]
+        if gain.mean() > gain.std(ddof=1) / np.sqrt(num_tasks):
+            weights = weights._replace(**{name: best})
+    return weights
 
 
 def _values(held_out: HeldOut, weights: ScoreWeights) -> np.ndarray:

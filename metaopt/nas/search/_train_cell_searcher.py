@@ -51,9 +51,13 @@ def train_cell_searcher(
     random draws. In half of the steps, a member does not see the features of tasks. It thereby learns to rank for a
     task about which nothing is known.
 
-    The encoder's prediction for an unknown task is averaged with that of a linear model, whose inputs are the entries
-    of configurations and their pairs. Trials on the new task update the result by Gaussian conditioning, in the
-    features of both models.
+    On a new task, the expected score of an architecture is the average of its scores on the earlier tasks, where a
+    score is a rank within a task. The average is shrunk towards a model, which also predicts architectures that no
+    task tried. The model is linear in the entries of configurations and their pairs. The encoder has a share in it,
+    and the features of the new task change it, as far as this improves the choice on earlier tasks that are left out.
+    For this purpose, each member of the ensemble leaves out some of the tasks. With one task or one member, the weights
+    are fixed. Trials on the new task update the result by Gaussian conditioning, in the features of both models. So the
+    choice after trials is by expected score, not the best observed outcome.
 
     `train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as equal,
     and knowledge about an op applies at every position of the cell.
@@ -74,7 +78,7 @@ def train_cell_searcher(
         differences between tasks as real. Trials without such a record are left out of this estimate.
       width: width of the encoder, a multiple of 4.
       num_layers: layers of the encoder.
-      num_members: members of the ensemble.
+      num_members: members of the ensemble. Each task is left out by at least one of them.
       num_steps: steps of Adam, whose rate falls to zero on a cosine schedule.
       batch_size: architectures per step.
       rate: Adam's rate at the start.
