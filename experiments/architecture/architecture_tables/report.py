@@ -59,7 +59,8 @@ def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
 def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int, num_keys: int = 1) -> str:
     lines = [
         "The form of the model was chosen with these tables in view, with the linear model only. A run leaves out a "
-        "task, not a table. The weights within h are chosen by leaving out one of the other tasks. The transformers of h and of h by cells were trained with "
+        "task, not a table. The weights within h are chosen by leaving out one of the other tasks. The transformers "
+        "of h and of h by cells were trained with "
         + (
             f"{num_keys} keys: their rows are means over them, with the standard deviation over keys of the mean over "
             "tasks."
@@ -69,12 +70,12 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         "",
         '"h by digits" is a linear model of the digits of an architecture and of their pairs, "h by cells" a '
         'transformer over the graphs of cells, "h" the average of the other tasks\' scores, shrunk towards both '
-        "(`nas.train_cell_searcher`); all learn from the other tasks of the table. None of them, but crossed, knows anything of the task that is left out, beside the trials "
-        "it is told. Crossed, the transformer is told features of it: of TransNAS-Bench-101 "
+        "(`nas.train_cell_searcher`); all learn from the other tasks of the table. None of them, but crossed, knows "
+        "anything of the task that is left out, beside the trials it is told. Crossed, the transformer is told features of it: of TransNAS-Bench-101 "
         f"{len(PROBES)} training-free scores of {PROBED} architectures ({', '.join(PROBES)}; how their ranks go with "
-        'operations), of NAS-Bench-Graph the sizes of the graph. "Half of the table": the mean over 40 random halves, '
-        "of which each method chooses its best; a choice from the whole table is one architecture, and owes much to "
-        "chance.",
+        "operations), of NAS-Bench-Graph the sizes of the graph. 'Half of the table' is the mean over 40 random "
+        "halves, of which each method chooses its best; a choice from the whole table is one architecture, and owes "
+        "much to chance.",
         "",
     ]
     for name, (tasks, (judged, lost, alone, effects, ties)) in tables.items():

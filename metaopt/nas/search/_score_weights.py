@@ -8,6 +8,7 @@ linear model of entries and their pairs, and the encoder. The average is shrunk 
 
 An architecture that n_a of T tasks tried keeps its own average to the share trust_a, with κ = T · w / (1 − w). So w = 0
 is the plain average, and w = 1 the models only. Architectures that no task tried have n_a = 0: the models predict them.
+The difference of average and m is over those n_a tasks, so tasks that lack an architecture count as m expects.
 
 The weights are those for which the choice is best on earlier tasks, each predicted from the other ones.
 """
