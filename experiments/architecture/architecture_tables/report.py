@@ -71,7 +71,8 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         '"h by digits" is a linear model of the digits of an architecture and of their pairs, "h by cells" a '
         'transformer over the graphs of cells, "h" the average of the other tasks\' scores, shrunk towards both '
         "(`nas.train_cell_searcher`); all learn from the other tasks of the table. None of them, but crossed, knows "
-        "anything of the task that is left out, beside the trials it is told. Crossed, the transformer is told features of it: of TransNAS-Bench-101 "
+        "anything of the task that is left out, beside the trials it is told. Crossed, the transformer is told "
+        "features of it: of TransNAS-Bench-101 "
         f"{len(PROBES)} training-free scores of {PROBED} architectures ({', '.join(PROBES)}; how their ranks go with "
         "operations), of NAS-Bench-Graph the sizes of the graph. 'Half of the table' is the mean over 40 random "
         "halves, of which each method chooses its best; a choice from the whole table is one architecture, and owes "
