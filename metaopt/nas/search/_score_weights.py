@@ -41,7 +41,7 @@ DEFAULT_WEIGHTS = ScoreWeights(0.5, 0.5, 1.0)  # where no task can be left out
 
 
 class HeldOut(NamedTuple):
-    """What the choice of the weights needs of A architectures on T tasks.
+    """Results and predictions of A architectures on T tasks, from which `choose_weights` chooses.
 
     Attributes:
       scores: [A, T] `normal_scores` of validation losses, NaN if an architecture was not tried.
