@@ -56,8 +56,8 @@ def train_cell_searcher(
     task tried. The model is linear in the entries of configurations and their pairs. The encoder has a share in it,
     and the features of the new task change it, as far as this improves the choice on earlier tasks that are left out.
     For this purpose, each member of the ensemble leaves out some of the tasks. With one task or one member, the weights
-    are fixed. Trials on the new task update the result by Gaussian conditioning, in the features of both models. So the
-    choice after trials is by expected score, not the best observed outcome.
+    are fixed. Trials on the new task update the result by Gaussian conditioning, in the features of these models. So
+    the choice after trials is by expected score, not the best observed outcome.
 
     `train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as equal,
     and knowledge about an op applies at every position of the cell.
@@ -352,4 +352,7 @@ def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -
         blind = (apart @ any_task).T
         weights = _score_weights.choose_weights(_score_weights.HeldOut(*scores, fitted, blind, this_task - blind))
     mean, slope = _score_weights.expected_scores(valid, fitted, any_task.mean(0), weights)
-    return _score_prior.score_prior(blocks, *scores)._replace(mean=mean), weights.features * slope
+    prior = _score_prior.score_prior(blocks if weights.encoder else blocks[:2], *scores)
+    features = np.concatenate([block for block, _ in blocks], 1)
+    own = np.pad(prior.own, (0, features.shape[1] - len(prior.own)))  # without its share, the encoder has no variance
+    return prior._replace(mean=mean, features=features, own=own), weights.features * slope
