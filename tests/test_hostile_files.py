@@ -185,7 +185,7 @@ def write_cell_searcher(folder):
     prior = scores._replace(own=np.ones(3 + 4))  # three entries, and the width of the encoder
     fields: Any = dict.fromkeys(nas.CellSearcher._fields)
     fields |= {"encoder": encoder, "ops": ("a", "b", "c"), "candidates": candidates, "prior": prior}
-    fields |= {"encoded": RNG.normal(size=(1, 3, 4)), "units": np.ones(2), "center": np.ones(0), "scale": np.ones(0)}
+    fields |= {"encoded": RNG.normal(size=(1, 3, 4)), "slope": np.ones(()), "center": np.ones(0), "scale": np.ones(0)}
     fields["meta_params"] = jax.vmap(encoder.init)(jax.random.split(KEY, 1))
     metaopt.save(folder / "h.npz", nas.CellSearcher(**fields))
 

@@ -101,12 +101,12 @@ def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
     searcher = h.searcher()
     state = start = searcher.init(KEY, None)
     tried = []
-    for _ in range(6):
+    for _ in range(8):
         trials, state = searcher.ask(state, 2)
         tried += [trial.configuration for trial in trials]
         ended = [trial._replace(outcome=unlike(trial.configuration), status="COMPLETE") for trial in trials]
         state = searcher.tell(state, ended)
-    assert len({tuple(cell.values()) for cell in tried}) == 12 == len(state.trials) and trials[1].trial == 11
+    assert len({tuple(cell.values()) for cell in tried}) == 16 == len(state.trials) and trials[1].trial == 15
     assert unlike(h.predict(trials=state.trials)) <= np.quantile(losses, 0.1) < unlike(h.predict()) - 1
     assert h.suggest([0.05]) != h.suggest([0.95]) == h.searcher([0.95]).ask(start, 1)[0][0].configuration
     # The same by hand; trials that run are not proposed again, and what says nothing changes nothing.
@@ -137,7 +137,7 @@ def of_prior(mean):
     prior = _score_prior.ScorePrior(features, np.array(mean), spread, np.full(3, 0.1), np.full(6, 0.2), 0.05)
     encoder = SimpleNamespace(coefficients=lambda meta_params, features: meta_params)
     cells = [{"op": i} for i in range(6)]
-    return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(2))
+    return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(()))
 
 
 def test_what_failed_is_not_predicted():

@@ -96,7 +96,9 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     whole = spread @ spread.T + (phi * prior.own) @ phi.T + np.diag(prior.alone)
     tried, losses = [4, 0, 7], np.array([0.3, np.inf, -2.0])
     given = whole[np.ix_(tried, tried)] + 0.2 * np.eye(3)
-    scores = prior.mean[tried].mean() + np.sqrt(np.diag(given).mean()) * norm.ppf([0.5, 1 / 6, 5 / 6])
+    order = norm.ppf([0.5, 1 / 6, 5 / 6])
+    within = np.trace((np.eye(3) - 1 / 3) @ given) / 3 + prior.mean[tried].var()
+    scores = prior.mean[tried].mean() + np.sqrt(within) * order / order.std()
     scores[1] = min(scores[1], prior.mean[0] - given[1, 1] ** 0.5)  # it failed
     gain = whole[:, tried] @ np.linalg.inv(given)
     mean, variance = score_posterior(prior, tried, losses)

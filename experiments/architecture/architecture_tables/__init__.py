@@ -20,11 +20,15 @@ correlations of training-free scores of 100 of its architectures on the task wit
 they are the sizes of the graph. The sizes, steps and rate of the transformer were chosen on NAS-Bench-201, which is not
 in the comparison.
 
-"h" combines both, as in `nas.CellSearcher`: without trials, the mean of the two predictions, in units of normal
-scores. With trials, it uses the same posterior, where the features are digits, pairs and the transformer's embedding of
-a cell. This combination was selected from several by its results on the micro space. So these results are not a test of
-a form chosen in advance. The other two spaces had no influence. (The transformer's embedding was learned from the same
-scores that determine its variances. So h is more certain than it should be.)
+"h" is `nas.CellSearcher`. Without trials, it is the average of the other tasks' normal scores, shrunk towards the
+linear model and, where that helps, the transformer. The weights are chosen by leaving out one of the *other* tasks at a
+time. With trials, it uses the same posterior, where the features are digits, pairs and the transformer's embedding of a
+cell. Its form (normal scores, a hundredth of the architectures as the measure, the spread of trials) was chosen on
+these tables with the linear model only. So these results are not a test of a form chosen in advance. (The transformer's
+embedding was learned from the same scores that determine its variances. So h is more certain than it should be.)
+
+"Half of the table": the choice among random halves of the table, mean over 40 of them. The best of a whole table is one
+architecture, and its percentile owes much to chance.
 
 "Mean effects of ops" is for the micro space, whose ops are on edges. It turns the predictions of h for all cells into
 α: the value of an op is the mean over the cells that contain it (`nas.op_scores`). The report names the cell that this

@@ -21,6 +21,7 @@ from metaopt import nas
 from metaopt.nas.search import _score_prior
 
 GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # of digits, of pairs
+NUM_HALVES = 20  # times two halves of a table
 
 
 def percentiles(losses: np.ndarray) -> np.ndarray:
@@ -51,6 +52,12 @@ def searched(searcher: nas.CellSearcher, table: nas.Benchmark, losses: np.ndarra
         loss = float(losses[rows[tuple(trial.configuration.values())]])
         state = search.tell(state, [trial._replace(outcome=loss, status="COMPLETE")])
     return rows[tuple(searcher.predict(trials=state.trials).values())]
+
+
+def half(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows of two halves of a table. A single best row owes much to chance; many halves have many."""
+    rows = np.random.default_rng(seed).permutation(num)
+    return rows[: num // 2], rows[num // 2 :]
 
 
 class Kept:
@@ -140,6 +147,7 @@ def left_out(
     blocks = list(zip(_score_prior.configuration_columns(configurations(table)), GRIDS, strict=True))
     graphs, features = [nas.benchmark_graph(table, row) for row in table.encodings], task_features(table, folder)
     draws = np.random.default_rng(0).integers(len(valid), size=(num_random, 100))
+    halves = [rows for draw in range(NUM_HALVES) for rows in half(len(valid), draw)]
     for t in left:
         others = [u for u in range(len(tasks)) if u != t]
         order = np.argsort(-ranks[:, others].mean(1), kind="stable")
@@ -175,6 +183,11 @@ def left_out(
         chosen_percentiles = {name: float(judged[row, t]) for name, row in chosen.items()}
         for k in () if seed else (5, 20, 100):
             chosen_percentiles[f"random, best of {k}"] = float(np.mean([judged[best(rows[:k]), t] for rows in draws]))
+        by_half = lambda expected, t=t: float(np.mean([judged[rows[expected[rows].argmax()], t] for rows in halves]))
+        chosen_percentiles["h, half of the table"] = by_half(both)
+        if not seed:
+            chosen_percentiles["best of the other tasks, half of the table"] = by_half(ranks[:, others].mean(1))
+            chosen_percentiles["h by digits, half of the table"] = by_half(prior.mean)
         oracle = test[best(np.arange(len(valid))), t]
         yield (
             t,

@@ -58,9 +58,9 @@ def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
 
 def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int, num_keys: int = 1) -> str:
     lines = [
-        "The form of the model was written with these tables in view: that an architecture has something of its own on "
-        "every task, and on one (u and d of `CellSearcher.prior`), after a first run on them. What is left out of "
-        "a run is a task, not the tables. The transformers of h and of h by cells were trained with "
+        "The form of the model was chosen with these tables in view, with the linear model only. A run leaves out a "
+        "task, not a table. The weights within h are chosen by leaving out one of the other tasks. The transformers "
+        "of h and of h by cells were trained with "
         + (
             f"{num_keys} keys: their rows are means over them, with the standard deviation over keys of the mean over "
             "tasks."
@@ -69,11 +69,14 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         ),
         "",
         '"h by digits" is a linear model of the digits of an architecture and of their pairs, "h by cells" a '
-        'transformer over the graphs of cells, "h" both (`nas.train_cell_searcher`); all learn from the other '
-        "tasks of the table. None of them, but crossed, knows anything of the task that is left out, beside the trials "
-        "it is told. Crossed, the transformer is told features of it: of TransNAS-Bench-101 "
+        'transformer over the graphs of cells, "h" the average of the other tasks\' scores, shrunk towards both '
+        "(`nas.train_cell_searcher`); all learn from the other tasks of the table. None of them, but crossed, knows "
+        "anything of the task that is left out, beside the trials it is told. Crossed, the transformer is told "
+        "features of it: of TransNAS-Bench-101 "
         f"{len(PROBES)} training-free scores of {PROBED} architectures ({', '.join(PROBES)}; how their ranks go with "
-        "operations), of NAS-Bench-Graph the sizes of the graph.",
+        "operations), of NAS-Bench-Graph the sizes of the graph. 'Half of the table' is the mean over 40 random "
+        "halves, of which each method chooses its best; a choice from the whole table is one architecture, and owes "
+        "much to chance.",
         "",
     ]
     for name, (tasks, (judged, lost, alone, effects, ties)) in tables.items():
@@ -82,7 +85,7 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows_of(name, judged)), ""]
         lines += about_ties(tasks, ties)
         if name.endswith("micro"):
-            lines += ["The form of h was chosen by what came of some of them here: its rows are no test of it.", ""]
+            lines += ["The form of h was chosen with these tables: its rows are no test of it.", ""]
         if effects:
             cells = np.unique(np.concatenate(list(effects.values())), axis=0).tolist()
             named = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)

@@ -51,13 +51,15 @@ class CellSearcher(NamedTuple):
         None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest` and
         `posterior` reject them.
       posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores.
-        Without trials and without knowledge of the task, the mean averages two predictions. One comes from the
-        encoder's `scores`, in units of the earlier tasks' scores. The other comes from the entries of configurations
-        and their pairs. For a task with features, the change that they cause in the encoder's prediction is added.
+        Without trials and without knowledge of the task, the mean is that of `prior`. For a task with features, the
+        change that they cause in the encoder's mean score is added, times `slope`.
       scores: `(new_task) -> [members, candidates]` from the encoder only, larger is better. The scores of each member
         have mean 0 and variance 1 over the candidates. Their spread shows how far members agree.
-      prior: the prior from the earlier tasks. Its `mean` uses only the entries of configurations and their pairs.
-      units: [2] (a, b): the encoder expects a score of a + b · mean over members of `scores`.
+      prior: the prior from the earlier tasks. Its `mean` is the average of an architecture's scores there, shrunk
+        towards the predictions of the encoder and of a linear model of entries and their pairs. How far was chosen by
+        leaving out one earlier task at a time. An architecture that no task tried has only these predictions.
+      slope: [] the weight of a change of the encoder's mean score by features; 0 if features did not improve the choice
+        on earlier tasks.
       encoded: [members, candidates, width], z: features of architectures in which a member's scores are linear.
       encoder: the encoder of cells.
       meta_params: the encoder's weights, leaves [members, ...].
@@ -74,7 +76,7 @@ class CellSearcher(NamedTuple):
     posterior: CellPosteriorFn
     scores: Callable[..., np.ndarray]
     prior: _score_prior.ScorePrior
-    units: np.ndarray
+    slope: np.ndarray
     encoded: np.ndarray
     encoder: _cell_encoder.CellEncoder
     meta_params: base.PyTree
@@ -107,12 +109,12 @@ def cell_searcher(
     center: np.ndarray,
     scale: np.ndarray,
     prior: _score_prior.ScorePrior,
-    units: np.ndarray,
+    slope: np.ndarray,
 ) -> CellSearcher:
     """Builds the searcher from its learned parts, which `CellSearcher` describes."""
     rows = {candidate_key(candidate): row for row, candidate in enumerate(candidates)}
     coefficients = functools.partial(members_coefficients(encoder), meta_params)
-    model = _Model(encoded, coefficients, candidates, rows, center, scale, prior, units)
+    model = _Model(encoded, coefficients, candidates, rows, center, scale, prior, slope)
     return CellSearcher(
         predict=functools.partial(_predict, model),
         suggest=functools.partial(_suggest, model),
@@ -120,7 +122,7 @@ def cell_searcher(
         posterior=functools.partial(_posterior, model),
         scores=functools.partial(_scores, model),
         prior=prior,
-        units=units,
+        slope=slope,
         encoded=encoded,
         encoder=encoder,
         meta_params=meta_params,
@@ -141,7 +143,7 @@ class _Model(NamedTuple):
     center: np.ndarray
     scale: np.ndarray
     prior: _score_prior.ScorePrior
-    units: np.ndarray
+    slope: np.ndarray
 
 
 class _Evidence(NamedTuple):
@@ -176,11 +178,9 @@ def _scores(model: _Model, new_task: Any = None) -> np.ndarray:
 
 
 def _task_prior(model: _Model, new_task: Any) -> _score_prior.ScorePrior:
-    """The prior with the mean that the encoder and the entries of configurations expect for a task."""
+    """The prior with the mean for a task, which its features change."""
     any_task, this_task = (_scores(model, task).mean(0) for task in (None, new_task))
-    offset, slope = model.units
-    mean = (model.prior.mean + offset + slope * any_task) / 2
-    return model.prior._replace(mean=mean + slope * (this_task - any_task))
+    return model.prior._replace(mean=model.prior.mean + model.slope * (this_task - any_task))
 
 
 # ---- Trials on the new task -----------------------------------------------------------------------------------------

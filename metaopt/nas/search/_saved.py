@@ -23,7 +23,7 @@ def _encode_cell_searcher(searcher: CellSearcher) -> tuple[dict[str, Any], dict[
                 f"The candidate {candidate} would come back from JSON as {restored}: give it plain values."
             )
     header = {"encoder": searcher.encoder.config, "ops": list(searcher.ops), "candidates": candidates}
-    arrays = {name: getattr(searcher, name) for name in ("encoded", "center", "scale", "units")}
+    arrays = {name: getattr(searcher, name) for name in ("encoded", "center", "scale", "slope")}
     # `_decode_cell_searcher` computes the prior's features from the candidates and `encoded`.
     arrays |= {f"prior.{name}": np.asarray(x) for name, x in searcher.prior._asdict().items() if name != "features"}
     return header, arrays | _saving.named_leaves("weights", searcher.meta_params)
@@ -42,10 +42,10 @@ def _decode_cell_searcher(header: dict[str, Any], file: _files.Npz) -> CellSearc
     meta_params = _saving.tree_from_leaves("weights", arrays, _cell_weights(encoder, len(encoded)))
     prior_arrays = {name: arrays[f"prior.{name}"] for name in ("mean", "spread", "own", "alone")}
     prior = _score_prior.ScorePrior(features, **prior_arrays, noise=float(arrays["prior.noise"]))
-    center, scale, units = (arrays[name] for name in ("center", "scale", "units"))
+    center, scale, slope = (arrays[name] for name in ("center", "scale", "slope"))
     ops = tuple(header["ops"])
     meta_params = jax.tree.map(jnp.asarray, meta_params)
-    return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, units)
+    return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, slope)
 
 
 def _through_json(value: Any) -> Any:
@@ -73,7 +73,7 @@ def _cell_searcher_shapes(header: dict[str, Any], specs: Mapping[str, Any]) -> d
         raise ValueError(f"its encoder reads {encoder.config['num_ops']} ops; there are {len(ops)}")
     (num_members, _, _), num_features = specs["encoded"].shape, encoder.config["num_features"]
     shapes = {"encoded": (num_members, len(candidates), encoder.config["width"])}
-    shapes |= {"center": (num_features,), "scale": (num_features,), "units": (2,), "prior.noise": ()}
+    shapes |= {"center": (num_features,), "scale": (num_features,), "slope": (), "prior.noise": ()}
     shapes |= {f"prior.{name}": (len(candidates),) for name in ("mean", "alone")}
     # We take the number of earlier tasks and of columns from the file; the number of columns depends on `encoded`.
     shapes |= {"prior.spread": (len(candidates), specs["prior.spread"].shape[-1])}

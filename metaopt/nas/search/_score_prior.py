@@ -108,16 +108,8 @@ def score_prior(
     scores = np.asarray(scores, np.float64)
     tests = scores if tests is None else np.asarray(tests, np.float64)
     features = np.concatenate([block for block, _ in blocks], 1)
-    tried = np.isfinite(scores)
-    groups = _reduced(features, scores)
-    widths = [block.shape[1] for block, _ in blocks]
-    grid = (np.repeat(v, widths) for v in itertools.product(*(grid for _, grid in blocks)))
-    variances = max(grid, key=lambda variances: _likelihood(variances, groups))
-    num_tasks = scores.shape[1]
-    coefficients = np.zeros((features.shape[1], num_tasks))
-    for tasks, r, z, _, _ in groups:
-        scaled = r * variances
-        coefficients[:, tasks] = scaled.T @ np.linalg.solve(np.eye(len(r)) + scaled @ r.T, z)
+    tried, num_tasks = np.isfinite(scores), scores.shape[1]
+    coefficients = task_coefficients(blocks, scores)
     fitted = features @ coefficients
     both = tried & np.isfinite(tests)
     rest, rest_test = np.where(tried, scores - fitted, 0.0), np.where(both, tests - fitted, 0.0)
@@ -139,55 +131,92 @@ def score_prior(
     )
 
 
+def task_coefficients(blocks: Sequence[tuple[np.ndarray, Sequence[float]]], scores: np.ndarray) -> np.ndarray:
+    """Fits each task by itself: [D, T] expected coefficients given its scores, as `score_prior` does."""
+    features = np.concatenate([block for block, _ in blocks], 1)
+    groups = _groups(features, scores)
+    widths = [block.shape[1] for block, _ in blocks]
+    grid = (np.repeat(v, widths) for v in itertools.product(*(grid for _, grid in blocks)))
+    variances = max(grid, key=lambda variances: _likelihood(variances, groups))
+    coefficients = np.zeros((features.shape[1], scores.shape[1]))
+    for group in groups:
+        matrix, right = _system(variances, group)
+        solution = np.linalg.solve(matrix, right)
+        dual = group.gram is None
+        weighted = (
+            variances[:, None] * (group.features.T @ solution) if dual else np.sqrt(variances)[:, None] * solution
+        )
+        coefficients[:, group.tasks] = weighted
+    return coefficients
+
+
 class _Group(NamedTuple):
-    """Tasks that tried the same n architectures, by the QR decomposition of their features, Φ = QR with m rows of R.
+    """Tasks that tried the same n architectures.
 
     Attributes:
       tasks: indices of the k tasks.
-      r: [m, D] R.
-      z: [m, k] Qᵀ y for the scores y of each task.
-      squares: [k] |y|².
-      num: n.
+      features: [n, D] Φ of these architectures; only up to n = D.
+      scores: [n, k] y.
+      gram: [D, D] ΦᵀΦ if n > D, else None.
+      products: [D, k] Φᵀy.
     """
 
     tasks: list[int]
-    r: np.ndarray
-    z: np.ndarray
-    squares: np.ndarray
-    num: int
+    features: np.ndarray
+    scores: np.ndarray
+    gram: np.ndarray | None
+    products: np.ndarray
 
 
-def _reduced(features: np.ndarray, scores: np.ndarray) -> list[_Group]:
+def _groups(features: np.ndarray, scores: np.ndarray) -> list[_Group]:
     """Groups tasks by the architectures that they tried."""
     tried = np.isfinite(scores)
-    groups: dict[bytes, list[int]] = {}
+    tasks_of: dict[bytes, list[int]] = {}
     for t in range(scores.shape[1]):
-        groups.setdefault(tried[:, t].tobytes(), []).append(t)
-    reduced = []
-    for tasks in groups.values():
+        tasks_of.setdefault(tried[:, t].tobytes(), []).append(t)
+    groups = []
+    for tasks in tasks_of.values():
         rows = tried[:, tasks[0]]
-        q, r = np.linalg.qr(features[rows])
-        y = scores[rows][:, tasks]
-        reduced.append(_Group(tasks, r, q.T @ y, (y**2).sum(0), len(y)))
-    return reduced
+        phi, y = features[rows], scores[rows][:, tasks]
+        many = len(phi) > phi.shape[1]
+        groups.append(_Group(tasks, phi[:0] if many else phi, y, phi.T @ phi if many else None, phi.T @ y))
+    return groups
+
+
+def _system(variances: np.ndarray, group: _Group) -> tuple[np.ndarray, np.ndarray]:
+    """The smaller one of two matrices with the same determinant, and its right side.
+
+    I + V^½ΦᵀΦV^½ [D, D] with V^½Φᵀy, or I + ΦVΦᵀ [n, n] with y.
+    """
+    if group.gram is None:
+        return np.eye(len(group.scores)) + (group.features * variances) @ group.features.T, group.scores
+    scale = np.sqrt(variances)
+    return np.eye(len(scale)) + scale[:, None] * group.gram * scale, scale[:, None] * group.products
 
 
 def _likelihood(variances: np.ndarray, groups: list[_Group]) -> float:
     """log p(scores) up to a constant, summed over tasks; each task's noise variance maximizes it."""
+    from scipy.linalg import solve_triangular
+
     total = 0.0
-    for tasks, r, z, squares, num in groups:
-        factor = np.linalg.cholesky(np.eye(len(r)) + (r * variances) @ r.T)
-        noise = (squares - (z**2).sum(0) + (np.linalg.solve(factor, z) ** 2).sum(0)).clip(1e-9) / num
-        total -= (num * np.log(noise)).sum() / 2 + len(tasks) * np.log(np.diag(factor)).sum()
+    for group in groups:
+        matrix, right = _system(variances, group)
+        factor = np.linalg.cholesky(matrix)
+        squares = (solve_triangular(factor, right, lower=True) ** 2).sum(0)
+        num = len(group.scores)
+        rest = squares if group.gram is None else (group.scores**2).sum(0) - squares  # yᵀ (I + ΦVΦᵀ)⁻¹ y
+        total -= (num * np.log(rest.clip(1e-9) / num)).sum() / 2 + right.shape[1] * np.log(np.diag(factor)).sum()
     return float(total)
 
 
 def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the variance of all noise-free scores after trials on the new task.
 
-    Only the order of the trials is used. Their normal scores are shifted and scaled to fit the prior expectation of
-    these trials. A failed trial is worse than all others, and at least a standard deviation below its expected score.
-    So even a single failed trial is informative.
+    Only the order of the trials is used. Their normal scores are shifted and scaled to the mean and the variance within
+    these trials that the prior expects: tr(H C) / k + var(expected), where C is their covariance and H subtracts the
+    mean. So the order of architectures of which the prior expects similar scores changes little. A failed trial is
+    worse than all others, and at least a standard deviation below its expected score. So even a single failed trial is
+    informative.
 
     Args:
       prior: of the earlier tasks.
@@ -208,7 +237,9 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
     expected = prior.mean[rows]
     scores = expected
     if len(rows) > 1:
-        scores = expected.mean() + np.sqrt(np.diag(inner).mean()) * normal_scores(losses)
+        order = normal_scores(losses)
+        within = np.diag(inner).mean() - inner.mean() + expected.var()
+        scores = expected.mean() + np.sqrt(within) * order / max(order.std(), 1e-12)
     scores = np.where(np.isinf(losses), np.minimum(scores, expected - np.sqrt(np.diag(inner))), scores)
     weights = np.linalg.solve(inner, covariance.T).T
     return prior.mean + weights @ (scores - expected), variance - (weights * covariance).sum(1)

@@ -14,7 +14,7 @@ from metaopt.blackbox._earlier_trials import as_records, by_task, features_by_ta
 from metaopt.blackbox._new_trials import as_configurations
 from metaopt.blackbox._surrogates import TaskTrials
 from metaopt.nas import _graphs
-from metaopt.nas.search import _cell_encoder, _score_prior
+from metaopt.nas.search import _cell_encoder, _score_prior, _score_weights
 from metaopt.nas.search._cell_searcher import (
     CellSearcher,
     candidate_key,
@@ -51,9 +51,13 @@ def train_cell_searcher(
     random draws. In half of the steps, a member does not see the features of tasks. It thereby learns to rank for a
     task about which nothing is known.
 
-    The encoder's prediction for an unknown task is averaged with that of a linear model, whose inputs are the entries
-    of configurations and their pairs. Trials on the new task update the result by Gaussian conditioning, in the
-    features of both models.
+    On a new task, the expected score of an architecture is the average of its scores on the earlier tasks, where a
+    score is a rank within a task. The average is shrunk towards a model, which also predicts architectures that no
+    task tried. The model is linear in the entries of configurations and their pairs. The encoder has a share in it,
+    and the features of the new task change it, as far as this improves the choice on earlier tasks that are left out.
+    For this purpose, each member of the ensemble leaves out some of the tasks. With one task or one member, the weights
+    are fixed. Trials on the new task update the result by Gaussian conditioning, in the features of these models. So
+    the choice after trials is by expected score, not the best observed outcome.
 
     `train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as equal,
     and knowledge about an op applies at every position of the cell.
@@ -74,7 +78,7 @@ def train_cell_searcher(
         differences between tasks as real. Trials without such a record are left out of this estimate.
       width: width of the encoder, a multiple of 4.
       num_layers: layers of the encoder.
-      num_members: members of the ensemble.
+      num_members: members of the ensemble. Each task is left out by at least one of them.
       num_steps: steps of Adam, whose rate falls to zero on a cosine schedule.
       batch_size: architectures per step.
       rate: Adam's rate at the start.
@@ -119,7 +123,8 @@ def train_cell_searcher(
         len(ops), cells.ops.shape[1], num_features=trials.features.shape[1], width=width, num_layers=num_layers
     )
     tried_cells = jax.tree.map(lambda x: x[: len(trials.tried)], cells)
-    data = tried_cells, jnp.asarray(trials.outcomes, jnp.result_type(float)), trials.features
+    left_out = _left_out(num_members, trials.outcomes.shape[1])
+    data = tried_cells, jnp.asarray(trials.outcomes, jnp.result_type(float)), trials.features, jnp.asarray(~left_out)
     init_key, fit_key = jax.random.split(jax.random.key(0) if key is None else key)
     fitted = training.fit(
         training.learner(
@@ -136,10 +141,9 @@ def train_cell_searcher(
     row_index = {name: row for row, name in enumerate(configurations)}
     rows = [row_index[candidate_key(c)] for c in pool]
     pool_encoded = np.ascontiguousarray(encoded[:, rows])
-    coefficients = members_coefficients(encoder)(fitted.hyperparams, jnp.zeros(len(trials.center)))
-    scores = standardized(coefficients, encoded, pool_encoded).mean(0)[: len(trials.tried)]
+    scores = functools.partial(_encoder_scores, encoder, fitted.hyperparams, encoded, pool_encoded)
     blocks = columns(list(configurations.values()), encoded, pool, pool_encoded)
-    prior, units = _prior(blocks, trials.outcomes, trials.test_outcomes, scores)
+    prior, slope = _prior(blocks, trials, scores, left_out)
     prior = prior._replace(**{name: getattr(prior, name)[rows] for name in ("features", "mean", "spread", "alone")})
     return cell_searcher(
         pool_encoded,
@@ -150,7 +154,7 @@ def train_cell_searcher(
         trials.center,
         trials.scale,
         prior,
-        units,
+        np.array(slope),
     )
 
 
@@ -272,14 +276,25 @@ def _cells(graphs: Sequence[_graphs.Graph]) -> tuple[_cell_encoder.Cells, tuple[
     return _cell_encoder.cells(graphs, ops), tuple(ops)
 
 
+def _left_out(num_members: int, num_tasks: int) -> np.ndarray:
+    """[members, T], the tasks that a member does not learn from: each task is left out by at least one member.
+
+    With one member or one task, there is nothing to leave out.
+    """
+    num_folds = min(num_members, num_tasks)
+    folds = np.arange(num_members)[:, None] % num_folds == np.arange(num_tasks) % num_folds
+    return folds & (num_folds > 1)
+
+
 def _ensemble_loss(encoder, batch_size, num_members, meta_params, data, key) -> jax.Array:
-    """The sum of the members' losses, each on its own batch."""
+    """The sum of the members' losses, each on its own batch and tasks."""
+    *data, learned_from = data
     member_loss = functools.partial(_member_loss, encoder, batch_size)
     keys = jax.random.split(key, num_members)
-    return jax.vmap(member_loss, in_axes=(0, None, 0))(meta_params, data, keys).sum()
+    return jax.vmap(member_loss, in_axes=(0, None, 0, 0))(meta_params, data, learned_from, keys).sum()
 
 
-def _member_loss(encoder, batch_size, meta_params, data, key) -> jax.Array:
+def _member_loss(encoder, batch_size, meta_params, data, learned_from, key) -> jax.Array:
     """The ranking loss of a batch of architectures, mean over tasks. In half of the calls, features are hidden."""
     row_key, blind_key = jax.random.split(key)
     cells, outcomes, features = data
@@ -290,7 +305,7 @@ def _member_loss(encoder, batch_size, meta_params, data, key) -> jax.Array:
     def task_loss(features, outcomes):
         return _cell_encoder.cell_ranking_loss(z @ encoder.coefficients(meta_params, features), outcomes)
 
-    return jax.vmap(task_loss)(features, outcomes[rows].T).mean()
+    return jnp.mean(jax.vmap(task_loss)(features, outcomes[rows].T), where=learned_from)
 
 
 def _encode(encoder, meta_params, num_members, cells) -> np.ndarray:
@@ -305,22 +320,39 @@ def _encode(encoder, meta_params, num_members, cells) -> np.ndarray:
     return np.stack([np.asarray(encode(member, cells), np.float64) for member in members])
 
 
+def _encoder_scores(encoder, meta_params, encoded, pool_encoded, features) -> np.ndarray:
+    """[members, architectures] for a task with features [F]."""
+    return standardized(members_coefficients(encoder)(meta_params, features), encoded, pool_encoded)
+
+
 # ---- The prior of the scores ----------------------------------------------------------------------------------------
 
 
-def _prior(blocks, outcomes, tests, encoder_scores) -> tuple[_score_prior.ScorePrior, np.ndarray]:
-    """Returns the prior for all architectures, the first of which were tried, and the units of the encoder's scores.
+def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -> tuple[_score_prior.ScorePrior, float]:
+    """Returns the prior for all architectures, the first of which were tried, and the weight of the features' change.
 
-    `encoder_scores` are those of the tried architectures. The prior's mean uses only entries and their pairs. The units
-    convert the encoder's scores to the same scale.
+    `scores_fn` returns the encoder's scores of all architectures for a task. The linear part of the mean uses only
+    entries and their pairs.
     """
-    num_tried, num_tasks = outcomes.shape
-    scores = np.full((2, len(blocks[0][0]), num_tasks), np.nan)
-    for part, losses in zip(scores, (outcomes, outcomes if tests is None else tests), strict=True):
+    outcomes = trials.outcomes
+    tests = outcomes if trials.test_outcomes is None else trials.test_outcomes
+    scores = np.full((2, len(blocks[0][0]), outcomes.shape[1]), np.nan)
+    for part, losses in zip(scores, (outcomes, tests), strict=True):
         for t, column in enumerate(losses.T):
             rows = np.flatnonzero(np.isfinite(column))
             part[rows, t] = _score_prior.normal_scores(column[rows])
-    entries, prior = (_score_prior.score_prior(part, *scores) for part in (blocks[:2], blocks))
-    shared = np.nanmean(scores[0, :num_tried], 1)
-    slope = np.cov(encoder_scores, shared)[0, 1] / max(encoder_scores.var(ddof=1), 1e-12) if num_tried > 1 else 0.0
-    return prior._replace(mean=entries.mean), np.array([shared.mean() - slope * encoder_scores.mean(), slope])
+    valid, _ = scores
+    fitted = np.concatenate([block for block, _ in blocks[:2]], 1) @ _score_prior.task_coefficients(blocks[:2], valid)
+    any_task = scores_fn(jnp.zeros(trials.features.shape[1]))
+    weights = _score_weights.DEFAULT_WEIGHTS
+    if left_out.any():
+        apart = left_out.T.astype(float)  # a task's scores are means over the members that did not learn from it
+        apart /= apart.sum(1, keepdims=True)
+        this_task = np.stack([w @ scores_fn(features) for w, features in zip(apart, trials.features, strict=True)], 1)
+        blind = (apart @ any_task).T
+        weights = _score_weights.choose_weights(_score_weights.HeldOut(*scores, fitted, blind, this_task - blind))
+    mean, slope = _score_weights.expected_scores(valid, fitted, any_task.mean(0), weights)
+    prior = _score_prior.score_prior(blocks if weights.encoder else blocks[:2], *scores)
+    features = np.concatenate([block for block, _ in blocks], 1)
+    own = np.pad(prior.own, (0, features.shape[1] - len(prior.own)))  # without its share, the encoder has no variance
+    return prior._replace(mean=mean, features=features, own=own), weights.features * slope
