@@ -341,7 +341,7 @@ def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -
         for t, column in enumerate(losses.T):
             rows = np.flatnonzero(np.isfinite(column))
             part[rows, t] = _score_prior.normal_scores(column[rows])
-    valid, _ = scores
+    valid, test = scores
     fitted = np.concatenate([block for block, _ in blocks[:2]], 1) @ _score_prior.task_coefficients(blocks[:2], valid)
     any_task = scores_fn(jnp.zeros(trials.features.shape[1]))
     weights = _score_weights.DEFAULT_WEIGHTS
@@ -350,9 +350,9 @@ def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -
         apart /= apart.sum(1, keepdims=True)
         this_task = np.stack([w @ scores_fn(features) for w, features in zip(apart, trials.features, strict=True)], 1)
         blind = (apart @ any_task).T
-        weights = _score_weights.choose_weights(_score_weights.HeldOut(*scores, fitted, blind, this_task - blind))
+        weights = _score_weights.choose_weights(_score_weights.HeldOut(valid, test, fitted, blind, this_task - blind))
     mean, slope = _score_weights.expected_scores(valid, fitted, any_task.mean(0), weights)
-    prior = _score_prior.score_prior(blocks if weights.encoder else blocks[:2], *scores)
+    prior = _score_prior.score_prior(blocks if weights.encoder else blocks[:2], valid, test)
     features = np.concatenate([block for block, _ in blocks], 1)
     own = np.pad(prior.own, (0, features.shape[1] - len(prior.own)))  # without its share, the encoder has no variance
     return prior._replace(mean=mean, features=features, own=own), weights.features * slope
