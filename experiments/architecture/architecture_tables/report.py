@@ -58,8 +58,8 @@ def about_ties(tasks: list[str], ties: list[np.ndarray]) -> list[str]:
 
 def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int, num_keys: int = 1) -> str:
     lines = [
-        "The form of the model was chosen with these tables in view, with the linear model only. A run leaves out a "
-        "task, not a table. The weights within h are chosen by leaving out one of the other tasks. The transformers "
+        "The form of the model was chosen with the results of these left-out tasks in view. A run leaves out a task, "
+        "not a table. The weights within h are chosen by leaving out one of the other tasks. The transformers "
         "of h and of h by cells were trained with "
         + (
             f"{num_keys} keys: their rows are means over them, with the standard deviation over keys of the mean over "
