@@ -24,8 +24,8 @@ in the comparison.
 linear model and, where that helps, the transformer. The weights are chosen by leaving out one of the *other* tasks at a
 time. With trials, it uses the same posterior, where the features are digits and pairs, and also the transformer's
 embedding of a cell if the transformer has a weight. The form of h was chosen on the left-out tasks of these tables:
-most of it with the linear model, and two rules after results of the whole h (a weight of the transformer needs a gain
-above its standard error; without a weight, its embedding is not used). So these results are not a test of h.
+most of it with the linear model, and two rules after results of the whole h. A weight of the transformer needs a gain
+above its standard error. Without a weight, its embedding is not used. So these results are not a test of h.
 
 "Half of the table": the choice among random halves of the table, mean over 40 of them. The best of a whole table is one
 architecture, and its percentile owes much to chance.
