@@ -302,7 +302,7 @@ def test_outcomes_of_several_keys_and_of_ties_are_put_together():
     page = report.report({name: (["cora", "cs"], tables.Outcomes(found, lost, alone, {}, ties))}, {}, 2, num_keys=2)
     assert "| h, no trial | 0.700 ± 0.283 | 0.70 | 0.70 | 1 of 2 | 0.92 missed; reached by 0 of 2 keys |" in page
     assert "| best of the other tasks | 0.550 | 0.50 | 0.60 |  |  |" in page
-    assert "trained with 2 keys" in page and "with these tables in view" in page and "0.400 ± 0.231" in page
+    assert "trained with 2 keys" in page and "left-out tasks in view" in page and "0.400 ± 0.231" in page
     alone = tables.Outcomes({"best of the other tasks": np.array([[0.5, 0.6]])}, {}, alone[:1], {}, ties)
     assert "trained with one key" in report.report({name: (["cora", "cs"], alone)}, {}, 2)
 

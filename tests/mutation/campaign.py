@@ -303,7 +303,8 @@ def report() -> str:
     head = (
         f"# Mutation campaign\n\n{len(mutants)} mutants: {counts['detected']} detected, {counts['survived']} survived, "
         f"{counts['equivalent']} equivalent. Detected among those that are not equivalent: {share:.1%}.\n\n"
-        "`tests/mutation/campaign.py` draws, runs and reports them.\n\n"
+        "`tests/mutation/campaign.py` draws, runs and reports them. Lines are those of the commit that last changed "
+        "`mutants.json`.\n\n"
         "| | operator | place | change | outcome | detected by, or why it is equivalent |\n|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n"
