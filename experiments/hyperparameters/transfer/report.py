@@ -97,6 +97,12 @@ def to_markdown(details: dict) -> str:
     )
 
 
+def _marker(name: str, start: str) -> str:
+    """Returns the marker of a method that begins with `start`: alone, with draws, or with steps; else an empty text."""
+    kind = name.removeprefix(start)
+    return {"": "o", "draws": "s", "steps": "D"}.get(kind.split()[-1] if kind.startswith(" +") else kind, "")
+
+
 def plot(details: dict, path: Path) -> None:
     """Test log loss against the number of training runs on the new table."""
     import matplotlib
@@ -108,14 +114,15 @@ def plot(details: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for label in ("random search", "TPE"):
         trials = [r for name, r in rows.items() if name.startswith(label)]
-        axes.plot([r["runs"] for r in trials], [r["loss"] for r in trials], "o-", label=label)
-    for name, r in rows.items():
-        if r["runs"] and not name.startswith(("random search", "TPE")):
-            color = "C3" if name.startswith("g") else "0.4"
-            axes.plot(r["runs"], r["loss"], "s", color=color)
-            axes.annotate(name, (r["runs"], r["loss"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.plot([r["runs"] for r in trials], [r["loss"] for r in trials], ".-", label=label)
+    others = {name: r for name, r in rows.items() if not name.startswith(("random search", "TPE"))}
+    starts = [name for name, r in others.items() if r["runs"] == 1]
+    for color, start in zip(("0.5", "C2", "C4", "C3"), starts, strict=False):
+        for name, r in others.items():
+            if marker := _marker(name, start):
+                axes.plot(r["runs"], r["loss"], marker, color=color, label=name)
     axes.set(xscale="log", xlabel="training runs on the new table", ylabel="test log loss, mean over families")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
