@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -70,8 +71,8 @@ def test_tables_with_a_shared_column_are_one_family():
 def test_a_natural_table_names_the_family_of_its_copies():
     frame = _frame("copied")
     x = frame.data.to_numpy().astype(np.float32)
-    natural = tasks.Table("mine", "my-family", frame.data.to_numpy(), np.zeros(200, np.int32), np.zeros(3, bool))
-    assert join_frames([frame], [natural]) == ["my-family"], x.shape
+    natural = tasks.Table("mine", "my-family", x, np.zeros(200, np.int32), np.zeros(3, bool))
+    assert join_frames([frame], [natural]) == ["my-family"]
 
 
 def test_columns_that_give_the_class_away_are_inputs_of_no_task():
@@ -114,4 +115,23 @@ def test_the_corpus_is_reproducible_and_listed_with_hashes_of_rows(tmp_path):
     assert (tmp_path / "0.csv").read_text() == (tmp_path / "1.csv").read_text()
     rows = list(csv.DictReader((tmp_path / "0.csv").read_text().splitlines()))
     assert len(rows) == len(first.tables) >= 16 and len({row["row_hash"] for row in rows}) == len(rows)
-    assert max(np.unique([row["family"] for row in rows], return_counts=True)[1]) <= 4
+
+
+def test_a_family_has_four_rotated_tasks_at_most():
+    frames = [_frame(f"same{k}", k, sex=np.arange(200) % 2) for k in range(4)]  # of one stem, three targets each
+    corpus = build(frames, [], Excluded())
+    assert [table.family for table in corpus.tables] == ["package:same0"] * 4 and corpus.rotated.all()
+
+
+def test_the_committed_corpus_has_no_family_for_judging():
+    folder = Path(__file__).parents[1] / "experiments"
+    judging = json.loads((folder / "hyperparameters" / "transfer" / "families.json").read_text())["judging"]
+    with open(folder / "results" / "transfer_corpus.csv") as file:
+        rows = list(csv.DictReader(file))
+    families = {row["family"] for row in rows}
+    assert len(rows) > 2000 and len(families) > 700 and len(judging) == 28 and not families & set(judging)
+    kept = exclude(
+        [tasks.Table(f, f, np.zeros((2, 0)), np.zeros(2, int), np.zeros(0, bool)) for f in judging], Excluded()
+    )
+    items = {row["name"].split("/")[1] for row in rows if row["target"] == "rotated"}
+    assert [item for item in sorted(items) if kept.has_name(item)] == []

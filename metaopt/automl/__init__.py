@@ -4,9 +4,10 @@
 `predict_hyperparams` describes a table by meta-features and returns g's hyperparameters for this run. g has learned
 from some 2,400 tasks; `experiments/hyperparameters/transfer` trains and judges it.
 
-    hyperparams = automl.predict_hyperparams(table)
+    prepared = tasks.prepare(table)  # splits and encodes the rows
+    hyperparams = automl.predict_hyperparams(prepared)
     network = automl.tabular_network()
-    params = automl.train(network, key, hyperparams, task)
+    params = automl.train(network, key, hyperparams, automl.tabular_task(prepared))
 """
 
 from metaopt.automl._network import TabularNetwork, tabular_network, tabular_task, train

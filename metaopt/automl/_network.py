@@ -52,7 +52,7 @@ def tabular_network(
     "linear_scale" s_l and "hinge_scale" s_c, all on a logarithmic scale.
 
     Args:
-      num_steps: of a whole run; the rate ends there.
+      num_steps: of a whole run, after which the rate is zero.
       batch_size: rows of a minibatch.
       num_members: M.
       num_hidden: hidden units of each member.

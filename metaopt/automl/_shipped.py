@@ -24,7 +24,9 @@ def shipped_predictor() -> TrainedPredictor:
     Returns:
       The predictor with its weights, the scaling of its meta-features, and the space of λ.
     """
-    with resources.as_file(resources.files("metaopt.automl") / "tabular_predictor.npz") as path:
+    file = resources.files("metaopt.automl") / "tabular_predictor.npz"
+    # The first call may be inside a traced function: its tracers must not stay in the cache.
+    with resources.as_file(file) as path, jax.ensure_compile_time_eval():
         return _saving.load(path)
 
 
@@ -38,7 +40,7 @@ def predict_hyperparams(
 
     Args:
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]).
+        [d]). Of a `Table` or arrays, all rows are used: pass training rows only.
       seed: of subsamples and folds of the meta-features.
 
     Returns:

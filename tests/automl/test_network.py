@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import automl, hypergrad, inner, spaces, tasks
+from metaopt import automl, hypergrad, spaces, tasks
 from metaopt.tasks import TaskShape
 
 
@@ -103,7 +103,7 @@ def test_hypergradient_of_every_hyperparameter_equals_finite_differences(network
         np.testing.assert_allclose((moved[0] - moved[1]) / 2e-5, exact[i], rtol=2e-4, atol=1e-8)
 
 
-def test_class_weights_and_smoothing_are_in_the_inner_loss(network, task):
+def test_class_weights_are_in_the_inner_loss(network, task):
     """At a network of zeros all classes have probability 1/3, so that only the weights remain: their mean is 1."""
     hp = spaces.default(network.space) | {"class_weighting": jnp.asarray(1.0)}
     loop = network.problem.loop
@@ -121,7 +121,6 @@ def test_training_depends_on_the_key_and_repeats(network, task):
     first, again, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
     np.testing.assert_array_equal(first["hidden"], again["hidden"])
     assert not np.allclose(first["hidden"], other["hidden"])
-    assert inner.run(network.problem.loop, 5) is not None
 
 
 @pytest.mark.parametrize("name", ["num_steps", "batch_size", "num_members", "num_hidden"])

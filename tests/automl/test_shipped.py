@@ -32,7 +32,7 @@ def test_it_is_g_at_the_scaled_meta_features(prepared):
 
 
 def test_only_training_rows_are_read(prepared):
-    changed = lambda rows: rows._replace(raw=rows.raw * 7, x=rows.x * 7)
+    changed = lambda rows: rows._replace(raw=rows.raw * 7, x=rows.x * 7, y=rows.y[::-1])
     other = prepared._replace(valid=changed(prepared.valid), test=changed(prepared.test))
     jax.tree.map(np.testing.assert_array_equal, automl.predict_hyperparams(prepared), automl.predict_hyperparams(other))
 
@@ -59,3 +59,10 @@ def test_a_table_of_constant_columns_has_a_prediction():
 def test_a_table_without_columns_is_rejected():
     with pytest.raises(ValueError, match="column"):
         automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool)))
+
+
+def test_the_first_use_may_be_inside_a_traced_function():
+    automl.shipped_predictor.cache_clear()
+    inside = jax.jit(lambda x: x * jax.tree.leaves(automl.shipped_predictor().meta_params)[0])(2.0)
+    outside = jax.tree.leaves(automl.shipped_predictor().meta_params)[0]
+    np.testing.assert_allclose(inside, 2 * outside)
