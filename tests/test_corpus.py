@@ -3,16 +3,19 @@
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.data._folder import read_rows
 from experiments.data.corpus import Excluded, build, reserved, write_list
 from experiments.data.corpus.families import exclude, fingerprint, join_frames
 from experiments.data.corpus.frames import Frame
 from experiments.data.corpus.targets import Column, Target, choose_targets, columns_of, determines, labels_of, make_task
+from experiments.hyperparameters.transfer.families import FILE, draw_judging
 from metaopt import tasks
 
 
@@ -123,9 +126,15 @@ def test_a_family_has_four_rotated_tasks_at_most():
     assert [table.family for table in corpus.tables] == ["package:same0"] * 4 and corpus.rotated.all()
 
 
+@pytest.mark.skipif(not os.environ.get("METAOPT_DATA"), reason="needs the data folder, METAOPT_DATA")
+def test_the_families_for_judging_are_those_of_the_rule():
+    folds = {row["family"]: int(row["fold5"]) for row in read_rows("tabular_classification_index.csv")}
+    assert draw_judging((0, 1), folds) == json.loads(FILE.read_text())["judging"]
+
+
 def test_the_committed_corpus_has_no_family_for_judging():
     folder = Path(__file__).parents[1] / "experiments"
-    judging = json.loads((folder / "hyperparameters" / "transfer" / "families.json").read_text())["judging"]
+    judging = json.loads(FILE.read_text())["judging"]
     with open(folder / "results" / "transfer_corpus.csv") as file:
         rows = list(csv.DictReader(file))
     families = {row["family"] for row in rows}
