@@ -1,0 +1,145 @@
+"""The inputs of the models of one fold: statistics of its training rows, applied to any rows."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt.tasks import FittedColumns, apply_columns, fit_columns
+
+MAX_DENSE = 128  # columns of the inputs of networks and linear models
+
+
+class TargetTable(NamedTuple):
+    """Target encodings of one column.
+
+    Attributes:
+      column: its position in x.
+      levels: [L] the codes of the levels.
+      values: [L, T] their smoothed target means: T = C for C > 2 classes, else 1.
+      default: [T] the target means of all rows, for unseen levels and gaps.
+    """
+
+    column: int
+    levels: np.ndarray
+    values: np.ndarray
+    default: np.ndarray
+
+
+class Inputs(NamedTuple):
+    """Fitted inputs of one fold.
+
+    Attributes:
+      targets: one table for each categorical column of many levels.
+      kept: [k] the columns of x that trees read.
+      medians: [k + T] of the columns for trees, which replace gaps where a model needs it.
+      fitted: quantiles and levels of the dense columns.
+      chosen: [D] the dense columns that are used.
+    """
+
+    targets: tuple[TargetTable, ...]
+    kept: np.ndarray
+    medians: np.ndarray
+    fitted: FittedColumns
+    chosen: np.ndarray
+
+
+class Views(NamedTuple):
+    """The same rows for different kinds of models.
+
+    Attributes:
+      trees: [n, k] float64 with NaN in gaps: numbers, codes of categories, and target encodings.
+      filled: [n, k] the same, with medians in gaps.
+      dense: [n, D] float32: normal scores and one-hot levels.
+    """
+
+    trees: np.ndarray
+    filled: np.ndarray
+    dense: np.ndarray
+
+
+def fit_inputs(
+    x: np.ndarray,
+    y: np.ndarray,
+    categorical: np.ndarray,
+    high_cardinality: np.ndarray,
+    repeats: np.ndarray,
+    num_classes: int,
+    seed: int,
+) -> tuple[Inputs, Views]:
+    """Fits the inputs on training rows.
+
+    Args:
+      x: [n, d] numbers with NaN in gaps, and codes of categories.
+      y: [n] classes or numbers.
+      categorical: [d] bool.
+      high_cardinality: [d] bool, categorical columns that get target encodings.
+      repeats: positions of rows, repeated by their weight.
+      num_classes: C, or 0 for regression.
+      seed: of the folds of the target encoding.
+
+    Returns:
+      The fitted inputs, and the views of the training rows. Target encodings in these views are out of fold: a row's
+      own target does not enter. So they differ from `apply_inputs` for the same rows.
+    """
+    tables, encoded = [], [np.zeros((len(x), 0))]
+    for column in np.flatnonzero(high_cardinality):
+        table, values = _fit_target_table(x[:, column], int(column), y, num_classes, seed)
+        tables.append(table)
+        encoded.append(values)
+    targets = np.concatenate(encoded, axis=1)
+    kept = np.flatnonzero(~high_cardinality)
+    wide = np.concatenate([x, targets], axis=1)
+    fitted = fit_columns(wide[repeats], np.concatenate([categorical, np.zeros(targets.shape[1], bool)]))
+    dense = apply_columns(fitted, wide)
+    chosen = _informative(dense, y, num_classes)
+    trees = np.concatenate([x[:, kept], targets], axis=1)
+    medians = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in trees.T])
+    inputs = Inputs(tuple(tables), kept, medians, fitted, chosen)
+    return inputs, _views(inputs, trees, dense)
+
+
+def apply_inputs(inputs: Inputs, x: np.ndarray) -> Views:
+    """Returns the views of any rows x [n, d]."""
+    targets = [np.zeros((len(x), 0)), *(_look_up(table, x[:, table.column]) for table in inputs.targets)]
+    encoded = np.concatenate(targets, axis=1)
+    dense = apply_columns(inputs.fitted, np.concatenate([x, encoded], axis=1))
+    return _views(inputs, np.concatenate([x[:, inputs.kept], encoded], axis=1), dense)
+
+
+def _views(inputs: Inputs, trees: np.ndarray, dense: np.ndarray) -> Views:
+    filled = np.where(np.isnan(trees), inputs.medians[None], trees)
+    return Views(trees, filled, dense[:, inputs.chosen])
+
+
+def _fit_target_table(codes, column: int, y, num_classes: int, seed: int) -> tuple[TargetTable, np.ndarray]:
+    from sklearn.preprocessing import TargetEncoder
+
+    kind = "continuous" if not num_classes else "binary" if num_classes == 2 else "multiclass"
+    if num_classes and len(np.unique(y)) == 1:  # nothing to encode
+        kind, y = "continuous", np.zeros(len(y))
+    encoder: Any = TargetEncoder(target_type=kind, cv=min(5, len(y)), shuffle=True, random_state=seed)
+    filled = np.where(np.isnan(codes), -1.0, codes)[:, None]
+    values = np.asarray(encoder.fit_transform(filled, y))
+    table = np.stack(encoder.encodings_, axis=1)
+    default = np.atleast_1d(np.asarray(encoder.target_mean_, dtype=np.float64))
+    return TargetTable(column, np.asarray(encoder.categories_[0], np.float64), table, default), values
+
+
+def _look_up(table: TargetTable, codes: np.ndarray) -> np.ndarray:
+    filled = np.where(np.isnan(codes), -1.0, codes)
+    position = np.clip(np.searchsorted(table.levels, filled), 0, len(table.levels) - 1)
+    is_level = table.levels[position] == filled
+    return np.where(is_level[:, None], table.values[position], table.default[None])
+
+
+def _informative(dense: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray:
+    """The columns that vary, at most `MAX_DENSE` of them: those with the largest F statistics."""
+    from sklearn import feature_selection
+
+    varying = np.flatnonzero(np.ptp(dense, axis=0) > 0) if dense.shape[1] else np.zeros(0, int)
+    if len(varying) <= MAX_DENSE:
+        return varying
+    score = feature_selection.f_classif if num_classes else feature_selection.f_regression
+    with np.errstate(all="ignore"):
+        statistic = np.nan_to_num(score(dense[:, varying], y)[0], posinf=np.finfo(np.float64).max)
+    return np.sort(varying[np.argsort(-statistic, kind="stable")[:MAX_DENSE]])

@@ -1,0 +1,233 @@
+"""Kinds of models besides the network: how one is fitted on the training rows of a fold, predicts, and is saved.
+
+Every fit uses one thread. Folds and models run in parallel instead.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt import _extras
+from metaopt.automl._inputs import Views
+
+
+class FoldData(NamedTuple):
+    """What a fit reads.
+
+    Attributes:
+      views: of the training rows.
+      y: [n] classes 0..K-1, all of which occur, or numbers.
+      weight: [n], with mean 1.
+      valid_views: of the validation rows.
+      valid_y: [m], of the validation rows whose class occurs in `y`; boosting stops early by them.
+      valid_weight: [m].
+      categorical: [k] bool, of the columns for trees.
+      num_classes: K, or 0 for regression.
+      seed: of the fit.
+    """
+
+    views: Views
+    y: np.ndarray
+    weight: np.ndarray
+    valid_views: Views
+    valid_y: np.ndarray
+    valid_weight: np.ndarray
+    categorical: np.ndarray
+    num_classes: int
+    seed: int
+
+
+class Kind(NamedTuple):
+    """One kind of models.
+
+    Attributes:
+      module: the package that it needs.
+      fit: `(settings, data) -> model`.
+      predict: `(model, views) -> [n, K]` probabilities, or [n] numbers.
+      save: `(model, path)`.
+      load: `(path) -> model`.
+    """
+
+    module: str
+    fit: Callable[[dict[str, Any], FoldData], Any]
+    predict: Callable[[Any, Views, int], np.ndarray]
+    save: Callable[[Any, Path], None]
+    load: Callable[[Path], Any]
+
+
+def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
+    """Fits a model of a kind; thread pools of libraries have one thread meanwhile.
+
+    Raises:
+      Exception: whatever the library raises.
+    """
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about convergence; the out-of-fold score shows what a model is worth
+        return KINDS[kind].fit(settings, data)
+
+
+def predict(kind: str, model: Any, views: Views, num_classes: int) -> np.ndarray:
+    """Predicts rows: [n, K] probabilities, or [n] numbers if `num_classes` is 0."""
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.asarray(KINDS[kind].predict(model, views, num_classes), np.float64)
+
+
+# --- scikit-learn ---
+
+
+def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> Kind:
+    """Kinds of scikit-learn: (module.Classifier, module.Regressor), and the view that they read."""
+
+    def fit_model(settings, data):
+        module, _, name = names[0 if data.num_classes else 1].rpartition(".")
+        options = {**fixed, **settings}
+        make = getattr(_extras.require(f"sklearn.{module}", "automl", "AutoML"), name)
+        accepted = make().get_params()
+        if "random_state" in accepted:
+            options["random_state"] = data.seed
+        model = make(**{key: value for key, value in options.items() if key in accepted})
+        return model.fit(getattr(data.views, view), data.y, sample_weight=data.weight)
+
+    def predict_rows(model, views, num_classes):
+        x = getattr(views, view)
+        return model.predict_proba(x) if num_classes else model.predict(x)
+
+    def save(model, path):
+        _extras.require("skops.io", "automl", "Saving").dump(model, path.with_suffix(".skops"))
+
+    def load(path):
+        io = _extras.require("skops.io", "automl", "Loading")
+        file = path.with_suffix(".skops")
+        untrusted = [name for name in io.get_untrusted_types(file=file) if name not in _TRUSTED]
+        if untrusted:
+            raise ValueError(f"{file} has objects of types that no saved model has: {', '.join(untrusted)}.")
+        return io.load(file, trusted=list(_TRUSTED))
+
+    return Kind("sklearn", fit_model, predict_rows, save, load)
+
+
+# Types inside scikit-learn's models that skops does not trust by itself. None of them runs code when it is loaded.
+_TRUSTED = (
+    "sklearn._loss.link.IdentityLink",
+    "sklearn._loss.link.Interval",
+    "sklearn._loss.link.LogitLink",
+    "sklearn._loss.link.MultinomialLogit",
+    "sklearn._loss.loss.HalfBinomialLoss",
+    "sklearn._loss.loss.HalfMultinomialLoss",
+    "sklearn._loss.loss.HalfSquaredError",
+    "sklearn._loss._loss.CyHalfBinomialLoss",
+    "sklearn._loss._loss.CyHalfMultinomialLoss",
+    "sklearn._loss._loss.CyHalfSquaredError",
+    "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+)
+
+
+# --- boosting ---
+
+
+def _fit_lightgbm(settings, data):
+    lightgbm = _extras.require("lightgbm", "automl", "AutoML")
+    settings = dict(settings)
+    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
+    objective = "multiclass" if data.num_classes > 2 else "binary" if data.num_classes else "regression"
+    options = {
+        "objective": objective,
+        "seed": data.seed,
+        "num_threads": 1,
+        "deterministic": True,
+        "force_row_wise": True,
+        "verbosity": -1,
+        **({"num_class": data.num_classes} if data.num_classes > 2 else {}),
+        **settings,
+    }
+    levels = np.flatnonzero(data.categorical).tolist()
+    names = [str(i) for i in range(data.views.trees.shape[1])]
+    made = {"feature_name": names, "categorical_feature": levels, "free_raw_data": False}
+    train = lightgbm.Dataset(data.views.trees, data.y, weight=data.weight, params={"verbosity": -1}, **made)
+    valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
+    stop = [lightgbm.early_stopping(patience, verbose=False)] if len(data.valid_y) else []
+    booster = lightgbm.train(options, train, rounds, valid_sets=[valid] if stop else None, callbacks=stop)
+    return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration or None))
+
+
+def _predict_lightgbm(model, views, num_classes):
+    predicted = model.predict(views.trees, num_threads=1)
+    return np.stack([1 - predicted, predicted], axis=1) if num_classes == 2 else predicted
+
+
+def _load_lightgbm(path):
+    lightgbm = _extras.require("lightgbm", "automl", "Loading")
+    return lightgbm.Booster(model_file=str(path.with_suffix(".lightgbm.txt")))
+
+
+def _fit_xgboost(settings, data):
+    xgboost = _extras.require("xgboost", "automl", "AutoML")
+    settings = dict(settings)
+    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
+    objective = "multi:softprob" if data.num_classes > 2 else "binary:logistic" if data.num_classes else None
+    options = {
+        "objective": objective or "reg:squarederror",
+        "seed": data.seed,
+        "nthread": 1,
+        "verbosity": 0,
+        "tree_method": "hist",
+        **({"num_class": data.num_classes} if data.num_classes > 2 else {}),
+        **settings,
+    }
+    train = xgboost.DMatrix(data.views.trees, data.y, weight=data.weight, nthread=1)
+    stop: dict[str, Any] = {}
+    if len(data.valid_y):
+        valid = xgboost.DMatrix(data.valid_views.trees, data.valid_y, weight=data.valid_weight, nthread=1)
+        stop = {"evals": [(valid, "valid")], "early_stopping_rounds": patience, "verbose_eval": False}
+    booster = xgboost.train(options, train, rounds, **stop)
+    return booster[: booster.best_iteration + 1] if stop else booster
+
+
+def _predict_xgboost(model, views, num_classes):
+    xgboost = _extras.require("xgboost", "automl", "AutoML")
+    predicted = model.predict(xgboost.DMatrix(views.trees, nthread=1))
+    return np.stack([1 - predicted, predicted], axis=1) if num_classes == 2 else predicted
+
+
+def _load_xgboost(path):
+    xgboost = _extras.require("xgboost", "automl", "Loading")
+    return xgboost.Booster({"nthread": 1}, model_file=str(path.with_suffix(".ubj")))
+
+
+# --- all kinds ---
+
+KINDS: dict[str, Kind] = {
+    "linear": _sklearn_kind(("linear_model.LogisticRegression", "linear_model.Ridge"), "dense", {"max_iter": 300}),
+    "extra_trees": _sklearn_kind(
+        ("ensemble.ExtraTreesClassifier", "ensemble.ExtraTreesRegressor"), "filled", {"n_estimators": 200}
+    ),
+    "random_forest": _sklearn_kind(
+        ("ensemble.RandomForestClassifier", "ensemble.RandomForestRegressor"), "filled", {"n_estimators": 200}
+    ),
+    "hist_gradient_boosting": _sklearn_kind(
+        ("ensemble.HistGradientBoostingClassifier", "ensemble.HistGradientBoostingRegressor"), "trees", {}
+    ),
+    "lightgbm": Kind(
+        "lightgbm",
+        _fit_lightgbm,
+        _predict_lightgbm,
+        lambda model, path: model.save_model(str(path.with_suffix(".lightgbm.txt"))) and None,
+        _load_lightgbm,
+    ),
+    "xgboost": Kind(
+        "xgboost",
+        _fit_xgboost,
+        _predict_xgboost,
+        lambda model, path: model.save_model(str(path.with_suffix(".ubj"))),
+        _load_xgboost,
+    ),
+}
