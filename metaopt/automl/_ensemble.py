@@ -1,7 +1,6 @@
 """Weights of an ensemble, its calibration, and conformal prediction, all from out-of-fold predictions."""
 
 import math
-
 from typing import NamedTuple
 
 import numpy as np

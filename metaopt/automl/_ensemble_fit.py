@@ -10,7 +10,7 @@ import numpy as np
 from metaopt import _progress
 from metaopt.automl import _ensemble, _kinds, _network_folds, _schedule
 from metaopt.automl._ensemble import Target
-from metaopt.automl._inputs import Inputs, apply_inputs, fit_inputs
+from metaopt.automl._inputs import Inputs, apply_inputs, fit_inputs, intervals
 from metaopt.automl._kinds import FoldData
 from metaopt.automl._portfolio import Member
 from metaopt.automl._rows import Split, TrainingRows, repeated, split_rows
@@ -198,7 +198,7 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
     """A function that trains the network on all folds; g predicts its hyperparameters at the first call."""
     cache: dict[str, Any] = {}
     regression = not num_classes
-    labels = _network_folds.intervals(rows.y) if regression else rows.y
+    labels = intervals(rows.y) if regression else rows.y
     num_labels = int(labels.max()) + 1 if regression else num_classes
     training = [
         _network_folds.FoldRows(fold.data.views.dense, rows.y[fold.split.train], rows.weight[fold.split.train])

@@ -4,9 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.tasks import FittedColumns, apply_columns, fit_columns
+from metaopt.automl._kinds import Views
+from metaopt.tasks._scaled_columns import FittedColumns, apply_columns, fit_columns
 
 MAX_DENSE = 128  # columns of the inputs of networks and linear models
+_MAX_INTERVALS = 10  # of a target that is a number
 
 
 class TargetTable(NamedTuple):
@@ -33,28 +35,12 @@ class Inputs(NamedTuple):
       kept: [k] the columns of x that trees read.
       medians: [k + T] of the columns for trees, which replace gaps where a model needs it.
       fitted: quantiles and levels of the dense columns.
-      chosen: [D] the dense columns that are used.
     """
 
     targets: tuple[TargetTable, ...]
     kept: np.ndarray
     medians: np.ndarray
     fitted: FittedColumns
-    chosen: np.ndarray
-
-
-class Views(NamedTuple):
-    """The same rows for different kinds of models.
-
-    Attributes:
-      trees: [n, k] float64 with NaN in gaps: numbers, codes of categories, and target encodings.
-      filled: [n, k] the same, with medians in gaps.
-      dense: [n, D] float32: normal scores and one-hot levels.
-    """
-
-    trees: np.ndarray
-    filled: np.ndarray
-    dense: np.ndarray
 
 
 def fit_inputs(
@@ -89,12 +75,16 @@ def fit_inputs(
     targets = np.concatenate(encoded, axis=1)
     kept = np.flatnonzero(~high_cardinality)
     wide = np.concatenate([x, targets], axis=1)
-    fitted = fit_columns(wide[repeats], np.concatenate([categorical, np.zeros(targets.shape[1], bool)]))
+    fitted = fit_columns(
+        wide[repeats],
+        np.concatenate([categorical, np.zeros(targets.shape[1], bool)]),
+        y=(y if num_classes else intervals(y))[repeats],
+        max_features=MAX_DENSE,
+    )
     dense = apply_columns(fitted, wide)
-    chosen = _informative(dense, y, num_classes)
     trees = np.concatenate([x[:, kept], targets], axis=1)
     medians = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in trees.T])
-    inputs = Inputs(tuple(tables), kept, medians, fitted, chosen)
+    inputs = Inputs(tuple(tables), kept, medians, fitted)
     return inputs, _views(inputs, trees, dense)
 
 
@@ -106,9 +96,16 @@ def apply_inputs(inputs: Inputs, x: np.ndarray) -> Views:
     return _views(inputs, np.concatenate([x[:, inputs.kept], encoded], axis=1), dense)
 
 
+def intervals(y: np.ndarray) -> np.ndarray:
+    """[n] int64: numbers of at most ten intervals of about equal frequency, with about 20 rows or more each."""
+    num = int(np.clip(len(y) // 20, 2, _MAX_INTERVALS))
+    edges = np.unique(np.quantile(y, np.linspace(0, 1, num + 1)[1:-1]))
+    return np.unique(np.searchsorted(edges, y, side="right"), return_inverse=True)[1]
+
+
 def _views(inputs: Inputs, trees: np.ndarray, dense: np.ndarray) -> Views:
     filled = np.where(np.isnan(trees), inputs.medians[None], trees)
-    return Views(trees, filled, dense[:, inputs.chosen])
+    return Views(trees, filled, dense)
 
 
 def _fit_target_table(codes, column: int, y, num_classes: int, seed: int) -> tuple[TargetTable, np.ndarray]:
@@ -130,16 +127,3 @@ def _look_up(table: TargetTable, codes: np.ndarray) -> np.ndarray:
     position = np.clip(np.searchsorted(table.levels, filled), 0, len(table.levels) - 1)
     is_level = table.levels[position] == filled
     return np.where(is_level[:, None], table.values[position], table.default[None])
-
-
-def _informative(dense: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray:
-    """The columns that vary, at most `MAX_DENSE` of them: those with the largest F statistics."""
-    from sklearn import feature_selection
-
-    varying = np.flatnonzero(np.ptp(dense, axis=0) > 0) if dense.shape[1] else np.zeros(0, int)
-    if len(varying) <= MAX_DENSE:
-        return varying
-    score = feature_selection.f_classif if num_classes else feature_selection.f_regression
-    with np.errstate(all="ignore"):
-        statistic = np.nan_to_num(score(dense[:, varying], y)[0], posinf=np.finfo(np.float64).max)
-    return np.sort(varying[np.argsort(-statistic, kind="stable")[:MAX_DENSE]])

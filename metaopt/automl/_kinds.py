@@ -1,17 +1,32 @@
 """Kinds of models besides the network: how one is fitted on the training rows of a fold, predicts, and is saved.
 
 Every fit uses one thread. Folds and models run in parallel instead.
+
+Worker processes run this module, and get it by value. It imports nothing from metaopt, so that a worker need not import
+JAX, which takes seconds.
 """
 
+import importlib
+import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _extras
-from metaopt.automl._inputs import Views
+
+class Views(NamedTuple):
+    """The same rows for different kinds of models.
+
+    Attributes:
+      trees: [n, k] float64 with NaN in gaps: numbers, codes of categories, and target encodings.
+      filled: [n, k] the same, with medians in gaps.
+      dense: [n, D] float32: normal scores and one-hot levels.
+    """
+
+    trees: np.ndarray
+    filled: np.ndarray
+    dense: np.ndarray
 
 
 class FoldData(NamedTuple):
@@ -47,25 +62,47 @@ class Kind(NamedTuple):
       module: the package that it needs.
       fit: `(settings, data) -> model`.
       predict: `(model, views) -> [n, K]` probabilities, or [n] numbers.
-      save: `(model, path)`.
-      load: `(path) -> model`.
+      dumps: `(model) -> bytes`, in the library's own format, without pickle.
+      loads: `(bytes) -> model`.
     """
 
     module: str
     fit: Callable[[dict[str, Any], FoldData], Any]
     predict: Callable[[Any, Views, int], np.ndarray]
-    save: Callable[[Any, Path], None]
-    load: Callable[[Path], Any]
+    dumps: Callable[[Any], bytes]
+    loads: Callable[[bytes], Any]
+
+
+def fit_fold(kind: str, settings: dict[str, Any], data: FoldData) -> tuple[Any, np.ndarray, float, float]:
+    """Fits a model and predicts the validation rows.
+
+    Returns:
+      The model, its predictions [m, K] or [m], and the seconds of fit and prediction.
+
+    Raises:
+      FloatingPointError: if predictions are not finite.
+    """
+    importlib.import_module(KINDS[kind].module)  # takes a second in a new process
+    start = time.perf_counter()
+    model = fit(kind, settings, data)
+    middle = time.perf_counter()
+    predicted = predict(kind, model, data.valid_views, data.num_classes)
+    if not np.isfinite(predicted).all():
+        raise FloatingPointError("its predictions are not finite")
+    return model, predicted, middle - start, time.perf_counter() - middle
 
 
 def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
-    """Fits a model of a kind; thread pools of libraries have one thread meanwhile.
+    """Fits a model of a kind; thread pools of libraries have one thread meanwhile. The model of one class is None.
 
     Raises:
       Exception: whatever the library raises.
     """
     import threadpoolctl
 
+    if data.num_classes == 1:
+        return None
+    importlib.import_module(KINDS[kind].module)  # limits hold for the libraries that are loaded
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence; the out-of-fold score shows what a model is worth
         return KINDS[kind].fit(settings, data)
@@ -75,6 +112,8 @@ def predict(kind: str, model: Any, views: Views, num_classes: int) -> np.ndarray
     """Predicts rows: [n, K] probabilities, or [n] numbers if `num_classes` is 0."""
     import threadpoolctl
 
+    if num_classes == 1:
+        return np.ones((len(views.dense), 1))
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return np.asarray(KINDS[kind].predict(model, views, num_classes), np.float64)
@@ -89,7 +128,7 @@ def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> K
     def fit_model(settings, data):
         module, _, name = names[0 if data.num_classes else 1].rpartition(".")
         options = {**fixed, **settings}
-        make = getattr(_extras.require(f"sklearn.{module}", "automl", "AutoML"), name)
+        make = getattr(importlib.import_module(f"sklearn.{module}"), name)
         accepted = make().get_params()
         if "random_state" in accepted:
             options["random_state"] = data.seed
@@ -100,18 +139,17 @@ def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> K
         x = getattr(views, view)
         return model.predict_proba(x) if num_classes else model.predict(x)
 
-    def save(model, path):
-        _extras.require("skops.io", "automl", "Saving").dump(model, path.with_suffix(".skops"))
+    def dumps(model):
+        return importlib.import_module("skops.io").dumps(model)
 
-    def load(path):
-        io = _extras.require("skops.io", "automl", "Loading")
-        file = path.with_suffix(".skops")
-        untrusted = [name for name in io.get_untrusted_types(file=file) if name not in _TRUSTED]
-        if untrusted:
-            raise ValueError(f"{file} has objects of types that no saved model has: {', '.join(untrusted)}.")
-        return io.load(file, trusted=list(_TRUSTED))
+    def loads(data):
+        io = importlib.import_module("skops.io")
+        unknown = [name for name in io.get_untrusted_types(data=data) if name not in _TRUSTED]
+        if unknown:
+            raise ValueError(f"it has objects of types that no saved model has: {', '.join(unknown)}")
+        return io.loads(data, trusted=list(_TRUSTED))
 
-    return Kind("sklearn", fit_model, predict_rows, save, load)
+    return Kind("sklearn.ensemble", fit_model, predict_rows, dumps, loads)
 
 
 # Types inside scikit-learn's models that skops does not trust by itself. None of them runs code when it is loaded.
@@ -135,7 +173,7 @@ _TRUSTED = (
 
 
 def _fit_lightgbm(settings, data):
-    lightgbm = _extras.require("lightgbm", "automl", "AutoML")
+    lightgbm = importlib.import_module("lightgbm")
     settings = dict(settings)
     rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
     objective = "multiclass" if data.num_classes > 2 else "binary" if data.num_classes else "regression"
@@ -164,13 +202,12 @@ def _predict_lightgbm(model, views, num_classes):
     return np.stack([1 - predicted, predicted], axis=1) if num_classes == 2 else predicted
 
 
-def _load_lightgbm(path):
-    lightgbm = _extras.require("lightgbm", "automl", "Loading")
-    return lightgbm.Booster(model_file=str(path.with_suffix(".lightgbm.txt")))
+def _load_lightgbm(data):
+    return importlib.import_module("lightgbm").Booster(model_str=data.decode())
 
 
 def _fit_xgboost(settings, data):
-    xgboost = _extras.require("xgboost", "automl", "AutoML")
+    xgboost = importlib.import_module("xgboost")
     settings = dict(settings)
     rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
     objective = "multi:softprob" if data.num_classes > 2 else "binary:logistic" if data.num_classes else None
@@ -193,14 +230,15 @@ def _fit_xgboost(settings, data):
 
 
 def _predict_xgboost(model, views, num_classes):
-    xgboost = _extras.require("xgboost", "automl", "AutoML")
+    xgboost = importlib.import_module("xgboost")
     predicted = model.predict(xgboost.DMatrix(views.trees, nthread=1))
     return np.stack([1 - predicted, predicted], axis=1) if num_classes == 2 else predicted
 
 
-def _load_xgboost(path):
-    xgboost = _extras.require("xgboost", "automl", "Loading")
-    return xgboost.Booster({"nthread": 1}, model_file=str(path.with_suffix(".ubj")))
+def _load_xgboost(data):
+    booster = importlib.import_module("xgboost").Booster({"nthread": 1})
+    booster.load_model(bytearray(data))
+    return booster
 
 
 # --- all kinds ---
@@ -220,14 +258,14 @@ KINDS: dict[str, Kind] = {
         "lightgbm",
         _fit_lightgbm,
         _predict_lightgbm,
-        lambda model, path: model.save_model(str(path.with_suffix(".lightgbm.txt"))) and None,
+        lambda model: model.model_to_string().encode(),
         _load_lightgbm,
     ),
     "xgboost": Kind(
         "xgboost",
         _fit_xgboost,
         _predict_xgboost,
-        lambda model, path: model.save_model(str(path.with_suffix(".ubj"))),
+        lambda model: bytes(model.save_raw("ubj")),
         _load_xgboost,
     ),
 }

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from metaopt import base, spaces
+from metaopt.automl._inputs import intervals
 from metaopt.automl._network import HINGES, tabular_network, train
 from metaopt.automl._rows import repeated
 from metaopt.automl._shipped import predict_hyperparams
 
 SPREAD = 0.5  # standard deviation of draws around λ, in unconstrained coordinates
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # columns after padding; equal shapes share one compiled program
-_MAX_BINS = 10
 
 
 class NetworkModel(NamedTuple):
@@ -50,14 +50,6 @@ def predicted_hyperparams(
     return jax.device_get(predict_hyperparams((bounded[rows], codes[rows].astype(np.int32), categorical), seed=seed))
 
 
-def intervals(y: np.ndarray) -> np.ndarray:
-    """[n] int64: numbers of at most ten intervals of about equal frequency, with about 20 rows or more each."""
-    num = int(np.clip(len(y) // 20, 2, _MAX_BINS))
-    edges = np.unique(np.quantile(y, np.linspace(0, 1, num + 1)[1:-1]))
-    codes = np.searchsorted(edges, y, side="right")
-    return np.unique(codes, return_inverse=True)[1]
-
-
 def draw(hyperparams: base.HyperParams, number: int, seed: int) -> base.HyperParams:
     """λ itself for number 0, else λ plus normal noise in unconstrained coordinates."""
     if number == 0:
@@ -65,13 +57,17 @@ def draw(hyperparams: base.HyperParams, number: int, seed: int) -> base.HyperPar
     space = tabular_network().space
     z = jax.device_get(spaces.to_unconstrained(space, hyperparams))
     rng = np.random.default_rng((seed, number))
-    return jax.device_get(
-        spaces.to_constrained(space, {name: np.float32(z[name] + SPREAD * rng.normal()) for name in sorted(z)})
-    )
+    drawn = {name: np.float32(value + SPREAD * rng.normal()) for name, value in sorted(z.coordinates.items())}
+    return jax.device_get(spaces.to_constrained(space, spaces.Unconstrained(drawn)))
 
 
 def fit_networks(
-    folds: list[FoldRows], bins: list[np.ndarray] | None, num_classes: int, hyperparams: base.HyperParams, settings, seed
+    folds: list[FoldRows],
+    bins: list[np.ndarray] | None,
+    num_classes: int,
+    hyperparams: base.HyperParams,
+    settings,
+    seed,
 ) -> list[NetworkModel]:
     """Trains one network per fold; all folds are one compiled program.
 

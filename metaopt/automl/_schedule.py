@@ -49,17 +49,6 @@ class Clock:
         return float("inf") if self.limit is None else self.limit - self.elapsed()
 
 
-def fit_fold(kind: str, settings: dict[str, Any], data: FoldData) -> FoldResult:
-    """Fits a member on one fold; a worker process runs it."""
-    start = time.perf_counter()
-    model = _kinds.fit(kind, settings, data)
-    middle = time.perf_counter()
-    predicted = _kinds.predict(kind, model, data.valid_views, data.num_classes)
-    if not np.isfinite(predicted).all():
-        raise FloatingPointError("its predictions are not finite")
-    return FoldResult(model, predicted, middle - start, time.perf_counter() - middle)
-
-
 class Work(NamedTuple):
     """How the members are fitted.
 
@@ -165,7 +154,7 @@ class _Run:
                 self.running[self.threads.submit(self.work.fit_networks, member.settings)] = (member, None)
             else:
                 fold = folds.pop(0)
-                task = (fit_fold, member.kind, member.settings, self.work.folds[fold])
+                task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
                 self.running[self.submit(*task)] = (member, fold)
             if not folds:
                 self.begun.pop(0)
@@ -202,8 +191,8 @@ class _Run:
             self.work.times.observe_network(member.settings)
             self.parts[member.name] = dict(enumerate(result))
         else:
-            self.work.times.observe(member.kind, member.settings, result.fit_seconds)
-            self.parts[member.name][fold] = result
+            self.work.times.observe(member.kind, member.settings, result[2])
+            self.parts[member.name][fold] = FoldResult(*result)
         parts = self.parts[member.name]
         if len(parts) < len(self.work.folds):
             return None
@@ -224,4 +213,6 @@ class _Run:
 def _workers(num_jobs: int) -> Any:
     """Worker processes, which stay for later calls; new ones if one has died."""
     loky = _extras.require("joblib.externals.loky", "automl", "AutoML")
+    cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
+    cloudpickle.register_pickle_by_value(_kinds)
     return loky.get_reusable_executor(max_workers=num_jobs, timeout=120)
