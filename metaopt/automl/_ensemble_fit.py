@@ -93,7 +93,7 @@ def fit_ensemble(
     """Fits members on folds, and weights and calibrates them by their out-of-fold predictions.
 
     Args:
-      rows: by `merge_rows`.
+      rows: by `sorted_rows`.
       columns: of x.
       num_classes: C, or 0 for regression.
       members: the portfolio.
@@ -183,8 +183,8 @@ def _prepare_fold(rows: TrainingRows, columns: Columns, num_classes: int, split:
     if num_classes:
         known = np.isin(valid_y, classes)
         y, valid_y = np.searchsorted(classes, y), np.searchsorted(classes, valid_y)
-    num_targets = views.trees.shape[1] - len(inputs.kept)
-    categorical = np.concatenate([columns.categorical[inputs.kept], np.zeros(num_targets, bool)])
+    categorical = np.zeros(views.trees.shape[1], bool)
+    categorical[: len(inputs.kept)] = columns.categorical[inputs.kept]
     if not known.all():  # boosting stops by rows of known classes only; other rows are predicted all the same
         valid_y = np.where(known, valid_y, 0)
         valid_weight = np.where(known, valid_weight, 0.0)

@@ -13,7 +13,7 @@ from metaopt import tasks
 from metaopt.automl import _ensemble, _ensemble_fit
 from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._portfolio import portfolio
-from metaopt.automl._rows import merge_rows
+from metaopt.automl._rows import sorted_rows
 
 _log = logging.getLogger(__name__)
 
@@ -65,15 +65,15 @@ class _AutoEstimator(BaseEstimator):
         self.encoder_ = tasks.fit_encoder(X)
         self.n_features_in_ = len(self.encoder_.input_names)
         x = self.encoder_.transform(X)
-        target = self._fit_target(y, len(x))
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
+        if not weight.any():
+            raise ValueError("All entries of `sample_weight` are zero.")
+        target = self._fit_target(y, weight)
         group_codes = None if groups is None else _codes(groups, len(x), "groups")
         times = None if time is None else _times(time, len(x))
         used = np.flatnonzero(weight > 0)
-        if not len(used):
-            raise ValueError("All entries of `sample_weight` are zero.")
         parts = (None if part is None else part[used] for part in (group_codes, times))
-        rows = merge_rows(x[used], target[used], weight[used], *parts)
+        rows = sorted_rows(x[used], target[used], weight[used], *parts)
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
         members = portfolio(self._problem, self.preset, self.models, len(rows.y))
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
@@ -118,6 +118,10 @@ class _AutoEstimator(BaseEstimator):
 
     def _predict_ensemble(self, X) -> np.ndarray:
         check_is_fitted(self)
+        if getattr(X, "ndim", 2) == 1:
+            raise ValueError(
+                "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
+            )
         validate_data(self, X, reset=False, skip_check_array=True)
         return _ensemble_fit.predict_ensemble(self.ensemble_, self.encoder_.transform(X))
 
@@ -139,7 +143,7 @@ class _AutoEstimator(BaseEstimator):
             return int(state)
         return int(check_random_state(state).randint(2**31 - 1))
 
-    def _fit_target(self, y, num_rows: int) -> np.ndarray:
+    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def _num_classes(self) -> int:
@@ -200,7 +204,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     def predict(self, X) -> np.ndarray:
         """Returns the most probable label of each row, [n]."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
 
     def predict_set(self, X, *, coverage: float = 0.9) -> np.ndarray:
         """Returns a set of labels for each row that has the true one with a given probability.
@@ -223,8 +228,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         inside[np.arange(len(inside)), probabilities.argmax(axis=1)] = True
         return inside
 
-    def _fit_target(self, y, num_rows: int) -> np.ndarray:
-        y = _target(y, num_rows)
+    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
+        y = _target(y, len(weight))
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -274,7 +279,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
 
     def predict(self, X) -> np.ndarray:
         """Returns the predicted target of each row, [n]."""
-        return self.mean_ + self.scale_ * self._predict_ensemble(X)
+        predicted = self._predict_ensemble(X)
+        return self.mean_ + self.scale_ * predicted
 
     def predict_interval(self, X, *, coverage: float = 0.9) -> np.ndarray:
         """Returns an interval for each row that has the true target with a given probability.
@@ -294,15 +300,16 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         half = self.scale_ * _ensemble.conformal_threshold(self.nonconformity_, _fraction(coverage))
         return np.stack([predicted - half, predicted + half], axis=1)
 
-    def _fit_target(self, y, num_rows: int) -> np.ndarray:
-        y = np.asarray(_target(y, num_rows))
+    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
+        y = np.asarray(_target(y, len(weight)))
         try:
             y = y.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The target must be numbers; got {y.dtype} ({error}).") from error
         if not np.isfinite(y).all():
             raise ValueError("Input y contains NaN or infinity.")
-        self.mean_, scale = float(y.mean()), float(y.std())
+        self.mean_ = float(np.average(y, weights=weight))
+        scale = float(np.sqrt(np.average((y - self.mean_) ** 2, weights=weight)))
         self.scale_ = scale if scale > 0 else 1.0
         return (y - self.mean_) / self.scale_
 

@@ -68,12 +68,13 @@ def fit_inputs(
       own target does not enter. So they differ from `apply_inputs` for the same rows.
     """
     tables, encoded = [], [np.zeros((len(x), 0))]
-    for column in np.flatnonzero(high_cardinality):
+    single = num_classes and len(np.unique(y)) == 1  # nothing to encode
+    for column in np.flatnonzero(high_cardinality & (not single)):
         table, values = _fit_target_table(x[:, column], int(column), y, num_classes, seed)
         tables.append(table)
         encoded.append(values)
     targets = np.concatenate(encoded, axis=1)
-    kept = np.flatnonzero(~high_cardinality)
+    kept = np.setdiff1d(np.arange(x.shape[1]), [table.column for table in tables])
     wide = np.concatenate([x, targets], axis=1)
     fitted = fit_columns(
         wide[repeats],
@@ -105,21 +106,35 @@ def intervals(y: np.ndarray) -> np.ndarray:
 
 def _views(inputs: Inputs, trees: np.ndarray, dense: np.ndarray) -> Views:
     filled = np.where(np.isnan(trees), inputs.medians[None], trees)
-    return Views(trees, filled, dense)
+    none = np.zeros((len(trees), 1))  # libraries reject tables without columns
+    return Views(*(part if part.shape[1] else none.astype(part.dtype) for part in (trees, filled, dense)))
 
 
 def _fit_target_table(codes, column: int, y, num_classes: int, seed: int) -> tuple[TargetTable, np.ndarray]:
+    from sklearn import model_selection
     from sklearn.preprocessing import TargetEncoder
 
     kind = "continuous" if not num_classes else "binary" if num_classes == 2 else "multiclass"
-    if num_classes and len(np.unique(y)) == 1:  # nothing to encode
-        kind, y = "continuous", np.zeros(len(y))
-    encoder: Any = TargetEncoder(target_type=kind, cv=min(5, len(y)), shuffle=True, random_state=seed)
     filled = np.where(np.isnan(codes), -1.0, codes)[:, None]
-    values = np.asarray(encoder.fit_transform(filled, y))
-    table = np.stack(encoder.encodings_, axis=1)
-    default = np.atleast_1d(np.asarray(encoder.target_mean_, dtype=np.float64))
-    return TargetTable(column, np.asarray(encoder.categories_[0], np.float64), table, default), values
+
+    def fit(rows):
+        return TargetEncoder(target_type=kind).fit(filled[rows], y[rows])
+
+    table = _target_table(fit(slice(None)), column)
+    folds = model_selection.KFold(min(5, len(y)), shuffle=True, random_state=seed)
+    values = np.empty((len(y), len(table.default)))
+    for train, part in folds.split(y):
+        complete = not num_classes or len(np.unique(y[train])) == len(np.unique(y))
+        # Without a class, the encoder would have other columns.
+        values[part] = _look_up(_target_table(fit(train), column), codes[part]) if complete else table.default
+    return table, values
+
+
+def _target_table(encoder: Any, column: int) -> TargetTable:
+    values = np.stack(encoder.encodings_, axis=1)
+    return TargetTable(
+        column, np.asarray(encoder.categories_[0], np.float64), values, np.atleast_1d(encoder.target_mean_)
+    )
 
 
 def _look_up(table: TargetTable, codes: np.ndarray) -> np.ndarray:

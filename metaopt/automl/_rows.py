@@ -1,4 +1,4 @@
-"""Training rows: equal rows are merged, with summed weights. Splits of them for out-of-fold predictions."""
+"""Training rows in an order that depends on their values only, and splits of them for out-of-fold predictions."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -7,15 +7,16 @@ import numpy as np
 
 NUM_FOLDS = 8
 MAX_FOLD_ROWS = 20_000  # larger tables get one split
+_MAX_REPEATS = 10  # integer weights become repeated rows if the table grows by no more than this factor
 
 
 class TrainingRows(NamedTuple):
-    """Distinct rows, in an order that depends on their values only.
+    """Rows of a table.
 
     Attributes:
       x: [n, d] float64: numbers with NaN in gaps, and codes of categories.
       y: [n] classes 0..C-1 as int64, or numbers as float64.
-      weight: [n] float64, positive; the number of times that a row occurred if there were no weights.
+      weight: [n] float64, positive.
       groups: [n] int64, or None.
       time: [n] float64, or None. With it, rows are in order of time.
     """
@@ -34,17 +35,17 @@ class Split(NamedTuple):
     valid: np.ndarray
 
 
-def merge_rows(
+def sorted_rows(
     x: np.ndarray,
     y: np.ndarray,
     weight: np.ndarray,
     groups: np.ndarray | None = None,
     time: np.ndarray | None = None,
 ) -> TrainingRows:
-    """Merges rows that are equal in x, y, group and time.
+    """Sorts rows by their values, so that the result of `fit` does not depend on the order of the rows.
 
-    Copies of a row in both parts of a split would make the estimate of the score too optimistic. Merging also makes
-    integer weights equivalent to repeated rows, and the result independent of the order of the rows.
+    Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. So a weight of 2
+    is the same as two equal rows.
 
     Args:
       x: [n, d].
@@ -56,18 +57,20 @@ def merge_rows(
     Returns:
       A `TrainingRows`.
     """
-    parts = [x, y[:, None], *(part[:, None] for part in (groups, time) if part is not None)]
-    key = np.ascontiguousarray(np.concatenate(parts, axis=1, dtype=np.float64))
+    if np.array_equal(weight, np.round(weight)) and weight.sum() <= _MAX_REPEATS * len(weight):
+        index = np.repeat(np.arange(len(weight)), weight.astype(int))
+        weight = np.ones(len(weight))
+    else:
+        index = np.arange(len(weight))
+    parts = [x, y[:, None], weight[:, None], *(part[:, None] for part in (groups, time) if part is not None)]
+    key = np.ascontiguousarray(np.concatenate(parts, axis=1, dtype=np.float64)[index])
     key[np.isnan(key)] = np.nan  # one bit pattern
     key += 0.0  # -0 becomes 0
     view = key.view(np.dtype((np.void, key.dtype.itemsize * key.shape[1])))[:, 0]
-    _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
-    summed = np.bincount(inverse, weight, minlength=len(first))
-    rows = TrainingRows(x[first], y[first], summed, *(None if a is None else a[first] for a in (groups, time)))
-    if rows.time is None:
-        return rows
-    order = np.argsort(rows.time, kind="stable")
-    return TrainingRows(*(None if a is None else a[order] for a in rows))
+    index = index[np.argsort(view, kind="stable")]
+    if time is not None:
+        index = index[np.argsort(time[index], kind="stable")]
+    return TrainingRows(*(None if part is None else part[index] for part in (x, y, weight, groups, time)))
 
 
 def repeated(weight: np.ndarray) -> np.ndarray:
@@ -93,7 +96,7 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     A class with one row stays in the training part.
 
     Args:
-      rows: by `merge_rows`.
+      rows: by `sorted_rows`.
       num_classes: C, or 0 for regression.
       seed: of the folds.
 
@@ -142,7 +145,9 @@ def _folds(rows: TrainingRows, num_classes: int, num: int, seed: int) -> list[Sp
     else:
         kind = model_selection.StratifiedKFold if num_classes else model_selection.KFold
         if num_classes:  # more folds than rows in the largest class raise
-            options["n_splits"] = min(num, max(2, int(np.bincount(rows.y).max())))
+            largest = int(np.bincount(rows.y).max())
+            options["n_splits"] = min(num, max(2, largest))
+            kind = model_selection.KFold if largest < 2 else kind
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about classes with fewer rows than folds
         return [Split(*split) for split in kind(**options).split(rows.x, rows.y, rows.groups)]

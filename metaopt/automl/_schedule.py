@@ -17,7 +17,8 @@ from metaopt.automl._time_model import TimeModel
 
 _log = logging.getLogger(__name__)
 
-_SERIAL_SECONDS = 4.0  # plans that take less run in this process: workers take about 2 s to start
+_SERIAL_SECONDS = 4.0  # plans that take less run in this process: workers take about 1 s to start
+_QUICK_SECONDS = 1.0  # and so do members that take less
 
 
 class FoldResult(NamedTuple):
@@ -74,10 +75,13 @@ def fit_members(
 ) -> tuple[list[MemberResult], dict[str, str]]:
     """Fits members until all are fitted or the time is over.
 
-    The next member is the one with the largest expected gain per second among those that fit in the time left. The
-    expected gain of the i-th member of the portfolio is 1/i. Networks are trained in this process, and other members in
-    worker processes if the plan is long: a worker that runs out of time is ended, and one that crashes costs only its
-    member. A network that has begun is not interrupted.
+    A quick member comes first, so that there is a result. Then the first network begins if it fits in 70 % of the time.
+    After that, the next member is the one with the largest expected gain per second among those that fit in the time
+    left. The expected gain of the i-th member of the portfolio is 1/i.
+
+    Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
+    long: a worker that runs out of time is ended, and one that crashes costs only its member. A network that has begun
+    is not interrupted.
 
     Args:
       members: the portfolio, the most useful members first.
@@ -115,6 +119,7 @@ class _Run:
       parts: the results of the folds of unfinished members.
       results: finished members.
       failed: the reason of each member that failed or was stopped.
+      network_began: whether the first network has begun.
     """
 
     def __init__(self, members: list[Member], work: Work):
@@ -125,10 +130,15 @@ class _Run:
         self.parts: dict[str, dict[int, FoldResult]] = {}
         self.results: dict[str, MemberResult] = {}
         self.failed: dict[str, str] = {}
+        self.network_began = False
         seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
         self.serial = seconds < _SERIAL_SECONDS
         self.num_slots = 1 if self.serial else work.num_jobs
-        self.threads = concurrent.futures.ThreadPoolExecutor(1 if self.serial else 2)
+        # One thread: settings of warnings and thread pools belong to the whole process.
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        if not self.serial:
+            for _ in range(work.num_jobs):
+                _workers(work.num_jobs).submit(_kinds.prepare_worker)
 
     def time_left(self) -> float:
         return self.work.clock.left() - self.work.reserve
@@ -151,18 +161,26 @@ class _Run:
                 self.begun.append((member, [] if member.kind == "network" else list(range(len(self.work.folds)))))
             member, folds = self.begun[0]
             if member.kind == "network":
-                self.running[self.threads.submit(self.work.fit_networks, member.settings)] = (member, None)
+                self.running[self.thread.submit(self.work.fit_networks, member.settings)] = (member, None)
             else:
                 fold = folds.pop(0)
                 task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
-                self.running[self.submit(*task)] = (member, fold)
+                workers = self.thread if self.is_quick(member) else _workers(self.work.num_jobs)
+                self.running[workers.submit(*task)] = (member, fold)
             if not folds:
                 self.begun.pop(0)
         return bool(self.running)
 
     def next_member(self) -> Member | None:
         """Takes the waiting member with the largest gain per second among those that fit in the time left."""
+        quick = [m for _, m in self.waiting.values() if m.kind != "network" and self.is_quick(m)]
+        if quick and not self.parts:
+            return self.waiting.pop(quick[0].name)[1]
         network_runs = any(fold is None for _, fold in self.running.values())
+        first = next((m for _, m in self.waiting.values() if m.kind == "network"), None)
+        if first is not None and not self.network_began and self.seconds(first) < 0.7 * self.time_left():
+            self.network_began = True  # its compilation uses one core, next to other models
+            return self.waiting.pop(first.name)[1]
         rates = {}
         for name, (place, member) in self.waiting.items():
             seconds = self.seconds(member)
@@ -170,10 +188,10 @@ class _Run:
                 rates[name] = 1 / (1 + place) / max(seconds, 1e-3)
         return self.waiting.pop(max(rates, key=rates.__getitem__))[1] if rates else None
 
-    def submit(self, *task: Any) -> concurrent.futures.Future:
-        if self.serial:
-            return self.threads.submit(*task)
-        return _workers(self.work.num_jobs).submit(*task)
+    def is_quick(self, member: Member) -> bool:
+        """Whether a member other than a network runs in this process."""
+        seconds = self.work.times.fit_seconds(member.kind, member.settings) * len(self.work.folds)
+        return self.serial or seconds < _QUICK_SECONDS
 
     def collect(self, future: concurrent.futures.Future) -> MemberResult | None:
         """Records a finished task. Returns its member if that was its last fold."""
@@ -207,7 +225,7 @@ class _Run:
             _workers(self.work.num_jobs).shutdown(wait=False, kill_workers=True)
 
     def close(self) -> None:
-        self.threads.shutdown(wait=True, cancel_futures=True)
+        self.thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _workers(num_jobs: int) -> Any:
@@ -215,4 +233,5 @@ def _workers(num_jobs: int) -> Any:
     loky = _extras.require("joblib.externals.loky", "automl", "AutoML")
     cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
     cloudpickle.register_pickle_by_value(_kinds)
-    return loky.get_reusable_executor(max_workers=num_jobs, timeout=120)
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return loky.get_reusable_executor(max_workers=num_jobs, timeout=120, env=threads)
