@@ -67,6 +67,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `nas.Benchmark` | a table of architectures |
     | `evaluation.Evaluation` | scores of methods on episodes |
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
+    | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
 
     Records have a store of their own (`blackbox.append_records`), and `training.fit` writes its checkpoints.
