@@ -71,6 +71,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `evaluation.Evaluation` | scores of methods on episodes |
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
     | `automl.AutoClassifier`, `automl.AutoRegressor` | a fitted estimator with its models |
+    | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
 
     Records have a store of their own (`blackbox.append_records`), and `training.fit` writes its checkpoints.

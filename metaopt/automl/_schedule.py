@@ -165,7 +165,8 @@ class _Run:
             else:
                 fold = folds.pop(0)
                 task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
-                workers = self.thread if self.is_quick(member) else _workers(self.work.num_jobs)
+                in_thread = self.serial or (self.is_quick(member) and not self.network_runs())
+                workers = self.thread if in_thread else _workers(self.work.num_jobs)
                 self.running[workers.submit(*task)] = (member, fold)
             if not folds:
                 self.begun.pop(0)
@@ -176,7 +177,6 @@ class _Run:
         quick = [m for _, m in self.waiting.values() if m.kind != "network" and self.is_quick(m)]
         if quick and not self.parts:
             return self.waiting.pop(quick[0].name)[1]
-        network_runs = any(fold is None for _, fold in self.running.values())
         first = next((m for _, m in self.waiting.values() if m.kind == "network"), None)
         if first is not None and not self.network_began and self.seconds(first) < 0.7 * self.time_left():
             self.network_began = True  # its compilation uses one core, next to other models
@@ -184,14 +184,17 @@ class _Run:
         rates = {}
         for name, (place, member) in self.waiting.items():
             seconds = self.seconds(member)
-            if seconds < self.time_left() and not (network_runs and member.kind == "network"):
+            if seconds < self.time_left() and not (self.network_runs() and member.kind == "network"):
                 rates[name] = 1 / (1 + place) / max(seconds, 1e-3)
         return self.waiting.pop(max(rates, key=rates.__getitem__))[1] if rates else None
 
     def is_quick(self, member: Member) -> bool:
-        """Whether a member other than a network runs in this process."""
-        seconds = self.work.times.fit_seconds(member.kind, member.settings) * len(self.work.folds)
-        return self.serial or seconds < _QUICK_SECONDS
+        """Whether all folds of a member other than a network take little time."""
+        return self.work.times.fit_seconds(member.kind, member.settings) * len(self.work.folds) < _QUICK_SECONDS
+
+    def network_runs(self) -> bool:
+        """Whether a network occupies the thread."""
+        return any(fold is None for _, fold in self.running.values())
 
     def collect(self, future: concurrent.futures.Future) -> MemberResult | None:
         """Records a finished task. Returns its member if that was its last fold."""
