@@ -77,7 +77,8 @@ class _AutoEstimator(BaseEstimator):
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
         members = portfolio(self._problem, self.preset, self.models, len(rows.y))
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
-        self.report_ = report_frame(self.encoder_)
+        self.suspected_leaks_ = _suspected_leaks(x[used], target[used], self.encoder_)
+        self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
         self._keep_scores(rows)
         return self
 
@@ -321,9 +322,21 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         self.nonconformity_ = error[~np.isnan(error)]
 
 
-def report_frame(encoder: tasks.TableEncoder) -> pd.DataFrame:
-    """The notes of an encoder: column, action and reason."""
-    return pd.DataFrame(encoder.notes, columns=["column", "action", "reason"])
+def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.DataFrame:
+    """The notes of an encoder and the suspected columns: column, action and reason."""
+    reason = "predicts the target almost perfectly: is it known before the target is?"
+    notes = [*encoder.notes, *((name, "suspected", reason) for name in suspected)]
+    return pd.DataFrame(notes, columns=["column", "action", "reason"])
+
+
+def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, ...]:
+    suspected = tasks.suspected_leaks(x, y, encoder.names, encoder.categorical)
+    for name in suspected:
+        _log.warning(
+            "the column %r predicts the target almost perfectly. If it is not known when you predict, leave it out.",
+            name,
+        )
+    return suspected
 
 
 def _target(y, num_rows: int) -> np.ndarray:

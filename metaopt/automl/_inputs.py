@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt.automl._kinds import Views
-from metaopt.tasks._scaled_columns import FittedColumns, apply_columns, fit_columns
+from metaopt.tasks import FittedColumns, apply_columns, fit_columns
 
 MAX_DENSE = 128  # columns of the inputs of networks and linear models
 _MAX_INTERVALS = 10  # of a target that is a number

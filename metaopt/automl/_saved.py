@@ -12,7 +12,7 @@ from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_fra
 from metaopt.automl._inputs import Inputs, TargetTable
 from metaopt.automl._network_folds import NetworkModel
 from metaopt.automl._portfolio import Member
-from metaopt.tasks._scaled_columns import FittedColumns
+from metaopt.tasks import FittedColumns
 
 
 def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -35,6 +35,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "params": _params(estimator),
         "encoder": estimator.encoder_.state(),
         "feature_names": [str(name) for name in getattr(estimator, "feature_names_in_", [])],
+        "suspected_leaks": list(estimator.suspected_leaks_),
         "num_features": int(estimator.n_features_in_),
         "ensemble": {
             "num_folds": len(ensemble.inputs),
@@ -82,7 +83,8 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
         float(parts["score"]),
     )
     estimator.nonconformity_ = file["nonconformity"]
-    estimator.report_ = report_frame(estimator.encoder_)
+    estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
+    estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
     if num_classes:
         estimator.classes_ = _decode_labels(header["classes"])
     else:

@@ -194,7 +194,9 @@ def _split_columns(frame: Any) -> tuple[list | None, list, int]:
     if isinstance(frame, Mapping):
         return _columns_of_dict(frame)
     if isinstance(frame, str | bytes) or frame is None:
-        raise TypeError(f"A table is a data frame, a 2-d array, a list of rows or a dict of columns; got {frame!r:.60}.")
+        raise TypeError(
+            f"A table is a data frame, a 2-d array, a list of rows or a dict of columns; got {frame!r:.60}."
+        )
     if isinstance(frame, Sequence) and len(frame) and all(isinstance(row, Mapping) for row in frame):
         names = dict.fromkeys(name for row in frame for name in row)
         return list(names), [objects([row.get(name) for row in frame]) for name in names], len(frame)
