@@ -99,15 +99,14 @@ def auto(split: Split, seed: int, args, **options: Any):
     return (_aligned(predicted, model.classes_, split) if split.is_class else predicted), details
 
 
-def plain(make: Callable[[Split, int], Any]):
-    """A method of scikit-learn on one-hot columns; with search, it is tuned by 5 folds."""
+def plain(make: Callable[[Split, int, Any], Any]):
+    """A method of scikit-learn on one-hot columns."""
 
     def method(split: Split, seed: int, args):
-        del args
         start = time.perf_counter()
         frame = pd.get_dummies(split.frame()).astype(np.float32)
         x = frame.fillna(frame.iloc[split.train].median()).fillna(0.0).to_numpy()
-        model, y = make(split, seed), split.table.y
+        model, y = make(split, seed, args), split.table.y
         model.fit(x[split.train], y[split.train])
         fitted = time.perf_counter()
         predicted = model.predict_proba(x[split.test]) if split.is_class else model.predict(x[split.test])
@@ -117,26 +116,33 @@ def plain(make: Callable[[Split, int], Any]):
     return method
 
 
-def forest(split: Split, seed: int):
+def forest(split: Split, seed: int, args):
     kind = ensemble.RandomForestClassifier if split.is_class else ensemble.RandomForestRegressor
-    return kind(300, n_jobs=-1, random_state=seed)
+    return kind(30 if args.smoke else 300, n_jobs=-1, random_state=seed)
 
 
-def tuned_forest(split: Split, seed: int):
+def tuned_forest(split: Split, seed: int, args):
     space = {"max_features": [0.1, 0.2, 0.4, 0.7, 1.0, "sqrt"], "min_samples_leaf": [1, 2, 4, 8, 16]}
     scoring = "neg_log_loss" if split.is_class else "neg_mean_squared_error"
     return model_selection.RandomizedSearchCV(
-        forest(split, seed).set_params(n_jobs=1), space, n_iter=12, scoring=scoring, cv=4, random_state=seed, n_jobs=-1
+        forest(split, seed, args).set_params(n_jobs=1),
+        space,
+        n_iter=2 if args.smoke else 12,
+        scoring=scoring,
+        cv=4,
+        random_state=seed,
+        n_jobs=1 if args.smoke else -1,
     )
 
 
-def boosting(split: Split, seed: int):
+def boosting(split: Split, seed: int, args):
+    del args
     kind = ensemble.HistGradientBoostingClassifier if split.is_class else ensemble.HistGradientBoostingRegressor
     return kind(random_state=seed)
 
 
-def linear(split: Split, seed: int):
-    del seed
+def linear(split: Split, seed: int, args):
+    del seed, args
     model = linear_model.LogisticRegression(max_iter=1000) if split.is_class else linear_model.RidgeCV()
     return pipeline.make_pipeline(preprocessing.StandardScaler(), model)
 

@@ -77,7 +77,7 @@ def fit_members(
 
     A quick member comes first, so that there is a result. Then the first network begins if it fits in 70 % of the time.
     After that, the next member is the one with the largest expected gain per second among those that fit in the time
-    left. The expected gain of the i-th member of the portfolio is 1/i.
+    left. The expected gain of the i-th member of the portfolio is 1/i. If no member fits, the fastest one begins.
 
     Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
     long: a worker that runs out of time is ended, and one that crashes costs only its member. A network that has begun
@@ -95,7 +95,8 @@ def fit_members(
     with contextlib.ExitStack() as stack:
         stack.callback(run.close)
         while run.start_tasks():
-            patience = None if work.clock.limit is None else max(0.0, run.time_left())
+            # The first result is awaited, however late it is.
+            patience = None if work.clock.limit is None or not run.results else max(0.0, run.time_left())
             done, _ = concurrent.futures.wait(run.running, patience, concurrent.futures.FIRST_COMPLETED)
             if not done:
                 run.stop()
@@ -186,6 +187,8 @@ class _Run:
             seconds = self.seconds(member)
             if seconds < self.time_left() and not (self.network_runs() and member.kind == "network"):
                 rates[name] = 1 / (1 + place) / max(seconds, 1e-3)
+        if not rates and not self.parts:  # a late result is better than none
+            rates = {name: -self.seconds(member) for name, (_, member) in self.waiting.items()}
         return self.waiting.pop(max(rates, key=rates.__getitem__))[1] if rates else None
 
     def is_quick(self, member: Member) -> bool:
