@@ -108,7 +108,9 @@ def suspected_leaks(
             if is_categorical:
                 predictions[test] = _level_predictions(column, y, ~test, is_class)[test]
             else:
-                fitted = kind(max_leaf_nodes=num_leaves, min_samples_leaf=2, random_state=0).fit(column[~test, None], y[~test])
+                fitted = kind(max_leaf_nodes=num_leaves, min_samples_leaf=2, random_state=0).fit(
+                    column[~test, None], y[~test]
+                )
                 predictions[test] = fitted.predict(column[test, None])
         if _error(y, predictions, is_class) <= most:
             suspected.append(name)
