@@ -139,14 +139,15 @@ def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep
     present = values[~np.isnan(values)]
     if not len(present):
         return _dropped("has no values")
-    if np.ptp(present) == 0 and len(present) == len(values):
+    if raw.kind == "number" and raw.values.dtype.kind in "iu":
+        present = raw.values  # exact above 2^53
+    if present.min() == present.max() and len(present) == len(values):
         return _dropped("is constant")
-    is_integer = raw.kind == "number" and raw.values.dtype.kind in "iu"
-    reason, surely = _id_reason(code.name, raw.values if is_integer else present, len(values))
+    reason, surely = _id_reason(code.name, present, len(values))
     if surely and not keep:
         return _dropped(reason, warns=True)
     changes += (f"{reason}, but stays",) if reason else ()
-    offset = _offset(raw.values if is_integer else present)
+    offset = _offset(present)
     if offset:
         code = code._replace(offset=offset)
         values, _ = apply_code(code, raw)

@@ -235,6 +235,8 @@ def _columns_of_rows(rows: Sequence) -> tuple[None, list, int]:
 def _columns_of_dict(frame: Mapping) -> tuple[list, list, int]:
     columns = []
     for name, values in frame.items():
+        if type(values).__module__.partition(".")[0] == "pandas" and not hasattr(values, "iloc"):
+            values = sys.modules["pandas"].Series(values)  # an index or an array
         if not hasattr(values, "iloc"):
             is_array = hasattr(values, "__array__") or hasattr(values, "dtype")
             values = np.asarray(values) if is_array else objects(values) if not isinstance(values, str) else values
@@ -349,7 +351,7 @@ def _number(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
     except ValueError:  # a signaling NaN of `decimal`
         return math.nan
 
@@ -360,7 +362,7 @@ def _time(value: Any) -> np.datetime64:
             value = value.astimezone(datetime.UTC)
         return np.datetime64(value.replace(tzinfo=None), "us")
     if value is None or isinstance(value, float | np.floating):
-        return np.datetime64("NaT")
+        return np.datetime64("NaT", "us")
     if type(value).__name__ == "Period":  # pandas'
         value = value.to_timestamp().to_datetime64()
     return np.datetime64(value, "us")
