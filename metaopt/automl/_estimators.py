@@ -66,8 +66,6 @@ class _AutoEstimator(BaseEstimator):
         self.n_features_in_ = len(self.encoder_.input_names)
         x = self.encoder_.transform(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
-        if not weight.any():
-            raise ValueError("All entries of `sample_weight` are zero.")
         target = self._fit_target(y, weight)
         group_codes = None if groups is None else _codes(groups, len(x), "groups")
         times = None if time is None else _times(time, len(x))
@@ -234,7 +232,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"The target has one class, {self.classes_[0]!r}: a classifier needs at least two.")
+            raise ValueError(
+                f"The target has one class, {self.classes_.tolist()[0]!r}: a classifier needs at least two."
+            )
         return codes
 
     def _num_classes(self) -> int:

@@ -154,13 +154,37 @@ def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> K
         unknown = [name for name in io.get_untrusted_types(data=data) if name not in _TRUSTED]
         if unknown:
             raise ValueError(f"it has objects of types that no saved model has: {', '.join(unknown)}")
-        return io.loads(data, trusted=list(_TRUSTED))
+        model = io.loads(data, trusted=list(_TRUSTED))
+        _check_trees(model)
+        return model
 
     return Kind("sklearn.ensemble", fit_model, predict_rows, dumps, loads)
 
 
+def _check_trees(model) -> None:
+    """Raises ValueError if a tree of a loaded model has nodes outside it: a prediction would read foreign memory."""
+    nodes = [(t.children_left, t.children_right, t.feature) for t in map(_tree, getattr(model, "estimators_", ()))]
+    for predictor in (p for stage in getattr(model, "_predictors", ()) for p in stage):
+        inner = predictor.nodes["is_leaf"] == 0
+        left, right = (np.where(inner, predictor.nodes[side].astype(int), -1) for side in ("left", "right"))
+        nodes.append((left, right, np.where(inner, predictor.nodes["feature_idx"], 0)))
+    for left, right, feature in nodes:
+        place = np.arange(len(left))
+        inner = left != -1
+        for child in (left, right):  # children come after their parent: no loops
+            if ((child[inner] <= place[inner]) | (child[inner] >= len(left))).any():
+                raise ValueError("a tree has a node whose child does not exist")
+        if ((feature[inner] < 0) | (feature[inner] >= model.n_features_in_)).any():
+            raise ValueError("a tree splits a column that does not exist")
+
+
+def _tree(estimator) -> Any:
+    return estimator.tree_
+
+
 # Types inside scikit-learn's models that skops does not trust by itself. None of them runs code when it is loaded.
 _TRUSTED = (
+    "sklearn.tree._tree.Tree",
     "sklearn._loss.link.IdentityLink",
     "sklearn._loss.link.Interval",
     "sklearn._loss.link.LogitLink",

@@ -42,7 +42,7 @@ def regressor():
 def test_scikit_learns_contract(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about check_estimator's own odd data
-        results = check_estimator(kind(**QUICK), on_skip=None)
+        results = check_estimator(kind(**QUICK | {"models": ("linear",)}), on_skip=None)
     assert len(results) > 50
 
 
@@ -97,6 +97,16 @@ def test_every_kind_of_scikit_learn_is_saved(kind, wine, tmp_path):
     model = automl.AutoClassifier(**QUICK | {"models": (kind,)}).fit(x, y)
     metaopt.save(tmp_path / "model.npz", model)
     np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
+
+
+def test_a_tree_that_points_outside_is_rejected(wine, tmp_path):
+    x, y, *_ = wine
+    model = automl.AutoClassifier(**QUICK | {"models": ("extra_trees",)}).fit(x, y)
+    tree = model.ensemble_.members[0].models[0].estimators_[0].tree_
+    tree.feature[0] = 1000
+    metaopt.save(tmp_path / "model.npz", model)
+    with pytest.raises(ValueError, match="splits a column that does not exist"):
+        metaopt.load(tmp_path / "model.npz")
 
 
 def test_equal_seeds_give_equal_results_in_any_order_of_rows(wine):
@@ -241,7 +251,7 @@ REFUSALS = [
     ({}, {"groups": [1, 2]}, "`groups` must have one value for each of the 4 rows"),
     ({}, {"y": ["a"] * 4}, "one class, 'a'"),
     ({}, {"y": ["a", "b", None, "a"]}, "1 of 4 rows have no target"),
-    ({}, {"sample_weight": [0, 0, 0, 0]}, "All entries of `sample_weight` are zero"),
+    ({}, {"sample_weight": [0, 0, 0, 0]}, "at least one non-zero"),
 ]
 
 
