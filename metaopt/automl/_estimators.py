@@ -309,9 +309,11 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
             raise ValueError(f"The target must be numbers; got {y.dtype} ({error}).") from error
         if not np.isfinite(y).all():
             raise ValueError("Input y contains NaN or infinity.")
-        self.mean_ = float(np.average(y, weights=weight))
-        scale = float(np.sqrt(np.average((y - self.mean_) ** 2, weights=weight)))
-        self.scale_ = scale if scale > 0 else 1.0
+        unit = float(np.abs(y).max()) or 1.0  # squares of large numbers overflow
+        mean = np.average(y / unit, weights=weight)
+        deviation = np.sqrt(np.average((y / unit - mean) ** 2, weights=weight))
+        self.mean_ = float(mean * unit)
+        self.scale_ = float(deviation * unit) or 1.0
         return (y - self.mean_) / self.scale_
 
     def _num_classes(self) -> int:

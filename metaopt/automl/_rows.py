@@ -104,7 +104,7 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
       One `Split` per fold.
 
     Raises:
-      ValueError: if there are fewer than 2 rows, groups or times.
+      ValueError: if there are fewer than 2 rows, groups or times, or if all classes have one row.
     """
     parts = rows.time if rows.time is not None else rows.groups
     num_parts = len(rows.y) if parts is None else len(np.unique(parts))
@@ -120,7 +120,10 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     if num_classes and rows.time is None and rows.groups is None:
         alone = np.flatnonzero(np.bincount(rows.y, minlength=num_classes)[rows.y] == 1)
         splits = [Split(np.union1d(split.train, alone), np.setdiff1d(split.valid, alone)) for split in splits]
-    return [split for split in splits if len(split.train) and len(split.valid)]
+    splits = [split for split in splits if len(split.train) and len(split.valid)]
+    if not splits:
+        raise ValueError("No row can be validated: every class has one row only.")
+    return splits
 
 
 def _windows(rows: TrainingRows, num: int) -> list[Split]:
