@@ -169,8 +169,8 @@ def fit_encoder(
     * If float32 would merge numbers, the smallest number is subtracted.
 
     These columns are dropped: constant ones; copies of an earlier column; ids, with a warning; and lists, dicts or
-    other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id", and
-    texts that never repeat. Copies and ids are only looked for in tables with at least 20 rows.
+    other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id",
+    and texts that never repeat. Copies and ids are only looked for in tables with at least 20 rows.
 
     Args:
       frame: a DataFrame of pandas or polars, a table of Arrow, a 2-d array of numbers or objects, a list of rows, a

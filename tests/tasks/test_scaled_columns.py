@@ -56,6 +56,14 @@ def test_new_levels_gaps_and_values_out_of_range():
     np.testing.assert_array_equal(gaps[3:], np.eye(16)[5])  # only the second category had gaps
 
 
+def test_the_columns_that_tell_the_classes_apart_are_kept():
+    x = np.random.default_rng(0).normal(size=(90, 6))
+    y = np.arange(90) % 3 * 2  # classes 1 and 3 have no rows
+    x[:, [1, 4]] += y[:, None]
+    fitted = tasks.fit_columns(x, np.zeros(6, bool), y=y, max_features=2)
+    np.testing.assert_array_equal(np.flatnonzero(fitted.kept), [1, 4])
+
+
 def test_columns_that_do_not_vary_give_none():
     fitted = tasks.fit_columns(np.full((3, 2), np.nan), np.array([True, False]))
     assert tasks.apply_columns(fitted, np.ones((4, 2))).shape == (4, 0)
