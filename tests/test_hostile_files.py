@@ -262,6 +262,7 @@ def text_file(name, content):
 
 
 HPOB = {"5860": {"d": {"X": [[0.1, 0.2], [0.5, 0.25]], "y": [[0.75], [0.5]]}}}
+ENCODER = tasks.fit_encoder({"n": [1, "2,000", None], "w": ["a", "a", "b"], "t": ["2020-01-01", "2021-02-03", ""]})
 SPLIT = tasks.Split({"train": {"omniglot": {"classes": ["a", "b"]}}, "test": {"omniglot": {"rows": [4, 5]}}})
 COSTS = nas.CostTable(0.5, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "ms")
 GENOTYPE: Any = {"cell": ((0, 1, "a"), (1, 2, "b"))}
@@ -330,6 +331,11 @@ CASES = {
     ),
     "split": Case(
         lambda f: metaopt.save(f / "split.json", SPLIT), lambda f: metaopt.load(f / "split.json"), tasks.Split
+    ),
+    "encoder": Case(
+        lambda f: metaopt.save(f / "encoder.json", ENCODER),
+        lambda f: metaopt.load(f / "encoder.json"),
+        tasks.TableEncoder,
     ),
     "HPO-B": Case(
         text_file("hpob.json", json.dumps(HPOB)),

@@ -1,4 +1,4 @@
-"""How one column of a frame becomes numbers: what is fitted, and its application to other rows."""
+"""The codes of single columns: `fit_column` chooses one, and `apply_code` applies it to other rows."""
 
 import re
 from collections import Counter

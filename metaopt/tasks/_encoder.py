@@ -13,6 +13,7 @@ import numpy as np
 
 from metaopt import _checks, _files, _saving
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
+from metaopt.tasks._columns import FLOAT32_MAX
 from metaopt.tasks._frames import Frame, read_frame, read_values, unique_names
 
 _log = logging.getLogger(__name__)
@@ -86,8 +87,8 @@ class TableEncoder(NamedTuple):
           frame: of any type that `fit_encoder` takes.
 
         Returns:
-          [n, d] float64, NaN where missing. A categorical column holds the codes of its `levels`. An unseen level has the
-          code of "(other)" if the column has this level; otherwise it is missing.
+          [n, d] float64, NaN where missing. A categorical column holds the codes of its `levels`. An unseen level has
+          the code of "(other)" if the column has this level; otherwise it is missing.
 
         Raises:
           TypeError: if `frame` is sparse or no table.
@@ -167,13 +168,13 @@ def fit_encoder(
       float32. The text "None" is a level, but is missing among numbers.
     * If float32 would merge numbers, the smallest number is subtracted.
 
-    These columns are dropped: constant ones; copies of an earlier column; ids (whole numbers in a small range that hardly
-    repeat, larger ones with a name such as "user_id", and texts that never repeat), with a warning; and lists, dicts or
-    other objects. Copies and ids are looked for in tables with at least 20 rows.
+    These columns are dropped: constant ones; copies of an earlier column; ids, with a warning; and lists, dicts or
+    other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id",
+    and texts that never repeat. Copies and ids are only looked for in tables with at least 20 rows.
 
     Args:
-      frame: a DataFrame of pandas or polars, a table of Arrow, a 2-d array of numbers or objects, a list of rows, a list
-        of dicts, or a dict of columns.
+      frame: a DataFrame of pandas or polars, a table of Arrow, a 2-d array of numbers or objects, a list of rows, a
+        list of dicts, or a dict of columns.
       max_levels: categorical columns with more levels are marked in `high_cardinality`; the codes are the same.
       drop: names or positions of columns to drop.
       keep: names or positions of columns that are kept if they look like ids, unless they are texts.
@@ -275,6 +276,7 @@ def _check_encoder(encoder: TableEncoder) -> None:
     is_text = lambda *values: all(isinstance(value, str) for value in values)
     is_whole = lambda *values: all(isinstance(value, int) and not isinstance(value, bool) for value in values)
     holds = isinstance(encoder.named, bool) and isinstance(encoder.numbered, bool) and is_text(*encoder.input_names)
+    holds = holds and len(set(encoder.input_names)) == len(encoder.input_names)
     holds = holds and is_whole(encoder.max_levels, *(code.source for code in encoder.columns))
     holds = holds and all(is_text(*note) and note.action in ACTIONS for note in encoder.notes)
     for code in encoder.columns:
@@ -282,7 +284,7 @@ def _check_encoder(encoder: TableEncoder) -> None:
         holds = holds and 0 <= code.source < len(encoder.input_names) and code.kind in KINDS
         holds = holds and code.reading in ("", *READINGS) and set(code.parts) <= set(PARTS)
         holds = holds and (code.kind == "time") == bool(code.parts) and (code.kind == "category") == bool(code.levels)
-        is_number = is_whole(code.offset) or isinstance(code.offset, float)
+        is_number = (is_whole(code.offset) or isinstance(code.offset, float)) and abs(code.offset) <= FLOAT32_MAX
         holds = holds and is_number and len(set(code.levels)) == len(code.levels)
     if not holds:
         raise ValueError("the values of the encoder do not fit each other")

@@ -26,8 +26,8 @@ def fit_labels(y: Any) -> Labels:
     """Numbers the labels of a classification target.
 
     Args:
-      y: [n] texts, whole numbers (also as floats), booleans, or categories of pandas; None, NaN or pandas.NA where missing.
-        Mixed types are compared as texts. All texts are classes, "" and "NA" too.
+      y: [n] texts, whole numbers (also as floats), booleans, or categories of pandas; None, NaN or pandas.NA where
+        missing. Mixed types are compared as texts. All texts are classes, "" and "NA" too.
 
     Returns:
       The `Labels`. `classes[codes]` are the labels where none is missing.
@@ -71,10 +71,10 @@ def suspected_leaks(
 ) -> tuple[str, ...]:
     """Finds columns that predict the target almost perfectly without any other column.
 
-    Numbers get a decision tree of 64 leaves (or two for each class), and categories a table of their levels, each with 3 folds. The error is the
-    share of wrong classes, or the squared error of the ranks of a numeric target, of rows that were not fitted. A column
-    is suspected if its error is at most 2 % (for ranks .5 %) of the error of the best constant. With fewer than 50 rows
-    nothing is suspected.
+    Numbers get a decision tree of 64 leaves (or two for each class), and categories a table of their levels, each with
+    3 folds. The error is the share of wrong classes, or the squared error of the ranks of a numeric target. It is
+    measured on rows that were not fitted. A column is suspected if its error is at most 2 % (for ranks .5 %) of the
+    error of the best constant. With fewer than 50 rows nothing is suspected.
 
     Args:
       x: [n, d] by `TableEncoder.transform`.
@@ -162,7 +162,8 @@ def _one_type(labels: list) -> np.ndarray:
         return np.array(labels)
     if all(isinstance(label, str) for label in labels):
         return np.array(labels, str)
-    if all(isinstance(label, str | bool | np.bool_ | int | float | np.integer | np.floating) for label in labels):
+    plain = str | bool | np.bool_ | int | float | np.integer | np.floating
+    other = next((type(label).__name__ for label in labels if not isinstance(label, plain)), None)
+    if other is None:
         return np.array([as_text(label) for label in labels], str)
-    other = next(type(label).__name__ for label in labels if not isinstance(label, str))
     raise ValueError(f"Unknown label type: {other}. Classes are texts, whole numbers or booleans.")

@@ -21,10 +21,10 @@ class FittedColumns(NamedTuple):
     Attributes:
       categorical: [d] bool.
       has_gaps: [d] bool, whether values are missing; if so, a column marks them.
-      has_others: [d] bool, whether a column marks all levels that have no column of their own.
+      has_others: [d] bool, whether one column marks all rare levels.
       fill: [d] float64, the median of a numeric column; NaN if the column is categorical or has no values.
       mean: [d] float64, of the transformed column.
-      scale: [d] float64, what the transformed column is divided by.
+      scale: [d] float64, the divisor of the transformed column.
       num_knots: [d] int64.
       knots: [sum of `num_knots`] float64, the quantiles of each numeric column and the levels of each categorical one.
       kept: [D0] bool, which of the encoded columns are in the result, D of them.
@@ -66,7 +66,7 @@ def fit_columns(
     Args:
       x: [n, d] real numbers, NaN where missing, finite otherwise; a categorical column holds codes.
       categorical: [d] bool.
-      y: [n] classes 0..C-1, needed for `max_features` only.
+      y: [n] classes, needed for `max_features` only.
       max_features: if the encoding has more columns, only those with the largest F statistic stay, by a one-way
         analysis of variance between the classes. None keeps all.
       max_levels: at least 2.
@@ -107,7 +107,8 @@ def fit_columns(
     encoded = _encoded(fitted, columns)
     kept = np.ptp(encoded, axis=0) > 0 if encoded.shape[1] else np.zeros(0, bool)
     if y is not None and max_features is not None and kept.sum() > max_features:
-        statistic = _f_statistic(encoded[:, kept], np.asarray(y), int(np.max(y)) + 1)
+        labels = np.unique(y, return_inverse=True)[1].reshape(-1)  # a class may have no rows
+        statistic = _f_statistic(encoded[:, kept], labels, int(labels.max()) + 1)
         best = np.flatnonzero(kept)[np.argsort(-statistic, kind="stable")[:max_features]]
         _log.info("%d of %d encoded columns are kept", max_features, kept.sum())
         kept = np.isin(np.arange(len(kept)), best)
@@ -117,8 +118,8 @@ def fit_columns(
 def apply_columns(fitted: FittedColumns, x: np.ndarray) -> np.ndarray:
     """Encodes rows by statistics of other rows.
 
-    A level that the other rows do not have is one of the "others", or gives zeros if there is no such column. Gaps in a
-    numeric column become the median.
+    An unseen level is marked in the column of the others. If there is no such column, it gives zeros. Gaps in a numeric
+    column become the median.
 
     Args:
       fitted: by `fit_columns`.
