@@ -76,8 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    import metaopt
-    from metaopt import automl
+    from metaopt import _saving, automl
 
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
@@ -96,7 +95,7 @@ def _fit(options: argparse.Namespace) -> int:
     )
     extra = {"groups": options.groups, "time": options.order}
     model.fit(frame.drop(columns=special), target, **{name: frame[column] for name, column in extra.items() if column})
-    metaopt.save(options.out, model)
+    _saving.save(options.out, model)
     print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
     if len(model.report_):
         print(model.report_.to_string(index=False))
@@ -158,9 +157,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _load(path: Path) -> Any:
-    import metaopt
+    from metaopt import _saving
 
-    model = metaopt.load(path)
+    model = _saving.load(path)
     if not hasattr(model, "leaderboard_"):
         raise ValueError(f"{path} holds a {type(model).__name__}, and not a model that `metaopt fit` wrote.")
     return model

@@ -43,6 +43,7 @@ LEVELS = [
     {"nas"},
     {"automl"},
     {"plots"},
+    {"_cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The searcher of cells reads records in the same way as those of `blackbox`.
