@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 # Seconds of one fit of 1,000 rows, 10 columns and 2 classes on one core, and exponents of rows, columns and classes:
-# seconds = a (n / 1000)^p (d / 10)^q (C / 2)^r + b. Measured by `experiments/tuning/fit_seconds.py`.
+# seconds = a (n / 1000)^p (d / 10)^q (C / 2)^r + b. Measured by `experiments/automl/fit_seconds.py`.
 _SECONDS = {
     "linear": (0.02, 1.0, 1.0, 1.0, 0.01),
-    "extra_trees": (0.25, 1.0, 0.6, 0.5, 0.15),
-    "random_forest": (0.30, 1.1, 0.6, 0.4, 0.15),
-    "hist_gradient_boosting": (0.25, 0.6, 0.7, 1.0, 0.10),
-    "lightgbm": (0.25, 0.6, 0.7, 1.0, 0.05),
-    "xgboost": (0.30, 0.6, 0.7, 1.0, 0.05),
+    "extra_trees": (0.15, 1.0, 0.9, 0.3, 0.19),
+    "random_forest": (0.27, 1.1, 0.5, 0.6, 0.18),
+    "hist_gradient_boosting": (0.55, 0.7, 0.7, 1.1, 0.10),
+    "lightgbm": (0.55, 1.2, 0.6, 1.5, 0.01),
+    "xgboost": (1.2, 0.7, 0.8, 1.1, 0.01),
 }
 NETWORK_COMPILE = 12.0  # seconds for a new shape; less if JAX's cache has the program
 _NETWORK_STEP = 2e-4  # seconds of a step of one fold
