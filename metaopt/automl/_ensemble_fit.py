@@ -200,10 +200,10 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
     regression = not num_classes
     labels = intervals(rows.y) if regression else rows.y
     num_labels = int(labels.max()) + 1 if regression else num_classes
-    training = [
-        _network_folds.FoldRows(fold.data.views.dense, rows.y[fold.split.train], rows.weight[fold.split.train])
-        for fold in folds
-    ]
+    train = [_network_rows(fold.data.views.dense, rows, fold.split.train) for fold in folds]
+    valid = [_network_rows(fold.data.valid_views.dense, rows, fold.split.valid) for fold in folds]
+    train_labels = [labels[fold.split.train] for fold in folds]
+    valid_labels = [labels[fold.split.valid] for fold in folds]
 
     def fit(settings: dict[str, Any]) -> list[_schedule.FoldResult]:
         start = time.perf_counter()
@@ -211,9 +211,13 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
             cache["hyperparams"] = _network_folds.predicted_hyperparams(
                 rows.x, rows.y, columns.categorical, rows.weight, num_classes, seed
             )
-        hyperparams = _network_folds.draw(cache["hyperparams"], settings["draw"], seed)
-        bins = [labels[fold.split.train] for fold in folds] if regression else None
-        models = _network_folds.fit_networks(training, bins, num_labels, hyperparams, settings, seed)
+        if settings.get("num_refined"):
+            data = (train, train_labels, valid, valid_labels, num_labels)
+            hyperparams = _network_folds.refined(*data, cache["hyperparams"], settings["num_refined"], seed)
+        else:
+            hyperparams = _network_folds.draw(cache["hyperparams"], settings["draw"], seed)
+        bins = train_labels if regression else None
+        models = _network_folds.fit_networks(train, bins, num_labels, hyperparams, settings, seed)
         seconds = (time.perf_counter() - start) / len(folds)
         results = []
         for fold, model in zip(folds, models, strict=True):
@@ -226,6 +230,10 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
         return results
 
     return fit
+
+
+def _network_rows(dense: np.ndarray, rows: TrainingRows, index: np.ndarray) -> _network_folds.FoldRows:
+    return _network_folds.FoldRows(dense, rows.y[index], rows.weight[index])
 
 
 def _predict_model(kind: str, model: Any, views, classes: np.ndarray) -> np.ndarray:

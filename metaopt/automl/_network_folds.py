@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
-from metaopt import base, spaces
+from metaopt import base, hypergrad, spaces, training
 from metaopt.automl._inputs import intervals
 from metaopt.automl._network import HINGES, tabular_network, train
 from metaopt.automl._rows import repeated
@@ -95,6 +96,54 @@ def fit_networks(
         centers = None if bins is None else _centers(fold, y, num_classes)
         models.append(NetworkModel(_without_padding(own, fold.x.shape[1], num_classes), scales, centers))
     return models
+
+
+def refined(
+    folds: list[FoldRows],
+    labels: list[np.ndarray],
+    valid: list[FoldRows],
+    valid_labels: list[np.ndarray],
+    num_classes: int,
+    hyperparams: base.HyperParams,
+    num_steps: int,
+    seed: int,
+) -> base.HyperParams:
+    """λ after a few hypergradient steps on the mean validation loss of the folds.
+
+    Args:
+      folds: the training rows of each fold.
+      labels: their classes, or intervals.
+      valid: the validation rows of each fold.
+      valid_labels: their classes, or intervals.
+      num_classes: C.
+      hyperparams: the start.
+      num_steps: of Adam with rate .3.
+      seed: of the runs.
+
+    Returns:
+      The visited λ with the smallest loss.
+    """
+    parts = [
+        [_padded(fold, y, group, num_classes) for fold, y in zip(group, ys, strict=True)]
+        for group, ys in ((folds, labels), (valid, valid_labels))
+    ]
+    train_rows, valid_rows = ({name: np.stack([part[name] for part in group]) for name in group[0]} for group in parts)
+    result = _refine(num_steps)(jax.random.key(seed), hyperparams, base.Task(train_rows, valid_rows))
+    return jax.device_get(result.hyperparams)
+
+
+@functools.cache
+def _refine(num_steps: int):
+    network = tabular_network()
+    estimator = hypergrad.unrolled(spaces.constrain(network.problem, network.space), num_steps=network.num_steps)
+    tune = training.fine_tune(
+        hypergrad.over_tasks(estimator),
+        num_steps=num_steps,
+        optimizer=optax.adam(0.3),
+        space=network.space,
+        same_key=True,
+    )
+    return jax.jit(tune)
 
 
 def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:

@@ -115,6 +115,7 @@ def _members(problem: str, num_rows: int) -> list[Member]:
         Member("extra_trees", "extra_trees", {"min_samples_leaf": 2, **half, **criterion}),
         Member("random_forest", "random_forest", {"min_samples_leaf": 2, **criterion}),
         Member("xgboost", "xgboost", xgboost),
+        Member("network refined", "network", {"num_refined": 3}),
         Member("network 2", "network", {"draw": 1}),
         Member("lightgbm small", "lightgbm", {**lightgbm, **small}),
         Member("hist_gradient_boosting", "hist_gradient_boosting", {"learning_rate": 0.05, "l2_regularization": 1.0}),

@@ -16,6 +16,8 @@ _SECONDS = {
     "xgboost": (1.2, 0.7, 0.8, 1.1, 0.01),
 }
 NETWORK_COMPILE = 12.0  # seconds for a new shape; less if JAX's cache has the program
+REFINED_COMPILE = 25.0  # the same for hypergradients
+_RUNS_OF_A_STEP = 5  # training runs that a hypergradient step costs
 _NETWORK_STEP = 2e-4  # seconds of a step of one fold
 
 
@@ -33,8 +35,10 @@ class TimeModel:
 
     def network_seconds(self, settings: dict[str, Any], num_folds: int) -> float:
         """Seconds of all folds of a network, with its compilation if it is the first of its length."""
-        steps = settings.get("num_steps", 100)
-        return (0 if steps in self.compiled else NETWORK_COMPILE) + _NETWORK_STEP * steps * num_folds
+        steps, refined = settings.get("num_steps", 100), settings.get("num_refined", 0)
+        runs = 1 + _RUNS_OF_A_STEP * refined
+        compilation = NETWORK_COMPILE if not refined else REFINED_COMPILE
+        return (0 if (steps, refined) in self.compiled else compilation) + _NETWORK_STEP * steps * num_folds * runs
 
     def observe(self, kind: str, settings: dict[str, Any], seconds: float) -> None:
         """Records the seconds of a finished fit of one fold."""
@@ -42,7 +46,7 @@ class TimeModel:
 
     def observe_network(self, settings: dict[str, Any]) -> None:
         """Records that the program for this number of steps is compiled."""
-        self.compiled.add(settings.get("num_steps", 100))
+        self.compiled.add((settings.get("num_steps", 100), settings.get("num_refined", 0)))
 
     def _base(self, kind: str, settings: dict[str, Any]) -> float:
         a, *powers, b = _SECONDS[kind]
