@@ -80,8 +80,7 @@ def fine_tune(
         init_key, last_key = jax.random.split(key)
         start = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
         learner = _learner.learner(estimator._replace(init=start), optimizer)
-        if isinstance(hyperparams, _proposals.Normal):
-            hyperparams = hyperparams.center
+        hyperparams = _proposals.center_of(hyperparams)
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
 
@@ -95,12 +94,12 @@ def fine_tune(
             state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
         _tuned_space.check(tune, space)
         last = state.hyperparams
-        # Only the value is used, so the compiler omits the gradient.
-        estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]
-        counts = jnp.all(estimate.done) | ~jnp.isfinite(values).any()
-        last_value = jnp.where(counts, estimate.value, jnp.nan)
-        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
-        values = jnp.append(values, last_value)
+        last = jax.tree.map(lambda x: x[None], last)
+        read = lambda estimate: (estimate.value, jnp.all(estimate.done))
+        last_value, ended = _proposals.values(estimator, last_key, last, task, None, read=read)
+        last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
+        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
+        values = jnp.concatenate([values, last_value])
         best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
         tuned = jax.tree.map(lambda x: x[best], visited)
         tuned = tuned if space is None else spaces.to_constrained(space, tuned)
