@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import base, hypergrad, predictors, spaces, training
+from metaopt import base, predictors, spaces, training
 
 KEY = jax.random.key(0)
 SPACE = {"a": spaces.real(0.0, shape=(2,))}
