@@ -89,9 +89,9 @@ def features_of(new_task: Any) -> np.ndarray | None:
         advice = ""
         if isinstance(new_task, (tasks.Table, tasks.PreparedTable)):
             advice = (
-                " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table))`, scaled as those of "
-                "earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of what "
-                "`tasks.prepare` returns."
+                " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table), clip=3.0)`, scaled "
+                "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
+                "what `tasks.prepare` returns."
             )
         raise ValueError(
             "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _tuned_space, base
+from metaopt import _proposals, _tuned_space, base
 from metaopt._jaxpr import Tracer
 from metaopt.spaces._leaves import Leaf
 from metaopt.spaces._unconstrained import Unconstrained
@@ -290,6 +290,7 @@ def _match(space, tree, *, constrained: bool = True):
     Unconstrained trees are marked, and have None for fixed leaves.
     """
     leaves, treedef = _flatten(space)
+    _proposals.check_no_spread("λ", tree)
     if constrained and isinstance(tree, Unconstrained):
         raise ValueError(
             "λ is expected in natural units, and these are unconstrained coordinates (`spaces.Unconstrained`). "

@@ -172,23 +172,16 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
     Args:
       source: the whole source.
       classes: names of the classes to keep, in any order; None keeps all.
-      rows: [M] int, the examples to keep; None keeps all.
+      rows: the examples to keep: [M] int, their numbers; [N] bool; or a slice. None keeps all.
       min_examples: classes with fewer remaining examples are dropped.
 
     Returns:
       A `Source` of the same name; its classes and groups are numbered again, in the same order.
 
     Raises:
-      ValueError: if a class or row is not in the source, or nothing remains.
+      ValueError: if a class or row is not in the source, `rows` has another shape or type, or nothing remains.
     """
-    chosen = np.ones(len(source.x), bool)
-    if rows is not None:
-        if len(rows) and not 0 <= np.min(rows) <= np.max(rows) < len(
-            source.x
-        ):  # NumPy counts negative rows from the end
-            raise ValueError(f"`rows` must be in 0..{len(source.x) - 1}; got {np.min(rows)}..{np.max(rows)}.")
-        chosen = np.zeros(len(source.x), bool)
-        chosen[rows] = True
+    chosen = np.ones(len(source.x), bool) if rows is None else _row_mask(rows, len(source.x))
     if classes is not None:
         unknown = sorted(set(classes) - set(source.class_names))
         if unknown:
@@ -206,6 +199,25 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
         superclass=None if source.superclass is None else source.superclass[left],
         ontology=source.ontology,
     )
+
+
+def _row_mask(rows: Any, num_rows: int) -> np.ndarray:
+    """Returns [num_rows] bool for row numbers, a mask or a slice. Raises ValueError if they do not fit."""
+    mask = np.zeros(num_rows, bool)
+    if isinstance(rows, slice):
+        mask[rows] = True
+        return mask
+    rows = np.asarray(rows)
+    if rows.dtype == bool and rows.shape == mask.shape:
+        return rows
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+        raise ValueError(
+            f"`rows` must be [M] int, a mask [{num_rows}] bool, or a slice; got {rows.dtype} of shape {rows.shape}."
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:  # NumPy counts negative rows from the end
+        raise ValueError(f"`rows` must be in 0..{num_rows - 1}; got {rows.min()}..{rows.max()}.")
+    mask[rows.astype(int)] = True
+    return mask
 
 
 def with_rotations(source: Source) -> Source:

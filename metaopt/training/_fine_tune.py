@@ -34,7 +34,7 @@ def fine_tune(
     num_steps: int = 5,
     optimizer: optax.GradientTransformation | None = None,
     space: base.PyTree | None = None,
-    same_key: bool = False,
+    same_key: bool = True,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
     """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
 
@@ -44,12 +44,12 @@ def fine_tune(
     `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
     pure: jit it, and vmap it over tasks that each have their own λ.
 
-    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. By default,
-    each training run has a new key. The noise of the steps then averages out, and the values differ by the noise of
-    their keys, too. With `same_key=True`, every training run starts with the same key, so all K + 1 values are compared
-    under one key, at no further cost. The steps then descend on F for this key only. `hypergrad.over_seeds(rule, S)`
-    reduces the noise in both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the
-    outer loss. Evaluate the result on data that took no part.
+    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. Every
+    training run starts with the same key, so all K + 1 values are compared under one key, at no further cost. The steps
+    then descend on F for this key only. With `same_key=False`, each run has a new key: the noise of the steps averages
+    out, but the values also differ by the noise of their keys. `hypergrad.over_seeds(rule, S)` reduces the noise in
+    both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the outer loss. Evaluate
+    the result on data that took no part.
 
     `propose` draws several λ instead of taking steps. This function tunes λ; `few_shot.pretrained` fine-tunes a
     pre-trained model θ to a few-shot task.
@@ -59,10 +59,11 @@ def fine_tune(
         rule that carries training between estimates has comparable values only where a horizon ended. Before that, F
         falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
-      optimizer: any optax transform; `optax.adam(0.1)` by default.
+      optimizer: any optax transform; `optax.adam(0.1)` by default. This rate is not tuned: no experiment of the
+        repository compares rates. In coordinates of a space, the first step of Adam moves each by about the rate.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
         natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
-      same_key: whether every training run starts with the same key.
+      same_key: whether every training run starts with the same key, so that their values are comparable.
 
     Returns:
       `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
@@ -80,8 +81,7 @@ def fine_tune(
         init_key, last_key = jax.random.split(key)
         start = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
         learner = _learner.learner(estimator._replace(init=start), optimizer)
-        if isinstance(hyperparams, _proposals.Normal):
-            hyperparams = hyperparams.center
+        hyperparams = _proposals.center_of(hyperparams)
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
 
@@ -95,12 +95,12 @@ def fine_tune(
             state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
         _tuned_space.check(tune, space)
         last = state.hyperparams
-        # Only the value is used, so the compiler omits the gradient.
-        estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]
-        counts = jnp.all(estimate.done) | ~jnp.isfinite(values).any()
-        last_value = jnp.where(counts, estimate.value, jnp.nan)
-        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
-        values = jnp.append(values, last_value)
+        last = jax.tree.map(lambda x: x[None], last)
+        read = lambda estimate: (estimate.value, jnp.all(estimate.done))
+        last_value, ended = _proposals.values(estimator, last_key, last, task, None, read=read)
+        last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
+        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
+        values = jnp.concatenate([values, last_value])
         best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
         tuned = jax.tree.map(lambda x: x[best], visited)
         tuned = tuned if space is None else spaces.to_constrained(space, tuned)

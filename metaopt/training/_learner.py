@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base
+from metaopt import _checks, _proposals, base
 from metaopt._trees import strong as _strong
 
 
@@ -232,7 +232,8 @@ def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> Lea
 
 
 def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
-    """Returns λ as arrays. Raises ValueError if a leaf cannot have a gradient."""
+    """Returns λ as arrays. Raises ValueError if it has a spread, or a leaf that cannot have a gradient."""
+    _proposals.check_no_spread("`hyperparams`", hyperparams)
     _checks.check_hyperparams(hyperparams)
     return _strong(hyperparams)
 

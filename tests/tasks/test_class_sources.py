@@ -38,9 +38,40 @@ def test_keep_keeps_classes_rows_and_those_with_enough():
     for kwargs, message in (
         ({"classes": ["z"]}, "has no class 'z'"),
         ({"min_examples": 4}, "is empty"),
+        ({"rows": []}, "is empty"),
+        ({"rows": slice(9, None)}, "is empty"),
+        ({"rows": [-1]}, r"`rows` must be in 0..5; got -1..-1"),
+        ({"rows": [0, 6]}, r"`rows` must be in 0..5; got 0..6"),
+        (
+            {"rows": np.ones(5, bool)},
+            r"`rows` must be \[M\] int, a mask \[6\] bool, or a slice; got bool of shape \(5,\)",
+        ),
+        ({"rows": [0.0, 1.0]}, r"got float64 of shape \(2,\)"),
+        ({"rows": 3}, r"of shape \(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             tasks.keep(source, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        slice(1, 5, 2),
+        slice(-5, -2, 2),
+        np.array([False, True, False, True, False, False]),
+        [False, True, False, True, False, False],
+        np.array([3, 1, 3]),
+        np.array([1, 3], np.uint8),
+        range(1, 4, 2),
+        (1, 3),
+        jnp.array([3, 1]),
+    ],
+    ids=repr,
+)
+def test_keep_takes_slices_masks_and_numbers_of_rows(rows):
+    kept = tasks.keep(tasks.from_arrays(X, Y), rows=rows)
+    np.testing.assert_array_equal(kept.x, X[[1, 3]])
+    assert [kept.class_names[y] for y in kept.y] == [str(Y[i]) for i in (1, 3)]
 
 
 def test_turned_classes_are_classes_of_their_own():
