@@ -117,7 +117,7 @@ def refined(
       valid_labels: their classes, or intervals.
       num_classes: C.
       hyperparams: the start.
-      num_steps: of Adam with rate .3.
+      num_steps: of Adam with rate .1.
       seed: of the runs.
 
     Returns:
@@ -139,7 +139,7 @@ def _refine(num_steps: int):
     tune = training.fine_tune(
         hypergrad.over_tasks(estimator),
         num_steps=num_steps,
-        optimizer=optax.adam(0.3),
+        optimizer=optax.adam(0.1),
         space=network.space,
         same_key=True,
     )
