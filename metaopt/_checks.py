@@ -60,6 +60,19 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
+def is_finite(x: np.ndarray) -> np.ndarray:
+    """Returns which entries are finite in the type that JAX gives them: float32 instead of float64, by default.
+
+    Args:
+      x: floating-point or complex numbers.
+
+    Returns:
+      A bool array of the same shape.
+    """
+    with np.errstate(over="ignore"):
+        return np.isfinite(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
+
+
 def check_transform(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is an optax transform: an object with functions `init` and `update`.
 

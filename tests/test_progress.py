@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import _progress, base, few_shot, tasks, training
+from metaopt import _progress, base, few_shot, nas, tasks, training
 from metaopt._progress import Display, report_progress
 
 ROOT = Path(__file__).parents[1]
@@ -223,6 +223,26 @@ def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys, always
     assert lines == ["compiling zero", "compiled zero", "episode 4/4, episodes: zero"]
     run(num_episodes=4, chunk_size=2, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_the_scores_of_a_search_report_their_compilations_in_a_log(capsys, always):
+    def constant(supernet, params, weights, batch):
+        always()  # at trace time
+        return batch["x"].sum()
+
+    network = nas.Network({}, (nas.Layer("linear", 2),), 2)
+    score = nas.training_free_scores(network, (3,), {"constant": constant}, ops=nas.BLOCKS)
+    for num_rows in (2, 2, 4):  # the second call compiles nothing
+        score(KEY, {}, {"x": jnp.ones((num_rows, 3))})
+    assert untimed(capsys.readouterr().err) == ["compiling the scores", "compiled the scores"] * 2
+    assert jax.jit(lambda x: score(KEY, {}, {"x": x}))(jnp.ones((5, 3)))["constant"] == 15
+    assert capsys.readouterr().err == ""
+
+    one = nas.single_path_one_shot(
+        network, (3,), ops=nas.BLOCKS, num_steps=1, loss=lambda outputs, batch: always() or outputs.sum()
+    )
+    one.score(one.supernet.init(KEY), {}, {"x": jnp.ones((2, 3))})
+    assert untimed(capsys.readouterr().err) == ["compiling the score", "compiled the score"]
 
 
 # ---- JAX's persistent compilation cache ------------------------------------------------------------------------------

@@ -111,6 +111,10 @@ def _feature_scaling(fields: Any) -> tasks.FeatureScaling:
     scaling = tasks.FeatureScaling(**{name: tuple(map(types[name], fields[name])) for name in types})
     if len({len(values) for values in scaling}) > 1:
         raise ValueError(f"the fields of its scaling have the lengths {[len(values) for values in scaling]}")
+    for name in ("center", "scale"):  # `float` reads the text "nan", too
+        _files.check_finite(f"{name} of its scaling", np.asarray(getattr(scaling, name)))
+    if min(scaling.scale, default=1.0) <= 0:
+        raise ValueError("its scaling has a scale that is not positive")
     return scaling
 
 

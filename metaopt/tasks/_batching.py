@@ -272,7 +272,8 @@ def _check_values(task: base.Task, name: str) -> None:
 
 
 def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:
-    if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+    if np.issubdtype(leaf.dtype, np.floating) and not _checks.is_finite(leaf).all():
         raise ValueError(
-            f"{path} of {name} has NaN or infinite values; `prepare` fills gaps, `apply_scaling` features."
+            f"{path} of {name} has NaN or infinite values in {jax.dtypes.canonicalize_dtype(leaf.dtype)}; `prepare` "
+            "fills gaps, `apply_scaling` features."
         )

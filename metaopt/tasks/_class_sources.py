@@ -6,7 +6,10 @@ A source is one data set in memory. The readers are in `_image_sources`.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+
+from metaopt import _checks
 
 
 class Source(NamedTuple):
@@ -57,7 +60,8 @@ def from_arrays(
     """Makes a source from arrays.
 
     Args:
-      x: [N, ...], the examples. They must be finite, because one gap would affect the outputs of its whole episode.
+      x: [N, ...], the examples. They must be finite in the type that JAX gives them, because one gap would affect the
+        outputs of its whole episode.
       y: [N], their labels: integers or strings. The classes are the different labels, sorted.
       name: of the source.
       group: [N], the maker of each example; None if the makers are not known. Values may have any type; equal values
@@ -89,11 +93,12 @@ def from_arrays(
             )
     if x.dtype.kind not in "biufcV":
         raise TypeError(f"Source {name!r}: `x` must be numbers; got {x.dtype}.")
-    if x.dtype.kind not in "biu" and not np.isfinite(x).all():
-        index = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
+    if x.dtype.kind not in "biu" and not (finite := _checks.is_finite(x)).all():
+        index = tuple(np.argwhere(~finite)[0].tolist())
         raise ValueError(
-            f"Source {name!r}: `x` must be finite; got {x[index]} at {list(index)}. Fill gaps first, for instance with "
-            "the mean over the examples that are trained on."
+            f"Source {name!r}: `x` must be finite in {jax.dtypes.canonicalize_dtype(x.dtype)}; got {x[index]} at "
+            f"{list(index)}. Fill gaps first, for instance with the mean over the examples that are trained on, and "
+            "rescale large values."
         )
     _check_labels(name, labels, y)
     for what, values in (("`group`", group), ("`superclass`", superclass)):

@@ -19,6 +19,7 @@ _T = TypeVar("_T")
 MISSING = frozenset({"", "?", "NA", "na", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "<null>"})
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MIN_PAIRS = 8  # equal pairs that are expected by chance in a column that has none, if it is an id
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _DAY = 86_400_000_000  # microseconds
 
@@ -97,7 +98,10 @@ def read_column(name: str, texts: Sequence[str], lines: Sequence[int], *, decima
     numbers = next(_readings([texts[i] for i in rows], decimal_comma), None)
     if numbers is None:
         words = [texts[i] for i in present]
-        return Column(code(words, present, len(texts)), True, _exceptions(words, [lines[i] for i in present]))
+        notes = _exceptions(words, [lines[i] for i in present])
+        if _hardly_repeats(words) and len(set(words)) < len(texts):
+            notes += ("looks like an id, since its text hardly repeats; remove it from the file if it is one",)
+        return Column(code(words, present, len(texts)), True, notes)
     for i, value in zip(rows, numbers.values, strict=True):
         if abs(value) > FLOAT32_MAX * numbers.unit:
             raise ValueError(f"line {lines[i]}: {name!r} is {texts[i]}, beyond float32.")
@@ -192,15 +196,25 @@ def looks_like_id(values: Sequence[int | float]) -> bool:
     """Returns whether numbers look like the names of rows: whole, hardly any repeated, and dense, of equal length, or
     large.
 
+    If none is repeated, they need not be dense. Of n independent numbers with R possible values, n (n − 1) / 2R pairs
+    or more are equal on average. Numbers without a pair where at least 8 are expected are therefore not counts (the
+    chance is e⁻⁸). Ids that are more sparse are like measurements, and are not recognized.
+
     Args:
       values: finite numbers; at least 20, otherwise the result is False.
     """
-    different = set(values)
-    if len(values) < 20 or len(different) < 0.95 * len(values) or any(value != int(value) for value in different):
+    num, different = len(values), set(values)
+    if not _hardly_repeats(values) or any(value != int(value) for value in different):
         return False
     low, high = int(min(different)), int(max(different))
     same_length = low >= 10_000 and len(str(low)) == len(str(high))
-    return high - low < 2 * len(values) or same_length or high > 2**24
+    never_repeats = len(different) == num and num * (num - 1) >= 2 * _MIN_PAIRS * (high - low + 1)
+    return high - low < 2 * num or same_length or high > 2**24 or never_repeats
+
+
+def _hardly_repeats(values: Sequence) -> bool:
+    """Returns whether there are at least 20 values, and at least 95 % as many different ones."""
+    return len(values) >= 20 and len(set(values)) >= 0.95 * len(values)
 
 
 def _are_whole(values: Sequence[int | float]) -> bool:

@@ -114,7 +114,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
-      ValueError: if a label is negative.
+      ValueError: if a label is negative, or the images are complex.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -124,6 +124,8 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     (-1.0, 0.5)
     """
     _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
+    if np.iscomplexobj(images):
+        raise ValueError(f"`images` must be real numbers; got {np.asarray(images).dtype}.")
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())

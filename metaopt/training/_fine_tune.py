@@ -1,5 +1,6 @@
 """Fine-tuning: a few hypergradient steps on one new task, starting from a predicted λ."""
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import _checks, _proposals, _tuned_space, base, spaces
+from metaopt._jaxpr import Tracer
 from metaopt.training import _learner
+
+_log = logging.getLogger(__name__)
 
 
 class FineTuned(NamedTuple):
@@ -51,6 +55,8 @@ def fine_tune(
     both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the outer loss. Evaluate
     the result on data that took no part.
 
+    Called without `jit` and `vmap`, it logs a warning if an implicit rule runs far from rest.
+
     `propose` draws several λ instead of taking steps. This function tunes λ; `few_shot.pretrained` fine-tunes a
     pre-trained model θ to a few-shot task.
 
@@ -60,7 +66,8 @@ def fine_tune(
         falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
       optimizer: any optax transform; `optax.adam(0.1)` by default. This rate is not tuned: no experiment of the
-        repository compares rates. In coordinates of a space, the first step of Adam moves each by about the rate.
+        repository compares rates. In coordinates of a space, the first step of Adam moves each by about the rate, and a
+        tree of labels or masks must be `spaces.Unconstrained`, too.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
         natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
       same_key: whether every training run starts with the same key, so that their values are comparable.
@@ -79,8 +86,8 @@ def fine_tune(
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
-        start = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
-        learner = _learner.learner(estimator._replace(init=start), optimizer)
+        begin = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
+        learner = _learner.learner(estimator._replace(init=begin), optimizer)
         hyperparams = _proposals.center_of(hyperparams)
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
@@ -89,11 +96,13 @@ def fine_tune(
             visited = state.hyperparams
             state, metrics = learner.step(state)
             whole = metrics["num_done"] > 0
-            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
+            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan), metrics)
 
         with _tuned_space.recording(tune):
-            state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
+            start = learner.init(init_key, hyperparams, task)
+            state, (visited, values, metrics) = jax.lax.scan(step, start, length=num_steps)
         _tuned_space.check(tune, space)
+        _warn_of_rest(metrics)
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
         read = lambda estimate: (estimate.value, jnp.all(estimate.done))
@@ -107,3 +116,12 @@ def fine_tune(
         return FineTuned(tuned, values[best], best, values)
 
     return tune
+
+
+def _warn_of_rest(metrics: dict[str, jax.Array]) -> None:
+    """Logs a warning if an implicit rule ran far from rest, on average over the steps. Traced metrics are skipped."""
+    if any(isinstance(x, Tracer) for x in metrics.values()):
+        return
+    means = {name: x.mean() for name, x in metrics.items() if x.ndim == 1 and x.size}
+    if sentences := _checks.far_from_rest(means):
+        _log.warning(" ".join([*sentences, _checks.REST_ADVICE]))

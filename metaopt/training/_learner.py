@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _proposals, base
+from metaopt import _checks, _proposals, base, spaces
 from metaopt._trees import strong as _strong
 
 
@@ -159,8 +159,21 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
     done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
     if parts.stagger > 1:
         estimator_state, done = _staggered(parts, hyperparams, tasks, estimator_state, done)
-    opt_state = _strong(parts.optimizer.init(hyperparams))
+    opt_state = _strong(_init_optimizer(parts.optimizer, hyperparams))
     return LearnerState(hyperparams, opt_state, estimator_state, tasks, done, jnp.zeros((), jnp.int32), key)
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, hyperparams: base.HyperParams) -> optax.OptState:
+    """The optimizer's first state. If its labels or masks do not fit marked coordinates, the error says how to mark."""
+    try:
+        return optimizer.init(hyperparams)
+    except (TypeError, ValueError) as error:
+        if isinstance(hyperparams, spaces.Unconstrained):
+            error.add_note(
+                "The optimizer works in unconstrained coordinates. Its tree of labels or masks must be marked like "
+                "them: `spaces.Unconstrained({...})` instead of `{...}`."
+            )
+        raise
 
 
 def _staggered(parts: _Parts, hyperparams, tasks, estimator_state, done) -> tuple[base.EstimatorState, base.PyTree]:

@@ -146,6 +146,14 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
             {"scaling": {"names": ["n", "m"], "center": [0.0], "scale": [1.0], "log": [False]}},
             r"the fields of its scaling have the lengths \[2, 1, 1, 1\]",
         ),
+        (
+            {"scaling": {"names": ["n"], "center": ["nan"], "scale": [1.0], "log": [False]}},
+            "the array center of its scaling has entries that are not finite",
+        ),
+        (
+            {"scaling": {"names": ["n"], "center": [0.0], "scale": [0.0], "log": [False]}},
+            "its scaling has a scale that is not positive",
+        ),
     ],
 )
 def test_other_headers(change, message, tmp_path):

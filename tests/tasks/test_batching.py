@@ -161,6 +161,10 @@ def test_stack_names_what_is_wrong():
     b.valid["x"][0, 0] = np.inf
     with pytest.raises(ValueError, match=r"task\.valid\['x'\] of task 1 has NaN"):
         tasks.stack([a, b])
+    large = a._replace(features=np.array([1e300]))
+    tasks.stack([large, large])
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"task\.features of .* infinite values in float32"):
+        tasks.stack([large, large])
 
 
 def rows_of(part):

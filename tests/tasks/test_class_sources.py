@@ -4,6 +4,7 @@ import io
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,6 +83,13 @@ def test_turned_classes_are_classes_of_their_own():
     np.testing.assert_array_equal(source.superclass, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7])
 
 
+def test_values_beyond_float32_are_rejected_where_jax_has_no_float64():
+    x = np.array([[1e300, 0.0], [0.0, 1.0]])
+    tasks.from_arrays(x, [0, 1])
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"finite in float32; got 1e\+300 at \[0, 0\]"):
+        tasks.from_arrays(x, [0, 1])
+
+
 def test_rows_of_all_sources_are_numbered_through():
     a, b = tasks.from_arrays(X, Y, name="a"), tasks.from_arrays(X[:3], [9, 8, 9], name="b")
     rows = _class_sources.labelled_rows([a, b])
@@ -103,11 +111,14 @@ def test_rows_of_all_sources_are_numbered_through():
         (lambda: tasks.from_arrays(X, [0, 1, 0, 1, 0, np.nan]), "got nan for example 5"),
         (lambda: tasks.from_arrays(X, ["a", "a", "b", np.nan, "b", "b"]), "got nan for example 3"),
         (lambda: tasks.from_arrays(X, jnp.array([0, 1, 0, 1, 0, 0.5], jnp.bfloat16)), "got 0.5 for example 5"),
-        (lambda: tasks.from_arrays(jnp.array([jnp.inf, 1], jnp.bfloat16), [0, 1]), "`x` must be finite; got inf"),
+        (
+            lambda: tasks.from_arrays(jnp.array([jnp.inf, 1], jnp.bfloat16), [0, 1]),
+            "`x` must be finite in bfloat16; got inf",
+        ),
         (lambda: tasks.from_arrays(X, np.array(["a", None] * 3, object)), "got None for example 1"),
         (
             lambda: tasks.from_arrays([[0.0, 1.0], [np.nan, 2.0]], [0, 1]),
-            r"`x` must be finite; got nan at \[1, 0\]",
+            r"`x` must be finite in float64; got nan at \[1, 0\]",
         ),
         (
             lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]),

@@ -288,6 +288,8 @@ def test_images_pixel_by_pixel():
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(6, 3, 5, 2)) + np.linspace(-1, 1, 5)[:, None], np.array([0, 0, 2, 2, 2, 0])
     found = tasks.image_features(images, labels)
+    with pytest.raises(ValueError, match="`images` must be real numbers; got complex128"):
+        tasks.image_features(images + 1j, labels)
     x = (images[..., 0] + images[..., 1]) / 2
     d = x - sum(x) / 6
     near = [d[i, r, c] * d[i, r, c + 1] for i in range(6) for r in range(3) for c in range(4)]

@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, spaces, training
+from metaopt import base, hypergrad, inner, spaces, training
 
 KEY = jax.random.key(0)
 TASK = base.Task(jnp.zeros(1), jnp.array(1.0))
@@ -162,6 +162,19 @@ def test_float32_stays_float32():
             KEY, np.float32(3), base.Task(np.zeros(1, np.float32), np.float32(1))
         )
         assert [leaf.dtype.name for leaf in tuned] == ["float32", "float32", "int32", "float32"]
+
+
+def test_an_implicit_rule_far_from_rest_is_reported(caplog):
+    slow = inner.loop(
+        lambda theta, lam, data: ((theta - lam) ** 2).sum(), lambda lam: optax.sgd(0.01), init=lambda *_: jnp.zeros(1)
+    )
+    task = base.Task(None, jnp.ones(1))
+    for num_steps, is_far in ((600, False), (2, True)):
+        rule = hypergrad.implicit(
+            inner.problem(slow, lambda theta, lam, data: ((theta - data) ** 2).sum()), num_steps=num_steps
+        )
+        training.fine_tune(rule, num_steps=2)(KEY, 3.0, task)
+        assert ("An implicit rule runs far from a stationary point" in caplog.text) == is_far
 
 
 def test_bad_arguments():
