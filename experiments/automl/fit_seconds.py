@@ -1,7 +1,7 @@
 """Seconds of the fits of `AutoClassifier`'s models on one core, for `metaopt/automl/_time_model.py`.
 
 For each kind it times one fit with the settings of the portfolio at several numbers of rows, columns and classes. Then
-it fits seconds = a (n / 1000)^p (d / 10)^q (C / 2)^r + b. `--seeds` is the number of repetitions; the fastest one counts.
+it fits seconds = a (n / 1000)^p (d / 10)^q (C / 2)^r + b. `--seeds` is the number of repetitions; the fastest counts.
 
     python experiments/automl/fit_seconds.py            # minutes on an idle machine; writes results/fit_seconds.md
     python experiments/automl/fit_seconds.py --smoke    # seconds; prints only
