@@ -176,6 +176,14 @@ def test_times_become_days_month_weekday_and_hour():
     np.testing.assert_array_equal(fitted({"t": zone})[1][:, -1], [23, 3])
 
 
+def test_time_zones_become_utc():
+    east = datetime.timezone(datetime.timedelta(hours=5))
+    moments = [datetime.datetime(2020, 7, 1, 3, tzinfo=east), datetime.datetime(2020, 7, 2, 6, tzinfo=east)]
+    expected = [[18443 + 22 / 24, 6, 1, 22], [18445 + 1 / 24, 7, 3, 1]]
+    for column in (moments, pd.Series(moments), [moment.isoformat() for moment in moments], [*moments, None]):
+        np.testing.assert_allclose(fitted({"t": column})[1][:2], expected, rtol=0, atol=1e-9)
+
+
 def test_dates_whose_order_is_unknown_are_noted():
     encoder, x = fitted({"t": ["1/2/2020", "3/4/2020"]})
     np.testing.assert_array_equal(x[:, 1], [1, 3])
