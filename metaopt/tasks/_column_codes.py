@@ -157,13 +157,13 @@ def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep
 
 def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
     """[n] float64, NaN where missing or not a number."""
+    if raw.kind == "time" or (raw.kind == "boolean" and code.reading):  # "True" is not a number among texts
+        return np.full(len(raw.values), np.nan)
     if raw.kind in ("number", "boolean"):
         values = raw.values
         if values.dtype.kind in "iu" and isinstance(code.offset, int) and code.offset:
             return (values.astype(object) - code.offset).astype(np.float64)  # Python's integers are exact
         return values.astype(np.float64) - code.offset
-    if raw.kind == "time":
-        return np.full(len(raw.values), np.nan)
     read = READINGS[code.reading or "number"]
     words = {"true": 1.0, "false": 0.0} if code.kind == "boolean" else {}
 
