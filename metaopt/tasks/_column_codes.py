@@ -157,14 +157,13 @@ def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep
 
 def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
     """[n] float64, NaN where missing or not a number."""
+    if raw.kind == "time" or (raw.kind == "boolean" and code.reading):  # "True" is not a number among texts
+        return np.full(len(raw.values), np.nan)
     if raw.kind in ("number", "boolean"):
         values = raw.values
-        is_exact = values.dtype.kind not in "iu" or np.abs(values.astype(np.float64)).max(initial=0) <= 2**53
-        if is_exact or not code.offset:
-            return values.astype(np.float64) - code.offset
-        return (values.astype(object) - code.offset).astype(np.float64)  # Python's integers are exact
-    if raw.kind == "time":
-        return np.full(len(raw.values), np.nan)
+        if values.dtype.kind in "iu" and isinstance(code.offset, int) and code.offset:
+            return (values.astype(object) - code.offset).astype(np.float64)  # Python's integers are exact
+        return values.astype(np.float64) - code.offset
     read = READINGS[code.reading or "number"]
     words = {"true": 1.0, "false": 0.0} if code.kind == "boolean" else {}
 
@@ -173,7 +172,7 @@ def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
         if result is None:
             return np.nan
         try:
-            return float(result - code.offset)
+            return float(result) - code.offset
         except OverflowError:
             return np.inf
 
@@ -186,15 +185,16 @@ def _offset(values: np.ndarray) -> int | float:
     A tenth of the numbers may become equal, because digits beyond the seventh are mostly noise, unless all are whole.
     """
     distinct = np.unique(values)
-    is_whole = values.dtype.kind in "iu" or bool((distinct == np.round(distinct)).all())
+    is_exact = values.dtype.kind in "iu"
+    is_whole = is_exact or bool((distinct == np.round(distinct)).all())
     with np.errstate(over="ignore"):
         num_plain = len(np.unique(distinct.astype(np.float32)))
     if num_plain >= (1.0 if is_whole else 0.9) * len(distinct):
         return 0
-    lowest = int(distinct[0]) if is_whole else float(distinct[0])
-    exact = distinct.astype(object) if is_whole and values.dtype.kind in "iu" else distinct
+    lowest = int(distinct[0]) if is_exact else float(distinct[0])
+    shifted = (distinct.astype(object) if is_exact else distinct) - lowest
     with np.errstate(over="ignore"):
-        num_shifted = len(np.unique((exact - lowest).astype(np.float64).astype(np.float32)))
+        num_shifted = len(np.unique(shifted.astype(np.float64).astype(np.float32)))
     return lowest if num_shifted > num_plain else 0
 
 

@@ -22,6 +22,11 @@ _RESHAPE = (
 )
 ALWAYS_MISSING = {"NoneType", "NAType", "NaTType"}  # pandas' types by name, so that pandas need not be imported
 
+_DURATIONS = (datetime.timedelta, np.timedelta64, datetime.time)
+_NUMBERS = (bool, np.bool_, int, np.integer, float, np.floating, decimal.Decimal, fractions.Fraction, *_DURATIONS)
+_TIMES = (datetime.date, np.datetime64)  # includes datetime.datetime and pandas.Timestamp
+_PLAIN = (str, bytes, enum.Enum, uuid.UUID, *_NUMBERS, *_TIMES)
+
 
 class RawColumn(NamedTuple):
     """A column before its encoding. `n` rows.
@@ -114,11 +119,14 @@ def as_text(value: Any) -> str:
         return str(value)
     if isinstance(value, bool | np.bool_):
         return str(bool(value))
-    if isinstance(value, int | np.integer):
+    is_duration = isinstance(value, _DURATIONS)  # np.timedelta64 is a kind of np.integer
+    if isinstance(value, int | np.integer) and not is_duration and abs(int(value)) < 2**63:
         return str(int(value))
-    if isinstance(value, float | np.floating):
-        number = float(value)
+    if isinstance(value, _NUMBERS):
+        number = _number(value)
         return str(int(number)) if number.is_integer() else repr(number)
+    if isinstance(value, _TIMES) or type(value).__name__ == "Period":
+        return str(_time(value))
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return str(value)
@@ -303,12 +311,6 @@ def _read_objects(values: np.ndarray) -> RawColumn:
     return RawColumn("text", _mapped(values, _level))
 
 
-_DURATIONS = (datetime.timedelta, np.timedelta64, datetime.time)
-_NUMBERS = (bool, np.bool_, int, np.integer, float, np.floating, decimal.Decimal, fractions.Fraction, *_DURATIONS)
-_TIMES = (datetime.date, np.datetime64)  # includes datetime.datetime and pandas.Timestamp
-_PLAIN = (str, bytes, enum.Enum, uuid.UUID, *_NUMBERS, *_TIMES)
-
-
 def _mapped(values: np.ndarray, function: Callable[[Any], Any]) -> np.ndarray:
     """Applies a function of one value once to each different text, and to each other value."""
     results: dict[str, Any] = {}
@@ -327,7 +329,7 @@ def _level(value: Any) -> str | None:
     if value is None or (isinstance(value, float | np.floating) and math.isnan(value)):
         return None
     text = as_text(value).strip()
-    return None if text in MISSING else text
+    return None if text in MISSING or text == "NaT" else text
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:

@@ -176,6 +176,14 @@ def test_times_become_days_month_weekday_and_hour():
     np.testing.assert_array_equal(fitted({"t": zone})[1][:, -1], [23, 3])
 
 
+def test_time_zones_become_utc():
+    east = datetime.timezone(datetime.timedelta(hours=5))
+    moments = [datetime.datetime(2020, 7, 1, 3, tzinfo=east), datetime.datetime(2020, 7, 2, 6, tzinfo=east)]
+    expected = [[18443 + 22 / 24, 6, 1, 22], [18445 + 1 / 24, 7, 3, 1]]
+    for column in (moments, pd.Series(moments), [moment.isoformat() for moment in moments], [*moments, None]):
+        np.testing.assert_allclose(fitted({"t": column})[1][:2], expected, rtol=0, atol=1e-9)
+
+
 def test_dates_whose_order_is_unknown_are_noted():
     encoder, x = fitted({"t": ["1/2/2020", "3/4/2020"]})
     np.testing.assert_array_equal(x[:, 1], [1, 3])
@@ -341,6 +349,61 @@ def test_a_hostile_table():
     np.testing.assert_array_equal(encoder.transform(frame), x)
     nothing, x = fitted({"a": [1, 1], "b": [[], []]})
     assert nothing.names == () and x.shape == (2, 0) and nothing.categorical.dtype == bool
+
+
+HOSTILE = [
+    *(None, np.nan, pd.NA, pd.NaT, 0, 1, True, False, np.True_, 2**63, 10**400, 1e308, np.inf, np.float32(1.5), b"a"),
+    *(
+        "",
+        "?",
+        "None",
+        "a",
+        " a ",
+        "1",
+        "1,000",
+        "1,5",
+        "1e400",
+        "nan",
+        "0x10",
+        "\ud800",
+        "x\x00y",
+        "True",
+        "9999-12-31",
+    ),
+    *("2020-01-01", "2020-13-45", "31/12/2020", "2020-01-01T10:00:00+02:00", datetime.date(1, 1, 1), datetime.time(3)),
+    *(pd.Timestamp("2020-01-01", tz="Asia/Tokyo"), datetime.timedelta(5), np.datetime64("2020", "Y"), Color.RED),
+    *(
+        decimal.Decimal("1.50"),
+        decimal.Decimal("sNaN"),
+        pd.Period("2020-01"),
+        pd.Interval(0, 1),
+        [1],
+        {"a": 1},
+        object(),
+    ),
+]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_values_are_encoded_and_a_row_depends_on_itself_only(seed):
+    rng = np.random.default_rng(seed)
+    num_rows = int(rng.choice([1, 2, 8, 25, 60]))
+
+    def column():
+        few = rng.choice(len(HOSTILE), rng.choice([1, 2, 3, 8]))
+        return [HOSTILE[rng.choice(few)] if rng.random() < 0.9 else str(rng.normal()) for _ in range(num_rows)]
+
+    frame = {name: column() for name in "abcd"}
+    encoder, x = fitted(frame)
+    assert x.shape == (num_rows, len(encoder.names)) and not np.isinf(x).any()
+    row = int(rng.integers(num_rows))
+    one = {name: [values[row]] for name, values in frame.items()}
+    np.testing.assert_array_equal(encoder.transform(one), x[[row]])
+    assert tasks.TableEncoder.from_state(json.loads(json.dumps(encoder.state()))) == encoder
+    others = encoder.transform({name: HOSTILE for name in "abcd"})
+    for levels, codes in zip(encoder.levels, others.T, strict=True):
+        assert not levels or set(codes[~np.isnan(codes)]) <= set(range(len(levels)))
+    assert np.isfinite(tasks.apply_columns(tasks.fit_columns(x, encoder.categorical), others)).all()
 
 
 @pytest.mark.parametrize(
