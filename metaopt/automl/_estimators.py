@@ -167,9 +167,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
     models and folds; there is no refit on all rows.
 
-    Three shortcuts: the network uses JAX's pool of threads and not `n_jobs`; a network that has begun is not
-    interrupted at the time limit; and boosted trees stop by the validation rows of their fold, so that their
-    out-of-fold scores are slightly optimistic.
+    Three shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the
+    time is over is not awaited, but its compilation may go on in the background. Boosted trees stop by the validation
+    rows of their fold, and the refined network uses all of them, so their out-of-fold scores are slightly optimistic.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.

@@ -80,8 +80,8 @@ def fit_members(
     left. The expected gain of the i-th member of the portfolio is 1/i. If no member fits, the fastest one begins.
 
     Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
-    long: a worker that runs out of time is ended, and one that crashes costs only its member. A network that has begun
-    is not interrupted.
+    long: a worker that runs out of time is ended, and one that crashes costs only its member. A network that runs out
+    of time is not awaited, but its compilation may go on in the background.
 
     Args:
       members: the portfolio, the most useful members first.
@@ -212,7 +212,8 @@ class _Run:
             self.begun = [(other, folds) for other, folds in self.begun if other.name != member.name]
             return None
         if fold is None:
-            self.work.times.observe_network(member.settings)
+            seconds = sum(part.fit_seconds for part in result)
+            self.work.times.observe_network(member.settings, len(result), seconds)
             self.parts[member.name] = dict(enumerate(result))
         else:
             self.work.times.observe(member.kind, member.settings, result[2])
@@ -231,7 +232,7 @@ class _Run:
             _workers(self.work.num_jobs).shutdown(wait=False, kill_workers=True)
 
     def close(self) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _workers(num_jobs: int) -> Any:

@@ -28,6 +28,7 @@ class TimeModel:
         self.shape = (num_rows / 1000, max(1, num_columns) / 10, max(2, num_classes) / 2)
         self.ratios: dict[str, list[float]] = {}
         self.compiled: set[Any] = set()
+        self.network_factor = 1.0
 
     def fit_seconds(self, kind: str, settings: dict[str, Any]) -> float:
         """Seconds of one fold on one core."""
@@ -38,14 +39,17 @@ class TimeModel:
         steps, refined = settings.get("num_steps", 100), settings.get("num_refined", 0)
         runs = 1 + _RUNS_OF_A_STEP * refined
         compilation = NETWORK_COMPILE if not refined else REFINED_COMPILE
-        return (0 if (steps, refined) in self.compiled else compilation) + _NETWORK_STEP * steps * num_folds * runs
+        seconds = (0 if (steps, refined) in self.compiled else compilation) + _NETWORK_STEP * steps * num_folds * runs
+        return seconds * self.network_factor
 
     def observe(self, kind: str, settings: dict[str, Any], seconds: float) -> None:
         """Records the seconds of a finished fit of one fold."""
         self.ratios.setdefault(kind, []).append(math.log(max(seconds, 1e-3) / self._base(kind, settings)))
 
-    def observe_network(self, settings: dict[str, Any]) -> None:
-        """Records that the program for this number of steps is compiled."""
+    def observe_network(self, settings: dict[str, Any], num_folds: int, seconds: float) -> None:
+        """Records the seconds of all folds of a network, whose program is compiled now."""
+        # A cache of programs makes the first network fast; the next one may not be in it.
+        self.network_factor *= max(0.5, seconds / self.network_seconds(settings, num_folds))
         self.compiled.add((settings.get("num_steps", 100), settings.get("num_refined", 0)))
 
     def _base(self, kind: str, settings: dict[str, Any]) -> float:
