@@ -26,13 +26,9 @@ def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, la
       The axes. Steps with a non-finite loss are gaps.
 
     Raises:
-      ValueError: if `history` has no "value", or it is not [T].
       ImportError: if matplotlib is not installed.
     """
-    values = np.asarray(history["value"], float) if "value" in history else None
-    if values is None or values.ndim != 1:
-        got = f"{list(history)}" if values is None else f"shape {values.shape}"
-        raise ValueError(f'`history` must have "value", the outer loss of every step, as one axis; got {got}.')
+    values = np.asarray(history["value"], float)
     axes = new_axes(axes)
     axes.plot(np.arange(len(values)), np.where(np.isfinite(values), values, np.nan), label=label)
     axes.set_xlabel("outer step")
@@ -55,7 +51,6 @@ def hyperparameter_trace(
       The axes, with a legend if there are at most 12 lines.
 
     Raises:
-      ValueError: if the leaves disagree on T.
       ImportError: if matplotlib is not installed.
     """
     if isinstance(trace, list):
@@ -67,9 +62,6 @@ def hyperparameter_trace(
         for index in np.ndindex(leaf.shape[1:]):
             suffix = f"[{','.join(map(str, index))}]" if index else ""
             lines.append((name + suffix, leaf[(slice(None), *index)] if leaf.ndim else leaf))
-    if len({line.shape for _, line in lines}) != 1 or () in {line.shape for _, line in lines}:
-        shapes = {name: line.shape for name, line in lines}
-        raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")
     axes = new_axes(axes)
     for name, line in lines:
         axes.plot(np.arange(len(line)), line, label=name)

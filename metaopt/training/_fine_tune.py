@@ -73,7 +73,6 @@ def fine_tune(
         problem's.
     """
     _checks.check_integer("num_steps", num_steps, 0)
-    _checks.check_estimator(estimator)
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import custom_derivatives
 
-from metaopt import _checks, _jaxpr
+from metaopt import _jaxpr
 from metaopt._jaxpr import Literal
 
 # A slope above this at an exact zero results from an ε in a denominator, at an entry without a gradient.
@@ -179,7 +179,7 @@ def differentiable(
         have under jit, even if optax keeps a Python bool in its state.
 
     Raises:
-      ValueError: if `optimizer` is not a transform, or `zero` is neither "drop" nor "exact".
+      ValueError: if `zero` is neither "drop" nor "exact".
 
     >>> import jax, optax, metaopt
     >>> def trained(rate, optimizer):
@@ -193,7 +193,6 @@ def differentiable(
     """
     if zero not in ("drop", "exact"):
         raise ValueError(f'`zero` must be "drop" or "exact"; got {zero!r}.')
-    _checks.check_transform("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **extra_args):
