@@ -749,9 +749,8 @@ def test_a_schedule_may_be_made_inside_a_program():
 
 
 def test_an_adaptation_is_no_estimator():
-    for wrap in (hypergrad.over_tasks, lambda a: training.learner(a, optax.sgd(0.1))):
-        with pytest.raises((AttributeError, TypeError), match="Adaptation"):
-            wrap(few_shot.maml(loss))
+    with pytest.raises(AttributeError, match="Adaptation"):
+        hypergrad.over_tasks(few_shot.maml(loss))
 
 
 @pytest.mark.once
