@@ -164,10 +164,7 @@ def _encode(network: TrainedNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays = {}
     for kind, tree in trees.items():
         arrays |= {name: _saving.storable(x) for name, x in _saving.named_leaves(kind, tree).items()}
-    try:
-        _check_finite(arrays)
-    except ValueError as error:
-        raise ValueError(f"`network` cannot be saved: {error}.") from None
+    _check_finite(arrays)
     return header, arrays
 
 
