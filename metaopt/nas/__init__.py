@@ -158,7 +158,6 @@ from metaopt.nas.search._one_shot import (
     single_path_one_shot,
 )
 from metaopt.nas.search._retrain import (
-    Retraining,
     retraining,
 )
 from metaopt.nas.search._saved import (
@@ -214,7 +213,6 @@ __all__ = [
     "NAS_BENCH_MACRO_OPS",
     "Network",
     "Op",
-    "Retraining",
     "SCORES",
     "Search",
     "SearchReport",
