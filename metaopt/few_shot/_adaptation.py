@@ -123,10 +123,13 @@ def adaptation(
       `sampler`, a `rule` or checkpoints (`remat`), each step computes them again.
 
     Raises:
-      ValueError: if an argument is out of range. At trace time: if `adapt` or `leaves_per_step` finds no leaf; if a
-        leaf adapts and has a value per step; or if a leaf with a value per step has a leading axis other than T. Also
-        if `init` makes leaves that do not adapt and there is a `rule`, or that adapt and there is a `proximal`. Also if
-        λ is not a dict with "init" (and "rate" if it is learned). Also if the "mask" of a task has an axis of tasks.
+      ValueError: if an argument is out of range.
+      ValueError: at trace time, if `adapt` or `leaves_per_step` finds no leaf, or both find the same leaf.
+      ValueError: at trace time, if a leaf with a value per step has a leading axis other than T.
+      ValueError: at trace time, if `init` makes leaves that do not adapt and there is a `rule`, or leaves that adapt
+        and there is a `proximal`.
+      ValueError: at trace time, if λ is not a dict with "init" (and "rate" if it is learned), or if the "mask" of a
+        task has an axis of tasks.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, few_shot

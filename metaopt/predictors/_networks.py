@@ -105,7 +105,8 @@ def mlp(
             z = w g(x clipped to ±L) + (1 - w) z₀,    w = 1 / (1 + mean_i max(|x_i| / L - 1, 0)²).
 
         Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features with a `clip` far above L (the method
-        `TrainedPredictor.scaled_features` takes 50 L): w cannot see what was clipped before. None: no safeguard.
+        `TrainedPredictor.scaled_features` takes 50 L), since w does not see features beyond the clip. None: no
+        safeguard.
       spread: the initial standard deviation of each coordinate, positive: g predicts a distribution, a named tuple
         (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 

@@ -24,7 +24,7 @@ class Retraining(NamedTuple):
     """The training of one network from scratch.
 
     Attributes:
-      loop: an inner loop that has no hyperparameters: λ is None. Run it by `inner.run(loop, num_steps)`, or by `train`,
+      loop: an inner loop without hyperparameters: λ is None. Run it by `inner.run(loop, num_steps)`, or by `train`,
         which can continue after an interruption.
       finish: `(state, data) -> TrainedNetwork`, from a state of the loop and its training data. The result predicts
         with normalization by statistics of training rows, without dropped edges or the auxiliary head.
