@@ -175,7 +175,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                     query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
-                        rows.append((row[0], *_to_row(_from_row(row[1:]), any_fidelity=True)))  # of earlier versions
+                        rows.append((row[0], *_to_row(_from_row(row[1:]))))
     _insert(to, rows)
     return len(rows)
 
@@ -303,8 +303,8 @@ def _header_of_made(connection, create: bool) -> list[int]:
                 raise
 
 
-def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
-    check_record(record._replace(fidelity=1.0) if any_fidelity else record)
+def _to_row(record: Record) -> tuple:
+    check_record(record)
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a string, "" if there is no reason; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
@@ -348,10 +348,8 @@ def _from_row(row) -> Record:
         raise ValueError(f"Its configuration must be JSON; got {record.configuration!r} ({error}).") from None
     outcome, cost = (math.nan if value is None else value for value in (record.outcome, record.cost))
     seed, trial = _integer("seed", record.seed), _integer("trial", record.trial)
-    if not isinstance(record.fidelity, int | float):
-        raise ValueError(f"Its fidelity must be a number; got {record.fidelity!r}.")
     record = record._replace(configuration=configuration, outcome=outcome, cost=cost, seed=seed, trial=trial)
-    check_record(record._replace(fidelity=1.0))  # earlier versions had other fidelities
+    check_record(record)
     return record
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from metaopt import _locks, base
 
-FORMAT = 3  # 1 and 2 were never released
+FORMAT = 1
 
 
 class Saved(NamedTuple):
