@@ -111,8 +111,8 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     if not isinstance(batch, Mapping) or "x" not in batch:
         got = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            'A batch of rows must be a dict with the inputs as "x" [N, ...]. The default loss also reads labels as "y" '
-            f"[N]. Got {got}. For arrays x and y, use "
+            f'A batch of rows must be a dict with the inputs as "x" [N, ...]; got {got}. The default loss also reads '
+            'labels as "y" [N]. For arrays x and y, use '
             '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
         )
     mask, rows = batch.get("mask"), np.shape(batch["x"])[:1]

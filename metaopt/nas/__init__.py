@@ -173,7 +173,7 @@ from metaopt.nas.search._search_report import (
     search_report,
 )
 from metaopt.nas.search._train import (
-    train,
+    train_loop,
 )
 from metaopt.nas.search._train_cell_searcher import (
     train_cell_searcher,
@@ -296,7 +296,7 @@ __all__ = [
     "supernet",
     "to_darts",
     "to_nas_bench_201",
-    "train",
+    "train_loop",
     "train_cell_searcher",
     "trained_network",
     "training_free_scores",

@@ -1,6 +1,6 @@
 """A trained network that predicts: its weights, and the statistics of training rows that it normalizes by.
 
-    state, losses = train(made.loop, data, ...)
+    state, losses = train_loop(made.loop, data, ...)
     network = made.finish(state, data)         # or `trained_network(supernet, params, data)`
     network.predict(x)                         # a batch of one row, or of any number of rows
     metaopt.save(path, network)                # `metaopt.load(path, ops=...)` reads it
