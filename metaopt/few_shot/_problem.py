@@ -63,6 +63,11 @@ def start(spec: Spec, key: jax.Array, hyperparams: base.HyperParams, data: Any) 
     with traced_after_steps(False):
         params = meta_params if spec.init is None else spec.init(key, hyperparams, data)
     if spec.with_context and spec.init is not None:
+        if type(params) not in (tuple, list) or len(params) != 2:  # an array of two entries would be unpacked
+            raise ValueError(
+                "With `with_context=True`, `init` must return a pair (params, model state); the model state may be "
+                f"None. Got {type(params).__name__}."
+            )
         params, model_state = params
     # A leaf that `init` only passed on is the same object as in λ["init"].
     meta_leaves = _leaves.by_path(meta_params)

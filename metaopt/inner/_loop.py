@@ -127,6 +127,11 @@ def _init(
     init_key, key = jax.random.split(key)
     params, model_state = init(init_key, hyperparams, data), None
     if with_context:
+        if type(params) not in (tuple, list) or len(params) != 2:  # an array of two entries would be unpacked
+            raise ValueError(
+                "With `with_context=True`, `init` must return a pair (params, model state), where the model state "
+                f"may be None; got {type(params).__name__}."
+            )
         params, model_state = params
     _check_floating(params)
     params, model_state = _trees.strong((params, model_state))
@@ -212,7 +217,8 @@ def loop(
       An `InnerLoop`.
 
     Raises:
-      ValueError: at trace time, if the loss is not a scalar, or the parameters are not floating-point.
+      ValueError: at trace time, if the loss is not a scalar, the parameters are not floating-point, or `init` does not
+        return the pair that `with_context` needs.
       ValueError: at trace time, if the optimizer reads the value of a traced hyperparameter.
 
     >>> import jax, optax

@@ -344,6 +344,14 @@ REFUSED_LOOPS = {
         dict(init=lambda key, hp, data: {"w": jnp.zeros(2), "activation": jnp.tanh}),
         r"The parameters must be floating-point arrays; the leaf \['activation'\] is of type",
     ),
+    "an init without a model state": (
+        dict(
+            loss=lambda params, hp, batch, context: params["w"].sum(),
+            init=lambda key, hp, data: jnp.zeros(2),
+            with_context=True,
+        ),
+        r"With `with_context=True`, `init` must return a pair \(params, model state\)",
+    ),
 }
 
 
