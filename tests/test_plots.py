@@ -123,6 +123,9 @@ def test_a_method_without_a_finite_score_is_drawn_as_diverging():
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
+        (lambda: plots.hyperparameter_trace({"a": np.ones(2), "b": np.ones(3)}), "leading axis; got"),
+        (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
+        (lambda: plots.pareto({"a": np.ones((2, 3))}), r"must be \[n, 2\]; 'a' has the shape \(2, 3\)"),
         (lambda: plots.adaptation_curves(EVALUATION, source="w"), "'w'"),
         (lambda: plots.ranking(EVALUATION, source="w"), "'w'"),
         (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must enclose the ways .* \[50, 60\]"),

@@ -33,9 +33,13 @@ def pareto(
       The axes: for each set its points, and its front as steps.
 
     Raises:
+      ValueError: if a set is not [n, 2].
       ImportError: if matplotlib is not installed.
     """
     sets = {name: np.asarray(values, float) for name, values in points.items()}
+    for name, values in sets.items():
+        if values.ndim != 2 or values.shape[1] != 2:
+            raise ValueError(f"Every set of `points` must be [n, 2]; {name!r} has the shape {values.shape}.")
     axes = new_axes(axes)
     for i, (name, values) in enumerate(sets.items()):
         front = values[nas.pareto_front(values)]

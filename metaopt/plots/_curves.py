@@ -51,6 +51,7 @@ def hyperparameter_trace(
       The axes, with a legend if there are at most 12 lines.
 
     Raises:
+      ValueError: if the leaves disagree on T.
       ImportError: if matplotlib is not installed.
     """
     if isinstance(trace, list):
@@ -62,6 +63,9 @@ def hyperparameter_trace(
         for index in np.ndindex(leaf.shape[1:]):
             suffix = f"[{','.join(map(str, index))}]" if index else ""
             lines.append((name + suffix, leaf[(slice(None), *index)] if leaf.ndim else leaf))
+    if len({line.shape for _, line in lines}) != 1 or () in {line.shape for _, line in lines}:
+        shapes = {name: line.shape for name, line in lines}
+        raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")
     axes = new_axes(axes)
     for name, line in lines:
         axes.plot(np.arange(len(line)), line, label=name)
