@@ -19,7 +19,7 @@ SOON = 2.0  # seconds after which a compilation gets its first line
 HINT_AFTER = 5.0  # seconds of compilation after which we mention JAX's cache
 HINT = (
     "JAX can keep compiled programs for later runs: pass `compilation_cache=FOLDER` to `training.fit` or "
-    "`nas.train`, or set the environment variable JAX_COMPILATION_CACHE_DIR=FOLDER."
+    "`nas.train_loop`, or set the environment variable JAX_COMPILATION_CACHE_DIR=FOLDER."
 )
 
 

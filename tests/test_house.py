@@ -154,6 +154,11 @@ def faults_of_docstring(value):
     return faults
 
 
+def test_each_public_name_lives_in_one_room():
+    names = [name for room in ROOMS for name in getattr(importlib.import_module(f"metaopt.{room}"), "__all__", [])]
+    assert len(names) > 300 and len(set(names)) == len(names)
+
+
 def test_every_public_name_has_a_docstring():
     names = dict(public_names())
     faults = {name: faults_of_docstring(value) for name, value in names.items()}

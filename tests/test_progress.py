@@ -271,7 +271,7 @@ import optax
 loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda key, h, data: jnp.zeros(()))
 jax.jit(lambda x: x + 1)(1.0)  # JAX has compiled already, without a cache
 data = {"x": jnp.ones(3)}
-nas.train(loop, data, num_steps=2, key=jax.random.key(0), compilation_cache=sys.argv[1])
+nas.train_loop(loop, data, num_steps=2, key=jax.random.key(0), compilation_cache=sys.argv[1])
 print(events.count("/jax/compilation_cache/cache_hits"), events.count("/jax/compilation_cache/cache_misses"))
 """
 

@@ -235,10 +235,19 @@ class _Run:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
+_POOLS: dict[int, Any] = {}  # by number of workers
+
+
 def _workers(num_jobs: int) -> Any:
-    """Worker processes, which stay for later calls; new ones if one has died."""
+    """Worker processes, which stay for later calls; new ones if one has died.
+
+    They are not those of `joblib.Parallel`, which the user's code may use at the same time.
+    """
     loky = _extras.require("joblib.externals.loky", "automl", "AutoML")
     cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
     cloudpickle.register_pickle_by_value(_kinds)
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return loky.get_reusable_executor(max_workers=num_jobs, timeout=120, env=threads)
+    pool = _POOLS.get(num_jobs)
+    if pool is None or pool._flags.broken is not None or pool._flags.shutdown:
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        pool = _POOLS[num_jobs] = loky.ProcessPoolExecutor(num_jobs, timeout=120, env=threads)
+    return pool

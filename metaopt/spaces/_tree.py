@@ -113,8 +113,8 @@ def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Uncon
 
     Raises:
       ValueError: if λ does not fit the space, or is already `Unconstrained`.
-      ValueError: if a value that is not traced lies outside the range of its leaf, or differs from the value of a fixed
-        leaf by more than a few rounding errors.
+      ValueError: if an untraced value is outside the range of its leaf, or is not the value of a fixed leaf, up to a
+        few rounding errors.
 
     >>> from metaopt import spaces
     >>> spaces.to_unconstrained({"momentum": spaces.unit_interval()}, {"momentum": 2.0})

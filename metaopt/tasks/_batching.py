@@ -46,15 +46,7 @@ def shape_of(prepared: PreparedTable) -> TaskShape:
 
     Returns:
       A `TaskShape`.
-
-    Raises:
-      ValueError: if `prepared` is not a `PreparedTable`.
     """
-    if not isinstance(prepared, PreparedTable):
-        raise ValueError(
-            f"`prepared` must be a `PreparedTable`, whose rows are split and encoded; got {type(prepared).__name__}. "
-            "Use `tasks.prepare(table)` to convert a `Table`."
-        )
     return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
 
 

@@ -366,8 +366,6 @@ def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: 
     num_classes = len(set(texts))
     if num_classes > max_classes:
         raise ValueError(f"the target {target!r} has {num_classes} classes; {max_classes} are allowed.")
-    if num_classes < 2:
-        raise ValueError(f"the target {target!r} has one class only.")
     return texts
 
 

@@ -105,9 +105,7 @@ def learner(
       `skipped` (0 or 1).
 
     Raises:
-      ValueError: if `estimator` is not an estimator or a function.
-      ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or not valid for this
-        estimator.
+      ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or have invalid labels.
       ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
       AssertionError: at trace time, if the estimator violates its contract.
 
@@ -121,7 +119,6 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    _checks.check_estimator(estimator, or_function=True)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
     parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger)
 
@@ -146,16 +143,8 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
     hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
     init_key, key = jax.random.split(key)
     estimator = parts.estimator_at(jnp.int32(0))
-    try:
-        estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
-        estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
-    except AttributeError as error:  # only the estimator knows the form of its tasks
-        if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
-            raise
-        raise ValueError(
-            f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. For a sampler of "
-            "episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
-        ) from error
+    estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
+    estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
     done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
     if parts.stagger > 1:
         estimator_state, done = _staggered(parts, hyperparams, tasks, estimator_state, done)

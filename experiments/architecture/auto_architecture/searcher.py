@@ -1,4 +1,4 @@
-"""The meta-searcher h: what it reads, how it is sampled, and the programs that learn it and fine-tune with it."""
+"""The meta-searcher h: its inputs, its samples, and the programs that learn it and fine-tune with it."""
 
 import time
 

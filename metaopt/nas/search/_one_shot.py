@@ -23,9 +23,9 @@ class OneShot(NamedTuple):
         `trained_network(supernet, params, train, weights=nas.one_hot(network, genotype))`.
       supernet: the network that is trained.
       loop: the training loop, for runs that may be interrupted and continued, with checkpoints and a progress bar:
-        `nas.train(loop, data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
+        `nas.train_loop(loop, data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
       hyperparams: λ of the loop, from which architectures are drawn.
-      settings: as in `Search`, for `nas.train`.
+      settings: as in `Search`, for `nas.train_loop`.
     """
 
     train: Callable[[jax.Array, base.Data], base.Params]
