@@ -1,6 +1,7 @@
 """Fits the members of a portfolio on all folds, within a time limit."""
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import logging
 import time
@@ -120,6 +121,7 @@ class _Run:
       parts: the results of the folds of unfinished members.
       results: finished members.
       failed: the reason of each member that failed or was stopped.
+      alone: tasks that ran without another one next to them.
       network_began: whether the first network has begun.
     """
 
@@ -131,6 +133,7 @@ class _Run:
         self.parts: dict[str, dict[int, FoldResult]] = {}
         self.results: dict[str, MemberResult] = {}
         self.failed: dict[str, str] = {}
+        self.alone: set[concurrent.futures.Future] = set()
         self.network_began = False
         seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
         self.serial = seconds < _SERIAL_SECONDS
@@ -168,7 +171,10 @@ class _Run:
                 task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
                 in_thread = self.serial or (self.is_quick(member) and not self.network_runs())
                 workers = self.thread if in_thread else _workers(self.work.num_jobs)
-                self.running[workers.submit(*task)] = (member, fold)
+                future = workers.submit(*task)
+                self.running[future] = (member, fold)
+                if self.num_slots == 1:
+                    self.alone.add(future)
             if not folds:
                 self.begun.pop(0)
         return bool(self.running)
@@ -206,10 +212,17 @@ class _Run:
             return None
         try:
             result = future.result()
-        except Exception as error:  # a library's, or the death of a worker
-            self.failed[member.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            _log.warning("the model %s failed: %s", member.name, self.failed[member.name])
-            self.begun = [(other, folds) for other, folds in self.begun if other.name != member.name]
+        except concurrent.futures.process.BrokenProcessPool as error:
+            # A worker that dies ends the tasks of all workers. They run again one by one, to see whose fault it was.
+            if future in self.alone:
+                self.num_slots = self.work.num_jobs
+                self.fail(member, error)
+            else:
+                self.num_slots = 1
+                self.begun.insert(0, (member, [fold] if fold is not None else []))
+            return None
+        except Exception as error:  # a library's
+            self.fail(member, error)
             return None
         if fold is None:
             seconds = sum(part.fit_seconds for part in result)
@@ -223,6 +236,12 @@ class _Run:
             return None
         self.results[member.name] = MemberResult(member, [parts[i] for i in range(len(parts))])
         return self.results[member.name]
+
+    def fail(self, member: Member, error: BaseException) -> None:
+        """Records why a member has failed, and drops the rest of its folds."""
+        self.failed[member.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        _log.warning("the model %s failed: %s", member.name, self.failed[member.name])
+        self.begun = [(other, folds) for other, folds in self.begun if other.name != member.name]
 
     def stop(self) -> None:
         """Ends the workers: the time is over."""

@@ -138,6 +138,23 @@ def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
     assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}
 
 
+def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
+    from metaopt.automl import _kinds, _schedule
+
+    def die(settings, data):
+        import os
+
+        os._exit(1)
+
+    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
+    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
+    kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=die)}
+    monkeypatch.setattr(_kinds, "KINDS", kinds)
+    model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
+    assert list(model.leaderboard_["model"]) == ["linear"]
+    assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
+
+
 def test_a_group_is_on_one_side_of_a_split():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 200)
