@@ -273,7 +273,7 @@ def _combine(results, failed, rows, folds, scored, scores, num_classes, options)
     predictions = [_joined(result, rows, folds, num_classes) for result in results]
     most = _ensemble.max_members(len(rows.y))
     weights = _ensemble.greedy_weights([p[scored] for p in predictions], target, options.metric, most)
-    mean = sum(w * p for w, p in zip(weights, predictions, strict=True))
+    mean = np.tensordot(weights, np.stack(predictions), 1)
     temperature = _ensemble.fit_temperature(mean[scored], target) if num_classes else 1.0
     calibrated = _ensemble.tempered(mean, temperature) if num_classes else mean
     members = [

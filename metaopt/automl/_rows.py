@@ -70,7 +70,8 @@ def sorted_rows(
     index = index[np.argsort(view, kind="stable")]
     if time is not None:
         index = index[np.argsort(time[index], kind="stable")]
-    return TrainingRows(*(None if part is None else part[index] for part in (x, y, weight, groups, time)))
+    optional = (None if part is None else part[index] for part in (groups, time))
+    return TrainingRows(x[index], y[index], weight[index], *optional)
 
 
 def repeated(weight: np.ndarray) -> np.ndarray:

@@ -216,7 +216,7 @@ def _split_columns(frame: Any) -> tuple[list | None, list, int]:
 def _columns_of_array(frame: Any) -> tuple[list | None, list, int]:
     if isinstance(frame, np.ma.MaskedArray):
         floating = frame.dtype.kind == "f"
-        frame = (frame if floating else frame.astype(object)).filled(np.nan if floating else None)
+        frame = np.ma.filled(frame if floating else frame.astype(object), np.nan if floating else None)
     array = np.asarray(frame)
     if array.dtype.names is not None and array.ndim == 1:
         return list(array.dtype.names), [array[name] for name in array.dtype.names], len(array)

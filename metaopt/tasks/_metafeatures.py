@@ -467,18 +467,18 @@ def apply_scaling(
       ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
       KeyError: if a name is absent.
     """
-    if (clip is None) == (limit is None):
+    bound = clip if limit is None else 50 * limit
+    if bound is None or None not in (clip, limit):
         raise ValueError(
             "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
             f"`clip=3.0`; got clip={clip}, limit={limit}."
         )
     _checks.check_positive("clip", clip, optional=True)
     _checks.check_positive("limit", limit, optional=True)
-    clip = 50 * limit if clip is None else clip
     values = _values(features, scaling.names)
     values = np.where(np.asarray(scaling.log, bool), _log(values), values)
     scaled = (values - np.array(scaling.center)) / np.array(scaling.scale)
-    return np.where(np.isfinite(scaled), np.clip(scaled, -clip, clip), 0.0).astype(np.float32)
+    return np.where(np.isfinite(scaled), np.clip(scaled, -bound, bound), 0.0).astype(np.float32)
 
 
 def _log(values: np.ndarray) -> np.ndarray:
