@@ -1,5 +1,6 @@
 """Estimators of dF/dλ: one rule per file, and wrappers that run a rule over seeds and tasks."""
 
+from metaopt.hypergrad._argmin import argmin
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._check import Check, check
 from metaopt.hypergrad._diagnose import Diagnosis, diagnose
@@ -29,6 +30,7 @@ __all__ = [
     "Diagnosis",
     "Recommendation",
     "Solver",
+    "argmin",
     "bicgstab",
     "bome",
     "cg",
