@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import docstrings  # noqa: E402
+import extension  # noqa: E402
 
 import metaopt  # noqa: E402
 
@@ -50,6 +51,7 @@ nb_merge_streams = True
 nb_ipywidgets_js = {}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, which Optuna imports
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 autodoc_member_order = "alphabetical"
@@ -84,6 +86,8 @@ def visit_math(writer, node):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
+    app.add_transform(extension.CellsInTabs)
+    app.connect("source-read", extension.fill_gallery)
     app.connect("autodoc-process-docstring", docstrings.to_rst)
     app.connect("autodoc-skip-member", docstrings.skip_fields)
     app.connect("missing-reference", docstrings.public_reference)
