@@ -11,7 +11,7 @@ _ROW = re.compile(r"^\| (.+) \| (.+) \| `(.+)` \| (.+) \| (.+) \| (.*\.md\).*) \
 
 
 class CellsInTabs(SphinxTransform):
-    """Moves a cell with the tag "in-tab" into the last tab of the set above it. Cells do not run inside of directives."""
+    """Moves a cell with the tag "in-tab" into the last tab of the set above it: cells do not run within directives."""
 
     default_priority = 800
 
@@ -27,7 +27,7 @@ class CellsInTabs(SphinxTransform):
 
 
 def fill_gallery(app, docname, source):
-    """Handles `source-read`: puts the cards of all experiments in the place of the mark."""
+    """Handles `source-read`: replaces the mark by the cards of all experiments."""
     if "<!-- gallery -->" in source[0]:
         app.env.note_dependency(str(EXPERIMENTS))
         source[0] = source[0].replace("<!-- gallery -->", cards(EXPERIMENTS.read_text()))

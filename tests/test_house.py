@@ -350,7 +350,9 @@ def text_files():
     for folder in ("metaopt", "tests", "experiments", "docs", "colab", ".ci", "."):
         pattern = "*" if folder == "." else "**/*"
         for file in sorted((ROOT / folder).glob(pattern)):
-            if file.is_file() and file.name != ".git" and file.suffix in SUFFIXES:  # `.git` of a worktree is a file
+            if (
+                file.is_file() and file.name != ".git" and file.suffix in SUFFIXES and "_build" not in file.parts
+            ):  # `.git` of a worktree is a file
                 yield file
 
 

@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-specification = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
-docstrings = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(docstrings)
+
+
+def module(name):
+    """A module of `docs`, which is no package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    loaded = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(loaded)
+    return loaded
+
+
+docstrings = module("docstrings")
 
 
 def converted(text, room="hypergrad"):
@@ -43,6 +51,23 @@ def converted(text, room="hypergrad"):
 )
 def test_docstrings_become_restructured_text(text, expected):
     assert converted(text) == expected
+
+
+def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
+    pytest.importorskip("sphinx")
+    text = (ROOT / "experiments" / "README.md").read_text()
+    cards = module("extension").cards(text)
+    assert cards.count("grid-item-card") == len(re.findall(r"^\| .*results/.*\.md\)", text, re.M)) > 30
+    pictures = re.findall(r":img-top: \.\./(\S+)", cards)
+    assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_pages_of_the_site_are_in_a_table_of_contents():
+    text = (ROOT / "docs" / "index.md").read_text() + (ROOT / "docs" / "reference" / "index.md").read_text()
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts and page.stem != "index"]
+    entries = text.split("\n")
+    missing = [p.name for p in pages if not {p.stem, f"{p.parent.name}/{p.stem}"} & set(entries)]
+    assert len(pages) > 30 and missing == []
 
 
 class Sources(HTMLParser):

@@ -54,8 +54,9 @@ def test_data_and_closed_over_values_are_differentiated_and_the_start_is_not():
 
 
 def test_works_for_many_tasks_and_trees_of_parameters():
-    loss = lambda params, hyperparams, data: optax.l2_loss(params["a"] + params["b"][0] - data) + sum(
-        hyperparams * (leaf**2).sum() / 2 for leaf in jax.tree.leaves(params)
+    loss = lambda params, hyperparams, data: (
+        optax.l2_loss(params["a"] + params["b"][0] - data)
+        + sum(hyperparams * (leaf**2).sum() / 2 for leaf in jax.tree.leaves(params))
     )
     solve = hypergrad.argmin(loss, tol=1e-12)
     start = {"a": jnp.zeros([]), "b": jnp.zeros(2)}
