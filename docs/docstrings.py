@@ -130,7 +130,9 @@ def _inline(line, room):
         parts.append(_escaped(line[end : match.start()]))
         before, after = line[: match.start()], line[match.end() :]
         code = match[0] if match[0].startswith("http") else _code(match[0].strip("`").strip(), room)
-        parts.append("\\ " * bool(re.search(r"\w$", before)) + code + "\\ " * bool(re.match(r"\w", after)))
+        # Markup begins after a space or an opening bracket, and ends before a space or punctuation.
+        start = "\\ " * bool(re.search(r"[^\s(\[{<'\"/:-]$", before))
+        parts.append(start + code + "\\ " * bool(re.match(r"[^\s)\]}>'\"/:.,;!?-]", after)))
         end = match.end()
     return "".join([*parts, _escaped(line[end:])])
 

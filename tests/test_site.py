@@ -32,6 +32,7 @@ def converted(text, room="hypergrad"):
     ("text", "expected"),
     [
         ("The norm |x|, *args and x_ of `a_b*`.", r"The norm \|x\|, \*args and x\_ of ``a_b*``."),
+        ("Within ±`clip` (`x`).", r"Within ±\ ``clip`` (``x``)."),
         ("The solvers `cg`s.", r"The solvers :py:obj:`cg <metaopt.hypergrad.cg>`\ s."),
         ("See `nas.darts` and `nas.nothing`.", "See :py:obj:`nas.darts <metaopt.nas.darts>` and ``nas.nothing``."),
         ("One `a\nb` code.", "One ``a b`` code."),
