@@ -1,5 +1,6 @@
 """Estimators of dF/dλ: one rule per file, and wrappers that run a rule over seeds and tasks."""
 
+from metaopt.hypergrad._argmin import argmin
 from metaopt.hypergrad._batching import over_seeds, over_tasks
 from metaopt.hypergrad._check import check
 from metaopt.hypergrad._diagnose import diagnose
@@ -26,6 +27,7 @@ from metaopt.hypergrad._unroll import unroll, unrolled
 
 __all__ = [
     "Solver",
+    "argmin",
     "bicgstab",
     "bome",
     "cg",

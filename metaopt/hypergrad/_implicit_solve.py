@@ -11,7 +11,7 @@ from metaopt import _jaxpr, _trees, base, inner
 from metaopt.hypergrad import _refusals, _solvers, _stationary
 
 
-def _shielded(function: Callable) -> Any:
+def shielded(function: Callable) -> Any:
     """Evaluates `function()` without a derivative, also for the variables that it closes over, and without its cost.
 
     If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
@@ -103,7 +103,7 @@ def implicit_solve(
 
     def solve(key, hyperparams, data):
         train_key, batch_key, solver_key = jax.random.split(key, 3)
-        trained = _shielded(lambda: train(hyperparams, train_key, data))
+        trained = shielded(lambda: train(hyperparams, train_key, data))
         in_training = _jaxpr.used_leaves(one_step, hyperparams, train_key, data)
         in_residual = _jaxpr.used_leaves(residual_at, hyperparams, trained, batch_key, data)
         zero = _refusing_zero(hyperparams, in_training, in_residual, condition)

@@ -189,8 +189,8 @@ def _templates(
     weights = None
     if any(name.startswith("weights") for name in specs):
         sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in network.cells.items()}
-        weights = {kind: jax.ShapeDtypeStruct(size, float) for kind, size in sizes.items()}
-    x = jax.ShapeDtypeStruct((2, *in_shape), float)
+        weights = {kind: jax.ShapeDtypeStruct(size, jnp.zeros(0).dtype) for kind, size in sizes.items()}
+    x = jax.ShapeDtypeStruct((2, *in_shape), jnp.zeros(0).dtype)
     statistics = jax.eval_shape(supernet.statistics, params, weights, x)
     return supernet, {"params": params, "weights": weights, "statistics": statistics}
 

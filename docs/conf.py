@@ -1,0 +1,93 @@
+"""The site: pages of `docs/`, the results of the experiments, and the docstrings. CONTRIBUTING.md has the command.
+
+Sources are found from the root of the repository, so that a link works here as it does between the files themselves.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import docstrings  # noqa: E402
+import extension  # noqa: E402
+
+import metaopt  # noqa: E402
+
+project, author, version = "metaopt", "The metaopt authors", metaopt.__version__
+extensions = ["sphinx.ext.autodoc", "myst_nb", "sphinx_design"]
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**.md",
+    "experiments/README.md",
+    "experiments/results/*.md",
+    "metaopt/transforms/README.md",
+    "colab/*.ipynb",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
+exclude_patterns = ["docs/_build", ".*", "build", "dist", "tests"]
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!metaopt).*|.*\._.*")]  # other packages, and private types
+suppress_warnings = ["myst.header"]  # the pages of results, which scripts write, skip a level
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+# Cells run once for each change of a page; an error, or a line on stderr, is a failure.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "docs" / "_build" / "cells")
+nb_execution_raise_on_error = True
+nb_execution_excludepatterns = ["colab/*"]  # run by the tests
+nb_execution_in_temp = True
+nb_execution_timeout = 120
+nb_output_stderr = "warn"
+nb_merge_streams = True
+nb_ipywidgets_js = {}
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, which Optuna imports
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+autodoc_member_order = "alphabetical"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True}
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 88
+
+html_theme = "sphinx_book_theme"
+html_title = "metaopt"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_extra_path = ["_root"]  # the page at the top, which leads to docs/index.html
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "home_page_in_toc": True,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "pygments_light_style": "default",
+}
+
+
+def visit_math(writer, node):
+    """Writes MathML, which browsers display without a script."""
+    writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
+    app.add_transform(extension.CellsInTabs)
+    app.connect("source-read", extension.fill_gallery)
+    app.connect("autodoc-process-docstring", docstrings.to_rst)
+    app.connect("autodoc-skip-member", docstrings.skip_fields)
+    app.connect("missing-reference", docstrings.public_reference)

@@ -1,0 +1,81 @@
+"""The minimum of a loss, by L-BFGS or a given solver, and its implicit derivative."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+from jax.test_util import check_grads
+
+from metaopt import hypergrad
+
+START = jnp.zeros(problems.NUM_FEATURES)
+
+
+def ridge_loss(params, hyperparams, data):
+    return problems.penalized(params, {"penalty": jnp.exp(hyperparams["log_penalty"])}, data)
+
+
+def descend(fn, params):
+    """Gradient descent, as a user's solver."""
+    return jax.lax.fori_loop(0, 300, lambda _, params: params - 0.4 * jax.grad(fn)(params), params)
+
+
+SOLVERS = {
+    "lbfgs": {"tol": 1e-12},
+    "given": {"minimize": descend},
+    "dense": {"minimize": descend, "solver": hypergrad.dense()},
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_equals_the_closed_form_of_ridge_regression(name):
+    options = {"solver": hypergrad.cg(num_steps=50, tol=1e-13), **SOLVERS[name]}
+    solve = hypergrad.argmin(ridge_loss, **options)
+    outer = lambda lam: problems.mean_squares(solve(START, lam, problems.TASK.train), problems.TASK.valid)
+    value, gradient = jax.jit(jax.value_and_grad(outer))(problems.LAM)
+    expected = jax.value_and_grad(problems.closed_form)(problems.LAM)
+    chex.assert_trees_all_close((value, gradient), expected, rtol=1e-9)
+    chex.assert_trees_all_close(jax.jacfwd(outer)(problems.LAM), expected[1], rtol=1e-9)
+    hessian = jax.hessian(problems.closed_form)(problems.LAM)
+    chex.assert_trees_all_close(jax.jit(jax.hessian(outer))(problems.LAM), hessian, rtol=1e-7)
+
+
+def test_data_and_closed_over_values_are_differentiated_and_the_start_is_not():
+    data = problems.TASK.train
+
+    def trained(y, start):
+        loss = lambda params, hyperparams, _: ridge_loss(params, hyperparams, {**data, "y": y})
+        return hypergrad.argmin(loss, minimize=descend, solver=hypergrad.dense())(start, problems.LAM).sum()
+
+    check_grads(lambda y: trained(y, START), (data["y"],), order=1, modes=["rev"], rtol=1e-6)
+    assert not jax.grad(trained, argnums=1)(data["y"], START).any()
+
+
+def test_works_for_many_tasks_and_trees_of_parameters():
+    loss = lambda params, hyperparams, data: (
+        optax.l2_loss(params["a"] + params["b"][0] - data)
+        + sum(hyperparams * (leaf**2).sum() / 2 for leaf in jax.tree.leaves(params))
+    )
+    solve = hypergrad.argmin(loss, tol=1e-12)
+    start = {"a": jnp.zeros([]), "b": jnp.zeros(2)}
+    minimum = lambda penalty, data: solve(start, penalty, data)["a"]
+    penalties, data = jnp.array([0.5, 2.0]), jnp.array([1.0, -3.0])
+    values, slopes = jax.vmap(jax.value_and_grad(minimum))(penalties, data)  # a = b₀ = data / (2 + penalty)
+    chex.assert_trees_all_close(values, data / (2 + penalties), rtol=1e-9)
+    chex.assert_trees_all_close(slopes, -data / (2 + penalties) ** 2, rtol=1e-6)
+
+
+def test_a_solver_that_stops_early_is_seen_in_the_gradient_that_it_leaves():
+    early = hypergrad.argmin(ridge_loss, num_steps=1)(START, problems.LAM, problems.TASK.train)
+    late = hypergrad.argmin(ridge_loss)(START, problems.LAM, problems.TASK.train)
+    norms = [optax.tree.norm(jax.grad(ridge_loss)(x, problems.LAM, problems.TASK.train)) for x in (early, late)]
+    assert norms[0] > 1e-3 and norms[1] < 1e-5
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(ValueError, match="num_steps"):
+        hypergrad.argmin(ridge_loss, num_steps=0)
+    with pytest.raises(ValueError, match="tol"):
+        hypergrad.argmin(ridge_loss, tol=0.0)

@@ -1,0 +1,112 @@
+"""The site: docstrings become reStructuredText, and the whole site builds without a warning and without the network."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def module(name):
+    """A module of `docs`, which is no package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    loaded = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(loaded)
+    return loaded
+
+
+docstrings = module("docstrings")
+
+
+def converted(text, room="hypergrad"):
+    return "\n".join(docstrings.converted(text.split("\n"), room)).strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The norm |x|, *args and x_ of `a_b*`.", r"The norm \|x\|, \*args and x\_ of ``a_b*``."),
+        ("Within ±`clip` (`x`).", r"Within ±\ ``clip`` (``x``)."),
+        ("The solvers `cg`s.", r"The solvers :py:obj:`cg <metaopt.hypergrad.cg>`\ s."),
+        ("See `nas.darts` and `nas.nothing`.", "See :py:obj:`nas.darts <metaopt.nas.darts>` and ``nas.nothing``."),
+        ("One `a\nb` code.", "One ``a b`` code."),
+        ("An equation\n\n    F(λ) = |θ|²\n\nends.", "An equation\n\n::\n\n    F(λ) = |θ|²\n\nends."),
+        ("A list:\n- one\n  more\n- two", "A list:\n\n- one\n  more\n\n- two"),
+        ("Source: Somebody,\n  https://arxiv.org/abs/1 (2020)", "Source: Somebody,\nhttps://arxiv.org/abs/1 (2020)"),
+        (
+            "Adds.\n\nArgs:\n  x: one.\n    Two.\n  *rest: more.",
+            "Adds.\n\n:param x:\n  one.\n  Two.\n:param \\*rest:\n  more.",
+        ),
+        (
+            "Returns:\n  A sum.\n\nRaises:\n  ValueError: if `x < 0`.",
+            ":returns:\n  A sum.\n\n:raises ValueError:\n  if ``x < 0``.",
+        ),
+        ("Text.\n>>> f(x_)\n|1|", "Text.\n\n>>> f(x_)\n|1|"),
+    ],
+)
+def test_docstrings_become_restructured_text(text, expected):
+    assert converted(text) == expected
+
+
+def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
+    pytest.importorskip("sphinx")
+    text = (ROOT / "experiments" / "README.md").read_text()
+    cards = module("extension").cards(text)
+    assert cards.count("grid-item-card") == len(re.findall(r"^\| .*results/.*\.md\)", text, re.M)) > 30
+    pictures = re.findall(r":img-top: \.\./(\S+)", cards)
+    assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_pages_of_the_site_are_in_a_table_of_contents():
+    text = (ROOT / "docs" / "index.md").read_text() + (ROOT / "docs" / "reference" / "index.md").read_text()
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts and page.stem != "index"]
+    entries = text.split("\n")
+    missing = [p.name for p in pages if not {p.stem, f"{p.parent.name}/{p.stem}"} & set(entries)]
+    assert len(pages) > 30 and missing == []
+
+
+class Sources(HTMLParser):
+    """Collects the addresses that a browser loads to display a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        loads = tag in ("script", "img", "iframe", "source", "video") or attributes.get("rel") in ("stylesheet", "icon")
+        self.addresses += [attributes[name] for name in ("src", "href") if loads and attributes.get(name)]
+
+
+def outside_sources(html):
+    sources = Sources()
+    sources.feed(html)
+    imports = re.findall(r"(?:@import|import\(?|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)", html)
+    return [address for address in sources.addresses if re.match(r"(https?:)?//", address)] + imports
+
+
+def test_outside_sources_are_seen():
+    html = '<a href="https://a"><script src="https://b"></script><link rel="stylesheet" href="//c"><img src="d.png">'
+    assert outside_sources(html + "<style>@import url('https://e/f.css')</style>")[:2] == ["https://b", "//c"]
+    assert "https://e/f.css" in outside_sources("<style>@import url('https://e/f.css')</style>")
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
+    """Cells run, unless `docs/_build` has their outputs from an earlier build."""
+    pytest.importorskip("sphinx_book_theme")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html"]
+    done = subprocess.run(
+        [*command, "-c", "docs", ".", str(tmp_path)], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    outside = {page.name: outside_sources(page.read_text()) for page in pages}
+    assert len(pages) > 60 and {name: found for name, found in outside.items() if found} == {}
+    assert (tmp_path / "searchindex.js").stat().st_size > 100_000
