@@ -41,10 +41,11 @@ class Config:
     """The sizes of an experiment. The training run is that of `auto_tune`."""
 
     run: auto_tune.config.Config = PRESETS["default"]
-    widths: tuple[Width, ...] = (Width(10, 4), Width(24, 6), Width(64, 12))
+    widths: tuple[Width, ...] = (Width(10, 4), Width(24, 6), Width(64, 12), Width(24, 32))
     train_rows: int = 1200
     valid_rows: int = 800
     max_frames: int | None = None
+    num_rules: int = 80
     limit: float = 2.0  # of standardized meta-features; beyond it, g shrinks to its center
     feature_dropout: float = 0.1
     meta_batch: int = 16
@@ -58,6 +59,7 @@ class Config:
     num_evaluated: int = 240  # development tasks
     # Of judging.
     num_splits: int = 2
+    judged_buckets: int = 3  # padded shapes
     proposals: int = 10
     spread: float = 0.5
     fine_tune_steps: int = 3
@@ -72,12 +74,14 @@ SMOKE = Config(
     run=PRESETS["smoke"],
     widths=(Width(64, 12),),
     max_frames=60,
+    num_rules=3,
     meta_batch=4,
     global_steps=2,
     meta_steps=4,
     eval_every=2,
     num_evaluated=4,
     num_splits=1,
+    judged_buckets=1,
     proposals=2,
     fine_tune_steps=1,
     trials=(1, 2),

@@ -30,9 +30,10 @@ def main(argv=None) -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
-    parser.add_argument("--out", type=Path, default=Path("results_local/transfer"), help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default in results_local")
     args = parser.parse_args(argv)
     config = SMOKE if args.smoke else DEFAULT
+    args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
     if args.step in ("prepare", "all"):
         prepare_corpus(config, args.out)
     if args.step in ("learn", "all"):
