@@ -88,7 +88,14 @@ def test_reserved_tables_are_found_by_name_and_by_column(tmp_path):
     assert not excluded.has_columns([identify(column + 1)])
 
 
-@pytest.mark.parametrize("kind", ["name", "part of the name", "column", "most values of a column"])
+def _whole(frame):
+    """Returns a table with five times as many rows, of which the frame's are a sample."""
+    columns = frame.data.iloc[:, :3].to_numpy()
+    x = np.concatenate([columns, np.random.default_rng(9).normal(size=(800, 3))]).astype(np.float32)
+    return tasks.Table("whole", "whole", x, np.zeros(1000, np.int32), np.zeros(3, bool))
+
+
+@pytest.mark.parametrize("kind", ["name", "part of the name", "column", "most values of a column", "more rows"])
 def test_a_table_like_a_judged_one_is_dropped_with_its_family(kind):
     twin = _frame("twin", sex=np.arange(200) % 2)
     sibling = _frame("twin2", seed=1, sex=np.arange(200) % 2)  # the same stem
@@ -99,6 +106,7 @@ def test_a_table_like_a_judged_one_is_dropped_with_its_family(kind):
         "part of the name": _excluded("win-twin-lose"),
         "column": _excluded(values=column[::-1]),
         "most values of a column": _excluded(values=np.where(np.arange(200) < 50, column + 3, column)),
+        "more rows": exclude([_whole(twin)], Excluded()),
     }[kind]
     corpus = build([twin, sibling, other], [], excluded)
     assert {table.family for table in corpus.tables} == {"package:unrelated"}

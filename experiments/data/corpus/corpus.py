@@ -74,6 +74,8 @@ def build(
             report(i + 1)
     rng = _rng(seed, "limits")
     rotated = _few_per_family(rotated, MAX_PER_FAMILY, rng) + _few_per_family(many, MAX_MANY_PER_FAMILY, rng)
+    samples = excluded_families(families, (excluded.has_rows(f.keys) for f in frames))
+    rotated = [table for table in rotated if table.family not in samples]
     rules = rule_tables(num_rules, seed)
     _log.info("%d frames; %d families are kept for judging", len(frames), len(dropped))
     kinds = ["natural"] * len(kept) + ["rotated"] * len(rotated) + ["rule"] * len(rules)

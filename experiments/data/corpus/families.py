@@ -6,6 +6,8 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from experiments.data._folder import Folder, data_file
 from experiments.data.corpus.columns import ColumnKey, identify
 from experiments.data.corpus.frames import Frame
@@ -55,6 +57,11 @@ class Excluded(NamedTuple):
         sets = [key.decimals for key in keys if key.decimals]
         return any(_are_similar(a, b) for a in sets for b in self.decimals)
 
+    def has_rows(self, keys: Sequence[ColumnKey]) -> bool:
+        """Whether a table seems to be a sample of the rows of an excluded one: at least two of its columns do."""
+        sets = [key.decimals for key in keys if key.decimals]
+        return sum(any(_is_sample(a, b) for b in self.decimals) for a in sets) >= 2
+
 
 def reserved(path: Folder = None) -> Excluded:
     """Returns the tables of `reserved.json`, which are kept for a later judgment.
@@ -85,6 +92,16 @@ def table_keys(table: tasks.Table) -> list[ColumnKey]:
 def _are_similar(a: frozenset[float], b: frozenset[float]) -> bool:
     """Whether more than half of all values are in both sets."""
     return len(a) < 2 * len(b) and len(b) < 2 * len(a) and len(a & b) > 0.5 * len(a | b)
+
+
+def _is_sample(a: frozenset[float], b: frozenset[float]) -> bool:
+    """Whether most of a's values are in the larger set b, and most of the numbers next to them are not."""
+    if not len(b) > len(a) or len(a & b) <= 0.9 * len(a):
+        return False
+    values = np.array(sorted(b))
+    places = next((d for d in range(4) if np.abs(np.round(values, d) - values).max() < 1e-6), 4)
+    near = [np.round(np.array(sorted(a)) + shift * 10.0**-places, 4).tolist() for shift in (-3, -2, -1, 1, 2, 3)]
+    return max(len(b.intersection(numbers)) for numbers in near) < 0.5 * len(a)
 
 
 class _Sets:
