@@ -1,6 +1,7 @@
 """The experiment that trains g: kept results are used only for what determines them, and footers count all the work."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 from experiments import script
 from experiments.hyperparameters.transfer import main as command
+from experiments.hyperparameters.transfer.compare import _groups, _table
 from experiments.hyperparameters.transfer.config import FEATURES, Width
 from experiments.hyperparameters.transfer.judge import Finished, Outcome, digest
-from experiments.hyperparameters.transfer.pool import _describe_one
-from metaopt import tasks
+from experiments.hyperparameters.transfer.pool import Pool, _describe_one
+from metaopt import base, tasks
 
 
 def _make(value, calls):
@@ -63,6 +65,21 @@ def test_a_smoke_run_has_its_own_folder(monkeypatch, options, folder):
     monkeypatch.setattr(command, "ship", lambda out, seeds: folders.append(out.name))
     command.main(["ship", *options])
     assert folders == [folder]
+
+
+def test_groups_of_development_tasks_are_those_of_their_sizes_and_kinds():
+    mask = lambda rows: (np.arange(500)[None] < np.array(rows)[:, None]).astype(np.float32)
+    shared = (np.arange(20)[None] < np.array([2, 3, 20])[:, None]).astype(np.float32)
+    train, valid = {"mask": mask([80, 100, 400]), "class_mask": shared}, {"mask": mask([60, 60, 200])}
+    part = Pool(base.Task(train, valid), None, np.array(["a", "a", "b"]), np.array(["rule", "natural", "rotated"]))
+    groups = {name: inside.tolist() for name, inside in _groups([part]).items()}
+    assert groups["below 150 rows"] == groups["simulated rules"] == [True, False, False]
+    assert groups["150 to 500 rows"] == groups["natural targets"] == [False, True, False]
+    assert groups["500 rows and more"] == groups["13 classes and more"] == [False, False, True]
+    assert groups["others, without rules"] == [False, True, False]
+    values = {"x: mean of g": np.array([1.0, 2.0, 5.0]), "other": np.array([1.0, 4.0, 5.0])}
+    table = _table(values, {"all": np.ones(3, bool)}, part.family, [Path("x")])
+    assert "| other | 3.7500 (+0.5000 [" in table  # a family counts once
 
 
 def test_a_task_with_many_classes_is_as_wide_as_the_widths_allow():
