@@ -147,7 +147,7 @@ def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[i
         features = np.stack([trained.scaled_features(d) for d in judged.described])
         predicted.append(predict(trained.predictor, space, trained.meta_params, features))
         methods |= of_start(f"g_{seed}", "g", predicted[-1], seed)
-    if seeds:
+    if len(seeds) > 1:
         mean = _mean_prediction(space, predicted)
         methods |= of_start(f"g_mean_{len(seeds)}", f"g, mean of {len(seeds)}", mean)
     path = folder / "judged.json"
