@@ -197,6 +197,10 @@ def test_a_column_of_many_levels_is_a_target_with_its_frequent_levels():
     assert choose_many_classes(columns) == [Target("state", "many classes")]
     table = make_task(frame, "family", columns, choose_many_classes(columns)[0], rng)
     assert 13 <= table.num_classes <= 20 and np.bincount(table.y).min() >= 8 and len(table.y) >= 13 * 30
+    corpus = build([frame], [], Excluded(), many_per_family=1, num_rules=2)
+    many = [k for table, k in zip(corpus.tables, corpus.kinds, strict=True) if table.num_classes > 10]
+    assert many == ["rotated"] and corpus.kinds[-2:] == ["rule"] * 2
+    assert max(table.num_classes for table in build([frame], [], Excluded()).tables) <= 5
 
 
 def test_a_task_of_a_frame_does_not_depend_on_other_frames():

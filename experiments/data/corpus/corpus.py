@@ -18,7 +18,6 @@ from metaopt import tasks
 from metaopt.training import report_progress
 
 MAX_PER_FAMILY = 4  # tasks with rotated targets
-MAX_MANY_PER_FAMILY = 2  # tasks with many classes
 _log = logging.getLogger(__name__)
 
 
@@ -35,7 +34,12 @@ class Corpus(NamedTuple):
 
 
 def build(
-    frames: Sequence[Frame], natural: Sequence[tasks.Table], excluded: Excluded, seed: int = 7, num_rules: int = 0
+    frames: Sequence[Frame],
+    natural: Sequence[tasks.Table],
+    excluded: Excluded,
+    seed: int = 7,
+    many_per_family: int = 0,
+    num_rules: int = 0,
 ) -> Corpus:
     """Builds the corpus.
 
@@ -44,6 +48,7 @@ def build(
       natural: tables with their own target, such as those of the data folder. Simulated families are dropped.
       excluded: tables for judging. They are dropped with their whole families.
       seed: of targets, cuts and samples. The tasks of a frame depend on no other frame, but for the limits per family.
+      many_per_family: the most tasks of a family with 13 to 32 classes.
       num_rules: the number of simulated tables with rules.
     """
     families, own_families = join_frames(frames, natural)
@@ -73,7 +78,7 @@ def build(
                     tables.extend(table for table in made if table is not None)
             report(i + 1)
     rng = _rng(seed, "limits")
-    rotated = _few_per_family(rotated, MAX_PER_FAMILY, rng) + _few_per_family(many, MAX_MANY_PER_FAMILY, rng)
+    rotated = _few_per_family(rotated, MAX_PER_FAMILY, rng) + _few_per_family(many, many_per_family, rng)
     samples = excluded_families(families, (excluded.has_rows(f.keys) for f in frames))
     rotated = [table for table in rotated if table.family not in samples]
     rules = rule_tables(num_rules, seed)

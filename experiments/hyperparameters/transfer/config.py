@@ -41,11 +41,12 @@ class Config:
     """The sizes of an experiment. The training run is that of `auto_tune`."""
 
     run: auto_tune.config.Config = PRESETS["default"]
-    widths: tuple[Width, ...] = (Width(10, 4), Width(24, 6), Width(64, 12), Width(24, 32))
+    widths: tuple[Width, ...] = (Width(10, 4), Width(24, 6), Width(64, 12))
     train_rows: int = 1200
     valid_rows: int = 800
     max_frames: int | None = None
-    num_rules: int = 80
+    num_rules: int = 0  # simulated tables
+    many_per_family: int = 0  # tasks with many classes
     limit: float = 2.0  # of standardized meta-features; beyond it, g shrinks to its center
     feature_dropout: float = 0.1
     meta_batch: int = 16
@@ -70,11 +71,13 @@ class Config:
 
 
 DEFAULT = Config()
+EXTENDED = Config(num_rules=80, many_per_family=2, widths=(*DEFAULT.widths, Width(24, 32)))
 SMOKE = Config(
     run=PRESETS["smoke"],
     widths=(Width(64, 12),),
     max_frames=60,
     num_rules=3,
+    many_per_family=1,
     meta_batch=4,
     global_steps=2,
     meta_steps=4,

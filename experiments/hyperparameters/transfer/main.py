@@ -12,7 +12,7 @@ from experiments import script
 from experiments.hyperparameters import transfer
 from experiments.hyperparameters.transfer.choose import choose_spread
 from experiments.hyperparameters.transfer.compare import compare
-from experiments.hyperparameters.transfer.config import DEFAULT, SMOKE
+from experiments.hyperparameters.transfer.config import DEFAULT, EXTENDED, SMOKE
 from experiments.hyperparameters.transfer.families import judged_tables
 from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
@@ -29,12 +29,13 @@ def main(argv=None) -> None:
         "step", nargs="?", choices=("prepare", "learn", "compare", "choose", "judge", "ship", "all"), default="all"
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
+    parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--out", type=Path, help="folder of the results; by default in results_local")
     parser.add_argument("--other", type=Path, nargs="*", default=[], help="compare: folders of other predictors")
     args = parser.parse_args(argv)
-    config = SMOKE if args.smoke else DEFAULT
+    config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
     args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
     if args.step in ("prepare", "all"):
         prepare_corpus(config, args.out)
