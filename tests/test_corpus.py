@@ -55,6 +55,11 @@ def _reserving(tmp_path, column):
     return reserved(tmp_path)
 
 
+def test_tiny_numbers_do_not_look_like_the_column_of_another_table():
+    tiny, other = (identify(np.random.default_rng(k).uniform(0, 1e-4, 200)) for k in (0, 1))
+    assert tiny.decimals is None and tiny.fingerprints and not tiny.fingerprints & other.fingerprints
+
+
 def test_a_reserved_column_is_recognized_in_a_large_table_that_is_sampled(tmp_path):
     column = np.random.default_rng(0).normal(size=MAX_ROWS + 500)
     frame = _frame("large", rows=len(column), column=column)

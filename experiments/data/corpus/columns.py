@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_DISTINCT = 15  # values of a column that identifies its table
-MIN_SHARED = 40  # values of a column that joins two tables
-MAX_DECIMALS = 20_000
+MIN_SHARED = 40  # values of a column that is compared with others
+MAX_DECIMALS = 20_000  # more than any table for judging has
 
 
 class ColumnKey(NamedTuple):
@@ -34,8 +34,9 @@ def identify(values: np.ndarray) -> ColumnKey:
         return ColumnKey()
     short = shortest_decimals(distinct)
     prints = frozenset(fingerprint(np.repeat(v, counts)) for v in (distinct, short))
-    is_fraction = 40 <= len(distinct) <= MAX_DECIMALS and (values % 1 != 0).mean() > 0.5
-    decimals = frozenset(np.round(short, 4).tolist()) if is_fraction else None
+    decimals = frozenset(np.round(short, 4).tolist())
+    if not (MIN_SHARED <= len(decimals) <= MAX_DECIMALS and (values % 1 != 0).mean() > 0.5):
+        decimals = None
     return ColumnKey(prints, decimals, len(distinct) >= MIN_SHARED and not _counts(values))
 
 
