@@ -60,19 +60,17 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
-def check_transform(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an optax transform: an object with functions `init` and `update`.
+def is_finite(x: np.ndarray) -> np.ndarray:
+    """Returns which entries are finite in the type that JAX gives them: float32 instead of float64, by default.
 
     Args:
-      name: the argument's name in the error message.
-      value: the value to check.
+      x: floating-point or complex numbers.
 
-    Raises:
-      ValueError: if `value` is not a transform, for example if it is the factory of a transform.
+    Returns:
+      A bool array of the same shape.
     """
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
-        uncalled = ", a function: call it, as in `optax.adam(1e-3)`" if callable(value) else ""
-        raise ValueError(f"`{name}` must be an optax transform; got {value!r}{uncalled}.")
+    with np.errstate(over="ignore"):
+        return np.isfinite(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
 
 
 @contextlib.contextmanager
@@ -205,23 +203,6 @@ def check_task_labels(name: str, tasks: base.PyTree) -> None:
         check_labels(labels, part["y"], classes[-1], mask=mask, class_mask=part["class_mask"])
 
 
-def check_estimator(estimator: Any, *, or_function: bool = False) -> None:
-    """Raises ValueError unless `estimator` is an `Estimator`.
-
-    Args:
-      estimator: the value to check.
-      or_function: whether a function of the outer step is allowed, too.
-
-    Raises:
-      ValueError: if it is neither.
-    """
-    if isinstance(estimator, base.Estimator) or or_function and callable(estimator):
-        return
-    instead = "; take its `.estimator`" if isinstance(getattr(estimator, "estimator", None), base.Estimator) else ""
-    function = ", or a function `step -> Estimator`" if or_function else ""
-    raise ValueError(f"`estimator` must be a `base.Estimator`{function}; got {type(estimator).__name__}{instead}.")
-
-
 _REST_TOLERANCE = 0.3  # limit of ‖∇θ ℓ‖ / ‖∂f/∂θ‖
 REST_ADVICE = (
     "Take more inner steps per estimate (`num_steps`) or a better inner optimizer, or use `hypergrad.unrolled`, which "
@@ -294,24 +275,3 @@ def check_record(record: Any, name: str = "A record") -> None:
             f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, "
             "not a number of epochs."
         )
-
-
-def check_searcher(searcher: Any) -> None:
-    """Raises ValueError unless `searcher` has the functions `init`, `ask` and `tell`.
-
-    Args:
-      searcher: the value to check.
-
-    Raises:
-      ValueError: if it is not a searcher, for example if it is the factory of a searcher, or a `MetaOptimizer`.
-    """
-    if all(callable(getattr(searcher, name, None)) for name in base.Searcher._fields):
-        return
-    instead = ""
-    if callable(getattr(searcher, "searcher", None)):
-        instead = "; its `.searcher(...)` makes one"
-    elif callable(searcher):
-        instead = ", a function: call it, as in `blackbox.random_search()`"
-    raise ValueError(
-        f"`searcher` must be a `base.Searcher`; got {getattr(searcher, '__name__', type(searcher).__name__)}{instead}."
-    )

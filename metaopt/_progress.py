@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+
+from metaopt._jaxpr import Tracer
 
 EVERY = 8.0  # seconds between two lines; with the time to the next tick up to 10 on a busy machine
 SOON = 2.0  # seconds after which a compilation gets its first line
 HINT_AFTER = 5.0  # seconds of compilation after which we mention JAX's cache
 HINT = (
     "JAX can keep compiled programs for later runs: pass `compilation_cache=FOLDER` to `training.fit` or "
-    "`nas.train`, or set the environment variable JAX_COMPILATION_CACHE_DIR=FOLDER."
+    "`nas.train_loop`, or set the environment variable JAX_COMPILATION_CACHE_DIR=FOLDER."
 )
 
 
@@ -95,7 +98,8 @@ class Display:
 
     def remove(self, report: Report, show: bool | None) -> None:
         with self.lock:
-            if self.bars is None and (show or self.last_line > report.began):
+            is_empty = report.total is None and not report.text  # its line would be a number of seconds only
+            if self.bars is None and (show or self.last_line > report.began) and not is_empty:
                 self.print(report.line())
             self.reports.remove(report)
             bar = self.bar_of.pop(report, None)
@@ -178,6 +182,33 @@ def report_progress(
         yield report
     finally:
         display.remove(report, show)
+
+
+def reporting(function: Callable, program: str) -> Callable:
+    """Reports the compilations of a jitted function: its first call, and those with arrays of other shapes.
+
+    Args:
+      function: the jitted function.
+      program: its name in the report.
+
+    Returns:
+      The same function. Calls inside a traced function report nothing.
+    """
+    compiled = set()
+
+    def call(*args):
+        leaves, structure = jax.tree.flatten(args)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return function(*args)
+        types = structure, *((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        if types in compiled:
+            return function(*args)
+        with report_progress(None, None) as report, report.compiling(program):
+            outputs = function(*args)
+        compiled.add(types)
+        return outputs
+
+    return call
 
 
 def _bars() -> Any:

@@ -1,11 +1,15 @@
 """Draws around a predicted λ, and their outer losses under one key; `training` and `predictors` share them."""
 
-from typing import NamedTuple
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metaopt import base
+from metaopt._jaxpr import Tracer
 
 
 class Normal(NamedTuple):
@@ -18,6 +22,46 @@ class Normal(NamedTuple):
 
     center: base.HyperParams
     spread: base.HyperParams
+
+
+def center_of(prediction: base.HyperParams) -> base.HyperParams:
+    """The prediction without its spread: the center of a `Normal`, and any other prediction unchanged."""
+    return prediction.center if isinstance(prediction, Normal) else prediction
+
+
+def check_no_spread(name: str, hyperparams: base.HyperParams) -> None:
+    """Raises ValueError if a prediction with a spread is passed where one λ is expected.
+
+    Args:
+      name: the argument in the error message.
+      hyperparams: λ, in any coordinates.
+
+    Raises:
+      ValueError: if it is a `Normal`.
+    """
+    if isinstance(hyperparams, Normal):
+        raise ValueError(
+            f"{name} must be one λ, and this is a prediction with a spread: pass its `.center`, or use "
+            "`predictors.TrainedPredictor.predict`, which returns λ."
+        )
+
+
+def check_spread(spread: base.PyTree) -> None:
+    """Raises ValueError if a number of `spread` that is not traced is negative, infinite or NaN.
+
+    Args:
+      spread: a number or an array, or a tree of them; None has no numbers.
+
+    Raises:
+      ValueError: if such a number is invalid.
+    """
+    for leaf in jax.tree.leaves(spread):
+        if isinstance(leaf, Tracer):
+            continue
+        values = np.asarray(leaf)
+        is_number = values.dtype.kind in "iuf" or jnp.issubdtype(values.dtype, jnp.floating)  # also bfloat16
+        if not is_number or not (np.isfinite(values) & (values >= 0)).all():
+            raise ValueError(f"`spread` must be finite and at least 0; got {leaf!r}.")
 
 
 def spread_like(center: base.HyperParams, spread: base.PyTree) -> base.HyperParams:
@@ -57,11 +101,18 @@ def candidates(normal: Normal, noise: base.HyperParams) -> base.HyperParams:
 
 
 def values(
-    estimator: base.Estimator, key: jax.Array, candidates: base.HyperParams, task: base.Task, chunk: int | None
-) -> jax.Array:
+    estimator: base.Estimator,
+    key: jax.Array,
+    candidates: base.HyperParams,
+    task: base.Task,
+    chunk: int | None,
+    *,
+    read: Callable[[base.Estimate], Any] = operator.attrgetter("value"),
+) -> Any:
     """F of every candidate, from a fresh start with one key.
 
-    Only the values are used, so the compiler omits the hypergradients.
+    The candidates run in loops, which JAX compiles also outside `jit`. Only the values leave them, so the compiler
+    omits the hypergradients.
 
     Args:
       estimator: of F.
@@ -69,15 +120,24 @@ def values(
       candidates: leaves [K, ...].
       task: the task of all.
       chunk: the number of candidates that run at once; None runs all.
+      read: the parts of an estimate to return.
 
     Returns:
-      [K] outer losses.
+      [K] outer losses; or what `read` returns, with a leading axis [K].
     """
+    num = len(jax.tree.leaves(candidates)[0])
+    chunk = num if chunk is None else min(chunk, num)
 
     def value(hyperparams):
-        return estimator.estimate(hyperparams, task, estimator.init(key, hyperparams, task))[0].value
+        return read(estimator.estimate(hyperparams, task, estimator.init(key, hyperparams, task))[0])
 
-    return jax.vmap(value)(candidates) if chunk is None else jax.lax.map(value, candidates, batch_size=chunk)
+    whole = num - num % chunk  # `lax.map` would run the others outside the loop
+    parts = [
+        jax.lax.map(value, jax.tree.map(lambda x, rows=rows: x[rows], candidates), batch_size=size)
+        for rows, size in ((slice(0, whole), chunk), (slice(whole, num), num - whole))
+        if size
+    ]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
 
 def ranked(values: jax.Array) -> jax.Array:

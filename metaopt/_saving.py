@@ -10,6 +10,7 @@ Files may come from anyone. `decode` therefore checks the header, and the shapes
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -47,6 +48,8 @@ class Kind(NamedTuple):
 
 
 _KINDS: dict[str, Kind] = {}
+# Formats whose module needs an extra, and registers them when it is imported.
+_LATE = {"metaopt.auto_classifier": "metaopt.automl._saved", "metaopt.auto_regressor": "metaopt.automl._saved"}
 
 
 def register(kind: Kind) -> None:
@@ -67,6 +70,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `nas.Benchmark` | a table of architectures |
     | `evaluation.Evaluation` | scores of methods on episodes |
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
+    | `automl.AutoClassifier`, `automl.AutoRegressor` | a fitted estimator with its models |
+    | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
 
     Records have a store of their own (`blackbox.append_records`), and `training.fit` writes its checkpoints.
@@ -123,6 +128,8 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
     name = os.fspath(path)
     with _files.reading(path, "is not a file that `metaopt.save` wrote"), _opened(path) as (header, file):
         format_, version = header["format"], int(header["version"])
+        if format_ in _LATE:
+            importlib.import_module(_LATE[format_])
         kind = _KINDS.get(format_)
         if kind is None:
             raise ValueError(f"its format is {format_!r}; this metaopt reads {', '.join(sorted(_KINDS))}")

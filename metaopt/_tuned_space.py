@@ -17,7 +17,7 @@ import numpy as np
 
 _log = logging.getLogger("metaopt")
 _RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
-# Step -> the spaces that it converts by. JAX keeps what it has traced: a second run of a step records nothing.
+# Step -> the spaces that it converts by. JAX traces a step only once, so a second run of it records nothing.
 _RECORDS: weakref.WeakKeyDictionary[Callable, list] = weakref.WeakKeyDictionary()
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import prose
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -67,7 +69,16 @@ def measures() -> dict[str, str]:
     longest = functions("metaopt")[0]
     raises = sum(isinstance(node, ast.Raise) for text in library.values() for node in _checks(text))
     checks = sum(1 for text in library.values() for _ in _checks(text))
+    texts = {
+        "`metaopt`": (ROOT / "metaopt").rglob("*.py"),
+        "`docs` and README": [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"],
+        "code of `experiments`": (ROOT / "experiments").rglob("*.py"),
+        "CHANGELOG": [ROOT / "CHANGELOG.md"],
+    }
+    turns = {name: prose.measure(paths)[0] for name, paths in texts.items()}
     return {
+        "unusual turns of phrase per 1,000 words": ", ".join(f"{value:.1f} in {name}" for name, value in turns.items()),
+        "sentences above 30 words in README": f"{prose.measure([ROOT / 'README.md'])[1]:.1%}",
         "public names in packages": f"{sum(names.values())} in {len(names)}, and {len(metaopt.__all__)} at the top",
         "lines of `metaopt`": f"{lines:,}",
         "`raise` statements per 1,000 lines": f"{1000 * raises / lines:.1f}",

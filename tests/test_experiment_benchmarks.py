@@ -154,7 +154,7 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
         (micro, cell_101),
         (benchmarks.nas_bench_graph_table(), cell),
     ):
-        with pytest.raises(ValueError, match="takes rows of"):
+        with pytest.raises((TypeError, ValueError)):
             benchmark.query(bad, benchmark.tasks[0])
 
 

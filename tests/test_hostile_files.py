@@ -138,6 +138,13 @@ def write_meta_dataset(folder):
     (folder / "dataset_spec.json").write_text(json.dumps(spec))
 
 
+def write_images(folder):
+    for i, form in enumerate(("PNG", "JPEG", "GIF", "BMP", "TIFF")):
+        (folder / "images" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), np.uint8))
+        image.save(folder / "images" / f"class{i % 2}" / f"{i}.{form.lower()}")
+
+
 def write_tfds(folder):
     records = b"".join(framed(example(png(10 * k), k)) for k in range(3))
     (folder / "toy-all_classes.tfrecord-00000-of-00001").write_bytes(records)
@@ -262,6 +269,7 @@ def text_file(name, content):
 
 
 HPOB = {"5860": {"d": {"X": [[0.1, 0.2], [0.5, 0.25]], "y": [[0.75], [0.5]]}}}
+ENCODER = tasks.fit_encoder({"n": [1, "2,000", None], "w": ["a", "a", "b"], "t": ["2020-01-01", "2021-02-03", ""]})
 SPLIT = tasks.Split({"train": {"omniglot": {"classes": ["a", "b"]}}, "test": {"omniglot": {"rows": [4, 5]}}})
 COSTS = nas.CostTable(0.5, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "ms")
 GENOTYPE: Any = {"cell": ((0, 1, "a"), (1, 2, "b"))}
@@ -331,6 +339,11 @@ CASES = {
     "split": Case(
         lambda f: metaopt.save(f / "split.json", SPLIT), lambda f: metaopt.load(f / "split.json"), tasks.Split
     ),
+    "encoder": Case(
+        lambda f: metaopt.save(f / "encoder.json", ENCODER),
+        lambda f: metaopt.load(f / "encoder.json"),
+        tasks.TableEncoder,
+    ),
     "HPO-B": Case(
         text_file("hpob.json", json.dumps(HPOB)),
         lambda f: blackbox.from_hpob(f / "hpob.json", "5860"),
@@ -350,6 +363,7 @@ CASES = {
     "Meta-Dataset": Case(
         write_meta_dataset, lambda f: tasks.from_meta_dataset(f, part="train", size=2), SOURCE, share=2
     ),
+    "images": Case(write_images, lambda f: tasks.from_image_folder(f / "images", size=2, channels=3), SOURCE),
     "tfds": Case(write_tfds, lambda f: tasks.from_meta_dataset(f, part="train", size=2, check=True), SOURCE),
     "NAS-Bench-101": Case(
         write_101, lambda f: nas.read_nas_bench_101(f / "nasbench.tfrecord"), BENCHMARK, numbers="missing", share=2
@@ -591,6 +605,7 @@ def outcome(name, folder):
 @pytest.mark.filterwarnings("ignore:The checkpoint of step")
 # Reads of orbax that fail may leave others unfinished.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("num_files", [FEW_FILES, pytest.param(NUM_FILES, marks=pytest.mark.once)])
 def test_damaged_files_give_a_clear_error_or_a_valid_object(num_files, name, valid_files, tmp_path):
@@ -775,6 +790,19 @@ def png_of(width, height):
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_an_image_that_states_more_bytes_than_it_has_takes_no_memory_for_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    content = png(7)
+    start = content.index(b"IDAT") - 4
+    (tmp_path / "a" / "x.png").write_bytes(content[:start] + struct.pack(">I", 2**31 - 1) + content[start + 4 :])
+    tracemalloc.start(1)
+    try:
+        assert (tasks.from_image_folder(tmp_path, size=2).x == 7).all()  # all pixels are there
+        assert tracemalloc.get_traced_memory()[1] < MEGABYTES * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("side", [8_500, 20_000])

@@ -43,6 +43,7 @@ LEVELS = [
     {"nas"},
     {"automl"},
     {"plots"},
+    {"_cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The searcher of cells reads records in the same way as those of `blackbox`.
@@ -151,6 +152,11 @@ def faults_of_docstring(value):
     if re.search(r"\braise \w+Error|base\.check_|\b_check\w*\(", body) and "Raises:" not in text:
         faults.append("what it raises is not under Raises")
     return faults
+
+
+def test_each_public_name_lives_in_one_room():
+    names = [name for room in ROOMS for name in getattr(importlib.import_module(f"metaopt.{room}"), "__all__", [])]
+    assert len(names) > 300 and len(set(names)) == len(names)
 
 
 def test_every_public_name_has_a_docstring():

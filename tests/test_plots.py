@@ -115,17 +115,20 @@ def test_a_method_that_diverges_is_drawn_without_its_points(value):
     assert np.isnan(points[0]) and len(points) == 2
 
 
+def test_a_method_without_a_finite_score_is_drawn_as_diverging():
+    (text,) = plots.comparison({"a": [np.nan], "b": [1.0, 2.0]}).texts
+    assert text.get_text() == "diverges"
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: plots.learning_curve({"loss": [1.0]}), r'`history` must have "value".*\[\'loss\'\]'),
-        (lambda: plots.learning_curve({"value": 1.0}), r"got shape \(\)"),
         (lambda: plots.hyperparameter_trace({"a": np.ones(2), "b": np.ones(3)}), "leading axis; got"),
         (lambda: plots.hyperparameter_trace({"a": 1.0}), "leading axis; got"),
+        (lambda: plots.pareto({"a": np.ones((2, 3))}), r"must be \[n, 2\]; 'a' has the shape \(2, 3\)"),
         (lambda: plots.adaptation_curves(EVALUATION, source="w"), "'w'"),
         (lambda: plots.ranking(EVALUATION, source="w"), "'w'"),
         (lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]), r"`edges` must enclose the ways .* \[50, 60\]"),
-        (lambda: plots.comparison({"a": [np.nan]}), "'a' has none"),
         (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), r"\['b'\] are not in \['a'\]"),
     ],
 )
@@ -135,7 +138,7 @@ def test_what_cannot_be_drawn_is_refused(draw, message):
 
 
 def test_the_absence_of_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"metaopt-jax\[examples\]"):
         plots.learning_curve({"value": [1.0]})
 
@@ -149,8 +152,6 @@ def test_fronts_are_steps_through_what_nothing_dominates():
     assert [len(c.get_offsets()) for c in axes.collections] == [4, 1]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "FLOPs"
     assert plots.pareto(sets, axes=axes) is axes and len(axes.lines) == 4
-    with pytest.raises(ValueError, match=r"must be \[n, 2\]; 'a' has the shape \(3,\)"):
-        plots.pareto({"a": [1.0, 2.0, 3.0]})
 
 
 # ---- Cells ----------------------------------------------------------------------------------------------------------
@@ -213,11 +214,6 @@ def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
     assert [axes.get_title() for axes in drawn] == ["normal", "reduce"] and len(drawn[1].patches) == 2 + 4
     with pytest.raises(ValueError, match="no op 'mlp'"):
         plots.genotype(network, {"normal": ((0, 2, "mlp"),), "reduce": ()})
-    with pytest.raises(ValueError, match="to a later one that is not an input; got 3 -> 2"):
-        plots.cell([(3, 2, "mlp")])
-    back = nas.Graph(((0, 1, 1), (0, 0, 1), (1, 0, 0)), graph.ops)
-    with pytest.raises(ValueError, match="to a later one that is not an input; got 2 -> 0"):
-        plots.cell(back)
 
 
 # ---- Rank diagrams -------------------------------------------------------------------------------------------------

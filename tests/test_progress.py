@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import _progress, base, few_shot, tasks, training
+from metaopt import _progress, base, few_shot, nas, tasks, training
 from metaopt._progress import Display, report_progress
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +225,26 @@ def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys, always
     assert capsys.readouterr().err == ""
 
 
+def test_the_scores_of_a_search_report_their_compilations_in_a_log(capsys, always):
+    def constant(supernet, params, weights, batch):
+        always()  # at trace time
+        return batch["x"].sum()
+
+    network = nas.Network({}, (nas.Layer("linear", 2),), 2)
+    score = nas.training_free_scores(network, (3,), {"constant": constant}, ops=nas.BLOCKS)
+    for num_rows in (2, 2, 4):  # the second call compiles nothing
+        score(KEY, {}, {"x": jnp.ones((num_rows, 3))})
+    assert untimed(capsys.readouterr().err) == ["compiling the scores", "compiled the scores"] * 2
+    assert jax.jit(lambda x: score(KEY, {}, {"x": x}))(jnp.ones((5, 3)))["constant"] == 15
+    assert capsys.readouterr().err == ""
+
+    one = nas.single_path_one_shot(
+        network, (3,), ops=nas.BLOCKS, num_steps=1, loss=lambda outputs, batch: always() or outputs.sum()
+    )
+    one.score(one.supernet.init(KEY), {}, {"x": jnp.ones((2, 3))})
+    assert untimed(capsys.readouterr().err) == ["compiling the score", "compiled the score"]
+
+
 # ---- JAX's persistent compilation cache ------------------------------------------------------------------------------
 
 
@@ -251,7 +271,7 @@ import optax
 loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda key, h, data: jnp.zeros(()))
 jax.jit(lambda x: x + 1)(1.0)  # JAX has compiled already, without a cache
 data = {"x": jnp.ones(3)}
-nas.train(loop, data, num_steps=2, key=jax.random.key(0), compilation_cache=sys.argv[1])
+nas.train_loop(loop, data, num_steps=2, key=jax.random.key(0), compilation_cache=sys.argv[1])
 print(events.count("/jax/compilation_cache/cache_hits"), events.count("/jax/compilation_cache/cache_misses"))
 """
 

@@ -186,7 +186,7 @@ def train_alone(
         auxiliary=scale.auxiliary,
         augment=(nas.crop_and_flip(scale.crop), nas.cutout(scale.cutout)),
     )
-    state, _ = nas.train(
+    state, _ = nas.train_loop(
         recipe.loop,
         jax.tree.map(jnp.asarray, parts["train"]),
         num_steps=scale.steps_alone,

@@ -4,13 +4,14 @@ Only the experiments of this repository use these files. The library has readers
 
 * Trial tables: `from_pmlb_results`, `from_oboe`, `from_taskset`, `from_lcdb`, `from_hpobench_mlp`; and the published
   curves of HPO-B, `from_hpob_curves`.
-* Classification tables: `from_data_folder`. Records of users: `from_parkinsons`, `from_heart_disease`.
+* Classification tables: `from_data_folder`; regression tables: `regression_tables`. Records of users:
+  `from_parkinsons`, `from_heart_disease`.
 * Images: `from_image_sets`, and Omniglot's official split, `omniglot_split`.
 """
 
 from ._folder import data_file
 from ._images import IMAGE_SETS, from_image_sets, omniglot_split
-from ._tables import from_data_folder
+from ._tables import from_data_folder, regression_tables
 from ._trial_tables import (
     PublishedCurves,
     from_hpob_curves,
@@ -37,4 +38,5 @@ __all__ = [
     "from_pmlb_results",
     "from_taskset",
     "omniglot_split",
+    "regression_tables",
 ]

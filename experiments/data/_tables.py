@@ -26,6 +26,28 @@ def from_data_folder(path: Folder = None) -> list[tasks.Table]:
     return [_table(row, data) for row in read_rows("tabular_classification_index.csv", path)]
 
 
+def regression_tables(path: Folder = None) -> list[tasks.Table]:
+    """Reads the tables of `tabular_regression.npz` and its index. Their `y` are numbers as float64, and not classes.
+
+    Args:
+      path: the folder; by default, the environment variable METAOPT_DATA.
+
+    Returns:
+      The tables, in the order of the index.
+
+    Raises:
+      FileNotFoundError: if the folder or a file does not exist.
+    """
+    data, tables = read_arrays("tabular_regression.npz", path), []
+    for row in read_rows("tabular_regression_index.csv", path):
+        name = row["name"]
+        x, y, categorical = (data[f"{part}__{name}"] for part in ("X", "y", "cat"))
+        x, y, categorical = x.astype(np.float32), y.astype(np.float64), categorical.astype(bool)
+        origin = f"{row['origin']}; {row['licence_short']}"
+        tables.append(tasks.Table(name, row["family"], x, y, categorical, None, origin))
+    return tables
+
+
 def _table(row: dict[str, str], data) -> tasks.Table:
     """Returns the table of a row of the index."""
     name = row["name"]

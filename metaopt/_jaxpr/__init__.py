@@ -1,11 +1,12 @@
 """Programs that JAX has traced (jaxprs): walks through them, evaluates them with operations replaced, and splits them.
 
-This is the only place in metaopt that uses the semi-public parts of JAX: `jax.core`, `jax.extend.core` and
-`jax.interpreters`. Their names that other rooms need are imported here.
+This is the only place in metaopt that uses the semi-public parts of JAX: `jax.core`, `jax.custom_derivatives`,
+`jax.extend.core` and `jax.interpreters`. Their names that other rooms need are imported here.
 """
 
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
+from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import Literal as Literal
 from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun

@@ -68,7 +68,7 @@ def split(function: Callable, args: Any, moves: Any) -> Halves:
 
 
 class _Step(NamedTuple):
-    """One operation of a program, with places in place of variables: a place is an object that stands for a value."""
+    """One operation of a program. Its operands and results are places: objects that represent values."""
 
     equation: Any
     operands: list

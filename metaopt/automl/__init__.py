@@ -1,4 +1,9 @@
-"""Hyperparameters for a new table without a trial: a trained meta-optimizer g that comes with the package.
+"""Models for tables: scikit-learn estimators, and a trained meta-optimizer g that comes with the package.
+
+`AutoClassifier` and `AutoRegressor` choose, combine and calibrate models within a time limit.
+
+    model = automl.AutoClassifier(time_limit=60).fit(frame, target)
+    model.predict_proba(new_frame)
 
 `tabular_network` is a training run for classification tables: its search space, its problem and its predictions.
 `predict_hyperparams` describes a table by meta-features and returns g's hyperparameters for this run. g has learned
@@ -10,10 +15,18 @@ from some 2,400 tasks; `experiments/hyperparameters/transfer` trains and judges 
     params = automl.train(network, key, hyperparams, automl.tabular_task(prepared))
 """
 
+from typing import TYPE_CHECKING, Any
+
+from metaopt import _extras
 from metaopt.automl._network import TabularNetwork, tabular_network, tabular_task, train
 from metaopt.automl._shipped import predict_hyperparams, shipped_predictor
 
+if TYPE_CHECKING:
+    from metaopt.automl._estimators import AutoClassifier, AutoRegressor
+
 __all__ = [
+    "AutoClassifier",
+    "AutoRegressor",
     "TabularNetwork",
     "predict_hyperparams",
     "shipped_predictor",
@@ -21,3 +34,14 @@ __all__ = [
     "tabular_task",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the estimators at their first use, since they need scikit-learn and pandas."""
+    if name in ("AutoClassifier", "AutoRegressor"):
+        for package in ("sklearn", "pandas"):
+            _extras.require(package, "automl", f"automl.{name}")
+        from metaopt.automl import _estimators, _saved  # noqa: F401  (registers the formats of files)
+
+        return getattr(_estimators, name)
+    raise AttributeError(f"module 'metaopt.automl' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _saving, base, spaces, tasks
+from metaopt import _saving, base, tasks
 from metaopt.predictors import TrainedPredictor
 
 GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")  # of the meta-features
@@ -70,6 +70,4 @@ def predict_hyperparams(
 
 @jax.jit
 def _predict(features: jax.Array) -> base.HyperParams:
-    trained = shipped_predictor()
-    z = trained.predictor.apply(trained.meta_params, base.Task(None, None, features))
-    return spaces.to_constrained(trained.space, z)
+    return shipped_predictor().predict(base.Task(None, None, features))

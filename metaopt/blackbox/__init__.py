@@ -36,11 +36,7 @@ from metaopt.blackbox._meta_optimizer import (
     train_meta_optimizer,
     train_meta_searcher,
 )
-from metaopt.blackbox._meta_outcomes import (
-    Outcomes,
-)
 from metaopt.blackbox._meta_search import (
-    Evidence,
     MetaOptimizer,
 )
 from metaopt.blackbox._optuna_searchers import (
@@ -79,9 +75,7 @@ from metaopt.blackbox._trials import (
 
 __all__ = [
     "CurveSearcher",
-    "Evidence",
     "MetaOptimizer",
-    "Outcomes",
     "Pruned",
     "TrialTable",
     "append_records",

@@ -306,13 +306,7 @@ def _by_name(tasks: Any) -> dict[str, Any]:
     if isinstance(tasks, Mapping):
         named = dict(tasks)
     else:
-        is_task = isinstance(tasks, str) or isinstance(tasks, tuple) and hasattr(tasks, "_fields")  # such as a `Table`
-        tasks = tasks if is_task else list(tasks)
-        if is_task or not all(hasattr(task, "name") for task in tasks):
-            raise ValueError(
-                "`tasks` must be a dict from names to tasks, or a list of objects that have a `name`, such as "
-                f"`Table`s; got {type(tasks).__name__}."
-            )
+        tasks = list(tasks)
         names = [task.name for task in tasks]
         named = dict(zip(names, tasks, strict=True))
         if len(named) < len(names):

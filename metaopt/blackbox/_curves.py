@@ -6,8 +6,8 @@ Let f_s(c, j) be the outcome of configuration c at fidelity j on the earlier tas
     y ~ GP(m, (α/S) Σ_s d_s d_sᵀ + (β + γ k(c, c') + δ [c = c']) u(c, j) u(c', j') R(j, j')) + N(0, (σ u(c, j))²).
 
 The first term says that the task is a combination of earlier ones. The second term models the rest: a level of the task
-(β), a part that similar configurations share (γ), and a part of each single configuration (δ). u states how much tasks
-differ at (c, j), and R is the correlation of two fidelities; both are learned from earlier tasks. The scales α to σ and
+(β), a part that similar configurations share (γ), and a part of each single configuration (δ). u is the deviation of
+tasks at (c, j), and R is the correlation of two fidelities. Both are learned from earlier tasks. The scales α to σ and
 the lengths of k are learned by leaving one task out (`curve_loss`). All observations (any fidelities of any
 configurations) are conditioned on in closed form.
 

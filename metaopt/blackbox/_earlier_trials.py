@@ -10,15 +10,10 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt.blackbox import _fidelities, _frames, _surrogates
-from metaopt.blackbox._new_task import check_no_mapping
 
 
 def as_records(records: Any, name: str = "records") -> list[base.Record]:
     """Returns records from a list, a generator or a data frame; raises `ValueError` for the first invalid record."""
-    if isinstance(records, (base.Record, dict, str)) or not hasattr(records, "__iter__"):
-        raise ValueError(
-            f"`{name}` must be a list of `Record`s, or a data frame of them; got {type(records).__name__}."
-        )
     records = _frames.records_from_frame(records) if hasattr(records, "columns") else list(records)
     for i, record in enumerate(records):
         _checks.check_record(record, f"`{name}[{i}]`")
@@ -43,10 +38,7 @@ def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     # A table has few configuration dicts, and the records of all its tasks share them.
     tried = list({id(record.configuration): record.configuration for record in records}.values())
     every = [*tried, *(candidates or ())]
-    try:
-        space = spaces.infer(every)
-    except ValueError as error:
-        raise ValueError(f"`space` is not given and cannot be inferred from the `records`: {error}") from None
+    space = spaces.infer(every)
     default, counts = spaces.configuration(space, spaces.default(space)), []
     without_gaps = list(map(without_nan, every))
     different = list({repr(sorted(c.items())): c for c in without_gaps}.values())
@@ -169,7 +161,7 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
     Warns if some tasks lack features and some features match no task: they may belong together under different names.
 
     Raises:
-      ValueError: if `features` has none of the tasks, has a mapping for a task, or has different lengths.
+      ValueError: if `features` has none of the tasks, or has different lengths.
     """
     if features is None:
         return None
@@ -183,8 +175,6 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
             "records' names; otherwise remove the features of unknown tasks.",
             stacklevel=3,
         )
-    for name in names:
-        check_no_mapping("features", features.get(name))
     rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
     lengths = sorted({len(row) for row in rows if row is not None})
     if len(lengths) != 1:

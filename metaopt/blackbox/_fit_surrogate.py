@@ -10,9 +10,8 @@ import optax
 
 from metaopt import hypergrad, predictors, training
 from metaopt.blackbox import _surrogates
-from metaopt.blackbox._earlier_trials import some
 from metaopt.blackbox._fitting import Budget, fit, keep_learners, sample_trials, usable_tasks
-from metaopt.blackbox._new_task import ROWS, check_rows
+from metaopt.blackbox._new_task import ROWS
 
 
 def fit_kernel(
@@ -213,14 +212,8 @@ def stacked_rows(names: Sequence[str], datasets: Mapping[str, Any]) -> dict[str,
     """[S, ...] the rows that the embedding reads, with columns and classes padded to a common size.
 
     Raises:
-      ValueError: if a task has no rows, or they lack an array.
+      KeyError: if a task has no rows, or they lack an array.
     """
-    if missing := [name for name in names if name not in datasets]:
-        raise ValueError(
-            f"`datasets` must hold the rows of each task of the records that teaches; it lacks {some(missing)}."
-        )
-    for name in names:
-        check_rows(f"`datasets[{name!r}]`", datasets[name])
     has_rows = lambda k: k in ("x", "y", "mask")
     cut = lambda data, k: np.asarray(data[k])[: _surrogates.MAX_ROWS if has_rows(k) else None]
     stacked = {}

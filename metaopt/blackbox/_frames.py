@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +13,9 @@ if TYPE_CHECKING:
     import pandas
 
 
-def as_pandas(name: str, frame: Any) -> Any:
-    """Returns a pandas DataFrame, converted if necessary with `to_pandas`, which polars and pyarrow tables have.
-
-    Args:
-      name: the argument's name in the error message.
-      frame: a `pandas.DataFrame`, or an object with a method `to_pandas` that returns one.
-
-    Returns:
-      A `pandas.DataFrame`.
-
-    Raises:
-      ValueError: if `frame` is not such a table.
-    """
-    frame = frame.to_pandas() if callable(getattr(frame, "to_pandas", None)) else frame
-    pandas = sys.modules.get("pandas")  # a caller that passes a DataFrame has already imported pandas
-    if pandas is None or not isinstance(frame, pandas.DataFrame):
-        got = f"{type(frame).__module__}.{type(frame).__qualname__}"
-        raise ValueError(f"`{name}` must be a pandas data frame, or have a method `to_pandas`; got {got}.")
-    return frame
+def as_pandas(frame: Any) -> Any:
+    """Returns a pandas DataFrame, converted if necessary with `to_pandas`, which polars and pyarrow tables have."""
+    return frame.to_pandas() if hasattr(frame, "to_pandas") else frame
 
 
 def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "pandas.DataFrame":
@@ -75,15 +58,11 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
       The records, in order.
 
     Raises:
-      ValueError: if `frame` is not a data frame, or a required column is missing.
+      TypeError: if a required column is missing.
       ValueError: if a task or reason is not text, or a configuration is neither a dict nor JSON of a dict. The message
         has the row number, from 0.
     """
-    frame = as_pandas("frame", frame)
-    if missing := {"task", "configuration"} - set(frame.columns):
-        raise ValueError(
-            f"The frame lacks the columns {sorted(missing)}; `records_to_frame` returns frames with all columns."
-        )
+    frame = as_pandas(frame)
     columns = [name for name in Record._fields if name in frame.columns]
     rows = zip(*(_values(frame[name]) for name in columns), strict=True)
     records = []

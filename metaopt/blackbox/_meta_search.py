@@ -31,18 +31,16 @@ class Evidence(NamedTuple):
 
     Attributes:
       num_tasks: S, the number of earlier tasks whose trials have different outcomes.
-      num_records: number of their trials, including failed ones. None if a file of an earlier version does not state
-        it.
+      num_records: number of their trials, including failed ones.
       effective_tasks: E, at most S. It sums, over tasks, the share of the variance that the task's trials explain. The
-        variance is over the space, or over the candidates. A task with few trials counts as a fraction of a task. E is
-        S if a file of an earlier version does not state it.
+        variance is over the space, or over the candidates. A task with few trials counts as a fraction of a task.
       weight: w = E / (E + 7), the weight of earlier tasks in the objective of `predict`. The rest is the weight of a
         prior in favor of the space's default. w is 1 if `candidates` do not hold the default, since `predict` cannot
         return it then.
     """
 
     num_tasks: int
-    num_records: int | None
+    num_records: int
     effective_tasks: float
     weight: float
 
@@ -158,7 +156,7 @@ def meta_optimizer(
     space: base.PyTree,
     candidates: Sequence[Mapping[str, Any]] | None,
     *,
-    num_records: int | None = None,
+    num_records: int = 0,
     effective_tasks: float | None = None,
 ) -> MetaOptimizer:
     """The `MetaOptimizer` of a surrogate; E is the number of earlier tasks if `effective_tasks` is None."""

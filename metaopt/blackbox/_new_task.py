@@ -1,7 +1,6 @@
 """Features and rows of a new task, and the parts of a surrogate that depend on them."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +40,8 @@ def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any) -> NewTask:
       A `NewTask`.
 
     Raises:
-      ValueError: if the features have another shape than those of the training, or the rows lack an array.
+      ValueError: if the features have another shape than those of the training.
+      KeyError: if the rows lack an array.
     """
     features, stacklevel = features_of(new_task), 4
     num_features = len(surrogate.sorted_features)
@@ -61,7 +61,6 @@ def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any) -> NewTask:
         )
     rows = new_task.train if isinstance(new_task, base.Task) else None
     if rows is not None and surrogate.embedding is not None:
-        check_rows("The new task's `train`", rows)
         rows = {name: np.asarray(rows[name]) for name in ROWS}  # JAX arrays would keep the caller's precision
     specialized = _surrogates.at_task(surrogate, features, rows)
     weights = _surrogates.task_weights(surrogate, features, rows)
@@ -78,7 +77,6 @@ def features_of(new_task: Any) -> np.ndarray | None:
       ValueError: if `new_task` is anything else, such as a `tasks.Table`.
     """
     features = new_task.features if isinstance(new_task, base.Task) else new_task
-    check_no_mapping("new_task", features)
     if features is None:
         return None
     try:
@@ -89,31 +87,12 @@ def features_of(new_task: Any) -> np.ndarray | None:
         advice = ""
         if isinstance(new_task, (tasks.Table, tasks.PreparedTable)):
             advice = (
-                " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table))`, scaled as those of "
-                "earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of what "
-                "`tasks.prepare` returns."
+                " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table), clip=3.0)`, scaled "
+                "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
+                "what `tasks.prepare` returns."
             )
         raise ValueError(
             "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "
             f"{f'shape {np.shape(features)}' if array.ndim else type(features).__name__}.{advice}"
         )
     return array
-
-
-def check_no_mapping(name: str, features: Any) -> None:
-    """Rejects a mapping, as `tasks.metafeatures` returns it: features must be in the order of earlier tasks."""
-    if isinstance(features, Mapping):
-        raise ValueError(
-            f"`{name}` must have features as an array of numbers [F], and not by name; `tasks.fit_scaling` and "
-            "`tasks.apply_scaling` make one of `tasks.metafeatures`."
-        )
-
-
-def check_rows(name: str, data: Any) -> None:
-    """Raises `ValueError` if `data` is not a mapping with all arrays that an embedding reads."""
-    missing = [key for key in ROWS if not isinstance(data, Mapping) or key not in data]
-    if missing:
-        raise ValueError(
-            f"{name} must be a dict of {', '.join(ROWS)}, like `train` of `tasks.to_task`; it lacks "
-            f"{', '.join(missing)}."
-        )

@@ -32,15 +32,10 @@ def as_configurations(name: str, value: Any, space: base.PyTree = None) -> Seque
       ValueError: if `value` is anything else, such as an array, which does not have the names of its columns.
     """
     if hasattr(value, "columns"):
-        frame = _frames.as_pandas(name, value)
+        frame = _frames.as_pandas(value)
         # Turn the gaps of nullable types into NaN as well.
         return _without_gaps(frame.astype(object).where(frame.notna(), math.nan).to_dict("records"), space)
-    if isinstance(value, (str, Mapping, np.ndarray, jax.Array)) or not isinstance(value, Sequence):
-        raise ValueError(
-            f"`{name}` must be a list of configurations, dicts of values by name such as {{'x': 0.5}}, or a data frame "
-            f"with a column a name; got {type(value).__name__}. `pandas.DataFrame(array, columns=names)` makes a frame "
-            "of an array."
-        )
+    value = list(value)
     for i, configuration in enumerate(value):
         if not isinstance(configuration, (dict, Mapping)):  # the check for dict is faster than the one for Mapping
             raise ValueError(f"`{name}[{i}]` must be a dict from parameter names to values; got {configuration!r}.")

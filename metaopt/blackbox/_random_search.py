@@ -34,7 +34,7 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
 
     Args:
       first: configurations to try first; parameters that one lacks get their defaults. By default, the default of the
-        space. A configuration is skipped if the search was told that somebody else has tried it at the full budget.
+        space. A configuration is skipped if the search was informed that somebody else has tried it at the full budget.
 
     Returns:
       A searcher.

@@ -69,8 +69,8 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
 
     Raises:
       ValueError: if a record's status is unknown, its fidelity outside (0, 1], or its outcome or cost not a number.
-      ValueError: if a record's configuration is not plain data, its task or reason not text, or its seed or trial not
-        an integer of 64 bits.
+      ValueError: if a record's task or reason is not text, or its seed or trial not an integer of 64 bits.
+      TypeError: if a record's configuration is not plain data; NaN in it is a ValueError.
       ValueError: if the file is damaged, is not a file of records, or is from a later version of metaopt.
       OSError: if the file or its folder cannot be written.
     """
@@ -160,14 +160,12 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
     """
     if os.path.exists(to):
         raise FileExistsError(f"{to} already exists; pass the path of a new file for the recovered records.")
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"There is no file of records at {file}.")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / Path(file).name
-        for end in ("", "-wal"):
-            if os.path.isfile(f"{file}{end}"):
-                shutil.copyfile(f"{file}{end}", f"{copy}{end}")
+        shutil.copyfile(file, copy)
+        if os.path.isfile(f"{file}-wal"):
+            shutil.copyfile(f"{file}-wal", f"{copy}-wal")
         _pad(copy)
         with _open(copy, recover=True) as connection:
             connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
@@ -177,7 +175,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
                     query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
-                        rows.append((row[0], *_to_row(_from_row(row[1:]), any_fidelity=True)))  # of earlier versions
+                        rows.append((row[0], *_to_row(_from_row(row[1:]))))
     _insert(to, rows)
     return len(rows)
 
@@ -305,23 +303,16 @@ def _header_of_made(connection, create: bool) -> list[int]:
                 raise
 
 
-def _to_row(record: Record, *, any_fidelity: bool = False) -> tuple:
-    check_record(record._replace(fidelity=1.0) if any_fidelity else record)
+def _to_row(record: Record) -> tuple:
+    check_record(record)
     if not isinstance(record.reason, str):
         raise ValueError(f'A record\'s reason must be a string, "" if there is no reason; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
         if not _is_unicode(text):  # such as names of files, which may be any bytes
             raise ValueError(f"A record's {name} must be valid Unicode; got {text!r}.")
-    try:
-        configuration = json.dumps(record.configuration, allow_nan=False, default=as_python)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"A record's configuration must contain only plain numbers, strings, booleans and None, as "
-            f"`spaces.configuration` returns them; got {record.configuration!r} ({error})."
-        ) from None
     return (
         record.task,
-        configuration,
+        json.dumps(record.configuration, allow_nan=False, default=as_python),
         _number_or_null(record.outcome),
         float(record.fidelity),
         _number_or_null(record.cost),
@@ -357,10 +348,8 @@ def _from_row(row) -> Record:
         raise ValueError(f"Its configuration must be JSON; got {record.configuration!r} ({error}).") from None
     outcome, cost = (math.nan if value is None else value for value in (record.outcome, record.cost))
     seed, trial = _integer("seed", record.seed), _integer("trial", record.trial)
-    if not isinstance(record.fidelity, int | float):
-        raise ValueError(f"Its fidelity must be a number; got {record.fidelity!r}.")
     record = record._replace(configuration=configuration, outcome=outcome, cost=cost, seed=seed, trial=trial)
-    check_record(record._replace(fidelity=1.0))  # earlier versions had other fidelities
+    check_record(record)
     return record
 
 

@@ -43,7 +43,7 @@ def _decode(header: dict[str, Any], file: _files.Npz) -> MetaOptimizer:
             _files.check_finite(name, array, missing=name.endswith("sorted_features"))
     counts = {name: header[name] for name in ("num_records", "effective_tasks")}
     for name, count in counts.items():
-        _checks.check_positive(name, count, optional=True)
+        _checks.check_positive(name, count)
     surrogates = {kind: _surrogate(kind, arrays) for kind in kinds}
     return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, header["candidates"], **counts)
 

@@ -82,8 +82,6 @@ def sklearn_objective(
       ImportError: if scikit-learn is not installed.
     """
     _checks.check_integer("num_folds", num_folds, 2)
-    if isinstance(preparation, type):
-        raise ValueError(f"`preparation` must be a transformer; got the class {preparation.__name__}: call it.")
     import sklearn.base
 
     if scoring is None:
@@ -195,11 +193,9 @@ def sklearn_model(name: str) -> SklearnModel:
       The estimator, space and scoring of the family.
 
     Raises:
-      ValueError: if `name` is unknown.
+      KeyError: if `name` is unknown.
       ImportError: if scikit-learn is not installed.
     """
-    if name not in _MODELS:
-        raise ValueError(f"`name` must be one of {', '.join(SKLEARN_MODELS)}; got {name!r}.")
     module, cls, arguments, space = _MODELS[name]
     estimator = getattr(importlib.import_module(f"sklearn.{module}"), cls)(**arguments)
     kind = name.rpartition("_")[2]

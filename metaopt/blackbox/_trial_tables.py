@@ -217,7 +217,7 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
       ValueError: if rows are of several functions, which are not comparable.
     """
     if hasattr(rows, "columns"):
-        rows = as_pandas("rows", rows).to_dict("records")
+        rows = as_pandas(rows).to_dict("records")
     if len(functions := {row["function"] for row in rows if isinstance(row.get("function"), str)}) > 1:
         raise ValueError(f"All rows must have values of one function; got {sorted(functions)}.")
     losses = [name for name in functions if _LOSS.search(name)]

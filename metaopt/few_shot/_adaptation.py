@@ -123,11 +123,13 @@ def adaptation(
       `sampler`, a `rule` or checkpoints (`remat`), each step computes them again.
 
     Raises:
-      ValueError: if an argument is out of range. At trace time: if `adapt` or `leaves_per_step` finds no leaf; if a
-        leaf adapts and has a value per step; or if a leaf with a value per step has a leading axis other than T. Also
-        if `init` makes leaves that do not adapt and there is a `rule`, or that adapt and there is a `proximal`. Also if
-        λ is not a dict with "init" (and "rate" if it is learned). Also if the task is an episode, or its "mask" has an
-        axis of tasks.
+      ValueError: if an argument is out of range.
+      ValueError: at trace time, if `adapt` or `leaves_per_step` finds no leaf, or both find the same leaf.
+      ValueError: at trace time, if a leaf with a value per step has a leading axis other than T.
+      ValueError: at trace time, if `init` makes leaves that do not adapt and there is a `rule`, or leaves that adapt
+        and there is a `proximal`.
+      ValueError: at trace time, if λ is not a dict with "init" (and "rate" if it is learned), or if the "mask" of a
+        task has an axis of tasks.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, few_shot
@@ -171,11 +173,11 @@ def adaptation(
         # Checkpoints save memory, but each would store a copy of the part that is computed once.
         trained = unrolling if remat == "none" else problem
         unrolled = _Unrolled(trained, num_steps, order, outer, remat)
-        estimator_at = lambda step: _takes_tasks(_unrolled_at(unrolled, step))
+        estimator_at = lambda step: _unrolled_at(unrolled, step)
     else:
         if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
             raise ValueError("Pass `num_steps` to the method and not to its `rule`: the method passes it on.")
-        estimator_at = lambda step: _takes_tasks(rule(problem, num_steps=num_steps))
+        estimator_at = lambda step: rule(problem, num_steps=num_steps)
     return Adaptation(
         problem,
         estimator_at(int(LATE)),
@@ -258,17 +260,3 @@ def _held_grad(loss: Callable, has_aux: bool = False) -> Callable:
         return grads, carried._replace(made=context.model_state.made)  # f reads these leaves as it reads λ
 
     return held
-
-
-def _takes_tasks(estimator: base.Estimator) -> base.Estimator:
-    """The same estimator, which rejects episodes."""
-
-    def init(key, hyperparams, task):
-        _adaptation_checks.check_task(task)
-        return estimator.init(key, hyperparams, task)
-
-    def estimate(hyperparams, task, state):
-        _adaptation_checks.check_task(task)
-        return estimator.estimate(hyperparams, task, state)
-
-    return estimator._replace(init=init, estimate=estimate)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaopt import _checks, tasks
+from metaopt import _checks
 from metaopt.few_shot import _leaves
 
 
@@ -52,15 +52,6 @@ def check_one_task(data: Any) -> None:
             f'An adaptation takes one task, whose "mask" is [N], a number for each row; got shape {mask}. Use '
             "`hypergrad.over_tasks` for a batch of tasks. If the mask is for labels with several values per row, give "
             "it another name."
-        )
-
-
-def check_task(task: Any) -> None:
-    """Raises ValueError if `task` is an episode."""
-    if isinstance(task, tasks.Episode):
-        raise ValueError(
-            "This estimator takes tasks `base.Task(train, valid)`; got an `Episode`: pass its `.task`. For a sampler "
-            "of episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
         )
 
 

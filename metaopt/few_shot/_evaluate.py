@@ -79,8 +79,9 @@ def evaluate_episodes(
       ValueError: if `higher_is_better` is missing and the score is unknown.
       ValueError: if a sampler draws users with replacement or has fewer than `each`, or if a label is not one of its
         episode's classes.
-      ValueError: at trace time, if a sampler returns a batch of episodes, if outputs have no axis of steps or a shape
-        that the score does not take, or if there are Q classes and a leaf could belong to either examples or classes.
+      ValueError: at trace time, if a sampler returns a batch of episodes.
+      ValueError: at trace time, if outputs have no axis of steps or a shape that the score does not take.
+      ValueError: at trace time, if there are Q classes and a leaf could belong to either examples or classes.
     """
     samplers = samplers if isinstance(samplers, Mapping) else {"episodes": samplers}
     if higher_is_better is None:

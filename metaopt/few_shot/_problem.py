@@ -63,7 +63,7 @@ def start(spec: Spec, key: jax.Array, hyperparams: base.HyperParams, data: Any) 
     with traced_after_steps(False):
         params = meta_params if spec.init is None else spec.init(key, hyperparams, data)
     if spec.with_context and spec.init is not None:
-        if type(params) not in (tuple, list) or len(params) != 2:
+        if type(params) not in (tuple, list) or len(params) != 2:  # an array of two entries would be unpacked
             raise ValueError(
                 "With `with_context=True`, `init` must return a pair (params, model state); the model state may be "
                 f"None. Got {type(params).__name__}."
@@ -138,7 +138,6 @@ def _halves(spec: Spec, params, made, hyperparams, batch, context: base.Context)
 def at_step(spec: Spec, hyperparams: base.HyperParams, step: Any) -> base.HyperParams:
     """λ with the rates and leaves of one step; later steps use the last values."""
     step = jnp.clip(step, 0, spec.num_steps - 1)
-    _adaptation_checks.check_hyperparams(hyperparams, learned_rates=spec.rates_per_step)
     if spec.rates_per_step:
         hyperparams = {**hyperparams, "rate": jax.tree.map(lambda x: x[step], hyperparams["rate"])}
     return leaves_at(spec, hyperparams, step)

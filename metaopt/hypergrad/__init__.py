@@ -1,8 +1,8 @@
 """Estimators of dF/dλ: one rule per file, and wrappers that run a rule over seeds and tasks."""
 
 from metaopt.hypergrad._batching import over_seeds, over_tasks
-from metaopt.hypergrad._check import Check, check
-from metaopt.hypergrad._diagnose import Diagnosis, diagnose
+from metaopt.hypergrad._check import check
+from metaopt.hypergrad._diagnose import diagnose
 from metaopt.hypergrad._direct import direct
 from metaopt.hypergrad._evolution import es_single, evolution, persistent_es, truncated_es
 from metaopt.hypergrad._finite_difference import darts_fd
@@ -16,7 +16,7 @@ from metaopt.hypergrad._lookahead import lookahead
 from metaopt.hypergrad._mix_with_es import mix_with_es
 from metaopt.hypergrad._mixed import mixed_grad
 from metaopt.hypergrad._partition import partition
-from metaopt.hypergrad._recommend import Recommendation, recommend
+from metaopt.hypergrad._recommend import recommend
 from metaopt.hypergrad._reptile import reptile
 from metaopt.hypergrad._sama import sama
 from metaopt.hypergrad._solvers import Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
@@ -25,9 +25,6 @@ from metaopt.hypergrad._truncated import t1t2, truncated
 from metaopt.hypergrad._unroll import unroll, unrolled
 
 __all__ = [
-    "Check",
-    "Diagnosis",
-    "Recommendation",
     "Solver",
     "bicgstab",
     "bome",

@@ -56,8 +56,8 @@ def implicit(
 
     - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
       `"inner_step_norm"`). `training.fit` logs a warning once if ‖R‖ is large next to ‖∂f/∂θ‖. With
-      `condition="step"`, where R has the unit of θ, it compares the change of ∂f/∂θ up to rest instead, which
-      `metrics["outer_grad_shift"]` estimates by one more product with Aᵀ and one with ∂²f/∂θ². So f must then have a
+      `condition="step"`, R has the unit of θ, so `fit` compares the change of ∂f/∂θ up to rest instead. This is
+      `metrics["outer_grad_shift"]`, and costs one more product with Aᵀ and one with ∂²f/∂θ². So f must then have a
       second derivative.
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
       ‖(A + δI) v − ∂f/∂θ‖.
@@ -106,8 +106,9 @@ def implicit(
       "outer_grad_norm", which is ‖∂f/∂θ‖, and "num_products", the number of products with A.
 
     Raises:
-      ValueError: if an argument is out of range, or two arguments exclude each other; at trace time, if a leaf of λ is
-        used only by `init` (or, with the condition "gradient", only by `update`).
+      ValueError: if an argument is out of range, or two arguments exclude each other.
+      ValueError: at trace time, if only `init` uses a leaf of λ. With the condition "gradient", also if only `update`
+        uses it.
 
     Source: Bengio, 2000; Pedregosa, ICML 2016, https://arxiv.org/abs/1602.02355; Lorraine, Vicol & Duvenaud, AISTATS
       2020, https://arxiv.org/abs/1911.02590; with the condition "step", Grazzi et al., ICML 2020,

@@ -33,15 +33,10 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
       C - 1. They are NaN as well if no row is real.
 
     Raises:
-      ValueError: if the labels are missing or not integers, or if "y", "mask" or "class_mask" has another shape.
+      ValueError: if the labels are not integers, or if "y", "mask" or "class_mask" has another shape.
       ValueError: if labels that are not traced are not classes.
     """
     num = outputs.shape[-1]
-    if batch.get("y") is None:
-        raise ValueError(
-            f'The batch must have labels "y", integers in 0..{num - 1}, for the loss; got a dict with the keys '
-            f"{[*batch]}."
-        )
     check_labels(batch, num, outputs.shape[:-1])
     y = jnp.asarray(batch["y"])
     y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y  # `uint8 >= 256` would be `>= 0`
@@ -116,8 +111,8 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     if not isinstance(batch, Mapping) or "x" not in batch:
         got = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            'A batch of rows must be a dict with the inputs as "x" [N, ...] and, for the default loss, labels as "y" '
-            f"[N], since losses and samplers read them by name; got {got}. For arrays x and y, use "
+            f'A batch of rows must be a dict with the inputs as "x" [N, ...]; got {got}. The default loss also reads '
+            'labels as "y" [N]. For arrays x and y, use '
             '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
         )
     mask, rows = batch.get("mask"), np.shape(batch["x"])[:1]

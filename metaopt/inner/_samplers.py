@@ -106,8 +106,8 @@ def minibatch(
       shared: entries of a dict of data without an axis of rows. Every batch carries them whole, and also "num_rows" and
         a "class_mask" [C].
       num_rows: `data -> N`: the first N rows are real, and masks are ignored. By default, positive entries of "mask"
-        [N] or [N, ...] mark the real rows (a row is real if one of its parts is), or the first `data["num_rows"]` rows
-        are real, or all. N may differ between tasks: all tasks share one compiled program.
+        [N] or [N, ...] mark the real rows: a row is real if one of its parts is. Without a mask, the first
+        `data["num_rows"]` rows are real, or all. N may differ between tasks, which share one compiled program.
 
     Returns:
       A `Sampler`. Batches look like the data, with B instead of the length of the axis of rows.

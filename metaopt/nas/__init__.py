@@ -158,7 +158,6 @@ from metaopt.nas.search._one_shot import (
     single_path_one_shot,
 )
 from metaopt.nas.search._retrain import (
-    Retraining,
     retraining,
 )
 from metaopt.nas.search._saved import (
@@ -174,7 +173,7 @@ from metaopt.nas.search._search_report import (
     search_report,
 )
 from metaopt.nas.search._train import (
-    train,
+    train_loop,
 )
 from metaopt.nas.search._train_cell_searcher import (
     train_cell_searcher,
@@ -214,7 +213,6 @@ __all__ = [
     "NAS_BENCH_MACRO_OPS",
     "Network",
     "Op",
-    "Retraining",
     "SCORES",
     "Search",
     "SearchReport",
@@ -298,7 +296,7 @@ __all__ = [
     "supernet",
     "to_darts",
     "to_nas_bench_201",
-    "train",
+    "train_loop",
     "train_cell_searcher",
     "trained_network",
     "training_free_scores",

@@ -20,6 +20,7 @@ Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs
 import json
 import math
 import operator
+import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -407,14 +408,22 @@ def cost_table_from_json(text: str) -> CostTable:
       A `CostTable`.
 
     Raises:
-      ValueError: if the text is not JSON of this form, or is of another version.
+      ValueError: if the text is not JSON of this form, has a value that is not a number, or is of another version.
     """
     with reading_json(text, "cost_table_to_json") as data:
         terms = []
         for term in data["terms"]:
             rows = tuple((str(kind), operator.index(edge)) for kind, edge in term["rows"])
-            values = np.asarray(term["values"], float)
+            values = _numbers("values", term["values"])
             if values.ndim != len(rows):
                 raise ValueError(f"`values` must have an axis for each of the {len(rows)} rows; got {values.shape}")
             terms.append(CostTerm(rows, values))
-        return CostTable(float(data["fixed"]), tuple(terms), str(data["unit"]))
+        return CostTable(float(_numbers("fixed", data["fixed"])), tuple(terms), str(data["unit"]))
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """JSON numbers as an array. NumPy would read null as NaN, and the text "nan", too."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "if":
+        raise ValueError(f"`{name}` must be numbers; got {reprlib.repr(value)}")
+    return array.astype(float)

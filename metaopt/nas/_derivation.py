@@ -24,9 +24,9 @@ def derive_genotype(network: Space, weights: Mapping[str, np.ndarray], *, keep: 
       network: the spec of a supernet.
       weights: kind -> [edges, ops], the weights that the relaxation makes of α; not negative.
       keep: number of edges into each node. The strongest are kept, and the first of equal ones; 2 is the rule of DARTS.
-        None keeps every edge whose largest weight is not the weight of "none". "space" uses the rule of the network. In
-        the space of NAS-Bench-101 this is the only rule: it keeps the path from the input to the output with the
-        largest product of weights, and the strongest of the other edges, at most nine edges in all.
+        None keeps every edge whose largest weight is not the weight of "none". "space" uses the rule of the network.
+        The space of NAS-Bench-101 allows only "space": it keeps the path from the input to the output with the largest
+        product of weights. Then it keeps the strongest of the other edges, at most nine edges in all.
 
     Returns:
       A `Genotype`, its edges in the order of the network.

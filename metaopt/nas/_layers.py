@@ -41,16 +41,6 @@ class Run(NamedTuple):
 # ---- Shapes ---------------------------------------------------------------------------------------------------------
 
 
-def _op(ops: Mapping[str, _ops.Op], name: str) -> _ops.Op:
-    if name not in ops:
-        raise ValueError(
-            f"`ops` has no {name!r}, only {', '.join(map(str, ops)) or 'nothing'}, an op that the network uses. Pass "
-            "the op set of its space, such as `nas.BLOCKS` or `nas.DARTS_OPS`, together with your own ops: "
-            "`{**nas.BLOCKS, 'mine': nas.Op(...)}`."
-        )
-    return ops[name]
-
-
 def build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op], partial: int) -> list[Run]:
     """The runs of a network with all shapes, which are checked against the output shapes of the ops."""
     checked: dict[tuple, tuple[int, ...]] = {}
@@ -58,7 +48,7 @@ def build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op
     def out_shape(name, shape, channels, stride):
         case = (name, shape, channels, stride)
         if case not in checked:
-            op, key = _op(ops, name), jax.eval_shape(lambda: jax.random.key(0))
+            op, key = ops[name], jax.eval_shape(lambda: jax.random.key(0))
             x = jax.ShapeDtypeStruct((2, *shape), jnp.zeros(0).dtype)
             params = jax.eval_shape(lambda key: op.init(key, shape, channels, stride), key)
             y = jax.eval_shape(lambda params, x: op.apply(params, x, channels, stride), params, x)

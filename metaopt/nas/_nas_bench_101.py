@@ -343,8 +343,8 @@ def genotype_graph(genotype: Genotype) -> Graph:
     once = len({edge[:2] for edge in edges}) == len(edges)
     if set(genotype) != {"cell"} or not once or len(ops) + len(links) < len(edges):
         raise ValueError(
-            'A genotype of NAS-Bench-101 is of the one kind "cell", with the ops of its vertices on edges from 2v − 1 '
-            f"to 2v and links from 2u to 2v − 1, as `graph_genotype` writes them; got {genotype!r}."
+            'A genotype of NAS-Bench-101 has only the kind "cell". The ops of its vertices are on edges from 2v − 1 to '
+            f"2v, and its links from 2u to 2v − 1, as `graph_genotype` writes them; got {genotype!r}."
         )
     end = max((t for _, t in links), default=1)
     # A vertex without an op leads nowhere, so it is left out.

@@ -5,7 +5,6 @@ come from `base.Context`, for noise and schedules. The functions below make rela
 relaxation.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -54,33 +53,6 @@ def decoding(relaxation: Relaxation) -> Relaxation:
       A `Relaxation`; the same one if it has no separate decoding.
     """
     return relaxation.decode if isinstance(relaxation, Decoded) else relaxation
-
-
-def check_relaxation(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a relaxation.
-
-    Args:
-      name: name of the argument in the message.
-      value: the argument.
-
-    Raises:
-      ValueError: if `value` is not a function, or does not take (alpha, cell, key, step). `softmax` itself does not;
-        `softmax()` does.
-    """
-    takes = callable(value)
-    if takes:
-        try:
-            inspect.signature(value).bind(*[None] * 4)
-        except ValueError:  # the function has no signature to inspect
-            pass
-        except TypeError:
-            takes = False
-    if not takes:
-        hint = "; call it, if it makes one" if callable(value) else ""
-        raise ValueError(
-            f"`{name}` must be a function `(alpha, cell, key, step) -> weights [edges, ops]`, such as `nas.softmax()` "
-            f"gives; got {value!r}{hint}."
-        )
 
 
 def _check_temperature(temperature: Schedule) -> None:

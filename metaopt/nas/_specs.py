@@ -80,8 +80,8 @@ class ElasticLayer(NamedTuple):
     """Layers of one kind whose sizes are candidates. Mixing weights choose each size that has several candidates.
 
     Attributes:
-      kind: "conv" and "linear", with bias, normalization (if any) and ReLU; "max_pool" and "avg_pool", with windows as
-        wide as the stride; "flatten", which turns positions into features of the linear layer after it.
+      kind: "conv" and "linear" have bias, normalization (if any) and ReLU. "max_pool" and "avg_pool" have windows as
+        wide as the stride. "flatten" turns positions into features of the linear layer after it.
       width: candidates for the number of channels, or features; a mask keeps the first of them. Empty for pools and
         "flatten".
       kernel: candidates for the window of a convolution along every spatial axis, odd; smaller windows are the center

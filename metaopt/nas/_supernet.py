@@ -99,7 +99,8 @@ def supernet(
 
     Raises:
       ValueError: if the spec is inconsistent.
-      ValueError: if an op is unknown, or if its input or output has a wrong shape.
+      KeyError: if `ops` lacks an op of the network.
+      ValueError: if the input or output of an op has a wrong shape.
       ValueError: if K does not divide the channels, or if K > 1 for an `ElasticNetwork`.
 
     Sources: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055; for K, Xu et al., ICLR 2020,

@@ -75,15 +75,9 @@ def cell(
       arcs to the output are dashed.
 
     Raises:
-      ValueError: if an edge does not go from a node to a later one, or goes to an input.
       ImportError: if matplotlib is not installed.
     """
     drawing = _of_graph(edges) if isinstance(edges, nas.Graph) else _of_edges(edges, num_inputs, tuple(output))
-    wrong = [(s, t) for s, t, _ in drawing.arcs if not 0 <= s < t or t < drawing.num_inputs]
-    if wrong:
-        raise ValueError(
-            f"An edge must go from a node to a later one that is not an input; got {wrong[0][0]} -> {wrong[0][1]}."
-        )
     heights = _arc_heights([(s, t) for s, t, _ in drawing.arcs])
     low, high = min([*heights, 0]), max([*heights, 0])
     if axes is None:

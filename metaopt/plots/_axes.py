@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metaopt import _extras
 from metaopt.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -16,11 +17,7 @@ def new_axes(axes: "Axes | None", height: float = 3.2, width: float = 5.5) -> "A
 
 
 def pyplot() -> Any:
-    try:
-        from matplotlib import pyplot as module
-    except ImportError as error:
-        raise ImportError('plots need matplotlib; install it with `pip install "metaopt-jax[examples]"`.') from error
-    return module
+    return _extras.require("matplotlib.pyplot", "examples", "A plot")
 
 
 def rows_of_means(

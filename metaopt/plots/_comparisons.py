@@ -31,10 +31,10 @@ def comparison(
       highlight: methods to draw in another color.
 
     Returns:
-      The axes. Non-finite scores do not enter the mean.
+      The axes. Non-finite scores do not enter the mean. A method without a finite score has the text "diverges".
 
     Raises:
-      ValueError: if a method has no finite score, or `errors` or `highlight` name other methods.
+      ValueError: if `errors` or `highlight` name other methods.
       ImportError: if matplotlib is not installed.
     """
     unknown = sorted((set(errors or {}) | set(highlight)) - set(scores))
@@ -46,9 +46,7 @@ def comparison(
     for name, values in scores.items():
         values = np.atleast_1d(np.asarray(values, float))
         values = values[np.isfinite(values)]
-        if not len(values):
-            raise ValueError(f"`scores` must have a finite score for every method; {name!r} has none.")
-        means.append(values.mean())
+        means.append(values.mean() if len(values) else np.nan)
         width = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
         widths.append(float((errors or {}).get(name, width)))
     return rows_of_means(list(scores), means, widths, axes=axes, xlabel=xlabel, highlight=highlight)

@@ -26,13 +26,9 @@ def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, la
       The axes. Steps with a non-finite loss are gaps.
 
     Raises:
-      ValueError: if `history` has no "value", or it is not [T].
       ImportError: if matplotlib is not installed.
     """
-    values = np.asarray(history["value"], float) if "value" in history else None
-    if values is None or values.ndim != 1:
-        got = f"{list(history)}" if values is None else f"shape {values.shape}"
-        raise ValueError(f'`history` must have "value", the outer loss of every step, as one axis; got {got}.')
+    values = np.asarray(history["value"], float)
     axes = new_axes(axes)
     axes.plot(np.arange(len(values)), np.where(np.isfinite(values), values, np.nan), label=label)
     axes.set_xlabel("outer step")

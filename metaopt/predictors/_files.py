@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _files, _saving, base, spaces, tasks
+from metaopt import _files, _proposals, _saving, base, spaces, tasks
 from metaopt.predictors import _networks
 
 
@@ -28,8 +28,35 @@ class TrainedPredictor(NamedTuple):
 
     @property
     def space(self) -> base.PyTree:
-        """The space of λ: `spaces.to_constrained(space, predictor.apply(meta_params, task))` is λ."""
+        """The space of λ, whose coordinates `predictor.apply` predicts."""
         return spaces.from_json(self.predictor.config["space"])
+
+    def predict(self, task: base.Task) -> base.HyperParams:
+        """Predicts λ for one task.
+
+        `training.propose` draws from the distribution of a predictor with `spread`: pass it
+        `predictor.apply(meta_params, task)` instead.
+
+        Args:
+          task: its entries that the predictor reads are used, such as `features` [F]. Jit works. For a batch of tasks,
+            which have a leading axis, use `jax.vmap(trained.predict)(batch)`.
+
+        Returns:
+          λ in natural units. Of a predictor with `spread`, it is the center of the distribution.
+
+        Raises:
+          ValueError: at trace time, if `task.features` has not F entries.
+        """
+        num_features = _networks.option_of(self.predictor.config, "num_features")
+        if num_features and np.shape(task.features) != (num_features,):
+            raise ValueError(
+                f"`task.features` must have shape ({num_features},); got shape {np.shape(task.features)}. For a batch "
+                "of tasks, use `jax.vmap(trained.predict)(batch)`."
+            )
+        prediction = _proposals.center_of(self.predictor.apply(self.meta_params, task))
+        if isinstance(prediction, spaces.Unconstrained):
+            return spaces.to_constrained(self.space, prediction)
+        return prediction
 
     def scaled_features(self, features: Mapping[str, float]) -> np.ndarray:
         """Computes `task.features` of one task for this predictor.
@@ -38,8 +65,7 @@ class TrainedPredictor(NamedTuple):
           features: raw meta-features, by name.
 
         Returns:
-          [F], by `tasks.apply_scaling`. If the predictor has a `limit`, `clip` is 50 limits instead of its default, so
-          that the predictor sees how far the features are outside.
+          [F], by `tasks.apply_scaling`: with the predictor's `limit`, or with `clip=3.0` if it has none.
 
         Raises:
           ValueError: if there is no scaling.
@@ -47,9 +73,8 @@ class TrainedPredictor(NamedTuple):
         """
         if self.scaling is None:
             raise ValueError("This predictor has no `scaling` of features.")
-        limit = _networks.limit_of(self.predictor.config)
-        options = {} if limit is None else {"clip": 50 * limit}
-        return tasks.apply_scaling(self.scaling, features, **options)
+        limit = _networks.option_of(self.predictor.config, "limit")
+        return tasks.apply_scaling(self.scaling, features, **({"clip": 3.0} if limit is None else {"limit": limit}))
 
 
 def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,6 +111,10 @@ def _feature_scaling(fields: Any) -> tasks.FeatureScaling:
     scaling = tasks.FeatureScaling(**{name: tuple(map(types[name], fields[name])) for name in types})
     if len({len(values) for values in scaling}) > 1:
         raise ValueError(f"the fields of its scaling have the lengths {[len(values) for values in scaling]}")
+    for name in ("center", "scale"):  # `float` reads the text "nan", too
+        _files.check_finite(f"{name} of its scaling", np.asarray(getattr(scaling, name)))
+    if min(scaling.scale, default=1.0) <= 0:
+        raise ValueError("its scaling has a scale that is not positive")
     return scaling
 
 

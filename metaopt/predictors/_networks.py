@@ -52,8 +52,11 @@ def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | N
     return weight * z + (1 - weight) * params["center"]
 
 
-def _check_limit(limit: float | None, num_features: int) -> None:
-    _checks.check_positive("limit", limit, optional=True)
+def _check_options(limit: float | None, num_features: int, spread: float | None) -> None:
+    for name, value in (("limit", limit), ("spread", spread)):
+        _checks.check_positive(name, value, optional=True)
+    if spread is not None and not np.isfinite(spread):
+        raise ValueError(f"`spread` must be finite, or None; got {spread!r}.")
     if limit is not None and not num_features:
         raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
 
@@ -63,11 +66,11 @@ def _options(**options: float | None) -> dict[str, float]:
     return {name: float(value) for name, value in options.items() if value is not None}
 
 
-def limit_of(config: dict[str, Any]) -> float | None:
-    """The `limit` of the predictor that `config` describes, or of the members of an ensemble."""
+def option_of(config: dict[str, Any], name: str) -> Any:
+    """An option of the predictor that `config` describes, or of the members of an ensemble; None if it is not set."""
     while "member" in config:
         config = config["member"]
-    return config.get("limit")
+    return config.get(name)
 
 
 def _init_spread(spread: float | None, num_inputs: int, center: jax.Array) -> dict[str, Any]:
@@ -104,8 +107,9 @@ def mlp(
 
             z = w g(x clipped to ±L) + (1 - w) z₀,    w = 1 / (1 + mean_i max(|x_i| / L - 1, 0)²).
 
-        Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features with a `clip` far above L (the method
-        `TrainedPredictor.scaled_features` takes 50 L): w cannot see what was clipped before. None: no safeguard.
+        Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features by
+        `tasks.apply_scaling(..., limit=L)` or `TrainedPredictor.scaled_features`: w cannot see what a smaller `clip`
+        has removed. None: no safeguard.
       spread: the initial standard deviation of each coordinate, positive: g predicts a distribution, a named tuple
         (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
@@ -114,12 +118,11 @@ def mlp(
         "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
 
     Raises:
-      ValueError: if the space has nothing to tune, `hyperparams` do not fit the space, or `spread` is not positive.
-      ValueError: if `limit` is not positive, or there are no features to limit.
+      ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
+      ValueError: if `limit` is not positive, `spread` is not positive and finite, or there are no features to limit.
     """
-    _check_limit(limit, num_features)
+    _check_options(limit, num_features, spread)
     center, unravel = _start(space, hyperparams)
-    _checks.check_positive("spread", spread, optional=True)
 
     def init(key):
         head = _heads.init_head(key, num_features, num_hidden, center)
@@ -249,15 +252,14 @@ def dataset_embedding(
         (`embed_rows` lists the entries that it uses).
 
     Raises:
-      ValueError: if the space has nothing to tune, or `spread` or `limit` is not positive, or there are no features to
-        limit.
+      ValueError: if the space has nothing to tune; if `limit` is not positive, `spread` is not positive and finite, or
+        there are no features to limit.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
     _checks.check_integer("max_rows", max_rows, 1)
-    _check_limit(limit, num_features)
-    _checks.check_positive("spread", spread, optional=True)
+    _check_options(limit, num_features, spread)
     center, unravel = _start(space, hyperparams)
 
     def init(key):

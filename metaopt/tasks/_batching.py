@@ -46,15 +46,7 @@ def shape_of(prepared: PreparedTable) -> TaskShape:
 
     Returns:
       A `TaskShape`.
-
-    Raises:
-      ValueError: if `prepared` is not a `PreparedTable`.
     """
-    if not isinstance(prepared, PreparedTable):
-        raise ValueError(
-            f"`prepared` must be a `PreparedTable`, whose rows are split and encoded; got {type(prepared).__name__}. "
-            "Use `tasks.prepare(table)` to convert a `Table`."
-        )
     return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
 
 
@@ -272,7 +264,8 @@ def _check_values(task: base.Task, name: str) -> None:
 
 
 def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:
-    if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
+    if np.issubdtype(leaf.dtype, np.floating) and not _checks.is_finite(leaf).all():
         raise ValueError(
-            f"{path} of {name} has NaN or infinite values; `prepare` fills gaps, `apply_scaling` features."
+            f"{path} of {name} has NaN or infinite values in {jax.dtypes.canonicalize_dtype(leaf.dtype)}; `prepare` "
+            "fills gaps, `apply_scaling` features."
         )

@@ -6,7 +6,10 @@ A source is one data set in memory. The readers are in `_image_sources`.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+
+from metaopt import _checks
 
 
 class Source(NamedTuple):
@@ -57,7 +60,8 @@ def from_arrays(
     """Makes a source from arrays.
 
     Args:
-      x: [N, ...], the examples. They must be finite, because one gap would affect the outputs of its whole episode.
+      x: [N, ...], the examples. They must be finite in the type that JAX gives them, because one gap would affect the
+        outputs of its whole episode.
       y: [N], their labels: integers or strings. The classes are the different labels, sorted.
       name: of the source.
       group: [N], the maker of each example; None if the makers are not known. Values may have any type; equal values
@@ -89,11 +93,12 @@ def from_arrays(
             )
     if x.dtype.kind not in "biufcV":
         raise TypeError(f"Source {name!r}: `x` must be numbers; got {x.dtype}.")
-    if x.dtype.kind not in "biu" and not np.isfinite(x).all():
-        index = tuple(np.argwhere(~np.isfinite(x))[0].tolist())
+    if x.dtype.kind not in "biu" and not (finite := _checks.is_finite(x)).all():
+        index = tuple(np.argwhere(~finite)[0].tolist())
         raise ValueError(
-            f"Source {name!r}: `x` must be finite; got {x[index]} at {list(index)}. Fill gaps first, for instance with "
-            "the mean over the examples that are trained on."
+            f"Source {name!r}: `x` must be finite in {jax.dtypes.canonicalize_dtype(x.dtype)}; got {x[index]} at "
+            f"{list(index)}. Fill gaps first, for instance with the mean over the examples that are trained on, and "
+            "rescale large values."
         )
     _check_labels(name, labels, y)
     for what, values in (("`group`", group), ("`superclass`", superclass)):
@@ -172,23 +177,16 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
     Args:
       source: the whole source.
       classes: names of the classes to keep, in any order; None keeps all.
-      rows: [M] int, the examples to keep; None keeps all.
+      rows: the examples to keep: [M] int, their numbers; [N] bool; or a slice. None keeps all.
       min_examples: classes with fewer remaining examples are dropped.
 
     Returns:
       A `Source` of the same name; its classes and groups are numbered again, in the same order.
 
     Raises:
-      ValueError: if a class or row is not in the source, or nothing remains.
+      ValueError: if a class or row is not in the source, `rows` has another shape or type, or nothing remains.
     """
-    chosen = np.ones(len(source.x), bool)
-    if rows is not None:
-        if len(rows) and not 0 <= np.min(rows) <= np.max(rows) < len(
-            source.x
-        ):  # NumPy counts negative rows from the end
-            raise ValueError(f"`rows` must be in 0..{len(source.x) - 1}; got {np.min(rows)}..{np.max(rows)}.")
-        chosen = np.zeros(len(source.x), bool)
-        chosen[rows] = True
+    chosen = np.ones(len(source.x), bool) if rows is None else _row_mask(rows, len(source.x))
     if classes is not None:
         unknown = sorted(set(classes) - set(source.class_names))
         if unknown:
@@ -206,6 +204,25 @@ def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = No
         superclass=None if source.superclass is None else source.superclass[left],
         ontology=source.ontology,
     )
+
+
+def _row_mask(rows: Any, num_rows: int) -> np.ndarray:
+    """Returns [num_rows] bool for row numbers, a mask or a slice. Raises ValueError if they do not fit."""
+    mask = np.zeros(num_rows, bool)
+    if isinstance(rows, slice):
+        mask[rows] = True
+        return mask
+    rows = np.asarray(rows)
+    if rows.dtype == bool and rows.shape == mask.shape:
+        return rows
+    if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+        raise ValueError(
+            f"`rows` must be [M] int, a mask [{num_rows}] bool, or a slice; got {rows.dtype} of shape {rows.shape}."
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:  # NumPy counts negative rows from the end
+        raise ValueError(f"`rows` must be in 0..{num_rows - 1}; got {rows.min()}..{rows.max()}.")
+    mask[rows.astype(int)] = True
+    return mask
 
 
 def with_rotations(source: Source) -> Source:

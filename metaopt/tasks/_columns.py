@@ -19,6 +19,7 @@ _T = TypeVar("_T")
 MISSING = frozenset({"", "?", "NA", "na", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "<null>"})
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MIN_PAIRS = 8  # equal pairs that are expected by chance in a column that has none, if it is an id
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _DAY = 86_400_000_000  # microseconds
 
@@ -97,7 +98,10 @@ def read_column(name: str, texts: Sequence[str], lines: Sequence[int], *, decima
     numbers = next(_readings([texts[i] for i in rows], decimal_comma), None)
     if numbers is None:
         words = [texts[i] for i in present]
-        return Column(code(words, present, len(texts)), True, _exceptions(words, [lines[i] for i in present]))
+        notes = _exceptions(words, [lines[i] for i in present])
+        if _hardly_repeats(words) and len(set(words)) < len(texts):
+            notes += ("looks like an id, since its text hardly repeats; remove it from the file if it is one",)
+        return Column(code(words, present, len(texts)), True, notes)
     for i, value in zip(rows, numbers.values, strict=True):
         if abs(value) > FLOAT32_MAX * numbers.unit:
             raise ValueError(f"line {lines[i]}: {name!r} is {texts[i]}, beyond float32.")
@@ -192,15 +196,25 @@ def looks_like_id(values: Sequence[int | float]) -> bool:
     """Returns whether numbers look like the names of rows: whole, hardly any repeated, and dense, of equal length, or
     large.
 
+    If none is repeated, they need not be dense. Of n independent numbers with R possible values, n (n − 1) / 2R pairs
+    or more are equal on average. Numbers without a pair where at least 8 are expected are therefore not counts (the
+    chance is e⁻⁸). Ids that are more sparse are like measurements, and are not recognized.
+
     Args:
       values: finite numbers; at least 20, otherwise the result is False.
     """
-    different = set(values)
-    if len(values) < 20 or len(different) < 0.95 * len(values) or any(value != int(value) for value in different):
+    num, different = len(values), set(values)
+    if not _hardly_repeats(values) or any(value != int(value) for value in different):
         return False
     low, high = int(min(different)), int(max(different))
     same_length = low >= 10_000 and len(str(low)) == len(str(high))
-    return high - low < 2 * len(values) or same_length or high > 2**24
+    never_repeats = len(different) == num and num * (num - 1) >= 2 * _MIN_PAIRS * (high - low + 1)
+    return high - low < 2 * num or same_length or high > 2**24 or never_repeats
+
+
+def _hardly_repeats(values: Sequence) -> bool:
+    """Returns whether there are at least 20 values, and at least 95 % as many different ones."""
+    return len(values) >= 20 and len(set(values)) >= 0.95 * len(values)
 
 
 def _are_whole(values: Sequence[int | float]) -> bool:
@@ -214,7 +228,7 @@ def _readings(texts: list[str], decimal_comma: bool) -> Iterator[_Numbers]:
     if (values := _all_or_none(map(number, texts))) is not None:
         yield _Numbers(values)
     for mark in (",", ".") if decimal_comma else (".",):
-        if (values := _all_or_none(_number_with_separators(text, mark) for text in texts)) is not None:
+        if (values := _all_or_none(number_with_separators(text, mark) for text in texts)) is not None:
             yield _Numbers(values, notes=_separator_notes(texts, mark))
     for pattern, orders in ((_YEAR_FIRST, ("ymd",)), (_YEAR_LAST, ("dmy", "mdy"))):
         if (matches := _all_or_none(map(pattern.fullmatch, texts))) is not None:
@@ -231,8 +245,16 @@ def _all_or_none(values: Iterable[_T | None]) -> list[_T] | None:
     return kept
 
 
-def _number_with_separators(text: str, mark: str) -> int | float | None:
-    """Returns the number with the decimal mark `mark`, with or without thousands separators."""
+def number_with_separators(text: str, mark: str) -> int | float | None:
+    """Reads a number with or without thousands separators.
+
+    Args:
+      text: such as "1,065.5".
+      mark: the decimal mark, "." or ",".
+
+    Returns:
+      The number, or None if the text is not a number.
+    """
     if _GROUPED[mark].fullmatch(text):
         text = text.replace("," if mark == "." else ".", "")
     return number(text.replace(mark, "."))
@@ -241,11 +263,11 @@ def _number_with_separators(text: str, mark: str) -> int | float | None:
 def _separator_notes(texts: list[str], mark: str) -> tuple[str, ...]:
     grouped = next((text for text in texts if _GROUPED[mark].fullmatch(text)), None)
     if grouped is not None:
-        value = _number_with_separators(grouped, mark)
+        value = number_with_separators(grouped, mark)
         return (f"has thousands separators; they are removed, so that {grouped!r} is {value}",)
     marked = [text for text in texts if mark in text]
     if mark == "," and all(_GROUPED["."].fullmatch(text) for text in marked):
-        value = _number_with_separators(marked[0], mark)
+        value = number_with_separators(marked[0], mark)
         return (f"has decimal commas, since semicolons separate the fields, so that {marked[0]!r} is {value}",)
     return ()
 
@@ -267,24 +289,44 @@ def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Number
 
 def _microseconds(matches: list[re.Match], order: str) -> list[int | float] | None:
     """Microseconds since 1970; None if a date does not exist in this order, or if only some have a time zone."""
-    times = []
-    for match in matches:
-        date = dict(zip(order, match.group(1, 3, 4), strict=True))
-        hour, minute, second, fraction, zone = match.group(5, 6, 7, 8, 9)
-        text = f"{date['y']}-{date['m']:0>2}-{date['d']:0>2}T{hour or '':0>2}:{minute or '00'}:{second or '00'}"
-        try:
-            times.append(datetime.datetime.fromisoformat(f"{text}.{fraction or '':0<6}{zone or ''}"))
-        except ValueError:
-            return None
-    if len({time.tzinfo is None for time in times}) > 1:
+    times = _all_or_none(_time(match, order) for match in matches)
+    if times is None or len({time.tzinfo is None for time in times}) > 1:
         return None
-    times = [time.replace(tzinfo=time.tzinfo or datetime.UTC) for time in times]
-    return [(time - _EPOCH) // datetime.timedelta(microseconds=1) for time in times]
+    return [_since_1970(time) for time in times]
+
+
+def date_in_microseconds(text: str, order: str) -> int | None:
+    """Reads one date.
+
+    Args:
+      text: a date, with or without a time of day.
+      order: of year, month and day: "ymd", "dmy" or "mdy".
+
+    Returns:
+      Microseconds since 1970, in UTC if there is no time zone; None if the text is not a date in this order.
+    """
+    match = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
+    time = None if match is None else _time(match, order)
+    return None if time is None else _since_1970(time)
+
+
+def _time(match: re.Match, order: str) -> datetime.datetime | None:
+    date = dict(zip(order, match.group(1, 3, 4), strict=True))
+    hour, minute, second, fraction, zone = match.group(5, 6, 7, 8, 9)
+    text = f"{date['y']}-{date['m']:0>2}-{date['d']:0>2}T{hour or '':0>2}:{minute or '00'}:{second or '00'}"
+    try:
+        return datetime.datetime.fromisoformat(f"{text}.{fraction or '':0<6}{zone or ''}")
+    except ValueError:
+        return None
+
+
+def _since_1970(time: datetime.datetime) -> int:
+    return (time.replace(tzinfo=time.tzinfo or datetime.UTC) - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 def _exceptions(texts: list[str], lines: list[int]) -> tuple[str, ...]:
     """Returns a note if the column is categorical because of a few of its values."""
-    is_number = [_number_with_separators(text, ".") is not None for text in texts]
+    is_number = [number_with_separators(text, ".") is not None for text in texts]
     is_date = [bool(_YEAR_FIRST.fullmatch(text) or _YEAR_LAST.fullmatch(text)) for text in texts]
     for kind, follows in (("numbers", is_number), ("dates", is_date)):
         if 0.9 * len(texts) < sum(follows) < len(texts):

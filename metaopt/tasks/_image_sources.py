@@ -3,6 +3,7 @@
 Nothing is downloaded.
 """
 
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def from_image_folder(
     pixels = []
     for file in files:
         with _files.reading(file, "is not an image that Pillow can read"):
-            pixels.append(_pixels(image, file, size, channels))
+            # A file allocates as many bytes as a damaged header asks for; bytes in memory only as many as there are.
+            pixels.append(_pixels(image, io.BytesIO(file.read_bytes()), size, channels))
     return from_arrays(
         np.stack(pixels),
         labels,

@@ -114,7 +114,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
-      ValueError: if a label is negative.
+      ValueError: if a label is negative, or the images are complex.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -124,6 +124,8 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     (-1.0, 0.5)
     """
     _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
+    if np.iscomplexobj(images):
+        raise ValueError(f"`images` must be real numbers; got {np.asarray(images).dtype}.")
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())
@@ -443,21 +445,36 @@ def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | 
     return FeatureScaling(tuple(kept), tuple(centers), tuple(scales), tuple(logs))
 
 
-def apply_scaling(scaling: FeatureScaling, features: Mapping[str, float], *, clip: float = 3.0) -> np.ndarray:
+def apply_scaling(
+    scaling: FeatureScaling, features: Mapping[str, float], *, clip: float | None = None, limit: float | None = None
+) -> np.ndarray:
     """Brings the meta-features of one table to the scale that `fit_scaling` learned.
+
+    Pass either `clip` or `limit`. A clipped feature hides how far the table is from those of training. A predictor with
+    a `limit` needs this distance, and other models need protection from it.
 
     Args:
       scaling: from `fit_scaling`.
       features: of one table; names that `scaling` does not have are ignored.
-      clip: the largest absolute value.
+      clip: the largest absolute value. A usual value is 3, for models without a safeguard against extrapolation.
+      limit: that of the predictor which reads the features (`predictors.mlp`); the largest absolute value is 50 limits.
 
     Returns:
       [F] float32 within ±`clip`, in the order of `scaling.names`; a non-finite feature becomes 0, the value of the
       median table.
 
     Raises:
+      ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
       KeyError: if a name is absent.
     """
+    if (clip is None) == (limit is None):
+        raise ValueError(
+            "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
+            f"`clip=3.0`; got clip={clip}, limit={limit}."
+        )
+    _checks.check_positive("clip", clip, optional=True)
+    _checks.check_positive("limit", limit, optional=True)
+    clip = 50 * limit if clip is None else clip
     values = _values(features, scaling.names)
     values = np.where(np.asarray(scaling.log, bool), _log(values), values)
     scaled = (values - np.array(scaling.center)) / np.array(scaling.scale)

@@ -4,19 +4,16 @@ Nothing is fitted on validation or test rows. Medians, quantiles, levels and the
 training rows. The same rows are also kept unencoded, for learners that prefer this (`Rows.raw`, for forests).
 """
 
-import functools
 import logging
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from metaopt.tasks._columns import merged_values
+from metaopt.tasks._scaled_columns import SCALINGS, apply_columns, fit_columns
 from metaopt.tasks._tables import Table
 
 _log = logging.getLogger(__name__)
-
-SCALINGS = ("quantile", "standard")
 
 
 class Rows(NamedTuple):
@@ -75,18 +72,8 @@ def prepare(
 ) -> PreparedTable:
     """Splits a table into training, validation and test rows, and encodes it.
 
-    The split is stratified: every class has its share in each part, to within a row, and at least one training row. A
-    numeric column becomes one column. Gaps are filled with the training median. Then, depending on `scaling`,
-
-    * "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the training rows. This turns
-      any continuous variable into a normal one. Then the column gets zero mean and unit variance;
-    * "standard": zero mean and unit variance.
-
-    Finally, x / √(1 + (x / 3)²) clips the values softly to (-3, 3). If training rows have gaps, a second column marks
-    them. A categorical column is encoded by its number of levels. Two levels give one column of ∓1 (0 for neither). Up
-    to `max_levels` levels give one column per level (all zeros for none of them). More levels give columns for the
-    `max_levels` - 1 most frequent ones and one column for the others. Columns that are constant on the training rows
-    are dropped.
+    The split is stratified: every class has its share in each part, to within a row, and at least one training row.
+    `fit_columns` describes the encoding. Its statistics come from the training rows.
 
     Args:
       table: the table to prepare.
@@ -108,9 +95,6 @@ def prepare(
       ValueError: if `x` is not real, or not finite in float32, or `y` is not classes as integers from 0.
       ValueError: if float32 merges the codes of a categorical column.
       ValueError: if fewer than 2 classes, no varying column, or no validation or test row remains.
-
-    Source: quantile transform, Gorishniy et al., NeurIPS 2021, https://arxiv.org/abs/2106.11959; soft clipping,
-    Holzmüller et al., NeurIPS 2024, https://arxiv.org/abs/2407.04491
     """
     if not 0 < valid_fraction < 1 or not 0 <= test_fraction < 1 or valid_fraction + test_fraction >= 1:
         raise ValueError(
@@ -141,8 +125,17 @@ def prepare(
                 "each class keeps a row to train on. Take a larger fraction or a larger table."
             )
     used = np.concatenate([train, valid, test])
-    x = _encode(table, train, used, max_levels, scaling)
-    x = _best_columns(table.name, x, np.searchsorted(classes, table.y[train]), len(classes), max_features)
+    fitted = fit_columns(
+        table.x[train],
+        table.categorical,
+        y=np.searchsorted(classes, table.y[train]),
+        max_features=max_features,
+        max_levels=max_levels,
+        scaling=scaling,
+    )
+    if not fitted.kept.any():
+        raise ValueError(f"table {table.name} has no column that varies over its training rows.")
+    x = apply_columns(fitted, table.x[used])
     raw = _filled(table, raw, train)
     parts = zip(np.split(x, np.cumsum([len(train), len(valid)])), (train, valid, test), strict=True)
     rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], i) for part, i in parts]
@@ -161,11 +154,7 @@ def prepare(
 
 def encode(x: np.ndarray, y: np.ndarray, categorical: np.ndarray) -> np.ndarray:
     """Encodes all rows of a table as `prepare` does by default: [n, D] float32, D = 0 if no column varies."""
-    rows = np.arange(len(y))
-    encoded = _encode(Table("", "", x, y, categorical), rows, rows, 10, "quantile")
-    if not encoded.shape[1]:
-        return encoded.astype(np.float32)
-    return _best_columns("", encoded, y, int(y.max()) + 1, 128)
+    return apply_columns(fit_columns(x, categorical, y=y, max_features=128), x)
 
 
 def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> np.ndarray:
@@ -179,29 +168,6 @@ def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> n
     if len(index) > max_rows:
         index = _split(table.y, index, (1.0 - max_rows / len(index),), rng)[0]
     return index
-
-
-def _encode(table: Table, train: np.ndarray, used: np.ndarray, max_levels: int, scaling: str) -> np.ndarray:
-    """Returns [len(used), D] encoded columns without those that are constant on `train`, the first rows of `used`."""
-    blocks = []
-    for column, is_categorical in zip(table.x.T.astype(np.float64), table.categorical, strict=True):
-        if is_categorical:
-            blocks.append(_encode_levels(column[train], column[used], max_levels))
-        else:
-            blocks.append(_encode_numbers(column[train], column[used], scaling))
-    x = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(used), 0))
-    return x[:, np.ptp(x[: len(train)], axis=0) > 0]
-
-
-def _best_columns(name: str, x: np.ndarray, y: np.ndarray, num_classes: int, max_features: int) -> np.ndarray:
-    """Returns the columns with the largest F statistic on the training rows, whose classes are y, as float32."""
-    if not x.shape[1]:
-        raise ValueError(f"table {name} has no column that varies over its training rows.")
-    if x.shape[1] > max_features:
-        _log.info("table %s: %d of %d encoded columns are kept", name, max_features, x.shape[1])
-        statistic = _f_statistic(x[: len(y)], y, num_classes)
-        x = x[:, np.sort(np.argsort(-statistic, kind="stable")[:max_features])]
-    return x.astype(np.float32)
 
 
 def _filled(table: Table, raw: np.ndarray, train: np.ndarray) -> np.ndarray:
@@ -275,71 +241,3 @@ def _split(y: np.ndarray, index: np.ndarray, fractions: tuple[float, ...], rng) 
         for k, piece in enumerate([pieces[-1], *pieces[:-1]]):
             parts[k].append(piece)
     return [rng.permutation(np.concatenate(part)) for part in parts]
-
-
-def _encode_numbers(train: np.ndarray, column: np.ndarray, scaling: str) -> np.ndarray:
-    missing = np.isnan(train)
-    seen = train[~missing]
-    if not len(seen):
-        return np.zeros((len(column), 0))
-
-    def fill(x):
-        return np.where(np.isnan(x), np.median(seen), x)
-
-    if scaling == "quantile":
-        levels = np.linspace(0.0, 1.0, min(200, len(seen)))
-        quantiles = np.quantile(seen, levels)
-
-        def transform(x):
-            return _normal_scores(fill(x), quantiles, levels)
-    else:
-        transform = fill
-    fitted = transform(train)
-    scale = fitted.std()
-    scaled = (transform(column) - fitted.mean()) / (scale if scale > 1e-12 * np.abs(fitted).max() else 1.0)
-    encoded = [scaled / np.sqrt(1.0 + (scaled / 3.0) ** 2)]
-    if missing.any():
-        encoded.append(np.isnan(column))
-    return np.stack(encoded, axis=1).astype(np.float64)
-
-
-def _normal_scores(x: np.ndarray, quantiles: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Φ⁻¹ of the mid-rank: for repeated values, halfway between the ranks of the first and of the last one."""
-    first = np.searchsorted(quantiles, x, side="left")
-    last = np.searchsorted(quantiles, x, side="right") - 1
-    tied = last >= first
-    between = np.interp(x, quantiles, levels)
-    top = len(levels) - 1
-    rank = np.where(tied, (levels[np.minimum(first, top)] + levels[np.clip(last, 0, top)]) / 2, between)
-    edge = 0.5 / len(levels)
-    return np.interp(np.clip(rank, edge, 1.0 - edge), *_normal_table())
-
-
-@functools.cache
-def _normal_table() -> tuple[np.ndarray, np.ndarray]:
-    """u and Φ⁻¹(u), on a grid fine enough to interpolate."""
-    u = np.linspace(0.0, 1.0, 4001)[1:-1]
-    return u, np.array([NormalDist().inv_cdf(v) for v in u])
-
-
-def _encode_levels(train: np.ndarray, column: np.ndarray, max_levels: int) -> np.ndarray:
-    levels, counts = np.unique(train[~np.isnan(train)], return_counts=True)
-    missing = [np.isnan(column)] if np.isnan(train).any() else []
-    if len(levels) == 2:
-        return np.stack([1.0 * (column == levels[1]) - (column == levels[0]), *missing], axis=1)
-    others = []
-    if len(levels) > max_levels:
-        levels = np.sort(levels[np.argsort(-counts, kind="stable")[: max_levels - 1]])
-        others = [~np.isin(column, levels) & ~np.isnan(column)]
-    encoded = [column == level for level in levels] + others + missing
-    return np.stack(encoded, axis=1).astype(np.float64) if encoded else np.zeros((len(column), 0))
-
-
-def _f_statistic(x: np.ndarray, y: np.ndarray, num_classes: int) -> np.ndarray:
-    """[D] variance between the class means over variance within the classes, up to a constant."""
-    onehot = np.eye(num_classes)[y]
-    counts = onehot.sum(axis=0)
-    means = onehot.T @ x / counts[:, None]
-    between = counts @ (means - x.mean(axis=0)) ** 2
-    within = ((x - means[y]) ** 2).sum(axis=0)
-    return between / np.maximum(within, 1e-9 * (between + 1e-30))

@@ -133,18 +133,14 @@ def select(
       The sources of the part, in its order.
 
     Raises:
-      ValueError: if the part, a source, a class or a row does not exist.
+      KeyError: if the part or a source does not exist.
+      ValueError: if a class or a row does not exist.
       ValueError: if two parts share an example, or two sources share a name.
     """
     _check_split(split, "`split`")
     sources = [sources] if isinstance(sources, Source) else sources  # a `Source` is a tuple, too
     sources = list(sources.values() if isinstance(sources, Mapping) else sources)
     by_name = dict(zip(check_names(sources), sources, strict=True))
-    if part not in split:
-        raise ValueError(f"The split has no part {part!r}; it has {', '.join(map(repr, split))}.")
-    missing = sorted(set(split[part]) - set(by_name))
-    if missing:
-        raise ValueError(f"Part {part!r} needs source {missing[0]!r}; there are {', '.join(map(repr, by_name))}.")
     for name in split[part]:
         _check_disjoint(split, by_name[name])
     return [

@@ -212,10 +212,8 @@ def split_by_family(tables: Sequence[Table], num_folds: int = 5, seed: int = 0) 
       [T] int32 in 0..num_folds-1, in the order of `tables`; the fold of a family does not depend on that order.
 
     Raises:
-      ValueError: if `num_folds < 2`, or there are fewer families than folds.
+      ValueError: if there are fewer families than folds.
     """
-    if num_folds < 2:
-        raise ValueError(f"`num_folds` must be at least 2; got {num_folds}.")
     families, index, counts = np.unique([t.family for t in tables], return_inverse=True, return_counts=True)
     if len(families) < num_folds:
         raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from metaopt import _locks, base
 
-FORMAT = 3  # 1 and 2 were never released
+FORMAT = 1
 
 
 class Saved(NamedTuple):
@@ -78,7 +78,8 @@ class Checkpoints:
       newest: the step of the newest checkpoint, after `restore` or `save`; None before.
 
     Raises:
-      ValueError: if `directory` is a file, cannot be written to, or is in use by another run.
+      ValueError: if `directory` is in use by another run.
+      OSError: if `directory` is a file, or cannot be written to.
     """
 
     def __init__(self, directory: str | os.PathLike, settings: dict[str, Any]):
@@ -213,8 +214,6 @@ def _claimed(directory: str) -> Iterator[None]:
         try:
             os.makedirs(directory, exist_ok=True)
             stack.enter_context(_locks.exclusive(os.path.join(directory, ".lock")))
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"`checkpoint_dir` must be a folder; {directory} is, or lies in, a file.") from error
         except _locks.Locked as error:
             owner = "another run" if error.process is None else f"a run of process {error.process}"
             if error.process == os.getpid():
@@ -223,11 +222,6 @@ def _claimed(directory: str) -> Iterator[None]:
                 f"`checkpoint_dir` {directory} is in use by {owner}: two runs would delete each other's checkpoints. "
                 "Wait until that run has ended, or use another folder for this run."
             ) from None
-        except OSError as error:
-            raise ValueError(
-                f"`checkpoint_dir` {directory} cannot be written to ({error.strerror}). Choose a folder in which this "
-                "process may create files."
-            ) from error
         yield
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning: a few hypergradient steps on one new task, starting from a predicted λ."""
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from metaopt import _checks, _proposals, _tuned_space, base, spaces
+from metaopt._jaxpr import Tracer
 from metaopt.training import _learner
+
+_log = logging.getLogger(__name__)
 
 
 class FineTuned(NamedTuple):
@@ -34,7 +38,7 @@ def fine_tune(
     num_steps: int = 5,
     optimizer: optax.GradientTransformation | None = None,
     space: base.PyTree | None = None,
-    same_key: bool = False,
+    same_key: bool = True,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
     """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
 
@@ -44,12 +48,14 @@ def fine_tune(
     `spaces.Unconstrained`. It costs K hypergradients and one more training run for F(λ_K). The returned function is
     pure: jit it, and vmap it over tasks that each have their own λ.
 
-    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. By default,
-    each training run has a new key. The noise of the steps then averages out, and the values differ by the noise of
-    their keys, too. With `same_key=True`, every training run starts with the same key, so all K + 1 values are compared
-    under one key, at no further cost. The steps then descend on F for this key only. `hypergrad.over_seeds(rule, S)`
-    reduces the noise in both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the
-    outer loss. Evaluate the result on data that took no part.
+    F is a sample: it depends on the key of the initialization, of the order of the data and of the noise. Every
+    training run starts with the same key, so all K + 1 values are compared under one key, at no further cost. The steps
+    then descend on F for this key only. With `same_key=False`, each run has a new key: the noise of the steps averages
+    out, but the values also differ by the noise of their keys. `hypergrad.over_seeds(rule, S)` reduces the noise in
+    both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the outer loss. Evaluate
+    the result on data that took no part.
+
+    Called without `jit` and `vmap`, it logs a warning if an implicit rule runs far from rest.
 
     `propose` draws several λ instead of taking steps. This function tunes λ; `few_shot.pretrained` fine-tunes a
     pre-trained model θ to a few-shot task.
@@ -59,29 +65,29 @@ def fine_tune(
         rule that carries training between estimates has comparable values only where a horizon ended. Before that, F
         falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
-      optimizer: any optax transform; `optax.adam(0.1)` by default.
+      optimizer: any optax transform; `optax.adam(0.1)` by default. This rate is not tuned: no experiment of the
+        repository compares rates. In coordinates of a space, the first step of Adam moves each by about the rate, and a
+        tree of labels or masks must be `spaces.Unconstrained`, too.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
         natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
-      same_key: whether every training run starts with the same key.
+      same_key: whether every training run starts with the same key, so that their values are comparable.
 
     Returns:
       `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
 
     Raises:
-      ValueError: if `num_steps` is negative. At trace time, if the start does not fit `space`, or if `space` is missing
-        and a start in natural units meets an estimator in unconstrained coordinates; or if `space` is not the
-        problem's.
+      ValueError: if `num_steps` is negative.
+      ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.
+      ValueError: at trace time, without `space`, if the start is in natural units and the estimator is not.
     """
     _checks.check_integer("num_steps", num_steps, 0)
-    _checks.check_estimator(estimator)
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
-        start = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
-        learner = _learner.learner(estimator._replace(init=start), optimizer)
-        if isinstance(hyperparams, _proposals.Normal):
-            hyperparams = hyperparams.center
+        begin = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
+        learner = _learner.learner(estimator._replace(init=begin), optimizer)
+        hyperparams = _proposals.center_of(hyperparams)
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
 
@@ -89,21 +95,32 @@ def fine_tune(
             visited = state.hyperparams
             state, metrics = learner.step(state)
             whole = metrics["num_done"] > 0
-            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan))
+            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan), metrics)
 
         with _tuned_space.recording(tune):
-            state, (visited, values) = jax.lax.scan(step, learner.init(init_key, hyperparams, task), length=num_steps)
+            start = learner.init(init_key, hyperparams, task)
+            state, (visited, values, metrics) = jax.lax.scan(step, start, length=num_steps)
         _tuned_space.check(tune, space)
+        _warn_of_rest(metrics)
         last = state.hyperparams
-        # Only the value is used, so the compiler omits the gradient.
-        estimate = estimator.estimate(last, task, estimator.init(last_key, last, task))[0]
-        counts = jnp.all(estimate.done) | ~jnp.isfinite(values).any()
-        last_value = jnp.where(counts, estimate.value, jnp.nan)
-        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), visited, last)
-        values = jnp.append(values, last_value)
+        last = jax.tree.map(lambda x: x[None], last)
+        read = lambda estimate: (estimate.value, jnp.all(estimate.done))
+        last_value, ended = _proposals.values(estimator, last_key, last, task, None, read=read)
+        last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
+        visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
+        values = jnp.concatenate([values, last_value])
         best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
         tuned = jax.tree.map(lambda x: x[best], visited)
         tuned = tuned if space is None else spaces.to_constrained(space, tuned)
         return FineTuned(tuned, values[best], best, values)
 
     return tune
+
+
+def _warn_of_rest(metrics: dict[str, jax.Array]) -> None:
+    """Logs a warning if an implicit rule ran far from rest, on average over the steps. Traced metrics are skipped."""
+    if any(isinstance(x, Tracer) for x in metrics.values()):
+        return
+    means = {name: x.mean() for name, x in metrics.items() if x.ndim == 1 and x.size}
+    if sentences := _checks.far_from_rest(means):
+        _log.warning(" ".join([*sentences, _checks.REST_ADVICE]))

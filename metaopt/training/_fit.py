@@ -146,7 +146,8 @@ def fit(
         `space` is not the problem's.
       ValueError: if the tasks are empty, have labels outside their classes, or change their shapes while some slots are
         not done.
-      ValueError: if `checkpoint_dir` is in use, cannot be written to, or holds another run.
+      ValueError: if `checkpoint_dir` is in use, or holds another run.
+      OSError: if `checkpoint_dir` cannot be written to.
 
     Example:
       >>> import optax

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base
+from metaopt import _checks, _proposals, base, spaces
 from metaopt._trees import strong as _strong
 
 
@@ -105,9 +105,7 @@ def learner(
       `skipped` (0 or 1).
 
     Raises:
-      ValueError: if `estimator` is not an estimator or a function.
-      ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or not valid for this
-        estimator.
+      ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or have invalid labels.
       ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
       AssertionError: at trace time, if the estimator violates its contract.
 
@@ -121,7 +119,6 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    _checks.check_estimator(estimator, or_function=True)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
     parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger)
 
@@ -146,21 +143,26 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
     hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
     init_key, key = jax.random.split(key)
     estimator = parts.estimator_at(jnp.int32(0))
-    try:
-        estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
-        estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
-    except AttributeError as error:  # only the estimator knows the form of its tasks
-        if type(error.obj) is not type(tasks) or error.name not in base.Task._fields:
-            raise
-        raise ValueError(
-            f"This estimator takes tasks `base.Task(train, valid)`; got a {type(tasks).__name__}. For a sampler of "
-            "episodes, use `hypergrad.over_tasks(estimator)` and `tasks.episode_batches(sample, num_tasks)`."
-        ) from error
+    estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
+    estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
     done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
     if parts.stagger > 1:
         estimator_state, done = _staggered(parts, hyperparams, tasks, estimator_state, done)
-    opt_state = _strong(parts.optimizer.init(hyperparams))
+    opt_state = _strong(_init_optimizer(parts.optimizer, hyperparams))
     return LearnerState(hyperparams, opt_state, estimator_state, tasks, done, jnp.zeros((), jnp.int32), key)
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, hyperparams: base.HyperParams) -> optax.OptState:
+    """The optimizer's first state. If its labels or masks do not fit marked coordinates, the error says how to mark."""
+    try:
+        return optimizer.init(hyperparams)
+    except (TypeError, ValueError) as error:
+        if isinstance(hyperparams, spaces.Unconstrained):
+            error.add_note(
+                "The optimizer works in unconstrained coordinates. Its tree of labels or masks must be marked like "
+                "them: `spaces.Unconstrained({...})` instead of `{...}`."
+            )
+        raise
 
 
 def _staggered(parts: _Parts, hyperparams, tasks, estimator_state, done) -> tuple[base.EstimatorState, base.PyTree]:
@@ -232,7 +234,8 @@ def restart(init: LearnerInitFn, state: LearnerState, tasks: base.PyTree) -> Lea
 
 
 def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
-    """Returns λ as arrays. Raises ValueError if a leaf cannot have a gradient."""
+    """Returns λ as arrays. Raises ValueError if it has a spread, or a leaf that cannot have a gradient."""
+    _proposals.check_no_spread("`hyperparams`", hyperparams)
     _checks.check_hyperparams(hyperparams)
     return _strong(hyperparams)
 

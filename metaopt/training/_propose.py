@@ -65,8 +65,8 @@ def propose(
         `hypergrad.over_tasks(rule)`, one λ is chosen for a batch of tasks.
       num_proposals: K, at least 1; 1 returns the start.
       spread: the standard deviation of a draw, in the estimator's coordinates: a number, or a tree like the start. The
-        leaves of the tree are numbers or arrays, and None for fixed leaves. It may be traced. By default, it is the
-        spread of the prediction if its predictor was made with `spread`, and otherwise 0.5.
+        leaves of the tree are numbers or arrays, finite and at least 0, and None for fixed leaves. They may be traced.
+        By default, it is the spread of the prediction if its predictor was made with `spread`, and otherwise 0.5.
       rounds: the number of rounds, at least 1; K · rounds runs in all.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
         natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
@@ -77,7 +77,7 @@ def propose(
       the start. Of equal values the first one is the best.
 
     Raises:
-      ValueError: if a number is below 1.
+      ValueError: if a number is below 1, or a number of `spread` that is not traced is negative, infinite or NaN.
       ValueError: at trace time, if the start does not fit `space`, or `spread` does not fit the start.
       ValueError: at trace time, if `space` is not the problem's, or is missing and a start in natural units meets an
         estimator in unconstrained coordinates.
@@ -88,6 +88,7 @@ def propose(
     for name, number in (("num_proposals", num_proposals), ("rounds", rounds)):
         _checks.check_integer(name, number, 1)
     _checks.check_integer("chunk", chunk, 1, optional=True)
+    _proposals.check_spread(spread)
 
     def evaluate(key, candidates, task):
         return _proposals.values(estimator, key, candidates, task, chunk)

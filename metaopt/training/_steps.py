@@ -1,8 +1,7 @@
 """The programs of a run: they draw tasks and take one or several outer steps. Each is compiled once for its shapes."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,9 +102,7 @@ def _several_steps(step: Callable, sample_key: jax.Array, steps_per_call: int) -
     def several(state, start, num, sample_tasks):
         # Slots that are not done ignore the tasks drawn for them.
         def body(state, step):
-            with _explained(steps_per_call):
-                tasks = _draw(sample_tasks, sample_key, step)
-            return step_fn(state, tasks)
+            return step_fn(state, _draw(sample_tasks, sample_key, step))
 
         return jax.lax.scan(body, state, start + jnp.arange(num))
 
@@ -119,19 +116,6 @@ def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
     traced = program.trace(*args)
     if not received:
         traced.lower().compile()
-
-
-@contextlib.contextmanager
-def _explained(steps_per_call: int) -> Iterator[None]:
-    """Explains the error if `sample_tasks` cannot be traced."""
-    try:
-        yield
-    except jax.errors.JAXTypeError as error:
-        raise ValueError(
-            f"With `steps_per_call={steps_per_call}`, `sample_tasks` is traced, and that failed (the error above says "
-            "where): it must be made of JAX operations. Take `steps_per_call=1` for a sampler that runs on the host "
-            "(NumPy, files, buckets)."
-        ) from error
 
 
 def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:

@@ -72,17 +72,12 @@ def init_learned(key: jax.Array, *, hidden: Sequence[int] = (4, 4)) -> LearnedWe
     Returns:
       φ, float32.
 
-    Raises:
-      ValueError: if `hidden` is empty, or a layer has no unit.
-
     >>> import jax, optax
     >>> from metaopt import transforms
     >>> weights = transforms.init_learned(jax.random.key(0))
     >>> print(optax.tree.size(weights))
     197
     """
-    if not len(hidden) or min(hidden) < 1:
-        raise ValueError(f"`hidden` must be the number of units, at least 1, of at least one layer; got {hidden}.")
     sizes = (_ENDS[-1] + len(_TIMES), *hidden, 2)
     layers = {}
     for i, (k, fan_in, fan_out) in enumerate(
@@ -181,7 +176,8 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
       A transform.
 
     Raises:
-      ValueError: if `weights` is neither φ nor a known name; in `update`, if the parameters are missing.
+      ValueError: if `weights` is not φ; in `update`, if the parameters are missing.
+      FileNotFoundError: if `weights` is a name that metaopt has no weights for.
 
     Source: small_fc_lopt of Metz et al., CoLLAs 2022, https://arxiv.org/abs/2203.11860; with other constants, and
       decays parametrized by their logits.
@@ -198,11 +194,6 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
     True
     """
     if isinstance(weights, str):
-        if weights not in SHIPPED:
-            raise ValueError(
-                f"`weights` must be meta-parameters, or one of the names {', '.join(map(repr, SHIPPED))}; got "
-                f"{weights!r}. `metaopt.load` reads them from a file."
-            )
         with importlib.resources.as_file(
             importlib.resources.files("metaopt.transforms") / f"learned_{weights}.npz"
         ) as file:

@@ -54,7 +54,7 @@ def mixture(
       A transform; its state is the tuple of the members' states. Extra arguments reach every member that takes them.
 
     Raises:
-      ValueError: if weights are not [K]; in `update`, if the tree of weights does not fit the parameters.
+      ValueError: if weights are not [K]; in `update`, by JAX, if the tree of weights does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -85,13 +85,7 @@ def mixture(
             terms = [_weighted(jnp.asarray(w, u.dtype), u) for w, u in zip(weights, leaves, strict=True)]
             return sum(terms[1:], start=terms[0])
 
-        try:
-            full = _prefixes.spread(weights, updates)
-        except ValueError as error:
-            raise ValueError(
-                "`weights` must be one vector, or a tree of vectors that is the parameters' or a prefix of it; got "
-                f"{jax.tree.structure(weights)} for parameters {jax.tree.structure(_prefixes.opened(updates))}."
-            ) from error
+        full = _prefixes.spread(weights, updates)
         mixed = jax.tree.map(mean, full, *(u for u, _ in results))
         return mixed, tuple(s for _, s in results)
 

@@ -51,7 +51,8 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
       A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: in `init` and `update`, if a tree does not fit the parameters.
+      ValueError: in `init` and `update`, by JAX, if a tree does not fit the parameters. A container that is one value
+        belongs into the factory: `functools.partial(factory, ...)`.
       ValueError: in `update`, if the update of one group would depend on the gradient or the parameters of another.
 
     >>> import jax, optax
@@ -68,14 +69,7 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
         for name, value in hyperparams.items():
             leaves[name], structure = jax.tree.flatten(_prefixes.opened(value), is_leaf=_is_one_value)
             numbers = structure.unflatten(range(structure.num_leaves))
-            try:
-                chosen[name] = jax.tree.leaves(_prefixes.spread(numbers, params))
-            except ValueError as error:
-                raise ValueError(
-                    f"The hyperparameter {name} must be one value, or a tree that is the parameters' or a prefix of "
-                    f"it; got {structure} for parameters {jax.tree.structure(_prefixes.opened(params))}. A container "
-                    "that is one value belongs into the factory: `functools.partial(factory, ...)`."
-                ) from error
+            chosen[name] = jax.tree.leaves(_prefixes.spread(numbers, params))
         settings, labels, label_of = {}, [], {}
         for path, *numbers in zip(_prefixes.paths(params), *chosen.values(), strict=True):
             label = label_of.setdefault(tuple(numbers), path)
@@ -137,10 +131,7 @@ def per_group(
             groups = jax.tree.structure(params).unflatten([group_of(path) for path in _prefixes.paths(params)])
         else:
             groups = labels(params) if callable(labels) else labels
-            try:
-                groups = _prefixes.spread(groups, params)
-            except ValueError as error:
-                raise ValueError(f"`labels` must be a tree like the parameters or a prefix of it: {error}") from error
+            groups = _prefixes.spread(groups, params)
         names = list(patterns or dict.fromkeys(jax.tree.leaves(groups)))
         idle = set(names) - set(jax.tree.leaves(groups))
         if idle and jax.tree.leaves(params):

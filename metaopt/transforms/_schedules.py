@@ -162,16 +162,14 @@ def wsd_schedule(
       A schedule, differentiable in all six numbers.
 
     Raises:
-      ValueError: if `decay` is another value, or if warmup and decay together are longer than `num_steps` and none of
-        the three is traced. Traced lengths are not checked: if they are too long, the value jumps where the warmup
-        ends.
+      KeyError: if `decay` is another value.
+      ValueError: if warmup and decay together are longer than `num_steps` and none of the three is traced. Traced
+        lengths are not checked: if they are too long, the value jumps where the warmup ends.
 
     Source: Hu et al., COLM 2024, https://arxiv.org/abs/2404.06395; "sqrt": Hägele et al., NeurIPS 2024,
       https://arxiv.org/abs/2405.18392
     """
-    if decay not in _DECAYS:
-        raise ValueError(f"`decay` must be one of {sorted(_DECAYS)}; got {decay!r}.")
-    lengths = (warmup_steps, decay_steps, num_steps)
+    shape, lengths = _DECAYS[decay], (warmup_steps, decay_steps, num_steps)
     if not any(isinstance(x, Tracer) for x in lengths):
         warmup, last, total = (np.asarray(x, float) for x in lengths)
         if np.any(warmup + last > total * (1 + 1e-6)):  # lengths computed as shares of the whole are rounded
@@ -180,7 +178,7 @@ def wsd_schedule(
             )
 
     def schedule(step):
-        left = _DECAYS[decay](_ramp(step, _wide(num_steps) - decay_steps, num_steps))
+        left = shape(_ramp(step, _wide(num_steps) - decay_steps, num_steps))
         decayed = end_value + (peak_value - end_value) * left
         return _warmed_up(step, warmup_steps, init_value, peak_value, decayed)
 

@@ -1,9 +1,14 @@
 """The g that comes with the package: what it predicts, from what, and what it may not read."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
+import metaopt
 from metaopt import automl, base, spaces, tasks
 from metaopt.automl import _shipped
 
@@ -59,6 +64,45 @@ def test_a_table_of_constant_columns_has_a_prediction():
 def test_a_table_without_columns_is_rejected():
     with pytest.raises(ValueError, match="column"):
         automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool)))
+
+
+def test_a_batch_of_tables(prepared):
+    trained = automl.shipped_predictor()
+    described = tasks.metafeatures(prepared, groups=_shipped.GROUPS, seed=0)
+    rows = [described, {name: 2 * value for name, value in described.items()}]
+    features = np.stack([trained.scaled_features(row) for row in rows])
+    batch = jax.vmap(trained.predict)(base.Task(None, None, features))
+    for i in range(2):
+        one = trained.predict(base.Task(None, None, features[i]))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), batch, one)
+    assert float(batch["rate"][0]) != float(batch["rate"][1])
+
+
+@pytest.mark.once
+def test_it_is_saved_and_loaded_in_a_fresh_process(tmp_path):
+    trained = automl.shipped_predictor()
+    metaopt.save(tmp_path / "g.npz", trained)
+    code = """
+import json, sys
+import numpy as np, jax
+import metaopt
+from metaopt import base
+jax.config.update("jax_enable_x64", sys.argv[2] == "True")
+trained = metaopt.load(sys.argv[1])
+features = np.linspace(-3, 3, len(trained.scaling.names), dtype=np.float32)
+hyperparams = trained.predict(base.Task(None, None, features))
+weights = [np.asarray(x).tolist() for x in jax.tree.leaves(trained.meta_params)]
+print(json.dumps([trained.predictor.config, trained.scaling, weights, jax.tree.map(float, hyperparams)]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "g.npz"), str(jax.config.jax_enable_x64)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    config, scaling, weights, hyperparams = json.loads(done.stdout)
+    assert config == trained.predictor.config and config["kind"] == "ensemble" and config["num_members"] == 3
+    assert scaling == [list(field) for field in trained.scaling]
+    assert weights == [np.asarray(x).tolist() for x in jax.tree.leaves(trained.meta_params)]
+    features = np.linspace(-3, 3, len(trained.scaling.names), dtype=np.float32)
+    expected = trained.predict(base.Task(None, None, features))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), hyperparams, expected)
 
 
 def test_the_first_use_may_be_inside_a_traced_function():

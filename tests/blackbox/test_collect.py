@@ -487,9 +487,6 @@ def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
         ({"batch_size": 0}, "`batch_size` must be at least 1, or None; got 0"),
         ({"time_limit": 1}, "A limit needs `isolated=True`"),
         ({"on": [tasks.Table("a", "", *[None] * 3)] * 2}, "must differ; 'a' occurs more than once"),  # pyright: ignore
-        ({"on": "abc"}, "`tasks` must be a dict .* or a list of objects that have a `name`, .*; got str"),
-        ({"on": [1, 2]}, "`tasks` must be a dict .*; got list"),
-        ({"on": tasks.Table("a", "", *[None] * 3)}, "`tasks` must be a dict .*; got Table"),  # pyright: ignore
         ({"objective": None}, r"`objective` must be a function `\(trial, task\) -> outcome`; got NoneType"),
     ],
 )

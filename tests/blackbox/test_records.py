@@ -283,7 +283,7 @@ def test_a_store_that_must_not_be_read_is_named(open_folder, request):
         ("configuration = x'00'", "Its configuration must be a string; got b'.x00'"),
         ("status = 'DONE'", "status must be one of WAITING.*got 'DONE'"),
         ("outcome = 'good'", "outcome must be a number, or NaN if it is unknown; got 'good'"),
-        ("fidelity = 'full'", "Its fidelity must be a number; got 'full'"),
+        ("fidelity = 'full'", "fidelity must be a number, .*; got 'full'"),
         ("seed = 'x'", "seed must be a 64-bit integer; got 'x'"),
         ("trial = 0.5", "trial must be a 64-bit integer; got 0.5"),
         ("task = cast(x'ff41' as text)", "Its task must be valid UTF-8; got '.udcffA'"),
@@ -335,23 +335,13 @@ def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
         blackbox.recover_records(file, new)
 
 
-def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
-    file, new = tmp_path / "records.db", tmp_path / "new.db"
-    blackbox.append_records(file, [Record("t", {}, 1.0, trial=trial) for trial in range(3)])
-    with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE records SET fidelity = 27 WHERE id = 2")
-    connection.close()
-    assert blackbox.recover_records(file, new) == 3
-    assert [record.fidelity for record in blackbox.read_records(new)] == [1.0, 27.0, 1.0]
-
-
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         (Record(3, {}), "task must be a string, the name of the task; got 3"),  # pyright: ignore
         (Record("t", {}, status="DONE"), "status must be one of WAITING, .*; got 'DONE'"),
-        (Record("t", {"x": object()}), "must contain only plain numbers, strings, booleans and None"),
-        (Record("t", {"x": math.nan}), "must contain only plain numbers"),
+        (Record("t", {"x": object()}), "a object cannot be written as JSON"),
+        (Record("t", {"x": math.nan}), "not JSON compliant"),
         (Record("t", {}, fidelity=math.nan), r"fidelity must lie in \(0, 1\]; got nan"),
         (Record("t", {}, reason=None), "reason must be a string"),  # pyright: ignore
         (Record("t", {}, reason="\udcff"), r"reason must be valid Unicode; got '.udcff'"),
@@ -363,13 +353,13 @@ def test_rows_of_earlier_versions_are_recovered_with_any_fidelity(tmp_path):
         (Record("t", {}, None), "outcome must be a number, or NaN if it is unknown; got None"),  # pyright: ignore
         (Record("t", {}, cost="1 s"), "cost must be a number, or NaN if it is unknown; got '1 s'"),  # pyright: ignore
         (Record("t", {}, fidelity=None), "fidelity must be a number"),  # pyright: ignore
-        (Record("t", {"x": np.longdouble(1)}), "must contain only plain numbers, strings, booleans and None"),
-        (Record("t", {"x": np.zeros(2)}), "must contain only plain numbers, strings, booleans and None"),
+        (Record("t", {"x": np.longdouble(1)}), "a longdouble cannot be written as JSON"),
+        (Record("t", {"x": np.zeros(2)}), "a ndarray cannot be written as JSON"),
     ],
 )
 def test_records_that_cannot_be_written_are_refused_and_nothing_is_written(tmp_path, record, message):
     file = tmp_path / "records.db"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         blackbox.append_records(file, [RECORDS[0], record])
     assert not file.exists()
     blackbox.append_records(file, [])

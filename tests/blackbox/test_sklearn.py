@@ -235,8 +235,6 @@ def test_every_one_of_scikit_learn_s_is_an_objective(kind):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="`name` must be one of random_forest_classifier, .*; got 'forest'"):
-        blackbox.sklearn_model("forest")
     with pytest.raises(ValueError, match="`scoring` must be given"):
         blackbox.sklearn_objective(preprocessing.StandardScaler())
     with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid parameter 'rate'"):

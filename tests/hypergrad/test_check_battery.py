@@ -208,7 +208,8 @@ def network_problem(model, setting):
     return setting.estimator(problem), hyperparams, task
 
 
-# One model in every setting, and the others where they are hardest, so that every setting has two or more models.
+# Every model meets every setting. Every run of the tests has one model in every setting, and the others where they are
+# hardest, so that every setting has two or more models; the rest is marked `once`.
 MEETINGS = {
     "linear": ("constrained",),
     "relu": tuple(SETTINGS),
@@ -220,9 +221,9 @@ MEETINGS = {
     "linen": ("sgd",),
 }
 GRID = {
-    f"{model}, {name}": (partial(network_problem, model, SETTINGS[name]), SETTINGS[name].precision)
-    for model, names in MEETINGS.items()
-    for name in names
+    f"{model}, {name}": (partial(network_problem, model, setting), setting.precision)
+    for model in MODELS
+    for name, setting in SETTINGS.items()
 }
 
 
@@ -343,9 +344,8 @@ def reports(name):
     return right, _check.compared(estimator.kind, point._replace(grads=grads), num_directions=1, radius=0.1), index
 
 
-# One model in every setting and most single problems run everywhere; the rest is marked `once`.
-ONCE = {name for name in GRID if not name.startswith("relu, ")} | {name for name in SINGLE if "MAML" in name}
-NAMES = [pytest.param(name, marks=pytest.mark.once if name in ONCE else ()) for name in [*GRID, *SINGLE]]
+USUAL = {f"{model}, {name}" for model, names in MEETINGS.items() for name in names} | set(SINGLE)
+NAMES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.once) for name in [*GRID, *SINGLE]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -362,4 +362,5 @@ def test_a_correct_hypergradient_passes_and_an_error_of_two_percent_fails(name):
 def test_the_battery_is_large_enough():
     assert MEETINGS.keys() == MODELS.keys()
     assert all(sum(name in names for names in MEETINGS.values()) >= 2 for name in SETTINGS)
-    assert len(GRID) + len(SINGLE) >= 31
+    assert USUAL <= {*GRID, *SINGLE} and len(USUAL) >= 31
+    assert len(GRID) + len(SINGLE) >= 50

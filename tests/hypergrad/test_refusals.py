@@ -100,7 +100,6 @@ REFUSALS = [
     (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
     (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
     # Batches of tasks.
-    (lambda: hypergrad.over_tasks(hypergrad.unrolled), "`estimator` must be a `base.Estimator`; got function"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=0.0), "`max_norm` must be positive, or None; got 0.0"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=float("nan")), "`max_norm` must be positive"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=1.0, normalize=True), "`normalize` and `max_norm` exclude"),

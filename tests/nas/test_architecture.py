@@ -182,7 +182,7 @@ def test_single_path_one_shot():
     params = jax.jit(one_shot.train)(KEY, TASK.train)
     # The same training step by step, which can be stopped and goes on.
     first = jax.random.split(KEY)[0]
-    again, _ = nas.train(one_shot.loop, TASK.train, num_steps=60, key=KEY, hyperparams=one_shot.hyperparams)
+    again, _ = nas.train_loop(one_shot.loop, TASK.train, num_steps=60, key=KEY, hyperparams=one_shot.hyperparams)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
         again.params,

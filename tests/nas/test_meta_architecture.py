@@ -144,6 +144,17 @@ def test_h_of_a_space_in_other_units_gives_alpha_in_natural_units():
     np.testing.assert_allclose(scaled.alpha(weights, task)["cell"], [[1.3, -1.4, 1.4]], rtol=1e-12)
 
 
+def test_h_with_a_spread_gives_the_center_and_is_not_trained(learned):
+    wide = nas.meta_architecture_search(SEARCH, predictors.mlp(SPACE, 2, spread=0.5), num_steps=2)
+    weights = {**learned, "h": wide.hyperparams(KEY)["h"] | learned["h"]}
+    np.testing.assert_array_equal(wide.alpha(weights, TASKS[1])["cell"], META.alpha(learned, TASKS[1])["cell"])
+    assert wide.genotype(weights, TASKS[1]) == META.genotype(learned, TASKS[1])
+    tuned = jax.eval_shape(wide.fine_tune, KEY, weights, TASKS[1])
+    assert tuned.alpha["cell"].shape == (1, 3)
+    with pytest.raises(ValueError, match="`predictor` predicts a spread, which has no gradient here: make h without"):
+        wide.estimator.init(KEY, weights, TASKS[1])
+
+
 def test_fine_tuning_starts_from_what_was_learned(learned):
     """Two alternations are two of DARTS's from α = h(t') and θ_0: written out by the inner steps."""
     loop, task = SEARCH.problem.loop, TASKS[1]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,16 @@ def test_latencies_of_this_device_go_to_json_and_back():
         np.testing.assert_array_equal(term.values, other.values)
     with pytest.raises(ValueError, match="version"):
         nas.cost_table_from_json('{"version": 2}')
+
+
+@pytest.mark.parametrize("values", [[0.0, None], [0.0, "nan"], ["1", "2"], [True, False]])
+def test_costs_in_json_are_numbers(values):
+    """NumPy and `float` would make NaN of null and of a text."""
+    term = {"rows": [["cell", 0]], "values": values}
+    with pytest.raises(ValueError, match="`values` must be numbers"):
+        nas.cost_table_from_json(json.dumps({"version": 1, "fixed": 0.5, "unit": "ms", "terms": [term]}))
+    with pytest.raises(ValueError, match="`fixed` must be numbers"):
+        nas.cost_table_from_json(json.dumps({"version": 1, "fixed": "nan", "unit": "ms", "terms": []}))
 
 
 def test_products_are_counted_alone():

@@ -143,7 +143,7 @@ def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
 
     def run(data=rows, num_steps=2, scale=1.0, settings=("a", 1)):
         named = {"progress": False, "checkpoint_dir": tmp_path, "settings": {"net": settings}}
-        return nas.train(loop, data, num_steps=num_steps, key=KEY, hyperparams=scale, **named)
+        return nas.train_loop(loop, data, num_steps=num_steps, key=KEY, hyperparams=scale, **named)
 
     run()
     assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 100_000  # the rows alone are 320 kB
@@ -165,7 +165,7 @@ def test_training_that_diverges_goes_on_as_in_one_program():
     loss = lambda params, scale, batch, context: ((params - 1) ** 4 * batch["x"]).mean()
     loop = inner.loop(loss, lambda _: optax.sgd(10.0), init=lambda *_: (jnp.zeros(()), None), with_context=True)
     rows = {"x": jnp.ones(3)}
-    state, losses = nas.train(loop, rows, num_steps=12, key=KEY, progress=False)
+    state, losses = nas.train_loop(loop, rows, num_steps=12, key=KEY, progress=False)
     ended = np.flatnonzero(~np.isfinite(losses))
     assert 0 < ended[0] < 10 and list(ended) == list(range(ended[0], 12))
     assert int(state.step) == 12 and not np.isfinite(state.params)
@@ -177,7 +177,7 @@ def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
     loss = lambda params, scale, batch, context: ((params - batch["x"]) ** 2).mean()
     loop = inner.loop(loss, lambda _: optax.sgd(0.1), init=lambda *_: (jnp.zeros(()), None), with_context=True)
     options = {"num_steps": 6, "key": KEY, "progress": False, "checkpoint_dir": tmp_path if kept else None}
-    run = lambda **more: nas.train(loop, {"x": jnp.ones(3)}, **options, **more)
+    run = lambda **more: nas.train_loop(loop, {"x": jnp.ones(3)}, **options, **more)
     interrupt = lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGTERM)  # SIGINT may be ignored
     with pytest.raises(SystemExit, match="after 2 of 6 steps.* continues" if kept else "not in a checkpoint") as error:
         run(callback=interrupt)
@@ -195,13 +195,13 @@ def test_labels_that_are_not_classes_are_an_error_before_the_first_step():
     loop = recipe(auxiliary=0.0).loop
     for data in ({**DATA, "y": DATA["y"] + 1}, {"x": np.asarray(X), "y": np.asarray(DATA["y"]) + 1}):
         with pytest.raises(ValueError, match=r"must be in 0\.\.2; got labels from 1 to 3"):
-            nas.train(loop, data, num_steps=1, key=KEY)
+            nas.train_loop(loop, data, num_steps=1, key=KEY)
 
 
 @pytest.mark.slow
 def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     made = recipe(batch_size=5)
-    run = lambda **options: nas.train(made.loop, DATA, num_steps=6, key=KEY, progress=False, **options)
+    run = lambda **options: nas.train_loop(made.loop, DATA, num_steps=6, key=KEY, progress=False, **options)
     whole, losses = run()
     stop = lambda step, metrics: step == 4
     _, first = run(checkpoint_dir=tmp_path, checkpoint_every=2, callback=stop)

@@ -44,7 +44,7 @@ def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     assert loaded.scaling == scaling and type(loaded.scaling) is tasks.FeatureScaling
     for features in described:
         np.testing.assert_array_equal(
-            tasks.apply_scaling(loaded.scaling, features), tasks.apply_scaling(scaling, features)
+            tasks.apply_scaling(loaded.scaling, features, clip=3.0), tasks.apply_scaling(scaling, features, clip=3.0)
         )
     assert loaded.predictor.config == predictor.config
     data = {"x": np.ones((5, 2)), "y": np.arange(5) % 2, "mask": np.ones(5)}
@@ -61,7 +61,7 @@ def test_features_are_scaled_as_the_predictor_needs_them():
         predictors.TrainedPredictor(g, weights(g), scaling)
         for g in (MAKE["mlp"](), predictors.ensemble(predictors.mlp(SPACE, 2, limit=2), 2))
     )
-    np.testing.assert_array_equal(free.scaled_features(described), tasks.apply_scaling(scaling, described))
+    np.testing.assert_array_equal(free.scaled_features(described), [3.0, -3.0])
     np.testing.assert_array_equal(limited.scaled_features(described), [7.0, -100.0])
     # The table is outside by most of its distance, so its prediction is that of the start.
     z = limited.predictor.apply(limited.meta_params, base.Task(None, None, limited.scaled_features(described)))
@@ -69,6 +69,35 @@ def test_features_are_scaled_as_the_predictor_needs_them():
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(z)[0], mean, atol=0.05)
     with pytest.raises(ValueError, match="has no `scaling`"):
         free._replace(scaling=None).scaled_features(described)
+
+
+@pytest.mark.parametrize("name", [*MAKE, "ensemble, spread"])
+def test_a_prediction_is_lambda_in_natural_units_for_one_task_and_for_a_batch(name):
+    wide = predictors.mlp(SPACE, 2, num_hidden=3, spread=0.5)
+    predictor = predictors.ensemble(wide, 2) if name == "ensemble, spread" else MAKE[name]()
+    trained = predictors.TrainedPredictor(predictor, weights(predictor))
+    rng = np.random.default_rng(1)
+    data = {"x": rng.normal(size=(3, 5, 2)), "y": np.arange(15).reshape(3, 5) % 2, "mask": np.ones((3, 5))}
+    data |= {"feature_mask": np.ones((3, 2)), "class_mask": np.ones((3, 2))}
+    batch = jax.tree.map(jax.numpy.asarray, base.Task(data, None, rng.normal(size=(3, 2))))
+    predicted = [trained.predict(jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(3)]
+    for i, one in enumerate(predicted):
+        z = predictor.apply(trained.meta_params, jax.tree.map(lambda x, i=i: x[i], batch))
+        z = z.center if "spread" in name else z
+        chex.assert_trees_all_equal(one, spaces.to_constrained(SPACE, z))
+    assert len({float(one["rate"]) for one in predicted}) == 3
+    stacked = jax.tree.map(lambda *xs: jax.numpy.stack(xs), *predicted)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(trained.predict))(batch), stacked, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"`task.features` must have shape \(2,\); got shape \(3, 2\).*jax.vmap"):
+        trained.predict(batch)
+    with pytest.raises(ValueError, match=r"`task.features` must have shape \(2,\); got shape \(\)"):
+        trained.predict(batch._replace(features=None))
+
+
+def test_your_own_predictor_in_natural_units():
+    own = base.Predictor(lambda key: 2.0, lambda phi, task: {"rate": phi * task.features.sum()})
+    trained = predictors.TrainedPredictor(own, 2.0)
+    assert trained.predict(base.Task(None, None, np.array([0.5, 1.0]))) == {"rate": 3.0}
 
 
 def test_a_predictor_of_one_lambda_for_all_tasks(tmp_path):
@@ -116,6 +145,14 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
         (
             {"scaling": {"names": ["n", "m"], "center": [0.0], "scale": [1.0], "log": [False]}},
             r"the fields of its scaling have the lengths \[2, 1, 1, 1\]",
+        ),
+        (
+            {"scaling": {"names": ["n"], "center": ["nan"], "scale": [1.0], "log": [False]}},
+            "the array center of its scaling has entries that are not finite",
+        ),
+        (
+            {"scaling": {"names": ["n"], "center": [0.0], "scale": [0.0], "log": [False]}},
+            "its scaling has a scale that is not positive",
         ),
     ],
 )

@@ -88,12 +88,6 @@ def test_to_task_refuses_what_does_not_fit_and_what_is_not_finite():
         padded(prepared(seed=1), features=np.array([np.inf]))
 
 
-def test_to_task_refuses_what_is_not_prepared():
-    table = tasks.Table("iris", "iris", np.zeros((4, 2)), np.arange(4) % 2, np.zeros(2, bool))
-    with pytest.raises(ValueError, match=r"must be a `PreparedTable`, .*; got Table. Use `tasks.prepare\(table\)`"):
-        tasks.to_task(table, rows=(4, 4), num_features=2, num_classes=2)  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("part", ["train", "valid"])
 def test_to_task_refuses_a_part_without_rows(part):
     one = prepared()
@@ -161,6 +155,10 @@ def test_stack_names_what_is_wrong():
     b.valid["x"][0, 0] = np.inf
     with pytest.raises(ValueError, match=r"task\.valid\['x'\] of task 1 has NaN"):
         tasks.stack([a, b])
+    large = a._replace(features=np.array([1e300]))
+    tasks.stack([large, large])
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"task\.features of .* infinite values in float32"):
+        tasks.stack([large, large])
 
 
 def rows_of(part):

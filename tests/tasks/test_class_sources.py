@@ -4,6 +4,7 @@ import io
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,9 +39,40 @@ def test_keep_keeps_classes_rows_and_those_with_enough():
     for kwargs, message in (
         ({"classes": ["z"]}, "has no class 'z'"),
         ({"min_examples": 4}, "is empty"),
+        ({"rows": []}, "is empty"),
+        ({"rows": slice(9, None)}, "is empty"),
+        ({"rows": [-1]}, r"`rows` must be in 0..5; got -1..-1"),
+        ({"rows": [0, 6]}, r"`rows` must be in 0..5; got 0..6"),
+        (
+            {"rows": np.ones(5, bool)},
+            r"`rows` must be \[M\] int, a mask \[6\] bool, or a slice; got bool of shape \(5,\)",
+        ),
+        ({"rows": [0.0, 1.0]}, r"got float64 of shape \(2,\)"),
+        ({"rows": 3}, r"of shape \(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             tasks.keep(source, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        slice(1, 5, 2),
+        slice(-5, -2, 2),
+        np.array([False, True, False, True, False, False]),
+        [False, True, False, True, False, False],
+        np.array([3, 1, 3]),
+        np.array([1, 3], np.uint8),
+        range(1, 4, 2),
+        (1, 3),
+        jnp.array([3, 1]),
+    ],
+    ids=repr,
+)
+def test_keep_takes_slices_masks_and_numbers_of_rows(rows):
+    kept = tasks.keep(tasks.from_arrays(X, Y), rows=rows)
+    np.testing.assert_array_equal(kept.x, X[[1, 3]])
+    assert [kept.class_names[y] for y in kept.y] == [str(Y[i]) for i in (1, 3)]
 
 
 def test_turned_classes_are_classes_of_their_own():
@@ -49,6 +81,13 @@ def test_turned_classes_are_classes_of_their_own():
     np.testing.assert_array_equal(source.x[6 + 2], [[X[2, 0, 1], X[2, 1, 1]], [X[2, 0, 0], X[2, 1, 0]]])
     assert source.class_names[source.y[6 + 2]] == "c@90"
     np.testing.assert_array_equal(source.superclass, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7])
+
+
+def test_values_beyond_float32_are_rejected_where_jax_has_no_float64():
+    x = np.array([[1e300, 0.0], [0.0, 1.0]])
+    tasks.from_arrays(x, [0, 1])
+    with jax.enable_x64(False), pytest.raises(ValueError, match=r"finite in float32; got 1e\+300 at \[0, 0\]"):
+        tasks.from_arrays(x, [0, 1])
 
 
 def test_rows_of_all_sources_are_numbered_through():
@@ -72,11 +111,14 @@ def test_rows_of_all_sources_are_numbered_through():
         (lambda: tasks.from_arrays(X, [0, 1, 0, 1, 0, np.nan]), "got nan for example 5"),
         (lambda: tasks.from_arrays(X, ["a", "a", "b", np.nan, "b", "b"]), "got nan for example 3"),
         (lambda: tasks.from_arrays(X, jnp.array([0, 1, 0, 1, 0, 0.5], jnp.bfloat16)), "got 0.5 for example 5"),
-        (lambda: tasks.from_arrays(jnp.array([jnp.inf, 1], jnp.bfloat16), [0, 1]), "`x` must be finite; got inf"),
+        (
+            lambda: tasks.from_arrays(jnp.array([jnp.inf, 1], jnp.bfloat16), [0, 1]),
+            "`x` must be finite in bfloat16; got inf",
+        ),
         (lambda: tasks.from_arrays(X, np.array(["a", None] * 3, object)), "got None for example 1"),
         (
             lambda: tasks.from_arrays([[0.0, 1.0], [np.nan, 2.0]], [0, 1]),
-            r"`x` must be finite; got nan at \[1, 0\]",
+            r"`x` must be finite in float64; got nan at \[1, 0\]",
         ),
         (
             lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]),

@@ -72,8 +72,6 @@ def test_splits_are_json_and_merge(tmp_path):
         (lambda: tasks.split_rows(LETTERS, {"train": 0.8, "test": 0.3}), "sum to at most 1"),
         (lambda: tasks.split_rows(LETTERS, {"train": 0.9, "test": 0.01}), "'test' .* left without an example"),
         (lambda: tasks.merge_splits(*[tasks.split_sources({"test": ["a"]})] * 2), "of source 'a'"),
-        (lambda: tasks.select([LETTERS], {"train": {}}, "test"), "no part 'test'; it has 'train'"),
-        (lambda: tasks.select([LETTERS], {"test": {"digits": {}}}, "test"), "needs source 'digits'"),
         (lambda: tasks.select([LETTERS], {"a": {"letters": {"classes": ["99"]}}}, "a"), "has no class '99'"),
         (
             lambda: tasks.select([DIGITS, DIGITS], {"a": {"digits": {}}}, "a"),

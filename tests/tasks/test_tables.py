@@ -283,18 +283,23 @@ def test_ids_are_named_and_measurements_are_not(tmp_path, caplog):
     columns = {
         "shuffled": rng.permutation(60) + 1,
         "with_holes": rng.permutation(90)[:60],
+        "sparse": rng.permutation(220)[:60] + 1,  # of 60 counts in this range, 8 pairs would be equal
+        "text": [f"p{i}" for i in [*rng.permutation(58), 3, 3]],
         "six_digits": rng.choice(np.arange(100_000, 1_000_000), 60, replace=False),
         "long": rng.choice(2**40, 60),
         "age": rng.integers(18, 90, 60),
+        "count": rng.integers(1, 221, 60),
+        "more_sparse": rng.permutation(240)[:60] + 1,
+        "words": [f"w{i}" for i in rng.integers(0, 40, 60)],
         "size": rng.normal(size=60).round(3),
         "income": rng.integers(0, 99_999, 60),
         "kind": rng.choice(["yes", "no"], 60),
     }
     write(tmp_path / "a.csv", columns)
     (one,) = tasks.from_csv_folder(tmp_path, "kind")
-    assert one.x.shape[1] == 7  # they stay
+    assert one.x.shape[1] == 12  # they stay
     named = {name for name in columns if f"the column {name!r} looks like an id" in caplog.text}
-    assert named == {"shuffled", "with_holes", "six_digits", "long"}
+    assert named == {"shuffled", "with_holes", "sparse", "text", "six_digits", "long"}
 
 
 def original(seed, rows=120, levels="xyz"):

@@ -115,12 +115,6 @@ def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unb
         fit(tmp_path, num_steps=11)
 
 
-def test_refuses_settings_that_json_does_not_have(tmp_path):
-    for value in (object(), float("nan")):
-        with pytest.raises(ValueError, match="`settings` must map names to JSON values"):
-            fit(tmp_path, settings={"net": value})
-
-
 def test_refuses_the_checkpoint_of_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr(_checkpoints, "FORMAT", 0)
     fit(tmp_path, num_steps=2)
@@ -409,19 +403,11 @@ def never(*args):
     raise AssertionError
 
 
-@pytest.mark.parametrize(
-    ("folder", "message"),
-    [
-        ("file", "must be a folder; .*file is, or lies in, a file"),
-        ("file/folder", "must be a folder; .*file/folder is, or lies in, a file"),
-        ("/proc", r"/proc cannot be written to \(.*\). Choose a folder in which"),
-        ("/proc/none", r"/proc/none cannot be written to \(.*\). Choose a folder in which"),
-    ],
-)
+@pytest.mark.parametrize("folder", ["file", "file/folder", "/proc", "/proc/none"])
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="a folder that nobody can write to")
-def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_draw(tmp_path, folder, message):
+def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_draw(tmp_path, folder):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=f"`checkpoint_dir` .*{message}"):
+    with pytest.raises(OSError, match=folder):
         fit(tmp_path / folder, sample_tasks=never)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, spaces, training
+from metaopt import base, hypergrad, inner, spaces, training
 
 KEY = jax.random.key(0)
 TASK = base.Task(jnp.zeros(1), jnp.array(1.0))
@@ -47,7 +47,8 @@ def test_keeps_the_best_and_not_the_last():
 
 @pytest.mark.once
 def test_never_worse_than_the_start():
-    tune = jax.jit(jax.vmap(training.fine_tune(quadratic(noise=3.0), num_steps=4), (0, 0, None)))
+    tune = training.fine_tune(quadratic(noise=3.0), num_steps=4, same_key=False)
+    tune = jax.jit(jax.vmap(tune, (0, 0, None)))
     tuned = tune(jax.random.split(KEY, 50), jnp.linspace(-2, 4, 50), TASK)
     assert (tuned.value <= tuned.values[:, 0]).all()
     np.testing.assert_array_equal(tuned.value, tuned.values.min(axis=1))
@@ -67,6 +68,8 @@ def test_values_are_compared_under_one_key():
         np.testing.assert_allclose(noise, np.full(5, noise[0]), rtol=1e-9)  # it cancels
         assert tuned.step == 4 and noise[0] != 0
         assert len(set((jax.jit(new)(jax.random.key(seed), 3.0, TASK).values - exact).round(6).tolist())) == 5
+    default = training.fine_tune(quadratic(noise=3.0), num_steps=4, optimizer=optax.sgd(0.25))
+    np.testing.assert_array_equal(jax.jit(default)(jax.random.key(4), 3.0, TASK).values, tuned.values)
     again = jax.jit(same)(jax.random.key(0), 3.0, TASK).values
     assert again[0] != tuned.values[0]  # another key, another noise
 
@@ -94,7 +97,7 @@ def test_the_first_and_the_last_training_run_share_no_key():
             keys.append(key)
         return key
 
-    training.fine_tune(quadratic()._replace(init=init), num_steps=1)(KEY, 3.0, TASK)
+    training.fine_tune(quadratic()._replace(init=init), num_steps=1, same_key=False)(KEY, 3.0, TASK)
     assert len(keys) == 2
     families = [jnp.stack([key, *jax.random.split(key)]) for key in keys]  # a key, and those derived from it
     first, last = ({tuple(bits) for bits in jax.random.key_data(family).tolist()} for family in families)
@@ -159,6 +162,19 @@ def test_float32_stays_float32():
             KEY, np.float32(3), base.Task(np.zeros(1, np.float32), np.float32(1))
         )
         assert [leaf.dtype.name for leaf in tuned] == ["float32", "float32", "int32", "float32"]
+
+
+def test_an_implicit_rule_far_from_rest_is_reported(caplog):
+    slow = inner.loop(
+        lambda theta, lam, data: ((theta - lam) ** 2).sum(), lambda lam: optax.sgd(0.01), init=lambda *_: jnp.zeros(1)
+    )
+    task = base.Task(None, jnp.ones(1))
+    for num_steps, is_far in ((600, False), (2, True)):
+        rule = hypergrad.implicit(
+            inner.problem(slow, lambda theta, lam, data: ((theta - data) ** 2).sum()), num_steps=num_steps
+        )
+        training.fine_tune(rule, num_steps=2)(KEY, 3.0, task)
+        assert ("An implicit rule runs far from a stationary point" in caplog.text) == is_far
 
 
 def test_bad_arguments():

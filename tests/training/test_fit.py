@@ -91,11 +91,6 @@ def test_an_error_of_the_callback_loses_no_report_of_its_call():
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_several_steps_a_call_say_that_tasks_must_be_traced():
-    with pytest.raises(ValueError, match="`steps_per_call=2`, `sample_tasks` is traced.*Take `steps_per_call=1`"):
-        fit(sample_tasks=lambda key: np.asarray(jax.random.normal(key, (3,))), steps_per_call=2)
-
-
 def test_zero_steps_return_the_initial_hyperparams():
     result = fit(num_steps=0, evaluate=lambda key, x: (x - 3) ** 2)
     assert (result.hyperparams, result.best_hyperparams, result.best_value) == (7.0, 7.0, 16.0)

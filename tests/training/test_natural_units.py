@@ -142,6 +142,33 @@ def test_wrong_units_raise(name):
         fit(**kwargs)
 
 
+MASK = {"rates": Rates(True, None), "mix": False, "shift": True}
+OPTIMIZERS = {
+    "mask": lambda mask: optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), jax.tree.map(np.invert, mask))),
+    "labels": lambda mask: optax.multi_transform(
+        {"tuned": optax.sgd(0.1), "kept": optax.set_to_zero()},
+        jax.tree.map(lambda tuned: "tuned" if tuned else "kept", mask),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_labels_and_masks_of_the_optimizer_are_marked_like_the_coordinates(name):
+    optimizer = OPTIMIZERS[name](spaces.Unconstrained(MASK))
+    tuned = fit(training.learner(ESTIMATOR, optimizer), num_steps=1).hyperparams
+    assert tuned["rates"].inner != LAM["rates"].inner
+    np.testing.assert_allclose(tuned["mix"], LAM["mix"], rtol=1e-12)
+    task = jax.tree.map(lambda leaf: leaf[0], sample_tasks(KEY))
+    rule = hypergrad.unrolled(spaces.constrain(PROBLEM, SPACE), num_steps=1)
+    for call in (
+        lambda: fit(training.learner(ESTIMATOR, OPTIMIZERS[name](MASK))),
+        lambda: training.fine_tune(rule, optimizer=OPTIMIZERS[name](MASK), space=SPACE, num_steps=1)(KEY, LAM, task),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert "`spaces.Unconstrained({...})` instead of" in error.value.__notes__[0]
+
+
 @pytest.mark.parametrize("bound", [1e-3, 1.0])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.once

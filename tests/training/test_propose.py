@@ -220,6 +220,11 @@ def test_float32_stays_float32():
         ({"num_proposals": 0}, "`num_proposals` must be at least 1; got 0"),
         ({"rounds": 0}, "`rounds` must be at least 1; got 0"),
         ({"chunk": 0}, "`chunk` must be at least 1, or None; got 0"),
+        ({"spread": -0.5}, "`spread` must be finite and at least 0; got -0.5"),
+        ({"spread": np.nan}, "`spread` must be finite and at least 0; got nan"),
+        ({"spread": {"a": None, "b": jnp.array([1.0, -1e-9])}}, "`spread` must be finite and at least 0; got Array"),
+        ({"spread": spaces.Unconstrained({"a": np.float32(np.inf)})}, "`spread` must be finite and at least 0"),
+        ({"spread": "0.5"}, "`spread` must be finite and at least 0; got '0.5'"),
     ],
 )
 def test_bad_arguments(options, message):

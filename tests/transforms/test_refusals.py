@@ -11,10 +11,6 @@ PARAMS = {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "head": 
 PAIR = [optax.sgd(0.1), optax.adam(0.1)]
 REFUSED = [
     (lambda: transforms.differentiable(optax.sgd(0.1), zero="keep"), '`zero` must be "drop" or "exact"; got \'keep\''),
-    (
-        lambda: transforms.differentiable(optax.sgd),
-        "`optimizer` must be an optax transform; got .*, a function: call it",
-    ),
     (lambda: transforms.learnable_clip(1.0, scope="block"), '`scope` must be "global" or "leaf"'),
     (lambda: transforms.learnable_clip(1.0, sharpness=0), "`sharpness` must be positive, or None; got 0"),
     (lambda: transforms.learnable_clip(-1.0), "`max_norm` must be positive; got -1"),
@@ -23,14 +19,8 @@ REFUSED = [
     (lambda: transforms.mixture(PAIR, jnp.ones(3)), "one weight for each of the 2 transforms"),
     (lambda: transforms.mixture(PAIR, {"a": 0.5}), r"leaf of shape \(\)"),
     (lambda: transforms.mixture(PAIR, [0.5, 0.5, 0.0]), r"leaf of shape \(3,\)"),
-    (
-        lambda: update(transforms.mixture(PAIR, {"a": [0.5, 0.5]})),
-        "`weights` must be one vector, or a tree of vectors",
-    ),
-    (
-        lambda: transforms.per_parameter(optax.sgd)({"encoder": 0.1, "tail": 0.1}).init(PARAMS),
-        "hyperparameter 0 must be one value, or a tree",
-    ),
+    (lambda: update(transforms.mixture(PAIR, {"a": [0.5, 0.5]})), "pytree structure error"),  # JAX's error
+    (lambda: transforms.per_parameter(optax.sgd)({"encoder": 0.1, "tail": 0.1}).init(PARAMS), "pytree structure error"),
     (
         lambda: transforms.per_parameter(optax.sgd)({"a/b": 0.1, "a": {"b": 0.2}}).init(
             {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}
@@ -52,14 +42,10 @@ REFUSED = [
         ),
         "hyperparameter .* must be one value, or a dict with the groups",
     ),
-    (
-        lambda: transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS),
-        "`labels` must be a tree like the parameters",
-    ),
+    (lambda: transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS), "pytree structure error"),
     (lambda: transforms.knot_schedule([0.1, 0.2]), "either `num_steps` or `knots`"),
     (lambda: transforms.knot_schedule([0.1, 0.2], num_steps=0), "`num_steps` must be at least 1; got 0"),
     (lambda: transforms.knot_schedule([0.1, 0.2], num_steps=3, monotone="up"), "`monotone` must be None"),
-    (lambda: transforms.wsd_schedule(0.1, num_steps=3, decay="exponential"), "`decay` must be one of"),
     (
         lambda: transforms.wsd_schedule(0.1, num_steps=6, warmup_steps=4, decay_steps=jnp.array(2.5)),
         r"must fit into `num_steps`; got 4.0 \+ 2.5 of 6.0",

@@ -489,7 +489,6 @@ REFUSED = [
         )
         for value in (1j, np.inf, np.nan, np.array([0.1, -np.inf]))
     ),
-    (lambda: transforms.self_tuning(lambda hp: optax.adam, 0.1, SGD).init(STEP), "must be an optax transform.*call it"),
     (lambda: first_update(discount=0.5), "`discount` above 0 needs the gradient of the training loss as a function"),
     (lambda: first_update(params=None), "The parameters, .*, must be a tree like the gradients.*got None"),
 ]

@@ -1,4 +1,4 @@
-"""What a searcher knows of an architecture and of a task: its digits, its graph, and the task's features."""
+"""The inputs of a searcher: the digits and the graph of an architecture, and the features of a task."""
 
 from pathlib import Path
 from typing import Any

@@ -62,7 +62,9 @@ def learn_folds(
         train_units = np.flatnonzero(collection.fold != fold)
         # Scaling is fitted only on the training tables of the fold.
         scaling = tasks.fit_scaling([collection.described[u] for u in train_units], FEATURES)
-        features = np.stack([np.asarray(tasks.apply_scaling(scaling, d), np.float32) for d in collection.described])
+        features = np.stack(
+            [np.asarray(tasks.apply_scaling(scaling, d, clip=3.0), np.float32) for d in collection.described]
+        )
         described = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in buckets]
         rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in described]
         start = time.perf_counter()
@@ -154,7 +156,10 @@ class FineTuning:
     def __init__(self, learning: Learning, num_steps: int, buckets: list[Bucket]):
         self.buckets, self._compiled = buckets, []
         optimizer = outer_optimizer(learning.config.fine_tune_rate, num_steps + 1)
-        tune = training.fine_tune(learning.estimator, num_steps=num_steps, optimizer=optimizer, space=learning.space)
+        # The published results had a new key for each run.
+        tune = training.fine_tune(
+            learning.estimator, num_steps=num_steps, optimizer=optimizer, space=learning.space, same_key=False
+        )
         self._batch = jax.jit(
             lambda keys, start, task: jax.lax.map(
                 lambda args: tune(*args).hyperparams, (keys, start, task), batch_size=learning.config.chunk

@@ -121,7 +121,7 @@ def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benc
 
     Returns:
       A `Benchmark`. Digits are the 21 entries above the diagonal of the matrix, then the ops of vertices 1 to 5: 1 is a
-      3×3 convolution, 2 a 1×1 convolution, 3 a pool, and 0 stands for the output or for a vertex that does not exist.
+      3×3 convolution, 2 a 1×1 convolution, and 3 a pool. 0 is the output, or a vertex that does not exist.
 
     Raises:
       ValueError: if the file is damaged or something else, or if a cell has ops or vertices outside the space.

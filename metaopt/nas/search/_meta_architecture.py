@@ -14,7 +14,7 @@ import jax
 import optax
 from jax.tree_util import tree_leaves_with_path
 
-from metaopt import base, hypergrad, predictors, spaces, training
+from metaopt import _proposals, base, hypergrad, predictors, spaces, training
 from metaopt.nas import _specs
 from metaopt.nas.search._search import Search
 from metaopt.nas.search._settings import plain
@@ -81,7 +81,8 @@ def meta_architecture_search(
       predictor: h, whose prediction is α as `search` takes it. Use `predictors.mlp` for a task's features, or
         `predictors.dataset_embedding` for its rows. Their space has `spaces.real` leaves, one [edges, ops] for each
         kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`,
-        which must have one (`{"space": spaces.to_json(space)}`).
+        which must have one (`{"space": spaces.to_json(space)}`). With `spread`, α is the center of the distribution,
+        and the estimator does not train h.
       num_steps: steps of fine-tuning, at least 0. Each is one step of the weights, starting from θ_0, and then one
         step of α.
       ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is second-order DARTS, 0 is first-order DARTS.
@@ -92,7 +93,7 @@ def meta_architecture_search(
 
     Raises:
       ValueError: if `search` is the result of `under_budget`; at trace time, if h predicts α of other kinds or shapes
-        than the search has.
+        than the search has, or if the estimator meets an h with a spread.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -127,8 +128,9 @@ def meta_architecture_search(
         )
     alpha = functools.partial(_alpha, predictor, jax.eval_shape(search.alpha, template))
     predict = lambda meta_params, task: _with_start(meta_params, alpha(meta_params, task))
+    trained = lambda meta_params, task: _with_start(meta_params, alpha(meta_params, task, is_trained=True))
     hyperparams = functools.partial(_start, search, predictor)
-    estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, predict, predictor.config))
+    estimator = predictors.amortize(search.estimator, base.Predictor(hyperparams, trained, predictor.config))
     return MetaArchitecture(
         estimator=estimator,
         hyperparams=hyperparams,
@@ -153,9 +155,12 @@ def _with_start(meta_params, alpha):
     return {"alpha": alpha, "init": meta_params["init"]} if "init" in meta_params else alpha
 
 
-def _alpha(predictor, template, meta_params, task):
+def _alpha(predictor, template, meta_params, task, is_trained=False):
     """Predicts α; raises ValueError if it does not have the leaves and shapes of `template`."""
-    alpha = predictor.apply(meta_params["h"], task)
+    prediction = predictor.apply(meta_params["h"], task)
+    alpha = _proposals.center_of(prediction)
+    if is_trained and alpha is not prediction:
+        raise ValueError("`predictor` predicts a spread, which has no gradient here: make h without `spread`.")
     if isinstance(alpha, spaces.Unconstrained):
         alpha = spaces.to_constrained(spaces.from_json(predictor.config["space"]), alpha)
     shapes = lambda tree: {jax.tree_util.keystr(path) or "α": x.shape for path, x in tree_leaves_with_path(tree)}

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from metaopt import _checks, base, inner
+from metaopt._progress import reporting
 from metaopt.nas import _genotypes, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._search import check_classes, sgd, training_loop
 from metaopt.nas.search._settings import with_settings
@@ -22,9 +23,9 @@ class OneShot(NamedTuple):
         `trained_network(supernet, params, train, weights=nas.one_hot(network, genotype))`.
       supernet: the network that is trained.
       loop: the training loop, for runs that may be interrupted and continued, with checkpoints and a progress bar:
-        `nas.train(loop, data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
+        `nas.train_loop(loop, data, num_steps=..., key=key, hyperparams=hyperparams, checkpoint_dir=...)[0].params`.
       hyperparams: λ of the loop, from which architectures are drawn.
-      settings: as in `Search`, for `nas.train`.
+      settings: as in `Search`, for `nas.train_loop`.
     """
 
     train: Callable[[jax.Array, base.Data], base.Params]
@@ -84,8 +85,10 @@ def single_path_one_shot(
         mask = inner.row_mask(batch)
         return loss(supernet.apply(params, weights, batch["x"], None, mask), batch)
 
+    reported = reporting(evaluate, "the score")
+
     def score(params, genotype, batch):
         check_classes(loss, network, batch)
-        return evaluate(params, _genotypes.one_hot(network, genotype), batch)
+        return reported(params, _genotypes.one_hot(network, genotype), batch)
 
     return OneShot(train, score, supernet, loop, alpha, {})

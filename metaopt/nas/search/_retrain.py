@@ -1,6 +1,6 @@
 """Trains the result of a search from scratch, by the recipe of DARTS.
 
-α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train`--> a state
+α --`Search.genotype`--> genotype --`nas.discrete`--> network --`retraining`--> a loop --`train_loop`--> a state
   --`Retraining.finish`--> a `TrainedNetwork`, which predicts
 """
 
@@ -24,8 +24,8 @@ class Retraining(NamedTuple):
     """The training of one network from scratch.
 
     Attributes:
-      loop: an inner loop that has no hyperparameters: λ is None. Run it by `inner.run(loop, num_steps)`, or by `train`,
-        which can continue after an interruption.
+      loop: an inner loop without hyperparameters: λ is None. Run it by `inner.run(loop, num_steps)`, or by
+        `train_loop`, which can continue after an interruption.
       finish: `(state, data) -> TrainedNetwork`, from a state of the loop and its training data. The result predicts
         with normalization by statistics of training rows, without dropped edges or the auxiliary head.
         `metaopt.save` writes it.

@@ -18,7 +18,7 @@ def _encode_cell_searcher(searcher: CellSearcher) -> tuple[dict[str, Any], dict[
     plain = lambda x: x.item() if isinstance(x, np.generic) else x
     candidates = [{name: plain(x) for name, x in candidate.items()} for candidate in searcher.candidates]
     for candidate in candidates:
-        if (restored := _through_json(candidate)) != candidate:
+        if (restored := json.loads(json.dumps(candidate, allow_nan=False))) != candidate:
             raise ValueError(
                 f"The candidate {candidate} would come back from JSON as {restored}: give it plain values."
             )
@@ -46,13 +46,6 @@ def _decode_cell_searcher(header: dict[str, Any], file: _files.Npz) -> CellSearc
     ops = tuple(header["ops"])
     meta_params = jax.tree.map(jnp.asarray, meta_params)
     return cell_searcher(encoded, encoder, meta_params, candidates, ops, center, scale, prior, slope)
-
-
-def _through_json(value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The candidate {value} cannot be written as JSON: {error}.") from error
 
 
 def _cell_weights(encoder: _cell_encoder.CellEncoder, num_members: int) -> base.PyTree:

@@ -212,9 +212,9 @@ def _likelihood(variances: np.ndarray, groups: list[_Group]) -> float:
 def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the variance of all noise-free scores after trials on the new task.
 
-    Only the order of the trials is used. Their normal scores are shifted and scaled to the mean and the variance within
-    these trials that the prior expects: tr(H C) / k + var(expected), where C is their covariance and H subtracts the
-    mean. So the order of architectures of which the prior expects similar scores changes little. A failed trial is
+    Only the order of the trials is used. Their normal scores are shifted and scaled to the mean and variance that the
+    prior expects within these trials. This variance is tr(H C) / k + var(expected), where C is the covariance of the
+    trials and H subtracts the mean. So if the prior expects similar scores, trials change little. A failed trial is
     worse than all others, and at least a standard deviation below its expected score. So even a single failed trial is
     informative.
 

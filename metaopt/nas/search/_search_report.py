@@ -89,7 +89,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
 
     >>> small = nas.discrete(network, genotype)
     >>> alone = nas.retraining(small, (3,), ops=nas.BLOCKS, num_steps=20, batch_size=16, auxiliary=0)
-    >>> state, losses = nas.train(
+    >>> state, losses = nas.train_loop(
     ...     alone.loop, task.train, num_steps=alone.num_steps, key=jax.random.key(2), progress=False
     ... )
 

@@ -12,7 +12,7 @@ import optax
 from metaopt import base, training
 
 
-def train(
+def train_loop(
     loop: base.InnerLoop,
     data: base.Data,
     *,
@@ -55,7 +55,7 @@ def train(
         the partial `FitResult`, whose `state.estimator_state` is the inner state.
       SystemExit: the same for SIGTERM, with status 143.
       ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
-        of a `retraining`. Also if `checkpoint_dir` is in use, cannot be written to, or holds another run: another key,
+        of a `retraining`. Also if `checkpoint_dir` is in use, or holds another run: another key,
         other data, another λ, another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)

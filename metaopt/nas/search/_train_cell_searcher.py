@@ -92,9 +92,8 @@ def train_cell_searcher(
     Raises:
       ValueError: if `batch_size` is below 1, or if a record is invalid (unknown status, fidelity
         outside (0, 1], or non-numeric outcome). Also if no record has an outcome, or all outcomes of every task are
-        equal. Also if `candidates` is empty, or if a configuration has a list or array among its values. Also if the
-        features of a task are a mapping, if features have different lengths, or if all belong to other tasks than the
-        records. Also if no trial of `records` is in `tests`.
+        equal. Also if `candidates` is empty, if features have different lengths, or if all belong to other tasks than
+        the records. Also if no trial of `records` is in `tests`.
 
     Example: a table of nine cells on three tasks, which agree that a path of two MLPs is best:
 
@@ -184,13 +183,13 @@ class _Trials(NamedTuple):
 
 
 def _earlier_trials(records: Any, tests: Any, features: Mapping[str, Any] | None) -> _Trials:
-    records = _as_records(records)
+    records = as_records(records)
     configurations = {candidate_key(record.configuration): dict(record.configuration) for record in records}
     indices = {name: np.array(row) for row, name in enumerate(configurations)}
     last = np.array(len(indices))  # of configurations that only `tests` has
     row_of = lambda configuration: indices.get(candidate_key(configuration), last)
     names, trials = by_task(records, row_of)
-    test_trials = None if tests is None else by_task(_as_records(tests, "tests"), row_of, "tests")
+    test_trials = None if tests is None else by_task(as_records(tests, "tests"), row_of, "tests")
     standard, center, scale = _standardized_features(features_by_task(names, features), len(names))
     outcomes = _losses(trials, len(configurations))
     test_outcomes = None if test_trials is None else _test_losses(*test_trials, names, outcomes)
@@ -200,33 +199,13 @@ def _earlier_trials(records: Any, tests: Any, features: Mapping[str, Any] | None
     return _Trials(configurations, tried, outcomes[rows], test_outcomes, standard, center, scale)
 
 
-def _as_records(records: Any, name: str = "records") -> list[base.Record]:
-    records = as_records(records, name)
-    for i, record in enumerate(records):
-        _check_values(f"`{name}[{i}]`'s configuration", record.configuration)
-    return records
-
-
 def _as_candidates(candidates: Any) -> list[dict[str, Any]]:
     pool = [dict(c) for c in as_configurations("candidates", candidates)]
     if not pool:
         raise ValueError(
             "`candidates` must contain an architecture, or be None to use those of the records; it is empty."
         )
-    for i, candidate in enumerate(pool):
-        _check_values(f"`candidates[{i}]`", candidate)
     return pool
-
-
-def _check_values(place: str, configuration: Mapping[str, Any]) -> None:
-    """Raises ValueError if a configuration cannot be looked up."""
-    try:
-        hash(candidate_key(configuration))
-    except TypeError:
-        raise ValueError(
-            f"{place} must map strings to values such as numbers and strings; got "
-            f"{dict(configuration)!r}. Give each entry of a list its own name."
-        ) from None
 
 
 def _losses(trials: list[TaskTrials], num: int) -> np.ndarray:

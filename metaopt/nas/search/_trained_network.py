@@ -1,6 +1,6 @@
 """A trained network that predicts: its weights, and the statistics of training rows that it normalizes by.
 
-    state, losses = train(made.loop, data, ...)
+    state, losses = train_loop(made.loop, data, ...)
     network = made.finish(state, data)         # or `trained_network(supernet, params, data)`
     network.predict(x)                         # a batch of one row, or of any number of rows
     metaopt.save(path, network)                # `metaopt.load(path, ops=...)` reads it
@@ -164,10 +164,7 @@ def _encode(network: TrainedNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays = {}
     for kind, tree in trees.items():
         arrays |= {name: _saving.storable(x) for name, x in _saving.named_leaves(kind, tree).items()}
-    try:
-        _check_finite(arrays)
-    except ValueError as error:
-        raise ValueError(f"`network` cannot be saved: {error}.") from None
+    _check_finite(arrays)
     return header, arrays
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from metaopt import base, blackbox, inner
+from metaopt._progress import reporting
 from metaopt.nas import _genotypes, _ops, _scores, _specs, _supernet
 
 
@@ -52,10 +53,12 @@ def training_free_scores(
         params = supernet.init(key)
         return {name: score(supernet, params, weights, batch) for name, score in chosen.items()}
 
+    reported = reporting(evaluate, "the scores")
+
     def score(key, genotype, batch):
         if _scores.grad_norm in chosen.values() or _scores.snip in chosen.values():  # their default loss needs classes
             inner.check_labels(batch, network.num_outputs)
-        return evaluate(key, _genotypes.one_hot(network, genotype), batch)
+        return reported(key, _genotypes.one_hot(network, genotype), batch)
 
     return score
 

@@ -1,0 +1,90 @@
+"""Seconds of the fits of `AutoClassifier`'s models on one core, for `metaopt/automl/_time_model.py`.
+
+For each kind it times one fit with the settings of the portfolio at several numbers of rows, columns and classes. Then
+it fits seconds = a (n / 1000)^p (d / 10)^q (C / 2)^r + b. `--seeds` is the number of repetitions; the fastest counts.
+
+    python experiments/automl/fit_seconds.py            # minutes on an idle machine; writes results/fit_seconds.md
+    python experiments/automl/fit_seconds.py --smoke    # seconds; prints only
+"""
+
+import numpy as np
+from scipy import optimize
+
+from experiments import script
+from metaopt.automl import _kinds
+from metaopt.automl._portfolio import portfolio
+
+SIZES = [
+    (50, 5, 2),
+    (300, 10, 2),
+    (1000, 10, 2),
+    (4000, 10, 2),
+    (1000, 3, 2),
+    (1000, 40, 2),
+    (1000, 10, 8),
+    (4000, 40, 4),
+]
+
+
+def data(num_rows: int, num_columns: int, num_classes: int, seed: int) -> _kinds.FoldData:
+    """A noisy linear problem with 7 training rows for each validation row."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_rows, num_columns))
+    y = (x @ rng.normal(size=(num_columns, num_classes)) + rng.gumbel(size=(num_rows, num_classes))).argmax(axis=1)
+    y[:num_classes] = np.arange(num_classes)
+    num_valid = num_rows // 8
+    views = _kinds.Views(x, x, x.astype(np.float32))
+    valid = _kinds.Views(*(part[-num_valid:] for part in views))
+    ones, numeric = np.ones(num_rows), np.zeros(num_columns, bool)
+    return _kinds.FoldData(views, y, ones, valid, y[-num_valid:], ones[-num_valid:], numeric, num_classes, seed)
+
+
+def measure(member, repetitions: int) -> np.ndarray:
+    """The seconds [sizes] of one fit at each size."""
+    seconds = []
+    for size in SIZES:
+        fold = data(*size, seed=0)
+        seconds.append(min(_kinds.fit_fold(member.kind, member.settings, fold)[2] for _ in range(repetitions)))
+    return np.array(seconds)
+
+
+def fitted(seconds: np.ndarray) -> tuple[np.ndarray, float]:
+    """(a, p, q, r, b) by least squares of log seconds, and the largest ratio between model and measurement."""
+    sizes = np.log(np.array(SIZES) / (1000, 10, 2))
+
+    def predict(parameters):
+        a, p, q, r, b = parameters
+        return np.log(np.exp(a + sizes @ (p, q, r)) + np.exp(b))
+
+    bounds = ([-12, 0.2, 0, 0, -12], [5, 1.5, 1.5, 1.5, 3])
+    start = np.array([np.log(seconds[2]), 0.8, 0.7, 0.7, np.log(seconds[0] / 2)])
+    result = optimize.least_squares(
+        lambda x: predict(x) - np.log(seconds), np.clip(start, bounds[0], bounds[1]), bounds=bounds, loss="soft_l1"
+    )
+    a, p, q, r, b = result.x
+    error = np.exp(np.abs(predict(result.x) - np.log(seconds)).max())
+    return np.array([np.exp(a), p, q, r, np.exp(b)]), float(error)
+
+
+def main() -> None:
+    args = script.parser(__doc__).parse_args()
+    sizes = SIZES[:2] if args.smoke else SIZES
+    first = {member.kind: member for member in reversed(portfolio("classification", "best", None, 1000))}
+    rows = []
+    for kind, member in first.items():
+        if kind == "network":
+            continue
+        if args.smoke:
+            seconds = [_kinds.fit_fold(kind, member.settings, data(*size, seed=0))[2] for size in sizes]
+            rows.append([kind, *(f"{value:.3f}" for value in seconds)])
+            continue
+        seconds = measure(member, args.seeds)
+        parameters, error = fitted(seconds)
+        rows.append([kind, *(f"{v:.3f}" for v in seconds), *(f"{v:.3f}" for v in parameters), f"{error:.2f}"])
+    names = [f"{n} × {d}, {c}" for n, d, c in sizes]
+    header = ["kind", *names, *([] if args.smoke else ["a", "p", "q", "r", "b", "largest ratio"])]
+    script.publish(__file__, "Seconds of the fits of AutoML's models", script.table(header, rows), args)
+
+
+if __name__ == "__main__":
+    script.run(main)

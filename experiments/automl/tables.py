@@ -1,0 +1,277 @@
+"""`AutoClassifier` and `AutoRegressor` on tables of families that the shipped g has not seen, against usual models.
+
+Each table is split into 75 % for `fit` and 25 % for the test. The estimators get data frames and a time limit. The
+families of `families.json` are for judging: they were fixed before the first run, and no choice was made on them.
+`--development` takes other families, on which the choices were made.
+
+    python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
+    python experiments/automl/tables.py --smoke          # a minute; prints only
+    python experiments/automl/tables.py --ablations      # adds the estimator without one of its parts, on 15 tables
+
+A run that is interrupted goes on from `--keep`. Needs the tables of the folder that the environment variable
+METAOPT_DATA names.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from sklearn import ensemble, linear_model, model_selection, pipeline, preprocessing
+
+from experiments import script
+from experiments.data import from_data_folder, regression_tables
+from metaopt import automl, tasks
+from metaopt.training import report_progress
+
+FAMILIES = Path(__file__).with_name("families.json")
+LOWEST = 1e-4  # a probability in a log loss, for all methods
+SIZES = {"under 500 rows": (0, 500), "500 to 2,000": (500, 2000), "above 2,000": (2000, 10**9)}
+ABLATIONS = {
+    "without g": {"models": ("linear", "lightgbm", "extra_trees", "random_forest", "xgboost")},
+    "only the network": {"models": ("network",)},
+    "without forests": {"models": ("network", "linear", "lightgbm", "xgboost")},
+    "without boosting": {"models": ("network", "linear", "extra_trees", "random_forest")},
+}
+
+
+class Split(NamedTuple):
+    """A table with the positions of its training and test rows."""
+
+    table: tasks.Table
+    is_class: bool
+    train: np.ndarray
+    test: np.ndarray
+
+    def frame(self) -> pd.DataFrame:
+        """The columns, with categories as such."""
+        x, categorical = self.table.x, self.table.categorical
+        columns = {f"x{j}": pd.Categorical(x[:, j]) if categorical[j] else x[:, j] for j in range(x.shape[1])}
+        return pd.DataFrame(columns)
+
+
+def load(args) -> list[Split]:
+    """One table of each family for judging; with --development, of other families that are not reserved."""
+    families = json.loads(FAMILIES.read_text())
+    part = "development" if args.development else "judging"
+    chosen: dict[str, Split] = {}
+    for is_class, tables in ((True, from_data_folder()), (False, regression_tables())):
+        names = families[part]["classification" if is_class else "regression"]
+        for table in tables:
+            if table.family in names and table.family not in chosen:
+                chosen[table.family] = _split(table, is_class, args.seed)
+    splits = [chosen[family] for family in sorted(chosen)]
+    return splits[:: max(1, len(splits) // 2)][:2] if args.smoke else splits[: args.tables]
+
+
+def _split(table: tasks.Table, is_class: bool, seed: int) -> Split:
+    rows = np.arange(len(table.y))
+    labels = None
+    if is_class:  # a class with one row cannot be in both parts
+        rows = rows[np.bincount(table.y)[table.y] > 1]
+        labels = table.y[rows]
+    train, test = model_selection.train_test_split(rows, test_size=0.25, random_state=seed, stratify=labels)
+    return Split(table, is_class, train, test)
+
+
+# --- methods: `(split, seed, args) -> (predictions, details)` ---
+
+
+def auto(split: Split, seed: int, args, **options: Any):
+    kind = automl.AutoClassifier if split.is_class else automl.AutoRegressor
+    model: Any = kind(time_limit=args.time, random_state=seed, verbose=False, **options)
+    frame, y = split.frame(), split.table.y
+    start = time.perf_counter()
+    model.fit(frame.iloc[split.train], y[split.train])
+    fitted = time.perf_counter()
+    test = frame.iloc[split.test]
+    predicted = model.predict_proba(test) if split.is_class else model.predict(test)
+    details = {
+        "fit": fitted - start,
+        "predict": time.perf_counter() - fitted,
+        "estimate": -model.score_ * (1 if split.is_class else model.scale_),
+        "weights": {row.model: row.weight for row in model.leaderboard_.itertuples() if row.weight},
+    }
+    return (_aligned(predicted, model.classes_, split) if split.is_class else predicted), details
+
+
+def plain(make: Callable[[Split, int, Any], Any]):
+    """A method of scikit-learn on one-hot columns."""
+
+    def method(split: Split, seed: int, args):
+        start = time.perf_counter()
+        frame = pd.get_dummies(split.frame()).astype(np.float32)
+        x = frame.fillna(frame.iloc[split.train].median()).fillna(0.0).to_numpy()
+        model, y = make(split, seed, args), split.table.y
+        model.fit(x[split.train], y[split.train])
+        fitted = time.perf_counter()
+        predicted = model.predict_proba(x[split.test]) if split.is_class else model.predict(x[split.test])
+        details = {"fit": fitted - start, "predict": time.perf_counter() - fitted}
+        return (_aligned(predicted, model.classes_, split) if split.is_class else predicted), details
+
+    return method
+
+
+def forest(split: Split, seed: int, args):
+    kind = ensemble.RandomForestClassifier if split.is_class else ensemble.RandomForestRegressor
+    return kind(30 if args.smoke else 300, n_jobs=-1, random_state=seed)
+
+
+def tuned_forest(split: Split, seed: int, args):
+    space = {"max_features": [0.1, 0.2, 0.4, 0.7, 1.0, "sqrt"], "min_samples_leaf": [1, 2, 4, 8, 16]}
+    scoring = "neg_log_loss" if split.is_class else "neg_mean_squared_error"
+    return model_selection.RandomizedSearchCV(
+        forest(split, seed, args).set_params(n_jobs=1),
+        space,
+        n_iter=2 if args.smoke else 12,
+        scoring=scoring,
+        cv=4,
+        random_state=seed,
+        n_jobs=1 if args.smoke else -1,
+    )
+
+
+def boosting(split: Split, seed: int, args):
+    del args
+    kind = ensemble.HistGradientBoostingClassifier if split.is_class else ensemble.HistGradientBoostingRegressor
+    return kind(random_state=seed)
+
+
+def linear(split: Split, seed: int, args):
+    del seed, args
+    model = linear_model.LogisticRegression(max_iter=1000) if split.is_class else linear_model.RidgeCV()
+    return pipeline.make_pipeline(preprocessing.StandardScaler(), model)
+
+
+def constant(split: Split, seed: int, args):
+    """Class shares, or the mean."""
+    y = split.table.y[split.train]
+    if not split.is_class:
+        return np.full(len(split.test), y.mean()), {}
+    shares = np.bincount(y, minlength=int(split.table.y.max()) + 1) / len(y)
+    return np.tile(shares, (len(split.test), 1)), {}
+
+
+def methods(args) -> dict[str, Callable]:
+    chosen: dict[str, Callable] = {
+        "class shares or mean": constant,
+        "linear": plain(linear),
+        "random forest": plain(forest),
+        "random forest, tuned": plain(tuned_forest),
+        "boosting": plain(boosting),
+        "metaopt instant": lambda split, seed, args: auto(split, seed, args, preset="instant"),
+        "metaopt": auto,
+    }
+    if args.ablations:
+        chosen |= {f"metaopt {name}": _with(options) for name, options in ABLATIONS.items()}
+    return chosen
+
+
+def _with(options: dict[str, Any]):
+    return lambda split, seed, args: auto(split, seed, args, **options)
+
+
+def _aligned(probabilities: np.ndarray, classes: np.ndarray, split: Split) -> np.ndarray:
+    full = np.zeros((len(probabilities), int(split.table.y.max()) + 1))
+    full[:, classes] = probabilities
+    return full
+
+
+def loss(predicted: np.ndarray, split: Split) -> tuple[float, float]:
+    """Test log loss and share of errors; or RMSE and mean absolute error in units of the target's deviation."""
+    y = split.table.y[split.test]
+    if split.is_class:
+        p = np.maximum(predicted, LOWEST)
+        p = p / p.sum(axis=1, keepdims=True)
+        return float(-np.log(p[np.arange(len(y)), y]).mean()), float((p.argmax(axis=1) != y).mean())
+    error = (predicted - y) / split.table.y[split.train].std()
+    return float(np.sqrt((error**2).mean())), float(np.abs(error).mean())
+
+
+# --- the page ---
+
+
+def report(splits: list[Split], results: dict[str, list[dict]]) -> str:
+    """The table of all methods, by problem and by size, and paired differences to a tuned forest."""
+    parts = []
+    for is_class in (True, False):
+        rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
+        if not rows:
+            continue
+        losses = {name: np.array([values[i]["loss"] for i in rows]) for name, values in results.items()}
+        ranks = dict(zip(losses, _ranks(np.stack(list(losses.values()))).mean(axis=1), strict=True))
+        sizes = np.array([len(splits[i].table.y) for i in rows])
+        unit = "test log loss" if is_class else "test RMSE / deviation"
+        inside = {name: (sizes >= low) & (sizes < high) for name, (low, high) in SIZES.items()}
+        header = [f"{len(rows)} tables", unit, "mean rank", *(f"{n} ({m.sum()})" for n, m in inside.items()), "s"]
+        header.append("difference to the tuned forest [95 %]")
+        table = []
+        for name, values in losses.items():
+            seconds = np.mean([results[name][i].get("fit", 0.0) for i in rows])
+            by_size = [f"{values[m].mean():.4f}" if m.any() else "" for m in inside.values()]
+            difference = _interval(values - losses["random forest, tuned"])
+            table.append([name, f"{values.mean():.4f}", f"{ranks[name]:.2f}", *by_size, f"{seconds:.1f}", difference])
+        parts.append(("Classification" if is_class else "Regression") + "\n\n" + script.table(header, table))
+    return "\n\n".join(parts)
+
+
+def _ranks(losses: np.ndarray) -> np.ndarray:
+    return np.array([pd.Series(column).rank().to_numpy() for column in losses.T]).T
+
+
+def _interval(difference: np.ndarray, num: int = 4000) -> str:
+    """The mean with a bootstrap interval over families, each of which has one table."""
+    if not difference.any():
+        return ""
+    rng = np.random.default_rng(0)
+    means = difference[rng.integers(len(difference), size=(num, len(difference)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], better on {np.mean(difference < 0):.0%}"
+
+
+def main() -> None:
+    parser = script.parser(__doc__, num_seeds=1)
+    parser.add_argument("--development", action="store_true", help="other families than those for judging")
+    parser.add_argument("--ablations", action="store_true", help="add the estimator without some of its models")
+    parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
+    parser.add_argument("--tables", type=int, default=None, help="only the first ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the models")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished tables")
+    args = parser.parse_args()
+    args.time = 5.0 if args.smoke else args.time
+    splits, chosen = load(args), methods(args)
+    results: dict[str, list[dict]] = {name: [] for name in chosen}
+    with report_progress(len(splits) * len(chosen), None, "{table}, {method}", table="", method="") as progress:
+        for number, split in enumerate(splits):
+            for count, (name, method) in enumerate(chosen.items()):
+                results[name].append(_once(split, name, method, args))
+                progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
+    late = [r["fit"] / args.time - 1 for n, values in results.items() if n.startswith("metaopt") for r in values]
+    text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
+    script.publish(__file__, "AutoML on tables of new families", text, args, name="automl_tables")
+
+
+def _once(split: Split, name: str, method: Callable, args) -> dict[str, Any]:
+    """The result of a method on a table, or the kept one."""
+    path = None
+    if args.keep is not None:
+        path = args.keep / f"{split.table.name}, {name}, {args.time:g} s, seed {args.seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            return json.loads(path.read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        predicted, details = method(split, args.seed, args)
+    value, second = loss(predicted, split)
+    result = {"loss": value, "second": second, **details}
+    if path is not None:
+        path.write_text(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    script.run(main)

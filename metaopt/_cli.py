@@ -1,0 +1,194 @@
+"""The command `metaopt`: models for CSV files, and a check of this machine.
+
+Exit codes: 0 success, 1 an error that the message explains, 2 wrong arguments, 3 `doctor` found a wrong gradient.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_EXAMPLES = """examples:
+  metaopt fit train.csv --target price --time 60 --out model.npz
+  metaopt predict model.npz new.csv --out predictions.csv
+  metaopt leaderboard model.npz
+  metaopt doctor
+
+exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: of the command line; by default those of this process.
+
+    Returns:
+      The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"metaopt: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "metaopt",
+        description="Models for tables, with learned hyperparameters.",
+        epilog=_EXAMPLES,
+        formatter_class=layout,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    fit = commands.add_parser("fit", help="fit models to a CSV file and save them")
+    fit.add_argument("data", type=Path, help="a CSV file with a header")
+    fit.add_argument("--target", required=True, help="the column to predict")
+    fit.add_argument("--out", type=Path, required=True, help="the file to write")
+    fit.add_argument("--time", type=float, default=60.0, help="seconds for the fit (default: 60)")
+    fit.add_argument("--preset", default="balanced", help="instant, balanced (default) or best")
+    fit.add_argument("--problem", choices=("classification", "regression"), help="by default, from the target")
+    fit.add_argument("--metric", help="what to maximize (default: log_loss or rmse)")
+    fit.add_argument("--groups", help="a column of groups, such as patients, which stay together in a fold")
+    fit.add_argument("--order", help="a column of times: models are validated on later rows")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.set_defaults(run=_fit)
+
+    predict = commands.add_parser("predict", help="predict the rows of a CSV file")
+    predict.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
+    predict.add_argument("data", type=Path, help="a CSV file with the same columns")
+    predict.add_argument("--out", type=Path, help="the CSV file to write (default: standard output)")
+    predict.set_defaults(run=_predict)
+
+    leaderboard = commands.add_parser("leaderboard", help="show the models of a saved file with their scores")
+    leaderboard.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
+    leaderboard.set_defaults(run=_leaderboard)
+
+    doctor = commands.add_parser("doctor", help="show versions and devices, and check a gradient on this machine")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from metaopt import _saving, automl
+
+    frame = _read(options.data)
+    special = [name for name in (options.target, options.groups, options.order) if name is not None]
+    for name in special:
+        if name not in frame.columns:
+            raise ValueError(f"{options.data} has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
+    target = frame[options.target]
+    known = (~target.isna()).to_numpy()
+    if not known.all():
+        print(f"{(~known).sum()} rows have no target and are left out.", file=sys.stderr)
+    frame, target = frame[known], target[known]
+    problem = options.problem or _problem(target)
+    kind = automl.AutoClassifier if problem == "classification" else automl.AutoRegressor
+    model: Any = kind(
+        time_limit=options.time, preset=options.preset, eval_metric=options.metric, random_state=options.seed
+    )
+    extra = {"groups": options.groups, "time": options.order}
+    model.fit(frame.drop(columns=special), target, **{name: frame[column] for name, column in extra.items() if column})
+    _saving.save(options.out, model)
+    print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
+    if len(model.report_):
+        print(model.report_.to_string(index=False))
+    print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
+    print(f"out-of-fold score of the ensemble: {model.score_:.4g}; written to {options.out}")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    import pandas as pd
+
+    model = _load(options.model)
+    frame = _read(options.data)
+    result = pd.DataFrame({"prediction": model.predict(frame)})
+    if hasattr(model, "predict_proba"):
+        for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
+            result[f"probability of {label}"] = column
+    result.to_csv(sys.stdout if options.out is None else options.out, index=False)
+    return 0
+
+
+def _leaderboard(options: argparse.Namespace) -> int:
+    model = _load(options.model)
+    print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
+    print(f"out-of-fold score of the ensemble: {model.score_:.4g}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import importlib.metadata
+    import platform
+
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from metaopt import base, hypergrad, inner
+
+    del options
+    print(f"Python {platform.python_version()}")
+    for package in ("metaopt-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lightgbm", "xgboost"):
+        try:
+            print(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            print(package, "is not installed")
+    print("devices:", ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()))
+
+    def loss(params, hyperparams, batch):
+        x, y = batch
+        return jnp.mean((x @ params - y) ** 2) + jnp.exp(hyperparams["log_decay"]) * jnp.sum(params**2)
+
+    x = jax.random.normal(jax.random.key(0), (32, 4))
+    task = base.Task((x[:16], x[:16].sum(1)), (x[16:], x[16:].sum(1) + 0.1))
+    loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda *_: jnp.zeros(4))
+    problem = inner.problem(loop, lambda params, hyperparams, batch: jnp.mean((batch[0] @ params - batch[1]) ** 2))
+    check = hypergrad.check(hypergrad.unrolled(problem, num_steps=20), {"log_decay": jnp.float32(-2.0)}, task)
+    print(check)
+    return 0 if check.passed else 3
+
+
+def _load(path: Path) -> Any:
+    from metaopt import _saving
+
+    model = _saving.load(path)
+    if not hasattr(model, "leaderboard_"):
+        raise ValueError(f"{path} holds a {type(model).__name__}, and not a model that `metaopt fit` wrote.")
+    return model
+
+
+def _read(path: Path) -> Any:
+    """Reads a CSV file. Only empty fields are missing here; the encoder interprets words such as "NA"."""
+    from metaopt import _extras
+
+    pandas = _extras.require("pandas", "automl", "The command `metaopt`")
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        start = file.read(65536)
+    try:
+        separator = csv.Sniffer().sniff(start, delimiters=",;\t|").delimiter
+    except csv.Error:  # one column
+        separator = ","
+    try:
+        return pandas.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
+
+
+def _problem(target: Any) -> str:
+    """Classification if the target is text, boolean, or whole numbers with at most 20 values."""
+    if target.dtype.kind not in "iuf":
+        return "classification"
+    is_whole = (target == target.round()).all()
+    return "classification" if is_whole and target.nunique() <= 20 else "regression"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Weights of an ensemble, its calibration, and conformal prediction, all from out-of-fold predictions."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+LOWEST = 1e-7  # a probability in a log loss
+NUM_STEPS = 40
+
+METRICS = {
+    "classification": ("log_loss", "accuracy", "balanced_accuracy", "roc_auc"),
+    "regression": ("rmse", "mae", "r2"),
+}
+
+
+class Target(NamedTuple):
+    """Targets of the rows with out-of-fold predictions: y [n] and weights [n]."""
+
+    y: np.ndarray
+    weight: np.ndarray
+
+
+def score(metric: str, predicted: np.ndarray, target: Target) -> float:
+    """The value of a metric, where larger is better: losses have a minus sign.
+
+    Args:
+      metric: one of `METRICS`.
+      predicted: [n, C] probabilities, or [n] numbers.
+      target: of the same rows.
+    """
+    from sklearn import metrics
+
+    y, weight = target
+    if metric == "log_loss":
+        return -float(np.average(-np.log(np.maximum(predicted[np.arange(len(y)), y], LOWEST)), weights=weight))
+    if metric in ("rmse", "mae"):
+        error = np.abs(predicted - y)
+        return -float(np.average(error, weights=weight) if metric == "mae" else _root(error**2, weight))
+    if metric == "r2":
+        return float(metrics.r2_score(y, predicted, sample_weight=weight))
+    if metric == "roc_auc":
+        return _roc_auc(predicted, target)
+    label = predicted.argmax(axis=1)
+    if metric == "accuracy":
+        return float(np.average(label == y, weights=weight))
+    recalls = [np.average(label[y == c] == c, weights=weight[y == c]) for c in np.unique(y)]
+    return float(np.mean(recalls))
+
+
+def greedy_weights(predictions: list[np.ndarray], target: Target, metric: str, max_members: int) -> np.ndarray:
+    """Weights of an ensemble by greedy selection with replacement.
+
+    Each of 40 steps adds the member that improves the mean of the selected predictions most. The weights are the shares
+    of the members in the best prefix of the steps; equal scores go to fewer members.
+
+    Args:
+      predictions: M arrays, [n, C] or [n].
+      target: of the same rows.
+      metric: one of `METRICS`.
+      max_members: the largest number of different members.
+
+    Returns:
+      [M] float64, with sum 1.
+
+    Source: Caruana et al., "Ensemble selection from libraries of models", ICML 2004.
+    """
+    total = np.zeros_like(predictions[0])
+    counts = np.zeros(len(predictions))
+    best, best_counts = -math.inf, counts
+    for step in range(1, NUM_STEPS + 1):
+        allowed = np.flatnonzero(counts) if (counts > 0).sum() >= max_members else np.arange(len(predictions))
+        # Members that are selected already come first, so that they win ties.
+        allowed = sorted(allowed.tolist(), key=lambda m: counts[m] == 0)
+        scores = [score(metric, (total + predictions[m]) / step, target) for m in allowed]
+        chosen = allowed[int(np.argmax(scores))]
+        counts = counts.copy()
+        counts[chosen] += 1
+        total = total + predictions[chosen]
+        value = max(scores)
+        num, best_num = (counts > 0).sum(), (best_counts > 0).sum()
+        if value > best + 1e-9 or (value > best - 1e-9 and num < best_num):
+            best, best_counts = value, counts
+    return best_counts / best_counts.sum()
+
+
+def max_members(num_rows: int) -> int:
+    """The largest number of members: 4 up to 100 rows, 15 at 2,500, linear in log n; at most 25."""
+    return int(np.clip(round(4 + 11 * math.log(num_rows / 100) / math.log(25)), 4, 25))
+
+
+def fit_temperature(probabilities: np.ndarray, target: Target) -> float:
+    """T ∈ [1/4, 4] that minimizes the log loss of p^(1/T) / Σ p^(1/T).
+
+    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, https://arxiv.org/abs/1706.04599
+    """
+    from scipy import optimize
+
+    loss = lambda log_t: -score("log_loss", tempered(probabilities, math.exp(log_t)), target)
+    result = optimize.minimize_scalar(loss, bounds=(-math.log(4), math.log(4)), method="bounded")
+    return math.exp(result.x) if result.fun < loss(0.0) else 1.0
+
+
+def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """p^(1/T), normalized over the last axis."""
+    log_p = np.log(np.maximum(probabilities, LOWEST)) / temperature
+    p = np.exp(log_p - log_p.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def conformal_threshold(scores: np.ndarray, coverage: float) -> float:
+    """The ⌈(n + 1) coverage⌉-th smallest of n nonconformity scores, or infinity if there are too few.
+
+    Source: Vovk, Gammerman & Shafer, "Algorithmic learning in a random world", 2005.
+    """
+    rank = math.ceil((len(scores) + 1) * coverage)
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
+
+
+def _root(square: np.ndarray, weight: np.ndarray) -> float:
+    return math.sqrt(np.average(square, weights=weight))
+
+
+def _roc_auc(predicted: np.ndarray, target: Target) -> float:
+    """Area under the curve; the mean of one class against the others over the classes that occur."""
+    from sklearn import metrics
+
+    y, weight = target
+    classes = [c for c in np.unique(y) if (y != c).any()]
+    if predicted.shape[1] == 2:
+        classes = classes[-1:]
+    areas = [metrics.roc_auc_score(y == c, predicted[:, c], sample_weight=weight) for c in classes]
+    return float(np.mean(areas)) if areas else 0.5

@@ -1,0 +1,371 @@
+"""`AutoClassifier` and `AutoRegressor`: scikit-learn estimators that choose and combine models for a table."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
+
+from metaopt import tasks
+from metaopt.automl import _ensemble, _ensemble_fit
+from metaopt.automl._ensemble_fit import Columns, Options
+from metaopt.automl._portfolio import portfolio
+from metaopt.automl._rows import sorted_rows
+
+_log = logging.getLogger(__name__)
+
+
+class _AutoEstimator(BaseEstimator):
+    """What classifier and regressor share."""
+
+    _problem = ""
+
+    def __init__(
+        self,
+        *,
+        time_limit: float | None = 60.0,
+        preset: str = "balanced",
+        eval_metric: str | None = None,
+        models: tuple[str, ...] | None = None,
+        n_jobs: int | None = -1,
+        random_state: Any = 0,
+        verbose: bool | None = None,
+    ):
+        self.time_limit = time_limit
+        self.preset = preset
+        self.eval_metric = eval_metric
+        self.models = models
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X, y, sample_weight=None, *, groups=None, time=None):
+        """Fits models within the time limit, and weights them by their out-of-fold predictions.
+
+        Args:
+          X: [n, d] a pandas or polars frame, or an array: numbers, categories, booleans, dates and texts, with missing
+            values.
+          y: [n] the target.
+          sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two equal rows.
+          groups: [n] for example patients: rows of one group are never in both parts of a split.
+          time: [n] numbers or dates: models are validated on rows that are later than their training rows.
+
+        Returns:
+          The estimator.
+
+        Raises:
+          ValueError: if the arrays do not fit together, the target is not valid, or an argument is unknown.
+          RuntimeError: if no model could be fitted in time.
+        """
+        options = self._options()
+        validate_data(self, X, skip_check_array=True)
+        self.encoder_ = tasks.fit_encoder(X)
+        self.n_features_in_ = len(self.encoder_.input_names)
+        x = self.encoder_.transform(X)
+        weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
+        target = self._fit_target(y, weight)
+        group_codes = None if groups is None else _codes(groups, len(x), "groups")
+        times = None if time is None else _times(time, len(x))
+        used = np.flatnonzero(weight > 0)
+        parts = (None if part is None else part[used] for part in (group_codes, times))
+        rows = sorted_rows(x[used], target[used], weight[used], *parts)
+        columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
+        members = portfolio(self._problem, self.preset, self.models, len(rows.y))
+        self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
+        self.suspected_leaks_ = _suspected_leaks(x[used], target[used], self.encoder_)
+        self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
+        self._keep_scores(rows)
+        return self
+
+    @property
+    def leaderboard_(self) -> pd.DataFrame:
+        """Models by out-of-fold score (larger is better), with their weight, and seconds of fit and prediction."""
+        check_is_fitted(self)
+        table = [(m.member.name, m.score, m.weight, m.fit_seconds, m.predict_seconds) for m in self.ensemble_.members]
+        return pd.DataFrame(table, columns=["model", "score", "weight", "fit_seconds", "predict_seconds"])
+
+    @property
+    def score_(self) -> float:
+        """The out-of-fold score of the ensemble by `eval_metric`; losses have a minus sign."""
+        check_is_fitted(self)
+        return self.ensemble_.score
+
+    def importance(self, X, y, *, n_repeats: int = 5, scoring: Any = None) -> pd.DataFrame:
+        """Permutation importance: how much the score falls if the values of a column are shuffled.
+
+        Args:
+          X: rows that were not used in `fit`, with the same columns.
+          y: their targets.
+          n_repeats: the number of shuffles of each column.
+          scoring: a scorer's name; by default accuracy or R².
+
+        Returns:
+          A frame with "column", "mean" and "sd", sorted by the mean.
+        """
+        from sklearn.inspection import permutation_importance
+
+        check_is_fitted(self)
+        result: Any = permutation_importance(
+            self, X, y, n_repeats=n_repeats, scoring=scoring, random_state=self._seed()
+        )
+        names = list(getattr(self, "feature_names_in_", range(self.n_features_in_)))
+        table = {"column": names, "mean": result.importances_mean, "sd": result.importances_std}
+        return pd.DataFrame(table).sort_values("mean", ascending=False, ignore_index=True)
+
+    def _predict_ensemble(self, X) -> np.ndarray:
+        check_is_fitted(self)
+        if getattr(X, "ndim", 2) == 1:
+            raise ValueError(
+                "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
+            )
+        validate_data(self, X, reset=False, skip_check_array=True)
+        return _ensemble_fit.predict_ensemble(self.ensemble_, self.encoder_.transform(X))
+
+    def _options(self) -> Options:
+        metrics = _ensemble.METRICS[self._problem]
+        metric = metrics[0] if self.eval_metric is None else self.eval_metric
+        if metric not in metrics:
+            raise ValueError(f"`eval_metric` must be one of {', '.join(metrics)}; got {metric!r}.")
+        limit = self.time_limit
+        if limit is not None and not limit > 0:
+            raise ValueError(f"`time_limit` must be positive or None; got {limit!r}.")
+        return Options(metric, limit, _ensemble_fit.num_jobs(self.n_jobs), self._seed(), self.verbose)
+
+    def _seed(self) -> int:
+        from sklearn.utils import check_random_state
+
+        state = self.random_state
+        if isinstance(state, int | np.integer):
+            return int(state)
+        return int(check_random_state(state).randint(2**31 - 1))
+
+    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _num_classes(self) -> int:
+        raise NotImplementedError
+
+    def _keep_scores(self, rows) -> None:
+        raise NotImplementedError
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.categorical = True
+        tags.input_tags.string = True
+        return tags
+
+
+class AutoClassifier(ClassifierMixin, _AutoEstimator):
+    """A classifier for tables that chooses, combines and calibrates models within a time limit.
+
+    The models are the network of `tabular_network` with the hyperparameters that the shipped g predicts, draws around
+    them, linear models, forests and boosted trees. Each is fitted on 8 folds. Greedy selection weights the models by
+    their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
+    models and folds; there is no refit on all rows.
+
+    Three shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the
+    time is over is not awaited, but its compilation may go on in the background. Boosted trees stop by the validation
+    rows of their fold, and the refined network uses all of them, so their out-of-fold scores are slightly optimistic.
+
+    Args:
+      time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
+      preset: "instant" (the network with g's hyperparameters), "balanced" (14 models) or "best" (22).
+      eval_metric: "log_loss" (default), "accuracy", "balanced_accuracy" or "roc_auc": what the weights maximize.
+      models: kinds of models to use, for example `("network", "lightgbm")`; None uses all that are installed.
+      n_jobs: the number of fits at a time; −1 is one per core.
+      random_state: the seed.
+      verbose: whether to report progress; by default as `training.fit` does.
+
+    Attributes:
+      classes_: [C] the labels.
+      leaderboard_: a frame of the models.
+      score_: the out-of-fold score of the ensemble.
+      report_: a frame of the columns that were changed or dropped, with reasons.
+
+    Example:
+      >>> from sklearn.datasets import load_wine
+      >>> from metaopt import automl
+      >>> X, y = load_wine(return_X_y=True, as_frame=True)
+      >>> model = automl.AutoClassifier(models=("linear", "extra_trees"), time_limit=None).fit(X[::2], y[::2])
+      >>> bool(model.score(X[1::2], y[1::2]) > 0.9)
+      True
+    """
+
+    _problem = "classification"
+
+    def predict_proba(self, X) -> np.ndarray:
+        """Returns calibrated probabilities [n, C]; columns are in the order of `classes_`."""
+        return self._predict_ensemble(X)
+
+    def predict(self, X) -> np.ndarray:
+        """Returns the most probable label of each row, [n]."""
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
+
+    def predict_set(self, X, *, coverage: float = 0.9) -> np.ndarray:
+        """Returns a set of labels for each row that has the true one with a given probability.
+
+        A label is in the set if its probability p satisfies 1 − p ≤ q. Here q is the ⌈(n + 1) coverage⌉-th smallest
+        1 − p of the true labels of the n training rows, with their out-of-fold probabilities. The coverage holds on
+        average over rows that are exchangeable with the training rows; it is approximate, because a prediction
+        averages the models of all folds.
+
+        Args:
+          X: rows.
+          coverage: in (0, 1).
+
+        Returns:
+          [n, C] bool, in the order of `classes_`. The most probable label is always in the set.
+        """
+        probabilities = self.predict_proba(X)
+        threshold = _ensemble.conformal_threshold(self.nonconformity_, _fraction(coverage))
+        inside = 1 - probabilities <= threshold
+        inside[np.arange(len(inside)), probabilities.argmax(axis=1)] = True
+        return inside
+
+    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
+        y = _target(y, len(weight))
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"The target has one class, {self.classes_.tolist()[0]!r}: a classifier needs at least two."
+            )
+        return codes
+
+    def _num_classes(self) -> int:
+        return len(self.classes_)
+
+    def _keep_scores(self, rows) -> None:
+        p = self.ensemble_.out_of_fold
+        scored = ~np.isnan(p).any(axis=1)
+        self.nonconformity_ = 1 - p[scored, rows.y[scored]]
+
+
+class AutoRegressor(RegressorMixin, _AutoEstimator):
+    """A regressor for tables that chooses and combines models within a time limit.
+
+    It works like `AutoClassifier`. The network predicts the probabilities of ten intervals of the target, with the
+    hyperparameters that g predicts for this classification; its prediction is the mean target of the intervals. No g is
+    trained for regression yet.
+
+    Args:
+      time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
+      preset: "instant", "balanced" or "best".
+      eval_metric: "rmse" (default), "mae" or "r2": what the weights maximize.
+      models: kinds of models to use; None uses all that are installed.
+      n_jobs: the number of fits at a time; −1 is one per core.
+      random_state: the seed.
+      verbose: whether to report progress; by default as `training.fit` does.
+
+    Attributes:
+      leaderboard_: a frame of the models.
+      score_: the out-of-fold score of the ensemble, in units of the target's standard deviation for losses.
+      report_: a frame of the columns that were changed or dropped, with reasons.
+
+    Example:
+      >>> from sklearn.datasets import load_diabetes
+      >>> from metaopt import automl
+      >>> X, y = load_diabetes(return_X_y=True, as_frame=True)
+      >>> model = automl.AutoRegressor(models=("linear", "extra_trees"), time_limit=None).fit(X[::2], y[::2])
+      >>> bool(model.score(X[1::2], y[1::2]) > 0.4)
+      True
+    """
+
+    _problem = "regression"
+
+    def predict(self, X) -> np.ndarray:
+        """Returns the predicted target of each row, [n]."""
+        predicted = self._predict_ensemble(X)
+        return self.mean_ + self.scale_ * predicted
+
+    def predict_interval(self, X, *, coverage: float = 0.9) -> np.ndarray:
+        """Returns an interval for each row that has the true target with a given probability.
+
+        The interval is the prediction ± q, where q is the ⌈(n + 1) coverage⌉-th smallest absolute error of the n
+        out-of-fold predictions. All rows get intervals of the same length. The coverage holds on average over rows that
+        are exchangeable with the training rows; it is approximate, as in `AutoClassifier.predict_set`.
+
+        Args:
+          X: rows.
+          coverage: in (0, 1).
+
+        Returns:
+          [n, 2] lower and upper ends.
+        """
+        predicted = self.predict(X)
+        half = self.scale_ * _ensemble.conformal_threshold(self.nonconformity_, _fraction(coverage))
+        return np.stack([predicted - half, predicted + half], axis=1)
+
+    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
+        y = np.asarray(_target(y, len(weight)))
+        try:
+            y = y.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The target must be numbers; got {y.dtype} ({error}).") from error
+        if not np.isfinite(y).all():
+            raise ValueError("Input y contains NaN or infinity.")
+        unit = float(np.abs(y).max()) or 1.0  # squares of large numbers overflow
+        mean = np.average(y / unit, weights=weight)
+        deviation = np.sqrt(np.average((y / unit - mean) ** 2, weights=weight))
+        self.mean_ = float(mean * unit)
+        self.scale_ = float(deviation * unit) or 1.0
+        return (y - self.mean_) / self.scale_
+
+    def _num_classes(self) -> int:
+        return 0
+
+    def _keep_scores(self, rows) -> None:
+        error = np.abs(self.ensemble_.out_of_fold - rows.y)
+        self.nonconformity_ = error[~np.isnan(error)]
+
+
+def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.DataFrame:
+    """The notes of an encoder and the suspected columns: column, action and reason."""
+    reason = "predicts the target almost perfectly: is it known before the target is?"
+    notes = [*encoder.notes, *((name, "suspected", reason) for name in suspected)]
+    return pd.DataFrame(notes, columns=["column", "action", "reason"])
+
+
+def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, ...]:
+    suspected = tasks.suspected_leaks(x, y, encoder.names, encoder.categorical)
+    for name in suspected:
+        _log.warning(
+            "the column %r predicts the target almost perfectly. If it is not known when you predict, leave it out.",
+            name,
+        )
+    return suspected
+
+
+def _target(y, num_rows: int) -> np.ndarray:
+    if y is None:
+        raise ValueError("This estimator requires y to be passed, but the target y is None.")
+    y = column_or_1d(y, warn=True)
+    if len(y) != num_rows:
+        raise ValueError(f"Found input variables with inconsistent numbers of samples: [{num_rows}, {len(y)}]")
+    missing = pd.isna(y)
+    if missing.any():
+        raise ValueError(f"Input y contains NaN: {missing.sum()} of {len(y)} rows have no target. Drop these rows.")
+    return y
+
+
+def _codes(values, num_rows: int, name: str) -> np.ndarray:
+    values = column_or_1d(values)
+    if len(values) != num_rows or pd.isna(values).any():
+        raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows, none of them missing.")
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _times(values, num_rows: int) -> np.ndarray:
+    """Times as ranks: only their order is used."""
+    return _codes(values, num_rows, "time").astype(np.float64)
+
+
+def _fraction(coverage: float) -> float:
+    if not 0 < coverage < 1:
+        raise ValueError(f"`coverage` must be between 0 and 1; got {coverage!r}.")
+    return coverage

@@ -1,0 +1,302 @@
+"""Kinds of models besides the network: how one is fitted on the training rows of a fold, predicts, and is saved.
+
+Every fit uses one thread. Folds and models run in parallel instead.
+
+Worker processes run this module, and get it by value. It imports nothing from metaopt, so that a worker need not import
+JAX, which takes seconds.
+"""
+
+import importlib
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Views(NamedTuple):
+    """The same rows for different kinds of models.
+
+    Attributes:
+      trees: [n, k] float64 with NaN in gaps: numbers, codes of categories, and target encodings.
+      filled: [n, k] the same, with medians in gaps.
+      dense: [n, D] float32: normal scores and one-hot levels.
+    """
+
+    trees: np.ndarray
+    filled: np.ndarray
+    dense: np.ndarray
+
+
+class FoldData(NamedTuple):
+    """What a fit reads.
+
+    Attributes:
+      views: of the training rows.
+      y: [n] classes 0..K-1, all of which occur, or numbers.
+      weight: [n], with mean 1.
+      valid_views: of the validation rows.
+      valid_y: [m], of the validation rows whose class occurs in `y`; boosting stops early by them.
+      valid_weight: [m].
+      categorical: [k] bool, of the columns for trees.
+      num_classes: K, or 0 for regression.
+      seed: of the fit.
+    """
+
+    views: Views
+    y: np.ndarray
+    weight: np.ndarray
+    valid_views: Views
+    valid_y: np.ndarray
+    valid_weight: np.ndarray
+    categorical: np.ndarray
+    num_classes: int
+    seed: int
+
+
+class Kind(NamedTuple):
+    """One kind of models.
+
+    Attributes:
+      module: the package that it needs.
+      fit: `(settings, data) -> model`.
+      predict: `(model, views) -> [n, K]` probabilities, or [n] numbers.
+      dumps: `(model) -> bytes`, in the library's own format, without pickle.
+      loads: `(bytes) -> model`.
+    """
+
+    module: str
+    fit: Callable[[dict[str, Any], FoldData], Any]
+    predict: Callable[[Any, Views, int], np.ndarray]
+    dumps: Callable[[Any], bytes]
+    loads: Callable[[bytes], Any]
+
+
+def prepare_worker() -> None:
+    """Imports libraries in a new worker process, which takes a second."""
+    importlib.import_module("sklearn.ensemble")
+
+
+def fit_fold(kind: str, settings: dict[str, Any], data: FoldData) -> tuple[Any, np.ndarray, float, float]:
+    """Fits a model and predicts the validation rows.
+
+    Returns:
+      The model, its predictions [m, K] or [m], and the seconds of fit and prediction.
+
+    Raises:
+      FloatingPointError: if predictions are not finite.
+    """
+    importlib.import_module(KINDS[kind].module)  # takes a second in a new process
+    start = time.perf_counter()
+    model = fit(kind, settings, data)
+    middle = time.perf_counter()
+    predicted = predict(kind, model, data.valid_views, data.num_classes)
+    if not np.isfinite(predicted).all():
+        raise FloatingPointError("its predictions are not finite")
+    return model, predicted, middle - start, time.perf_counter() - middle
+
+
+def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
+    """Fits a model of a kind; thread pools of libraries have one thread meanwhile. The model of one class is None.
+
+    Raises:
+      Exception: whatever the library raises.
+    """
+    import threadpoolctl
+
+    if data.num_classes == 1:
+        return None
+    importlib.import_module(KINDS[kind].module)  # limits hold for the libraries that are loaded
+    with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about convergence; the out-of-fold score shows what a model is worth
+        return KINDS[kind].fit(settings, data)
+
+
+def predict(kind: str, model: Any, views: Views, num_classes: int) -> np.ndarray:
+    """Predicts rows: [n, K] probabilities, or [n] numbers if `num_classes` is 0."""
+    import threadpoolctl
+
+    if num_classes == 1:
+        return np.ones((len(views.dense), 1))
+    with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.asarray(KINDS[kind].predict(model, views, num_classes), np.float64)
+
+
+# --- scikit-learn ---
+
+
+def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> Kind:
+    """Kinds of scikit-learn: (module.Classifier, module.Regressor), and the view that they read."""
+
+    def fit_model(settings, data):
+        module, _, name = names[0 if data.num_classes else 1].rpartition(".")
+        options = {**fixed, **settings}
+        make = getattr(importlib.import_module(f"sklearn.{module}"), name)
+        accepted = make().get_params()
+        if "random_state" in accepted:
+            options["random_state"] = data.seed
+        model = make(**{key: value for key, value in options.items() if key in accepted})
+        # Histogram boosting takes ten times as long with weights, even if they are equal.
+        weight = None if np.ptp(data.weight) == 0 else data.weight
+        return model.fit(getattr(data.views, view), data.y, sample_weight=weight)
+
+    def predict_rows(model, views, num_classes):
+        x = getattr(views, view)
+        return model.predict_proba(x) if num_classes else model.predict(x)
+
+    def dumps(model):
+        return importlib.import_module("skops.io").dumps(model)
+
+    def loads(data):
+        io = importlib.import_module("skops.io")
+        unknown = [name for name in io.get_untrusted_types(data=data) if name not in _TRUSTED]
+        if unknown:
+            raise ValueError(f"it has objects of types that no saved model has: {', '.join(unknown)}")
+        model = io.loads(data, trusted=list(_TRUSTED))
+        _check_trees(model)
+        return model
+
+    return Kind("sklearn.ensemble", fit_model, predict_rows, dumps, loads)
+
+
+def _check_trees(model) -> None:
+    """Raises ValueError if a tree of a loaded model has nodes outside it: a prediction would read foreign memory."""
+    nodes = [(t.children_left, t.children_right, t.feature) for t in map(_tree, getattr(model, "estimators_", ()))]
+    for predictor in (p for stage in getattr(model, "_predictors", ()) for p in stage):
+        inner = predictor.nodes["is_leaf"] == 0
+        left, right = (np.where(inner, predictor.nodes[side].astype(int), -1) for side in ("left", "right"))
+        nodes.append((left, right, np.where(inner, predictor.nodes["feature_idx"], 0)))
+    for left, right, feature in nodes:
+        place = np.arange(len(left))
+        inner = left != -1
+        for child in (left, right):  # children come after their parent: no loops
+            if ((child[inner] <= place[inner]) | (child[inner] >= len(left))).any():
+                raise ValueError("a tree has a node whose child does not exist")
+        if ((feature[inner] < 0) | (feature[inner] >= model.n_features_in_)).any():
+            raise ValueError("a tree splits a column that does not exist")
+
+
+def _tree(estimator) -> Any:
+    return estimator.tree_
+
+
+# Types inside scikit-learn's models that skops does not trust by itself. None of them runs code when it is loaded.
+_TRUSTED = (
+    "sklearn.tree._tree.Tree",
+    "sklearn._loss.link.IdentityLink",
+    "sklearn._loss.link.Interval",
+    "sklearn._loss.link.LogitLink",
+    "sklearn._loss.link.MultinomialLogit",
+    "sklearn._loss.loss.HalfBinomialLoss",
+    "sklearn._loss.loss.HalfMultinomialLoss",
+    "sklearn._loss.loss.HalfSquaredError",
+    "sklearn._loss._loss.CyHalfBinomialLoss",
+    "sklearn._loss._loss.CyHalfMultinomialLoss",
+    "sklearn._loss._loss.CyHalfSquaredError",
+    "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+)
+
+
+# --- boosting ---
+
+
+def _fit_lightgbm(settings, data):
+    lightgbm = importlib.import_module("lightgbm")
+    settings = dict(settings)
+    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
+    objective = "multiclass" if data.num_classes > 2 else "binary" if data.num_classes else "regression"
+    options = {
+        "objective": objective,
+        "seed": data.seed,
+        "num_threads": 1,
+        "deterministic": True,
+        "force_row_wise": True,
+        "verbosity": -1,
+        **({"num_class": data.num_classes} if data.num_classes > 2 else {}),
+        **settings,
+    }
+    levels = np.flatnonzero(data.categorical).tolist()
+    names = [str(i) for i in range(data.views.trees.shape[1])]
+    made = {"feature_name": names, "categorical_feature": levels, "free_raw_data": False}
+    train = lightgbm.Dataset(data.views.trees, data.y, weight=data.weight, params={"verbosity": -1}, **made)
+    valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
+    stop = [lightgbm.early_stopping(patience, verbose=False)] if len(data.valid_y) else []
+    booster = lightgbm.train(options, train, rounds, valid_sets=[valid] if stop else None, callbacks=stop)
+    return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration or None))
+
+
+def _predict_lightgbm(model, views, num_classes):
+    predicted = model.predict(views.trees, num_threads=1)
+    return np.stack([1 - predicted, predicted], axis=1) if num_classes == 2 else predicted
+
+
+def _load_lightgbm(data):
+    return importlib.import_module("lightgbm").Booster(model_str=data.decode())
+
+
+def _fit_xgboost(settings, data):
+    xgboost = importlib.import_module("xgboost")
+    settings = dict(settings)
+    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
+    objective = "multi:softprob" if data.num_classes > 2 else "binary:logistic" if data.num_classes else None
+    options = {
+        "objective": objective or "reg:squarederror",
+        "seed": data.seed,
+        "nthread": 1,
+        "verbosity": 0,
+        "tree_method": "hist",
+        **({"num_class": data.num_classes} if data.num_classes > 2 else {}),
+        **settings,
+    }
+    train = xgboost.DMatrix(data.views.trees, data.y, weight=data.weight, nthread=1)
+    stop: dict[str, Any] = {}
+    if len(data.valid_y):
+        valid = xgboost.DMatrix(data.valid_views.trees, data.valid_y, weight=data.valid_weight, nthread=1)
+        stop = {"evals": [(valid, "valid")], "early_stopping_rounds": patience, "verbose_eval": False}
+    booster = xgboost.train(options, train, rounds, **stop)
+    return booster[: booster.best_iteration + 1] if stop else booster
+
+
+def _predict_xgboost(model, views, num_classes):
+    xgboost = importlib.import_module("xgboost")
+    predicted = model.predict(xgboost.DMatrix(views.trees, nthread=1))
+    return np.stack([1 - predicted, predicted], axis=1) if num_classes == 2 else predicted
+
+
+def _load_xgboost(data):
+    booster = importlib.import_module("xgboost").Booster({"nthread": 1})
+    booster.load_model(bytearray(data))
+    return booster
+
+
+# --- all kinds ---
+
+KINDS: dict[str, Kind] = {
+    "linear": _sklearn_kind(("linear_model.LogisticRegression", "linear_model.Ridge"), "dense", {"max_iter": 300}),
+    "extra_trees": _sklearn_kind(
+        ("ensemble.ExtraTreesClassifier", "ensemble.ExtraTreesRegressor"), "filled", {"n_estimators": 200}
+    ),
+    "random_forest": _sklearn_kind(
+        ("ensemble.RandomForestClassifier", "ensemble.RandomForestRegressor"), "filled", {"n_estimators": 200}
+    ),
+    "hist_gradient_boosting": _sklearn_kind(
+        ("ensemble.HistGradientBoostingClassifier", "ensemble.HistGradientBoostingRegressor"), "trees", {}
+    ),
+    "lightgbm": Kind(
+        "lightgbm",
+        _fit_lightgbm,
+        _predict_lightgbm,
+        lambda model: model.model_to_string().encode(),
+        _load_lightgbm,
+    ),
+    "xgboost": Kind(
+        "xgboost",
+        _fit_xgboost,
+        _predict_xgboost,
+        lambda model: bytes(model.save_raw("ubj")),
+        _load_xgboost,
+    ),
+}

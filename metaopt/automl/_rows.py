@@ -1,0 +1,156 @@
+"""Training rows in an order that depends on their values only, and splits of them for out-of-fold predictions."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NUM_FOLDS = 8
+MAX_FOLD_ROWS = 20_000  # larger tables get one split
+_MAX_REPEATS = 10  # integer weights become repeated rows if the table grows by no more than this factor
+
+
+class TrainingRows(NamedTuple):
+    """Rows of a table.
+
+    Attributes:
+      x: [n, d] float64: numbers with NaN in gaps, and codes of categories.
+      y: [n] classes 0..C-1 as int64, or numbers as float64.
+      weight: [n] float64, positive.
+      groups: [n] int64, or None.
+      time: [n] float64, or None. With it, rows are in order of time.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray
+    groups: np.ndarray | None = None
+    time: np.ndarray | None = None
+
+
+class Split(NamedTuple):
+    """Positions of rows: a model is fitted on `train` and predicts `valid`."""
+
+    train: np.ndarray
+    valid: np.ndarray
+
+
+def sorted_rows(
+    x: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    groups: np.ndarray | None = None,
+    time: np.ndarray | None = None,
+) -> TrainingRows:
+    """Sorts rows by their values, so that the result of `fit` does not depend on the order of the rows.
+
+    Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. So a weight of 2
+    is the same as two equal rows.
+
+    Args:
+      x: [n, d].
+      y: [n].
+      weight: [n], positive.
+      groups: [n] integers, or None.
+      time: [n], or None.
+
+    Returns:
+      A `TrainingRows`.
+    """
+    if np.array_equal(weight, np.round(weight)) and weight.sum() <= _MAX_REPEATS * len(weight):
+        index = np.repeat(np.arange(len(weight)), weight.astype(int))
+        weight = np.ones(len(weight))
+    else:
+        index = np.arange(len(weight))
+    parts = [x, y[:, None], weight[:, None], *(part[:, None] for part in (groups, time) if part is not None)]
+    key = np.ascontiguousarray(np.concatenate(parts, axis=1, dtype=np.float64)[index])
+    key[np.isnan(key)] = np.nan  # one bit pattern
+    key += 0.0  # -0 becomes 0
+    view = key.view(np.dtype((np.void, key.dtype.itemsize * key.shape[1])))[:, 0]
+    index = index[np.argsort(view, kind="stable")]
+    if time is not None:
+        index = index[np.argsort(time[index], kind="stable")]
+    return TrainingRows(*(None if part is None else part[index] for part in (x, y, weight, groups, time)))
+
+
+def repeated(weight: np.ndarray) -> np.ndarray:
+    """Positions of rows, each repeated about as often as its weight says, in order.
+
+    Integer weights give exact counts. Other weights are scaled to a sum of n and rounded cumulatively.
+    """
+    if not np.array_equal(weight, np.round(weight)):
+        weight = weight * (len(weight) / weight.sum())
+    counts = np.diff(np.round(np.cumsum(weight)).astype(int), prepend=0)
+    return np.repeat(np.arange(len(weight)), counts)
+
+
+def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
+    """Splits rows for out-of-fold predictions.
+
+    * By default 8 folds, stratified by class. More than 20,000 rows give one split, with an eighth for validation.
+    * With groups, a group is in one fold.
+    * With time, validation rows are later than training rows: 8 windows of equal length, each trained on all earlier
+      ones. The rows of the first window are never validated. Of rows with groups, too, those whose group occurs in the
+      validation window are left out of training.
+
+    A class with one row stays in the training part.
+
+    Args:
+      rows: by `sorted_rows`.
+      num_classes: C, or 0 for regression.
+      seed: of the folds.
+
+    Returns:
+      One `Split` per fold.
+
+    Raises:
+      ValueError: if there are fewer than 2 rows, groups or times, or if all classes have one row.
+    """
+    parts = rows.time if rows.time is not None else rows.groups
+    num_parts = len(rows.y) if parts is None else len(np.unique(parts))
+    if num_parts < 2:
+        unit = "n_samples = 1 row" if parts is None else "one time" if rows.time is not None else "one group"
+        raise ValueError(f"The table has {unit}: at least two are needed to estimate a score.")
+    if rows.time is not None:
+        splits = _windows(rows, min(NUM_FOLDS, num_parts - 1))
+    else:
+        splits = _folds(rows, num_classes, min(NUM_FOLDS, num_parts), seed)
+    if len(rows.y) > MAX_FOLD_ROWS:
+        splits = splits[-1:]
+    if num_classes and rows.time is None and rows.groups is None:
+        alone = np.flatnonzero(np.bincount(rows.y, minlength=num_classes)[rows.y] == 1)
+        splits = [Split(np.union1d(split.train, alone), np.setdiff1d(split.valid, alone)) for split in splits]
+    splits = [split for split in splits if len(split.train) and len(split.valid)]
+    if not splits:
+        raise ValueError("No row can be validated: every class has one row only.")
+    return splits
+
+
+def _windows(rows: TrainingRows, num: int) -> list[Split]:
+    assert rows.time is not None
+    _, when = np.unique(rows.time, return_inverse=True)
+    window = when * (num + 1) // (when.max() + 1)
+    splits = []
+    for w in range(1, num + 1):
+        train, valid = np.flatnonzero(window < w), np.flatnonzero(window == w)
+        if rows.groups is not None:
+            train = train[~np.isin(rows.groups[train], rows.groups[valid])]
+        splits.append(Split(train, valid))
+    return splits
+
+
+def _folds(rows: TrainingRows, num_classes: int, num: int, seed: int) -> list[Split]:
+    from sklearn import model_selection
+
+    options: dict[str, Any] = {"n_splits": num, "shuffle": True, "random_state": seed}
+    if rows.groups is not None:
+        kind = model_selection.StratifiedGroupKFold if num_classes else model_selection.GroupKFold
+    else:
+        kind = model_selection.StratifiedKFold if num_classes else model_selection.KFold
+        if num_classes:  # more folds than rows in the largest class raise
+            largest = int(np.bincount(rows.y).max())
+            options["n_splits"] = min(num, max(2, largest))
+            kind = model_selection.KFold if largest < 2 else kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about classes with fewer rows than folds
+        return [Split(*split) for split in kind(**options).split(rows.x, rows.y, rows.groups)]

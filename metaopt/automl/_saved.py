@@ -1,0 +1,159 @@
+"""Saving of fitted estimators as one file: JSON, arrays, and models in the formats of their libraries. No pickle."""
+
+import platform
+from typing import Any
+
+import numpy as np
+
+from metaopt import _files, _saving, tasks
+from metaopt.automl import _kinds
+from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember
+from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_frame
+from metaopt.automl._inputs import Inputs, TargetTable
+from metaopt.automl._network_folds import NetworkModel
+from metaopt.automl._portfolio import Member
+from metaopt.tasks import FittedColumns
+
+
+def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header and the arrays of a fitted estimator."""
+    if not hasattr(estimator, "ensemble_"):
+        raise ValueError(f"This {type(estimator).__name__} is not fitted; call `fit` before you save it.")
+    ensemble = estimator.ensemble_
+    arrays = {"nonconformity": estimator.nonconformity_, "out_of_fold": ensemble.out_of_fold}
+    for i, inputs in enumerate(ensemble.inputs):
+        arrays |= _encode_inputs(f"fold {i}: ", inputs)
+        arrays[f"fold {i}: classes"] = ensemble.classes[i]
+    members = []
+    for member in ensemble.members:
+        fields = member._replace(models=[], member=list(member.member))._asdict()
+        members.append(fields | {"num_models": len(member.models)})
+        for i, model in enumerate(member.models):
+            arrays |= _encode_model(f"{member.member.name} {i}: ", member.member.kind, model)
+    header = {
+        "python": platform.python_version(),
+        "params": _params(estimator),
+        "encoder": estimator.encoder_.state(),
+        "feature_names": [str(name) for name in getattr(estimator, "feature_names_in_", [])],
+        "suspected_leaks": list(estimator.suspected_leaks_),
+        "num_features": int(estimator.n_features_in_),
+        "ensemble": {
+            "num_folds": len(ensemble.inputs),
+            "num_classes": ensemble.num_classes,
+            "temperature": ensemble.temperature,
+            "score": ensemble.score,
+            "failed": ensemble.failed,
+            "members": members,
+        },
+    }
+    if ensemble.num_classes:
+        header["classes"] = _encode_labels(estimator.classes_)
+    else:
+        header |= {"mean": estimator.mean_, "scale": estimator.scale_}
+    return header, arrays
+
+
+def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
+    """Fills an unfitted estimator."""
+    estimator.set_params(**header["params"])
+    if estimator.models is not None:
+        estimator.models = tuple(estimator.models)
+    parts = header["ensemble"]
+    num_folds, num_classes = int(parts["num_folds"]), int(parts["num_classes"])
+    estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
+    estimator.n_features_in_ = int(header["num_features"])
+    if header["feature_names"]:
+        estimator.feature_names_in_ = np.array(header["feature_names"], dtype=object)
+    members = []
+    for fields in parts["members"]:
+        name, kind, settings = fields["member"]
+        models = [_decode_model(f"{name} {i}: ", kind, file) for i in range(int(fields["num_models"]))]
+        if models and len(models) != num_folds:
+            raise ValueError(f"the model {name} has {len(models)} folds, and there are {num_folds}")
+        numbers = {key: float(fields[key]) for key in ("score", "weight", "fit_seconds", "predict_seconds")}
+        members.append(FittedMember(Member(name, kind, settings), models, **numbers))
+    estimator.ensemble_ = FittedEnsemble(
+        [_decode_inputs(f"fold {i}: ", file) for i in range(num_folds)],
+        [file[f"fold {i}: classes"] for i in range(num_folds)],
+        members,
+        dict(parts["failed"]),
+        float(parts["temperature"]),
+        file["out_of_fold"],
+        num_classes,
+        float(parts["score"]),
+    )
+    estimator.nonconformity_ = file["nonconformity"]
+    estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
+    estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
+    if num_classes:
+        estimator.classes_ = _decode_labels(header["classes"])
+    else:
+        estimator.mean_, estimator.scale_ = float(header["mean"]), float(header["scale"])
+    return estimator
+
+
+def _params(estimator: Any) -> dict[str, Any]:
+    """The arguments of the estimator. A random generator is replaced by None."""
+    params = estimator.get_params()
+    state = params["random_state"]
+    params["random_state"] = int(state) if isinstance(state, int | np.integer) else None
+    params["models"] = None if params["models"] is None else list(params["models"])
+    return params
+
+
+def _encode_labels(classes: np.ndarray) -> dict[str, Any]:
+    return {"dtype": classes.dtype.str if classes.dtype.kind in "biufU" else "object", "values": classes.tolist()}
+
+
+def _decode_labels(labels: dict[str, Any]) -> np.ndarray:
+    if not all(isinstance(value, str | int | float | bool) for value in labels["values"]):
+        raise ValueError("its classes are not texts, numbers or booleans")
+    return np.array(labels["values"], dtype=np.dtype(labels["dtype"]))
+
+
+def _encode_inputs(prefix: str, inputs: Inputs) -> dict[str, np.ndarray]:
+    arrays = {f"{prefix}kept": inputs.kept, f"{prefix}medians": inputs.medians}
+    arrays |= {f"{prefix}columns.{name}": value for name, value in inputs.fitted._asdict().items()}
+    for j, table in enumerate(inputs.targets):
+        arrays |= {f"{prefix}targets.{j}.{name}": np.asarray(value) for name, value in table._asdict().items()}
+    return arrays
+
+
+def _decode_inputs(prefix: str, file: _files.Npz) -> Inputs:
+    targets = []
+    while f"{prefix}targets.{len(targets)}.column" in file:
+        fields = {name: file[f"{prefix}targets.{len(targets)}.{name}"] for name in TargetTable._fields}
+        targets.append(TargetTable(**{**fields, "column": int(fields["column"])}))
+    fitted = FittedColumns(**{name: file[f"{prefix}columns.{name}"] for name in FittedColumns._fields})
+    return Inputs(tuple(targets), file[f"{prefix}kept"], file[f"{prefix}medians"], fitted)
+
+
+def _encode_model(prefix: str, kind: str, model: Any) -> dict[str, np.ndarray]:
+    if kind != "network":  # None is the model of a fold with one class
+        data = b"" if model is None else _kinds.KINDS[kind].dumps(model)
+        return {f"{prefix}model": np.frombuffer(data, np.uint8)}
+    arrays = {f"{prefix}params.{name}": value for name, value in model.params.items()}
+    arrays |= {f"{prefix}scales.{name}": np.float64(value) for name, value in model.scales.items()}
+    return arrays if model.centers is None else arrays | {f"{prefix}centers": model.centers}
+
+
+def _decode_model(prefix: str, kind: str, file: _files.Npz) -> Any:
+    if kind != "network":
+        data = file[f"{prefix}model"].tobytes()
+        return _kinds.KINDS[kind].loads(data) if data else None
+    params = {key: file[f"{prefix}params.{key}"] for key in ("hidden", "bias", "output", "output_bias", "linear")}
+    names = ("hinge_scale", "hidden_scale", "output_scale", "linear_scale")
+    scales = {key: float(file[f"{prefix}scales.{key}"]) for key in names}
+    return NetworkModel(params, scales, file[f"{prefix}centers"] if f"{prefix}centers" in file else None)
+
+
+def _decode_classifier(header: dict[str, Any], file: _files.Npz) -> AutoClassifier:
+    return decode(AutoClassifier(), header, file)
+
+
+def _decode_regressor(header: dict[str, Any], file: _files.Npz) -> AutoRegressor:
+    return decode(AutoRegressor(), header, file)
+
+
+_saving.register(_saving.Kind("auto_classifier", AutoClassifier, encode, _decode_classifier, compress=True))
+_saving.register(_saving.Kind("auto_regressor", AutoRegressor, encode, _decode_regressor, compress=True))

@@ -1,0 +1,272 @@
+"""Fits the members of a portfolio on all folds, within a time limit."""
+
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt import _extras
+from metaopt.automl import _kinds
+from metaopt.automl._kinds import FoldData
+from metaopt.automl._portfolio import Member
+from metaopt.automl._time_model import TimeModel
+
+_log = logging.getLogger(__name__)
+
+_SERIAL_SECONDS = 4.0  # plans that take less run in this process: workers take about 1 s to start
+_QUICK_SECONDS = 1.0  # and so do members that take less
+
+
+class FoldResult(NamedTuple):
+    """A model of one fold, its predictions of the validation rows, and the seconds of fit and prediction."""
+
+    model: Any
+    predicted: np.ndarray
+    fit_seconds: float
+    predict_seconds: float
+
+
+class MemberResult(NamedTuple):
+    """A member that is fitted on all folds."""
+
+    member: Member
+    folds: list[FoldResult]
+
+
+class Clock:
+    """The time that is left of `limit` seconds, or of no limit if it is None."""
+
+    def __init__(self, limit: float | None):
+        self.start, self.limit = time.monotonic(), limit
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def left(self) -> float:
+        return float("inf") if self.limit is None else self.limit - self.elapsed()
+
+
+class Work(NamedTuple):
+    """How the members are fitted.
+
+    Attributes:
+      folds: the data of each fold, for all kinds but the network.
+      fit_networks: `(settings) -> [FoldResult]`, all folds of a network.
+      times: predicts the seconds of fits.
+      clock: of the whole `fit`.
+      reserve: seconds that are kept for the end.
+      num_jobs: the number of fits at a time.
+    """
+
+    folds: list[FoldData]
+    fit_networks: Callable[[dict[str, Any]], list[FoldResult]]
+    times: TimeModel
+    clock: Clock
+    reserve: float
+    num_jobs: int
+
+
+def fit_members(
+    members: list[Member], work: Work, finished: Callable[[MemberResult, int], None]
+) -> tuple[list[MemberResult], dict[str, str]]:
+    """Fits members until all are fitted or the time is over.
+
+    A quick member comes first, so that there is a result. Then the first network begins if it fits in 70 % of the time.
+    After that, the next member is the one with the largest expected gain per second among those that fit in the time
+    left. The expected gain of the i-th member of the portfolio is 1/i. If no member fits, the fastest one begins.
+
+    Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
+    long: a worker that runs out of time is ended, and one that crashes costs only its member. A network that runs out
+    of time is not awaited, but its compilation may go on in the background.
+
+    Args:
+      members: the portfolio, the most useful members first.
+      work: see `Work`.
+      finished: is called after each member with it and the number of members that are done.
+
+    Returns:
+      The fitted members, in the order of the portfolio; and of each other member the reason by its name.
+    """
+    run = _Run(members, work)
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
+        while run.start_tasks():
+            # The first result is awaited, however late it is.
+            patience = None if work.clock.limit is None or not run.results else max(0.0, run.time_left())
+            done, _ = concurrent.futures.wait(run.running, patience, concurrent.futures.FIRST_COMPLETED)
+            if not done:
+                run.stop()
+                break
+            for future in done:
+                member = run.collect(future)
+                if member is not None:
+                    finished(member, len(run.results) + len(run.failed))
+    ordered = [run.results[member.name] for member in members if member.name in run.results]
+    late = {member.name: "no time left" for member in members if member.name not in run.results}
+    return ordered, late | run.failed
+
+
+class _Run:
+    """The state of `fit_members`.
+
+    Attributes:
+      waiting: members that have not begun, by name, with their place in the portfolio.
+      begun: members whose folds are not all submitted yet.
+      running: future -> (member, fold); the fold is None for a network, which is trained on all folds at once.
+      parts: the results of the folds of unfinished members.
+      results: finished members.
+      failed: the reason of each member that failed or was stopped.
+      alone: tasks that ran without another one next to them.
+      network_began: whether the first network has begun.
+    """
+
+    def __init__(self, members: list[Member], work: Work):
+        self.work = work
+        self.waiting = {member.name: (place, member) for place, member in enumerate(members)}
+        self.begun: list[tuple[Member, list[int]]] = []
+        self.running: dict[concurrent.futures.Future, tuple[Member, int | None]] = {}
+        self.parts: dict[str, dict[int, FoldResult]] = {}
+        self.results: dict[str, MemberResult] = {}
+        self.failed: dict[str, str] = {}
+        self.alone: set[concurrent.futures.Future] = set()
+        self.network_began = False
+        seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
+        self.serial = seconds < _SERIAL_SECONDS
+        self.num_slots = 1 if self.serial else work.num_jobs
+        # One thread: settings of warnings and thread pools belong to the whole process.
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        if not self.serial:
+            for _ in range(work.num_jobs):
+                _workers(work.num_jobs).submit(_kinds.prepare_worker)
+
+    def time_left(self) -> float:
+        return self.work.clock.left() - self.work.reserve
+
+    def seconds(self, member: Member) -> float:
+        """Expected seconds of a member on all workers."""
+        times, num_folds = self.work.times, len(self.work.folds)
+        if member.kind == "network":
+            return times.network_seconds(member.settings, num_folds)
+        return times.fit_seconds(member.kind, member.settings) * -(-num_folds // self.work.num_jobs)
+
+    def start_tasks(self) -> bool:
+        """Starts tasks while there are free slots. Returns whether a task runs."""
+        while len(self.running) < self.num_slots:
+            if not self.begun:
+                member = self.next_member()
+                if member is None:
+                    break
+                self.parts[member.name] = {}
+                self.begun.append((member, [] if member.kind == "network" else list(range(len(self.work.folds)))))
+            member, folds = self.begun[0]
+            if member.kind == "network":
+                self.running[self.thread.submit(self.work.fit_networks, member.settings)] = (member, None)
+            else:
+                fold = folds.pop(0)
+                task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
+                in_thread = self.serial or (self.is_quick(member) and not self.network_runs())
+                workers = self.thread if in_thread else _workers(self.work.num_jobs)
+                future = workers.submit(*task)
+                self.running[future] = (member, fold)
+                if self.num_slots == 1:
+                    self.alone.add(future)
+            if not folds:
+                self.begun.pop(0)
+        return bool(self.running)
+
+    def next_member(self) -> Member | None:
+        """Takes the waiting member with the largest gain per second among those that fit in the time left."""
+        quick = [m for _, m in self.waiting.values() if m.kind != "network" and self.is_quick(m)]
+        if quick and not self.parts:
+            return self.waiting.pop(quick[0].name)[1]
+        first = next((m for _, m in self.waiting.values() if m.kind == "network"), None)
+        if first is not None and not self.network_began and self.seconds(first) < 0.7 * self.time_left():
+            self.network_began = True  # its compilation uses one core, next to other models
+            return self.waiting.pop(first.name)[1]
+        rates = {}
+        for name, (place, member) in self.waiting.items():
+            seconds = self.seconds(member)
+            if seconds < self.time_left() and not (self.network_runs() and member.kind == "network"):
+                rates[name] = 1 / (1 + place) / max(seconds, 1e-3)
+        if not rates and not self.parts:  # a late result is better than none
+            rates = {name: -self.seconds(member) for name, (_, member) in self.waiting.items()}
+        return self.waiting.pop(max(rates, key=rates.__getitem__))[1] if rates else None
+
+    def is_quick(self, member: Member) -> bool:
+        """Whether all folds of a member other than a network take little time."""
+        return self.work.times.fit_seconds(member.kind, member.settings) * len(self.work.folds) < _QUICK_SECONDS
+
+    def network_runs(self) -> bool:
+        """Whether a network occupies the thread."""
+        return any(fold is None for _, fold in self.running.values())
+
+    def collect(self, future: concurrent.futures.Future) -> MemberResult | None:
+        """Records a finished task. Returns its member if that was its last fold."""
+        member, fold = self.running.pop(future)
+        if member.name in self.failed:
+            return None
+        try:
+            result = future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            # A worker that dies ends the tasks of all workers. They run again one by one, to see whose fault it was.
+            if future in self.alone:
+                self.num_slots = self.work.num_jobs
+                self.fail(member, error)
+            else:
+                self.num_slots = 1
+                self.begun.insert(0, (member, [fold] if fold is not None else []))
+            return None
+        except Exception as error:  # a library's
+            self.fail(member, error)
+            return None
+        if fold is None:
+            seconds = sum(part.fit_seconds for part in result)
+            self.work.times.observe_network(member.settings, len(result), seconds)
+            self.parts[member.name] = dict(enumerate(result))
+        else:
+            self.work.times.observe(member.kind, member.settings, result[2])
+            self.parts[member.name][fold] = FoldResult(*result)
+        parts = self.parts[member.name]
+        if len(parts) < len(self.work.folds):
+            return None
+        self.results[member.name] = MemberResult(member, [parts[i] for i in range(len(parts))])
+        return self.results[member.name]
+
+    def fail(self, member: Member, error: BaseException) -> None:
+        """Records why a member has failed, and drops the rest of its folds."""
+        self.failed[member.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        _log.warning("the model %s failed: %s", member.name, self.failed[member.name])
+        self.begun = [(other, folds) for other, folds in self.begun if other.name != member.name]
+
+    def stop(self) -> None:
+        """Ends the workers: the time is over."""
+        for member, _ in self.running.values():
+            self.failed.setdefault(member.name, "out of time")
+        if not self.serial:
+            _workers(self.work.num_jobs).shutdown(wait=False, kill_workers=True)
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+_POOLS: dict[int, Any] = {}  # by number of workers
+
+
+def _workers(num_jobs: int) -> Any:
+    """Worker processes, which stay for later calls; new ones if one has died.
+
+    They are not those of `joblib.Parallel`, which the user's code may use at the same time.
+    """
+    loky = _extras.require("joblib.externals.loky", "automl", "AutoML")
+    cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
+    cloudpickle.register_pickle_by_value(_kinds)
+    pool = _POOLS.get(num_jobs)
+    if pool is None or pool._flags.broken is not None or pool._flags.shutdown:
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        pool = _POOLS[num_jobs] = loky.ProcessPoolExecutor(num_jobs, timeout=120, env=threads)
+    return pool

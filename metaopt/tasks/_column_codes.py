@@ -1,0 +1,355 @@
+"""The codes of single columns: `fit_column` chooses one, and `apply_code` applies it to other rows."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt.tasks._columns import FLOAT32_MAX, date_in_microseconds, looks_like_id, number, number_with_separators
+from metaopt.tasks._frames import RawColumn, as_text
+
+OTHER = "(other)"
+KINDS = ("number", "boolean", "time", "category")
+PARTS = ("days", "month", "weekday", "hour")  # of a time
+MIN_ROWS = 20  # with fewer, columns look like ids or are equal by chance
+_DAY = 86_400_000_000  # microseconds
+_ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
+_CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
+
+# How texts are read, the preferred one first, with a description for notes.
+READINGS: dict[str, Callable[[str], int | float | None]] = {
+    "number": number,
+    "thousands": lambda text: number_with_separators(text, "."),
+    "decimal_comma": lambda text: number_with_separators(text, ","),
+    "ymd": lambda text: date_in_microseconds(text, "ymd"),
+    "mdy": lambda text: date_in_microseconds(text, "mdy"),
+    "dmy": lambda text: date_in_microseconds(text, "dmy"),
+}
+_DESCRIPTIONS = {
+    "number": "is text that holds numbers",
+    "thousands": "is text that holds numbers with thousands separators",
+    "decimal_comma": "is text that holds numbers with decimal commas",
+    "ymd": "is text that holds dates, read as year-month-day",
+    "mdy": "is text that holds dates, read as month-day-year",
+    "dmy": "is text that holds dates, read as day-month-year",
+}
+
+
+class ColumnCode(NamedTuple):
+    """How a column becomes numbers.
+
+    Attributes:
+      name: of the column.
+      source: its position in the frame of `fit_encoder`.
+      kind: one of `KINDS`.
+      reading: the reading of texts, a key of `READINGS`; "" if the column was not text.
+      offset: is subtracted from numbers, because float32 could not tell them apart.
+      levels: of a category, in the order of the codes.
+      parts: of a time, some of `PARTS`.
+    """
+
+    name: str
+    source: int
+    kind: str
+    reading: str = ""
+    offset: int | float = 0
+    levels: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+
+class Fit(NamedTuple):
+    """A fitted column.
+
+    Attributes:
+      code: the code, or None if the column is dropped.
+      values: [n, k] float64 of the rows here.
+      drop: why the column is dropped, or "".
+      changes: how its values were changed, and surprises that do not change them.
+      warns: whether the log reports `drop` or `changes` as a warning.
+    """
+
+    code: ColumnCode | None
+    values: np.ndarray
+    drop: str = ""
+    changes: tuple[str, ...] = ()
+    warns: bool = False
+
+
+def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) -> Fit:
+    """Chooses the code of a column.
+
+    Args:
+      name: of the column.
+      source: its position.
+      raw: its values.
+      keep: whether numbers stay that look like ids.
+
+    Returns:
+      The fit.
+    """
+    if raw.kind == "unreadable":
+        return _dropped(raw.reason, warns=True)
+    reading, changes = "", ()
+    if raw.kind == "text":
+        reading, changes = _reading_of(raw.values)
+    if raw.kind == "time" or reading in ("ymd", "mdy", "dmy"):
+        return _fit_time(ColumnCode(name, source, "time", reading), raw, changes)
+    if raw.kind == "category" or (raw.kind == "text" and not reading):
+        return _fit_category(ColumnCode(name, source, "category"), raw)
+    kind = "boolean" if raw.kind == "boolean" else "number"
+    return _fit_number(ColumnCode(name, source, kind, reading), raw, changes, keep)
+
+
+def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, int]:
+    """Encodes the values of a column.
+
+    Args:
+      code: by `fit_column`.
+      raw: values of the same or other rows.
+
+    Returns:
+      [n, k] float64 with NaN where missing, and how many values could not be read and count as missing.
+    """
+    if raw.kind == "unreadable":
+        return np.full((len(raw.values), max(1, len(code.parts))), np.nan), len(raw.values)
+    if code.kind == "category":
+        texts = _texts(raw)
+        codes = {level: float(place) for place, level in enumerate(code.levels)}
+        other = codes.get(OTHER, np.nan)
+        return _lookup(texts, lambda text: codes.get(text, other))[:, None], 0
+    if code.kind == "time":
+        times = _times(code, raw)
+        return _time_parts(times, code.parts), int((np.isnat(times) & ~_is_missing(raw)).sum())
+    values = _numbers(code, raw)
+    num_lost = int((np.isnan(values) & ~_is_missing(raw)).sum()) if raw.kind not in ("number", "boolean") else 0
+    return np.where(np.abs(values) > FLOAT32_MAX, np.nan, values)[:, None], num_lost
+
+
+# --- numbers ---
+
+
+def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep: bool) -> Fit:
+    values = _numbers(code, raw)
+    is_large = np.abs(values) > FLOAT32_MAX
+    if is_large.any():
+        values = np.where(is_large, np.nan, values)
+        changes += (f"has {is_large.sum()} values that are infinite or beyond float32, which count as missing",)
+    present = values[~np.isnan(values)]
+    if not len(present):
+        return _dropped("has no values")
+    if raw.kind == "number" and raw.values.dtype.kind in "iu":
+        present = raw.values  # exact above 2^53
+    if present.min() == present.max() and len(present) == len(values):
+        return _dropped("is constant")
+    reason, surely = _id_reason(code.name, present, len(values))
+    if surely and not keep:
+        return _dropped(reason, warns=True)
+    changes += (f"{reason}, but stays",) if reason else ()
+    offset = _offset(present)
+    if offset:
+        code = code._replace(offset=offset)
+        values, _ = apply_code(code, raw)
+        changes += (f"has numbers that float32 cannot tell apart; {offset} is subtracted from all",)
+    return Fit(code, values.reshape(-1, 1), changes=changes, warns=bool(reason) or _loses_values(changes))
+
+
+def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
+    """[n] float64, NaN where missing or not a number."""
+    if raw.kind == "time" or (raw.kind == "boolean" and code.reading):  # "True" is not a number among texts
+        return np.full(len(raw.values), np.nan)
+    if raw.kind in ("number", "boolean"):
+        values = raw.values
+        if values.dtype.kind in "iu" and isinstance(code.offset, int) and code.offset:
+            return (values.astype(object) - code.offset).astype(np.float64)  # Python's integers are exact
+        return values.astype(np.float64) - code.offset
+    read = READINGS[code.reading or "number"]
+    words = {"true": 1.0, "false": 0.0} if code.kind == "boolean" else {}
+
+    def value(text: str) -> float:
+        result = words.get(text.lower(), read(text))
+        if result is None:
+            return np.nan
+        try:
+            return float(result) - code.offset
+        except OverflowError:
+            return np.inf
+
+    return _lookup(raw.values, value)
+
+
+def _offset(values: np.ndarray) -> int | float:
+    """The smallest number if its subtraction lets float32 tell more numbers apart, otherwise 0.
+
+    A tenth of the numbers may become equal, because digits beyond the seventh are mostly noise, unless all are whole.
+    """
+    distinct = np.unique(values)
+    is_exact = values.dtype.kind in "iu"
+    is_whole = is_exact or bool((distinct == np.round(distinct)).all())
+    with np.errstate(over="ignore"):
+        num_plain = len(np.unique(distinct.astype(np.float32)))
+    if num_plain >= (1.0 if is_whole else 0.9) * len(distinct):
+        return 0
+    lowest = int(distinct[0]) if is_exact else float(distinct[0])
+    shifted = (distinct.astype(object) if is_exact else distinct) - lowest
+    with np.errstate(over="ignore"):
+        num_shifted = len(np.unique(shifted.astype(np.float64).astype(np.float32)))
+    return lowest if num_shifted > num_plain else 0
+
+
+def _id_reason(name: str, present: np.ndarray, num_rows: int) -> tuple[str, bool]:
+    """Why numbers look like names of rows, or "", and whether they surely are."""
+    if num_rows < MIN_ROWS or len(present) < 0.95 * num_rows or (present != np.round(present)).any():
+        return "", False
+    if len(np.unique(present)) < 0.95 * len(present) or not looks_like_id(present.tolist()):
+        return "", False
+    if int(present.max()) - int(present.min()) < 2 * num_rows:
+        return "numbers the rows: whole numbers in a small range that hardly repeat", True
+    if _ID_NAME.search(name) or _CAMEL_ID.search(name):
+        return "is an id by its name, and its whole numbers hardly repeat", True
+    return "looks like an id, since its large whole numbers hardly repeat", False
+
+
+# --- times ---
+
+
+def _fit_time(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...]) -> Fit:
+    times = _times(code, raw)
+    if np.isnat(times).all():
+        return _dropped("has no values")
+    values = _time_parts(times, PARTS)
+    varies = np.array([len(np.unique(column[~np.isnan(column)])) > 1 for column in values.T])
+    varies[0] |= np.isnat(times).any()
+    if not varies.any():
+        return _dropped("is constant")
+    parts = tuple(part for part, is_used in zip(PARTS, varies, strict=True) if is_used)
+    names = ", ".join("days since 1970" if part == "days" else part for part in parts)
+    changes = (*changes, f"has times; they become {names}")
+    return Fit(code._replace(parts=parts), values[:, varies], changes=changes, warns=_loses_values(changes))
+
+
+def _times(code: ColumnCode, raw: RawColumn) -> np.ndarray:
+    """[n] datetime64[us], NaT where missing or not a time."""
+    if raw.kind == "time":
+        return raw.values
+    if raw.kind in ("number", "boolean"):
+        return np.full(len(raw.values), np.datetime64("NaT", "us"))
+    read = READINGS[code.reading or "ymd"]
+    missing = np.iinfo(np.int64).min  # NaT
+    return _lookup(raw.values, lambda text: missing if (time := read(text)) is None else time, missing, np.int64).view(
+        "datetime64[us]"
+    )
+
+
+def _time_parts(times: np.ndarray, parts: tuple[str, ...]) -> np.ndarray:
+    microseconds, missing = times.astype(np.int64), np.isnat(times)
+    days = microseconds // _DAY
+    values = {
+        "days": days + (microseconds - days * _DAY) / _DAY,
+        "month": times.astype("datetime64[M]").astype(np.int64) % 12 + 1.0,
+        "weekday": (days + 3) % 7.0,  # Monday is 0; 1970 began on a Thursday
+        "hour": (microseconds - days * _DAY) // (_DAY // 24) + 0.0,
+    }
+    return np.stack([np.where(missing, np.nan, values[part]) for part in parts], axis=1)
+
+
+# --- categories ---
+
+
+def _fit_category(code: ColumnCode, raw: RawColumn) -> Fit:
+    counts = Counter(text for text in raw.values.tolist() if text is not None)
+    num_rows, num_present = len(raw.values), sum(counts.values())
+    if not counts:
+        return _dropped("has no values")
+    if len(counts) == 1 and num_present == num_rows:
+        return _dropped("is constant")
+    if len(counts) == num_present >= MIN_ROWS:
+        return _dropped("looks like an id or free text, since no value repeats", warns=True)
+    least = max(2, num_rows // 5000)
+    order = [level for level in raw.levels if level in counts] or sorted(counts, key=_level_order)
+    levels = tuple(level for level in order if counts[level] >= least and level != OTHER)
+    if not levels and num_present == num_rows:
+        return _dropped("has no value that repeats enough", warns=True)
+    num_rare = len(counts) - len(levels)
+    levels += (OTHER,) if num_rare else ()
+    code = code._replace(levels=levels)
+    change = f"has {num_rare} levels with fewer than {least} rows, which become {OTHER!r}"
+    return Fit(code, apply_code(code, raw)[0], changes=(change,) if num_rare else ())
+
+
+def _level_order(text: str) -> tuple[bool, int | float, str]:
+    value = number(text)
+    return (value is None, 0 if value is None else value, text)
+
+
+def _texts(raw: RawColumn) -> np.ndarray:
+    """[n] str or None."""
+    if raw.kind in ("text", "category"):
+        return raw.values
+    values = raw.values.astype(bool).astype(object) if raw.kind == "boolean" else raw.values
+    if raw.kind == "number":
+        distinct, index = np.unique(values, return_inverse=True)
+        texts = np.array([as_text(value) for value in distinct.tolist()], object)[index]
+    else:
+        texts = np.array([as_text(value) for value in values.tolist()], object)
+    texts[_is_missing(raw)] = None
+    return texts
+
+
+# --- texts ---
+
+
+def _reading_of(texts: np.ndarray) -> tuple[str, tuple[str, ...]]:
+    """Returns how to read texts as numbers or times ("" for categories), and notes.
+
+    All texts must be numbers or dates of one form, except "None". Up to a tenth of the rows may have other words if
+    there are at least 20 different numbers.
+    """
+    counts = Counter(text for text in texts.tolist() if text is not None and text.lower() != "none")
+    if not counts:
+        return "", ()
+    num_rows = sum(counts.values())
+    best, most = "", 0
+    for reading in READINGS:
+        if sum(READINGS[reading](text) is not None for text in list(counts)[:50]) < min(25, 0.5 * len(counts)):
+            continue
+        num_read = sum(count for text, count in counts.items() if READINGS[reading](text) is not None)
+        if num_read > most or (num_read == most and reading == "dmy" and "." in next(iter(counts))):
+            best, most = reading, num_read
+        if most == num_rows and reading != "mdy":
+            break
+    if most == num_rows:
+        is_ambiguous = best in ("mdy", "dmy") and all(READINGS["dmy" if best == "mdy" else "mdy"](t) for t in counts)
+        unsure = "; no date tells the day from the month: write year-month-day if this is wrong"
+        return best, (_DESCRIPTIONS[best] + unsure * is_ambiguous,)
+    words = [text for text in counts if best and READINGS[best](text) is None]
+    if most < 0.9 * num_rows or len(counts) - len(words) < 20:
+        return "", ()
+    change = f"{_DESCRIPTIONS[best]}, except {num_rows - most} values such as {words[0]!r}, which count as missing"
+    return best, (change,)
+
+
+def _lookup(
+    texts: np.ndarray, function: Callable[[str], Any], missing: Any = np.nan, dtype: Any = np.float64
+) -> np.ndarray:
+    """Applies a function once to each different text."""
+    results = {text: function(text) for text in set(texts.tolist()) if text is not None}
+    results[None] = missing
+    return np.fromiter((results[text] for text in texts.tolist()), dtype, len(texts))
+
+
+def _is_missing(raw: RawColumn) -> np.ndarray:
+    if raw.kind == "time":
+        return np.isnat(raw.values)
+    if raw.kind in ("number", "boolean"):
+        return np.isnan(raw.values) if raw.values.dtype.kind == "f" else np.zeros(len(raw.values), bool)
+    return np.equal(raw.values, None).astype(bool)
+
+
+def _loses_values(changes: tuple[str, ...]) -> bool:
+    return any("count as missing" in change for change in changes)
+
+
+def _dropped(reason: str, *, warns: bool = False) -> Fit:
+    return Fit(None, np.zeros((0, 0)), drop=reason, warns=warns)

@@ -1,0 +1,303 @@
+"""An encoder of tables with column names: data frames, arrays, lists or dicts become numbers and codes.
+
+`fit_encoder` chooses how each column is encoded, without a target. `TableEncoder.transform` encodes the same or new
+rows. Unlike `prepare`, it reads any types of values, and keeps missing values as NaN.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metaopt import _checks, _files, _saving
+from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
+from metaopt.tasks._columns import FLOAT32_MAX
+from metaopt.tasks._frames import Frame, read_frame, read_values, unique_names
+
+_log = logging.getLogger(__name__)
+
+ACTIONS = ("dropped", "changed")
+
+
+class ColumnNote(NamedTuple):
+    """What happened to a column.
+
+    Attributes:
+      column: its name.
+      action: "dropped" or "changed". A column that only looks unusual is "changed", too.
+      reason: completes "the column ...".
+    """
+
+    column: str
+    action: str
+    reason: str
+
+
+class TableEncoder(NamedTuple):
+    """A fitted encoder. It holds plain values only: `metaopt.save` writes it as a JSON text, and so can you (`state`).
+
+    Attributes:
+      input_names: of the columns of the frame; "0", "1", ... if it had no names.
+      named: whether the names come from the frame.
+      numbered: whether these names were whole numbers.
+      columns: the codes of the columns that are kept.
+      notes: which columns were dropped or changed, and why.
+      max_levels: more levels are a high cardinality.
+    """
+
+    input_names: tuple[str, ...]
+    named: bool
+    numbered: bool
+    columns: tuple[ColumnCode, ...]
+    notes: tuple[ColumnNote, ...]
+    max_levels: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """[d] the names of the columns of `transform`; a time has several, such as "sold.days" and "sold.month"."""
+        return unique_names(
+            f"{code.name}.{part}" if part else code.name for code in self.columns for part in code.parts or ("",)
+        )
+
+    @property
+    def categorical(self) -> np.ndarray:
+        """[d] bool, which columns of `transform` hold codes."""
+        return np.array([len(levels) > 0 for levels in self.levels], bool)
+
+    @property
+    def levels(self) -> tuple[tuple[str, ...], ...]:
+        """[d] the levels of each column in the order of its codes; () for numbers."""
+        return tuple(code.levels for code in self.columns for _ in code.parts or ("",))
+
+    @property
+    def high_cardinality(self) -> np.ndarray:
+        """[d] bool, which columns have more than `max_levels` levels."""
+        return np.array([len(levels) > self.max_levels for levels in self.levels], bool)
+
+    def transform(self, frame: Any) -> np.ndarray:
+        """Encodes rows.
+
+        If the frame and the encoder have names, columns are matched by name: their order does not matter, and other
+        columns are ignored. Otherwise, they are matched by position. The result for a row does not depend on the other
+        rows. Values that cannot be read (such as a word among numbers) count as missing, and the log reports them.
+
+        Args:
+          frame: of any type that `fit_encoder` takes.
+
+        Returns:
+          [n, d] float64, NaN where missing. A categorical column holds the codes of its `levels`. An unseen level has
+          the code of "(other)" if the column has this level; otherwise it is missing.
+
+        Raises:
+          TypeError: if `frame` is sparse or no table.
+          ValueError: if a column that is needed is missing, or the number of columns without names is wrong.
+          ValueError: if it is not two-dimensional, is empty, or has complex numbers.
+        """
+        table = read_frame(frame)
+        places = _places(self, table)
+        blocks = []
+        for code in self.columns:
+            block, num_lost = apply_code(code, read_values(table.columns[places[code.source]]))
+            if num_lost:
+                level = logging.WARNING if num_lost > 0.1 * len(block) else logging.INFO
+                message = "the column %r has %d values that are not a %s; they count as missing"
+                _log.log(level, message, code.name, num_lost, code.kind)
+            blocks.append(block)
+        return np.concatenate(blocks, axis=1) if blocks else np.zeros((table.num_rows, 0))
+
+    def state(self) -> dict[str, Any]:
+        """Returns the encoder as JSON values.
+
+        Returns:
+          A dict for `json.dumps` and `from_state`.
+        """
+        return {
+            "input_names": list(self.input_names),
+            "named": self.named,
+            "numbered": self.numbered,
+            "columns": [
+                {**code._asdict(), "levels": list(code.levels), "parts": list(code.parts)} for code in self.columns
+            ],
+            "notes": [list(note) for note in self.notes],
+            "max_levels": self.max_levels,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "TableEncoder":
+        """Makes the encoder again.
+
+        Args:
+          state: by `state`; JSON may come between.
+
+        Returns:
+          An equal encoder.
+
+        Raises:
+          ValueError: if the values do not fit each other.
+        """
+        columns = tuple(
+            ColumnCode(**{**code, "levels": tuple(code["levels"]), "parts": tuple(code["parts"])})
+            for code in state["columns"]
+        )
+        encoder = cls(
+            tuple(state["input_names"]),
+            state["named"],
+            state["numbered"],
+            columns,
+            tuple(ColumnNote(*note) for note in state["notes"]),
+            state["max_levels"],
+        )
+        _check_encoder(encoder)
+        return encoder
+
+
+def fit_encoder(
+    frame: Any, *, max_levels: int = 30, drop: Sequence[str | int] = (), keep: Sequence[str | int] = ()
+) -> TableEncoder:
+    """Chooses how the columns of a table become numbers. It does not look at a target.
+
+    * Numbers stay. Booleans become 0 and 1. Durations become days.
+    * Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
+    * Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
+      a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
+    * Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
+      otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
+    * None, NaN, NaT, pandas.NA, and the texts that `from_csv_folder` names are missing, and so are numbers beyond
+      float32. The text "None" is a level, but is missing among numbers.
+    * If float32 would merge numbers, the smallest number is subtracted.
+
+    These columns are dropped: constant ones; copies of an earlier column; ids, with a warning; and lists, dicts or
+    other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id",
+    and texts that never repeat. Copies and ids are only looked for in tables with at least 20 rows.
+
+    Args:
+      frame: a DataFrame of pandas or polars, a table of Arrow, a 2-d array of numbers or objects, a list of rows, a
+        list of dicts, or a dict of columns.
+      max_levels: categorical columns with more levels are marked in `high_cardinality`; the codes are the same.
+      drop: names or positions of columns to drop.
+      keep: names or positions of columns that are kept if they look like ids, unless they are texts.
+
+    Returns:
+      A `TableEncoder`. It may have no columns (d = 0). Its `notes` have every column that was dropped or changed.
+
+    Raises:
+      TypeError: if `frame` is sparse or no table.
+      ValueError: if it is not two-dimensional, is empty, or has complex numbers.
+      ValueError: if `drop` or `keep` has an unknown column, or `max_levels < 1`.
+
+    >>> encoder = fit_encoder({"size": ["1,065", "870", None], "color": ["red", "blue", "red"]})
+    >>> encoder.names, encoder.levels[1]
+    (('size', 'color'), ('red', '(other)'))
+    >>> encoder.transform({"color": ["red", "green"], "size": [1.5, 2]})
+    array([[1.5, 0. ],
+           [2. , 1. ]])
+    """
+    _checks.check_integer("max_levels", max_levels, 1)
+    table = read_frame(frame)
+    dropped, kept = (_chosen(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
+    codes: list[ColumnCode] = []
+    notes: list[ColumnNote] = []
+    first: dict[bytes, str] = {}  # of equal columns
+    for j, name in enumerate(table.names):
+        if j in dropped:
+            notes.append(ColumnNote(name, "dropped", "was not wanted"))
+            continue
+        fit = fit_column(name, j, read_values(table.columns[j]), keep=j in kept)
+        twin = _twin(fit, first, table.num_rows)
+        if twin is not None:
+            fit = fit._replace(code=None, drop=f"is a copy of the column {twin!r}")
+        for reason in (fit.drop,) if fit.code is None else fit.changes:
+            action = "changed" if fit.code is not None else "dropped"
+            notes.append(ColumnNote(name, action, reason))
+            _log.log(logging.WARNING if fit.warns else logging.INFO, "the column %r is %s: it %s", name, action, reason)
+        if fit.code is not None:
+            codes.append(fit.code)
+    return TableEncoder(table.names, table.named, table.numbered, tuple(codes), tuple(notes), max_levels)
+
+
+def _chosen(argument: str, chosen: Iterable[str | int], table: Frame) -> set[int]:
+    """The positions of columns that are named or numbered."""
+    chosen = [chosen] if isinstance(chosen, str | int) else list(chosen)
+    positions = set()
+    for column in chosen:
+        if table.named and str(column) in table.names:
+            positions.add(table.names.index(str(column)))
+        elif isinstance(column, int | np.integer) and -len(table.names) <= column < len(table.names):
+            positions.add(int(column) % len(table.names))
+        else:
+            raise ValueError(f"`{argument}` names the column {column!r}; there are {', '.join(table.names)}.")
+    return positions
+
+
+def _twin(fit: Fit, first: dict[bytes, str], num_rows: int) -> str | None:
+    """The name of an earlier column with equal values, or equal categories by other names; otherwise notes this one."""
+    if fit.code is None or num_rows < MIN_ROWS:
+        return None
+    values = fit.values + 0.0  # no negative zeros
+    if fit.code.kind == "category":  # number the levels in the order of the rows
+        _, start, index = np.unique(values, return_index=True, return_inverse=True)
+        values = np.argsort(np.argsort(start))[index.reshape(-1)] + 0.0
+    values = np.where(np.isnan(values), np.nan, values)
+    kind = b"category" if fit.code.kind == "category" else b"number"
+    digest = hashlib.blake2b(kind + values.tobytes(), digest_size=16).digest()
+    twin = first.setdefault(digest, fit.code.name)
+    return None if twin == fit.code.name else twin
+
+
+def _places(encoder: TableEncoder, table: Frame) -> Mapping[int, int]:
+    """The position in `table` of each column of `fit_encoder`'s frame that is needed."""
+    by_name = {name: place for place, name in enumerate(table.names)}
+    needed = {code.source: encoder.input_names[code.source] for code in encoder.columns}
+    missing = [name for name in needed.values() if name not in by_name]
+    num_columns, num_expected = len(table.names), len(encoder.input_names)
+    numbers = encoder.numbered and table.numbered and num_columns == num_expected
+    if encoder.named and table.named and not (missing and numbers):
+        if missing:
+            names = "".join(f"\n- {name}" for name in missing)
+            raise ValueError(
+                "The feature names should match those that were passed during fit.\n"
+                f"Feature names seen at fit time, yet now missing:{names}\n"
+            )
+        return {source: by_name[name] for source, name in needed.items()}
+    if num_columns != num_expected:
+        raise ValueError(
+            f"X has {num_columns} features, but TableEncoder is expecting {num_expected} features as input."
+        )
+    return {source: source for source in needed}
+
+
+# --- files ---
+
+
+def _check_encoder(encoder: TableEncoder) -> None:
+    """Raises ValueError if a field has a wrong type or value."""
+    is_text = lambda *values: all(isinstance(value, str) for value in values)
+    is_whole = lambda *values: all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    holds = isinstance(encoder.named, bool) and isinstance(encoder.numbered, bool) and is_text(*encoder.input_names)
+    holds = holds and len(set(encoder.input_names)) == len(encoder.input_names)
+    holds = holds and is_whole(encoder.max_levels, *(code.source for code in encoder.columns))
+    holds = holds and all(is_text(*note) and note.action in ACTIONS for note in encoder.notes)
+    for code in encoder.columns:
+        holds = holds and is_text(code.name, code.reading, *code.levels, *code.parts)
+        holds = holds and 0 <= code.source < len(encoder.input_names) and code.kind in KINDS
+        holds = holds and code.reading in ("", *READINGS) and set(code.parts) <= set(PARTS)
+        holds = holds and (code.kind == "time") == bool(code.parts) and (code.kind == "category") == bool(code.levels)
+        is_number = (is_whole(code.offset) or isinstance(code.offset, float)) and abs(code.offset) <= FLOAT32_MAX
+        holds = holds and is_number and len(set(code.levels)) == len(code.levels)
+    if not holds:
+        raise ValueError("the values of the encoder do not fit each other")
+
+
+def _encode(encoder: TableEncoder) -> tuple[dict[str, Any], dict[str, Any]]:
+    _check_encoder(encoder)
+    return encoder.state(), {}
+
+
+def _decode(header: dict[str, Any], file: _files.Npz) -> TableEncoder:
+    del file
+    return TableEncoder.from_state(header)
+
+
+_saving.register(_saving.Kind("table_encoder", TableEncoder, _encode, _decode))

@@ -1,0 +1,279 @@
+"""`AutoClassifier` and `AutoRegressor`: scikit-learn's contract, rows, folds, inputs and predictions."""
+
+import warnings
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import datasets, metrics
+from sklearn.utils.estimator_checks import check_estimator
+
+import metaopt
+from metaopt import automl
+from metaopt.automl import _inputs, _rows
+
+QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def wine():
+    x, y = datasets.load_wine(return_X_y=True, as_frame=True)
+    x["cellar"] = pd.Categorical(np.where(x["hue"] > 1, "old", "new"))
+    y = np.array(["red", "rosé", "none"])[y]
+    order = np.random.default_rng(0).permutation(len(y))
+    return x.iloc[order[:120]], y[order[:120]], x.iloc[order[120:]], y[order[120:]]
+
+
+@pytest.fixture(scope="module")
+def fitted(wine):
+    x, y, *_ = wine
+    return automl.AutoClassifier(**QUICK | {"models": ("network", "linear", "lightgbm", "xgboost")}).fit(x, y)
+
+
+@pytest.fixture(scope="module")
+def regressor():
+    x, y = datasets.load_diabetes(return_X_y=True, as_frame=True)
+    return automl.AutoRegressor(**QUICK | {"models": ("network", "linear")}).fit(x[:300], y[:300]), x[300:], y[300:]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", [automl.AutoClassifier, automl.AutoRegressor])
+def test_scikit_learns_contract(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about check_estimator's own odd data
+        results = check_estimator(kind(**QUICK | {"models": ("linear",)}), on_skip=None)
+    assert len(results) > 50
+
+
+def test_a_frame_with_text_categories_is_fitted_and_new_rows_are_predicted(wine, fitted):
+    _, _, x, y = wine
+    probabilities = fitted.predict_proba(x)
+    assert list(fitted.classes_) == ["none", "red", "rosé"]
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-9)
+    assert metrics.accuracy_score(y, fitted.predict(x)) > 0.9
+    board = fitted.leaderboard_
+    assert set(board["model"]) == {"network", "linear", "lightgbm", "xgboost"}
+    assert board["weight"].sum() == pytest.approx(1) and board["score"].is_monotonic_decreasing
+    # The ensemble is selected and calibrated on these rows: it is at least as good as its best member.
+    assert fitted.score_ >= board["score"].max() - 1e-9
+
+
+def test_rows_are_predicted_one_at_a_time_and_in_any_order_of_columns(wine, fitted):
+    x = wine[2]
+    whole = fitted.predict_proba(x)
+    np.testing.assert_allclose(fitted.predict_proba(x.iloc[[3]]), whole[[3]], rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="feature names"):
+        fitted.predict_proba(x[x.columns[1:]])
+
+
+def test_regression_predicts_in_the_units_of_the_target(regressor):
+    model, x, y = regressor
+    predicted = model.predict(x)
+    assert metrics.r2_score(y, predicted) > 0.35
+    # Both members have a share in the leaderboard, and RMSE is in units of the target's deviation.
+    assert set(model.leaderboard_["model"]) == {"network", "linear"}
+    assert -0.9 < model.score_ < -0.6
+
+
+def test_saved_estimators_predict_the_same_and_files_hold_no_pickle(wine, fitted, regressor, tmp_path):
+    model, x, _ = regressor
+    for estimator, rows in ((fitted, wine[2]), (model, x)):
+        metaopt.save(tmp_path / "model.npz", estimator)
+        loaded = metaopt.load(tmp_path / "model.npz")
+        assert type(loaded) is type(estimator) and loaded.get_params() == estimator.get_params()
+        np.testing.assert_array_equal(loaded.predict(rows), estimator.predict(rows))
+        pd.testing.assert_frame_equal(loaded.leaderboard_, estimator.leaderboard_)
+    np.testing.assert_array_equal(loaded.predict_interval(x), model.predict_interval(x))
+    with np.load(tmp_path / "model.npz", allow_pickle=False) as file:
+        assert all(file[name].dtype.kind != "O" for name in file.files)
+    with pytest.raises(ValueError, match="not fitted"):
+        metaopt.save(tmp_path / "model.npz", automl.AutoClassifier())
+
+
+@pytest.mark.parametrize("kind", ["extra_trees", "random_forest", "hist_gradient_boosting"])
+def test_every_kind_of_scikit_learn_is_saved(kind, wine, tmp_path):
+    x, y, new, _ = wine
+    model = automl.AutoClassifier(**QUICK | {"models": (kind,)}).fit(x, y)
+    metaopt.save(tmp_path / "model.npz", model)
+    np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
+
+
+def test_a_tree_that_points_outside_is_rejected(wine, tmp_path):
+    x, y, *_ = wine
+    model = automl.AutoClassifier(**QUICK | {"models": ("extra_trees",)}).fit(x, y)
+    tree = model.ensemble_.members[0].models[0].estimators_[0].tree_
+    tree.feature[0] = 1000
+    metaopt.save(tmp_path / "model.npz", model)
+    with pytest.raises(ValueError, match="splits a column that does not exist"):
+        metaopt.load(tmp_path / "model.npz")
+
+
+def test_equal_seeds_give_equal_results_in_any_order_of_rows(wine):
+    x, y, new, _ = wine
+    order = np.random.default_rng(1).permutation(len(y))
+    first = automl.AutoClassifier(**QUICK).fit(x, y).predict_proba(new)
+    np.testing.assert_allclose(automl.AutoClassifier(**QUICK).fit(x.iloc[order], y[order]).predict_proba(new), first)
+    other = automl.AutoClassifier(**QUICK | {"random_state": 1}).fit(x, y).predict_proba(new)
+    assert np.abs(other - first).max() > 1e-4
+
+
+def test_a_time_limit_is_kept_and_the_rest_is_named(wine):
+    x, y, *_ = wine
+    model = automl.AutoClassifier(**QUICK | {"preset": "best", "time_limit": 1e-3}).fit(x, y)
+    assert len(model.leaderboard_) == 1  # a late result is better than none
+    assert set(model.ensemble_.failed.values()) <= {"no time left", "out of time"} and model.ensemble_.failed
+
+
+def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
+    from metaopt.automl import _kinds
+
+    def fail(settings, data):
+        raise MemoryError("too large")
+
+    kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=fail)}
+    monkeypatch.setattr(_kinds, "KINDS", kinds)
+    model = automl.AutoClassifier(**QUICK).fit(*wine[:2])
+    assert list(model.leaderboard_["model"]) == ["linear"]
+    assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}
+
+
+def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
+    from metaopt.automl import _kinds, _schedule
+
+    def die(settings, data):
+        import os
+
+        os._exit(1)
+
+    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
+    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
+    kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=die)}
+    monkeypatch.setattr(_kinds, "KINDS", kinds)
+    model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
+    assert list(model.leaderboard_["model"]) == ["linear"]
+    assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
+
+
+def test_a_group_is_on_one_side_of_a_split():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 200)
+    groups = rng.integers(0, 30, 200)
+    rows = _rows.sorted_rows(rng.normal(size=(200, 2)), y, np.ones(200), groups)
+    splits = _rows.split_rows(rows, 2, seed=0)
+    assert len(splits) == 8
+    for train, valid in splits:
+        assert not set(rows.groups[train]) & set(rows.groups[valid])
+    np.testing.assert_array_equal(np.sort(np.concatenate([valid for _, valid in splits])), np.arange(200))
+
+
+def test_models_are_validated_on_later_rows():
+    rng = np.random.default_rng(0)
+    time = rng.integers(0, 50, 200).astype(float)
+    rows = _rows.sorted_rows(rng.normal(size=(200, 2)), rng.normal(size=200), np.ones(200), None, time)
+    splits = _rows.split_rows(rows, 0, seed=0)
+    assert len(splits) == 8
+    for train, valid in splits:
+        assert rows.time[train].max() < rows.time[valid].min()
+
+
+def test_random_folds_are_too_optimistic_where_groups_decide():
+    """Each group has its own target: a model can remember it, but learns nothing about new groups."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 8)
+    x = rng.normal(size=(40, 3))[groups] + 0.01 * rng.normal(size=(320, 3))
+    y = rng.integers(0, 2, 40)[groups]
+    options = QUICK | {"models": ("extra_trees",), "eval_metric": "accuracy"}
+    by_chance = automl.AutoClassifier(**options).fit(x, y, groups=groups).score_
+    assert automl.AutoClassifier(**options).fit(x, y).score_ > 0.95
+    assert by_chance < 0.75
+
+
+def test_integer_weights_are_repeated_rows_and_others_are_kept():
+    x, y = np.arange(6.0).reshape(3, 2), np.array([0, 1, 1])
+    rows = _rows.sorted_rows(x, y, np.array([1.0, 3.0, 2.0]))
+    assert len(rows.y) == 6 and (rows.weight == 1).all()
+    assert sorted(rows.x[:, 0].tolist()) == [0, 2, 2, 2, 4, 4]
+    rows = _rows.sorted_rows(x, y, np.array([0.5, 1.5, 1.0]))
+    assert dict(zip(rows.x[:, 0], rows.weight, strict=True)) == {0: 0.5, 2: 1.5, 4: 1.0}
+    assert _rows.repeated(np.array([0.5, 1.5, 1.0])).tolist() == [1, 1, 2]
+    assert _rows.repeated(np.array([2.0, 1.0])).tolist() == [0, 0, 1]
+
+
+def test_target_encodings_of_training_rows_do_not_see_their_own_target():
+    """A column of 100 levels that has nothing to do with the target."""
+    rng = np.random.default_rng(0)
+    codes = np.repeat(np.arange(100.0), 3)[:, None]
+    y = rng.normal(size=300)
+    flags = (np.ones(1, bool), np.ones(1, bool))
+    inputs, views = _inputs.fit_inputs(codes, y, *flags, np.arange(300), 0, seed=0)
+    assert abs(np.corrcoef(views.trees[:, 0], y)[0, 1]) < 0.2
+    # The final table, for new rows, does use these targets.
+    applied = _inputs.apply_inputs(inputs, codes).trees[:, 0]
+    assert np.corrcoef(applied, y)[0, 1] > 0.4
+    unseen = _inputs.apply_inputs(inputs, np.array([[1000.0], [np.nan]])).trees[:, 0]
+    np.testing.assert_allclose(unseen, y.mean())
+
+
+def test_conformal_sets_and_intervals_cover(regressor):
+    model, x, y = regressor
+    ends = model.predict_interval(x, coverage=0.8)
+    inside = (ends[:, 0] <= y) & (y <= ends[:, 1])
+    assert abs(inside.mean() - 0.8) < 0.08  # 142 rows: a standard error of 3.4 %
+    x, y = datasets.make_classification(600, n_informative=4, flip_y=0.2, random_state=0)
+    model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x[:300], y[:300])
+    sets = model.predict_set(x[300:], coverage=0.9)
+    assert abs(sets[np.arange(300), y[300:]].mean() - 0.9) < 0.06
+    assert sets.any(axis=1).all()
+
+
+def test_leaks_ids_and_constants_are_reported(wine, caplog):
+    x, y, *_ = wine
+    x = x.assign(answer=y, number=np.random.default_rng(0).permutation(len(y)) + 1, same=3)
+    model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x, y)
+    report = model.report_.set_index("column")["action"]
+    assert report["answer"] == "suspected" and report["number"] == "dropped" and report["same"] == "dropped"
+    assert "answer" in caplog.text and "number" in caplog.text
+
+
+def test_importance_finds_the_column_that_decides():
+    rng = np.random.default_rng(0)
+    x = pd.DataFrame(rng.normal(size=(300, 3)), columns=["a", "b", "c"])
+    y = x["b"] + 0.1 * rng.normal(size=300) > 0
+    model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x[:200], y[:200])
+    importance = model.importance(x[200:], y[200:])
+    assert importance["column"][0] == "b" and importance["mean"][0] > 0.2
+
+
+def test_the_network_predicts_in_numpy_as_in_jax(wine):
+    from metaopt import tasks
+    from metaopt.automl import _network_folds
+
+    table = tasks.from_sklearn()[1]
+    prepared = tasks.prepare(table)
+    network, task = automl.tabular_network(), automl.tabular_task(prepared)
+    hyperparams = jax.device_get(automl.predict_hyperparams(prepared))
+    fold = _network_folds.FoldRows(prepared.train.x, prepared.train.y, np.ones(len(prepared.train.y)))
+    (model,) = _network_folds.fit_networks([fold], None, prepared.num_classes, hyperparams, {}, 0)
+    rows = {**task.valid, "x": prepared.test.x}
+    expected = np.exp(network.log_probabilities(model.params, hyperparams, rows))
+    np.testing.assert_allclose(_network_folds.predict(model, prepared.test.x), expected, rtol=2e-4, atol=1e-6)
+
+
+REFUSALS = [
+    ({"preset": "large"}, {}, "`preset` must be one of instant, balanced, best; got 'large'"),
+    ({"eval_metric": "rmse"}, {}, "`eval_metric` must be one of log_loss"),
+    ({"models": ("svm",)}, {}, "`models` may have network, linear"),
+    ({"time_limit": 0}, {}, "`time_limit` must be positive or None; got 0"),
+    ({}, {"groups": [1, 2]}, "`groups` must have one value for each of the 4 rows"),
+    ({}, {"y": ["a"] * 4}, "one class, 'a'"),
+    ({}, {"y": ["a", "b", None, "a"]}, "1 of 4 rows have no target"),
+    ({}, {"sample_weight": [0, 0, 0, 0]}, "at least one non-zero"),
+]
+
+
+@pytest.mark.parametrize(("options", "data", "message"), REFUSALS)
+def test_refusals(options, data, message):
+    arguments = {"X": np.arange(8.0).reshape(4, 2), "y": [0, 1, 0, 1]} | data
+    with pytest.raises(ValueError, match=message):
+        automl.AutoClassifier(**QUICK | options).fit(**arguments)

@@ -1,0 +1,94 @@
+"""Malformed and odd tables: each gives a fitted model or a clear error."""
+
+import datetime
+import decimal
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metaopt import automl
+
+NUM_TABLES = int(os.environ.get("METAOPT_HOSTILE_TABLES", "60"))
+
+ODD = (None, np.nan, pd.NaT, "", "?", "none", "1,065", "31/12/2020", "ünï", "\0", 2**70, -(2**53) - 1, 1e300, -0.0)
+ODD += (np.inf, True, 3, 0.1, "x" * 5000, b"bytes", decimal.Decimal("1.5"), datetime.date(2020, 1, 1), [1], {"a": 1})
+
+
+def _column(rng, n):
+    makers = (
+        lambda: rng.normal(size=n),
+        lambda: rng.normal(size=n) * 10.0 ** rng.integers(-300, 300),
+        lambda: rng.integers(0, 3, n),
+        lambda: rng.integers(-(2**62), 2**62, n),
+        lambda: np.arange(n),
+        lambda: np.zeros(n),
+        lambda: np.full(n, np.nan),
+        lambda: np.where(rng.random(n) < 0.9, np.nan, 1.0),
+        lambda: rng.choice(["a", "b", "c"], n),
+        lambda: [f"id{i}" for i in range(n)],
+        lambda: pd.Categorical(rng.choice(["u", "v"], n), categories=["v", "u", "never"]),
+        lambda: pd.date_range("1900-01-01", periods=n, freq="37D"),
+        lambda: pd.array(rng.choice([1, 2, None], n), dtype="Int64"),
+        lambda: rng.random(n) < 0.5,
+        lambda: [ODD[i] for i in rng.integers(0, len(ODD), n)],
+        lambda: [f"{x:,}" for x in rng.integers(0, 10**7, n)],
+        lambda: pd.to_timedelta(rng.integers(0, 10**6, n), unit="s"),
+    )
+    values = makers[rng.integers(len(makers))]()
+    if rng.random() < 0.2:  # some values of other types
+        values = [ODD[rng.integers(len(ODD))] if rng.random() < 0.1 else value for value in list(values)]
+    return pd.Series(values, dtype=object if isinstance(values, list) else None)
+
+
+def _target(rng, n, is_class):
+    makers = (
+        lambda: rng.choice(["yes", "no"], n),
+        lambda: rng.integers(0, 5, n),
+        lambda: rng.choice([1.0, 2.0], n, p=[0.95, 0.05]),
+        lambda: np.where(np.arange(n) == 0, "rare", "common"),
+        lambda: [f"class {i // 2}" for i in range(n)],
+        lambda: np.ones(n),
+        lambda: rng.choice(["none", "NA", ""], n),
+    )
+    numbers = (
+        lambda: rng.normal(size=n),
+        lambda: rng.lognormal(0, 20, size=n),
+        lambda: np.full(n, 7.0),
+        lambda: rng.integers(0, 2, n) * 1e200,
+        lambda: np.where(np.arange(n) == 0, np.nan, 1.0),
+        lambda: np.where(np.arange(n) == 0, np.inf, rng.normal(size=n)),
+    )
+    chosen = makers if is_class else numbers
+    return pd.Series(chosen[rng.integers(len(chosen))]())
+
+
+def _table(seed):
+    rng = np.random.default_rng(seed)
+    n, d = int(rng.choice([1, 2, 3, 5, 12, 40, 150])), int(rng.choice([0, 1, 2, 5, 12]))
+    is_class = bool(rng.random() < 0.6)
+    frame = pd.DataFrame({f"c{j}": _column(rng, n) for j in range(d)}, index=range(n))
+    if rng.random() < 0.1 and d > 1:
+        frame.columns = ["same"] * d
+    if rng.random() < 0.1 and n > 1:
+        frame = pd.concat([frame] * 2, ignore_index=True).iloc[:n]
+    return frame, _target(rng, n, is_class), is_class
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(NUM_TABLES))
+def test_a_table_gives_a_model_or_a_clear_error(seed):
+    frame, y, is_class = _table(seed)
+    kind = automl.AutoClassifier if is_class else automl.AutoRegressor
+    model = kind(models=("linear",), time_limit=20, n_jobs=1, verbose=False)
+    try:
+        model.fit(frame, y)
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        assert 15 < len(text) < 1000 and "Traceback" not in text
+        return
+    new = frame.iloc[::-1]
+    predicted = model.predict_proba(new) if is_class else model.predict(new)
+    assert len(predicted) == len(new) and np.isfinite(predicted).all()

@@ -1,0 +1,90 @@
+"""`fit_columns` and `apply_columns`: the encoding of `prepare` for rows that come later."""
+
+import numpy as np
+import pytest
+
+from metaopt import tasks
+
+
+def mixed(rows=400, seed=0):
+    """Two numeric columns (one with gaps), categories of 2, 4 and 30 levels (one with gaps), a constant, no values."""
+    rng = np.random.default_rng(seed)
+    skewed = np.exp(rng.normal(size=rows))
+    skewed[rng.random(rows) < 0.1] = np.nan
+    levels = [rng.integers(0, k, rows).astype(float) for k in (2, 4, 30)]
+    levels[1][:7] = np.nan
+    x = np.column_stack([rng.normal(size=rows), skewed, *levels, np.full(rows, 7.0), np.full(rows, np.nan)])
+    return x, np.array([False, False, True, True, True, False, False])
+
+
+@pytest.mark.parametrize("scaling", ["quantile", "standard"])
+@pytest.mark.parametrize("max_features", [5, 128])
+def test_prepare_encodes_by_the_statistics_of_its_training_rows(scaling, max_features):
+    x, categorical = mixed()
+    y = (np.arange(400) % 3).astype(np.int32)
+    x = x.astype(np.float32)
+    options = {"max_levels": 6, "scaling": scaling, "max_features": max_features}
+    prepared = tasks.prepare(tasks.Table("t", "t", x, y, categorical), **options)
+    train = prepared.train.index
+    fitted = tasks.fit_columns(x[train], categorical, y=y[train], **options)
+    for part in (prepared.train, prepared.valid, prepared.test):
+        np.testing.assert_array_equal(tasks.apply_columns(fitted, x[part.index]), part.x)
+    assert prepared.num_features == min(max_features, 1 + 2 + 1 + 5 + 6)
+
+
+def test_a_row_depends_on_itself_only_and_arrays_can_be_saved(tmp_path):
+    x, categorical = mixed()
+    fitted = tasks.fit_columns(x, categorical)
+    encoded = tasks.apply_columns(fitted, x)
+    assert encoded.dtype == np.float32 and encoded.shape == (400, 1 + 2 + 1 + 5 + 10) and np.ptp(encoded, 0).min() > 0
+    np.savez(tmp_path / "columns.npz", **fitted._asdict())
+    with np.load(tmp_path / "columns.npz") as file:
+        loaded = tasks.FittedColumns(**file)
+    for row in (0, 3, 399):
+        np.testing.assert_array_equal(tasks.apply_columns(loaded, x[[row]]), encoded[[row]])
+
+
+def test_new_levels_gaps_and_values_out_of_range():
+    x, categorical = mixed()
+    fitted = tasks.fit_columns(x, categorical)
+    row = np.array([[1e30, np.nan, 9, 9, 99, 3, 5]])
+    new = tasks.apply_columns(fitted, row)[0]
+    assert 1.5 < new[0] < 3 and abs(new[1]) < 0.1 and new[2] == 1  # the largest, the median, its mark
+    np.testing.assert_array_equal(new[3:9], np.zeros(6))  # neither of 2, none of 4, not missing
+    np.testing.assert_array_equal(new[9:], np.eye(10)[9])  # one of the others
+    gaps = tasks.apply_columns(fitted, np.full((1, 7), np.nan))[0]
+    np.testing.assert_array_equal(gaps[3:], np.eye(16)[5])  # only the second category had gaps
+
+
+def test_the_columns_that_tell_the_classes_apart_are_kept():
+    x = np.random.default_rng(0).normal(size=(90, 6))
+    y = np.arange(90) % 3 * 2  # classes 1 and 3 have no rows
+    x[:, [1, 4]] += y[:, None]
+    fitted = tasks.fit_columns(x, np.zeros(6, bool), y=y, max_features=2)
+    np.testing.assert_array_equal(np.flatnonzero(fitted.kept), [1, 4])
+
+
+def test_columns_that_do_not_vary_give_none():
+    fitted = tasks.fit_columns(np.full((3, 2), np.nan), np.array([True, False]))
+    assert tasks.apply_columns(fitted, np.ones((4, 2))).shape == (4, 0)
+    nothing = tasks.fit_columns(np.zeros((3, 0)), np.zeros(0, bool))
+    assert tasks.apply_columns(nothing, np.zeros((4, 0))).shape == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": "rank"}, "`scaling` must be one of"),
+        ({"max_levels": 1}, "`max_levels` must be at least 2"),
+        ({"max_features": 3}, "`max_features` chooses columns by classes"),
+    ],
+)
+def test_options_that_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.fit_columns(*mixed(), **options)
+
+
+def test_another_number_of_columns_is_rejected():
+    fitted = tasks.fit_columns(*mixed())
+    with pytest.raises(ValueError, match=r"`x` must be \[rows, 7\]; got shape \(2, 6\)"):
+        tasks.apply_columns(fitted, np.zeros((2, 6)))
