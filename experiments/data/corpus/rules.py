@@ -5,11 +5,11 @@ import numpy as np
 from metaopt import tasks
 
 MIN_ROWS, MAX_ROWS = 70, 1200
-MIN_SHARE = 0.08  # of the rarest class
+MIN_SHARE = 0.08  # the least share of a class
 
 
 def rule_tables(num: int, seed: int) -> list[tasks.Table]:
-    """Returns `num` tables, each a family of its own.
+    """Returns `num` tables of different families.
 
     Columns have two to five levels with unequal shares, and some of them do not matter. A third of the tables has wrong
     classes in up to a tenth of the rows. Half of them hold the levels as numbers, in their order.

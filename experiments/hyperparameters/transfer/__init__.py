@@ -13,6 +13,6 @@ families (`experiments.data.corpus`). It has six steps, which can run at differe
 
 Families are divided once, in `families.json`: those for judging, those for development, and all others for learning.
 Settings and the number of steps are chosen on the development families. The judging families are used by `judge` only.
-With `--extended`, the corpus also has tasks with many classes and simulated rules. On the development families, its g
-is no better.
+With `--extended`, the corpus also has tasks with many classes and simulated rules. It does not improve
+g on the development families.
 """

@@ -26,7 +26,7 @@ from metaopt import spaces, tasks
 from metaopt.training import report_progress
 
 LEAST_PROBABILITY = 1e-4  # of the true class, for every method alike
-KEY = 1234  # of all runs
+KEY = 1234  # all runs use it
 SMOOTHING = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -94,7 +94,7 @@ def draws_around(key: jax.Array, space, hyperparams, num: int, spread: float) ->
 class Finished:
     """Keeps the outcomes of finished methods, so that a killed run continues.
 
-    Each result is in a file of its own. The file's name has a digest of all that determines the result, so that a
+    Each result is in a separate file. The file's name has a digest of all that determines the result, so that a
     result for other tables, settings or λ is not used. The code is not part of it: delete the folder after a change of
     the code that changes results.
     """
