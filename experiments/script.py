@@ -173,18 +173,19 @@ def publish(
     *,
     name: str | None = None,
     picture: str = "",
+    seconds: float | None = None,
 ) -> None:
     """Prints a result and a line on how it was made. Writes both as Markdown, except in a smoke run.
 
     `file` is the script, or the folder that runs as a script. `name` is the name of the result; by default it is the
-    name of the script or folder. `picture` describes the picture next to the result.
+    name of the script or folder. `picture` describes the picture next to the result. `seconds` is the processor time
+    of all the work, also in earlier calls; by default, it is that of this process.
     """
     name = name or Path(file).stem
     command = shlex.join(["python", place(file), *sys.argv[1:]])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text += (
-        f"\n\n`{command}`, {time.process_time():.0f} processor seconds on {jax.default_backend()}, {cores} core(s); "
-    )
+    seconds = time.process_time() if seconds is None else seconds
+    text += f"\n\n`{command}`, {seconds:.0f} processor seconds on {jax.default_backend()}, {cores} core(s); "
     text += f"Python {platform.python_version()}, JAX {jax.__version__}, optax {optax.__version__}, metaopt "
     text += f"{metaopt.__version__}.\n"
     print(text)

@@ -11,7 +11,7 @@ import optax
 from metaopt import _checks, base, inner, spaces, tasks
 
 HINGES = (-0.67, 0.0, 0.67)  # the quartiles of a standard normal
-_SHARED = ("feature_mask", "class_mask", "num_features", "share")  # entries of a table that every minibatch has
+_SHARED = ("feature_mask", "class_mask", "num_features")  # entries of a table that every minibatch has
 
 
 class TabularNetwork(NamedTuple):
@@ -46,10 +46,10 @@ def tabular_network(
     polynomial decay of the rate. The outer loss f is the log loss of the mean of the members' probabilities on the
     validation rows, without noise.
 
-    λ is "rate", "rate_decay", "one_minus_b1", "one_minus_b2", "decay_hidden", "decay_output", "input_noise" (standard
-    deviation; columns are standardized), "hidden_noise" (σ; 1 is dropout with probability 1/2), "label_smoothing",
-    "class_weighting" (p; the weight of a class is proportional to share^−p), "hidden_scale" s_h, "output_scale" s_o,
-    "linear_scale" s_l and "hinge_scale" s_c, all on a logarithmic scale.
+    λ is "rate", "rate_decay", "one_minus_b1", "one_minus_b2", "decay_hidden", "decay_output" (of V and of the additive
+    part W), "input_noise" (standard deviation; columns are standardized), "hidden_noise" (σ; 1 is dropout with
+    probability 1/2), "label_smoothing", "class_weighting" (p; the weight of a class is proportional to share^−p),
+    "hidden_scale" s_h, "output_scale" s_o, "linear_scale" s_l and "hinge_scale" s_c, all on a logarithmic scale.
 
     Args:
       num_steps: of a whole run, after which the rate is zero.
@@ -79,7 +79,7 @@ def tabular_network(
         nll = -jnp.take_along_axis(log_p, batch["y"][:, None], axis=1)[:, 0]
         return jnp.sum(nll * batch["mask"]) / batch["mask"].sum()
 
-    sampler = inner.minibatch(batch_size, shared=_SHARED)
+    sampler = _with_share(inner.minibatch(batch_size, shared=_SHARED))
     loop = inner.loop(loss, optimizer, init=init, sampler=sampler, with_context=True)
     return TabularNetwork(tabular_space(), inner.problem(loop, outer_loss), num_steps, _log_probabilities)
 
@@ -119,16 +119,14 @@ def tabular_task(
       features: meta-features, copied unchanged into the task.
 
     Returns:
-      The task of `tasks.to_task`, whose parts also have "share" [C], the share of each class among the training rows.
+      The task of `tasks.to_task`.
 
     Raises:
       ValueError: as `tasks.to_task` does.
     """
     shape = tasks.shape_of(prepared) if shape is None else shape
     rows, sizes = (shape.train_rows, shape.valid_rows), {"num_features": shape.features, "num_classes": shape.classes}
-    task = tasks.to_task(prepared, rows=rows, features=features, **sizes)
-    share = np.bincount(prepared.train.y, minlength=shape.classes).astype(np.float32) / len(prepared.train.y)
-    return task._replace(train={**task.train, "share": share}, valid={**task.valid, "share": share})
+    return tasks.to_task(prepared, rows=rows, features=features, **sizes)
 
 
 def train(network: TabularNetwork, key: jax.Array, hyperparams: base.HyperParams, task: base.Task) -> base.Params:
@@ -149,6 +147,20 @@ def train(network: TabularNetwork, key: jax.Array, hyperparams: base.HyperParams
 # --- the training run ---
 
 
+def _with_share(sampler: Callable) -> Callable:
+    """Adds "share" [C] to every batch, the share of each class among all training rows.
+
+    It is not an entry of the task, because a new split of the rows would not change it there.
+    """
+
+    def sample(key, step, data):
+        is_class = data["y"][:, None] == jnp.arange(data["class_mask"].shape[0])[None]
+        rows = jnp.sum(is_class * data["mask"][:, None], axis=0)
+        return {**sampler(key, step, data), "share": rows / rows.sum()}
+
+    return sample
+
+
 def _init_params(key: jax.Array, data: dict[str, Any], num_members: int, num_hidden: int) -> base.Params:
     num_columns, num_classes = data["x"].shape[1], data["class_mask"].shape[0]
     hidden_key, bias_key, output_key = jax.random.split(key, 3)
@@ -163,7 +175,7 @@ def _init_params(key: jax.Array, data: dict[str, Any], num_members: int, num_hid
     }
 
 
-def random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _random_signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns ±1 with equal probability, 32 signs per random word. Otherwise, noise would cost as much as training."""
     size = int(np.prod(shape))
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
@@ -183,7 +195,7 @@ def _member_log_probabilities(params, hyperparams, batch, key: jax.Array | None 
     additive = jnp.concatenate([x, *hinges], axis=1)
     h = jax.nn.relu(hyperparams["hidden_scale"] * (x @ params["hidden"]) + params["bias"][None])
     if key is not None:
-        h = h * (1 + hyperparams["hidden_noise"] * random_signs(hidden_key, h.shape))
+        h = h * (1 + hyperparams["hidden_noise"] * _random_signs(hidden_key, h.shape))
     h = h.reshape(-1, members, hidden)
     logits = hyperparams["output_scale"] * jnp.einsum("bmh,mhc->mbc", h, params["output"])
     logits = logits + params["output_bias"][:, None] + hyperparams["linear_scale"] * (additive @ params["linear"])[None]

@@ -193,7 +193,6 @@ def _padded(fold: FoldRows, y: np.ndarray, folds: list[FoldRows], num_classes: i
     classes = num_classes if num_classes < 4 else -(-num_classes // 4) * 4
     x, labels = np.zeros((size, width), np.float32), np.zeros(size, np.int32)
     x[: len(rows), : fold.x.shape[1]], labels[: len(rows)] = fold.x[rows], y[rows]
-    share = np.bincount(y[rows], minlength=classes) / len(rows)
     return {
         "x": x,
         "y": labels,
@@ -202,7 +201,6 @@ def _padded(fold: FoldRows, y: np.ndarray, folds: list[FoldRows], num_classes: i
         "class_mask": (np.arange(classes) < num_classes).astype(np.float32),
         "num_features": np.float32(max(1, fold.x.shape[1])),
         "num_rows": np.int32(len(rows)),
-        "share": share.astype(np.float32),
     }
 
 

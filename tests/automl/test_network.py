@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import automl, hypergrad, spaces, tasks
+from metaopt import automl, hypergrad, inner, spaces, tasks
 from metaopt.tasks import TaskShape
 
 
@@ -56,34 +56,68 @@ def test_probabilities_are_the_mean_of_the_members_by_the_documented_formula(net
     np.testing.assert_allclose(value, -np.log(expected[rows, np.asarray(task.valid["y"])]).mean(), rtol=1e-9)
 
 
-def test_padding_changes_nothing(network, task):
+def _padded(params, data):
+    """Pads parameters to the columns and classes of `data`, with values that must not matter."""
+    columns, classes = params["linear"].shape[0] // 4, params["linear"].shape[1]
+    more = data["x"].shape[1] - columns, data["class_mask"].shape[0] - classes
+    linear = params["linear"].reshape(4, columns, classes)
+    return {
+        "hidden": jnp.pad(params["hidden"], ((0, more[0]), (0, 0)), constant_values=2.0),
+        "bias": params["bias"],
+        "output": jnp.pad(params["output"], ((0, 0), (0, 0), (0, more[1])), constant_values=3.0),
+        "output_bias": jnp.pad(params["output_bias"], ((0, 0), (0, more[1])), constant_values=9.0),
+        "linear": jnp.pad(linear, ((0, 0), (0, more[0]), (0, more[1])), constant_values=2.0).reshape(
+            -1, classes + more[1]
+        ),
+    }
+
+
+def test_training_on_a_padded_task_gives_the_same_predictions(network, task):
     prepared = _prepared()
     own = tasks.shape_of(prepared)
     padded = automl.tabular_task(prepared, shape=TaskShape(own.train_rows + 5, own.valid_rows + 7, 6, 5))
-    hp = spaces.default(network.space)
-    params = automl.train(network, jax.random.key(1), hp, task)
-    wide = {
-        "hidden": jnp.pad(params["hidden"], ((0, 3), (0, 0))),
-        "bias": params["bias"],
-        "output": jnp.pad(params["output"], ((0, 0), (0, 0), (0, 2)), constant_values=3.0),
-        "output_bias": jnp.pad(params["output_bias"], ((0, 0), (0, 2)), constant_values=9.0),
-        "linear": jnp.pad(params["linear"].reshape(4, 3, 3), ((0, 0), (0, 3), (0, 2))).reshape(24, 5),
-    }
-    narrow_loss = network.problem.outer_loss(params, hp, task.valid, None)
-    wide_loss = network.problem.outer_loss(wide, hp, _float64(padded.valid), None)
-    np.testing.assert_allclose(wide_loss, narrow_loss, rtol=1e-6)
-    log_p = network.log_probabilities(wide, hp, _float64(padded.valid))
-    np.testing.assert_allclose(np.exp(log_p[:, :3]).sum(1), 1.0, rtol=1e-6)
-    np.testing.assert_array_equal(padded.train["share"][3:], 0)
+    padded = padded._replace(train=_float64(padded.train), valid=_float64(padded.valid))
+    # The noise of the inputs is drawn with the padded shape. All else, such as class weights, is in use.
+    hp = spaces.default(network.space) | {name: jnp.asarray(0.3) for name in ("class_weighting", "label_smoothing")}
+    hp |= {"input_noise": jnp.asarray(0.0), "rate": jnp.asarray(0.05), "decay_output": jnp.asarray(1.0)}
+    loop = network.problem.loop
+    state = loop.init(jax.random.key(1), hp, task.train)
+    wide = loop.init(jax.random.key(1), hp, padded.train)._replace(params=_padded(state.params, padded.train))
+    start = network.problem.outer_loss(loop.params(state), hp, task.valid, None)
+    for _ in range(network.num_steps):
+        state = inner.step(loop, state, hp, task.train)
+        wide = inner.step(loop, wide, hp, padded.train)
+    value, wide_value = (
+        network.problem.outer_loss(loop.params(s), hp, t.valid, None) for s, t in ((state, task), (wide, padded))
+    )
+    assert value < start - 0.01
+    np.testing.assert_allclose(wide_value, value, rtol=1e-6)
+    log_p, wide_log_p = (
+        network.log_probabilities(loop.params(s), hp, t.valid) for s, t in ((state, task), (wide, padded))
+    )
+    np.testing.assert_allclose(np.exp(wide_log_p[: len(log_p), :3]), np.exp(log_p), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(wide_log_p[:, 3:]), 0, atol=1e-12)
 
 
-def test_shares_are_those_of_the_training_rows():
-    prepared = _prepared()
-    task = automl.tabular_task(prepared, features=np.ones(2, np.float32))
-    counts = np.bincount(prepared.train.y, minlength=prepared.num_classes)
-    np.testing.assert_allclose(task.train["share"], counts / counts.sum(), rtol=1e-6)
-    np.testing.assert_array_equal(task.valid["share"], task.train["share"])
+def test_shares_in_the_loss_are_those_of_the_training_rows_of_a_new_split():
+    """At a network of zeros, the mean of the documented class weights is the loss, up to log(3)."""
+    network = automl.tabular_network(num_steps=5, batch_size=8, num_members=2, num_hidden=4)
+    own = tasks.shape_of(_prepared())
+    shape = TaskShape(own.train_rows + 5, own.valid_rows + 7, 3, 3)
+    task = automl.tabular_task(_prepared(), shape=shape, features=np.ones(2, np.float32))
     np.testing.assert_array_equal(task.features, 1)
+    y = jnp.where(jnp.arange(len(task.train["y"])) < 9, 0, task.train["y"])  # shares that a new split changes
+    task = tasks.resplit(jax.random.key(4), task._replace(train={**task.train, "y": y}))
+    real = np.asarray(task.train["y"])[np.asarray(task.train["mask"]) > 0]
+    share = np.bincount(real, minlength=3) / len(real)
+    hp = spaces.default(network.space) | {"class_weighting": jnp.asarray(1.0)}
+    loop = network.problem.loop
+    state = loop.init(jax.random.key(0), hp, task.train)
+    batch = loop.batch(state, task.train)
+    np.testing.assert_allclose(batch["share"], share, rtol=1e-6)
+    loss, _ = loop.loss(jax.tree.map(jnp.zeros_like, loop.params(state)), hp, batch, loop.context(state))
+    weight = 1 / np.where(share > 0, share, 1) / (share > 0).sum()
+    np.testing.assert_allclose(loss, weight[np.asarray(batch["y"])].mean() * np.log(3), rtol=1e-6)
 
 
 def test_hypergradient_of_every_hyperparameter_equals_finite_differences(network, task):
@@ -101,19 +135,6 @@ def test_hypergradient_of_every_hyperparameter_equals_finite_differences(network
     for i in range(len(flat)):
         moved = [estimate(unravel(flat.at[i].add(sign * 1e-5))).value for sign in (1, -1)]
         np.testing.assert_allclose((moved[0] - moved[1]) / 2e-5, exact[i], rtol=2e-4, atol=1e-8)
-
-
-def test_class_weights_are_in_the_inner_loss(network, task):
-    """At a network of zeros all classes have probability 1/3, so that only the weights remain: their mean is 1."""
-    hp = spaces.default(network.space) | {"class_weighting": jnp.asarray(1.0)}
-    loop = network.problem.loop
-    state = loop.init(jax.random.key(0), hp, task.train)
-    zero = jax.tree.map(jnp.zeros_like, loop.params(state))
-    share, y = np.asarray(task.train["share"]), np.asarray(task.train["y"])
-    batch = {**task.train}
-    loss, _ = loop.loss(zero, hp, batch, loop.context(state))
-    weight = 1 / np.where(share > 0, share, 1) / (share * (1 / np.where(share > 0, share, 1))).sum()
-    np.testing.assert_allclose(loss, weight[y].mean() * np.log(3), rtol=1e-6)
 
 
 def test_training_depends_on_the_key_and_repeats(network, task):

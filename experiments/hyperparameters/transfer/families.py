@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.data import from_data_folder
 from experiments.data.corpus import Excluded, reserved
-from experiments.data.corpus.families import exclude, table_columns
+from experiments.data.corpus.families import exclude, table_keys
 from metaopt import tasks
 
 FILE = Path(__file__).with_name("families.json")
@@ -33,6 +33,6 @@ def is_development(family: str) -> bool:
 def draw_judging(folds: Sequence[int], fold_of_family: dict[str, int]) -> list[str]:
     """Returns the real families of some folds of the data folder's index that are not reserved."""
     own, kept = from_data_folder(), reserved()
-    is_reserved = lambda t: kept.has_name(t.name) or kept.has_name(t.family) or kept.has_columns(table_columns(t))
+    is_reserved = lambda t: kept.has_name(t.name) or kept.has_name(t.family) or kept.has_columns(table_keys(t))
     dropped = tasks.SYNTHETIC_FAMILIES | {table.family for table in own if is_reserved(table)}
     return sorted({t.family for t in own if fold_of_family[t.family] in folds} - dropped)

@@ -1,7 +1,9 @@
 """Compares g with searches, controls and trees on the families for judging."""
 
 import dataclasses
+import hashlib
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import joblib
 import numpy as np
 
 import metaopt
+from experiments.data.corpus.corpus import row_hash
 from experiments.hyperparameters.auto_tune.baselines import TreeOptions, incumbent, random_search, tpe_search, trees
 from experiments.hyperparameters.auto_tune.learning import FineTuning, Learning, predict
 from experiments.hyperparameters.auto_tune.network import make_network, make_scores
@@ -23,6 +26,7 @@ from metaopt import spaces, tasks
 from metaopt.training import report_progress
 
 LEAST_PROBABILITY = 1e-4  # of the true class, for every method alike
+KEY = 1234  # all runs use it
 SMOOTHING = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -53,7 +57,7 @@ class Outcome(NamedTuple):
 
 def set_up(config: Config, tables: list[tasks.Table]) -> Judged:
     """Splits, describes and stacks the tables."""
-    run = dataclasses.replace(config.run, num_seeds=config.num_splits, max_buckets=len(config.widths))
+    run = dataclasses.replace(config.run, num_seeds=config.num_splits, max_buckets=config.judged_buckets)
     units = make_units(tables, run, 77)
     buckets = stack_buckets(units, np.zeros((len(units), 1), np.float32), np.arange(len(units)), run)
     network = make_network(run)
@@ -87,43 +91,65 @@ def draws_around(key: jax.Array, space, hyperparams, num: int, spread: float) ->
     return result
 
 
+class Finished:
+    """Keeps the outcomes of finished methods, so that a killed run continues.
+
+    Each result is in a separate file. The file's name has a digest of all that determines the result, so that a
+    result for other tables, settings or λ is not used. The code is not part of it: delete the folder after a change of
+    the code that changes results.
+    """
+
+    def __init__(self, folder: Path, *common: Any):
+        """`common` determines all results: numbers, texts and arrays, in tuples and dicts."""
+        self.folder, self.common, self.seconds = folder, common, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, make: Callable[[], dict[str, Outcome]], *own: Any) -> dict[str, Outcome]:
+        """Returns the kept result, or that of `make`. `own` also determines this result."""
+        path = self.folder / f"{name}_{digest(self.common, own)}.json"
+        if not path.is_file():
+            begin = time.process_time(), time.perf_counter()
+            outcomes = {label: [outcome.scores.tolist(), outcome.runs] for label, outcome in make().items()}
+            # Other processes may have worked: then the time of the clock is larger.
+            seconds = max(time.process_time() - begin[0], time.perf_counter() - begin[1])
+            path.write_text(json.dumps({"seconds": seconds, "outcomes": outcomes}))
+            print(f"{name}: done", flush=True)
+        saved = json.loads(path.read_text())
+        self.seconds += saved["seconds"]
+        return {label: Outcome(np.array(scores), runs) for label, (scores, runs) in saved["outcomes"].items()}
+
+
+def digest(*values: Any) -> str:
+    """Returns 12 hexadecimal digits of the SHA-256 of numbers, texts and arrays, in tuples and dicts."""
+    leaves, structure = jax.tree.flatten(values)
+    hashed = hashlib.sha256(str(structure).encode())
+    for leaf in leaves:
+        array = np.asarray(leaf)
+        hashed.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return hashed.hexdigest()[:12]
+
+
 def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[int], with_trees: bool) -> Path:
     """Runs all methods and writes `judged.json`. Finished methods are kept, so that a killed run continues."""
     judged, space = set_up(config, tables), make_network(config.run).space
-    kept = folder / "judged"
-    kept.mkdir(parents=True, exist_ok=True)
-    key = jax.random.key(1234)
-
-    def once(name: str, make: Callable[[], dict[str, Outcome]]) -> dict[str, Outcome]:
-        path = kept / f"{name}.json"
-        if not path.is_file():
-            outcomes = {label: [outcome.scores.tolist(), outcome.runs] for label, outcome in make().items()}
-            path.write_text(json.dumps(outcomes))
-            print(f"{name}: done", flush=True)
-        return {label: Outcome(np.array(s), runs) for label, (s, runs) in json.loads(path.read_text()).items()}
-
-    num = len(judged.units)
-    repeat = lambda x: jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.asarray(leaf), (num, *jnp.shape(leaf))), x)
-    start_methods = partial(_start_methods, config, judged, key)
+    rows_of_tables = [(table.name, table.family, row_hash(table)) for table in tables]
+    settings = dataclasses.asdict(config.run), config.num_splits, config.judged_buckets, LEAST_PROBABILITY, KEY
+    once = Finished(folder / "judged", rows_of_tables, settings)
     methods = {"class shares": Outcome(class_shares(judged.units), 0.0)}
-    methods |= once("defaults", partial(start_methods, "defaults", repeat(spaces.default(space))))
-    for label, search in (("random search", random_search), ("TPE", tpe_search)):
-        methods |= once(label.split()[0], partial(_search, config, judged, key, label, search))
-    if with_trees:
-        options = TreeOptions(config.tree_trials, LEAST_PROBABILITY, SMOOTHING)
-        methods |= once("trees", partial(_trees, judged, options))
+    methods |= _controls(config, judged, once, with_trees)
+    of_start = partial(_start_outcomes, config, judged, once)
     predicted = []
     for seed in seeds:
         trained = metaopt.load(folder / f"g_{seed}.npz")
         one = json.loads((folder / f"g_{seed}.json").read_text())["one_for_all"]
-        one = repeat({name: jnp.float32(value) for name, value in one.items()})
-        methods |= once(f"one_{seed}", partial(start_methods, "one λ for all", one, seed))
+        one = _repeat({name: jnp.float32(value) for name, value in one.items()}, len(judged.units))
+        methods |= of_start(f"one_{seed}", "one λ for all", one, seed)
         features = np.stack([trained.scaled_features(d) for d in judged.described])
         predicted.append(predict(trained.predictor, space, trained.meta_params, features))
-        methods |= once(f"g_{seed}", partial(start_methods, "g", predicted[-1], seed))
-    if seeds:
+        methods |= of_start(f"g_{seed}", "g", predicted[-1], seed)
+    if len(seeds) > 1:
         mean = _mean_prediction(space, predicted)
-        methods |= once(f"g_mean_{len(seeds)}", partial(start_methods, f"g, mean of {len(seeds)}", mean))
+        methods |= of_start(f"g_mean_{len(seeds)}", f"g, mean of {len(seeds)}", mean)
     path = folder / "judged.json"
     details = {
         "tables": [judged.tables[u.table].name for u in judged.units],
@@ -131,9 +157,34 @@ def judge(config: Config, tables: list[tasks.Table], folder: Path, seeds: list[i
         "rows": [len(u.prepared.train.y) + len(u.prepared.valid.y) + len(u.prepared.test.y) for u in judged.units],
         "scores": {label: outcome.scores.tolist() for label, outcome in methods.items()},
         "runs": {label: outcome.runs for label, outcome in methods.items()},
+        "seconds": once.seconds,
     }
     path.write_text(json.dumps(details))
     return path
+
+
+def _controls(config: Config, judged: Judged, once: Finished, with_trees: bool) -> dict[str, Outcome]:
+    """Returns the methods that use nothing learned: the default λ, searches and trees."""
+    start = _repeat(spaces.default(make_network(config.run).space), len(judged.units))
+    methods = _start_outcomes(config, judged, once, "defaults", "defaults", start)
+    for label, search in (("random search", random_search), ("TPE", tpe_search)):
+        make = partial(_search, config, judged, jax.random.key(KEY), label, search)
+        methods |= once(label.split()[0], make, config.trials)
+    if with_trees:
+        options = TreeOptions(config.tree_trials, LEAST_PROBABILITY, SMOOTHING)
+        methods |= once("trees", partial(_trees, judged, options), tuple(options))
+    return methods
+
+
+def _repeat(hyperparams, num: int):
+    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (num, *jnp.shape(x))), hyperparams)
+
+
+def _start_outcomes(config: Config, judged: Judged, once: Finished, name: str, label: str, start, seed=None):
+    """Returns the outcomes of `_start_methods`. λ of all units, and so the trained g, determines them."""
+    make = partial(_start_methods, config, judged, jax.random.key(KEY), label, start, seed)
+    settings = config.proposals, config.spread, config.fine_tune_steps, config.fine_tune_rate
+    return once(name, make, label, settings, start)
 
 
 def _start_methods(config: Config, judged: Judged, key, name: str, start, seed: int | None = None):

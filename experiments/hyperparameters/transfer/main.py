@@ -11,11 +11,12 @@ import metaopt
 from experiments import script
 from experiments.hyperparameters import transfer
 from experiments.hyperparameters.transfer.choose import choose_spread
-from experiments.hyperparameters.transfer.config import DEFAULT, SMOKE
+from experiments.hyperparameters.transfer.compare import compare
+from experiments.hyperparameters.transfer.config import DEFAULT, EXTENDED, SMOKE
 from experiments.hyperparameters.transfer.families import judged_tables
 from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
-from experiments.hyperparameters.transfer.pool import prepare_corpus
+from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
 from experiments.hyperparameters.transfer.report import publish
 from metaopt import predictors
 
@@ -25,19 +26,24 @@ def main(argv=None) -> None:
         "transfer", description=transfer.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "step", nargs="?", choices=("prepare", "learn", "choose", "judge", "ship", "all"), default="all"
+        "step", nargs="?", choices=("prepare", "learn", "compare", "choose", "judge", "ship", "all"), default="all"
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
+    parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
-    parser.add_argument("--out", type=Path, default=Path("results_local/transfer"), help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default in results_local")
+    parser.add_argument("--other", type=Path, nargs="*", default=[], help="compare: folders of other predictors")
     args = parser.parse_args(argv)
-    config = SMOKE if args.smoke else DEFAULT
+    config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
+    args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
     if args.step in ("prepare", "all"):
         prepare_corpus(config, args.out)
     if args.step in ("learn", "all"):
         for seed in args.seed:
             learn(config, args.out, seed)
+    if args.step == "compare":
+        compare(config, load_pools(config, args.out), [args.out, *args.other])
     if args.step == "choose":
         choose_spread(config, args.out, args.seed[0])
     if args.step in ("judge", "all"):

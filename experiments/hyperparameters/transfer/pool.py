@@ -25,13 +25,13 @@ class Pool(NamedTuple):
       tasks: leaves [n, ...], without features.
       raw_features: [n, F], before scaling.
       family: [n] names.
-      natural: [n] bool, whether the target is the table's own.
+      kind: [n] "natural" if the target is the table's own, "rotated", or "rule" if the table is simulated.
     """
 
     tasks: base.Task
     raw_features: np.ndarray
     family: np.ndarray
-    natural: np.ndarray
+    kind: np.ndarray
 
 
 def natural_tables() -> list[tasks.Table]:
@@ -41,10 +41,11 @@ def natural_tables() -> list[tasks.Table]:
 def prepare_corpus(config: Config, folder: Path) -> None:
     """Builds the corpus, lists it in `corpus.csv`, and writes the tasks of every width to a file."""
     natural = natural_tables()
-    corpus = build(read_frames(config.max_frames), natural, excluded_tables())
+    sizes = {"many_per_family": config.many_per_family, "num_rules": config.num_rules}
+    corpus = build(read_frames(config.max_frames), natural, excluded_tables(), **sizes)
     folder.mkdir(parents=True, exist_ok=True)
     write_list(corpus, folder / "corpus.csv")
-    described = describe(corpus)
+    described = describe(corpus, config)
     print(f"{len(described)} of {len(corpus.tables)} tasks can be split and encoded", flush=True)
     for k, width in enumerate(config.widths):
         fits = [d for d in described if _width_of(d[0], config) == k]
@@ -53,27 +54,32 @@ def prepare_corpus(config: Config, folder: Path) -> None:
             arrays |= {
                 "raw_features": np.array([[features[name] for name in FEATURES] for _, features, _ in fits]),
                 "family": np.array([prepared.family for prepared, *_ in fits]),
-                "natural": np.array([natural for *_, natural in fits]),
+                "kind": np.array([kind for *_, kind in fits]),
             }
             np.savez(folder / f"pool_{k}.npz", **arrays)
 
 
-def describe(corpus: Corpus) -> list[tuple[tasks.PreparedTable, dict[str, float], bool]]:
-    """Returns the prepared tables with their meta-features, and whether their targets are natural."""
-    work = (joblib.delayed(_describe_one)(table) for table in corpus.tables)
+def describe(corpus: Corpus, config: Config) -> list[tuple[tasks.PreparedTable, dict[str, float], str]]:
+    """Returns the prepared tables with their meta-features and kinds."""
+    work = (joblib.delayed(_describe_one)(table, config.widths) for table in corpus.tables)
     results = in_processes(work, len(corpus.tables), "meta-features")
-    return [(*result, not rotated) for result, rotated in zip(results, corpus.rotated, strict=True) if result]
+    return [(*result, kind) for result, kind in zip(results, corpus.kinds, strict=True) if result]
 
 
-def _describe_one(table: tasks.Table) -> tuple[tasks.PreparedTable, dict[str, float]] | None:
+def _describe_one(table: tasks.Table, widths) -> tuple[tasks.PreparedTable, dict[str, float]] | None:
     """Returns None for a table that is too small or has too many classes. It needs no test rows."""
+    columns = max((w.columns for w in widths if table.num_classes <= w.classes), default=None)
+    if columns is None:
+        return None
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     try:
-        prepared = tasks.prepare(table, seed=0, valid_fraction=0.4, test_fraction=0.0, max_rows=2000, max_features=64)
+        prepared = tasks.prepare(
+            table, seed=0, valid_fraction=0.4, test_fraction=0.0, max_rows=2000, max_features=columns
+        )
     except ValueError:
         return None
-    if prepared.num_classes > 12 or len(prepared.train.y) < 40:
+    if len(prepared.train.y) < 40:
         return None
     return prepared, tasks.metafeatures(prepared, groups=GROUPS, seed=0)
 
@@ -103,7 +109,7 @@ def load_pools(config: Config, folder: Path) -> list[Pool]:
                 {name.split("/")[1]: array for name, array in arrays.items() if name.startswith(f"{part}/")}
                 for part in ("train", "valid")
             ]
-            pools.append(Pool(base.Task(*parts), arrays["raw_features"], arrays["family"], arrays["natural"]))
+            pools.append(Pool(base.Task(*parts), arrays["raw_features"], arrays["family"], arrays["kind"]))
     return pools
 
 
@@ -166,7 +172,7 @@ def make_sampler(pools: list[Pool], scaling: tasks.FeatureScaling, config: Confi
 def _family_weights(pools: list[Pool]) -> list[np.ndarray]:
     """Returns the weight of each task: 0 for development families."""
     family = np.concatenate([pool.family for pool in pools])
-    natural = np.concatenate([pool.natural for pool in pools])
+    natural = np.concatenate([pool.kind for pool in pools]) == "natural"
     names, index, counts = np.unique(family, return_inverse=True, return_counts=True)
     has_natural = np.bincount(index, natural) > 0
     learning = np.array([not is_development(name) for name in names])

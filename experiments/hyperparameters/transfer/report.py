@@ -142,4 +142,5 @@ def publish(judged: Path, args) -> None:
         to_markdown(details),
         args,
         picture="Test log loss against training runs",
+        seconds=details["seconds"],
     )
