@@ -1,6 +1,7 @@
 """Whatever is saved is loaded with equal types and equal values in every field."""
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -14,6 +15,7 @@ import pytest
 
 import metaopt
 from metaopt import (
+    automl,
     base,
     blackbox,
     evaluation,
@@ -155,6 +157,22 @@ def table_encoder(path):
     return restored(path, tasks.fit_encoder(columns))
 
 
+def auto_classifier(path):
+    return _estimator(path, automl.AutoClassifier, np.array(["é", "b"])[np.arange(40) % 2])
+
+
+def auto_regressor(path):
+    return _estimator(path, automl.AutoRegressor, np.linspace(-1e3, 1e3, 40))
+
+
+def _estimator(path, kind, y):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    fitted = kind(models=("linear",), time_limit=None, verbose=False).fit(x, y)
+    metaopt.save(path, fitted)
+    values = lambda model: (type(model), model.get_params(), model.predict(x), model.score_, model.ensemble_.failed)
+    return values(metaopt.load(path)), values(fitted)
+
+
 def learned_transform(path):
     weights = transforms.init_learned(KEY)
     return restored(path, jax.tree.map(np.asarray, weights))  # it comes back as NumPy's arrays
@@ -187,6 +205,8 @@ MEMBERS = {
     "evaluation.Evaluation": scores_of_methods,
     "nas.TrainedNetwork": trained_network,
     "nas.Benchmark": benchmark,
+    "automl.AutoClassifier": auto_classifier,
+    "automl.AutoRegressor": auto_regressor,
     "tasks.Split": split,
     "tasks.TableEncoder": table_encoder,
     "transforms.LearnedWeights": learned_transform,
@@ -204,7 +224,8 @@ def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_pat
 
 
 def test_everything_that_can_be_saved_is_a_member():
-    rooms = (blackbox, evaluation, few_shot, nas, predictors, spaces, tasks, training, transforms)
+    importlib.import_module("metaopt.automl._saved")  # registers its types when they are used
+    rooms = (automl, blackbox, evaluation, few_shot, nas, predictors, spaces, tasks, training, transforms)
     public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}
     with pytest.raises(TypeError, match="it saves") as error:
         metaopt.save("never", object())

@@ -45,3 +45,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(_estimators, name)
     raise AttributeError(f"module 'metaopt.automl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Names the estimators before their first use, too."""
+    return sorted({*globals(), *__all__})
