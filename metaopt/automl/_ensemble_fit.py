@@ -65,7 +65,7 @@ class Options(NamedTuple):
     """Settings of a fit; see `AutoClassifier`."""
 
     metric: str
-    time_limit: float | None
+    clock: _schedule.Clock
     num_jobs: int
     seed: int
     verbose: bool | None
@@ -105,7 +105,6 @@ def fit_ensemble(
     Raises:
       RuntimeError: if no member could be fitted.
     """
-    clock = _schedule.Clock(options.time_limit)
     splits = split_rows(rows, num_classes, options.seed)
     folds = [_prepare_fold(rows, columns, num_classes, split, options.seed + i) for i, split in enumerate(splits)]
     times = TimeModel(len(splits[0].train), folds[0].data.views.trees.shape[1], num_classes)
@@ -113,8 +112,8 @@ def fit_ensemble(
         folds=[fold.data for fold in folds],
         fit_networks=_network_fitter(rows, columns, num_classes, folds, options.seed),
         times=times,
-        clock=clock,
-        reserve=0.0 if options.time_limit is None else 0.02 * options.time_limit + 0.2,
+        clock=options.clock,
+        reserve=0.0 if options.clock.limit is None else 0.02 * options.clock.limit + 0.2,
         num_jobs=options.num_jobs,
     )
     scored = _validated(rows, splits)

@@ -14,6 +14,7 @@ from metaopt.automl import _ensemble, _ensemble_fit
 from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._portfolio import portfolio
 from metaopt.automl._rows import sorted_rows
+from metaopt.automl._schedule import Clock
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class _AutoEstimator(BaseEstimator):
           ValueError: if the arrays do not fit together, the target is not valid, or an argument is unknown.
           RuntimeError: if no model could be fitted in time.
         """
-        options = self._options()
+        options = self._options()  # the time begins here
         validate_data(self, X, skip_check_array=True)
         self.encoder_ = tasks.fit_encoder(X)
         self.n_features_in_ = len(self.encoder_.input_names)
@@ -74,8 +75,8 @@ class _AutoEstimator(BaseEstimator):
         rows = sorted_rows(x[used], target[used], weight[used], *parts)
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
         members = portfolio(self._problem, self.preset, self.models, len(rows.y))
-        self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
         self.suspected_leaks_ = _suspected_leaks(x[used], target[used], self.encoder_)
+        self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
         self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
         self._keep_scores(rows)
         return self
@@ -132,7 +133,7 @@ class _AutoEstimator(BaseEstimator):
         limit = self.time_limit
         if limit is not None and not limit > 0:
             raise ValueError(f"`time_limit` must be positive or None; got {limit!r}.")
-        return Options(metric, limit, _ensemble_fit.num_jobs(self.n_jobs), self._seed(), self.verbose)
+        return Options(metric, Clock(limit), _ensemble_fit.num_jobs(self.n_jobs), self._seed(), self.verbose)
 
     def _seed(self) -> int:
         from sklearn.utils import check_random_state
