@@ -166,7 +166,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     The models are the network of `tabular_network` with the hyperparameters that the shipped g predicts, draws around
     them, linear models, forests and boosted trees. Each is fitted on 8 folds. Greedy selection weights the models by
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
-    models and folds; there is no refit on all rows.
+    models and folds; no model is fitted again on all rows.
 
     Three shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the
     time is over is not awaited, but its compilation may go on in the background. Boosted trees stop by the validation
@@ -175,7 +175,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant" (the network with g's hyperparameters), "balanced" (14 models) or "best" (22).
-      eval_metric: "log_loss" (default), "accuracy", "balanced_accuracy" or "roc_auc": what the weights maximize.
+      eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
+        "roc_auc".
       models: kinds of models to use, for example `("network", "lightgbm")`; None uses all that are installed.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
@@ -257,7 +258,7 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant", "balanced" or "best".
-      eval_metric: "rmse" (default), "mae" or "r2": what the weights maximize.
+      eval_metric: "rmse" (default), "mae" or "r2": the score that the weights maximize.
       models: kinds of models to use; None uses all that are installed.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.

@@ -30,7 +30,7 @@ class Views(NamedTuple):
 
 
 class FoldData(NamedTuple):
-    """What a fit reads.
+    """The inputs of a fit.
 
     Attributes:
       views: of the training rows.
@@ -98,7 +98,7 @@ def fit_fold(kind: str, settings: dict[str, Any], data: FoldData) -> tuple[Any, 
 
 
 def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
-    """Fits a model of a kind; thread pools of libraries have one thread meanwhile. The model of one class is None.
+    """Fits a model of a kind; thread pools of libraries have one thread meanwhile. For one class it returns None.
 
     Raises:
       Exception: whatever the library raises.
@@ -109,7 +109,7 @@ def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
         return None
     importlib.import_module(KINDS[kind].module)  # limits hold for the libraries that are loaded
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about convergence; the out-of-fold score shows what a model is worth
+        warnings.simplefilter("ignore")  # about convergence; the out-of-fold score shows the quality
         return KINDS[kind].fit(settings, data)
 
 
