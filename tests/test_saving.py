@@ -39,7 +39,7 @@ def with_header(path, **changes):
     ("changes", "message"),
     [
         ({"version": 9}, "is of version 9; this metaopt reads 'metaopt.evaluation' up to version 1"),
-        ({"format": "mine"}, "is not a file that .*: its format is 'mine'; this metaopt reads metaopt.benchmark, "),
+        ({"format": "mine"}, "is not a file that .*: its format is 'mine'; this metaopt reads metaopt.*benchmark, "),
         ({"version": "new"}, "is not a file that `metaopt.save` wrote"),
         ({"format": ["metaopt.split"]}, "is not a file that `metaopt.save` wrote"),
         ({"format": "metaopt.benchmark"}, "does not describe a `Benchmark` as it should: it lacks 'tasks'"),

@@ -70,7 +70,7 @@ def test_nas_bench_101_takes_the_genotype_that_a_search_gives():
     assert part.query({"cell": more}, "cifar10")[0] == 1.0
     for bad, message in [
         ({"cell": ((0, 1, "nor_conv_3x3"),)}, "links from 2u to 2v − 1"),
-        ({"normal": ()}, "of the one kind"),
+        ({"normal": ()}, 'has only the kind "cell"'),
         ({"cell": ()}, "no path"),
         (
             _nas_bench_101.graph_genotype(space, nas.Graph(((0, 1, 0), (0, 0, 1), (0, 0, 0)), ("", "maxpool3x3", ""))),

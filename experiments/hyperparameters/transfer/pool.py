@@ -1,5 +1,6 @@
 """Tasks to learn from: tables of the corpus, prepared, described, and padded to a few widths."""
 
+import contextlib
 import logging
 import warnings
 from pathlib import Path
@@ -71,17 +72,19 @@ def _describe_one(table: tasks.Table, widths) -> tuple[tasks.PreparedTable, dict
     columns = max((w.columns for w in widths if table.num_classes <= w.classes), default=None)
     if columns is None:
         return None
-    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    try:
-        prepared = tasks.prepare(
-            table, seed=0, valid_fraction=0.4, test_fraction=0.0, max_rows=2000, max_features=columns
-        )
-    except ValueError:
-        return None
-    if len(prepared.train.y) < 40:
-        return None
-    return prepared, tasks.metafeatures(prepared, groups=GROUPS, seed=0)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
+        warnings.simplefilter("ignore")
+        try:
+            prepared = tasks.prepare(
+                table, seed=0, valid_fraction=0.4, test_fraction=0.0, max_rows=2000, max_features=columns
+            )
+        except ValueError:
+            return None
+        if len(prepared.train.y) < 40:
+            return None
+        return prepared, tasks.metafeatures(prepared, groups=GROUPS, seed=0)
 
 
 def _width_of(prepared: tasks.PreparedTable, config: Config) -> int:
