@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 import metaopt
-from metaopt import _files, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
+from metaopt import _files, automl, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
 from metaopt.blackbox import _surrogates
 from metaopt.nas.search import _cell_encoder, _score_prior
 from metaopt.training import _checkpoints
@@ -208,6 +208,12 @@ def write_evaluation(folder):
     metaopt.save(folder / "scores.npz", compared)
 
 
+def write_auto_classifier(folder):
+    x, y = RNG.normal(size=(40, 2)), np.arange(40) % 2
+    options: dict[str, Any] = {"models": ("lightgbm",), "preset": "instant", "time_limit": None, "verbose": False}
+    metaopt.save(folder / "model.npz", automl.AutoClassifier(**options).fit(x, y))
+
+
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
@@ -376,6 +382,9 @@ CASES = {
     ),
     "NAS-Bench-201, new": Case(
         lambda f: write_pickles(f, "new"), lambda f: nas.read_nas_bench_201(f / "nas.pth"), BENCHMARK, numbers="missing"
+    ),
+    "auto_classifier": Case(
+        write_auto_classifier, lambda f: metaopt.load(f / "model.npz"), automl.AutoClassifier, share=0.5
     ),
     "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, numbers="missing"),
 }

@@ -7,7 +7,7 @@ import numpy as np
 
 from metaopt import _files, _saving, tasks
 from metaopt.automl import _kinds
-from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember
+from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember, predict_ensemble
 from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_frame
 from metaopt.automl._inputs import Inputs, TargetTable
 from metaopt.automl._network_folds import NetworkModel
@@ -34,9 +34,8 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "python": platform.python_version(),
         "params": _params(estimator),
         "encoder": estimator.encoder_.state(),
-        "feature_names": [str(name) for name in getattr(estimator, "feature_names_in_", [])],
+        "has_names": hasattr(estimator, "feature_names_in_"),
         "suspected_leaks": list(estimator.suspected_leaks_),
-        "num_features": int(estimator.n_features_in_),
         "ensemble": {
             "num_folds": len(ensemble.inputs),
             "num_classes": ensemble.num_classes,
@@ -61,9 +60,9 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     parts = header["ensemble"]
     num_folds, num_classes = int(parts["num_folds"]), int(parts["num_classes"])
     estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
-    estimator.n_features_in_ = int(header["num_features"])
-    if header["feature_names"]:
-        estimator.feature_names_in_ = np.array(header["feature_names"], dtype=object)
+    estimator.n_features_in_ = len(estimator.encoder_.input_names)
+    if header["has_names"]:
+        estimator.feature_names_in_ = np.array(estimator.encoder_.input_names, dtype=object)
     members = []
     for fields in parts["members"]:
         name, kind, settings = fields["member"]
@@ -82,14 +81,30 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
         num_classes,
         float(parts["score"]),
     )
+    _check_prediction(estimator)
     estimator.nonconformity_ = file["nonconformity"]
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
     if num_classes:
         estimator.classes_ = _decode_labels(header["classes"])
+        if len(estimator.classes_) != num_classes:
+            raise ValueError(f"it names {len(estimator.classes_)} classes, and has {num_classes}")
     else:
         estimator.mean_, estimator.scale_ = float(header["mean"]), float(header["scale"])
     return estimator
+
+
+def _check_prediction(estimator: Any) -> None:
+    """Raises ValueError unless the parts of a loaded estimator fit each other: it predicts two rows."""
+    ensemble = estimator.ensemble_
+    x = np.stack([np.zeros(len(estimator.encoder_.names)), np.full(len(estimator.encoder_.names), np.nan)])
+    shape = (2, ensemble.num_classes) if ensemble.num_classes else (2,)
+    try:
+        predicted = predict_ensemble(ensemble, x)
+    except Exception as error:
+        raise ValueError(f"its models, columns and classes do not fit each other: {error}") from error
+    if predicted.shape != shape or not np.isfinite(predicted).all():
+        raise ValueError("its predictions are not finite numbers, one for each row and class")
 
 
 def _params(estimator: Any) -> dict[str, Any]:
@@ -140,7 +155,12 @@ def _encode_model(prefix: str, kind: str, model: Any) -> dict[str, np.ndarray]:
 def _decode_model(prefix: str, kind: str, file: _files.Npz) -> Any:
     if kind != "network":
         data = file[f"{prefix}model"].tobytes()
-        return _kinds.KINDS[kind].loads(data) if data else None
+        try:
+            return _kinds.KINDS[kind].loads(data) if data else None
+        except ImportError:
+            raise
+        except Exception as error:  # each library has its own types of errors
+            raise ValueError(f"its model {prefix.rstrip(': ')} cannot be read: {error}") from error
     params = {key: file[f"{prefix}params.{key}"] for key in ("hidden", "bias", "output", "output_bias", "linear")}
     names = ("hinge_scale", "hidden_scale", "output_scale", "linear_scale")
     scales = {key: float(file[f"{prefix}scales.{key}"]) for key in names}
