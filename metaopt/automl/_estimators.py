@@ -231,8 +231,11 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
         y = _target(y, len(weight))
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
+        if y.dtype == object:  # texts, and numbers or booleans among them
+            self.classes_, codes = tasks.fit_labels(y)
+        else:
+            check_classification_targets(y)
+            self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
                 f"The target has one class, {self.classes_.tolist()[0]!r}: a classifier needs at least two."
@@ -305,6 +308,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
 
     def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
         y = np.asarray(_target(y, len(weight)))
+        if y.dtype.kind in "mMc":
+            raise ValueError(f"The target must be numbers; got {y.dtype}. Convert it, for example to days.")
         try:
             y = y.astype(np.float64)
         except (TypeError, ValueError) as error:

@@ -260,6 +260,26 @@ def test_the_network_predicts_in_numpy_as_in_jax(wine):
     np.testing.assert_allclose(_network_folds.predict(model, prepared.test.x), expected, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("y", "classes"),
+    [
+        (np.array([0, 1] * 20, object), [0, 1]),
+        (pd.Categorical(["b", "a"] * 20), ["a", "b"]),
+        (pd.array([True, False] * 20, dtype="boolean"), [False, True]),
+        (["a", 1] * 20, ["1", "a"]),
+    ],
+)
+def test_labels_of_any_type(y, classes):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x, y)
+    assert list(model.classes_) == classes and set(model.predict(x)) <= set(classes)
+
+
+def test_a_target_of_dates_is_rejected():
+    with pytest.raises(ValueError, match="must be numbers; got datetime64"):
+        automl.AutoRegressor(**QUICK).fit(np.zeros((40, 1)), pd.date_range("2020", periods=40))
+
+
 REFUSALS = [
     ({"preset": "large"}, {}, "`preset` must be one of instant, balanced, best; got 'large'"),
     ({"eval_metric": "rmse"}, {}, "`eval_metric` must be one of log_loss"),
