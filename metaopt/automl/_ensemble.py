@@ -90,13 +90,17 @@ def max_members(num_rows: int) -> int:
 
 
 def fit_temperature(probabilities: np.ndarray, target: Target) -> float:
-    """T ∈ [1/4, 4] that minimizes the log loss of p^(1/T) / Σ p^(1/T).
+    """T ∈ [1/4, 4] that minimizes the log loss of p^(1/T) / Σ p^(1/T), with the prior log T ~ N(0, 1/16).
+
+    Without the prior, a few dozen rows that are all predicted correctly would make all probabilities 0 or 1.
 
     Source: Guo et al., "On calibration of modern neural networks", ICML 2017, https://arxiv.org/abs/1706.04599
     """
     from scipy import optimize
 
-    loss = lambda log_t: -score("log_loss", tempered(probabilities, math.exp(log_t)), target)
+    def loss(log_t):
+        return -score("log_loss", tempered(probabilities, math.exp(log_t)), target) + 8 * log_t**2 / len(target.y)
+
     result = optimize.minimize_scalar(loss, bounds=(-math.log(4), math.log(4)), method="bounded")
     return math.exp(result.x) if result.fun < loss(0.0) else 1.0
 
@@ -106,6 +110,12 @@ def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     log_p = np.log(np.maximum(probabilities, LOWEST)) / temperature
     p = np.exp(log_p - log_p.max(axis=-1, keepdims=True))
     return p / p.sum(axis=-1, keepdims=True)
+
+
+def smoothed(probabilities: np.ndarray, num_rows: int) -> np.ndarray:
+    """(1 − ε) p + ε / C with ε = 1 / (n + 1): one wrong prediction among n + 1 is always possible."""
+    weight = 1 / (num_rows + 1)
+    return (1 - weight) * probabilities + weight / probabilities.shape[-1]
 
 
 def conformal_threshold(scores: np.ndarray, coverage: float) -> float:

@@ -156,7 +156,9 @@ def predict_ensemble(fitted: FittedEnsemble, x: np.ndarray) -> np.ndarray:
                 predicted = _predict_model(member.member.kind, member.models[i], views, fitted.classes[i])
                 total += member.weight * _all_classes(predicted, fitted.classes[i], fitted.num_classes)
     mean = total / len(fitted.inputs)
-    return _ensemble.tempered(mean, fitted.temperature) if fitted.num_classes else mean
+    if not fitted.num_classes:
+        return mean
+    return _ensemble.smoothed(_ensemble.tempered(mean, fitted.temperature), len(fitted.out_of_fold))
 
 
 def num_jobs(value: int | None) -> int:
@@ -274,7 +276,7 @@ def _combine(results, failed, rows, folds, scored, scores, num_classes, options)
     weights = _ensemble.greedy_weights([p[scored] for p in predictions], target, options.metric, most)
     mean = np.tensordot(weights, np.stack(predictions), 1)
     temperature = _ensemble.fit_temperature(mean[scored], target) if num_classes else 1.0
-    calibrated = _ensemble.tempered(mean, temperature) if num_classes else mean
+    calibrated = _ensemble.smoothed(_ensemble.tempered(mean, temperature), len(rows.y)) if num_classes else mean
     members = [
         FittedMember(
             result.member,

@@ -202,6 +202,10 @@ _TRUSTED = (
 
 # --- boosting ---
 
+# Few validation rows would choose a number of rounds that fits them: the out-of-fold score would be far too good.
+_LEAST_TO_STOP = 64
+_FIXED_ROUNDS = 150
+
 
 def _fit_lightgbm(settings, data):
     lightgbm = importlib.import_module("lightgbm")
@@ -223,7 +227,8 @@ def _fit_lightgbm(settings, data):
     made = {"feature_name": names, "categorical_feature": levels, "free_raw_data": False}
     train = lightgbm.Dataset(data.views.trees, data.y, weight=data.weight, params={"verbosity": -1}, **made)
     valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
-    stop = [lightgbm.early_stopping(patience, verbose=False)] if len(data.valid_y) else []
+    stop = [lightgbm.early_stopping(patience, verbose=False)] if len(data.valid_y) >= _LEAST_TO_STOP else []
+    rounds = rounds if stop else min(rounds, _FIXED_ROUNDS)
     booster = lightgbm.train(options, train, rounds, valid_sets=[valid] if stop else None, callbacks=stop)
     return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration or None))
 
@@ -253,7 +258,9 @@ def _fit_xgboost(settings, data):
     }
     train = xgboost.DMatrix(data.views.trees, data.y, weight=data.weight, nthread=1)
     stop: dict[str, Any] = {}
-    if len(data.valid_y):
+    if len(data.valid_y) < _LEAST_TO_STOP:
+        rounds = min(rounds, _FIXED_ROUNDS)
+    else:
         valid = xgboost.DMatrix(data.valid_views.trees, data.valid_y, weight=data.valid_weight, nthread=1)
         stop = {"evals": [(valid, "valid")], "early_stopping_rounds": patience, "verbose_eval": False}
     booster = xgboost.train(options, train, rounds, **stop)

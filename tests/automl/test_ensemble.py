@@ -86,3 +86,12 @@ def test_conformal_thresholds_are_order_statistics():
     assert _ensemble.conformal_threshold(scores, 0.8) == 0.4  # ceil(5 · .8) = 4
     assert _ensemble.conformal_threshold(scores, 0.5) == 0.3  # ceil(2.5) = 3
     assert _ensemble.conformal_threshold(scores, 0.9) == math.inf  # five rows are needed
+
+
+def test_a_few_rows_that_are_all_right_do_not_make_probabilities_extreme():
+    p = np.tile([0.7, 0.2, 0.1], (40, 1))
+    target = Target(np.zeros(40, int), np.ones(40))
+    assert 0.4 < _ensemble.fit_temperature(p, target) < 1
+    extreme = _ensemble.smoothed(np.eye(3)[target.y], 40)
+    np.testing.assert_allclose(extreme.sum(axis=1), 1)
+    np.testing.assert_allclose(extreme[0], [1 - 2 / 123, 1 / 123, 1 / 123])  # ε / C = 1 / (3 · 41)
