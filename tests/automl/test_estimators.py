@@ -99,13 +99,20 @@ def test_every_kind_of_scikit_learn_is_saved(kind, wine, tmp_path):
     np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
 
 
-def test_a_tree_that_points_outside_is_rejected(wine, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("feature", 1000, "splits a column that does not exist"),
+        ("children_left", 10**6, "whose child does not exist"),
+        ("children_right", 0, "whose child does not exist"),  # a loop
+    ],
+)
+def test_a_tree_that_points_outside_is_rejected(field, value, message, wine, tmp_path):
     x, y, *_ = wine
     model = automl.AutoClassifier(**QUICK | {"models": ("extra_trees",)}).fit(x, y)
-    tree = model.ensemble_.members[0].models[0].estimators_[0].tree_
-    tree.feature[0] = 1000
+    getattr(model.ensemble_.members[0].models[0].estimators_[0].tree_, field)[0] = value
     metaopt.save(tmp_path / "model.npz", model)
-    with pytest.raises(ValueError, match="splits a column that does not exist"):
+    with pytest.raises(ValueError, match=message):
         metaopt.load(tmp_path / "model.npz")
 
 
