@@ -27,7 +27,7 @@ from experiments.data.corpus.targets import (
     make_task,
 )
 from experiments.hyperparameters.transfer.families import FILE, draw_judging
-from metaopt import tasks
+from metaopt import automl, tasks
 
 
 def _frame(item, seed=0, rows=200, **columns):
@@ -241,6 +241,7 @@ def test_the_committed_corpus_has_no_family_for_judging():
     with open(folder / "results" / "transfer_corpus.csv") as file:
         rows = list(csv.DictReader(file))
     families = {row["family"] for row in rows}
+    assert automl.shipped_predictor().trained_on == {row["name"]: row["row_hash"] for row in rows}
     assert len(rows) > 2000 and len(families) > 700 and len(judging) == 28 and not families & set(judging)
     kept = exclude(
         [tasks.Table(f, f, np.zeros((2, 0)), np.zeros(2, int), np.zeros(0, bool)) for f in judging], Excluded()

@@ -20,11 +20,14 @@ class TrainedPredictor(NamedTuple):
       meta_params: φ, with the shapes of `predictor.init`. (If `meta_architecture_search` learned {"h", "init"}, this is
         the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
       scaling: of raw meta-features, with which `scaled_features` computes `task.features`; None if there is none.
+      trained_on: the tasks that g learned from: name -> hash of the rows, or another text that identifies them. It
+        shows whether g may have seen a table on which it is judged.
     """
 
     predictor: base.Predictor
     meta_params: base.PyTree
     scaling: tasks.FeatureScaling | None = None
+    trained_on: Mapping[str, str] = {}
 
     @property
     def space(self) -> base.PyTree:
@@ -78,7 +81,7 @@ class TrainedPredictor(NamedTuple):
 
 
 def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:
-    predictor, meta_params, scaling = trained
+    predictor, meta_params, scaling, trained_on = trained
     if not predictor.config:
         raise ValueError(
             "This predictor has no `config`, so it could not be rebuilt from a file. Create the `Predictor` with the "
@@ -89,18 +92,21 @@ def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:
     if shapes != expected:
         raise ValueError(f"`meta_params` must have the shapes that `predictor.init` returns, {expected}; got {shapes}.")
     fields = None if scaling is None else _feature_scaling(scaling._asdict())._asdict()
-    return {"config": predictor.config, "scaling": fields}, _saving.named_leaves("", meta_params)
+    header = {"config": predictor.config, "scaling": fields, "trained_on": dict(trained_on)}
+    return header, _saving.named_leaves("", meta_params)
 
 
 def _decode(header: dict[str, Any], file: _files.Npz) -> TrainedPredictor:
-    config, fields = header["config"], header["scaling"]
+    config, fields, trained_on = header["config"], header["scaling"], header["trained_on"]
+    if not isinstance(trained_on, dict) or not all(isinstance(text, str) for text in trained_on.values()):
+        raise ValueError("its list of training tasks is not a dict of texts")
     scaling = None if fields is None else _feature_scaling(fields)
     _check_sizes(config, spaces.from_json(config["space"]), file)
     predictor = _networks.from_config(config)
     template = jax.eval_shape(predictor.init, jax.random.key(0))
     arrays = file.floats(_saving.shapes("", template))
     meta_params = jax.tree.map(jnp.asarray, _saving.tree_from_leaves("", arrays, template))
-    return TrainedPredictor(predictor, meta_params, scaling)
+    return TrainedPredictor(predictor, meta_params, scaling, trained_on)
 
 
 def _feature_scaling(fields: Any) -> tasks.FeatureScaling:

@@ -154,6 +154,8 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
             {"scaling": {"names": ["n"], "center": [0.0], "scale": [0.0], "log": [False]}},
             "its scaling has a scale that is not positive",
         ),
+        ({"trained_on": ["iris"]}, "its list of training tasks is not a dict of texts"),
+        ({"trained_on": {"iris": 3}}, "its list of training tasks is not a dict of texts"),
     ],
 )
 def test_other_headers(change, message, tmp_path):

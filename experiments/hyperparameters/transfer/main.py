@@ -1,6 +1,7 @@
 """The command line: prepare, learn, judge, ship."""
 
 import argparse
+import csv
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def ship(folder: Path, seeds: list[int]) -> None:
     meta_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t.meta_params for t in trained))
     g = predictors.ensemble(trained[0].predictor, len(seeds))
     file = Path(metaopt.__file__).parent / "automl" / "tabular_predictor.npz"
-    metaopt.save(file, predictors.TrainedPredictor(g, meta_params, trained[0].scaling))
+    with open(folder / "corpus.csv") as corpus:
+        trained_on = {row["name"]: row["row_hash"] for row in csv.DictReader(corpus)}
+    metaopt.save(file, predictors.TrainedPredictor(g, meta_params, trained[0].scaling, trained_on))
     shutil.copy(folder / "corpus.csv", script.RESULTS / "transfer_corpus.csv")
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)
