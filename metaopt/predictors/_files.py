@@ -97,7 +97,7 @@ def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _decode(header: dict[str, Any], file: _files.Npz) -> TrainedPredictor:
-    config, fields, trained_on = header["config"], header["scaling"], header["trained_on"]
+    config, fields, trained_on = header["config"], header["scaling"], header.get("trained_on", {})
     if not isinstance(trained_on, dict) or not all(isinstance(text, str) for text in trained_on.values()):
         raise ValueError("its list of training tasks is not a dict of texts")
     scaling = None if fields is None else _feature_scaling(fields)
