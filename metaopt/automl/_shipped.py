@@ -18,9 +18,9 @@ def shipped_predictor() -> TrainedPredictor:
     """The trained g of `tabular_network`.
 
     It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
-    fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. `trained_on` lists
-    the tasks that it learned from, with hashes of their rows; `experiments/results/transfer_corpus.csv` adds sources
-    and licences.
+    fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. Its
+    `trained_on` lists the tasks that it learned from, with hashes of their rows; sources and licences are in
+    `experiments/results/transfer_corpus.csv`.
 
     Returns:
       The predictor with its weights, the scaling of its meta-features, and the space of λ.
