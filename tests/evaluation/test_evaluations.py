@@ -144,6 +144,16 @@ def test_methods_with_the_same_scores_are_all_in_bold():
     assert bold == {"a": True, "b": True, "less": False}
 
 
+@pytest.mark.parametrize("order", ["low first", "high first"])
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_best_is_in_bold_whatever_its_place(order, higher):
+    scores = {"low": {"u": [[0.1], [0.3]]}, "high": {"u": [[0.5], [0.7]]}}
+    names = ["low", "high"] if order == "low first" else ["high", "low"]
+    table = evaluation.leaderboard(by_hand({name: scores[name] for name in names}, higher=higher))
+    bold = {line.split(" | ")[0][2:] for line in table.splitlines()[2:4] if "**" in line}
+    assert bold == {"high" if higher else "low"}
+
+
 def test_scores_that_are_not_finite_have_a_mean_and_no_interval():
     wild, large = [[[np.inf], [1.0]], [[np.inf], [-np.inf]]], np.array([[1e30], [3e30]], np.float32)
     of = by_hand({"a": {"u": wild[0], "v": wild[1]}, "b": {"u": [[1.0], [1.0]], "v": wild[1]}})

@@ -70,6 +70,17 @@ def test_context_has_fresh_keys_the_step_and_the_model_state():
     assert not set(state.model_state["seen"].tolist()) & set(other.model_state["seen"].tolist())
 
 
+def test_the_key_of_a_loss_is_never_that_of_the_rows():
+    keys = lambda key, step, data: jax.random.key_data(key)
+    loop = make(optimizer=lambda hp: optax.sgd(0.1), sampler=keys, with_context=True, init=lambda *_: (0.0, None))
+    state, of_rows, of_losses = loop.init(KEY, LAM, DATA), set(), set()
+    for step in range(6):
+        state = state._replace(step=jnp.int32(step))
+        of_rows.add(tuple(loop.batch(state, DATA).tolist()))
+        of_losses.add(tuple(jax.random.key_data(loop.context(state).key).tolist()))
+    assert len(of_losses) == 6 and not of_rows & of_losses
+
+
 def test_the_key_of_init_is_not_the_key_of_the_run():
     keys = [KEY]
 

@@ -3,12 +3,16 @@
     python tests/mutation/campaign.py draw --seed 0 --num 150      # writes mutants.json
     python tests/mutation/campaign.py run --workers 2              # hours; continues where it was stopped
     python tests/mutation/campaign.py report                       # writes mutants.md
+    python tests/mutation/campaign.py move                         # after the code has moved: where its places are now
+
+Each list has its own folder: `--folder tests/mutation/seed_1` before the command.
 
 `draw` parses every file of `metaopt`, lists all places where an operator applies, and draws from them: rooms take
 turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
 applies one mutant at a time to a copy of the repository and runs, up to the number of `--stages`, the tests of its
-file, those of its room, the batteries over all rooms, and the whole suite. A mutant is detected if a test fails
-twice or the tests run 25 minutes. A later run with more stages continues with the survivors of fewer.
+file, those of its room, the batteries over all rooms, and the whole suite. The test that detected it in the last
+campaign comes first. A mutant is detected if a test fails twice or the tests run 25 minutes. A later run with more
+stages continues with the survivors of fewer.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
@@ -31,7 +35,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-HERE = pathlib.Path(__file__).parent
 TIMEOUT = 1500  # seconds of one stage of tests
 
 
@@ -46,6 +49,7 @@ class Mutant(NamedTuple):
       end: where they end.
       text: what replaces them.
       was: what they were.
+      test: what detected it in the last campaign, or "".
     """
 
     operator: str
@@ -55,6 +59,17 @@ class Mutant(NamedTuple):
     end: int
     text: str
     was: str
+    test: str = ""
+
+
+def read(folder: pathlib.Path) -> list[Mutant]:
+    return [Mutant(**fields) for fields in json.loads((folder / "mutants.json").read_text())]
+
+
+def write(folder: pathlib.Path, mutants: list[Mutant]) -> None:
+    folder.mkdir(exist_ok=True)
+    text = json.dumps([mutant._asdict() for mutant in mutants], indent=1, ensure_ascii=False)
+    (folder / "mutants.json").write_text(text + "\n")
 
 
 # ---- Operators: syntax node -> (name, replaced node, new text) ----------------------------------------------------
@@ -185,6 +200,15 @@ def draw(seed: int, num: int) -> list[Mutant]:
     return drawn
 
 
+def moved(mutant: Mutant) -> Mutant:
+    """The same fault in today's file, at the nearest line."""
+    fault = (mutant.operator, mutant.was, mutant.text)
+    same = [m for m in places(ROOT / mutant.file) if (m.operator, m.was, m.text) == fault]
+    if not same:
+        raise ValueError(f"{mutant.file} has no {mutant.was!r} any more (it was in line {mutant.line}).")
+    return min(same, key=lambda m: abs(m.line - mutant.line))._replace(test=mutant.test)
+
+
 # ---- Running ------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +221,10 @@ def mutated(source: bytes, mutant: Mutant) -> bytes:
 
 
 def stages(mutant: Mutant) -> list[list[str]]:
-    """What pytest is asked for, nearest first: the tests of the file, of its room, of all rooms, and the suite."""
+    """What pytest is asked for, nearest first: the tests of the file, of its room, of all rooms, and the suite.
+
+    The test of the last campaign comes before those of the file.
+    """
     file = pathlib.Path(mutant.file)
     stems = {file.stem.strip("_"), *(part.strip("_") for part in file.parts[1:-1])}
     room = ROOT / "tests" / room_of(mutant.file)
@@ -224,6 +251,11 @@ def first_failure(copy: pathlib.Path, targets: list[str]) -> str:
     return failed[0] if failed else ran.stdout[-200:] + ran.stderr[-200:]
 
 
+def fails_again(copy: pathlib.Path, test: str) -> bool:
+    """Whether the test of the last campaign still exists and fails twice."""
+    return all(first_failure(copy, [test]).startswith(test) for _ in range(2))
+
+
 def outcome(copy: pathlib.Path, mutant: Mutant, which: slice) -> tuple[str, str]:
     """("detected" or "survived", the first failing test or "") of some of the stages.
 
@@ -233,6 +265,8 @@ def outcome(copy: pathlib.Path, mutant: Mutant, which: slice) -> tuple[str, str]
     source = path.read_bytes()
     path.write_bytes(mutated(source, mutant))
     try:
+        if which.start == 0 and mutant.test and fails_again(copy, mutant.test):
+            return "detected", mutant.test
         for targets in filter(None, stages(mutant)[which]):
             failed, skipped = first_failure(copy, targets), []
             while failed and "::" in failed and not first_failure(copy, [failed]):
@@ -245,10 +279,10 @@ def outcome(copy: pathlib.Path, mutant: Mutant, which: slice) -> tuple[str, str]
         path.write_bytes(source)
 
 
-def run(workers: int, num_stages: int) -> None:
+def run(folder: pathlib.Path, workers: int, num_stages: int) -> None:
     """Runs the mutants that have no result yet; every result is written at once."""
-    mutants = [Mutant(**fields) for fields in json.loads((HERE / "mutants.json").read_text())]
-    results_file = HERE / "results.json"
+    mutants = read(folder)
+    results_file = folder / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     waiting: queue.Queue[int] = queue.Queue()
     for i in range(len(mutants)):
@@ -257,13 +291,13 @@ def run(workers: int, num_stages: int) -> None:
             waiting.put(i)
     lock = threading.Lock()
 
-    def work(folder: pathlib.Path) -> None:
+    def work(copy: pathlib.Path) -> None:
         while True:
             try:
                 i = waiting.get_nowait()
             except queue.Empty:
                 return
-            verdict, test = outcome(folder, mutants[i], slice(results.get(str(i), {"stages": 0})["stages"], num_stages))
+            verdict, test = outcome(copy, mutants[i], slice(results.get(str(i), {"stages": 0})["stages"], num_stages))
             with lock:
                 results[str(i)] = {"outcome": verdict, "test": test, "stages": num_stages}
                 results_file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -275,20 +309,21 @@ def run(workers: int, num_stages: int) -> None:
     with tempfile.TemporaryDirectory() as work_dir:
         threads = []
         for worker in range(workers):
-            folder = pathlib.Path(work_dir) / str(worker) / "metaopt"
-            ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__")
-            shutil.copytree(ROOT, folder, ignore=ignored)
-            threads.append(threading.Thread(target=work, args=(folder,)))
+            copy = pathlib.Path(work_dir) / str(worker) / "metaopt"
+            ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "results_local", "_build")
+            shutil.copytree(ROOT, copy, ignore=ignored)
+            threads.append(threading.Thread(target=work, args=(copy,)))
             threads[-1].start()
         for thread in threads:
             thread.join()
 
 
-def report() -> str:
+def report(folder: pathlib.Path) -> str:
     """The list of mutants with their outcome, as Markdown."""
-    mutants = [Mutant(**fields) for fields in json.loads((HERE / "mutants.json").read_text())]
-    results = json.loads((HERE / "results.json").read_text())
-    equivalent = json.loads((HERE / "equivalent.json").read_text()) if (HERE / "equivalent.json").exists() else {}
+    mutants = read(folder)
+    results = json.loads((folder / "results.json").read_text())
+    reasons = folder / "equivalent.json"
+    equivalent = json.loads(reasons.read_text()) if reasons.exists() else {}
     rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0}
     for i, mutant in enumerate(mutants):
         result = results[str(i)]
@@ -313,21 +348,27 @@ def report() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="of the list")
     drawing = commands.add_parser("draw", help="draw mutants and write mutants.json")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--num", type=int, default=150)
     running = commands.add_parser("run", help="run the tests on every mutant without a result")
     running.add_argument("--workers", type=int, default=2)
     running.add_argument("--stages", type=int, default=3, choices=range(1, 5), help="how many, nearest first")
-    commands.add_parser("report", help="write mutants.md")
+    commands.add_parser("report", help="write mutants.md, and what detected each into mutants.json")
+    commands.add_parser("move", help="find the places of mutants.json in today's files")
     options = parser.parse_args()
     if options.command == "draw":
-        drawn = [mutant._asdict() for mutant in draw(options.seed, options.num)]
-        (HERE / "mutants.json").write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
+        write(options.folder, draw(options.seed, options.num))
+    elif options.command == "move":
+        write(options.folder, [moved(mutant) for mutant in read(options.folder)])
     elif options.command == "run":
-        run(options.workers, options.stages)
+        run(options.folder, options.workers, options.stages)
     else:
-        (HERE / "mutants.md").write_text(report())
+        (options.folder / "mutants.md").write_text(report(options.folder))
+        results = json.loads((options.folder / "results.json").read_text())
+        tests = [results[str(i)]["test"] for i in range(len(results))]
+        write(options.folder, [m._replace(test=test) for m, test in zip(read(options.folder), tests, strict=True)])
 
 
 if __name__ == "__main__":
