@@ -8,8 +8,8 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --ablations      # adds the estimator without one of its parts, on 15 tables
 
-A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the tables of the folder that the environment variable
-METAOPT_DATA names.
+A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
+tables of the folder that the environment variable METAOPT_DATA names.
 """
 
 import json
