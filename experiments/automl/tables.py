@@ -8,8 +8,8 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --ablations      # adds the estimator without one of its parts, on 15 tables
 
-A run that is interrupted goes on from `--keep`. Needs the tables of the folder that the environment variable
-METAOPT_DATA names.
+A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
+tables of the folder that the environment variable METAOPT_DATA names.
 """
 
 import json
@@ -156,6 +156,26 @@ def constant(split: Split, seed: int, args):
     return np.tile(shares, (len(split.test), 1)), {}
 
 
+def export(splits: list[Split], folder: Path) -> None:
+    """Writes the tables for `peers.py`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table, is_class, train, test in splits:
+        arrays = {"x": table.x, "y": table.y, "categorical": table.categorical, "train": train, "test": test}
+        np.savez_compressed(folder / f"{table.name}.npz", is_class=is_class, **arrays)
+
+
+def peer(label: str, folder: Path):
+    """Reads what `peers.py` predicted."""
+
+    def method(split: Split, seed: int, args):
+        result = json.loads((folder / f"{split.table.name}, {label}.json").read_text())
+        predicted = np.array(result["predicted"])
+        details = {"fit": result["fit"], "predict": result["predict"], "models": result["models"]}
+        return (_aligned(predicted, np.array(result["classes"]), split) if split.is_class else predicted), details
+
+    return method
+
+
 def methods(args) -> dict[str, Callable]:
     chosen: dict[str, Callable] = {
         "class shares or mean": constant,
@@ -166,6 +186,9 @@ def methods(args) -> dict[str, Callable]:
         "metaopt instant": lambda split, seed, args: auto(split, seed, args, preset="instant"),
         "metaopt": auto,
     }
+    if args.peers is not None:
+        labels = sorted({file.stem.split(", ", 1)[1] for file in args.peers.glob("*.json")})
+        chosen |= {label: peer(label, args.peers) for label in labels}
     if args.ablations:
         chosen |= {f"metaopt {name}": _with(options) for name, options in ABLATIONS.items()}
     return chosen
@@ -241,9 +264,14 @@ def main() -> None:
     parser.add_argument("--tables", type=int, default=None, help="only the first ones")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the models")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished tables")
+    parser.add_argument("--export", type=Path, default=None, help="only write the tables to this folder")
+    parser.add_argument("--peers", type=Path, default=None, help="folder of the predictions of `peers.py`")
     args = parser.parse_args()
     args.time = 5.0 if args.smoke else args.time
     splits, chosen = load(args), methods(args)
+    if args.export is not None:
+        export(splits, args.export)
+        return
     results: dict[str, list[dict]] = {name: [] for name in chosen}
     with report_progress(len(splits) * len(chosen), None, "{table}, {method}", table="", method="") as progress:
         for number, split in enumerate(splits):
