@@ -236,10 +236,10 @@ def test_everything_that_can_be_saved_is_a_member():
     assert names | texts <= MEMBERS.keys() <= public and all(map(inspect.isfunction, MEMBERS.values()))
 
 
-def test_a_loaded_scaling_is_what_apply_scaling_takes(tmp_path):
+def test_a_loaded_scaling_scales_as_before(tmp_path):
     found, saved = predictor(tmp_path / "file")
     assert found.scaling is not None and saved.scaling is not None
     features = {"n": 4.0, "m": 100.0}
     np.testing.assert_array_equal(
-        tasks.apply_scaling(found.scaling, features, clip=9.0), tasks.apply_scaling(saved.scaling, features, clip=9.0)
+        found.scaling.transform(features, clip=9.0), saved.scaling.transform(features, clip=9.0)
     )

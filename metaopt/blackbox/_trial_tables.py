@@ -55,7 +55,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
       Fidelities that differ only by rounding, up to a relative millionth, are merged. A fidelity that lacks at most a
       millionth of the full budget counts as 1.
 
-    >>> from metaopt import Record, blackbox
+    >>> from metaopt import blackbox
+    >>> from metaopt.base import Record
     >>> records = [Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)]
     >>> table = blackbox.tabulate(records)
     >>> table.configurations, table.outcomes[:, :, 0].tolist()

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 
 
 def test_records_become_a_table_and_come_back():

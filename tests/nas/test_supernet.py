@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import inner, nas
+from metaopt import _batches, inner, nas
 from metaopt.nas import _graphs, _normalization
 
 KEY = jax.random.key(0)
@@ -379,14 +379,14 @@ def test_labels_and_masks_of_other_forms_are_refused(batch, message):
         jax.eval_shape(lambda batch: inner.cross_entropy(jnp.zeros((3, 2)), batch), batch)
     if "class_mask" in batch or batch["y"].dtype == float:
         for check in (
-            inner.check_labels,
-            lambda batch, num: jax.eval_shape(lambda b: inner.check_labels(b, num), batch),
+            _batches.check_labels,
+            lambda batch, num: jax.eval_shape(lambda b: _batches.check_labels(b, num), batch),
         ):
             with pytest.raises(ValueError, match=message):
                 check(batch, 2)
     if batch["y"].shape[0] < 3:
         with pytest.raises(ValueError, match='"x" and "y" must have the same number of rows; got 3 and'):
-            inner.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
+            _batches.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
 
 
 def test_normalization_by_one_row_is_refused():

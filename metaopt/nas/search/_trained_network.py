@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _files, _saving, base, inner
+from metaopt import _batches, _files, _saving, base, inner
 from metaopt.nas import _ops, _specs, _supernet
 
 _BATCH = 256  # rows per prediction batch
@@ -88,7 +88,7 @@ class TrainedNetwork(NamedTuple):
                 f"got shape {np.shape(data['mask'])} and {len(rows)} real rows."
             )
         outputs = self.outputs(x[rows])
-        inner.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
+        _batches.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
         if data.get("class_mask") is not None:
             outputs = np.where(np.asarray(data["class_mask"]) > 0, outputs, -np.inf)
         right = (outputs.argmax(-1) == y[rows]) & ~np.isnan(outputs).any(-1)
@@ -214,7 +214,7 @@ def _network(supernet, params, weights, statistics) -> TrainedNetwork:
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
     """Returns the indices of the rows that are not padding."""
-    mask = inner.row_mask(data)
+    mask = _batches.row_mask(data)
     return np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
 
 
