@@ -193,8 +193,16 @@ def space(path):
 
 
 def network(path):
-    saved = (nas.nas_bench_201_space(), nas.darts_space(7), nas.mlp_space(3))
-    return tuple(nas.network_from_json(nas.network_to_json(network)) for network in saved), saved
+    return restored(path, nas.darts_space(7))
+
+
+def elastic_network(path):
+    return restored(path, nas.mlp_space(3))
+
+
+def cost_table(path):
+    term = nas.CostTerm((("cell", 0), ("cell", 1)), np.array([[0.5, 1.0], [2.0, 3.0]]))
+    return restored(path, nas.CostTable(0.25, (term,), "ms"))
 
 
 MEMBERS = {
@@ -213,7 +221,9 @@ MEMBERS = {
     "blackbox.append_records": store,
     "blackbox.records_to_frame": frame,
     "spaces.to_json": space,
-    "nas.network_to_json": network,
+    "nas.Network": network,
+    "nas.ElasticNetwork": elastic_network,
+    "nas.CostTable": cost_table,
 }
 
 

@@ -8,9 +8,9 @@ momentum.
 (`hypergrad.forward`: memory does not depend on T) and by reverse mode (`hypergrad.unrolled`, `remat="sqrt"`). Both are
 exact: the script shows their difference and costs.
 * Greedy rules tune one rate during training, and look only a few steps ahead: `hypergrad.truncated` with one step
-(T1–T2), `hypergrad.lookahead` (five) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR 2018,
-https://arxiv.org/abs/1803.02021, show why their rates are too small: in the short term, it helps most to stop the
-noise.
+(T1–T2), `hypergrad.lookahead` (five) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR
+2018, https://arxiv.org/abs/1803.02021, show why their rates are too small: in the short term, it helps most to stop
+the noise.
 * The best of a grid of constant rates, and of cosine schedules by their peak.
 
 Everything starts from one rate, a hundredth of the range's top. Outer rates, steps and grids are chosen on validation

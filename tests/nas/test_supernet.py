@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metaopt import _batches, inner, nas
-from metaopt.nas import _graphs, _normalization
+from metaopt.nas import _graphs, _normalization, _specs
 
 KEY = jax.random.key(0)
 TABLE = nas.Network(
@@ -121,8 +121,8 @@ def test_one_hot_weights_are_the_discrete_network(name, partial):
     none_among = any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
     assert len(chosen) == 3 if name == "macro" else none_among
     # As it is exported and read again.
-    exported = nas.network_to_json(nas.discrete(net, nas.genotype_from_json(nas.genotype_to_json(genotype))))
-    small = nas.supernet(nas.network_from_json(exported), shape, ops=ops, partial=partial)
+    exported = _specs.network_to_dict(nas.discrete(net, nas.genotype_from_text(nas.genotype_to_text(genotype))))
+    small = nas.supernet(_specs.network_from_dict(exported), shape, ops=ops, partial=partial)
 
     @jax.jit
     def both(x):

@@ -14,7 +14,6 @@ and stored. There are three reasons to prefer these statistics to running averag
 - training carries no additional state.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -155,7 +154,7 @@ def trained_network(
 def _encode(network: TrainedNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
     supernet = network.supernet
     header = {
-        "network": json.loads(_specs.network_to_json(supernet.network)),
+        "network": _specs.network_to_dict(supernet.network),
         "in_shape": [int(size) for size in supernet.in_shape],
         "single_path": bool(supernet.single_path),
         "partial": int(supernet.partial),
@@ -183,7 +182,7 @@ def _templates(
 ) -> tuple[_supernet.Supernet, Any]:
     """Returns the supernet and the shapes and types of its params, weights and statistics."""
     options = {name: header[name] for name in ("single_path", "partial")}
-    network, in_shape = _specs.network_from_json(json.dumps(header["network"])), tuple(header["in_shape"])
+    network, in_shape = _specs.network_from_dict(header["network"]), tuple(header["in_shape"])
     supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
     params = jax.eval_shape(supernet.init, jax.random.key(0))
     weights = None
