@@ -18,7 +18,6 @@ from metaopt import (
     transforms,
 )
 from metaopt._saving import load, save
-from metaopt.base import Context, Estimate, Estimator, InnerLoop, Predictor, Problem, Record, Searcher, Task
 from metaopt.blackbox import train_meta_optimizer, train_meta_searcher
 
 if TYPE_CHECKING:
@@ -27,15 +26,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Context",
-    "Estimate",
-    "Estimator",
-    "InnerLoop",
-    "Predictor",
-    "Problem",
-    "Record",
-    "Searcher",
-    "Task",
     "automl",
     "base",
     "blackbox",

@@ -68,6 +68,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `nas.TrainedMetaArchitecture` | λ of a `meta_architecture_search`; `load` needs `meta=` |
     | `nas.TrainedNetwork` | `trained_network`, `retraining`; `load` needs `ops=` |
     | `nas.Benchmark` | a table of architectures |
+    | `nas.Network`, `nas.ElasticNetwork` | a network or a space of networks; a JSON text |
+    | `nas.CostTable` | the measured costs of a space's parts; a JSON text |
     | `evaluation.Evaluation` | scores of methods on episodes |
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
     | `automl.AutoClassifier`, `automl.AutoRegressor` | a fitted estimator with its models |

@@ -253,12 +253,6 @@ ESTIMATORS = {
         limit=lambda problem: hypergrad.truncated(problem, **ONE_WINDOW),
         recommended=True,
     ),
-    "t1t2": Row(
-        lambda problem: hypergrad.t1t2(problem, num_steps=6),
-        STEP,
-        limit=lambda problem: hypergrad.t1t2(problem, num_steps=1),
-        recommended=True,
-    ),
     "lookahead": Row(hypergrad.lookahead, STEP, limit=one_step, recommended=True),
     "darts_fd": Row(
         hypergrad.darts_fd, STEP, limit=lambda problem: hypergrad.darts_fd(problem, commit=0), recommended=True

@@ -116,7 +116,7 @@ def test_functions_of_training():
         hypergrad.dense(),
         hypergrad.gmres(),
         hypergrad.neumann(num_steps=1, rate=1.0),
-        hypergrad.normal_cg(),
+        hypergrad.cg(normal=True),
         hypergrad.nystrom(rank=1, damping=1.0),
     ],
 )

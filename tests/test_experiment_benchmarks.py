@@ -81,34 +81,32 @@ def test_rows_as_graphs():
     pairs, of = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)], {}
     for row in table.encodings[::20]:
         edges = [(*p, nas.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
-        of.setdefault(nas.benchmark_graph(table, row), set()).add(_graphs.canonical(edges, output=(3,)))
+        of.setdefault(table.graph(row), set()).add(_graphs.canonical(edges, output=(3,)))
     assert all(len(same) == 1 for same in of.values())  # what is one graph is one function
-    assert of[nas.benchmark_graph(table, [0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
-    graph = nas.benchmark_graph(table, table.encodings[9930])
+    assert of[table.graph([0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
+    graph = table.graph(table.encodings[9930])
     assert graph.ops == ("input", *["nor_conv_3x3"] * 3, "skip_connect", *["nor_conv_3x3"] * 2, "output")
     with np.load(DATA / "nasbenchgraph.npz") as data:
         links, names = data["links"], data["op_names"].tolist()
     table = benchmarks.nas_bench_graph_table()
     for link in range(9):
-        graph = nas.benchmark_graph(table, [link, 0, 1, 2, 8])
+        graph = table.graph([link, 0, 1, 2, 8])
         assert graph.ops == ("input", *(names[i] for i in (0, 1, 2, 8)), "output")
         np.testing.assert_array_equal(np.array(graph.matrix)[:, 1:5].argmax(0), links[link])
         assert (np.array(graph.matrix)[:, 1:5].sum(0) == 1).all() and all(map(any, graph.matrix[1:5]))
     macro = benchmarks.trans_nas_bench_101_table(space="macro")
-    assert nas.benchmark_graph(macro, [2, 4, 1, 1, 0, 0]).ops[1:-1] == (
+    assert macro.graph([2, 4, 1, 1, 0, 0]).ops[1:-1] == (
         "channels",
         "channels and stride",
         *["plain"] * 2,
     )
-    assert len(nas.benchmark_graph(benchmarks.nas_bench_macro_table(), [0] * 8).ops) == 10
+    assert len(benchmarks.nas_bench_macro_table().graph([0] * 8).ops) == 10
     part = benchmarks.nas_bench_101_table()
-    assert nas.benchmark_graph(part, part.encodings[5]) == _graphs.pruned(
-        _nas_bench_101.nas_bench_101_graph(part.encodings[5])
-    )
+    assert part.graph(part.encodings[5]) == _graphs.pruned(_nas_bench_101.nas_bench_101_graph(part.encodings[5]))
     with pytest.raises(ValueError, match="digits below"):
-        nas.benchmark_graph(macro, [5] * 6)
+        macro.graph([5] * 6)
     with pytest.raises(ValueError, match="'mine' are not known as graphs"):
-        nas.benchmark_graph(macro._replace(name="mine"), [1] * 6)
+        macro._replace(name="mine").graph([1] * 6)
 
 
 @pytest.mark.once
@@ -119,7 +117,11 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
     names = [f"cell.{s}-{t}" for s, t, _ in space.cells["cell"].edges]
     genotype = nas.genotype_from_configuration(space, {name: int(x) for name, x in zip(names, row, strict=True)})
     at = table.query(row, "cifar100")
-    assert table.query(genotype, "cifar100") == at == table.query(nas.to_nas_bench_201(genotype), "cifar100", 0.9995)
+    assert (
+        table.query(genotype, "cifar100")
+        == at
+        == table.query(nas.genotype_to_text(genotype, form="nas_bench_201"), "cifar100", 0.9995)
+    )
     micro = benchmarks.trans_nas_bench_101_table()
     cell = {"cell": ((0, 1, "conv3x3"), (2, 3, "skip_connect"))}
     np.testing.assert_equal(micro.query(cell, "jigsaw"), micro.query([3, 0, 0, 0, 0, 1], "jigsaw"))  # costs are NaN
@@ -173,7 +175,7 @@ def test_what_a_supernet_finds_is_looked_up_as_it_is():
             hot = iter(np.eye(len(primitives))[table.encodings[row]])
             weights = {kind: np.stack([next(hot) for _ in cell.edges]) for kind, cell in network.cells.items()}
             genotype = nas.derive_genotype(network, weights)
-            for found in (genotype, nas.genotype_from_json(nas.genotype_to_json(genotype))):
+            for found in (genotype, nas.genotype_from_text(nas.genotype_to_text(genotype))):
                 for t, task in enumerate(table.tasks):
                     assert table.query(found, task)[0] == float(table.valid[row, t, 0])
         other = {**genotype, next(iter(genotype)): ((0, 1, "nor_conv_3x3"),)}
@@ -213,7 +215,7 @@ def test_what_a_supernet_finds_is_looked_up_as_it_is():
 
 
 def test_records_of_nas_bench_graph_have_no_untrained_network():
-    records = nas.benchmark_records(benchmarks.nas_bench_graph_table(), ["proteins", "cora"])
+    records = benchmarks.nas_bench_graph_table().records(["proteins", "cora"])
     assert [sum(record.task == task for record in records) for task in ("proteins", "cora")] == [2_021, 26_206]
 
 

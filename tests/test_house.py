@@ -34,7 +34,7 @@ LEVELS = [
         "_tfrecord",
         "_tuned_space",
     },
-    {"_saving"},
+    {"_saving", "_batches", "_row_embedding"},
     {"spaces", "transforms"},
     {"tasks", "inner"},
     {"hypergrad", "predictors"},

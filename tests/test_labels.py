@@ -37,7 +37,6 @@ def stacked(y):
 CALLS = {
     "inner.cross_entropy": lambda y: inner.cross_entropy(jnp.zeros((4, 3)), part(y)),
     "a gradient": lambda y: jax.grad(inner.cross_entropy)(jnp.zeros((4, 3)), part(y)),
-    "inner.check_labels": lambda y: inner.check_labels(part(y), 3),
     "prototypes": lambda y: PROTOTYPES.problem.loop.init(KEY, PROTOTYPES.hyperparams({}), part(y)),
     "dataset_embedding": lambda y: PREDICTOR.apply(PREDICTOR.init(KEY), base.Task(part(y), None)),
     "tasks.stack": lambda y: tasks.stack([task([0, 0, 1, 1]), task(y)]),

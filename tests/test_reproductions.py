@@ -188,7 +188,13 @@ def test_layer_decay(tmp_path):
 @has_data("mnist.npz")
 def test_augmentation(tmp_path):
     rows = smoke("augmentation", tmp_path)
-    for name in ("set by hand", "`unrolled`", "`truncated`, 5 steps", "`t1t2`", "`implicit`, every 5 steps"):
+    for name in (
+        "set by hand",
+        "`unrolled`",
+        "`truncated`, 5 steps",
+        "`truncated`, 1 step",
+        "`implicit`, every 5 steps",
+    ):
         assert all(number(cell) > 0 for cell in rows[name])  # the second table: the strengths
 
 

@@ -164,7 +164,7 @@ def train_alone(
 ) -> float:
     """Returns the test accuracy after training from scratch. It is saved in a separate file."""
     file = options.work / f"{name}_{seed}.json"
-    settings = {**settings, "genotype": json.loads(nas.genotype_to_json(genotype))}
+    settings = {**settings, "genotype": json.loads(nas.genotype_to_text(genotype))}
     judged = {**settings, "normalization": "statistics of training images"}
     if not options.smoke and file.is_file():
         kept = json.loads(file.read_text())
@@ -218,7 +218,7 @@ def text_of(
         lines += [f"## The supernet of {name}", "", report.text, ""]
     lines += ["## Cells", ""]
     lines += [
-        f"- {name}, {num_params(genotype, scale):,} parameters alone: `{nas.to_darts(genotype)}`"
+        f"- {name}, {num_params(genotype, scale):,} parameters alone: `{nas.genotype_to_text(genotype, form='darts')}`"
         for name, genotype in genotypes.items()
     ]
     lines += [
@@ -281,7 +281,7 @@ def main() -> None:
     settings = identity(parts, scale)
     cells = {f"DARTS, seed {seed}": search(seed, parts["train"], scale, settings, options) for seed in range(seeds)}
     for name, (genotype, _) in cells.items():
-        print(f"{name}: {nas.to_darts(genotype)}", flush=True)
+        print(f"{name}: {nas.genotype_to_text(genotype, form='darts')}", flush=True)
     network = space(scale, scale.channels_alone, scale.cells_alone)
     genotypes = {name: genotype for name, (genotype, _) in cells.items()}
     genotypes |= {f"random {i}": nas.random_genotype(i, network) for i in range(scale.random)}

@@ -129,7 +129,11 @@ def equilibrium(smoke: bool) -> Setting:
         "reverse_unroll": hypergrad.unrolled(problem, num_steps=num_steps),
         "fixed_point": fixed_point(problem, num_steps, num_steps),
         "CG_normaleq": implicit(
-            problem, num_steps, num_steps, condition="step", solver=hypergrad.normal_cg(num_steps=num_steps, tol=0.0)
+            problem,
+            num_steps,
+            num_steps,
+            condition="step",
+            solver=hypergrad.cg(num_steps=num_steps, tol=0.0, normal=True),
         ),
     }
     data = {"x": images, "y": labels}

@@ -38,7 +38,7 @@ HYPERPARAMS = {"rate": 3e-3, "decay": {"in": 1e-4, "hidden": 1e-4, "out": 1e-4}}
 def digits() -> base.Task:
     """Returns scikit-learn's digits as one task."""
     table = tasks.prepare({table.name: table for table in tasks.from_sklearn()}["digits"])
-    shape = tasks.shape_of(table)
+    shape = table.shape
     return tasks.to_task(table, rows=shape[:2], num_features=shape.features, num_classes=shape.classes)
 
 

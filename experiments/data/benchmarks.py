@@ -93,7 +93,7 @@ def nas_bench_macro_table(folder: str | os.PathLike | None = None) -> nas.Benchm
 def nas_bench_graph_table(folder: str | os.PathLike | None = None) -> nas.Benchmark:
     """NAS-Bench-Graph: 26,206 graph networks on seven graphs. Errors are fractions.
 
-    On "proteins" only 2,021 of them were trained. The others are NaN, and `nas.benchmark_records` makes no records of
+    On "proteins" only 2,021 of them were trained. The others are NaN, and `nas.Benchmark.records` makes no records of
     them. The benchmark exists only as a table. A cell is one of nine shapes, not a choice of ops on edges, so no
     supernet covers it.
 

@@ -8,7 +8,8 @@ becomes
 where A shifts, rotates, scales and shears (one bilinear resampling), changes contrast and brightness, adds noise, and
 fades a soft square. Strengths multiply draws that do not depend on them, so the training loss is differentiable in λ.
 F(λ) is the cross-entropy on 500 validation images, without augmentation. The rules are `unrolled` through the whole
-training; `truncated` and `t1t2`, online; and `implicit` with three terms of the Neumann series.
+training; `truncated` over windows and with 1 step (T1–T2), online; and `implicit` with three terms of the Neumann
+series.
 
 There are three baselines: training without augmentation, strengths set by hand, and random search at the cost of
 `unrolled`. All are scored by newly trained networks, on the training images only, and on training and validation images
@@ -155,7 +156,12 @@ def make_rules(config) -> dict:
             config.runs,
             0.3,
         ),
-        "`t1t2`": (hypergrad.t1t2(problem, num_steps=steps), steps, config.online_runs, 0.02),
+        "`truncated`, 1 step": (
+            hypergrad.truncated(problem, num_steps=steps, truncation_length=1),
+            steps,
+            config.online_runs,
+            0.02,
+        ),
         "`implicit`, every 5 steps": (
             hypergrad.implicit(problem, num_steps=5, solver=neumann, horizon=steps),
             steps // 5,
@@ -287,10 +293,11 @@ def main() -> None:
         f"Mean ± standard deviation over {config.seeds} seeds. {config.num_rows} images of 14 × 14 to train on, as "
         f"many to validate, {config.num_test} to test; {config.hidden} hidden units, Adam, {config.num_steps} steps of "
         f"{config.batch} images. Every figure is a mean of {config.repeats} trainings from other initializations. "
-        f"`unrolled` and `truncated` see {config.runs} trainings, `t1t2` and `implicit` {config.online_runs}; an "
+        f"`unrolled` and `truncated` see {config.runs} trainings, `truncated` with 1 step and `implicit` "
+        f"{config.online_runs}; an "
         f"unrolled hypergradient costs {cost:.1f} trainings in operations, hence {config.trials} random trials. CPU "
         "seconds are those of learning λ, without compilation.\n\n"
-        "Published: Mounsaveng et al. (affine transformations, one step ahead as `t1t2`; residual networks, CIFAR-10 "
+        "Published: Mounsaveng et al. (affine transformations, one step ahead as T1–T2; residual networks, CIFAR-10 "
         "and larger data) and Lorraine et al. (three terms of the Neumann series, CIFAR-10). λ are there the weights "
         "of a network that augments, and all images train it, so that their accuracies are of another task and do not "
         "stand here. What can be compared is the former's claim: learned augmentation is as good as carefully chosen, "

@@ -124,7 +124,7 @@ def accuracy(train, weight: np.ndarray, data: dict, test: dict) -> float:
 def run(options: argparse.Namespace) -> tuple[dict, dict]:
     """Returns name -> the scores of every seed; and name -> the plotted values of the first seed."""
     num_rows, final_steps = options.num_rows, 20 if options.smoke else 100
-    space = {"weight": spaces.unit_interval(shape=(num_rows,))}
+    space = {"weight": spaces.interval(0, 1, shape=(num_rows,))}
     plain = make_problem()
     problem = spaces.constrain(plain, space)
     rules = make_rules(problem, options.smoke)

@@ -103,7 +103,9 @@ def make_rules(problem: base.Problem, smoke: bool) -> dict[str, base.Estimator]:
     implicit = hypergrad.implicit
     return {
         f"`implicit`, CG, K = {k}": implicit(problem, num_steps=steps, solver=hypergrad.cg(num_steps=k)),
-        f"`implicit`, normal CG, K = {k}": implicit(problem, num_steps=steps, solver=hypergrad.normal_cg(num_steps=k)),
+        f"`implicit`, normal CG, K = {k}": implicit(
+            problem, num_steps=steps, solver=hypergrad.cg(num_steps=k, normal=True)
+        ),
         f"`implicit`, fixed point, K = {k}": implicit(
             problem, num_steps=steps, condition="step", solver=hypergrad.neumann(num_steps=k, rate=1.0)
         ),

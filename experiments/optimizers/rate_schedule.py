@@ -7,10 +7,10 @@ momentum.
 * F(λ) is the validation loss at the end of training. It is differentiated through all of its T steps, by forward mode
 (`hypergrad.forward`: memory does not depend on T) and by reverse mode (`hypergrad.unrolled`, `remat="sqrt"`). Both are
 exact: the script shows their difference and costs.
-* Greedy rules tune one rate during training, and look only a few steps ahead: `hypergrad.t1t2` (one step),
-`hypergrad.lookahead` (five) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR 2018,
-https://arxiv.org/abs/1803.02021, show why their rates are too small: in the short term, it helps most to stop the
-noise.
+* Greedy rules tune one rate during training, and look only a few steps ahead: `hypergrad.truncated` with one step
+(T1–T2), `hypergrad.lookahead` (five) and `hypergrad.hypergradient_descent` (the next training batch). Wu et al., ICLR
+2018, https://arxiv.org/abs/1803.02021, show why their rates are too small: in the short term, it helps most to stop
+the noise.
 * The best of a grid of constant rates, and of cosine schedules by their peak.
 
 Everything starts from one rate, a hundredth of the range's top. Outer rates, steps and grids are chosen on validation
@@ -139,7 +139,7 @@ def schedule_learner(config, outer_rate: float):
 
 
 GREEDY = {
-    "T1–T2 (1 step ahead)": lambda problem, steps: hypergrad.t1t2(problem, num_steps=steps),
+    "T1–T2 (1 step ahead)": lambda problem, steps: hypergrad.truncated(problem, num_steps=steps, truncation_length=1),
     "lookahead (5 steps ahead)": lambda problem, steps: hypergrad.lookahead(problem, num_steps=5),
     "hypergradient descent": lambda problem, steps: hypergrad.hypergradient_descent(problem),
 }

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt.automl._kinds import Views
-from metaopt.tasks import FittedColumns, apply_columns, fit_columns
+from metaopt.tasks import FittedColumns, fit_columns
 
 MAX_DENSE = 128  # columns of the inputs of networks and linear models
 _MAX_INTERVALS = 10  # of a target that is a number
@@ -82,7 +82,7 @@ def fit_inputs(
         y=(y if num_classes else intervals(y))[repeats],
         max_features=MAX_DENSE,
     )
-    dense = apply_columns(fitted, wide)
+    dense = fitted.transform(wide)
     trees = np.concatenate([x[:, kept], targets], axis=1)
     medians = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in trees.T])
     inputs = Inputs(tuple(tables), kept, medians, fitted)
@@ -93,7 +93,7 @@ def apply_inputs(inputs: Inputs, x: np.ndarray) -> Views:
     """Returns the views of any rows x [n, d]."""
     targets = [np.zeros((len(x), 0)), *(_look_up(table, x[:, table.column]) for table in inputs.targets)]
     encoded = np.concatenate(targets, axis=1)
-    dense = apply_columns(inputs.fitted, np.concatenate([x, encoded], axis=1))
+    dense = inputs.fitted.transform(np.concatenate([x, encoded], axis=1))
     return _views(inputs, np.concatenate([x[:, inputs.kept], encoded], axis=1), dense)
 
 

@@ -124,7 +124,7 @@ def tabular_task(
     Raises:
       ValueError: as `tasks.to_task` does.
     """
-    shape = tasks.shape_of(prepared) if shape is None else shape
+    shape = prepared.shape if shape is None else shape
     rows, sizes = (shape.train_rows, shape.valid_rows), {"num_features": shape.features, "num_classes": shape.classes}
     return tasks.to_task(prepared, rows=rows, features=features, **sizes)
 

@@ -7,7 +7,6 @@
 * Learned searchers: `train_meta_optimizer` and `train_meta_searcher` learn from the records of earlier tasks which
   configurations to try on a new task; `train_curve_searcher` learns from their learning curves. `optuna_sampler`
   offers the result to Optuna.
-* Surrogates: the models of earlier tasks that the learned searchers use.
 """
 
 from metaopt.blackbox import _saved as _saved  # registers learned optimizers for `metaopt.save`
@@ -64,7 +63,6 @@ from metaopt.blackbox._trial_tables import (
     TrialTable,
     from_hpob,
     from_openml_evaluations,
-    table_records,
     tabulate,
     to_hpob,
     to_openml_evaluations,
@@ -96,7 +94,6 @@ __all__ = [
     "regularized_evolution",
     "sklearn_model",
     "sklearn_objective",
-    "table_records",
     "tabulate",
     "to_hpob",
     "to_openml_evaluations",

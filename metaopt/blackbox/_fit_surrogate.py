@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import hypergrad, predictors, training
+from metaopt import _row_embedding, hypergrad, training
 from metaopt.blackbox import _surrogates
 from metaopt.blackbox._fitting import Budget, fit, keep_learners, sample_trials, usable_tasks
 from metaopt.blackbox._new_task import ROWS
@@ -145,7 +145,7 @@ def fit_embedding(
     """
     init_key, boot_key, fit_key, embedding_key = jax.random.split(key, 4)
     data = _attention_data(boot_key, surrogate, family, num_members)
-    params = predictors.init_embedding(embedding_key)
+    params = _row_embedding.init_embedding(embedding_key)
     num_features = surrogate.features.shape[1] + len(params["embedding"])
     num_members = 0 if data is None else num_members
     attention = _surrogates.init_attention(init_key, num_members, num_features)
@@ -194,7 +194,7 @@ def _embedding_learner(shapes) -> training.Learner:
 
 def _embed(params, rows):
     """[S, W] embeddings of the rows of S tables."""
-    return jax.vmap(lambda data: predictors.embed_rows(params, data, max_rows=_surrogates.MAX_ROWS))(rows)
+    return jax.vmap(lambda data: _row_embedding.embed_rows(params, data, max_rows=_surrogates.MAX_ROWS))(rows)
 
 
 def _standardized(raw):

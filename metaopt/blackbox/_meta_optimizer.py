@@ -113,11 +113,11 @@ def train_meta_optimizer(
         (`spaces.infer`). Ranges then go from the smallest to the largest value, choices have the observed values, and
         conditions follow from choices. A warning states the space, the missing values, and the number of
         configurations that support each condition.
-      features: task name -> [F] numbers, NaN if unknown (`tasks.apply_scaling` of meta-features). All features of a
+      features: task name -> [F] numbers, NaN if unknown (`transform` of `tasks.fit_scaling`). All features of a
         task without an entry are unknown. A warning is given if some tasks lack entries and some entries match no task.
       datasets: task name -> its labeled rows, a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows
-        (`predictors.embed_rows`) is trained jointly with the weights of tasks, and appended to the features. A new task
-        must then have its `train`. Give a precomputed embedding as `features` instead.
+        (as in `predictors.dataset_embedding`) is trained jointly with the weights of tasks, and appended to the
+        features. A new task must then have its `train`. Give a precomputed embedding as `features` instead.
       families: task name -> family. Tasks of one family (near-duplicates) are left out together while the weights of
         tasks are learned. By default, every task is its own family.
       candidates: configurations to choose from; None searches the space.
@@ -158,7 +158,8 @@ def train_meta_optimizer(
       https://arxiv.org/abs/2207.04179, for `transformers`.
 
     >>> import jax
-    >>> from metaopt import Record, blackbox, spaces
+    >>> from metaopt import blackbox, spaces
+    >>> from metaopt.base import Record
     >>> space = {"x": spaces.interval(0.0, 1.0)}
     >>> bests = {f"task {i}": i / 29 for i in range(30)}  # here a task's feature says where its best is
     >>> loss = lambda configuration, best: (configuration["x"] - best) ** 2
@@ -259,7 +260,8 @@ def train_meta_searcher(
     Raises:
       ValueError: as for `train_meta_optimizer`, or if no record is a candidate.
 
-    >>> from metaopt import Record, blackbox, spaces
+    >>> from metaopt import blackbox, spaces
+    >>> from metaopt.base import Record
     >>> space = {"model": spaces.choice(["forest", "svm", "linear"])}
     >>> losses = {"iris": [0.1, 0.3, 0.3], "wine": [0.2, 0.4, 0.4], "digits": [0.5, 0.2, 0.4]}
     >>> records = [

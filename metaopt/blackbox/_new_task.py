@@ -87,7 +87,7 @@ def features_of(new_task: Any) -> np.ndarray | None:
         advice = ""
         if isinstance(new_task, (tasks.Table, tasks.PreparedTable)):
             advice = (
-                " A table's features are `tasks.apply_scaling(scaling, tasks.metafeatures(table), clip=3.0)`, scaled "
+                " A table's features are `scaling.transform(tasks.metafeatures(table), clip=3.0)`, scaled "
                 "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
                 "what `tasks.prepare` returns."
             )

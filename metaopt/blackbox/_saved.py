@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, _files, _saving, predictors, spaces
+from metaopt import _checks, _files, _row_embedding, _saving, spaces
 from metaopt.blackbox import _deep_kernel, _surrogates, _transformer
 from metaopt.blackbox._meta_search import MetaOptimizer, meta_optimizer
 
@@ -96,7 +96,9 @@ def _check_surrogate(kind: str, specs: Mapping[str, Any], num_dims: int) -> None
     key, sizes = jax.random.key(0), lambda tree: [leaf.shape for leaf in specs_of(tree)]
     if surrogate.embedding is not None:
         shapes["embedding"] = sizes(surrogate.embedding)
-        expected["embedding"] = sizes(jax.eval_shape(lambda: predictors.init_embedding(key, width))) + 2 * [(width,)]
+        expected["embedding"] = sizes(jax.eval_shape(lambda: _row_embedding.init_embedding(key, width))) + 2 * [
+            (width,)
+        ]
     if surrogate.deep is not None:
         num_deep, num_hidden = surrogate.deep.bias.shape
         init = lambda: _deep_kernel.init_deep_kernel(key, num_dims, num_features, num_hidden=num_hidden)

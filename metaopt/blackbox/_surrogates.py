@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import predictors
+from metaopt import _row_embedding
 from metaopt.blackbox import _deep_kernel, _processes, _transformer
 
 
@@ -398,7 +398,7 @@ def task_features(surrogate: Surrogate, features: Any = None, data: Any = None) 
     if embedding is not None:
         embedded = jnp.zeros_like(embedding.center)
         if data is not None:
-            raw = predictors.embed_rows(embedding.params, jax.tree.map(jnp.asarray, data), max_rows=MAX_ROWS)
+            raw = _row_embedding.embed_rows(embedding.params, jax.tree.map(jnp.asarray, data), max_rows=MAX_ROWS)
             embedded = (raw - embedding.center) / embedding.scale
         parts.append(embedded)
     return jnp.concatenate(parts)

@@ -40,6 +40,22 @@ class TrialTable(NamedTuple):
     fidelities: np.ndarray
     families: tuple[str, ...]
 
+    def records(self) -> list[Record]:
+        """Converts the entries to records; the number of a trial is the number of its configuration.
+
+        Returns:
+          A record for every finite outcome, task by task.
+        """
+        records = []
+        for t, c, f in np.argwhere(np.isfinite(self.outcomes)):
+            outcome, cost, fidelity = (
+                float(self.outcomes[t, c, f]),
+                float(self.costs[t, c, f]),
+                float(self.fidelities[f]),
+            )
+            records.append(Record(self.tasks[t], self.configurations[c], outcome, fidelity, cost, trial=int(c)))
+        return records
+
 
 def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = None) -> TrialTable:
     """Converts records to a table: one row per task, one column per configuration; the mean over seeds.
@@ -55,7 +71,8 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
       Fidelities that differ only by rounding, up to a relative millionth, are merged. A fidelity that lacks at most a
       millionth of the full budget counts as 1.
 
-    >>> from metaopt import Record, blackbox
+    >>> from metaopt import blackbox
+    >>> from metaopt.base import Record
     >>> records = [Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)]
     >>> table = blackbox.tabulate(records)
     >>> table.configurations, table.outcomes[:, :, 0].tolist()
@@ -85,26 +102,6 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
         np.array(fidelities),
         tuple(family.get(name, name) for name in names),
     )
-
-
-def table_records(table: TrialTable) -> list[Record]:
-    """Converts the entries of a table to records; the number of a trial is the number of its configuration.
-
-    Args:
-      table: a table.
-
-    Returns:
-      A record for every finite outcome, task by task.
-    """
-    records = []
-    for t, c, f in np.argwhere(np.isfinite(table.outcomes)):
-        outcome, cost, fidelity = (
-            float(table.outcomes[t, c, f]),
-            float(table.costs[t, c, f]),
-            float(table.fidelities[f]),
-        )
-        records.append(Record(table.tasks[t], table.configurations[c], outcome, fidelity, cost, trial=int(c)))
-    return records
 
 
 def from_hpob(file: str | os.PathLike[str], search_space: str) -> list[Record]:

@@ -20,9 +20,9 @@ from metaopt.hypergrad._partition import partition
 from metaopt.hypergrad._recommend import recommend
 from metaopt.hypergrad._reptile import reptile
 from metaopt.hypergrad._sama import sama
-from metaopt.hypergrad._solvers import Solver, bicgstab, cg, dense, gmres, lineax, neumann, normal_cg, nystrom
+from metaopt.hypergrad._solvers import Solver, bicgstab, cg, dense, gmres, lineax, neumann, nystrom
 from metaopt.hypergrad._trace import trace
-from metaopt.hypergrad._truncated import t1t2, truncated
+from metaopt.hypergrad._truncated import truncated
 from metaopt.hypergrad._unroll import unroll, unrolled
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "mix_with_es",
     "mixed_grad",
     "neumann",
-    "normal_cg",
     "nystrom",
     "over_seeds",
     "over_tasks",
@@ -59,7 +58,6 @@ __all__ = [
     "recommend",
     "reptile",
     "sama",
-    "t1t2",
     "trace",
     "truncated",
     "truncated_es",

@@ -102,7 +102,7 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
         rules[f"truncated, {window} steps"] = _truncated.truncated(problem, **windows)
     rules["lookahead, 1 step"] = _lookahead.lookahead(problem, horizon=num_steps)
     rules["darts_fd"] = _finite_difference.darts_fd(problem, horizon=num_steps)
-    rules["t1t2"] = _truncated.t1t2(problem, **whole)
+    rules["truncated, 1 step"] = _truncated.truncated(problem, **whole, truncation_length=1)
     rules["sama"] = _sama.sama(problem, horizon=num_steps)
     rules["hypergradient_descent"] = _hypergradient_descent.hypergradient_descent(problem, horizon=num_steps)
     # Rules that use values of F.

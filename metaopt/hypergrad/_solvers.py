@@ -51,7 +51,7 @@ def _unless_nan(v: base.Params, residual: base.Params) -> base.Params:
     return jax.tree.map(lambda v, r: jnp.where(jnp.isfinite(r), v, jnp.nan), v, residual)
 
 
-def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
+def cg(*, num_steps: int = 20, tol: float = 1e-6, normal: bool = False) -> Solver:
     """Conjugate gradients for a symmetric positive definite A: the standard choice at a minimum of the inner loss.
 
     After k steps, the error in the norm of A is at most 2((√κ − 1)/(√κ + 1))^k times that of the guess. If the number
@@ -62,6 +62,8 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
     Args:
       num_steps: the maximum number of steps, with one product each; at least 1.
       tol: stops once ‖Av − b‖ ≤ tol ‖b‖, for the residual that the recurrence carries. With 0 it takes all steps.
+      normal: solves the normal equations AᵀA v = Aᵀb instead, for any nonsingular A, including indefinite Hessians.
+        This squares the condition number and takes two products per step.
 
     Returns:
       A `Solver` that starts from the guess. It needs the memory of four vectors like θ.
@@ -102,29 +104,15 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
         v, *_, k = jax.lax.while_loop(unfinished, step, (initial, r, r, _vdot(r, r), 0))
         return _unless_nan(v, start), k + 1
 
-    return solve
+    return _normal_equations(solve) if normal else solve
 
 
-def normal_cg(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
-    """Conjugate gradients on AᵀA v = Aᵀb, for any nonsingular A, including indefinite Hessians.
-
-    This squares the condition number and takes two products per step.
-
-    Args:
-      num_steps: the maximum number of steps, with two products each; at least 1.
-      tol: stops once ‖Aᵀ(Av − b)‖ ≤ tol ‖Aᵀb‖.
-
-    Returns:
-      A `Solver` that starts from the guess. JAX derives the products with Aᵀ from `matvec`.
-
-    Raises:
-      ValueError: if an argument is out of range.
-    """
-    solve_normal = cg(num_steps=num_steps, tol=tol)
+def _normal_equations(solver: Solver) -> Solver:
+    """Solves AᵀA v = Aᵀb by `solver`; JAX derives the products with Aᵀ from `matvec`."""
 
     def solve(matvec, b, initial, *, key):
         transpose = jax.linear_transpose(matvec, b)
-        v, k = solve_normal(lambda v: transpose(matvec(v))[0], transpose(b)[0], initial, key=key)
+        v, k = solver(lambda v: transpose(matvec(v))[0], transpose(b)[0], initial, key=key)
         return v, 2 * k + 1
 
     return solve

@@ -43,7 +43,8 @@ def truncated(
     how λ has shaped θ_s. So short windows favor quick gains, such as small rates (Wu et al.). The first window of a run
     also differentiates the initialization, so λ may enter there. Later windows ignore the initialization. (Under vmap,
     both branches are computed: over tasks, every window pays for an initialization.) With K = T, this is `unrolled`;
-    with K = 1, it is `t1t2`. In contrast, `lookahead` looks ahead of its run and discards those steps.
+    with K = 1, it is T1–T2 (Luketina et al.): θ ← Φ(θ, λ), then dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ. In contrast, `lookahead`
+    looks ahead of its run and discards those steps.
 
     All runs that start together end together. `training.learner(..., stagger=T // K)` spreads the slots of a batch.
 
@@ -100,27 +101,3 @@ def truncated(
         return estimate, TruncatedState(after, state.start_key, key)
 
     return base.Estimator(init, estimate, kind="exact" if truncation_length == num_steps else "biased")
-
-
-def t1t2(problem: base.Problem, *, num_steps: int, grad: Callable = _mixed.mixed_grad) -> base.Estimator:
-    """Estimates dF/dλ after every single step of training: `truncated` with K = 1.
-
-        θ ← Φ(θ, λ) (T1),    dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ (T2)
-
-    λ and θ are trained side by side. For SGD with rate η, as in the paper, the second part is −η (∂f/∂θ) ∂²ℓ/∂θ∂λ. Here
-    Φ is any optimizer.
-
-    Args:
-      problem: λ should enter the inner loss or the outer loss. Longer windows are better for rates.
-      num_steps: T, the horizon, at least 1; `done` once T steps are taken.
-      grad: the function that takes the inner gradient; see `inner.step`.
-
-    Returns:
-      An `Estimator` of kind "biased", or "exact" if T = 1.
-
-    Raises:
-      ValueError: if `num_steps < 1`.
-
-    Source: Luketina et al., ICML 2016, https://arxiv.org/abs/1511.06727.
-    """
-    return truncated(problem, num_steps=num_steps, truncation_length=1, grad=grad)

@@ -2,7 +2,7 @@
 
 from metaopt.inner._cpu import im2col
 from metaopt.inner._loop import loop, problem, run, step
-from metaopt.inner._losses import check_labels, cross_entropy, row_mask
+from metaopt.inner._losses import cross_entropy
 from metaopt.inner._modules import Model, from_linen, from_nnx
 from metaopt.inner._piecewise import piecewise
 from metaopt.inner._samplers import Sampler, minibatch
@@ -11,7 +11,6 @@ from metaopt.inner._weighted import weighted
 __all__ = [
     "Model",
     "Sampler",
-    "check_labels",
     "cross_entropy",
     "from_linen",
     "from_nnx",
@@ -20,7 +19,6 @@ __all__ = [
     "minibatch",
     "piecewise",
     "problem",
-    "row_mask",
     "run",
     "step",
     "weighted",

@@ -6,16 +6,13 @@ real class and 0 otherwise. `tasks.to_task` writes both:
     L = Σ_n mask_n ℓ(y_n, f(x)_n + log class_mask) / Σ_n mask_n
 """
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from metaopt import _checks
+from metaopt import _batches
 
 
 def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -37,7 +34,7 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
       ValueError: if labels that are not traced are not classes.
     """
     num = outputs.shape[-1]
-    check_labels(batch, num, outputs.shape[:-1])
+    _batches.check_labels(batch, num, outputs.shape[:-1])
     y = jnp.asarray(batch["y"])
     y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y  # `uint8 >= 256` would be `>= 0`
     if batch.get("class_mask") is not None:
@@ -59,93 +56,9 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     return jnp.where(mask > 0, losses * mask, 0).sum() / mask.sum()
 
 
-def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """Raises ValueError if the shape or type of "y" [*shape] or the shape of "class_mask" is wrong, also if traced."""
-    y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
-    dtype, y_shape = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
-    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
-        raise ValueError(
-            f'The labels "y" must be integers in 0..{num_outputs - 1}, or booleans; got {dtype}. Number the '
-            "classes (`np.unique(y, return_inverse=True)[1]`), or pass your own `loss` if the targets are not classes."
-        )
-    rows = getattr(x, "shape", None)  # other losses' x may be a tree
-    if rows is not None and rows[:1] != y_shape[:1]:
-        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (rows, y_shape))
-        raise ValueError(f'"x" and "y" must have the same number of rows; got {each}.')
-    if shape is not None and y_shape != shape:
-        raise ValueError(
-            f'The labels "y" must have the shape {shape}, the outputs\' shape {(*shape, num_outputs)} without the '
-            f"last axis; got {y_shape}. Use `y[:, 0]` for a column of labels [N, 1], `y.argmax(-1)` for one-hot rows "
-            "[N, C], and `hypergrad.over_tasks` for a batch of tasks."
-        )
-    if classes is not None and np.shape(classes) != (num_outputs,):
-        raise ValueError(
-            f'"class_mask" must be [C] = ({num_outputs},), one entry for each output of the network, 1 for '
-            f"a class of the task and 0 for another; got shape {np.shape(classes)}. For episodes of several numbers of "
-            "classes, use a head that the support set makes (`few_shot.proto_maml`, `few_shot.ridge_head`), and "
-            "`hypergrad.over_tasks` for a batch of tasks."
-        )
-
-
 def _nan_where(wrong: jax.Array, losses: jax.Array) -> jax.Array:
     """Sets the losses of invalid labels, and their gradients, to NaN.
 
     Otherwise the loss from optax would be the loss of another class, or NaN with a gradient that is not NaN.
     """
     return losses * jnp.where(wrong, jnp.nan, jnp.ones_like(losses))
-
-
-def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
-    """The mask of a batch's rows, as `Supernet.apply` takes it: its "mask", if that is [N].
-
-    Args:
-      batch: a dict with "x" [N, ...].
-
-    Returns:
-      [N]; or None if there is no mask, or if it masks parts of rows [N, ...], such as positions. A loss may leave those
-      out.
-
-    Raises:
-      ValueError: if the batch is not a dict with "x", or if "mask" fits neither rows nor their parts, such as [N, 1].
-    """
-    if not isinstance(batch, Mapping) or "x" not in batch:
-        got = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
-            f'A batch of rows must be a dict with the inputs as "x" [N, ...]; got {got}. The default loss also reads '
-            'labels as "y" [N]. For arrays x and y, use '
-            '`base.Task({"x": x, "y": y}, {"x": x_valid, "y": y_valid})`.'
-        )
-    mask, rows = batch.get("mask"), np.shape(batch["x"])[:1]
-    if mask is None or np.shape(mask) == rows:
-        return mask
-    if np.shape(mask)[:1] != rows or math.prod(np.shape(mask)[1:]) <= 1:
-        raise ValueError(
-            f'"mask" must be [N] = {rows}, 1 for a real row of "x" and 0 for padding; got shape {np.shape(mask)}. Use '
-            "`mask[:, 0]` for a column [N, 1]."
-        )
-    return None
-
-
-def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """Raises ValueError if labels of real rows are not classes. For traced labels it checks only type and shape.
-
-    Args:
-      batch: a dict with "y", and optionally "x", "mask" and "class_mask". A value that is not a mapping, or has no "y",
-        passes.
-      num_outputs: C.
-      shape: the required shape of the labels, [N, positions...]; None does not check it.
-
-    Raises:
-      ValueError: if labels are not integers (or booleans), do not match the rows of "x" in number, or have another
-        shape.
-      ValueError: if "class_mask" is not [C].
-      ValueError: if a label is below 0 or above C - 1, or is a class that "class_mask" leaves out.
-    """
-    if not isinstance(batch, Mapping) or batch.get("y") is None:
-        return
-    _check_form(batch, num_outputs, shape)
-    y, mask = batch["y"], batch.get("mask")
-    if mask is not None and np.shape(mask) not in (np.shape(y), np.shape(y)[:1]):
-        mask = None  # a mask of something other than rows
-    name = f'The labels "y" of a network with {num_outputs} outputs'
-    _checks.check_labels(name, y, num_outputs, mask=mask, class_mask=batch.get("class_mask"))

@@ -28,8 +28,6 @@ from metaopt.nas._costs import (
     CostTerm,
     cost_of,
     cost_table,
-    cost_table_from_json,
-    cost_table_to_json,
     expected_cost,
     latency,
     num_params,
@@ -43,12 +41,8 @@ from metaopt.nas._early_stop import (
     stopped_by_curvature,
 )
 from metaopt.nas._genotype_text import (
-    from_darts,
-    from_nas_bench_201,
-    genotype_from_json,
-    genotype_to_json,
-    to_darts,
-    to_nas_bench_201,
+    genotype_from_text,
+    genotype_to_text,
 )
 from metaopt.nas._genotypes import (
     discrete,
@@ -115,8 +109,6 @@ from metaopt.nas._specs import (
     Layer,
     Network,
     complete_cell,
-    network_from_json,
-    network_to_json,
 )
 from metaopt.nas._supernet import (
     Supernet,
@@ -130,8 +122,6 @@ from metaopt.nas.benchmarks._files import (
 )
 from metaopt.nas.benchmarks._tables import (
     Benchmark,
-    benchmark_graph,
-    benchmark_records,
     benchmark_table,
 )
 from metaopt.nas.search._cell_searcher import (
@@ -222,8 +212,6 @@ __all__ = [
     "TrainedNetwork",
     "architecture_search",
     "auxiliary_skip",
-    "benchmark_graph",
-    "benchmark_records",
     "benchmark_table",
     "beta_darts",
     "beta_decay",
@@ -234,8 +222,6 @@ __all__ = [
     "convolve",
     "cost_of",
     "cost_table",
-    "cost_table_from_json",
-    "cost_table_to_json",
     "crop_and_flip",
     "cutout",
     "darts",
@@ -247,13 +233,11 @@ __all__ = [
     "edge_graph",
     "edge_normalized",
     "expected_cost",
-    "from_darts",
-    "from_nas_bench_201",
     "gdas",
     "genotype_from_configuration",
-    "genotype_from_json",
+    "genotype_from_text",
     "genotype_to_configuration",
-    "genotype_to_json",
+    "genotype_to_text",
     "gradient_features",
     "graph_ops",
     "gumbel_softmax",
@@ -269,8 +253,6 @@ __all__ = [
     "nas_bench_201_genotypes",
     "nas_bench_201_space",
     "nas_bench_macro_space",
-    "network_from_json",
-    "network_to_json",
     "normalized",
     "num_params",
     "one_hot",
@@ -294,8 +276,6 @@ __all__ = [
     "stopped_by_curvature",
     "subsample",
     "supernet",
-    "to_darts",
-    "to_nas_bench_201",
     "train_loop",
     "train_cell_searcher",
     "trained_network",

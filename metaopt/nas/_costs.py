@@ -17,7 +17,6 @@ runs every op, and every size at its largest.
 Source: the expected latency of Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332
 """
 
-import json
 import math
 import operator
 import reprlib
@@ -29,11 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _files, _saving, base
 from metaopt._jaxpr import Tracer
 from metaopt.nas import _elastic, _genotypes, _layers, _ops
 from metaopt.nas._relaxations import discretized
-from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network, reading_json
+from metaopt.nas._specs import ElasticNetwork, Genotype, Network, Space, check_network
 
 Measure = Callable[..., float]  # (apply, params, x) -> cost
 
@@ -385,45 +384,28 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
     return measure
 
 
-def cost_table_to_json(table: CostTable) -> str:
-    """A table as JSON, so that a device is measured only once.
-
-    Args:
-      table: any table.
-
-    Returns:
-      Text, with the version of the format.
-    """
-    terms = [{"rows": term.rows, "values": term.values.tolist()} for term in table.terms]
-    return json.dumps({"version": 1, "fixed": table.fixed, "unit": table.unit, "terms": terms})
-
-
-def cost_table_from_json(text: str) -> CostTable:
-    """The table that `cost_table_to_json` wrote.
-
-    Args:
-      text: JSON.
-
-    Returns:
-      A `CostTable`.
-
-    Raises:
-      ValueError: if the text is not JSON of this form, has a value that is not a number, or is of another version.
-    """
-    with reading_json(text, "cost_table_to_json") as data:
-        terms = []
-        for term in data["terms"]:
-            rows = tuple((str(kind), operator.index(edge)) for kind, edge in term["rows"])
-            values = _numbers("values", term["values"])
-            if values.ndim != len(rows):
-                raise ValueError(f"`values` must have an axis for each of the {len(rows)} rows; got {values.shape}")
-            terms.append(CostTerm(rows, values))
-        return CostTable(float(_numbers("fixed", data["fixed"])), tuple(terms), str(data["unit"]))
-
-
 def _numbers(name: str, value: Any) -> np.ndarray:
     """JSON numbers as an array. NumPy would read null as NaN, and the text "nan", too."""
     array = np.asarray(value)
     if array.dtype.kind not in "if":
         raise ValueError(f"`{name}` must be numbers; got {reprlib.repr(value)}")
     return array.astype(float)
+
+
+def _encode(table: CostTable) -> tuple[dict[str, Any], dict[str, Any]]:
+    terms = [{"rows": term.rows, "values": term.values.tolist()} for term in table.terms]
+    return {"fixed": float(table.fixed), "unit": table.unit, "terms": terms}, {}
+
+
+def _decode(header: dict[str, Any], file: _files.Npz) -> CostTable:
+    terms = []
+    for term in header["terms"]:
+        rows = tuple((str(kind), operator.index(edge)) for kind, edge in term["rows"])
+        values = _numbers("values", term["values"])
+        if values.ndim != len(rows):
+            raise ValueError(f"`values` must have an axis for each of the {len(rows)} rows; got {values.shape}")
+        terms.append(CostTerm(rows, values))
+    return CostTable(float(_numbers("fixed", header["fixed"])), tuple(terms), str(header["unit"]))
+
+
+_saving.register(_saving.Kind("cost_table", CostTable, _encode, _decode))

@@ -1,16 +1,76 @@
 """Genotypes as text: JSON, and the forms of DARTS and of NAS-Bench-201."""
 
 import ast
+import contextlib
 import json
 import operator
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from metaopt import _files
 from metaopt.nas._genotypes import NONE, by_target
 from metaopt.nas._named_spaces import DARTS_PRIMITIVES, NAS_BENCH_201_PRIMITIVES
-from metaopt.nas._specs import Genotype, reading_json
+from metaopt.nas._specs import Genotype
+
+FORMS = ("json", "darts", "nas_bench_201")
 
 
-def genotype_to_json(genotype: Genotype) -> str:
+def genotype_to_text(genotype: Genotype, *, form: str = "json") -> str:
+    """A genotype as text.
+
+    Args:
+      genotype: kind -> edges, whose nodes may be NumPy integers.
+      form: "json", for any genotype; "darts", `Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., ...)`,
+        for kinds with two inputs and two edges into each node; or "nas_bench_201",
+        `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`, for a cell of that space.
+
+    Returns:
+      Text that `genotype_from_text` reads. The code of DARTS and the tables of NAS-Bench-201 use the other two forms.
+
+    Raises:
+      ValueError: if `form` is unknown, or the genotype cannot be written in it.
+      TypeError: if a node is not an integer.
+    """
+    _check_form(form)
+    if form == "json":
+        return _to_json(genotype)
+    return _to_darts(genotype) if form == "darts" else _to_nas_bench_201(genotype)
+
+
+def genotype_from_text(text: str, *, form: str = "json", primitives: Sequence[str] = DARTS_PRIMITIVES) -> Genotype:
+    """The genotype of a text.
+
+    Args:
+      text: in the given form; see `genotype_to_text`.
+      form: "json", "darts" or "nas_bench_201".
+      primitives: the ops that a genotype in the form of DARTS may have.
+
+    Returns:
+      A `Genotype`. The ops of JSON are not checked here; `discrete` checks them against a network.
+
+    Raises:
+      ValueError: if `form` is unknown, or the text does not have this form.
+      ValueError: if an edge does not go from a node to a later one or occurs twice, or an op is not in the space.
+
+    >>> from metaopt import nas
+    >>> text = "|none~0|+|skip_connect~0|none~1|+|none~0|none~1|none~2|"
+    >>> genotype = nas.genotype_from_text(text, form="nas_bench_201")
+    >>> print(nas.genotype_to_text(genotype))
+    {"version": 1, "genotype": {"cell": [[0, 2, "skip_connect"]]}}
+    """
+    _check_form(form)
+    if form == "json":
+        return _from_json(text)
+    return _from_darts(text, primitives) if form == "darts" else from_nas_bench_201(text)
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)}; got {form!r}.")
+
+
+def _to_json(genotype: Genotype) -> str:
     """A genotype as JSON.
 
     Args:
@@ -25,8 +85,26 @@ def genotype_to_json(genotype: Genotype) -> str:
     return json.dumps({"version": 1, "genotype": genotype}, default=operator.index)
 
 
-def genotype_from_json(text: str) -> Genotype:
-    """The genotype that `genotype_to_json` wrote.
+@contextlib.contextmanager
+def _reading_json(text: str) -> Iterator[dict[str, Any]]:
+    """Gives the fields of a JSON object of version 1. What fails while they are read becomes a ValueError.
+
+    Args:
+      text: JSON.
+    """
+    try:
+        data = _files.parse_json(text)
+        version = data.get("version")
+        if version != 1:
+            raise ValueError(f"its version must be 1; got {reprlib.repr(version)}")
+        yield data
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"This is not JSON that `genotype_to_text` wrote ({reason}): {text[:200]!r}.") from error
+
+
+def _from_json(text: str) -> Genotype:
+    """The genotype that `genotype_to_text` wrote.
 
     Args:
       text: JSON.
@@ -39,7 +117,7 @@ def genotype_from_json(text: str) -> Genotype:
       ValueError: if an edge does not go from a node to a later one, or occurs twice.
     """
     genotype = {}
-    with reading_json(text, "genotype_to_json") as data:
+    with _reading_json(text) as data:
         for kind, edges in data["genotype"].items():
             if not isinstance(edges, list):
                 raise ValueError(f"the edges of {kind!r} must be a list; got {edges!r}")
@@ -56,7 +134,7 @@ def genotype_from_json(text: str) -> Genotype:
     return genotype
 
 
-def to_darts(genotype: Genotype) -> str:
+def _to_darts(genotype: Genotype) -> str:
     """A genotype in the form of DARTS, "Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., reduce=...)".
 
     Args:
@@ -79,7 +157,7 @@ def to_darts(genotype: Genotype) -> str:
     return f"Genotype({', '.join(parts)})"
 
 
-def from_darts(text: str, *, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Genotype:
+def _from_darts(text: str, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Genotype:
     """The genotype of a text in the form of DARTS; all of its nodes must be part of the output.
 
     Args:
@@ -139,7 +217,7 @@ def _darts_cell(pairs: list, nodes: list[int]) -> tuple[tuple[int, int, str], ..
     return tuple((source, 2 + i // 2, op) for i, (op, source) in enumerate(pairs))
 
 
-def to_nas_bench_201(genotype: Genotype) -> str:
+def _to_nas_bench_201(genotype: Genotype) -> str:
     """A genotype in the form of NAS-Bench-201, "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
 
     Args:

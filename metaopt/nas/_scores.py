@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from metaopt import _jaxpr, base
+from metaopt._batches import check_labels, row_mask
 from metaopt._jaxpr import Literal
-from metaopt.inner import check_labels, cross_entropy, row_mask
+from metaopt.inner import cross_entropy
 from metaopt.nas._ops import NORMALIZATION
 from metaopt.nas._supernet import Supernet, Weights
 

@@ -8,16 +8,15 @@ into it. Each edge mixes its candidate ops by weights w, and the output concaten
 A discrete network is a network whose edges have one candidate each. It uses the same data and the same code.
 """
 
-import contextlib
 import json
 import operator
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, _files
+from metaopt import _checks, _files, _saving
 from metaopt._jaxpr import Tracer
 
 
@@ -251,68 +250,48 @@ def check_single_path(kind: str, weights: Any) -> None:
         )
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def network_to_json(network: Space) -> str:
-    """A network as JSON.
-
-    Args:
-      network: a spec.
-
-    Returns:
-      Text, with the version of the format.
-    """
+def network_to_dict(network: Space) -> dict[str, Any]:
+    """The JSON values of a network."""
     if isinstance(network, ElasticNetwork):
         elastic = [[name, layer._asdict()] for name, layer in network.layers.items()]
-        return json.dumps({"version": 1, "elastic": elastic, "num_outputs": network.num_outputs}, default=int)
+        return _plain({"elastic": elastic, "num_outputs": network.num_outputs})
     cells = {
         kind: cell._replace(edges=[list(edge) for edge in cell.edges])._asdict() for kind, cell in network.cells.items()
     }
     layers = [list(layer) for layer in network.layers]
     rest = {"num_outputs": network.num_outputs, "pooled": network.pooled, "keep": network.keep}
-    return json.dumps({"version": 1, "cells": cells, "layers": layers, **rest}, default=int)  # NumPy's integers
+    return _plain({"cells": cells, "layers": layers, **rest})
 
 
-def network_from_json(text: str) -> Space:
-    """The network that `network_to_json` wrote.
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value, default=int))  # NumPy's integers
 
-    Args:
-      text: JSON.
 
-    Returns:
-      A `Network`, or an `ElasticNetwork`.
+def network_from_dict(data: Mapping[str, Any]) -> Space:
+    """The network of JSON values: a `Network`, or an `ElasticNetwork`.
 
     Raises:
-      ValueError: if the text is not JSON of this form, is of another version, or describes an invalid network.
+      ValueError: if the values describe an invalid network. Values of another form raise other errors, which
+        `metaopt.load` explains.
     """
-    with reading_json(text, "network_to_json") as data:
-        if "elastic" in data:
-            network = _read_elastic(data)
-            check_elastic(network)
-        else:
-            network = _read_network(data)
-            check_network(network)
+    if "elastic" in data:
+        network = _read_elastic(data)
+        check_elastic(network)
+    else:
+        network = _read_network(data)
+        check_network(network)
     return network
 
 
-@contextlib.contextmanager
-def reading_json(text: str, writer: str) -> Iterator[dict[str, Any]]:
-    """Gives the fields of a JSON object of version 1. What fails while they are read becomes a ValueError.
+def _encode(network: Space) -> tuple[dict[str, Any], dict[str, Any]]:
+    return network_to_dict(network), {}
 
-    Args:
-      text: JSON.
-      writer: the function that writes such objects, for the message.
-    """
-    try:
-        data = _files.parse_json(text)
-        version = data.get("version")
-        if version != 1:
-            raise ValueError(f"its version must be 1; got {reprlib.repr(version)}")
-        yield data
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"This is not JSON that `{writer}` wrote ({reason}): {text[:200]!r}.") from error
+
+def _decode(header: dict[str, Any], file: _files.Npz) -> Space:
+    return network_from_dict(header)
 
 
 def _read_elastic(data: Mapping[str, Any]) -> ElasticNetwork:
@@ -340,3 +319,7 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"names must be strings; got {reprlib.repr(value)}")
     return value
+
+
+_saving.register(_saving.Kind("network", Network, _encode, _decode))
+_saving.register(_saving.Kind("elastic_network", ElasticNetwork, _encode, _decode))

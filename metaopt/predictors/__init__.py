@@ -11,9 +11,7 @@ from metaopt.predictors._files import (
 )
 from metaopt.predictors._networks import (
     dataset_embedding,
-    embed_rows,
     ensemble,
-    init_embedding,
     mlp,
 )
 
@@ -22,8 +20,6 @@ __all__ = [
     "amortize",
     "best_of",
     "dataset_embedding",
-    "embed_rows",
     "ensemble",
-    "init_embedding",
     "mlp",
 ]

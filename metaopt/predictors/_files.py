@@ -68,7 +68,7 @@ class TrainedPredictor(NamedTuple):
           features: raw meta-features, by name.
 
         Returns:
-          [F], by `tasks.apply_scaling`: with the predictor's `limit`, or with `clip=3.0` if it has none.
+          [F], by `tasks.FeatureScaling.transform`: with the predictor's `limit`, or with `clip=3.0` if it has none.
 
         Raises:
           ValueError: if there is no scaling.
@@ -77,7 +77,7 @@ class TrainedPredictor(NamedTuple):
         if self.scaling is None:
             raise ValueError("This predictor has no `scaling` of features.")
         limit = _networks.option_of(self.predictor.config, "limit")
-        return tasks.apply_scaling(self.scaling, features, **({"clip": 3.0} if limit is None else {"limit": limit}))
+        return self.scaling.transform(features, **({"clip": 3.0} if limit is None else {"limit": limit}))
 
 
 def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:

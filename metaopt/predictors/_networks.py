@@ -21,13 +21,12 @@ With `spread`, they also return the standard deviation of every coordinate, and 
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _heads, _proposals, base, spaces
+from metaopt import _checks, _heads, _proposals, _row_embedding, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -100,7 +99,7 @@ def mlp(
 
     Args:
       space: of λ; its unconstrained coordinates are predicted.
-      num_features: F; `task.features` must be [F], standardized (`tasks.apply_scaling`).
+      num_features: F; `task.features` must be [F], standardized (`tasks.FeatureScaling.transform`).
       num_hidden: H, the number of tanh units; with 0 the map is linear.
       hyperparams: the initial λ, in natural units; by default the space's default.
       limit: L, a safeguard against extrapolation. Features beyond ±L shrink the prediction towards "center" of φ:
@@ -108,8 +107,8 @@ def mlp(
             z = w g(x clipped to ±L) + (1 - w) z₀,    w = 1 / (1 + mean_i max(|x_i| / L - 1, 0)²).
 
         Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features by
-        `tasks.apply_scaling(..., limit=L)` or `TrainedPredictor.scaled_features`: w cannot see what a smaller `clip`
-        has removed. None: no safeguard.
+        `tasks.FeatureScaling.transform(..., limit=L)` or `TrainedPredictor.scaled_features`: w cannot see what a
+        smaller `clip` has removed. None: no safeguard.
       spread: the initial standard deviation of each coordinate, positive: g predicts a distribution, a named tuple
         (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
@@ -135,83 +134,6 @@ def mlp(
 
     config = {"kind": "mlp", "num_features": num_features, "num_hidden": num_hidden, "space": spaces.to_json(space)}
     return base.Predictor(init, apply, config | _options(limit=limit, spread=spread))
-
-
-def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
-    """Parameters of `embed_rows`.
-
-    Args:
-      key: consumed.
-      width: W, of every layer and of the embedding.
-
-    Returns:
-      A dict: "entry" {"w", "b"} are W₁ and b₁, "pair" {"w", "b"} are W₂ and b₂, "embedding" is W₃.
-    """
-    return _init_embedding(jax.random.split(key, 3), width, jnp.result_type(float))
-
-
-def _init_embedding(keys, width: int, dtype) -> dict[str, Any]:
-    entry_key, pair_key, out_key = keys
-    pair_inputs = 2 * width + 1
-    return {
-        "entry": {"w": jax.random.normal(entry_key, (width,), dtype), "b": jnp.linspace(-2, 2, width, dtype=dtype)},
-        "pair": {
-            "w": jax.random.normal(pair_key, (pair_inputs, width), dtype) * np.sqrt(2 / pair_inputs),
-            "b": jnp.zeros(width, dtype),
-        },
-        "embedding": jax.random.normal(out_key, (width, width), dtype) / np.sqrt(width),
-    }
-
-
-def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) -> jax.Array:
-    """The embedding of `dataset_embedding`: it ignores the order of rows, columns and classes.
-
-    Args:
-      params: by `init_embedding`.
-      data: a dict like `train` of `tasks.to_task`: "x" [N, D] of N rows and D columns, "y" [N] in {0, …, C − 1}, and
-        "class_mask" [C]. "mask" [N] and "feature_mask" [D] state which rows and columns are real; by default, all are.
-        An "x" with more axes, such as images [N, H, W, c], is flattened to D = H·W·c columns: the position of a pixel
-        is ignored.
-      max_rows: the maximal number of rows to use; the first real ones are used.
-
-    Returns:
-      [W]. It takes memory O((N + C) D W), and is differentiable in `params` and in "x".
-
-    Raises:
-      KeyError: at trace time, if `data` lacks an entry.
-      ValueError: if "y" is not traced and the label of a real row is not a class.
-      AssertionError: at trace time, if "y" or a mask has another shape.
-    """
-    x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
-    x = x.reshape(len(x), -1)
-    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(params["entry"]["w"].dtype)
-    mask, feature_mask = (
-        jnp.asarray(data[name]) if name in data else jnp.ones(num, x.dtype)
-        for name, num in zip(("mask", "feature_mask"), x.shape, strict=True)
-    )
-    chex.assert_shape((y, mask, feature_mask), [(len(x),), (len(x),), (x.shape[1],)])
-    _checks.check_labels('The labels "y"', y, len(data["class_mask"]), mask=mask)
-    if len(mask) > max_rows:
-        first = jnp.argsort(mask <= 0, stable=True)[:max_rows]  # real rows first, wherever they are
-        x, y, mask = x[first], y[first], mask[first]
-    entry, pair = params["entry"], params["pair"]
-    entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
-    # In a dtype with 8 bits, class 256 would equal class 0.
-    member = jax.nn.one_hot(y.astype(jnp.int32), len(data["class_mask"]), dtype=x.dtype) * mask[:, None]  # [N, C]
-    count, total = member.sum(0), mask.sum()
-    by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
-    overall = jnp.einsum("n,ndw->dw", mask, entries) / total
-    share = count / total
-    pairs = jnp.concatenate(
-        [
-            by_class,
-            jnp.broadcast_to(overall[None], by_class.shape),
-            jnp.broadcast_to(share[:, None, None], (*by_class.shape[:2], 1)),
-        ],
-        axis=-1,
-    )
-    hidden = jax.nn.relu(pairs @ pair["w"] + pair["b"][None, None]) @ params["embedding"]  # [C, D, W]
-    return jnp.einsum("c,d,cdw->w", share, feature_mask / feature_mask.sum(), hidden)
 
 
 def dataset_embedding(
@@ -249,7 +171,7 @@ def dataset_embedding(
 
     Returns:
       A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
-        (`embed_rows` lists the entries that it uses).
+        ("x", "y", "class_mask" and optionally "mask" and "feature_mask").
 
     Raises:
       ValueError: if the space has nothing to tune; if `limit` is not positive, `spread` is not positive and finite, or
@@ -264,12 +186,12 @@ def dataset_embedding(
 
     def init(key):
         *keys, head_key = jax.random.split(key, 4)
-        params = _init_embedding(keys, width, center.dtype)
+        params = _row_embedding.init_weights(keys, width, center.dtype)
         head = {"head": _heads.init_head(head_key, width + num_features, num_hidden, center)}
         return params | head | _init_spread(spread, width + num_features, center)
 
     def apply(meta_params, task):
-        embedding = embed_rows(meta_params, task.train, max_rows=max_rows)
+        embedding = _row_embedding.embed_rows(meta_params, task.train, max_rows=max_rows)
         inputs = embedding
         if num_features:
             inputs = jnp.concatenate([embedding, _guarded(task.features, limit)])

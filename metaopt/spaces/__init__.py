@@ -53,7 +53,6 @@ from metaopt.spaces._factories import (
     positive,
     real,
     simplex,
-    unit_interval,
 )
 from metaopt.spaces._infer import infer
 from metaopt.spaces._leaves import Fixed, Integer, Interval, Leaf
@@ -108,5 +107,4 @@ __all__ = [
     "to_json",
     "to_optuna",
     "to_unconstrained",
-    "unit_interval",
 ]

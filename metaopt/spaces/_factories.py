@@ -104,22 +104,6 @@ def interval(low: float, high: float, *, log: bool = False, default: Any = None,
     return Interval(low=low, high=high, log=bool(log), default=values, shape=shape)
 
 
-def unit_interval(default: Any = 0.5, *, shape: Sequence[int] = ()) -> Interval:
-    """Makes a leaf for a number between 0 and 1, such as a dropout rate or a momentum: `interval(0, 1)`.
-
-    Args:
-      default: a number or an array of `shape`, strictly between 0 and 1.
-      shape: the shape of λ.
-
-    Returns:
-      A leaf λ = σ(z) whose samples are uniform.
-
-    Raises:
-      ValueError: if `default` lies at a bound or outside, or does not fit `shape`.
-    """
-    return interval(0.0, 1.0, default=default, shape=shape)
-
-
 def integer(low: int, high: int, *, log: bool = False, default: Any = None, shape: Sequence[int] = ()) -> Integer:
     """Makes a leaf for an integer from `low` to `high`, both included.
 

@@ -237,7 +237,7 @@ class _Bounded(Leaf):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interval(_Bounded):
-    """A number between two bounds; made by `interval` or `unit_interval`."""
+    """A number between two bounds; made by `interval`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

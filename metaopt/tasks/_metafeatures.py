@@ -3,7 +3,8 @@
 The names are from Rivolli et al., "Meta-features for meta-learning", Knowledge-Based Systems 2022,
 https://doi.org/10.1016/j.knosys.2021.108101, as in pymfe. A feature with many values (one per column, pair, class or
 fold) is summarized by its mean and its standard deviation (n - 1): "skewness.mean", "skewness.sd". A feature that is
-undefined for a table (such as the skewness without numeric columns) is NaN. `apply_scaling` replaces it by the median.
+undefined for a table (such as the skewness without numeric columns) is NaN. `FeatureScaling.transform` replaces it by
+the median.
 """
 
 import math
@@ -405,6 +406,41 @@ class FeatureScaling(NamedTuple):
     scale: Sequence[float]
     log: Sequence[bool]
 
+    def transform(
+        self, features: Mapping[str, float], *, clip: float | None = None, limit: float | None = None
+    ) -> np.ndarray:
+        """Brings the meta-features of one table to the scale of the training tables.
+
+        Pass either `clip` or `limit`. A clipped feature hides how far the table is from those of training. A predictor
+        with a `limit` needs this distance, and other models need protection from it.
+
+        Args:
+          features: of one table; names that the scaling does not have are ignored.
+          clip: the largest absolute value. A usual value is 3, for models without a safeguard against extrapolation.
+          limit: that of the predictor which reads the features (`predictors.mlp`); the largest absolute value is 50
+            limits.
+
+        Returns:
+          [F] float32 within ±`clip`, in the order of `names`; a non-finite feature becomes 0, the value of the
+          median table.
+
+        Raises:
+          ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
+          KeyError: if a name is absent.
+        """
+        bound = clip if limit is None else 50 * limit
+        if bound is None or None not in (clip, limit):
+            raise ValueError(
+                "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
+                f"`clip=3.0`; got clip={clip}, limit={limit}."
+            )
+        _checks.check_positive("clip", clip, optional=True)
+        _checks.check_positive("limit", limit, optional=True)
+        values = _values(features, self.names)
+        values = np.where(np.asarray(self.log, bool), _log(values), values)
+        scaled = (values - np.array(self.center)) / np.array(self.scale)
+        return np.where(np.isfinite(scaled), np.clip(scaled, -bound, bound), 0.0).astype(np.float32)
+
 
 def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | None = None) -> FeatureScaling:
     """Fits the scaling of meta-features on the training tables.
@@ -418,7 +454,7 @@ def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | 
         vary.
 
     Returns:
-      The scaling, for `apply_scaling`.
+      The scaling; its `transform` scales the features of one table.
 
     Raises:
       KeyError: if a table lacks a name.
@@ -443,42 +479,6 @@ def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | 
         scales.append(float(scale))
         logs.append(heavy)
     return FeatureScaling(tuple(kept), tuple(centers), tuple(scales), tuple(logs))
-
-
-def apply_scaling(
-    scaling: FeatureScaling, features: Mapping[str, float], *, clip: float | None = None, limit: float | None = None
-) -> np.ndarray:
-    """Brings the meta-features of one table to the scale that `fit_scaling` learned.
-
-    Pass either `clip` or `limit`. A clipped feature hides how far the table is from those of training. A predictor with
-    a `limit` needs this distance, and other models need protection from it.
-
-    Args:
-      scaling: from `fit_scaling`.
-      features: of one table; names that `scaling` does not have are ignored.
-      clip: the largest absolute value. A usual value is 3, for models without a safeguard against extrapolation.
-      limit: that of the predictor which reads the features (`predictors.mlp`); the largest absolute value is 50 limits.
-
-    Returns:
-      [F] float32 within ±`clip`, in the order of `scaling.names`; a non-finite feature becomes 0, the value of the
-      median table.
-
-    Raises:
-      ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
-      KeyError: if a name is absent.
-    """
-    bound = clip if limit is None else 50 * limit
-    if bound is None or None not in (clip, limit):
-        raise ValueError(
-            "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
-            f"`clip=3.0`; got clip={clip}, limit={limit}."
-        )
-    _checks.check_positive("clip", clip, optional=True)
-    _checks.check_positive("limit", limit, optional=True)
-    values = _values(features, scaling.names)
-    values = np.where(np.asarray(scaling.log, bool), _log(values), values)
-    scaled = (values - np.array(scaling.center)) / np.array(scaling.scale)
-    return np.where(np.isfinite(scaled), np.clip(scaled, -bound, bound), 0.0).astype(np.float32)
 
 
 def _log(values: np.ndarray) -> np.ndarray:

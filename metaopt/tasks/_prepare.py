@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metaopt.tasks._columns import merged_values
-from metaopt.tasks._scaled_columns import SCALINGS, apply_columns, fit_columns
+from metaopt.tasks._scaled_columns import SCALINGS, fit_columns
 from metaopt.tasks._tables import Table
 
 _log = logging.getLogger(__name__)
@@ -30,6 +30,15 @@ class Rows(NamedTuple):
     y: np.ndarray
     raw: np.ndarray
     index: np.ndarray
+
+
+class TaskShape(NamedTuple):
+    """The size of a task, or the size that it is padded to."""
+
+    train_rows: int
+    valid_rows: int
+    features: int
+    classes: int
 
 
 class PreparedTable(NamedTuple):
@@ -56,6 +65,11 @@ class PreparedTable(NamedTuple):
     num_classes: int
     classes: np.ndarray
     categorical: np.ndarray
+
+    @property
+    def shape(self) -> TaskShape:
+        """The smallest shape that the table fits into: training rows, validation rows, features and classes."""
+        return TaskShape(len(self.train.y), len(self.valid.y), self.num_features, self.num_classes)
 
 
 def prepare(
@@ -135,7 +149,7 @@ def prepare(
     )
     if not fitted.kept.any():
         raise ValueError(f"table {table.name} has no column that varies over its training rows.")
-    x = apply_columns(fitted, table.x[used])
+    x = fitted.transform(table.x[used])
     raw = _filled(table, raw, train)
     parts = zip(np.split(x, np.cumsum([len(train), len(valid)])), (train, valid, test), strict=True)
     rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], i) for part, i in parts]
@@ -154,7 +168,7 @@ def prepare(
 
 def encode(x: np.ndarray, y: np.ndarray, categorical: np.ndarray) -> np.ndarray:
     """Encodes all rows of a table as `prepare` does by default: [n, D] float32, D = 0 if no column varies."""
-    return apply_columns(fit_columns(x, categorical, y=y, max_features=128), x)
+    return fit_columns(x, categorical, y=y, max_features=128).transform(x)
 
 
 def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Encodes columns as inputs of a network: normal scores of numbers, one column for each level of a category.
 
-The statistics come from the rows that `fit_columns` gets. `apply_columns` encodes these rows or new ones.
+The statistics come from the rows that `fit_columns` gets. `FittedColumns.transform` encodes these rows or new ones.
 """
 
 import functools
@@ -40,6 +40,26 @@ class FittedColumns(NamedTuple):
     knots: np.ndarray
     kept: np.ndarray
 
+    def transform(self, x: np.ndarray) -> np.ndarray:
+        """Encodes rows by statistics of other rows.
+
+        An unseen level is marked in the column of the others. If there is no such column, it gives zeros. Gaps in a
+        numeric column become the median.
+
+        Args:
+          x: [n, d], the columns of `fit_columns` in the same order.
+
+        Returns:
+          [n, D] float32. Each row depends on itself only.
+
+        Raises:
+          ValueError: if `x` has another number of columns.
+        """
+        columns = np.asarray(x).astype(np.float64).T
+        if columns.ndim != 2 or len(columns) != len(self.categorical):
+            raise ValueError(f"`x` must be [rows, {len(self.categorical)}]; got shape {np.shape(x)}.")
+        return _encoded(self, columns)[:, self.kept].astype(np.float32)
+
 
 def fit_columns(
     x: np.ndarray,
@@ -50,7 +70,7 @@ def fit_columns(
     max_levels: int = 10,
     scaling: str = "quantile",
 ) -> FittedColumns:
-    """Computes how `apply_columns` encodes rows.
+    """Computes how `FittedColumns.transform` encodes rows.
 
     A numeric column becomes one column. Gaps are filled with the median. Then, depending on `scaling`,
 
@@ -113,28 +133,6 @@ def fit_columns(
         _log.info("%d of %d encoded columns are kept", max_features, kept.sum())
         kept = np.isin(np.arange(len(kept)), best)
     return fitted._replace(kept=kept)
-
-
-def apply_columns(fitted: FittedColumns, x: np.ndarray) -> np.ndarray:
-    """Encodes rows by statistics of other rows.
-
-    An unseen level is marked in the column of the others. If there is no such column, it gives zeros. Gaps in a numeric
-    column become the median.
-
-    Args:
-      fitted: by `fit_columns`.
-      x: [n, d], the columns of `fit_columns` in the same order.
-
-    Returns:
-      [n, D] float32. Each row depends on itself only.
-
-    Raises:
-      ValueError: if `x` has another number of columns.
-    """
-    columns = np.asarray(x).astype(np.float64).T
-    if columns.ndim != 2 or len(columns) != len(fitted.categorical):
-        raise ValueError(f"`x` must be [rows, {len(fitted.categorical)}]; got shape {np.shape(x)}.")
-    return _encoded(fitted, columns)[:, fitted.kept].astype(np.float32)
 
 
 class _Statistics(NamedTuple):

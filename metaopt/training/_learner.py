@@ -105,6 +105,7 @@ def learner(
       `skipped` (0 or 1).
 
     Raises:
+      ValueError: if `estimator` is neither an estimator nor a function.
       ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or have invalid labels.
       ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
       AssertionError: at trace time, if the estimator violates its contract.
@@ -119,6 +120,8 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
+    if not callable(estimator):
+        _checks.check_estimator(estimator)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
     parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger)
 

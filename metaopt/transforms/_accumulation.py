@@ -31,7 +31,7 @@ def learnable_accumulation(
 
     or, with `average`, m_k ← β_k m_k + (1 − β_k) g. With one decay this is `optax.trace` (`optax.ema` without
     debiasing). With several decays it is aggregated momentum, whose fast members damp the oscillations of the slow one.
-    It is differentiable in β and w in both modes. Neither is checked: `spaces.unit_interval(shape=(K,))` and
+    It is differentiable in β and w in both modes. Neither is checked: `spaces.interval(0, 1, shape=(K,))` and
     `spaces.simplex(K)` keep them in range.
 
     Takes K times the memory of the parameters.

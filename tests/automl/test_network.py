@@ -74,7 +74,7 @@ def _padded(params, data):
 
 def test_training_on_a_padded_task_gives_the_same_predictions(network, task):
     prepared = _prepared()
-    own = tasks.shape_of(prepared)
+    own = prepared.shape
     padded = automl.tabular_task(prepared, shape=TaskShape(own.train_rows + 5, own.valid_rows + 7, 6, 5))
     padded = padded._replace(train=_float64(padded.train), valid=_float64(padded.valid))
     # The noise of the inputs is drawn with the padded shape. All else, such as class weights, is in use.
@@ -102,7 +102,7 @@ def test_training_on_a_padded_task_gives_the_same_predictions(network, task):
 def test_shares_in_the_loss_are_those_of_the_training_rows_of_a_new_split():
     """At a network of zeros, the mean of the documented class weights is the loss, up to log(3)."""
     network = automl.tabular_network(num_steps=5, batch_size=8, num_members=2, num_hidden=4)
-    own = tasks.shape_of(_prepared())
+    own = _prepared().shape
     shape = TaskShape(own.train_rows + 5, own.valid_rows + 7, 3, 3)
     task = automl.tabular_task(_prepared(), shape=shape, features=np.ones(2, np.float32))
     np.testing.assert_array_equal(task.features, 1)

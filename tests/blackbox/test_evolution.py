@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 
 SPACE = {f"edge{i}": spaces.integer(1, 5) for i in range(6)}
 TARGET = (1, 3, 5, 2, 2, 4)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import predictors
+from metaopt import _row_embedding
 from metaopt.blackbox import _fit_surrogate, _surrogates
 
 
@@ -26,8 +26,8 @@ def test_the_embedding_stands_next_to_the_features_of_each_task(monkeypatch):
         "weights": np.full((num_members, num_tasks), 1 / num_tasks),
     }
     rows, data = jax.tree.map(jnp.asarray, (rows, data))
-    params = predictors.init_embedding(jax.random.key(0))
-    embedded = np.asarray(jax.jit(jax.vmap(predictors.embed_rows, (None, 0)))(params, rows))
+    params = _row_embedding.init_embedding(jax.random.key(0))
+    embedded = np.asarray(jax.jit(jax.vmap(_row_embedding.embed_rows, (None, 0)))(params, rows))
     embedded = (embedded - embedded.mean(0)) / np.sqrt(embedded.var(0) + 1e-6)
     attention = _surrogates.init_attention(jax.random.key(1), num_members, num_features + embedded.shape[1])
     monkeypatch.setattr(_fit_surrogate.hypergrad, "direct", lambda loss: loss)

@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from metaopt import Record, blackbox
+from metaopt import blackbox
+from metaopt.base import Record
 
 pd = pytest.importorskip("pandas")
 

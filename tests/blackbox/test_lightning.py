@@ -13,7 +13,8 @@ from pickle import UnpicklingError
 import jax
 import pytest
 
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 from metaopt.blackbox import lightning
 
 SPACE = {"width": spaces.integer(4, 32, log=True), "rate": spaces.interval(1e-4, 1e-1, log=True)}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import metaopt
-from metaopt import Record, Task, blackbox, spaces, tasks
+from metaopt import blackbox, spaces, tasks
+from metaopt.base import Record, Task
 from metaopt.blackbox import (
     _earlier_trials,
     _encoding,
@@ -760,9 +761,7 @@ def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_
         for call in (g.predict, blind.predict, lambda wrong: g.suggest([], [], wrong), lambda wrong: g.searcher(wrong)):
             with pytest.raises(ValueError, match=f"`new_task` must be a `base.Task` .*, or None; got {called}"):
                 call(wrong)
-    path = (
-        r"`tasks.apply_scaling\(scaling, tasks.metafeatures\(table\), clip=3.0\)`, .* of what `tasks.prepare` returns\."
-    )
+    path = r"`scaling.transform\(tasks.metafeatures\(table\), clip=3.0\)`, .* of what `tasks.prepare` returns\."
     for wrong in (table, tasks.prepare(table, valid_fraction=0.3, test_fraction=0.3)):
         with pytest.raises(ValueError, match=f"got {type(wrong).__name__}. A table's features are {path}"):
             g.predict(wrong)

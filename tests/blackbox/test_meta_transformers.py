@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import metaopt
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 from metaopt.blackbox import _fit_networks, _meta_search, _new_trials, _programs, _surrogates, _transformer
 
 SPACE = {"x": spaces.interval(0.0, 1.0)}

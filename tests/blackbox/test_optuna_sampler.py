@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 from metaopt.blackbox import _optuna_studies
 
 optuna = pytest.importorskip("optuna")

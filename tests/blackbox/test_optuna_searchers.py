@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 
 optuna = pytest.importorskip("optuna")
 

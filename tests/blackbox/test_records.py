@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox
+from metaopt import blackbox
+from metaopt.base import Record
 
 RECORDS = [
     Record("iris", {"rate": 0.1, "model": "svm", "deep": True, "cap": None, "num": 3}, 0.25, 1 / 3, 1.5, 7, trial=0),

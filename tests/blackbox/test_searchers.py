@@ -23,7 +23,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, base, blackbox, nas, spaces
+from metaopt import base, blackbox, nas, spaces
+from metaopt.base import Record
 
 pytestmark = pytest.mark.once
 

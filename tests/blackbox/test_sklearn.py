@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, spaces, tasks
+from metaopt import blackbox, spaces, tasks
+from metaopt.base import Record
 from metaopt.blackbox import _sklearn
 
 sklearn = pytest.importorskip("sklearn")

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from metaopt import Record, blackbox, spaces
+from metaopt import blackbox, spaces
+from metaopt.base import Record
 
 
 def test_records_become_a_table_and_come_back():
@@ -25,7 +26,7 @@ def test_records_become_a_table_and_come_back():
     expected = [[[0.5, 0.4], [nan, nan], [nan, nan]], [[nan, nan], [nan, 0.2], [nan, nan]]]
     np.testing.assert_allclose(table.outcomes, expected)
     np.testing.assert_allclose(table.costs[0, 0], [2.0, 6.0])
-    back = blackbox.table_records(table)
+    back = table.records()
     assert [(r.task, r.trial, r.fidelity, r.outcome) for r in back] == [
         ("b", 0, pytest.approx(1 / 3), 0.5),
         ("b", 0, 1.0, 0.4),

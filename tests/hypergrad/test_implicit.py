@@ -71,7 +71,7 @@ def test_the_initialization_sees_the_training_rows(warm_start):
 
 RULES = {
     "cg": {"solver": hypergrad.cg(tol=1e-12)},
-    "normal_cg": {"solver": hypergrad.normal_cg(tol=1e-13)},
+    "normal_cg": {"solver": hypergrad.cg(tol=1e-13, normal=True)},
     "gmres": {"solver": hypergrad.gmres()},
     "bicgstab": {"solver": hypergrad.bicgstab(tol=1e-12)},
     "neumann": {"solver": hypergrad.neumann(num_steps=400, rate=1.0)},

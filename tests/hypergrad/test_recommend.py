@@ -169,7 +169,7 @@ def test_biased_rules_are_taken_in_their_order_and_before_stochastic_ones():
 
 @pytest.mark.parametrize(("num_steps", "window"), [(10, 2), (7, 1), (16, 4)])
 def test_the_default_window_divides_the_horizon(num_steps, window):
-    assert (f"truncated, {window} steps" if window > 1 else "t1t2") in _recommend.candidates(
+    assert (f"truncated, {window} steps" if window > 1 else "truncated, 1 step") in _recommend.candidates(
         problems.RIDGE, problems.LAM, num_steps
     )
 

@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, inner
+from metaopt import base, few_shot, hypergrad, inner
 
 KEY = jax.random.key(0)
 RIDGE, LAM, TASK = problems.RIDGE, problems.LAM, problems.TASK
@@ -99,7 +99,10 @@ REFUSALS = [
     (lambda: evolution(num_pairs=0), "`num_pairs` must be at least 1; got 0"),
     (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
     (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
-    # Batches of tasks.
+    # Batches of tasks. The first three are no estimators, but make or have one.
+    (lambda: hypergrad.over_tasks(hypergrad.unrolled), r"`estimator` must be a `base.Estimator`.*got 'unrolled'. Call"),
+    (lambda: hypergrad.over_tasks(few_shot.maml), r"few_shot.maml\(loss\).estimator`; got 'maml'. Call a rule"),
+    (lambda: hypergrad.over_tasks(few_shot.maml(RIDGE.loop.loss)), "got 'Adaptation'. .* pass the `estimator` of its"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=0.0), "`max_norm` must be positive, or None; got 0.0"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=float("nan")), "`max_norm` must be positive"),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=1.0, normalize=True), "`normalize` and `max_norm` exclude"),

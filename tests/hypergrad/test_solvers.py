@@ -53,7 +53,7 @@ def lineax_lu():
 # Factory, whether A must be symmetric and positive definite.
 SOLVERS = {
     "cg": (lambda: hypergrad.cg(num_steps=30, tol=1e-13), True),
-    "normal_cg": (lambda: hypergrad.normal_cg(num_steps=60, tol=1e-14), False),
+    "normal_cg": (lambda: hypergrad.cg(num_steps=60, tol=1e-14, normal=True), False),
     "gmres": (lambda: hypergrad.gmres(num_steps=30), False),
     "bicgstab": (lambda: hypergrad.bicgstab(num_steps=60, tol=1e-13), False),
     "neumann": (lambda: hypergrad.neumann(num_steps=1000, rate=1.0), True),
@@ -117,7 +117,7 @@ def test_gmres_is_the_smallest_residual_of_its_space():
 
 def test_negative_curvature():
     a = matrix(30.0) - 0.5 * np.eye(SIZE)  # eigenvalues of both signs
-    v, _ = solve(hypergrad.normal_cg(num_steps=200, tol=1e-14), a)
+    v, _ = solve(hypergrad.cg(num_steps=200, tol=1e-14, normal=True), a)
     np.testing.assert_allclose(v, np.linalg.solve(a, B), rtol=1e-9)
     b = np.linalg.matrix_power(matrix(30.0), 2) @ B  # more of it where the curvature is positive
     v, num_products = solve(hypergrad.cg(), a, b, guess=0 * B)
@@ -195,7 +195,7 @@ def test_starts_from_the_guess(name):
     exact = np.linalg.solve(a, B)
     few = {
         "cg": lambda: hypergrad.cg(num_steps=1),
-        "normal_cg": lambda: hypergrad.normal_cg(num_steps=1),
+        "normal_cg": lambda: hypergrad.cg(num_steps=1, normal=True),
         "bicgstab": lambda: hypergrad.bicgstab(num_steps=1),
         "neumann": lambda: hypergrad.neumann(num_steps=1, rate=1.0),
     }.get(name, SOLVERS[name][0])
@@ -254,7 +254,9 @@ def test_float32_stays_float32(name):
     assert v["v"].dtype == jnp.float32 and jnp.isfinite(v["v"]).all()
 
 
-@pytest.mark.parametrize("solver", [hypergrad.cg(), hypergrad.normal_cg(), hypergrad.neumann(num_steps=9, rate=0.3)])
+@pytest.mark.parametrize(
+    "solver", [hypergrad.cg(), hypergrad.cg(normal=True), hypergrad.neumann(num_steps=9, rate=0.3)]
+)
 def test_leaves_of_different_precision(solver):
     b = {"half": jnp.ones(2, jnp.bfloat16), "single": jnp.ones(3, jnp.float32)}
     v, _ = jax.jit(lambda b: solver(lambda v: jax.tree.map(lambda x: 2 * x, v), b, b, key=KEY))(b)

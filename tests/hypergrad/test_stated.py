@@ -237,7 +237,10 @@ ON_THE_WAY = {
         partial(hypergrad.truncated, num_steps=6, truncation_length=3), BOTH, 2,
         lambda: total(onward(3, 3)[-1]), 1e-6, 2e-2,
     ),
-    "t1t2": (partial(hypergrad.t1t2, num_steps=3), BOTH, 3, lambda: total(onward(2, 1)[-1]), 1e-6, 2e-2),
+    "truncated, 1 step": (
+        partial(hypergrad.truncated, num_steps=3, truncation_length=1), BOTH, 3,
+        lambda: total(onward(2, 1)[-1]), 1e-6, 2e-2,
+    ),
     "forward": (
         partial(hypergrad.forward, num_steps=4, outer=[0.0, 2.0, 0.0, 1.0]), BOTH, 1,
         lambda: 2 * total(run(4)[1]) + total(run(4)[3]), 1e-6, 2e-2,

@@ -52,13 +52,13 @@ def test_every_window_equals_its_closed_form_while_hyperparams_move(outer, weigh
     assert estimator.kind == "biased"
 
 
-def test_t1t2_equals_its_formula():
+def test_a_window_of_one_step_equals_the_formula_of_t1t2():
     # Luketina et al.: dF/dλ = ∂f/∂λ − η (∂f/∂θ)(θ') ∂²g/∂θ∂λ, θ' = θ − η ∇θ g.
     eta = 0.1
     loop = inner.loop(problems.penalized, lambda hyperparams: optax.sgd(eta), init=problems.zeros)
     problem = inner.problem(loop, lambda params, hp, batch: problems.mean_squares(params, batch) + hp["penalty"].sum())
     lam = {"penalty": jnp.array([0.5, 0.1, 0.3, 0.8])}
-    estimator = hypergrad.t1t2(problem, num_steps=3)
+    estimator = hypergrad.truncated(problem, num_steps=3, truncation_length=1)
     estimate, state = jax.jit(estimator.estimate), estimator.init(KEY, lam, problems.TASK)
     theta = np.zeros(problems.NUM_FEATURES)
     for step in range(3):

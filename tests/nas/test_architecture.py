@@ -11,7 +11,7 @@ import pytest
 from small_search import KEY, NET, ONE, OPS, TASK, alpha_of, close, estimate_of, search_of, sgd
 
 from metaopt import base, hypergrad, nas, training
-from metaopt.nas import _derivation, _nas_bench_101, _relaxations
+from metaopt.nas import _derivation, _nas_bench_101, _relaxations, _specs
 
 SCHEDULED = (nas.gdas, nas.darts_minus, nas.beta_darts, nas.unrolled_darts)
 
@@ -154,9 +154,7 @@ def test_settings_tell_searches_apart_and_are_json():
     ]
     texts = [json.dumps(search.settings, allow_nan=False) for search in made]
     assert len(set(texts)) == len(made) and "0x" not in "".join(texts)
-    assert (
-        made[3].settings["method"] == "gdas" and nas.network_from_json(json.dumps(made[0].settings["network"])) == NET
-    )
+    assert made[3].settings["method"] == "gdas" and _specs.network_from_dict(made[0].settings["network"]) == NET
     for same in (
         search_of(nas.darts, order="first", keep="space"),
         search_of(nas.darts, order="first", keep=NET.keep, epsilon=0.01, partial=1),

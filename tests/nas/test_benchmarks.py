@@ -17,13 +17,13 @@ def test_records_of_a_table_leave_out_what_was_not_trained():
         [of("a", 0, 1, 1.0), of("a", 1, 0, 4.0), of("a", 1, 1, 8.0)],
         [of("b", 1, 0, 6.0), of("b", 1, 1, 9.0)],
     )
-    assert nas.benchmark_records(part) == [*first, *second]
-    assert nas.benchmark_records(part, ["b"]) == second
-    assert nas.benchmark_records(part, ["a"], test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
-    for record in nas.benchmark_records(part):
+    assert part.records() == [*first, *second]
+    assert part.records(["b"]) == second
+    assert part.records(["a"], test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
+    for record in part.records():
         _checks.check_record(record)
     with pytest.raises(ValueError, match="mine has the tasks a, b; got 'c'"):
-        nas.benchmark_records(part, ["a", "c"])
+        part.records(["a", "c"])
 
 
 def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused():
@@ -32,11 +32,23 @@ def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused()
         "NAS-Bench-201", ["cifar10"], [f"e{i}" for i in range(6)], [5] * 6, digits, [[9.0], [1.0]]
     )
     inside = {"cell": ((0, 1, "nor_conv_3x3"), (2, 3, "skip_connect"))}
-    for found in (inside, nas.to_nas_bench_201(inside), digits[1], np.array(digits[1], float), tuple(digits[1])):
+    for found in (
+        inside,
+        nas.genotype_to_text(inside, form="nas_bench_201"),
+        digits[1],
+        np.array(digits[1], float),
+        tuple(digits[1]),
+    ):
         assert part.query(found, "cifar10")[0] == 1.0
     outside = {"cell": ((0, 1, "skip_connect"),)}
     twice = {"cell": ((0, 1, "skip_connect"), (2, 3, "skip_connect"), (0, 1, "nor_conv_3x3"))}
-    for bad in (outside, nas.to_nas_bench_201(outside), twice, [3.7, 0, 0, 0, 0, 1], [3, 0, 0, 0, 0, np.inf]):
+    for bad in (
+        outside,
+        nas.genotype_to_text(outside, form="nas_bench_201"),
+        twice,
+        [3.7, 0, 0, 0, 0, 1],
+        [3, 0, 0, 0, 0, np.inf],
+    ):
         with pytest.raises(ValueError, match="NAS-Bench-201 has 2 architectures, the tasks"):
             part.query(bad, "cifar10")
     with pytest.raises(ValueError, match="'a'"):

@@ -10,6 +10,7 @@ import pytest
 from scipy.signal import correlate
 
 from metaopt import base, blackbox, inner, nas
+from metaopt.nas import _specs
 
 pytestmark = pytest.mark.once
 
@@ -203,7 +204,7 @@ def test_every_search_takes_sizes(name):
     shapes = jax.eval_shape(estimate, KEY)
     assert jax.tree.map(jnp.shape, shapes.hypergrad) == jax.tree.map(jnp.shape, alpha)
     genotype = search.genotype(alpha)
-    assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == genotype
+    assert nas.genotype_from_text(nas.genotype_to_text(genotype)) == genotype
     assert [len(edges) for edges in genotype.values()] == [1, 1]
     assert not nas.discrete(SIZES, genotype).cells
 
@@ -247,11 +248,11 @@ def test_single_path_one_shot_and_evolution_over_sizes():
         (trial,), state = searcher.ask(state, 1)
         genotype = nas.genotype_from_configuration(SIZES, trial.configuration)
         score = float(one_shot.score(params, genotype, TASK.valid))
-        seen[nas.genotype_to_json(genotype)] = score
+        seen[nas.genotype_to_text(genotype)] = score
         state = searcher.tell(state, [trial._replace(outcome=score, status="COMPLETE")])
     assert len(seen) >= 3 and np.ptp(list(seen.values())) > 1e-6  # of 4 networks
     for text, score in seen.items():
-        genotype = nas.genotype_from_json(text)
+        genotype = nas.genotype_from_text(text)
         small = nas.supernet(nas.discrete(SIZES, genotype), (3,), ops={})
         logits = small.apply(one_shot.supernet.inherit(params, genotype), None, TASK.valid["x"])
         expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, TASK.valid["y"]).mean()
@@ -267,14 +268,14 @@ def test_configurations_are_genotypes():
     small = nas.discrete(network, genotype)
     assert (small.layers["conv1"].width, small.layers["conv2"].depth) == ((4,), (2,))
     assert (
-        nas.network_from_json(nas.network_to_json(small)) == small
-        and nas.network_from_json(nas.network_to_json(network)) == network
+        _specs.network_from_dict(_specs.network_to_dict(small)) == small
+        and _specs.network_from_dict(_specs.network_to_dict(network)) == network
     )
     cells = nas.nas_bench_201_space(channels=2, cells_per_stage=1)
     digits = dict(zip(nas.configuration_space(cells), (3, 0, 1, 0, 0, 2), strict=True))
     assert list(digits)[1] == "cell.0-2"
     text = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|nor_conv_1x1~2|"
-    assert nas.genotype_from_configuration(cells, digits) == nas.from_nas_bench_201(text)
+    assert nas.genotype_from_configuration(cells, digits) == nas.genotype_from_text(text, form="nas_bench_201")
     with pytest.raises(ValueError, match=r"'conv1.width' must be an integer in \[0, 2\]; got 3"):
         nas.genotype_from_configuration(network, {**dict.fromkeys(space, 0), "conv1.width": 3})
     with pytest.raises(ValueError, match="A configuration has the entries .*; got"):

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import softmax
 
 from metaopt import blackbox, nas
-from metaopt.nas import _graphs, _named_spaces, _relaxations
+from metaopt.nas import _graphs, _named_spaces, _relaxations, _specs
 
 CONV3, CONV1, POOL = _named_spaces.NAS_BENCH_101_PRIMITIVES
 TABLES = Path(os.environ.get("METAOPT_DATA", "absent"))
@@ -79,11 +79,11 @@ def test_how_genotypes_are_read_is_the_spaces_own():
     weights[:, 3], weights[4, 0] = 0.6, 0.9
     found = nas.derive_genotype(nas.nas_bench_201_space(), {"cell": weights})
     text = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|nor_conv_3x3~0|none~1|nor_conv_3x3~2|"
-    assert nas.to_nas_bench_201(found) == text
-    assert nas.network_from_json(nas.network_to_json(nas.nas_bench_201_space())) == nas.nas_bench_201_space()
+    assert nas.genotype_to_text(found, form="nas_bench_201") == text
+    assert _specs.network_from_dict(_specs.network_to_dict(nas.nas_bench_201_space())) == nas.nas_bench_201_space()
     assert (
-        nas.network_from_json(nas.network_to_json(THREE).replace(', "keep": 2', "")) == THREE
-    )  # as it was written before
+        _specs.network_from_dict({k: v for k, v in _specs.network_to_dict(THREE).items() if k != "keep"}) == THREE
+    )  # the default
     with pytest.raises(
         ValueError, match=r"`keep` must be a number of edges \(at least 1\), None or 'space'; got 'all'"
     ):
@@ -116,23 +116,23 @@ DARTS_V2 = (  # as its authors print it
 
 
 def test_darts():
-    genotype = nas.from_darts(DARTS_V2)
+    genotype = nas.genotype_from_text(DARTS_V2, form="darts")
     assert len(genotype["normal"]) == len(genotype["reduce"]) == 8
     assert genotype["normal"][-1] == (2, 5, "dil_conv_3x3") and genotype["reduce"][2] == (2, 3, "skip_connect")
     nas.discrete(nas.darts_space(), genotype)  # it is in the space
-    again = nas.from_darts(nas.to_darts(genotype))
+    again = nas.genotype_from_text(nas.genotype_to_text(genotype, form="darts"), form="darts")
     assert {kind: sorted(edges) for kind, edges in again.items()} == {k: sorted(e) for k, e in genotype.items()}
-    assert nas.to_darts(again) == nas.to_darts(genotype)
-    assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == genotype
+    assert nas.genotype_to_text(again, form="darts") == nas.genotype_to_text(genotype, form="darts")
+    assert nas.genotype_from_text(nas.genotype_to_text(genotype)) == genotype
     forms = [DARTS_V2.replace("Genotype", "print"), DARTS_V2.replace("normal=", "", 1), "Genotype()", "print(1)"]
     forms += ["Genotype(normal_concat=[2])", DARTS_V2[:-1] + ", other_concat=[2])", "Genotype(1)"]
     forms += ["Genotype(normal=", "3", DARTS_V2.replace("[2, 3, 4, 5]", "[4, 5]"), DARTS_V2[:-37] + ")"]
-    assert nas.from_darts(f"genotypes.{DARTS_V2}") == genotype
+    assert nas.genotype_from_text(f"genotypes.{DARTS_V2}", form="darts") == genotype
     for bad in forms:
         with pytest.raises(ValueError, match="not a genotype in DARTS's format"):
-            nas.from_darts(bad)
+            nas.genotype_from_text(bad, form="darts")
     with pytest.raises(ValueError, match="two edges from earlier nodes into every node"):
-        nas.to_darts({"normal": ((0, 2, "skip_connect"),)})
+        nas.genotype_to_text({"normal": ((0, 2, "skip_connect"),)}, form="darts")
 
 
 BAD_JSON = [
@@ -154,15 +154,15 @@ BAD_JSON = [
 def test_json_of_numpys_integers():
     edges = np.array([[0, 1], [1, 2]])
     genotype = {"cell": tuple((s, t, "mlp") for s, t in edges)}
-    assert nas.genotype_from_json(nas.genotype_to_json(genotype)) == {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
+    assert nas.genotype_from_text(nas.genotype_to_text(genotype)) == {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
     with pytest.raises(TypeError, match="integer"):
-        nas.genotype_to_json({"cell": ((np.float32(0), 1, "mlp"),)})
+        nas.genotype_to_text({"cell": ((np.float32(0), 1, "mlp"),)})
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_JSON)
 def test_json_that_is_no_genotype(text, message):
-    with pytest.raises(ValueError, match=f"This is not JSON that `genotype_to_json` wrote .*{message}"):
-        nas.genotype_from_json(text)
+    with pytest.raises(ValueError, match=f"This is not JSON that `genotype_to_text` wrote .*{message}"):
+        nas.genotype_from_text(text)
 
 
 @pytest.mark.parametrize(
@@ -182,16 +182,18 @@ def test_json_that_is_no_genotype(text, message):
 )
 def test_darts_form_with_what_no_cell_has(old, new, message):
     with pytest.raises(ValueError, match=message):
-        nas.from_darts(DARTS_V2.replace(old, new))
-    own = nas.from_darts(DARTS_V2.replace("dil_conv_3x3", "mlp"), primitives=(*nas.DARTS_PRIMITIVES, "mlp"))
+        nas.genotype_from_text(DARTS_V2.replace(old, new), form="darts")
+    own = nas.genotype_from_text(
+        DARTS_V2.replace("dil_conv_3x3", "mlp"), form="darts", primitives=(*nas.DARTS_PRIMITIVES, "mlp")
+    )
     assert own["normal"][-1] == (2, 5, "mlp")
 
 
 def test_forms_of_genotypes_that_do_not_fit():
     with pytest.raises(ValueError, match="two edges from earlier nodes"):
-        nas.to_darts({"normal": ((0, 2, "none"), (2, 2, "none"))})
+        nas.genotype_to_text({"normal": ((0, 2, "none"), (2, 2, "none"))}, form="darts")
     with pytest.raises(ValueError, match="two edges from earlier nodes into every node"):
-        nas.to_darts({"normal": ()})
+        nas.genotype_to_text({"normal": ()}, form="darts")
     for bad in (
         {"normal": ()},
         {"cell": ((0, 4, "none"),)},
@@ -199,9 +201,9 @@ def test_forms_of_genotypes_that_do_not_fit():
         {"cell": ((0, 1, "none"),) * 2},
     ):
         with pytest.raises(ValueError, match="A cell of NAS-Bench-201 is"):
-            nas.to_nas_bench_201(bad)
+            nas.genotype_to_text(bad, form="nas_bench_201")
     with pytest.raises(ValueError, match="The ops of NAS-Bench-201 are .*; got '.conv~0"):
-        nas.from_nas_bench_201("|conv~0|+|none~0|none~1|+|none~0|none~1|none~2|")
+        nas.genotype_from_text("|conv~0|+|none~0|none~1|+|none~0|none~1|none~2|", form="nas_bench_201")
 
 
 def test_random_genotypes_are_in_the_space_and_each_alike():
@@ -209,7 +211,9 @@ def test_random_genotypes_are_in_the_space_and_each_alike():
     drawn = [nas.random_genotype(seed, net) for seed in range(300)]
     for genotype in drawn[:20]:
         nas.discrete(net, genotype)
-        assert nas.from_darts(nas.to_darts(genotype)).keys() == genotype.keys()
+        assert (
+            nas.genotype_from_text(nas.genotype_to_text(genotype, form="darts"), form="darts").keys() == genotype.keys()
+        )
         assert [sum(t == node for _, t, _ in genotype["normal"]) for node in (2, 3, 4, 5)] == [2] * 4
     assert drawn[3] == nas.random_genotype(3, net) != drawn[4]
     ops = np.array([[op for _, _, op in genotype["reduce"]] for genotype in drawn]).ravel()
@@ -256,8 +260,8 @@ def test_searchers_without_a_gradient_stay_in_the_space_of_darts(searcher):
         (trial,), state = searcher.ask(state, 1)
         genotype = nas.genotype_from_configuration(net, trial.configuration)
         assert nas.genotype_to_configuration(net, genotype) == trial.configuration
-        assert nas.from_darts(nas.to_darts(genotype)) == genotype
-        found.append(nas.to_darts(genotype))
+        assert nas.genotype_from_text(nas.genotype_to_text(genotype, form="darts"), form="darts") == genotype
+        found.append(nas.genotype_to_text(genotype, form="darts"))
         state = searcher.tell(state, [trial._replace(outcome=float(len(found)), status="COMPLETE")])
     assert len(set(found)) > 6
 
@@ -277,13 +281,13 @@ def test_every_configuration_is_another_genotype_and_every_genotype_has_one():
         found.add(genotype["normal"])
     assert len(found) == 3 * 2**4
     assert {nas.random_genotype(seed, net)["normal"] for seed in range(400)} == found
-    darts = nas.from_darts(DARTS_V2)
+    darts = nas.genotype_from_text(DARTS_V2, form="darts")
     again = nas.genotype_from_configuration(nas.darts_space(), nas.genotype_to_configuration(nas.darts_space(), darts))
     assert {kind: sorted(edges) for kind, edges in again.items()} == {k: sorted(edges) for k, edges in darts.items()}
 
 
 def test_configurations_where_each_edge_stands_for_itself():
-    net, genotype = nas.nas_bench_201_space(), nas.from_nas_bench_201(CELL_9930)
+    net, genotype = nas.nas_bench_201_space(), nas.genotype_from_text(CELL_9930, form="nas_bench_201")
     digits = nas.genotype_to_configuration(net, genotype)
     assert digits == {"cell.0-1": 3, "cell.0-2": 3, "cell.1-2": 3, "cell.0-3": 1, "cell.1-3": 3, "cell.2-3": 3}
     assert nas.genotype_from_configuration(net, digits) == genotype
@@ -319,19 +323,19 @@ CELL_9930 = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|no
 
 
 def test_nas_bench_201():
-    genotype = nas.from_nas_bench_201(CELL_9930)
-    assert nas.to_nas_bench_201(genotype) == CELL_9930
+    genotype = nas.genotype_from_text(CELL_9930, form="nas_bench_201")
+    assert nas.genotype_to_text(genotype, form="nas_bench_201") == CELL_9930
     assert len(genotype["cell"]) == 6 and genotype["cell"][3] == (0, 3, "skip_connect")
-    assert nas.to_nas_bench_201({"cell": ()}) == "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+    assert nas.genotype_to_text({"cell": ()}, form="nas_bench_201") == "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
     for bad in ("|a~0|", CELL_9930.replace("~2", "~1"), "|a~0|+|a~0|a~1|+|a~0|a~1|a~2|a~3|"):
         with pytest.raises(ValueError):
-            nas.from_nas_bench_201(bad)
+            nas.genotype_from_text(bad, form="nas_bench_201")
 
 
 def test_the_counts_of_nas_bench_201():
     cells = nas.nas_bench_201_genotypes()
     classes = [_graphs.canonical(g["cell"], output=(3,)) for g in cells]
-    assert len({nas.to_nas_bench_201(g) for g in cells}) == 15_625
+    assert len({nas.genotype_to_text(g, form="nas_bench_201") for g in cells}) == 15_625
     assert sum(c != "0" for c in classes) == 15_284
     assert len({_graphs.nas_bench_201_string(g) for g in cells}) == 6_466
     assert len(set(classes)) == 4_930
@@ -342,7 +346,7 @@ def test_the_canonical_forms_of_the_table():
     with np.load(TABLES / "nasbench201.npz") as table:
         names, forms = table["arch_str"].astype(str), table["unique_str"].astype(str)
     for i in range(0, 15_625, 25):
-        assert _graphs.nas_bench_201_string(nas.from_nas_bench_201(names[i])) == forms[i]
+        assert _graphs.nas_bench_201_string(nas.genotype_from_text(names[i], form="nas_bench_201")) == forms[i]
 
 
 def test_what_is_the_same():

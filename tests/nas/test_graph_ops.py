@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from metaopt import nas
+from metaopt.nas import _specs
 
 pytestmark = pytest.mark.once
 
@@ -72,7 +73,7 @@ def test_a_batch_of_graphs_is_a_vmap_over_their_adjacency():
 
 def test_outputs_at_every_node():
     network = nas.Network({}, (nas.Layer("gcn", 4),), 2, pooled=False)
-    assert nas.network_from_json(nas.network_to_json(network)) == network != network._replace(pooled=True)
+    assert _specs.network_from_dict(_specs.network_to_dict(network)) == network != network._replace(pooled=True)
     ops = nas.graph_ops(GRAPH)
     each, mean = (nas.supernet(net, (5, 3), ops=ops) for net in (network, network._replace(pooled=True)))
     params = each.init(KEY)

@@ -18,7 +18,7 @@ TABLE = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
         (lambda: nas.beta_darts(NET, (3,), ops=OPS, num_steps=2, weight=-1.0), "`weight` must be at least 0; got -1.0"),
         (lambda: nas.darts_plus(NET, (3,), ops=OPS, every=1, most=-1), "`most` must be at least 0; got -1"),
         (lambda: nas.expected_cost(TABLE, {"cell": jnp.ones((2, 1, 3))}), "must be .edges, ops. of one task"),
-        (lambda: nas.genotype_from_json('{"version":1,"genotype":{"cell":{}}}'), "the edges of 'cell' must be a list"),
+        (lambda: nas.genotype_from_text('{"version":1,"genotype":{"cell":{}}}'), "the edges of 'cell' must be a list"),
         (lambda: nas.graph_ops(jnp.ones((3, 1))), r"`adjacency` must be square; got shape \(3, 1\)"),
     ],
 )

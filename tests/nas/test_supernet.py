@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt import inner, nas
-from metaopt.nas import _graphs, _normalization
+from metaopt import _batches, inner, nas
+from metaopt.nas import _graphs, _normalization, _specs
 
 KEY = jax.random.key(0)
 TABLE = nas.Network(
@@ -121,8 +121,8 @@ def test_one_hot_weights_are_the_discrete_network(name, partial):
     none_among = any(len(edges) < len(net.cells[kind].edges) for kind, edges in genotype.items())
     assert len(chosen) == 3 if name == "macro" else none_among
     # As it is exported and read again.
-    exported = nas.network_to_json(nas.discrete(net, nas.genotype_from_json(nas.genotype_to_json(genotype))))
-    small = nas.supernet(nas.network_from_json(exported), shape, ops=ops, partial=partial)
+    exported = _specs.network_to_dict(nas.discrete(net, nas.genotype_from_text(nas.genotype_to_text(genotype))))
+    small = nas.supernet(_specs.network_from_dict(exported), shape, ops=ops, partial=partial)
 
     @jax.jit
     def both(x):
@@ -379,14 +379,14 @@ def test_labels_and_masks_of_other_forms_are_refused(batch, message):
         jax.eval_shape(lambda batch: inner.cross_entropy(jnp.zeros((3, 2)), batch), batch)
     if "class_mask" in batch or batch["y"].dtype == float:
         for check in (
-            inner.check_labels,
-            lambda batch, num: jax.eval_shape(lambda b: inner.check_labels(b, num), batch),
+            _batches.check_labels,
+            lambda batch, num: jax.eval_shape(lambda b: _batches.check_labels(b, num), batch),
         ):
             with pytest.raises(ValueError, match=message):
                 check(batch, 2)
     if batch["y"].shape[0] < 3:
         with pytest.raises(ValueError, match='"x" and "y" must have the same number of rows; got 3 and'):
-            inner.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
+            _batches.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
 
 
 def test_normalization_by_one_row_is_refused():

@@ -44,7 +44,7 @@ def test_a_round_trip_returns_the_same_bits(name, x64, tmp_path):
     assert loaded.scaling == scaling and type(loaded.scaling) is tasks.FeatureScaling
     for features in described:
         np.testing.assert_array_equal(
-            tasks.apply_scaling(loaded.scaling, features, clip=3.0), tasks.apply_scaling(scaling, features, clip=3.0)
+            loaded.scaling.transform(features, clip=3.0), scaling.transform(features, clip=3.0)
         )
     assert loaded.predictor.config == predictor.config
     data = {"x": np.ones((5, 2)), "y": np.arange(5) % 2, "mask": np.ones(5)}

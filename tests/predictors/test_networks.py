@@ -8,7 +8,7 @@ import problems
 import pytest
 from jax.test_util import check_grads
 
-from metaopt import base, hypergrad, predictors, spaces
+from metaopt import _row_embedding, base, hypergrad, predictors, spaces
 
 KEY = jax.random.key(0)
 SPACE = {
@@ -147,7 +147,7 @@ def test_the_embedding_does_not_change(what):
 def test_the_embedding_by_hand():
     """Its formula in NumPy, class by class and column by column. Labels of padded rows may be anything."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape)), predictors.init_embedding(KEY, 4))
+    params = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape)), _row_embedding.init_embedding(KEY, 4))
     data = table(rows=8, columns=3, classes=2)
     data |= {"mask": np.arange(8) < 6.0, "feature_mask": np.array([1.0, 1.0, 0.0])}
     data["y"][6:] = 99
@@ -160,7 +160,7 @@ def test_the_embedding_by_hand():
         s = np.concatenate([entries(member, d), entries(real, d), [share]]) @ pair["w"] + pair["b"]
         expected += share * np.maximum(s, 0) @ params["embedding"] / 2
     data["mask"] = data["mask"].astype(float)
-    np.testing.assert_allclose(predictors.embed_rows(params, data), expected, rtol=1e-12)
+    np.testing.assert_allclose(_row_embedding.embed_rows(params, data), expected, rtol=1e-12)
 
 
 @pytest.mark.once

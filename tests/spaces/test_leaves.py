@@ -21,7 +21,7 @@ LEAVES = {
     "interval": spaces.interval(-1.0, 3.0),
     "interval_log": spaces.interval(1e-5, 1e-1, log=True),
     "interval_array": spaces.interval(0.5, 0.75, default=[0.6, 0.7], shape=(2,)),
-    "unit_interval": spaces.unit_interval(0.9),
+    "unit_interval": spaces.interval(0, 1, default=0.9),
     "integer": spaces.integer(-2, 5),
     "integer_log": spaces.integer(1, 64, log=True),
     "simplex": spaces.simplex(4),
@@ -286,7 +286,7 @@ ROUNDED = {
     "high_rounded_up": (spaces.interval(1e-4, 0.1, log=True), 0.1),  # in float32, above 0.1
     "low_rounded_down": (spaces.interval(1e-4, 0.1, log=True), 1e-4),  # in float32, below 1e-4
     "few_ulps_above": (spaces.interval(-1.0, 3.0), 3.0 * (1 + 2e-7)),
-    "negative_zero": (spaces.unit_interval(), -1e-9),
+    "negative_zero": (spaces.interval(0, 1), -1e-9),
     "edge_of_integers": (spaces.integer(1, 8), 8.5),
     "one_hot": (spaces.simplex(3), [0.0, 1.0, 0.0]),
     "sum_rounded": (spaces.simplex(3), [0.2, 0.3, 0.500001]),
@@ -522,7 +522,7 @@ def test_python_numbers_and_integers_become_the_default_float(name):
         (lambda: spaces.interval(0.0, 1.0, default=-3.0), "`default` must lie inside .*got -3.0"),
         (lambda: spaces.interval(0.1, 1.0, log=True, default=0.1), "`default` must lie inside"),
         (lambda: spaces.interval(0.1, 1.0, log=True, default=-1.0), "`default` must lie inside"),
-        (lambda: spaces.unit_interval(0.0), "`default` must lie inside"),
+        (lambda: spaces.interval(0, 1, default=0.0), "`default` must lie inside"),
         (lambda: spaces.integer(1, 2.5), r"`high` must be an integer within ±2\*\*24.*got 2.5"),  # pyright: ignore
         (lambda: spaces.integer(1, 10**9), r"`high` must be an integer within ±2\*\*24.*got 1000000000"),
         (lambda: spaces.integer(3, 3), "`high` must be above `low`.*got low=3, high=3, .*For one value, use `fixed`"),

@@ -20,7 +20,7 @@ class Adam(NamedTuple):
 
 
 SPACE = {
-    "adam": Adam(spaces.interval(1e-4, 1e-1, log=True), [spaces.unit_interval(0.9), spaces.fixed(0.999)]),
+    "adam": Adam(spaces.interval(1e-4, 1e-1, log=True), [spaces.interval(0, 1, default=0.9), spaces.fixed(0.999)]),
     "depth": spaces.integer(1, 4),
     "mix": spaces.simplex(3),
     "nothing": None,

@@ -403,7 +403,7 @@ def test_random_values_are_encoded_and_a_row_depends_on_itself_only(seed):
     others = encoder.transform({name: HOSTILE for name in "abcd"})
     for levels, codes in zip(encoder.levels, others.T, strict=True):
         assert not levels or set(codes[~np.isnan(codes)]) <= set(range(len(levels)))
-    assert np.isfinite(tasks.apply_columns(tasks.fit_columns(x, encoder.categorical), others)).all()
+    assert np.isfinite(tasks.fit_columns(x, encoder.categorical).transform(others)).all()
 
 
 @pytest.mark.parametrize(

@@ -257,30 +257,30 @@ def test_scaling_by_hand():
     features = [{"even": float(v), "heavy": float(10.0**v), "same": 1.0, "gap": np.nan} for v in range(11)]
     scaling = tasks.fit_scaling(features)
     assert tuple(scaling.names) == ("even", "heavy") and tuple(scaling.log) == (False, True)
-    got = np.stack([tasks.apply_scaling(scaling, f, clip=3.0) for f in features])
+    got = np.stack([scaling.transform(f, clip=3.0) for f in features])
     assert got.dtype == np.float32
     np.testing.assert_allclose(got[:, 0], np.clip((np.arange(11) - 5) / (5 / 1.349), -3, 3), rtol=1e-6)
     logs = np.log1p(10.0 ** np.arange(11))
     quartile = np.quantile(logs, 0.75) - np.quantile(logs, 0.25)
     np.testing.assert_allclose(got[:, 1], (logs - logs[5]) / (quartile / 1.349), rtol=1e-5)
-    far = tasks.apply_scaling(scaling, {"even": np.nan, "heavy": -1e30}, clip=3.0)
+    far = scaling.transform({"even": np.nan, "heavy": -1e30}, clip=3.0)
     np.testing.assert_array_equal(far, [0, -3])
     restored = tasks.FeatureScaling(**json.loads(json.dumps(scaling._asdict())))
-    np.testing.assert_array_equal(tasks.apply_scaling(restored, features[3], clip=3.0), got[3])
+    np.testing.assert_array_equal(restored.transform(features[3], clip=3.0), got[3])
     # For a predictor with a limit, the largest value is 50 limits.
-    np.testing.assert_array_equal(tasks.apply_scaling(scaling, {"even": 1e9, "heavy": -1e300}, limit=0.5), [25, -25])
+    np.testing.assert_array_equal(scaling.transform({"even": 1e9, "heavy": -1e300}, limit=0.5), [25, -25])
     for options in ({}, {"clip": 3.0, "limit": 2.0}):
         with pytest.raises(ValueError, match="Pass `limit=` if the features are for a predictor with a `limit`, and"):
-            tasks.apply_scaling(scaling, features[3], **options)
+            scaling.transform(features[3], **options)
     for name in ("clip", "limit"):
         with pytest.raises(ValueError, match=f"`{name}` must be positive"):
-            tasks.apply_scaling(scaling, features[3], **{name: -1.0})
+            scaling.transform(features[3], **{name: -1.0})
     with pytest.raises(KeyError, match="heavy"):
-        tasks.apply_scaling(scaling, {"even": 1.0}, clip=3.0)
+        scaling.transform({"even": 1.0}, clip=3.0)
     by_name = {str(i): of for i, of in enumerate(features)}
     assert tasks.fit_scaling(by_name.values()) == tasks.fit_scaling(iter(features)) == scaling
     named = tasks.fit_scaling(features, names=["same", "gap"])
-    np.testing.assert_array_equal(tasks.apply_scaling(named, {"same": 1.0, "gap": np.nan}, clip=3.0), [0, 0])
+    np.testing.assert_array_equal(named.transform({"same": 1.0, "gap": np.nan}, clip=3.0), [0, 0])
 
 
 def test_images_pixel_by_pixel():

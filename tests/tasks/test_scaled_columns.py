@@ -1,4 +1,4 @@
-"""`fit_columns` and `apply_columns`: the encoding of `prepare` for rows that come later."""
+"""`fit_columns` and `FittedColumns.transform`: the encoding of `prepare` for rows that come later."""
 
 import numpy as np
 import pytest
@@ -28,31 +28,31 @@ def test_prepare_encodes_by_the_statistics_of_its_training_rows(scaling, max_fea
     train = prepared.train.index
     fitted = tasks.fit_columns(x[train], categorical, y=y[train], **options)
     for part in (prepared.train, prepared.valid, prepared.test):
-        np.testing.assert_array_equal(tasks.apply_columns(fitted, x[part.index]), part.x)
+        np.testing.assert_array_equal(fitted.transform(x[part.index]), part.x)
     assert prepared.num_features == min(max_features, 1 + 2 + 1 + 5 + 6)
 
 
 def test_a_row_depends_on_itself_only_and_arrays_can_be_saved(tmp_path):
     x, categorical = mixed()
     fitted = tasks.fit_columns(x, categorical)
-    encoded = tasks.apply_columns(fitted, x)
+    encoded = fitted.transform(x)
     assert encoded.dtype == np.float32 and encoded.shape == (400, 1 + 2 + 1 + 5 + 10) and np.ptp(encoded, 0).min() > 0
     np.savez(tmp_path / "columns.npz", **fitted._asdict())
     with np.load(tmp_path / "columns.npz") as file:
         loaded = tasks.FittedColumns(**file)
     for row in (0, 3, 399):
-        np.testing.assert_array_equal(tasks.apply_columns(loaded, x[[row]]), encoded[[row]])
+        np.testing.assert_array_equal(loaded.transform(x[[row]]), encoded[[row]])
 
 
 def test_new_levels_gaps_and_values_out_of_range():
     x, categorical = mixed()
     fitted = tasks.fit_columns(x, categorical)
     row = np.array([[1e30, np.nan, 9, 9, 99, 3, 5]])
-    new = tasks.apply_columns(fitted, row)[0]
+    new = fitted.transform(row)[0]
     assert 1.5 < new[0] < 3 and abs(new[1]) < 0.1 and new[2] == 1  # the largest, the median, its mark
     np.testing.assert_array_equal(new[3:9], np.zeros(6))  # neither of 2, none of 4, not missing
     np.testing.assert_array_equal(new[9:], np.eye(10)[9])  # one of the others
-    gaps = tasks.apply_columns(fitted, np.full((1, 7), np.nan))[0]
+    gaps = fitted.transform(np.full((1, 7), np.nan))[0]
     np.testing.assert_array_equal(gaps[3:], np.eye(16)[5])  # only the second category had gaps
 
 
@@ -66,9 +66,9 @@ def test_the_columns_that_tell_the_classes_apart_are_kept():
 
 def test_columns_that_do_not_vary_give_none():
     fitted = tasks.fit_columns(np.full((3, 2), np.nan), np.array([True, False]))
-    assert tasks.apply_columns(fitted, np.ones((4, 2))).shape == (4, 0)
+    assert fitted.transform(np.ones((4, 2))).shape == (4, 0)
     nothing = tasks.fit_columns(np.zeros((3, 0)), np.zeros(0, bool))
-    assert tasks.apply_columns(nothing, np.zeros((4, 0))).shape == (4, 0)
+    assert nothing.transform(np.zeros((4, 0))).shape == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -87,4 +87,4 @@ def test_options_that_are_rejected(options, message):
 def test_another_number_of_columns_is_rejected():
     fitted = tasks.fit_columns(*mixed())
     with pytest.raises(ValueError, match=r"`x` must be \[rows, 7\]; got shape \(2, 6\)"):
-        tasks.apply_columns(fitted, np.zeros((2, 6)))
+        fitted.transform(np.zeros((2, 6)))

@@ -8,7 +8,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import base, training
+from metaopt import base, few_shot, training
 
 KEY = jax.random.key(0)
 LAM = {"x": 0.5}
@@ -234,6 +234,11 @@ def test_refuses_what_has_no_gradient_or_no_tasks(hyperparams, tasks, message):
     init, _ = training.learner(small.quadratic(), optax.sgd(0.1))
     with pytest.raises(ValueError, match=message):
         init(KEY, hyperparams, tasks)
+
+
+def test_refuses_a_method_in_place_of_its_estimator():
+    with pytest.raises(ValueError, match="must be a `base.Estimator`.*got 'Adaptation'"):
+        training.learner(few_shot.maml(lambda params, batch: params.sum()), optax.sgd(0.1))
 
 
 def test_refuses_done_that_is_no_prefix_of_the_state():

@@ -1,11 +1,12 @@
 """What the factories of transforms reject, with the message. (`test_self_tuning` and `test_learned` have their own.)"""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from metaopt import transforms
+from metaopt import base, hypergrad, inner, transforms
 
 PARAMS = {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "head": {"kernel": jnp.ones((2, 1))}}
 PAIR = [optax.sgd(0.1), optax.adam(0.1)]
@@ -47,6 +48,10 @@ REFUSED = [
     (lambda: transforms.knot_schedule([0.1, 0.2], num_steps=0), "`num_steps` must be at least 1; got 0"),
     (lambda: transforms.knot_schedule([0.1, 0.2], num_steps=3, monotone="up"), "`monotone` must be None"),
     (
+        lambda: tune(lambda hp: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, hp["peak"], 2, 8))),
+        "`optimizer` needs the concrete value of a hyperparameter.*use `transforms.cosine_schedule`",
+    ),
+    (
         lambda: transforms.wsd_schedule(0.1, num_steps=6, warmup_steps=4, decay_steps=jnp.array(2.5)),
         r"must fit into `num_steps`; got 4.0 \+ 2.5 of 6.0",
     ),
@@ -55,6 +60,15 @@ REFUSED = [
 
 def update(transform):
     return transform.update(PARAMS, transform.init(PARAMS))
+
+
+def tune(optimizer):
+    """A hypergradient of λ = {"peak": ...} through two steps of an inner optimizer."""
+    loss = lambda params, hyperparams, batch: ((params - batch) ** 2).sum()
+    loop = inner.loop(loss, optimizer, init=lambda key, hyperparams, data: jnp.zeros(2))
+    estimator = hypergrad.unrolled(inner.problem(loop, loss), num_steps=2)
+    task = base.Task(jnp.ones(2), jnp.ones(2))
+    return estimator.estimate({"peak": jnp.array(0.1)}, task, jax.random.key(0))
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED)

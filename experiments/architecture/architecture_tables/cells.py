@@ -72,10 +72,10 @@ def cell_searcher(table: nas.Benchmark, graphs: list, others: list[int], feature
     names = [table.tasks[t] for t in others]
     sizes: dict[str, Any] = {"num_steps": 2, "num_members": 2, "width": 8} if smoke else {}
     return nas.train_cell_searcher(
-        nas.benchmark_records(table, names),
+        table.records(names),
         lambda c: graphs[row_of[name(c)]],
         features=features,
-        tests=nas.benchmark_records(table, names, test=True),
+        tests=table.records(names, test=True),
         key=jax.random.key(seed),
         **sizes,
     )

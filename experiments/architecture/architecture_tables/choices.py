@@ -145,7 +145,7 @@ def left_out(
     ranks, judged = (np.stack([percentiles(x) for x in losses.T], 1) for losses in (valid, test))
     scores, test_scores = (np.stack([_score_prior.normal_scores(x) for x in y.T], 1) for y in (valid, test))
     blocks = list(zip(_score_prior.configuration_columns(configurations(table)), GRIDS, strict=True))
-    graphs, features = [nas.benchmark_graph(table, row) for row in table.encodings], task_features(table, folder)
+    graphs, features = [table.graph(row) for row in table.encodings], task_features(table, folder)
     draws = np.random.default_rng(0).integers(len(valid), size=(num_random, 100))
     halves = [rows for draw in range(NUM_HALVES) for rows in half(len(valid), draw)]
     for t in left:

@@ -37,7 +37,7 @@ def scale_features(units: list[Unit], gradients: np.ndarray, fit_on: np.ndarray)
     scaling = tasks.fit_scaling(
         [rows[i] for i in fit_on], [*names, *(f"gradient {i}" for i in range(gradients.shape[1]))]
     )
-    values = np.stack([tasks.apply_scaling(scaling, row, clip=3.0) for row in rows]).astype(np.float32)
+    values = np.stack([scaling.transform(row, clip=3.0) for row in rows]).astype(np.float32)
     values[:, len(names) :] *= 0.5  # there are many of them
     return values, names
 

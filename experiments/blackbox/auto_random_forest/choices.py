@@ -46,7 +46,7 @@ def table_rows(splits: list[Split]) -> dict[str, dict]:
     rows_by_name = {}
     for part in splits:
         prepared = tasks.prepare(part.train, valid_fraction=0.1, test_fraction=0.0)
-        shape = tasks.shape_of(prepared)
+        shape = prepared.shape
         task = tasks.to_task(
             prepared,
             rows=(shape.train_rows, shape.valid_rows),

@@ -62,9 +62,7 @@ def learn_folds(
         train_units = np.flatnonzero(collection.fold != fold)
         # Scaling is fitted only on the training tables of the fold.
         scaling = tasks.fit_scaling([collection.described[u] for u in train_units], FEATURES)
-        features = np.stack(
-            [np.asarray(tasks.apply_scaling(scaling, d, clip=3.0), np.float32) for d in collection.described]
-        )
+        features = np.stack([np.asarray(scaling.transform(d, clip=3.0), np.float32) for d in collection.described])
         described = [b._replace(task=b.task._replace(features=jnp.asarray(features[b.units]))) for b in buckets]
         rows = [np.flatnonzero(np.isin(b.units, train_units)) for b in described]
         start = time.perf_counter()

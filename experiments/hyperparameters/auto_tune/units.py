@@ -113,7 +113,7 @@ def stack_buckets(units: list[Unit], features: np.ndarray, which: np.ndarray, co
     """Pads and stacks the units `which` into a few shapes, so that a few programs serve all of them."""
     shapes = []
     for u in which:
-        shape = tasks.shape_of(units[u].prepared)
+        shape = units[u].prepared.shape
         shapes.append(shape._replace(valid_rows=max(shape.valid_rows, len(units[u].prepared.test.y))))
     width = config.num_members * config.num_hidden
     buckets = tasks.bucket(shapes, config.max_buckets, width=width)

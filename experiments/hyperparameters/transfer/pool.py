@@ -119,7 +119,7 @@ def load_pools(config: Config, folder: Path) -> list[Pool]:
 def scale_features(scaling: tasks.FeatureScaling, raw: np.ndarray) -> np.ndarray:
     """Returns [n, F] standardized features. g itself clips them at its limit."""
     rows = [dict(zip(FEATURES, row, strict=True)) for row in raw]
-    return np.stack([tasks.apply_scaling(scaling, row, clip=100.0) for row in rows])
+    return np.stack([scaling.transform(row, clip=100.0) for row in rows])
 
 
 def fit_scaling(pools: list[Pool]) -> tasks.FeatureScaling:

@@ -6,7 +6,7 @@ An architecture is a row of integers, its encoding. **Outcomes are losses: small
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +58,51 @@ class Benchmark(NamedTuple):
     cost: np.ndarray
     query: Callable[..., tuple[float, float]]
 
+    def records(self, tasks: Sequence[str] | None = None, *, test: bool = False) -> list[base.Record]:
+        """Converts the full-budget results to records, for `nas.train_cell_searcher` and similar functions.
+
+        Args:
+          tasks: names of some of its tasks; None takes all.
+          test: whether to take the outcomes by which a search is judged, instead of the outcomes that it may see.
+
+        Returns:
+          Records of all architectures, task by task. A configuration maps the names in `dims` to the digits of an
+          encoding. Architectures that were not trained (NaN) get no record: they are not failed trials.
+
+        Raises:
+          ValueError: if a task is not in the table, or if `tasks` is a single name instead of a sequence of names.
+        """
+        names = self.tasks if tasks is None else list(tasks)
+        if unknown := [name for name in names if name not in self.tasks]:
+            raise ValueError(f"{self.name} has the tasks {', '.join(self.tasks)}; got {unknown[0]!r}.")
+        configurations = [dict(zip(self.dims, row, strict=True)) for row in self.encodings.tolist()]
+        outcomes, records = self.test if test else self.valid[..., -1], []
+        for name in names:
+            column = self.tasks.index(name)
+            values = outcomes[:, column].tolist(), self.cost[:, column, -1].tolist()
+            records += [
+                base.Record(name, configuration, outcome, cost=cost)
+                for configuration, outcome, cost in zip(configurations, *values, strict=True)
+                if math.isfinite(outcome)
+            ]
+        return records
+
+    def graph(self, encoding: Iterable[int]) -> Graph:
+        """The architecture of a row of a table, as a graph with ops on vertices, without vertices that lead nowhere.
+
+        A network of blocks becomes a chain.
+
+        Args:
+          encoding: [D] a row of integers. (Not for NAS-Bench-301, whose networks have two kinds of cells.)
+
+        Returns:
+          A `Graph`. If no path joins input and output, it has only these two vertices and no edge.
+
+        Raises:
+          ValueError: if the benchmark is unknown, or if the row is not an encoding of it.
+        """
+        return _graph(self, encoding)
+
 
 def benchmark_table(
     name: str,
@@ -74,7 +119,7 @@ def benchmark_table(
     """Makes a benchmark from arrays.
 
     Args:
-      name: name of the benchmark. `query` and `benchmark_graph` know the spaces "NAS-Bench-201", "NAS-Bench-101",
+      name: name of the benchmark. `query` and `graph` know the spaces "NAS-Bench-201", "NAS-Bench-101",
         "NAS-Bench-101, a part", "NAS-Bench-Macro", "NAS-Bench-Graph", "TransNAS-Bench-101, micro" and
         "TransNAS-Bench-101, macro" by their names. With another name, architectures are rows of integers.
       tasks: [T] names.
@@ -96,7 +141,7 @@ def benchmark_table(
     >>> table = nas.benchmark_table("mine", ["digits"], ["depth", "width"], [2, 3], [[0, 2], [1, 0]], [[0.2], [0.1]])
     >>> round(table.query([1, 0], "digits")[0], 3)
     0.1
-    >>> [record.configuration for record in nas.benchmark_records(table)]
+    >>> [record.configuration for record in table.records()]
     [{'depth': 0, 'width': 2}, {'depth': 1, 'width': 0}]
     """
     tasks, dims = tuple(map(str, tasks)), tuple(dims)
@@ -205,42 +250,6 @@ def _tuples(genotype: Mapping[str, Any]) -> Genotype:
     return {k: tuple((operator.index(s), operator.index(t), op) for s, t, op in e) for k, e in genotype.items()}
 
 
-# ---- Records --------------------------------------------------------------------------------------------------------
-
-
-def benchmark_records(
-    benchmark: Benchmark, tasks: Sequence[str] | None = None, *, test: bool = False
-) -> list[base.Record]:
-    """Converts the full-budget results of a table to records, for `nas.train_cell_searcher` and similar functions.
-
-    Args:
-      benchmark: any benchmark.
-      tasks: names of some of its tasks; None takes all.
-      test: whether to take the outcomes by which a search is judged, instead of the outcomes that it may see.
-
-    Returns:
-      Records of all architectures, task by task. A configuration maps the names in `benchmark.dims` to the digits of an
-      encoding. Architectures that were not trained (NaN) get no record: they are not failed trials.
-
-    Raises:
-      ValueError: if a task is not in the table, or if `tasks` is a single name instead of a sequence of names.
-    """
-    names = benchmark.tasks if tasks is None else list(tasks)
-    if unknown := [name for name in names if name not in benchmark.tasks]:
-        raise ValueError(f"{benchmark.name} has the tasks {', '.join(benchmark.tasks)}; got {unknown[0]!r}.")
-    configurations = [dict(zip(benchmark.dims, row, strict=True)) for row in benchmark.encodings.tolist()]
-    outcomes, records = benchmark.test if test else benchmark.valid[..., -1], []
-    for name in names:
-        column = benchmark.tasks.index(name)
-        values = outcomes[:, column].tolist(), benchmark.cost[:, column, -1].tolist()
-        records += [
-            base.Record(name, configuration, outcome, cost=cost)
-            for configuration, outcome, cost in zip(configurations, *values, strict=True)
-            if math.isfinite(outcome)
-        ]
-    return records
-
-
 # ---- Architectures as graphs ----------------------------------------------------------------------------------------
 
 _GRAPH_OPS = ("gat", "gcn", "gin", "cheb", "sage", "arma", "graph", "fc", "skip")
@@ -249,21 +258,8 @@ _GRAPH_LINKS = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 1, 2), (0, 0, 1
 _GRAPH_LINKS += [(0, 1, 1, 1), (0, 1, 1, 2), (0, 1, 2, 2), (0, 1, 2, 3)]
 
 
-def benchmark_graph(benchmark: Benchmark, encoding) -> Graph:
-    """The architecture of a row of a table, as a graph with ops on vertices, without vertices that lead nowhere.
-
-    A network of blocks becomes a chain.
-
-    Args:
-      benchmark: any benchmark except NAS-Bench-301, whose networks have two kinds of cells.
-      encoding: [D] a row of integers.
-
-    Returns:
-      A `Graph`. If no path joins input and output, it has only these two vertices and no edge.
-
-    Raises:
-      ValueError: if the benchmark is unknown, or if the row is not an encoding of it.
-    """
+def _graph(benchmark: Benchmark, encoding: Iterable[int]) -> Graph:
+    """The architecture of a row of a table: `Benchmark.graph`."""
     digits = [int(x) for x in encoding]
     counts = benchmark.num_choices
     if len(digits) != len(counts) or not all(0 <= x < n for x, n in zip(digits, counts, strict=True)):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from metaopt import _checks, base, inner
+from metaopt import _batches, _checks, base, inner
 from metaopt._progress import reporting
 from metaopt.nas import _genotypes, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._search import check_classes, sgd, training_loop
@@ -82,7 +82,7 @@ def single_path_one_shot(
 
     @jax.jit
     def evaluate(params, weights, batch):
-        mask = inner.row_mask(batch)
+        mask = _batches.row_mask(batch)
         return loss(supernet.apply(params, weights, batch["x"], None, mask), batch)
 
     reported = reporting(evaluate, "the score")

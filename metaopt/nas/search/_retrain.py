@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base, inner
+from metaopt import _batches, _checks, base, inner
 from metaopt.nas import _augmentation, _normalization, _ops, _specs, _supernet
 from metaopt.nas.search._search import check_classes
 from metaopt.nas.search._trained_network import TrainedNetwork, trained_network
@@ -168,7 +168,7 @@ def _init(recipe: _Recipe, key, hyperparams, data):
 def _train_loss(recipe: _Recipe, params, hyperparams, batch, context):
     supernet, loss = recipe.supernet, recipe.loss
     drop_key, *keys = jax.random.split(context.key, 1 + len(recipe.augment))
-    mask = inner.row_mask(batch)
+    mask = _batches.row_mask(batch)
     x = jnp.asarray(batch["x"], jnp.result_type(batch["x"], float))
     for change, key in zip(recipe.augment, keys, strict=True):
         x = change(key, x)

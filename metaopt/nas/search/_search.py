@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, inner, training
+from metaopt import _batches, base, inner, training
 from metaopt.nas import _derivation, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._settings import of_network, plain, with_settings
 
@@ -192,7 +192,7 @@ def check_classes(loss: Callable, network: _specs.Space, *parts: Any) -> None:
     """Raises ValueError if `loss` is the default and untraced labels are not classes. Other losses may differ."""
     if loss is inner.cross_entropy:
         for part in parts:
-            inner.check_labels(part, network.num_outputs)
+            _batches.check_labels(part, network.num_outputs)
 
 
 def training_loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
@@ -214,7 +214,7 @@ def _alpha(learn_init: bool, hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def _outputs(supernet, relaxation, params, alpha, batch, context):
-    mask = inner.row_mask(batch)  # first, since it explains a batch of another form
+    mask = _batches.row_mask(batch)  # first, since it explains a batch of another form
     weights = _relaxations.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
     return supernet.apply(params, weights, batch["x"], None, mask)
 

@@ -83,7 +83,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     ...     hyperparams=search.hyperparams(jax.random.key(0)), key=jax.random.key(1),
     ... )
     >>> alpha = search.found(result)
-    >>> genotype = search.genotype(alpha)  # `nas.genotype_to_json` keeps it
+    >>> genotype = search.genotype(alpha)  # `nas.genotype_to_text` keeps it
 
     Train from scratch (without the auxiliary head, because no layer has a stride):
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import types
 import zlib
@@ -66,7 +65,7 @@ def plain(value: Any, depth: int = 12) -> Any:
 
 def of_network(network: _specs.Space) -> dict[str, Any]:
     """Converts a spec to JSON types."""
-    return json.loads(_specs.network_to_json(network))
+    return _specs.network_to_dict(network)
 
 
 def with_settings(method: Callable[P, S]) -> Callable[P, S]:

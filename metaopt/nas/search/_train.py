@@ -44,7 +44,7 @@ def train_loop(
       progress: as for `training.fit`: None shows a bar in a terminal, and prints lines elsewhere.
       checkpoint_dir: the folder for checkpoints; each training needs its own. None writes no checkpoints.
       checkpoint_every: steps between checkpoints. Checkpoints do not contain the data.
-      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_json(genotype)}`.
+      settings: as for `training.fit`, such as `{"genotype": nas.genotype_to_text(genotype)}`.
       compilation_cache: as for `training.fit`: a folder in which JAX keeps compiled programs.
 
     Returns:

@@ -67,9 +67,9 @@ def train_cell_searcher(
         fidelity count, and their outcomes are averaged over seeds. Failed trials count too: an architecture whose
         trials on a task all failed ranks there below all architectures whose trials ended. A complete trial without
         a finite outcome has failed, so an architecture that was never tried must have no record
-        (`nas.benchmark_records` writes none for a table's NaN). A warning names tasks that have outcomes, but none
+        (`nas.Benchmark.records` writes none for a table's NaN). A warning names tasks that have outcomes, but none
         at the full budget. Tasks whose trials all have the same outcome carry no ranking and are left out.
-      graph_fn: returns the cell of a configuration, such as `nas.benchmark_graph` of its digits.
+      graph_fn: returns the cell of a configuration, such as `nas.Benchmark.graph` of its digits.
       features: task name -> [F] numbers, NaN where unknown. Tasks without an entry are entirely unknown. A warning is
         given if some tasks have no entry and some entries belong to no task.
       candidates: architectures to choose from; by default, all architectures in the records.

@@ -14,7 +14,6 @@ and stored. There are three reasons to prefer these statistics to running averag
 - training carries no additional state.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _files, _saving, base, inner
+from metaopt import _batches, _files, _saving, base, inner
 from metaopt.nas import _ops, _specs, _supernet
 
 _BATCH = 256  # rows per prediction batch
@@ -88,7 +87,7 @@ class TrainedNetwork(NamedTuple):
                 f"got shape {np.shape(data['mask'])} and {len(rows)} real rows."
             )
         outputs = self.outputs(x[rows])
-        inner.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
+        _batches.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
         if data.get("class_mask") is not None:
             outputs = np.where(np.asarray(data["class_mask"]) > 0, outputs, -np.inf)
         right = (outputs.argmax(-1) == y[rows]) & ~np.isnan(outputs).any(-1)
@@ -155,7 +154,7 @@ def trained_network(
 def _encode(network: TrainedNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
     supernet = network.supernet
     header = {
-        "network": json.loads(_specs.network_to_json(supernet.network)),
+        "network": _specs.network_to_dict(supernet.network),
         "in_shape": [int(size) for size in supernet.in_shape],
         "single_path": bool(supernet.single_path),
         "partial": int(supernet.partial),
@@ -183,7 +182,7 @@ def _templates(
 ) -> tuple[_supernet.Supernet, Any]:
     """Returns the supernet and the shapes and types of its params, weights and statistics."""
     options = {name: header[name] for name in ("single_path", "partial")}
-    network, in_shape = _specs.network_from_json(json.dumps(header["network"])), tuple(header["in_shape"])
+    network, in_shape = _specs.network_from_dict(header["network"]), tuple(header["in_shape"])
     supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
     params = jax.eval_shape(supernet.init, jax.random.key(0))
     weights = None
@@ -214,7 +213,7 @@ def _network(supernet, params, weights, statistics) -> TrainedNetwork:
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
     """Returns the indices of the rows that are not padding."""
-    mask = inner.row_mask(data)
+    mask = _batches.row_mask(data)
     return np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import base, blackbox, inner
+from metaopt import _batches, base, blackbox, inner
 from metaopt._progress import reporting
 from metaopt.nas import _genotypes, _ops, _scores, _specs, _supernet
 
@@ -57,7 +57,7 @@ def training_free_scores(
 
     def score(key, genotype, batch):
         if _scores.grad_norm in chosen.values() or _scores.snip in chosen.values():  # their default loss needs classes
-            inner.check_labels(batch, network.num_outputs)
+            _batches.check_labels(batch, network.num_outputs)
         return reported(key, _genotypes.one_hot(network, genotype), batch)
 
     return score
