@@ -131,13 +131,10 @@ def test_a_time_limit_is_kept_and_the_rest_is_named(wine):
 
 
 def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
-    from metaopt.automl import _kinds
-
-    def fail(settings, data):
+    def fail(*args, **kwargs):
         raise MemoryError("too large")
 
-    kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=fail)}
-    monkeypatch.setattr(_kinds, "KINDS", kinds)
+    monkeypatch.setattr("lightgbm.train", fail)
     model = automl.AutoClassifier(**QUICK).fit(*wine[:2])
     assert list(model.leaderboard_["model"]) == ["linear"]
     assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}

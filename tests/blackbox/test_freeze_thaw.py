@@ -208,8 +208,7 @@ def test_bad_input_is_named(g):
         g.predict((), (0.0, 0.5))
 
 
-def test_a_full_budget_but_for_rounding_is_no_fidelity_of_its_own(monkeypatch):
-    monkeypatch.setattr(_freeze_thaw._curves, "calibrate", lambda surrogate, key: surrogate)
+def test_a_full_budget_but_for_rounding_is_no_fidelity_of_its_own():
     records = [
         base.Record(str(task), c, outcome(task, c["x"], f), 0.9999999 if task == 0.5 and f == 1 else f)
         for task in (0.0, 0.5, 1.0)
