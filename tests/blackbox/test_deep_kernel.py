@@ -156,7 +156,7 @@ def test_of_many_trials_the_best_and_the_latest_are_adapted_to():
         ADAPT(DEEP, LOG_SCALES, trials, num_steps=1) for trials in (many, some, [x[12:] for x in many])
     )
     jax.tree.map(lambda one, same: np.testing.assert_allclose(one, same, rtol=1e-6), adapted, same)
-    assert not np.allclose(adapted.mean, other.mean, rtol=1e-6)
+    assert not all(np.allclose(x, y, rtol=1e-3) for x, y in zip(adapted, other, strict=True))
 
 
 @pytest.mark.once
