@@ -198,7 +198,7 @@ REFUSALS = [
         lambda: read_frame(task=["a"], configuration=["{}"], reason=[12]),
         "column 'reason' must contain strings; got 12 in row 0",
     ),
-    # What is known of a new task.
+    # New tasks.
     *(
         (lambda call=call, h=h, task=task: call(trained(h), task), NEW_TASK + got)
         for task, got in ((TABLE, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float"))

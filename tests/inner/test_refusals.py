@@ -1,4 +1,4 @@
-"""What `inner` rejects, and what it adds to errors of Python and JAX: losses, optimizers, starts, rows, windows."""
+"""What `inner` rejects, or explains where Python or JAX raises: losses, optimizers, starts, rows, windows, modules."""
 
 import jax
 import jax.numpy as jnp

@@ -64,7 +64,7 @@ REFUSALS = [
     (lambda: estimate(predictors.best_of(RIDGE, PLAIN), PLAIN), "`predictor` must predict a spread; make it with"),
     (lambda: estimate(predictors.amortize(RIDGE, WIDE), WIDE), "predicts a spread, which has no gradient here: use `p"),
     (two_of_three_members, r"an ensemble of 3 must be stacked, leaves \[3, ...\]; got shape \(2, "),
-    # A prediction with a spread in the place of one λ.
+    # A prediction with a spread instead of one λ.
     (lambda: spaces.to_constrained(SPACE, PREDICTION), ONE_LAMBDA),
     (lambda: spaces.to_unconstrained(SPACE, PREDICTION), ONE_LAMBDA),
     (lambda: spaces.encode(SPACE, PREDICTION), ONE_LAMBDA),

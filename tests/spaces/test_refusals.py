@@ -207,7 +207,7 @@ REFUSALS = [
         lambda: IN_Z.loop.init(KEY, spaces.Unconstrained({"penalty": None}), problems.TASK.train),
         "The unconstrained λ does not fit the space at `penalty`: expected an array",
     ),
-    # Unconstrained coordinates in the place of λ, and λ in theirs.
+    # Unconstrained coordinates instead of λ, and λ instead of coordinates.
     (lambda: estimate(CONSTRAINED, PENALTY), NATURAL),
     (lambda: spaces.to_constrained(SPACE, LAM), NATURAL),
     (lambda: spaces.to_constrained(spaces.real(), SCALAR), "natural units here .got float"),
