@@ -1,5 +1,6 @@
 """`AutoClassifier` and `AutoRegressor`: scikit-learn estimators that choose and combine models for a table."""
 
+import abc
 import logging
 from typing import Any
 
@@ -19,7 +20,7 @@ from metaopt.automl._schedule import Clock
 _log = logging.getLogger(__name__)
 
 
-class _AutoEstimator(BaseEstimator):
+class _AutoEstimator(BaseEstimator, abc.ABC):
     """What classifier and regressor share."""
 
     _problem = ""
@@ -143,14 +144,17 @@ class _AutoEstimator(BaseEstimator):
             return int(state)
         return int(check_random_state(state).randint(2**31 - 1))
 
+    @abc.abstractmethod
     def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Returns the target as numbers, and keeps what predictions need to return its values."""
 
+    @abc.abstractmethod
     def _num_classes(self) -> int:
-        raise NotImplementedError
+        """The number of classes, or 0 for regression."""
 
+    @abc.abstractmethod
     def _keep_scores(self, rows) -> None:
-        raise NotImplementedError
+        """Keeps the scores of the ensemble."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

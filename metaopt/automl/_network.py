@@ -60,9 +60,9 @@ def tabular_network(
     Returns:
       A `TabularNetwork`, for tables of any size. The shipped g was trained with the default sizes.
     """
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("num_members", num_members)):
+    sizes = {"num_steps": num_steps, "batch_size": batch_size, "num_members": num_members, "num_hidden": num_hidden}
+    for name, value in sizes.items():
         _checks.check_integer(name, value, 1)
-    _checks.check_integer("num_hidden", num_hidden, 1)
 
     def init(key, hyperparams, data):
         del hyperparams

@@ -181,15 +181,24 @@ def sample_subsets(data, rows, num_tasks: int):
 
 @keep_learners
 def _embedding_learner(shapes) -> training.Learner:
-    def loss(hyperparams, batch, key):
-        attention, params = hyperparams
-        data, rows = batch
-        features = _standardized(_embed(params, rows))[0]
-        data = data | {"features": jnp.concatenate([data["features"], features], axis=1)}
-        return _surrogates.attention_loss(attention, data)
-
     rates = optax.partition({"attention": optax.adam(0.05), "rows": optax.adam(3e-3)}, ("attention", "rows"))
-    return training.learner(hypergrad.direct(loss), rates)
+    return training.learner(hypergrad.direct(lambda hyperparams, batch, key: embedding_loss(hyperparams, batch)), rates)
+
+
+def embedding_loss(hyperparams, batch) -> jax.Array:
+    """The loss of the weights of tasks whose features are their own and, next to them, the embedding of their rows.
+
+    Args:
+      hyperparams: (parameters of the attention, parameters of the embedding).
+      batch: (data of S tasks as for `attention_loss`, their rows).
+
+    Returns:
+      [] the `attention_loss`. Embeddings are standardized over tasks.
+    """
+    (attention, params), (data, rows) = hyperparams, batch
+    features = _standardized(_embed(params, rows))[0]
+    data = data | {"features": jnp.concatenate([data["features"], features], axis=1)}
+    return _surrogates.attention_loss(attention, data)
 
 
 def _embed(params, rows):

@@ -157,10 +157,8 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
       not repetitions.
 
     Raises:
-      ValueError: if the study has several objectives.
+      RuntimeError: (by Optuna) if the study has several objectives.
     """
-    if len(study.directions) > 1:
-        raise ValueError("Records have one outcome; the study has several objectives.")
     sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
     trials = study.get_trials()
     # Steps start at 0 or at 1. If they start at 0, the value at step 0 was reported after one step.

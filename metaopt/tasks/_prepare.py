@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metaopt.tasks._columns import merged_values
-from metaopt.tasks._scaled_columns import SCALINGS, fit_columns
+from metaopt.tasks._scaled_columns import fit_columns
 from metaopt.tasks._tables import Table
 
 _log = logging.getLogger(__name__)
@@ -115,9 +115,7 @@ def prepare(
             "`valid_fraction` and `test_fraction` must leave rows to train on; "
             f"got {valid_fraction} and {test_fraction}."
         )
-    if scaling not in SCALINGS:
-        raise ValueError(f"`scaling` must be one of {SCALINGS}; got {scaling!r}.")
-    sizes = {"max_rows": (max_rows, 3), "max_features": (max_features, 1), "max_levels": (max_levels, 2)}
+    sizes = {"max_rows": (max_rows, 3), "max_features": (max_features, 1)}
     for name, (value, least) in (sizes | {"max_classes": (2 if max_classes is None else max_classes, 2)}).items():
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}; got {value}.")

@@ -87,8 +87,6 @@ def test_saved_estimators_predict_the_same_and_files_hold_no_pickle(wine, fitted
     np.testing.assert_array_equal(loaded.predict_interval(x), model.predict_interval(x))
     with np.load(tmp_path / "model.npz", allow_pickle=False) as file:
         assert all(file[name].dtype.kind != "O" for name in file.files)
-    with pytest.raises(ValueError, match="not fitted"):
-        metaopt.save(tmp_path / "model.npz", automl.AutoClassifier())
 
 
 @pytest.mark.parametrize("kind", ["extra_trees", "random_forest", "hist_gradient_boosting"])
@@ -133,13 +131,10 @@ def test_a_time_limit_is_kept_and_the_rest_is_named(wine):
 
 
 def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
-    from metaopt.automl import _kinds
-
-    def fail(settings, data):
+    def fail(*args, **kwargs):
         raise MemoryError("too large")
 
-    kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=fail)}
-    monkeypatch.setattr(_kinds, "KINDS", kinds)
+    monkeypatch.setattr("lightgbm.train", fail)
     model = automl.AutoClassifier(**QUICK).fit(*wine[:2])
     assert list(model.leaderboard_["model"]) == ["linear"]
     assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}
@@ -288,27 +283,3 @@ def test_labels_of_any_type(y, classes):
     x = np.random.default_rng(0).normal(size=(40, 2))
     model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x, y)
     assert list(model.classes_) == classes and set(model.predict(x)) <= set(classes)
-
-
-def test_a_target_of_dates_is_rejected():
-    with pytest.raises(ValueError, match="must be numbers; got datetime64"):
-        automl.AutoRegressor(**QUICK).fit(np.zeros((40, 1)), pd.date_range("2020", periods=40))
-
-
-REFUSALS = [
-    ({"preset": "large"}, {}, "`preset` must be one of instant, balanced, best; got 'large'"),
-    ({"eval_metric": "rmse"}, {}, "`eval_metric` must be one of log_loss"),
-    ({"models": ("svm",)}, {}, "`models` may have network, linear"),
-    ({"time_limit": 0}, {}, "`time_limit` must be positive or None; got 0"),
-    ({}, {"groups": [1, 2]}, "`groups` must have one value for each of the 4 rows"),
-    ({}, {"y": ["a"] * 4}, "one class, 'a'"),
-    ({}, {"y": ["a", "b", None, "a"]}, "1 of 4 rows have no target"),
-    ({}, {"sample_weight": [0, 0, 0, 0]}, "at least one non-zero"),
-]
-
-
-@pytest.mark.parametrize(("options", "data", "message"), REFUSALS)
-def test_refusals(options, data, message):
-    arguments = {"X": np.arange(8.0).reshape(4, 2), "y": [0, 1, 0, 1]} | data
-    with pytest.raises(ValueError, match=message):
-        automl.AutoClassifier(**QUICK | options).fit(**arguments)

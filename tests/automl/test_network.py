@@ -142,9 +142,3 @@ def test_training_depends_on_the_key_and_repeats(network, task):
     first, again, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
     np.testing.assert_array_equal(first["hidden"], again["hidden"])
     assert not np.allclose(first["hidden"], other["hidden"])
-
-
-@pytest.mark.parametrize("name", ["num_steps", "batch_size", "num_members", "num_hidden"])
-def test_sizes_are_at_least_one(name):
-    with pytest.raises(ValueError, match=name):
-        automl.tabular_network(**{name: 0})

@@ -61,11 +61,6 @@ def test_a_table_of_constant_columns_has_a_prediction():
     assert all(np.isfinite(value) for value in hyperparams.values())
 
 
-def test_a_table_without_columns_is_rejected():
-    with pytest.raises(ValueError, match="column"):
-        automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool)))
-
-
 def test_a_batch_of_tables(prepared):
     trained = automl.shipped_predictor()
     described = tasks.metafeatures(prepared, groups=_shipped.GROUPS, seed=0)

@@ -162,9 +162,3 @@ def test_improvement_is_the_mean_over_errors():
     errors = jnp.array([[-2.0, 0.0, 2.0], [-1.0, 0.0, 4.0]])
     found = _curves.curve_improvement(mean, std, errors, jnp.array(1.5))
     np.testing.assert_allclose(found, [(2.5 + 0.5) / 3, 0.0])
-
-
-def test_a_fidelity_at_which_a_configuration_has_no_outcome_is_refused():
-    curves = np.where(np.arange(F) == 1, np.nan, CURVES)
-    with pytest.raises(ValueError, match="Each configuration must have a finite outcome at each fidelity"):
-        _curves.curve_surrogate(curves, X, FIDELITIES)

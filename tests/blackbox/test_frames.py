@@ -62,8 +62,6 @@ def test_records_come_back_from_csv_and_can_be_stored(tmp_path, names, reason):
     assert list(map(repr, back)) == list(map(repr, records))
     with pytest.raises(ValueError, match="column 'task' must contain strings; got .* CSV"):
         blackbox.records_from_frame(read())
-    with pytest.raises(ValueError, match="column 'reason' must contain strings; got 12 in row 0"):
-        blackbox.records_from_frame(pd.DataFrame({"task": ["a"], "configuration": ["{}"], "reason": [12]}))
     blackbox.append_records(tmp_path / "records.db", back)
     assert list(map(repr, blackbox.read_records(tmp_path / "records.db"))) == list(map(repr, records))
 
@@ -78,9 +76,3 @@ def test_wide_frames_have_a_column_for_each_parameter():
 def test_a_frame_of_a_person_s_own_needs_two_columns():
     frame = pd.DataFrame({"task": ["a"], "configuration": ['{"x": 1}'], "outcome": [0.5]})
     assert blackbox.records_from_frame(frame)[0]._replace(cost=0.0) == Record("a", {"x": 1}, 0.5, cost=0.0)
-    for broken in ('{"x": ', "[1]", None):
-        rows = pd.DataFrame({"task": ["a", "b"], "configuration": ['{"x": 1}', broken]})
-        with pytest.raises(ValueError, match='"configuration" must hold dicts, or JSON of dicts; got .* in row 1'):
-            blackbox.records_from_frame(rows)
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'configuration'"):
-        blackbox.records_from_frame(frame.drop(columns="configuration"))

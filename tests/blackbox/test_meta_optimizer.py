@@ -276,8 +276,10 @@ def test_rows_of_a_new_task_in_another_precision():
     of_jax = jax.tree.map(jnp.asarray, rows[2])
     assert of_jax["x"].dtype == jnp.float64  # which would be truncated with a warning, an error here
     of_jax["key"] = jax.random.key(0)  # what else a Task holds is not read
-    found, expected = (g.outcomes([{"x": 0.3}], base.Task(of, None)) for of in (of_jax, rows[2]))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    expected = g.outcomes([{"x": 0.3}], base.Task(rows[2], None))
+    for task in (base.Task(of_jax, None), base.Task(rows[2], rows[0])):  # nor are its validation rows
+        jax.tree.map(np.testing.assert_array_equal, g.outcomes([{"x": 0.3}], task), expected)
+    assert not np.array_equal(g.outcomes([{"x": 0.3}], base.Task(rows[0], None)).mean, expected.mean)
 
 
 @slow
@@ -361,9 +363,6 @@ def test_a_portfolio_has_no_configuration_twice():
     records = [base.Record(f"t{t}", {"n": n}, float((n - t) ** 2)) for t in range(1, 4) for n in range(1, 6)]
     g = blackbox.train_meta_optimizer(records, space=space, num_steps=2)
     assert sorted(c["n"] for c in g.portfolio(5)) == [1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match=r"A new task must have features of shape \[2\]; got shape \(3,\)"):
-        features = {f"t{t}": np.array([t, 1.0]) for t in range(1, 4)}
-        blackbox.train_meta_optimizer(records, space=space, features=features, num_steps=2).predict(np.zeros(3))
 
 
 def test_a_portfolio_complements_what_is_good_on_most_tasks():
@@ -501,63 +500,7 @@ def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number
     assert g.candidates == [{"max_depth": 64}, {"max_depth": 3}]  # which the default stands for
 
 
-RECORDS = make_records(np.random.default_rng(4), num_tasks=2)[0]
 NAMED = {"t0": {"nr_inst": 100.0}, "t1": {"nr_inst": 50.0}}
-HALF = [r._replace(status="PRUNED", fidelity=0.5) for r in RECORDS]
-ONE = base.Record("one trial", {"x": 0.5, "kind": "a"}, 0.0)
-TRAIN = functools.partial(blackbox.train_meta_optimizer, space=SPACE, num_steps=0)
-
-
-def changed(**fields):
-    """Records of which the second one has other fields."""
-    return [RECORDS[0], RECORDS[1]._replace(**fields), *RECORDS[2:]]
-
-
-@functools.cache
-def learned():
-    return TRAIN(RECORDS)
-
-
-REFUSED = [
-    (lambda: TRAIN(RECORDS, features={"t0": [1.0], "t1": [1.0, 2.0]}), "the same number of `features`"),
-    *(
-        (lambda n=n: TRAIN(RECORDS, **{n: {0: [1.0]}}), f"`{n}` has none of the records' tasks, 't0', 't1'; .* are 0")
-        for n in ("features", "families")
-    ),
-    (lambda: TRAIN([r._replace(status="FAIL") for r in RECORDS]), "it has none"),
-    (lambda: TRAIN(HALF), r"it has none \(30 PRUNED; the largest fidelity with an outcome is 0.5\)"),
-    (lambda: TRAIN([ONE]), "a task with trials of different outcomes. Every task has only one trial, or the same out"),
-    (lambda: TRAIN([ONE, ONE]), "a task with trials of different outcomes"),
-    (lambda: TRAIN(RECORDS, candidates=[]), "`candidates` must hold a configuration"),
-    (lambda: TRAIN(RECORDS, transformer_share=2), r"`transformer_share` must lie in \[0, 1\]; got 2"),
-    (lambda: TRAIN(RECORDS, deep_share=2), r"`deep_share` must lie in \[0, 1\]; got 2"),
-    (lambda: TRAIN(changed(status="TIMEOUT")), r"`records\[1\]`'s status must be one of WAITING, .*; got 'TIMEOUT'"),
-    (lambda: TRAIN(changed(status="Complete")), "got 'Complete'"),
-    (
-        lambda: TRAIN(changed(fidelity=27)),
-        r"`records\[1\]`'s fidelity must lie in \(0, 1\]; got 27. .* not a number of",
-    ),
-    (lambda: TRAIN(changed(outcome=None)), r"`records\[1\]`'s outcome must be a number, or NaN if .*; got None"),
-    (lambda: TRAIN(changed(outcome="0.5")), "outcome must be a number, .*; got '0.5'"),
-    (lambda: TRAIN(changed(configuration=[0.5, "a"])), "configuration must be a dict from parameter names to values"),
-    (lambda: TRAIN(changed(task=3)), "task must be a string"),
-    (lambda: blackbox.train_meta_searcher(changed(task=3), space=SPACE), "task must be a string"),
-    (lambda: learned().searcher(acquisition="best"), "`acquisition` must be one of"),
-    (lambda: learned().searcher(acquisition="ei_per_cost"), "'ei_per_cost' needs `train_meta_optimizer"),
-    (lambda: learned().predict(base.Task(None, None, NAMED["t0"])), "those features as an array of numbers"),
-    (lambda: learned().outcomes(LINE, levels=[1.0]), r"`levels` must lie in \(0, 1\)"),
-    (lambda: learned().searcher(first=[{"x": 2, "kind": "a"}]), "`x` must be between 0.0 and 1.0; got 2"),
-    (
-        lambda: learned().searcher().init(jax.random.key(0), SPACE | {"x": spaces.interval(0.0, 2.0)}),
-        "another space .other leaves, bounds or labels",
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "message"), REFUSED)
-def test_refusals(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
@@ -570,17 +513,6 @@ def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
     for given in (iter(records), frame, of_dicts):
         assert blackbox.train_meta_searcher(given, **kwargs).predict() == expected
     assert np.isfinite(blackbox.train_meta_optimizer(iter(records), **kwargs).surrogate.curves).all()
-    for given, message in (
-        (
-            [record._asdict() for record in records],
-            r"`records\[0\]` must be a `Record`; got dict. Use `Record\(\*\*fields\)`",
-        ),
-        (records[0], r"`records\[0\]` must be a `Record`; got str"),
-        (frame.assign(status="DONE"), r"`records\[0\]`'s status must be one of"),
-        (frame.assign(configuration=1.5), 'The column "configuration" must hold dicts, or JSON of dicts; got 1.5'),
-    ):
-        with pytest.raises(ValueError, match=message):
-            blackbox.train_meta_searcher(given, **kwargs)
 
 
 def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is_named():
@@ -638,8 +570,6 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
         UserWarning, match="`x` is active only where `kind` is True rests on 4 different .* and 4 that do"
     ):
         blackbox.train_meta_searcher([*rests, *rests[:4]], num_steps=0)
-    with pytest.raises(ValueError, match="`layers` has the value"):
-        blackbox.train_meta_searcher([base.Record("t", {"layers": [1, 2]}, 1.0)], num_steps=0)
 
 
 @pytest.mark.once
@@ -654,20 +584,6 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     assert g.suggest(frame, np.array(y)[:, None]) == g.suggest(frame, frame["x"]) == [pool[2]]
     one, other = (g.outcomes(*given).mean for given in ((pool,), (pd.DataFrame(pool),)))
     np.testing.assert_array_equal(one, other)
-    array = np.array([[0.1], [0.4]])
-    for call, message in (
-        (lambda: g.suggest(array, y), r"`configurations\[0\]` must be a dict from parameter names"),
-        (lambda: g.suggest(tried, y, pending=tried[0]), r"`pending\[0\]` must be a dict .*; got 'x'"),
-        (
-            lambda: g.suggest([0.1, 0.4], y),
-            r"`configurations\[0\]` must be a dict from parameter names to values; got 0.1",
-        ),
-        (lambda: g.suggest(tried, np.zeros((2, 2))), r"`outcomes` must be one number for each .*; got shape \(2, 2\)"),
-        (lambda: g.suggest(tried, y[:1]), r"one number for each configuration, \[2\]; got shape \(1,\)"),
-        (lambda: g.outcomes(pool, tried=tried, outcomes=np.zeros((2, 2))), r"got shape \(2, 2\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
 
 
 def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
@@ -747,11 +663,17 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
         assert [dict(row) for row in rows] == given
 
 
-def test_a_space_of_many_conditions_is_inferred_with_one_look_at_each_configuration(monkeypatch):
+def test_a_space_of_many_conditions_is_inferred_with_few_looks_at_each_configuration():
     kinds = {f"only_{kind}": kind for kind in "abcd"}
     records = [base.Record("t", {"kind": k, name: x}, x) for name, k in kinds.items() for x in (0.1, 0.2, 0.3, 0.4)]
-    looks, real = [], _earlier_trials.without_nan
-    monkeypatch.setattr(_earlier_trials, "without_nan", lambda configuration: looks.append(1) or real(configuration))
+    looks = []
+
+    class Watched(dict):
+        def items(self):
+            looks.append(1)
+            return super().items()
+
+    records = [record._replace(configuration=Watched(record.configuration)) for record in records]
     with pytest.warns(UserWarning, match="`only_d` is active only where `kind` is 'd' rests on 4 different .* 12 that"):
         space = _earlier_trials.inferred_space(records, None)
     assert sum(bool(leaf.condition) for leaf in space.values()) == 4 and len(looks) <= 2 * len(records)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import metaopt
-from metaopt import blackbox, spaces, tasks
+from metaopt import blackbox, spaces
 from metaopt.base import Record, Task
 from metaopt.blackbox import (
     _earlier_trials,
@@ -74,8 +74,6 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     # What runs is not suggested again, and what failed is no reason to stop.
     assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
     assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
-    with pytest.raises(ValueError, match=r"one number for each configuration, \[3\]; got shape \(1,\)"):
-        g.suggest(tried, [0.1])
 
 
 @pytest.mark.once
@@ -109,8 +107,6 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
     prior = g.outcomes(at)
     np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, left].mean(0), atol=0.02)
     assert (prior.quantiles > -0.1).all() and (prior.quantiles < 1.1).all()
-    with pytest.raises(ValueError, match=r"one number for each configuration, \[0\]; got shape \(1,\)"):
-        g.outcomes(at, outcomes=[1.0])
 
 
 @pytest.mark.once
@@ -129,19 +125,6 @@ def test_what_failed_or_diverged_says_what_to_expect_beside_it(g):
     assert far.max() < 10
     nothing = g.outcomes([])
     assert nothing.mean.shape == (0,) and nothing.quantiles.shape == (0, 3)
-
-
-@pytest.mark.once
-def test_what_a_person_gives_by_hand_must_be_of_the_space(g):
-    for wrong, message in (({"y": 0.9}, "has no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between")):
-        for call in (
-            lambda wrong: g.outcomes([wrong]),
-            lambda wrong: g.outcomes(POOL, tried=[wrong], outcomes=[0.1]),
-            lambda wrong: g.suggest([wrong], [0.1]),
-            lambda wrong: g.suggest([], [], pending=[wrong]),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call(wrong)
 
 
 @pytest.mark.once
@@ -187,7 +170,7 @@ def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
 
 
 @pytest.mark.once
-def test_a_region_that_fails_is_left_at_once(monkeypatch):
+def test_a_region_that_fails_is_left_at_once():
     """Earlier tasks say that x = 0.8 is best; here all beyond 0.55 fails."""
     space, line = {"x": spaces.interval(0.0, 1.0)}, [{"x": float(x)} for x in np.linspace(0, 1, 21)]
     bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
@@ -214,10 +197,6 @@ def test_a_region_that_fails_is_left_at_once(monkeypatch):
     # Afterwards: beyond the worst outcome, and not at it.
     first = [{"x": 0.4}]
     assert failures(4, first).tolist() == [False, True, False, False]
-    monkeypatch.setattr(
-        "metaopt.blackbox._acquisition.censored_mean", lambda mixture, bound: jnp.full(len(mixture.mean), bound)
-    )
-    assert failures(4, first).tolist() == [False, True, True, False]
 
 
 @pytest.mark.once
@@ -300,9 +279,6 @@ def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
     state = searcher["ei_per_cost"].tell(state, [])._replace(tried={})
     state = searcher["ei_per_cost"].tell(state, [Record("", tried[1], 1.0, trial=0)])
     assert searcher["ei_per_cost"].ask(state, 1)[0][0].configuration["x"] < 0.7
-    with pytest.raises(ValueError, match="`costs=True` needs records with a `cost`"):
-        free = [record._replace(cost=np.nan) for record in make_records(2)]
-        blackbox.train_meta_searcher(free, space=SPACE, num_steps=0, costs=True)
 
 
 def at_full_budget(outcomes):
@@ -555,8 +531,6 @@ def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
             total = len({r.trial for r in records})
             starts = np.bincount([int(np.argmax([n in at[f] for f in at])) for n in {r.trial for r in records}])
             np.testing.assert_allclose(starts, total * np.array([3, 1.5, 1]) / 5.5, atol=1.01)
-    with pytest.raises(ValueError, match="`num_brackets`.*got .*5"):
-        blackbox.asha(num_rungs=4, num_brackets=5)
 
 
 @pytest.mark.slow
@@ -754,15 +728,4 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
 
 
 def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_not(g):
-    rows = rows_of(np.random.default_rng(0), 1.0)
-    table = tasks.Table("iris", "iris", rows["x"], rows["y"], np.zeros(2, bool))
-    blind = _meta_search.meta_optimizer(g.surrogate._replace(sorted_features=np.zeros((0, 4))), None, SPACE, POOL)
-    for wrong, called in ((table, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float")):
-        for call in (g.predict, blind.predict, lambda wrong: g.suggest([], [], wrong), lambda wrong: g.searcher(wrong)):
-            with pytest.raises(ValueError, match=f"`new_task` must be a `base.Task` .*, or None; got {called}"):
-                call(wrong)
-    path = r"`scaling.transform\(tasks.metafeatures\(table\), clip=3.0\)`, .* of what `tasks.prepare` returns\."
-    for wrong in (table, tasks.prepare(table, valid_fraction=0.3, test_fraction=0.3)):
-        with pytest.raises(ValueError, match=f"got {type(wrong).__name__}. A table's features are {path}"):
-            g.predict(wrong)
     assert g.predict(Task(None, None, features=[1.5])) == g.predict([1.5]) == g.predict(jnp.array([1.5]))

@@ -290,11 +290,3 @@ def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
     # To six digits: 2,000,000 to 2,000,002 are one step, with the last value, of the first trial, too.
     assert list(tried.outcomes.values()) == [0, 5_000, 5_001, 90_000, 2_000_002, 2**31 - 1]
     assert tried.last == 2**31 - 1 and tried.reached < 1
-
-
-def test_what_it_is_not_for(g):
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=blackbox.optuna_sampler(g))
-    with pytest.raises(ValueError, match="studies of one objective"):
-        study.optimize(lambda trial: (trial.suggest_float("x", 0.0, 1.0), 0.0), n_trials=1)
-    with pytest.raises(ValueError, match="`acquisition` must be one of"):
-        blackbox.optuna_sampler(g, acquisition="best")

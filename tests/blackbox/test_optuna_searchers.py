@@ -173,8 +173,3 @@ def test_tpe_passes_over_what_its_space_does_not_have():
     assert [trial.params for trial in state.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))] == [
         {"rate": 0.1}
     ]
-
-
-def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="belongs to a simplex, which cannot be converted"):
-        blackbox.tpe().init(KEY, {"mix": spaces.simplex(2)})

@@ -197,17 +197,3 @@ def test_of_earlier_trials_a_non_finite_outcome_is_a_failure_and_an_unfinished_o
     absent = train(finished)
     for status in ("WAITING", "RUNNING", "PRUNED"):
         same(train(finished + [r._replace(status=status, outcome=-100.0) for r in rest]), absent)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: blackbox.regularized_evolution(sample_size=0), "`sample_size` must be at least 1; got 0"),
-        (lambda: blackbox.bohb(num_rungs=1), "`num_rungs` must be at least 2; got 1"),  # would be `tpe`
-        (lambda: blackbox.bohb(reduction_factor=1), "`reduction_factor` must be at least 2; got 1"),
-        (lambda: blackbox.asha(num_brackets=9), "`num_brackets` in 1..`num_rungs`"),
-    ],
-)
-def test_refuses_sizes_that_would_fail_in_the_middle_of_a_run(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -1,7 +1,5 @@
 """scikit-learn's models as objectives, against scikit-learn's own cross-validation."""
 
-import warnings
-
 import jax
 import numpy as np
 import pytest
@@ -233,13 +231,6 @@ def test_every_one_of_scikit_learn_s_is_an_objective(kind):
             y = {"classifier": labels, "regressor": target}[kind]
             with pytest.raises((AttributeError, TypeError, ValueError)):
                 blackbox.sklearn_objective(found[name](), num_folds=2)(TRIAL, (x, y))
-
-
-def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="`scoring` must be given"):
-        blackbox.sklearn_objective(preprocessing.StandardScaler())
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid parameter 'rate'"):
-        outcome("k_means", {"rate": 1})
 
 
 def test_a_density_is_scored_by_row_and_integer_targets_of_a_regressor_are_no_classes():

@@ -68,11 +68,6 @@ def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
     assert plain(blackbox.from_hpob(file, "b")) == plain(records[:1]) and list(tmp_path.iterdir()) == [file]
     content = json.loads(file.read_text())["a"]["3"]
     assert content == {"X": [[0.0, 1.0], [1.0, 0.75]], "y": [[0.75], [1.0]]}
-    for wrong in ({"x0": 0.5}, {"x0": 0.5, "x1": 2}, {"x0": 0.5, "x1": "rbf"}):
-        with pytest.raises(ValueError, match=r"numbers in \[0, 1\] for \['x0', 'x1'\]; got .* Give .* `space`"):
-            blackbox.to_hpob(file, "a", [records[0], records[1]._replace(configuration=wrong)])
-    with pytest.raises(ValueError, match="it has none"):
-        blackbox.to_hpob(file, "a", others)
     space = {"rate": spaces.interval(1e-4, 1.0, log=True), "kind": spaces.choice(["a", "b"])}
     blackbox.to_hpob(file, "c", [Record("3", {"rate": 1e-2, "kind": "b"}, 0.25)], space=space)
     (found,) = blackbox.from_hpob(file, "c")
@@ -96,13 +91,9 @@ def test_numpys_scalars_are_numbers(tmp_path):
     record = Record("3", given, 0.25)
     blackbox.to_hpob(tmp_path / "a.json", "a", [record])
     assert blackbox.from_hpob(tmp_path / "a.json", "a")[0].configuration == {"x0": 0.5, "x1": 1.0, "x2": 0.0}
-    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
-        blackbox.to_hpob(tmp_path / "a.json", "a", [record._replace(configuration={"x0": np.float32(1.5)})])
     (row,) = blackbox.to_openml_evaluations([record._replace(configuration=given | {"b": np.bool_(True)})])
     assert row["parameters"] == {"x0": "0.5", "x1": "1", "x2": "0", "b": "true"}
     assert blackbox.tabulate([record]).configurations == ({"x0": 0.5, "x1": 1, "x2": 0},)
-    with pytest.raises(TypeError, match="a complex cannot be written as JSON: 1j"):
-        blackbox.tabulate([record._replace(configuration={"x": 1j})])
 
 
 def test_openml_s_evaluations():
@@ -139,17 +130,9 @@ def test_openml_s_measures_that_are_errors_are_not_turned_around():
     row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
     rmse = row | {"function": "root_mean_squared_error"}
     read = lambda *rows, **kwargs: [r.outcome for r in blackbox.from_openml_evaluations(rows, **kwargs)]
-    with pytest.raises(ValueError, match="of 'root_mean_squared_error', for which smaller is better. Pass `higher_is"):
-        read(rmse | {"value": 0.5})
-    with pytest.raises(ValueError, match="The value of run 7 is 37.2, .* say `higher_is_better`, True or False"):
-        read(row)
     assert read(rmse, row | {"value": 0.5}, higher_is_better=False) == [37.2, 0.5]
     assert read(row, higher_is_better=True) == [1.0 - 37.2]
     assert read(row | {"value": "0.75", "function": "area_under_roc_curve"}) == [0.25]
-    with pytest.raises(ValueError, match=r"values of one function; got \['predictive_accuracy', 'root_mean"):
-        read(rmse, row | {"function": "predictive_accuracy"}, higher_is_better=False)
-    with pytest.raises(ValueError, match="The value of run 7 must be a number; got 'much'"):
-        read(row | {"value": "much"})
     for none in (None, math.nan):
         (record,) = blackbox.from_openml_evaluations([row | {"value": none}])
         assert (record.status, record.reason) == ("FAIL", "OpenML has no value of it") and math.isnan(record.outcome)

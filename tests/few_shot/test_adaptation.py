@@ -377,37 +377,6 @@ def test_model_state_is_carried_and_seen():
     np.testing.assert_allclose(((outputs[1] - DATA[1]["y"]) ** 2).mean(), found.value, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rates": "all"}, "`rates` must be one of"),
-        ({"num_steps": -1}, "`num_steps` must be at least 0; got -1"),
-        ({"proximal": -1.0}, "`proximal` must be at least 0"),
-        ({"order": "third"}, '`order` must be "first", "second" or a number'),
-        ({"order": -2}, '`order` must be "first", "second" or a number'),
-        ({"order": True}, '`order` must be "first", "second" or a number.*got True'),
-        ({"order": "first", "rule": hypergrad.implicit}, "cannot be combined with a `rule`"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        few_shot.adaptation(loss, **options)
-
-
-def test_bad_patterns():
-    with pytest.raises(
-        ValueError, match=r"`adapt` must match at least one leaf: '\(\^\|/\)head\(/\|\$\)' matches none of \['hidden/b'"
-    ):
-        a = few_shot.anil(loss)
-        a.problem.loop.init(KEY, {"init": META}, DATA[0])
-    with pytest.raises(ValueError, match=r"Leaves with a value for each step cannot adapt: \['hidden/w'\]"):
-        a = few_shot.maml(loss, leaves_per_step="hidden/w")
-        a.problem.loop.init(KEY, {"init": META}, DATA[0])
-    for pattern, found in (("gain", "'gain' finds none"), ("out", r"'out' finds {'out/w': \(3, 1\)}")):
-        with pytest.raises(ValueError, match="`leaves_per_step` must find leaves.*`num_steps` = 1; " + found):
-            few_shot.maml(loss, adapt="hidden", leaves_per_step=pattern).problem.loop.init(KEY, {"init": META}, DATA[0])
-
-
 def test_leaves_whose_paths_look_alike_are_two():
     params = {"enc/w": jnp.array([2.0]), "enc": {"w": jnp.array([5.0])}, "head": jnp.array([0.1])}
     product = lambda p, _, batch: ((p["enc/w"] * p["enc"]["w"] * p["head"] * batch - 3.0) ** 2).sum()
@@ -474,11 +443,6 @@ def test_what_init_makes_and_does_not_adapt_stays(order):
     predict = lambda params, query: network(params, query["x"])
     outputs = few_shot.adapted(a, hyperparams, predict)(KEY, task.train, task.valid)
     np.testing.assert_allclose(outputs[-1], predicted(end, DATA[1]["x"]), rtol=1e-10)
-    with pytest.raises(ValueError, match=r"made the leaves \['gain', 'out/b'\], which do not adapt, and a `rule`"):
-        ruled = few_shot.imaml(
-            loss, proximal=1.0, init=lambda key, hp, data: with_made(hp["init"]), adapt="hidden", num_steps=1
-        )
-        ruled.problem.loop.init(KEY, hyperparams, task.train)
 
 
 # ---- What no step changes is computed once ---------------------------------------------------------------------------
@@ -746,30 +710,6 @@ def test_a_schedule_may_be_made_inside_a_program():
     )
     hyperparams = outside.hyperparams(jax.tree.map(jnp.asarray, META))
     assert float(jax.jit(program)(hyperparams)) == pytest.approx(error(trained(META, 2)[-1], DATA[1]), rel=1e-12)
-
-
-def test_an_adaptation_is_no_estimator():
-    with pytest.raises(AttributeError, match="Adaptation"):
-        hypergrad.over_tasks(few_shot.maml(loss))
-
-
-@pytest.mark.once
-def test_ordinary_mistakes_are_explained():
-    """Meta-parameters in the place of λ; a sampler of episodes where batches of tasks are asked for."""
-    a, meta, data = few_shot.maml(loss), *jax.tree.map(jnp.asarray, (META, DATA))
-    method = few_shot.adapted(a, meta, lambda params, query: network(params, query["x"]))
-    with pytest.raises(ValueError, match=r"`a.hyperparams\(meta_params\)`.*got a dict of \['hidden', 'out'\]"):
-        method(KEY, *data)
-    learner = training.learner(hypergrad.over_tasks(a.estimator), optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"must have the number of tasks as its leading axis.*`tasks.episode_batches"):
-        training.fit(learner, tasks.sinusoids(), hyperparams=a.hyperparams(meta), num_steps=1, key=KEY)
-
-
-def test_lambda_without_rates():
-    meta, data = jax.tree.map(jnp.asarray, (META, DATA))
-    a = few_shot.adaptation(loss, rates="leaf")
-    with pytest.raises(ValueError, match=r'the learned rates as "rate".*got a dict of \[\'init\'\].*are fixed\?'):
-        jax.eval_shape(a.estimator.estimate, {"init": meta}, base.Task(*data), KEY)
 
 
 @pytest.mark.once

@@ -239,20 +239,6 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
     assert scale.shape == (2,) and (scale > 1e-6).all() and np.isfinite(out.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"normalization": "instance"}, "`normalization` must be one of 'batch'"),
-        ({"downsampling": "max"}, '`downsampling` must be "pool" or "stride"'),
-        ({"num_blocks": 5}, r"Images of \(28, 28\) are too small for 5 blocks"),
-    ],
-)
-def test_bad_networks(options, message):
-    with pytest.raises(ValueError, match=message):
-        network = few_shot.conv4(**{"num_filters": 2, **options})
-        network.features(network.init(KEY), {"x": jnp.ones((1, 28, 28)), "mask": jnp.ones(1)})
-
-
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 8, 8, 3), (2, 64)])
 def test_what_is_no_image_is_refused(shape):
     network = few_shot.conv4(num_filters=2, num_blocks=1)

@@ -235,8 +235,6 @@ def test_every_user_is_judged_once():
         few_shot.evaluate_episodes({"last": last}, sample, KEY, each=7, **options)
     known = {"score_fn": few_shot.mean_absolute_error}
     assert not few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, **known).higher_is_better
-    with pytest.raises(ValueError, match="True for a score such as accuracy, False for an error"):
-        few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, score_fn=lambda outputs, query: 0.0)
 
 
 @pytest.mark.once
@@ -392,31 +390,6 @@ def test_scores_of_masked_rows():
     assert (
         float(few_shot.mean_squared_error(outputs, of)) == 5 and float(few_shot.mean_absolute_error(outputs, of)) == 2
     )
-    with pytest.raises(ValueError, match=r"the shape of the labels, \(3, 1\).*got \(3,\)"):
-        few_shot.mean_squared_error(outputs[:, 0], of)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: few_shot.evaluate_episodes({"x": lambda k, s, q: q["x"][None]}, tasks.sinusoids(), KEY),
-            "`accuracy` needs episodes with classes.*`score_fn=few_shot.mean_squared_error`",
-        ),
-        (
-            lambda: few_shot.evaluate_episodes({"flat": lambda key, s, q: q["x"]}, sample, KEY, num_episodes=1),
-            r"'flat' must return outputs \[steps \+ 1, 11, ...\].*`outputs\[None\]`",
-        ),
-        (
-            lambda: few_shot.evaluate_episodes(METHODS, tasks.episode_batches(sample, 3), KEY),
-            r"must return one episode, .* support set they are \(3, 6\) and \(3, 6\). Batches are only for training",
-        ),
-    ],
-)
-@pytest.mark.once
-def test_calls_that_are_rejected(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}

@@ -1,14 +1,24 @@
 """Labels as the heads of few-shot methods read them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt.few_shot import _heads
+from metaopt import few_shot
+
+SUPPORT = {"x": np.eye(3), "y": np.array([1, 0, 0]), "mask": np.array([1.0, 1.0, 0.0]), "class_mask": np.ones(2)}
 
 
-def test_padded_rows_have_no_class_whatever_their_label():
-    batch = {"y": np.array([1, 0, 7]), "mask": np.array([1.0, 1.0, 0.0]), "class_mask": np.ones(2)}
-    np.testing.assert_array_equal(_heads._one_hot(batch, jnp.float32), [[0, 1], [1, 0], [0, 0]])
-    with pytest.raises(ValueError, match=r'The labels "y" must be in 0\.\.1; got labels from 0 to 7, 1 of 3 outside'):
-        _heads._one_hot(batch | {"mask": np.ones(3)}, jnp.float32)
+@pytest.mark.parametrize("method", [few_shot.prototypical_networks, few_shot.ridge_head])
+def test_padded_rows_have_no_class_whatever_their_label(method):
+    loop = method(lambda params, batch: batch["x"]).problem.loop
+    hyperparams = method(lambda params, batch: batch["x"]).hyperparams({})
+
+    def head(support):
+        return loop.params(loop.init(jax.random.key(0), hyperparams, jax.tree.map(jnp.asarray, support)))
+
+    first, other = head(SUPPORT), head(SUPPORT | {"y": np.array([1, 0, 7])})
+    jax.tree.map(np.testing.assert_array_equal, first, other)
+    if method is few_shot.prototypical_networks:
+        np.testing.assert_array_equal(first["head"]["w"], 2 * np.array([[0, 1], [1, 0], [0, 0]]))

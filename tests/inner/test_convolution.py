@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 
 from metaopt.inner._cpu import _convolution
@@ -19,10 +20,16 @@ def test_few_outputs_from_many_places_are_sums_over_examples_and_places():
     np.testing.assert_allclose(_convolution._gathered(x, w, (3, 2), params), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_limit_of_columns_counts_window_channels_images_and_places(monkeypatch):
-    """The columns of a transposed convolution are [N, spatial..., window..., D]."""
-    x, w = np.zeros((2, 3, 3, 5), np.float32), np.zeros((3, 3, 5, 4), np.float32)
+def test_the_limit_of_columns_counts_window_channels_images_and_places():
+    """The columns of a transposed convolution are [N, spatial..., window..., D], here in float32: 4 bytes each."""
     params = {"lhs_dilation": (2, 2), "rhs_dilation": (1, 1), "window_strides": (1, 1)}
-    for limit, expected in ((2 * 9 * 9 * 4 * 4, True), (2 * 9 * 9 * 4 * 4 - 1, False)):
-        monkeypatch.setattr(_convolution, "LARGE", limit)
-        assert _convolution._spreads(x, w, (6, 6), params) == expected
+
+    def spreads(num, size, window, num_outputs):
+        x = jax.ShapeDtypeStruct((num, size, size, 5), np.float32)
+        w = jax.ShapeDtypeStruct((window, window, 5, num_outputs), np.float32)
+        return _convolution._spreads(x, w, (2 * size, 2 * size), params)
+
+    assert 4 * 2**12 * 16**2 * 2**2 * 16 == _convolution.LARGE
+    assert spreads(2**12, 16, 2, 16)
+    assert not any((spreads(2**12 + 1, 16, 2, 16), spreads(2**12, 17, 2, 16), spreads(2**12, 16, 2, 17)))
+    assert not spreads(2**12, 16, 3, 16) and spreads(2**10, 16, 3, 16)

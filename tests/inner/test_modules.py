@@ -191,12 +191,6 @@ def test_linen_modules_with_other_arguments():
     assert output.shape == (4, 2) and after == {}
 
 
-def test_a_linen_module_without_the_train_argument():
-    model = inner.from_linen(linen.Dense(2), jnp.ones((1, D)))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'train'"):
-        model.init(KEY, None, None)
-
-
 # ---- Hypergradients through running statistics -----------------------------------------------------------------------
 
 GAIN, STEPS, RATE = 0.7, 6, 0.1
@@ -420,13 +414,6 @@ def test_batch_statistics_and_dropout_are_switched_apart(name, use_running_avera
         for key in ("mean", "var"):
             np.testing.assert_allclose(stats[key], expected_stats[key], rtol=1e-5, atol=1e-6)
         assert bool(np.abs(output - expected).max() < 1e-4) == deterministic
-
-
-def test_a_switch_without_a_keyword_is_rejected():
-    params, state = linen_model().init(KEY, None, DATA)
-    context = base.Context(KEY, jnp.int32(0), state)
-    with pytest.raises(ValueError, match=r"`deterministic=True` with `train=True` needs a keyword `deterministic`"):
-        linen_model().apply(params, context, DATA["x"], train=True, deterministic=True)
 
 
 class NnxKeyword(nnx.Module):

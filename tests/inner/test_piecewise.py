@@ -76,21 +76,3 @@ def test_steps_beyond_the_last_window_keep_its_value():
     longer = inner.piecewise(PROBLEM, {"rate": 5, "penalty": 5, "start": 0}, num_steps=5)
     expected = inner.run(longer.loop, num_steps=5)(KEY, more, problems.TASK.train).params
     np.testing.assert_allclose(params, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("windows", "message"),
-    [
-        ({"rate": -1, "penalty": 2}, "`windows` must be between 0 and `num_steps`, which is 4; got -1"),
-        (5, "`windows` must be between 0 and `num_steps`, which is 4; got 5"),
-    ],
-)
-def test_bad_arguments(windows, message):
-    with pytest.raises(ValueError, match=message):
-        inner.piecewise(PROBLEM, windows, num_steps=4)
-
-
-def test_hyperparams_without_the_axis_of_windows_are_named():
-    problem = inner.piecewise(PROBLEM, 2, num_steps=4)
-    with pytest.raises(ValueError, match=r"λ\['rate'\] must have a leading axis of 2.*got shape \(\)"):
-        problem.loop.init(KEY, {"rate": jnp.array(0.1)}, problems.TASK.train)

@@ -197,33 +197,3 @@ def test_data_of_any_structure():
 def test_full_batch_is_the_data():
     data = {"x": jnp.arange(3.0)}
     assert _samplers.full_batch()(KEY, 5, data) is data
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"x": np.zeros(3), "y": np.zeros(4)}, r"rows as its leading axis.*\['y'\].*\(4,\).*shared="),
-        ({"x": np.zeros(3), "scale": np.zeros([])}, r"rows as its leading axis.*'scale'.*\(\)"),
-        # With a count, too: an index past the end of the other leaf would be clipped, not raise.
-        ({"x": np.zeros(8), "classes": np.zeros(3), "num_rows": 8}, r"rows as its leading axis.*'classes'"),
-        ({"x": np.zeros(8), "classes": np.zeros(3), "mask": np.ones(8)}, r"rows as its leading axis.*'classes'"),
-        ({"x": np.zeros((0, 2))}, "at least one"),
-        ({}, "at least one"),
-    ],
-)
-def test_leaves_that_disagree_on_the_rows(data, message):
-    with pytest.raises(ValueError, match=message):
-        inner.minibatch(2)(KEY, 0, data)
-    with pytest.raises(ValueError, match=message):
-        _samplers.num_rows(data)
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
-        inner.minibatch(0)
-    with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1; got 2.5"):
-        inner.minibatch(2.5)
-    with pytest.raises(ValueError, match="`shared` names scales, and the data have x"):
-        inner.minibatch(2, shared=("scales",))(KEY, 0, {"x": jnp.zeros(3)})
-    with pytest.raises(ValueError, match=r"`shared` names x, and the data have no names \(tuple\)"):
-        inner.minibatch(2, shared=("x",))(KEY, 0, (jnp.zeros(3),))

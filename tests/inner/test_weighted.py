@@ -120,11 +120,3 @@ def test_in_its_full_form():
             value, num * (weights(LAM, BATCH) * (losses(PARAMS, BATCH) + noise)).mean(), rtol=1e-12
         )
         assert model_state == 1
-
-
-def test_what_is_not_one_number_an_example_is_refused():
-    for per_example, weight_fn in ((lambda p, b: losses(p, b).mean(), weights), (losses, lambda h, b: h["out"])):
-        with pytest.raises(ValueError, match=r"one number an example, shape \[B\]; got shapes"):
-            inner.weighted(per_example, weight_fn)(PARAMS, LAM, BATCH)
-    with pytest.raises(ValueError, match="`normalize` must be one of 'count', 'weights', 'none'; got 'mean'"):
-        inner.weighted(losses, weights, normalize="mean")

@@ -1,7 +1,5 @@
 """The best of K draws: its derivative for fixed draws, relations to amortize and propose, and that training works."""
 
-import itertools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -169,42 +167,3 @@ def test_the_embedding_of_a_data_set_predicts_a_spread_too():
         other.spread.coordinates["log_penalty"]
         != predictor.apply(phi, base.Task(data, None, jnp.ones(2))).spread.coordinates["log_penalty"]
     ).all()
-
-
-def test_a_prediction_with_a_spread_where_one_lambda_is_needed():
-    """It works by its center, or there is an error that says so."""
-    wide = MAKE["mlp"](spread=0.5)
-    prediction = wide.apply(random_weights(wide), problems.TASK)
-    learner = training.learner(RIDGE, optax.sgd(0.1))
-    fit = lambda **options: training.fit(
-        learner, lambda key: problems.TASK, hyperparams=prediction, num_steps=1, key=KEY, **options
-    )
-    for call in (
-        lambda: spaces.to_constrained(SPACE, prediction),
-        lambda: spaces.to_unconstrained(SPACE, prediction),
-        lambda: spaces.encode(SPACE, prediction),
-        lambda: spaces.configuration(SPACE, prediction),
-        lambda: learner.init(KEY, prediction, problems.TASK),
-        lambda: fit(),
-        lambda: fit(space=SPACE),
-        lambda: jax.jit(RIDGE.estimate)(prediction, problems.TASK, RIDGE.init(KEY, prediction, problems.TASK)),
-        lambda: hypergrad.check(RIDGE, prediction, problems.TASK, key=KEY),
-    ):
-        with pytest.raises(ValueError, match="must be one λ, and this is a prediction with a spread: pass its `.cent"):
-            call()
-
-
-def test_bad_arguments():
-    plain, wide = MAKE["mlp"](), MAKE["mlp"](spread=0.1)
-    with pytest.raises(ValueError, match="`num_proposals` must be at least 1; got 0"):
-        predictors.best_of(RIDGE, wide, num_proposals=0)
-    embedding = lambda **options: predictors.dataset_embedding(SPACE, width=4, **options)
-    for make, spread in itertools.product((*MAKE.values(), embedding), (0, -0.5, np.nan)):
-        with pytest.raises(ValueError, match=f"`spread` must be positive, or None; got {spread}"):
-            make(spread=spread)
-    with pytest.raises(ValueError, match="`spread` must be finite, or None; got inf"):
-        MAKE["mlp"](spread=np.inf)
-    with pytest.raises(ValueError, match="`predictor` must predict a spread; make it with `spread`"):
-        estimate_of(predictors.best_of(RIDGE, plain), plain.init(KEY))
-    with pytest.raises(ValueError, match="predicts a spread, which has no gradient here: use `predictors.best_of`"):
-        estimate_of(predictors.amortize(RIDGE, wide), wide.init(KEY))

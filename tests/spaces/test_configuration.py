@@ -188,37 +188,10 @@ def test_a_completed_configuration_keeps_its_own_numbers():
         spaces.complete(SPACE, {"rate": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("b", [1], "condition of `a` names `b`, which must be a `choice` or an `integer`.*got None"),
-        ("real", [1], r"names `real`, .* got Real\("),
-        ("model", ["tree"], "condition of `a` has 'tree', which is not a value of `model`"),
-        ("a", [1], r"conditions of \['a'\] depend on one another"),
-    ],
-)
-def test_conditions_that_cannot_be_met_are_refused(name, values, message):
-    space = {"a": spaces.active_if(spaces.integer(0, 3), name, values)}
-    space |= {"real": spaces.real(), "model": spaces.choice(["svm", "forest"])}
-    for fn in (spaces.configuration, spaces.active):
-        with pytest.raises(ValueError, match=message):
-            fn(space, spaces.default(space))
-
-
 def test_conditions_survive_json():
     assert spaces.from_json(json.loads(json.dumps(spaces.to_json(SPACE)))) == SPACE
     fixed = spaces.active_if(spaces.fixed(1.0), "model", ["svm"])
     assert spaces.from_json(spaces.to_json(fixed)) == fixed != spaces.fixed(1.0)
-
-
-def test_two_leaves_of_one_name_are_refused():
-    space = {"a.b": spaces.positive(2.0), "a": {"b": spaces.positive(3.0)}}
-    default = {"a.b": np.array(2.0), "a": {"b": np.array(3.0)}}
-    for read in (spaces.configuration, spaces.active):
-        with pytest.raises(ValueError, match=r"Two leaves of the space have the same name, a\.b: rename one of them"):
-            read(space, default)
-    with pytest.raises(ValueError, match=r"the same name, a\[0\]"):
-        spaces.from_configuration({"a": spaces.real(0.0, shape=(1,)), "a[0]": spaces.real(0.0)}, {"a[0]": 1.0})
 
 
 def test_gaps_are_absent_where_a_value_does_not_matter_and_refused_where_it_does():
@@ -325,11 +298,3 @@ def test_a_space_is_inferred_from_what_was_tried():
     told = [{"n": 2.0, "m": m} for m in (1, 2, 3)] + [{"n": n} for n in (None, 2, 9)]
     assert spaces.infer(told)["m"] == spaces.integer(1, 3)  # 2 does not tell
     assert spaces.infer([{"n": n} for n in (None, 2, 0.5)])["n"] == spaces.choice([None, 0.5, 2])
-    for wrong, message in (
-        ([{"layers": [1]}], r"`layers` has the value \[1\], which is not a number"),
-        ([{"a": True}, {"a": 1}, {"a": "x"}], r"`a` has labels that are equal \(1, 1.0 and True\)"),
-        ([{"a": str(i)} for i in range(101)], "`a` has 101 labels"),
-        ([{}], "No configuration has a parameter"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            spaces.infer(wrong)

@@ -113,13 +113,3 @@ def test_perturbations_stay_in_the_range():
         z = spaces.Unconstrained(Z.coordinates | {"rate": Z.coordinates["rate"] + step})
         rates.append(float(spaces.constrain(problem, SPACE).outer_loss(0.0, z, 0.0, CONTEXT)))
     assert rates == sorted(rates) and 1e-2 <= rates[0] and rates[-1] <= 1.0
-
-
-def test_refusals():
-    with pytest.raises(ValueError, match="`space` must have at least one leaf that is tuned"):
-        spaces.constrain(PROBLEM, {"rate": spaces.fixed(0.1)})
-    with pytest.raises(ValueError, match="Every leaf of a space"):
-        spaces.constrain(PROBLEM, {"rate": 0.1})
-    constrained = spaces.constrain(PROBLEM, SPACE)
-    with pytest.raises(ValueError, match="The unconstrained λ does not fit the space at `curvature`: expected None"):
-        jax.jit(lambda z: outer(constrained, z))(spaces.Unconstrained(Z.coordinates | {"curvature": 0.7}))

@@ -502,56 +502,6 @@ def test_python_numbers_and_integers_become_the_default_float(name):
         assert fn(leaf, ones.tolist() if ones.ndim == 0 else ones).dtype == jnp.float64
 
 
-@pytest.mark.parametrize(
-    "factory, message",
-    [
-        (lambda: spaces.real(float("nan")), "`default` must be finite, of shape .*; got nan"),
-        (lambda: spaces.real("0.1"), "`default` must be a number or an array of real numbers.*got '0.1'"),
-        (lambda: spaces.real([1.0, 2.0]), r"`default` must be finite, of shape \(\); got \[1.0, 2.0\]"),
-        (lambda: spaces.real(0.0, 0.0), "`scale` must be positive; got 0.0"),
-        (lambda: spaces.real(0.0, [1.0]), r"`scale` must be finite, of shape \(\); got \[1.0\]"),
-        (lambda: spaces.real(shape=3), "`shape` must be a tuple of integers of at least 1; got 3"),  # pyright: ignore
-        (lambda: spaces.real(shape=(0,)), r"`shape` must be .* got \(0,\)"),
-        (lambda: spaces.positive(0.0), "`default` must be positive, between 1e-30 and 1e30; got 0.0"),
-        (lambda: spaces.positive(1.0, -1.0), "`scale` must be positive; got -1.0"),
-        (lambda: spaces.interval(1.0, 1.0), "`high` must be above `low`.*got low=1.0, high=1.0"),
-        (lambda: spaces.interval(0.0, float("inf")), "`high` must be finite.*got inf"),
-        (lambda: spaces.interval(0.0, 1.0, log=True), "`low` positive if `log` is true; got low=0.0"),
-        (lambda: spaces.interval(0.0, 1.0, default=1.0), r"`default` must lie inside \(0.0, 1.0\).*got 1.0"),
-        (lambda: spaces.interval(0.0, 1.0, default=1 - 1e-8), "`default` must lie inside"),
-        (lambda: spaces.interval(0.0, 1.0, default=-3.0), "`default` must lie inside .*got -3.0"),
-        (lambda: spaces.interval(0.1, 1.0, log=True, default=0.1), "`default` must lie inside"),
-        (lambda: spaces.interval(0.1, 1.0, log=True, default=-1.0), "`default` must lie inside"),
-        (lambda: spaces.interval(0, 1, default=0.0), "`default` must lie inside"),
-        (lambda: spaces.integer(1, 2.5), r"`high` must be an integer within ±2\*\*24.*got 2.5"),  # pyright: ignore
-        (lambda: spaces.integer(1, 10**9), r"`high` must be an integer within ±2\*\*24.*got 1000000000"),
-        (lambda: spaces.integer(3, 3), "`high` must be above `low`.*got low=3, high=3, .*For one value, use `fixed`"),
-        (lambda: spaces.integer(0, 3, log=True), "`low` positive if `log` is true; got low=0"),
-        (lambda: spaces.integer(0, 3, default=4), "`default` must be an integer from 0 to 3; got 4"),
-        (lambda: spaces.integer(0, 3, default=1.5), "`default` must be an integer from 0 to 3; got 1.5"),
-        (lambda: spaces.simplex(1), "`num` must be at least 2; got 1"),
-        (lambda: spaces.simplex(3, default=[0.5, 0.5]), r"`default` must be finite, of shape \(3,\)"),
-        (lambda: spaces.simplex(2, default=[1.0, 0.0]), r"`default` must be positive.*got \[1.0, 0.0\]"),
-        (lambda: spaces.simplex(2, default=[0.5, 0.6]), "`default` must be positive.* must sum to one"),
-        (lambda: spaces.choice("ab"), "`labels` must be a list of strings, numbers, booleans or None; got 'ab'"),
-        (lambda: spaces.choice([(1,), (2,)]), "`labels` must be a list of strings"),
-        (lambda: spaces.choice([1, True]), r"`labels` must be at least two that differ; got \(1, True\)"),
-        (lambda: spaces.choice([1]), "at least two that differ.*For one value, use `fixed`"),
-        (lambda: spaces.choice([]), "at least two that differ"),
-        (lambda: spaces.choice(["a", "b"], default="c"), r"`default` must be one of \('a', 'b'\); got 'c'"),
-        (lambda: spaces.active_if(spaces.real(), "a", "b"), "`values` must be a list of at least one value; got 'b'"),
-        (lambda: spaces.fixed("adam"), "`value` must be a number or an array of real numbers.*got 'adam'"),
-        (lambda: spaces.fixed(None), "`value` must be a number"),
-        (lambda: spaces.fixed(1j), "`value` must be a number"),
-        (lambda: jax.jit(spaces.fixed)(1.0), "`value` must be a number .* known before tracing"),
-        (lambda: jax.jit(spaces.real)(1.0), "`default` must be a number .* known before tracing"),
-    ],
-)
-def test_factories_refuse_by_name_and_value(factory, message):
-    with pytest.raises(ValueError, match=message):
-        factory()
-
-
 def test_an_integer_s_default_is_an_integer_in_the_middle():
     assert float(spaces.default(spaces.integer(1, 9))) == 5
     assert float(spaces.default(spaces.integer(1, 64, log=True))) == 6  # √(0.5 · 64.5) = 5.68

@@ -11,7 +11,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, predictors, spaces
+from metaopt import spaces
 
 KEY = jax.random.key(0)
 SPACE = {
@@ -20,67 +20,10 @@ SPACE = {
 }
 LAM = spaces.default(SPACE)
 Z = spaces.to_unconstrained(SPACE, LAM)
-RIDGE = hypergrad.unrolled(problems.POSITIVE_RIDGE, num_steps=1)
 IN_Z = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
-CONSTRAINED = hypergrad.unrolled(IN_Z, num_steps=1)
-EVOLUTION = hypergrad.evolution(IN_Z, num_steps=1, sigma={"penalty": 0.1}, num_pairs=1)
 PENALTY = spaces.default(problems.SPACE)
 COORDINATES: Any = spaces.to_unconstrained(problems.SPACE, PENALTY)
-SCALAR: Any = 1.0
-NATURAL = "λ is in natural units here .*Pass `space=` to `training.fit` or `training.fine_tune`, or convert λ by"
-UNCONSTRAINED = "λ is expected in natural units, and these are unconstrained coordinates"
 NO_ENTRY = "These are unconstrained coordinates and not λ: they have no .*spaces.to_constrained.*spaces.constrain"
-
-
-def estimate(estimator, hyperparams):
-    """Traces an estimate."""
-    run = lambda hyperparams: estimator.estimate(
-        hyperparams, problems.TASK, estimator.init(KEY, hyperparams, problems.TASK)
-    )
-    return jax.eval_shape(run, hyperparams)
-
-
-def amortized(estimator, predicted):
-    """An estimate for a predictor that always predicts the same."""
-    predictor = base.Predictor(lambda key: jnp.zeros([]), lambda phi, task: jax.tree.map(lambda x: x + phi, predicted))
-    return estimate(predictors.amortize(estimator, predictor), jnp.zeros([]))
-
-
-WRONG = {
-    "constrained_problem": (lambda: estimate(CONSTRAINED, PENALTY), ValueError, NATURAL),
-    "to_constrained": (lambda: spaces.to_constrained(SPACE, LAM), ValueError, NATURAL),
-    "one_array": (lambda: spaces.to_constrained(spaces.real(), SCALAR), ValueError, "natural units here .got float"),
-    "raw_coordinates": (lambda: spaces.to_constrained(SPACE, Z.coordinates), ValueError, "marked by `spaces.Unc"),
-    "prediction_in_natural_units": (lambda: amortized(CONSTRAINED, PENALTY), ValueError, NATURAL),
-    "to_unconstrained": (lambda: spaces.to_unconstrained(SPACE, Z), ValueError, UNCONSTRAINED),
-    "encode": (lambda: spaces.encode(SPACE, Z), ValueError, UNCONSTRAINED),
-    "discretize": (lambda: spaces.discretize(SPACE, Z), ValueError, UNCONSTRAINED),
-    "at_bounds": (lambda: spaces.at_bounds(SPACE, Z), ValueError, UNCONSTRAINED),
-    "configuration": (lambda: spaces.configuration(SPACE, Z), ValueError, UNCONSTRAINED),
-    "active": (lambda: spaces.active(SPACE, Z), ValueError, UNCONSTRAINED),
-    "twice": (lambda: spaces.to_constrained(SPACE, spaces.Unconstrained(Z)), ValueError, "expected dict, got Unc"),
-    "within_lambda": (lambda: spaces.encode(SPACE, {**LAM, "model": Z}), ValueError, "expected dict, got Unc"),
-    "start_of_a_predictor": (lambda: predictors.mlp(SPACE, 2, hyperparams=Z), ValueError, UNCONSTRAINED),
-    "plain_problem": (lambda: estimate(RIDGE, COORDINATES), ValueError, NO_ENTRY),
-    "prediction": (lambda: amortized(RIDGE, COORDINATES), ValueError, NO_ENTRY),
-    "entry": (lambda: COORDINATES["penalty"], ValueError, "no entry 'penalty'"),
-    "attribute": (lambda: COORDINATES.penalty, AttributeError, NO_ENTRY),
-    "items": (lambda: COORDINATES.items(), AttributeError, NO_ENTRY),
-    "iteration": (lambda: list(COORDINATES), ValueError, NO_ENTRY),
-    "membership": (lambda: "penalty" in COORDINATES, ValueError, NO_ENTRY),
-    "sigma_in_natural_units": (
-        lambda: estimate(EVOLUTION, COORDINATES),
-        ValueError,
-        "(?s)pytree structure error: different types.*Unconstrained",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_one_in_place_of_the_other_raises(name):
-    call, kind, message = WRONG[name]
-    with pytest.raises(kind, match=message):
-        call()
 
 
 def test_it_is_a_pytree_with_the_paths_of_lambda():
@@ -132,29 +75,16 @@ def test_copies_and_repr():
         COORDINATES.coordinates = {}
 
 
-OUTSIDE = {
-    "interval": ({"model": {**LAM["model"], "rate": 2.0}}, "`model.rate`: it must be between 0.001 and 1.0; got 2.0"),
-    "choice": (
-        {"model": {**LAM["model"], "mix": [jnp.array([0.7, 0.7]), 0.0]}},
-        r"`model.mix.0`: it must be 2 nonnegative weights that sum to one; got \[0.7, 0.7\]",
-    ),
-    "real": ({"model": {**LAM["model"], "mix": [LAM["model"]["mix"][0], np.nan]}}, "`model.mix.1`: .* finite; got nan"),
-    "fixed": ({"seed": 4}, "`seed`: it must be the value that the space fixes, 3; got 4"),
-}
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_a_value_outside_names_its_path_its_range_and_itself(name):
-    change, message = OUTSIDE[name]
-    with pytest.raises(ValueError, match="λ lies outside the space at " + message):
-        spaces.to_unconstrained(SPACE, {**LAM, **change})
+@pytest.mark.parametrize("name", ["penalty", "items"])
+def test_an_attribute_of_lambda_is_an_error_of_attributes(name):
+    assert not hasattr(COORDINATES, name)
+    with pytest.raises(AttributeError, match=NO_ENTRY):
+        getattr(COORDINATES, name)
 
 
 def test_the_first_entry_outside_is_named_and_a_traced_one_has_no_coordinate():
     space = {"penalty": spaces.positive(shape=(2, 2))}
     value = np.array([[1.0, 2.0], [-3.0, 0.0]])
-    with pytest.raises(ValueError, match="`penalty`: it must be positive.*; got -3.0"):
-        spaces.to_unconstrained(space, {"penalty": value})
     z = jax.jit(lambda x: spaces.to_unconstrained(space, {"penalty": x}))(value).coordinates["penalty"]
     np.testing.assert_allclose(z, [[0.0, np.log(2.0)], [np.nan, np.nan]], rtol=1e-12)
     rows = jax.vmap(lambda x: spaces.to_unconstrained({"p": spaces.positive()}, {"p": x}))(value[:, 0])

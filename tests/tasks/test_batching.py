@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from metaopt import base, tasks
-from metaopt.tasks import _prepare
 
 
 def prepared(rows=90, columns=4, classes=3, seed=0):
@@ -91,7 +90,7 @@ def test_to_task_refuses_what_does_not_fit_and_what_is_not_finite():
 @pytest.mark.parametrize("part", ["train", "valid"])
 def test_to_task_refuses_a_part_without_rows(part):
     one = prepared()
-    one = one._replace(**{part: _prepare.Rows(*(leaf[:0] for leaf in getattr(one, part)))})
+    one = one._replace(**{part: type(getattr(one, part))(*(leaf[:0] for leaf in getattr(one, part)))})
     with pytest.raises(
         ValueError, match=f"task t0 needs at least one row to train on and one to validate on.*{part}_rows=0"
     ):

@@ -18,7 +18,7 @@ import pytest
 import small_estimators as small
 
 from metaopt import base, hypergrad, inner, training
-from metaopt.training import _checkpoints, _program
+from metaopt.training import _program
 
 LEARNER = training.learner(small.carried(), optax.adam(0.1))
 NUM_STEPS = 23
@@ -115,10 +115,17 @@ def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unb
         fit(tmp_path, num_steps=11)
 
 
-def test_refuses_the_checkpoint_of_another_format(tmp_path, monkeypatch):
-    monkeypatch.setattr(_checkpoints, "FORMAT", 0)
+def rewrite_json(directory, **changes):
+    """Changes entries of a checkpoint's JSON, at any depth."""
+    file = directory / "run" / "metadata"
+    change = lambda entries: entries | {name: value for name, value in changes.items() if name in entries}
+    content = json.loads(file.read_text(), object_hook=change)
+    file.write_text(json.dumps(content))
+
+
+def test_refuses_the_checkpoint_of_another_format(tmp_path):
     fit(tmp_path, num_steps=2)
-    monkeypatch.undo()
+    rewrite_json(tmp_path / "2", format=0)
     with pytest.raises(ValueError, match="holds a checkpoint of the format 0, of another version of metaopt"):
         fit(tmp_path)
 
@@ -314,10 +321,9 @@ def test_a_changed_program_can_be_allowed(ridge_copy, caplog):
 
 
 @pytest.mark.parametrize(("name", "value"), [("version of JAX", "0.1"), ("platform", "tpu"), ("devices", 99)])
-def test_another_environment_warns_and_compares_nothing(ridge_copy, monkeypatch, name, value):
-    environment = {**_program.environment(), name: value}
-    monkeypatch.setattr(_program, "environment", lambda: environment)
-    with pytest.warns(UserWarning, match=rf"was made with another {name} \S+ \(now {value}\), so that its program"):
+def test_another_environment_warns_and_compares_nothing(ridge_copy, name, value):
+    rewrite_json(ridge_copy / "2", **{name: value})
+    with pytest.warns(UserWarning, match=rf"was made with another {name} {value} \(now \S+\), so that its program"):
         assert fit_ridge(ridge_copy, {"target": np.zeros(3)}).state.step == 3
 
 

@@ -177,13 +177,6 @@ def test_an_implicit_rule_far_from_rest_is_reported(caplog):
         assert ("An implicit rule runs far from a stationary point" in caplog.text) == is_far
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`num_steps` must be at least 0; got -1"):
-        training.fine_tune(quadratic(), num_steps=-1)
-    with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 0; got 2.5"):
-        training.fine_tune(quadratic(), num_steps=2.5)
-
-
 def test_a_rule_that_carries_training_returns_its_last_lambda():
     """Its values fall because θ is trained: they say nothing about which λ is best."""
     estimator = hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1)

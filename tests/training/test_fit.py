@@ -230,21 +230,6 @@ def test_refuses_other_shapes_while_slots_are_not_done():
         fit_carried(lambda key: small.sample(key, next(sizes)))
 
 
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        ({"hyperparams": {"a": jnp.nan}}, r"The initial `hyperparams\['a'\]` is not finite: nan"),
-        ({"steps_per_call": 0}, "`steps_per_call` must be at least 1; got 0"),
-        ({"patience": 3}, "pass `evaluate`"),
-        ({"hyperparams": {"layers": 3}}, r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
-        ({"sample_tasks": lambda key: np.ones((0, 2))}, "a batch without tasks"),
-    ],
-)
-def test_refuses_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        fit(**kwargs)
-
-
 def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
     norms = {"far": (1.0, 2.0), "at rest": (0.1, 2.0), "another rule": (1.0, None)}
 

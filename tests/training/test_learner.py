@@ -221,31 +221,9 @@ def test_a_slot_that_ends_while_others_go_ahead_waits_for_its_renewal():
         np.testing.assert_array_equal(done, np.array(ages) == small.HORIZON)
 
 
-@pytest.mark.parametrize(
-    "hyperparams, tasks, message",
-    [
-        ({"lr": 0.1, "layers": [2]}, np.ones(2), r"`hyperparams\['layers'\]\[0\]` has dtype int.*a closure"),
-        ({"flag": True}, np.ones(2), "dtype bool"),
-        ({}, np.ones(2), "nothing to tune"),
-        (1.0, {"a": np.ones((0, 3))}, r"`tasks\['a'\]` has shape \(0, 3\)"),
-    ],
-)
-def test_refuses_what_has_no_gradient_or_no_tasks(hyperparams, tasks, message):
-    init, _ = training.learner(small.quadratic(), optax.sgd(0.1))
-    with pytest.raises(ValueError, match=message):
-        init(KEY, hyperparams, tasks)
-
-
 def test_refuses_a_method_in_place_of_its_estimator():
     with pytest.raises(ValueError, match="must be a `base.Estimator`.*got 'Adaptation'"):
         training.learner(few_shot.maml(lambda params, batch: params.sum()), optax.sgd(0.1))
-
-
-def test_refuses_done_that_is_no_prefix_of_the_state():
-    estimator = small.quadratic()._replace(init=lambda key, hyperparams, task: jnp.zeros(()))
-    init, step = training.learner(estimator, optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"`done` has shape \(2,\).*shape \(\)"):
-        step(init(KEY, 1.0, np.ones(2)), np.ones(2))
 
 
 @pytest.mark.parametrize(

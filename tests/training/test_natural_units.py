@@ -116,32 +116,6 @@ def test_over_the_devices_of_a_mesh():
     chex.assert_trees_all_close(fit(learner).hyperparams, fit().hyperparams, rtol=1e-10)
 
 
-PLAIN = training.learner(hypergrad.over_tasks(hypergrad.unrolled(PROBLEM, num_steps=1)), optax.sgd(0.1))
-NEGATIVE = {**LAM, "rates": Rates(-0.2, 0.5)}
-WRONG = {
-    "no_space": ({"space": None}, "λ is in natural units here .got dict.*Pass `space=` to `training.fit`"),
-    "plain_problem": ({"learner": PLAIN}, "These are unconstrained coordinates and not λ.*spaces.constrain"),
-    "outside": ({"hyperparams": NEGATIVE}, "at `rates.inner`: it must be between 0.001 and 1.0; got -0.2"),
-    "not_finite": ({"hyperparams": {**LAM, "shift": np.array([0.0, np.nan])}}, "at `shift`: .* got nan"),
-    "other_fixed": (
-        {"hyperparams": {**LAM, "rates": Rates(0.2, 0.9)}},
-        "at `rates.momentum`: it must be the value that the space fixes, 0.5; got 0.9",
-    ),
-    "misfit": ({"hyperparams": {"rates": LAM["rates"]}}, "λ does not fit the space at `mix`"),
-    "not_finite_coordinates": (
-        {"hyperparams": jax.tree.map(lambda x: x * jnp.nan, spaces.to_unconstrained(SPACE, LAM))},
-        r"The initial `hyperparams\['mix'\]` is not finite",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_units_raise(name):
-    kwargs, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
-        fit(**kwargs)
-
-
 MASK = {"rates": Rates(True, None), "mix": False, "shift": True}
 OPTIMIZERS = {
     "mask": lambda mask: optax.chain(optax.sgd(0.1), optax.masked(optax.set_to_zero(), jax.tree.map(np.invert, mask))),

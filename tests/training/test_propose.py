@@ -212,34 +212,3 @@ def test_float32_stays_float32():
         task = base.Task(np.zeros(1, np.float32), np.ones(2, np.float32))
         proposed = jax.jit(training.propose(quadratic(), rounds=2))(KEY, np.zeros(2, np.float32), task)
         assert [leaf.dtype.name for leaf in proposed] == ["float32", "float32", "int32", "float32"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_proposals": 0}, "`num_proposals` must be at least 1; got 0"),
-        ({"rounds": 0}, "`rounds` must be at least 1; got 0"),
-        ({"chunk": 0}, "`chunk` must be at least 1, or None; got 0"),
-        ({"spread": -0.5}, "`spread` must be finite and at least 0; got -0.5"),
-        ({"spread": np.nan}, "`spread` must be finite and at least 0; got nan"),
-        ({"spread": {"a": None, "b": jnp.array([1.0, -1e-9])}}, "`spread` must be finite and at least 0; got Array"),
-        ({"spread": spaces.Unconstrained({"a": np.float32(np.inf)})}, "`spread` must be finite and at least 0"),
-        ({"spread": "0.5"}, "`spread` must be finite and at least 0; got '0.5'"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        training.propose(quadratic(), **options)
-
-
-def test_a_start_or_spread_that_does_not_fit():
-    estimator, start = ridge_and_start()
-    with pytest.raises(ValueError, match="λ is in natural units here"):
-        training.propose(estimator)(KEY, start, problems.TASK)
-    with pytest.raises(ValueError, match="[Bb]roadcast"):
-        training.propose(estimator, spread=jnp.ones(3), space=problems.SPACE)(KEY, start, problems.TASK)
-    with pytest.raises(ValueError, match="penalty"):
-        training.propose(estimator, spread={"rate": 0.1}, space=problems.SPACE)(KEY, start, problems.TASK)
-    other = {"penalty": spaces.positive(0.2, shape=(problems.NUM_FEATURES,))}
-    with pytest.raises(ValueError, match="`space` and the problem's space differ"):
-        training.propose(estimator, space=other)(KEY, start, problems.TASK)

@@ -6,12 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-import jax
-import numpy as np
 import pytest
-import small_estimators as small
-
-from metaopt import training
 
 RUN = """
     import jax
@@ -83,9 +78,3 @@ def test_equals_the_unsharded_estimator_with_nonfinite_tasks_and_unequal_counts(
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "divide the shape" in done.stdout  # reported by JAX
-
-
-def test_refuses_an_estimator_that_does_not_count():
-    sharded = training.shard(small.quadratic(), jax.make_mesh((1,), ("tasks",)))
-    with pytest.raises(ValueError, match='needs the metric "num_finite".*`hypergrad.over_tasks` first'):
-        sharded.estimate(1.0, np.ones(2), np.ones(2))

@@ -1,0 +1,44 @@
+"""What `automl` rejects before it trains."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import metaopt
+from metaopt import automl
+
+QUICK = {"time_limit": None, "models": ("linear",), "preset": "instant", "n_jobs": 1, "verbose": False}
+
+
+def fit(options=None, **data):
+    arguments = {"X": np.arange(8.0).reshape(4, 2), "y": [0, 1, 0, 1]} | data
+    return automl.AutoClassifier(**QUICK | (options or {})).fit(**arguments)
+
+
+def fit_dates():
+    return automl.AutoRegressor(**QUICK).fit(np.zeros((40, 1)), pd.date_range("2020", periods=40))
+
+
+REFUSALS = [
+    (lambda: fit({"preset": "large"}), "`preset` must be one of instant, balanced, best; got 'large'"),
+    (lambda: fit({"eval_metric": "rmse"}), "`eval_metric` must be one of log_loss"),
+    (lambda: fit({"models": ("svm",)}), "`models` may have network, linear"),
+    (lambda: fit({"time_limit": 0}), "`time_limit` must be positive or None; got 0"),
+    (lambda: fit(groups=[1, 2]), "`groups` must have one value for each of the 4 rows"),
+    (lambda: fit(y=["a"] * 4), "one class, 'a'"),
+    (lambda: fit(y=["a", "b", None, "a"]), "1 of 4 rows have no target"),
+    (lambda: fit(sample_weight=[0, 0, 0, 0]), "at least one non-zero"),
+    (fit_dates, "must be numbers; got datetime64"),
+    (lambda: metaopt.save("never.npz", automl.AutoClassifier()), "not fitted"),
+    (lambda: automl.tabular_network(num_steps=0), "num_steps"),
+    (lambda: automl.tabular_network(batch_size=0), "batch_size"),
+    (lambda: automl.tabular_network(num_members=0), "num_members"),
+    (lambda: automl.tabular_network(num_hidden=0), "num_hidden"),
+    (lambda: automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool))), "column"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSALS)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,306 @@
+"""What `blackbox` rejects: options of collections and searchers, records, new tasks, tables, studies, models."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from metaopt import blackbox, spaces, tasks
+from metaopt.base import Record, Task
+
+KEY = jax.random.key(0)
+LINE = {"x": spaces.interval(0.0, 1.0)}
+SPACE = LINE | {"kind": spaces.choice(["a", "b"])}
+POOL = [{"x": x, "kind": kind} for x in (0.1, 0.4, 0.9) for kind in "ab"]
+RECORDS = [Record(f"t{t}", c, (c["x"] - t / 2) ** 2 + (c["kind"] == "b")) for t in range(2) for c in POOL]
+HALF = [r._replace(status="PRUNED", fidelity=0.5) for r in RECORDS]
+ONE = Record("one trial", POOL[0], 0.0)
+NAMED: Any = {"nr_inst": 100.0}
+TABLE = tasks.Table("iris", "iris", np.ones((12, 2)) * np.arange(12)[:, None], np.arange(12) % 2, np.zeros(2, bool))
+RUN = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
+RMSE = RUN | {"function": "root_mean_squared_error"}
+CORNER = Record("3", {"x0": 0.5, "x1": 0.5}, 0.25)
+train = functools.partial(blackbox.train_meta_optimizer, space=SPACE, num_steps=0)
+train_searcher = functools.partial(blackbox.train_meta_searcher, space=SPACE, num_steps=0)
+evolution = blackbox.regularized_evolution
+
+
+@functools.cache
+def trained(with_features=False) -> Any:
+    return train(RECORDS, features={"t0": [1.0], "t1": [2.0]} if with_features else None)
+
+
+def changed(**fields):
+    """Records of which the second one has other fields."""
+    return [RECORDS[0], RECORDS[1]._replace(**fields), *RECORDS[2:]]
+
+
+def collect(objective: Any = lambda trial, task: 0.0, on: Any = None, **options):
+    defaults = {"num_trials": 6, "key": KEY, "isolated": False, "progress": False}
+    return blackbox.collect(objective, SPACE, {"t": 0.0} if on is None else on, **defaults | options)
+
+
+def frame(**columns):
+    return pytest.importorskip("pandas").DataFrame(columns)
+
+
+def read_frame(**columns):
+    return blackbox.records_from_frame(frame(**columns))
+
+
+def train_on_frame(**changes):
+    pytest.importorskip("pandas")
+    return train_searcher(blackbox.records_to_frame(RECORDS).assign(**changes))
+
+
+def curves(records):
+    return blackbox.train_curve_searcher(records, space=SPACE)
+
+
+def to_hpob(*records, **configuration):
+    records = records or (CORNER, CORNER._replace(configuration=configuration))
+    blackbox.to_hpob("never.json", "a", records)
+
+
+def openml(*rows, **options):
+    return blackbox.from_openml_evaluations(rows, **options)
+
+
+def to_optuna(*records: Any, space=SPACE, **options):
+    pytest.importorskip("optuna")
+    return blackbox.to_optuna_study(iter(records), space, **options)
+
+
+def sample_two_objectives():
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=blackbox.optuna_sampler(trained()))
+    study.optimize(lambda trial: (trial.suggest_float("x", 0.0, 1.0), 0.0), n_trials=1)
+
+
+def sampler(**options):
+    pytest.importorskip("optuna")
+    return blackbox.optuna_sampler(trained(), **options)
+
+
+def tpe_of_a_simplex():
+    pytest.importorskip("optuna")
+    blackbox.tpe().init(KEY, {"mix": spaces.simplex(2)})
+
+
+def sklearn_objective(name):
+    module = pytest.importorskip("sklearn.preprocessing")
+    return blackbox.sklearn_objective(getattr(module, name)())
+
+
+def sklearn_run(name, **configuration):
+    pytest.importorskip("sklearn")
+    trial = Record("t", configuration, seed=5, status="RUNNING")
+    return blackbox.sklearn_objective(blackbox.sklearn_model(name).estimator)(trial, (TABLE.x, None))
+
+
+def at_fidelities(*fidelities):
+    return [Record("t", {"x": 0.5}, f, f) for f in fidelities]
+
+
+RECORD = r"`records\[1\]`"
+NEW_TASK = "`new_task` must be a `base.Task` .*, or None; got "
+PATH = r"`scaling.transform\(tasks.metafeatures\(table\), clip=3.0\)`, .* of what `tasks.prepare` returns\."
+REFUSALS = [
+    # Collections.
+    (lambda: collect(num_trials=math.inf), "`num_trials` must be finite; got inf"),
+    (lambda: collect(num_trials=math.nan), "`num_trials` must be positive; got nan"),  # would wait for ever
+    (lambda: collect(num_trials=0), "`num_trials` must be positive; got 0"),
+    (lambda: collect(budget=math.nan), "`budget` must be positive, or None; got nan"),
+    (lambda: collect(time_limit=0, isolated=True), "`time_limit` must be positive, or None; got 0"),
+    (lambda: collect(time_limit=1), "A limit needs `isolated=True`"),
+    (lambda: collect(batch_size=0), "`batch_size` must be at least 1, or None; got 0"),
+    (lambda: collect(on=[TABLE, TABLE]), "must differ; 'iris' occurs more than once"),
+    (lambda: collect(None), r"`objective` must be a function `\(trial, task\) -> outcome`; got NoneType"),
+    (lambda: collect(searcher=blackbox.random_search(first=[{"y": 1}])), "The space has no `y`"),
+    # Searchers.
+    (lambda: evolution(sample_size=0), "`sample_size` must be at least 1; got 0"),
+    (lambda: blackbox.bohb(num_rungs=1), "`num_rungs` must be at least 2; got 1"),  # would be `tpe`
+    (lambda: blackbox.bohb(reduction_factor=1), "`reduction_factor` must be at least 2; got 1"),
+    (lambda: blackbox.asha(num_brackets=9), "`num_brackets` in 1..`num_rungs`"),
+    (lambda: blackbox.asha(num_rungs=4, num_brackets=5), "`num_brackets`.*got .*5"),
+    (lambda: evolution().init(KEY, LINE), "dict of `spaces.integer`"),
+    (lambda: evolution().init(KEY, [spaces.integer(0, 1)]), "dict of `spaces.integer`"),
+    (
+        lambda: evolution().init(KEY, {"a": spaces.integer(0, 3, shape=(2,))}),
+        "without shape; got another space",
+    ),
+    (tpe_of_a_simplex, "belongs to a simplex, which cannot be converted"),
+    (
+        lambda: trained().searcher().init(KEY, SPACE | {"x": spaces.interval(0.0, 2.0)}),
+        "another space .other leaves, bounds or labels",
+    ),
+    (lambda: trained().searcher(first=[{"x": 2, "kind": "a"}]), "`x` must be between 0.0 and 1.0; got 2"),
+    (lambda: trained().searcher(acquisition="best"), "`acquisition` must be one of"),
+    (lambda: trained().searcher(acquisition="ei_per_cost"), "'ei_per_cost' needs `train_meta_optimizer"),
+    (lambda: sampler(acquisition="best"), "`acquisition` must be one of"),
+    (sample_two_objectives, "studies of one objective"),
+    # Earlier records.
+    (lambda: train(RECORDS, features={"t0": [1.0], "t1": [1.0, 2.0]}), "the same number of `features`"),
+    *(
+        (lambda n=n: train(RECORDS, **{n: {0: [1.0]}}), f"`{n}` has none of the records' tasks, 't0', 't1'; .* are 0")
+        for n in ("features", "families")
+    ),
+    (lambda: train([r._replace(status="FAIL") for r in RECORDS]), "it has none"),
+    (lambda: train(HALF), r"it has none \(12 PRUNED; the largest fidelity with an outcome is 0.5\)"),
+    (lambda: train([ONE]), "a task with trials of different outcomes. Every task has only one trial, or the same out"),
+    (lambda: train([ONE, ONE]), "a task with trials of different outcomes"),
+    (lambda: train(RECORDS, candidates=[]), "`candidates` must hold a configuration"),
+    (lambda: train(RECORDS, transformer_share=2), r"`transformer_share` must lie in \[0, 1\]; got 2"),
+    (lambda: train(RECORDS, deep_share=2), r"`deep_share` must lie in \[0, 1\]; got 2"),
+    (lambda: train(changed(status="TIMEOUT")), RECORD + "'s status must be one of WAITING, .*; got 'TIMEOUT'"),
+    (lambda: train(changed(status="Complete")), "got 'Complete'"),
+    (lambda: train(changed(fidelity=27)), RECORD + r"'s fidelity must lie in \(0, 1\]; got 27. .* not a number of"),
+    (lambda: train(changed(outcome=None)), RECORD + "'s outcome must be a number, or NaN if .*; got None"),
+    (lambda: train(changed(outcome="0.5")), "outcome must be a number, .*; got '0.5'"),
+    (lambda: train(changed(configuration=[0.5, "a"])), "configuration must be a dict from parameter names to values"),
+    (lambda: train(changed(task=3)), "task must be a string"),
+    (lambda: train_searcher(changed(task=3)), "task must be a string"),
+    (lambda: train_searcher(RECORDS, costs=True), "`costs=True` needs records with a `cost`"),
+    (
+        lambda: train_searcher([r._asdict() for r in RECORDS]),
+        r"`records\[0\]` must be a `Record`; got dict. Use `Record",
+    ),
+    (lambda: train_searcher(RECORDS[0]), r"`records\[0\]` must be a `Record`; got str"),
+    (lambda: train_searcher([Record("t", {"layers": [1, 2]}, 1.0)], space=None), "`layers` has the value"),
+    (
+        lambda: curves([ONE, ONE._replace(task="b"), ONE._replace(task="c", status="FAIL")]),
+        "`records` must .* for at least three tasks, .*; got 2",
+    ),
+    (
+        lambda: curves([ONE._replace(task=t, fidelity=f, outcome=f) for t in "abc" for f in (0.25, 0.5)]),
+        "at fidelity 1, the full budget, .*; the largest fidelity is 0.5",
+    ),
+    (
+        lambda: curves([r._replace(task=t) for t in "abc" for r in (ONE._replace(fidelity=0.5), *RECORDS[1:3])]),
+        "Each configuration must have a finite outcome at each fidelity",
+    ),
+    # Data frames.
+    (lambda: train_on_frame(status="DONE"), r"`records\[0\]`'s status must be one of"),
+    (
+        lambda: train_on_frame(configuration=1.5),
+        'column "configuration" must hold dicts, or JSON of dicts; got 1.5',
+    ),
+    *(
+        (
+            lambda text=text: read_frame(task=["a", "b"], configuration=['{"x": 1}', text]),
+            '"configuration" must hold dicts, or JSON of dicts; got .* in row 1',
+        )
+        for text in ('{"x": ', "[1]", None)
+    ),
+    (
+        lambda: read_frame(task=["a"], configuration=["{}"], reason=[12]),
+        "column 'reason' must contain strings; got 12 in row 0",
+    ),
+    # New tasks.
+    *(
+        (lambda call=call, h=h, task=task: call(trained(h), task), NEW_TASK + got)
+        for task, got in ((TABLE, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float"))
+        for h in (False, True)
+        for call in (
+            lambda g, task: g.predict(task),
+            lambda g, task: g.suggest([], [], task),
+            lambda g, task: g.searcher(task),
+        )
+    ),
+    (lambda: trained(True).predict(TABLE), f"got Table. A table's features are {PATH}"),
+    (lambda: trained(True).predict(tasks.prepare(TABLE)), f"got PreparedTable. A table's features are {PATH}"),
+    (lambda: trained(True).predict(np.zeros(3)), r"A new task must have features of shape \[1\]; got shape \(3,\)"),
+    (lambda: trained().predict(Task(None, None, NAMED)), "those features as an array of numbers"),
+    *(
+        (lambda call=call, wrong=wrong: call(wrong), message)
+        for wrong, message in (({"y": 0.9}, "no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between"))
+        for call in (
+            lambda wrong: trained().outcomes([wrong]),
+            lambda wrong: trained().outcomes(POOL, tried=[wrong], outcomes=[0.1]),
+            lambda wrong: trained().suggest([wrong], [0.1]),
+            lambda wrong: trained().suggest([], [], pending=[wrong]),
+        )
+    ),
+    (lambda: trained().outcomes(POOL, levels=[1.0]), r"`levels` must lie in \(0, 1\)"),
+    (lambda: trained().outcomes(POOL, outcomes=[1.0]), r"one number for each configuration, \[0\]; got shape \(1,\)"),
+    (
+        lambda: trained().outcomes(POOL, tried=POOL[:2], outcomes=np.zeros((2, 2))),
+        r"`outcomes` must be one number for each .*; got shape \(2, 2\)",
+    ),
+    (lambda: trained().suggest(POOL[:2], np.zeros((2, 2))), r"`outcomes` must be one number .*; got shape \(2, 2\)"),
+    (lambda: trained().suggest(POOL[:2], [1.0]), r"one number for each configuration, \[2\]; got shape \(1,\)"),
+    (
+        lambda: trained().suggest(np.array([[0.1], [0.4]]), [3.0, 2.0]),
+        r"`configurations\[0\]` must be a dict from parameter names",
+    ),
+    (
+        lambda: trained().suggest([0.1, 0.4], [3.0, 2.0]),
+        r"`configurations\[0\]` must be a dict from parameter names to values; got 0.1",
+    ),
+    (lambda: trained().suggest(POOL[:1], [3.0], pending=POOL[0]), r"`pending\[0\]` must be a dict .*; got 'x'"),
+    # Published tables.
+    *(
+        (lambda wrong=wrong: to_hpob(**wrong), r"numbers in \[0, 1\] for \['x0', 'x1'\]; got .* Give .* `space`")
+        for wrong in ({"x0": 0.5}, {"x0": 0.5, "x1": np.float32(2)}, {"x0": 0.5, "x1": "rbf"})
+    ),
+    (lambda: to_hpob(CORNER._replace(status="FAIL"), CORNER._replace(fidelity=0.5)), "it has none"),
+    (lambda: openml(RMSE | {"value": 0.5}), "of 'root_mean_squared_error', for which smaller is better. Pass `higher"),
+    (lambda: openml(RUN), "The value of run 7 is 37.2, .* say `higher_is_better`, True or False"),
+    (
+        lambda: openml(RMSE, RUN | {"function": "predictive_accuracy"}, higher_is_better=False),
+        r"values of one function; got \['predictive_accuracy', 'root_mean",
+    ),
+    (lambda: openml(RUN | {"value": "much"}), "The value of run 7 must be a number; got 'much'"),
+    # Studies of Optuna.
+    (
+        lambda: to_optuna(Record("t", {"x": 2.0, "kind": "a"}, 1.0, trial=0)),
+        "`x` of trial 0 is 2.0, and not of FloatDistribution",
+    ),
+    (
+        lambda: to_optuna(*RECORDS[:2], direction="maximize"),
+        "Outcomes are minimized, so that `direction` cannot be given",
+    ),
+    (lambda: to_optuna(*RECORDS), r"of one task; got records of \['t0', 't1'\]"),
+    (
+        lambda: to_optuna(*at_fidelities(1e-10), space=LINE),
+        "has the fidelity 1e-10, less than a billionth of the full budget",
+    ),
+    (
+        lambda: to_optuna(*at_fidelities(1.4e-9, 1.0, 1e-9), space=LINE),
+        "has the fidelities 1e-09 and 1.4e-09, within a billionth of the full budget",
+    ),
+    (lambda: to_optuna(ONE, ONE._replace(status="DONE")), RECORD + "'s status must be one of WAITING, .*; got 'DONE'"),
+    (lambda: to_optuna(ONE, ONE._replace(outcome=None)), RECORD + "'s outcome must be a number, .*; got None"),
+    (lambda: to_optuna(ONE, ONE._asdict()), RECORD + " must be a `Record`; got dict"),
+    # Models of scikit-learn.
+    (lambda: sklearn_objective("StandardScaler"), "`scoring` must be given"),
+    (lambda: sklearn_run("k_means", rate=1), "Invalid parameter 'rate'"),
+]
+
+
+TYPES = [
+    (lambda: blackbox.tabulate([Record("3", {"x": 1j}, 0.25)]), "a complex cannot be written as JSON: 1j"),
+    (lambda: read_frame(task=["a"]), "missing 1 required positional argument: 'configuration'"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSALS)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_study_of_two_objectives_is_an_error_of_optuna():
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    with pytest.raises(RuntimeError, match="single direction"):
+        blackbox.from_optuna_study(study)
+
+
+@pytest.mark.parametrize(("call", "message"), TYPES)
+def test_refusals_of_types(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -1,0 +1,45 @@
+"""What `plots` cannot draw."""
+
+import sys
+from functools import partial
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from metaopt import evaluation, nas, plots
+
+SCORES = {"a": {"u": np.array([[0.0, 0.4], [0.2, 0.8]])}}
+EVALUATION = evaluation.Evaluation(SCORES, {"u": np.array([5, 7])}, {"u": np.array([1, 1])}, {"a": False})
+NETWORK = nas.darts_space(num_cells=3)
+trace, diagram = plots.hyperparameter_trace, plots.critical_difference
+REFUSALS = [
+    (lambda: trace({"a": np.ones(2), "b": np.ones(3)}), ValueError, "leading axis; got"),
+    (lambda: trace({"a": 1.0}), ValueError, "leading axis; got"),
+    (lambda: plots.pareto({"a": np.ones((2, 3))}), ValueError, r"must be \[n, 2\]; 'a' has the shape \(2, 3\)"),
+    (lambda: plots.adaptation_curves(EVALUATION, source="w"), KeyError, "'w'"),
+    (lambda: plots.ranking(EVALUATION, source="w"), KeyError, "'w'"),
+    (
+        lambda: plots.scores_by_number(EVALUATION, "ways", [50, 60]),
+        ValueError,
+        r"`edges` must enclose the ways .* \[50, 60\]",
+    ),
+    (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), ValueError, r"\['b'\] are not in \['a'\]"),
+    (lambda: plots.genotype(NETWORK, {"normal": ((0, 2, "mlp"),), "reduce": ()}), ValueError, "no op 'mlp'"),
+    (lambda: diagram({"a": [1.0, 2.0]}), ValueError, "two methods"),
+    (lambda: diagram({"a": [1.0, 2.0], "b": [1.0]}), ValueError, "same T"),
+    (lambda: diagram({"a": [1.0, 2.0], "b": [1.0, np.nan]}), ValueError, "finite"),
+    (partial(plots.learning_curve, {"value": [1.0]}), ImportError, r"metaopt-jax\[examples\]"),  # without matplotlib
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSALS)
+def test_refusals(call, error, message, monkeypatch):
+    if error is ImportError:
+        monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(error, match=message):
+        call()
+    pyplot.close("all")
