@@ -178,7 +178,9 @@ def test_over_tasks_and_in_chunks():
 @pytest.mark.once
 def test_with_one_estimator_over_tasks_it_chooses_one_lambda():
     estimator, start, tasks = problems.DISTANCE, START_IN_SPACE, problems.stack(problems.DISTANCE_TASKS)
-    proposed = jax.jit(training.propose(hypergrad.over_tasks(estimator), space=problems.SPACE))(KEY, start, tasks)
+    propose = training.propose(hypergrad.over_tasks(estimator), spread=0.2, space=problems.SPACE)
+    proposed = jax.jit(propose)(KEY, start, tasks)
+    assert proposed.index > 0
     z = spaces.to_unconstrained(problems.SPACE, proposed.hyperparams)
     one = lambda task: estimator.estimate(z, task, KEY)[0].value  # it uses no key
     np.testing.assert_allclose(proposed.value, jax.vmap(one)(tasks).mean(), rtol=1e-10)

@@ -32,11 +32,12 @@ RUN = """
 
     # Two tasks a device: all finite; one left out; a device with none left; unequal counts; none at all.
     tasks = np.asarray(small.sample(key, 8))
+    compiled = [(jax.jit(e.init), jax.jit(e.estimate)) for e in (whole, split)]
     for bad in ([], [3], [4, 5], [0, 2, 3, 7], range(8)):
         drawn = tasks.copy()
         drawn[list(bad)] = np.nan
         (a, a_state), (b, b_state) = (
-            jax.jit(e.estimate)(lam, drawn, jax.jit(e.init)(key, lam, drawn)) for e in (whole, split)
+            estimate(lam, drawn, init(key, lam, drawn)) for init, estimate in compiled
         )
         assert a.metrics["num_finite"] == b.metrics["num_finite"] == 8 - len(bad)
         close(a, b)
