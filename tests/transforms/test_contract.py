@@ -148,8 +148,7 @@ def test_jit_vmap_and_scan(name):
 def test_it_composes_and_ignores_extra_arguments(name):
     params = like(PARAMS, jnp.float64)
 
-    @jax.jit
-    def first_steps(params):  # of every composition, in one program
+    def first_steps(params):  # of every composition
         steps = {}
         for composition, compose in COMPOSED.items():
             transform = optax.with_extra_args_support(compose(TRANSFORMS[name]()))
@@ -157,9 +156,8 @@ def test_it_composes_and_ignores_extra_arguments(name):
             steps[composition] = state, transform.update(grads_of(params), state, params, unexpected=1.0)
         return steps
 
-    for state, (updates, after) in first_steps(params).values():
-        chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (params, state))
-        chex.assert_tree_all_finite(updates)
+    for state, first_step in jax.eval_shape(first_steps, params).values():
+        chex.assert_trees_all_equal_shapes_and_dtypes(first_step, (params, state))
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
