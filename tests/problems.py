@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, inner, spaces
+from metaopt import base, hypergrad, inner, spaces
 
 # Ridge regression with one learned penalty per feature, p = exp(λ):
 #   ℓ = |Xθ − y|²/2N + Σ_d p_d θ_d²/2,    θ*(λ) = (XᵀX/N + diag p)⁻¹ Xᵀy/N,    f = |Xv θ − yv|²/2M.
@@ -67,6 +67,16 @@ POSITIVE_RIDGE = inner.problem(
     inner.loop(penalized, lambda hyperparams: optax.sgd(0.4), init=zeros),
     lambda params, hyperparams, batch: mean_squares(params, batch),
 )
+
+# No training run: the squared distance of the penalty from that of the task, for tests of λ and its units alone.
+
+
+def _distance(coordinates, task, key):
+    return ((spaces.to_constrained(SPACE, coordinates)["penalty"] - task.valid) ** 2).sum()
+
+
+DISTANCE = hypergrad.direct(_distance)
+DISTANCE_TASKS = [base.Task(jnp.zeros(1), jnp.array([0.9, 0.2, 1.5, x])) for x in (1.2, 0.7, 2.6)]
 
 
 # A network with everything that training has: dropout, minibatches, running statistics, Adam; λ enters everywhere.
@@ -131,6 +141,26 @@ def _everything_lam():
 
 
 EVERYTHING_LAM = _everything_lam()
+
+
+# One number with all the noise of training, for tests of keys alone: it compiles in a tenth of the time.
+
+
+def _noisy_loss(params, hyperparams, batch, context):
+    return (params - hyperparams * batch.mean() - jax.random.normal(context.key)) ** 2, None
+
+
+NOISY = inner.problem(
+    inner.loop(
+        _noisy_loss,
+        lambda hyperparams: optax.sgd(0.1),
+        init=lambda key, hyperparams, data: (jax.random.normal(key), None),
+        sampler=inner.minibatch(2),
+        with_context=True,
+    ),
+    lambda params, hyperparams, batch: (params - batch) ** 2,
+)
+NOISY_TASK = base.Task(jnp.arange(6.0), jnp.array(1.0))
 
 
 # Tasks of different sizes, padded to one: the last rows of the smaller ones are no data.

@@ -34,15 +34,13 @@ from metaopt import base, blackbox, evaluation, nas, spaces, tasks, transforms
 ROOT = Path(__file__).parents[1]
 
 
-# Programs of scripts are kept with those of the tests. Small programs: most of the time would go into optimizations.
-COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+# Small programs: most of the time would go into optimizations.
+COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def run(*arguments, **environment):
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     environment = {**os.environ, **COMPILED, **environment}
-    if jax.config.jax_compilation_cache_dir:
-        environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

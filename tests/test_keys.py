@@ -7,6 +7,7 @@ shares.
 """
 
 import collections
+import functools
 from collections.abc import Callable
 
 import estimators
@@ -43,10 +44,16 @@ PROBLEM = estimators.problem_of(report=report)
 NUMBERS = [name for name in estimators.LEAVES for _ in jnp.ravel(estimators.LEAVES[name])]  # the leaves of reported λ
 
 
+@functools.cache
+def programs(make):
+    """`init` and `estimate` of an estimator, compiled once for all tests of its row."""
+    estimator = make(PROBLEM)
+    return jax.jit(estimator.init), jax.jit(estimator.estimate)
+
+
 def reports_of(row, seed, num_estimates=3):
     """What `init` and each estimate reported, twice for one seed and once for another."""
-    estimator, hyperparams = row.make(PROBLEM), estimators.hyperparams_of(row)
-    start, estimate = jax.jit(estimator.init), jax.jit(estimator.estimate)
+    (start, estimate), hyperparams = programs(row.make), estimators.hyperparams_of(row)
     runs = []
     for own_seed in (seed, seed, seed + 1):
         state, at_start = reports(start, jax.random.key(own_seed), hyperparams, row.task)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import nbclient
 import nbformat
 import pytest
@@ -31,9 +30,6 @@ def test_is_stored_without_outputs():
 def test_runs_with_small_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("METAOPT_SMALL", "1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling
-    if jax.config.jax_compilation_cache_dir:  # of the tests: the second run compiles nothing
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECK))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

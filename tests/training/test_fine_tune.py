@@ -77,13 +77,13 @@ def test_values_are_compared_under_one_key():
 @pytest.mark.once
 @pytest.mark.parametrize("same_key", [True, False])
 def test_every_horizon_starts_with_the_same_key(same_key):
-    """Of a problem with dropout, random batches and running statistics; λ does not move."""
+    """Of a problem with a random start, random batches and noise in the loss; λ does not move."""
     for estimator in (
-        hypergrad.unrolled(problems.EVERYTHING, num_steps=2),
-        hypergrad.truncated(problems.EVERYTHING, num_steps=4, truncation_length=2),
+        hypergrad.unrolled(problems.NOISY, num_steps=2),
+        hypergrad.truncated(problems.NOISY, num_steps=4, truncation_length=2),
     ):
         tune = training.fine_tune(estimator, num_steps=4, optimizer=optax.sgd(0.0), same_key=same_key)
-        values = jax.jit(tune)(KEY, problems.EVERYTHING_LAM, problems.TASK).values
+        values = jax.jit(tune)(KEY, 0.7, problems.NOISY_TASK).values
         values = values[np.isfinite(values)]
         assert len(values) in (5, 2)
         assert (np.ptp(values) < 1e-12) == same_key
@@ -122,9 +122,8 @@ def test_values_that_are_not_finite_are_never_the_best():
 
 @pytest.mark.once
 def test_in_its_space_over_tasks_and_better():
-    problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
-    tune = training.fine_tune(hypergrad.unrolled(problem, num_steps=20), num_steps=4, optimizer=optax.adam(0.5))
-    tasks = [problems.regression_task(seed) for seed in range(3)]
+    tune = training.fine_tune(problems.DISTANCE, num_steps=4, optimizer=optax.adam(0.5))
+    tasks = problems.DISTANCE_TASKS
     start = spaces.to_unconstrained(problems.SPACE, {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])})
     starts = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, x - 0.1]), start)
     keys = jax.random.split(KEY, 3)
@@ -139,20 +138,18 @@ def test_in_its_space_over_tasks_and_better():
 
 @pytest.mark.once
 def test_with_its_space_it_takes_and_returns_natural_units():
-    problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
-    estimator = hypergrad.unrolled(problem, num_steps=5)
-    start = {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])}
+    start, task = {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])}, problems.DISTANCE_TASKS[0]
     coordinates = spaces.to_unconstrained(problems.SPACE, start)
-    expected = jax.jit(training.fine_tune(estimator, num_steps=2))(KEY, coordinates, problems.TASK)
-    tune = jax.jit(training.fine_tune(estimator, num_steps=2, space=problems.SPACE))
+    expected = jax.jit(training.fine_tune(problems.DISTANCE, num_steps=2))(KEY, coordinates, task)
+    tune = jax.jit(training.fine_tune(problems.DISTANCE, num_steps=2, space=problems.SPACE))
     for given in (start, coordinates):  # λ, or what a predictor returns
-        tuned = tune(KEY, given, problems.TASK)
+        tuned = tune(KEY, given, task)
         penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
         np.testing.assert_allclose(tuned.hyperparams["penalty"], penalty, rtol=1e-12)
         np.testing.assert_allclose(tuned.values, expected.values, rtol=1e-12)
     assert (tuned.hyperparams["penalty"] != start["penalty"]).any()
     # A traced λ outside its space cannot raise: nothing is finite.
-    outside = tune(KEY, {"penalty": -start["penalty"]}, problems.TASK)
+    outside = tune(KEY, {"penalty": -start["penalty"]}, task)
     assert np.isnan(outside.hyperparams["penalty"]).all() and np.isnan(outside.values).all()
 
 

@@ -126,20 +126,19 @@ def test_later_rounds_come_closer_than_as_many_draws_of_one_round():
     assert many < 0.7 * one < 0.7 * 8
 
 
-def ridge_and_start():
-    problem = spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE)
-    return hypergrad.unrolled(problem, num_steps=5), {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])}
+START_IN_SPACE = {"penalty": jnp.array([0.1, 0.5, 1.0, 2.0])}
 
 
 @pytest.mark.once
 def test_with_its_space_it_takes_and_returns_natural_units():
-    estimator, start = ridge_and_start()
+    start, task = START_IN_SPACE, problems.DISTANCE_TASKS[0]
     coordinates = spaces.to_unconstrained(problems.SPACE, start)
-    spread = {"penalty": jnp.array([0.0, 0.1, 0.2, 5.0])}
-    expected = training.propose(estimator, spread=spaces.Unconstrained(spread))(KEY, coordinates, problems.TASK)
-    propose = jax.jit(training.propose(estimator, spread=spread, space=problems.SPACE))
+    spread = {"penalty": jnp.array([0.0, 0.1, 0.2, 0.5])}
+    propose = jax.jit(training.propose(problems.DISTANCE, spread=spaces.Unconstrained(spread)))
+    expected = propose(KEY, coordinates, task)
+    propose = jax.jit(training.propose(problems.DISTANCE, spread=spread, space=problems.SPACE))
     for one_start in (start, coordinates):  # λ, or a prediction
-        proposed = propose(KEY, one_start, problems.TASK)
+        proposed = propose(KEY, one_start, task)
         np.testing.assert_allclose(proposed.values, expected.values, rtol=1e-12)
         penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
         np.testing.assert_allclose(proposed.hyperparams["penalty"], penalty, rtol=1e-12)
@@ -160,8 +159,7 @@ def test_fixed_leaves_have_no_spread():
 
 @pytest.mark.once
 def test_over_tasks_and_in_chunks():
-    estimator, start = ridge_and_start()
-    tasks = [problems.regression_task(seed) for seed in range(3)]
+    estimator, start, tasks = problems.DISTANCE, START_IN_SPACE, problems.DISTANCE_TASKS
     starts = {"penalty": jnp.stack([start["penalty"] * scale for scale in (1.0, 1.5, 0.5)])}
     keys = jax.random.split(KEY, 3)
     batches = [
@@ -179,18 +177,19 @@ def test_over_tasks_and_in_chunks():
 
 @pytest.mark.once
 def test_with_one_estimator_over_tasks_it_chooses_one_lambda():
-    estimator, start = ridge_and_start()
-    tasks = problems.stack([problems.regression_task(seed) for seed in range(3)])
-    proposed = jax.jit(training.propose(hypergrad.over_tasks(estimator), space=problems.SPACE))(KEY, start, tasks)
+    estimator, start, tasks = problems.DISTANCE, START_IN_SPACE, problems.stack(problems.DISTANCE_TASKS)
+    propose = training.propose(hypergrad.over_tasks(estimator), spread=0.2, space=problems.SPACE)
+    proposed = jax.jit(propose)(KEY, start, tasks)
+    assert proposed.index > 0
     z = spaces.to_unconstrained(problems.SPACE, proposed.hyperparams)
-    one = lambda task: estimator.estimate(z, task, KEY)[0].value  # the ridge problem uses no key
+    one = lambda task: estimator.estimate(z, task, KEY)[0].value  # it uses no key
     np.testing.assert_allclose(proposed.value, jax.vmap(one)(tasks).mean(), rtol=1e-10)
 
 
 @pytest.mark.once
 def test_the_value_is_that_of_a_run_with_the_shared_key():
-    """For a problem with dropout, random batches and running statistics."""
-    estimator = hypergrad.unrolled(problems.EVERYTHING, num_steps=2)
+    """For a problem with a random start, random batches and noise in the loss."""
+    estimator = hypergrad.unrolled(problems.NOISY, num_steps=2)
     keys = []
 
     def init(key, hyperparams, task):
@@ -198,11 +197,11 @@ def test_the_value_is_that_of_a_run_with_the_shared_key():
         return estimator.init(key, hyperparams, task)
 
     recorded = estimator._replace(init=init)
-    proposed = jax.jit(training.propose(recorded, spread=0.1))(KEY, problems.EVERYTHING_LAM, problems.TASK)
+    proposed = jax.jit(training.propose(recorded, spread=0.1))(KEY, 0.7, problems.NOISY_TASK)
     jax.effects_barrier()
     assert len(set(keys)) == 1
     run_key = jax.random.wrap_key_data(np.array(keys[0], np.uint32))
-    expected = jax.jit(estimator.estimate)(proposed.hyperparams, problems.TASK, run_key)[0].value
+    expected = jax.jit(estimator.estimate)(proposed.hyperparams, problems.NOISY_TASK, run_key)[0].value
     np.testing.assert_allclose(proposed.value, expected, rtol=1e-10)
     assert len(set(proposed.values.tolist())) == 10
 
