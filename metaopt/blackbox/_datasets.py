@@ -29,7 +29,7 @@ TABLE_FEATURES = (
     "mut_inf.mean",
 )
 _GROUPS = ("simple", "statistical", "information_theoretic")
-_NUM_CLASSES = 4  # of a target that is no class
+_NUM_CLASSES = 4  # into which a numeric target is cut
 
 
 def is_dataset(task: Any) -> bool:
