@@ -1,7 +1,7 @@
 """Writes the notebooks of `colab/` from pages of the site, and the records that two pages read.
 
 python docs/notebooks.py            # colab/*.ipynb, in seconds
-python docs/notebooks.py --records  # docs/records/*.db, in minutes; needed after a change of the cells that collect them
+python docs/notebooks.py --records  # docs/records/*.db, in minutes; needed if the cells that collect them change
 """
 
 import argparse
