@@ -26,7 +26,6 @@ include_patterns = [
     "experiments/README.md",
     "experiments/results/*.md",
     "metaopt/transforms/README.md",
-    "colab/*.ipynb",
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
@@ -43,7 +42,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "docs" / "_build" / "cells")
 nb_execution_raise_on_error = True
-nb_execution_excludepatterns = ["colab/*"]  # run by the tests
+nb_execution_excludepatterns = ["docs/start_here.md"]  # run by the tests
 nb_execution_in_temp = True
 nb_execution_timeout = 120
 nb_output_stderr = "warn"

@@ -1,4 +1,7 @@
-"""The notebook runs from top to bottom, and its gradient steps improve what they should."""
+"""The first notebook runs from top to bottom, and its gradient steps improve what they should.
+
+`tests/test_site.py` compares all notebooks with their pages; the build of the site runs the cells of these pages.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +10,8 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "colab" / "start_here.ipynb"
+COLAB = Path(__file__).parents[1] / "colab"
+NOTEBOOK = COLAB / "start_here.ipynb"
 
 CHECK = """
 import json
@@ -19,10 +23,14 @@ print(json.dumps(summary))
 """
 
 
-def test_is_stored_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+def test_notebooks_are_stored_without_outputs():
+    files = sorted(COLAB.glob("*.ipynb"))
+    assert len(files) == 6 and NOTEBOOK in files
+    for file in files:
+        notebook = nbformat.read(file, as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert len(code) > 3 and all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
 @pytest.mark.filterwarnings("default")  # the notebook server's libraries are not ours

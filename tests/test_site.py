@@ -97,6 +97,24 @@ def test_outside_sources_are_seen():
     assert "https://e/f.css" in outside_sources("<style>@import url('https://e/f.css')</style>")
 
 
+@pytest.mark.slow  # needs the extra `docs`, with which `.ci/run` runs this file
+def test_notebooks_are_written_from_the_pages():
+    """Run `python docs/notebooks.py` after a change of a page. The build of the site runs the cells of most pages."""
+    pytest.importorskip("jupytext")
+    notebooks, nbformat = module("notebooks"), pytest.importorskip("nbformat")
+    assert {f"{name}.ipynb" for name in notebooks.PAGES} == {file.name for file in (ROOT / "colab").glob("*.ipynb")}
+    for name, page in notebooks.PAGES.items():
+        written = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+        assert written == nbformat.from_dict(notebooks.notebook(page)), f"`python docs/notebooks.py` for {name}"
+        nbformat.validate(written)
+        assert notebooks.REPOSITORY in written.cells[1].source
+        texts = [cell.source for cell in written.cells if cell.cell_type == "markdown"]
+        links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", "\n".join(texts)) if "://" not in link]
+        assert [link for link in links if not (ROOT / "colab" / link).exists()] == []
+        code = [line for cell in written.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+        assert not any("docs/records" in line or "pathlib" in line for line in code[12:])
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
     """Cells run, unless `docs/_build` has their outputs from an earlier build."""

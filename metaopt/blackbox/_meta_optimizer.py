@@ -9,6 +9,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt.blackbox import _surrogates
+from metaopt.blackbox._datasets import features_of_datasets, is_dataset
 from metaopt.blackbox._earlier_trials import (
     as_records,
     by_task,
@@ -115,9 +116,13 @@ def train_meta_optimizer(
         configurations that support each condition.
       features: task name -> [F] numbers, NaN if unknown (`transform` of `tasks.fit_scaling`). All features of a
         task without an entry are unknown. A warning is given if some tasks lack entries and some entries match no task.
-      datasets: task name -> its labeled rows, a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows
-        (as in `predictors.dataset_embedding`) is trained jointly with the weights of tasks, and appended to the
-        features. A new task must then have its `train`. Give a precomputed embedding as `features` instead.
+      datasets: task name -> its labeled data, in place of `features`: a `tasks.Table`, or a pair (x, y) of rows [n, d]
+        or images [n, height, width] or [n, height, width, channels], and n labels. Thirteen meta-features describe a
+        table (size, classes, correlation, information), and `tasks.image_features` describe images. The result then
+        has `predict(x, y)`.
+        Or task name -> a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows
+        (as in `predictors.dataset_embedding`) is then trained jointly with the weights of tasks, and appended to the features. A new
+        task must then have its `train`. Give a precomputed embedding as `features` instead.
       families: task name -> family. Tasks of one family (near-duplicates) are left out together while the weights of
         tasks are learned. By default, every task is its own family.
       candidates: configurations to choose from; None searches the space.
@@ -149,7 +154,8 @@ def train_meta_optimizer(
       ValueError: if `candidates` is empty, or a candidate does not fit the space.
       ValueError: if features have different lengths.
       ValueError: if `features` or `families` have none of the records' tasks.
-      ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows.
+      ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows. Also if they are tables or
+        images, and `features` are given too.
       ValueError: if `costs` is True and no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
@@ -205,6 +211,9 @@ def train_meta_optimizer(
     if families is not None and not any(name in families for name in names):
         raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
     family = [name if families is None else families.get(name, name) for name in names]
+    reads = None
+    if datasets and all(map(is_dataset, datasets.values())):
+        reads, features, datasets = *features_of_datasets(datasets, features), None
     given_features = features_by_task(names, features)
     setup = _Setup(key, Budget(num_steps, progress), candidates is None, max_reference)
     surrogate = _surrogate_of(setup, trials, given_features)
@@ -225,6 +234,7 @@ def train_meta_optimizer(
         candidates,
         num_records=sum(len(task.y) for task in trials),
         effective_tasks=effective_tasks(trials, surrogate.kernel, space, candidates),
+        reads=reads,
     )
     if g.evidence.weight < 0.5:
         _log.warning(

@@ -73,7 +73,8 @@ def predict_outcomes(
         raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")
     if not len(configurations):
         return Outcomes(np.zeros(0), np.zeros((0, len(levels))))
-    task, x = new_task_of(learned.model.surrogate, new_task), np.stack([domain.encode(c, True) for c in configurations])
+    task = new_task_of(learned.model.surrogate, new_task, learned.reads)
+    x = np.stack([domain.encode(c, True) for c in configurations])
     tried_x = np.stack([domain.encode(c, True) for c in tried]) if len(tried) else np.zeros((0, x.shape[1]))
     if has_outcome := bool(np.isfinite(y).any()):
         y, low = from_the_best(y, learned.model.widest)  # float32 has few digits

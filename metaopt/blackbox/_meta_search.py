@@ -46,8 +46,11 @@ class Evidence(NamedTuple):
 
 
 class PredictFn(Protocol):
-    def __call__(self, new_task: Any = None) -> dict[str, Any]:
-        """Returns a configuration for a new task without trials; near the default if `evidence.weight` is small."""
+    def __call__(self, new_task: Any = None, y: Any = None) -> dict[str, Any]:
+        """Returns a configuration for a new task without trials; near the default if `evidence.weight` is small.
+
+        `predict(x, y)` is `predict((x, y))`: rows and labels of the new task, if training had `datasets` of such
+        pairs."""
         ...
 
 
@@ -119,6 +122,7 @@ class MetaOptimizer(NamedTuple):
     - a `base.Task` with its `features`, and with its `train` rows if g reads rows. If the Task lacks the features that
       g reads, a warning says so;
     - the features themselves, [F];
+    - a `tasks.Table`, or a pair (x, y) of rows and labels, if g was trained with `datasets` of such data;
     - None if nothing is known about the task.
 
     All functions compute in the precision (`jax_enable_x64`) in which g was trained or loaded, whatever the setting is
@@ -136,6 +140,7 @@ class MetaOptimizer(NamedTuple):
       space: the search space of λ.
       candidates: the configurations to choose from, or None.
       evidence: the numbers of earlier tasks and records, and their weight in `predict`.
+      reads: "table" or "images" if a new task may be given as such data; otherwise None.
     """
 
     predict: PredictFn
@@ -148,6 +153,7 @@ class MetaOptimizer(NamedTuple):
     space: base.PyTree
     candidates: list[dict[str, Any]] | None
     evidence: Evidence
+    reads: str | None = None
 
 
 def meta_optimizer(
@@ -158,13 +164,14 @@ def meta_optimizer(
     *,
     num_records: int = 0,
     effective_tasks: float | None = None,
+    reads: str | None = None,
 ) -> MetaOptimizer:
     """The `MetaOptimizer` of a surrogate; E is the number of earlier tasks if `effective_tasks` is None."""
     num_tasks = len(surrogate.curves)
     num_effective = float(num_tasks if effective_tasks is None else effective_tasks)
     domain = make_domain(space, candidates)
     model = _predictions.make_model(surrogate, cost_surrogate, domain, num_effective)
-    learned = make_learned(model, domain)
+    learned = make_learned(model, domain, reads)
     x64 = bool(jax.config.jax_enable_x64)
     bind = lambda function: in_precision(x64, functools.partial(function, learned))
     return MetaOptimizer(
@@ -178,6 +185,7 @@ def meta_optimizer(
         space=space,
         candidates=domain.candidates or None,
         evidence=Evidence(num_tasks, num_records, num_effective, model.weight),
+        reads=reads,
     )
 
 
@@ -196,15 +204,16 @@ def in_precision(x64: bool, function: Callable) -> Any:
     return within
 
 
-def predict(learned: Learned, new_task: Any = None) -> dict[str, Any]:
+def predict(learned: Learned, new_task: Any = None, y: Any = None) -> dict[str, Any]:
     """`MetaOptimizer.predict`."""
-    return best_configuration(learned, new_task_of(learned.model.surrogate, new_task))
+    new_task = new_task if y is None else (new_task, y)
+    return best_configuration(learned, new_task_of(learned.model.surrogate, new_task, learned.reads))
 
 
 def portfolio(learned: Learned, num: int, new_task: Any = None) -> list[dict[str, Any]]:
     """`MetaOptimizer.portfolio`."""
     _checks.check_integer("num", num, 1)
-    return complementary(learned, new_task_of(learned.model.surrogate, new_task), num)
+    return complementary(learned, new_task_of(learned.model.surrogate, new_task, learned.reads), num)
 
 
 def suggest(
@@ -231,7 +240,7 @@ def suggest(
         lambda i: encode(configurations[i], True),
         lambda: {encode(configuration, True).tobytes() for configuration in configurations},
     )
-    search = make_search(learned, new_task_of(learned.model.surrogate, new_task), acquisition)
+    search = make_search(learned, new_task_of(learned.model.surrogate, new_task, learned.reads), acquisition)
     running = {len(y) + i: encode(configuration, True) for i, configuration in enumerate(pending)}
     suggestions = []
     for trial in range(len(y) + len(running), len(y) + len(running) + num):
@@ -252,7 +261,7 @@ def searcher(
 ) -> base.Searcher:
     """`MetaOptimizer.searcher`, which computes in the precision `x64`."""
     domain = learned.domain
-    search = make_search(learned, new_task_of(learned.model.surrogate, new_task), acquisition)
+    search = make_search(learned, new_task_of(learned.model.surrogate, new_task, learned.reads), acquisition)
     if first is None:
         first = [{}] if domain.encoded is None else default_candidates(domain)[:1]
     whole = tuple(spaces.complete(domain.space, c) for c in as_configurations("first", first, domain.space))

@@ -8,8 +8,12 @@ import numpy as np
 
 from metaopt import base, tasks
 from metaopt.blackbox import _surrogates
+from metaopt.blackbox._datasets import dataset_features, is_dataset, kind_of
 
 ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # the arrays of a labeled table that an embedding reads
+
+
+_A = {"table": "a table", "images": "images", None: "no tables or images"}  # kinds of data in messages
 
 
 class NewTask(NamedTuple):
@@ -26,7 +30,7 @@ class NewTask(NamedTuple):
     transformers: Any
 
 
-def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any) -> NewTask:
+def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any, reads: str | None = None) -> NewTask:
     """Specializes a surrogate to a task, and warns if the task's features do not match those of the training.
 
     Warnings point at the line that calls the public function: call this function directly from the public one, which
@@ -34,15 +38,24 @@ def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any) -> NewTask:
 
     Args:
       surrogate: the model of the earlier tasks.
-      new_task: a `base.Task`, features [F], or None.
+      new_task: a `base.Task`, features [F], a `tasks.Table`, a pair (x, y), or None.
+      reads: "table" or "images" if the features of earlier tasks are those of their data (`dataset_features`).
 
     Returns:
       A `NewTask`.
 
     Raises:
       ValueError: if the features have another shape than those of the training.
+      ValueError: if `new_task` is a table or images, and training did not have such data.
       KeyError: if the rows lack an array.
     """
+    if is_dataset(new_task) and reads == kind_of(new_task):
+        new_task = dataset_features(new_task)
+    elif is_dataset(new_task) and not isinstance(new_task, tasks.Table):
+        raise ValueError(
+            f"The new task is {_A[kind_of(new_task)]} and its labels, but training had {_A[reads]}. Pass the data of "
+            "earlier tasks to `train_meta_optimizer(datasets=)`, as pairs (x, y)."
+        )
     features, stacklevel = features_of(new_task), 4
     num_features = len(surrogate.sorted_features)
     if features is not None and num_features and np.shape(features) != (num_features,):
@@ -89,7 +102,7 @@ def features_of(new_task: Any) -> np.ndarray | None:
             advice = (
                 " A table's features are `scaling.transform(tasks.metafeatures(table), clip=3.0)`, scaled "
                 "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
-                "what `tasks.prepare` returns."
+                "what `tasks.prepare` returns. With `train_meta_optimizer(datasets=)` of Tables, a Table is enough."
             )
         raise ValueError(
             "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "

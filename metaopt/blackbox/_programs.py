@@ -57,6 +57,7 @@ class Learned(NamedTuple):
       programs: compiled functions of the two.
       functions: [P, 1 + S] the functions of earlier tasks at the candidates; None without candidates.
       cost_functions: the same of the cost's surrogate, or None.
+      reads: "table" or "images" if a new task may be given as such data and its labels; otherwise None.
     """
 
     model: Model
@@ -64,9 +65,10 @@ class Learned(NamedTuple):
     programs: Programs
     functions: jax.Array | None
     cost_functions: jax.Array | None
+    reads: str | None = None
 
 
-def make_learned(model: Model, domain: Domain) -> Learned:
+def make_learned(model: Model, domain: Domain, reads: str | None = None) -> Learned:
     """Returns the `Learned` of a model and a domain."""
 
     def bind(function, *args, **options):
@@ -90,7 +92,8 @@ def make_learned(model: Model, domain: Domain) -> Learned:
     def at_candidates(surrogate):
         return None if domain.encoded is None or surrogate is None else functions_at(surrogate, domain.encoded)
 
-    return Learned(model, domain, programs, at_candidates(model.surrogate), at_candidates(model.cost_surrogate))
+    functions, cost_functions = at_candidates(model.surrogate), at_candidates(model.cost_surrogate)
+    return Learned(model, domain, programs, functions, cost_functions, reads)
 
 
 def _predict_z(model: Model, domain: Domain, key: jax.Array, task: NewTask) -> jax.Array:

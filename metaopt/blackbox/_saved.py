@@ -27,6 +27,7 @@ _EMBEDDING = _surrogates.Embedding(*_EMBEDDING_AXES)
 def _encode(learned: MetaOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     header = {"space": spaces.to_json(learned.space), "candidates": learned.candidates}
     header |= {name: getattr(learned.evidence, name) for name in ("num_records", "effective_tasks")}
+    header |= {"reads": learned.reads} if learned.reads else {}
     arrays = _saving.named_leaves("outcome", learned.surrogate)
     if learned.cost_surrogate is not None:
         arrays |= _saving.named_leaves("cost", learned.cost_surrogate)
@@ -45,7 +46,10 @@ def _decode(header: dict[str, Any], file: _files.Npz) -> MetaOptimizer:
     for name, count in counts.items():
         _checks.check_positive(name, count)
     surrogates = {kind: _surrogate(kind, arrays) for kind in kinds}
-    return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, header["candidates"], **counts)
+    options = counts | {"reads": header.get("reads")}
+    if options["reads"] not in (None, "table", "images"):
+        raise ValueError(f"`reads` is {options['reads']!r}, and should be 'table' or 'images'")
+    return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, header["candidates"], **options)
 
 
 def _kinds(arrays: Mapping[str, Any]) -> list[str]:

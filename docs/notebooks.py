@@ -1,0 +1,102 @@
+"""Writes the notebooks of `colab/` from pages of the site, and the records that two pages read.
+
+python docs/notebooks.py            # colab/*.ipynb, in seconds
+python docs/notebooks.py --records  # docs/records/*.db, in minutes; needed if the cells that collect them change
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://github.com/OWNER/metaopt.git"  # nothing is published yet: the address of a copy goes here
+PAGES = {
+    "start_here": "docs/start_here.md",
+    "few_shot": "docs/how_to/few_shot_images.md",
+    "architecture_search": "docs/how_to/cell_search.md",
+    "optax_in_one_line": "metaopt/transforms/README.md",
+    "black_boxes": "docs/how_to/forest_for_new_table.md",
+    "many_devices": "docs/how_to/many_devices.md",
+}
+WITH_RECORDS = ("forest_for_new_table", "conv_nets")
+
+INSTALL = f"""\
+from pathlib import Path
+
+REPOSITORY = "{REPOSITORY}"
+try:
+    import metaopt
+except ImportError:
+    if Path("../metaopt/base.py").is_file():  # this notebook lies in a clone
+        %pip install -q "..[examples,optuna,records]"
+    else:
+        %pip install -q "metaopt-jax[examples,optuna,records] @ git+{{REPOSITORY}}"
+    import metaopt
+print("metaopt", metaopt.__version__)"""
+
+
+def cells_of(page: str) -> list[nbformat.NotebookNode]:
+    """The cells of a page, without those that only the build of the site needs."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    cells = jupytext.reads(text, fmt="md:myst" if "{code-cell}" in text else "md").cells
+    return [cell for cell in cells if "remove-cell" not in cell.metadata.get("tags", [])]
+
+
+def notebook(page: str) -> nbformat.NotebookNode:
+    """The notebook of a page: without outputs, with the cell that installs metaopt, and with links from `colab/`."""
+    cells, new = cells_of(page), nbformat.v4
+    written = [new.new_code_cell(INSTALL)]
+    for cell in cells:
+        make = new.new_code_cell if cell.cell_type == "code" else new.new_markdown_cell
+        written.append(make(cell.source if cell.cell_type == "code" else relinked(cell.source, page)))
+    if cells[0].cell_type == "markdown":
+        written[:2] = written[1::-1]  # the title comes first
+    for i, cell in enumerate(written):
+        cell.id = f"cell-{i:02}"
+    metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return new.new_notebook(cells=written, metadata=metadata)
+
+
+def relinked(text: str, page: str) -> str:
+    """Markdown with the links of a page, as they are from `colab/`."""
+
+    def link(match):
+        target = match[1]
+        if "://" in target or target.startswith("#"):
+            return match[0]
+        return f"]({os.path.relpath(ROOT / page / '..' / target, ROOT / 'colab')})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", link, text)
+
+
+def collect_records(name: str) -> None:
+    """Runs the cells of a page up to the one that collects records, in an empty store."""
+    (ROOT / "docs" / "records").mkdir(exist_ok=True)
+    os.chdir(ROOT / "docs" / "records")
+    Path(f"{name}.db").unlink(missing_ok=True)
+    names: dict = {}
+    for cell in cells_of(f"docs/how_to/{name}.md"):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, name, "exec"), names)
+            if "records" in names:
+                break
+    for lock in Path(".").glob("*.lock"):
+        lock.unlink()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", action="store_true", help="collect the records of pages again, in minutes")
+    if parser.parse_args().records:
+        for name in WITH_RECORDS:
+            collect_records(name)
+    else:
+        for name, page in PAGES.items():
+            nbformat.write(notebook(page), ROOT / "colab" / f"{name}.ipynb")

@@ -1,0 +1,92 @@
+"""Features of tasks that are given as labeled data: a table, or a pair of rows and labels.
+
+An earlier task is described by these features if `train_meta_optimizer(datasets=)` has its data, and a new task in
+`MetaOptimizer.predict(x, y)`. They need no scaling: features are ranked among those of earlier tasks (`rank_features`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from metaopt import tasks
+
+# Of `tasks.metafeatures`: size, balance of the classes, types of columns, correlation and information. A saved
+# optimizer has ranks of exactly these numbers in this order.
+TABLE_FEATURES = (
+    "nr_inst",
+    "nr_attr",
+    "nr_class",
+    "inst_to_attr",
+    "class_ent",
+    "freq_class.sd",
+    "cat_to_num",
+    "nr_cat",
+    "cor.mean",
+    "nr_cor_attr",
+    "kurtosis.mean",
+    "can_cor.mean",
+    "mut_inf.mean",
+)
+_GROUPS = ("simple", "statistical", "information_theoretic")
+_NUM_CLASSES = 4  # into which a numeric target is cut
+
+
+def is_dataset(task: Any) -> bool:
+    """Whether a task is a `tasks.Table` or a pair (x, y) of arrays, and not a vector of features or a `base.Task`."""
+    if isinstance(task, tasks.Table):
+        return True
+    return isinstance(task, (tuple, list)) and len(task) == 2 and len(np.shape(task[0])) > 1
+
+
+def kind_of(dataset: Any) -> str:
+    """ "images" if x has more than two axes, else "table"."""
+    return "table" if isinstance(dataset, tasks.Table) or len(np.shape(dataset[0])) == 2 else "images"
+
+
+def dataset_features(dataset: Any) -> np.ndarray:
+    """[F] the features of a dataset: numbers of `tasks.metafeatures`, or of `tasks.image_features` for images.
+
+    Args:
+      dataset: a `tasks.Table`, or a pair (x, y). x is [n, columns], [n, height, width] or [n, height, width, channels];
+        y has n labels of any type. Numbers with fractions are a target, which is cut into four classes.
+
+    Raises:
+      ValueError: if x is not numeric, or if x and y do not fit together.
+    """
+    if isinstance(dataset, tasks.Table):
+        x, y, categorical = dataset.x, dataset.y, dataset.categorical
+    else:
+        x, y = np.asarray(dataset[0], float), np.asarray(dataset[1])
+        categorical = np.zeros(x.shape[1], bool)
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"x and y must have one entry for each row; got the shapes {x.shape} and {y.shape}.")
+    labels = _labels(y)
+    if x.ndim == 2:
+        values = tasks.metafeatures((x, labels, categorical), groups=_GROUPS)
+        return np.array([values[name] for name in TABLE_FEATURES])
+    images = x[..., None] if x.ndim == 3 else x
+    scale = images.std()
+    return np.array([*tasks.image_features((images - images.mean()) / (scale if scale else 1.0), labels).values()])
+
+
+def features_of_datasets(datasets: Mapping[str, Any], features: Any = None) -> tuple[str, dict[str, np.ndarray]]:
+    """The kind of datasets, and task -> its features.
+
+    Raises:
+      ValueError: if `features` are given too, if some datasets are tables and others images, or as for
+        `dataset_features`.
+    """
+    if features is not None:
+        raise ValueError("Give either `features`, or tables or images as `datasets`; both describe the tasks.")
+    kinds = {name: kind_of(dataset) for name, dataset in datasets.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"`datasets` must all be tables, or all be images; got {kinds}.")
+    return next(iter(kinds.values())), {name: dataset_features(dataset) for name, dataset in datasets.items()}
+
+
+def _labels(y: np.ndarray) -> np.ndarray:
+    """[n] integers from 0: the classes of y, or the quarters of a target with fractions."""
+    if y.dtype.kind == "f" and (y % 1 != 0).any():
+        return np.searchsorted(np.quantile(y, np.arange(1, _NUM_CLASSES) / _NUM_CLASSES), y)
+    return np.unique(y, return_inverse=True)[1]
