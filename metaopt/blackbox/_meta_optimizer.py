@@ -120,9 +120,9 @@ def train_meta_optimizer(
         or images [n, height, width] or [n, height, width, channels], and n labels. Thirteen meta-features describe a
         table (size, classes, correlation, information), and `tasks.image_features` describe images. The result then
         has `predict(x, y)`.
-        Or task name -> a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows
-        (as in `predictors.dataset_embedding`) is then trained jointly with the weights of tasks, and appended to the features. A new
-        task must then have its `train`. Give a precomputed embedding as `features` instead.
+        Or task name -> a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows (as in
+        `predictors.dataset_embedding`) is then trained jointly with the weights of tasks, and appended to the features.
+        A new task must then have its `train`. Give a precomputed embedding as `features` instead.
       families: task name -> family. Tasks of one family (near-duplicates) are left out together while the weights of
         tasks are learned. By default, every task is its own family.
       candidates: configurations to choose from; None searches the space.
