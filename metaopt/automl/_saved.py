@@ -55,7 +55,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     """Fills an unfitted estimator."""
     estimator.set_params(**header["params"])
-    if estimator.models is not None:
+    if isinstance(estimator.models, list):
         estimator.models = tuple(estimator.models)
     parts = header["ensemble"]
     num_folds, num_classes = int(parts["num_folds"]), int(parts["num_classes"])
@@ -83,6 +83,8 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     )
     _check_prediction(estimator)
     estimator.nonconformity_ = file["nonconformity"]
+    if estimator.nonconformity_.ndim != 2 or len(estimator.nonconformity_) != 2:
+        raise ValueError("its nonconformity scores do not have weights")
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
     if num_classes:
@@ -110,9 +112,11 @@ def _check_prediction(estimator: Any) -> None:
 def _params(estimator: Any) -> dict[str, Any]:
     """The arguments of the estimator. A random generator is replaced by None."""
     params = estimator.get_params()
-    state = params["random_state"]
-    params["random_state"] = int(state) if isinstance(state, int | np.integer) else None
-    params["models"] = None if params["models"] is None else list(params["models"])
+    params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
+    state, models, limit = params["random_state"], params["models"], params["time_limit"]
+    params["random_state"] = state if isinstance(state, int) else None
+    params["models"] = list(models) if isinstance(models, tuple | list) else models
+    params["time_limit"] = None if limit is None or np.isinf(limit) else limit  # JSON has no infinity
     return params
 
 
