@@ -266,7 +266,8 @@ def _fit_lightgbm(settings, data):
     elif len(data.valid_y):
         valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
         stop = {"valid_sets": [valid], "callbacks": [lightgbm.early_stopping(patience, verbose=False)]}
-    return lightgbm.train(options, train, rounds, **stop)
+    # Without the last argument it forgets the rounds after the best one, which other folds may need.
+    return lightgbm.train(options, train, rounds, **stop, keep_training_booster=True)
 
 
 def _first_lightgbm(model, num):
