@@ -185,3 +185,62 @@ def test_a_blank_line_of_a_file_with_one_column_is_a_row(tmp_path):
     (tmp_path / "two.csv").write_text("a,b\n1,2\n\n3,4\n")
     assert _cli._read(tmp_path / "one.csv")["a"].tolist()[::2] == [1, 3]
     assert len(_cli._read(tmp_path / "two.csv")) == 2
+
+
+def test_options_reach_the_estimator(tmp_path, capsys):
+    from metaopt import load
+
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(5), 12)
+    frame = pd.DataFrame({"x": rng.normal(size=60), "who": groups, "one": 1, "y": rng.integers(0, 2, 60)})
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    train = [tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz", "--time", 0.002]
+    more = ["--groups", "who", "--metric", "mae", "--problem", "regression", "--preset", "best", "--seed", 3]
+    assert _run("fit", *train, *more) == 0
+    model = load(tmp_path / "m.npz")
+    params = {name: model.get_params()[name] for name in ("time_limit", "eval_metric", "preset", "random_state")}
+    assert params == {"time_limit": 0.002, "eval_metric": "mae", "preset": "best", "random_state": 3}
+    assert len(model.ensemble_.inputs) == 5  # one fold for each group
+    assert list(model.feature_names_in_) == ["x", "one"]
+    out = capsys.readouterr().out
+    assert "one dropped is constant" in " ".join(out.split()) and "linear" in out
+    assert _run("leaderboard", tmp_path / "m.npz") == 0
+    assert "fit_seconds" in capsys.readouterr().out
+
+
+def test_probabilities_are_in_the_columns_of_their_labels(files, tmp_path, capsys):
+    folder, truth = files
+    train = [folder / "train.csv", "--target", "target", "--out", tmp_path / "m.npz", "--time", 0.001]
+    assert _run("fit", *train) == 0
+    capsys.readouterr()
+    assert _run("predict", tmp_path / "m.npz", folder / "new.csv") == 0
+    (tmp_path / "p.csv").write_text(capsys.readouterr().out)
+    table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    probability = table.drop(columns="prediction")
+    best = probability.idxmax(axis=1).str.removeprefix("probability of ")
+    assert list(best) == list(table["prediction"]) and len(table) == len(truth)
+    np.testing.assert_allclose(probability.sum(axis=1), 1)
+
+
+def test_a_file_of_another_kind_is_no_model(tmp_path, capsys):
+    from metaopt import save, tasks
+
+    save(tmp_path / "split.json", tasks.split_sources({"train": ["a"], "test": ["b"]}))
+    assert _run("leaderboard", tmp_path / "split.json") == 1
+    assert "holds a Split, and not a model" in capsys.readouterr().err
+
+
+def test_only_empty_fields_are_missing_and_a_byte_order_mark_is_no_name(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfa,b\nNone,1\n,2\nNA,\n")
+    table = _cli._read(tmp_path / "a.csv")
+    assert list(table.columns) == ["a", "b"]
+    assert table["a"].isna().tolist() == [False, True, False] and table["b"].isna().tolist() == [False, False, True]
+
+
+def test_the_doctor_returns_3_for_a_wrong_gradient(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from metaopt import hypergrad
+
+    monkeypatch.setattr(hypergrad, "check", lambda *_: SimpleNamespace(passed=False))
+    assert _run("doctor") == 3
