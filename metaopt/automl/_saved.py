@@ -34,7 +34,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "python": platform.python_version(),
         "params": _params(estimator),
         "encoder": estimator.encoder_.state(),
-        "has_names": hasattr(estimator, "feature_names_in_"),
+        "feature_names": list(estimator.feature_names_in_) if hasattr(estimator, "feature_names_in_") else None,
         "suspected_leaks": list(estimator.suspected_leaks_),
         "ensemble": {
             "num_folds": len(ensemble.inputs),
@@ -61,8 +61,11 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     num_folds, num_classes = int(parts["num_folds"]), int(parts["num_classes"])
     estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
     estimator.n_features_in_ = len(estimator.encoder_.input_names)
-    if header["has_names"]:
-        estimator.feature_names_in_ = np.array(estimator.encoder_.input_names, dtype=object)
+    names = header["feature_names"]  # the encoder has other names for equal ones
+    if names is not None:
+        if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):
+            raise ValueError("its names of columns do not fit its columns")
+        estimator.feature_names_in_ = np.array(names, dtype=object)
     members = []
     for fields in parts["members"]:
         name, kind, settings = fields["member"]

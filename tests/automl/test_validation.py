@@ -1,4 +1,4 @@
-"""What is in which part of a split: weights, copies, groups, times, target encodings, rounds of boosting."""
+"""Splits with weights, copies, groups and times; target encodings and rounds of boosting that follow them."""
 
 import datetime
 
