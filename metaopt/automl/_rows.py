@@ -87,8 +87,8 @@ def _bytes(*parts: np.ndarray) -> np.ndarray:
 def _are_copies(x: np.ndarray, observations: np.ndarray, num_rows: int) -> bool:
     """Whether equal rows are copies of one observation, which must not be in both parts of a split.
 
-    They are if rows hardly repeat before their weights do. They are, too, if a column has many different values, and
-    rows with equal x have equal y. Otherwise x has few values, and equal rows are different observations.
+    They are if rows hardly repeat before their weights do. They are, too, if a column has many different values (more
+    than folds), and rows with equal x have equal y. Otherwise equal rows of few values are different observations.
     """
     if not x.shape[1]:
         return False
@@ -97,7 +97,7 @@ def _are_copies(x: np.ndarray, observations: np.ndarray, num_rows: int) -> bool:
         return True
     num_values = max(len(np.unique(column)) for column in x.T)
     agree = num_observations <= 1.1 * num_x
-    return agree and num_values >= 0.5 * num_x and num_rows <= _MAX_REPEATS * num_observations
+    return agree and num_values >= max(NUM_FOLDS + 1, 0.5 * num_x) and num_rows <= _MAX_REPEATS * num_observations
 
 
 def repeated(weight: np.ndarray) -> np.ndarray:

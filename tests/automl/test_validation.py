@@ -47,6 +47,9 @@ def test_equal_rows_of_few_values_are_different_observations():
     for y in ((x[:, 0] == x[:, 1]).astype(int), RNG.integers(0, 2, 200)):
         rows = _rows.sorted_rows(x, y, np.ones(200))
         assert _shared(rows, _rows.split_rows(rows, 2, seed=0)) == 200
+    x = np.array([0.0] * 5 + [1.0] * 3 + [2.0] * 2)  # each value is a class
+    rows = _rows.sorted_rows(x[:, None], x.astype(int), np.ones(10))
+    assert _shared(rows, _rows.split_rows(rows, 3, seed=0)) == 10
 
 
 def test_copies_of_the_only_row_of_a_class_stay_in_the_training_part():
