@@ -102,8 +102,9 @@ def test_a_table_gives_a_model_or_a_clear_error(seed, tmp_path):
     predicted = predict(model, frame)
     assert len(predicted) == len(frame) and np.isfinite(predicted).all()
     # A row does not depend on the other rows, and so neither on their types in the frame.
-    np.testing.assert_array_equal(predict(model, frame.iloc[::-1]), predicted[::-1])
-    np.testing.assert_allclose(predict(model, frame.iloc[[0]]), predicted[[0]], rtol=1e-9)
+    close = {"rtol": 1e-5, "atol": 1e-5 * np.abs(predicted).max()}  # inputs of linear models are float32
+    np.testing.assert_allclose(predict(model, frame.iloc[::-1]), predicted[::-1], **close)
+    np.testing.assert_allclose(predict(model, frame.iloc[[0]]), predicted[[0]], **close)
     if is_class:
         assert set(model.classes_) == set(y) and set(model.predict(frame)) <= set(y)
         np.testing.assert_allclose(predicted.sum(axis=1), 1)
