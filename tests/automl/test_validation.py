@@ -8,7 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import automl
-from metaopt.automl import _estimators, _inputs, _kinds, _rows
+from metaopt.automl import _ensemble_fit, _estimators, _inputs, _kinds, _rows
 
 QUICK = {"time_limit": None, "models": "linear", "preset": "instant", "n_jobs": 1, "verbose": False}
 RNG = np.random.default_rng(0)
@@ -168,6 +168,11 @@ def test_target_encodings_in_a_fold_that_lacks_a_class():
     model = automl.AutoClassifier(**QUICK).fit(frame, y, groups=groups)
     assert model.encoder_.high_cardinality.any()
     assert np.isfinite(model.predict_proba(frame)).all()
+
+
+def test_a_class_that_a_fold_lacks_has_probability_zero():
+    full = _ensemble_fit._all_classes(np.array([[0.3, 0.7]]), np.array([0, 2]), 3)
+    np.testing.assert_array_equal(full, [[0.3, 0, 0.7]])
 
 
 # --- boosting ---
