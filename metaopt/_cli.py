@@ -6,7 +6,7 @@ Exit codes: 0 success, 1 an error that the message explains, 2 wrong arguments, 
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,19 @@ def _parser() -> argparse.ArgumentParser:
 def _fit(options: argparse.Namespace) -> int:
     from metaopt import _saving, automl
 
+    _check_out(options.out, options.data)  # before the time is spent
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
     for name in special:
         if name not in frame.columns:
             raise ValueError(f"{options.data} has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
-    target = frame[options.target]
+    values = frame[options.target]
+    target = values if options.problem == "classification" else _numbers(values)
     known = (~target.isna()).to_numpy()
     if not known.all():
-        print(f"{(~known).sum()} rows have no target and are left out.", file=sys.stderr)
+        words = values[~known].dropna().unique().tolist()
+        example = f" (such as {words[0]!r})" if words else ""
+        print(f"{(~known).sum()} rows have no target{example} and are left out.", file=sys.stderr)
     frame, target = frame[known], target[known]
     problem = options.problem or _problem(target)
     kind = automl.AutoClassifier if problem == "classification" else automl.AutoRegressor
@@ -108,7 +112,9 @@ def _predict(options: argparse.Namespace) -> int:
     import pandas as pd
 
     model = _load(options.model)
-    frame = _read(options.data)
+    if options.out is not None:
+        _check_out(options.out, options.data, options.model)
+    frame = _read_rows(options.data, model)
     result = pd.DataFrame({"prediction": model.predict(frame)})
     if hasattr(model, "predict_proba"):
         for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
@@ -165,21 +171,59 @@ def _load(path: Path) -> Any:
     return model
 
 
-def _read(path: Path) -> Any:
-    """Reads a CSV file. Only empty fields are missing here; the encoder interprets words such as "NA"."""
+def _check_out(out: Path, *inputs: Path) -> None:
+    """Raises ValueError if a file cannot be written, or would replace one that is read."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"`--out` must be a file in a folder that exists; got {out}.")
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise ValueError(f"`--out` would replace {path}, which is read; choose another name.")
+
+
+def _read_rows(path: Path, model: Any) -> Any:
+    """Reads new rows for a model: its columns in their order. Columns that it dropped need not be in the file."""
+    encoder = model.encoder_
+    names = encoder.input_names
+    texts = [names[code.source] for code in encoder.columns if code.levels or code.reading]
+    frame = _read(path, texts)  # a level such as "01" stays a text, even if all new rows have numbers
+    if not encoder.named:
+        return frame
+    needed = dict.fromkeys(names[code.source] for code in encoder.columns)
+    if missing := [name for name in needed if name not in frame.columns]:
+        raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}, which the model needs.")
+    return frame.reindex(columns=list(names))
+
+
+def _read(path: Path, texts: Collection[str] = ()) -> Any:
+    """Reads a CSV file. Only empty fields are missing here; the encoder interprets words such as "NA".
+
+    The delimiter is the one that gives the header most fields. The columns of `texts` are not read as numbers.
+    """
     from metaopt import _extras
 
     pandas = _extras.require("pandas", "automl", "The command `metaopt`")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        start = file.read(65536)
+        start = file.read(65536).lstrip().splitlines(keepends=True)
+    num_fields = {mark: len(next(csv.reader(start, delimiter=mark), [])) for mark in ",;\t|"}
+    separator = max(num_fields, key=num_fields.__getitem__)
+    options = {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
+    options |= {"low_memory": False, "dtype": dict.fromkeys(texts, str)}
     try:
-        separator = csv.Sniffer().sniff(start, delimiters=",;\t|").delimiter
-    except csv.Error:  # one column
-        separator = ","
-    try:
-        return pandas.read_csv(path, sep=separator, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+        # In a file with one column, a blank line is a row with a gap.
+        return pandas.read_csv(path, skip_blank_lines=num_fields[separator] > 1, **options)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
+
+
+def _numbers(target: Any) -> Any:
+    """Numbers of a target of texts, if all of them are read as numbers: "1,065", or "NA" among numbers."""
+    from metaopt import tasks
+
+    encoder = tasks.fit_encoder({"target": target}, keep=("target",))
+    if target.dtype.kind in "biuf" or [code.kind for code in encoder.columns] != ["number"]:
+        return target
+    values = encoder.transform({"target": target})[:, 0] + encoder.columns[0].offset
+    return type(target)(values, index=target.index, name=target.name)
 
 
 def _problem(target: Any) -> str:

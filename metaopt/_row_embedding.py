@@ -1,5 +1,6 @@
 """The embedding of a table's rows that `predictors.dataset_embedding` and the surrogates of `blackbox` share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -20,10 +21,10 @@ def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
     Returns:
       A dict: "entry" {"w", "b"} are W₁ and b₁, "pair" {"w", "b"} are W₂ and b₂, "embedding" is W₃.
     """
-    return init_weights(jax.random.split(key, 3), width, jnp.result_type(float))
+    return init_weights(list(jax.random.split(key, 3)), width, jnp.result_type(float))
 
 
-def init_weights(keys: jax.Array, width: int, dtype: Any) -> dict[str, Any]:
+def init_weights(keys: Sequence[jax.Array], width: int, dtype: Any) -> dict[str, Any]:
     """Parameters of `embed_rows` from three keys."""
     entry_key, pair_key, out_key = keys
     pair_inputs = 2 * width + 1

@@ -78,8 +78,170 @@ def test_the_doctor_checks_a_gradient_on_this_machine(capsys):
         ([True, False], "classification"),
         ([0, 1, 2, 1], "classification"),
         ([0.5, 1.0], "regression"),
-        (range(30), "regression"),
+        (range(20), "classification"),
+        (range(21), "regression"),
     ],
 )
 def test_the_problem_follows_from_the_target(values, problem):
     assert _cli._problem(pd.Series(values)) == problem
+
+
+def _run(*arguments):
+    return _cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with a model of a table with ids, texts that look like numbers, and dates."""
+    folder = tmp_path_factory.mktemp("shop")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"id": rng.permutation(200) + 1, "code": rng.choice(["01", "02", "1", "A"], 200)})
+    frame["x"], frame["day"] = rng.normal(size=200), pd.date_range("2020-01-01", periods=200).strftime("%d/%m/%Y")
+    frame["y"] = np.where(frame["code"] == "01", 2.0, 0.0) + frame["x"] + 0.1 * rng.normal(size=200)
+    frame.to_csv(folder / "train.csv", index=False)
+    train = [folder / "train.csv", "--target", "y", "--order", "day", "--out", folder / "model.npz"]
+    assert _run("fit", *train, "--time", 0.001) == 0
+    return folder, frame
+
+
+def test_new_files_may_have_other_columns_and_another_order(shop, capsys):
+    folder, frame = shop
+    new = frame[frame["code"].isin(["01", "02"])]  # all codes look like numbers: "01" is not 1
+    variants = [new, new[new.columns[::-1]], new.drop(columns=["id", "day", "y"]).assign(more=1)]
+    predictions = []
+    for i, variant in enumerate(variants):
+        variant.to_csv(folder / "new.csv", index=False, sep=",;|"[i])
+        assert _run("predict", folder / "model.npz", folder / "new.csv", "--out", folder / "p.csv") == 0
+        predictions.append(pd.read_csv(folder / "p.csv")["prediction"].to_numpy())
+    np.testing.assert_array_equal(predictions[0], predictions[1])
+    np.testing.assert_array_equal(predictions[0], predictions[2])
+    assert np.corrcoef(predictions[0], new["y"])[0, 1] > 0.95
+    new.drop(columns="code").to_csv(folder / "new.csv", index=False)
+    assert _run("predict", folder / "model.npz", folder / "new.csv") == 1
+    assert "has no column 'code', which the model needs" in capsys.readouterr().err
+
+
+def test_the_delimiter_of_a_file_with_one_row_is_that_of_its_header(shop, capsys):
+    folder, frame = shop
+    frame[["code", "x"]].head(1).to_csv(folder / "one.csv", index=False, sep=";")
+    assert _run("predict", folder / "model.npz", folder / "one.csv") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_column_of_dates_orders_the_rows_by_time(shop):
+    from metaopt import load
+
+    model = load(shop[0] / "model.npz")
+    rows = shop[1].index[np.isnan(model.ensemble_.out_of_fold)]  # rows are in order of time
+    assert len(model.ensemble_.inputs) == 1 and rows.max() < 30
+
+
+def test_files_that_are_read_are_not_replaced(shop, capsys):
+    folder, frame = shop
+    data, model = folder / "train.csv", folder / "model.npz"
+    before = data.read_bytes(), model.read_bytes()
+    assert _run("fit", data, "--target", "y", "--out", data, "--time", 0.001) == 1
+    assert _run("predict", model, data, "--out", data) == 1
+    assert _run("predict", model, data, "--out", model) == 1
+    assert capsys.readouterr().err.count("`--out` would replace") == 3
+    assert _run("fit", data, "--target", "y", "--out", folder / "none" / "m.npz") == 1
+    assert "must be a file in a folder that exists" in capsys.readouterr().err
+    assert (data.read_bytes(), model.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["1,065", "870", "2,000"], [1065, 870, 2000]),
+        (["1,5", "2,25", "1,0"], [1.5, 2.25, 1]),
+        (["1.5", "NA", "2.5"], [1.5, np.nan, 2.5]),
+        ([str(10**9 + i) for i in range(30)], [10**9 + i for i in range(30)]),
+        (["a", "1", "b"], ["a", "1", "b"]),
+        (["none", "b", "none"], ["none", "b", "none"]),
+        ([True, False, True], [True, False, True]),
+    ],
+)
+def test_a_target_of_texts_becomes_numbers_if_all_are(values, expected):
+    target = pd.Series(values, index=range(5, 5 + len(values)))
+    numbers = _cli._numbers(target)
+    assert list(numbers.index) == list(target.index)
+    pd.testing.assert_series_equal(numbers, pd.Series(expected, index=target.index), check_dtype=False)
+
+
+def test_rows_without_a_target_are_named_and_left_out(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": rng.normal(size=60)})
+    frame["y"] = (2 * frame["x"]).round(3).astype(object)
+    frame.loc[3:5, "y"], frame.loc[6:7, "y"] = "NA", None
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    arguments = [tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz", "--time", 0.001]
+    assert _run("fit", *arguments) == 0
+    text = capsys.readouterr()
+    assert "5 rows have no target (such as 'NA') and are left out" in text.err
+    assert "regression of 'y' from 1 columns and 55 rows" in text.out
+
+
+def test_a_blank_line_of_a_file_with_one_column_is_a_row(tmp_path):
+    (tmp_path / "one.csv").write_text("a\n1\n\n3\n")
+    (tmp_path / "two.csv").write_text("a,b\n1,2\n\n3,4\n")
+    assert _cli._read(tmp_path / "one.csv")["a"].tolist()[::2] == [1, 3]
+    assert len(_cli._read(tmp_path / "two.csv")) == 2
+
+
+def test_options_reach_the_estimator(tmp_path, capsys):
+    from metaopt import load
+
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(5), 12)
+    frame = pd.DataFrame({"x": rng.normal(size=60), "who": groups, "one": 1, "y": rng.integers(0, 2, 60)})
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    train = [tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz", "--time", 0.002]
+    more = ["--groups", "who", "--metric", "mae", "--problem", "regression", "--preset", "best", "--seed", 3]
+    assert _run("fit", *train, *more) == 0
+    model = load(tmp_path / "m.npz")
+    params = {name: model.get_params()[name] for name in ("time_limit", "eval_metric", "preset", "random_state")}
+    assert params == {"time_limit": 0.002, "eval_metric": "mae", "preset": "best", "random_state": 3}
+    assert len(model.ensemble_.inputs) == 5  # one fold for each group
+    assert list(model.feature_names_in_) == ["x", "one"]
+    out = capsys.readouterr().out
+    assert "one dropped is constant" in " ".join(out.split()) and "linear" in out
+    assert _run("leaderboard", tmp_path / "m.npz") == 0
+    assert "fit_seconds" in capsys.readouterr().out
+
+
+def test_probabilities_are_in_the_columns_of_their_labels(files, tmp_path, capsys):
+    folder, truth = files
+    train = [folder / "train.csv", "--target", "target", "--out", tmp_path / "m.npz", "--time", 0.001]
+    assert _run("fit", *train) == 0
+    capsys.readouterr()
+    assert _run("predict", tmp_path / "m.npz", folder / "new.csv") == 0
+    (tmp_path / "p.csv").write_text(capsys.readouterr().out)
+    table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    probability = table.drop(columns="prediction")
+    best = probability.idxmax(axis=1).str.removeprefix("probability of ")
+    assert list(best) == list(table["prediction"]) and len(table) == len(truth)
+    np.testing.assert_allclose(probability.sum(axis=1), 1)
+
+
+def test_a_file_of_another_kind_is_no_model(tmp_path, capsys):
+    from metaopt import save, tasks
+
+    save(tmp_path / "split.json", tasks.split_sources({"train": ["a"], "test": ["b"]}))
+    assert _run("leaderboard", tmp_path / "split.json") == 1
+    assert "holds a Split, and not a model" in capsys.readouterr().err
+
+
+def test_only_empty_fields_are_missing_and_a_byte_order_mark_is_no_name(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfa,b\nNone,1\n,2\nNA,\n")
+    table = _cli._read(tmp_path / "a.csv")
+    assert list(table.columns) == ["a", "b"]
+    assert table["a"].isna().tolist() == [False, True, False] and table["b"].isna().tolist() == [False, False, True]
+
+
+def test_the_doctor_returns_3_for_a_wrong_gradient(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from metaopt import hypergrad
+
+    monkeypatch.setattr(hypergrad, "check", lambda *_: SimpleNamespace(passed=False))
+    assert _run("doctor") == 3

@@ -36,7 +36,8 @@ def data(num_rows: int, num_columns: int, num_classes: int, seed: int) -> _kinds
     views = _kinds.Views(x, x, x.astype(np.float32))
     valid = _kinds.Views(*(part[-num_valid:] for part in views))
     ones, numeric = np.ones(num_rows), np.zeros(num_columns, bool)
-    return _kinds.FoldData(views, y, ones, valid, y[-num_valid:], ones[-num_valid:], numeric, num_classes, seed)
+    stops = num_valid >= _kinds.LEAST_TO_STOP
+    return _kinds.FoldData(views, y, ones, valid, y[-num_valid:], ones[-num_valid:], numeric, num_classes, seed, stops)
 
 
 def measure(member, repetitions: int) -> np.ndarray:

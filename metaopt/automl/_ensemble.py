@@ -118,13 +118,19 @@ def smoothed(probabilities: np.ndarray, num_rows: int) -> np.ndarray:
     return (1 - weight) * probabilities + weight / probabilities.shape[-1]
 
 
-def conformal_threshold(scores: np.ndarray, coverage: float) -> float:
-    """The ⌈(n + 1) coverage⌉-th smallest of n nonconformity scores, or infinity if there are too few.
+def conformal_threshold(scores: np.ndarray, weight: np.ndarray, coverage: float) -> float:
+    """The smallest q with Σ weight [score ≤ q] ≥ coverage (Σ weight + mean weight), or infinity if there is none.
 
-    Source: Vovk, Gammerman & Shafer, "Algorithmic learning in a random world", 2005.
+    With equal weights it is the ⌈(n + 1) coverage⌉-th smallest of n nonconformity scores. The new row is assumed to
+    have the mean weight.
+
+    Source: Vovk, Gammerman & Shafer, "Algorithmic learning in a random world", 2005; with weights, Tibshirani et al.,
+    "Conformal prediction under covariate shift", NeurIPS 2019, https://arxiv.org/abs/1904.06222
     """
-    rank = math.ceil((len(scores) + 1) * coverage)
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
+    order = np.argsort(scores)
+    share = np.cumsum(weight[order]) / weight.mean()
+    place = int(np.searchsorted(share, coverage * (len(scores) + 1) * (1 - 1e-12)))
+    return float(scores[order[place]]) if place < len(scores) else math.inf
 
 
 def _root(square: np.ndarray, weight: np.ndarray) -> float:

@@ -22,7 +22,7 @@ class FittedMember(NamedTuple):
 
     Attributes:
       member: name, kind and settings.
-      models: one per fold.
+      models: one per fold; with time, only that of all rows.
       score: out of fold; larger is better.
       weight: in the ensemble.
       fit_seconds: of all folds.
@@ -41,7 +41,7 @@ class FittedEnsemble(NamedTuple):
     """What `fit_ensemble` returns.
 
     Attributes:
-      inputs: of each fold.
+      inputs: of each fold; with time, only those of all rows.
       classes: of each fold, the classes that its training rows have; empty for regression.
       members: all fitted members, by decreasing score. Models of members without weight are dropped.
       failed: name -> reason, of members that were not fitted.
@@ -106,8 +106,14 @@ def fit_ensemble(
       RuntimeError: if no member could be fitted.
     """
     splits = split_rows(rows, num_classes, options.seed)
-    folds = [_prepare_fold(rows, columns, num_classes, split, options.seed + i) for i, split in enumerate(splits)]
-    times = TimeModel(len(splits[0].train), folds[0].data.views.trees.shape[1], num_classes)
+    scored = _validated(rows, splits)
+    stops = min(len(split.valid) for split in splits) >= _kinds.LEAST_TO_STOP
+    if rows.time is not None:  # models of all rows predict new rows, as those of earlier rows predict the next window
+        splits = [*splits, Split(np.arange(len(rows.y)), np.zeros(0, int))]
+    seeds = range(options.seed, options.seed + len(splits))
+    folds = [_prepare_fold(rows, columns, num_classes, stops, *part) for part in zip(splits, seeds, strict=True)]
+    num_rows = max(len(split.train) for split in splits)
+    times = TimeModel(num_rows, folds[0].data.views.trees.shape[1], num_classes)
     work = _schedule.Work(
         folds=[fold.data for fold in folds],
         fit_networks=_network_fitter(rows, columns, num_classes, folds, options.seed),
@@ -116,7 +122,6 @@ def fit_ensemble(
         reserve=0.0 if options.clock.limit is None else 0.02 * options.clock.limit + 0.2,
         num_jobs=options.num_jobs,
     )
-    scored = _validated(rows, splits)
     target = Target(rows.y[scored], rows.weight[scored])
     with _progress.report_progress(
         len(members), options.verbose, "best model {best}, score {score:.4g}", unit="model", best="–", score=np.nan
@@ -174,11 +179,14 @@ def num_jobs(value: int | None) -> int:
 # --- folds ---
 
 
-def _prepare_fold(rows: TrainingRows, columns: Columns, num_classes: int, split: Split, seed: int) -> _Fold:
+def _prepare_fold(
+    rows: TrainingRows, columns: Columns, num_classes: int, stops: bool, split: Split, seed: int
+) -> _Fold:
     train, valid = split
     y, weight = rows.y[train], rows.weight[train]
     classes = np.unique(y) if num_classes else np.zeros(0, int)
-    inputs, views = fit_inputs(rows.x[train], y, *columns, repeated(weight), num_classes, seed)
+    units = (rows.copies if rows.groups is None else rows.groups)[train]
+    inputs, views = fit_inputs(rows.x[train], y, *columns, repeated(weight), num_classes, seed, units)
     valid_views = apply_inputs(inputs, rows.x[valid])
     valid_y, valid_weight, known = rows.y[valid], rows.weight[valid], np.ones(len(valid), bool)
     if num_classes:
@@ -189,9 +197,8 @@ def _prepare_fold(rows: TrainingRows, columns: Columns, num_classes: int, split:
     if not known.all():  # boosting stops by rows of known classes only; other rows are predicted all the same
         valid_y = np.where(known, valid_y, 0)
         valid_weight = np.where(known, valid_weight, 0.0)
-    data = FoldData(
-        views, y, weight / weight.mean(), valid_views, valid_y, valid_weight, categorical, len(classes), seed
-    )
+    weight = weight / weight.mean()
+    data = FoldData(views, y, weight, valid_views, valid_y, valid_weight, categorical, len(classes), seed, stops=stops)
     return _Fold(split, inputs, classes, data)
 
 
@@ -213,8 +220,10 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
                 rows.x, rows.y, columns.categorical, rows.weight, num_classes, seed
             )
         if settings.get("num_refined"):
-            data = (train, train_labels, valid, valid_labels, num_labels)
-            hyperparams = _network_folds.refined(*data, cache["hyperparams"], settings["num_refined"], seed)
+            used = [i for i, fold in enumerate(folds) if len(fold.split.valid)]
+            parts = ([part[i] for i in used] for part in (train, train_labels, valid, valid_labels))
+            options = cache["hyperparams"], settings["num_refined"], seed
+            hyperparams = _network_folds.refined(*parts, num_labels, *options)
         else:
             hyperparams = _network_folds.draw(cache["hyperparams"], settings["draw"], seed)
         bins = train_labels if regression else None
@@ -277,10 +286,11 @@ def _combine(results, failed, rows, folds, scored, scores, num_classes, options)
     mean = np.tensordot(weights, np.stack(predictions), 1)
     temperature = _ensemble.fit_temperature(mean[scored], target) if num_classes else 1.0
     calibrated = _ensemble.smoothed(_ensemble.tempered(mean, temperature), len(rows.y)) if num_classes else mean
+    kept = slice(-1 if rows.time is not None else None, None)  # with time, only the models of all rows
     members = [
         FittedMember(
             result.member,
-            [part.model for part in result.folds] if weight else [],
+            [part.model for part in result.folds[kept]] if weight else [],
             scores[result.member.name],
             float(weight),
             sum(part.fit_seconds for part in result.folds),
@@ -290,8 +300,8 @@ def _combine(results, failed, rows, folds, scored, scores, num_classes, options)
     ]
     members.sort(key=lambda member: -member.score)
     return FittedEnsemble(
-        [fold.inputs for fold in folds],
-        [fold.classes for fold in folds],
+        [fold.inputs for fold in folds[kept]],
+        [fold.classes for fold in folds[kept]],
         members,
         failed,
         temperature,

@@ -31,7 +31,7 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         time_limit: float | None = 60.0,
         preset: str = "balanced",
         eval_metric: str | None = None,
-        models: tuple[str, ...] | None = None,
+        models: str | tuple[str, ...] | None = None,
         n_jobs: int | None = -1,
         random_state: Any = 0,
         verbose: bool | None = None,
@@ -53,7 +53,8 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
           y: [n] the target.
           sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two equal rows.
           groups: [n] for example patients: rows of one group are never in both parts of a split.
-          time: [n] numbers or dates: models are validated on rows that are later than their training rows.
+          time: [n] numbers or dates, also as texts. Models are validated on rows that are later than their training
+            rows, and models of all rows predict new rows.
 
         Returns:
           The estimator.
@@ -68,15 +69,15 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         self.n_features_in_ = len(self.encoder_.input_names)
         x = self.encoder_.transform(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
-        target = self._fit_target(y, weight)
-        group_codes = None if groups is None else _codes(groups, len(x), "groups")
-        times = None if time is None else _times(time, len(x))
         used = np.flatnonzero(weight > 0)
+        target = self._fit_target(_target(y, len(x))[used], weight[used])
+        group_codes = None if groups is None else _group_codes(groups, len(x))
+        times = None if time is None else _times(time, len(x))
         parts = (None if part is None else part[used] for part in (group_codes, times))
-        rows = sorted_rows(x[used], target[used], weight[used], *parts)
+        rows = sorted_rows(x[used], target, weight[used], *parts)
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
         members = portfolio(self._problem, self.preset, self.models, len(rows.y))
-        self.suspected_leaks_ = _suspected_leaks(x[used], target[used], self.encoder_)
+        self.suspected_leaks_ = _suspected_leaks(x[used], target, self.encoder_)
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
         self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
         self._keep_scores(rows)
@@ -134,6 +135,7 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         limit = self.time_limit
         if limit is not None and not limit > 0:
             raise ValueError(f"`time_limit` must be positive or None; got {limit!r}.")
+        limit = None if limit is None or np.isinf(limit) else float(limit)
         return Options(metric, Clock(limit), _ensemble_fit.num_jobs(self.n_jobs), self._seed(), self.verbose)
 
     def _seed(self) -> int:
@@ -145,7 +147,7 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         return int(check_random_state(state).randint(2**31 - 1))
 
     @abc.abstractmethod
-    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
+    def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Returns the target as numbers, and keeps what predictions need to return its values."""
 
     @abc.abstractmethod
@@ -153,8 +155,14 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         """The number of classes, or 0 for regression."""
 
     @abc.abstractmethod
+    def _nonconformity(self, y: np.ndarray) -> np.ndarray:
+        """Returns the nonconformity score of each row: NaN without an out-of-fold prediction."""
+
     def _keep_scores(self, rows) -> None:
-        """Keeps the scores of the ensemble."""
+        """Keeps the nonconformity scores of the rows with out-of-fold predictions, and their weights."""
+        scores = self._nonconformity(rows.y)
+        scored = ~np.isnan(scores)
+        self.nonconformity_ = np.stack([scores[scored], rows.weight[scored] / rows.weight.mean()])
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -170,18 +178,19 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     The models are the network of `tabular_network` with the hyperparameters that the shipped g predicts, draws around
     them, linear models, forests and boosted trees. Each is fitted on 8 folds. Greedy selection weights the models by
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
-    models and folds; no model is fitted again on all rows.
+    models and folds; no model is fitted again on all rows, except with `time`.
 
     Three shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the
-    time is over is not awaited, but its compilation may go on in the background. Boosted trees stop by the validation
-    rows of their fold, and the refined network uses all of them, so their out-of-fold scores are slightly optimistic.
+    time is over is not awaited, but its compilation may go on in the background. The refined network uses the
+    validation rows of all folds, so its out-of-fold score is slightly optimistic.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant" (the network with g's hyperparameters), "balanced" (14 models) or "best" (22).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
-      models: kinds of models to use, for example `("network", "lightgbm")`; None uses all that are installed.
+      models: kinds of models to use, for example `("network", "lightgbm")` or "linear"; None uses all that are
+        installed.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
@@ -216,9 +225,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         """Returns a set of labels for each row that has the true one with a given probability.
 
         A label is in the set if its probability p satisfies 1 − p ≤ q. Here q is the ⌈(n + 1) coverage⌉-th smallest
-        1 − p of the true labels of the n training rows, with their out-of-fold probabilities. The coverage holds on
-        average over rows that are exchangeable with the training rows; it is approximate, because a prediction
-        averages the models of all folds.
+        1 − p of the true labels of the n training rows, with their out-of-fold probabilities; with weights, their
+        weighted quantile. The coverage holds on average over rows that are exchangeable with the training rows; it is
+        approximate, because a prediction averages the models of all folds.
 
         Args:
           X: rows.
@@ -228,13 +237,12 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
           [n, C] bool, in the order of `classes_`. The most probable label is always in the set.
         """
         probabilities = self.predict_proba(X)
-        threshold = _ensemble.conformal_threshold(self.nonconformity_, _fraction(coverage))
+        threshold = _ensemble.conformal_threshold(*self.nonconformity_, _fraction(coverage))
         inside = 1 - probabilities <= threshold
         inside[np.arange(len(inside)), probabilities.argmax(axis=1)] = True
         return inside
 
-    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
-        y = _target(y, len(weight))
+    def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         if y.dtype == object:  # texts, and numbers or booleans among them
             self.classes_, codes = tasks.fit_labels(y)
         else:
@@ -249,10 +257,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     def _num_classes(self) -> int:
         return len(self.classes_)
 
-    def _keep_scores(self, rows) -> None:
-        p = self.ensemble_.out_of_fold
-        scored = ~np.isnan(p).any(axis=1)
-        self.nonconformity_ = 1 - p[scored, rows.y[scored]]
+    def _nonconformity(self, y: np.ndarray) -> np.ndarray:
+        return 1 - self.ensemble_.out_of_fold[np.arange(len(y)), y]
 
 
 class AutoRegressor(RegressorMixin, _AutoEstimator):
@@ -307,11 +313,10 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
           [n, 2] lower and upper ends.
         """
         predicted = self.predict(X)
-        half = self.scale_ * _ensemble.conformal_threshold(self.nonconformity_, _fraction(coverage))
+        half = self.scale_ * _ensemble.conformal_threshold(*self.nonconformity_, _fraction(coverage))
         return np.stack([predicted - half, predicted + half], axis=1)
 
-    def _fit_target(self, y, weight: np.ndarray) -> np.ndarray:
-        y = np.asarray(_target(y, len(weight)))
+    def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         if y.dtype.kind in "mMc":
             raise ValueError(f"The target must be numbers; got {y.dtype}. Convert it, for example to days.")
         try:
@@ -330,9 +335,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
     def _num_classes(self) -> int:
         return 0
 
-    def _keep_scores(self, rows) -> None:
-        error = np.abs(self.ensemble_.out_of_fold - rows.y)
-        self.nonconformity_ = error[~np.isnan(error)]
+    def _nonconformity(self, y: np.ndarray) -> np.ndarray:
+        return np.abs(self.ensemble_.out_of_fold - y)
 
 
 def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.DataFrame:
@@ -364,16 +368,30 @@ def _target(y, num_rows: int) -> np.ndarray:
     return y
 
 
-def _codes(values, num_rows: int, name: str) -> np.ndarray:
+def _one_per_row(values, num_rows: int, name: str) -> np.ndarray:
     values = column_or_1d(values)
     if len(values) != num_rows or pd.isna(values).any():
         raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows, none of them missing.")
+    return values
+
+
+def _group_codes(values, num_rows: int) -> np.ndarray:
+    values = _one_per_row(values, num_rows, "groups")
+    if values.dtype == object:  # values of different types cannot be sorted
+        values = values.astype(str)
     return np.unique(values, return_inverse=True)[1]
 
 
 def _times(values, num_rows: int) -> np.ndarray:
-    """Times as ranks: only their order is used."""
-    return _codes(values, num_rows, "time").astype(np.float64)
+    """Times as ranks: only their order is used. Texts are read as numbers or dates, since "10" < "9" as texts."""
+    values = _one_per_row(values, num_rows, "time")
+    if values.dtype.kind in "OSTU" and (values != values[0]).any():
+        encoder = tasks.fit_encoder({"time": values}, keep=("time",))
+        is_read = [code.kind for code in encoder.columns] in (["number"], ["time"])
+        values = encoder.transform({"time": values})[:, 0] if is_read else np.full(num_rows, np.nan)
+        if np.isnan(values).any():
+            raise ValueError("`time` must be numbers or dates; some of its values cannot be read as such.")
+    return np.unique(values, return_inverse=True)[1].astype(np.float64)
 
 
 def _fraction(coverage: float) -> float:

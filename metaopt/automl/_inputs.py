@@ -17,7 +17,7 @@ class TargetTable(NamedTuple):
     Attributes:
       column: its position in x.
       levels: [L] the codes of the levels.
-      values: [L, T] their smoothed target means: T = C for C > 2 classes, else 1.
+      values: [L, T] their smoothed target means: T = 1 for numbers and 2 classes, else the number of classes.
       default: [T] the target means of all rows, for unseen levels and gaps.
     """
 
@@ -51,6 +51,7 @@ def fit_inputs(
     repeats: np.ndarray,
     num_classes: int,
     seed: int,
+    units: np.ndarray | None = None,
 ) -> tuple[Inputs, Views]:
     """Fits the inputs on training rows.
 
@@ -62,15 +63,17 @@ def fit_inputs(
       repeats: positions of rows, repeated by their weight.
       num_classes: C, or 0 for regression.
       seed: of the folds of the target encoding.
+      units: [n] rows with the same number, such as a group or copies of a row, are in one fold of the target encoding.
 
     Returns:
       The fitted inputs, and the views of the training rows. Target encodings in these views are out of fold: a row's
       own target does not enter. So they differ from `apply_inputs` for the same rows.
     """
     tables, encoded = [], [np.zeros((len(x), 0))]
-    single = num_classes and len(np.unique(y)) == 1  # nothing to encode
+    units = np.arange(len(x)) if units is None else units
+    single = num_classes and len(np.unique(y[repeats])) == 1  # nothing to encode
     for column in np.flatnonzero(high_cardinality & (not single)):
-        table, values = _fit_target_table(x[:, column], int(column), y, num_classes, seed)
+        table, values = _fit_target_table(x[:, column], int(column), y, repeats, units, num_classes, seed)
         tables.append(table)
         encoded.append(values)
     targets = np.concatenate(encoded, axis=1)
@@ -110,23 +113,31 @@ def _views(inputs: Inputs, trees: np.ndarray, dense: np.ndarray) -> Views:
     return Views(*(part if part.shape[1] else none.astype(part.dtype) for part in (trees, filled, dense)))
 
 
-def _fit_target_table(codes, column: int, y, num_classes: int, seed: int) -> tuple[TargetTable, np.ndarray]:
+def _fit_target_table(
+    codes: np.ndarray, column: int, y: np.ndarray, repeats: np.ndarray, units: np.ndarray, num_classes: int, seed: int
+) -> tuple[TargetTable, np.ndarray]:
     from sklearn import model_selection
     from sklearn.preprocessing import TargetEncoder
 
-    kind = "continuous" if not num_classes else "binary" if num_classes == 2 else "multiclass"
+    num_present = len(np.unique(y[repeats]))
+    kind = "continuous" if not num_classes else "binary" if num_present == 2 else "multiclass"
     filled = np.where(np.isnan(codes), -1.0, codes)[:, None]
 
     def fit(rows):
-        return TargetEncoder(target_type=kind).fit(filled[rows], y[rows])
+        return _target_table(TargetEncoder(target_type=kind).fit(filled[rows], y[rows]), column)
 
-    table = _target_table(fit(slice(None)), column)
-    folds = model_selection.KFold(min(5, len(y)), shuffle=True, random_state=seed)
-    values = np.empty((len(y), len(table.default)))
-    for train, part in folds.split(y):
-        complete = not num_classes or len(np.unique(y[train])) == len(np.unique(y))
+    table = fit(repeats)
+    values = np.tile(table.default, (len(y), 1))
+    distinct, place = np.unique(units, return_inverse=True)
+    if len(distinct) < 2:
+        return table, values
+    folds = model_selection.KFold(min(5, len(distinct)), shuffle=True, random_state=seed)
+    for _, held_out in folds.split(distinct):
+        part = np.isin(place, held_out)
+        train = repeats[~part[repeats]]
         # Without a class, the encoder would have other columns.
-        values[part] = _look_up(_target_table(fit(train), column), codes[part]) if complete else table.default
+        if len(train) and (not num_classes or len(np.unique(y[train])) == num_present):
+            values[part] = _look_up(fit(train), codes[part])
     return table, values
 
 

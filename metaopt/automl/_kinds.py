@@ -37,11 +37,12 @@ class FoldData(NamedTuple):
       y: [n] classes 0..K-1, all of which occur, or numbers.
       weight: [n], with mean 1.
       valid_views: of the validation rows.
-      valid_y: [m], of the validation rows whose class occurs in `y`; boosting stops early by them.
-      valid_weight: [m].
+      valid_y: [m]; boosting stops early by them.
+      valid_weight: [m], zero for rows whose class does not occur in `y`.
       categorical: [k] bool, of the columns for trees.
       num_classes: K, or 0 for regression.
       seed: of the fit.
+      stops: whether boosting stops early; the same in all folds. If m = 0 it does not stop, and `settled` shortens it.
     """
 
     views: Views
@@ -53,6 +54,7 @@ class FoldData(NamedTuple):
     categorical: np.ndarray
     num_classes: int
     seed: int
+    stops: bool
 
 
 class Kind(NamedTuple):
@@ -64,6 +66,9 @@ class Kind(NamedTuple):
       predict: `(model, views) -> [n, K]` probabilities, or [n] numbers.
       dumps: `(model) -> bytes`, in the library's own format, without pickle.
       loads: `(bytes) -> model`.
+      best_rounds: `(model) -> int`, the round with the smallest validation loss, or 0 if it did not stop early. None
+        for kinds without rounds.
+      first_rounds: `(model, num) -> model`, its first rounds, or all of them for num = 0.
     """
 
     module: str
@@ -71,6 +76,8 @@ class Kind(NamedTuple):
     predict: Callable[[Any, Views, int], np.ndarray]
     dumps: Callable[[Any], bytes]
     loads: Callable[[bytes], Any]
+    best_rounds: Callable[[Any], int] | None = None
+    first_rounds: Callable[[Any, int], Any] | None = None
 
 
 def prepare_worker() -> None:
@@ -117,11 +124,39 @@ def predict(kind: str, model: Any, views: Views, num_classes: int) -> np.ndarray
     """Predicts rows: [n, K] probabilities, or [n] numbers if `num_classes` is 0."""
     import threadpoolctl
 
+    if not len(views.dense):  # libraries reject tables without rows
+        return np.zeros((0, num_classes) if num_classes else 0)
     if num_classes == 1:
         return np.ones((len(views.dense), 1))
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return np.asarray(KINDS[kind].predict(model, views, num_classes), np.float64)
+
+
+def settled(kind: str, models: list[Any], folds: list[FoldData]) -> list[tuple[Any, np.ndarray]]:
+    """Gives each boosted model the mean number of rounds at which the other folds stopped.
+
+    If the validation rows of its own fold chose the number, they would make its out-of-fold score too good. A single
+    fold keeps its own number.
+
+    Args:
+      kind: with rounds.
+      models: of all folds.
+      folds: their data.
+
+    Returns:
+      The shortened model of each fold, with its predictions of the validation rows.
+    """
+    best_rounds, first_rounds = KINDS[kind].best_rounds, KINDS[kind].first_rounds
+    assert best_rounds is not None and first_rounds is not None
+    best = np.array([0 if model is None else best_rounds(model) for model in models])
+    results = []
+    for i, (model, data) in enumerate(zip(models, folds, strict=True)):
+        others = np.delete(best, i)
+        rounds = round(others[others > 0].mean()) if (others > 0).any() else best[i]
+        model = None if model is None else first_rounds(model, int(rounds))
+        results.append((model, predict(kind, model, data.valid_views, data.num_classes)))
+    return results
 
 
 # --- scikit-learn ---
@@ -202,8 +237,7 @@ _TRUSTED = (
 
 # --- boosting ---
 
-# Few validation rows would choose a number of rounds that fits them: the out-of-fold score would be far too good.
-_LEAST_TO_STOP = 64
+LEAST_TO_STOP = 64  # validation rows of a fold; fewer would choose a number of rounds by chance
 _FIXED_ROUNDS = 150
 
 
@@ -226,11 +260,18 @@ def _fit_lightgbm(settings, data):
     names = [str(i) for i in range(data.views.trees.shape[1])]
     made = {"feature_name": names, "categorical_feature": levels, "free_raw_data": False}
     train = lightgbm.Dataset(data.views.trees, data.y, weight=data.weight, params={"verbosity": -1}, **made)
-    valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
-    stop = [lightgbm.early_stopping(patience, verbose=False)] if len(data.valid_y) >= _LEAST_TO_STOP else []
-    rounds = rounds if stop else min(rounds, _FIXED_ROUNDS)
-    booster = lightgbm.train(options, train, rounds, valid_sets=[valid] if stop else None, callbacks=stop)
-    return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration or None))
+    stop: dict[str, Any] = {}
+    if not data.stops:
+        rounds = min(rounds, _FIXED_ROUNDS)
+    elif len(data.valid_y):
+        valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
+        stop = {"valid_sets": [valid], "callbacks": [lightgbm.early_stopping(patience, verbose=False)]}
+    # Without the last argument it forgets the rounds after the best one, which other folds may need.
+    return lightgbm.train(options, train, rounds, **stop, keep_training_booster=True)
+
+
+def _first_lightgbm(model, num):
+    return importlib.import_module("lightgbm").Booster(model_str=model.model_to_string(num_iteration=num or -1))
 
 
 def _predict_lightgbm(model, views, num_classes):
@@ -258,13 +299,21 @@ def _fit_xgboost(settings, data):
     }
     train = xgboost.DMatrix(data.views.trees, data.y, weight=data.weight, nthread=1)
     stop: dict[str, Any] = {}
-    if len(data.valid_y) < _LEAST_TO_STOP:
+    if not data.stops:
         rounds = min(rounds, _FIXED_ROUNDS)
-    else:
+    elif len(data.valid_y):
         valid = xgboost.DMatrix(data.valid_views.trees, data.valid_y, weight=data.valid_weight, nthread=1)
         stop = {"evals": [(valid, "valid")], "early_stopping_rounds": patience, "verbose_eval": False}
-    booster = xgboost.train(options, train, rounds, **stop)
-    return booster[: booster.best_iteration + 1] if stop else booster
+    return xgboost.train(options, train, rounds, **stop)
+
+
+def _best_xgboost(model):
+    last = model.attr("best_iteration")  # counted from 0
+    return 0 if last is None else int(last) + 1
+
+
+def _first_xgboost(model, num):
+    return model[: min(num, model.num_boosted_rounds())] if num else model
 
 
 def _predict_xgboost(model, views, num_classes):
@@ -298,6 +347,8 @@ KINDS: dict[str, Kind] = {
         _predict_lightgbm,
         lambda model: model.model_to_string().encode(),
         _load_lightgbm,
+        lambda model: max(0, model.best_iteration),
+        _first_lightgbm,
     ),
     "xgboost": Kind(
         "xgboost",
@@ -305,5 +356,7 @@ KINDS: dict[str, Kind] = {
         _predict_xgboost,
         lambda model: bytes(model.save_raw("ubj")),
         _load_xgboost,
+        _best_xgboost,
+        _first_xgboost,
     ),
 }

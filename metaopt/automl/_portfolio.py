@@ -56,13 +56,13 @@ _XGBOOST = {
 _STOP = {"num_rounds": 1000, "patience": 50}
 
 
-def portfolio(problem: str, preset: str, kinds: tuple[str, ...] | None, num_rows: int) -> list[Member]:
+def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, num_rows: int) -> list[Member]:
     """Lists the models of a preset, the most useful ones first.
 
     Args:
       problem: "classification" or "regression".
       preset: "instant", "balanced" or "best".
-      kinds: the kinds to use, or None for all that are installed.
+      kinds: the kinds to use, one of them, or None for all that are installed.
       num_rows: of the table. Leaves of boosted trees must not need more rows than a small table has.
 
     Returns:
@@ -75,6 +75,9 @@ def portfolio(problem: str, preset: str, kinds: tuple[str, ...] | None, num_rows
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}; got {preset!r}.")
     known = ("network", *KINDS)
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    if kinds is not None and not len(kinds):
+        raise ValueError(f"`models` must name at least one of {', '.join(known)}, or be None; got none.")
     if kinds is not None and (unknown := [kind for kind in kinds if kind not in known]):
         raise ValueError(f"`models` may have {', '.join(known)}; got {', '.join(map(str, unknown))}.")
     if kinds is None:

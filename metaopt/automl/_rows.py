@@ -17,6 +17,7 @@ class TrainingRows(NamedTuple):
       x: [n, d] float64: numbers with NaN in gaps, and codes of categories.
       y: [n] classes 0..C-1 as int64, or numbers as float64.
       weight: [n] float64, positive.
+      copies: [n] int64; rows with the same number are copies of one observation.
       groups: [n] int64, or None.
       time: [n] float64, or None. With it, rows are in order of time.
     """
@@ -24,6 +25,7 @@ class TrainingRows(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     weight: np.ndarray
+    copies: np.ndarray
     groups: np.ndarray | None = None
     time: np.ndarray | None = None
 
@@ -45,7 +47,7 @@ def sorted_rows(
     """Sorts rows by their values, so that the result of `fit` does not depend on the order of the rows.
 
     Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. So a weight of 2
-    is the same as two equal rows.
+    is the same as two equal rows. In both cases `copies` keeps equal rows together, see `_are_copies`.
 
     Args:
       x: [n, d].
@@ -62,24 +64,48 @@ def sorted_rows(
         weight = np.ones(len(weight))
     else:
         index = np.arange(len(weight))
-    parts = [x, y[:, None], weight[:, None], *(part[:, None] for part in (groups, time) if part is not None)]
-    key = np.ascontiguousarray(np.concatenate(parts, axis=1, dtype=np.float64)[index])
-    key[np.isnan(key)] = np.nan  # one bit pattern
-    key += 0.0  # -0 becomes 0
-    view = key.view(np.dtype((np.void, key.dtype.itemsize * key.shape[1])))[:, 0]
-    index = index[np.argsort(view, kind="stable")]
+    observations = np.unique(_bytes(x, y[:, None]), return_inverse=True)[1].reshape(-1)
+    together = _are_copies(x, observations, len(index))
+    optional = [part for part in (groups, time) if part is not None]
+    key = _bytes(x, y[:, None], weight[:, None], *(part[:, None] for part in optional))
+    index = index[np.argsort(key[index], kind="stable")]
     if time is not None:
         index = index[np.argsort(time[index], kind="stable")]
-    optional = (None if part is None else part[index] for part in (groups, time))
-    return TrainingRows(x[index], y[index], weight[index], *optional)
+    copies = observations[index] if together else np.arange(len(index))
+    parts = (None if part is None else part[index] for part in (groups, time))
+    return TrainingRows(x[index], y[index], weight[index], copies, *parts)
+
+
+def _bytes(*parts: np.ndarray) -> np.ndarray:
+    """[n] the bytes of the numbers of each row; equal numbers have equal bytes."""
+    key = np.ascontiguousarray(np.concatenate(parts, axis=1, dtype=np.float64))
+    key[np.isnan(key)] = np.nan  # one bit pattern
+    key += 0.0  # -0 becomes 0
+    return key.view(np.dtype((np.void, key.dtype.itemsize * key.shape[1])))[:, 0]
+
+
+def _are_copies(x: np.ndarray, observations: np.ndarray, num_rows: int) -> bool:
+    """Whether equal rows are copies of one observation, which must not be in both parts of a split.
+
+    They are if rows hardly repeat before their weights do. They are, too, if a column has many different values (more
+    than folds), and rows with equal x have equal y. Otherwise equal rows of few values are different observations.
+    """
+    if not x.shape[1]:
+        return False
+    num_x, num_observations = len(np.unique(_bytes(x))), len(np.unique(observations))
+    if num_x >= 0.9 * len(x):
+        return True
+    num_values = max(len(np.unique(column)) for column in x.T)
+    agree = num_observations <= 1.1 * num_x
+    return agree and num_values >= max(NUM_FOLDS + 1, 0.5 * num_x) and num_rows <= _MAX_REPEATS * num_observations
 
 
 def repeated(weight: np.ndarray) -> np.ndarray:
     """Positions of rows, each repeated about as often as its weight says, in order.
 
-    Integer weights give exact counts. Other weights are scaled to a sum of n and rounded cumulatively.
+    Small integer weights give exact counts. Other weights are scaled to a sum of n and rounded cumulatively.
     """
-    if not np.array_equal(weight, np.round(weight)):
+    if not np.array_equal(weight, np.round(weight)) or weight.sum() > _MAX_REPEATS * len(weight):
         weight = weight * (len(weight) / weight.sum())
     counts = np.diff(np.round(np.cumsum(weight)).astype(int), prepend=0)
     return np.repeat(np.arange(len(weight)), counts)
@@ -88,13 +114,14 @@ def repeated(weight: np.ndarray) -> np.ndarray:
 def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     """Splits rows for out-of-fold predictions.
 
-    * By default 8 folds, stratified by class. More than 20,000 rows give one split, with an eighth for validation.
+    * By default 8 folds, stratified by class, with copies of a row in one fold. More than 20,000 rows give one split,
+      with an eighth for validation.
     * With groups, a group is in one fold.
     * With time, validation rows are later than training rows: 8 windows of equal length, each trained on all earlier
       ones. The rows of the first window are never validated. Of rows with groups, too, those whose group occurs in the
       validation window are left out of training.
 
-    A class with one row stays in the training part.
+    A class with one row (or copies of one) stays in the training part.
 
     Args:
       rows: by `sorted_rows`.
@@ -107,10 +134,10 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     Raises:
       ValueError: if there are fewer than 2 rows, groups or times, or if all classes have one row.
     """
-    parts = rows.time if rows.time is not None else rows.groups
-    num_parts = len(rows.y) if parts is None else len(np.unique(parts))
+    parts = next(part for part in (rows.time, rows.groups, rows.copies) if part is not None)
+    num_parts = len(np.unique(parts))
     if num_parts < 2:
-        unit = "n_samples = 1 row" if parts is None else "one time" if rows.time is not None else "one group"
+        unit = "one time" if rows.time is not None else "one group" if rows.groups is not None else "n_samples = 1 row"
         raise ValueError(f"The table has {unit}: at least two are needed to estimate a score.")
     if rows.time is not None:
         splits = _windows(rows, min(NUM_FOLDS, num_parts - 1))
@@ -119,11 +146,13 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     if len(rows.y) > MAX_FOLD_ROWS:
         splits = splits[-1:]
     if num_classes and rows.time is None and rows.groups is None:
-        alone = np.flatnonzero(np.bincount(rows.y, minlength=num_classes)[rows.y] == 1)
+        first = np.unique(rows.copies, return_index=True)[1]
+        alone = np.flatnonzero(np.bincount(rows.y[first], minlength=num_classes)[rows.y] == 1)
         splits = [Split(np.union1d(split.train, alone), np.setdiff1d(split.valid, alone)) for split in splits]
     splits = [split for split in splits if len(split.train) and len(split.valid)]
     if not splits:
-        raise ValueError("No row can be validated: every class has one row only.")
+        reason = "every class has one row only" if rows.groups is None else "no row has earlier rows of other groups"
+        raise ValueError(f"No row can be validated: {reason}.")
     return splits
 
 
@@ -144,14 +173,19 @@ def _folds(rows: TrainingRows, num_classes: int, num: int, seed: int) -> list[Sp
     from sklearn import model_selection
 
     options: dict[str, Any] = {"n_splits": num, "shuffle": True, "random_state": seed}
-    if rows.groups is not None:
-        kind = model_selection.StratifiedGroupKFold if num_classes else model_selection.GroupKFold
+    first, place = np.unique(rows.copies, return_index=True, return_inverse=True)[1:]
+    if rows.groups is not None:  # a group has all copies of a row
+        first = place = np.arange(len(rows.y))
+    y, groups = rows.y[first], None if rows.groups is None else rows.groups[first]
+    by_class = num_classes and np.bincount(y).max() >= 2
+    if by_class:  # more folds than rows in the largest class raise
+        options["n_splits"] = min(num, int(np.bincount(y).max()))
+    if groups is None:
+        kind = model_selection.StratifiedKFold if by_class else model_selection.KFold
     else:
-        kind = model_selection.StratifiedKFold if num_classes else model_selection.KFold
-        if num_classes:  # more folds than rows in the largest class raise
-            largest = int(np.bincount(rows.y).max())
-            options["n_splits"] = min(num, max(2, largest))
-            kind = model_selection.KFold if largest < 2 else kind
+        kind = model_selection.StratifiedGroupKFold if by_class else model_selection.GroupKFold
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about classes with fewer rows than folds
-        return [Split(*split) for split in kind(**options).split(rows.x, rows.y, rows.groups)]
+        parts = [part for _, part in kind(**options).split(y, y, groups)]
+    inside = [np.isin(place, part) for part in parts]
+    return [Split(np.flatnonzero(~valid), np.flatnonzero(valid)) for valid in inside]

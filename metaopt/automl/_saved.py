@@ -34,7 +34,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "python": platform.python_version(),
         "params": _params(estimator),
         "encoder": estimator.encoder_.state(),
-        "has_names": hasattr(estimator, "feature_names_in_"),
+        "feature_names": list(estimator.feature_names_in_) if hasattr(estimator, "feature_names_in_") else None,
         "suspected_leaks": list(estimator.suspected_leaks_),
         "ensemble": {
             "num_folds": len(ensemble.inputs),
@@ -55,14 +55,17 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     """Fills an unfitted estimator."""
     estimator.set_params(**header["params"])
-    if estimator.models is not None:
+    if isinstance(estimator.models, list):
         estimator.models = tuple(estimator.models)
     parts = header["ensemble"]
     num_folds, num_classes = int(parts["num_folds"]), int(parts["num_classes"])
     estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
     estimator.n_features_in_ = len(estimator.encoder_.input_names)
-    if header["has_names"]:
-        estimator.feature_names_in_ = np.array(estimator.encoder_.input_names, dtype=object)
+    names = header["feature_names"]  # the encoder has other names for equal ones
+    if names is not None:
+        if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):
+            raise ValueError("its names of columns do not fit its columns")
+        estimator.feature_names_in_ = np.array(names, dtype=object)
     members = []
     for fields in parts["members"]:
         name, kind, settings = fields["member"]
@@ -83,6 +86,8 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     )
     _check_prediction(estimator)
     estimator.nonconformity_ = file["nonconformity"]
+    if estimator.nonconformity_.ndim != 2 or len(estimator.nonconformity_) != 2:
+        raise ValueError("its nonconformity scores do not have weights")
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
     if num_classes:
@@ -110,9 +115,11 @@ def _check_prediction(estimator: Any) -> None:
 def _params(estimator: Any) -> dict[str, Any]:
     """The arguments of the estimator. A random generator is replaced by None."""
     params = estimator.get_params()
-    state = params["random_state"]
-    params["random_state"] = int(state) if isinstance(state, int | np.integer) else None
-    params["models"] = None if params["models"] is None else list(params["models"])
+    params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
+    state, models, limit = params["random_state"], params["models"], params["time_limit"]
+    params["random_state"] = state if isinstance(state, int) else None
+    params["models"] = list(models) if isinstance(models, tuple | list) else models
+    params["time_limit"] = None if limit is None or np.isinf(limit) else limit  # JSON has no infinity
     return params
 
 

@@ -234,7 +234,12 @@ class _Run:
         parts = self.parts[member.name]
         if len(parts) < len(self.work.folds):
             return None
-        self.results[member.name] = MemberResult(member, [parts[i] for i in range(len(parts))])
+        results = [parts[i] for i in range(len(parts))]
+        try:
+            self.results[member.name] = MemberResult(member, _settled(member.kind, results, self.work.folds))
+        except Exception as error:  # a library's
+            self.fail(member, error)
+            return None
         return self.results[member.name]
 
     def fail(self, member: Member, error: BaseException) -> None:
@@ -252,6 +257,17 @@ class _Run:
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _settled(kind: str, results: list[FoldResult], folds: list[FoldData]) -> list[FoldResult]:
+    """The results with the final number of rounds, for kinds that have rounds."""
+    if kind == "network" or _kinds.KINDS[kind].best_rounds is None:
+        return results
+    settled = _kinds.settled(kind, [result.model for result in results], folds)
+    return [
+        result._replace(model=model, predicted=predicted)
+        for result, (model, predicted) in zip(results, settled, strict=True)
+    ]
 
 
 _POOLS: dict[int, Any] = {}  # by number of workers

@@ -46,10 +46,11 @@ def _decode(header: dict[str, Any], file: _files.Npz) -> MetaOptimizer:
     for name, count in counts.items():
         _checks.check_positive(name, count)
     surrogates = {kind: _surrogate(kind, arrays) for kind in kinds}
-    options = counts | {"reads": header.get("reads")}
-    if options["reads"] not in (None, "table", "images"):
-        raise ValueError(f"`reads` is {options['reads']!r}, and should be 'table' or 'images'")
-    return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, header["candidates"], **options)
+    reads = header.get("reads")
+    if reads not in (None, "table", "images"):
+        raise ValueError(f"`reads` is {reads!r}, and should be 'table' or 'images'")
+    candidates = header["candidates"]
+    return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates, reads=reads, **counts)
 
 
 def _kinds(arrays: Mapping[str, Any]) -> list[str]:

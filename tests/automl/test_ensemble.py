@@ -82,10 +82,20 @@ def test_a_temperature_undoes_overconfidence():
 
 
 def test_conformal_thresholds_are_order_statistics():
-    scores = np.array([0.4, 0.1, 0.3, 0.2])
-    assert _ensemble.conformal_threshold(scores, 0.8) == 0.4  # ceil(5 · .8) = 4
-    assert _ensemble.conformal_threshold(scores, 0.5) == 0.3  # ceil(2.5) = 3
-    assert _ensemble.conformal_threshold(scores, 0.9) == math.inf  # five rows are needed
+    scores, ones = np.array([0.4, 0.1, 0.3, 0.2]), np.ones(4)
+    assert _ensemble.conformal_threshold(scores, ones, 0.8) == 0.4  # ceil(5 · .8) = 4
+    assert _ensemble.conformal_threshold(scores, ones, 0.5) == 0.3  # ceil(2.5) = 3
+    assert _ensemble.conformal_threshold(scores, ones, 0.9) == math.inf  # five rows are needed
+    for n in range(1, 40):
+        for coverage in (0.1, 0.3, 0.5, 0.7, 0.9):
+            rank = math.ceil(round((n + 1) * coverage, 9))
+            expected = rank - 1.0 if rank <= n else math.inf
+            assert _ensemble.conformal_threshold(np.arange(n), np.full(n, 0.3), coverage) == expected
+    # The weights 1, 2, 3, 4 of 0.1 to 0.4, and 2.5 of a new row: 0.2 has a share of 3 / 12.5, and 0.3 one of 6 / 12.5.
+    weight = np.array([4.0, 1.0, 3.0, 2.0])
+    assert _ensemble.conformal_threshold(scores, weight, 0.24) == 0.2
+    assert _ensemble.conformal_threshold(scores, weight, 0.25) == 0.3
+    assert _ensemble.conformal_threshold(scores, weight, 0.81) == math.inf
 
 
 def test_a_few_rows_that_are_all_right_do_not_make_probabilities_extreme():
