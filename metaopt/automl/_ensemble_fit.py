@@ -221,7 +221,8 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
             )
         if settings.get("num_refined"):
             used = [i for i, fold in enumerate(folds) if len(fold.split.valid)]
-            parts = ([part[i] for i in used] for part in (train, train_labels, valid, valid_labels))
+            select = lambda part: [part[i] for i in used]
+            parts = select(train), select(train_labels), select(valid), select(valid_labels)
             options = cache["hyperparams"], settings["num_refined"], seed
             hyperparams = _network_folds.refined(*parts, num_labels, *options)
         else:

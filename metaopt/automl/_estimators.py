@@ -237,7 +237,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
           [n, C] bool, in the order of `classes_`. The most probable label is always in the set.
         """
         probabilities = self.predict_proba(X)
-        threshold = _ensemble.conformal_threshold(*self.nonconformity_, _fraction(coverage))
+        scores, weight = self.nonconformity_
+        threshold = _ensemble.conformal_threshold(scores, weight, _fraction(coverage))
         inside = 1 - probabilities <= threshold
         inside[np.arange(len(inside)), probabilities.argmax(axis=1)] = True
         return inside
@@ -313,7 +314,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
           [n, 2] lower and upper ends.
         """
         predicted = self.predict(X)
-        half = self.scale_ * _ensemble.conformal_threshold(*self.nonconformity_, _fraction(coverage))
+        scores, weight = self.nonconformity_
+        half = self.scale_ * _ensemble.conformal_threshold(scores, weight, _fraction(coverage))
         return np.stack([predicted - half, predicted + half], axis=1)
 
     def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
