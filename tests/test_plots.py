@@ -242,6 +242,7 @@ def test_a_rank_diagram_has_room_for_its_names_and_bars():
     low, high = apart.get_xlim()
     places = [text.get_position()[0] for text in apart.texts]
     assert low < min(places) - 0.5 and high > max(places) + 0.5  # names extend outwards
+    assert min(places) < 1 and max(places) > 3  # and are outside the ranks
     joined = plots.critical_difference({name: rng.normal(size=60) for name in "abc"})
     heights = [axes.figure.get_size_inches()[1] for axes in (apart, joined)]
     assert len(drawn_ranks(joined)[1]) == 1 and heights[1] > heights[0] + 0.1

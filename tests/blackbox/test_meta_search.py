@@ -518,6 +518,7 @@ def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
         assert all(at[1.0][n].configuration == record.configuration for n, record in at[1 / 3].items() if n in at[1.0])
         first = {min(f for f in at if n in at[f]) for n in {r.trial for r in records}}
         assert len(first) == num_brackets
+        assert records[0].fidelity == pytest.approx(1 / 9)  # of the bracket with the largest share
         if num_brackets == 1:
             # About a third of each rung: what was among the best when it was promoted may have been overtaken since.
             for low, high in ((1 / 9, 1 / 3), (1 / 3, 1.0)):

@@ -375,6 +375,19 @@ def test_episodes_with_infinite_or_very_large_data_have_marks():
     assert np.isfinite(marks(large)) and marks(large) != marks(-large)
 
 
+def test_padding_of_a_query_set_stays_last():
+    """A method sees the real rows in random order, and padding behind them."""
+
+    def is_sorted(key, support, query):
+        return jnp.all(jnp.diff(query["mask"]) <= 0) * jnp.ones((1, 11, 4))
+
+    score = lambda outputs, query: outputs.min()
+    evaluated = few_shot.evaluate_episodes(
+        {"sorted": is_sorted}, {"s": sample}, KEY, num_episodes=8, score_fn=score, higher_is_better=True
+    )
+    assert (evaluated.scores["sorted"]["s"] == 1).all()
+
+
 def test_scores_of_masked_rows():
     query = {
         "y": jnp.array([0, 1, 1, 0]),

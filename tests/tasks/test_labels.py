@@ -81,3 +81,8 @@ def test_unseen_and_missing_levels_have_the_best_constant():
     x = np.where(y == 1, np.nan, 4.0)[:, None]
     assert tasks.suspected_leaks(x, y, ["a"], np.array([True])) == ("a",)
     assert tasks.suspected_leaks(x, y.astype(float), ["a"], np.array([True])) == ("a",)
+    y = np.arange(600) % 11.0
+    rare = np.flatnonzero(y == 5)[:2]  # two new levels, whose target is the mean
+    x = y.copy()
+    x[rare] = [100, 101]
+    assert tasks.suspected_leaks(x[:, None], y, ["a"], np.array([True])) == ("a",)
