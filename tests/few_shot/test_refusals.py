@@ -143,7 +143,7 @@ REFUSALS = [
         r'the learned rates as "rate".*got a dict of \[\'init\'\].*are fixed\?',
     ),
     (fit_on_single_episodes, ValueError, r"the number of tasks as its leading axis.*`tasks.episode_batches"),
-    (lambda: hypergrad.over_tasks(few_shot.maml(loss)), AttributeError, "Adaptation"),
+    (lambda: hypergrad.over_tasks(few_shot.maml(loss)), ValueError, "must be a `base.Estimator`.*got .Adaptation"),
     (lambda: estimate_of_classes(few_shot.ridge_head(features), **BATCH), ValueError, "takes one task"),
     (
         lambda: estimate_of_classes(few_shot.ridge_head(features, loss=few_shot.mean_squared_error), y=jnp.ones(4)),
