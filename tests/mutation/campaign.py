@@ -3,7 +3,7 @@
     python tests/mutation/campaign.py draw --seed 0 --num 150      # writes mutants.json
     python tests/mutation/campaign.py run --workers 2              # hours; continues where it was stopped
     python tests/mutation/campaign.py report                       # writes mutants.md
-    python tests/mutation/campaign.py move                         # after the code has moved: where its places are now
+    python tests/mutation/campaign.py move                         # finds the places again after the code has moved
 
 Each list has its own folder: `--folder tests/mutation/seed_1` before the command.
 
@@ -200,13 +200,20 @@ def draw(seed: int, num: int) -> list[Mutant]:
     return drawn
 
 
-def moved(mutant: Mutant) -> Mutant:
-    """The same fault in today's file, at the nearest line."""
-    fault = (mutant.operator, mutant.was, mutant.text)
-    same = [m for m in places(ROOT / mutant.file) if (m.operator, m.was, m.text) == fault]
-    if not same:
-        raise ValueError(f"{mutant.file} has no {mutant.was!r} any more (it was in line {mutant.line}).")
-    return min(same, key=lambda m: abs(m.line - mutant.line))._replace(test=mutant.test)
+def moved(mutant: Mutant, number: int, everywhere: list[Mutant]) -> Mutant:
+    """The same fault in today's files: in its own file, or else in another one, at the nearest line.
+
+    If its code is gone, another place of its operator and room is drawn, with `number` as the seed.
+    """
+    fault, own = (mutant.operator, mutant.was, mutant.text), ROOT / mutant.file
+    same = [m for m in everywhere if (m.operator, m.was, m.text) == fault]
+    near = [m for m in same if ROOT / m.file == own] or same
+    if near:
+        return min(near, key=lambda m: abs(m.line - mutant.line))._replace(test=mutant.test)
+    kind = (mutant.operator, room_of(mutant.file))
+    drawn = random.Random(number).choice([m for m in everywhere if (m.operator, room_of(m.file)) == kind])
+    print(f"{number}: {mutant.was!r} of {mutant.file}:{mutant.line} is gone; now {drawn.file}:{drawn.line}")
+    return drawn
 
 
 # ---- Running ------------------------------------------------------------------------------------------------------
@@ -361,7 +368,8 @@ def main() -> None:
     if options.command == "draw":
         write(options.folder, draw(options.seed, options.num))
     elif options.command == "move":
-        write(options.folder, [moved(mutant) for mutant in read(options.folder)])
+        everywhere = [m for file in sorted((ROOT / "metaopt").rglob("*.py")) for m in places(file)]
+        write(options.folder, [moved(m, number, everywhere) for number, m in enumerate(read(options.folder))])
     elif options.command == "run":
         run(options.folder, options.workers, options.stages)
     else:
