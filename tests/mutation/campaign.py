@@ -209,7 +209,8 @@ def moved(mutant: Mutant, number: int, everywhere: list[Mutant]) -> Mutant:
     same = [m for m in everywhere if (m.operator, m.was, m.text) == fault]
     near = [m for m in same if ROOT / m.file == own] or same
     if near:
-        return min(near, key=lambda m: abs(m.line - mutant.line))._replace(test=mutant.test)
+        distance = lambda m: (abs(m.line - mutant.line), abs(m.start - mutant.start))
+        return min(near, key=distance)._replace(test=mutant.test)
     kind = (mutant.operator, room_of(mutant.file))
     drawn = random.Random(number).choice([m for m in everywhere if (m.operator, room_of(m.file)) == kind])
     print(f"{number}: {mutant.was!r} of {mutant.file}:{mutant.line} is gone; now {drawn.file}:{drawn.line}")
