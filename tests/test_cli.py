@@ -245,3 +245,20 @@ def test_the_doctor_returns_3_for_a_wrong_gradient(monkeypatch, capsys):
 
     monkeypatch.setattr(hypergrad, "check", lambda *_: SimpleNamespace(passed=False))
     assert _run("doctor") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "first"),
+    [
+        ("Length, cm;Width, cm;Price\n1.5;2.5;3\n", ["Length, cm", "Width, cm", "Price"], [1.5, 2.5, 3]),
+        ("Length, cm;Width, cm;Price\n1,5;2,5;3\n", ["Length, cm", "Width, cm", "Price"], ["1,5", "2,5", 3]),
+        ("\n\na\n1\n2\n", ["a"], [1]),
+        ("\tvalue\n0\t1.5\n", ["Unnamed: 0", "value"], [0, 1.5]),
+        ("a,b\n1,2\n", ["a", "b"], [1, 2]),
+    ],
+)
+def test_the_delimiter_and_the_header_are_found(text, columns, first, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    frame = _cli._read(path)
+    assert list(frame.columns) == columns and frame.iloc[0].tolist() == first

@@ -2,6 +2,7 @@
 
 import abc
 import logging
+import numbers
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
           X: [n, d] a pandas or polars frame, or an array: numbers, categories, booleans, dates and texts, with missing
             values.
           y: [n] the target.
-          sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two equal rows.
+          sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two rows, which stay together in
+            splits. Rows that are equal themselves stay together if rows hardly repeat, or if a column has many
+            different values. Otherwise they are different observations; pass `groups` if they are not.
           groups: [n] for example patients: rows of one group are never in both parts of a split.
           time: [n] numbers or dates, also as texts. Models are validated on rows that are later than their training
             rows, and models of all rows predict new rows.
@@ -180,9 +183,10 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
     models and folds; no model is fitted again on all rows, except with `time`.
 
-    Three shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the
-    time is over is not awaited, but its compilation may go on in the background. The refined network uses the
-    validation rows of all folds, so its out-of-fold score is slightly optimistic.
+    Shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the time is
+    over is not awaited, but its compilation may go on in the background. Some out-of-fold scores are slightly
+    optimistic: g reads the meta-features of all rows, the refined network uses the validation rows of all folds, and
+    with a single split (more than 20,000 rows) boosted trees stop by its validation rows.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
@@ -273,7 +277,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant", "balanced" or "best".
       eval_metric: "rmse" (default), "mae" or "r2": the score that the weights maximize.
-      models: kinds of models to use; None uses all that are installed.
+      models: kinds of models to use, for example `("linear", "lightgbm")` or "linear"; None uses all that are
+        installed.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
@@ -303,8 +308,9 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         """Returns an interval for each row that has the true target with a given probability.
 
         The interval is the prediction ± q, where q is the ⌈(n + 1) coverage⌉-th smallest absolute error of the n
-        out-of-fold predictions. All rows get intervals of the same length. The coverage holds on average over rows that
-        are exchangeable with the training rows; it is approximate, as in `AutoClassifier.predict_set`.
+        out-of-fold predictions; with weights, their weighted quantile. All rows get intervals of the same length. The
+        coverage holds on average over rows that are exchangeable with the training rows; it is approximate, as in
+        `AutoClassifier.predict_set`.
 
         Args:
           X: rows.
@@ -379,9 +385,13 @@ def _one_per_row(values, num_rows: int, name: str) -> np.ndarray:
 
 def _group_codes(values, num_rows: int) -> np.ndarray:
     values = _one_per_row(values, num_rows, "groups")
-    if values.dtype == object:  # values of different types cannot be sorted
-        values = values.astype(str)
-    return np.unique(values, return_inverse=True)[1]
+    if values.dtype != object:
+        return np.unique(values, return_inverse=True)[1]
+    codes, groups = pd.factorize(values)  # by equality: values of different types cannot be sorted
+    text = [str(float(group)) if isinstance(group, numbers.Real) else str(group) for group in groups]
+    rank = np.empty(len(text), int)
+    rank[sorted(range(len(text)), key=text.__getitem__)] = np.arange(len(text))  # whatever the order of the rows
+    return rank[codes]
 
 
 def _times(values, num_rows: int) -> np.ndarray:

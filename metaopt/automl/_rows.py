@@ -46,8 +46,8 @@ def sorted_rows(
 ) -> TrainingRows:
     """Sorts rows by their values, so that the result of `fit` does not depend on the order of the rows.
 
-    Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. So a weight of 2
-    is the same as two equal rows. In both cases `copies` keeps equal rows together, see `_are_copies`.
+    Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. `copies` keeps
+    equal rows together if `_are_copies`: then a weight of 2 is the same as two equal rows.
 
     Args:
       x: [n, d].

@@ -4,7 +4,7 @@ An earlier task is described by these features if `train_meta_optimizer(datasets
 `MetaOptimizer.predict(x, y)`. They need no scaling: features are ranked among those of earlier tasks (`rank_features`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ TABLE_FEATURES = (
 )
 _GROUPS = ("simple", "statistical", "information_theoretic")
 _NUM_CLASSES = 4  # into which a numeric target is cut
+_MOST_CLASSES = 20  # of floating-point numbers that are classes
 
 
 def is_dataset(task: Any) -> bool:
@@ -37,6 +38,21 @@ def is_dataset(task: Any) -> bool:
     if isinstance(task, tasks.Table):
         return True
     return isinstance(task, (tuple, list)) and len(task) == 2 and len(np.shape(task[0])) > 1
+
+
+def check_datasets(names: Sequence[str], datasets: Mapping[str, Any]) -> None:
+    """Raises ValueError if a task of the records has no entry, or if entries have different forms."""
+    missing = [name for name in names if name not in datasets]
+    if missing:
+        raise ValueError(f"`datasets` lacks {len(missing)} of the records' tasks, such as {missing[0]!r}.")
+    for name, dataset in datasets.items():
+        if not is_dataset(dataset) and not isinstance(dataset, Mapping):
+            raise ValueError(
+                f"`datasets` must have a `tasks.Table`, a pair (x, y) with x of two or more axes, or a dict of rows; "
+                f"{name!r} has a {type(dataset).__name__}."
+            )
+    if len({is_dataset(dataset) for dataset in datasets.values()}) > 1:
+        raise ValueError("`datasets` must all be tables and pairs (x, y), or all be dicts of rows; got both.")
 
 
 def kind_of(dataset: Any) -> str:
@@ -49,7 +65,8 @@ def dataset_features(dataset: Any) -> np.ndarray:
 
     Args:
       dataset: a `tasks.Table`, or a pair (x, y). x is [n, columns], [n, height, width] or [n, height, width, channels];
-        y has n labels of any type. Numbers with fractions are a target, which is cut into four classes.
+        y has n labels of any type. Floating-point numbers with fractions, or with more than 20 different values, are
+        cut into four classes.
 
     Raises:
       ValueError: if x is not numeric, or if x and y do not fit together.
@@ -86,7 +103,10 @@ def features_of_datasets(datasets: Mapping[str, Any], features: Any = None) -> t
 
 
 def _labels(y: np.ndarray) -> np.ndarray:
-    """[n] integers from 0: the classes of y, or the quarters of a target with fractions."""
-    if y.dtype.kind == "f" and (y % 1 != 0).any():
+    """[n] integers from 0: the classes of y, or the quarters of a numeric target."""
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise ValueError(f"y must be finite; {(~np.isfinite(y)).sum()} of {len(y)} entries are not.")
+    values, codes = np.unique(y, return_inverse=True)
+    if y.dtype.kind == "f" and (len(values) > _MOST_CLASSES or (values % 1 != 0).any()):
         return np.searchsorted(np.quantile(y, np.arange(1, _NUM_CLASSES) / _NUM_CLASSES), y)
-    return np.unique(y, return_inverse=True)[1]
+    return codes

@@ -9,7 +9,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt.blackbox import _surrogates
-from metaopt.blackbox._datasets import features_of_datasets, is_dataset
+from metaopt.blackbox._datasets import check_datasets, features_of_datasets, is_dataset
 from metaopt.blackbox._earlier_trials import (
     as_records,
     by_task,
@@ -117,9 +117,10 @@ def train_meta_optimizer(
       features: task name -> [F] numbers, NaN if unknown (`transform` of `tasks.fit_scaling`). All features of a
         task without an entry are unknown. A warning is given if some tasks lack entries and some entries match no task.
       datasets: task name -> its labeled data, in place of `features`: a `tasks.Table`, or a pair (x, y) of rows [n, d]
-        or images [n, height, width] or [n, height, width, channels], and n labels. Thirteen meta-features describe a
-        table (size, classes, correlation, information), and `tasks.image_features` describe images. The result then
-        has `predict(x, y)`.
+        or images [n, height, width] or [n, height, width, channels], and n labels. A numeric target (floating-point,
+        with fractions or more than 20 values) is cut into four classes. Thirteen meta-features describe a table (size,
+        classes, correlation, information), and `tasks.image_features` describe images. The result then has
+        `predict(x, y)`.
         Or task name -> a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows (as in
         `predictors.dataset_embedding`) is then trained jointly with the weights of tasks, and appended to the features.
         A new task must then have its `train`. Give a precomputed embedding as `features` instead.
@@ -154,8 +155,8 @@ def train_meta_optimizer(
       ValueError: if `candidates` is empty, or a candidate does not fit the space.
       ValueError: if features have different lengths.
       ValueError: if `features` or `families` have none of the records' tasks.
-      ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows. Also if they are tables or
-        images, and `features` are given too.
+      ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows; if its entries have different
+        forms; or if they are tables or images, and `features` are given too.
       ValueError: if `costs` is True and no task has records of different costs.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
@@ -212,6 +213,8 @@ def train_meta_optimizer(
         raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
     family = [name if families is None else families.get(name, name) for name in names]
     reads = None
+    if datasets is not None:
+        check_datasets(names, datasets)
     if datasets and all(map(is_dataset, datasets.values())):
         reads, features, datasets = *features_of_datasets(datasets, features), None
     given_features = features_by_task(names, features)

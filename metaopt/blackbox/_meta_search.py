@@ -129,7 +129,7 @@ class MetaOptimizer(NamedTuple):
     when they are called.
 
     Attributes:
-      predict: `(new_task) -> configuration`, as plain values by name.
+      predict: `(new_task) -> configuration` or `(x, y) -> configuration`, as plain values by name.
       portfolio: `(num, new_task) -> configurations`.
       suggest: `(configurations, outcomes, new_task, *, num, acquisition, pending, key) -> configurations`: fine-tuning
         with trials that the caller keeps.

@@ -54,7 +54,7 @@ def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any, reads: str | No
     elif is_dataset(new_task) and not isinstance(new_task, tasks.Table):
         raise ValueError(
             f"The new task is {_A[kind_of(new_task)]} and its labels, but training had {_A[reads]}. Pass the data of "
-            "earlier tasks to `train_meta_optimizer(datasets=)`, as pairs (x, y)."
+            "earlier tasks to `train_meta_optimizer(datasets=)`, as pairs (x, y) and not as dicts."
         )
     features, stacklevel = features_of(new_task), 4
     num_features = len(surrogate.sorted_features)

@@ -60,10 +60,10 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6, normal: bool = False) -> Solve
     direction, and does not report its number of products.)
 
     Args:
-      num_steps: the maximum number of steps, with one product each; at least 1.
+      num_steps: the maximum number of steps, at least 1; one product each, or two if `normal`.
       tol: stops once ‖Av − b‖ ≤ tol ‖b‖, for the residual that the recurrence carries. With 0 it takes all steps.
       normal: solves the normal equations AᵀA v = Aᵀb instead, for any nonsingular A, including indefinite Hessians.
-        This squares the condition number and takes two products per step.
+        This squares the condition number, and `tol` refers to ‖Aᵀ(Av − b)‖ ≤ tol ‖Aᵀb‖.
 
     Returns:
       A `Solver` that starts from the guess. It needs the memory of four vectors like θ.

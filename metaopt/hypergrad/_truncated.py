@@ -63,8 +63,8 @@ def truncated(
     Raises:
       ValueError: if a count is below 1, K does not divide T, or `outer` or `remat` is unknown.
 
-    Source: Shaban et al., AISTATS 2019, https://arxiv.org/abs/1810.10667; the bias: Wu et al., ICLR 2018,
-      https://arxiv.org/abs/1803.02021.
+    Source: Shaban et al., AISTATS 2019, https://arxiv.org/abs/1810.10667; T1–T2: Luketina et al., ICML 2016,
+      https://arxiv.org/abs/1511.06727; the bias: Wu et al., ICLR 2018, https://arxiv.org/abs/1803.02021.
     """
     _unroll.check_windows(num_steps, truncation_length)
     _unroll.check_steps(truncation_length, remat)

@@ -148,11 +148,11 @@ def _to_darts(genotype: Genotype) -> str:
     """
     parts = []
     for kind, edges in genotype.items():
-        targets = sorted(t for _, t, _ in edges)
+        targets = sorted(operator.index(t) for _, t, _ in edges)
         nodes = range(2, targets[-1] + 1) if targets else range(0)
         if not targets or targets != [t for t in nodes for _ in range(2)] or any(not 0 <= s < t for s, t, _ in edges):
             raise ValueError(f"DARTS's form has two edges from earlier nodes into every node; {kind!r} has {edges}.")
-        pairs = [(op, s) for s, _, op in sorted(edges, key=by_target)]
+        pairs = [(op, operator.index(s)) for s, _, op in sorted(edges, key=by_target)]
         parts += [f"{kind}={pairs}", f"{kind}_concat={nodes}"]
     return f"Genotype({', '.join(parts)})"
 

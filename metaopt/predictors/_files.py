@@ -20,8 +20,8 @@ class TrainedPredictor(NamedTuple):
       meta_params: φ, with the shapes of `predictor.init`. (If `meta_architecture_search` learned {"h", "init"}, this is
         the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
       scaling: of raw meta-features, with which `scaled_features` computes `task.features`; None if there is none.
-      trained_on: the tasks that g learned from: name -> hash of the rows, or another text that identifies them. It
-        shows whether g may have seen a table on which it is judged.
+      trained_on: the tasks that g learned from, so that a judgment can leave them out: name -> any text that identifies
+        the rows. For the shipped g it is `row_hash` of `experiments/data/corpus`.
     """
 
     predictor: base.Predictor

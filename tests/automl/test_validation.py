@@ -87,6 +87,9 @@ def test_groups_may_have_mixed_types():
     first = automl.AutoClassifier(**QUICK).fit(X, Y, groups=mixed)
     second = automl.AutoClassifier(**QUICK).fit(X, Y, groups=mixed.astype(str))
     np.testing.assert_array_equal(first.predict_proba(X), second.predict_proba(X))
+    mixed[1::8] = 1.0  # equal to 1: the same group
+    third = automl.AutoClassifier(**QUICK).fit(X, Y, groups=mixed)
+    np.testing.assert_array_equal(first.predict_proba(X), third.predict_proba(X))
 
 
 def test_a_group_without_earlier_rows_of_other_groups_is_an_error_that_says_so():

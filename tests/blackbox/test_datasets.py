@@ -69,6 +69,22 @@ def test_a_target_with_fractions_is_cut_into_quarters():
     assert values["nr_class"] == 4 and values["class_ent"] == 2  # bits: equal shares
 
 
+def test_datasets_that_do_not_fit_the_records():
+    rng = np.random.default_rng(0)
+    records = [base.Record(name, {"x": x}, x) for name in "ab" for x in (0.1, 0.9)]
+    a, b = rows_of(0.5, rng), rows_of(0.9, rng)
+    as_dict = {"x": a[0], "y": np.zeros(40, int), "class_mask": np.ones(2)}
+    for datasets, message in (
+        ({"a": a}, "`datasets` lacks 1 of the records' tasks, such as 'b'"),
+        ({"c": a}, "`datasets` lacks 2 of the records' tasks"),
+        ({"a": a, "b": as_dict}, "or all be dicts of rows; got both"),
+        ({"a": a, "b": (np.zeros(3), np.zeros(3))}, "x of two or more axes.*'b' has a tuple"),
+        ({"a": a, "b": (b[0], np.full(40, np.nan))}, "y must be finite; 40 of 40"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            blackbox.train_meta_optimizer(records, space=SPACE, datasets=datasets, num_steps=0)
+
+
 def test_features_are_not_datasets():
     for features in (None, [0.3, 0.1], (0.3, 0.1), np.zeros(2), base.Task(None, None, [0.3])):
         assert not _datasets.is_dataset(features)
@@ -82,7 +98,13 @@ def test_wrong_datasets():
         ("all be tables", {"datasets": {"a": table, "b": images}}),
         ("Give either", {"datasets": {"a": table, "b": table}, "features": {"a": [0.0], "b": [1.0]}}),
         ("one entry for each row", {"datasets": {"a": table, "b": (table[0], table[1][1:])}}),
-        ("none of the records' tasks", {"datasets": {"c": table}}),
     ):
         with pytest.raises(ValueError, match=message):
             train(**kwargs)
+
+
+def test_numeric_targets_of_a_corpus_are_cut_alike():
+    rng = np.random.default_rng(0)
+    x, price = rng.normal(size=(60, 3)), rng.normal(size=60) * 40 + 200
+    classes = [_datasets.dataset_features((x, y))[2] for y in (price, price.round(), (price > 200) * 1.0)]
+    assert classes == [4, 4, 2]

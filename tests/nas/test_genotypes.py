@@ -151,6 +151,15 @@ BAD_JSON = [
 ]
 
 
+def test_text_of_darts_with_numpys_integers():
+    genotype = nas.genotype_from_text(DARTS_V2, form="darts")
+    of_numpy = {kind: tuple((np.int64(s), np.int64(t), op) for s, t, op in edges) for kind, edges in genotype.items()}
+    text = nas.genotype_to_text(of_numpy, form="darts")
+    assert text == nas.genotype_to_text(genotype, form="darts") and "np." not in text
+    with pytest.raises(TypeError, match="integer"):
+        nas.genotype_to_text({kind: ((0.0, 2, "none"), (1, 2, "none")) for kind in genotype}, form="darts")
+
+
 def test_json_of_numpys_integers():
     edges = np.array([[0, 1], [1, 2]])
     genotype = {"cell": tuple((s, t, "mlp") for s, t in edges)}
