@@ -237,9 +237,9 @@ def stages(mutant: Mutant) -> list[list[str]]:
     stems = {file.stem.strip("_"), *(part.strip("_") for part in file.parts[1:-1])}
     room = ROOT / "tests" / room_of(mutant.file)
     pattern = re.compile(rf"test_({'|'.join(map(re.escape, sorted(stems)))})(_.*)?\.py")
-    folder = room if room.is_dir() else ROOT / "tests"
+    folders = {room, ROOT / "tests"}
     relative = lambda files: sorted(str(f.relative_to(ROOT)) for f in files)
-    near = relative(f for f in folder.glob("test_*.py") if pattern.fullmatch(f.name))
+    near = relative(f for folder in folders for f in folder.glob("test_*.py") if pattern.fullmatch(f.name))
     batteries = relative((ROOT / "tests").glob("test_*.py"))
     batteries = [f for f in batteries if not re.search("experiment|benchmarks|notebook|reproductions|house", f)]
     return [[mutant.file, *near], relative([room]) if room.is_dir() else [], batteries, ["tests", "metaopt"]]
