@@ -11,8 +11,7 @@ Each list has its own folder: `--folder tests/mutation/seed_1` before the comman
 turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
 applies one mutant at a time to a copy of the repository and runs, up to the number of `--stages`, the tests of its
 file, those of its room, the batteries over all rooms, and the whole suite. The test that detected it in the last
-campaign comes first, and need fail only once. Otherwise a mutant is detected if a test fails twice or the tests run 25
-minutes. A later run with more stages continues with the survivors of fewer.
+campaign comes first. A mutant is detected if a test fails twice or the tests run 25 minutes. A later run with more stages continues with the survivors of fewer.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
@@ -260,8 +259,8 @@ def first_failure(copy: pathlib.Path, targets: list[str]) -> str:
 
 
 def fails_again(copy: pathlib.Path, test: str) -> bool:
-    """Whether the test of the last campaign, where it failed twice, still exists and fails."""
-    return first_failure(copy, [test]).startswith(test)
+    """Whether the test of the last campaign still exists and fails twice."""
+    return all(first_failure(copy, [test]) == test for _ in range(2))
 
 
 def outcome(copy: pathlib.Path, mutant: Mutant, which: slice) -> tuple[str, str]:
