@@ -11,7 +11,8 @@ Each list has its own folder: `--folder tests/mutation/seed_1` before the comman
 turns, and within a room operators take turns, so that neither a large room nor a frequent operator dominates. `run`
 applies one mutant at a time to a copy of the repository and runs, up to the number of `--stages`, the tests of its
 file, those of its room, the batteries over all rooms, and the whole suite. The test that detected it in the last
-campaign comes first. A mutant is detected if a test fails twice or the tests run 25 minutes. A later run with more stages continues with the survivors of fewer.
+campaign comes first. A mutant is detected if a test fails twice or the tests run 25 minutes. A later run with more
+stages continues with the survivors of fewer.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
