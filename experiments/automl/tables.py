@@ -6,7 +6,7 @@ families of `families.json` are for judging: they were fixed before the first ru
 
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
-    python experiments/automl/tables.py --ablations      # adds the estimator without one of its parts, on 15 tables
+    python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on 15 of the tables
 
 A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
 tables of the folder that the environment variable METAOPT_DATA names.
@@ -65,7 +65,11 @@ def load(args) -> list[Split]:
             if table.family in names and table.family not in chosen:
                 chosen[table.family] = _split(table, is_class, args.seed)
     splits = [chosen[family] for family in sorted(chosen)]
-    return splits[:: max(1, len(splits) // 2)][:2] if args.smoke else splits[: args.tables]
+    if args.smoke:
+        return splits[:: max(1, len(splits) // 2)][:2]
+    if args.ablations:  # fifteen, evenly from the sorted families
+        splits = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, 15).round().astype(int))]
+    return splits[: args.tables]
 
 
 def _split(table: tasks.Table, is_class: bool, seed: int) -> Split:
@@ -96,7 +100,26 @@ def auto(split: Split, seed: int, args, **options: Any):
         "estimate": -model.score_ * (1 if split.is_class else model.scale_),
         "weights": {row.model: row.weight for row in model.leaderboard_.itertuples() if row.weight},
     }
+    if args.ablations and not options:
+        details["also"] = _parts_removed(model, test, split)
     return (_aligned(predicted, model.classes_, split) if split.is_class else predicted), details
+
+
+def _parts_removed(model: Any, test: pd.DataFrame, split: Split) -> dict[str, tuple[float, float]]:
+    """Losses of the same fit without its ensemble (with its temperature), and without calibration."""
+    whole, changed = model.ensemble_, {}
+    best = whole.members[0]._replace(weight=1.0)
+    variants = {"best model only": whole._replace(members=[best])}
+    if split.is_class:
+        variants["without calibration"] = whole._replace(temperature=1.0)
+    for name, variant in variants.items():
+        model.ensemble_ = variant
+        predicted = (
+            _aligned(model.predict_proba(test), model.classes_, split) if split.is_class else model.predict(test)
+        )
+        changed[name] = loss(predicted, split)
+    model.ensemble_ = whole
+    return changed
 
 
 def plain(make: Callable[[Split, int, Any], Any]):
@@ -186,11 +209,11 @@ def methods(args) -> dict[str, Callable]:
         "metaopt instant": lambda split, seed, args: auto(split, seed, args, preset="instant"),
         "metaopt": auto,
     }
+    if args.ablations:
+        return {"metaopt": auto} | {f"metaopt {name}": _with(options) for name, options in ABLATIONS.items()}
     if args.peers is not None:
         labels = sorted({file.stem.split(", ", 1)[1] for file in args.peers.glob("*.json")})
         chosen |= {label: peer(label, args.peers) for label in labels}
-    if args.ablations:
-        chosen |= {f"metaopt {name}": _with(options) for name, options in ABLATIONS.items()}
     return chosen
 
 
@@ -219,41 +242,55 @@ def loss(predicted: np.ndarray, split: Split) -> tuple[float, float]:
 
 
 def report(splits: list[Split], results: dict[str, list[dict]]) -> str:
-    """The table of all methods, by problem and by size, and paired differences to a tuned forest."""
-    parts = []
+    """Tables of all methods by problem and by size, with paired differences to metaopt, and ranks over all."""
+    parts, ranks = [], []
     for is_class in (True, False):
         rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
         if not rows:
             continue
         losses = {name: np.array([values[i]["loss"] for i in rows]) for name, values in results.items()}
-        ranks = dict(zip(losses, _ranks(np.stack(list(losses.values()))).mean(axis=1), strict=True))
+        ranks.append(_ranks(np.stack(list(losses.values()))))
+        mean_ranks = dict(zip(losses, ranks[-1].mean(axis=1), strict=True))
         sizes = np.array([len(splits[i].table.y) for i in rows])
         unit = "test log loss" if is_class else "test RMSE / deviation"
         inside = {name: (sizes >= low) & (sizes < high) for name, (low, high) in SIZES.items()}
-        header = [f"{len(rows)} tables", unit, "mean rank", *(f"{n} ({m.sum()})" for n, m in inside.items()), "s"]
-        header.append("difference to the tuned forest [95 %]")
+        header = [f"{len(rows)} tables", unit, "mean rank", *(f"{n} ({m.sum()})" for n, m in inside.items())]
+        header += ["s to fit", "s to predict", "difference to metaopt [95 %]"]
         table = []
         for name, values in losses.items():
-            seconds = np.mean([results[name][i].get("fit", 0.0) for i in rows])
+            seconds = [np.mean([results[name][i].get(part, 0.0) for i in rows]) for part in ("fit", "predict")]
             by_size = [f"{values[m].mean():.4f}" if m.any() else "" for m in inside.values()]
-            difference = _interval(values - losses["random forest, tuned"])
-            table.append([name, f"{values.mean():.4f}", f"{ranks[name]:.2f}", *by_size, f"{seconds:.1f}", difference])
+            difference = _interval(values - losses["metaopt"])
+            cells = [
+                f"{values.mean():.4f}",
+                f"{mean_ranks[name]:.2f}",
+                *by_size,
+                f"{seconds[0]:.1f}",
+                f"{seconds[1]:.2f}",
+            ]
+            table.append([name, *cells, difference])
         parts.append(("Classification" if is_class else "Regression") + "\n\n" + script.table(header, table))
-    return "\n\n".join(parts)
+    joined = dict(zip(results, np.concatenate(ranks, axis=1), strict=True))
+    table = [
+        [name, f"{rank.mean():.2f}", _interval(rank - joined["metaopt"], digits=2)] for name, rank in joined.items()
+    ]
+    header = [f"all {len(splits)} tables", "mean rank", "difference to metaopt [95 %]"]
+    return "\n\n".join([*parts, "Ranks over both problems\n\n" + script.table(header, table)])
 
 
 def _ranks(losses: np.ndarray) -> np.ndarray:
     return np.array([pd.Series(column).rank().to_numpy() for column in losses.T]).T
 
 
-def _interval(difference: np.ndarray, num: int = 4000) -> str:
-    """The mean with a bootstrap interval over families, each of which has one table."""
+def _interval(difference: np.ndarray, digits: int = 4, num: int = 4000) -> str:
+    """The mean with a bootstrap interval over families, each of which has one table; negative is better."""
     if not difference.any():
         return ""
     rng = np.random.default_rng(0)
     means = difference[rng.integers(len(difference), size=(num, len(difference)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], better on {np.mean(difference < 0):.0%}"
+    mean, lowest, highest = (f"{value:+.{digits}f}" for value in (difference.mean(), low, high))
+    return f"{mean} [{lowest}, {highest}], better on {np.mean(difference < 0):.0%}"
 
 
 def main() -> None:
@@ -278,15 +315,24 @@ def main() -> None:
             for count, (name, method) in enumerate(chosen.items()):
                 results[name].append(_once(split, name, method, args))
                 progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
+    for name in {also for result in results["metaopt"] for also in result.get("also", ())}:
+        results[name] = [_also(result, name) for result in results["metaopt"]]
     late = [r["fit"] / args.time - 1 for n, values in results.items() if n.startswith("metaopt") for r in values]
     text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
-    script.publish(__file__, "AutoML on tables of new families", text, args, name="automl_tables")
+    name = "automl_ablations" if args.ablations else "automl_tables"
+    script.publish(__file__, "AutoML on tables of new families", text, args, name=name)
+
+
+def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """The result without a part; regression has no calibration, so there the result itself."""
+    value, second = result["also"].get(name, (result["loss"], result["second"]))
+    return {**result, "loss": value, "second": second}
 
 
 def _once(split: Split, name: str, method: Callable, args) -> dict[str, Any]:
     """The result of a method on a table, or the kept one."""
     path = None
-    if args.keep is not None:
+    if args.keep is not None and (args.peers is None or not list(args.peers.glob(f"{split.table.name}, {name}.json"))):
         path = args.keep / f"{split.table.name}, {name}, {args.time:g} s, seed {args.seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
