@@ -7,6 +7,8 @@ JAX, which takes seconds.
 """
 
 import importlib
+import pathlib
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -328,6 +330,66 @@ def _load_xgboost(data):
     return booster
 
 
+def _fit_catboost(settings, data):
+    catboost = importlib.import_module("catboost")
+    settings = dict(settings)
+    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
+    objective = "MultiClass" if data.num_classes > 2 else "Logloss" if data.num_classes else "RMSE"
+    options = {"loss_function": objective, "random_seed": data.seed, "thread_count": 1, "allow_writing_files": False}
+    levels = np.flatnonzero(data.categorical).tolist()
+    train = catboost.Pool(_catboost_rows(data.views, levels), data.y, weight=data.weight, cat_features=levels)
+    stop: dict[str, Any] = {}
+    if not data.stops:
+        rounds = min(rounds, _FIXED_ROUNDS)
+    elif len(data.valid_y):
+        rows = _catboost_rows(data.valid_views, levels)
+        valid = catboost.Pool(rows, data.valid_y, weight=data.valid_weight, cat_features=levels)
+        stop = {"eval_set": valid, "early_stopping_rounds": patience}
+    model = catboost.CatBoost({**options, **settings, "iterations": rounds})
+    # `use_best_model=True` would drop the rounds after the best one, which other folds may need.
+    model.fit(train, **stop, use_best_model=False, verbose=False)
+    if stop:  # its metadata are kept when it moves to another process, and `get_best_iteration` is not
+        model.get_metadata()["best_rounds"] = str(model.get_best_iteration() + 1)
+    return model
+
+
+def _catboost_rows(views, levels):
+    """A data frame whose categories are whole numbers, −1 in gaps."""
+    frame = importlib.import_module("pandas").DataFrame(views.trees)
+    for column in levels:
+        frame[column] = np.where(np.isnan(views.trees[:, column]), -1, views.trees[:, column]).astype(int)
+    return frame
+
+
+def _best_catboost(model):
+    metadata = model.get_metadata()
+    return int(metadata["best_rounds"]) if "best_rounds" in metadata.keys() else 0
+
+
+def _first_catboost(model, num):
+    if not num or num >= model.tree_count_:
+        return model
+    shorter = model.copy()
+    shorter.shrink(num)
+    return shorter
+
+
+def _predict_catboost(model, views, num_classes):
+    rows = _catboost_rows(views, model.get_cat_feature_indices())
+    return model.predict(rows, prediction_type="Probability" if num_classes else "RawFormulaVal", thread_count=1)
+
+
+def _dump_catboost(model):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.cbm"
+        model.save_model(str(path))
+        return path.read_bytes()
+
+
+def _load_catboost(data):
+    return importlib.import_module("catboost").CatBoost().load_model(blob=data)
+
+
 # --- all kinds ---
 
 KINDS: dict[str, Kind] = {
@@ -358,5 +420,14 @@ KINDS: dict[str, Kind] = {
         _load_xgboost,
         _best_xgboost,
         _first_xgboost,
+    ),
+    "catboost": Kind(
+        "catboost",
+        _fit_catboost,
+        _predict_catboost,
+        _dump_catboost,
+        _load_catboost,
+        _best_catboost,
+        _first_catboost,
     ),
 }

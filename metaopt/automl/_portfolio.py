@@ -53,6 +53,23 @@ _XGBOOST = {
         "subsample": 0.7,
     },
 }
+_CATBOOST = {
+    "classification": {
+        "learning_rate": 0.08,
+        "depth": 7,
+        "random_strength": 0.8,
+        "one_hot_max_size": 15,
+        "leaf_estimation_iterations": 1,
+    },
+    "regression": {
+        "learning_rate": 0.09,
+        "depth": 9,
+        "random_strength": 0.0,
+        "one_hot_max_size": 20,
+        "leaf_estimation_iterations": 20,
+    },
+}
+_CATBOOST_SHARED = {"l2_leaf_reg": 1e-5, "boosting_type": "Plain", "bootstrap_type": "Bernoulli", "subsample": 0.9}
 _STOP = {"num_rounds": 1000, "patience": 50}
 
 
@@ -87,7 +104,10 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
     for kind in kinds:
         if not _installed(kind):
             package = KINDS[kind].module.partition(".")[0]
-            raise ImportError(f'The model {kind} needs {package}; install it with `pip install "metaopt-jax[automl]"`.')
+            extra = "catboost" if package == "catboost" else "automl"
+            raise ImportError(
+                f'The model {kind} needs {package}; install it with `pip install "metaopt-jax[{extra}]"`.'
+            )
     members = _members(problem, num_rows)
     if preset != "best":
         members = [member for member in members if not member.name.endswith("*")]
@@ -106,6 +126,7 @@ def _members(problem: str, num_rows: int) -> list[Member]:
     is_class = problem == "classification"
     leaf = "min_data_in_leaf"
     lightgbm, xgboost = {**_LIGHTGBM[problem], **_STOP}, {**_XGBOOST[problem], **_STOP}
+    catboost = {**_CATBOOST[problem], **_CATBOOST_SHARED, **_STOP}
     lightgbm[leaf] = min(lightgbm[leaf], max(2, num_rows // 25))
     small = {"num_leaves": 8, "learning_rate": 0.05, leaf: min(10, max(2, num_rows // 50)), "lambda_l2": 1.0}
     linear = ({"C": 0.1}, {"C": 1.0}, {"C": 0.01}) if is_class else ({"alpha": 10.0}, {"alpha": 1.0}, {"alpha": 100.0})
@@ -118,6 +139,7 @@ def _members(problem: str, num_rows: int) -> list[Member]:
         Member("extra_trees", "extra_trees", {"min_samples_leaf": 2, **half, **criterion}),
         Member("random_forest", "random_forest", {"min_samples_leaf": 2, **criterion}),
         Member("xgboost", "xgboost", xgboost),
+        Member("catboost", "catboost", catboost),
         Member("network refined", "network", {"num_refined": 3}),
         Member("network 2", "network", {"draw": 1}),
         Member("lightgbm small", "lightgbm", {**lightgbm, **small}),

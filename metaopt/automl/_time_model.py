@@ -13,6 +13,7 @@ _SECONDS = {
     "random_forest": (0.27, 1.1, 0.5, 0.6, 0.18),
     "hist_gradient_boosting": (0.55, 0.7, 0.7, 1.1, 0.10),
     "lightgbm": (0.55, 1.2, 0.6, 1.5, 0.01),
+    "catboost": (1.5, 0.7, 0.8, 1.1, 0.05),
     "xgboost": (1.2, 0.7, 0.8, 1.1, 0.01),
 }
 NETWORK_COMPILE = 12.0  # seconds for a new shape; less if JAX's cache has the program

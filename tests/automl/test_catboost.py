@@ -1,0 +1,51 @@
+"""CatBoost as a member of the AutoML estimators, where it is installed."""
+
+import importlib.util
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import metaopt
+from metaopt import automl
+from metaopt.automl import _portfolio
+
+INSTALLED = importlib.util.find_spec("catboost") is not None
+OPTIONS = {"time_limit": None, "models": "catboost", "preset": "instant", "n_jobs": 1, "verbose": False}
+
+
+def _table(num_rows: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """Twelve levels without an order, some of them missing, and a number; the level decides about the target."""
+    rng = np.random.default_rng(0)
+    level, number = rng.integers(0, 12, num_rows), rng.normal(size=num_rows)
+    text = np.array(["k", "c", "x", "a", "m", "z", "b", "q", "f", "e", "w", "d"])[level].astype(object)
+    text[rng.random(num_rows) < 0.05] = None
+    return pd.DataFrame({"text": text, "number": number}), 3.0 * (level % 3) + 0.1 * number
+
+
+@pytest.mark.skipif(not INSTALLED, reason="catboost is not installed")
+@pytest.mark.parametrize("num_classes", [0, 2, 3])
+def test_categories_are_learned_and_a_saved_model_predicts_the_same(tmp_path, num_classes):
+    frame, y = _table(700)
+    if num_classes:
+        y = np.minimum(np.round(y / 3).astype(int), num_classes - 1)
+    kind = automl.AutoClassifier if num_classes else automl.AutoRegressor
+    model = kind(**OPTIONS).fit(frame[:500], y[:500])
+    assert model.score(frame[500:], y[500:]) > 0.9
+    new = pd.DataFrame({"text": ["k", "never seen", None], "number": [0.0, 1.0, np.nan]})
+    predicted = model.predict_proba(new) if num_classes else model.predict(new)
+    assert predicted.shape == ((3, num_classes) if num_classes else (3,)) and np.isfinite(predicted).all()
+    metaopt.save(tmp_path / "model.npz", model)
+    loaded = metaopt.load(tmp_path / "model.npz")
+    np.testing.assert_allclose(loaded.predict_proba(new) if num_classes else loaded.predict(new), predicted, rtol=1e-12)
+
+
+def test_the_portfolio_has_it_only_where_it_is_installed():
+    names = [member.name for member in _portfolio.portfolio("regression", "balanced", None, 500)]
+    assert ("catboost" in names) == INSTALLED
+
+
+@pytest.mark.skipif(INSTALLED, reason="catboost is installed")
+def test_the_error_without_it_names_the_extra():
+    with pytest.raises(ImportError, match=r"metaopt-jax\[catboost\]"):
+        automl.AutoClassifier(**OPTIONS).fit(np.eye(20), np.arange(20) % 2)
