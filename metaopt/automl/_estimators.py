@@ -190,8 +190,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
-      preset: "instant" (the network with g's hyperparameters), "balanced" (14 models, and CatBoost if it is installed) or "best"
-        (8 more).
+      preset: "instant" (the network with g's hyperparameters), "balanced" (14 models, and CatBoost if it is installed)
+        or "best" (8 more).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
       models: kinds of models to use, for example `("network", "lightgbm")` or "linear"; None uses all that are
