@@ -88,7 +88,8 @@ def fit_networks(
     data = [_padded(fold, y, folds, num_classes) for fold, y in zip(folds, labels, strict=True)]
     stacked = {name: np.stack([part[name] for part in data]) for name in data[0]}
     keys = jax.random.split(jax.random.key(seed), len(folds))
-    params = jax.device_get(_train(settings.get("num_steps", 100))(keys, hyperparams, stacked))
+    trained = _train(settings.get("num_steps", 100), _shapes(stacked))(keys, hyperparams, stacked)
+    params = jax.device_get(trained)
     scales = {name: float(hyperparams[name]) for name in _SCALES}
     models = []
     for i, (fold, y) in enumerate(zip(folds, labels, strict=True)):
@@ -128,12 +129,19 @@ def refined(
         for group, ys in ((folds, labels), (valid, valid_labels))
     ]
     train_rows, valid_rows = ({name: np.stack([part[name] for part in group]) for name in group[0]} for group in parts)
-    result = _refine(num_steps)(jax.random.key(seed), hyperparams, base.Task(train_rows, valid_rows))
+    refine = _refine(num_steps, _shapes(train_rows) + _shapes(valid_rows))
+    result = refine(jax.random.key(seed), hyperparams, base.Task(train_rows, valid_rows))
     return jax.device_get(result.hyperparams)
 
 
-@functools.cache
-def _refine(num_steps: int):
+# The programs of the last few shapes are kept: each occupies some of the memory maps of the process, of which Linux has
+# 65,530. With those of all shapes, the fits of about 25 tables in one process used them up.
+_kept = functools.lru_cache(maxsize=6)
+
+
+@_kept
+def _refine(num_steps: int, shapes: tuple):
+    del shapes
     network = tabular_network()
     estimator = hypergrad.unrolled(spaces.constrain(network.problem, network.space), num_steps=network.num_steps)
     tune = training.fine_tune(
@@ -173,14 +181,19 @@ def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
 _SCALES = ("hinge_scale", "hidden_scale", "output_scale", "linear_scale")
 
 
-@functools.cache
-def _train(num_steps: int):
+@_kept
+def _train(num_steps: int, shapes: tuple):
+    del shapes
     network = tabular_network(num_steps=num_steps)
 
     def run(key, hyperparams, data):
         return train(network, key, hyperparams, base.Task(data, data))
 
     return jax.jit(jax.vmap(run, in_axes=(0, None, 0)))
+
+
+def _shapes(data: dict[str, np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    return tuple(value.shape for value in data.values())
 
 
 def _padded(fold: FoldRows, y: np.ndarray, folds: list[FoldRows], num_classes: int) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """`AutoClassifier` and `AutoRegressor`: scikit-learn's contract, rows, folds, inputs and predictions."""
 
+import gc
+import pathlib
 import warnings
 
 import jax
@@ -10,8 +12,8 @@ from sklearn import datasets, metrics
 from sklearn.utils.estimator_checks import check_estimator
 
 import metaopt
-from metaopt import automl
-from metaopt.automl import _inputs, _rows
+from metaopt import automl, spaces
+from metaopt.automl import _inputs, _network_folds, _rows
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
 
@@ -268,7 +270,6 @@ def test_importance_finds_the_column_that_decides():
 
 def test_the_network_predicts_in_numpy_as_in_jax(wine):
     from metaopt import tasks
-    from metaopt.automl import _network_folds
 
     table = tasks.from_sklearn()[1]
     prepared = tasks.prepare(table)
@@ -294,3 +295,20 @@ def test_labels_of_any_type(y, classes):
     x = np.random.default_rng(0).normal(size=(40, 2))
     model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x, y)
     assert list(model.classes_) == classes and set(model.predict(x)) <= set(classes)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="memory maps are counted on Linux only")
+def test_programs_of_earlier_shapes_are_dropped():
+    """Linux limits the memory maps of a process, and each compiled program has hundreds of them."""
+    rng = np.random.default_rng(0)
+    hyperparams = jax.device_get(spaces.default(automl.tabular_network().space))
+    maps = []
+    for width in (5, 12, 20, 30, 40, 60, 90, 120):
+        x, y = rng.normal(size=(60, width)).astype(np.float32), rng.integers(0, 2, 60)
+        fold = _network_folds.FoldRows(x, y, np.ones(60))
+        _network_folds.fit_networks([fold], None, 2, hyperparams, {"num_steps": 3}, 0)
+        gc.collect()
+        maps.append(len(pathlib.Path("/proc/self/maps").read_text().splitlines()))
+    assert maps[5] - maps[0] > 500
+    assert maps[7] - maps[5] < 100
