@@ -270,9 +270,10 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 class AutoRegressor(RegressorMixin, _AutoEstimator):
     """A regressor for tables that chooses and combines models within a time limit.
 
-    It works like `AutoClassifier`. The network predicts the probabilities of ten intervals of the target, with the
-    hyperparameters that g predicts for this classification; its prediction is the mean target of the intervals. No g is
-    trained for regression yet.
+    It works like `AutoClassifier`, with a Gaussian process among its models. On more than 2,000 rows, this process uses
+    a sample of 2,000; 300 of them choose its length scales. The network predicts the probabilities of ten intervals of
+    the target, with the hyperparameters that g predicts for this classification; its prediction is the mean target of
+    the intervals. No g is trained for regression yet.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.

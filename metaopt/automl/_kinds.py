@@ -7,6 +7,8 @@ JAX, which takes seconds.
 """
 
 import importlib
+import io
+import json
 import pathlib
 import tempfile
 import time
@@ -161,6 +163,23 @@ def settled(kind: str, models: list[Any], folds: list[FoldData]) -> list[tuple[A
     return results
 
 
+# --- arrays as bytes ---
+
+
+def _dump_arrays(model):
+    file = io.BytesIO()
+    np.savez(file, **model)
+    return file.getvalue()
+
+
+def _load_arrays(*names):
+    def loads(data):
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+
+    return loads
+
+
 # --- scikit-learn ---
 
 
@@ -187,11 +206,11 @@ def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> K
         return importlib.import_module("skops.io").dumps(model)
 
     def loads(data):
-        io = importlib.import_module("skops.io")
-        unknown = [name for name in io.get_untrusted_types(data=data) if name not in _TRUSTED]
+        reader = importlib.import_module("skops.io")
+        unknown = [name for name in reader.get_untrusted_types(data=data) if name not in _TRUSTED]
         if unknown:
             raise ValueError(f"it has objects of types that no saved model has: {', '.join(unknown)}")
-        model = io.loads(data, trusted=list(_TRUSTED))
+        model = reader.loads(data, trusted=list(_TRUSTED))
         _check_trees(model)
         return model
 
@@ -235,6 +254,42 @@ _TRUSTED = (
     "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 )
+
+
+# --- Gaussian process, for regression ---
+
+_SEARCH_ROWS = 300  # for length scales and noise: each step of their search costs the cube of it
+_PROCESS_ROWS = 2000  # for the prediction
+_MOST_SCALES = 50  # with more columns, all share one length scale
+
+
+def _fit_gaussian_process(settings, data):
+    """Matérn kernel of order 5/2; length scales and noise maximize the marginal likelihood of a sample of the rows.
+
+    A row of weight w has the noise variance σ²/w, as w equal rows have. The search does not use the weights.
+    """
+    del settings
+    process = importlib.import_module("sklearn.gaussian_process")
+    kernels = process.kernels
+    x, order = data.views.dense.astype(np.float64), np.random.default_rng(data.seed).permutation(len(data.y))
+    few, most = order[:_SEARCH_ROWS], order[:_PROCESS_ROWS]
+    width = x.shape[1]
+    scale = np.full(width, width**0.5) if width <= _MOST_SCALES else width**0.5
+    smooth = kernels.ConstantKernel(1.0, (1e-3, 1e3)) * kernels.Matern(scale, (1e-2, 1e4), nu=2.5)
+    search = process.GaussianProcessRegressor(smooth + kernels.WhiteKernel(0.1, (1e-5, 10.0)))
+    best = search.fit(x[few], data.y[few]).kernel_
+    noise = best.k2.noise_level / data.weight[most]
+    final = process.GaussianProcessRegressor(best.k1, alpha=noise, optimizer=None).fit(x[most], data.y[most])
+    scales = np.broadcast_to(best.k1.k2.length_scale, width)
+    # The Cholesky factor is not kept: it is as large as the square of the rows.
+    return {"x": x[most], "coefficients": best.k1.k1.constant_value * final.alpha_, "scales": scales}
+
+
+def _predict_gaussian_process(model, views, num_classes):
+    del num_classes
+    kernels = importlib.import_module("sklearn.gaussian_process.kernels")
+    kernel = kernels.Matern(model["scales"], nu=2.5)
+    return kernel(views.dense.astype(np.float64), model["x"]) @ model["coefficients"]
 
 
 # --- boosting ---
@@ -331,63 +386,66 @@ def _load_xgboost(data):
 
 
 def _fit_catboost(settings, data):
+    """Trees as arrays: CatBoost's own reader crashes on damaged files. Codes of categories are numbers for it."""
     catboost = importlib.import_module("catboost")
     settings = dict(settings)
     rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
     objective = "MultiClass" if data.num_classes > 2 else "Logloss" if data.num_classes else "RMSE"
     options = {"loss_function": objective, "random_seed": data.seed, "thread_count": 1, "allow_writing_files": False}
-    levels = np.flatnonzero(data.categorical).tolist()
-    train = catboost.Pool(_catboost_rows(data.views, levels), data.y, weight=data.weight, cat_features=levels)
     stop: dict[str, Any] = {}
     if not data.stops:
         rounds = min(rounds, _FIXED_ROUNDS)
     elif len(data.valid_y):
-        rows = _catboost_rows(data.valid_views, levels)
-        valid = catboost.Pool(rows, data.valid_y, weight=data.valid_weight, cat_features=levels)
+        valid = catboost.Pool(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
         stop = {"eval_set": valid, "early_stopping_rounds": patience}
     model = catboost.CatBoost({**options, **settings, "iterations": rounds})
     # `use_best_model=True` would drop the rounds after the best one, which other folds may need.
+    train = catboost.Pool(data.views.trees, data.y, weight=data.weight)
     model.fit(train, **stop, use_best_model=False, verbose=False)
-    if stop:  # its metadata are kept when it moves to another process, and `get_best_iteration` is not
-        model.get_metadata()["best_rounds"] = str(model.get_best_iteration() + 1)
-    return model
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.json"
+        model.save_model(str(path), format="json")
+        trees = json.loads(path.read_text())
+    return _symmetric_trees(trees, data.views.trees.shape[1], model.get_best_iteration() + 1 if stop else 0)
 
 
-def _catboost_rows(views, levels):
-    """A data frame whose categories are whole numbers, −1 in gaps."""
-    frame = importlib.import_module("pandas").DataFrame(views.trees)
-    for column in levels:
-        frame[column] = np.where(np.isnan(views.trees[:, column]), -1, views.trees[:, column]).astype(int)
-    return frame
+def _symmetric_trees(trees: dict[str, Any], num_columns: int, best_rounds: int) -> dict[str, np.ndarray]:
+    """CatBoost's JSON as arrays.
 
-
-def _best_catboost(model):
-    metadata = model.get_metadata()
-    return int(metadata["best_rounds"]) if "best_rounds" in metadata.keys() else 0
+    All nodes of one depth share a split. Of T trees of depth D: columns and borders [T, D], leaves [T, 2^D, K], bias
+    [K], and whether a gap is above all borders of a column [d]. Shallow trees end in infinite borders.
+    """
+    parts, (scale, bias) = trees["oblivious_trees"], trees["scale_and_bias"]
+    depth = max([1, *(len(part["splits"] or ()) for part in parts)])
+    columns, borders = np.zeros((len(parts), depth), np.int32), np.full((len(parts), depth), np.inf, np.float32)
+    leaves = np.zeros((len(parts), 2**depth, len(bias)))
+    for t, part in enumerate(parts):
+        for k, split in enumerate(part["splits"] or ()):
+            columns[t, k], borders[t, k] = split["float_feature_index"], split["border"]
+        values = np.reshape(part["leaf_values"], (-1, len(bias)))
+        leaves[t, : len(values)] = scale * values
+    above = np.zeros(num_columns, bool)
+    for feature in trees["features_info"]["float_features"]:
+        above[feature["flat_feature_index"]] = feature["nan_value_treatment"] == "AsTrue"
+    arrays = {"columns": columns, "borders": borders, "leaves": leaves, "above": above, "bias": np.array(bias, float)}
+    return arrays | {"best_rounds": np.array(best_rounds)}
 
 
 def _first_catboost(model, num):
-    if not num or num >= model.tree_count_:
-        return model
-    shorter = model.copy()
-    shorter.shrink(num)
-    return shorter
+    return {**model, **{name: model[name][: num or None] for name in ("columns", "borders", "leaves")}}
 
 
 def _predict_catboost(model, views, num_classes):
-    rows = _catboost_rows(views, model.get_cat_feature_indices())
-    return model.predict(rows, prediction_type="Probability" if num_classes else "RawFormulaVal", thread_count=1)
-
-
-def _dump_catboost(model):
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "model.cbm"
-        model.save_model(str(path))
-        return path.read_bytes()
-
-
-def _load_catboost(data):
-    return importlib.import_module("catboost").CatBoost().load_model(blob=data)
+    x = np.where(np.isnan(views.trees), np.where(model["above"], np.inf, -np.inf), views.trees).astype(np.float32)
+    raw = np.tile(model["bias"], (len(x), 1))
+    bits = 2 ** np.arange(model["columns"].shape[1])
+    for columns, borders, leaves in zip(model["columns"], model["borders"], model["leaves"], strict=True):
+        raw += leaves[(x[:, columns] > borders) @ bits]
+    if not num_classes:
+        return raw[:, 0]
+    logits = np.concatenate([np.zeros_like(raw), raw], axis=1) if num_classes == 2 else raw
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)
 
 
 # --- all kinds ---
@@ -402,6 +460,13 @@ KINDS: dict[str, Kind] = {
     ),
     "hist_gradient_boosting": _sklearn_kind(
         ("ensemble.HistGradientBoostingClassifier", "ensemble.HistGradientBoostingRegressor"), "trees", {}
+    ),
+    "gaussian_process": Kind(
+        "sklearn.gaussian_process",
+        _fit_gaussian_process,
+        _predict_gaussian_process,
+        _dump_arrays,
+        _load_arrays("x", "coefficients", "scales"),
     ),
     "lightgbm": Kind(
         "lightgbm",
@@ -425,9 +490,9 @@ KINDS: dict[str, Kind] = {
         "catboost",
         _fit_catboost,
         _predict_catboost,
-        _dump_catboost,
-        _load_catboost,
-        _best_catboost,
+        _dump_arrays,
+        _load_arrays("columns", "borders", "leaves", "above", "bias", "best_rounds"),
+        lambda model: int(model["best_rounds"]),
         _first_catboost,
     ),
 }

@@ -91,7 +91,7 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}; got {preset!r}.")
-    known = ("network", *KINDS)
+    known = ("network", *(kind for kind in KINDS if problem == "regression" or kind != "gaussian_process"))
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     if kinds is not None and not len(kinds):
         raise ValueError(f"`models` must name at least one of {', '.join(known)}, or be None; got none.")
@@ -137,6 +137,7 @@ def _members(problem: str, num_rows: int) -> list[Member]:
         Member("linear", "linear", linear[0]),
         Member("lightgbm", "lightgbm", lightgbm),
         Member("extra_trees", "extra_trees", {"min_samples_leaf": 2, **half, **criterion}),
+        Member("gaussian_process", "gaussian_process", {}),
         Member("random_forest", "random_forest", {"min_samples_leaf": 2, **criterion}),
         Member("xgboost", "xgboost", xgboost),
         Member("catboost", "catboost", catboost),

@@ -8,7 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import automl
-from metaopt.automl import _portfolio
+from metaopt.automl import _kinds, _portfolio
 
 INSTALLED = importlib.util.find_spec("catboost") is not None
 OPTIONS = {"time_limit": None, "models": "catboost", "preset": "instant", "n_jobs": 1, "verbose": False}
@@ -49,3 +49,27 @@ def test_the_portfolio_has_it_only_where_it_is_installed():
 def test_the_error_without_it_names_the_extra():
     with pytest.raises(ImportError, match=r"metaopt-jax\[catboost\]"):
         automl.AutoClassifier(**OPTIONS).fit(np.eye(20), np.arange(20) % 2)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="catboost is not installed")
+@pytest.mark.parametrize("num_classes", [0, 2, 3])
+def test_the_arrays_predict_as_catboost_does(monkeypatch, num_classes):
+    import catboost
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(300, 4))
+    x[rng.random(x.shape) < 0.1] = np.nan
+    x[:, 3] = 2.0  # a constant column, which it ignores
+    y = np.nan_to_num(x[:, 0]) + np.isnan(x[:, 1])
+    y = np.digitize(y, [0.0, 1.0][: num_classes - 1]) if num_classes else y
+    fitted = []
+    fit = catboost.CatBoost.fit
+    monkeypatch.setattr(
+        catboost.CatBoost, "fit", lambda self, *args, **options: fitted.append(fit(self, *args, **options))
+    )
+    views = _kinds.Views(x, x, x.astype(np.float32))
+    fold = _kinds.FoldData(views, y, np.ones(300), views, y, np.ones(300), np.zeros(4, bool), num_classes, 0, True)
+    settings = {"num_rounds": 30, "patience": 5, "learning_rate": 0.3, "depth": 4, "min_data_in_leaf": 1}
+    _, predicted, *_ = _kinds.fit_fold("catboost", settings, fold)
+    kind = "Probability" if num_classes else "RawFormulaVal"
+    np.testing.assert_allclose(predicted, fitted[0].predict(x, prediction_type=kind), rtol=1e-6, atol=1e-9)

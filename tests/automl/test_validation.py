@@ -194,7 +194,7 @@ def _fold(x, y, valid_x, valid_y, stops=True):
     [
         ("lightgbm", lambda model: model.current_iteration()),
         ("xgboost", lambda model: model.num_boosted_rounds()),
-        ("catboost", lambda model: model.tree_count_),
+        ("catboost", lambda model: len(model["leaves"])),
     ],
 )
 def test_the_other_folds_choose_the_number_of_rounds(kind, rounds):
