@@ -278,6 +278,32 @@ def report(splits: list[Split], results: dict[str, list[dict]]) -> str:
     return "\n\n".join([*parts, "Ranks over both problems\n\n" + script.table(header, table)])
 
 
+def plot(splits: list[Split], results: dict[str, list[dict]], path: Path) -> None:
+    """Each table is a point: the loss of metaopt and that of another method; metaopt is better above the diagonal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    others = [name for name in results if name == "random forest, tuned" or name.startswith("AutoGluon")]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    for axis, is_class in zip(axes, (True, False), strict=True):
+        rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
+        losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in ("metaopt", *others)}
+        ends = [min(map(np.min, losses.values())) / 1.2, max(map(np.max, losses.values())) * 1.2] if rows else [0.1, 1]
+        axis.plot(ends, ends, color="0.6", linewidth=1)
+        for k, name in enumerate(others):
+            axis.plot(losses["metaopt"], losses[name], "ox"[k % 2], color=f"C{k}", markersize=5, label=name)
+        kind = "log loss" if is_class else "RMSE / deviation"
+        axis.set(
+            xscale="log", yscale="log", xlabel=f"test {kind} of metaopt", ylabel=f"test {kind} of the other method"
+        )
+        axis.set_title(f"{len(rows)} tables of {'classification' if is_class else 'regression'}", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def _ranks(losses: np.ndarray) -> np.ndarray:
     return np.array([pd.Series(column).rank().to_numpy() for column in losses.T]).T
 
@@ -321,6 +347,8 @@ def main() -> None:
     text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
     name = "automl_ablations" if args.ablations else "automl_tables"
     script.publish(__file__, "AutoML on tables of new families", text, args, name=name)
+    if not args.smoke and not args.ablations:
+        plot(splits, results, args.out / f"{name}.png")
 
 
 def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
