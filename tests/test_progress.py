@@ -65,6 +65,7 @@ def test_a_log_has_a_line_at_least_every_ten_seconds_and_one_at_the_end(log):
         "step 2/20, value 0.5, 16 s, about 3 min left",  # 10 s for one step, and 18 are left
         "step 3/20, value 0.333, 24 s, about 3 min left",  # 18 s for two
     ]
+    assert _progress.EVERY + _progress.DISPLAY.tick_every <= 10
     assert len(lines) == 120 // 8 + 1 and lines[-1] == "step 20/20, value 0.05, 2 min"
 
 
