@@ -292,8 +292,8 @@ def init_of_zeros(key, hyperparams, data):
 
 
 SOURCE = tasks.from_arrays(np.arange(60, dtype=np.float32)[:, None], np.repeat(np.arange(6), 10), name="a")
-NUMBERED = np.arange(60.0)
-USERS = tasks.from_user_records(NUMBERED[:, None], NUMBERED, np.repeat(np.arange(6), 10), time=NUMBERED)
+NUMBERED = np.arange(600.0)
+USERS = tasks.from_user_records(NUMBERED[:, None], NUMBERED, np.repeat(np.arange(6), 100), time=NUMBERED)
 PART = {"x": jnp.arange(20.0)[:, None], "y": jnp.arange(20) % 2, "mask": jnp.ones(20)}
 TASK_SAMPLERS: dict[str, Callable] = {
     "function_episodes": tasks.function_episodes(jax.random.normal, lambda c, x: c * x, noise=0.1),
