@@ -19,6 +19,8 @@ _EXAMPLES = """examples:
 exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor)
 """
 
+_MOST_CLASSES = 20  # of whole numbers; more of them are a numeric target
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -224,13 +226,22 @@ def _num_fields(lines: Sequence[str], mark: str) -> tuple[int, int]:
 
 
 def _numbers(target: Any) -> Any:
-    """Numbers of a target of texts, if all of them are read as numbers: "1,065", or "NA" among numbers."""
+    """Numbers of a target of texts, if all of them are read as numbers: "1,065", or "NA" among numbers.
+
+    Few whole numbers above 2^53 are classes, and stay texts if float64 would merge them.
+    """
+    import numpy as np
+
     from metaopt import tasks
 
     encoder = tasks.fit_encoder({"target": target}, keep=("target",))
     if target.dtype.kind in "biuf" or [code.kind for code in encoder.columns] != ["number"]:
         return target
-    values = encoder.transform({"target": target})[:, 0] + encoder.columns[0].offset
+    shifted = encoder.transform({"target": target})[:, 0]
+    values = shifted + encoder.columns[0].offset
+    num_classes = len(np.unique(shifted))
+    if len(np.unique(values)) < num_classes <= _MOST_CLASSES:
+        return target.where(~np.isnan(shifted))
     return type(target)(values, index=target.index, name=target.name)
 
 
@@ -239,7 +250,7 @@ def _problem(target: Any) -> str:
     if target.dtype.kind not in "iuf":
         return "classification"
     is_whole = (target == target.round()).all()
-    return "classification" if is_whole and target.nunique() <= 20 else "regression"
+    return "classification" if is_whole and target.nunique() <= _MOST_CLASSES else "regression"
 
 
 if __name__ == "__main__":

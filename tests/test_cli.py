@@ -156,6 +156,10 @@ def test_files_that_are_read_are_not_replaced(shop, capsys):
         (["1,5", "2,25", "1,0"], [1.5, 2.25, 1]),
         (["1.5", "NA", "2.5"], [1.5, np.nan, 2.5]),
         ([str(10**9 + i) for i in range(30)], [10**9 + i for i in range(30)]),
+        (
+            [f"{2**53}", "NA", f"{2**53 + 1}"],
+            [f"{2**53}", np.nan, f"{2**53 + 1}"],
+        ),  # float64 would merge the two classes
         (["a", "1", "b"], ["a", "1", "b"]),
         (["none", "b", "none"], ["none", "b", "none"]),
         ([True, False, True], [True, False, True]),

@@ -4,6 +4,7 @@ import base64
 import bz2
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import math
@@ -214,6 +215,12 @@ def write_auto_classifier(folder):
     metaopt.save(folder / "model.npz", automl.AutoClassifier(**options).fit(x, y))
 
 
+def write_auto_regressor(folder):
+    options: dict[str, Any] = {"models": ("linear",), "preset": "instant", "time_limit": None, "verbose": False}
+    x = RNG.normal(size=(40, 2))
+    metaopt.save(folder / "model.npz", automl.AutoRegressor(**options).fit(x, x[:, 0] + RNG.normal(size=40)))
+
+
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
@@ -258,6 +265,11 @@ def read_checkpoint(folder):
 def write_store(folder):
     record = base.Record("t", {"rate": 0.1, "op": "a"}, 0.25, 1.0, 3.5)
     blackbox.append_records(folder / "trials.db", [record._replace(trial=i) for i in range(20)])
+
+
+def read_recovered(folder):
+    blackbox.recover_records(folder / "trials.db", folder / "new.db")
+    return blackbox.read_records(folder / "new.db")
 
 
 def write_csv(folder, compress=False):
@@ -332,6 +344,11 @@ CASES = {
         lambda f: metaopt.load(f / "n.json"),
         nas.Network,
     ),
+    "network of sizes": Case(
+        lambda f: metaopt.save(f / "n.json", nas.mlp_space(2, widths=(2, 4), depths=(1, 2))),
+        lambda f: metaopt.load(f / "n.json"),
+        nas.ElasticNetwork,
+    ),
     "genotype": Case(
         text_file("g.json", nas.genotype_to_text(GENOTYPE)),
         lambda f: nas.genotype_from_text((f / "g.json").read_text(errors="replace")),
@@ -366,6 +383,7 @@ CASES = {
     "store": Case(
         write_store, lambda f: blackbox.read_records(f / "trials.db"), base.Record, numbers="missing", share=2
     ),
+    "recovered store": Case(write_store, read_recovered, base.Record, numbers="missing"),
     "Meta-Dataset": Case(
         write_meta_dataset, lambda f: tasks.from_meta_dataset(f, part="train", size=2), SOURCE, share=2
     ),
@@ -385,6 +403,9 @@ CASES = {
     ),
     "auto_classifier": Case(
         write_auto_classifier, lambda f: metaopt.load(f / "model.npz"), automl.AutoClassifier, share=0.5
+    ),
+    "auto_regressor": Case(
+        write_auto_regressor, lambda f: metaopt.load(f / "model.npz"), automl.AutoRegressor, share=0.5
     ),
     "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, numbers="missing"),
 }
@@ -575,6 +596,15 @@ def check_valid(value, numbers):
     elif isinstance(value, dict | list | tuple):
         for child in value.values() if isinstance(value, dict) else value:
             check_valid(child, numbers)
+
+
+def test_every_kind_of_file_is_among_them():
+    importlib.import_module("metaopt.automl._saved")  # registers its types when they are used
+    kinds = {case.kind for case in CASES.values()}
+    with pytest.raises(TypeError, match="it saves") as error:
+        metaopt.save("never", object())
+    types = str(error.value).split("it saves ")[1].rstrip(".").split(", ")
+    assert set(types) <= {kind.__name__ for kind in kinds if isinstance(kind, type)}
 
 
 @pytest.fixture(scope="module")

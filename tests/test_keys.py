@@ -8,6 +8,7 @@ shares.
 
 import collections
 import functools
+import inspect
 from collections.abc import Callable
 
 import estimators
@@ -291,13 +292,27 @@ def init_of_zeros(key, hyperparams, data):
 
 
 SOURCE = tasks.from_arrays(np.arange(60, dtype=np.float32)[:, None], np.repeat(np.arange(6), 10), name="a")
+NUMBERED = np.arange(600.0)
+USERS = tasks.from_user_records(NUMBERED[:, None], NUMBERED, np.repeat(np.arange(6), 100), time=NUMBERED)
+PART = {"x": jnp.arange(20.0)[:, None], "y": jnp.arange(20) % 2, "mask": jnp.ones(20)}
 TASK_SAMPLERS: dict[str, Callable] = {
+    "function_episodes": tasks.function_episodes(jax.random.normal, lambda c, x: c * x, noise=0.1),
     "sinusoids": tasks.sinusoids(noise=0.1),
     "mixed_functions": tasks.mixed_functions(noise=0.1),
     "episodes": tasks.episodes(SOURCE, num_ways=2, num_shots=2, num_query=2),
     "meta_dataset_episodes": tasks.meta_dataset_episodes([SOURCE]),
     "labelled_batches": tasks.labelled_batches([SOURCE, SOURCE._replace(name="b")], 6),
+    "user_episodes, random": tasks.user_episodes(USERS, num_support=3, order="random"),
+    "user_episodes, window": tasks.user_episodes(USERS, num_support=3, order="window"),
+    "resplit": lambda key: tasks.resplit(key, base.Task(PART, {**PART, "x": 20 + PART["x"]})),
 }
+
+
+def test_every_sampler_of_tasks_has_a_row():
+    functions = {name: getattr(tasks, name) for name in tasks.__all__ if inspect.isfunction(getattr(tasks, name))}
+    returned = {name: str(inspect.signature(function).return_annotation) for name, function in functions.items()}
+    samplers = {name for name, text in returned.items() if "Episode" in text or "Callable" in text}
+    assert samplers | {"resplit"} == {name.split(", ")[0] for name in TASK_SAMPLERS} | {"episode_batches"}
 
 
 @pytest.mark.parametrize("name", TASK_SAMPLERS)

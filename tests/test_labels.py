@@ -25,14 +25,21 @@ def task(y):
 
 
 def fit(sampled):
-    estimator = hypergrad.direct(lambda hyperparams, task, key: hyperparams**2)
-    learner = training.learner(estimator, optax.sgd(0.1))
+    learner = training.learner(RULE, optax.sgd(0.1))
     training.fit(learner, lambda key: sampled, hyperparams=1.0, num_steps=1, key=KEY)
 
 
 def stacked(y):
     return jax.tree.map(lambda *leaves: np.stack(leaves), task([0, 0, 1, 1]), task(y))
 
+
+LOOP = inner.loop(
+    lambda params, hyperparams, batch: (params - hyperparams) ** 2,
+    lambda hyperparams: optax.sgd(0.1),
+    init=lambda key, hyperparams, data: jnp.zeros([]),
+)
+PROBLEM = inner.problem(LOOP, lambda params, hyperparams, batch: params**2)
+RULE = hypergrad.direct(lambda hyperparams, task, key: hyperparams**2)
 
 CALLS = {
     "inner.cross_entropy": lambda y: inner.cross_entropy(jnp.zeros((4, 3)), part(y)),
@@ -41,6 +48,9 @@ CALLS = {
     "dataset_embedding": lambda y: PREDICTOR.apply(PREDICTOR.init(KEY), base.Task(part(y), None)),
     "tasks.stack": lambda y: tasks.stack([task([0, 0, 1, 1]), task(y)]),
     "fit": lambda y: fit(task(y)),
+    "fine_tune": lambda y: training.fine_tune(RULE, num_steps=1)(KEY, jnp.array(1.0), task(y)),
+    "propose": lambda y: training.propose(RULE, num_proposals=1)(KEY, jnp.array(1.0), task(y)),
+    "diagnose": lambda y: hypergrad.diagnose(PROBLEM, jnp.array(1.0), task(y), num_steps=2),
     "fit with a batch": lambda y: fit(stacked(y)),
 }
 

@@ -65,6 +65,7 @@ def test_a_log_has_a_line_at_least_every_ten_seconds_and_one_at_the_end(log):
         "step 2/20, value 0.5, 16 s, about 3 min left",  # 10 s for one step, and 18 are left
         "step 3/20, value 0.333, 24 s, about 3 min left",  # 18 s for two
     ]
+    assert _progress.EVERY + _progress.DISPLAY.tick_every <= 10
     assert len(lines) == 120 // 8 + 1 and lines[-1] == "step 20/20, value 0.05, 2 min"
 
 
@@ -315,3 +316,11 @@ def test_a_script_reports_its_place_in_a_log(capsys, always, monkeypatch):
     script.run(lambda: job["main"](always))
     lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["job.py begins", "first (job.py:3)", "compiling in second (job.py:7)", "job.py"]
+
+
+def test_every_experiment_reports_its_place():
+    """Scripts that run without metaopt, in the environments of other libraries, cannot."""
+    scripts = [path for path in (ROOT / "experiments").rglob("*.py") if "__name__ ==" in path.read_text()]
+    silent = {path.name for path in scripts if not re.search(r"script\.(run|reporting)\(", path.read_text())}
+    silent = {name for name in silent if not name.endswith("peers.py")}
+    assert len(scripts) > 20 and silent == {"pages.py"}  # which writes an index

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import base, few_shot, hypergrad, inner, tasks
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "anil.md"
@@ -157,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

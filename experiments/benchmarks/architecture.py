@@ -23,7 +23,7 @@ import numpy as np
 from timing import circumstances, table, temporary_mib
 from turns import medians
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import base, hypergrad, inner, nas
 
 RESULT = Path(__file__).resolve().parents[2] / "experiments" / "results" / "architecture.md"
@@ -310,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -29,7 +29,7 @@ import numpy as np
 from timing import circumstances, num_cores, table, temporary_mib
 from turns import medians
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import base, few_shot, hypergrad, inner
 
 HERE = Path(__file__).resolve().parent
@@ -222,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

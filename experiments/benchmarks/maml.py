@@ -29,7 +29,7 @@ import optax
 from timing import circumstances, num_cores, table
 from turns import medians
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import few_shot, hypergrad, tasks, training
 
 HERE = Path(__file__).resolve().parent
@@ -218,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -46,7 +46,7 @@ from rules_solves import IMPLICIT, WEIGHTS, implicit_rows, weights_rows
 from timing import circumstances, compiled, num_cores, table, temporary_mib
 from turns import medians
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import hypergrad, inner
 
 RESULT = HERE.parent / "results" / "rules.md"
@@ -245,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from timing import circumstances, num_cores, table
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import base, blackbox, spaces
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "suggest.md"
@@ -200,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -25,7 +25,7 @@ import optax
 from timing import circumstances, compiled, table, temporary_mib
 from turns import medians
 
-from experiments import pages
+from experiments import pages, script
 from metaopt import base, hypergrad, inner, tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -167,7 +167,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
         if os.path.isfile(f"{file}-wal"):
             shutil.copyfile(f"{file}-wal", f"{copy}-wal")
         _pad(copy)
-        with _open(copy, recover=True) as connection:
+        with _open(copy, recover=True, named=Path(file)) as connection:
             connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
             # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
@@ -197,29 +197,34 @@ def _insert(file, rows):
 
 
 @contextlib.contextmanager
-def _open(file, *, create: bool = False, recover: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection to a file of records; SQLite's errors are replaced by errors that name the file and a remedy."""
+def _open(
+    file, *, create: bool = False, recover: bool = False, named: Path | None = None
+) -> Iterator[sqlite3.Connection]:
+    """A connection to a file of records; SQLite's errors are replaced by errors that name the file and a remedy.
+
+    `named` is the file that the errors name if `file` is a temporary copy of it.
+    """
     path = Path(file)
     if not create and not path.is_file():
         raise FileNotFoundError(f"There is no file of records at {file}.")
     with contextlib.ExitStack() as stack:
         try:
-            yield _connect(path, create, stack)
+            yield _connect(path, named or path, create, stack)
         except (
             sqlite3.DatabaseError,
             UnicodeDecodeError,
         ) as error:  # UnicodeDecodeError if SQLite's message has bytes of the file
-            raise _explained(error, path, create, recover) from error
+            raise _explained(error, named or path, create, recover) from error
 
 
-def _connect(path: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.Connection:
+def _connect(path: Path, named: Path, create: bool, stack: contextlib.ExitStack) -> sqlite3.Connection:
     """A connection that `stack` closes. To read a file, its folder need not be writable."""
 
     def connect(name, uri=False):
         connection = sqlite3.connect(name, isolation_level=None, uri=uri)  # transactions are started explicitly
         stack.callback(connection.close)
         connection.text_factory = _decoded
-        _check(connection, path, create)
+        _check(connection, named, create)
         return connection
 
     try:

@@ -77,11 +77,12 @@ def diagnose(
       A `Diagnosis`; print it.
 
     Raises:
-      ValueError: if `num_steps < 2`, or λ does not fit `space`.
+      ValueError: if `num_steps < 2`, or λ does not fit `space`; if the task has labels outside its classes.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
     _checks.check_integer("num_steps", num_steps, 2)
+    _checks.check_task_labels("task", task)
     key = jax.random.key(0) if key is None else key
     start_key, noise_key, estimator_key = jax.random.split(key, 3)
     run = jax.jit(lambda hyperparams: _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps))
@@ -93,13 +94,7 @@ def diagnose(
     rate = float(np.mean(settled)) if settled.size else math.nan
     findings: list[Finding] = []
     if bad.size:
-        findings.append(
-            Finding(
-                f"Training diverges: the inner loss or its gradient is not finite from step {bad[0]} of {num_steps} "
-                "on.",
-                "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer.",
-            )
-        )
+        findings.append(_divergence(int(bad[0]), num_steps))
     elif not np.isfinite(outer):
         findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
     findings += _findings_of_growth(kept, settled, rate, num_steps)
@@ -175,6 +170,15 @@ def _perturbed_run(
     (state, _), steps = jax.lax.scan(step, (state, noise), length=num_steps)
     batch = problem.outer_batch(start_key, task)
     return steps, problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+
+def _divergence(first: int, num_steps: int) -> Finding:
+    """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
+    what = f"the inner loss or its gradient is not finite from step {first} of {num_steps} on."
+    if first == 0:
+        advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
+        return Finding(f"Before any step, {what}", advice)
+    return Finding(f"Training diverges: {what}", "Start at a smaller rate, bound it by the space, or clip gradients.")
 
 
 def _findings_of_growth(kept: np.ndarray, settled: np.ndarray, rate: float, num_steps: int) -> list[Finding]:

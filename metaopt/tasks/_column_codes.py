@@ -15,6 +15,7 @@ KINDS = ("number", "boolean", "time", "category")
 PARTS = ("days", "month", "weekday", "hour")  # of a time
 MIN_ROWS = 20  # with fewer, columns look like ids or are equal by chance
 _DAY = 86_400_000_000  # microseconds
+_MERGED = "which float32 rounds to"  # as in the notes of `from_csv_folder`
 _ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
 _CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
 
@@ -139,19 +140,18 @@ def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep
     present = values[~np.isnan(values)]
     if not len(present):
         return _dropped("has no values")
-    if raw.kind == "number" and raw.values.dtype.kind in "iu":
-        present = raw.values  # exact above 2^53
+    present = _exact(code, raw, present)
     if present.min() == present.max() and len(present) == len(values):
         return _dropped("is constant")
     reason, surely = _id_reason(code.name, present, len(values))
     if surely and not keep:
         return _dropped(reason, warns=True)
     changes += (f"{reason}, but stays",) if reason else ()
-    offset = _offset(present)
+    offset, notes = _offset(present)
+    changes += notes
     if offset:
         code = code._replace(offset=offset)
         values, _ = apply_code(code, raw)
-        changes += (f"has numbers that float32 cannot tell apart; {offset} is subtracted from all",)
     return Fit(code, values.reshape(-1, 1), changes=changes, warns=bool(reason) or _loses_values(changes))
 
 
@@ -172,30 +172,48 @@ def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
         if result is None:
             return np.nan
         try:
-            return float(result) - code.offset
+            return float(result - code.offset)  # whole numbers are Python's, and exact
         except OverflowError:
             return np.inf
 
     return _lookup(raw.values, value)
 
 
-def _offset(values: np.ndarray) -> int | float:
-    """The smallest number if its subtraction lets float32 tell more numbers apart, otherwise 0.
+def _exact(code: ColumnCode, raw: RawColumn, present: np.ndarray) -> np.ndarray:
+    """The numbers that are not missing, as integers if float64 could merge whole ones."""
+    if raw.kind == "number" and raw.values.dtype.kind in "iu":
+        return raw.values
+    if raw.kind != "text" or np.abs(present).max() < 2**53:
+        return present
+    read = READINGS[code.reading or "number"]
+    numbers = [value for text in raw.values if text is not None and (value := read(text)) is not None]
+    whole = all(isinstance(value, int) and abs(value) < 2**63 for value in numbers)
+    return np.array(numbers, np.int64) if whole else present
+
+
+def _offset(values: np.ndarray) -> tuple[int | float, tuple[str, ...]]:
+    """The smallest number if its subtraction lets float32 tell more numbers apart, otherwise 0; and notes.
 
     A tenth of the numbers may become equal, because digits beyond the seventh are mostly noise, unless all are whole.
     """
     distinct = np.unique(values)
     is_exact = values.dtype.kind in "iu"
     is_whole = is_exact or bool((distinct == np.round(distinct)).all())
+    least = (1.0 if is_whole else 0.9) * len(distinct)
     with np.errstate(over="ignore"):
-        num_plain = len(np.unique(distinct.astype(np.float32)))
-    if num_plain >= (1.0 if is_whole else 0.9) * len(distinct):
-        return 0
-    lowest = int(distinct[0]) if is_exact else float(distinct[0])
+        num_different = len(np.unique(distinct.astype(np.float32)))
+    if num_different >= least:
+        return 0, ()
+    lowest, offset, notes = int(distinct[0]) if is_exact else float(distinct[0]), 0, ()
     shifted = (distinct.astype(object) if is_exact else distinct) - lowest
     with np.errstate(over="ignore"):
         num_shifted = len(np.unique(shifted.astype(np.float64).astype(np.float32)))
-    return lowest if num_shifted > num_plain else 0
+    if num_shifted > num_different:
+        offset, num_different = lowest, num_shifted
+        notes = (f"has numbers that float32 cannot tell apart; {offset} is subtracted from all",)
+    if num_different < least:
+        notes += (f"has {len(distinct)} different numbers, {_MERGED} {num_different}",)
+    return offset, notes
 
 
 def _id_reason(name: str, present: np.ndarray, num_rows: int) -> tuple[str, bool]:
@@ -348,7 +366,7 @@ def _is_missing(raw: RawColumn) -> np.ndarray:
 
 
 def _loses_values(changes: tuple[str, ...]) -> bool:
-    return any("count as missing" in change for change in changes)
+    return any("count as missing" in change or _MERGED in change for change in changes)
 
 
 def _dropped(reason: str, *, warns: bool = False) -> Fit:

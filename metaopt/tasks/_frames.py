@@ -120,7 +120,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool | np.bool_):
         return str(bool(value))
     is_duration = isinstance(value, _DURATIONS)  # np.timedelta64 is a kind of np.integer
-    if isinstance(value, int | np.integer) and not is_duration and abs(int(value)) < 2**63:
+    if isinstance(value, int | np.integer) and not is_duration and abs(int(value)) < 2**64:
         return str(int(value))
     if isinstance(value, _NUMBERS):
         number = _number(value)

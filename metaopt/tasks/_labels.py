@@ -159,7 +159,10 @@ def _one_type(labels: list) -> np.ndarray:
         return np.array(labels, bool)
     is_number = lambda label: isinstance(label, int | float | np.integer | np.floating) and not isinstance(label, bool)
     if all(map(is_number, labels)):
-        return np.array(labels)
+        numbers = np.array(labels)
+        as_python = (int(label) if isinstance(label, np.integer) else label for label in labels)
+        if all(label == number for label, number in zip(as_python, numbers.tolist(), strict=True)):
+            return numbers  # otherwise float64 would merge whole numbers above 2^53
     if all(isinstance(label, str) for label in labels):
         return np.array(labels, str)
     plain = str | bool | np.bool_ | int | float | np.integer | np.floating

@@ -1,7 +1,7 @@
 """One task per person, patient or hospital: adapt to the first few records of a new user, and predict the others."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +177,7 @@ def user_episodes(
     num_query: int | None = None,
     order: str = "time",
     users: Sequence[int] | np.ndarray | None = None,
-):
+) -> Callable[..., Episode]:
     """Makes a sampler of one episode per user: `num_support` records to adapt to, and later (or other) ones to predict.
 
     Args:

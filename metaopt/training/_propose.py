@@ -78,6 +78,7 @@ def propose(
 
     Raises:
       ValueError: if a number is below 1, or a number of `spread` that is not traced is negative, infinite or NaN.
+      ValueError: if the task has labels outside its classes.
       ValueError: at trace time, if the start does not fit `space`, or `spread` does not fit the start.
       ValueError: at trace time, if `space` is not the problem's, or is missing and a start in natural units meets an
         estimator in unconstrained coordinates.
@@ -94,6 +95,7 @@ def propose(
         return _proposals.values(estimator, key, candidates, task, chunk)
 
     def propose_for(key, hyperparams, task):
+        _checks.check_task_labels("task", task)  # else every F is NaN, and the start is the best
         run_key, draw_key = jax.random.split(key)
         normal = _start(space, hyperparams, spread)
 

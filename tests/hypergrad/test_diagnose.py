@@ -55,6 +55,19 @@ def test_divergence_names_the_step():
     assert 0 < first < 50 and f"from step {first} of 50 on" in words(diagnosis)
 
 
+def test_a_loss_that_is_not_finite_at_the_start_is_not_called_divergence():
+    loop = inner.loop(
+        lambda params, hp, batch: optax.losses.softmax_cross_entropy_with_integer_labels(params, batch).mean(),
+        lambda hp: optax.sgd(0.1),
+        init=lambda key, hp, data: jnp.zeros((2, 3)),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+    for labels, is_finite in (([0, 2], True), ([0, 3], False)):  # of three classes
+        labels = jnp.array(labels)
+        found = words(hypergrad.diagnose(problem, jnp.array(0.0), base.Task(labels, labels), num_steps=2))
+        assert ("Look for labels that are not among the classes" in found) != is_finite and "diverges" not in found
+
+
 def test_an_unconverged_inner_loop():
     diagnosis = hypergrad.diagnose(quadratic(0.01), jnp.array(0.0), problems.TASK, num_steps=50)
     assert "has not converged" in words(diagnosis) and "implicit" in words(diagnosis)

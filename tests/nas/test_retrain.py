@@ -160,16 +160,32 @@ def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
             run(**other, num_steps=4)
 
 
-def test_training_that_diverges_goes_on_as_in_one_program():
-    """And does not begin anew in silence."""
+def test_ten_losses_that_are_not_finite_end_the_training():
     loss = lambda params, scale, batch, context: ((params - 1) ** 4 * batch["x"]).mean()
     loop = inner.loop(loss, lambda _: optax.sgd(10.0), init=lambda *_: (jnp.zeros(()), None), with_context=True)
-    rows = {"x": jnp.ones(3)}
-    state, losses = nas.train_loop(loop, rows, num_steps=12, key=KEY, progress=False)
-    ended = np.flatnonzero(~np.isfinite(losses))
-    assert 0 < ended[0] < 10 and list(ended) == list(range(ended[0], 12))
-    assert int(state.step) == 12 and not np.isfinite(state.params)
-    assert not np.isfinite(inner.run(loop, 12)(jax.random.split(KEY)[0], None, rows).params)
+    rows, losses = {"x": jnp.ones(3), "y": jnp.arange(3)}, []
+    run = lambda num_steps, stop: nas.train_loop(
+        loop, rows, num_steps=num_steps, key=KEY, progress=False, callback=lambda step, metrics: stop(step, metrics)
+    )
+    message = r'last 10 training losses, up to step .*the classes 0\.\.C-1 .*"y" has integers from 0 to 2'
+    with pytest.raises(FloatingPointError, match=message):
+        run(100, lambda step, metrics: losses.append(metrics["loss"]))
+    first = int(np.flatnonzero(~np.isfinite(losses))[0])
+    assert 0 < first < 10 and len(losses) == first + 10 and not np.isfinite(losses[first:]).any()
+    # Training does not begin again in silence: so far it is that of one program.
+    state, _ = run(100, lambda step, metrics: step == first + 9)
+    assert int(state.step) == first + 9 and not np.isfinite(state.params)
+    assert not np.isfinite(inner.run(loop, first + 9)(jax.random.split(KEY)[0], None, rows).params)
+
+
+def test_nine_losses_that_are_not_finite_do_not_end_the_training():
+    def loss(params, scale, batch, context):
+        return (params - 1) ** 2 + jnp.where(context.step % 12 < 9, jnp.nan, 0.0)
+
+    loop = inner.loop(loss, lambda _: optax.sgd(0.1), init=lambda *_: (jnp.zeros(()), None), with_context=True)
+    state, losses = nas.train_loop(loop, {"x": jnp.ones(3)}, num_steps=24, key=KEY, progress=False)
+    assert np.isnan(losses).sum() == 18
+    np.testing.assert_allclose(state.params, 1 - 0.8**24, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -212,12 +212,28 @@ def test_numbers_that_float32_merges_are_shifted():
         [f"{low + k}" for k in range(3)],
     ):
         encoder, x = fitted({"a": column})
-        if not isinstance(column[0], str):  # texts beyond 2^53 are compared as floats
-            np.testing.assert_array_equal(x[:, 0], [0, 1, 2])
-            np.testing.assert_array_equal(encoder.transform({"a": [low - 1, low + 5]})[:, 0], [-1, 5])
-            assert f"{low} is subtracted from all" in reasons(encoder, "a")[0][1]
+        np.testing.assert_array_equal(x[:, 0], [0, 1, 2])
+        np.testing.assert_array_equal(encoder.transform({"a": [low - 1, low + 5]})[:, 0], [-1, 5])
+        assert f"{low} is subtracted from all" in reasons(encoder, "a")[-1][1]
+    texts = [f"{low:,}", f"{low + 1:,}", "NA", f"{low + 3}"]  # with gaps and thousands separators
+    np.testing.assert_array_equal(fitted({"a": texts})[1][:, 0], [0, 1, np.nan, 3])
     seconds = 1.7e9 + np.arange(0, 50, 0.25)
     np.testing.assert_array_equal(fitted({"a": seconds})[1][:, 0], seconds - seconds[0])
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_numbers_that_float32_merges_for_good_are_reported(kind, caplog):
+    """Ids that repeat, from 7 on: no subtraction helps."""
+    column = [kind(value) for value in [7, 2**53, 2**53 + 1, 7, 2**53, 2**53 + 1]]
+    encoder, _ = fitted({"a": column, "b": [1, 2, 3, 4, 5, 6]})
+    assert reasons(encoder, "a")[-1] == ("changed", "has 3 different numbers, which float32 rounds to 2")
+    assert "the column 'a' is changed: it has 3 different numbers, which float32 rounds to 2" in caplog.text
+    assert "'b'" not in caplog.text
+
+
+def test_levels_of_64_bits_stay_different():
+    ids = pd.Series(np.array([2**63 + 1, 2**63 + 2] * 2, np.uint64)).astype("category")
+    assert fitted({"a": ids})[0].levels == ((f"{2**63 + 1}", f"{2**63 + 2}"),)
 
 
 def test_constants_copies_and_columns_without_values_are_dropped():

@@ -17,6 +17,7 @@ pd = pytest.importorskip("pandas")
         ([True, None, False], [False, True], [1, -1, 0]),
         ([1, "a", 2.0, True], ["1", "2", "True", "a"], [0, 3, 1, 2]),
         (["NA", "", "None"], ["", "NA", "None"], [1, 0, 2]),
+        ([2**53, 2**53 + 1, 2.0], ["2", f"{2**53}", f"{2**53 + 1}"], [1, 2, 0]),  # a float64 array merges two of them
         (np.array(["x", "y"]), ["x", "y"], [0, 1]),
         (np.array(["x", "y"], object), ["x", "y"], [0, 1]),
         (np.array([1.0, np.nan, 0.0]), [0.0, 1.0], [1, -1, 0]),

@@ -11,6 +11,8 @@ import optax
 
 from metaopt import base, training
 
+_MAX_NON_FINITE = 10  # consecutive steps after which a training stops, as in `training.fit`
+
 
 def train_loop(
     loop: base.InnerLoop,
@@ -39,8 +41,7 @@ def train_loop(
       num_steps: total number of steps, including the steps before an interruption.
       key: the source of all randomness.
       hyperparams: λ, constant, a tree of arrays; None if the loop has none.
-      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss. Training continues after a
-        non-finite loss, as in `inner.run`: use the callback to stop it.
+      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss.
       progress: as for `training.fit`: None shows a bar in a terminal, and prints lines elsewhere.
       checkpoint_dir: the folder for checkpoints; each training needs its own. None writes no checkpoints.
       checkpoint_every: steps between checkpoints. Checkpoints do not contain the data.
@@ -54,6 +55,7 @@ def train_loop(
       KeyboardInterrupt: if SIGINT arrived; with `checkpoint_dir`, the same call continues. The exception's `result` is
         the partial `FitResult`, whose `state.estimator_state` is the inner state.
       SystemExit: the same for SIGTERM, with status 143.
+      FloatingPointError: if the loss of 10 consecutive steps was not finite. (`inner.run` continues.)
       ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
         of a `retraining`. Also if `checkpoint_dir` is in use, or holds another run: another key,
         other data, another λ, another program or other `settings`.
@@ -62,20 +64,42 @@ def train_loop(
     # `fit` traces the data, and the values of traced labels cannot be checked. So let `init` see the arrays once.
     arrays = jax.tree.map(jnp.asarray, (hyperparams, data))
     jax.eval_shape(lambda key: loop.init(key, *arrays), init_key)
+    num_non_finite, ended = 0, False
+
+    def watch(step, metrics):
+        nonlocal num_non_finite, ended
+        num_non_finite = 0 if np.isfinite(metrics["loss"]) else num_non_finite + 1
+        ended = callback is not None and bool(callback(step, metrics))
+        return ended or num_non_finite >= _MAX_NON_FINITE
+
     result = training.fit(
         training.learner(_plain_training(loop, init_key), optax.set_to_zero()),
         lambda key: {"data": data, "hyperparams": hyperparams},
         hyperparams=jnp.zeros(()),
         num_steps=num_steps,
         key=fit_key,
-        callback=callback,
+        callback=watch,
         progress=progress,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         settings=settings,
         compilation_cache=compilation_cache,
     )
-    return result.state.estimator_state, result.history.get("loss", np.zeros(0))
+    losses = result.history.get("loss", np.zeros(0))
+    if num_non_finite >= _MAX_NON_FINITE and not ended:
+        raise FloatingPointError(_no_finite_losses(len(losses), data))
+    return result.state.estimator_state, losses
+
+
+def _no_finite_losses(num_steps: int, data: base.Data) -> str:
+    """The message of the exception for losses that are not finite."""
+    y, seen = np.asarray(data.get("y", 0.0) if isinstance(data, Mapping) else 0.0), ""
+    if y.dtype.kind in "iu":
+        seen = f' ("y" has integers from {y.min()} to {y.max()})'
+    return (
+        f"The last {_MAX_NON_FINITE} training losses, up to step {num_steps}, were not finite. Likely causes: labels "
+        f"that are not among the classes 0..C-1 of the loss{seen}, NaN in the data, or a rate that is too large."
+    )
 
 
 def _plain_training(loop: base.InnerLoop, init_key: jax.Array) -> base.Estimator:
