@@ -61,7 +61,7 @@ def test_published_numbers():
     table = benchmarks.nas_bench_201_table()
     np.testing.assert_allclose(100 - table.test.min(0), [94.37, 73.51, 47.31], atol=0.006)
     np.testing.assert_allclose(100 - table.test[9930], [94.36, 73.51, 46.34], atol=0.006)
-    names = [nas.NAS_BENCH_201_PRIMITIVES[i] for i in table.encodings[9930]]
+    names = [_named_spaces.NAS_BENCH_201_PRIMITIVES[i] for i in table.encodings[9930]]
     assert names == ["nor_conv_3x3"] * 3 + ["skip_connect"] + ["nor_conv_3x3"] * 2
     skips = (table.encodings == 1).all(1)
     np.testing.assert_allclose(100 - table.test[skips], [[54.30, 15.61, 16.32]], atol=0.006)
@@ -80,7 +80,7 @@ def test_rows_as_graphs():
     table = benchmarks.nas_bench_201_table()
     pairs, of = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)], {}
     for row in table.encodings[::20]:
-        edges = [(*p, nas.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
+        edges = [(*p, _named_spaces.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
         of.setdefault(table.graph(row), set()).add(_graphs.canonical(edges, output=(3,)))
     assert all(len(same) == 1 for same in of.values())  # what is one graph is one function
     assert of[table.graph([0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
@@ -278,7 +278,7 @@ def test_a_device_measured_by_others_is_a_table():
     weights = np.random.default_rng(0).dirichlet(np.ones(5), 6)
     chances = weights[np.arange(6), digits].prod(1)
     np.testing.assert_allclose(nas.expected_cost(table, {"cell": weights}), chances @ costs, rtol=1e-5)
-    text = np.array(nas.NAS_BENCH_201_PRIMITIVES)[digits[77]]
+    text = np.array(_named_spaces.NAS_BENCH_201_PRIMITIVES)[digits[77]]
     edges = tuple((e.source, e.target, op) for e, op in zip(network.cells["cell"].edges, text, strict=True))
     genotype = {"cell": tuple(edge for edge in edges if edge[2] != "none")}
     np.testing.assert_allclose(nas.cost_of(table, network, genotype), costs[77], rtol=1e-6)

@@ -28,7 +28,7 @@ import json
 import sys
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,7 @@ def num_params(genotype: nas.Genotype, scale: Scale) -> int:
 
 
 def text_of(
-    genotypes: dict[str, nas.Genotype], reports: dict[str, nas.SearchReport], scale: Scale, num_images: int
+    genotypes: dict[str, nas.Genotype], reports: dict[str, Any], scale: Scale, num_images: int
 ) -> str:
     lines = []
     for name, report in reports.items():

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
+from small_search import nas_bench_201_cells
 
 from metaopt import blackbox, nas
 from metaopt.nas import _graphs, _named_spaces, _relaxations, _specs
@@ -342,7 +343,7 @@ def test_nas_bench_201():
 
 
 def test_the_counts_of_nas_bench_201():
-    cells = nas.nas_bench_201_genotypes()
+    cells = nas_bench_201_cells()
     classes = [_graphs.canonical(g["cell"], output=(3,)) for g in cells]
     assert len({nas.genotype_to_text(g, form="nas_bench_201") for g in cells}) == 15_625
     assert sum(c != "0" for c in classes) == 15_284

@@ -95,8 +95,8 @@ def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():
 def test_beta_decay():
     alpha = {"normal": ALPHA, "reduce": 2 * ALPHA[:2]}
     expected = np.concatenate([np.log(np.exp(a).sum(-1)) for a in alpha.values()]).mean()
-    np.testing.assert_allclose(nas.beta_decay(alpha), expected)
-    np.testing.assert_allclose(nas.beta_decay({"cell": {"ops": ALPHA, "edges": jnp.zeros(3)}}), nas.beta_decay([ALPHA]))
+    np.testing.assert_allclose(_relaxations.beta_decay(alpha), expected)
+    np.testing.assert_allclose(_relaxations.beta_decay({"cell": {"ops": ALPHA, "edges": jnp.zeros(3)}}), _relaxations.beta_decay([ALPHA]))
 
 
 def test_discretized_weights_are_constants_and_checked_in_a_derivative():

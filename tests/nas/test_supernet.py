@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_search import nas_bench_201_cells
 
 from metaopt import _batches, inner, nas
 from metaopt.nas import _graphs, _normalization, _specs
@@ -180,7 +181,7 @@ def test_isomorphic_cells_give_equal_outputs():
     tie = lambda leaf: jnp.broadcast_to(leaf[:, :1], leaf.shape)
     params["layers"][1]["edges"] = jax.tree.map(tie, params["layers"][1]["edges"])
     classes = collections.defaultdict(list)
-    for genotype in nas.nas_bench_201_genotypes():
+    for genotype in nas_bench_201_cells():
         classes[_graphs.canonical(genotype["cell"], output=(3,))].append(genotype)
     large = [c for c in sorted(classes) if len(classes[c]) >= 4]
     chosen = [classes[large[i]][j] for i in range(0, len(large), len(large) // 12) for j in (0, 1, -1)]
