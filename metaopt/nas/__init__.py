@@ -81,7 +81,6 @@ from metaopt.nas._ops import (
 )
 from metaopt.nas._relaxations import (
     auxiliary_skip,
-    edge_normalized,
     gumbel_softmax,
     mixing_weights,
     sigmoid,
@@ -219,7 +218,6 @@ __all__ = [
     "derive_genotype",
     "discrete",
     "edge_graph",
-    "edge_normalized",
     "expected_cost",
     "gdas",
     "genotype_from_configuration",

@@ -49,7 +49,6 @@ from metaopt.tasks._image_sources import (
     from_tfds,
 )
 from metaopt.tasks._labels import (
-    Labels,
     fit_labels,
     suspected_leaks,
 )
@@ -81,7 +80,6 @@ from metaopt.tasks._splits import (
     select,
     split_classes,
     split_rows,
-    split_sources,
 )
 from metaopt.tasks._tables import (
     SYNTHETIC_FAMILIES,
@@ -92,7 +90,6 @@ from metaopt.tasks._tables import (
 from metaopt.tasks._users import (
     UserTable,
     from_user_records,
-    standardize_users,
     user_episodes,
 )
 
@@ -100,7 +97,6 @@ __all__ = [
     "Episode",
     "FeatureScaling",
     "FittedColumns",
-    "Labels",
     "PreparedTable",
     "SYNTHETIC_FAMILIES",
     "Source",
@@ -140,9 +136,7 @@ __all__ = [
     "split_by_family",
     "split_classes",
     "split_rows",
-    "split_sources",
     "stack",
-    "standardize_users",
     "suspected_leaks",
     "to_task",
     "unstack",

@@ -12,7 +12,8 @@ from metaopt.tasks._class_sources import Source, check_names, keep
 class Split(dict[str, dict[str, dict[str, Any]]]):
     """A dict of JSON values: part -> source -> {"classes": names, "rows": numbers}; `metaopt.save` writes it as JSON.
 
-    A missing entry means all classes or all rows. A source that a part does not name is not in the part.
+    A missing entry means all classes or all rows. A source that a part does not name is not in the part. For example,
+    `Split({"train": {"letters": {}}, "test": {"digits": {}}})` assigns whole sources to parts.
     """
 
 
@@ -81,18 +82,6 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
         split[part] = {source.name: {"rows": rows.tolist()}}
         start += share
     return split
-
-
-def split_sources(parts: Mapping[str, Sequence[str]]) -> Split:
-    """Assigns whole sources to parts.
-
-    Args:
-      parts: part -> the names of its sources.
-
-    Returns:
-      A split; `merge_splits` joins it with the splits of other sources.
-    """
-    return Split({part: {name: {} for name in names} for part, names in parts.items()})
 
 
 def merge_splits(*splits: Mapping[str, Mapping[str, Any]]) -> Split:

@@ -212,7 +212,7 @@ def test_what_is_annealed_in_training_is_read_at_temperature_one():
     plain = search_of(nas.darts, order="first", keep=1)
     np.testing.assert_allclose(search.weights(alpha)["cell"], plain.weights(alpha)["cell"])
     assert search.genotype(alpha) == plain.genotype(alpha)
-    inside = _relaxations.decoding(nas.edge_normalized(relaxation))(
+    inside = _relaxations.decoding(_relaxations.edge_normalized(relaxation))(
         {"ops": alpha["cell"], "edges": jnp.zeros(3)}, NET.cells["cell"], KEY, 0
     )
     np.testing.assert_allclose(inside, plain.weights(alpha)["cell"] * np.array([[1.0], [0.5], [0.5]]))

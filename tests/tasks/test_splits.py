@@ -45,14 +45,14 @@ def test_rows_of_other_groups_or_a_share_of_every_class():
 
 def test_splits_are_json_and_merge(tmp_path):
     split = tasks.merge_splits(
-        tasks.split_classes(LETTERS, {"train": 8, "test": 4}), tasks.split_sources({"test": ["digits"]})
+        tasks.split_classes(LETTERS, {"train": 8, "test": 4}), tasks.Split({"test": {"digits": {}}})
     )
     metaopt.save(tmp_path / "split.json", split)
     assert metaopt.load(tmp_path / "split.json") == split == json.loads((tmp_path / "split.json").read_text())["parts"]
     train, test = (tasks.select({"a": LETTERS, "b": DIGITS}, split, part) for part in ("train", "test"))
     assert [s.name for s in train] == ["letters"] and [s.name for s in test] == ["letters", "digits"]
     assert test[1].num_classes == 2
-    assert tasks.select(DIGITS, tasks.split_sources({"all": ["digits"]}), "all")[0].num_classes == 2  # one alone
+    assert tasks.select(DIGITS, tasks.Split({"all": {"digits": {}}}), "all")[0].num_classes == 2  # one alone
     for other in ("[1]", '{"train": [1]}', '{"train": {"digits": [1]}}'):
         (tmp_path / "other.json").write_text('{"format": "metaopt.split", "version": 1, "parts": ' + other + "}")
         with pytest.raises(ValueError, match="`parts` is not a split"):
@@ -71,7 +71,7 @@ def test_splits_are_json_and_merge(tmp_path):
         (lambda: tasks.split_classes(LETTERS, {"train": 0}), "at least 1"),
         (lambda: tasks.split_rows(LETTERS, {"train": 0.8, "test": 0.3}), "sum to at most 1"),
         (lambda: tasks.split_rows(LETTERS, {"train": 0.9, "test": 0.01}), "'test' .* left without an example"),
-        (lambda: tasks.merge_splits(*[tasks.split_sources({"test": ["a"]})] * 2), "of source 'a'"),
+        (lambda: tasks.merge_splits(*[tasks.Split({"test": {"a": {}}})] * 2), "of source 'a'"),
         (lambda: tasks.select([LETTERS], {"a": {"letters": {"classes": ["99"]}}}, "a"), "has no class '99'"),
         (
             lambda: tasks.select([DIGITS, DIGITS], {"a": {"digits": {}}}, "a"),

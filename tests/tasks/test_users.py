@@ -63,7 +63,7 @@ def test_windows_and_random_orders():
 def test_standardized_by_the_others_and_gaps_marked():
     x = np.array([[1.0, 5.0], [3.0, np.nan], [5.0, 7.0], [100.0, np.nan]])
     table = tasks.from_user_records(x, [0, 1, 0, 1], [0, 0, 1, 2], feature_names=["p", "q"])
-    done = tasks.standardize_users(table, [0, 1])
+    done = table.standardized([0, 1])
     assert done.feature_names == ("p", "q", "missing q") and done.y.dtype == np.int32
     np.testing.assert_allclose(done.x[:3].mean(0)[0], 0, atol=1e-6)
     scale = np.sqrt(8 / 3)
@@ -86,7 +86,7 @@ def test_standardized_by_the_others_and_gaps_marked():
         (lambda: tasks.user_episodes(TABLE, num_support=3), "User a has 3 records, but needs 3"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, order="past"), "must be one of 'time'"),
         (lambda: tasks.user_episodes(TABLE._replace(time=None), num_support=1), '`order` must be "random"'),
-        (lambda: tasks.user_episodes(TABLE._replace(x=TABLE.x * np.nan), num_support=1), "`standardize_users`"),
+        (lambda: tasks.user_episodes(TABLE._replace(x=TABLE.x * np.nan), num_support=1), "`table.standardized"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=[2]), r"integers in 0\.\.1, at least one; got \[2\]"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=[]), r"`users` must be indices .*; got \[\]"),
         (lambda: tasks.user_episodes(TABLE, num_support=1, users=1), "`users` must be indices .*; got 1"),
@@ -108,8 +108,8 @@ def test_standardized_by_the_others_and_gaps_marked():
             lambda: tasks.from_user_records(np.ones((2, 1)), [0.0, 1.0], [0, 0], time=["noon", "night"]),
             r"`time` must be numbers; got <U5, \['noon', 'night'\]: ISO 8601",
         ),
-        (lambda: tasks.standardize_users(TABLE, np.array([True, True])), "`fit_on` must be indices"),
-        (lambda: tasks.standardize_users(TABLE._replace(x=TABLE.x + np.inf), [0]), "`x` must be finite"),
+        (lambda: TABLE.standardized(np.array([True, True])), "`fit_on` must be indices"),
+        (lambda: TABLE._replace(x=TABLE.x + np.inf).standardized([0]), "`x` must be finite"),
         (lambda: tasks.user_episodes(TABLE._replace(y=TABLE.y * np.nan), num_support=1), "`y` must be finite"),
     ],
 )
