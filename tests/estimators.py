@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, hypergrad, inner, nas, predictors, spaces
+from metaopt import base, hypergrad, inner, predictors, spaces
 from metaopt.nas import _early_stop
 
 # ---- The problem ----------------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     Returns:
       A `NamedTuple`:
 
-      - `correlation`: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures. It is
-        NaN for a single architecture, and if one side is constant.
+      - `correlation`: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures.
+        It is NaN for a single architecture, and if one side is constant.
       - `interval`: its 95 % interval; NaN for fewer than five architectures.
       - `discretization_gap`: the mean of mixed − inherited, over architectures with a finite `mixed`.
       - `evaluation_gap`: the mean of retrained − inherited, over all architectures.
