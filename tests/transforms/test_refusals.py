@@ -25,9 +25,9 @@ forgotten = functools.partial(
 )
 
 
-def tuned_update(params, transform, given="params", **extra):
-    """The first update, by gradients that are the parameters; `given` are other parameters than those of the state."""
-    return transform.update(params, transform.init(params), params if isinstance(given, str) else given, **extra)
+def tuned_update(params, transform, *, with_params=True, **extra):
+    """The first update, by gradients that are the parameters."""
+    return transform.update(params, transform.init(params), params if with_params else None, **extra)
 
 
 def update_of_one_of_a_pair():
@@ -122,11 +122,11 @@ REFUSED = [
         for value in (1j, np.inf, np.nan, np.array([0.1, -np.inf]))
     ),
     (
-        lambda: tuned_update(jnp.ones(2), transforms.self_tuning(optax.sgd, 0.1, SGD, discount=0.5)),
+        lambda: tuned_update(jnp.ones(2), adam(discount=0.5)),
         "`discount` above 0 needs the gradient of the training loss as a function",
     ),
     (
-        lambda: tuned_update(jnp.ones(2), transforms.self_tuning(optax.sgd, 0.1, SGD), None),
+        lambda: tuned_update(jnp.ones(2), adam(), with_params=False),
         "The parameters, .*, must be a tree like the gradients.*got None",
     ),
     (update_by_a_schedule, "`factory` needs the concrete value of a hyperparameter.*`transforms.cosine_schedule`"),
@@ -177,7 +177,7 @@ REFUSED = [
         (lambda weights=weights: transforms.learned(weights), "`weights` must be meta-parameters")
         for weights in ({"w": jnp.zeros(2)}, WEIGHTS._replace(layers=[]), WEIGHTS._replace(layers={"0": {"w": 1.0}}))
     ),
-    (lambda: tuned_update(VECTORS, transforms.learned(WEIGHTS), None), "needs the parameters"),
+    (lambda: tuned_update(VECTORS, transforms.learned(WEIGHTS), with_params=False), "needs the parameters"),
     (lambda: metaopt.save("never.npz", WEIGHTS._replace(decays={})), "`weights` must be"),
 ]
 
