@@ -41,13 +41,6 @@ def test_hard_gumbel_samples_the_softmax_and_has_the_soft_ones_gradient():
     assert abs(soft_grad).max() > 0.01
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), "hot"])
-def test_temperatures_that_are_not_positive(temperature):
-    for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=True)):
-        with pytest.raises(ValueError, match="`temperature` must be positive"):
-            make(temperature)
-
-
 def test_uniform_paths():
     draw = jax.jit(jax.vmap(lambda key: nas.uniform_path()(ALPHA, CELL, key, 0)))
     draws = np.asarray(draw(jax.random.split(KEY, 3_000)))
@@ -70,8 +63,6 @@ def test_an_auxiliary_skip_fades():
         np.testing.assert_allclose(
             relax(ALPHA, CELL, KEY, jnp.array(step)) - plain, beta * np.eye(3)[[1, 1, 1]], atol=1e-7
         )
-    with pytest.raises(ValueError, match="needs 'skip_connect'"):
-        relax(ALPHA, nas.complete_cell(2, ("none", "mlp")), KEY, 0)
 
 
 def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():

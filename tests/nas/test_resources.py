@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import metaopt
-from metaopt import base, hypergrad, inner, nas, predictors, spaces, training
+from metaopt import base, hypergrad, inner, nas, training
 from metaopt.nas import _budgets
 
 pytestmark = pytest.mark.once
@@ -146,8 +146,6 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
     one_hot = nas.one_hot(network, genotype)
     assert nas.cost_of(WHOLE, network, genotype) == nas.expected_cost(WHOLE, one_hot, network) == cost
     assert jax.jit(lambda w: nas.expected_cost(WHOLE, w, network))(one_hot) == cost
-    with pytest.raises(ValueError, match="The edge 1 of 'cell' has no weight, .* Pass `network`"):
-        nas.expected_cost(WHOLE, one_hot)
     search = nas.darts(network, (3,), ops=nas.BLOCKS)
     alpha = {"cell": jnp.asarray([[-9.0, 0.0, 1.0], [0.0, -9.0, -9.0], [-9.0, 0.5, 0.0]])}
     excess, grads = jax.value_and_grad(_budgets.over_budget(WHOLE, network, budget=10.0))(alpha, 0)
@@ -159,16 +157,6 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
         mean += w[0, i] * w[1, j] * w[2, k] * (5 + 9 * i + 3 * j + k)
     np.testing.assert_allclose(10 * (1 + excess), mean, rtol=1e-9)
     assert abs(grads["cell"][0]).max() > 0.1
-    # No edge may go that has no "none".
-    bare = nas.complete_cell(2, ops[1:])
-    small = WHOLE._replace(terms=(WHOLE.terms[0]._replace(values=WHOLE.terms[0].values[1:, 1:, 1:]),))
-    bare = network._replace(cells={"cell": bare})
-    for cost in (
-        lambda: nas.expected_cost(small, nas.one_hot(bare, genotype), bare),
-        lambda: nas.cost_of(small, bare, genotype),
-    ):
-        with pytest.raises(ValueError, match='which a network may lack, has no "none"'):
-            cost()
 
 
 def test_latency_is_seconds_of_a_call(monkeypatch):
@@ -270,10 +258,6 @@ def test_penalties_by_hand_and_in_a_problem():
 
     plain, wrapped, option = values(alpha)
     np.testing.assert_allclose([wrapped - plain, option - plain], 3.0, rtol=1e-9)
-    with pytest.raises(KeyError, match="log"):
-        nas.resource_penalty(row_table(), ROWS, weight=1.0, target=1.0, form="log")
-    with pytest.raises(ValueError, match="`budget` must be positive; got 0"):
-        nas.resource_penalty(row_table(), ROWS, weight=1.0, target=0)
 
 
 def quadratic():
@@ -376,9 +360,6 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
     bound = nas.under_budget(nas.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
     bounded = jax.jit(lambda: bound.problem.outer_loss(params, bound.hyperparams(KEY), batch, at))()
     assert jnp.isfinite(bounded)
-    h = predictors.mlp({"cell": spaces.real(shape=(3, 3))}, num_features=2)
-    with pytest.raises(ValueError, match="has a multiplier, which h cannot predict"):
-        nas.meta_architecture_search(bound, h)
 
 
 def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
@@ -428,8 +409,6 @@ def test_the_projection_changes_what_loses_least():
     assert project(1_000) == ["16", "2"]  # 4·16 + 17·16 + 17·2 = 370
     assert project(369) == ["2", "2"]  # 8 + 6 + 6 = 20
     assert project(19) == ["2", "1"]  # 14
-    with pytest.raises(ValueError, match="`budget` is 13 , and the cheapest network found costs 14"):
-        project(13)
 
 
 def test_costs_of_a_space_that_keeps_two_edges_a_node():
@@ -480,9 +459,6 @@ def test_a_search_that_reads_otherwise_counts_otherwise():
         np.testing.assert_allclose(excess, expected - 1, rtol=1e-9)
         costs.append(float(expected))
     assert abs(costs[0] - costs[1]) > 1
-    whole = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=3)
-    with pytest.raises(ValueError, match="`keep` must be left out for NAS-Bench-101's space"):
-        nas.darts(whole, (8, 8, 1), ops=nas.NAS_BENCH_101_OPS, keep=2)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -515,18 +491,6 @@ def test_the_projection_takes_another_edge_where_that_loses_less():
     assert found["cell"][2:] == ((0, 3, "sep_conv_3x3"), (1, 3, "max_pool_3x3"))
 
 
-def test_a_graph_s_cell_is_not_projected():
-    network = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
-    weights = {"cell": np.full((len(network.cells["cell"].edges), 3), 1 / 3)}
-    for call in (
-        lambda: nas.within_budget(network, weights, nas.CostTable(1.0, ()), 1e9),
-        lambda: nas.derive_genotype(network, weights, keep=2),
-        lambda: nas.random_genotype(0, network),
-    ):
-        with pytest.raises(ValueError, match="cells are graphs with ops on vertices"):
-            call()
-
-
 # ---- Fronts ---------------------------------------------------------------------------------------------------------
 
 
@@ -550,49 +514,3 @@ def test_the_hypervolume_is_the_share_of_a_grid_that_is_dominated(num_objectives
     assert 0 < expected < np.prod(limit) or num_objectives == 1
     assert nas.hypervolume(points, limit) == expected
     assert nas.hypervolume(points + 100, limit) == 0
-    with pytest.raises(ValueError, match="an entry for each of"):
-        nas.hypervolume(points, [1.0] * (num_objectives + 1))
-    with pytest.raises(ValueError, match=r"`points` must be \[n, k\]"):
-        nas.pareto_front(points[0])
-
-
-@pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        (
-            nas.CostTerm((("linear.width", 0),), np.ones(2)),
-            "2 candidates for the edge 0 of 'linear.width', .* none there",
-        ),
-        (
-            nas.CostTerm((("cell", 3),), np.ones(3)),
-            "3 candidates for the edge 3 of 'cell', .* none there; its kinds are",
-        ),
-        (
-            nas.CostTerm((("cell", 2),), np.ones(5)),
-            "5 candidates for the edge 2 of 'cell', and the network has 3 there",
-        ),
-        (nas.CostTerm((("cell", 2), ("cell", 0)), np.ones((3, 2))), "2 candidates for the edge 0 of 'cell'"),
-    ],
-)
-def test_a_table_of_another_space_is_refused_where_it_is_given(term, message):
-    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
-    table, search = nas.CostTable(1.0, (term,)), nas.darts(network, (3,), ops=nas.BLOCKS)
-    genotype = {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
-    for build in (
-        lambda: nas.under_budget(search, table, budget=10.0),
-        lambda: nas.resource_penalty(table, network, weight=1.0, target=10.0),
-        lambda: nas.cost_of(table, network, genotype),
-        lambda: nas.within_budget(network, nas.one_hot(network, genotype), table, 10.0),
-    ):
-        with pytest.raises(ValueError, match=f"`table` must be of the network's space, .* costs of {message}"):
-            build()
-
-
-def test_a_term_with_other_axes_than_edges_is_refused():
-    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    network = nas.Network({"cell": cell}, (nas.Layer("cell", 4),), num_outputs=2)
-    for values in (np.ones((1, 3)), np.ones((3, 3)), 1.0):
-        table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), values),))
-        with pytest.raises(ValueError, match=r"has costs of shape \(.*\) for 1 edges; it must have one axis for each"):
-            nas.resource_penalty(table, network, weight=1.0, target=10.0)
