@@ -26,9 +26,7 @@ from metaopt.nas._configurations import (
 from metaopt.nas._costs import (
     CostTable,
     CostTerm,
-    cost_of,
     cost_table,
-    expected_cost,
     latency,
     num_params,
 )
@@ -207,7 +205,6 @@ __all__ = [
     "conv_net_space",
     "convolution",
     "convolve",
-    "cost_of",
     "cost_table",
     "crop_and_flip",
     "cutout",
@@ -218,7 +215,6 @@ __all__ = [
     "derive_genotype",
     "discrete",
     "edge_graph",
-    "expected_cost",
     "gdas",
     "genotype_from_configuration",
     "genotype_from_text",

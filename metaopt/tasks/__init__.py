@@ -23,8 +23,6 @@ from metaopt.tasks._batching import (
 from metaopt.tasks._class_sources import (
     Source,
     from_arrays,
-    keep,
-    with_rotations,
 )
 from metaopt.tasks._classification_episodes import (
     episodes,
@@ -123,7 +121,6 @@ __all__ = [
     "from_user_records",
     "function_episodes",
     "image_features",
-    "keep",
     "labelled_batches",
     "merge_splits",
     "meta_dataset_episodes",
@@ -141,5 +138,4 @@ __all__ = [
     "to_task",
     "unstack",
     "user_episodes",
-    "with_rotations",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from metaopt import _files, _saving
-from metaopt.tasks._class_sources import Source, check_names, keep
+from metaopt.tasks._class_sources import Source, check_names
 
 
 class Split(dict[str, dict[str, dict[str, Any]]]):
@@ -133,7 +133,7 @@ def select(
     for name in split[part]:
         _check_disjoint(split, by_name[name])
     return [
-        keep(by_name[name], classes=chosen.get("classes"), rows=chosen.get("rows"))
+        by_name[name].keep(classes=chosen.get("classes"), rows=chosen.get("rows"))
         for name, chosen in split[part].items()
     ]
 

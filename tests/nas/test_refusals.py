@@ -370,19 +370,19 @@ def under_budget(budget=10.0, table=None, network=SIZES, ops=None):
 
 
 COSTS = [
-    (lambda: nas.expected_cost(COST, {"cell": jnp.ones((2, 1, 3))}), "must be .edges, ops. of one task"),
+    (lambda: COST.expected_cost({"cell": jnp.ones((2, 1, 3))}), "must be .edges, ops. of one task"),
     *(
         (
-            lambda keep=keep: nas.expected_cost(WHOLE, nas.one_hot(THREE._replace(keep=keep), PATH)),
+            lambda keep=keep: WHOLE.expected_cost(nas.one_hot(THREE._replace(keep=keep), PATH)),
             "The edge 1 of 'cell' has no weight, .* Pass `network`",
         )
         for keep in (None, 1)
     ),
     (
-        lambda: nas.expected_cost(WHOLE_BARE, nas.one_hot(BARE, PATH), BARE),
+        lambda: WHOLE_BARE.expected_cost(nas.one_hot(BARE, PATH), BARE),
         'which a network may lack, has no "none"',
     ),
-    (lambda: nas.cost_of(WHOLE_BARE, BARE, PATH), 'which a network may lack, has no "none"'),
+    (lambda: WHOLE_BARE.cost_of(BARE, PATH), 'which a network may lack, has no "none"'),
     (
         lambda: nas.resource_penalty(cost_of_sizes(), SIZES, weight=1.0, target=0),
         "`budget` must be positive; got 0",
@@ -413,7 +413,7 @@ COSTS = [
         for build in (
             lambda table: under_budget(table=table, network=THREE, ops=nas.BLOCKS),
             lambda table: nas.resource_penalty(table, THREE, weight=1.0, target=10.0),
-            lambda table: nas.cost_of(table, THREE, PATH),
+            lambda table: table.cost_of(THREE, PATH),
             lambda table: nas.within_budget(THREE, nas.one_hot(THREE, PATH), table, 10.0),
         )
     ),

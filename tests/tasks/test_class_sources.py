@@ -27,14 +27,14 @@ def test_labels_and_groups_are_numbered_in_their_order():
 
 def test_keep_keeps_classes_rows_and_those_with_enough():
     source = tasks.from_arrays(X, Y, group=[7, 5, 5, 7, 9, 9], superclass=["v", "u", "w"])
-    kept = tasks.keep(source, classes=["c", "b"])
+    kept = source.keep(classes=["c", "b"])
     assert kept.class_names == ("b", "c")
     np.testing.assert_array_equal(kept.x, X[[0, 2, 4, 5]])
     np.testing.assert_array_equal(kept.y, [0, 1, 0, 0])
     np.testing.assert_array_equal(kept.group, [1, 0, 2, 2])
     np.testing.assert_array_equal(kept.superclass, [0, 1])
-    assert tasks.keep(source, min_examples=2).class_names == ("a", "b")
-    assert tasks.keep(source, rows=[0, 1, 4], min_examples=2).class_names == ("b",)
+    assert source.keep(min_examples=2).class_names == ("a", "b")
+    assert source.keep(rows=[0, 1, 4], min_examples=2).class_names == ("b",)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_keep_keeps_classes_rows_and_those_with_enough():
     ids=repr,
 )
 def test_keep_takes_slices_masks_and_numbers_of_rows(rows):
-    kept = tasks.keep(tasks.from_arrays(X, Y), rows=rows)
+    kept = tasks.from_arrays(X, Y).keep(rows=rows)
     np.testing.assert_array_equal(kept.x, X[[1, 3]])
     assert [kept.class_names[y] for y in kept.y] == [str(Y[i]) for i in (1, 3)]
 
 
 def test_turned_classes_are_classes_of_their_own():
-    source = tasks.with_rotations(tasks.from_arrays(X, Y, group=[0, 0, 0, 1, 1, 1], superclass=[0, 1, 1]))
+    source = tasks.from_arrays(X, Y, group=[0, 0, 0, 1, 1, 1], superclass=[0, 1, 1]).with_rotations()
     assert source.num_classes == 12 and source.class_names[5] == "c@90" and source.num_groups == 2
     np.testing.assert_array_equal(source.x[6 + 2], [[X[2, 0, 1], X[2, 1, 1]], [X[2, 0, 0], X[2, 1, 0]]])
     assert source.class_names[source.y[6 + 2]] == "c@90"

@@ -167,7 +167,7 @@ REFUSALS = [
     ),
     (from_arrays_in_float32, r"finite in float32; got 1e\+300 at \[0, 0\]"),
     *(
-        (lambda options=options: tasks.keep(tasks.from_arrays(X, Y), **options), message)
+        (lambda options=options: tasks.from_arrays(X, Y).keep(**options), message)
         for options, message in [
             ({"classes": ["z"]}, "has no class 'z'"),
             ({"min_examples": 4}, "is empty"),

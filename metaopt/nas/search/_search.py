@@ -119,7 +119,7 @@ def architecture_search(
         differentiates through all of training (`hypergrad.unrolled`).
       keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2
         unless the network sets another one. The search's network is `search.supernet.network`, which has the new value.
-        Use that network to decode, count or encode genotypes (`nas.cost_of`, `nas.genotype_to_configuration`).
+        Use that network to decode, count or encode genotypes (`CostTable.cost_of`, `nas.genotype_to_configuration`).
 
     Returns:
       A `Search`.
