@@ -25,6 +25,14 @@ def test_partial_searches_have_weights_for_edges():
     assert len(search.genotype(alpha)["cell"]) == 3
 
 
+def test_the_weights_of_edges_multiply_those_of_any_relaxation():
+    search = search_of(nas.pc_darts, partial=2, relaxation=nas.sigmoid())
+    ops, edges = np.random.default_rng(0).normal(size=(3, 3)), np.array([5.0, 1.0, 2.0])
+    weights = search.weights({"cell": {"ops": jnp.asarray(ops), "edges": jnp.asarray(edges)}})["cell"]
+    shares = np.array([1.0, 1 / (1 + np.e), np.e / (1 + np.e)])  # the second and the third edge lead to one node
+    np.testing.assert_allclose(weights, shares[:, None] / (1 + np.exp(-ops)), rtol=1e-9)
+
+
 @pytest.mark.slow
 def test_the_same_seed_finds_the_same_alpha_killed_or_not(tmp_path):
     search = search_of(nas.robust_darts, every=5, window=2, start=1, delta=1)

@@ -136,7 +136,7 @@ REFUSED = [
     ),
     (lambda: tuned_update(jnp.ones(2), forgotten()), r"The leaves \['decay'\] of λ do not change"),
     (update_of_one_of_a_pair, r"The leaves \['w'\] of λ do not change.* Some parameters are masked out"),
-    *(  # what has no parameter to its name is used by none
+    *(  # λ whose parameters are all masked out
         (
             lambda make=make: tuned_update(VECTORS, optax.masked(make(), {"w": True, "b": False})),
             "do not change the updates.* Some parameters are masked out here",
