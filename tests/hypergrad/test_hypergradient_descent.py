@@ -1,4 +1,4 @@
-"""Hypergradient descent: its closed form for SGD, one step of lookahead at the inner loss, its cost, its refusals."""
+"""Hypergradient descent: its closed form for SGD, one step of lookahead at the inner loss, and its cost."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Reptile's direction through any map from λ to the initialization, and the leaves that it rejects."""
+"""Reptile's direction through any map from λ to the initialization."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What `inner` rejects, or explains where Python or JAX raises: losses, optimizers, starts, rows, windows, modules."""
+"""What `inner` rejects, or explains where Python or JAX raises: losses, optimizers, starts, rows, labels, modules."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Searches: how genotypes are decoded, settings, checkpoints, padding, labels, and arguments that are rejected."""
+"""Searches: how genotypes are decoded, settings, checkpoints, padding and labels."""
 
 import dataclasses
 import json

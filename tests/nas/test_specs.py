@@ -1,4 +1,4 @@
-"""Specs as data: the named spaces' counts, JSON, and what does not hold together."""
+"""Specs as data: the named spaces' counts, and JSON."""
 
 import json
 

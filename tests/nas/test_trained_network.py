@@ -1,4 +1,4 @@
-"""Trained networks predict: one row as a thousand, statistics against NumPy, files, and arguments that are rejected."""
+"""Trained networks predict: one row as a thousand, statistics against NumPy, and files."""
 
 import json
 import re

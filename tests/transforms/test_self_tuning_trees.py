@@ -1,4 +1,4 @@
-"""Self-tuning optimizers of other trees, around and within other transforms, and what they refuse."""
+"""Self-tuning optimizers of other trees, around and within other transforms."""
 
 import dataclasses
 import functools
