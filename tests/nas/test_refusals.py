@@ -19,6 +19,7 @@ ALPHA = np.random.default_rng(0).normal(size=(3, 3))
 CELLS_201 = nas.nas_bench_201_space()
 GRAPHS = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
 SIZES = nas.mlp_space(2, widths=(2, 4), depths=(1, 2))
+WIDTHS = nas.mlp_space(2, widths=(4, 6), depths=(1,))
 DARTS_CELLS = nas.genotype_from_text(DARTS_V2, form="darts")
 TEXT_201 = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
 DIGITS = nas.genotype_to_configuration(CELLS_201, nas.genotype_from_text(TEXT_201, form="nas_bench_201"))
@@ -319,7 +320,7 @@ NETWORKS = [
     ),
     (lambda: apply(SIZES, None, jnp.zeros((2, 4)), ops={}), r"must have the shape \(N, 3\)"),
     (
-        lambda: nas.supernet(SIZES, (3,), ops={}).inherit(None, {"linear.width": ((0, 1, "5"),)}),
+        lambda: nas.supernet(WIDTHS, (3,), ops={}).inherit(None, {"linear.width": ((0, 1, "5"),)}),
         "no op '5' on the edge 0 -> 1 of 'linear.width'",
     ),
     (
@@ -502,7 +503,7 @@ def test_nodes_that_are_no_integers_are_an_error_of_python(call):
 @pytest.mark.parametrize(
     ("call", "name"),
     [
-        (lambda: nas.supernet(TWO_CELLS, (4,), ops={"stem": nas.BLOCKS["stem"]}), "linear"),
+        (lambda: nas.supernet(TWO_CELLS, (4,), ops={"none": nas.BLOCKS["none"]}), "linear"),
         (lambda: apply(SIZES, {"linear.width": jnp.ones((1, 2))}, jnp.zeros((2, 3)), ops={}), "'linear.depth'"),
         (lambda: nas.resource_penalty(cost_of_sizes(), SIZES, weight=1.0, target=1.0, form="log"), "log"),
     ],
