@@ -87,7 +87,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
       ValueError: if the value is inconsistent, or a part of it cannot be written as JSON.
 
     >>> import os, tempfile, metaopt
-    >>> split = metaopt.tasks.split_sources({"train": ["letters"], "test": ["digits"]})
+    >>> split = metaopt.tasks.Split({"train": {"letters": {}}, "test": {"digits": {}}})
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     metaopt.save(os.path.join(folder, "split.json"), split)
     ...     metaopt.load(os.path.join(folder, "split.json")) == split

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, hypergrad, inner, nas, predictors, spaces
+from metaopt import base, hypergrad, inner, predictors, spaces
 from metaopt.nas import _early_stop
 
 # ---- The problem ----------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def partition(problem):
 
 
 def stopped_by_curvature(problem, rule=hypergrad.lookahead):
-    return nas.stopped_by_curvature(rule(problem), problem, every=1)
+    return _early_stop.stopped_by_curvature(rule(problem), problem, every=1)
 
 
 def stopped_by_skips(problem, rule=hypergrad.lookahead):

@@ -1,5 +1,7 @@
 """A small search space and task, for tests of architecture searches: programs that compile in seconds."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +34,23 @@ def rows(num):
 
 TASK = base.Task(rows(9), rows(8))
 
+DARTS_V2 = (  # as its authors print it
+    "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
+    "('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], normal_concat=[2, 3, 4, 5], "
+    "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 1), ('max_pool_3x3', 0), "
+    "('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)], reduce_concat=[2, 3, 4, 5])"
+)
+
 
 def sgd(hyperparams):
     return optax.sgd(0.3, momentum=0.5)
+
+
+def nas_bench_201_cells():
+    """All 15,625 genotypes of NAS-Bench-201, in the order of its table."""
+    edges = nas.nas_bench_201_space().cells["cell"].edges
+    cell = lambda ops: tuple((*edge[:2], op) for edge, op in zip(edges, ops, strict=True) if op != "none")
+    return [{"cell": cell(ops)} for ops in itertools.product(*(edge.ops for edge in edges))]
 
 
 def search_of(method, network=NET, **options):

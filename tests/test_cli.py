@@ -230,7 +230,7 @@ def test_probabilities_are_in_the_columns_of_their_labels(files, tmp_path, capsy
 def test_a_file_of_another_kind_is_no_model(tmp_path, capsys):
     from metaopt import save, tasks
 
-    save(tmp_path / "split.json", tasks.split_sources({"train": ["a"], "test": ["b"]}))
+    save(tmp_path / "split.json", tasks.Split({"train": {"a": {}}, "test": {"b": {}}}))
     assert _run("leaderboard", tmp_path / "split.json") == 1
     assert "holds a Split, and not a model" in capsys.readouterr().err
 

@@ -61,7 +61,7 @@ def test_published_numbers():
     table = benchmarks.nas_bench_201_table()
     np.testing.assert_allclose(100 - table.test.min(0), [94.37, 73.51, 47.31], atol=0.006)
     np.testing.assert_allclose(100 - table.test[9930], [94.36, 73.51, 46.34], atol=0.006)
-    names = [nas.NAS_BENCH_201_PRIMITIVES[i] for i in table.encodings[9930]]
+    names = [_named_spaces.NAS_BENCH_201_PRIMITIVES[i] for i in table.encodings[9930]]
     assert names == ["nor_conv_3x3"] * 3 + ["skip_connect"] + ["nor_conv_3x3"] * 2
     skips = (table.encodings == 1).all(1)
     np.testing.assert_allclose(100 - table.test[skips], [[54.30, 15.61, 16.32]], atol=0.006)
@@ -80,7 +80,7 @@ def test_rows_as_graphs():
     table = benchmarks.nas_bench_201_table()
     pairs, of = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)], {}
     for row in table.encodings[::20]:
-        edges = [(*p, nas.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
+        edges = [(*p, _named_spaces.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
         of.setdefault(table.graph(row), set()).add(_graphs.canonical(edges, output=(3,)))
     assert all(len(same) == 1 for same in of.values())  # what is one graph is one function
     assert of[table.graph([0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
@@ -203,7 +203,7 @@ def test_what_a_supernet_finds_is_looked_up_as_it_is():
             x == 1 and s == 0 for x, (s, _) in zip(digits, pairs, strict=True)
         )
         published = scores[row, task, names.index("params")]
-        np.testing.assert_allclose(nas.cost_of(counts, space, genotype) + scales, 1e6 * published, atol=4)
+        np.testing.assert_allclose(counts.cost_of(space, genotype) + scales, 1e6 * published, atol=4)
     macro = nas.nas_bench_macro_space()
     products = nas.cost_table(
         macro, (32, 32, 3), functools.partial(hypergrad.flops, products_only=True), ops=nas.NAS_BENCH_MACRO_OPS
@@ -211,7 +211,7 @@ def test_what_a_supernet_finds_is_looked_up_as_it_is():
     # By nas-bench-macro_cifar10.json of the benchmark; a product and a sum are one there.
     for blocks, published in (("0" * 8, 7_713_280), ("2" * 8, 105_660_928), ("01201201", 46_109_184)):
         digits = dict(zip(nas.configuration_space(macro), map(int, blocks), strict=True))
-        assert nas.cost_of(products, macro, nas.genotype_from_configuration(macro, digits)) == 2 * published
+        assert products.cost_of(macro, nas.genotype_from_configuration(macro, digits)) == 2 * published
 
 
 def test_records_of_nas_bench_graph_have_no_untrained_network():
@@ -262,7 +262,7 @@ def test_nas_bench_201_as_published():
     for row in measured[:: len(measured) // 20]:
         configuration = dict(zip(nas.configuration_space(network), digits[row].tolist(), strict=True))
         genotype = nas.genotype_from_configuration(network, configuration)
-        params, flops = (nas.cost_of(table, network, genotype) for table in tables)
+        params, flops = (table.cost_of(network, genotype) for table in tables)
         convolutions = sum(op.startswith("nor_conv") for _, _, op in genotype["cell"])
         # Two for each channel: 5 cells a stage of 16, 32 and 64, the stem, two residual blocks, the last layer's.
         affine = 2 * (convolutions * 5 * (16 + 32 + 64) + 16 + 2 * 32 + 2 * 64 + 64)
@@ -277,9 +277,9 @@ def test_a_device_measured_by_others_is_a_table():
         costs, digits = data["hw_cost"][1, :, 0], data["edge_ops"].astype(int)
     weights = np.random.default_rng(0).dirichlet(np.ones(5), 6)
     chances = weights[np.arange(6), digits].prod(1)
-    np.testing.assert_allclose(nas.expected_cost(table, {"cell": weights}), chances @ costs, rtol=1e-5)
-    text = np.array(nas.NAS_BENCH_201_PRIMITIVES)[digits[77]]
+    np.testing.assert_allclose(table.expected_cost({"cell": weights}), chances @ costs, rtol=1e-5)
+    text = np.array(_named_spaces.NAS_BENCH_201_PRIMITIVES)[digits[77]]
     edges = tuple((e.source, e.target, op) for e, op in zip(network.cells["cell"].edges, text, strict=True))
     genotype = {"cell": tuple(edge for edge in edges if edge[2] != "none")}
-    np.testing.assert_allclose(nas.cost_of(table, network, genotype), costs[77], rtol=1e-6)
+    np.testing.assert_allclose(table.cost_of(network, genotype), costs[77], rtol=1e-6)
     assert table.unit == "ms"

@@ -220,7 +220,7 @@ def test_hospitals():
     assert set(table.y.tolist()) == {0, 1} and table.time is None
     gaps = dict(zip(table.feature_names, np.isnan(table.x).sum(0).tolist(), strict=True))
     assert gaps["chol"] == 30 + 172 and gaps["trestbps"] == 59 + 1 and gaps["age"] == 0  # empty, and 0
-    others = tasks.standardize_users(table, [0, 1, 2])
+    others = table.standardized([0, 1, 2])
     assert not np.isnan(others.x).any() and others.x.shape[1] > table.x.shape[1]
     sample = tasks.user_episodes(others, num_support=20, num_query=30, order="random", users=[0, 1, 2])
     assert jax.eval_shape(sample, jax.random.key(0)).query["x"].shape == (30, others.x.shape[1])

@@ -14,7 +14,7 @@ from metaopt import evaluation, tasks
 
 SCORES: Any = {"m": {"u": np.ones((3, 1))}}
 EVALUATION = evaluation.Evaluation(SCORES, {"u": np.ones(3)}, {"u": np.ones(3)}, {"m": False}, True, {}, "accuracy")
-SPLIT = tasks.split_sources({"train": ["letters"]})
+SPLIT = tasks.Split({"train": {"letters": {}}})
 
 
 class Runs:

@@ -28,7 +28,7 @@ import json
 import sys
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -210,9 +210,7 @@ def num_params(genotype: nas.Genotype, scale: Scale) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))))
 
 
-def text_of(
-    genotypes: dict[str, nas.Genotype], reports: dict[str, nas.SearchReport], scale: Scale, num_images: int
-) -> str:
+def text_of(genotypes: dict[str, nas.Genotype], reports: dict[str, Any], scale: Scale, num_images: int) -> str:
     lines = []
     for name, report in reports.items():
         lines += [f"## The supernet of {name}", "", report.text, ""]

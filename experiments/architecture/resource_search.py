@@ -139,7 +139,7 @@ def train_grid(config: Config, table: nas.CostTable, splits) -> Grid:
             errors[s, a] = train(jax.random.fold_in(jax.random.key(s), a), weights, scales, task, test)
         if a % 12 == 11:
             print(f"{a + 1} of {len(genotypes)} networks trained", flush=True)
-    costs = np.array([nas.cost_of(table, config.space, genotype) for genotype in genotypes])
+    costs = np.array([table.cost_of(config.space, genotype) for genotype in genotypes])
     return Grid(genotypes, costs, errors)
 
 
@@ -261,7 +261,7 @@ def main() -> None:
         for s, (task, _) in enumerate(splits):
             key = jax.random.fold_in(jax.random.key(100 + s), b)
             weights, params = jax.device_get(run(key, task, budget))
-            mixed[s, b] = nas.expected_cost(table, weights)
+            mixed[s, b] = table.expected_cost(weights)
             chosen[s, b] = grid.genotypes.index(nas.within_budget(config.space, weights, table, budget))
             results.append((s, chosen[s, b], weights, params))
         print(f"budget {budget:,.0f}: {[f'{grid.costs[a]:,.0f}' for a in chosen[:, b]]} FLOPs", flush=True)

@@ -25,7 +25,7 @@ def nas_bench_201_table(folder: str | os.PathLike | None = None) -> nas.Benchmar
       folder: folder of nasbench201.npz; by default the folder that METAOPT_DATA names.
 
     Returns:
-      A `Benchmark`; a digit is an index into `nas.NAS_BENCH_201_PRIMITIVES`.
+      A `Benchmark`; a digit is an index into the ops of an edge of `nas.nas_bench_201_space()`.
     """
     data = _arrays("nasbench201", folder)
     cost = data["cost_12_s_cifar10"][:, None] * (np.array([25_000, 50_000, 151_700]) / 25_000)

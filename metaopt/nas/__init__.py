@@ -26,19 +26,12 @@ from metaopt.nas._configurations import (
 from metaopt.nas._costs import (
     CostTable,
     CostTerm,
-    cost_of,
     cost_table,
-    expected_cost,
     latency,
     num_params,
 )
 from metaopt.nas._derivation import (
     derive_genotype,
-)
-from metaopt.nas._early_stop import (
-    sharpness_stop,
-    skip_count_stop,
-    stopped_by_curvature,
 )
 from metaopt.nas._genotype_text import (
     genotype_from_text,
@@ -59,11 +52,9 @@ from metaopt.nas._graphs import (
 )
 from metaopt.nas._named_spaces import (
     DARTS_PRIMITIVES,
-    NAS_BENCH_201_PRIMITIVES,
     conv_net_space,
     darts_space,
     mlp_space,
-    nas_bench_201_genotypes,
     nas_bench_201_space,
     nas_bench_macro_space,
     trans_nas_bench_101_space,
@@ -88,8 +79,6 @@ from metaopt.nas._ops import (
 )
 from metaopt.nas._relaxations import (
     auxiliary_skip,
-    beta_decay,
-    edge_normalized,
     gumbel_softmax,
     mixing_weights,
     sigmoid,
@@ -159,7 +148,6 @@ from metaopt.nas.search._search import (
 )
 from metaopt.nas.search._search_report import (
     ArchitectureScores,
-    SearchReport,
     search_report,
 )
 from metaopt.nas.search._train import (
@@ -199,13 +187,11 @@ __all__ = [
     "MetaArchitecture",
     "NAS_BENCH_101_OPS",
     "NAS_BENCH_201_OPS",
-    "NAS_BENCH_201_PRIMITIVES",
     "NAS_BENCH_MACRO_OPS",
     "Network",
     "Op",
     "SCORES",
     "Search",
-    "SearchReport",
     "Supernet",
     "TRANS_NAS_BENCH_101_OPS",
     "TrainedMetaArchitecture",
@@ -214,13 +200,11 @@ __all__ = [
     "auxiliary_skip",
     "benchmark_table",
     "beta_darts",
-    "beta_decay",
     "complete_cell",
     "configuration_space",
     "conv_net_space",
     "convolution",
     "convolve",
-    "cost_of",
     "cost_table",
     "crop_and_flip",
     "cutout",
@@ -231,8 +215,6 @@ __all__ = [
     "derive_genotype",
     "discrete",
     "edge_graph",
-    "edge_normalized",
-    "expected_cost",
     "gdas",
     "genotype_from_configuration",
     "genotype_from_text",
@@ -250,7 +232,6 @@ __all__ = [
     "mlp_space",
     "nas_bench_101_network",
     "nas_bench_101_space",
-    "nas_bench_201_genotypes",
     "nas_bench_201_space",
     "nas_bench_macro_space",
     "normalized",
@@ -268,12 +249,9 @@ __all__ = [
     "robust_darts",
     "screened_random_search",
     "search_report",
-    "sharpness_stop",
     "sigmoid",
     "single_path_one_shot",
-    "skip_count_stop",
     "softmax",
-    "stopped_by_curvature",
     "subsample",
     "supernet",
     "train_loop",

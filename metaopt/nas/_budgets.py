@@ -11,7 +11,7 @@ import numpy as np
 from metaopt import _checks, base
 from metaopt._jaxpr import Tracer
 from metaopt.nas import _derivation, _genotypes
-from metaopt.nas._costs import CostTable, check_table, cost_of, expected_cost
+from metaopt.nas._costs import CostTable, check_table
 from metaopt.nas._relaxations import Relaxation, edge_normalized, mixing_weights, softmax
 from metaopt.nas._specs import Genotype, Network, Space
 
@@ -34,7 +34,7 @@ def resource_penalty(
         absolute:  weight · |C/target − 1|           (TuNAS: also pushes C up to the target)
 
     If the space keeps a number of edges into each node, C counts only the edges that are the strongest at α
-    (`expected_cost`).
+    (`CostTable.expected_cost`).
 
     Args:
       table: costs of the space.
@@ -68,7 +68,7 @@ def over_budget(
     """C(w(α))/budget − 1, a constraint for `lagrangian`: at most 0 within the budget.
 
     If the space keeps a number of edges into each node, C counts only the edges that are the strongest at α
-    (`expected_cost`).
+    (`CostTable.expected_cost`).
 
     Args:
       table: costs of the space.
@@ -99,7 +99,7 @@ def over_budget(
 
     def excess(alpha, step):
         weights = mixing_weights(counted, network, alpha, jax.random.key(0), step)
-        return expected_cost(table, weights, network) / budget - 1
+        return table.expected_cost(weights, network) / budget - 1
 
     return excess
 
@@ -186,7 +186,7 @@ def within_budget(
     """
     kept = _genotypes.edges_kept(network, keep) is not None
     logs = {kind: np.log(np.maximum(np.asarray(w, np.float64), 1e-300)) for kind, w in weights.items()}
-    price = lambda choices: cost_of(table, network, _genotype_of(network, choices))
+    price = lambda choices: table.cost_of(network, _genotype_of(network, choices))
     choices = _choices_of(network, _derivation.derive_genotype(network, weights, keep=keep), kept)
     cost = price(choices)
     while cost > budget:

@@ -62,6 +62,79 @@ class CostTable(NamedTuple):
     terms: tuple[CostTerm, ...]
     unit: str = ""
 
+    def expected_cost(self, weights: Mapping[str, Any], network: Space | None = None) -> jax.Array:
+        """C(w), the mean cost of the networks under mixing weights.
+
+        If the weights come from a softmax, it is the mean over networks whose choices are drawn independently, each by
+        its own weights. It is differentiable in any mode, and linear in the weights of each choice.
+
+        If a space keeps a number of edges into each node (`Network.keep`, 2 for DARTS), the mean over all edges is not
+        the cost of any of its networks. With `network`, only the edges count that `derive_genotype` keeps at these
+        weights. Their ops other than "none" have the weights w[e, o] / Σ_{o' ≠ none} w[e, o'], and C is the mean over
+        networks of these edges. Derivatives treat the set of kept edges as constant, and C jumps when other edges
+        become the strongest. (The graphs of NAS-Bench-101 count with all their vertices.)
+
+        An edge that is not kept, or whose weights are 0 (`one_hot` of a genotype without it), adds nothing if it has
+        its own term. In a term of several edges (a table of whole networks) it counts as its "none", whose position
+        only `network` shows.
+
+        Args:
+          weights: kind -> [edges, ops].
+          network: the space; if given, its `keep` is taken into account.
+
+        Returns:
+          [], in `unit`.
+
+        Raises:
+          ValueError: in a term of several edges, if an edge has no weight and `network` is not given. (Traced weights
+            are not checked for this.)
+          ValueError: in a term of several edges, if an edge may be absent and has no "none" among its candidates.
+        """
+        dtype = jnp.zeros(0).dtype
+        if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
+            weights = {**weights, **_of_kept_edges(network, weights)}
+        total = jnp.asarray(self.fixed, dtype)
+        for kind, rows in weights.items():
+            if jnp.ndim(rows) != 2:
+                raise ValueError(
+                    f"The weights of {kind!r} must be [edges, ops] of one task; got shape {jnp.shape(rows)}."
+                )
+        for term in self.terms:
+            left = jnp.asarray(term.values, dtype)
+            for kind, edge in term.rows:
+                row = jnp.asarray(weights[kind], dtype)[edge]
+                if len(term.rows) > 1:
+                    row = _in_whole(row, weights[kind], network, kind, edge)
+                left = jnp.tensordot(row, left, 1)
+            total = total + left
+        return total
+
+    def cost_of(self, network: Space, genotype: Genotype) -> float:
+        """The cost of one architecture.
+
+        Args:
+          network: the space.
+          genotype: an architecture of the space.
+
+        Returns:
+          The cost, in `unit`, in double precision.
+
+        Raises:
+          ValueError: if the genotype or the table is not of this space.
+          ValueError: in a table of whole networks, if the genotype lacks an edge without "none" among its candidates.
+        """
+        check_table(self, network)
+        weights, total = _genotypes.one_hot(network, genotype), self.fixed
+        for term in self.terms:
+            left = term.values
+            for kind, edge in term.rows:
+                row = weights[kind][edge]
+                if len(term.rows) > 1 and not row.any():
+                    row = _none_row(network, kind, edge)
+                left = np.tensordot(row, left, 1)
+            total += float(left)
+        return total
+
 
 def cost_table(
     network: Space,
@@ -98,7 +171,7 @@ def cost_table(
     >>> space = nas.mlp_space(2, widths=(4, 8), depths=(1, 2))
     >>> table = nas.cost_table(space, (3,), nas.num_params, ops={})
     >>> wide = {"linear.width": ((0, 1, "8"),), "linear.depth": ((0, 1, "2"),)}
-    >>> nas.cost_of(table, space, wide)  # (3 + 1)8 + (8 + 1)8 + (8 + 1)2
+    >>> table.cost_of(space, wide)  # (3 + 1)8 + (8 + 1)8 + (8 + 1)2
     122.0
     """
     measured: dict[Any, float] = {}
@@ -212,53 +285,6 @@ def check_table(table: CostTable, network: Space) -> None:
                 )
 
 
-def expected_cost(table: CostTable, weights: Mapping[str, Any], network: Space | None = None) -> jax.Array:
-    """C(w), the mean cost of the networks under mixing weights.
-
-    If the weights come from a softmax, it is the mean over networks whose choices are drawn independently, each by its
-    own weights. It is differentiable in any mode, and linear in the weights of each choice.
-
-    If a space keeps a number of edges into each node (`Network.keep`, 2 for DARTS), the mean over all edges is not the
-    cost of any of its networks. With `network`, only the edges count that `derive_genotype` keeps at these weights.
-    Their ops other than "none" have the weights w[e, o] / Σ_{o' ≠ none} w[e, o'], and C is the mean over networks of
-    these edges. Derivatives treat the set of kept edges as constant, and C jumps when other edges become the strongest.
-    (The graphs of NAS-Bench-101 count with all their vertices.)
-
-    An edge that is not kept, or whose weights are 0 (`one_hot` of a genotype without it), adds nothing if it has its
-    own term. In a term of several edges (a table of whole networks) it counts as its "none", whose position only
-    `network` shows.
-
-    Args:
-      table: costs of the space.
-      weights: kind -> [edges, ops].
-      network: the space; if given, its `keep` is taken into account.
-
-    Returns:
-      [], in the unit of the table.
-
-    Raises:
-      ValueError: in a term of several edges, if an edge has no weight and `network` is not given. (Traced weights are
-        not checked for this.)
-      ValueError: in a term of several edges, if an edge may be absent and has no "none" among its candidates.
-    """
-    dtype = jnp.zeros(0).dtype
-    if isinstance(network, Network) and isinstance(network.keep, (int, np.integer)):
-        weights = {**weights, **_of_kept_edges(network, weights)}
-    total = jnp.asarray(table.fixed, dtype)
-    for kind, rows in weights.items():
-        if jnp.ndim(rows) != 2:
-            raise ValueError(f"The weights of {kind!r} must be [edges, ops] of one task; got shape {jnp.shape(rows)}.")
-    for term in table.terms:
-        left = jnp.asarray(term.values, dtype)
-        for kind, edge in term.rows:
-            row = jnp.asarray(weights[kind], dtype)[edge]
-            if len(term.rows) > 1:
-                row = _in_whole(row, weights[kind], network, kind, edge)
-            left = jnp.tensordot(row, left, 1)
-        total = total + left
-    return total
-
-
 def _in_whole(row: jax.Array, weights: Any, network: Space | None, kind: str, edge: int) -> jax.Array:
     """Weights of an edge in a table of whole networks. An absent edge counts as its "none".
 
@@ -301,34 +327,6 @@ def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, ja
         shares = jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
         kept[kind] = chosen.sum(1, keepdims=True) * shares
     return kept
-
-
-def cost_of(table: CostTable, network: Space, genotype: Genotype) -> float:
-    """The cost of one architecture.
-
-    Args:
-      table: costs of the space.
-      network: the space.
-      genotype: an architecture of the space.
-
-    Returns:
-      The cost, in the unit of the table, in double precision.
-
-    Raises:
-      ValueError: if the genotype or the table is not of this space.
-      ValueError: in a table of whole networks, if the genotype lacks an edge without "none" among its candidates.
-    """
-    check_table(table, network)
-    weights, total = _genotypes.one_hot(network, genotype), table.fixed
-    for term in table.terms:
-        left = term.values
-        for kind, edge in term.rows:
-            row = weights[kind][edge]
-            if len(term.rows) > 1 and not row.any():
-                row = _none_row(network, kind, edge)
-            left = np.tensordot(row, left, 1)
-        total += float(left)
-    return total
 
 
 # ---- Measures, and tables as JSON ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Sources: Zela et al., ICLR 2020, Sec. 4.3, https://arxiv.org/abs/1909.09656; Lia
 https://arxiv.org/abs/1909.06035
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,49 +41,6 @@ class StoppingState(NamedTuple):
     stopped: jax.Array
     kept: base.HyperParams
     key: jax.Array
-
-
-def sharpness_stop(
-    curvatures: Sequence[float], *, window: int = 5, start: int = 10, delta: int = 4, factor: float = 1.3
-) -> int | None:
-    """The epoch whose α is kept, by the curvature rule of this module; None while nothing stops the search.
-
-    Args:
-      curvatures: κ at every epoch so far, from epoch 0.
-      window: number of epochs that are averaged.
-      start: the first epoch that may stop. The search never stops before two full means exist.
-      delta: how many epochs to look back for the comparison, and to go back.
-      factor: by how much the mean may grow.
-
-    Returns:
-      The first epoch that stops, minus `delta`; or None.
-    """
-    values = np.abs(np.asarray(curvatures, float))
-    for e in range(max(start, window + delta - 1), len(values)):
-        now, before = (values[end + 1 - window : end + 1].mean() for end in (e, e - delta))
-        if now > factor * before:
-            return e - delta
-    return None
-
-
-def skip_count_stop(counts: Sequence[int], *, most: int = 1, start: int = 1) -> int | None:
-    """The epoch whose α is kept: the last one before the genotype has more than `most` skips; None if it never has.
-
-    Args:
-      counts: number of skips in the genotype at every epoch so far, from epoch 0.
-      most: number of skips that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
-      start: the first epoch that may stop, at least 1. A stop at epoch 0 would keep the random initial α.
-
-    Returns:
-      The first epoch that stops, minus 1; or None.
-
-    Raises:
-      ValueError: if `start < 1`.
-
-    Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
-    """
-    _checks.check_integer("start", start, 1)
-    return next((e - 1 for e in range(start, len(counts)) if counts[e] > most), None)
 
 
 def stopped_by_curvature(
@@ -164,7 +121,7 @@ def stopped_by_skips(
     most: int = 1,
     start: int = 1,
 ) -> base.Estimator:
-    """The same estimator, which also applies `skip_count_stop` at the end of every epoch.
+    """The same estimator, which also applies the rule of skips of this module at the end of every epoch.
 
     After the stop it behaves like `stopped_by_curvature`. The cost is negligible.
 
@@ -172,8 +129,9 @@ def stopped_by_skips(
       estimator: an estimator of one task, such as DARTS's.
       num_skips: `(λ) -> []` for the estimator's λ, such as `lambda λ: num_skips(network, search.weights(λ))`.
       every: number of estimates per epoch.
-      most: number of skips that a cell may have.
-      start: the first epoch that may stop, counted from 0; at least 1.
+      most: number of skips that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
+      start: the first epoch that may stop, counted from 0; at least 1. A stop at epoch 0 would keep the random initial
+        α.
 
     Returns:
       An `Estimator` of the same kind. Its metrics are the metrics of `estimator`, "skips" (NaN except at the end of an

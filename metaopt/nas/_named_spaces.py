@@ -1,6 +1,5 @@
 """Spaces of the literature, and spaces of sizes."""
 
-import itertools
 from collections.abc import Sequence
 
 from metaopt.nas._specs import (
@@ -8,7 +7,6 @@ from metaopt.nas._specs import (
     Edge,
     ElasticLayer,
     ElasticNetwork,
-    Genotype,
     Layer,
     Network,
     complete_cell,
@@ -188,14 +186,3 @@ def mlp_space(
       An `ElasticNetwork`.
     """
     return ElasticNetwork({"linear": ElasticLayer("linear", tuple(widths), (), tuple(depths), 1, norm)}, num_outputs)
-
-
-def nas_bench_201_genotypes() -> list[Genotype]:
-    """All 15,625 cells of NAS-Bench-201, in the order of `itertools.product` over its edges.
-
-    Returns:
-      Genotypes of the single kind "cell".
-    """
-    pairs = [(s, t) for t in (1, 2, 3) for s in range(t)]
-    choices = itertools.product(NAS_BENCH_201_PRIMITIVES, repeat=6)
-    return [{"cell": tuple((*p, op) for p, op in zip(pairs, ops, strict=True) if op != "none")} for ops in choices]

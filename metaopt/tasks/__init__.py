@@ -23,8 +23,6 @@ from metaopt.tasks._batching import (
 from metaopt.tasks._class_sources import (
     Source,
     from_arrays,
-    keep,
-    with_rotations,
 )
 from metaopt.tasks._classification_episodes import (
     episodes,
@@ -49,7 +47,6 @@ from metaopt.tasks._image_sources import (
     from_tfds,
 )
 from metaopt.tasks._labels import (
-    Labels,
     fit_labels,
     suspected_leaks,
 )
@@ -81,7 +78,6 @@ from metaopt.tasks._splits import (
     select,
     split_classes,
     split_rows,
-    split_sources,
 )
 from metaopt.tasks._tables import (
     SYNTHETIC_FAMILIES,
@@ -92,7 +88,6 @@ from metaopt.tasks._tables import (
 from metaopt.tasks._users import (
     UserTable,
     from_user_records,
-    standardize_users,
     user_episodes,
 )
 
@@ -100,7 +95,6 @@ __all__ = [
     "Episode",
     "FeatureScaling",
     "FittedColumns",
-    "Labels",
     "PreparedTable",
     "SYNTHETIC_FAMILIES",
     "Source",
@@ -127,7 +121,6 @@ __all__ = [
     "from_user_records",
     "function_episodes",
     "image_features",
-    "keep",
     "labelled_batches",
     "merge_splits",
     "meta_dataset_episodes",
@@ -140,12 +133,9 @@ __all__ = [
     "split_by_family",
     "split_classes",
     "split_rows",
-    "split_sources",
     "stack",
-    "standardize_users",
     "suspected_leaks",
     "to_task",
     "unstack",
     "user_episodes",
-    "with_rotations",
 ]

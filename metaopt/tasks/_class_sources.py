@@ -46,6 +46,69 @@ class Source(NamedTuple):
         """G; 1 if groups are not known."""
         return 1 if self.group is None else int(self.group.max()) + 1
 
+    def keep(self, *, classes: Sequence[str] | None = None, rows: Any = None, min_examples: int = 1) -> "Source":
+        """Returns a part: some classes and some examples, without classes that are too small.
+
+        Args:
+          classes: names of the classes to keep, in any order; None keeps all.
+          rows: the examples to keep: [M] int, their numbers; [N] bool; or a slice. None keeps all.
+          min_examples: classes with fewer remaining examples are dropped.
+
+        Returns:
+          A `Source` of the same name; its classes and groups are numbered again, in the same order.
+
+        Raises:
+          ValueError: if a class or row is not in the source, `rows` has another shape or type, or nothing remains.
+        """
+        chosen = np.ones(len(self.x), bool) if rows is None else _row_mask(rows, len(self.x))
+        if classes is not None:
+            unknown = sorted(set(classes) - set(self.class_names))
+            if unknown:
+                raise ValueError(f"Source {self.name!r} has no class {', '.join(map(repr, unknown[:5]))}.")
+            chosen &= np.isin(np.array(self.class_names), list(classes))[self.y]
+        counts = np.bincount(self.y[chosen], minlength=self.num_classes)
+        chosen &= (counts >= min_examples)[self.y]
+        left = np.unique(self.y[chosen])
+        return from_arrays(
+            self.x[chosen],
+            self.y[chosen],
+            name=self.name,
+            group=None if self.group is None else self.group[chosen],
+            class_names=[self.class_names[c] for c in left],
+            superclass=None if self.superclass is None else self.superclass[left],
+            ontology=self.ontology,
+        )
+
+    def with_rotations(self) -> "Source":
+        """Returns a source with four classes for each class: its images rotated by 0, 90, 180 and 270 degrees.
+
+        This is usual for training on Omniglot (Santoro et al., ICML 2016; Vinyals et al., NIPS 2016). Rotate the
+        training part after a split. Otherwise a rotated class may be in another part than its original.
+
+        Examples must be square images [N, S, S] or [N, S, S, channels].
+
+        Returns:
+          A `Source` of 4 C classes. For each angle, the superclasses have new numbers.
+
+        Raises:
+          ValueError: if the images are not square, or there is an ontology.
+        """
+        if self.ontology is not None:
+            raise ValueError(
+                "`with_rotations` cannot rotate the classes of an ontology; call `_replace(ontology=None)` first."
+            )
+        num, superclass = self.num_classes, self.superclass
+        return Source(
+            self.name,
+            np.concatenate([np.rot90(self.x, k, axes=(1, 2)) for k in range(4)]),
+            np.concatenate([self.y + k * num for k in range(4)]).astype(np.int32),
+            None if self.group is None else np.tile(self.group, 4),
+            tuple(f"{name}@{90 * k}" for k in range(4) for name in self.class_names),
+            None
+            if superclass is None
+            else np.concatenate([superclass + k * (superclass.max() + 1) for k in range(4)]).astype(np.int32),
+        )
+
 
 def from_arrays(
     x: Any,
@@ -171,41 +234,6 @@ def first_missing(values: Any) -> int | None:
     return next((place for place, value in enumerate(values) if value is None or value != value), None)
 
 
-def keep(source: Source, *, classes: Sequence[str] | None = None, rows: Any = None, min_examples: int = 1) -> Source:
-    """Returns a part of a source: some classes and some examples, without classes that are too small.
-
-    Args:
-      source: the whole source.
-      classes: names of the classes to keep, in any order; None keeps all.
-      rows: the examples to keep: [M] int, their numbers; [N] bool; or a slice. None keeps all.
-      min_examples: classes with fewer remaining examples are dropped.
-
-    Returns:
-      A `Source` of the same name; its classes and groups are numbered again, in the same order.
-
-    Raises:
-      ValueError: if a class or row is not in the source, `rows` has another shape or type, or nothing remains.
-    """
-    chosen = np.ones(len(source.x), bool) if rows is None else _row_mask(rows, len(source.x))
-    if classes is not None:
-        unknown = sorted(set(classes) - set(source.class_names))
-        if unknown:
-            raise ValueError(f"Source {source.name!r} has no class {', '.join(map(repr, unknown[:5]))}.")
-        chosen &= np.isin(np.array(source.class_names), list(classes))[source.y]
-    counts = np.bincount(source.y[chosen], minlength=source.num_classes)
-    chosen &= (counts >= min_examples)[source.y]
-    left = np.unique(source.y[chosen])
-    return from_arrays(
-        source.x[chosen],
-        source.y[chosen],
-        name=source.name,
-        group=None if source.group is None else source.group[chosen],
-        class_names=[source.class_names[c] for c in left],
-        superclass=None if source.superclass is None else source.superclass[left],
-        ontology=source.ontology,
-    )
-
-
 def _row_mask(rows: Any, num_rows: int) -> np.ndarray:
     """Returns [num_rows] bool for row numbers, a mask or a slice. Raises ValueError if they do not fit."""
     mask = np.zeros(num_rows, bool)
@@ -223,38 +251,6 @@ def _row_mask(rows: Any, num_rows: int) -> np.ndarray:
         raise ValueError(f"`rows` must be in 0..{num_rows - 1}; got {rows.min()}..{rows.max()}.")
     mask[rows.astype(int)] = True
     return mask
-
-
-def with_rotations(source: Source) -> Source:
-    """Returns a source with four classes for each class: its images rotated by 0, 90, 180 and 270 degrees.
-
-    This is usual for training on Omniglot (Santoro et al., ICML 2016; Vinyals et al., NIPS 2016). Rotate the training
-    part after a split. Otherwise a rotated class may be in another part than its original.
-
-    Args:
-      source: of square images [N, S, S] or [N, S, S, channels], without an ontology.
-
-    Returns:
-      A `Source` of 4 C classes. For each angle, the superclasses have new numbers.
-
-    Raises:
-      ValueError: if the images are not square, or there is an ontology.
-    """
-    if source.ontology is not None:
-        raise ValueError(
-            "`with_rotations` cannot rotate the classes of an ontology; call `_replace(ontology=None)` first."
-        )
-    num, superclass = source.num_classes, source.superclass
-    return Source(
-        source.name,
-        np.concatenate([np.rot90(source.x, k, axes=(1, 2)) for k in range(4)]),
-        np.concatenate([source.y + k * num for k in range(4)]).astype(np.int32),
-        None if source.group is None else np.tile(source.group, 4),
-        tuple(f"{name}@{90 * k}" for k in range(4) for name in source.class_names),
-        None
-        if superclass is None
-        else np.concatenate([superclass + k * (superclass.max() + 1) for k in range(4)]).astype(np.int32),
-    )
 
 
 def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:

@@ -202,7 +202,7 @@ def _nodes(source: Source, min_ways: int, hierarchy: bool) -> list[np.ndarray]:
     if small:
         raise ValueError(
             f"{len(small)} superclasses of source {source.name!r} have fewer than {min_ways} classes (one has "
-            f"{small[0]}); drop their classes (`tasks.keep`), or take fewer `min_ways` or `hierarchy=False`."
+            f"{small[0]}); drop their classes (`source.keep`), or take fewer `min_ways` or `hierarchy=False`."
         )
     return nodes
 

@@ -11,12 +11,7 @@ from metaopt.tasks._frames import ALWAYS_MISSING, as_text, objects
 
 
 class Labels(NamedTuple):
-    """The classes of a target.
-
-    Attributes:
-      classes: [C] the different labels, sorted; texts, whole numbers, or booleans.
-      codes: [n] int32 in 0..C-1, the place of each label in `classes`; -1 where the label is missing.
-    """
+    """The result of `fit_labels`, which describes the fields."""
 
     classes: np.ndarray
     codes: np.ndarray
@@ -30,7 +25,10 @@ def fit_labels(y: Any) -> Labels:
         missing. Mixed types are compared as texts. All texts are classes, "" and "NA" too.
 
     Returns:
-      The `Labels`. `classes[codes]` are the labels where none is missing.
+      A `NamedTuple` of two arrays; `classes[codes]` are the labels where none is missing.
+
+      - `classes`: [C] the different labels, sorted; texts, whole numbers, or booleans.
+      - `codes`: [n] int32 in 0..C-1, the place of each label in `classes`; -1 where the label is missing.
 
     Raises:
       ValueError: if `y` is not one-dimensional, has numbers that are not whole, or fewer than 2 classes.

@@ -49,7 +49,7 @@ def check_classes(source: Source, num_ways: int, num_examples: int, what: str) -
         raise ValueError(
             f"{len(small)} classes of source {source.name!r} have too few examples for {what}: "
             f"{source.class_names[small[0]]!r} has {counts[small[0]]}. Take fewer, or drop such classes: "
-            f"`tasks.keep(source, min_examples={num_examples})`."
+            f"`source.keep(min_examples={num_examples})`."
         )
 
 
@@ -70,7 +70,7 @@ def support_groups(source: Source, num_shots: int, num_query: int, disjoint: boo
         raise ValueError(
             f"Source {source.name!r} has {source.num_groups} groups. To be sure of {num_shots} support and {num_query} "
             f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, "
-            "drop groups with few (`tasks.keep`), or let groups be on both sides: `disjoint_groups=False`."
+            "drop groups with few (`source.keep`), or let groups be on both sides: `disjoint_groups=False`."
         )
     spare = source.num_groups - least - query
     return least + round(spare * num_shots / (num_shots + num_query))

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from metaopt import _files, _saving
-from metaopt.tasks._class_sources import Source, check_names, keep
+from metaopt.tasks._class_sources import Source, check_names
 
 
 class Split(dict[str, dict[str, dict[str, Any]]]):
     """A dict of JSON values: part -> source -> {"classes": names, "rows": numbers}; `metaopt.save` writes it as JSON.
 
-    A missing entry means all classes or all rows. A source that a part does not name is not in the part.
+    A missing entry means all classes or all rows. A source that a part does not name is not in the part. For example,
+    `Split({"train": {"letters": {}}, "test": {"digits": {}}})` assigns whole sources to parts.
     """
 
 
@@ -83,18 +84,6 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
     return split
 
 
-def split_sources(parts: Mapping[str, Sequence[str]]) -> Split:
-    """Assigns whole sources to parts.
-
-    Args:
-      parts: part -> the names of its sources.
-
-    Returns:
-      A split; `merge_splits` joins it with the splits of other sources.
-    """
-    return Split({part: {name: {} for name in names} for part, names in parts.items()})
-
-
 def merge_splits(*splits: Mapping[str, Mapping[str, Any]]) -> Split:
     """Merges several splits, which are of different sources.
 
@@ -144,7 +133,7 @@ def select(
     for name in split[part]:
         _check_disjoint(split, by_name[name])
     return [
-        keep(by_name[name], classes=chosen.get("classes"), rows=chosen.get("rows"))
+        by_name[name].keep(classes=chosen.get("classes"), rows=chosen.get("rows"))
         for name, chosen in split[part].items()
     ]
 

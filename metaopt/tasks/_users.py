@@ -43,6 +43,31 @@ class UserTable(NamedTuple):
         """U."""
         return len(self.user_names)
 
+    def standardized(self, fit_on: Sequence[int] | np.ndarray) -> "UserTable":
+        """Scales columns to mean 0 and variance 1 over some users; gaps become 0, and additional columns mark them.
+
+        Args:
+          fit_on: the training users, by their positions in `user_names`; the statistics come only from them.
+
+        Returns:
+          A table without NaN: first the D columns, then a column of 0 and 1 for each column with gaps, "missing NAME".
+
+        Raises:
+          ValueError: if a user does not exist, `fit_on` is a mask or has names, or an entry is infinite.
+        """
+        _check_finite(self)
+        rows = np.isin(self.user, _check_users("fit_on", self, fit_on))
+        gaps = np.isnan(self.x)
+        present = np.where(gaps, 0, self.x)[rows].astype(np.float64)
+        count = np.maximum((~gaps[rows]).sum(axis=0), 1)
+        mean = present.sum(axis=0) / count
+        deviation = np.sqrt((np.where(gaps[rows], 0, present - mean) ** 2).sum(axis=0) / count)
+        x = np.where(gaps, 0, (self.x - mean) / np.where(deviation > 0, deviation, 1))
+        with_gaps = np.flatnonzero(gaps.any(axis=0))
+        x = np.concatenate([x, gaps[:, with_gaps]], axis=1).astype(np.float32)
+        marks = tuple(f"missing {self.feature_names[j]}" for j in with_gaps)
+        return self._replace(x=x, feature_names=self.feature_names + marks)
+
 
 def from_user_records(
     x: Any, y: Any, user: Any, *, time: Any = None, feature_names: Sequence[str] | None = None
@@ -144,32 +169,6 @@ def _check_finite(table: UserTable) -> None:
             )
 
 
-def standardize_users(table: UserTable, fit_on: Sequence[int] | np.ndarray) -> UserTable:
-    """Scales columns to mean 0 and variance 1 over some users; gaps become 0, and additional columns mark them.
-
-    Args:
-      table: of all users.
-      fit_on: the training users, by their positions in `table.user_names`; the statistics come only from them.
-
-    Returns:
-      A table without NaN: first the D columns, then a column of 0 and 1 for each column with gaps, "missing NAME".
-
-    Raises:
-      ValueError: if a user does not exist, `fit_on` is a mask or has names, or an entry is infinite.
-    """
-    _check_finite(table)
-    rows = np.isin(table.user, _check_users("fit_on", table, fit_on))
-    gaps = np.isnan(table.x)
-    present = np.where(gaps, 0, table.x)[rows].astype(np.float64)
-    count = np.maximum((~gaps[rows]).sum(axis=0), 1)
-    mean = present.sum(axis=0) / count
-    deviation = np.sqrt((np.where(gaps[rows], 0, present - mean) ** 2).sum(axis=0) / count)
-    x = np.where(gaps, 0, (table.x - mean) / np.where(deviation > 0, deviation, 1))
-    with_gaps = np.flatnonzero(gaps.any(axis=0))
-    names = table.feature_names + tuple(f"missing {table.feature_names[j]}" for j in with_gaps)
-    return table._replace(x=np.concatenate([x, gaps[:, with_gaps]], axis=1).astype(np.float32), feature_names=names)
-
-
 def user_episodes(
     table: UserTable,
     *,
@@ -181,7 +180,7 @@ def user_episodes(
     """Makes a sampler of one episode per user: `num_support` records to adapt to, and later (or other) ones to predict.
 
     Args:
-      table: of all users, without NaN (`standardize_users`).
+      table: of all users, without NaN (`UserTable.standardized`).
       num_support: K, at least 1.
       num_query: the largest number of query records; None takes all remaining ones, padded to the longest user.
       order: how to divide the records. "time": the first K are the support set, and the next ones the query set.
@@ -209,7 +208,7 @@ def user_episodes(
     if order != "random" and table.time is None:
         raise ValueError(f'The table has no time, so `order` must be "random"; got {order!r}.')
     if np.isnan(table.x).any():
-        raise ValueError("The table has NaN: fill the gaps first, with `standardize_users`.")
+        raise ValueError("The table has NaN: fill the gaps first, with `table.standardized(users)`.")
     _check_finite(table)
     chosen = _check_users("users", table, range(table.num_users) if users is None else users)
     by_time = np.lexsort((np.zeros(len(table.x)) if table.time is None else table.time, table.user))

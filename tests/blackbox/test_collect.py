@@ -509,12 +509,18 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("by_default", [True, False])
 def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, by_default):
-    inner, asked, begun, most = blackbox.random_search(), [], [], []
+    """By default, every trial after the first one of a task draws a configuration."""
+    inner, configuration, begun, most = blackbox.random_search(), spaces.configuration, [], []
+    asked = list(TASKS) if by_default else []
 
     def ask(state, num):
         trials, state = inner.ask(state, num)
         asked.extend(trials)
         return trials, state
+
+    def draw(*args):
+        asked.append(args)
+        return configuration(*args)
 
     def objective(trial, task):
         begun.append(trial)
@@ -525,7 +531,8 @@ def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, 
         return 0.0
 
     counting = base.Searcher(inner.init, ask, inner.tell)
-    monkeypatch.setattr(_collect, "random_search", lambda: counting)
+    if by_default:
+        monkeypatch.setattr(spaces, "configuration", draw)
     on = TASKS if by_default else {str(task): 0.0 for task in range(100)}
     kwargs = {"num_trials": 20_000, "searcher": None if by_default else counting, "num_workers": num_workers}
     with pytest.raises(Killed):

@@ -72,10 +72,3 @@ def test_a_solver_that_stops_early_is_seen_in_the_gradient_that_it_leaves():
     late = hypergrad.argmin(ridge_loss)(START, problems.LAM, problems.TASK.train)
     norms = [optax.tree.norm(jax.grad(ridge_loss)(x, problems.LAM, problems.TASK.train)) for x in (early, late)]
     assert norms[0] > 1e-3 and norms[1] < 1e-5
-
-
-def test_arguments_out_of_range():
-    with pytest.raises(ValueError, match="num_steps"):
-        hypergrad.argmin(ridge_loss, num_steps=0)
-    with pytest.raises(ValueError, match="tol"):
-        hypergrad.argmin(ridge_loss, tol=0.0)

@@ -208,14 +208,6 @@ def test_where_the_outer_loss_does_not_see_the_parameters():
     assert (estimate.hypergrad["target"] == 0).all() and estimate.hypergrad["rate"] == 0  # and not NaN
 
 
-@pytest.mark.parametrize("name", ["darts_fd", "sama"])
-def test_refuses_an_initialization_by_name(name):
-    started = problem(init=lambda key, hyperparams, data: (hyperparams["start"], (jnp.zeros(2), jnp.array(0))))
-    lam = {**LAM, "start": jnp.zeros(2)}
-    with pytest.raises(ValueError, match=rf"`{name}` cannot answer for the leaves \['start'\] of λ.*unrolled"):
-        getattr(hypergrad, name)(started).init(KEY, lam, TASK)
-
-
 def test_answers_for_what_enters_the_model_state_alone():
     def loss(params, hyperparams, batch, context):
         return ((params - 1) ** 2).sum(), context.model_state + jnp.exp(hyperparams)

@@ -158,16 +158,3 @@ def test_bome_where_nothing_holds_it_back():
     lam = jnp.array(2.0)
     estimate, _ = estimator.estimate(lam, problems.TASK, estimator.init(KEY, lam, problems.TASK))
     assert estimate.hypergrad == 1 and estimate.metrics["multiplier"] == 0.7
-
-
-@pytest.mark.parametrize("name", ["bome", "f2sa"])
-def test_refuses_a_rate_and_an_initialization_by_name(name):
-    loop = inner.loop(
-        problems.penalized, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: hp["start"] * jnp.ones(4)
-    )
-    problem = inner.problem(loop, lambda params, hp, batch: hp["outer"] * problems.mean_squares(params, batch))
-    lam = {"penalty": jnp.full(4, 0.3), "outer": jnp.array(1.0), "rate": jnp.array(0.3), "start": jnp.array(0.1)}
-    options = {"multiplier": 10.0} if name == "f2sa" else {}
-    estimator = getattr(hypergrad, name)(problem, num_steps=1, **options)
-    with pytest.raises(ValueError, match=r"cannot answer for the leaves \['rate'\], \['start'\] of λ.*unrolled"):
-        estimator.init(KEY, lam, problems.TASK)

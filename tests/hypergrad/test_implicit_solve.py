@@ -195,19 +195,6 @@ def test_refuses_the_derivative_of_a_rate_and_of_an_initialization():
         jax.grad(lambda x: loop.params(step(KEY, {**lam, "start": x}, problems.TASK.train)).sum())(0.1)
 
 
-def test_refuses_the_derivative_of_a_rate_in_leaves_outside_theta():
-    """The state of the optimizer has no implicit derivative: a zero would be wrong."""
-    loop = inner.loop(problems.penalized, lambda hp: optax.sgd(hp["rate"], momentum=0.5), init=problems.zeros)
-    solve = hypergrad.implicit_solve(loop, num_steps=2)
-
-    def momentum(rate):
-        state = solve(KEY, {"penalty": jnp.full(4, 0.3), "rate": rate}, problems.TASK.train)
-        return optax.tree.sum(optax.tree.get(state, "trace"))
-
-    with pytest.raises(ValueError, match=r"leaves \['rate'\] of λ: neither the gradient"):
-        jax.grad(momentum)(0.1)
-
-
 def test_training_stores_nothing():
     def memory(num_steps):
         solve = hypergrad.implicit_solve(problems.RIDGE_LOOP, num_steps=num_steps)

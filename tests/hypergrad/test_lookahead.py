@@ -94,22 +94,3 @@ def test_one_step_recomputes_too():
         program = jax.jit(estimator.estimate).lower(lam, base.Task(data, data), state).compile()
         memory[remat] = program.memory_analysis().temp_size_in_bytes
     assert memory["step"] < 0.9 * memory["none"]
-
-
-@pytest.mark.parametrize(("leaf", "num_steps"), [("start", 1), ("rate", 0)])
-def test_a_leaf_that_no_virtual_step_sees_is_refused(leaf, num_steps):
-    loop = inner.loop(
-        lambda params, hp, batch: (params**2).sum() * hp["weight"],
-        lambda hp: optax.sgd(hp["rate"]),
-        init=lambda key, hp, data: hp["start"] * jnp.ones(2),
-    )
-    problem = inner.problem(loop, lambda params, hp, batch: (params * hp["weight"]).sum())
-    lam = {"rate": jnp.array(0.1), "start": jnp.array(1.0), "weight": jnp.array(1.0)}
-    if num_steps == 0:
-        del lam["start"]
-        loop = loop._replace(
-            init=inner.loop(lambda p, h, b: 0.0, lambda h: optax.sgd(0.1), init=lambda *a: jnp.ones(2)).init
-        )
-        problem = problem._replace(loop=loop)
-    with pytest.raises(ValueError, match=rf"cannot answer for the leaves \['{leaf}'\] of λ: the {num_steps} virtual"):
-        hypergrad.lookahead(problem, num_steps=num_steps).init(jax.random.key(0), lam, problems.TASK)

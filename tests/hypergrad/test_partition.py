@@ -127,9 +127,3 @@ def test_an_estimator_that_ends_before_the_others_starts_afresh():
         taken.append(int(out.metrics["unrolled/inner_steps"]))
         implicit_steps.append(int(state.states["implicit"].inner.step))
     assert taken == [2, 4, 2, 4, 2] and implicit_steps == [40, 80, 120, 160, 200]
-
-
-def test_an_implicit_rule_is_asked_for_its_own_leaves_alone():
-    rules = {"unrolled": UNROLLED, "implicit": IMPLICIT}
-    with pytest.raises(ValueError, match=r"cannot answer for the leaves \['rate'\] of λ"):
-        hypergrad.partition(PROBLEM, rules, {"rate": "implicit", "penalty": "unrolled"}).init(KEY, LAM, problems.TASK)

@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, few_shot, hypergrad, inner
+from metaopt import base, few_shot, hypergrad, inner, predictors, spaces
 
 KEY = jax.random.key(0)
 RIDGE, LAM, TASK = problems.RIDGE, problems.LAM, problems.TASK
@@ -34,7 +34,62 @@ def partition(rules, labels):
 
 
 RULE = partial(hypergrad.unrolled, num_steps=1)
+IMPLICIT = partial(hypergrad.warm_implicit, num_steps=3, adjoint_rate=0.3)
 LABELS = {"penalty": "a", "rate": "b"}
+LEAVES = {"penalty": jnp.full(4, 0.3), "outer": jnp.array(1.0), "rate": jnp.array(0.3), "start": jnp.array(0.1)}
+
+
+def problem_of(loss=problems.penalized, init=lambda key, hp, data: hp["start"] * jnp.ones(4)):
+    """λ enters the inner loss, the outer loss, the optimizer and the initialization."""
+    loop = inner.loop(loss, lambda hp: optax.sgd(hp["rate"]), init=init)
+    return inner.problem(loop, lambda params, hp, batch: hp["outer"] * problems.mean_squares(params, batch))
+
+
+def start(rule, problem=None, lam=LEAVES, **options):
+    return rule(problem or problem_of(), **options).init(KEY, lam, TASK)
+
+
+def start_of_a_rate_and_a_weight(num_steps):
+    loss = lambda params, hp, batch: hp["outer"] * problems.mean_squares(params, batch)
+    lam = {name: LEAVES[name] for name in ("rate", "outer")}
+    return start(hypergrad.lookahead, problem_of(loss, problems.zeros), lam, num_steps=num_steps)
+
+
+def start_of_a_predictor():
+    space = {name: spaces.positive(0.1, shape=value.shape) for name, value in LEAVES.items()}
+    predictor = predictors.mlp(space, 2)
+    estimator = predictors.amortize(IMPLICIT(spaces.constrain(problem_of(), space)), predictor)
+    return estimator.init(KEY, predictor.init(KEY), TASK)
+
+
+def start_of_one_number():
+    loss = lambda params, hp, batch: problems.mean_squares(params, batch)
+    loop = inner.loop(loss, lambda hp: optax.sgd(hp), init=problems.zeros)
+    return start(IMPLICIT, inner.problem(loop, loss), jnp.array(0.1))
+
+
+def start_of_hypergradient_descent(loss):
+    def outer_loss(params, hyperparams, batch):
+        raise AssertionError("the outer loss is not looked at")
+
+    loop = inner.loop(loss, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: hp["start"])
+    lam = {"penalty": LEAVES["penalty"], "rate": jnp.array(0.1), "start": jnp.zeros(4)}
+    return start(hypergrad.hypergradient_descent, inner.problem(loop, outer_loss), lam)
+
+
+def slope_of_a_momentum():
+    """The state of the optimizer has no implicit derivative: a zero would be wrong."""
+    loop = inner.loop(problems.penalized, lambda hp: optax.sgd(hp["rate"], momentum=0.5), init=problems.zeros)
+    solve = hypergrad.implicit_solve(loop, num_steps=2)
+
+    def momentum(rate):
+        state = solve(KEY, {"penalty": jnp.full(4, 0.3), "rate": rate}, TASK.train)
+        return optax.tree.sum(optax.tree.get(state, "trace"))
+
+    return jax.grad(momentum)(0.1)
+
+
+RATE_AND_START = r"cannot answer for the leaves \['rate'\], \['start'\] of λ.*unrolled"
 REFUSALS = [
     # Numbers of steps.
     (lambda: unrolled(num_steps=-1), "`num_steps` must be at least 0; got -1"),
@@ -113,12 +168,52 @@ REFUSALS = [
     (lambda: batched(base.Task(jnp.zeros((0, 3)), None)), r"at least one task; got axes \['\(0,\)'\]"),
     (lambda: batched(base.Task(jnp.zeros(3), jnp.zeros(4))), r"as its leading axis.*\(3,\).*\(4,\).*`tasks.stack`"),
     (lambda: batched(base.Task(jnp.zeros([]), jnp.zeros(4))), "must have the number of tasks"),
+    # Leaves of λ that a rule cannot see.
+    (lambda: start(hypergrad.lookahead), r"cannot answer for the leaves \['start'\] of λ: the 1 virtual"),
+    (lambda: start_of_a_rate_and_a_weight(0), r"cannot answer for the leaves \['rate'\] of λ: the 0 virtual"),
+    (lambda: start(hypergrad.darts_fd), r"`darts_fd` cannot answer for the leaves \['start'\] of λ.*unrolled"),
+    (lambda: start(hypergrad.sama), r"`sama` cannot answer for the leaves \['start'\] of λ.*unrolled"),
+    (lambda: start(hypergrad.bome, num_steps=1), RATE_AND_START),
+    (lambda: start(hypergrad.f2sa, num_steps=1, multiplier=10.0), RATE_AND_START),
+    (lambda: start(IMPLICIT), RATE_AND_START),
+    (
+        lambda: start(hypergrad.implicit, num_steps=1, condition="step"),
+        r"leaves \['start'\] of λ: neither a training step nor.*unrolled",
+    ),
+    # A leaf that adds to ℓ is not in ∇θ ℓ.
+    (
+        lambda: start(
+            IMPLICIT, problem_of(lambda params, hp, batch: problems.penalized(params, hp, batch) + hp["start"])
+        ),
+        r"\['start'\]",
+    ),
+    (start_of_a_predictor, r"\['rate'\], \['start'\]"),
+    (start_of_one_number, "the leaves itself of λ"),
+    (
+        lambda: start(hypergrad.reptile, problems.EVERYTHING, problems.EVERYTHING_LAM, num_steps=1),
+        r"leaves \.penalty, \.rate, \.temperature of λ",
+    ),
+    (
+        lambda: start_of_hypergradient_descent(problems.penalized),
+        r"cannot answer for the leaves .*\['penalty'\], \['start'\].* of λ",
+    ),
+    (
+        lambda: start_of_hypergradient_descent(lambda p, hp, b: problems.penalized(p, hp, b) + hp["rate"] * p.sum()),
+        r"cannot answer for the leaves .*\['rate'\].* of λ",
+    ),
+    (slope_of_a_momentum, r"leaves \['rate'\] of λ: neither the gradient"),
     # Others.
+    (lambda: hypergrad.argmin(problems.penalized, num_steps=0), "num_steps"),
+    (lambda: hypergrad.argmin(problems.penalized, tol=0.0), "tol"),
     (lambda: check(num_directions=0), "`num_directions` must be at least 1; got 0"),
     (lambda: check(num_estimates=0), "`num_estimates` must be at least 1; got 0"),
     (lambda: check(num_samples=1), "`num_samples` must be at least 2; got 1"),
     (lambda: partition({"a": RULE}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \['a'\]"),
     (lambda: partition({"a": RULE, "b": RULE, "c": RULE}, LABELS), r"and the estimators \['a', 'b', 'c'\]"),
+    (
+        lambda: partition({"a": IMPLICIT, "b": RULE}, {"rate": "a", "penalty": "b"}),
+        r"cannot answer for the leaves \['rate'\] of λ",
+    ),
     (lambda: partition({}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \[\]"),
 ]
 
@@ -132,6 +227,11 @@ def test_refusals(call, message):
 def test_integer_hyperparams_are_an_error_of_jax():
     with pytest.raises(TypeError, match="grad requires real-valued inputs|real- or complex-valued inputs"):
         ONE_STEP.estimate({"log_penalty": 1}, TASK, KEY)
+
+
+def test_a_loss_that_is_no_scalar_is_an_error_of_jax():
+    with pytest.raises(TypeError, match="scalar-output"):
+        hypergrad.direct(lambda hyperparams, task, key: hyperparams).estimate(jnp.ones(2), None, KEY)
 
 
 def test_a_sigma_that_is_not_like_lambda_is_an_error_of_jax():

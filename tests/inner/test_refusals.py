@@ -1,4 +1,4 @@
-"""What `inner` rejects, or explains where Python or JAX raises: losses, optimizers, starts, rows, windows, modules."""
+"""What `inner` rejects, or explains where Python or JAX raises: losses, optimizers, starts, rows, labels, modules."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import problems
 import pytest
 from flax import linen
 
-from metaopt import base, inner
+from metaopt import _batches, base, inner
 
 KEY = jax.random.key(0)
 DATA = problems.TASK.train
@@ -86,6 +86,19 @@ def deterministic_training():
 SCALAR = "The inner loss must return a floating-point scalar; got "
 FACTORY = r"(?s){}.*`optimizer` must be a factory"
 CONCRETE = r"`optimizer` needs the concrete value of a hyperparameter.*`transforms.cosine_sched"
+LABELS = np.array([0, 1, 1])
+CLASS_MASKS = [
+    ({"y": LABELS * 1.0}, r'The labels "y" must be integers.*got float'),
+    ({"y": LABELS, "class_mask": np.ones(3)}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
+    ({"y": LABELS, "class_mask": np.ones((3, 2))}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3, 2\)'),
+]
+
+
+def cross_entropy(batch):
+    """Of traced labels."""
+    return jax.eval_shape(lambda batch: inner.cross_entropy(jnp.zeros((3, 2)), batch), batch)
+
+
 REFUSALS = [
     # Losses.
     (
@@ -191,6 +204,32 @@ REFUSALS = [
     (lambda: inner.minibatch(2.5), ValueError, "`batch_size` must be an integer of at least 1; got 2.5"),
     (lambda: rows({"x": np.zeros(3)}, shared=("scales",)), ValueError, "`shared` names scales, and the data have x"),
     (lambda: rows((np.zeros(3),), shared=("x",)), ValueError, r"names x, and the data have no names \(tuple\)"),
+    # Labels: where a loss sees them, and before any training.
+    *(
+        (lambda batch=batch: cross_entropy(batch), ValueError, message)
+        for batch, message in [
+            *CLASS_MASKS,
+            ({"y": LABELS[:1]}, r'The labels "y" must have the shape \(3,\), .*got \(1,\)'),
+            ({"y": LABELS[:2]}, r"must have the shape \(3,\), .*got \(2,\)"),
+            ({"y": LABELS[:, None]}, r"must have the shape \(3,\), .*got \(3, 1\)"),
+            ({"y": np.eye(2, dtype=int)[LABELS]}, r"must have the shape \(3,\), .*got \(3, 2\).*argmax"),
+            ({"y": LABELS, "mask": np.ones((3, 1))}, r'"mask" must be \[N\].*got shape \(3, 1\)'),
+            ({"y": LABELS, "mask": np.ones(2)}, r'"mask" must be \[N\].*got shape \(2,\)'),
+        ]
+    ),
+    *((lambda batch=batch: _batches.check_labels(batch, 2), ValueError, message) for batch, message in CLASS_MASKS),
+    *(
+        (lambda batch=batch: jax.eval_shape(lambda b: _batches.check_labels(b, 2), batch), ValueError, message)
+        for batch, message in CLASS_MASKS
+    ),
+    *(
+        (
+            lambda num=num: _batches.check_labels({"x": np.zeros((3, 4)), "y": LABELS[:num]}, 2),
+            ValueError,
+            '"x" and "y" must have the same number of rows; got 3 and',
+        )
+        for num in (1, 2)
+    ),
     # Modules.
     (lambda: dense().init(KEY, None, None), TypeError, "unexpected keyword argument 'train'"),
     (deterministic_training, ValueError, "`deterministic=True` with `train=True` needs a keyword `deterministic`"),

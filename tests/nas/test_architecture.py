@@ -1,4 +1,4 @@
-"""Searches: how genotypes are decoded, settings, checkpoints, padding, labels, and arguments that are rejected."""
+"""Searches: how genotypes are decoded, settings, checkpoints, padding and labels."""
 
 import dataclasses
 import json
@@ -23,6 +23,14 @@ def test_partial_searches_have_weights_for_edges():
     weights = search.weights(alpha)["cell"]
     np.testing.assert_allclose(weights.sum(-1), [1, 0.5, 0.5], rtol=1e-9)
     assert len(search.genotype(alpha)["cell"]) == 3
+
+
+def test_the_weights_of_edges_multiply_those_of_any_relaxation():
+    search = search_of(nas.pc_darts, partial=2, relaxation=nas.sigmoid())
+    ops, edges = np.random.default_rng(0).normal(size=(3, 3)), np.array([5.0, 1.0, 2.0])
+    weights = search.weights({"cell": {"ops": jnp.asarray(ops), "edges": jnp.asarray(edges)}})["cell"]
+    shares = np.array([1.0, 1 / (1 + np.e), np.e / (1 + np.e)])  # the second and the third edge lead to one node
+    np.testing.assert_allclose(weights, shares[:, None] / (1 + np.exp(-ops)), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -77,9 +85,6 @@ def test_darts_plus_counts_the_search_s_own_cell():
         estimate, state = estimate_of(made, given)
         assert estimate.metrics["skips"] == (2 if given is alpha else 1) and estimate.metrics["stop"] == 0
         jax.tree.map(np.testing.assert_array_equal, state.kept, given)
-    bare = NET._replace(cells={"cell": nas.complete_cell(2, ("none", "smooth"), preprocess=False)})
-    with pytest.raises(ValueError, match="No edge of the network has 'skip_connect'"):
-        nas.darts_plus(bare, (3,), ops=OPS, every=1)
 
 
 @pytest.mark.once
@@ -212,7 +217,7 @@ def test_what_is_annealed_in_training_is_read_at_temperature_one():
     plain = search_of(nas.darts, order="first", keep=1)
     np.testing.assert_allclose(search.weights(alpha)["cell"], plain.weights(alpha)["cell"])
     assert search.genotype(alpha) == plain.genotype(alpha)
-    inside = _relaxations.decoding(nas.edge_normalized(relaxation))(
+    inside = _relaxations.decoding(_relaxations.edge_normalized(relaxation))(
         {"ops": alpha["cell"], "edges": jnp.zeros(3)}, NET.cells["cell"], KEY, 0
     )
     np.testing.assert_allclose(inside, plain.weights(alpha)["cell"] * np.array([[1.0], [0.5], [0.5]]))
@@ -235,44 +240,6 @@ def test_the_weight_of_beta_darts_may_be_traced():
 
     traced, plain, none = (float(found) for found in (jax.jit(value)(2.0), value(2.0), value(0.0)))
     assert traced == pytest.approx(plain, rel=1e-9) and abs(plain - none) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        # A schedule of no steps stays at its start, and an unroll of no steps trains nothing.
-        *((method, {"num_steps": 0}, "`num_steps` must be at least 1; got 0") for method in SCHEDULED),
-        (nas.gdas, {"num_steps": 2.5}, "`num_steps` must be an integer of at least 1; got 2.5"),
-        (nas.darts, {"order": "third"}, "`order` must be one of first, second, exact; got 'third'"),
-        (nas.darts, {"difference": "backward"}, "`difference` must be one of central, forward; got 'backward'"),
-        *(
-            (
-                nas.darts,
-                {"relaxation": relaxation, "single_path": True},
-                "gives weight to several ops of an edge of 'ce",
-            )
-            for relaxation in (None, nas.sigmoid(), nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=True), 1.0))
-        ),
-    ],
-)
-def test_options_that_are_rejected(method, options, message):
-    with pytest.raises(ValueError, match=message):
-        search_of(method, **options)
-
-
-@pytest.mark.parametrize(
-    ("alpha", "message"),
-    [
-        ({"normal": jnp.zeros((3, 3))}, r"each kind of cell .* \['cell'\]; got the kinds \['normal'\]"),
-        ({"cell": jnp.zeros((3, 3)), "reduce": jnp.zeros((3, 3))}, r"got the kinds \['cell', 'reduce'\]"),
-        (jnp.zeros((3, 3)), "each kind of cell .*; got Array"),
-    ],
-)
-def test_an_alpha_of_another_search_is_refused(alpha, message):
-    search = search_of(nas.darts)
-    for read in (search.weights, search.genotype):
-        with pytest.raises(ValueError, match=message):
-            read(alpha)
 
 
 def test_alpha_without_a_start_decodes():
@@ -308,29 +275,10 @@ def test_padding_counts_in_no_search():
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
-    wrong = {**TASK.train, "y": TASK.train["y"] + shift}
-    search, one_shot = (
-        search_of(nas.darts, network=ONE),
-        nas.single_path_one_shot(ONE, (3,), ops=OPS, num_steps=1),
-    )
-    # A rule whose own `init` does not draw θ_0.
-    unrolled = nas.architecture_search(ONE, (3,), lambda problem: hypergrad.unrolled(problem, num_steps=1), ops=OPS)
-    alpha = {"cell": jnp.zeros((1, 3))}
-    for task in (base.Task(wrong, TASK.valid), base.Task(TASK.train, wrong)):
-        for each in (search, unrolled):
-            with pytest.raises(ValueError, match=r"of a network with 2 outputs must be in 0\.\.1"):
-                each.estimator.init(KEY, alpha, task)
-    with pytest.raises(ValueError, match="Number the classes from 0"):
-        one_shot.train(KEY, wrong)
-    with pytest.raises(ValueError, match="Number the classes from 0"):
-        one_shot.score(None, {"cell": ((0, 1, "smooth"),)}, wrong)
-    free = nas.training_free_scores(ONE, (3,), ops=OPS)
-    with pytest.raises(ValueError, match="Number the classes from 0"):
-        free(KEY, {"cell": ((0, 1, "smooth"),)}, wrong)
-    # Labels of a loss of one's own are its own.
+def test_labels_of_an_own_loss_may_be_anything(shift):
+    rows = {**TASK.train, "y": TASK.train["y"] + shift}
     own = search_of(nas.darts, network=ONE, loss=lambda outputs, batch: ((outputs[:, 0] - batch["y"]) ** 2).mean())
-    jax.eval_shape(lambda: own.estimator.init(KEY, alpha, base.Task(wrong, wrong)))
+    jax.eval_shape(lambda: own.estimator.init(KEY, {"cell": jnp.zeros((1, 3))}, base.Task(rows, rows)))
 
 
 @pytest.mark.once
@@ -347,15 +295,3 @@ def test_a_run_without_a_finite_step_has_no_result():
     wrong = {**TASK.train, "y": TASK.train["y"] - 1}
     with pytest.raises(ValueError, match="None of the run's 2 steps had a finite loss and a finite hyper"):
         search.found(fitted(base.Task(wrong, wrong)))
-
-
-def test_rows_that_are_no_dict_are_refused():
-    search = search_of(nas.darts, network=ONE, order="first")
-    rows = tuple(TASK.train.values())
-    with pytest.raises(ValueError, match='must be a dict with the inputs as "x".*got tuple'):
-        jax.eval_shape(lambda: estimate_of_task(search, base.Task(rows, rows)))
-
-
-def estimate_of_task(search, task):
-    alpha = {"cell": jnp.zeros((1, 3))}
-    return search.estimator.estimate(alpha, task, search.estimator.init(KEY, alpha, task))

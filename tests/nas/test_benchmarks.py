@@ -21,11 +21,9 @@ def test_records_of_a_table_leave_out_what_was_not_trained(tmp_path):
     assert part.records(["b"]) == second
     assert part.records(["a"], test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
     blackbox.append_records(tmp_path / "records.db", part.records())  # an invalid record is an error
-    with pytest.raises(ValueError, match="mine has the tasks a, b; got 'c'"):
-        part.records(["a", "c"])
 
 
-def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused():
+def test_an_architecture_has_five_forms():
     digits = [[0, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 1]]
     part = nas.benchmark_table(
         "NAS-Bench-201", ["cifar10"], [f"e{i}" for i in range(6)], [5] * 6, digits, [[9.0], [1.0]]
@@ -39,31 +37,12 @@ def test_what_a_part_of_a_table_has_not_and_what_is_no_architecture_is_refused()
         tuple(digits[1]),
     ):
         assert part.query(found, "cifar10")[0] == 1.0
-    outside = {"cell": ((0, 1, "skip_connect"),)}
-    twice = {"cell": ((0, 1, "skip_connect"), (2, 3, "skip_connect"), (0, 1, "nor_conv_3x3"))}
-    for bad in (
-        outside,
-        nas.genotype_to_text(outside, form="nas_bench_201"),
-        twice,
-        [3.7, 0, 0, 0, 0, 1],
-        [3, 0, 0, 0, 0, np.inf],
-    ):
-        with pytest.raises(ValueError, match="NAS-Bench-201 has 2 architectures, the tasks"):
-            part.query(bad, "cifar10")
-    with pytest.raises(ValueError, match="'a'"):
-        part.query(["a"] * 6, "cifar10")
 
 
-def test_what_was_not_trained_and_what_is_no_fidelity_is_refused():
+def test_outcomes_that_are_missing_at_another_fidelity():
     valid = [[[0.5, np.nan], [np.nan, 0.25]]]
     part = nas.benchmark_table("mine", ["a", "b"], ["e"], [2], [[1]], valid, fidelities=(0.5, 1.0))
     np.testing.assert_equal([part.query([1], "a", 0.5), part.query([1], "b")], [(0.5, np.nan), (0.25, np.nan)])
-    for task, fidelity in (("a", 1.0), ("b", 0.5)):
-        with pytest.raises(ValueError, match=rf"\[1\] was not trained on '{task}' at the fidelity {fidelity}"):
-            part.query([1], task, fidelity)
-    for bad in (0.7, np.nan):
-        with pytest.raises(ValueError, match="and the fidelities 0.5, 1.0"):
-            part.query([1], "b", bad)
 
 
 def test_nas_bench_101_takes_the_genotype_that_a_search_gives():
@@ -79,17 +58,6 @@ def test_nas_bench_101_takes_the_genotype_that_a_search_gives():
     more = ((0, 1, "conv1x1-bn-relu"), (1, 2, "maxpool3x3"), (2, 5, "skip_connect"), (0, 5, "conv1x1-bn-relu"))
     more += ((2, 3, "skip_connect"), (4, 5, "skip_connect"))
     assert part.query({"cell": more}, "cifar10")[0] == 1.0
-    for bad, message in [
-        ({"cell": ((0, 1, "nor_conv_3x3"),)}, "links from 2u to 2v − 1"),
-        ({"normal": ()}, 'has only the kind "cell"'),
-        ({"cell": ()}, "no path"),
-        (
-            _nas_bench_101.graph_genotype(space, nas.Graph(((0, 1, 0), (0, 0, 1), (0, 0, 0)), ("", "maxpool3x3", ""))),
-            "the tasks",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            part.query(bad, "cifar10")
 
 
 @pytest.mark.parametrize("name", ["NAS-Bench-201", "NAS-Bench-101, a part", "NAS-Bench-Macro"])

@@ -162,15 +162,3 @@ def test_the_ranking_loss_is_its_sum_over_pairs():
     np.testing.assert_allclose(LOSS(jnp.zeros(7), jnp.asarray(outcomes)), np.log(2))
     alike = jax.jit(jax.value_and_grad(cell_ranking_loss))(jnp.asarray(scores), jnp.full(7, np.nan).at[0].set(1.0))
     chex.assert_trees_all_equal(alike, (jnp.array(0.0), jnp.zeros(7)))
-
-
-@pytest.mark.parametrize(
-    ("graph", "num_vertices", "message"),
-    [
-        (nas.Graph(((0, 1), (1, 0)), ("input", "output")), None, "cycle"),
-        (DIAMOND, 5, "cells of 6 vertices; got 5"),
-    ],
-)
-def test_refusals(graph, num_vertices, message):
-    with pytest.raises(ValueError, match=message):
-        encoded(graph, num_vertices=num_vertices)

@@ -115,17 +115,3 @@ def test_a_table_is_a_sequence_of_its_columns():
     supernet = nas.supernet(network, (6, 1), ops=ops)
     y = jax.eval_shape(lambda x: supernet.apply(supernet.init(KEY), None, x), jnp.zeros((5, 6, 1)))
     assert y.shape == (5, 3)
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape", "message"),
-    [
-        (nas.Layer("gcn", 4), (4, 3), r"shape \(5, channels\), .* got \(4, 3\), and stride 1"),
-        (nas.Layer("gcn", 4, 2), (5, 3), "stride 2"),
-        (nas.Layer("tokens", 4), (4,), "not enough values to unpack"),
-        (nas.Layer("transformer", 4, 2), (4, 4), r"'transformer' must turn the shape \(2, 4, 4\) into \(2, 2, 4\)"),
-    ],
-)
-def test_what_does_not_fit_is_refused(layer, shape, message):
-    with pytest.raises(ValueError, match=message):
-        nas.supernet(nas.Network({}, (layer,), 2), shape, ops={**nas.BLOCKS, **nas.graph_ops(GRAPH)})

@@ -265,17 +265,3 @@ def test_h_from_the_rows_of_images_themselves():
 def test_without_a_learned_start_the_weights_are_drawn():
     meta = nas.meta_architecture_search(search_of(), predictors.mlp(SPACE, 2, num_hidden=2))
     assert set(jax.eval_shape(meta.hyperparams, KEY)) == {"h"}
-
-
-@pytest.mark.parametrize(
-    ("space", "told"),
-    [({"other": spaces.real(shape=(1, 3))}, r"\['other'\]"), ({"cell": spaces.real(shape=(2, 3))}, r"\(2, 3\)")],
-)
-def test_an_h_of_another_alpha_is_refused(space, told):
-    meta = nas.meta_architecture_search(search_of(), predictors.mlp(space, 2, num_hidden=2))
-    learned = jax.eval_shape(meta.hyperparams, KEY)
-    for ask in (meta.alpha, meta.genotype, lambda learned, task: meta.estimator.init(KEY, learned, task)):
-        with pytest.raises(
-            ValueError, match=r"with the leaves and shapes of the search.*\['cell'\].*\(1, 3\).*it returned .*" + told
-        ):
-            jax.eval_shape(lambda learned, ask=ask: ask(learned, TASKS[0]), learned)

@@ -42,8 +42,6 @@ def counted(num_vertices, num_hashed=3_000):
 
 def test_the_counts_up_to_five_vertices():
     assert [counted(size, 300) for size in range(2, 6)] == [1, 6, 84, 2_441]
-    with pytest.raises(ValueError, match="has 2 to 7 vertices; got 8"):
-        _nas_bench_101.nas_bench_101_cells(8)
 
 
 @pytest.mark.slow
@@ -88,12 +86,6 @@ def test_vertices_share_the_channels_of_the_output_and_are_cut_to_fit():
     three = conv(one[..., :2], p["vertex3"])
     expected = np.concatenate([one, two, three], -1) + conv(x, p["projection4"])
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    with pytest.raises(ValueError, match="3 vertices lead to the output, and there are 2 channels"):
-        op.init(KEY, (5, 3), 2, 1)
-    with pytest.raises(ValueError, match="no path"):
-        _nas_bench_101.graph_op(graph([(0, 1)], (CONV1,)))
-    with pytest.raises(ValueError, match="The ops of NAS-Bench-101"):
-        _nas_bench_101.graph_op(graph([(0, 1), (1, 2)], ("mlp",)))
 
 
 # ---- A supernet of all cells ----------------------------------------------------------------------------------------
@@ -209,19 +201,8 @@ def test_weights_say_a_cell_and_a_cell_says_weights():
         w[[edges.index((0, 5)), edges.index((6, 11))], 2] = direct  # input -> 3 -> output
         found = _derivation.derive_graph(net, {"cell": w}, max_edges=6)
         assert (len(found.ops), sum(found.matrix[0])) == (size, from_input)
-    with pytest.raises(ValueError, match=r"shape \(26, 3\), .* not be negative; got the shape \(26, 2\)"):
-        _derivation.derive_graph(net, {"cell": w[:, :2]})
-    with pytest.raises(ValueError, match="The space has 4 vertices; the graph has 5"):
-        _nas_bench_101.graph_genotype(small_space()[0], as_graph(matrices[-1], ops[-1]))
-    with pytest.raises(ValueError, match="must be one that `nas_bench_101_space` made"):
-        _nas_bench_101.graph_genotype(nas.nas_bench_201_space(), cell)
 
 
 def test_rows_of_the_table_are_cells():
     digits = [1, 0, 0, 0, 0, 0, 1, *[0] * 14, 3, *[0] * 4]
     assert _nas_bench_101.nas_bench_101_graph(digits) == graph([(0, 1), (1, 2)], (POOL,))
-    for bad in (digits[:-1], [2, *digits[1:]], [*digits[:21], 0, 3, 0, 0, 0], [*digits[:21], 4, 0, 0, 0, 0]):
-        with pytest.raises(ValueError, match="NAS-Bench-101"):
-            _nas_bench_101.nas_bench_101_graph(bad)
-    with pytest.raises(ValueError, match="has 3 vertices, and edges of more"):
-        _nas_bench_101.nas_bench_101_graph([*digits[:2], 1, *digits[3:]])

@@ -198,10 +198,3 @@ def test_initial_weights_are_uniform_and_unrelated():
     assert (abs(shares - 0.05) < 4 * np.sqrt(0.05 * 0.95 / draws.shape[1])).all()
     related = np.corrcoef(np.concatenate([draws, np.roll(draws, 1, 1), np.roll(draws, 200, 1)]))
     assert (abs(related - np.eye(12)) < 4.5 / np.sqrt(draws.shape[1])).all()
-
-
-def test_bad_windows():
-    with pytest.raises(ValueError, match="`size` must be odd, so that the window has a center; got 2"):
-        nas.convolution(2)
-    with pytest.raises(ValueError, match="`order` must be one of"):
-        nas.convolution(3, order="norm_conv")

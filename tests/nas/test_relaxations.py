@@ -41,13 +41,6 @@ def test_hard_gumbel_samples_the_softmax_and_has_the_soft_ones_gradient():
     assert abs(soft_grad).max() > 0.01
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), "hot"])
-def test_temperatures_that_are_not_positive(temperature):
-    for make in (nas.softmax, lambda tau: nas.gumbel_softmax(tau, hard=True)):
-        with pytest.raises(ValueError, match="`temperature` must be positive"):
-            make(temperature)
-
-
 def test_uniform_paths():
     draw = jax.jit(jax.vmap(lambda key: nas.uniform_path()(ALPHA, CELL, key, 0)))
     draws = np.asarray(draw(jax.random.split(KEY, 3_000)))
@@ -55,7 +48,7 @@ def test_uniform_paths():
 
 
 def test_edges_share_a_node():
-    relax = nas.edge_normalized(nas.softmax())
+    relax = _relaxations.edge_normalized(nas.softmax())
     beta = jnp.array([5.0, 1.0, 2.0])
     w = relax({"ops": ALPHA, "edges": beta}, CELL, KEY, 0)
     shares = np.array([1.0, 1 / (1 + np.e), np.e / (1 + np.e)])
@@ -70,8 +63,6 @@ def test_an_auxiliary_skip_fades():
         np.testing.assert_allclose(
             relax(ALPHA, CELL, KEY, jnp.array(step)) - plain, beta * np.eye(3)[[1, 1, 1]], atol=1e-7
         )
-    with pytest.raises(ValueError, match="needs 'skip_connect'"):
-        relax(ALPHA, nas.complete_cell(2, ("none", "mlp")), KEY, 0)
 
 
 def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():
@@ -85,18 +76,22 @@ def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():
         np.testing.assert_allclose(found, plain(ALPHA, CELL, KEY, 0))
         assert abs(relaxation(ALPHA, CELL, KEY, 0) - found).max() > 1e-3
     # What wraps another one reads by what that one reads by.
-    both = nas.edge_normalized(nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=False), 1.0))
+    both = _relaxations.edge_normalized(nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=False), 1.0))
     alpha = {"ops": ALPHA, "edges": jnp.zeros(len(ALPHA))}
-    found, expected = (r(alpha, CELL, KEY, 0) for r in (_relaxations.decoding(both), nas.edge_normalized(plain)))
+    found, expected = (
+        r(alpha, CELL, KEY, 0) for r in (_relaxations.decoding(both), _relaxations.edge_normalized(plain))
+    )
     np.testing.assert_allclose(found, expected)
-    assert _relaxations.decoding(nas.edge_normalized(plain)) is not plain
+    assert _relaxations.decoding(_relaxations.edge_normalized(plain)) is not plain
 
 
 def test_beta_decay():
     alpha = {"normal": ALPHA, "reduce": 2 * ALPHA[:2]}
     expected = np.concatenate([np.log(np.exp(a).sum(-1)) for a in alpha.values()]).mean()
-    np.testing.assert_allclose(nas.beta_decay(alpha), expected)
-    np.testing.assert_allclose(nas.beta_decay({"cell": {"ops": ALPHA, "edges": jnp.zeros(3)}}), nas.beta_decay([ALPHA]))
+    np.testing.assert_allclose(_relaxations.beta_decay(alpha), expected)
+    np.testing.assert_allclose(
+        _relaxations.beta_decay({"cell": {"ops": ALPHA, "edges": jnp.zeros(3)}}), _relaxations.beta_decay([ALPHA])
+    )
 
 
 def test_discretized_weights_are_constants_and_checked_in_a_derivative():

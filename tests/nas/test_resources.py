@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import metaopt
-from metaopt import base, hypergrad, inner, nas, predictors, spaces, training
+from metaopt import base, hypergrad, inner, nas, training
 from metaopt.nas import _budgets
 
 pytestmark = pytest.mark.once
@@ -73,8 +73,8 @@ def test_one_hot_costs_are_those_of_the_discrete_network(space):
         counted = {"flops": FLOPS(apply, params, x), "params": sum(leaf.size for leaf in jax.tree.leaves(params))}
         for measure, expected in counted.items():
             table = table_of(space, measure)
-            assert nas.cost_of(table, network, genotype) == expected
-            assert float(nas.expected_cost(table, nas.one_hot(network, genotype))) == expected
+            assert table.cost_of(network, genotype) == expected
+            assert float(table.expected_cost(nas.one_hot(network, genotype))) == expected
         found.add(counted["flops"])
     assert len(found) > 1
 
@@ -99,8 +99,8 @@ def test_sizes_by_formula():
     genotype["linear.width"] = ((0, 1, "4"),)
     flops = 2 * (28 * (2 * 3 + 3 * 3 + 3 * 3) + 8 * 9 * 3 * 5 + 2 * 5 * 4 + 4 * 3)  # 7×4, then 4×2, then 2×1 positions
     params = (2 + 1) * 3 + 2 * (3 + 1) * 3 + (9 * 3 + 1) * 5 + (10 + 1) * 4 + (4 + 1) * 3
-    assert nas.cost_of(table_of("sizes", "flops"), SIZES, genotype) == flops
-    assert nas.cost_of(table_of("sizes", "params"), SIZES, genotype) == params
+    assert table_of("sizes", "flops").cost_of(SIZES, genotype) == flops
+    assert table_of("sizes", "params").cost_of(SIZES, genotype) == params
 
 
 @pytest.mark.parametrize("space", ["sizes", "201"])
@@ -109,7 +109,7 @@ def test_the_gradient_of_the_expected_cost_is_finite_differences(space):
     flat, unravel = jax.flatten_util.ravel_pytree(nas.init_alpha(KEY, network, scale=1.0))
 
     def cost(flat):
-        return nas.expected_cost(table, nas.mixing_weights(nas.softmax(), network, unravel(flat), KEY)) / 1e4
+        return table.expected_cost(nas.mixing_weights(nas.softmax(), network, unravel(flat), KEY)) / 1e4
 
     found = jax.jit(jax.grad(cost))(flat)
     ends = flat[None] + 1e-5 * jnp.concatenate([jnp.eye(flat.size), -jnp.eye(flat.size)])
@@ -126,8 +126,8 @@ def test_the_expected_cost_is_the_mean_over_networks():
     for digits in itertools.product(*(range(w.size) for w in weights.values())):
         chance = np.prod([w[0, d] for w, d in zip(weights.values(), digits, strict=True)])
         genotype = nas.genotype_from_configuration(network, dict(zip(weights, digits, strict=True)))
-        mean += chance * nas.cost_of(table, network, genotype)
-    np.testing.assert_allclose(nas.expected_cost(table, weights), mean, rtol=1e-12)
+        mean += chance * table.cost_of(network, genotype)
+    np.testing.assert_allclose(table.expected_cost(weights), mean, rtol=1e-12)
 
 
 WHOLE = nas.CostTable(  # of whole networks: 27 choices of "none", "skip_connect", "mlp" on 3 edges
@@ -144,10 +144,8 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
     genotype = {"cell": ((0, 1, "mlp"), (1, 2, "skip_connect"))}
     cost = 1 + 5 + 9 * 2 + 1
     one_hot = nas.one_hot(network, genotype)
-    assert nas.cost_of(WHOLE, network, genotype) == nas.expected_cost(WHOLE, one_hot, network) == cost
-    assert jax.jit(lambda w: nas.expected_cost(WHOLE, w, network))(one_hot) == cost
-    with pytest.raises(ValueError, match="The edge 1 of 'cell' has no weight, .* Pass `network`"):
-        nas.expected_cost(WHOLE, one_hot)
+    assert WHOLE.cost_of(network, genotype) == WHOLE.expected_cost(one_hot, network) == cost
+    assert jax.jit(lambda w: WHOLE.expected_cost(w, network))(one_hot) == cost
     search = nas.darts(network, (3,), ops=nas.BLOCKS)
     alpha = {"cell": jnp.asarray([[-9.0, 0.0, 1.0], [0.0, -9.0, -9.0], [-9.0, 0.5, 0.0]])}
     excess, grads = jax.value_and_grad(_budgets.over_budget(WHOLE, network, budget=10.0))(alpha, 0)
@@ -159,16 +157,6 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
         mean += w[0, i] * w[1, j] * w[2, k] * (5 + 9 * i + 3 * j + k)
     np.testing.assert_allclose(10 * (1 + excess), mean, rtol=1e-9)
     assert abs(grads["cell"][0]).max() > 0.1
-    # No edge may go that has no "none".
-    bare = nas.complete_cell(2, ops[1:])
-    small = WHOLE._replace(terms=(WHOLE.terms[0]._replace(values=WHOLE.terms[0].values[1:, 1:, 1:]),))
-    bare = network._replace(cells={"cell": bare})
-    for cost in (
-        lambda: nas.expected_cost(small, nas.one_hot(bare, genotype), bare),
-        lambda: nas.cost_of(small, bare, genotype),
-    ):
-        with pytest.raises(ValueError, match='which a network may lack, has no "none"'):
-            cost()
 
 
 def test_latency_is_seconds_of_a_call(monkeypatch):
@@ -249,7 +237,7 @@ def row_table():
 
 def test_penalties_by_hand_and_in_a_problem():
     alpha = nas.init_alpha(KEY, ROWS, scale=1.0)
-    cost = float(nas.expected_cost(row_table(), nas.mixing_weights(nas.softmax(), ROWS, alpha, KEY)))
+    cost = float(row_table().expected_cost(nas.mixing_weights(nas.softmax(), ROWS, alpha, KEY)))
     found = {}
     for form, target in itertools.product(("linear", "hinge", "absolute"), (2 * cost, cost / 2)):
         penalty = nas.resource_penalty(row_table(), ROWS, weight=3.0, target=target, form=form)
@@ -270,10 +258,6 @@ def test_penalties_by_hand_and_in_a_problem():
 
     plain, wrapped, option = values(alpha)
     np.testing.assert_allclose([wrapped - plain, option - plain], 3.0, rtol=1e-9)
-    with pytest.raises(KeyError, match="log"):
-        nas.resource_penalty(row_table(), ROWS, weight=1.0, target=1.0, form="log")
-    with pytest.raises(ValueError, match="`budget` must be positive; got 0"):
-        nas.resource_penalty(row_table(), ROWS, weight=1.0, target=0)
 
 
 def quadratic():
@@ -313,11 +297,11 @@ def test_a_search_comes_to_its_budget():
     learner = training.learner(bound.estimator, optax.adam(0.05))
     start = bound.hyperparams(KEY)
     run = training.fit(learner, lambda key: TASK, hyperparams=start, num_steps=400, key=KEY, steps_per_call=200)
-    cost = lambda hp: float(nas.expected_cost(row_table(), bound.weights(hp)))
+    cost = lambda hp: float(row_table().expected_cost(bound.weights(hp)))
     assert cost(start) > 1.5 * budget
     assert cost(run.hyperparams) < 1.05 * budget
     found = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
-    assert nas.cost_of(row_table(), ROWS, found) <= budget
+    assert row_table().cost_of(ROWS, found) <= budget
     # With a learned start the constraint still sees α alone.
     search = nas.unrolled_darts(ROWS, (3,), ops={}, num_steps=1, learn_init=True)
     learned = nas.under_budget(search, row_table(), budget=budget)
@@ -371,14 +355,11 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
 
         alpha, params, with_it, without = run()
         ops = alpha["cell"]["ops"] if isinstance(alpha["cell"], dict) else alpha["cell"]
-        expected = nas.expected_cost(table, {"cell": jax.nn.softmax(ops, -1)}, network) / 50
+        expected = table.expected_cost({"cell": jax.nn.softmax(ops, -1)}, network) / 50
         np.testing.assert_allclose(with_it - without, expected, rtol=1e-6)
     bound = nas.under_budget(nas.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
     bounded = jax.jit(lambda: bound.problem.outer_loss(params, bound.hyperparams(KEY), batch, at))()
     assert jnp.isfinite(bounded)
-    h = predictors.mlp({"cell": spaces.real(shape=(3, 3))}, num_features=2)
-    with pytest.raises(ValueError, match="has a multiplier, which h cannot predict"):
-        nas.meta_architecture_search(bound, h)
 
 
 def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
@@ -393,21 +374,21 @@ def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
         search = nas.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2, keep=keep)
         excess = _budgets.over_budget(table, search.supernet.network, budget=1.0)
         weights = search.weights(alpha) if keep else {"cell": jax.nn.softmax(alpha["cell"]["ops"], -1)}
-        expected = nas.expected_cost(table, weights, search.supernet.network)
+        expected = table.expected_cost(weights, search.supernet.network)
         np.testing.assert_allclose(1 + excess(alpha, 0), expected, rtol=1e-9)
         grads = jax.grad(excess)(alpha, 0)["cell"]
         assert jnp.abs(grads["ops"]).max() > 0.01 and not grads["edges"].any()
         if keep:
-            np.testing.assert_allclose(expected, nas.cost_of(table, network, search.genotype(alpha)), rtol=0.02)
+            np.testing.assert_allclose(expected, table.cost_of(network, search.genotype(alpha)), rtol=0.02)
 
 
 def test_none_costs_nothing_whatever_is_counted():
     table = nas.cost_table(CELLS, (8, 6, 1), hypergrad.flops, ops=nas.NAS_BENCH_201_OPS)
     empty = {"cell": ()}
     zeros = np.eye(5)[np.zeros(6, int)]  # all on "none"
-    np.testing.assert_allclose(nas.expected_cost(table, {"cell": zeros}), nas.cost_of(table, CELLS, empty))
+    np.testing.assert_allclose(table.expected_cost({"cell": zeros}), table.cost_of(CELLS, empty))
     skips = {"cell": tuple((*e[:2], "skip_connect") for e in CELLS.cells["cell"].edges)}
-    assert nas.cost_of(table, CELLS, empty) <= nas.cost_of(table, CELLS, skips)
+    assert table.cost_of(CELLS, empty) <= table.cost_of(CELLS, skips)
 
 
 def test_what_comes_before_a_cell_without_edges_from_its_input_counts():
@@ -417,7 +398,7 @@ def test_what_comes_before_a_cell_without_edges_from_its_input_counts():
     for edges in ((), ((0, 1, "conv3x3"), (2, 3, "conv3x3"))):
         small = nas.supernet(nas.discrete(network, {"cell": edges}), shape, ops=ops)
         flops = FLOPS(lambda params, x, small=small: small.apply(params, None, x), jax.eval_shape(small.init, KEY), x)
-        counted.append(flops / nas.cost_of(table_of("transnas", "flops"), network, {"cell": edges}))
+        counted.append(flops / table_of("transnas", "flops").cost_of(network, {"cell": edges}))
     assert counted[0] < 0.1 and counted[1] == 1
 
 
@@ -428,8 +409,6 @@ def test_the_projection_changes_what_loses_least():
     assert project(1_000) == ["16", "2"]  # 4·16 + 17·16 + 17·2 = 370
     assert project(369) == ["2", "2"]  # 8 + 6 + 6 = 20
     assert project(19) == ["2", "1"]  # 14
-    with pytest.raises(ValueError, match="`budget` is 13 , and the cheapest network found costs 14"):
-        project(13)
 
 
 def test_costs_of_a_space_that_keeps_two_edges_a_node():
@@ -438,14 +417,14 @@ def test_costs_of_a_space_that_keeps_two_edges_a_node():
     for seed in range(3):
         genotype = nas.random_genotype(seed, DARTS)
         weights = nas.one_hot(DARTS, genotype)
-        cost = nas.cost_of(table, DARTS, genotype)
-        np.testing.assert_allclose(nas.expected_cost(table, weights, DARTS), cost, rtol=1e-12)
+        cost = table.cost_of(DARTS, genotype)
+        np.testing.assert_allclose(table.expected_cost(weights, DARTS), cost, rtol=1e-12)
         # As after a search: much weight on its ops, a little on all others, "none" among them.
         near = {kind: 1e-6 * rng.random(w.shape) + w for kind, w in weights.items()}
         near = {kind: w + 10.0 * (np.arange(3) == 0) for kind, w in near.items()}
         near = {kind: w / w.sum(-1, keepdims=True) for kind, w in near.items()}
-        np.testing.assert_allclose(nas.expected_cost(table, near, DARTS), cost, rtol=1e-3)
-        assert float(nas.expected_cost(table, near)) < 0.9 * cost  # of all edges, mostly "none"
+        np.testing.assert_allclose(table.expected_cost(near, DARTS), cost, rtol=1e-3)
+        assert float(table.expected_cost(near)) < 0.9 * cost  # of all edges, mostly "none"
     weights = jax.device_get(weights_of(DARTS))
     kept = nas.derive_genotype(DARTS, weights)
     options = [("skip_connect", "sep_conv_3x3")] * sum(map(len, kept.values()))
@@ -459,8 +438,8 @@ def test_costs_of_a_space_that_keeps_two_edges_a_node():
                 op, w = next(names), weights[kind][e]
                 chance *= float(w[1 + (op == "sep_conv_3x3")] / w[1:].sum())
                 chosen[kind].append((s, t, op))
-        mean += chance * nas.cost_of(table, DARTS, {kind: tuple(edges) for kind, edges in chosen.items()})
-    np.testing.assert_allclose(nas.expected_cost(table, weights, DARTS), mean, rtol=1e-9)
+        mean += chance * table.cost_of(DARTS, {kind: tuple(edges) for kind, edges in chosen.items()})
+    np.testing.assert_allclose(table.expected_cost(weights, DARTS), mean, rtol=1e-9)
     flat, unravel = jax.flatten_util.ravel_pytree(nas.init_alpha(KEY, DARTS, scale=1.0))
     excess = _budgets.over_budget(table, DARTS, budget=mean)
     jax.test_util.check_grads(jax.jit(lambda flat: excess(unravel(flat), 0)), (flat,), order=1)
@@ -474,15 +453,12 @@ def test_a_search_that_reads_otherwise_counts_otherwise():
     alpha, costs = {"cell": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))}, []
     for keep in (1, None):
         search = nas.darts(network, (3,), ops=nas.BLOCKS, keep=keep)
-        expected = nas.expected_cost(table, search.weights(alpha), network._replace(keep=keep))
+        expected = table.expected_cost(search.weights(alpha), network._replace(keep=keep))
         # What `under_budget` asks of a search.
         excess = _budgets.over_budget(table, search.supernet.network, budget=1.0)(search.alpha(alpha), 0)
         np.testing.assert_allclose(excess, expected - 1, rtol=1e-9)
         costs.append(float(expected))
     assert abs(costs[0] - costs[1]) > 1
-    whole = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=3)
-    with pytest.raises(ValueError, match="`keep` must be left out for NAS-Bench-101's space"):
-        nas.darts(whole, (8, 8, 1), ops=nas.NAS_BENCH_101_OPS, keep=2)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -491,10 +467,10 @@ def test_the_projection_keeps_as_many_edges_as_the_space(seed):
     alpha = nas.init_alpha(jax.random.key(seed), DARTS, scale=2.0)
     weights = jax.device_get(nas.mixing_weights(nas.softmax(), DARTS, alpha, KEY))
     whole = nas.derive_genotype(DARTS, weights)
-    cost = nas.cost_of(table, DARTS, whole)
+    cost = table.cost_of(DARTS, whole)
     assert nas.within_budget(DARTS, weights, table, cost) == whole == nas.within_budget(DARTS, weights, table, 1e12)
     small = nas.within_budget(DARTS, weights, table, 0.8 * cost)
-    assert small != whole and nas.cost_of(table, DARTS, small) <= 0.8 * cost
+    assert small != whole and table.cost_of(DARTS, small) <= 0.8 * cost
     nas.genotype_to_text(small, form="darts")  # two edges into every node
     with pytest.raises(ValueError, match="the cheapest network found costs"):
         nas.within_budget(DARTS, weights, table, 1.0)
@@ -510,21 +486,9 @@ def test_the_projection_takes_another_edge_where_that_loses_less():
     w = np.array([[0.9, 0.1], [0.9, 0.1], [0.01, 0.99], [0.6, 0.4], [0.01, 0.98]])
     whole = nas.derive_genotype(network, {"cell": w})
     assert [edge[:2] for edge in whole["cell"]] == [(0, 2), (1, 2), (0, 3), (2, 3)]
-    budget = nas.cost_of(table, network, whole) - 1
+    budget = table.cost_of(network, whole) - 1
     found = nas.within_budget(network, {"cell": w}, table, budget)
     assert found["cell"][2:] == ((0, 3, "sep_conv_3x3"), (1, 3, "max_pool_3x3"))
-
-
-def test_a_graph_s_cell_is_not_projected():
-    network = nas.nas_bench_101_space(3, channels=2, cells_per_stack=1, num_stacks=1, num_vertices=4)
-    weights = {"cell": np.full((len(network.cells["cell"].edges), 3), 1 / 3)}
-    for call in (
-        lambda: nas.within_budget(network, weights, nas.CostTable(1.0, ()), 1e9),
-        lambda: nas.derive_genotype(network, weights, keep=2),
-        lambda: nas.random_genotype(0, network),
-    ):
-        with pytest.raises(ValueError, match="cells are graphs with ops on vertices"):
-            call()
 
 
 # ---- Fronts ---------------------------------------------------------------------------------------------------------
@@ -550,49 +514,3 @@ def test_the_hypervolume_is_the_share_of_a_grid_that_is_dominated(num_objectives
     assert 0 < expected < np.prod(limit) or num_objectives == 1
     assert nas.hypervolume(points, limit) == expected
     assert nas.hypervolume(points + 100, limit) == 0
-    with pytest.raises(ValueError, match="an entry for each of"):
-        nas.hypervolume(points, [1.0] * (num_objectives + 1))
-    with pytest.raises(ValueError, match=r"`points` must be \[n, k\]"):
-        nas.pareto_front(points[0])
-
-
-@pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        (
-            nas.CostTerm((("linear.width", 0),), np.ones(2)),
-            "2 candidates for the edge 0 of 'linear.width', .* none there",
-        ),
-        (
-            nas.CostTerm((("cell", 3),), np.ones(3)),
-            "3 candidates for the edge 3 of 'cell', .* none there; its kinds are",
-        ),
-        (
-            nas.CostTerm((("cell", 2),), np.ones(5)),
-            "5 candidates for the edge 2 of 'cell', and the network has 3 there",
-        ),
-        (nas.CostTerm((("cell", 2), ("cell", 0)), np.ones((3, 2))), "2 candidates for the edge 0 of 'cell'"),
-    ],
-)
-def test_a_table_of_another_space_is_refused_where_it_is_given(term, message):
-    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
-    table, search = nas.CostTable(1.0, (term,)), nas.darts(network, (3,), ops=nas.BLOCKS)
-    genotype = {"cell": ((0, 1, "mlp"), (1, 2, "mlp"))}
-    for build in (
-        lambda: nas.under_budget(search, table, budget=10.0),
-        lambda: nas.resource_penalty(table, network, weight=1.0, target=10.0),
-        lambda: nas.cost_of(table, network, genotype),
-        lambda: nas.within_budget(network, nas.one_hot(network, genotype), table, 10.0),
-    ):
-        with pytest.raises(ValueError, match=f"`table` must be of the network's space, .* costs of {message}"):
-            build()
-
-
-def test_a_term_with_other_axes_than_edges_is_refused():
-    cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    network = nas.Network({"cell": cell}, (nas.Layer("cell", 4),), num_outputs=2)
-    for values in (np.ones((1, 3)), np.ones((3, 3)), 1.0):
-        table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), values),))
-        with pytest.raises(ValueError, match=r"has costs of shape \(.*\) for 1 edges; it must have one axis for each"):
-            nas.resource_penalty(table, network, weight=1.0, target=10.0)

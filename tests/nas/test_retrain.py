@@ -207,13 +207,6 @@ def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
         np.testing.assert_allclose(state.params, 1 - 0.8**6, rtol=1e-12)
 
 
-def test_labels_that_are_not_classes_are_an_error_before_the_first_step():
-    loop = recipe(auxiliary=0.0).loop
-    for data in ({**DATA, "y": DATA["y"] + 1}, {"x": np.asarray(X), "y": np.asarray(DATA["y"]) + 1}):
-        with pytest.raises(ValueError, match=r"must be in 0\.\.2; got labels from 1 to 3"):
-            nas.train_loop(loop, data, num_steps=1, key=KEY)
-
-
 @pytest.mark.slow
 def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     made = recipe(batch_size=5)
@@ -284,20 +277,6 @@ def test_images_of_integers_train_as_the_same_floats():
 ONE_EDGE = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
 
 
-@pytest.mark.parametrize(
-    ("network", "options", "message"),
-    [
-        (NET, {"drop_path": 1.0}, "`drop_path` must be a probability below 1; got 1.0"),
-        (SPACE, {}, "one op on every edge"),
-        (ONE_EDGE, {"auxiliary": 0.0}, "'cell' has only one, but `drop_path` is 0.2. Pass `drop_path=0`"),
-        (NET._replace(layers=NET.layers[:2]), {}, "Pass `auxiliary=0`"),
-    ],
-)
-def test_recipes_that_are_rejected(network, options, message):
-    with pytest.raises(ValueError, match=message):
-        nas.retraining(network, (6, 2), ops=nas.BLOCKS, num_steps=1, **options)
-
-
 # ---- The report -----------------------------------------------------------------------------------------------------
 
 SCORES = [
@@ -326,9 +305,6 @@ def test_the_report():
     assert np.isnan(few.interval).all() and few.correlation == 1.0
     same = nas.search_report([s._replace(inherited=0.1) for s in SCORES])
     assert np.isnan(same.correlation) and "6 architectures: undefined, one side is constant." in same.text
-    for bad in ([], [SCORES[0]._replace(retrained=())], [SCORES[0], SCORES[1]._replace(retrained=())]):
-        with pytest.raises(ValueError, match="at least one architecture, each with at least one `retrained`"):
-            nas.search_report(bad)
 
 
 def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
@@ -340,13 +316,5 @@ def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
     assert "15.0 points; retrained − discrete, of all: 25.0 points" in told
 
 
-@pytest.mark.parametrize(
-    "change", [{"inherited": 30.0}, {"mixed": 1.1}, {"retrained": (0.5, 60.0)}, {"retrained": (-0.1,)}]
-)
-def test_accuracies_in_percent_are_refused(change):
-    for others in ([], SCORES[1:]):
-        with pytest.raises(
-            ValueError, match=r"in \[0, 1\], as `TrainedNetwork.accuracy`; .* of 'found'. Divide percentages by 100"
-        ):
-            nas.search_report([SCORES[0]._replace(**change), *others])
+def test_accuracies_may_be_above_one_by_rounding_and_missing_for_a_mixture():
     nas.search_report([SCORES[0]._replace(inherited=1 + 1e-7, mixed=float("nan"), retrained=(0.0,))])

@@ -1,7 +1,6 @@
 """The expected scores on a new task: closed forms of the shrinkage, and weights where the best ones are known."""
 
 import numpy as np
-import pytest
 
 from metaopt.nas.search._score_weights import HeldOut, ScoreWeights, choose_weights, expected_scores
 
@@ -71,8 +70,3 @@ def test_an_architecture_without_a_judgment_is_not_counted():
     hidden = np.where(RNG.uniform(size=data.judged.shape) < 0.3, np.nan, data.judged)
     hidden[:, 0] = np.nan
     assert choose_weights(data._replace(judged=hidden)).models >= 0.9
-
-
-def test_weights_need_two_tasks():
-    with pytest.raises(ValueError, match="at least 2 tasks; got 1"):
-        choose_weights(held_out(num_tasks=1))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_search import nas_bench_201_cells
 
-from metaopt import _batches, inner, nas
-from metaopt.nas import _graphs, _normalization, _specs
+from metaopt import inner, nas
+from metaopt.nas import _graphs, _specs
 
 KEY = jax.random.key(0)
 TABLE = nas.Network(
@@ -180,7 +181,7 @@ def test_isomorphic_cells_give_equal_outputs():
     tie = lambda leaf: jnp.broadcast_to(leaf[:, :1], leaf.shape)
     params["layers"][1]["edges"] = jax.tree.map(tie, params["layers"][1]["edges"])
     classes = collections.defaultdict(list)
-    for genotype in nas.nas_bench_201_genotypes():
+    for genotype in nas_bench_201_cells():
         classes[_graphs.canonical(genotype["cell"], output=(3,))].append(genotype)
     large = [c for c in sorted(classes) if len(classes[c]) >= 4]
     chosen = [classes[large[i]][j] for i in range(0, len(large), len(large) // 12) for j in (0, 1, -1)]
@@ -285,28 +286,6 @@ def test_works_inside_a_loop_as_matrix_products():
     assert "conv_general_dilated" not in text and "reduce_window" not in text and "scan" in text
 
 
-@pytest.mark.once
-def test_what_does_not_fit_is_refused():
-    linear = nas.Op(lambda *a: (), lambda params, x, channels, stride: x)
-    cell = nas.complete_cell(1, ("linear",))
-    net = nas.Network({"cell": cell}, (nas.Layer("cell", 4),), 2)
-    with pytest.raises(ValueError, match=r"'own' must turn the shape \(2, 3\) into \(2, 4\) .*; it returned \(2, 3\)"):
-        nas.supernet(nas.Network({}, (nas.Layer("own", 4),), 2), (3,), ops={"own": linear})
-    with pytest.raises(KeyError, match="linear"):
-        nas.supernet(net, (3,), ops={"stem": nas.BLOCKS["stem"]})
-    with pytest.raises(
-        ValueError, match="`partial` must divide the number of channels; got 3, but 'cell' has 4 channels"
-    ):
-        nas.supernet(net, (3,), ops=nas.BLOCKS, partial=3)
-    with pytest.raises(ValueError, match="its input has 3 and `preprocess=False`, so the channels"):
-        nas.supernet(TABLE._replace(layers=TABLE.layers[1:]), (3,), ops=nas.BLOCKS, partial=2)
-    supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
-    with pytest.raises(ValueError, match=r"`x` must have the shape \(N, 3\); got \(5, 2\)"):
-        supernet.apply(supernet.init(KEY), None, jnp.zeros((5, 2)))
-    with pytest.raises(ValueError, match=r"must have the shape \(1, 1\); got \(2, 1\)"):
-        supernet.apply(supernet.init(KEY), {"cell": jnp.ones((2, 1))}, jnp.zeros((5, 3)))
-
-
 # ---- Padding --------------------------------------------------------------------------------------------------------
 
 MASK = np.array([1, 1, 0, 1, 0, 1.0])
@@ -348,52 +327,11 @@ def test_labels_that_are_no_classes_give_no_loss():
         assert np.isnan(gradient(outputs, {"y": np.array([0, 1, bad])})[2]).all()
     among = {"y": np.array([0, 1, 1]), "class_mask": np.array([1, 1, 0.0])}
     np.testing.assert_allclose(inner.cross_entropy(jnp.zeros((3, 3)), among), np.log(2))
-    with pytest.raises(ValueError, match=r'"mask" must be \[N\].*got shape \(2,\)'):
-        inner.cross_entropy(outputs, {"y": np.array([0, 1, 1]), "mask": np.ones(2)})
     for same in (np.array([False, True, True]), np.array([0, 1, 1], np.uint8), [0, 1, 1]):
         np.testing.assert_allclose(inner.cross_entropy(outputs, {"y": same}), np.log(2))
     for narrow in (np.uint8, np.int8):  # fewer numbers than there are classes
         y = np.array([0, 1, np.iinfo(narrow).max], narrow)
         np.testing.assert_allclose(inner.cross_entropy(jnp.zeros((3, 256)), {"y": y}), np.log(256))
-
-
-LABELS = np.array([0, 1, 1])
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        ({"y": LABELS[:1]}, r'The labels "y" must have the shape \(3,\), .*got \(1,\)'),
-        ({"y": LABELS[:2]}, r"must have the shape \(3,\), .*got \(2,\)"),
-        ({"y": LABELS[:, None]}, r"must have the shape \(3,\), .*got \(3, 1\)"),
-        ({"y": np.eye(2, dtype=int)[LABELS]}, r"must have the shape \(3,\), .*got \(3, 2\).*argmax"),
-        ({"y": LABELS * 1.0}, r'The labels "y" must be integers.*got float'),
-        ({"y": LABELS, "class_mask": np.ones(3)}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
-        ({"y": LABELS, "class_mask": np.ones((3, 2))}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3, 2\)'),
-        ({"y": LABELS, "mask": np.ones((3, 1))}, r'"mask" must be \[N\].*got shape \(3, 1\)'),
-    ],
-)
-def test_labels_and_masks_of_other_forms_are_refused(batch, message):
-    """Traced ones, too, where a loss sees them; before any training, what is seen without outputs."""
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda batch: inner.cross_entropy(jnp.zeros((3, 2)), batch), batch)
-    if "class_mask" in batch or batch["y"].dtype == float:
-        for check in (
-            _batches.check_labels,
-            lambda batch, num: jax.eval_shape(lambda b: _batches.check_labels(b, num), batch),
-        ):
-            with pytest.raises(ValueError, match=message):
-                check(batch, 2)
-    if batch["y"].shape[0] < 3:
-        with pytest.raises(ValueError, match='"x" and "y" must have the same number of rows; got 3 and'):
-            _batches.check_labels({**batch, "x": np.zeros((3, 4))}, 2)
-
-
-def test_normalization_by_one_row_is_refused():
-    supernet = nas.supernet(TABLE, (3,), ops=nas.BLOCKS)
-    with pytest.raises(ValueError, match=r"has one row, and an op normalizes it without positions.*\(1, 4\)"):
-        jax.eval_shape(lambda: supernet.apply(supernet.init(KEY), None, jnp.zeros((1, 3))))
-    assert nas.normalized(jnp.arange(6.0).reshape(1, 3, 2)).shape == (1, 3, 2)  # one sequence has positions
 
 
 @pytest.mark.once
@@ -410,15 +348,3 @@ def test_integers_are_taken_as_floats():
     images = nas.supernet(convolution, (4, 5, 1), ops={"conv": nas.convolution(3)})
     shape = jax.eval_shape(lambda: images.apply(images.init(KEY), None, jnp.zeros((2, 4, 5, 1), jnp.uint8)))
     assert shape.shape == (2, 2)
-
-
-def test_masks_that_do_not_reach_a_normalization_are_refused():
-    mask = jnp.ones(6)
-    with pytest.raises(ValueError, match=r"`mask` must be \[N\] = \(6,\)"):
-        _normalization.over_real_rows(nas.normalized, X, mask[:5])
-    with pytest.raises(ValueError, match=r"normalizes an array of the shape \(18, 1\)"):
-        _normalization.over_real_rows(lambda x: nas.normalized(x.reshape(18, 1)), X, mask)
-    hidden = jax.custom_jvp(nas.normalized)
-    hidden.defjvp(lambda x, dx: (nas.normalized(*x), nas.normalized(*dx)))
-    with pytest.raises(ValueError, match="a custom derivative"):
-        _normalization.over_real_rows(hidden, X, mask)

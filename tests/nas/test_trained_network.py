@@ -1,8 +1,7 @@
-"""Trained networks predict: one row as a thousand, statistics against NumPy, files, and arguments that are rejected."""
+"""Trained networks predict: one row as a thousand, statistics against NumPy, and files."""
 
 import json
 import re
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -170,43 +169,6 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
             load(path, ops=ops)
 
 
-# ---- Arguments that are rejected ------------------------------------------------------------------------------------
-
-
-def test_an_op_that_computes_over_the_batch_by_itself_is_rejected():
-    """A prediction would depend on the other rows without a word."""
-    own = nas.Op(lambda *_: (), lambda params, x, channels, stride: x - x.mean(0, keepdims=True))
-    supernet = nas.supernet(LINEAR, (3,), ops={**nas.BLOCKS, "norm_relu": own})
-    with pytest.raises(ValueError, match="still depend on the other rows of the batch: an own op"):
-        nas.trained_network(supernet, PARAMS, {"x": X})
-
-
-def looped(x):
-    return jax.lax.while_loop(lambda carry: carry[0] < 1, lambda c: (c[0] + 1, nas.normalized(c[1])), (0, x))[1]
-
-
-def test_arguments_that_are_rejected():
-    trained = nas.trained_network(SUPERNET, PARAMS, {"x": X})
-    path = nas.supernet(MIXED, (3,), ops=nas.BLOCKS, single_path=True)
-    equal = {"cell": np.full((3, 3), 1 / 3)}
-    in_loop = nas.supernet(
-        LINEAR, (3,), ops={**nas.BLOCKS, "norm_relu": nas.Op(lambda *_: (), lambda params, x, *_: looped(x))}
-    )
-    for call, message in [
-        (lambda: nas.trained_network(SUPERNET, PARAMS, cast(Any, X)), 'must be a dict with the inputs as "x"'),
-        (lambda: nas.trained_network(SUPERNET, PARAMS, {"x": X[:1]}), "at least two real rows; got 1"),
-        (lambda: nas.trained_network(SUPERNET, PARAMS, {"x": X}, num_rows=1), "got 40 and `num_rows=1`"),
-        (lambda: nas.trained_network(path, path.init(KEY), {"x": X}, weights=equal), "Pass one-hot weights"),
-        (lambda: nas.trained_network(in_loop, PARAMS, {"x": X}), "inside of 'while'"),
-        (lambda: trained.predict(X[0]), r"`x` must have the shape \(N, 3\)"),
-        (lambda: trained.predict(X * np.nan), "The outputs of 40 of 40 rows are NaN"),
-        (lambda: SUPERNET.apply(PARAMS, None, X, statistics=trained.statistics[:1]), "each of the 2 normalizations"),
-        (lambda: SUPERNET.statistics(PARAMS, None, X[:1]), "one row, and an op normalizes it without positions"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
 # ---- Accuracy -------------------------------------------------------------------------------------------------------
 
 
@@ -228,25 +190,9 @@ def test_accuracy_is_of_real_rows_among_real_classes():
     assert each.accuracy({"x": np.ones((8, 3)), "y": np.ones((8, 3), int)}) == 1.0
 
 
-def test_accuracy_rejects_labels_that_do_not_fit():
+def test_accuracy_takes_labels_of_any_integers():
     x = np.arange(8.0)[:, None]
     y = (x[:, 0] > 3).astype(np.int32)
     above = with_outputs(lambda x: np.stack([3.5 - x[:, 0], x[:, 0] - 3.5], 1))
-    for good in (y, y > 0, y.astype(np.uint8), y.tolist()):
-        assert above.accuracy({"x": x, "y": good}) == 1.0
-    for bad, message in [
-        ({"y": y[:, None]}, r'The labels "y" must have the shape \(8,\), .*got \(8, 1\)'),
-        ({"y": np.eye(2, dtype=int)[y]}, r"must have the shape \(8,\).*got \(8, 2\)"),
-        ({"y": np.array(["a", "b"])[y]}, r"must be integers.*got <U1"),
-        ({"y": y + 5.0}, "must be integers.*got float64"),
-        ({"y": y + 1}, r"must be in 0\.\.1.*got labels from 1 to 2, 4 of 8 outside"),
-        ({"y": y[:6]}, r'"x" and "y" must have the same number of rows; got 8 and 6'),
-        ({"class_mask": np.array([1, 0, 1])}, r'"class_mask" must be \[C\] = \(2,\).*got shape \(3,\)'),
-        ({"mask": np.ones((8, 1))}, r'"mask" must be \[N\] = \(8,\)'),
-        ({"mask": np.zeros(8)}, r"with at least one real row; got shape \(8,\) and 0 real rows"),
-        ({"x": np.ones((8, 3)), "mask": np.ones((8, 3))}, r'"mask" must be \[N\] = \(8,\).*got shape \(8, 3\)'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            above.accuracy({"x": x, "y": y, **bad})
-    with pytest.raises(ValueError, match='must be a dict with the inputs as "x".*got tuple'):
-        above.accuracy(cast(Any, (x, y)))
+    for labels in (y, y > 0, y.astype(np.uint8), y.tolist()):
+        assert above.accuracy({"x": x, "y": labels}) == 1.0

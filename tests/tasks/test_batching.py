@@ -78,25 +78,6 @@ def test_task_entries():
         }
 
 
-def test_to_task_refuses_what_does_not_fit_and_what_is_not_finite():
-    one = prepared()
-    one.train.x[2, 1] = np.nan
-    with pytest.raises(ValueError, match=r"task\.train\['x'\] of task t0 has NaN"):
-        padded(one)
-    with pytest.raises(ValueError, match=r"task\.features of task t1 has NaN"):
-        padded(prepared(seed=1), features=np.array([np.inf]))
-
-
-@pytest.mark.parametrize("part", ["train", "valid"])
-def test_to_task_refuses_a_part_without_rows(part):
-    one = prepared()
-    one = one._replace(**{part: type(getattr(one, part))(*(leaf[:0] for leaf in getattr(one, part)))})
-    with pytest.raises(
-        ValueError, match=f"task t0 needs at least one row to train on and one to validate on.*{part}_rows=0"
-    ):
-        padded(one)
-
-
 def cost(shape, width=64):
     return (shape[0] + shape[1]) * (shape[2] + width + shape[3])
 
@@ -143,21 +124,6 @@ def test_stack_and_unstack_are_inverse():
     for one, other in zip(tasks.unstack(batch), some, strict=True):
         chex.assert_trees_all_equal(one, other)
         chex.assert_trees_all_equal_dtypes(one, other)
-
-
-def test_stack_names_what_is_wrong():
-    a, b = padded(prepared()), padded(prepared(seed=1))
-    with pytest.raises(ValueError, match="must have the same shape"):
-        tasks.stack([a, padded(prepared(seed=1), num_features=8)])
-    with pytest.raises(ValueError, match="task second and task first differ in structure"):
-        tasks.stack([a, b._replace(features=np.ones(2))], names=["first", "second"])
-    b.valid["x"][0, 0] = np.inf
-    with pytest.raises(ValueError, match=r"task\.valid\['x'\] of task 1 has NaN"):
-        tasks.stack([a, b])
-    large = a._replace(features=np.array([1e300]))
-    tasks.stack([large, large])
-    with jax.enable_x64(False), pytest.raises(ValueError, match=r"task\.features of .* infinite values in float32"):
-        tasks.stack([large, large])
 
 
 def rows_of(part):

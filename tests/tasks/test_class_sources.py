@@ -4,7 +4,6 @@ import io
 import sys
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,30 +27,14 @@ def test_labels_and_groups_are_numbered_in_their_order():
 
 def test_keep_keeps_classes_rows_and_those_with_enough():
     source = tasks.from_arrays(X, Y, group=[7, 5, 5, 7, 9, 9], superclass=["v", "u", "w"])
-    kept = tasks.keep(source, classes=["c", "b"])
+    kept = source.keep(classes=["c", "b"])
     assert kept.class_names == ("b", "c")
     np.testing.assert_array_equal(kept.x, X[[0, 2, 4, 5]])
     np.testing.assert_array_equal(kept.y, [0, 1, 0, 0])
     np.testing.assert_array_equal(kept.group, [1, 0, 2, 2])
     np.testing.assert_array_equal(kept.superclass, [0, 1])
-    assert tasks.keep(source, min_examples=2).class_names == ("a", "b")
-    assert tasks.keep(source, rows=[0, 1, 4], min_examples=2).class_names == ("b",)
-    for kwargs, message in (
-        ({"classes": ["z"]}, "has no class 'z'"),
-        ({"min_examples": 4}, "is empty"),
-        ({"rows": []}, "is empty"),
-        ({"rows": slice(9, None)}, "is empty"),
-        ({"rows": [-1]}, r"`rows` must be in 0..5; got -1..-1"),
-        ({"rows": [0, 6]}, r"`rows` must be in 0..5; got 0..6"),
-        (
-            {"rows": np.ones(5, bool)},
-            r"`rows` must be \[M\] int, a mask \[6\] bool, or a slice; got bool of shape \(5,\)",
-        ),
-        ({"rows": [0.0, 1.0]}, r"got float64 of shape \(2,\)"),
-        ({"rows": 3}, r"of shape \(\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tasks.keep(source, **kwargs)
+    assert source.keep(min_examples=2).class_names == ("a", "b")
+    assert source.keep(rows=[0, 1, 4], min_examples=2).class_names == ("b",)
 
 
 @pytest.mark.parametrize(
@@ -70,24 +53,17 @@ def test_keep_keeps_classes_rows_and_those_with_enough():
     ids=repr,
 )
 def test_keep_takes_slices_masks_and_numbers_of_rows(rows):
-    kept = tasks.keep(tasks.from_arrays(X, Y), rows=rows)
+    kept = tasks.from_arrays(X, Y).keep(rows=rows)
     np.testing.assert_array_equal(kept.x, X[[1, 3]])
     assert [kept.class_names[y] for y in kept.y] == [str(Y[i]) for i in (1, 3)]
 
 
 def test_turned_classes_are_classes_of_their_own():
-    source = tasks.with_rotations(tasks.from_arrays(X, Y, group=[0, 0, 0, 1, 1, 1], superclass=[0, 1, 1]))
+    source = tasks.from_arrays(X, Y, group=[0, 0, 0, 1, 1, 1], superclass=[0, 1, 1]).with_rotations()
     assert source.num_classes == 12 and source.class_names[5] == "c@90" and source.num_groups == 2
     np.testing.assert_array_equal(source.x[6 + 2], [[X[2, 0, 1], X[2, 1, 1]], [X[2, 0, 0], X[2, 1, 0]]])
     assert source.class_names[source.y[6 + 2]] == "c@90"
     np.testing.assert_array_equal(source.superclass, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7])
-
-
-def test_values_beyond_float32_are_rejected_where_jax_has_no_float64():
-    x = np.array([[1e300, 0.0], [0.0, 1.0]])
-    tasks.from_arrays(x, [0, 1])
-    with jax.enable_x64(False), pytest.raises(ValueError, match=r"finite in float32; got 1e\+300 at \[0, 0\]"):
-        tasks.from_arrays(x, [0, 1])
 
 
 def test_rows_of_all_sources_are_numbered_through():
@@ -96,44 +72,6 @@ def test_rows_of_all_sources_are_numbered_through():
     np.testing.assert_array_equal(rows["y"], [1, 0, 2, 0, 1, 1, 4, 3, 4])
     np.testing.assert_array_equal(rows["source"], [0] * 6 + [1] * 3)
     np.testing.assert_array_equal(rows["x"], np.concatenate([X, X[:3]]))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: tasks.from_arrays(X[:0], Y[:0]), "is empty"),
-        (lambda: tasks.from_arrays(X, Y[:5]), r"`y` must have one entry for each of the 6 examples; got shape \(5,\)"),
-        (lambda: tasks.from_arrays(X, Y, group=[1]), "`group` must have one entry"),
-        (lambda: tasks.from_arrays(X, Y, class_names=["p", "q"]), "must be 3 different names"),
-        (lambda: tasks.from_arrays(X, Y, class_names=["p", "q", "p"]), r"got 3 \(2 different\)"),
-        (lambda: tasks.from_arrays(X, Y, superclass=[0]), "one entry for each of the 3 classes"),
-        (lambda: tasks.from_arrays(X, np.arange(6) / 2), "must be classes.*; got 0.5 for example 1"),
-        (lambda: tasks.from_arrays(X, [0, 1, 0, 1, 0, np.nan]), "got nan for example 5"),
-        (lambda: tasks.from_arrays(X, ["a", "a", "b", np.nan, "b", "b"]), "got nan for example 3"),
-        (lambda: tasks.from_arrays(X, jnp.array([0, 1, 0, 1, 0, 0.5], jnp.bfloat16)), "got 0.5 for example 5"),
-        (
-            lambda: tasks.from_arrays(jnp.array([jnp.inf, 1], jnp.bfloat16), [0, 1]),
-            "`x` must be finite in bfloat16; got inf",
-        ),
-        (lambda: tasks.from_arrays(X, np.array(["a", None] * 3, object)), "got None for example 1"),
-        (
-            lambda: tasks.from_arrays([[0.0, 1.0], [np.nan, 2.0]], [0, 1]),
-            r"`x` must be finite in float64; got nan at \[1, 0\]",
-        ),
-        (
-            lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]),
-            "`group` must be known for all; entry 3 is nan",
-        ),
-        (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must be known for all; entry 1 is None"),
-        (
-            lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]),
-            "`superclass` must be known for all; entry 1 is nan",
-        ),
-    ],
-)
-def test_what_is_no_source_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def test_whole_numbers_and_strings_are_classes():

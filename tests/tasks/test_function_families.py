@@ -63,26 +63,6 @@ def test_mixed_functions():
     assert 0.4 < (a[family == 2] > 0).mean() < 0.6
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"inputs": (1.0, 1.0)}, r"`inputs` must be two finite numbers that ascend; got \(1.0, 1.0\)"),
-        ({"inputs": (0.0, np.inf)}, "`inputs` must be two finite"),
-    ],
-)
-def test_what_is_no_family_is_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.function_episodes(lambda key: jnp.zeros(()), lambda c, x: x + c, **kwargs)
-
-
-@pytest.mark.parametrize("name", ["amplitude", "phase"])
-@pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf)])
-def test_what_is_no_range_is_refused(name, value):
-    """JAX draws the first number alone where it is above the second."""
-    with pytest.raises(ValueError, match=f"`{name}` must be two finite numbers that ascend, or one twice; got"):
-        tasks.sinusoids(**{name: value})
-
-
 @pytest.mark.once
 def test_a_range_may_be_traced():
     key = jax.random.key(0)

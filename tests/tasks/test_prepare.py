@@ -157,12 +157,6 @@ def test_rare_classes_and_caps():
     assert sum(len(p.y) for p in parts(few)) == 400
 
 
-def with_value(table, value, dtype, column=1):
-    x = table.x.astype(dtype)
-    x[5, column] = value
-    return table._replace(x=x)
-
-
 def test_whole_numbers_that_float32_merges_are_reported(caplog):
     table = mixed()
     ids = table._replace(x=table.x.astype(np.float64))
@@ -170,56 +164,7 @@ def test_whole_numbers_that_float32_merges_are_reported(caplog):
     prepared = tasks.prepare(ids)
     assert "float32 merges 199 values of column 0 of `x`" in caplog.text  # of 400, 0, 2, ..., 400 remain
     assert len(np.unique(prepared.train.x[:, 0])) > 190  # the encoding is computed in float64
-    with pytest.raises(ValueError, match="float32 merges 1 of the codes in the categorical column 3 of `x`. Number"):
-        codes = np.where(np.arange(400) % 2, 2**24, 2**24 + 1)
-        tasks.prepare(ids._replace(x=np.where(np.arange(6) == 3, codes[:, None], table.x)))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: with_value(t, 1e300, np.float64), r"column 1 of `x` has 1e\+300 in row 5"),
-        (lambda t: with_value(t, -np.inf, np.float32), "infinite values in float32: column 1 of `x` has -inf in row 5"),
-        (lambda t: t._replace(x=t.x + 1j), "`x` must be real numbers, NaN where missing; got complex64"),
-        (lambda t: t._replace(x=t.x.astype(str)), "`x` must be real numbers, NaN where missing; got <U"),
-        (lambda t: t._replace(x=t.x.astype(object)), "`x` must be real numbers, NaN where missing; got object"),
-        (
-            lambda t: t._replace(y=t.y.astype(np.int64) + 2**40),
-            "`y` must be classes as integers from 0 on; got int64, such as .10995",
-        ),
-        (lambda t: t._replace(y=t.y.astype(complex)), "`y` must be classes as integers"),
-        (lambda t: t._replace(x=t.x[:3], y=t.y[:3] * 0 + [0, 1, 2]), "`valid_fraction` 0.2 of 3 rows leaves no valid"),
-    ],
-)
-def test_tables_that_would_give_nan_are_rejected(change, message):
-    with pytest.raises(ValueError, match=f"table mixed.*{message}"):
-        tasks.prepare(change(mixed()))
-
-
-def test_empty_parts_are_rejected_if_they_were_asked_for():
-    table = mixed(rows=40)
-    for fractions, message in (
-        ({"valid_fraction": 0.001}, "`valid_fraction` 0.001 of 40 rows leaves no valid row"),
-        ({"test_fraction": 0.001}, "`test_fraction` 0.001 of 40 rows leaves no test row"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tasks.prepare(table, **fractions)
-    assert len(tasks.prepare(table, test_fraction=0.0).test.y) == 0
-
-
-def test_refusals():
-    table = mixed()
-    with pytest.raises(ValueError, match="must leave rows to train on; got 0.5 and 0.5"):
-        tasks.prepare(table, valid_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(ValueError, match="`scaling` must be one of"):
-        tasks.prepare(table, scaling="none")
-    with pytest.raises(ValueError, match="table mixed has fewer than 2 classes"):
-        tasks.prepare(table._replace(y=np.zeros_like(table.y)))
-    with pytest.raises(ValueError, match="table mixed has no column that varies"):
-        tasks.prepare(table._replace(x=table.x[:, 5:], categorical=table.categorical[5:]))
-    with pytest.raises(ValueError, match=r"`x` must be \[rows, columns\].*got \(400, 6\), \(400,\) and \(2,\)"):
-        tasks.prepare(table._replace(categorical=table.categorical[:2]))
-    with pytest.raises(ValueError, match=r"`y` must be classes as integers from 0 on; got int32, such as \[-1"):
-        tasks.prepare(table._replace(y=np.full_like(table.y, -1)))
-    with pytest.raises(ValueError, match="table mixed has infinite values"):
-        tasks.prepare(table._replace(x=np.where(table.x == 7, np.inf, table.x).astype(np.float32)))
+def test_no_test_rows_if_none_are_asked_for():
+    assert len(tasks.prepare(mixed(rows=40), test_fraction=0.0).test.y) == 0

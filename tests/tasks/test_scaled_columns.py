@@ -69,22 +69,3 @@ def test_columns_that_do_not_vary_give_none():
     assert fitted.transform(np.ones((4, 2))).shape == (4, 0)
     nothing = tasks.fit_columns(np.zeros((3, 0)), np.zeros(0, bool))
     assert nothing.transform(np.zeros((4, 0))).shape == (4, 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scaling": "rank"}, "`scaling` must be one of"),
-        ({"max_levels": 1}, "`max_levels` must be at least 2"),
-        ({"max_features": 3}, "`max_features` chooses columns by classes"),
-    ],
-)
-def test_options_that_are_rejected(options, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.fit_columns(*mixed(), **options)
-
-
-def test_another_number_of_columns_is_rejected():
-    fitted = tasks.fit_columns(*mixed())
-    with pytest.raises(ValueError, match=r"`x` must be \[rows, 7\]; got shape \(2, 6\)"):
-        fitted.transform(np.zeros((2, 6)))

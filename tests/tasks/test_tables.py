@@ -51,11 +51,6 @@ def test_folds_keep_families_together_and_are_balanced():
     assert (folds != tasks.split_by_family(tables, num_folds=5, seed=4)).any()
 
 
-def test_folds_refuse_more_folds_than_families():
-    with pytest.raises(ValueError, match="2 families cannot fill 3 folds"):
-        tasks.split_by_family([table("a", "a"), table("b", "b")], num_folds=3)
-
-
 def test_sklearn():
     pytest.importorskip("sklearn")
     tables = tasks.from_sklearn()

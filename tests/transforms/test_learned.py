@@ -228,19 +228,6 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         metaopt.load(tmp_path / "absent.npz")
 
 
-def test_arguments_are_checked():
-    with pytest.raises(FileNotFoundError, match="learned_large"):
-        transforms.learned("large")
-    for weights in ({"w": jnp.zeros(2)}, WEIGHTS._replace(layers=[]), WEIGHTS._replace(layers={"0": {"w": 1.0}})):
-        with pytest.raises(ValueError, match="`weights` must be meta-parameters"):
-            transforms.learned(weights)
-    optimizer = transforms.learned(WEIGHTS)
-    with pytest.raises(ValueError, match="needs the parameters"):
-        optimizer.update(PARAMS, optimizer.init(PARAMS))
-    with pytest.raises(ValueError, match="`weights` must be"):
-        metaopt.save("never.npz", WEIGHTS._replace(decays={}))
-
-
 @pytest.mark.once
 def test_the_shipped_weights_train_better_than_fresh_ones_and_than_adam_by_default():
     file = importlib.resources.files("metaopt.transforms") / "learned_small.npz"

@@ -460,55 +460,7 @@ def test_it_is_made_in_a_jitted_function_too():
     np.testing.assert_allclose(jax.jit(updates)(0.1), -0.1, rtol=1e-6)
 
 
-def test_a_schedule_that_asks_for_the_value_of_a_traced_hyperparameter():
-    scheduled = lambda peak: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, peak, 3, 10))
-    optimizer = transforms.self_tuning(scheduled, 0.1, optax.sgd(0.1))
-    with pytest.raises(
-        ValueError, match="`factory` needs the concrete value of a hyperparameter.*`transforms.cosine_schedule`"
-    ):
-        jax.jit(optimizer.update)(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))
-
-
-SGD, STEP = optax.sgd(0.1), jnp.ones(2)
-REFUSED = [
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="exact"), "`rule` must be \"additive\".*got 'exact'"),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, mode="both"), "`mode` must be \"forward\" or.*got .*'both'"),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, discount=2), r"`discount` must be in \[0, 1\].*got 2"),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, gap=-1), "`gap` at least 0; got 0.0 and -1"),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, discount=0.9, mode="reverse"), '`mode="reverse"` has only'),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="cosine", mode="reverse"), '`mode="reverse"` has only'),
-    (
-        lambda: transforms.self_tuning(optax.sgd, {"d": 0.0}, SGD),
-        r"`hyperparams` must be .*positive.*got 0.0 at \['d'\]",
-    ),
-    (
-        lambda: transforms.self_tuning(optax.sgd, {"d": "0.1"}, SGD),
-        "`hyperparams` must be finite real numbers.*got '0.1'",
-    ),
-    *(
-        (
-            lambda value=value: transforms.self_tuning(optax.sgd, value, SGD, rule="additive"),
-            "must be finite real numbers",
-        )
-        for value in (1j, np.inf, np.nan, np.array([0.1, -np.inf]))
-    ),
-    (lambda: first_update(discount=0.5), "`discount` above 0 needs the gradient of the training loss as a function"),
-    (lambda: first_update(params=None), "The parameters, .*, must be a tree like the gradients.*got None"),
-]
-
-
-def first_update(params=STEP, **options):
-    optimizer = transforms.self_tuning(optax.sgd, 0.1, SGD, **options)
-    return optimizer.update(STEP, optimizer.init(STEP), params)
-
-
-@pytest.mark.parametrize(("call", "message"), REFUSED)
-def test_refusals(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_a_transform_instead_of_a_factory():
     with pytest.raises(TypeError) as error:
-        transforms.self_tuning(optax.sgd(0.1), 0.1, SGD).init(STEP)
+        transforms.self_tuning(optax.sgd(0.1), 0.1, optax.sgd(0.1)).init(jnp.ones(2))
     assert any("`factory` must be a function of the whole of λ" in note for note in error.value.__notes__)

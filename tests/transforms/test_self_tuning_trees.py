@@ -1,4 +1,4 @@
-"""Self-tuning optimizers of other trees, around and within other transforms, and what they refuse."""
+"""Self-tuning optimizers of other trees, around and within other transforms."""
 
 import dataclasses
 import functools
@@ -112,38 +112,12 @@ def test_around_multi_steps_masked_and_within_lookahead():
     assert optax.tree.get(state, "rate") > 1.1e-3
 
 
-def test_what_does_not_move_the_updates_is_refused():
-    params = jnp.ones(2)
-    injected = transforms.self_tuning(
-        lambda hp: optax.inject_hyperparams(optax.adam)(hp["rate"]), {"rate": 1e-3}, optax.sgd(0.1)
-    )
-    with pytest.raises(ValueError, match=r"\['rate'\] of λ do not change the updates.*`optax.inject_hyperparams` does"):
-        injected.update(params, injected.init(params), params)
-    forgotten = transforms.self_tuning(
-        lambda hp: optax.adamw(hp["rate"]), {"rate": 1e-3, "decay": 0.1}, optax.sgd(0.1), mode="reverse"
-    )
-    with pytest.raises(ValueError, match=r"The leaves \['decay'\] of λ do not change"):
-        forgotten.update(params, forgotten.init(params), params)
-    # Within `masked`, values of what is left out are not used, and need not be.
-    rates = {"w": 0.1, "b": 0.2}
+def test_values_of_what_is_masked_out_need_not_be_used():
+    rates, params = {"w": 0.1, "b": 0.2}, jax.tree.map(jnp.asarray, PARAMS)
     masked = optax.masked(
         transforms.self_tuning(transforms.per_parameter(optax.sgd), rates, optax.sgd(0.1)), {"w": True, "b": False}
     )
-    _, state = run(masked, jax.tree.map(jnp.asarray, PARAMS), jax.tree.map(jnp.asarray, PARAMS))
-    assert optax.tree.get(state, "hyperparams")["b"] == 0.2
-    # A leaf of λ for two parameters, of which one is there, is needed.
-    pairs = {"w": {"in": jnp.ones(2), "out": jnp.ones(2)}, "b": jnp.ones(2)}
-    of_one = optax.masked(
-        transforms.self_tuning(lambda hp: optax.sgd(hp["b"]), {"w": 0.1, "b": 0.2}, optax.sgd(0.1)),
-        {"w": {"in": True, "out": False}, "b": True},
-    )
-    with pytest.raises(ValueError, match=r"The leaves \['w'\] of λ do not change.* Some parameters are masked out"):
-        run(of_one, pairs, pairs)
-    # What has no parameter to its name is used by none.
-    for idle in (forgotten, injected):
-        whole = optax.masked(idle, {"w": True, "b": False})
-        with pytest.raises(ValueError, match="do not change the updates.* Some parameters are masked out here"):
-            run(whole, *2 * [jax.tree.map(jnp.asarray, PARAMS)])
+    assert optax.tree.get(run(masked, params, params)[1], "hyperparams")["b"] == 0.2
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["names"])
@@ -320,15 +294,6 @@ def test_it_descends_and_is_projected_from_the_start_on(mode):
     assert {low, high} < set(expected)  # at both ends, and between them
 
 
-def test_what_a_projection_returns_is_checked():
-    for projection_fn, match in (
-        (lambda hp: hp["rate"], "The result of `projection_fn` must be a tree like λ.*; got"),
-        (lambda hp: {"rate": jnp.ones(2)}, r"The result of `projection_fn` must be a tree like λ.*\[2\]"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            adam(projection_fn=projection_fn).init(jnp.ones(2))
-
-
 def test_training_in_float32_among_float64_is_differentiable():
     # Within float64 a λ in float32, of parameters in half precision and in none.
     def tuned(rate, params):
@@ -343,30 +308,6 @@ def test_training_in_float32_among_float64_is_differentiable():
         np.testing.assert_allclose(slope, expected, rtol=1e-2)
 
 
-def test_gradients_and_parameters_of_another_form_are_refused():
-    optimizer, params = adam(), jax.tree.map(jnp.asarray, PARAMS)
-    state = optimizer.init(params)
-    for valid_grad_fn, match in (
-        (lambda p: (1.0, p), "The result of `valid_grad_fn` must be a tree like the gradients.*value_and_grad"),
-        (lambda p: {**p, "w": jnp.ones(3)}, r"The result of `valid_grad_fn` .*'w': .*\[2\]'.*; got .*'w': .*\[3\]'"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            optimizer.update(params, state, params, valid_grad_fn=valid_grad_fn)
-    carried = adam(discount=0.5)
-    for grad_fn, match in (
-        (lambda p: (1.0, p), "The result of `grad_fn` must be a tree like the gradients"),
-        (lambda p: {**p, "w": jnp.ones(3)}, r"The result of `grad_fn` .*; got .*'w': .*\[3\]'"),
-        (lambda p: {**p, "w": jnp.ones(2, int)}, r"The result of `grad_fn` .*; got .*'w': 'int"),
-        (lambda p: {**p, "w": 1j * p["w"]}, r"The result of `grad_fn` .*; got .*'w': 'complex"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            carried.update(params, carried.init(params), params, grad_fn=grad_fn)
-    ahead = transforms.self_tuning(lambda hp: optax.lookahead(optax.adam(hp), 2, 0.5), 0.1, optax.sgd(0.1))
-    pair = optax.LookaheadParams.init_synced(params)
-    with pytest.raises(ValueError, match="The parameters, .*, must be a tree like the gradients.*belong around"):
-        ahead.update(params, ahead.init(pair), pair)
-
-
 def test_what_is_projected_stays_positive_and_is_a_copy():
     pair = lambda bound: transforms.self_tuning(
         lambda hp: optax.chain(optax.sgd(hp["a"]), optax.add_decayed_weights(hp["b"])),
@@ -374,8 +315,6 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
         optax.sgd(0.1),
         projection_fn=bound,
     )
-    with pytest.raises(ValueError, match="The results of `projection_fn` must be .*positive unless"):
-        pair(lambda hp: {**hp, "b": 0.0}).init(jnp.ones(2))
     # One array for two leaves, which is the caller's own: a program may be given the state's buffers all the same.
     limit = jnp.array(0.1, float)
     tuned, params = pair(lambda hp: {"a": limit, "b": limit}), jnp.ones(2)

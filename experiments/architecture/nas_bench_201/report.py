@@ -6,8 +6,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from experiments import script
+from experiments.architecture.nas_bench_201 import stopping
 from experiments.architecture.nas_bench_201.config import FULL, LATE, Config
-from experiments.architecture.nas_bench_201.searches import SKIP
+from experiments.architecture.nas_bench_201.searches import PRIMITIVES, SKIP
 from experiments.architecture.nas_bench_201.tables import SCREENED, screened, table_searches
 from metaopt import nas
 
@@ -31,8 +32,8 @@ def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
             for run in seeds.values():
                 curvatures = [np.nan if c is None else c for c in run["curvatures"]]
                 stops = {
-                    "RobustDARTS": nas.sharpness_stop(curvatures, **LATE),
-                    "DARTS, stopped at two skips": nas.skip_count_stop([skips(r) for r in run["rows"]], most=1),
+                    "RobustDARTS": stopping.by_sharpness(curvatures, **LATE),
+                    "DARTS, stopped at two skips": stopping.by_skips([skips(r) for r in run["rows"]], most=1),
                 }
                 for stop, epoch in stops.items():
                     cells.setdefault(stop, []).append(run["row"] if epoch is None else run["rows"][epoch])
@@ -144,7 +145,7 @@ def op_correlations(one_shot: list[dict], table) -> str:
     for op, name in names.items():
         pairs = []
         for run in one_shot:
-            nums = (table.encodings[run["drawn"]] == nas.NAS_BENCH_201_PRIMITIVES.index(op)).sum(-1)
+            nums = (table.encodings[run["drawn"]] == PRIMITIVES.index(op)).sum(-1)
             pair = (-np.array(run["losses"]), -table.test[run["drawn"], 0])
             pairs.append([float(np.asarray(spearmanr(nums, values))[0]) for values in pair])
         likelihood, accuracy = (f"{min(each):+.2f} to {max(each):+.2f}" for each in zip(*pairs, strict=True))

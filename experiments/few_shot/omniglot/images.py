@@ -24,7 +24,7 @@ def load(split: str, size: int) -> tuple[dict[str, tasks.Source], dict]:
     held = tasks.split_classes(background, {"valid": 64, "train": background.num_classes - 64}, seed=1)
     parts = tasks.Split(held | {"test": whole["test"]})
     sources = {part: tasks.select(source, parts, part)[0] for part in ("train", "valid", "test")}
-    return {**sources, "train": tasks.with_rotations(sources["train"])}, parts
+    return {**sources, "train": sources["train"].with_rotations()}, parts
 
 
 def shrunk(images: np.ndarray, size: int) -> np.ndarray:

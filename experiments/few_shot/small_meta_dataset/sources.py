@@ -32,7 +32,7 @@ def small(source: tasks.Source, rows: int, *, fresh: bool = False) -> tasks.Sour
     With `fresh`, other rows if the source has as many more.
     """
     kept = drawn_rows(source, rows, fresh=fresh)
-    source = source if kept is None else tasks.keep(source, rows=kept)
+    source = source if kept is None else source.keep(rows=kept)
     x = source.x.reshape(len(source.x), 14, 2, 14, 2).mean((2, 4)).astype(np.uint8)
     return source._replace(x=x)
 

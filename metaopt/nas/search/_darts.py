@@ -163,12 +163,7 @@ def pc_darts(
 
     Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
     """
-    options = {
-        "relaxation": _relaxations.edge_normalized(_relaxations.softmax()),
-        "edge_weights": True,
-        "order": "first",
-        **options,
-    }
+    options = {"edge_weights": True, "order": "first", **options}
     return darts(network, in_shape, ops=ops, partial=partial, **options)
 
 

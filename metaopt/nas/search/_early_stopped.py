@@ -23,6 +23,7 @@ def robust_darts(
     start: int = 10,
     delta: int = 4,
     factor: float = 1.3,
+    num_iterations: int = 20,
     **options: Any,
 ) -> Search:
     """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and returns an earlier α.
@@ -30,24 +31,32 @@ def robust_darts(
     Run it with `callback=lambda step, metrics: metrics["stop"] > 0`. Then decode the cell from the earlier α,
     `search.found(result)`. Do not use `result.hyperparams`: it is the α of the step that stopped, which is too late.
 
+    At the end of every epoch it measures κ, the dominant eigenvalue of ∂²f/∂α², which the metric "curvature" reports
+    (NaN at other estimates). This costs `num_iterations` Hessian-vector products of f in α.
+
     Args:
       network: the spec of the network to search.
       in_shape: shape of one input.
       ops: the ops of the space.
       every: estimates per epoch.
-      window: as for `nas.stopped_by_curvature`.
-      start: as for `nas.stopped_by_curvature`.
-      delta: as for `nas.stopped_by_curvature`.
-      factor: as for `nas.stopped_by_curvature`.
+      window: number of epochs over which |κ| is averaged.
+      start: the first epoch that may stop, counted from 0.
+      delta: how many epochs to look back for the comparison, and to go back.
+      factor: by how much the mean may grow.
+      num_iterations: iterations for κ.
       **options: as for `darts`.
 
     Returns:
       A `Search`, first-order unless `order` is given.
 
+    Raises:
+      ValueError: if `every`, `window`, `delta` or `num_iterations` is below 1, and as for `darts`.
+
     Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656
     """
     search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
     stop = {"every": every, "window": window, "start": start, "delta": delta, "factor": factor}
+    stop["num_iterations"] = num_iterations
 
     def rule(problem, own):
         # Curvature is measured for f in α only, without any added constraint.

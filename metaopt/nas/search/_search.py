@@ -112,13 +112,14 @@ def architecture_search(
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
       remat_edges: as for `nas.supernet`.
-      edge_weights: makes α of a kind {"ops": [edges, ops], "edges": [edges]}, as `nas.edge_normalized` takes it.
+      edge_weights: makes α of a kind {"ops": [edges, ops], "edges": β [edges]}. The relaxation gets "ops", and its
+        weights of an edge are multiplied by softmax(β)[e] over the edges into the same node (PC-DARTS).
       learn_init: makes λ {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
         learned together over many tasks (MetaNAS, T-NAS). This is second-order MAML with an α. It needs a rule that
         differentiates through all of training (`hypergrad.unrolled`).
       keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2
         unless the network sets another one. The search's network is `search.supernet.network`, which has the new value.
-        Use that network to decode, count or encode genotypes (`nas.cost_of`, `nas.genotype_to_configuration`).
+        Use that network to decode, count or encode genotypes (`CostTable.cost_of`, `nas.genotype_to_configuration`).
 
     Returns:
       A `Search`.
@@ -157,6 +158,8 @@ def architecture_search(
     """
     relax = _relaxations.softmax() if relaxation is None else relaxation
     decode = _relaxations.decoding(relax) if decode is None else decode
+    if edge_weights:
+        relax, decode = _relaxations.edge_normalized(relax), _relaxations.edge_normalized(decode)
     network = _with_keep(network, keep)
     supernet = _supernet.supernet(
         network, in_shape, ops=ops, partial=partial, single_path=single_path, remat_edges=remat_edges

@@ -33,16 +33,7 @@ class ArchitectureScores(NamedTuple):
 
 
 class SearchReport(NamedTuple):
-    """The result of `search_report`.
-
-    Attributes:
-      correlation: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures. It is
-        NaN for a single architecture, and if one side is constant.
-      interval: its 95 % interval; NaN for fewer than five architectures.
-      discretization_gap: the mean of mixed − inherited, over architectures with a finite `mixed`.
-      evaluation_gap: the mean of retrained − inherited, over all architectures.
-      text: the whole report as a table in Markdown.
-    """
+    """The result of `search_report`, which describes the fields."""
 
     correlation: float
     interval: tuple[float, float]
@@ -60,7 +51,14 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
       scores: at least one. A single architecture has no ranks: the report then shows only the gaps.
 
     Returns:
-      A `SearchReport`.
+      A `NamedTuple`:
+
+      - `correlation`: Spearman's rank correlation of `inherited` with the mean of `retrained`, over architectures.
+        It is NaN for a single architecture, and if one side is constant.
+      - `interval`: its 95 % interval; NaN for fewer than five architectures.
+      - `discretization_gap`: the mean of mixed − inherited, over architectures with a finite `mixed`.
+      - `evaluation_gap`: the mean of retrained − inherited, over all architectures.
+      - `text`: the whole report as a table in Markdown.
 
     Raises:
       ValueError: if `scores` is empty, if an entry has no `retrained`, or if an accuracy is not in [0, 1].
