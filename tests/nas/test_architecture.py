@@ -290,7 +290,7 @@ NORMAL = NET._replace(layers=(*NET.layers, nas.Layer("norm_relu", 4)))
 
 @pytest.mark.once
 def test_padding_counts_in_no_search():
-    """`f` and its gradients, and one-shot scores, are those of the real rows alone."""
+    """`f`, its gradients and one-shot scores depend only on the real rows."""
     search = search_of(nas.darts, network=NORMAL, order="first")
     alpha, padded = alpha_of(search), base.Task(PADDED, PADDED)
     start = jax.jit(lambda: search.estimator.init(KEY, alpha, TASK))()
@@ -328,7 +328,7 @@ def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
     free = nas.training_free_scores(ONE, (3,), ops=OPS)
     with pytest.raises(ValueError, match="Number the classes from 0"):
         free(KEY, {"cell": ((0, 1, "smooth"),)}, wrong)
-    # Labels of a loss of one's own are its own.
+    # A user's loss may have other labels.
     own = search_of(nas.darts, network=ONE, loss=lambda outputs, batch: ((outputs[:, 0] - batch["y"]) ** 2).mean())
     jax.eval_shape(lambda: own.estimator.init(KEY, alpha, base.Task(wrong, wrong)))
 

@@ -1,4 +1,4 @@
-"""What comes out of a source is what went in."""
+"""A source returns the examples that it was made from."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""The page "From optax in one line" is a program that runs, and its numbers are what it says."""
+"""The page "From optax in one line" is a program that runs, and its numbers are correct."""
 
 import re
 from pathlib import Path
