@@ -328,7 +328,7 @@ def test_labels_that_are_no_classes_are_refused_where_they_are_seen(shift):
     free = nas.training_free_scores(ONE, (3,), ops=OPS)
     with pytest.raises(ValueError, match="Number the classes from 0"):
         free(KEY, {"cell": ((0, 1, "smooth"),)}, wrong)
-    # A user's loss may have other labels.
+    # Labels of a loss of one's own are its own.
     own = search_of(nas.darts, network=ONE, loss=lambda outputs, batch: ((outputs[:, 0] - batch["y"]) ** 2).mean())
     jax.eval_shape(lambda: own.estimator.init(KEY, alpha, base.Task(wrong, wrong)))
 

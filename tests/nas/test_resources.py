@@ -159,7 +159,7 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
         mean += w[0, i] * w[1, j] * w[2, k] * (5 + 9 * i + 3 * j + k)
     np.testing.assert_allclose(10 * (1 + excess), mean, rtol=1e-9)
     assert abs(grads["cell"][0]).max() > 0.1
-    # An edge without "none" must stay.
+    # No edge may go that has no "none".
     bare = nas.complete_cell(2, ops[1:])
     small = WHOLE._replace(terms=(WHOLE.terms[0]._replace(values=WHOLE.terms[0].values[1:, 1:, 1:]),))
     bare = network._replace(cells={"cell": bare})
@@ -318,7 +318,7 @@ def test_a_search_comes_to_its_budget():
     assert cost(run.hyperparams) < 1.05 * budget
     found = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
     assert nas.cost_of(row_table(), ROWS, found) <= budget
-    # With a learned start, the constraint still depends only on α.
+    # With a learned start the constraint still sees α alone.
     search = nas.unrolled_darts(ROWS, (3,), ops={}, num_steps=1, learn_init=True)
     learned = nas.under_budget(search, row_table(), budget=budget)
     given = learned.hyperparams(KEY)
@@ -445,7 +445,7 @@ def test_costs_of_a_space_that_keeps_two_edges_a_node():
         near = {kind: w + 10.0 * (np.arange(3) == 0) for kind, w in near.items()}
         near = {kind: w / w.sum(-1, keepdims=True) for kind, w in near.items()}
         np.testing.assert_allclose(nas.expected_cost(table, near, DARTS), cost, rtol=1e-3)
-        assert float(nas.expected_cost(table, near)) < 0.9 * cost  # the mean over all edges, mostly "none"
+        assert float(nas.expected_cost(table, near)) < 0.9 * cost  # of all edges, mostly "none"
     weights = jax.device_get(weights_of(DARTS))
     kept = nas.derive_genotype(DARTS, weights)
     options = [("skip_connect", "sep_conv_3x3")] * sum(map(len, kept.values()))

@@ -161,7 +161,7 @@ def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
 
 
 def test_training_that_diverges_goes_on_as_in_one_program():
-    """It does not begin again without a message."""
+    """And does not begin anew in silence."""
     loss = lambda params, scale, batch, context: ((params - 1) ** 4 * batch["x"]).mean()
     loop = inner.loop(loss, lambda _: optax.sgd(10.0), init=lambda *_: (jnp.zeros(()), None), with_context=True)
     rows = {"x": jnp.ones(3)}

@@ -374,7 +374,7 @@ LABELS = np.array([0, 1, 1])
     ],
 )
 def test_labels_and_masks_of_other_forms_are_refused(batch, message):
-    """Losses also reject traced ones. Searches reject them before any training, if no outputs are needed for it."""
+    """Traced ones, too, where a loss sees them; before any training, what is seen without outputs."""
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda batch: inner.cross_entropy(jnp.zeros((3, 2)), batch), batch)
     if "class_mask" in batch or batch["y"].dtype == float:

@@ -78,7 +78,7 @@ def test_what_is_no_family_is_refused(kwargs, message):
 @pytest.mark.parametrize("name", ["amplitude", "phase"])
 @pytest.mark.parametrize("value", [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf)])
 def test_what_is_no_range_is_refused(name, value):
-    """If the first number is above the second, JAX would draw only the first number."""
+    """JAX draws the first number alone where it is above the second."""
     with pytest.raises(ValueError, match=f"`{name}` must be two finite numbers that ascend, or one twice; got"):
         tasks.sinusoids(**{name: value})
 

@@ -139,7 +139,7 @@ def test_what_does_not_move_the_updates_is_refused():
     )
     with pytest.raises(ValueError, match=r"The leaves \['w'\] of λ do not change.* Some parameters are masked out"):
         run(of_one, pairs, pairs)
-    # A leaf of λ without parameters is used by none of them.
+    # What has no parameter to its name is used by none.
     for idle in (forgotten, injected):
         whole = optax.masked(idle, {"w": True, "b": False})
         with pytest.raises(ValueError, match="do not change the updates.* Some parameters are masked out here"):
