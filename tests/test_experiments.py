@@ -1,4 +1,4 @@
-"""The experiments run from end to end, in a process of their own (they run in float32)."""
+"""The experiments run from end to end, each in its own process, since they use float32."""
 
 import json
 import os

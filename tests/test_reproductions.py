@@ -1,4 +1,4 @@
-"""The reproductions run from end to end, in a process of their own; those whose data are absent are skipped."""
+"""The reproductions run from end to end, each in its own process; those whose data are absent are skipped."""
 
 import importlib
 import os

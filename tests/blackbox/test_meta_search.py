@@ -1,4 +1,4 @@
-"""Trials on a new task with what was learned: many, failed, running, cheap and dear, at several fidelities; on disk."""
+"""Trials of a trained searcher on a new task: many, failed, running, cheap and expensive, at several fidelities."""
 
 import json
 import time
@@ -584,7 +584,7 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     # All were tried.
     state = searcher.tell(state, [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL)])
     assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration == g.predict()
-    # Records that are told in another precision are encoded in the precision of g.
+    # Records of another precision are encoded in the precision of g.
     with jax.enable_x64(False):
         six = [
             Record("", c, loss(c), trial=i) for i, c in enumerate([*POOL[:6], one | {"only_b": 0.8 * one["only_b"]}])
