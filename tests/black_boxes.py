@@ -1,4 +1,4 @@
-"""Objectives that behave, and that do not; in a file of their own, which a trial's process imports."""
+"""Objectives that succeed, fail, hang or crash, in a file that the process of a trial can import."""
 
 import os
 import signal

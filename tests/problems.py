@@ -68,7 +68,7 @@ POSITIVE_RIDGE = inner.problem(
     lambda params, hyperparams, batch: mean_squares(params, batch),
 )
 
-# No training run: the squared distance of the penalty from that of the task, for tests of λ and its units alone.
+# No training run: the squared distance of the penalty from that of the task. It is for tests of λ and its units.
 
 
 def _distance(coordinates, task, key):
@@ -143,7 +143,7 @@ def _everything_lam():
 EVERYTHING_LAM = _everything_lam()
 
 
-# One number with all the noise of training, for tests of keys alone: it compiles in a tenth of the time.
+# One number with all the noise of training. It is for tests of keys, and compiles in a tenth of the time.
 
 
 def _noisy_loss(params, hyperparams, batch, context):
@@ -163,7 +163,7 @@ NOISY = inner.problem(
 NOISY_TASK = base.Task(jnp.arange(6.0), jnp.array(1.0))
 
 
-# Tasks of different sizes, padded to one: the last rows of the smaller ones are no data.
+# Tasks of different sizes, padded to one size: the last rows of the smaller tasks are padding.
 
 SIZES = (5, 8, 7)
 PADDED = 8

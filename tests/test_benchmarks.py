@@ -1,4 +1,4 @@
-"""The benchmarks run, and their tables say what was measured."""
+"""The benchmarks run, and their tables have the measured values."""
 
 import importlib.util
 import os
@@ -105,7 +105,7 @@ def test_smoke_of_maml():
 
 
 def architecture_rows(printed):
-    """What a part of architecture.py measured: name -> its other cells."""
+    """The table of a part of architecture.py: name -> its other cells."""
     return {row[0]: row[1:] for row in rows(printed) if row[0] and row[0] != "---"}
 
 
@@ -164,7 +164,7 @@ def test_the_page_of_architecture_says_no_number_twice(tmp_path, monkeypatch):
     second = run("34.25", "memory", "large")
     of = {row[0]: row[1] for row in rows(second) if row[0].startswith("of ")}
     assert of == {"of cost": "60.77", "of tasks": "60.77", "of memory": "34.25", "of large": "34.25"}
-    # The text names what it did not measure, and holds no measured number that a table could contradict.
+    # The text names the parts that were not measured, and has no measured number that a table could contradict.
     text = second.partition("\n## ")[0]
     assert all((f'"{title}"' in text) == (name in ("cost", "tasks")) for name, title in script.TITLES.items())
     for title in script.TITLES.values():

@@ -1,4 +1,4 @@
-"""The converted benchmarks of `experiments/data`, by what is published about them."""
+"""The converted benchmarks of `experiments/data`, compared with published numbers."""
 
 import functools
 import importlib.util
@@ -65,7 +65,7 @@ def test_published_numbers():
     assert names == ["nor_conv_3x3"] * 3 + ["skip_connect"] + ["nor_conv_3x3"] * 2
     skips = (table.encodings == 1).all(1)
     np.testing.assert_allclose(100 - table.test[skips], [[54.30, 15.61, 16.32]], atol=0.006)
-    # Of the benchmark's own files: cells 0, 11 and 284 of NATS-Bench.
+    # From the benchmark's own files: cells 0, 11 and 284 of NATS-Bench.
     seconds = [[86.653, 173.306, 525.811], [149.545, 299.089, 907.437], [58.510, 117.019, 355.036]]
     np.testing.assert_allclose(table.cost[[0, 11, 284], :, 0], seconds, atol=1e-3)
     part = benchmarks.nas_bench_101_table()
@@ -82,7 +82,7 @@ def test_rows_as_graphs():
     for row in table.encodings[::20]:
         edges = [(*p, _named_spaces.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
         of.setdefault(table.graph(row), set()).add(_graphs.canonical(edges, output=(3,)))
-    assert all(len(same) == 1 for same in of.values())  # what is one graph is one function
+    assert all(len(same) == 1 for same in of.values())  # equal graphs are equal functions
     assert of[table.graph([0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
     graph = table.graph(table.encodings[9930])
     assert graph.ops == ("input", *["nor_conv_3x3"] * 3, "skip_connect", *["nor_conv_3x3"] * 2, "output")
@@ -225,7 +225,7 @@ def test_a_file_that_is_absent(tmp_path):
 
 
 def test_nas_bench_201_is_read_in_2_seconds_and_200_mb():
-    benchmarks.nas_bench_201_table()  # what is imported once
+    benchmarks.nas_bench_201_table()  # imports do not count
     tracemalloc.start()
     start = time.process_time()
     table = benchmarks.nas_bench_201_table()
@@ -253,7 +253,7 @@ def test_networks_have_the_parameters_of_the_published_table():
 
 @pytest.mark.once
 def test_nas_bench_201_as_published():
-    """Its parameters to the last, less scale and shift of normalizations; its FLOPs less what is no product."""
+    """The published parameters, without scale and shift of normalizations, and the published FLOPs of products."""
     network, shape = nas.nas_bench_201_space(10), (32, 32, 3)
     tables = [nas.cost_table(network, shape, m, ops=nas.NAS_BENCH_201_OPS) for m in (nas.num_params, FLOPS)]
     with np.load(DATA / "nasbench201.npz") as data:

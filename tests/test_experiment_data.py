@@ -116,7 +116,7 @@ def average_best(table, numbers=(1, 5, 20)):
     families, regrets = np.array(table.families), []
     for t, family in enumerate(families):
         order = np.argsort(np.nanmean(y[families != family], axis=0), stable=True)
-        order = order[np.isfinite(y[t, order])]  # what was not tried here is passed over
+        order = order[np.isfinite(y[t, order])]  # only configurations with a result here
         regrets.append([y[t, order[:n]].min() for n in numbers])
     return np.mean(regrets, axis=0)
 
@@ -190,7 +190,7 @@ def test_the_families_of_all_sources_coincide():
     known = {t.family for t in folder}
     new = {t.family for t in [*sklearn, *common]} - known
     assert new == set("adult appendicitis covertype fars kddcup poker saheart shuttle wine-quality".split())
-    for one in folder:  # a name that stands for one family never stands for another
+    for one in folder:  # a name belongs to one family
         alias = _tables.FAMILY_ALIASES.get(one.name.lower(), one.family)
         assert one.name == "breast-cancer" or alias == one.family
     joined = tasks.deduplicate(folder, sklearn, common)

@@ -1,4 +1,4 @@
-"""The experiments run from end to end, in a process of their own (they run in float32)."""
+"""The experiments run from end to end, each in its own process, since they use float32."""
 
 import json
 import os
@@ -267,7 +267,7 @@ def test_a_part_of_a_forest_is_the_forest_that_has_so_many_trees():
 
 
 def test_what_ends_after_the_budget_does_not_count():
-    """Fidelities 1/9, 1/3, 1 of three candidates: a trial that goes on pays for its new trees alone."""
+    """Three candidates with fidelities 1/9, 1/3 and 1: a trial that continues pays only for its new trees."""
     outcomes = np.array([[[0.9, 0.8, 0.5], [0.9, 0.6, 0.4], [0.9, 0.9, 0.3]]])
     one = np.zeros((1, 3))
     configurations = [{"x": float(i)} for i in range(3)]
@@ -346,7 +346,7 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
     assert found["best on average"] == [[c] for c in average] and found["portfolio, 2 trials"][5] == [1]
     gap = np.mean([(losses[t, 1] + losses[t, 2]) / 2 - losses[t, c] for t, c in enumerate(average)])
     assert f"g minus the best on average: {gap:+.4f} [" in forest.report.beside_average(uneven, found)
-    # What was kept before a run was killed is not trained again, nor what another process is at before all else.
+    # After a kill, stored parts are not trained again. Parts that another process is training come last.
     options.work = tmp_path
     keys.clear()
     stop = 3
@@ -388,7 +388,7 @@ def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_firs
     expected = [[[outcome(t, c, f) for f in forest.records.FIDELITIES] for c in range(2)] for t in at]
     np.testing.assert_allclose(packed.outcomes, expected, rtol=1e-6)
     np.testing.assert_allclose(packed.test_loss, packed.outcomes[:, :, -1])
-    # What was run on them is not taken for what was run on others.
+    # Runs are read only for the same records.
     file = tmp_path / "runs.npz"
     forest.optimizers.run_optimizer("TPE", packed, config, 1, file)
     assert forest.optimizers.read_optimizers(file, packed, config)["TPE"].shape == (1, 2, 2)
@@ -471,7 +471,7 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
 
 @pytest.mark.once
 def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
-    """GDAS's supernet runs the strongest op alone: here "none" everywhere, by which all images are one class."""
+    """GDAS's supernet runs only the strongest op: here "none" on every edge, which gives all images the same class."""
     needs_nas_bench_201()
     network = nas.nas_bench_201_space(4, channels=2, cells_per_stage=1)
     network = network._replace(layers=network.layers[:2])
@@ -639,7 +639,7 @@ def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task():
     noise = 1e-3 * rng.normal(size=600)
     x = np.stack([0.2 * of_fold + noise, 0.2 * of_fold, noise - 0.02 * values[:, 0], np.zeros(600)], 1)
     found = auto_architecture.reading.correlation(x, values, folds)
-    # The first two follow the fold alone; the third follows the task.
+    # The first two depend only on the fold, and the third on the task.
     assert np.corrcoef(x[:, 0], values[:, 0])[0, 1] > 0.99 and abs(found[0, 0]) < 0.1
     assert found[1, 0] == found[3, 0] == 0 and found[2, 0] == pytest.approx(-0.9, abs=0.05)
 
@@ -732,7 +732,7 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
     result = auto_architecture.results.joined([part], costs, np.full((4, 6, 3), 0.5), config)
     assert result["scores"][auto_architecture.results.DARTS] == [
         [pytest.approx(0.3), 0.2]
-    ]  # not what an older part has
+    ]  # not the value of an older part
     assert (
         result["runs"][auto_architecture.results.DARTS] == 6
         and result["runs"][auto_architecture.results.FINE_TUNED] == 2
@@ -800,7 +800,7 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
 
 @pytest.mark.once
 def test_a_shape_that_fails_takes_nothing_from_one_that_ends_later(tmp_path):
-    """Two processes at once, of which one fails while the other has still to keep what it finishes."""
+    """Two processes run at once. One fails while the other still has results to store."""
     (tmp_path / "two.py").write_text(f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -931,7 +931,7 @@ def test_methods_that_miss_the_aims_of_few_shot_learning_are_listed():
     assert "are not: ANIL (u). " in sentence and sentence.endswith(" of: ANIL.")
     means = {"5w1s": {"pixel prototypes": 40.0, "MAML, batch": 98.0, "CAVIA": 40.04}}
     sentence = omniglot.report.missed(means, ["MAML, batch", "CAVIA"])
-    assert "are not: CAVIA (5w1s). " in sentence and "-0.7 (5w1s)" in sentence  # of the literature's 98.7
+    assert "are not: CAVIA (5w1s). " in sentence and "-0.7 (5w1s)" in sentence  # 98.0 minus the literature's 98.7
     means = {5: {"one network for all": 2.0, "MAML": 2.004, "ANIL": 2.01}}
     sentence = personalization.parkinson_missed(means, {5: {"MAML": (-0.5, 0.2), "ANIL": (-0.5, 0.5)}})
     assert sentence.count("ANIL (5)") == 2 and "MAML" not in sentence

@@ -35,7 +35,7 @@ KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 SPACE = {"rate": spaces.interval(1e-3, 1.0, log=True), "op": spaces.choice(["a", "b"]), "rest": [spaces.fixed(0.5)]}
 NUM_FILES, FEW_FILES = 1000, 80  # over all readers
-SECONDS, MEGABYTES = 5.0, 60  # of the processor, and of memory, for one file of some kilobytes
+SECONDS, MEGABYTES = 5.0, 60  # limits of processor time and memory for one file of some kilobytes
 
 
 class Case(NamedTuple):

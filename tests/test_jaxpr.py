@@ -1,4 +1,4 @@
-"""A traced function in two halves: what is dear and the same, and the rest."""
+"""A traced function in two halves: the expensive part that stays the same, and the rest."""
 
 import re
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_effects_stay_where_the_function_is_called():
 
     def function(b, x):
         jax.debug.callback(lambda z: said.append(z.shape), x[0])
-        jax.debug.callback(lambda z: said.append(z.shape), x @ A)  # dear, and needed for this alone
+        jax.debug.callback(lambda z: said.append(z.shape), x @ A)  # expensive, and needed only here
         return (x @ A[:, :2]) @ b[:2]
 
     cut = halves(function, B, X, moving=1)
@@ -101,7 +101,7 @@ def test_effects_stay_where_the_function_is_called():
 def test_keys_and_integers_are_kept_as_they_are():
     def function(b, x, key):
         best = jnp.argmax(x @ A, axis=1).astype(jnp.int32)
-        key = jax.random.fold_in(key, best[0])  # of what is dear: the branch that draws from it moves
+        key = jax.random.fold_in(key, best[0])  # from the expensive part; the branch that draws from it changes
         return jax.lax.cond(b[0, 0] > 0, lambda: jax.random.normal(key, (4,)) @ b, lambda: b[0]), best
 
     args = (jnp.abs(B), X, jax.random.key(0))
@@ -122,7 +122,7 @@ def marked(x):
 
 
 def of_marked(program, x, given=None):
-    """The program with `x - value` in place of `marked(x)`; the value is the mean of x, or what is given."""
+    """The program with `x - value` instead of `marked(x)`. The value is `given`, or by default the mean of x."""
 
     def shifted(value, x):
         value = x.mean() if value is None else value

@@ -31,7 +31,7 @@ def report(use, key, *numbers):
 
 
 def reports(function, *args):
-    """The outputs of a function, and what was reported meanwhile: use -> the set of it."""
+    """The outputs of a function, and the reports during its run: use -> set of reports."""
     jax.effects_barrier()
     REPORTED.clear()
     outputs = jax.block_until_ready(function(*args))
@@ -66,7 +66,7 @@ def reports_of(row, seed, num_estimates=3):
 
 
 def bits(found, use):
-    """The distinct keys among what was reported."""
+    """The distinct keys in the reports of one use."""
     return {key for key, *_ in found.get(use, ())}
 
 
@@ -81,13 +81,13 @@ def children(data):
 
 @jax.jit
 def descendants(data):
-    """What is derived from each of the keys in one step, and in two steps."""
+    """The keys that are derived from each key in one step, and in two steps."""
     once = jax.vmap(children)(data)
     return once, jax.vmap(jax.vmap(children))(once)
 
 
 def derived(keys):
-    """What is derived from keys in one step or two."""
+    """The keys that are derived from any of the keys in one or two steps."""
     if not keys:
         return set()
     keys = sorted(keys)

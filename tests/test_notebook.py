@@ -1,4 +1,4 @@
-"""The first notebook runs from top to bottom, and its gradient steps improve what they should.
+"""The first notebook runs from top to bottom, and its gradient steps reduce the losses.
 
 `tests/test_site.py` compares all notebooks with their pages; the build of the site runs the cells of these pages.
 """

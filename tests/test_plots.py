@@ -1,4 +1,4 @@
-"""What is drawn is what was given."""
+"""The plots show the values of their arguments."""
 
 import jax.numpy as jnp
 import matplotlib

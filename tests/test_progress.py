@@ -184,7 +184,7 @@ def untimed(text):
 
 @pytest.fixture
 def always(monkeypatch):
-    """Every tick prints; the thread has none of its own."""
+    """Every tick prints, and the thread does not tick by itself."""
     for name in ("EVERY", "SOON"):
         monkeypatch.setattr(_progress, name, 0.0)
     monkeypatch.setattr(_progress.DISPLAY, "tick_every", 3600.0)

@@ -1,4 +1,4 @@
-"""The reproductions run from end to end, in a process of their own; those whose data are absent are skipped."""
+"""The reproductions run from end to end, each in its own process; those whose data are absent are skipped."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# script -> its data, and what stands in its table.
+# script -> its data, and texts in its table.
 SCRIPTS = {
     "architecture_regret": ("nasbench201.npz", ("random search", "successive halving", "the cell 9930")),
     "architecture_tables": ("nasbench201.npz", ("h, no trial", "regularized evolution", "the cell 9930")),
@@ -295,7 +295,7 @@ def test_outcomes_of_several_keys_and_of_ties_are_put_together():
     np.testing.assert_allclose(found["h, no trial"], [[1.0, 0.8], [0.4, 0.6]])
     np.testing.assert_allclose(found["best of the other tasks"], [[0.5, 0.6]])
     np.testing.assert_allclose(found["all by validation"], [[0.75, 1.0]])
-    # Told from the mean of 4 and 2, no more from 4.
+    # Relative to the mean of 4 and 2, and not to 4.
     np.testing.assert_allclose(lost["h, no trial"], [[2.0, 1.0], [2.0, 1.0]])
     np.testing.assert_allclose(lost["all by validation"], [[0.0, 0.0]])
     assert alone.shape == (2, 2, 2) and effects["h"].shape == (4, 2) and effects["h by digits"].shape == (2, 2)

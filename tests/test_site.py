@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def module(name):
-    """A module of `docs`, which is no package."""
+    """Imports a module of `docs`, which is not a package."""
     specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     loaded = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(loaded)

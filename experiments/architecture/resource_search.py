@@ -3,19 +3,19 @@
 The space is Conv–ReLU–Pool–Conv–ReLU–Pool–Flatten–Linear on the digits of scikit-learn (8 × 8), with searched widths,
 windows and hidden features. It has only 72 networks, so all of them can be trained. A search cannot rely on that.
 
-    search:   for each budget B, DARTS of first order on the supernet of all sizes, within the budget:
-              min_α max_μ f(α) + μ (C(α)/B − 1), where C is the expected FLOPs; then the most probable sizes within B
-              (`nas.within_budget`), trained from scratch.
-    one-shot: the supernet is trained once, at random sizes in every step; for each budget, the network within the
-              budget with the smallest validation loss, with the shared weights; trained from scratch.
-    random:   as many random networks as budgets; and as many as could be trained at the cost of a search.
+    search:   for each budget B, first-order DARTS on the supernet of all sizes solves
+              min_α max_μ f(α) + μ (C(α)/B − 1), where C is the expected FLOPs. It gives the most probable sizes within
+              B (`nas.within_budget`).
+    one-shot: the supernet is trained once, with random sizes in every step. For each budget, it gives the network
+              within the budget with the smallest validation loss under the shared weights.
+    random:   as many random networks as budgets, and as many as can be trained at the cost of a search.
     grid:     all networks.
 
 Every network is trained from scratch on the same rows with the same recipe. Each method's front is chosen by validation
 and scored by test error. The score is the hypervolume of log FLOPs × test error, below the most expensive network and
-an error of 20 %. In search, masks save no computation: a step of the supernet costs as much as the largest network, and
-this cost is counted. (One program trains the networks of the grid: the supernet at one-hot weights, which computes the
-small network. Their reported cost is the small network's.)
+an error of 20 %. Masks save no computation during a search: a step of the supernet costs as much as a step of the
+largest network, and this cost is counted. One program trains all networks of the grid, as the supernet at one-hot
+weights. Their reported cost is that of the small networks.
 
     python experiments/architecture/resource_search.py            minutes; writes results/resource_search.md and .png
     python experiments/architecture/resource_search.py --smoke    seconds; prints only

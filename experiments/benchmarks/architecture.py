@@ -1,8 +1,9 @@
 """The cost of a step of architecture search, compared with a plain step of the supernet's weights.
 
 The first supernet is NAS-Bench-201's (C = 8, N = 1, 16x16 images, 16 per batch). The second is that of DARTS (8 cells,
-C = 16, 32x32 images, 64 per batch), only for the compiler's seconds and memory. Times are medians of processor seconds
-of calls in turns, divided by those of a plain step. Memory is the compiler's figure, without noise.
+C = 16, 32x32 images, 64 per batch), for which only seconds of compilation and memory are measured. The programs take
+turns. Times are medians of processor seconds, divided by those of a plain step. Memory is the figure of the compiler,
+which has no noise.
 
     python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
     python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only

@@ -23,7 +23,7 @@ of conjugate gradients, the mixed product and the outer gradient. "operations" c
 WEIGHTS = """\
 ## Example weights: the mixed product, in forward passes of the MLP
 
-(∂²g/∂λ∂θ)ᵀ v with a weight for each of the batch's examples; the bar is 3.2.
+(∂²ℓ/∂λ∂θ)ᵀ v with a weight for each of the batch's examples; the bar is 3.2.
 
 """
 GRADIENT, FORWARD = "gradient of the inner loss", "forward pass of the examples' losses"

@@ -74,12 +74,13 @@ def fit_networks(
 
     Args:
       folds: the training rows of each fold.
-      bins: of each fold, the interval [n] of each row's target, for regression; the network then predicts the
-        probability of each interval, and the mean target of the intervals is its prediction.
+      bins: for regression, one array [n] per fold: the interval of each row's target. The network then predicts the
+        probability of each interval. Its prediction is the mean of the intervals' mean targets under these
+        probabilities. None for classification.
       num_classes: C for classification, the number of intervals for regression.
       hyperparams: λ.
-      settings: "num_steps" may replace the 100 steps.
-      seed: of the runs.
+      settings: a mapping; its "num_steps" replaces the default of 100 training steps.
+      seed: the seed of the training runs.
 
     Returns:
       One model per fold.

@@ -76,21 +76,23 @@ def fit_members(
 ) -> tuple[list[MemberResult], dict[str, str]]:
     """Fits members until all are fitted or the time is over.
 
-    A quick member comes first, so that there is a result. Then the first network begins if it fits in 70 % of the time.
-    After that, the next member is the one with the largest expected gain per second among those that fit in the time
-    left. The expected gain of the i-th member of the portfolio is 1/i. If no member fits, the fastest one begins.
+    A quick member comes first, so that there is a result. Then the first network of the portfolio begins, if its
+    expected seconds are below 70 % of the time left. After that, the next member is the one with the largest expected
+    gain per second among those that fit in the time left. The expected gain of the i-th member of the portfolio is 1/i.
+    If no member fits and none has begun, the fastest one begins.
 
     Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
-    long: a worker that runs out of time is ended, and one that crashes costs only its member. A network that runs out
-    of time is not awaited, but its compilation may go on in the background.
+    long. A worker that runs out of time is killed, and a worker that crashes loses only its member. If a network runs
+    out of time, the function does not wait for it, but its compilation may go on in the background.
 
     Args:
       members: the portfolio, the most useful members first.
       work: see `Work`.
-      finished: is called after each member with it and the number of members that are done.
+      finished: called after each member, with the member and the number of members that are done.
 
     Returns:
-      The fitted members, in the order of the portfolio; and of each other member the reason by its name.
+      The fitted members, in the order of the portfolio; and a dict with the reason why each other member has no result,
+        by its name.
     """
     run = _Run(members, work)
     with contextlib.ExitStack() as stack:

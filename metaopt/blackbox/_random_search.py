@@ -88,13 +88,13 @@ def complete(space: base.PyTree, first: Sequence[Mapping[str, Any]] | None) -> l
 def untried(
     configurations: Sequence[dict[str, Any]], records: Sequence[base.Record], num_asked: int = 0
 ) -> tuple[dict[str, Any], ...]:
-    """Returns the configurations that nobody else has tried at the full budget: the rest of a searcher's `first`.
+    """Returns the configurations that no other searcher has tried at the full budget.
 
     Args:
       configurations: complete ones, as in records.
       records: the records that a searcher receives, with any status.
-      num_asked: the number of trials that the searcher has proposed, numbered from 0; these are its own and do not
-        count.
+      num_asked: the number of trials that this searcher has proposed. They have the numbers 0 to num_asked - 1, and are
+        ignored.
 
     Returns:
       Some of `configurations`, in their order.

@@ -42,11 +42,12 @@ class Adaptation(NamedTuple):
         `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`.
       hyperparams: `(meta_params, data=None) -> λ`, the starting point. `data` is one task's support set. It is needed
         if `init` reads it and each leaf or entry of θ has a rate.
-      params: `(state, hyperparams) -> ` all leaves of the model as f sees them after a state's steps, adapted or not.
-      test_steps: steps at test.
-      unrolling: the problem with an `init` that also computes the parts that no step changes. It is correct only if λ
-        and the support set are the same at every step, and derivatives go through `init`. `estimator` and `adapted`
-        satisfy this.
+      params: `(state, hyperparams) -> params`, all leaves of the model, adapted or not, in this inner state. These are
+        the parameters that the outer loss f receives.
+      test_steps: the number of inner steps at test time.
+      unrolling: a copy of `problem`. Its `init` also computes the parts of the model that no inner step changes, and
+        the steps reuse them. It is correct only if λ and the support set are the same at every step, and derivatives
+        go through `init`. `estimator` and `adapted` satisfy this.
     """
 
     problem: base.Problem

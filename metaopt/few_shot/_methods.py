@@ -51,9 +51,9 @@ def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options:
     """First-order MAML: dF/dλ ≈ ∇f(θ_T). Inner gradients are held constant, so that ∂θ_T/∂λ is the identity.
 
     It is backpropagation truncated to one step (`hypergrad.truncated`) in the coordinates δ = θ − λ, with ∇ℓ held
-    constant. In these coordinates every step depends on λ, by θ = λ + δ, so a cut between steps, at δ, loses nothing.
-    In θ itself, λ is only the start, so a cut would lose everything. If ∇ℓ is not held constant, truncation to one step
-    keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
+    constant. In these coordinates every step depends on λ, by θ = λ + δ, so truncation at δ loses nothing. In θ itself,
+    only the start depends on λ, so truncation would lose the whole hypergradient. If ∇ℓ is not held constant,
+    truncation to one step keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
 
     Args:
       loss: as for `maml`.
@@ -231,7 +231,7 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
       **options: as for `adaptation`, without `init` and `adapt`.
 
     Returns:
-      An `Adaptation`. `hyperparams` needs no context in the meta-parameters.
+      An `Adaptation`. Its function `hyperparams` takes meta-parameters without "context".
 
     Source: Zintgraf et al., ICML 2019, https://arxiv.org/abs/1810.03642
     """

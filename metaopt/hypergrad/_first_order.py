@@ -1,8 +1,8 @@
 """Bilevel hypergradients without second derivatives, from the value function of the inner problem.
 
-θ*(λ) minimizes ℓ, so F(λ) = f(θ*(λ), λ) is f under the constraint q(θ, λ) = ℓ(θ, λ) − min_z ℓ(z, λ) ≤ 0. Let μ be a
-multiplier on it, and let y(λ) minimize f + μ ℓ. The envelope theorem then gives a gradient that needs only first
-derivatives:
+θ*(λ) minimizes ℓ. So F(λ) = f(θ*(λ), λ) is the minimum of f over all θ with q(θ, λ) = ℓ(θ, λ) − min_z ℓ(z, λ) ≤ 0. We
+replace this constraint by the penalty μ q, with a multiplier μ > 0. Let y(λ) minimize f + μ ℓ, and let z(λ) minimize ℓ.
+The envelope theorem then gives a gradient that needs only first derivatives:
 
     d/dλ min_y [f(y, λ) + μ (ℓ(y, λ) − min_z ℓ(z, λ))] = ∇λ f(y, λ) + μ (∇λ ℓ(y, λ) − ∇λ ℓ(z, λ)) = dF/dλ + O(1/μ).
 """

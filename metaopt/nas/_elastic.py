@@ -8,14 +8,14 @@ computes:
     output = Σ_d w_d h_d
 
 The mixture over windows is one convolution, since convolutions are linear in W. norm_c is the normalization of the
-small network. With "batch", each channel has its own statistics. Masks come after this normalization, because it would
-undo masks before it. With "layer", the mean and variance are over the first c channels only. At one-hot weights, masked
-channels are exact zeros, so their rows in the next W do not matter. The supernet then equals the small network, whose
-parameters are slices.
+small network. With "batch", each channel has its own statistics. The mask is applied after this normalization, which
+would undo an earlier mask. With "layer", the mean and variance are over the first c channels only. At one-hot weights,
+masked channels are exact zeros, so their rows in the next W do not matter. The supernet then equals the small network,
+whose parameters are slices.
 
-**In search, masks save no compute.** Every step costs as much as the largest network at its full depth, whatever w is.
-Only the discrete network is cheaper. (Choices of windows and depths cost nothing extra, and a choice of widths costs
-only a mask. A search costs as much as training the largest network.)
+**Masks save no compute during the search.** Every step costs as much as a step of the largest network at its full
+depth, whatever w is. Only the discrete network is cheaper. More candidates for windows and depths cost nothing extra,
+and candidates for widths cost one mask.
 
 Sources: for masks, Wan et al., CVPR 2020, https://arxiv.org/abs/2004.05565; for windows, Stamoulis et al., 2019,
 https://arxiv.org/abs/1904.02877; for depths, Cai et al., ICLR 2020, https://arxiv.org/abs/1908.09791

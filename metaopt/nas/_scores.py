@@ -87,7 +87,7 @@ def grad_norm(
       loss: L, `(outputs [N, num_outputs], batch) -> []`; by default `cross_entropy`, with labels "y" [N].
 
     Returns:
-      [].
+      [], the score.
 
     Raises:
       ValueError: if `loss` is the default and labels are not classes (not checked for traced labels).

@@ -23,12 +23,13 @@ def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str
 
     Args:
       space: a tree of leaves.
-      hyperparams: λ, structured like the space; relaxed or not. Not traced.
+      hyperparams: λ, structured like the space. Integers and choices may be relaxed. It cannot be traced.
 
     Returns:
       A value for each entry of each active leaf, including fixed leaves. A value is a float (also for each weight of a
       `simplex`), an int, or a label. Names are paths, with an index if a leaf has a shape: `"adam.rate"`, `"mix[0]"`. A
-      float is the shortest decimal of λ's type, within the bounds of its leaf.
+      float has the fewest digits that identify it among the numbers of λ's dtype (0.1, not 0.10000000149), and lies
+      within the bounds of its leaf.
 
     Raises:
       ValueError: if λ does not fit the space, a condition names something that the space does not have, or two leaves

@@ -445,13 +445,13 @@ class FeatureScaling(NamedTuple):
 def fit_scaling(features: Iterable[Mapping[str, float]], names: Sequence[str] | None = None) -> FeatureScaling:
     """Fits the scaling of meta-features on the training tables.
 
-    The logarithm is applied to features with heavy tails: their 1 % and 99 % quantiles are more than 5 interquartile
-    ranges apart (for a normal variable, 3.4).
+    Features with heavy tails get a logarithm, sign(x) log(1 + |x|). A feature has heavy tails if its 1 % and 99 %
+    quantiles are more than 5 interquartile ranges apart. For a normal variable, this distance is 3.4.
 
     Args:
       features: the meta-features of the tables, one dict each.
-      names: the features to use, in this order; None takes all features of the first table, without those that never
-        vary.
+      names: the features to use, in this order; None takes all features of the first table, except those that are equal
+        in all tables.
 
     Returns:
       The scaling; its `transform` scales the features of one table.

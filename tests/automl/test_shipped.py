@@ -1,4 +1,4 @@
-"""The g that comes with the package: what it predicts, from what, and what it may not read."""
+"""The g that comes with the package: its predictions, its inputs, and rows that it must not read."""
 
 import json
 import subprocess

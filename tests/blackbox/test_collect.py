@@ -1,4 +1,4 @@
-"""Collections: what is found depends on the key alone, and what a trial does ends that trial alone."""
+"""Collections: the trials depend only on the key, and a failing trial ends no other trial."""
 
 import argparse
 import math
@@ -29,7 +29,7 @@ def collect(objective=black_boxes.pure, *, on=TASKS, num_trials=6, **kwargs):
 
 
 def listener(*, stop=math.inf):
-    """A searcher whose trials depend on all that it heard before, on the order of it, and on how many it is asked."""
+    """A searcher whose trials depend on all earlier records, on their order, and on the number of trials per `ask`."""
 
     def init(key, space):
         return {"key": key, "space": space, "asked": 0, "told": 0.0}
@@ -146,7 +146,7 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
     )
     assert without_cost(collect(dies, num_trials=9, searcher=ours, store=store, **kwargs)) == without_cost(whole)
     assert len(calls) == 19
-    # The searcher hears of them, where it listens, and else proposes what it would have proposed.
+    # The searcher receives their records. If it ignores records, it proposes the same trials as without them.
     others = collect(num_trials=9, searcher=blackbox.enqueue(searcher, []), batch_size=4)
     same = [r.configuration for r in whole[2:9]] == [r.configuration for r in others[:7]]
     assert same == (searcher is not LISTENER)
@@ -184,10 +184,10 @@ def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_
     more = blackbox.enqueue(ours, [{"x": -0.1}], after=12)
     found = collect(num_trials=15, store=store, searcher=more, **kwargs)
     assert without_cost(found[:12]) == without_cost(whole[:12]) and found[12].configuration["x"] == -0.1
-    # Not among what has been run.
+    # `after` must not be below the number of trials that have run.
     with pytest.raises(ValueError, match="pass `after`, its number of trials so far, to `enqueue`"):
         collect(num_trials=15, store=store, searcher=blackbox.enqueue(searcher, MINE, after=5), **kwargs)
-    # What ends earlier is followed by them.
+    # If the searcher ends before `after`, they come next.
     ends = blackbox.enqueue(listener(stop=2), [{"x": 0.25}], after=9)
     assert [r.trial for r in collect(num_trials=9, searcher=ends, on={"t": 0.0})] == [0, 1, 2]
 
@@ -198,7 +198,7 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
     ]
     drawn = x(blackbox.random_search())
     assert drawn[0] == 0.0
-    # The default is what a searcher begins with, and is not paid for twice, whatever the size of a batch.
+    # A searcher begins with the default. It does not run twice, for any size of a batch.
     for batch_size in (1, 4):
         found = x(blackbox.enqueue(blackbox.random_search(), [{"x": 0.5}, {}]), batch_size=batch_size)
         assert found[:2] == [0.5, 0.0] and len(set(found)) == 5 and found[3:] == drawn[1:3]
@@ -209,7 +209,7 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
         )
         assert after() == [*drawn[:2], 0.5, 0.0, 0.5]
         assert after(skip_if_exists=True) == [*drawn[:2], 0.5, *drawn[2:4]]
-    # What one has in mind oneself, others' trials at a fraction of the budget, and one's own do not count.
+    # Its own `first`, its own trials, and others' trials at a fraction of the budget do not count as tried.
     twice = blackbox.random_search(first=[{"x": 0.5}, {"x": 0.5}])
     assert x(twice)[:2] == [0.5, 0.5] == x(twice, batch_size=2)[:2]
     state = twice.init(KEY, black_boxes.SPACE)
@@ -312,9 +312,7 @@ def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
     collect(searcher=blackbox.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
     assert heard == [[-2], [-4], [0], [0], [1], [1]]
     heard.clear()
-    within = blackbox.enqueue(
-        blackbox.enqueue(spy, [{"x": 0.5}]), [{"x": 0.1}]
-    )  # whose trials are no trials of the spy's
+    within = blackbox.enqueue(blackbox.enqueue(spy, [{"x": 0.5}]), [{"x": 0.1}])  # the spy does not count its trials
     records = collect(searcher=within, num_trials=3, on={"t": 0.0})
     assert heard == [[-5], [-2], [0], [0]] and records[0].seed != records[1].seed
 
@@ -342,7 +340,7 @@ def test_first_configurations_come_first():
     records = collect(searcher=blackbox.random_search(first=[{"kind": "b"}, {"x": 0.5, "size": 2}]), on={"t": 0.0})
     assert records[0].configuration == {"x": 0.0, "size": 6, "kind": "b", "only_b": pytest.approx(1e-2)}
     assert records[1].configuration == {"x": 0.5, "size": 2, "kind": "a"}
-    # What is drawn afterwards is what would have been.
+    # The later draws are the same as without `first`.
     assert without_cost(records[2:]) == without_cost(collect(on={"t": 0.0})[2:])
 
 
@@ -456,7 +454,7 @@ def test_what_a_child_has_started_in_a_session_of_its_own_ends_with_it():
 
 
 def state_of(process):
-    """Of a process, as Linux has it; "" where it is gone."""
+    """The state of a process in Linux, or "" if the process has ended."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -479,7 +477,7 @@ def test_tasks_come_as_any_iterable_and_keys_of_both_kinds():
     kwargs = {"objective": lambda trial, task: 1.0, "num_trials": 2}
 
     class Suite(list):
-        name = "a suite"  # of its own, beside those of its tasks
+        name = "a suite"  # the name of the whole list; each task has a name, too
 
     class Indexed:  # as the data sets of PyTorch are
         __len__, __getitem__ = named.__len__, named.__getitem__

@@ -1,4 +1,4 @@
-"""Predicted curves against Gaussian processes that are written out here, and against what they were drawn from."""
+"""Predicted curves against Gaussian processes that are written out here, and against the curves' distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def test_a_task_left_out_leaves_the_others_mean_and_deviations():
 
 
 def test_gaps_are_filled_from_the_task_s_level_and_the_candidate_s_own_curve():
-    """Curves a level apart: what is missing is what the others' mean and the task's level say."""
+    """Curves of tasks differ by a level: a gap gets the mean of the other tasks plus the level of its task."""
     level = np.linspace(-0.2, 0.2, 30)[:, None, None]
     base = np.array([[0.8, 0.6, 0.5], [0.7, 0.4, 0.2]])
     curves = base + level + 0.001 * RNG.normal(size=(30, 2, 3))
@@ -148,7 +148,7 @@ def test_what_was_filled_in_is_no_truth_to_calibrate_by():
             ]
         assert len(z) == 13 - seen
         np.testing.assert_allclose(found[seen], np.quantile(z, (np.arange(40) + 0.5) / 40), rtol=1e-6)
-    # One task alone has both: a trial that was seen to there is as wide as one that was seen less of.
+    # Only one task has both candidates, so more observed fidelities do not reduce the errors.
     apart = np.where(np.arange(9)[:, None, None] % 2 == np.arange(2), rng.normal(size=(9, 2, 2)), np.nan)
     apart[0] = rng.normal(size=(2, 2))
     errors = _curves.calibrate(

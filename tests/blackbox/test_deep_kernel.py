@@ -105,7 +105,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     # The whole share is the whole: whatever explains the trials, nothing else is believed.
     as_before = CONDITION(found, _surrogates.task_weights(found), padded(X, 2.0 * Y), adaptation_steps=0)
     np.testing.assert_array_equal(jnp.exp(as_before.log_weights[:-6]), 0.0)
-    # And what is adapted, or runs in a batch, goes the same way.
+    # Adapted networks and joint predictions agree, too.
     adapted = CONDITION(found, _surrogates.task_weights(found), padded(X[seen], y), adaptation_steps=10)
     joint = JOINT_AT(found, adapted, jnp.asarray(X[at]), jnp.asarray(X[2:4]))
     again = POSTERIOR_AT(found, adapted, jnp.asarray(X[at]))

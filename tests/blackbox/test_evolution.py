@@ -93,7 +93,7 @@ def test_every_fidelity_has_a_population_and_parents_are_of_the_highest_with_eno
     assert all(near(child, trials[0]) for child in children(alone))  # there is nothing else
     state = searcher.tell(state, low[:3])
     assert all(any(near(child, t) for t in trials[:3]) for child in children(state))
-    # The first at a higher fidelity: what is known at the lower one is still the most.
+    # One trial at a higher fidelity: the lower fidelity still has most of the trials, and its population is used.
     one = searcher.tell(state, [high[0]])
     assert [c.configuration for c in children(one)] == [c.configuration for c in children(state)]
     two = searcher.tell(one, [high[3], low[3]])

@@ -28,7 +28,7 @@ def g():
         for c in CANDIDATES
         for f in FIDELITIES
     ]
-    records.append(base.Record("0.0", {"x": 0.3}, status="FAIL"))  # is no candidate
+    records.append(base.Record("0.0", {"x": 0.3}, status="FAIL"))  # not a candidate
     return blackbox.train_curve_searcher(records, space=SPACE, num_steps=3)
 
 
@@ -104,7 +104,7 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
 
 
 def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place(g):
-    searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first is no candidate
+    searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first one is not a candidate
     state, asked = searcher.init(jax.random.key(0), SPACE), []
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         trials, state = searcher.ask(state, 1)
@@ -183,7 +183,7 @@ def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_fir
     assert {t.fidelity for t in asked} == {1.0} and {t.configuration["x"] for t in asked} == {0, 0.25, 0.5, 0.75, 1}
     assert asked[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in asked[1:3]]
     assert searcher.ask(state, 1)[0] == []
-    # What is paid does not matter any more, and what was seen below the full budget is believed all the same.
+    # Every trial costs a full budget, and outcomes below the full budget still count.
     low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
     to_pay, real = [], _freeze_thaw._score
     monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: to_pay.append(np.asarray(args[3])) or real(*args))

@@ -80,7 +80,7 @@ class Halving:
 
 @pytest.fixture
 def stub(monkeypatch):
-    """A module in the place of Lightning; its list of seeds."""
+    """Replaces Lightning by a stub; returns the list of seeds that were set."""
     module: object = types.ModuleType("lightning.pytorch")
     seeds = []
     module.Callback, module.Trainer = type("Callback", (), {}), StubTrainer
@@ -178,7 +178,7 @@ def test_a_new_store_over_old_checkpoints_has_each_fidelity_s_own_outcome(stub, 
         searcher = blackbox.asha(reduction_factor=2, num_rungs=4)
         kwargs = {"searcher": searcher, "resumes": True, "store": tmp_path / f"{i}.db"}
         found.append(collect(make(made, checkpoints=tmp_path / "checkpoints"), **kwargs))
-    assert sum(module.steps for module in made) == 32  # of the first
+    assert sum(module.steps for module in made) == 32  # only the first collection trained
     assert [record._replace(cost=0.0) for record in found[0]] == [record._replace(cost=0.0) for record in found[1]]
     for record in found[1]:
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
@@ -216,7 +216,7 @@ def test_a_changed_source_gives_a_warning_and_another_version_starts_again(stub,
     assert objective(Halving)(TRIAL, None) == objective(Halving)(TRIAL, None) == 1 / 16
     for changed in (objective(Growing), objective(Halving, trainer={"precision": 16})):
         with pytest.warns(UserWarning, match=r"source of the objective has changed .*000003-.* another `version`"):
-            assert changed(TRIAL, None) == 1 / 16  # of the checkpoint
+            assert changed(TRIAL, None) == 1 / 16  # the outcome in the checkpoint
     assert objective(Growing, version="growing")(TRIAL, None) == 1.5**4
     # Objects without source text are skipped.
     kwargs = {"max_epochs": 8, "checkpoints": tmp_path}

@@ -179,7 +179,7 @@ def unrelated(rng):
 
 @slow
 def test_a_second_key_compiles_no_step_again(monkeypatch):
-    """Every loss is traced for the first training alone, though the second one has other outcomes."""
+    """Only the first training traces the losses; the second one has other outcomes."""
     traced = collections.Counter()
 
     def counted(name, loss):
@@ -207,7 +207,7 @@ def test_a_second_key_compiles_no_step_again(monkeypatch):
 
 @pytest.mark.once
 def test_units_of_earlier_tasks_do_not_matter():
-    """A hundred times as large or as small, they teach what they taught, once a few trials have told the scale."""
+    """Outcomes in units 100 times larger or smaller lead to the same regret after a few trials of the new task."""
     rng = np.random.default_rng(0)
     line = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 25) for kind in SPACE["kind"].labels]
     centers = rng.uniform(size=8)
@@ -217,7 +217,7 @@ def test_units_of_earlier_tasks_do_not_matter():
         g = blackbox.train_meta_optimizer(records, space=SPACE, candidates=line, num_steps=5)
         regrets[factor] = np.array([search(g.searcher(), b, 12) for b in (0.15, 0.4, 0.62, 0.77)])
     for factor in (100.0, 0.01):
-        np.testing.assert_allclose(regrets[factor][:, 0], regrets[1.0][:, 0])  # without a trial, there are no units
+        np.testing.assert_allclose(regrets[factor][:, 0], regrets[1.0][:, 0])  # without a trial, the unit cannot matter
         gap = regrets[factor][:, -1] - regrets[1.0][:, -1]
         assert gap.mean() < 5e-4
 
@@ -366,7 +366,7 @@ def test_a_portfolio_has_no_configuration_twice():
 
 
 def test_a_portfolio_complements_what_is_good_on_most_tasks():
-    """Six tasks are best at 2, three at 8: the means alone would have a neighbor of 2 stand beside it."""
+    """Six tasks are best at 2, and three at 8. By their means, the second one would be a neighbor of 2."""
     bests = [2] * 6 + [8] * 3
     pool = [{"n": n} for n in range(1, 10)]
     records = [base.Record(f"t{t}", c, abs(c["n"] - best) ** 0.5) for t, best in enumerate(bests) for c in pool]
@@ -393,7 +393,7 @@ def test_a_prediction_in_many_dimensions_is_better_than_any_point_that_its_ascen
 
 @slow
 def test_tasks_of_other_spaces_still_teach():
-    """What is best beyond 0.5 is told by records that lack `kind` alone; and one more label has come since."""
+    """Only records without `kind` have tasks whose best x is above 0.5. The new space has one more label."""
     rng, features, own, others = np.random.default_rng(3), {}, [], []
     for t, best in enumerate(np.linspace(0.05, 0.95, 12)):
         for x in rng.uniform(size=12).tolist():
@@ -423,7 +423,7 @@ def test_records_of_another_space_say_where_the_best_is(others):
     """The few of the space itself would have it elsewhere."""
     labels = ["c", "b", "a"] if others == "lack a label" else ["b", "a"]
     space, line = {"x": SPACE["x"], "kind": spaces.choice(labels)}, np.linspace(0, 1, 11).tolist()
-    # Of the space: the label matters, and x little. Of the other one: x matters, and the label where there is one.
+    # In records of this space, the label matters, and x hardly does. In the others, x and the label (if any) matter.
     cost = {"a": 0.4, "b": 0.0, "c": 1.0}
     own = [
         base.Record(f"own{t}", {"x": x, "kind": kind}, cost[kind] + 0.1 * (x - 0.2) ** 2)
@@ -549,7 +549,7 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
     assert h.space == expected
     others = [r for r in records[:5] if r.configuration["kind"] == "b"]  # the default is "a"
     assert len(h.candidates) == 30 + len(others) > 30
-    # Without a limit is no depth between others; of many depths, it is not said which.
+    # None means no limit, so depths with None are labels of a choice.
     depths = [
         base.Record(f"t{t}", {"depth": d, "n": n}, n + (d or 64) / 99)
         for d in (2, 4, None)
@@ -654,7 +654,7 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
         for frame in (pd.DataFrame(given), pd.DataFrame(given).convert_dtypes()):
             rows = _new_trials.as_configurations("rows", frame, branch)
             assert [spaces.complete(branch, row) for row in rows] == [spaces.complete(branch, c) for c in given]
-    # Gaps of types that hold them, where None is no label.
+    # Columns whose types have gaps, where None is not a label.
     space = {"k": spaces.choice(["u", "v"]), "x": spaces.active_if(spaces.integer(1, 9, default=4), "k", ["v"])}
     given = [{"k": "v", "x": 7}, {"k": "u"}, {"x": 2}, {"k": "v"}]
     for frame in (pd.DataFrame(given), pd.DataFrame(given).convert_dtypes()):

@@ -1,4 +1,4 @@
-"""Trials on a new task with what was learned: many, failed, running, cheap and dear, at several fidelities; on disk."""
+"""Trials of a trained searcher on a new task: many, failed, running, cheap and expensive, at several fidelities."""
 
 import json
 import time
@@ -71,7 +71,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     expected, _ = searcher.ask(state, 2)
     found = g.suggest(tried, [loss(c) for c in tried], [1.5], num=2)
     assert found == [record.configuration for record in expected] and found[0] != found[1]
-    # What runs is not suggested again, and what failed is no reason to stop.
+    # A running trial is not suggested again, and a failed trial does not end the search.
     assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
     assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
 
@@ -140,7 +140,7 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
     assert first(everywhere, first=())[0] == everywhere.predict() == everywhere.suggest([], [])[0] != default
     assert first(g)[0] == g.predict()  # nothing but the pool
     encode = _encoding.encoder(SPACE)
-    np.testing.assert_array_equal(encode({}), encode(default, True))  # what is lacking is the default, not near it
+    np.testing.assert_array_equal(encode({}), encode(default, True))  # a missing value is the default exactly
     np.testing.assert_array_equal(encode({"x": 0.2}), encode({"x": 0.2, "kind": "a"}, True))
     within = _meta_search.meta_optimizer(g.surrogate, None, SPACE, [*POOL, default])
     assert first(within)[0] == default != first(within)[1]
@@ -192,9 +192,9 @@ def test_a_region_that_fails_is_left_at_once():
             state = searcher.tell(state, [trial._replace(**ended)])
         return np.array(tried) > 0.55
 
-    # Before there is an outcome: what is like a failed trial is expected to be bad, and not the portfolio's next.
+    # Before the first outcome, configurations near a failed trial are expected to be bad, also those of the portfolio.
     assert failures(4).tolist() == [True, False, False, False]
-    # Afterwards: beyond the worst outcome, and not at it.
+    # Afterwards, a failed trial counts as worse than the worst outcome.
     first = [{"x": 0.4}]
     assert failures(4, first).tolist() == [False, True, False, False]
 
@@ -240,7 +240,7 @@ def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_numb
 @pytest.mark.once
 def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ago(g):
     late = [{"x": x, "kind": "a"} for x in np.random.default_rng(0).uniform(size=400).tolist()]
-    # Bad, early, and written otherwise: in another order, as NumPy's numbers, with what is not active.
+    # Bad early trials in another form: in another order, with NumPy's numbers, with inactive parameters.
     early = [dict(reversed(c.items())) | {"x": np.float64(c["x"])} for c in POOL[:-1]]
     early = [c | {"only_b": 0.25} if c["kind"] == "a" else c for c in early]
     y = [9.0 + i for i in range(len(early))] + [loss(c) for c in late]
@@ -265,7 +265,7 @@ def test_the_weights_of_a_simplex_are_searched_and_not_its_corners():
 
 @pytest.mark.slow
 def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
-    """Costs grow with x, tenfold; what is good is symmetric around the middle."""
+    """Costs grow tenfold with x; the loss is symmetric around the middle."""
     tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
     searcher = {name: g.searcher(acquisition=name) for name in ("ei", "ei_per_cost")}
     found = {}
@@ -324,7 +324,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
     # 1 -> .5 adds 1, in two trials; the third has only been at .5, the fourth failed there, the fifth has nothing yet.
     outcomes = [{0.5: 2.0, 1.0: 1.0}, {0.5: 3.0, 1.0: 2.0}, {0.5: 2.5}, {0.5: nan}, {0.25: nan, 0.5: 4.0}]
     np.testing.assert_allclose(at_full_budget(outcomes), [1, 2, 1.5, nan, 3])
-    # What is infinite failed, wherever it was.
+    # An infinite outcome is a failure, at any fidelity.
     infinite = [*outcomes[:4], {0.25: np.inf, 0.5: 4.0}, {1.0: np.inf}, {0.5: 1.0, 1.0: -np.inf}]
     np.testing.assert_allclose(at_full_budget(infinite), [1, 2, 1.5, nan, 3, nan, nan])
     # Step by step: .25 and 1 have no trial in common.
@@ -363,7 +363,7 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     assert tried.outcomes == {0.5: 0.3} and np.isnan(tried.log_cost)
     (tried,) = searcher.tell(state, [pruned._replace(status="FAIL")]).tried.values()
     assert np.isnan(tried.outcomes[0.5]) and np.isnan(tried.log_cost)  # what fails at once is not cheap
-    # A trial that goes on from a checkpoint costs the difference: the first fidelity says what it costs as a whole.
+    # A trial that continues from a checkpoint has the cost of the rest, so the costs of its fidelities are added.
     both = [pruned._replace(status="COMPLETE", fidelity=s, cost=c) for s, c in ((0.25, 2.0), (1.0, 6.0))]
     (tried,) = searcher.tell(searcher.tell(state, both[:1]), both[1:]).tried.values()
     assert tried.log_cost == pytest.approx(np.log(8.0))
@@ -371,12 +371,12 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     corrected = [*both, both[0]._replace(cost=20.0), pruned]
     (tried,) = searcher.tell(state, corrected).tried.values()
     assert tried.log_cost == pytest.approx(np.log(80.0)) and not tried.given_up
-    without = both[0]._replace(cost=float("nan"))  # a correction of the outcome alone
+    without = both[0]._replace(cost=float("nan"))  # it corrects only the outcome
     (tried,) = searcher.tell(state, [both[0], without]).tried.values()
     assert tried.log_cost == pytest.approx(np.log(8.0))
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
-    # It is not the worst there is, as a failed one would be, nor better than the best of those that ended.
+    # It does not count as the worst one, as a failed trial does, nor as better than the best completed one.
     seen, real = [], _suggestions.padded
     monkeypatch.setattr(_suggestions, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
@@ -473,8 +473,8 @@ class Killed(BaseException):
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["g", "asha", "tpe"])
 def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_workers(g, name, tmp_path):
-    """Configurations, seeds and outcomes, failures among them, and what would be asked for next; a trial that ran when
-    the collector was killed is queued again. Four workers, whose trials end in any order, find what one does."""
+    """Configurations, seeds, outcomes and failures are equal, and so are the next trials of the searcher. A trial that
+    ran when the collector was killed is queued again. Four workers, whose trials end in any order, give the same."""
     if name == "tpe":
         pytest.importorskip("optuna")
     make = {"g": g.searcher, "asha": lambda: blackbox.asha(g.searcher(), num_rungs=3), "tpe": blackbox.tpe}[name]
@@ -518,9 +518,9 @@ def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
         assert all(at[1.0][n].configuration == record.configuration for n, record in at[1 / 3].items() if n in at[1.0])
         first = {min(f for f in at if n in at[f]) for n in {r.trial for r in records}}
         assert len(first) == num_brackets
-        assert records[0].fidelity == pytest.approx(1 / 9)  # of the bracket with the largest share
+        assert records[0].fidelity == pytest.approx(1 / 9)  # the bracket with the largest share
         if num_brackets == 1:
-            # About a third of each rung: what was among the best when it was promoted may have been overtaken since.
+            # About a third of each rung. Later trials may be better than those that were promoted.
             for low, high in ((1 / 9, 1 / 3), (1 / 3, 1.0)):
                 assert len(at[low]) // 3 <= len(at[high]) <= 0.45 * len(at[low])
             ranks = np.argsort(np.argsort([r.outcome for r in at[1 / 9].values()])) / len(at[1 / 9])
@@ -544,14 +544,14 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     start = searcher.init(jax.random.key(0), None)._replace(num_asked=4)
     asked, _ = searcher.ask(searcher.tell(start, low), 1)
     assert abs(asked[0].configuration["x"] - 0.75) < 0.12
-    # After one trial every earlier task is as likely: a batch looks at what is best for several of them.
+    # After one trial all earlier tasks are equally likely, so a batch has the best configurations of several tasks.
     asked, _ = searcher.ask(searcher.tell(start, [Record("", {"x": 0.5}, 1.0, trial=0)]), 3)
     xs = np.array([record.configuration["x"] for record in asked])
     assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
 
 
 def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
-    """What the surrogate holds for no better is tried in the end, though much is left near the best one."""
+    """Configurations that the surrogate expects to be worse are tried, too, while others near the best one are left."""
     encode = lambda c: np.asarray(spaces.encode(SPACE, spaces.from_configuration(SPACE, c)))
     of_pool, y = np.stack([encode(c) for c in POOL]), [loss(c) for c in POOL]
 
@@ -568,7 +568,7 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     for num in (6, 7, 8):
         (found,) = g.suggest(POOL[:num], y[:num])
         assert (found in farthest(*POOL[:num])) == (num == 7)
-    # What runs counts, what failed, what was tried long ago, and what is not of the set.
+    # Running, failed and very old trials count, and so do trials outside the set.
     one = farthest(*POOL[:6])[0]
     another = farthest(*POOL[:6], one)
     assert not any(c in another for c in farthest(*POOL[:6]))
@@ -584,7 +584,7 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     # All were tried.
     state = searcher.tell(state, [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL)])
     assert searcher.ask(state._replace(num_asked=23), 1)[0][0].configuration == g.predict()
-    # What is told in the other precision is encoded in that of g.
+    # Records of another precision are encoded in the precision of g.
     with jax.enable_x64(False):
         six = [
             Record("", c, loss(c), trial=i) for i, c in enumerate([*POOL[:6], one | {"only_b": 0.8 * one["only_b"]}])
@@ -712,7 +712,7 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
             metaopt.load(tmp_path / "wrong.npz")
 
 
-# ---- What is wrong is said ------------------------------------------------------------------------------------------
+# ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
 def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
@@ -723,7 +723,7 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
     with_them = blackbox.train_meta_optimizer([*records, one, *same], **kwargs)
     assert with_them.surrogate.curves.shape[0] == 3
     assert with_them.portfolio(4) == blackbox.train_meta_optimizer(records, **kwargs).portfolio(4)
-    # A failure beside a success is a difference.
+    # A failure next to a success is a difference.
     failed = blackbox.train_meta_optimizer([one, one._replace(configuration=POOL[0], status="FAIL")], **kwargs)
     assert failed.predict()["kind"] == "b"
 

@@ -151,7 +151,7 @@ def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
     h = rebuilt(g)
     many = np.random.default_rng(0).uniform(size=100)
     h.suggest([{"x": float(x)} for x in many], [loss({"x": x}, 0.4) for x in many])
-    assert seen[-1] == (16, 1)  # of those that it was trained with, padded
+    assert seen[-1] == (16, 1)  # the number of trials in its training, padded
     np.testing.assert_array_equal(_new_trials.best_and_latest(np.array([5, 1, 4, 2, 3, np.nan]), 4), [1, 3, 4, 5])
 
 

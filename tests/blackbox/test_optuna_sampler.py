@@ -1,4 +1,4 @@
-"""What was learned as Optuna's sampler: the study's own code stays as it is."""
+"""A trained searcher as a sampler of Optuna: the code of the study does not change."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ SPACE = {
     "kind": spaces.choice(["a", "b"], default="b"),
     "only_a": spaces.active_if(spaces.integer(1, 3), "kind", ["a"]),
 }
-# A finite set: what is compiled is small.
+# A finite set keeps the compiled programs small.
 POOL = [
     {"x": float(x), "kind": kind} | ({"only_a": n} if kind == "a" else {})
     for x in np.linspace(0, 1, 9)
@@ -38,7 +38,7 @@ def g():
 
 
 def objective(trial):
-    """As people write it: parameters are asked for one by one, one of them is of nobody's space."""
+    """A usual objective: it suggests parameters one by one, and one of them is not in the space of g."""
     kind = trial.suggest_categorical("kind", ["a", "b"])
     configuration = {"x": trial.suggest_float("x", 0.0, 1.0), "kind": kind}
     if kind == "a":
@@ -165,7 +165,7 @@ def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
 
 @pytest.mark.once
 def test_brackets_of_a_pruner_share_what_is_known(g):
-    """Optuna makes a study of each bracket, anew for every trial."""
+    """Optuna makes a new study of each bracket for every trial."""
     told, real = [], g.searcher
 
     def listening(*args, **kwargs):
@@ -201,7 +201,7 @@ def test_an_objective_may_ask_for_other_labels_ranges_and_scales(g):
     assert first(lambda t: t.suggest_float("x", 0.0, 2.0, step=0.125)) == {"x": best["x"]}
     assert first(lambda t: t.suggest_float("only_a", 0.5, 9.0)) == {"only_a": float(best["only_a"])}
     assert first(lambda t: t.suggest_categorical("only_a", [0, best["only_a"]])) == {"only_a": best["only_a"]}
-    # What was drawn is not among these.
+    # The value of g is not one of these.
     assert first(lambda t: t.suggest_categorical("kind", ["c", "d"]))["kind"] in "cd"
     assert first(lambda t: t.suggest_float("x", 0.5, 1.0))["x"] >= 0.5
     assert first(lambda t: t.suggest_int("x", 0, 5))["x"] in range(6)
@@ -265,7 +265,7 @@ def test_an_infinite_value_is_a_failure(g):
 
 @pytest.mark.parametrize("value", [0.0, np.inf])
 def test_what_an_objective_does_not_ask_for_is_not_drawn_again_and_again(g, value):
-    """Of the three configurations with the same x, each is drawn at most once."""
+    """Three configurations have the same x, and each of them is drawn at most once."""
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=1))
     study.optimize(lambda trial: value + abs(trial.suggest_float("x", 0.0, 1.0) - 1), n_trials=12)
     xs = [trial.params["x"] for trial in study.trials]

@@ -71,7 +71,7 @@ def test_bohb_runs_few_trials_at_the_full_budget_and_they_are_the_good_ones():
     assert all(low[n].seed == full[n].seed for n in full)
     mean = lambda found: sum(record.outcome for record in found) / len(found)
     assert mean([low[n] for n in full]) < mean(list(low.values()))
-    # What resumes pays for the difference alone.
+    # Trials that resume pay only for the rest of the budget.
     resumed = collect(searcher, budgets, num_trials=20, on={"a": 0.6}, resumes=True)
     assert len(resumed) > len(records)
 
@@ -129,7 +129,7 @@ def test_a_fidelity_told_in_float32_is_that_asked_for_and_another_one_is_refused
     if told[0].fidelity == 0.1111:
         with pytest.raises(ValueError, match=r"fidelity must be one of .*\[0.111.*; got 0.1111 for trial 0"):
             searcher.tell(state, told)
-        # Nothing has been told; and another search's trial, from another seed, may be anywhere.
+        # The failed call changed nothing. A trial of another search (another seed) may have any fidelity.
         state = searcher.tell(state, [told[0]._replace(seed=told[0].seed + 1)])
         told = exact
     next_, _ = searcher.ask(searcher.tell(state, told), 6)
@@ -156,7 +156,7 @@ def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fide
     assert [trial.state.name for trial in state.study.trials] == ["PRUNED"] * 41
     asked, state = searcher.ask(state, 6)
     assert sum(abs(record.configuration["x"] - 0.8) for record in asked) / 6 < 0.12
-    # What ended at a budget comes before what was given up, the full budget before both.
+    # Trials that completed a budget rank before those that were given up, and the full budget ranks first.
     more = [history[0]._replace(trial=200 + i, fidelity=f, status="COMPLETE") for i, f in enumerate((0.3, 0.9, 1.0))]
     low, high, full = searcher.tell(state, more).study.trials[-3:]
     step = lambda trial: max(trial.intermediate_values)

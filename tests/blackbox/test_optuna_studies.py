@@ -138,12 +138,12 @@ def test_steps_are_as_fine_as_a_trial_s_fidelities():
     (trial,) = blackbox.to_optuna_study(records, space).trials
     assert list(trial.intermediate_values.values()) == [1 / e for e in epochs]
     assert list(trial.intermediate_values) == [2, 5, 8, 10, 12, 15, 10_000] and trial.value == 1 / 4_000
-    # None is at step 0, which Optuna takes for a first report; three thirds are one, and no fidelity of their own.
+    # No report is at step 0, which Optuna takes for a first report. Fidelities that differ by rounding are one.
     (trial,) = blackbox.to_optuna_study([records[0]._replace(fidelity=1e-4)], space).trials
     assert list(trial.intermediate_values) == [1]
     thirds = [records[0]._replace(fidelity=f) for f in (0.1 + 0.2, 0.3)]
     assert [list(t.intermediate_values) for t in blackbox.to_optuna_study(thirds, space).trials] == [[300], [300]]
-    # What float32 has kept of a third is a third: a second record of it is another trial, and steps are no finer.
+    # A third in float32 is the same fidelity as a third: its record is another trial, and the steps stay the same.
     several = [records[0]._replace(fidelity=f, outcome=f) for f in (1 / 3, float(np.float32(1 / 3)), 2 / 3, 1.0)]
     several += [records[0]._replace(fidelity=0.99999997, outcome=2.0)]
     found = blackbox.to_optuna_study(several, space).trials

@@ -17,7 +17,7 @@ condition = jax.jit(_processes.condition, static_argnames="own_scale")
 
 
 def log_density(log_scale, mu, y=Y[:4], covariance=COVARIANCE[:4, :4]):
-    """Of the outcomes' differences, which no offset changes; up to a constant."""
+    """Log density of the differences of outcomes, which do not depend on the offset; up to a constant."""
     contrast = np.eye(len(y))[1:] - 1 / len(y)
     c = contrast @ (covariance + _processes.NOISE * np.eye(len(y))) @ contrast.T
     r = contrast @ (y / np.exp(log_scale) - mu)
@@ -64,7 +64,7 @@ def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_t
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 @pytest.mark.once
 def test_outcomes_in_other_units_are_explained_as_well(factor):
-    """Its own scale moves with the units, and so does what it expects."""
+    """The scale of the new task and its predictions change with the unit."""
     scales = jnp.array([[0.0, 1.0]])
     at, cross = RNG.normal(size=(3, 2)), RNG.normal(size=(3, 5)) / 9
     nothing = jnp.zeros((3, 0))
@@ -74,5 +74,5 @@ def test_outcomes_in_other_units_are_explained_as_well(factor):
         _processes.predict(of, at, cross, jnp.ones(3), nothing)[0].reshape(3, 2, 3)[:, :, 2] for of in (one, other)
     ]
     np.testing.assert_allclose(means[1], factor * means[0], rtol=1e-6)
-    # Beside it the scales of earlier tasks have nothing to say any more.
+    # The scales of earlier tasks explain the trials much worse.
     assert (other.log_likelihood[0, 2] > other.log_likelihood[0, :2] + 3).all()

@@ -1,4 +1,4 @@
-"""Records on disk: what is read is what was written, and what breaks loses nothing else."""
+"""Records on disk: reading returns the written records, and a broken record loses no other record."""
 
 import concurrent.futures
 import math
@@ -82,7 +82,7 @@ def test_the_last_row_of_a_trial_counts_and_none_is_overwritten(tmp_path):
     assert same(blackbox.read_records(file), [running[0], *RECORDS[1:]])
     assert same(blackbox.read_records(file, history=True), running + RECORDS[1:])
     assert same(blackbox.read_records(file, status="RUNNING"), running[:1])
-    # What has ended does not run: not even where another process has begun it again, and was killed.
+    # A trial that has ended is not running, even if another process began it again and was killed.
     blackbox.append_records(file, running[1:2])
     assert same(blackbox.read_records(file, status="FAIL"), RECORDS[1:2])
     # Another fidelity, seed, task or study is another trial.
@@ -157,7 +157,7 @@ def write(file, name, num):
 
 def test_two_writers_do_not_disturb_each_other(tmp_path):
     file = tmp_path / "records.db"
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # each `append_records` has a connection of its own
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # each `append_records` opens its own connection
         list(pool.map(lambda name: write(file, name, 20), "ab"))
     for name in "ab":
         assert [record.trial for record in blackbox.read_records(file, task=name)] == list(range(20))

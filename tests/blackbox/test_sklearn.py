@@ -150,7 +150,7 @@ def test_rows_may_be_prepared_otherwise():
     assert raw(TRIAL, (X, None)) == pytest.approx(1 - metrics.silhouette_score(X, labels))
 
 
-# Of all of scikit-learn's, those that are no objectives, and those that need more than a default, and what.
+# Estimators of scikit-learn that cannot be objectives, and those that need more than their defaults, with the reason.
 NO_OBJECTIVES = {
     "ClassifierChain": "several labels a row",
     "MultiOutputClassifier": "several labels a row",
@@ -225,7 +225,7 @@ def test_every_one_of_scikit_learn_s_is_an_objective(kind):
         except Exception as error:
             failed[name] = error
     assert len(found) > 8 and set(failed) == set(NO_OBJECTIVES) & set(found), failed
-    # Without what they need, they fail.
+    # They fail without these arguments.
     for name in (*OF_OTHERS, *NOT_NEGATIVE, *SEVERAL_TARGETS, *CONFIGURATIONS):
         if name in found:
             y = {"classifier": labels, "regressor": target}[kind]

@@ -102,7 +102,7 @@ def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
 
 @pytest.mark.once
 def test_the_weights_are_the_likelihoods():
-    """Of components that differ in their task and scale alone, by the density of the outcomes' differences."""
+    """The components differ only in task and scale; the likelihood is the density of the differences of outcomes."""
     found = surrogate(closeness=0.6)
     seen, y = np.array([1, 4, 7]), np.array([1.0, 0.2, 0.6])
     weights = jnp.array([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
@@ -114,7 +114,7 @@ def test_the_weights_are_the_likelihoods():
     cov += found.residual * np.asarray(
         _surrogates.kernel_matrix(KERNEL, jnp.asarray(X[seen]), X[seen])
     ) + 1e-3 * np.eye(3)
-    contrast = np.array([[1.0, -1, 0], [0, 1, -1]])  # what an offset does not change
+    contrast = np.array([[1.0, -1, 0], [0, 1, -1]])  # differences do not depend on the offset
 
     def log_density(s, f):
         b = np.exp(float(found.log_scales[s]) + f)
@@ -156,7 +156,7 @@ def test_acquisitions_are_those_of_samples():
 
 
 def test_what_failed_is_expected_beyond_the_worst_outcome():
-    """The mean of those samples of the mixture that are no better than the bound."""
+    """Compares with the mean of the samples of the mixture that are at least as bad as the bound."""
     mean, std = jnp.array([[0.0, 1.0], [-1.0, 0.5], [3.0, 3.0]]), jnp.array([[1.0, 0.5], [0.2, 0.1], [0.1, 0.1]])
     mixture = _posterior.Mixture(jnp.log(jnp.array([0.3, 0.7])), mean, std)
     rng, num = np.random.default_rng(0), 400_000
@@ -260,6 +260,6 @@ def test_diverged_outcomes_do_not_set_the_scale():
     y, scale = _surrogates.normalize(np.array([0.0, 0.1, 0.2, 0.3, 1e18, np.nan]))
     assert scale == pytest.approx(1.2) and y[4] == 1 and np.isnan(y[5])
     assert _surrogates.normalize(np.array([2.0, 2.0]))[1] == 1
-    # Three in four are the best: what is left says what is bad, in whatever units.
+    # Three in four outcomes equal the best one, so the others set the scale, in any unit.
     y, scale = _surrogates.normalize(np.array([3.0] * 7 + [3.0 + 1e-6, 3.0 + 2e-6]))
     assert scale == pytest.approx(2e-6) and y[-2:].tolist() == pytest.approx([0.5, 1.0])

@@ -1,4 +1,4 @@
-"""A transformer over trials: what must not matter to it does not, and what it says of known functions is right."""
+"""A transformer over trials: its invariances, and its predictions of known functions."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_order_padding_and_units_of_trials_do_not_matter_and_all_else_does():
     ):
         for one, same in zip(other, found, strict=True):
             np.testing.assert_allclose(one, same, rtol=1e-9)
-    # What is asked beside does not matter either.
+    # The other points of a prediction do not matter either.
     np.testing.assert_allclose(predict(NETWORKS, padded(X, Y), AT[:2]).probs, found.probs[:2], rtol=1e-9)
     other = predict(NETWORKS, padded(X, 1e4 * Y - 7), AT, 5.0)
     np.testing.assert_allclose(other.probs, found.probs, rtol=1e-6)
@@ -101,7 +101,7 @@ def test_scores_are_those_of_samples_and_their_gradients_are_right():
     mean, std = _transformer.binned_moments(uniform, 6.5)
     np.testing.assert_allclose(mean, [0.5, 4.5])
     np.testing.assert_allclose(std**2, [1 / 12, (9 / 12 + 2 * 4.0) / 2])
-    # Where failure is certain there is no deviation, and no slope of it.
+    # If failure is certain, the deviation is 0, and its derivative is finite.
     certain = lambda left: binned_std(jnp.array([[left, 0.0]]), jnp.array([1.0 - left]))
     assert np.isfinite(jax.grad(certain)(0.0))
     for level in (0.1, 0.5, 0.85):
@@ -130,7 +130,7 @@ def test_the_loss_is_the_cross_entropy_of_what_is_predicted_and_its_gradient_is_
 @pytest.mark.slow
 def test_what_it_says_of_gaussian_processes_is_calibrated_and_near_what_inference_gives():
     """Trained on functions from a prior, it comes near to the posterior that solving equations gives."""
-    num_shown, num_asked, noise = 8, 8, 0.1  # outcomes are no closer to one another than bins are wide
+    num_shown, num_asked, noise = 8, 8, 0.1  # the noise is at least the width of a bin
     kernel = lambda a, b: jnp.exp(-(((a - b.T) / 0.3) ** 2) / 2)
 
     def draw(key):

@@ -28,7 +28,7 @@ HAND = by_hand(
 
 def test_scores_without_a_name_join_any():
     other = HAND._replace(scores={"c": HAND.scores["a"]}, transductive={"c": True})
-    for score in ("accuracy", ""):  # of an earlier version
+    for score in ("accuracy", ""):  # evaluations without a name of the score have ""
         for pair in ((HAND, other._replace(score=score)), (other._replace(score=score), HAND)):
             joined = evaluation.join_evaluations(*pair)
             assert sorted(joined.scores) == ["a", "b", "c"] and joined.score == "accuracy"

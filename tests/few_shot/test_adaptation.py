@@ -58,7 +58,7 @@ def slopes(params, data):
 
 
 def trained(params, num_steps, adapts=lambda path: True, rate=lambda path, t: RATE, at=lambda params, t: params):
-    """θ_0..θ_T; `at` is what the model sees at a step."""
+    """θ_0..θ_T; `at` maps the parameters of a step to those that the model receives."""
     visited = [params]
     for t in range(num_steps):
         found = slopes(at(params, t), DATA[0])
@@ -205,7 +205,7 @@ def test_first_order_is_the_gradient_of_f_where_training_ends(estimates):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden", "out", "nothing"], meta_fields=[])
 @dataclasses.dataclass
 class Module:
-    """A model like Equinox's: it can be called, and what is static in it is None."""
+    """A model like those of Equinox: a callable dataclass whose static part is None."""
 
     hidden: dict
     out: dict
@@ -271,7 +271,7 @@ def test_reptile_is_the_way_that_training_went(estimates):
 
 @pytest.mark.once
 def test_schedules_follow_the_outer_step():
-    """MAML++: first order and equal weights at step 0; second order and the last loss alone from step 1 on."""
+    """MAML++: first order and equal weights at step 0; second order and only the last loss from step 1 on."""
     a = few_shot.maml_plus_plus(
         loss, num_steps=2, rate=RATE, rates="fixed", rates_per_step=False, first_order_steps=1, multi_step_steps=1
     )
@@ -319,7 +319,7 @@ def test_at_test_it_goes_on_with_the_last_rates_and_says_what_each_step_predicts
 
 @pytest.mark.once
 def test_memory_at_test_is_that_of_the_outputs_whatever_the_steps():
-    """No graph is kept: beside it, what a derivative through as many steps keeps."""
+    """No graph is kept, unlike in a derivative through as many steps."""
     a = CASES["maml"][0]
     hyperparams, (support, query) = jax.tree.map(jnp.asarray, (a.hyperparams(META), DATA))
     solve = lambda num: hypergrad.unroll(a.problem.loop, num_steps=num)
@@ -392,7 +392,7 @@ def test_leaves_whose_paths_look_alike_are_two():
 
 
 def test_what_init_passes_on_under_other_keys_is_not_told_as_made_by_it():
-    """A NamedTuple in the place of λ's dict: its leaves train on, but nothing of λ["init"] is found at their keys."""
+    """`init` returns a NamedTuple: its leaves are those of λ["init"], but under other keys."""
 
     class Params(NamedTuple):
         body: jax.Array
@@ -536,7 +536,7 @@ NOT_ONCE = {
     "what comes first adapts": few_shot.boil(deep_loss),
     "a value a step in front": few_shot.anil(gain_in_front, leaves_per_step="gain", **TWO),
     "a sampler": few_shot.anil(deep_loss, sampler=inner.minibatch(2)),
-    # What it computes of λ alone may depend on how many rows there are.
+    # A value that is computed only from λ may depend on the number of rows.
     "a sampler, and a product of λ": few_shot.anil(
         lambda params, hyperparams, batch: (
             (params["first"]["w"] @ params["second"]["w"]).mean() / len(batch["x"])

@@ -1,4 +1,4 @@
-"""Each normalization against NumPy; which of them are transductive; statistics of the support set alone."""
+"""Each normalization against NumPy; which of them are transductive; statistics of only the support set."""
 
 import functools
 import re
@@ -80,7 +80,7 @@ def test_strides_in_place_of_pooling(size):
 
 @pytest.mark.once
 def test_a_body_that_does_not_adapt_is_computed_once():
-    """Normalized by a support set with padding, which the head is made from and alone adapts to."""
+    """The body is normalized by a padded support set. The head is made from this set, and only the head adapts."""
     network = few_shot.conv4(normalization="support", num_filters=3, num_blocks=1, num_channels=2)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(KEY))
     side = {"x": jnp.asarray(IMAGES, jnp.float64), "y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK)}

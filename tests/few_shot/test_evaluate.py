@@ -1,4 +1,4 @@
-"""Scores that can be worked out by hand; what methods may see; what is made of scores."""
+"""Scores that can be worked out by hand; the data that methods may see; statistics of scores."""
 
 import functools
 import zlib
@@ -239,7 +239,7 @@ def test_every_user_is_judged_once():
 
 @pytest.mark.once
 def test_outputs_without_the_axis_of_steps_are_no_steps():
-    """Where there are as many query examples as classes, or as targets, the shape alone says nothing."""
+    """With as many query examples as classes or targets, the shape does not show whether there is an axis of steps."""
     side = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
     square = {"x": jnp.eye(4), "y": jnp.eye(4), "mask": jnp.ones(4)}
     any_score = {"score_fn": lambda outputs, query: outputs.mean(), "higher_is_better": True}
@@ -288,7 +288,7 @@ def test_a_score_may_have_no_hash():
 
 
 def test_progress_counts_episodes(capsys):
-    """And methods may be called as what is noted of episodes."""
+    """Names of methods may equal names of the episodes' fields."""
     named, samplers = {"marks": pixels, "MAML [/bn]": pixels}, {"one": one_episode, "two": one_episode}
     run = lambda **shown: few_shot.evaluate_episodes(named, samplers, KEY, num_episodes=5, chunk_size=2, **shown)
     scores = run(progress=True).scores
@@ -395,7 +395,7 @@ def test_scores_of_masked_rows():
         "class_mask": jnp.array([1.0, 1, 0]),
     }
     outputs = jnp.array([[1.0, 0, 9], [0, 1, 9], [1, 0, 9], [9, 0, 0]])
-    assert float(few_shot.accuracy(outputs, query)) == pytest.approx(2 / 3)  # the third class is none
+    assert float(few_shot.accuracy(outputs, query)) == pytest.approx(2 / 3)  # the episode has no third class
     assert float(few_shot.accuracy(outputs.at[1, 0].set(jnp.nan), query)) == pytest.approx(1 / 3)  # diverged
     assert float(few_shot.accuracy(outputs.at[:, 2].set(-jnp.inf), query)) == pytest.approx(2 / 3)
     of = {"y": jnp.array([[1.0], [2.0], [50.0]]), "mask": jnp.array([1.0, 1.0, 0.0])}

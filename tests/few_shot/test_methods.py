@@ -214,7 +214,7 @@ def test_a_batch_of_tasks_needs_over_tasks():
         with pytest.raises(ValueError, match=r"got shape \(4, 10\). Use `hypergrad.over_tasks` for a batch of tasks"):
             sample = tasks.episode_batches(tasks.sinusoids(num_shots=10), 4)
             training.fit(learner, sample, hyperparams=a.hyperparams({"a": 1.0}), num_steps=1, key=KEY)
-    # A mask of tokens is no batch, nor is one number.
+    # A mask of tokens does not make a batch, nor does one number.
     a = few_shot.maml(lambda params, hyperparams, batch: params["a"] * batch["mask"].sum() - batch["y"].mean())
     for shape in ((6, 4), ()):
         data = {"x": jnp.ones((6, 4)), "y": jnp.ones(6), "mask": jnp.ones(shape)}

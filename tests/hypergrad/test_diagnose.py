@@ -108,7 +108,7 @@ def test_a_residual_is_judged_by_the_gradient_that_it_belongs_to():
     metrics = {
         "large/adjoint_residual": 1e-3,
         "large/outer_grad_norm": 1e-6,
-        "small/adjoint_residual": 20.0,  # of a large gradient
+        "small/adjoint_residual": 20.0,  # small next to a large gradient
         "small/outer_grad_norm": 1e3,
         "adjoint_residual": 0.0,  # nothing to solve
         "outer_grad_norm": 0.0,

@@ -159,7 +159,7 @@ def test_large_losses_take_one_gradient_at_a_time_without_convolutions_of_xla(ro
 
 @pytest.mark.once
 def test_equals_darts_by_hand():
-    # Liu et al., Eq. 7 and 8: ∂f/∂α(w') − ξ (∇α g(w+) − ∇α g(w−))/2ε, w± = w ± ε v, v = ∂f/∂w', ε = 0.01/|v|.
+    # Liu et al., Eq. 7 and 8: ∂f/∂α(w') − ξ (∇α ℓ(w+) − ∇α ℓ(w−))/2ε, w± = w ± ε v, v = ∂f/∂w', ε = 0.01/|v|.
     loop = inner.loop(problems.penalized, lambda hyperparams: optax.sgd(0.1), init=problems.zeros)
     ridge = inner.problem(
         loop,
@@ -173,7 +173,7 @@ def test_equals_darts_by_hand():
     v = jax.grad(problems.mean_squares)(ahead, problems.TASK.valid)
     epsilon = 0.01 / np.sqrt((v**2).sum())
     plus, minus = w + epsilon * v, w - epsilon * v
-    mixed = (plus**2 / 2 - minus**2 / 2) / (2 * epsilon)  # ∇α g = w²/2
+    mixed = (plus**2 / 2 - minus**2 / 2) / (2 * epsilon)  # ∇α ℓ = w²/2
     estimate, _ = estimated(hypergrad.darts_fd(ridge, commit=3), lam, problems.TASK)
     assert jnp.abs(mixed).min() > 1e-4
     np.testing.assert_allclose(estimate.hypergrad["penalty"], 0.2 * lam["penalty"] - xi * mixed, rtol=1e-10)

@@ -77,7 +77,7 @@ def test_f2sa_takes_the_steps_of_its_algorithm():
         for _ in range(2):
             z = z - rate * jax.grad(inner_loss)(z, LAM, train)
             y = y - rate / mu * (mu * jax.grad(inner_loss)(y, LAM, train) + jax.grad(outer_loss)(y, LAM, valid))
-    # ∇λ g = exp(λ) θ²/2.
+    # ∇λ ℓ = exp(λ) θ²/2.
     expected = 0.02 * LAM["log_penalty"] + mu * jnp.exp(LAM["log_penalty"]) * (y**2 - z**2) / 2
     np.testing.assert_allclose(state.inner.params, z, rtol=1e-12)
     np.testing.assert_allclose(state.penalized.params, y, rtol=1e-12)

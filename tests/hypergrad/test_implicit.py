@@ -116,7 +116,7 @@ def test_damping_has_the_stated_bias():
     bias = damping_bias(damping, hessian, f_theta, mixed)
     assert np.linalg.norm(bias) > 1e-3
     np.testing.assert_allclose(estimate.hypergrad["log_penalty"] - exact, bias, rtol=1e-9)
-    assert estimate.metrics["adjoint_residual"] < 1e-14  # of the damped system
+    assert estimate.metrics["adjoint_residual"] < 1e-14  # the residual of the damped system
 
 
 def test_an_adjoint_that_is_not_solved_for_has_the_stated_bias():

@@ -24,7 +24,7 @@ def committed(num_steps):
 
 def test_one_step_equals_second_order_darts():
     # Liu et al., Eq. 7, with the exact product, at w after a step:
-    # ∂f/∂α(w') − ξ (∂²g/∂α∂w)(w) ∂f/∂w(w'), w' = w − ξ ∇w g(w).
+    # ∂f/∂α(w') − ξ (∂²ℓ/∂α∂w)(w) ∂f/∂w(w'), w' = w − ξ ∇w ℓ(w).
     train, valid, xi = problems.TASK.train, problems.TASK.valid, 0.1
     w = committed(1)
     ahead = w - xi * jax.grad(problems.penalized)(w, LAM, train)
@@ -72,7 +72,7 @@ def test_the_gradient_is_an_argument_of_the_virtual_steps():
 
     estimator = hypergrad.lookahead(PROBLEM, num_steps=2, grad=stopped_grad)
     estimate, _ = estimator.estimate(LAM, problems.TASK, estimator.init(KEY, LAM, problems.TASK))
-    np.testing.assert_allclose(estimate.hypergrad["penalty"], np.full(4, 0.1), rtol=1e-12)  # the direct part alone
+    np.testing.assert_allclose(estimate.hypergrad["penalty"], np.full(4, 0.1), rtol=1e-12)  # only the direct part ∂f/∂λ
 
 
 @pytest.mark.once

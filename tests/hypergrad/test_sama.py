@@ -37,7 +37,7 @@ def test_equals_its_formula_with_adam_by_hand(epsilon):
         w = w - rate * M / (root + e)
     slope = (1 - b1) / (1 - b1**2) / (root + e) - M * (1 - b2) / (1 - b2**2) * g / (root * (root + e) ** 2)
     u = -rate * slope * np.asarray(jax.grad(problems.mean_squares)(jnp.asarray(w), valid))
-    # ∇λ g = θ²/2, so that its derivative along u is θ u; its central difference is exact.
+    # ∇λ ℓ = θ²/2, so its derivative along u is θ u, and the central difference is exact.
     estimate, state = estimated(hypergrad.sama(problem(optax.adam(rate, b1, b2, e)), num_steps=2, epsilon=epsilon))
     np.testing.assert_allclose(state.inner.params, w, rtol=1e-12)
     np.testing.assert_allclose(estimate.hypergrad["penalty"], w * u, rtol=1e-9)
@@ -46,7 +46,7 @@ def test_equals_its_formula_with_adam_by_hand(epsilon):
 
 
 def test_the_mixed_product_is_a_central_difference_after_the_step():
-    # ∇λ g = λθ³, whose central difference is λ(3 θ² u + ε² u³/|u|²).
+    # ∇λ ℓ = λθ³, whose central difference is λ(3 θ² u + ε² u³/|u|²).
     def cubic(params, hyperparams, batch):
         return problems.mean_squares(params, batch) + (hyperparams["penalty"] ** 2 * params**3).sum() / 2
 
@@ -72,7 +72,7 @@ def test_equals_one_step_lookahead_where_the_mixed_derivative_is_constant():
 
 
 def test_the_identity_in_the_place_of_the_base_jacobian_scales_by_rate_and_curvature():
-    # g = Σ c (θ − λ)²/2, so that θ* = λ and dF/dλ = ∂f/∂θ; one step knows rate · c of it.
+    # ℓ = Σ c (θ − λ)²/2, so θ* = λ and dF/dλ = ∂f/∂θ. One step gives rate · c times this.
     curvature, rate = jnp.array([0.5, 1.0, 2.0, 3.0]), 0.3
     bowl = problem(
         optax.sgd(rate),

@@ -1,11 +1,11 @@
 """Every deterministic rule against its documented formula in NumPy: logistic regression, at rest and before.
 
-    g = mean log(1 + exp(−y xᵀθ)) + Σ exp(λ_d) θ_d²/2,    m ← m/2 + ∇θ g,    θ ← θ − rate · m,
+    ℓ = mean log(1 + exp(−y xᵀθ)) + Σ exp(λ_d) θ_d²/2,    m ← m/2 + ∇θ ℓ,    θ ← θ − rate · m,
     f = the same mean on the validation rows + 0.1 Σ λ_d²,
 
-where λ is the penalties' logarithms, the rate, or both. At rest the answer is `problems.logistic_answer`; on the way
-it is the rule's own formula, with tangents that are pushed along by hand. The same formulas say what rounding does, in
-float32 and with parameters in bfloat16.
+where λ has the logarithms of the penalties, the rate, or both. At rest the expected hypergradient is
+`problems.logistic_answer`. Before, it is the rule's own formula, with tangents in NumPy. The same formulas bound the
+effect of rounding, in float32 and with parameters in bfloat16.
 """
 
 from functools import partial
@@ -88,7 +88,7 @@ def f_grad(theta):
 def run(num_steps, theta=None, momentum=None, rate=1.0, only=None):
     """θ, m, and the tangents of both by (log penalties, rate) after each step, from a constant start.
 
-    `only`: the step, from 0, that λ enters alone.
+    `only`: if given, λ enters only this step (counted from 0).
     """
     theta = np.zeros(NUM) if theta is None else theta
     momentum = np.zeros(NUM) if momentum is None else momentum
@@ -223,9 +223,10 @@ def test_bome_circles_around_the_hypergradient_at_the_distance_of_its_rate():
     assert fine > 1e-3 and 1.8 < coarse / fine < 2.2
 
 
-# On the way: the rule, the leaves of λ that it answers for, the calls, the formula; and the most that rounding may
-# change in float32 (ε = 1.2e-7) and with parameters in bfloat16 (ε = 7.8e-3), relative to what θ contributes: more
-# where a rule takes differences between nearby parameters, and in a scalar product that is small beside its factors.
+# Before rest: the rule, the leaves of λ that it differentiates, the number of calls, the formula, and the limits of the
+# rounding error in float32 (ε = 1.2e-7) and with parameters in bfloat16 (ε = 7.8e-3), relative to the part of θ. The
+# limits are larger for differences between nearby parameters, and for scalar products that are small next to their
+# factors.
 
 BOTH, PENALTIES, RATE = ("log_penalty", "rate"), ("log_penalty",), ("rate",)
 ON_THE_WAY = {

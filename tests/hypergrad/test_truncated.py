@@ -53,7 +53,7 @@ def test_every_window_equals_its_closed_form_while_hyperparams_move(outer, weigh
 
 
 def test_a_window_of_one_step_equals_the_formula_of_t1t2():
-    # Luketina et al.: dF/dλ = ∂f/∂λ − η (∂f/∂θ)(θ') ∂²g/∂θ∂λ, θ' = θ − η ∇θ g.
+    # Luketina et al.: dF/dλ = ∂f/∂λ − η (∂f/∂θ)(θ') ∂²ℓ/∂θ∂λ, θ' = θ − η ∇θ ℓ.
     eta = 0.1
     loop = inner.loop(problems.penalized, lambda hyperparams: optax.sgd(eta), init=problems.zeros)
     problem = inner.problem(loop, lambda params, hp, batch: problems.mean_squares(params, batch) + hp["penalty"].sum())
@@ -65,7 +65,7 @@ def test_a_window_of_one_step_equals_the_formula_of_t1t2():
         out, state = estimate(lam, problems.TASK, state)
         after = theta - eta * jax.grad(problems.penalized)(theta, lam, problems.TASK.train)
         f_theta = jax.grad(problems.mean_squares)(after, problems.TASK.valid)
-        np.testing.assert_allclose(out.hypergrad["penalty"], 1 - eta * f_theta * theta, rtol=1e-12)  # ∂²g/∂θ∂λ = θ
+        np.testing.assert_allclose(out.hypergrad["penalty"], 1 - eta * f_theta * theta, rtol=1e-12)  # ∂²ℓ/∂θ∂λ = θ
         assert out.done == (step == 2)
         theta = after
 

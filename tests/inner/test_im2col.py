@@ -326,7 +326,7 @@ def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
 
 
 def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
-    """Second order, tasks with windows of their own, in the body of a loop: nothing else than NHWC, HWIO, no groups."""
+    """Second order, with one kernel per task, in the body of a loop: only NHWC and HWIO, without groups."""
     conv, x, w = convolution("other layout")
     x, w = as_float32((jnp.stack([x, x]), jnp.stack([w, w])))
 
@@ -343,7 +343,7 @@ def test_every_convolution_is_compiled_in_the_layout_that_has_a_kernel():
 
 @pytest.mark.once
 def test_depthwise_convolutions_of_tasks():
-    """With images, kernels or both of their own, in one program; and what they cost."""
+    """Each task has its own images, its own kernels, or both: values in one program, and the cost."""
     conv, x, w = convolution("depthwise strides")
     xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
     both = lambda wrap: lambda x, w: derivatives(wrap(conv), x, w)

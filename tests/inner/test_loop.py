@@ -1,4 +1,4 @@
-"""The loop: steps, contexts, training runs, and what it says where a loss, an optimizer or an init does not fit."""
+"""The loop: steps, contexts, training runs, and errors if a loss, an optimizer or an init does not fit."""
 
 import chex
 import jax
@@ -166,7 +166,7 @@ def mean_of_traced_length(hyperparams):
 
 
 def mean_of_closures(hyperparams, init=lambda hp: jnp.ones(4), penalty=lambda hp: 0.1, look=lambda hp: 1.0):
-    """λ enters what the functions close over, and not the arguments."""
+    """λ enters through the closures of the functions, and not through their arguments."""
     loop = make(
         lambda params, _, batch: penalty(hyperparams) * (params**2).sum(),
         lambda _: optax.sgd(0.1),

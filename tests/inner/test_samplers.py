@@ -135,7 +135,7 @@ def test_where_rows_stand_changes_no_batch(replace):
     """Nor does a mask of rows that come first: the batches are those of `num_rows` rows."""
     order, sample = np.array([6, 0, 2, 7, 3, 1, 4, 5]), inner.minibatch(3, replace=replace)
     first = {"x": jnp.arange(8.0), "mask": jnp.arange(8) < 5}
-    place = np.sort(order.argsort()[:5])  # of the real rows, in their order
+    place = np.sort(order.argsort()[:5])  # the real rows, in their order
     scattered = {"x": jnp.full(8, 7.0).at[place].set(jnp.arange(5.0)), "mask": jnp.zeros(8, bool).at[place].set(True)}
     assert not scattered["mask"][:5].all()
     for step in range(5):
@@ -146,7 +146,7 @@ def test_where_rows_stand_changes_no_batch(replace):
 
 @pytest.mark.once
 def test_what_is_real_of_masks_of_parts_of_rows_and_of_two_counts():
-    """A row without a real part is padding; a mask among `shared` is none of rows; a mask and a count both hold."""
+    """A row without a real part is padding; a mask in `shared` does not mask rows; a mask and a count are combined."""
     parts = {"x": jnp.arange(4), "mask": jnp.array([[0, 0], [1, 0], [0, 0], [1, 1]])}
     draws = jax.vmap(lambda step: inner.minibatch(2)(KEY, step, parts)["x"])(jnp.arange(9))
     assert set(np.ravel(draws).tolist()) == {1, 3} and _samplers.num_rows(parts) == 2

@@ -1,4 +1,4 @@
-"""Weights on examples: the loss, the mixed product by hand, what it costs, what it is for."""
+"""Weights on examples: the loss, the mixed product by hand, its cost, and its use."""
 
 import chex
 import jax
@@ -47,7 +47,7 @@ def test_the_loss_is_a_weighted_sum(normalize):
 
 @pytest.fixture(scope="module")
 def products():
-    """Compiled: the losses' forward pass, the gradient, the mixed product alone, and with the Hessian product."""
+    """Compiled programs: forward pass of the losses, gradient, and mixed product without and with Hessian product."""
     inner_grad = jax.grad(inner.weighted(losses, weights))
     programs = {
         "forward": lambda params, lam, v: losses(params, BATCH),

@@ -47,9 +47,9 @@ class Mutant(NamedTuple):
       line: counted from 1.
       start: offset of the replaced bytes in the file.
       end: where they end.
-      text: what replaces them.
-      was: what they were.
-      test: what detected it in the last campaign, or "".
+      text: the new text.
+      was: the old text.
+      test: the test that detected it in the last campaign, or "".
     """
 
     operator: str
@@ -221,7 +221,7 @@ def moved(mutant: Mutant, number: int, everywhere: list[Mutant]) -> Mutant:
 
 
 def mutated(source: bytes, mutant: Mutant) -> bytes:
-    """The file with the fault; its text at the place must be what was drawn."""
+    """Returns the file with the fault. Raises ValueError if its text at this place has changed since the draw."""
     was = source[mutant.start : mutant.end].decode()
     if was != mutant.was:
         raise ValueError(f"{mutant.file}:{mutant.line} has changed since the draw: {was!r} was {mutant.was!r}.")
@@ -229,7 +229,7 @@ def mutated(source: bytes, mutant: Mutant) -> bytes:
 
 
 def stages(mutant: Mutant) -> list[list[str]]:
-    """What pytest is asked for, nearest first: the tests of the file, of its room, of all rooms, and the suite.
+    """Arguments of pytest, the nearest tests first: those of the file, of its room, of all rooms, and the whole suite.
 
     The test of the last campaign comes before those of the file.
     """
@@ -246,7 +246,7 @@ def stages(mutant: Mutant) -> list[list[str]]:
 
 
 def first_failure(copy: pathlib.Path, targets: list[str]) -> str:
-    """The first failing test of those that pytest is asked for, a note if there is no name, or "" if all pass."""
+    """Returns the first failing test of pytest's arguments, a note if it has no name, or "" if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", *targets]
     env = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:

@@ -257,7 +257,7 @@ NORMAL = NET._replace(layers=(*NET.layers, nas.Layer("norm_relu", 4)))
 
 @pytest.mark.once
 def test_padding_counts_in_no_search():
-    """`f` and its gradients, and one-shot scores, are those of the real rows alone."""
+    """`f`, its gradients and one-shot scores depend only on the real rows."""
     search = search_of(nas.darts, network=NORMAL, order="first")
     alpha, padded = alpha_of(search), base.Task(PADDED, PADDED)
     start = jax.jit(lambda: search.estimator.init(KEY, alpha, TASK))()

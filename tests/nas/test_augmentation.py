@@ -1,4 +1,4 @@
-"""Crops, flips and cutout against what they may do to an image whose pixels say where they are; the auxiliary head."""
+"""Crops, flips and cutout of an image whose pixels hold their position; the auxiliary head."""
 
 import jax
 import jax.numpy as jnp

@@ -93,7 +93,7 @@ def test_nas_bench_101(tmp_path):
 
     kept = tmp_path / "kept"
     metaopt.save(kept, table)
-    (tmp_path / "kept.tmp").mkdir()  # what another process is at work on may stand there
+    (tmp_path / "kept.tmp").mkdir()  # the temporary file of another process
     metaopt.save(kept, table)
     (tmp_path / "kept.tmp").rmdir()
     again = metaopt.load(kept)
@@ -232,7 +232,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         ):
             nas.read_nas_bench_201(file)
     assert not (tmp_path / "evil").exists()
-    # A type that says of a pointer that it is none; and what a file writes on a function stays with that file.
+    # A type that hides a pointer. Attributes that a file sets on a function do not remain after reading.
     pointer = (np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0))
     (tmp_path / "pointer.pth").write_bytes(
         pickle.dumps(Reduced(np._core.multiarray.scalar, (Reduced(*pointer), b"\x01" * 8)))

@@ -1,4 +1,4 @@
-"""The encoder of cells: what does not change it, what must, and its loss, against what is computed by hand."""
+"""The encoder of cells: changes that it ignores, changes that it sees, and its loss, compared with NumPy."""
 
 import itertools
 

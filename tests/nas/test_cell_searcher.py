@@ -146,7 +146,7 @@ def test_what_failed_is_not_predicted():
     assert h.predict() == {"op": 0} and h.predict(trials=failed[:1]) == h.suggest(trials=failed[:1]) == {"op": 1}
     # However little is expected of others.
     assert h.predict(trials=failed[:5]) == {"op": 5}
-    assert h.predict(trials=failed) == h.suggest(trials=failed) == {"op": 0}  # there is no other
+    assert h.predict(trials=failed) == h.suggest(trials=failed) == {"op": 0}  # all have failed
     ended = base.Record("", {"op": 5}, 1.0)
     assert h.predict(trials=[*failed[:5], ended]) == h.suggest(trials=[*failed[:5], ended]) == {"op": 5}
     assert h.predict(trials=[failed[0], base.Record("", {"op": 0}, 1.0)]) == {"op": 0}  # not with each seed
@@ -251,7 +251,7 @@ def test_one_failure_among_good_trials_changes_nothing():
     failed = min(given, key=lambda record: record.outcome)._replace(outcome=float("nan"), status="FAIL", seed=1)
     means = [trained(records, num_steps=0).posterior()[0] for records in (given, [*given, failed])]
     np.testing.assert_array_equal(*means)
-    # The same on the new task, where what is complete without a finite outcome has failed, too.
+    # The same on the new task, where a complete trial without a finite outcome counts as failed, too.
     h = of_prior([9.0, 8.0, 7.0, 0.0, 0.0, -9.0])
     ended = [base.Record("", {"op": i}, float(i)) for i in range(2)]
     again = base.Record("", {"op": 0}, status="FAIL", seed=1)
@@ -285,7 +285,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
         tried = [base.Record("", CELLS[i], float(i % 7)) for i in (3, 9, 40)]
         np.testing.assert_array_equal(again.posterior(task, tried), h.posterior(task, tried))
     assert again.candidates == h.candidates and h.predict([0.05]) != h.predict([0.95])
-    # The encoder, too, and what it must be told of cells.
+    # The encoder and its inputs come back, too.
     cells = _cell_encoder.cells([graph(CELLS[60])], again.ops, num_vertices=again.encoder.config["num_vertices"])
     encode = lambda h: jax.vmap(h.encoder.encode, in_axes=(0, None))(h.meta_params, cells)
     np.testing.assert_array_equal(encode(again), encode(h))

@@ -70,7 +70,7 @@ def with_biases(params):
 
 @pytest.mark.parametrize("norm", [*(pytest.param(n, marks=pytest.mark.once) for n in (None, "batch")), "layer"])
 def test_a_one_hot_choice_is_the_small_network_and_that_by_hand(norm):
-    """On images of one channel that are not square; the small network's parameters are what it would have itself."""
+    """Images have one channel and are not square. The slices have the shapes of the small network's parameters."""
     network, shape = conv_net(norm), (7, 4, 1)
     supernet = nas.supernet(network, shape, ops={})
     sizes = {"conv1_width": 4, "conv1_kernel": 3, "conv1_depth": 1, "conv2_width": 3, "conv2_kernel": 1}
@@ -260,7 +260,7 @@ def test_single_path_one_shot_and_evolution_over_sizes():
 
 
 def test_configurations_are_genotypes():
-    network = conv_net(kernels=(3,))  # one candidate is no choice
+    network = conv_net(kernels=(3,))  # one candidate does not make a choice
     assert list(network.cells) == ["conv1.width", "conv1.depth", "conv2.width", "conv2.depth", "linear.width"]
     space = nas.configuration_space(network)
     assert {name: leaf.high for name, leaf in space.items()} == dict(zip(space, (2, 1, 2, 1, 1), strict=True))

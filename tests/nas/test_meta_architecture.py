@@ -113,7 +113,7 @@ def test_on_cpu_tasks_with_positions_run_one_after_the_other(monkeypatch):
 
 
 def test_a_constant_h_is_a_shared_alpha(learned):
-    """h that reads nothing has the search's own hypergradient in α, and what training starts from has the search's."""
+    """An h without inputs has the hypergradient of the search in α. So has the initialization of the weights."""
     constant = nas.meta_architecture_search(SEARCH, predictors.mlp(SPACE, 0, num_hidden=0))
     alpha = {"cell": jnp.array([[0.3, -0.2, 0.5]])}
     own = {"alpha": alpha, "init": learned["init"]}
@@ -135,7 +135,7 @@ def test_a_constant_h_is_a_shared_alpha(learned):
 
 
 def test_h_of_a_space_in_other_units_gives_alpha_in_natural_units():
-    """α = default + scale · z, and z is what the predictor's network computes."""
+    """α = default + scale · z, where z is the output of the predictor's network."""
     space = {"cell": spaces.real([[1.0, -2.0, 0.5]], 3.0, shape=(1, 3))}
     scaled = nas.meta_architecture_search(search_of(), predictors.mlp(space, 0, num_hidden=0))
     task = TASKS[0]._replace(features=jnp.zeros(0))
@@ -202,7 +202,7 @@ def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
             lambda: metaopt.save(path, part),
             "λ of this search has the shapes",
         ),
-        # h's predictor alone is saved alone.
+        # The predictor of h without the rest.
         (
             lambda: metaopt.save(path, predictors.TrainedPredictor(predictors.mlp(SPACE, 2, num_hidden=2), learned)),
             "`meta_params` must have the shapes",

@@ -181,7 +181,7 @@ def test_weights_say_a_cell_and_a_cell_says_weights():
         w = rng.uniform(0.01, 1, size=(26, 3))
         found = _derivation.derive_graph(net, {"cell": w})
         assert 1 <= np.sum(found.matrix) <= 9 and _graphs.pruned(found) == found
-    # What is likelier not to be there is not, but for the path: a chain of any length stays one.
+    # Edges with a probability below one half are dropped, except on the path. So a chain of any length stays a chain.
     for num_vertices in (4, 7):
         small = nas.nas_bench_101_space(num_vertices=num_vertices)
         w = np.zeros((len(small.cells["cell"].edges), 3))

@@ -1,4 +1,4 @@
-"""Costs of architectures: against formulas, whole programs and the published tables; and what is done with them."""
+"""Costs of architectures compared with formulas, whole programs and published tables, and the use of these costs."""
 
 import functools
 import itertools
@@ -45,8 +45,8 @@ def weights_of(network, scale=1.0):
 
 
 def draws(network, num):
-    """The same whichever tests ran before. Cells whose input no edge leaves are not among them: what comes before one
-    is dead code, which a count of a jaxpr leaves out, and a table of costs does not."""
+    """Draws that do not depend on earlier tests. They have no cell whose input is unused: layers before such a cell are
+    dead code, which a count of a jaxpr omits and a table of costs does not."""
     space, rng = nas.configuration_space(network), np.random.default_rng(0)
     cells = [kind for kind, cell in network.cells.items() if cell.num_inputs == 1]
     while num:
@@ -150,7 +150,7 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
     alpha = {"cell": jnp.asarray([[-9.0, 0.0, 1.0], [0.0, -9.0, -9.0], [-9.0, 0.5, 0.0]])}
     excess, grads = jax.value_and_grad(_budgets.over_budget(WHOLE, network, budget=10.0))(alpha, 0)
     w, mean = jax.device_get(search.weights(alpha))["cell"], 1.0
-    if keep:  # 0→2 is not kept, and the others' "none" is no network's
+    if keep:  # 0→2 is not kept, and "none" on the other edges gives no network
         w = np.where(np.arange(3) == 0, np.array([0.0, 1.0, 0.0])[:, None], w * np.array([[1], [0], [1]]))
         w = w / w.sum(1, keepdims=True)
     for i, j, k in itertools.product(range(3), repeat=3):
@@ -160,10 +160,10 @@ def test_a_table_of_whole_networks_counts_edges_that_are_not_there(keep):
 
 
 def test_latency_is_seconds_of_a_call(monkeypatch):
-    """By a clock of our own, that every call of the op moves on by its milliseconds."""
+    """Uses a clock that every call of the op advances by its milliseconds."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    spent = iter([0.5, 4.0, 2.0, 3.0, *[1.0] * 1_000])  # warming; then what the median is of
+    spent = iter([0.5, 4.0, 2.0, 3.0, *[1.0] * 1_000])  # the first call; then the calls of the median
 
     class Compiled:
         def lower(self, *arguments):
@@ -285,7 +285,7 @@ def test_the_lagrangian_finds_the_constrained_minimum_and_the_multiplier(limit):
     excess = max(0.0, 3 - limit)
     np.testing.assert_allclose(both["hyperparams"], np.array([2, 1]) - excess / 2, atol=2e-2)
     np.testing.assert_allclose(jax.nn.softplus(both["multiplier"]), excess, atol=2e-2)
-    np.testing.assert_allclose(values[0], 13.0)  # f alone, beyond the limit
+    np.testing.assert_allclose(values[0], 13.0)  # only f, without the excess
     assert problem.loop.loss(2.0, {"hyperparams": jnp.zeros(2), "multiplier": jnp.array(0.0)}, None, context)[0] == 0
 
 

@@ -36,7 +36,7 @@ def cross_entropy(outputs, y):
 
 @pytest.mark.once
 def test_dropped_edges_by_hand():
-    """A cell of one node: what its two edges give comes and goes, of each example, but for what is passed on."""
+    """A cell of three edges: each example drops the first one at random. Edges that pass their input on are kept."""
     edges = [nas.Edge(0, i + 1, (op,)) for i, op in enumerate(("linear", "skip_connect", "identity"))]
     cell = nas.Cell(1, tuple(edges), (1, 2, 3), preprocess=False)
     net = nas.Network({"cell": cell}, (nas.Layer("linear", 4), *[nas.Layer("cell", 4)]), 12)
@@ -146,7 +146,7 @@ def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
         return nas.train_loop(loop, data, num_steps=num_steps, key=KEY, hyperparams=scale, **named)
 
     run()
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 100_000  # the rows alone are 320 kB
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 100_000  # the rows are 320 kB
     assert len(run(num_steps=3)[1]) == 3
     for other, message in [
         (

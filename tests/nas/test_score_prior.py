@@ -129,7 +129,7 @@ def test_failures_lower_what_is_expected_also_where_nothing_else_is_known():
         gain = score_improvement(prior, tried, failed)
         assert np.isneginf(gain[tried]).all()
         np.testing.assert_array_equal(gain[rest], mean[rest])  # there is nothing to improve over
-    # Of what ended the best counts, however good the failed one was to be.
+    # The best completed one counts, whatever the prediction for the failed one was.
     mean, variance = score_posterior(prior, [0, 3], np.array([np.inf, 1.0]))
     z = (mean[1] - mean[3]) / variance[1] ** 0.5
     gain = variance[1] ** 0.5 * (z * norm.cdf(z) + norm.pdf(z))

@@ -150,13 +150,13 @@ def test_where_nothing_arrives(found):
 
 
 def test_synflow_of_a_deep_network_does_not_overflow():
-    """Of a chain of matrices of one number, in float32: the product of all, in logarithms, times their number."""
+    """A chain of matrices with equal entries, in float32. The score is log(number of layers · product of all)."""
     net = nas.Network({}, (nas.Layer("linear", 64),) * 30, 1)
     supernet = nas.supernet(net, (64,), ops=nas.BLOCKS)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, jnp.float32), jax.eval_shape(supernet.init, KEY))
     with jax.enable_x64(False):
         found = jax.jit(lambda params: _scores.synflow(supernet, params, None))(params)
-    # 64 inputs of 1; every layer and the head multiply by 64 · 0.5. (The bias is no matrix.)
+    # 64 inputs of 1; every layer and the head multiply by 64 · 0.5. (The bias is not a matrix.)
     expected = np.log(31.0) + 31 * np.log(32.0)
     assert found.dtype == jnp.float32 and expected > np.log(np.finfo(np.float32).max)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -164,7 +164,7 @@ def test_synflow_of_a_deep_network_does_not_overflow():
 
 @pytest.mark.once
 def test_scores_of_networks_as_matrix_products():
-    """What a loop on a CPU runs gives the same, pooling among it."""
+    """Scores are equal with the rewritten convolutions and pooling of a loop on a CPU."""
     cell = nas.complete_cell(1, ("max", "conv"), preprocess=False)
     net = nas.Network({"cell": cell}, (nas.Layer("stem", 2), nas.Layer("cell", 2), nas.Layer("residual", 2, 2)), 2)
     supernet = nas.supernet(net, (4, 4, 1), ops=OPS, single_path=True)

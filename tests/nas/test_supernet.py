@@ -297,7 +297,7 @@ SIZES = nas.mlp_space(2, widths=(2, 4), depths=(1, 2), norm="batch")
     ("net", "single_path"), [(TABLE, False), (TABLE, True), (SIZES, False)], ids=["mixture", "one path", "sizes"]
 )
 def test_padding_counts_in_no_normalization_and_no_loss(net, single_path):
-    """In scans over layers and edges, in branches, and in gradients: what real rows alone give."""
+    """Outputs and gradients depend only on real rows, in scans over layers and edges and in branches."""
     supernet = nas.supernet(net, (3,), ops=nas.BLOCKS, single_path=single_path)
     x, y, w = jnp.where(MASK[:, None] > 0, X, 50.0), np.array([0, 1, -1, 0, 7, 1]), weights_of(net)
     if single_path:
@@ -314,7 +314,7 @@ def test_padding_counts_in_no_normalization_and_no_loss(net, single_path):
     np.testing.assert_allclose(among[real], outputs, rtol=1e-10)
     np.testing.assert_allclose(value, alone, rtol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), padded, grads)
-    # The mask is heeded, and not what stands in padding.
+    # The mask marks the padding; the values in padding do not.
     assert abs(jax.jit(supernet.apply)(params, w, x)[real] - outputs).max() > 0.1
 
 

@@ -134,7 +134,7 @@ def test_files_hold_the_whole_network(name, tmp_path):
 
 
 def rewritten(path, **changes):
-    """The file with other arrays, or without those that are None."""
+    """Writes the file again with other arrays, without those that are None."""
     with np.load(path) as file:
         arrays = {**{name: file[name] for name in file.files}, **changes}
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})

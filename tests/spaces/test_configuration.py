@@ -1,4 +1,4 @@
-"""Plain values: what a black box sees of λ, and λ back from it."""
+"""Plain values: λ as a black box receives it, and the way back to λ."""
 
 import json
 
@@ -181,7 +181,7 @@ def test_a_completed_configuration_keeps_its_own_numbers():
         found = spaces.complete(SPACE, given)
     assert found == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": long, "scale[1]": 2.0}
     assert type(found["scale[1]"]) is float
-    # What the space does not have is not kept.
+    # Names that the space does not have are dropped.
     changed = spaces.complete(SPACE, {"model": "boosting", "rate": 1, "svm.gamma": 99.0}, strict=False)
     assert changed == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": 10.0}
     with pytest.raises(ValueError, match="The space has no `rate`"):
@@ -206,7 +206,7 @@ def test_gaps_are_absent_where_a_value_does_not_matter_and_refused_where_it_does
 
 
 def test_labels_are_told_apart_by_their_types():
-    """`max_features=1` is one feature, 1.0 are all; of numbers alone, 2 and 2.0 are one."""
+    """`max_features=1` is one feature, and 1.0 is all of them. If all labels are numbers, 2 and 2.0 are equal."""
     space = {"max_features": spaces.choice(["sqrt", 1.0, 0.5]), "bootstrap": spaces.choice([True, False])}
     space |= {"batch": spaces.choice([16, 32]), "dropout": spaces.choice([0.0, 0.5])}
     wrong = {"max_features": 1, "bootstrap": 1, "batch": True, "dropout": False}
@@ -224,7 +224,7 @@ def test_labels_are_told_apart_by_their_types():
 
 
 def test_numbers_beside_none_are_labels_by_value_as_in_a_column_with_gaps():
-    """A data frame makes 2.0 of 2 beside None, and NaN of None: a gap, and so the default, here None itself."""
+    """In a column with None, a data frame turns 2 into 2.0 and None into NaN. NaN is the default, here None."""
     space = {"depth": spaces.choice([None, 2, 9])}
     for given, expected in ((9.0, 9), (np.float64(2.0), 2), (2, 2), (None, None)):
         found = spaces.complete(space, {"depth": given})["depth"]
@@ -247,7 +247,7 @@ def test_integers_are_whole_but_for_the_rounding_of_float32():
     space = {"depth": spaces.integer(0, 8), "rows": spaces.integer(1, 2_000_000)}
     for name, value, expected in (("depth", 7.9999995, 8), ("depth", 8.000001, 8), ("rows", 1e6 + 1e-2, 1_000_000)):
         assert spaces.complete(space, {name: value})[name] == expected
-        assert spaces.from_configuration(space, {name: value})[name] == expected  # and not beside it
+        assert spaces.from_configuration(space, {name: value})[name] == expected  # exactly
         assert spaces.foreign(space, {name: value}) == {}
     for name, value in (("depth", 7.99), ("depth", 1e-3), ("rows", 1e6 + 0.4)):
         assert spaces.foreign(space, {name: value}) == {name: value}
@@ -287,7 +287,7 @@ def test_a_space_is_inferred_from_what_was_tried():
     others = [{"criterion": "entropy", "n": n} for n in (1, 2)]
     assert spaces.infer(few + others)["depth"] == spaces.active_if(spaces.integer(3, 9), "criterion", ["gini"])
     assert spaces.infer(few[1:] + others)["depth"] == spaces.integer(5, 9)  # two have it
-    # None beside more numbers than a choice has stands for nothing that is known.
+    # If a column has more numbers than a choice may have, None is ignored.
     line = [{"n": n} for n in range(21)]
     assert spaces.infer([*line[:20], {"n": None}])["n"] == spaces.choice([None, *range(20)])
     assert spaces.infer([*line, {"n": None}])["n"] == spaces.integer(0, 20)

@@ -50,7 +50,7 @@ def outer(problem, hyperparams, num_steps=3):
 
 
 def by_hand(z, num_steps=3):
-    """F(λ(z)) in NumPy alone, from the closed form of gradient descent on a quadratic."""
+    """F(λ(z)) in NumPy, from the closed form of gradient descent on a quadratic."""
     rate = 1e-2 * 100 ** (1 / (1 + np.exp(-z["rate"])))
     start, decay, c = 1 + 2 * z["start"], 0.1 * np.exp(z["decay"]), 0.7
     best = c * 2.0 / (c + decay)

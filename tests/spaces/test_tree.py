@@ -1,4 +1,4 @@
-"""Trees of leaves: what is fixed disappears, and what does not fit is named."""
+"""Trees of leaves: fixed leaves disappear, and errors name the value that does not fit."""
 
 import json
 from typing import Any, NamedTuple

@@ -95,7 +95,7 @@ def test_every_task_fits_its_bucket_and_more_buckets_cost_less():
         assert len(buckets.shapes) <= most and buckets.assignment.shape == (40,)
         for shape, k in zip(shapes, buckets.assignment, strict=True):
             assert all(np.array(shape) <= np.array(buckets.shapes[k]))
-        for k, shape in enumerate(buckets.shapes):  # no bucket is larger than what is in it
+        for k, shape in enumerate(buckets.shapes):  # no bucket is larger than its largest table
             inside = np.array([s for s, j in zip(shapes, buckets.assignment, strict=True) if j == k])
             np.testing.assert_array_equal(inside.max(0), shape)
         own = [cost(s) for s in buckets.shapes]
@@ -152,7 +152,7 @@ def test_resplit_redraws_the_same_rows():
 
 
 def test_resplit_takes_real_rows_wherever_they_stand():
-    """And as many as masks say, where rows were left out by them alone."""
+    """Their number follows the masks, also if only masks exclude rows."""
     task = padded(prepared(rows=97, classes=4))
     some = lambda part, at: {**part, "mask": np.where(np.isin(np.arange(len(part["mask"])), at), 0, part["mask"])}
     fewer = task._replace(train=some(task.train, [0, 5, 9]), valid=some(task.valid, [1]))

@@ -1,4 +1,4 @@
-"""What comes out of a source is what went in."""
+"""A source returns the examples that it was made from."""
 
 import io
 import sys
@@ -22,7 +22,7 @@ def test_labels_and_groups_are_numbered_in_their_order():
     np.testing.assert_array_equal(source.y, [1, 0, 2, 0, 1, 1])
     np.testing.assert_array_equal(source.group, [1, 0, 0, 1, 2, 2])
     np.testing.assert_array_equal(source.superclass, [1, 0, 1])
-    assert tasks.from_arrays(X, Y, group=[-1] * 6).group is None  # one group is none
+    assert tasks.from_arrays(X, Y, group=[-1] * 6).group is None  # a single group does not count
 
 
 def test_keep_keeps_classes_rows_and_those_with_enough():

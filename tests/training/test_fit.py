@@ -1,4 +1,4 @@
-"""The outer loop: where it ends, what it reports, what it refuses, and what it leaves intact."""
+"""The outer loop: its end, its reports, its errors, and its inputs, which it leaves unchanged."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The outer step: renews done slots and no others, skips what is not finite, and is pure."""
+"""The outer step: it renews only done slots, skips non-finite hypergradients, and is pure."""
 
 import chex
 import jax
@@ -71,7 +71,7 @@ def test_fresh_states_have_keys_of_their_own():
     rule = base.Estimator(lambda key, hyperparams, task: key, estimate, "exact")
     init, step = training.learner(rule, optax.sgd(0.1))
     state = init(KEY, 7.0, jnp.zeros(2))
-    keys = [KEY, state.key, state.estimator_state]  # of the learner, and of the fresh state
+    keys = [KEY, state.key, state.estimator_state]  # the keys of the learner and of the new state
     state, _ = step(state)  # keeps the fresh state of `init`
     keys.append(state.key)
     for _ in range(2):

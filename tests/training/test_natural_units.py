@@ -215,7 +215,7 @@ def test_a_second_run_of_one_learner_is_compared_with_its_own_space(caplog):
     fit(learner, num_steps=1)
     with pytest.raises(ValueError, match="the problem's space differ"):
         fit(learner, num_steps=1, space=OTHER)
-    # Neither an equal space nor one with another default, which is no part of this formula, is another space.
+    # An equal space counts as the same space. So does one with another default, which is not in this formula.
     same = Rates(spaces.interval(1e-3, 1.0, log=True, default=0.9), spaces.fixed(0.5))
     fit(learner, num_steps=1, space=SPACE | {"rates": same, "mix": spaces.choice(["few", "many"])})
     assert CONVERTS_NOTHING not in caplog.text

@@ -36,7 +36,7 @@ def self_tuning(carried=False, **kwargs):
         if not carried:
             return transform
 
-        def update(updates, state, params=None, **extra_args):  # with what a discount needs
+        def update(updates, state, params=None, **extra_args):  # with the `grad_fn` that a discount needs
             return transform.update(updates, state, params, grad_fn=grads_of, **extra_args)
 
         return optax.GradientTransformationExtraArgs(transform.init, update)
@@ -163,7 +163,7 @@ def test_it_composes_and_ignores_extra_arguments(name):
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.once
 def test_inject_hyperparams(name):
-    """It may put another value, traced, in the place of the one that the transform was made with."""
+    """It may replace the value that the transform was made with by a traced one."""
     injected, params = optax.inject_hyperparams(TRANSFORMS[name])(), like(PARAMS, jnp.float64)
 
     @jax.jit
@@ -183,7 +183,7 @@ def test_inject_hyperparams(name):
 def test_trees_of_any_shape(name):
     transform = TRANSFORMS[name]()
     if name in ("per_group", "per_parameter"):
-        return  # its hyperparameters say what the parameters are
+        return  # their hyperparameters fix the tree of parameters
     update = lambda params: transform.update(params, transform.init(params), params)[0]
     trees = jnp.ones(()), {}, {"a": None, "b": jnp.ones((2, 0))}
     updates, of_number = jax.jit(lambda trees: ([update(tree) for tree in trees], update(1.0)))(trees)

@@ -286,7 +286,7 @@ def test_singular_rules_at_complex_operands():
     alive = np.array([0, 2, 3])
     np.testing.assert_allclose(derivatives[0][alive], derivatives[1][alive], rtol=1e-12)
     assert jnp.isnan(derivatives[1][1])
-    # What is left of the dead one is the derivative of 1/√(x + 1).
+    # For the entry with a zero gradient, only the derivative of 1/√(x + 1) is left.
     np.testing.assert_allclose(derivatives[0][1], -0.5 * (1.0 - 0.5j), rtol=1e-12)
 
 

@@ -30,7 +30,7 @@ def optax_promotes_ranks():
 
 class Case(NamedTuple):
     make: Callable  # rate -> transform
-    wrap: Callable = lambda params: params  # what the transform calls parameters
+    wrap: Callable = lambda params: params  # our parameters -> those of the transform
     read: Callable = lambda params: params
 
 
@@ -225,7 +225,7 @@ CASES: dict[str, Any] = {
     "add_mean_variance_to_opt": per_example(lambda rate: aggregating.add_mean_variance_to_opt(optax.sgd(rate))),
 }  # fmt: skip
 
-# A while loop of a length that is not known, which carries derivatives: JAX differentiates it forward alone.
+# A while loop of unknown length carries derivatives, so JAX differentiates it only in forward mode.
 FORWARD_ONLY = {
     "lbfgs": lambda rate: optax.chain(optax.lbfgs(), optax.scale(10 * rate)),
     "scale_by_zoom_linesearch": scaled(lambda rate: optax.scale_by_zoom_linesearch(3)),
@@ -434,7 +434,7 @@ def test_every_public_transform_is_here():
             unannotated = is_function and (module in (contrib, aggregating) or name.startswith("scale_by_"))
             if name[0] != "_" and ("GradientTransformation" in returns or unannotated):
                 found.add(function.__name__)
-    # multi_transform is partition; per-example clips, microbatching and schedules are no transforms.
+    # multi_transform is partition; per-example clips, microbatching and schedules are not transforms.
     here = {name.split("(")[0] for name in (*CASES, *FORWARD_ONLY, *NO_TRANSFORM)}
     assert found - here == set()
     # nadam is a partial function, MultiSteps a class; monitor has no annotation.

@@ -17,7 +17,7 @@ from metaopt import base, hypergrad, inner, training, transforms
 
 KEY = jax.random.key(0)
 WEIGHTS = jax.tree.map(lambda x: x.astype(jnp.float64), transforms.init_learned(KEY))
-# Larger steps and faster decays than fresh ones, so that what is compared is not all but zero.
+# Larger steps and faster decays than at initialization, so that the compared values are not almost zero.
 WEIGHTS.layers["2"]["w"] *= 10
 for i, layer in enumerate(WEIGHTS.layers.values()):  # no unit rests on its kink, as one does whose inputs are all off
     layer["b"] += jax.random.normal(jax.random.fold_in(KEY, i), layer["b"].shape)

@@ -49,7 +49,7 @@ def test_one_hot_is_the_member_to_the_bit(dtype):
 
 
 def objective(hp):
-    # `differentiable` around the whole would hide what the mixture does by itself.
+    # `differentiable` around the whole mixture would hide its own treatment of NaN.
     adam = transforms.differentiable(optax.adam(0.1))
     members = [optax.sgd(hp["rate"], 0.9), adam, optax.sign_sgd(hp["sign"]), broken(hp["broken"])]
     optimizer = transforms.mixture(members, hp["weights"])
@@ -65,7 +65,7 @@ def test_derivatives(weights):
     forward = jax.jit(jax.jacfwd(objective))(hp)
     chex.assert_tree_all_finite(reverse)
     chex.assert_trees_all_close(forward, reverse, rtol=1e-9)
-    # What is broken and idle has no derivative; what is idle alone has.
+    # A broken member with weight 0 has no derivative. Other members with weight 0 have one.
     assert reverse["broken"] == 0 and reverse["weights"][3] == 0
     flat, unravel = jax.flatten_util.ravel_pytree({**hp, "weights": hp["weights"][:3]})
     full = lambda flat: (lambda t: {**t, "weights": jnp.append(t["weights"], 0.0)})(unravel(flat))

@@ -1,4 +1,4 @@
-"""The page "From optax in one line" is a program that runs, and its numbers are what it says."""
+"""The page "From optax in one line" is a program that runs, and its numbers are correct."""
 
 import re
 from pathlib import Path
@@ -25,6 +25,6 @@ def test_the_page_runs(capsys):
 
 
 def test_the_page_names_everything():
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]  # of the table at the end
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]  # the table at the end
     for name in metaopt.transforms.__all__:
         assert name.endswith("State") or any(f"`{name}`" in row for row in rows)

@@ -1,4 +1,4 @@
-"""Hyperparameters by parameter: each group as if it were alone, and refused where that means nothing."""
+"""Hyperparameters by parameter: each group is updated as if it were the only one; an error if groups are coupled."""
 
 import functools
 
@@ -187,7 +187,7 @@ def by_leaves(change):
 
 
 def delayed(num_steps):
-    """The norm of an earlier step's gradients scales this one's: through the state alone."""
+    """The norm of an earlier step's gradients scales the update, only through the state."""
     return lambda rate: optax.GradientTransformation(
         lambda params: [jnp.ones(())] * num_steps,
         lambda u, state, params=None: (optax.tree.scale(rate * state[0], u), [*state[1:], optax.tree.norm(u)]),
@@ -195,7 +195,7 @@ def delayed(num_steps):
 
 
 def in_two_rounds(first, second, third):
-    """The first leaf's mean scales the third in the second round of a loop: on its way it is in a place of its own."""
+    """The mean of the first leaf scales the third leaf, through a carry of a loop of two rounds."""
     mean, _ = jax.lax.fori_loop(0, 2, lambda _, carry: (carry[1], first.mean()), (1.0, 1.0))
     return [first, second, third * mean]
 

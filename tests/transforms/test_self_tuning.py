@@ -13,10 +13,10 @@ from metaopt import base, hypergrad, inner, transforms
 
 START = np.array([1.0, -0.5, 2.0])
 CURVATURE = np.array([1.0, 3.0, 0.2])
-TARGET = np.array([0.3, 0.2, -1.0])  # of the validation loss
+TARGET = np.array([0.3, 0.2, -1.0])  # the minimum of the validation loss
 RATE, BETA, NUM_STEPS = 0.05, 0.01, 6
 MODES = ["forward", "reverse"]
-# A tuner that keeps λ and shows what it was given.
+# A tuner that keeps λ, and stores the hypergradient that it received.
 SPY = optax.GradientTransformation(
     lambda hp: optax.tree.zeros_like(hp), lambda h, state, hp=None: (optax.tree.zeros_like(h), h)
 )
@@ -135,7 +135,7 @@ def test_stacks_of_any_height_see_the_derivative_of_the_loss(height, mode):
             found.append(float(tuner.hyperparams))
             tuner = tuner.tuner
         np.testing.assert_allclose(found, simulated(values, t + 1)[1], rtol=1e-10)
-        if t > 0:  # `tuner` is what the spy saw: how the loss at θ_t changes with the top rate of the step before
+        if t > 0:  # `tuner` is the hypergradient: the derivative of the loss at θ_t in the top rate of the step before
             ends = [simulated(values, t, sign * 1e-3)[0] for sign in (1, -1)]
             np.testing.assert_allclose(tuner, (ends[0] - ends[1]) / 2e-3, rtol=1e-5, atol=1e-11)
     assert abs(tuner) > 1e-6
@@ -181,7 +181,7 @@ def test_the_signal_of_adamw_is_that_of_the_estimator(judge, mode):
     for _ in range(4):
         updates, opt_state = update(jax.grad(train_loss)(params), opt_state, params)
         params = params + updates
-        chex.assert_trees_all_close(opt_state.tuner, hypergradient, rtol=1e-9, atol=1e-12)  # of the last step
+        chex.assert_trees_all_close(opt_state.tuner, hypergradient, rtol=1e-9, atol=1e-12)  # the last step's
         out, state = estimate(lam, task, state)
         hypergradient = out.hypergrad
 
@@ -359,7 +359,7 @@ def test_in_multi_transform_it_tunes_its_group_and_around_it_all():
         _, state = update(grads, state, params)
         _, alone_state = update_alone(grads["w"], alone_state, params["w"])
     chex.assert_trees_all_close(optax.tree.get(state, "rate"), alone_state.hyperparams["rate"], rtol=1e-12)
-    # Inside, there are no parameters to evaluate a validation loss at.
+    # Inside, some parameters are missing, so a validation loss cannot be evaluated.
     with pytest.raises(ValueError, match="sees only some of the parameters"):
         inside.update(grads, state, params, valid_grad_fn=jax.grad(square))
     around = transforms.self_tuning(
@@ -410,7 +410,7 @@ def test_flax_holds_it():
 
     before = train_state.opt_state.hyperparams["rate"]
     assert step_with_validation(train_state).opt_state.hyperparams["rate"] < before
-    with pytest.raises(TypeError):  # it takes them for fields of its own
+    with pytest.raises(TypeError):  # it takes the arguments for its fields
         train_state.apply_gradients(grads=train_state.params, valid_grad_fn=jax.grad(square))
 
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
@@ -431,7 +431,7 @@ def test_flax_holds_it():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_program_that_is_given_the_state_leaves_the_start(mode):
-    lam = {"rate": jnp.array(1e-3, jnp.float64)}  # of the type in the state, so that nothing converts it
+    lam = {"rate": jnp.array(1e-3, jnp.float64)}  # has the dtype in the state, so it is not converted
     optimizer = transforms.self_tuning(lambda hp: optax.adam(hp["rate"]), lam, optax.sgd(0.1), mode=mode)
     update = jax.jit(optimizer.update, donate_argnums=1)
     state = optimizer.init(jnp.ones(2))

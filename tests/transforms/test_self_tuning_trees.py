@@ -29,7 +29,7 @@ def run(transform, grads, params, num_steps=3, **extra):
 
 @pytest.mark.parametrize("kwargs", [{}, {"mode": "reverse"}, {"discount": 0.5}])
 def test_integers_among_the_parameters_have_no_part(kwargs):
-    # Of a table of indices there is no derivative; plain optax, too, takes it where it is masked.
+    # A table of indices has no derivative. Plain optax needs a mask for it, too.
     params = {"a": jnp.array([1.0, -2.0]), "index": jnp.arange(3)}
     grads = {"a": jnp.array([0.3, 0.1]), "index": jnp.zeros(3, int)}
     extra = {"grad_fn": lambda p: {"a": p["a"], "index": jnp.zeros(3, int)}} if "discount" in kwargs else {}
@@ -226,7 +226,7 @@ def test_a_validation_batch_of_each_step_goes_through_a_chain_and_multi_steps():
 
 
 def quadratic(tuner, bound=None, rule="cosine", mode="forward", num_steps=100):
-    """Decoupled decay on ½‖θ‖² from a rate of 0.1: what is left of θ, and the largest rate · decay on the way."""
+    """Trains ½‖θ‖² with decoupled decay, from a rate of 0.1. Returns the last ‖θ‖, and λ after each step."""
     tuned = transforms.self_tuning(
         lambda hp: optax.chain(optax.sgd(hp["rate"]), optax.add_decayed_weights(-hp["rate"] * hp["decay"])),
         {"rate": 0.1, "decay": 1e-2},

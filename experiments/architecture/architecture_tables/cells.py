@@ -13,9 +13,9 @@ EDGE_OPS = {"TransNAS-Bench-101, micro": ("none", "skip_connect", "conv1x1", "co
 
 
 def kept_by_alpha(table: nas.Benchmark, scores: np.ndarray) -> int:
-    """Returns the row of the cell that α gives. α is computed from the scores [A] of all rows.
+    """Returns the row of the cell that α gives, where α is computed from the scores [A] of all rows.
 
-    The value of an op is the mean over the cells that contain it.
+    α of an op is the mean score of the cells that contain it, minus the mean score.
     """
     cell = nas.complete_cell(3, EDGE_OPS[table.name])
     network = nas.Network({"cell": cell}, (nas.Layer("conv", 8), nas.Layer("cell", 8)), num_outputs=2)

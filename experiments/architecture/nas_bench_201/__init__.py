@@ -5,14 +5,14 @@ final α gives one of the 15,625 cells of the benchmark. Their test accuracies a
 and ImageNet16-120 are known, so nothing has to be trained again. Searchers have the same steps, batches and rates,
 except for the changes of their papers. No choice depends on a test accuracy. Only searchers that say so see the table.
 
-RobustDARTS and the stop by the number of skips are two more ways to read the run of first-order DARTS. The dominant
-eigenvalue in α of its validation loss is measured at the end of every epoch. So one run gives three rows. (As separate
-searches they are `nas.robust_darts` and `nas.darts_plus`, which choose the same epoch.)
+One run of first-order DARTS gives three rows: its end, the epoch of RobustDARTS, and the epoch at which the number of
+skips stops DARTS+. RobustDARTS needs the dominant eigenvalue of the validation loss in α, which is measured at the end
+of every epoch. The searches `nas.robust_darts` and `nas.darts_plus` choose the same epochs.
 
-Other rows use the table's validation accuracies after 12 epochs (its only true validation): random search, regularized
-evolution, and the best architecture of the other two tasks. The next row is the constant cell 9930, which is nearly the
-best on every task. The last rows are the best of 100 random cells by training-free scores at initialization, or by
-their FLOPs.
+Random search, regularized evolution and the best architecture of the other two tasks use the table's validation
+accuracies after 12 epochs, its only true validation. The next row is the constant cell 9930, which is nearly the best
+on every task. The last rows are the best of 100 random cells by training-free scores at initialization, or by their
+FLOPs.
 
     python experiments/architecture/nas_bench_201  forty minutes on a core: 16x16 images, C = 8, N = 1, 300 steps
     python experiments/architecture/nas_bench_201 --full  the benchmark's scale: 32x32, C = 16, N = 5, 19,500 steps

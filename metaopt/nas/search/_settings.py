@@ -23,11 +23,11 @@ S = TypeVar("S")
 def plain(value: Any, depth: int = 12) -> Any:
     """Converts a value to JSON types.
 
-    A function becomes its name, the values that it encloses and the defaults of its arguments. A method also has its
-    object, and a dataclass its fields. An array of more than 100 entries becomes its shape and a checksum. Any other
-    value that JSON does not have, or that lies deeper than `depth`, becomes the name of its type. The arguments of
-    a factory are therefore recorded (`nas.softmax(2.0)`, `optax.linear_schedule(1, 0, 50)`). A number that is written
-    in a function's body is not.
+    A function becomes its name, the values in its closure and the defaults of its arguments. A method becomes its
+    function and its object, and a dataclass its name and its fields. An array of more than 100 entries becomes its
+    shape and a checksum. Values of other types, and values that are nested more than `depth` levels deep, become the
+    name of their type. So the result has the arguments of a factory, such as 2.0 in `nas.softmax(2.0)`. It does not
+    have the constants in a function's body.
     """
     if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
         if isinstance(value, jax.Array) and (value.is_deleted() or not value.is_fully_addressable):
