@@ -487,15 +487,6 @@ def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     assert found["mixed"] > 0.95 and found["inherited"] < 0.5
 
 
-def test_the_page_of_nas_bench_201_tells_the_gaps_of_the_runs_that_are_kept():
-    needs_nas_bench_201()
-    results = ROOT / "experiments" / "results"
-    runs = json.loads((results / "nas_bench_201.json").read_text())["runs"]
-    page = (results / "nas_bench_201.md").read_text()
-    told = "\n".join(nas_bench_201.report.gaps(runs, benchmarks.nas_bench_201_table(os.environ["METAOPT_DATA"])))
-    assert "1x1 convolution" in told and told in page
-
-
 # ---- Architectures by hypergradient ---------------------------------------------------------------------------------
 
 
