@@ -26,7 +26,6 @@ from experiments import pages, script
 from experiments.architecture import auto_architecture, nas_bench_201
 from experiments.blackbox import auto_random_forest as forest
 from experiments.blackbox import hpob, learning_curves
-from experiments.data import benchmarks
 from experiments.few_shot import omniglot, personalization, small_meta_dataset
 from experiments.hyperparameters import auto_tune
 from metaopt import base, blackbox, evaluation, nas, spaces, tasks, transforms
