@@ -7,6 +7,8 @@ JAX, which takes seconds.
 """
 
 import importlib
+import pathlib
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -201,6 +203,8 @@ def _check_trees(model) -> None:
     nodes = [(t.children_left, t.children_right, t.feature) for t in map(_tree, getattr(model, "estimators_", ()))]
     for predictor in (p for stage in getattr(model, "_predictors", ()) for p in stage):
         inner = predictor.nodes["is_leaf"] == 0
+        if predictor.nodes["is_categorical"].any():  # its sets of levels have positions, too
+            raise ValueError("a tree splits a column by categories, which no saved model does")
         left, right = (np.where(inner, predictor.nodes[side].astype(int), -1) for side in ("left", "right"))
         nodes.append((left, right, np.where(inner, predictor.nodes["feature_idx"], 0)))
     for left, right, feature in nodes:
@@ -263,7 +267,7 @@ def _fit_lightgbm(settings, data):
     stop: dict[str, Any] = {}
     if not data.stops:
         rounds = min(rounds, _FIXED_ROUNDS)
-    elif len(data.valid_y):
+    elif data.valid_weight.any():
         valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
         stop = {"valid_sets": [valid], "callbacks": [lightgbm.early_stopping(patience, verbose=False)]}
     # Without the last argument it forgets the rounds after the best one, which other folds may need.
@@ -301,7 +305,7 @@ def _fit_xgboost(settings, data):
     stop: dict[str, Any] = {}
     if not data.stops:
         rounds = min(rounds, _FIXED_ROUNDS)
-    elif len(data.valid_y):
+    elif data.valid_weight.any():
         valid = xgboost.DMatrix(data.valid_views.trees, data.valid_y, weight=data.valid_weight, nthread=1)
         stop = {"evals": [(valid, "valid")], "early_stopping_rounds": patience, "verbose_eval": False}
     return xgboost.train(options, train, rounds, **stop)
@@ -326,6 +330,63 @@ def _load_xgboost(data):
     booster = importlib.import_module("xgboost").Booster({"nthread": 1})
     booster.load_model(bytearray(data))
     return booster
+
+
+def _fit_catboost(settings, data):
+    catboost = importlib.import_module("catboost")
+    settings = dict(settings)
+    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
+    levels = np.flatnonzero(data.categorical).tolist()
+    pool = lambda views, y, weight: catboost.Pool(_catboost_rows(views, levels), y, levels, weight=weight)
+    options = {
+        "loss_function": "MultiClass" if data.num_classes > 2 else "Logloss" if data.num_classes else "RMSE",
+        "random_seed": data.seed,
+        "thread_count": 1,
+        "allow_writing_files": False,
+        "logging_level": "Silent",
+        **settings,
+    }
+    stop: dict[str, Any] = {}
+    if not data.stops:
+        rounds = min(rounds, _FIXED_ROUNDS)
+    elif data.valid_weight.any():
+        options |= {"od_type": "Iter", "od_wait": patience, "use_best_model": False}
+        stop = {"eval_set": pool(data.valid_views, data.valid_y, data.valid_weight)}
+    model = catboost.CatBoost({**options, "iterations": rounds}).fit(pool(data.views, data.y, data.weight), **stop)
+    # Unlike its best iteration, its metadata comes back from a worker process.
+    model.get_metadata()["best_rounds"] = str(model.get_best_iteration() + 1 if stop else 0)
+    return model
+
+
+def _catboost_rows(views, levels):
+    """A frame whose categorical columns hold integers, -1 for a gap."""
+    columns = dict(enumerate(views.trees.T))
+    columns |= {j: np.where(np.isnan(columns[j]), -1, columns[j]).astype(np.int64) for j in levels}
+    return importlib.import_module("pandas").DataFrame(columns)
+
+
+def _first_catboost(model, num):
+    if not 0 < num < model.tree_count_:
+        return model
+    first = model.copy()
+    first.shrink(num)
+    return first
+
+
+def _predict_catboost(model, views, num_classes):
+    rows = _catboost_rows(views, model.get_cat_feature_indices())
+    return model.predict(rows, "Probability" if num_classes else "RawFormulaVal", thread_count=1)
+
+
+def _dump_catboost(model):
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "model.cbm"
+        model.save_model(str(file))
+        return file.read_bytes()
+
+
+def _load_catboost(data):
+    return importlib.import_module("catboost").CatBoost().load_model(blob=data)
 
 
 # --- all kinds ---
@@ -358,5 +419,14 @@ KINDS: dict[str, Kind] = {
         _load_xgboost,
         _best_xgboost,
         _first_xgboost,
+    ),
+    "catboost": Kind(
+        "catboost",
+        _fit_catboost,
+        _predict_catboost,
+        _dump_catboost,
+        _load_catboost,
+        lambda model: int(model.get_metadata()["best_rounds"]),
+        _first_catboost,
     ),
 }
