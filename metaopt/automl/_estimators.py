@@ -278,8 +278,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
     """A regressor for tables that chooses and combines models within a time limit.
 
     It works like `AutoClassifier`. The network predicts the probabilities of ten intervals of the target, with the
-    hyperparameters that g predicts for this classification; its prediction is the mean target of the intervals. The ends
-    of the intervals are quantiles of the targets of all rows. No g is trained for regression yet.
+    hyperparameters that g predicts for this classification; its prediction is the mean target of the intervals. The
+    ends of the intervals are quantiles of the targets of all rows. No g is trained for regression yet.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.

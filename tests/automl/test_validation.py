@@ -52,6 +52,15 @@ def test_equal_rows_of_few_values_are_different_observations():
     assert _shared(rows, _rows.split_rows(rows, 3, seed=0)) == 10
 
 
+def test_rows_of_one_weight_stay_together_also_where_equal_rows_do_not():
+    x, y = RNG.integers(0, 2, (200, 2)).astype(float), RNG.integers(0, 2, 200)
+    y[7] = 2  # its only row must not be in a validation part
+    rows = _rows.sorted_rows(x, y, np.full(200, 3.0))
+    assert (np.bincount(rows.copies)[1:] == 3).all() and len(np.unique(rows.copies)) == 200
+    for train, valid in _rows.split_rows(rows, 3, seed=0):
+        assert not set(rows.copies[train]) & set(rows.copies[valid]) and not (rows.y[valid] == 2).any()
+
+
 def test_copies_of_the_only_row_of_a_class_stay_in_the_training_part():
     y = np.where(np.arange(200) == 7, 2, Y)
     rows = _rows.sorted_rows(X, y, np.where(np.arange(200) == 7, 3.0, 2.0))
