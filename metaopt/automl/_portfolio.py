@@ -113,7 +113,7 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
     for kind in kinds:
         if not _installed(kind):
             package = KINDS[kind].module.partition(".")[0]
-            source = package if kind == "catboost" else '"metaopt-jax[automl]"'  # large, and no part of the extra
+            source = package if kind == "catboost" else '"metaopt-jax[automl]"'  # it is not in the extra
             raise ImportError(f"The model {kind} needs {package}; install it with `pip install {source}`.")
     members = _members(problem, num_rows)
     if preset != "best":

@@ -1,4 +1,4 @@
-"""CatBoost takes part if it is installed. It is no part of an extra, so most of these tests need it next to metaopt."""
+"""CatBoost is a model if it is installed. It is not in the extra `automl`, so most of these tests are skipped without it."""
 
 import numpy as np
 import pandas as pd
