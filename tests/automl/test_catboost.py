@@ -1,4 +1,4 @@
-"""CatBoost is a model if it is installed. It is not in the extra `automl`, so most of these tests are skipped without it."""
+"""CatBoost is a model if it is installed. It is not in the extra: most of these tests are skipped without it."""
 
 import numpy as np
 import pandas as pd
