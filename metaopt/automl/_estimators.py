@@ -197,8 +197,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
-      preset: "instant" (the network with g's hyperparameters), "balanced" (14 models) or "best" (22). The last two
-        have CatBoost, too, if it is installed.
+      preset: "instant" (the network with g's hyperparameters), "balanced" (14 models) or "best" (22).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
       models: kinds of models to use, for example `("network", "lightgbm")` or "linear"; None uses all that are

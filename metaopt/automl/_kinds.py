@@ -7,8 +7,6 @@ JAX, which takes seconds.
 """
 
 import importlib
-import pathlib
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -332,63 +330,6 @@ def _load_xgboost(data):
     return booster
 
 
-def _fit_catboost(settings, data):
-    catboost = importlib.import_module("catboost")
-    settings = dict(settings)
-    rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
-    levels = np.flatnonzero(data.categorical).tolist()
-    pool = lambda views, y, weight: catboost.Pool(_catboost_rows(views, levels), y, levels, weight=weight)
-    options = {
-        "loss_function": "MultiClass" if data.num_classes > 2 else "Logloss" if data.num_classes else "RMSE",
-        "random_seed": data.seed,
-        "thread_count": 1,
-        "allow_writing_files": False,
-        "logging_level": "Silent",
-        **settings,
-    }
-    stop: dict[str, Any] = {}
-    if not data.stops:
-        rounds = min(rounds, _FIXED_ROUNDS)
-    elif data.valid_weight.any():
-        options |= {"od_type": "Iter", "od_wait": patience, "use_best_model": False}
-        stop = {"eval_set": pool(data.valid_views, data.valid_y, data.valid_weight)}
-    model = catboost.CatBoost({**options, "iterations": rounds}).fit(pool(data.views, data.y, data.weight), **stop)
-    # Unlike its best iteration, its metadata comes back from a worker process.
-    model.get_metadata()["best_rounds"] = str(model.get_best_iteration() + 1 if stop else 0)
-    return model
-
-
-def _catboost_rows(views, levels):
-    """A frame whose categorical columns hold integers, -1 for a gap."""
-    columns = dict(enumerate(views.trees.T))
-    columns |= {j: np.where(np.isnan(columns[j]), -1, columns[j]).astype(np.int64) for j in levels}
-    return importlib.import_module("pandas").DataFrame(columns)
-
-
-def _first_catboost(model, num):
-    if not 0 < num < model.tree_count_:
-        return model
-    first = model.copy()
-    first.shrink(num)
-    return first
-
-
-def _predict_catboost(model, views, num_classes):
-    rows = _catboost_rows(views, model.get_cat_feature_indices())
-    return model.predict(rows, "Probability" if num_classes else "RawFormulaVal", thread_count=1)
-
-
-def _dump_catboost(model):
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "model.cbm"
-        model.save_model(str(file))
-        return file.read_bytes()
-
-
-def _load_catboost(data):
-    return importlib.import_module("catboost").CatBoost().load_model(blob=data)
-
-
 # --- all kinds ---
 
 KINDS: dict[str, Kind] = {
@@ -419,14 +360,5 @@ KINDS: dict[str, Kind] = {
         _load_xgboost,
         _best_xgboost,
         _first_xgboost,
-    ),
-    "catboost": Kind(
-        "catboost",
-        _fit_catboost,
-        _predict_catboost,
-        _dump_catboost,
-        _load_catboost,
-        lambda model: int(model.get_metadata()["best_rounds"]),
-        _first_catboost,
     ),
 }

@@ -14,9 +14,6 @@ from metaopt.automl._rows import repeated
 from metaopt.automl._shipped import predict_hyperparams
 
 SPREAD = 0.5  # standard deviation of draws around λ, in unconstrained coordinates
-# Compiled programs of each function that are kept. A program has thousands of memory mappings, and Linux allows 65,530
-# of them in a process: fits of many tables would fail.
-_NUM_PROGRAMS = 4
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # columns after padding; equal shapes share one compiled program
 
 
@@ -93,8 +90,7 @@ def fit_networks(
     data = [_padded(fold, y, folds, num_classes) for fold, y in zip(folds, labels, strict=True)]
     stacked = {name: np.stack([part[name] for part in data]) for name in data[0]}
     keys = jax.random.split(jax.random.key(seed), len(folds))
-    program = _train(settings.get("num_steps", 100), _shapes(stacked))
-    params = jax.device_get(program(keys, hyperparams, stacked))
+    params = jax.device_get(_train(settings.get("num_steps", 100))(keys, hyperparams, stacked))
     scales = {name: float(hyperparams[name]) for name in _SCALES}
     models = []
     for i, (fold, y) in enumerate(zip(folds, labels, strict=True)):
@@ -134,15 +130,12 @@ def refined(
         for group, ys in ((folds, labels), (valid, valid_labels))
     ]
     train_rows, valid_rows = ({name: np.stack([part[name] for part in group]) for name in group[0]} for group in parts)
-    program = _refine(num_steps, _shapes(train_rows), _shapes(valid_rows))
-    result = program(jax.random.key(seed), hyperparams, base.Task(train_rows, valid_rows))
+    result = _refine(num_steps)(jax.random.key(seed), hyperparams, base.Task(train_rows, valid_rows))
     return jax.device_get(result.hyperparams)
 
 
-@functools.lru_cache(_NUM_PROGRAMS)
-def _refine(num_steps: int, *shapes: tuple):
-    """A program for arrays of these shapes only, so that the cache can free it."""
-    del shapes
+@functools.cache
+def _refine(num_steps: int):
     network = tabular_network()
     estimator = hypergrad.unrolled(spaces.constrain(network.problem, network.space), num_steps=network.num_steps)
     tune = training.fine_tune(
@@ -182,20 +175,14 @@ def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
 _SCALES = ("hinge_scale", "hidden_scale", "output_scale", "linear_scale")
 
 
-@functools.lru_cache(_NUM_PROGRAMS)
-def _train(num_steps: int, shapes: tuple):
-    """A program for arrays of these shapes only, so that the cache can free it."""
-    del shapes
+@functools.cache
+def _train(num_steps: int):
     network = tabular_network(num_steps=num_steps)
 
     def run(key, hyperparams, data):
         return train(network, key, hyperparams, base.Task(data, data))
 
     return jax.jit(jax.vmap(run, in_axes=(0, None, 0)))
-
-
-def _shapes(data: dict[str, np.ndarray]) -> tuple:
-    return tuple((name, value.shape) for name, value in sorted(data.items()))
 
 
 def _padded(fold: FoldRows, y: np.ndarray, folds: list[FoldRows], num_classes: int) -> dict[str, Any]:

@@ -53,32 +53,6 @@ _XGBOOST = {
         "subsample": 0.7,
     },
 }
-_CATBOOST = {
-    "classification": {
-        "learning_rate": 0.08,
-        "l2_leaf_reg": 1e-5,
-        "boosting_type": "Plain",
-        "bootstrap_type": "Bernoulli",
-        "subsample": 0.9,
-        "depth": 7,
-        "random_strength": 0.8,
-        "one_hot_max_size": 15,
-        "leaf_estimation_iterations": 1,
-        "border_count": 254,
-    },
-    "regression": {
-        "learning_rate": 0.09,
-        "l2_leaf_reg": 1e-5,
-        "boosting_type": "Plain",
-        "bootstrap_type": "Bernoulli",
-        "subsample": 0.9,
-        "depth": 9,
-        "random_strength": 0.0,
-        "one_hot_max_size": 20,
-        "leaf_estimation_iterations": 20,
-        "border_count": 254,
-    },
-}
 _STOP = {"num_rounds": 1000, "patience": 50}
 
 
@@ -113,8 +87,7 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
     for kind in kinds:
         if not _installed(kind):
             package = KINDS[kind].module.partition(".")[0]
-            source = package if kind == "catboost" else '"metaopt-jax[automl]"'  # it is not in the extra
-            raise ImportError(f"The model {kind} needs {package}; install it with `pip install {source}`.")
+            raise ImportError(f'The model {kind} needs {package}; install it with `pip install "metaopt-jax[automl]"`.')
     members = _members(problem, num_rows)
     if preset != "best":
         members = [member for member in members if not member.name.endswith("*")]
@@ -145,7 +118,6 @@ def _members(problem: str, num_rows: int) -> list[Member]:
         Member("extra_trees", "extra_trees", {"min_samples_leaf": 2, **half, **criterion}),
         Member("random_forest", "random_forest", {"min_samples_leaf": 2, **criterion}),
         Member("xgboost", "xgboost", xgboost),
-        Member("catboost", "catboost", {**_CATBOOST[problem], **_STOP}),
         Member("network refined", "network", {"num_refined": 3}),
         Member("network 2", "network", {"draw": 1}),
         Member("lightgbm small", "lightgbm", {**lightgbm, **small}),

@@ -14,7 +14,6 @@ _SECONDS = {
     "hist_gradient_boosting": (0.55, 0.7, 0.7, 1.1, 0.10),
     "lightgbm": (0.55, 1.2, 0.6, 1.5, 0.01),
     "xgboost": (1.2, 0.7, 0.8, 1.1, 0.01),
-    "catboost": (2.0, 0.7, 0.8, 1.0, 0.30),
 }
 NETWORK_COMPILE = 12.0  # seconds for a new shape; less if JAX's cache has the program
 REFINED_COMPILE = 25.0  # the same for hypergradients
