@@ -338,6 +338,15 @@ def test_the_network_predicts_in_numpy_as_in_jax(wine):
     np.testing.assert_allclose(_network_folds.predict(model, prepared.test.x), expected, rtol=2e-4, atol=1e-6)
 
 
+def test_dates_as_labels_are_saved(tmp_path):
+    x, y = np.arange(40.0)[:, None], pd.date_range("2020-01-01", periods=2).repeat(20)
+    model = automl.AutoClassifier(**QUICK | {"models": "linear"}).fit(x, y)
+    metaopt.save(tmp_path / "model.npz", model)
+    loaded = metaopt.load(tmp_path / "model.npz")
+    assert loaded.classes_.dtype == model.classes_.dtype
+    np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
+
+
 @pytest.mark.parametrize(
     ("y", "classes"),
     [
