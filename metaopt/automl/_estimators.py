@@ -364,7 +364,8 @@ def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.
 def _as_frame(X):
     """A dict of columns or a list of dicts as a frame, since scikit-learn's checks cannot read them."""
     is_rows = isinstance(X, list | tuple) and len(X) and all(isinstance(row, Mapping) for row in X)
-    return pd.DataFrame(X) if is_rows or isinstance(X, Mapping) else X
+    is_columns = isinstance(X, Mapping) and not hasattr(X, "tocsr")  # some sparse arrays are dicts
+    return pd.DataFrame(X) if is_rows or is_columns else X
 
 
 def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:
