@@ -133,6 +133,13 @@ def test_every_kind_of_scikit_learn_is_saved(kind, wine, request, tmp_path):
     np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
 
 
+def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path, monkeypatch):
+    metaopt.save(tmp_path / "model.npz", extra_trees)
+    monkeypatch.setattr(_kinds, "_TRUSTED", _kinds._TRUSTED[1:])
+    with pytest.raises(ValueError, match="Untrusted types.*Tree"):
+        metaopt.load(tmp_path / "model.npz")
+
+
 def test_a_tree_with_categorical_nodes_is_rejected(wine):
     """No kind has them; their sets of levels would be at positions that a file names."""
     model = automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
