@@ -199,30 +199,31 @@ def _read_rows(path: Path, model: Any) -> Any:
 def _read(path: Path, texts: Collection[str] = ()) -> Any:
     """Reads a CSV file. Only empty fields are missing here; the encoder interprets words such as "NA".
 
-    The delimiter is the one that gives the header most fields; of several, the one that gives the next lines as many.
-    The columns of `texts` are not read as numbers.
+    The delimiter gives the next lines as many fields as the header, if there is such a one; of several, it is the one
+    that gives the header most fields. The columns of `texts` are not read as numbers.
     """
     from metaopt import _extras
 
     pandas = _extras.require("pandas", "automl", "The command `metaopt`")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         start = file.read(65536).splitlines(keepends=True)
-    num_blank = next((i for i, line in enumerate(start) if line.strip("\r\n")), 0)
-    num_fields = {mark: _num_fields(start[num_blank:], mark) for mark in ";\t|,"}  # a comma may be in numbers, too
-    separator = max(num_fields, key=num_fields.__getitem__)
+    num_blank = next((i for i, line in enumerate(start) if line.strip(" \r\n")), 0)
+    rank = {mark: _fit_of_delimiter(start[num_blank:], mark) for mark in ";\t|,"}  # a comma may be in numbers, too
+    separator = max(rank, key=rank.__getitem__)
     options = {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
     options |= {"low_memory": False, "dtype": dict.fromkeys(texts, str), "skiprows": num_blank}
     try:
         # In a file with one column, a blank line is a row with a gap.
-        return pandas.read_csv(path, skip_blank_lines=num_fields[separator][0] > 1, **options)
+        return pandas.read_csv(path, skip_blank_lines=rank[separator][0], **options)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
 
 
-def _num_fields(lines: Sequence[str], mark: str) -> tuple[int, int]:
-    """The number of fields of the header with this delimiter, and how many of the next lines have as many."""
+def _fit_of_delimiter(lines: Sequence[str], mark: str) -> tuple[bool, bool, int, int]:
+    """Whether there are several columns, whether all lines have as many, the number of columns, and of such lines."""
     header, *rows = [row for row in csv.reader(lines, delimiter=mark) if row][:20] or [[]]
-    return len(header), sum(len(row) == len(header) for row in rows)
+    num_equal = sum(len(row) == len(header) for row in rows)
+    return len(header) > 1, num_equal == len(rows), len(header), num_equal
 
 
 def _numbers(target: Any) -> Any:

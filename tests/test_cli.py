@@ -259,6 +259,8 @@ def test_the_doctor_returns_3_for_a_wrong_gradient(monkeypatch, capsys):
         ("\n\na\n1\n2\n", ["a"], [1]),
         ("\tvalue\n0\t1.5\n", ["Unnamed: 0", "value"], [0, 1.5]),
         ("a,b\n1,2\n", ["a", "b"], [1, 2]),
+        ("  \n\na,b\n1,2\n", ["a", "b"], [1, 2]),
+        ("Length, cm, outer;Price\n1.5;3\n2.5;4\n", ["Length, cm, outer", "Price"], [1.5, 3]),
     ],
 )
 def test_the_delimiter_and_the_header_are_found(text, columns, first, tmp_path):

@@ -1,6 +1,7 @@
 """Weights of an ensemble, its calibration, and conformal prediction, all from out-of-fold predictions."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ def score(metric: str, predicted: np.ndarray, target: Target) -> float:
         error = np.abs(predicted - y)
         return -float(np.average(error, weights=weight) if metric == "mae" else _root(error**2, weight))
     if metric == "r2":
+        if len(y) == 1:  # no deviation: scikit-learn returns NaN here, and 0 or 1 for equal numbers
+            return float(predicted[0] == y[0])
         return float(metrics.r2_score(y, predicted, sample_weight=weight))
     if metric == "roc_auc":
         return _roc_auc(predicted, target)
@@ -48,7 +51,13 @@ def score(metric: str, predicted: np.ndarray, target: Target) -> float:
     return float(np.mean(recalls))
 
 
-def greedy_weights(predictions: list[np.ndarray], target: Target, metric: str, max_members: int) -> np.ndarray:
+def greedy_weights(
+    predictions: list[np.ndarray],
+    target: Target,
+    metric: str,
+    max_members: int,
+    is_late: Callable[[], bool] = lambda: False,
+) -> np.ndarray:
     """Weights of an ensemble by greedy selection with replacement.
 
     Each of 40 steps adds the member that improves the mean of the selected predictions most. The weights are the shares
@@ -59,6 +68,7 @@ def greedy_weights(predictions: list[np.ndarray], target: Target, metric: str, m
       target: of the same rows.
       metric: one of `METRICS`.
       max_members: the largest number of different members.
+      is_late: `() -> bool`, whether no further step may begin. The first step always takes place.
 
     Returns:
       [M] float64, with sum 1.
@@ -81,6 +91,8 @@ def greedy_weights(predictions: list[np.ndarray], target: Target, metric: str, m
         num, best_num = (counts > 0).sum(), (best_counts > 0).sum()
         if value > best + 1e-9 or (value > best - 1e-9 and num < best_num):
             best, best_counts = value, counts
+        if is_late():
+            break
     return best_counts / best_counts.sum()
 
 

@@ -283,7 +283,9 @@ def _combine(results, failed, rows, folds, scored, scores, num_classes, options)
     target = Target(rows.y[scored], rows.weight[scored])
     predictions = [_joined(result, rows, folds, num_classes) for result in results]
     most = _ensemble.max_members(len(rows.y))
-    weights = _ensemble.greedy_weights([p[scored] for p in predictions], target, options.metric, most)
+    validated = [predicted[scored] for predicted in predictions]
+    is_late = lambda: options.clock.left() < 0
+    weights = _ensemble.greedy_weights(validated, target, options.metric, most, is_late)
     mean = np.tensordot(weights, np.stack(predictions), 1)
     temperature = _ensemble.fit_temperature(mean[scored], target) if num_classes else 1.0
     calibrated = _ensemble.smoothed(_ensemble.tempered(mean, temperature), len(rows.y)) if num_classes else mean

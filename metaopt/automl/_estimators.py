@@ -3,6 +3,7 @@
 import abc
 import logging
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from metaopt import tasks
 from metaopt.automl import _ensemble, _ensemble_fit
 from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._portfolio import portfolio
-from metaopt.automl._rows import sorted_rows
+from metaopt.automl._rows import NUM_FOLDS, sorted_rows
 from metaopt.automl._schedule import Clock
 
 _log = logging.getLogger(__name__)
+
+_LEAK_BLOCK = 20  # columns between two looks at the clock
 
 
 class _AutoEstimator(BaseEstimator, abc.ABC):
@@ -49,8 +52,8 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         """Fits models within the time limit, and weights them by their out-of-fold predictions.
 
         Args:
-          X: [n, d] a pandas or polars frame, or an array: numbers, categories, booleans, dates and texts, with missing
-            values.
+          X: [n, d] a pandas or polars frame, an array, a dict of columns or a list of dicts: numbers, categories,
+            booleans, dates and texts, with missing values.
           y: [n] the target.
           sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two rows, which stay together in
             splits. Rows that are equal themselves stay together if rows hardly repeat, or if a column has many
@@ -67,6 +70,8 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
           RuntimeError: if no model could be fitted in time.
         """
         options = self._options()  # the time begins here
+        vars(self).pop("ensemble_", None)  # if this fit fails, older models must not read the columns of this one
+        X = _as_frame(X)
         validate_data(self, X, skip_check_array=True)
         self.encoder_ = tasks.fit_encoder(X)
         self.n_features_in_ = len(self.encoder_.input_names)
@@ -80,7 +85,7 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         rows = sorted_rows(x[used], target, weight[used], *parts)
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
         members = portfolio(self._problem, self.preset, self.models, len(rows.y))
-        self.suspected_leaks_ = _suspected_leaks(x[used], target, self.encoder_)
+        self.suspected_leaks_ = _suspected_leaks(x[used], target, self.encoder_, options.clock)
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
         self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
         self._keep_scores(rows)
@@ -89,14 +94,14 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
     @property
     def leaderboard_(self) -> pd.DataFrame:
         """Models by out-of-fold score (larger is better), with their weight, and seconds of fit and prediction."""
-        check_is_fitted(self)
+        check_is_fitted(self, "ensemble_")
         table = [(m.member.name, m.score, m.weight, m.fit_seconds, m.predict_seconds) for m in self.ensemble_.members]
         return pd.DataFrame(table, columns=["model", "score", "weight", "fit_seconds", "predict_seconds"])
 
     @property
     def score_(self) -> float:
         """The out-of-fold score of the ensemble by `eval_metric`; losses have a minus sign."""
-        check_is_fitted(self)
+        check_is_fitted(self, "ensemble_")
         return self.ensemble_.score
 
     def importance(self, X, y, *, n_repeats: int = 5, scoring: Any = None) -> pd.DataFrame:
@@ -113,7 +118,8 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         """
         from sklearn.inspection import permutation_importance
 
-        check_is_fitted(self)
+        check_is_fitted(self, "ensemble_")
+        X = _as_frame(X)
         result: Any = permutation_importance(
             self, X, y, n_repeats=n_repeats, scoring=scoring, random_state=self._seed()
         )
@@ -122,7 +128,8 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         return pd.DataFrame(table).sort_values("mean", ascending=False, ignore_index=True)
 
     def _predict_ensemble(self, X) -> np.ndarray:
-        check_is_fitted(self)
+        check_is_fitted(self, "ensemble_")
+        X = _as_frame(X)
         if getattr(X, "ndim", 2) == 1:
             raise ValueError(
                 "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
@@ -145,9 +152,9 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         from sklearn.utils import check_random_state
 
         state = self.random_state
-        if isinstance(state, int | np.integer):
-            return int(state)
-        return int(check_random_state(state).randint(2**31 - 1))
+        generator = check_random_state(state)  # raises if the seed is not valid
+        seed = int(state) if isinstance(state, int | np.integer) else int(generator.randint(2**31 - 1))
+        return seed % (2**31 - NUM_FOLDS - 1)  # LightGBM's seeds have 31 bits, and each fold has its own
 
     @abc.abstractmethod
     def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -273,7 +280,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
     It works like `AutoClassifier`, with a Gaussian process among its models. On more than 2,000 rows, this process uses
     a sample of 2,000; 300 of them choose its length scales. The network predicts the probabilities of ten intervals of
     the target, with the hyperparameters that g predicts for this classification; its prediction is the mean target of
-    the intervals. No g is trained for regression yet.
+    the intervals. The ends of the intervals are quantiles of the targets of all rows. No g is trained for regression
+    yet.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
@@ -356,8 +364,22 @@ def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.
     return pd.DataFrame(notes, columns=["column", "action", "reason"])
 
 
-def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, ...]:
-    suspected = tasks.suspected_leaks(x, y, encoder.names, encoder.categorical)
+def _as_frame(X):
+    """A dict of columns or a list of dicts as a frame, since scikit-learn's checks cannot read them."""
+    is_rows = isinstance(X, list | tuple) and len(X) and all(isinstance(row, Mapping) for row in X)
+    is_columns = isinstance(X, Mapping) and not hasattr(X, "tocsr")  # some sparse arrays are dicts
+    return pd.DataFrame(X) if is_rows or is_columns else X
+
+
+def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:
+    """Searches the columns in blocks while a fifth of the time is not over."""
+    names, suspected = encoder.names, ()
+    for start in range(0, len(names), _LEAK_BLOCK):
+        if start and clock.left() < 0.8 * (clock.limit or 0):
+            _log.info("the last %d columns were not searched for leaks: the time is short", len(names) - start)
+            break
+        block = slice(start, start + _LEAK_BLOCK)
+        suspected += tasks.suspected_leaks(x[:, block], y, names[block], encoder.categorical[block])
     for name in suspected:
         _log.warning(
             "the column %r predicts the target almost perfectly. If it is not known when you predict, leave it out.",
@@ -390,10 +412,16 @@ def _group_codes(values, num_rows: int) -> np.ndarray:
     if values.dtype != object:
         return np.unique(values, return_inverse=True)[1]
     codes, groups = pd.factorize(values)  # by equality: values of different types cannot be sorted
-    text = [str(float(group)) if isinstance(group, numbers.Real) else str(group) for group in groups]
-    rank = np.empty(len(text), int)
-    rank[sorted(range(len(text)), key=text.__getitem__)] = np.arange(len(text))  # whatever the order of the rows
+    rank = np.empty(len(groups), int)
+    rank[sorted(range(len(groups)), key=lambda i: _group_order(groups[i]))] = np.arange(len(groups))
     return rank[codes]
+
+
+def _group_order(group: Any) -> tuple[str, bool]:
+    """A key that does not depend on the order of the rows: equal numbers have the same."""
+    if isinstance(group, numbers.Integral):
+        return str(int(group)), True
+    return (f"{float(group):.17g}", True) if isinstance(group, numbers.Real) else (str(group), False)
 
 
 def _times(values, num_rows: int) -> np.ndarray:

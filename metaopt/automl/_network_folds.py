@@ -48,6 +48,8 @@ def predicted_hyperparams(
     _, codes = np.unique(labels, return_inverse=True)
     # Extreme numbers would overflow in squares; ranks do not change the order that the features describe.
     bounded = np.clip(x, -1e15, 1e15)
+    if not x.shape[1]:  # meta-features need a column
+        bounded, categorical = np.zeros((len(x), 1)), np.zeros(1, bool)
     return jax.device_get(predict_hyperparams((bounded[rows], codes[rows].astype(np.int32), categorical), seed=seed))
 
 

@@ -47,7 +47,7 @@ def sorted_rows(
     """Sorts rows by their values, so that the result of `fit` does not depend on the order of the rows.
 
     Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. `copies` keeps
-    equal rows together if `_are_copies`: then a weight of 2 is the same as two equal rows.
+    them together, and also equal rows if `_are_copies`: then a weight of 2 is the same as two equal rows.
 
     Args:
       x: [n, d].
@@ -71,7 +71,8 @@ def sorted_rows(
     index = index[np.argsort(key[index], kind="stable")]
     if time is not None:
         index = index[np.argsort(time[index], kind="stable")]
-    copies = observations[index] if together else np.arange(len(index))
+    # The rows of one weight follow each other.
+    copies = observations[index] if together else np.cumsum(np.diff(index, prepend=-1) != 0)
     parts = (None if part is None else part[index] for part in (groups, time))
     return TrainingRows(x[index], y[index], weight[index], copies, *parts)
 

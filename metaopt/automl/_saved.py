@@ -124,6 +124,8 @@ def _params(estimator: Any) -> dict[str, Any]:
 
 
 def _encode_labels(classes: np.ndarray) -> dict[str, Any]:
+    if classes.dtype.kind in "mM":  # times, in whole units
+        return {"dtype": classes.dtype.str, "values": classes.astype(np.int64).tolist()}
     return {"dtype": classes.dtype.str if classes.dtype.kind in "biufU" else "object", "values": classes.tolist()}
 
 

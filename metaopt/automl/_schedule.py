@@ -256,8 +256,11 @@ class _Run:
             self.failed.setdefault(member.name, "out of time")
         if not self.serial:
             _workers(self.work.num_jobs).shutdown(wait=False, kill_workers=True)
+        self.running.clear()
 
     def close(self) -> None:
+        if self.running:  # the caller was interrupted, or its `finished` has failed
+            self.stop()
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 

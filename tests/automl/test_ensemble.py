@@ -64,6 +64,13 @@ def test_greedy_weights_keep_to_the_number_of_members_and_prefer_few():
     assert (_ensemble.greedy_weights(same, target, "rmse", 4) > 0).sum() == 1
 
 
+def test_greedy_selection_ends_when_the_time_is_over():
+    y = RNG.normal(size=300)
+    predictions = [y + RNG.normal(size=300) for _ in range(4)]
+    weights = _ensemble.greedy_weights(predictions, Target(y, np.ones(300)), "rmse", 4, lambda: True)
+    assert sorted(weights) == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize(("num_rows", "most"), [(20, 4), (100, 4), (500, 10), (2500, 15), (10**6, 25)])
 def test_small_tables_get_few_members(num_rows, most):
     assert abs(_ensemble.max_members(num_rows) - most) <= 0.5

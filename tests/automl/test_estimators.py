@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn import datasets, metrics
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
 import metaopt
-from metaopt import automl, spaces
-from metaopt.automl import _inputs, _network_folds, _rows
+from metaopt import automl, spaces, tasks
+from metaopt.automl import _ensemble, _estimators, _inputs, _kinds, _network_folds, _rows, _schedule
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
 
@@ -61,12 +63,35 @@ def test_a_frame_with_text_categories_is_fitted_and_new_rows_are_predicted(wine,
     assert fitted.score_ >= board["score"].max() - 1 / len(wine[1])
 
 
-def test_rows_are_predicted_one_at_a_time_and_in_any_order_of_columns(wine, fitted):
+def test_rows_are_predicted_one_at_a_time_and_other_columns_are_an_error(wine, fitted):
     x = wine[2]
     whole = fitted.predict_proba(x)
     np.testing.assert_allclose(fitted.predict_proba(x.iloc[[3]]), whole[[3]], rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match="feature names"):
+    with pytest.raises(ValueError, match="now missing"):
         fitted.predict_proba(x[x.columns[1:]])
+    with pytest.raises(ValueError, match="unseen at fit time"):
+        fitted.predict_proba(x.assign(more=1))
+    with pytest.raises(ValueError, match="in the same order"):  # scikit-learn's contract
+        fitted.predict_proba(x[x.columns[::-1]])
+
+
+def test_a_fit_that_fails_leaves_no_older_model(wine):
+    x, y, *_ = wine
+    model = automl.AutoClassifier(**QUICK | {"models": "linear"}).fit(x, y)
+    with pytest.raises(ValueError, match="one class"):
+        model.fit(x[x.columns[::-1]], np.zeros(len(y)))
+    for call in (lambda: model.predict(x), lambda: model.leaderboard_, lambda: model.importance(x, y)):
+        with pytest.raises(NotFittedError):
+            call()
+
+
+def test_dicts_of_columns_and_lists_of_dicts(wine):
+    x, y, new, _ = wine
+    model = automl.AutoClassifier(**QUICK | {"models": "linear"})
+    expected = model.fit(x, y).predict_proba(new)
+    for form in ("list", "records"):
+        other = clone(model).fit(x.to_dict(form), y)
+        np.testing.assert_allclose(other.predict_proba(new.to_dict(form)), expected)
 
 
 def test_regression_predicts_in_the_units_of_the_target(regressor):
@@ -108,6 +133,23 @@ def test_every_kind_of_scikit_learn_is_saved(kind, wine, request, tmp_path):
         model = automl.AutoClassifier(**QUICK | {"models": (kind,)}).fit(x, y)
     metaopt.save(tmp_path / "model.npz", model)
     np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
+
+
+def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path, monkeypatch):
+    metaopt.save(tmp_path / "model.npz", extra_trees)
+    monkeypatch.setattr(_kinds, "_TRUSTED", _kinds._TRUSTED[1:])
+    with pytest.raises(ValueError, match="Untrusted types.*Tree"):
+        metaopt.load(tmp_path / "model.npz")
+
+
+def test_a_tree_with_categorical_nodes_is_rejected(wine):
+    """No kind has them; their sets of levels would be at positions that a file names."""
+    model = automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
+    trees = model.ensemble_.members[0].models[0]
+    _kinds._check_trees(trees)
+    trees._predictors[0][0].nodes["is_categorical"][0] = 1
+    with pytest.raises(ValueError, match="by categories"):
+        _kinds._check_trees(trees)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +196,6 @@ def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
 
 
 def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
-    from metaopt.automl import _kinds, _schedule
-
     def die(settings, data):
         import os
 
@@ -168,6 +208,25 @@ def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
     model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
     assert list(model.leaderboard_["model"]) == ["linear"]
     assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
+
+
+def test_an_interrupt_ends_the_workers(wine, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
+    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
+    monkeypatch.setattr(_ensemble, "score", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
+    assert _schedule._POOLS[2]._flags.shutdown
+
+
+def test_any_seed_of_scikit_learn_is_valid(wine):
+    model = automl.AutoClassifier(**QUICK | {"random_state": 2**32 - 1}).fit(*wine[:2])
+    assert not model.ensemble_.failed
+    with pytest.raises(ValueError, match="Seed must be"):
+        automl.AutoClassifier(**QUICK | {"random_state": -1}).fit(*wine[:2])
 
 
 def test_a_group_is_on_one_side_of_a_split():
@@ -259,6 +318,14 @@ def test_leaks_ids_and_constants_are_reported(wine, caplog):
     assert "answer" in caplog.text and "number" in caplog.text
 
 
+def test_leaks_are_searched_for_a_fifth_of_the_time(monkeypatch):
+    monkeypatch.setattr(_estimators, "_LEAK_BLOCK", 1)
+    y = np.arange(200) % 2
+    x = np.stack([y, 1 - y], axis=1) + 0.1 * np.random.default_rng(0).random((200, 2))
+    search = lambda limit: _estimators._suspected_leaks(x, y, tasks.fit_encoder(x), _schedule.Clock(limit))
+    assert search(None) == ("0", "1") and search(60.0) == ("0", "1") and search(1e-9) == ("0",)
+
+
 def test_importance_finds_the_column_that_decides():
     rng = np.random.default_rng(0)
     x = pd.DataFrame(rng.normal(size=(300, 3)), columns=["a", "b", "c"])
@@ -269,8 +336,6 @@ def test_importance_finds_the_column_that_decides():
 
 
 def test_the_network_predicts_in_numpy_as_in_jax(wine):
-    from metaopt import tasks
-
     table = tasks.from_sklearn()[1]
     prepared = tasks.prepare(table)
     network, task = automl.tabular_network(), automl.tabular_task(prepared)
@@ -280,6 +345,15 @@ def test_the_network_predicts_in_numpy_as_in_jax(wine):
     rows = {**task.valid, "x": prepared.test.x}
     expected = np.exp(network.log_probabilities(model.params, hyperparams, rows))
     np.testing.assert_allclose(_network_folds.predict(model, prepared.test.x), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_dates_as_labels_are_saved(tmp_path):
+    x, y = np.arange(40.0)[:, None], pd.date_range("2020-01-01", periods=2).repeat(20)
+    model = automl.AutoClassifier(**QUICK | {"models": "linear"}).fit(x, y)
+    metaopt.save(tmp_path / "model.npz", model)
+    loaded = metaopt.load(tmp_path / "model.npz")
+    assert loaded.classes_.dtype == model.classes_.dtype
+    np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 import metaopt
 from metaopt import automl, base, spaces, tasks
-from metaopt.automl import _shipped
+from metaopt.automl import _network_folds, _shipped
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,12 @@ def test_features_far_outside_give_one_prediction_for_all():
     features = [trained.scaled_features(dict.fromkeys(trained.scaling.names, value)) for value in (1e30, -1e30)]
     z = [trained.predictor.apply(trained.meta_params, base.Task(None, None, f)) for f in features]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.05), *z)
+
+
+def test_a_table_without_columns_has_a_prediction():
+    arguments = np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool), np.ones(30)
+    hyperparams = _network_folds.predicted_hyperparams(*arguments, num_classes=2, seed=0)
+    assert np.isfinite([float(value) for value in hyperparams.values()]).all()
 
 
 def test_a_table_of_constant_columns_has_a_prediction():

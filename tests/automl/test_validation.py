@@ -52,6 +52,15 @@ def test_equal_rows_of_few_values_are_different_observations():
     assert _shared(rows, _rows.split_rows(rows, 3, seed=0)) == 10
 
 
+def test_rows_of_one_weight_stay_together_also_where_equal_rows_do_not():
+    x, y = RNG.integers(0, 2, (200, 2)).astype(float), RNG.integers(0, 2, 200)
+    y[7] = 2  # its only row must not be in a validation part
+    rows = _rows.sorted_rows(x, y, np.full(200, 3.0))
+    assert (np.bincount(rows.copies)[1:] == 3).all() and len(np.unique(rows.copies)) == 200
+    for train, valid in _rows.split_rows(rows, 3, seed=0):
+        assert not set(rows.copies[train]) & set(rows.copies[valid]) and not (rows.y[valid] == 2).any()
+
+
 def test_copies_of_the_only_row_of_a_class_stay_in_the_training_part():
     y = np.where(np.arange(200) == 7, 2, Y)
     rows = _rows.sorted_rows(X, y, np.where(np.arange(200) == 7, 3.0, 2.0))
@@ -90,6 +99,20 @@ def test_groups_may_have_mixed_types():
     mixed[1::8] = 1.0  # equal to 1: the same group
     third = automl.AutoClassifier(**QUICK).fit(X, Y, groups=mixed)
     np.testing.assert_array_equal(first.predict_proba(X), third.predict_proba(X))
+
+
+def test_codes_of_groups_do_not_depend_on_the_order_of_rows():
+    groups = np.array(["1", 1.0, True, 2**2000, "a", 1, 0.5], object)
+    codes = _estimators._group_codes(groups, 7)
+    assert codes[1] == codes[2] == codes[5] and len(set(codes)) == 5
+    np.testing.assert_array_equal(_estimators._group_codes(groups[::-1], 7)[::-1], codes)
+
+
+def test_a_score_of_one_row_is_a_number():
+    """R² of one row is undefined. Weights of NaN would be a prediction of NaN."""
+    options = QUICK | {"eval_metric": "r2"}
+    model = automl.AutoRegressor(**options).fit(X[:12], X[:12, 0], time=np.arange(12) == 11)
+    assert model.leaderboard_["weight"].sum() == 1 and np.isfinite(model.predict(X)).all()
 
 
 def test_a_group_without_earlier_rows_of_other_groups_is_an_error_that_says_so():
@@ -216,6 +239,9 @@ def test_the_other_folds_choose_the_number_of_rounds(kind, rounds):
     assert [rounds(model) for model, _ in settled] == list(map(min, expected, most))
     for (model, predicted), fold in zip(settled, folds, strict=True):
         np.testing.assert_array_equal(predicted, _kinds.predict(kind, model, fold.valid_views, 2))
+    # Validation rows whose classes are not known do not stop it.
+    unknown = _kinds.fit_fold(kind, settings, folds[0]._replace(valid_weight=np.zeros(len(parts[0]))))[0]
+    assert rounds(unknown) == 200 and _kinds.KINDS[kind].best_rounds(unknown) == 0
     # A single fold keeps its own number, and folds that did not stop early keep all rounds.
     assert rounds(_kinds.settled(kind, models[:1], folds[:1])[0][0]) == best[0]
     fixed = _kinds.fit_fold(kind, settings, folds[0]._replace(stops=False))[0]
