@@ -15,10 +15,37 @@ from experiments.hyperparameters.transfer.pool import natural_tables
 from metaopt import _extras, tasks
 
 MIN_CLASS_ROWS = 6
+LARGE, SAMPLED = 1000, (120, 480)  # rows of tables that are sampled, and of the samples
 
 # The outcome that the documentation of an R table names. All tables of development families were read, and the list
 # was written before the first run. The documented outcome of the other tables is a number, a time or a count.
-RESPONSES = {}
+RESPONSES = {
+    "AER/Affairs": "affairs",
+    "COUNT/medpar": "died",
+    "DAAG/cuckoos": "species",
+    "KMsurv/alloauto": "delta",
+    "KMsurv/larynx": "delta",
+    "MASS/Melanoma": "status",
+    "Stat2Data/CanadianDrugs": "Vote",
+    "Stat2Data/FinalFourLong": "Final4",
+    "Stat2Data/LeveeFailures": "Failure",
+    "Stat2Data/SuicideChina": "Died",
+    "asaur/prostateSurvival": "status",
+    "carData/Cowles": "volunteer",
+    "carData/Womenlf": "partic",
+    "causaldata/credit_cards": "LateSept",
+    "causaldata/gov_transfers": "Support",
+    "gt/rx_adsl": "EVNTFL",
+    "medicaldata/blood_storage": "Recurrence",
+    "mlmRev/guPrenat": "prenat",
+    "modeldata/two_class_dat": "Class",
+    "ordinal/wine": "rating",
+    "pscl/politicalInformation": "y",
+    "stevedata/fakeHappiness": "vhappy",
+    "survival/gbsg": "status",
+    "wooldridge/pension": "pctstck",
+    "dplyr/storms": "status",
+}
 
 
 class Natural(NamedTuple):
@@ -37,7 +64,8 @@ class Natural(NamedTuple):
 def natural_development(corpus: Path) -> Natural:
     """Returns the tables of development families with their own targets, and the simulated tables of the data folder.
 
-    No g has learned from them: a corpus has simulated families neither for learning nor for development.
+    A table of 1,000 rows and more also gives a small sample, because half of the families for judging are small. No g
+    has learned from any of them: a corpus holds simulated families neither for learning nor for development.
 
     Args:
       corpus: the list `corpus.csv`, which names the family of each table.
@@ -57,7 +85,19 @@ def natural_development(corpus: Path) -> Natural:
         and not (kept.has_name(t.name) or kept.has_name(t.family) or kept.has_columns(table_keys(t)))
     ]
     kinds = ["table"] * len(own) + ["response"] * len(responses) + ["simulated"] * len(simulated)
-    return Natural([*own, *responses, *simulated], kinds)
+    whole = list(zip([*own, *responses, *simulated], kinds, strict=True))
+    samples = [(_sample(t), kind) for t, kind in whole if kind != "response" and len(t.y) >= LARGE]
+    return Natural(*map(list, zip(*whole, *samples, strict=True)))
+
+
+def _sample(table: tasks.Table) -> tasks.Table:
+    """Returns 120 to 480 rows of a larger table, at random. Rare classes are dropped."""
+    rng = np.random.default_rng([len(table.y), table.x.shape[1]])
+    num = int(np.exp(rng.uniform(np.log(SAMPLED[0]), np.log(SAMPLED[1]))))
+    rows = rng.permutation(len(table.y))[:num]
+    rows = rows[np.bincount(table.y[rows])[table.y[rows]] >= MIN_CLASS_ROWS]
+    y = np.unique(table.y[rows], return_inverse=True)[1].astype(np.int32)
+    return table._replace(name=f"{table.name} (sample)", x=table.x[rows], y=y, class_names=None)
 
 
 def _response(item: str, target: str, family: str) -> tasks.Table:
