@@ -17,8 +17,8 @@ from metaopt import _extras, tasks
 MIN_CLASS_ROWS = 6
 LARGE, SAMPLED = 1000, (120, 480)  # rows of tables that are sampled, and of the samples
 
-# The rules that keep judged tables out of a corpus are broad, and also exclude these families. They share no rows with a
-# judged table: a name is part of another one, or a column has much the same decimal fractions.
+# The rules that keep judged tables out of a corpus are broad, and also exclude these families: their name is part of
+# another one, or the values of a column are much the same decimal fractions. They share no rows with a judged table.
 LEFT_OUT = frozenset(
     "breast-cancer-ljubljana ecoli glass iris oil_spill page-blocks stroke_classification thyroid yeast".split()
 )
