@@ -13,7 +13,7 @@ import metaopt
 from experiments import script
 from experiments.hyperparameters.auto_tune.baselines import tpe_search
 from experiments.hyperparameters.auto_tune.network import make_network
-from experiments.hyperparameters.auto_tune.units import in_processes, make_units, stack_buckets
+from experiments.hyperparameters.auto_tune.units import Unit, in_processes, make_units, stack_buckets
 from experiments.hyperparameters.transfer import pool
 from experiments.hyperparameters.transfer.combine import WEIGHTINGS, log_loss, mixture
 from experiments.hyperparameters.transfer.compare import coordinates
@@ -40,13 +40,11 @@ class Stage(NamedTuple):
     parts: list[Probabilities]
 
 
-def natural_parts(config: Config, natural: Natural) -> list[Part]:
+def natural_parts(config: Config, natural: Natural, folder: Path) -> list[Part]:
     """Splits, describes and stacks the tables as `judge` does, with splits and keys of its own."""
     run = dataclasses.replace(config.run, num_seeds=NUM_SPLITS, max_buckets=config.judged_buckets)
     units = make_units(natural.tables, run, SPLIT_SEED)
-    work = (joblib.delayed(tasks.metafeatures)(u.prepared, groups=GROUPS, seed=u.seed) for u in units)
-    described = in_processes(work, len(units), "meta-features")
-    raw = np.array([[features[name] for name in FEATURES] for features in described])
+    raw = _meta_features(units, folder)
     table = [natural.tables[u.table] for u in units]
     family, rows = np.array([t.family for t in table]), np.array([len(t.y) for t in table])
     kind = np.array([natural.kinds[u.table] for u in units])
@@ -55,6 +53,16 @@ def natural_parts(config: Config, natural: Natural) -> list[Part]:
         Part(b.task._replace(features=None), b.test, raw[b.units], family[b.units], kind[b.units], rows[b.units])
         for b in buckets
     ]
+
+
+def _meta_features(units: list[Unit], folder: Path) -> np.ndarray:
+    """Returns [units, F] meta-features, kept in `folder`."""
+    path = folder / f"natural_features_{digest([u.prepared.train.x for u in units], list(FEATURES))}.npy"
+    if not path.is_file():
+        work = (joblib.delayed(tasks.metafeatures)(u.prepared, groups=GROUPS, seed=u.seed) for u in units)
+        described = in_processes(work, len(units), "meta-features")
+        np.save(path, np.array([[features[name] for name in FEATURES] for features in described]))
+    return np.load(path)
 
 
 def rotated_parts(config: Config, folder: Path) -> list[Part]:
@@ -195,6 +203,12 @@ def candidates(labels: list[str]) -> dict[str, tuple[list[str], float]]:
             sets[f"{start} + {num} steps"] = steps(start, num), 1 + RUNS_OF_STEP * num
             sets[f"{start}, after {num} steps"] = steps(start, num)[-1:], 1 + RUNS_OF_STEP * num
     sets["g + one λ + 8 draws of g"] = [*draws("g", 9), "one λ"], 10.0
+    near, half = ["g", *seeds], "half of the way"
+    sets["g, g of each seed, half of the way"] = [*near, half], 2.0 + len(seeds)
+    sets["g, g of each seed + draws"] = [*near, *draws("g", 10 - len(seeds))[1:]], 10.0
+    sets["g, g of each seed, half of the way + draws"] = [*near, half, *draws("g", 9 - len(seeds))[1:]], 10.0
+    between = [*near, half, "one λ"]
+    sets["g, g of each seed, half of the way, one λ + draws"] = [*between, *draws("g", 8 - len(seeds))[1:]], 10.0
     sets["g + 4 draws, one λ + 4 draws"] = [*draws("g", 5), *draws("one λ", 5)], 10.0
     if "TPE, trial 0" in labels:
         for num in (10, 20, NUM_TRIALS):
@@ -251,7 +265,7 @@ def compare_ten_runs(config: Config, folder: Path, rotated: bool) -> None:
     """Prints the comparison on development tables with their own targets, or on those with rotated targets."""
     name = "rotated" if rotated else "natural"
     natural = None if rotated else natural_development(folder / "corpus.csv")
-    parts = rotated_parts(config, folder) if natural is None else natural_parts(config, natural)
+    parts = rotated_parts(config, folder) if natural is None else natural_parts(config, natural, folder)
     runs = run_stages(config, folder, parts, name, searches=not rotated)
     costs = {label: cost for label, (_, cost) in candidates(runs.labels).items()}
     print(table(parts, losses_of(parts, runs), costs, groups_of(parts)))
