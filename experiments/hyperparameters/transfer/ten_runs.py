@@ -196,6 +196,7 @@ def candidates(labels: list[str]) -> dict[str, tuple[list[str], float]]:
     sets["g of each seed"] = seeds, float(len(seeds))
     for start in ("g", "one λ"):
         sets[f"{start}, 2 keys"] = draws(start, 2, "key"), 2.0
+        sets[f"{start} + 2 draws"] = draws(start, 3), 3.0
         for text, name in (("draw", "9 draws"), ("draw and key", "9 draws with keys of their own"), ("key", "9 keys")):
             sets[f"{start} + {name}"] = draws(start, 10, text), 10.0
         sets[f"{start} + 1 step + 4 draws"] = [*steps(start, 1), *draws(start, 5)[1:]], 5 + RUNS_OF_STEP
