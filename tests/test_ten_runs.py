@@ -1,6 +1,7 @@
 """Uses of several training runs on one task: weights from validation rows, their costs, and the tables of the study."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from experiments.hyperparameters.transfer.combine import (
     log_loss,
     mixture,
 )
-from experiments.hyperparameters.transfer.families import is_development
-from experiments.hyperparameters.transfer.natural import RESPONSES
+from experiments.hyperparameters.transfer.families import FILE, is_development
+from experiments.hyperparameters.transfer.natural import LEFT_OUT, RESPONSES, _sample
 from experiments.hyperparameters.transfer.ten_runs import agreement, candidates
+from metaopt import tasks
 
 ROWS = np.random.default_rng(0).uniform(0.05, 1.0, (6, 4, 30))  # runs, tasks, rows
 MASK = (np.arange(30)[None] < np.array([30, 20, 10, 5])[:, None]).astype(np.float32)
@@ -95,7 +97,25 @@ def test_every_set_of_runs_has_the_cost_of_its_runs():
         assert cost == pytest.approx(max(num_plain, 1) + 4.3 * num_steps), name
 
 
-def test_documented_outcomes_are_of_development_families():
+def _corpus_families():
     with open(script.RESULTS / "transfer_corpus.csv", newline="") as file:
-        family = {tuple(row["name"].split("/")[:2]): row["family"] for row in csv.DictReader(file)}
+        return {tuple(row["name"].split("/")[:2]): row["family"] for row in csv.DictReader(file)}
+
+
+def test_documented_outcomes_are_of_development_families():
+    family = _corpus_families()
     assert RESPONSES and all(is_development(family[tuple(item.split("/"))]) for item in RESPONSES)
+
+
+def test_families_that_a_corpus_leaves_out_are_neither_learned_from_nor_judged():
+    judged = set(json.loads(FILE.read_text())["judging"])
+    assert not LEFT_OUT & judged and not LEFT_OUT & set(_corpus_families().values())
+
+
+def test_a_small_sample_has_rows_of_its_table_and_no_rare_class():
+    x = np.arange(3000, dtype=np.float32)[:, None]
+    y = np.repeat([0, 1, 2], [1800, 1190, 10]).astype(np.int32)
+    sample = _sample(tasks.Table("large", "family", x, y, np.zeros(1, bool)))
+    assert 120 <= len(sample.y) <= 480 and sample.family == "family" and sample.name == "large (sample)"
+    np.testing.assert_array_equal(y[sample.x[:, 0].astype(int)], sample.y)
+    assert np.bincount(sample.y).min() >= 6 and sample.num_classes == 2
