@@ -87,7 +87,7 @@ def test_seeds_that_agree_keep_the_prediction_and_others_do_not():
 
 def test_every_set_of_runs_has_the_cost_of_its_runs():
     starts = ["g", "one λ"]
-    labels = [*starts, "g_0", "g_1", *(f"TPE, trial {i}" for i in range(50))]
+    labels = [*starts, "g_0", "g_1", "half of the way", *(f"TPE, trial {i}" for i in range(50))]
     labels += [f"{s}, {t} {i}" for s in starts for t in ("draw", "key", "draw and key") for i in range(1, 10)]
     labels += [f"{s}, step {i}" for s in starts for i in range(1, 4)]
     for name, (members, cost) in candidates(labels).items():

@@ -39,7 +39,6 @@ def main(argv=None) -> None:
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--out", type=Path, help="folder of the results; by default in results_local")
     parser.add_argument("--other", type=Path, nargs="*", default=[], help="compare: folders of other predictors")
-    parser.add_argument("--rotated", action="store_true", help="ten-runs: on tasks with rotated targets")
     args = parser.parse_args(argv)
     config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
     args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
@@ -53,7 +52,7 @@ def main(argv=None) -> None:
     if args.step == "choose":
         choose_spread(config, args.out, args.seed[0])
     if args.step == "ten-runs":
-        compare_ten_runs(config, args.out, args.rotated)
+        compare_ten_runs(config, args.out)
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:

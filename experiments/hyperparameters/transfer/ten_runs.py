@@ -28,7 +28,6 @@ from metaopt import tasks
 KEY, SPLIT_SEED = 4321, 91
 NUM_SPLITS, NUM_TRIALS = 3, 50
 NUM_NEIGHBORS = 10
-MIN_ROWS = 5  # of each half of the validation rows
 RUNS_OF_STEP = 4.3  # a hypergradient costs about four training runs
 SIZES = {"all": (0, np.inf), "below 500 rows": (0, 500), "500 rows and more": (500, np.inf)}
 
@@ -63,27 +62,6 @@ def _meta_features(units: list[Unit], folder: Path) -> np.ndarray:
         described = in_processes(work, len(units), "meta-features")
         np.save(path, np.array([[features[name] for name in FEATURES] for features in described]))
     return np.load(path)
-
-
-def rotated_parts(config: Config, folder: Path) -> list[Part]:
-    """Returns the development tasks with rotated targets. A half of the validation rows stands in for test rows."""
-    parts = []
-    for k, part in enumerate(pool.load_pools(config, folder)):
-        usable = [is_development(f) and kind == "rotated" for f, kind in zip(part.family, part.kind, strict=True)]
-        part = _rows(part, np.array(usable))
-        valid = part.tasks.valid
-        half = np.random.default_rng([KEY, k]).random(valid["mask"].shape) < 0.5
-        halves = [{**valid, "mask": np.asarray(valid["mask"] * rows, np.float32)} for rows in (half, ~half)]
-        rows = np.asarray(part.tasks.train["mask"].sum(1) + valid["mask"].sum(1))
-        task = part.tasks._replace(valid=halves[0], features=None)
-        enough = np.minimum(*(h["mask"].sum(1) for h in halves)) >= MIN_ROWS
-        all_rows = Part(task, halves[1], part.raw_features, part.family, part.kind, rows)
-        parts.append(_rows(all_rows, enough))
-    return parts
-
-
-def _rows(tree, inside: np.ndarray):
-    return jax.tree.map(lambda x: x[np.flatnonzero(inside)], tree)
 
 
 def starts(config: Config, folder: Path, parts: list[Part], space) -> dict[str, np.ndarray]:
@@ -127,7 +105,7 @@ def nearness(config: Config, folder: Path, raw: np.ndarray) -> np.ndarray:
     return np.minimum(1, np.median(distance(known, 1)) / np.maximum(distance(new, 0), 1e-9))
 
 
-def run_stages(config: Config, folder: Path, parts: list[Part], name: str, searches: bool) -> Stage:
+def run_stages(config: Config, folder: Path, parts: list[Part]) -> Stage:
     """Runs everything, stage by stage. Finished stages are kept in `folder`."""
     network = make_network(config.run)
     recorded, space, root = Recorded(network, parts), network.space, jax.random.key(KEY)
@@ -164,11 +142,13 @@ def run_stages(config: Config, folder: Path, parts: list[Part], name: str, searc
         tpe_search(search_key, recorded, space, NUM_TRIALS, lambda count: None)
         yield from (f"TPE, trial {i}" for i in range(NUM_TRIALS))
 
-    stages = {"plain": plain, "stepped": stepped} | ({"searched": searched} if searches else {})
+    stages = {"plain": plain, "stepped": stepped, "searched": searched}
     mark = digest(
         [np.asarray(part.task.train["x"]) for part in parts], list(z.values()), dataclasses.asdict(config.run)
     )
-    kept = [_kept(folder / "ten_runs" / f"{name}_{stage}_{mark}.npz", recorded, make) for stage, make in stages.items()]
+    kept = [
+        _kept(folder / "ten_runs" / f"natural_{stage}_{mark}.npz", recorded, make) for stage, make in stages.items()
+    ]
     joined = zip(*(stage.parts for stage in kept), strict=True)
     labels = [label for stage in kept for label in stage.labels]
     return Stage(labels, [Probabilities(*map(np.concatenate, zip(*runs, strict=True))) for runs in joined])
@@ -211,9 +191,8 @@ def candidates(labels: list[str]) -> dict[str, tuple[list[str], float]]:
     between = [*near, half, "one λ"]
     sets["g, g of each seed, half of the way, one λ + draws"] = [*between, *draws("g", 8 - len(seeds))[1:]], 10.0
     sets["g + 4 draws, one λ + 4 draws"] = [*draws("g", 5), *draws("one λ", 5)], 10.0
-    if "TPE, trial 0" in labels:
-        for num in (10, 20, NUM_TRIALS):
-            sets[f"TPE, {num} trials"] = [f"TPE, trial {i}" for i in range(num)], float(num)
+    for num in (10, 20, NUM_TRIALS):
+        sets[f"TPE, {num} trials"] = [f"TPE, trial {i}" for i in range(num)], float(num)
     return sets
 
 
@@ -232,22 +211,28 @@ def losses_of(parts: list[Part], runs: Stage) -> dict[tuple[str, str], np.ndarra
     return result
 
 
-REFERENCES = (("g + 9 draws", "the best"), ("one λ + 9 draws", None), ("TPE, 50 trials", None))
+# Sets of runs and their use; None is that of the row.
+REFERENCES = (
+    ("g", "the best"),
+    ("g + 9 draws", "the best"),
+    (None, "the best"),
+    ("one λ + 9 draws", None),
+    ("TPE, 50 trials", None),
+)
 
 
 def table(parts: list[Part], losses: dict, costs: dict[str, float], groups: dict[str, np.ndarray]) -> str:
-    """Returns mean losses over families, by group, and differences on all tasks. None is a row's own weighting."""
+    """Returns mean losses over families, by group, and differences to `REFERENCES` on all tasks."""
     family = np.concatenate([part.family for part in parts])
     header = ["runs", "their use", "cost"]
     header += [f"{name} ({len(np.unique(family[rows]))} families)" for name, rows in groups.items()]
-    references = [r for r in REFERENCES if (r[0], "the best") in losses]
-    header += [f"to {label}, {name or 'same use'}" for label, name in references]
+    header += [f"to {label or 'the same runs'}, {name or 'same use'}" for label, name in REFERENCES]
     lines = []
     for (label, use), values in losses.items():
         cells = [label, use, f"{costs[label]:.1f}"]
         cells += [f"{family_means(values[rows], family[rows]).mean():.4f}" for rows in groups.values()]
-        for reference, own in references:
-            difference = family_means(values - losses[reference, own or use], family)
+        for reference, own in REFERENCES:
+            difference = family_means(values - losses[reference or label, own or use], family)
             low, high = interval(difference)
             cells.append(f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
         lines.append(cells)
@@ -262,11 +247,9 @@ def groups_of(parts: list[Part]) -> dict[str, np.ndarray]:
     return {name: inside for name, inside in (sizes | kinds).items() if inside.any()}
 
 
-def compare_ten_runs(config: Config, folder: Path, rotated: bool) -> None:
-    """Prints the comparison on development tables with their own targets, or on those with rotated targets."""
-    name = "rotated" if rotated else "natural"
-    natural = None if rotated else natural_development(folder / "corpus.csv")
-    parts = rotated_parts(config, folder) if natural is None else natural_parts(config, natural, folder)
-    runs = run_stages(config, folder, parts, name, searches=not rotated)
+def compare_ten_runs(config: Config, folder: Path) -> None:
+    """Prints the comparison on development tables with their own targets."""
+    parts = natural_parts(config, natural_development(folder / "corpus.csv"), folder)
+    runs = run_stages(config, folder, parts)
     costs = {label: cost for label, (_, cost) in candidates(runs.labels).items()}
     print(table(parts, losses_of(parts, runs), costs, groups_of(parts)))
