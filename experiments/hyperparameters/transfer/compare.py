@@ -44,7 +44,7 @@ def compare(config: Config, pools: list[pool.Pool], folders: Sequence[Path]) -> 
     values: dict[str, list[np.ndarray]] = {}
     parts = [_development(part) for part in pools]
     for k, part in enumerate(parts):
-        for label, z in _coordinates(folders, part.raw_features, network.space).items():
+        for label, z in coordinates(folders, part.raw_features, network.space).items():
             roots = [jax.random.fold_in(jax.random.key(5 + r), k) for r in range(NUM_KEYS)]
             runs = [losses(jax.random.split(root, len(z)), z, part.tasks) for root in roots]
             values.setdefault(label, []).append(np.nan_to_num(np.mean(runs, axis=0), nan=np.log(100.0)))
@@ -57,7 +57,7 @@ def _development(part: pool.Pool) -> pool.Pool:
     return jax.tree.map(lambda x: x[rows], part)
 
 
-def _coordinates(folders: Sequence[Path], raw: np.ndarray, space) -> dict[str, np.ndarray]:
+def coordinates(folders: Sequence[Path], raw: np.ndarray, space) -> dict[str, np.ndarray]:
     """Returns [tasks, L] coordinates of λ, for each method."""
     result = {}
     for folder in folders:

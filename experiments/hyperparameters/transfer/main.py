@@ -19,6 +19,7 @@ from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
 from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
 from experiments.hyperparameters.transfer.report import publish
+from experiments.hyperparameters.transfer.ten_runs import compare_ten_runs
 from metaopt import predictors
 
 
@@ -27,7 +28,10 @@ def main(argv=None) -> None:
         "transfer", description=transfer.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "step", nargs="?", choices=("prepare", "learn", "compare", "choose", "judge", "ship", "all"), default="all"
+        "step",
+        nargs="?",
+        choices=("prepare", "learn", "compare", "choose", "ten-runs", "judge", "ship", "all"),
+        default="all",
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
@@ -47,6 +51,8 @@ def main(argv=None) -> None:
         compare(config, load_pools(config, args.out), [args.out, *args.other])
     if args.step == "choose":
         choose_spread(config, args.out, args.seed[0])
+    if args.step == "ten-runs":
+        compare_ten_runs(config, args.out)
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:
