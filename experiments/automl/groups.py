@@ -27,7 +27,7 @@ import pandas as pd
 from sklearn import model_selection
 
 from experiments import script
-from experiments.data import data_file, from_heart_disease, from_parkinsons, regression_tables
+from experiments.data import data_file, from_heart_disease, from_parkinsons
 from metaopt import _extras, automl
 from metaopt.automl import _ensemble
 from metaopt.automl._rows import NUM_FOLDS
@@ -44,6 +44,7 @@ COVERAGE = 0.95
 NUM_SPLITS = 5
 WINDOW = 0.6  # share of the rows of a table in order of time
 NUM_DIGITS = 1000  # rows of spoken digits
+NUM_RATINGS = 4000
 
 
 class GroupedTable(NamedTuple):
@@ -101,10 +102,14 @@ def digits() -> GroupedTable:
     return GroupedTable(pd.DataFrame(pooled).add_prefix("x"), label[rows].astype(int), group[rows], "speaker")
 
 
-def house() -> GroupedTable:
-    """Indoor temperature of a house every quarter of an hour, 4,137 rows in order."""
-    (table,) = [table for table in regression_tables() if table.name == "sml2010"]
-    return GroupedTable(pd.DataFrame(table.x).add_prefix("x"), table.y, None, "part of time")
+def ratings() -> GroupedTable:
+    """The first 4,000 ratings of films by users of MovieTweetings, in order of time."""
+    with np.load(data_file("movietweetings_100k.npz"), allow_pickle=False) as file:
+        user, item, rating, time = (file[name][:NUM_RATINGS] for name in ("user", "item", "rating", "time"))
+        columns = dict(zip(file["genre_names"].tolist(), file["genres"][item].T, strict=True))
+        columns |= {"year": file["year"][item], "hour": time / 3600 % 24}
+    frame = pd.DataFrame(columns).assign(user=pd.Categorical(user), film=pd.Categorical(item))
+    return GroupedTable(frame, rating.astype(float), None, "part of time")
 
 
 def states() -> GroupedTable:
@@ -131,7 +136,7 @@ TABLES: dict[str, Callable[[], GroupedTable]] = {
     "heart disease": heart,
     "parkinsons": parkinsons,
     "spoken digits": digits,
-    "house temperature": house,
+    "film ratings": ratings,
     "states": states,
     "wages": wages,
 }
@@ -238,7 +243,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished fits")
     args = parser.parse_args()
     args.keep = None if args.keep is None else script.work_folder(args.keep, __file__)
-    names = ["house temperature", "states"] if args.smoke else list(TABLES)
+    names = ["film ratings", "states"] if args.smoke else list(TABLES)
     results: dict[str, list] = {}
     with report_progress(len(names), None, "{table}", unit="table", table="") as progress:
         for count, name in enumerate(names):
