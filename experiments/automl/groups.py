@@ -235,7 +235,8 @@ def report(results: dict[str, list[tuple[Estimate, Estimate]]], units: dict[str,
 
 
 def _loss(e: Estimate) -> str:
-    return f"{e.estimate[0]:.3f} [{e.estimate[1]:.3f}, {e.estimate[2]:.3f}]"
+    value, low, high = e.estimate + 0.0  # without -0
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def main() -> None:
