@@ -13,7 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 
 from metaopt import tasks
-from metaopt.automl import _ensemble, _ensemble_fit
+from metaopt.automl import _ensemble, _ensemble_fit, _score_error
 from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._portfolio import portfolio
 from metaopt.automl._rows import NUM_FOLDS, sorted_rows
@@ -89,6 +89,7 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
         self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
         self._keep_scores(rows)
+        self.score_error_ = _score_error.score_error(rows, self.ensemble_.out_of_fold, options.metric, options.seed)
         return self
 
     @property
@@ -103,6 +104,42 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         """The out-of-fold score of the ensemble by `eval_metric`; losses have a minus sign."""
         check_is_fitted(self, "ensemble_")
         return self.ensemble_.score
+
+    def score_interval(self, *, coverage: float = 0.95, num_new: int | None = None) -> tuple[float, float]:
+        """An interval around `score_` for the score on new groups, later times or new rows.
+
+        It is score_ ± t se √(1 + U / m), where U is the number of units in `fit`, and m is `num_new`. Units are groups
+        if `fit` had `groups`, parts of the validated times (at most 8) if it had `time`, and otherwise rows. The
+        standard error se is the jackknife's over at most 50 blocks of whole units, and t is Student's quantile with one
+        degree of freedom less than blocks. With three groups it is 4.3 instead of 1.96. As in `score_`, each row
+        counts by its weight, and so large groups count more.
+
+        The interval describes the chance of which units the table has, if new units are like them. It does not cover
+        other kinds of units, or changes over time after the last row. Units share their training rows, and dependence
+        through these rows is ignored, so the true coverage may be lower. It is also lower if few units have skewed
+        losses: in simulations 86 to 94 % instead of 95 % for 3 to 10 units. `score_` itself is slightly biased. The
+        same predictions select the weights of the models, which makes it too good. New rows are predicted by the mean
+        over folds, which is better than the model of one fold.
+
+        Args:
+          coverage: in (0, 1).
+          num_new: the number of units in a test whose score the interval should contain, all of about the size of those
+            in `fit`. None is for their expected score, as in a very large test.
+
+        Returns:
+          Lower and upper end, in units of `score_`. Both are at the limits of the metric if only one unit was
+          validated.
+
+        Raises:
+          ValueError: if `coverage` is not in (0, 1), or `num_new < 1`.
+
+        Source: for what such intervals miss, Bates, Hastie & Tibshirani, "Cross-validation: what does it estimate and
+        how well does it do it?", JASA 2024, https://arxiv.org/abs/2104.00673
+        """
+        check_is_fitted(self)
+        if num_new is not None and not num_new >= 1:
+            raise ValueError(f"`num_new` must be at least 1 or None; got {num_new!r}.")
+        return _score_error.score_interval(self.score_, self.score_error_, self._metric(), _fraction(coverage), num_new)
 
     def importance(self, X, y, *, n_repeats: int = 5, scoring: Any = None) -> pd.DataFrame:
         """Permutation importance: how much the score falls if the values of a column are shuffled.
@@ -137,9 +174,12 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         validate_data(self, X, reset=False, skip_check_array=True)
         return _ensemble_fit.predict_ensemble(self.ensemble_, self.encoder_.transform(X))
 
+    def _metric(self) -> str:
+        return _ensemble.METRICS[self._problem][0] if self.eval_metric is None else self.eval_metric
+
     def _options(self) -> Options:
         metrics = _ensemble.METRICS[self._problem]
-        metric = metrics[0] if self.eval_metric is None else self.eval_metric
+        metric = self._metric()
         if metric not in metrics:
             raise ValueError(f"`eval_metric` must be one of {', '.join(metrics)}; got {metric!r}.")
         limit = self.time_limit

@@ -12,6 +12,7 @@ from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_fra
 from metaopt.automl._inputs import Inputs, TargetTable
 from metaopt.automl._network_folds import NetworkModel
 from metaopt.automl._portfolio import Member
+from metaopt.automl._score_error import ScoreError
 from metaopt.tasks import FittedColumns
 
 
@@ -21,6 +22,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"This {type(estimator).__name__} is not fitted; call `fit` before you save it.")
     ensemble = estimator.ensemble_
     arrays = {"nonconformity": estimator.nonconformity_, "out_of_fold": ensemble.out_of_fold}
+    arrays["score_error"] = np.array(estimator.score_error_)
     for i, inputs in enumerate(ensemble.inputs):
         arrays |= _encode_inputs(f"fold {i}: ", inputs)
         arrays[f"fold {i}: classes"] = ensemble.classes[i]
@@ -88,6 +90,8 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     estimator.nonconformity_ = file["nonconformity"]
     if estimator.nonconformity_.ndim != 2 or len(estimator.nonconformity_) != 2:
         raise ValueError("its nonconformity scores do not have weights")
+    error, num_blocks, num_units = file["score_error"].tolist()
+    estimator.score_error_ = ScoreError(error, int(num_blocks), int(num_units))
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
     if num_classes:

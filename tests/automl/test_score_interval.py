@@ -1,0 +1,124 @@
+"""`score_interval`: closed forms, coverage of known scores with and without groups, and saved intervals."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import metaopt
+from metaopt import automl
+from metaopt.automl import _rows, _score_error
+
+QUICK = {"time_limit": None, "models": "linear", "preset": "instant", "n_jobs": 1, "verbose": False}
+
+
+def _training_rows(y, groups=None, time=None, weight=None):
+    weight = np.ones(len(y)) if weight is None else weight
+    return _rows.TrainingRows(np.zeros((len(y), 1)), y, weight, np.arange(len(y)), groups, time)
+
+
+def _absolute_errors(errors, groups=None, time=None, weight=None):
+    """The score and its error if the model predicts 0: "mae" is the mean of |y|."""
+    rows = _training_rows(errors, groups, time, weight)
+    error = _score_error.score_error(rows, np.zeros(len(errors)), "mae", seed=0)
+    return -float(np.average(np.abs(errors), weights=weight)), error
+
+
+def test_equal_groups_give_the_t_interval_of_their_means():
+    losses = np.random.default_rng(0).exponential(size=(5, 7))
+    score, error = _absolute_errors(losses.reshape(-1), np.repeat(np.arange(5), 7))
+    means = -losses.mean(axis=1)
+    standard_error = means.std(ddof=1) / np.sqrt(5)
+    assert error == pytest.approx((standard_error, 5, 5), rel=1e-12)
+    expected = stats.t.interval(0.9, 4, means.mean(), standard_error)
+    expected = expected[0], min(0.0, expected[1])
+    assert _score_error.score_interval(score, error, "mae", 0.9, None) == pytest.approx(expected, rel=1e-12)
+    # The difference to the mean of three new groups has the variance σ² (1/5 + 1/3).
+    wide = np.array(_score_error.score_interval(score, error, "accuracy", 0.5, 3)) - score
+    half = stats.t.ppf(0.75, 4) * means.std(ddof=1) * np.sqrt(1 / 5 + 1 / 3)
+    assert wide[1] == pytest.approx(half, rel=1e-12)
+
+
+def test_rows_count_by_their_weight_in_unequal_groups():
+    rng = np.random.default_rng(1)
+    losses, weight, groups = rng.exponential(size=40), rng.uniform(0.5, 2, 40), np.sort(rng.integers(0, 4, 40))
+    score, error = _absolute_errors(losses, groups, weight=weight)
+    share = np.array([weight[groups == k].sum() for k in range(4)]) / weight.sum()
+    mean = -np.array([np.average(losses[groups == k], weights=weight[groups == k]) for k in range(4)])
+    without = score - share * (mean - score) / (1 - share)
+    assert error.standard_error == pytest.approx(np.sqrt(3 / 4 * ((without - without.mean()) ** 2).sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("num", "num_new"), [(4, None), (6, 2), (120, None), (120, 20)])
+def test_coverage_of_a_known_score_needs_groups(num, num_new):
+    """Errors are b + e with b of a group: their mean absolute value is √(2/π) times their deviation.
+
+    The losses of groups are skewed, so that a t interval of few groups has less than its nominal coverage of 0.9.
+    """
+    rng, inside = np.random.default_rng(2), {"groups": [], "rows": []}
+    size, deviation = 5, np.hypot(1, 0.3)
+    for _ in range(300):
+        errors = rng.normal(size=(num + (num_new or 0), 1)) + 0.3 * rng.normal(size=(num + (num_new or 0), size))
+        groups = np.repeat(np.arange(num), size)
+        truth = -deviation * np.sqrt(2 / np.pi) if num_new is None else -np.abs(errors[num:]).mean()
+        for name, unit, new in (("groups", groups, num_new), ("rows", None, num_new and num_new * size)):
+            score, error = _absolute_errors(errors[:num].reshape(-1), unit)
+            low, high = _score_error.score_interval(score, error, "mae", 0.9, new)
+            inside[name].append(low <= truth <= high)
+    assert 0.78 < np.mean(inside["groups"]) < 0.96
+    assert np.mean(inside["rows"]) < 0.75
+
+
+def test_many_groups_are_joined_and_times_are_cut_in_order():
+    groups = np.arange(300) // 2
+    block, num_blocks, num_units = _score_error._blocks(_training_rows(np.zeros(300), groups), np.arange(300), 0)
+    assert (num_blocks, num_units) == (50, 150) and (np.bincount(block) == 6).all()
+    np.testing.assert_array_equal(block[::2], block[1::2])
+    rows = _training_rows(np.zeros(450), time=np.arange(450) // 2)
+    block, num_blocks, num_units = _score_error._blocks(rows, np.arange(50, 450), 0)
+    np.testing.assert_array_equal(block, np.repeat(np.arange(8), 50))
+    assert num_blocks == num_units == 8
+
+
+def test_one_unit_has_no_interval():
+    error = _absolute_errors(np.ones(4), time=np.zeros(4))[1]
+    assert _score_error.score_interval(-1.0, error, "mae", 0.9, None) == (-np.inf, 0.0)
+    assert _score_error.score_interval(0.7, error, "accuracy", 0.9, 5) == (0.0, 1.0)
+
+
+def _grouped(rng, num_groups, size):
+    """Columns that identify a group, and one that explains the target next to the group's effect."""
+    groups = np.repeat(np.arange(num_groups), size)
+    x = np.column_stack([rng.normal(size=(num_groups, 8))[groups], rng.normal(size=len(groups))])
+    return x, x[:, 8] + rng.normal(size=num_groups)[groups] + 0.3 * rng.normal(size=len(groups)), groups
+
+
+def test_with_groups_the_interval_contains_the_score_on_new_groups_and_without_it_does_not():
+    inside = {"groups": 0, "random folds": 0}
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        x, y, groups = _grouped(rng, 40, size=8)
+        new_x, new_y, _ = _grouped(rng, 400, size=8)
+        for name, units in (("groups", groups), ("random folds", None)):
+            model = automl.AutoRegressor(**QUICK).fit(x, y, groups=units)
+            low, high = model.score_interval(coverage=0.95)
+            truth = -np.sqrt(np.mean((model.predict(new_x) - new_y) ** 2)) / model.scale_
+            inside[name] += low <= truth <= high
+    assert inside["groups"] >= 4 and inside["random folds"] == 0
+
+
+def test_an_interval_is_saved_and_bad_arguments_are_rejected(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y, groups = _grouped(rng, 6, size=12)
+    options = QUICK | {"eval_metric": "balanced_accuracy"}
+    model = automl.AutoClassifier(**options).fit(x, y > 0, groups=groups)
+    metaopt.save(tmp_path / "model.npz", model)
+    loaded = metaopt.load(tmp_path / "model.npz")
+    assert loaded.score_error_ == model.score_error_ and loaded.score_error_.num_units == 6
+    low, high = model.score_interval(coverage=0.5, num_new=2)
+    assert loaded.score_interval(coverage=0.5, num_new=2) == (low, high)
+    assert 0 <= low < model.score_ < high <= 1
+    narrow = model.score_interval(coverage=0.5)
+    assert low < narrow[0] and narrow[1] < high
+    for arguments, message in (({"num_new": 0}, "`num_new` must be at least 1"), ({"coverage": 1.0}, "`coverage`")):
+        with pytest.raises(ValueError, match=message):
+            model.score_interval(**arguments)
