@@ -214,6 +214,11 @@ def write_auto_classifier(folder):
     metaopt.save(folder / "model.npz", automl.AutoClassifier(**options).fit(x, y))
 
 
+def write_auto_clusterer(folder):
+    x = RNG.normal(size=(40, 2)) + 9 * (np.arange(40) % 2)[:, None]
+    metaopt.save(folder / "model.npz", automl.AutoClusterer(3, algorithms=("kmeans", "mixture"), n_jobs=1).fit(x))
+
+
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
@@ -385,6 +390,9 @@ CASES = {
     ),
     "auto_classifier": Case(
         write_auto_classifier, lambda f: metaopt.load(f / "model.npz"), automl.AutoClassifier, share=0.5
+    ),
+    "auto_clusterer": Case(
+        write_auto_clusterer, lambda f: metaopt.load(f / "model.npz"), automl.AutoClusterer, share=0.5
     ),
     "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, numbers="missing"),
 }
