@@ -20,13 +20,17 @@ _MAX_AXES = 20  # principal axes
 
 
 class AutoClusterer(ClusterMixin, BaseEstimator):
-    """Clusters the rows of a table, with the algorithm and the number of clusters that are most stable.
+    """Clusters the rows of a table, with an algorithm and a number of clusters that are stable if rows are drawn again.
 
-    Each candidate clusters eight random parts of the rows, and its stability s is the mean adjusted Rand index of two
-    parts on their shared rows. Two clusters are stable in an elongated table without clusters, too. So r is the same
-    for normal rows with the covariance of the table, and the candidate with the largest s - r is chosen. If
-    s - r < 0.05 for all of them, all rows are one cluster. This follows Ben-Hur et al. (PSB 2002), and the reference
-    Dudoit & Fridlyand (Genome Biology 2002).
+    Each candidate (an algorithm with k clusters) clusters eight random parts of the rows. Its stability s is the mean
+    adjusted Rand index of two parts on their shared rows. Two clusters are stable in an elongated table without
+    clusters, too. So r is the stability for normal rows with the covariance of the table, and only candidates with
+    s - r of at least 0.15 count. Of those with at least 90 % of the largest s, the largest k is chosen; of several
+    algorithms with this k, the most stable one. If no candidate counts, all rows are one cluster. This follows Ben-Hur
+    et al. (PSB 2002), and the reference Dudoit & Fridlyand (Genome Biology 2002).
+
+    Labels and clusters may have different reasons: look at the clusters before you use them. Tables without clusters
+    are not always recognized; a uniform square, for example, has four stable quarters.
 
     Columns may be numbers, categories, booleans, dates or texts, with missing values, as in `AutoClassifier`. They get
     zero mean and unit variance, and at most 20 principal axes stay. The distances depend on this scaling: leave out
@@ -38,7 +42,7 @@ class AutoClusterer(ClusterMixin, BaseEstimator):
     Args:
       max_clusters: the largest number of clusters.
       algorithms: some of "kmeans", "mixture" (of normal distributions), "agglomerative" (Ward) and "hdbscan"; None
-        compares all.
+        compares the first three. The most stable clusters of HDBSCAN are often a few outlying rows and the rest.
       sample_rows: the largest number of rows that are clustered.
       n_jobs: the number of candidates at a time; −1 is one per core.
       random_state: the seed. Equal seeds give equal results.
@@ -47,7 +51,7 @@ class AutoClusterer(ClusterMixin, BaseEstimator):
       labels_: [n] the cluster of each row, 0..k-1. Cluster 0 is the largest.
       n_clusters_: k.
       algorithm_: of the chosen candidate, or None if there is one cluster.
-      leaderboard_: a frame of the candidates by decreasing s - r: algorithm, k, stability s, its spread over the parts,
+      leaderboard_: a frame of the candidates by decreasing s: algorithm, k, stability s, its spread over the parts,
         reference r, and seconds.
       encoder_: a `tasks.TableEncoder`; its `notes` list the columns that were dropped or changed.
 
@@ -68,7 +72,7 @@ class AutoClusterer(ClusterMixin, BaseEstimator):
         max_clusters: int = 10,
         *,
         algorithms: tuple[str, ...] | None = None,
-        sample_rows: int = 2000,
+        sample_rows: int = 1000,
         n_jobs: int | None = -1,
         random_state: Any = 0,
     ):
@@ -140,7 +144,7 @@ class AutoClusterer(ClusterMixin, BaseEstimator):
     def _check(self) -> tuple[str, ...]:
         _checks.check_integer("max_clusters", self.max_clusters, 1)
         _checks.check_integer("sample_rows", self.sample_rows, 2)
-        algorithms = _stability.ALGORITHMS if self.algorithms is None else self.algorithms
+        algorithms = _stability.DEFAULT_ALGORITHMS if self.algorithms is None else self.algorithms
         algorithms = (algorithms,) if isinstance(algorithms, str) else tuple(algorithms)
         if not algorithms or not set(algorithms) <= set(_stability.ALGORITHMS):
             raise ValueError(f"`algorithms` may have {', '.join(_stability.ALGORITHMS)}; got {self.algorithms!r}.")
@@ -185,7 +189,7 @@ def _principal_axes(scaled: np.ndarray) -> np.ndarray:
 
 def _leaderboard(board: list[Measured]) -> pd.DataFrame:
     names = ["algorithm", "k", "stability", "spread", "reference", "seconds"]
-    ordered = sorted(board, key=lambda m: m.reference - m.stability)
+    ordered = sorted(board, key=lambda m: -m.stability)
     rows = [(m.candidate.algorithm, m.k, m.stability, m.spread, m.reference, m.seconds) for m in ordered]
     return pd.DataFrame(rows, columns=names)
 

@@ -3,7 +3,8 @@
 Each candidate (an algorithm with k clusters) clusters several random parts of the rows. The agreement of two such
 clusterings is their adjusted Rand index on the shared rows, and the mean over all pairs is the stability s. Random
 labels have s = 0 for every k. But two clusters are stable in an elongated table without clusters, too. So the same is
-done with a reference table of normal rows with the same covariance, whose stability is r. The gain is s - r.
+done with a reference table of normal rows with the same covariance, whose stability is r. Candidates need s - r of at
+least `LEAST_GAIN`. Small k are more stable than large ones, so the largest k of the stable candidates is chosen.
 
 Source: Ben-Hur et al., PSB 2002, for the stability; Dudoit & Fridlyand, Genome Biology 2002, for the reference.
 """
@@ -20,7 +21,9 @@ ALGORITHMS = ("kmeans", "mixture", "agglomerative", "hdbscan")
 NUM_PARTS = 8
 SHARE = 0.8  # of the rows in each part
 SMALLEST_SHARES = (0.02, 0.05, 0.1, 0.2)  # of the rows in the smallest cluster of HDBSCAN, which finds k itself
-LEAST_GAIN = 0.05
+DEFAULT_ALGORITHMS = ALGORITHMS[:3]
+LEAST_GAIN = 0.15  # of s over r
+STABLE = 0.9  # of the largest s
 _REGULARIZATION = 1e-2  # added to the variances of a mixture; those of the table are about 1
 
 
@@ -140,9 +143,10 @@ def agreement(labels: list[np.ndarray], parts: np.ndarray) -> np.ndarray:
 
 
 def choose(board: list[Measured]) -> Measured | None:
-    """The candidate with the largest gain, or None for one cluster."""
-    best = max(board, key=lambda m: m.stability - m.reference, default=None)
-    return best if best is not None and best.stability - best.reference >= LEAST_GAIN else None
+    """The most stable candidate with the largest k among the stable ones, or None for one cluster."""
+    beyond = [m for m in board if m.stability - m.reference >= LEAST_GAIN]
+    best = max((m.stability for m in beyond), default=0.0)
+    return max((m for m in beyond if m.stability >= STABLE * best), key=lambda m: (m.k, m.stability), default=None)
 
 
 def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> tuple[np.ndarray, Clusters]:
@@ -152,7 +156,7 @@ def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> 
       candidate: the algorithm and its setting.
       z: [n, q] the rows.
       seed: of the starts of k-means and the mixture.
-      num_starts: from the best of so many starts.
+      num_starts: of k-means; at least 3. A mixture has a third of them.
 
     Returns:
       The labels [n] 0..k-1, and the clusters for other rows.
@@ -163,7 +167,7 @@ def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> 
         return model.labels_, _nearest(model.cluster_centers_, np.arange(int(setting)))
     if algorithm == "mixture":
         num = int(setting)
-        model = GaussianMixture(num, n_init=num_starts, reg_covar=_REGULARIZATION, random_state=seed).fit(z)
+        model = GaussianMixture(num, n_init=num_starts // 3, reg_covar=_REGULARIZATION, random_state=seed).fit(z)
         clusters = Clusters(model.means_, np.arange(num), model.precisions_cholesky_, np.log(model.weights_))
         return _compact(model.predict(z), clusters)
     if algorithm == "agglomerative":

@@ -30,7 +30,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def fitted(shapes):
-    return automl.AutoClusterer(5).fit(shapes[0])
+    return automl.AutoClusterer(5, algorithms=_stability.ALGORITHMS).fit(shapes[0])
 
 
 @pytest.mark.once
