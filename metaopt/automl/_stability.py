@@ -23,7 +23,7 @@ SHARE = 0.8  # of the rows in each part
 SMALLEST_SHARES = (0.02, 0.05, 0.1, 0.2)  # of the rows in the smallest cluster of HDBSCAN, which finds k itself
 DEFAULT_ALGORITHMS = ALGORITHMS[:3]
 LEAST_GAIN = 0.15  # of s over r
-STABLE = 0.9  # of the largest s
+STABLE = 0.95  # of the largest s
 _REGULARIZATION = 1e-2  # added to the variances of a mixture; those of the table are about 1
 
 
@@ -44,6 +44,8 @@ class Clusters(NamedTuple):
 
     def assign(self, z: np.ndarray) -> np.ndarray:
         """[n] int64, the labels of rows z [n, q]."""
+        if len(self.points) == 1:  # there may be no axes
+            return np.full(len(z), self.labels[0])
         if not len(self.factors):
             return self.labels[pairwise_distances_argmin(z, self.points)]
         scores = np.empty((len(z), len(self.points)))
