@@ -5,7 +5,7 @@ the labels: 0 is chance, 1 is equal. `clusters.json` names the tables for judgin
 fixed before the first run, and no choice was made on them. The choices were made on its other tables.
 
     python experiments/automl/clusters.py                  # minutes on two cores; writes results/clusters.md
-    python experiments/automl/clusters.py --smoke          # seconds; prints only
+    python experiments/automl/clusters.py --smoke          # seconds, on two of the other tables; prints only
     python experiments/automl/clusters.py --development    # the other tables
 
 A run that is interrupted goes on from `--keep`. Needs the folder that the environment variable METAOPT_DATA names.
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="other tables than those for judging")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished tables")
     args = parser.parse_args()
-    names = json.loads(TABLES.read_text())["development" if args.development else "judging"]
+    names = json.loads(TABLES.read_text())["development" if args.development or args.smoke else "judging"]
     tables = [table for table in from_data_folder() if table.name in names]
     tables, seeds, max_rows = (tables[:2], 1, 100) if args.smoke else (tables, args.seeds, MAX_ROWS)
     folder = None if args.keep is None else script.work_folder(args.keep, __file__)
