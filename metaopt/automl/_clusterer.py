@@ -25,9 +25,9 @@ class AutoClusterer(ClusterMixin, BaseEstimator):
     Each candidate (an algorithm with k clusters) clusters eight random parts of the rows. Its stability s is the mean
     adjusted Rand index of two parts on their shared rows. Two clusters are stable in an elongated table without
     clusters, too. So r is the stability for normal rows with the covariance of the table, and only candidates with
-    s - r of at least 0.15 count. Of those with at least 95 % of the largest s, the largest k is chosen; of several
-    algorithms with this k, the most stable one. If no candidate counts, all rows are one cluster. This follows Ben-Hur
-    et al. (PSB 2002), and the reference Dudoit & Fridlyand (Genome Biology 2002).
+    s - r of at least 0.15 count. Some of them have at least 95 % of the largest s. The largest k among these is chosen,
+    with its most stable algorithm. If no candidate counts, all rows are one cluster. This follows Ben-Hur et al. (PSB
+    2002), and the reference Dudoit & Fridlyand (Genome Biology 2002).
 
     Labels and clusters may have different reasons: look at the clusters before you use them. Tables without clusters
     are not always recognized; a uniform square, for example, has four stable quarters.

@@ -19,11 +19,11 @@ from sklearn.mixture import GaussianMixture
 
 ALGORITHMS = ("kmeans", "mixture", "agglomerative", "hdbscan")
 NUM_PARTS = 8
-SHARE = 0.8  # of the rows in each part
-SMALLEST_SHARES = (0.02, 0.05, 0.1, 0.2)  # of the rows in the smallest cluster of HDBSCAN, which finds k itself
+SHARE = 0.8  # each part has this share of the rows
+SMALLEST_SHARES = (0.02, 0.05, 0.1, 0.2)  # rows in the smallest cluster of HDBSCAN, which finds k itself
 DEFAULT_ALGORITHMS = ALGORITHMS[:3]
-LEAST_GAIN = 0.15  # of s over r
-STABLE = 0.95  # of the largest s
+LEAST_GAIN = 0.15  # s - r
+STABLE = 0.95  # s divided by the largest s
 _REGULARIZATION = 1e-2  # added to the variances of a mixture; those of the table are about 1
 
 
