@@ -49,7 +49,11 @@ class Kind(NamedTuple):
 
 _KINDS: dict[str, Kind] = {}
 # Formats whose module needs an extra, and registers them when it is imported.
-_LATE = {"metaopt.auto_classifier": "metaopt.automl._saved", "metaopt.auto_regressor": "metaopt.automl._saved"}
+_LATE = {
+    "metaopt.auto_classifier": "metaopt.automl._saved",
+    "metaopt.auto_clusterer": "metaopt.automl._clusterer",
+    "metaopt.auto_regressor": "metaopt.automl._saved",
+}
 
 
 def register(kind: Kind) -> None:
@@ -73,6 +77,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `evaluation.Evaluation` | scores of methods on episodes |
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
     | `automl.AutoClassifier`, `automl.AutoRegressor` | a fitted estimator with its models |
+    | `automl.AutoClusterer` | a fitted estimator with its clusters |
     | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
 

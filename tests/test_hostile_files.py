@@ -221,6 +221,11 @@ def write_auto_regressor(folder):
     metaopt.save(folder / "model.npz", automl.AutoRegressor(**options).fit(x, x[:, 0] + RNG.normal(size=40)))
 
 
+def write_auto_clusterer(folder):
+    x = RNG.normal(size=(40, 2)) + 9 * (np.arange(40) % 2)[:, None]
+    metaopt.save(folder / "model.npz", automl.AutoClusterer(3, algorithms=("kmeans", "mixture"), n_jobs=1).fit(x))
+
+
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
@@ -406,6 +411,9 @@ CASES = {
     ),
     "auto_regressor": Case(
         write_auto_regressor, lambda f: metaopt.load(f / "model.npz"), automl.AutoRegressor, share=0.5
+    ),
+    "auto_clusterer": Case(
+        write_auto_clusterer, lambda f: metaopt.load(f / "model.npz"), automl.AutoClusterer, share=0.5
     ),
     "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, numbers="missing"),
 }

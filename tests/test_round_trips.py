@@ -165,6 +165,14 @@ def auto_regressor(path):
     return _estimator(path, automl.AutoRegressor, np.linspace(-1e3, 1e3, 40))
 
 
+def auto_clusterer(path):
+    x = np.random.default_rng(0).normal(size=(40, 2)) + 9 * (np.arange(40) % 2)[:, None]
+    fitted = automl.AutoClusterer(3, algorithms=("kmeans", "mixture"), n_jobs=1).fit(x)
+    metaopt.save(path, fitted)
+    values = lambda model: (type(model), model.get_params(), model.predict(x), model.labels_, model.algorithm_)
+    return values(metaopt.load(path)), values(fitted)
+
+
 def _estimator(path, kind, y):
     x = np.random.default_rng(0).normal(size=(40, 2))
     fitted = kind(models=("linear",), time_limit=None, verbose=False).fit(x, y)
@@ -214,6 +222,7 @@ MEMBERS = {
     "nas.TrainedNetwork": trained_network,
     "nas.Benchmark": benchmark,
     "automl.AutoClassifier": auto_classifier,
+    "automl.AutoClusterer": auto_clusterer,
     "automl.AutoRegressor": auto_regressor,
     "tasks.Split": split,
     "tasks.TableEncoder": table_encoder,

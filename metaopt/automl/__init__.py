@@ -1,6 +1,7 @@
 """Models for tables: scikit-learn estimators, and a trained meta-optimizer g that comes with the package.
 
-`AutoClassifier` and `AutoRegressor` choose, combine and calibrate models within a time limit.
+`AutoClassifier` and `AutoRegressor` choose, combine and calibrate models within a time limit. `AutoClusterer` chooses
+clusters.
 
     model = automl.AutoClassifier(time_limit=60).fit(frame, target)
     model.predict_proba(new_frame)
@@ -22,10 +23,12 @@ from metaopt.automl._network import TabularNetwork, tabular_network, tabular_tas
 from metaopt.automl._shipped import predict_hyperparams, shipped_predictor
 
 if TYPE_CHECKING:
+    from metaopt.automl._clusterer import AutoClusterer
     from metaopt.automl._estimators import AutoClassifier, AutoRegressor
 
 __all__ = [
     "AutoClassifier",
+    "AutoClusterer",
     "AutoRegressor",
     "TabularNetwork",
     "predict_hyperparams",
@@ -38,9 +41,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imports the estimators at their first use, since they need scikit-learn and pandas."""
-    if name in ("AutoClassifier", "AutoRegressor"):
+    if name in ("AutoClassifier", "AutoClusterer", "AutoRegressor"):
         for package in ("sklearn", "pandas"):
             _extras.require(package, "automl", f"automl.{name}")
+        if name == "AutoClusterer":
+            from metaopt.automl import _clusterer
+
+            return _clusterer.AutoClusterer
         from metaopt.automl import _estimators, _saved  # noqa: F401  (registers the formats of files)
 
         return getattr(_estimators, name)

@@ -1,0 +1,165 @@
+"""`AutoClusterer`: scikit-learn's contract, stability, the choice of clusters, new rows and files."""
+
+import itertools
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import datasets, metrics
+from sklearn.mixture import GaussianMixture
+from sklearn.utils.estimator_checks import check_estimator
+
+import metaopt
+from metaopt import automl
+from metaopt.automl import _stability
+
+QUICK: dict[str, Any] = {"max_clusters": 4, "algorithms": ("kmeans",), "n_jobs": 1}
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """A frame of three groups, with categories and gaps."""
+    x, y = datasets.make_blobs(180, centers=[[0, 0], [6, 0], [0, 6]], random_state=0)
+    frame = pd.DataFrame(x, columns=["width", "height"])
+    frame["color"] = pd.Categorical(np.array(["red", "red", "blue"])[y])
+    frame.loc[::17, "width"] = np.nan
+    return frame, y
+
+
+@pytest.fixture(scope="module")
+def fitted(shapes):
+    return automl.AutoClusterer(5).fit(shapes[0])
+
+
+@pytest.mark.once
+def test_scikit_learns_contract():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about check_estimator's own odd data
+        results = check_estimator(automl.AutoClusterer(**QUICK), on_skip=None)
+    assert len(results) > 30
+
+
+def test_groups_of_a_frame_with_categories_and_gaps_are_found(shapes, fitted):
+    frame, y = shapes
+    assert fitted.n_clusters_ == 3
+    assert metrics.adjusted_rand_score(y, fitted.labels_) > 0.9
+    np.testing.assert_array_equal(fitted.predict(frame), fitted.labels_)
+    assert (np.diff(np.bincount(fitted.labels_)) <= 0).all()  # cluster 0 is the largest
+    board = fitted.leaderboard_
+    assert set(board["algorithm"]) == {"kmeans", "mixture", "agglomerative"}
+    assert board["stability"].between(-0.1, 1).all() and (board["seconds"] > 0).all()
+
+
+@pytest.mark.parametrize("algorithm", _stability.ALGORITHMS)
+def test_every_algorithm_finds_them_and_labels_new_rows(algorithm, shapes):
+    frame, y = shapes
+    model = automl.AutoClusterer(4, algorithms=algorithm, n_jobs=1).fit(frame[::2])
+    assert (model.algorithm_, model.n_clusters_) == (algorithm, 3)
+    assert metrics.adjusted_rand_score(y[1::2], model.predict(frame[1::2])) > 0.9
+
+
+def test_a_table_without_clusters_is_one_cluster():
+    for stretch in (1.0, 5.0):  # two halves of an elongated table are stable
+        x = (
+            np.random.default_rng(0).normal(size=(200, 3))
+            * [stretch, 1, 1]
+            @ np.linalg.qr(np.ones((3, 3)) + np.eye(3))[0]
+        )
+        model = automl.AutoClusterer(4, n_jobs=1).fit(x)
+        assert model.n_clusters_ == 1 and model.algorithm_ is None and not model.labels_.any()
+
+
+def test_equal_seeds_give_equal_results(shapes):
+    runs = [automl.AutoClusterer(4, n_jobs=jobs, random_state=3).fit(shapes[0]) for jobs in (1, 2)]
+    np.testing.assert_array_equal(runs[0].labels_, runs[1].labels_)
+    boards = [run.leaderboard_.drop(columns="seconds") for run in runs]
+    pd.testing.assert_frame_equal(*boards)
+
+
+def test_rows_outside_the_sample_are_labeled_like_new_rows(shapes):
+    frame, y = shapes
+    model = automl.AutoClusterer(**QUICK, sample_rows=60).fit(frame)
+    assert len(model.labels_) == len(y)
+    assert metrics.adjusted_rand_score(y, model.labels_) > 0.9
+
+
+def test_agreement_is_the_mean_index_of_pairs_on_shared_rows():
+    rng = np.random.default_rng(0)
+    parts = np.stack([rng.permutation(30)[:20] for _ in range(3)])
+    labels = [rng.integers(3, size=20) for _ in parts]
+    index = np.zeros((3, 3))
+    for i, j in itertools.permutations(range(3), 2):
+        by_row = [dict(zip(parts[part], labels[part], strict=True)) for part in (i, j)]
+        shared = sorted(by_row[0].keys() & by_row[1].keys())
+        index[i, j] = metrics.adjusted_rand_score(*([part[row] for row in shared] for part in by_row))
+    np.testing.assert_allclose(_stability.agreement(labels, parts), index.sum(axis=1) / 2, rtol=1e-12)
+    same = [np.zeros(20, int)] * 3
+    np.testing.assert_array_equal(_stability.agreement(same, parts), 0)  # one cluster is no structure
+
+
+def test_a_mixture_assigns_as_scikit_learn():
+    z = np.random.default_rng(0).normal(size=(300, 3)) * [3, 1, 0.3]
+    labels, clusters = _stability.cluster(_stability.Candidate("mixture", 3), z, seed=0, num_starts=3)
+    expected = GaussianMixture(3, reg_covar=1e-2, random_state=0).fit(z)
+    np.testing.assert_array_equal(labels, expected.predict(z))
+    np.testing.assert_array_equal(clusters.assign(2 * z), expected.predict(2 * z))
+
+
+def test_saved_clusters_are_the_same(shapes, fitted, tmp_path):
+    frame, _ = shapes
+    models = [fitted, *(automl.AutoClusterer(3, algorithms=a, n_jobs=1).fit(frame) for a in ("mixture", "hdbscan"))]
+    for model in models:
+        metaopt.save(tmp_path / "clusters.npz", model)
+        loaded = metaopt.load(tmp_path / "clusters.npz")
+        assert loaded.get_params() == model.get_params() and loaded.n_clusters_ == model.n_clusters_
+        np.testing.assert_array_equal(loaded.predict(frame), model.labels_)
+        np.testing.assert_array_equal(loaded.labels_, model.labels_)
+        pd.testing.assert_frame_equal(loaded.leaderboard_, model.leaderboard_)
+
+
+ODD = {
+    "one value": np.ones((30, 2)),
+    "no value": np.full((30, 2), np.nan),
+    "two rows": np.array([[0.0, 1.0], [1.0, 0.0]]),
+    "two values": np.repeat([[0.0], [1.0]], 15, axis=0),
+    "huge values": np.array([[1e300, -1e300], [0.0, 1.0]] * 10),
+    "infinite values": np.array([[np.inf, 1.0], [0.0, np.nan]] * 10),
+    "texts": [[f"word {i % 3}", None] for i in range(30)],
+    "wide": np.random.default_rng(0).normal(size=(12, 200)),
+    "one outlier": np.r_[np.random.default_rng(0).normal(size=(40, 2)), [[1e9, 1e9]]],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_tables_get_labels(name):
+    model = automl.AutoClusterer(3, n_jobs=1).fit(ODD[name])
+    assert len(model.labels_) == len(ODD[name])
+    assert set(model.labels_) <= set(range(model.n_clusters_))
+    np.testing.assert_array_equal(model.predict(ODD[name]), model.labels_)
+
+
+def fit(x=((0.0, 1.0), (1.0, 0.0)), **options):
+    return automl.AutoClusterer(**options).fit(np.array(x))
+
+
+REFUSALS = [
+    (lambda: fit(max_clusters=0), "`max_clusters`"),
+    (lambda: fit(sample_rows=1), "`sample_rows`"),
+    (lambda: fit(algorithms=("dbscan",)), "`algorithms` may have kmeans, mixture, agglomerative, hdbscan"),
+    (lambda: fit(algorithms=()), "`algorithms` may have kmeans"),
+    (lambda: fit([[1.0, 2.0]]), "n_samples = 1"),
+    (lambda: fit([1.0, 2.0]), "2D"),
+    (lambda: fit(np.zeros((0, 2))), "0 sample"),
+    (lambda: fit([[1j, 2], [3, 4]]), "omplex"),
+    (lambda: fit().predict(np.zeros((2, 3))), "3 features"),
+    (lambda: fit().predict(np.zeros(3)), "reshape"),
+    (lambda: metaopt.save("never.npz", automl.AutoClusterer()), "not fitted"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSALS)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
