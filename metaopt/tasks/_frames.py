@@ -280,7 +280,9 @@ def _read_series(series: Any) -> RawColumn:
         return RawColumn("boolean", series.to_numpy(dtype=np.float64, na_value=np.nan))
     if types.is_integer_dtype(dtype) and not series.isna().any():
         return RawColumn("number", series.to_numpy(dtype=dtype.kind + "8"))
-    if types.is_integer_dtype(dtype) or types.is_float_dtype(dtype):
+    if types.is_integer_dtype(dtype):
+        return _integers_with_gaps(series.to_numpy(dtype=object, na_value=None))
+    if types.is_float_dtype(dtype):
         return RawColumn("number", series.to_numpy(dtype=np.float64, na_value=np.nan))
     return _read_objects(series.to_numpy(dtype=object))
 
@@ -298,6 +300,8 @@ def _read_objects(values: np.ndarray) -> RawColumn:
         return RawColumn("boolean", _numbers(values).astype(np.float64))
     if any(issubclass(type_, _DURATIONS) for type_ in types) and all(issubclass(type_, _NUMBERS) for type_ in types):
         return RawColumn("number", np.array([_number(value) for value in values], np.float64))
+    if always_missing and types and all(issubclass(type_, int | np.integer) for type_ in types):
+        return _integers_with_gaps(values)
     if all(issubclass(type_, _NUMBERS) for type_ in types):
         return RawColumn("number", _numbers(values))
     is_time = lambda type_: issubclass(type_, _TIMES) or type_.__name__ == "Period"
@@ -309,6 +313,13 @@ def _read_objects(values: np.ndarray) -> RawColumn:
         if not issubclass(type_, _PLAIN) and type_.__name__ not in ("Period", "Interval"):
             return RawColumn("unreadable", values, reason=f"has values of type {type_.__name__}")
     return RawColumn("text", _mapped(values, _level))
+
+
+def _integers_with_gaps(values: np.ndarray) -> RawColumn:
+    """Reads whole numbers and None: as texts, which stay exact, if float64 could merge the numbers."""
+    if any(value is not None and abs(int(value)) > 2**53 for value in values):
+        return RawColumn("text", _mapped(values, _level))
+    return RawColumn("number", _numbers(values))
 
 
 def _mapped(values: np.ndarray, function: Callable[[Any], Any]) -> np.ndarray:

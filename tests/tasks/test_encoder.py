@@ -217,6 +217,11 @@ def test_numbers_that_float32_merges_are_shifted():
         assert f"{low} is subtracted from all" in reasons(encoder, "a")[-1][1]
     texts = [f"{low:,}", f"{low + 1:,}", "NA", f"{low + 3}"]  # with gaps and thousands separators
     np.testing.assert_array_equal(fitted({"a": texts})[1][:, 0], [0, 1, np.nan, 3])
+    numbers = [low, low + 1, None, low + 3]
+    for gaps in (numbers, pd.array(numbers, "Int64"), np.array(numbers, object)):
+        encoder, x = fitted({"a": gaps})
+        np.testing.assert_array_equal(x[:, 0], [0, 1, np.nan, 3])
+        np.testing.assert_array_equal(encoder.transform({"a": [low + 2, low, low, low]})[:2, 0], [2, 0])
     seconds = 1.7e9 + np.arange(0, 50, 0.25)
     np.testing.assert_array_equal(fitted({"a": seconds})[1][:, 0], seconds - seconds[0])
 
