@@ -177,7 +177,7 @@ def measure_all(
     # One thread for each fit: sums in another order could change a label.
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence, and fewer different rows than clusters
-        board = joblib.Parallel(n_jobs, prefer="threads")(jobs)
+        board: Any = joblib.Parallel(n_jobs, prefer="threads")(jobs)
     return [measured for measured in board if 2 <= measured.k <= max_clusters]
 
 
@@ -197,7 +197,7 @@ def _leaderboard(board: list[Measured]) -> pd.DataFrame:
 # --- files ---
 
 
-def _encode(estimator: AutoClusterer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if not hasattr(estimator, "clusters_"):
         raise ValueError("This AutoClusterer is not fitted; call `fit` before you save it.")
     params = estimator.get_params()
@@ -219,11 +219,11 @@ def _encode(estimator: AutoClusterer) -> tuple[dict[str, Any], dict[str, Any]]:
     return header, arrays
 
 
-def _decode(header: dict[str, Any], file: _files.Npz) -> AutoClusterer:
+def _decode(header: dict[str, Any], file: _files.Npz) -> Any:
     params = header["params"]
     if isinstance(params["algorithms"], list):
         params["algorithms"] = tuple(params["algorithms"])
-    estimator = AutoClusterer(**params)
+    estimator: Any = AutoClusterer(**params)
     estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
     estimator.n_features_in_ = len(estimator.encoder_.input_names)
     names = header["feature_names"]

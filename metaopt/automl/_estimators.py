@@ -404,7 +404,7 @@ def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.
     return pd.DataFrame(notes, columns=["column", "action", "reason"])
 
 
-def _as_frame(X):
+def _as_frame(X) -> Any:
     """A dict of columns or a list of dicts as a frame, since scikit-learn's checks cannot read them."""
     is_rows = isinstance(X, list | tuple) and len(X) and all(isinstance(row, Mapping) for row in X)
     is_columns = isinstance(X, Mapping) and not hasattr(X, "tocsr")  # some sparse arrays are dicts

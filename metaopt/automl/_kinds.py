@@ -391,6 +391,7 @@ def _fit_catboost(settings, data):
     rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
     objective = "MultiClass" if data.num_classes > 2 else "Logloss" if data.num_classes else "RMSE"
     options = {"loss_function": objective, "random_seed": data.seed, "thread_count": 1, "allow_writing_files": False}
+    options["nan_mode"] = "Min"  # a gap is below all borders
     stop: dict[str, Any] = {}
     if not data.stops:
         rounds = min(rounds, _FIXED_ROUNDS)
@@ -405,14 +406,14 @@ def _fit_catboost(settings, data):
         path = pathlib.Path(folder) / "model.json"
         model.save_model(str(path), format="json")
         trees = json.loads(path.read_text())
-    return _symmetric_trees(trees, data.views.trees.shape[1], model.get_best_iteration() + 1 if stop else 0)
+    return _symmetric_trees(trees, model.get_best_iteration() + 1 if stop else 0)
 
 
-def _symmetric_trees(trees: dict[str, Any], num_columns: int, best_rounds: int) -> dict[str, np.ndarray]:
+def _symmetric_trees(trees: dict[str, Any], best_rounds: int) -> dict[str, np.ndarray]:
     """CatBoost's JSON as arrays.
 
-    All nodes of one depth share a split. Of T trees of depth D: columns and borders [T, D], leaves [T, 2^D, K], bias
-    [K], and whether a gap is above all borders of a column [d]. Shallow trees end in infinite borders.
+    All nodes of one depth share a split. Of T trees of depth D: columns and borders [T, D], leaves [T, 2^D, K] and
+    bias [K]. Shallow trees end in infinite borders.
     """
     parts, (scale, bias) = trees["oblivious_trees"], trees["scale_and_bias"]
     depth = max([1, *(len(part["splits"] or ()) for part in parts)])
@@ -423,10 +424,7 @@ def _symmetric_trees(trees: dict[str, Any], num_columns: int, best_rounds: int) 
             columns[t, k], borders[t, k] = split["float_feature_index"], split["border"]
         values = np.reshape(part["leaf_values"], (-1, len(bias)))
         leaves[t, : len(values)] = scale * values
-    above = np.zeros(num_columns, bool)
-    for feature in trees["features_info"]["float_features"]:
-        above[feature["flat_feature_index"]] = feature["nan_value_treatment"] == "AsTrue"
-    arrays = {"columns": columns, "borders": borders, "leaves": leaves, "above": above, "bias": np.array(bias, float)}
+    arrays = {"columns": columns, "borders": borders, "leaves": leaves, "bias": np.array(bias, float)}
     return arrays | {"best_rounds": np.array(best_rounds)}
 
 
@@ -435,7 +433,7 @@ def _first_catboost(model, num):
 
 
 def _predict_catboost(model, views, num_classes):
-    x = np.where(np.isnan(views.trees), np.where(model["above"], np.inf, -np.inf), views.trees).astype(np.float32)
+    x = np.where(np.isnan(views.trees), -np.inf, views.trees).astype(np.float32)
     raw = np.tile(model["bias"], (len(x), 1))
     bits = 2 ** np.arange(model["columns"].shape[1])
     for columns, borders, leaves in zip(model["columns"], model["borders"], model["leaves"], strict=True):
@@ -490,7 +488,7 @@ KINDS: dict[str, Kind] = {
         _fit_catboost,
         _predict_catboost,
         _dump_arrays,
-        _load_arrays("columns", "borders", "leaves", "above", "bias", "best_rounds"),
+        _load_arrays("columns", "borders", "leaves", "bias", "best_rounds"),
         lambda model: int(model["best_rounds"]),
         _first_catboost,
     ),

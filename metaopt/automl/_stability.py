@@ -10,7 +10,7 @@ Source: Ben-Hur et al., PSB 2002, for the stability; Dudoit & Fridlyand, Genome 
 """
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans
@@ -165,11 +165,12 @@ def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> 
     """
     algorithm, setting = candidate
     if algorithm == "kmeans":
-        model = KMeans(int(setting), n_init=num_starts, random_state=seed).fit(z)
+        options: dict[str, Any] = {"n_init": num_starts, "random_state": seed}
+        model: Any = KMeans(int(setting), **options).fit(z)
         return model.labels_, _nearest(model.cluster_centers_, np.arange(int(setting)))
     if algorithm == "mixture":
         num = int(setting)
-        model = GaussianMixture(num, n_init=num_starts // 3, reg_covar=_REGULARIZATION, random_state=seed).fit(z)
+        model: Any = GaussianMixture(num, n_init=num_starts // 3, reg_covar=_REGULARIZATION, random_state=seed).fit(z)
         clusters = Clusters(model.means_, np.arange(num), model.precisions_cholesky_, np.log(model.weights_))
         return _compact(model.predict(z), clusters)
     if algorithm == "agglomerative":
@@ -193,7 +194,8 @@ def _compact(labels: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, Cluste
 def _density_labels(z: np.ndarray, share: float) -> np.ndarray:
     """Labels by HDBSCAN. A row that it calls noise gets the label of the nearest row of a cluster."""
     smallest = max(2, round(share * len(z)))
-    labels = HDBSCAN(min_cluster_size=smallest, min_samples=min(5, len(z)), copy=True).fit_predict(z)
+    options: dict[str, Any] = {"min_cluster_size": smallest, "min_samples": min(5, len(z)), "copy": True}
+    labels = HDBSCAN(**options).fit_predict(z)
     noise = labels < 0
     if noise.all():
         return np.zeros(len(z), np.int64)

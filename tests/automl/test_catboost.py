@@ -70,6 +70,12 @@ def test_the_arrays_predict_as_catboost_does(monkeypatch, num_classes):
     views = _kinds.Views(x, x, x.astype(np.float32))
     fold = _kinds.FoldData(views, y, np.ones(300), views, y, np.ones(300), np.zeros(4, bool), num_classes, 0, True)
     settings = {"num_rounds": 30, "patience": 5, "learning_rate": 0.3, "depth": 4, "min_data_in_leaf": 1}
-    _, predicted, *_ = _kinds.fit_fold("catboost", settings, fold)
+    model, predicted, *_ = _kinds.fit_fold("catboost", settings, fold)
     kind = "Probability" if num_classes else "RawFormulaVal"
     np.testing.assert_allclose(predicted, fitted[0].predict(x, prediction_type=kind), rtol=1e-6, atol=1e-9)
+    borders = np.unique(model["borders"][(model["columns"] == 0) & np.isfinite(model["borders"])])
+    new = np.resize(x, (len(borders), 4))
+    new[:, 0] = borders  # a value at a border is not above it
+    views = _kinds.Views(new, new, new)
+    expected = fitted[0].predict(new, prediction_type=kind)
+    np.testing.assert_allclose(_kinds.predict("catboost", model, views, num_classes), expected, rtol=1e-6, atol=1e-9)
