@@ -26,6 +26,7 @@ import pytest
 from PIL import Image
 
 import metaopt
+import metaopt._cli
 from metaopt import _files, automl, base, blackbox, evaluation, nas, predictors, spaces, tasks, transforms
 from metaopt.blackbox import _surrogates
 from metaopt.nas.search import _cell_encoder, _score_prior
@@ -377,6 +378,9 @@ CASES = {
         lambda f: blackbox.from_hpob(f / "hpob.json", "5860"),
         base.Record,
         numbers="missing",  # costs are not known
+    ),
+    "CSV of the command": Case(
+        write_csv, lambda f: metaopt._cli._read(next(f.glob("*.csv"))).shape[0], int, numbers="any", share=0.5
     ),
     "CSV": Case(write_csv, lambda f: tasks.from_csv_folder(f, "y", min_rows=2), tasks.Table, numbers="missing"),
     "CSV.gz": Case(
