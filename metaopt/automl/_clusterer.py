@@ -7,19 +7,20 @@ import joblib
 import numpy as np
 import pandas as pd
 import threadpoolctl
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from metaopt import _checks, _files, _saving, tasks
 from metaopt.automl import _stability
 from metaopt.automl._ensemble_fit import num_jobs
+from metaopt.automl._estimators import TableEstimator
 from metaopt.automl._stability import Clusters, Measured
 
 _MAX_AXES = 20  # principal axes
 
 
-class AutoClusterer(ClusterMixin, BaseEstimator):
+class AutoClusterer(ClusterMixin, TableEstimator):
     """Clusters the rows of a table, with an algorithm and a number of clusters that are stable if rows are drawn again.
 
     Each candidate (an algorithm with k clusters) clusters eight random parts of the rows. Its stability s is the mean
@@ -149,13 +150,6 @@ class AutoClusterer(ClusterMixin, BaseEstimator):
         if not algorithms or not set(algorithms) <= set(_stability.ALGORITHMS):
             raise ValueError(f"`algorithms` may have {', '.join(_stability.ALGORITHMS)}; got {self.algorithms!r}.")
         return algorithms
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
-        tags.input_tags.categorical = True
-        tags.input_tags.string = True
-        return tags
 
 
 def measure_all(

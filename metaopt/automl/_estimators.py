@@ -24,7 +24,18 @@ _log = logging.getLogger(__name__)
 _LEAK_BLOCK = 20  # columns between two looks at the clock
 
 
-class _AutoEstimator(BaseEstimator, abc.ABC):
+class TableEstimator(BaseEstimator):
+    """An estimator for tables with gaps, categories and texts."""
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.categorical = True
+        tags.input_tags.string = True
+        return tags
+
+
+class _AutoEstimator(TableEstimator, abc.ABC):
     """What classifier and regressor share."""
 
     _problem = ""
@@ -213,13 +224,6 @@ class _AutoEstimator(BaseEstimator, abc.ABC):
         scores = self._nonconformity(rows.y)
         scored = ~np.isnan(scores)
         self.nonconformity_ = np.stack([scores[scored], rows.weight[scored] / rows.weight.mean()])
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
-        tags.input_tags.categorical = True
-        tags.input_tags.string = True
-        return tags
 
 
 class AutoClassifier(ClassifierMixin, _AutoEstimator):
