@@ -13,15 +13,16 @@ import small_estimators as small
 
 from metaopt import training
 
+TASKS = np.array([1.0, 2.0, 6.0])
 LEARNER = training.learner(small.quadratic(), optax.sgd(0.1))
 
 
-def fit(target, folder=None, *, num_steps=9, callback=(), **options):
+def fit(target, folder=None, sample_tasks=lambda key: TASKS, callback=()):
     return training.fit(
         LEARNER,
-        lambda key: np.array([1.0, 2.0, 6.0]),
+        sample_tasks,
         hyperparams=7.0,
-        num_steps=num_steps,
+        num_steps=9,
         key=jax.random.key(0),
         evaluate=lambda key, hyperparams: hyperparams**2,
         eval_every=3,
@@ -29,7 +30,6 @@ def fit(target, folder=None, *, num_steps=9, callback=(), **options):
         checkpoint_every=4,
         callback=[training.log_to(target), *callback],
         progress=False,
-        **options,
     )
 
 
@@ -47,16 +47,24 @@ def test_the_file_has_the_history_and_the_evaluations(tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 3, 5, 6, 8])
-@pytest.mark.parametrize("end", ["error", "signal"])
+@pytest.mark.parametrize("end", ["error", "signal", "signal before the evaluation"])
 def test_an_interrupted_run_ends_with_the_file_of_an_unbroken_one(tmp_path, end, step):
+    draws = []
+
     def interrupt(number, metrics):
-        if number == step:
+        if number == step and end != "signal before the evaluation":
             signal.raise_signal(signal.SIGTERM) if end == "signal" else 1 / 0
+
+    def sample_tasks(key):
+        draws.append(key)
+        if len(draws) == step and end == "signal before the evaluation":
+            signal.raise_signal(signal.SIGTERM)
+        return TASKS
 
     path, unbroken = tmp_path / "run.jsonl", tmp_path / "unbroken.jsonl"
     fit(unbroken)
     with pytest.raises((SystemExit, ZeroDivisionError)):
-        fit(path, tmp_path / "run", callback=[interrupt])
+        fit(path, tmp_path / "run", sample_tasks=sample_tasks, callback=[interrupt])
     with path.open("a") as file:
         file.write('{"step": 7, "val')  # as a killed process leaves it
     fit(path, tmp_path / "run")
