@@ -64,7 +64,7 @@ def fit(
     eval_every: int = 100,
     patience: int | None = None,
     steps_per_call: int = 1,
-    callback: CallbackFn | None = None,
+    callback: CallbackFn | Sequence[CallbackFn] | None = None,
     progress: bool | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 100,
@@ -116,10 +116,11 @@ def fit(
         draws and metrics take as long as the steps. `sample_tasks` is then traced, and draws tasks of one shape. The
         steps of evaluations and checkpoints stay the same, and shorten a call if necessary. Signals wait for the end of
         a call. The results are those of single steps, up to rounding.
-      callback: `(step, metrics) -> stop`, called after every step, counted from 1. Scalar metrics are floats, others
-        numpy arrays. If it returns a true value, the run ends (after the call, with `steps_per_call`). If it raises an
-        error, it is still called for the other steps of the same call, and then the run ends. After a resume, it is
-        called again for the steps since the checkpoint.
+      callback: `(step, metrics) -> stop`, called after every step, counted from 1; or several of them, such as
+        `log_to("run.jsonl")`. Scalar metrics are floats, others numpy arrays. After the steps of evaluations, they have
+        the held-out loss as "evaluation". If a callback returns a true value, the run ends (after the call, with
+        `steps_per_call`). If it raises an error, all are still called for the other steps of the same call, and then
+        the run ends. After a resume, they are called again for the steps since the checkpoint.
       progress: None reports steps, evaluations and compilations on standard error. A terminal or notebook shows a bar.
         Elsewhere a line appears every 10 s, and for compilations that take 2 s or more. True also prints a line at the
         end of a short run. False reports nothing.
@@ -168,6 +169,7 @@ def fit(
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
+    callbacks = [callback] if callable(callback) else list(callback or ())
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space)
     with contextlib.ExitStack() as stack:
@@ -186,12 +188,15 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, ended_by_callback, warned = run.step, False, False
+        first_step, metrics, warned = run.step, [], False
         try:
             while True:
-                if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
-                    with report.during("evaluating"):
-                        run = _evaluated(run, evaluate, eval_key)
+                try:
+                    if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
+                        run = _evaluated(run, evaluate, eval_key, report)
+                        metrics = _with_evaluation(metrics, run)
+                finally:
+                    ended_by_callback, metrics = _report(callbacks, run.step, metrics), []
                 if run.step > 0 and run.step % checkpoint_every == 0:
                     _save(checkpoints, run, steps, report)
                 moved = run.step > first_step
@@ -207,8 +212,6 @@ def fit(
                 run = _advanced(run, state, metrics, drawn)
                 report(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
                 warned = warned or _warned_of_rest(run, num, num_steps)
-                if callback is not None:
-                    ended_by_callback = _report(callback, run.step - num + 1, metrics)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
             received.append(error.number)  # from a `fit` that `evaluate` or `callback` called
             stopped = ""
@@ -343,17 +346,28 @@ def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
     return [{name: float(x) if x.ndim == 0 else x for name, x in one.items()} for one in each]
 
 
-def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Calls the callback for every step of a call. Returns whether it asked to stop.
+def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """The metrics of the last steps, with the newest held-out loss in those of the last step.
 
-    Its first error is raised after the last step, because a resumed run continues after all of the steps.
+    A run that ended before this evaluation has reported its last step already, and reports it again.
+    """
+    if run.step and not metrics:
+        metrics = [{name: column[-1] for name, column in run.history.items() if len(column) == run.step}]
+    return [*metrics[:-1], *({**last, "evaluation": run.evaluations[-1]} for last in metrics[-1:])]
+
+
+def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
+    """Calls the callbacks for every step of a call. Returns whether one asked to stop.
+
+    The first error is raised after the last step, because a resumed run continues after all of the steps.
     """
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
-        try:
-            ended |= bool(callback(start + i, metrics))
-        except Exception as error:
-            errors.append(error)
+        for callback in callbacks:
+            try:
+                ended |= bool(callback(last_step - len(several_metrics) + 1 + i, metrics))
+            except Exception as error:
+                errors.append(error)
     if errors:
         raise errors[0]
     return ended
@@ -409,8 +423,9 @@ def _best(losses: list[float]) -> int | None:
     return losses.index(best) if best < math.inf else None
 
 
-def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array) -> Run:
-    evaluations = [*run.evaluations, float(evaluate(key, owned(run.state.hyperparams)))]
+def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -> Run:
+    with report.during("evaluating"):
+        evaluations = [*run.evaluations, float(evaluate(key, owned(run.state.hyperparams)))]
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(run.state.hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)

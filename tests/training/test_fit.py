@@ -367,13 +367,16 @@ def test_a_signal_ends_the_run_after_the_step_and_raises(number, kind, capfd):
 
 @pytest.mark.usefixtures("interruptible")
 def test_no_evaluation_runs_after_a_signal():
-    evaluated = []
+    evaluated, draws = [], []
+
+    def sample_tasks(key):
+        draws.append(key)
+        if len(draws) == 2:  # before the second step
+            signal.raise_signal(signal.SIGINT)
+        return TASKS
+
     with pytest.raises(KeyboardInterrupt) as error:
-        fit(
-            evaluate=lambda key, x: evaluated.append(x) or x,
-            eval_every=2,
-            callback=lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGINT),
-        )
+        fit(sample_tasks=sample_tasks, evaluate=lambda key, x: evaluated.append(x) or x, eval_every=2)
     assert len(evaluated) == len(error.value.result.evaluations) == 1
 
 
