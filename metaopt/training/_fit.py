@@ -222,7 +222,7 @@ def fit(
         raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
     if stopped == "non-finite":
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
-    _warn_of_no_step(run)
+    _warn_of_skipped_steps(run)
     return result
 
 
@@ -235,11 +235,14 @@ def _check_counts(num_steps: int, steps_per_call: int, eval_every: int, checkpoi
     _checks.check_integer("patience", patience, 1, optional=True)
 
 
-def _warn_of_no_step(run: Run) -> None:
-    """Logs a warning if all steps of a short run were skipped."""
-    if run.step and np.all(run.history.get("skipped", [0.0])):
-        cause = _stopping.likely_cause(run.state.tasks)
-        _log.warning(f"No step had a finite hypergradient, and λ is where it started. {cause}")
+def _warn_of_skipped_steps(run: Run) -> None:
+    """Logs a warning if most steps were skipped."""
+    skipped = np.sum(run.history.get("skipped", [0.0]))
+    if skipped > run.step / 2:
+        _log.warning(
+            f"{skipped:.0f} of {run.step} steps had no finite hypergradient and were skipped. "
+            f"{_stopping.likely_cause(run.state.tasks)}"
+        )
 
 
 def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
@@ -254,6 +257,8 @@ def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: 
         tasks = steps.draw(saved.extra["drawn"])
     run = _run.resumed(saved, jax.eval_shape(steps.init, *steps.start, tasks), steps.start[1], tasks)
     _run.check_program(saved, steps.describe(run.state, report), allow_changed=allow_changed_program)
+    if run.step:
+        report(run.step, value=run.history["value"][-1], norm=run.history["hypergrad_norm"][-1])
     return run
 
 

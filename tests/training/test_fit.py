@@ -253,10 +253,56 @@ def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
 
 def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
     result = fit(sample_tasks=lambda key: np.array([np.nan]), num_steps=2)
-    assert result.hyperparams == 7.0 and "No step had a finite hypergradient" in caplog.text
+    assert result.hyperparams == 7.0 and "had no finite hypergradient and were skipped" in caplog.text
     caplog.clear()
     fit(num_steps=1)
     assert not caplog.text
+
+
+def test_a_run_that_skips_most_steps_says_so(caplog):
+    draws = []
+
+    def sample_tasks(key):
+        draws.append(key)
+        return TASKS if len(draws) % 3 == 0 else TASKS * np.nan
+
+    result = fit(sample_tasks=sample_tasks, num_steps=9)
+    np.testing.assert_allclose(result.hyperparams, 3 + 4 * 0.8**3, rtol=1e-12)
+    assert "6 of 9 steps had no finite hypergradient and were skipped" in caplog.text
+
+
+def test_a_hypergradient_whose_norm_overflows_is_skipped():
+    """Adam would divide by its square, which is infinite, and λ would stay without a word."""
+
+    def estimate(hyperparams, task, state):
+        return base.Estimate(1.0, jnp.full(2, 1e200), jnp.array(True), {}), state
+
+    steep = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+    with pytest.raises(FloatingPointError, match="The last 10 steps"):
+        fit(training.learner(steep, optax.adam(0.1)), hyperparams=np.ones(2), num_steps=20)
+
+
+def test_recorded_values_of_lambda_are_in_the_history_and_survive_a_resume(tmp_path):
+    record = lambda hyperparams: {"a": {"b": 2 * hyperparams}, "pair": jnp.array([hyperparams, 0.0])}
+    learner = training.learner(small.quadratic(), optax.sgd(0.1), record=record)
+    pairs = []
+    fit(learner, num_steps=2, checkpoint_dir=tmp_path)
+    result = fit(
+        learner, num_steps=4, checkpoint_dir=tmp_path, callback=lambda step, metrics: pairs.append(metrics["pair"])
+    )
+    before_each_step = 3 + 4 * 0.8 ** np.arange(4)
+    np.testing.assert_allclose(result.history["a.b"], 2 * before_each_step, rtol=1e-12)
+    np.testing.assert_allclose(np.stack(pairs)[:, 0], before_each_step[2:], rtol=1e-12)
+    scalar = training.learner(small.quadratic(), optax.sgd(0.1), record=lambda hyperparams: hyperparams)
+    np.testing.assert_allclose(fit(scalar, num_steps=4).history["hyperparams"], before_each_step, rtol=1e-12)
+
+
+def test_a_resumed_run_reports_the_values_of_its_last_step(tmp_path, capsys):
+    fit(num_steps=3, checkpoint_dir=tmp_path)
+    capsys.readouterr()
+    fit(num_steps=3, checkpoint_dir=tmp_path, progress=True)
+    lines = capsys.readouterr().err
+    assert "step 3/3" in lines and "nan" not in lines
 
 
 def fit_classifier(labels, **kwargs):
@@ -281,7 +327,7 @@ NON_FINITE = {
     ),
     "an inner loop that diverges": (
         lambda **kwargs: fit(training.learner(divergent(), optax.sgd(0.1)), **kwargs),
-        "inner loop that diverges, which `hypergrad.diagnose` examines",
+        "inner loop that diverges, .*, which `hypergrad.diagnose` examines.$",
     ),
 }
 
