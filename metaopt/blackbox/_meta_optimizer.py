@@ -254,7 +254,7 @@ def train_meta_searcher(
     *,
     space: base.PyTree = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> MetaOptimizer:
     """`train_meta_optimizer` over a finite set: architectures of a benchmark, pipelines, configurations already tried.
 

@@ -40,7 +40,7 @@ def implicit(
     damping: float = 0.0,
     batch: str | Callable[[jax.Array, base.Data], base.Batch] = "next",
     condition: str = "gradient",
-    gauss_newton: tuple[Callable, Callable] | None = None,
+    gauss_newton: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     warm_start: bool = True,
     horizon: int | None = None,
 ) -> base.Estimator:
@@ -142,7 +142,7 @@ class _Rule(NamedTuple):
     damping: float
     batch: str | Callable
     condition: str
-    gauss_newton: tuple[Callable, Callable] | None
+    gauss_newton: tuple[Callable[..., Any], Callable[..., Any]] | None
     warm_start: bool
     horizon: int | None
 

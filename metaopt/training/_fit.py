@@ -66,11 +66,11 @@ def fit(
     steps_per_call: int = 1,
     callback: CallbackFn | Sequence[CallbackFn] | None = None,
     progress: bool | None = None,
-    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     settings: Mapping[str, Any] | None = None,
     allow_changed_program: bool = False,
-    compilation_cache: str | os.PathLike | None = None,
+    compilation_cache: str | os.PathLike[str] | None = None,
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
