@@ -158,15 +158,15 @@ def fit_encoder(
 ) -> TableEncoder:
     """Chooses how the columns of a table become numbers. It does not look at a target.
 
-    * Numbers stay. Booleans become 0 and 1. Durations become days.
-    * Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
-    * Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
+    - Numbers stay. Booleans become 0 and 1. Durations become days.
+    - Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
+    - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
-    * Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
+    - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
       otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
-    * None, NaN, NaT, pandas.NA, and the texts that `from_csv_folder` names are missing, and so are numbers beyond
+    - None, NaN, NaT, pandas.NA, and the texts that `from_csv_folder` names are missing, and so are numbers beyond
       float32. The text "None" is a level, but is missing among numbers.
-    * If float32 would merge numbers, the smallest number is subtracted.
+    - If float32 would merge numbers, the smallest number is subtracted.
 
     These columns are dropped: constant ones; copies of an earlier column; ids, with a warning; and lists, dicts or
     other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id",

@@ -16,12 +16,13 @@ WriteFn = Callable[[int, Mapping[str, float]], Any]  # step, scalar metrics
 def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
     """Makes a callback of `fit` that writes the scalar metrics of each step, for `fit(callback=...)`.
 
-    | `target` | what it is |
-    |---|---|
-    | a path that ends in ".jsonl" | one JSON object per step and line, for `pandas.read_json(path, lines=True)` |
-    | has `add_scalar(name, value, step)` | a `SummaryWriter` for TensorBoard, of tensorboardX or PyTorch |
-    | has `log_metrics(metrics, step=)` | the module `mlflow`, inside a run of it |
-    | has `log(metrics, step=)` | a run of Weights & Biases, from `wandb.init()` |
+    A target is one of these:
+
+    - a path that ends in ".jsonl": each step is one line, a JSON object, for `pandas.read_json(path, lines=True)`
+    - an object with `add_scalar(name, value, step)`: a `SummaryWriter` for TensorBoard, of tensorboardX or PyTorch
+    - an object with `log_metrics(metrics, step=)`: the module `mlflow`, inside a run of it
+    - an object with `log(metrics, step=)`: a run of Weights & Biases, from `wandb.init()`, which ignores steps that it
+      already has
 
     The file: a value that is not finite becomes null. Each line is on disk after its step. When a run continues from a
     checkpoint, `fit` reports the steps since the checkpoint again, and the file's earlier lines of these steps are
@@ -30,7 +31,7 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
     can be written.
 
     Args:
-      target: a path, or an object with one of the methods in the table.
+      target: a path, or an object with one of these methods.
 
     Returns:
       The callback `(step, metrics) -> None`. It leaves out metrics that are arrays.
