@@ -324,7 +324,7 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
         searcher = base.Searcher(lambda key, space: number + 1, ask, lambda state, records: state)
         return SimpleNamespace(searcher=lambda task, first: searcher)
 
-    monkeypatch.setattr(blackbox, "train_meta_searcher", train)
+    monkeypatch.setattr(blackbox, "train_meta_searcher", train)  # a training with a known choice for each key
     stop, options = 0, SimpleNamespace(seeds=2, train_seeds=2, work=None)
     chosen, _ = forest.choices.choose(records, forest.config.SMOKE, options, {})
     assert keys == [0, 1] * forest.config.SMOKE.num_splits
@@ -822,6 +822,7 @@ if __name__ == "__main__":
 def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, monkeypatch):
     file, library = tmp_path / "a.py", tmp_path / "library" / "room"
     library.mkdir(parents=True)
+    # Simulates another installed library.
     monkeypatch.setattr(script.metaopt, "__file__", str(library.parent / "__init__.py"))
     digests = [script.code(str(file)) for text in ("1", "1", "2") if file.write_text(text)]
     assert digests[0] == digests[1] != digests[2]
@@ -860,6 +861,7 @@ def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm():
 
 def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, capsys):
     file = tmp_path / "a.py"
+    # Simulates another installed library.
     monkeypatch.setattr(script.metaopt, "__file__", str(tmp_path / "library" / "__init__.py"))
     folders = []
     for text in ("1", "2", "1"):

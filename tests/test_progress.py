@@ -184,7 +184,7 @@ def untimed(text):
 
 @pytest.fixture
 def always(monkeypatch):
-    """Every tick prints, and the thread does not tick by itself."""
+    """Every tick prints, and the thread does not tick by itself: the patches stand for a clock."""
     for name in ("EVERY", "SOON"):
         monkeypatch.setattr(_progress, name, 0.0)
     monkeypatch.setattr(_progress.DISPLAY, "tick_every", 3600.0)
@@ -309,7 +309,7 @@ def main(tick):
 
 
 def test_a_script_reports_its_place_in_a_log(capsys, always, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["job.py"])
+    monkeypatch.setattr(sys, "argv", ["job.py"])  # a line names the script by it
     script = importlib.import_module("experiments.script")
     job = {}
     exec(compile(JOB, str(ROOT / "experiments" / "job.py"), "exec"), job)

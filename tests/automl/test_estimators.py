@@ -135,21 +135,28 @@ def test_every_kind_of_scikit_learn_is_saved(kind, wine, request, tmp_path):
     np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
 
 
-def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path, monkeypatch):
+class Unknown:
+    """A type that no model contains."""
+
+
+def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path):
+    forest = extra_trees.ensemble_.members[0].models[0]
+    forest.unknown = Unknown()
     metaopt.save(tmp_path / "model.npz", extra_trees)
-    monkeypatch.setattr(_kinds, "_TRUSTED", _kinds._TRUSTED[1:])
-    with pytest.raises(ValueError, match="Untrusted types.*Tree"):
+    del forest.unknown
+    with pytest.raises(ValueError, match="Untrusted types.*Unknown"):
         metaopt.load(tmp_path / "model.npz")
 
 
-def test_a_tree_with_categorical_nodes_is_rejected(wine):
+def test_a_tree_with_categorical_nodes_is_rejected(wine, tmp_path):
     """No kind has them; their sets of levels would be at positions that a file names."""
     model = automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
-    trees = model.ensemble_.members[0].models[0]
-    _kinds._check_trees(trees)
-    trees._predictors[0][0].nodes["is_categorical"][0] = 1
+    metaopt.save(tmp_path / "model.npz", model)
+    metaopt.load(tmp_path / "model.npz")
+    model.ensemble_.members[0].models[0]._predictors[0][0].nodes["is_categorical"][0] = 1
+    metaopt.save(tmp_path / "model.npz", model)
     with pytest.raises(ValueError, match="by categories"):
-        _kinds._check_trees(trees)
+        metaopt.load(tmp_path / "model.npz")
 
 
 @pytest.mark.parametrize(
@@ -189,10 +196,16 @@ def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError("too large")
 
-    monkeypatch.setattr("lightgbm.train", fail)
+    monkeypatch.setattr("lightgbm.train", fail)  # simulates a full memory
     model = automl.AutoClassifier(**QUICK).fit(*wine[:2])
     assert list(model.leaderboard_["model"]) == ["linear"]
     assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}
+
+
+def use_workers(monkeypatch):
+    """Without this patch, only tables that take many seconds are fitted in worker processes."""
+    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
+    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
 
 
 def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
@@ -201,8 +214,8 @@ def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
 
         os._exit(1)
 
-    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
-    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
+    use_workers(monkeypatch)
+    # No real model ends its process, so one kind is replaced.
     kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=die)}
     monkeypatch.setattr(_kinds, "KINDS", kinds)
     model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
@@ -214,9 +227,8 @@ def test_an_interrupt_ends_the_workers(wine, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
-    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
-    monkeypatch.setattr(_ensemble, "score", interrupt)
+    use_workers(monkeypatch)
+    monkeypatch.setattr(_ensemble, "score", interrupt)  # as Ctrl-C between two members
     with pytest.raises(KeyboardInterrupt):
         automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
     assert _schedule._POOLS[2]._flags.shutdown
@@ -318,12 +330,13 @@ def test_leaks_ids_and_constants_are_reported(wine, caplog):
     assert "answer" in caplog.text and "number" in caplog.text
 
 
-def test_leaks_are_searched_for_a_fifth_of_the_time(monkeypatch):
-    monkeypatch.setattr(_estimators, "_LEAK_BLOCK", 1)
-    y = np.arange(200) % 2
-    x = np.stack([y, 1 - y], axis=1) + 0.1 * np.random.default_rng(0).random((200, 2))
-    search = lambda limit: _estimators._suspected_leaks(x, y, tasks.fit_encoder(x), _schedule.Clock(limit))
-    assert search(None) == ("0", "1") and search(60.0) == ("0", "1") and search(1e-9) == ("0",)
+@pytest.mark.parametrize(("seconds", "suspected"), [(None, ("0", "24")), (60.0, ("0", "24")), (1e-3, ("0",))])
+def test_leaks_are_searched_for_a_fifth_of_the_time(seconds, suspected):
+    """The search looks at the clock after 20 columns."""
+    y, x = np.arange(200) % 2, np.random.default_rng(0).random((200, 25))
+    x[:, [0, 24]] = y[:, None] + 0.1 * x[:, [0, 24]]
+    model = automl.AutoClassifier(**QUICK | {"models": "linear", "time_limit": seconds}).fit(x, y)
+    assert model.suspected_leaks_ == suspected
 
 
 def test_importance_finds_the_column_that_decides():

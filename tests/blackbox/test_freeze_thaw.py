@@ -137,7 +137,7 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
         assert searcher.tell(begin(g)[1], [record]).seen == ()
 
 
-def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g, monkeypatch):
+def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g):
     # One has only begun, long ago and badly, and one has not been at the last fidelity.
     every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
     seen = lambda observed: [
@@ -146,10 +146,10 @@ def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g,
         if mask
     ]
     assert seen(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
-    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 7)  # where each candidate is, and two before that
-    assert seen(_freeze_thaw._padded(every)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
-    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 4)  # the best two of them, and the latest two others
-    assert seen(_freeze_thaw._padded(every)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
+    # The latest outcome of each candidate, and two earlier ones.
+    assert seen(_freeze_thaw._padded(every, max_seen=7)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    # The best two of these latest outcomes, and the last two others.
+    assert seen(_freeze_thaw._padded(every, max_seen=4)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
     searcher, state = begin(g)
     asked = []
     for _ in range(15):
@@ -185,6 +185,7 @@ def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_fir
     assert searcher.ask(state, 1)[0] == []
     # Every trial costs a full budget, and outcomes below the full budget still count.
     low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
+    # A spy: with the remaining budgets as costs, the searcher would choose the same candidate here.
     to_pay, real = [], _freeze_thaw._score
     monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: to_pay.append(np.asarray(args[3])) or real(*args))
     (trial,), _ = searcher.ask(searcher.tell(begin(g, resumes=False)[1], low), 1)

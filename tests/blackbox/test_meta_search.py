@@ -202,7 +202,7 @@ def test_a_region_that_fails_is_left_at_once():
 @pytest.mark.once
 def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
-    looked_at, real = [], _suggestions.padded
+    looked_at, real = [], _suggestions.padded  # the size of arrays is a bound on time, which no result shows
     monkeypatch.setattr(_suggestions, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
@@ -225,7 +225,7 @@ def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_numb
     tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
     searcher, read, real = free.searcher(first=()), [], spaces.from_configuration
     start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
-    monkeypatch.setattr(
+    monkeypatch.setattr(  # counts the trials that are read
         spaces, "from_configuration", lambda *args, **kwargs: read.append(args[1]) or real(*args, **kwargs)
     )
     for unit in (1.0, 1e4):
@@ -377,7 +377,7 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
     # It does not count as the worst one, as a failed trial does, nor as better than the best completed one.
-    seen, real = [], _suggestions.padded
+    seen, real = [], _suggestions.padded  # an `ask` shows only its trial, not the outcomes that it assumes
     monkeypatch.setattr(_suggestions, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
     for outcome in (0.6, 0.3):

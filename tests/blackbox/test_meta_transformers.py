@@ -143,7 +143,7 @@ def test_a_batch_does_not_pile_up_on_what_runs(g):
 
 @pytest.mark.slow
 def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
-    seen = []
+    seen = []  # the arrays that are read: their size is a bound on time, which no result shows
     read = _transformer.read_trials
     monkeypatch.setattr(
         "metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args)
@@ -210,7 +210,7 @@ def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_dive
     assert h.surrogate.max_shown == 7
     real = _new_trials.shown_to_transformers
     keep = lambda *args: seen.append(real(*args)) or seen[-1]
-    monkeypatch.setattr(_programs, "shown_to_transformers", keep)
+    monkeypatch.setattr(_programs, "shown_to_transformers", keep)  # no result shows which trials are read
     y = [3.3, 3.1, 3.2, 3.5, 3.6, 3.0, np.nan, 3.4, 3.6, 3.4, 1e6, 3.9]
     near = h.outcomes(LINE, tried=LINE[:12], outcomes=y)
     h.suggest(LINE[:12], y)

@@ -159,7 +159,7 @@ def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
             ended.append(study.tell(running, loss(first)))
         return trials
 
-    study._storage.get_all_trials = ends_after_a_read
+    study._storage.get_all_trials = ends_after_a_read  # simulates another process that ends its trial
     assert spaces.suggest(study.ask(), SPACE) != first and ended
 
 

@@ -175,7 +175,7 @@ def test_the_default_window_divides_the_horizon(num_steps, window):
 
 
 def test_a_log_names_the_rule_that_is_traced(monkeypatch, capsys):
-    for name in ("EVERY", "SOON"):
+    for name in ("EVERY", "SOON"):  # stands for a clock: seconds until the first line
         monkeypatch.setattr(f"metaopt._progress.{name}", 0.0)
     rule = hypergrad.unrolled(problems.RIDGE, num_steps=1)
 

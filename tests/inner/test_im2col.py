@@ -191,6 +191,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
     conv, x, w = convolution(name)
     text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]
     expected = jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
+    # A small limit: patches above the real one take 256 MB, and seconds.
     monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", 100)
     jax.clear_caches()
     text.append(str(jax.make_jaxpr(inner.im2col(conv))(x, w)))
@@ -386,6 +387,7 @@ def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
     columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes
     found = {}
     for limit in (columns, columns - 1):
+        # A small limit: columns above the real one take 256 MB, and seconds.
         monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", limit)
         jax.clear_caches()
         lowered = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2))).lower(x, w)

@@ -335,6 +335,7 @@ def test_an_interrupt_leaves_nothing_trained_by_half(monkeypatch):
         return jax.numpy.zeros(())
 
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    # Ctrl-C in the first step: the training calls no function of the user.
     monkeypatch.setattr("metaopt.nas.search._cell_encoder.cell_ranking_loss", loss_and_signal)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -102,13 +102,14 @@ def test_a_batch_of_tasks_is_the_mean_of_each_by_itself(estimated):
 
 
 def test_on_cpu_tasks_with_positions_run_one_after_the_other(monkeypatch):
+    # The options decide only about time and memory, so the estimate does not show them.
     monkeypatch.setattr(hypergrad, "over_tasks", lambda estimator, **options: options)
     assert META.over_tasks(max_norm=1.0) == {"max_norm": 1.0}  # rows of tables
     search = SEARCH._replace(supernet=nas.supernet(NET, (5, 3), ops=OPS))
     images = nas.meta_architecture_search(search, predictors.mlp(SPACE, 2))
     assert images.over_tasks(max_norm=1.0) == {"task_chunk": 1, "max_norm": 1.0}
     assert images.over_tasks(task_chunk=None) == {"task_chunk": None}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a device that is missing here
     assert images.over_tasks() == {}
 
 
