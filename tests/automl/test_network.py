@@ -139,6 +139,6 @@ def test_hypergradient_of_every_hyperparameter_equals_finite_differences(network
 
 def test_training_depends_on_the_key_and_repeats(network, task):
     hp = spaces.default(network.space)
-    first, again, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
-    np.testing.assert_array_equal(first["hidden"], again["hidden"])
+    first, repeated, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first["hidden"], repeated["hidden"])
     assert not np.allclose(first["hidden"], other["hidden"])

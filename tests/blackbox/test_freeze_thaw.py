@@ -43,16 +43,16 @@ def done(trial, task):
 
 def test_every_trial_climbs_its_fidelities_and_all_end(g):
     searcher, state = begin(g)
-    seen: dict[int, list] = {}
+    runs: dict[int, list] = {}
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         (trial,), state = searcher.ask(state, 1)
-        seen.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
+        runs.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
         state = searcher.tell(state, [done(trial, 0.7)])
-    assert list(seen) == [0, 1, 2, 3, 4]
-    for steps in seen.values():
+    assert list(runs) == [0, 1, 2, 3, 4]
+    for steps in runs.values():
         x, fidelities, seeds = zip(*steps, strict=True)
         assert fidelities == FIDELITIES and len(set(x)) == len(set(seeds)) == 1
-    assert len({steps[0][0] for steps in seen.values()}) == len(CANDIDATES)
+    assert len({steps[0][0] for steps in runs.values()}) == len(CANDIDATES)
     assert searcher.ask(state, 2)[0] == []
 
 
@@ -93,24 +93,24 @@ def test_predictions_follow_what_was_seen(g):
 
 def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     searcher, state = begin(g, first=[CANDIDATES[3], CANDIDATES[1]])
-    asked, state = searcher.ask(state, 9)
-    assert [t.configuration for t in asked[:2]] == [CANDIDATES[3], CANDIDATES[1]]
-    assert [t.fidelity for t in asked] == [0.25] * 5 and len({t.trial for t in asked}) == 5
-    state = searcher.tell(state, [asked[0]._replace(status="FAIL"), asked[1]._replace(status="PRUNED"), *asked[2:4]])
+    trials, state = searcher.ask(state, 9)
+    assert [t.configuration for t in trials[:2]] == [CANDIDATES[3], CANDIDATES[1]]
+    assert [t.fidelity for t in trials] == [0.25] * 5 and len({t.trial for t in trials}) == 5
+    state = searcher.tell(state, [trials[0]._replace(status="FAIL"), trials[1]._replace(status="PRUNED"), *trials[2:4]])
     assert searcher.ask(state, 1)[0] == []  # two are closed, and three run still: "WAITING" ends nothing
-    state = searcher.tell(state, [done(asked[4], 0.5)])
-    (again, *rest), _ = searcher.ask(state, 3)
-    assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
+    state = searcher.tell(state, [done(trials[4], 0.5)])
+    (open_trial, *rest), _ = searcher.ask(state, 3)
+    assert (open_trial.trial, open_trial.fidelity) == (4, 0.5) and rest == []
 
 
 def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place(g):
     searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first one is not a candidate
-    state, asked = searcher.init(jax.random.key(0), SPACE), []
+    state, proposed = searcher.init(jax.random.key(0), SPACE), []
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         trials, state = searcher.ask(state, 1)
-        asked += trials
+        proposed += trials
         state = searcher.tell(state, [done(trial, 0.7) for trial in trials])
-    tried = [(trial.configuration["x"], trial.fidelity) for trial in asked]
+    tried = [(trial.configuration["x"], trial.fidelity) for trial in proposed]
     # The second is at its full budget by then.
     assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
     assert set(tried[2:]) == {(c["x"], f) for c in CANDIDATES if c["x"] != 0.75 for f in FIDELITIES}
@@ -121,14 +121,19 @@ def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place
 def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not_go_on(g):
     """It is the outcome of some fidelity below the one that was asked for."""
     searcher, state = begin(g)
-    asked, state = searcher.ask(state, 5)
-    state = searcher.tell(state, [done(t, 0.5) for t in asked])
+    first_trials, state = searcher.ask(state, 5)
+    state = searcher.tell(state, [done(t, 0.5) for t in first_trials])
     (first,), state = searcher.ask(state, 1)
     half_way = first._replace(status="PRUNED", outcome=outcome(0.5, first.configuration["x"], 0.3))
-    told = searcher.tell(state, [half_way])
-    assert told.seen == state.seen and len(told.seen) == 5 and len(told.closed) == 1 and told.pending == ()
-    assert first.trial not in {t.trial for t in searcher.ask(told, 4)[0]}
-    ended = [done(t, 0.5) for t in asked]
+    pruned_state = searcher.tell(state, [half_way])
+    assert (
+        pruned_state.seen == state.seen
+        and len(pruned_state.seen) == 5
+        and len(pruned_state.closed) == 1
+        and pruned_state.pending == ()
+    )
+    assert first.trial not in {t.trial for t in searcher.ask(pruned_state, 4)[0]}
+    ended = [done(t, 0.5) for t in first_trials]
     np.testing.assert_array_equal(g.predict([*ended, half_way]), g.predict(ended))
     # Nor is it an end that others would have to be better than.
     full = half_way._replace(fidelity=1.0, outcome=-9.0)
@@ -140,23 +145,23 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
 def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g):
     # One has only begun, long ago and badly, and one has not been at the last fidelity.
     every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
-    seen = lambda observed: [
+    entries = lambda observed: [
         (int(c), int(j))
         for c, j, mask in zip(observed.candidate, observed.fidelity, observed.mask, strict=True)
         if mask
     ]
-    assert seen(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
+    assert entries(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
     # The latest outcome of each candidate, and two earlier ones.
-    assert seen(_freeze_thaw._padded(every, max_seen=7)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    assert entries(_freeze_thaw._padded(every, max_seen=7)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
     # The best two of these latest outcomes, and the last two others.
-    assert seen(_freeze_thaw._padded(every, max_seen=4)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
+    assert entries(_freeze_thaw._padded(every, max_seen=4)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
     searcher, state = begin(g)
-    asked = []
+    runs = []
     for _ in range(15):
         (trial,), state = searcher.ask(state, 1)
-        asked.append((trial.trial, trial.fidelity))
+        runs.append((trial.trial, trial.fidelity))
         state = searcher.tell(state, [done(trial, 0.7)])
-    assert len(set(asked)) == 15 and searcher.ask(state, 1)[0] == []
+    assert len(set(runs)) == 15 and searcher.ask(state, 1)[0] == []
 
 
 def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
@@ -175,13 +180,13 @@ def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
 
 def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g, monkeypatch):
     searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
-    asked = []
+    runs = []
     for _ in CANDIDATES:
         (trial,), state = searcher.ask(state, 1)
         state = searcher.tell(state, [done(trial, 0.7)])
-        asked.append(trial)
-    assert {t.fidelity for t in asked} == {1.0} and {t.configuration["x"] for t in asked} == {0, 0.25, 0.5, 0.75, 1}
-    assert asked[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in asked[1:3]]
+        runs.append(trial)
+    assert {t.fidelity for t in runs} == {1.0} and {t.configuration["x"] for t in runs} == {0, 0.25, 0.5, 0.75, 1}
+    assert runs[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in runs[1:3]]
     assert searcher.ask(state, 1)[0] == []
     # Every trial costs a full budget, and outcomes below the full budget still count.
     low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
@@ -198,12 +203,12 @@ def test_bad_input_is_named(g):
     with pytest.raises(ValueError, match="fidelity must be one of"):
         g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
     searcher, state = begin(g)
-    (asked,), state = searcher.ask(state, 1)
-    told = done(asked, 0.5)._replace(fidelity=0.2501)
+    (trial,), state = searcher.ask(state, 1)
+    record = done(trial, 0.5)._replace(fidelity=0.2501)
     with pytest.raises(ValueError, match=r"fidelity must be one of .*\[0.25, 0.5, 1.0\], .*; got 0.2501 for trial 0"):
-        searcher.tell(state, [told])
-    assert searcher.tell(state, [told._replace(seed=asked.seed + 1)]) == state  # another search's
-    rounded = searcher.tell(state, [told._replace(fidelity=0.25 + 1e-8)])
+        searcher.tell(state, [record])
+    assert searcher.tell(state, [record._replace(seed=trial.seed + 1)]) == state  # another search's
+    rounded = searcher.tell(state, [record._replace(fidelity=0.25 + 1e-8)])
     assert rounded.pending == () and len(rounded.seen) == 1
     with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
         g.predict((), (0.0, 0.5))

@@ -49,10 +49,10 @@ def search(searcher, best, num, seed=0, batch=1):
     """The best regret after each trial."""
     state, regrets = searcher.init(jax.random.key(seed), SPACE), []
     while len(regrets) < num:
-        asked, state = searcher.ask(state, batch)
-        told = [trial._replace(outcome=outcome(best, trial.configuration), status="COMPLETE") for trial in asked]
-        regrets += [record.outcome - 5 for record in told]
-        state = searcher.tell(state, told)
+        trials, state = searcher.ask(state, batch)
+        ended = [trial._replace(outcome=outcome(best, trial.configuration), status="COMPLETE") for trial in trials]
+        regrets += [record.outcome - 5 for record in ended]
+        state = searcher.tell(state, ended)
     return np.minimum.accumulate(regrets)
 
 
@@ -117,11 +117,11 @@ def test_a_prediction_minimizes_the_mean_outcome_and_a_prior_in_favor_of_the_def
         + (1 - smooth) * (abs(a[:, None] - b[None]) < 1e-9)
     )
     variance = np.exp(float(kernel.log_amplitude))
-    seen = np.linspace(0.1, 0.8, 5)
-    left = variance * k(grid, grid) - variance**2 * k(grid, seen) @ np.linalg.inv(
-        variance * k(seen, seen) + 1e-3 * np.eye(5)
-    ) @ k(seen, grid)
-    explained = num_tasks * (1 - np.diag(left) / variance).mean()
+    tried = np.linspace(0.1, 0.8, 5)
+    remaining = variance * k(grid, grid) - variance**2 * k(grid, tried) @ np.linalg.inv(
+        variance * k(tried, tried) + 1e-3 * np.eye(5)
+    ) @ k(tried, grid)
+    explained = num_tasks * (1 - np.diag(remaining) / variance).mean()
     np.testing.assert_allclose(g.evidence.effective_tasks, explained, rtol=1e-6)
     weight = explained / (explained + 7)
     mean = g.outcomes(pool).mean
@@ -140,13 +140,13 @@ def test_batches_failures_and_first_configurations(g):
     first = [{"x": 0.9, "kind": "b"}]
     searcher = g.searcher(first=first)
     state = searcher.init(jax.random.key(0), SPACE)
-    asked, state = searcher.ask(state, 4)
-    assert asked[0].configuration == first[0] and [trial.trial for trial in asked] == [0, 1, 2, 3]
-    assert len({tuple(trial.configuration.items()) for trial in asked}) == 4
-    state = searcher.tell(state, [trial._replace(status="FAIL") for trial in asked])
-    again, state = searcher.ask(state, 1)
-    assert again[0].configuration not in [trial.configuration for trial in asked]
-    state = searcher.tell(state, [again[0]._replace(status="COMPLETE", outcome=5.2)])
+    trials, state = searcher.ask(state, 4)
+    assert trials[0].configuration == first[0] and [trial.trial for trial in trials] == [0, 1, 2, 3]
+    assert len({tuple(trial.configuration.items()) for trial in trials}) == 4
+    state = searcher.tell(state, [trial._replace(status="FAIL") for trial in trials])
+    next_trials, state = searcher.ask(state, 1)
+    assert next_trials[0].configuration not in [trial.configuration for trial in trials]
+    state = searcher.tell(state, [next_trials[0]._replace(status="COMPLETE", outcome=5.2)])
     batch, _ = searcher.ask(state, 2)
     assert batch[0].configuration != batch[1].configuration
     repeated, _ = searcher.ask(state, 2)
@@ -161,13 +161,13 @@ def test_a_finite_set_is_never_left_nor_repeated(acquisition):
     pool = [record.configuration for record in records[:40]]
     portfolio = h.portfolio(3)
     assert portfolio[0] == h.predict() and all(c in pool for c in portfolio) and portfolio[1] != portfolio[2]
-    state, seen = h.searcher(acquisition=acquisition).init(jax.random.key(0), SPACE), []
+    state, tried = h.searcher(acquisition=acquisition).init(jax.random.key(0), SPACE), []
     searcher = h.searcher(acquisition=acquisition)
     for _ in range(5):
         (trial,), state = searcher.ask(state, 1)
         state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome(0.3, trial.configuration))])
-        seen.append(tuple(sorted(trial.configuration.items())))
-    assert len(set(seen)) == 5 and all(dict(c) in pool for c in seen)
+        tried.append(tuple(sorted(trial.configuration.items())))
+    assert len(set(tried)) == 5 and all(dict(c) in pool for c in tried)
 
 
 def unrelated(rng):
@@ -343,18 +343,18 @@ def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_
     finer = blackbox.train_meta_optimizer(records, space=SPACE, candidates=line, num_steps=2)
 
     def told(first_outcome, num, g=g):
-        searcher, asked = g.searcher(), []
+        searcher, proposed = g.searcher(), []
         state = searcher.init(jax.random.key(0), SPACE)
         for i in range(num):
             (trial,), state = searcher.ask(state, 1)
-            asked.append(trial.configuration)
+            proposed.append(trial.configuration)
             outcome = first_outcome if i == 0 else (trial.configuration["x"] - 0.3) ** 2
             state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])
-        return asked
+        return proposed
 
     assert told(10.0, 7, finer) == told(1e6, 7, finer) == told(1e25, 7, finer)
-    asked = told(0.0, len(pool) + 1)
-    assert {tuple(c.items()) for c in asked[:-1]} == {tuple(c.items()) for c in pool} and asked[-1] == g.predict()
+    proposed = told(0.0, len(pool) + 1)
+    assert {tuple(c.items()) for c in proposed[:-1]} == {tuple(c.items()) for c in pool} and proposed[-1] == g.predict()
 
 
 @pytest.mark.once
@@ -434,10 +434,10 @@ def test_records_of_another_space_say_where_the_best_is(others):
     with_labels = {"kind": "a"}, {"kind": "b"}
     more = [
         base.Record(
-            f"other{t}", {"x": x, "old": 3.0} | given, cost[given.get("kind", "b")] + (x - 0.79 - t % 3 / 50) ** 2
+            f"other{t}", {"x": x, "old": 3.0} | labels, cost[labels.get("kind", "b")] + (x - 0.79 - t % 3 / 50) ** 2
         )
         for t in range(3 * MANY)
-        for given in (with_labels if others == "lack a label" else ({},))
+        for labels in (with_labels if others == "lack a label" else ({},))
         for x in line
     ]
     everything, few = (blackbox.train_meta_optimizer(r, space=space, num_steps=0) for r in (own + more, own))
@@ -448,11 +448,11 @@ def test_records_of_another_space_say_where_the_best_is(others):
 @pytest.mark.once
 def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
     line = np.linspace(0, 1, 5).tolist()
-    at = {"a": 0.0, "b": 0.3, "c": 2.0}  # of which c was dropped since
+    offsets = {"a": 0.0, "b": 0.3, "c": 2.0}  # of which c was dropped since
     records = [
         base.Record(f"t{t}", {"kind": kind, "x": x, "old": [1]}, y + (x - 0.5) ** 2 + t / 50)
         for t in range(3)
-        for kind, y in at.items()
+        for kind, y in offsets.items()
         for x in line
     ]
     with pytest.warns(UserWarning, match="15 of 45 records have values .*`kind` in 15, such as 'c'"):
@@ -463,9 +463,9 @@ def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
         _encoding.encoder(blackbox.sklearn_model(name).space) for name in ("random_forest_classifier", "svm_classifier")
     )
     for encode, name, wrong in ((forests, "max_features", 0.3), (forests, "criterion", None), (machines, "kernel", [])):
-        given, default = encode({name: wrong}), encode({})
-        (labels,) = np.nonzero(given != default)
-        np.testing.assert_allclose(given[labels], 1 / len(labels))
+        encoded, default = encode({name: wrong}), encode({})
+        (labels,) = np.nonzero(encoded != default)
+        np.testing.assert_allclose(encoded[labels], 1 / len(labels))
         with pytest.raises(ValueError, match=f"`{name}` must be one of"):
             encode({name: wrong}, True)
     np.testing.assert_array_equal(machines({"gamma": "scale"}), machines({"gamma": 0.1}))
@@ -510,8 +510,8 @@ def test_records_come_as_generators_and_data_frames_and_not_as_dicts():
     expected = blackbox.train_meta_searcher(records, **kwargs).predict()
     frame = blackbox.records_to_frame(records)
     of_dicts = pd.DataFrame([record._asdict() for record in records])
-    for given in (iter(records), frame, of_dicts):
-        assert blackbox.train_meta_searcher(given, **kwargs).predict() == expected
+    for collection in (iter(records), frame, of_dicts):
+        assert blackbox.train_meta_searcher(collection, **kwargs).predict() == expected
     assert np.isfinite(blackbox.train_meta_optimizer(iter(records), **kwargs).surrogate.curves).all()
 
 
@@ -520,8 +520,8 @@ def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is
     kwargs = {"space": SPACE, "num_steps": 0, "costs": True}
     records = [record._replace(cost=1.0 + i) for i, record in enumerate(records)]
     thirds = [record._replace(fidelity=0.9999999) for record in records]
-    of: list[Any] = [blackbox.train_meta_searcher(given, **kwargs) for given in (records, thirds)]
-    one, other = of
+    searchers: list[Any] = [blackbox.train_meta_searcher(trials, **kwargs) for trials in (records, thirds)]
+    one, other = searchers
     np.testing.assert_array_equal(one.surrogate.curves, other.surrogate.curves)
     np.testing.assert_array_equal(one.cost_surrogate.curves, other.cost_surrogate.curves)
     half = [r._replace(fidelity=0.5 if r.task == "t0" else 1.0) for r in records]
@@ -582,7 +582,7 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     assert g.candidates == pool and g.suggest(tried, y) == [pool[2]]
     frame = pd.DataFrame(tried)
     assert g.suggest(frame, np.array(y)[:, None]) == g.suggest(frame, frame["x"]) == [pool[2]]
-    one, other = (g.outcomes(*given).mean for given in ((pool,), (pd.DataFrame(pool),)))
+    one, other = (g.outcomes(*arguments).mean for arguments in ((pool,), (pd.DataFrame(pool),)))
     np.testing.assert_array_equal(one, other)
 
 
@@ -591,19 +591,19 @@ def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
     line = [{"x": x, "kind": "a"} for x in (0.1, 0.5, 0.9)]
     options = {"candidates": line, "num_steps": 0, "num_members": 1}
     g = blackbox.train_meta_searcher(records, space=SPACE, features=features, **options)
-    asked = (
+    calls = (
         g.predict,
         lambda t=None: g.portfolio(2, t),
         lambda t=None: g.suggest([], [], t),
         lambda t=None: g.outcomes(line, t).mean.tolist(),
         lambda t=None: g.searcher(t) and None,
     )
-    for ask in asked:
-        with warnings.catch_warnings(record=True) as said:
+    for ask in calls:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = ask(base.Task(None, None))
-        assert found == ask()  # None says it, and needs no warning
-        (warning,) = said
+            answer = ask(base.Task(None, None))
+        assert answer == ask()  # None says it, and needs no warning
+        (warning,) = caught
         assert str(warning.message).startswith("The new task has no `features`, but training used [2] of each task")
         assert warning.filename == __file__
 
@@ -631,8 +631,8 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
     assert g.suggest(nullable, frame["n"]) == g.suggest(tried, frame["n"])
     searcher = g.searcher()
     states = [
-        searcher.tell(searcher.init(jax.random.key(0), None), [base.Record("", c, 1.0) for c in given])
-        for given in (tried, frame.to_dict("records"))
+        searcher.tell(searcher.init(jax.random.key(0), None), [base.Record("", c, 1.0) for c in configurations])
+        for configurations in (tried, frame.to_dict("records"))
     ]
     assert list(states[0].tried) == list(states[1].tried)
     # Where None is a label, and not the default.
@@ -645,22 +645,24 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
         np.testing.assert_array_equal(encode(row), encode(configuration))
     # Also where its parent is a gap: None, at its default, or of no column.
     depth, kind = space["depth"], spaces.choice(["a", "b"])
-    for parent, given in (
+    for parent, configurations in (
         ({"d": depth}, [{"d": None, "c": None}, {"d": None, "c": 9}, {"d": 2}]),
         ({"d": kind}, [{"c": None}, {"d": "a", "c": 9}, {"d": "b"}]),
         ({"d": kind}, [{"c": None}, {"c": 9}]),
     ):
         branch = parent | {"c": spaces.active_if(depth, "d", [None if parent["d"] is depth else "a"])}
-        for frame in (pd.DataFrame(given), pd.DataFrame(given).convert_dtypes()):
+        for frame in (pd.DataFrame(configurations), pd.DataFrame(configurations).convert_dtypes()):
             rows = _new_trials.as_configurations("rows", frame, branch)
-            assert [spaces.complete(branch, row) for row in rows] == [spaces.complete(branch, c) for c in given]
+            assert [spaces.complete(branch, row) for row in rows] == [
+                spaces.complete(branch, c) for c in configurations
+            ]
     # Columns whose types have gaps, where None is not a label.
     space = {"k": spaces.choice(["u", "v"]), "x": spaces.active_if(spaces.integer(1, 9, default=4), "k", ["v"])}
-    given = [{"k": "v", "x": 7}, {"k": "u"}, {"x": 2}, {"k": "v"}]
-    for frame in (pd.DataFrame(given), pd.DataFrame(given).convert_dtypes()):
+    configurations = [{"k": "v", "x": 7}, {"k": "u"}, {"x": 2}, {"k": "v"}]
+    for frame in (pd.DataFrame(configurations), pd.DataFrame(configurations).convert_dtypes()):
         assert frame.isna().any().all()
         rows = _new_trials.as_configurations("rows", frame, space)
-        assert [dict(row) for row in rows] == given
+        assert [dict(row) for row in rows] == configurations
 
 
 def test_a_space_of_many_conditions_is_inferred_with_few_looks_at_each_configuration():

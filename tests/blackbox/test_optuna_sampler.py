@@ -50,13 +50,13 @@ def objective(trial):
 def test_it_samples_what_the_searcher_would_ask_for(g):
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=3))
     study.optimize(objective, n_trials=9)
-    searcher, told = g.searcher(first=()), []
+    searcher, ended = g.searcher(first=()), []
     state = searcher.init(jax.random.key(3), None)
     for trial in study.trials:
         (record,), state = searcher.ask(state, 1)
         assert {n: v for n, v in trial.params.items() if n != "other"} == record.configuration
-        told.append(record._replace(status="COMPLETE", outcome=trial.value))
-        state = searcher.tell(state, told[-1:])
+        ended.append(record._replace(status="COMPLETE", outcome=trial.value))
+        state = searcher.tell(state, ended[-1:])
     assert study.trials[0].params.keys() >= g.predict().keys() and study.best_value == min(map(loss, POOL))
     assert ("only_a" in study.trials[0].params) == (study.trials[0].params["kind"] == "a")
 
@@ -136,10 +136,10 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
     sampler = blackbox.optuna_sampler(g, seed=0)
     study = optuna.create_study(sampler=sampler)
     study.optimize(objective, n_trials=2)
-    asked = [study.ask() for _ in range(4)]
-    assert [trial.relative_params for trial in asked] == 4 * [{}]  # each is drawn, and none has asked for a parameter
-    assert len({tuple(spaces.suggest(trial, SPACE).items()) for trial in asked}) == 4
-    for trial in asked:
+    trials = [study.ask() for _ in range(4)]
+    assert [trial.relative_params for trial in trials] == 4 * [{}]  # each is drawn, and none has asked for a parameter
+    assert len({tuple(spaces.suggest(trial, SPACE).items()) for trial in trials}) == 4
+    for trial in trials:
         study.tell(trial, objective(trial))
     study.optimize(objective, n_trials=8, n_jobs=3)
     tried = [tuple(sorted((n, v) for n, v in t.params.items() if n != "other")) for t in study.trials]
@@ -150,11 +150,11 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
 def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
     """It had been neither among those that ended, read first, nor among those that run, read next."""
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
-    running, read, ended = study.ask(), study._storage.get_all_trials, []
+    running, get_trials, ended = study.ask(), study._storage.get_all_trials, []
     first = spaces.suggest(running, SPACE)
 
     def ends_after_a_read(*args, states=None, **kwargs):
-        trials = read(*args, states=states, **kwargs)
+        trials = get_trials(*args, states=states, **kwargs)
         if not ended and states != (optuna.trial.TrialState.WAITING,):  # which Optuna reads itself, before it samples
             ended.append(study.tell(running, loss(first)))
         return trials
@@ -166,12 +166,12 @@ def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
 @pytest.mark.once
 def test_brackets_of_a_pruner_share_what_is_known(g):
     """Optuna makes a new study of each bracket for every trial."""
-    told, real = [], g.searcher
+    ended, real = [], g.searcher
 
     def listening(*args, **kwargs):
         searcher = real(*args, **kwargs)
         tell = lambda state, records: (
-            told.extend(r for r in records if r.status != "RUNNING") or searcher.tell(state, records)
+            ended.extend(r for r in records if r.status != "RUNNING") or searcher.tell(state, records)
         )
         return searcher._replace(tell=tell)
 
@@ -179,12 +179,12 @@ def test_brackets_of_a_pruner_share_what_is_known(g):
     sampler = blackbox.optuna_sampler(g._replace(searcher=listening), seed=0)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     study.optimize(objective, n_trials=4)
-    asked = [study.ask() for _ in range(4)]
-    assert [trial.relative_params for trial in asked] == 4 * [{}]
-    given = [tuple(spaces.suggest(trial, SPACE).items()) for trial in asked]
+    running = [study.ask() for _ in range(4)]
+    assert [trial.relative_params for trial in running] == 4 * [{}]
+    drawn = [tuple(spaces.suggest(trial, SPACE).items()) for trial in running]
     before = [tuple((n, t.params[n]) for n in ("kind", "only_a", "x") if n in t.params) for t in study.trials[:4]]
-    assert len(set(given + [tuple(sorted(c)) for c in before])) == len({*map(tuple, map(sorted, given)), *before}) == 8
-    assert sorted(record.trial for record in told) == [0, 1, 2, 3]
+    assert len(set(drawn + [tuple(sorted(c)) for c in before])) == len({*map(tuple, map(sorted, drawn)), *before}) == 8
+    assert sorted(record.trial for record in ended) == [0, 1, 2, 3]
 
 
 @pytest.mark.once
@@ -217,10 +217,10 @@ def test_a_bound_is_given_in_float32_too():
         assert g.predict() == {"rate": 0.1} and g.candidates == [{"rate": rate} for rate in (1e-4, 1e-2, 0.1)]
         study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
         study.optimize(lambda trial: trial.suggest_float("rate", 1e-4, 0.1, log=True), n_trials=1)
-        (asked,), _ = (searcher := g.searcher(first=[{"rate": 0.012345678901}])).ask(
+        (record,), _ = (searcher := g.searcher(first=[{"rate": 0.012345678901}])).ask(
             searcher.init(jax.random.key(0), space), 1
         )
-    assert study.trials[0].params == {"rate": 0.1} and asked.configuration == {"rate": 0.012345678901}
+    assert study.trials[0].params == {"rate": 0.1} and record.configuration == {"rate": 0.012345678901}
 
 
 @pytest.mark.once
@@ -285,8 +285,8 @@ def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
     )
     trial.number = number
     searcher = g.searcher()
-    told = _optuna_studies._as_told(trial, 1.0, {})
-    (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), told).tried.values()
+    records = _optuna_studies._as_told(trial, 1.0, {})
+    (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), records).tried.values()
     # To six digits: 2,000,000 to 2,000,002 are one step, with the last value, of the first trial, too.
     assert list(tried.outcomes.values()) == [0, 5_000, 5_001, 90_000, 2_000_002, 2**31 - 1]
     assert tried.last == 2**31 - 1 and tried.reached < 1

@@ -164,8 +164,8 @@ def test_trials_follow_from_the_key(name):
         trials, state = searcher.ask(searcher.init(key, space), 3)
         return trials + searcher.ask(searcher.tell(state, told(trials)), 3)[0]
 
-    trials, again, other = search(KEY), search(KEY), search(jax.random.key(1))
-    assert repr(trials) == repr(again)
+    trials, repeated, other = search(KEY), search(KEY), search(jax.random.key(1))
+    assert repr(trials) == repr(repeated)
     assert not {t.seed for t in trials} & {t.seed for t in other}
 
 

@@ -24,20 +24,20 @@ def convolved(x, w):
     return sum(padded[:, i : i + 4, j : j + 4] @ w[i, j] for i in range(3) for j in range(3))
 
 
-def by_hand(kind, params, x, whose):
+def by_hand(kind, params, x, reference):
     """One block of images [N, 4, 4, 2]; statistics of the images `whose`, already without padding."""
     block = {name: np.asarray(leaf, float) for name, leaf in params["block0"].items()}
-    h, of = convolved(x, block["w"]), convolved(whose, block["w"])
+    h, convolved_reference = convolved(x, block["w"]), convolved(reference, block["w"])
     if kind in ("batch", "support"):
-        mean, variance = of.mean((0, 1, 2)), of.var((0, 1, 2))
+        mean, variance = convolved_reference.mean((0, 1, 2)), convolved_reference.var((0, 1, 2))
     elif kind in ("group", "layer"):
         groups = h.reshape(len(h), 16, 8 if kind == "group" else 1, -1)
         spread = lambda m: np.repeat(m, FILTERS // m.shape[1], axis=1)[:, None, None]
         mean, variance = spread(groups.mean((1, 3))), spread(groups.var((1, 3)))
     elif kind == "tasknorm":
         # Half of the places drawn from the support set, by alpha, and the others from the example.
-        alpha = 1 / (1 + np.exp(-(block["mix"][0] * len(whose) + block["mix"][1])))
-        m, square = of.mean((0, 1, 2)), (of**2).mean((0, 1, 2))
+        alpha = 1 / (1 + np.exp(-(block["mix"][0] * len(reference) + block["mix"][1])))
+        m, square = convolved_reference.mean((0, 1, 2)), (convolved_reference**2).mean((0, 1, 2))
         own, own_square = h.mean((1, 2), keepdims=True), (h**2).mean((1, 2), keepdims=True)
         mean = alpha * m + (1 - alpha) * own
         variance = alpha * square + (1 - alpha) * own_square - mean**2
@@ -59,8 +59,8 @@ def test_a_block_is_numpys(kind):
     real = features(params, batch)[:5]
     np.testing.assert_allclose(real, by_hand(kind, params, IMAGES[:5], IMAGES[:5]), rtol=2e-4, atol=2e-4)
     kept = features({**params, "support": jax.tree.map(jnp.asarray, SUPPORT)}, batch)[:5]
-    whose = SUPPORT["x"][:3] if kind in ("support", "tasknorm") else IMAGES[:5]
-    np.testing.assert_allclose(kept, by_hand(kind, params, IMAGES[:5], whose), rtol=2e-4, atol=2e-4)
+    reference = SUPPORT["x"][:3] if kind in ("support", "tasknorm") else IMAGES[:5]
+    np.testing.assert_allclose(kept, by_hand(kind, params, IMAGES[:5], reference), rtol=2e-4, atol=2e-4)
     assert real.std() > 0.1
 
 
@@ -70,12 +70,12 @@ def test_strides_in_place_of_pooling(size):
     network = few_shot.conv4(normalization="none", num_filters=3, num_blocks=1, num_channels=2, downsampling="stride")
     params = network.init(KEY)
     images = RNG.normal(size=(2, size, size, 2)).astype(np.float32)
-    found = network.features(params, {"x": jnp.asarray(images), "mask": jnp.ones(2)})
+    outputs = network.features(params, {"x": jnp.asarray(images), "mask": jnp.ones(2)})
     w = np.asarray(params["block0"]["w"])
     padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     places = range(0, size, 2)
     h = [sum(padded[:, a + i, b + j] @ w[i, j] for i in range(3) for j in range(3)) for a in places for b in places]
-    np.testing.assert_allclose(found, np.maximum(h, 0).mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs, np.maximum(h, 0).mean(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.once
@@ -91,9 +91,9 @@ def test_a_body_that_does_not_adapt_is_computed_once():
     state = jax.eval_shape(a.unrolling.loop.init, KEY, hyperparams, side)
     assert [x.shape for x in state.model_state.once] == [(7, 12)]
     estimators = a.estimator, hypergrad.unrolled(a.problem, num_steps=2)
-    found = jax.jit(lambda hp: [e.estimate(hp, task, KEY)[0] for e in estimators])(hyperparams)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *found)
-    assert abs(found[0].hypergrad["init"]["block0"]["w"]).max() > 1e-3
+    estimates = jax.jit(lambda hp: [e.estimate(hp, task, KEY)[0] for e in estimators])(hyperparams)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *estimates)
+    assert abs(estimates[0].hypergrad["init"]["block0"]["w"]).max() > 1e-3
 
 
 @pytest.mark.once
@@ -134,19 +134,19 @@ def test_only_batch_statistics_are_transductive():
     """Prototypical networks and MAML, without a word from the user on whose statistics they are."""
     images = RNG.normal(size=(8 * 6, 4, 4)).astype(np.float32)
     sample = tasks.episodes(tasks.from_arrays(images, np.arange(48) // 6), num_ways=2, num_query=2)
-    found = {}
+    methods = {}
     for kind in ("batch", "support", "tasknorm"):
         network = few_shot.conv4(normalization=kind, num_filters=2, num_blocks=1)
         head, params = few_shot.linear_head(network.features), network.init(KEY)
         a = few_shot.prototypical_networks(network.features)
-        found[kind] = few_shot.adapted(a, a.hyperparams(params), head)
+        methods[kind] = few_shot.adapted(a, a.hyperparams(params), head)
     network = few_shot.conv4(normalization="support", num_filters=2, num_blocks=1)
     head = few_shot.linear_head(network.features)
     params = {**network.init(KEY), "head": {"w": jnp.zeros((8, 2), jnp.float32), "b": jnp.zeros(2, jnp.float32)}}
     loss = lambda params, hyperparams, batch: inner.cross_entropy(head(params, batch), batch)
     a = few_shot.maml(loss, rate=1.0, keep_support=True)
-    found["maml"] = few_shot.adapted(a, a.hyperparams(params), head)
-    kinds = few_shot.evaluate_episodes(found, sample, KEY, num_episodes=4, chunk_size=4).transductive
+    methods["maml"] = few_shot.adapted(a, a.hyperparams(params), head)
+    kinds = few_shot.evaluate_episodes(methods, sample, KEY, num_episodes=4, chunk_size=4).transductive
     assert kinds == {"batch": True, "support": False, "tasknorm": False, "maml": False}
 
 

@@ -19,8 +19,8 @@ ZERO, UNRAVEL = ravel_pytree(TREE)
 def matrix(condition, symmetric=True, seed=0):
     """Singular values (eigenvalues, where symmetric) spread evenly in the logarithm, from 1/κ to 1."""
     rng = np.random.default_rng(seed)
-    left, right = (np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
-    return left @ np.diag(np.geomspace(1, 1 / condition, SIZE)) @ (left if symmetric else right).T
+    first, second = (np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
+    return first @ np.diag(np.geomspace(1, 1 / condition, SIZE)) @ (first if symmetric else second).T
 
 
 B = np.random.default_rng(1).normal(size=SIZE)

@@ -315,8 +315,8 @@ def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
         }
 
     for name in FAST:
-        found = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in of(name, inner.im2col).items()}
-        text = str(jax.make_jaxpr(found["both"][0])(*found["both"][1]))
+        cases = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in of(name, inner.im2col).items()}
+        text = str(jax.make_jaxpr(cases["both"][0])(*cases["both"][1]))
         assert "cpu_convolution" in text and "conv_general_dilated" not in text
     run = lambda wrap, cast: {n: {k: fn(*cast(a)) for k, (fn, a) in of(n, wrap).items()} for n in FAST}
     fast = jax.jit(lambda: run(inner.im2col, as_float32))()
@@ -385,14 +385,14 @@ def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
     conv = inner.im2col(lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC))
     x, w = as_float32((jax.random.normal(KEY, (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))))
     columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes
-    found = {}
+    programs = {}
     for limit in (columns, columns - 1):
         # A small limit: columns above the real one take 256 MB, and seconds.
         monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", limit)
         jax.clear_caches()
         lowered = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2))).lower(x, w)
-        found[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
-    (few, at_once), (many, by_holes) = found.values()
+        programs[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
+    (few, at_once), (many, by_holes) = programs.values()
     assert (few, many) == (False, True)
     chex.assert_trees_all_close(at_once, by_holes, rtol=1e-4, atol=1e-4)
 
@@ -405,5 +405,5 @@ def test_depthwise_convolutions_of_no_task():
     )
     loss = lambda x, w: jax.vmap(inner.im2col(each), (0, None))(x, w).sum()
     assert jax.vmap(inner.im2col(each), (0, None))(x, w).shape == x.shape
-    found = jax.grad(loss, (0, 1))(x, w)
-    assert found[0].shape == x.shape and not np.any(found[1])
+    grads = jax.grad(loss, (0, 1))(x, w)
+    assert grads[0].shape == x.shape and not np.any(grads[1])

@@ -110,20 +110,20 @@ def test_tasks_batch(name):
     chex.assert_trees_all_close(batched, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("what", ["rows", "columns", "classes", "padding"])
+@pytest.mark.parametrize("axis", ["rows", "columns", "classes", "padding"])
 @pytest.mark.once
-def test_the_embedding_does_not_change(what):
+def test_the_embedding_does_not_change(axis):
     predictor = MAKE["embedding_and_features"]()
     phi = random_weights(predictor)
     data = table(rows=11)
     changed = dict(data)
     rng = np.random.default_rng(3)
-    if what == "rows":
+    if axis == "rows":
         order = rng.permutation(11)
         changed |= {name: data[name][order] for name in ("x", "y", "mask")}
-    elif what == "columns":
+    elif axis == "columns":
         changed["x"] = data["x"][:, [2, 0, 1]]
-    elif what == "classes":
+    elif axis == "classes":
         changed["y"] = np.array([1, 2, 0])[data["y"]]
     else:
         changed = {

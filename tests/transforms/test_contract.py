@@ -119,8 +119,8 @@ def test_init_and_update_are_pure_and_keep_their_types(name):
 
     for dtype in (jnp.float32, jnp.bfloat16):
         params = like(PARAMS, dtype)
-        state, (updates, after), (again, _) = first_step(params)
-        chex.assert_trees_all_equal(updates, again)
+        state, (updates, after), (repeated, _) = first_step(params)
+        chex.assert_trees_all_equal(updates, repeated)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         chex.assert_tree_all_finite((updates, after))
@@ -170,12 +170,12 @@ def test_inject_hyperparams(name):
     def run(params):
         ((argument, value),) = injected.init(params).hyperparams.items()
         changed = lambda state: state._replace(hyperparams={argument: 0.9 * value})
-        found, expected = two_steps(injected, params, changed), two_steps(TRANSFORMS[name](0.9 * value), params)
-        return found[0], found[1].inner_state, expected
+        results, expected = two_steps(injected, params, changed), two_steps(TRANSFORMS[name](0.9 * value), params)
+        return results[0], results[1].inner_state, expected
 
-    found, inner_state, expected = run(params)
-    chex.assert_trees_all_close((found, inner_state), expected, rtol=1e-12)
-    assert not np.array_equal(found["w"], two_compiled_steps(name)[0][0]["w"])
+    moved, inner_state, expected = run(params)
+    chex.assert_trees_all_close((moved, inner_state), expected, rtol=1e-12)
+    assert not np.array_equal(moved["w"], two_compiled_steps(name)[0][0]["w"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

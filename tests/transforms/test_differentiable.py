@@ -277,7 +277,7 @@ def test_singular_rules_at_complex_operands():
     tangents = (jnp.full(4, 1.0 - 0.5j), jnp.array(0.7))
     values, derivatives = zip(
         *(
-            jax.jit(lambda *at, o=o: jax.jvp(lambda g, s: o.update(g, s)[0], at, tangents))(grads, state)
+            jax.jit(lambda *primals, o=o: jax.jvp(lambda g, s: o.update(g, s)[0], primals, tangents))(grads, state)
             for o in (safe, plain)
         ),
         strict=True,
@@ -298,9 +298,9 @@ def test_outputs_have_the_types_that_they_have_under_jit():
     for transform in (constants, optax.optimistic_adam_v2(0.1)):
         params = jnp.ones(2)
         operands = (params, transform.init(params), params)
-        expected, found = jax.jit(transform.update)(*operands), transforms.differentiable(transform).update(*operands)
-        chex.assert_trees_all_equal(found, expected)
-        leaves = jax.tree.leaves(found)
+        expected, outputs = jax.jit(transform.update)(*operands), transforms.differentiable(transform).update(*operands)
+        chex.assert_trees_all_equal(outputs, expected)
+        leaves = jax.tree.leaves(outputs)
         assert all(isinstance(leaf, jax.Array) for leaf in leaves)
         assert [leaf.aval for leaf in leaves] == [leaf.aval for leaf in jax.tree.leaves(expected)]
 
@@ -380,6 +380,6 @@ def test_a_zero_that_is_a_hyperparameter_keeps_its_derivative(momentum):
             params = params + updates
         return params
 
-    at = {"rate": 0.0 if momentum is None else 0.1, "momentum": 0.0}
-    safe, plain = (jax.grad(trained)(at, wrap) for wrap in (transforms.differentiable, lambda o: o))
+    point = {"rate": 0.0 if momentum is None else 0.1, "momentum": 0.0}
+    safe, plain = (jax.grad(trained)(point, wrap) for wrap in (transforms.differentiable, lambda o: o))
     assert safe["rate"] == plain["rate"] == -5000 and safe["momentum"] == plain["momentum"]

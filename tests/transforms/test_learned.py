@@ -181,13 +181,13 @@ def test_in_a_chain_and_below_float32():
 def test_files_come_back_to_the_bit(tmp_path):
     weights = transforms.init_learned(KEY, hidden=(8,))
     metaopt.save(tmp_path / "weights.npz", weights)
-    again = metaopt.load(tmp_path / "weights.npz")
-    chex.assert_trees_all_equal(again, weights)
-    chex.assert_trees_all_equal_shapes_and_dtypes(again, weights)
+    loaded = metaopt.load(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(loaded, weights)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, weights)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
     metaopt.save(tmp_path / "weights.npz", half)  # NumPy's files have no bfloat16
-    again = metaopt.load(tmp_path / "weights.npz")
-    chex.assert_trees_all_equal(again, jax.tree.map(lambda x: x.astype(jnp.float32), half))
+    loaded = metaopt.load(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), half))
     assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 

@@ -72,8 +72,8 @@ def test_derivatives(weights):
     values = jax.jit(jax.vmap(lambda flat: objective(full(flat))))
     steps = 1e-6 * jnp.eye(len(flat))
     expected = (values(flat[None] + steps) - values(flat[None] - steps)) / 2e-6
-    found = jax.flatten_util.ravel_pytree({**reverse, "weights": reverse["weights"][:3]})[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+    grads = jax.flatten_util.ravel_pytree({**reverse, "weights": reverse["weights"][:3]})[0]
+    np.testing.assert_allclose(grads, expected, rtol=1e-6, atol=1e-8)
     assert np.all(np.abs(reverse["weights"][:3]) > 1e-3)
 
 
