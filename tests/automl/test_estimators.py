@@ -15,7 +15,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import metaopt
 from metaopt import automl, spaces, tasks
-from metaopt.automl import _ensemble, _estimators, _inputs, _kinds, _network_folds, _rows, _schedule
+from metaopt.automl import _ensemble, _inputs, _kinds, _network_folds, _rows, _schedule
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
 

@@ -125,9 +125,8 @@ def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
     before, after = (
         CONDITION(model, _surrogates.task_weights(model), padded(X[tried_rows], y), adaptation_steps=n) for n in (0, 10)
     )
-    best = lambda conditioned: (
-        conditioned.log_weights[-6:].max() - conditioned.log_weights[0]
-    )  # against an earlier task
+    # The best weight of a deep kernel against the weight of an earlier task.
+    best = lambda conditioned: conditioned.log_weights[-6:].max() - conditioned.log_weights[0]
     np.testing.assert_allclose(best(before), best(after), rtol=1e-6)
 
     # The adapted one does explain the trials better.

@@ -74,9 +74,9 @@ def test_trials_of_another_space_have_no_children():
     _, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 1)
     whole = dict.fromkeys(SPACE, 2)
     others = [{"edge0": 1}, whole | {"edge0": 6}, whole | {"edge0": "a"}, whole | {"edge6": 1}, whole | {"edge0": [1]}]
-    failed_records = lambda configurations: [Record("", c, 0.0, trial=-2) for c in configurations]
-    assert searcher.tell(state, failed_records(others)) == state
-    (child,), _ = searcher.ask(searcher.tell(state, failed_records([whole])), 1)
+    records_of = lambda configurations: [Record("", c, 0.0, trial=-2) for c in configurations]
+    assert searcher.tell(state, records_of(others)) == state
+    (child,), _ = searcher.ask(searcher.tell(state, records_of([whole])), 1)
     assert sum(child.configuration[name] != 2 for name in SPACE) == 1
 
 

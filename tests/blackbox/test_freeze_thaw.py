@@ -37,7 +37,7 @@ def begin(g, **kwargs):
     return searcher, searcher.init(jax.random.key(0), SPACE)
 
 
-def done(trial, task):
+def completed(trial, task):
     return trial._replace(status="COMPLETE", outcome=outcome(task, trial.configuration["x"], trial.fidelity))
 
 
@@ -47,7 +47,7 @@ def test_every_trial_climbs_its_fidelities_and_all_end(g):
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         (trial,), state = searcher.ask(state, 1)
         runs.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
-        state = searcher.tell(state, [done(trial, 0.7)])
+        state = searcher.tell(state, [completed(trial, 0.7)])
     assert list(runs) == [0, 1, 2, 3, 4]
     for steps in runs.values():
         x, fidelities, seeds = zip(*steps, strict=True)
@@ -98,7 +98,7 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     assert [t.fidelity for t in trials] == [0.25] * 5 and len({t.trial for t in trials}) == 5
     state = searcher.tell(state, [trials[0]._replace(status="FAIL"), trials[1]._replace(status="PRUNED"), *trials[2:4]])
     assert searcher.ask(state, 1)[0] == []  # two are closed, and three run still: "WAITING" ends nothing
-    state = searcher.tell(state, [done(trials[4], 0.5)])
+    state = searcher.tell(state, [completed(trials[4], 0.5)])
     (open_trial, *rest), _ = searcher.ask(state, 3)
     assert (open_trial.trial, open_trial.fidelity) == (4, 0.5) and rest == []
 
@@ -109,7 +109,7 @@ def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         trials, state = searcher.ask(state, 1)
         proposed += trials
-        state = searcher.tell(state, [done(trial, 0.7) for trial in trials])
+        state = searcher.tell(state, [completed(trial, 0.7) for trial in trials])
     tried = [(trial.configuration["x"], trial.fidelity) for trial in proposed]
     # The second is at its full budget by then.
     assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
@@ -122,7 +122,7 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
     """It is the outcome of some fidelity below the one that was asked for."""
     searcher, state = begin(g)
     first_trials, state = searcher.ask(state, 5)
-    state = searcher.tell(state, [done(t, 0.5) for t in first_trials])
+    state = searcher.tell(state, [completed(t, 0.5) for t in first_trials])
     (first,), state = searcher.ask(state, 1)
     half_way = first._replace(status="PRUNED", outcome=outcome(0.5, first.configuration["x"], 0.3))
     pruned_state = searcher.tell(state, [half_way])
@@ -133,7 +133,7 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
         and pruned_state.pending == ()
     )
     assert first.trial not in {t.trial for t in searcher.ask(pruned_state, 4)[0]}
-    ended = [done(t, 0.5) for t in first_trials]
+    ended = [completed(t, 0.5) for t in first_trials]
     np.testing.assert_array_equal(g.predict([*ended, half_way]), g.predict(ended))
     # Nor is it an end that others would have to be better than.
     full = half_way._replace(fidelity=1.0, outcome=-9.0)
@@ -160,7 +160,7 @@ def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g)
     for _ in range(15):
         (trial,), state = searcher.ask(state, 1)
         runs.append((trial.trial, trial.fidelity))
-        state = searcher.tell(state, [done(trial, 0.7)])
+        state = searcher.tell(state, [completed(trial, 0.7)])
     assert len(set(runs)) == 15 and searcher.ask(state, 1)[0] == []
 
 
@@ -183,7 +183,7 @@ def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_fir
     runs = []
     for _ in CANDIDATES:
         (trial,), state = searcher.ask(state, 1)
-        state = searcher.tell(state, [done(trial, 0.7)])
+        state = searcher.tell(state, [completed(trial, 0.7)])
         runs.append(trial)
     assert {t.fidelity for t in runs} == {1.0} and {t.configuration["x"] for t in runs} == {0, 0.25, 0.5, 0.75, 1}
     assert runs[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in runs[1:3]]
@@ -204,7 +204,7 @@ def test_bad_input_is_named(g):
         g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
     searcher, state = begin(g)
     (trial,), state = searcher.ask(state, 1)
-    record = done(trial, 0.5)._replace(fidelity=0.2501)
+    record = completed(trial, 0.5)._replace(fidelity=0.2501)
     with pytest.raises(ValueError, match=r"fidelity must be one of .*\[0.25, 0.5, 1.0\], .*; got 0.2501 for trial 0"):
         searcher.tell(state, [record])
     assert searcher.tell(state, [record._replace(seed=trial.seed + 1)]) == state  # another search's

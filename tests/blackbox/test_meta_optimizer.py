@@ -342,7 +342,7 @@ def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_
     line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 30)]
     finer = blackbox.train_meta_optimizer(records, space=SPACE, candidates=line, num_steps=2)
 
-    def told(first_outcome, num, g=g):
+    def proposals(first_outcome, num, g=g):
         searcher, proposed = g.searcher(), []
         state = searcher.init(jax.random.key(0), SPACE)
         for i in range(num):
@@ -352,8 +352,8 @@ def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_
             state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])
         return proposed
 
-    assert told(10.0, 7, finer) == told(1e6, 7, finer) == told(1e25, 7, finer)
-    proposed = told(0.0, len(pool) + 1)
+    assert proposals(10.0, 7, finer) == proposals(1e6, 7, finer) == proposals(1e25, 7, finer)
+    proposed = proposals(0.0, len(pool) + 1)
     assert {tuple(c.items()) for c in proposed[:-1]} == {tuple(c.items()) for c in pool} and proposed[-1] == g.predict()
 
 

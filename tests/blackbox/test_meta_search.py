@@ -57,7 +57,7 @@ def g():
     )
 
 
-def told(trials, best=0.4, **kwargs):
+def with_outcomes(trials, best=0.4, **kwargs):
     return [t._replace(status="COMPLETE", outcome=loss(t.configuration, best), **kwargs) for t in trials]
 
 
@@ -67,7 +67,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
     searcher = g.searcher([1.5])
     trials, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
     tried = [record.configuration for record in trials]
-    state = searcher.tell(state, told(trials))
+    state = searcher.tell(state, with_outcomes(trials))
     expected, _ = searcher.ask(state, 2)
     suggestions = g.suggest(tried, [loss(c) for c in tried], [1.5], num=2)
     assert suggestions == [record.configuration for record in expected] and suggestions[0] != suggestions[1]
@@ -164,7 +164,7 @@ def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
         while len({trial.trial for trial in tried}) < 4:
             trials, state = searcher.ask(state, 2)
             tried += trials
-            state = searcher.tell(state, told(trials))
+            state = searcher.tell(state, with_outcomes(trials))
         configurations = [next(t.configuration for t in tried if t.trial == i) for i in range(4)]
         assert configurations[:2] == expected and not any(c in expected for c in configurations[2:]), name
 
@@ -207,7 +207,9 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
     many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), [*told([Record("", POOL[0])], trial=10_001), *many])
+    state = searcher.tell(
+        searcher.init(jax.random.key(0), None), [*with_outcomes([Record("", POOL[0])], trial=10_001), *many]
+    )
     trials, state = searcher.ask(state._replace(num_asked=10_002), 3)
     assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 10_001
     # The only good one is still known, though it is not among the latest; none is repeated.
@@ -458,7 +460,7 @@ def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g
     state = searcher.tell(state, [Record("", POOL[3], 0.5, trial=own.trial), Record("", POOL[4], 0.5, trial=9)])
     assert set(state.pending) == {own.trial} and len(state.tried) == 2
     assert searcher.ask(state, 1)[0][0].configuration not in (own.configuration, POOL[3], POOL[4])
-    state = searcher.tell(state, told([own]))
+    state = searcher.tell(state, with_outcomes([own]))
     assert not state.pending and len(state.tried) == 3
 
 

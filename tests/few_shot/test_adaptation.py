@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaopt import _jaxpr, base, evaluation, few_shot, hypergrad, inner, tasks, training
+from metaopt import base, evaluation, few_shot, hypergrad, inner, tasks, training
 
 KEY = jax.random.key(0)
 RATE = 0.1

@@ -219,7 +219,7 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
     rows = {"y": jnp.arange(7) % 2, "mask": jnp.asarray(MASK), "class_mask": jnp.ones(2)}
     support, query = ({"x": jnp.asarray(scale * IMAGES[..., 0]), **rows} for scale in (1, 3))
 
-    def at(params, step):
+    def leaves_at(params, step):
         pick = lambda path, leaf: leaf[step] if per_step.search(jax.tree_util.keystr(path)) else leaf
         return jax.tree_util.tree_map_with_path(pick, params)
 
@@ -228,10 +228,10 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
         out = a.estimator.estimate(a.hyperparams(params), base.Task(support, query), KEY)[0]
         theta, loss = params, loss_of(plain)
         for step in (0, 1):
-            slopes = jax.grad(loss)(at(theta, step), None, support)
+            slopes = jax.grad(loss)(leaves_at(theta, step), None, support)
             move = lambda path, leaf, slope: leaf if per_step.search(jax.tree_util.keystr(path)) else leaf - 0.3 * slope
             theta = jax.tree_util.tree_map_with_path(move, theta, slopes)
-        return out, loss(at(theta, 1), None, query), loss(at(theta, 0), None, query)
+        return out, loss(leaves_at(theta, 1), None, query), loss(leaves_at(theta, 0), None, query)
 
     out, by_hand, of_the_first = both(params)
     assert float(out.value) == pytest.approx(float(by_hand), rel=1e-5) and abs(by_hand - of_the_first) > 1e-3

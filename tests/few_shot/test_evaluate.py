@@ -31,12 +31,12 @@ def make_episodes(ways, num=64):
 EPISODES = {3: make_episodes(3), 2: make_episodes(2)}
 
 
-def which(key):
+def episode_index(key):
     return jax.random.randint(key, (), 0, 64)
 
 
 def sample(key, ways=3):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which(key)], EPISODES[ways])
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[episode_index(key)], EPISODES[ways])
 
 
 def centers(support):
@@ -78,7 +78,7 @@ def three_methods():
 def test_the_scores_are_those_of_each_episode(three_methods):
     for source, ways in zip(three_methods.sources, (3, 2), strict=True):
         keys = jax.random.split(jax.random.split(jax.random.fold_in(KEY, zlib.crc32(source.encode())), 3)[0], 50)
-        for i, place in enumerate(np.asarray(jax.vmap(which)(keys))):
+        for i, place in enumerate(np.asarray(jax.vmap(episode_index)(keys))):
             support, query = (jax.tree.map(lambda leaf, rows=place: leaf[rows], part) for part in EPISODES[ways][:2])
             center = np.stack([support["x"][support["y"] == k].mean(axis=0) for k in range(ways)])
             nearest = ((query["x"][:9, None] - center[None]) ** 2).sum(-1).argmin(1)
@@ -184,12 +184,12 @@ def test_what_may_belong_to_examples_or_to_classes_is_refused():
     def nearest(key, support, query):
         return -jnp.square(query["x"][:, None] - query["of_class"]).sum(-1)[None]
 
-    def of(leaf):
+    def sampler_of(leaf):
         return lambda key: tasks.Episode(one, {**one, "x": table, "of_class": leaf})
 
     with pytest.raises(ValueError, match=r"4 examples and 4 classes, .* \['of_class'\] belong to"):
-        few_shot.evaluate_episodes({"m": nearest}, of(table), KEY, num_episodes=2)
-    evaluated = few_shot.evaluate_episodes({"m": nearest}, of(table[None]), KEY, num_episodes=2)
+        few_shot.evaluate_episodes({"m": nearest}, sampler_of(table), KEY, num_episodes=2)
+    evaluated = few_shot.evaluate_episodes({"m": nearest}, sampler_of(table[None]), KEY, num_episodes=2)
     assert (evaluated.scores["m"]["episodes"] == 1).all() and not evaluated.transductive["m"]
 
 

@@ -136,12 +136,12 @@ def test_a_loss_that_changes_by_rounding_alone_has_converged():
 
 @pytest.mark.once
 def test_an_implicit_rule_that_does_not_reach_rest():
-    def found(num_steps):
+    def diagnosed(num_steps):
         estimator = hypergrad.implicit(problems.RIDGE, num_steps=num_steps, warm_start=False)
         options = {"num_steps": 200, "estimator": estimator, "num_estimates": 1}
         return words(hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, **options))
 
-    assert "far from a stationary point" in found(2) and "far from a stationary point" not in found(50)
+    assert "far from a stationary point" in diagnosed(2) and "far from a stationary point" not in diagnosed(50)
 
 
 def test_optimizer_states_and_noise_are_carried():

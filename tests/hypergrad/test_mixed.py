@@ -44,10 +44,10 @@ def test_value_and_pullback_are_those_of_reverse_over_reverse(remat):
     v = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
 
     def pulled_back(grad):
-        def of(params, hyperparams, y):
+        def gradient(params, hyperparams, y):
             return grad(g)(params, hyperparams, {**batch, "y": y})
 
-        value, pullback = jax.vjp(of, params, hyperparams, batch["y"])
+        value, pullback = jax.vjp(gradient, params, hyperparams, batch["y"])
         return value, pullback(v)
 
     chex.assert_trees_all_close(

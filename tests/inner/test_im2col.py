@@ -305,7 +305,7 @@ def as_float32(tree):
 def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
     """One program for all forms: a value, a gradient and a product of the Hessian, under vmaps of each kind."""
 
-    def of(name, wrap):
+    def cases_of(name, wrap):
         conv, x, w = convolution(name)
         both = lambda x, w: derivatives(wrap(conv), x, w)
         xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
@@ -315,10 +315,10 @@ def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
         }
 
     for name in FAST:
-        cases = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in of(name, inner.im2col).items()}
+        cases = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in cases_of(name, inner.im2col).items()}
         text = str(jax.make_jaxpr(cases["both"][0])(*cases["both"][1]))
         assert "cpu_convolution" in text and "conv_general_dilated" not in text
-    run = lambda wrap, cast: {n: {k: fn(*cast(a)) for k, (fn, a) in of(n, wrap).items()} for n in FAST}
+    run = lambda wrap, cast: {n: {k: fn(*cast(a)) for k, (fn, a) in cases_of(n, wrap).items()} for n in FAST}
     fast = jax.jit(lambda: run(inner.im2col, as_float32))()
     exact = jax.jit(lambda: run(lambda fn: fn, lambda a: a))()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fast))
@@ -349,7 +349,7 @@ def test_depthwise_convolutions_of_tasks():
     xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
     both = lambda wrap: lambda x, w: derivatives(wrap(conv), x, w)
 
-    def of(wrap):
+    def values(wrap):
         return {
             "both": jax.vmap(both(wrap))(xs, ws),
             "images": jax.vmap(both(wrap), (0, None))(xs, w),
@@ -357,7 +357,9 @@ def test_depthwise_convolutions_of_tasks():
             "tasks of tasks": jax.vmap(jax.vmap(both(wrap), (0, None)), (None, 0))(xs, ws),
         }
 
-    chex.assert_trees_all_close(jax.jit(lambda: of(inner.im2col))(), jax.jit(lambda: of(lambda fn: fn))(), rtol=1e-10)
+    chex.assert_trees_all_close(
+        jax.jit(lambda: values(inner.im2col))(), jax.jit(lambda: values(lambda fn: fn))(), rtol=1e-10
+    )
     fast = inner.im2col(conv)
     products = 2 * conv(x, w).size * 3 * 2
     assert hypergrad.flops(fast, x, w, products_only=True) == products

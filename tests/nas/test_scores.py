@@ -71,7 +71,7 @@ def differences(function, point, epsilon=1e-6):
 
 
 @pytest.fixture(scope="module")
-def found():
+def scored():
     """Parameters, and all scores: in the supernet with one op an edge, of the discrete network, and of no network."""
     supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
     small = nas.supernet(nas.discrete(NET, GENOTYPE), (9,), ops=OPS)
@@ -88,8 +88,8 @@ def found():
     return params, one, other, jax.device_get(both(nas.one_hot(NET, {"cell": ()}))[1])
 
 
-def test_scores_against_a_slow_network(found):
-    params, scores, _, _ = found
+def test_scores_against_a_slow_network(scored):
+    params, scores, _, _ = scored
     slow = Slow(params)
     grad = differences(lambda theta: slow.loss(theta, BATCH), slow.theta)
     norms = [np.linalg.norm(g) for g in slow.split(grad).values()]
@@ -111,14 +111,14 @@ def test_scores_against_a_slow_network(found):
     np.testing.assert_allclose(scores["nwot"], np.linalg.slogdet(kernel)[1], rtol=1e-9)
 
 
-def test_a_genotype_scores_in_the_supernet_as_by_itself(found):
-    _, scores, discrete, _ = found
+def test_a_genotype_scores_in_the_supernet_as_by_itself(scored):
+    _, scores, discrete, _ = scored
     for name, score in scores.items():
         np.testing.assert_allclose(score, discrete[name], rtol=1e-9, err_msg=name)
 
 
-def test_padding_scores_nothing(found):
-    params, scores, _, _ = found
+def test_padding_scores_nothing(scored):
+    params, scores, _, _ = scored
     supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
     place = np.array([0, 2, 3, 5, 6, 7])
     x, y, mask = np.full((8, 9), 30.0), np.full(8, -1), np.zeros(8)
@@ -143,8 +143,8 @@ def test_integers_score_as_the_same_floats():
     assert integers == floats
 
 
-def test_where_nothing_arrives(found):
-    nothing = found[3]
+def test_where_nothing_arrives(scored):
+    nothing = scored[3]
     assert nothing["synflow"] == nothing["jacob_cov"] == -np.inf
     assert nothing["snip"] == 0 and 0 <= nothing["grad_norm"] < np.inf
 

@@ -67,7 +67,7 @@ def test_the_second_layer_sees_the_first_ones_output_twice(stem):
         inputs = [np.asarray(p["w"]) for p in stacked["inputs"]]
         weights += [[w[i] for w in inputs] for i in range(len(inputs[0]))]
 
-    def seen(x, w):
+    def normalized(x, w):
         x = np.maximum(x, 0) @ w
         return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
 
@@ -75,7 +75,7 @@ def test_the_second_layer_sees_the_first_ones_output_twice(stem):
     pairs = [(y[0], y[0]), (y[0], y[1]), (y[1], y[2])] if stem else [(x, x), (y[0], y[0]), (y[0], y[1])]
     assert len(y) == len(layers) and len(weights) == 3
     for (old, new), (first, second), outputs in zip(pairs, weights, y[stem:], strict=True):
-        np.testing.assert_allclose(outputs, seen(old, first) + seen(new, second), rtol=1e-9)
+        np.testing.assert_allclose(outputs, normalized(old, first) + normalized(new, second), rtol=1e-9)
 
 
 def image_case(name):

@@ -30,7 +30,7 @@ SPACE = {
 DEFAULT = spaces.default(SPACE)
 
 
-def at(**values):
+def relaxed(**values):
     """The default, with relaxed values in some places."""
     hyperparams = dict(DEFAULT)
     hyperparams["model"] = jnp.array(values.get("model", [0.6, 0.4]))
@@ -60,7 +60,7 @@ ALWAYS = {
     ],
 )
 def test_a_configuration_has_what_is_active_and_active_says_so_too(values, expected):
-    hyperparams = at(**values)
+    hyperparams = relaxed(**values)
     configuration = spaces.configuration(SPACE, hyperparams)
     assert configuration == expected | ALWAYS
     assert all(type(configuration[name]) is type(value) for name, value in expected.items())

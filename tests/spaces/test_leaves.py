@@ -428,24 +428,24 @@ def test_every_integer_is_equally_probable():
 def test_at_bounds(name):
     leaf = LEAVES[name]
 
-    def at(value):
+    def at_bounds(value):
         return np.asarray(spaces.at_bounds(leaf, value))
 
-    middle = at(spaces.default(leaf))
+    middle = at_bounds(spaces.default(leaf))
     assert middle.shape == leaf.shape and middle.dtype == bool and not middle.any()
     extreme = jnp.full(leaf.value_shape, 100.0)
     if name in SIMPLEX:
         extreme = extreme.at[..., 1:].set(0.0)
     expected = name in SIMPLEX or name in BOUNDED
-    assert np.all(at(to_constrained(leaf, extreme)) == expected)
+    assert np.all(at_bounds(to_constrained(leaf, extreme)) == expected)
     if name in BOUNDED:
-        assert np.all(at(jnp.full(leaf.shape, leaf.low)))
-        assert not np.any(at(to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
-        assert np.all(at(jnp.full(leaf.shape, leaf.high)))
+        assert np.all(at_bounds(jnp.full(leaf.shape, leaf.low)))
+        assert not np.any(at_bounds(to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
+        assert np.all(at_bounds(jnp.full(leaf.shape, leaf.high)))
         for place in (0.05, 0.95):
             span = leaf.high - leaf.low
             near = leaf.low * (leaf.high / leaf.low) ** place if leaf.log else leaf.low + place * span
-            assert not np.any(at(jnp.full(leaf.shape, near)))
+            assert not np.any(at_bounds(jnp.full(leaf.shape, near)))
             assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
             assert not np.any(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.04))
     if name in SIMPLEX:

@@ -159,12 +159,12 @@ def test_the_files_of_its_builder_for_tfds(tmp_path):
     spec = {"name": "toy", "file_pattern": "{}.tfrecords", "class_names": {str(k): f"class {k}" for k in range(4)}}
     slices = [[0, 2], [2, 5], [5, 6], [6, 8]]
 
-    def of(train, valid, test):
+    def spec_of(train, valid, test):
         parts = {"train": range(train), "valid": range(train, train + valid), "test": range(train + valid, 4)}
         slices_of = {p: {str(i): slices[k] for i, k in enumerate(ks)} for p, ks in parts.items()}
         return {**spec, "classes_per_split": {"TRAIN": train, "VALID": valid, "TEST": test}}, slices_of
 
-    versions = {"v1": of(1, 1, 2), "v2": of(3, 0, 1)}
+    versions = {"v1": spec_of(1, 1, 2), "v2": spec_of(3, 0, 1)}
     content = {"dataset_specs": {v: s for v, (s, _) in versions.items()}}
     content["relative_class_slices"] = {v: slices_of for v, (_, slices_of) in versions.items()}
     (tmp_path / "metadata.json").write_text(json.dumps(content))

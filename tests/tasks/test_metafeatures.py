@@ -19,7 +19,7 @@ def iris():
 
 
 @pytest.fixture(scope="module")
-def found(iris):
+def iris_features(iris):
     return tasks.metafeatures(iris)
 
 
@@ -27,7 +27,7 @@ def both(name, values):
     return {f"{name}.mean": np.mean(values), f"{name}.sd": np.std(values, ddof=1)}
 
 
-def test_simple_and_statistical_on_iris(iris, found):
+def test_simple_and_statistical_on_iris(iris, iris_features):
     x, y = iris.x.astype(np.float64), iris.y
     cor = np.abs(np.corrcoef(x.T)[np.tril_indices(4, -1)])
     cov = np.cov(x.T)
@@ -60,17 +60,17 @@ def test_simple_and_statistical_on_iris(iris, found):
         **both("eigenvalues", np.linalg.eigvals(cov)),
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
-    assert np.isnan(found["num_to_cat"])
+        np.testing.assert_allclose(iris_features[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+    assert np.isnan(iris_features["num_to_cat"])
 
 
-def test_canonical_correlations_on_iris(found):
+def test_canonical_correlations_on_iris(iris_features):
     # What R's summary(manova(...)) says of iris: Wilks .023439, Pillai 1.1919, Hotelling-Lawley 32.477, Roy 32.192.
-    np.testing.assert_allclose(found["w_lambda"], 0.023439, rtol=1e-4)
-    np.testing.assert_allclose(found["p_trace"], 1.1919, rtol=1e-4)
-    np.testing.assert_allclose(found["lh_trace"], 32.477, rtol=1e-4)
-    np.testing.assert_allclose(found["roy_root"], 32.192, rtol=1e-4)
-    np.testing.assert_allclose(found["can_cor.mean"], (0.984821 + 0.471197) / 2, rtol=1e-5)
+    np.testing.assert_allclose(iris_features["w_lambda"], 0.023439, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["p_trace"], 1.1919, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["lh_trace"], 32.477, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["roy_root"], 32.192, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["can_cor.mean"], (0.984821 + 0.471197) / 2, rtol=1e-5)
 
 
 def test_a_column_that_is_the_class_has_a_canonical_correlation_just_below_one():
@@ -114,13 +114,13 @@ def test_concentration_on_a_two_by_two_table():
     assert np.isnan(features["attr_conc.mean"])
 
 
-def test_landmarkers_on_iris(found):
-    assert 0.93 < found["one_nn.mean"] < 0.98
-    assert 0.95 < found["linear_discr.mean"] <= 1.0
-    assert 0.93 < found["naive_bayes.mean"] < 0.98
-    assert 0.6 < found["best_node.mean"] < 0.68  # a stump tells one class of three from the others
-    assert found["worst_node.mean"] <= found["random_node.mean"] <= found["best_node.mean"]
-    assert 0.85 < found["elite_nn.mean"] < 0.97
+def test_landmarkers_on_iris(iris_features):
+    assert 0.93 < iris_features["one_nn.mean"] < 0.98
+    assert 0.95 < iris_features["linear_discr.mean"] <= 1.0
+    assert 0.93 < iris_features["naive_bayes.mean"] < 0.98
+    assert 0.6 < iris_features["best_node.mean"] < 0.68  # a stump tells one class of three from the others
+    assert iris_features["worst_node.mean"] <= iris_features["random_node.mean"] <= iris_features["best_node.mean"]
+    assert 0.85 < iris_features["elite_nn.mean"] < 0.97
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
@@ -148,7 +148,7 @@ def test_only_training_rows_are_seen(iris):
     assert direct["nr_inst"] == 90
 
 
-def test_names_are_the_same_for_every_table(iris, found):
+def test_names_are_the_same_for_every_table(iris, iris_features):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 40)
     odd = {
@@ -160,7 +160,7 @@ def test_names_are_the_same_for_every_table(iris, found):
     }
     for name, (x, categorical) in odd.items():
         features = tasks.metafeatures((x, y, categorical))
-        assert list(features) == list(found), name
+        assert list(features) == list(iris_features), name
         assert not any(np.isinf(v) for v in features.values()), name
 
 

@@ -132,16 +132,16 @@ def test_derivatives_with_dead_entries(name):
     value_and_grad = jax.value_and_grad(lambda lam: objective(OPTIMIZERS[name], lam))
     program = jax.jit(jax.vmap(lambda lam: jax.jvp(value_and_grad, (lam,), (lam,))))
 
-    def at(*lams):
+    def derivatives_at(*lams):
         return program(jax.tree.map(lambda *xs: jnp.stack(xs), *lams))
 
-    (_, reverse), (forward, nested) = jax.tree.map(lambda x: x[0], at(LAM, LAM))
+    (_, reverse), (forward, nested) = jax.tree.map(lambda x: x[0], derivatives_at(LAM, LAM))
     chex.assert_tree_all_finite((reverse, forward, nested))
     assert abs(reverse["rate"]) > 1e-3
     np.testing.assert_allclose(forward, optax.tree.vdot(reverse, LAM), rtol=1e-8)
     # Dead entries stay dead for every λ, so that the derivatives are those of the training as a whole.
     eps = 1e-6
-    values, grads = at(*(optax.tree.scale(1 + sign * eps, LAM) for sign in (1, -1)))[0]
+    values, grads = derivatives_at(*(optax.tree.scale(1 + sign * eps, LAM) for sign in (1, -1)))[0]
     np.testing.assert_allclose(forward, (values[0] - values[1]) / (2 * eps), rtol=2e-5, atol=1e-7)
     expected = jax.tree.map(lambda g: (g[0] - g[1]) / (2 * eps), grads)
     chex.assert_trees_all_close(nested, expected, rtol=1e-4, atol=1e-6)

@@ -191,7 +191,7 @@ def test_files_come_back_to_the_bit(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 
-def written(path, header=None, **changes):
+def write_weights(path, header=None, **changes):
     """A file of fresh weights, with some entries changed (None: left out)."""
     metaopt.save(path, transforms.init_learned(KEY))
     with np.load(path, allow_pickle=False) as file:
@@ -206,11 +206,11 @@ def written(path, header=None, **changes):
 def test_broken_files_say_what_is_wrong(tmp_path):
     path = tmp_path / "weights.npz"
     load = functools.partial(metaopt.load, path)
-    written(path)
+    write_weights(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="is not a file that `metaopt.save` wrote"):
         load()
-    written(path, {"format": "metaopt.learned", "version": 2})
+    write_weights(path, {"format": "metaopt.learned", "version": 2})
     with pytest.raises(ValueError, match=r"version 2; this metaopt reads 'metaopt.learned' up to version 1"):
         load()
     for changes, match in {
@@ -221,7 +221,7 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         "decays/momentum": (np.array(["a", "b", "c"]), r"\.decays\['momentum'\] should be floating-point"),
         "more": (np.zeros(1), "does not describe a `LearnedWeights` as it should: .*'more'"),
     }.items():
-        written(path, **{changes: match[0]})
+        write_weights(path, **{changes: match[0]})
         with pytest.raises(ValueError, match=match[1]):
             load()
     with pytest.raises(FileNotFoundError):
