@@ -35,7 +35,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_forms(name):
+def test_published_tables_have_their_sizes_and_correlations(name):
     make, shape, num_tasks = TABLES[name]
     table = make()
     assert table.encodings.shape == shape == (len(table.encodings), len(table.dims)) and len(table.tasks) == num_tasks
@@ -164,7 +164,7 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
 
 
 @pytest.mark.once
-def test_what_a_supernet_finds_is_looked_up_as_it_is():
+def test_a_genotype_of_a_supernet_is_looked_up_without_conversion():
     """Genotypes of mixing weights, after JSON too, and sizes as the benchmarks publish them."""
     pairs = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
     micro, space = benchmarks.trans_nas_bench_101_table(), nas.trans_nas_bench_101_space(100)

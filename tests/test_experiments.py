@@ -265,7 +265,7 @@ def test_a_part_of_a_forest_is_the_forest_that_has_so_many_trees():
         assert loss == pytest.approx(metrics.log_loss(y[test], p)) and error == np.mean(p.argmax(1) != y[test])
 
 
-def test_what_ends_after_the_budget_does_not_count():
+def test_trials_that_end_after_the_budget_do_not_count():
     """Three candidates with fidelities 1/9, 1/3 and 1: a trial that continues pays only for its new trees."""
     outcomes = np.array([[[0.9, 0.8, 0.5], [0.9, 0.6, 0.4], [0.9, 0.9, 0.3]]])
     one = np.zeros((1, 3))
@@ -284,7 +284,7 @@ def test_what_ends_after_the_budget_does_not_count():
     assert forest.optimizers.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
 
 
-def test_what_a_script_keeps_is_made_once_by_one_process(tmp_path):
+def test_a_kept_result_is_computed_once_by_one_process(tmp_path):
     """The lock of another process is that of another open file."""
     fcntl = pytest.importorskip("fcntl")
     calls = []
@@ -362,7 +362,7 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
     )
 
 
-def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_first(tmp_path):
+def test_records_of_forests_are_packed_in_the_order_of_their_trial_numbers(tmp_path):
     pytest.importorskip("optuna")
     rng = np.random.default_rng(0)
     config, store = forest.config.SMOKE, tmp_path / "records.sqlite"
@@ -437,7 +437,7 @@ def test_nas_bench_201_smoke(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_path):
+def test_a_killed_search_of_nas_bench_201_continues_to_the_same_cells(tmp_path):
     needs_nas_bench_201()
     config = nas_bench_201.config.SMOKE._replace(num_steps=8, num_epochs=4)
     task, valid = nas_bench_201.searches.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
@@ -524,7 +524,7 @@ def test_auto_architecture_smoke(tmp_path):
     assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000
 
 
-def test_effects_of_ops_from_records_are_those_that_made_them():
+def test_effects_of_ops_are_recovered_from_records_made_with_them():
     rng, sizes = np.random.default_rng(0), [3, 5, 2]
     own = [x - x.mean() for x in map(rng.normal, [0.0] * 3, [1.0] * 3, sizes)]
     codes = np.stack([rng.integers(0, n, (60, 40)) for n in sizes], -1)  # others on each task
@@ -547,7 +547,7 @@ def test_the_best_fixed_architecture_is_that_of_the_smallest_mean_loss():
     assert auto_architecture.baselines.best_fixed(np.arange(2), losses[:2]) == 0
 
 
-def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors():
+def test_bars_of_auto_architecture_are_reported_in_log_loss_and_in_errors():
     random, ours = (
         auto_architecture.results.RANDOM.format(20),
         np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]]),
@@ -574,7 +574,7 @@ def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors():
     assert "test error 20.00% and 22.00%, difference -2.00% [-2.00%, -2.00%], smaller on 100% and larger on 0%" in first
 
 
-def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
+def test_the_seconds_of_tasks_that_h_reads_are_counted_only_where_h_is_trusted():
     seconds = {
         "training run": 0.01,
         "look": 0.06,
@@ -622,7 +622,7 @@ def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
     ] == pytest.approx(5.01)
 
 
-def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task():
+def test_differences_between_folds_do_not_enter_the_correlations_of_h():
     rng, folds = np.random.default_rng(0), np.repeat([0, 1, 2], 200)
     of_fold = np.array([-1.0, 0.5, 3.0])[folds]
     values = (of_fold + 0.1 * rng.normal(size=600))[:, None]
@@ -686,7 +686,7 @@ def test_darts_is_read_with_and_without_none():
     ]
 
 
-def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
+def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_reported():
     outcome_of = lambda losses, test: {
         "rates": [0.1, 1.0],
         "losses": {"none counts": losses[:2], "none left out": losses[2:]},
@@ -751,7 +751,7 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
     assert auto_architecture.report.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")
 
 
-def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_path):
+def test_folds_of_auto_architecture_are_kept_with_their_data_and_code(tmp_path):
     file, calls = tmp_path / "parts.json", []
     make = lambda value: lambda: calls.append(value) or {"scores": [value]}
     kept = lambda seed=0, code="a", **more: auto_architecture.kept.Kept(
@@ -789,7 +789,7 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
 
 
 @pytest.mark.once
-def test_a_shape_that_fails_takes_nothing_from_one_that_ends_later(tmp_path):
+def test_an_error_of_one_shape_keeps_the_results_of_another(tmp_path):
     """Two processes run at once. One fails while the other still has results to store."""
     (tmp_path / "two.py").write_text(f"""
 import os, sys, time
@@ -862,7 +862,7 @@ def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm():
         )
 
 
-def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, capsys):
+def test_results_of_other_code_are_reported_and_not_used(tmp_path, monkeypatch, capsys):
     file = tmp_path / "a.py"
     # Simulates another installed library.
     monkeypatch.setattr(script.metaopt, "__file__", str(tmp_path / "library" / "__init__.py"))
@@ -881,7 +881,7 @@ def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, ca
 # ---- HPO-B -----------------------------------------------------------------------------------------------------------
 
 
-def test_hpob_s_protocol_begins_with_the_given_ones_and_never_tries_one_twice():
+def test_hpob_s_protocol_begins_with_its_initial_trials_and_never_repeats_one():
     x, y = np.arange(6.0)[:, None], np.array([0.5, 0.9, 0.6, 0.7, 0.5, 0.65])
     shown = []
 

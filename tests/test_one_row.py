@@ -311,6 +311,6 @@ def test_the_answer_for_a_row_does_not_depend_on_the_other_rows(name):
 
 
 @pytest.mark.parametrize("name", TRANSDUCTIVE)
-def test_what_may_depend_on_the_other_rows_does(name):
+def test_answers_that_may_depend_on_the_other_rows_do(name):
     errors = differences(name)
     assert errors["one class"] > 1e-3, errors

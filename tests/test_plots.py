@@ -118,7 +118,7 @@ def test_a_method_without_a_finite_score_is_drawn_as_diverging():
     assert text.get_text() == "diverges"
 
 
-def test_fronts_are_steps_through_what_nothing_dominates():
+def test_fronts_are_steps_through_the_undominated_points():
     sets = {"all": [[4.0, 1.0], [2.0, 2.0], [3.0, 3.0], [1.0, 5.0]], "one": [[2.0, 4.0]]}
     axes = plots.pareto(sets, xlabel="FLOPs", log=True)
     front, single = axes.lines

@@ -240,11 +240,11 @@ MEMBERS = {
 
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.once
-def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_path):
+def test_loaded_values_have_the_types_and_values_of_the_saved_ones(name, tmp_path):
     assert_same(*MEMBERS[name](tmp_path / "file"))
 
 
-def test_everything_that_can_be_saved_is_a_member():
+def test_everything_that_can_be_saved_has_a_row():
     importlib.import_module("metaopt.automl._saved")  # registers its types when they are used
     rooms = (automl, blackbox, evaluation, few_shot, nas, predictors, spaces, tasks, training, transforms)
     public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}

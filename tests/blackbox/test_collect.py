@@ -92,7 +92,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
-def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searcher):
+def test_an_interrupted_collection_continues_to_the_same_records(tmp_path, searcher):
     store, calls = tmp_path / "records.db", []
 
     def dies(trial, task):
@@ -126,7 +126,7 @@ MINE = [{"x": -0.75, "size": 3, "kind": "b", "only_b": 0.5}, {"x": 0.25}]
 
 
 @pytest.mark.parametrize("searcher", [blackbox.random_search(), LISTENER], ids=["random", "listens"])
-def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_of_workers(tmp_path, searcher):
+def test_enqueued_configurations_come_first_also_after_a_kill_with_any_number_of_workers(tmp_path, searcher):
     store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": 4, "num_workers": 4}
 
     def dies(trial, task):
@@ -161,7 +161,7 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
     ("searcher", "batch"), [(blackbox.random_search(), 4), (LISTENER, 3)], ids=["random", "listens"]
 )
 @pytest.mark.once
-def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_was_run(tmp_path, searcher, batch):
+def test_enqueueing_during_a_collection_does_not_change_earlier_trials(tmp_path, searcher, batch):
     store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": batch}
 
     def dies(trial, task):
@@ -192,7 +192,7 @@ def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_
     assert [r.trial for r in collect(num_trials=9, searcher=ends, on={"t": 0.0})] == [0, 1, 2]
 
 
-def test_what_was_tried_is_not_tried_again_where_one_says_so():
+def test_tried_configurations_are_not_repeated_on_request():
     x = lambda searcher, **kwargs: [
         r.configuration["x"] for r in collect(num_trials=5, searcher=searcher, on={"t": 0.0}, **kwargs)
     ]
@@ -261,7 +261,7 @@ def test_one_collection_of_a_study_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
-def test_what_has_failed_is_run_again_where_one_says_so_and_what_follows_it_stays(tmp_path, searcher):
+def test_failed_trials_are_run_again_on_request_and_later_ones_stay(tmp_path, searcher):
     store, calls = tmp_path / "records.db", []
 
     def objective(trial, task):
@@ -311,7 +311,7 @@ def test_a_trial_keeps_its_number_at_every_fidelity_behind_what_is_enqueued():
     ]
 
 
-def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
+def test_a_searcher_is_told_of_enqueued_trials_like_those_of_others():
     heard, inner = [], fidelities()
     spy = inner._replace(tell=lambda state, records: heard.append([r.trial for r in records]) or state)
     collect(searcher=blackbox.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
@@ -366,7 +366,7 @@ def test_first_configurations_come_first():
         ("good", "COMPLETE", 0.25, ""),
     ],
 )
-def test_what_ends_a_trial_alone_is_a_record(tmp_path, task, status, outcome, reason):
+def test_an_error_that_ends_one_trial_is_a_record(tmp_path, task, status, outcome, reason):
     store = tmp_path / "records.db"
     (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1, store=store)
     assert repr(blackbox.read_records(store)) == repr([record])
@@ -402,7 +402,7 @@ def test_a_fork_made_by_the_objective_ends_where_the_objective_ends(ending, code
 
 
 @pytest.mark.once
-def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
+def test_a_trial_that_would_end_the_process_is_a_record_and_the_others_run(tmp_path):
     on = {name: name for name in ("good", "hang", "crash", "raise", "fork", "good again")} | {"good again": "good"}
     start, store = time.monotonic(), tmp_path / "records.db"
     kwargs = {"isolated": True, "time_limit": 1.0, "num_trials": 1, "store": store}
@@ -423,7 +423,7 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
     assert len(blackbox.read_records(store, history=True)) == 12
 
 
-def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe():
+def test_the_end_of_a_child_is_noticed_while_a_grandchild_holds_its_pipe():
     """As the workers of a data loader do."""
     receiver, sender = multiprocessing.Pipe()
     process = subprocess.Popen(
@@ -443,7 +443,7 @@ def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc reports the memory of a process has started")
-def test_what_a_child_has_started_in_a_session_of_its_own_ends_with_it():
+def test_a_grandchild_in_its_own_session_ends_with_the_child():
     code = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
     code += "print(p.pid, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
@@ -466,7 +466,7 @@ def state_of(process):
         return ""
 
 
-def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
+def test_ending_children_tolerates_a_thread_that_takes_one(monkeypatch):
     class Taken(list):
         """One child waits as long as nobody takes it, and then none does."""
 

@@ -48,7 +48,7 @@ def dense(surrogate, curves, observed_entries, entries):
 
 
 @pytest.mark.once
-def test_the_posterior_is_that_of_the_process_written_out():
+def test_the_posterior_equals_that_of_a_dense_gaussian_process():
     surrogate = _curves.curve_surrogate(CURVES, X, FIDELITIES)
     observed_entries, entries = [(0, 0), (0, 1), (2, 0), (2, 2)], [(0, 2), (1, 2), (3, 0)]
     y = np.array([0.3, 0.4, 0.9, 0.1])
@@ -108,7 +108,7 @@ def test_gaps_are_filled_from_the_task_s_level_and_the_candidate_s_own_curve():
 
 
 @pytest.mark.once
-def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_tails():
+def test_intervals_with_heavy_tailed_errors_cover_after_calibration():
     """Most tasks are near the mean, some are far off: a normal distribution's middle half would hold nearly all."""
     rng = np.random.default_rng(1)
     tail = rng.standard_t(1.5, size=(540, 6, 2)) * 0.02
@@ -126,7 +126,7 @@ def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_
 
 
 @pytest.mark.once
-def test_what_was_filled_in_is_no_truth_to_calibrate_by():
+def test_filled_gaps_are_not_used_in_calibration():
     """The errors are those of outcomes that there are, given outcomes that there are."""
     rng = np.random.default_rng(2)
     curves = 0.5 + 0.1 * rng.normal(size=(9, 2, 2)).cumsum(2)

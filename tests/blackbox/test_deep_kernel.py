@@ -141,7 +141,7 @@ def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
 
 
 @pytest.mark.slow
-def test_of_many_trials_the_best_and_the_latest_are_adapted_to():
+def test_adaptation_uses_the_best_and_the_latest_of_many_trials():
     """Each real trial once, in whatever order, and padding only where there is nothing else."""
     rng = np.random.default_rng(1)
     for num_real in (30, 20, 10, 5):

@@ -75,7 +75,7 @@ def test_the_best_is_found_without_ending_the_others(g):
         assert best in [r.configuration for r in ended] and len(ended) <= 2 < len({r.trial for r in records}) + 1
 
 
-def test_predictions_follow_what_was_seen(g):
+def test_predictions_follow_the_observed_outcomes(g):
     """Before: the mean of the tasks. After two beginnings on the task x = 1: its order, at narrower intervals."""
     nothing = g.predict()
     order = [g.candidates.index(c) for c in CANDIDATES]
@@ -91,7 +91,7 @@ def test_predictions_follow_what_was_seen(g):
     np.testing.assert_array_equal(g.predict(failed), nothing)
 
 
-def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
+def test_pending_trials_are_not_repeated_and_failed_ones_are_closed(g):
     searcher, state = begin(g, first=[CANDIDATES[3], CANDIDATES[1]])
     trials, state = searcher.ask(state, 9)
     assert [t.configuration for t in trials[:2]] == [CANDIDATES[3], CANDIDATES[1]]
@@ -103,7 +103,7 @@ def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
     assert (open_trial.trial, open_trial.fidelity) == (4, 0.5) and rest == []
 
 
-def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place(g):
+def test_enqueued_and_foreign_trials_that_are_no_candidates_are_ignored(g):
     searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first one is not a candidate
     state, proposed = searcher.init(jax.random.key(0), SPACE), []
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
@@ -118,7 +118,7 @@ def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place
     assert searcher.tell(state, [*others, base.Record("", {"y": 0.5}, 1.0)]).searcher == state.searcher
 
 
-def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not_go_on(g):
+def test_the_outcome_of_a_pruned_trial_is_not_used_and_the_trial_is_closed(g):
     """It is the outcome of some fidelity below the one that was asked for."""
     searcher, state = begin(g)
     first_trials, state = searcher.ask(state, 5)
@@ -142,7 +142,7 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
         assert searcher.tell(begin(g)[1], [record]).seen == ()
 
 
-def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g):
+def test_a_bounded_number_of_outcomes_is_read_and_no_trial_is_repeated(g):
     # One has only begun, long ago and badly, and one has not been at the last fidelity.
     every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
     entries = lambda observed: [
@@ -178,7 +178,7 @@ def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
     np.testing.assert_array_equal(one, other)
 
 
-def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g, monkeypatch):
+def test_without_resuming_full_budgets_are_asked_for_the_best_candidates_first(g, monkeypatch):
     searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
     runs = []
     for _ in CANDIDATES:
@@ -214,7 +214,7 @@ def test_bad_input_is_named(g):
         g.predict((), (0.0, 0.5))
 
 
-def test_a_full_budget_but_for_rounding_is_no_fidelity_of_its_own():
+def test_a_fidelity_that_rounds_to_one_is_the_full_budget():
     records = [
         base.Record(str(task), c, outcome(task, c["x"], f), 0.9999999 if task == 0.5 and f == 1 else f)
         for task in (0.0, 0.5, 1.0)

@@ -112,7 +112,7 @@ def test_every_epoch_is_a_record_and_the_last_is_the_outcome(stub):
     assert make(modules, mode="max")(TRIAL, None) == -1 / 16
 
 
-def test_what_is_given_up_is_pruned_with_its_last_outcome(stub):
+def test_a_stopped_trial_is_pruned_with_its_last_outcome(stub):
     modules = []
     records = blackbox.collect(
         make(modules, report=lambda record: record.outcome > 0.3),
@@ -128,7 +128,7 @@ def test_what_is_given_up_is_pruned_with_its_last_outcome(stub):
     assert records[1].outcome == pytest.approx(0.2**8)
 
 
-def test_a_larger_fidelity_goes_on_from_the_checkpoint_and_equals_what_was_not_interrupted(stub, tmp_path):
+def test_a_larger_fidelity_continues_from_the_checkpoint_to_the_same_outcome(stub, tmp_path):
     modules = []
     objective = make(modules, checkpoints=tmp_path)
     whole = make([])(TRIAL._replace(fidelity=1.0), None)
@@ -145,7 +145,7 @@ def test_a_larger_fidelity_goes_on_from_the_checkpoint_and_equals_what_was_not_i
     assert objective(other, None) == 0.75**4 and modules[3].steps == 4  # another trial's checkpoint is not its own
 
 
-def test_each_epoch_is_paid_for_once_under_asha(stub, tmp_path):
+def test_under_asha_each_epoch_is_trained_once(stub, tmp_path):
     modules = []
     searcher = blackbox.asha(reduction_factor=2, num_rungs=4)
     records = blackbox.collect(
@@ -227,7 +227,7 @@ def test_a_changed_source_gives_a_warning_and_another_version_starts_again(stub,
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stub, tmp_path):
+def test_a_failed_trial_is_trained_again_after_a_correction(raises, stub, tmp_path):
     wrong = [True]  # not part of the source text
 
     class Corrected(Halving):
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_is_not_read_says_what_to_do(error, message, stub, tmp
     assert objective(TRIAL, None) == 1 / 16
 
 
-def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
+def test_a_loss_of_nan_is_a_failure_and_errors_name_the_cause(stub, monkeypatch):
     objective = make([])
     assert math.isnan(objective(TRIAL._replace(configuration={"rate": math.nan}), None))
     monkeypatch.setattr(Halving, "logs", "loss")
@@ -342,9 +342,8 @@ def test_digits_continued_from_checkpoints_equal_digits_in_one_go(tmp_path):
     whole = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, report=reports.append)
     parts = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, checkpoints=tmp_path)
     expected = whole(trial, None)
-    assert [round(6 * record.fidelity) for record in reports] == [1, 2, 3, 4, 5, 6] and expected < reports[
-        0
-    ].outcome < 2.4
+    assert [round(6 * record.fidelity) for record in reports] == [1, 2, 3, 4, 5, 6]
+    assert expected < reports[0].outcome < 2.4
     assert parts(trial._replace(fidelity=1 / 3), None) == reports[1].outcome
     assert parts(trial._replace(fidelity=1 / 2), None) == reports[2].outcome
     assert parts(trial, None) == expected == parts(trial, None)
@@ -353,7 +352,7 @@ def test_digits_continued_from_checkpoints_equal_digits_in_one_go(tmp_path):
 
 @real
 @pytest.mark.filterwarnings("ignore")
-def test_what_torch_does_not_read_safely_is_named(tmp_path):
+def test_objects_that_torch_does_not_load_safely_are_named(tmp_path):
     def module(configuration, task):
         module = digits_module(configuration, task)
         module.on_save_checkpoint = lambda checkpoint: checkpoint.update(folder=Path("a"))

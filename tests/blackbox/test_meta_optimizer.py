@@ -223,7 +223,7 @@ def test_units_of_earlier_tasks_do_not_matter():
 
 
 @pytest.mark.slow
-def test_rows_of_a_table_tell_which_earlier_tasks_it_is_like():
+def test_rows_of_a_table_select_the_earlier_tasks_that_it_resembles():
     """The distance of two classes says which configuration is best; nothing else does."""
     rng = np.random.default_rng(0)
 
@@ -315,7 +315,7 @@ LINE = [{"x": float(x), "kind": kind} for x in np.linspace(0, 1, 101) for kind i
 @slow
 @pytest.mark.parametrize("candidates", [None, LINE], ids=["space", "finite"])
 @pytest.mark.parametrize("kind", ["shuffled", "unrelated"])
-def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind, candidates):
+def test_unrelated_records_do_no_harm(kind, candidates):
     """The mean regret after 25 trials is within one standard error, of paired differences of 48 tasks over six seeds,
     of that of the same optimizer without g: one that was trained on one flat task."""
     at_random = blackbox.random_search()
@@ -327,7 +327,7 @@ def test_records_that_say_nothing_of_new_tasks_do_no_harm(kind, candidates):
 
 
 @pytest.mark.once
-def test_records_that_say_nothing_of_two_new_tasks_do_little_harm():
+def test_unrelated_records_do_little_harm_on_two_new_tasks():
     """As above, after 15 trials and of one seed, with slack: .001, where random search is off by .02 or more. The bar
     itself needs more tasks, and more trials, than there is time for here."""
     ours, plain, random = regrets_after(15, "unrelated", 2, 2, blackbox.random_search())
@@ -335,7 +335,7 @@ def test_records_that_say_nothing_of_two_new_tasks_do_little_harm():
 
 
 @pytest.mark.once
-def test_what_diverges_does_not_set_the_scale_and_the_best_is_repeated_when_all_were_tried():
+def test_diverged_trials_do_not_set_the_scale_and_the_best_is_repeated_at_the_end():
     records, _ = make_records(np.random.default_rng(0), num_tasks=4)
     pool = [{"x": x, "kind": kind} for x in (0.0, 0.3, 0.6, 0.9) for kind in SPACE["kind"].labels]
     g = blackbox.train_meta_optimizer(records, space=SPACE, candidates=pool, num_steps=2)
@@ -446,7 +446,7 @@ def test_records_of_another_space_say_where_the_best_is(others):
 
 
 @pytest.mark.once
-def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
+def test_an_unknown_label_has_equal_weights_of_all_labels():
     line = np.linspace(0, 1, 5).tolist()
     offsets = {"a": 0.0, "b": 0.3, "c": 2.0}  # of which c was dropped since
     records = [
@@ -472,7 +472,7 @@ def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
 
 
 @pytest.mark.once
-def test_candidates_are_what_was_tried():
+def test_candidates_are_the_tried_configurations():
     records = [({"kind": "c", "x": 0.5}, 0.1), ({"kind": "b", "x": 3.0}, 0.2), ({"kind": "a", "x": "auto"}, 0.3)]
     records += [({"kind": "b", "x": 0.5, "old": 1}, 0.4), ({"x": None}, 0.5)]
     records = [base.Record("t", configuration, y) for configuration, y in records]
@@ -483,7 +483,7 @@ def test_candidates_are_what_was_tried():
         blackbox.train_meta_searcher(records[:3], space=SPACE, num_steps=0)
 
 
-def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number_is_tuned():
+def test_records_with_none_or_auto_in_place_of_a_number_are_used():
 
     rows = [
         {
@@ -531,7 +531,7 @@ def test_a_fidelity_is_full_but_for_rounding_and_a_task_without_a_full_budget_is
 
 
 @pytest.mark.once
-def test_without_a_space_it_is_that_of_the_records_and_is_said():
+def test_without_a_space_it_is_inferred_from_the_records_and_logged():
     records, _ = make_records(np.random.default_rng(0), num_tasks=2)
     xs = [record.configuration["x"] for record in records]
     expected = {"x": spaces.interval(min(xs), max(xs), log=max(xs) > 100 * min(xs)), "kind": SPACE["kind"]}
@@ -573,7 +573,7 @@ def test_without_a_space_it_is_that_of_the_records_and_is_said():
 
 
 @pytest.mark.once
-def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
+def test_suggest_takes_frames_arrays_and_columns():
     pd = pytest.importorskip("pandas")
     records = make_records(np.random.default_rng(0), num_tasks=2)[0]
     pool = [{"x": 0.1, "kind": "a"}, {"x": 0.4, "kind": "a"}, {"x": 0.9, "kind": "b"}]
@@ -586,7 +586,7 @@ def test_a_frame_an_array_and_a_column_of_outcomes_at_the_door_of_suggest():
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
+def test_a_task_without_the_learned_features_gives_a_warning():
     records, features = make_records(np.random.default_rng(0), num_tasks=2)
     line = [{"x": x, "kind": "a"} for x in (0.1, 0.5, 0.9)]
     options = {"candidates": line, "num_steps": 0, "num_members": 1}
@@ -608,7 +608,7 @@ def test_a_task_that_lacks_the_features_that_were_learned_of_is_said():
         assert warning.filename == __file__
 
 
-def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
+def test_features_are_ignored_with_a_warning_if_training_had_none():
     records = make_records(np.random.default_rng(0), num_tasks=2)[0]
     g = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     for task in ([0.1, 0.2], base.Task(None, None, np.array([0.1]))):
@@ -617,7 +617,7 @@ def test_features_that_nothing_was_learned_of_are_not_silently_ignored():
 
 
 @pytest.mark.once
-def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
+def test_a_column_of_numbers_and_none_in_a_data_frame_is_accepted():
     pd = pytest.importorskip("pandas")
     records = [base.Record("t", {"depth": d, "n": n}, n + (d or 64) / 99) for d in (2, 9, None) for n in (1, 2, 3)]
     with pytest.warns(UserWarning, match=r"'depth': choice\(\[None, 2, 9\]\)"):
@@ -665,7 +665,7 @@ def test_a_column_of_numbers_and_none_of_a_data_frame_is_taken():
         assert [dict(row) for row in rows] == configurations
 
 
-def test_a_space_of_many_conditions_is_inferred_with_few_looks_at_each_configuration():
+def test_inferring_a_space_of_many_conditions_reads_each_configuration_a_few_times():
     kinds = {f"only_{kind}": kind for kind in "abcd"}
     records = [base.Record("t", {"kind": k, name: x}, x) for name, k in kinds.items() for x in (0.1, 0.2, 0.3, 0.4)]
     looks = []
@@ -681,7 +681,7 @@ def test_a_space_of_many_conditions_is_inferred_with_few_looks_at_each_configura
     assert sum(bool(leaf.condition) for leaf in space.values()) == 4 and len(looks) <= 2 * len(records)
 
 
-def test_gaps_of_a_data_frame_are_what_a_row_does_not_have():
+def test_gaps_of_a_data_frame_are_absent_entries():
     space = {"kind": SPACE["kind"], "x": spaces.active_if(SPACE["x"], "kind", ["b"])}
     gap = {"kind": "a", "x": float("nan")}
     records = [base.Record("t", c, y) for c, y in ((gap, 1.0), ({"kind": "b", "x": 0.3}, 2.0), ({"kind": "b"}, 3.0))]

@@ -62,7 +62,7 @@ def with_outcomes(trials, best=0.4, **kwargs):
 
 
 @pytest.mark.once
-def test_suggest_needs_no_bookkeeping_and_no_fit(g):
+def test_suggest_equals_the_searcher_without_its_state(g):
     assert g.suggest([], []) == [g.predict()]
     searcher = g.searcher([1.5])
     trials, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
@@ -77,7 +77,7 @@ def test_suggest_needs_no_bookkeeping_and_no_fit(g):
 
 
 @pytest.mark.once
-def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
+def test_predicted_quantiles_are_calibrated_on_new_tasks():
     rng = np.random.default_rng(0)
     line = [{"x": float(x)} for x in np.linspace(0, 1, 15)]
 
@@ -110,7 +110,7 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
 
 
 @pytest.mark.once
-def test_what_failed_or_diverged_says_what_to_expect_beside_it(g):
+def test_failed_and_diverged_trials_change_the_prediction_next_to_them(g):
     """As it does to the searcher."""
     line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 11)]
     prior, tried = g.outcomes(line).mean, [line[0], line[10]]
@@ -148,7 +148,7 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["g", "tpe", "bohb", "asha"])
-def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
+def test_the_default_is_not_proposed_again_if_it_was_enqueued(g, name):
     if name in ("tpe", "bohb"):
         pytest.importorskip("optuna")
     inner = {
@@ -170,7 +170,7 @@ def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
 
 
 @pytest.mark.once
-def test_a_region_that_fails_is_left_at_once():
+def test_a_region_with_failures_is_avoided_at_once():
     """Earlier tasks say that x = 0.8 is best; here all beyond 0.55 fails."""
     space, line = {"x": spaces.interval(0.0, 1.0)}, [{"x": float(x)} for x in np.linspace(0, 1, 21)]
     bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
@@ -200,7 +200,7 @@ def test_a_region_that_fails_is_left_at_once():
 
 
 @pytest.mark.once
-def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
+def test_of_ten_thousand_trials_at_most_256_are_read(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
     looked_at, real = [], _suggestions.padded  # the size of arrays is a bound on time, which no result shows
     monkeypatch.setattr(_suggestions, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
@@ -222,7 +222,7 @@ def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch)
 
 
 @pytest.mark.once
-def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_number_of_trials(g, monkeypatch):
+def test_suggest_equals_the_searcher_and_reads_a_few_hundred_of_many_trials(g, monkeypatch):
     free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
     tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
     searcher, completed, real = free.searcher(first=()), [], spaces.from_configuration
@@ -240,7 +240,7 @@ def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_numb
 
 
 @pytest.mark.once
-def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ago(g):
+def test_suggest_repeats_no_candidate_in_any_form_or_of_any_age(g):
     late = [{"x": x, "kind": "a"} for x in np.random.default_rng(0).uniform(size=400).tolist()]
     # Bad early trials in another form: in another order, with NumPy's numbers, with inactive parameters.
     early = [dict(reversed(c.items())) | {"x": np.float64(c["x"])} for c in POOL[:-1]]
@@ -249,7 +249,7 @@ def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ag
     assert g.suggest([*early, *late], y) == [POOL[-1]]
 
 
-def test_what_failed_teaches_no_cost():
+def test_failed_trials_do_not_enter_the_model_of_costs():
     records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
     encode = _encoding.encoder(SPACE)
     costs = [task.y for task in _earlier_trials.costs_by_task(records, encode)]
@@ -305,7 +305,7 @@ class Counted(dict):
     ("together", "num_steps", "nums"),
     [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000)), (False, 1_000, (4_000, 4_000))],
 )
-def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_number(together, num_steps, nums):
+def test_the_outcomes_that_are_read_do_not_grow_with_the_number_of_trials(together, num_steps, nums):
     """With trials that report on their way, and with fidelities that no two have in common."""
     steps, reads = [(i + 1) / num_steps for i in range(num_steps)], []
     for num in nums:
@@ -338,7 +338,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
 
 
 @pytest.mark.once
-def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
+def test_inactive_parameters_do_not_enter_the_model_and_a_branch_is_one_place(g):
     encode = _encoding.encoder(SPACE)
     base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
     np.testing.assert_array_equal(encode(base), encode(other))
@@ -357,7 +357,7 @@ def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_
 
 
 @pytest.mark.once
-def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g, monkeypatch):
+def test_a_pruned_trial_counts_with_its_last_outcome_and_not_with_its_cost(g, monkeypatch):
     searcher = g.searcher()
     (trial,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
     pruned = trial._replace(status="PRUNED", outcome=0.3, fidelity=0.5, cost=7.0)
@@ -388,7 +388,7 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
 
 
 @pytest.mark.once
-def test_bohb_and_tpe_begin_with_what_g_proposes(g):
+def test_bohb_and_tpe_begin_with_the_portfolio_of_g(g):
     pytest.importorskip("optuna")
     first = g.portfolio(3, [1.2])
     for searcher, fidelity in ((blackbox.tpe(first=first), 1.0), (blackbox.bohb(first=first, num_rungs=3), 1 / 9)):
@@ -397,7 +397,7 @@ def test_bohb_and_tpe_begin_with_what_g_proposes(g):
         assert {round(t.fidelity, 9) for t in trials} == {round(fidelity, 9)}
 
 
-def test_repeats_without_numbers_all_count_and_what_failed_is_run_again(g):
+def test_all_repeats_without_numbers_count_and_failed_trials_are_run_again(g):
     searcher = g.searcher()
     state = searcher.init(jax.random.key(0), None)
     several = [Record("", POOL[3], y) for y in (1.0, 9.0, 3.0)]
@@ -424,7 +424,7 @@ def test_of_a_numbered_trial_the_last_end_counts(g):
     assert one.last == 9.0 and np.isnan(failed.last)
 
 
-def test_repeats_are_told_in_a_time_that_grows_with_their_number(g):
+def test_tell_takes_time_linear_in_the_number_of_repeats(g):
     searcher = g.searcher()
     start = searcher.init(jax.random.key(0), None)
     several = [Record("", POOL[3], float(y), fidelity=s) for y in range(10_000) for s in (0.5, 1.0)]
@@ -474,7 +474,7 @@ class Killed(BaseException):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["g", "asha", "tpe"])
-def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_workers(g, name, tmp_path):
+def test_a_killed_collection_continues_to_the_same_bits_with_any_number_of_workers(g, name, tmp_path):
     """Configurations, seeds, outcomes and failures are equal, and so are the next trials of the searcher. A trial that
     ran when the collector was killed is queued again. Four workers, whose trials end in any order, give the same."""
     if name == "tpe":
@@ -508,7 +508,7 @@ def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_worker
     assert len(ran) == 1 + 2 * len(whole) + len(four)  # nothing is run again
 
 
-def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
+def test_only_the_best_few_trials_reach_the_full_budget():
     objective = lambda trial, task: (trial.configuration["x"] - 0.3) ** 2 + (1 - trial.fidelity) / 10
     space = {"x": spaces.interval(0.0, 1.0)}
     kwargs = {"key": jax.random.key(0), "isolated": False, "progress": False, "resumes": True}
@@ -543,7 +543,7 @@ def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
 
 
 @pytest.mark.slow
-def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
+def test_a_batch_without_candidates_spreads_and_low_fidelities_inform():
     """Without candidates: the trials of a batch are where each adds to the others."""
     records = [Record(f"t{t}", {"x": float(x)}, (x - t / 4) ** 2) for t in range(5) for x in np.linspace(0, 1, 9)]
     g = blackbox.train_meta_optimizer(records, space={"x": spaces.interval(0.0, 1.0)}, num_steps=0)
@@ -558,7 +558,7 @@ def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
     assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
 
 
-def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
+def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_earlier_ones(g):
     """Configurations that the surrogate expects to be worse are tried, too, while others near the best one are left."""
     encode = lambda c: np.asarray(spaces.encode(SPACE, spaces.from_configuration(SPACE, c)))
     of_pool, y = np.stack([encode(c) for c in POOL]), [loss(c) for c in POOL]
@@ -603,7 +603,7 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
 
 @pytest.mark.once
 @pytest.mark.parametrize(("trained_in_x64", "transformers"), [(False, 1), (True, 0)], ids=["float32", "float64"])
-def test_what_was_made_in_one_precision_is_asked_in_the_other(trained_in_x64, transformers):
+def test_an_optimizer_trained_in_one_precision_answers_in_the_other(trained_in_x64, transformers):
     """To the same answers; a warning of what is truncated would be an error here."""
     with jax.enable_x64(trained_in_x64):
         options = {"candidates": POOL[:9], "num_steps": 0, "transformers": transformers}
@@ -665,7 +665,7 @@ def test_the_farthest_of_many():
 
 
 @pytest.mark.once
-def test_what_was_learned_comes_back_from_disk(g, tmp_path):
+def test_a_loaded_optimizer_equals_the_saved_one(g, tmp_path):
     metaopt.save(tmp_path / "g.npz", g)
     loaded = metaopt.load(tmp_path / "g.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["g.npz"]
@@ -700,7 +700,7 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
+def test_a_loaded_optimizer_with_row_embedding_and_deep_kernels_equals_the_saved_one(tmp_path):
     tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
     h = blackbox.train_meta_optimizer(
         make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
@@ -723,7 +723,7 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
+def test_tasks_without_differences_between_outcomes_do_not_enter_training():
     records = make_records(3)
     one = Record("one trial", POOL[-1], 0.0)
     same = [Record("all the same", c, 1.0) for c in POOL[6:]]
@@ -736,5 +736,5 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
     assert failed.predict()["kind"] == "b"
 
 
-def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_not(g):
+def test_a_task_has_the_prediction_of_its_features(g):
     assert g.predict(Task(None, None, features=[1.5])) == g.predict([1.5]) == g.predict(jnp.array([1.5]))

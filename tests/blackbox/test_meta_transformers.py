@@ -109,7 +109,7 @@ def test_they_foresee_failures_from_features_and_from_trials(g):
 
 
 @pytest.mark.slow
-def test_without_a_share_they_change_nothing_and_with_some_they_do(g):
+def test_transformers_change_the_trials_only_with_a_positive_share(g):
     without = rebuilt(g, LINE, transformers=None)
     none, half = (rebuilt(g, LINE, transformer_share=share) for share in (0.0, 0.5))
     trials = [[r.configuration for r in run(h.searcher([0.3]), 0.6, 6, batch=2)] for h in (without, none, half)]
@@ -131,7 +131,7 @@ def test_every_acquisition_goes_on_in_batches_with_failures_and_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_a_batch_does_not_pile_up_on_what_runs(g):
+def test_a_batch_does_not_repeat_running_trials(g):
     """After one bad trial, what runs is believed to be better, and promises nothing once more."""
     searcher = g.searcher(first=[{"x": 0.95}])
     (first,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
@@ -142,7 +142,7 @@ def test_a_batch_does_not_pile_up_on_what_runs(g):
 
 
 @pytest.mark.slow
-def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
+def test_of_many_trials_the_best_and_the_latest_are_read(g, monkeypatch):
     shapes = []  # the arrays that are read: their size is a bound on time, which no result shows
     read_trials = _transformer.read_trials
     monkeypatch.setattr(
@@ -156,7 +156,7 @@ def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
 
 
 @pytest.mark.slow
-def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
+def test_a_loaded_optimizer_continues_a_killed_search(g, tmp_path):
     h = rebuilt(g, LINE, transformer_share=0.25)
     metaopt.save(tmp_path / "h.npz", h)
     loaded = metaopt.load(tmp_path / "h.npz")
@@ -189,7 +189,7 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are_certain(untrained):
+def test_predicted_outcomes_are_conditional_on_success_and_finite_at_certain_failure(untrained):
     """In float32, as users have it."""
     with jax.enable_x64(False):
         cast = lambda leaf: leaf.astype("float32") if isinstance(leaf, jax.Array) else leaf
@@ -205,7 +205,7 @@ def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are
 
 
 @pytest.mark.slow
-def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_diverged(untrained, monkeypatch):
+def test_at_most_as_many_trials_are_read_as_in_training_and_diverged_ones_are_clipped(untrained, monkeypatch):
     h, shown_trials = untrained, []
     assert h.surrogate.max_shown == 7
     real = _new_trials.shown_to_transformers
@@ -221,7 +221,7 @@ def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_dive
     np.testing.assert_allclose(near.quantiles, far.quantiles, rtol=1e-3)
 
 
-def test_few_of_many_trials():
+def test_best_and_latest_selects_trials_and_outliers_are_clipped():
     nan, y = np.nan, np.arange(20.0)[::-1].copy()
     y[[0, 3]] = nan
     # The best four, the latest, which are the same, and of the failures the latest as far as a quarter.
@@ -236,7 +236,7 @@ def test_few_of_many_trials():
 
 
 @pytest.mark.once
-def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told():
+def test_the_mean_of_others_leaves_out_the_trials_to_predict():
     """The mean over tasks would hold a task's own outcomes, and those of near-duplicates: they are left out."""
     f = np.random.default_rng(0).normal(size=(6, 4))  # of four tasks
     functions = np.concatenate([f.mean(1, keepdims=True), f - f.mean(1, keepdims=True)], 1)

@@ -47,7 +47,7 @@ def objective(trial):
 
 
 @pytest.mark.once
-def test_it_samples_what_the_searcher_would_ask_for(g):
+def test_it_samples_the_trials_of_the_searcher(g):
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=3))
     study.optimize(objective, n_trials=9)
     searcher, ended = g.searcher(first=()), []
@@ -76,7 +76,7 @@ def raises(error):
     ],
     ids=["failed", "pruned", "pruned with a value", "complete"],
 )
-def test_what_ended_before_it_asked_tells_nothing(ends):
+def test_a_trial_that_ends_before_it_asks_is_not_used(ends):
     # The best of what is known is the default, which an empty configuration would be taken for.
     space = {"x": spaces.interval(0.0, 1.0)}
     pool = [{"x": float(x)} for x in np.linspace(0, 1, 9)]
@@ -90,7 +90,7 @@ def test_what_ended_before_it_asked_tells_nothing(ends):
 
 
 @pytest.mark.once
-def test_what_fails_midway_counts_with_what_it_would_have_been_given(g):
+def test_a_trial_that_fails_midway_counts_with_its_whole_configuration(g):
     heard = []
 
     def overheard(*args, **kwargs):
@@ -164,7 +164,7 @@ def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
 
 
 @pytest.mark.once
-def test_brackets_of_a_pruner_share_what_is_known(g):
+def test_brackets_of_a_pruner_share_their_trials(g):
     """Optuna makes a new study of each bracket for every trial."""
     ended, real = [], g.searcher
 
@@ -209,7 +209,7 @@ def test_an_objective_may_ask_for_other_labels_ranges_and_scales(g):
 
 
 @pytest.mark.once
-def test_a_bound_is_given_in_float32_too():
+def test_a_bound_is_proposed_exactly_also_in_float32():
     space = {"rate": spaces.interval(1e-4, 0.1, log=True)}
     records = [Record(f"t{t}", {"rate": r}, abs(np.log10(r) + 1 + t / 9)) for t in (0, 1) for r in (1e-4, 1e-2, 0.1)]
     with jax.enable_x64(False):
@@ -264,7 +264,7 @@ def test_an_infinite_value_is_a_failure(g):
 
 
 @pytest.mark.parametrize("value", [0.0, np.inf])
-def test_what_an_objective_does_not_ask_for_is_not_drawn_again_and_again(g, value):
+def test_parameters_that_an_objective_does_not_ask_for_are_drawn_once(g, value):
     """Three configurations have the same x, and each of them is drawn at most once."""
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=1))
     study.optimize(lambda trial: value + abs(trial.suggest_float("x", 0.0, 1.0) - 1), n_trials=12)
@@ -274,7 +274,7 @@ def test_what_an_objective_does_not_ask_for_is_not_drawn_again_and_again(g, valu
 
 @pytest.mark.parametrize("number", [0, 5])
 @pytest.mark.once
-def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
+def test_late_steps_have_different_fidelities_below_one(g, number):
     steps = (90_000, 0, 5_000, 5_001, 2_000_002, 2_000_001, 2_000_000, 2**31 - 1)  # as a storage may have them
     values = {"x": 0.5, "kind": "a"}
     trial = optuna.trial.create_trial(

@@ -58,7 +58,7 @@ def test_the_same_key_gives_the_same_trials_however_they_are_interrupted(tmp_pat
         assert repr_of(collected) == repr_of(whole) and sum(record.status == "FAIL" for record in whole) >= 2
 
 
-def test_bohb_runs_few_trials_at_the_full_budget_and_they_are_the_good_ones():
+def test_bohb_runs_only_the_best_few_trials_at_the_full_budget():
     budgets = lambda trial, task: bowl(trial, task) + (1 - trial.fidelity) / 10
     searcher = blackbox.bohb(num_rungs=3)
     records = collect(searcher, budgets, num_trials=20, on={"a": 0.6})
@@ -121,7 +121,7 @@ def test_asha_with_configurations_of_tpe_is_better_than_with_random_ones():
 
 @pytest.mark.parametrize("rounded", [lambda f: float(np.float32(f)), lambda f: round(f, 4)])
 @pytest.mark.parametrize("make", [blackbox.asha, blackbox.bohb])
-def test_a_fidelity_told_in_float32_is_that_asked_for_and_another_one_is_refused(make, rounded):
+def test_a_fidelity_rounded_to_float32_is_recognized_and_another_one_is_rejected(make, rounded):
     space, searcher = {"x": spaces.interval(0.0, 1.0)}, make(num_rungs=3)
     trials, state = searcher.ask(searcher.init(KEY, space), 6)
     exact = [trial._replace(status="COMPLETE", outcome=trial.configuration["x"]) for trial in trials]
@@ -166,7 +166,7 @@ def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fide
     assert {step(trial) for trial in state.study.trials[:41]} <= ({0} if status == "PRUNED" else {1, 2})
 
 
-def test_tpe_passes_over_what_its_space_does_not_have():
+def test_tpe_ignores_records_outside_its_space():
     searcher = blackbox.tpe()
     state = searcher.init(KEY, {"rate": spaces.interval(1e-4, 0.1, log=True), "kind": spaces.choice(["a", "b"])})
     foreign = [{"rate": 0.5, "kind": "a"}, {"rate": 0.01, "kind": "c"}, {"rate": 0.1 + 1e-9, "old": 3}]

@@ -47,7 +47,7 @@ def test_numbers_and_tasks_come_back_and_a_person_s_attributes_are_not_metaopt_s
     assert {r.task for r in blackbox.from_optuna_study(study, task="other")} == {"other"}
 
 
-def test_what_ended_without_a_number_has_failed(tmp_path):
+def test_a_trial_that_ended_without_a_number_has_failed(tmp_path):
     nan, partial = RECORDS[0]._replace(outcome=math.nan), RECORDS[2]._replace(outcome=math.nan)
     study = blackbox.to_optuna_study([nan, partial, RECORDS[0]._replace(trial=3, outcome=math.inf)], SPACE)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE"]

@@ -49,7 +49,7 @@ def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
 
 
 @pytest.mark.once
-def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_the_smallest():
+def test_one_trial_leaves_scales_equal_and_equal_outcomes_do_not_choose_the_smallest():
     alone = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (Y, np.eye(5)[0]))
     np.testing.assert_allclose(alone.scales[:, 2], 1.0)
     np.testing.assert_allclose(alone.log_likelihood[:, 2], alone.log_likelihood[:, 0])

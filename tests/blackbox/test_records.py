@@ -117,7 +117,7 @@ def test_trials_without_numbers_are_told_apart_and_repeats_of_one_all_count(tmp_
 
 
 @pytest.mark.parametrize("numbered", [{"trial": 3}, {"seed": 5}, {"trial": 3, "seed": 5}])
-def test_of_a_numbered_trial_the_last_end_counts_and_of_others_every_outcome(tmp_path, numbered):
+def test_the_last_end_of_a_numbered_trial_counts_and_every_outcome_of_others(tmp_path, numbered):
     one = Record("a", {"x": 1}, 0.5, cost=1.0)
     fail, pruned = one._replace(status="FAIL", outcome=math.nan), one._replace(status="PRUNED")
     right, running = one._replace(outcome=0.25), one._replace(status="RUNNING", outcome=math.nan)
@@ -321,7 +321,7 @@ def damaged(file, damage, num=2_000):
 
 
 @pytest.mark.parametrize("damage", ["overwritten", "cut"])
-def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, damage):
+def test_the_readable_records_of_a_damaged_file_are_recovered(tmp_path, damage):
     file, new = tmp_path / "records.db", tmp_path / "new.db"
     records = damaged(file, damage)
     before = Path(file).read_bytes()

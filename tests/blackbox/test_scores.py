@@ -9,7 +9,7 @@ import numpy as np
 from metaopt.blackbox import _scores
 
 
-def test_which_model_thompson_sampling_takes_says_nothing_about_its_sample(monkeypatch):
+def test_the_sample_of_thompson_sampling_is_independent_of_the_chosen_model(monkeypatch):
     """The transformers' level is uniform in (0, 1), also where they were chosen, which a coin decides."""
     share, num = 0.5, 400
     # Constant scores show which model is chosen. Trained models have overlapping scores.

@@ -131,7 +131,7 @@ def test_every_generator_of_a_pipeline_is_seeded():
     assert one == same != other
 
 
-def test_rows_may_be_prepared_otherwise():
+def test_rows_may_be_prepared_by_another_function():
     naive_bayes = pytest.importorskip("sklearn.naive_bayes")
     model = naive_bayes.MultinomialNB()
     fails = blackbox.sklearn_objective(model)
@@ -186,7 +186,7 @@ CONFIGURATIONS = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Class .* is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["classifier", "regressor", "cluster"])
-def test_every_one_of_scikit_learn_s_is_an_objective(kind):
+def test_every_estimator_of_scikit_learn_is_an_objective(kind):
     """Defaults, two folds, on three heaps of rows; the lists above hold no name in vain."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)

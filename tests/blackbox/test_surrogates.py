@@ -162,7 +162,7 @@ def test_acquisitions_are_those_of_samples():
     np.testing.assert_allclose(bound, 2 * y.std() - y.mean(), atol=0.02)
 
 
-def test_what_failed_is_expected_beyond_the_worst_outcome():
+def test_a_failed_trial_is_expected_beyond_the_worst_outcome():
     """Compares with the mean of the samples of the mixture that are at least as bad as the bound."""
     mean, std = jnp.array([[0.0, 1.0], [-1.0, 0.5], [3.0, 3.0]]), jnp.array([[1.0, 0.5], [0.2, 0.1], [0.1, 0.1]])
     mixture = _posterior.Mixture(jnp.log(jnp.array([0.3, 0.7])), mean, std)
@@ -178,7 +178,7 @@ def test_what_failed_is_expected_beyond_the_worst_outcome():
 
 
 @pytest.mark.once
-def test_what_one_more_adds_to_a_batch_is_that_of_samples():
+def test_the_improvement_of_a_batch_by_one_more_trial_equals_that_of_samples():
     """Outcomes of x and of what runs are drawn together, by NumPy, from the mixture with its covariances."""
     model, weights = surrogate(closeness=0.5, residual=0.05), jnp.full(6, 1 / 6)
     trials = (jnp.asarray(X[:3]), jnp.array([1.0, 0.2, 0.6]), jnp.ones(3))

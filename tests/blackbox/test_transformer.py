@@ -32,7 +32,7 @@ def padded(x, y, num=8, far=1e3):
 
 
 @pytest.mark.once
-def test_order_padding_and_units_of_trials_do_not_matter_and_all_else_does():
+def test_predictions_do_not_depend_on_order_padding_or_units_of_trials():
     predicted = predict(NETWORKS, padded(X, Y), AT)
     np.testing.assert_allclose(predicted.probs.sum(1) + predicted.failure, 1)
     order = RNG.permutation(6)
@@ -61,7 +61,7 @@ def test_order_padding_and_units_of_trials_do_not_matter_and_all_else_does():
     "y, low, high", [([], 0, 1), ([np.nan, np.nan], 0, 1), ([3.0], 1.0, 5.0), ([3.0, np.nan], 1, 5)]
 )
 @pytest.mark.once
-def test_without_a_scale_of_its_own_a_task_has_that_of_earlier_ones(y, low, high):
+def test_a_task_without_a_scale_has_that_of_earlier_ones(y, low, high):
     """No trial: normalized outcomes. One: as far from it as outcomes lie apart."""
     y = np.array(y, float)
     scale = 2.0 if np.isfinite(y).any() else 1.0
@@ -115,7 +115,7 @@ def test_scores_are_those_of_samples_and_their_gradients_are_right():
 
 
 @pytest.mark.once
-def test_the_loss_is_the_cross_entropy_of_what_is_predicted_and_its_gradient_is_right():
+def test_the_loss_is_the_cross_entropy_of_predictions_with_its_gradient():
     member = jax.tree.map(lambda leaf: leaf[0], NETWORKS)
     features = jnp.array([0.5, -1.0])
     y = np.array([0.2, np.nan, 1.0, 0.05])  # one better than all that are shown, one that fails
@@ -130,7 +130,7 @@ def test_the_loss_is_the_cross_entropy_of_what_is_predicted_and_its_gradient_is_
 
 
 @pytest.mark.slow
-def test_what_it_says_of_gaussian_processes_is_calibrated_and_near_what_inference_gives():
+def test_predictions_of_gaussian_processes_are_calibrated_and_near_exact_inference():
     """Trained on functions from a prior, it comes near to the posterior that solving equations gives."""
     num_shown, num_asked, noise = 8, 8, 0.1  # the noise is at least the width of a bin
     kernel = lambda a, b: jnp.exp(-(((a - b.T) / 0.3) ** 2) / 2)

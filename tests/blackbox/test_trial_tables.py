@@ -57,7 +57,7 @@ def test_hpob_s_json(tmp_path):
         blackbox.from_hpob(tmp_path / "meta.json", "1")
 
 
-def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
+def test_records_in_the_form_of_hpob_or_openml_are_read_again(tmp_path):
     file, plain = tmp_path / "meta.json", lambda records: [(r.task, r.configuration, r.outcome) for r in records]
     trials = [("3", {"x0": 0.0, "x1": 1}, 0.25), ("9", {"x1": 0.5, "x0": 0.25}, 0.5), ("3", {"x0": 1, "x1": 0.75}, 0)]
     records = [Record(task, c, y, trial=i) for i, (task, c, y) in enumerate(trials)]
@@ -126,7 +126,7 @@ def test_openml_s_data_sets_of_one_name_are_several_tasks():
     assert [record.task for record in blackbox.from_openml_evaluations(rows[1:])] == ["iris", "wine", "iris", "iris"]
 
 
-def test_openml_s_measures_that_are_errors_are_not_turned_around():
+def test_measures_of_openml_that_are_errors_keep_their_sign():
     row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
     rmse = row | {"function": "root_mean_squared_error"}
     outcomes_of = lambda *rows, **kwargs: [r.outcome for r in blackbox.from_openml_evaluations(rows, **kwargs)]

@@ -262,7 +262,7 @@ def test_truncation_to_one_step_is_first_order():
         close((out.value, out.hypergrad), (expected.value, expected.hypergrad["init"]))
 
 
-def test_reptile_is_the_way_that_training_went(estimates):
+def test_reptile_is_the_difference_that_training_made(estimates):
     start, _, end = trained(META, 2)
     close(estimates.by_name["reptile"].hypergrad["init"], jax.tree.map(np.subtract, start, end))
     assert estimates.by_name["reptile"].value == pytest.approx(error(end, DATA[1]), rel=1e-12)
@@ -306,7 +306,7 @@ def test_schedules_of_maml_plus_plus():
     )
 
 
-def test_at_test_it_goes_on_with_the_last_rates_and_says_what_each_step_predicts():
+def test_more_steps_at_test_use_the_last_rates_and_each_step_has_predictions():
     a, meta, _ = CASES["lslr"]
     hyperparams = a.hyperparams(jax.tree.map(jnp.asarray, meta))
     hyperparams["rate"] = jax.tree.map(lambda x: x * jnp.array([1.0, 0.5]), hyperparams["rate"])
@@ -391,7 +391,7 @@ def test_leaves_whose_paths_look_alike_are_two():
         value(few_shot.anil(product, leaves_per_step="w$"), {**params, "enc": {"w": jnp.ones(3)}})
 
 
-def test_what_init_passes_on_under_other_keys_is_not_told_as_made_by_it():
+def test_leaves_that_init_moves_to_other_keys_are_not_listed_as_made_by_it():
     """`init` returns a NamedTuple: its leaves are those of λ["init"], but under other keys."""
 
     class Params(NamedTuple):
@@ -422,7 +422,7 @@ def with_made(params):
 
 @pytest.mark.parametrize("order", ["second", "first"])
 @pytest.mark.once
-def test_what_init_makes_and_does_not_adapt_stays(order):
+def test_leaves_made_by_init_that_do_not_adapt_stay(order):
     a = few_shot.anil(
         loss, init=lambda key, hp, data: with_made(hp["init"]), head="hidden", num_steps=2, rate=RATE, order=order
     )
@@ -583,7 +583,7 @@ def both_ways():
 
 @pytest.mark.parametrize("name", ONCE)
 @pytest.mark.once
-def test_what_no_step_changes_is_computed_once(name, both_ways):
+def test_values_that_no_step_changes_are_computed_once(name, both_ways):
     hyperparams, sides, pairs = both_ways
     close(*pairs[name])
     slopes = pairs[name][0].hypergrad["init"]
@@ -604,14 +604,14 @@ def test_what_no_step_changes_is_computed_once(name, both_ways):
 
 
 @pytest.mark.parametrize("name", NOT_ONCE)
-def test_what_a_step_changes_is_not(name):
+def test_values_that_a_step_changes_are_not_computed_once(name):
     side, hyperparams = jax.tree.map(jnp.asarray, (SIDES[0], {"init": DEEP}))
     state = jax.eval_shape(NOT_ONCE[name].unrolling.loop.init, KEY, hyperparams, side)
     assert state.model_state.once == ()
 
 
 @pytest.mark.once
-def test_at_test_too():
+def test_predictions_compute_the_body_once_too():
     """Predictions of a query set with statistics of the support set: the body is computed once for both."""
     sides = [jax.tree.map(jnp.asarray, side) for side in SIDES]
     a, _ = ONCE["normalized"]
@@ -690,7 +690,7 @@ def test_at_test_init_is_called_once_and_a_derivative_raises():
 
 
 @pytest.mark.once
-def test_what_is_computed_once_is_kept_once():
+def test_values_that_are_computed_once_are_stored_once():
     x = jnp.ones((64, 4))
     loss = lambda params, hyperparams, batch: ((jnp.tanh(batch @ params["w"]) @ params["head"]) ** 2).mean()
     a = few_shot.anil(loss, num_steps=24)

@@ -49,7 +49,7 @@ def by_hand(kind, params, x, reference):
 
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
 @pytest.mark.once
-def test_a_block_is_numpys(kind):
+def test_a_block_equals_one_in_numpy(kind):
     network = few_shot.conv4(normalization=kind, num_filters=FILTERS, num_blocks=1, num_channels=2)
     params = network.init(KEY)
     leaves, structure = jax.tree.flatten(params)
@@ -240,7 +240,7 @@ def test_each_step_has_its_own_scale_and_shift_and_the_statistics_of_its_own_bat
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 8, 8, 3), (2, 64)])
-def test_what_is_no_image_is_refused(shape):
+def test_inputs_that_are_no_images_are_rejected(shape):
     network = few_shot.conv4(num_filters=2, num_blocks=1)
     params = network.init(KEY)
     with pytest.raises((TypeError, ValueError)):  # by JAX

@@ -95,7 +95,7 @@ def test_the_scores_are_those_of_each_episode(three_methods):
 
 
 @pytest.mark.once
-def test_places_and_keys_tell_nothing():
+def test_places_of_rows_and_keys_do_not_reveal_labels():
     by_class = {"x": jnp.zeros((12, 1)), "y": jnp.arange(12) // 4, "mask": jnp.ones(12), "class_mask": jnp.ones(3)}
 
     def with_its_number(key):
@@ -123,7 +123,7 @@ def test_places_and_keys_tell_nothing():
 
 
 @pytest.mark.once
-def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
+def test_use_of_the_query_set_is_detected_in_any_source_and_behind_any_offset():
     def one_example(key):
         support, query, *_ = sample(key)
         return tasks.Episode(support, {k: v if k == "class_mask" else v[:1] for k, v in query.items()})
@@ -143,7 +143,7 @@ def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
 
 
 @pytest.mark.once
-def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes():
+def test_use_of_the_query_set_is_detected_behind_values_for_absent_classes():
     """And behind examples, or whole episodes, that are far off."""
 
     def filled(method, value):
@@ -177,7 +177,7 @@ def test_another_source_changes_no_episode():
     np.testing.assert_array_equal(alone["two"], both["two"])
 
 
-def test_what_may_belong_to_examples_or_to_classes_is_refused():
+def test_arrays_that_may_belong_to_examples_or_to_classes_are_rejected():
     one = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
     table = jnp.arange(16.0).reshape(4, 4)
 
@@ -194,7 +194,7 @@ def test_what_may_belong_to_examples_or_to_classes_is_refused():
 
 
 @pytest.mark.once
-def test_all_that_belongs_to_an_example_goes_with_it():
+def test_all_leaves_of_an_example_are_permuted_together():
     def richer(key):
         support, query, *_ = sample(key)
         pytree = lambda part: {"points": part["x"], "times": jnp.arange(len(part["y"]))}
@@ -240,7 +240,7 @@ def test_every_user_is_judged_once():
 
 
 @pytest.mark.once
-def test_outputs_without_the_axis_of_steps_are_no_steps():
+def test_outputs_without_an_axis_of_steps_are_rejected():
     """With as many query examples as classes or targets, the shape does not show whether there is an axis of steps."""
     side = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
     square = {"x": jnp.eye(4), "y": jnp.eye(4), "mask": jnp.ones(4)}
@@ -301,7 +301,7 @@ def test_progress_counts_episodes(capsys):
 
 
 @pytest.mark.once
-def test_methods_of_two_days_are_as_of_one(three_methods, tmp_path):
+def test_evaluations_of_two_calls_join_to_that_of_one_call(three_methods, tmp_path):
     samplers = {"two": lambda key: sample(key, 2), "three": sample}
     evaluate = lambda names, key=KEY, num=50: few_shot.evaluate_episodes(
         {name: METHODS[name] for name in names}, samplers, key, num_episodes=num, chunk_size=25
@@ -413,7 +413,7 @@ PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", PIXELS)
-def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
+def test_pixel_prototypes_on_omniglot_have_their_known_accuracy(setting):
     """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official evaluation characters."""
     try:
         source = from_image_sets(["omniglot"])

@@ -85,7 +85,7 @@ def test_labels_of_few_bits_are_classes_beside_more_than_those_bits_hold():
 
 @pytest.mark.parametrize("num", [3, 7])  # fewer and more rows than features
 @pytest.mark.once
-def test_the_ridge_head_is_numpys(num):
+def test_the_ridge_head_equals_one_in_numpy(num):
     task = base.Task(side(num, 1), side(5, 1))
     hyperparams, out = estimate(few_shot.ridge_head(features), task)
 

@@ -208,7 +208,7 @@ def test_where_the_outer_loss_does_not_see_the_parameters():
     assert (estimate.hypergrad["target"] == 0).all() and estimate.hypergrad["rate"] == 0  # and not NaN
 
 
-def test_answers_for_what_enters_the_model_state_alone():
+def test_hyperparams_that_enter_only_the_model_state_have_a_hypergradient():
     def loss(params, hyperparams, batch, context):
         return ((params - 1) ** 2).sum(), context.model_state + jnp.exp(hyperparams)
 

@@ -114,7 +114,7 @@ def test_tasks_under_vmap():
 
 
 @pytest.mark.once
-def test_what_a_loss_closes_over_is_differentiated():
+def test_closed_over_values_of_a_loss_are_differentiated():
     def outer(scale, grad):
         loop = inner.loop(
             lambda params, hyperparams, batch: ((params - scale * batch) ** 2).sum(),

@@ -25,7 +25,7 @@ def network():
 
 
 @pytest.mark.once
-def test_exact_reverse_costs_what_counting_by_hand_says():
+def test_the_costs_of_exact_reverse_equal_counts_by_hand():
     problem, task = network(), problems.TASK._replace(train=jnp.ones((256, 64)), valid=jnp.ones((1, 64)))
     hp = {"penalty": jnp.array(0.1), "rate": jnp.array(0.1)}
     rules = {
@@ -39,7 +39,7 @@ def test_exact_reverse_costs_what_counting_by_hand_says():
 
 
 @pytest.mark.once
-def test_what_is_taken_follows_memory():
+def test_the_recommended_rule_depends_on_the_memory():
     problem, task = network(), problems.TASK._replace(train=jnp.ones((256, 64)), valid=jnp.ones((9, 64)))
     hp = {"penalty": jnp.array(0.1), "rate": jnp.array(0.1)}
     rules = {
@@ -154,7 +154,7 @@ def test_every_default_rule_is_marked_in_the_table():
 
 
 @pytest.mark.once
-def test_biased_rules_are_taken_in_their_order_and_before_stochastic_ones():
+def test_biased_rules_are_recommended_in_their_order_and_before_stochastic_ones():
     rules = {
         "stochastic": hypergrad.evolution(problems.RIDGE, num_steps=1, sigma=0.1, num_pairs=1),
         "refused": hypergrad.hypergradient_descent(problems.RIDGE),

@@ -70,7 +70,7 @@ def cached_solver(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.once
-def test_equals_numpy(name):
+def test_each_solver_equals_numpy(name):
     for a in [matrix(30.0)] + ([] if SOLVERS[name][1] else [matrix(30.0, symmetric=False)]):
         v, _ = solve(cached_solver(name), a)
         np.testing.assert_allclose(v, np.linalg.solve(a, B), rtol=1e-9)
@@ -237,7 +237,7 @@ def test_counts_its_products(solver):
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "nystrom"])
-def test_what_is_no_number_is_not_answered_with_the_guess(name):
+def test_a_system_with_nan_does_not_return_the_guess(name):
     solver = hypergrad.nystrom(rank=3, damping=0.1) if name == "nystrom" else cached_solver(name)
     a, nan = matrix(30.0), np.where(np.arange(SIZE) == 2, np.nan, 0.0)
     for bad, b in ((a, B + nan), (a + np.diag(nan), B)):

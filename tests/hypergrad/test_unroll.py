@@ -195,7 +195,7 @@ def test_checkpointed_scan_keeps_the_order_of_its_steps(length):
 
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 256), ("step", 64), ("sqrt", 16), (3, 8), (6, 4)])
-def test_what_is_stored_between_the_passes(remat, most):
+def test_the_values_stored_between_the_passes(remat, most):
     # The residuals of the reverse pass of 64 steps, in copies of a carry of 100 numbers that a step uses three times.
     _, pullback = jax.vjp(partial(three_uses, length=64, remat=remat), jnp.ones(100))
     stored = sum(leaf.size for leaf in jax.tree.leaves(pullback)) / 100
@@ -345,7 +345,7 @@ def test_zero_inner_steps_are_plain_training():
 # Keys.
 
 
-def test_every_estimate_draws_afresh_and_repeats_with_its_key():
+def test_every_estimate_has_its_own_draws_which_follow_from_the_key():
     estimator = hypergrad.unrolled(SMALL, num_steps=2)
     estimate = jax.jit(estimator.estimate)
     first, state = estimate(SMALL_LAM, SMALL_TASK, estimator.init(KEY, None, None))
@@ -390,7 +390,7 @@ def test_up_to_five_steps_are_written_out_and_more_are_a_loop(num_steps, loops):
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
-def test_what_is_scanned_may_be_numpys(num_steps):
+def test_scanned_values_may_be_numpy_arrays(num_steps):
     table, start = np.arange(4.0), np.ones(4)
 
     def step(carry, x):

@@ -150,7 +150,7 @@ def test_convolutions_inside_other_things(name):
     assert "conv_general_dilated" not in str(jax.make_jaxpr(inner.im2col(fn))(X, W))
 
 
-def test_what_is_left_as_it_is():
+def test_convolutions_that_are_not_rewritten():
     assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(own_rule))(X, W))
     large = lambda x: jax.lax.conv(x, jnp.ones((1, 1, 129)), (1,), "SAME")
     assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(large))(jnp.ones((1, 1, 200))))
@@ -162,7 +162,7 @@ def test_pooling_of_at_most_128_positions_is_rewritten(window, rewritten):
     assert ("reduce_window" not in str(jax.make_jaxpr(inner.im2col(pool))(jnp.ones((8, 50))))) == rewritten
 
 
-def test_numbers_that_python_decides_by_are_not_traced():
+def test_numbers_in_branches_of_python_are_not_traced():
     fn = inner.im2col(lambda x, twice, name: 2 * x if twice and name == "yes" else x)
     assert float(jax.jit(lambda x: fn(x, True, "yes"))(1.5)) == 3.0
 
@@ -202,7 +202,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its compiler keeps what is to be computed anew")
-def test_patches_are_made_anew_in_the_backward_pass():
+def test_patches_are_computed_again_in_the_backward_pass():
     def loss(kernels, x):
         for w in kernels:
             x = jnp.sin(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC))
@@ -215,7 +215,7 @@ def test_patches_are_made_anew_in_the_backward_pass():
     assert program.memory_analysis().temp_size_in_bytes < 4.5 * patches
 
 
-def test_what_was_said_when_it_was_traced_still_holds():
+def test_contexts_at_trace_time_are_kept():
     def noisy(x, w):
         with jax.threefry_partitionable(False), jax.named_scope("first_layer"):
             return CONV(x, w) + jax.random.normal(KEY, (4,))[None, None, None]
@@ -256,7 +256,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.once
-def test_training_uses_it_on_cpu_says_so_once_and_gives_the_same_hypergradient(caplog):
+def test_training_uses_im2col_on_cpu_logs_it_once_and_keeps_the_hypergradient(caplog):
     net, start = Net(), Net().init(KEY, jnp.ones((1, 8, 8, 1)))
     x, y = jax.random.normal(KEY, (6, 8, 8, 1)), jnp.arange(6) % 3
     task = base.Task({"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]})
@@ -283,7 +283,7 @@ def test_training_uses_it_on_cpu_says_so_once_and_gives_the_same_hypergradient(c
         assert "[3, 8, 8, 1] * [3, 3, 1, 4]" in line and "`im2col=False`" in line and line.count(" * ") == 2
 
 
-def test_every_position_of_every_window_is_looked_at():
+def test_a_convolution_with_rectangular_windows_equals_a_loop():
     """Against a loop in NumPy."""
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(1, 4, 5, 2)), rng.normal(size=(2, 3, 2, 3))
@@ -383,7 +383,7 @@ def test_derivatives_of_strided_convolutions_are_products():
 
 
 @pytest.mark.once
-def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
+def test_large_columns_of_the_cotangent_of_images_are_not_made(monkeypatch):
     conv = inner.im2col(lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC))
     x, w = as_float32((jax.random.normal(KEY, (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))))
     columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes

@@ -100,7 +100,7 @@ LAM = {"rate": jnp.float32(0.03)}
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.once
-def test_equals_the_pure_network(name):
+def test_a_module_equals_the_pure_network(name):
     model = MODELS[name](rate=0.0)
     params, state = model.init(KEY, None, DATA)
     state = jax.tree.map(lambda x: x + 0.3 if x.dtype in (jnp.float32, jnp.float64) else x, state)
@@ -432,7 +432,7 @@ def test_an_nnx_module_with_a_keyword_gets_the_switch():
 
 
 @pytest.mark.once
-def test_an_equinox_module_without_ceremony():
+def test_an_equinox_module_needs_no_adapter():
     eqx = pytest.importorskip("equinox")
     _, static = eqx.partition(eqx.nn.MLP(D, 1, 4, 1, key=KEY), eqx.is_array)
 

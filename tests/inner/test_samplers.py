@@ -145,7 +145,7 @@ def test_where_rows_stand_changes_no_batch(replace):
 
 
 @pytest.mark.once
-def test_what_is_real_of_masks_of_parts_of_rows_and_of_two_counts():
+def test_real_rows_by_masks_of_parts_of_rows_and_by_two_counts():
     """A row without a real part is padding; a mask in `shared` does not mask rows; a mask and a count are combined."""
     parts = {"x": jnp.arange(4), "mask": jnp.array([[0, 0], [1, 0], [0, 0], [1, 1]])}
     draws = jax.vmap(lambda step: inner.minibatch(2)(KEY, step, parts)["x"])(jnp.arange(9))

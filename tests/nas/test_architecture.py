@@ -62,7 +62,7 @@ def fitted(search, num_steps, **options):
 
 
 @pytest.mark.once
-def test_what_robust_darts_has_found_is_the_alpha_before_its_stop():
+def test_robust_darts_returns_the_alpha_before_its_stop():
     """Every epoch is too sharp: it stops at the first two means, and goes back to the α that it started at."""
     search = search_of(nas.robust_darts, every=1, window=1, start=1, delta=1, factor=1e-9)
     result = fitted(search, 9, callback=lambda step, metrics: metrics["stop"] > 0)
@@ -210,7 +210,7 @@ def test_an_auxiliary_skip_composed_by_hand_leaves_no_trace_in_genotypes():
     assert {op for _, _, op in search.genotype(alpha)["cell"]} == {"smooth"}
 
 
-def test_what_is_annealed_in_training_is_read_at_temperature_one():
+def test_annealed_weights_are_decoded_at_temperature_one():
     relaxation = nas.softmax(optax.linear_schedule(10.0, 0.1, 100))
     search = search_of(nas.darts, order="first", relaxation=relaxation, keep=1)
     alpha = {"cell": jnp.array([[0.0, 0.0, 0.0], [3.0, 2.9, -10.0], [1.0, 0.0, 0.0]])}

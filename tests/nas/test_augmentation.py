@@ -55,7 +55,7 @@ def test_crops_move_and_flips_turn():
     assert {image.tobytes() for image in moved} == plain
 
 
-def test_sequences_and_what_has_no_positions():
+def test_cutout_of_sequences_is_one_window():
     x = jnp.ones((50, 7, 1))
     cut = np.asarray(nas.cutout(2)(KEY, x))
     assert set((cut == 0).sum((1, 2)).tolist()) == {1, 2}

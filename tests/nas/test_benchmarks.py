@@ -7,7 +7,7 @@ from metaopt import base, blackbox, nas
 from metaopt.nas import _nas_bench_101
 
 
-def test_records_of_a_table_leave_out_what_was_not_trained(tmp_path):
+def test_records_of_a_table_leave_out_untrained_architectures(tmp_path):
     digits, nan = [[0, 1], [1, 0], [1, 1]], float("nan")
     valid = np.array([[[3.0, 1.0], [nan, nan]], [[5.0, 4.0], [2.0, 6.0]], [[7.0, 8.0], [nan, 9.0]]])
     test, cost = [[1.5, nan], [nan, 2.5], [3.5, nan]], np.full((3, 2, 2), 10.0)

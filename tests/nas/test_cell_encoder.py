@@ -56,7 +56,7 @@ def test_arrays_are_the_graph_its_paths_and_its_depths():
 
 
 @pytest.mark.once
-def test_renaming_vertices_and_what_stands_in_padding_change_nothing():
+def test_order_of_vertices_and_padding_change_nothing():
     expected = encoded(DIAMOND)
     assert np.abs(expected).max() > 0.1
     for order in itertools.permutations(range(5)):

@@ -96,7 +96,7 @@ def unlike(cell):
 
 
 @pytest.mark.once
-def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
+def test_trials_on_an_unusual_task_correct_its_prediction(h):
     losses = np.array([unlike(cell) for cell in CELLS])
     searcher = h.searcher()
     state = start = searcher.init(KEY, None)
@@ -140,7 +140,7 @@ def of_prior(mean):
     return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(()))
 
 
-def test_what_failed_is_not_predicted():
+def test_failed_cells_are_not_predicted():
     h = of_prior([9.0, 8.0, 0.0, 0.0, 0.0, -9.0])
     failed = [base.Record("", {"op": i}, float("nan"), status="FAIL") for i in range(6)]
     assert h.predict() == {"op": 0} and h.predict(trials=failed[:1]) == h.suggest(trials=failed[:1]) == {"op": 1}
@@ -152,7 +152,7 @@ def test_what_failed_is_not_predicted():
     assert h.predict(trials=[failed[0], base.Record("", {"op": 0}, 1.0)]) == {"op": 0}  # not with each seed
 
 
-def test_what_has_a_trial_is_not_proposed_again():
+def test_cells_with_a_trial_are_not_proposed_again():
     h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     for part in ({"status": "PRUNED"}, {"status": "COMPLETE", "fidelity": 0.3}, {"status": "FAIL"}, {}):
         searcher = h.searcher()
@@ -177,7 +177,7 @@ def test_what_has_a_trial_is_not_proposed_again():
     assert trials == [(0, True), (1, True), (2, True), (0, False)]
 
 
-def test_a_searcher_passes_over_trials_of_what_is_no_candidate():
+def test_a_searcher_ignores_trials_that_are_no_candidates():
     h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     searcher = blackbox.enqueue(h.searcher(), [{"op": 8}, {"op": 0}])
     state, trials = searcher.init(KEY, {"op": spaces.integer(0, 9)}), []
@@ -191,7 +191,7 @@ def test_a_searcher_passes_over_trials_of_what_is_no_candidate():
 
 
 @pytest.mark.once
-def test_what_tests_do_not_share_with_validation_is_noise():
+def test_validation_outcomes_that_tests_do_not_share_are_noise():
     rng = np.random.default_rng(1)
     tests = records(SHARES)
     noisy = [record._replace(outcome=record.outcome + 3 * rng.normal()) for record in tests]
@@ -231,14 +231,14 @@ def test_tasks_without_a_full_budget_and_trials_without_one_are_named():
 
 
 @pytest.mark.once
-def test_tasks_of_one_outcome_say_nothing():
+def test_tasks_of_one_outcome_do_not_enter_training():
     trials = records((0.1,), CELLS[::4])
     constant = [record._replace(task="constant", outcome=1.0) for record in trials]
     with_constant = trained([*trials, *constant, base.Record("one", CELLS[0], 1.0)], num_steps=0)
     assert with_constant.prior.spread.shape == trained(trials, num_steps=0).prior.spread.shape
 
 
-def test_losses_are_means_of_what_ended_and_failures_are_worse_than_all():
+def test_losses_are_means_of_ended_trials_and_failures_are_worst():
     record_of = lambda i, y, status="COMPLETE": base.Record("t", {"op": i}, y, status=status)
     trials = [
         record_of(0, 3.0),
@@ -284,7 +284,7 @@ def test_features_of_a_task_under_another_name_are_named():
 
 
 @pytest.mark.once
-def test_what_was_learned_comes_back_from_disk(h, tmp_path):
+def test_a_loaded_searcher_equals_the_saved_one(h, tmp_path):
     metaopt.save(tmp_path / "h.npz", h)
     loaded = metaopt.load(tmp_path / "h.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["h.npz"]
@@ -338,7 +338,7 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
 
 
 @pytest.mark.once
-def test_an_interrupt_leaves_nothing_trained_by_half(monkeypatch):
+def test_an_interrupt_in_training_raises(monkeypatch):
     def loss_and_signal(*args):
         signal.raise_signal(signal.SIGINT)  # while it is traced, in the first step
         return jax.numpy.zeros(())

@@ -97,7 +97,7 @@ def test_the_curvature_is_of_the_part_that_is_named():
 
 
 @pytest.mark.once
-def test_skips_in_the_state_of_an_estimator_are_the_rule_on_their_counts():
+def test_the_stop_by_skips_of_an_estimator_is_the_rule_on_their_counts():
     """α moves by a constant step: a skip wins on the second edge at epoch 3, and on the first at 5."""
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2, keep=None)
@@ -132,7 +132,7 @@ def test_skips_in_the_state_of_an_estimator_are_the_rule_on_their_counts():
 
 
 @pytest.mark.parametrize("keep", [1, 2, None])
-def test_traced_weights_are_read_as_others_are(keep):
+def test_traced_weights_are_decoded_like_concrete_ones(keep):
     """And the kind with the most skips counts."""
     rng = np.random.default_rng(0)
     network = nas.darts_space(num_cells=3, num_nodes=3, primitives=("none", "skip_connect", "sep_conv_3x3"))

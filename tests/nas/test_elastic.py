@@ -137,7 +137,7 @@ def test_gradients_of_mixing_weights_are_finite_differences():
     np.testing.assert_allclose(grads, expected, atol=1e-7 * abs(expected).max())
 
 
-def test_mixtures_are_mixtures_of_logits_where_what_follows_is_linear():
+def test_mixtures_before_linear_layers_are_mixtures_of_logits():
     """Behind a last layer's width and depth; and of windows, too, where biases keep every ReLU open."""
     layers = {"conv": nas.ElasticLayer("conv", (2, 4), (1, 5), (1, 2))}
     network = nas.ElasticNetwork(layers, 3)
@@ -153,7 +153,7 @@ def test_mixtures_are_mixtures_of_logits_where_what_follows_is_linear():
         np.testing.assert_allclose(mixed, 0.3 * single[0] + 0.7 * single[1], atol=1e-12)
 
 
-def test_a_single_path_gives_a_gradient_to_what_is_chosen_alone():
+def test_a_single_path_gives_a_gradient_only_to_the_chosen_ops():
     network = nas.mlp_space(2, widths=(2, 4), depths=(1, 2))
     dense, single = (nas.supernet(network, (3,), ops={}, single_path=path, remat_edges=path) for path in (False, True))
     chosen = genotype_of(network, linear_width=2)

@@ -184,7 +184,7 @@ def test_fine_tuning_starts_from_what_was_learned(learned):
 
 
 @pytest.mark.once
-def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
+def test_learned_hyperparams_are_saved_with_their_start(learned, tmp_path):
     path = tmp_path / "h.npz"
     metaopt.save(path, nas.TrainedMetaArchitecture(META, learned))
     rebuilt = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=2))
@@ -216,7 +216,7 @@ def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
     chex.assert_trees_all_equal(metaopt.load(path).meta_params, learned["h"])
 
 
-def test_what_is_read_from_a_learned_start(learned):
+def test_weights_and_genotypes_are_read_from_a_learned_start(learned):
     start = SEARCH.hyperparams(KEY)
     assert set(start) == {"alpha", "init"} and not set(search_of().hyperparams(KEY)) & {"alpha", "init"}
     alpha = {"cell": jnp.array([[0.0, 2.0, 1.0]])}

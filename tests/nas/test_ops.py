@@ -56,7 +56,7 @@ def test_shapes(name, set_name):
 
 
 @pytest.mark.once
-def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_square():
+def test_your_own_op_on_sequences_one_channel_and_rectangular_images():
     def init(key, in_shape, channels, stride):
         return {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}
 

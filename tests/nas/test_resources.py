@@ -340,7 +340,7 @@ def test_robust_darts_under_budgets_measures_the_validation_loss_in_alpha_alone(
     np.testing.assert_allclose(curvature, expected, rtol=1e-6)
 
 
-def test_penalties_of_searches_that_have_more_than_weights_of_ops():
+def test_penalties_read_only_the_weights_of_ops():
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
@@ -384,7 +384,7 @@ def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
             np.testing.assert_allclose(expected, table.cost_of(network, search.genotype(alpha)), rtol=0.02)
 
 
-def test_none_costs_nothing_whatever_is_counted():
+def test_the_op_none_costs_nothing_in_every_unit():
     table = nas.cost_table(CELLS, (8, 6, 1), hypergrad.flops, ops=nas.NAS_BENCH_201_OPS)
     empty = {"cell": ()}
     zeros = np.eye(5)[np.zeros(6, int)]  # all on "none"
@@ -393,7 +393,7 @@ def test_none_costs_nothing_whatever_is_counted():
     assert table.cost_of(CELLS, empty) <= table.cost_of(CELLS, skips)
 
 
-def test_what_comes_before_a_cell_without_edges_from_its_input_counts():
+def test_layers_before_a_cell_without_edges_from_its_input_have_costs():
     """As dead code it is not in the count of the whole network; a cell that is cut behind them is."""
     network, shape, ops, _ = SPACES["transnas"]
     x, counted = jax.ShapeDtypeStruct((1, *shape), jnp.float64), []
@@ -404,7 +404,7 @@ def test_what_comes_before_a_cell_without_edges_from_its_input_counts():
     assert counted[0] < 0.1 and counted[1] == 1
 
 
-def test_the_projection_changes_what_loses_least():
+def test_the_projection_changes_the_edge_that_loses_least():
     weights = {"linear.width": np.array([[0.4, 0.6]]), "linear.depth": np.array([[0.1, 0.9]])}
     sizes = lambda g: [edges[0][2] for edges in g.values()]
     project = lambda budget: sizes(nas.within_budget(ROWS, weights, row_table(), budget))
@@ -448,7 +448,7 @@ def test_costs_of_a_space_that_keeps_two_edges_a_node():
     np.testing.assert_allclose(excess(unravel(flat), 0), 0.0, atol=1e-9)
 
 
-def test_a_search_that_reads_otherwise_counts_otherwise():
+def test_a_budget_counts_the_edges_that_the_search_keeps():
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)

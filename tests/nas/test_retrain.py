@@ -135,7 +135,7 @@ def test_the_probability_of_dropping_rises_and_augmentations_follow_one_another(
 
 
 @pytest.mark.once
-def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
+def test_training_continues_only_with_the_same_data_and_network(tmp_path):
     """Of other data of the same shapes, another λ, or another network, it says so; and the data are not kept."""
     rows = {"x": jnp.arange(20_000.0), "y": jnp.ones(20_000)}
     loss = lambda params, scale, batch, context: ((params * batch["x"] - scale * batch["y"]) ** 2).mean()

@@ -74,7 +74,7 @@ def test_variances_are_those_of_the_largest_marginal_likelihood(missing):
     np.testing.assert_allclose(fitted.mean[untried], (phi @ coefficients.mean(1))[untried], atol=1e-9)
 
 
-def test_what_an_architecture_has_of_its_own_is_told_from_noise():
+def test_own_effects_of_architectures_are_separated_from_noise():
     num, shared, own, noise = 4_000, 0.5, 0.3, 0.2
     u, d = RNG.normal(size=(num, 1)) * shared**0.5, RNG.normal(size=(num, 4)) * own**0.5
     real = u + d
@@ -115,7 +115,7 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     np.testing.assert_array_equal(score_improvement(prior, [], np.zeros(0)), prior.mean)
 
 
-def test_failures_lower_what_is_expected_also_where_nothing_else_is_known():
+def test_failures_lower_the_expected_scores_also_without_outcomes():
     prior = ScorePrior(
         np.eye(4), np.array([2.0, 1.0, 0.9, 0.0]), np.zeros((4, 1)), np.full(4, 0.3), np.full(4, 0.2), 0.25
     )

@@ -236,7 +236,7 @@ def test_implicit_where_the_weights_rest():
 
 
 @pytest.mark.slow
-def test_gdas_trains_the_sampled_ops_alone_and_draws_anew():
+def test_gdas_trains_only_the_sampled_ops_and_samples_at_each_step():
     search = search_of(nas.gdas, num_steps=20, decay=0.0, optimizer=lambda hp: optax.sgd(0.1))
     alpha = alpha_of(search)
 

@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit(tmp_path):
         metaopt.load(path)
 
 
-def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
+def test_a_predictor_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     path = tmp_path / "g.npz"
     saved(path)
     before = path.read_bytes()

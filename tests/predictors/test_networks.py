@@ -72,7 +72,7 @@ def test_starts_at_one_given_lambda_for_every_task(name):
 
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.once
-def test_departs_from_it_as_tasks_tell(name):
+def test_predictions_with_random_weights_differ_between_tasks(name):
     predictor = MAKE[name]()
     phi = random_weights(predictor)
     a, b = (predictor.apply(phi, task(seed)) for seed in range(2))

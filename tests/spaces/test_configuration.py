@@ -59,7 +59,7 @@ ALWAYS = {
         ({"model": [0.1, 0.9], "depth": 0.6}, {"model": "forest", "forest.depth": 1}),
     ],
 )
-def test_a_configuration_has_what_is_active_and_active_says_so_too(values, expected):
+def test_a_configuration_has_the_active_entries_that_active_marks(values, expected):
     hyperparams = relaxed(**values)
     configuration = spaces.configuration(SPACE, hyperparams)
     assert configuration == expected | ALWAYS
@@ -84,7 +84,7 @@ def test_configurations_of_samples_come_back():
             assert hyperparams["svm"]["gamma"] == pytest.approx(0.1)
 
 
-def test_a_space_that_has_changed_since_is_read_as_far_as_it_goes():
+def test_a_configuration_of_an_older_space_is_read_where_the_spaces_agree():
     old = {"model": "boosting", "svm.gamma": 2, "rate": 0.1}
     hyperparams = spaces.from_configuration(SPACE, old, strict=False)
     assert hyperparams["model"].tolist() == [0.5, 0.5] and hyperparams["svm"]["gamma"] == 2.0
@@ -112,7 +112,7 @@ def test_booleans_are_no_numbers_and_fractions_no_integers():
     assert spaces.complete(space, {"rate": 2, "depth": np.float32(3.0)}) == {"rate": 2.0, "depth": 3}
 
 
-def test_what_is_given_is_not_left_out_by_the_default_of_what_is_lacking():
+def test_defaults_of_missing_parents_do_not_drop_present_entries():
     for partial, message in (
         ({"forest.leaves": 8}, "`forest.leaves` is 8, but .* `model` is 'forest', but `model` is missing and 'svm' by"),
         ({"svm.gamma": 1.0, "model": "forest", "forest.depth": 1, "forest.leaves": 3}, None),  # the forest is meant
@@ -128,7 +128,7 @@ def test_what_is_given_is_not_left_out_by_the_default_of_what_is_lacking():
     assert spaces.complete(SPACE, {"svm.gamma": 1.0})["svm.gamma"] == 1.0
 
 
-def test_what_one_given_parent_leaves_out_needs_no_other_parent():
+def test_one_parent_that_rules_out_an_entry_suffices():
     leaf = spaces.active_if(spaces.active_if(spaces.interval(0.0, 1.0), "a", ["y"]), "b", ["y"])
     space = {"a": spaces.choice(["n", "y"]), "b": spaces.choice(["n", "y"]), "x": leaf}
     for parents in ({"a": "n"}, {"b": "n"}, {"a": "n", "b": "y"}):
@@ -152,7 +152,7 @@ def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_chan
     assert spaces.from_configuration(space, {"rate": np.float32(1e-3).item()})["rate"] == pytest.approx(1e-3)
 
 
-def test_in_float32_numbers_are_those_that_were_given_and_stay_within_their_bounds():
+def test_numbers_survive_float32_and_stay_within_their_bounds():
     """The float32 next to 0.1 lies above it, that next to 1e-4 below."""
     space = {"rate": spaces.interval(1e-4, 0.1, log=True), "scale": spaces.positive(0.1), "momentum": spaces.fixed(0.9)}
     with jax.enable_x64(False):
@@ -167,7 +167,7 @@ def test_in_float32_numbers_are_those_that_were_given_and_stay_within_their_boun
     assert 1e-4 <= low < 1.001e-4 and 0.0999 < high <= 0.1
 
 
-def test_what_is_foreign_is_named():
+def test_foreign_entries_are_named():
     own = {"model": "svm", "svm.gamma": 2, "forest.depth": None, "scale[1]": 1.0, "fixed": "any", "rate": 0.1}
     assert spaces.foreign(SPACE, own) == {}  # None says that nothing is given, other names are not looked at
     others = {"model": None, "svm.gamma": 99.0, "forest.depth": "auto", "svm.kernel": [1]}
@@ -205,7 +205,7 @@ def test_gaps_are_absent_where_a_value_does_not_matter_and_refused_where_it_does
         spaces.complete(SPACE, {"scale[0]": nan})
 
 
-def test_labels_are_told_apart_by_their_types():
+def test_labels_of_different_types_are_different():
     """`max_features=1` is one feature, and 1.0 is all of them. If all labels are numbers, 2 and 2.0 are equal."""
     space = {"max_features": spaces.choice(["sqrt", 1.0, 0.5]), "bootstrap": spaces.choice([True, False])}
     space |= {"batch": spaces.choice([16, 32]), "dropout": spaces.choice([0.0, 0.5])}
@@ -223,7 +223,7 @@ def test_labels_are_told_apart_by_their_types():
     assert spaces.foreign(share, dict.fromkeys(share, 0.90001)) == dict.fromkeys(share, 0.90001)
 
 
-def test_numbers_beside_none_are_labels_by_value_as_in_a_column_with_gaps():
+def test_numbers_next_to_none_are_labels_by_value():
     """In a column with None, a data frame turns 2 into 2.0 and None into NaN. NaN is the default, here None."""
     space = {"depth": spaces.choice([None, 2, 9])}
     for value, expected in ((9.0, 9), (np.float64(2.0), 2), (2, 2), (None, None)):
@@ -257,7 +257,7 @@ def test_integers_are_whole_but_for_the_rounding_of_float32():
         assert spaces.foreign(space, {name: value}) == {name: value}
 
 
-def test_a_space_is_inferred_from_what_was_tried():
+def test_a_space_is_inferred_from_tried_configurations():
     nan = float("nan")
     tried = [
         {"model": "svm", "kernel": "rbf", "gamma": 0.001, "depth": nan, "n": 1, "flag": True, "seed": 3, "mode": None},

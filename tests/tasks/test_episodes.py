@@ -207,20 +207,20 @@ def check_all(batch, sources, num, disjoint=True):
 
 
 @pytest.mark.once
-def test_what_holds_in_every_episode(fixed):
+def test_every_episode_has_disjoint_rows_of_its_classes(fixed):
     check_all(fixed, [SPOKEN, DRAWN, DAG], 100)
     assert (fixed.meta.num_shots == 3).all() and (fixed.meta.num_query == 2).all()
     assert fixed.support["x"].shape == (2000, 12, 1) and fixed.query["y"].shape == (2000, 8)
 
 
-def test_what_holds_in_every_episode_of_meta_dataset(varied):
+def test_every_episode_of_meta_dataset_has_disjoint_rows_of_its_classes(varied):
     check_all(varied, SOURCES, 150)
     assert varied.support["x"].shape == (3600, 500, 1) and varied.query["x"].shape == (3600, 500, 1)
     assert varied.meta.num_ways.max() == 50
 
 
 @pytest.mark.slow
-def test_all_of_a_class_groups_on_both_sides_and_inputs_of_ones_own():
+def test_all_rows_of_a_class_groups_on_both_sides_and_your_own_inputs():
     """5 + 15 of 20 examples, in which a permutation that misses one would repeat another."""
     sample = tasks.episodes(DRAWN, num_shots=5, num_query=15, disjoint_groups=False, preprocess=lambda x: x[:, 0] + 1)
     batch = jax.tree.map(np.asarray, jax.jit(jax.vmap(sample))(KEYS[:20]))
@@ -282,7 +282,7 @@ def test_within_a_superclass():
     assert (above == above[:, :1]).all() and set(above[:, 0].tolist()) == {2, 3, 4}
 
 
-def test_a_key_is_an_episode_whatever_it_is_drawn_with(draw_fixed, fixed):
+def test_an_episode_depends_only_on_its_key(draw_fixed, fixed):
     backwards = draw_fixed(KEYS[:2000][::-1])
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[::-1], fixed), jax.tree.map(np.asarray, backwards))
     for part in (fixed.support, fixed.query):

@@ -166,7 +166,7 @@ def test_a_bad_csv_is_named_and_the_rest_goes_on(name, tmp_path, caplog):
     assert f"{file} is left out" in caplog.text
 
 
-def test_only_line_ends_end_a_line_and_a_word_among_numbers_is_said(tmp_path, caplog):
+def test_only_line_ends_end_a_line_and_a_word_among_numbers_is_reported(tmp_path, caplog):
     rows = "".join(f"{i % 7},a\u2028b\x0b,yes\n{i % 5},c,no\n" for i in range(0, 120, 2))
     (tmp_path / "lines.csv").write_text(f"n,word,kind\n{rows}12x,c,yes\n", encoding="utf-8")
     (table,) = tasks.from_csv_folder(tmp_path, "kind")

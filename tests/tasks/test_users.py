@@ -20,7 +20,7 @@ def everybody(sample, num, key=0):
     return jax.tree.map(np.asarray, batch)
 
 
-def test_the_first_records_are_the_support_and_what_follows_the_query():
+def test_the_first_records_are_the_support_set_and_the_next_ones_the_query_set():
     both = everybody(tasks.user_episodes(TABLE, num_support=2), 2)
     np.testing.assert_array_equal(both.support["y"], [[0, 10], [10, 20]])
     np.testing.assert_array_equal(both.query["y"], [[20, 0, 0], [30, 40, 50]])

@@ -341,7 +341,7 @@ def described():
 
 
 @pytest.mark.once
-def test_a_program_is_described_alike_in_another_process():
+def test_a_program_has_the_same_digest_in_another_process():
     code = """
         import json, jax
         jax.config.update("jax_enable_x64", True)

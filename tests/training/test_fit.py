@@ -118,7 +118,7 @@ def test_the_callback_ends_the_run(tmp_path):
     assert fit(num_steps=2, checkpoint_dir=tmp_path).stopped == "num_steps"
 
 
-def test_metrics_that_are_no_scalars_reach_the_callback_alone():
+def test_metrics_that_are_no_scalars_reach_only_the_callback():
     estimator = small.quadratic()
 
     def estimate(*args):

@@ -1,6 +1,6 @@
 """What every transform of the room does as a transform of optax: pure, jitted, mapped, of any dtype, composed, saved.
 
-A transform that is added to the room and not to `TRANSFORMS` fails `test_every_transform_of_the_room_is_here`.
+A transform that is added to the room and not to `TRANSFORMS` fails `test_every_transform_of_the_room_has_a_row`.
 """
 
 import functools
@@ -203,7 +203,7 @@ def test_orbax_saves_the_state(name, tmp_path):
     chex.assert_trees_all_equal(restored, {"state": state})
 
 
-def test_every_transform_of_the_room_is_here():
+def test_every_transform_of_the_room_has_a_row():
     for name in transforms.__all__:
         function = getattr(transforms, name)
         if inspect.isclass(function) or name.endswith("_schedule") or name in NO_TRANSFORMS:

@@ -1,6 +1,6 @@
 """`transforms.differentiable` over every public transform of optax: the same values, finite and correct gradients.
 
-A transform that optax adds and that is not here fails `test_every_public_transform_is_here`.
+A transform that optax adds and that is not here fails `test_every_public_transform_of_optax_has_a_case`.
 """
 
 import inspect
@@ -425,7 +425,7 @@ def is_finite(tree):
     return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-def test_every_public_transform_is_here():
+def test_every_public_transform_of_optax_has_a_case():
     public = set()
     for module in (optax, optax.transforms, contrib, aggregating):
         for name, function in vars(module).items():

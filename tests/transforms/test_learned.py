@@ -132,7 +132,7 @@ def in_numpy(weights, params, grads):
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, SMALL])
-def test_it_is_the_network_that_is_written_down(weights):
+def test_updates_equal_the_documented_network(weights):
     optimizer = transforms.learned(weights)
     grads = [np.random.default_rng(i).normal(size=(3, 4)) for i in (6, 7)]
 

@@ -110,7 +110,7 @@ def test_mixed_second_derivatives_at_an_idle_member():
     np.testing.assert_allclose(by_weights, [-0.1, 12.0], rtol=1e-12)
 
 
-def test_what_has_a_weight_and_is_not_finite_is_seen():
+def test_updates_of_a_member_with_weight_that_are_not_finite_are_passed_on():
     params, _ = train(transforms.mixture([optax.sgd(0.1), broken()], jnp.array([1.0, 1e-9])), num_steps=1)
     assert not np.all(np.isfinite(params["a"]))
 

@@ -267,7 +267,7 @@ def refused(factory):
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_what_looks_at_all_parameters_is_refused(name):
+def test_transforms_that_read_all_parameters_are_rejected(name):
     assert refused(COUPLED[name])
 
 
@@ -293,7 +293,7 @@ APART = {
 
 
 @pytest.mark.parametrize("name", APART)
-def test_what_does_not_is_let_through(name):
+def test_transforms_that_read_one_parameter_are_accepted(name):
     assert not refused(APART[name])
 
 

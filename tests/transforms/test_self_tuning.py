@@ -187,7 +187,7 @@ def test_the_signal_of_adamw_is_that_of_the_estimator(judge, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_the_normalized_signal_of_many_hyperparameters_is_divided_by(mode):
+def test_the_norm_that_divides_the_signal_of_many_hyperparameters(mode):
     plain, normalized = (
         transforms.self_tuning(adamw, LAM, SPY, rule=rule, mode=mode) for rule in ("multiplicative", "normalized")
     )
@@ -382,7 +382,7 @@ def test_multi_steps_tunes_once_a_step():
     assert optax.tree.get(state, "inner_opt_state").count == 2
 
 
-def test_what_is_not_finite_is_kept_out_by_apply_if_finite():
+def test_apply_if_finite_skips_steps_that_are_not_finite():
     transform = optax.apply_if_finite(small(), 3)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state, update = transform.init(params), jax.jit(transform.update)
@@ -393,7 +393,7 @@ def test_what_is_not_finite_is_kept_out_by_apply_if_finite():
 
 
 @pytest.mark.once
-def test_flax_holds_it():
+def test_flax_holds_the_state():
     params = {"w": jnp.zeros(2)}
     optimizer = small()
     train_state = flax.training.train_state.TrainState.create(apply_fn=None, params=params, tx=optimizer)
@@ -452,7 +452,7 @@ def test_training_that_tunes_itself_is_differentiable(mode):
     assert abs(expected) > 1e-3
 
 
-def test_it_is_made_in_a_jitted_function_too():
+def test_it_may_be_made_in_a_jitted_function():
     def updates(beta):
         optimizer = transforms.self_tuning(lambda hp: optax.sgd(hp), 0.1, optax.sgd(beta))
         return optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))[0]

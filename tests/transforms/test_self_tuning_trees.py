@@ -112,7 +112,7 @@ def test_around_multi_steps_masked_and_within_lookahead():
     assert optax.tree.get(state, "rate") > 1.1e-3
 
 
-def test_values_of_what_is_masked_out_need_not_be_used():
+def test_values_of_masked_leaves_need_not_be_used():
     rates, params = {"w": 0.1, "b": 0.2}, jax.tree.map(jnp.asarray, PARAMS)
     masked = optax.masked(
         transforms.self_tuning(transforms.per_parameter(optax.sgd), rates, optax.sgd(0.1)), {"w": True, "b": False}
@@ -128,7 +128,7 @@ class Layer:
 
 
 @pytest.mark.once
-def test_what_is_static_in_a_tree_needs_no_hash_and_a_gradient_may_be_a_number():
+def test_static_leaves_need_no_hash_and_a_gradient_may_be_a_number():
     params = Layer(jnp.array([0.5, -1.0]), ["a"])
     _, tuned_state = run(adam(), params, params)
     _, expected = run(adam(), params.w, params.w)
@@ -308,7 +308,7 @@ def test_training_in_float32_among_float64_is_differentiable():
         np.testing.assert_allclose(slope, expected, rtol=1e-2)
 
 
-def test_what_is_projected_stays_positive_and_is_a_copy():
+def test_projected_values_are_copies():
     pair = lambda bound: transforms.self_tuning(
         lambda hp: optax.chain(optax.sgd(hp["a"]), optax.add_decayed_weights(hp["b"])),
         {"a": 0.3, "b": 0.2},
