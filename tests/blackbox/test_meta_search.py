@@ -474,7 +474,7 @@ class Killed(BaseException):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["g", "asha", "tpe"])
-def test_a_killed_collection_continues_to_the_same_bits_with_any_number_of_workers(g, name, tmp_path):
+def test_a_killed_collection_continues_to_the_bit_with_any_number_of_workers(g, name, tmp_path):
     """Configurations, seeds, outcomes and failures are equal, and so are the next trials of the searcher. A trial that
     ran when the collector was killed is queued again. Four workers, whose trials end in any order, give the same."""
     if name == "tpe":
