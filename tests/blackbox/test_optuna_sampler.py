@@ -149,8 +149,9 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
 @pytest.mark.once
 def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
     """It had been neither among those that ended, read first, nor among those that run, read next."""
-    study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
-    running, get_trials, ended = study.ask(), study._storage.get_all_trials, []
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0), storage=storage)
+    running, get_trials, ended = study.ask(), storage.get_all_trials, []
     first = spaces.suggest(running, SPACE)
 
     def ends_after_a_read(*args, states=None, **kwargs):
@@ -159,7 +160,7 @@ def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
             ended.append(study.tell(running, loss(first)))
         return trials
 
-    study._storage.get_all_trials = ends_after_a_read  # simulates another process that ends its trial
+    storage.get_all_trials = ends_after_a_read  # simulates another process that ends its trial
     assert spaces.suggest(study.ask(), SPACE) != first and ended
 
 
