@@ -535,7 +535,7 @@ def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, 
 
     counting = base.Searcher(inner.init, ask, inner.tell)
     if by_default:
-        monkeypatch.setattr(spaces, "configuration", draw)  # counts what the default searcher draws
+        monkeypatch.setattr(spaces, "configuration", draw)  # counts the configurations that the default searcher draws
     on = TASKS if by_default else {str(task): 0.0 for task in range(100)}
     kwargs = {"num_trials": 20_000, "searcher": None if by_default else counting, "num_workers": num_workers}
     with pytest.raises(Killed):
