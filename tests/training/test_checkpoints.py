@@ -92,7 +92,7 @@ def steps_in(directory) -> list[int]:
     return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
 
 
-@pytest.mark.parametrize("what, number", [("sample_tasks", 3), ("evaluate", 3), ("callback", 9), ("callback", 20)])
+@pytest.mark.parametrize("function, number", [("sample_tasks", 3), ("evaluate", 3), ("callback", 9), ("callback", 20)])
 @pytest.mark.once
 def test_an_error_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, function, number):
     functions = {"sample_tasks": small.sample, "evaluate": evaluate, "callback": lambda step, metrics: None}
