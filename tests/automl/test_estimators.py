@@ -118,19 +118,28 @@ def test_saved_estimators_predict_the_same_and_files_hold_no_pickle(wine, fitted
 
 @pytest.fixture(scope="module")
 def extra_trees(wine):
-    x, y, *_ = wine
-    return automl.AutoClassifier(**QUICK | {"models": ("extra_trees",)}).fit(x, y)
+    """Three trees of each forest: files of whole forests take seconds."""
+    model = automl.AutoClassifier(**QUICK | {"models": ("extra_trees",)}).fit(*wine[:2])
+    for forest in model.ensemble_.members[0].models:
+        forest.estimators_ = forest.estimators_[:3]
+    return model
+
+
+@pytest.fixture(scope="module")
+def hist_gradient_boosting(wine):
+    return automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
+
+
+@pytest.fixture(scope="module")
+def random_forest(wine):
+    return automl.AutoClassifier(**QUICK | {"models": "random_forest"}).fit(*wine[:2])
 
 
 @pytest.mark.parametrize(
     "kind", ["extra_trees", pytest.param("random_forest", marks=pytest.mark.once), "hist_gradient_boosting"]
 )
 def test_every_kind_of_scikit_learn_is_saved(kind, wine, request, tmp_path):
-    x, y, new, _ = wine
-    if kind == "extra_trees":
-        model = request.getfixturevalue("extra_trees")
-    else:
-        model = automl.AutoClassifier(**QUICK | {"models": (kind,)}).fit(x, y)
+    model, new = request.getfixturevalue(kind), wine[2]
     metaopt.save(tmp_path / "model.npz", model)
     np.testing.assert_array_equal(metaopt.load(tmp_path / "model.npz").predict_proba(new), model.predict_proba(new))
 
@@ -148,13 +157,13 @@ def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path):
         metaopt.load(tmp_path / "model.npz")
 
 
-def test_a_tree_with_categorical_nodes_is_rejected(wine, tmp_path):
+def test_a_tree_with_categorical_nodes_is_rejected(hist_gradient_boosting, tmp_path):
     """No kind has them; their sets of levels would be at positions that a file names."""
-    model = automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
-    metaopt.save(tmp_path / "model.npz", model)
-    metaopt.load(tmp_path / "model.npz")
-    model.ensemble_.members[0].models[0]._predictors[0][0].nodes["is_categorical"][0] = 1
-    metaopt.save(tmp_path / "model.npz", model)
+    # scikit-learn has no public name for these nodes.
+    is_categorical = hist_gradient_boosting.ensemble_.members[0].models[0]._predictors[0][0].nodes["is_categorical"]
+    is_categorical[0] = 1
+    metaopt.save(tmp_path / "model.npz", hist_gradient_boosting)
+    is_categorical[0] = 0
     with pytest.raises(ValueError, match="by categories"):
         metaopt.load(tmp_path / "model.npz")
 
@@ -176,6 +185,7 @@ def test_a_tree_that_points_outside_is_rejected(field, value, message, extra_tre
         metaopt.load(tmp_path / "model.npz")
 
 
+@pytest.mark.once
 def test_equal_seeds_give_equal_results_in_any_order_of_rows(wine):
     x, y, new, _ = wine
     order = np.random.default_rng(1).permutation(len(y))
@@ -208,6 +218,7 @@ def use_workers(monkeypatch):
     monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
 
 
+@pytest.mark.once
 def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
     def die(settings, data):
         import os
@@ -223,6 +234,7 @@ def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
     assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
 
 
+@pytest.mark.once
 def test_an_interrupt_ends_the_workers(wine, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -263,6 +275,7 @@ def test_models_are_validated_on_later_rows():
         assert rows.time[train].max() < rows.time[valid].min()
 
 
+@pytest.mark.once
 def test_random_folds_are_too_optimistic_where_groups_decide():
     """Each group has its own target: a model can remember it, but learns nothing about new groups."""
     rng = np.random.default_rng(0)
