@@ -140,8 +140,8 @@ def over_tasks(
       "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: if `normalize` and `max_norm` are both set. At trace time, if the batch is empty or its leaves disagree
-        on B.
+      ValueError: if `normalize` and `max_norm` are both set. At trace time, if the batch is empty or its leaves
+        disagree on B.
     """
     if normalize and max_norm is not None:
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")

@@ -52,8 +52,8 @@ def lookahead(
       depends on λ too, so the kind is "biased". With `commit=0` it is "exact".
 
     Raises:
-      ValueError: if `num_steps` is negative, or `remat` is unknown; at trace time, if a leaf of λ enters neither a virtual
-        step nor the outer loss.
+      ValueError: if `num_steps` is negative, or `remat` is unknown; at trace time, if a leaf of λ enters neither a
+        virtual step nor the outer loss.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
