@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks
-from metaopt._jaxpr import Tracer
-
 
 def learnable_clip(
     max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: jax.Array | float | None = None
@@ -33,7 +30,7 @@ def learnable_clip(
       A stateless transform, differentiable in c, p and g in both modes.
 
     Raises:
-      ValueError: if `scope` is neither "global" nor "leaf", or `max_norm` or `sharpness` is not a positive number.
+      ValueError: if `scope` is neither "global" nor "leaf", or `max_norm` or `sharpness` is not one number.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -49,11 +46,6 @@ def learnable_clip(
                 f"`{name}` must be one number; got shape {np.shape(value)}. One for each parameter: "
                 '`per_parameter(functools.partial(learnable_clip, scope="leaf"))`.'
             )
-    # Within `inject_hyperparams` they are traced.
-    if not isinstance(max_norm, Tracer):
-        _checks.check_positive("max_norm", max_norm)
-    if not isinstance(sharpness, Tracer):
-        _checks.check_positive("sharpness", sharpness, optional=True)
 
     def clip(updates):
         precise = jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates)

@@ -17,7 +17,6 @@ SOURCE = tasks.from_arrays(np.arange(20.0).reshape(10, 2), np.arange(10) % 2, na
 LETTERS = tasks.from_arrays(np.arange(60), np.repeat(np.arange(12), 5), name="letters", group=np.tile(np.arange(5), 12))
 DIGITS = tasks.from_arrays(np.arange(40), np.arange(40) % 2, name="digits")
 TABLE = tasks.Table("t", "t", np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2, np.zeros(3, bool))
-USERS = tasks.from_user_records(np.arange(8.0).reshape(8, 1), np.arange(8.0), np.repeat(["a", "b"], 4))
 TIME = np.array([3.0, 1.0, 1.0, 2.0, 0.0, 5.0, 2.0, 4.0])
 RECORDS = tasks.from_user_records(np.stack([TIME, TIME**2], 1), 10 * TIME, list("babbabab"), time=TIME)
 DATES = np.array(["2026-01-02", "NaT", "2026-01-01"], "datetime64[D]")
