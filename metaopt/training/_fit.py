@@ -197,9 +197,7 @@ def fit(
                 stopped = _why_stop(run, num_steps, patience, ended=ended_by_callback, moved=moved)
                 if stopped or received:
                     break
-                num = math.ceil(
-                    min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
-                )  # they may be 1e3
+                num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *every]))
                 program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile

@@ -1,4 +1,4 @@
-"""What `predictors` rejects: spaces without leaves, bad limits and spreads, features and weights that do not fit."""
+"""What `predictors` rejects: spaces without leaves, limits of no features, features and weights that do not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,6 @@ TASK = problems.TASK
 
 def mlp(space=SPACE, num_features=2, **options):
     return predictors.mlp(space, num_features, num_hidden=3, **options)
-
-
-def ensemble(**options):
-    return predictors.ensemble(mlp(**options), 2)
 
 
 def embedding(space=SPACE, **options):
