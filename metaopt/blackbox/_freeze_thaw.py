@@ -241,6 +241,8 @@ def _predict(
     learned: _Learned, trials: Sequence[base.Record] = (), levels: Sequence[float] = (0.05, 0.5, 0.95)
 ) -> np.ndarray:
     """`CurveSearcher.predict`."""
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"`levels` must lie between 0 and 1; got {list(levels)}.")
     seen, (num, num_fidelities) = _outcomes_of(learned, trials), learned.surrogate.mean.shape
     final = jnp.arange(num), jnp.full(num, num_fidelities - 1)
     mean, std = (np.asarray(value) for value in _at(learned.surrogate, _padded(seen), *final))

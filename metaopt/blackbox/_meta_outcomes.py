@@ -69,6 +69,8 @@ def predict_outcomes(
     configurations = as_configurations("configurations", configurations, domain.space)
     tried = as_configurations("tried", tried, domain.space)
     y, low, trials, failed = as_outcomes(outcomes, len(tried)), 0.0, None, None
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"`levels` must lie in (0, 1); got {tuple(levels)}.")
     if not len(configurations):
         return Outcomes(np.zeros(0), np.zeros((0, len(levels))))
     task = new_task_of(learned.model.surrogate, new_task, learned.reads)

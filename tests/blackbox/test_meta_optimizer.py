@@ -466,8 +466,6 @@ def test_a_label_that_the_space_does_not_have_is_taken_for_none_of_its_labels():
         given, default = encode({name: wrong}), encode({})
         (labels,) = np.nonzero(given != default)
         np.testing.assert_allclose(given[labels], 1 / len(labels))
-        with pytest.raises(ValueError, match=f"`{name}` must be one of"):
-            encode({name: wrong}, True)
     np.testing.assert_array_equal(machines({"gamma": "scale"}), machines({"gamma": 0.1}))
 
 
@@ -479,8 +477,6 @@ def test_candidates_are_what_was_tried():
     with pytest.warns(UserWarning, match="3 of 5 records"):
         g = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     assert g.candidates == [{"kind": "b", "x": 0.5}, {"kind": "a", "x": 0.5}]  # the last is the default
-    with pytest.raises(ValueError, match="none is a candidate; .* The first one has {'kind': 'c'}"):
-        blackbox.train_meta_searcher(records[:3], space=SPACE, num_steps=0)
 
 
 def test_runs_of_other_people_teach_though_they_have_none_or_auto_where_a_number_is_tuned():
@@ -688,5 +684,3 @@ def test_gaps_of_a_data_frame_are_what_a_row_does_not_have():
     encode = _encoding.encoder(space)
     for strict in (False, True):
         np.testing.assert_array_equal(encode(gap, strict), encode({"kind": "a"}))
-    with pytest.raises(ValueError, match="`x` is active, and must have a value; got nan"):
-        encode({"kind": "b", "x": float("nan")}, True)
