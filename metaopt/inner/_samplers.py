@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt._permutations import shuffled
 
 
@@ -113,9 +113,11 @@ def minibatch(
       A `Sampler`. Batches look like the data, with B instead of the length of the axis of rows.
 
     Raises:
+      ValueError: if `batch_size < 1`.
       ValueError: at trace time, if leaves of the data disagree on the number of rows, or `shared` names an entry that
         the data do not have.
     """
+    _checks.check_integer("batch_size", batch_size, 1)
     count = num_rows or functools.partial(_num_rows, shared=shared)
 
     def sample(key, step, data):

@@ -200,6 +200,8 @@ REFUSALS = [
     ),
     (lambda: rows({"x": np.zeros((0, 2))}), ValueError, "at least one"),
     (lambda: rows({}), ValueError, "at least one"),
+    (lambda: inner.minibatch(0), ValueError, "`batch_size` must be at least 1; got 0"),
+    (lambda: inner.minibatch(2.5), ValueError, "`batch_size` must be an integer of at least 1; got 2.5"),
     (lambda: rows({"x": np.zeros(3)}, shared=("scales",)), ValueError, "`shared` names scales, and the data have x"),
     (lambda: rows((np.zeros(3),), shared=("x",)), ValueError, r"names x, and the data have no names \(tuple\)"),
     # Labels: where a loss sees them, and before any training.
