@@ -1,5 +1,7 @@
 """Clipping by a norm that can be learned."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,8 @@ def learnable_clip(
       A stateless transform, differentiable in c, p and g in both modes.
 
     Raises:
-      ValueError: if `scope` is neither "global" nor "leaf", or `max_norm` or `sharpness` is not one number.
+      KeyError: if `scope` is neither "global" nor "leaf".
+      ValueError: if `max_norm` or `sharpness` is not one number.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -38,8 +41,6 @@ def learnable_clip(
     >>> [round(float(jax.grad(length)(2.0, p)), 3) for p in (None, 1.0)]
     [0.0, 0.111]
     """
-    if scope not in ("global", "leaf"):
-        raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
     for name, value in (("max_norm", max_norm), ("sharpness", sharpness)):
         if value is not None and np.shape(value):
             raise ValueError(
@@ -63,9 +64,10 @@ def learnable_clip(
 
         return jax.tree.map(scaled, precise, updates)
 
+    clipped = {"global": clip, "leaf": functools.partial(jax.tree.map, clip)}[scope]
+
     def update(updates, state, params=None):
         del params
-        updates = jax.tree.map(jnp.asarray, updates)
-        return (clip(updates) if scope == "global" else jax.tree.map(clip, updates)), state
+        return clipped(jax.tree.map(jnp.asarray, updates)), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

@@ -41,7 +41,7 @@ def knot_schedule(
       A schedule, differentiable in `values` and `knots`.
 
     Raises:
-      ValueError: if `monotone` is another value.
+      KeyError: if `monotone` is another value.
       ValueError: if both `num_steps` and `knots` are given or neither is.
 
     >>> import jax.numpy as jnp
@@ -56,12 +56,8 @@ def knot_schedule(
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     positions = jnp.asarray(np.linspace(0, num_steps, len(values)) if num_steps is not None else knots, values.dtype)
-    if monotone == "increasing":
-        values = jnp.cumsum(values)
-    elif monotone == "decreasing":
-        values = jnp.cumsum(values[::-1])[::-1]
-    elif monotone is not None:
-        raise ValueError(f'`monotone` must be None, "increasing" or "decreasing"; got {monotone!r}.')
+    sums = {"increasing": jnp.cumsum, "decreasing": lambda values: jnp.cumsum(values[::-1])[::-1]}
+    values = values if monotone is None else sums[monotone](values)
     return lambda step: jnp.interp(jnp.asarray(step, values.dtype), positions, values)
 
 

@@ -272,7 +272,6 @@ REFUSALS = [
     ),
     # Networks.
     (lambda: images(normalization="instance"), "`normalization` must be one of 'batch'"),
-    (lambda: images(downsampling="max"), '`downsampling` must be "pool" or "stride"'),
     (lambda: images(num_blocks=5), r"Images of \(28, 28\) are too small for 5 blocks"),
     *(
         (
@@ -334,7 +333,8 @@ def test_refusals(call, message):
 
 SET_BY_THE_METHOD = "multiple values for keyword argument"
 ERRORS_OF_OTHERS = [
-    # Of Python: options that a method sets itself, and episodes without classes.
+    # Of Python: an unknown option, options that a method sets itself, and episodes without classes.
+    (lambda: images(downsampling="max"), KeyError, "max"),
     (lambda: few_shot.fomaml(loss, order="second"), TypeError, SET_BY_THE_METHOD),
     (lambda: few_shot.anil(loss, adapt="x"), TypeError, SET_BY_THE_METHOD),
     # The implicit derivative of a rate would be 0.
