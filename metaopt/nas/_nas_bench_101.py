@@ -151,8 +151,8 @@ def nas_bench_101_network(
       A `Network` without mixing weights, and the ops for `supernet`. The cell is one of these ops.
 
     Raises:
-      ValueError: if no path joins input and output, or if an op is unknown.
-      ValueError: at build time, if more vertices lead to the output than there are channels.
+      KeyError: at build time, if an op is unknown.
+      ValueError: if no path joins input and output; at build time, if more vertices lead to the output than there are channels.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
 
@@ -181,7 +181,8 @@ def graph_op(graph: Graph) -> _ops.Op:
       An `Op` of stride 1.
 
     Raises:
-      ValueError: if no path joins input and output, if an op is unknown, or as for `pruned`.
+      KeyError: (in `init`) if an op is unknown.
+      ValueError: if no path joins input and output, or as for `pruned`.
     """
     whole = pruned_cell(graph)
     m, last = np.asarray(whole.matrix), len(whole.ops) - 1

@@ -345,7 +345,7 @@ ERRORS_OF_OTHERS = [
     (lambda: evaluate(lambda key, support, query: query["x"][None], tasks.sinusoids()), KeyError, "class_mask"),
     # Of JAX: what is no image of this number of channels.
     *(
-        (lambda shape=shape, num=num: images(shape, num_channels=num, num_blocks=1), (TypeError, ValueError), "")
+        (lambda shape=shape, num=num: images(shape, num_channels=num, num_blocks=1), (TypeError, ValueError), None)
         for num, shapes in {1: [(2, 1, 8, 8), (2, 8, 8, 3), (2, 64)], 3: [(2, 8, 8), (2, 3, 8, 8)]}.items()
         for shape in shapes
     ),

@@ -151,10 +151,10 @@ ERRORS_OF_OTHERS = [
     (lambda: init_of(few_shot.maml(lambda params, batch: 0.0)), TypeError, "'Adaptation' object is not callable"),
     (sharded, KeyError, "num_finite"),
     # Of JAX: every leaf of a state must start with the axes of `done`.
-    (step_of_a_state_for_all_tasks, TypeError, "must have identical types"),
+    (step_of_a_state_for_all_tasks, TypeError, "true_fun"),
     # Of chex, at trace time.
     *(
-        (lambda broken=broken: step_of(broken), AssertionError, "")
+        (lambda broken=broken: step_of(broken), AssertionError, None)
         for broken in (
             lambda out, state: (out._replace(value=jnp.ones(2)), state),
             lambda out, state: (out._replace(hypergrad=jnp.ones(2)), state),
