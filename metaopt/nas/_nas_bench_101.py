@@ -151,8 +151,8 @@ def nas_bench_101_network(
       A `Network` without mixing weights, and the ops for `supernet`. The cell is one of these ops.
 
     Raises:
-      KeyError: at build time, if an op is unknown.
-      ValueError: if no path joins input and output; at build time, if more vertices lead to the output than there are channels.
+      ValueError: if no path joins input and output, or if an op is unknown.
+      ValueError: at build time, if more vertices lead to the output than there are channels.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
 
@@ -181,10 +181,11 @@ def graph_op(graph: Graph) -> _ops.Op:
       An `Op` of stride 1.
 
     Raises:
-      KeyError: (in `init`) if an op is unknown.
-      ValueError: if no path joins input and output, or as for `pruned`.
+      ValueError: if no path joins input and output, if an op is unknown, or as for `pruned`.
     """
     whole = pruned_cell(graph)
+    if not set(whole.ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES):
+        raise ValueError(f"The ops of NAS-Bench-101 are {NAS_BENCH_101_PRIMITIVES}; got {whole.ops}.")
     m, last = np.asarray(whole.matrix), len(whole.ops) - 1
     ops = _ops.NAS_BENCH_101_OPS
 

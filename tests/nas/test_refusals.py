@@ -176,6 +176,7 @@ GENOTYPES = [
         "3 vertices lead to the output, and there are 2 channels",
     ),
     (lambda: _nas_bench_101.graph_op(NO_PATH), "no path"),
+    (lambda: _nas_bench_101.graph_op(graph([(0, 1), (1, 2)], ("mlp",))), "The ops of NAS-Bench-101"),
     (
         lambda: nas.derive_genotype(GRAPHS, {"cell": np.ones((8, 2))}),
         r"shape \(8, 3\), .* not be negative; got the shape \(8, 2\)",
@@ -486,7 +487,6 @@ def test_inputs_of_another_graph_are_an_error_of_jax():
         (lambda: to_text({"cell": ()}, form="yaml"), "yaml"),
         (lambda: from_text("", form="yaml"), "yaml"),
         (lambda: nas.darts(THREE, (3,), ops=nas.BLOCKS, order="third"), "third"),
-        (lambda: _nas_bench_101.graph_op(graph([(0, 1), (1, 2)], ("mlp",))).init(KEY, (8, 8, 4), 4, 1), "mlp"),
     ],
 )
 def test_names_that_are_missing_are_an_error_of_python(call, name):
