@@ -450,11 +450,9 @@ def test_an_unknown_label_has_equal_weights_of_all_labels():
         _encoding.encoder(blackbox.sklearn_model(name).space) for name in ("random_forest_classifier", "svm_classifier")
     )
     for encode, name, wrong in ((forests, "max_features", 0.3), (forests, "criterion", None), (machines, "kernel", [])):
-        encoded, default = encode({name: wrong}), encode({})
-        (labels,) = np.nonzero(encoded != default)
-        np.testing.assert_allclose(encoded[labels], 1 / len(labels))
-        with pytest.raises(ValueError, match=f"`{name}` must be one of"):
-            encode({name: wrong}, True)
+        given, default = encode({name: wrong}), encode({})
+        (labels,) = np.nonzero(given != default)
+        np.testing.assert_allclose(given[labels], 1 / len(labels))
     np.testing.assert_array_equal(machines({"gamma": "scale"}), machines({"gamma": 0.1}))
 
 
@@ -466,8 +464,6 @@ def test_candidates_are_the_tried_configurations():
     with pytest.warns(UserWarning, match="3 of 5 records"):
         g = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     assert g.candidates == [{"kind": "b", "x": 0.5}, {"kind": "a", "x": 0.5}]  # the last is the default
-    with pytest.raises(ValueError, match="none is a candidate; .* The first one has {'kind': 'c'}"):
-        blackbox.train_meta_searcher(records[:3], space=SPACE, num_steps=0)
 
 
 def test_records_with_none_or_auto_in_place_of_a_number_are_used():
@@ -677,5 +673,3 @@ def test_gaps_of_a_data_frame_are_absent_entries():
     encode = _encoding.encoder(space)
     for strict in (False, True):
         np.testing.assert_array_equal(encode(gap, strict), encode({"kind": "a"}))
-    with pytest.raises(ValueError, match="`x` is active, and must have a value; got nan"):
-        encode({"kind": "b", "x": float("nan")}, True)

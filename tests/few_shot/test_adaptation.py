@@ -384,14 +384,11 @@ def test_leaves_whose_paths_look_alike_are_two():
     value = lambda a, init: a.estimator.estimate(a.hyperparams(init), task, KEY)[0].value
     assert value(few_shot.anil(product, num_steps=0), params) == 4.0
     # `init` makes one of them; the other is that of λ.
-    doubled = lambda key, hp, data: {**hp["init"], "enc": {"w": 2 * hp["init"]["enc"]["w"]}}
-    assert value(few_shot.anil(product, num_steps=0, init=doubled), params) == 1.0
-    # One has no value for each step.
-    with pytest.raises(ValueError, match=r"`num_steps` = 1; 'w\$' finds {'enc/w': \(3,\)}"):
-        value(few_shot.anil(product, leaves_per_step="w$"), {**params, "enc": {"w": jnp.ones(3)}})
+    made = lambda key, hp, data: {**hp["init"], "enc": {"w": 2 * hp["init"]["enc"]["w"]}}
+    assert value(few_shot.anil(product, num_steps=0, init=made), params) == 1.0
 
 
-def test_leaves_that_init_moves_to_other_keys_are_not_listed_as_made_by_it():
+def test_init_may_pass_on_leaves_under_other_keys():
     """`init` returns a NamedTuple: its leaves are those of λ["init"], but under other keys."""
 
     class Params(NamedTuple):
@@ -403,15 +400,6 @@ def test_leaves_that_init_moves_to_other_keys_are_not_listed_as_made_by_it():
     value = lambda a: a.estimator.estimate(a.hyperparams(params), task, KEY)[0].value
     init = lambda key, hp, data: Params(**hp["init"])
     assert value(few_shot.anil(loss, num_steps=0, init=init)) == 4.0
-    with pytest.raises(
-        ValueError, match=r"`proximal` .* lacks the leaves \['head'\] .*must return them in the containers"
-    ):
-        value(few_shot.adaptation(loss, adapt="head", proximal=1.0, init=init))
-    ruled = few_shot.adaptation(loss, adapt="head", rule=hypergrad.unrolled, init=init)
-    with pytest.raises(
-        ValueError, match=r"made the leaves \['body'\], .*sees no derivative.* return them in the containers"
-    ):
-        ruled.problem.loop.init(KEY, ruled.hyperparams(params), task.train)
 
 
 def with_made(params):
@@ -669,7 +657,7 @@ def test_errors_of_the_part_that_is_computed_once_are_raised():
     method(KEY, side, side)
 
 
-def test_at_test_init_is_called_once_and_a_derivative_raises():
+def test_at_test_init_is_called_once_and_a_stopped_derivative_is_zero():
     calls = []
 
     def init(key, hyperparams, data):
@@ -683,9 +671,6 @@ def test_at_test_init_is_called_once_and_a_derivative_raises():
     alone, method = len(calls), lambda hp: few_shot.adapted(a, hp, lambda p, q: network(p, q["x"]))(KEY, support, query)
     calls.clear()
     assert method(hyperparams).shape == (2, 5, 1) and len(calls) == alone
-    for differentiated in (jax.grad, jax.jacfwd):
-        with pytest.raises(ValueError, match=r"`few_shot.adapted` have no derivative.*`hypergrad\.unroll\("):
-            differentiated(lambda hp: method(hp).sum())(hyperparams)
     assert not jax.grad(lambda x: jax.lax.stop_gradient(method({**hyperparams, "init": x})).sum())(META)["out"]["b"]
 
 

@@ -91,6 +91,13 @@ def test_an_error_of_the_callback_loses_no_report_of_its_call():
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_numbers_of_steps_may_be_floats():
+    """As 1e3 is; a share of a step counts as a step."""
+    result = fit(num_steps=6.5, steps_per_call=2, evaluate=lambda key, x: x, eval_every=3.0)
+    assert result.state.step == 7 and result.evaluations.shape == (3,)
+    np.testing.assert_array_equal(result.hyperparams, fit(num_steps=7).hyperparams)
+
+
 def test_zero_steps_return_the_initial_hyperparams():
     result = fit(num_steps=0, evaluate=lambda key, x: (x - 3) ** 2)
     assert (result.hyperparams, result.best_hyperparams, result.best_value) == (7.0, 7.0, 16.0)
@@ -221,13 +228,6 @@ def test_compiles_once_for_each_shape_of_tasks():
         assert result.state.step == 9 and sizes[:4] == [3, 4, 3, 4]
     # Once for its types at `init`, once for the step.
     assert sorted(traces) == [(3,), (3,), (4,), (4,)]
-
-
-def test_refuses_other_shapes_while_slots_are_not_done():
-    sizes = iter([4, 5])
-    message = r"shapes \[\(5,\)\] where \[\(4,\)\] are carried, and slots \[.*\] of 4 are not done.*Pad every draw"
-    with pytest.raises(ValueError, match=message):
-        fit_carried(lambda key: small.sample(key, next(sizes)))
 
 
 def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
