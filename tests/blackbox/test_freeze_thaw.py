@@ -199,10 +199,10 @@ def test_without_resuming_full_budgets_are_asked_for_the_best_candidates_first(g
 
 def test_another_search_may_have_other_fidelities(g):
     searcher, state = begin(g)
-    (asked,), state = searcher.ask(state, 1)
-    told = done(asked, 0.5)._replace(fidelity=0.2501)
-    assert searcher.tell(state, [told._replace(seed=asked.seed + 1)]) == state  # another search's
-    rounded = searcher.tell(state, [told._replace(fidelity=0.25 + 1e-8)])
+    (trial,), state = searcher.ask(state, 1)
+    record = completed(trial, 0.5)._replace(fidelity=0.2501)
+    assert searcher.tell(state, [record._replace(seed=trial.seed + 1)]) == state  # another search's
+    rounded = searcher.tell(state, [record._replace(fidelity=0.25 + 1e-8)])
     assert rounded.pending == () and len(rounded.seen) == 1
 
 

@@ -450,9 +450,9 @@ def test_an_unknown_label_has_equal_weights_of_all_labels():
         _encoding.encoder(blackbox.sklearn_model(name).space) for name in ("random_forest_classifier", "svm_classifier")
     )
     for encode, name, wrong in ((forests, "max_features", 0.3), (forests, "criterion", None), (machines, "kernel", [])):
-        given, default = encode({name: wrong}), encode({})
-        (labels,) = np.nonzero(given != default)
-        np.testing.assert_allclose(given[labels], 1 / len(labels))
+        encoded, default = encode({name: wrong}), encode({})
+        (labels,) = np.nonzero(encoded != default)
+        np.testing.assert_allclose(encoded[labels], 1 / len(labels))
     np.testing.assert_array_equal(machines({"gamma": "scale"}), machines({"gamma": 0.1}))
 
 

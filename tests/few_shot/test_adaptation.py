@@ -384,8 +384,8 @@ def test_leaves_whose_paths_look_alike_are_two():
     value = lambda a, init: a.estimator.estimate(a.hyperparams(init), task, KEY)[0].value
     assert value(few_shot.anil(product, num_steps=0), params) == 4.0
     # `init` makes one of them; the other is that of λ.
-    made = lambda key, hp, data: {**hp["init"], "enc": {"w": 2 * hp["init"]["enc"]["w"]}}
-    assert value(few_shot.anil(product, num_steps=0, init=made), params) == 1.0
+    doubled = lambda key, hp, data: {**hp["init"], "enc": {"w": 2 * hp["init"]["enc"]["w"]}}
+    assert value(few_shot.anil(product, num_steps=0, init=doubled), params) == 1.0
 
 
 def test_init_may_pass_on_leaves_under_other_keys():

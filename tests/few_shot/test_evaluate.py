@@ -187,8 +187,8 @@ def test_values_of_classes_have_a_leading_axis():
     def sampler_of(leaf):
         return lambda key: tasks.Episode(one, {**one, "x": table, "of_class": leaf})
 
-    found = few_shot.evaluate_episodes({"m": nearest}, of(known[None]), KEY, num_episodes=2)
-    assert (found.scores["m"]["episodes"] == 1).all() and not found.transductive["m"]
+    evaluated = few_shot.evaluate_episodes({"m": nearest}, sampler_of(table[None]), KEY, num_episodes=2)
+    assert (evaluated.scores["m"]["episodes"] == 1).all() and not evaluated.transductive["m"]
 
 
 @pytest.mark.once
@@ -226,10 +226,10 @@ def test_every_user_is_judged_once():
     sample = tasks.user_episodes(table, num_support=2)
     last = lambda key, support, query: jnp.broadcast_to(support["y"][-1], (1, *query["mask"].shape))
     options = {"score_fn": few_shot.mean_absolute_error, "higher_is_better": False}
-    found = few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
-    np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
-    known = {"score_fn": few_shot.mean_absolute_error}
-    assert not few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, **known).higher_is_better
+    evaluated = few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
+    np.testing.assert_allclose(evaluated.scores["last"]["episodes"], np.full((3, 1), 1.5))
+    mean_error = {"score_fn": few_shot.mean_absolute_error}
+    assert not few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, **mean_error).higher_is_better
 
 
 @pytest.mark.once
@@ -241,9 +241,9 @@ def test_outputs_with_an_axis_of_steps():
     evaluate_side = lambda side, method, **options: few_shot.evaluate_episodes(
         {"m": method}, lambda key: tasks.Episode(side, side), KEY, num_episodes=2, **options
     )
-    for part, how in ((side, {}), (side, any_score), (square, any_score)):
-        found = of(part, lambda key, support, query: query["x"][None], **how)
-        assert found.scores["m"]["episodes"].shape == (2, 1)
+    for part, options in ((side, {}), (side, any_score), (square, any_score)):
+        evaluated = evaluate_side(part, lambda key, support, query: query["x"][None], **options)
+        assert evaluated.scores["m"]["episodes"].shape == (2, 1)
 
 
 class Unhashable:
@@ -266,11 +266,11 @@ def pixels(key, support, query):
 
 
 def test_a_score_may_have_no_hash():
-    found = few_shot.evaluate_episodes(
+    evaluated = few_shot.evaluate_episodes(
         {"p": pixels}, one_episode, KEY, num_episodes=1, score_fn=Unhashable(), higher_is_better=False
     )
-    assert found.higher_is_better is False and found.scores["p"]["episodes"] == [[1.0]]
-    assert found.score == "Unhashable"
+    assert evaluated.higher_is_better is False and evaluated.scores["p"]["episodes"] == [[1.0]]
+    assert evaluated.score == "Unhashable"
 
 
 def test_progress_counts_episodes(capsys):

@@ -220,4 +220,4 @@ def test_a_slot_that_ends_while_others_go_ahead_waits_for_its_renewal():
     state = init(KEY, LAM, (small.sample(KEY, 6), small.sample(KEY, 1)))
     for part, is_done, ages in zip(state.estimator_state, state.done, ([0, 1, 2, 3, 3, 3], [0]), strict=True):
         np.testing.assert_array_equal(part.age, ages)
-        np.testing.assert_array_equal(done, np.array(ages) == small.HORIZON)
+        np.testing.assert_array_equal(is_done, np.array(ages) == small.HORIZON)
