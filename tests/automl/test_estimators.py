@@ -116,23 +116,27 @@ def test_saved_estimators_predict_the_same_and_files_hold_no_pickle(wine, fitted
         assert all(file[name].dtype.kind != "O" for name in file.files)
 
 
-@pytest.fixture(scope="module")
-def extra_trees(wine):
+def small_forests(wine, kind):
     """Three trees of each forest: files of whole forests take seconds."""
-    model = automl.AutoClassifier(**QUICK | {"models": ("extra_trees",)}).fit(*wine[:2])
+    model = automl.AutoClassifier(**QUICK | {"models": kind}).fit(*wine[:2])
     for forest in model.ensemble_.members[0].models:
         forest.estimators_ = forest.estimators_[:3]
     return model
 
 
 @pytest.fixture(scope="module")
-def hist_gradient_boosting(wine):
-    return automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
+def extra_trees(wine):
+    return small_forests(wine, "extra_trees")
 
 
 @pytest.fixture(scope="module")
 def random_forest(wine):
-    return automl.AutoClassifier(**QUICK | {"models": "random_forest"}).fit(*wine[:2])
+    return small_forests(wine, "random_forest")
+
+
+@pytest.fixture(scope="module")
+def hist_gradient_boosting(wine):
+    return automl.AutoClassifier(**QUICK | {"models": "hist_gradient_boosting"}).fit(*wine[:2])
 
 
 @pytest.mark.parametrize(
