@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, _files, _saving
+from metaopt import _files, _saving
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
 from metaopt.tasks._frames import Frame, read_frame, read_values, unique_names
@@ -185,7 +185,7 @@ def fit_encoder(
     Raises:
       TypeError: if `frame` is sparse or no table.
       ValueError: if it is not two-dimensional, is empty, or has complex numbers.
-      ValueError: if `drop` or `keep` has an unknown column, or `max_levels < 1`.
+      ValueError: if `drop` or `keep` has an unknown column.
 
     >>> encoder = fit_encoder({"size": ["1,065", "870", None], "color": ["red", "blue", "red"]})
     >>> encoder.names, encoder.levels[1]
@@ -194,7 +194,6 @@ def fit_encoder(
     array([[1.5, 0. ],
            [2. , 1. ]])
     """
-    _checks.check_integer("max_levels", max_levels, 1)
     table = read_frame(frame)
     dropped, kept = (_chosen(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
     codes: list[ColumnCode] = []
@@ -291,7 +290,6 @@ def _check_encoder(encoder: TableEncoder) -> None:
 
 
 def _encode(encoder: TableEncoder) -> tuple[dict[str, Any], dict[str, Any]]:
-    _check_encoder(encoder)
     return encoder.state(), {}
 
 

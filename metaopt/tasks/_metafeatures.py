@@ -115,7 +115,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
-      ValueError: if a label is negative, or the images are complex.
+      ValueError: if a label is negative.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -125,8 +125,6 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     (-1.0, 0.5)
     """
     _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
-    if np.iscomplexobj(images):
-        raise ValueError(f"`images` must be real numbers; got {np.asarray(images).dtype}.")
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())
@@ -150,8 +148,6 @@ def _checked(table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         x, y, categorical = table.x, table.y, table.categorical
     else:
         x, y, categorical = table
-    if np.iscomplexobj(x):
-        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
     x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if x.ndim != 2 or len(x) < 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:
@@ -425,7 +421,7 @@ class FeatureScaling(NamedTuple):
           median table.
 
         Raises:
-          ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
+          ValueError: if neither `clip` nor `limit` is given, or both are.
           KeyError: if a name is absent.
         """
         bound = clip if limit is None else 50 * limit
@@ -434,8 +430,6 @@ class FeatureScaling(NamedTuple):
                 "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
                 f"`clip=3.0`; got clip={clip}, limit={limit}."
             )
-        _checks.check_positive("clip", clip, optional=True)
-        _checks.check_positive("limit", limit, optional=True)
         values = _values(features, self.names)
         values = np.where(np.asarray(self.log, bool), _log(values), values)
         scaled = (values - np.array(self.center)) / np.array(self.scale)

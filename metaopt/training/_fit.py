@@ -141,7 +141,7 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if a number of steps is not an integer or too small, or if there is `patience` and no `evaluate`.
+      ValueError: if there is `patience` and no `evaluate`.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -164,7 +164,6 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_counts(num_steps, steps_per_call, eval_every, checkpoint_every, patience)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     hyperparams = _initial(_to_coordinates(space, hyperparams))
@@ -203,7 +202,7 @@ def fit(
                 stopped = _why_stop(run, num_steps, patience, ended=ended_by_callback, moved=moved)
                 if stopped or received:
                     break
-                num = min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
+                num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *every]))
                 program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
@@ -224,15 +223,6 @@ def fit(
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     _warn_of_skipped_steps(run)
     return result
-
-
-def _check_counts(num_steps: int, steps_per_call: int, eval_every: int, checkpoint_every: int, patience: int | None):
-    """Raises ValueError for a number that would fail after a call whose state is lost, such as 1e3."""
-    _checks.check_integer("num_steps", num_steps, 0)
-    _checks.check_integer("steps_per_call", steps_per_call, 1)
-    _checks.check_integer("eval_every", eval_every, 1)
-    _checks.check_integer("checkpoint_every", checkpoint_every, 1)
-    _checks.check_integer("patience", patience, 1, optional=True)
 
 
 def _warn_of_skipped_steps(run: Run) -> None:

@@ -113,9 +113,8 @@ def learner(
       that ended here) and `skipped` (0 or 1).
 
     Raises:
-      ValueError: if `estimator` is neither an estimator nor a function.
       ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or have invalid labels.
-      ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
+      TypeError: (by JAX) at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
       AssertionError: at trace time, if the estimator violates its contract.
 
     Example:
@@ -128,8 +127,6 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    if not callable(estimator):
-        _checks.check_estimator(estimator)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
     parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger, record or (lambda hyperparams: {}))
 
@@ -286,11 +283,6 @@ def _select(done: base.PyTree, new: base.PyTree, old: base.PyTree) -> base.PyTre
     """Returns `new` in the slots that are done, and `old` in the others; also for typed PRNG keys."""
 
     def select(mask, new_leaf, old_leaf):
-        if mask.shape != old_leaf.shape[: mask.ndim]:
-            raise ValueError(
-                f"`done` has shape {mask.shape}, but a leaf of the tasks or of the estimator's state has shape "
-                f"{old_leaf.shape}. Every leaf must start with the axes of `done`, one entry for each slot."
-            )
         mask = mask.reshape(mask.shape + (1,) * (old_leaf.ndim - mask.ndim))
         return jnp.where(mask, new_leaf, old_leaf)
 
