@@ -4,10 +4,12 @@ import itertools
 import warnings
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn import datasets, metrics
+from sklearn.exceptions import NotFittedError
 from sklearn.mixture import GaussianMixture
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -85,6 +87,46 @@ def test_rows_outside_the_sample_are_labeled_like_new_rows(shapes):
     assert metrics.adjusted_rand_score(y, model.labels_) > 0.9
 
 
+def test_cluster_0_is_the_largest_of_all_rows_and_not_of_the_sample():
+    x = np.repeat([[0.0], [9.0]], [120, 100], axis=0) + 0.1 * np.random.default_rng(0).normal(size=(220, 1))
+    sizes = []
+    for seed in range(6):
+        model = automl.AutoClusterer(**QUICK, sample_rows=30, random_state=seed).fit(x)
+        sizes.append(np.bincount(model.labels_).tolist())
+        np.testing.assert_array_equal(model.predict(x), model.labels_)
+    assert sizes == [[120, 100]] * 6
+
+
+def test_a_fit_that_fails_leaves_no_clusters_of_the_fit_before(shapes):
+    frame, _ = shapes
+    model = automl.AutoClusterer(**QUICK).fit(frame)
+    with pytest.raises(ValueError, match="n_samples = 1"):
+        model.fit(frame[["height", "width", "color"]][:1])
+    with pytest.raises(NotFittedError):
+        model.predict(frame)
+    with pytest.raises(ValueError, match="not fitted"):
+        metaopt.save("never.npz", model)
+
+
+def test_dicts_of_columns_are_frames(shapes):
+    frame, _ = shapes
+    model = automl.AutoClusterer(**QUICK).fit({name: frame[name].tolist() for name in frame})
+    np.testing.assert_array_equal(model.predict(frame.to_dict("records")), model.labels_)
+    np.testing.assert_array_equal(model.labels_, automl.AutoClusterer(**QUICK).fit(frame).labels_)
+
+
+def test_components_without_rows_are_left_out():
+    clusters = _stability.Clusters(
+        np.arange(6.0).reshape(3, 2), np.arange(3), np.stack([np.eye(2) * k for k in (1, 2, 3)]), np.arange(3.0)
+    )
+    labels, compact = _stability._compact(np.array([2, 0, 0, 2]), clusters)
+    np.testing.assert_array_equal(labels, [1, 0, 0, 1])
+    expected = (clusters.points[[0, 2]], [0, 1], clusters.factors[[0, 2]], [0.0, 2.0])
+    jax.tree.map(np.testing.assert_array_equal, tuple(compact), tuple(map(np.asarray, expected)))
+    nearest = _stability._nearest(clusters.points, np.arange(3))
+    assert [len(part) for part in _stability._compact(np.array([2, 0]), nearest)[1]] == [2, 2, 0, 0]
+
+
 def test_agreement_is_the_mean_index_of_pairs_on_shared_rows():
     rng = np.random.default_rng(0)
     parts = np.stack([rng.permutation(30)[:20] for _ in range(3)])
@@ -97,6 +139,12 @@ def test_agreement_is_the_mean_index_of_pairs_on_shared_rows():
     np.testing.assert_allclose(_stability.agreement(labels, parts), index.sum(axis=1) / 2, rtol=1e-12)
     same = [np.zeros(20, int)] * 3
     np.testing.assert_array_equal(_stability.agreement(same, parts), 0)  # a single cluster
+
+
+def test_two_parts_that_single_out_different_rows_do_not_agree():
+    parts = np.array([[0, 1, 2, 3], [1, 2, 3, 4]])
+    labels = [np.array([1, 0, 0, 0]), np.array([0, 0, 0, 1])]  # the shared rows are one cluster in both
+    np.testing.assert_array_equal(_stability.agreement(labels, parts), 0)
 
 
 def test_a_mixture_assigns_as_scikit_learn():
