@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
-from small_search import DARTS_V2, nas_bench_201_cells
+from small_search import DARTS_V2, graph, nas_bench_201_cells
 
 from metaopt import blackbox, nas
 from metaopt.nas import _graphs, _named_spaces, _relaxations, _specs
@@ -234,14 +234,6 @@ def test_what_is_the_same():
 
 
 # ---- NAS-Bench-101 --------------------------------------------------------------------------------------------------
-
-
-def graph(edges, ops):
-    size = len(ops) + 2
-    matrix = np.zeros((size, size), int)
-    for s, t in edges:
-        matrix[s, t] = 1
-    return nas.Graph(tuple(map(tuple, matrix.tolist())), ("input", *ops, "output"))
 
 
 PUBLISHED = graph(
