@@ -345,11 +345,15 @@ def main() -> None:
         results[name] = [_also(result, name) for result in results["metaopt"]]
     late = [r["fit"] / args.time - 1 for n, values in results.items() if n.startswith("metaopt") for r in values]
     text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
-    families = "development families" if args.development else "new families"
-    name = ("automl_ablations" if args.ablations else "automl_tables") + ("_development" if args.development else "")
+    families, name = "development families" if args.development else "new families", result_name(args)
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
     if not args.smoke and not args.ablations:
         plot(splits, results, args.out / f"{name}.png")
+
+
+def result_name(args) -> str:
+    """Returns the name of the page; development families have one of their own."""
+    return ("automl_ablations" if args.ablations else "automl_tables") + ("_development" if args.development else "")
 
 
 def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
