@@ -163,7 +163,7 @@ def measure_all(
         joblib.delayed(_stability.measure)(candidate, z, reference, parts, seed)
         for candidate in _stability.candidates(algorithms, max_clusters)
     ]
-    # One thread for each fit: sums in another order could change a label.
+    # The limit of BLAS is one for all threads: if only the threads set it, one of them would lift that of another.
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence, and fewer different rows than clusters
         board: Any = joblib.Parallel(n_jobs, prefer="threads")(jobs)

@@ -13,6 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+import threadpoolctl
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans
 from sklearn.metrics import adjusted_rand_score, pairwise_distances_argmin
 from sklearn.mixture import GaussianMixture
@@ -117,12 +118,12 @@ def measure(candidate: Candidate, z: np.ndarray, reference: np.ndarray, parts: n
       Its stability.
     """
     start = time.perf_counter()
-    clusters = cluster(candidate, z, seed, num_starts=10)[1]
-    num_clusters = int(clusters.labels.max()) + 1
-    agreements = [
-        agreement([cluster(candidate, table[rows], seed + i, num_starts=3)[0] for i, rows in enumerate(parts)], parts)
-        for table in (z, reference)
-    ]
+    part_labels = lambda table, i: cluster(candidate, table[parts[i]], seed + i, num_starts=3)[0]
+    # OpenMP's limit holds for the calling thread only. Sums in another order could change a label.
+    with threadpoolctl.threadpool_limits(1):
+        clusters = cluster(candidate, z, seed, num_starts=10)[1]
+        num_clusters = int(clusters.labels.max()) + 1
+        agreements = [agreement([part_labels(table, i) for i in range(len(parts))], parts) for table in (z, reference)]
     stability, spread = agreements[0].mean(), agreements[0].std(ddof=1)
     seconds = time.perf_counter() - start
     return Measured(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import threadpoolctl
 from sklearn import datasets, metrics
 from sklearn.exceptions import NotFittedError
 from sklearn.mixture import GaussianMixture
@@ -85,6 +86,22 @@ def test_rows_outside_the_sample_are_labeled_like_new_rows(shapes):
     model = automl.AutoClusterer(**QUICK, sample_rows=60).fit(frame)
     assert len(model.labels_) == len(y)
     assert metrics.adjusted_rand_score(y, model.labels_) > 0.9
+
+
+def test_a_fit_in_a_thread_has_one_thread(monkeypatch):
+    """OpenMP adds up the parts of several threads in any order, which may change the last bits of centroids."""
+    cluster, num_threads = _stability.cluster, []
+
+    def watched(*args, **options):
+        num_threads.append({pool["num_threads"] for pool in threadpoolctl.threadpool_info()})
+        return cluster(*args, **options)
+
+    monkeypatch.setattr(_stability, "cluster", watched)
+    x = datasets.make_blobs(60, random_state=0)[0]
+    before = threadpoolctl.threadpool_info()
+    automl.AutoClusterer(3, algorithms="kmeans", n_jobs=2).fit(x)
+    assert len(num_threads) == 2 * 17 and all(nums == {1} for nums in num_threads)
+    assert threadpoolctl.threadpool_info() == before
 
 
 def test_cluster_0_is_the_largest_of_all_rows_and_not_of_the_sample():
