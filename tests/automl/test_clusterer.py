@@ -19,6 +19,7 @@ from metaopt import automl
 from metaopt.automl import _stability
 
 QUICK: dict[str, Any] = {"max_clusters": 4, "algorithms": ("kmeans",), "n_jobs": 1}
+CHOSEN = ("kmeans", "mixture", "agglomerative")  # by default
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def test_groups_of_a_frame_with_categories_and_gaps_are_found(shapes, fitted):
     assert metrics.adjusted_rand_score(y, fitted.labels_) > 0.8  # a gap is filled with the median of all groups
     np.testing.assert_array_equal(fitted.predict(frame), fitted.labels_)
     assert (np.diff(np.bincount(fitted.labels_)) <= 0).all()  # cluster 0 is the largest
-    board = fitted.leaderboard_
-    assert set(board["algorithm"]) == {"kmeans", "mixture", "agglomerative"}
-    assert board["stability"].between(-0.1, 1).all() and (board["seconds"] > 0).all()
+    leaders = fitted.leaderboard_
+    assert set(leaders["algorithm"]) == set(CHOSEN) and leaders["stability"].is_monotonic_decreasing
+    assert leaders["stability"].between(-0.1, 1).all() and (leaders["seconds"] > 0).all()
 
 
 @pytest.mark.parametrize("algorithm", _stability.ALGORITHMS)
@@ -144,6 +145,98 @@ def test_components_without_rows_are_left_out():
     assert [len(part) for part in _stability._compact(np.array([2, 0]), nearest)[1]] == [2, 2, 0, 0]
 
 
+def board(*rows):
+    """Measured candidates of (algorithm, k, stability, reference)."""
+    return [
+        _stability.Measured(_stability.Candidate(name, k), k, s, 0.0, r, 0.0, _stability.one_cluster(np.zeros((1, 1))))
+        for name, k, s, r in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([("kmeans", 2, 0.9, 0.5), ("kmeans", 3, 0.86, 0.5), ("kmeans", 4, 0.84, 0.1)], ("kmeans", 3)),
+        ([("kmeans", 3, 0.86, 0.5), ("mixture", 3, 0.9, 0.5), ("kmeans", 2, 0.88, 0.5)], ("mixture", 3)),
+        # Those that are hardly more stable than normal rows do not count, also not as the most stable one.
+        ([("kmeans", 2, 0.98, 0.84), ("kmeans", 3, 0.6, 0.2)], ("kmeans", 3)),
+        ([("kmeans", 2, 0.5, 0.34)], ("kmeans", 2)),
+        ([("kmeans", 2, 0.5, 0.36)], None),
+        ([], None),
+    ],
+)
+def test_the_largest_k_among_the_stable_candidates_is_chosen(rows, best):
+    chosen = _stability.choose(board(*rows))
+    assert best == (chosen and (chosen.candidate.algorithm, chosen.k))
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "mixture"])
+def test_stability_is_the_agreement_of_parts_of_the_rows_and_its_reference_that_of_the_reference(algorithm):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(60, 2)) + 3 * rng.integers(0, 2, (60, 1))
+    reference, parts = rng.normal(size=(60, 2)), np.stack([rng.permutation(60)[:48] for _ in range(4)])
+    candidate = _stability.Candidate(algorithm, 3)
+    measured = _stability.measure(candidate, z, reference, parts, seed=5)
+    values = []
+    for table in (z, reference):
+        labels = [
+            _stability.cluster(candidate, table[rows], seed=5 + i, num_starts=3)[0] for i, rows in enumerate(parts)
+        ]
+        values.append(_stability.agreement(labels, parts))
+    expected = values[0].mean(), values[0].std(ddof=1), values[1].mean()
+    assert (measured.stability, measured.spread, measured.reference) == pytest.approx(expected)
+    labels, _ = _stability.cluster(candidate, z, seed=5, num_starts=10)
+    np.testing.assert_array_equal(measured.clusters.assign(z), labels)
+    assert measured.k == len(np.unique(labels)) and measured.seconds > 0
+
+
+def test_candidates_share_random_parts_and_normal_rows_with_the_covariance_of_the_table(monkeypatch):
+    calls = []
+
+    def measure(candidate, z, reference, parts, seed):
+        calls.append((candidate, z, reference, parts, seed))
+        return board(("kmeans", 2, 0.0, 0.0))[0]
+
+    monkeypatch.setattr(_stability, "measure", measure)
+    rng = np.random.default_rng(0)
+    mixing = np.array([[3.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.3]])
+    x = rng.normal(size=(3000, 3)) @ mixing
+    automl.AutoClusterer(4, n_jobs=1, sample_rows=2000).fit(x)
+    assert [call[0] for call in calls] == [_stability.Candidate(a, k) for a in CHOSEN for k in (2, 3, 4)]
+    _, z, reference, parts, _ = calls[0]
+    assert all(call[1] is z and call[2] is reference and call[3] is parts for call in calls)
+    np.testing.assert_allclose(np.cov(z.T), np.diag(z.var(axis=0, ddof=1)), atol=1e-9)  # principal axes
+    assert (np.diff(z.std(axis=0)) < 0).all() and len(z) == 2000
+    np.testing.assert_allclose(reference.std(axis=0), z.std(axis=0), rtol=0.1)
+    assert parts.shape == (8, 1600) and all(len(set(part)) == 1600 for part in parts.tolist())
+    assert len({tuple(sorted(part)) for part in parts.tolist()}) == 8
+
+
+def test_no_candidate_has_more_clusters_than_different_rows_or_half_of_a_part(monkeypatch):
+    candidates, counts = _stability.candidates, []
+    monkeypatch.setattr(
+        _stability, "candidates", lambda names, most: counts.append(most) or candidates(names, min(most, 2))
+    )
+    few = np.repeat(np.eye(5), 6, axis=0)
+    for x, most in ((few, 5), (np.random.default_rng(0).normal(size=(10, 2)), 4), (np.repeat(few, 9, axis=0), 5)):
+        automl.AutoClusterer(8, algorithms="kmeans", n_jobs=1).fit(x)
+        assert counts.pop() == most
+
+
+def test_noise_of_hdbscan_joins_the_nearest_cluster():
+    z = datasets.make_blobs([40, 40], centers=[[0.0, 0], [20, 0]], cluster_std=0.5, random_state=0)[0]
+    z = np.r_[z, [[13.0, 0], [7, 0]]]
+    labels = _stability._density_labels(z, 0.2)
+    assert labels[80] == labels[40] != labels[0] == labels[81] and set(labels) == {0, 1}
+    np.testing.assert_array_equal(_stability._density_labels(np.arange(30.0)[:, None] ** 3, 0.9), 0)  # all are noise
+
+
+def test_at_most_20_principal_axes_stay():
+    x = np.random.default_rng(0).normal(size=(60, 30))
+    model = automl.AutoClusterer(2, algorithms="kmeans", n_jobs=1).fit(x)
+    assert model.axes_.shape == (30, 20)
+
+
 def test_agreement_is_the_mean_index_of_pairs_on_shared_rows():
     rng = np.random.default_rng(0)
     parts = np.stack([rng.permutation(30)[:20] for _ in range(3)])
@@ -182,6 +275,42 @@ def test_saved_clusters_are_the_same(shapes, fitted, tmp_path):
         np.testing.assert_array_equal(loaded.predict(frame), model.labels_)
         np.testing.assert_array_equal(loaded.labels_, model.labels_)
         pd.testing.assert_frame_equal(loaded.leaderboard_, model.leaderboard_)
+
+
+CHANGES = [
+    {"labels_": lambda x: x + 3},
+    {"labels_": lambda x: x - 1},
+    {"labels_": lambda x: x.astype(float)},
+    {"algorithm_": lambda x: "dbscan"},
+    {"center_": lambda x: x[:-1]},
+    {"center_": lambda x: x * np.nan},
+    {"axes_": lambda x: x[:, :-1]},
+    {"axes_": lambda x: x[:-1]},
+    {"points": lambda x: x[:-1]},
+    {"points": lambda x: x[:, :-1]},
+    {"points": lambda x: x.astype(np.float32)},
+    {"labels": lambda x: x + 1},
+    {"labels": lambda x: x + 3},
+    {"factors": lambda x: x[:-1]},
+    {"factors": lambda x: x * np.inf},
+    {"log_weights": lambda x: x[:-1]},
+    {"kept": lambda x: ~x},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_whose_parts_do_not_fit_each_other_are_rejected(change, shapes, tmp_path):
+    model = automl.AutoClusterer(3, algorithms="mixture", n_jobs=1).fit(shapes[0][::4])
+    ((name, function),) = change.items()
+    if name in model.clusters_._fields:
+        model.clusters_ = model.clusters_._replace(**{name: function(getattr(model.clusters_, name))})
+    elif name in model.columns_._fields:
+        model.columns_ = model.columns_._replace(**{name: function(getattr(model.columns_, name))})
+    else:
+        setattr(model, name, function(getattr(model, name)))
+    metaopt.save(tmp_path / "clusters.npz", model)
+    with pytest.raises(ValueError, match="do not fit"):
+        metaopt.load(tmp_path / "clusters.npz")
 
 
 ODD = {
