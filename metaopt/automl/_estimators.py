@@ -104,8 +104,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def score_interval(self, *, coverage: float = 0.95, num_new: int | None = None) -> tuple[float, float]:
         """An interval around `score_` for the score on new groups, later times or new rows.
 
-        It is score_ ± t se √(1 + U / m), where U is the number of units in `fit`, and m is `num_new`. Units are parts of
-        the validated times (at most 8) if `fit` had `time`, else groups if it had `groups`, and otherwise rows. The
+        It is score_ ± t se √(1 + U / m), where U is the number of units in `fit`, and m is `num_new`. Units are parts
+        of the validated times (at most 8) if `fit` had `time`, else groups if it had `groups`, and otherwise rows. The
         standard error se is the jackknife's over at most 50 blocks of whole units, and t is Student's quantile with one
         degree of freedom less than blocks. With three groups it is 4.3 instead of 1.96. As in `score_`, each row
         counts by its weight, and so large groups count more.
