@@ -106,13 +106,13 @@ def test_a_fit_in_a_thread_has_one_thread(monkeypatch):
 
 
 def test_cluster_0_is_the_largest_of_all_rows_and_not_of_the_sample():
-    x = np.repeat([[0.0], [9.0]], [120, 100], axis=0) + 0.1 * np.random.default_rng(0).normal(size=(220, 1))
+    x = datasets.make_blobs([75, 70, 65], centers=[[0, 0], [9, 0], [0, 9]], random_state=0)[0]
     sizes = []
     for seed in range(6):
-        model = automl.AutoClusterer(**QUICK, sample_rows=30, random_state=seed).fit(x)
-        sizes.append(np.bincount(model.labels_).tolist())
+        model = automl.AutoClusterer(**QUICK, sample_rows=40, random_state=seed).fit(x)
+        sizes.append(np.bincount(model.labels_))
         np.testing.assert_array_equal(model.predict(x), model.labels_)
-    assert sizes == [[120, 100]] * 6
+    assert len({len(each) for each in sizes}) > 1 and all((np.diff(each) <= 0).all() for each in sizes)
 
 
 def test_a_fit_that_fails_leaves_no_clusters_of_the_fit_before(shapes):
@@ -224,8 +224,8 @@ def test_no_candidate_has_more_clusters_than_different_rows_or_half_of_a_part(mo
 
 
 def test_noise_of_hdbscan_joins_the_nearest_cluster():
-    z = datasets.make_blobs([40, 40], centers=[[0.0, 0], [20, 0]], cluster_std=0.5, random_state=0)[0]
-    z = np.r_[z, [[13.0, 0], [7, 0]]]
+    z = np.repeat([[0.0, 0], [20, 0]], 40, axis=0) + np.random.default_rng(0).normal(size=(80, 2)) / 2
+    z = np.r_[z, [[80.0, 0], [-60, 0]]]
     labels = _stability._density_labels(z, 0.2)
     assert labels[80] == labels[40] != labels[0] == labels[81] and set(labels) == {0, 1}
     np.testing.assert_array_equal(_stability._density_labels(np.arange(30.0)[:, None] ** 3, 0.9), 0)  # all are noise
@@ -283,7 +283,7 @@ CHANGES = [
     {"labels_": lambda x: x.astype(float)},
     {"algorithm_": lambda x: "dbscan"},
     {"center_": lambda x: x[:-1]},
-    {"center_": lambda x: x * np.nan},
+    {"center_": lambda x: np.full_like(x, np.nan)},
     {"axes_": lambda x: x[:, :-1]},
     {"axes_": lambda x: x[:-1]},
     {"points": lambda x: x[:-1]},
@@ -292,7 +292,7 @@ CHANGES = [
     {"labels": lambda x: x + 1},
     {"labels": lambda x: x + 3},
     {"factors": lambda x: x[:-1]},
-    {"factors": lambda x: x * np.inf},
+    {"factors": lambda x: np.full_like(x, np.inf)},
     {"log_weights": lambda x: x[:-1]},
     {"kept": lambda x: ~x},
 ]

@@ -203,8 +203,8 @@ REFUSALS = [
     ),
     (slope_of_a_momentum, r"leaves \['rate'\] of λ: neither the gradient"),
     # Others.
-    (lambda: hypergrad.argmin(problems.penalized, num_steps=0), "num_steps"),
-    (lambda: hypergrad.argmin(problems.penalized, tol=0.0), "tol"),
+    (lambda: hypergrad.argmin(problems.penalized, num_steps=0), "`num_steps` must be at least 1; got 0"),
+    (lambda: hypergrad.argmin(problems.penalized, tol=0.0), "`tol` must be positive; got 0.0"),
     (lambda: check(num_directions=0), "`num_directions` must be at least 1; got 0"),
     (lambda: check(num_estimates=0), "`num_estimates` must be at least 1; got 0"),
     (lambda: check(num_samples=1), "`num_samples` must be at least 2; got 1"),

@@ -393,7 +393,7 @@ COSTS = [
         lambda: nas.within_budget(
             SIZES, {"linear.width": np.ones((1, 2)), "linear.depth": np.ones((1, 2))}, cost_of_sizes(), 1
         ),
-        "`budget` is 1 , and the cheapest network found costs 14",
+        "`budget` is 1, and the cheapest network found costs 14",
     ),
     *(
         (
