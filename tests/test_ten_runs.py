@@ -242,8 +242,14 @@ def test_features_far_from_those_of_learning_tasks_shrink_the_prediction(tmp_pat
 # ---- The runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained():
+@pytest.fixture
+def in_float32():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture
+def trained(in_float32):
     """A small network, three tasks as one part, and λ near the default, in unconstrained coordinates."""
     network = automl.tabular_network(num_steps=3, batch_size=8, num_members=2, num_hidden=4)
     rng, each = np.random.default_rng(0), []
@@ -275,7 +281,7 @@ def test_recorded_runs_are_those_of_the_network_and_a_run_that_diverged_has_prob
         own = jax.tree.map(lambda leaf, t=t: leaf[t], hyperparams)
         params = automl.train(network, keys[t], own, task)
         outer = [float(network.problem.outer_loss(params, own, rows)) for rows in (task.valid, test)]
-        np.testing.assert_allclose(losses[t], [*outer, 0], rtol=1e-5)
+        np.testing.assert_allclose(losses[t], [*outer, 0], rtol=1e-4)
     assert losses[1, 0] == pytest.approx(-np.log(1e-4))
 
 
