@@ -280,7 +280,7 @@ def test_recorded_runs_are_those_of_the_network_and_a_run_that_diverged_has_prob
         task, test = jax.tree.map(lambda leaf, t=t: leaf[t], (part.task, part.test))
         own = jax.tree.map(lambda leaf, t=t: leaf[t], hyperparams)
         params = automl.train(network, keys[t], own, task)
-        outer = [float(network.problem.outer_loss(params, own, rows)) for rows in (task.valid, test)]
+        outer = [float(network.problem.outer_loss(params, own, rows, None)) for rows in (task.valid, test)]
         np.testing.assert_allclose(losses[t], [*outer, 0], rtol=1e-4)
     assert losses[1, 0] == pytest.approx(-np.log(1e-4))
 
