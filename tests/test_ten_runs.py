@@ -83,6 +83,11 @@ def test_two_runs_that_are_right_on_different_halves_share_the_weight():
         assert weights[0] > 0.4 > 0.1 > weights[2]
 
 
+def test_the_best_prefix_of_greedy_steps_is_taken():
+    p = np.array([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 1.0]]])  # twenty steps end at 7/20
+    np.testing.assert_allclose(greedy(p, np.ones((1, 3)))[:, 0], [1 / 3, 2 / 3])
+
+
 def test_a_step_of_em_is_the_mean_responsibility(monkeypatch):
     monkeypatch.setattr("experiments.hyperparameters.transfer.combine.EM_STEPS", 1)
     p = np.array([[[0.8, 0.2]], [[0.4, 0.6]]])
@@ -271,15 +276,17 @@ def test_recorded_runs_are_those_of_the_network_and_a_run_that_diverged_has_prob
     network, part, z = trained
     hyperparams = hyperparams_of(network.space, z)
     hyperparams["rate"] = hyperparams["rate"].at[1].set(jnp.nan)
-    recorded = Recorded(network, [part])
+    parts = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], part) for rows in (slice(0, 1), slice(1, 3))]
+    recorded = Recorded(network, parts)
     losses = recorded(jax.random.key(4), hyperparams)
-    (runs,) = recorded.take()
-    assert runs.valid.shape[:2] == (1, 3) and not runs.valid[0, 1].any() and not runs.test[0, 1].any()
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(4), 0), 3)
-    for t in (0, 2):
-        task, test = jax.tree.map(lambda leaf, t=t: leaf[t], (part.task, part.test))
+    runs = recorded.take()
+    assert [p.valid.shape[:2] for p in runs] == [(1, 1), (1, 2)]
+    assert not runs[1].valid[0, 0].any() and not runs[1].test[0, 0].any() and runs[1].valid[0, 1].all()
+    for t, (k, i) in {0: (0, 0), 2: (1, 1)}.items():  # the task, its part, and its place there
+        key = jax.random.split(jax.random.fold_in(jax.random.key(4), k), k + 1)[i]
+        task, test = jax.tree.map(lambda leaf, i=i: leaf[i], (parts[k].task, parts[k].test))
         own = jax.tree.map(lambda leaf, t=t: leaf[t], hyperparams)
-        params = automl.train(network, keys[t], own, task)
+        params = automl.train(network, key, own, task)
         outer = [float(network.problem.outer_loss(params, own, rows, None)) for rows in (task.valid, test)]
         np.testing.assert_allclose(losses[t], [*outer, 0], rtol=1e-4)
     assert losses[1, 0] == pytest.approx(-np.log(1e-4))

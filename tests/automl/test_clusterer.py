@@ -212,6 +212,17 @@ def test_candidates_share_random_parts_and_normal_rows_with_the_covariance_of_th
     assert len({tuple(sorted(part)) for part in parts.tolist()}) == 8
 
 
+def test_rows_are_predicted_on_the_axes_on_which_they_were_clustered(monkeypatch):
+    clustered = []
+    monkeypatch.setattr(
+        _stability, "measure", lambda c, z, *_: clustered.append(z) or board(("kmeans", 2, 0.0, 0.0))[0]
+    )
+    x = np.exp(np.random.default_rng(0).normal(size=(200, 3)))  # skewed: the mean of clipped columns is not 0
+    model = automl.AutoClusterer(2, algorithms="kmeans", n_jobs=1).fit(x)
+    np.testing.assert_allclose(model._axes_of(model.encoder_.transform(x)), clustered[0], atol=1e-9)
+    assert np.abs(model.center_).max() > 0.01
+
+
 def test_no_candidate_has_more_clusters_than_different_rows_or_half_of_a_part(monkeypatch):
     candidates, counts = _stability.candidates, []
     monkeypatch.setattr(

@@ -78,6 +78,8 @@ def test_many_groups_are_joined_and_times_are_cut_in_order():
     block, num_blocks, num_units = _score_error._blocks(rows, np.arange(50, 450), 0)
     np.testing.assert_array_equal(block, np.repeat(np.arange(8), 50))
     assert num_blocks == num_units == 8
+    rows = _training_rows(np.zeros(40), groups=np.arange(40) % 10, time=np.arange(40) // 10)
+    assert _score_error._blocks(rows, np.arange(40), 0)[1:] == (4, 4)  # with both, the times count
 
 
 def test_new_units_are_compared_with_units_and_not_with_blocks():
