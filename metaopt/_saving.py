@@ -64,16 +64,16 @@ def register(kind: Kind) -> None:
 def save(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a trained or computed value to one file, atomically. `metaopt.load` reads it.
 
-    | value | of |
+    | value | contents |
     |---|---|
     | `predictors.TrainedPredictor` | a predictor g or h, its weights and the scaling of features |
-    | `blackbox.MetaOptimizer` | `train_meta_optimizer`, `train_meta_searcher` |
-    | `nas.CellSearcher` | `train_cell_searcher` |
-    | `nas.TrainedMetaArchitecture` | λ of a `meta_architecture_search`; `load` needs `meta=` |
-    | `nas.TrainedNetwork` | `trained_network`, `retraining`; `load` needs `ops=` |
+    | `blackbox.MetaOptimizer` | the result of `train_meta_optimizer` or `train_meta_searcher` |
+    | `nas.CellSearcher` | the result of `train_cell_searcher` |
+    | `nas.TrainedMetaArchitecture` | the λ that a `meta_architecture_search` learned; `load` needs `meta=` |
+    | `nas.TrainedNetwork` | a network of `trained_network` or `retraining`; `load` needs `ops=` |
     | `nas.Benchmark` | a table of architectures |
     | `nas.Network`, `nas.ElasticNetwork` | a network or a space of networks; a JSON text |
-    | `nas.CostTable` | the measured costs of a space's parts; a JSON text |
+    | `nas.CostTable` | measured costs of the parts of networks; a JSON text |
     | `evaluation.Evaluation` | scores of methods on episodes |
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
     | `automl.AutoClassifier`, `automl.AutoRegressor` | a fitted estimator with its models |

@@ -42,6 +42,15 @@ DARTS_V2 = (  # as its authors print it
 )
 
 
+def graph(edges, ops):
+    """A cell of NAS-Bench-101 with these edges between vertices, and the ops of its inner vertices."""
+    size = len(ops) + 2
+    matrix = np.zeros((size, size), int)
+    for s, t in edges:
+        matrix[s, t] = 1
+    return nas.Graph(tuple(map(tuple, matrix.tolist())), ("input", *ops, "output"))
+
+
 def sgd(hyperparams):
     return optax.sgd(0.3, momentum=0.5)
 

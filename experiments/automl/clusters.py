@@ -151,7 +151,7 @@ def main() -> None:
     names = json.loads(TABLES.read_text())["development" if args.development or args.smoke else "judging"]
     tables = [table for table in from_data_folder() if table.name in names]
     tables, seeds, max_rows = (tables[:2], 1, 100) if args.smoke else (tables, args.seeds, MAX_ROWS)
-    folder = None if args.keep is None else script.work_folder(args.keep, __file__)
+    folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, __file__)
     results: dict[str, list[list[dict]]] = {name: [] for name in METHODS}
     with report_progress(len(tables) * len(METHODS), None, "{table}, {method}", table="", method="") as progress:
         for number, table in enumerate(tables):

@@ -176,6 +176,7 @@ def measure(table: GroupedTable, case: Case, has_units: bool, seed: int) -> Esti
     model: Any = kind(random_state=seed, **OPTIONS).fit(table.frame.iloc[case.train], table.y[case.train], **units)
     frame, y = table.frame.iloc[case.test], table.y[case.test]
     if is_class:
+        assert np.isin(y, model.classes_).all(), "a class of the test has no training row"
         predicted, y = model.predict_proba(frame), np.searchsorted(model.classes_, y)
     else:
         predicted, y = model.predict(frame) / model.scale_, y / model.scale_
@@ -243,7 +244,7 @@ def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
     parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished fits")
     args = parser.parse_args()
-    args.keep = None if args.keep is None else script.work_folder(args.keep, __file__)
+    args.keep = None if args.keep is None or args.smoke else script.work_folder(args.keep, __file__)
     names = ["film ratings", "states"] if args.smoke else list(TABLES)
     results: dict[str, list] = {}
     with report_progress(len(names), None, "{table}", unit="table", table="") as progress:

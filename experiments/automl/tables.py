@@ -341,14 +341,19 @@ def main() -> None:
             for count, (name, method) in enumerate(chosen.items()):
                 results[name].append(_once(split, name, method, args))
                 progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
-    for name in {also for result in results["metaopt"] for also in result.get("also", ())}:
+    for name in dict.fromkeys(also for result in results["metaopt"] for also in result.get("also", ())):
         results[name] = [_also(result, name) for result in results["metaopt"]]
     late = [r["fit"] / args.time - 1 for n, values in results.items() if n.startswith("metaopt") for r in values]
     text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
-    name = "automl_ablations" if args.ablations else "automl_tables"
-    script.publish(__file__, "AutoML on tables of new families", text, args, name=name)
+    families, name = "development families" if args.development else "new families", result_name(args)
+    script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
     if not args.smoke and not args.ablations:
         plot(splits, results, args.out / f"{name}.png")
+
+
+def result_name(args) -> str:
+    """Returns the name of the page; development families have one of their own."""
+    return ("automl_ablations" if args.ablations else "automl_tables") + ("_development" if args.development else "")
 
 
 def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -358,10 +363,11 @@ def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _once(split: Split, name: str, method: Callable, args) -> dict[str, Any]:
-    """The result of a method on a table, or the kept one."""
-    path = None
-    if args.keep is not None and (args.peers is None or not list(args.peers.glob(f"{split.table.name}, {name}.json"))):
-        path = args.keep / f"{split.table.name}, {name}, {args.time:g} s, seed {args.seed}.json"
+    """The result of a method on a table, or the kept one. Smoke runs and results of `--peers` are not kept."""
+    path, is_peer = None, args.peers is not None and (args.peers / f"{split.table.name}, {name}.json").is_file()
+    if args.keep is not None and not args.smoke and not is_peer:
+        folder = args.keep / "ablations" if args.ablations else args.keep  # their results have more entries
+        path = folder / f"{split.table.name}, {name}, {args.time:g} s, seed {args.seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             return json.loads(path.read_text())

@@ -66,19 +66,20 @@ Adam, float32, {threads} thread(s) for every program; medians of {repetitions} c
 where they take long. λ: the learning rate and an L2 penalty for each layer. At these sizes matrix products dominate; \
 with 64 rows a step elementwise work and memory traffic do, and all ratios to plain training are larger.
 
-- "/ plain": time over plain training, of the same library and with the same recomputation within the loss.
+- "/ plain": time divided by that of plain training by the same library, which recomputes as much within its loss.
 - "floor": forward passes counted, in units of plain training, and whether the time is within 15 % of it.
 - "operations": floating-point operations of the program (`hypergrad.flops`), over those of plain training.
 - "/ by hand": time over the hand-written scan with the same checkpoints ("grads": with those of "step"). "/ metaopt": \
 time over "mixed, step".
-- "MiB": temporary memory; of torch, the most that its allocator held above the start. "/ naive": over "reverse, none".
+- "MiB": temporary memory; for torch, the most that its allocator held above the start. "/ naive": over "reverse, none".
 - "error": the largest relative error of a leaf of the hypergradient against "by hand: step"; {agree} of metaopt and \
-of JAX are below {tol:g}. Of the MLP and the conv net at T = 64, torch.func, higher and hypertorch are off by 2e-2: in \
-float64 all agree to 1e-15. They take Adam's 1 − β^t in Python's float64, which optax and TorchOpt take in float32 \
-(6e-5 apart at t = 1), and behind ReLUs dF/dλ jumps: in float64, a relative change of 1e-7 in the initial weights \
-changes it by 1.4e-2, and one of 1e-8 by 5e-9. Taken in float32 too, torch.func agrees to 6e-7.
-- From T = {long} on, conv nets and transformers are run by fewer rules, and the hand-written conv net by \
-`inner.im2col(loss)`: XLA's own convolutions would take hours."""
+of JAX are below {tol:g}. On the MLP and the conv net at T = 64, torch.func, higher and hypertorch differ by 2e-2 in \
+float32, and all agree to 1e-15 in float64. There are two reasons. They compute Adam's 1 − β^t in Python's float64, \
+but optax and TorchOpt in float32, which differs by 6e-5 at t = 1. And dF/dλ jumps because of ReLUs: in float64, a \
+relative change of 1e-7 in the initial weights changes it by 1.4e-2, and one of 1e-8 by 5e-9. With 1 − β^t in \
+float32, torch.func agrees to 6e-7.
+- From T = {long} on, fewer rules run conv nets and transformers. The hand-written conv net uses `inner.im2col(loss)` \
+there, since XLA's own convolutions would take hours."""
 HEADER = [
     "T",
     "rule",

@@ -17,11 +17,12 @@ from turns import medians
 PUBLISHED = """\
 ## hypertorch's published examples
 
-Its four examples with its own T, K, rates and sizes (`published.py` says where not): one outer step, which is T \
-inner steps from the start and the hypergradient. "error": between the two hypergradients, of the worst leaf. The \
-systems of the last two are so badly conditioned, iMAML's indefinite, that K steps in float32 amplify rounding; in \
-float64 the two libraries agree to 4e-7 (iMAML, one task, width 16) and 3e-10. iMAML's row of conjugate gradients \
-takes JAX's, which go on through negative curvature as hypertorch's do; `hypergrad.cg` stops there.
+Its four examples have its own T, K, rates and sizes; `published.py` names the exceptions. Times are of one outer \
+step: T inner steps from the start, and the hypergradient. "error" is the relative difference of the two \
+hypergradients in the worst leaf. The linear systems of the last two examples are badly conditioned, and that of iMAML \
+is indefinite. So K steps in float32 amplify rounding. In float64 the two libraries agree to 4e-7 (iMAML, one task, \
+width 16) and 3e-10. In the row "conjugate gradients" of iMAML, metaopt uses JAX's `cg`, which continues through \
+negative curvature like hypertorch's; `hypergrad.cg` stops there.
 
 """
 

@@ -9,13 +9,13 @@ import pandas as pd
 import threadpoolctl
 from sklearn.base import ClusterMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from metaopt import _checks, _files, _saving, tasks
-from metaopt.automl import _stability
+from metaopt.automl import _stability, _table_estimator
 from metaopt.automl._ensemble_fit import num_jobs
-from metaopt.automl._estimators import TableEstimator
 from metaopt.automl._stability import Clusters, Measured
+from metaopt.automl._table_estimator import TableEstimator
 
 _MAX_AXES = 20  # principal axes
 
@@ -33,9 +33,10 @@ class AutoClusterer(ClusterMixin, TableEstimator):
     Labels and clusters may have different reasons: look at the clusters before you use them. Tables without clusters
     are not always recognized; a uniform square, for example, has four stable quarters.
 
-    Columns may be numbers, categories, booleans, dates or texts, with missing values, as in `AutoClassifier`. They get
-    zero mean and unit variance, and at most 20 principal axes stay. The distances depend on this scaling: leave out
-    columns that should not matter, such as a known label.
+    Columns may be numbers, categories, booleans, dates or texts, with missing values, as in `AutoClassifier`. Numbers
+    get zero mean and unit variance, and are clipped softly to (-3, 3); a category gets a column for each level. At most
+    20 principal axes stay. The distances depend on this scaling: leave out columns that should not matter, such as a
+    known label.
 
     Shortcuts. Only `sample_rows` random rows are clustered; the other rows are labeled like new ones. HDBSCAN finds the
     number of clusters itself, from four sizes of the smallest cluster, and its noise joins the nearest cluster.
@@ -65,7 +66,6 @@ class AutoClusterer(ClusterMixin, TableEstimator):
       (3, (4,))
     """
 
-    encoder_: tasks.TableEncoder
     clusters_: Clusters
 
     def __init__(
@@ -87,7 +87,7 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         """Chooses the clusters.
 
         Args:
-          X: [n, d] a pandas or polars frame, or an array.
+          X: [n, d] a pandas or polars frame, an array, a dict of columns or a list of dicts.
           y: ignored.
 
         Returns:
@@ -98,10 +98,8 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         """
         algorithms = self._check()
         rng = check_random_state(self.random_state)
-        validate_data(self, X, skip_check_array=True)
-        self.encoder_ = tasks.fit_encoder(X)
-        self.n_features_in_ = len(self.encoder_.input_names)
-        x = self.encoder_.transform(X)
+        vars(self).pop("clusters_", None)  # if this fit fails, older clusters must not read the columns of this one
+        x = self._fit_table(X)
         if len(x) < 2:
             raise ValueError("The table has n_samples = 1 row: at least two are needed to find clusters.")
         self.columns_ = tasks.fit_columns(x, self.encoder_.categorical, scaling="standard")
@@ -112,9 +110,11 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         board = measure_all(z, algorithms, self.max_clusters, rng, num_jobs(self.n_jobs))
         best = _stability.choose(board)
         self.algorithm_ = None if best is None else best.candidate.algorithm
-        self.clusters_ = _stability.one_cluster(z) if best is None else best.clusters
         self.leaderboard_ = _leaderboard(board)
-        self.labels_ = self._labels(x)
+        clusters = _stability.one_cluster(z) if best is None else best.clusters
+        every_row = self._axes_of(x)
+        self.clusters_ = _stability.largest_first(clusters, clusters.assign(every_row))
+        self.labels_ = self.clusters_.assign(every_row)
         self.n_clusters_ = int(self.clusters_.labels.max()) + 1
         return self
 
@@ -130,17 +130,12 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         Raises:
           ValueError: if the columns are not those of `fit`.
         """
-        check_is_fitted(self)
-        if getattr(X, "ndim", 2) == 1:
-            raise ValueError(
-                "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
-            )
-        validate_data(self, X, reset=False, skip_check_array=True)
-        return self._labels(self.encoder_.transform(X))
+        check_is_fitted(self, "clusters_")
+        return self.clusters_.assign(self._axes_of(self._read_table(X)))
 
-    def _labels(self, x: np.ndarray) -> np.ndarray:
-        scaled = self.columns_.transform(x).astype(np.float64)
-        return self.clusters_.assign((scaled - self.center_) @ self.axes_)
+    def _axes_of(self, x: np.ndarray) -> np.ndarray:
+        """[n, q] the rows x [n, d] of the encoder in principal axes."""
+        return (self.columns_.transform(x).astype(np.float64) - self.center_) @ self.axes_
 
     def _check(self) -> tuple[str, ...]:
         _checks.check_integer("max_clusters", self.max_clusters, 1)
@@ -168,7 +163,7 @@ def measure_all(
         joblib.delayed(_stability.measure)(candidate, z, reference, parts, seed)
         for candidate in _stability.candidates(algorithms, max_clusters)
     ]
-    # One thread for each fit: sums in another order could change a label.
+    # The limit of BLAS is one for all threads: if only the threads set it, one of them would lift that of another.
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence, and fewer different rows than clusters
         board: Any = joblib.Parallel(n_jobs, prefer="threads")(jobs)
@@ -192,21 +187,8 @@ def _leaderboard(board: list[Measured]) -> pd.DataFrame:
 
 
 def _encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not hasattr(estimator, "clusters_"):
-        raise ValueError("This AutoClusterer is not fitted; call `fit` before you save it.")
-    params = estimator.get_params()
-    params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
-    params["random_state"] = params["random_state"] if isinstance(params["random_state"], int) else None
-    params["algorithms"] = (
-        list(params["algorithms"]) if isinstance(params["algorithms"], tuple) else params["algorithms"]
-    )
-    header = {
-        "params": params,
-        "encoder": estimator.encoder_.state(),
-        "feature_names": list(estimator.feature_names_in_) if hasattr(estimator, "feature_names_in_") else None,
-        "algorithm": estimator.algorithm_,
-        "leaderboard": estimator.leaderboard_.to_dict("list"),
-    }
+    header = _table_estimator.encode(estimator, "clusters_")
+    header |= {"algorithm": estimator.algorithm_, "leaderboard": estimator.leaderboard_.to_dict("list")}
     arrays = {"labels": estimator.labels_, "center": estimator.center_, "axes": estimator.axes_}
     arrays |= {f"columns.{name}": value for name, value in estimator.columns_._asdict().items()}
     arrays |= {f"clusters.{name}": value for name, value in estimator.clusters_._asdict().items()}
@@ -214,17 +196,8 @@ def _encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _decode(header: dict[str, Any], file: _files.Npz) -> Any:
-    params = header["params"]
-    if isinstance(params["algorithms"], list):
-        params["algorithms"] = tuple(params["algorithms"])
-    estimator: Any = AutoClusterer(**params)
-    estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
-    estimator.n_features_in_ = len(estimator.encoder_.input_names)
-    names = header["feature_names"]
-    if names is not None:
-        if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):
-            raise ValueError("its names of columns do not fit its columns")
-        estimator.feature_names_in_ = np.array(names, dtype=object)
+    estimator: Any = AutoClusterer()
+    _table_estimator.decode(estimator, header)
     estimator.columns_ = tasks.FittedColumns(**{name: file[f"columns.{name}"] for name in tasks.FittedColumns._fields})
     estimator.clusters_ = Clusters(**{name: file[f"clusters.{name}"] for name in Clusters._fields})
     estimator.labels_, estimator.center_, estimator.axes_ = (file[name] for name in ("labels", "center", "axes"))
@@ -255,9 +228,8 @@ def _check_loaded(estimator: AutoClusterer) -> None:
     holds = holds and estimator.algorithm_ in (None, *_stability.ALGORITHMS)
     if not holds:
         raise ValueError("its labels, axes and clusters do not fit each other")
-    num_columns = len(estimator.encoder_.names)
     try:
-        estimator._labels(np.stack([np.zeros(num_columns), np.full(num_columns, np.nan)]))
+        estimator.clusters_.assign(estimator._axes_of(_table_estimator.odd_rows(estimator)))
     except Exception as error:  # the columns have many fields
         raise ValueError(f"its columns do not fit its axes: {error}") from error
 

@@ -3,14 +3,13 @@
 import abc
 import logging
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
 
 from metaopt import tasks
 from metaopt.automl import _ensemble, _ensemble_fit, _score_error
@@ -18,21 +17,11 @@ from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._portfolio import portfolio
 from metaopt.automl._rows import NUM_FOLDS, sorted_rows
 from metaopt.automl._schedule import Clock
+from metaopt.automl._table_estimator import TableEstimator, as_frame
 
 _log = logging.getLogger(__name__)
 
 _LEAK_BLOCK = 20  # columns between two looks at the clock
-
-
-class TableEstimator(BaseEstimator):
-    """An estimator for tables with gaps, categories and texts."""
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
-        tags.input_tags.categorical = True
-        tags.input_tags.string = True
-        return tags
 
 
 class _AutoEstimator(TableEstimator, abc.ABC):
@@ -82,11 +71,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         """
         options = self._options()  # the time begins here
         vars(self).pop("ensemble_", None)  # if this fit fails, older models must not read the columns of this one
-        X = _as_frame(X)
-        validate_data(self, X, skip_check_array=True)
-        self.encoder_ = tasks.fit_encoder(X)
-        self.n_features_in_ = len(self.encoder_.input_names)
-        x = self.encoder_.transform(X)
+        x = self._fit_table(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
         used = np.flatnonzero(weight > 0)
         target = self._fit_target(_target(y, len(x))[used], weight[used])
@@ -119,8 +104,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def score_interval(self, *, coverage: float = 0.95, num_new: int | None = None) -> tuple[float, float]:
         """An interval around `score_` for the score on new groups, later times or new rows.
 
-        It is score_ ± t se √(1 + U / m), where U is the number of units in `fit`, and m is `num_new`. Units are groups
-        if `fit` had `groups`, parts of the validated times (at most 8) if it had `time`, and otherwise rows. The
+        It is score_ ± t se √(1 + U / m), where U is the number of units in `fit`, and m is `num_new`. Units are parts
+        of the validated times (at most 8) if `fit` had `time`, else groups if it had `groups`, and otherwise rows. The
         standard error se is the jackknife's over at most 50 blocks of whole units, and t is Student's quantile with one
         degree of freedom less than blocks. With three groups it is 4.3 instead of 1.96. As in `score_`, each row
         counts by its weight, and so large groups count more.
@@ -147,7 +132,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         Source: for what such intervals miss, Bates, Hastie & Tibshirani, "Cross-validation: what does it estimate and
         how well does it do it?", JASA 2024, https://arxiv.org/abs/2104.00673
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "ensemble_")
         if num_new is not None and not num_new >= 1:
             raise ValueError(f"`num_new` must be at least 1 or None; got {num_new!r}.")
         return _score_error.score_interval(self.score_, self.score_error_, self._metric(), _fraction(coverage), num_new)
@@ -167,7 +152,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         from sklearn.inspection import permutation_importance
 
         check_is_fitted(self, "ensemble_")
-        X = _as_frame(X)
+        X = as_frame(X)
         result: Any = permutation_importance(
             self, X, y, n_repeats=n_repeats, scoring=scoring, random_state=self._seed()
         )
@@ -177,13 +162,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
 
     def _predict_ensemble(self, X) -> np.ndarray:
         check_is_fitted(self, "ensemble_")
-        X = _as_frame(X)
-        if getattr(X, "ndim", 2) == 1:
-            raise ValueError(
-                "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
-            )
-        validate_data(self, X, reset=False, skip_check_array=True)
-        return _ensemble_fit.predict_ensemble(self.ensemble_, self.encoder_.transform(X))
+        return _ensemble_fit.predict_ensemble(self.ensemble_, self._read_table(X))
 
     def _metric(self) -> str:
         return _ensemble.METRICS[self._problem][0] if self.eval_metric is None else self.eval_metric
@@ -406,13 +385,6 @@ def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.
     reason = "predicts the target almost perfectly: is it known before the target is?"
     notes = [*encoder.notes, *((name, "suspected", reason) for name in suspected)]
     return pd.DataFrame(notes, columns=["column", "action", "reason"])
-
-
-def _as_frame(X) -> Any:
-    """A dict of columns or a list of dicts as a frame, since scikit-learn's checks cannot read them."""
-    is_rows = isinstance(X, list | tuple) and len(X) and all(isinstance(row, Mapping) for row in X)
-    is_columns = isinstance(X, Mapping) and not hasattr(X, "tocsr")  # some sparse arrays are dicts
-    return pd.DataFrame(X) if is_rows or is_columns else X
 
 
 def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _files, _saving, tasks
-from metaopt.automl import _kinds
+from metaopt import _files, _saving
+from metaopt.automl import _kinds, _table_estimator
 from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember, predict_ensemble
 from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_frame
 from metaopt.automl._inputs import Inputs, TargetTable
@@ -18,9 +18,9 @@ from metaopt.tasks import FittedColumns
 
 def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header and the arrays of a fitted estimator."""
-    if not hasattr(estimator, "ensemble_"):
-        raise ValueError(f"This {type(estimator).__name__} is not fitted; call `fit` before you save it.")
-    ensemble = estimator.ensemble_
+    shared = _table_estimator.encode(estimator, "ensemble_")
+    limit, ensemble = shared["params"]["time_limit"], estimator.ensemble_
+    shared["params"]["time_limit"] = None if limit is None or np.isinf(limit) else limit  # JSON has no infinity
     arrays = {"nonconformity": estimator.nonconformity_, "out_of_fold": ensemble.out_of_fold}
     arrays["score_error"] = np.array(estimator.score_error_)
     for i, inputs in enumerate(ensemble.inputs):
@@ -33,10 +33,8 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         for i, model in enumerate(member.models):
             arrays |= _encode_model(f"{member.member.name} {i}: ", member.member.kind, model)
     header = {
+        **shared,
         "python": platform.python_version(),
-        "params": _params(estimator),
-        "encoder": estimator.encoder_.state(),
-        "feature_names": list(estimator.feature_names_in_) if hasattr(estimator, "feature_names_in_") else None,
         "suspected_leaks": list(estimator.suspected_leaks_),
         "ensemble": {
             "num_folds": len(ensemble.inputs),
@@ -56,18 +54,9 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     """Fills an unfitted estimator."""
-    estimator.set_params(**header["params"])
-    if isinstance(estimator.models, list):
-        estimator.models = tuple(estimator.models)
+    _table_estimator.decode(estimator, header)
     parts = header["ensemble"]
     num_folds, num_classes = int(parts["num_folds"]), int(parts["num_classes"])
-    estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
-    estimator.n_features_in_ = len(estimator.encoder_.input_names)
-    names = header["feature_names"]  # the encoder has other names for equal ones
-    if names is not None:
-        if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):
-            raise ValueError("its names of columns do not fit its columns")
-        estimator.feature_names_in_ = np.array(names, dtype=object)
     members = []
     for fields in parts["members"]:
         name, kind, settings = fields["member"]
@@ -106,25 +95,13 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
 def _check_prediction(estimator: Any) -> None:
     """Raises ValueError unless the parts of a loaded estimator fit each other: it predicts two rows."""
     ensemble = estimator.ensemble_
-    x = np.stack([np.zeros(len(estimator.encoder_.names)), np.full(len(estimator.encoder_.names), np.nan)])
     shape = (2, ensemble.num_classes) if ensemble.num_classes else (2,)
     try:
-        predicted = predict_ensemble(ensemble, x)
+        predicted = predict_ensemble(ensemble, _table_estimator.odd_rows(estimator))
     except Exception as error:
         raise ValueError(f"its models, columns and classes do not fit each other: {error}") from error
     if predicted.shape != shape or not np.isfinite(predicted).all():
         raise ValueError("its predictions are not finite numbers, one for each row and class")
-
-
-def _params(estimator: Any) -> dict[str, Any]:
-    """The arguments of the estimator. A random generator is replaced by None."""
-    params = estimator.get_params()
-    params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
-    state, models, limit = params["random_state"], params["models"], params["time_limit"]
-    params["random_state"] = state if isinstance(state, int) else None
-    params["models"] = list(models) if isinstance(models, tuple | list) else models
-    params["time_limit"] = None if limit is None or np.isinf(limit) else limit  # JSON has no infinity
-    return params
 
 
 def _encode_labels(classes: np.ndarray) -> dict[str, Any]:

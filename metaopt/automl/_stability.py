@@ -13,6 +13,7 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+import threadpoolctl
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans
 from sklearn.metrics import adjusted_rand_score, pairwise_distances_argmin
 from sklearn.mixture import GaussianMixture
@@ -96,6 +97,13 @@ def one_cluster(z: np.ndarray) -> Clusters:
     return _nearest(z.mean(axis=0, keepdims=True), np.zeros(1, np.int64))
 
 
+def largest_first(clusters: Clusters, labels: np.ndarray) -> Clusters:
+    """Numbers the clusters by their numbers of rows in `labels` [n], the largest first."""
+    sizes = np.bincount(labels, minlength=clusters.labels.max() + 1)
+    rank = np.argsort(np.argsort(-sizes, kind="stable"))
+    return clusters._replace(labels=rank[clusters.labels])
+
+
 def measure(candidate: Candidate, z: np.ndarray, reference: np.ndarray, parts: np.ndarray, seed: int) -> Measured:
     """Clusters all rows, and the parts of the rows and of the reference table.
 
@@ -107,27 +115,26 @@ def measure(candidate: Candidate, z: np.ndarray, reference: np.ndarray, parts: n
       seed: of the algorithm.
 
     Returns:
-      Its stability. The labels of the clusters are in the order of their sizes.
+      Its stability.
     """
     start = time.perf_counter()
-    labels, clusters = cluster(candidate, z, seed, num_starts=10)
-    rank = np.argsort(np.argsort(-np.bincount(labels), kind="stable"))
-    clusters = clusters._replace(labels=rank[clusters.labels].astype(np.int64))
-    agreements = [
-        agreement([cluster(candidate, table[rows], seed + i, num_starts=3)[0] for i, rows in enumerate(parts)], parts)
-        for table in (z, reference)
-    ]
+    part_labels = lambda table, i: cluster(candidate, table[parts[i]], seed + i, num_starts=3)[0]
+    # OpenMP's limit holds for the calling thread only. Sums in another order could change a label.
+    with threadpoolctl.threadpool_limits(1):
+        clusters = cluster(candidate, z, seed, num_starts=10)[1]
+        num_clusters = int(clusters.labels.max()) + 1
+        agreements = [agreement([part_labels(table, i) for i in range(len(parts))], parts) for table in (z, reference)]
     stability, spread = agreements[0].mean(), agreements[0].std(ddof=1)
     seconds = time.perf_counter() - start
     return Measured(
-        candidate, len(rank), float(stability), float(spread), float(agreements[1].mean()), seconds, clusters
+        candidate, num_clusters, float(stability), float(spread), float(agreements[1].mean()), seconds, clusters
     )
 
 
 def agreement(labels: list[np.ndarray], parts: np.ndarray) -> np.ndarray:
     """[R] the mean adjusted Rand index of each part with the other parts, on the rows that both have.
 
-    It is 0 if one of the clusterings has one cluster only.
+    The index of two parts is 0 if a clustering has only one cluster on their shared rows.
 
     Args:
       labels: R arrays [m].
@@ -139,7 +146,7 @@ def agreement(labels: list[np.ndarray], parts: np.ndarray) -> np.ndarray:
         for j in range(i):
             _, first, second = np.intersect1d(parts[i], parts[j], assume_unique=True, return_indices=True)
             pair = labels[i][first], labels[j][second]
-            if min(np.ptp(labels[i]), np.ptp(labels[j])) > 0:
+            if min(map(np.ptp, pair)) > 0:  # the index of two single clusters would be 1
                 index[i, j] = index[j, i] = adjusted_rand_score(*pair)
     return index.sum(axis=1) / (num - 1)
 
@@ -167,10 +174,11 @@ def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> 
     if algorithm == "kmeans":
         options: dict[str, Any] = {"n_init": num_starts, "random_state": seed}
         model: Any = KMeans(int(setting), **options).fit(z)
-        return model.labels_, _nearest(model.cluster_centers_, np.arange(int(setting)))
+        return _compact(model.labels_, _nearest(model.cluster_centers_, np.arange(int(setting))))
     if algorithm == "mixture":
         num = int(setting)
-        model: Any = GaussianMixture(num, n_init=num_starts // 3, reg_covar=_REGULARIZATION, random_state=seed).fit(z)
+        options = {"n_init": num_starts // 3, "reg_covar": _REGULARIZATION, "random_state": seed}
+        model = GaussianMixture(num, **options).fit(z)
         clusters = Clusters(model.means_, np.arange(num), model.precisions_cholesky_, np.log(model.weights_))
         return _compact(model.predict(z), clusters)
     if algorithm == "agglomerative":
@@ -181,14 +189,10 @@ def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> 
 
 
 def _compact(labels: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, Clusters]:
-    """Leaves out components without rows."""
+    """Leaves out centroids and components without rows."""
     kept, labels = np.unique(labels, return_inverse=True)
-    return labels, clusters._replace(
-        points=clusters.points[kept],
-        labels=np.arange(len(kept)),
-        factors=clusters.factors[kept],
-        log_weights=clusters.log_weights[kept],
-    )
+    parts = {name: value[kept] for name, value in clusters._asdict().items() if len(value)}
+    return labels, clusters._replace(**{**parts, "labels": np.arange(len(kept))})
 
 
 def _density_labels(z: np.ndarray, share: float) -> np.ndarray:

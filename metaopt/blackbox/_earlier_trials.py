@@ -20,6 +20,11 @@ def as_records(records: Any, name: str = "records") -> list[base.Record]:
     return records
 
 
+def candidate_key(configuration: Mapping[str, Any]) -> tuple:
+    """A configuration as a key of a dict."""
+    return tuple(sorted(configuration.items()))
+
+
 def full_loss(record: base.Record) -> float | None:
     """A trial's outcome at the full budget: NaN if it failed or has no finite outcome, None if it is not known."""
     if record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from metaopt import base, spaces
-from metaopt.blackbox._random_search import untried
+from metaopt.blackbox._random_search import seed_of, untried
 
 _OWN_SEEDS = 0x656E7175  # folded into the key of the searcher; the searcher itself folds in trial numbers
 
@@ -97,7 +97,7 @@ def enqueue(
                 return asked, state
         asked = []
         for number, configuration in enumerate(state.waiting[:num], state.num_asked):
-            seed = int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
+            seed = seed_of(state.key, number)
             asked.append(base.Record("", dict(configuration), seed=seed, status="WAITING", trial=number))
         return asked, state._replace(waiting=state.waiting[num:], num_asked=state.num_asked + len(asked))
 

@@ -11,7 +11,9 @@ import optax
 
 from metaopt import base, hypergrad, spaces, training
 from metaopt.blackbox import _curves, _fidelities, _trial_tables
+from metaopt.blackbox._earlier_trials import candidate_key
 from metaopt.blackbox._new_trials import best_and_latest
+from metaopt.blackbox._random_search import seed_of
 
 _MAX_SEEN = 1024  # maximum number of outcomes on a new task that the surrogate reads
 
@@ -207,20 +209,16 @@ class _Learned(NamedTuple):
 def _curve_searcher(
     surrogate: _curves.CurveSurrogate, space: base.PyTree, candidates: list[dict[str, Any]]
 ) -> CurveSearcher:
-    rows = {_name(candidate): i for i, candidate in enumerate(candidates)}
+    rows = {candidate_key(candidate): i for i, candidate in enumerate(candidates)}
     learned = _Learned(surrogate, space, candidates, rows)
     return CurveSearcher(partial(_predict, learned), partial(_searcher, learned), candidates, surrogate, space)
 
 
-def _name(configuration: Mapping[str, Any]) -> tuple:
-    return tuple(sorted(configuration.items()))
-
-
 def _row_of(learned: _Learned, configuration: Mapping[str, Any]) -> int:
     """The index of a candidate; raises `ValueError` if the configuration is not a candidate."""
-    name = _name(configuration)
+    name = candidate_key(configuration)
     if name not in learned.rows:  # fill missing values with defaults
-        name = _name(spaces.complete(learned.space, configuration))
+        name = candidate_key(spaces.complete(learned.space, configuration))
     if name in learned.rows:
         return learned.rows[name]
     raise ValueError(
@@ -263,10 +261,6 @@ def _searcher(learned: _Learned, *, first: Sequence[Mapping[str, Any]] = (), res
     return base.Searcher(init, partial(_ask, learned, first_rows, resumes), partial(_tell, learned))
 
 
-def _seed_of(state: FreezeThawState, trial: int) -> int:
-    return int(jax.random.randint(jax.random.fold_in(state.key, trial), (), 0, 2**31 - 1))
-
-
 def _ask(learned: _Learned, first_rows: list[int], resumes: bool, state: FreezeThawState, num: int):
     asked = []
     for _ in range(num):
@@ -282,7 +276,7 @@ def _ask(learned: _Learned, first_rows: list[int], resumes: bool, state: FreezeT
                 "",
                 dict(learned.candidates[candidate]),
                 fidelity=float(learned.surrogate.fidelities[rung]),
-                seed=_seed_of(state, trial),
+                seed=seed_of(state.key, trial),
                 status="WAITING",
                 trial=trial,
             )
@@ -339,7 +333,7 @@ def _tell(learned: _Learned, state: FreezeThawState, records: Sequence[base.Reco
         except (TypeError, ValueError):  # a trial of another search that is not a candidate
             continue
         asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
-        own = asked and record.seed == _seed_of(state, record.trial)
+        own = asked and record.seed == seed_of(state.key, record.trial)
         if (rung := _fidelities.rung_of(learned.surrogate.fidelities.tolist(), record, own=own)) is None:
             continue
         state = state._replace(pending=tuple(p for p in state.pending if p != (candidate, rung)))

@@ -168,16 +168,12 @@ def _ask(budgets: _Budgets, state: OptunaState, num: int) -> tuple[list[base.Rec
                 "",
                 spaces.suggest(trials[number], state.space),
                 fidelity=budgets.fidelities[rung],
-                seed=_seed(state, number),
+                seed=_random_search.seed_of(state.key, number),
                 status="WAITING",
                 trial=number,
             )
         )
     return asked, state._replace(trials=trials, num_asked=num_asked, survivors=survivors, first=left)
-
-
-def _seed(state: OptunaState, number: int) -> int:
-    return int(jax.random.randint(jax.random.fold_in(state.key, number), (), 0, 2**31 - 1))
 
 
 def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record]) -> OptunaState:
@@ -191,7 +187,7 @@ def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record])
     ended = [_without_lost(record) for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]
     for record in ended:
         if not budgets.only_full and record.status != "FAIL" and is_own(record):  # raise before the study changes
-            own = record.seed == _seed(state, record.trial)
+            own = record.seed == _random_search.seed_of(state.key, record.trial)
             _fidelities.rung_of(budgets.fidelities, record, own=own)
     left = _random_search.untried(state.first, records, state.num_asked)
     for record in ended:

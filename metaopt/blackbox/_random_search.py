@@ -109,6 +109,11 @@ def untried(
     return tuple(c for c in configurations if c not in others)
 
 
+def seed_of(key: jax.Array, trial: int) -> int:
+    """The seed of a trial, from the key of a search and the number of the trial."""
+    return int(jax.random.randint(jax.random.fold_in(key, trial), (), 0, 2**31 - 1))
+
+
 @functools.lru_cache(maxsize=64)
 def _draw_fn(leaves, treedef):
     space = treedef.unflatten(leaves)

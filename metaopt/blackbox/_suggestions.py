@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt.blackbox import _domain
+from metaopt.blackbox._earlier_trials import candidate_key
 from metaopt.blackbox._new_task import NewTask
 from metaopt.blackbox._new_trials import (
     MAX_TRIALS,
@@ -42,7 +43,7 @@ def complementary(learned: Learned, task: NewTask, num: int) -> list[dict[str, A
     if not pool:
         zs = domain.sample(jax.random.split(jax.random.key(1), _domain.NUM_RANDOM))
         drawn = [_domain.to_configuration(domain, z) for z in zs]
-        pool = list({tuple(sorted(c.items())): c for c in [chosen[0], *drawn]}.values())
+        pool = list({candidate_key(c): c for c in [chosen[0], *drawn]}.values())
     x = jnp.asarray(np.stack([domain.encode(c) for c in pool]))
     curves, weights = map(np.asarray, learned.programs.possible_outcomes(task, x))
     taken = {pool.index(chosen[0])}

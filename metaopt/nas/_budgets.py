@@ -198,7 +198,8 @@ def within_budget(
                     rate = loss / min(saved, cost - budget)
                     best = min(best, (rate, -saved, changed), key=lambda change: change[:2])
         if best[2] is None:
-            raise ValueError(f"`budget` is {budget} {table.unit}, and the cheapest network found costs {cost}.")
+            unit = f" {table.unit}" if table.unit else ""
+            raise ValueError(f"`budget` is {budget}{unit}, and the cheapest network found costs {cost}{unit}.")
         choices = best[2]
         cost = price(choices)
     return _genotype_of(network, choices)

@@ -116,7 +116,13 @@ def genotype_to_configuration(
     ops = {kind: {(s, t): op for s, t, op in edges if op != NONE} for kind, edges in genotype.items()}
     if (keep := edges_kept(network, keep)) is None:
         for name, (kind, edge) in _choices(network).items():
-            configuration[name] = edge.ops.index(ops[kind].get(edge[:2], NONE))
+            op = ops[kind].get(edge[:2], NONE)
+            if op not in edge.ops:
+                raise ValueError(
+                    f"The genotype lacks the edge {edge.source} -> {edge.target} of {kind!r}, whose candidates have no "
+                    f'"none": {", ".join(edge.ops)}.'
+                )
+            configuration[name] = edge.ops.index(op)
         return configuration
     for kind, cell in network.cells.items():
         kept = []

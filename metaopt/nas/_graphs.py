@@ -8,7 +8,6 @@ import numpy as np
 
 from metaopt.nas._genotypes import NONE, SKIP, by_target
 from metaopt.nas._named_spaces import NAS_BENCH_101_PRIMITIVES
-from metaopt.nas._specs import Genotype
 
 # ---- Expressions ----------------------------------------------------------------------------------------------------
 
@@ -42,29 +41,6 @@ def canonical(
         terms[node].sort()
     outputs = sorted("+".join(terms[node]) or "0" for node in output)
     return ",".join(outputs)
-
-
-def nas_bench_201_string(genotype: Genotype) -> str:
-    """The canonical form of NAS-Bench-201, by which it has 6,466 distinct cells.
-
-    It keeps zeros ("#") as terms of sums.
-
-    Args:
-      genotype: of the single kind "cell".
-
-    Returns:
-      Text. `canonical` leaves zeros out, and has 4,930 distinct cells.
-    """
-    ops = {(s, t): op for s, t, op in genotype["cell"]}
-    nodes = ["0"]
-    for t in (1, 2, 3):
-        terms = []
-        for s in range(t):
-            op = ops.get((s, t), NONE)
-            zero = op == NONE or nodes[s] == "#"
-            terms.append("#" if zero else nodes[s] if op == SKIP else f"({nodes[s]})@{op}")
-        nodes.append("+".join(sorted(terms)))
-    return nodes[-1]
 
 
 # ---- Graphs ---------------------------------------------------------------------------------------------------------

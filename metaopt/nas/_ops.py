@@ -361,6 +361,8 @@ def _attention_apply(params, x, channels, stride):
 
 def _tokens_init(key, in_shape, channels, stride):
     """Each position, a column of a table or of a sequence, has its own projection and vector."""
+    if len(in_shape) != 2:
+        raise ValueError(f"'tokens' needs inputs of the shape (length, width); got {tuple(in_shape)}.")
     length, width = in_shape
     w = uniform(key, (length, width, channels), width)
     return {"w": w, "b": uniform(key, (length, channels), width, number=1)}

@@ -167,6 +167,8 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
             _check_leaf(path, leaf, name)
             if leaf.dtype != first.dtype:  # NumPy would promote bytes of images and scaled images to one type
                 raise ValueError(f"{path} is {leaf.dtype} in {name} and {first.dtype} in {called[0]}: use one type.")
+            if leaf.shape != first.shape:
+                raise ValueError(f"{path} is {leaf.shape} in {name} and {first.shape} in {called[0]}: pad them alike.")
         _checks.check_task_labels(name, task)
         rows.append(leaves)
     return jax.tree.unflatten(structure, [jnp.asarray(np.stack(leaf)) for leaf in zip(*rows, strict=True)])

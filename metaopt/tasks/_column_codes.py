@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.tasks._columns import FLOAT32_MAX, date_in_microseconds, looks_like_id, number, number_with_separators
+from metaopt.tasks._columns import (
+    FLOAT32_MAX,
+    date_in_microseconds,
+    level_order,
+    looks_like_id,
+    number,
+    number_with_separators,
+)
 from metaopt.tasks._frames import RawColumn, as_text
 
 OTHER = "(other)"
@@ -285,7 +292,7 @@ def _fit_category(code: ColumnCode, raw: RawColumn) -> Fit:
     if len(counts) == num_present >= MIN_ROWS:
         return _dropped("looks like an id or free text, since no value repeats", warns=True)
     least = max(2, num_rows // 5000)
-    order = [level for level in raw.levels if level in counts] or sorted(counts, key=_level_order)
+    order = [level for level in raw.levels if level in counts] or sorted(counts, key=level_order)
     levels = tuple(level for level in order if counts[level] >= least and level != OTHER)
     if not levels and num_present == num_rows:
         return _dropped("has no value that repeats enough", warns=True)
@@ -294,11 +301,6 @@ def _fit_category(code: ColumnCode, raw: RawColumn) -> Fit:
     code = code._replace(levels=levels)
     change = f"has {num_rare} levels with fewer than {least} rows, which become {OTHER!r}"
     return Fit(code, apply_code(code, raw)[0], changes=(change,) if num_rare else ())
-
-
-def _level_order(text: str) -> tuple[bool, int | float, str]:
-    value = number(text)
-    return (value is None, 0 if value is None else value, text)
 
 
 def _texts(raw: RawColumn) -> np.ndarray:

@@ -78,6 +78,12 @@ def number(text: str) -> int | float | None:
     return int(exact) if exact == int(exact) else value
 
 
+def level_order(text: str) -> tuple[bool, int | float, str]:
+    """The key that sorts levels: numbers first, by their values, then other texts."""
+    value = number(text)
+    return (value is None, 0 if value is None else value, text)
+
+
 def read_column(name: str, texts: Sequence[str], lines: Sequence[int], *, decimal_comma: bool = False) -> Column:
     """Reads a column of a CSV file.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from metaopt import _extras, _files
-from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, number, read_column
+from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, level_order, number, read_column
 from metaopt.tasks._tables import Table, family_name, join_families
 
 _log = logging.getLogger(__name__)
@@ -402,12 +402,7 @@ def _from_columns(
 
 def _table(name: str, family: str, columns: Sequence[Column], labels: list[str], source: str) -> Table:
     """Makes a table. Classes are sorted: numbers first, by their values, then words."""
-
-    def order(label):
-        value = number(label)
-        return (value is None, 0 if value is None else value, label)
-
-    classes = sorted(set(labels), key=order)
+    classes = sorted(set(labels), key=level_order)
     if len(classes) < 2:
         raise ValueError("one class only")
     index = {c: i for i, c in enumerate(classes)}

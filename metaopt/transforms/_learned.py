@@ -21,8 +21,6 @@ import optax
 
 from metaopt import _files, _saving, base
 
-SHIPPED = ("small",)  # names of files next to this one
-
 # The initial decays of meta-training, one for each accumulator of a kind.
 _DECAYS = {"momentum": (0.9, 0.99, 0.999), "second": (0.999,), "factored": (0.9, 0.99, 0.999)}
 _TIMES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)

@@ -73,10 +73,48 @@ def test_many_groups_are_joined_and_times_are_cut_in_order():
     block, num_blocks, num_units = _score_error._blocks(_training_rows(np.zeros(300), groups), np.arange(300), 0)
     assert (num_blocks, num_units) == (50, 150) and (np.bincount(block) == 6).all()
     np.testing.assert_array_equal(block[::2], block[1::2])
+    assert (np.diff(block) < 0).any()  # at random, since the order of rows depends on their values
     rows = _training_rows(np.zeros(450), time=np.arange(450) // 2)
     block, num_blocks, num_units = _score_error._blocks(rows, np.arange(50, 450), 0)
     np.testing.assert_array_equal(block, np.repeat(np.arange(8), 50))
     assert num_blocks == num_units == 8
+    rows = _training_rows(np.zeros(40), groups=np.arange(40) % 10, time=np.arange(40) // 10)
+    assert _score_error._blocks(rows, np.arange(40), 0)[1:] == (4, 4)  # with both, the times count
+
+
+def test_new_units_are_compared_with_units_and_not_with_blocks():
+    error = _score_error.ScoreError(0.1, 50, 200)
+    halves = [_score_error.score_interval(-9.0, error, "rmse", 0.95, m)[1] + 9 for m in (None, 200, 50)]
+    t = stats.t.ppf(0.975, 49)
+    np.testing.assert_allclose(halves, 0.1 * t * np.sqrt([1, 2, 5]), rtol=1e-12)
+
+
+def test_only_validated_rows_count():
+    errors, groups = np.random.default_rng(0).exponential(size=40), np.repeat(np.arange(8), 5)
+    rows, is_validated = _training_rows(errors, groups), np.arange(40) >= 15
+    predicted = np.where(is_validated, 0.0, np.nan)
+    error = _score_error.score_error(rows, predicted, "rmse", seed=0)
+    expected = _score_error.score_error(_training_rows(errors[15:], groups[15:]), np.zeros(25), "rmse", seed=0)
+    assert error == expected and error.num_units == 5
+
+
+@pytest.mark.parametrize(
+    ("metric", "limits"),
+    [
+        ("log_loss", (-np.inf, 0)),
+        ("rmse", (-np.inf, 0)),
+        ("r2", (-np.inf, 1)),
+        ("accuracy", (0, 1)),
+        ("balanced_accuracy", (0, 1)),
+        ("roc_auc", (0, 1)),
+    ],
+)
+def test_an_interval_is_within_the_limits_of_the_metric(metric, limits):
+    value, error = (-0.1 if limits[1] == 0 else 0.5), _score_error.ScoreError(9.0, 5, 5)
+    low, high = _score_error.score_interval(value, error, metric, 0.95, None)
+    assert high == limits[1] and (
+        low == 0 if limits[0] == 0 else low == pytest.approx(value - 9 * stats.t.ppf(0.975, 4))
+    )
 
 
 def test_one_unit_has_no_interval():

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_search import graph
 
 from metaopt import nas
 from metaopt.nas import _derivation, _graphs, _named_spaces, _nas_bench_101
@@ -15,14 +16,6 @@ pytestmark = pytest.mark.once
 KEY = jax.random.key(0)
 CONV3, CONV1, POOL = _named_spaces.NAS_BENCH_101_PRIMITIVES
 TABLES = Path(os.environ.get("METAOPT_DATA", "absent"))
-
-
-def graph(edges, ops):
-    size = len(ops) + 2
-    matrix = np.zeros((size, size), int)
-    for s, t in edges:
-        matrix[s, t] = 1
-    return nas.Graph(tuple(map(tuple, matrix.tolist())), ("input", *ops, "output"))
 
 
 def as_graph(matrix, ops):

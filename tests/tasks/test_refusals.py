@@ -352,7 +352,10 @@ REFUSALS = [
         (lambda part=part: padded_without(part), f"t0 needs at least one row to train on and one to .*{part}_rows=0")
         for part in ("train", "valid")
     ),
-    (lambda: stacked({}, {"num_features": 8}), "must have the same shape"),
+    (
+        lambda: stacked({}, {"num_features": 8}),
+        r"feature_mask.* is \(8,\) in task 1 and \(7,\) in task 0: pad them alike",
+    ),
     (
         lambda: stacked({}, {"features": np.ones(2)}, names=["first", "second"]),
         "task second and task first differ in structure",

@@ -68,15 +68,14 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
             else "one key; how much hangs on it, the deviation over members says (`--train-seeds`)."
         ),
         "",
-        '"h by digits" is a linear model of the digits of an architecture and of their pairs, "h by cells" a '
-        'transformer over the graphs of cells, "h" the average of the other tasks\' scores, shrunk towards both '
-        "(`nas.train_cell_searcher`); all learn from the other tasks of the table. None of them, but crossed, knows "
-        "anything of the task that is left out, beside the trials it is told. Crossed, the transformer is told "
-        "features of it: of TransNAS-Bench-101 "
-        f"{len(PROBES)} training-free scores of {PROBED} architectures ({', '.join(PROBES)}; how their ranks go with "
-        "operations), of NAS-Bench-Graph the sizes of the graph. 'Half of the table' is the mean over 40 random "
-        "halves, of which each method chooses its best; a choice from the whole table is one architecture, and owes "
-        "much to chance.",
+        '"h by digits" is a linear model of the digits of an architecture and of their pairs. "h by cells" is a '
+        'transformer over the graphs of cells. "h" is the average of the other tasks\' scores, shrunk towards both '
+        "(`nas.train_cell_searcher`). All learn from the other tasks of the table. They see nothing of the task that "
+        'is left out, except its trials. Only "crossed", the transformer, also reads features of this task. For '
+        f"TransNAS-Bench-101 they are the rank correlations of {len(PROBES)} training-free scores with operations, on "
+        f"{PROBED} architectures ({', '.join(PROBES)}). For NAS-Bench-Graph they are the sizes of the graph. "
+        '"Half of the table" is the mean over 40 random halves of the table, from each of which a method chooses an '
+        "architecture. A choice from the whole table is one architecture, and its percentile is largely chance.",
         "",
     ]
     for name, (tasks, (judged, lost, alone, effects, ties)) in tables.items():
@@ -100,8 +99,11 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         members = "the members of all keys" if num_keys > 1 else "members"
         lines += [f'Single members of "h by cells", mean over tasks and deviation of that over {members}: {shown}.', ""]
         if name == "NAS-Bench-Graph":  # the other tables' tasks have their own units
-            shown = ", ".join(f"{method} {100 * values.mean():+.2f}" for method, values in lost.items())
-            lines += [f"Test error less that of the best by validation of the whole table, in points: {shown}.", ""]
+            lines += [
+                "Test error minus the test error of the best by validation of the whole table, in percentage points:"
+            ]
+            rows = [[method, f"{100 * values.mean():+.2f}"] for method, values in lost.items()]
+            lines += ["", script.table(["method", "points"], rows), ""]
     lines += ["## Regret curves", ""]
     rows = []
     for (name, task), judged in curves.items():

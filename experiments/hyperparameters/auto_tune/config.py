@@ -2,23 +2,13 @@
 
 import dataclasses
 
+from metaopt.blackbox._datasets import TABLE_FEATURES
+
 # The meta-features of a table that g reads; `tasks.metafeatures` defines them. They were chosen before the experiment.
 # They describe size, class balance, column types, correlation, information, and the performance of cheap learners on
 # training rows.
 FEATURES = (
-    "nr_inst",
-    "nr_attr",
-    "nr_class",
-    "inst_to_attr",
-    "class_ent",
-    "freq_class.sd",
-    "cat_to_num",
-    "nr_cat",
-    "cor.mean",
-    "nr_cor_attr",
-    "kurtosis.mean",
-    "can_cor.mean",
-    "mut_inf.mean",
+    *TABLE_FEATURES,
     "one_nn.mean",
     "elite_nn.mean",
     "linear_discr.mean",

@@ -1,7 +1,7 @@
-"""Does a g that learned on many tables hold on tables of new families? Searches of up to 100 trials are next to it.
+"""Does a g that learned on many tables hold on tables of new families? Its rivals are searches of up to 100 trials.
 
-The script continues `auto_tune`, with the same network and search space, on a larger corpus of some 2,400 tasks of 760
-families (`experiments.data.corpus`). It has seven steps, which can run at different times:
+The script continues `auto_tune`, with the same network and search space. The corpus is larger: about 2,400 tasks of 760
+families (`experiments.data.corpus`). There are seven steps, which can run at different times:
 
     python experiments/hyperparameters/transfer prepare           builds and prepares the corpus (20 core-minutes)
     python experiments/hyperparameters/transfer learn --seed 0    one λ for all tables, then g (14 core-minutes)
@@ -10,10 +10,10 @@ families (`experiments.data.corpus`). It has seven steps, which can run at diffe
     python experiments/hyperparameters/transfer ten-runs          compares uses of ten runs on the development families
     python experiments/hyperparameters/transfer judge             compares on the judging families (30 core-minutes)
     python experiments/hyperparameters/transfer ship              puts the trained g into the package
-    python experiments/hyperparameters/transfer --smoke           all of them, small
+    python experiments/hyperparameters/transfer --smoke           prepare, learn and judge, small
 
-Families are divided once, in `families.json`: those for judging, those for development, and all others for learning.
-Settings and the number of steps are chosen on the development families. The judging families are used by `judge` only.
-With `--extended`, the corpus also has tasks with many classes and simulated rules. It does not improve
-g on the development families.
+`families.json` has the families for judging. About 15 % of the other families are for development, and the rest are
+for learning. Settings and the number of steps are chosen on the development families. Only `judge` uses the families
+for judging. With `--extended`, the corpus also has tasks with many classes and simulated rules; g was not better on
+the development families then.
 """

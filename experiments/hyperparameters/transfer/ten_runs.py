@@ -56,7 +56,7 @@ def natural_parts(config: Config, natural: Natural, folder: Path) -> list[Part]:
 
 def _meta_features(units: list[Unit], folder: Path) -> np.ndarray:
     """Returns [units, F] meta-features, kept in `folder`."""
-    path = folder / f"natural_features_{digest([u.prepared.train.x for u in units], list(FEATURES))}.npy"
+    path = folder / f"natural_features_{digest([tuple(u.prepared.train) for u in units], list(FEATURES))}.npy"
     if not path.is_file():
         work = (joblib.delayed(tasks.metafeatures)(u.prepared, groups=GROUPS, seed=u.seed) for u in units)
         described = in_processes(work, len(units), "meta-features")
@@ -143,15 +143,19 @@ def run_stages(config: Config, folder: Path, parts: list[Part]) -> Stage:
         yield from (f"TPE, trial {i}" for i in range(NUM_TRIALS))
 
     stages = {"plain": plain, "stepped": stepped, "searched": searched}
-    mark = digest(
-        [np.asarray(part.task.train["x"]) for part in parts], list(z.values()), dataclasses.asdict(config.run)
-    )
+    mark = digest_of_runs(config, parts, z)
     kept = [
         _kept(folder / "ten_runs" / f"natural_{stage}_{mark}.npz", recorded, make) for stage, make in stages.items()
     ]
     joined = zip(*(stage.parts for stage in kept), strict=True)
     labels = [label for stage in kept for label in stage.labels]
     return Stage(labels, [Probabilities(*map(np.concatenate, zip(*runs, strict=True))) for runs in joined])
+
+
+def digest_of_runs(config: Config, parts: list[Part], z: dict[str, np.ndarray]) -> str:
+    """Returns a digest of all that determines the runs but the code: rows, starts, keys and settings."""
+    settings = config.proposals, config.spread, config.fine_tune_steps, config.fine_tune_rate, NUM_TRIALS, KEY
+    return digest([(part.task, part.test) for part in parts], z, dataclasses.asdict(config.run), settings)
 
 
 def _kept(path: Path, recorded: Recorded, make: Callable) -> Stage:

@@ -218,7 +218,10 @@ def _row(rows: _Rows, architecture: Any) -> int | None:
         return _cell_row(rows, _tuples(architecture))
     if isinstance(architecture, Mapping) and rows.name == "NAS-Bench-Macro":
         return _chain_row(rows, _tuples(architecture))
-    digits = [float(x) for x in architecture]
+    try:
+        digits = [float(x) for x in architecture]
+    except (TypeError, ValueError):
+        return None
     return rows.by_encoding.get(tuple(map(int, digits))) if all(x.is_integer() for x in digits) else None
 
 

