@@ -132,13 +132,7 @@ def _catch_observe(state, params):
 catch = environment(_catch_start, _catch_move, _catch_observe, CatchParams(), 3)
 
 
-WALLS = """
-.....
-.##..
-...#.
-.#.#.
-.....
-"""
+WALLS = "..... .##.. ...#. .#.#. ....."  # row by row
 
 
 class MazeParams(NamedTuple):
@@ -187,8 +181,8 @@ def maze(walls: str = WALLS) -> Environment:
 
     def move(key, state, action, params):
         draw = jax.random.uniform(key)
-        slip = jnp.floor(4 * draw / jnp.maximum(params.slip, 1e-6)).astype(jnp.int32)  # below 4 if it slips
-        action = jnp.where(slip < 4, slip, action)
+        slips, random_action = draw < params.slip, jnp.floor(4 * draw / jnp.maximum(params.slip, 1e-6))
+        action = jnp.where(slips, random_action.astype(jnp.int32), action)
         row = jnp.clip(state.position // size + jnp.array([-1, 0, 1, 0])[action], 0, size - 1)
         column = jnp.clip(state.position % size + jnp.array([0, 1, 0, -1])[action], 0, size - 1)
         is_free = ~jnp.asarray(params.walls)[row, column]
