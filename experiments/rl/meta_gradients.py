@@ -34,7 +34,7 @@ import optax
 from experiments import script
 from experiments.rl import actor_critic, scores, searches
 from experiments.rl.actor_critic import FAMILIES, REFERENCE, SPACE, START, Family, Sizes
-from metaopt import base, hypergrad, spaces
+from metaopt import base, hypergrad
 from metaopt.training import report_progress
 
 FAMILY_NAMES = ("Catch", "maze", "CartPole")
@@ -110,7 +110,7 @@ def measure(name: str, settings: Settings, keep: Callable) -> dict[str, dict[str
 
 
 def explosion(name: str, settings: Settings) -> str:
-    """Returns what `hypergrad.diagnose` says about training at the bad values, and at the best point of a usual grid."""
+    """Returns the growth that `hypergrad.diagnose` measures at the bad values, and at the reference with rate 0.01."""
     family = FAMILIES[name]
     problem = actor_critic.make_problem(family, settings.sizes)
     task = base.Task(*[jax.tree.map(jnp.asarray, family.physics)] * 2)

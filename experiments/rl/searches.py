@@ -33,7 +33,7 @@ class Trainer(NamedTuple):
 
 def coordinates(values: Sequence[dict[str, float]]) -> Any:
     """Returns z with a leading axis, from hyperparameters; those that are missing are at `START`."""
-    stacked = {name: jnp.array([{**START, **hp}[name] for hp in values], jnp.float32) for name in SPACE}
+    stacked = {name: jnp.array([{**START, **hp}[name] for hp in values], float) for name in SPACE}
     return jax.vmap(lambda hp: spaces.to_unconstrained(SPACE, hp))(stacked)
 
 
@@ -142,7 +142,7 @@ def pbt(trainer: Trainer, seeds: Sequence[int], size: int, num_updates: int, num
     best quarter, and moves z by normal noise of deviation 0.3. Returns the final return of the member that was best in
     the last round but one.
     """
-    keys, rng = run_keys(seeds, size), np.random.default_rng(seeds)
+    keys, rng = run_keys(seeds, size), np.random.default_rng(list(seeds))
     z = jax.vmap(lambda key: spaces.to_unconstrained(SPACE, spaces.sample(jax.random.fold_in(key, 1), SPACE)))(keys)
     states, returns = trainer.start(keys, z), []
     for number in range(num_rounds):
