@@ -229,24 +229,26 @@ def test_maze(seed):
     np.testing.assert_array_equal(done, reached | (np.asarray(states.time) == 6))
     np.testing.assert_array_equal(observations.argmax(1), position)
     np.testing.assert_array_equal(observations[:, 25:].argmax(1), goal)
-    same = ~np.asarray(done[:-1])
-    assert all(
-        new in {n for _, n in neighbors(walls, old)} for old, new in zip(position[:-1][same], position[1:][same])
-    )
+    moves = np.stack([position[:-1], position[1:]], 1)[~np.asarray(done[:-1])]
+    assert all(new in {end for _, end in neighbors(walls, old)} for old, new in moves)
 
 
-def test_moves_in_the_maze():
+@pytest.mark.parametrize("slip", [0.0, 1.0])
+def test_moves_in_the_maze(slip):
     env = environments.maze()
-    for cell, slip in itertools.product(np.flatnonzero(~env.params.walls.reshape(-1)), (0.0, 1.0)):
-        state, ends = environments.MazeState(jnp.int32(cell), jnp.int32(99), jnp.int32(0)), {}
-        for action, expected in neighbors(env.params.walls, int(cell)):
-            keys = jax.random.split(jax.random.key(0), 1 if slip == 0 else 40)
-            step = jax.vmap(
-                lambda key, a: env.step(key, state, a, env.params._replace(slip=slip))[1].position, (0, None)
-            )
-            ends[expected] = set(np.asarray(step(keys, action)).tolist())
-            assert slip or ends[expected] == {expected}
-        assert not slip or all(values == set(ends) for values in ends.values())
+    params = env.params._replace(slip=slip)
+
+    @jax.jit
+    def ends(cell, action):
+        state = environments.MazeState(cell, jnp.int32(99), jnp.int32(0))
+        keys = jax.random.split(jax.random.key(0), 40)
+        return jax.vmap(lambda key: env.step(key, state, action, params)[1].position)(keys)
+
+    for cell in np.flatnonzero(~params.walls.reshape(-1)):
+        around = dict(neighbors(params.walls, int(cell)))
+        for action, expected in around.items():
+            reached = set(np.asarray(ends(jnp.int32(cell), action)).tolist())
+            assert reached == (set(around.values()) if slip else {expected})
 
 
 def test_arms_of_the_bandit_pay_with_their_probability():
