@@ -248,8 +248,8 @@ def report(rewards: dict[int, list[dict[str, np.ndarray]]], settings: Settings) 
         header += [f"{num_arms} arms", "minus Gittins [95 %]", "seeds"]
     return (
         f"Mean total reward of {NUM_PULLS} pulls over {settings.num_episodes} bandits per seed, the same for all "
-        f"methods.\n\n{script.table(header, rows)}\n\nRL²: {settings.num_updates} updates of {settings.batch} episodes, "
-        f"{settings.hidden} hidden units. Gittins: discount {DISCOUNT}, {settings.horizon} pulls."
+        f"methods.\n\n{script.table(header, rows)}\n\nRL²: {settings.num_updates} updates of {settings.batch} "
+        f"episodes, {settings.hidden} hidden units. Gittins: discount {DISCOUNT}, {settings.horizon} pulls."
     )
 
 
