@@ -1,4 +1,4 @@
-"""An actor-critic as a problem of metaopt: what it learns, from which rollouts, with which hyperparameters.
+"""An actor-critic as a problem of metaopt: its network, its rollouts, its loss and its hyperparameters.
 
 One inner step is one update. The loss makes the rollout itself, since its data depend on θ: the states of the
 environments are the model state, and the key of the context draws actions and transitions. Everything in a rollout is
@@ -71,7 +71,7 @@ FAMILIES = {
 
 class Sizes(NamedTuple):
     num_actors: int = 8
-    length: int = 16  # of a rollout
+    length: int = 16  # steps of a rollout
     hidden: int = 32
 
 

@@ -37,8 +37,8 @@ class Settings(NamedTuple):
     hidden: int = 32
     rate: float = 3e-3
     entropy: float = 0.02  # at the start; it falls to 0
-    num_episodes: int = 4000  # of the comparison
-    horizon: int = 1000  # of the dynamic program
+    num_episodes: int = 4000  # for the comparison
+    horizon: int = 1000  # for the dynamic program
 
 
 SMOKE = Settings((2,), 3, 4, 4, num_episodes=40, horizon=150)

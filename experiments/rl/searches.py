@@ -82,7 +82,7 @@ def _in_chunks(function: Callable, chunk: int) -> Callable:
 def mean_returns(curves: np.ndarray, start: float, stop: float) -> np.ndarray:
     """Returns the mean return of the episodes that ended in this part of the updates, for each run.
 
-    If none ended there, it is the mean over all earlier ones, and NaN if there is none.
+    Without such episodes, it is the mean over all earlier ones. Without earlier ones, it is NaN.
     """
     num = curves.shape[-2]
     first, last = round(start * num), round(stop * num)
