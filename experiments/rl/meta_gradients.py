@@ -29,7 +29,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import script
 from experiments.rl import actor_critic, scores, searches
@@ -46,7 +45,7 @@ DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of choices by hand, and o
 class Settings(NamedTuple):
     seeds: int = 20
     selection_seeds: int = 4
-    num_updates: int = 500
+    num_updates: int = 800
     num_trials: int = 8
     chunk: int = 40
     grid: int = 25
@@ -63,10 +62,9 @@ SMOKE = Settings(2, 1, 10, 2, 4, 2, sizes=Sizes(2, 10, 4))
 
 
 def meta_gradient(problem: base.Problem, family: Family, settings: Settings) -> Callable:
-    """Returns `(keys, z) -> (curves, hyperparameters)` of a run that tunes its own hyperparameters."""
+    """Returns `(keys, z, outer_rates) -> (curves, hyperparameters)` of runs that tune their own hyperparameters."""
     estimator = hypergrad.truncated(problem, num_steps=settings.num_updates, truncation_length=settings.window)
-    optimizer = optax.adam(settings.outer_rate)
-    return searches.tuned(estimator, family.physics, optimizer, settings.num_updates // settings.window)
+    return searches.tuned(estimator, family.physics, settings.num_updates // settings.window)
 
 
 def measure(name: str, settings: Settings, keep: Callable) -> dict[str, dict[str, np.ndarray]]:
@@ -89,7 +87,9 @@ def measure(name: str, settings: Settings, keep: Callable) -> dict[str, dict[str
         return {**fixed(best), **point, "means": family.score(means)}
 
     def tuned():
-        curves, path = meta_gradient(problem, family, settings)(keys, searches.coordinates([START] * len(seeds)))
+        outer_rates = jnp.full(len(seeds), settings.outer_rate)
+        z = searches.coordinates([START] * len(seeds))
+        curves, path = meta_gradient(problem, family, settings)(keys, z, outer_rates)
         curves = np.asarray(curves, np.float64)
         path = {f"path {key}": np.asarray(values) for key, values in path.items()}
         return {"score": family.score(searches.final(curves)), "curves": curves, **path}
@@ -139,7 +139,11 @@ def speeds(name: str, settings: Settings) -> list[str]:
     short = settings._replace(num_updates=num_updates)
     train = searches.trainer(problem, physics, num_updates, num_runs).train
     meta = meta_gradient(problem, family, short._replace(window=1))
-    programs = [jax.jit(jax.vmap(bare)), lambda keys: train(keys, z, num_updates), lambda keys: meta(keys, z)]
+    programs = [
+        jax.jit(jax.vmap(bare)),
+        lambda keys: train(keys, z, num_updates),
+        lambda keys: meta(keys, z, jnp.zeros(num_runs)),
+    ]
     rates = []
     for program in programs:
         jax.block_until_ready(program(keys))  # compiles
@@ -249,22 +253,29 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
 
 
 def develop(settings: Settings) -> str:
-    """Returns the mean scores of outer rates and windows on five other seeds."""
+    """Returns the mean scores, and the tuned values at the end, of outer rates and windows on five other seeds."""
     rows, seeds = [], range(DEVELOPMENT, DEVELOPMENT + 5)
-    keys, z = searches.run_keys(seeds), searches.coordinates([START] * len(seeds))
+    rates = (0.01, 0.03, 0.1, 0.3)
+    keys = jnp.tile(searches.run_keys(seeds), len(rates))
+    z, outer_rates = searches.coordinates([START] * len(keys)), jnp.repeat(jnp.array(rates), len(seeds))
     for window in (1, 4):
-        for outer_rate in (0.01, 0.03, 0.1):
-            row = [str(window), str(outer_rate)]
-            for name in FAMILY_NAMES:
-                changed = settings._replace(window=window, outer_rate=outer_rate)
-                problem = actor_critic.make_problem(FAMILIES[name], settings.sizes)
-                curves, path = meta_gradient(problem, FAMILIES[name], changed)(keys, z)
-                score = FAMILIES[name].score(searches.final(np.asarray(curves, np.float64)))
-                end = ", ".join(f"{np.median(np.asarray(values)[:, -1]):.2g}" for values in path.values())
-                row.append(f"{script.spread(score)} ({end})")
-            rows.append(row)
-            print(rows[-1], flush=True)
-    return script.table(["window", "outer rate", *FAMILY_NAMES], rows)
+        for name in FAMILY_NAMES:
+            family = FAMILIES[name]
+            problem = actor_critic.make_problem(family, settings.sizes)
+            curves, paths = meta_gradient(problem, family, settings._replace(window=window))(keys, z, outer_rates)
+            score = family.score(searches.final(np.asarray(curves, np.float64))).reshape(len(rates), -1)
+            ends = {key: np.median(np.asarray(path)[:, -1].reshape(len(rates), -1), 1) for key, path in paths.items()}
+            for i, rate in enumerate(rates):
+                row = [
+                    str(window),
+                    name,
+                    str(rate),
+                    script.spread(score[i]),
+                    *(f"{end[i]:.2g}" for end in ends.values()),
+                ]
+                rows.append(row)
+                print(row, flush=True)
+    return script.table(["window", "family", "outer rate", "score", *SPACE], rows)
 
 
 def main() -> None:

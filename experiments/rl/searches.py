@@ -176,16 +176,17 @@ def _ratio(ended: np.ndarray, total: np.ndarray) -> np.ndarray:
     return np.where(used[:, 1] > 0, used[:, 0] / np.maximum(used[:, 1], 1), -np.inf)
 
 
-def tuned(
-    estimator: base.Estimator, physics: Any, optimizer: optax.GradientTransformation, num_estimates: int
-) -> Callable:
-    """Returns `(keys [R], z [R]) -> (curves [R, num_estimates, 2], hyperparameters {name: [R, num_estimates]})`.
+def tuned(estimator: base.Estimator, physics: Any, num_estimates: int) -> Callable:
+    """Returns `(keys [R], z [R], outer_rates [R]) -> (curves [R, num_estimates, 2], {name: [R, num_estimates]})`.
 
-    The hyperparameters are tuned during one training run. With several particles, a curve is their sum.
+    The hyperparameters, whose paths are the second result, are tuned by Adam during one training run. With several
+    particles, a curve is their sum.
     """
-    learner, physics = training.learner(estimator, optimizer), jax.tree.map(jnp.asarray, physics)
+    physics = jax.tree.map(jnp.asarray, physics)
 
-    def run(key, z):
+    def run(key, z, outer_rate):
+        learner = training.learner(estimator, optax.adam(outer_rate))
+
         def step(state, _):
             state, _ = learner.step(state)
             finished = state.estimator_state.inner.model_state.finished.reshape(-1, 2).sum(0)
