@@ -186,11 +186,17 @@ def actor_critic_loss(params, hyperparams, rollout: Rollout, scale: float = 1.0)
     return -(taken * normalized).mean() + hyperparams["value"] * value_loss - hyperparams["entropy"] * entropy
 
 
-def make_problem(family: Family, sizes: Sizes, reference=REFERENCE) -> base.Problem:
-    """Returns the problem in unconstrained coordinates; a task's data are the physics of the environment.
+def make_task(family: Family, reference: dict[str, Any] = REFERENCE) -> base.Task:
+    """Returns the physics as the data of training, and the physics and `reference` as those of the outer loss."""
+    physics, reference = jax.tree.map(jnp.asarray, (family.physics, reference))
+    return base.Task(physics, (physics, reference))
+
+
+def make_problem(family: Family, sizes: Sizes) -> base.Problem:
+    """Returns the problem in unconstrained coordinates, for tasks of `make_task`.
 
     The value of the outer loss is the negative mean of the rewards of its rollout, or of survived steps if all rewards
-    are equal. Its gradient is that of the actor-critic loss with `reference`. So rules that only use values
+    are equal. Its gradient is that of the actor-critic loss with the task's reference. So rules that only use values
     (`hypergrad.evolution`) follow the rewards.
     """
     env = family.environment
@@ -205,7 +211,8 @@ def make_problem(family: Family, sizes: Sizes, reference=REFERENCE) -> base.Prob
         actors, rollout = policy_rollout(env, params, context.key, context.model_state, physics, sizes.length)
         return actor_critic_loss(params, hyperparams, rollout, family.scale), jax.lax.stop_gradient(actors)
 
-    def outer_loss(params, hyperparams, physics, context):
+    def outer_loss(params, hyperparams, batch, context):
+        physics, reference = batch
         _, rollout = policy_rollout(env, params, context.key, context.model_state, physics, sizes.length)
         surrogate = actor_critic_loss(params, reference, rollout, family.scale)
         success = rollout.discount if env is environments.cart_pole else rollout.reward

@@ -39,6 +39,7 @@ from metaopt.training import report_progress
 FAMILY_NAMES = ("Catch", "maze", "CartPole")
 RATES, HORIZONS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (2.0, 6.0, 18.0, 54.0, 162.0)
 GRID = [{**REFERENCE, "rate": rate, "horizon": horizon} for rate in RATES for horizon in HORIZONS]
+OUTER, OUTER_RATES = REFERENCE, (0.003, 0.01, 0.03)  # of the outer loss, and the choices for Adam
 DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of choices by hand, and of the grid
 
 
@@ -61,17 +62,35 @@ class Settings(NamedTuple):
 SMOKE = Settings(2, 1, 10, 2, 4, 2, sizes=Sizes(2, 10, 4))
 
 
-def meta_gradient(problem: base.Problem, family: Family, settings: Settings) -> Callable:
-    """Returns `(keys, z, outer_rates) -> (curves, hyperparameters)` of runs that tune their own hyperparameters."""
-    estimator = hypergrad.truncated(problem, num_steps=settings.num_updates, truncation_length=settings.window)
-    return searches.tuned(estimator, family.physics, settings.num_updates // settings.window)
+class Programs(NamedTuple):
+    """The compiled programs of one family: training with fixed hyperparameters, and with tuned ones."""
+
+    family: Family
+    problem: base.Problem
+    trainer: searches.Trainer
+    tune: Callable
 
 
-def measure(name: str, settings: Settings, keep: Callable) -> dict[str, dict[str, np.ndarray]]:
-    """Returns {method: {"score": [seeds], ...}} of one family."""
+def make_programs(name: str, settings: Settings) -> Programs:
     family = FAMILIES[name]
     problem = actor_critic.make_problem(family, settings.sizes)
     trainer = searches.trainer(problem, family.physics, settings.num_updates, settings.chunk)
+    estimator = hypergrad.truncated(problem, num_steps=settings.num_updates, truncation_length=settings.window)
+    num_estimates = settings.num_updates // settings.window
+    return Programs(family, problem, trainer, searches.tuned(estimator, num_estimates, settings.chunk // 2))
+
+
+def tune_all(programs: Programs, keys: jax.Array, settings: Settings):
+    """Returns curves and paths of one run for each key, from the bad values."""
+    num = len(keys)
+    z = searches.coordinates([START] * num)
+    tasks = searches.repeated(actor_critic.make_task(programs.family, OUTER), num)
+    return programs.tune(keys, z, jnp.full(num, settings.outer_rate), tasks)
+
+
+def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -> dict[str, dict[str, np.ndarray]]:
+    """Returns {method: {"score": [seeds], ...}} of one family."""
+    family, trainer = programs.family, programs.trainer
     seeds, full, part = range(settings.seeds), settings.num_updates, settings.num_updates // settings.num_trials
     keys = searches.run_keys(seeds)
 
@@ -87,12 +106,9 @@ def measure(name: str, settings: Settings, keep: Callable) -> dict[str, dict[str
         return {**fixed(best), **point, "means": family.score(means)}
 
     def tuned():
-        outer_rates = jnp.full(len(seeds), settings.outer_rate)
-        z = searches.coordinates([START] * len(seeds))
-        curves, path = meta_gradient(problem, family, settings)(keys, z, outer_rates)
-        curves = np.asarray(curves, np.float64)
-        path = {f"path {key}": np.asarray(values) for key, values in path.items()}
-        return {"score": family.score(searches.final(curves)), "curves": curves, **path}
+        curves, paths = tune_all(programs, keys, settings)
+        paths = {f"path {key}": path for key, path in paths.items()}
+        return {"score": family.score(searches.final(curves)), "curves": curves, **paths}
 
     def searched(search, num_updates):
         return lambda: {"score": family.score(search(trainer, seeds, settings.num_trials, num_updates))}
@@ -109,48 +125,38 @@ def measure(name: str, settings: Settings, keep: Callable) -> dict[str, dict[str
     return {method: keep(f"{name}, {method}", make) for method, make in methods.items()}
 
 
-def explosion(name: str, settings: Settings) -> str:
-    """Returns the growth that `hypergrad.diagnose` measures at the bad values, and at the reference with rate 0.01."""
-    family = FAMILIES[name]
-    problem = actor_critic.make_problem(family, settings.sizes)
-    task = base.Task(*[jax.tree.map(jnp.asarray, family.physics)] * 2)
-    growths = []
-    for hp in (START, {**REFERENCE, "rate": 1e-2}):
-        z = jax.tree.map(lambda x: x[0], searches.coordinates([hp]))
-        growths.append(hypergrad.diagnose(problem, z, task, num_steps=min(100, settings.num_updates)).growth)
-    return f"{name} {growths[0]:+.3f} and {growths[1]:+.3f}"
+def growth(programs: Programs, settings: Settings) -> float:
+    """Returns the growth that `hypergrad.diagnose` measures at the reference with rate 0.01."""
+    z = jax.tree.map(lambda x: x[0], searches.coordinates([{**REFERENCE, "rate": 1e-2}]))
+    num_steps = min(100, settings.num_updates)
+    return hypergrad.diagnose(programs.problem, z, actor_critic.make_task(programs.family), num_steps=num_steps).growth
 
 
-def speeds(name: str, settings: Settings) -> list[str]:
+def speeds(programs: Programs, settings: Settings) -> np.ndarray:
     """Returns steps of the environments per processor second: a bare scan, training, and tuned training."""
-    family, num_updates = FAMILIES[name], min(50, settings.num_updates)
-    sizes, num_runs = settings.sizes, settings.chunk // 2
-    problem = actor_critic.make_problem(family, sizes)
-    env, keys = family.environment, searches.run_keys(range(num_runs))
-    z = searches.coordinates([START] * num_runs)
-    physics = jax.tree.map(jnp.asarray, family.physics)
+    sizes, num = settings.sizes, settings.chunk
+    env, keys, z = programs.family.environment, searches.run_keys(range(num)), searches.coordinates([START] * num)
+    physics = jax.tree.map(jnp.asarray, programs.family.physics)
 
     def bare(key):
         act = lambda key, observation: jax.random.randint(key, (sizes.num_actors,), 0, env.num_actions)
         actors = actor_critic.start(env, key, physics, sizes.num_actors)
-        actors, rollout = actor_critic.roll_out(env, act, key, actors, physics, sizes.length * num_updates)
+        actors, rollout = actor_critic.roll_out(env, act, key, actors, physics, sizes.length * settings.num_updates)
         return actors.finished, rollout.observation.sum()
 
-    short = settings._replace(num_updates=num_updates)
-    train = searches.trainer(problem, physics, num_updates, num_runs).train
-    meta = meta_gradient(problem, family, short._replace(window=1))
-    programs = [
-        jax.jit(jax.vmap(bare)),
-        lambda keys: train(keys, z, num_updates),
-        lambda keys: meta(keys, z, jnp.zeros(num_runs)),
+    scan = jax.jit(jax.vmap(bare))
+    runs = [
+        lambda: scan(keys),
+        lambda: programs.trainer.train(keys, z, settings.num_updates),
+        lambda: tune_all(programs, keys[: num // 2], settings),
     ]
     rates = []
-    for program in programs:
-        jax.block_until_ready(program(keys))  # compiles
+    for run, share in zip(runs, (1, 1, 0.5), strict=True):
+        jax.block_until_ready(run())  # compiles
         begin = time.process_time()
-        jax.block_until_ready(program(keys))
-        rates.append(num_runs * short.env_steps / (time.process_time() - begin))
-    return [name, *(f"{rate:,.0f}" for rate in rates)]
+        jax.block_until_ready(run())
+        rates.append(share * num * settings.env_steps / (time.process_time() - begin))
+    return np.array(rates)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -199,11 +205,14 @@ def hyperparameter_table(results: dict[str, dict]) -> str:
     return script.table(["", *SPACE], rows)
 
 
-def report(results: dict[str, dict], measured: dict[str, list[str]], growths: list[str], settings: Settings) -> str:
+def report(
+    results: dict[str, dict], measured: dict[str, list[str]], growths: dict[str, float], settings: Settings
+) -> str:
     sizes = settings.sizes
     speed = script.table(
         ["steps per processor second", "bare scan", "training", "with meta-gradients"], [*measured.values()]
     )
+    growth_text = "; ".join(f"{name} {value:+.3f}" for name, value in growths.items())
     grids = "; ".join(
         f"{name} from {np.nanmin(family['best of the grid']['means']):.3f} to "
         f"{np.nanmax(family['best of the grid']['means']):.3f}"
@@ -214,7 +223,7 @@ def report(results: dict[str, dict], measured: dict[str, list[str]], growths: li
         f"environments, for one result.\n\n{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores "
         f"of the points of the grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
         f"{hyperparameter_table(results)}\n\n{speed}\n\nMean log growth of a perturbation of θ per update "
-        f"(`hypergrad.diagnose`, at the bad values, and at the reference with rate 0.01): {'; '.join(growths)}.\n\n"
+        f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
         f"hidden units; `hypergrad.truncated` over {settings.window} update(s), outer Adam with rate "
         f"{settings.outer_rate}. Seeds 0 to {settings.seeds - 1}; for the grid {SELECTION} to "
@@ -252,41 +261,39 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
     plt.close(figure)
 
 
-def develop(settings: Settings) -> str:
-    """Returns the mean scores, and the tuned values at the end, of outer rates and windows on five other seeds."""
+def develop(settings: Settings, names: tuple[str, ...]) -> str:
+    """Returns the mean scores, and the tuned values at the end, of outer losses and outer rates on five other seeds."""
     rows, seeds = [], range(DEVELOPMENT, DEVELOPMENT + 5)
-    rates = (0.01, 0.03, 0.1, 0.3)
-    keys = jnp.tile(searches.run_keys(seeds), len(rates))
-    z, outer_rates = searches.coordinates([START] * len(keys)), jnp.repeat(jnp.array(rates), len(seeds))
-    for window in (1, 4):
-        for name in FAMILY_NAMES:
-            family = FAMILIES[name]
-            problem = actor_critic.make_problem(family, settings.sizes)
-            curves, paths = meta_gradient(problem, family, settings._replace(window=window))(keys, z, outer_rates)
-            score = family.score(searches.final(np.asarray(curves, np.float64))).reshape(len(rates), -1)
-            ends = {key: np.median(np.asarray(path)[:, -1].reshape(len(rates), -1), 1) for key, path in paths.items()}
-            for i, rate in enumerate(rates):
-                row = [
-                    str(window),
-                    name,
-                    str(rate),
-                    script.spread(score[i]),
-                    *(f"{end[i]:.2g}" for end in ends.values()),
-                ]
-                rows.append(row)
-                print(row, flush=True)
-    return script.table(["window", "family", "outer rate", "score", *SPACE], rows)
+    losses = [(0.5, 0.01), (0.0, 0.01), (0.0, 0.0)]
+    choices = [
+        (rate, {**REFERENCE, "value": value, "entropy": entropy}) for value, entropy in losses for rate in OUTER_RATES
+    ]
+    keys = jnp.tile(searches.run_keys(seeds), len(choices))
+    z = searches.coordinates([START] * len(keys))
+    outer_rates = jnp.repeat(jnp.array([rate for rate, _ in choices]), len(seeds))
+    for name in names:
+        programs = make_programs(name, settings)
+        tasks = [actor_critic.make_task(programs.family, reference) for _, reference in choices for _ in seeds]
+        curves, paths = programs.tune(keys, z, outer_rates, jax.tree.map(lambda *x: jnp.stack(x), *tasks))
+        score = programs.family.score(searches.final(curves)).reshape(len(choices), -1)
+        ends = [np.median(path[:, -1].reshape(len(choices), -1), 1) for path in paths.values()]
+        for i, (rate, reference) in enumerate(choices):
+            row = [name, f"{reference['value']:g}", f"{reference['entropy']:g}", str(rate), script.spread(score[i])]
+            rows.append([*row, *(f"{end[i]:.2g}" for end in ends)])
+            print(rows[-1], flush=True)
+    return script.table(["family", "outer value weight", "outer entropy weight", "outer rate", "score", *SPACE], rows)
 
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=5)
     parser.add_argument("--full", action="store_true", help="20 seeds")
     parser.add_argument("--develop", action="store_true", help="compare outer rates on other seeds")
+    parser.add_argument("--families", nargs="*", help="only these families")
     parser.add_argument("--keep", type=Path, default=None, help="folder for finished parts")
     args = parser.parse_args()
     settings = SMOKE if args.smoke else Settings(seeds=20 if args.full else args.seeds)
     if args.develop:
-        print(develop(settings))
+        print(develop(settings, args.families or FAMILY_NAMES))
         return
     folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__).parent)
     seconds = []
@@ -301,15 +308,16 @@ def main() -> None:
         print(f"{part}: {arrays['score'].mean():.3f}, {seconds[-1]:.0f} s" if "score" in arrays else part, flush=True)
         return arrays
 
-    names = FAMILY_NAMES[:1] if args.smoke else FAMILY_NAMES
-    results, measured, growths = {}, {}, []
+    names = FAMILY_NAMES[:1] if args.smoke else args.families or FAMILY_NAMES
+    results, measured, growths = {}, {}, {}
     with report_progress(len(names), None, "{family}", unit="family", family="") as progress:
         for count, name in enumerate(names):
-            results[name] = measure(name, settings, keep)
-            row = keep(f"{name}, speed", lambda name=name: {"row": np.array(speeds(name, settings))})
-            measured[name] = [str(cell) for cell in row["row"]]
-            growth = keep(f"{name}, growth", lambda name=name: {"text": np.array(explosion(name, settings))})
-            growths.append(str(growth["text"]))
+            programs = make_programs(name, settings)
+            results[name] = measure(name, programs, settings, keep)
+            own = keep(f"{name}, speed", lambda programs=programs: {"rates": speeds(programs, settings)})
+            measured[name] = [name, *(f"{rate:,.0f}" for rate in own["rates"])]
+            own = keep(f"{name}, growth", lambda programs=programs: {"growth": np.array(growth(programs, settings))})
+            growths[name] = float(own["growth"])
             progress(count + 1, family=name)
     text = report(results, measured, growths, settings)
     name = "rl_meta_gradients"

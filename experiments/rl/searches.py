@@ -176,15 +176,14 @@ def _ratio(ended: np.ndarray, total: np.ndarray) -> np.ndarray:
     return np.where(used[:, 1] > 0, used[:, 0] / np.maximum(used[:, 1], 1), -np.inf)
 
 
-def tuned(estimator: base.Estimator, physics: Any, num_estimates: int) -> Callable:
-    """Returns `(keys [R], z [R], outer_rates [R]) -> (curves [R, num_estimates, 2], {name: [R, num_estimates]})`.
+def tuned(estimator: base.Estimator, num_estimates: int, chunk: int) -> Callable:
+    """Returns `(keys [R], z [R], outer_rates [R], tasks [R]) -> (curves [R, num_estimates, 2], paths)`.
 
-    The hyperparameters, whose paths are the second result, are tuned by Adam during one training run. With several
-    particles, a curve is their sum.
+    The hyperparameters are tuned by Adam during one training run; their paths are {name: [R, num_estimates]}. With
+    several particles, a curve is their sum.
     """
-    physics = jax.tree.map(jnp.asarray, physics)
 
-    def run(key, z, outer_rate):
+    def run(key, z, outer_rate, task):
         learner = training.learner(estimator, optax.adam(outer_rate))
 
         def step(state, _):
@@ -192,6 +191,17 @@ def tuned(estimator: base.Estimator, physics: Any, num_estimates: int) -> Callab
             finished = state.estimator_state.inner.model_state.finished.reshape(-1, 2).sum(0)
             return state, (finished, spaces.to_constrained(SPACE, state.hyperparams))
 
-        return jax.lax.scan(step, learner.init(key, z, base.Task(physics, physics)), length=num_estimates)[1]
+        return jax.lax.scan(step, learner.init(key, z, task), length=num_estimates)[1]
 
-    return jax.jit(jax.vmap(run))
+    compiled = _in_chunks(jax.jit(jax.vmap(run)), chunk)
+
+    def tune(keys, z, outer_rates, tasks):
+        curves, paths = compiled(keys, z, outer_rates, tasks)
+        return np.asarray(curves, np.float64), {name: np.asarray(paths[name]) for name in SPACE}
+
+    return tune
+
+
+def repeated(tree: Any, num: int) -> Any:
+    """Returns a tree with a leading axis of `num` equal rows."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), tree)

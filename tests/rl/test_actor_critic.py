@@ -7,13 +7,9 @@ import pytest
 
 from experiments.rl import actor_critic, environments, scores, searches
 from experiments.rl.actor_critic import FAMILIES, REFERENCE, SPACE, START, Sizes
-from metaopt import base, hypergrad, inner, spaces
+from metaopt import hypergrad, inner, spaces
 
 SIZES = Sizes(num_actors=3, length=12, hidden=5)
-
-
-def task_of(family):
-    return base.Task(*[jax.tree.map(jnp.asarray, family.physics)] * 2)
 
 
 def z_of(**hyperparams):
@@ -57,7 +53,7 @@ def test_the_policy_gradient_is_that_of_the_formula():
 def test_hypergradients_equal_differences_of_the_update_times_the_outer_gradient(name):
     """dF/dλ = (∂θ'/∂λ)ᵀ ∇f(θ'), where the rollout of the update does not depend on λ."""
     family = FAMILIES[name]
-    problem, task = actor_critic.make_problem(family, SIZES), task_of(family)
+    problem, task = actor_critic.make_problem(family, SIZES), actor_critic.make_task(family)
     loop, z = problem.loop, z_of(rate=3e-2, horizon=10.0)
     estimator = hypergrad.truncated(problem, num_steps=8, truncation_length=1)
     state = estimator.init(jax.random.key(3), z, task)
@@ -84,7 +80,7 @@ def test_hypergradients_equal_differences_of_the_update_times_the_outer_gradient
 def test_the_outer_rollout_is_the_rollout_of_the_next_step():
     """So the outer loss takes no further steps of the environments."""
     family = FAMILIES["maze"]
-    problem, task, z = actor_critic.make_problem(family, SIZES), task_of(family), z_of()
+    problem, task, z = actor_critic.make_problem(family, SIZES), actor_critic.make_task(family), z_of()
     estimator = hypergrad.truncated(problem, num_steps=8, truncation_length=1)
     estimate, state = jax.jit(estimator.estimate), estimator.init(jax.random.key(0), z, task)
     for _ in range(4):
@@ -98,7 +94,7 @@ def test_the_outer_rollout_is_the_rollout_of_the_next_step():
         jax.tree.map(np.testing.assert_array_equal, actors, later.inner.model_state)
 
 
-def test_training_learns_and_tuning_moves_every_hyperparameter():
+def test_training_learns_with_good_values_only():
     family, sizes, num_updates = FAMILIES["Catch"], Sizes(8, 16, 16), 150
     problem = actor_critic.make_problem(family, sizes)
     trainer = searches.trainer(problem, family.physics, num_updates, 2)
