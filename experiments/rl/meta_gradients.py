@@ -46,6 +46,7 @@ DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of choices by hand, and o
 class Settings(NamedTuple):
     seeds: int = 20
     selection_seeds: int = 4
+    full_search_seeds: int = 10  # of searches that have the full steps for each trial
     num_updates: int = 800
     num_trials: int = 8
     chunk: int = 40
@@ -59,7 +60,7 @@ class Settings(NamedTuple):
         return self.num_updates * self.sizes.num_actors * self.sizes.length
 
 
-SMOKE = Settings(2, 1, 10, 2, 4, 2, sizes=Sizes(2, 10, 4))
+SMOKE = Settings(2, 1, 1, 10, 2, 4, 2, sizes=Sizes(2, 10, 4))
 
 
 class Programs(NamedTuple):
@@ -111,7 +112,8 @@ def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -
         return {"score": family.score(searches.final(curves)), "curves": curves, **paths}
 
     def searched(search, num_updates):
-        return lambda: {"score": family.score(search(trainer, seeds, settings.num_trials, num_updates))}
+        own = seeds[: settings.full_search_seeds] if num_updates == full else seeds
+        return lambda: {"score": family.score(search(trainer, own, settings.num_trials, num_updates))}
 
     methods = {
         "bad values": lambda: fixed(START),
@@ -213,6 +215,7 @@ def report(
         ["steps per processor second", "bare scan", "training", "with meta-gradients"], [*measured.values()]
     )
     growth_text = "; ".join(f"{name} {value:+.3f}" for name, value in growths.items())
+    outer_text = ", ".join(f"{key} {value:g}" for key, value in OUTER.items())
     grids = "; ".join(
         f"{name} from {np.nanmin(family['best of the grid']['means']):.3f} to "
         f"{np.nanmax(family['best of the grid']['means']):.3f}"
@@ -226,7 +229,8 @@ def report(
         f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
         f"hidden units; `hypergrad.truncated` over {settings.window} update(s), outer Adam with rate "
-        f"{settings.outer_rate}. Seeds 0 to {settings.seeds - 1}; for the grid {SELECTION} to "
+        f"{settings.outer_rate}. Outer loss: {outer_text}. Seeds 0 to {settings.seeds - 1}, up to {settings.full_search_seeds - 1} for searches "
+        f"with {settings.num_trials} times the steps; for the grid {SELECTION} to "
         f"{SELECTION + settings.selection_seeds - 1}; for choices by hand {DEVELOPMENT} to {DEVELOPMENT + 4}."
     )
 
