@@ -2,7 +2,7 @@
 
 One inner step is one update. The loss makes the rollout itself, since its data depend on θ: the states of the
 environments are the model state, and the key of the context draws actions and transitions. Everything in a rollout is
-held constant, so that only log-probabilities, values and entropies have a derivative in θ:
+held constant, and only log-probabilities, values and entropies have a derivative in θ:
 
     δ_t = r_t + γ c_t V(s_{t+1}) − V(s_t),    A_t = δ_t + γ λ c_t A_{t+1},    R_t = A_t + V(s_t),
     ℓ(θ) = mean [−Â_t log π(a_t|s_t; θ) + w_V ½ (V(s_t; θ) − R_t)² − w_H H(π(·|s_t; θ))],
@@ -11,9 +11,10 @@ where c_t is 0 at the end of an episode, Â has mean 0 and deviation 1, and V in
 are tuned through the update: the horizon 1 / (1 − γ), the trace λ, the weights w_V and w_H, and the rate of Adam.
 
 The outer loss is the same function with the fixed `REFERENCE`, on a rollout with the new θ (Xu et al., NeurIPS 2018,
-https://arxiv.org/abs/1805.09801; Zahavy et al., NeurIPS 2020, https://arxiv.org/abs/2002.12928). It starts from the
-states and the key that the next inner step will use. So its rollout is the rollout of that step, and tuning takes no
-more steps of the environments than training.
+https://arxiv.org/abs/1805.09801), plus the KL divergence of the new policy from the one before the update (Zahavy et
+al., NeurIPS 2020, https://arxiv.org/abs/2002.12928). The divergence is a brake for the rate: a policy that has become
+deterministic has no gradient. The rollout starts from the states and the key that the next inner step will use. So it
+is the rollout of that step, and tuning takes no more steps of the environments than training.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from metaopt import base, inner, spaces
 
 # Chosen as usual values for all environments, before the first run. The rate has no place in an outer loss.
 REFERENCE = {"horizon": 50.0, "trace": 0.95, "entropy": 0.01, "value": 0.5}
+OUTER = {**REFERENCE, "kl": 1.0}
 # The bad start: a discount of 0.5, a short trace, 30 times the entropy weight, a tenth of the value weight and, as the
 # usual rates of such small networks are 0.003 to 0.03, a rate of at most a tenth.
 START = {"rate": 3e-4, "horizon": 2.0, "trace": 0.5, "entropy": 0.3, "value": 0.05}
@@ -76,7 +78,7 @@ class Sizes(NamedTuple):
 
 
 class Actors(NamedTuple):
-    """The environments during training: the model state.
+    """The environments during training.
 
     Attributes:
       state: their states, with a leading axis of actors.
@@ -89,6 +91,13 @@ class Actors(NamedTuple):
     observation: jax.Array
     running: jax.Array
     finished: jax.Array
+
+
+class Memory(NamedTuple):
+    """The model state: the environments, and θ before the last update."""
+
+    actors: Actors
+    previous: dict[str, jax.Array]
 
 
 class Rollout(NamedTuple):
@@ -186,7 +195,14 @@ def actor_critic_loss(params, hyperparams, rollout: Rollout, scale: float = 1.0)
     return -(taken * normalized).mean() + hyperparams["value"] * value_loss - hyperparams["entropy"] * entropy
 
 
-def make_task(family: Family, reference: dict[str, Any] = REFERENCE) -> base.Task:
+def divergence(old, new, observation) -> jax.Array:
+    """Returns the mean KL divergence of the new policy from the old one; only the new one has a derivative."""
+    logits = lambda params: jax.vmap(jax.vmap(apply, (None, 0)), (None, 0))(params, observation)[0]
+    old_log, new_log = jax.nn.log_softmax(jax.lax.stop_gradient(logits(old))), jax.nn.log_softmax(logits(new))
+    return (jnp.exp(old_log) * (old_log - new_log)).sum(-1).mean()
+
+
+def make_task(family: Family, reference: dict[str, Any] = OUTER) -> base.Task:
     """Returns the physics as the data of training, and the physics and `reference` as those of the outer loss."""
     physics, reference = jax.tree.map(jnp.asarray, (family.physics, reference))
     return base.Task(physics, (physics, reference))
@@ -205,16 +221,19 @@ def make_problem(family: Family, sizes: Sizes) -> base.Problem:
         params_key, actors_key = jax.random.split(key)
         actors = start(env, actors_key, physics, sizes.num_actors)
         num_inputs = actors.observation.shape[-1]
-        return initial_params(params_key, num_inputs, env.num_actions, sizes.hidden), actors
+        params = initial_params(params_key, num_inputs, env.num_actions, sizes.hidden)
+        return params, Memory(actors, params)
 
     def loss(params, hyperparams, physics, context):
-        actors, rollout = policy_rollout(env, params, context.key, context.model_state, physics, sizes.length)
-        return actor_critic_loss(params, hyperparams, rollout, family.scale), jax.lax.stop_gradient(actors)
+        actors, rollout = policy_rollout(env, params, context.key, context.model_state.actors, physics, sizes.length)
+        memory = jax.lax.stop_gradient(Memory(actors, params))
+        return actor_critic_loss(params, hyperparams, rollout, family.scale), memory
 
     def outer_loss(params, hyperparams, batch, context):
         physics, reference = batch
-        _, rollout = policy_rollout(env, params, context.key, context.model_state, physics, sizes.length)
+        _, rollout = policy_rollout(env, params, context.key, context.model_state.actors, physics, sizes.length)
         surrogate = actor_critic_loss(params, reference, rollout, family.scale)
+        surrogate += reference["kl"] * divergence(context.model_state.previous, params, rollout.observation)
         success = rollout.discount if env is environments.cart_pole else rollout.reward
         return surrogate - jax.lax.stop_gradient(surrogate + success.mean())
 

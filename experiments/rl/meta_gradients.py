@@ -32,14 +32,14 @@ import numpy as np
 
 from experiments import script
 from experiments.rl import actor_critic, scores, searches
-from experiments.rl.actor_critic import FAMILIES, REFERENCE, SPACE, START, Family, Sizes
+from experiments.rl.actor_critic import FAMILIES, OUTER, REFERENCE, SPACE, START, Family, Sizes
 from metaopt import base, hypergrad
 from metaopt.training import report_progress
 
 FAMILY_NAMES = ("Catch", "maze", "CartPole")
 RATES, HORIZONS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (2.0, 6.0, 18.0, 54.0, 162.0)
 GRID = [{**REFERENCE, "rate": rate, "horizon": horizon} for rate in RATES for horizon in HORIZONS]
-OUTER, OUTER_RATES = REFERENCE, (0.003, 0.01, 0.03)  # of the outer loss, and the choices for Adam
+OUTER_RATES = (0.003, 0.01, 0.03)
 DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of choices by hand, and of the grid
 
 
@@ -85,7 +85,7 @@ def tune_all(programs: Programs, keys: jax.Array, settings: Settings):
     """Returns curves and paths of one run for each key, from the bad values."""
     num = len(keys)
     z = searches.coordinates([START] * num)
-    tasks = searches.repeated(actor_critic.make_task(programs.family, OUTER), num)
+    tasks = searches.repeated(actor_critic.make_task(programs.family), num)
     return programs.tune(keys, z, jnp.full(num, settings.outer_rate), tasks)
 
 
@@ -229,8 +229,8 @@ def report(
         f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
         f"hidden units; `hypergrad.truncated` over {settings.window} update(s), outer Adam with rate "
-        f"{settings.outer_rate}. Outer loss: {outer_text}. Seeds 0 to {settings.seeds - 1}, up to {settings.full_search_seeds - 1} for searches "
-        f"with {settings.num_trials} times the steps; for the grid {SELECTION} to "
+        f"{settings.outer_rate}. Outer loss: {outer_text}. Seeds 0 to {settings.seeds - 1}, up to "
+        f"{settings.full_search_seeds - 1} for searches with {settings.num_trials} times the steps; for the grid {SELECTION} to "
         f"{SELECTION + settings.selection_seeds - 1}; for choices by hand {DEVELOPMENT} to {DEVELOPMENT + 4}."
     )
 
@@ -266,12 +266,9 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
 
 
 def develop(settings: Settings, names: tuple[str, ...]) -> str:
-    """Returns the mean scores, and the tuned values at the end, of outer losses and outer rates on five other seeds."""
-    rows, seeds = [], range(DEVELOPMENT, DEVELOPMENT + 5)
-    losses = [(0.5, 0.01), (0.0, 0.01), (0.0, 0.0)]
-    choices = [
-        (rate, {**REFERENCE, "value": value, "entropy": entropy}) for value, entropy in losses for rate in OUTER_RATES
-    ]
+    """Returns the mean scores, and the tuned values at the end, of outer losses and outer rates on other seeds."""
+    rows, seeds = [], range(DEVELOPMENT, DEVELOPMENT + 3)
+    choices = [(rate, {**OUTER, "kl": weight}) for weight in (0.0, 1.0) for rate in OUTER_RATES]
     keys = jnp.tile(searches.run_keys(seeds), len(choices))
     z = searches.coordinates([START] * len(keys))
     outer_rates = jnp.repeat(jnp.array([rate for rate, _ in choices]), len(seeds))
@@ -282,10 +279,10 @@ def develop(settings: Settings, names: tuple[str, ...]) -> str:
         score = programs.family.score(searches.final(curves)).reshape(len(choices), -1)
         ends = [np.median(path[:, -1].reshape(len(choices), -1), 1) for path in paths.values()]
         for i, (rate, reference) in enumerate(choices):
-            row = [name, f"{reference['value']:g}", f"{reference['entropy']:g}", str(rate), script.spread(score[i])]
+            row = [name, f"{reference['kl']:g}", str(rate), script.spread(score[i])]
             rows.append([*row, *(f"{end[i]:.2g}" for end in ends)])
             print(rows[-1], flush=True)
-    return script.table(["family", "outer value weight", "outer entropy weight", "outer rate", "score", *SPACE], rows)
+    return script.table(["family", "weight of the divergence", "outer rate", "score", *SPACE], rows)
 
 
 def main() -> None:

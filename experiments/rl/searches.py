@@ -51,7 +51,7 @@ def trainer(problem: base.Problem, physics: Any, max_updates: int, chunk: int) -
         def update(i, carry):
             state, curve = carry
             state = inner.step(loop, state, z, physics)
-            return state, curve.at[i].set(state.model_state.finished)
+            return state, curve.at[i].set(state.model_state.actors.finished)
 
         return jax.lax.fori_loop(0, num_updates, update, (state, jnp.zeros((max_updates, 2))))
 
@@ -146,7 +146,7 @@ def pbt(trainer: Trainer, seeds: Sequence[int], size: int, num_updates: int, num
     z = jax.vmap(lambda key: spaces.to_unconstrained(SPACE, spaces.sample(jax.random.fold_in(key, 1), SPACE)))(keys)
     states, returns = trainer.start(keys, z), []
     for number in range(num_rounds):
-        before = np.asarray(states.model_state.finished)
+        before = np.asarray(states.model_state.actors.finished)
         states, curves = trainer.advance(states, z, num_updates // num_rounds)
         returns.append(_ratio(curves[:, -1] - before, curves[:, -1]).reshape(len(seeds), size))
         if number < num_rounds - 1:
@@ -188,7 +188,7 @@ def tuned(estimator: base.Estimator, num_estimates: int, chunk: int) -> Callable
 
         def step(state, _):
             state, _ = learner.step(state)
-            finished = state.estimator_state.inner.model_state.finished.reshape(-1, 2).sum(0)
+            finished = state.estimator_state.inner.model_state.actors.finished.reshape(-1, 2).sum(0)
             return state, (finished, spaces.to_constrained(SPACE, state.hyperparams))
 
         return jax.lax.scan(step, learner.init(key, z, task), length=num_estimates)[1]

@@ -64,9 +64,13 @@ def test_hypergradients_equal_differences_of_the_update_times_the_outer_gradient
     after = jax.jit(lambda z: inner.step(loop, state.inner, z, task.train))
     new = after(z)
     _, rollout = actor_critic.policy_rollout(
-        family.environment, new.params, loop.context(new).key, new.model_state, family.physics, SIZES.length
+        family.environment, new.params, loop.context(new).key, new.model_state.actors, family.physics, SIZES.length
     )
-    outer_grads = jax.grad(actor_critic.actor_critic_loss)(new.params, REFERENCE, rollout, family.scale)
+    outer_loss = lambda params: (
+        actor_critic.actor_critic_loss(params, REFERENCE, rollout, family.scale)
+        + actor_critic.divergence(state.inner.params, params, rollout.observation)
+    )
+    outer_grads = jax.grad(outer_loss)(new.params)
     leaves, structure = jax.tree.flatten(z)
     for i, slope in enumerate(jax.tree.leaves(out.hypergrad)):
         moved = [structure.unflatten([x + e * (i == j) for j, x in enumerate(leaves)]) for e in (1e-5, -1e-5)]
@@ -87,11 +91,16 @@ def test_the_outer_rollout_is_the_rollout_of_the_next_step():
         out, state = estimate(z, task, state)
         context = problem.loop.context(state.inner)
         actors, rollout = actor_critic.policy_rollout(
-            family.environment, state.inner.params, context.key, context.model_state, family.physics, SIZES.length
+            family.environment,
+            state.inner.params,
+            context.key,
+            context.model_state.actors,
+            family.physics,
+            SIZES.length,
         )
         assert out.value == pytest.approx(-float(rollout.reward.mean()))
         _, later = estimate(z, task, state)
-        jax.tree.map(np.testing.assert_array_equal, actors, later.inner.model_state)
+        jax.tree.map(np.testing.assert_array_equal, actors, later.inner.model_state.actors)
 
 
 def test_training_learns_with_good_values_only():
