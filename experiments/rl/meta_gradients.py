@@ -230,8 +230,8 @@ def report(
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
         f"hidden units; `hypergrad.truncated` over {settings.window} update(s), outer Adam with rate "
         f"{settings.outer_rate}. Outer loss: {outer_text}. Seeds 0 to {settings.seeds - 1}, up to "
-        f"{settings.full_search_seeds - 1} for searches with {settings.num_trials} times the steps; for the grid {SELECTION} to "
-        f"{SELECTION + settings.selection_seeds - 1}; for choices by hand {DEVELOPMENT} to {DEVELOPMENT + 4}."
+        f"{settings.full_search_seeds - 1} for searches with {settings.num_trials} times the steps; for the grid "
+        f"{SELECTION} to {SELECTION + settings.selection_seeds - 1}; for choices by hand from {DEVELOPMENT}."
     )
 
 
