@@ -36,7 +36,8 @@ class Settings(NamedTuple):
     batch: int = 64
     hidden: int = 32
     rate: float = 3e-3
-    entropy: float = 0.02  # at the start; it falls to 0
+    entropy: float = 0.01  # at the start; it falls to 0
+    trace: float = 0.3
     num_episodes: int = 4000  # for the comparison
     horizon: int = 1000  # for the dynamic program
 
@@ -203,7 +204,7 @@ def train(num_arms: int, settings: Settings, key: jax.Array) -> dict[str, jax.Ar
     def loss(hyperparams, step, key):
         taken, values, entropy, reward = episode_losses(hyperparams, env, key, settings.batch)
         constant = jax.lax.stop_gradient(jnp.concatenate([values, jnp.zeros_like(values[:1])]))
-        advantage = actor_critic.advantages(0.1 * reward, jnp.ones_like(reward), constant, 0.95)
+        advantage = actor_critic.advantages(reward, jnp.full_like(reward, DISCOUNT), constant, settings.trace)
         errors = values - (advantage + constant[:-1])
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-6)
         weight = settings.entropy * (1 - step / settings.num_updates)
