@@ -9,7 +9,7 @@ Gittins indices come from a dynamic program: the index of an arm is the reward o
 They are optimal for an infinite sum with a discount, here 0.99, and only approximately for 100 pulls. All methods play
 the same bandits.
 
-    python experiments/rl/bandits.py --full     # minutes; writes results/rl_bandits.md and .png
+    python experiments/rl/bandits.py --full     # minutes; writes results/rl_bandits.md
     python experiments/rl/bandits.py --smoke    # seconds; prints only
 """
 

@@ -17,7 +17,7 @@ The score is the mean return of the episodes that end in the last tenth of the s
 largest possible return. A search chooses its trial by the tenth before. Intervals are stratified bootstrap intervals of
 the interquartile mean over seeds. The outer rate and the outer loss were chosen on other seeds (`--develop`).
 
-    python experiments/rl/meta_gradients.py --full     # 15 minutes; writes results/rl_meta_gradients.md and .png
+    python experiments/rl/meta_gradients.py --full     # 8 minutes; writes results/rl_meta_gradients.md and .png
     python experiments/rl/meta_gradients.py            # five seeds
     python experiments/rl/meta_gradients.py --develop  # choices, on other seeds; prints only
     python experiments/rl/meta_gradients.py --smoke    # seconds; prints only
