@@ -7,7 +7,7 @@ https://arxiv.org/abs/1611.02779).
 
 Gittins indices come from a dynamic program: the index of an arm is the reward of a sure arm that is worth as much.
 They are optimal for an infinite sum with a discount, here 0.99, and only approximately for 100 pulls. All methods play
-the same bandits.
+the same bandits. The network does not learn yet: after 1,500 updates it earns as much as random pulls.
 
     python experiments/rl/bandits.py --full     # minutes; writes results/rl_bandits.md
     python experiments/rl/bandits.py --smoke    # seconds; prints only
