@@ -1,0 +1,24 @@
+"""The experiments on reinforcement learning run from end to end."""
+
+import pytest
+from test_reproductions import number, smoke
+
+
+@pytest.mark.once
+def test_meta_gradients(tmp_path):
+    rows = smoke("meta_gradients", tmp_path)
+    methods = ("bad values", "reference, bad rate", "meta-gradients", "best of the grid")
+    searches = [
+        f"{name}, {steps}" for name in ("random search", "TPE", "PBT") for steps in ("equal steps", "2 times the steps")
+    ]
+    for method in (*methods, *searches):
+        assert all(0 <= number(cell.split(" [")[0]) <= 1 for cell in rows[method][1:]), method
+    assert float(rows["start"][0]) == 3e-4 != float(rows["Catch, end"][0])
+    assert all(float(cell.replace(",", "")) > 0 for cell in rows["Catch"])  # steps per second
+
+
+@pytest.mark.once
+def test_bandits(tmp_path):
+    rows = smoke("bandits", tmp_path)
+    assert 40 < number(rows["random"][0]) < number(rows["Gittins index"][0]) < 80
+    assert number(rows["RL²"][0]) > 40
