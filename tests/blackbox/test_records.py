@@ -281,14 +281,14 @@ def test_a_store_that_must_not_be_read_is_named(open_folder, request):
     [
         ("configuration = '{\"x\": '", "Its configuration must be JSON; got '{\"x\": '"),
         ("configuration = '[1]'", r"configuration must be a dict from parameter names to values; got \[1\]"),
-        ("configuration = x'00'", "Its configuration must be a string; got b'.x00'"),
+        ("configuration = x'00'", "Its configuration must be a string of valid Unicode; got b'.x00'"),
         ("status = 'DONE'", "status must be one of WAITING.*got 'DONE'"),
         ("outcome = 'good'", "outcome must be a number, or NaN if it is unknown; got 'good'"),
         ("fidelity = 'full'", "fidelity must be a number, .*; got 'full'"),
         ("seed = 'x'", "seed must be a 64-bit integer; got 'x'"),
         ("trial = 0.5", "trial must be a 64-bit integer; got 0.5"),
-        ("task = cast(x'ff41' as text)", "Its task must be valid UTF-8; got '.udcffA'"),
-        ("reason = x'41'", "Its reason must be a string; got b'A'"),
+        ("task = cast(x'ff41' as text)", "Its task must be a string of valid Unicode; got '.udcffA'"),
+        ("reason = x'41'", "Its reason must be a string of valid Unicode; got b'A'"),
     ],
 )
 def test_a_broken_row_is_named_and_the_others_are_recovered(tmp_path, change, message):
@@ -345,8 +345,8 @@ def test_the_readable_records_of_a_damaged_file_are_recovered(tmp_path, damage):
         (Record("t", {"x": math.nan}), "not JSON compliant"),
         (Record("t", {}, fidelity=math.nan), r"fidelity must lie in \(0, 1\]; got nan"),
         (Record("t", {}, reason=None), "reason must be a string"),  # pyright: ignore
-        (Record("t", {}, reason="\udcff"), r"reason must be valid Unicode; got '.udcff'"),
-        (Record("\udcff", {}), "task must be valid Unicode"),
+        (Record("t", {}, reason="\udcff"), r"reason must be a string of valid Unicode; got '.udcff'"),
+        (Record("\udcff", {}), "task must be a string of valid Unicode"),
         (Record("t", {}, seed=2**63), "seed must be a 64-bit integer; got 9223372036854775808"),
         (Record("t", {}, seed=None), "seed must be a 64-bit integer; got None"),  # pyright: ignore
         (Record("t", {}, seed=1.5), "seed must be a 64-bit integer; got 1.5"),  # pyright: ignore
