@@ -451,3 +451,38 @@ def test_an_equinox_module_without_ceremony():
     value, grads = jax.jit(jax.value_and_grad(outer))(LAM)
     assert value < loss(loop.params(loop.init(KEY, LAM, DATA)), LAM, DATA)
     assert np.isfinite(grads["rate"]) and grads["rate"] != 0
+
+
+class DrawsNumbers(nnx.Module):
+    def __init__(self, rngs):
+        self.rngs, self.own = rngs, nnx.Rngs(noise=1)
+
+    def __call__(self, x):
+        return [float(jax.random.uniform(key)) for key in (self.rngs(), self.rngs.noise(), self.own.noise())]
+
+
+def test_random_streams_of_a_module_have_new_keys_in_each_step():
+    model = inner.from_nnx(DrawsNumbers)
+    received, own = [], []
+    for run in range(2):
+        params, state = model.init(jax.random.key(run), None, DATA)
+        for step in range(2):
+            context = base.Context(jax.random.fold_in(jax.random.key(run), step), jnp.int32(step), state)
+            (*numbers, of_own), state = model.apply(params, context, DATA["x"], train=True)
+            received += numbers
+            own.append(of_own)
+    assert len(set(received)) == 8
+    assert own[:2] == own[2:] and own[0] != own[1]  # the same in each run: the module made this stream itself
+
+
+def test_a_trained_model_goes_back_to_its_module():
+    loop = make_loop(nnx_model())
+    state = jax.jit(inner.run(loop, num_steps=3))(KEY, LAM, DATA)
+    expected, after = nnx_model().apply(loop.params(state), loop.context(state), DATA["x"])
+    chex.assert_trees_all_equal(after, loop.context(state).model_state)
+    net = NnxNet(rngs=nnx.Rngs(1))
+    nnx.update(net, loop.params(state))
+    net.eval()
+    assert not np.allclose(net(DATA["x"]), expected, atol=1e-3)  # the starting values of the running statistics
+    nnx.update(net, loop.context(state).model_state)
+    np.testing.assert_allclose(net(DATA["x"]), expected, rtol=1e-5, atol=1e-6)
