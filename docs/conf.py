@@ -55,6 +55,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 autodoc_member_order = "alphabetical"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # `optax.sgd`, not the text of a function object
 autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88

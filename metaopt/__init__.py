@@ -1,6 +1,6 @@
 """metaopt: gradient-based meta-optimization in JAX."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaopt import (
     automl,
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Imports `metaopt.plots` at its first use."""
     if name == "plots":
         import importlib

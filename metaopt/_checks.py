@@ -124,23 +124,6 @@ def check_hyperparams(hyperparams: base.HyperParams) -> None:
             )
 
 
-def check_estimator(estimator: Any) -> None:
-    """Raises ValueError if the argument is not an estimator, but for example a factory that was not called.
-
-    Args:
-      estimator: the argument of this name.
-
-    Raises:
-      ValueError: if it is not a `base.Estimator`.
-    """
-    if not isinstance(estimator, base.Estimator):
-        raise ValueError(
-            "`estimator` must be a `base.Estimator`, such as `hypergrad.unrolled(problem, num_steps=10)` or "
-            f"`few_shot.maml(loss).estimator`; got {getattr(estimator, '__name__', type(estimator).__name__)!r}. Call "
-            "a rule or a method with its arguments first, and pass the `estimator` of its result if it has one."
-        )
-
-
 def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class_mask: Any = None) -> None:
     """Raises ValueError if the label of a real row is not a class.
 

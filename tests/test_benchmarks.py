@@ -25,9 +25,9 @@ def smoke(script, *arguments):
     # Half the seconds of compiling; memory is ordered as it is with all optimizations.
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, str(FOLDER / script), "--smoke", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def load(script, monkeypatch):
@@ -55,11 +55,11 @@ def test_smoke_of_unroll():
 @pytest.mark.slow
 def test_smoke_of_anil():
     printed = smoke("anil.py")
-    found = {(row[0], row[2]): row for row in rows(printed) if row[0] in ("dense", "conv4")}
+    by_program = {(row[0], row[2]): row for row in rows(printed) if row[0] in ("dense", "conv4")}
     programs = ("by hand: features first", "metaopt", "at every step")
-    assert list(found) == [(model, program) for model in ("dense", "conv4") for program in programs]
-    assert all(float(row[5]) == 1 for (_, program), row in found.items() if program.startswith("by hand"))
-    assert all(float(row[8]) < 1e-3 for row in found.values()) and "; all below 0.001" in printed
+    assert list(by_program) == [(model, program) for model in ("dense", "conv4") for program in programs]
+    assert all(float(row[5]) == 1 for (_, program), row in by_program.items() if program.startswith("by hand"))
+    assert all(float(row[8]) < 1e-3 for row in by_program.values()) and "; all below 0.001" in printed
 
 
 @pytest.mark.slow
@@ -114,8 +114,8 @@ def test_smoke_of_architecture():
     measured = architecture_rows(smoke("architecture.py", "--only", "cost", "tasks", "memory"))
     ratios = {name: float(row[0]) for name, row in measured.items()}
     central, forward, exact = (
-        next(name for name in ratios if name.startswith(f"DARTS, second order by {how}"))
-        for how in ("central", "forward", "differentiation")
+        next(name for name in ratios if name.startswith(f"DARTS, second order by {method}"))
+        for method in ("central", "forward", "differentiation")
     )
     assert 1 < ratios["DARTS, first order"] < ratios[central] < 10
     operations = {name: float(measured[name][3]) for name in (central, forward, exact)}
@@ -162,8 +162,8 @@ def test_the_page_of_architecture_says_no_number_twice(tmp_path, monkeypatch):
     first = run("60.77", *script.TITLES)
     assert first.count("60.77") == 4 and "earlier" not in first
     second = run("34.25", "memory", "large")
-    of = {row[0]: row[1] for row in rows(second) if row[0].startswith("of ")}
-    assert of == {"of cost": "60.77", "of tasks": "60.77", "of memory": "34.25", "of large": "34.25"}
+    seconds_of = {row[0]: row[1] for row in rows(second) if row[0].startswith("of ")}
+    assert seconds_of == {"of cost": "60.77", "of tasks": "60.77", "of memory": "34.25", "of large": "34.25"}
     # The text names the parts that were not measured, and has no measured number that a table could contradict.
     text = second.partition("\n## ")[0]
     assert all((f'"{title}"' in text) == (name in ("cost", "tasks")) for name, title in script.TITLES.items())
@@ -178,7 +178,7 @@ def test_smoke_of_suggest():
     pytest.importorskip("optuna")
     cost = {tuple(row[:4]): row[4:] for row in rows(smoke("suggest.py")) if row[3:4] == ["10"] and len(row) == 8}
     parts = ("", ", deep kernels", ", suggest(X, y)", ", under Optuna")
-    names = [(f"metaopt, {how}{part}", "ei") for part in parts for how in ("candidates", "gradient")]
+    names = [(f"metaopt, {domain}{part}", "ei") for part in parts for domain in ("candidates", "gradient")]
     assert [key[:2] for key in cost] == [*names, ("Optuna TPE", "")] and all(
         0 < float(ms[0]) <= float(ms[1]) for ms in cost.values()
     )
@@ -225,6 +225,6 @@ def test_the_table_says_which_floors_are_reached(monkeypatch):
 
 @pytest.mark.slow
 def test_smoke_of_conv4():
-    found = [row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")]
-    assert [row[0] for row in found] == 2 * ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]  # pooling, strides
-    assert all(float(row[1]) > 0 and float(row[6]) < 1e-2 for row in found)
+    table = [row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")]
+    assert [row[0] for row in table] == 2 * ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]  # pooling, strides
+    assert all(float(row[1]) > 0 and float(row[6]) < 1e-2 for row in table)

@@ -247,6 +247,7 @@ def test_the_doctor_returns_3_for_a_wrong_gradient(monkeypatch, capsys):
 
     from metaopt import hypergrad
 
+    # The gradient that the command checks is correct.
     monkeypatch.setattr(hypergrad, "check", lambda *_: SimpleNamespace(passed=False))
     assert _run("doctor") == 3
 

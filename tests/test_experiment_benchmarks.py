@@ -35,7 +35,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_forms(name):
+def test_published_tables_have_their_sizes_and_correlations(name):
     make, shape, num_tasks = TABLES[name]
     table = make()
     assert table.encodings.shape == shape == (len(table.encodings), len(table.dims)) and len(table.tasks) == num_tasks
@@ -47,9 +47,12 @@ def test_forms(name):
     outcome, cost = table.query(table.encodings[row].tolist(), table.tasks[-1])
     np.testing.assert_equal([outcome, cost], [table.valid[row, -1, -1], table.cost[row, -1, -1]])
     # Losses: what validation prefers, testing does too.
-    known = np.isfinite(table.test[:, 0]) & np.isfinite(table.valid[:, 0, -1])
+    is_trained = np.isfinite(table.test[:, 0]) & np.isfinite(table.valid[:, 0, -1])
     assert (
-        np.corrcoef(table.valid[known, 0, -1].argsort().argsort(), table.test[known, 0].argsort().argsort())[0, 1] > 0.5
+        np.corrcoef(table.valid[is_trained, 0, -1].argsort().argsort(), table.test[is_trained, 0].argsort().argsort())[
+            0, 1
+        ]
+        > 0.5
     )
     with pytest.raises(ValueError, match="architectures, the tasks"):
         table.query([99] * shape[1], table.tasks[0])
@@ -71,19 +74,19 @@ def test_published_numbers():
     part = benchmarks.nas_bench_101_table()
     assert part.fidelities == (4 / 108, 12 / 108, 36 / 108, 1.0)
     ranks = part.valid[:, 0].argsort(0).argsort(0)
-    found = [np.corrcoef(ranks[:, i], ranks[:, 3])[0, 1] for i in range(3)]
-    np.testing.assert_allclose(found, [0.45, 0.62, 0.88], atol=0.006)
+    correlations = [np.corrcoef(ranks[:, i], ranks[:, 3])[0, 1] for i in range(3)]
+    np.testing.assert_allclose(correlations, [0.45, 0.62, 0.88], atol=0.006)
 
 
 @pytest.mark.once
 def test_rows_as_graphs():
     table = benchmarks.nas_bench_201_table()
-    pairs, of = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)], {}
+    pairs, canonical = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)], {}
     for row in table.encodings[::20]:
         edges = [(*p, _named_spaces.NAS_BENCH_201_PRIMITIVES[x]) for p, x in zip(pairs, row, strict=True)]
-        of.setdefault(table.graph(row), set()).add(_graphs.canonical(edges, output=(3,)))
-    assert all(len(same) == 1 for same in of.values())  # equal graphs are equal functions
-    assert of[table.graph([0] * 6)] == {"0"} and len(of) < len(table.encodings[::20])
+        canonical.setdefault(table.graph(row), set()).add(_graphs.canonical(edges, output=(3,)))
+    assert all(len(same) == 1 for same in canonical.values())  # equal graphs are equal functions
+    assert canonical[table.graph([0] * 6)] == {"0"} and len(canonical) < len(table.encodings[::20])
     graph = table.graph(table.encodings[9930])
     assert graph.ops == ("input", *["nor_conv_3x3"] * 3, "skip_connect", *["nor_conv_3x3"] * 2, "output")
     with np.load(DATA / "nasbenchgraph.npz") as data:
@@ -116,10 +119,10 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
     space = nas.nas_bench_201_space()
     names = [f"cell.{s}-{t}" for s, t, _ in space.cells["cell"].edges]
     genotype = nas.genotype_from_configuration(space, {name: int(x) for name, x in zip(names, row, strict=True)})
-    at = table.query(row, "cifar100")
+    outcome = table.query(row, "cifar100")
     assert (
         table.query(genotype, "cifar100")
-        == at
+        == outcome
         == table.query(nas.genotype_to_text(genotype, form="nas_bench_201"), "cifar100", 0.9995)
     )
     micro = benchmarks.trans_nas_bench_101_table()
@@ -161,7 +164,7 @@ def test_architectures_in_the_forms_in_which_searches_give_them():
 
 
 @pytest.mark.once
-def test_what_a_supernet_finds_is_looked_up_as_it_is():
+def test_a_genotype_of_a_supernet_is_looked_up_without_conversion():
     """Genotypes of mixing weights, after JSON too, and sizes as the benchmarks publish them."""
     pairs = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
     micro, space = benchmarks.trans_nas_bench_101_table(), nas.trans_nas_bench_101_space(100)
@@ -175,9 +178,9 @@ def test_what_a_supernet_finds_is_looked_up_as_it_is():
             hot = iter(np.eye(len(primitives))[table.encodings[row]])
             weights = {kind: np.stack([next(hot) for _ in cell.edges]) for kind, cell in network.cells.items()}
             genotype = nas.derive_genotype(network, weights)
-            for found in (genotype, nas.genotype_from_text(nas.genotype_to_text(genotype))):
+            for form in (genotype, nas.genotype_from_text(nas.genotype_to_text(genotype))):
                 for t, task in enumerate(table.tasks):
-                    assert table.query(found, task)[0] == float(table.valid[row, t, 0])
+                    assert table.query(form, task)[0] == float(table.valid[row, t, 0])
         other = {**genotype, next(iter(genotype)): ((0, 1, "nor_conv_3x3"),)}
         for bad in (
             other,

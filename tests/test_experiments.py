@@ -40,9 +40,9 @@ COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 def run(*arguments, **environment):
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     environment = {**os.environ, **COMPILED, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process.stdout
 
 
 def test_every_page_begins_with_its_question_answer_picture_and_a_small_table():
@@ -156,10 +156,10 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
     take = lambda defaults, units=units: dict(
         auto_tune.baselines.earlier_baselines(earlier, np.array(defaults), tables, units, order)
     )
-    found = take([[0.1, 0.1], [0.2, 0.1]])
-    assert list(found) == ["random search, 2 trials"]
-    np.testing.assert_array_equal(found["random search, 2 trials"][0], [[0.3, 0.2], [0.1, 0.2]])
-    assert found["random search, 2 trials"][1] == (2.0, 4.0)
+    outcomes = take([[0.1, 0.1], [0.2, 0.1]])
+    assert list(outcomes) == ["random search, 2 trials"]
+    np.testing.assert_array_equal(outcomes["random search, 2 trials"][0], [[0.3, 0.2], [0.1, 0.2]])
+    assert outcomes["random search, 2 trials"][1] == (2.0, 4.0)
     with pytest.raises(ValueError, match="does not give what"):
         take([[0.2, 0.1], [0.1, 0.1]])
     with pytest.raises(ValueError, match="hold no result for"):
@@ -188,8 +188,8 @@ def test_learned_optimizer_smoke(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| 3 |")]
     assert [row[1] for row in rows][:2] == ["learned", "Adam, tuned on each task"] and len(rows) == 5
     assert all(np.isfinite([float(row[2]), float(row[4])]).all() for row in rows)
-    again, fresh = metaopt.load(tmp_path / "weights.npz"), transforms.init_learned(jax.random.key(1))
-    assert not np.allclose(again["layers"]["2"]["w"], fresh["layers"]["2"]["w"])
+    loaded, fresh = metaopt.load(tmp_path / "weights.npz"), transforms.init_learned(jax.random.key(1))
+    assert not np.allclose(loaded["layers"]["2"]["w"], fresh["layers"]["2"]["w"])
 
 
 @pytest.mark.slow
@@ -205,10 +205,10 @@ def test_auto_tune_reads_a_persons_own_tables_and_names_the_bad_file(tmp_path):
     (folder / "broken.csv").write_text("a,b\n1,2\n")
     command = [sys.executable, "-W", "ignore", "experiments/hyperparameters/auto_tune", "--smoke", "--no-trees"]
     command += ["--csv", str(folder), "--target", "kind", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "broken.csv" in done.stderr
-    assert "8 tables of 8 families" in done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "broken.csv" in process.stderr
+    assert "8 tables of 8 families" in process.stdout
 
 
 # ---- A random forest from records -----------------------------------------------------------------------------------
@@ -256,16 +256,16 @@ def test_a_part_of_a_forest_is_the_forest_that_has_so_many_trees():
     x[:, 2] = rng.integers(3, size=60)
     x[0, 0] = np.nan  # is the median of the training rows
     categorical, train, test = np.array([False, False, True]), slice(0, 40), slice(40, 60)
-    found = forest.records.forest_scores({"n_estimators": 9}, 5, x[train], y[train], categorical, x[test], y[test])
+    scores = forest.records.forest_scores({"n_estimators": 9}, 5, x[train], y[train], categorical, x[test], y[test])
     filled = np.where(np.isnan(x), np.nanmedian(x[train, 0]), x)
     columns = np.concatenate([filled[:, :2], filled[:, 2:] == np.arange(3)], 1).astype(np.float32)
-    for (loss, error), trees in zip(found, (1, 3, 9), strict=True):
+    for (loss, error), trees in zip(scores, (1, 3, 9), strict=True):
         model = ensemble.RandomForestClassifier(trees, random_state=5).fit(columns[train], y[train])
         p = 0.99 * model.predict_proba(columns[test]) + 0.01 / 3
         assert loss == pytest.approx(metrics.log_loss(y[test], p)) and error == np.mean(p.argmax(1) != y[test])
 
 
-def test_what_ends_after_the_budget_does_not_count():
+def test_trials_that_end_after_the_budget_do_not_count():
     """Three candidates with fidelities 1/9, 1/3 and 1: a trial that continues pays only for its new trees."""
     outcomes = np.array([[[0.9, 0.8, 0.5], [0.9, 0.6, 0.4], [0.9, 0.9, 0.3]]])
     one = np.zeros((1, 3))
@@ -284,22 +284,22 @@ def test_what_ends_after_the_budget_does_not_count():
     assert forest.optimizers.run_searcher(records, 0, searcher, None, 0, (1, 2)) == [0, 0]
 
 
-def test_what_a_script_keeps_is_made_once_by_one_process(tmp_path):
+def test_a_kept_result_is_computed_once_by_one_process(tmp_path):
     """The lock of another process is that of another open file."""
     fcntl = pytest.importorskip("fcntl")
-    made = []
+    calls = []
 
     def make():
         assert script.kept(tmp_path / "new", "a", make, wait=False) == {}  # it is being made
-        made.append(1)
+        calls.append(1)
         return {"x": np.arange(3)}
 
     for wait in (False, True):
         np.testing.assert_array_equal(script.kept(tmp_path / "new", "a", make, wait=wait)["x"], np.arange(3))
-    assert made == [1]
+    assert calls == [1]
     with open(tmp_path / "b.npz.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert script.kept(tmp_path, "b", make, wait=False) == {} and made == [1]
+        assert script.kept(tmp_path, "b", make, wait=False) == {} and calls == [1]
     assert script.kept(None, "c", make, wait=False) == {}
 
 
@@ -324,7 +324,7 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
         searcher = base.Searcher(lambda key, space: number + 1, ask, lambda state, records: state)
         return SimpleNamespace(searcher=lambda task, first: searcher)
 
-    monkeypatch.setattr(blackbox, "train_meta_searcher", train)
+    monkeypatch.setattr(blackbox, "train_meta_searcher", train)  # a training with a known choice for each key
     stop, options = 0, SimpleNamespace(seeds=2, train_seeds=2, work=None)
     chosen, _ = forest.choices.choose(records, forest.config.SMOKE, options, {})
     assert keys == [0, 1] * forest.config.SMOKE.num_splits
@@ -336,15 +336,15 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
     losses = np.array([[0.0, 0.2, 0.4, 1.0]] * 5 + [[0.9, 0.2, 0.3, 1.0]])
     outcomes = np.repeat(losses[:, :, None], len(forest.records.FIDELITIES), 2)
     uneven = records._replace(outcomes=outcomes, test_loss=losses, test_error=losses)
-    found, folds = (
+    choices, folds = (
         forest.choices.choose(uneven, forest.config.SMOKE, options, {})[0],
         forest.choices.split_families(names, 2),
     )
     assert forest.config.SMOKE.num_splits == 2
     average = [0 if folds[t] == folds[5] else 1 for t in range(6)]
-    assert found["best on average"] == [[c] for c in average] and found["portfolio, 2 trials"][5] == [1]
+    assert choices["best on average"] == [[c] for c in average] and choices["portfolio, 2 trials"][5] == [1]
     gap = np.mean([(losses[t, 1] + losses[t, 2]) / 2 - losses[t, c] for t, c in enumerate(average)])
-    assert f"g minus the best on average: {gap:+.4f} [" in forest.report.beside_average(uneven, found)
+    assert f"g minus the best on average: {gap:+.4f} [" in forest.report.beside_average(uneven, choices)
     # After a kill, stored parts are not trained again. Parts that another process is training come last.
     options.work = tmp_path
     keys.clear()
@@ -362,7 +362,7 @@ def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monk
     )
 
 
-def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_first(tmp_path):
+def test_records_of_forests_are_packed_in_the_order_of_their_trial_numbers(tmp_path):
     pytest.importorskip("optuna")
     rng = np.random.default_rng(0)
     config, store = forest.config.SMOKE, tmp_path / "records.sqlite"
@@ -378,13 +378,13 @@ def test_records_of_forests_are_packed_in_the_order_of_trials_whoever_ended_firs
     ]
     rng.shuffle(records)
     whole = [record for record in records if record.fidelity == 1.0]
-    for part, found in (("curve", records), ("test loss", whole), ("test error", whole)):
-        blackbox.append_records(store, found, study=f"{forest.records.study(config)} {part}")
+    for part, trials in (("curve", records), ("test loss", whole), ("test error", whole)):
+        blackbox.append_records(store, trials, study=f"{forest.records.study(config)} {part}")
     forest.records.pack(tmp_path / "packed.npz", splits, config, store)
     packed = forest.records.unpack(tmp_path / "packed.npz", config)
     assert packed.configurations == configurations[:2]
-    at = ["ab".index(name) for name in packed.names]
-    expected = [[[outcome(t, c, f) for f in forest.records.FIDELITIES] for c in range(2)] for t in at]
+    order = ["ab".index(name) for name in packed.names]
+    expected = [[[outcome(t, c, f) for f in forest.records.FIDELITIES] for c in range(2)] for t in order]
     np.testing.assert_allclose(packed.outcomes, expected, rtol=1e-6)
     np.testing.assert_allclose(packed.test_loss, packed.outcomes[:, :, -1])
     # Runs are read only for the same records.
@@ -437,7 +437,7 @@ def test_nas_bench_201_smoke(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_path):
+def test_a_killed_search_of_nas_bench_201_continues_to_the_same_cells(tmp_path):
     needs_nas_bench_201()
     config = nas_bench_201.config.SMOKE._replace(num_steps=8, num_epochs=4)
     task, valid = nas_bench_201.searches.images(Path(os.environ["METAOPT_DATA"]) / "cifar10_sub32.npz", config)
@@ -453,19 +453,19 @@ def test_a_search_of_nas_bench_201_that_is_killed_goes_on_to_the_same_cells(tmp_
             os.kill(os.getpid(), signal.SIGINT)
         return row_of(weights)
 
-    of = lambda folder, row: nas_bench_201.searches.run_search(
+    run_in = lambda folder, row: nas_bench_201.searches.run_search(
         search, optimizer, each, task, valid, config, 0, tmp_path / folder, row
     )
-    whole = of("whole", row_of)
+    whole = run_in("whole", row_of)
     assert len(whole["rows"]) == 4 and abs(rows[0] - rows[3]).max() > 0.1
     rows.clear()
     with pytest.raises(KeyboardInterrupt, match="the same call continues"):
-        of("killed", row_and_die)
+        run_in("killed", row_and_die)
     assert len(rows) == 2
     rows.clear()
-    found = of("killed", row_of)
+    continued = run_in("killed", row_of)
     assert len(rows) == 3  # the first epochs were not run again
-    assert found == whole
+    assert continued == whole
 
 
 @pytest.mark.once
@@ -482,8 +482,8 @@ def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     y = jax.jit(mixture)(params, search.weights(alpha), x).argmax(-1)
     state = SimpleNamespace(estimator_state=SimpleNamespace(inner=SimpleNamespace(params=params)))
     result = SimpleNamespace(state=state, hyperparams=alpha)
-    found = nas_bench_201.searches.supernet_accuracies(search, result, {"x": x}, {"x": x, "y": y})
-    assert found["mixed"] > 0.95 and found["inherited"] < 0.5
+    accuracies = nas_bench_201.searches.supernet_accuracies(search, result, {"x": x}, {"x": x, "y": y})
+    assert accuracies["mixed"] > 0.95 and accuracies["inherited"] < 0.5
 
 
 # ---- Architectures by hypergradient ---------------------------------------------------------------------------------
@@ -504,9 +504,9 @@ def test_auto_architecture_smoke(tmp_path):
         assert labels | {"h from records, no trial", "h by hypergradient and from records, no trial"} <= set(scores)
         assert all(x.shape == (2, 2) and np.isfinite(x).all() for x in scores.values())
         for cost, one in ((result["runs"], 1), (result["seconds"], result["costs"]["seconds"]["training run"])):
-            read = cost["a* = h(t'), no trial"] - cost["best fixed architecture"]
+            price = cost["a* = h(t'), no trial"] - cost["best fixed architecture"]
             assert cost["best fixed architecture"] == cost["h from records, no trial"] == one > 0
-            assert (read > 0) == any(result["trust"]) and cost["a* fine-tuned"] > one + read
+            assert (price > 0) == any(result["trust"]) and cost["a* fine-tuned"] > one + price
         variants = [(v["order"], v["reading"]) for v in result["darts"]["variants"]]
         readings = ["none counts", "none left out", "two edges a node"][: 3 if result["shape"] == "images" else 2]
         assert variants == [(order, reading) for order in ("first", "second") for reading in readings]
@@ -524,18 +524,18 @@ def test_auto_architecture_smoke(tmp_path):
     assert (tmp_path / "auto_architecture_smoke.png").stat().st_size > 10_000
 
 
-def test_effects_of_ops_from_records_are_those_that_made_them():
+def test_effects_of_ops_are_recovered_from_records_made_with_them():
     rng, sizes = np.random.default_rng(0), [3, 5, 2]
     own = [x - x.mean() for x in map(rng.normal, [0.0] * 3, [1.0] * 3, sizes)]
     codes = np.stack([rng.integers(0, n, (60, 40)) for n in sizes], -1)  # others on each task
     losses = sum(e[codes[..., i]] for i, e in enumerate(own))
     # Tasks that differ in difficulty, and in how much a choice matters.
-    found = auto_architecture.folds.effects(
+    effects = auto_architecture.folds.effects(
         codes, rng.normal(size=40) * 9 + np.exp(rng.normal(size=40)) * losses, sizes
     )
     scale = losses.std(0).mean()
-    assert [len(e) for e in found] == sizes
-    for e, expected in zip(found, own, strict=True):
+    assert [len(e) for e in effects] == sizes
+    for e, expected in zip(effects, own, strict=True):
         np.testing.assert_allclose(e - e.mean(), expected / scale, atol=0.06)
 
 
@@ -547,7 +547,7 @@ def test_the_best_fixed_architecture_is_that_of_the_smallest_mean_loss():
     assert auto_architecture.baselines.best_fixed(np.arange(2), losses[:2]) == 0
 
 
-def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors():
+def test_bars_of_auto_architecture_are_reported_in_log_loss_and_in_errors():
     random, ours = (
         auto_architecture.results.RANDOM.format(20),
         np.array([[0.7, 0.1], [0.5, 0.3], [0.2, 0.2], [0.4, 0.2]]),
@@ -574,7 +574,7 @@ def test_bars_of_auto_architecture_are_told_in_log_loss_and_in_errors():
     assert "test error 20.00% and 22.00%, difference -2.00% [-2.00%, -2.00%], smaller on 100% and larger on 0%" in first
 
 
-def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
+def test_the_seconds_of_tasks_that_h_reads_are_counted_only_where_h_is_trusted():
     seconds = {
         "training run": 0.01,
         "look": 0.06,
@@ -592,10 +592,10 @@ def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
         auto_architecture.results.RANDOM.format(5),
     ]
     config = types.SimpleNamespace(fine_tune_steps=4, darts_steps=10, trials=(5,), evolution=3)
-    read = lambda trust, orders=("first", "first"): auto_architecture.results.prices(
+    prices = lambda trust, orders=("first", "first"): auto_architecture.results.prices(
         labels, costs, trust, [1, 3], orders, config
     )
-    runs, clock = read([0.0, 1.0])  # three of four tasks are read: 6 of 8 training runs
+    runs, clock = prices([0.0, 1.0])  # three of four tasks are read: 6 of 8 training runs
     assert runs[auto_architecture.results.A_STAR] == runs[auto_architecture.results.BOTH] == pytest.approx(7) and clock[
         auto_architecture.results.A_STAR
     ] == pytest.approx(0.07)
@@ -607,7 +607,7 @@ def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
         and clock[auto_architecture.results.DARTS] == pytest.approx(2.01)
         and runs[auto_architecture.results.RECORDS] == 1
     )
-    runs, clock = read([0.0, 0.0])
+    runs, clock = prices([0.0, 0.0])
     assert (
         runs[auto_architecture.results.A_STAR] == 1
         and clock[auto_architecture.results.A_STAR] == 0.01
@@ -616,22 +616,22 @@ def test_what_h_reads_is_counted_whole_and_only_where_it_is_read():
     assert runs[auto_architecture.results.RANDOM.format(5)] == 5 and clock[
         auto_architecture.results.RANDOM.format(5)
     ] == pytest.approx(0.05)
-    runs, clock = read([0.0, 0.0], ("first", "exact"))  # three of four tasks by the dearer order
+    runs, clock = prices([0.0, 0.0], ("first", "exact"))  # three of four tasks by the dearer order
     assert runs[auto_architecture.results.DARTS] == pytest.approx(9) and clock[
         auto_architecture.results.DARTS
     ] == pytest.approx(5.01)
 
 
-def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task():
+def test_differences_between_folds_do_not_enter_the_correlations_of_h():
     rng, folds = np.random.default_rng(0), np.repeat([0, 1, 2], 200)
     of_fold = np.array([-1.0, 0.5, 3.0])[folds]
     values = (of_fold + 0.1 * rng.normal(size=600))[:, None]
     noise = 1e-3 * rng.normal(size=600)
     x = np.stack([0.2 * of_fold + noise, 0.2 * of_fold, noise - 0.02 * values[:, 0], np.zeros(600)], 1)
-    found = auto_architecture.reading.correlation(x, values, folds)
+    correlations = auto_architecture.reading.correlation(x, values, folds)
     # The first two depend only on the fold, and the third on the task.
-    assert np.corrcoef(x[:, 0], values[:, 0])[0, 1] > 0.99 and abs(found[0, 0]) < 0.1
-    assert found[1, 0] == found[3, 0] == 0 and found[2, 0] == pytest.approx(-0.9, abs=0.05)
+    assert np.corrcoef(x[:, 0], values[:, 0])[0, 1] > 0.99 and abs(correlations[0, 0]) < 0.1
+    assert correlations[1, 0] == correlations[3, 0] == 0 and correlations[2, 0] == pytest.approx(-0.9, abs=0.05)
 
     # The same in words: one fold is not read, the others choose the same for all their tasks.
     weights = np.stack([0.5 - 0.1 * of_fold, 0.5 + 0.1 * of_fold], -1)[:, None]  # [tasks, edges, ops]
@@ -649,13 +649,13 @@ def test_folds_that_differ_say_nothing_of_what_h_reads_in_a_task():
             (auto_architecture.results.A_STAR, auto_architecture.results.IGNORANT), np.zeros((600, 2))
         ),
     }
-    told = auto_architecture.reading.what_h_reads(result)
-    assert "100% of the variance" in told and "In the 2 of 3 folds that trust what it reads (400 tasks)" in told
-    assert "another than the fold's most frequent one on 0 tasks" in told and "No choice varies there" in told
+    report = auto_architecture.reading.what_h_reads(result)
+    assert "100% of the variance" in report and "In the 2 of 3 folds that trust what it reads (400 tasks)" in report
+    assert "another than the fold's most frequent one on 0 tasks" in report and "No choice varies there" in report
     moved = weights + 0.01 * np.array([1, -1]) * (values - of_fold[:, None])[:, None]
     own = [f"architecture {f} {i % 200 < 30}" for i, f in enumerate(folds)]
-    told = auto_architecture.reading.what_h_reads(result | {"weights": {"body": moved}, "architectures": {"a*": own}})
-    assert "one on 60 tasks" in told and "body: a with ink +1.00 (all folds pooled -1.00)" in told
+    report = auto_architecture.reading.what_h_reads(result | {"weights": {"body": moved}, "architectures": {"a*": own}})
+    assert "one on 60 tasks" in report and "body: a with ink +1.00 (all folds pooled -1.00)" in report
     assert "No fold trusts what h reads" in auto_architecture.reading.what_h_reads(result | {"trust": [0.0] * 3})
 
 
@@ -686,8 +686,8 @@ def test_darts_is_read_with_and_without_none():
     ]
 
 
-def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
-    found = lambda losses, test: {
+def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_reported():
+    outcome_of = lambda losses, test: {
         "rates": [0.1, 1.0],
         "losses": {"none counts": losses[:2], "none left out": losses[2:]},
         "rate": {"none counts": 0.1, "none left out": 1.0},
@@ -695,7 +695,7 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
         "supernets": {"none counts": [[[9.0, 1.0], [9.0, 1.0]]], "none left out": [[[test, 0.05], [test + 1.5, 0.5]]]},
         "architectures": {"none counts": ["a, none"], "none left out": ["a, b"]},
     }
-    darts = {"first": found([0.3, 0.4, 0.5, 0.25], 0.2), "second": found([0.5, 0.6, 0.7, 0.8], 0.1)}
+    darts = {"first": outcome_of([0.3, 0.4, 0.5, 0.25], 0.2), "second": outcome_of([0.5, 0.6, 0.7, 0.8], 0.1)}
     assert auto_architecture.results.best_variant(darts) == ("first", "none left out", 1.0)
 
     scores = {
@@ -751,7 +751,7 @@ def test_the_variant_of_darts_is_chosen_by_validation_and_its_bar_told():
     assert auto_architecture.report.verdict(np.repeat([-0.1, 0.1], 3), groups, 0.1).startswith("level with it")
 
 
-def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_path):
+def test_folds_of_auto_architecture_are_kept_with_their_data_and_code(tmp_path):
     file, calls = tmp_path / "parts.json", []
     make = lambda value: lambda: calls.append(value) or {"scores": [value]}
     kept = lambda seed=0, code="a", **more: auto_architecture.kept.Kept(
@@ -759,15 +759,15 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
     )
     first = kept()
     assert not any(first.before) and first.get("images, fold 0", 7, make(1)) == {"scores": [1]}
-    again = kept()  # after a kill
-    assert again.get("images, fold 0", 7, make(2)) == {"scores": [1]} and again.before[0] > 0
-    assert again.get("images, fold 1", 7, make(3)) == {"scores": [3]} and calls == [1, 3]
+    continued = kept()  # after a kill
+    assert continued.get("images, fold 0", 7, make(2)) == {"scores": [1]} and continued.before[0] > 0
+    assert continued.get("images, fold 1", 7, make(3)) == {"scores": [3]} and calls == [1, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "parts.json.lock"]
     one, other = kept(), kept()  # two processes, each with its shape
     one.get("images, fold 3", 7, make(8))
     other.get("tables, fold 3", 7, make(9))
     assert {"images, fold 1", "images, fold 3", "tables, fold 3"} < set(kept().parts)
-    assert kept().before == other.before and other.before[0] > one.before[0] > again.before[0]
+    assert kept().before == other.before and other.before[0] > one.before[0] > continued.before[0]
     mixed = tmp_path / "mixed.json"  # two that began before there was a file
     one, other = (auto_architecture.kept.Kept(mixed, {"seed": seed}, "a") for seed in (0, 1))
     one.get("images, fold 0", 7, lambda: {})
@@ -780,16 +780,16 @@ def test_folds_of_auto_architecture_are_kept_and_know_their_data_and_code(tmp_pa
         kept(seed=1)
     with pytest.raises(SystemExit, match="holds 'images, fold 1' by other code"):
         kept(code="b").get("images, fold 1", 7, make(4))
-    taken = kept(code="b", any_code=True)
-    assert taken.get("images, fold 1", 7, make(5)) == {"scores": [3]} and taken.num_other_code() == 4
-    assert taken.get("images, fold 2", 7, make(6)) == {"scores": [6]} and taken.num_other_code() == 4
+    reused = kept(code="b", any_code=True)
+    assert reused.get("images, fold 1", 7, make(5)) == {"scores": [3]} and reused.num_other_code() == 4
+    assert reused.get("images, fold 2", 7, make(6)) == {"scores": [6]} and reused.num_other_code() == 4
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "code"}))
     with pytest.raises(SystemExit, match="by other code"):  # it was not written down
         kept().get("images, fold 0", 7, make(7))
 
 
 @pytest.mark.once
-def test_a_shape_that_fails_takes_nothing_from_one_that_ends_later(tmp_path):
+def test_an_error_of_one_shape_keeps_the_results_of_another(tmp_path):
     """Two processes run at once. One fails while the other still has results to store."""
     (tmp_path / "two.py").write_text(f"""
 import os, sys, time
@@ -812,9 +812,11 @@ if __name__ == "__main__":
     cores = [min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0] * 2
     script.side_by_side(("images", "tables"), cores, str(folder), (2.0,), (folder / "parts.json", {{}}, "a"))
 """)
-    done = subprocess.run([sys.executable, tmp_path / "two.py"], capture_output=True, text=True)
-    assert done.returncode and "ValueError: there are none" in done.stderr
-    assert "images ended with exit code 1. What is finished is kept: the same call goes on from there." in done.stderr
+    process = subprocess.run([sys.executable, tmp_path / "two.py"], capture_output=True, text=True)
+    assert process.returncode and "ValueError: there are none" in process.stderr
+    assert (
+        "images ended with exit code 1. What is finished is kept: the same call goes on from there." in process.stderr
+    )
     kept = json.loads((tmp_path / "parts.json").read_text())["parts"]
     assert {name: part["scores"] for name, part in kept.items()} == {f"tables, fold {part}": part for part in range(3)}
 
@@ -822,6 +824,7 @@ if __name__ == "__main__":
 def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, monkeypatch):
     file, library = tmp_path / "a.py", tmp_path / "library" / "room"
     library.mkdir(parents=True)
+    # Simulates another installed library.
     monkeypatch.setattr(script.metaopt, "__file__", str(library.parent / "__init__.py"))
     digests = [script.code(str(file)) for text in ("1", "1", "2") if file.write_text(text)]
     assert digests[0] == digests[1] != digests[2]
@@ -831,15 +834,15 @@ def test_the_code_of_a_result_is_that_of_its_files_and_of_the_library(tmp_path, 
 
 def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm():
     stats = pytest.importorskip("scipy.stats")
-    rng, at = np.random.default_rng(0), learning_curves.BUDGETS.index
+    rng, index = np.random.default_rng(0), learning_curves.BUDGETS.index
     ours, bohb = rng.uniform(0.3, 0.6, (2, 30, len(learning_curves.BUDGETS)))
-    ours[:, at(1.0)] += 0.1
-    ours[:, at(2.0)] -= 0.05
+    ours[:, index(1.0)] += 0.1
+    ours[:, index(2.0)] -= 0.05
     text = learning_curves.against_bohb({"metaopt": ours, "BOHB": bohb}, np.arange(30))
-    p = [stats.wilcoxon(ours[:, at(b)] - bohb[:, at(20.0)], method="approx").pvalue for b in (1.0, 2.0, 5.0)]
+    p = [stats.wilcoxon(ours[:, index(b)] - bohb[:, index(20.0)], method="approx").pvalue for b in (1.0, 2.0, 5.0)]
     assert p[0] < p[1] < p[2]
     for b, value in ((1, 3 * p[0]), (2, max(3 * p[0], 2 * p[1])), (5, max(2 * p[1], p[2]))):
-        d = ours[:, at(float(b))] - bohb[:, at(20.0)]
+        d = ours[:, index(float(b))] - bohb[:, index(20.0)]
         counts = f"better / worse on {(d < 0).sum()} / {(d > 0).sum()} tasks"
         assert re.search(rf"after {b} [^;.]*\.[^;]*\], {counts}, p {re.escape(f'{min(value, 1):.2g}')}[;.]", text), (
             text,
@@ -852,14 +855,16 @@ def test_bohb_is_compared_by_families_and_over_three_budgets_by_holm():
     assert width(learning_curves.against_bohb(twins, np.arange(270))) < 0.5 * width(text)
     for shift, word in ((0.2, "missed"), (-0.2, "reached")):
         moved = ours.copy()
-        moved[:, at(5.0)] = bohb[:, at(20.0)] + shift
-        assert f"it is {word}, {moved[:, at(5.0)].mean():.4f} after 5 against {bohb[:, at(20.0)].mean():.4f}." in (
-            learning_curves.against_bohb({"metaopt": moved, "BOHB": bohb}, np.arange(30))
+        moved[:, index(5.0)] = bohb[:, index(20.0)] + shift
+        assert (
+            f"it is {word}, {moved[:, index(5.0)].mean():.4f} after 5 against {bohb[:, index(20.0)].mean():.4f}."
+            in (learning_curves.against_bohb({"metaopt": moved, "BOHB": bohb}, np.arange(30)))
         )
 
 
-def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, capsys):
+def test_results_of_other_code_are_reported_and_not_used(tmp_path, monkeypatch, capsys):
     file = tmp_path / "a.py"
+    # Simulates another installed library.
     monkeypatch.setattr(script.metaopt, "__file__", str(tmp_path / "library" / "__init__.py"))
     folders = []
     for text in ("1", "2", "1"):
@@ -876,12 +881,12 @@ def test_what_other_code_made_is_told_of_and_not_taken(tmp_path, monkeypatch, ca
 # ---- HPO-B -----------------------------------------------------------------------------------------------------------
 
 
-def test_hpob_s_protocol_begins_with_the_given_ones_and_never_tries_one_twice():
+def test_hpob_s_protocol_begins_with_its_initial_trials_and_never_repeats_one():
     x, y = np.arange(6.0)[:, None], np.array([0.5, 0.9, 0.6, 0.7, 0.5, 0.65])
     shown = []
 
-    def last(seen, outcomes, open_):
-        shown.append((seen[:, 0].tolist(), outcomes.round(6).tolist(), open_[:, 0].tolist()))
+    def last(tried, outcomes, open_):
+        shown.append((tried[:, 0].tolist(), outcomes.round(6).tolist(), open_[:, 0].tolist()))
         return len(open_) - 1
 
     regret = hpob.run_protocol(x, y, [2, 0], last, num_trials=5)
@@ -935,10 +940,10 @@ def test_trainings_of_omniglot_are_joined_after_the_steps_of_each():
         f"MAML{omniglot.evaluation.SEED}{i}": {"omniglot": rng.random((6, steps))} for i, steps in enumerate((3, 5))
     }
     ways = {"omniglot": np.full(6, 5)}
-    of = evaluation.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), True)
-    whole = omniglot.evaluation.joined({"5w1s": of})["5w1s"]
+    single = evaluation.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), True)
+    whole = omniglot.evaluation.joined({"5w1s": single})["5w1s"]
     last = [each["omniglot"][:, -1] for each in scores.values()]
     np.testing.assert_allclose(whole.scores["MAML"]["omniglot"][:, 0], np.mean(last, 0), rtol=1e-12)
-    three = of._replace(scores={name: {"omniglot": x["omniglot"][:, :3]} for name, x in scores.items()})
+    three = single._replace(scores={name: {"omniglot": x["omniglot"][:, :3]} for name, x in scores.items()})
     over_steps = omniglot.evaluation.joined({"5w1s": three}, slice(None))["5w1s"].scores["MAML"]["omniglot"]
     np.testing.assert_allclose(over_steps, np.mean([x["omniglot"][:, :3] for x in scores.values()], 0), rtol=1e-12)

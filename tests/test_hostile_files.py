@@ -529,12 +529,12 @@ def change_array(data, rng):
     """Another type, shape or content of an array."""
     start = 10 if data[6] == 1 else 12
     end = data.index(b"\n") + 1
-    header, content, what = data[start:end], data[end:], rng.randrange(4)
-    if what == 0:
+    header, content, kind = data[start:end], data[end:], rng.randrange(4)
+    if kind == 0:
         header = re.sub(rb"'[^']*'(?=, 'fortran)", lambda _: rng.choice(DTYPES), header)
-    elif what == 1:
+    elif kind == 1:
         header = re.sub(rb"\([^)]*\)", lambda _: rng.choice(SHAPES), header)
-    elif content and what == 2 and b"f8" in header:
+    elif content and kind == 2 and b"f8" in header:
         changed = np.frombuffer(content, "<f8").copy()
         changed[rng.randrange(len(changed))] = rng.choice((math.nan, math.inf, 1e300, -1.0))
         content = changed.tobytes()
@@ -547,16 +547,16 @@ def change_zip(data, rng):
     """Another array, header or member; the checksums are right."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    names, what = list(members), rng.randrange(8)
+    names, kind = list(members), rng.randrange(8)
     name = rng.choice(names)
-    if what == 0 and len(names) > 1:
+    if kind == 0 and len(names) > 1:
         other = rng.choice(names)
         members[name], members[other] = members[other], members[name]
-    elif what == 1:
+    elif kind == 1:
         del members[name]
-    elif what == 2:
+    elif kind == 2:
         members[rng.choice((name + "x", "extra.npy", "a/b/c.npy", "x" * 3000 + ".npy"))] = members[name]
-    elif "header.npy" in members and what < 6:
+    elif "header.npy" in members and kind < 6:
         stream = io.BytesIO()
         content = change_json(np.load(io.BytesIO(members["header.npy"])).tobytes(), rng)
         np.save(stream, np.frombuffer(content, np.uint8))
@@ -861,11 +861,11 @@ def test_images_of_too_many_pixels_are_not_unpacked(side, tmp_path):
     tfds_with(tmp_path, framed(example(png_of(side, side), 0)))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(png_of(side, side))
-    for read in (
+    for load_images in (
         lambda: tasks.from_meta_dataset(tmp_path, part="train", size=2),
         lambda: tasks.from_image_folder(tmp_path, size=2),
     ):
-        error, seconds, megabytes = cost(read)
+        error, seconds, megabytes = cost(load_images)
         assert str(tmp_path) in error and "pixels" in error and seconds < 1 and megabytes < 20, error
 
 
@@ -956,6 +956,6 @@ def test_arrays_of_another_byte_order_are_read(tmp_path):
     rewritten(
         path, lambda content: content.update({k: x.astype(x.dtype.newbyteorder(">")) for k, x in content.items()})
     )
-    for found, expected in zip(*map(jax.tree.leaves, (metaopt.load(path), weights)), strict=True):
-        np.testing.assert_array_equal(found, expected)
-        assert found.dtype.isnative
+    for loaded, expected in zip(*map(jax.tree.leaves, (metaopt.load(path), weights)), strict=True):
+        np.testing.assert_array_equal(loaded, expected)
+        assert loaded.dtype.isnative

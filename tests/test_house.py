@@ -104,8 +104,8 @@ def test_imports_point_down():
     ],
 )
 def test_imports_that_do_not_point_down_are_seen(source, fault):
-    (found,) = faults_of_imports("metaopt.hypergrad._new", source)
-    assert fault in found
+    (message,) = faults_of_imports("metaopt.hypergrad._new", source)
+    assert fault in message
 
 
 def test_functions_and_files_are_short():
@@ -161,7 +161,7 @@ def test_each_public_name_lives_in_one_room():
 def test_every_public_name_has_a_docstring():
     names = dict(public_names())
     faults = {name: faults_of_docstring(value) for name, value in names.items()}
-    assert len(names) > 200 and {name: found for name, found in faults.items() if found} == {}
+    assert len(names) > 200 and {name: names for name, names in faults.items() if names} == {}
 
 
 def test_docstrings_that_lack_something_are_seen():
@@ -192,9 +192,9 @@ def test_docstrings_that_lack_something_are_seen():
 
 def run_python(code, **kwargs):
     """In a fresh process, as a person has it: float32, without this suite's settings."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **kwargs)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **kwargs)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.mark.once
@@ -343,7 +343,7 @@ FORBIDDEN = {
 
 
 def faults_of_text(text):
-    return [what for what, pattern in FORBIDDEN.items() if re.search(pattern, text)]
+    return [fault for fault, pattern in FORBIDDEN.items() if re.search(pattern, text)]
 
 
 SUFFIXES = {"", ".py", ".md", ".toml", ".ipynb", ".csv", ".json", ".sh"}
@@ -363,7 +363,7 @@ def test_no_machine_paths_no_pickle():
     files = list(text_files())
     assert {"run", "README.md", "base.py"} <= {file.name for file in files}
     faults = {str(file.relative_to(ROOT)): faults_of_text(file.read_text()) for file in files if file != Path(__file__)}
-    assert {name: found for name, found in faults.items() if found} == {}
+    assert {name: texts for name, texts in faults.items() if texts} == {}
 
 
 @pytest.mark.parametrize(

@@ -70,32 +70,32 @@ def test_the_halves_are_the_function(name):
     chex.assert_trees_all_close(by_halves(B, X, A), whole(B, X, A), rtol=1e-12)
     total = lambda f: jax.jit(jax.grad(lambda *args: sum(jnp.sum(y**2) for y in jax.tree.leaves(f(*args))), (0, 1, 2)))
     slopes = total(whole)(B, X, A)
-    at = lambda b, x, a: cut.rest((b + 1, x, a), cut.once((b, x, a)))
-    chex.assert_trees_all_close(total(at)(B, X, A), slopes, rtol=1e-12)
+    composed = lambda b, x, a: cut.rest((b + 1, x, a), cut.once((b, x, a)))
+    chex.assert_trees_all_close(total(composed)(B, X, A), slopes, rtol=1e-12)
     assert all(abs(leaf).max() > 0 for leaf in slopes[:2])
 
 
 def test_effects_stay_where_the_function_is_called():
-    said = []
+    shapes = []
 
     def function(b, x):
-        jax.debug.callback(lambda z: said.append(z.shape), x[0])
-        jax.debug.callback(lambda z: said.append(z.shape), x @ A)  # expensive, and needed only here
+        jax.debug.callback(lambda z: shapes.append(z.shape), x[0])
+        jax.debug.callback(lambda z: shapes.append(z.shape), x @ A)  # expensive, and needed only here
         return (x @ A[:, :2]) @ b[:2]
 
     cut = halves(function, B, X, moving=1)
     kept = cut.once((B, X))
     jax.effects_barrier()
-    assert said == [] and [k.shape for k in kept] == [(5, 4), (5, 2)]
+    assert shapes == [] and [k.shape for k in kept] == [(5, 4), (5, 2)]
     for _ in range(2):
         cut.rest((B, X), kept)
     jax.effects_barrier()
-    assert sorted(said) == [(3,)] * 2 + [(5, 4)] * 2
-    cheap = halves(lambda b: jax.debug.callback(lambda z: said.append(z.shape), b[0]), B)
+    assert sorted(shapes) == [(3,)] * 2 + [(5, 4)] * 2
+    cheap = halves(lambda b: jax.debug.callback(lambda z: shapes.append(z.shape), b[0]), B)
     assert cheap.kept == []
     cheap.rest((B,), [])
     jax.effects_barrier()
-    assert said[-1] == (2,)
+    assert shapes[-1] == (2,)
 
 
 def test_keys_and_integers_are_kept_as_they_are():
@@ -121,7 +121,7 @@ def marked(x):
     return x + 100.0
 
 
-def of_marked(program, x, given=None):
+def of_marked(program, x, replacements=None):
     """The program with `x - value` instead of `marked(x)`. The value is `given`, or by default the mean of x."""
 
     def shifted(value, x):
@@ -130,7 +130,7 @@ def of_marked(program, x, given=None):
 
     closed = jax.make_jaxpr(program)(x)
     replace = lambda equation: shifted if equation.params.get("name") == "marked" else None
-    outputs, values = _jaxpr.exchange(closed.jaxpr, closed.consts, [x], replace, given)
+    outputs, values = _jaxpr.exchange(closed.jaxpr, closed.consts, [x], replace, replacements)
     return outputs[0], values
 
 
@@ -138,8 +138,8 @@ def nested(x):
     x = jax.jit(lambda x: 2 * marked(x))(x)
     body = lambda x, w: (jax.checkpoint(lambda x: jnp.sin(marked(w * x)) + 1.5)(x), None)
     x, _ = jax.lax.scan(body, x, jnp.array([1.0, 2.0, 3.0]))
-    taken = lambda x: marked(marked(x) ** 2)
-    return marked(jax.lax.switch(jnp.int32(x[0] > -9), [lambda x: marked(x), taken], x) ** 2)
+    branch = lambda x: marked(marked(x) ** 2)
+    return marked(jax.lax.switch(jnp.int32(x[0] > -9), [lambda x: marked(x), branch], x) ** 2)
 
 
 def by_hand(x):
@@ -157,7 +157,7 @@ def by_hand(x):
 
 def test_values_come_in_the_order_of_the_program_and_go_back_to_their_places():
     x, other = np.array([0.3, 1.0, 4.0]), np.array([2.0, -1.0, 0.5])
-    (expected, means), run = by_hand(x), jax.jit(lambda x, given=None: of_marked(nested, x, given))
+    (expected, means), run = by_hand(x), jax.jit(lambda x, replacements=None: of_marked(nested, x, replacements))
     outputs, values = run(x)
     np.testing.assert_allclose(outputs, expected, rtol=1e-12)
     first, loop, untaken, *last = values

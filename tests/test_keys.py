@@ -36,7 +36,7 @@ def reports(function, *args):
     REPORTED.clear()
     outputs = jax.block_until_ready(function(*args))
     jax.effects_barrier()
-    return outputs, {use: set(found) for use, found in REPORTED.items()}
+    return outputs, {use: set(used) for use, used in REPORTED.items()}
 
 
 # ---- Estimators -----------------------------------------------------------------------------------------------------
@@ -65,9 +65,9 @@ def reports_of(row, seed, num_estimates=3):
     return runs
 
 
-def bits(found, use):
+def bits(reported, use):
     """The distinct keys in the reports of one use."""
-    return {key for key, *_ in found.get(use, ())}
+    return {key for key, *_ in reported.get(use, ())}
 
 
 @jax.jit
@@ -96,9 +96,9 @@ def derived(keys):
     return {tuple(row) for level in levels for row in np.reshape(level, (-1, 2)).tolist()}
 
 
-def assert_unrelated(found, uses):
+def assert_unrelated(reported, uses):
     """No two uses share a key, and no key is derived from another one."""
-    keys = {use: bits(found, use) for use in uses}
+    keys = {use: bits(reported, use) for use in uses}
     everything = set().union(*keys.values())
     assert len(everything) == sum(map(len, keys.values())), "two uses share a key"
     for use, own in keys.items():
@@ -109,28 +109,28 @@ def assert_unrelated(found, uses):
 @pytest.mark.once
 def test_estimators(name):
     row = ESTIMATORS[name]
-    found, again, other = reports_of(row, seed=3)
-    assert found == again, "keys follow from the seed"
+    first, repeated, other = reports_of(row, seed=3)
+    assert first == repeated, "keys follow from the seed"
     total = {
-        use: set().union(*(part.get(use, set()) for part in found)) for use in ("init", "batch", "context", "outer")
+        use: set().union(*(part.get(use, set()) for part in first)) for use in ("init", "batch", "context", "outer")
     }
     for use in total:
         assert not bits(total, use) & set().union(*(bits(part, use) for part in other)), f"{use}: one key, two seeds"
 
     # Training runs: one key each for `init` and for the sampler, and for the losses one at each step.
-    num_runs = row.runs * (len(found) - 1 if row.fresh else 1)
+    num_runs = row.runs * (len(first) - 1 if row.fresh else 1)
     assert len(bits(total, "init")) == len(bits(total, "batch")) == num_runs
     steps = {step for _, step in total["context"]}
     assert len(total["context"]) == len(bits(total, "context")) == num_runs * len(steps)
     assert not row.runs or len(steps) >= estimators.NUM_STEPS
 
     # Outer batches: new ones in every estimate.
-    assert [len(bits(part, "outer")) for part in found[1:]] == [row.outer] * (len(found) - 1)
-    assert len(bits(total, "outer")) == row.outer * (len(found) - 1)
+    assert [len(bits(part, "outer")) for part in first[1:]] == [row.outer] * (len(first) - 1)
+    assert len(bits(total, "outer")) == row.outer * (len(first) - 1)
 
     assert_unrelated(total, total)
 
-    lams = {tuple(lam) for part in found for _, *lam in part.get("λ", ())}
+    lams = {tuple(lam) for part in first for _, *lam in part.get("λ", ())}
     assert row.perturbs or len(lams) <= 1, "the rule perturbs λ: say so in its row"
 
 
@@ -141,12 +141,12 @@ PERTURBING = [name for name, row in ESTIMATORS.items() if row.perturbs in ("esti
 @pytest.mark.once
 def test_perturbations(name):
     row = ESTIMATORS[name]
-    found, _, other = reports_of(row, seed=5)
+    first, _, other = reports_of(row, seed=5)
     perturbed = np.array([leaf in row.leaves.split() for leaf in NUMBERS])
     means = np.concatenate([np.ravel(x) for x in estimators.LEAVES.values()])
     estimates = [
         {tuple((np.array(lam) - means)[perturbed].round(9)) for _, *lam in part["λ"]}
-        for part in (*found[1:], *other[1:])
+        for part in (*first[1:], *other[1:])
     ]
     num_entries = perturbed.sum()
     for perturbations in estimates:
@@ -162,9 +162,9 @@ def test_perturbations(name):
 
 @pytest.mark.once
 def test_proposals_share_their_keys():
-    found, _, other = reports_of(ESTIMATORS["best_of"], seed=5)
+    first, _, other = reports_of(ESTIMATORS["best_of"], seed=5)
     drawn = [collections.defaultdict(set) for _ in range(6)]
-    for lams, part in zip(drawn, (*found[1:], *other[1:]), strict=True):
+    for lams, part in zip(drawn, (*first[1:], *other[1:]), strict=True):
         for key, *lam in part["λ"]:
             lams[key].add(tuple(lam))
     assert [len(lams) for lams in drawn] == [1] * 6  # one key in each estimate, for the hypergradient too
@@ -174,8 +174,8 @@ def test_proposals_share_their_keys():
 
 
 def test_both_members_of_a_pair_share_their_keys():
-    found, *_ = reports_of(ESTIMATORS["evolution"], seed=5)
-    for part in found[1:]:
+    first, *_ = reports_of(ESTIMATORS["evolution"], seed=5)
+    for part in first[1:]:
         pairs = collections.Counter(key for key, *_ in part["λ"])
         assert set(pairs.values()) == {2} and len(pairs) == 3
 
@@ -194,10 +194,10 @@ def test_the_functions_of_an_implicit_rule():
         return hypergrad.cg()(matvec, b, initial, key=key)
 
     rule = lambda problem: hypergrad.implicit(problem, num_steps=2, batch=batch, solver=solver)
-    found, again, _ = reports_of(ESTIMATORS["implicit"]._replace(make=rule), seed=3)
-    assert found == again
+    first, repeated, _ = reports_of(ESTIMATORS["implicit"]._replace(make=rule), seed=3)
+    assert first == repeated
     uses = ("init", "batch", "context", "outer", "rows", "solver")
-    total = {use: set().union(*(part.get(use, set()) for part in found)) for use in uses}
+    total = {use: set().union(*(part.get(use, set()) for part in first)) for use in uses}
     assert len(bits(total, "rows")) == len(bits(total, "solver")) == 3  # one an estimate
     assert_unrelated(total, uses)
 
@@ -227,12 +227,12 @@ def test_fit_and_the_slots_of_a_learner():
         options = {"hyperparams": 1.0, "num_steps": 4, "evaluate": evaluate, "eval_every": 1}
         return reports(lambda: training.fit(learner, sample_tasks, key=jax.random.key(seed), **options).hyperparams)[1]
 
-    found, again, other = fit(0), fit(0), fit(1)
-    assert found == again
+    first, repeated, other = fit(0), fit(0), fit(1)
+    assert first == repeated
     # The first step has the slots of `init`; the tasks of step 0 are drawn twice, for `init` and for it.
-    assert {use: len(keys) for use, keys in found.items()} == {"tasks": 4, "evaluate": 1, "slot": 12, "estimate": 12}
-    assert_unrelated(found, ("tasks", "evaluate", "slot"))
-    assert all(not found[use] & other[use] for use in found)
+    assert {use: len(keys) for use, keys in first.items()} == {"tasks": 4, "evaluate": 1, "slot": 12, "estimate": 12}
+    assert_unrelated(first, ("tasks", "evaluate", "slot"))
+    assert all(not first[use] & other[use] for use in first)
 
 
 @pytest.mark.once
@@ -252,11 +252,11 @@ def test_episodes_and_the_methods_that_are_judged_on_them():
         run = lambda: few_shot.evaluate_episodes({"m": method}, {"s": sample}, jax.random.key(seed), **score).scores
         return reports(run)[1]
 
-    found, again, other = judge(0), judge(0), judge(1)
-    assert found == again
-    assert {use: len(keys) for use, keys in found.items()} == {"episode": 5, "method": 5}
-    assert_unrelated(found, found)
-    assert all(not found[use] & other[use] for use in found)
+    first, repeated, other = judge(0), judge(0), judge(1)
+    assert first == repeated
+    assert {use: len(keys) for use, keys in first.items()} == {"episode": 5, "method": 5}
+    assert_unrelated(first, first)
+    assert all(not first[use] & other[use] for use in first)
 
 
 # ---- Samplers --------------------------------------------------------------------------------------------------------
@@ -331,5 +331,5 @@ def test_batches_of_tasks_have_a_key_for_each_task():
         return estimators.TASK
 
     batch = tasks.episode_batches(sample, 3)
-    found = [reports(batch, jax.random.key(seed))[1]["task"] for seed in (0, 0, 1)]
-    assert found[0] == found[1] and len(found[0] | found[2]) == 6
+    keys = [reports(batch, jax.random.key(seed))[1]["task"] for seed in (0, 0, 1)]
+    assert keys[0] == keys[1] and len(keys[0] | keys[2]) == 6

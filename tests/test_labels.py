@@ -59,8 +59,8 @@ CALLS = {
 @pytest.mark.once
 def test_labels_outside_the_classes_are_an_error(call):
     call([0, 1, 0, 99])  # padding may have any label
-    for wrong, found in (([0, 3, 1, 0], "from 0 to 3, 1 of"), ([-1, -1, 0, 0], "from -1 to ., 2 of")):
-        with pytest.raises(ValueError, match=rf"labels .*y.* must be in 0\.\.2; got labels {found} . outside"):
+    for wrong, range_text in (([0, 3, 1, 0], "from 0 to 3, 1 of"), ([-1, -1, 0, 0], "from -1 to ., 2 of")):
+        with pytest.raises(ValueError, match=rf"labels .*y.* must be in 0\.\.2; got labels {range_text} . outside"):
             call(wrong)
 
 

@@ -73,9 +73,9 @@ def retrained():
     cell = nas.complete_cell(2, ("skip_connect", "linear"))  # several edges, which training drops at random
     space = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 3)
     network = nas.discrete(space, nas.random_genotype(0, space))
-    made = nas.retraining(network, (3,), ops=nas.BLOCKS, num_steps=4, auxiliary=0.0, batch_size=4)
+    setup = nas.retraining(network, (3,), ops=nas.BLOCKS, num_steps=4, auxiliary=0.0, batch_size=4)
     data = {"x": jnp.asarray(RNG.normal(size=(8, 3))), "y": jnp.arange(8) % 3}
-    trained = made.finish(jax.jit(lambda: inner.run(made.loop, 4)(KEY, None, data))(), data)
+    trained = setup.finish(jax.jit(lambda: inner.run(setup.loop, 4)(KEY, None, data))(), data)
     return lambda x, mask: trained.outputs(x), RNG.normal(size=(8, 3))
 
 
@@ -147,9 +147,9 @@ def few_shot_method(head, normalization, num_blocks):
     loss = lambda params, hyperparams, batch: inner.cross_entropy(outputs(params, batch), batch)
     if head == "cavia":  # the context moves the inputs of the head
         outputs = lambda params, batch: network.features(params, batch)[:, :2] + params["context"][None]
-    made = HEADS[head](network.features, loss)
-    hyperparams = made.hyperparams(params)
-    method = jax.jit(few_shot.adapted(made, hyperparams, outputs))
+    adaptation = HEADS[head](network.features, loss)
+    hyperparams = adaptation.hyperparams(params)
+    method = jax.jit(few_shot.adapted(adaptation, hyperparams, outputs))
 
     def predict(x, mask):
         query = {"x": jnp.asarray(x), "mask": jnp.asarray(mask), "class_mask": jnp.ones(2)}
@@ -250,8 +250,8 @@ def of_processes():
     trials = [_surrogates.TaskTrials(x, (s + 1) * x[:, 0] ** 2 - x[:, 1]) for s in range(4)]
     surrogate = _surrogates.surrogate(trials, kernel, x)
     weights = jnp.ones(4) / 4
-    known = jnp.asarray(x[:3]), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
-    posterior = jax.jit(lambda x, mask: _posterior.posterior(surrogate, weights, known, x))
+    observed = jnp.asarray(x[:3]), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
+    posterior = jax.jit(lambda x, mask: _posterior.posterior(surrogate, weights, observed, x))
 
     def predict(x, mask):
         mixture = posterior(x, mask)
@@ -264,8 +264,10 @@ def of_transformer():
     init = _transformer.init_transformer(KEY, 2, 1, width=8, num_layers=1)
     networks = jax.tree.map(lambda leaf: leaf[None] + RNG.normal(size=(1, *leaf.shape)) / 4, init)
     trials = jnp.asarray(RNG.uniform(size=(3, 2))), jnp.array([0.3, 0.1, 0.5]), jnp.ones(3)
-    read = _transformer.read_trials(networks, trials, 1.0)
-    return lambda x, mask: _transformer.predict_binned(networks, read, jnp.asarray(x)).probs, RNG.uniform(size=(8, 2))
+    representation = _transformer.read_trials(networks, trials, 1.0)
+    return lambda x, mask: _transformer.predict_binned(networks, representation, jnp.asarray(x)).probs, RNG.uniform(
+        size=(8, 2)
+    )
 
 
 PREDICTORS = {
@@ -293,22 +295,22 @@ def differences(name):
     far = 30 + RNG.normal(size=x.shape)
     padded = np.concatenate([far[:3], x[4:6], far[3:6]]), np.array([0, 0, 0, 1, 1, 0, 0, 0.0])
     # Of few sizes, since every size is compiled.
-    found = {
+    errors = {
         "alone": np.concatenate([np.asarray(predict(x[i : i + 1], ones(1))) for i in (0, 5)]) - whole[[0, 5]],
         "one class": np.asarray(predict(np.concatenate([x[4:], x[4:]]), ones(8)))[:4] - whole[4:],
         "padding": np.asarray(predict(*padded))[3:5] - whole[4:6],
     }
-    return {kind: abs(difference).max() / abs(whole).max() for kind, difference in found.items()}
+    return {kind: abs(difference).max() / abs(whole).max() for kind, difference in errors.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in TRANSDUCTIVE])
 def test_the_answer_for_a_row_does_not_depend_on_the_other_rows(name):
-    found = differences(name)
+    errors = differences(name)
     tolerance = 1e-5 if name in FLAX else 1e-9  # flax computes in float32
-    assert max(found.values()) < tolerance, found
+    assert max(errors.values()) < tolerance, errors
 
 
 @pytest.mark.parametrize("name", TRANSDUCTIVE)
-def test_what_may_depend_on_the_other_rows_does(name):
-    found = differences(name)
-    assert found["one class"] > 1e-3, found
+def test_answers_that_may_depend_on_the_other_rows_do(name):
+    errors = differences(name)
+    assert errors["one class"] > 1e-3, errors

@@ -35,8 +35,8 @@ def test_a_trace_has_a_line_an_entry_and_both_forms_agree():
         assert list(drawn) == ["decay[0]", "decay[1]", "rate"] and axes.get_yscale() == "log"
         np.testing.assert_allclose(drawn["decay[1]"], [2e-3, 4e-3, 6e-3], rtol=1e-6)
     assert plots.hyperparameter_trace({"z": np.array([-1.0, 1.0])}).get_yscale() == "linear"
-    alike = plots.hyperparameter_trace({"a.b": np.ones(2), "a": {"b": np.full(2, 2.0)}})
-    assert [line.get_ydata()[0] for line in alike.lines] == [2.0, 1.0]
+    two_forms = plots.hyperparameter_trace({"a.b": np.ones(2), "a": {"b": np.full(2, 2.0)}})
+    assert [line.get_ydata()[0] for line in two_forms.lines] == [2.0, 1.0]
 
 
 def test_a_comparison_draws_the_mean_and_the_interval_of_the_mean():
@@ -76,17 +76,17 @@ def test_scores_by_number_and_the_leaderboard():
     axes = plots.ranking(EVALUATION)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["steps", "level"]
     np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in axes.containers], [0.45, 0.35])
-    seen = EVALUATION._replace(transductive={"steps": True, "level": False})  # ahead, by the query set's help
-    axes = plots.ranking(seen)
+    evaluation = EVALUATION._replace(transductive={"steps": True, "level": False})  # ahead, by the query set's help
+    axes = plots.ranking(evaluation)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["level", "steps, transductive"]
     np.testing.assert_allclose([bar.lines[0].get_xdata()[0] for bar in axes.containers], [0.35, 0.45])
-    for axes in (plots.adaptation_curves(seen), plots.scores_by_number(seen, "shots", [1, 6, 11])):
+    for axes in (plots.adaptation_curves(evaluation), plots.scores_by_number(evaluation, "shots", [1, 6, 11])):
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["steps, transductive", "level"]
 
 
 def test_lines_of_more_than_ten_methods_differ():
-    of = {f"steps {i}": SCORES["steps"] for i in range(23)} | {f"level {i}": SCORES["level"] for i in range(23)}
-    many = EVALUATION._replace(scores=of, transductive=dict.fromkeys(of, False))
+    scores = {f"steps {i}": SCORES["steps"] for i in range(23)} | {f"level {i}": SCORES["level"] for i in range(23)}
+    many = EVALUATION._replace(scores=scores, transductive=dict.fromkeys(scores, False))
     curves = plots.adaptation_curves(many)
     bars = plots.scores_by_number(many, "shots", [1, 6, 11])
     for axes, lines in ((curves, curves.lines), (bars, [bar.lines[0] for bar in bars.containers])):
@@ -118,7 +118,7 @@ def test_a_method_without_a_finite_score_is_drawn_as_diverging():
     assert text.get_text() == "diverges"
 
 
-def test_fronts_are_steps_through_what_nothing_dominates():
+def test_fronts_are_steps_through_the_undominated_points():
     sets = {"all": [[4.0, 1.0], [2.0, 2.0], [3.0, 3.0], [1.0, 5.0]], "one": [[2.0, 4.0]]}
     axes = plots.pareto(sets, xlabel="FLOPs", log=True)
     front, single = axes.lines
@@ -218,10 +218,10 @@ def test_a_rank_diagram_has_mean_ranks_and_joins_what_does_not_differ():
         expected[max(["twin", "other"], key=expected.get)], abs=0.05
     )
     # All apart: no bar. None apart: one bar over all.
-    apart = {name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()}
-    assert drawn_ranks(plots.critical_difference(apart)) == ({"a": 1.0, "b": 2.0, "c": 3.0}, [])
-    alike = {name: level + rng.normal(size=60) * 0.1 for name in "abc"}
-    ranks, ((low, high),) = drawn_ranks(plots.critical_difference(alike))
+    distinct = {name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()}
+    assert drawn_ranks(plots.critical_difference(distinct)) == ({"a": 1.0, "b": 2.0, "c": 3.0}, [])
+    similar = {name: level + rng.normal(size=60) * 0.1 for name in "abc"}
+    ranks, ((low, high),) = drawn_ranks(plots.critical_difference(similar))
     assert low < min(ranks.values()) + 0.01 and high > max(ranks.values()) - 0.01
 
 
@@ -238,13 +238,13 @@ def test_holm_s_correction_is_over_the_pairs():
 def test_a_rank_diagram_has_room_for_its_names_and_bars():
     rng = np.random.default_rng(0)
     level = rng.normal(size=60)
-    apart = plots.critical_difference({name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()})
-    low, high = apart.get_xlim()
-    places = [text.get_position()[0] for text in apart.texts]
+    diagram = plots.critical_difference({name: level + shift for name, shift in {"a": 0.0, "b": 1.0, "c": 2.0}.items()})
+    low, high = diagram.get_xlim()
+    places = [text.get_position()[0] for text in diagram.texts]
     assert low < min(places) - 0.5 and high > max(places) + 0.5  # names extend outwards
     assert min(places) < 1 and max(places) > 3  # and are outside the ranks
     joined = plots.critical_difference({name: rng.normal(size=60) for name in "abc"})
-    heights = [axes.figure.get_size_inches()[1] for axes in (apart, joined)]
+    heights = [axes.figure.get_size_inches()[1] for axes in (diagram, joined)]
     assert len(drawn_ranks(joined)[1]) == 1 and heights[1] > heights[0] + 0.1
 
 

@@ -184,7 +184,7 @@ def untimed(text):
 
 @pytest.fixture
 def always(monkeypatch):
-    """Every tick prints, and the thread does not tick by itself."""
+    """Every tick prints, and the thread does not tick by itself: the patches stand for a clock."""
     for name in ("EVERY", "SOON"):
         monkeypatch.setattr(_progress, name, 0.0)
     monkeypatch.setattr(_progress.DISPLAY, "tick_every", 3600.0)
@@ -251,9 +251,9 @@ def test_the_scores_of_a_search_report_their_compilations_in_a_log(capsys, alway
 
 def test_the_cache_is_restored_after_the_call(tmp_path):
     former = jax.config.jax_compilation_cache_dir
-    seen = []
-    fit(compilation_cache=tmp_path, callback=lambda *args: seen.append(jax.config.jax_compilation_cache_dir))
-    assert set(seen) == {str(tmp_path)} and jax.config.jax_compilation_cache_dir == former
+    folders = []
+    fit(compilation_cache=tmp_path, callback=lambda *args: folders.append(jax.config.jax_compilation_cache_dir))
+    assert set(folders) == {str(tmp_path)} and jax.config.jax_compilation_cache_dir == former
     files = set(tmp_path.iterdir())
     assert files
     fit(lambda: None, hyperparams=np.array([2.0, 3.0]).sum())  # compiles again, elsewhere
@@ -284,9 +284,9 @@ def test_a_second_process_reads_its_programs_from_the_cache(tmp_path):
 
     def run():
         command = [sys.executable, "-c", PROGRAM, tmp_path / "programs"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return map(int, done.stdout.split())
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert process.returncode == 0, process.stderr[-4000:]
+        return map(int, process.stdout.split())
 
     (first_hits, first_misses), (hits, misses) = run(), run()
     assert first_misses - misses >= 2 and hits - first_hits >= 2  # the initial state and the step
@@ -309,7 +309,7 @@ def main(tick):
 
 
 def test_a_script_reports_its_place_in_a_log(capsys, always, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["job.py"])
+    monkeypatch.setattr(sys, "argv", ["job.py"])  # a line names the script by it
     script = importlib.import_module("experiments.script")
     job = {}
     exec(compile(JOB, str(ROOT / "experiments" / "job.py"), "exec"), job)

@@ -50,11 +50,11 @@ def has_data(name):
 def check_smoke(name, file, expected, tmp_path):
     if not (Path(os.environ.get("METAOPT_DATA", "")) / file).is_file():
         pytest.skip(f"METAOPT_DATA names no folder with {file}")
-    done = run(name, "--smoke", "--out", tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    process = run(name, "--smoke", "--out", tmp_path)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    table = [line for line in process.stdout.splitlines() if line.startswith("| ")]
     assert all(any(text in line for line in table) for text in expected)
-    assert "nan" not in done.stdout and not list(tmp_path.iterdir())
+    assert "nan" not in process.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_record_tables_end_where_the_searcher_tries_other_trials():
 
 @pytest.mark.slow
 def test_darts_at_full_size_asks_for_all_of_cifar_10():
-    done = run("darts_cifar", "--full")
-    assert done.returncode == 1 and "--full needs whole CIFAR-10, by --data FILE or --tfds" in done.stderr
+    process = run("darts_cifar", "--full")
+    assert process.returncode == 1 and "--full needs whole CIFAR-10, by --data FILE or --tfds" in process.stderr
 
 
 FEW_SHOT = {
@@ -105,11 +105,11 @@ def test_smoke_of_few_shot_learning(name, tmp_path):
 
 @pytest.mark.slow
 def test_smoke_of_the_sinusoids(tmp_path):
-    done = run("sinusoid", "--smoke", "--out", tmp_path, "--work", tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    names = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    process = run("sinusoid", "--smoke", "--out", tmp_path, "--work", tmp_path)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    names = [line.split(" | ")[0] for line in process.stdout.splitlines() if line.startswith("| ")]
     assert names == ["| model", "| ---", "| Meta-SGD, 1 step"]
-    assert "nan" not in done.stdout and not list(tmp_path.iterdir())
+    assert "nan" not in process.stdout and not list(tmp_path.iterdir())
 
 
 # Runs scripts one after the other, since most of a run's time is imports, and prints the message of each exit.
@@ -129,18 +129,18 @@ def test_absent_data_are_named(tmp_path):
     paths = {name: SCRIPT_OF[name] for name in SCRIPTS}
     command = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS, *paths.values()]
     environment = {**os.environ, "METAOPT_DATA": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     for name, path in paths.items():
         expected = f"{path}: {name} needs {SCRIPTS[name][0]}, in the folder that the environment variable METAOPT_DATA"
-        assert expected in done.stdout, done.stderr[-4000:]
+        assert expected in process.stdout, process.stderr[-4000:]
 
 
 def smoke(name, tmp_path):
     """The rows of every table that the script prints, by their first cell."""
-    done = run(name, "--smoke", "--out", tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    process = run(name, "--smoke", "--out", tmp_path)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     assert not list(tmp_path.iterdir())  # a smoke run writes no result
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    lines = [line.strip("| ").split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")]
     return {line[0]: line[1:] for line in lines}
 
 
@@ -210,8 +210,10 @@ def test_augmentation_moves_images_as_its_strengths_say():
     y, x = np.meshgrid(np.arange(14) - 6.5, np.arange(14) - 6.5, indexing="ij")
 
     def moments(image):  # where its mass is, how wide and high, and which way it leans
-        center = [(image * at).sum() / image.sum() for at in (y, x)]
-        spread = [(image * (at - c) ** 2).sum() / image.sum() for at, c in zip((y, x), center, strict=True)]
+        center = [(image * coordinate).sum() / image.sum() for coordinate in (y, x)]
+        spread = [
+            (image * (coordinate - c) ** 2).sum() / image.sum() for coordinate, c in zip((y, x), center, strict=True)
+        ]
         lean = (image * (y - center[0]) * (x - center[1])).sum() / image.sum()
         return np.array([*center, *spread, lean])
 
@@ -226,12 +228,12 @@ def test_augmentation_moves_images_as_its_strengths_say():
     def total(strengths):
         return (jnp.arange(196.0).reshape(14, 14) * script.augment(key, strengths, image)).sum()
 
-    at = {name: jnp.asarray(strength) for name, strength in MOVES.items()} | {
+    amounts = {name: jnp.asarray(strength) for name, strength in MOVES.items()} | {
         name: jnp.asarray(0.1) for name in none if name not in MOVES
     }
-    value, slopes = jax.jit(total), jax.jit(jax.grad(total))(at)
+    value, slopes = jax.jit(total), jax.jit(jax.grad(total))(amounts)
     for name in none:
-        up, down = (value({**at, name: at[name] + h}) for h in (1e-6, -1e-6))
+        up, down = (value({**amounts, name: amounts[name] + h}) for h in (1e-6, -1e-6))
         np.testing.assert_allclose(slopes[name], (up - down) / 2e-6, rtol=1e-5, err_msg=name)
 
 
@@ -264,13 +266,13 @@ def test_tasks_of_other_code_are_no_results_of_this_one(tmp_path):
     tables = load("architecture.architecture_tables.choices")
     file = tmp_path / "kept.json"
     tables.Kept(file, "a").add("first", {"found": {}})
-    again = tables.Kept(file, "a")
-    assert again.num_before == 1 and again.num_other_code() == 0
+    same_code = tables.Kept(file, "a")
+    assert same_code.num_before == 1 and same_code.num_other_code() == 0
     with pytest.raises(SystemExit, match="holds tasks by other code: give --afresh, or --any-code"):
         tables.Kept(file, "b")
-    taken = tables.Kept(file, "b", any_code=True)
-    taken.add("second", {"found": {}})
-    assert taken.num_other_code() == 1 and set(taken.tasks) == {"first", "second"}
+    reused = tables.Kept(file, "b", any_code=True)
+    reused.add("second", {"found": {}})
+    assert reused.num_other_code() == 1 and set(reused.tasks) == {"first", "second"}
     assert not tables.Kept(file, "b", afresh=True).tasks and [p.name for p in tmp_path.iterdir()] == ["kept.json"]
 
 
@@ -280,32 +282,34 @@ def test_outcomes_of_several_keys_and_of_ties_are_put_together():
     valid, test = [np.array([1.0, 1, 3]), np.array([3.0, 2, 1])], [np.array([4.0, 2, 9]), np.array([3.0, 2, 1])]
 
     def outcome(fixed, h, member):
-        found = {
+        percentiles = {
             **({} if fixed is None else {"best of the other tasks": fixed, "all by validation": 0.5}),
             "h, no trial": h,
         }
         lost = {**({} if fixed is None else {"all by validation": 0.0}), "h, no trial": 1.0}
         effects = {**({} if fixed is None else {"h by digits": [0, 1]}), "h": [1, 1]}
-        return {"found": found, "lost": lost, "alone": [member, member], "effects": effects}
+        return {"found": percentiles, "lost": lost, "alone": [member, member], "effects": effects}
 
     first = [outcome(0.5, 1.0, 0.2), outcome(0.6, 0.8, 0.2)]
     second = [outcome(None, 0.4, 0.6), outcome(None, 0.6, 0.6)]
-    found, lost, alone, effects, ties = tables.gathered([first, second], valid, test)
+    percentiles, lost, alone, effects, ties = tables.gathered([first, second], valid, test)
     assert [list(values) for values in ties] == [[0.5, 1.0], [1.0]]
-    np.testing.assert_allclose(found["h, no trial"], [[1.0, 0.8], [0.4, 0.6]])
-    np.testing.assert_allclose(found["best of the other tasks"], [[0.5, 0.6]])
-    np.testing.assert_allclose(found["all by validation"], [[0.75, 1.0]])
+    np.testing.assert_allclose(percentiles["h, no trial"], [[1.0, 0.8], [0.4, 0.6]])
+    np.testing.assert_allclose(percentiles["best of the other tasks"], [[0.5, 0.6]])
+    np.testing.assert_allclose(percentiles["all by validation"], [[0.75, 1.0]])
     # Relative to the mean of 4 and 2, and not to 4.
     np.testing.assert_allclose(lost["h, no trial"], [[2.0, 1.0], [2.0, 1.0]])
     np.testing.assert_allclose(lost["all by validation"], [[0.0, 0.0]])
     assert alone.shape == (2, 2, 2) and effects["h"].shape == (4, 2) and effects["h by digits"].shape == (2, 2)
-    (told, _) = report.about_ties(["cora", "cs"], ties)
-    assert "(cora: 2 configurations, of percentiles 0.500 to 1.000)" in told
-    assert "its mean over tasks is 0.750 to 1.000 (0.875 on average)" in told
+    (line, _) = report.about_ties(["cora", "cs"], ties)
+    assert "(cora: 2 configurations, of percentiles 0.500 to 1.000)" in line
+    assert "its mean over tasks is 0.750 to 1.000 (0.875 on average)" in line
     assert report.about_ties(["cora", "cs"], [ties[1], ties[1]]) == []
 
     name = "NAS-Bench-Graph"
-    page = report.report({name: (["cora", "cs"], tables.Outcomes(found, lost, alone, {}, ties))}, {}, 2, num_keys=2)
+    page = report.report(
+        {name: (["cora", "cs"], tables.Outcomes(percentiles, lost, alone, {}, ties))}, {}, 2, num_keys=2
+    )
     assert "| h, no trial | 0.700 ± 0.283 | 0.70 | 0.70 | 1 of 2 | 0.92 missed; reached by 0 of 2 keys |" in page
     assert "| best of the other tasks | 0.550 | 0.50 | 0.60 |  |  |" in page
     assert "trained with 2 keys" in page and "left-out tasks in view" in page and "0.400 ± 0.231" in page
@@ -323,8 +327,8 @@ def test_smoke_of_searches_within_budgets(tmp_path):
         name: [number(cell.replace(",", "")) for cell in cells] for name, cells in rows.items() if name[0].isdigit()
     }
     assert len(budgets) == 2
-    for budget, (_, *costs, found, shared, _, _) in budgets.items():
-        assert max(costs) <= float(budget.replace(",", "")) and 0 < found < 100 and 0 < shared < 100
+    for budget, (_, *costs, accuracy, shared, _, _) in budgets.items():
+        assert max(costs) <= float(budget.replace(",", "")) and 0 < accuracy < 100 and 0 < shared < 100
 
 
 def test_regret_against_seconds_counts_what_has_ended():
@@ -340,9 +344,9 @@ def test_regret_against_seconds_counts_what_has_ended():
     )
     seconds = np.array([0.5, 1.0, 5.0, 12.0, 22.0, 40.0])
     trials = iter([(1, 0), (2, 0), (1, 1), (0, 1), (2, 1)])  # ends at 1, 2, 12, 22, 32
-    found = regret.curve(trials, table, 0, seconds)
+    regrets = regret.curve(trials, table, 0, seconds)
     # What had more epochs stands before what had fewer, whatever its loss.
-    np.testing.assert_allclose(found, [np.nan, 6.0, 6.0, 6.0, 0.0, 2.0])
+    np.testing.assert_allclose(regrets, [np.nan, 6.0, 6.0, 6.0, 0.0, 2.0])
     mean, half = regret.band(np.array([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]]))
     np.testing.assert_allclose([mean, half], [[3.0, 2.0], [1.96 * 2 / np.sqrt(3), 0.0]])
     halving = regret.successive_halving(table, 0, 0)

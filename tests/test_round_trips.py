@@ -47,32 +47,32 @@ RECORDS = [
 ]
 
 
-def assert_same(found, expected, where="it"):
+def assert_same(loaded, expected, path="it"):
     """Equal types and values, field by field; functions are made again and are not compared."""
     if callable(expected) and not isinstance(expected, type):
-        assert callable(found), where
+        assert callable(loaded), path
         return
-    arrays = isinstance(expected, jax.Array) and isinstance(found, jax.Array)
-    assert arrays or type(found) is type(expected), f"{where}: {type(found)} for {type(expected)}"
+    arrays = isinstance(expected, jax.Array) and isinstance(loaded, jax.Array)
+    assert arrays or type(loaded) is type(expected), f"{path}: {type(loaded)} for {type(expected)}"
     if isinstance(expected, (np.ndarray, jax.Array)):
-        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected), where)
+        assert (loaded.dtype, loaded.shape) == (expected.dtype, expected.shape), path
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected), path)
     elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert loaded.keys() == expected.keys(), path
         for name, value in expected.items():
-            assert_same(found[name], value, f"{where}[{name!r}]")
+            assert_same(loaded[name], value, f"{path}[{name!r}]")
     elif hasattr(expected, "_fields"):
         for name in expected._fields:
-            assert_same(getattr(found, name), getattr(expected, name), f"{where}.{name}")
+            assert_same(getattr(loaded, name), getattr(expected, name), f"{path}.{name}")
     elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_same(one, other, f"{where}[{i}]")
+        assert len(loaded) == len(expected), path
+        for i, (one, other) in enumerate(zip(loaded, expected, strict=True)):
+            assert_same(one, other, f"{path}[{i}]")
     elif dataclasses.is_dataclass(expected):
         for field in dataclasses.fields(expected):
-            assert_same(getattr(found, field.name), getattr(expected, field.name), f"{where}.{field.name}")
+            assert_same(getattr(loaded, field.name), getattr(expected, field.name), f"{path}.{field.name}")
     else:
-        assert found == expected or (found != found and expected != expected), f"{where}: {found!r} for {expected!r}"
+        assert loaded == expected or (loaded != loaded and expected != expected), f"{path}: {loaded!r} for {expected!r}"
 
 
 def restored(path, value, **parts):
@@ -129,11 +129,13 @@ def trained_network(path):
 
 
 def scores_of_methods(path):
-    of = lambda *values: {"one": np.array(values, np.float32), "two": np.array(values)}
-    scores = {"a": of([0.0, 0.5], [0.25, 1.0]), "b": of([0.5], [math.nan])}
+    by_method = lambda *values: {"one": np.array(values, np.float32), "two": np.array(values)}
+    scores = {"a": by_method([0.0, 0.5], [0.25, 1.0]), "b": by_method([0.5], [math.nan])}
     flags = {"a": True, "b": False}
-    marks = of(0.1, 0.2)
-    return restored(path, evaluation.Evaluation(scores, of(5, 5), of(1.0, 2.5), flags, False, marks, "accuracy"))
+    marks = by_method(0.1, 0.2)
+    return restored(
+        path, evaluation.Evaluation(scores, by_method(5, 5), by_method(1.0, 2.5), flags, False, marks, "accuracy")
+    )
 
 
 def benchmark(path):
@@ -238,11 +240,11 @@ MEMBERS = {
 
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.once
-def test_what_is_loaded_has_the_types_and_values_of_what_was_saved(name, tmp_path):
+def test_loaded_values_have_the_types_and_values_of_the_saved_ones(name, tmp_path):
     assert_same(*MEMBERS[name](tmp_path / "file"))
 
 
-def test_everything_that_can_be_saved_is_a_member():
+def test_everything_that_can_be_saved_has_a_row():
     importlib.import_module("metaopt.automl._saved")  # registers its types when they are used
     rooms = (automl, blackbox, evaluation, few_shot, nas, predictors, spaces, tasks, training, transforms)
     public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}
@@ -256,9 +258,9 @@ def test_everything_that_can_be_saved_is_a_member():
 
 
 def test_a_loaded_scaling_scales_as_before(tmp_path):
-    found, saved = predictor(tmp_path / "file")
-    assert found.scaling is not None and saved.scaling is not None
+    loaded, saved = predictor(tmp_path / "file")
+    assert loaded.scaling is not None and saved.scaling is not None
     features = {"n": 4.0, "m": 100.0}
     np.testing.assert_array_equal(
-        found.scaling.transform(features, clip=9.0), saved.scaling.transform(features, clip=9.0)
+        loaded.scaling.transform(features, clip=9.0), saved.scaling.transform(features, clip=9.0)
     )

@@ -104,14 +104,14 @@ def test_notebooks_are_written_from_the_pages():
     notebooks, nbformat = module("notebooks"), pytest.importorskip("nbformat")
     assert {f"{name}.ipynb" for name in notebooks.PAGES} == {file.name for file in (ROOT / "colab").glob("*.ipynb")}
     for name, page in notebooks.PAGES.items():
-        written = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
-        assert written == nbformat.from_dict(notebooks.notebook(page)), f"`python docs/notebooks.py` for {name}"
-        nbformat.validate(written)
-        assert notebooks.REPOSITORY in written.cells[1].source
-        texts = [cell.source for cell in written.cells if cell.cell_type == "markdown"]
+        notebook = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+        assert notebook == nbformat.from_dict(notebooks.notebook(page)), f"`python docs/notebooks.py` for {name}"
+        nbformat.validate(notebook)
+        assert notebooks.REPOSITORY in notebook.cells[1].source
+        texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
         links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", "\n".join(texts)) if "://" not in link]
         assert [link for link in links if not (ROOT / "colab" / link).exists()] == []
-        code = [line for cell in written.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+        code = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
         assert not any("docs/records" in line or "pathlib" in line for line in code[12:])
 
 
@@ -120,11 +120,11 @@ def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
     """Cells run, unless `docs/_build` has their outputs from an earlier build."""
     pytest.importorskip("sphinx_book_theme")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "-c", "docs", ".", str(tmp_path)], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     pages = list(tmp_path.rglob("*.html"))
     outside = {page.name: outside_sources(page.read_text()) for page in pages}
-    assert len(pages) > 60 and {name: found for name, found in outside.items() if found} == {}
+    assert len(pages) > 60 and {name: addresses for name, addresses in outside.items() if addresses} == {}
     assert (tmp_path / "searchindex.js").stat().st_size > 100_000

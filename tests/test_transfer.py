@@ -41,10 +41,10 @@ def test_the_seconds_of_kept_results_are_added(tmp_path):
     first = Finished(tmp_path, "tables")
     for name in ("a", "b"):
         first(name, lambda: sum(range(200_000)) and {})
-    again = Finished(tmp_path, "tables")
-    assert again.seconds == 0
-    again("a", lambda: pytest.fail("it was kept"))
-    assert 0 < again.seconds < first.seconds
+    continued = Finished(tmp_path, "tables")
+    assert continued.seconds == 0
+    continued("a", lambda: pytest.fail("it was kept"))
+    assert 0 < continued.seconds < first.seconds
 
 
 def test_a_digest_depends_on_values_names_and_types():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks, base, inner, spaces, tasks
+from metaopt import base, inner, spaces, tasks
 
 HINGES = (-0.67, 0.0, 0.67)  # the quartiles of a standard normal
 _SHARED = ("feature_mask", "class_mask", "num_features")  # entries of a table that every minibatch has
@@ -60,9 +60,6 @@ def tabular_network(
     Returns:
       A `TabularNetwork`, for tables of any size. The shipped g was trained with the default sizes.
     """
-    sizes = {"num_steps": num_steps, "batch_size": batch_size, "num_members": num_members, "num_hidden": num_hidden}
-    for name, value in sizes.items():
-        _checks.check_integer(name, value, 1)
 
     def init(key, hyperparams, data):
         del hyperparams

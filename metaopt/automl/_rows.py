@@ -115,10 +115,10 @@ def repeated(weight: np.ndarray) -> np.ndarray:
 def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     """Splits rows for out-of-fold predictions.
 
-    * By default 8 folds, stratified by class, with copies of a row in one fold. More than 20,000 rows give one split,
+    - By default 8 folds, stratified by class, with copies of a row in one fold. More than 20,000 rows give one split,
       with an eighth for validation.
-    * With groups, a group is in one fold.
-    * With time, validation rows are later than training rows: 8 windows of equal length, each trained on all earlier
+    - With groups, a group is in one fold.
+    - With time, validation rows are later than training rows: 8 windows of equal length, each trained on all earlier
       ones. The rows of the first window are never validated. Of rows with groups, too, those whose group occurs in the
       validation window are left out of training.
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metaopt import _checks, _extras, _locks, base
+from metaopt import _extras, _locks, base
 from metaopt._progress import report_progress
 from metaopt.blackbox._random_search import random_search
 from metaopt.blackbox._records import append_records, read_records
@@ -140,15 +140,11 @@ def collect(
     >>> records[0].configuration, records[0].outcome
     ({'x': 0.0}, 0.25)
     """
-    if not callable(objective):
-        raise ValueError(f"`objective` must be a function `(trial, task) -> outcome`; got {type(objective).__name__}.")
-    _checks.check_positive("num_trials", num_trials)
-    for name, value in (("time_limit", time_limit), ("memory_limit", memory_limit), ("budget", budget)):
-        _checks.check_positive(name, value, optional=True)  # NaN would wait for ever, or fail each trial
+    if not num_trials < float("inf"):  # inf and NaN would never end
+        raise ValueError(
+            f"`num_trials` must be finite; got {num_trials}. Give a large number, and a `budget` in seconds."
+        )
     _check_limits(isolated, time_limit, memory_limit)
-    if num_trials == float("inf"):
-        raise ValueError("`num_trials` must be finite; got inf. Give a large number, and a `budget` in seconds.")
-    _checks.check_integer("batch_size", batch_size, 1, optional=True)
     named = _by_name(tasks)
     # Random search proposes the same trials, one at a time or all at once.
     all_at_once = batch_size is None and searcher is None

@@ -51,8 +51,9 @@ def check_datasets(names: Sequence[str], datasets: Mapping[str, Any]) -> None:
                 f"`datasets` must have a `tasks.Table`, a pair (x, y) with x of two or more axes, or a dict of rows; "
                 f"{name!r} has a {type(dataset).__name__}."
             )
-    if len({is_dataset(dataset) for dataset in datasets.values()}) > 1:
-        raise ValueError("`datasets` must all be tables and pairs (x, y), or all be dicts of rows; got both.")
+    kinds = sorted({kind_of(dataset) if is_dataset(dataset) else "dict of rows" for dataset in datasets.values()})
+    if len(kinds) > 1:
+        raise ValueError(f"`datasets` must all be tables, all be images, or all be dicts of rows; got {kinds}.")
 
 
 def kind_of(dataset: Any) -> str:
@@ -76,8 +77,6 @@ def dataset_features(dataset: Any) -> np.ndarray:
     else:
         x, y = np.asarray(dataset[0], float), np.asarray(dataset[1])
         categorical = np.zeros(x.shape[1], bool)
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"x and y must have one entry for each row; got the shapes {x.shape} and {y.shape}.")
     labels = _labels(y)
     if x.ndim == 2:
         values = tasks.metafeatures((x, labels, categorical), groups=_GROUPS)
@@ -96,10 +95,9 @@ def features_of_datasets(datasets: Mapping[str, Any], features: Any = None) -> t
     """
     if features is not None:
         raise ValueError("Give either `features`, or tables or images as `datasets`; both describe the tasks.")
-    kinds = {name: kind_of(dataset) for name, dataset in datasets.items()}
-    if len(set(kinds.values())) > 1:
-        raise ValueError(f"`datasets` must all be tables, or all be images; got {kinds}.")
-    return next(iter(kinds.values())), {name: dataset_features(dataset) for name, dataset in datasets.items()}
+    return kind_of(next(iter(datasets.values()))), {
+        name: dataset_features(dataset) for name, dataset in datasets.items()
+    }
 
 
 def _labels(y: np.ndarray) -> np.ndarray:

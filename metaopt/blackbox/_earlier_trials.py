@@ -175,11 +175,9 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
             "records' names; otherwise remove the features of unknown tasks.",
             stacklevel=3,
         )
-    rows = [np.asarray(features[name], float).ravel() if name in features else None for name in names]
-    lengths = sorted({len(row) for row in rows if row is not None})
-    if len(lengths) != 1:
-        raise ValueError(f"All tasks must have the same number of `features`; got {lengths}.")
-    return np.stack([np.full(lengths[0], np.nan) if row is None else row for row in rows])
+    rows = {name: np.asarray(features[name], float).ravel() for name in names if name in features}
+    unknown = np.full_like(next(iter(rows.values())), np.nan)
+    return np.stack([rows.get(name, unknown) for name in names])
 
 
 def costs_by_task(records: list[base.Record], encode) -> list[_surrogates.TaskTrials]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import base, spaces
 
 
 class EvolutionState(NamedTuple):
@@ -61,8 +61,6 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     >>> sorted(child.configuration), child.trial
     (['edge0', 'edge1'], 2)
     """
-    _checks.check_integer("population_size", population_size, 1)
-    _checks.check_integer("sample_size", sample_size, 1)
     sizes = _Sizes(population_size, sample_size)
     return base.Searcher(
         init=_init,

@@ -370,22 +370,23 @@ def _reached(seen, num: int) -> np.ndarray:
     return reached
 
 
-def _few(seen):
-    """Selects at most 1,024 outcomes, in order; each candidate's latest outcome has priority over earlier ones.
+def _few(seen, num: int):
+    """Selects at most `num` outcomes, in order; each candidate's latest outcome has priority over earlier ones.
 
     If there are too many candidates, it keeps those with the best and the latest outcomes.
     """
-    if len(seen) <= _MAX_SEEN:
+    if len(seen) <= num:
         return seen
     last = np.array(sorted({candidate: i for i, (candidate, _, _) in enumerate(seen)}.values()))
-    kept = last[best_and_latest(np.array([seen[i][2] for i in last]), _MAX_SEEN)]
+    kept = last[best_and_latest(np.array([seen[i][2] for i in last]), num)]
     others = np.setdiff1d(np.arange(len(seen)), last)
-    return [seen[i] for i in np.union1d(kept, others[max(len(others) + len(kept) - _MAX_SEEN, 0) :])]
+    return [seen[i] for i in np.union1d(kept, others[max(len(others) + len(kept) - num, 0) :])]
 
 
-def _padded(seen) -> _curves.Observed:
-    """Pads the outcomes to a power of two, at least 32, so that JAX compiles few programs."""
-    seen = _few(seen)
+def _padded(seen, max_seen: int = _MAX_SEEN) -> _curves.Observed:
+    """Selects at most `max_seen` outcomes, and pads them to a power of two, at least 32, so that JAX compiles few
+    programs."""
+    seen = _few(seen, max_seen)
     size = max(32, 1 << max(len(seen) - 1, 0).bit_length())
     candidate, fidelity, y = (np.array(column) for column in zip(*seen, strict=True)) if seen else (np.zeros(0),) * 3
     pad = (0, size - len(seen))

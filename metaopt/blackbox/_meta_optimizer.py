@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import base, spaces
 from metaopt.blackbox import _surrogates
 from metaopt.blackbox._datasets import check_datasets, features_of_datasets, is_dataset
 from metaopt.blackbox._earlier_trials import (
@@ -148,12 +148,12 @@ def train_meta_optimizer(
       A `MetaOptimizer`.
 
     Raises:
-      ValueError: if a count or a share is out of range.
+      ValueError: if a share is not in [0, 1].
       ValueError: if a record is invalid (unknown status, fidelity outside (0, 1], or non-numeric outcome).
       ValueError: if `space` is None and cannot be inferred from the records.
       ValueError: if no record has an outcome at the full budget, or if all outcomes of every task are equal.
       ValueError: if `candidates` is empty, or a candidate does not fit the space.
-      ValueError: if features have different lengths.
+      ValueError: (by NumPy) if features have different lengths.
       ValueError: if `features` or `families` have none of the records' tasks.
       ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows; if its entries have different
         forms; or if they are tables or images, and `features` are given too.
@@ -191,8 +191,6 @@ def train_meta_optimizer(
     >>> outcome = loss(trial.configuration, 0.8)
     >>> state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])  # and ask again
     """
-    _checks.check_integer("num_members", num_members, 1)
-    _checks.check_integer("max_reference", max_reference, 2)
     for name, share in (("deep_share", deep_share), ("transformer_share", transformer_share)):
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
@@ -254,7 +252,7 @@ def train_meta_searcher(
     *,
     space: base.PyTree = None,
     candidates: Sequence[Mapping[str, Any]] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> MetaOptimizer:
     """`train_meta_optimizer` over a finite set: architectures of a benchmark, pipelines, configurations already tried.
 

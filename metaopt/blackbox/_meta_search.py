@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import base, spaces
 from metaopt.blackbox import _meta_searcher, _predictions
 from metaopt.blackbox._domain import NUM_RANDOM, default_candidates, make_domain
 from metaopt.blackbox._encoding import encode_fn, encoder
@@ -212,7 +212,6 @@ def predict(learned: Learned, new_task: Any = None, y: Any = None) -> dict[str, 
 
 def portfolio(learned: Learned, num: int, new_task: Any = None) -> list[dict[str, Any]]:
     """`MetaOptimizer.portfolio`."""
-    _checks.check_integer("num", num, 1)
     return complementary(learned, new_task_of(learned.model.surrogate, new_task, learned.reads), num)
 
 

@@ -100,7 +100,6 @@ def bohb(
     Source: Falkner, Klein & Hutter, ICML 2018, https://arxiv.org/abs/1807.01774
     """
     _checks.check_integer("reduction_factor", reduction_factor, 2)
-    _checks.check_integer("num_rungs", num_rungs, 2)
     fidelities = [float(reduction_factor) ** (rung - num_rungs + 1) for rung in range(num_rungs)]
     steps = reduction_factor ** (num_rungs - 1)
     pruner = lambda optuna: optuna.pruners.HyperbandPruner(1, steps, reduction_factor)

@@ -45,7 +45,8 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         or non-numeric outcome).
       ValueError: if a fidelity is less than a billionth of the full budget, or two fidelities of a trial are within a
         billionth.
-      ValueError: if a configuration does not fit the space, or a direction is given.
+      ValueError: (by Optuna) if a configuration does not fit the space.
+      ValueError: if a direction is given.
       ImportError: if Optuna is not installed.
     """
     import optuna
@@ -77,9 +78,7 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
             if name not in distributions:
                 continue
             value = value.item() if isinstance(value, np.generic) else value
-            if not (allowed := _fitting(value, distributions[name])):
-                raise ValueError(f"`{name}` of trial {last.trial} is {value!r}, and not of {distributions[name]}.")
-            values[name] = allowed[0]
+            values[name] = next(iter(_fitting(value, distributions[name])), value)  # Optuna refuses what does not fit
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
@@ -234,8 +233,8 @@ def optuna_sampler(
       An `optuna.samplers.BaseSampler`, for studies of one objective.
 
     Raises:
-      ValueError: if the space has a simplex, which Optuna does not have, or `acquisition` is unknown; when a trial
-        begins, if the study has several objectives.
+      ValueError: if the space has a simplex, which Optuna does not have, or `acquisition` is unknown.
+      RuntimeError: (by Optuna) when a trial begins, if the study has several objectives.
       ImportError: if Optuna is not installed.
 
     >>> import optuna
@@ -312,8 +311,6 @@ class _MetaSampler:
         self._independent.reseed_rng()  # our randomness is folded from a trial's number
 
     def infer_relative_search_space(self, study, trial):
-        if len(study.directions) > 1:
-            raise ValueError("This sampler is for studies of one objective; use another for several.")
         return {}  # parameters are returned only when we know how the objective requests them
 
     def sample_relative(self, study, trial, search_space):

@@ -310,11 +310,9 @@ def _header_of_made(connection, create: bool) -> list[int]:
 
 def _to_row(record: Record) -> tuple:
     check_record(record)
-    if not isinstance(record.reason, str):
-        raise ValueError(f'A record\'s reason must be a string, "" if there is no reason; got {record.reason!r}.')
     for name, text in (("task", record.task), ("reason", record.reason)):
-        if not _is_unicode(text):  # such as names of files, which may be any bytes
-            raise ValueError(f"A record's {name} must be valid Unicode; got {text!r}.")
+        if not _is_text(text):  # such as names of files, which may be any bytes
+            raise ValueError(f"A record's {name} must be a string of valid Unicode; got {text!r}.")
     return (
         record.task,
         json.dumps(record.configuration, allow_nan=False, default=as_python),
@@ -343,10 +341,8 @@ def _from_row(row) -> Record:
     """Returns the record of a row. Raises ValueError if the row is not a valid record."""
     record = Record(*row)
     for name, text in (("task", record.task), ("configuration", record.configuration), ("reason", record.reason)):
-        if not isinstance(text, str):
-            raise ValueError(f"Its {name} must be a string; got {text!r}.")
-        if not _is_unicode(text):
-            raise ValueError(f"Its {name} must be valid UTF-8; got {text!r}.")
+        if not _is_text(text):
+            raise ValueError(f"Its {name} must be a string of valid Unicode; got {text!r}.")
     try:
         configuration = json.loads(str(record.configuration))
     except ValueError as error:
@@ -358,12 +354,11 @@ def _from_row(row) -> Record:
     return record
 
 
-def _is_unicode(text: str) -> bool:
+def _is_text(value: Any) -> bool:
     try:
-        text.encode()
+        return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _number_or_null(value: float) -> float | None:

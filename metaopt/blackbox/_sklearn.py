@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, spaces
+from metaopt import spaces
 from metaopt.blackbox._trials import ObjectiveFn
 
 
@@ -81,7 +81,6 @@ def sklearn_objective(
       ValueError: if `scoring` is missing and the estimator's kind does not have a default.
       ImportError: if scikit-learn is not installed.
     """
-    _checks.check_integer("num_folds", num_folds, 2)
     import sklearn.base
 
     if scoring is None:

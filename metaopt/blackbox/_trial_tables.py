@@ -246,10 +246,7 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
         if len(versions.get(task, ())) > 1 and _is_given(row.get("data_id")):
             task += f" ({int(row['data_id'])})"
         record = Record(task, configuration, trial=int(row["run_id"]))
-        try:
-            value = math.nan if row["value"] is None else float(row["value"])
-        except (TypeError, ValueError):
-            raise ValueError(f"The value of run {record.trial} must be a number; got {row['value']!r}.") from None
+        value = math.nan if row["value"] is None else float(row["value"])
         if value > 1 and higher_is_better is None:
             raise ValueError(
                 f"The value of run {record.trial} is {value:g}, and a measure that is better where it is larger is at "

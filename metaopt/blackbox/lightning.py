@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.blackbox import _trials
 
 __all__ = ["ReportFn", "callback", "objective"]
@@ -95,7 +95,6 @@ def callback(
         identity = repr((trial.task, sorted(trial.configuration.items()), trial.seed, monitor, mode, version))
         digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         folder, source = Path(checkpoints) / f"{trial.trial:06d}-{digest}", _source_text(sources)
-    _checks.check_integer("max_epochs", max_epochs, 1)
     settings = _Settings(max_epochs, monitor, mode, report, folder, source)
     return type("Epochs", (_Epochs, lightning.Callback), {})(lightning, trial, settings)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks, base, hypergrad, inner
+from metaopt import base, hypergrad, inner
 from metaopt.few_shot import _adaptation_checks, _problem
 
 RATES = ("fixed", "one", "leaf", "entry")
@@ -124,7 +124,7 @@ def adaptation(
       `sampler`, a `rule` or checkpoints (`remat`), each step computes them again.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: if `rates` or `order` is unknown, or `num_steps` is negative.
       ValueError: at trace time, if `adapt` or `leaves_per_step` finds no leaf, or both find the same leaf.
       ValueError: at trace time, if a leaf with a value per step has a leading axis other than T.
       ValueError: at trace time, if `init` makes leaves that do not adapt and there is a `rule`, or leaves that adapt
@@ -146,9 +146,7 @@ def adaptation(
     """
     if rates not in RATES:
         raise ValueError(f"`rates` must be one of {', '.join(map(repr, RATES))}; got {rates!r}.")
-    _checks.check_integer("num_steps", num_steps, 0)
     num_steps = operator.index(num_steps)  # a number in an array cannot be hashed
-    _checks.check_positive("proximal", proximal, zero=True)
     _adaptation_checks.check_unrolling(order, outer, remat, rule)
     full = lambda function: function if with_context else lambda *args: function(*args[:3])
     spec = _problem.Spec(

@@ -86,7 +86,8 @@ def conv4(
       positions. All leaves are floating-point numbers; the network is differentiable in any mode.
 
     Raises:
-      ValueError: if `normalization` or `downsampling` is unknown. At trace time, if the images are too small for
+      KeyError: if `downsampling` is unknown.
+      ValueError: if `normalization` is unknown. At trace time, if the images are too small for
         `num_blocks`, or if the support set is needed and was not kept.
 
     Source: Vinyals et al., NIPS 2016, https://arxiv.org/abs/1606.04080; TaskNorm: https://arxiv.org/abs/2003.03284
@@ -102,9 +103,8 @@ def conv4(
         raise ValueError(
             f"`normalization` must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}."
         )
-    if downsampling not in ("pool", "stride"):
-        raise ValueError(f'`downsampling` must be "pool" or "stride"; got {downsampling!r}.')
-    layout = _Layout(normalization, num_filters, num_blocks, num_channels, num_steps, downsampling == "stride")
+    strided = {"pool": False, "stride": True}[downsampling]
+    layout = _Layout(normalization, num_filters, num_blocks, num_channels, num_steps, strided)
     return ConvNet(lambda key: _init(layout, key), lambda params, batch: _features(layout, params, batch))
 
 

@@ -19,13 +19,9 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
       [], in [0, 1].
 
     Raises:
-      ValueError: if the query set has no classes, or if outputs have another shape.
+      KeyError: if the query set has no "class_mask", as in regression.
+      ValueError: if outputs have another shape.
     """
-    if "class_mask" not in query:
-        raise ValueError(
-            '`accuracy` needs episodes with classes, whose query sets have "class_mask"; this one has '
-            f"{sorted(query)}. For regression use another score, such as `score_fn=few_shot.mean_squared_error`."
-        )
     whole = (*query["y"].shape, *query["class_mask"].shape)
     if outputs.shape != whole:  # [W] and [Q, 1] would broadcast
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.hypergrad import _implicit_solve, _solvers
 
 
@@ -40,9 +40,6 @@ def argmin(
     Returns:
       `(params, hyperparams, data) -> params`, from a start to the minimum.
 
-    Raises:
-      ValueError: if `num_steps` or `tol` is out of range.
-
     Source: Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
 
     >>> import jax
@@ -52,8 +49,6 @@ def argmin(
     >>> print(f"{outer(1.0):.4f} {jax.grad(outer)(1.0):.4f}")  # θ* = 1 / (1 + penalty)
     0.5000 -0.2500
     """
-    _checks.check_integer("num_steps", num_steps, 1)
-    _checks.check_positive("tol", tol)
     find = minimize or (lambda fn, params: _lbfgs(fn, params, num_steps, tol))
     linear_solver = solver or _solvers.cg(num_steps=100)
 

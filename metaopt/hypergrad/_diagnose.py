@@ -87,11 +87,10 @@ def diagnose(
       A `Diagnosis`; print it.
 
     Raises:
-      ValueError: if `num_steps < 2`, or λ does not fit `space`; if the task has labels outside its classes.
+      ValueError: if λ does not fit `space`, or the task has labels outside its classes.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
-    _checks.check_integer("num_steps", num_steps, 2)
     _checks.check_task_labels("task", task)
     key = jax.random.key(0) if key is None else key
     start_key, noise_key, estimator_key = jax.random.split(key, 3)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.hypergrad import _unroll
 
 
@@ -36,13 +36,6 @@ class ParticlesState(NamedTuple):
     perturbation: base.HyperParams
     score: base.HyperParams
     key: jax.Array
-
-
-def check_pairs(sigma: base.PyTree, num_pairs: int, least: int = 1) -> None:
-    """Raises a `ValueError` if a scale is not positive, or if there are fewer than `least` pairs."""
-    for scale in jax.tree.leaves(sigma):
-        _checks.check_positive("sigma", float(np.min(scale)))
-    _checks.check_integer("num_pairs", num_pairs, least)
 
 
 def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
@@ -147,7 +140,6 @@ def _particles(problem, window, sigma, num_pairs, renew):
 
 def _windowed(problem, num_steps, truncation_length, sigma, num_pairs, renew, kind) -> base.Estimator:
     """A rule that makes one estimate per window and is done at the horizon."""
-    check_pairs(sigma, num_pairs)
     _unroll.check_windows(num_steps, truncation_length)
     window = _window(problem, truncation_length, "mean")
     init, one_window = _particles(problem, window, sigma, num_pairs, renew)
@@ -197,13 +189,12 @@ def evolution(
       estimated trace of the hypergradient's covariance over the draws of ε and of keys.
 
     Raises:
-      ValueError: if `num_steps`, `sigma`, `num_pairs` or the number of weights is wrong; at trace time, if `sigma` is a
-        tree that is not like λ.
+      ValueError: if `num_steps` or the number of weights is wrong; at trace time, if `sigma` is a tree that is not like
+        λ.
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
       https://arxiv.org/abs/1810.10180.
     """
-    check_pairs(sigma, num_pairs)
     start, one_window = _particles(
         problem, _window(problem, num_steps, outer), sigma, num_pairs, lambda epsilon, fresh, score: (epsilon, score)
     )
@@ -254,7 +245,8 @@ def persistent_es(
       "inner_steps" and, if there are two or more pairs, "sampling_variance".
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
+        is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -288,7 +280,8 @@ def es_single(
       An `Estimator` like that of `persistent_es`.
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
+        is not like λ.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -325,7 +318,8 @@ def truncated_es(
       An `Estimator` like that of `persistent_es`, of kind "biased".
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, from JAX, if `sigma` is a tree that is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
+        is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

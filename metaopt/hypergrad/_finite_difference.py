@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _jaxpr, base, inner
+from metaopt import _jaxpr, base, inner
 from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -148,7 +148,7 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
 
 def finish(value, hypergrad, loop, state, horizon, norm) -> base.Estimate:
     taken = loop.context(state).step
-    done = jnp.array(False) if horizon is None else taken >= horizon
+    done = jnp.array(False) if not horizon else taken >= horizon
     return base.Estimate(value, hypergrad, done, {"inner_steps": taken, "direction_norm": norm})
 
 
@@ -200,19 +200,16 @@ def darts_fd(
       epsilon: ε, the distance in θ at which ∇λ ℓ is evaluated, positive, in units of θ. None differentiates ∇λ ℓ
         exactly, in forward mode; the estimate then equals `lookahead`.
       difference: "central", as published, or "forward"; ignored with `epsilon=None`.
-      horizon: `done` once this many steps are committed; with None the run never ends.
+      horizon: `done` once this many steps are committed; with None or 0 the run never ends.
 
     Returns:
       An `Estimator` of kind "biased", whose value is f(θ'). Metrics: "inner_steps", and "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: if `commit` is negative, or `difference` is unknown; at trace time, if a leaf of λ is used only
-        by `init`.
+      ValueError: if `difference` is unknown; at trace time, if a leaf of λ is used only by `init`.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
-    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
-    _checks.check_integer("commit", commit, 0)
     if difference not in DIFFERENCES:
         raise ValueError(f"`difference` must be one of {', '.join(DIFFERENCES)}; got {difference!r}.")
     loop = problem.loop

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -76,13 +76,10 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
       which is ℓ(y, λ) − ℓ(z, λ).
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if a leaf of λ enters only `init` or `update`.
+      ValueError: at trace time, if a leaf of λ enters only `init` or `update`.
 
     Source: Kwon et al., ICML 2023, Alg. 1, https://arxiv.org/abs/2301.10945
     """
-    _checks.check_integer("num_steps", num_steps, 1)
-    if not callable(multiplier):
-        _checks.check_positive("multiplier", multiplier)
     loop = problem.loop
 
     def init(key, hyperparams, task):
@@ -164,12 +161,10 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
       "multiplier", which is μ, and "gap", which is q.
 
     Raises:
-      ValueError: if an argument is out of range; at trace time, if a leaf of λ enters only `init` or `update`.
+      ValueError: at trace time, if a leaf of λ enters only `init` or `update`.
 
     Source: Liu et al., NeurIPS 2022, Alg. 1, https://arxiv.org/abs/2209.08709
     """
-    _checks.check_integer("num_steps", num_steps, 1)
-    _checks.check_positive("barrier", barrier)
     loop = problem.loop
 
     def init(key, hyperparams, task):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.hypergrad import _refusals
 
 _REASON = (
@@ -44,7 +44,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
     Args:
       problem: each leaf of λ must enter the optimizer and must not enter the inner loss. The inner loss cannot judge
         leaves that define it.
-      horizon: `done` once this many steps are taken; with None the run never ends.
+      horizon: `done` once this many steps are taken; with None or 0 the run never ends.
 
     Returns:
       An `Estimator` of kind "biased". Each estimate takes one inner step. Its value is ℓ(θ_{t+1}) on the next batch.
@@ -55,7 +55,6 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """
-    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
     loop = problem.loop
 
     def evaluate(state, hyperparams, data):
@@ -81,7 +80,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
         value, state = evaluate(after, hyperparams, task.train)
         (hypergrad,) = pullback(state.grads)
         taken = loop.context(after).step
-        done = jnp.array(False) if horizon is None else taken >= horizon
+        done = jnp.array(False) if not horizon else taken >= horizon
         metrics = {"inner_steps": taken, "inner_grad_norm": optax.tree.norm(state.grads)}
         return base.Estimate(value, hypergrad, done, metrics), state
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.hypergrad import _solvers, _stationary
 
 
@@ -40,7 +40,7 @@ def implicit(
     damping: float = 0.0,
     batch: str | Callable[[jax.Array, base.Data], base.Batch] = "next",
     condition: str = "gradient",
-    gauss_newton: tuple[Callable, Callable] | None = None,
+    gauss_newton: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     warm_start: bool = True,
     horizon: int | None = None,
 ) -> base.Estimator:
@@ -98,7 +98,7 @@ def implicit(
         problem's λ: after `spaces.constrain` it is unconstrained.
       warm_start: continues from θ and v of the last estimate, so that both follow a slowly moving λ. Otherwise, every
         estimate trains from a fresh start and is `done`.
-      horizon: with a warm start, `done` once this many inner steps are taken; with None the run never ends.
+      horizon: with a warm start, `done` once this many inner steps are taken; with None or 0 the run never ends.
 
     Returns:
       An `Estimator` of kind "biased", since it is exact only in the limit. `hypergrad` is in outer loss per unit of λ.
@@ -106,7 +106,7 @@ def implicit(
       "outer_grad_norm", which is ‖∂f/∂θ‖, and "num_products", the number of products with A.
 
     Raises:
-      ValueError: if an argument is out of range, or two arguments exclude each other.
+      ValueError: if `batch` or `condition` is unknown, or two arguments exclude each other.
       ValueError: at trace time, if only `init` uses a leaf of λ. With the condition "gradient", also if only `update`
         uses it.
 
@@ -115,9 +115,8 @@ def implicit(
       https://arxiv.org/abs/2006.16218. iMAML is `warm_start=False` with a proximal term in ℓ: Rajeswaran et al.,
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
-    _stationary.check(num_steps, damping, batch, condition)
-    _checks.check_integer("horizon", horizon, 1, optional=True)
-    if horizon is not None and not warm_start:
+    _stationary.check(batch, condition)
+    if horizon and not warm_start:
         raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")
     if gauss_newton is not None and condition == "step":
         raise ValueError('`gauss_newton` approximates a Hessian: it needs `condition="gradient"`; got "step".')
@@ -142,7 +141,7 @@ class _Rule(NamedTuple):
     damping: float
     batch: str | Callable
     condition: str
-    gauss_newton: tuple[Callable, Callable] | None
+    gauss_newton: tuple[Callable[..., Any], Callable[..., Any]] | None
     warm_start: bool
     horizon: int | None
 
@@ -184,7 +183,7 @@ def _estimate(
     guess = state.adjoint if rule.warm_start else optax.tree.zeros_like(f_x)
     v, num_products = rule.solver(matvec, f_x, guess, key=solver_key)
     hypergrad = optax.tree.sub(f_hyper, pullback(v)[1])
-    done = jnp.array(not rule.warm_start) if rule.horizon is None else loop.context(trained).step >= rule.horizon
+    done = jnp.array(not rule.warm_start) if not rule.horizon else loop.context(trained).step >= rule.horizon
     metrics = {
         "adjoint_residual": optax.tree.norm(optax.tree.sub(matvec(v), f_x)),
         "outer_grad_norm": optax.tree.norm(f_x),
@@ -241,8 +240,7 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
       An `Estimator` of kind "biased" that never ends by itself. It has the metrics of `implicit`.
 
     Raises:
-      ValueError: if `num_steps < 1`, or `adjoint_rate` is not positive; at trace time, if a leaf of λ is used only by
-        `init` or `update`.
+      ValueError: at trace time, if a leaf of λ is used only by `init` or `update`.
 
     Source: Arbel & Mairal, ICLR 2022, Alg. 1, https://arxiv.org/abs/2111.14580
     """

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, base, inner
+from metaopt import base, inner
 from metaopt.hypergrad import _mixed, _refusals, _unroll
 
 
@@ -43,7 +43,7 @@ def lookahead(
       problem: λ must enter the inner loss, the optimizer or the outer loss.
       commit: training steps per estimate, at least 0.
       num_steps: K, the number of virtual steps, at least 0.
-      horizon: `done` once this many steps are committed; with None the run never ends.
+      horizon: `done` once this many steps are committed; with None or 0 the run never ends.
       remat: "none", "step", "grads", "sqrt" or a number of levels, over the virtual steps.
       grad: the function that takes the inner gradient of the virtual steps; see `inner.step`.
 
@@ -52,13 +52,11 @@ def lookahead(
       depends on λ too, so the kind is "biased". With `commit=0` it is "exact".
 
     Raises:
-      ValueError: if a count is negative, or `remat` is unknown; at trace time, if a leaf of λ enters neither a virtual
-        step nor the outer loss.
+      ValueError: if `num_steps` is negative, or `remat` is unknown; at trace time, if a leaf of λ enters neither a
+        virtual step nor the outer loss.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
-    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
-    _checks.check_integer("commit", commit, 0)
     _unroll.check_steps(num_steps, remat)
     loop = problem.loop
 
@@ -89,7 +87,7 @@ def lookahead(
 
         value, hypergrad = jax.value_and_grad(objective)(hyperparams)
         taken = loop.context(committed).step
-        done = jnp.array(False) if horizon is None else taken >= horizon
+        done = jnp.array(False) if not horizon else taken >= horizon
         return base.Estimate(value, hypergrad, done, {"inner_steps": taken}), LookaheadState(committed, key)
 
     return base.Estimator(init, estimate, kind="exact" if commit == 0 else "biased")

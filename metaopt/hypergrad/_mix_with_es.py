@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _evolution
 
 
@@ -73,13 +73,13 @@ def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pa
       metrics; "exact_weight", the mean of w over pairs and leaves; and "sampling_variance" as in `evolution`.
 
     Raises:
-      ValueError: if `estimator` is of another kind, or `sigma` or `num_pairs` is wrong; at trace time, if `sigma` is a
-        tree that is not like λ.
+      ValueError: if `estimator` is of another kind, or `num_pairs` is below 3; at trace time, if `sigma` is a tree that
+        is not like λ.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180; Parmas et al., ICML 2018,
       https://arxiv.org/abs/1902.01240. The weights that leave one pair out are specific to this library.
     """
-    _evolution.check_pairs(sigma, num_pairs, least=3)
+    _checks.check_integer("num_pairs", num_pairs, 3)
     if estimator.kind != "exact":
         raise ValueError(
             f'`estimator` must be of kind "exact", so that its gradients and its values have one mean; got '

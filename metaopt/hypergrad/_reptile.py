@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _jaxpr, base, inner
+from metaopt import _jaxpr, base, inner
 from metaopt.hypergrad import _refusals
 
 _REASON = "the initialization of θ does not depend on them. Use `hypergrad.unrolled` for them, or keep them out of λ."
@@ -30,11 +30,10 @@ def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
       An `Estimator` of kind "pseudo", `done` after every estimate. Its state is a key. `value` is f(θ_T).
 
     Raises:
-      ValueError: if `num_steps < 1`; at trace time, if θ_0 does not depend on a leaf of λ.
+      ValueError: if `num_steps` is negative; at trace time, if θ_0 does not depend on a leaf of λ.
 
     Source: Nichol, Achiam & Schulman, 2018, https://arxiv.org/abs/1803.02999
     """
-    _checks.check_integer("num_steps", num_steps, 1)
     loop = problem.loop
     train = inner.run(loop, num_steps)
 

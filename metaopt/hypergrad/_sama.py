@@ -2,7 +2,7 @@
 
 import jax
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.hypergrad import _finite_difference
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -33,19 +33,17 @@ def sama(
       num_steps: training steps per estimate, at least 1.
       epsilon: ε, the distance in θ at which ∇λ ℓ is evaluated, positive, in units of θ; the paper's α. None
         differentiates ∇λ ℓ exactly, in forward mode.
-      horizon: `done` once this many steps are taken; with None the run never ends.
+      horizon: `done` once this many steps are taken; with None or 0 the run never ends.
 
     Returns:
       An `Estimator` of kind "biased", whose value is f at θ after the steps. Metrics: "inner_steps", and
       "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: if `num_steps < 1`; at trace time, if a leaf of λ is used only by `init`.
+      ValueError: at trace time, if a leaf of λ is used only by `init`.
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
-    _checks.check_integer("horizon", horizon, 1, optional=True)  # 0 would begin a new training at every estimate
-    _checks.check_integer("num_steps", num_steps, 1)
     loop = problem.loop
 
     def estimate(hyperparams, task, state):

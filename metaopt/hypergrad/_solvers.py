@@ -14,7 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse import linalg
 
-from metaopt import _checks, base
+from metaopt import base
 
 
 class Matvec(Protocol):
@@ -68,9 +68,6 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6, normal: bool = False) -> Solve
     Returns:
       A `Solver` that starts from the guess. It needs the memory of four vectors like θ.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Source: Hestenes & Stiefel, 1952; for hypergradients Pedregosa, ICML 2016, https://arxiv.org/abs/1602.02355
 
     >>> import jax, jax.numpy as jnp
@@ -80,7 +77,6 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6, normal: bool = False) -> Solve
     >>> print(v.round(3), num_products)
     [2. 3.] 3
     """
-    _checks.check_integer("num_steps", num_steps, 1)
 
     def solve(matvec, b, initial, *, key):
         del key
@@ -153,12 +149,8 @@ def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
       A `Solver` that starts from the guess. It reports the number of products of all `num_steps` steps, since JAX does
       not report how many steps it took.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Source: van der Vorst, 1992.
     """
-    _checks.check_integer("num_steps", num_steps, 1)
 
     def solve(matvec, b, initial, *, key):
         del key
@@ -186,13 +178,8 @@ def neumann(*, num_steps: int, rate: float) -> Solver:
     Returns:
       A `Solver` that starts from the guess.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Source: Lorraine, Vicol & Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590
     """
-    _checks.check_integer("num_steps", num_steps, 1)
-    _checks.check_positive("rate", rate)
 
     def solve(matvec, b, initial, *, key):
         del key
@@ -224,12 +211,8 @@ def nystrom(*, rank: int, damping: float) -> Solver:
     Returns:
       A `Solver` that draws its columns with the key and needs no guess. It needs the memory of k vectors like θ.
 
-    Raises:
-      ValueError: if an argument is out of range.
-
     Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
     """
-    _checks.check_positive("damping", damping)
 
     def solve(matvec, b, initial, *, key):
         del initial

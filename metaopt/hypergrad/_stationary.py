@@ -10,16 +10,14 @@ from typing import Any
 import jax
 import optax
 
-from metaopt import _checks, _jaxpr, _trees, base, inner
+from metaopt import _jaxpr, _trees, base, inner
 from metaopt.hypergrad import _refusals, _solvers
 
 CONDITIONS = ("gradient", "step")
 BATCHES = ("next", "full")
 
 
-def check(num_steps: int, damping: float, batch: Any, condition: str) -> None:
-    _checks.check_integer("num_steps", num_steps, 1)
-    _checks.check_positive("damping", damping, zero=True)
+def check(batch: Any, condition: str) -> None:
     if not callable(batch) and batch not in BATCHES:
         raise ValueError(f'`batch` must be "next", "full" or a function `(key, data) -> batch`; got {batch!r}.')
     if condition not in CONDITIONS:

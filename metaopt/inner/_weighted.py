@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-NORMALIZE = ("count", "weights", "none")
-
 
 def weighted(
     per_example_loss: Callable, weight_fn: Callable, *, normalize: str = "count", with_context: bool = False
@@ -36,7 +34,8 @@ def weighted(
       can add a penalty to it.
 
     Raises:
-      ValueError: if `normalize` is unknown; at trace time, if losses or weights are not [B].
+      KeyError: at trace time, if `normalize` is unknown.
+      ValueError: at trace time, if losses or weights are not [B].
 
     >>> import jax
     >>> from metaopt import inner
@@ -47,8 +46,6 @@ def weighted(
     >>> print(loss(0.0, jax.numpy.array([0.0, -50.0]), jax.numpy.array([1.0, 9.0])))  # the second is weighed down
     0.25
     """
-    if normalize not in NORMALIZE:
-        raise ValueError(f"`normalize` must be one of {', '.join(map(repr, NORMALIZE))}; got {normalize!r}.")
 
     def loss(params, hyperparams, batch, *context):
         losses, weights = per_example_loss(params, batch, *context), weight_fn(hyperparams, batch, *context)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, base
-from metaopt._jaxpr import Tracer
+from metaopt import base
 from metaopt.nas import _derivation, _genotypes
 from metaopt.nas._costs import CostTable, check_table
 from metaopt.nas._relaxations import Relaxation, edge_normalized, mixing_weights, softmax
@@ -80,10 +79,8 @@ def over_budget(
       `(α, step) -> []`.
 
     Raises:
-      ValueError: if the budget is not positive, or if the table has choices that the network lacks.
+      ValueError: if the table has choices that the network lacks.
     """
-    if not isinstance(budget, Tracer):
-        _checks.check_positive("budget", budget)
     check_table(table, network)
     relax = softmax() if relaxation is None else relaxation
     some_are_kept = isinstance(network, Network) and isinstance(network.keep, numbers.Integral)

@@ -269,11 +269,6 @@ def check_table(table: CostTable, network: Space) -> None:
     """
     cells = network.cells
     for term in table.terms:
-        if np.ndim(term.values) != len(term.rows):
-            raise ValueError(
-                f"A term of `table` has costs of shape {np.shape(term.values)} for {len(term.rows)} edges; it must "
-                "have one axis for each, of its candidates."
-            )
         for (kind, edge), num in zip(term.rows, np.shape(term.values), strict=True):
             edges = cells[kind].edges if kind in cells else ()
             own = len(edges[edge].ops) if edge < len(edges) else 0

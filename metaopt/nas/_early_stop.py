@@ -86,10 +86,8 @@ def stopped_by_curvature(
       epoch, NaN otherwise) and "stop".
 
     Raises:
-      ValueError: if `every`, `window`, `delta` or `num_iterations` is below 1.
+      ValueError: if `every` is below 1.
     """
-    for name, value in (("window", window), ("delta", delta), ("num_iterations", num_iterations)):
-        _checks.check_integer(name, value, 1)
     loop = problem.loop
 
     def measure(keys, hyperparams, task, after):
@@ -138,11 +136,10 @@ def stopped_by_skips(
       epoch) and "stop".
 
     Raises:
-      ValueError: if `every` or `start` is below 1.
+      ValueError: if `every` is below 1.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
-    _checks.check_integer("start", start, 1)
     measure = lambda keys, hyperparams, task, after: num_skips(hyperparams)
     return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > most, every, 1, 1, start)
 

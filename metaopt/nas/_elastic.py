@@ -226,8 +226,6 @@ def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, sin
             raise ValueError(
                 "`drop_path` drops edges, but a network of sizes has no edges. Use another regularization."
             )
-        if x.shape[1:] != in_shape:
-            raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {x.shape}.")
         rows = {} if weights is None else _rows(cells, weights, x.dtype, single_path)
         outputs = []
         for place in layers[:-1]:

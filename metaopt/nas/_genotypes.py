@@ -101,8 +101,6 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     # Without the failed architectures, the ops that made them fail would look too good.
     scores = np.where(finite, scores, scores[finite].min())
     rows = [one_hot(network, genotype) for genotype in genotypes]
-    if scores.shape != (len(rows),):
-        raise ValueError(f"`scores` must have one score for each of the {len(rows)} genotypes; got {scores.shape}.")
     alpha = {}
     for kind, cell in network.cells.items():
         has = np.stack([row[kind] for row in rows])  # [A, edges, ops]
@@ -163,8 +161,6 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
             "each node has no meaning."
         )
     rule = own if keep == "space" else keep
-    if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
-        raise ValueError(f"`keep` must be a number of edges (at least 1), None or 'space'; got {rule!r}.")
     return None if rule is None else int(rule)
 
 

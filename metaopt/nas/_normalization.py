@@ -146,12 +146,6 @@ def _normalize(
         centered = x - wide(statistics.mean)
     else:
         assert real is not None
-        if x.shape[0] != real.shape[0]:
-            raise ValueError(
-                f"The batch has {real.shape[0]} rows, and an op normalizes an array of the shape {x.shape}, whose "
-                "first axis is another one: let the op keep the rows as its first axis, or leave padding out of the "
-                "batch (`inner.minibatch` draws real rows only)."
-            )
         axes, inside = tuple(range(x.ndim - 1)), real.reshape(-1, *[1] * (x.ndim - 1))
         num = real.sum().astype(x.dtype) * math.prod(x.shape[1:-1])
         mean = jnp.where(inside, x, 0).sum(axes) / num

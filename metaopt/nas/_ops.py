@@ -255,14 +255,11 @@ def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) 
       An `Op`.
 
     Raises:
-      ValueError: if `size` is even, or if `order` is unknown.
+      KeyError: if `order` is unknown.
       ValueError: at build time, if `size > 1` and the inputs are rows of a table.
     """
-    if size % 2 == 0:
-        raise ValueError(f"`size` must be odd, so that the window has a center; got {size}.")
-    orders = ("relu_conv_norm", "conv_norm_relu", "conv_norm")
-    if order not in orders:
-        raise ValueError(f"`order` must be one of {', '.join(orders)}; got {order!r}.")
+    orders = {"relu_conv_norm": (True, False), "conv_norm_relu": (False, True), "conv_norm": (False, False)}
+    begins_with_relu, ends_with_relu = orders[order]
 
     def init(key, in_shape, channels, stride):
         if size == 1:
@@ -271,13 +268,13 @@ def convolution(size: int, *, order: str = "relu_conv_norm", dilation: int = 1) 
         return {"w": uniform(key, (*(size,) * spatial, in_shape[-1], channels), size**spatial * in_shape[-1])}
 
     def apply(params, x, channels, stride):
-        x = jax.nn.relu(x) if order.startswith("relu") else x
+        x = jax.nn.relu(x) if begins_with_relu else x
         if size == 1:
             y = subsample(x, stride) @ params["w"]
         else:
             y = convolve(x, params["w"], stride=stride, dilation=dilation)
         y = normalized(y)
-        return jax.nn.relu(y) if order.endswith("relu") else y
+        return jax.nn.relu(y) if ends_with_relu else y
 
     return Op(init, apply)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt._jaxpr import Tracer
 from metaopt.nas._genotypes import NONE, SKIP, check_finite, edges_kept
 from metaopt.nas._specs import Cell, Space
@@ -53,12 +53,6 @@ def decoding(relaxation: Relaxation) -> Relaxation:
       A `Relaxation`; the same one if it has no separate decoding.
     """
     return relaxation.decode if isinstance(relaxation, Decoded) else relaxation
-
-
-def _check_temperature(temperature: Schedule) -> None:
-    """Checks a temperature that is a known number. Schedules and traced values are known only at run time."""
-    if not callable(temperature) and not isinstance(temperature, Tracer):
-        _checks.check_positive("temperature", temperature)
 
 
 def _value(schedule: Schedule, step) -> Any:
@@ -143,10 +137,7 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
     Returns:
       A `Relaxation`.
 
-    Raises:
-      ValueError: if `temperature` is neither a schedule nor one positive number.
     """
-    _check_temperature(temperature)
     relax = lambda alpha, cell, key, step: jax.nn.softmax(alpha / _value(temperature, step), -1)
     return Decoded(relax, softmax()) if callable(temperature) else relax
 
@@ -178,13 +169,9 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
     Returns:
       A `Relaxation`.
 
-    Raises:
-      ValueError: if `temperature` is neither a schedule nor one positive number.
-
     Sources: Xie et al., ICLR 2019, https://arxiv.org/abs/1812.09926; Dong & Yang, CVPR 2019,
     https://arxiv.org/abs/1910.04465
     """
-    _check_temperature(temperature)
 
     def relax(alpha, cell, key, step):
         noise = jax.random.gumbel(key, alpha.shape, alpha.dtype)

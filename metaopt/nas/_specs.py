@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, _files, _saving
+from metaopt import _files, _saving
 from metaopt._jaxpr import Tracer
 
 
@@ -159,10 +159,8 @@ def check_network(network: Network) -> None:
 
     Raises:
       ValueError: if an edge goes backwards or to an input, if a cell has no output, or if a kind has no layer.
-      ValueError: if `num_outputs < 1`, if `keep` is not a valid value, or if edges have different numbers of
-        candidates.
+      ValueError: if `keep` is not a valid value, or if edges have different numbers of candidates.
     """
-    _checks.check_integer("num_outputs", network.num_outputs, 1)
     is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
     if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):
         raise ValueError(
@@ -212,7 +210,6 @@ def check_elastic(network: ElasticNetwork) -> None:
       ValueError: if a kind or normalization is unknown, if sizes are not increasing positive integers, or if a layer
         has a field that its kind does not use.
     """
-    _checks.check_integer("num_outputs", network.num_outputs, 1)
     for name, layer in network.layers.items():
         if layer.kind not in _USED or layer.norm not in (None, "batch", "layer"):
             raise ValueError(

@@ -134,7 +134,8 @@ def supernet(
 
     features = functools.partial(_all_layers, net)
     inherit = functools.partial(_inherit, net)
-    rows = _over_rows(apply), _over_rows(features), head, inherit, _statistics_fn(apply)
+    over_rows = functools.partial(_over_rows, in_shape)
+    rows = over_rows(apply), over_rows(features), head, inherit, _statistics_fn(in_shape, apply)
     return Supernet(functools.partial(_init, net), *rows, network, in_shape, single_path, partial)
 
 
@@ -142,7 +143,8 @@ def _elastic_supernet(network: ElasticNetwork, in_shape: tuple[int, ...], single
     functions = _elastic.elastic_functions(network, in_shape, single_path=single_path, remat=remat)
     init, apply, features, head, sliced = functions
     inherit = lambda params, genotype: sliced(params, _genotypes.discrete(network, genotype))
-    rows = _over_rows(apply), _over_rows(features), head, inherit, _statistics_fn(apply)
+    over_rows = functools.partial(_over_rows, in_shape)
+    rows = over_rows(apply), over_rows(features), head, inherit, _statistics_fn(in_shape, apply)
     return Supernet(init, *rows, network, in_shape, single_path)
 
 
@@ -186,8 +188,6 @@ def _all_layers(net: _Net, params, weights, x, drop_path=None) -> list[jax.Array
 def _run_layers(net: _Net, params, weights, x: jax.Array, drop_path, every: bool) -> list[jax.Array]:
     """A list of the outputs of all layers if `every`, otherwise of only the last output."""
     network, runs = net.network, net.runs
-    if x.shape[1:] != net.in_shape:
-        raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, net.in_shape))}); got {x.shape}.")
     kept = _layers.kept_edges(drop_path, runs, network, x) if drop_path is not None else [None] * len(runs)
     before, last = x, x
     outputs: list[Any] = []
@@ -241,11 +241,18 @@ def _inherit(net: _Net, params: base.Params, genotype: Genotype) -> base.Params:
 # ---- Rows, masks and statistics -------------------------------------------------------------------------------------
 
 
-def _over_rows(fn: Callable) -> Callable:
+def _as_rows(in_shape: tuple[int, ...], x: Any) -> jax.Array:
+    """Returns the inputs in floating point. Raises ValueError if they have another shape than the network's."""
+    if np.shape(x)[1:] != in_shape:
+        raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {np.shape(x)}.")
+    return jnp.asarray(x, jnp.result_type(x, float))
+
+
+def _over_rows(in_shape: tuple[int, ...], fn: Callable) -> Callable:
     """Extends `apply` or `features` to integers, a mask of rows, and statistics for normalization."""
 
     def over_rows(params, weights, x, drop_path=None, mask=None, statistics=None):
-        x = jnp.asarray(x, jnp.result_type(x, float))
+        x = _as_rows(in_shape, x)
         run = lambda x: fn(params, weights, x, drop_path)
         if statistics is not None:
             return _normalization.at_statistics(run, x, statistics)
@@ -255,11 +262,11 @@ def _over_rows(fn: Callable) -> Callable:
     return over_rows
 
 
-def _statistics_fn(apply: Callable) -> Callable:
+def _statistics_fn(in_shape: tuple[int, ...], apply: Callable) -> Callable:
     """Makes `Supernet.statistics`."""
 
     def statistics(params, weights, x, mask=None):
-        x = jnp.asarray(x, jnp.result_type(x, float))
+        x = _as_rows(in_shape, x)
         run = lambda x: apply(params, weights, x)
         _normalization.check_one_row(run, x)
         return _normalization.statistics_of(run, x, mask)

@@ -42,8 +42,8 @@ def hyperparameter_trace(
     """Plots λ over the outer steps, with one line per entry, named by its path.
 
     Args:
-      trace: a list of T values of λ, for example collected by a callback of `training.fit`; or one λ whose leaves have
-        a leading axis of T, as a scan stacks them.
+      trace: a list of T values of λ; or one λ whose leaves have a leading axis of T, as a scan stacks them. With
+        `training.learner(record=...)`, the history of `training.fit` has such arrays.
       log: whether to use a logarithmic axis if every entry is positive.
       axes: the axes to draw on; None makes a figure.
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, _proposals, base
+from metaopt import _proposals, base
 
 
 def best_of(
@@ -39,12 +39,10 @@ def best_of(
       `done` after every estimate. Metrics: those of the rule, and "center_value", F of the center.
 
     Raises:
-      ValueError: if a number is below 1. At trace time, if the predictor has no spread.
+      ValueError: at trace time, if the predictor has no spread.
 
     Source: Kingma & Welling, ICLR 2014, https://arxiv.org/abs/1312.6114 (the derivative of a draw).
     """
-    _checks.check_integer("num_proposals", num_proposals, 1)
-    _checks.check_integer("chunk", chunk, 1, optional=True)
 
     def init(key, hyperparams, task):
         del hyperparams, task

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _heads, _proposals, _row_embedding, base, spaces
+from metaopt import _heads, _proposals, _row_embedding, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -51,11 +51,7 @@ def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | N
     return weight * z + (1 - weight) * params["center"]
 
 
-def _check_options(limit: float | None, num_features: int, spread: float | None) -> None:
-    for name, value in (("limit", limit), ("spread", spread)):
-        _checks.check_positive(name, value, optional=True)
-    if spread is not None and not np.isfinite(spread):
-        raise ValueError(f"`spread` must be finite, or None; got {spread!r}.")
+def _check_limit(limit: float | None, num_features: int) -> None:
     if limit is not None and not num_features:
         raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
 
@@ -118,9 +114,9 @@ def mlp(
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
-      ValueError: if `limit` is not positive, `spread` is not positive and finite, or there are no features to limit.
+      ValueError: if there is a `limit` and no features.
     """
-    _check_options(limit, num_features, spread)
+    _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -174,14 +170,12 @@ def dataset_embedding(
         ("x", "y", "class_mask" and optionally "mask" and "feature_mask").
 
     Raises:
-      ValueError: if the space has nothing to tune; if `limit` is not positive, `spread` is not positive and finite, or
-        there are no features to limit.
+      ValueError: if the space has nothing to tune, or there is a `limit` and no features.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
-    _checks.check_integer("max_rows", max_rows, 1)
-    _check_options(limit, num_features, spread)
+    _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -230,7 +224,6 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
     Source: Breiman, Bagging predictors, Machine Learning 1996; Lakshminarayanan et al., NeurIPS 2017,
       https://arxiv.org/abs/1612.01474 (members that differ by initialization and order of the data).
     """
-    _checks.check_integer("num_members", num_members, 1)
 
     def init(key):
         return jax.vmap(predictor.init)(jax.random.split(key, num_members))

@@ -33,7 +33,7 @@ class Leaf(abc.ABC):
     """
 
     shape: tuple[int, ...] = ()
-    condition: tuple[tuple[str, tuple], ...] = ()
+    condition: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     @property
     def kind(self) -> str:

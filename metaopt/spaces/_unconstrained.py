@@ -46,19 +46,19 @@ class Unconstrained:
             f"These are unconstrained coordinates and not λ: they have no attribute {name!r}. {_HOW_TO_CONVERT}"
         )
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
         paths, structure = jax.tree_util.tree_flatten_with_path(self.coordinates, is_leaf=self._is_below)
         # A single array has an empty path.
         keys = [path[0] if path else jax.tree_util.GetAttrKey("coordinates") for path, _ in paths]
         return list(zip(keys, (child for _, child in paths), strict=True)), structure
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[list[Any], Any]:
         return jax.tree.flatten(self.coordinates, is_leaf=self._is_below)
 
     @classmethod
-    def tree_unflatten(cls, structure, children):
+    def tree_unflatten(cls, structure: Any, children: Any) -> "Unconstrained":
         return cls(jax.tree.unflatten(structure, children))
 
-    def _is_below(self, node):
+    def _is_below(self, node: Any) -> bool:
         # The children are those of `coordinates`, not `coordinates` itself, so that paths are the same as in λ.
         return node is not self.coordinates

@@ -139,7 +139,7 @@ def from_arrays(
     Raises:
       ValueError: if `x` is empty, or lengths differ.
       ValueError: if the number of class names is not the number of classes, or two names are equal.
-      TypeError: if `x` is not numeric.
+      TypeError: (by NumPy) if `x` is not numeric.
       ValueError: if `x` is not finite.
       ValueError: if a label is missing (NaN, None) or is a number that is not whole, or a group or superclass is
         missing.
@@ -154,8 +154,6 @@ def from_arrays(
                 f"Source {name!r}: {what} must have one entry for each of the {len(x)} examples; "
                 f"got shape {np.shape(array)}."
             )
-    if x.dtype.kind not in "biufcV":
-        raise TypeError(f"Source {name!r}: `x` must be numbers; got {x.dtype}.")
     if x.dtype.kind not in "biu" and not (finite := _checks.is_finite(x)).all():
         index = tuple(np.argwhere(~finite)[0].tolist())
         raise ValueError(

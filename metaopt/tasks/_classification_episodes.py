@@ -53,7 +53,6 @@ def episodes(
       class by class.
 
     Raises:
-      ValueError: if an argument is out of range.
       ValueError: if a source has too few classes.
       ValueError: if a class has too few examples, or too few groups to guarantee K and Q examples.
 
@@ -65,8 +64,6 @@ def episodes(
     >>> episode.support["x"].shape, episode.query["y"].shape
     ((6, 4, 4), (12,))
     """
-    for name, value, least in (("num_ways", num_ways, 2), ("num_shots", num_shots, 1), ("num_query", num_query, 1)):
-        _checks.check_integer(name, value, least)
     sources = _episodes.as_list(sources)
     for source in sources:
         needed = f"{num_shots} support and {num_query} query examples"

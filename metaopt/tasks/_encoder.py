@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, _files, _saving
+from metaopt import _files, _saving
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
 from metaopt.tasks._frames import Frame, read_frame, read_values, unique_names
@@ -158,15 +158,15 @@ def fit_encoder(
 ) -> TableEncoder:
     """Chooses how the columns of a table become numbers. It does not look at a target.
 
-    * Numbers stay. Booleans become 0 and 1. Durations become days.
-    * Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
-    * Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
+    - Numbers stay. Booleans become 0 and 1. Durations become days.
+    - Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
+    - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
-    * Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
+    - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
       otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
-    * None, NaN, NaT, pandas.NA, and the texts that `from_csv_folder` names are missing, and so are numbers beyond
+    - None, NaN, NaT, pandas.NA, and the texts that `from_csv_folder` names are missing, and so are numbers beyond
       float32. The text "None" is a level, but is missing among numbers.
-    * If float32 would merge numbers, the smallest number is subtracted.
+    - If float32 would merge numbers, the smallest number is subtracted.
 
     These columns are dropped: constant ones; copies of an earlier column; ids, with a warning; and lists, dicts or
     other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id",
@@ -185,7 +185,7 @@ def fit_encoder(
     Raises:
       TypeError: if `frame` is sparse or no table.
       ValueError: if it is not two-dimensional, is empty, or has complex numbers.
-      ValueError: if `drop` or `keep` has an unknown column, or `max_levels < 1`.
+      ValueError: if `drop` or `keep` has an unknown column.
 
     >>> encoder = fit_encoder({"size": ["1,065", "870", None], "color": ["red", "blue", "red"]})
     >>> encoder.names, encoder.levels[1]
@@ -194,7 +194,6 @@ def fit_encoder(
     array([[1.5, 0. ],
            [2. , 1. ]])
     """
-    _checks.check_integer("max_levels", max_levels, 1)
     table = read_frame(frame)
     dropped, kept = (_chosen(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
     codes: list[ColumnCode] = []
@@ -291,7 +290,6 @@ def _check_encoder(encoder: TableEncoder) -> None:
 
 
 def _encode(encoder: TableEncoder) -> tuple[dict[str, Any], dict[str, Any]]:
-    _check_encoder(encoder)
     return encoder.state(), {}
 
 

@@ -220,8 +220,6 @@ def _columns_of_array(frame: Any) -> tuple[list | None, list, int]:
     array = np.asarray(frame)
     if array.dtype.names is not None and array.ndim == 1:
         return list(array.dtype.names), [array[name] for name in array.dtype.names], len(array)
-    if array.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported\n{array}\n")
     if array.ndim < 2:
         shape = f"{array.ndim}D array" if array.ndim else "scalar array"
         raise ValueError(f"Expected 2D array, got {shape} instead:\narray={array}.\n{_RESHAPE}")

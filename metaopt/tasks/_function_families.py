@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt._jaxpr import Tracer
 from metaopt.tasks._episodes import Episode, SampleEpisodeFn
 
@@ -36,10 +36,8 @@ def function_episodes(
       the coefficients.
 
     Raises:
-      ValueError: if a number of points is below 1, or a range is not two ascending, finite numbers.
+      ValueError: if a range is not two ascending, finite numbers.
     """
-    for name, value in (("num_shots", num_shots), ("num_query", num_query)):
-        _checks.check_integer(name, value, 1)  # an empty part would give NaN
     _check_range("inputs", inputs)
 
     def sample(key):

@@ -38,22 +38,22 @@ def metafeatures(
     Let n be the rows, d the columns, K the classes. Missing values count as the median of the column, or as one more
     category.
 
-    * simple: `attr_to_inst` d/n, `inst_to_attr` n/d, `nr_attr` d, `nr_num`, `nr_cat`, `nr_bin` (columns of two values),
+    - simple: `attr_to_inst` d/n, `inst_to_attr` n/d, `nr_attr` d, `nr_num`, `nr_cat`, `nr_bin` (columns of two values),
       `cat_to_num`, `num_to_cat`, `nr_inst` n, `nr_class` K, `freq_class` (shares of the classes).
-    * statistical, of the numeric columns: `mean`, `median`, `t_mean` (without 20 % on each side), `min`, `max`,
+    - statistical, of the numeric columns: `mean`, `median`, `t_mean` (without 20 % on each side), `min`, `max`,
       `range`, `sd`, `var`, `iq_range`, `mad` (1.4826 times the median distance from the median), `skewness` m₃/s³,
       `kurtosis` m₄/s⁴ - 3, `sparsity` (n / distinct values - 1)/(n - 1); `cor`, `cov` (absolute, over pairs),
       `nr_cor_attr` (share of pairs correlated above .5), `eigenvalues` of the covariance; `nr_outliers` (columns with
       values over 1.5 interquartile ranges from the quartiles); `gravity` (distance between the means of the most and
       the least frequent class); `can_cor` ρ (canonical correlations with the classes) and its tests `p_trace` Σρ²,
       `lh_trace` Σρ²/(1 - ρ²), `roy_root` max ρ²/(1 - ρ²), `w_lambda` Π(1 - ρ²), with ρ² at most 1 - 10⁻⁶.
-    * information_theoretic, in bits, numeric columns cut into max(2, ⌊n^⅓⌋) bins of equal frequency: `attr_ent` H(x),
+    - information_theoretic, in bits, numeric columns cut into max(2, ⌊n^⅓⌋) bins of equal frequency: `attr_ent` H(x),
       `class_ent` H(y), `joint_ent` H(x, y), `mut_inf` I(x; y), `eq_num_attr` H(y)/mean I, `ns_ratio` (mean H(x) - mean
       I)/mean I; `attr_conc`, `class_conc`: Goodman and Kruskal's τ between columns, and of a column for the class.
-    * landmarking: accuracies over 5 stratified folds of at most 1000 rows: `best_node`, `random_node`, `worst_node`
+    - landmarking: accuracies over 5 stratified folds of at most 1000 rows: `best_node`, `random_node`, `worst_node`
       (decision stumps on the best column, a random one, the one of least mutual information), `one_nn`, `elite_nn`
       (1-NN on all standardized columns; on the one of most mutual information), `linear_discr`, `naive_bayes`.
-    * log_loss (not by default), of the D columns that `prepare` encodes: the log loss L over 3 stratified folds of at
+    - log_loss (not by default), of the D columns that `prepare` encodes: the log loss L over 3 stratified folds of at
       most 600 rows, in nats, with probabilities of at least 10⁻⁴. `log_loss.prior` is L of the class shares, smoothed
       by ½ per class. The other learners give gains, 1 - L / max(L of the prior, .02), within [-2, 1]:
       `log_loss.ridge_strong`, `log_loss.ridge_medium`, `log_loss.ridge_weak` (logistic regression with the penalty
@@ -115,7 +115,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
-      ValueError: if a label is negative, or the images are complex.
+      ValueError: if a label is negative.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -125,8 +125,6 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     (-1.0, 0.5)
     """
     _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
-    if np.iscomplexobj(images):
-        raise ValueError(f"`images` must be real numbers; got {np.asarray(images).dtype}.")
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)
     power = float((centered**2).mean())
@@ -150,8 +148,6 @@ def _checked(table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         x, y, categorical = table.x, table.y, table.categorical
     else:
         x, y, categorical = table
-    if np.iscomplexobj(x):
-        raise ValueError(f"meta-features need real numbers; got {np.asarray(x).dtype}. Make two columns of each.")
     x, categorical = np.array(x, np.float64), np.asarray(categorical, bool)
     y = np.unique(np.asarray(y), return_inverse=True)[1]
     if x.ndim != 2 or len(x) < 2 or not x.shape[1] or categorical.shape != x.shape[1:] or y.shape != x.shape[:1]:
@@ -425,7 +421,7 @@ class FeatureScaling(NamedTuple):
           median table.
 
         Raises:
-          ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
+          ValueError: if neither `clip` nor `limit` is given, or both are.
           KeyError: if a name is absent.
         """
         bound = clip if limit is None else 50 * limit
@@ -434,8 +430,6 @@ class FeatureScaling(NamedTuple):
                 "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
                 f"`clip=3.0`; got clip={clip}, limit={limit}."
             )
-        _checks.check_positive("clip", clip, optional=True)
-        _checks.check_positive("limit", limit, optional=True)
         values = _values(features, self.names)
         values = np.where(np.asarray(self.log, bool), _log(values), values)
         scaled = (values - np.array(self.center)) / np.array(self.scale)

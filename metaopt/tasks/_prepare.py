@@ -105,7 +105,7 @@ def prepare(
       A `PreparedTable`, with its rows in random order.
 
     Raises:
-      ValueError: if an argument is out of range, or the arrays of the table do not fit together.
+      ValueError: if a fraction is out of range, or the arrays of the table do not fit together.
       ValueError: if `x` is not real, or not finite in float32, or `y` is not classes as integers from 0.
       ValueError: if float32 merges the codes of a categorical column.
       ValueError: if fewer than 2 classes, no varying column, or no validation or test row remains.
@@ -115,10 +115,6 @@ def prepare(
             "`valid_fraction` and `test_fraction` must leave rows to train on; "
             f"got {valid_fraction} and {test_fraction}."
         )
-    sizes = {"max_rows": (max_rows, 3), "max_features": (max_features, 1)}
-    for name, (value, least) in (sizes | {"max_classes": (2 if max_classes is None else max_classes, 2)}).items():
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}; got {value}.")
     table, raw = _checked(table)
     rng = np.random.default_rng(seed)
     index = _usable_rows(table, max_rows, max_classes, rng)

@@ -219,10 +219,10 @@ def from_csv_folder(
 
     A column is numeric if all of its values are one of these:
 
-    * numbers: 3, -.5, 1e3;
-    * numbers with thousands separators: 1,065 and 1,065.50 are 1065 and 1065.5. If semicolons separate the fields, the
+    - numbers: 3, -.5, 1e3;
+    - numbers with thousands separators: 1,065 and 1,065.50 are 1065 and 1065.5. If semicolons separate the fields, the
       comma is the decimal mark: 1,065 is 1.065, and 1.065,50 is 1065.5;
-    * dates, which become days since 1970, with fractions if there are times: 2020-12-31, 2020/12/31 10:00,
+    - dates, which become days since 1970, with fractions if there are times: 2020-12-31, 2020/12/31 10:00,
       2020-12-31T10:00:00Z, 31/12/2020, 12-31-2020, 31.12.2020. Day and month have one order in the whole column. If
       both orders are possible, the month is first; if dots separate, the day is first.
 

@@ -191,7 +191,6 @@ def _check_disjoint(split: Mapping[str, Any], source: Source) -> None:
 
 
 def _encode(split: Split) -> tuple[dict[str, Any], dict[str, Any]]:
-    _check_split(split, "`split`")
     return {"parts": split}, {}
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks
 from metaopt._jaxpr import Tracer
 from metaopt.tasks._class_sources import exact_array, first_missing
 from metaopt.tasks._columns import merged_values
@@ -53,9 +52,8 @@ class UserTable(NamedTuple):
           A table without NaN: first the D columns, then a column of 0 and 1 for each column with gaps, "missing NAME".
 
         Raises:
-          ValueError: if a user does not exist, `fit_on` is a mask or has names, or an entry is infinite.
+          ValueError: if a user does not exist, or `fit_on` is a mask or has names.
         """
-        _check_finite(self)
         rows = np.isin(self.user, _check_users("fit_on", self, fit_on))
         gaps = np.isnan(self.x)
         present = np.where(gaps, 0, self.x)[rows].astype(np.float64)
@@ -197,19 +195,17 @@ def user_episodes(
       "user" [] int32, the position in the table.
 
     Raises:
-      ValueError: if an argument is out of range, or `users` is a mask or has names.
-      ValueError: if a user has K records or fewer, x has NaN, or an entry is infinite.
+      ValueError: if `order` is unknown, or `users` is a mask or has names.
+      ValueError: if a user has K records or fewer, or x has NaN.
       ValueError: if the table has no time, except with `order="random"`.
       ValueError: in the sampler, if `user` is not a position in `users`.
     """
-    _checks.check_integer("num_support", num_support, 1)
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {', '.join(map(repr, ORDERS))}; got {order!r}.")
     if order != "random" and table.time is None:
         raise ValueError(f'The table has no time, so `order` must be "random"; got {order!r}.')
     if np.isnan(table.x).any():
         raise ValueError("The table has NaN: fill the gaps first, with `table.standardized(users)`.")
-    _check_finite(table)
     chosen = _check_users("users", table, range(table.num_users) if users is None else users)
     by_time = np.lexsort((np.zeros(len(table.x)) if table.time is None else table.time, table.user))
     counts = np.bincount(table.user, minlength=table.num_users)
@@ -220,7 +216,6 @@ def user_episodes(
             "and one to predict. Reduce `num_support`, or exclude such users with `users`."
         )
     widest = int(counts[chosen].max())
-    _checks.check_integer("num_query", num_query, 1, optional=True)
     num_padded = widest - num_support if num_query is None else min(num_query, widest - num_support)
     classes = {}
     if np.issubdtype(table.y.dtype, np.integer):

@@ -9,7 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 
 @contextlib.contextmanager
-def compilation_cache(folder: str | os.PathLike | None) -> Iterator[None]:
+def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     """Keeps compiled programs in `folder`, and restores JAX's setting afterwards; None changes nothing."""
     former = jax.config.jax_compilation_cache_dir
     if folder is None or os.fspath(folder) == former:

@@ -82,7 +82,7 @@ class Checkpoints:
       OSError: if `directory` is a file, or cannot be written to.
     """
 
-    def __init__(self, directory: str | os.PathLike, settings: dict[str, Any]):
+    def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp

@@ -76,11 +76,9 @@ def fine_tune(
       `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
 
     Raises:
-      ValueError: if `num_steps` is negative.
       ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.
       ValueError: at trace time, without `space`, if the start is in natural units and the estimator is not.
     """
-    _checks.check_integer("num_steps", num_steps, 0)
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):

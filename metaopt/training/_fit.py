@@ -64,13 +64,13 @@ def fit(
     eval_every: int = 100,
     patience: int | None = None,
     steps_per_call: int = 1,
-    callback: CallbackFn | None = None,
+    callback: CallbackFn | Sequence[CallbackFn] | None = None,
     progress: bool | None = None,
-    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     settings: Mapping[str, Any] | None = None,
     allow_changed_program: bool = False,
-    compilation_cache: str | os.PathLike | None = None,
+    compilation_cache: str | os.PathLike[str] | None = None,
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
@@ -116,10 +116,11 @@ def fit(
         draws and metrics take as long as the steps. `sample_tasks` is then traced, and draws tasks of one shape. The
         steps of evaluations and checkpoints stay the same, and shorten a call if necessary. Signals wait for the end of
         a call. The results are those of single steps, up to rounding.
-      callback: `(step, metrics) -> stop`, called after every step, counted from 1. Scalar metrics are floats, others
-        numpy arrays. If it returns a true value, the run ends (after the call, with `steps_per_call`). If it raises an
-        error, it is still called for the other steps of the same call, and then the run ends. After a resume, it is
-        called again for the steps since the checkpoint.
+      callback: `(step, metrics) -> stop`, called after every step, counted from 1; or several of them, such as
+        `log_to("run.jsonl")`. Scalar metrics are floats, others numpy arrays. After the steps of evaluations, they have
+        the held-out loss as "evaluation". If a callback returns a true value, the run ends (after the call, with
+        `steps_per_call`). If it raises an error, all are still called for the other steps of the same call, and then
+        the run ends. After a resume, they are called again for the steps since the checkpoint.
       progress: None reports steps, evaluations and compilations on standard error. A terminal or notebook shows a bar.
         Elsewhere a line appears every 10 s, and for compilations that take 2 s or more. True also prints a line at the
         end of a short run. False reports nothing.
@@ -140,7 +141,7 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if a number of steps is not an integer or too small, or if there is `patience` and no `evaluate`.
+      ValueError: if there is `patience` and no `evaluate`.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -163,11 +164,11 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_counts(num_steps, steps_per_call, eval_every, checkpoint_every, patience)
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
+    callbacks = [callback] if callable(callback) else list(callback or ())
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space)
     with contextlib.ExitStack() as stack:
@@ -186,19 +187,22 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, ended_by_callback, warned = run.step, False, False
+        first_step, metrics, warned = run.step, [], False
         try:
             while True:
-                if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
-                    with report.during("evaluating"):
-                        run = _evaluated(run, evaluate, eval_key)
+                try:
+                    if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
+                        run = _evaluated(run, evaluate, eval_key, report)
+                        metrics = _with_evaluation(metrics, run)
+                finally:
+                    ended_by_callback, metrics = _report(callbacks, run.step, metrics), []
                 if run.step > 0 and run.step % checkpoint_every == 0:
                     _save(checkpoints, run, steps, report)
                 moved = run.step > first_step
                 stopped = _why_stop(run, num_steps, patience, ended=ended_by_callback, moved=moved)
                 if stopped or received:
                     break
-                num = min(steps_per_call, *(n - run.step % n for n in [num_steps, *every]))
+                num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *every]))
                 program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
@@ -207,8 +211,6 @@ def fit(
                 run = _advanced(run, state, metrics, drawn)
                 report(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
                 warned = warned or _warned_of_rest(run, num, num_steps)
-                if callback is not None:
-                    ended_by_callback = _report(callback, run.step - num + 1, metrics)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
             received.append(error.number)  # from a `fit` that `evaluate` or `callback` called
             stopped = ""
@@ -219,24 +221,18 @@ def fit(
         raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
     if stopped == "non-finite":
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
-    _warn_of_no_step(run)
+    _warn_of_skipped_steps(run)
     return result
 
 
-def _check_counts(num_steps: int, steps_per_call: int, eval_every: int, checkpoint_every: int, patience: int | None):
-    """Raises ValueError for a number that would fail after a call whose state is lost, such as 1e3."""
-    _checks.check_integer("num_steps", num_steps, 0)
-    _checks.check_integer("steps_per_call", steps_per_call, 1)
-    _checks.check_integer("eval_every", eval_every, 1)
-    _checks.check_integer("checkpoint_every", checkpoint_every, 1)
-    _checks.check_integer("patience", patience, 1, optional=True)
-
-
-def _warn_of_no_step(run: Run) -> None:
-    """Logs a warning if all steps of a short run were skipped."""
-    if run.step and np.all(run.history.get("skipped", [0.0])):
-        cause = _stopping.likely_cause(run.state.tasks)
-        _log.warning(f"No step had a finite hypergradient, and λ is where it started. {cause}")
+def _warn_of_skipped_steps(run: Run) -> None:
+    """Logs a warning if most steps were skipped."""
+    skipped = np.sum(run.history.get("skipped", [0.0]))
+    if skipped > run.step / 2:
+        _log.warning(
+            f"{skipped:.0f} of {run.step} steps had no finite hypergradient and were skipped. "
+            f"{_stopping.likely_cause(run.state.tasks)}"
+        )
 
 
 def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
@@ -251,6 +247,8 @@ def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: 
         tasks = steps.draw(saved.extra["drawn"])
     run = _run.resumed(saved, jax.eval_shape(steps.init, *steps.start, tasks), steps.start[1], tasks)
     _run.check_program(saved, steps.describe(run.state, report), allow_changed=allow_changed_program)
+    if run.step:
+        report(run.step, value=run.history["value"][-1], norm=run.history["hypergrad_norm"][-1])
     return run
 
 
@@ -343,17 +341,28 @@ def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
     return [{name: float(x) if x.ndim == 0 else x for name, x in one.items()} for one in each]
 
 
-def _report(callback: CallbackFn, start: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Calls the callback for every step of a call. Returns whether it asked to stop.
+def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """The metrics of the last steps, with the newest held-out loss in those of the last step.
 
-    Its first error is raised after the last step, because a resumed run continues after all of the steps.
+    A run that ended before this evaluation has reported its last step already, and reports it again.
+    """
+    if run.step and not metrics:
+        metrics = [{name: column[-1] for name, column in run.history.items() if len(column) == run.step}]
+    return [*metrics[:-1], *({**last, "evaluation": run.evaluations[-1]} for last in metrics[-1:])]
+
+
+def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
+    """Calls the callbacks for every step of a call. Returns whether one asked to stop.
+
+    The first error is raised after the last step, because a resumed run continues after all of the steps.
     """
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
-        try:
-            ended |= bool(callback(start + i, metrics))
-        except Exception as error:
-            errors.append(error)
+        for callback in callbacks:
+            try:
+                ended |= bool(callback(last_step - len(several_metrics) + 1 + i, metrics))
+            except Exception as error:
+                errors.append(error)
     if errors:
         raise errors[0]
     return ended
@@ -409,8 +418,9 @@ def _best(losses: list[float]) -> int | None:
     return losses.index(best) if best < math.inf else None
 
 
-def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array) -> Run:
-    evaluations = [*run.evaluations, float(evaluate(key, owned(run.state.hyperparams)))]
+def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -> Run:
+    with report.during("evaluating"):
+        evaluations = [*run.evaluations, float(evaluate(key, owned(run.state.hyperparams)))]
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(run.state.hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)

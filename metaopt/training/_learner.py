@@ -60,6 +60,9 @@ class LearnerStepFn(Protocol):
         ...
 
 
+RecordFn = Callable[[base.HyperParams], base.PyTree]  # λ -> a tree of numbers
+
+
 class Learner(NamedTuple):
     """An estimator and an outer optimizer, combined; see `learner`."""
 
@@ -72,6 +75,7 @@ def learner(
     optimizer: optax.GradientTransformation,
     *,
     stagger: int = 1,
+    record: RecordFn | None = None,
 ) -> Learner:
     """Combines an estimator and an outer optimizer into the two pure functions of an outer loop.
 
@@ -81,8 +85,9 @@ def learner(
     their old task, as needed for tuning on one data set. Fresh tasks of other shapes or another structure (for example
     a batch with other padding) cannot be mixed with the carried tasks. Then **every** slot is renewed, done or not.
 
-    An outer step whose hypergradient has a non-finite entry is skipped: λ and the optimizer's state stay, the
-    estimator's state advances, and `skipped` is 1. If there is only one task, it restarts at the next step.
+    An outer step whose hypergradient has a non-finite entry, or a norm above the largest float, is skipped: λ and the
+    optimizer's state stay, the estimator's state advances, and `skipped` is 1. If there is only one task, it restarts
+    at the next step.
 
     Both functions work under `jit`, `vmap` and `lax.scan`. Gradients through them are possible as far as the
     estimator's own functions allow. The state may be donated (`jax.jit(step, donate_argnums=0)`) with the same care as
@@ -98,16 +103,18 @@ def learner(
       stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
         is E estimates (`truncated`: T / K) then do not end together, and every horizon is whole. It costs E − 1
         estimates at the start. With 1, all slots start alike.
+      record: `λ -> tree of numbers`, what the metrics say about λ before each update, with the paths as names
+        ("rate", "decay.conv1"). `lambda z: spaces.to_constrained(space, z)` records λ in natural units. Numbers then
+        are in the history of `fit`, and arrays reach its callbacks.
 
     Returns:
-      A `Learner`. Its step has the estimator's metrics and four more, which replace those of the same name: `value` (F
-      before the update), `hypergrad_norm` (not finite if the step was skipped), `num_done` (slots that ended here) and
-      `skipped` (0 or 1).
+      A `Learner`. Its step has the estimator's metrics, those of `record`, and four more, which replace those of the
+      same name: `value` (F before the update), `hypergrad_norm` (not finite if the step was skipped), `num_done` (slots
+      that ended here) and `skipped` (0 or 1).
 
     Raises:
-      ValueError: if `estimator` is neither an estimator nor a function.
       ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or have invalid labels.
-      ValueError: at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
+      TypeError: (by JAX) at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
       AssertionError: at trace time, if the estimator violates its contract.
 
     Example:
@@ -120,10 +127,8 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    if not callable(estimator):
-        _checks.check_estimator(estimator)
     estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
-    parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger)
+    parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger, record or (lambda hyperparams: {}))
 
     def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
         return _init(parts, key, hyperparams, tasks)
@@ -140,6 +145,7 @@ class _Parts(NamedTuple):
     estimator_at: Callable[[jax.Array], base.Estimator]
     optimizer: optax.GradientTransformationExtraArgs
     stagger: int
+    record: RecordFn
 
 
 def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
@@ -204,7 +210,10 @@ def _step(parts: _Parts, state: LearnerState, fresh_tasks: base.PyTree) -> tuple
     tasks, estimator_state = jax.lax.cond(num_true(done) > 0, renew, keep, state.tasks, state.estimator_state)
     estimate, new_estimator_state = estimator.estimate(hyperparams, tasks, estimator_state)
     _check_estimate(estimate, hyperparams, new_estimator_state, estimator_state)
-    finite = all_finite(estimate.hypergrad)
+    norm = optax.tree.norm(estimate.hypergrad)
+    # An optimizer such as Adam divides by the norm of entries, so it would not move if that overflows.
+    finite = all_finite(estimate.hypergrad) & jnp.isfinite(norm)
+    recorded = jax.tree_util.tree_leaves_with_path(parts.record(hyperparams))
     hyperparams, opt_state = _updated(parts.optimizer, estimate, hyperparams, state.opt_state, finite)
     # A single task that diverged would never recover. In a batch, `over_tasks` ends such slots.
     ended = estimate.done
@@ -212,8 +221,9 @@ def _step(parts: _Parts, state: LearnerState, fresh_tasks: base.PyTree) -> tuple
         ended = ended | ~finite | ~jnp.isfinite(estimate.value)
     metrics = {
         **estimate.metrics,
+        **{jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams": leaf for path, leaf in recorded},
         "value": estimate.value,
-        "hypergrad_norm": optax.tree.norm(estimate.hypergrad),
+        "hypergrad_norm": norm,
         "num_done": num_true(ended),
         "skipped": jnp.logical_not(finite).astype(jnp.int32),
     }
@@ -273,11 +283,6 @@ def _select(done: base.PyTree, new: base.PyTree, old: base.PyTree) -> base.PyTre
     """Returns `new` in the slots that are done, and `old` in the others; also for typed PRNG keys."""
 
     def select(mask, new_leaf, old_leaf):
-        if mask.shape != old_leaf.shape[: mask.ndim]:
-            raise ValueError(
-                f"`done` has shape {mask.shape}, but a leaf of the tasks or of the estimator's state has shape "
-                f"{old_leaf.shape}. Every leaf must start with the axes of `done`, one entry for each slot."
-            )
         mask = mask.reshape(mask.shape + (1,) * (old_leaf.ndim - mask.ndim))
         return jnp.where(mask, new_leaf, old_leaf)
 

@@ -77,7 +77,6 @@ def propose(
       the start. Of equal values the first one is the best.
 
     Raises:
-      ValueError: if a number is below 1, or a number of `spread` that is not traced is negative, infinite or NaN.
       ValueError: if the task has labels outside its classes.
       ValueError: at trace time, if the start does not fit `space`, or `spread` does not fit the start.
       ValueError: at trace time, if `space` is not the problem's, or is missing and a start in natural units meets an
@@ -86,10 +85,6 @@ def propose(
     Source: Rubinstein, The cross-entropy method, 1999, https://doi.org/10.1023/A:1010091220143; for the weights,
       Hansen, The CMA evolution strategy: a tutorial, 2016, https://arxiv.org/abs/1604.00772 (without negative weights).
     """
-    for name, number in (("num_proposals", num_proposals), ("rounds", rounds)):
-        _checks.check_integer(name, number, 1)
-    _checks.check_integer("chunk", chunk, 1, optional=True)
-    _proposals.check_spread(spread)
 
     def evaluate(key, candidates, task):
         return _proposals.values(estimator, key, candidates, task, chunk)

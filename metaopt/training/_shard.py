@@ -36,8 +36,8 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
       pooled, and the others are averaged like F. Means are NaN if no task was finite; `learner` then skips the step.
 
     Raises:
-      ValueError: at trace time, if the metric "num_finite" is missing, or (by JAX) if a batch of tasks does not split
-        evenly.
+      KeyError: at trace time, if the metric "num_finite", which `hypergrad.over_tasks` adds, is missing.
+      ValueError: (by JAX) at trace time, if a batch of tasks does not split evenly.
     """
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     split, whole = PartitionSpec(axis_name), PartitionSpec()
@@ -48,11 +48,6 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
 
     def local_estimate(hyperparams, task, state):
         estimate, state = estimator.estimate(hyperparams, task, state)
-        if "num_finite" not in estimate.metrics:
-            raise ValueError(
-                '`shard` needs the metric "num_finite", how many tasks entered the mean, to combine means; wrap the '
-                "estimator by `hypergrad.over_tasks` first."
-            )
         num = estimate.metrics["num_finite"]
         total = jax.lax.psum(num, axis_name)
 

@@ -128,8 +128,8 @@ def likely_cause(tasks: base.PyTree) -> str:
             integers.append(f"{name} has integers from {x.min()} to {x.max()}")
     if non_finite:
         return f"The tasks have NaN or infinite values: {', '.join(non_finite[:3])}."
-    seen = f" ({', '.join(integers[:3])})" if integers else ""
+    labels = f", or labels that are not among the classes 0..C-1 of the loss ({', '.join(integers[:3])})"
     return (
-        f"Likely causes: labels that are not among the classes 0..C-1 of the loss{seen}, or an inner loop that "
-        "diverges, which `hypergrad.diagnose` examines."
+        "The likely cause is an inner loop that diverges, for example at a rate that is too large, which "
+        f"`hypergrad.diagnose` examines{labels if integers else ''}."
     )

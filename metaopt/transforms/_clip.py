@@ -1,12 +1,11 @@
 """Clipping by a norm that can be learned."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from metaopt import _checks
-from metaopt._jaxpr import Tracer
 
 
 def learnable_clip(
@@ -33,7 +32,8 @@ def learnable_clip(
       A stateless transform, differentiable in c, p and g in both modes.
 
     Raises:
-      ValueError: if `scope` is neither "global" nor "leaf", or `max_norm` or `sharpness` is not a positive number.
+      KeyError: if `scope` is neither "global" nor "leaf".
+      ValueError: if `max_norm` or `sharpness` is not one number.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -41,19 +41,12 @@ def learnable_clip(
     >>> [round(float(jax.grad(length)(2.0, p)), 3) for p in (None, 1.0)]
     [0.0, 0.111]
     """
-    if scope not in ("global", "leaf"):
-        raise ValueError(f'`scope` must be "global" or "leaf"; got {scope!r}.')
     for name, value in (("max_norm", max_norm), ("sharpness", sharpness)):
         if value is not None and np.shape(value):
             raise ValueError(
                 f"`{name}` must be one number; got shape {np.shape(value)}. One for each parameter: "
                 '`per_parameter(functools.partial(learnable_clip, scope="leaf"))`.'
             )
-    # Within `inject_hyperparams` they are traced.
-    if not isinstance(max_norm, Tracer):
-        _checks.check_positive("max_norm", max_norm)
-    if not isinstance(sharpness, Tracer):
-        _checks.check_positive("sharpness", sharpness, optional=True)
 
     def clip(updates):
         precise = jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates)
@@ -71,9 +64,10 @@ def learnable_clip(
 
         return jax.tree.map(scaled, precise, updates)
 
+    clipped = {"global": clip, "leaf": functools.partial(jax.tree.map, clip)}[scope]
+
     def update(updates, state, params=None):
         del params
-        updates = jax.tree.map(jnp.asarray, updates)
-        return (clip(updates) if scope == "global" else jax.tree.map(clip, updates)), state
+        return clipped(jax.tree.map(jnp.asarray, updates)), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)

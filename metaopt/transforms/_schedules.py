@@ -41,8 +41,8 @@ def knot_schedule(
       A schedule, differentiable in `values` and `knots`.
 
     Raises:
-      ValueError: if `monotone` is another value.
-      ValueError: if both `num_steps` and `knots` are given or neither is, or `num_steps < 1`.
+      KeyError: if `monotone` is another value.
+      ValueError: if both `num_steps` and `knots` are given or neither is.
 
     >>> import jax.numpy as jnp
     >>> from metaopt import transforms
@@ -52,18 +52,12 @@ def knot_schedule(
     """
     if (num_steps is None) == (knots is None):
         raise ValueError("`knot_schedule` needs either `num_steps` or `knots`.")
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     # Half precision cannot represent step numbers.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     positions = jnp.asarray(np.linspace(0, num_steps, len(values)) if num_steps is not None else knots, values.dtype)
-    if monotone == "increasing":
-        values = jnp.cumsum(values)
-    elif monotone == "decreasing":
-        values = jnp.cumsum(values[::-1])[::-1]
-    elif monotone is not None:
-        raise ValueError(f'`monotone` must be None, "increasing" or "decreasing"; got {monotone!r}.')
+    sums = {"increasing": jnp.cumsum, "decreasing": lambda values: jnp.cumsum(values[::-1])[::-1]}
+    values = values if monotone is None else sums[monotone](values)
     return lambda step: jnp.interp(jnp.asarray(step, values.dtype), positions, values)
 
 

@@ -64,6 +64,7 @@ def test_the_arrays_predict_as_catboost_does(monkeypatch, num_classes):
     y = np.digitize(y, [0.0, 1.0][: num_classes - 1]) if num_classes else y
     fitted = []
     fit = catboost.CatBoost.fit
+    # `fit_fold` returns only arrays; the model of CatBoost is needed for the expected predictions.
     monkeypatch.setattr(
         catboost.CatBoost, "fit", lambda self, *args, **options: fitted.append(fit(self, *args, **options))
     )

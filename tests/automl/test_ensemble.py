@@ -89,10 +89,10 @@ def test_a_temperature_undoes_overconfidence():
 
 
 def test_conformal_thresholds_are_order_statistics():
-    scores, ones = np.array([0.4, 0.1, 0.3, 0.2]), np.ones(4)
-    assert _ensemble.conformal_threshold(scores, ones, 0.8) == 0.4  # ceil(5 · .8) = 4
-    assert _ensemble.conformal_threshold(scores, ones, 0.5) == 0.3  # ceil(2.5) = 3
-    assert _ensemble.conformal_threshold(scores, ones, 0.9) == math.inf  # five rows are needed
+    scores, weights = np.array([0.4, 0.1, 0.3, 0.2]), np.ones(4)
+    assert _ensemble.conformal_threshold(scores, weights, 0.8) == 0.4  # ceil(5 · .8) = 4
+    assert _ensemble.conformal_threshold(scores, weights, 0.5) == 0.3  # ceil(2.5) = 3
+    assert _ensemble.conformal_threshold(scores, weights, 0.9) == math.inf  # five rows are needed
     for n in range(1, 40):
         for coverage in (0.1, 0.3, 0.5, 0.7, 0.9):
             rank = math.ceil(round((n + 1) * coverage, 9))

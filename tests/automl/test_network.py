@@ -84,9 +84,9 @@ def test_training_on_a_padded_task_gives_the_same_predictions(network, task):
     state = loop.init(jax.random.key(1), hp, task.train)
     wide = loop.init(jax.random.key(1), hp, padded.train)._replace(params=_padded(state.params, padded.train))
     start = network.problem.outer_loss(loop.params(state), hp, task.valid, None)
+    step = jax.jit(lambda state, data: inner.step(loop, state, hp, data))
     for _ in range(network.num_steps):
-        state = inner.step(loop, state, hp, task.train)
-        wide = inner.step(loop, wide, hp, padded.train)
+        state, wide = step(state, task.train), step(wide, padded.train)
     value, wide_value = (
         network.problem.outer_loss(loop.params(s), hp, t.valid, None) for s, t in ((state, task), (wide, padded))
     )
@@ -120,6 +120,7 @@ def test_shares_in_the_loss_are_those_of_the_training_rows_of_a_new_split():
     np.testing.assert_allclose(loss, weight[np.asarray(batch["y"])].mean() * np.log(3), rtol=1e-6)
 
 
+@pytest.mark.once
 def test_hypergradient_of_every_hyperparameter_equals_finite_differences(network, task):
     constrained = spaces.constrain(network.problem, network.space)
     estimator = hypergrad.unrolled(constrained, num_steps=network.num_steps)
@@ -139,6 +140,6 @@ def test_hypergradient_of_every_hyperparameter_equals_finite_differences(network
 
 def test_training_depends_on_the_key_and_repeats(network, task):
     hp = spaces.default(network.space)
-    first, again, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
-    np.testing.assert_array_equal(first["hidden"], again["hidden"])
+    first, repeated, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first["hidden"], repeated["hidden"])
     assert not np.allclose(first["hidden"], other["hidden"])

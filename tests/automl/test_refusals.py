@@ -30,10 +30,6 @@ REFUSALS = [
     (lambda: fit(sample_weight=[0, 0, 0, 0]), "at least one non-zero"),
     (fit_dates, "must be numbers; got datetime64"),
     (lambda: metaopt.save("never.npz", automl.AutoClassifier()), "not fitted"),
-    (lambda: automl.tabular_network(num_steps=0), "num_steps"),
-    (lambda: automl.tabular_network(batch_size=0), "batch_size"),
-    (lambda: automl.tabular_network(num_members=0), "num_members"),
-    (lambda: automl.tabular_network(num_hidden=0), "num_hidden"),
     (lambda: automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool))), "column"),
 ]
 

@@ -96,8 +96,8 @@ weights = [np.asarray(x).tolist() for x in jax.tree.leaves(trained.meta_params)]
 print(json.dumps([trained.predictor.config, trained.scaling, weights, jax.tree.map(float, hyperparams)]))
 """
     command = [sys.executable, "-c", code, str(tmp_path / "g.npz"), str(jax.config.jax_enable_x64)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    config, scaling, weights, hyperparams = json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    config, scaling, weights, hyperparams = json.loads(process.stdout)
     assert config == trained.predictor.config and config["kind"] == "ensemble" and config["num_members"] == 3
     assert scaling == [list(field) for field in trained.scaling]
     assert weights == [np.asarray(x).tolist() for x in jax.tree.leaves(trained.meta_params)]

@@ -206,9 +206,9 @@ def test_a_class_that_a_fold_lacks_has_probability_zero():
 
 def _fold(x, y, valid_x, valid_y, stops=True):
     views = [_kinds.Views(part, part, part.astype(np.float32)) for part in (x, valid_x)]
-    ones = np.ones(len(y)), np.ones(len(valid_y))
+    weights = np.ones(len(y)), np.ones(len(valid_y))
     return _kinds.FoldData(
-        views[0], y, ones[0], views[1], valid_y, ones[1], np.zeros(x.shape[1], bool), 2, 0, stops=stops
+        views[0], y, weights[0], views[1], valid_y, weights[1], np.zeros(x.shape[1], bool), 2, 0, stops=stops
     )
 
 

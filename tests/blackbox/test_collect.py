@@ -45,10 +45,10 @@ def listener(*, stop=math.inf):
         return trials, state | {"asked": state["asked"] + num}
 
     def tell(state, records):
-        told = state["told"]
+        digest = state["told"]
         for record in records:
-            told = 2 * told + (record.outcome if math.isfinite(record.outcome) else 1.0)
-        return state | {"told": told}
+            digest = 2 * digest + (record.outcome if math.isfinite(record.outcome) else 1.0)
+        return state | {"told": digest}
 
     return base.Searcher(init, ask, tell)
 
@@ -92,7 +92,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
-def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searcher):
+def test_an_interrupted_collection_continues_to_the_same_records(tmp_path, searcher):
     store, calls = tmp_path / "records.db", []
 
     def dies(trial, task):
@@ -109,9 +109,9 @@ def test_what_is_interrupted_and_continued_equals_what_was_not(tmp_path, searche
     assert [record.status for record in blackbox.read_records(store)] == ["COMPLETE"] * 7 + ["RUNNING"]
     collect(dies, num_trials=5, store=store, **kwargs)
     assert len(calls) == 11 and len(blackbox.read_records(store, status="COMPLETE")) == 10
-    found = collect(dies, num_trials=10, store=store, **kwargs)
+    records = collect(dies, num_trials=10, store=store, **kwargs)
     assert len(calls) == 21
-    assert without_cost(found) == without_cost(whole)
+    assert without_cost(records) == without_cost(whole)
     # Nothing is run again, and more tasks and other studies may come.
     collect(dies, num_trials=10, store=store, **kwargs)
     collect(dies, on=TASKS | {"new": 0.0}, num_trials=2, store=store, **kwargs)
@@ -126,7 +126,7 @@ MINE = [{"x": -0.75, "size": 3, "kind": "b", "only_b": 0.5}, {"x": 0.25}]
 
 
 @pytest.mark.parametrize("searcher", [blackbox.random_search(), LISTENER], ids=["random", "listens"])
-def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_of_workers(tmp_path, searcher):
+def test_enqueued_configurations_come_first_also_after_a_kill_with_any_number_of_workers(tmp_path, searcher):
     store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": 4, "num_workers": 4}
 
     def dies(trial, task):
@@ -161,7 +161,7 @@ def test_what_is_enqueued_comes_first_and_goes_on_after_a_kill_with_any_number_o
     ("searcher", "batch"), [(blackbox.random_search(), 4), (LISTENER, 3)], ids=["random", "listens"]
 )
 @pytest.mark.once
-def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_was_run(tmp_path, searcher, batch):
+def test_enqueueing_during_a_collection_does_not_change_earlier_trials(tmp_path, searcher, batch):
     store, calls, kwargs = tmp_path / "records.db", [], {"batch_size": batch}
 
     def dies(trial, task):
@@ -175,15 +175,15 @@ def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_
     whole = collect(num_trials=12, searcher=ours, **kwargs)
     with pytest.raises(Killed):
         collect(dies, num_trials=12, store=store, searcher=ours, **kwargs)
-    found = collect(dies, num_trials=12, store=store, searcher=ours, num_workers=3, **kwargs)
-    assert len(calls) == 25 and without_cost(found) == without_cost(whole)  # one of them died
+    records = collect(dies, num_trials=12, store=store, searcher=ours, num_workers=3, **kwargs)
+    assert len(calls) == 25 and without_cost(records) == without_cost(whole)  # one of them died
     assert without_cost(whole[:6] + whole[12:18]) == without_cost(before)
     assert [r.configuration for r in whole[6:8]] == [MINE[0], {"x": 0.25, "size": 6, "kind": "a"}]
     assert [r.trial for r in whole[:12]] == [*range(12)] and len({r.seed for r in whole[:12]}) == 12
     # And again.
     more = blackbox.enqueue(ours, [{"x": -0.1}], after=12)
-    found = collect(num_trials=15, store=store, searcher=more, **kwargs)
-    assert without_cost(found[:12]) == without_cost(whole[:12]) and found[12].configuration["x"] == -0.1
+    records = collect(num_trials=15, store=store, searcher=more, **kwargs)
+    assert without_cost(records[:12]) == without_cost(whole[:12]) and records[12].configuration["x"] == -0.1
     # `after` must not be below the number of trials that have run.
     with pytest.raises(ValueError, match="pass `after`, its number of trials so far, to `enqueue`"):
         collect(num_trials=15, store=store, searcher=blackbox.enqueue(searcher, MINE, after=5), **kwargs)
@@ -192,7 +192,7 @@ def test_what_is_enqueued_in_the_middle_of_a_collection_changes_nothing_of_what_
     assert [r.trial for r in collect(num_trials=9, searcher=ends, on={"t": 0.0})] == [0, 1, 2]
 
 
-def test_what_was_tried_is_not_tried_again_where_one_says_so():
+def test_tried_configurations_are_not_repeated_on_request():
     x = lambda searcher, **kwargs: [
         r.configuration["x"] for r in collect(num_trials=5, searcher=searcher, on={"t": 0.0}, **kwargs)
     ]
@@ -200,8 +200,8 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
     assert drawn[0] == 0.0
     # A searcher begins with the default. It does not run twice, for any size of a batch.
     for batch_size in (1, 4):
-        found = x(blackbox.enqueue(blackbox.random_search(), [{"x": 0.5}, {}]), batch_size=batch_size)
-        assert found[:2] == [0.5, 0.0] and len(set(found)) == 5 and found[3:] == drawn[1:3]
+        tried = x(blackbox.enqueue(blackbox.random_search(), [{"x": 0.5}, {}]), batch_size=batch_size)
+        assert tried[:2] == [0.5, 0.0] and len(set(tried)) == 5 and tried[3:] == drawn[1:3]
     mine = [{"x": 0.5}, {}, {"x": 0.5}]
     for batch_size in (1, 4):
         after = lambda size=batch_size, **kwargs: x(
@@ -215,8 +215,13 @@ def test_what_was_tried_is_not_tried_again_where_one_says_so():
     state = twice.init(KEY, black_boxes.SPACE)
     record = base.Record("", {"x": 0.5, "size": 6, "kind": "a"}, trial=-2, status="RUNNING")
     whole = record._replace(fidelity=1 - 1e-8)  # but for rounding
-    for told, num in ((record._replace(fidelity=0.5), 2), (whole, 0), (record, 0), (record._replace(status="FAIL"), 0)):
-        (first, second), _ = twice.ask(twice.tell(state, [told]), 2)
+    for earlier, num in (
+        (record._replace(fidelity=0.5), 2),
+        (whole, 0),
+        (record, 0),
+        (record._replace(status="FAIL"), 0),
+    ):
+        (first, second), _ = twice.ask(twice.tell(state, [earlier]), 2)
         assert [first.configuration["x"], second.configuration["x"]].count(0.5) == num
     queue = blackbox.enqueue(blackbox.random_search(), mine, skip_if_exists=True)
     state = queue.tell(queue.init(KEY, black_boxes.SPACE), [record])
@@ -256,7 +261,7 @@ def test_one_collection_of_a_study_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("searcher", [None, listener()], ids=["random", "listens"])
-def test_what_has_failed_is_run_again_where_one_says_so_and_what_follows_it_stays(tmp_path, searcher):
+def test_failed_trials_are_run_again_on_request_and_later_ones_stay(tmp_path, searcher):
     store, calls = tmp_path / "records.db", []
 
     def objective(trial, task):
@@ -269,8 +274,8 @@ def test_what_has_failed_is_run_again_where_one_says_so_and_what_follows_it_stay
     corrected = False
     first = collect(objective, **kwargs)
     corrected = True
-    again = collect(objective, **kwargs)
-    assert calls == [0, 1, 2, 3] and without_cost(again) == without_cost(first) and again[1].status == "FAIL"
+    second = collect(objective, **kwargs)
+    assert calls == [0, 1, 2, 3] and without_cost(second) == without_cost(first) and second[1].status == "FAIL"
     retried = collect(objective, retry_failed=True, **kwargs)
     assert calls == [0, 1, 2, 3, 1] and [r.status for r in retried] == ["COMPLETE"] * 4
     assert without_cost(retried[:1] + retried[2:]) == without_cost(first[:1] + first[2:])
@@ -306,7 +311,7 @@ def test_a_trial_keeps_its_number_at_every_fidelity_behind_what_is_enqueued():
     ]
 
 
-def test_a_searcher_hears_of_what_is_enqueued_as_of_others_trials():
+def test_a_searcher_is_told_of_enqueued_trials_like_those_of_others():
     heard, inner = [], fidelities()
     spy = inner._replace(tell=lambda state, records: heard.append([r.trial for r in records]) or state)
     collect(searcher=blackbox.enqueue(spy, [{"x": 0.5}, {"x": 0.1}]), num_trials=4, on={"t": 0.0})
@@ -361,7 +366,7 @@ def test_first_configurations_come_first():
         ("good", "COMPLETE", 0.25, ""),
     ],
 )
-def test_what_ends_a_trial_alone_is_a_record(tmp_path, task, status, outcome, reason):
+def test_an_error_that_ends_one_trial_is_a_record(tmp_path, task, status, outcome, reason):
     store = tmp_path / "records.db"
     (record,) = collect(black_boxes.misbehave, on={"t": task}, num_trials=1, store=store)
     assert repr(blackbox.read_records(store)) == repr([record])
@@ -397,13 +402,13 @@ def test_a_fork_made_by_the_objective_ends_where_the_objective_ends(ending, code
 
 
 @pytest.mark.once
-def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
+def test_a_trial_that_would_end_the_process_is_a_record_and_the_others_run(tmp_path):
     on = {name: name for name in ("good", "hang", "crash", "raise", "fork", "good again")} | {"good again": "good"}
     start, store = time.monotonic(), tmp_path / "records.db"
     kwargs = {"isolated": True, "time_limit": 1.0, "num_trials": 1, "store": store}
     records = collect(black_boxes.misbehave, on=on, **kwargs)
-    found = [(record.status, record.reason) for record in records]
-    assert found == [
+    endings = [(record.status, record.reason) for record in records]
+    assert endings == [
         ("COMPLETE", ""),
         ("FAIL", "time limit of 1 s"),
         ("FAIL", "signal SIGSEGV"),
@@ -418,17 +423,17 @@ def test_what_would_end_the_process_is_a_record_and_the_rest_goes_on(tmp_path):
     assert len(blackbox.read_records(store, history=True)) == 12
 
 
-def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe():
+def test_the_end_of_a_child_is_noticed_while_a_grandchild_holds_its_pipe():
     """As the workers of a data loader do."""
-    here, there = multiprocessing.Pipe()
+    receiver, sender = multiprocessing.Pipe()
     process = subprocess.Popen(
         ["sh", "-c", "sleep 60 & kill -SEGV $$"],
         stdin=subprocess.PIPE,
-        pass_fds=[there.fileno()],
+        pass_fds=[sender.fileno()],
         start_new_session=True,
     )
-    there.close()
-    child = _trials._Child(process, here)
+    sender.close()
+    child = _trials._Child(process, receiver)
     try:
         with pytest.raises(EOFError):
             _trials._wait(child, 5.0, None)
@@ -438,7 +443,7 @@ def test_a_child_that_ends_is_noticed_though_what_it_has_started_holds_its_pipe(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc reports the memory of a process has started")
-def test_what_a_child_has_started_in_a_session_of_its_own_ends_with_it():
+def test_a_grandchild_in_its_own_session_ends_with_the_child():
     code = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60'], start_new_session=True); "
     code += "print(p.pid, flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
@@ -461,14 +466,14 @@ def state_of(process):
         return ""
 
 
-def test_a_waiting_child_may_be_taken_by_another_thread(monkeypatch):
+def test_ending_children_tolerates_a_thread_that_takes_one(monkeypatch):
     class Taken(list):
         """One child waits as long as nobody takes it, and then none does."""
 
         def __bool__(self):
             return True
 
-    monkeypatch.setattr(_trials, "_idle", Taken())
+    monkeypatch.setattr(_trials, "_idle", Taken())  # simulates a race of two threads
     _trials.end_children("nobody")
 
 
@@ -499,8 +504,8 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
 
     store, start = tmp_path / "records.db", time.monotonic()
     records = collect(objective, on={"t": 0}, num_trials=50, store=store, budget=0.25)
-    took = time.monotonic() - start
-    assert 1 <= len(records) == len(calls) <= 3 and took >= 0.25
+    seconds = time.monotonic() - start
+    assert 1 <= len(records) == len(calls) <= 3 and seconds >= 0.25
     assert len(collect(objective, on={"t": 0}, num_trials=4, store=store)) == 4 == len(calls)
 
 
@@ -509,20 +514,20 @@ def test_the_budget_ends_a_collection_and_the_next_one_goes_on(tmp_path):
 def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, by_default):
     """By default, every trial after the first one of a task draws a configuration."""
     inner, configuration, begun, most = blackbox.random_search(), spaces.configuration, [], []
-    asked = list(TASKS) if by_default else []
+    drawn = list(TASKS) if by_default else []
 
     def ask(state, num):
         trials, state = inner.ask(state, num)
-        asked.extend(trials)
+        drawn.extend(trials)
         return trials, state
 
     def draw(*args):
-        asked.append(args)
+        drawn.append(args)
         return configuration(*args)
 
     def objective(trial, task):
         begun.append(trial)
-        most.append(len(asked) - len(begun))
+        most.append(len(drawn) - len(begun))
         time.sleep(0.01)
         if len(begun) >= 10:
             raise Killed
@@ -530,14 +535,14 @@ def test_trials_are_asked_for_shortly_before_they_run(monkeypatch, num_workers, 
 
     counting = base.Searcher(inner.init, ask, inner.tell)
     if by_default:
-        monkeypatch.setattr(spaces, "configuration", draw)
+        monkeypatch.setattr(spaces, "configuration", draw)  # counts the configurations that the default searcher draws
     on = TASKS if by_default else {str(task): 0.0 for task in range(100)}
     kwargs = {"num_trials": 20_000, "searcher": None if by_default else counting, "num_workers": num_workers}
     with pytest.raises(Killed):
         collect(objective, on=on, **kwargs)
     assert max(most) <= 6 * num_workers
-    num_asked = len(asked)
-    assert collect(objective, on=on, budget=1e-9, **kwargs) == [] and len(asked) == num_asked
+    num_asked = len(drawn)
+    assert collect(objective, on=on, budget=1e-9, **kwargs) == [] and len(drawn) == num_asked
 
 
 def test_random_search_by_default_runs_the_trials_of_a_plain_loop_within_any_budget(tmp_path):
@@ -545,14 +550,14 @@ def test_random_search_by_default_runs_the_trials_of_a_plain_loop_within_any_bud
     for name in TASKS:
         state = inner.init(jax.random.fold_in(KEY, zlib.crc32(name.encode())), black_boxes.SPACE)
         expected += [(name, trial.seed, trial.configuration) for trial in inner.ask(state, 7)[0]]
-    found = lambda records: [(record.task, record.seed, record.configuration) for record in records]
+    draws = lambda records: [(record.task, record.seed, record.configuration) for record in records]
     for kwargs in ({}, {"num_workers": 3}, {"budget": math.inf}):
-        assert found(collect(black_boxes.uneven, num_trials=7, **kwargs)) == expected
+        assert draws(collect(black_boxes.uneven, num_trials=7, **kwargs)) == expected
     # The records that a store has are returned after the budget is spent, too: here all but one.
     store = tmp_path / "records.db"
     collect(lambda trial, task: {0.5: 1.0}[task] if trial.trial == 2 else 0.0, num_trials=7, store=store)
     records = collect(num_trials=9, store=store, budget=1e-9, retry_failed=True)
-    assert found(records) == expected[:2] + expected[3:]
+    assert draws(records) == expected[:2] + expected[3:]
 
 
 def test_a_budget_is_overrun_by_less_than_a_trial():
@@ -660,9 +665,9 @@ def test_clusters_are_joblib_s_backends(backend, isolated, tmp_path):
     finally:
         end()
     assert without_cost(records) == without_cost(collect(**kwargs)) == without_cost(collect(store=store, **kwargs))
-    found = [(record.status, record.reason) for record in faults]
-    assert found == [("COMPLETE", ""), ("FAIL", "time limit of 2 s"), ("FAIL", "signal SIGSEGV")][: len(found)]
-    assert len(found) == 3 * isolated
+    endings = [(record.status, record.reason) for record in faults]
+    assert endings == [("COMPLETE", ""), ("FAIL", "time limit of 2 s"), ("FAIL", "signal SIGSEGV")][: len(endings)]
+    assert len(endings) == 3 * isolated
 
 
 COLLECTOR = """
@@ -694,6 +699,6 @@ def test_a_killed_collector_loses_the_trials_in_flight_and_its_children_end(tmp_
         time.sleep(0.1)
     assert not any(Path(f"/proc/{process}").exists() for process in below)
     assert len(blackbox.read_records(store, status="RUNNING")) <= 2
-    found = collect(black_boxes.slow, on={"left": -0.5}, num_trials=12, store=store, isolated=True, num_workers=2)
+    records = collect(black_boxes.slow, on={"left": -0.5}, num_trials=12, store=store, isolated=True, num_workers=2)
     whole = collect(black_boxes.slow, on={"left": -0.5}, num_trials=12, isolated=True)
-    assert without_cost(found) == without_cost(whole)
+    assert without_cost(records) == without_cost(whole)

@@ -38,9 +38,9 @@ def covariance(surrogate, curves, a, b):
     return alpha * np.mean(d[:, *a] * d[:, *b]) + own * u[a] * u[b] * r[a[1], b[1]]
 
 
-def dense(surrogate, curves, seen, entries):
+def dense(surrogate, curves, observed_entries, entries):
     """The joint mean and covariance of what is seen and asked for, noise included."""
-    both = [*seen, *entries]
+    both = [*observed_entries, *entries]
     matrix = np.array([[covariance(surrogate, curves, a, b) for b in both] for a in both])
     noise = [np.exp(surrogate.noise.log_scales[4]) * surrogate.spread[a] ** 2 for a in both]
     mean = np.array([curves.mean(0)[a] for a in both])
@@ -48,17 +48,17 @@ def dense(surrogate, curves, seen, entries):
 
 
 @pytest.mark.once
-def test_the_posterior_is_that_of_the_process_written_out():
+def test_the_posterior_equals_that_of_a_dense_gaussian_process():
     surrogate = _curves.curve_surrogate(CURVES, X, FIDELITIES)
-    seen, entries = [(0, 0), (0, 1), (2, 0), (2, 2)], [(0, 2), (1, 2), (3, 0)]
+    observed_entries, entries = [(0, 0), (0, 1), (2, 0), (2, 2)], [(0, 2), (1, 2), (3, 0)]
     y = np.array([0.3, 0.4, 0.9, 0.1])
-    mean, matrix = dense(surrogate, CURVES, seen, entries)
+    mean, matrix = dense(surrogate, CURVES, observed_entries, entries)
     k, cross = matrix[:4, :4] + 1e-6 * np.eye(4), matrix[4:, :4]
     expected = mean[4:] + cross @ np.linalg.solve(k, y - mean[:4])
     variance = np.diag(matrix)[4:] - np.diag(cross @ np.linalg.solve(k, cross.T))
-    found = POSTERIOR(surrogate, observed(seen, y), *jnp.asarray(entries).T)
-    np.testing.assert_allclose(found[0], expected, rtol=1e-9)
-    np.testing.assert_allclose(found[1], np.sqrt(variance), rtol=1e-6)
+    predicted = POSTERIOR(surrogate, observed(observed_entries, y), *jnp.asarray(entries).T)
+    np.testing.assert_allclose(predicted[0], expected, rtol=1e-9)
+    np.testing.assert_allclose(predicted[1], np.sqrt(variance), rtol=1e-6)
 
 
 def test_without_an_outcome_the_mean_of_the_tasks_is_expected():
@@ -71,27 +71,27 @@ def test_without_an_outcome_the_mean_of_the_tasks_is_expected():
 @pytest.mark.once
 def test_the_loss_is_the_likelihood_under_the_other_tasks():
     surrogate = _curves.curve_surrogate(CURVES, X, FIDELITIES)
-    seen, task = [(0, 0), (0, 1), (1, 0), (3, 2)], 1
-    y = np.array([CURVES[task][entry] for entry in seen])
+    observed_entries, task = [(0, 0), (0, 1), (1, 0), (3, 2)], 1
+    y = np.array([CURVES[task][entry] for entry in observed_entries])
     others = np.delete(CURVES, task, 0)
     spread = _curves.curve_surrogate(others, X, FIDELITIES).spread
-    mean, matrix = dense(surrogate._replace(spread=spread), others, seen, [])
+    mean, matrix = dense(surrogate._replace(spread=spread), others, observed_entries, [])
     nll = -stats.multivariate_normal(mean, matrix + 1e-6 * np.eye(4)).logpdf(y) - 4 * np.log(2 * np.pi) / 2
     noise = surrogate.noise
     prior = ((noise.log_lengths + 0.5) ** 2).sum() / 2 + ((noise.log_scales + 2) ** 2).sum() / 16
-    found = LOSS(noise, surrogate, task, observed(seen, y))
-    np.testing.assert_allclose(found, (nll + 0.1 * prior) / 4, rtol=1e-9)
-    loss = lambda noise: LOSS(noise, surrogate, task, observed(seen, y))
+    value = LOSS(noise, surrogate, task, observed(observed_entries, y))
+    np.testing.assert_allclose(value, (nll + 0.1 * prior) / 4, rtol=1e-9)
+    loss = lambda noise: LOSS(noise, surrogate, task, observed(observed_entries, y))
     check_grads(loss, (jax.tree.map(lambda leaf: leaf + 0.1, noise),), order=1, modes=["rev"], rtol=1e-6)
 
 
 def test_a_task_left_out_leaves_the_others_mean_and_deviations():
     surrogate = _curves.curve_surrogate(CURVES, X, FIDELITIES)
-    left, others = _curves.leave_out(surrogate, jnp.asarray(2)), np.delete(CURVES, 2, 0)
-    np.testing.assert_allclose(left.mean, others.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(left.spread, _curves.curve_surrogate(others, X, FIDELITIES).spread, rtol=1e-12)
+    without_task, others = _curves.leave_out(surrogate, jnp.asarray(2)), np.delete(CURVES, 2, 0)
+    np.testing.assert_allclose(without_task.mean, others.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(without_task.spread, _curves.curve_surrogate(others, X, FIDELITIES).spread, rtol=1e-12)
     deviations = np.insert(others - others.mean(0), 2, 0.0, axis=0)
-    np.testing.assert_allclose(left.deviations, deviations * np.sqrt(S / (S - 1)), atol=1e-12)
+    np.testing.assert_allclose(without_task.deviations, deviations * np.sqrt(S / (S - 1)), atol=1e-12)
 
 
 def test_gaps_are_filled_from_the_task_s_level_and_the_candidate_s_own_curve():
@@ -108,7 +108,7 @@ def test_gaps_are_filled_from_the_task_s_level_and_the_candidate_s_own_curve():
 
 
 @pytest.mark.once
-def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_tails():
+def test_intervals_with_heavy_tailed_errors_cover_after_calibration():
     """Most tasks are near the mean, some are far off: a normal distribution's middle half would hold nearly all."""
     rng = np.random.default_rng(1)
     tail = rng.standard_t(1.5, size=(540, 6, 2)) * 0.02
@@ -126,33 +126,33 @@ def test_intervals_hold_what_they_say_after_calibration_where_errors_have_heavy_
 
 
 @pytest.mark.once
-def test_what_was_filled_in_is_no_truth_to_calibrate_by():
+def test_filled_gaps_are_not_used_in_calibration():
     """The errors are those of outcomes that there are, given outcomes that there are."""
     rng = np.random.default_rng(2)
     curves = 0.5 + 0.1 * rng.normal(size=(9, 2, 2)).cumsum(2)
     curves[::2, 1, 1] = curves[1, 0, 0] = np.nan  # ends, and a beginning
-    known = np.isfinite(curves)
+    is_known = np.isfinite(curves)
     surrogate = _curves.curve_surrogate(curves, np.zeros((2, 1)), np.array([0.5, 1.0]))
-    np.testing.assert_array_equal(surrogate.known, known)
-    found = _curves.calibrate(surrogate, jax.random.key(0), num_candidates=2, num_draws=1).errors
-    for seen in (0, 1):
+    np.testing.assert_array_equal(surrogate.known, is_known)
+    quantiles = _curves.calibrate(surrogate, jax.random.key(0), num_candidates=2, num_draws=1).errors
+    for num_seen in (0, 1):
         z = []
         for s in range(9):
             begun = observed([(0, 0), (1, 0)], curves[s, :, 0])
-            given = begun._replace(mask=jnp.array([*(known[s, :, 0] & bool(seen)), False]) * 1.0)
-            mean, std = POSTERIOR(_curves.leave_out(surrogate, s), given, jnp.arange(2), jnp.ones(2, int))
+            conditions = begun._replace(mask=jnp.array([*(is_known[s, :, 0] & bool(num_seen)), False]) * 1.0)
+            mean, std = POSTERIOR(_curves.leave_out(surrogate, s), conditions, jnp.arange(2), jnp.ones(2, int))
             z += [
                 (curves[s, c, 1] - mean[c]) / std[c]
                 for c in range(2)
-                if known[s, c, 1] and (known[s, c, 0] or not seen)
+                if is_known[s, c, 1] and (is_known[s, c, 0] or not num_seen)
             ]
-        assert len(z) == 13 - seen
-        np.testing.assert_allclose(found[seen], np.quantile(z, (np.arange(40) + 0.5) / 40), rtol=1e-6)
+        assert len(z) == 13 - num_seen
+        np.testing.assert_allclose(quantiles[num_seen], np.quantile(z, (np.arange(40) + 0.5) / 40), rtol=1e-6)
     # Only one task has both candidates, so more observed fidelities do not reduce the errors.
-    apart = np.where(np.arange(9)[:, None, None] % 2 == np.arange(2), rng.normal(size=(9, 2, 2)), np.nan)
-    apart[0] = rng.normal(size=(2, 2))
+    checkered = np.where(np.arange(9)[:, None, None] % 2 == np.arange(2), rng.normal(size=(9, 2, 2)), np.nan)
+    checkered[0] = rng.normal(size=(2, 2))
     errors = _curves.calibrate(
-        _curves.curve_surrogate(apart, np.zeros((2, 1)), np.array([0.5, 1.0])), jax.random.key(0)
+        _curves.curve_surrogate(checkered, np.zeros((2, 1)), np.array([0.5, 1.0])), jax.random.key(0)
     ).errors
     np.testing.assert_array_equal(errors[1], errors[0])
 
@@ -160,5 +160,5 @@ def test_what_was_filled_in_is_no_truth_to_calibrate_by():
 def test_improvement_is_the_mean_over_errors():
     mean, std = jnp.array([1.0, 2.0]), jnp.array([1.0, 0.5])
     errors = jnp.array([[-2.0, 0.0, 2.0], [-1.0, 0.0, 4.0]])
-    found = _curves.curve_improvement(mean, std, errors, jnp.array(1.5))
-    np.testing.assert_allclose(found, [(2.5 + 0.5) / 3, 0.0])
+    improvements = _curves.curve_improvement(mean, std, errors, jnp.array(1.5))
+    np.testing.assert_allclose(improvements, [(2.5 + 0.5) / 3, 0.0])

@@ -44,10 +44,6 @@ def test_tasks_are_described_by_their_data(data_of, tmp_path):
     assert loaded.predict(x, y) == g.predict((x, y)) == g.predict(features) == g.portfolio(1, (x, y))[0]
     assert g.suggest([], [], (x, y)) == [g.predict(x, y)]
     np.testing.assert_array_equal(*(g.outcomes(line, new_task).mean for new_task in ((x, y), features)))
-    with pytest.raises(ValueError, match="but training had (a table|images)"):
-        g.predict(*(images_of if data_of is rows_of else rows_of)(0.5, rng))
-    with pytest.raises(ValueError, match="but training had no tables or images"):
-        blackbox.train_meta_optimizer(records, **options | {"num_steps": 0}).predict(x, y)
 
 
 def test_features_do_not_depend_on_the_type_of_labels_or_of_the_container():
@@ -69,38 +65,9 @@ def test_a_target_with_fractions_is_cut_into_quarters():
     assert values["nr_class"] == 4 and values["class_ent"] == 2  # bits: equal shares
 
 
-def test_datasets_that_do_not_fit_the_records():
-    rng = np.random.default_rng(0)
-    records = [base.Record(name, {"x": x}, x) for name in "ab" for x in (0.1, 0.9)]
-    a, b = rows_of(0.5, rng), rows_of(0.9, rng)
-    as_dict = {"x": a[0], "y": np.zeros(40, int), "class_mask": np.ones(2)}
-    for datasets, message in (
-        ({"a": a}, "`datasets` lacks 1 of the records' tasks, such as 'b'"),
-        ({"c": a}, "`datasets` lacks 2 of the records' tasks"),
-        ({"a": a, "b": as_dict}, "or all be dicts of rows; got both"),
-        ({"a": a, "b": (np.zeros(3), np.zeros(3))}, "x of two or more axes.*'b' has a tuple"),
-        ({"a": a, "b": (b[0], np.full(40, np.nan))}, "y must be finite; 40 of 40"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            blackbox.train_meta_optimizer(records, space=SPACE, datasets=datasets, num_steps=0)
-
-
 def test_features_are_not_datasets():
     for features in (None, [0.3, 0.1], (0.3, 0.1), np.zeros(2), base.Task(None, None, [0.3])):
         assert not _datasets.is_dataset(features)
-
-
-def test_wrong_datasets():
-    table, images = rows_of(0.5, np.random.default_rng(0)), images_of(0.5, np.random.default_rng(0))
-    records = [base.Record(name, {"x": x}, x) for name in ("a", "b") for x in (0.2, 0.6)]
-    train = lambda **kwargs: blackbox.train_meta_optimizer(records, space=SPACE, num_steps=0, **kwargs)
-    for message, kwargs in (
-        ("all be tables", {"datasets": {"a": table, "b": images}}),
-        ("Give either", {"datasets": {"a": table, "b": table}, "features": {"a": [0.0], "b": [1.0]}}),
-        ("one entry for each row", {"datasets": {"a": table, "b": (table[0], table[1][1:])}}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(**kwargs)
 
 
 def test_numeric_targets_of_a_corpus_are_cut_alike():

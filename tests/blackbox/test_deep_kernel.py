@@ -58,77 +58,82 @@ def test_the_loss_is_the_likelihood_and_its_gradient_is_right():
 
 def surrogate(deep, share):
     trials = [_surrogates.TaskTrials(X, 2.0 * (Y + s * X[:, 2])) for s in range(3)]
-    found = _surrogates.surrogate(trials, _surrogates.Kernel(jnp.zeros(3), jnp.array(2.0), jnp.array(-2.0)), X)
-    return found._replace(deep=jax.tree.map(lambda leaf: leaf[None], deep), deep_share=share)
+    model = _surrogates.surrogate(trials, _surrogates.Kernel(jnp.zeros(3), jnp.array(2.0), jnp.array(-2.0)), X)
+    return model._replace(deep=jax.tree.map(lambda leaf: leaf[None], deep), deep_share=share)
 
 
 def test_expected_outcomes_have_a_column_for_each_deep_kernel():
     members = [DEEP, DEEP._replace(mean=-DEEP.mean)]
     members = [_deep_kernel.at_features(deep, jnp.asarray(FEATURES)) for deep in members]
-    found = surrogate(DEEP, 1.0)._replace(deep=jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
-    outcomes = _surrogates.expected_outcomes(found, X[:4])  # X are the reference configurations
-    plain = _surrogates.expected_outcomes(found._replace(deep=None), X[:4])
+    model = surrogate(DEEP, 1.0)._replace(deep=jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
+    outcomes = _surrogates.expected_outcomes(model, X[:4])  # X are the reference configurations
+    plain = _surrogates.expected_outcomes(model._replace(deep=None), X[:4])
     assert outcomes.shape == (4, 3 + 2) and plain.shape == (4, 3)
     np.testing.assert_array_equal(outcomes[:, :3], plain)
     for column, sign in ((3, 1), (4, -1)):
         mean = sign * by_numpy(DEEP, X)[0]
-        expected = mean - mean.mean() + np.asarray(found.curves).mean()
+        expected = mean - mean.mean() + np.asarray(model.curves).mean()
         np.testing.assert_allclose(outcomes[:, column], expected[:4], rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
-    found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
-    weights = _surrogates.task_weights(found)
+    model = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 1.0)
+    weights = _surrogates.task_weights(model)
     np.testing.assert_allclose(weights, [0, 0, 0, 1])
-    seen, at = np.array([1, 4, 7]), np.array([0, 1, 8])
+    tried_rows, query_rows = np.array([1, 4, 7]), np.array([0, 1, 8])
     y = np.array([1.0, 0.2, 0.6])
-    given = CONDITION(found, weights, padded(X[seen], y), adaptation_steps=0)
-    mixture = POSTERIOR_AT(found, given, jnp.asarray(X[at]))
+    conditioned = CONDITION(model, weights, padded(X[tried_rows], y), adaptation_steps=0)
+    mixture = POSTERIOR_AT(model, conditioned, jnp.asarray(X[query_rows]))
     mean, cov = by_numpy(DEEP, X)
-    scales = np.asarray(given.deep.processes.scales)[0, 0]
+    scales = np.asarray(conditioned.deep.processes.scales)[0, 0]
     assert len(scales) == 6 and mixture.mean.shape == (3, 4 * 3 + 6 + 6)
     for b, mu, std in zip(scales, mixture.mean.T[-6:], mixture.std.T[-6:], strict=True):
         wide = b**2 * cov + 1e5  # the offset as one more Gaussian, as wide as the sky
-        gain = wide[np.ix_(at, seen)] @ np.linalg.inv(wide[np.ix_(seen, seen)] + b**2 * 1e-3 * np.eye(3))
-        np.testing.assert_allclose(mu, b * mean[at] + gain @ (y - b * mean[seen]), atol=1e-4)
-        variance = np.diag(wide[np.ix_(at, at)] - gain @ wide[np.ix_(seen, at)])
+        gain = wide[np.ix_(query_rows, tried_rows)] @ np.linalg.inv(
+            wide[np.ix_(tried_rows, tried_rows)] + b**2 * 1e-3 * np.eye(3)
+        )
+        np.testing.assert_allclose(mu, b * mean[query_rows] + gain @ (y - b * mean[tried_rows]), atol=1e-4)
+        variance = np.diag(wide[np.ix_(query_rows, query_rows)] - gain @ wide[np.ix_(tried_rows, query_rows)])
         np.testing.assert_allclose(std**2, variance, rtol=1e-3, atol=1e-5)
     # All the weight is on it, by the likelihood of each scale.
     weights = np.exp(np.asarray(mixture.log_weights))
     np.testing.assert_allclose(weights[-6:].sum(), 1)
-    one, other = (log_density(mean[seen], cov[np.ix_(seen, seen)], y / b) - 2 * np.log(b) for b in scales[:2])
+    one, other = (
+        log_density(mean[tried_rows], cov[np.ix_(tried_rows, tried_rows)], y / b) - 2 * np.log(b) for b in scales[:2]
+    )
     np.testing.assert_allclose(np.log(weights[-6] / weights[-5]), one - other, rtol=1e-5)
     expected = by_numpy(DEEP, X)[0]  # X are the reference configurations, too
-    expected += np.asarray(found.curves).mean() - expected.mean()
-    np.testing.assert_allclose(_surrogates.expected_outcomes(found, X)[:, 3], expected, rtol=1e-6)
+    expected += np.asarray(model.curves).mean() - expected.mean()
+    np.testing.assert_allclose(_surrogates.expected_outcomes(model, X)[:, 3], expected, rtol=1e-6)
     # The whole share is the whole: whatever explains the trials, nothing else is believed.
-    as_before = CONDITION(found, _surrogates.task_weights(found), padded(X, 2.0 * Y), adaptation_steps=0)
+    as_before = CONDITION(model, _surrogates.task_weights(model), padded(X, 2.0 * Y), adaptation_steps=0)
     np.testing.assert_array_equal(jnp.exp(as_before.log_weights[:-6]), 0.0)
     # Adapted networks and joint predictions agree, too.
-    adapted = CONDITION(found, _surrogates.task_weights(found), padded(X[seen], y), adaptation_steps=10)
-    joint = JOINT_AT(found, adapted, jnp.asarray(X[at]), jnp.asarray(X[2:4]))
-    again = POSTERIOR_AT(found, adapted, jnp.asarray(X[at]))
-    np.testing.assert_allclose(joint.mean[:3], again.mean, rtol=1e-6)
+    adapted = CONDITION(model, _surrogates.task_weights(model), padded(X[tried_rows], y), adaptation_steps=10)
+    joint = JOINT_AT(model, adapted, jnp.asarray(X[query_rows]), jnp.asarray(X[2:4]))
+    marginals = POSTERIOR_AT(model, adapted, jnp.asarray(X[query_rows]))
+    np.testing.assert_allclose(joint.mean[:3], marginals.mean, rtol=1e-6)
     variances = np.asarray(joint.variance)[np.asarray(joint.kind), :3]
-    np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), again.std, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), marginals.std, rtol=1e-5)
 
 
 @pytest.mark.once
 def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
-    found = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 0.5)
-    seen, y = np.array([1, 3, 4, 6, 7]), np.array([1.0, 0.2, 0.6, 0.1, 0.9])
+    model = surrogate(_deep_kernel.at_features(DEEP, jnp.asarray(FEATURES)), 0.5)
+    tried_rows, y = np.array([1, 3, 4, 6, 7]), np.array([1.0, 0.2, 0.6, 0.1, 0.9])
     before, after = (
-        CONDITION(found, _surrogates.task_weights(found), padded(X[seen], y), adaptation_steps=n) for n in (0, 10)
+        CONDITION(model, _surrogates.task_weights(model), padded(X[tried_rows], y), adaptation_steps=n) for n in (0, 10)
     )
-    best = lambda given: given.log_weights[-6:].max() - given.log_weights[0]  # against an earlier task
+    # The best weight of a deep kernel against the weight of an earlier task.
+    best = lambda conditioned: conditioned.log_weights[-6:].max() - conditioned.log_weights[0]
     np.testing.assert_allclose(best(before), best(after), rtol=1e-6)
 
     # The adapted one does explain the trials better.
-    def likelihood(given):
-        deep = jax.tree.map(lambda leaf: leaf[0], given.deep.members)
+    def likelihood(conditioned):
+        deep = jax.tree.map(lambda leaf: leaf[0], conditioned.deep.members)
         return max(
-            log_density(*by_numpy(deep, X[seen], 0 * FEATURES), y / b) - 4 * np.log(b)
+            log_density(*by_numpy(deep, X[tried_rows], 0 * FEATURES), y / b) - 4 * np.log(b)
             for b in np.asarray(before.deep.processes.scales)[0, 0]
         )
 
@@ -136,7 +141,7 @@ def test_adaptation_to_the_trials_does_not_raise_the_weight_of_a_deep_kernel():
 
 
 @pytest.mark.slow
-def test_of_many_trials_the_best_and_the_latest_are_adapted_to():
+def test_adaptation_uses_the_best_and_the_latest_of_many_trials():
     """Each real trial once, in whatever order, and padding only where there is nothing else."""
     rng = np.random.default_rng(1)
     for num_real in (30, 20, 10, 5):
@@ -146,9 +151,9 @@ def test_of_many_trials_the_best_and_the_latest_are_adapted_to():
         )
         best = set(np.argsort(y[:num_real])[:8].tolist())
         expected = best | set([i for i in range(num_real) if i not in best][-8:])
-        at = np.asarray(kept)[:, 0].astype(int)
-        assert sorted(at[np.asarray(kept_mask) > 0].tolist()) == sorted(expected) and len(at) == 16
-        np.testing.assert_array_equal(kept_y, y[at])
+        kept_rows = np.asarray(kept)[:, 0].astype(int)
+        assert sorted(kept_rows[np.asarray(kept_mask) > 0].tolist()) == sorted(expected) and len(kept_rows) == 16
+        np.testing.assert_array_equal(kept_y, y[kept_rows])
     num = _deep_kernel.MAX_ADAPTED + 12
     many = (jnp.asarray(rng.uniform(size=(num, 3))), jnp.asarray(rng.normal(size=num)), jnp.ones(num))
     some = _deep_kernel.best_and_latest(many, _deep_kernel.MAX_ADAPTED)
@@ -179,12 +184,12 @@ def test_a_few_steps_make_a_tasks_own_trials_likelier():
 @pytest.mark.parametrize("features", [None, FEATURES])
 def test_a_tasks_features_enter_once(features):
     sorted_features = np.sort(RNG.normal(size=(2, 3)))
-    found = surrogate(DEEP, 0.5)._replace(sorted_features=sorted_features)
-    seen = _surrogates.at_task(found, features)
+    model = surrogate(DEEP, 0.5)._replace(sorted_features=sorted_features)
+    on_task = _surrogates.at_task(model, features)
     if features is None:
-        assert seen is found
+        assert on_task is model
     else:
         ranks = _surrogates.rank_features(sorted_features, features[None], 1)[0]
         expected = np.asarray(DEEP.bias + ranks @ DEEP.task)
-        np.testing.assert_allclose(seen.deep.bias[0], expected)
+        np.testing.assert_allclose(on_task.deep.bias[0], expected)
         assert np.abs(expected - DEEP.bias).max() > 0.1

@@ -32,7 +32,7 @@ def test_children_differ_from_a_living_member_in_one_entry():
     assert [member[0] for member in state.populations[1.0]] == [t.configuration for t in trials[-10:]]
 
 
-def test_every_other_value_alike():
+def test_every_other_value_is_equally_probable():
     # One member, one parent: its children are all of its neighbors.
     searcher = blackbox.regularized_evolution(population_size=1, sample_size=1)
     (first,), state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 1)
@@ -45,7 +45,7 @@ def test_every_other_value_alike():
     assert len(counts) == 24 and all(abs(n - 100) < 4 * np.sqrt(100) for n in counts.values())
 
 
-def test_beats_chance_and_repeats_itself():
+def test_evolution_is_better_than_random_trials_and_follows_from_its_key():
     evolution = blackbox.regularized_evolution(population_size=20, sample_size=5)
     chance = blackbox.regularized_evolution(population_size=1_000)  # never leaves the random phase
     best = lambda searcher: np.mean([min(t.outcome for t in run(searcher, s, 120)[0]) for s in range(8)])
@@ -56,7 +56,7 @@ def test_beats_chance_and_repeats_itself():
     assert together == [t.configuration for t in run(evolution, 0, 5)[0]]
 
 
-def test_failures_do_not_enter():
+def test_failed_trials_do_not_enter_the_population():
     searcher = blackbox.regularized_evolution(population_size=2, sample_size=1)
     trials, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
     records = [
@@ -74,9 +74,9 @@ def test_trials_of_another_space_have_no_children():
     _, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 1)
     whole = dict.fromkeys(SPACE, 2)
     others = [{"edge0": 1}, whole | {"edge0": 6}, whole | {"edge0": "a"}, whole | {"edge6": 1}, whole | {"edge0": [1]}]
-    told = lambda configurations: [Record("", c, 0.0, trial=-2) for c in configurations]
-    assert searcher.tell(state, told(others)) == state
-    (child,), _ = searcher.ask(searcher.tell(state, told([whole])), 1)
+    records_of = lambda configurations: [Record("", c, 0.0, trial=-2) for c in configurations]
+    assert searcher.tell(state, records_of(others)) == state
+    (child,), _ = searcher.ask(searcher.tell(state, records_of([whole])), 1)
     assert sum(child.configuration[name] != 2 for name in SPACE) == 1
 
 
@@ -102,7 +102,7 @@ def test_every_fidelity_has_a_population_and_parents_are_of_the_highest_with_eno
     assert two.populations == {0.1: members(low[1:]), 0.5: members([high[0], high[3]])}
 
 
-def test_what_is_fixed_stays_and_shapes_are_refused():
+def test_fixed_entries_stay_as_they_are():
     for space in ({"a": spaces.fixed(2), "b": spaces.integer(0, 3)}, {"a": spaces.fixed(2)}):
         searcher = blackbox.regularized_evolution(population_size=1, sample_size=1)
         (first,), state = searcher.ask(searcher.init(jax.random.key(0), space), 1)

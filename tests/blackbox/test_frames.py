@@ -24,9 +24,9 @@ def test_records_come_back_with_their_types(tmp_path, through_parquet):
         pytest.importorskip("pyarrow")
         frame.to_parquet(tmp_path / "records.parquet")
         frame = pd.read_parquet(tmp_path / "records.parquet")
-    back = blackbox.records_from_frame(frame)
-    assert list(map(repr, back)) == list(map(repr, RECORDS))
-    assert type(back[0].configuration["num"]) is int and type(back[0].trial) is int
+    loaded = blackbox.records_from_frame(frame)
+    assert list(map(repr, loaded)) == list(map(repr, RECORDS))
+    assert type(loaded[0].configuration["num"]) is int and type(loaded[0].trial) is int
 
 
 def test_gaps_of_nullable_types_are_those_of_others():
@@ -34,13 +34,13 @@ def test_gaps_of_nullable_types_are_those_of_others():
     frame = blackbox.records_to_frame(records)
     nullable = frame.convert_dtypes()
     assert nullable["cost"].dtype == nullable["outcome"].dtype == "Int64" and None not in nullable["outcome"].tolist()
-    for given in (frame, nullable, nullable.assign(reason=nullable["reason"].replace("", pd.NA))):
-        back = blackbox.records_from_frame(given)
-        assert list(map(repr, back)) == list(map(repr, records))
-        assert all(type(record.trial) is type(record.seed) is int for record in back)
+    for table in (frame, nullable, nullable.assign(reason=nullable["reason"].replace("", pd.NA))):
+        loaded = blackbox.records_from_frame(table)
+        assert list(map(repr, loaded)) == list(map(repr, records))
+        assert all(type(record.trial) is type(record.seed) is int for record in loaded)
     texts = frame.assign(reason=pd.array(["", None, "time limit"], "string"), outcome=[None, 0.5, float("nan")])
-    back = blackbox.records_from_frame(texts)
-    assert [record.reason for record in back] == ["", "", "time limit"] and repr(back[0].outcome) == "nan"
+    loaded = blackbox.records_from_frame(texts)
+    assert [record.reason for record in loaded] == ["", "", "time limit"] and repr(loaded[0].outcome) == "nan"
 
 
 def test_frames_of_other_libraries_are_converted_or_named():
@@ -56,13 +56,13 @@ def test_records_come_back_from_csv_and_can_be_stored(tmp_path, names, reason):
     kept = [record._replace(cost=1.0, reason=reason) for record in RECORDS]
     records = [record._replace(task=name) for record, name in zip(kept, names, strict=True)]
     blackbox.records_to_frame(records).to_csv(tmp_path / "records.csv", index=False)
-    read = functools.partial(pd.read_csv, tmp_path / "records.csv")
+    read_csv = functools.partial(pd.read_csv, tmp_path / "records.csv")
     texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
-    back = blackbox.records_from_frame(read(dtype=texts, na_values=gaps, keep_default_na=False))
-    assert list(map(repr, back)) == list(map(repr, records))
+    loaded = blackbox.records_from_frame(read_csv(dtype=texts, na_values=gaps, keep_default_na=False))
+    assert list(map(repr, loaded)) == list(map(repr, records))
     with pytest.raises(ValueError, match="column 'task' must contain strings; got .* CSV"):
-        blackbox.records_from_frame(read())
-    blackbox.append_records(tmp_path / "records.db", back)
+        blackbox.records_from_frame(read_csv())
+    blackbox.append_records(tmp_path / "records.db", loaded)
     assert list(map(repr, blackbox.read_records(tmp_path / "records.db"))) == list(map(repr, records))
 
 

@@ -37,22 +37,22 @@ def begin(g, **kwargs):
     return searcher, searcher.init(jax.random.key(0), SPACE)
 
 
-def done(trial, task):
+def completed(trial, task):
     return trial._replace(status="COMPLETE", outcome=outcome(task, trial.configuration["x"], trial.fidelity))
 
 
 def test_every_trial_climbs_its_fidelities_and_all_end(g):
     searcher, state = begin(g)
-    seen: dict[int, list] = {}
+    runs: dict[int, list] = {}
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         (trial,), state = searcher.ask(state, 1)
-        seen.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
-        state = searcher.tell(state, [done(trial, 0.7)])
-    assert list(seen) == [0, 1, 2, 3, 4]
-    for steps in seen.values():
+        runs.setdefault(trial.trial, []).append((trial.configuration["x"], trial.fidelity, trial.seed))
+        state = searcher.tell(state, [completed(trial, 0.7)])
+    assert list(runs) == [0, 1, 2, 3, 4]
+    for steps in runs.values():
         x, fidelities, seeds = zip(*steps, strict=True)
         assert fidelities == FIDELITIES and len(set(x)) == len(set(seeds)) == 1
-    assert len({steps[0][0] for steps in seen.values()}) == len(CANDIDATES)
+    assert len({steps[0][0] for steps in runs.values()}) == len(CANDIDATES)
     assert searcher.ask(state, 2)[0] == []
 
 
@@ -75,7 +75,7 @@ def test_the_best_is_found_without_ending_the_others(g):
         assert best in [r.configuration for r in ended] and len(ended) <= 2 < len({r.trial for r in records}) + 1
 
 
-def test_predictions_follow_what_was_seen(g):
+def test_predictions_follow_the_observed_outcomes(g):
     """Before: the mean of the tasks. After two beginnings on the task x = 1: its order, at narrower intervals."""
     nothing = g.predict()
     order = [g.candidates.index(c) for c in CANDIDATES]
@@ -91,26 +91,26 @@ def test_predictions_follow_what_was_seen(g):
     np.testing.assert_array_equal(g.predict(failed), nothing)
 
 
-def test_pending_trials_are_left_alone_and_failed_ones_closed(g):
+def test_pending_trials_are_not_repeated_and_failed_ones_are_closed(g):
     searcher, state = begin(g, first=[CANDIDATES[3], CANDIDATES[1]])
-    asked, state = searcher.ask(state, 9)
-    assert [t.configuration for t in asked[:2]] == [CANDIDATES[3], CANDIDATES[1]]
-    assert [t.fidelity for t in asked] == [0.25] * 5 and len({t.trial for t in asked}) == 5
-    state = searcher.tell(state, [asked[0]._replace(status="FAIL"), asked[1]._replace(status="PRUNED"), *asked[2:4]])
+    trials, state = searcher.ask(state, 9)
+    assert [t.configuration for t in trials[:2]] == [CANDIDATES[3], CANDIDATES[1]]
+    assert [t.fidelity for t in trials] == [0.25] * 5 and len({t.trial for t in trials}) == 5
+    state = searcher.tell(state, [trials[0]._replace(status="FAIL"), trials[1]._replace(status="PRUNED"), *trials[2:4]])
     assert searcher.ask(state, 1)[0] == []  # two are closed, and three run still: "WAITING" ends nothing
-    state = searcher.tell(state, [done(asked[4], 0.5)])
-    (again, *rest), _ = searcher.ask(state, 3)
-    assert (again.trial, again.fidelity) == (4, 0.5) and rest == []
+    state = searcher.tell(state, [completed(trials[4], 0.5)])
+    (open_trial, *rest), _ = searcher.ask(state, 3)
+    assert (open_trial.trial, open_trial.fidelity) == (4, 0.5) and rest == []
 
 
-def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place(g):
+def test_enqueued_and_foreign_trials_that_are_no_candidates_are_ignored(g):
     searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first one is not a candidate
-    state, asked = searcher.init(jax.random.key(0), SPACE), []
+    state, proposed = searcher.init(jax.random.key(0), SPACE), []
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
         trials, state = searcher.ask(state, 1)
-        asked += trials
-        state = searcher.tell(state, [done(trial, 0.7) for trial in trials])
-    tried = [(trial.configuration["x"], trial.fidelity) for trial in asked]
+        proposed += trials
+        state = searcher.tell(state, [completed(trial, 0.7) for trial in trials])
+    tried = [(trial.configuration["x"], trial.fidelity) for trial in proposed]
     # The second is at its full budget by then.
     assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
     assert set(tried[2:]) == {(c["x"], f) for c in CANDIDATES if c["x"] != 0.75 for f in FIDELITIES}
@@ -118,17 +118,22 @@ def test_what_is_enqueued_or_told_of_others_is_passed_over_where_it_has_no_place
     assert searcher.tell(state, [*others, base.Record("", {"y": 0.5}, 1.0)]).searcher == state.searcher
 
 
-def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not_go_on(g):
+def test_the_outcome_of_a_pruned_trial_is_not_used_and_the_trial_is_closed(g):
     """It is the outcome of some fidelity below the one that was asked for."""
     searcher, state = begin(g)
-    asked, state = searcher.ask(state, 5)
-    state = searcher.tell(state, [done(t, 0.5) for t in asked])
+    first_trials, state = searcher.ask(state, 5)
+    state = searcher.tell(state, [completed(t, 0.5) for t in first_trials])
     (first,), state = searcher.ask(state, 1)
     half_way = first._replace(status="PRUNED", outcome=outcome(0.5, first.configuration["x"], 0.3))
-    told = searcher.tell(state, [half_way])
-    assert told.seen == state.seen and len(told.seen) == 5 and len(told.closed) == 1 and told.pending == ()
-    assert first.trial not in {t.trial for t in searcher.ask(told, 4)[0]}
-    ended = [done(t, 0.5) for t in asked]
+    pruned_state = searcher.tell(state, [half_way])
+    assert (
+        pruned_state.seen == state.seen
+        and len(pruned_state.seen) == 5
+        and len(pruned_state.closed) == 1
+        and pruned_state.pending == ()
+    )
+    assert first.trial not in {t.trial for t in searcher.ask(pruned_state, 4)[0]}
+    ended = [completed(t, 0.5) for t in first_trials]
     np.testing.assert_array_equal(g.predict([*ended, half_way]), g.predict(ended))
     # Nor is it an end that others would have to be better than.
     full = half_way._replace(fidelity=1.0, outcome=-9.0)
@@ -137,26 +142,26 @@ def test_what_a_pruned_trial_had_reached_has_no_place_on_a_curve_and_it_does_not
         assert searcher.tell(begin(g)[1], [record]).seen == ()
 
 
-def test_of_many_outcomes_a_bounded_number_is_looked_at_and_none_is_run_twice(g, monkeypatch):
+def test_a_bounded_number_of_outcomes_is_read_and_no_trial_is_repeated(g):
     # One has only begun, long ago and badly, and one has not been at the last fidelity.
     every = [(4, 0, 9.0), *((c, j, c / 10 + (2 - j)) for j in range(3) for c in range(4))][:-1]
-    seen = lambda observed: [
+    entries = lambda observed: [
         (int(c), int(j))
         for c, j, mask in zip(observed.candidate, observed.fidelity, observed.mask, strict=True)
         if mask
     ]
-    assert seen(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
-    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 7)  # where each candidate is, and two before that
-    assert seen(_freeze_thaw._padded(every)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
-    monkeypatch.setattr(_freeze_thaw, "_MAX_SEEN", 4)  # the best two of them, and the latest two others
-    assert seen(_freeze_thaw._padded(every)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
+    assert entries(_freeze_thaw._padded(every)) == [(c, j) for c, j, _ in every]
+    # The latest outcome of each candidate, and two earlier ones.
+    assert entries(_freeze_thaw._padded(every, max_seen=7)) == [(4, 0), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    # The best two of these latest outcomes, and the last two others.
+    assert entries(_freeze_thaw._padded(every, max_seen=4)) == [(3, 1), (0, 2), (1, 2), (2, 2)]
     searcher, state = begin(g)
-    asked = []
+    runs = []
     for _ in range(15):
         (trial,), state = searcher.ask(state, 1)
-        asked.append((trial.trial, trial.fidelity))
-        state = searcher.tell(state, [done(trial, 0.7)])
-    assert len(set(asked)) == 15 and searcher.ask(state, 1)[0] == []
+        runs.append((trial.trial, trial.fidelity))
+        state = searcher.tell(state, [completed(trial, 0.7)])
+    assert len(set(runs)) == 15 and searcher.ask(state, 1)[0] == []
 
 
 def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
@@ -173,42 +178,35 @@ def test_pruned_trials_of_earlier_tasks_do_not_bend_their_curves():
     np.testing.assert_array_equal(one, other)
 
 
-def test_where_nothing_resumes_full_budgets_are_asked_for_the_most_promising_first(g, monkeypatch):
+def test_without_resuming_full_budgets_are_asked_for_the_best_candidates_first(g, monkeypatch):
     searcher, state = begin(g, resumes=False, first=[CANDIDATES[0]])
-    asked = []
+    runs = []
     for _ in CANDIDATES:
         (trial,), state = searcher.ask(state, 1)
-        state = searcher.tell(state, [done(trial, 0.7)])
-        asked.append(trial)
-    assert {t.fidelity for t in asked} == {1.0} and {t.configuration["x"] for t in asked} == {0, 0.25, 0.5, 0.75, 1}
-    assert asked[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in asked[1:3]]
+        state = searcher.tell(state, [completed(trial, 0.7)])
+        runs.append(trial)
+    assert {t.fidelity for t in runs} == {1.0} and {t.configuration["x"] for t in runs} == {0, 0.25, 0.5, 0.75, 1}
+    assert runs[0].configuration == CANDIDATES[0] and CANDIDATES[3] in [t.configuration for t in runs[1:3]]
     assert searcher.ask(state, 1)[0] == []
     # Every trial costs a full budget, and outcomes below the full budget still count.
     low = [base.Record("", c, outcome(0.7, c["x"], f), f) for c in CANDIDATES for f in (0.25, 0.5)]
+    # A spy: with the remaining budgets as costs, the searcher would choose the same candidate here.
     to_pay, real = [], _freeze_thaw._score
     monkeypatch.setattr(_freeze_thaw, "_score", lambda *args: to_pay.append(np.asarray(args[3])) or real(*args))
     (trial,), _ = searcher.ask(searcher.tell(begin(g, resumes=False)[1], low), 1)
     assert (trial.fidelity, trial.configuration) == (1.0, CANDIDATES[3]) and (to_pay[0] == 1).all()
 
 
-def test_bad_input_is_named(g):
-    with pytest.raises(ValueError, match="is not one of the candidates"):
-        g.predict([base.Record("", {"x": 0.1}, 1.0, 0.25)])
-    with pytest.raises(ValueError, match="fidelity must be one of"):
-        g.predict([base.Record("", CANDIDATES[0], 1.0, 0.3)])
+def test_another_search_may_have_other_fidelities(g):
     searcher, state = begin(g)
-    (asked,), state = searcher.ask(state, 1)
-    told = done(asked, 0.5)._replace(fidelity=0.2501)
-    with pytest.raises(ValueError, match=r"fidelity must be one of .*\[0.25, 0.5, 1.0\], .*; got 0.2501 for trial 0"):
-        searcher.tell(state, [told])
-    assert searcher.tell(state, [told._replace(seed=asked.seed + 1)]) == state  # another search's
-    rounded = searcher.tell(state, [told._replace(fidelity=0.25 + 1e-8)])
+    (trial,), state = searcher.ask(state, 1)
+    record = completed(trial, 0.5)._replace(fidelity=0.2501)
+    assert searcher.tell(state, [record._replace(seed=trial.seed + 1)]) == state  # another search's
+    rounded = searcher.tell(state, [record._replace(fidelity=0.25 + 1e-8)])
     assert rounded.pending == () and len(rounded.seen) == 1
-    with pytest.raises(ValueError, match="`levels` must lie between 0 and 1"):
-        g.predict((), (0.0, 0.5))
 
 
-def test_a_full_budget_but_for_rounding_is_no_fidelity_of_its_own():
+def test_a_fidelity_that_rounds_to_one_is_the_full_budget():
     records = [
         base.Record(str(task), c, outcome(task, c["x"], f), 0.9999999 if task == 0.5 and f == 1 else f)
         for task in (0.0, 0.5, 1.0)

@@ -91,10 +91,10 @@ def stub(monkeypatch):
     return seeds
 
 
-def make(made, **kwargs):
+def make(modules, **kwargs):
     def module(configuration, task):
-        made.append(Halving(configuration["rate"]))
-        return made[-1]
+        modules.append(Halving(configuration["rate"]))
+        return modules[-1]
 
     return lightning.objective(module, lambda configuration, task: ((), ()), max_epochs=8, **kwargs)
 
@@ -103,19 +103,19 @@ TRIAL = Record("t", {"rate": 0.5}, fidelity=0.5, seed=7, status="WAITING", trial
 
 
 def test_every_epoch_is_a_record_and_the_last_is_the_outcome(stub):
-    made, told = [], []
-    assert make(made, report=told.append)(TRIAL, None) == 1 / 16
-    assert [record.fidelity for record in told] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
-    assert [record.outcome for record in told] == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
-    assert all(record[:2] == TRIAL[:2] and (record.seed, record.trial) == (7, 3) for record in told)
+    modules, reports = [], []
+    assert make(modules, report=reports.append)(TRIAL, None) == 1 / 16
+    assert [record.fidelity for record in reports] == [1 / 8, 2 / 8, 3 / 8, 4 / 8]
+    assert [record.outcome for record in reports] == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    assert all(record[:2] == TRIAL[:2] and (record.seed, record.trial) == (7, 3) for record in reports)
     assert len(set(stub)) == 8 and stub[0] == stub[1] == 7  # the module's, the first epoch's, two for each
-    assert make(made, mode="max")(TRIAL, None) == -1 / 16
+    assert make(modules, mode="max")(TRIAL, None) == -1 / 16
 
 
-def test_what_is_given_up_is_pruned_with_its_last_outcome(stub):
-    made = []
+def test_a_stopped_trial_is_pruned_with_its_last_outcome(stub):
+    modules = []
     records = blackbox.collect(
-        make(made, report=lambda record: record.outcome > 0.3),
+        make(modules, report=lambda record: record.outcome > 0.3),
         {"rate": spaces.interval(0.1, 0.9)},
         {"t": None},
         num_trials=2,
@@ -124,32 +124,32 @@ def test_what_is_given_up_is_pruned_with_its_last_outcome(stub):
         isolated=False,
     )
     assert [record.status for record in records] == ["PRUNED", "COMPLETE"]
-    assert records[0].outcome == pytest.approx(0.9) and made[0].steps == 1
+    assert records[0].outcome == pytest.approx(0.9) and modules[0].steps == 1
     assert records[1].outcome == pytest.approx(0.2**8)
 
 
-def test_a_larger_fidelity_goes_on_from_the_checkpoint_and_equals_what_was_not_interrupted(stub, tmp_path):
-    made = []
-    objective = make(made, checkpoints=tmp_path)
+def test_a_larger_fidelity_continues_from_the_checkpoint_to_the_same_outcome(stub, tmp_path):
+    modules = []
+    objective = make(modules, checkpoints=tmp_path)
     whole = make([])(TRIAL._replace(fidelity=1.0), None)
     of_whole = stub[1:]
     stub.clear()
-    assert objective(TRIAL, None) == 1 / 16 and made[0].steps == 4
+    assert objective(TRIAL, None) == 1 / 16 and modules[0].steps == 4
     seeds = stub[1:]
     stub.clear()
-    assert objective(TRIAL._replace(fidelity=1.0), None) == whole == 1 / 256 and made[1].steps == 4
+    assert objective(TRIAL._replace(fidelity=1.0), None) == whole == 1 / 256 and modules[1].steps == 4
     assert seeds + stub[1:] == of_whole  # each epoch's own, wherever training was cut
-    assert objective(TRIAL._replace(fidelity=1.0), None) == whole and made[2].steps == 0
+    assert objective(TRIAL._replace(fidelity=1.0), None) == whole and modules[2].steps == 0
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["000008.ckpt", "source.txt"]  # nothing unfinished
     other = TRIAL._replace(configuration={"rate": 0.25})
-    assert objective(other, None) == 0.75**4 and made[3].steps == 4  # another trial's checkpoint is not its own
+    assert objective(other, None) == 0.75**4 and modules[3].steps == 4  # another trial's checkpoint is not its own
 
 
-def test_each_epoch_is_paid_for_once_under_asha(stub, tmp_path):
-    made = []
+def test_under_asha_each_epoch_is_trained_once(stub, tmp_path):
+    modules = []
     searcher = blackbox.asha(reduction_factor=2, num_rungs=4)
     records = blackbox.collect(
-        make(made, checkpoints=tmp_path),
+        make(modules, checkpoints=tmp_path),
         {"rate": spaces.interval(0.1, 0.9)},
         {"t": None},
         num_trials=4,
@@ -159,7 +159,7 @@ def test_each_epoch_is_paid_for_once_under_asha(stub, tmp_path):
         isolated=False,
     )
     assert {record.fidelity for record in records} == {1 / 8, 1 / 4, 1 / 2, 1.0}
-    assert sum(module.steps for module in made) == 32
+    assert sum(module.steps for module in modules) == 32
     for record in records:
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
 
@@ -173,30 +173,32 @@ def collect(objective, **kwargs):
 
 
 def test_a_new_store_over_old_checkpoints_has_each_fidelity_s_own_outcome(stub, tmp_path):
-    made, found = [], []
+    modules, collections = [], []
     for i in range(2):
         searcher = blackbox.asha(reduction_factor=2, num_rungs=4)
         kwargs = {"searcher": searcher, "resumes": True, "store": tmp_path / f"{i}.db"}
-        found.append(collect(make(made, checkpoints=tmp_path / "checkpoints"), **kwargs))
-    assert sum(module.steps for module in made) == 32  # only the first collection trained
-    assert [record._replace(cost=0.0) for record in found[0]] == [record._replace(cost=0.0) for record in found[1]]
-    for record in found[1]:
+        collections.append(collect(make(modules, checkpoints=tmp_path / "checkpoints"), **kwargs))
+    assert sum(module.steps for module in modules) == 32  # only the first collection trained
+    assert [record._replace(cost=0.0) for record in collections[0]] == [
+        record._replace(cost=0.0) for record in collections[1]
+    ]
+    for record in collections[1]:
         assert record.outcome == pytest.approx((1 - record.configuration["rate"]) ** round(8 * record.fidelity))
 
 
 def test_a_checkpoint_belongs_to_one_trial_and_one_version(stub, tmp_path):
-    made = []
-    first = make(made, checkpoints=tmp_path)
+    modules = []
+    first = make(modules, checkpoints=tmp_path)
     assert first(TRIAL, None) == first(TRIAL, None) == 1 / 16
-    assert make(made, checkpoints=tmp_path, trainer={"enable_progress_bar": True})(TRIAL, None) == 1 / 16
-    assert [module.steps for module in made] == [4, 0, 0]  # the display changes nothing
-    made.clear()
+    assert make(modules, checkpoints=tmp_path, trainer={"enable_progress_bar": True})(TRIAL, None) == 1 / 16
+    assert [module.steps for module in modules] == [4, 0, 0]  # the display changes nothing
+    modules.clear()
     for options in ({"version": "2"}, {"mode": "max"}):
-        other = make(made, checkpoints=tmp_path, **options)
+        other = make(modules, checkpoints=tmp_path, **options)
         assert other(TRIAL, None) == other(TRIAL, None) == (-1 / 16 if "mode" in options else 1 / 16)
     for trial in (TRIAL._replace(seed=8), TRIAL._replace(task="u"), TRIAL._replace(configuration={"rate": 0.25})):
         first(trial, None)
-    assert [module.steps for module in made] == [4, 0, 4, 0, 4, 4, 4]
+    assert [module.steps for module in modules] == [4, 0, 4, 0, 4, 4, 4]
 
 
 class Growing(Halving):
@@ -225,7 +227,7 @@ def test_a_changed_source_gives_a_warning_and_another_version_starts_again(stub,
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_what_has_failed_is_trained_anew_where_it_has_been_corrected(raises, stub, tmp_path):
+def test_a_failed_trial_is_trained_again_after_a_correction(raises, stub, tmp_path):
     wrong = [True]  # not part of the source text
 
     class Corrected(Halving):
@@ -251,13 +253,13 @@ WeightsUnpickler error: Unsupported global: GLOBAL pathlib.PosixPath was not an 
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (UnpicklingError(TORCH_SAYS), r"holds pathlib\.PosixPath, which .* save text or numbers instead"),
         (EOFError("Ran out of input"), "EOFError: Ran out of input"),
     ],
 )
-def test_a_checkpoint_that_is_not_read_says_what_to_do(error, said, stub, tmp_path):
+def test_a_checkpoint_that_is_not_read_says_what_to_do(error, message, stub, tmp_path):
     class Unread(Halving):
         def read(self, checkpoint):
             raise error
@@ -267,14 +269,14 @@ def test_a_checkpoint_that_is_not_read_says_what_to_do(error, said, stub, tmp_pa
     )
     objective(TRIAL, None)
     with pytest.raises(
-        ValueError, match=rf"Trial 3 could not continue .*{said}.*retry_failed.* from the beginning"
-    ) as told:
+        ValueError, match=rf"Trial 3 could not continue .*{message}.*retry_failed.* from the beginning"
+    ) as raised:
         objective(TRIAL, None)
-    assert "weights_only" not in "".join(traceback.format_exception(told.value))
+    assert "weights_only" not in "".join(traceback.format_exception(raised.value))
     assert objective(TRIAL, None) == 1 / 16
 
 
-def test_what_does_not_learn_fails_and_what_is_wrong_is_said(stub, monkeypatch):
+def test_a_loss_of_nan_is_a_failure_and_errors_name_the_cause(stub, monkeypatch):
     objective = make([])
     assert math.isnan(objective(TRIAL._replace(configuration={"rate": math.nan}), None))
     monkeypatch.setattr(Halving, "logs", "loss")
@@ -336,42 +338,45 @@ CPU = {"accelerator": "cpu", "devices": 1}
 @pytest.mark.filterwarnings("ignore")
 def test_digits_continued_from_checkpoints_equal_digits_in_one_go(tmp_path):
     trial = Record("digits", {"width": 32, "rate": 1e-2}, seed=5, status="WAITING", trial=0)
-    told = []
-    whole = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, report=told.append)
+    reports = []
+    whole = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, report=reports.append)
     parts = lightning.objective(digits_module, digits_data, max_epochs=6, trainer=CPU, checkpoints=tmp_path)
     expected = whole(trial, None)
-    assert [round(6 * record.fidelity) for record in told] == [1, 2, 3, 4, 5, 6] and expected < told[0].outcome < 2.4
-    assert parts(trial._replace(fidelity=1 / 3), None) == told[1].outcome
-    assert parts(trial._replace(fidelity=1 / 2), None) == told[2].outcome
+    assert [round(6 * record.fidelity) for record in reports] == [1, 2, 3, 4, 5, 6]
+    assert expected < reports[0].outcome < 2.4
+    assert parts(trial._replace(fidelity=1 / 3), None) == reports[1].outcome
+    assert parts(trial._replace(fidelity=1 / 2), None) == reports[2].outcome
     assert parts(trial, None) == expected == parts(trial, None)
     assert whole(trial._replace(seed=6), None) != expected
 
 
 @real
 @pytest.mark.filterwarnings("ignore")
-def test_what_torch_does_not_read_safely_is_named(tmp_path):
+def test_objects_that_torch_does_not_load_safely_are_named(tmp_path):
     def module(configuration, task):
-        made = digits_module(configuration, task)
-        made.on_save_checkpoint = lambda checkpoint: checkpoint.update(folder=Path("a"))
-        return made
+        module = digits_module(configuration, task)
+        module.on_save_checkpoint = lambda checkpoint: checkpoint.update(folder=Path("a"))
+        return module
 
     trial = Record("digits", {"width": 4, "rate": 1e-2}, fidelity=0.5, seed=5, status="WAITING", trial=3)
     objective = lightning.objective(module, digits_data, max_epochs=2, trainer=CPU, checkpoints=tmp_path)
     first = objective(trial, None)
-    with pytest.raises(ValueError, match=r"Trial 3 could not continue .*it holds pathlib\S*\.PosixPath, which") as told:
+    with pytest.raises(
+        ValueError, match=r"Trial 3 could not continue .*it holds pathlib\S*\.PosixPath, which"
+    ) as raised:
         objective(trial._replace(fidelity=1.0), None)
-    assert "weights_only" not in "".join(traceback.format_exception(told.value))
+    assert "weights_only" not in "".join(traceback.format_exception(raised.value))
     assert objective(trial, None) == first
 
 
 @real
 @pytest.mark.filterwarnings("ignore")
 def test_digits_are_collected_with_pruning(tmp_path):
-    seen = {}
+    outcomes = {}
 
     def worse_than_the_median(record):
         """Optuna's median rule, by hand."""
-        others = seen.setdefault(record.fidelity, [])
+        others = outcomes.setdefault(record.fidelity, [])
         others.append(record.outcome)
         return record.outcome > sorted(others)[len(others) // 2]
 

@@ -57,27 +57,27 @@ def g():
     )
 
 
-def told(trials, best=0.4, **kwargs):
+def with_outcomes(trials, best=0.4, **kwargs):
     return [t._replace(status="COMPLETE", outcome=loss(t.configuration, best), **kwargs) for t in trials]
 
 
 @pytest.mark.once
-def test_suggest_needs_no_bookkeeping_and_no_fit(g):
+def test_suggest_equals_the_searcher_without_its_state(g):
     assert g.suggest([], []) == [g.predict()]
     searcher = g.searcher([1.5])
-    asked, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
-    tried = [record.configuration for record in asked]
-    state = searcher.tell(state, told(asked))
+    trials, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 3)
+    tried = [record.configuration for record in trials]
+    state = searcher.tell(state, with_outcomes(trials))
     expected, _ = searcher.ask(state, 2)
-    found = g.suggest(tried, [loss(c) for c in tried], [1.5], num=2)
-    assert found == [record.configuration for record in expected] and found[0] != found[1]
+    suggestions = g.suggest(tried, [loss(c) for c in tried], [1.5], num=2)
+    assert suggestions == [record.configuration for record in expected] and suggestions[0] != suggestions[1]
     # A running trial is not suggested again, and a failed trial does not end the search.
-    assert found[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=found[:1])
+    assert suggestions[0] not in g.suggest(tried, [np.nan, *map(loss, tried[1:])], [1.5], pending=suggestions[:1])
     assert g.suggest(tried, [np.inf, *map(loss, tried[1:])]) == g.suggest(tried, [np.nan, *map(loss, tried[1:])])
 
 
 @pytest.mark.once
-def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
+def test_predicted_quantiles_are_calibrated_on_new_tasks():
     rng = np.random.default_rng(0)
     line = [{"x": float(x)} for x in np.linspace(0, 1, 15)]
 
@@ -87,30 +87,30 @@ def test_what_is_expected_has_quantiles_that_new_tasks_keep_to():
 
     earlier = [Record(f"t{t}", c, y) for t in range(40) for c, y in zip(line, outcomes(), strict=True)]
     g = blackbox.train_meta_optimizer(earlier, space={"x": SPACE["x"]}, candidates=line, num_steps=20)
-    seen = np.array([0, 6, 12])
-    left = np.setdiff1d(np.arange(15), seen)
-    at, tried = [line[i] for i in left], [line[i] for i in seen]
+    tried_rows = np.array([0, 6, 12])
+    open_rows = np.setdiff1d(np.arange(15), tried_rows)
+    candidates, tried = [line[i] for i in open_rows], [line[i] for i in tried_rows]
     below, wrong, wide = [], [], []
     for _ in range(60):
         y = outcomes()
-        found = g.outcomes(at, tried=tried, outcomes=y[seen])
-        assert (np.diff(found.quantiles, axis=1) > 0).all()
-        below.append((y[left][:, None] < found.quantiles).mean(0))
-        wrong.append([np.abs(found.mean - y[left]).mean(), np.abs(y[seen].mean() - y[left]).mean()])
-        wide.append([np.ptp(found.quantiles, axis=1).mean() / 2, y[left].std()])
+        predicted = g.outcomes(candidates, tried=tried, outcomes=y[tried_rows])
+        assert (np.diff(predicted.quantiles, axis=1) > 0).all()
+        below.append((y[open_rows][:, None] < predicted.quantiles).mean(0))
+        wrong.append([np.abs(predicted.mean - y[open_rows]).mean(), np.abs(y[tried_rows].mean() - y[open_rows]).mean()])
+        wide.append([np.ptp(predicted.quantiles, axis=1).mean() / 2, y[open_rows].std()])
     below, wrong, wide = (np.mean(values, 0) for values in (below, wrong, wide))
     # On the safe side: here the noise is a third of what the processes take for granted.
     assert below[0] < 0.1 and abs(below[1] - 0.5) < 0.1 and below[2] > 0.9
     assert wrong[0] < 0.4 * wrong[1] and wide[0] < 0.6 * wide[1], (wrong, wide)
-    moved = g.outcomes(at, tried=tried, outcomes=7 + y[seen])  # in the units of the task
-    np.testing.assert_allclose(moved.quantiles, 7 + found.quantiles, rtol=1e-6)
-    prior = g.outcomes(at)
-    np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, left].mean(0), atol=0.02)
+    moved = g.outcomes(candidates, tried=tried, outcomes=7 + y[tried_rows])  # in the units of the task
+    np.testing.assert_allclose(moved.quantiles, 7 + predicted.quantiles, rtol=1e-6)
+    prior = g.outcomes(candidates)
+    np.testing.assert_allclose(prior.mean, np.asarray(g.surrogate.curves)[:, open_rows].mean(0), atol=0.02)
     assert (prior.quantiles > -0.1).all() and (prior.quantiles < 1.1).all()
 
 
 @pytest.mark.once
-def test_what_failed_or_diverged_says_what_to_expect_beside_it(g):
+def test_failed_and_diverged_trials_change_the_prediction_next_to_them(g):
     """As it does to the searcher."""
     line = [{"x": float(x), "kind": "a"} for x in np.linspace(0, 1, 11)]
     prior, tried = g.outcomes(line).mean, [line[0], line[10]]
@@ -148,7 +148,7 @@ def test_the_default_is_tried_first_unless_candidates_do_not_hold_it(g):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["g", "tpe", "bohb", "asha"])
-def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
+def test_the_default_is_not_proposed_again_if_it_was_enqueued(g, name):
     if name in ("tpe", "bohb"):
         pytest.importorskip("optuna")
     inner = {
@@ -162,15 +162,15 @@ def test_what_was_enqueued_is_not_tried_again_as_the_default(g, name):
         searcher = blackbox.enqueue(inner(), mine)
         state, tried = searcher.init(jax.random.key(0), SPACE), []
         while len({trial.trial for trial in tried}) < 4:
-            asked, state = searcher.ask(state, 2)
-            tried += asked
-            state = searcher.tell(state, told(asked))
+            trials, state = searcher.ask(state, 2)
+            tried += trials
+            state = searcher.tell(state, with_outcomes(trials))
         configurations = [next(t.configuration for t in tried if t.trial == i) for i in range(4)]
         assert configurations[:2] == expected and not any(c in expected for c in configurations[2:]), name
 
 
 @pytest.mark.once
-def test_a_region_that_fails_is_left_at_once():
+def test_a_region_with_failures_is_avoided_at_once():
     """Earlier tasks say that x = 0.8 is best; here all beyond 0.55 fails."""
     space, line = {"x": spaces.interval(0.0, 1.0)}, [{"x": float(x)} for x in np.linspace(0, 1, 21)]
     bests = 20 * (0.7, 0.75, 0.8, 0.85, 0.9)
@@ -200,45 +200,47 @@ def test_a_region_that_fails_is_left_at_once():
 
 
 @pytest.mark.once
-def test_ten_thousand_trials_are_looked_at_through_a_few_hundred(g, monkeypatch):
+def test_of_two_thousand_trials_at_most_256_are_read(g, monkeypatch):
     """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
-    looked_at, real = [], _suggestions.padded
+    looked_at, real = [], _suggestions.padded  # the size of arrays is a bound on time, which no result shows
     monkeypatch.setattr(_suggestions, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
-    many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(10_000)]
-    state = searcher.tell(searcher.init(jax.random.key(0), None), [*told([Record("", POOL[0])], trial=10_001), *many])
-    asked, state = searcher.ask(state._replace(num_asked=10_002), 3)
-    assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 10_001
+    many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(2_000)]
+    state = searcher.tell(
+        searcher.init(jax.random.key(0), None), [*with_outcomes([Record("", POOL[0])], trial=2_001), *many]
+    )
+    trials, state = searcher.ask(state._replace(num_asked=2_002), 3)
+    assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 2_001
     # The only good one is still known, though it is not among the latest; none is repeated.
     x, y = looked_at[0]
     np.testing.assert_array_equal(x[y.argmin()], _encoding.encoder(SPACE)(POOL[0]))
-    assert len(y) > 128 and len({tuple(record.configuration.items()) for record in asked}) == 3
-    state = searcher.tell(state, [Record("", c, 2.0, trial=20_000 + i) for i, c in enumerate(POOL[:-1])])
+    assert len(y) > 128 and len({tuple(record.configuration.items()) for record in trials}) == 3
+    state = searcher.tell(state, [Record("", c, 2.0, trial=4_000 + i) for i, c in enumerate(POOL[:-1])])
     (last,), _ = searcher.ask(state._replace(pending={}), 1)
     assert last.configuration == POOL[-1]
 
 
 @pytest.mark.once
-def test_suggest_says_what_the_searcher_does_and_reads_a_few_hundred_of_any_number_of_trials(g, monkeypatch):
+def test_suggest_equals_the_searcher_and_reads_a_few_hundred_of_many_trials(g, monkeypatch):
     free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
     tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
-    searcher, read, real = free.searcher(first=()), [], spaces.from_configuration
+    searcher, completed, real = free.searcher(first=()), [], spaces.from_configuration
     start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
-    monkeypatch.setattr(
-        spaces, "from_configuration", lambda *args, **kwargs: read.append(args[1]) or real(*args, **kwargs)
+    monkeypatch.setattr(  # counts the trials that are read
+        spaces, "from_configuration", lambda *args, **kwargs: completed.append(args[1]) or real(*args, **kwargs)
     )
     for unit in (1.0, 1e4):
         y = [unit * loss(c) if i % 5 else np.inf if i % 2 else np.nan for i, c in enumerate(tried)]
         suggested = free.suggest(tried, y, key=jax.random.key(3))
         if unit == 1.0:  # later calls find configurations in a cache
-            assert 200 < len(read) <= 2 * 256 + 4  # each is completed before
+            assert 200 < len(completed) <= 2 * 256 + 4  # each is completed before
         state = searcher.tell(start, [Record("", c, v, trial=i) for i, (c, v) in enumerate(zip(tried, y, strict=True))])
         assert suggested == [record.configuration for record in searcher.ask(state, 1)[0]]
 
 
 @pytest.mark.once
-def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ago(g):
+def test_suggest_repeats_no_candidate_in_any_form_or_of_any_age(g):
     late = [{"x": x, "kind": "a"} for x in np.random.default_rng(0).uniform(size=400).tolist()]
     # Bad early trials in another form: in another order, with NumPy's numbers, with inactive parameters.
     early = [dict(reversed(c.items())) | {"x": np.float64(c["x"])} for c in POOL[:-1]]
@@ -247,7 +249,7 @@ def test_suggest_repeats_no_candidate_however_it_was_written_and_however_long_ag
     assert g.suggest([*early, *late], y) == [POOL[-1]]
 
 
-def test_what_failed_teaches_no_cost():
+def test_failed_trials_do_not_enter_the_model_of_costs():
     records = [r._replace(cost=1e-3, status="FAIL") if r.trial % 2 else r for r in make_records(2)]
     encode = _encoding.encoder(SPACE)
     costs = [task.y for task in _earlier_trials.costs_by_task(records, encode)]
@@ -268,13 +270,13 @@ def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
     """Costs grow tenfold with x; the loss is symmetric around the middle."""
     tried = [{"x": 0.0, "kind": "a"}, {"x": 1.0, "kind": "a"}]
     searcher = {name: g.searcher(acquisition=name) for name in ("ei", "ei_per_cost")}
-    found = {}
+    mean_x = {}
     for name, ours in searcher.items():
         state = ours.init(jax.random.key(0), None)
         state = ours.tell(state, [Record("", c, 1.0, cost=1 + 9 * c["x"], trial=i) for i, c in enumerate(tried)])
-        asked, _ = ours.ask(state._replace(num_asked=2), 4)
-        found[name] = np.mean([record.configuration["x"] for record in asked])
-    assert found["ei_per_cost"] < found["ei"] - 0.05
+        trials, _ = ours.ask(state._replace(num_asked=2), 4)
+        mean_x[name] = np.mean([record.configuration["x"] for record in trials])
+    assert mean_x["ei_per_cost"] < mean_x["ei"] - 0.05
     # Before any trial has a cost, earlier tasks say what costs more.
     state = searcher["ei_per_cost"].tell(state, [])._replace(tried={})
     state = searcher["ei_per_cost"].tell(state, [Record("", tried[1], 1.0, trial=0)])
@@ -282,7 +284,7 @@ def test_a_cheap_trial_is_preferred_where_it_is_as_good(g):
 
 
 def at_full_budget(outcomes):
-    return _new_trials.at_full_budget([_new_trials.tried_configuration(np.zeros(1), of) for of in outcomes])
+    return _new_trials.at_full_budget([_new_trials.tried_configuration(np.zeros(1), curve) for curve in outcomes])
 
 
 class Counted(dict):
@@ -303,19 +305,19 @@ class Counted(dict):
     ("together", "num_steps", "nums"),
     [(True, 20, (6_000, 24_000)), (False, 60, (18_000, 36_000)), (False, 1_000, (4_000, 4_000))],
 )
-def test_what_is_read_of_trials_at_several_fidelities_does_not_grow_with_their_number(together, num_steps, nums):
+def test_the_outcomes_that_are_read_do_not_grow_with_the_number_of_trials(together, num_steps, nums):
     """With trials that report on their way, and with fidelities that no two have in common."""
     steps, reads = [(i + 1) / num_steps for i in range(num_steps)], []
     for num in nums:
         ends = np.random.default_rng(0).integers(1, num_steps + 1, size=num)
-        of = lambda i, ends=ends: steps[: ends[i]] if together else steps[ends[i] - 1 : ends[i]]
-        curves = [Counted({s: float(i % 7) - s for s in of(i)}) for i in range(num)]
+        points = lambda i, ends=ends: steps[: ends[i]] if together else steps[ends[i] - 1 : ends[i]]
+        curves = [Counted({s: float(i % 7) - s for s in points(i)}) for i in range(num)]
         tried = [_new_trials.tried_configuration(np.zeros(1), curve) for curve in curves]
         Counted.reads = 0
-        found = _new_trials.at_full_budget(tried)
+        outcomes = _new_trials.at_full_budget(tried)
         reads.append(Counted.reads)
         if together:  # all curves fall alike
-            np.testing.assert_allclose(found, np.arange(num) % 7 - 1.0, atol=1e-9)
+            np.testing.assert_allclose(outcomes, np.arange(num) % 7 - 1.0, atol=1e-9)
     assert 0 < reads[1] < min(1.1 * reads[0], 400_000)
 
 
@@ -336,7 +338,7 @@ def test_outcomes_at_several_fidelities_are_brought_to_one_scale():
 
 
 @pytest.mark.once
-def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_whole(g):
+def test_inactive_parameters_do_not_enter_the_model_and_a_branch_is_one_place(g):
     encode = _encoding.encoder(SPACE)
     base, other = {"x": 0.5, "kind": "a"}, {"x": 0.5, "kind": "a", "only_b": 0.9}
     np.testing.assert_array_equal(encode(base), encode(other))
@@ -350,12 +352,12 @@ def test_what_is_not_active_tells_no_trials_apart_and_a_branch_is_modelled_as_a_
     records = [Record(f"t{t}", c, together(c), trial=i) for t in range(2) for i, c in enumerate(draws)]
     h = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     corners = [{"x": x, "kind": "b", "only_b": y} for x in (0.2, 0.8) for y in (-0.6, 0.6)]
-    found = _surrogates.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
-    np.testing.assert_array_equal(np.argsort(np.asarray(found))[:2] % 3, [0, 0])  # the first and the last
+    means = _surrogates.expected_outcomes(h.surrogate, np.stack([encode(c) for c in corners])).mean(1)
+    np.testing.assert_array_equal(np.argsort(np.asarray(means))[:2] % 3, [0, 0])  # the first and the last
 
 
 @pytest.mark.once
-def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g, monkeypatch):
+def test_a_pruned_trial_counts_with_its_last_outcome_and_not_with_its_cost(g, monkeypatch):
     searcher = g.searcher()
     (trial,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
     pruned = trial._replace(status="PRUNED", outcome=0.3, fidelity=0.5, cost=7.0)
@@ -377,25 +379,25 @@ def test_a_pruned_trial_counts_with_what_it_had_reached_and_not_with_its_cost(g,
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
     # It does not count as the worst one, as a failed trial does, nor as better than the best completed one.
-    seen, real = [], _suggestions.padded
-    monkeypatch.setattr(_suggestions, "padded", lambda x, y: seen.append(y.tolist()) or real(x, y))
+    assumed, real = [], _suggestions.padded  # an `ask` shows only its trial, not the outcomes that it assumes
+    monkeypatch.setattr(_suggestions, "padded", lambda x, y: assumed.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
     for outcome in (0.6, 0.3):
         searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)
-    np.testing.assert_allclose(seen, [[0.1, 0.0, 0.4], [0.0, 0.0, 0.4]], atol=1e-9)
+    np.testing.assert_allclose(assumed, [[0.1, 0.0, 0.4], [0.0, 0.0, 0.4]], atol=1e-9)
 
 
 @pytest.mark.once
-def test_bohb_and_tpe_begin_with_what_g_proposes(g):
+def test_bohb_and_tpe_begin_with_the_portfolio_of_g(g):
     pytest.importorskip("optuna")
     first = g.portfolio(3, [1.2])
     for searcher, fidelity in ((blackbox.tpe(first=first), 1.0), (blackbox.bohb(first=first, num_rungs=3), 1 / 9)):
-        asked, _ = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
-        assert [t.configuration for t in asked[:3]] == first != [t.configuration for t in asked[1:]]
-        assert {round(t.fidelity, 9) for t in asked} == {round(fidelity, 9)}
+        trials, _ = searcher.ask(searcher.init(jax.random.key(0), SPACE), 4)
+        assert [t.configuration for t in trials[:3]] == first != [t.configuration for t in trials[1:]]
+        assert {round(t.fidelity, 9) for t in trials} == {round(fidelity, 9)}
 
 
-def test_repeats_without_numbers_all_count_and_what_failed_is_run_again(g):
+def test_all_repeats_without_numbers_count_and_failed_trials_are_run_again(g):
     searcher = g.searcher()
     state = searcher.init(jax.random.key(0), None)
     several = [Record("", POOL[3], y) for y in (1.0, 9.0, 3.0)]
@@ -403,8 +405,8 @@ def test_repeats_without_numbers_all_count_and_what_failed_is_run_again(g):
     assert [trial.outcomes for trial in state.tried.values()] == [{1.0: 1.0}, {1.0: 9.0}, {1.0: 3.0}]
     assert len(searcher.tell(state, several).tried) == 3  # told again
     failed = Record("", POOL[4], status="FAIL")
-    again = searcher.tell(searcher.tell(state, [failed]), [failed._replace(status="COMPLETE", outcome=2.0)])
-    assert [trial.last for trial in again.tried.values()] == [1.0, 9.0, 3.0, 2.0]
+    rerun = searcher.tell(searcher.tell(state, [failed]), [failed._replace(status="COMPLETE", outcome=2.0)])
+    assert [trial.last for trial in rerun.tried.values()] == [1.0, 9.0, 3.0, 2.0]
     assert searcher.ask(state, 1)[0][0].configuration != POOL[3]
 
 
@@ -422,7 +424,7 @@ def test_of_a_numbered_trial_the_last_end_counts(g):
     assert one.last == 9.0 and np.isnan(failed.last)
 
 
-def test_repeats_are_told_in_a_time_that_grows_with_their_number(g):
+def test_tell_takes_time_linear_in_the_number_of_repeats(g):
     searcher = g.searcher()
     start = searcher.init(jax.random.key(0), None)
     several = [Record("", POOL[3], float(y), fidelity=s) for y in range(10_000) for s in (0.5, 1.0)]
@@ -440,11 +442,11 @@ def test_repeats_are_told_in_a_time_that_grows_with_their_number(g):
 def test_fidelities_that_differ_by_rounding_are_one(g):
     searcher = g.searcher()
     start = searcher.init(jax.random.key(0), None)
-    of = lambda s, y, trial=1: Record("", POOL[trial], y, fidelity=s, trial=trial)
-    of_one = [of(float(np.float32(1 / 3)), 5.0), of(1 / 3, 4.0), of(0.9999999, 3.0)]
-    (tried,) = searcher.tell(start, of_one).tried.values()
+    record_at = lambda s, y, trial=1: Record("", POOL[trial], y, fidelity=s, trial=trial)
+    single = [record_at(float(np.float32(1 / 3)), 5.0), record_at(1 / 3, 4.0), record_at(0.9999999, 3.0)]
+    (tried,) = searcher.tell(start, single).tried.values()
     assert list(tried.outcomes.values()) == [4.0, 3.0] and tried.reached == 1.0
-    several = [of(1 / 3, 4.0), of(1.0, 2.0), of(1 / 3, 1.0, trial=2)]
+    several = [record_at(1 / 3, 4.0), record_at(1.0, 2.0), record_at(1 / 3, 1.0, trial=2)]
     rounded = [r._replace(fidelity=float(np.nextafter(np.float32(r.fidelity), np.float32(0)))) for r in several]
     both = [searcher.tell(start, [*several[:i], *rounded[i:]]).tried for i in range(4)]
     for tried in both:
@@ -458,7 +460,7 @@ def test_a_foreign_record_with_the_number_of_a_running_trial_leaves_it_running(g
     state = searcher.tell(state, [Record("", POOL[3], 0.5, trial=own.trial), Record("", POOL[4], 0.5, trial=9)])
     assert set(state.pending) == {own.trial} and len(state.tried) == 2
     assert searcher.ask(state, 1)[0][0].configuration not in (own.configuration, POOL[3], POOL[4])
-    state = searcher.tell(state, told([own]))
+    state = searcher.tell(state, with_outcomes([own]))
     assert not state.pending and len(state.tried) == 3
 
 
@@ -472,17 +474,17 @@ class Killed(BaseException):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["g", "asha", "tpe"])
-def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_workers(g, name, tmp_path):
+def test_a_killed_collection_continues_to_the_bit_with_any_number_of_workers(g, name, tmp_path):
     """Configurations, seeds, outcomes and failures are equal, and so are the next trials of the searcher. A trial that
     ran when the collector was killed is queued again. Four workers, whose trials end in any order, give the same."""
     if name == "tpe":
         pytest.importorskip("optuna")
     make = {"g": g.searcher, "asha": lambda: blackbox.asha(g.searcher(), num_rungs=3), "tpe": blackbox.tpe}[name]
-    ran, num, more = [], *((14, 15) if name == "asha" else (50, 54))  # full budgets: of ASHA, many trials each
+    ran, num, more = [], *((7, 8) if name == "asha" else (24, 27))  # full budgets: of ASHA, many trials each
 
     def objective(trial, task):
         ran.append(trial)
-        if len(ran) == 26:
+        if len(ran) == 13:
             raise Killed
         time.sleep(np.random.default_rng(zlib.crc32(repr(trial.configuration).encode())).uniform(0, 0.02))
         return np.nan if trial.trial % 7 == 3 else loss(trial.configuration) + 1 - trial.fidelity
@@ -493,64 +495,70 @@ def test_25_and_25_trials_after_a_kill_are_50_to_the_bit_by_any_number_of_worker
     with pytest.raises(Killed):
         collect(num_trials=num, store=store)
     kept = blackbox.read_records(store)
-    assert [r.status == "RUNNING" for r in kept] == [False] * 25 + [True]
-    found = collect(num_trials=num, store=store, num_workers=4)
-    assert ran[25] in ran[26:]  # the trial that ran
+    assert [r.status == "RUNNING" for r in kept] == [False] * 12 + [True]
+    records = collect(num_trials=num, store=store, num_workers=4)
+    assert ran[12] in ran[13:]  # the trial that ran
     whole = collect(num_trials=more, num_workers=1)
     four = collect(num_trials=num // 2, num_workers=4)
     assert without_cost(four) == without_cost(whole[: len(four)])
-    assert without_cost(found) == without_cost(whole[: len(found)]) and {"FAIL", "COMPLETE"} <= {
-        r.status for r in found
+    assert without_cost(records) == without_cost(whole[: len(records)]) and {"FAIL", "COMPLETE"} <= {
+        r.status for r in records
     }
-    assert without_cost(collect(num_trials=more, store=store)) == without_cost(whole) and len(whole) >= 54
+    assert without_cost(collect(num_trials=more, store=store)) == without_cost(whole) and len(whole) >= 27
     assert len(ran) == 1 + 2 * len(whole) + len(four)  # nothing is run again
 
 
-def test_few_trials_see_the_full_budget_and_they_are_the_good_ones():
+def test_only_the_best_few_trials_reach_the_full_budget():
     objective = lambda trial, task: (trial.configuration["x"] - 0.3) ** 2 + (1 - trial.fidelity) / 10
     space = {"x": spaces.interval(0.0, 1.0)}
     kwargs = {"key": jax.random.key(0), "isolated": False, "progress": False, "resumes": True}
     for num_brackets in (1, 3):
         searcher = blackbox.asha(num_rungs=3, num_brackets=num_brackets)
         records = blackbox.collect(objective, space, {"t": 0}, num_trials=12, searcher=searcher, **kwargs)
-        at = {f: {r.trial: r for r in records if r.fidelity == pytest.approx(f)} for f in (1 / 9, 1 / 3, 1.0)}
-        assert sum(map(len, at.values())) == len(records)
-        assert all(at[1.0][n].configuration == record.configuration for n, record in at[1 / 3].items() if n in at[1.0])
-        first = {min(f for f in at if n in at[f]) for n in {r.trial for r in records}}
+        by_fidelity = {f: {r.trial: r for r in records if r.fidelity == pytest.approx(f)} for f in (1 / 9, 1 / 3, 1.0)}
+        assert sum(map(len, by_fidelity.values())) == len(records)
+        assert all(
+            by_fidelity[1.0][n].configuration == record.configuration
+            for n, record in by_fidelity[1 / 3].items()
+            if n in by_fidelity[1.0]
+        )
+        first = {min(f for f in by_fidelity if n in by_fidelity[f]) for n in {r.trial for r in records}}
         assert len(first) == num_brackets
         assert records[0].fidelity == pytest.approx(1 / 9)  # the bracket with the largest share
         if num_brackets == 1:
             # About a third of each rung. Later trials may be better than those that were promoted.
             for low, high in ((1 / 9, 1 / 3), (1 / 3, 1.0)):
-                assert len(at[low]) // 3 <= len(at[high]) <= 0.45 * len(at[low])
-            ranks = np.argsort(np.argsort([r.outcome for r in at[1 / 9].values()])) / len(at[1 / 9])
-            promoted = [rank for n, rank in zip(at[1 / 9], ranks, strict=True) if n in at[1.0]]
+                assert len(by_fidelity[low]) // 3 <= len(by_fidelity[high]) <= 0.45 * len(by_fidelity[low])
+            ranks = np.argsort(np.argsort([r.outcome for r in by_fidelity[1 / 9].values()])) / len(by_fidelity[1 / 9])
+            promoted = [rank for n, rank in zip(by_fidelity[1 / 9], ranks, strict=True) if n in by_fidelity[1.0]]
             assert np.mean(promoted) < 0.2
         else:
             # Hyperband's shares: 9/3, 3/2 and 1 of 5.5.
-            starts = [sum(n not in at.get(f / 3, {}) for n in at[f]) for f in at]
+            starts = [sum(n not in by_fidelity.get(f / 3, {}) for n in by_fidelity[f]) for f in by_fidelity]
             total = len({r.trial for r in records})
-            starts = np.bincount([int(np.argmax([n in at[f] for f in at])) for n in {r.trial for r in records}])
+            starts = np.bincount(
+                [int(np.argmax([n in by_fidelity[f] for f in by_fidelity])) for n in {r.trial for r in records}]
+            )
             np.testing.assert_allclose(starts, total * np.array([3, 1.5, 1]) / 5.5, atol=1.01)
 
 
 @pytest.mark.slow
-def test_a_batch_by_gradient_spreads_and_low_fidelities_inform():
+def test_a_batch_without_candidates_spreads_and_low_fidelities_inform():
     """Without candidates: the trials of a batch are where each adds to the others."""
     records = [Record(f"t{t}", {"x": float(x)}, (x - t / 4) ** 2) for t in range(5) for x in np.linspace(0, 1, 9)]
     g = blackbox.train_meta_optimizer(records, space={"x": spaces.interval(0.0, 1.0)}, num_steps=0)
     searcher = g.searcher(first=())
     low = [Record("", {"x": x}, 5 + (x - 0.75) ** 2, fidelity=1 / 9, trial=i) for i, x in enumerate((0.0, 0.5, 1.0))]
     start = searcher.init(jax.random.key(0), None)._replace(num_asked=4)
-    asked, _ = searcher.ask(searcher.tell(start, low), 1)
-    assert abs(asked[0].configuration["x"] - 0.75) < 0.12
+    trials, _ = searcher.ask(searcher.tell(start, low), 1)
+    assert abs(trials[0].configuration["x"] - 0.75) < 0.12
     # After one trial all earlier tasks are equally likely, so a batch has the best configurations of several tasks.
-    asked, _ = searcher.ask(searcher.tell(start, [Record("", {"x": 0.5}, 1.0, trial=0)]), 3)
-    xs = np.array([record.configuration["x"] for record in asked])
+    trials, _ = searcher.ask(searcher.tell(start, [Record("", {"x": 0.5}, 1.0, trial=0)]), 3)
+    xs = np.array([record.configuration["x"] for record in trials])
     assert np.abs(xs[:, None] - xs[None])[np.triu_indices(3, 1)].min() > 0.1
 
 
-def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
+def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_earlier_ones(g):
     """Configurations that the surrogate expects to be worse are tried, too, while others near the best one are left."""
     encode = lambda c: np.asarray(spaces.encode(SPACE, spaces.from_configuration(SPACE, c)))
     of_pool, y = np.stack([encode(c) for c in POOL]), [loss(c) for c in POOL]
@@ -563,11 +571,11 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
     of_nine = [Record("", c, loss(c), trial=i) for i, c in enumerate(POOL[:9])]
     state = searcher.tell(searcher.init(jax.random.key(0), None), of_nine)
     for num_asked in (7, 8, 14, 15, 16, 23):
-        (asked,), _ = searcher.ask(state._replace(num_asked=num_asked), 1)
-        assert (asked.configuration in farthest(*POOL[:9])) == (num_asked % 8 == 7)
+        (trial,), _ = searcher.ask(state._replace(num_asked=num_asked), 1)
+        assert (trial.configuration in farthest(*POOL[:9])) == (num_asked % 8 == 7)
     for num in (6, 7, 8):
-        (found,) = g.suggest(POOL[:num], y[:num])
-        assert (found in farthest(*POOL[:num])) == (num == 7)
+        (suggestion,) = g.suggest(POOL[:num], y[:num])
+        assert (suggestion in farthest(*POOL[:num])) == (num == 7)
     # Running, failed and very old trials count, and so do trials outside the set.
     one = farthest(*POOL[:6])[0]
     another = farthest(*POOL[:6], one)
@@ -594,10 +602,10 @@ def test_every_eighth_trial_of_a_finite_set_is_the_farthest_from_all_before(g):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("made", "transformers"), [(False, 1), (True, 0)], ids=["float32", "float64"])
-def test_what_was_made_in_one_precision_is_asked_in_the_other(made, transformers):
+@pytest.mark.parametrize(("trained_in_x64", "transformers"), [(False, 1), (True, 0)], ids=["float32", "float64"])
+def test_an_optimizer_trained_in_one_precision_answers_in_the_other(trained_in_x64, transformers):
     """To the same answers; a warning of what is truncated would be an error here."""
-    with jax.enable_x64(made):
+    with jax.enable_x64(trained_in_x64):
         options = {"candidates": POOL[:9], "num_steps": 0, "transformers": transformers}
         g = blackbox.train_meta_optimizer(make_records(2), space=SPACE, **options)
         rng = np.random.default_rng(0)  # untrained networks would read nothing
@@ -609,16 +617,16 @@ def test_what_was_made_in_one_precision_is_asked_in_the_other(made, transformers
 
     def answers():
         state = searcher.tell(searcher.init(jax.random.key(0), None)._replace(num_asked=4), tried)
-        (asked,), _ = searcher.ask(state, 1)
+        (trial,), _ = searcher.ask(state, 1)
         suggested = g.suggest(POOL[:4], [record.outcome for record in tried])
-        return (asked.configuration, suggested, g.predict(), g.portfolio(2)), g.outcomes(POOL[:3])
+        return (trial.configuration, suggested, g.predict(), g.portfolio(2)), g.outcomes(POOL[:3])
 
-    with jax.enable_x64(made):
+    with jax.enable_x64(trained_in_x64):
         expected, believed = answers()
-    with jax.enable_x64(not made):
-        found, again = answers()
-    assert found == expected
-    jax.tree.map(np.testing.assert_array_equal, again, believed)
+    with jax.enable_x64(not trained_in_x64):
+        answer, repeated = answers()
+    assert answer == expected
+    jax.tree.map(np.testing.assert_array_equal, repeated, believed)
 
 
 @pytest.mark.parametrize("configuration", [{"x": 1 / 11}, {}], ids=["given", "lacking"])
@@ -657,16 +665,16 @@ def test_the_farthest_of_many():
 
 
 @pytest.mark.once
-def test_what_was_learned_comes_back_from_disk(g, tmp_path):
+def test_a_loaded_optimizer_equals_the_saved_one(g, tmp_path):
     metaopt.save(tmp_path / "g.npz", g)
-    again = metaopt.load(tmp_path / "g.npz")
+    loaded = metaopt.load(tmp_path / "g.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["g.npz"]
-    assert (again.space, again.candidates) == (SPACE, POOL) and again.portfolio(3, [1.2]) == g.portfolio(3, [1.2])
-    for one, other in zip(*(jax.tree.leaves((h.surrogate, h.cost_surrogate)) for h in (again, g)), strict=True):
+    assert (loaded.space, loaded.candidates) == (SPACE, POOL) and loaded.portfolio(3, [1.2]) == g.portfolio(3, [1.2])
+    for one, other in zip(*(jax.tree.leaves((h.surrogate, h.cost_surrogate)) for h in (loaded, g)), strict=True):
         np.testing.assert_array_equal(one, other)
     tried = POOL[:3]
     kwargs = {"acquisition": "ei_per_cost", "num": 2}
-    assert again.suggest(tried, [1, 2, 3], **kwargs) == g.suggest(tried, [1, 2, 3], **kwargs)
+    assert loaded.suggest(tried, [1, 2, 3], **kwargs) == g.suggest(tried, [1, 2, 3], **kwargs)
 
     with np.load(tmp_path / "g.npz") as file:
         arrays = dict(file)
@@ -692,18 +700,18 @@ def test_what_was_learned_comes_back_from_disk(g, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
+def test_a_loaded_optimizer_with_row_embedding_and_deep_kernels_equals_the_saved_one(tmp_path):
     tables = {f"t{t}": rows_of(np.random.default_rng(t), t / 3) for t in range(4)}
     h = blackbox.train_meta_optimizer(
         make_records(), space=SPACE, candidates=POOL, datasets=tables, num_steps=1, deep_kernels=2, deep_share=0.25
     )
     metaopt.save(tmp_path / "h.npz", h)
-    again = metaopt.load(tmp_path / "h.npz")
-    assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
-    for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
+    loaded = metaopt.load(tmp_path / "h.npz")
+    assert jax.tree.structure(loaded.surrogate) == jax.tree.structure(h.surrogate)
+    for one, other in zip(jax.tree.leaves(loaded.surrogate), jax.tree.leaves(h.surrogate), strict=True):
         np.testing.assert_array_equal(one, other)
     task = Task(tables["t1"], None)
-    assert again.predict(task) == h.predict(task)
+    assert loaded.predict(task) == h.predict(task)
     with np.load(tmp_path / "h.npz") as file:
         arrays = dict(file)
     for name in ("deep.hidden", "embedding.params['pair']['w']"):
@@ -715,7 +723,7 @@ def test_what_reads_rows_and_has_deep_kernels_comes_back_as_well(tmp_path):
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
+def test_tasks_without_differences_between_outcomes_do_not_enter_training():
     records = make_records(3)
     one = Record("one trial", POOL[-1], 0.0)
     same = [Record("all the same", c, 1.0) for c in POOL[6:]]
@@ -728,5 +736,5 @@ def test_tasks_that_say_nothing_of_what_is_better_teach_nothing():
     assert failed.predict()["kind"] == "b"
 
 
-def test_what_is_no_task_and_no_features_is_refused_whether_g_reads_features_or_not(g):
+def test_a_task_has_the_prediction_of_its_features(g):
     assert g.predict(Task(None, None, features=[1.5])) == g.predict([1.5]) == g.predict(jnp.array([1.5]))

@@ -55,52 +55,52 @@ def rebuilt(g, candidates=None, **changes):
 
 
 def run(searcher, best, num, batch=1, fails=lambda x: False):
-    state, told = searcher.init(jax.random.key(0), None), []
-    while len(told) < num:
-        asked, state = searcher.ask(state, batch)
-        done = [
+    state, ended = searcher.init(jax.random.key(0), None), []
+    while len(ended) < num:
+        trials, state = searcher.ask(state, batch)
+        batch_ended = [
             trial._replace(status="FAIL")
             if fails(trial.configuration["x"])
             else trial._replace(status="COMPLETE", outcome=loss(trial.configuration, best))
-            for trial in asked
+            for trial in trials
         ]
-        told += done
-        state = searcher.tell(state, done)
-    return told
+        ended += batch_ended
+        state = searcher.tell(state, batch_ended)
+    return ended
 
 
 @pytest.mark.slow
 def test_they_predict_from_features_and_adapt_to_trials(g):
-    told, blind = [], []
+    regrets, blind = [], []
     for best in (0.1, 0.3, 0.7, 0.9):
         assert abs(g.predict([best])["x"] - best) < 0.2  # without features, 0.4 for the outer two
         tried = run(g.searcher([best], first=()), best, 4)
         assert tried[0].configuration == g.predict([best])
         assert min(record.outcome for record in tried) < 3.0 + 0.01
         # Nothing is known of the task, but for three trials.
-        at = [{"x": 0.2}, {"x": 0.5}, {"x": 0.8}]
-        found = g.outcomes(LINE, tried=at, outcomes=[loss(c, best) for c in at])
-        told.append(abs(LINE[int(found.mean.argmin())]["x"] - best))
+        three = [{"x": 0.2}, {"x": 0.5}, {"x": 0.8}]
+        predicted = g.outcomes(LINE, tried=three, outcomes=[loss(c, best) for c in three])
+        regrets.append(abs(LINE[int(predicted.mean.argmin())]["x"] - best))
         blind.append(abs(g.predict()["x"] - best))
-    assert np.mean(told) < 0.6 * np.mean(blind), (told, blind)
+    assert np.mean(regrets) < 0.6 * np.mean(blind), (regrets, blind)
     other = [
         g.suggest([{"x": 0.2}, {"x": 0.6}, {"x": 0.9}], [a + b * y for y in (9, 1, 4)])[0]
         for a, b in ((0, 1), (5, 1e3))
     ]
     assert other[0]["x"] == pytest.approx(other[1]["x"], abs=1e-3)
     # A failure and a second outcome say more than one outcome.
-    found = g.outcomes(LINE, [0.3], tried=[{"x": 0.1}, {"x": 0.6}, {"x": 1.0}], outcomes=[3.04, 3.09, np.nan])
+    predicted = g.outcomes(LINE, [0.3], tried=[{"x": 0.1}, {"x": 0.6}, {"x": 1.0}], outcomes=[3.04, 3.09, np.nan])
     blank = g.outcomes(LINE, tried=LINE[:1], outcomes=[3.04])
-    assert np.ptp(found.quantiles[:14], axis=1).mean() < 0.7 * np.ptp(blank.quantiles[:14], axis=1).mean()
+    assert np.ptp(predicted.quantiles[:14], axis=1).mean() < 0.7 * np.ptp(blank.quantiles[:14], axis=1).mean()
 
 
 @pytest.mark.slow
 def test_they_foresee_failures_from_features_and_from_trials(g):
-    def failure(features, at, x, y):
+    def failure(features, x_new, x, y):
         networks = _surrogates.at_task(g.surrogate, features).transformers
         trials = np.reshape(x, (-1, 1)), np.array(y, float), np.ones(len(y))
-        read = _transformer.read_trials(networks, trials)
-        return float(_transformer.predict_binned(networks, read, np.array([[at]])).failure[0])
+        representation = _transformer.read_trials(networks, trials)
+        return float(_transformer.predict_binned(networks, representation, np.array([[x_new]])).failure[0])
 
     assert failure(np.array([0.3]), 0.9, [], []) > 0.7 > 0.2 > failure(np.array([0.3]), 0.7, [], [])
     failed, ended = [3.0, np.nan], [3.0, 3.1]
@@ -109,7 +109,7 @@ def test_they_foresee_failures_from_features_and_from_trials(g):
 
 
 @pytest.mark.slow
-def test_without_a_share_they_change_nothing_and_with_some_they_do(g):
+def test_transformers_change_the_trials_only_with_a_positive_share(g):
     without = rebuilt(g, LINE, transformers=None)
     none, half = (rebuilt(g, LINE, transformer_share=share) for share in (0.0, 0.5))
     trials = [[r.configuration for r in run(h.searcher([0.3]), 0.6, 6, batch=2)] for h in (without, none, half)]
@@ -131,37 +131,37 @@ def test_every_acquisition_goes_on_in_batches_with_failures_and_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_a_batch_does_not_pile_up_on_what_runs(g):
+def test_a_batch_does_not_repeat_running_trials(g):
     """After one bad trial, what runs is believed to be better, and promises nothing once more."""
     searcher = g.searcher(first=[{"x": 0.95}])
     (first,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
     state = searcher.tell(state, [first._replace(status="COMPLETE", outcome=4.0)])
-    asked, _ = searcher.ask(state._replace(num_asked=4), 3)  # of which none is random
-    x = np.sort([record.configuration["x"] for record in asked])
+    trials, _ = searcher.ask(state._replace(num_asked=4), 3)  # of which none is random
+    x = np.sort([record.configuration["x"] for record in trials])
     assert np.diff(x).min() > 0.03, x
 
 
 @pytest.mark.slow
-def test_many_trials_are_seen_through_the_best_and_the_latest(g, monkeypatch):
-    seen = []
-    read = _transformer.read_trials
+def test_of_many_trials_the_best_and_the_latest_are_read(g, monkeypatch):
+    shapes = []  # the arrays that are read: their size is a bound on time, which no result shows
+    read_trials = _transformer.read_trials
     monkeypatch.setattr(
-        "metaopt.blackbox._transformer.read_trials", lambda *args: seen.append(args[1][0].shape) or read(*args)
+        "metaopt.blackbox._transformer.read_trials", lambda *args: shapes.append(args[1][0].shape) or read_trials(*args)
     )
     h = rebuilt(g)
     many = np.random.default_rng(0).uniform(size=100)
     h.suggest([{"x": float(x)} for x in many], [loss({"x": x}, 0.4) for x in many])
-    assert seen[-1] == (16, 1)  # the number of trials in its training, padded
+    assert shapes[-1] == (16, 1)  # the number of trials in its training, padded
     np.testing.assert_array_equal(_new_trials.best_and_latest(np.array([5, 1, 4, 2, 3, np.nan]), 4), [1, 3, 4, 5])
 
 
 @pytest.mark.slow
-def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
+def test_a_loaded_optimizer_continues_a_killed_search(g, tmp_path):
     h = rebuilt(g, LINE, transformer_share=0.25)
     metaopt.save(tmp_path / "h.npz", h)
-    again = metaopt.load(tmp_path / "h.npz")
-    assert jax.tree.structure(again.surrogate) == jax.tree.structure(h.surrogate)
-    for one, other in zip(jax.tree.leaves(again.surrogate), jax.tree.leaves(h.surrogate), strict=True):
+    loaded = metaopt.load(tmp_path / "h.npz")
+    assert jax.tree.structure(loaded.surrogate) == jax.tree.structure(h.surrogate)
+    for one, other in zip(jax.tree.leaves(loaded.surrogate), jax.tree.leaves(h.surrogate), strict=True):
         np.testing.assert_array_equal(one, other)
     with np.load(tmp_path / "h.npz") as file:
         arrays = dict(file)
@@ -185,43 +185,43 @@ def test_they_come_back_from_disk_and_go_on_after_a_kill(g, tmp_path):
 
     plain = lambda records: [(r.configuration, r.seed, r.outcome) for r in records]
     collect(h.searcher(), 4, store=tmp_path / "r.db")
-    assert plain(collect(again.searcher(), 8, store=tmp_path / "r.db")) == plain(collect(h.searcher(), 8))
+    assert plain(collect(loaded.searcher(), 8, store=tmp_path / "r.db")) == plain(collect(h.searcher(), 8))
 
 
 @pytest.mark.slow
-def test_what_is_believed_takes_no_part_of_failures_and_is_finite_where_they_are_certain(untrained):
+def test_predicted_outcomes_are_conditional_on_success_and_finite_at_certain_failure(untrained):
     """In float32, as users have it."""
     with jax.enable_x64(False):
         cast = lambda leaf: leaf.astype("float32") if isinstance(leaf, jax.Array) else leaf
         one = jax.tree.map(lambda leaf: leaf[:1], untrained.surrogate.transformers)
         surrogate = jax.tree.map(cast, untrained.surrogate._replace(transformers=one))
-        bias, found = surrogate.transformers.head_bias, []
+        bias, predicted = surrogate.transformers.head_bias, []
         for failure in (0.0, 25.0):
             transformers = surrogate.transformers._replace(head_bias=bias.at[:, -1].add(failure))
             h = _meta_search.meta_optimizer(surrogate._replace(transformers=transformers), None, SPACE, LINE)
-            found.append(h.outcomes(LINE, tried=LINE[:3] + LINE[-1:], outcomes=[3.1, 3.0, 3.2, np.nan]))
-        np.testing.assert_allclose(found[1].mean, found[0].mean, rtol=1e-4)
-        np.testing.assert_allclose(found[1].quantiles, found[0].quantiles, rtol=1e-4)
+            predicted.append(h.outcomes(LINE, tried=LINE[:3] + LINE[-1:], outcomes=[3.1, 3.0, 3.2, np.nan]))
+        np.testing.assert_allclose(predicted[1].mean, predicted[0].mean, rtol=1e-4)
+        np.testing.assert_allclose(predicted[1].quantiles, predicted[0].quantiles, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_no_more_trials_are_shown_than_they_were_trained_with_and_none_that_diverged(untrained, monkeypatch):
-    h, seen = untrained, []
+def test_at_most_as_many_trials_are_read_as_in_training_and_diverged_ones_are_clipped(untrained, monkeypatch):
+    h, shown_trials = untrained, []
     assert h.surrogate.max_shown == 7
     real = _new_trials.shown_to_transformers
-    keep = lambda *args: seen.append(real(*args)) or seen[-1]
-    monkeypatch.setattr(_programs, "shown_to_transformers", keep)
+    keep = lambda *args: shown_trials.append(real(*args)) or shown_trials[-1]
+    monkeypatch.setattr(_programs, "shown_to_transformers", keep)  # no result shows which trials are read
     y = [3.3, 3.1, 3.2, 3.5, 3.6, 3.0, np.nan, 3.4, 3.6, 3.4, 1e6, 3.9]
     near = h.outcomes(LINE, tried=LINE[:12], outcomes=y)
     h.suggest(LINE[:12], y)
-    for _, shown, mask in seen:
+    for _, shown, mask in shown_trials:
         shown = np.asarray(shown)[np.asarray(mask) > 0]
         assert len(shown) == 7 and np.isnan(shown).sum() == 1 and np.nanmax(shown) < np.nanmin(shown) + 4
     far = h.outcomes(LINE, tried=LINE[:12], outcomes=np.where(np.array(y) == 1e6, 1e9, y))
     np.testing.assert_allclose(near.quantiles, far.quantiles, rtol=1e-3)
 
 
-def test_few_of_many_trials():
+def test_best_and_latest_selects_trials_and_outliers_are_clipped():
     nan, y = np.nan, np.arange(20.0)[::-1].copy()
     y[[0, 3]] = nan
     # The best four, the latest, which are the same, and of the failures the latest as far as a quarter.
@@ -236,12 +236,12 @@ def test_few_of_many_trials():
 
 
 @pytest.mark.once
-def test_what_is_shown_in_training_does_not_depend_on_what_is_to_be_told():
+def test_the_mean_of_others_leaves_out_the_trials_to_predict():
     """The mean over tasks would hold a task's own outcomes, and those of near-duplicates: they are left out."""
     f = np.random.default_rng(0).normal(size=(6, 4))  # of four tasks
     functions = np.concatenate([f.mean(1, keepdims=True), f - f.mean(1, keepdims=True)], 1)
-    found = _fit_networks.mean_of_others(functions, np.array([True, False, True, False]))
-    np.testing.assert_allclose(found, f[:, [1, 3]].mean(1))
+    means = _fit_networks.mean_of_others(functions, np.array([True, False, True, False]))
+    np.testing.assert_allclose(means, f[:, [1, 3]].mean(1))
     np.testing.assert_array_equal(_fit_networks.mean_of_others(functions, np.ones(4, bool)), np.zeros(6))
     # Other outcomes of one task of a family do not change which trials of this family are shown.
     x, y = np.linspace(0, 1, 8)[:, None], np.random.default_rng(1).normal(size=(3, 8))

@@ -47,16 +47,16 @@ def objective(trial):
 
 
 @pytest.mark.once
-def test_it_samples_what_the_searcher_would_ask_for(g):
+def test_it_samples_the_trials_of_the_searcher(g):
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=3))
     study.optimize(objective, n_trials=9)
-    searcher, told = g.searcher(first=()), []
+    searcher, ended = g.searcher(first=()), []
     state = searcher.init(jax.random.key(3), None)
     for trial in study.trials:
         (record,), state = searcher.ask(state, 1)
         assert {n: v for n, v in trial.params.items() if n != "other"} == record.configuration
-        told.append(record._replace(status="COMPLETE", outcome=trial.value))
-        state = searcher.tell(state, told[-1:])
+        ended.append(record._replace(status="COMPLETE", outcome=trial.value))
+        state = searcher.tell(state, ended[-1:])
     assert study.trials[0].params.keys() >= g.predict().keys() and study.best_value == min(map(loss, POOL))
     assert ("only_a" in study.trials[0].params) == (study.trials[0].params["kind"] == "a")
 
@@ -76,7 +76,7 @@ def raises(error):
     ],
     ids=["failed", "pruned", "pruned with a value", "complete"],
 )
-def test_what_ended_before_it_asked_tells_nothing(ends):
+def test_a_trial_that_ends_before_it_asks_is_not_used(ends):
     # The best of what is known is the default, which an empty configuration would be taken for.
     space = {"x": spaces.interval(0.0, 1.0)}
     pool = [{"x": float(x)} for x in np.linspace(0, 1, 9)]
@@ -90,7 +90,7 @@ def test_what_ended_before_it_asked_tells_nothing(ends):
 
 
 @pytest.mark.once
-def test_what_fails_midway_counts_with_what_it_would_have_been_given(g):
+def test_a_trial_that_fails_midway_counts_with_its_whole_configuration(g):
     heard = []
 
     def overheard(*args, **kwargs):
@@ -136,10 +136,10 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
     sampler = blackbox.optuna_sampler(g, seed=0)
     study = optuna.create_study(sampler=sampler)
     study.optimize(objective, n_trials=2)
-    asked = [study.ask() for _ in range(4)]
-    assert [trial.relative_params for trial in asked] == 4 * [{}]  # each is drawn, and none has asked for a parameter
-    assert len({tuple(spaces.suggest(trial, SPACE).items()) for trial in asked}) == 4
-    for trial in asked:
+    trials = [study.ask() for _ in range(4)]
+    assert [trial.relative_params for trial in trials] == 4 * [{}]  # each is drawn, and none has asked for a parameter
+    assert len({tuple(spaces.suggest(trial, SPACE).items()) for trial in trials}) == 4
+    for trial in trials:
         study.tell(trial, objective(trial))
     study.optimize(objective, n_trials=8, n_jobs=3)
     tried = [tuple(sorted((n, v) for n, v in t.params.items() if n != "other")) for t in study.trials]
@@ -149,29 +149,30 @@ def test_running_trials_count_and_threads_do_not_repeat_one_another(g):
 @pytest.mark.once
 def test_a_trial_that_ends_while_another_is_drawn_is_not_repeated(g):
     """It had been neither among those that ended, read first, nor among those that run, read next."""
-    study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
-    running, read, ended = study.ask(), study._storage.get_all_trials, []
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0), storage=storage)
+    running, get_trials, ended = study.ask(), storage.get_all_trials, []
     first = spaces.suggest(running, SPACE)
 
     def ends_after_a_read(*args, states=None, **kwargs):
-        trials = read(*args, states=states, **kwargs)
+        trials = get_trials(*args, states=states, **kwargs)
         if not ended and states != (optuna.trial.TrialState.WAITING,):  # which Optuna reads itself, before it samples
             ended.append(study.tell(running, loss(first)))
         return trials
 
-    study._storage.get_all_trials = ends_after_a_read
+    storage.get_all_trials = ends_after_a_read  # simulates another process that ends its trial
     assert spaces.suggest(study.ask(), SPACE) != first and ended
 
 
 @pytest.mark.once
-def test_brackets_of_a_pruner_share_what_is_known(g):
+def test_brackets_of_a_pruner_share_their_trials(g):
     """Optuna makes a new study of each bracket for every trial."""
-    told, real = [], g.searcher
+    ended, real = [], g.searcher
 
     def listening(*args, **kwargs):
         searcher = real(*args, **kwargs)
         tell = lambda state, records: (
-            told.extend(r for r in records if r.status != "RUNNING") or searcher.tell(state, records)
+            ended.extend(r for r in records if r.status != "RUNNING") or searcher.tell(state, records)
         )
         return searcher._replace(tell=tell)
 
@@ -179,12 +180,12 @@ def test_brackets_of_a_pruner_share_what_is_known(g):
     sampler = blackbox.optuna_sampler(g._replace(searcher=listening), seed=0)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     study.optimize(objective, n_trials=4)
-    asked = [study.ask() for _ in range(4)]
-    assert [trial.relative_params for trial in asked] == 4 * [{}]
-    given = [tuple(spaces.suggest(trial, SPACE).items()) for trial in asked]
+    running = [study.ask() for _ in range(4)]
+    assert [trial.relative_params for trial in running] == 4 * [{}]
+    drawn = [tuple(spaces.suggest(trial, SPACE).items()) for trial in running]
     before = [tuple((n, t.params[n]) for n in ("kind", "only_a", "x") if n in t.params) for t in study.trials[:4]]
-    assert len(set(given + [tuple(sorted(c)) for c in before])) == len({*map(tuple, map(sorted, given)), *before}) == 8
-    assert sorted(record.trial for record in told) == [0, 1, 2, 3]
+    assert len(set(drawn + [tuple(sorted(c)) for c in before])) == len({*map(tuple, map(sorted, drawn)), *before}) == 8
+    assert sorted(record.trial for record in ended) == [0, 1, 2, 3]
 
 
 @pytest.mark.once
@@ -209,7 +210,7 @@ def test_an_objective_may_ask_for_other_labels_ranges_and_scales(g):
 
 
 @pytest.mark.once
-def test_a_bound_is_given_in_float32_too():
+def test_a_bound_is_proposed_exactly_also_in_float32():
     space = {"rate": spaces.interval(1e-4, 0.1, log=True)}
     records = [Record(f"t{t}", {"rate": r}, abs(np.log10(r) + 1 + t / 9)) for t in (0, 1) for r in (1e-4, 1e-2, 0.1)]
     with jax.enable_x64(False):
@@ -217,10 +218,10 @@ def test_a_bound_is_given_in_float32_too():
         assert g.predict() == {"rate": 0.1} and g.candidates == [{"rate": rate} for rate in (1e-4, 1e-2, 0.1)]
         study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
         study.optimize(lambda trial: trial.suggest_float("rate", 1e-4, 0.1, log=True), n_trials=1)
-        (asked,), _ = (searcher := g.searcher(first=[{"rate": 0.012345678901}])).ask(
+        (record,), _ = (searcher := g.searcher(first=[{"rate": 0.012345678901}])).ask(
             searcher.init(jax.random.key(0), space), 1
         )
-    assert study.trials[0].params == {"rate": 0.1} and asked.configuration == {"rate": 0.012345678901}
+    assert study.trials[0].params == {"rate": 0.1} and record.configuration == {"rate": 0.012345678901}
 
 
 @pytest.mark.once
@@ -264,7 +265,7 @@ def test_an_infinite_value_is_a_failure(g):
 
 
 @pytest.mark.parametrize("value", [0.0, np.inf])
-def test_what_an_objective_does_not_ask_for_is_not_drawn_again_and_again(g, value):
+def test_parameters_that_an_objective_does_not_ask_for_are_drawn_once(g, value):
     """Three configurations have the same x, and each of them is drawn at most once."""
     study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=1))
     study.optimize(lambda trial: value + abs(trial.suggest_float("x", 0.0, 1.0) - 1), n_trials=12)
@@ -274,7 +275,7 @@ def test_what_an_objective_does_not_ask_for_is_not_drawn_again_and_again(g, valu
 
 @pytest.mark.parametrize("number", [0, 5])
 @pytest.mark.once
-def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
+def test_late_steps_have_different_fidelities_below_one(g, number):
     steps = (90_000, 0, 5_000, 5_001, 2_000_002, 2_000_001, 2_000_000, 2**31 - 1)  # as a storage may have them
     values = {"x": 0.5, "kind": "a"}
     trial = optuna.trial.create_trial(
@@ -285,8 +286,8 @@ def test_late_steps_are_told_apart_and_none_is_the_end(g, number):
     )
     trial.number = number
     searcher = g.searcher()
-    told = _optuna_studies._as_told(trial, 1.0, {})
-    (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), told).tried.values()
+    records = _optuna_studies._as_told(trial, 1.0, {})
+    (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), records).tried.values()
     # To six digits: 2,000,000 to 2,000,002 are one step, with the last value, of the first trial, too.
     assert list(tried.outcomes.values()) == [0, 5_000, 5_001, 90_000, 2_000_002, 2**31 - 1]
     assert tried.last == 2**31 - 1 and tried.reached < 1

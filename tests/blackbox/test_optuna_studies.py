@@ -31,28 +31,28 @@ def test_records_become_a_study_and_come_back():
     assert study.best_value == 0.25 and study.best_params == {"rate": 0.5, "kind": "b", "depth": 2}
     assert study.trials[2].intermediate_values == {250: 0.75, 500: 0.5}
     assert study.trials[1].user_attrs["metaopt:reason"] == "time limit of 1 s"
-    back = blackbox.from_optuna_study(study)
+    loaded = blackbox.from_optuna_study(study)
     without = lambda record: {name: value for name, value in record.configuration.items() if name != "three"}
     expected = [RECORDS[0], RECORDS[1], RECORDS[3]._replace(status="PRUNED", fidelity=0.5)]
-    assert list(map(repr, back)) == [repr(record._replace(configuration=without(record))) for record in expected]
+    assert list(map(repr, loaded)) == [repr(record._replace(configuration=without(record))) for record in expected]
 
 
 def test_numbers_and_tasks_come_back_and_a_person_s_attributes_are_not_metaopt_s():
     records = [RECORDS[0]._replace(trial=7, task="mine"), RECORDS[1]._replace(trial=9, task="mine")]
     study = blackbox.to_optuna_study(records, SPACE)
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"trial": "b", "cost": "9 EUR", "seed": "x"}))
-    back = blackbox.from_optuna_study(study)
-    assert [(r.task, r.trial, r.seed) for r in back[:2]] == [("mine", 7, 11), ("mine", 9, 12)]
-    assert (back[2].trial, back[2].seed) == (2, 0) and isinstance(back[2].cost, float)
+    loaded = blackbox.from_optuna_study(study)
+    assert [(r.task, r.trial, r.seed) for r in loaded[:2]] == [("mine", 7, 11), ("mine", 9, 12)]
+    assert (loaded[2].trial, loaded[2].seed) == (2, 0) and isinstance(loaded[2].cost, float)
     assert {r.task for r in blackbox.from_optuna_study(study, task="other")} == {"other"}
 
 
-def test_what_ended_without_a_number_has_failed(tmp_path):
+def test_a_trial_that_ended_without_a_number_has_failed(tmp_path):
     nan, partial = RECORDS[0]._replace(outcome=math.nan), RECORDS[2]._replace(outcome=math.nan)
     study = blackbox.to_optuna_study([nan, partial, RECORDS[0]._replace(trial=3, outcome=math.inf)], SPACE)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
-    (back, *_) = blackbox.from_optuna_study(study)
-    assert back.status == "FAIL" and math.isnan(back.outcome) and back.configuration["depth"] == 2
+    (loaded, *_) = blackbox.from_optuna_study(study)
+    assert loaded.status == "FAIL" and math.isnan(loaded.outcome) and loaded.configuration["depth"] == 2
 
 
 def test_numbers_of_numpy_are_python_s(tmp_path):
@@ -111,8 +111,8 @@ def test_trials_of_one_number_and_another_seed_or_configuration_are_others():
     records = [one, one._replace(configuration={"x": 0.9}, outcome=0.2, seed=2), one._replace(seed=3, outcome=0.7)]
     records += [one._replace(configuration={"x": 0.3}), one._replace(outcome=0.8), one._replace(fidelity=0.5)]
     study = blackbox.to_optuna_study(records, space)
-    found = [(trial.params["x"], trial.value, trial.user_attrs["metaopt:seed"]) for trial in study.trials]
-    assert found == [(0.1, 1.0, 1), (0.9, 0.2, 2), (0.1, 0.7, 3), (0.3, 1.0, 1), (0.1, 0.8, 1)]
+    trials = [(trial.params["x"], trial.value, trial.user_attrs["metaopt:seed"]) for trial in study.trials]
+    assert trials == [(0.1, 1.0, 1), (0.9, 0.2, 2), (0.1, 0.7, 3), (0.3, 1.0, 1), (0.1, 0.8, 1)]
     assert [trial.intermediate_values for trial in study.trials[:2]] == [{1000: 1.0, 500: 1.0}, {1000: 0.2}]
     assert blackbox.from_optuna_study(study) == records[:5]
 
@@ -146,6 +146,6 @@ def test_steps_are_as_fine_as_a_trial_s_fidelities():
     # A third in float32 is the same fidelity as a third: its record is another trial, and the steps stay the same.
     several = [records[0]._replace(fidelity=f, outcome=f) for f in (1 / 3, float(np.float32(1 / 3)), 2 / 3, 1.0)]
     several += [records[0]._replace(fidelity=0.99999997, outcome=2.0)]
-    found = blackbox.to_optuna_study(several, space).trials
-    assert [list(t.intermediate_values) for t in found] == [[333, 667, 1000], [333, 1000]]
-    assert [t.value for t in found] == [1.0, 2.0]
+    trials = blackbox.to_optuna_study(several, space).trials
+    assert [list(t.intermediate_values) for t in trials] == [[333, 667, 1000], [333, 1000]]
+    assert [t.value for t in trials] == [1.0, 2.0]

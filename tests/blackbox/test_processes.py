@@ -34,22 +34,22 @@ def test_square_distances_are_sums_of_weighted_squares(num_dims):
 
 
 def test_the_last_scale_is_the_likeliest_and_weighs_as_all_units_do():
-    found = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
-    assert found.scales.shape == found.log_likelihood.shape == (2, 3)
+    conditioned = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0], [0.5, 1.5]]), (Y, MASK))
+    assert conditioned.scales.shape == conditioned.log_likelihood.shape == (2, 3)
     grid = np.linspace(0.75 - 10, 0.75 + 10, 200_001)  # around the median of the scales
     for k in range(2):
         values = np.array([log_density(b, MU[:4, k]) for b in grid[::100]])
         best = grid[::100][values.argmax()]
-        assert abs(np.log(found.scales[k, 2]) - best) < 0.02
+        assert abs(np.log(conditioned.scales[k, 2]) - best) < 0.02
         # What Laplace's method gives for the mean of the likelihood over log b, to a tenth or two.
         top = values.max()
         mean = np.log(np.trapezoid(np.exp(values - top), grid[::100]) / 20) + top
-        at_first = found.log_likelihood[k, 0] - log_density(np.log(found.scales[k, 0]), MU[:4, k])
-        np.testing.assert_allclose(found.log_likelihood[k, 2], mean + at_first, atol=0.25)
+        at_first = conditioned.log_likelihood[k, 0] - log_density(np.log(conditioned.scales[k, 0]), MU[:4, k])
+        np.testing.assert_allclose(conditioned.log_likelihood[k, 2], mean + at_first, atol=0.25)
 
 
 @pytest.mark.once
-def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_the_smallest():
+def test_one_trial_leaves_scales_equal_and_equal_outcomes_do_not_choose_the_smallest():
     alone = condition(MU, COVARIANCE, jnp.array([[0.0, 1.0]]), (Y, np.eye(5)[0]))
     np.testing.assert_allclose(alone.scales[:, 2], 1.0)
     np.testing.assert_allclose(alone.log_likelihood[:, 2], alone.log_likelihood[:, 0])
@@ -66,12 +66,13 @@ def test_one_trial_says_nothing_of_scales_and_equal_outcomes_are_no_reason_for_t
 def test_outcomes_in_other_units_are_explained_as_well(factor):
     """The scale of the new task and its predictions change with the unit."""
     scales = jnp.array([[0.0, 1.0]])
-    at, cross = RNG.normal(size=(3, 2)), RNG.normal(size=(3, 5)) / 9
+    features, cross = RNG.normal(size=(3, 2)), RNG.normal(size=(3, 5)) / 9
     nothing = jnp.zeros((3, 0))
     one, other = (condition(MU, COVARIANCE, scales, (Y * f, MASK)) for f in (1.0, factor))
     np.testing.assert_allclose(other.scales[:, 2], factor * one.scales[:, 2], rtol=1e-6)
     means = [
-        _processes.predict(of, at, cross, jnp.ones(3), nothing)[0].reshape(3, 2, 3)[:, :, 2] for of in (one, other)
+        _processes.predict(process, features, cross, jnp.ones(3), nothing)[0].reshape(3, 2, 3)[:, :, 2]
+        for process in (one, other)
     ]
     np.testing.assert_allclose(means[1], factor * means[0], rtol=1e-6)
     # The scales of earlier tasks explain the trials much worse.

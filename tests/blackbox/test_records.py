@@ -45,15 +45,15 @@ def test_records_come_back_and_are_filtered(tmp_path):
 
 
 def test_numbers_of_numpy_are_written_as_python_s(tmp_path):
-    given = {"n": np.int64(3), "x": np.float32(0.5), "deep": np.bool_(True), "kind": np.str_("a")}
+    configuration = {"n": np.int64(3), "x": np.float32(0.5), "deep": np.bool_(True), "kind": np.str_("a")}
     plain = {"n": 3, "x": 0.5, "deep": True, "kind": "a"}
-    record = Record("t", given, np.float32(0.25), np.float64(0.5), np.int64(2), np.int64(7), trial=np.uint8(1))
+    record = Record("t", configuration, np.float32(0.25), np.float64(0.5), np.int64(2), np.int64(7), trial=np.uint8(1))
     expected = Record("t", plain, 0.25, 0.5, 2.0, 7, trial=1)
     blackbox.append_records(tmp_path / "records.db", [record])
     assert same(blackbox.read_records(tmp_path / "records.db"), [expected])
     pytest.importorskip("pandas")
-    (read,) = blackbox.records_from_frame(blackbox.records_to_frame([record]))
-    assert repr(read.configuration) == repr(plain) and read == expected
+    (loaded,) = blackbox.records_from_frame(blackbox.records_to_frame([record]))
+    assert repr(loaded.configuration) == repr(plain) and loaded == expected
 
 
 def test_any_number_of_tasks_is_asked_for_and_a_wrong_query_is_no_damage(tmp_path):
@@ -117,7 +117,7 @@ def test_trials_without_numbers_are_told_apart_and_repeats_of_one_all_count(tmp_
 
 
 @pytest.mark.parametrize("numbered", [{"trial": 3}, {"seed": 5}, {"trial": 3, "seed": 5}])
-def test_of_a_numbered_trial_the_last_end_counts_and_of_others_every_outcome(tmp_path, numbered):
+def test_the_last_end_of_a_numbered_trial_counts_and_every_outcome_of_others(tmp_path, numbered):
     one = Record("a", {"x": 1}, 0.5, cost=1.0)
     fail, pruned = one._replace(status="FAIL", outcome=math.nan), one._replace(status="PRUNED")
     right, running = one._replace(outcome=0.25), one._replace(status="RUNNING", outcome=math.nan)
@@ -132,12 +132,12 @@ def test_of_a_numbered_trial_the_last_end_counts_and_of_others_every_outcome(tmp
             ([one, running], [one]),
         )
     ):
-        for of, expected in (({}, of_repeats), (numbered, [row for row in rows if row != running][-1:])):
-            file = tmp_path / f"{i}{bool(of)}.db"
+        for changes, expected in (({}, of_repeats), (numbered, [row for row in rows if row != running][-1:])):
+            file = tmp_path / f"{i}{bool(changes)}.db"
             for row in rows:
-                blackbox.append_records(file, [row._replace(**of)])
-            assert same(blackbox.read_records(file), [row._replace(**of) for row in expected])
-            assert same(blackbox.read_records(file, history=True), [row._replace(**of) for row in rows])
+                blackbox.append_records(file, [row._replace(**changes)])
+            assert same(blackbox.read_records(file), [row._replace(**changes) for row in expected])
+            assert same(blackbox.read_records(file, history=True), [row._replace(**changes) for row in rows])
 
 
 def test_ten_thousand_trials_are_read_at_once_also_where_one_is_repeated_as_often(tmp_path):
@@ -257,8 +257,8 @@ def test_a_store_in_a_read_only_folder_is_read(store_of_another_user, mode, requ
     file, num_records = store_of_another_user
     os.chmod(file, mode)
     request.getfixturevalue("not_root")
-    read = blackbox.read_records(file)
-    assert same(read[:3], RECORDS) and len(read) == num_records
+    loaded = blackbox.read_records(file)
+    assert same(loaded[:3], RECORDS) and len(loaded) == num_records
     for path in (file, file.with_name("new.db"), file.parent / "nowhere" / "new.db"):
         with pytest.raises(
             OSError,
@@ -306,13 +306,13 @@ def test_a_broken_row_is_named_and_the_others_are_recovered(tmp_path, change, me
     assert same(blackbox.read_records(new), [RECORDS[0], RECORDS[2]])
 
 
-def damaged(file, how, num=2_000):
+def damaged(file, damage, num=2_000):
     """A file of many pages, of which some in the middle are overwritten, or the last third is missing."""
     records = [Record("t", {"x": trial}, trial / 8, trial=trial, reason="r" * 50) for trial in range(num)]
     blackbox.append_records(file, records, study="s")
     size = os.path.getsize(file)
     with open(file, "r+b") as stream:
-        if how == "cut":
+        if damage == "cut":
             stream.truncate(size // 3 * 2 // 4096 * 4096)
         else:
             stream.seek(size // 8 // 4096 * 4096)
@@ -320,16 +320,16 @@ def damaged(file, how, num=2_000):
     return records
 
 
-@pytest.mark.parametrize("how", ["overwritten", "cut"])
-def test_what_can_be_read_of_a_damaged_file_is_recovered(tmp_path, how):
+@pytest.mark.parametrize("damage", ["overwritten", "cut"])
+def test_the_readable_records_of_a_damaged_file_are_recovered(tmp_path, damage):
     file, new = tmp_path / "records.db", tmp_path / "new.db"
-    records = damaged(file, how)
+    records = damaged(file, damage)
     before = Path(file).read_bytes()
     with pytest.raises(ValueError, match="records.db is damaged or .*malformed.*`blackbox.recover_records`"):
         blackbox.read_records(file, history=True)
     num = blackbox.recover_records(file, new)
     recovered = blackbox.read_records(new, study="s")
-    assert (0.8 if how == "overwritten" else 0.3) * len(records) < num == len(recovered) < len(records)
+    assert (0.8 if damage == "overwritten" else 0.3) * len(records) < num == len(recovered) < len(records)
     assert set(map(repr, recovered)) < set(map(repr, records))
     assert Path(file).read_bytes() == before
     with pytest.raises(FileExistsError, match="new file"):

@@ -10,6 +10,7 @@ import pytest
 
 from metaopt import blackbox, spaces, tasks
 from metaopt.base import Record, Task
+from metaopt.blackbox import _encoding
 
 KEY = jax.random.key(0)
 LINE = {"x": spaces.interval(0.0, 1.0)}
@@ -23,6 +24,15 @@ TABLE = tasks.Table("iris", "iris", np.ones((12, 2)) * np.arange(12)[:, None], n
 RUN = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
 RMSE = RUN | {"function": "root_mean_squared_error"}
 CORNER = Record("3", {"x0": 0.5, "x1": 0.5}, 0.25)
+IMAGES = np.arange(12 * 16.0).reshape(12, 4, 4) % 7, np.arange(12) % 3
+ROWS = {"x": TABLE.x, "y": TABLE.y, "class_mask": np.ones(2)}
+CURVES = [
+    Record(str(best), c, (c["x"] - best) ** 2 + 1 - f, f)
+    for best in (0.0, 0.5, 1.0)
+    for c in POOL
+    for f in (0.25, 0.5, 1.0)
+]
+OPTIONAL = {"kind": SPACE["kind"], "x": spaces.active_if(SPACE["x"], "kind", ["b"])}
 train = functools.partial(blackbox.train_meta_optimizer, space=SPACE, num_steps=0)
 train_searcher = functools.partial(blackbox.train_meta_searcher, space=SPACE, num_steps=0)
 evolution = blackbox.regularized_evolution
@@ -31,6 +41,36 @@ evolution = blackbox.regularized_evolution
 @functools.cache
 def trained(with_features=False) -> Any:
     return train(RECORDS, features={"t0": [1.0], "t1": [2.0]} if with_features else None)
+
+
+def train_on_datasets(t0: Any = TABLE, t1: Any = TABLE, **options):
+    return train(RECORDS, datasets={"t0": t0} if t1 is None else {"t0": t0, "t1": t1}, **options)
+
+
+@functools.cache
+def curve_searcher() -> Any:
+    return blackbox.train_curve_searcher(CURVES, space=SPACE, num_steps=0)
+
+
+def tell_another_fidelity(searcher, fidelity):
+    """A trial that the searcher asked for."""
+    (trial,), state = searcher.ask(searcher.init(KEY, SPACE), 1)
+    searcher.tell(state, [trial._replace(status="COMPLETE", outcome=0.5, fidelity=fidelity)])
+
+
+def ask_for_budgets_twice():
+    pytest.importorskip("optuna")
+    searcher = blackbox.asha(blackbox.bohb(num_rungs=2))
+    searcher.ask(searcher.init(KEY, SPACE), 1)
+
+
+def encode(space, configuration):
+    return _encoding.encoder(space)(configuration, True)
+
+
+def encode_for_sklearn(name, configuration):
+    pytest.importorskip("sklearn")
+    return encode(blackbox.sklearn_model(name).space, configuration)
 
 
 def changed(**fields):
@@ -80,6 +120,11 @@ def sample_two_objectives():
     study.optimize(lambda trial: (trial.suggest_float("x", 0.0, 1.0), 0.0), n_trials=1)
 
 
+def records_of_two_objectives():
+    optuna = pytest.importorskip("optuna")
+    blackbox.from_optuna_study(optuna.create_study(directions=["minimize", "minimize"]))
+
+
 def sampler(**options):
     pytest.importorskip("optuna")
     return blackbox.optuna_sampler(trained(), **options)
@@ -111,21 +156,22 @@ PATH = r"`scaling.transform\(tasks.metafeatures\(table\), clip=3.0\)`, .* of wha
 REFUSALS = [
     # Collections.
     (lambda: collect(num_trials=math.inf), "`num_trials` must be finite; got inf"),
-    (lambda: collect(num_trials=math.nan), "`num_trials` must be positive; got nan"),  # would wait for ever
-    (lambda: collect(num_trials=0), "`num_trials` must be positive; got 0"),
-    (lambda: collect(budget=math.nan), "`budget` must be positive, or None; got nan"),
-    (lambda: collect(time_limit=0, isolated=True), "`time_limit` must be positive, or None; got 0"),
+    (lambda: collect(num_trials=math.nan), "`num_trials` must be finite; got nan"),
     (lambda: collect(time_limit=1), "A limit needs `isolated=True`"),
-    (lambda: collect(batch_size=0), "`batch_size` must be at least 1, or None; got 0"),
     (lambda: collect(on=[TABLE, TABLE]), "must differ; 'iris' occurs more than once"),
-    (lambda: collect(None), r"`objective` must be a function `\(trial, task\) -> outcome`; got NoneType"),
     (lambda: collect(searcher=blackbox.random_search(first=[{"y": 1}])), "The space has no `y`"),
     # Searchers.
-    (lambda: evolution(sample_size=0), "`sample_size` must be at least 1; got 0"),
-    (lambda: blackbox.bohb(num_rungs=1), "`num_rungs` must be at least 2; got 1"),  # would be `tpe`
     (lambda: blackbox.bohb(reduction_factor=1), "`reduction_factor` must be at least 2; got 1"),
-    (lambda: blackbox.asha(num_brackets=9), "`num_brackets` in 1..`num_rungs`"),
-    (lambda: blackbox.asha(num_rungs=4, num_brackets=5), "`num_brackets`.*got .*5"),
+    (lambda: blackbox.asha(reduction_factor=1), "`reduction_factor` must be at least 2, .* got 1, 1 and 4"),
+    (lambda: blackbox.asha(num_brackets=5), "`num_brackets` in 1..`num_rungs`; got 3, 5 and 4"),
+    (ask_for_budgets_twice, "`searcher` asks for a fidelity of 0.333333"),
+    (
+        lambda: tell_another_fidelity(curve_searcher().searcher(), 0.2501),
+        r"fidelity must be one of .*\[0.25, 0.5, 1.0\], .*; got 0.2501 for trial 0",
+    ),
+    (lambda: curve_searcher().predict([Record("", {"x": 0.7}, 1.0, 0.25)]), "is not one of the candidates"),
+    (lambda: curve_searcher().predict([Record("", POOL[0], 1.0, 0.3)]), "fidelity must be one of"),
+    (lambda: curve_searcher().predict((), (0.0, 0.5)), "`levels` must lie between 0 and 1"),
     (lambda: evolution().init(KEY, LINE), "dict of `spaces.integer`"),
     (lambda: evolution().init(KEY, [spaces.integer(0, 1)]), "dict of `spaces.integer`"),
     (
@@ -141,9 +187,8 @@ REFUSALS = [
     (lambda: trained().searcher(acquisition="best"), "`acquisition` must be one of"),
     (lambda: trained().searcher(acquisition="ei_per_cost"), "'ei_per_cost' needs `train_meta_optimizer"),
     (lambda: sampler(acquisition="best"), "`acquisition` must be one of"),
-    (sample_two_objectives, "studies of one objective"),
     # Earlier records.
-    (lambda: train(RECORDS, features={"t0": [1.0], "t1": [1.0, 2.0]}), "the same number of `features`"),
+    (lambda: train(RECORDS, features={"t0": [1.0], "t1": [1.0, 2.0]}), "must have the same shape"),  # by NumPy
     *(
         (lambda n=n: train(RECORDS, **{n: {0: [1.0]}}), f"`{n}` has none of the records' tasks, 't0', 't1'; .* are 0")
         for n in ("features", "families")
@@ -156,13 +201,10 @@ REFUSALS = [
     (lambda: train(RECORDS, transformer_share=2), r"`transformer_share` must lie in \[0, 1\]; got 2"),
     (lambda: train(RECORDS, deep_share=2), r"`deep_share` must lie in \[0, 1\]; got 2"),
     (lambda: train(changed(status="TIMEOUT")), RECORD + "'s status must be one of WAITING, .*; got 'TIMEOUT'"),
-    (lambda: train(changed(status="Complete")), "got 'Complete'"),
     (lambda: train(changed(fidelity=27)), RECORD + r"'s fidelity must lie in \(0, 1\]; got 27. .* not a number of"),
-    (lambda: train(changed(outcome=None)), RECORD + "'s outcome must be a number, or NaN if .*; got None"),
-    (lambda: train(changed(outcome="0.5")), "outcome must be a number, .*; got '0.5'"),
+    (lambda: train(changed(outcome="0.5")), RECORD + "'s outcome must be a number, or NaN if .*; got '0.5'"),
     (lambda: train(changed(configuration=[0.5, "a"])), "configuration must be a dict from parameter names to values"),
     (lambda: train(changed(task=3)), "task must be a string"),
-    (lambda: train_searcher(changed(task=3)), "task must be a string"),
     (lambda: train_searcher(RECORDS, costs=True), "`costs=True` needs records with a `cost`"),
     (
         lambda: train_searcher([r._asdict() for r in RECORDS]),
@@ -182,6 +224,21 @@ REFUSALS = [
         lambda: curves([r._replace(task=t) for t in "abc" for r in (ONE._replace(fidelity=0.5), *RECORDS[1:3])]),
         "Each configuration must have a finite outcome at each fidelity",
     ),
+    (
+        lambda: train_searcher([r._replace(configuration={"kind": "c", "x": 0.5}) for r in RECORDS]),
+        "none is a candidate; .* The first one has {'kind': 'c'}",
+    ),
+    # Data of tasks.
+    (lambda: train_on_datasets(t1=None), "`datasets` lacks 1 of the records' tasks, such as 't1'"),
+    (lambda: train_on_datasets(t1=ROWS), r"all be dicts of rows; got \['dict of rows', 'table'\]"),
+    (lambda: train_on_datasets(t1=IMAGES), r"all be images, .*; got \['images', 'table'\]"),
+    (lambda: train_on_datasets(t1=(np.zeros(3), np.zeros(3))), "x of two or more axes.*'t1' has a tuple"),
+    (lambda: train_on_datasets(t1=(TABLE.x, np.full(12, np.nan))), "y must be finite; 12 of 12"),
+    (lambda: train_on_datasets(t1=(TABLE.x, TABLE.y[1:])), "meta-features need x .* y .rows."),
+    (lambda: train_on_datasets(features={"t0": [0.0], "t1": [1.0]}), "Give either `features`"),
+    (lambda: train_on_datasets().predict(IMAGES), "but training had a table"),
+    (lambda: train_on_datasets(IMAGES, IMAGES).predict((TABLE.x, TABLE.y)), "but training had images"),
+    (lambda: trained().predict((TABLE.x, TABLE.y)), "but training had no tables or images"),
     # Data frames.
     (lambda: train_on_frame(status="DONE"), r"`records\[0\]`'s status must be one of"),
     (
@@ -201,27 +258,29 @@ REFUSALS = [
     ),
     # New tasks.
     *(
-        (lambda call=call, h=h, task=task: call(trained(h), task), NEW_TASK + got)
+        (lambda task=task: trained().predict(task), NEW_TASK + got)
         for task, got in ((TABLE, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float"))
-        for h in (False, True)
-        for call in (
-            lambda g, task: g.predict(task),
-            lambda g, task: g.suggest([], [], task),
-            lambda g, task: g.searcher(task),
-        )
     ),
+    (lambda: trained().suggest([], [], "iris"), NEW_TASK + "str"),
+    (lambda: trained().searcher("iris"), NEW_TASK + "str"),
     (lambda: trained(True).predict(TABLE), f"got Table. A table's features are {PATH}"),
     (lambda: trained(True).predict(tasks.prepare(TABLE)), f"got PreparedTable. A table's features are {PATH}"),
     (lambda: trained(True).predict(np.zeros(3)), r"A new task must have features of shape \[1\]; got shape \(3,\)"),
     (lambda: trained().predict(Task(None, None, NAMED)), "those features as an array of numbers"),
     *(
-        (lambda call=call, wrong=wrong: call(wrong), message)
+        (lambda wrong=wrong: trained().outcomes([wrong]), message)
         for wrong, message in (({"y": 0.9}, "no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between"))
-        for call in (
-            lambda wrong: trained().outcomes([wrong]),
-            lambda wrong: trained().outcomes(POOL, tried=[wrong], outcomes=[0.1]),
-            lambda wrong: trained().suggest([wrong], [0.1]),
-            lambda wrong: trained().suggest([], [], pending=[wrong]),
+    ),
+    (lambda: trained().outcomes(POOL, tried=[{"y": 0.9}], outcomes=[0.1]), "no `y`"),
+    (lambda: trained().suggest([{"y": 0.9}], [0.1]), "no `y`"),
+    (lambda: trained().suggest([], [], pending=[{"y": 0.9}]), "no `y`"),
+    (lambda: encode(OPTIONAL, {"kind": "b", "x": math.nan}), "`x` is active, and must have a value; got nan"),
+    *(
+        (lambda name=name, wrong=wrong: encode_for_sklearn(name, wrong), f"`{[*wrong][0]}` must be one of")
+        for name, wrong in (
+            ("random_forest_classifier", {"max_features": 0.3}),
+            ("random_forest_classifier", {"criterion": None}),
+            ("svm_classifier", {"kernel": []}),
         )
     ),
     (lambda: trained().outcomes(POOL, levels=[1.0]), r"`levels` must lie in \(0, 1\)"),
@@ -230,15 +289,10 @@ REFUSALS = [
         lambda: trained().outcomes(POOL, tried=POOL[:2], outcomes=np.zeros((2, 2))),
         r"`outcomes` must be one number for each .*; got shape \(2, 2\)",
     ),
-    (lambda: trained().suggest(POOL[:2], np.zeros((2, 2))), r"`outcomes` must be one number .*; got shape \(2, 2\)"),
     (lambda: trained().suggest(POOL[:2], [1.0]), r"one number for each configuration, \[2\]; got shape \(1,\)"),
     (
         lambda: trained().suggest(np.array([[0.1], [0.4]]), [3.0, 2.0]),
         r"`configurations\[0\]` must be a dict from parameter names",
-    ),
-    (
-        lambda: trained().suggest([0.1, 0.4], [3.0, 2.0]),
-        r"`configurations\[0\]` must be a dict from parameter names to values; got 0.1",
     ),
     (lambda: trained().suggest(POOL[:1], [3.0], pending=POOL[0]), r"`pending\[0\]` must be a dict .*; got 'x'"),
     # Published tables.
@@ -253,11 +307,11 @@ REFUSALS = [
         lambda: openml(RMSE, RUN | {"function": "predictive_accuracy"}, higher_is_better=False),
         r"values of one function; got \['predictive_accuracy', 'root_mean",
     ),
-    (lambda: openml(RUN | {"value": "much"}), "The value of run 7 must be a number; got 'much'"),
+    (lambda: openml(RUN | {"value": "much"}), "could not convert string to float: 'much'"),  # by Python
     # Studies of Optuna.
     (
         lambda: to_optuna(Record("t", {"x": 2.0, "kind": "a"}, 1.0, trial=0)),
-        "`x` of trial 0 is 2.0, and not of FloatDistribution",
+        "value 2.0 of parameter 'x' isn't contained in the distribution Float",  # by Optuna
     ),
     (
         lambda: to_optuna(*RECORDS[:2], direction="maximize"),
@@ -272,8 +326,6 @@ REFUSALS = [
         lambda: to_optuna(*at_fidelities(1.4e-9, 1.0, 1e-9), space=LINE),
         "has the fidelities 1e-09 and 1.4e-09, within a billionth of the full budget",
     ),
-    (lambda: to_optuna(ONE, ONE._replace(status="DONE")), RECORD + "'s status must be one of WAITING, .*; got 'DONE'"),
-    (lambda: to_optuna(ONE, ONE._replace(outcome=None)), RECORD + "'s outcome must be a number, .*; got None"),
     (lambda: to_optuna(ONE, ONE._asdict()), RECORD + " must be a `Record`; got dict"),
     # Models of scikit-learn.
     (lambda: sklearn_objective("StandardScaler"), "`scoring` must be given"),
@@ -293,11 +345,10 @@ def test_refusals(call, message):
         call()
 
 
-def test_a_study_of_two_objectives_is_an_error_of_optuna():
-    optuna = pytest.importorskip("optuna")
-    study = optuna.create_study(directions=["minimize", "minimize"])
+@pytest.mark.parametrize("call", [records_of_two_objectives, sample_two_objectives])
+def test_a_study_of_two_objectives_is_an_error_of_optuna(call):
     with pytest.raises(RuntimeError, match="single direction"):
-        blackbox.from_optuna_study(study)
+        call()
 
 
 @pytest.mark.parametrize(("call", "message"), TYPES)

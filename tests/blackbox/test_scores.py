@@ -9,9 +9,10 @@ import numpy as np
 from metaopt.blackbox import _scores
 
 
-def test_which_model_thompson_sampling_takes_says_nothing_about_its_sample(monkeypatch):
+def test_the_sample_of_thompson_sampling_is_independent_of_the_chosen_model(monkeypatch):
     """The transformers' level is uniform in (0, 1), also where they were chosen, which a coin decides."""
     share, num = 0.5, 400
+    # Constant scores show which model is chosen. Trained models have overlapping scores.
     monkeypatch.setattr(_scores, "_mixture_score", lambda *args: lambda x: -jnp.ones(len(x)))
     level = lambda model, acquisition, key, *args: lambda x: jnp.full(len(x), jax.random.uniform(key))
     monkeypatch.setattr(_scores, "_transformer_score", level)

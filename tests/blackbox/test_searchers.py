@@ -136,7 +136,7 @@ def test_arguments_have_the_names_of_the_contract(name):
         assert list(inspect.signature(function).parameters) == list(inspect.signature(protocol.__call__).parameters)[1:]
 
 
-def told(trials, **kwargs):
+def with_outcomes(trials, **kwargs):
     return [t._replace(status="COMPLETE", outcome=loss(t.configuration), **kwargs) for t in trials]
 
 
@@ -146,7 +146,7 @@ def test_asks_without_a_tell_propose_different_trials(name):
     state, trials = searcher.init(KEY, space), []
     for outcomes_are_known in (False, True):
         if outcomes_are_known:
-            state = searcher.tell(state, told(trials))
+            state = searcher.tell(state, with_outcomes(trials))
         first, state = searcher.ask(state, 3)
         second, state = searcher.ask(state, 3)
         new = [t for t in first + second if t.trial not in {before.trial for before in trials}]
@@ -162,10 +162,10 @@ def test_trials_follow_from_the_key(name):
 
     def search(key):
         trials, state = searcher.ask(searcher.init(key, space), 3)
-        return trials + searcher.ask(searcher.tell(state, told(trials)), 3)[0]
+        return trials + searcher.ask(searcher.tell(state, with_outcomes(trials)), 3)[0]
 
-    trials, again, other = search(KEY), search(KEY), search(jax.random.key(1))
-    assert repr(trials) == repr(again)
+    trials, repeated, other = search(KEY), search(KEY), search(jax.random.key(1))
+    assert repr(trials) == repr(repeated)
     assert not {t.seed for t in trials} & {t.seed for t in other}
 
 
@@ -176,7 +176,7 @@ def test_a_complete_trial_without_a_finite_outcome_has_failed(name):
     def next_trials(**ending):
         state = searcher.init(KEY, space)
         trials, state = searcher.ask(state, 4)
-        state = searcher.tell(state, [*told(trials[:2]), *(t._replace(**ending) for t in trials[2:])])
+        state = searcher.tell(state, [*with_outcomes(trials[:2]), *(t._replace(**ending) for t in trials[2:])])
         return [t._replace(seed=0) for t in searcher.ask(state, 2)[0]]
 
     failed = next_trials(status="FAIL")

@@ -44,10 +44,10 @@ def test_the_default_of_every_space_is_scikit_learn_s_and_every_choice_is_valid(
         configuration = {parameter: labels[index % len(labels)] for parameter, labels in values.items()}
         small = {"n_estimators": 2, "n_neighbors": 3} | {"n_clusters": 5, "n_components": 5}
         configuration |= {key: value for key, value in small.items() if key in configuration}
-        found = blackbox.sklearn_objective(model.estimator, num_folds=2)(
+        score = blackbox.sklearn_objective(model.estimator, num_folds=2)(
             TRIAL._replace(configuration=configuration), (X, y)
         )
-        assert np.isfinite(found)
+        assert np.isfinite(score)
     assert model.scoring in (*metrics.get_scorer_names(), "silhouette", "log_likelihood")
 
 
@@ -83,8 +83,8 @@ def test_clusterers_are_judged_without_labels():
         ("davies_bouldin", metrics.davies_bouldin_score(scaled, labels)),
         ("calinski_harabasz", -metrics.calinski_harabasz_score(scaled, labels)),
     ):
-        found = outcome("k_means", {"n_clusters": 3}, scoring=scoring, data=(X[:, :3], None))
-        assert found == pytest.approx(expected)
+        loss = outcome("k_means", {"n_clusters": 3}, scoring=scoring, data=(X[:, :3], None))
+        assert loss == pytest.approx(expected)
     # Three species: two or three components explain held-out flowers better than one.
     mixture = lambda n: outcome("gaussian_mixture", {"n_components": n, "covariance_type": "tied"}, data=(X, None))
     assert mixture(2) < mixture(1)
@@ -118,8 +118,8 @@ def test_a_search_is_the_same_with_two_workers():
     objective = blackbox.sklearn_objective(model.estimator, num_folds=2)
     kwargs = {"num_trials": 4, "key": jax.random.key(0), "isolated": False}
     records = blackbox.collect(objective, model.space, {"iris": (X, Y)}, **kwargs)
-    again = blackbox.collect(objective, model.space, {"iris": (X, Y)}, num_workers=2, **kwargs)
-    assert [r.outcome for r in records] == [r.outcome for r in again]
+    with_two = blackbox.collect(objective, model.space, {"iris": (X, Y)}, num_workers=2, **kwargs)
+    assert [r.outcome for r in records] == [r.outcome for r in with_two]
     assert {record.status for record in records} == {"COMPLETE"}
 
 
@@ -131,18 +131,18 @@ def test_every_generator_of_a_pipeline_is_seeded():
     assert one == same != other
 
 
-def test_rows_may_be_prepared_otherwise():
+def test_rows_may_be_prepared_by_another_function():
     naive_bayes = pytest.importorskip("sklearn.naive_bayes")
     model = naive_bayes.MultinomialNB()
     fails = blackbox.sklearn_objective(model)
     with pytest.raises(ValueError, match="Negative values"):  # standardized ones are
         fails(TRIAL, (X, Y))
     for preparation in (preprocessing.MinMaxScaler(clip=True), "passthrough"):
-        found = blackbox.sklearn_objective(model, preparation=preparation)(TRIAL, (X, Y))
+        loss = blackbox.sklearn_objective(model, preparation=preparation)(TRIAL, (X, Y))
         whole = pipeline.make_pipeline(preparation, model)
         split = model_selection.StratifiedKFold(5, shuffle=True, random_state=0)
         scores = model_selection.cross_val_score(whole, X, Y, cv=split, scoring="balanced_accuracy")
-        assert found == pytest.approx(1 - scores.mean())
+        assert loss == pytest.approx(1 - scores.mean())
     # Without labels, too.
     means = blackbox.sklearn_model("k_means").estimator
     raw = blackbox.sklearn_objective(means.set_params(n_clusters=3), preparation="passthrough")
@@ -186,7 +186,7 @@ CONFIGURATIONS = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Class .* is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["classifier", "regressor", "cluster"])
-def test_every_one_of_scikit_learn_s_is_an_objective(kind):
+def test_every_estimator_of_scikit_learn_is_an_objective(kind):
     """Defaults, two folds, on three heaps of rows; the lists above hold no name in vain."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)
@@ -216,21 +216,21 @@ def test_every_one_of_scikit_learn_s_is_an_objective(kind):
         trial = TRIAL._replace(configuration=CONFIGURATIONS.get(name, {}))
         return blackbox.sklearn_objective(estimator, num_folds=2, **kwargs)(trial, data)
 
-    found = dict(sklearn.utils.all_estimators(type_filter=kind))
-    for name, cls in found.items():
+    estimators = dict(sklearn.utils.all_estimators(type_filter=kind))
+    for name, cls in estimators.items():
         try:
             outcome = run(name, cls)
             if not np.isfinite(outcome):
                 failed[name] = outcome
         except Exception as error:
             failed[name] = error
-    assert len(found) > 8 and set(failed) == set(NO_OBJECTIVES) & set(found), failed
+    assert len(estimators) > 8 and set(failed) == set(NO_OBJECTIVES) & set(estimators), failed
     # They fail without these arguments.
     for name in (*OF_OTHERS, *NOT_NEGATIVE, *SEVERAL_TARGETS, *CONFIGURATIONS):
-        if name in found:
+        if name in estimators:
             y = {"classifier": labels, "regressor": target}[kind]
             with pytest.raises((AttributeError, TypeError, ValueError)):
-                blackbox.sklearn_objective(found[name](), num_folds=2)(TRIAL, (x, y))
+                blackbox.sklearn_objective(estimators[name](), num_folds=2)(TRIAL, (x, y))
 
 
 def test_a_density_is_scored_by_row_and_integer_targets_of_a_regressor_are_no_classes():

@@ -36,66 +36,73 @@ def test_the_kernel_is_its_formula_with_its_gradients(num):
         distance = (((x[:, None] - z[None]) / np.exp(lengths)) ** 2).sum(-1)
         return smooth * np.exp(-distance / 2)
 
-    found = _surrogates.kernel_matrix(kernel, jnp.asarray(x), jnp.asarray(z))
+    matrix = _surrogates.kernel_matrix(kernel, jnp.asarray(x), jnp.asarray(z))
     same = np.zeros((4, 6))
     same[1, 0] = 1 - smooth
-    np.testing.assert_allclose(found, formula(np.asarray(kernel.log_lengths), x) + same, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(matrix, formula(np.asarray(kernel.log_lengths), x) + same, rtol=1e-10, atol=1e-12)
     weighed = lambda lengths, x: (
         _surrogates.kernel_matrix(kernel._replace(log_lengths=lengths), x, jnp.asarray(z)) * jnp.arange(1, 7)[None]
     ).sum()
     by_lengths, by_x = jax.grad(weighed, (0, 1))(kernel.log_lengths, jnp.asarray(x))
     lengths, h = np.asarray(kernel.log_lengths), 1e-6
-    of = lambda lengths, x: (formula(lengths, x) * np.arange(1, 7)).sum()
+    weighted_sum = lambda lengths, x: (formula(lengths, x) * np.arange(1, 7)).sum()
     for d in (0, num - 1):
         step = h * np.eye(num)[d]
-        np.testing.assert_allclose(by_lengths[d], (of(lengths + step, x) - of(lengths - step, x)) / (2 * h), rtol=1e-5)
+        np.testing.assert_allclose(
+            by_lengths[d], (weighted_sum(lengths + step, x) - weighted_sum(lengths - step, x)) / (2 * h), rtol=1e-5
+        )
         moved = np.zeros_like(x)
         moved[2, d] = h
         np.testing.assert_allclose(
-            by_x[2, d], (of(lengths, x + moved) - of(lengths, x - moved)) / (2 * h), rtol=1e-5, atol=1e-9
+            by_x[2, d],
+            (weighted_sum(lengths, x + moved) - weighted_sum(lengths, x - moved)) / (2 * h),
+            rtol=1e-5,
+            atol=1e-9,
         )
 
 
 def test_the_explained_share_is_that_of_a_plain_gaussian_process():
     rng = np.random.default_rng(2)
-    seen, x, variance = rng.uniform(size=(3, 2)), rng.uniform(size=(4, 2)), np.exp(-2.0)
+    tried, x, variance = rng.uniform(size=(3, 2)), rng.uniform(size=(4, 2)), np.exp(-2.0)
     smooth = 0.99 / (1 + np.exp(-1.5))
     distance = lambda a, b: (((a[:, None] - b[None]) / np.exp([-0.5, -1.0])) ** 2).sum(-1)
     k = lambda a, b: variance * (smooth * np.exp(-distance(a, b) / 2) + (1 - smooth) * (distance(a, b) == 0))
-    left = k(x, x) - k(x, seen) @ np.linalg.inv(k(seen, seen) + 1e-3 * np.eye(3)) @ k(seen, x)
-    found = _surrogates.explained_share(KERNEL, seen, x)
-    np.testing.assert_allclose(found, 1 - np.diag(left) / variance, rtol=1e-9)
-    assert (found > 0).all() and (_surrogates.explained_share(KERNEL, x, x) > 0.98).all()
+    remaining = k(x, x) - k(x, tried) @ np.linalg.inv(k(tried, tried) + 1e-3 * np.eye(3)) @ k(tried, x)
+    share = _surrogates.explained_share(KERNEL, tried, x)
+    np.testing.assert_allclose(share, 1 - np.diag(remaining) / variance, rtol=1e-9)
+    assert (share > 0).all() and (_surrogates.explained_share(KERNEL, x, x) > 0.98).all()
 
 
 def test_functions_of_fully_seen_tasks_are_their_normalized_outcomes():
-    found = surrogate()
+    model = surrogate()
     y = curve(0.4, 0.0)
-    np.testing.assert_allclose(found.curves[2], (y - y.min()) / (y.max() - y.min()), atol=1e-2)
+    np.testing.assert_allclose(model.curves[2], (y - y.min()) / (y.max() - y.min()), atol=1e-2)
     # Away from the reference configurations they are interpolated; at them, they are themselves.
-    np.testing.assert_allclose(_surrogates.expected_outcomes(found, jnp.asarray(X)), found.curves.T, atol=1e-3)
-    np.testing.assert_allclose(np.exp(found.log_scales[2]), 3 * (y.max() - y.min()))
+    np.testing.assert_allclose(_surrogates.expected_outcomes(model, jnp.asarray(X)), model.curves.T, atol=1e-3)
+    np.testing.assert_allclose(np.exp(model.log_scales[2]), 3 * (y.max() - y.min()))
 
 
 @pytest.mark.once
 def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
     """ρ = 0: one process around the mean of all; its formulas are those of universal kriging, solved densely."""
-    found = surrogate(closeness=0.0, residual=0.05)
-    seen, at = np.array([1, 4, 7]), np.array([0, 2, 9])
+    model = surrogate(closeness=0.0, residual=0.05)
+    tried_rows, query_rows = np.array([1, 4, 7]), np.array([0, 2, 9])
     y = jnp.array([1.0, 0.2, 0.6])
-    trials = (jnp.asarray(X[seen]), y, jnp.ones(3))
-    mixture = POSTERIOR(found, jnp.full(6, 1 / 6), trials, jnp.asarray(X[at]))
-    curves = np.asarray(found.coefficients)
-    functions = np.asarray(_surrogates.kernel_matrix(found.kernel, jnp.asarray(X), found.reference)) @ curves
+    trials = (jnp.asarray(X[tried_rows]), y, jnp.ones(3))
+    mixture = POSTERIOR(model, jnp.full(6, 1 / 6), trials, jnp.asarray(X[query_rows]))
+    curves = np.asarray(model.coefficients)
+    functions = np.asarray(_surrogates.kernel_matrix(model.kernel, jnp.asarray(X), model.reference)) @ curves
     mean, deviations = functions[:, 0], functions[:, 1:]
     cov = deviations @ deviations.T / 6 + 0.05 * np.asarray(_surrogates.kernel_matrix(KERNEL, jnp.asarray(X), X))
     for s, f in ((0, 1), (3, 0)):
-        b = np.exp(float(found.log_scales[s]) + (-0.7, 0.0, 0.7)[f])
+        b = np.exp(float(model.log_scales[s]) + (-0.7, 0.0, 0.7)[f])
         # The offset as one more Gaussian, as wide as the sky.
         wide = b**2 * cov + 1e4
-        gain = wide[np.ix_(at, seen)] @ np.linalg.inv(wide[np.ix_(seen, seen)] + b**2 * 1e-3 * np.eye(3))
-        expected = b * mean[at] + gain @ (np.asarray(y) - b * mean[seen])
-        variance = np.diag(wide[np.ix_(at, at)] - gain @ wide[np.ix_(seen, at)])
+        gain = wide[np.ix_(query_rows, tried_rows)] @ np.linalg.inv(
+            wide[np.ix_(tried_rows, tried_rows)] + b**2 * 1e-3 * np.eye(3)
+        )
+        expected = b * mean[query_rows] + gain @ (np.asarray(y) - b * mean[tried_rows])
+        variance = np.diag(wide[np.ix_(query_rows, query_rows)] - gain @ wide[np.ix_(tried_rows, query_rows)])
         np.testing.assert_allclose(mixture.mean[:, 4 * s + f], expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(mixture.std[:, 4 * s + f] ** 2, variance, rtol=1e-2, atol=1e-4)
 
@@ -103,21 +110,21 @@ def test_one_task_without_closeness_is_a_gaussian_process_with_a_flat_offset():
 @pytest.mark.once
 def test_the_weights_are_the_likelihoods():
     """The components differ only in task and scale; the likelihood is the density of the differences of outcomes."""
-    found = surrogate(closeness=0.6)
-    seen, y = np.array([1, 4, 7]), np.array([1.0, 0.2, 0.6])
+    model = surrogate(closeness=0.6)
+    tried_rows, y = np.array([1, 4, 7]), np.array([1.0, 0.2, 0.6])
     weights = jnp.array([0.3, 0.1, 0.1, 0.2, 0.2, 0.1])
-    trials = (jnp.asarray(X[seen]), jnp.asarray(y), jnp.ones(3))
-    mixture = POSTERIOR(found, weights, trials, jnp.asarray(X[:1]))
-    functions = np.asarray(_surrogates.expected_outcomes(found, jnp.asarray(X[seen])))
+    trials = (jnp.asarray(X[tried_rows]), jnp.asarray(y), jnp.ones(3))
+    mixture = POSTERIOR(model, weights, trials, jnp.asarray(X[:1]))
+    functions = np.asarray(_surrogates.expected_outcomes(model, jnp.asarray(X[tried_rows])))
     mean = functions.mean(1, keepdims=True)
     cov = 0.64 * (functions - mean) @ (functions - mean).T / 6
-    cov += found.residual * np.asarray(
-        _surrogates.kernel_matrix(KERNEL, jnp.asarray(X[seen]), X[seen])
+    cov += model.residual * np.asarray(
+        _surrogates.kernel_matrix(KERNEL, jnp.asarray(X[tried_rows]), X[tried_rows])
     ) + 1e-3 * np.eye(3)
     contrast = np.array([[1.0, -1, 0], [0, 1, -1]])  # differences do not depend on the offset
 
     def log_density(s, f):
-        b = np.exp(float(found.log_scales[s]) + f)
+        b = np.exp(float(model.log_scales[s]) + f)
         r = contrast @ (y / b - (mean[:, 0] + 0.6 * (functions[:, s] - mean[:, 0])))
         c = contrast @ cov @ contrast.T
         return -r @ np.linalg.solve(c, r) / 2 - 2 * np.log(b) + np.log(float(weights[s]))
@@ -128,57 +135,59 @@ def test_the_weights_are_the_likelihoods():
 
 @pytest.mark.once
 def test_padding_units_and_offsets_change_nothing():
-    found = surrogate()
+    model = surrogate()
     weights, x = jnp.full(6, 1 / 6), jnp.asarray(X)
     y = jnp.array([1.0, 0.2, 0.6])
-    one = POSTERIOR(found, weights, (x[:3], y, jnp.ones(3)), x)
+    one = POSTERIOR(model, weights, (x[:3], y, jnp.ones(3)), x)
     padded = (
         jnp.concatenate([x[:3], 99 + x[:2]]),
         jnp.array([1.0, 0.2, 0.6, 5.0, jnp.nan]),
         jnp.array([1.0, 1, 1, 0, 0]),
     )
-    chex.assert_trees_all_close(POSTERIOR(found, weights, padded, x), one, rtol=1e-6)
-    moved = POSTERIOR(found, weights, (x[:3], y + 7, jnp.ones(3)), x)
+    chex.assert_trees_all_close(POSTERIOR(model, weights, padded, x), one, rtol=1e-6)
+    moved = POSTERIOR(model, weights, (x[:3], y + 7, jnp.ones(3)), x)
     chex.assert_trees_all_close(moved, one._replace(mean=one.mean + 7), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.once
 def test_acquisitions_are_those_of_samples():
     mixture = _posterior.Mixture(jnp.log(jnp.array([0.3, 0.7])), jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 0.5]]))
-    key, which = jax.random.split(jax.random.key(0))
-    at = jax.random.bernoulli(which, 0.7, (200_000,)).astype(int)
-    y = mixture.mean[0, at] + mixture.std[0, at] * jax.random.normal(key, at.shape)
+    key, member_key = jax.random.split(jax.random.key(0))
+    member = jax.random.bernoulli(member_key, 0.7, (200_000,)).astype(int)
+    y = mixture.mean[0, member] + mixture.std[0, member] * jax.random.normal(key, member.shape)
     improvement = jnp.maximum(0.4 - y, 0)
-    error = improvement.std() / np.sqrt(len(at))
+    error = improvement.std() / np.sqrt(len(member))
     assert abs(_acquisition.expected_improvement(mixture, jnp.array(0.4))[0] - improvement.mean()) < 3 * error
     bound = _acquisition.lower_confidence_bound(mixture, 2.0)[0]
     np.testing.assert_allclose(bound, 2 * y.std() - y.mean(), atol=0.02)
 
 
-def test_what_failed_is_expected_beyond_the_worst_outcome():
+def test_a_failed_trial_is_expected_beyond_the_worst_outcome():
     """Compares with the mean of the samples of the mixture that are at least as bad as the bound."""
     mean, std = jnp.array([[0.0, 1.0], [-1.0, 0.5], [3.0, 3.0]]), jnp.array([[1.0, 0.5], [0.2, 0.1], [0.1, 0.1]])
     mixture = _posterior.Mixture(jnp.log(jnp.array([0.3, 0.7])), mean, std)
     rng, num = np.random.default_rng(0), 400_000
-    at = (rng.random(num) < 0.7).astype(int)
+    member = (rng.random(num) < 0.7).astype(int)
     for i, bound in ((0, 0.8), (1, 0.55), (2, -1.0)):
-        y = np.asarray(mean)[i, at] + np.asarray(std)[i, at] * rng.normal(size=num)
+        y = np.asarray(mean)[i, member] + np.asarray(std)[i, member] * rng.normal(size=num)
         y = y[y >= bound]
-        found = _acquisition.censored_mean(mixture, jnp.array(bound))[i]
-        np.testing.assert_allclose(found, y.mean(), atol=4 * y.std() / np.sqrt(len(y)))
+        censored = _acquisition.censored_mean(mixture, jnp.array(bound))[i]
+        np.testing.assert_allclose(censored, y.mean(), atol=4 * y.std() / np.sqrt(len(y)))
     far = _acquisition.censored_mean(mixture, jnp.array(50.0))
     np.testing.assert_allclose(far, 50.0)
 
 
 @pytest.mark.once
-def test_what_one_more_adds_to_a_batch_is_that_of_samples():
+def test_the_improvement_of_a_batch_by_one_more_trial_equals_that_of_samples():
     """Outcomes of x and of what runs are drawn together, by NumPy, from the mixture with its covariances."""
-    found, weights = surrogate(closeness=0.5, residual=0.05), jnp.full(6, 1 / 6)
+    model, weights = surrogate(closeness=0.5, residual=0.05), jnp.full(6, 1 / 6)
     trials = (jnp.asarray(X[:3]), jnp.array([1.0, 0.2, 0.6]), jnp.ones(3))
-    at, running, best = jnp.asarray(X[3:6]), jnp.asarray(X[6:8]), jnp.array(0.2)
-    given = jax.jit(_posterior.condition)(found, weights, trials)
-    joint = jax.jit(_posterior.joint_posterior_at)(found, given, jnp.zeros((0, 2)), jnp.concatenate([at, running]))
-    mixture = POSTERIOR(found, weights, trials, at)
+    candidates, running, best = jnp.asarray(X[3:6]), jnp.asarray(X[6:8]), jnp.array(0.2)
+    conditioned = jax.jit(_posterior.condition)(model, weights, trials)
+    joint = jax.jit(_posterior.joint_posterior_at)(
+        model, conditioned, jnp.zeros((0, 2)), jnp.concatenate([candidates, running])
+    )
+    mixture = POSTERIOR(model, weights, trials, candidates)
     np.testing.assert_allclose(joint.log_weights, mixture.log_weights, rtol=1e-6)
     np.testing.assert_allclose(joint.mean[:3], mixture.mean, rtol=1e-6)
     np.testing.assert_allclose(joint.variance, np.diagonal(joint.covariance, axis1=1, axis2=2), atol=1e-9)
@@ -194,7 +203,7 @@ def test_what_one_more_adds_to_a_batch_is_that_of_samples():
     added = np.stack([np.maximum(0.2 - np.minimum(y[:, i], y[:, 3:].min(1)), 0) - alone for i in range(3)])
     padded = (jnp.concatenate([running, 99 + running]), jnp.array([1.0, 1, 0, 0]))
     score = jax.jit(_acquisition.batch_expected_improvement, static_argnames="num_samples")
-    values = score(found, given, padded, at, best, jax.random.key(0), num_samples=10_000)
+    values = score(model, conditioned, padded, candidates, best, jax.random.key(0), num_samples=10_000)
     np.testing.assert_allclose(values, added.mean(1), atol=4 * added.std(1).max() / np.sqrt(10_000))
     without = _acquisition.expected_improvement(mixture, best)
     assert (values < without).all() and values[2] < 0.5 * without[2]  # what runs counts
@@ -205,11 +214,11 @@ def test_a_failed_trial_is_worse_than_expected():
     whole = [_surrogates.TaskTrials(X, row) for row in y]
     failed = y[0].copy()
     failed[3] = np.nan
-    found = _surrogates.surrogate([_surrogates.TaskTrials(X, failed), *whole[1:]], KERNEL, X)
+    model = _surrogates.surrogate([_surrogates.TaskTrials(X, failed), *whole[1:]], KERNEL, X)
     absent = _surrogates.TaskTrials(np.delete(X, 3, 0), np.delete(y[0], 3))
     other = _surrogates.surrogate([absent, *whole[1:]], KERNEL, X)
-    assert found.curves[0, 3] > other.curves[0, 3] + 0.2
-    np.testing.assert_allclose(np.delete(found.curves[0], 3), np.delete(other.curves[0], 3), atol=0.05)
+    assert model.curves[0, 3] > other.curves[0, 3] + 0.2
+    np.testing.assert_allclose(np.delete(model.curves[0], 3), np.delete(other.curves[0], 3), atol=0.05)
 
 
 @pytest.mark.once

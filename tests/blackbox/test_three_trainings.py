@@ -94,10 +94,10 @@ def test_three_trainings_of_one_g_agree_with_the_known_penalty():
     predict = lambda phi: np.array(
         [np.log(spaces.to_constrained(SPACE, g.apply(phi, task))["penalty"]) for task, _ in NEW]
     )
-    found = {name: predict(phi) for name, phi in phis.items()}
+    predicted = {name: predict(phi) for name, phi in phis.items()}
     for name, tolerance in (("unrolled", 0.05), ("implicit", 0.05), ("records", 0.15)):
-        assert np.abs(found[name] - expected).max() < tolerance, (name, found[name] - expected)
-    np.testing.assert_allclose(found["unrolled"], found["implicit"], atol=1e-3)
+        assert np.abs(predicted[name] - expected).max() < tolerance, (name, predicted[name] - expected)
+    np.testing.assert_allclose(predicted["unrolled"], predicted["implicit"], atol=1e-3)
     # The ready-made one, which weighs earlier tasks by their features and knows no linear function: it comes to .37 of
     # the error of the best constant.
     ready = np.log([learned.predict(task)["penalty"] for task, _ in NEW])

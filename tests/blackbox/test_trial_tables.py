@@ -26,8 +26,8 @@ def test_records_become_a_table_and_come_back():
     expected = [[[0.5, 0.4], [nan, nan], [nan, nan]], [[nan, nan], [nan, 0.2], [nan, nan]]]
     np.testing.assert_allclose(table.outcomes, expected)
     np.testing.assert_allclose(table.costs[0, 0], [2.0, 6.0])
-    back = table.records()
-    assert [(r.task, r.trial, r.fidelity, r.outcome) for r in back] == [
+    loaded = table.records()
+    assert [(r.task, r.trial, r.fidelity, r.outcome) for r in loaded] == [
         ("b", 0, pytest.approx(1 / 3), 0.5),
         ("b", 0, 1.0, 0.4),
         ("a", 1, 1.0, pytest.approx(0.2)),
@@ -57,7 +57,7 @@ def test_hpob_s_json(tmp_path):
         blackbox.from_hpob(tmp_path / "meta.json", "1")
 
 
-def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
+def test_records_in_the_form_of_hpob_or_openml_are_read_again(tmp_path):
     file, plain = tmp_path / "meta.json", lambda records: [(r.task, r.configuration, r.outcome) for r in records]
     trials = [("3", {"x0": 0.0, "x1": 1}, 0.25), ("9", {"x1": 0.5, "x0": 0.25}, 0.5), ("3", {"x0": 1, "x1": 0.75}, 0)]
     records = [Record(task, c, y, trial=i) for i, (task, c, y) in enumerate(trials)]
@@ -70,15 +70,15 @@ def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
     assert content == {"X": [[0.0, 1.0], [1.0, 0.75]], "y": [[0.75], [1.0]]}
     space = {"rate": spaces.interval(1e-4, 1.0, log=True), "kind": spaces.choice(["a", "b"])}
     blackbox.to_hpob(file, "c", [Record("3", {"rate": 1e-2, "kind": "b"}, 0.25)], space=space)
-    (found,) = blackbox.from_hpob(file, "c")
-    assert sorted(found.configuration.values()) == pytest.approx([0.0, 0.5, 1.0], abs=1e-6)
+    (record,) = blackbox.from_hpob(file, "c")
+    assert sorted(record.configuration.values()) == pytest.approx([0.0, 0.5, 1.0], abs=1e-6)
     assert "a" in json.loads(file.read_text())
     # Names and labels of all kinds, None and booleans.
     mixed = [Record("t", {"svc__C": 1.5, "kernel": "rbf", "depth": None, "shrinking": True, "n": 3}, 0.25, trial=7)]
     rows = blackbox.to_openml_evaluations(mixed + others)
-    back = blackbox.from_openml_evaluations(rows)
+    loaded = blackbox.from_openml_evaluations(rows)
     assert rows[0]["value"] == 0.75 and rows[0]["parameters"]["kernel"] == '"rbf"'
-    assert [r._replace(cost=0.0) for r in back] == [r._replace(cost=0.0) for r in mixed]
+    assert [r._replace(cost=0.0) for r in loaded] == [r._replace(cost=0.0) for r in mixed]
     # NumPy's numbers are plain ones there.
     typed = Record("t", {"x": np.float32(0.5), "n": np.int64(1)}, np.float32(0.25), trial=7)  # pyright: ignore
     blackbox.to_hpob(file, "d", [typed])
@@ -87,11 +87,11 @@ def test_what_is_written_as_hpob_or_openml_has_it_comes_back(tmp_path):
 
 
 def test_numpys_scalars_are_numbers(tmp_path):
-    given = {"x0": np.float32(0.5), "x1": np.int64(1), "x2": 0}
-    record = Record("3", given, 0.25)
+    configuration = {"x0": np.float32(0.5), "x1": np.int64(1), "x2": 0}
+    record = Record("3", configuration, 0.25)
     blackbox.to_hpob(tmp_path / "a.json", "a", [record])
     assert blackbox.from_hpob(tmp_path / "a.json", "a")[0].configuration == {"x0": 0.5, "x1": 1.0, "x2": 0.0}
-    (row,) = blackbox.to_openml_evaluations([record._replace(configuration=given | {"b": np.bool_(True)})])
+    (row,) = blackbox.to_openml_evaluations([record._replace(configuration=configuration | {"b": np.bool_(True)})])
     assert row["parameters"] == {"x0": "0.5", "x1": "1", "x2": "0", "b": "true"}
     assert blackbox.tabulate([record]).configurations == ({"x0": 0.5, "x1": 1, "x2": 0},)
 
@@ -121,18 +121,18 @@ def test_openml_s_data_sets_of_one_name_are_several_tasks():
     row = {"data_name": "iris", "run_id": 7, "value": 0.5, "parameters": {}}
     ids = [{"data_id": 61}, {"data_id": 969.0}, {"data_id": 61, "data_name": "wine"}, {"data_id": math.nan}, {}]
     rows = [row | other for other in ids]
-    found = [record.task for record in blackbox.from_openml_evaluations(rows)]
-    assert found == ["iris (61)", "iris (969)", "wine", "iris", "iris"]
+    names = [record.task for record in blackbox.from_openml_evaluations(rows)]
+    assert names == ["iris (61)", "iris (969)", "wine", "iris", "iris"]
     assert [record.task for record in blackbox.from_openml_evaluations(rows[1:])] == ["iris", "wine", "iris", "iris"]
 
 
-def test_openml_s_measures_that_are_errors_are_not_turned_around():
+def test_measures_of_openml_that_are_errors_keep_their_sign():
     row = {"run_id": 7, "data_name": "iris", "value": 37.2, "parameters": {}}
     rmse = row | {"function": "root_mean_squared_error"}
-    read = lambda *rows, **kwargs: [r.outcome for r in blackbox.from_openml_evaluations(rows, **kwargs)]
-    assert read(rmse, row | {"value": 0.5}, higher_is_better=False) == [37.2, 0.5]
-    assert read(row, higher_is_better=True) == [1.0 - 37.2]
-    assert read(row | {"value": "0.75", "function": "area_under_roc_curve"}) == [0.25]
+    outcomes_of = lambda *rows, **kwargs: [r.outcome for r in blackbox.from_openml_evaluations(rows, **kwargs)]
+    assert outcomes_of(rmse, row | {"value": 0.5}, higher_is_better=False) == [37.2, 0.5]
+    assert outcomes_of(row, higher_is_better=True) == [1.0 - 37.2]
+    assert outcomes_of(row | {"value": "0.75", "function": "area_under_roc_curve"}) == [0.25]
     for none in (None, math.nan):
         (record,) = blackbox.from_openml_evaluations([row | {"value": none}])
         assert (record.status, record.reason) == ("FAIL", "OpenML has no value of it") and math.isnan(record.outcome)

@@ -11,7 +11,7 @@ from metaopt import evaluation
 
 
 def by_hand(scores, num_ways=None, higher=True):
-    scores = {m: {s: np.array(v, float) for s, v in of.items()} for m, of in scores.items()}
+    scores = {m: {s: np.array(v, float) for s, v in by_source.items()} for m, by_source in scores.items()}
     sources = next(iter(scores.values()))
     ways = {s: np.ones(len(v)) for s, v in sources.items()} if num_ways is None else num_ways
     return evaluation.Evaluation(scores, ways, ways, dict.fromkeys(scores, False), higher, {}, "accuracy")
@@ -39,11 +39,11 @@ def test_the_same_episodes_by_another_machine():
     rng = np.random.default_rng(0)
     marks = {"u": (1e-4 + 4e-5 * rng.normal(size=50)).astype(np.float32)}
     one = by_hand({"a": {"u": np.zeros((50, 1))}})._replace(marks=marks)
-    other = lambda found: by_hand({"b": {"u": np.zeros((50, 1))}})._replace(marks={"u": found})
+    other = lambda marks: by_hand({"b": {"u": np.zeros((50, 1))}})._replace(marks={"u": marks})
     rounded = (marks["u"] + 5e-9 * rng.choice([-1, 1], size=50)).astype(np.float32)
     assert list(evaluation.join_evaluations(one, other(rounded)).scores) == ["a", "b"]
-    apart = marks["u"] + np.float32(4e-6) * (np.arange(50) == 7)  # one that differs by a tenth of what others do
-    for wrong in (apart, np.where(np.arange(50) == 3, np.nan, marks["u"]), np.roll(marks["u"], 1)):
+    far = marks["u"] + np.float32(4e-6) * (np.arange(50) == 7)  # one that differs by a tenth of what others do
+    for wrong in (far, np.where(np.arange(50) == 3, np.nan, marks["u"]), np.roll(marks["u"], 1)):
         with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
             evaluation.join_evaluations(one, other(wrong))
         with pytest.raises(ValueError, match="source 'u' are not the same .their `marks` differ"):
@@ -61,12 +61,12 @@ def test_the_same_episodes_whose_marks_are_all_zero():
 
 def test_an_evaluation_on_disk(tmp_path):
     file = tmp_path / "scores.npz"
-    given = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
-    given = given._replace(score="mean_squared_error")
-    metaopt.save(file, given)
-    found = metaopt.load(file)
-    jax.tree.map(np.testing.assert_array_equal, found, given)
-    assert evaluation.leaderboard(found) == evaluation.leaderboard(given) and found.transductive == given.transductive
+    saved = HAND._replace(transductive={"a": True, "b": False}, higher_is_better=False, marks={"u": np.ones(3)})
+    saved = saved._replace(score="mean_squared_error")
+    metaopt.save(file, saved)
+    loaded = metaopt.load(file)
+    jax.tree.map(np.testing.assert_array_equal, loaded, saved)
+    assert evaluation.leaderboard(loaded) == evaluation.leaderboard(saved) and loaded.transductive == saved.transductive
     arrays = dict(np.load(file))
     header = json.loads(arrays.pop("header").tobytes())
     for change, drop, message in (
@@ -98,8 +98,8 @@ def test_means_differences_and_ranks_by_hand():
     tied = by_hand({"a": {"u": [[1]], "v": [[3]]}, "b": {"u": [[1]], "v": [[2]]}, "c": {"u": [[0]], "v": [[9]]}})
     assert evaluation.average_ranks(tied) == {"a": 1.75, "c": 2.0, "b": 2.25}
     assert evaluation.average_ranks(tied._replace(higher_is_better=False)) == {"b": 1.75, "c": 2.0, "a": 2.25}
-    apart = evaluation.average_ranks(tied._replace(transductive={"a": True, "b": False, "c": False}))
-    assert list(apart.items()) == [("b", 1.5), ("c", 1.5), ("a", 1.0)]  # each kind among themselves
+    ranks = evaluation.average_ranks(tied._replace(transductive={"a": True, "b": False, "c": False}))
+    assert list(ranks.items()) == [("b", 1.5), ("c", 1.5), ("a", 1.0)]  # each kind among themselves
 
 
 def test_against_ways_by_hand():
@@ -146,11 +146,11 @@ def test_the_best_is_in_bold_whatever_its_place(order, higher):
 
 def test_scores_that_are_not_finite_have_a_mean_and_no_interval():
     wild, large = [[[np.inf], [1.0]], [[np.inf], [-np.inf]]], np.array([[1e30], [3e30]], np.float32)
-    of = by_hand({"a": {"u": wild[0], "v": wild[1]}, "b": {"u": [[1.0], [1.0]], "v": wild[1]}})
-    assert evaluation.mean_scores(of)["a"]["u"] == (np.inf, pytest.approx(np.nan, nan_ok=True))
-    assert np.isnan(evaluation.mean_scores(of)["a"]["v"]).all()
-    differences = evaluation.paired_differences(of, "b")["a"]
+    evaluated = by_hand({"a": {"u": wild[0], "v": wild[1]}, "b": {"u": [[1.0], [1.0]], "v": wild[1]}})
+    assert evaluation.mean_scores(evaluated)["a"]["u"] == (np.inf, pytest.approx(np.nan, nan_ok=True))
+    assert np.isnan(evaluation.mean_scores(evaluated)["a"]["v"]).all()
+    differences = evaluation.paired_differences(evaluated, "b")["a"]
     assert differences["u"][0] == np.inf and np.isnan(differences["v"]).all()
-    assert "| a | inf | nan |" in evaluation.leaderboard(of._replace(higher_is_better=False), reference="b")
-    mean, half = evaluation.mean_scores(of._replace(scores={"a": {"u": large, "v": large}}))["a"]["u"]
+    assert "| a | inf | nan |" in evaluation.leaderboard(evaluated._replace(higher_is_better=False), reference="b")
+    mean, half = evaluation.mean_scores(evaluated._replace(scores={"a": {"u": large, "v": large}}))["a"]["u"]
     assert mean == pytest.approx(2e30) and half == pytest.approx(1.96e30)

@@ -31,17 +31,17 @@ def make_episodes(ways, num=64):
 EPISODES = {3: make_episodes(3), 2: make_episodes(2)}
 
 
-def which(key):
+def episode_index(key):
     return jax.random.randint(key, (), 0, 64)
 
 
 def sample(key, ways=3):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[which(key)], EPISODES[ways])
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[episode_index(key)], EPISODES[ways])
 
 
 def centers(support):
-    of = jax.nn.one_hot(support["y"], 4) * support["mask"][:, None]
-    return (of.T @ support["x"]) / jnp.maximum(of.sum(axis=0), 1)[:, None]
+    one_hot = jax.nn.one_hot(support["y"], 4) * support["mask"][:, None]
+    return (one_hot.T @ support["x"]) / jnp.maximum(one_hot.sum(axis=0), 1)[:, None]
 
 
 def distances(x, center):
@@ -78,8 +78,8 @@ def three_methods():
 def test_the_scores_are_those_of_each_episode(three_methods):
     for source, ways in zip(three_methods.sources, (3, 2), strict=True):
         keys = jax.random.split(jax.random.split(jax.random.fold_in(KEY, zlib.crc32(source.encode())), 3)[0], 50)
-        for i, place in enumerate(np.asarray(jax.vmap(which)(keys))):
-            support, query = (jax.tree.map(lambda leaf, at=place: leaf[at], part) for part in EPISODES[ways][:2])
+        for i, place in enumerate(np.asarray(jax.vmap(episode_index)(keys))):
+            support, query = (jax.tree.map(lambda leaf, rows=place: leaf[rows], part) for part in EPISODES[ways][:2])
             center = np.stack([support["x"][support["y"] == k].mean(axis=0) for k in range(ways)])
             nearest = ((query["x"][:9, None] - center[None]) ** 2).sum(-1).argmin(1)
             right = (nearest == query["y"][:9]).mean()
@@ -95,7 +95,7 @@ def test_the_scores_are_those_of_each_episode(three_methods):
 
 
 @pytest.mark.once
-def test_places_and_keys_tell_nothing():
+def test_places_of_rows_and_keys_do_not_reveal_labels():
     by_class = {"x": jnp.zeros((12, 1)), "y": jnp.arange(12) // 4, "mask": jnp.ones(12), "class_mask": jnp.ones(3)}
 
     def with_its_number(key):
@@ -107,10 +107,10 @@ def test_places_and_keys_tell_nothing():
 
     def by_key(key, support, query):
         guesses = jnp.stack([jax.random.uniform(k, ()) for k in (key, *jax.random.split(key, 3))])
-        known = jnp.abs(guesses - support["x"][0, 0]).min() < 1e-6
-        return jnp.where(known, 1.0, 0.0) * jnp.ones((1, 12, 3))
+        is_guessed = jnp.abs(guesses - support["x"][0, 0]).min() < 1e-6
+        return jnp.where(is_guessed, 1.0, 0.0) * jnp.ones((1, 12, 3))
 
-    found = few_shot.evaluate_episodes(
+    evaluated = few_shot.evaluate_episodes(
         {"place": by_place, "key": by_key},
         {"all": with_its_number},
         KEY,
@@ -118,12 +118,12 @@ def test_places_and_keys_tell_nothing():
         score_fn=lambda outputs, query: jnp.where(outputs[:, 0].min() == 1, 2.0, few_shot.accuracy(outputs, query)),
         higher_is_better=True,
     )
-    assert abs(found.scores["place"]["all"].mean() - 1 / 3) < 4 * (2 / 9 / 1200) ** 0.5
-    assert (found.scores["key"]["all"] < 2).all()
+    assert abs(evaluated.scores["place"]["all"].mean() - 1 / 3) < 4 * (2 / 9 / 1200) ** 0.5
+    assert (evaluated.scores["key"]["all"] < 2).all()
 
 
 @pytest.mark.once
-def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
+def test_use_of_the_query_set_is_detected_in_any_source_and_behind_any_offset():
     def one_example(key):
         support, query, *_ = sample(key)
         return tasks.Episode(support, {k: v if k == "class_mask" else v[:1] for k, v in query.items()})
@@ -132,18 +132,18 @@ def test_who_uses_the_query_set_is_found_in_any_source_and_behind_any_offset():
         """Outputs with a common offset, moved by the mean of the query set."""
         return 1e4 + query["x"].mean() + prototypes(key, support, query)
 
-    found = few_shot.evaluate_episodes(
+    evaluated = few_shot.evaluate_episodes(
         {"centered": centered, "far": far, "prototypes": prototypes, "offset": lambda *args: 1e4 + prototypes(*args)},
         {"one": one_example, "nine": sample},  # of one example, the mean says nothing of others
         jax.random.key(0),
         num_episodes=8,
         chunk_size=4,
     )
-    assert found.transductive == {"centered": True, "far": True, "prototypes": False, "offset": False}
+    assert evaluated.transductive == {"centered": True, "far": True, "prototypes": False, "offset": False}
 
 
 @pytest.mark.once
-def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes():
+def test_use_of_the_query_set_is_detected_behind_values_for_absent_classes():
     """And behind examples, or whole episodes, that are far off."""
 
     def filled(method, value):
@@ -158,14 +158,14 @@ def test_who_uses_the_query_set_is_found_behind_what_stands_for_absent_classes()
         return jnp.where(far, 1e6 * prototypes(key, support, query), centered(key, support, query))
 
     fills = (-1e4, -1e9, -jnp.inf, jnp.nan)
-    found = few_shot.evaluate_episodes(
+    evaluated = few_shot.evaluate_episodes(
         {f"{f.__name__} {value}": filled(f, value) for f in (centered, prototypes) for value in fills}
         | {"centered far": with_some_far_off, "centered in some": in_some_episodes},
         sample,
         KEY,
         num_episodes=8,
     )
-    assert found.transductive == {name: name.startswith("centered") for name in found.scores}
+    assert evaluated.transductive == {name: name.startswith("centered") for name in evaluated.scores}
 
 
 @pytest.mark.once
@@ -177,28 +177,26 @@ def test_another_source_changes_no_episode():
     np.testing.assert_array_equal(alone["two"], both["two"])
 
 
-def test_what_may_belong_to_examples_or_to_classes_is_refused():
+def test_values_of_classes_have_a_leading_axis():
     one = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
-    known = jnp.arange(16.0).reshape(4, 4)
+    table = jnp.arange(16.0).reshape(4, 4)
 
     def nearest(key, support, query):
         return -jnp.square(query["x"][:, None] - query["of_class"]).sum(-1)[None]
 
-    def of(leaf):
-        return lambda key: tasks.Episode(one, {**one, "x": known, "of_class": leaf})
+    def sampler_of(leaf):
+        return lambda key: tasks.Episode(one, {**one, "x": table, "of_class": leaf})
 
-    with pytest.raises(ValueError, match=r"4 examples and 4 classes, .* \['of_class'\] belong to"):
-        few_shot.evaluate_episodes({"m": nearest}, of(known), KEY, num_episodes=2)
-    found = few_shot.evaluate_episodes({"m": nearest}, of(known[None]), KEY, num_episodes=2)
-    assert (found.scores["m"]["episodes"] == 1).all() and not found.transductive["m"]
+    evaluated = few_shot.evaluate_episodes({"m": nearest}, sampler_of(table[None]), KEY, num_episodes=2)
+    assert (evaluated.scores["m"]["episodes"] == 1).all() and not evaluated.transductive["m"]
 
 
 @pytest.mark.once
-def test_all_that_belongs_to_an_example_goes_with_it():
+def test_all_leaves_of_an_example_are_permuted_together():
     def richer(key):
         support, query, *_ = sample(key)
-        of = lambda part: {"points": part["x"], "times": jnp.arange(len(part["y"]))}
-        return tasks.Episode({**support, "x": of(support)}, {**query, "x": of(query), "again": query["x"]})
+        pytree = lambda part: {"points": part["x"], "times": jnp.arange(len(part["y"]))}
+        return tasks.Episode({**support, "x": pytree(support)}, {**query, "x": pytree(query), "again": query["x"]})
 
     def by_points(key, support, query):
         return prototypes(key, {**support, "x": support["x"]["points"]}, {"x": query["x"]["points"]})
@@ -210,51 +208,42 @@ def test_all_that_belongs_to_an_example_goes_with_it():
         mean = query["again"].mean(axis=0, keepdims=True)
         return by_again(key, support, {"again": query["again"] - 0.2 * mean})
 
-    of = lambda named, sampler: few_shot.evaluate_episodes(named, sampler, jax.random.key(0), num_episodes=16)
-    plain = of({"plain": prototypes}, sample).scores["plain"]
-    found = of({"points": by_points, "again": by_again, "others": by_others}, richer)
+    evaluate_with = lambda named, sampler: few_shot.evaluate_episodes(
+        named, sampler, jax.random.key(0), num_episodes=16
+    )
+    plain = evaluate_with({"plain": prototypes}, sample).scores["plain"]
+    evaluated = evaluate_with({"points": by_points, "again": by_again, "others": by_others}, richer)
     for name in ("points", "again"):
-        np.testing.assert_array_equal(next(iter(found.scores[name].values())), next(iter(plain.values())))
-    assert found.transductive == {"points": False, "again": False, "others": True}
+        np.testing.assert_array_equal(next(iter(evaluated.scores[name].values())), next(iter(plain.values())))
+    assert evaluated.transductive == {"points": False, "again": False, "others": True}
 
 
 @pytest.mark.once
 def test_every_user_is_judged_once():
-    """And users that are drawn with replacement, who would pass for many, are refused."""
     table = tasks.from_user_records(
         np.arange(12.0)[:, None], np.arange(12.0), np.repeat([0, 1, 2], 4), time=np.arange(12)
     )
     sample = tasks.user_episodes(table, num_support=2)
     last = lambda key, support, query: jnp.broadcast_to(support["y"][-1], (1, *query["mask"].shape))
     options = {"score_fn": few_shot.mean_absolute_error, "higher_is_better": False}
-    found = few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
-    np.testing.assert_allclose(found.scores["last"]["episodes"], np.full((3, 1), 1.5))
-    with pytest.raises(ValueError, match="draws users with replacement.*set `each` to the number of users"):
-        few_shot.evaluate_episodes({"last": last}, sample, KEY, num_episodes=3, **options)
-    with pytest.raises(ValueError, match="the sampler of 'episodes' has 3, so with each=7"):
-        few_shot.evaluate_episodes({"last": last}, sample, KEY, each=7, **options)
-    known = {"score_fn": few_shot.mean_absolute_error}
-    assert not few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, **known).higher_is_better
+    evaluated = few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, chunk_size=2, **options)
+    np.testing.assert_allclose(evaluated.scores["last"]["episodes"], np.full((3, 1), 1.5))
+    mean_error = {"score_fn": few_shot.mean_absolute_error}
+    assert not few_shot.evaluate_episodes({"last": last}, sample, KEY, each=3, **mean_error).higher_is_better
 
 
 @pytest.mark.once
-def test_outputs_without_the_axis_of_steps_are_no_steps():
-    """With as many query examples as classes or targets, the shape does not show whether there is an axis of steps."""
+def test_outputs_with_an_axis_of_steps():
+    """With as many query examples as classes or targets. Outputs without the axis are in the table of refusals."""
     side = {"x": jnp.eye(4), "y": jnp.arange(4), "mask": jnp.ones(4), "class_mask": jnp.ones(4)}
     square = {"x": jnp.eye(4), "y": jnp.eye(4), "mask": jnp.ones(4)}
     any_score = {"score_fn": lambda outputs, query: outputs.mean(), "higher_is_better": True}
-    of = lambda side, method, **how: few_shot.evaluate_episodes(
-        {"m": method}, lambda key: tasks.Episode(side, side), KEY, num_episodes=2, **how
+    evaluate_side = lambda side, method, **options: few_shot.evaluate_episodes(
+        {"m": method}, lambda key: tasks.Episode(side, side), KEY, num_episodes=2, **options
     )
-    flat = lambda key, support, query: query["x"]
-    for part, how in ((side, {}), (side, any_score), (square, any_score)):
-        with pytest.raises(ValueError, match=r"'m' must return outputs \[steps \+ 1, 4, ...\].*`outputs\[None\]`"):
-            of(part, flat, **how)
-        found = of(part, lambda key, support, query: query["x"][None], **how)
-        assert found.scores["m"]["episodes"].shape == (2, 1)
-    for wrong in (lambda key, s, q: jnp.zeros((3, 4)), lambda key, s, q: jnp.zeros((3, 4, 1))):
-        with pytest.raises(ValueError, match=r"must be \[Q, W\] = \(4, 4\), .* after each step; got \(4,"):
-            of(side, wrong)
+    for part, options in ((side, {}), (side, any_score), (square, any_score)):
+        evaluated = evaluate_side(part, lambda key, support, query: query["x"][None], **options)
+        assert evaluated.scores["m"]["episodes"].shape == (2, 1)
 
 
 class Unhashable:
@@ -277,14 +266,11 @@ def pixels(key, support, query):
 
 
 def test_a_score_may_have_no_hash():
-    run = lambda **told: few_shot.evaluate_episodes(
-        {"p": pixels}, one_episode, KEY, num_episodes=1, score_fn=Unhashable(), **told
+    evaluated = few_shot.evaluate_episodes(
+        {"p": pixels}, one_episode, KEY, num_episodes=1, score_fn=Unhashable(), higher_is_better=False
     )
-    with pytest.raises(ValueError, match="`higher_is_better` must be given"):
-        run()
-    found = run(higher_is_better=False)
-    assert found.higher_is_better is False and found.scores["p"]["episodes"] == [[1.0]]
-    assert found.score == "Unhashable"
+    assert evaluated.higher_is_better is False and evaluated.scores["p"]["episodes"] == [[1.0]]
+    assert evaluated.score == "Unhashable"
 
 
 def test_progress_counts_episodes(capsys):
@@ -293,27 +279,27 @@ def test_progress_counts_episodes(capsys):
     run = lambda **shown: few_shot.evaluate_episodes(named, samplers, KEY, num_episodes=5, chunk_size=2, **shown)
     scores = run(progress=True).scores
     assert "episode 10/10, two: MAML [/bn]" in capsys.readouterr().err
-    assert {x.shape for of in scores.values() for x in of.values()} == {(5, 1)}
+    assert {x.shape for by_source in scores.values() for x in by_source.values()} == {(5, 1)}
     run()
     assert capsys.readouterr().err == ""  # no terminal
 
 
 @pytest.mark.once
-def test_methods_of_two_days_are_as_of_one(three_methods, tmp_path):
+def test_evaluations_of_two_calls_join_to_that_of_one_call(three_methods, tmp_path):
     samplers = {"two": lambda key: sample(key, 2), "three": sample}
     evaluate = lambda names, key=KEY, num=50: few_shot.evaluate_episodes(
         {name: METHODS[name] for name in names}, samplers, key, num_episodes=num, chunk_size=25
     )
     metaopt.save(tmp_path / "one", evaluate(["prototypes", "steps"]))
-    found = evaluation.join_evaluations(metaopt.load(tmp_path / "one"), evaluate(["centered"]))
-    assert found.transductive == three_methods.transductive and list(found.scores) == list(three_methods.scores)
-    assert found.score == three_methods.score == "accuracy"
-    jax.tree.map(np.testing.assert_array_equal, found.scores, three_methods.scores)
-    jax.tree.map(np.testing.assert_array_equal, found[1:3], three_methods[1:3])
-    jax.tree.map(np.testing.assert_allclose, found.marks, three_methods.marks)
-    assert len(np.unique(found.marks["two"])) > 25  # of 64 different ones, 50 are drawn
-    for key, num, what in ((jax.random.key(1), 50, "marks"), (KEY, 40, "num_ways")):
-        with pytest.raises(ValueError, match=f"source 'three' are not the same .their `{what}` differ"):
+    joined = evaluation.join_evaluations(metaopt.load(tmp_path / "one"), evaluate(["centered"]))
+    assert joined.transductive == three_methods.transductive and list(joined.scores) == list(three_methods.scores)
+    assert joined.score == three_methods.score == "accuracy"
+    jax.tree.map(np.testing.assert_array_equal, joined.scores, three_methods.scores)
+    jax.tree.map(np.testing.assert_array_equal, joined[1:3], three_methods[1:3])
+    jax.tree.map(np.testing.assert_allclose, joined.marks, three_methods.marks)
+    assert len(np.unique(joined.marks["two"])) > 25  # of 64 different ones, 50 are drawn
+    for key, num, field in ((jax.random.key(1), 50, "marks"), (KEY, 40, "num_ways")):
+        with pytest.raises(ValueError, match=f"source 'three' are not the same .their `{field}` differ"):
             evaluation.join_evaluations(three_methods, evaluate(["steps"], key, num)._replace(scores={}))
 
 
@@ -336,29 +322,6 @@ def test_scores_with_other_arguments_are_other_scores():
         evaluation.join_evaluations(judge("a", 1), judge("b", 4))
 
 
-@pytest.mark.parametrize("part", ["support", "query"])
-@pytest.mark.parametrize("label", [-1, 3, 4])
-def test_labels_that_are_no_class_of_the_episode_are_refused(part, label):
-    def wrong(key):  # the last of three classes, of which the episode has the first two and a padded row
-        y = jnp.array([0, 1, label, 1])
-        of = lambda y: {"x": 1.0 * y, "y": y, "mask": jnp.ones(4), "class_mask": jnp.array([1.0, 1.0, 0.0, 1.0])}
-        parts = {"support": of(jnp.array([0, 1, 0, 3])), "query": of(jnp.array([0, 1, 0, 3]))}
-        return tasks.Episode(**parts | {part: of(y)})
-
-    zero = lambda key, support, query: jnp.zeros((1, 4, 4))
-    judge = lambda sample: few_shot.evaluate_episodes({"zero": zero}, sample, KEY, num_episodes=2)
-    if label == 3:
-        assert judge(wrong).scores["zero"]["episodes"].shape == (2, 1)
-        absent = lambda key: jax.tree.map(lambda x: jnp.where(x == 3, 2, x) if x.dtype == jnp.int64 else x, wrong(key))
-        with pytest.raises(ValueError, match=r"labels `episode\['query'\]\['y'\]` have classes .*: \[2\]"):
-            judge(absent)
-    else:
-        with pytest.raises(
-            ValueError, match=rf"labels `episode\['{part}'\]\['y'\]` must be in 0\.\.3; got labels from .*{label}"
-        ):
-            judge(wrong)
-
-
 @pytest.mark.once
 def test_episodes_with_infinite_or_very_large_data_have_marks():
     def marks(extra):
@@ -366,8 +329,8 @@ def test_episodes_with_infinite_or_very_large_data_have_marks():
             support, query, *_ = one_episode(key)
             return tasks.Episode({**support, "extra": jnp.array(extra)}, query)
 
-        found = few_shot.evaluate_episodes({"p": pixels}, with_extra, KEY, num_episodes=1)
-        return found.marks["episodes"][0]
+        evaluated = few_shot.evaluate_episodes({"p": pixels}, with_extra, KEY, num_episodes=1)
+        return evaluated.marks["episodes"][0]
 
     extra = [jnp.inf, 3e38, -jnp.inf, jnp.nan] * 5
     assert np.isfinite(marks(extra)) and marks(extra) != marks(extra[::-1])
@@ -398,10 +361,11 @@ def test_scores_of_masked_rows():
     assert float(few_shot.accuracy(outputs, query)) == pytest.approx(2 / 3)  # the episode has no third class
     assert float(few_shot.accuracy(outputs.at[1, 0].set(jnp.nan), query)) == pytest.approx(1 / 3)  # diverged
     assert float(few_shot.accuracy(outputs.at[:, 2].set(-jnp.inf), query)) == pytest.approx(2 / 3)
-    of = {"y": jnp.array([[1.0], [2.0], [50.0]]), "mask": jnp.array([1.0, 1.0, 0.0])}
+    part = {"y": jnp.array([[1.0], [2.0], [50.0]]), "mask": jnp.array([1.0, 1.0, 0.0])}
     outputs = jnp.array([[2.0], [5.0], [jnp.nan]])
     assert (
-        float(few_shot.mean_squared_error(outputs, of)) == 5 and float(few_shot.mean_absolute_error(outputs, of)) == 2
+        float(few_shot.mean_squared_error(outputs, part)) == 5
+        and float(few_shot.mean_absolute_error(outputs, part)) == 2
     )
 
 
@@ -410,7 +374,7 @@ PIXELS = {(5, 1): 0.472, (5, 5): 0.674, (20, 1): 0.289, (20, 5): 0.462}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", PIXELS)
-def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
+def test_pixel_prototypes_on_omniglot_have_their_known_accuracy(setting):
     """By other code, with cosine similarities: 47.2, 67.4, 28.9 and 46.2 % on the official evaluation characters."""
     try:
         source = from_image_sets(["omniglot"])
@@ -423,8 +387,8 @@ def test_pixel_prototypes_on_omniglot_are_what_is_known(setting):
     )
 
     def pixels(key, support, query):
-        of = jax.nn.one_hot(support["y"], ways) / shots
-        center = of.T @ support["x"]
+        one_hot = jax.nn.one_hot(support["y"], ways) / shots
+        center = one_hot.T @ support["x"]
         return (query["x"] @ center.T / jnp.linalg.norm(center, axis=1)[None])[None]
 
     three_methods = few_shot.evaluate_episodes({"pixels": pixels}, sample, KEY, num_episodes=600, chunk_size=50)

@@ -26,7 +26,7 @@ def broken(estimator, change, kind=None):
     return base.Estimator(estimator.init, estimate, kind or estimator.kind)
 
 
-def test_what_is_given_in_float32_is_checked_in_float64():
+def test_a_problem_in_float32_is_checked_in_float64():
     with jax.enable_x64(False):
         lam, task = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (problems.LAM, problems.TASK))
         report = CHECK(UNROLLED, lam, task)
@@ -45,7 +45,7 @@ def compared(kind, point, change):
     return _check.compared(kind, point._replace(grads=list(map(change, point.grads))), num_directions=3, radius=0.1)
 
 
-def test_a_wrong_one_fails():
+def test_a_wrong_hypergradient_fails():
     point = point_of(UNROLLED)
     for change, status in (
         (lambda h: 1.01 * h, "wrong"),
@@ -91,7 +91,7 @@ def test_parameters_held_in_float32_are_checked_in_float64():
 
 
 @pytest.mark.once
-def test_a_biased_rule_is_measured_against_what_it_stands_for():
+def test_a_biased_rule_is_compared_with_the_hypergradient_that_it_approximates():
     converged = hypergrad.warm_implicit(problems.RIDGE, num_steps=20, adjoint_rate=0.4)
     report = CHECK(converged, problems.LAM, problems.TASK)
     assert report.passed and report.leaves[0].status == "right"
@@ -147,7 +147,7 @@ def test_a_biased_rule_ends_with_its_horizon():
     np.testing.assert_allclose(report.value, value, rtol=1e-12)
 
 
-def test_roughness_at_the_scale_of_the_differences_is_not_held_right():
+def test_roughness_at_the_scale_of_the_differences_does_not_pass():
     def estimate(hyperparams, task, state):
         value = jnp.sin(1e5 * hyperparams).sum()
         return base.Estimate(value, jnp.full_like(hyperparams, 1e-9), jnp.array(True), {}), state

@@ -79,9 +79,11 @@ def test_a_single_chaotic_step_is_named():
 
     loop = inner.loop(loss, lambda hp: optax.sgd(hp), init=lambda key, hp, data: (jnp.ones(2), None), with_context=True)
     problem = inner.problem(loop, lambda params, hyperparams, batch: params.sum())
-    found = hypergrad.diagnose(problem, jnp.array(0.5), problems.TASK, num_steps=20)
-    assert any("chaotic in places: at step 12 a perturbation grows by 4.0" in f.what for f in found.findings), found
-    np.testing.assert_allclose(np.diff(found.products)[[10, 11]], np.log([0.9, 4.0]), rtol=1e-9)
+    diagnosis = hypergrad.diagnose(problem, jnp.array(0.5), problems.TASK, num_steps=20)
+    assert any("chaotic in places: at step 12 a perturbation grows by 4.0" in f.what for f in diagnosis.findings), (
+        diagnosis
+    )
+    np.testing.assert_allclose(np.diff(diagnosis.products)[[10, 11]], np.log([0.9, 4.0]), rtol=1e-9)
 
 
 def test_divergence_names_the_step():
@@ -99,8 +101,8 @@ def test_a_loss_that_is_not_finite_at_the_start_is_not_called_divergence():
     problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
     for labels, is_finite in (([0, 2], True), ([0, 3], False)):  # of three classes
         labels = jnp.array(labels)
-        found = words(hypergrad.diagnose(problem, jnp.array(0.0), base.Task(labels, labels), num_steps=2))
-        assert ("Look for labels that are not among the classes" in found) != is_finite and "diverges" not in found
+        text = words(hypergrad.diagnose(problem, jnp.array(0.0), base.Task(labels, labels), num_steps=2))
+        assert ("Look for labels that are not among the classes" in text) != is_finite and "diverges" not in text
 
 
 def test_an_unconverged_inner_loop():
@@ -110,27 +112,27 @@ def test_an_unconverged_inner_loop():
 
 def test_lambda_at_a_bound():
     space = spaces.interval(1e-3, 1.0, log=True)
-    for start, found in ((0.9999, True), (0.1, False)):
+    for start, is_at_bound in ((0.9999, True), (0.1, False)):
         natural = quadratic(0.2), jnp.array(start)
         in_coordinates = spaces.constrain(natural[0], space), spaces.to_unconstrained(space, natural[1])
         for problem, lam in (natural, in_coordinates):
             diagnosis = hypergrad.diagnose(problem, lam, problems.TASK, num_steps=30, space=space)
-            assert ("is at a bound" in words(diagnosis)) == found
+            assert ("is at a bound" in words(diagnosis)) == is_at_bound
 
 
 @pytest.mark.once
 def test_an_unfinished_solve_and_a_dead_leaf():
     estimator = hypergrad.warm_implicit(problems.RIDGE, num_steps=5, adjoint_rate=1e-4)
-    found = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=estimator)
-    assert "The linear solve is not done: adjoint_residual" in words(found)
+    diagnosis = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=estimator)
+    assert "The linear solve is not done: adjoint_residual" in words(diagnosis)
     better = hypergrad.warm_implicit(problems.RIDGE, num_steps=20, adjoint_rate=0.4)
-    found = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=better)
-    assert "linear solve" not in words(found)
+    diagnosis = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=better)
+    assert "linear solve" not in words(diagnosis)
 
     stopped = problems.RIDGE._replace(outer_loss=lambda params, hp, batch, context: jax.lax.stop_gradient(params).sum())
     dead = hypergrad.unrolled(stopped, num_steps=2)
-    found = hypergrad.diagnose(stopped, problems.LAM, problems.TASK, num_steps=60, estimator=dead)
-    assert "The hypergradient of λ['log_penalty'] is zero" in words(found)
+    diagnosis = hypergrad.diagnose(stopped, problems.LAM, problems.TASK, num_steps=60, estimator=dead)
+    assert "The hypergradient of λ['log_penalty'] is zero" in words(diagnosis)
 
 
 def test_a_residual_is_judged_by_the_gradient_that_it_belongs_to():
@@ -169,12 +171,12 @@ def test_a_loss_that_changes_by_rounding_alone_has_converged():
 
 @pytest.mark.once
 def test_an_implicit_rule_that_does_not_reach_rest():
-    def found(num_steps):
+    def diagnosed(num_steps):
         estimator = hypergrad.implicit(problems.RIDGE, num_steps=num_steps, warm_start=False)
         options = {"num_steps": 200, "estimator": estimator, "num_estimates": 1}
         return words(hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, **options))
 
-    assert "far from a stationary point" in found(2) and "far from a stationary point" not in found(50)
+    assert "far from a stationary point" in diagnosed(2) and "far from a stationary point" not in diagnosed(50)
 
 
 def test_optimizer_states_and_noise_are_carried():

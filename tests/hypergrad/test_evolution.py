@@ -296,7 +296,7 @@ def test_perturbs_in_unconstrained_coordinates():
 
 
 @pytest.mark.once
-def test_amortized_perturbs_what_is_predicted():
+def test_amortized_evolution_perturbs_the_prediction():
     apply = lambda phi, task: {"log_penalty": phi @ task.features}
     predictor, phi = base.Predictor(lambda key: phi, apply), jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
     one = RULES["persistent_es"](problems.RIDGE, sigma={"log_penalty": 0.3}, num_pairs=2)

@@ -118,11 +118,11 @@ def test_without_a_distance_it_is_lookahead(exact):
 def test_one_gradient_at_a_time_gives_what_all_in_one_program_do(rule, options):
     num = {"darts_fd": "commit", "sama": "num_steps"}[rule]
     estimate = lambda loss: estimated(getattr(hypergrad, rule)(problem(loss=loss), **{num: 2}, **options))
-    together, apart = estimate(_loss), estimate(padded(_loss))
-    assert min(float(jnp.abs(leaf).min()) for leaf in jax.tree.leaves(together[0].hypergrad)) > 1e-2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), together[0], apart[0])
-    np.testing.assert_allclose(together[1].inner.params, apart[1].inner.params, rtol=1e-13)
-    assert together[1].inner.step == apart[1].inner.step == 2
+    at_once, one_by_one = estimate(_loss), estimate(padded(_loss))
+    assert min(float(jnp.abs(leaf).min()) for leaf in jax.tree.leaves(at_once[0].hypergrad)) > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), at_once[0], one_by_one[0])
+    np.testing.assert_allclose(at_once[1].inner.params, one_by_one[1].inner.params, rtol=1e-13)
+    assert at_once[1].inner.step == one_by_one[1].inner.step == 2
 
 
 def test_one_gradient_at_a_time_heeds_a_product_that_is_not_finite():
@@ -138,8 +138,8 @@ def test_one_gradient_at_a_time_heeds_a_product_that_is_not_finite():
     assert jnp.isnan(estimate.hypergrad).all()
 
 
-@pytest.mark.parametrize(("rows", "im2col", "apart"), [(1, None, False), (64, None, True), (64, False, False)])
-def test_large_losses_take_one_gradient_at_a_time_without_convolutions_of_xla(rows, im2col, apart):
+@pytest.mark.parametrize(("rows", "im2col", "one_by_one"), [(1, None, False), (64, None, True), (64, False, False)])
+def test_large_losses_take_one_gradient_at_a_time_without_convolutions_of_xla(rows, im2col, one_by_one):
     def loss(w, hyperparams, x):
         return (jax.lax.conv(x, w, (1, 1), "SAME") ** 2).mean() * hyperparams
 
@@ -154,7 +154,7 @@ def test_large_losses_take_one_gradient_at_a_time_without_convolutions_of_xla(ro
     estimator = hypergrad.darts_fd(inner.problem(loop, lambda w, hyperparams, x: (w**2).mean()))
     state = estimator.init(KEY, lam, task)
     program = str(jax.make_jaxpr(estimator.estimate)(lam, task, state))
-    assert ("cond[" in program) == apart
+    assert ("cond[" in program) == one_by_one
 
 
 @pytest.mark.once
@@ -208,7 +208,7 @@ def test_where_the_outer_loss_does_not_see_the_parameters():
     assert (estimate.hypergrad["target"] == 0).all() and estimate.hypergrad["rate"] == 0  # and not NaN
 
 
-def test_answers_for_what_enters_the_model_state_alone():
+def test_hyperparams_that_enter_only_the_model_state_have_a_hypergradient():
     def loss(params, hyperparams, batch, context):
         return ((params - 1) ** 2).sum(), context.model_state + jnp.exp(hyperparams)
 
@@ -226,8 +226,8 @@ def test_answers_for_what_enters_the_model_state_alone():
 @pytest.mark.once
 def test_the_horizon_ends_once_so_many_steps_are_committed():
     estimator = hypergrad.darts_fd(problem(), commit=2, horizon=4)
-    once, state, done = jax.jit(estimator.estimate), estimator.init(KEY, LAM, TASK), []
+    once, state, is_done = jax.jit(estimator.estimate), estimator.init(KEY, LAM, TASK), []
     for _ in range(2):
         estimate, state = once(LAM, TASK, state)
-        done.append(bool(estimate.done))
-    assert done == [False, True]
+        is_done.append(bool(estimate.done))
+    assert is_done == [False, True]

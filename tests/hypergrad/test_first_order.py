@@ -149,7 +149,7 @@ def test_bome_arrives_at_the_minimum_within_its_step_size():
     assert 1.7 < distances[0] / distances[1] < 2.3
 
 
-def test_bome_where_nothing_holds_it_back():
+def test_the_multiplier_of_bome_at_an_inner_minimum_is_the_barrier():
     # At θ = 0 the gap and its gradient are zero.
     loop = inner.loop(
         lambda params, lam, batch: lam * params**2, lambda lam: optax.sgd(0.1), init=lambda *_: jnp.array(0.0)

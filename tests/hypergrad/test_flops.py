@@ -20,7 +20,7 @@ def test_flops_of_products_scans_and_branches():
     assert 24 <= hypergrad.flops(branch, True, a) < 24 + 10
 
 
-def test_of_a_linear_solve_the_solver_is_counted():
+def test_the_solver_of_a_linear_solve_is_counted():
     a, b = jnp.ones((8, 8)), jnp.ones(8)
 
     def solver(matvec, b):

@@ -33,11 +33,11 @@ def test_every_exact_rule_is_the_same_on_everything_at_once():
             for name, rule in exact_rules()
         }
 
-    found = estimates(problems.EVERYTHING_LAM)
-    expected = found.pop("unrolled")
+    by_rule = estimates(problems.EVERYTHING_LAM)
+    expected = by_rule.pop("unrolled")
     for part in expected[1]:
         assert optax.tree.norm(part) > 1e-3
-    for name, estimate in found.items():
+    for name, estimate in by_rule.items():
         chex.assert_trees_all_close(estimate, expected, rtol=1e-9, atol=1e-12, custom_message=name)
     assert {rule.kind for _, rule in exact_rules()} == {"exact"}
 

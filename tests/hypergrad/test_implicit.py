@@ -376,7 +376,7 @@ def test_refuses_in_other_coordinates_and_batched(name):
     estimator.init(KEY, spaces.to_unconstrained(space, LAM), problems.TASK)  # fixed, it is no longer asked for
 
 
-def test_answers_for_the_inner_and_the_outer_loss():
+def test_hyperparams_of_the_inner_and_of_the_outer_loss_have_a_hypergradient():
     space = {name: spaces.fixed(value) for name, value in LAM.items()} | {
         "penalty": spaces.positive(0.3, shape=(problems.NUM_FEATURES,)),
         "outer": spaces.positive(1.0),

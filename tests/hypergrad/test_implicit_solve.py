@@ -80,7 +80,7 @@ def test_batched_equals_a_loop():
     chex.assert_trees_all_close(batched, problems.stack([gradient(problems.LAM, task) for task in tasks]), rtol=1e-10)
 
 
-def test_differentiates_what_the_loss_closes_over_and_the_data():
+def test_closed_over_values_and_data_are_differentiated():
     def solution(scale, y):
         loop = inner.loop(
             lambda params, hp, batch: scale * problems.mean_squares(params, batch) + (params**2).sum() / 2,

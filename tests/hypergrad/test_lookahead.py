@@ -58,11 +58,11 @@ def test_without_commitment_it_is_the_unrolled_estimate(remat):
 def test_the_horizon_ends_once_so_many_steps_are_committed():
     for horizon, expected in ((4, [False, True, True]), (3, [False, True, True]), (None, [False] * 3)):
         estimator = hypergrad.lookahead(PROBLEM, commit=2, horizon=horizon)
-        state, done, once = estimator.init(KEY, LAM, problems.TASK), [], jax.jit(estimator.estimate)
+        state, is_done, once = estimator.init(KEY, LAM, problems.TASK), [], jax.jit(estimator.estimate)
         for _ in range(3):
             estimate, state = once(LAM, problems.TASK, state)
-            done.append(bool(estimate.done))
-        assert done == expected
+            is_done.append(bool(estimate.done))
+        assert is_done == expected
 
 
 def test_the_gradient_is_an_argument_of_the_virtual_steps():

@@ -44,10 +44,10 @@ def test_value_and_pullback_are_those_of_reverse_over_reverse(remat):
     v = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
 
     def pulled_back(grad):
-        def of(params, hyperparams, y):
+        def gradient(params, hyperparams, y):
             return grad(g)(params, hyperparams, {**batch, "y": y})
 
-        value, pullback = jax.vjp(of, params, hyperparams, batch["y"])
+        value, pullback = jax.vjp(gradient, params, hyperparams, batch["y"])
         return value, pullback(v)
 
     chex.assert_trees_all_close(
@@ -70,11 +70,11 @@ def test_auxiliary_outputs_pass_their_cotangent_on():
         grads, aux = grad(with_aux, has_aux=True)(params, hyperparams, batch)
         return sum((leaf**3).sum() for leaf in jax.tree.leaves(grads)) + jnp.sin(aux["mean"]) + aux["count"]
 
-    found, expected = (
+    outputs, expected = (
         jax.grad(functools.partial(objective, grad=grad), argnums=(0, 1))(params, hyperparams)
         for grad in (hypergrad.mixed_grad, jax.grad)
     )
-    chex.assert_trees_all_close(found, expected, rtol=1e-12)
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_tasks_under_vmap():
 
 
 @pytest.mark.once
-def test_what_a_loss_closes_over_is_differentiated():
+def test_closed_over_values_of_a_loss_are_differentiated():
     def outer(scale, grad):
         loop = inner.loop(
             lambda params, hyperparams, batch: ((params - scale * batch) ** 2).sum(),
@@ -238,16 +238,18 @@ def test_all_gradients_and_few_states():
         solve = hypergrad.unroll(loop, num_steps=num_steps, remat=remat, grad=hypergrad.mixed_grad)
         return (solve(KEY, hp, data).params ** 2).sum()
 
-    found = {}
+    by_remat = {}
     for remat in ("step", "grads", "sqrt"):
         residuals = jax.eval_shape(lambda hp, remat=remat: jax.vjp(functools.partial(outer, remat=remat), hp)[1], 0.1)
         stored = sum(leaf.size for leaf in jax.tree.leaves(residuals)) / size**2  # in copies of the parameters
         slope = jax.grad(functools.partial(outer, remat=remat))
-        found[remat] = jax.jit(slope)(0.1), stored, hypergrad.flops(slope, 0.1)
+        by_remat[remat] = jax.jit(slope)(0.1), stored, hypergrad.flops(slope, 0.1)
     (step, step_stored, step_flops), (grads, grads_stored, grads_flops), (sqrt, sqrt_stored, sqrt_flops) = (
-        found.values()
+        by_remat.values()
     )
     assert abs(step) > 1e-3
     np.testing.assert_allclose([grads, sqrt], step, rtol=1e-11)
-    assert step_stored >= 4 * num_steps and num_steps + 9 <= grads_stored <= num_steps + 20 and sqrt_stored <= 20, found
-    assert step_flops < grads_flops < step_flops + 0.2 * (sqrt_flops - step_flops), found
+    assert step_stored >= 4 * num_steps and num_steps + 9 <= grads_stored <= num_steps + 20 and sqrt_stored <= 20, (
+        by_remat
+    )
+    assert step_flops < grads_flops < step_flops + 0.2 * (sqrt_flops - step_flops), by_remat

@@ -82,9 +82,9 @@ def test_a_wrapped_partition_is_a_partition_of_the_wrapped():
     assert optax.tree.norm(expected.hypergrad) > 1e-3
     split = hypergrad.partition(problem, rules, lambda path: "a" if path == "rate" else "b")
     assert split.kind == "exact"
-    found = estimate(split)
-    chex.assert_trees_all_close(found.hypergrad, expected.hypergrad, rtol=1e-9, atol=1e-13)
-    assert found.done.all()
+    out = estimate(split)
+    chex.assert_trees_all_close(out.hypergrad, expected.hypergrad, rtol=1e-9, atol=1e-13)
+    assert out.done.all()
     # Labels as a tree are structured like λ, without the mark of coordinates.
     by_tree = hypergrad.partition(problem, rules, {"rate": "a", "penalty": "b", "extra": "b"})
     z = spaces.to_unconstrained(space, spaces.default(space))
@@ -101,11 +101,11 @@ def test_one_label_is_that_estimator():
         expected_state = alone.init(jax.random.split(KEY)[0], LAM, problems.TASK)
         estimate, expected_estimate = jax.jit(whole.estimate), jax.jit(alone.estimate)
         for _ in range(2):
-            (found, state), (expected, expected_state) = (
+            (out, state), (expected, expected_state) = (
                 estimate(LAM, problems.TASK, state),
                 expected_estimate(LAM, problems.TASK, expected_state),
             )
-            chex.assert_trees_all_close(found[:3], expected[:3], rtol=1e-12)
+            chex.assert_trees_all_close(out[:3], expected[:3], rtol=1e-12)
 
 
 @pytest.mark.once
@@ -113,17 +113,17 @@ def test_an_estimator_that_ends_before_the_others_starts_afresh():
     rules = {"unrolled": UNROLLED, "implicit": TRUNCATED}
     estimator = hypergrad.partition(PROBLEM, rules, LABELS)
     estimate, state = jax.jit(estimator.estimate), estimator.init(KEY, LAM, problems.TASK)
-    done = []
+    is_done = []
     for _ in range(2):
         out, state = estimate(LAM, problems.TASK, state)
-        done.append(bool(out.done))
-    assert done == [False, True]  # the slot ends with the longest horizon
+        is_done.append(bool(out.done))
+    assert is_done == [False, True]  # the slot ends with the longest horizon
     never = hypergrad.partition(PROBLEM, {"unrolled": TRUNCATED, "implicit": IMPLICIT}, LABELS)
     estimate, state = jax.jit(never.estimate), never.init(KEY, LAM, problems.TASK)
-    taken, implicit_steps = [], []
+    unrolled_steps, implicit_steps = [], []
     for _ in range(5):
         out, state = estimate(LAM, problems.TASK, state)
         assert not out.done
-        taken.append(int(out.metrics["unrolled/inner_steps"]))
+        unrolled_steps.append(int(out.metrics["unrolled/inner_steps"]))
         implicit_steps.append(int(state.states["implicit"].inner.step))
-    assert taken == [2, 4, 2, 4, 2] and implicit_steps == [40, 80, 120, 160, 200]
+    assert unrolled_steps == [2, 4, 2, 4, 2] and implicit_steps == [40, 80, 120, 160, 200]

@@ -25,7 +25,7 @@ def network():
 
 
 @pytest.mark.once
-def test_exact_reverse_costs_what_counting_by_hand_says():
+def test_the_costs_of_exact_reverse_equal_counts_by_hand():
     problem, task = network(), problems.TASK._replace(train=jnp.ones((256, 64)), valid=jnp.ones((1, 64)))
     hp = {"penalty": jnp.array(0.1), "rate": jnp.array(0.1)}
     rules = {
@@ -39,7 +39,7 @@ def test_exact_reverse_costs_what_counting_by_hand_says():
 
 
 @pytest.mark.once
-def test_what_is_taken_follows_memory():
+def test_the_recommended_rule_depends_on_the_memory():
     problem, task = network(), problems.TASK._replace(train=jnp.ones((256, 64)), valid=jnp.ones((9, 64)))
     hp = {"penalty": jnp.array(0.1), "rate": jnp.array(0.1)}
     rules = {
@@ -87,7 +87,7 @@ REFUSED = {  # for an initialization
 }
 
 
-def check_figures(found, problem, hp, num_steps, names):
+def check_figures(report, problem, hp, num_steps, names):
     """Each figure equals that of a separate call; training is counted step by step."""
     rules = _recommend.candidates(problem, hp, num_steps)
 
@@ -98,7 +98,7 @@ def check_figures(found, problem, hp, num_steps, names):
         return problem.outer_loss(problem.loop.params(state), hp, task.valid, problem.loop.context(state))
 
     plain = hypergrad.flops(training, hp, problems.TASK)
-    costs = {c.name: c for c in found.costs}
+    costs = {c.name: c for c in report.costs}
     for name in names:
         state = rules[name].init(jax.random.key(1), hp, problems.TASK)
         compiled = jax.jit(rules[name].estimate).lower(hp, problems.TASK, state).compile()
@@ -112,22 +112,22 @@ def test_the_figures_of_rules_on_a_network():
     problem, hp = multilayer("start")
     names = {'unrolled, remat="none"', "es_single, 3 pairs, 2 steps"}
     rules = {k: rule for k, rule in _recommend.candidates(problem, hp, 4).items() if k in names | REFUSED}
-    found = hypergrad.recommend(problem, hp, problems.TASK, num_steps=4, rules=rules)
-    check_figures(found, problem, hp, 4, names)
+    report = hypergrad.recommend(problem, hp, problems.TASK, num_steps=4, rules=rules)
+    check_figures(report, problem, hp, 4, names)
     # Nobody but a rule that sees where training began answers for the initialization; each other one says why.
-    refused = {c.name: c.refused for c in found.costs if c.refused}
+    refused = {c.name: c.refused for c in report.costs if c.refused}
     assert set(refused) == REFUSED
     assert all("['start']" in why and "hypergrad.unrolled" in why for why in refused.values())
-    assert [c.stochastic for c in found.costs if not c.refused] == [False, True]
-    assert "their variance not measured: es_single, 3 pairs, 2 steps." in str(found)
+    assert [c.stochastic for c in report.costs if not c.refused] == [False, True]
+    assert "their variance not measured: es_single, 3 pairs, 2 steps." in str(report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["start", "penalty", "rate"])
 def test_the_figures_of_every_default_rule(part):
     problem, hp = multilayer(part)
-    found = hypergrad.recommend(problem, hp, problems.TASK, num_steps=64)
-    refused = {c.name for c in found.costs if c.refused}
+    report = hypergrad.recommend(problem, hp, problems.TASK, num_steps=64)
+    refused = {c.name for c in report.costs if c.refused}
     assert (
         refused
         == {
@@ -136,15 +136,15 @@ def test_the_figures_of_every_default_rule(part):
             "rate": {"implicit", "warm_implicit", "f2sa", "bome"},
         }[part]
     )
-    stochastic = {c.name.split(",")[0] for c in found.costs if c.stochastic}
+    stochastic = {c.name.split(",")[0] for c in report.costs if c.stochastic}
     assert stochastic == {"evolution", "persistent_es", "es_single", "truncated_es", "mix_with_es"}
     # Memory falls from policy to policy, and the number of operations rises.
-    policies = [c for c in found.costs if c.name.startswith("unrolled")]
+    policies = [c for c in report.costs if c.name.startswith("unrolled")]
     assert policies[-1].name == "unrolled, remat=3"
     flops = [c.flops for c in policies]
     assert flops == sorted(flops) and policies[0].memory > policies[1].memory > policies[2].memory
-    assert all(c.flops > 1 for c in found.costs if c.name in ("implicit", "f2sa", "bome", "forward") and not c.refused)
-    check_figures(found, problem, hp, 64, [c.name for c in found.costs if not c.refused])
+    assert all(c.flops > 1 for c in report.costs if c.name in ("implicit", "f2sa", "bome", "forward") and not c.refused)
+    check_figures(report, problem, hp, 64, [c.name for c in report.costs if not c.refused])
 
 
 def test_every_default_rule_is_marked_in_the_table():
@@ -154,17 +154,17 @@ def test_every_default_rule_is_marked_in_the_table():
 
 
 @pytest.mark.once
-def test_biased_rules_are_taken_in_their_order_and_before_stochastic_ones():
+def test_biased_rules_are_recommended_in_their_order_and_before_stochastic_ones():
     rules = {
         "stochastic": hypergrad.evolution(problems.RIDGE, num_steps=1, sigma=0.1, num_pairs=1),
         "refused": hypergrad.hypergradient_descent(problems.RIDGE),
         "dear": hypergrad.lookahead(problems.RIDGE, num_steps=3),
         "cheap": hypergrad.lookahead(problems.RIDGE, num_steps=1),
     }
-    found = hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=4, rules=rules)
-    costs = {c.name: c for c in found.costs}
+    report = hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=4, rules=rules)
+    costs = {c.name: c for c in report.costs}
     assert costs["cheap"].flops < costs["dear"].flops and costs["refused"].refused
-    assert found.take == "dear" and "first biased one" in found.why
+    assert report.take == "dear" and "first biased one" in report.why
 
 
 @pytest.mark.parametrize(("num_steps", "window"), [(10, 2), (7, 1), (16, 4)])
@@ -175,7 +175,7 @@ def test_the_default_window_divides_the_horizon(num_steps, window):
 
 
 def test_a_log_names_the_rule_that_is_traced(monkeypatch, capsys):
-    for name in ("EVERY", "SOON"):
+    for name in ("EVERY", "SOON"):  # stands for a clock: seconds until the first line
         monkeypatch.setattr(f"metaopt._progress.{name}", 0.0)
     rule = hypergrad.unrolled(problems.RIDGE, num_steps=1)
 

@@ -26,14 +26,14 @@ def test_the_direction_is_pulled_back_to_lambda():
     )
     estimator = hypergrad.reptile(problem, num_steps=3)
     state = estimator.init(jax.random.key(0), jnp.asarray(lam), DATA)
-    found, after = jax.jit(estimator.estimate)(jnp.asarray(lam), DATA, state)
+    out, after = jax.jit(estimator.estimate)(jnp.asarray(lam), DATA, state)
     x, y, theta = np.asarray(DATA.train["x"]), np.asarray(DATA.train["y"]), matrix @ lam
     for _ in range(3):
         theta = theta - 0.1 * x.T @ (x @ theta - y) / len(y)
-    np.testing.assert_allclose(found.hypergrad, matrix.T @ (matrix @ lam - theta), rtol=1e-10)
+    np.testing.assert_allclose(out.hypergrad, matrix.T @ (matrix @ lam - theta), rtol=1e-10)
     xv, yv = np.asarray(DATA.valid["x"]), np.asarray(DATA.valid["y"])
-    assert found.value == pytest.approx(((xv @ theta - yv) ** 2).mean() / 2, rel=1e-10)
-    assert found.done and estimator.kind == "pseudo" and after != state
+    assert out.value == pytest.approx(((xv @ theta - yv) ** 2).mean() / 2, rel=1e-10)
+    assert out.done and estimator.kind == "pseudo" and after != state
 
 
 def test_the_initialization_sees_the_training_rows():

@@ -96,10 +96,10 @@ def test_answers_for_a_rate_and_carries_the_training():
         num_steps=2,
         horizon=4,
     )
-    rate, state, done = jnp.array(0.1), estimator.init(KEY, jnp.array(0.1), problems.TASK), []
+    rate, state, is_done = jnp.array(0.1), estimator.init(KEY, jnp.array(0.1), problems.TASK), []
     for steps in (2, 4):
         estimate, state = jax.jit(estimator.estimate)(rate, problems.TASK, state)
-        done.append(bool(estimate.done))
+        is_done.append(bool(estimate.done))
         before = inner.run(loop, num_steps=steps - 1)(KEY, rate, train).params
         np.testing.assert_allclose(estimate.hypergrad, jax.grad(rated)(0.1, before), rtol=1e-10)
-    assert done == [False, True] and estimate.metrics["inner_steps"] == 4
+    assert is_done == [False, True] and estimate.metrics["inner_steps"] == 4

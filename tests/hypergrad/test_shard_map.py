@@ -94,6 +94,6 @@ def test_rules_inside_shard_map_equal_rules_outside():
     # As in `pyproject.toml`: another process may be writing the program.
     warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache entry:UserWarning"]
     command = [sys.executable, *warnings, "-c", textwrap.dedent(RUN)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "partition" and len(done.stdout.split()) == 8
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[-1] == "partition" and len(process.stdout.split()) == 8

@@ -19,8 +19,8 @@ ZERO, UNRAVEL = ravel_pytree(TREE)
 def matrix(condition, symmetric=True, seed=0):
     """Singular values (eigenvalues, where symmetric) spread evenly in the logarithm, from 1/κ to 1."""
     rng = np.random.default_rng(seed)
-    left, right = (np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
-    return left @ np.diag(np.geomspace(1, 1 / condition, SIZE)) @ (left if symmetric else right).T
+    first, second = (np.linalg.qr(rng.normal(size=(SIZE, SIZE)))[0] for _ in range(2))
+    return first @ np.diag(np.geomspace(1, 1 / condition, SIZE)) @ (first if symmetric else second).T
 
 
 B = np.random.default_rng(1).normal(size=SIZE)
@@ -64,15 +64,15 @@ SOLVERS = {
 
 
 @cache
-def made(name):
+def cached_solver(name):
     return SOLVERS[name][0]()
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.once
-def test_equals_numpy(name):
+def test_each_solver_equals_numpy(name):
     for a in [matrix(30.0)] + ([] if SOLVERS[name][1] else [matrix(30.0, symmetric=False)]):
-        v, _ = solve(made(name), a)
+        v, _ = solve(cached_solver(name), a)
         np.testing.assert_allclose(v, np.linalg.solve(a, B), rtol=1e-9)
 
 
@@ -82,7 +82,7 @@ def test_an_ill_conditioned_matrix(name):
     # A recurrence whose residual is stale or not scaled shows here: it stops early, or far away.
     condition, eps = 1e5, np.finfo(float).eps
     a = matrix(condition)
-    v, _ = solve(made(name), a)
+    v, _ = solve(cached_solver(name), a)
     expected = np.linalg.solve(a, B)
     assert np.linalg.norm(a @ v - B) < 1e-10 * np.linalg.norm(B)
     assert np.linalg.norm(v - expected) < 20 * condition * eps * np.linalg.norm(expected)
@@ -204,7 +204,7 @@ def test_starts_from_the_guess(name):
     if name == "cg":
         assert num_products == 1
     # An outer loss without a slope, after one that had some.
-    v, _ = solve(made(name), a, b=0 * B)
+    v, _ = solve(cached_solver(name), a, b=0 * B)
     np.testing.assert_allclose(v, 0 * B, atol=1e-9)
 
 
@@ -237,8 +237,8 @@ def test_counts_its_products(solver):
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, "nystrom"])
-def test_what_is_no_number_is_not_answered_with_the_guess(name):
-    solver = hypergrad.nystrom(rank=3, damping=0.1) if name == "nystrom" else made(name)
+def test_a_system_with_nan_does_not_return_the_guess(name):
+    solver = hypergrad.nystrom(rank=3, damping=0.1) if name == "nystrom" else cached_solver(name)
     a, nan = matrix(30.0), np.where(np.arange(SIZE) == 2, np.nan, 0.0)
     for bad, b in ((a, B + nan), (a + np.diag(nan), B)):
         for guess in (0 * B, GUESS):

@@ -218,8 +218,8 @@ def test_bome_circles_around_the_hypergradient_at_the_distance_of_its_rate():
 
         return jax.lax.scan(estimate, rule.init(KEY, lam, TASK), length=1200)[1][200:].mean(0)
 
-    found = np.asarray(mean(jnp.array([0.4, 0.2])))
-    coarse, fine = np.linalg.norm(found - problems.logistic_answer(LAM)[-1], axis=1)
+    means = np.asarray(mean(jnp.array([0.4, 0.2])))
+    coarse, fine = np.linalg.norm(means - problems.logistic_answer(LAM)[-1], axis=1)
     assert fine > 1e-3 and 1.8 < coarse / fine < 2.2
 
 
@@ -285,13 +285,13 @@ def relative_error(name, dtype, params_dtype=None):
     lam, task = jax.tree.map(lambda x: x.astype(dtype), ({leaf: LAM[leaf] for leaf in leaves}, TASK))
     estimate = estimated(rule(logistic(params_dtype)), lam, task, calls)
     assert all(x.dtype == dtype for x in (estimate.value, *jax.tree.leaves(estimate.hypergrad)))
-    found = np.concatenate([np.atleast_1d(np.asarray(estimate.hypergrad[leaf], float)) for leaf in leaves])
+    computed = np.concatenate([np.atleast_1d(np.asarray(estimate.hypergrad[leaf], float)) for leaf in leaves])
     expected = np.atleast_1d(formula())
     through_params = expected.copy()
     if "log_penalty" in leaves:
         through_params[:NUM] -= DIRECT * (3 if name == "forward" else 1)  # its weights sum to 3
-    assert np.linalg.norm(through_params) > 2e-3 and len(found) == len(expected)
-    return np.linalg.norm(found - expected) / np.linalg.norm(through_params)
+    assert np.linalg.norm(through_params) > 2e-3 and len(computed) == len(expected)
+    return np.linalg.norm(computed - expected) / np.linalg.norm(through_params)
 
 
 @pytest.mark.parametrize("name", ON_THE_WAY)

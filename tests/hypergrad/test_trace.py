@@ -17,7 +17,7 @@ WEIGHTS = [0.5, 0.0, 2.0]
 LAM = problems.EVERYTHING_LAM
 
 
-def by_hand(at):
+def by_hand(uses):
     """F where each place at which λ enters has its own."""
     train_key, _ = jax.random.split(jax.random.split(KEY)[0])
     loop = problems.EVERYTHING_LOOP
@@ -25,11 +25,11 @@ def by_hand(at):
     def step(state, x):
         lam, weight = x
         state = inner.step(loop, state, lam, problems.TASK.train)
-        f = problems.EVERYTHING.outer_loss(loop.params(state), at.outer, problems.TASK.valid, loop.context(state))
+        f = problems.EVERYTHING.outer_loss(loop.params(state), uses.outer, problems.TASK.valid, loop.context(state))
         return state, weight * f
 
-    state = loop.init(train_key, at.start, problems.TASK.train)
-    return jax.lax.scan(step, state, (at.steps, jnp.array(WEIGHTS)))[1].sum()
+    state = loop.init(train_key, uses.start, problems.TASK.train)
+    return jax.lax.scan(step, state, (uses.steps, jnp.array(WEIGHTS)))[1].sum()
 
 
 @pytest.mark.once
@@ -38,9 +38,9 @@ def test_each_contribution_equals_finite_differences_of_its_hyperparams_alone():
     def contributions(lam):
         return hypergrad.trace(problems.EVERYTHING, num_steps=NUM_STEPS, outer=WEIGHTS)(KEY, lam, problems.TASK)
 
-    found = contributions(LAM)
+    traced = contributions(LAM)
     rng = np.random.default_rng(0)
-    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), found)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), traced)
     steps = jax.tree.map(lambda x: jnp.stack([x] * NUM_STEPS), LAM)
     base = _trace.Contributions(LAM, steps, LAM)
 
@@ -57,7 +57,7 @@ def test_each_contribution_equals_finite_differences_of_its_hyperparams_alone():
     shifted = jax.jit(jax.vmap(lambda v, sign: by_hand(optax.tree.add_scale(base, sign * eps, v)), (0, None)))
     expected = (shifted(directions, 1.0) - shifted(directions, -1.0)) / (2 * eps)
     assert (abs(expected) > 1e-4).all()
-    np.testing.assert_allclose(jax.vmap(lambda v: optax.tree.vdot(found, v))(directions), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda v: optax.tree.vdot(traced, v))(directions), expected, rtol=1e-6)
 
 
 @pytest.mark.once

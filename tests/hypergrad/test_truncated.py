@@ -26,11 +26,11 @@ TASK = base.Task(jnp.array(A), jnp.array(B))
 
 def window_by_hand(lam, start, weights):
     """F of one window, and its derivatives with respect to r and to where the window starts."""
-    k, left = np.arange(1, len(weights) + 1), 1 - float(lam["rate"])
-    theta = A + left**k * (start - A)
+    k, decay = np.arange(1, len(weights) + 1), 1 - float(lam["rate"])
+    theta = A + decay**k * (start - A)
     by_theta = weights * (theta - B)
     value = (weights * (theta - B) ** 2).sum() / 2 + float(lam["start"]) ** 2
-    return value, (by_theta * -k * left ** (k - 1) * (start - A)).sum(), (by_theta * left**k).sum(), theta[-1]
+    return value, (by_theta * -k * decay ** (k - 1) * (start - A)).sum(), (by_theta * decay**k).sum(), theta[-1]
 
 
 @pytest.mark.parametrize(("outer", "weights", "remat"), [("last", [0, 0, 1], "none"), ("mean", [1 / 3] * 3, "step")])
@@ -82,13 +82,13 @@ def test_staggered_slots_do_not_end_together_and_every_horizon_is_whole():
         task, start = jax.tree.map(lambda x, slot=slot: x[slot], (batch, state.estimator_state))
         expected = inner.run(problems.RIDGE_LOOP)(start.start_key, problems.LAM, task.train, 2 * slot)
         np.testing.assert_allclose(start.inner.params, expected.params, rtol=1e-12)
-    done, taken = [], []
+    is_done, num_steps = [], []
     for _ in range(12):
         state, _ = step(state)
-        done.append(np.asarray(state.done))
-        taken.append(np.asarray(state.estimator_state.inner.step))
-    done, taken = np.array(done), np.array(taken)
-    np.testing.assert_array_equal(done.sum(1), 1)  # one of four at every step
-    np.testing.assert_array_equal(done, taken == 8)  # and none before its eighth
+        is_done.append(np.asarray(state.done))
+        num_steps.append(np.asarray(state.estimator_state.inner.step))
+    is_done, num_steps = np.array(is_done), np.array(num_steps)
+    np.testing.assert_array_equal(is_done.sum(1), 1)  # one of four at every step
+    np.testing.assert_array_equal(is_done, num_steps == 8)  # and none before its eighth
     for slot in range(4):
-        assert set(np.diff(np.flatnonzero(done[:, slot]))) == {4}
+        assert set(np.diff(np.flatnonzero(is_done[:, slot]))) == {4}

@@ -195,7 +195,7 @@ def test_checkpointed_scan_keeps_the_order_of_its_steps(length):
 
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 256), ("step", 64), ("sqrt", 16), (3, 8), (6, 4)])
-def test_what_is_stored_between_the_passes(remat, most):
+def test_the_values_stored_between_the_passes(remat, most):
     # The residuals of the reverse pass of 64 steps, in copies of a carry of 100 numbers that a step uses three times.
     _, pullback = jax.vjp(partial(three_uses, length=64, remat=remat), jnp.ones(100))
     stored = sum(leaf.size for leaf in jax.tree.leaves(pullback)) / 100
@@ -215,8 +215,8 @@ def test_more_levels_need_less_memory():
     for levels in (1, 2, 3):
         gradient = jax.jit(jax.grad(partial(three_uses, length=length, remat=levels)))
         carries.append(gradient.lower(jnp.ones(1000)).compile().memory_analysis().temp_size_in_bytes / 8000)
-    for levels, found in enumerate(carries, 1):
-        assert found < levels * length ** (1 / levels) + 8, carries
+    for levels, num_carries in enumerate(carries, 1):
+        assert num_carries < levels * length ** (1 / levels) + 8, carries
     assert carries[2] < 0.7 * carries[1] < 0.1 * carries[0]
 
 
@@ -277,10 +277,10 @@ def test_steps_of_weight_zero_are_not_evaluated():
     def estimate(outer, key=KEY):
         return hypergrad.unrolled(problem, num_steps=3, outer=outer).estimate(problems.LAM, problems.TASK, key)[0]
 
-    known, early = estimate([0, 0, 1.0]), estimate([0, 0.5, 1.0])
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((known, early)))
+    skipped, early = estimate([0, 0, 1.0]), estimate([0, 0.5, 1.0])
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((skipped, early)))
     scheduled = jax.jit(jax.vmap(estimate, (None, 0)))(jnp.array([0, 0, 1.0]), jnp.stack([KEY, KEY]))
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], scheduled), known, rtol=1e-12)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], scheduled), skipped, rtol=1e-12)
 
 
 # MAML.
@@ -345,14 +345,14 @@ def test_zero_inner_steps_are_plain_training():
 # Keys.
 
 
-def test_every_estimate_draws_afresh_and_repeats_with_its_key():
+def test_every_estimate_has_its_own_draws_which_follow_from_the_key():
     estimator = hypergrad.unrolled(SMALL, num_steps=2)
     estimate = jax.jit(estimator.estimate)
     first, state = estimate(SMALL_LAM, SMALL_TASK, estimator.init(KEY, None, None))
     second, _ = estimate(SMALL_LAM, SMALL_TASK, state)
-    again, _ = estimate(SMALL_LAM, SMALL_TASK, estimator.init(KEY, None, None))
+    repeated, _ = estimate(SMALL_LAM, SMALL_TASK, estimator.init(KEY, None, None))
     assert first.value != second.value
-    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal(first, repeated)
 
 
 @pytest.mark.once
@@ -375,9 +375,9 @@ def test_bounds_in_low_precision(dtype, bound):
     estimate = lambda lam, task: hypergrad.unrolled(problems.RIDGE, num_steps=20).estimate(lam, task, jax.random.key(0))
     exact = estimate(problems.LAM, problems.TASK)[0].hypergrad["log_penalty"]
     narrow = jax.tree.map(lambda x: x.astype(dtype), (problems.LAM, problems.TASK))
-    found = estimate(*narrow)[0].hypergrad["log_penalty"]
-    assert found.dtype == dtype
-    error = jnp.linalg.norm(found.astype(jnp.float64) - exact) / jnp.linalg.norm(exact)
+    slope = estimate(*narrow)[0].hypergrad["log_penalty"]
+    assert slope.dtype == dtype
+    error = jnp.linalg.norm(slope.astype(jnp.float64) - exact) / jnp.linalg.norm(exact)
     assert error < bound, error
 
 
@@ -390,7 +390,7 @@ def test_up_to_five_steps_are_written_out_and_more_are_a_loop(num_steps, loops):
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
-def test_what_is_scanned_may_be_numpys(num_steps):
+def test_scanned_values_may_be_numpy_arrays(num_steps):
     table, start = np.arange(4.0), np.ones(4)
 
     def step(carry, x):

@@ -150,7 +150,7 @@ def test_convolutions_inside_other_things(name):
     assert "conv_general_dilated" not in str(jax.make_jaxpr(inner.im2col(fn))(X, W))
 
 
-def test_what_is_left_as_it_is():
+def test_convolutions_that_are_not_rewritten():
     assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(own_rule))(X, W))
     large = lambda x: jax.lax.conv(x, jnp.ones((1, 1, 129)), (1,), "SAME")
     assert "conv_general_dilated" in str(jax.make_jaxpr(inner.im2col(large))(jnp.ones((1, 1, 200))))
@@ -162,7 +162,7 @@ def test_pooling_of_at_most_128_positions_is_rewritten(window, rewritten):
     assert ("reduce_window" not in str(jax.make_jaxpr(inner.im2col(pool))(jnp.ones((8, 50))))) == rewritten
 
 
-def test_numbers_that_python_decides_by_are_not_traced():
+def test_numbers_in_branches_of_python_are_not_traced():
     fn = inner.im2col(lambda x, twice, name: 2 * x if twice and name == "yes" else x)
     assert float(jax.jit(lambda x: fn(x, True, "yes"))(1.5)) == 3.0
 
@@ -191,6 +191,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
     conv, x, w = convolution(name)
     text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]
     expected = jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
+    # A small limit: patches above the real one take 256 MB, and seconds.
     monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", 100)
     jax.clear_caches()
     text.append(str(jax.make_jaxpr(inner.im2col(conv))(x, w)))
@@ -201,7 +202,7 @@ def test_large_patches_are_not_made(name, monkeypatch):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its compiler keeps what is to be computed anew")
-def test_patches_are_made_anew_in_the_backward_pass():
+def test_patches_are_computed_again_in_the_backward_pass():
     def loss(kernels, x):
         for w in kernels:
             x = jnp.sin(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", **NHWC))
@@ -214,7 +215,7 @@ def test_patches_are_made_anew_in_the_backward_pass():
     assert program.memory_analysis().temp_size_in_bytes < 4.5 * patches
 
 
-def test_what_was_said_when_it_was_traced_still_holds():
+def test_contexts_at_trace_time_are_kept():
     def noisy(x, w):
         with jax.threefry_partitionable(False), jax.named_scope("first_layer"):
             return CONV(x, w) + jax.random.normal(KEY, (4,))[None, None, None]
@@ -255,7 +256,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.once
-def test_training_uses_it_on_cpu_says_so_once_and_gives_the_same_hypergradient(caplog):
+def test_training_uses_im2col_on_cpu_logs_it_once_and_keeps_the_hypergradient(caplog):
     net, start = Net(), Net().init(KEY, jnp.ones((1, 8, 8, 1)))
     x, y = jax.random.normal(KEY, (6, 8, 8, 1)), jnp.arange(6) % 3
     task = base.Task({"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]})
@@ -282,7 +283,7 @@ def test_training_uses_it_on_cpu_says_so_once_and_gives_the_same_hypergradient(c
         assert "[3, 8, 8, 1] * [3, 3, 1, 4]" in line and "`im2col=False`" in line and line.count(" * ") == 2
 
 
-def test_every_position_of_every_window_is_looked_at():
+def test_a_convolution_with_rectangular_windows_equals_a_loop():
     """Against a loop in NumPy."""
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(1, 4, 5, 2)), rng.normal(size=(2, 3, 2, 3))
@@ -304,7 +305,7 @@ def as_float32(tree):
 def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
     """One program for all forms: a value, a gradient and a product of the Hessian, under vmaps of each kind."""
 
-    def of(name, wrap):
+    def cases_of(name, wrap):
         conv, x, w = convolution(name)
         both = lambda x, w: derivatives(wrap(conv), x, w)
         xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
@@ -314,10 +315,10 @@ def test_float32_has_the_kernel_of_xla_in_every_derivative_and_batch():
         }
 
     for name in FAST:
-        found = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in of(name, inner.im2col).items()}
-        text = str(jax.make_jaxpr(found["both"][0])(*found["both"][1]))
+        cases = {k: (lambda *a, fn=fn: fn(*as_float32(a)), a) for k, (fn, a) in cases_of(name, inner.im2col).items()}
+        text = str(jax.make_jaxpr(cases["both"][0])(*cases["both"][1]))
         assert "cpu_convolution" in text and "conv_general_dilated" not in text
-    run = lambda wrap, cast: {n: {k: fn(*cast(a)) for k, (fn, a) in of(n, wrap).items()} for n in FAST}
+    run = lambda wrap, cast: {n: {k: fn(*cast(a)) for k, (fn, a) in cases_of(n, wrap).items()} for n in FAST}
     fast = jax.jit(lambda: run(inner.im2col, as_float32))()
     exact = jax.jit(lambda: run(lambda fn: fn, lambda a: a))()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fast))
@@ -348,7 +349,7 @@ def test_depthwise_convolutions_of_tasks():
     xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w / 2, w + 1])
     both = lambda wrap: lambda x, w: derivatives(wrap(conv), x, w)
 
-    def of(wrap):
+    def values(wrap):
         return {
             "both": jax.vmap(both(wrap))(xs, ws),
             "images": jax.vmap(both(wrap), (0, None))(xs, w),
@@ -356,7 +357,9 @@ def test_depthwise_convolutions_of_tasks():
             "tasks of tasks": jax.vmap(jax.vmap(both(wrap), (0, None)), (None, 0))(xs, ws),
         }
 
-    chex.assert_trees_all_close(jax.jit(lambda: of(inner.im2col))(), jax.jit(lambda: of(lambda fn: fn))(), rtol=1e-10)
+    chex.assert_trees_all_close(
+        jax.jit(lambda: values(inner.im2col))(), jax.jit(lambda: values(lambda fn: fn))(), rtol=1e-10
+    )
     fast = inner.im2col(conv)
     products = 2 * conv(x, w).size * 3 * 2
     assert hypergrad.flops(fast, x, w, products_only=True) == products
@@ -380,17 +383,18 @@ def test_derivatives_of_strided_convolutions_are_products():
 
 
 @pytest.mark.once
-def test_nor_are_large_columns_of_the_images_cotangent(monkeypatch):
+def test_large_columns_of_the_cotangent_of_images_are_not_made(monkeypatch):
     conv = inner.im2col(lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC))
     x, w = as_float32((jax.random.normal(KEY, (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))))
     columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes
-    found = {}
+    programs = {}
     for limit in (columns, columns - 1):
+        # A small limit: columns above the real one take 256 MB, and seconds.
         monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", limit)
         jax.clear_caches()
         lowered = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2))).lower(x, w)
-        found[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
-    (few, at_once), (many, by_holes) = found.values()
+        programs[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
+    (few, at_once), (many, by_holes) = programs.values()
     assert (few, many) == (False, True)
     chex.assert_trees_all_close(at_once, by_holes, rtol=1e-4, atol=1e-4)
 
@@ -403,5 +407,5 @@ def test_depthwise_convolutions_of_no_task():
     )
     loss = lambda x, w: jax.vmap(inner.im2col(each), (0, None))(x, w).sum()
     assert jax.vmap(inner.im2col(each), (0, None))(x, w).shape == x.shape
-    found = jax.grad(loss, (0, 1))(x, w)
-    assert found[0].shape == x.shape and not np.any(found[1])
+    grads = jax.grad(loss, (0, 1))(x, w)
+    assert grads[0].shape == x.shape and not np.any(grads[1])

@@ -43,7 +43,7 @@ def test_steps_equal_a_plain_optax_loop():
 
 
 @pytest.mark.parametrize(("zero", "expected"), [("drop", 0.0), ("exact", -0.1 / 1e-8)])
-def test_the_derivative_at_a_gradient_of_zero_is_what_was_chosen(zero, expected):
+def test_the_derivative_at_a_gradient_of_zero_is_the_chosen_one(zero, expected):
     # Adam's first step, u = -0.1 g / (|g| + 1e-8), at g = λ = 0; optax's own derivative is NaN.
     loop = make(
         lambda params, lam, data: lam * params, lambda lam: optax.adam(0.1), lambda *_: jnp.zeros(()), zero=zero
@@ -233,7 +233,7 @@ CONSTANT = {  # functions of λ with the slope of `beside`, in which `run` is a 
 }
 
 
-def test_run_is_a_constant_within_a_differentiated_function_where_the_caller_says_so():
+def test_run_is_a_constant_within_a_differentiated_function_on_request():
     slopes = jax.jit(lambda lam: {name: jax.grad(function)(lam) for name, function in CONSTANT.items()})(LAM)
     for slope in slopes.values():
         np.testing.assert_allclose(slope["rate"], 2 * LAM["rate"], rtol=1e-12)

@@ -100,7 +100,7 @@ LAM = {"rate": jnp.float32(0.03)}
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.once
-def test_equals_the_pure_network(name):
+def test_a_module_equals_the_pure_network(name):
     model = MODELS[name](rate=0.0)
     params, state = model.init(KEY, None, DATA)
     state = jax.tree.map(lambda x: x + 0.3 if x.dtype in (jnp.float32, jnp.float64) else x, state)
@@ -109,9 +109,9 @@ def test_equals_the_pure_network(name):
         output, after = model.apply(params, context, DATA["x"], train=train)
         expected, stats = pure(name, params, state, DATA["x"], train)
         chex.assert_trees_all_close(output, expected, rtol=1e-5, atol=1e-6)
-        found = parts(name, params, after)[3]
+        updated = parts(name, params, after)[3]
         for key in ("mean", "var"):
-            np.testing.assert_allclose(found[key], stats[key], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(updated[key], stats[key], rtol=1e-5, atol=1e-6)
         assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
@@ -127,9 +127,9 @@ def test_dropout_is_new_at_every_step_and_off_in_evaluation(name):
             for key in (keys[0], keys[1], keys[0])
         ]
 
-    first, second, again = outputs(train=True)
+    first, second, repeated = outputs(train=True)
     assert np.abs(first - second).max() > 1e-3
-    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal(first, repeated)
     first, second, _ = outputs(train=False)
     chex.assert_trees_all_equal(first, second)
 
@@ -432,7 +432,7 @@ def test_an_nnx_module_with_a_keyword_gets_the_switch():
 
 
 @pytest.mark.once
-def test_an_equinox_module_without_ceremony():
+def test_an_equinox_module_needs_no_adapter():
     eqx = pytest.importorskip("equinox")
     _, static = eqx.partition(eqx.nn.MLP(D, 1, 4, 1, key=KEY), eqx.is_array)
 

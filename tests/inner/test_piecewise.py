@@ -42,8 +42,8 @@ def test_every_step_sees_the_value_of_its_window():
     problem = inner.piecewise(PROBLEM, WINDOWS, num_steps=7)
     expected = jax.jit(jax.value_and_grad(by_hand))(LAM)
     for rule in (hypergrad.unrolled, hypergrad.forward):
-        found, _ = jax.jit(rule(problem, num_steps=7, outer="mean").estimate)(LAM, problems.TASK, KEY)
-        chex.assert_trees_all_close((found.value, found.hypergrad), expected, rtol=1e-10)
+        out, _ = jax.jit(rule(problem, num_steps=7, outer="mean").estimate)(LAM, problems.TASK, KEY)
+        chex.assert_trees_all_close((out.value, out.hypergrad), expected, rtol=1e-10)
 
 
 @pytest.mark.once
@@ -55,13 +55,13 @@ def test_a_window_has_the_sum_of_its_steps():
     @jax.jit
     def both(lam):
         repeated = jax.tree.map(lambda x: jnp.stack([x] * num_windows), lam)
-        found, _ = hypergrad.unrolled(problem, num_steps=num_steps).estimate(repeated, problems.TASK, KEY)
-        return found.hypergrad, hypergrad.trace(PROBLEM, num_steps=num_steps)(KEY, lam, problems.TASK)
+        out, _ = hypergrad.unrolled(problem, num_steps=num_steps).estimate(repeated, problems.TASK, KEY)
+        return out.hypergrad, hypergrad.trace(PROBLEM, num_steps=num_steps)(KEY, lam, problems.TASK)
 
-    found, parts = both({**LAM, "rate": jnp.array(0.2), "penalty": LAM["penalty"][0]})
+    repeated_grads, parts = both({**LAM, "rate": jnp.array(0.2), "penalty": LAM["penalty"][0]})
     expected = jax.tree.map(lambda x: x.reshape(num_windows, -1, *x.shape[1:]).sum(1), parts.steps)
     expected = jax.tree.map(lambda x, start, outer: x.at[0].add(start).at[-1].add(outer), expected, *parts[::2])
-    chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-13)
+    chex.assert_trees_all_close(repeated_grads, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.once

@@ -87,16 +87,16 @@ def test_with_replacement_rows_are_independent_and_uniform():
 
 
 @pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("how", ["num_rows", "mask", "callable"])
+@pytest.mark.parametrize("padding", ["num_rows", "mask", "callable"])
 @pytest.mark.once
-def test_padding_is_never_drawn_and_sizes_share_one_program(how, replace):
+def test_padding_is_never_drawn_and_sizes_share_one_program(padding, replace):
     sizes, padded = jnp.array([3, 8, 5]), 8
     real = jnp.arange(padded)[None] < sizes[:, None]
     data = {"x": jnp.where(real, jnp.arange(padded)[None], -1)}
     count = None
-    if how == "num_rows":
+    if padding == "num_rows":
         data["num_rows"] = sizes
-    elif how == "mask":
+    elif padding == "mask":
         data["mask"] = real.astype(float)
     else:
         count = lambda data: (data["x"] >= 0).sum()  # noqa: E731
@@ -107,7 +107,7 @@ def test_padding_is_never_drawn_and_sizes_share_one_program(how, replace):
     assert batches["x"].shape == (3, 40, 4)
     for size, rows in zip(sizes.tolist(), batches["x"], strict=True):
         assert set(np.ravel(rows).tolist()) == set(range(size))
-    if how == "num_rows":
+    if padding == "num_rows":
         np.testing.assert_array_equal(batches["num_rows"][:, 0], sizes)
 
 
@@ -145,7 +145,7 @@ def test_where_rows_stand_changes_no_batch(replace):
 
 
 @pytest.mark.once
-def test_what_is_real_of_masks_of_parts_of_rows_and_of_two_counts():
+def test_real_rows_by_masks_of_parts_of_rows_and_by_two_counts():
     """A row without a real part is padding; a mask in `shared` does not mask rows; a mask and a count are combined."""
     parts = {"x": jnp.arange(4), "mask": jnp.array([[0, 0], [1, 0], [0, 0], [1, 1]])}
     draws = jax.vmap(lambda step: inner.minibatch(2)(KEY, step, parts)["x"])(jnp.arange(9))

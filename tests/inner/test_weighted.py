@@ -52,8 +52,8 @@ def products():
     programs = {
         "forward": lambda params, lam, v: losses(params, BATCH),
         "gradient": lambda params, lam, v: inner_grad(params, lam, BATCH),
-        "mixed": lambda params, lam, v: jax.vjp(lambda *at: inner_grad(*at, BATCH), params, lam)[1](v)[1],
-        "both": lambda params, lam, v: jax.vjp(lambda *at: inner_grad(*at, BATCH), params, lam)[1](v),
+        "mixed": lambda params, lam, v: jax.vjp(lambda *args: inner_grad(*args, BATCH), params, lam)[1](v)[1],
+        "both": lambda params, lam, v: jax.vjp(lambda *args: inner_grad(*args, BATCH), params, lam)[1](v),
     }
     return {name: jax.jit(f).lower(PARAMS, LAM, DIRECTION).compile() for name, f in programs.items()}
 

@@ -62,7 +62,7 @@ def fitted(search, num_steps, **options):
 
 
 @pytest.mark.once
-def test_what_robust_darts_has_found_is_the_alpha_before_its_stop():
+def test_robust_darts_returns_the_alpha_before_its_stop():
     """Every epoch is too sharp: it stops at the first two means, and goes back to the α that it started at."""
     search = search_of(nas.robust_darts, every=1, window=1, start=1, delta=1, factor=1e-9)
     result = fitted(search, 9, callback=lambda step, metrics: metrics["stop"] > 0)
@@ -78,13 +78,13 @@ def test_darts_plus_counts_the_search_s_own_cell():
     alpha = {"cell": jnp.array([[0.0, 5.0, 0.0], [0.0, 4.0, 0.0], [0.0, 1.0, 5.0]])}
     search = nas.darts_plus(NET, (3,), ops=OPS, every=1, keep=1)
     table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
-    for made, given in (
+    for method, hyperparams in (
         (search_of(nas.darts_plus, every=1), alpha),  # keeps two: both skips
         (nas.under_budget(search, table, budget=1.0), {"hyperparams": alpha, "multiplier": jnp.array(0.0)}),
     ):
-        estimate, state = estimate_of(made, given)
-        assert estimate.metrics["skips"] == (2 if given is alpha else 1) and estimate.metrics["stop"] == 0
-        jax.tree.map(np.testing.assert_array_equal, state.kept, given)
+        estimate, state = estimate_of(method, hyperparams)
+        assert estimate.metrics["skips"] == (2 if hyperparams is alpha else 1) and estimate.metrics["stop"] == 0
+        jax.tree.map(np.testing.assert_array_equal, state.kept, hyperparams)
 
 
 @pytest.mark.once
@@ -98,8 +98,8 @@ def test_a_checkpoint_of_another_search_is_rejected(tmp_path):
     ]:
         with pytest.raises(ValueError, match=rf"`settings\['{name}'\]` is .* in the checkpoint and .* in this run"):
             fitted(other, 2, **options)
-    again = fitted(first_order(), 1, **options)  # another object with the same settings
-    np.testing.assert_array_equal(again.hyperparams["cell"], first.hyperparams["cell"])
+    continued = fitted(first_order(), 1, **options)  # another object with the same settings
+    np.testing.assert_array_equal(continued.hyperparams["cell"], first.hyperparams["cell"])
 
 
 @pytest.mark.once
@@ -126,7 +126,7 @@ def test_settings_tell_searches_apart_and_are_json():
 
     table = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
     one, plain = np.arange(3.0) + 1, search_of(nas.darts)
-    made = [
+    searches = [
         search_of(nas.darts, order="first"),
         plain,
         search_of(nas.darts, epsilon=0.02),
@@ -157,9 +157,9 @@ def test_settings_tell_searches_apart_and_are_json():
             for t in (table, table._replace(fixed=2.0), table._replace(terms=(table.terms[0]._replace(values=one),)))
         ),
     ]
-    texts = [json.dumps(search.settings, allow_nan=False) for search in made]
-    assert len(set(texts)) == len(made) and "0x" not in "".join(texts)
-    assert made[3].settings["method"] == "gdas" and _specs.network_from_dict(made[0].settings["network"]) == NET
+    texts = [json.dumps(search.settings, allow_nan=False) for search in searches]
+    assert len(set(texts)) == len(searches) and "0x" not in "".join(texts)
+    assert searches[3].settings["method"] == "gdas" and _specs.network_from_dict(searches[0].settings["network"]) == NET
     for same in (
         search_of(nas.darts, order="first", keep="space"),
         search_of(nas.darts, order="first", keep=NET.keep, epsilon=0.01, partial=1),
@@ -167,9 +167,9 @@ def test_settings_tell_searches_apart_and_are_json():
         search_of(nas.darts, order="first", relaxation=None, penalty=None),
         nas.darts(NET._replace(keep=1), (3,), ops=OPS, optimizer=sgd, decay=0.03, order="first", keep=NET.keep),
     ):
-        assert same.settings == made[0].settings  # defaults that are written out
-    written = search_of(nas.gdas, num_steps=9, single_path=True, order="first", edge_weights=False)
-    assert written.settings == made[3].settings
+        assert same.settings == searches[0].settings  # defaults that are written out
+    explicit = search_of(nas.gdas, num_steps=9, single_path=True, order="first", edge_weights=False)
+    assert explicit.settings == searches[3].settings
     later = []
 
     def not_yet(hyperparams):
@@ -185,10 +185,10 @@ def test_single_path_one_shot():
     params = jax.jit(one_shot.train)(KEY, TASK.train)
     # The same training step by step, which can be stopped and goes on.
     first = jax.random.split(KEY)[0]
-    again, _ = nas.train_loop(one_shot.loop, TASK.train, num_steps=60, key=KEY, hyperparams=one_shot.hyperparams)
+    repeated, _ = nas.train_loop(one_shot.loop, TASK.train, num_steps=60, key=KEY, hyperparams=one_shot.hyperparams)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
-        again.params,
+        repeated.params,
         jax.jit(one_shot.train)(first, TASK.train),
     )
     empty = {"cell": ()}
@@ -210,7 +210,7 @@ def test_an_auxiliary_skip_composed_by_hand_leaves_no_trace_in_genotypes():
     assert {op for _, _, op in search.genotype(alpha)["cell"]} == {"smooth"}
 
 
-def test_what_is_annealed_in_training_is_read_at_temperature_one():
+def test_annealed_weights_are_decoded_at_temperature_one():
     relaxation = nas.softmax(optax.linear_schedule(10.0, 0.1, 100))
     search = search_of(nas.darts, order="first", relaxation=relaxation, keep=1)
     alpha = {"cell": jnp.array([[0.0, 0.0, 0.0], [3.0, 2.9, -10.0], [1.0, 0.0, 0.0]])}
@@ -238,7 +238,7 @@ def test_the_weight_of_beta_darts_may_be_traced():
         context = base.Context(KEY, jnp.array(5))
         return search.problem.outer_loss(search.supernet.init(KEY), search.hyperparams(KEY), TASK.valid, context)
 
-    traced, plain, none = (float(found) for found in (jax.jit(value)(2.0), value(2.0), value(0.0)))
+    traced, plain, none = (float(result) for result in (jax.jit(value)(2.0), value(2.0), value(0.0)))
     assert traced == pytest.approx(plain, rel=1e-9) and abs(plain - none) > 1e-3
 
 
@@ -263,9 +263,9 @@ def test_padding_counts_in_no_search():
     start = jax.jit(lambda: search.estimator.init(KEY, alpha, TASK))()
     estimate = jax.jit(lambda task, state: search.estimator.estimate(alpha, task, state))
     alone, after = estimate(base.Task(TASK.train, TASK.train), start)
-    found, after_padded = estimate(padded, start)
-    np.testing.assert_allclose(found.value, alone.value, rtol=1e-10)
-    close(found.hypergrad, jax.flatten_util.ravel_pytree(alone.hypergrad)[0], 1e-8)
+    after_padding, after_padded = estimate(padded, start)
+    np.testing.assert_allclose(after_padding.value, alone.value, rtol=1e-10)
+    close(after_padding.hypergrad, jax.flatten_util.ravel_pytree(alone.hypergrad)[0], 1e-8)
     close(after_padded.inner.params, jax.flatten_util.ravel_pytree(after.inner.params)[0], 1e-8)
 
     one_shot = nas.single_path_one_shot(NORMAL, (3,), ops=OPS, num_steps=2)

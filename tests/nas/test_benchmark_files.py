@@ -96,12 +96,12 @@ def test_nas_bench_101(tmp_path):
     (tmp_path / "kept.tmp").mkdir()  # the temporary file of another process
     metaopt.save(kept, table)
     (tmp_path / "kept.tmp").rmdir()
-    again = metaopt.load(kept)
+    loaded = metaopt.load(kept)
     assert kept in tmp_path.iterdir() and not list(tmp_path.glob("kept*.*"))  # by the name that was given
     for name, value in table._asdict().items():
         if name != "query":
-            np.testing.assert_array_equal(getattr(again, name), value)
-    assert again.query(table.encodings[1], "cifar10") == table.query(table.encodings[1], "cifar10")
+            np.testing.assert_array_equal(getattr(loaded, name), value)
+    assert loaded.query(table.encodings[1], "cifar10") == table.query(table.encodings[1], "cifar10")
     with open(kept, "wb") as file:
         np.savez(file, name="x", header=np.frombuffer(b'{"format": "metaopt.benchmark", "version": 1}', np.uint8))
     with pytest.raises(ValueError, match="it lacks 'tasks'"):
@@ -123,8 +123,8 @@ def test_nas_bench_101_that_is_damaged(tmp_path):
     refused(whole[:-7], "truncated in its last record")
     refused(whole + b"abc", "is not a TFRecord file, or is damaged at byte")
     refused(b"[1, 2]" * 10, "is not a TFRecord file, or is damaged at byte 0")
-    at = whole.index(b'"a"')
-    refused(whole[:at] + b'"A' + whole[at + 2 :], "does not match its checksum", verify=True)
+    position = whole.index(b'"a"')
+    refused(whole[:position] + b'"A' + whole[position + 2 :], "does not match its checksum", verify=True)
     refused(framed(b"{}"), "has a record that is not of NAS-Bench-101")
     refused(framed(json.dumps(["a", 12, "0100", "input,output", "AAA"]).encode()), "has a record that is not of")
     refused(b"", "is empty")
@@ -239,8 +239,8 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="not one of NumPy's integers and floats"):
         nas.read_nas_bench_201(tmp_path / "pointer.pth")
-    written = Reduced(np._core.multiarray.scalar, (np.dtype("f8"), b"\x00" * 8))
-    (tmp_path / "number.pth").write_bytes(pickle.dumps(written))
+    payload = Reduced(np._core.multiarray.scalar, (np.dtype("f8"), b"\x00" * 8))
+    (tmp_path / "number.pth").write_bytes(pickle.dumps(payload))
     with pytest.raises(ValueError, match="has no results"):
         nas.read_nas_bench_201(tmp_path / "number.pth")
     for data, message in [(b"abc", "can be read, or is damaged"), (pickle.dumps([1]), "has no results")]:

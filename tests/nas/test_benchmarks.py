@@ -7,19 +7,19 @@ from metaopt import base, blackbox, nas
 from metaopt.nas import _nas_bench_101
 
 
-def test_records_of_a_table_leave_out_what_was_not_trained(tmp_path):
+def test_records_of_a_table_leave_out_untrained_architectures(tmp_path):
     digits, nan = [[0, 1], [1, 0], [1, 1]], float("nan")
     valid = np.array([[[3.0, 1.0], [nan, nan]], [[5.0, 4.0], [2.0, 6.0]], [[7.0, 8.0], [nan, 9.0]]])
     test, cost = [[1.5, nan], [nan, 2.5], [3.5, nan]], np.full((3, 2, 2), 10.0)
     part = nas.benchmark_table("mine", "ab", "xy", [2, 2], digits, valid, fidelities=(0.5, 1.0), test=test, cost=cost)
-    of = lambda task, x, y, outcome: base.Record(task, {"x": x, "y": y}, outcome, cost=10.0)
+    record = lambda task, x, y, outcome: base.Record(task, {"x": x, "y": y}, outcome, cost=10.0)
     first, second = (
-        [of("a", 0, 1, 1.0), of("a", 1, 0, 4.0), of("a", 1, 1, 8.0)],
-        [of("b", 1, 0, 6.0), of("b", 1, 1, 9.0)],
+        [record("a", 0, 1, 1.0), record("a", 1, 0, 4.0), record("a", 1, 1, 8.0)],
+        [record("b", 1, 0, 6.0), record("b", 1, 1, 9.0)],
     )
     assert part.records() == [*first, *second]
     assert part.records(["b"]) == second
-    assert part.records(["a"], test=True) == [of("a", 0, 1, 1.5), of("a", 1, 1, 3.5)]
+    assert part.records(["a"], test=True) == [record("a", 0, 1, 1.5), record("a", 1, 1, 3.5)]
     blackbox.append_records(tmp_path / "records.db", part.records())  # an invalid record is an error
 
 
@@ -29,14 +29,14 @@ def test_an_architecture_has_five_forms():
         "NAS-Bench-201", ["cifar10"], [f"e{i}" for i in range(6)], [5] * 6, digits, [[9.0], [1.0]]
     )
     inside = {"cell": ((0, 1, "nor_conv_3x3"), (2, 3, "skip_connect"))}
-    for found in (
+    for form in (
         inside,
         nas.genotype_to_text(inside, form="nas_bench_201"),
         digits[1],
         np.array(digits[1], float),
         tuple(digits[1]),
     ):
-        assert part.query(found, "cifar10")[0] == 1.0
+        assert part.query(form, "cifar10")[0] == 1.0
 
 
 def test_outcomes_that_are_missing_at_another_fidelity():

@@ -56,7 +56,7 @@ def test_arrays_are_the_graph_its_paths_and_its_depths():
 
 
 @pytest.mark.once
-def test_renaming_vertices_and_what_stands_in_padding_change_nothing():
+def test_order_of_vertices_and_padding_change_nothing():
     expected = encoded(DIAMOND)
     assert np.abs(expected).max() > 0.1
     for order in itertools.permutations(range(5)):
@@ -106,17 +106,17 @@ def test_the_encoder_by_hand():
         layer = {name: w[i] for name, w in params["layers"].items()}
         q, k, v = ((norm(x) @ layer["qkv"])[:, i::3] for i in range(3))  # a number each for a head
         mixed = np.zeros_like(x)
-        for head, seen in enumerate([matrix.T, paths.T, matrix, paths]):
+        for head, reachable in enumerate([matrix.T, paths.T, matrix, paths]):
             for u in range(5):
-                at = [w for w in range(5) if seen[u, w] or w == u]
-                weights = np.exp(q[u, head] * k[at, head])
-                mixed[u, head] = weights @ v[at, head] / weights.sum()
+                attended = [w for w in range(5) if reachable[u, w] or w == u]
+                weights = np.exp(q[u, head] * k[attended, head])
+                mixed[u, head] = weights @ v[attended, head] / weights.sum()
         x = x + mixed @ layer["mix"]
         x = x + np.maximum(norm(x) @ layer["up"], 0) @ layer["down"]
     expected = np.maximum(x.sum(0) / np.sqrt(5) @ params["out"] + params["bias"], 0)
-    found = jax.jit(encoder.encode)(params, cells_of([DIAMOND], OPS))[0]
+    outputs = jax.jit(encoder.encode)(params, cells_of([DIAMOND], OPS))[0]
     assert expected.max() > 0.01
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-9)
 
 
 @pytest.mark.once
@@ -148,17 +148,17 @@ def test_the_ranking_loss_is_its_sum_over_pairs():
 
     rng = np.random.default_rng(0)
     scores, outcomes = rng.normal(size=7), np.array([0.3, 5.0, -2.0, np.nan, 0.3, 1.0, 0.9])
-    known = np.isfinite(outcomes)
+    is_known = np.isfinite(outcomes)
     q = np.zeros(7)
-    q[known] = norm.ppf((known.sum() + 0.5 - rankdata(outcomes[known])) / known.sum())
-    pairs = [(i, j) for i in range(7) for j in range(7) if known[i] and known[j] and outcomes[i] < outcomes[j]]
+    q[is_known] = norm.ppf((is_known.sum() + 0.5 - rankdata(outcomes[is_known])) / is_known.sum())
+    pairs = [(i, j) for i in range(7) for j in range(7) if is_known[i] and is_known[j] and outcomes[i] < outcomes[j]]
     weights = [abs(q[i] - q[j]) for i, j in pairs]
     expected = np.average([np.log1p(np.exp(scores[j] - scores[i])) for i, j in pairs], weights=weights)
-    found = LOSS(jnp.asarray(scores), jnp.asarray(outcomes))
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    loss = LOSS(jnp.asarray(scores), jnp.asarray(outcomes))
+    np.testing.assert_allclose(loss, expected, rtol=1e-10)
     # Units and offsets of outcomes mean nothing; a score for a NaN, neither.
     other = LOSS(jnp.asarray(scores).at[3].set(99.0), 7 + 3 * jnp.asarray(outcomes))
     np.testing.assert_allclose(other, expected, rtol=1e-10)
     np.testing.assert_allclose(LOSS(jnp.zeros(7), jnp.asarray(outcomes)), np.log(2))
-    alike = jax.jit(jax.value_and_grad(cell_ranking_loss))(jnp.asarray(scores), jnp.full(7, np.nan).at[0].set(1.0))
-    chex.assert_trees_all_equal(alike, (jnp.array(0.0), jnp.zeros(7)))
+    single = jax.jit(jax.value_and_grad(cell_ranking_loss))(jnp.asarray(scores), jnp.full(7, np.nan).at[0].set(1.0))
+    chex.assert_trees_all_equal(single, (jnp.array(0.0), jnp.zeros(7)))

@@ -43,8 +43,8 @@ SPACE = {name: spaces.choice(OPS) for name in CELLS[0]}
 SHARES = (0.0, 0.1, 0.2, 0.8, 0.9, 1.0)
 
 
-def trained(given, **options):
-    return nas.train_cell_searcher(given, graph, width=8, num_layers=1, num_members=2, batch_size=32, **options)
+def trained(trials, **options):
+    return nas.train_cell_searcher(trials, graph, width=8, num_layers=1, num_members=2, batch_size=32, **options)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def unlike(cell):
 
 
 @pytest.mark.once
-def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
+def test_trials_on_an_unusual_task_correct_its_prediction(h):
     losses = np.array([unlike(cell) for cell in CELLS])
     searcher = h.searcher()
     state = start = searcher.init(KEY, None)
@@ -121,9 +121,9 @@ def test_trials_on_a_task_that_is_unlike_the_others_say_what_is_good_there(h):
     np.testing.assert_array_equal(mean, h.posterior(trials=rounded)[0])
     assert (variance <= wide).all() and np.abs(mean - before).max() > 0.5
     failed = h.posterior(trials=[ended[0], base.Record("", ended[1].configuration, status="FAIL")])[0]
-    done = h.posterior(trials=[ended[0], ended[1]._replace(outcome=-1e9)])[0]
-    at = CELLS.index(ended[1].configuration)
-    assert failed[at] < before[at] < done[at]
+    diverged = h.posterior(trials=[ended[0], ended[1]._replace(outcome=-1e9)])[0]
+    row = CELLS.index(ended[1].configuration)
+    assert failed[row] < before[row] < diverged[row]
     every = [base.Record("", cell, loss) for cell, loss in zip(CELLS, losses, strict=True)]
     assert h.suggest(trials=every) == h.predict(trials=every) and unlike(h.predict(trials=every)) == losses.min()
     with pytest.raises(ValueError, match="A trial must be one of the candidates; got {'e0': 'z'}"):
@@ -140,7 +140,7 @@ def of_prior(mean):
     return cell_searcher(zeros, encoder, zeros[:, 0], cells, ("a",), np.zeros(0), np.ones(0), prior, np.zeros(()))
 
 
-def test_what_failed_is_not_predicted():
+def test_failed_cells_are_not_predicted():
     h = of_prior([9.0, 8.0, 0.0, 0.0, 0.0, -9.0])
     failed = [base.Record("", {"op": i}, float("nan"), status="FAIL") for i in range(6)]
     assert h.predict() == {"op": 0} and h.predict(trials=failed[:1]) == h.suggest(trials=failed[:1]) == {"op": 1}
@@ -152,58 +152,60 @@ def test_what_failed_is_not_predicted():
     assert h.predict(trials=[failed[0], base.Record("", {"op": 0}, 1.0)]) == {"op": 0}  # not with each seed
 
 
-def test_what_has_a_trial_is_not_proposed_again():
+def test_cells_with_a_trial_are_not_proposed_again():
     h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     for part in ({"status": "PRUNED"}, {"status": "COMPLETE", "fidelity": 0.3}, {"status": "FAIL"}, {}):
         searcher = h.searcher()
-        state, asked = searcher.init(KEY, None), []
+        state, trials = searcher.init(KEY, None), []
         for _ in range(6):
             (trial,), state = searcher.ask(state, 1)
-            asked.append(trial._replace(outcome=0.5)._replace(**part))
-            state = searcher.tell(state, asked[-1:])
-        assert sorted(trial.configuration["op"] for trial in asked) == list(range(6))
-        said = "PRUNED" not in part.values() and "fidelity" not in part  # of scores; others are named below
-        with contextlib.nullcontext() if said else pytest.warns(UserWarning, match="they do not change the scores"):
-            assert h.suggest(trials=asked[:1]) != asked[0].configuration
+            trials.append(trial._replace(outcome=0.5)._replace(**part))
+            state = searcher.tell(state, trials[-1:])
+        assert sorted(trial.configuration["op"] for trial in trials) == list(range(6))
+        is_silent = "PRUNED" not in part.values() and "fidelity" not in part  # of scores; others are named below
+        with (
+            contextlib.nullcontext() if is_silent else pytest.warns(UserWarning, match="they do not change the scores")
+        ):
+            assert h.suggest(trials=trials[:1]) != trials[0].configuration
     # A rung compares different cells.
     asha = blackbox.asha(h.searcher(), reduction_factor=3, num_rungs=2)
-    state, asked = asha.init(KEY, {"op": spaces.integer(0, 5)}), []
+    state, trials = asha.init(KEY, {"op": spaces.integer(0, 5)}), []
     for _ in range(4):
         (trial,), state = asha.ask(state, 1)
-        asked.append((trial.configuration["op"], trial.fidelity < 1))
-        state = asha.tell(state, [trial._replace(status="COMPLETE", outcome=float(len(asked)))])
-    assert asked == [(0, True), (1, True), (2, True), (0, False)]
+        trials.append((trial.configuration["op"], trial.fidelity < 1))
+        state = asha.tell(state, [trial._replace(status="COMPLETE", outcome=float(len(trials)))])
+    assert trials == [(0, True), (1, True), (2, True), (0, False)]
 
 
-def test_a_searcher_passes_over_trials_of_what_is_no_candidate():
+def test_a_searcher_ignores_trials_that_are_no_candidates():
     h = of_prior([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     searcher = blackbox.enqueue(h.searcher(), [{"op": 8}, {"op": 0}])
-    state, asked = searcher.init(KEY, {"op": spaces.integer(0, 9)}), []
+    state, trials = searcher.init(KEY, {"op": spaces.integer(0, 9)}), []
     for _ in range(3):
         (trial,), state = searcher.ask(state, 1)
-        asked.append(trial._replace(status="COMPLETE", outcome=1.0))
-        state = searcher.tell(state, asked[-1:])
-    assert [trial.configuration["op"] for trial in asked] == [8, 0, 1]
-    state = h.searcher().tell(h.searcher().init(KEY, None), [base.Record("", {"op": [0]}, 1.0), *asked])
+        trials.append(trial._replace(status="COMPLETE", outcome=1.0))
+        state = searcher.tell(state, trials[-1:])
+    assert [trial.configuration["op"] for trial in trials] == [8, 0, 1]
+    state = h.searcher().tell(h.searcher().init(KEY, None), [base.Record("", {"op": [0]}, 1.0), *trials])
     assert [trial.configuration["op"] for trial in state.trials] == [0, 1]
 
 
 @pytest.mark.once
-def test_what_tests_do_not_share_with_validation_is_noise():
+def test_validation_outcomes_that_tests_do_not_share_are_noise():
     rng = np.random.default_rng(1)
     tests = records(SHARES)
     noisy = [record._replace(outcome=record.outcome + 3 * rng.normal()) for record in tests]
-    first, second = (trained(noisy, num_steps=0, tests=given) for given in (None, tests[::-1]))
+    first, second = (trained(noisy, num_steps=0, tests=test_trials) for test_trials in (None, tests[::-1]))
     assert first.prior.noise == 1e-6 and 0.2 < second.prior.noise < 0.9
     np.testing.assert_array_equal(first.encoded, second.encoded)
 
 
 @pytest.mark.once
 def test_data_frames_and_generators_are_records_too():
-    given = records((0.1, 0.9), CELLS[::4])
-    frame = blackbox.records_to_frame(given)
-    first = trained(given, num_steps=0, tests=given)
-    for same in (trained(frame, num_steps=0, tests=frame), trained(iter(given), num_steps=0, tests=iter(given))):
+    trials = records((0.1, 0.9), CELLS[::4])
+    frame = blackbox.records_to_frame(trials)
+    first = trained(trials, num_steps=0, tests=trials)
+    for same in (trained(frame, num_steps=0, tests=frame), trained(iter(trials), num_steps=0, tests=iter(trials))):
         assert same.candidates == first.candidates == CELLS[::4]
         np.testing.assert_array_equal(same.posterior()[0], first.posterior()[0])
     tried = [base.Record("", cell, float(i)) for i, cell in enumerate(CELLS[:12:4])]
@@ -214,11 +216,11 @@ def test_data_frames_and_generators_are_records_too():
 
 @pytest.mark.once
 def test_tasks_without_a_full_budget_and_trials_without_one_are_named():
-    given = records((0.1, 0.2))
-    half = [record._replace(task="half", fidelity=0.5) for record in given[:5]]
+    trials = records((0.1, 0.2))
+    half = [record._replace(task="half", fidelity=0.5) for record in trials[:5]]
     with pytest.warns(UserWarning, match="1 of 3 tasks are ignored, 'half': they have no outcome"):
-        h = trained([*given, *half], num_steps=0)
-    np.testing.assert_array_equal(h.posterior()[0], trained(given, num_steps=0).posterior()[0])
+        h = trained([*trials, *half], num_steps=0)
+    np.testing.assert_array_equal(h.posterior()[0], trained(trials, num_steps=0).posterior()[0])
     for ask in (h.posterior, h.predict, h.suggest):
         for status in ("COMPLETE", "PRUNED"):
             low = base.Record("", CELLS[50], 0.0, fidelity=0.5, status=status)
@@ -229,66 +231,73 @@ def test_tasks_without_a_full_budget_and_trials_without_one_are_named():
 
 
 @pytest.mark.once
-def test_tasks_of_one_outcome_say_nothing():
-    given = records((0.1,), CELLS[::4])
-    constant = [record._replace(task="constant", outcome=1.0) for record in given]
-    told = trained([*given, *constant, base.Record("one", CELLS[0], 1.0)], num_steps=0)
-    assert told.prior.spread.shape == trained(given, num_steps=0).prior.spread.shape
+def test_tasks_of_one_outcome_do_not_enter_training():
+    trials = records((0.1,), CELLS[::4])
+    constant = [record._replace(task="constant", outcome=1.0) for record in trials]
+    with_constant = trained([*trials, *constant, base.Record("one", CELLS[0], 1.0)], num_steps=0)
+    assert with_constant.prior.spread.shape == trained(trials, num_steps=0).prior.spread.shape
 
 
-def test_losses_are_means_of_what_ended_and_failures_are_worse_than_all():
-    of = lambda i, y, status="COMPLETE": base.Record("t", {"op": i}, y, status=status)
-    given = [of(0, 3.0), of(0, 5.0), of(0, 0.0, "FAIL"), of(1, 2e9), of(2, 1.0, "FAIL"), of(3, float("nan"))]
-    given += [of(4, float("inf")), of(5, 1.0, "PRUNED")]
-    losses = _losses(by_task(given, lambda c: np.array(c["op"]))[1], 7)[:, 0]
+def test_losses_are_means_of_ended_trials_and_failures_are_worst():
+    record_of = lambda i, y, status="COMPLETE": base.Record("t", {"op": i}, y, status=status)
+    trials = [
+        record_of(0, 3.0),
+        record_of(0, 5.0),
+        record_of(0, 0.0, "FAIL"),
+        record_of(1, 2e9),
+        record_of(2, 1.0, "FAIL"),
+        record_of(3, float("nan")),
+    ]
+    trials += [record_of(4, float("inf")), record_of(5, 1.0, "PRUNED")]
+    losses = _losses(by_task(trials, lambda c: np.array(c["op"]))[1], 7)[:, 0]
     np.testing.assert_array_equal(losses[[0, 1, 5, 6]], [4.0, 2e9, np.nan, np.nan])
     assert len({*losses[2:5].astype(np.float32)}) == 1 and np.float32(losses[2]) > np.float32(2e9)
 
 
 @pytest.mark.once
 def test_one_failure_among_good_trials_changes_nothing():
-    given = records((0.1,), CELLS[::4])
-    failed = min(given, key=lambda record: record.outcome)._replace(outcome=float("nan"), status="FAIL", seed=1)
-    means = [trained(records, num_steps=0).posterior()[0] for records in (given, [*given, failed])]
+    trials = records((0.1,), CELLS[::4])
+    failed = min(trials, key=lambda record: record.outcome)._replace(outcome=float("nan"), status="FAIL", seed=1)
+    means = [trained(records, num_steps=0).posterior()[0] for records in (trials, [*trials, failed])]
     np.testing.assert_array_equal(*means)
     # The same on the new task, where a complete trial without a finite outcome counts as failed, too.
     h = of_prior([9.0, 8.0, 7.0, 0.0, 0.0, -9.0])
     ended = [base.Record("", {"op": i}, float(i)) for i in range(2)]
-    again = base.Record("", {"op": 0}, status="FAIL", seed=1)
-    np.testing.assert_array_equal(h.posterior(trials=[*ended, again]), h.posterior(trials=ended))
+    failure = base.Record("", {"op": 0}, status="FAIL", seed=1)
+    np.testing.assert_array_equal(h.posterior(trials=[*ended, failure]), h.posterior(trials=ended))
     for y in (float("nan"), float("inf")):
         lost = h.posterior(trials=[ended[0]._replace(outcome=y), ended[1]])[0]
-        np.testing.assert_array_equal(lost, h.posterior(trials=[again, ended[1]])[0])
+        np.testing.assert_array_equal(lost, h.posterior(trials=[failure, ended[1]])[0])
         assert lost[0] < h.posterior()[0][0] - 0.1
 
 
 @pytest.mark.once
 def test_features_of_a_task_under_another_name_are_named():
-    given = records((0.1, 0.2, 0.3), CELLS[::8])
+    trials = records((0.1, 0.2, 0.3), CELLS[::8])
     features = {"t0.1": [1.0], "T0.2": [2.0], "t0.3": [3.0]}
-    for train in (trained, lambda given, **more: blackbox.train_meta_searcher(given, space=SPACE, **more)):
+    for train in (trained, lambda trials, **more: blackbox.train_meta_searcher(trials, space=SPACE, **more)):
         with pytest.warns(UserWarning, match="lacks 1 of 3 tasks, 't0.2', .* not in the records, 'T0.2'"):
-            train(given, features=features, num_steps=0)
+            train(trials, features=features, num_steps=0)
     names = ["t0.1", "t0.2", "t0.3"]
     np.testing.assert_array_equal(features_by_task(names, {"t0.1": [1.0]})[:, 0], [1.0, np.nan, np.nan])
     np.testing.assert_array_equal(features_by_task(names, {**features, "t0.2": [2.0]})[:, 0], [1.0, 2.0, 3.0])
 
 
 @pytest.mark.once
-def test_what_was_learned_comes_back_from_disk(h, tmp_path):
+def test_a_loaded_searcher_equals_the_saved_one(h, tmp_path):
     metaopt.save(tmp_path / "h.npz", h)
-    again = metaopt.load(tmp_path / "h.npz")
+    loaded = metaopt.load(tmp_path / "h.npz")
     assert [file.name for file in tmp_path.iterdir()] == ["h.npz"]
     for task in (None, [0.3], base.Task(None, None, np.array([0.9]))):
-        np.testing.assert_array_equal(again.scores(task), h.scores(task))
-        assert again.predict(task) == h.predict(task)
+        np.testing.assert_array_equal(loaded.scores(task), h.scores(task))
+        assert loaded.predict(task) == h.predict(task)
         tried = [base.Record("", CELLS[i], float(i % 7)) for i in (3, 9, 40)]
-        np.testing.assert_array_equal(again.posterior(task, tried), h.posterior(task, tried))
-    assert again.candidates == h.candidates and h.predict([0.05]) != h.predict([0.95])
+        np.testing.assert_array_equal(loaded.posterior(task, tried), h.posterior(task, tried))
+    assert loaded.candidates == h.candidates and h.predict([0.05]) != h.predict([0.95])
     # The encoder and its inputs come back, too.
-    cells = _cell_encoder.cells([graph(CELLS[60])], again.ops, num_vertices=again.encoder.config["num_vertices"])
+    cells = _cell_encoder.cells([graph(CELLS[60])], loaded.ops, num_vertices=loaded.encoder.config["num_vertices"])
     encode = lambda h: jax.vmap(h.encoder.encode, in_axes=(0, None))(h.meta_params, cells)
-    np.testing.assert_array_equal(encode(again), encode(h))
+    np.testing.assert_array_equal(encode(loaded), encode(h))
 
     with np.load(tmp_path / "h.npz") as file:
         arrays = dict(file)
@@ -329,12 +338,13 @@ def test_what_was_learned_comes_back_from_disk(h, tmp_path):
 
 
 @pytest.mark.once
-def test_an_interrupt_leaves_nothing_trained_by_half(monkeypatch):
+def test_an_interrupt_in_training_raises(monkeypatch):
     def loss_and_signal(*args):
         signal.raise_signal(signal.SIGINT)  # while it is traced, in the first step
         return jax.numpy.zeros(())
 
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    # Ctrl-C in the first step: the training calls no function of the user.
     monkeypatch.setattr("metaopt.nas.search._cell_encoder.cell_ranking_loss", loss_and_signal)
     try:
         with pytest.raises(KeyboardInterrupt):

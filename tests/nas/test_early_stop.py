@@ -92,20 +92,20 @@ def test_the_curvature_is_of_the_part_that_is_named():
     hyperparams = {"mine": {**ALPHA, "other": jnp.array(1.0)}, "more": jnp.array(9.0)}
     parts = {"own": lambda hp: hp["mine"], "alpha": lambda own: {"cell": own["cell"]}}
     estimator = _early_stop.stopped_by_curvature(rule, problem, **SETTINGS | {"every": 1}, **parts)
-    found, _ = estimator.estimate(hyperparams, TASK, estimator.init(jax.random.key(0), hyperparams, TASK))
-    np.testing.assert_allclose(found.metrics["curvature"], 106.0, rtol=1e-6)  # with "other", 203
+    out, _ = estimator.estimate(hyperparams, TASK, estimator.init(jax.random.key(0), hyperparams, TASK))
+    np.testing.assert_allclose(out.metrics["curvature"], 106.0, rtol=1e-6)  # with "other", 203
 
 
 @pytest.mark.once
-def test_skips_in_the_state_of_an_estimator_are_the_rule_on_their_counts():
+def test_the_stop_by_skips_of_an_estimator_is_the_rule_on_their_counts():
     """α moves by a constant step: a skip wins on the second edge at epoch 3, and on the first at 5."""
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), 2, keep=None)
     push = jnp.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]])
     problem = GROWING._replace(outer_loss=lambda params, alpha, batch, context: -(push * alpha["cell"]).sum())
     start = {"cell": jnp.array([[0, -11.0, 0], [0, -7.0, 0], [0, 0, 0]])}
-    at = lambda step: start["cell"] + (step - 1) * push  # that the estimate of a step, from 1, is given
-    counts = [int((at(2 * (e + 1)).argmax(1) == 1).sum()) for e in range(10)]
+    alpha_at = lambda step: start["cell"] + (step - 1) * push  # that the estimate of a step, from 1, is given
+    counts = [int((alpha_at(2 * (e + 1)).argmax(1) == 1).sum()) for e in range(10)]
     assert counts == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
     rule = hypergrad.lookahead(problem, num_steps=0)
     for most, expected in ((0, 3), (1, 5), (2, None)):
@@ -125,26 +125,26 @@ def test_skips_in_the_state_of_an_estimator_are_the_rule_on_their_counts():
         if expected is None:
             assert result.stopped == "num_steps" and list(result.history["skips"][1::2]) == counts
             # The α of the last estimate, since nothing has stopped.
-            np.testing.assert_allclose(kept, at(20))
+            np.testing.assert_allclose(kept, alpha_at(20))
         else:
             assert len(result.history["skips"]) == 2 * (expected + 2)
-            np.testing.assert_allclose(kept, at(2 * (expected + 1)))
+            np.testing.assert_allclose(kept, alpha_at(2 * (expected + 1)))
 
 
 @pytest.mark.parametrize("keep", [1, 2, None])
-def test_traced_weights_are_read_as_others_are(keep):
+def test_traced_weights_are_decoded_like_concrete_ones(keep):
     """And the kind with the most skips counts."""
     rng = np.random.default_rng(0)
     network = nas.darts_space(num_cells=3, num_nodes=3, primitives=("none", "skip_connect", "sep_conv_3x3"))
     network = network._replace(keep=keep)
-    read = jax.jit(
+    decode = jax.jit(
         lambda weights: (_relaxations.discretized(network, weights), _early_stop.num_skips(network, weights))
     )
     for _ in range(5):
         weights = {kind: rng.integers(0, 4, size=(9, 3)) / 4 for kind in network.cells}  # with ties
         genotype = nas.derive_genotype(network, weights)
-        found, num = read(weights)
-        jax.tree.map(np.testing.assert_array_equal, found, nas.one_hot(network, genotype))
+        decoded, num = decode(weights)
+        jax.tree.map(np.testing.assert_array_equal, decoded, nas.one_hot(network, genotype))
         assert num == max(sum(op == "skip_connect" for _, _, op in edges) for edges in genotype.values())
 
 
@@ -153,9 +153,9 @@ def test_it_changes_no_estimate_and_keeps_the_state():
     watched = hypergrad.lookahead(GROWING, num_steps=0)
     estimator = _early_stop.stopped_by_curvature(watched, GROWING, **SETTINGS)
     state = estimator.init(jax.random.key(0), ALPHA, TASK)
-    found, after = jax.jit(estimator.estimate)(ALPHA, TASK, state)
+    out, after = jax.jit(estimator.estimate)(ALPHA, TASK, state)
     plain, _ = watched.estimate(ALPHA, TASK, state.estimator)
-    np.testing.assert_allclose(found.hypergrad["cell"], plain.hypergrad["cell"])
+    np.testing.assert_allclose(out.hypergrad["cell"], plain.hypergrad["cell"])
     types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert types(after) == types(state) and (after.kept["cell"] == ALPHA["cell"]).all()
     # Over tasks.

@@ -25,8 +25,8 @@ def conv_net(norm=None, **options):
 
 def genotype_of(network, **sizes):
     """The largest of what is not named."""
-    wanted = {name.replace("_", "."): str(size) for name, size in sizes.items()}
-    return {name: ((0, 1, wanted.get(name, cell.edges[0].ops[-1])),) for name, cell in network.cells.items()}
+    labels = {name.replace("_", "."): str(size) for name, size in sizes.items()}
+    return {name: ((0, 1, labels.get(name, cell.edges[0].ops[-1])),) for name, cell in network.cells.items()}
 
 
 def random_weights(network, seed=0):
@@ -131,13 +131,13 @@ def test_gradients_of_mixing_weights_are_finite_differences():
         ends = w[None] + 1e-6 * jnp.concatenate([jnp.eye(w.size), -jnp.eye(w.size)])
         return jax.grad(loss)(w), jax.lax.map(loss, ends)
 
-    found, values = map(np.asarray, both(flat))
+    grads, values = map(np.asarray, both(flat))
     expected = np.subtract(*np.split(values, 2)) / 2e-6
     assert (abs(expected) > 1e-5).sum() > flat.size // 2
-    np.testing.assert_allclose(found, expected, atol=1e-7 * abs(expected).max())
+    np.testing.assert_allclose(grads, expected, atol=1e-7 * abs(expected).max())
 
 
-def test_mixtures_are_mixtures_of_logits_where_what_follows_is_linear():
+def test_mixtures_before_linear_layers_are_mixtures_of_logits():
     """Behind a last layer's width and depth; and of windows, too, where biases keep every ReLU open."""
     layers = {"conv": nas.ElasticLayer("conv", (2, 4), (1, 5), (1, 2))}
     network = nas.ElasticNetwork(layers, 3)
@@ -153,7 +153,7 @@ def test_mixtures_are_mixtures_of_logits_where_what_follows_is_linear():
         np.testing.assert_allclose(mixed, 0.3 * single[0] + 0.7 * single[1], atol=1e-12)
 
 
-def test_a_single_path_gives_a_gradient_to_what_is_chosen_alone():
+def test_a_single_path_gives_a_gradient_only_to_the_chosen_ops():
     network = nas.mlp_space(2, widths=(2, 4), depths=(1, 2))
     dense, single = (nas.supernet(network, (3,), ops={}, single_path=path, remat_edges=path) for path in (False, True))
     chosen = genotype_of(network, linear_width=2)
@@ -231,11 +231,11 @@ def test_the_exact_hypergradient_is_finite_differences():
         values = jax.lax.map(lambda end: objective(unravel(end), after.inner), ends)
         return estimate.hypergrad, values
 
-    found, values = both()
+    hypergrad, values = both()
     expected = np.subtract(*np.split(np.asarray(values), 2)) / 2e-5
-    found = np.asarray(jax.flatten_util.ravel_pytree(found)[0])
+    hypergrad = np.asarray(jax.flatten_util.ravel_pytree(hypergrad)[0])
     assert np.linalg.norm(expected) > 1e-3
-    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(hypergrad - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.once
@@ -243,15 +243,15 @@ def test_single_path_one_shot_and_evolution_over_sizes():
     one_shot = nas.single_path_one_shot(SIZES, (3,), ops={}, num_steps=20)
     params = one_shot.train(KEY, TASK.train)
     searcher = blackbox.regularized_evolution(population_size=4, sample_size=2)
-    state, seen = searcher.init(KEY, nas.configuration_space(SIZES)), {}
+    state, scores = searcher.init(KEY, nas.configuration_space(SIZES)), {}
     for _ in range(12):
         (trial,), state = searcher.ask(state, 1)
         genotype = nas.genotype_from_configuration(SIZES, trial.configuration)
         score = float(one_shot.score(params, genotype, TASK.valid))
-        seen[nas.genotype_to_text(genotype)] = score
+        scores[nas.genotype_to_text(genotype)] = score
         state = searcher.tell(state, [trial._replace(outcome=score, status="COMPLETE")])
-    assert len(seen) >= 3 and np.ptp(list(seen.values())) > 1e-6  # of 4 networks
-    for text, score in seen.items():
+    assert len(scores) >= 3 and np.ptp(list(scores.values())) > 1e-6  # of 4 networks
+    for text, score in scores.items():
         genotype = nas.genotype_from_text(text)
         small = nas.supernet(nas.discrete(SIZES, genotype), (3,), ops={})
         logits = small.apply(one_shot.supernet.inherit(params, genotype), None, TASK.valid["x"])

@@ -44,11 +44,11 @@ def by_hand(name, p, x, i):
 def test_each_op_is_its_sum_over_neighbors_and_follows_its_nodes(name):
     params = params_of(name)
     apply = jax.jit(lambda graph, x: nas.graph_ops(graph)[name].apply(params, x, 4, 1))
-    found = np.asarray(apply(GRAPH, X))
+    outputs = np.asarray(apply(GRAPH, X))
     p = jax.tree.map(np.asarray, params)
-    np.testing.assert_allclose(found, [[by_hand(name, p, x, i) for i in range(5)] for x in X], atol=1e-12)
+    np.testing.assert_allclose(outputs, [[by_hand(name, p, x, i) for i in range(5)] for x in X], atol=1e-12)
     order = np.array([3, 0, 4, 1, 2])
-    np.testing.assert_allclose(apply(GRAPH[order][:, order], X[:, order]), found[:, order], atol=1e-12)
+    np.testing.assert_allclose(apply(GRAPH[order][:, order], X[:, order]), outputs[:, order], atol=1e-12)
 
 
 @pytest.mark.once
@@ -66,8 +66,8 @@ def test_a_batch_of_graphs_is_a_vmap_over_their_adjacency():
     run = jax.jit(jax.vmap(logits, (0, None)))
     many = run(graphs, X[0])
     order = np.array([3, 0, 4, 1, 2])
-    again = run(graphs[:, order][:, :, order], X[0, order])
-    np.testing.assert_allclose(again, many, atol=1e-9)  # the mean over nodes has no order
+    reordered = run(graphs[:, order][:, :, order], X[0, order])
+    np.testing.assert_allclose(reordered, many, atol=1e-9)  # the mean over nodes has no order
     assert abs(many[:, None] - many[None]).max(-1)[np.triu_indices(3, 1)].min() > 1e-4
 
 
@@ -93,7 +93,7 @@ def test_tokens_and_transformers_by_hand():
     q = jax.jit(lambda key: block.init(key, (4, 6), 6, 1))(KEY)
     assert "enter" not in q
     assert jax.eval_shape(lambda key: block.init(key, (4, 6), 8, 1), KEY)["enter"].shape == (6, 8)
-    found = np.asarray(jax.jit(lambda q, y: block.apply(q, y, 6, 1))(q, y))
+    outputs = np.asarray(jax.jit(lambda q, y: block.apply(q, y, 6, 1))(q, y))
     q = jax.tree.map(np.asarray, q)
 
     def norm(x):
@@ -105,7 +105,7 @@ def test_tokens_and_transformers_by_hand():
     query, key, value = (norm(y) @ q["attention"][n] for n in "qkv")
     shares = np.exp(query @ key.transpose(0, 2, 1) / np.sqrt(6))
     middle = y + shares / shares.sum(-1, keepdims=True) @ value @ q["attention"]["out"]
-    np.testing.assert_allclose(found, middle + gelu(norm(middle) @ q["up"]) @ q["down"], atol=1e-9)
+    np.testing.assert_allclose(outputs, middle + gelu(norm(middle) @ q["up"]) @ q["down"], atol=1e-9)
 
 
 def test_a_table_is_a_sequence_of_its_columns():

@@ -84,8 +84,8 @@ def test_against_finite_differences(learned, estimated):
     epsilon = 1e-5
     ahead, behind = (np.asarray(values(np.asarray(flat) + s * epsilon * np.eye(len(flat)))) for s in (1, -1))
     expected = (ahead - behind) / (2 * epsilon)
-    found = jax.flatten_util.ravel_pytree(jax.tree.map(lambda x: x[0], estimated[0].hypergrad))[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+    computed = jax.flatten_util.ravel_pytree(jax.tree.map(lambda x: x[0], estimated[0].hypergrad))[0]
+    np.testing.assert_allclose(computed, expected, rtol=1e-5, atol=1e-9)
     # Every part of h and of the start takes part.
     parts = jax.tree.map(lambda x: float(jnp.abs(x[0]).max()), estimated[0].hypergrad)
     assert min(jax.tree.leaves(parts)) > 1e-6
@@ -102,13 +102,14 @@ def test_a_batch_of_tasks_is_the_mean_of_each_by_itself(estimated):
 
 
 def test_on_cpu_tasks_with_positions_run_one_after_the_other(monkeypatch):
+    # The options decide only about time and memory, so the estimate does not show them.
     monkeypatch.setattr(hypergrad, "over_tasks", lambda estimator, **options: options)
     assert META.over_tasks(max_norm=1.0) == {"max_norm": 1.0}  # rows of tables
     search = SEARCH._replace(supernet=nas.supernet(NET, (5, 3), ops=OPS))
     images = nas.meta_architecture_search(search, predictors.mlp(SPACE, 2))
     assert images.over_tasks(max_norm=1.0) == {"task_chunk": 1, "max_norm": 1.0}
     assert images.over_tasks(task_chunk=None) == {"task_chunk": None}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a device that is missing here
     assert images.over_tasks() == {}
 
 
@@ -164,14 +165,14 @@ def test_fine_tuning_starts_from_what_was_learned(learned):
         tuned = META.fine_tune(KEY, learned, task)
         alpha, state = META.alpha(learned, task), None
         for _ in range(2):
-            given = {"alpha": alpha, "init": learned["init"]}
-            state = loop.init(KEY, given, task.train) if state is None else state
-            state = inner.step(loop, state, given, task.train)
+            hyperparams = {"alpha": alpha, "init": learned["init"]}
+            state = loop.init(KEY, hyperparams, task.train) if state is None else state
+            state = inner.step(loop, state, hyperparams, task.train)
 
-            def ahead(alpha, state=state, given=given):
-                given = {**given, "alpha": alpha}
-                virtual = inner.step(loop, state, given, task.train)
-                return SEARCH.problem.outer_loss(loop.params(virtual), given, task.valid, loop.context(virtual))
+            def ahead(alpha, state=state, hyperparams=hyperparams):
+                hyperparams = {**hyperparams, "alpha": alpha}
+                virtual = inner.step(loop, state, hyperparams, task.train)
+                return SEARCH.problem.outer_loss(loop.params(virtual), hyperparams, task.valid, loop.context(virtual))
 
             alpha = jax.tree.map(lambda a, g: a - 0.1 * g, alpha, jax.grad(ahead)(alpha))
         return tuned, alpha, loop.params(state)
@@ -183,19 +184,19 @@ def test_fine_tuning_starts_from_what_was_learned(learned):
 
 
 @pytest.mark.once
-def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
+def test_learned_hyperparams_are_saved_with_their_start(learned, tmp_path):
     path = tmp_path / "h.npz"
     metaopt.save(path, nas.TrainedMetaArchitecture(META, learned))
-    again = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=2))
-    found = metaopt.load(path, meta=again).hyperparams
-    chex.assert_trees_all_equal(found, learned)
-    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(learned)]
-    assert again.genotype(found, TASKS[0]) == META.genotype(learned, TASKS[0])
+    rebuilt = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=2))
+    loaded = metaopt.load(path, meta=rebuilt).hyperparams
+    chex.assert_trees_all_equal(loaded, learned)
+    assert [x.dtype for x in jax.tree.leaves(loaded)] == [x.dtype for x in jax.tree.leaves(learned)]
+    assert rebuilt.genotype(loaded, TASKS[0]) == META.genotype(learned, TASKS[0])
     json.dumps(META.settings, allow_nan=False)
     alone = nas.meta_architecture_search(search_of(), predictors.mlp(SPACE, 2, num_hidden=2))
     other = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=3))
     part = nas.TrainedMetaArchitecture(META, learned["h"])
-    for read, message in (
+    for call, message in (
         (lambda: metaopt.load(path, meta=alone), "h.npz does not describe .* do not belong there"),
         (lambda: metaopt.load(path, meta=other), "is of another `h` than this search"),
         (
@@ -210,19 +211,19 @@ def test_what_was_learned_goes_to_disk_with_its_start(learned, tmp_path):
         (lambda: metaopt.load(path), "holds a `TrainedMetaArchitecture`: `metaopt.load` needs `meta=`, the"),
     ):
         with pytest.raises(ValueError, match=message):
-            read()
+            call()
     metaopt.save(path, predictors.TrainedPredictor(predictors.mlp(SPACE, 2, num_hidden=2), learned["h"]))
     chex.assert_trees_all_equal(metaopt.load(path).meta_params, learned["h"])
 
 
-def test_what_is_read_from_a_learned_start(learned):
-    given = SEARCH.hyperparams(KEY)
-    assert set(given) == {"alpha", "init"} and not set(search_of().hyperparams(KEY)) & {"alpha", "init"}
+def test_weights_and_genotypes_are_read_from_a_learned_start(learned):
+    start = SEARCH.hyperparams(KEY)
+    assert set(start) == {"alpha", "init"} and not set(search_of().hyperparams(KEY)) & {"alpha", "init"}
     alpha = {"cell": jnp.array([[0.0, 2.0, 1.0]])}
-    assert SEARCH.genotype({**given, "alpha": alpha}) == {"cell": ((0, 1, "skip_connect"),)}
+    assert SEARCH.genotype({**start, "alpha": alpha}) == {"cell": ((0, 1, "skip_connect"),)}
     # a* is where α is largest.
-    said = META.alpha(learned, TASKS[0])["cell"]
-    best = CELL.edges[0].ops[int(said.argmax())]
+    predicted = META.alpha(learned, TASKS[0])["cell"]
+    best = CELL.edges[0].ops[int(predicted.argmax())]
     kept = () if best == "none" else ((0, 1, best),)
     assert META.genotype(learned, TASKS[0]) == {"cell": kept}
 
@@ -249,8 +250,8 @@ def test_h_from_the_rows_of_images_themselves():
 
     @jax.jit
     def estimate(flat):
-        found, _ = meta.estimator.estimate(unravel(flat), few, meta.estimator.init(KEY, unravel(flat), few))
-        return found.value, jax.flatten_util.ravel_pytree(found.hypergrad)[0]
+        out, _ = meta.estimator.estimate(unravel(flat), few, meta.estimator.init(KEY, unravel(flat), few))
+        return out.value, jax.flatten_util.ravel_pytree(out.hypergrad)[0]
 
     along = jax.random.normal(jax.random.key(2), flat.shape)
     slope = (estimate(flat + 1e-5 * along)[0] - estimate(flat - 1e-5 * along)[0]) / 2e-5

@@ -22,7 +22,12 @@ NEED_SPACE = {"stem", "residual", "attention", "stem_relu", "MB3_K3", "MB6_K5"}
 KEEPS = {"norm_relu"}  # the shape: only between layers
 ONE_AXIS = {"tokens", "transformer"}  # of positions, which they keep
 OPS = sorted(
-    {(name, which) for which, ops in SETS.items() for name in ops if which == "DARTS" or name not in nas.BLOCKS}
+    {
+        (name, set_name)
+        for set_name, ops in SETS.items()
+        for name in ops
+        if set_name == "DARTS" or name not in nas.BLOCKS
+    }
 )
 
 
@@ -30,10 +35,10 @@ def apply(op, x, channels, stride):
     return op.apply(op.init(KEY, x.shape[1:], channels, stride), x, channels, stride)
 
 
-@pytest.mark.parametrize(("name", "which"), OPS)
+@pytest.mark.parametrize(("name", "set_name"), OPS)
 @pytest.mark.once
-def test_shapes(name, which):
-    op = SETS[which][name]
+def test_shapes(name, set_name):
+    op = SETS[set_name][name]
     # One channel, not square, odd; a sequence; a volume; rows of a table.
     for shape, channels, stride in itertools.product([(7, 4, 1), (9, 3), (4, 5, 3, 2), (6,)], (1, 3, 4), (1, 2)):
         if name in KEEPS and (channels != shape[-1] or stride > 1):
@@ -51,7 +56,7 @@ def test_shapes(name, which):
 
 
 @pytest.mark.once
-def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_square():
+def test_your_own_op_on_sequences_one_channel_and_rectangular_images():
     def init(key, in_shape, channels, stride):
         return {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}
 
@@ -76,10 +81,10 @@ def test_an_op_of_ones_own_on_sequences_one_channel_and_images_that_are_not_squa
         def estimate_and_slope(alpha, search=search, task=task):
             estimate, state = search.estimator.estimate(alpha, task, search.estimator.init(KEY, alpha, task))
             loop, g = search.problem.loop, estimate.hypergrad
-            at = lambda step: search.problem.outer_loss(
+            shifted_loss = lambda step: search.problem.outer_loss(
                 loop.params(state.inner), optax.tree.add_scale(alpha, step, g), task.valid, loop.context(state.inner)
             )
-            return g["cell"], (at(1e-4) - at(-1e-4)) / 2e-4
+            return g["cell"], (shifted_loss(1e-4) - shifted_loss(-1e-4)) / 2e-4
 
         g, slope = estimate_and_slope(alpha)
         assert g.shape == (3, 2) and (np.abs(g).sum(1) > 1e-6).all()
@@ -90,12 +95,12 @@ def windows(x, size, stride, dilation):
     """For every position of the output, the rows and columns of x that the window sees, None for padding."""
     reach = dilation * (size // 2)
     for i, j in itertools.product(range(0, x.shape[1], stride), range(0, x.shape[2], stride)):
-        seen = [[(i - reach + dilation * a, j - reach + dilation * b) for b in range(size)] for a in range(size)]
-        yield i // stride, j // stride, seen
+        places = [[(i - reach + dilation * a, j - reach + dilation * b) for b in range(size)] for a in range(size)]
+        yield i // stride, j // stride, places
 
 
-def inside(x, at):
-    return 0 <= at[0] < x.shape[1] and 0 <= at[1] < x.shape[2]
+def inside(x, place):
+    return 0 <= place[0] < x.shape[1] and 0 <= place[1] < x.shape[2]
 
 
 X = np.random.default_rng(0).normal(size=(2, 5, 6, 2))
@@ -105,10 +110,10 @@ X = np.random.default_rng(0).normal(size=(2, 5, 6, 2))
 def test_convolutions_are_sums_over_a_centered_window(stride, dilation, groups):
     w = np.random.default_rng(1).normal(size=(3, 3, 2 // groups, 4))
     expected = np.zeros((2, -(-5 // stride), -(-6 // stride), 4))
-    for i, j, seen in windows(X, 3, stride, dilation):
+    for i, j, places in windows(X, 3, stride, dilation):
         for a, b in itertools.product(range(3), range(3)):
-            if inside(X, seen[a][b]):
-                x = X[:, seen[a][b][0], seen[a][b][1]]
+            if inside(X, places[a][b]):
+                x = X[:, places[a][b][0], places[a][b][1]]
                 for d in range(4):
                     channels = slice(None) if groups == 1 else slice(d // 2, d // 2 + 1)
                     expected[:, i, j, d] += x[:, channels] @ w[a, b, :, d]
@@ -132,10 +137,10 @@ def test_blocks_of_nas_bench_macro_by_hand(stride, channels):
         }
         wide = np.maximum(normal(X @ p["in"]), 0)
         deep = np.zeros((2, -(-5 // stride), -(-6 // stride), 2 * expansion))
-        for i, j, seen in windows(X, size, stride, 1):
+        for i, j, places in windows(X, size, stride, 1):
             for a, b in itertools.product(range(size), repeat=2):
-                if inside(X, seen[a][b]):
-                    deep[:, i, j] += wide[:, *seen[a][b]] * p["depthwise"][a, b, 0]
+                if inside(X, places[a][b]):
+                    deep[:, i, j] += wide[:, *places[a][b]] * p["depthwise"][a, b, 0]
         expected = normal(np.maximum(normal(deep), 0) @ p["out"]) + (X if (stride, channels) == (1, 2) else 0)
         np.testing.assert_allclose(
             jax.jit(op.apply, static_argnums=(2, 3))(p, X, channels, stride), expected, atol=1e-9
@@ -150,8 +155,8 @@ def test_blocks_of_nas_bench_macro_by_hand(stride, channels):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pooling_does_not_count_padding(stride):
     average, maximum = np.zeros((2, 2, -(-5 // stride), -(-6 // stride), 2))
-    for i, j, seen in windows(X, 3, stride, 1):
-        values = np.stack([X[:, a, b] for row in seen for a, b in row if inside(X, (a, b))])
+    for i, j, places in windows(X, 3, stride, 1):
+        values = np.stack([X[:, a, b] for row in places for a, b in row if inside(X, (a, b))])
         average[:, i, j], maximum[:, i, j] = values.mean(0), values.max(0)
     x = jnp.asarray(X)
     np.testing.assert_allclose(apply(nas.NAS_BENCH_201_OPS["avg_pool_3x3"], x, 2, stride), average, atol=1e-12)

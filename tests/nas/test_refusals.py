@@ -73,10 +73,7 @@ GENOTYPES = [
             lambda value: nas.derive_genotype(GRAPHS, {"cell": np.full((8, 3), value)}),
         )
     ),
-    (
-        lambda: nas.random_genotype(0, CELLS_201, keep="all"),
-        r"`keep` must be a number of edges \(at least 1\), None or 'space'; got 'all'",
-    ),
+    (lambda: nas.random_genotype(0, CELLS_201, keep="all"), "invalid literal for int.*'all'"),  # an error of Python
     *(
         (lambda bad=bad: nas.discrete(THREE, bad), message)
         for bad, message in [
@@ -112,8 +109,7 @@ GENOTYPES = [
             ('{"genotype": {}}', "its version must be 1; got None"),
             ('{"version": 1}', "it lacks 'genotype'"),
             ('{"version": 1, "genotype": [1]}', "'list' object has no attribute"),
-            ('{"version": 1, "genotype": {"cell": 3}}', "the edges of 'cell' must be a list; got 3"),
-            ('{"version": 1, "genotype": {"cell": {}}}', "the edges of 'cell' must be a list"),
+            ('{"version": 1, "genotype": {"cell": 3}}', "'int' object is not iterable"),
             ('{"version": 1, "genotype": {"cell": [[0, 2]]}}', "an edge is"),
             ('{"version": 1, "genotype": {"cell": [[2, 2, "none"]]}}', "an edge is"),
             ('{"version": 1, "genotype": {"cell": [[-1, 2, "none"]]}}', "an edge is"),
@@ -265,9 +261,6 @@ NETWORKS = [
         (lambda network=network: nas.supernet(network, (3,), ops=nas.BLOCKS), message)
         for network, message in [
             (nas.Network({"cell": TWO}, (nas.Layer("linear", 4),), 2), "No layer uses the cell 'cell'"),
-            (nas.Network({"cell": TWO}, (nas.Layer("cell", 4),), 0), "`num_outputs` must be at least 1; got 0"),
-            (nas.Network({"cell": TWO}, (nas.Layer("cell", 4),), 2, keep=0), r"`keep` must be a number of edges \(at"),
-            (nas.mlp_space(0), "`num_outputs` must be at least 1; got 0"),
         ]
     ),
     *(
@@ -290,8 +283,7 @@ NETWORKS = [
     *(
         (lambda layer=layer, shape=shape: network_of_layer(layer, shape), message)
         for layer, shape, message in [
-            (nas.Layer("gcn", 4), (4, 3), r"shape \(5, channels\), .* got \(4, 3\), and stride 1"),
-            (nas.Layer("gcn", 4, 2), (5, 3), "stride 2"),
+            (nas.Layer("gcn", 4, 2), (5, 3), r"'gcn' must turn the shape \(2, 5, 3\) into \(2, 3, 4\) .* stride 2"),
             (nas.Layer("tokens", 4), (4,), "not enough values to unpack"),
             (nas.Layer("transformer", 4, 2), (4, 4), r"'transformer' must turn the shape \(2, 4, 4\) into \(2, 2, 4\)"),
         ]
@@ -330,17 +322,10 @@ NETWORKS = [
     (lambda: _normalization.over_real_rows(nas.normalized, ROWS, MASK[:5]), r"`mask` must be \[N\] = \(6,\)"),
     (
         lambda: _normalization.over_real_rows(lambda x: nas.normalized(x.reshape(18, 1)), ROWS, MASK),
-        r"normalizes an array of the shape \(18, 1\)",
+        "Incompatible shapes for broadcasting",  # an error of JAX
     ),
     (normalized_with_a_derivative, "a custom derivative"),
-    (lambda: nas.convolution(2), "`size` must be odd, so that the window has a center; got 2"),
-    (lambda: nas.convolution(3, order="norm_conv"), "`order` must be one of"),
     (lambda: nas.cutout(2)(KEY, jnp.ones((5, 3))), r"need a spatial axis: .*; got the shape \(5, 3\)"),
-    *(
-        (lambda make=make, temperature=temperature: make(temperature), "`temperature` must be positive")
-        for make in (nas.softmax, functools.partial(nas.gumbel_softmax, hard=True))
-        for temperature in (0.0, -1.0, float("nan"), "hot")
-    ),
     (
         lambda: nas.auxiliary_skip(nas.softmax(), 1.0)(ALPHA, nas.complete_cell(2, ("none", "mlp")), KEY, 0),
         "needs 'skip_connect'",
@@ -385,10 +370,6 @@ COSTS = [
     ),
     (lambda: WHOLE_BARE.cost_of(BARE, PATH), 'which a network may lack, has no "none"'),
     (
-        lambda: nas.resource_penalty(cost_of_sizes(), SIZES, weight=1.0, target=0),
-        "`budget` must be positive; got 0",
-    ),
-    (
         lambda: nas.meta_architecture_search(
             under_budget(), predictors.mlp({"cell": spaces.real(shape=(3, 3))}, num_features=2)
         ),
@@ -417,15 +398,6 @@ COSTS = [
             lambda table: table.cost_of(THREE, PATH),
             lambda table: nas.within_budget(THREE, nas.one_hot(THREE, PATH), table, 10.0),
         )
-    ),
-    *(
-        (
-            lambda values=values: nas.resource_penalty(
-                table_of_term((("cell", 0),), values), THREE, weight=1.0, target=10.0
-            ),
-            r"has costs of shape \(.*\) for 1 edges; it must have one axis for each",
-        )
-        for values in (np.ones((1, 3)), np.ones((3, 3)), 1.0)
     ),
     (lambda: nas.hypervolume(np.ones((4, 2)), [1.0] * 3), "an entry for each of"),
     (lambda: nas.pareto_front(np.ones(4)), r"`points` must be \[n, k\]"),
@@ -500,12 +472,21 @@ def test_nodes_that_are_no_integers_are_an_error_of_python(call):
         call()
 
 
+def test_inputs_of_another_graph_are_an_error_of_jax():
+    with pytest.raises(TypeError, match="incompatible shapes"):
+        network_of_layer(nas.Layer("gcn", 4), (4, 3))
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
         (lambda: nas.supernet(TWO_CELLS, (4,), ops={"none": nas.BLOCKS["none"]}), "linear"),
         (lambda: apply(SIZES, {"linear.width": jnp.ones((1, 2))}, jnp.zeros((2, 3)), ops={}), "'linear.depth'"),
         (lambda: nas.resource_penalty(cost_of_sizes(), SIZES, weight=1.0, target=1.0, form="log"), "log"),
+        (lambda: nas.convolution(3, order="norm_conv"), "norm_conv"),
+        (lambda: to_text({"cell": ()}, form="yaml"), "yaml"),
+        (lambda: from_text("", form="yaml"), "yaml"),
+        (lambda: nas.darts(THREE, (3,), ops=nas.BLOCKS, order="third"), "third"),
     ],
 )
 def test_names_that_are_missing_are_an_error_of_python(call, name):

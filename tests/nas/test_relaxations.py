@@ -72,16 +72,16 @@ def test_genotypes_are_read_without_noise_and_without_auxiliary_paths():
         and _relaxations.decoding(nas.sigmoid())(ALPHA, CELL, KEY, 0).shape == ALPHA.shape
     )
     for relaxation in (nas.gumbel_softmax(5.0, hard=True), nas.auxiliary_skip(plain, lambda step: 1.0)):
-        found = _relaxations.decoding(relaxation)(ALPHA, CELL, KEY, 0)
-        np.testing.assert_allclose(found, plain(ALPHA, CELL, KEY, 0))
-        assert abs(relaxation(ALPHA, CELL, KEY, 0) - found).max() > 1e-3
+        decoded = _relaxations.decoding(relaxation)(ALPHA, CELL, KEY, 0)
+        np.testing.assert_allclose(decoded, plain(ALPHA, CELL, KEY, 0))
+        assert abs(relaxation(ALPHA, CELL, KEY, 0) - decoded).max() > 1e-3
     # What wraps another one reads by what that one reads by.
     both = _relaxations.edge_normalized(nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=False), 1.0))
     alpha = {"ops": ALPHA, "edges": jnp.zeros(len(ALPHA))}
-    found, expected = (
+    decoded, expected = (
         r(alpha, CELL, KEY, 0) for r in (_relaxations.decoding(both), _relaxations.edge_normalized(plain))
     )
-    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(decoded, expected)
     assert _relaxations.decoding(_relaxations.edge_normalized(plain)) is not plain
 
 
@@ -116,8 +116,8 @@ def bowl(seed, sign):
     matrix = np.random.default_rng(seed).normal(size=(12, 12))
     matrix = sign * (matrix @ matrix.T) - 0.5 * np.eye(12)
 
-    def loss(at):
-        x = jnp.concatenate([at["a"].ravel(), at["b"]])
+    def loss(point):
+        x = jnp.concatenate([point["a"].ravel(), point["b"]])
         return x @ matrix @ x / 2 + (x**4).sum() / 12
 
     return loss, matrix
@@ -127,18 +127,20 @@ def bowl(seed, sign):
 @pytest.mark.once
 def test_the_dominant_eigenvalue(sign):
     loss, matrix = bowl(0, sign)
-    at = {"a": jnp.linspace(0, 0.2, 8).reshape(2, 4), "b": jnp.full(4, -0.1)}
-    x = np.concatenate([at["a"].ravel(), at["b"]])
+    point = {"a": jnp.linspace(0, 0.2, 8).reshape(2, 4), "b": jnp.full(4, -0.1)}
+    x = np.concatenate([point["a"].ravel(), point["b"]])
     exact = np.linalg.eigvalsh(matrix + np.diag(x**2))
     exact = exact[abs(exact).argmax()]
-    solve = jax.jit(lambda at, num: _relaxations.dominant_eigenvalue(loss, at, KEY, num_steps=num), static_argnums=1)
-    np.testing.assert_allclose(solve(at, 8), exact, rtol=0.01)
-    np.testing.assert_allclose(solve(at, 40), exact, rtol=1e-9)  # all of its dimensions
+    solve = jax.jit(
+        lambda point, num: _relaxations.dominant_eigenvalue(loss, point, KEY, num_steps=num), static_argnums=1
+    )
+    np.testing.assert_allclose(solve(point, 8), exact, rtol=0.01)
+    np.testing.assert_allclose(solve(point, 40), exact, rtol=1e-9)  # all of its dimensions
 
 
 @pytest.mark.once
 def test_the_dominant_eigenvalue_where_the_space_is_exhausted():
-    at = jnp.zeros(6)
-    found = _relaxations.dominant_eigenvalue(lambda x: 3 * (x[:2] ** 2).sum() - x[3] ** 2, at, KEY)
-    np.testing.assert_allclose(found, 6.0, rtol=1e-9)
-    assert _relaxations.dominant_eigenvalue(lambda x: x.sum() ** 2 * 0, at, KEY) == 0
+    point = jnp.zeros(6)
+    eigenvalue = _relaxations.dominant_eigenvalue(lambda x: 3 * (x[:2] ** 2).sum() - x[3] ** 2, point, KEY)
+    np.testing.assert_allclose(eigenvalue, 6.0, rtol=1e-9)
+    assert _relaxations.dominant_eigenvalue(lambda x: x.sum() ** 2 * 0, point, KEY) == 0

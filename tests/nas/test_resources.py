@@ -64,7 +64,7 @@ def draws(network, num):
 def test_one_hot_costs_are_those_of_the_discrete_network(space):
     """Parameters of its tree, and products of its whole jaxpr: scans, stacks of layers and all."""
     network, shape, ops, partial = SPACES[space]
-    found = set()
+    flops = set()
     for genotype in draws(network, 2):
         small = nas.supernet(nas.discrete(network, genotype), shape, ops=ops, partial=partial)
         params = jax.eval_shape(small.init, KEY)
@@ -75,8 +75,8 @@ def test_one_hot_costs_are_those_of_the_discrete_network(space):
             table = table_of(space, measure)
             assert table.cost_of(network, genotype) == expected
             assert float(table.expected_cost(nas.one_hot(network, genotype))) == expected
-        found.add(counted["flops"])
-    assert len(found) > 1
+        flops.add(counted["flops"])
+    assert len(flops) > 1
 
 
 def test_a_supernet_of_sizes_costs_what_its_largest_network_costs():
@@ -111,11 +111,11 @@ def test_the_gradient_of_the_expected_cost_is_finite_differences(space):
     def cost(flat):
         return table.expected_cost(nas.mixing_weights(nas.softmax(), network, unravel(flat), KEY)) / 1e4
 
-    found = jax.jit(jax.grad(cost))(flat)
+    grads = jax.jit(jax.grad(cost))(flat)
     ends = flat[None] + 1e-5 * jnp.concatenate([jnp.eye(flat.size), -jnp.eye(flat.size)])
     expected = np.subtract(*np.split(np.asarray(jax.jit(jax.vmap(cost))(ends)), 2)) / 2e-5
     assert abs(expected).max() > 1e-3
-    np.testing.assert_allclose(found, expected, atol=1e-8 * abs(expected).max())
+    np.testing.assert_allclose(grads, expected, atol=1e-8 * abs(expected).max())
 
 
 def test_the_expected_cost_is_the_mean_over_networks():
@@ -190,10 +190,10 @@ def test_latencies_of_this_device_are_saved(tmp_path):
     measure = nas.latency(num_samples=2, min_seconds=1e-5)
     table = nas.cost_table(network, (5,), measure, ops={}, batch_size=2, unit="s")
     metaopt.save(tmp_path / "costs.json", table)
-    again = metaopt.load(tmp_path / "costs.json")
-    assert again.unit == "s" and again.fixed == table.fixed == 0
-    assert [term.rows for term in again.terms] == [term.rows for term in table.terms]
-    for term, other in zip(table.terms, again.terms, strict=True):
+    loaded = metaopt.load(tmp_path / "costs.json")
+    assert loaded.unit == "s" and loaded.fixed == table.fixed == 0
+    assert [term.rows for term in loaded.terms] == [term.rows for term in table.terms]
+    for term, other in zip(table.terms, loaded.terms, strict=True):
         assert (term.values > 0).all() and (term.values < 10).all()
         np.testing.assert_array_equal(term.values, other.values)
 
@@ -238,13 +238,13 @@ def row_table():
 def test_penalties_by_hand_and_in_a_problem():
     alpha = nas.init_alpha(KEY, ROWS, scale=1.0)
     cost = float(row_table().expected_cost(nas.mixing_weights(nas.softmax(), ROWS, alpha, KEY)))
-    found = {}
+    penalties = {}
     for form, target in itertools.product(("linear", "hinge", "absolute"), (2 * cost, cost / 2)):
         penalty = nas.resource_penalty(row_table(), ROWS, weight=3.0, target=target, form=form)
-        found[form, target] = float(penalty(alpha, 0))
+        penalties[form, target] = float(penalty(alpha, 0))
     expected = {"linear": (1.5, 6.0), "hinge": (0.0, 3.0), "absolute": (1.5, 3.0)}
     for form, values in expected.items():
-        np.testing.assert_allclose([found[form, 2 * cost], found[form, cost / 2]], values, rtol=1e-6)
+        np.testing.assert_allclose([penalties[form, 2 * cost], penalties[form, cost / 2]], values, rtol=1e-6)
     search = nas.darts(ROWS, (3,), ops={}, order="first")
     penalty = nas.resource_penalty(row_table(), ROWS, weight=3.0, target=cost)
     problem = _budgets.penalized(search.problem, penalty)
@@ -300,17 +300,19 @@ def test_a_search_comes_to_its_budget():
     cost = lambda hp: float(row_table().expected_cost(bound.weights(hp)))
     assert cost(start) > 1.5 * budget
     assert cost(run.hyperparams) < 1.05 * budget
-    found = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
-    assert row_table().cost_of(ROWS, found) <= budget
+    genotype = nas.within_budget(ROWS, jax.device_get(bound.weights(run.hyperparams)), row_table(), budget)
+    assert row_table().cost_of(ROWS, genotype) <= budget
     # With a learned start the constraint still sees α alone.
     search = nas.unrolled_darts(ROWS, (3,), ops={}, num_steps=1, learn_init=True)
     learned = nas.under_budget(search, row_table(), budget=budget)
-    given = learned.hyperparams(KEY)
-    excess = _budgets.over_budget(row_table(), ROWS, budget=budget)(learned.alpha(given), 0)
-    assert set(given["hyperparams"]) == {"alpha", "init"}
-    run = lambda given: learned.estimator.estimate(given, TASK, learned.estimator.init(KEY, given, TASK))[0]
-    estimate = jax.jit(run)(given)
-    sigma = jax.nn.sigmoid(given["multiplier"])
+    hyperparams = learned.hyperparams(KEY)
+    excess = _budgets.over_budget(row_table(), ROWS, budget=budget)(learned.alpha(hyperparams), 0)
+    assert set(hyperparams["hyperparams"]) == {"alpha", "init"}
+    run = lambda hyperparams: learned.estimator.estimate(
+        hyperparams, TASK, learned.estimator.init(KEY, hyperparams, TASK)
+    )[0]
+    estimate = jax.jit(run)(hyperparams)
+    sigma = jax.nn.sigmoid(hyperparams["multiplier"])
     np.testing.assert_allclose(estimate.hypergrad["multiplier"], -excess * sigma, rtol=1e-6)
 
 
@@ -331,19 +333,19 @@ def test_robust_darts_under_budgets_measures_the_validation_loss_in_alpha_alone(
         flat, unravel = jax.flatten_util.ravel_pytree(twice.alpha(both))
         return estimate.metrics["curvature"], jax.hessian(lambda x: loss(unravel(x)))(flat)
 
-    found, hessian = run()
+    curvature, hessian = run()
     values = np.linalg.eigvalsh(hessian)
     expected = values[np.argmax(abs(values))]
     assert abs(expected) > 1e-4
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(curvature, expected, rtol=1e-6)
 
 
-def test_penalties_of_searches_that_have_more_than_weights_of_ops():
+def test_penalties_read_only_the_weights_of_ops():
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
     penalty = nas.resource_penalty(table, network, weight=1.0, target=50.0)
-    at = base.Context(KEY, jnp.array(5))
+    context = base.Context(KEY, jnp.array(5))
     batch = {"x": TASK.train["x"], "y": TASK.train["y"]}
     for method, options in ((nas.beta_darts, {"num_steps": 10}), (nas.pc_darts, {"partial": 2})):
         plain, more = (method(network, (3,), ops=nas.BLOCKS, **options, **p) for p in ({}, {"penalty": penalty}))
@@ -351,14 +353,14 @@ def test_penalties_of_searches_that_have_more_than_weights_of_ops():
         @jax.jit
         def run(plain=plain, more=more):
             alpha, params = plain.hyperparams(KEY), plain.supernet.init(KEY)
-            return alpha, params, *(s.problem.outer_loss(params, alpha, batch, at) for s in (more, plain))
+            return alpha, params, *(s.problem.outer_loss(params, alpha, batch, context) for s in (more, plain))
 
         alpha, params, with_it, without = run()
         ops = alpha["cell"]["ops"] if isinstance(alpha["cell"], dict) else alpha["cell"]
         expected = table.expected_cost({"cell": jax.nn.softmax(ops, -1)}, network) / 50
         np.testing.assert_allclose(with_it - without, expected, rtol=1e-6)
     bound = nas.under_budget(nas.pc_darts(network, (3,), ops=nas.BLOCKS, partial=2), table, budget=30.0)
-    bounded = jax.jit(lambda: bound.problem.outer_loss(params, bound.hyperparams(KEY), batch, at))()
+    bounded = jax.jit(lambda: bound.problem.outer_loss(params, bound.hyperparams(KEY), batch, context))()
     assert jnp.isfinite(bounded)
 
 
@@ -382,7 +384,7 @@ def test_edges_of_pc_darts_are_kept_by_both_of_its_weights():
             np.testing.assert_allclose(expected, table.cost_of(network, search.genotype(alpha)), rtol=0.02)
 
 
-def test_none_costs_nothing_whatever_is_counted():
+def test_the_op_none_costs_nothing_in_every_unit():
     table = nas.cost_table(CELLS, (8, 6, 1), hypergrad.flops, ops=nas.NAS_BENCH_201_OPS)
     empty = {"cell": ()}
     zeros = np.eye(5)[np.zeros(6, int)]  # all on "none"
@@ -391,7 +393,7 @@ def test_none_costs_nothing_whatever_is_counted():
     assert table.cost_of(CELLS, empty) <= table.cost_of(CELLS, skips)
 
 
-def test_what_comes_before_a_cell_without_edges_from_its_input_counts():
+def test_layers_before_a_cell_without_edges_from_its_input_have_costs():
     """As dead code it is not in the count of the whole network; a cell that is cut behind them is."""
     network, shape, ops, _ = SPACES["transnas"]
     x, counted = jax.ShapeDtypeStruct((1, *shape), jnp.float64), []
@@ -402,7 +404,7 @@ def test_what_comes_before_a_cell_without_edges_from_its_input_counts():
     assert counted[0] < 0.1 and counted[1] == 1
 
 
-def test_the_projection_changes_what_loses_least():
+def test_the_projection_changes_the_edge_that_loses_least():
     weights = {"linear.width": np.array([[0.4, 0.6]]), "linear.depth": np.array([[0.1, 0.9]])}
     sizes = lambda g: [edges[0][2] for edges in g.values()]
     project = lambda budget: sizes(nas.within_budget(ROWS, weights, row_table(), budget))
@@ -446,7 +448,7 @@ def test_costs_of_a_space_that_keeps_two_edges_a_node():
     np.testing.assert_allclose(excess(unravel(flat), 0), 0.0, atol=1e-9)
 
 
-def test_a_search_that_reads_otherwise_counts_otherwise():
+def test_a_budget_counts_the_edges_that_the_search_keeps():
     cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     table = nas.cost_table(network, (3,), nas.num_params, ops=nas.BLOCKS)
@@ -487,8 +489,8 @@ def test_the_projection_takes_another_edge_where_that_loses_less():
     whole = nas.derive_genotype(network, {"cell": w})
     assert [edge[:2] for edge in whole["cell"]] == [(0, 2), (1, 2), (0, 3), (2, 3)]
     budget = table.cost_of(network, whole) - 1
-    found = nas.within_budget(network, {"cell": w}, table, budget)
-    assert found["cell"][2:] == ((0, 3, "sep_conv_3x3"), (1, 3, "max_pool_3x3"))
+    genotype = nas.within_budget(network, {"cell": w}, table, budget)
+    assert genotype["cell"][2:] == ((0, 3, "sep_conv_3x3"), (1, 3, "max_pool_3x3"))
 
 
 # ---- Fronts ---------------------------------------------------------------------------------------------------------

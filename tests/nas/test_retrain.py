@@ -51,7 +51,7 @@ def test_dropped_edges_by_hand():
         features = supernet.features(params, None, x, (key, rate))
         return plain, dropped, features, supernet.head(params, features[-1])
 
-    plain, dropped, features, again = jax.tree.map(np.asarray, run(KEY, 0.25))
+    plain, dropped, features, repeated = jax.tree.map(np.asarray, run(KEY, 0.25))
     np.testing.assert_array_equal(dropped[:, 4:], plain[:, 4:])  # what passes its input on is never dropped
     kept = dropped[:, :4] / plain[:, :4]
     np.testing.assert_allclose(kept, np.broadcast_to(kept[:, :1], kept.shape), rtol=1e-9)
@@ -59,7 +59,7 @@ def test_dropped_edges_by_hand():
     np.testing.assert_array_equal(run(KEY, 0.0)[1], plain)
     assert (run(jax.random.key(1), 0.25)[1] != dropped).any()
     assert [f.shape for f in features] == [(400, 4), (400, 12)]
-    np.testing.assert_array_equal(again, dropped)
+    np.testing.assert_array_equal(repeated, dropped)
 
 
 @pytest.mark.once
@@ -69,8 +69,8 @@ def test_every_edge_and_layer_has_its_own_draws():
     supernet = nas.supernet(nas.Network({"cell": cell}, layers, 4), (3,), ops=nas.BLOCKS)
     x = jax.random.normal(KEY, (40, 3))
     features = jax.jit(lambda: supernet.features(supernet.init(KEY), None, x, (KEY, 0.5)))()
-    gone = [np.asarray((part == 0).all(-1)) for layer in features[1:] for part in jnp.split(layer, 2, axis=1)]
-    assert all(0.2 < mask.mean() < 0.8 for mask in gone) and len({mask.tobytes() for mask in gone}) == 6
+    zeros = [np.asarray((part == 0).all(-1)) for layer in features[1:] for part in jnp.split(layer, 2, axis=1)]
+    assert all(0.2 < mask.mean() < 0.8 for mask in zeros) and len({mask.tobytes() for mask in zeros}) == 6
 
 
 # ---- The recipe -----------------------------------------------------------------------------------------------------
@@ -78,17 +78,17 @@ def test_every_edge_and_layer_has_its_own_draws():
 
 @pytest.mark.slow
 def test_a_step_by_hand():
-    made = recipe(auxiliary=0.3, drop_path=0.0, clip=0.05, decay=0.1, rate=0.2)
+    setup = recipe(auxiliary=0.3, drop_path=0.0, clip=0.05, decay=0.1, rate=0.2)
     supernet = nas.supernet(NET, (6, 2), ops=nas.BLOCKS)
     head = _augmentation.auxiliary_head(3, widths=(3, 4))
 
     @jax.jit
     def run():
-        state = made.loop.init(KEY, None, DATA)
-        states = [state := inner.step(made.loop, state, None, DATA) for _ in range(2)]
-        return made.loop.init(KEY, None, DATA).params, [s.params for s in states], states[0]
+        state = setup.loop.init(KEY, None, DATA)
+        states = [state := inner.step(setup.loop, state, None, DATA) for _ in range(2)]
+        return setup.loop.init(KEY, None, DATA).params, [s.params for s in states], states[0]
 
-    start, found, first = run()
+    start, after, first = run()
 
     def loss(params):
         features = supernet.features(params["network"], None, X)
@@ -107,35 +107,35 @@ def test_a_step_by_hand():
         trace = jax.tree.map(lambda d, m: d + 0.9 * m, direction, trace)
         rate = 0.2 * (1 + np.cos(np.pi * t / 8)) / 2
         params = jax.tree.map(lambda p, m, r=rate: p - r * m, params, trace)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), found[t], params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10), after[t], params)
     # By statistics of all training rows, these rows are normalized as one batch.
-    outputs = made.finish(first, DATA).outputs(X)
-    np.testing.assert_allclose(outputs, supernet.apply(found[0]["network"], None, X), rtol=1e-9)
+    outputs = setup.finish(first, DATA).outputs(X)
+    np.testing.assert_allclose(outputs, supernet.apply(after[0]["network"], None, X), rtol=1e-9)
 
 
 @pytest.mark.once
 def test_the_probability_of_dropping_rises_and_augmentations_follow_one_another():
     shift = lambda key, x: x + 1.0
-    made = recipe(auxiliary=0.0, drop_path=0.5, augment=(shift, lambda key, x: 2 * x))
+    setup = recipe(auxiliary=0.0, drop_path=0.5, augment=(shift, lambda key, x: 2 * x))
     supernet = nas.supernet(NET, (6, 2), ops=nas.BLOCKS)
 
     @jax.jit
     def losses(step):
-        state = made.loop.init(KEY, None, DATA)._replace(step=step)
-        context = made.loop.context(state)
-        found = made.loop.loss(state.params, None, DATA, context)[0]
+        state = setup.loop.init(KEY, None, DATA)._replace(step=step)
+        context = setup.loop.context(state)
+        loss = setup.loop.loss(state.params, None, DATA, context)[0]
         drop = (jax.random.split(context.key, 3)[0], 0.5 * step / 8)
         outputs = supernet.apply(state.params["network"], None, 2 * (X + 1), drop)
-        return found, cross_entropy(outputs, DATA["y"])
+        return loss, cross_entropy(outputs, DATA["y"])
 
-    at = [losses(jnp.array(step)) for step in (0, 4, 7)]
-    for found, expected in at:
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
-    assert len({float(found) for found, _ in at}) == 3
+    pairs = [losses(jnp.array(step)) for step in (0, 4, 7)]
+    for loss, expected in pairs:
+        np.testing.assert_allclose(loss, expected, rtol=1e-9)
+    assert len({float(loss) for loss, _ in pairs}) == 3
 
 
 @pytest.mark.once
-def test_training_goes_on_with_its_own_data_and_network_alone(tmp_path):
+def test_training_continues_only_with_the_same_data_and_network(tmp_path):
     """Of other data of the same shapes, another λ, or another network, it says so; and the data are not kept."""
     rows = {"x": jnp.arange(20_000.0), "y": jnp.ones(20_000)}
     loss = lambda params, scale, batch, context: ((params * batch["x"] - scale * batch["y"]) ** 2).mean()
@@ -209,47 +209,47 @@ def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
 
 @pytest.mark.slow
 def test_training_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
-    made = recipe(batch_size=5)
-    run = lambda **options: nas.train_loop(made.loop, DATA, num_steps=6, key=KEY, progress=False, **options)
+    setup = recipe(batch_size=5)
+    run = lambda **options: nas.train_loop(setup.loop, DATA, num_steps=6, key=KEY, progress=False, **options)
     whole, losses = run()
     stop = lambda step, metrics: step == 4
     _, first = run(checkpoint_dir=tmp_path, checkpoint_every=2, callback=stop)
     assert len(first) == 4 and int(whole.step) == 6
-    state, again = run(checkpoint_dir=tmp_path, checkpoint_every=2)
-    np.testing.assert_array_equal(again, losses)
+    state, continued_losses = run(checkpoint_dir=tmp_path, checkpoint_every=2)
+    np.testing.assert_array_equal(continued_losses, losses)
     jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
     # In one program, the same to rounding.
-    other = jax.jit(lambda: inner.run(made.loop, 6)(jax.random.split(KEY)[0], None, DATA))()
+    other = jax.jit(lambda: inner.run(setup.loop, 6)(jax.random.split(KEY)[0], None, DATA))()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), other.params, whole.params)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("auxiliary", [0.4, 0.0])
 def test_padding_trains_nothing(auxiliary):
-    made = recipe(auxiliary=auxiliary, drop_path=0.0)
-    params = jax.jit(lambda: made.loop.params(made.loop.init(KEY, None, DATA)))()
+    setup = recipe(auxiliary=auxiliary, drop_path=0.0)
+    params = jax.jit(lambda: setup.loop.params(setup.loop.init(KEY, None, DATA)))()
     mask = np.ones(12)
     mask[[2, 11]] = 0
     padded = {"x": jnp.where(mask[:, None, None] > 0, X, 40.0), "y": DATA["y"], "mask": mask}
-    context = inner.run(made.loop, 0)(KEY, None, DATA)
-    loss = jax.jit(lambda params, batch: made.loop.loss(params, None, batch, made.loop.context(context))[0])
+    context = inner.run(setup.loop, 0)(KEY, None, DATA)
+    loss = jax.jit(lambda params, batch: setup.loop.loss(params, None, batch, setup.loop.context(context))[0])
     alone = loss(params, jax.tree.map(lambda a: a[mask > 0], DATA))
     np.testing.assert_allclose(loss(params, padded), alone, rtol=1e-9)
     state = context._replace(params=params)
-    outputs = made.finish(state, padded).outputs(X)
-    np.testing.assert_allclose(outputs, made.finish(state, {"x": X[mask > 0]}).outputs(X), rtol=1e-9)
+    outputs = setup.finish(state, padded).outputs(X)
+    np.testing.assert_allclose(outputs, setup.finish(state, {"x": X[mask > 0]}).outputs(X), rtol=1e-9)
 
 
 @pytest.mark.slow
 def test_training_is_by_real_rows_wherever_they_stand():
-    made = recipe(batch_size=4, auxiliary=0.0)
+    setup = recipe(batch_size=4, auxiliary=0.0)
     place = np.array([1, 4, 5, 8, 10, 11])
     scattered = {
         "x": jnp.full(X.shape, 40.0).at[place].set(X[:6]),
         "y": jnp.zeros(12, int).at[place].set(DATA["y"][:6]),
         "mask": jnp.zeros(12).at[place].set(1.0),
     }
-    run = jax.jit(lambda data: inner.run(made.loop, 3)(KEY, None, data).params)
+    run = jax.jit(lambda data: inner.run(setup.loop, 3)(KEY, None, data).params)
     first = {"x": X, "y": DATA["y"], "mask": jnp.arange(12) < 6.0}
     for a, b in zip(*(jax.tree.leaves(run(data)) for data in (first, scattered)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -265,12 +265,12 @@ def test_images_of_integers_train_as_the_same_floats():
     )
     shift = lambda key, x: x + 200  # of uint8 this would be modulo 256
     options = {"num_steps": 2, "batch_size": 4, "auxiliary": 0.0, "augment": (shift,), "drop_path": 0.5}
-    made = nas.retraining(net, (6, 5, 1), ops=nas.NAS_BENCH_201_OPS, **options)
-    run = jax.jit(lambda data: inner.run(made.loop, 2)(KEY, None, data))
-    found, floats = (run({"x": x, "y": DATA["y"]}) for x in (image, image.astype(float)))
-    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(floats.params), strict=True):
+    setup = nas.retraining(net, (6, 5, 1), ops=nas.NAS_BENCH_201_OPS, **options)
+    run = jax.jit(lambda data: inner.run(setup.loop, 2)(KEY, None, data))
+    integers, floats = (run({"x": x, "y": DATA["y"]}) for x in (image, image.astype(float)))
+    for a, b in zip(jax.tree.leaves(integers.params), jax.tree.leaves(floats.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-    whole, of_floats = (made.finish(found, {"x": x}).outputs(x) for x in (image, image.astype(float)))
+    whole, of_floats = (setup.finish(integers, {"x": x}).outputs(x) for x in (image, image.astype(float)))
     np.testing.assert_allclose(whole, of_floats, rtol=1e-9)
 
 
@@ -311,9 +311,9 @@ def test_a_report_of_one_architecture_has_gaps_and_no_ranks():
     one = nas.search_report(SCORES[:1])
     assert np.isnan(one.correlation) and np.isnan(one.interval).all()
     assert one.discretization_gap == pytest.approx(0.15) and one.evaluation_gap == pytest.approx(0.25)
-    told = one.text.splitlines()[-1]
-    assert "over 1 architecture: undefined, one architecture has no ranks. Discretization gap" in told
-    assert "15.0 points; retrained − discrete, of all: 25.0 points" in told
+    conclusion = one.text.splitlines()[-1]
+    assert "over 1 architecture: undefined, one architecture has no ranks. Discretization gap" in conclusion
+    assert "15.0 points; retrained − discrete, of all: 25.0 points" in conclusion
 
 
 def test_accuracies_may_be_above_one_by_rounding_and_missing_for_a_mixture():

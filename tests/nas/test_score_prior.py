@@ -20,8 +20,8 @@ GRID = (1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0)
 
 
 def test_normal_scores_are_of_ranks():
-    found = normal_scores(np.array([3.0, np.inf, 1.0, 3.0]))
-    np.testing.assert_allclose(found, norm.ppf([0.5, 0.125, 0.875, 0.5]))
+    normal = normal_scores(np.array([3.0, np.inf, 1.0, 3.0]))
+    np.testing.assert_allclose(normal, norm.ppf([0.5, 0.125, 0.875, 0.5]))
 
 
 def test_columns_are_entries_and_pairs_that_are_there():
@@ -65,26 +65,26 @@ def test_variances_are_those_of_the_largest_marginal_likelihood(missing):
         shape = np.eye(rows.sum()) + (phi[rows] * prior) @ phi[rows].T
         coefficients.append((phi[rows] * prior).T @ np.linalg.solve(shape, y[rows]))
     coefficients = np.stack(coefficients, 1)
-    found = score_prior(blocks, scores)
+    fitted = score_prior(blocks, scores)
     spread = phi @ (coefficients - coefficients.mean(1, keepdims=True)) / np.sqrt(3)
-    np.testing.assert_allclose(found.spread, spread, atol=1e-9)
-    np.testing.assert_allclose(found.own, coefficients.var(1, ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(fitted.spread, spread, atol=1e-9)
+    np.testing.assert_allclose(fitted.own, coefficients.var(1, ddof=1), rtol=1e-6)
     # What φ does not say is shared as far as residuals of several tasks go together.
     untried = ~np.isfinite(scores).any(1)
-    np.testing.assert_allclose(found.mean[untried], (phi @ coefficients.mean(1))[untried], atol=1e-9)
+    np.testing.assert_allclose(fitted.mean[untried], (phi @ coefficients.mean(1))[untried], atol=1e-9)
 
 
-def test_what_an_architecture_has_of_its_own_is_told_from_noise():
+def test_own_effects_of_architectures_are_separated_from_noise():
     num, shared, own, noise = 4_000, 0.5, 0.3, 0.2
     u, d = RNG.normal(size=(num, 1)) * shared**0.5, RNG.normal(size=(num, 4)) * own**0.5
     real = u + d
     valid, tests = (real + RNG.normal(size=real.shape) * e**0.5 for e in (noise, 0.1))
     blocks = [(np.ones((num, 1)), GRID)]
-    found = score_prior(blocks, valid, tests)
+    prior = score_prior(blocks, valid, tests)
     trust = shared / (shared + (own + noise) / 4)
-    np.testing.assert_allclose(found.noise, noise, atol=0.03)
-    np.testing.assert_allclose(found.alone, shared * (1 - trust) + own, atol=0.03)
-    np.testing.assert_allclose(np.corrcoef(found.mean, u[:, 0])[0, 1], trust**0.5, atol=0.03)
+    np.testing.assert_allclose(prior.noise, noise, atol=0.03)
+    np.testing.assert_allclose(prior.alone, shared * (1 - trust) + own, atol=0.03)
+    np.testing.assert_allclose(np.corrcoef(prior.mean, u[:, 0])[0, 1], trust**0.5, atol=0.03)
     assert score_prior(blocks, valid).noise == 1e-6  # nothing says that it is noise
     some = np.where(RNG.uniform(size=tests.shape) < 0.5, tests, np.nan)
     np.testing.assert_allclose(score_prior(blocks, valid, some).noise, noise, atol=0.04)
@@ -95,12 +95,12 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     prior = ScorePrior(phi, RNG.normal(size=9), spread, RNG.uniform(0.1, 1, 3), RNG.uniform(0.1, 1, 9), 0.2)
     whole = spread @ spread.T + (phi * prior.own) @ phi.T + np.diag(prior.alone)
     tried, losses = [4, 0, 7], np.array([0.3, np.inf, -2.0])
-    given = whole[np.ix_(tried, tried)] + 0.2 * np.eye(3)
+    covariance = whole[np.ix_(tried, tried)] + 0.2 * np.eye(3)
     order = norm.ppf([0.5, 1 / 6, 5 / 6])
-    within = np.trace((np.eye(3) - 1 / 3) @ given) / 3 + prior.mean[tried].var()
+    within = np.trace((np.eye(3) - 1 / 3) @ covariance) / 3 + prior.mean[tried].var()
     scores = prior.mean[tried].mean() + np.sqrt(within) * order / order.std()
-    scores[1] = min(scores[1], prior.mean[0] - given[1, 1] ** 0.5)  # it failed
-    gain = whole[:, tried] @ np.linalg.inv(given)
+    scores[1] = min(scores[1], prior.mean[0] - covariance[1, 1] ** 0.5)  # it failed
+    gain = whole[:, tried] @ np.linalg.inv(covariance)
     mean, variance = score_posterior(prior, tried, losses)
     np.testing.assert_allclose(mean, prior.mean + gain @ (scores - prior.mean[tried]), rtol=1e-9)
     np.testing.assert_allclose(variance, np.diag(whole - gain @ whole[tried]), rtol=1e-9)
@@ -115,7 +115,7 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     np.testing.assert_array_equal(score_improvement(prior, [], np.zeros(0)), prior.mean)
 
 
-def test_failures_lower_what_is_expected_also_where_nothing_else_is_known():
+def test_failures_lower_the_expected_scores_also_without_outcomes():
     prior = ScorePrior(
         np.eye(4), np.array([2.0, 1.0, 0.9, 0.0]), np.zeros((4, 1)), np.full(4, 0.3), np.full(4, 0.2), 0.25
     )

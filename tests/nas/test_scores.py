@@ -65,13 +65,13 @@ class Slow:
         return np.mean(np.log(np.exp(outputs).sum(1)) - outputs[range(len(outputs)), batch["y"]])
 
 
-def differences(function, at, epsilon=1e-6):
-    ends = [(function(at + d), function(at - d)) for d in epsilon * np.eye(len(at))]
+def differences(function, point, epsilon=1e-6):
+    ends = [(function(point + d), function(point - d)) for d in epsilon * np.eye(len(point))]
     return np.array([(ahead - behind) / (2 * epsilon) for ahead, behind in ends])
 
 
 @pytest.fixture(scope="module")
-def found():
+def scored():
     """Parameters, and all scores: in the supernet with one op an edge, of the discrete network, and of no network."""
     supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
     small = nas.supernet(nas.discrete(NET, GENOTYPE), (9,), ops=OPS)
@@ -88,8 +88,8 @@ def found():
     return params, one, other, jax.device_get(both(nas.one_hot(NET, {"cell": ()}))[1])
 
 
-def test_scores_against_a_slow_network(found):
-    params, scores, _, _ = found
+def test_scores_against_a_slow_network(scored):
+    params, scores, _, _ = scored
     slow = Slow(params)
     grad = differences(lambda theta: slow.loss(theta, BATCH), slow.theta)
     norms = [np.linalg.norm(g) for g in slow.split(grad).values()]
@@ -111,14 +111,14 @@ def test_scores_against_a_slow_network(found):
     np.testing.assert_allclose(scores["nwot"], np.linalg.slogdet(kernel)[1], rtol=1e-9)
 
 
-def test_a_genotype_scores_in_the_supernet_as_by_itself(found):
-    _, scores, discrete, _ = found
+def test_a_genotype_scores_in_the_supernet_as_by_itself(scored):
+    _, scores, discrete, _ = scored
     for name, score in scores.items():
         np.testing.assert_allclose(score, discrete[name], rtol=1e-9, err_msg=name)
 
 
-def test_padding_scores_nothing(found):
-    params, scores, _, _ = found
+def test_padding_scores_nothing(scored):
+    params, scores, _, _ = scored
     supernet = nas.supernet(NET, (9,), ops=OPS, single_path=True)
     place = np.array([0, 2, 3, 5, 6, 7])
     x, y, mask = np.full((8, 9), 30.0), np.full(8, -1), np.zeros(8)
@@ -139,12 +139,12 @@ def test_integers_score_as_the_same_floats():
     params = jax.jit(supernet.init)(jax.random.key(0))
     # The others read x only through `Supernet.apply`.
     score = lambda batch: nas.SCORES["jacob_cov"](supernet, params, nas.one_hot(NET, GENOTYPE), batch)
-    found, floats = jax.jit(lambda a, b: (score(a), score(b)))(batch, {**batch, "x": batch["x"] * 1.0})
-    assert found == floats
+    integers, floats = jax.jit(lambda a, b: (score(a), score(b)))(batch, {**batch, "x": batch["x"] * 1.0})
+    assert integers == floats
 
 
-def test_where_nothing_arrives(found):
-    nothing = found[3]
+def test_where_nothing_arrives(scored):
+    nothing = scored[3]
     assert nothing["synflow"] == nothing["jacob_cov"] == -np.inf
     assert nothing["snip"] == 0 and 0 <= nothing["grad_norm"] < np.inf
 
@@ -155,11 +155,11 @@ def test_synflow_of_a_deep_network_does_not_overflow():
     supernet = nas.supernet(net, (64,), ops=nas.BLOCKS)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, jnp.float32), jax.eval_shape(supernet.init, KEY))
     with jax.enable_x64(False):
-        found = jax.jit(lambda params: _scores.synflow(supernet, params, None))(params)
+        score = jax.jit(lambda params: _scores.synflow(supernet, params, None))(params)
     # 64 inputs of 1; every layer and the head multiply by 64 · 0.5. (The bias is not a matrix.)
     expected = np.log(31.0) + 31 * np.log(32.0)
-    assert found.dtype == jnp.float32 and expected > np.log(np.finfo(np.float32).max)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert score.dtype == jnp.float32 and expected > np.log(np.finfo(np.float32).max)
+    np.testing.assert_allclose(score, expected, rtol=1e-6)
 
 
 @pytest.mark.once
@@ -190,7 +190,7 @@ def test_first_gradients_of_ops_are_slopes_of_the_loss():
     net = nas.Network({"cell": cell}, (nas.Layer("plain", 3), nas.Layer("cell", 3)), 2)
     supernet = nas.supernet(net, (9,), ops=OPS)
     loss = lambda outputs, batch: ((outputs - batch["y"][:, None]) ** 2).mean()
-    found = jax.jit(lambda: nas.gradient_features(supernet, KEY, BATCH, loss=loss, num_keys=3))()
+    features = jax.jit(lambda: nas.gradient_features(supernet, KEY, BATCH, loss=loss, num_keys=3))()
 
     @jax.jit
     def value(w, key):
@@ -202,4 +202,4 @@ def test_first_gradients_of_ops_are_slopes_of_the_loss():
             step = 1e-5 * (np.arange(9).reshape(3, 3) == 3 * e + o)
             slopes[i, e, o] = (value(1 / 3 + step, key) - value(1 / 3 - step, key)) / 2e-5
     expected = (slopes - slopes.mean(-1, keepdims=True)).mean((0, 1))
-    np.testing.assert_allclose(found, expected / (np.linalg.norm(expected) + 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(features, expected / (np.linalg.norm(expected) + 1e-6), rtol=1e-6)

@@ -105,8 +105,10 @@ def test_estimates(name):
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-6
     assert len({row.tobytes() for row in np.asarray(keys)}) == 4
     # The content of padding has no effect, and that of real rows has one.
-    again = run(base.Task(padded(TASK.train, 20.0), padded(TASK.valid, -30.0)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), again[:2], (values, hypergrads))
+    changed_padding = run(base.Task(padded(TASK.train, 20.0), padded(TASK.valid, -30.0)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), changed_padding[:2], (values, hypergrads)
+    )
     other = run(base.Task(padded(TASK.valid, 0.0), padded(TASK.train, 0.0)))
     assert np.abs(other[0] - values).min() > 1e-9
 
@@ -145,9 +147,9 @@ def test_settings_tell_the_searches_apart():
 # ---- Exact hypergradients -------------------------------------------------------------------------------------------
 
 
-def differences(function, at, epsilon=1e-5):
+def differences(function, point, epsilon=1e-5):
     """Central differences of a scalar function, one compiled program for all."""
-    flat, unravel = jax.flatten_util.ravel_pytree(at)
+    flat, unravel = jax.flatten_util.ravel_pytree(point)
     ends = np.concatenate([np.asarray(flat) + s * epsilon * np.eye(len(flat)) for s in (1, -1)])
     values = np.asarray(jax.jit(lambda ends: jax.lax.map(lambda x: function(unravel(x)), ends))(ends))
     ahead, behind = np.split(values, 2)
@@ -187,8 +189,8 @@ def test_second_order_is_the_exact_one_up_to_its_differences(network):
     options = {"network": network, "epsilon": 1e-3}
     exact, second = (search_of(nas.darts, order=order, **options) for order in ("exact", "second"))
     alpha = alpha_of(exact)
-    found = [estimate_of(search, alpha)[0].hypergrad["cell"] for search in (second, exact)]
-    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-8)  # the first order is a third off
+    hypergrads = [estimate_of(search, alpha)[0].hypergrad["cell"] for search in (second, exact)]
+    np.testing.assert_allclose(*hypergrads, rtol=1e-4, atol=1e-8)  # the first order is a third off
 
 
 @pytest.mark.slow
@@ -234,7 +236,7 @@ def test_implicit_where_the_weights_rest():
 
 
 @pytest.mark.slow
-def test_gdas_trains_the_sampled_ops_alone_and_draws_anew():
+def test_gdas_trains_only_the_sampled_ops_and_samples_at_each_step():
     search = search_of(nas.gdas, num_steps=20, decay=0.0, optimizer=lambda hp: optax.sgd(0.1))
     alpha = alpha_of(search)
 
@@ -282,9 +284,9 @@ def test_the_schedules_follow_the_inner_steps_and_noise_is_drawn_apart():
     @jax.jit
     def outer():
         params = minus.supernet.init(KEY)
-        at = [(first_order("darts"), 0), (minus, 10), (minus, 0), (beta, 5)]
-        contexts = [base.Context(KEY, jnp.array(step)) for _, step in at]
-        each = [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(at, contexts, strict=True)]
+        cases = [(first_order("darts"), 0), (minus, 10), (minus, 0), (beta, 5)]
+        contexts = [base.Context(KEY, jnp.array(step)) for _, step in cases]
+        each = [s.problem.outer_loss(params, alpha, TASK.valid, c) for (s, _), c in zip(cases, contexts, strict=True)]
         noisy = gumbel.problem.outer_loss(params, alpha, TASK.valid, contexts[0])
         losses = [
             s.problem.loop.loss(params, alpha, TASK.valid, contexts[0])[0] for s in (gumbel, first_order("darts"))

@@ -28,7 +28,7 @@ def weights_of(net, seed=0):
 def test_a_network_by_hand():
     supernet = nas.supernet(TABLE, (3,), ops=nas.BLOCKS)
     params, w = jax.jit(supernet.init)(KEY), weights_of(TABLE)["cell"]
-    found = jax.jit(supernet.apply)(params, {"cell": w}, X)
+    predicted = jax.jit(supernet.apply)(params, {"cell": w}, X)
     linear, cells, norm = params["layers"]
     assert jax.tree.leaves(norm) == [] and params["head"]["w"].shape == (4, 2)
     # Two layers, each of one group of six edges.
@@ -46,12 +46,12 @@ def test_a_network_by_hand():
         nodes = [x, 0, 0, 0]
         _, _, conv, mlp = cells["edges"][0]
         for e, (source, target) in enumerate([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]):
-            at = nodes[source]
-            hidden = gelu(normalized(at @ mlp["in"][layer, e]))
-            outputs = [0 * at, at, normalized(at @ conv["w"][layer, e]), hidden @ mlp["out"][layer, e]]
+            node = nodes[source]
+            hidden = gelu(normalized(node @ mlp["in"][layer, e]))
+            outputs = [0 * node, node, normalized(node @ conv["w"][layer, e]), hidden @ mlp["out"][layer, e]]
             nodes[target] = nodes[target] + sum(w[e, o] * y for o, y in enumerate(outputs))
         x = nodes[3]
-    np.testing.assert_allclose(found, np.maximum(normalized(x), 0) @ head["w"] + head["b"], rtol=1e-9)
+    np.testing.assert_allclose(predicted, np.maximum(normalized(x), 0) @ head["w"] + head["b"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("stem", [True, False])
@@ -67,15 +67,15 @@ def test_the_second_layer_sees_the_first_ones_output_twice(stem):
         inputs = [np.asarray(p["w"]) for p in stacked["inputs"]]
         weights += [[w[i] for w in inputs] for i in range(len(inputs[0]))]
 
-    def seen(x, w):
+    def normalized(x, w):
         x = np.maximum(x, 0) @ w
         return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
 
     x = np.asarray(X)
     pairs = [(y[0], y[0]), (y[0], y[1]), (y[1], y[2])] if stem else [(x, x), (y[0], y[0]), (y[0], y[1])]
     assert len(y) == len(layers) and len(weights) == 3
-    for (old, new), (first, second), found in zip(pairs, weights, y[stem:], strict=True):
-        np.testing.assert_allclose(found, seen(old, first) + seen(new, second), rtol=1e-9)
+    for (old, new), (first, second), outputs in zip(pairs, weights, y[stem:], strict=True):
+        np.testing.assert_allclose(outputs, normalized(old, first) + normalized(new, second), rtol=1e-9)
 
 
 def image_case(name):
@@ -161,13 +161,13 @@ def test_layers_that_are_alike_are_one_scan_and_still_have_their_own_weights():
     one, two = (nas.supernet(net, (3,), ops=nas.BLOCKS) for net in (TABLE, twice))
     params = jax.jit(one.init)(KEY)
     linear, cells, norm = params["layers"]
-    apart = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], cells) for i in (0, 1)]
+    separate = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], cells) for i in (0, 1)]
     w = weights_of(TABLE)["cell"]
     first, second = jax.jit(one.apply), jax.jit(two.apply)
     expected = first(params, {"cell": w}, X)
-    found = second({**params, "layers": [linear, *apart, norm]}, {"cell": w, "again": w}, X)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    swapped = {**params, "layers": [linear, *apart[::-1], norm]}
+    outputs = second({**params, "layers": [linear, *separate, norm]}, {"cell": w, "again": w}, X)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-12)
+    swapped = {**params, "layers": [linear, *separate[::-1], norm]}
     assert abs(second(swapped, {"cell": w, "again": w}, X) - expected).max() > 1e-3
 
 
@@ -191,8 +191,8 @@ def test_isomorphic_cells_give_equal_outputs():
     outputs = np.asarray(outputs).reshape(-1, 3, 6)  # of each class three
     assert len(outputs) >= 12
     np.testing.assert_allclose(outputs, np.broadcast_to(outputs[:, :1], outputs.shape), atol=1e-9)
-    apart = abs(outputs[:, None, 0] - outputs[None, :, 0]).max(-1)
-    assert (apart + np.eye(len(apart)) > 1e-4).all()
+    distances = abs(outputs[:, None, 0] - outputs[None, :, 0]).max(-1)
+    assert (distances + np.eye(len(distances)) > 1e-4).all()
 
 
 @pytest.mark.once
@@ -341,9 +341,9 @@ def test_integers_are_taken_as_floats():
         params, x = supernet.init(KEY), np.array([[0, 200, 7], [3, 255, 1], [0, 0, 9]], np.uint8)
         more = ((KEY, 0.5),) if net is TABLE else ()
         for fn in (supernet.apply, lambda *args, net=supernet: net.features(*args)[-1]):
-            found, floats = fn(params, None, x, *more), fn(params, None, x.astype(float), *more)
-            np.testing.assert_array_equal(found, floats)
-            assert found.dtype == floats.dtype
+            outputs, floats = fn(params, None, x, *more), fn(params, None, x.astype(float), *more)
+            np.testing.assert_array_equal(outputs, floats)
+            assert outputs.dtype == floats.dtype
     convolution = nas.Network({}, (nas.Layer("conv", 2, 2),), 2)
     images = nas.supernet(convolution, (4, 5, 1), ops={"conv": nas.convolution(3)})
     shape = jax.eval_shape(lambda: images.apply(images.init(KEY), None, jnp.zeros((2, 4, 5, 1), jnp.uint8)))

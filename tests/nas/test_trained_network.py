@@ -44,9 +44,9 @@ def test_a_retrained_network_predicts_one_image_as_all_images(tmp_path):
     cell = nas.Cell(1, (nas.Edge(0, 1, ("nor_conv_3x3",)), nas.Edge(0, 2, ("skip_connect",))), (1, 2), preprocess=False)
     network = nas.Network({"cell": cell}, (nas.Layer("stem", 8), nas.Layer("cell", 16, 2)), 10)
     options = {"ops": nas.NAS_BENCH_201_OPS, "num_steps": 120, "batch_size": 32, "rate": 0.2, "drop_path": 0.1}
-    made = nas.retraining(network, (8, 8, 1), **options, auxiliary=0.1, auxiliary_widths=(4, 8))
-    state = jax.jit(lambda: inner.run(made.loop, 120)(KEY, None, data))()
-    trained = made.finish(state, data)
+    setup = nas.retraining(network, (8, 8, 1), **options, auxiliary=0.1, auxiliary_widths=(4, 8))
+    state = jax.jit(lambda: inner.run(setup.loop, 120)(KEY, None, data))()
+    trained = setup.finish(state, data)
 
     outputs = trained.outputs(x)
     accuracy = trained.accuracy({"x": x, "y": y})
@@ -84,8 +84,8 @@ def test_statistics_are_of_the_real_training_rows():
 def test_more_rows_than_statistics_take_are_drawn_alike_whatever_their_order():
     """Sorted by class, the first rows would be of one class."""
     rows = np.concatenate([RNG.normal(size=(300, 3)), 50 + RNG.normal(size=(300, 3))])
-    first, again = (nas.trained_network(SUPERNET, PARAMS, {"x": rows}, num_rows=64) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first.statistics, again.statistics)
+    first, second = (nas.trained_network(SUPERNET, PARAMS, {"x": rows}, num_rows=64) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first.statistics, second.statistics)
     mean = (rows @ PARAMS["layers"][0]["w"][0]).mean(0)
     np.testing.assert_allclose(first.statistics[0].mean, mean, rtol=0.4)
     assert abs(first.statistics[0].mean - mean).max() > 1e-6

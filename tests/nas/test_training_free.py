@@ -21,16 +21,16 @@ def test_scores_of_a_space_are_those_of_its_discrete_networks():
     supernet = nas.supernet(net, (3,), ops=nas.BLOCKS)
     params = jax.jit(supernet.init)(KEY)
     batch = {"x": np.random.default_rng(0).normal(size=(5, 3)), "y": np.array([0, 1, 1, 0, 1])}
-    found = []
+    flows = []
     for genotype in ({"cell": ((0, 2, "linear"),)}, {"cell": ((0, 1, "linear"), (1, 2, "skip_connect"))}):
         scores = score(KEY, genotype, batch)
         inherited = supernet.inherit(params, genotype)
         small = nas.supernet(nas.discrete(net, genotype), (3,), ops=nas.BLOCKS)
         np.testing.assert_allclose(scores["flow"], _scores.synflow(small, inherited, None), rtol=1e-9)
         np.testing.assert_allclose(scores["snip"], _scores.snip(small, inherited, None, batch), rtol=1e-9)
-        found.append(float(scores["flow"]))
-    assert found[0] != found[1]  # each edge has its own weights
-    assert score(jax.random.key(1), genotype, batch)["flow"] != found[1]
+        flows.append(float(scores["flow"]))
+    assert flows[0] != flows[1]  # each edge has its own weights
+    assert score(jax.random.key(1), genotype, batch)["flow"] != flows[1]
 
 
 def near(configuration):

@@ -36,13 +36,13 @@ def test_the_hypergradient_is_the_derivative_for_fixed_draws(name):
     phi = random_weights(predictor)
     flat, unravel = ravel_pytree(phi)
     estimator = predictors.best_of(RIDGE, predictor, num_proposals=6)
-    at = jax.jit(lambda flat, key: estimator.estimate(unravel(flat), problems.TASK, key)[0])
+    estimate = jax.jit(lambda flat, key: estimator.estimate(unravel(flat), problems.TASK, key)[0])
     slopes_of_spread = []
     for seed in range(3):
         key = jax.random.key(seed)
         step = 1e-5 * np.eye(flat.size)
-        slopes = [(at(flat + d, key).value - at(flat - d, key).value) / 2e-5 for d in step]
-        hypergrad_ = at(flat, key).hypergrad
+        slopes = [(estimate(flat + d, key).value - estimate(flat - d, key).value) / 2e-5 for d in step]
+        hypergrad_ = estimate(flat, key).hypergrad
         np.testing.assert_allclose(ravel_pytree(hypergrad_)[0], slopes, rtol=1e-5, atol=1e-9)
         slopes_of_spread.append(jnp.abs(hypergrad_["log_spread"]["linear"]).max())
     assert max(slopes_of_spread) > 1e-6  # not in every estimate: a center that is the best has none
@@ -51,11 +51,11 @@ def test_the_hypergradient_is_the_derivative_for_fixed_draws(name):
 def test_by_hand_on_a_quadratic():
     """F(λ) = |λ − 1|²: dF/dz = 2 (λ_b − 1) and dF/d log s = 2 (λ_b − 1) (λ_b − z)."""
     space = {"a": spaces.real(0.0, shape=(2,))}
-    seen = []
+    candidates = []
 
     def loss(z, task, key):
         jax.debug.callback(
-            lambda x, key: seen.append((np.array(x), tuple(np.ravel(key)))), z.coordinates["a"], bits(key)
+            lambda x, key: candidates.append((np.array(x), tuple(np.ravel(key)))), z.coordinates["a"], bits(key)
         )
         return ((z.coordinates["a"] - 1) ** 2).sum()
 
@@ -63,8 +63,8 @@ def test_by_hand_on_a_quadratic():
     estimator = predictors.best_of(hypergrad.direct(loss), predictor, num_proposals=7)
     estimate = estimate_of(estimator, predictor.init(KEY), task=base.Task((), (), jnp.zeros(0)))
     jax.effects_barrier()
-    assert len({key for _, key in seen}) == 1  # one key for all candidates and for the hypergradient
-    draws = {tuple(x) for x, _ in seen}
+    assert len({key for _, key in candidates}) == 1  # one key for all candidates and for the hypergradient
+    draws = {tuple(x) for x, _ in candidates}
     assert len(draws) == 7 and (0.0, 0.0) in draws
     best = np.array(min(draws, key=lambda x: ((np.array(x) - 1) ** 2).sum()))
     assert best.any()

@@ -119,8 +119,8 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
     predictor = MAKE["mlp"]()
     phi = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), weights(predictor))
     metaopt.save(tmp_path / "g.npz", predictors.TrainedPredictor(predictor, phi))
-    found = metaopt.load(tmp_path / "g.npz").meta_params
-    chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x.astype(jax.numpy.float32), phi))
+    loaded = metaopt.load(tmp_path / "g.npz").meta_params
+    chex.assert_trees_all_equal(loaded, jax.tree.map(lambda x: x.astype(jax.numpy.float32), phi))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit(tmp_path):
         metaopt.load(path)
 
 
-def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
+def test_a_predictor_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     path = tmp_path / "g.npz"
     saved(path)
     before = path.read_bytes()

@@ -72,7 +72,7 @@ def test_starts_at_one_given_lambda_for_every_task(name):
 
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.once
-def test_departs_from_it_as_tasks_tell(name):
+def test_predictions_with_random_weights_differ_between_tasks(name):
     predictor = MAKE[name]()
     phi = random_weights(predictor)
     a, b = (predictor.apply(phi, task(seed)) for seed in range(2))
@@ -110,20 +110,20 @@ def test_tasks_batch(name):
     chex.assert_trees_all_close(batched, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("what", ["rows", "columns", "classes", "padding"])
+@pytest.mark.parametrize("axis", ["rows", "columns", "classes", "padding"])
 @pytest.mark.once
-def test_the_embedding_does_not_change(what):
+def test_the_embedding_does_not_change(axis):
     predictor = MAKE["embedding_and_features"]()
     phi = random_weights(predictor)
     data = table(rows=11)
     changed = dict(data)
     rng = np.random.default_rng(3)
-    if what == "rows":
+    if axis == "rows":
         order = rng.permutation(11)
         changed |= {name: data[name][order] for name in ("x", "y", "mask")}
-    elif what == "columns":
+    elif axis == "columns":
         changed["x"] = data["x"][:, [2, 0, 1]]
-    elif what == "classes":
+    elif axis == "classes":
         changed["y"] = np.array([1, 2, 0])[data["y"]]
     else:
         changed = {

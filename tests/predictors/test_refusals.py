@@ -1,8 +1,7 @@
-"""What `predictors` rejects: spaces without leaves, bad limits and spreads, features and weights that do not fit."""
+"""What `predictors` rejects: spaces without leaves, limits of no features, features and weights that do not fit."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import problems
 import pytest
@@ -18,10 +17,6 @@ TASK = problems.TASK
 
 def mlp(space=SPACE, num_features=2, **options):
     return predictors.mlp(space, num_features, num_hidden=3, **options)
-
-
-def ensemble(**options):
-    return predictors.ensemble(mlp(**options), 2)
 
 
 def embedding(space=SPACE, **options):
@@ -52,15 +47,7 @@ ONE_LAMBDA = "must be one λ, and this is a prediction with a spread: pass its `
 REFUSALS = [
     (lambda: mlp({"rate": spaces.fixed(0.1)}), NO_LEAF + "{'rate'"),
     (lambda: embedding({}), NO_LEAF + "{}"),
-    (lambda: mlp(limit=0.0), "`limit` must be positive, or None; got 0.0"),
     (lambda: embedding(limit=2.0), "`limit` is for `task.features`, and `num_features` is 0"),
-    *(
-        (lambda make=make, spread=spread: make(spread=spread), f"`spread` must be positive, or None; got {spread}")
-        for make in (mlp, ensemble, embedding)
-        for spread in (0, -0.5, np.nan)
-    ),
-    (lambda: mlp(spread=np.inf), "`spread` must be finite, or None; got inf"),
-    (lambda: predictors.best_of(RIDGE, WIDE, num_proposals=0), "`num_proposals` must be at least 1; got 0"),
     (lambda: estimate(predictors.best_of(RIDGE, PLAIN), PLAIN), "`predictor` must predict a spread; make it with"),
     (lambda: estimate(predictors.amortize(RIDGE, WIDE), WIDE), "predicts a spread, which has no gradient here: use `p"),
     (two_of_three_members, r"an ensemble of 3 must be stacked, leaves \[3, ...\]; got shape \(2, "),

@@ -30,7 +30,7 @@ SPACE = {
 DEFAULT = spaces.default(SPACE)
 
 
-def at(**values):
+def relaxed(**values):
     """The default, with relaxed values in some places."""
     hyperparams = dict(DEFAULT)
     hyperparams["model"] = jnp.array(values.get("model", [0.6, 0.4]))
@@ -59,15 +59,15 @@ ALWAYS = {
         ({"model": [0.1, 0.9], "depth": 0.6}, {"model": "forest", "forest.depth": 1}),
     ],
 )
-def test_a_configuration_has_what_is_active_and_active_says_so_too(values, expected):
-    hyperparams = at(**values)
-    found = spaces.configuration(SPACE, hyperparams)
-    assert found == expected | ALWAYS
-    assert all(type(found[name]) is type(value) for name, value in expected.items())
-    assert json.loads(json.dumps(found)) == found
+def test_a_configuration_has_the_active_entries_that_active_marks(values, expected):
+    hyperparams = relaxed(**values)
+    configuration = spaces.configuration(SPACE, hyperparams)
+    assert configuration == expected | ALWAYS
+    assert all(type(configuration[name]) is type(value) for name, value in expected.items())
+    assert json.loads(json.dumps(configuration)) == configuration
     active = jax.jit(lambda λ: spaces.active(SPACE, λ))(hyperparams)
-    names = {name for name, here in zip(spaces.names(SPACE), active, strict=True) if here}
-    assert {name.split("[")[0] for name in names} == {name.split("[")[0] for name in found} - {"fixed"}
+    names = {name for name, is_active in zip(spaces.names(SPACE), active, strict=True) if is_active}
+    assert {name.split("[")[0] for name in names} == {name.split("[")[0] for name in configuration} - {"fixed"}
 
 
 @pytest.mark.once
@@ -84,7 +84,7 @@ def test_configurations_of_samples_come_back():
             assert hyperparams["svm"]["gamma"] == pytest.approx(0.1)
 
 
-def test_a_space_that_has_changed_since_is_read_as_far_as_it_goes():
+def test_a_configuration_of_an_older_space_is_read_where_the_spaces_agree():
     old = {"model": "boosting", "svm.gamma": 2, "rate": 0.1}
     hyperparams = spaces.from_configuration(SPACE, old, strict=False)
     assert hyperparams["model"].tolist() == [0.5, 0.5] and hyperparams["svm"]["gamma"] == 2.0
@@ -112,30 +112,30 @@ def test_booleans_are_no_numbers_and_fractions_no_integers():
     assert spaces.complete(space, {"rate": 2, "depth": np.float32(3.0)}) == {"rate": 2.0, "depth": 3}
 
 
-def test_what_is_given_is_not_left_out_by_the_default_of_what_is_lacking():
-    for given, message in (
+def test_defaults_of_missing_parents_do_not_drop_present_entries():
+    for partial, message in (
         ({"forest.leaves": 8}, "`forest.leaves` is 8, but .* `model` is 'forest', but `model` is missing and 'svm' by"),
         ({"svm.gamma": 1.0, "model": "forest", "forest.depth": 1, "forest.leaves": 3}, None),  # the forest is meant
         ({"model": "forest", "forest.leaves": 3}, "if `forest.depth` is 0, but `forest.depth` is missing and 4 by"),
         ({"model": "forest", "svm.kernel": float("nan")}, None),
     ):
         if message is None:
-            assert "svm.gamma" not in spaces.complete(SPACE, given)
+            assert "svm.gamma" not in spaces.complete(SPACE, partial)
         else:
             with pytest.raises(ValueError, match=message):
-                spaces.complete(SPACE, given)
-        assert set(given) - set(spaces.complete(SPACE, given, strict=False)) != set()
+                spaces.complete(SPACE, partial)
+        assert set(partial) - set(spaces.complete(SPACE, partial, strict=False)) != set()
     assert spaces.complete(SPACE, {"svm.gamma": 1.0})["svm.gamma"] == 1.0
 
 
-def test_what_one_given_parent_leaves_out_needs_no_other_parent():
+def test_one_parent_that_rules_out_an_entry_suffices():
     leaf = spaces.active_if(spaces.active_if(spaces.interval(0.0, 1.0), "a", ["y"]), "b", ["y"])
     space = {"a": spaces.choice(["n", "y"]), "b": spaces.choice(["n", "y"]), "x": leaf}
-    for given in ({"a": "n"}, {"b": "n"}, {"a": "n", "b": "y"}):
-        assert "x" not in spaces.complete(space, given | {"x": 0.5})
-    for given in ({}, {"a": "y"}, {"b": "y"}):
+    for parents in ({"a": "n"}, {"b": "n"}, {"a": "n", "b": "y"}):
+        assert "x" not in spaces.complete(space, parents | {"x": 0.5})
+    for parents in ({}, {"a": "y"}, {"b": "y"}):
         with pytest.raises(ValueError, match=r"`x` is 0.5, but would be ignored: .* is missing"):
-            spaces.complete(space, given | {"x": 0.5})
+            spaces.complete(space, parents | {"x": 0.5})
 
 
 def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_changed():
@@ -152,22 +152,22 @@ def test_values_out_of_bounds_are_refused_and_kept_where_the_space_may_have_chan
     assert spaces.from_configuration(space, {"rate": np.float32(1e-3).item()})["rate"] == pytest.approx(1e-3)
 
 
-def test_in_float32_numbers_are_those_that_were_given_and_stay_within_their_bounds():
+def test_numbers_survive_float32_and_stay_within_their_bounds():
     """The float32 next to 0.1 lies above it, that next to 1e-4 below."""
     space = {"rate": spaces.interval(1e-4, 0.1, log=True), "scale": spaces.positive(0.1), "momentum": spaces.fixed(0.9)}
     with jax.enable_x64(False):
         for rate in (1e-4, 3e-3, 0.1):
             hyperparams = spaces.from_configuration(space, {"rate": rate})
             assert hyperparams["rate"].dtype == np.float32
-            found = spaces.configuration(space, hyperparams)
-            assert found == {"rate": rate, "scale": 0.1, "momentum": pytest.approx(0.9)}
+            configuration = spaces.configuration(space, hyperparams)
+            assert configuration == {"rate": rate, "scale": 0.1, "momentum": pytest.approx(0.9)}
         coordinates = ({"rate": z, "scale": 0.0, "momentum": None} for z in (-99.0, 99.0))
         ends = [spaces.to_constrained(space, spaces.Unconstrained(z)) for z in coordinates]
         low, high = (spaces.configuration(space, hyperparams)["rate"] for hyperparams in ends)
     assert 1e-4 <= low < 1.001e-4 and 0.0999 < high <= 0.1
 
 
-def test_what_is_foreign_is_named():
+def test_foreign_entries_are_named():
     own = {"model": "svm", "svm.gamma": 2, "forest.depth": None, "scale[1]": 1.0, "fixed": "any", "rate": 0.1}
     assert spaces.foreign(SPACE, own) == {}  # None says that nothing is given, other names are not looked at
     others = {"model": None, "svm.gamma": 99.0, "forest.depth": "auto", "svm.kernel": [1]}
@@ -176,11 +176,11 @@ def test_what_is_foreign_is_named():
 
 def test_a_completed_configuration_keeps_its_own_numbers():
     long = 0.0123456789012345678
-    given = {"model": "svm", "svm.gamma": long, "scale[1]": 2, "forest.depth": 3}
+    partial = {"model": "svm", "svm.gamma": long, "scale[1]": 2, "forest.depth": 3}
     with jax.enable_x64(False):
-        found = spaces.complete(SPACE, given)
-    assert found == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": long, "scale[1]": 2.0}
-    assert type(found["scale[1]"]) is float
+        completed = spaces.complete(SPACE, partial)
+    assert completed == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": long, "scale[1]": 2.0}
+    assert type(completed["scale[1]"]) is float
     # Names that the space does not have are dropped.
     changed = spaces.complete(SPACE, {"model": "boosting", "rate": 1, "svm.gamma": 99.0}, strict=False)
     assert changed == ALWAYS | {"model": "svm", "svm.kernel": "rbf", "svm.gamma": 10.0}
@@ -205,7 +205,7 @@ def test_gaps_are_absent_where_a_value_does_not_matter_and_refused_where_it_does
         spaces.complete(SPACE, {"scale[0]": nan})
 
 
-def test_labels_are_told_apart_by_their_types():
+def test_labels_of_different_types_are_different():
     """`max_features=1` is one feature, and 1.0 is all of them. If all labels are numbers, 2 and 2.0 are equal."""
     space = {"max_features": spaces.choice(["sqrt", 1.0, 0.5]), "bootstrap": spaces.choice([True, False])}
     space |= {"batch": spaces.choice([16, 32]), "dropout": spaces.choice([0.0, 0.5])}
@@ -215,28 +215,32 @@ def test_labels_are_told_apart_by_their_types():
         with pytest.raises(ValueError, match=f"`{name}` must be one of"):
             spaces.from_configuration(space, {name: value})
     right = {"max_features": np.float64(1.0), "bootstrap": np.bool_(True), "batch": 16.0, "dropout": 0}
-    found = spaces.complete(space, right)
-    assert found == {"max_features": 1.0, "bootstrap": True, "batch": 16, "dropout": 0.0}
-    assert type(found["batch"]) is int and spaces.foreign(space, right | {"max_features": np.str_("sqrt")}) == {}
+    completed = spaces.complete(space, right)
+    assert completed == {"max_features": 1.0, "bootstrap": True, "batch": 16, "dropout": 0.0}
+    assert type(completed["batch"]) is int and spaces.foreign(space, right | {"max_features": np.str_("sqrt")}) == {}
     share = {"subsample": spaces.choice([1.0, 0.9, 0.5]), "mixed": spaces.choice(["all", 0.9])}
     assert spaces.complete(share, dict.fromkeys(share, float(np.float32(0.9)))) == {"subsample": 0.9, "mixed": 0.9}
     assert spaces.foreign(share, dict.fromkeys(share, 0.90001)) == dict.fromkeys(share, 0.90001)
 
 
-def test_numbers_beside_none_are_labels_by_value_as_in_a_column_with_gaps():
+def test_numbers_next_to_none_are_labels_by_value():
     """In a column with None, a data frame turns 2 into 2.0 and None into NaN. NaN is the default, here None."""
     space = {"depth": spaces.choice([None, 2, 9])}
-    for given, expected in ((9.0, 9), (np.float64(2.0), 2), (2, 2), (None, None)):
-        found = spaces.complete(space, {"depth": given})["depth"]
-        assert found == expected and type(found) is type(expected) and spaces.foreign(space, {"depth": given}) == {}
+    for value, expected in ((9.0, 9), (np.float64(2.0), 2), (2, 2), (None, None)):
+        completed = spaces.complete(space, {"depth": value})["depth"]
+        assert (
+            completed == expected
+            and type(completed) is type(expected)
+            and spaces.foreign(space, {"depth": value}) == {}
+        )
     assert spaces.complete(space, {"depth": float("nan")}, strict=False) == {"depth": None}
     two = {"d": spaces.choice([2, 9, None], default=2), "kind": spaces.choice(["a", "b"])}
     two["c"] = spaces.active_if(two["d"], "kind", ["b"])
     for kind, rest in (("a", {}), ("b", {"c": None})):  # also where it is not the default, and only where it is active
-        given = {"d": float("nan"), "kind": kind, "c": np.float32("nan")}
+        value = {"d": float("nan"), "kind": kind, "c": np.float32("nan")}
         assert (
-            spaces.complete(two, given)
-            == spaces.complete(two, given, strict=False)
+            spaces.complete(two, value)
+            == spaces.complete(two, value, strict=False)
             == {"d": None, "kind": kind, **rest}
         )
     for wrong in (True, "2", 2.5):
@@ -253,7 +257,7 @@ def test_integers_are_whole_but_for_the_rounding_of_float32():
         assert spaces.foreign(space, {name: value}) == {name: value}
 
 
-def test_a_space_is_inferred_from_what_was_tried():
+def test_a_space_is_inferred_from_tried_configurations():
     nan = float("nan")
     tried = [
         {"model": "svm", "kernel": "rbf", "gamma": 0.001, "depth": nan, "n": 1, "flag": True, "seed": 3, "mode": None},
@@ -295,6 +299,6 @@ def test_a_space_is_inferred_from_what_was_tried():
     mixed = [{"n": n} for n in (None, 2.0, 2, 9, 9.0)] + [{"n": float(n)} for n in range(18)]
     assert spaces.infer(mixed[:3])["n"] == spaces.choice([None, 2])
     assert spaces.infer(mixed)["n"].labels == (None, *range(18)) and type(spaces.infer(mixed)["n"].labels[2 + 1]) is int
-    told = [{"n": 2.0, "m": m} for m in (1, 2, 3)] + [{"n": n} for n in (None, 2, 9)]
-    assert spaces.infer(told)["m"] == spaces.integer(1, 3)  # 2 does not tell
+    whole = [{"n": 2.0, "m": m} for m in (1, 2, 3)] + [{"n": n} for n in (None, 2, 9)]
+    assert spaces.infer(whole)["m"] == spaces.integer(1, 3)  # 2 does not tell
     assert spaces.infer([{"n": n} for n in (None, 2, 0.5)])["n"] == spaces.choice([None, 0.5, 2])

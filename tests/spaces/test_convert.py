@@ -114,9 +114,9 @@ def test_optuna_s_distributions():
         "n": optuna.IntDistribution(1, 64, log=True),
     }
     assert list(distributions).index("kind") < list(distributions).index("g")
-    again = spaces.from_optuna(distributions)
-    assert again["g"] == spaces.interval(1e-4, 1.0, log=True) and again["flag"] == SPACE["flag"]
-    assert again["n"] == spaces.integer(1, 64, log=True)
+    converted = spaces.from_optuna(distributions)
+    assert converted["g"] == spaces.interval(1e-4, 1.0, log=True) and converted["flag"] == SPACE["flag"]
+    assert converted["n"] == spaces.integer(1, 64, log=True)
     stepped = {"i": optuna.IntDistribution(2, 6, step=2), "one": optuna.FloatDistribution(0.5, 0.5)}
     assert spaces.from_optuna(stepped) == {"i": spaces.choice([2, 4, 6]), "one": spaces.fixed(0.5)}
 

@@ -110,13 +110,13 @@ def test_round_trips_both_ways_and_keeps_the_type(name, dtype):
     leaf, z = LEAVES[name], coordinates(name, dtype=dtype)
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-11
     value = to_constrained(leaf, z)
-    back = to_unconstrained(leaf, value)
+    returned = to_unconstrained(leaf, value)
     if name in SIMPLEX:
         z = z - z.mean(-1, keepdims=True)
-    assert value.dtype == back.dtype == dtype
-    assert value.shape == back.shape == leaf.value_shape
-    chex.assert_trees_all_close(back, z, rtol=tolerance, atol=tolerance)
-    chex.assert_trees_all_close(to_constrained(leaf, back), value, rtol=tolerance)
+    assert value.dtype == returned.dtype == dtype
+    assert value.shape == returned.shape == leaf.value_shape
+    chex.assert_trees_all_close(returned, z, rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(to_constrained(leaf, returned), value, rtol=tolerance)
     assert np.ptp(np.append(np.asarray(z), 0.0)) > 0.1  # something to come back from
 
 
@@ -215,13 +215,13 @@ def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32():
         for name, leaf in LEAVES.items():
             z = jnp.zeros(leaf.value_shape, jnp.float32)
             z = z.at[..., 0].set(extreme) if z.ndim else z + extreme
-            there = lambda z, leaf=leaf: to_constrained(leaf, z)
-            back = lambda z, leaf=leaf, there=there: to_unconstrained(leaf, there(z))
-            code = lambda z, leaf=leaf, there=there: spaces.encode(leaf, there(z))
-            forward = [jax.jvp(fn, (z,), (jnp.ones_like(z),)) for fn in (there, back, code)]
-            reverse = [jax.grad(lambda z, fn=fn: fn(z).sum())(z) for fn in (there, back, code)]
-            second = jax.hessian(lambda z, there=there: there(z).sum())(z)
-            results[name] = {"value": there(z), "derivatives": (forward, reverse, second)}
+            forth = lambda z, leaf=leaf: to_constrained(leaf, z)
+            back = lambda z, leaf=leaf, forth=forth: to_unconstrained(leaf, forth(z))
+            code = lambda z, leaf=leaf, forth=forth: spaces.encode(leaf, forth(z))
+            forward = [jax.jvp(fn, (z,), (jnp.ones_like(z),)) for fn in (forth, back, code)]
+            reverse = [jax.grad(lambda z, fn=fn: fn(z).sum())(z) for fn in (forth, back, code)]
+            second = jax.hessian(lambda z, forth=forth: forth(z).sum())(z)
+            results[name] = {"value": forth(z), "derivatives": (forward, reverse, second)}
         return results
 
     for name, result in jax.jit(jax.vmap(values_and_derivatives))(extremes).items():
@@ -428,24 +428,24 @@ def test_every_integer_is_equally_probable():
 def test_at_bounds(name):
     leaf = LEAVES[name]
 
-    def at(value):
+    def at_bounds(value):
         return np.asarray(spaces.at_bounds(leaf, value))
 
-    middle = at(spaces.default(leaf))
+    middle = at_bounds(spaces.default(leaf))
     assert middle.shape == leaf.shape and middle.dtype == bool and not middle.any()
     extreme = jnp.full(leaf.value_shape, 100.0)
     if name in SIMPLEX:
         extreme = extreme.at[..., 1:].set(0.0)
     expected = name in SIMPLEX or name in BOUNDED
-    assert np.all(at(to_constrained(leaf, extreme)) == expected)
+    assert np.all(at_bounds(to_constrained(leaf, extreme)) == expected)
     if name in BOUNDED:
-        assert np.all(at(jnp.full(leaf.shape, leaf.low)))
-        assert not np.any(at(to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
-        assert np.all(at(jnp.full(leaf.shape, leaf.high)))
+        assert np.all(at_bounds(jnp.full(leaf.shape, leaf.low)))
+        assert not np.any(at_bounds(to_constrained(leaf, jnp.full(leaf.shape, 0.5))))
+        assert np.all(at_bounds(jnp.full(leaf.shape, leaf.high)))
         for place in (0.05, 0.95):
             span = leaf.high - leaf.low
             near = leaf.low * (leaf.high / leaf.low) ** place if leaf.log else leaf.low + place * span
-            assert not np.any(at(jnp.full(leaf.shape, near)))
+            assert not np.any(at_bounds(jnp.full(leaf.shape, near)))
             assert np.all(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.06))
             assert not np.any(spaces.at_bounds(leaf, jnp.full(leaf.shape, near), tol=0.04))
     if name in SIMPLEX:
@@ -464,8 +464,8 @@ def test_json_round_trip(name):
 @ALL
 def test_leaves_are_hashable_compare_by_value_and_are_no_pytree_nodes(name):
     leaf = LEAVES[name]
-    again = spaces.from_json(spaces.to_json(leaf))
-    assert again is not leaf and hash(again) == hash(leaf) and again == leaf
+    loaded = spaces.from_json(spaces.to_json(leaf))
+    assert loaded is not leaf and hash(loaded) == hash(leaf) and loaded == leaf
     assert jax.tree.leaves(leaf) == [leaf]
     assert sum(leaf == other for other in LEAVES.values()) == 1
 
@@ -493,13 +493,13 @@ def test_a_wrong_shape_is_refused_while_tracing(name):
 @ALL
 def test_python_numbers_and_integers_become_the_default_float(name):
     leaf = LEAVES[name]
-    ones = np.ones(leaf.value_shape, np.int32)
+    integers = np.ones(leaf.value_shape, np.int32)
     fns = [to_constrained, spaces.encode]
     if name in ("real", "positive", "interval", "integer"):  # of which 1 is a value
         fns.append(to_unconstrained)
     for fn in fns:
-        chex.assert_trees_all_equal(fn(leaf, ones), fn(leaf, jnp.asarray(ones, float)))
-        assert fn(leaf, ones.tolist() if ones.ndim == 0 else ones).dtype == jnp.float64
+        chex.assert_trees_all_equal(fn(leaf, integers), fn(leaf, jnp.asarray(integers, float)))
+        assert fn(leaf, integers.tolist() if integers.ndim == 0 else integers).dtype == jnp.float64
 
 
 def test_an_integer_s_default_is_an_integer_in_the_middle():
@@ -519,8 +519,8 @@ def test_fixed_keeps_its_type_and_cannot_be_changed_from_outside():
     assert spaces.default(leaf).dtype == jnp.float32 and spaces.default(leaf).tolist() == [1.0, 2.0]
     for value, dtype in ((3, jnp.int64), (0.5, jnp.float64), (True, bool), (jnp.bfloat16(0.5), jnp.bfloat16)):
         leaf = spaces.fixed(value)
-        again = spaces.from_json(json.loads(json.dumps(spaces.to_json(leaf))))
-        assert again == leaf and spaces.default(again).dtype == dtype
+        loaded = spaces.from_json(json.loads(json.dumps(spaces.to_json(leaf))))
+        assert loaded == leaf and spaces.default(loaded).dtype == dtype
     with jax.enable_x64(False):
         assert spaces.default(spaces.fixed(0.5)).dtype == jnp.float32
 

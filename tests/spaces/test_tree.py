@@ -83,9 +83,9 @@ def test_fixing_a_leaf_leaves_the_samples_of_the_others():
 
 def test_at_bounds_is_a_tree_of_bools():
     value = spaces.default(SPACE) | {"depth": 4, "mix": jnp.array([0.0, 0.995, 0.005])}
-    at = spaces.at_bounds(SPACE, value)
+    is_at_bound = spaces.at_bounds(SPACE, value)
     expected = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), SPACE)
-    chex.assert_trees_all_equal(at, expected | {"depth": np.array(True), "mix": np.array(True)})
+    chex.assert_trees_all_equal(is_at_bound, expected | {"depth": np.array(True), "mix": np.array(True)})
 
 
 LAM = spaces.default(SPACE)

@@ -42,9 +42,9 @@ def test_any_tree_is_flattened_and_put_together_again(inside):
     leaves, structure = jax.tree.flatten(marked)
     with_paths, same_structure = jax.tree_util.tree_flatten_with_path(marked)
     assert structure == same_structure and len(leaves) == len(with_paths) == len(jax.tree.leaves(inside))
-    again = jax.tree.unflatten(structure, leaves)
-    assert isinstance(again, spaces.Unconstrained)
-    chex.assert_trees_all_equal(again.coordinates, inside)
+    rebuilt = jax.tree.unflatten(structure, leaves)
+    assert isinstance(rebuilt, spaces.Unconstrained)
+    chex.assert_trees_all_equal(rebuilt.coordinates, inside)
     hash(structure)
     assert jax.tree.structure(jax.tree.map(lambda x: x, marked)) == structure
 

@@ -113,8 +113,8 @@ def test_buckets_are_near_the_optimum_by_enumeration(seed):
     for labels in itertools.product(range(3), repeat=7):
         groups = [[s for s, k in zip(shapes, labels, strict=True) if k == j] for j in set(labels)]
         best = min(best, sum(len(g) * cost(np.max(g, 0)) for g in groups))
-    found = total_cost(shapes, tasks.bucket(shapes, 3))
-    assert best <= found <= 1.25 * best
+    total = total_cost(shapes, tasks.bucket(shapes, 3))
+    assert best <= total <= 1.25 * best
 
 
 def test_stack_and_unstack_are_inverse():
@@ -154,7 +154,10 @@ def test_resplit_redraws_the_same_rows():
 def test_resplit_takes_real_rows_wherever_they_stand():
     """Their number follows the masks, also if only masks exclude rows."""
     task = padded(prepared(rows=97, classes=4))
-    some = lambda part, at: {**part, "mask": np.where(np.isin(np.arange(len(part["mask"])), at), 0, part["mask"])}
+    some = lambda part, masked_rows: {
+        **part,
+        "mask": np.where(np.isin(np.arange(len(part["mask"])), masked_rows), 0, part["mask"]),
+    }
     fewer = task._replace(train=some(task.train, [0, 5, 9]), valid=some(task.valid, [1]))
     new = RESPLIT(jax.random.key(0), fewer)
     before, after = (np.concatenate([rows_of(t.train), rows_of(t.valid)]) for t in (fewer, new))
@@ -170,14 +173,14 @@ def test_resplit_is_stratified_and_every_row_gets_its_turn():
     total = np.bincount(rows_of(task.train)[:, -1].astype(int)) + np.bincount(rows_of(task.valid)[:, -1].astype(int))
     share = task.train["num_rows"] / (task.train["num_rows"] + task.valid["num_rows"])
     draws = jax.jit(jax.vmap(tasks.resplit, in_axes=(0, None)))(jax.random.split(jax.random.key(0), 300), task)
-    seen: dict = {}
+    num_draws: dict = {}
     for x, y, mask in zip(*(np.asarray(draws.valid[k]) for k in ("x", "y", "mask")), strict=True):
         counts = total - np.bincount(y[mask > 0], minlength=4)
         assert np.abs(counts - share * total).max() <= 1
         for row in x[mask > 0]:
-            seen[row.tobytes()] = seen.get(row.tobytes(), 0) + 1
-    assert len(seen) == total.sum()
-    assert min(seen.values()) > 0.6 * 300 * (1 - share) and max(seen.values()) < 1.5 * 300 * (1 - share)
+            num_draws[row.tobytes()] = num_draws.get(row.tobytes(), 0) + 1
+    assert len(num_draws) == total.sum()
+    assert min(num_draws.values()) > 0.6 * 300 * (1 - share) and max(num_draws.values()) < 1.5 * 300 * (1 - share)
 
 
 @pytest.mark.once

@@ -25,7 +25,7 @@ def test_labels_and_groups_are_numbered_in_their_order():
     assert tasks.from_arrays(X, Y, group=[-1] * 6).group is None  # a single group does not count
 
 
-def test_keep_keeps_classes_rows_and_those_with_enough():
+def test_keep_selects_classes_rows_and_classes_with_enough_rows():
     source = tasks.from_arrays(X, Y, group=[7, 5, 5, 7, 9, 9], superclass=["v", "u", "w"])
     kept = source.keep(classes=["c", "b"])
     assert kept.class_names == ("b", "c")

@@ -493,8 +493,8 @@ def test_a_saved_encoder_is_equal_and_is_a_json_text(tmp_path):
     encoder, x = fitted(frame)
     metaopt.save(tmp_path / "encoder.json", encoder)
     loaded = metaopt.load(tmp_path / "encoder.json")
-    again = tasks.TableEncoder.from_state(json.loads(json.dumps(encoder.state())))
-    assert loaded == again == encoder and json.loads((tmp_path / "encoder.json").read_text())["named"]
+    rebuilt = tasks.TableEncoder.from_state(json.loads(json.dumps(encoder.state())))
+    assert loaded == rebuilt == encoder and json.loads((tmp_path / "encoder.json").read_text())["named"]
     np.testing.assert_array_equal(loaded.transform(frame), x)
     assert [note.reason for note in loaded.notes] == [note.reason for note in encoder.notes]
 

@@ -85,9 +85,9 @@ def drawn(varied):
     """For each source, the draws of the sampler and those of a slow version."""
     meta = varied.meta
     rng = np.random.default_rng(1)
-    found = {}
-    for number, of in enumerate(SOURCES[:3]):
-        sizes, mine = np.bincount(of.y), meta.source == number
+    episodes = {}
+    for number, data_set in enumerate(SOURCES[:3]):
+        sizes, mine = np.bincount(data_set.y), meta.source == number
         fast = [
             (classes[:ways], shots[:ways], int(query))
             for classes, shots, query, ways in zip(
@@ -96,11 +96,11 @@ def drawn(varied):
         ]
         slow = []
         for _ in range(2000):
-            classes = slow_classes(rng, of.name, len(sizes), of.superclass, SPANS)
+            classes = slow_classes(rng, data_set.name, len(sizes), data_set.superclass, SPANS)
             query, _, shots = slow_counts(rng, sizes[classes])
             slow.append((classes, np.array(shots), query))
-        found[of.name] = (fast, slow)
-    return meta, found
+        episodes[data_set.name] = (fast, slow)
+    return meta, episodes
 
 
 def same_histogram(a, b, bins):
@@ -148,41 +148,41 @@ def test_meta_dataset_draws_as_the_slow_version_does(drawn, name):
 
 @pytest.mark.once
 def test_sources_are_drawn_by_their_weights_and_superclasses_uniformly(drawn):
-    meta, found = drawn
+    meta, episodes = drawn
     assert stats.chisquare(np.bincount(meta.source), [1200, 1200, 900, 300]).pvalue > P
-    alphabets = np.bincount([SUPERCLASS[c[0]] for c, _, _ in found["superclasses"][0]])
+    alphabets = np.bincount([SUPERCLASS[c[0]] for c, _, _ in episodes["superclasses"][0]])
     assert stats.chisquare(alphabets).pvalue > P
-    for classes, _, _ in found["superclasses"][0]:
+    for classes, _, _ in episodes["superclasses"][0]:
         assert len(set(SUPERCLASS[classes])) == 1
-    for classes, _, _ in found["ontology"][0]:  # all below a node, or 50 of them
+    for classes, _, _ in episodes["ontology"][0]:  # all below a node, or 50 of them
         assert len(classes) == 50 or sorted(classes.tolist()) in SPANS
 
 
-def check_episode(episode, of, *, disjoint):
+def check_episode(episode, data_set, *, disjoint):
     """What holds in every episode: rows once, labels right, padding zero and last, groups on one side."""
     ways, meta = int(episode.meta.num_ways), episode.meta
     classes = np.asarray(meta.classes)
     assert len(set(classes[:ways].tolist())) == ways and (classes[ways:] == -1).all()
-    seen = []
+    drawn_rows = []
     for part, rows in ((episode.support, meta.support_rows), (episode.query, meta.query_rows)):
         mask, rows, y = np.asarray(part["mask"]), np.asarray(rows), np.asarray(part["y"])
         num = int(part["num_rows"])
         np.testing.assert_array_equal(mask, np.arange(len(mask)) < num)
         np.testing.assert_array_equal(part["class_mask"], np.arange(len(classes)) < ways)
         assert (rows[num:] == -1).all() and not np.asarray(part["x"])[num:].any() and not y[num:].any()
-        np.testing.assert_array_equal(np.asarray(part["x"])[:num, 0], of.x[rows[:num], 0])
-        np.testing.assert_array_equal(classes[y[:num]], of.y[rows[:num]])
+        np.testing.assert_array_equal(np.asarray(part["x"])[:num, 0], data_set.x[rows[:num], 0])
+        np.testing.assert_array_equal(classes[y[:num]], data_set.y[rows[:num]])
         assert part["x"].dtype == part["mask"].dtype == jnp.float32 and part["y"].dtype == jnp.int32
-        seen.append(rows[:num])
-    support, query = seen
+        drawn_rows.append(rows[:num])
+    support, query = drawn_rows
     np.testing.assert_array_equal(
         np.bincount(episode.support["y"][: len(support)], minlength=len(classes)), meta.num_shots
     )
     assert (np.bincount(episode.query["y"][: len(query)], minlength=ways) == int(meta.num_query)).all()
-    both = np.concatenate(seen)
+    both = np.concatenate(drawn_rows)
     assert len(set(both.tolist())) == len(both)
     if disjoint:
-        assert not set(of.group[support].tolist()) & set(of.group[query].tolist())
+        assert not set(data_set.group[support].tolist()) & set(data_set.group[query].tolist())
 
 
 SAMPLE_FIXED = tasks.episodes([SPOKEN, DRAWN, DAG], num_ways=4, num_shots=3, num_query=2)
@@ -201,26 +201,26 @@ def fixed(draw_fixed):
 def check_all(batch, sources, num, disjoint=True):
     for i in range(num):
         episode = jax.tree.map(lambda leaf, i=i: leaf[i], batch)
-        of = sources[int(episode.meta.source)]
-        check_episode(episode, of, disjoint=disjoint and of.group is not None)
+        data_set = sources[int(episode.meta.source)]
+        check_episode(episode, data_set, disjoint=disjoint and data_set.group is not None)
     assert set(batch.meta.source[:num].tolist()) == set(range(len(sources)))
 
 
 @pytest.mark.once
-def test_what_holds_in_every_episode(fixed):
+def test_every_episode_has_disjoint_rows_of_its_classes(fixed):
     check_all(fixed, [SPOKEN, DRAWN, DAG], 100)
     assert (fixed.meta.num_shots == 3).all() and (fixed.meta.num_query == 2).all()
     assert fixed.support["x"].shape == (2000, 12, 1) and fixed.query["y"].shape == (2000, 8)
 
 
-def test_what_holds_in_every_episode_of_meta_dataset(varied):
+def test_every_episode_of_meta_dataset_has_disjoint_rows_of_its_classes(varied):
     check_all(varied, SOURCES, 150)
     assert varied.support["x"].shape == (3600, 500, 1) and varied.query["x"].shape == (3600, 500, 1)
     assert varied.meta.num_ways.max() == 50
 
 
 @pytest.mark.slow
-def test_all_of_a_class_groups_on_both_sides_and_inputs_of_ones_own():
+def test_all_rows_of_a_class_groups_on_both_sides_and_your_own_inputs():
     """5 + 15 of 20 examples, in which a permutation that misses one would repeat another."""
     sample = tasks.episodes(DRAWN, num_shots=5, num_query=15, disjoint_groups=False, preprocess=lambda x: x[:, 0] + 1)
     batch = jax.tree.map(np.asarray, jax.jit(jax.vmap(sample))(KEYS[:20]))
@@ -242,8 +242,8 @@ def test_examples_and_classes_are_drawn_uniformly(fixed):
     for k in range(60):
         rank[DAG.y == k] = np.arange((DAG.y == k).sum())
     for kind, size in enumerate([9, 30, 150]):
-        of = classes % 3 == kind
-        drawn = [rank[rows.reshape(len(classes), 4, -1)[of]] for rows in (support, query)]
+        of_kind = classes % 3 == kind
+        drawn = [rank[rows.reshape(len(classes), 4, -1)[of_kind]] for rows in (support, query)]
         for ranks in drawn:
             num = ranks.shape[1]
             counts, share = np.bincount(ranks.ravel(), minlength=size), num / size
@@ -267,8 +267,8 @@ def test_groups_are_drawn_uniformly(fixed):
     rng, slow = np.random.default_rng(4), []
     for _ in range(2000):
         four, words = rng.permutation(6)[:4], rng.permutation(7)[:4]
-        said = [rng.permutation(np.repeat(four, SAID[word][four]))[:3] for word in words]
-        slow.append(np.bincount(np.concatenate(said), minlength=6) > 0)
+        speakers = [rng.permutation(np.repeat(four, SAID[word][four]))[:3] for word in words]
+        slow.append(np.bincount(np.concatenate(speakers), minlength=6) > 0)
     table = np.stack([heard.sum(axis=0), np.sum(slow, axis=0)])
     assert stats.chi2_contingency(table).pvalue > P
     assert close_means(heard.sum(axis=1), np.sum(slow, axis=1))
@@ -282,9 +282,9 @@ def test_within_a_superclass():
     assert (above == above[:, :1]).all() and set(above[:, 0].tolist()) == {2, 3, 4}
 
 
-def test_a_key_is_an_episode_whatever_it_is_drawn_with(draw_fixed, fixed):
-    again = draw_fixed(KEYS[:2000][::-1])
-    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[::-1], fixed), jax.tree.map(np.asarray, again))
+def test_an_episode_depends_only_on_its_key(draw_fixed, fixed):
+    backwards = draw_fixed(KEYS[:2000][::-1])
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[::-1], fixed), jax.tree.map(np.asarray, backwards))
     for part in (fixed.support, fixed.query):
         assert _samplers.num_rows(part, shared=("class_mask",)).shape == (2000,)
 

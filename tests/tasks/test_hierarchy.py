@@ -17,13 +17,13 @@ def by_definition(graph, names, least, most):
         children = set().union(*[heads(c) for c in graph.get(node, ()) if below(c)], set())
         return children if node not in names and len(children) == 1 else {node}
 
-    found = set()
+    nodes = set()
     for node in graph:
         if below(node) and heads(node) == {node}:
             leaves = sorted(names.index(name) for name in below(node))
             if least <= len(leaves) <= most:
-                found.add((node, tuple(leaves)))
-    return sorted(found)
+                nodes.add((node, tuple(leaves)))
+    return sorted(nodes)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -42,8 +42,8 @@ def test_random_graphs_by_their_definition(seed):
     for least, most in ((2, 99), (3, 6)):
         expected = by_definition(graph, kept, least, most)
         if expected:
-            found = _hierarchy.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
-            assert [(node, tuple(leaves)) for node, leaves in found] == expected
+            nodes = _hierarchy.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)
+            assert [(node, tuple(leaves)) for node, leaves in nodes] == expected
         else:
             with pytest.raises(ValueError, match="No node"):
                 _hierarchy.ontology_nodes(graph, kept, min_leaves=least, max_leaves=most)

@@ -65,8 +65,8 @@ def example(**features):
 
 def test_an_example_is_read():
     data = example(image=b"\x00\xff" * 100, label=[3, 300, -1], size=[0.5, -2.0], empty=b"")
-    found = _meta_dataset.read_example(data)
-    assert found == {"image": [b"\x00\xff" * 100], "label": [3, 300, -1], "size": [0.5, -2.0], "empty": [b""]}
+    features = _meta_dataset.read_example(data)
+    assert features == {"image": [b"\x00\xff" * 100], "label": [3, 300, -1], "size": [0.5, -2.0], "empty": [b""]}
     unpacked = field(1, field(1, field(1, b"n") + field(2, field(3, varint(1 << 3) + varint(7)))))
     assert _meta_dataset.read_example(unpacked) == {"n": [7]}
     for damaged in (data[:-3], b"\x0b\x00", b"\xff"):
@@ -159,28 +159,28 @@ def test_the_files_of_its_builder_for_tfds(tmp_path):
     spec = {"name": "toy", "file_pattern": "{}.tfrecords", "class_names": {str(k): f"class {k}" for k in range(4)}}
     slices = [[0, 2], [2, 5], [5, 6], [6, 8]]
 
-    def of(train, valid, test):
+    def spec_of(train, valid, test):
         parts = {"train": range(train), "valid": range(train, train + valid), "test": range(train + valid, 4)}
-        where = {p: {str(i): slices[k] for i, k in enumerate(ks)} for p, ks in parts.items()}
-        return {**spec, "classes_per_split": {"TRAIN": train, "VALID": valid, "TEST": test}}, where
+        slices_of = {p: {str(i): slices[k] for i, k in enumerate(ks)} for p, ks in parts.items()}
+        return {**spec, "classes_per_split": {"TRAIN": train, "VALID": valid, "TEST": test}}, slices_of
 
-    made = {"v1": of(1, 1, 2), "v2": of(3, 0, 1)}
-    content = {"dataset_specs": {v: s for v, (s, _) in made.items()}}
-    content["relative_class_slices"] = {v: where for v, (_, where) in made.items()}
+    versions = {"v1": spec_of(1, 1, 2), "v2": spec_of(3, 0, 1)}
+    content = {"dataset_specs": {v: s for v, (s, _) in versions.items()}}
+    content["relative_class_slices"] = {v: slices_of for v, (_, slices_of) in versions.items()}
     (tmp_path / "metadata.json").write_text(json.dumps(content))
-    read = lambda part, **options: tasks.from_meta_dataset(tmp_path, part=part, size=2, **options)
-    test = read("test", check=True)
+    read_part = lambda part, **options: tasks.from_meta_dataset(tmp_path, part=part, size=2, **options)
+    test = read_part("test", check=True)
     assert test.class_names == ("class 2", "class 3") and test.name == "toy"
     np.testing.assert_array_equal(test.x[:, 0, 0, 0], [20, 30, 31])
-    np.testing.assert_array_equal(read("valid").x[:, 0, 0, 0], [10, 11, 12])
-    np.testing.assert_array_equal(read("train", version="v2").x[:, 0, 0, 0], [0, 1, 10, 11, 12, 20])
-    np.testing.assert_array_equal(read("train", version="v2").y, [0, 0, 1, 1, 1, 2])
+    np.testing.assert_array_equal(read_part("valid").x[:, 0, 0, 0], [10, 11, 12])
+    np.testing.assert_array_equal(read_part("train", version="v2").x[:, 0, 0, 0], [0, 1, 10, 11, 12, 20])
+    np.testing.assert_array_equal(read_part("train", version="v2").y, [0, 0, 1, 1, 1, 2])
     with pytest.raises(ValueError, match="metadata.json is not a specification of Meta-Dataset: it lacks 'v3'"):
-        read("test", version="v3")
+        read_part("test", version="v3")
     (tmp_path / "meta_dataset-all_classes.tfrecord-00002-of-00003").unlink()
     with pytest.raises(ValueError, match="records 5 to 6 were expected"):
-        read("test")
+        read_part("test")
     for file in tmp_path.glob("*.tfrecord-*"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match="no files"):
-        read("test")
+        read_part("test")

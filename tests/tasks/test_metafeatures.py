@@ -19,7 +19,7 @@ def iris():
 
 
 @pytest.fixture(scope="module")
-def found(iris):
+def iris_features(iris):
     return tasks.metafeatures(iris)
 
 
@@ -27,7 +27,7 @@ def both(name, values):
     return {f"{name}.mean": np.mean(values), f"{name}.sd": np.std(values, ddof=1)}
 
 
-def test_simple_and_statistical_on_iris(iris, found):
+def test_simple_and_statistical_on_iris(iris, iris_features):
     x, y = iris.x.astype(np.float64), iris.y
     cor = np.abs(np.corrcoef(x.T)[np.tril_indices(4, -1)])
     cov = np.cov(x.T)
@@ -60,33 +60,33 @@ def test_simple_and_statistical_on_iris(iris, found):
         **both("eigenvalues", np.linalg.eigvals(cov)),
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
-    assert np.isnan(found["num_to_cat"])
+        np.testing.assert_allclose(iris_features[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+    assert np.isnan(iris_features["num_to_cat"])
 
 
-def test_canonical_correlations_on_iris(found):
+def test_canonical_correlations_on_iris(iris_features):
     # What R's summary(manova(...)) says of iris: Wilks .023439, Pillai 1.1919, Hotelling-Lawley 32.477, Roy 32.192.
-    np.testing.assert_allclose(found["w_lambda"], 0.023439, rtol=1e-4)
-    np.testing.assert_allclose(found["p_trace"], 1.1919, rtol=1e-4)
-    np.testing.assert_allclose(found["lh_trace"], 32.477, rtol=1e-4)
-    np.testing.assert_allclose(found["roy_root"], 32.192, rtol=1e-4)
-    np.testing.assert_allclose(found["can_cor.mean"], (0.984821 + 0.471197) / 2, rtol=1e-5)
+    np.testing.assert_allclose(iris_features["w_lambda"], 0.023439, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["p_trace"], 1.1919, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["lh_trace"], 32.477, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["roy_root"], 32.192, rtol=1e-4)
+    np.testing.assert_allclose(iris_features["can_cor.mean"], (0.984821 + 0.471197) / 2, rtol=1e-5)
 
 
 def test_a_column_that_is_the_class_has_a_canonical_correlation_just_below_one():
     """cos² = 1 − 1e-6, so that the ratio cos² / (1 − cos²) is finite."""
     y = np.repeat([0, 1], 10)
     x = np.stack([y, np.tile([0, 1], 10)], 1).astype(float)
-    got = tasks.metafeatures((x, y, np.array([False, False])), groups=["statistical"])
+    features = tasks.metafeatures((x, y, np.array([False, False])), groups=["statistical"])
     for name, value in {"can_cor.mean": np.sqrt(1 - 1e-6), "lh_trace": 1e6 - 1, "w_lambda": 1e-6}.items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(features[name], value, rtol=1e-6, err_msg=name)
 
 
 def test_information_on_categories_by_hand():
     # x1 tells y; x2 is independent of it.
     x1 = np.repeat([0, 1], 60)
     x2 = np.tile([0, 1, 2], 40)
-    got = tasks.metafeatures((np.stack([x1, x2], 1), x1, np.array([True, True])), groups=["information_theoretic"])
+    features = tasks.metafeatures((np.stack([x1, x2], 1), x1, np.array([True, True])), groups=["information_theoretic"])
     entropy = [1.0, np.log2(3)]
     expected = {
         "class_ent": 1.0,
@@ -98,9 +98,9 @@ def test_information_on_categories_by_hand():
         **both("class_conc", [1.0, 0.0]),
         **both("attr_conc", [0.0, 0.0]),
     }
-    assert set(got) == set(expected)
+    assert set(features) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(got[name], value, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(features[name], value, atol=1e-9, err_msg=name)
 
 
 def test_concentration_on_a_two_by_two_table():
@@ -109,27 +109,27 @@ def test_concentration_on_a_two_by_two_table():
     p = np.array([[0.30, 0.10], [0.05, 0.55]])
     errors = 1 - (p.sum(0) ** 2).sum()
     errors_given = sum(row.sum() * (1 - ((row / row.sum()) ** 2).sum()) for row in p)
-    got = tasks.metafeatures((x[:, None], y, np.array([True])), groups=["information_theoretic"])
-    np.testing.assert_allclose(got["class_conc.mean"], (errors - errors_given) / errors, rtol=1e-6)
-    assert np.isnan(got["attr_conc.mean"])
+    features = tasks.metafeatures((x[:, None], y, np.array([True])), groups=["information_theoretic"])
+    np.testing.assert_allclose(features["class_conc.mean"], (errors - errors_given) / errors, rtol=1e-6)
+    assert np.isnan(features["attr_conc.mean"])
 
 
-def test_landmarkers_on_iris(found):
-    assert 0.93 < found["one_nn.mean"] < 0.98
-    assert 0.95 < found["linear_discr.mean"] <= 1.0
-    assert 0.93 < found["naive_bayes.mean"] < 0.98
-    assert 0.6 < found["best_node.mean"] < 0.68  # a stump tells one class of three from the others
-    assert found["worst_node.mean"] <= found["random_node.mean"] <= found["best_node.mean"]
-    assert 0.85 < found["elite_nn.mean"] < 0.97
+def test_landmarkers_on_iris(iris_features):
+    assert 0.93 < iris_features["one_nn.mean"] < 0.98
+    assert 0.95 < iris_features["linear_discr.mean"] <= 1.0
+    assert 0.93 < iris_features["naive_bayes.mean"] < 0.98
+    assert 0.6 < iris_features["best_node.mean"] < 0.68  # a stump tells one class of three from the others
+    assert iris_features["worst_node.mean"] <= iris_features["random_node.mean"] <= iris_features["best_node.mean"]
+    assert 0.85 < iris_features["elite_nn.mean"] < 0.97
 
 
-@pytest.mark.parametrize("what", ["rows", "columns"])
-def test_order_does_not_matter(iris, what):
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_order_does_not_matter(iris, axis):
     rng = np.random.default_rng(0)
     x = np.concatenate([iris.x, rng.integers(0, 4, (150, 2))], axis=1)
     categorical = np.array([False] * 4 + [True] * 2)
     rows, columns = np.arange(150), np.arange(6)
-    if what == "rows":
+    if axis == "rows":
         rows = rng.permutation(150)
     else:
         columns = rng.permutation(6)
@@ -148,7 +148,7 @@ def test_only_training_rows_are_seen(iris):
     assert direct["nr_inst"] == 90
 
 
-def test_names_are_the_same_for_every_table(iris, found):
+def test_names_are_the_same_for_every_table(iris, iris_features):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 40)
     odd = {
@@ -159,9 +159,9 @@ def test_names_are_the_same_for_every_table(iris, found):
         "huge": (rng.normal(size=(40, 3)) * 1e30, np.array([False, False, False])),
     }
     for name, (x, categorical) in odd.items():
-        got = tasks.metafeatures((x, y, categorical))
-        assert list(got) == list(found), name
-        assert not any(np.isinf(v) for v in got.values()), name
+        features = tasks.metafeatures((x, y, categorical))
+        assert list(features) == list(iris_features), name
+        assert not any(np.isinf(v) for v in features.values()), name
 
 
 LOG_LOSS = ("prior", "ridge_strong", "ridge_medium", "ridge_weak", "neighbors", "medium_gain", "weak_gain")
@@ -252,19 +252,19 @@ def test_scaling_by_hand():
     features = [{"even": float(v), "heavy": float(10.0**v), "same": 1.0, "gap": np.nan} for v in range(11)]
     scaling = tasks.fit_scaling(features)
     assert tuple(scaling.names) == ("even", "heavy") and tuple(scaling.log) == (False, True)
-    got = np.stack([scaling.transform(f, clip=3.0) for f in features])
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got[:, 0], np.clip((np.arange(11) - 5) / (5 / 1.349), -3, 3), rtol=1e-6)
+    scaled = np.stack([scaling.transform(f, clip=3.0) for f in features])
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled[:, 0], np.clip((np.arange(11) - 5) / (5 / 1.349), -3, 3), rtol=1e-6)
     logs = np.log1p(10.0 ** np.arange(11))
     quartile = np.quantile(logs, 0.75) - np.quantile(logs, 0.25)
-    np.testing.assert_allclose(got[:, 1], (logs - logs[5]) / (quartile / 1.349), rtol=1e-5)
+    np.testing.assert_allclose(scaled[:, 1], (logs - logs[5]) / (quartile / 1.349), rtol=1e-5)
     far = scaling.transform({"even": np.nan, "heavy": -1e30}, clip=3.0)
     np.testing.assert_array_equal(far, [0, -3])
     restored = tasks.FeatureScaling(**json.loads(json.dumps(scaling._asdict())))
-    np.testing.assert_array_equal(restored.transform(features[3], clip=3.0), got[3])
+    np.testing.assert_array_equal(restored.transform(features[3], clip=3.0), scaled[3])
     # For a predictor with a limit, the largest value is 50 limits.
     np.testing.assert_array_equal(scaling.transform({"even": 1e9, "heavy": -1e300}, limit=0.5), [25, -25])
-    by_name = {str(i): of for i, of in enumerate(features)}
+    by_name = {str(i): row for i, row in enumerate(features)}
     assert tasks.fit_scaling(by_name.values()) == tasks.fit_scaling(iter(features)) == scaling
     named = tasks.fit_scaling(features, names=["same", "gap"])
     np.testing.assert_array_equal(named.transform({"same": 1.0, "gap": np.nan}, clip=3.0), [0, 0])
@@ -274,7 +274,7 @@ def test_images_pixel_by_pixel():
     """Five columns, whose middle one is in neither half; and two channels, which are averaged."""
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(6, 3, 5, 2)) + np.linspace(-1, 1, 5)[:, None], np.array([0, 0, 2, 2, 2, 0])
-    found = tasks.image_features(images, labels)
+    features = tasks.image_features(images, labels)
     x = (images[..., 0] + images[..., 1]) / 2
     d = x - sum(x) / 6
     near = [d[i, r, c] * d[i, r, c + 1] for i in range(6) for r in range(3) for c in range(4)]
@@ -288,7 +288,7 @@ def test_images_pixel_by_pixel():
         "ink": np.mean(x > 0),
         "in the class means": np.mean((means[0] - means[1]) ** 2 / 4) / np.mean(d**2),
     }
-    assert found.keys() == expected.keys()
+    assert features.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(features[name], value, rtol=1e-5, err_msg=name)
     assert np.isnan(tasks.image_features(np.ones((4, 2, 2, 1)), np.zeros(4, int))["between neighboring pixels"])

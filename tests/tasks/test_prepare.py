@@ -34,8 +34,8 @@ def test_the_split_is_stratified_disjoint_and_deterministic():
         assert np.abs(np.bincount(part.y) - share * np.bincount(table.y)).max() <= 2
         assert part.x.dtype == np.float32 and part.y.dtype == np.int32
         assert part.x.shape == (len(part.y), prepared.num_features) and part.raw.shape == (len(part.y), 6)
-    again = tasks.prepare(table, seed=5, valid_fraction=0.2, test_fraction=0.3)
-    for part, other in zip(parts(prepared), parts(again), strict=True):
+    repeated = tasks.prepare(table, seed=5, valid_fraction=0.2, test_fraction=0.3)
+    for part, other in zip(parts(prepared), parts(repeated), strict=True):
         np.testing.assert_array_equal(part.x, other.x)
         np.testing.assert_array_equal(part.index, other.index)
     assert set(tasks.prepare(table, seed=6).test.index) != set(tasks.prepare(table, seed=7).test.index)
@@ -90,11 +90,11 @@ def test_unknown_levels_and_gaps_that_training_rows_do_not_have():
     table = mixed()
     first = tasks.prepare(table, max_levels=6)
     x = table.x.copy()
-    at = first.test.index
-    x[at, 0], x[at, 2], x[at, 3], x[at, 4] = np.nan, 5, 9, 77
+    test_rows = first.test.index
+    x[test_rows, 0], x[test_rows, 2], x[test_rows, 3], x[test_rows, 4] = np.nan, 5, 9, 77
     test = tasks.prepare(table._replace(x=x), max_levels=6).test.x
-    np.testing.assert_array_equal(test[:, 3:8], np.zeros((len(at), 5)))  # neither of 2, none of 4
-    np.testing.assert_array_equal(test[:, 13], np.ones(len(at)))  # the others of 30
+    np.testing.assert_array_equal(test[:, 3:8], np.zeros((len(test_rows), 5)))  # neither of 2, none of 4
+    np.testing.assert_array_equal(test[:, 13], np.ones(len(test_rows)))  # the others of 30
     np.testing.assert_allclose(test[:, 0], test[0, 0])
     assert abs(test[0, 0]) < 0.1  # the median
 

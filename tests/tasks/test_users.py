@@ -20,7 +20,7 @@ def everybody(sample, num, key=0):
     return jax.tree.map(np.asarray, batch)
 
 
-def test_the_first_records_are_the_support_and_what_follows_the_query():
+def test_the_first_records_are_the_support_set_and_the_next_ones_the_query_set():
     both = everybody(tasks.user_episodes(TABLE, num_support=2), 2)
     np.testing.assert_array_equal(both.support["y"], [[0, 10], [10, 20]])
     np.testing.assert_array_equal(both.query["y"], [[20, 0, 0], [30, 40, 50]])
@@ -39,9 +39,9 @@ def test_users_with_classes_go_with_heads_that_the_support_set_makes():
     np.testing.assert_array_equal(everybody(sample, 2).support["class_mask"], np.ones((2, 2)))
     prototypes = few_shot.prototypical_networks(lambda params, batch: batch["x"])
     named = {"p": few_shot.adapted(prototypes, {"init": {}}, few_shot.linear_head(lambda params, batch: batch["x"]))}
-    found = few_shot.evaluate_episodes(named, {"all": sample}, jax.random.key(0), each=2)
+    evaluated = few_shot.evaluate_episodes(named, {"all": sample}, jax.random.key(0), each=2)
     # "b" adapts to rows 1 and 2, one of each class; 3, 4, 5 are nearer to 2. "a" adapts to 0 and 1, of one class.
-    np.testing.assert_array_equal(found.scores["p"]["all"], [[0.0], [1.0]])
+    np.testing.assert_array_equal(evaluated.scores["p"]["all"], [[0.0], [1.0]])
 
 
 @pytest.mark.once
@@ -63,13 +63,13 @@ def test_windows_and_random_orders():
 def test_standardized_by_the_others_and_gaps_marked():
     x = np.array([[1.0, 5.0], [3.0, np.nan], [5.0, 7.0], [100.0, np.nan]])
     table = tasks.from_user_records(x, [0, 1, 0, 1], [0, 0, 1, 2], feature_names=["p", "q"])
-    done = table.standardized([0, 1])
-    assert done.feature_names == ("p", "q", "missing q") and done.y.dtype == np.int32
-    np.testing.assert_allclose(done.x[:3].mean(0)[0], 0, atol=1e-6)
+    standardized = table.standardized([0, 1])
+    assert standardized.feature_names == ("p", "q", "missing q") and standardized.y.dtype == np.int32
+    np.testing.assert_allclose(standardized.x[:3].mean(0)[0], 0, atol=1e-6)
     scale = np.sqrt(8 / 3)
-    np.testing.assert_allclose(done.x[:, 0], [-2 / scale, 0, 2 / scale, 97 / scale], rtol=1e-6)
-    np.testing.assert_allclose(done.x[:, 1], [-1, 0, 1, 0])
-    np.testing.assert_array_equal(done.x[:, 2], [0, 1, 0, 1])
+    np.testing.assert_allclose(standardized.x[:, 0], [-2 / scale, 0, 2 / scale, 97 / scale], rtol=1e-6)
+    np.testing.assert_allclose(standardized.x[:, 1], [-1, 0, 1, 0])
+    np.testing.assert_array_equal(standardized.x[:, 2], [0, 1, 0, 1])
 
 
 def test_large_names_of_users_stay_different_and_merged_values_are_reported(caplog):

@@ -92,15 +92,15 @@ def steps_in(directory) -> list[int]:
     return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
 
 
-@pytest.mark.parametrize("what, number", [("sample_tasks", 3), ("evaluate", 3), ("callback", 9), ("callback", 20)])
+@pytest.mark.parametrize("function, number", [("sample_tasks", 3), ("evaluate", 3), ("callback", 9), ("callback", 20)])
 @pytest.mark.once
-def test_an_error_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, what, number):
+def test_an_error_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_one(tmp_path, unbroken, function, number):
     functions = {"sample_tasks": small.sample, "evaluate": evaluate, "callback": lambda step, metrics: None}
     with pytest.raises(Interruption):
-        fit(tmp_path, **functions | {what: interrupt_call(number, functions[what])})
-    if what == "callback":
+        fit(tmp_path, **functions | {function: interrupt_call(number, functions[function])})
+    if function == "callback":
         assert steps_in(tmp_path)[-1] == number
-    if what == "evaluate":
+    if function == "evaluate":
         assert steps_in(tmp_path)[-1] == 8
     assert same(fit(tmp_path, **functions), unbroken)
     assert len(steps_in(tmp_path)) <= 2
@@ -108,8 +108,8 @@ def test_an_error_leaves_a_checkpoint_and_the_resumed_run_equals_the_unbroken_on
 
 def test_a_finished_run_is_read_and_can_be_continued_to_more_steps(tmp_path, unbroken):
     fit(tmp_path, num_steps=11)
-    again = fit(tmp_path, num_steps=11, callback=interrupt_call(1, print))
-    assert again.state.step == 11
+    continued = fit(tmp_path, num_steps=11, callback=interrupt_call(1, print))
+    assert continued.state.step == 11
     assert same(fit(tmp_path), unbroken)
     with pytest.raises(ValueError, match="`num_steps` is 11, but .* has a run of 23 steps"):
         fit(tmp_path, num_steps=11)
@@ -163,9 +163,9 @@ def test_patience_and_the_best_hyperparams_survive_an_interruption(tmp_path):
     stop = {"num_steps": 50, "eval_every": 1, "patience": 6, "evaluate": lambda key, h: (h["x"] - 0.8) ** 2}
     unbroken = fit(**stop)
     assert unbroken.stopped == "patience" and 8 < unbroken.state.step < 30
-    at = int(unbroken.state.step) - 2
+    number = int(unbroken.state.step) - 2
     with pytest.raises(Interruption):
-        fit(tmp_path, **stop, callback=interrupt_call(at, lambda *_: None))
+        fit(tmp_path, **stop, callback=interrupt_call(number, lambda *_: None))
     assert same(fit(tmp_path, **stop), unbroken)
     assert same(fit(tmp_path, **stop), unbroken)
 
@@ -179,10 +179,10 @@ def test_shapes_that_vary_survive_an_interruption(tmp_path):
 
     several = {"learner": learner, "sample_tasks": sample_tasks, "hyperparams": 0.5, "evaluate": None}
     unbroken = fit(**several)
-    for at in (6, 7, 8):
+    for number in (6, 7, 8):
         with pytest.raises(Interruption):
-            fit(tmp_path / str(at), **several, callback=interrupt_call(at, lambda *_: None))
-        assert same(fit(tmp_path / str(at), **several), unbroken)
+            fit(tmp_path / str(number), **several, callback=interrupt_call(number, lambda *_: None))
+        assert same(fit(tmp_path / str(number), **several), unbroken)
 
 
 @pytest.mark.once
@@ -207,10 +207,10 @@ def test_every_kind_of_array_survives(tmp_path):
     learner = training.learner(estimator._replace(init=init, estimate=estimate), optax.sgd(0.1))
     arguments = {"learner": learner, "hyperparams": {"a": jnp.ones((), jnp.float32)}, "evaluate": None}
     first = fit(tmp_path, **arguments)
-    again = fit(tmp_path, **arguments)
-    assert same(first, again)
+    continued = fit(tmp_path, **arguments)
+    assert same(first, continued)
     types = lambda result: [(x.shape, x.dtype) for x in jax.tree.leaves(result.state)]  # noqa: E731
-    assert types(first) == types(again)
+    assert types(first) == types(continued)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def described():
 
 
 @pytest.mark.once
-def test_a_program_is_described_alike_in_another_process():
+def test_a_program_has_the_same_digest_in_another_process():
     code = """
         import json, jax
         jax.config.update("jax_enable_x64", True)

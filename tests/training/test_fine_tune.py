@@ -70,8 +70,8 @@ def test_values_are_compared_under_one_key():
         assert len(set((jax.jit(new)(jax.random.key(seed), 3.0, TASK).values - exact).round(6).tolist())) == 5
     default = training.fine_tune(quadratic(noise=3.0), num_steps=4, optimizer=optax.sgd(0.25))
     np.testing.assert_array_equal(jax.jit(default)(jax.random.key(4), 3.0, TASK).values, tuned.values)
-    again = jax.jit(same)(jax.random.key(0), 3.0, TASK).values
-    assert again[0] != tuned.values[0]  # another key, another noise
+    other_key = jax.jit(same)(jax.random.key(0), 3.0, TASK).values
+    assert other_key[0] != tuned.values[0]  # another key, another noise
 
 
 @pytest.mark.once
@@ -142,8 +142,8 @@ def test_with_its_space_it_takes_and_returns_natural_units():
     coordinates = spaces.to_unconstrained(problems.SPACE, start)
     expected = jax.jit(training.fine_tune(problems.DISTANCE, num_steps=2))(KEY, coordinates, task)
     tune = jax.jit(training.fine_tune(problems.DISTANCE, num_steps=2, space=problems.SPACE))
-    for given in (start, coordinates):  # λ, or unconstrained coordinates, as a predictor returns them
-        tuned = tune(KEY, given, task)
+    for initial in (start, coordinates):  # λ, or unconstrained coordinates, as a predictor returns them
+        tuned = tune(KEY, initial, task)
         penalty = 0.3 * np.exp(expected.hyperparams.coordinates["penalty"])  # λ = default · exp(z)
         np.testing.assert_allclose(tuned.hyperparams["penalty"], penalty, rtol=1e-12)
         np.testing.assert_allclose(tuned.values, expected.values, rtol=1e-12)

@@ -65,30 +65,37 @@ def test_equals_the_learners_own_steps_and_draws_only_where_a_slot_is_done():
 @pytest.mark.once
 def test_several_steps_a_call_are_single_steps():
     kwargs = {"num_steps": 12, "evaluate": lambda key, h: (h["x"] - 1) ** 2, "eval_every": 7}
-    seen = []
+    reported = []
     one = fit_carried(**kwargs)
     several = fit_carried(
-        **kwargs, steps_per_call=4, callback=lambda step, metrics: seen.append((step, metrics["value"]))
+        **kwargs, steps_per_call=4, callback=lambda step, metrics: reported.append((step, metrics["value"]))
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), small.plain(several[:-1]), small.plain(one[:-1])
     )
-    np.testing.assert_allclose(seen, list(enumerate(one.history["value"], start=1)), rtol=1e-12)
+    np.testing.assert_allclose(reported, list(enumerate(one.history["value"], start=1)), rtol=1e-12)
     assert several.stopped == one.stopped and len(several.evaluations) == 2
 
 
 @pytest.mark.once
 def test_an_error_of_the_callback_loses_no_report_of_its_call():
-    seen = []
+    steps = []
 
     def callback(step, metrics):
-        seen.append(step)
+        steps.append(step)
         if step in (3, 4):
             raise RuntimeError(f"full at {step}")
 
     with pytest.raises(RuntimeError, match="full at 3"):
         fit_carried(num_steps=12, steps_per_call=6, callback=callback)
-    assert seen == [1, 2, 3, 4, 5, 6]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_numbers_of_steps_may_be_floats():
+    """As 1e3 is; a share of a step counts as a step."""
+    result = fit(num_steps=6.5, steps_per_call=2, evaluate=lambda key, x: x, eval_every=3.0)
+    assert result.state.step == 7 and result.evaluations.shape == (3,)
+    np.testing.assert_array_equal(result.hyperparams, fit(num_steps=7).hyperparams)
 
 
 def test_zero_steps_return_the_initial_hyperparams():
@@ -98,12 +105,12 @@ def test_zero_steps_return_the_initial_hyperparams():
 
 
 def test_the_callback_is_given_floats_after_every_step():
-    seen = []
-    result = fit(callback=lambda step, metrics: seen.append((step, metrics)))
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    calls = []
+    result = fit(callback=lambda step, metrics: calls.append((step, metrics)))
+    assert [step for step, _ in calls] == [1, 2, 3, 4, 5]
     for name, column in result.history.items():
-        assert all(type(metrics[name]) is float for _, metrics in seen)
-        np.testing.assert_array_equal(column, [metrics[name] for _, metrics in seen])
+        assert all(type(metrics[name]) is float for _, metrics in calls)
+        np.testing.assert_array_equal(column, [metrics[name] for _, metrics in calls])
 
 
 def test_the_callback_ends_the_run(tmp_path):
@@ -118,17 +125,17 @@ def test_the_callback_ends_the_run(tmp_path):
     assert fit(num_steps=2, checkpoint_dir=tmp_path).stopped == "num_steps"
 
 
-def test_metrics_that_are_no_scalars_reach_the_callback_alone():
+def test_metrics_that_are_no_scalars_reach_only_the_callback():
     estimator = small.quadratic()
 
     def estimate(*args):
         out, state = estimator.estimate(*args)
         return out._replace(metrics={"tasks": args[1]}), state
 
-    seen = []
+    reported = []
     learner = training.learner(estimator._replace(estimate=estimate), optax.sgd(0.1))
-    result = fit(learner, num_steps=1, callback=lambda step, metrics: seen.append(metrics["tasks"]))
-    np.testing.assert_array_equal(seen, [TASKS])
+    result = fit(learner, num_steps=1, callback=lambda step, metrics: reported.append(metrics["tasks"]))
+    np.testing.assert_array_equal(reported, [TASKS])
     assert "tasks" not in result.history
 
 
@@ -186,18 +193,18 @@ def test_leaves_the_arrays_of_the_caller_intact():
 
 
 def test_runs_without_compilation_where_it_is_switched_off():
-    seen = []
+    is_traced = []
     estimator = small.quadratic()
 
     def estimate(*args):
         out, state = estimator.estimate(*args)
-        seen.append(isinstance(out.value, jax.core.Tracer))
+        is_traced.append(isinstance(out.value, jax.core.Tracer))
         return out, state
 
     learner = training.learner(estimator._replace(estimate=estimate), optax.sgd(0.1))
     with jax.disable_jit():
         result = fit(learner, num_steps=2)
-    assert seen == [True, False, False]  # `init` asks for the types
+    assert is_traced == [True, False, False]  # `init` asks for the types
     np.testing.assert_allclose(result.hyperparams, fit(num_steps=2).hyperparams, rtol=1e-12)
 
 
@@ -223,13 +230,6 @@ def test_compiles_once_for_each_shape_of_tasks():
     assert sorted(traces) == [(3,), (3,), (4,), (4,)]
 
 
-def test_refuses_other_shapes_while_slots_are_not_done():
-    sizes = iter([4, 5])
-    message = r"shapes \[\(5,\)\] where \[\(4,\)\] are carried, and slots \[.*\] of 4 are not done.*Pad every draw"
-    with pytest.raises(ValueError, match=message):
-        fit_carried(lambda key: small.sample(key, next(sizes)))
-
-
 def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
     norms = {"far": (1.0, 2.0), "at rest": (0.1, 2.0), "another rule": (1.0, None)}
 
@@ -253,10 +253,56 @@ def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
 
 def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
     result = fit(sample_tasks=lambda key: np.array([np.nan]), num_steps=2)
-    assert result.hyperparams == 7.0 and "No step had a finite hypergradient" in caplog.text
+    assert result.hyperparams == 7.0 and "had no finite hypergradient and were skipped" in caplog.text
     caplog.clear()
     fit(num_steps=1)
     assert not caplog.text
+
+
+def test_a_run_that_skips_most_steps_says_so(caplog):
+    draws = []
+
+    def sample_tasks(key):
+        draws.append(key)
+        return TASKS if len(draws) % 3 == 0 else TASKS * np.nan
+
+    result = fit(sample_tasks=sample_tasks, num_steps=9)
+    np.testing.assert_allclose(result.hyperparams, 3 + 4 * 0.8**3, rtol=1e-12)
+    assert "6 of 9 steps had no finite hypergradient and were skipped" in caplog.text
+
+
+def test_a_hypergradient_whose_norm_overflows_is_skipped():
+    """Adam would divide by its square, which is infinite, and λ would stay without a word."""
+
+    def estimate(hyperparams, task, state):
+        return base.Estimate(1.0, jnp.full(2, 1e200), jnp.array(True), {}), state
+
+    steep = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+    with pytest.raises(FloatingPointError, match="The last 10 steps"):
+        fit(training.learner(steep, optax.adam(0.1)), hyperparams=np.ones(2), num_steps=20)
+
+
+def test_recorded_values_of_lambda_are_in_the_history_and_survive_a_resume(tmp_path):
+    record = lambda hyperparams: {"a": {"b": 2 * hyperparams}, "pair": jnp.array([hyperparams, 0.0])}
+    learner = training.learner(small.quadratic(), optax.sgd(0.1), record=record)
+    pairs = []
+    fit(learner, num_steps=2, checkpoint_dir=tmp_path)
+    result = fit(
+        learner, num_steps=4, checkpoint_dir=tmp_path, callback=lambda step, metrics: pairs.append(metrics["pair"])
+    )
+    before_each_step = 3 + 4 * 0.8 ** np.arange(4)
+    np.testing.assert_allclose(result.history["a.b"], 2 * before_each_step, rtol=1e-12)
+    np.testing.assert_allclose(np.stack(pairs)[:, 0], before_each_step[2:], rtol=1e-12)
+    scalar = training.learner(small.quadratic(), optax.sgd(0.1), record=lambda hyperparams: hyperparams)
+    np.testing.assert_allclose(fit(scalar, num_steps=4).history["hyperparams"], before_each_step, rtol=1e-12)
+
+
+def test_a_resumed_run_reports_the_values_of_its_last_step(tmp_path, capsys):
+    fit(num_steps=3, checkpoint_dir=tmp_path)
+    capsys.readouterr()
+    fit(num_steps=3, checkpoint_dir=tmp_path, progress=True)
+    lines = capsys.readouterr().err
+    assert "step 3/3" in lines and "nan" not in lines
 
 
 def fit_classifier(labels, **kwargs):
@@ -281,7 +327,7 @@ NON_FINITE = {
     ),
     "an inner loop that diverges": (
         lambda **kwargs: fit(training.learner(divergent(), optax.sgd(0.1)), **kwargs),
-        "inner loop that diverges, which `hypergrad.diagnose` examines",
+        "inner loop that diverges, .*, which `hypergrad.diagnose` examines.$",
     ),
 }
 
@@ -367,13 +413,16 @@ def test_a_signal_ends_the_run_after_the_step_and_raises(number, kind, capfd):
 
 @pytest.mark.usefixtures("interruptible")
 def test_no_evaluation_runs_after_a_signal():
-    evaluated = []
+    evaluated, draws = [], []
+
+    def sample_tasks(key):
+        draws.append(key)
+        if len(draws) == 2:  # before the second step
+            signal.raise_signal(signal.SIGINT)
+        return TASKS
+
     with pytest.raises(KeyboardInterrupt) as error:
-        fit(
-            evaluate=lambda key, x: evaluated.append(x) or x,
-            eval_every=2,
-            callback=lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGINT),
-        )
+        fit(sample_tasks=sample_tasks, evaluate=lambda key, x: evaluated.append(x) or x, eval_every=2)
     assert len(evaluated) == len(error.value.result.evaluations) == 1
 
 

@@ -26,16 +26,18 @@ def quadratic(noise=0.0, bad=lambda hyperparams: False):
 
 def candidates_of(estimator, key=KEY, start=START, **options):
     """The result, and every candidate in the order of the runs."""
-    seen = []
+    candidates = []
 
     def estimate(hyperparams, task, state):
-        jax.debug.callback(lambda x, key: seen.append((np.array(x), tuple(np.ravel(key)))), hyperparams, bits(state))
+        jax.debug.callback(
+            lambda x, key: candidates.append((np.array(x), tuple(np.ravel(key)))), hyperparams, bits(state)
+        )
         return estimator.estimate(hyperparams, task, state)
 
     proposed = jax.jit(training.propose(estimator._replace(estimate=estimate), chunk=1, **options))(key, start, TASK)
     jax.effects_barrier()
-    order = {float(((x - np.array(TASK.valid)) ** 2).sum()): (x, key) for x, key in seen}
-    return proposed, seen, order
+    order = {float(((x - np.array(TASK.valid)) ** 2).sum()): (x, key) for x, key in candidates}
+    return proposed, candidates, order
 
 
 def bits(key):
@@ -43,8 +45,8 @@ def bits(key):
 
 
 def test_every_value_is_that_of_its_candidate_and_the_first_is_the_start():
-    proposed, seen, order = candidates_of(quadratic(), num_proposals=8, spread=0.7)
-    assert len(seen) == 8 and proposed.values.shape == (8,) and proposed.index.dtype == jnp.int32
+    proposed, candidates, order = candidates_of(quadratic(), num_proposals=8, spread=0.7)
+    assert len(candidates) == 8 and proposed.values.shape == (8,) and proposed.index.dtype == jnp.int32
     np.testing.assert_array_equal(order[float(proposed.values[0])][0], START)
     np.testing.assert_allclose(sorted(order), np.sort(proposed.values), rtol=1e-12)
     assert proposed.value == proposed.values.min() == proposed.values[proposed.index] < proposed.values[0]
@@ -52,11 +54,11 @@ def test_every_value_is_that_of_its_candidate_and_the_first_is_the_start():
 
 
 def test_all_candidates_of_all_rounds_share_the_key_of_their_run_and_differ():
-    _, seen, order = candidates_of(quadratic(), num_proposals=4, rounds=3)
-    assert len(seen) == 12 and len({key for _, key in seen}) == 1
+    _, candidates, order = candidates_of(quadratic(), num_proposals=4, rounds=3)
+    assert len(candidates) == 12 and len({key for _, key in candidates}) == 1
     assert len(order) == 12  # draws differ between candidates and between rounds
     _, others, other_order = candidates_of(quadratic(), key=jax.random.key(1), num_proposals=4, rounds=3)
-    assert {key for _, key in others} != {key for _, key in seen}
+    assert {key for _, key in others} != {key for _, key in candidates}
     assert len(order.keys() & other_order.keys()) == 1  # the start only
     # Its noise cancels: the order of the values is that of the exact ones.
     proposed, exact = (training.propose(quadratic(noise), num_proposals=20)(KEY, START, TASK) for noise in (1e3, 0.0))
@@ -66,8 +68,8 @@ def test_all_candidates_of_all_rounds_share_the_key_of_their_run_and_differ():
 
 def test_draws_are_normal_around_the_start():
     spread = jnp.array([0.1, 3.0])
-    _, seen, _ = candidates_of(quadratic(), start=jnp.array([5.0, -5.0]), num_proposals=2000, spread=spread)
-    draws = np.array([x for x, _ in seen if (x != [5.0, -5.0]).any()])
+    _, candidates, _ = candidates_of(quadratic(), start=jnp.array([5.0, -5.0]), num_proposals=2000, spread=spread)
+    draws = np.array([x for x, _ in candidates if (x != [5.0, -5.0]).any()])
     assert draws.shape == (1999, 2)
     np.testing.assert_allclose(draws.mean(0), [5, -5], atol=4 * 3 / 2000**0.5)
     np.testing.assert_allclose(draws.std(0), spread, rtol=0.07)
@@ -86,9 +88,9 @@ def test_without_spread_the_start_wins(rounds):
 def test_the_second_round_draws_by_the_moments_of_the_better_half():
     bad = lambda x: x[0] > 0.4
     options = {"num_proposals": 16, "rounds": 2, "spread": np.array([1.0, 0.5])}
-    proposed, seen, _ = candidates_of(quadratic(bad=bad), **options)
+    proposed, candidates, _ = candidates_of(quadratic(bad=bad), **options)
     assert 1 <= np.isnan(proposed.values[:16]).sum() <= 8
-    finite = [x for x, _ in seen[:16] if not bad(x)]
+    finite = [x for x, _ in candidates[:16] if not bad(x)]
     best = np.array(sorted(finite, key=lambda x: ((x - TASK.valid) ** 2).sum())[:8])
     weights = np.log(8.5) - np.log(np.arange(1, 9))
     weights /= weights.sum()
@@ -98,7 +100,7 @@ def test_the_second_round_draws_by_the_moments_of_the_better_half():
     none, unmoved, _ = candidates_of(quadratic(bad=lambda x: True), **options)
     assert len({tuple(x) for x, _ in unmoved}) == 31  # new draws in each round; the center is in both
     noise = np.array([x for x, _ in unmoved[16:]]) / options["spread"]
-    np.testing.assert_allclose([x for x, _ in seen[16:]], mean + spread * noise, rtol=1e-10)
+    np.testing.assert_allclose([x for x, _ in candidates[16:]], mean + spread * noise, rtol=1e-10)
     assert none.index == 0 and np.isnan(none.value) and (none.hyperparams == START).all()
 
 

@@ -1,4 +1,4 @@
-"""What `training` rejects before it takes a step."""
+"""What `training` rejects: λ, tasks and spaces that do not fit, and estimators that break their contract."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import problems
 import pytest
 import small_estimators as small
 
-from metaopt import base, hypergrad, inner, spaces, training
+from metaopt import base, few_shot, hypergrad, inner, spaces, training
 
 KEY = jax.random.key(0)
 QUADRATIC = small.quadratic()
@@ -31,6 +31,8 @@ PROBLEM = inner.problem(
     lambda params, hp, data: ((params - data) ** 2).sum(),
 )
 LAM = {"rates": Rates(0.2, 0.5), "shift": np.array([1.0, -1.0])}
+WIDER = SPACE | {"rates": Rates(spaces.interval(1e-3, 2.0, log=True), spaces.fixed(0.5))}  # of the same structure
+TASK = base.Task(np.ones(2), np.ones(2))
 NAN = jax.tree.map(lambda x: x * jnp.nan, spaces.to_unconstrained(SPACE, LAM))
 RIDGE = hypergrad.unrolled(spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE), num_steps=1)
 PENALTY = spaces.default(problems.SPACE)
@@ -42,16 +44,34 @@ def fit(hyperparams=7.0, sample_tasks=lambda key: np.ones(3), **options):
     training.fit(learner, sample_tasks, hyperparams=hyperparams, key=KEY, **{"num_steps": 5} | options)
 
 
-def fit_in_space(problem=None, space=SPACE, hyperparams=LAM):
+def fit_other_shapes():
+    """The second draw has another shape, and some of the first tasks are not done."""
+    sizes = iter([4, 5])
+    learner = training.learner(small.carried(), optax.adam(0.1))
+    sample_tasks = lambda key: small.sample(key, next(sizes))
+    training.fit(learner, sample_tasks, hyperparams={"x": 0.5}, key=KEY, num_steps=5)
+
+
+def fit_in_space(problem=None, space=SPACE, hyperparams=LAM, **options):
     """The problem takes coordinates, unless another one is passed."""
     problem = spaces.constrain(PROBLEM, SPACE) if problem is None else problem
     learner = training.learner(hypergrad.over_tasks(hypergrad.unrolled(problem, num_steps=1)), optax.sgd(0.1))
     tasks = base.Task(np.ones((2, 2)), np.ones((2, 2)))
-    training.fit(learner, lambda key: tasks, hyperparams=hyperparams, key=KEY, num_steps=1, space=space)
+    options = {"hyperparams": hyperparams, "key": KEY, "num_steps": 2, "space": space} | options
+    training.fit(learner, lambda key: tasks, **options)
+
+
+def fine_tune_in_another_space():
+    rule = hypergrad.unrolled(spaces.constrain(PROBLEM, WIDER), num_steps=1)
+    training.fine_tune(rule, space=SPACE, num_steps=1)(KEY, LAM, TASK)
 
 
 def init(hyperparams, tasks):
     return training.learner(QUADRATIC, optax.sgd(0.1)).init(KEY, hyperparams, tasks)
+
+
+def init_of(estimator):
+    return training.learner(estimator, optax.sgd(0.1)).init(KEY, 1.0, np.ones(2))
 
 
 def step_of_a_state_for_all_tasks():
@@ -65,24 +85,31 @@ def sharded():
     estimator.estimate(1.0, np.ones(2), np.ones(2))
 
 
+def step_of(broken):
+    """A step of an estimator whose results are changed by `broken`."""
+    estimate = lambda *args: broken(*QUADRATIC.estimate(*args))
+    init, step = training.learner(QUADRATIC._replace(estimate=estimate), optax.sgd(0.1))
+    jax.eval_shape(lambda: step(init(KEY, 1.0, np.ones(2))))
+
+
 def propose(**options):
     training.propose(RIDGE, **options)(KEY, PENALTY, problems.TASK)
 
 
-SPREAD = "`spread` must be finite and at least 0; got "
 REFUSALS = [
     # `fit` and `learner`.
     (lambda: fit({"a": jnp.nan}), r"The initial `hyperparams\['a'\]` is not finite: nan"),
     (lambda: fit({"layers": 3}), r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
-    (lambda: fit(steps_per_call=0), "`steps_per_call` must be at least 1; got 0"),
     (lambda: fit(patience=3), "pass `evaluate`"),
     (lambda: fit(sample_tasks=lambda key: np.ones((0, 2))), "a batch without tasks"),
     (lambda: init({"lr": 0.1, "layers": [2]}, np.ones(2)), r"`hyperparams\['layers'\]\[0\]` has dtype int.*a closure"),
     (lambda: init({"flag": True}, np.ones(2)), "dtype bool"),
     (lambda: init({}, np.ones(2)), "nothing to tune"),
     (lambda: init(1.0, {"a": np.ones((0, 3))}), r"`tasks\['a'\]` has shape \(0, 3\)"),
-    (step_of_a_state_for_all_tasks, r"`done` has shape \(2,\).*shape \(\)"),
-    (sharded, 'needs the metric "num_finite".*`hypergrad.over_tasks` first'),
+    (
+        fit_other_shapes,
+        r"shapes \[\(5,\)\] where \[\(4,\)\] are carried, and slots \[.*\] of 4 are not done.*Pad",
+    ),
     # Units.
     (lambda: fit_in_space(space=None), "λ is in natural units here .got dict.*Pass `space=` to `training.fit`"),
     (lambda: fit_in_space(PROBLEM), "These are unconstrained coordinates and not λ.*spaces.constrain"),
@@ -96,18 +123,16 @@ REFUSALS = [
         "at `rates.momentum`: it must be the value that the space fixes, 0.5; got 0.9",
     ),
     (lambda: fit_in_space(hyperparams={"rates": LAM["rates"]}), "λ does not fit the space at `shift`"),
+    *(
+        (
+            lambda num=num: fit_in_space(spaces.constrain(PROBLEM, WIDER), steps_per_call=num),
+            r"`space` and the problem's space differ.*high=1\.0.* and .*high=2\.0",
+        )
+        for num in (1, 2)
+    ),
+    (fine_tune_in_another_space, "the problem's space differ"),
     (lambda: fit_in_space(hyperparams=NAN), r"The initial `hyperparams\['rates'\].inner` is not finite"),
-    # `fine_tune` and `propose`.
-    (lambda: training.fine_tune(QUADRATIC, num_steps=-1), "`num_steps` must be at least 0; got -1"),
-    (lambda: training.fine_tune(QUADRATIC, num_steps=2.5), "`num_steps` must be an integer of at least 0; got 2.5"),
-    (lambda: propose(num_proposals=0), "`num_proposals` must be at least 1; got 0"),
-    (lambda: propose(rounds=0), "`rounds` must be at least 1; got 0"),
-    (lambda: propose(chunk=0), "`chunk` must be at least 1, or None; got 0"),
-    (lambda: propose(spread=-0.5), SPREAD + "-0.5"),
-    (lambda: propose(spread=np.nan), SPREAD + "nan"),
-    (lambda: propose(spread={"a": None, "b": jnp.array([1.0, -1e-9])}), SPREAD + "Array"),
-    (lambda: propose(spread=spaces.Unconstrained({"a": np.float32(np.inf)})), SPREAD),
-    (lambda: propose(spread="0.5"), SPREAD + "'0.5'"),
+    # `propose`.
     (propose, "λ is in natural units here"),
     (lambda: propose(spread=jnp.ones(3), space=problems.SPACE), "[Bb]roadcast"),  # an error of JAX
     (lambda: propose(spread={"rate": 0.1}, space=problems.SPACE), "penalty"),
@@ -118,4 +143,29 @@ REFUSALS = [
 @pytest.mark.parametrize(("call", "message"), REFUSALS)
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+ERRORS_OF_OTHERS = [
+    # Of Python.
+    (lambda: init_of(few_shot.maml(lambda params, batch: 0.0)), TypeError, "'Adaptation' object is not callable"),
+    (sharded, KeyError, "num_finite"),
+    # Of JAX: every leaf of a state must start with the axes of `done`.
+    (step_of_a_state_for_all_tasks, TypeError, "true_fun"),
+    # Of chex, at trace time.
+    *(
+        (lambda broken=broken: step_of(broken), AssertionError, None)
+        for broken in (
+            lambda out, state: (out._replace(value=jnp.ones(2)), state),
+            lambda out, state: (out._replace(hypergrad=jnp.ones(2)), state),
+            lambda out, state: (out._replace(done=jnp.ones(2)), state),
+            lambda out, state: (out, jnp.ones(3)),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS_OF_OTHERS)
+def test_errors_of_others(call, error, message):
+    with pytest.raises(error, match=message):
         call()

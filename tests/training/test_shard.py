@@ -78,6 +78,6 @@ def test_equals_the_unsharded_estimator_with_nonfinite_tasks_and_unequal_counts(
     # As in `pyproject.toml`: another process may be writing the program.
     warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache entry:UserWarning"]
     command = [sys.executable, *warnings, "-c", textwrap.dedent(RUN)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "divide the shape" in done.stdout  # reported by JAX
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "divide the shape" in process.stdout  # reported by JAX

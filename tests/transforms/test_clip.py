@@ -29,7 +29,7 @@ def test_the_values_are_those_of_optax(max_norm, dtype):
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 1e3])
-def test_the_smooth_one(sharpness):
+def test_smooth_clipping_equals_its_formula(sharpness):
     norm = float(optax.tree.norm(GRADS))
     for c in (norm / 3, norm * 3, norm * 1e-30):
         length = float(optax.tree.norm(clip(GRADS, c, sharpness=sharpness)))

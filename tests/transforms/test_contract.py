@@ -1,6 +1,6 @@
 """What every transform of the room does as a transform of optax: pure, jitted, mapped, of any dtype, composed, saved.
 
-A transform that is added to the room and not to `TRANSFORMS` fails `test_every_transform_of_the_room_is_here`.
+A transform that is added to the room and not to `TRANSFORMS` fails `test_every_transform_of_the_room_has_a_row`.
 """
 
 import functools
@@ -119,8 +119,8 @@ def test_init_and_update_are_pure_and_keep_their_types(name):
 
     for dtype in (jnp.float32, jnp.bfloat16):
         params = like(PARAMS, dtype)
-        state, (updates, after), (again, _) = first_step(params)
-        chex.assert_trees_all_equal(updates, again)
+        state, (updates, after), (repeated, _) = first_step(params)
+        chex.assert_trees_all_equal(updates, repeated)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         chex.assert_tree_all_finite((updates, after))
@@ -170,12 +170,12 @@ def test_inject_hyperparams(name):
     def run(params):
         ((argument, value),) = injected.init(params).hyperparams.items()
         changed = lambda state: state._replace(hyperparams={argument: 0.9 * value})
-        found, expected = two_steps(injected, params, changed), two_steps(TRANSFORMS[name](0.9 * value), params)
-        return found[0], found[1].inner_state, expected
+        results, expected = two_steps(injected, params, changed), two_steps(TRANSFORMS[name](0.9 * value), params)
+        return results[0], results[1].inner_state, expected
 
-    found, inner_state, expected = run(params)
-    chex.assert_trees_all_close((found, inner_state), expected, rtol=1e-12)
-    assert not np.array_equal(found["w"], two_compiled_steps(name)[0][0]["w"])
+    moved, inner_state, expected = run(params)
+    chex.assert_trees_all_close((moved, inner_state), expected, rtol=1e-12)
+    assert not np.array_equal(moved["w"], two_compiled_steps(name)[0][0]["w"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -203,7 +203,7 @@ def test_orbax_saves_the_state(name, tmp_path):
     chex.assert_trees_all_equal(restored, {"state": state})
 
 
-def test_every_transform_of_the_room_is_here():
+def test_every_transform_of_the_room_has_a_row():
     for name in transforms.__all__:
         function = getattr(transforms, name)
         if inspect.isclass(function) or name.endswith("_schedule") or name in NO_TRANSFORMS:

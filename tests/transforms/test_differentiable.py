@@ -132,16 +132,16 @@ def test_derivatives_with_dead_entries(name):
     value_and_grad = jax.value_and_grad(lambda lam: objective(OPTIMIZERS[name], lam))
     program = jax.jit(jax.vmap(lambda lam: jax.jvp(value_and_grad, (lam,), (lam,))))
 
-    def at(*lams):
+    def derivatives_at(*lams):
         return program(jax.tree.map(lambda *xs: jnp.stack(xs), *lams))
 
-    (_, reverse), (forward, nested) = jax.tree.map(lambda x: x[0], at(LAM, LAM))
+    (_, reverse), (forward, nested) = jax.tree.map(lambda x: x[0], derivatives_at(LAM, LAM))
     chex.assert_tree_all_finite((reverse, forward, nested))
     assert abs(reverse["rate"]) > 1e-3
     np.testing.assert_allclose(forward, optax.tree.vdot(reverse, LAM), rtol=1e-8)
     # Dead entries stay dead for every λ, so that the derivatives are those of the training as a whole.
     eps = 1e-6
-    values, grads = at(*(optax.tree.scale(1 + sign * eps, LAM) for sign in (1, -1)))[0]
+    values, grads = derivatives_at(*(optax.tree.scale(1 + sign * eps, LAM) for sign in (1, -1)))[0]
     np.testing.assert_allclose(forward, (values[0] - values[1]) / (2 * eps), rtol=2e-5, atol=1e-7)
     expected = jax.tree.map(lambda g: (g[0] - g[1]) / (2 * eps), grads)
     chex.assert_trees_all_close(nested, expected, rtol=1e-4, atol=1e-6)
@@ -277,7 +277,7 @@ def test_singular_rules_at_complex_operands():
     tangents = (jnp.full(4, 1.0 - 0.5j), jnp.array(0.7))
     values, derivatives = zip(
         *(
-            jax.jit(lambda *at, o=o: jax.jvp(lambda g, s: o.update(g, s)[0], at, tangents))(grads, state)
+            jax.jit(lambda *primals, o=o: jax.jvp(lambda g, s: o.update(g, s)[0], primals, tangents))(grads, state)
             for o in (safe, plain)
         ),
         strict=True,
@@ -298,9 +298,9 @@ def test_outputs_have_the_types_that_they_have_under_jit():
     for transform in (constants, optax.optimistic_adam_v2(0.1)):
         params = jnp.ones(2)
         operands = (params, transform.init(params), params)
-        expected, found = jax.jit(transform.update)(*operands), transforms.differentiable(transform).update(*operands)
-        chex.assert_trees_all_equal(found, expected)
-        leaves = jax.tree.leaves(found)
+        expected, outputs = jax.jit(transform.update)(*operands), transforms.differentiable(transform).update(*operands)
+        chex.assert_trees_all_equal(outputs, expected)
+        leaves = jax.tree.leaves(outputs)
         assert all(isinstance(leaf, jax.Array) for leaf in leaves)
         assert [leaf.aval for leaf in leaves] == [leaf.aval for leaf in jax.tree.leaves(expected)]
 
@@ -380,6 +380,6 @@ def test_a_zero_that_is_a_hyperparameter_keeps_its_derivative(momentum):
             params = params + updates
         return params
 
-    at = {"rate": 0.0 if momentum is None else 0.1, "momentum": 0.0}
-    safe, plain = (jax.grad(trained)(at, wrap) for wrap in (transforms.differentiable, lambda o: o))
+    point = {"rate": 0.0 if momentum is None else 0.1, "momentum": 0.0}
+    safe, plain = (jax.grad(trained)(point, wrap) for wrap in (transforms.differentiable, lambda o: o))
     assert safe["rate"] == plain["rate"] == -5000 and safe["momentum"] == plain["momentum"]

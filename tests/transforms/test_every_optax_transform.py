@@ -1,6 +1,6 @@
 """`transforms.differentiable` over every public transform of optax: the same values, finite and correct gradients.
 
-A transform that optax adds and that is not here fails `test_every_public_transform_is_here`.
+A transform that optax adds and that is not here fails `test_every_public_transform_of_optax_has_a_case`.
 """
 
 import inspect
@@ -341,12 +341,12 @@ def test_values_and_gradients(name):
     # One program without `differentiable`, at λ and around it; one with it.
     plain = jax.jit(jax.vmap(lambda lam: objective(case, lam, plain_transform)), compiler_options=QUICK)
     eps, rtol = COARSE.get(name, (EPS, RTOL))
-    at = jnp.asarray(LAM + eps * AROUND)
-    values, expected = plain(at)
+    points = jnp.asarray(LAM + eps * AROUND)
+    values, expected = plain(points)
     gradient = jax.value_and_grad(lambda lam: objective(case, lam, transforms.differentiable), has_aux=True)
-    (_, found), grads = jax.jit(jax.vmap(gradient), compiler_options=QUICK)(at)
+    (_, outputs), grads = jax.jit(jax.vmap(gradient), compiler_options=QUICK)(points)
     # A program that keeps residuals for its derivative is compiled otherwise, and may differ in the last bit.
-    chex.assert_trees_all_close(bits(found), bits(expected), rtol=1e-9, atol=1e-14)
+    chex.assert_trees_all_close(bits(outputs), bits(expected), rtol=1e-9, atol=1e-14)
     chex.assert_tree_all_finite((values, grads))
     if name not in STOPS_THE_GRADIENT:
         differences = np.array([values[1] - values[2], values[3] - values[4]]) / (2 * eps)
@@ -372,11 +372,11 @@ def test_gradients_that_optax_stops(name):
 @pytest.mark.once
 def test_values_are_equal_to_the_bit(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):  # as it is used; some of optax takes its own state for float64 with it
-        expected, found = (
+        expected, outputs = (
             jax.jit(lambda lam, wrap=wrap: train(CASES[name], lam, wrap))(jnp.asarray(LAM, dtype))
             for wrap in (plain_transform, transforms.differentiable)
         )
-    chex.assert_trees_all_equal(bits(found), bits(expected))  # NaN where there is NaN
+    chex.assert_trees_all_equal(bits(outputs), bits(expected))  # NaN where there is NaN
 
 
 @pytest.mark.slow
@@ -425,20 +425,20 @@ def is_finite(tree):
     return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-def test_every_public_transform_is_here():
-    found = set()
+def test_every_public_transform_of_optax_has_a_case():
+    public = set()
     for module in (optax, optax.transforms, contrib, aggregating):
         for name, function in vars(module).items():
             is_function = inspect.isfunction(function) and function.__module__.startswith("optax")
             returns = str(inspect.signature(function).return_annotation) if is_function else ""
             unannotated = is_function and (module in (contrib, aggregating) or name.startswith("scale_by_"))
             if name[0] != "_" and ("GradientTransformation" in returns or unannotated):
-                found.add(function.__name__)
+                public.add(function.__name__)
     # multi_transform is partition; per-example clips, microbatching and schedules are not transforms.
-    here = {name.split("(")[0] for name in (*CASES, *FORWARD_ONLY, *NO_TRANSFORM)}
-    assert found - here == set()
+    tested = {name.split("(")[0] for name in (*CASES, *FORWARD_ONLY, *NO_TRANSFORM)}
+    assert public - tested == set()
     # nadam is a partial function, MultiSteps a class; monitor has no annotation.
-    assert here - found == {"MultiSteps", "monitor", "nadam", "nadamw"}
+    assert tested - public == {"MultiSteps", "monitor", "nadam", "nadamw"}
 
 
 # What `self_tuning` refuses, or has no use for, and why.

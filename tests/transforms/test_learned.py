@@ -132,7 +132,7 @@ def in_numpy(weights, params, grads):
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, SMALL])
-def test_it_is_the_network_that_is_written_down(weights):
+def test_updates_equal_the_documented_network(weights):
     optimizer = transforms.learned(weights)
     grads = [np.random.default_rng(i).normal(size=(3, 4)) for i in (6, 7)]
 
@@ -181,17 +181,17 @@ def test_in_a_chain_and_below_float32():
 def test_files_come_back_to_the_bit(tmp_path):
     weights = transforms.init_learned(KEY, hidden=(8,))
     metaopt.save(tmp_path / "weights.npz", weights)
-    again = metaopt.load(tmp_path / "weights.npz")
-    chex.assert_trees_all_equal(again, weights)
-    chex.assert_trees_all_equal_shapes_and_dtypes(again, weights)
+    loaded = metaopt.load(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(loaded, weights)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, weights)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights)
     metaopt.save(tmp_path / "weights.npz", half)  # NumPy's files have no bfloat16
-    again = metaopt.load(tmp_path / "weights.npz")
-    chex.assert_trees_all_equal(again, jax.tree.map(lambda x: x.astype(jnp.float32), half))
+    loaded = metaopt.load(tmp_path / "weights.npz")
+    chex.assert_trees_all_equal(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), half))
     assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 
-def written(path, header=None, **changes):
+def write_weights(path, header=None, **changes):
     """A file of fresh weights, with some entries changed (None: left out)."""
     metaopt.save(path, transforms.init_learned(KEY))
     with np.load(path, allow_pickle=False) as file:
@@ -206,11 +206,11 @@ def written(path, header=None, **changes):
 def test_broken_files_say_what_is_wrong(tmp_path):
     path = tmp_path / "weights.npz"
     load = functools.partial(metaopt.load, path)
-    written(path)
+    write_weights(path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="is not a file that `metaopt.save` wrote"):
         load()
-    written(path, {"format": "metaopt.learned", "version": 2})
+    write_weights(path, {"format": "metaopt.learned", "version": 2})
     with pytest.raises(ValueError, match=r"version 2; this metaopt reads 'metaopt.learned' up to version 1"):
         load()
     for changes, match in {
@@ -221,7 +221,7 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         "decays/momentum": (np.array(["a", "b", "c"]), r"\.decays\['momentum'\] should be floating-point"),
         "more": (np.zeros(1), "does not describe a `LearnedWeights` as it should: .*'more'"),
     }.items():
-        written(path, **{changes: match[0]})
+        write_weights(path, **{changes: match[0]})
         with pytest.raises(ValueError, match=match[1]):
             load()
     with pytest.raises(FileNotFoundError):

@@ -72,8 +72,8 @@ def test_derivatives(weights):
     values = jax.jit(jax.vmap(lambda flat: objective(full(flat))))
     steps = 1e-6 * jnp.eye(len(flat))
     expected = (values(flat[None] + steps) - values(flat[None] - steps)) / 2e-6
-    found = jax.flatten_util.ravel_pytree({**reverse, "weights": reverse["weights"][:3]})[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+    grads = jax.flatten_util.ravel_pytree({**reverse, "weights": reverse["weights"][:3]})[0]
+    np.testing.assert_allclose(grads, expected, rtol=1e-6, atol=1e-8)
     assert np.all(np.abs(reverse["weights"][:3]) > 1e-3)
 
 
@@ -110,7 +110,7 @@ def test_mixed_second_derivatives_at_an_idle_member():
     np.testing.assert_allclose(by_weights, [-0.1, 12.0], rtol=1e-12)
 
 
-def test_what_has_a_weight_and_is_not_finite_is_seen():
+def test_updates_of_a_member_with_weight_that_are_not_finite_are_passed_on():
     params, _ = train(transforms.mixture([optax.sgd(0.1), broken()], jnp.array([1.0, 1e-9])), num_steps=1)
     assert not np.all(np.isfinite(params["a"]))
 

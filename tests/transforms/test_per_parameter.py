@@ -135,18 +135,18 @@ def quadratic(params, hyperparams, batch):
     return sum((jnp.sum(jnp.cos(2 * leaf)) for leaf in jax.tree.leaves(params)), start=jnp.zeros(()))
 
 
-@pytest.mark.parametrize("which", ["parameter", "group"])
+@pytest.mark.parametrize("labels", ["parameter", "group"])
 @pytest.mark.once
-def test_hypergradients_of_trees(which):
+def test_hypergradients_of_trees(labels):
     groups = {"kernels": "kernel$", "rest": ""}
-    if which == "parameter":
+    if labels == "parameter":
         factory = transforms.per_parameter(optax.adamw)
         decays = {"encoder": 0.1, "head": 0.2}
     else:
         factory = transforms.per_group(optax.adamw, patterns=groups)
         decays = {"kernels": 0.1, "rest": 0.3}
     hp = jax.tree.map(
-        jnp.asarray, {"lr": RATES if which == "parameter" else {"kernels": 0.1, "rest": 0.2}, "wd": decays}
+        jnp.asarray, {"lr": RATES if labels == "parameter" else {"kernels": 0.1, "rest": 0.2}, "wd": decays}
     )
     loop = inner.loop(
         quadratic, lambda hp: factory(learning_rate=hp["lr"], weight_decay=hp["wd"]), init=lambda key, hp, data: PARAMS
@@ -267,7 +267,7 @@ def refused(factory):
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_what_looks_at_all_parameters_is_refused(name):
+def test_transforms_that_read_all_parameters_are_rejected(name):
     assert refused(COUPLED[name])
 
 
@@ -293,7 +293,7 @@ APART = {
 
 
 @pytest.mark.parametrize("name", APART)
-def test_what_does_not_is_let_through(name):
+def test_transforms_that_read_one_parameter_are_accepted(name):
     assert not refused(APART[name])
 
 

@@ -99,11 +99,11 @@ def values_at(family, numbers):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.once
 def test_derivatives_in_every_number(name):
-    at, schedule = values_at(*FAMILIES[name])
+    point, schedule = values_at(*FAMILIES[name])
     values = jax.jit(jax.vmap(schedule))
-    steps = 1e-6 * jnp.eye(len(at))
-    expected = ((values(at[None] + steps) - values(at[None] - steps)) / 2e-6).T
-    np.testing.assert_allclose(jax.jit(jax.jacrev(schedule))(at), expected, rtol=1e-6, atol=1e-9)
+    steps = 1e-6 * jnp.eye(len(point))
+    expected = ((values(point[None] + steps) - values(point[None] - steps)) / 2e-6).T
+    np.testing.assert_allclose(jax.jit(jax.jacrev(schedule))(point), expected, rtol=1e-6, atol=1e-9)
     assert np.all(np.abs(expected).max(axis=0) > 1e-3)
 
 
@@ -116,8 +116,8 @@ def test_derivatives_are_finite_on_the_kinks():
         (FAMILIES["cosine"][0], {**whole, "warmup_steps": 0.0}),
         (FAMILIES["polynomial"][0], {**ENDS, "power": 0.5, "num_steps": 6.0, "begin_step": 1.0}),
     ):
-        at, schedule = values_at(family, numbers)
-        assert np.all(np.isfinite(jax.jacrev(schedule)(at)))
+        point, schedule = values_at(family, numbers)
+        assert np.all(np.isfinite(jax.jacrev(schedule)(point)))
 
 
 @pytest.mark.once
@@ -129,10 +129,10 @@ def test_a_schedule_is_learned_through_training():
     )
     solve = hypergrad.unroll(loop, num_steps=4)
     outer = lambda rates: jnp.sum(solve(jax.random.key(0), {"rates": rates}, None).params ** 2)
-    at = jnp.array([0.05, 0.03, 0.1])
+    point = jnp.array([0.05, 0.03, 0.1])
     values = jax.jit(jax.vmap(outer))
-    expected = (values(at[None] + 1e-6 * jnp.eye(3)) - values(at[None] - 1e-6 * jnp.eye(3))) / 2e-6
-    np.testing.assert_allclose(jax.jit(jax.grad(outer))(at), expected, rtol=1e-6)
+    expected = (values(point[None] + 1e-6 * jnp.eye(3)) - values(point[None] - 1e-6 * jnp.eye(3))) / 2e-6
+    np.testing.assert_allclose(jax.jit(jax.grad(outer))(point), expected, rtol=1e-6)
 
 
 @pytest.mark.once

@@ -130,11 +130,11 @@ def test_stacks_of_any_height_see_the_derivative_of_the_loss(height, mode):
     for t in range(6):
         updates, state = update(jnp.sin(CURVATURE * params), state, params)
         params = params + updates
-        tuner, found = state, []
+        tuner, rates = state, []
         for _ in range(height):
-            found.append(float(tuner.hyperparams))
+            rates.append(float(tuner.hyperparams))
             tuner = tuner.tuner
-        np.testing.assert_allclose(found, simulated(values, t + 1)[1], rtol=1e-10)
+        np.testing.assert_allclose(rates, simulated(values, t + 1)[1], rtol=1e-10)
         if t > 0:  # `tuner` is the hypergradient: the derivative of the loss at θ_t in the top rate of the step before
             ends = [simulated(values, t, sign * 1e-3)[0] for sign in (1, -1)]
             np.testing.assert_allclose(tuner, (ends[0] - ends[1]) / 2e-3, rtol=1e-5, atol=1e-11)
@@ -187,7 +187,7 @@ def test_the_signal_of_adamw_is_that_of_the_estimator(judge, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_the_normalized_signal_of_many_hyperparameters_is_divided_by(mode):
+def test_the_norm_that_divides_the_signal_of_many_hyperparameters(mode):
     plain, normalized = (
         transforms.self_tuning(adamw, LAM, SPY, rule=rule, mode=mode) for rule in ("multiplicative", "normalized")
     )
@@ -200,12 +200,12 @@ def test_what_the_normalized_signal_of_many_hyperparameters_is_divided_by(mode):
         other = normalized.update(grads, normalized.init(grads), grads)[1]
         return first, state.last[0], after.tuner, normalized.update(jnp.sin(grads), other, grads)[1].tuner
 
-    first, last, signal, found = two_steps()
+    first, last, signal, updates = two_steps()
     # The longest of λ ∂u/∂λ, or u.
     length = np.linalg.norm(last, axis=1).max() if mode == "forward" else np.linalg.norm(first)
     expected = jax.tree.map(lambda h: h / (np.linalg.norm(np.sin(grads)) * length), signal)
-    chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-14)  # a first step of Adam has no b1
-    assert abs(found["rate"]) > 1e-3
+    chex.assert_trees_all_close(updates, expected, rtol=1e-10, atol=1e-14)  # a first step of Adam has no b1
+    assert abs(updates["rate"]) > 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -223,8 +223,8 @@ def test_a_gap_counts_the_validation_loss_more_and_the_training_loss_less(mode):
         return state.tuner
 
     both = jax.grad(lambda params: 1.5 * valid_loss(params) - 0.5 * train_loss(params))
-    found, expected = jax.jit(lambda: (signal(0.5, jax.grad(valid_loss)), signal(0.0, both)))()
-    chex.assert_trees_all_close(found, expected, rtol=1e-10)
+    signals, expected = jax.jit(lambda: (signal(0.5, jax.grad(valid_loss)), signal(0.0, both)))()
+    chex.assert_trees_all_close(signals, expected, rtol=1e-10)
     alone, expected = jax.jit(lambda: (signal(0.5, None), signal(0.0, None)))()  # the training loss has no gap
     chex.assert_trees_all_equal(alone, expected)
 
@@ -255,14 +255,14 @@ def test_carried_without_a_discount_it_is_the_derivative_of_training(rule):
             params = params + updates
         return valid_loss(params)
 
-    at = jnp.array(list(LAM.values()))
+    numbers = jnp.array(list(LAM.values()))
     values = jax.jit(jax.vmap(trained))
     steps = 1e-6 * jnp.eye(3)
-    expected = (values(at[None] + steps) - values(at[None] - steps)) / 2e-6
+    expected = (values(numbers[None] + steps) - values(numbers[None] - steps)) / 2e-6
     if rule == "multiplicative":
-        expected = expected * at
-    found = carried(adamw, LAM, 1.0, rule)
-    np.testing.assert_allclose([found[name][4] for name in LAM], expected, rtol=1e-6)
+        expected = expected * numbers
+    derivatives = carried(adamw, LAM, 1.0, rule)
+    np.testing.assert_allclose([derivatives[name][4] for name in LAM], expected, rtol=1e-6)
     assert np.all(np.abs(expected) > 1e-3)
 
 
@@ -342,9 +342,9 @@ def test_extra_arguments_come_through(name):
             params = optax.apply_updates(params, updates)
         return optax.tree.get(state, "rate")  # as one reads it for a log
 
-    away = jax.grad(lambda params: square(params, -5.0))
-    expected, composed = run(small(), valid_grad_fn=away), COMPOSED[name](small())
-    np.testing.assert_allclose(run(composed, valid_grad_fn=away), expected, rtol=1e-9)
+    repelled = jax.grad(lambda params: square(params, -5.0))
+    expected, composed = run(small(), valid_grad_fn=repelled), COMPOSED[name](small())
+    np.testing.assert_allclose(run(composed, valid_grad_fn=repelled), expected, rtol=1e-9)
     assert expected < 1e-3 < run(composed)
 
 
@@ -382,7 +382,7 @@ def test_multi_steps_tunes_once_a_step():
     assert optax.tree.get(state, "inner_opt_state").count == 2
 
 
-def test_what_is_not_finite_is_kept_out_by_apply_if_finite():
+def test_apply_if_finite_skips_steps_that_are_not_finite():
     transform = optax.apply_if_finite(small(), 3)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state, update = transform.init(params), jax.jit(transform.update)
@@ -393,7 +393,7 @@ def test_what_is_not_finite_is_kept_out_by_apply_if_finite():
 
 
 @pytest.mark.once
-def test_flax_holds_it():
+def test_flax_holds_the_state():
     params = {"w": jnp.zeros(2)}
     optimizer = small()
     train_state = flax.training.train_state.TrainState.create(apply_fn=None, params=params, tx=optimizer)
@@ -452,7 +452,7 @@ def test_training_that_tunes_itself_is_differentiable(mode):
     assert abs(expected) > 1e-3
 
 
-def test_it_is_made_in_a_jitted_function_too():
+def test_it_may_be_made_in_a_jitted_function():
     def updates(beta):
         optimizer = transforms.self_tuning(lambda hp: optax.sgd(hp), 0.1, optax.sgd(beta))
         return optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2))[0]

@@ -57,9 +57,9 @@ def test_complex_parameters_are_pairs_of_real_ones(mode):
         return tuned.update(second, state, first)[1].hyperparams
 
     pairs = [np.stack([g.real, g.imag]) for g in (first, second)]
-    found, expected = jax.jit(both)(first, second), jax.jit(both)(*pairs)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert abs(found - 0.1) > 1e-3
+    signal, expected = jax.jit(both)(first, second), jax.jit(both)(*pairs)
+    np.testing.assert_allclose(signal, expected, rtol=1e-12)
+    assert abs(signal - 0.1) > 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -112,7 +112,7 @@ def test_around_multi_steps_masked_and_within_lookahead():
     assert optax.tree.get(state, "rate") > 1.1e-3
 
 
-def test_values_of_what_is_masked_out_need_not_be_used():
+def test_values_of_masked_leaves_need_not_be_used():
     rates, params = {"w": 0.1, "b": 0.2}, jax.tree.map(jnp.asarray, PARAMS)
     masked = optax.masked(
         transforms.self_tuning(transforms.per_parameter(optax.sgd), rates, optax.sgd(0.1)), {"w": True, "b": False}
@@ -128,17 +128,17 @@ class Layer:
 
 
 @pytest.mark.once
-def test_what_is_static_in_a_tree_needs_no_hash_and_a_gradient_may_be_a_number():
+def test_static_leaves_need_no_hash_and_a_gradient_may_be_a_number():
     params = Layer(jnp.array([0.5, -1.0]), ["a"])
-    _, found = run(adam(), params, params)
+    _, tuned_state = run(adam(), params, params)
     _, expected = run(adam(), params.w, params.w)
-    assert found.hyperparams == expected.hyperparams
+    assert tuned_state.hyperparams == expected.hyperparams
     state = adam().init(params)
     _, state = adam().update(params, state, params)
     np.testing.assert_allclose(state.hyperparams["rate"], 1e-3)
     for mode in MODES:
-        _, found = run(adam(mode=mode, gap=1.0), 0.5, 0.5, valid_grad_fn=lambda params: 3.0)
-        np.testing.assert_allclose(found.hyperparams["rate"], 1e-3 * np.exp(0.2), rtol=1e-5)
+        _, tuned_state = run(adam(mode=mode, gap=1.0), 0.5, 0.5, valid_grad_fn=lambda params: 3.0)
+        np.testing.assert_allclose(tuned_state.hyperparams["rate"], 1e-3 * np.exp(0.2), rtol=1e-5)
 
 
 @pytest.mark.once
@@ -182,11 +182,11 @@ def test_a_validation_batch_is_the_gradient_of_its_loss(kwargs):
     make = (lambda hp: factory(hp["rate"])) if kwargs else factory
     batch, grads = {"x": jnp.array([0.7, -1.0])}, {**params, "index": jnp.zeros(2, int)}
     tuned = transforms.self_tuning(make, start, optax.sgd(0.1), valid_loss_fn=valid_loss, **kwargs)
-    _, found = run(tuned, grads, params, valid_batch=batch)
+    _, state = run(tuned, grads, params, valid_batch=batch)
     _, expected = run(tuned, grads, params, valid_grad_fn=by_hand)
-    chex.assert_trees_all_close(found.hyperparams, expected.hyperparams, rtol=1e-12)
+    chex.assert_trees_all_close(state.hyperparams, expected.hyperparams, rtol=1e-12)
     _, training = run(transforms.self_tuning(make, start, optax.sgd(0.1), **kwargs), grads, params)
-    assert abs(jax.tree.leaves(found.hyperparams)[0] - jax.tree.leaves(training.hyperparams)[0]) > 1e-3
+    assert abs(jax.tree.leaves(state.hyperparams)[0] - jax.tree.leaves(training.hyperparams)[0]) > 1e-3
     for other, extra in (
         (adam(), {"valid_batch": batch}),
         (tuned, {"valid_batch": batch, "valid_grad_fn": by_hand}),
@@ -220,9 +220,9 @@ def test_a_validation_batch_of_each_step_goes_through_a_chain_and_multi_steps():
         return jnp.stack(rates)
 
     for compose in (lambda t: optax.chain(optax.clip(0.4), t), lambda t: optax.MultiSteps(t, 2)):
-        found = tuned_by("batch", compose)
-        chex.assert_trees_all_close(found, tuned_by("function", compose), rtol=1e-12)
-        assert jnp.ptp(found) > 1e-4, "each batch moves λ"
+        traced = tuned_by("batch", compose)
+        chex.assert_trees_all_close(traced, tuned_by("function", compose), rtol=1e-12)
+        assert jnp.ptp(traced) > 1e-4, "each batch moves λ"
 
 
 def quadratic(tuner, bound=None, rule="cosine", mode="forward", num_steps=100):
@@ -255,10 +255,10 @@ def test_a_projection_keeps_the_decay_from_running_away(mode):
     # With a decay whose steps are long, rate · decay passes 2, and each step throws θ further to the other side.
     rule = "cosine" if mode == "forward" else "normalized"
     tuner = optax.partition({"rate": optax.sgd(0.01), "decay": optax.sgd(20.0)}, {"rate": "rate", "decay": "decay"})
-    left, lams = quadratic(tuner, rule=rule, mode=mode, num_steps=60)
-    assert not left < 1e3  # infinite, or no number
-    left, bounded = quadratic(tuner, at_most(0.5), rule, mode, num_steps=60)
-    assert left < 1e-9
+    loss, lams = quadratic(tuner, rule=rule, mode=mode, num_steps=60)
+    assert not loss < 1e3  # infinite, or no number
+    loss, bounded = quadratic(tuner, at_most(0.5), rule, mode, num_steps=60)
+    assert loss < 1e-9
     np.testing.assert_allclose(jnp.max(bounded["rate"] * bounded["decay"]), 0.5, rtol=1e-6)
     # Where it changes nothing, it changes no bit.
     tuner = optax.sgd(0.01)
@@ -278,7 +278,7 @@ def test_it_descends_and_is_projected_from_the_start_on(mode):
         mode=mode,
         projection_fn=lambda rate: jnp.clip(rate, low, high),
     )
-    params, state, found, expected = np.array([1.0, -0.5]), tuned.init(jnp.ones(2)), [], []
+    params, state, rates, expected = np.array([1.0, -0.5]), tuned.init(jnp.ones(2)), [], []
     rate, update = box(rate), jax.jit(tuned.update)
     np.testing.assert_allclose(state.hyperparams, low, rtol=1e-12)
     for curvature in (1.0, 1.0, 1.0, -1.0, 1.0, -1.0):
@@ -288,9 +288,9 @@ def test_it_descends_and_is_projected_from_the_start_on(mode):
         updates, state = update(grads, state, params)
         np.testing.assert_allclose(updates, -rate * grads, rtol=1e-12)
         params, last = params - rate * grads, grads
-        found.append(float(state.hyperparams))
+        rates.append(float(state.hyperparams))
         expected.append(float(rate))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
     assert {low, high} < set(expected)  # at both ends, and between them
 
 
@@ -308,7 +308,7 @@ def test_training_in_float32_among_float64_is_differentiable():
         np.testing.assert_allclose(slope, expected, rtol=1e-2)
 
 
-def test_what_is_projected_stays_positive_and_is_a_copy():
+def test_projected_values_are_copies():
     pair = lambda bound: transforms.self_tuning(
         lambda hp: optax.chain(optax.sgd(hp["a"]), optax.add_decayed_weights(hp["b"])),
         {"a": 0.3, "b": 0.2},
@@ -333,8 +333,8 @@ def test_what_is_projected_stays_positive_and_is_a_copy():
 )
 def test_a_state_that_holds_a_number_of_python(factory, mode):
     params = jnp.array([1.0, -2.0])
-    _, found = run(transforms.self_tuning(factory, 1e-2, optax.sgd(0.1), mode=mode), params, params)
-    assert found.hyperparams > 1.1e-2
+    _, state = run(transforms.self_tuning(factory, 1e-2, optax.sgd(0.1), mode=mode), params, params)
+    assert state.hyperparams > 1.1e-2
 
 
 @pytest.mark.once

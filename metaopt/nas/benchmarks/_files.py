@@ -108,7 +108,7 @@ def _final_metrics(message: bytes) -> tuple[float, float, float]:
     return seconds, valid, test
 
 
-def read_nas_bench_101(path: str | os.PathLike, *, verify: bool = False) -> Benchmark:
+def read_nas_bench_101(path: str | os.PathLike[str], *, verify: bool = False) -> Benchmark:
     """Reads NAS-Bench-101 from its own file: nasbench_full.tfrecord (2 GB) or nasbench_only108.tfrecord (500 MB).
 
     Results are means over the three runs at every number of epochs; the published protocol draws one of them. Errors
@@ -212,7 +212,7 @@ _SETS_201 = {
 }
 
 
-def read_nas_bench_201(path: str | os.PathLike) -> Benchmark:
+def read_nas_bench_201(path: str | os.PathLike[str]) -> Benchmark:
     """Reads NAS-Bench-201 from its own files: a .pth file (30 GB of memory) or NATS-Bench's topology space.
 
     Prefer NATS-Bench's directory "…-simple", which has a small file for each architecture and takes little memory.
@@ -299,7 +299,7 @@ _PAIRS_301: dict[int, list[tuple[int, ...]]] = {
 }
 
 
-def read_nas_bench_301(path: str | os.PathLike) -> Benchmark:
+def read_nas_bench_301(path: str | os.PathLike[str]) -> Benchmark:
     """Reads the training logs of NAS-Bench-301: networks of the DARTS space, trained on CIFAR-10.
 
     Errors are in %, costs in seconds of training. A network that was trained more than once is one row of means. The

@@ -5,8 +5,7 @@ from typing import Any
 
 import optax
 
-from metaopt import _checks, hypergrad
-from metaopt._jaxpr import Tracer
+from metaopt import hypergrad
 from metaopt.nas import _ops, _relaxations, _specs
 from metaopt.nas.search._search import Search, architecture_search
 from metaopt.nas.search._settings import with_settings
@@ -41,7 +40,8 @@ def darts(
       A `Search`.
 
     Raises:
-      ValueError: if `order` or `difference` is unknown.
+      KeyError: if `order` is unknown.
+      ValueError: if `difference` is unknown.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055
     """
@@ -50,8 +50,6 @@ def darts(
         "second": lambda problem: hypergrad.darts_fd(problem, epsilon=epsilon, difference=difference),
         "exact": lambda problem: hypergrad.darts_fd(problem, epsilon=None),
     }
-    if order not in rules:
-        raise ValueError(f"`order` must be one of {', '.join(rules)}; got {order!r}.")
     return architecture_search(network, in_shape, rules[order], ops=ops, **options)
 
 
@@ -80,9 +78,8 @@ def unrolled_darts(
       A `Search` with exact hypergradients.
 
     Raises:
-      ValueError: if `num_steps < 1`, and as for `architecture_search`.
+      ValueError: as for `architecture_search`.
     """
-    _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, the weights would not be trained
     rule = lambda problem: hypergrad.unrolled(problem, num_steps=num_steps, remat=remat)
     return architecture_search(network, in_shape, rule, ops=ops, **options)
 
@@ -135,11 +132,10 @@ def gdas(
       A `Search`, first-order unless `order` is given. Only the sampled ops run, and only they have a gradient.
 
     Raises:
-      ValueError: if `num_steps < 1`, and as for `architecture_search`.
+      ValueError: as for `architecture_search`.
 
     Source: Dong & Yang, CVPR 2019, https://arxiv.org/abs/1910.04465
     """
-    _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, Optax's schedule would stay at 10
     relaxation = _relaxations.gumbel_softmax(optax.linear_schedule(10.0, 0.1, num_steps), hard=True)
     options = {"relaxation": relaxation, "single_path": True, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
@@ -184,11 +180,10 @@ def darts_minus(
       A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: if `num_steps < 1`, and as for `architecture_search`.
+      ValueError: as for `architecture_search`.
 
     Source: Chu et al., ICLR 2021, https://arxiv.org/abs/2009.01027
     """
-    _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, the skip would stay
     relaxation = _relaxations.auxiliary_skip(_relaxations.softmax(), optax.linear_schedule(1.0, 0.0, num_steps))
     options = {"relaxation": relaxation, "order": "first", **options}
     return darts(network, in_shape, ops=ops, **options)
@@ -220,13 +215,10 @@ def beta_darts(
       A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: if `num_steps < 1`, and as for `architecture_search`.
+      ValueError: as for `architecture_search`.
 
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
-    _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, the weight would stay 0
-    if not isinstance(weight, Tracer):
-        _checks.check_positive("weight", weight, zero=True)
     grow = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from metaopt import _checks, base
+from metaopt import base
 from metaopt.nas import _early_stop, _ops, _specs
 from metaopt.nas.search._darts import darts
 from metaopt.nas.search._search import Search
@@ -50,7 +50,7 @@ def robust_darts(
       A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: if `every`, `window`, `delta` or `num_iterations` is below 1, and as for `darts`.
+      ValueError: if `every` is below 1, and as for `darts`.
 
     Source: Zela et al., ICLR 2020, https://arxiv.org/abs/1909.09656
     """
@@ -96,7 +96,7 @@ def darts_plus(
       A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: if a number is out of range, if the network has no skips, and as for `darts`.
+      ValueError: if `every` is below 1, if the network has no skips, and as for `darts`.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
 
@@ -107,7 +107,6 @@ def darts_plus(
     >>> search.settings["method"], search.settings["most"]
     ('darts_plus', 1)
     """
-    _checks.check_integer("most", most, 0)
     search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
 
     def rule(problem, own):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from metaopt import _batches, _checks, base, inner
+from metaopt import _batches, base, inner
 from metaopt._progress import reporting
 from metaopt.nas import _genotypes, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._search import check_classes, sgd, training_loop
@@ -71,7 +71,6 @@ def single_path_one_shot(
 
     Source: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420
     """
-    _checks.check_integer("num_steps", num_steps, 1)  # with 0 steps, `score` would rank by noise
     supernet = _supernet.supernet(network, in_shape, ops=ops, single_path=True)
     loop = training_loop(supernet, _relaxations.uniform_path(), loss, decay, optimizer, sampler)
     run = inner.run(loop, num_steps)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _batches, _checks, base, inner
+from metaopt import _batches, base, inner
 from metaopt.nas import _augmentation, _normalization, _ops, _specs, _supernet
 from metaopt.nas.search._search import check_classes
 from metaopt.nas.search._trained_network import TrainedNetwork, trained_network
@@ -93,8 +93,6 @@ def retraining(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
-    for name, value in (("rate", rate), ("clip", clip)):
-        _checks.check_positive(name, value)  # a clip of 0 would leave only the weight decay
     _check_edges(network, drop_path)
     strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]
     if auxiliary and not strided:

@@ -61,7 +61,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
       - `text`: the whole report as a table in Markdown.
 
     Raises:
-      ValueError: if `scores` is empty, if an entry has no `retrained`, or if an accuracy is not in [0, 1].
+      ValueError: if an accuracy is not in [0, 1].
 
     Source: Bonett & Wright, Psychometrika 65, 2000, for the interval; Yu et al., ICLR 2020,
     https://arxiv.org/abs/1902.08142, for the question
@@ -111,11 +111,6 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     Accuracies in %. Rank correlation (Spearman) ... undefined, one architecture has no ranks. Discretization gap ...
     """
     scores = list(scores)
-    if not scores or any(not len(score.retrained) for score in scores):
-        raise ValueError(
-            "`scores` must hold at least one architecture, each with at least one `retrained` accuracy; got "
-            f"{[(score.name, len(score.retrained)) for score in scores]}."
-        )
     for score in scores:
         for value in (score.inherited, score.mixed, *score.retrained):
             if value < 0 or value > 1 + 1e-6:  # False for NaN, which is allowed

@@ -23,10 +23,10 @@ def train_loop(
     hyperparams: base.HyperParams = None,
     callback: Callable[[int, dict[str, Any]], Any] | None = None,
     progress: bool | None = None,
-    checkpoint_dir: str | os.PathLike | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1_000,
     settings: Mapping[str, Any] | None = None,
-    compilation_cache: str | os.PathLike | None = None,
+    compilation_cache: str | os.PathLike[str] | None = None,
 ) -> tuple[base.InnerState, np.ndarray]:
     """Trains an inner loop step by step on the host: `inner.run` for long runs that may be interrupted and continued.
 

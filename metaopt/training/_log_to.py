@@ -1,0 +1,129 @@
+"""A callback of `fit` that writes the metrics of each step to a file, or to a tool that shows curves."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+WriteFn = Callable[[int, Mapping[str, float]], Any]  # step, scalar metrics
+
+
+def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
+    """Makes a callback of `fit` that writes the scalar metrics of each step, for `fit(callback=...)`.
+
+    A target is one of these:
+
+    - a path that ends in ".jsonl": each step is one line, a JSON object, for `pandas.read_json(path, lines=True)`
+    - an object with `add_scalar(name, value, step)`: a `SummaryWriter` for TensorBoard, of tensorboardX or PyTorch
+    - an object with `log_metrics(metrics, step=)`: the module `mlflow`, inside a run of it
+    - an object with `log(metrics, step=)`: a run of Weights & Biases, from `wandb.init()`, which ignores steps that it
+      already has
+
+    The file: a value that is not finite becomes null. Each line is on disk after its step. When a run continues from a
+    checkpoint, `fit` reports the steps since the checkpoint again, and the file's earlier lines of these steps are
+    replaced. So the file of a killed run ends equal to that of a run that was not killed. A new run replaces a file of
+    an older run. If the disk is full, there is one warning. The run goes on, and the lines wait in memory until they
+    can be written.
+
+    Args:
+      target: a path, or an object with one of these methods.
+
+    Returns:
+      The callback `(step, metrics) -> None`. It leaves out metrics that are arrays.
+
+    Raises:
+      TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.
+      ValueError: at the first step, if the file exists and holds something else.
+      OSError: at the first step, if the file cannot be written. `fit` then ends, with its checkpoint.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "run.jsonl"
+      >>> callback = log_to(path)
+      >>> callback(1, {"value": 0.5, "hypergrad_norm": 2.0})
+      >>> print(path.read_text(), end="")
+      {"step": 1, "value": 0.5, "hypergrad_norm": 2.0}
+    """
+    write = _writer(target)
+
+    def callback(step: int, metrics: Mapping[str, Any]) -> None:
+        write(step, {name: value for name, value in metrics.items() if isinstance(value, float)})
+
+    return callback
+
+
+def _writer(target: Any) -> WriteFn:
+    """The function that writes the metrics of one step to the target."""
+    if isinstance(target, str | os.PathLike):
+        if Path(target).suffix != ".jsonl":
+            raise TypeError(
+                f'The name of a log file must end in ".jsonl", which says its format: {os.fspath(target)!r}.'
+            )
+        return _Lines(Path(target)).write
+    if hasattr(target, "add_scalar"):
+        return lambda step, metrics: [target.add_scalar(name, value, step) for name, value in metrics.items()]
+    for method in ("log_metrics", "log"):
+        if hasattr(target, method):
+            return lambda step, metrics: getattr(target, method)(dict(metrics), step=step)
+    raise TypeError(
+        '`target` must be a path that ends in ".jsonl", or have the method `add_scalar`, `log_metrics` or `log`, '
+        f"but it is of type {type(target).__name__}."
+    )
+
+
+class _Lines:
+    """A file with one line for each step."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.length: int | None = None  # bytes of the lines that are on disk; None before the first step
+        self.waiting: list[bytes] = []  # lines that are not on disk yet
+        self.warned = False
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.length is None:
+            self.length = _length_before(self.path, step)
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.waiting.append(json.dumps({"step": step, **values}).encode() + b"\n")
+        try:
+            self._append()
+        except OSError as error:
+            if not self.length:  # no line was ever written, so the path is wrong
+                raise
+            if not self.warned:
+                _log.warning("%s: %s. The run goes on, and lines wait until they can be written.", self.path, error)
+            self.warned = True
+
+    def _append(self) -> None:
+        """Puts the waiting lines behind those on disk, in place of what is there, such as half a line."""
+        assert self.length is not None
+        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.seek(self.length)
+            file.truncate()
+            file.write(b"".join(self.waiting))
+            file.flush()
+            self.length = file.tell()
+        self.waiting = []
+
+
+def _length_before(path: Path, step: int) -> int:
+    """The bytes of the leading lines of earlier steps than this one; 0 if there is no file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    length = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # half a line: the process was killed
+                break
+            if not line.startswith(b'{"step": '):
+                raise ValueError(f"{path} exists, and is not a log of `fit`: {line[:60]!r}. Use another name.")
+            if json.loads(line)["step"] >= step:
+                break
+            length += len(line)
+    return length
