@@ -50,7 +50,8 @@ nb_merge_streams = True
 nb_ipywidgets_js = {}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling
-os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, which Optuna imports
+# Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
+os.environ.setdefault("PYTHONWARNINGS", 'ignore:IProgress not found,ignore:install "ipywidgets"')
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 autodoc_member_order = "alphabetical"

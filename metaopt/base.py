@@ -84,7 +84,19 @@ class UpdateFn(Protocol):
 
 
 class InnerLoop(NamedTuple):
-    """How θ is trained. Make it with `inner.loop`, not by hand; `inner.step` derives a training step from it."""
+    """How θ is trained. Make it with `inner.loop`, not by hand; `inner.step` derives a training step from it.
+
+    Attributes:
+      init: `(key, hyperparams, data) -> state`, the state before the first step. It holds θ, the state of the optimizer
+        and the model state.
+      batch: `(state, data) -> batch`, the batch of the next step.
+      loss: `(params, hyperparams, batch, context) -> (ℓ, model_state)`.
+      update: `(state, grads, model_state, hyperparams) -> state`, one step of the optimizer.
+      params: `state -> θ`.
+      context: `state -> Context`, what a loss or a model needs besides θ: the key of the next step, the number of steps
+        taken, and the model state, such as batch statistics. After training, it is the context for a prediction:
+        `model.apply(loop.params(state), loop.context(state), x)` (`inner.Model`).
+    """
 
     init: InitFn
     batch: BatchFn

@@ -1,6 +1,7 @@
 """Finds out why a hypergradient goes wrong: one training run with diagnostic numbers, and advice."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,10 @@ import numpy as np
 import optax
 
 from metaopt import _checks, base, inner, spaces
+from metaopt._progress import Report, report_progress
+
+MAX_LEAVES = 8  # of λ, each of which takes two more training runs at most
+FACTOR = 10.0  # how much a leaf of λ changes in such a run
 
 
 class Finding(NamedTuple):
@@ -62,14 +67,19 @@ def diagnose(
     A hypergradient through training consists of products of these Jacobians, and δ shows their growth step by step. The
     perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm is that of both.
 
+    If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
+    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves that mend the run. This takes
+    up to two more runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
+
     Args:
       problem: the problem to tune. Its inner loss must be differentiable in forward mode.
       hyperparams: λ in the form that the problem takes: natural units, or `spaces.Unconstrained` after
-        `spaces.constrain`.
+        `spaces.constrain` (`spaces.to_unconstrained(space, λ)`).
       task: one task.
       num_steps: T, at least 2.
       key: the PRNG key; fixed by default.
-      space: the search space of λ. The report names leaves that are at a bound.
+      space: the search space of λ. The report names leaves that are at a bound. In unconstrained coordinates, other
+        values of λ are tried only if it is given.
       estimator: a rule for this problem. Its residuals and hypergradients are checked too.
       num_estimates: the number of estimates of that rule at λ.
 
@@ -84,26 +94,24 @@ def diagnose(
     _checks.check_task_labels("task", task)
     key = jax.random.key(0) if key is None else key
     start_key, noise_key, estimator_key = jax.random.split(key, 3)
-    run = jax.jit(lambda hyperparams: _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps))
-    steps, outer = jax.tree.map(np.asarray, run(hyperparams))
-    bad = np.flatnonzero(~np.isfinite(steps.loss) | ~np.isfinite(steps.grad_norm))
-    kept = steps.growth[: bad[0]] if bad.size else steps.growth
-    # The perturbation needs some steps to turn into the direction that grows.
-    settled = kept[len(kept) // 5 :]
-    rate = float(np.mean(settled)) if settled.size else math.nan
-    findings: list[Finding] = []
-    if bad.size:
-        findings.append(_divergence(int(bad[0]), num_steps))
-    elif not np.isfinite(outer):
-        findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
-    findings += _findings_of_growth(kept, settled, rate, num_steps)
-    if not bad.size:
-        findings += _findings_of_loss(steps, num_steps)
-    if space is not None:
-        findings += _findings_of_bounds(space, hyperparams)
-    if estimator is not None:
-        findings += _findings_of_estimator(estimator, estimator_key, hyperparams, task, num_estimates)
-    return Diagnosis(findings, rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm)
+    traced = jax.jit(lambda hyperparams: _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps))
+    with report_progress(1 + (estimator is not None), None, unit="part") as report:
+        with report.compiling("the training run with a perturbation"):
+            compiled = traced.lower(hyperparams).compile()
+        run = lambda hyperparams: _judged(*jax.tree.map(np.asarray, compiled(hyperparams)))
+        with report.during("training with a perturbation"):
+            judged = run(hyperparams)
+        findings = _findings_of_run(judged, num_steps)
+        if not _is_sound(judged, num_steps):
+            findings += _findings_of_leaves(run, hyperparams, space, num_steps, report)
+        report(1)
+        if space is not None:
+            findings += _findings_of_bounds(space, hyperparams)
+        if estimator is not None:
+            findings += _findings_of_estimator(estimator, estimator_key, hyperparams, task, num_estimates, report)
+            report(2)
+    steps = judged.steps
+    return Diagnosis(findings, judged.rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm)
 
 
 class _Steps(NamedTuple):
@@ -118,6 +126,50 @@ class _Steps(NamedTuple):
     loss: Any
     grad_norm: Any
     growth: Any
+
+
+class _Judged(NamedTuple):
+    """A training run with the numbers that judge it.
+
+    Attributes:
+      steps: the numbers of each step.
+      outer: the outer loss at the end.
+      first_bad: the first step whose loss or gradient is not finite, or None.
+      kept: [t] the growth before that step.
+      settled: [t'] the end of `kept`: the perturbation needs some steps to turn into the direction that grows.
+      rate: the mean of `settled`; NaN if it is empty.
+    """
+
+    steps: _Steps
+    outer: Any
+    first_bad: int | None
+    kept: np.ndarray
+    settled: np.ndarray
+    rate: float
+
+
+def _judged(steps: _Steps, outer: Any) -> _Judged:
+    bad = np.flatnonzero(~np.isfinite(steps.loss) | ~np.isfinite(steps.grad_norm))
+    kept = steps.growth[: bad[0]] if bad.size else steps.growth
+    settled = kept[len(kept) // 5 :]
+    rate = float(np.mean(settled)) if settled.size else math.nan
+    return _Judged(steps, outer, int(bad[0]) if bad.size else None, kept, settled, rate)
+
+
+def _explodes(judged: _Judged, num_steps: int) -> bool:
+    return judged.rate * num_steps > math.log(1e3)
+
+
+def _falls(judged: _Judged, num_steps: int) -> bool:
+    """Whether the inner loss is lower in the last tenth of the steps than in the first tenth."""
+    loss, tenth = judged.steps.loss, max(1, num_steps // 10)
+    return bool(loss[-tenth:].mean() < loss[:tenth].mean())
+
+
+def _is_sound(judged: _Judged, num_steps: int) -> bool:
+    """Whether a run is finite, its derivative does not explode, and its inner loss falls."""
+    is_finite = judged.first_bad is None and bool(np.isfinite(judged.outer))
+    return is_finite and not _explodes(judged, num_steps) and _falls(judged, num_steps)
 
 
 def _perturbed_run(
@@ -177,12 +229,27 @@ def _divergence(first: int, num_steps: int) -> Finding:
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
         return Finding(f"Before any step, {what}", advice)
-    return Finding(f"Training diverges: {what}", "Start at a smaller rate, bound it by the space, or clip gradients.")
+    advice = "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer."
+    return Finding(f"Training diverges: {what}", advice)
 
 
-def _findings_of_growth(kept: np.ndarray, settled: np.ndarray, rate: float, num_steps: int) -> list[Finding]:
+def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
+    """Problems with training and its derivative."""
+    findings = []
+    if judged.first_bad is not None:
+        findings.append(_divergence(judged.first_bad, num_steps))
+    elif not np.isfinite(judged.outer):
+        findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
+    findings += _findings_of_growth(judged, num_steps)
+    if judged.first_bad is None:
+        findings += _findings_of_loss(judged, num_steps)
+    return findings
+
+
+def _findings_of_growth(judged: _Judged, num_steps: int) -> list[Finding]:
     """Problems with the derivative of training, from the log growth of the perturbation at each step."""
-    if rate * num_steps > math.log(1e3):
+    kept, settled, rate = judged.kept, judged.settled, judged.rate
+    if _explodes(judged, num_steps):
         return [
             Finding(
                 f"Products of Jacobians explode: a perturbation of θ grows by exp({rate:.3f}) a step, and by "
@@ -202,17 +269,16 @@ def _findings_of_growth(kept: np.ndarray, settled: np.ndarray, rate: float, num_
     return []
 
 
-def _findings_of_loss(steps: _Steps, num_steps: int) -> list[Finding]:
+def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
     """Problems with training itself, from a finite inner loss at each step."""
-    loss, tenth = steps.loss, max(1, num_steps // 10)
+    steps, tenth = judged.steps, max(1, num_steps // 10)
+    loss = steps.loss
     before, after, first = loss[-2 * tenth : -tenth].mean(), loss[-tenth:].mean(), loss[:tenth].mean()
     if after >= first:
-        return [
-            Finding(
-                f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end.",
-                "The rate is too small or too large for this many steps.",
-            )
-        ]
+        is_too_large = _explodes(judged, num_steps) or after > 2 * first
+        direction = "large" if is_too_large else "small or too large"
+        what = f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end."
+        return [Finding(what, f"The rate is too {direction} for this many steps.")]
     # Smaller differences of the loss are rounding errors, and their shares have no meaning.
     rounding = 100 * np.finfo(loss.dtype).eps * abs(first)
     if num_steps >= 20 and before - after > max(0.05 * (first - after), rounding):
@@ -224,6 +290,45 @@ def _findings_of_loss(steps: _Steps, num_steps: int) -> list[Finding]:
             )
         ]
     return []
+
+
+def _findings_of_leaves(
+    run: Callable, hyperparams: base.HyperParams, space: base.PyTree | None, num_steps: int, report: Report
+) -> list[Finding]:
+    """Leaves of λ of which another value mends the run."""
+    is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
+    if is_unconstrained and space is None:
+        return []
+    natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
+    leaves, structure = jax.tree_util.tree_flatten_with_path(natural)
+    positive = [i for i, (_, leaf) in enumerate(leaves) if _is_positive(leaf)]
+    findings = []
+    for i in positive if len(positive) <= MAX_LEAVES else []:
+        name = f"λ{jax.tree_util.keystr(leaves[i][0])}"
+        for factor, words in ((1 / FACTOR, "a tenth"), (FACTOR, "ten times")):
+            changed = [leaf * factor if k == i else leaf for k, (_, leaf) in enumerate(leaves)]
+            changed = structure.unflatten(changed)
+            try:
+                coordinates = None if space is None else spaces.to_unconstrained(space, changed)
+            except ValueError:  # outside of the space
+                continue
+            with report.during(f"training with {name} at {words}"):
+                is_mended = _is_sound(run(_like(coordinates if is_unconstrained else changed, hyperparams)), num_steps)
+            if is_mended:
+                what = f"{name} is likely the cause: with {words} of it, training is finite and the inner loss falls."
+                findings.append(Finding(what, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value."))
+                break
+    return findings
+
+
+def _is_positive(leaf: Any) -> bool:
+    leaf = np.asarray(leaf)
+    return bool(leaf.size) and jnp.issubdtype(leaf.dtype, jnp.floating) and bool((leaf > 0).all())
+
+
+def _like(tree: base.PyTree, reference: base.PyTree) -> base.PyTree:
+    """`tree` with the types of the leaves of `reference`, as a compiled program needs them."""
+    return jax.tree.map(lambda x, like: np.asarray(x, jnp.result_type(like)), tree, reference)
 
 
 def _findings_of_bounds(space: base.PyTree, hyperparams: base.HyperParams) -> list[Finding]:
@@ -240,15 +345,18 @@ def _findings_of_bounds(space: base.PyTree, hyperparams: base.HyperParams) -> li
     ]
 
 
-def _findings_of_estimator(estimator, key, hyperparams, task, num_estimates) -> list[Finding]:
+def _findings_of_estimator(estimator, key, hyperparams, task, num_estimates, report: Report) -> list[Finding]:
     """Problems that an estimator's own numbers reveal."""
 
     def again(state, _):
         estimate, state = estimator.estimate(hyperparams, task, state)
         return state, estimate
 
-    run = jax.jit(lambda state: jax.lax.scan(again, state, length=num_estimates)[1])
-    estimates = jax.tree.map(np.asarray, run(estimator.init(key, hyperparams, task)))
+    start = estimator.init(key, hyperparams, task)
+    with report.compiling(f"{num_estimates} estimates"):
+        run = jax.jit(lambda state: jax.lax.scan(again, state, length=num_estimates)[1]).lower(start).compile()
+    with report.during(f"{num_estimates} estimates"):
+        estimates = jax.tree.map(np.asarray, run(start))
     findings = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(estimates.hypergrad):
         name = f"λ{jax.tree_util.keystr(path)}"

@@ -48,7 +48,8 @@ def hyperparameter_trace(
       axes: the axes to draw on; None makes a figure.
 
     Returns:
-      The axes, with a legend if there are at most 12 lines.
+      The axes, with a legend at their right if there are at most 12 lines. If you make the figure yourself, give it
+      `layout="constrained"`, which leaves room for the legend.
 
     Raises:
       ValueError: if the leaves disagree on T.
@@ -72,7 +73,7 @@ def hyperparameter_trace(
     if log and all((line > 0).all() for _, line in lines):
         axes.set_yscale("log")
     if len(lines) <= 12:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # within the axes it covers lines
     axes.set_xlabel("outer step")
     axes.set_ylabel("λ")
     return axes

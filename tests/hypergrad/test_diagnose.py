@@ -7,7 +7,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, inner, spaces
+from metaopt import _progress, base, hypergrad, inner, spaces
 
 
 def quadratic(rate, curvature=1.0):
@@ -35,6 +35,41 @@ def test_exploding_products_and_a_loss_that_does_not_fall():
     diagnosis = hypergrad.diagnose(quadratic(2.5), jnp.array(0.0), problems.TASK, num_steps=50)
     np.testing.assert_allclose(diagnosis.growth, np.log(1.5), rtol=1e-9)
     assert "Products of Jacobians explode" in words(diagnosis) and "does not fall" in words(diagnosis)
+    assert "The rate is too large" in words(diagnosis) and "too small" not in words(diagnosis)
+
+
+def named_leaves(rate, space=None, constrained=None):
+    """The leaves of λ that `diagnose` blames for a run on a quadratic, with SGD and a penalty that is harmless."""
+    loop = inner.loop(
+        lambda params, hp, batch: (1 + hp["decay"]) * (params**2).sum() / 2,
+        lambda hp: optax.sgd(hp["rate"]),
+        init=lambda key, hp, data: jnp.ones(3),
+    )
+    problem, hp = inner.problem(loop, lambda params, hp, batch: (params**2).sum()), {"decay": 0.01, "rate": rate}
+    if constrained:
+        problem, hp = spaces.constrain(problem, constrained), spaces.to_unconstrained(constrained, hp)
+    found = hypergrad.diagnose(problem, hp, problems.TASK, num_steps=50, space=space).findings
+    return [(f.what[:9], f.advice[-14:]) for f in found if "likely the cause" in f.what]
+
+
+def test_the_leaf_that_mends_the_run_is_named():
+    wide = {"decay": spaces.interval(1e-3, 1.0), "rate": spaces.interval(1e-3, 1e12, log=True)}
+    rate = [("λ['rate']", "smaller value.")]
+    assert named_leaves(2.5) == named_leaves(2.5, wide) == named_leaves(2.5, wide, wide) == rate
+    assert named_leaves(0.2) == named_leaves(1e10) == []  # nothing to mend; a tenth is still too large
+    assert named_leaves(2.5, None, wide) == []  # a tenth of λ is unknown in coordinates without their space
+    narrow = wide | {"rate": spaces.interval(1.0, 3.0)}
+    assert named_leaves(2.5, narrow, narrow) == []  # a tenth is outside the space
+
+
+def test_compilations_and_runs_are_reported(capsys, monkeypatch):
+    monkeypatch.setattr(_progress, "SOON", 0.0)
+    monkeypatch.setattr(_progress.DISPLAY, "tick_every", 0.01)
+    estimator = hypergrad.unrolled(quadratic(0.2), num_steps=2)
+    hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=50, estimator=estimator)
+    lines = capsys.readouterr().err
+    assert "compiled the training run with a perturbation" in lines and "compiled 5 estimates" in lines
+    assert "part 2/2" in lines
 
 
 def test_a_single_chaotic_step_is_named():

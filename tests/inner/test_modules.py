@@ -451,3 +451,36 @@ def test_an_equinox_module_needs_no_adapter():
     value, grads = jax.jit(jax.value_and_grad(outer))(LAM)
     assert value < loss(loop.params(loop.init(KEY, LAM, DATA)), LAM, DATA)
     assert np.isfinite(grads["rate"]) and grads["rate"] != 0
+
+
+class DrawsNumbers(nnx.Module):
+    def __init__(self, rngs):
+        self.rngs, self.own = rngs, nnx.Rngs(noise=1)
+
+    def __call__(self, x):
+        return [float(jax.random.uniform(key)) for key in (self.rngs(), self.rngs.noise(), self.own.noise())]
+
+
+def test_random_streams_of_a_module_have_new_keys_in_each_step():
+    model = inner.from_nnx(DrawsNumbers)
+    params, state = model.init(KEY, None, DATA)
+    contexts = [base.Context(jax.random.key(step), jnp.int32(step), state) for step in range(3)]
+    calls = [model.apply(params, context, DATA["x"], train=True) for context in contexts]
+    received = [number for (*numbers, _), _ in calls for number in numbers]
+    assert len(set(received)) == 6  # from the key of the context, with one and the same state
+    own = {numbers[-1] for numbers, _ in calls}
+    (*_, next_of_own), _ = model.apply(params, contexts[0]._replace(model_state=calls[0][1]), DATA["x"], train=True)
+    assert len(own) == 1 and next_of_own not in own  # the module made this stream: it continues with the state
+
+
+def test_a_trained_model_goes_back_to_its_module():
+    loop = make_loop(nnx_model())
+    state = jax.jit(inner.run(loop, num_steps=3))(KEY, LAM, DATA)
+    expected, after = nnx_model().apply(loop.params(state), loop.context(state), DATA["x"])
+    chex.assert_trees_all_equal(after, loop.context(state).model_state)
+    net = NnxNet(rngs=nnx.Rngs(1))
+    nnx.update(net, loop.params(state))
+    net.eval()
+    assert not np.allclose(net(DATA["x"]), expected, atol=1e-3)  # the starting values of the running statistics
+    nnx.update(net, loop.context(state).model_state)
+    np.testing.assert_allclose(net(DATA["x"]), expected, rtol=1e-5, atol=1e-6)
