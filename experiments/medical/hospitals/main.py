@@ -1,0 +1,150 @@
+"""Leaves out each site in turn: chooses a variant within the others, learns g, predicts, and writes the result."""
+
+import functools
+import itertools
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import script
+from experiments.medical import hospitals
+from experiments.medical.hospitals import baselines, learning, report, tables, worlds
+from experiments.medical.hospitals.learning import Settings, Trained, Variant
+from experiments.medical.hospitals.tables import Patients
+
+VARIANTS = tuple(Variant(by_site, num_hidden) for by_site in (False, True) for num_hidden in (0, 8))
+METHODS = {"g": False, "one λ": True}  # whether λ is the same for all tasks
+
+
+class Judged:
+    """A site that is left out, and its draws of labelled patients."""
+
+    def __init__(self, patients: Patients, site: int, num: int, seed: int):
+        self.site, (self.rows, self.labelled) = site, worlds.draws(patients, site, num, seed)
+        self.y = patients.y[self.rows]
+        self.judged = np.stack([~np.isin(self.rows, drawn) for drawn in self.labelled]).astype(float)
+        largest = np.bincount(patients.site).max()
+        self._padded = np.concatenate([self.rows, np.full(largest - len(self.rows), self.rows[0])])
+
+    def call(self, fn, world: worlds.World):
+        """Returns `fn(world, site, rows, labelled)`, with rows padded so that all sites share a program."""
+        return jax.tree.map(np.asarray, fn(world, self.site, self._padded, self.labelled))
+
+    def part(self, predictions: np.ndarray) -> np.ndarray:
+        """Returns predictions [R, padded rows, ...] without the padding."""
+        return predictions[:, : len(self.rows)]
+
+    def log_loss(self, p: np.ndarray) -> float:
+        p = np.clip(p, 1e-6, 1 - 1e-6)
+        losses = -np.log(np.where(self.y > 0, p, 1 - p))
+        return float((self.judged * losses).sum() / self.judged.sum())
+
+
+def predicted(trained: Trained, variant: Variant, constant: bool, judged: Judged, world: worlds.World):
+    """Returns [R, n] probabilities and λ."""
+    p, hp = judged.call(functools.partial(learning.predict, trained, variant, constant), world)
+    return judged.part(p), hp
+
+
+def choices(patients: Patients, settings: Settings, variants: tuple[Variant, ...]) -> dict[str, np.ndarray]:
+    """Returns method -> [variants, sites, sites], log losses at the second site of a g that saw neither of the two.
+
+    Only an entry for a training site as the second one may decide for the first one.
+    """
+    num = len(patients.names)
+    losses = {name: np.full((len(variants), num, num), np.nan) for name in METHODS}
+    for (v, variant), pair in itertools.product(enumerate(variants), itertools.combinations(range(num), 2)):
+        training = [s for s in range(num) if s not in pair]
+        world = worlds.make_world(patients, training, variant.by_site)
+        for name, constant in METHODS.items():
+            trained = learning.learn(world, variant, constant, 0, settings)
+            for site, other in (pair, pair[::-1]):
+                judged = Judged(patients, other, settings.choice_resamples, 1)
+                p, _ = predicted(trained, variant, constant, judged, world)
+                losses[name][v, site, other] = judged.log_loss(p)
+    return losses
+
+
+def left_out(patients: Patients, site: int, chosen: dict[str, Variant], seeds: int, settings: Settings) -> dict:
+    """Returns the predictions of all methods for one site: arrays, by name."""
+    judged = Judged(patients, site, settings.resamples, 0)
+    training = [s for s in range(len(patients.names)) if s != site]
+    arrays = {"rows": judged.rows, "judged": judged.judged}
+    plain = worlds.make_world(patients, training, by_site=False)
+    for name, p in judged.call(baselines.predict, plain).items():
+        arrays[f"p:{name}"] = judged.part(p)[None]
+    transferred = np.asarray(baselines.transferred(plain, site, judged.rows))
+    arrays["conformal:of the training sites"] = np.broadcast_to(
+        transferred, (1, settings.resamples, *transferred.shape)
+    )
+    for name, constant in METHODS.items():
+        variant = chosen[name]
+        world = worlds.make_world(patients, training, variant.by_site)
+        runs: dict[str, list] = {}
+        for seed in range(seeds):
+            trained = learning.learn(world, variant, constant, seed, settings)
+            p, hp = predicted(trained, variant, constant, judged, world)
+            runs.setdefault(f"p:{name}", []).append(p)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(hp):
+                key = jax.tree_util.keystr(path, simple=True, separator=" ")
+                runs.setdefault(f"λ:{name}:{key}", []).append(leaf)
+            for kind, rule in (("leave one out", learning.leave_one_out), ("split", learning.split)):
+                if not constant:
+                    call = functools.partial(rule, trained, variant, constant)
+                    runs.setdefault(f"conformal:{kind}", []).append(judged.part(judged.call(call, world)))
+        arrays |= {key: np.stack(values) for key, values in runs.items()}
+    return arrays
+
+
+def results_of(patients: Patients, label: str, seeds: int, settings: Settings, folder: Path | None, smoke: bool):
+    """Returns the choices and, for each site, the arrays of `left_out`."""
+    variants = VARIANTS[-1:] if smoke else VARIANTS
+    names = range(1) if smoke else range(len(patients.names))
+    if smoke:
+        losses = {name: np.zeros((1, len(patients.names), len(patients.names))) for name in METHODS}
+    else:
+        losses = script.kept(folder, f"{label}-choices", lambda: choices(patients, settings, variants))
+    chosen, by_site = [], []
+    for site in names:
+        mean = {name: np.nanmean(losses[name][:, site], axis=1) for name in METHODS}
+        chosen.append({name: variants[int(values.argmin())] for name, values in mean.items()})
+        started = time.process_time()
+        make = functools.partial(left_out, patients, site, chosen[-1], seeds, settings)
+        by_site.append(script.kept(folder, f"{label}-{site}", make))
+        print(f"{label}, {patients.names[site]}: {time.process_time() - started:.0f} s", flush=True)
+    return chosen, by_site
+
+
+def main() -> None:
+    parser = script.parser(hospitals.__doc__, num_seeds=3)
+    parser.add_argument("--full", action="store_true", help="all seeds, and the tables with made-up sites")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for finished parts")
+    parser.add_argument("--only", choices=("heart disease", "breast cancer", "diabetes"), help="one of the tables")
+    options = parser.parse_args()
+    settings = learning.SMOKE if options.smoke else Settings()
+    seeds = options.seeds if options.full else 1
+    path = Path(__file__).parent
+    folder = None if options.keep is None else script.work_folder(options.keep, path, path.parent / "scores.py")
+    data = script.data_file(path, "heart_by_hospital.csv.gz").parent
+    readers = {"heart disease": lambda: tables.heart_disease(data)}
+    if options.full:
+        readers |= {"breast cancer": tables.breast_cancer, "diabetes": tables.diabetes}
+    if options.only:
+        readers = {
+            options.only: {"breast cancer": tables.breast_cancer, "diabetes": tables.diabetes, **readers}[options.only]
+        }
+    parts = {}
+    for label, read in readers.items():
+        patients = read()
+        parts[label] = patients, *results_of(patients, label, seeds, settings, folder, options.smoke)
+    text = report.report(parts, settings)
+    if not options.smoke:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.plot(*next(iter(parts.values())), options.out / "medical.png")
+    script.publish(path, "Medical diagnosis", text, options, name="medical", picture="Reliability of probabilities")
+
+
+if __name__ == "__main__":
+    main()

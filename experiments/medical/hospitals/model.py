@@ -1,0 +1,140 @@
+"""A site's logistic model, its hyperparameters λ, and g, which predicts λ from 20 labelled patients.
+
+The pooled model of the other hospitals has the logit s = s₁ + s₂ + s₃: columns that are usually measured, columns that
+are often missing, and marks of missing values. A site's model with parameters θ = (b, a, δ) is
+
+    logit p(x) = (b + a (s₁ + κ₂ s₂ + κ₃ s₃) + δ·x) / T,
+    ℓ(θ, λ) = Σ_i c(y_i) CE_i(θ) + ½ ρ_b (b − b₀)² + ½ ρ_a (a − a₀)² + ½ ρ_x |δ_values|² + ½ ρ_m |δ_marks|²,
+
+where T does not enter ℓ. So λ has the shrinkage to the pooled model (ρ, a₀), the prior shift (b₀), the weights of
+columns with missing values and of their marks (κ), the ratio of the class weights c, and the temperature T. ℓ is
+strictly convex. Newton's method finds θ, and the implicit function theorem gives dθ/dλ (`hypergrad.argmin`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metaopt import base, hypergrad, predictors, spaces
+
+NUM_FEATURES = 12
+
+SPACE = {
+    "often_missing": spaces.interval(0.02, 2.0, log=True, default=1.0),  # κ₂
+    "marks": spaces.interval(0.02, 2.0, log=True, default=1.0),  # κ₃
+    "slope": spaces.interval(0.1, 2.0, log=True, default=0.8),  # a₀
+    "intercept": spaces.interval(-4.0, 4.0, default=0.0),  # b₀
+    "penalty": {
+        "intercept": spaces.interval(0.03, 300.0, log=True, default=1.0),
+        "slope": spaces.interval(0.03, 1000.0, log=True, default=10.0),
+        "values": spaces.interval(1.0, 1e4, log=True, default=100.0),
+        "marks": spaces.interval(1.0, 1e4, log=True, default=100.0),
+    },
+    "class_weight": spaces.interval(0.2, 5.0, log=True, default=1.0),  # weight of the sick over that of the healthy
+    "temperature": spaces.interval(0.4, 2.5, log=True, default=1.0),
+}
+
+
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the log losses, one for each patient; y may be a share."""
+    return jax.nn.softplus(logits) - y * logits
+
+
+def newton(fn, params: jax.Array) -> jax.Array:
+    """Minimizes a convex function by 12 steps of Newton's method, each with the best of six lengths."""
+    lengths = jnp.array([1.0, 0.5, 0.25, 0.1, 0.02, 0.0])
+
+    def step(_, params):
+        direction = jax.scipy.linalg.solve(jax.hessian(fn)(params), jax.grad(fn)(params), assume_a="pos")
+        values = jax.vmap(lambda length: fn(params - length * direction))(lengths)
+        return params - lengths[jnp.argmin(values)] * direction
+
+    return jax.lax.fori_loop(0, 12, step, params)
+
+
+def design(hp: base.HyperParams, data: dict[str, jax.Array]) -> jax.Array:
+    """Returns [N, 2 + columns], the rows (1, weighted score of the pooled model, columns)."""
+    weights = jnp.stack([jnp.ones_like(hp["marks"]), hp["often_missing"], hp["marks"]])
+    score = data["scores"] @ weights
+    return jnp.concatenate([jnp.ones((len(score), 1)), score[:, None], data["x"]], axis=1)
+
+
+def prior(hp: base.HyperParams, num_marks: int, num_columns: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the center of θ, and the penalty of each entry; marks are the last columns."""
+    center = jnp.concatenate([jnp.stack([hp["intercept"], hp["slope"]]), jnp.zeros(num_columns)])
+    penalty = hp["penalty"]
+    values, marks = (
+        jnp.full(num, penalty[name]) for name, num in (("values", num_columns - num_marks), ("marks", num_marks))
+    )
+    return center, jnp.concatenate([jnp.stack([penalty["intercept"], penalty["slope"]]), values, marks])
+
+
+def site_loss(params: jax.Array, hp: base.HyperParams, data: dict[str, jax.Array]) -> jax.Array:
+    """ℓ(θ, λ) on the labelled patients, those whose "mask" is 1."""
+    center, penalty = prior(hp, data["marks"].shape[-1], data["x"].shape[1])
+    ratio = jnp.sqrt(hp["class_weight"])
+    weights = data["mask"] * jnp.where(data["y"] > 0, ratio, 1 / ratio)
+    fit = (weights * cross_entropy(design(hp, data) @ params, data["y"])).sum()
+    return fit + 0.5 * (penalty * (params - center) ** 2).sum()
+
+
+_solve = hypergrad.argmin(site_loss, minimize=newton, solver=hypergrad.dense())
+
+
+def fit_site(hp: base.HyperParams, data: dict[str, jax.Array]) -> jax.Array:
+    """Returns θ*(λ), differentiable in λ."""
+    center, _ = prior(hp, data["marks"].shape[-1], data["x"].shape[1])
+    return _solve(jax.lax.stop_gradient(center), hp, data)
+
+
+def site_logits(params: jax.Array, hp: base.HyperParams, data: dict[str, jax.Array]) -> jax.Array:
+    """Returns the logits of patients, whose labels are not used."""
+    return design(hp, data) @ params / hp["temperature"]
+
+
+def outer_loss(coordinates: base.HyperParams, task: base.Task, key: jax.Array) -> jax.Array:
+    """F(λ): the log loss on the other patients of the site."""
+    del key
+    hp = spaces.to_constrained(SPACE, coordinates)
+    logits = site_logits(fit_site(hp, task.train), hp, task.valid)
+    return cross_entropy(logits, task.valid["y"]).mean()
+
+
+def features(data: dict[str, jax.Array]) -> jax.Array:
+    """Returns [NUM_FEATURES] numbers that describe the labelled patients, before scaling."""
+    mask, y, scores = data["mask"], data["y"], data["scores"]
+    num = mask.sum()
+    mean = lambda values: (mask * values).sum() / num
+    score = scores.sum(1)
+    share, center = mean(y), mean(score)
+    spread = jnp.sqrt(mean((score - center) ** 2) + 1e-6)
+    residual = y - jax.nn.sigmoid(score)
+    return jnp.stack(
+        [
+            jnp.log((num * share + 0.5) / (num * (1 - share) + 0.5)),
+            center,
+            spread,
+            mean(residual),
+            mean(residual**2),
+            mean((y - share) * score) / spread,
+            mean(scores[:, 1]),
+            mean(scores[:, 2]),
+            mean(data["marks"].mean(1)),
+            mean(data["age"]),
+            jnp.sqrt(mean((data["age"] - mean(data["age"])) ** 2) + 1e-6),
+            mean((y - share) * scores[:, 2]),
+        ]
+    )
+
+
+def predictor(num_hidden: int, constant: bool) -> base.Predictor:
+    """Returns g. With `constant`, λ is the same for all tasks: g does not see the features."""
+    g = predictors.mlp(SPACE, NUM_FEATURES, num_hidden=num_hidden, limit=2.5)
+    if not constant:
+        return g
+
+    def apply(meta_params: Any, task: base.Task):
+        return g.apply(meta_params, task._replace(features=jnp.zeros(NUM_FEATURES)))
+
+    return g._replace(apply=apply)
