@@ -10,7 +10,7 @@ NUM_FOLDS = 5
 
 
 def _site_fit(x: jax.Array, y: jax.Array, mask: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Returns the logistic regression of one site. Its intercept has a penalty of 0.01, since classes may be missing."""
+    """Returns the logistic regression of one site. The penalty of 0.01 keeps its intercept finite with one class."""
     rows = jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
     ridge = jnp.concatenate([jnp.full(1, 0.01), jnp.full(x.shape[1], penalty)])
     loss = lambda params: (mask * model.cross_entropy(rows @ params, y)).sum() + 0.5 * (ridge * params**2).sum()

@@ -35,10 +35,11 @@ SMOKE = Settings(steps=2, tasks=2, query=20, resamples=3, choice_resamples=2, bo
 
 
 class Variant(NamedTuple):
-    """What is chosen within the training sites: intercepts of the pooled model, and tanh units of g."""
+    """What is chosen within the training sites: intercepts of the pooled model, tanh units of g, its weight decay."""
 
     by_site: bool
     num_hidden: int
+    decay: float
 
 
 class Trained(NamedTuple):
@@ -55,10 +56,11 @@ def _tasks(world: worlds.World, key: jax.Array, num: int, num_query: int) -> bas
 
 
 @functools.cache
-def _learner(num_hidden: int, constant: bool, steps: int) -> training.Learner:
+def _learner(num_hidden: int, decay: float, constant: bool, steps: int) -> training.Learner:
     g = model.predictor(num_hidden, constant)
     estimator = predictors.amortize(hypergrad.direct(model.outer_loss), g)
-    adam = optax.adamw(optax.cosine_decay_schedule(0.03, steps), weight_decay=1e-2)
+    decayed = lambda params: {name: name != "center" for name in params}
+    adam = optax.adamw(optax.cosine_decay_schedule(0.03, steps), weight_decay=decay, mask=decayed)
     return training.learner(hypergrad.over_tasks(estimator, max_norm=1.0), adam)
 
 
@@ -67,7 +69,7 @@ def learn(world: worlds.World, variant: Variant, constant: bool, seed: int, sett
     described = _tasks(world, jax.random.key(1000 + seed), 500, settings.query).features
     scaling = worlds.Scaling(described.mean(0), described.std(0) + 1e-3)
     result = training.fit(
-        _learner(variant.num_hidden, constant, settings.steps),
+        _learner(variant.num_hidden, variant.decay, constant, settings.steps),
         lambda key: scaling(_tasks(world, key, settings.tasks, settings.query)),
         hyperparams=model.predictor(variant.num_hidden, constant).init(jax.random.key(seed)),
         num_steps=settings.steps,
@@ -105,7 +107,8 @@ def without(train: dict[str, jax.Array], dropped: jax.Array) -> dict[str, jax.Ar
 def leave_one_out(trained: Trained, variant: Variant, constant: bool, world, site, rows, labelled):
     """Returns [R, n, 2] p-values of both outcomes, from models without one of the labelled patients (cross-conformal).
 
-        p(x, y) = (1 + #{i: s_i ≥ s_{−i}(x, y)}) / (n + 1),    s_{−i}(x, y) = 1 − p_{−i}(y | x),    s_i = s_{−i}(x_i, y_i)
+        p(x, y) = (1 + #{i: s_i ≥ s_{−i}(x, y)}) / (n + 1),
+        s_{−i}(x, y) = 1 − p_{−i}(y | x),    s_i = s_{−i}(x_i, y_i),
 
     where the model −i, its features and its λ do not see patient i.
 

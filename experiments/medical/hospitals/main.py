@@ -14,7 +14,8 @@ from experiments.medical.hospitals import baselines, learning, report, tables, w
 from experiments.medical.hospitals.learning import Settings, Trained, Variant
 from experiments.medical.hospitals.tables import Patients
 
-VARIANTS = tuple(Variant(by_site, num_hidden) for by_site in (False, True) for num_hidden in (0, 8))
+G_OPTIONS = ((0, 0.01), (0, 1.0), (8, 1.0))  # tanh units and weight decay
+VARIANTS = tuple(Variant(by_site, *options) for by_site in (False, True) for options in G_OPTIONS)
 METHODS = {"g": False, "one λ": True}  # whether λ is the same for all tasks
 
 
@@ -59,6 +60,8 @@ def choices(patients: Patients, settings: Settings, variants: tuple[Variant, ...
         training = [s for s in range(num) if s not in pair]
         world = worlds.make_world(patients, training, variant.by_site)
         for name, constant in METHODS.items():
+            if constant and (variant.num_hidden, variant.decay) != G_OPTIONS[0]:
+                continue  # without features, these variants are the same
             trained = learning.learn(world, variant, constant, 0, settings)
             for site, other in (pair, pair[::-1]):
                 judged = Judged(patients, other, settings.choice_resamples, 1)
@@ -108,8 +111,10 @@ def results_of(patients: Patients, label: str, seeds: int, settings: Settings, f
         losses = script.kept(folder, f"{label}-choices", lambda: choices(patients, settings, variants))
     chosen, by_site = [], []
     for site in names:
-        mean = {name: np.nanmean(losses[name][:, site], axis=1) for name in METHODS}
-        chosen.append({name: variants[int(values.argmin())] for name, values in mean.items()})
+        means = {name: np.nansum(losses[name][:, site], axis=1) / (len(patients.names) - 1) for name in METHODS}
+        known = {name: ~np.isnan(losses[name][:, site]).all(axis=1) for name in METHODS}
+        best = {name: int(np.where(known[name], mean, np.inf).argmin()) for name, mean in means.items()}
+        chosen.append({name: variants[v] for name, v in best.items()})
         started = time.process_time()
         make = functools.partial(left_out, patients, site, chosen[-1], seeds, settings)
         by_site.append(script.kept(folder, f"{label}-{site}", make))
@@ -129,12 +134,10 @@ def main() -> None:
     folder = None if options.keep is None else script.work_folder(options.keep, path, path.parent / "scores.py")
     data = script.data_file(path, "heart_by_hospital.csv.gz").parent
     readers = {"heart disease": lambda: tables.heart_disease(data)}
-    if options.full:
+    if options.full or options.only:
         readers |= {"breast cancer": tables.breast_cancer, "diabetes": tables.diabetes}
     if options.only:
-        readers = {
-            options.only: {"breast cancer": tables.breast_cancer, "diabetes": tables.diabetes, **readers}[options.only]
-        }
+        readers = {options.only: readers[options.only]}
     parts = {}
     for label, read in readers.items():
         patients = read()

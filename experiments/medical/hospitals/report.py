@@ -108,9 +108,13 @@ def conformal_table(patients: Patients, by_site: list[dict]) -> tuple[str, list[
 
 def subgroups(patients: Patients, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Returns name -> [n] masks of a site's patients."""
-    masks = {} if patients.sex is None else {"women": patients.sex[rows] == 0, "men": patients.sex[rows] == 1}
-    old = patients.age[rows] >= 55
-    return masks | {"below 55": ~old, "55 and older": old}
+    masks = {}
+    if patients.sex is not None:
+        masks |= {"women": patients.sex[rows] == 0, "men": patients.sex[rows] == 1}
+    if patients.age is not None:
+        old = patients.age[rows] >= 55
+        masks |= {"below 55": ~old, "55 and older": old}
+    return masks
 
 
 def subgroup_table(patients: Patients, by_site: list[dict]) -> str:
@@ -128,6 +132,8 @@ def subgroup_table(patients: Patients, by_site: list[dict]) -> str:
                 row += [f"{np.mean([fn(run, y, weights) for run in p]):.3f}" for fn in (scores.brier, scores.ece)]
             sets = [scores.Abstention(p, y, weights, 0.1) for p in arrays["conformal:leave one out"]]
             rows.append([*row, f"{100 * np.mean([s.coverage for s in sets]):.0f}"])
+    if not rows:
+        return ""
     names = [f"{score} {label}" for label in ("of g", "of Platt") for score in ("mean p", "Brier", "ECE")]
     return script.table(["site", "patients", "number", "share", *names, "coverage"], rows)
 
@@ -151,7 +157,8 @@ def hyperparams_table(patients: Patients, by_site: list[dict]) -> str:
 
 def chosen_text(patients: Patients, chosen: list[dict[str, Variant]]) -> str:
     """Returns the chosen variants in words."""
-    words = lambda v: f"{'an intercept per site' if v.by_site else 'one intercept'}, {v.num_hidden} tanh units"
+    kind = lambda v: "an intercept per site" if v.by_site else "one intercept"
+    words = lambda v: f"{kind(v)}, {v.num_hidden} tanh units, decay {v.decay:g}"
     sites = [
         f"{patients.names[i]}: " + "; ".join(f"{name} with {words(v)}" for name, v in of_site.items())
         for i, of_site in enumerate(chosen)
@@ -172,17 +179,18 @@ def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) ->
             f"over {num_seeds} seed(s). ECE has ten fixed bins of equal width. {chosen_text(patients, chosen)}",
             "### Differences in pairs",
             differences,
-            "Below 0, g is better. The first interval is ± 1.96 standard errors over the draws. The second one is a 95 % "
-            "bootstrap of patients and draws. The aim is an interval over draws below 0 against both Platt scalings. "
+            "Below 0, g is better. The first interval is ± 1.96 standard errors over the draws. The second one is a "
+            "95 % bootstrap of patients and draws. The aim is an interval over draws below 0 against both Platt "
+            "scalings. "
             f"Missed: {'; '.join(missed) or 'none'}.",
             "### Abstention",
             conformal,
-            'In percent. A prediction set with one outcome is an answer, others abstain. "wrong answers" is their share '
-            'among the answers. "sick" and "healthy" are the coverages of each class. The first two rules use the 20 '
-            "labelled patients, and the last one the pooled model and only the training sites. Leave one out is beyond 2 "
-            f"points of the nominal coverage at: {'; '.join(uncovered) or 'none'}.",
+            'In percent. A prediction set with one outcome is an answer, others abstain. "wrong answers" is their '
+            'share among the answers, "sick" and "healthy" the coverages of each class. The first two rules use the '
+            "20 labelled patients, and the last one the pooled model and only the training sites. Leave one out is "
+            f"beyond 2 points of the nominal coverage at: {'; '.join(uncovered) or 'none'}.",
             "### Subgroups",
-            subgroup_table(patients, by_site),
+            subgroup_table(patients, by_site) or "The table has neither age nor sex.",
             '"share" is that of the sick, "mean p" the mean prediction, "Platt" pooled logistic regression with Platt '
             "scaling, and coverage that of the leave-one-out sets at 90 %.",
             "### Predicted λ",

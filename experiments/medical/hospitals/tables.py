@@ -18,9 +18,9 @@ class Patients(NamedTuple):
       y: [N], 1 for disease.
       site: [N] int32, 0..S-1.
       names: S names of sites.
-      age: [N], for the windows of resampled tasks and for subgroups.
+      age: [N] in years, for subgroups; None if it is not known.
       sex: [N], 1 for men, for subgroups; None if it is not known.
-      window: the column of x that has the age.
+      window: the column of x for the windows of resampled tasks: the age if it is known.
     """
 
     x: np.ndarray
@@ -28,7 +28,7 @@ class Patients(NamedTuple):
     y: np.ndarray
     site: np.ndarray
     names: tuple[str, ...]
-    age: np.ndarray
+    age: np.ndarray | None
     sex: np.ndarray | None
     window: int
 
@@ -49,12 +49,12 @@ def heart_disease(folder) -> Patients:
 
 
 def breast_cancer() -> Patients:
-    """Returns scikit-learn's 569 tumors, 1 for malignant. Sites are quarters by mean texture: the table has no sites."""
+    """Returns scikit-learn's 569 tumors, 1 for malignant. It has no sites: they are quarters by mean texture."""
     from sklearn.datasets import load_breast_cancer
 
     data = load_breast_cancer()
     column = list(data.feature_names).index("mean texture")
-    return _quartered(data.data, 1 - data.target, column, "texture", None)
+    return _quartered(data.data, 1 - data.target, column, "texture")._replace(age=None)
 
 
 def diabetes() -> Patients:
@@ -63,12 +63,12 @@ def diabetes() -> Patients:
 
     data = load_diabetes(scaled=False)
     sex = data.data[:, data.feature_names.index("sex")] == 2
-    return _quartered(data.data, data.target > 140, data.feature_names.index("age"), "age", sex)
+    return _quartered(data.data, data.target > 140, data.feature_names.index("age"), "age")._replace(sex=sex)
 
 
-def _quartered(x: np.ndarray, y: np.ndarray, column: int, name: str, sex: np.ndarray | None) -> Patients:
+def _quartered(x: np.ndarray, y: np.ndarray, column: int, name: str) -> Patients:
     rank = np.argsort(np.argsort(x[:, column], kind="stable"))
     site = (4 * rank // len(rank)).astype(np.int32)
     names = tuple(f"{name}, quarter {i + 1}" for i in range(4))
     owner = np.arange(x.shape[1])
-    return Patients(x.astype(np.float32), owner, np.asarray(y, np.float32), site, names, x[:, column], sex, column)
+    return Patients(x.astype(np.float32), owner, np.asarray(y, np.float32), site, names, x[:, column], None, column)
