@@ -378,9 +378,9 @@ def report(runs: list[dict[str, np.ndarray]], patients: np.ndarray) -> str:
     header = ["", "error", "minus last value", "minus one λ", "% of patients better than last value"]
     text = "Research, not a medical device.\n\n" + script.table(header, rows)
     text += (
-        f"\n\nMean absolute error of `motor_UPDRS` after five recordings, over {len(patients)} patients; mean ± standard "
-        f"deviation over {len(runs)} seed(s), which differ in folds and in the start of g. Differences ± 1.96 standard "
-        "errors over patients, of means over seeds. The interval of g is not below 0 against: "
+        f"\n\nMean absolute error of `motor_UPDRS` after five recordings, over {len(patients)} patients; mean ± "
+        f"standard deviation over {len(runs)} seed(s), which differ in folds and in the start of g. Differences ± "
+        "1.96 standard errors over patients, of means over seeds. The interval of g is not below 0 against: "
         f"{', '.join(missed) or 'none'}.\n\n"
     )
     lambdas = [key for key in runs[0] if key.startswith("λ:g:")]
