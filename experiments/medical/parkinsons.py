@@ -196,7 +196,7 @@ def learn(courses: Courses, patients, variant: tuple, constant: bool, seed: int,
 
     def sample(key):
         drawn = window_tasks(courses, patients, key, settings.tasks, settings.query)
-        return drawn._replace(features=(drawn.features - mean) / deviation)
+        return drawn._replace(features=(drawn.features - mean[None]) / deviation[None])
 
     result = training.fit(
         _learner(num_hidden, decay, constant, settings.steps),

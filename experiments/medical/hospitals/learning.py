@@ -70,7 +70,7 @@ def learn(world: worlds.World, variant: Variant, constant: bool, seed: int, sett
     scaling = worlds.Scaling(described.mean(0), described.std(0) + 1e-3)
     result = training.fit(
         _learner(variant.num_hidden, variant.decay, constant, settings.steps),
-        lambda key: scaling(_tasks(world, key, settings.tasks, settings.query)),
+        lambda key: jax.vmap(scaling)(_tasks(world, key, settings.tasks, settings.query)),
         hyperparams=model.predictor(variant.num_hidden, constant).init(jax.random.key(seed)),
         num_steps=settings.steps,
         key=jax.random.key(100 + seed),
