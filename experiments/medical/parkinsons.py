@@ -47,7 +47,7 @@ NUM_FOLDS = 6
 NUM_FEATURES = 6
 WINDOW_DAYS = 60.0  # windows of training begin before this day
 SPAN_DAYS = 3.0  # shorter spans give no slope
-VARIANTS = tuple(itertools.product((0, 8), (0.01, 1.0)))  # tanh units, weight decay
+VARIANTS = ((0, 0.01), (0, 1.0), (8, 1.0))  # tanh units, weight decay
 CONSTANT = (0, 0.01)  # of "one λ"
 SPACE = {
     "level_penalty": spaces.interval(1e-2, 1e3, log=True, default=10.0),  # ρ_α

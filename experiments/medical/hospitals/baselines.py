@@ -13,8 +13,7 @@ def _site_fit(x: jax.Array, y: jax.Array, mask: jax.Array, penalty: jax.Array) -
     """Returns the logistic regression of one site. The penalty of 0.01 keeps its intercept finite with one class."""
     rows = jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
     ridge = jnp.concatenate([jnp.full(1, 0.01), jnp.full(x.shape[1], penalty)])
-    loss = lambda params: (mask * model.cross_entropy(rows @ params, y)).sum() + 0.5 * (ridge * params**2).sum()
-    return model.newton(loss, jnp.zeros(rows.shape[1]))
+    return model.ridge_logistic(rows, y, mask, jnp.zeros(rows.shape[1]), ridge)
 
 
 def _site_wise(train: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -40,8 +39,10 @@ def _site_wise(train: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _recalibrated(scores: jax.Array, y: jax.Array, at: jax.Array) -> jax.Array:
     """Returns logits whose intercept fits the labelled patients; the penalty of 0.1 keeps it finite with one class."""
-    loss = lambda shift: model.cross_entropy(scores + shift[0], y).sum() + 0.05 * shift[0] ** 2
-    return at + model.newton(loss, jnp.zeros(1))[0]
+    rows, ones = jnp.stack([jnp.ones_like(scores), scores], axis=1), jnp.ones_like(scores)
+    fixed_slope = jnp.array([0.1, 1e6])
+    params = model.ridge_logistic(rows, y, ones, jnp.array([0.0, 1.0]), fixed_slope)
+    return params[0] + params[1] * at
 
 
 @jax.jit

@@ -23,11 +23,11 @@ class Settings(NamedTuple):
       bootstraps: of the judged patients.
     """
 
-    steps: int = 300
-    tasks: int = 24
+    steps: int = 200
+    tasks: int = 16
     query: int = 40
     resamples: int = 200
-    choice_resamples: int = 50
+    choice_resamples: int = 40
     bootstraps: int = 500
 
 

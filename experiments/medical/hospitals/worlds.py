@@ -61,8 +61,7 @@ def pooled_fit(x: jax.Array, y: jax.Array, used: jax.Array, intercepts: jax.Arra
     rows = jnp.concatenate([intercepts, x], axis=1)
     num = intercepts.shape[1]
     ridge = jnp.concatenate([jnp.full(num, 1e-3), jnp.full(x.shape[1], penalty)])
-    loss = lambda params: (used * model.cross_entropy(rows @ params, y)).sum() + 0.5 * (ridge * params**2).sum()
-    params = model.newton(loss, jnp.zeros(rows.shape[1]))
+    params = model.ridge_logistic(rows, y, used, jnp.zeros(rows.shape[1]), ridge)
     is_used = (used @ intercepts > 0).astype(params.dtype)
     return jnp.concatenate([(params[:num] @ is_used / is_used.sum())[None], params[num:]])
 
@@ -77,9 +76,8 @@ def platt(scores: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
     """
     sick, healthy = (mask * y).sum(), (mask * (1 - y)).sum()
     target = jnp.where(y > 0, (sick + 1) / (sick + 2), 1 / (healthy + 2))
-    logits = lambda params: params[0] + params[1] * scores
-    loss = lambda params: (mask * model.cross_entropy(logits(params), target)).sum() + 5e-4 * params[1] ** 2
-    return model.newton(loss, jnp.zeros(2))
+    rows = jnp.stack([jnp.ones_like(scores), scores], axis=1)
+    return model.ridge_logistic(rows, target, mask, jnp.zeros(2), jnp.array([1e-5, 1e-3]))
 
 
 @jax.jit
