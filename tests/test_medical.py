@@ -15,7 +15,6 @@ from experiments.medical.hospitals import baselines, learning, model, tables, wo
 from metaopt import spaces
 
 ROOT = Path(__file__).parents[1]
-VARIANT = learning.Variant(by_site=True, num_hidden=2, decay=0.01)
 
 
 def patients(seed=0):
@@ -108,8 +107,8 @@ def test_an_outcome_that_is_not_labelled_changes_no_prediction():
 
     def predictions(table):
         world = worlds.make_world(table, [0, 1, 2], by_site=True)
-        trained = learning.learn(world, VARIANT, False, 0, learning.SMOKE)
-        call = (trained, VARIANT, False, world, 3, rows, labelled)
+        trained = learning.learn(world, 0.01, False, 0, learning.SMOKE)
+        call = (trained, world, 3, rows, labelled)
         p, _ = learning.predict(*call)
         others = baselines.predict(world, 3, rows, labelled), baselines.transferred(world, 3, rows)
         return [p, learning.leave_one_out(*call), learning.split(*call), *jax.tree.leaves(others)]

@@ -35,10 +35,14 @@ SMOKE = Settings(steps=2, tasks=2, query=20, resamples=3, choice_resamples=2, bo
 
 
 class Variant(NamedTuple):
-    """What is chosen within the training sites: intercepts of the pooled model, tanh units of g, its weight decay."""
+    """What is chosen within the training sites.
+
+    Attributes:
+      by_site: whether the pooled model has an intercept for each site.
+      decay: the weight decay of g.
+    """
 
     by_site: bool
-    num_hidden: int
     decay: float
 
 
@@ -56,22 +60,21 @@ def _tasks(world: worlds.World, key: jax.Array, num: int, num_query: int) -> bas
 
 
 @functools.cache
-def _learner(num_hidden: int, decay: float, constant: bool, steps: int) -> training.Learner:
-    g = model.predictor(num_hidden, constant)
-    estimator = predictors.amortize(hypergrad.direct(model.outer_loss), g)
+def _learner(decay: float, steps: int) -> training.Learner:
+    estimator = predictors.amortize(hypergrad.direct(model.outer_loss), model.PREDICTOR)
     decayed = lambda params: {name: name != "center" for name in params}
     adam = optax.adamw(optax.cosine_decay_schedule(0.03, steps), weight_decay=decay, mask=decayed)
     return training.learner(hypergrad.over_tasks(estimator, max_norm=1.0), adam)
 
 
-def learn(world: worlds.World, variant: Variant, constant: bool, seed: int, settings: Settings) -> Trained:
-    """Returns g, or with `constant` one λ for all tasks."""
+def learn(world: worlds.World, decay: float, constant: bool, seed: int, settings: Settings) -> Trained:
+    """Returns g. With `constant`, the features are scaled to 0, so that λ is the same for all tasks."""
     described = _tasks(world, jax.random.key(1000 + seed), 500, settings.query).features
-    scaling = worlds.Scaling(described.mean(0), described.std(0) + 1e-3)
+    scaling = worlds.Scaling(described.mean(0), jnp.where(constant, jnp.inf, described.std(0) + 1e-3))
     result = training.fit(
-        _learner(variant.num_hidden, variant.decay, constant, settings.steps),
+        _learner(decay, settings.steps),
         lambda key: jax.vmap(scaling)(_tasks(world, key, settings.tasks, settings.query)),
-        hyperparams=model.predictor(variant.num_hidden, constant).init(jax.random.key(seed)),
+        hyperparams=model.PREDICTOR.init(jax.random.key(seed)),
         num_steps=settings.steps,
         key=jax.random.key(100 + seed),
         progress=False,
@@ -79,22 +82,22 @@ def learn(world: worlds.World, variant: Variant, constant: bool, seed: int, sett
     return Trained(result.hyperparams, scaling)
 
 
-def hyperparams_of(trained: Trained, variant: Variant, constant: bool, task: base.Task) -> base.HyperParams:
+def hyperparams_of(trained: Trained, task: base.Task) -> base.HyperParams:
     """Returns λ for a task whose features are not scaled."""
-    g = model.predictor(variant.num_hidden, constant)
-    return spaces.to_constrained(model.SPACE, g.apply(trained.meta_params, trained.scaling(task)))
+    z = model.PREDICTOR.apply(trained.meta_params, trained.scaling(task))
+    return spaces.to_constrained(model.SPACE, z)
 
 
-def _predicted(trained: Trained, variant: Variant, constant: bool, task: base.Task) -> tuple[jax.Array, Any]:
+def _predicted(trained: Trained, task: base.Task) -> tuple[jax.Array, Any]:
     """Returns [n] probabilities, and λ."""
-    hp = hyperparams_of(trained, variant, constant, task)
+    hp = hyperparams_of(trained, task)
     return jax.nn.sigmoid(model.site_logits(model.fit_site(hp, task.train), hp, task.valid)), hp
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def predict(trained: Trained, variant: Variant, constant: bool, world, site, rows, labelled):
+@jax.jit
+def predict(trained: Trained, world, site, rows, labelled):
     """Returns [R, n] probabilities, and λ with leaves [R], for R draws of labelled patients."""
-    one = lambda drawn: _predicted(trained, variant, constant, worlds.new_site(world, site, rows, drawn))
+    one = lambda drawn: _predicted(trained, worlds.new_site(world, site, rows, drawn))
     return jax.vmap(one)(labelled)
 
 
@@ -103,8 +106,8 @@ def without(train: dict[str, jax.Array], dropped: jax.Array) -> dict[str, jax.Ar
     return {**train, "mask": train["mask"] * (1 - dropped)}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def leave_one_out(trained: Trained, variant: Variant, constant: bool, world, site, rows, labelled):
+@jax.jit
+def leave_one_out(trained: Trained, world, site, rows, labelled):
     """Returns [R, n, 2] p-values of both outcomes, from models without one of the labelled patients (cross-conformal).
 
         p(x, y) = (1 + #{i: s_i ≥ s_{−i}(x, y)}) / (n + 1),
@@ -122,7 +125,7 @@ def leave_one_out(trained: Trained, variant: Variant, constant: bool, world, sit
 
         def one(dropped):
             train = without(task.train, dropped)
-            hp = hyperparams_of(trained, variant, constant, base.Task(train, None, model.features(train)))
+            hp = hyperparams_of(trained, base.Task(train, None, model.features(train)))
             params = model.fit_site(hp, train)
             p, own = (jax.nn.sigmoid(model.site_logits(params, hp, data)) for data in (task.valid, task.train))
             score = (dropped * jnp.where(task.train["y"] > 0, 1 - own, own)).sum()
@@ -133,8 +136,8 @@ def leave_one_out(trained: Trained, variant: Variant, constant: bool, world, sit
     return jax.lax.map(of_draw, labelled)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def split(trained: Trained, variant: Variant, constant: bool, world, site, rows, labelled):
+@jax.jit
+def split(trained: Trained, world, site, rows, labelled):
     """Returns [R, n, 2] p-values of split conformal prediction: half of the labelled patients fit, half calibrate."""
     num = labelled.shape[1]
     held = (jnp.arange(num) >= num // 2).astype(jnp.float32)
@@ -142,7 +145,7 @@ def split(trained: Trained, variant: Variant, constant: bool, world, site, rows,
     def of_draw(drawn):
         task = worlds.new_site(world, site, rows, drawn)
         train = without(task.train, held)
-        hp = hyperparams_of(trained, variant, constant, base.Task(train, None, model.features(train)))
+        hp = hyperparams_of(trained, base.Task(train, None, model.features(train)))
         params = model.fit_site(hp, train)
         p, own = (jax.nn.sigmoid(model.site_logits(params, hp, data)) for data in (task.valid, task.train))
         scores = jnp.where(task.train["y"] > 0, 1 - own, own)

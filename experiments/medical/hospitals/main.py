@@ -14,8 +14,8 @@ from experiments.medical.hospitals import baselines, learning, report, tables, w
 from experiments.medical.hospitals.learning import Settings, Trained, Variant
 from experiments.medical.hospitals.tables import Patients
 
-G_OPTIONS = ((0, 0.01), (0, 1.0), (8, 1.0))  # tanh units and weight decay
-VARIANTS = tuple(Variant(by_site, *options) for by_site in (False, True) for options in G_OPTIONS)
+DECAYS = (0.01, 1.0)  # of g
+VARIANTS = tuple(Variant(by_site, decay) for by_site in (False, True) for decay in DECAYS)
 METHODS = {"g": False, "one λ": True}  # whether λ is the same for all tasks
 
 
@@ -43,9 +43,9 @@ class Judged:
         return float((self.judged * losses).sum() / self.judged.sum())
 
 
-def predicted(trained: Trained, variant: Variant, constant: bool, judged: Judged, world: worlds.World):
+def predicted(trained: Trained, judged: Judged, world: worlds.World):
     """Returns [R, n] probabilities and λ."""
-    p, hp = judged.call(functools.partial(learning.predict, trained, variant, constant), world)
+    p, hp = judged.call(functools.partial(learning.predict, trained), world)
     return judged.part(p), hp
 
 
@@ -60,12 +60,12 @@ def choices(patients: Patients, settings: Settings, variants: tuple[Variant, ...
         training = [s for s in range(num) if s not in pair]
         world = worlds.make_world(patients, training, variant.by_site)
         for name, constant in METHODS.items():
-            if constant and (variant.num_hidden, variant.decay) != G_OPTIONS[0]:
+            if constant and variant.decay != DECAYS[0]:
                 continue  # without features, these variants are the same
-            trained = learning.learn(world, variant, constant, 0, settings)
+            trained = learning.learn(world, variant.decay, constant, 0, settings)
             for site, other in (pair, pair[::-1]):
                 judged = Judged(patients, other, settings.choice_resamples, 1)
-                p, _ = predicted(trained, variant, constant, judged, world)
+                p, _ = predicted(trained, judged, world)
                 losses[name][v, site, other] = judged.log_loss(p)
     return losses
 
@@ -87,15 +87,15 @@ def left_out(patients: Patients, site: int, chosen: dict[str, Variant], seeds: i
         world = worlds.make_world(patients, training, variant.by_site)
         runs: dict[str, list] = {}
         for seed in range(seeds):
-            trained = learning.learn(world, variant, constant, seed, settings)
-            p, hp = predicted(trained, variant, constant, judged, world)
+            trained = learning.learn(world, variant.decay, constant, seed, settings)
+            p, hp = predicted(trained, judged, world)
             runs.setdefault(f"p:{name}", []).append(p)
             for path, leaf in jax.tree_util.tree_leaves_with_path(hp):
                 key = jax.tree_util.keystr(path, simple=True, separator=" ")
                 runs.setdefault(f"λ:{name}:{key}", []).append(leaf)
             for kind, rule in (("leave one out", learning.leave_one_out), ("split", learning.split)):
                 if not constant:
-                    call = functools.partial(rule, trained, variant, constant)
+                    call = functools.partial(rule, trained)
                     runs.setdefault(f"conformal:{kind}", []).append(judged.part(judged.call(call, world)))
         arrays |= {key: np.stack(values) for key, values in runs.items()}
     return arrays
@@ -103,9 +103,10 @@ def left_out(patients: Patients, site: int, chosen: dict[str, Variant], seeds: i
 
 def results_of(patients: Patients, label: str, seeds: int, settings: Settings, folder: Path | None, smoke: bool):
     """Returns the choices and, for each site, the arrays of `left_out`."""
-    variants = VARIANTS[-1:] if smoke else VARIANTS
+    fixed = smoke or label != "heart disease"
+    variants = VARIANTS[:1] if fixed else VARIANTS
     names = range(1) if smoke else range(len(patients.names))
-    if smoke:
+    if fixed:
         losses = {name: np.zeros((1, len(patients.names), len(patients.names))) for name in METHODS}
     else:
         losses = script.kept(folder, f"{label}-choices", lambda: choices(patients, settings, variants))
@@ -117,7 +118,7 @@ def results_of(patients: Patients, label: str, seeds: int, settings: Settings, f
         chosen.append({name: variants[v] for name, v in best.items()})
         started = time.process_time()
         make = functools.partial(left_out, patients, site, chosen[-1], seeds, settings)
-        by_site.append(script.kept(folder, f"{label}-{site}", make))
+        by_site.append(script.kept(folder, f"{label}-{site}-{seeds}", make))
         print(f"{label}, {patients.names[site]}: {time.process_time() - started:.0f} s", flush=True)
     return chosen, by_site
 
@@ -141,7 +142,8 @@ def main() -> None:
     parts = {}
     for label, read in readers.items():
         patients = read()
-        parts[label] = patients, *results_of(patients, label, seeds, settings, folder, options.smoke)
+        num_seeds = seeds if label == "heart disease" else 1
+        parts[label] = patients, *results_of(patients, label, num_seeds, settings, folder, options.smoke)
     text = report.report(parts, settings)
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,6 @@ columns with missing values and of their marks (κ), the ratio of the class weig
 strictly convex. Newton's method finds θ, and the implicit function theorem gives dθ/dλ (`hypergrad.argmin`).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -154,13 +152,4 @@ def features(data: dict[str, jax.Array]) -> jax.Array:
     )
 
 
-def predictor(num_hidden: int, constant: bool) -> base.Predictor:
-    """Returns g. With `constant`, λ is the same for all tasks: g does not see the features."""
-    g = predictors.mlp(SPACE, NUM_FEATURES, num_hidden=num_hidden, limit=2.5)
-    if not constant:
-        return g
-
-    def apply(meta_params: Any, task: base.Task):
-        return g.apply(meta_params, task._replace(features=jnp.zeros(NUM_FEATURES)))
-
-    return g._replace(apply=apply)
+PREDICTOR = predictors.mlp(SPACE, NUM_FEATURES, num_hidden=0, limit=2.5)  # g

@@ -158,7 +158,7 @@ def hyperparams_table(patients: Patients, by_site: list[dict]) -> str:
 def chosen_text(patients: Patients, chosen: list[dict[str, Variant]]) -> str:
     """Returns the chosen variants in words."""
     kind = lambda v: "an intercept per site" if v.by_site else "one intercept"
-    words = lambda v: f"{kind(v)}, {v.num_hidden} tanh units, decay {v.decay:g}"
+    words = lambda v: f"{kind(v)}, decay {v.decay:g}"
     sites = [
         f"{patients.names[i]}: " + "; ".join(f"{name} with {words(v)}" for name, v in of_site.items())
         for i, of_site in enumerate(chosen)
