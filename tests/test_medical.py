@@ -107,7 +107,7 @@ def test_an_outcome_that_is_not_labelled_changes_no_prediction():
 
     def predictions(table):
         world = worlds.make_world(table, [0, 1, 2], by_site=True)
-        trained = learning.learn(world, 0.01, False, 0, learning.SMOKE)
+        trained = learning.learn(world, False, 0, learning.SMOKE)
         call = (trained, world, 3, rows, labelled)
         p, _ = learning.predict(*call)
         others = baselines.predict(world, 3, rows, labelled), baselines.transferred(world, 3, rows)

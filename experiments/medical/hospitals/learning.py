@@ -34,16 +34,7 @@ class Settings(NamedTuple):
 SMOKE = Settings(steps=2, tasks=2, query=20, resamples=3, choice_resamples=2, bootstraps=5)
 
 
-class Variant(NamedTuple):
-    """What is chosen within the training sites.
-
-    Attributes:
-      by_site: whether the pooled model has an intercept for each site.
-      decay: the weight decay of g.
-    """
-
-    by_site: bool
-    decay: float
+DECAY = 1.0  # weight decay of g, except for its center
 
 
 class Trained(NamedTuple):
@@ -60,19 +51,19 @@ def _tasks(world: worlds.World, key: jax.Array, num: int, num_query: int) -> bas
 
 
 @functools.cache
-def _learner(decay: float, steps: int) -> training.Learner:
+def _learner(steps: int) -> training.Learner:
     estimator = predictors.amortize(hypergrad.direct(model.outer_loss), model.PREDICTOR)
     decayed = lambda params: {name: name != "center" for name in params}
-    adam = optax.adamw(optax.cosine_decay_schedule(0.03, steps), weight_decay=decay, mask=decayed)
+    adam = optax.adamw(optax.cosine_decay_schedule(0.03, steps), weight_decay=DECAY, mask=decayed)
     return training.learner(hypergrad.over_tasks(estimator, max_norm=1.0), adam)
 
 
-def learn(world: worlds.World, decay: float, constant: bool, seed: int, settings: Settings) -> Trained:
+def learn(world: worlds.World, constant: bool, seed: int, settings: Settings) -> Trained:
     """Returns g. With `constant`, the features are scaled to 0, so that λ is the same for all tasks."""
     described = _tasks(world, jax.random.key(1000 + seed), 500, settings.query).features
     scaling = worlds.Scaling(described.mean(0), jnp.where(constant, jnp.inf, described.std(0) + 1e-3))
     result = training.fit(
-        _learner(decay, settings.steps),
+        _learner(settings.steps),
         lambda key: jax.vmap(scaling)(_tasks(world, key, settings.tasks, settings.query)),
         hyperparams=model.PREDICTOR.init(jax.random.key(seed)),
         num_steps=settings.steps,

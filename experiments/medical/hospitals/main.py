@@ -11,11 +11,10 @@ import numpy as np
 from experiments import script
 from experiments.medical import hospitals
 from experiments.medical.hospitals import baselines, learning, report, tables, worlds
-from experiments.medical.hospitals.learning import Settings, Trained, Variant
+from experiments.medical.hospitals.learning import Settings, Trained
 from experiments.medical.hospitals.tables import Patients
 
-DECAYS = (0.01, 1.0)  # of g
-VARIANTS = tuple(Variant(by_site, decay) for by_site in (False, True) for decay in DECAYS)
+BY_SITE = (False, True)  # whether the pooled model has an intercept for each site
 METHODS = {"g": False, "one λ": True}  # whether λ is the same for all tasks
 
 
@@ -49,20 +48,18 @@ def predicted(trained: Trained, judged: Judged, world: worlds.World):
     return judged.part(p), hp
 
 
-def choices(patients: Patients, settings: Settings, variants: tuple[Variant, ...]) -> dict[str, np.ndarray]:
-    """Returns method -> [variants, sites, sites], log losses at the second site of a g that saw neither of the two.
+def choices(patients: Patients, settings: Settings) -> dict[str, np.ndarray]:
+    """Returns method -> [BY_SITE, sites, sites], log losses at the second site of a g that saw neither of the two.
 
     Only an entry for a training site as the second one may decide for the first one.
     """
     num = len(patients.names)
-    losses = {name: np.full((len(variants), num, num), np.nan) for name in METHODS}
-    for (v, variant), pair in itertools.product(enumerate(variants), itertools.combinations(range(num), 2)):
+    losses = {name: np.full((len(BY_SITE), num, num), np.nan) for name in METHODS}
+    for (v, by_site), pair in itertools.product(enumerate(BY_SITE), itertools.combinations(range(num), 2)):
         training = [s for s in range(num) if s not in pair]
-        world = worlds.make_world(patients, training, variant.by_site)
+        world = worlds.make_world(patients, training, by_site)
         for name, constant in METHODS.items():
-            if constant and variant.decay != DECAYS[0]:
-                continue  # without features, these variants are the same
-            trained = learning.learn(world, variant.decay, constant, 0, settings)
+            trained = learning.learn(world, constant, 0, settings)
             for site, other in (pair, pair[::-1]):
                 judged = Judged(patients, other, settings.choice_resamples, 1)
                 p, _ = predicted(trained, judged, world)
@@ -70,7 +67,7 @@ def choices(patients: Patients, settings: Settings, variants: tuple[Variant, ...
     return losses
 
 
-def left_out(patients: Patients, site: int, chosen: dict[str, Variant], seeds: int, settings: Settings) -> dict:
+def left_out(patients: Patients, site: int, chosen: dict[str, bool], seeds: int, settings: Settings) -> dict:
     """Returns the predictions of all methods for one site: arrays, by name."""
     judged = Judged(patients, site, settings.resamples, 0)
     training = [s for s in range(len(patients.names)) if s != site]
@@ -83,11 +80,10 @@ def left_out(patients: Patients, site: int, chosen: dict[str, Variant], seeds: i
         transferred, (1, settings.resamples, *transferred.shape)
     )
     for name, constant in METHODS.items():
-        variant = chosen[name]
-        world = worlds.make_world(patients, training, variant.by_site)
+        world = worlds.make_world(patients, training, chosen[name])
         runs: dict[str, list] = {}
         for seed in range(seeds):
-            trained = learning.learn(world, variant.decay, constant, seed, settings)
+            trained = learning.learn(world, constant, seed, settings)
             p, hp = predicted(trained, judged, world)
             runs.setdefault(f"p:{name}", []).append(p)
             for path, leaf in jax.tree_util.tree_leaves_with_path(hp):
@@ -104,18 +100,15 @@ def left_out(patients: Patients, site: int, chosen: dict[str, Variant], seeds: i
 def results_of(patients: Patients, label: str, seeds: int, settings: Settings, folder: Path | None, smoke: bool):
     """Returns the choices and, for each site, the arrays of `left_out`."""
     fixed = smoke or label != "heart disease"
-    variants = VARIANTS[:1] if fixed else VARIANTS
     names = range(1) if smoke else range(len(patients.names))
     if fixed:
         losses = {name: np.zeros((1, len(patients.names), len(patients.names))) for name in METHODS}
     else:
-        losses = script.kept(folder, f"{label}-choices", lambda: choices(patients, settings, variants))
+        losses = script.kept(folder, f"{label}-choices", lambda: choices(patients, settings))
     chosen, by_site = [], []
     for site in names:
-        means = {name: np.nansum(losses[name][:, site], axis=1) / (len(patients.names) - 1) for name in METHODS}
-        known = {name: ~np.isnan(losses[name][:, site]).all(axis=1) for name in METHODS}
-        best = {name: int(np.where(known[name], mean, np.inf).argmin()) for name, mean in means.items()}
-        chosen.append({name: variants[v] for name, v in best.items()})
+        best = {name: int(np.nanmean(losses[name][:, site], axis=1).argmin()) for name in METHODS}
+        chosen.append({name: BY_SITE[v] for name, v in best.items()})
         started = time.process_time()
         make = functools.partial(left_out, patients, site, chosen[-1], seeds, settings)
         by_site.append(script.kept(folder, f"{label}-{site}-{seeds}", make))

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments import script
 from experiments.medical import scores
-from experiments.medical.hospitals.learning import Settings, Variant
+from experiments.medical.hospitals.learning import Settings
 from experiments.medical.hospitals.tables import Patients
 
 OWN = "g"
@@ -155,15 +155,14 @@ def hyperparams_table(patients: Patients, by_site: list[dict]) -> str:
     return script.table(["λ", *names, "one λ, median"], rows)
 
 
-def chosen_text(patients: Patients, chosen: list[dict[str, Variant]]) -> str:
+def chosen_text(patients: Patients, chosen: list[dict[str, bool]]) -> str:
     """Returns the chosen variants in words."""
-    kind = lambda v: "an intercept per site" if v.by_site else "one intercept"
-    words = lambda v: f"{kind(v)}, decay {v.decay:g}"
+    words = lambda by_site: "an intercept per site" if by_site else "one intercept"
     sites = [
         f"{patients.names[i]}: " + "; ".join(f"{name} with {words(v)}" for name, v in of_site.items())
         for i, of_site in enumerate(chosen)
     ]
-    return "Chosen within the training sites: " + ". ".join(sites) + "."
+    return "Pooled models: " + ". ".join(sites) + "."
 
 
 def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) -> str:
