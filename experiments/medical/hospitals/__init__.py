@@ -3,10 +3,11 @@
 Research, not a medical device.
 
 **Heart disease**, leaving one of four hospitals out. From 20 of its patients, predict the disease of the others. Each
-of 200 resamples draws other 20. g is linear. It sees 7 numbers of the 20 patients, and predicts λ of a logistic model: shrinkage to
-the pooled model of the other hospitals, prior shift, weights of columns with missing values and of their marks, class
-weights and temperature (`model.py`). g is learned by hypergradients on resampled tasks from the three training
-hospitals (`worlds.py`). The control "one λ" has the same model and training, but its g does not see the features.
+of 200 resamples draws other 20. g is linear. It sees 7 numbers of the 20 patients, and predicts λ of a logistic model:
+shrinkage to the pooled model of the other hospitals, prior shift, weights of columns with missing values and of their
+marks, class weights and temperature (`model.py`). g is learned by hypergradients on resampled tasks from the three
+training hospitals (`worlds.py`). The control "one λ" has the same model and training, but its g does not see the
+features.
 
 Nothing of the new hospital except for the 20 labelled patients enters a choice: neither labels nor features of others.
 The penalty of the pooled model and its intercepts (one, or one per hospital) are chosen by leaving out each of the
