@@ -1,4 +1,4 @@
-"""What is known when a site is left out: scaled columns, pooled models of the other sites, and resampled tasks.
+"""The knowledge without a left-out site: scaled columns, pooled models of the other sites, and resampled tasks.
 
 A world has two or three training sites. Each training task draws one of them as the "new" site, with the pooled model
 of the others. It draws patients of this site near an age, with a shifted class share. In half of the tasks, each
