@@ -1,0 +1,1 @@
+"""Few-shot learning: initializations and embeddings over many tasks."""
