@@ -8,7 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import automl
-from metaopt.automl import _arguments, _ensemble_fit, _estimators, _inputs, _kinds, _rows
+from metaopt.automl import _arguments, _ensemble_fit, _inputs, _kinds, _rows
 
 QUICK = {"time_limit": None, "models": "linear", "preset": "instant", "n_jobs": 1, "verbose": False}
 RNG = np.random.default_rng(0)
