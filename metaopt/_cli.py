@@ -195,7 +195,7 @@ def _load(path: Path) -> Any:
     from metaopt import _saving
 
     model = _saving.load(path)
-    if not hasattr(model, "leaderboard_"):
+    if not hasattr(model, "ensemble_"):
         raise ValueError(f"{path} holds a {type(model).__name__}, and not a model that `metaopt fit` wrote.")
     return model
 

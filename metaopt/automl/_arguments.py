@@ -19,7 +19,7 @@ def as_frame(X) -> Any:
 
 
 def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
-    """Replaces names of columns of X by their values. Such a column is no feature.
+    """Replaces names of columns of X by their values. These columns are not used as features.
 
     Args:
       X: rows, by `as_frame`.

@@ -70,7 +70,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
             splits. Rows that are equal themselves stay together if rows hardly repeat, or if a column has many
             different values. Otherwise they are different observations; pass `groups` if they are not.
           groups: [n] for example patients: rows of one group are never in both parts of a split. The name of a column
-            of the frame X means its values; then the column is no feature.
+            of the frame X means its values, and this column is then not used as a feature.
           time: [n] numbers or dates, also as texts, or the name of a column, as for `groups`. Models are validated on
             rows that are later than their training rows, and models of all rows predict new rows.
 
