@@ -147,7 +147,7 @@ def _print_models(model: Any) -> None:
         print(f"not fitted ({reasons})")
     value = f"out-of-fold score of the ensemble: {model.score_:.4g}"
     if metric in ("rmse", "mae"):
-        value += f", which is a {metric} of {-model.score_ * model.scale_:.4g} in units of the target"
+        value += f"; {metric} {-model.score_ * model.scale_:.4g} in units of the target"
     print(value)
 
 

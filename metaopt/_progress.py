@@ -82,7 +82,7 @@ class Report:
             if self.total is not None and self.first is not None and self.first[1] < self.completed < self.total:
                 pace = (now - self.first[0]) / (self.completed - self.first[1])
                 left = min(pace * (self.total - self.completed), max(0.0, self.time_limit - (now - self.began)))
-                parts.append(f"about {_duration(left)} left")
+                parts.append(f"about {_duration(left)} left" if left else "")
         return ", ".join(part for part in parts if part)
 
 

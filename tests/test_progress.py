@@ -80,8 +80,9 @@ def test_the_time_left_is_at_most_that_of_the_limit(log):
         "8 s",
         "about 14 s left",
         "about 6 s left",
-        "about 0 s left",
-        "about 0 s left",
+        "32 s",  # the limit is over
+        "40 s",
+        "40 s",
     ]
 
 

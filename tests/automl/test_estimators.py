@@ -85,14 +85,14 @@ def test_columns_that_were_dropped_need_not_be_in_new_rows(wine):
     assert (importance.loc[["number", "same"]] == 0).all(axis=None) and importance["mean"].max() > 0
 
 
-@pytest.mark.parametrize("frame", [pd.DataFrame, dict])
-def test_groups_and_times_may_be_names_of_columns(frame):
+@pytest.mark.parametrize(("argument", "frame"), [("groups", pd.DataFrame), ("time", dict)])
+def test_groups_and_times_may_be_names_of_columns(argument, frame):
     rng = np.random.default_rng(0)
-    columns = {"clinic": np.repeat(np.arange(6), 10), "day": rng.permutation(60), "x": rng.normal(size=60)}
+    columns = {"part": np.repeat(np.arange(12), 5), "x": rng.normal(size=60)}
     model = automl.AutoRegressor(**QUICK | {"models": ("linear",)})
-    y, values = columns["x"] + columns["clinic"], {"groups": columns["clinic"], "time": columns["day"]}
-    expected = clone(model).fit(pd.DataFrame({"x": columns["x"]}), y, **values)
-    model.fit(frame(columns), y, groups="clinic", time="day")
+    y = columns["x"] + columns["part"]
+    expected = clone(model).fit(pd.DataFrame({"x": columns["x"]}), y, **{argument: columns["part"]})
+    model.fit(frame(columns), y, **{argument: "part"})
     assert list(model.feature_names_in_) == ["x"] and model.score_ == expected.score_
     np.testing.assert_array_equal(model.predict(frame(columns)), expected.predict(pd.DataFrame({"x": columns["x"]})))
 

@@ -159,7 +159,7 @@ def test_words_among_many_numbers_are_missing_and_reported(caplog):
 
 
 def test_a_column_without_a_known_category_is_reported(caplog):
-    encoder, _ = fitted({"a": ["x", "y"] * 10, "b": ["u", "v"] * 10})
+    encoder, _ = fitted({"a": ["x", "y"] * 10, "b": ["u", "v", "v", "u"] * 5})
     caplog.clear()
     x = encoder.transform({"a": ["X", "Y", None, "X", "X", "Y"], "b": ["u", "w", "w", "w", "w", "w"]})
     assert np.isnan(x[:, 0]).all()
