@@ -137,10 +137,8 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
 def _print_models(model: Any) -> None:
     """Prints the leaderboard, the models that are not in it, and the score with its metric and unit."""
-    from metaopt.automl import _ensemble
-
     metric = model._metric()
-    print(f"score: {_ensemble.score_name(metric)}, out of fold; larger is better")
+    print(f"score: {model._score_name()}, out of fold; larger is better")
     print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
     if model.not_fitted_:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in model.not_fitted_.items())

@@ -201,6 +201,9 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def _metric(self) -> str:
         return _ensemble.METRICS[self._problem][0] if self.eval_metric is None else self.eval_metric
 
+    def _score_name(self) -> str:
+        return _ensemble.score_name(self._metric())
+
     def _options(self) -> Options:
         metrics = _ensemble.METRICS[self._problem]
         metric = self._metric()
