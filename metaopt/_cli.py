@@ -4,9 +4,11 @@ Exit codes: 0 success, 1 an error that the message explains, 2 wrong arguments, 
 """
 
 import argparse
+import contextlib
 import csv
+import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--target", required=True, help="the column to predict")
     fit.add_argument("--out", type=Path, required=True, help="the file to write")
     fit.add_argument("--time", type=float, default=60.0, help="seconds for the fit (default: 60)")
-    fit.add_argument("--preset", default="balanced", help="instant, balanced (default) or best")
+    fit.add_argument(
+        "--preset", default="balanced", help="instant (one network, however long it takes), balanced (default) or best"
+    )
     fit.add_argument("--problem", choices=("classification", "regression"), help="by default, from the target")
     fit.add_argument("--metric", help="what to maximize (default: log_loss or rmse)")
     fit.add_argument("--groups", help="a column of groups, such as patients, which stay together in a fold")
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 def _fit(options: argparse.Namespace) -> int:
     from metaopt import _saving, automl
 
+    _require_packages()
     _check_out(options.out, options.data)  # before the time is spent
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
@@ -105,19 +110,18 @@ def _fit(options: argparse.Namespace) -> int:
     print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
     if len(model.report_):
         print(model.report_.to_string(index=False))
-    print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
-    print(f"out-of-fold score of the ensemble: {model.score_:.4g}; written to {options.out}")
+    _print_models(model)
+    print(f"written to {options.out}")
     return 0
 
 
 def _predict(options: argparse.Namespace) -> int:
-    import pandas as pd
-
+    pandas = _require_packages()
     model = _load(options.model)
     if options.out is not None:
         _check_out(options.out, options.data, options.model)
     frame = _read_rows(options.data, model)
-    result = pd.DataFrame({"prediction": model.predict(frame)})
+    result = pandas.DataFrame({"prediction": model.predict(frame)})
     if hasattr(model, "predict_proba"):
         for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
             result[f"probability of {label}"] = column
@@ -126,10 +130,23 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
-    model = _load(options.model)
-    print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
-    print(f"out-of-fold score of the ensemble: {model.score_:.4g}")
+    _require_packages()
+    _print_models(_load(options.model))
     return 0
+
+
+def _print_models(model: Any) -> None:
+    """Prints the leaderboard, the models that are not in it, and the score with its metric and unit."""
+    metric = model._metric()
+    print(f"score: {model._score_name()}, out of fold; larger is better")
+    print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
+    if model.not_fitted_:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in model.not_fitted_.items())
+        print(f"not fitted ({reasons})")
+    value = f"out-of-fold score of the ensemble: {model.score_:.4g}"
+    if metric in ("rmse", "mae"):
+        value += f"; {metric} {-model.score_ * model.scale_:.4g} in units of the target"
+    print(value)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -164,11 +181,19 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if check.passed else 3
 
 
+def _require_packages() -> Any:
+    """Returns pandas. Raises ImportError, naming the extra, if it or scikit-learn is not installed."""
+    from metaopt import _extras
+
+    _extras.require("sklearn", "automl", "The command `metaopt`")
+    return _extras.require("pandas", "automl", "The command `metaopt`")
+
+
 def _load(path: Path) -> Any:
     from metaopt import _saving
 
     model = _saving.load(path)
-    if not hasattr(model, "leaderboard_"):
+    if not hasattr(model, "ensemble_"):
         raise ValueError(f"{path} holds a {type(model).__name__}, and not a model that `metaopt fit` wrote.")
     return model
 
@@ -202,9 +227,7 @@ def _read(path: Path, texts: Collection[str] = ()) -> Any:
     The delimiter gives the next lines as many fields as the header, if there is such a one; of several, it is the one
     that gives the header most fields. The columns of `texts` are not read as numbers.
     """
-    from metaopt import _extras
-
-    pandas = _extras.require("pandas", "automl", "The command `metaopt`")
+    pandas = _require_packages()
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         start = file.read(65536).splitlines(keepends=True)
     num_blank = next((i for i, line in enumerate(start) if line.strip(" \r\n")), 0)
@@ -215,7 +238,9 @@ def _read(path: Path, texts: Collection[str] = ()) -> Any:
     try:
         # In a file with one column, a blank line is a row with a gap.
         return pandas.read_csv(path, skip_blank_lines=rank[separator][0], **options)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: save it as UTF-8 ({error}).") from error
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
 
 
@@ -235,7 +260,8 @@ def _numbers(target: Any) -> Any:
 
     from metaopt import tasks
 
-    encoder = tasks.fit_encoder({"target": target}, keep=("target",))
+    with _without_notes():
+        encoder = tasks.fit_encoder({"target": target}, keep=("target",))
     if target.dtype.kind in "biuf" or [code.kind for code in encoder.columns] != ["number"]:
         return target
     shifted = encoder.transform({"target": target})[:, 0]
@@ -244,6 +270,18 @@ def _numbers(target: Any) -> Any:
     if len(np.unique(values)) < num_classes <= _MOST_CLASSES:
         return target.where(~np.isnan(shifted))
     return type(target)(values, index=target.index, name=target.name)
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Hides the encoder's notes about columns: a target is not dropped."""
+    logger = logging.getLogger("metaopt.tasks")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _problem(target: Any) -> str:

@@ -22,6 +22,12 @@ def require(module: str, extra: str, caller: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(
-            f'{caller} needs {package}; install it with `pip install "metaopt-jax[{extra}]"` ({error}).'
-        ) from error
+        raise ImportError(f"{caller} needs {package}: {hint(extra)} ({error}).") from error
+
+
+def hint(extra: str) -> str:
+    """How to install an extra: from a clone, or by the package's name where an index has it."""
+    return (
+        f'install the extra "{extra}" of metaopt-jax, in a clone by `pip install -e ".[{extra}]"`, '
+        f'or else by `pip install "metaopt-jax[{extra}]"`'
+    )

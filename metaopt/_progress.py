@@ -26,7 +26,17 @@ HINT = (
 class Report:
     """The progress of one call, which calls `report(completed, **fields)` after every step."""
 
-    def __init__(self, display: "Display", total: float | None, unit: str, text: str, start: float, fields: dict):
+    def __init__(
+        self,
+        display: "Display",
+        total: float | None,
+        unit: str,
+        text: str,
+        start: float,
+        fields: dict,
+        time_limit: float | None = None,
+    ):
+        self.time_limit = math.inf if time_limit is None else time_limit
         self.display, self.total, self.unit, self.text, self.fields = display, total, unit, text, fields
         self.completed, self.began = start, display.clock()
         self.first: tuple[float, float] | None = None  # when the first step ended; compilations come before that
@@ -71,7 +81,8 @@ class Report:
             parts.append(_duration(now - self.began))
             if self.total is not None and self.first is not None and self.first[1] < self.completed < self.total:
                 pace = (now - self.first[0]) / (self.completed - self.first[1])
-                parts.append(f"about {_duration(pace * (self.total - self.completed))} left")
+                left = min(pace * (self.total - self.completed), max(0.0, self.time_limit - (now - self.began)))
+                parts.append(f"about {_duration(left)} left" if left else "")
         return ", ".join(part for part in parts if part)
 
 
@@ -153,6 +164,7 @@ def report_progress(
     *,
     unit: str = "step",
     start: float = 0,
+    time_limit: float | None = None,
     display: Display = DISPLAY,
     **fields: Any,
 ) -> Iterator[Report]:
@@ -167,13 +179,14 @@ def report_progress(
       text: a format for the values of the last step, such as "value {value:.3g}".
       unit: the name of a step, such as "trial".
       start: the number of steps of an earlier, interrupted run.
+      time_limit: seconds after which the call ends in any case.
       display: all reports of a process share one display; tests have their own.
       **fields: the first values for the fields of `text`.
 
     Returns:
       A context manager of a `Report`.
     """
-    report = Report(display, total, unit, text, start, fields)
+    report = Report(display, total, unit, text, start, fields, time_limit)
     if show is False:
         yield report
         return

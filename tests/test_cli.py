@@ -1,5 +1,7 @@
 """The command `metaopt`."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -269,3 +271,44 @@ def test_the_delimiter_and_the_header_are_found(text, columns, first, tmp_path):
     path.write_text(text)
     frame = _cli._read(path)
     assert list(frame.columns) == columns and frame.iloc[0].tolist() == first
+
+
+@pytest.mark.parametrize("package", ["pandas", "sklearn"])
+def test_a_missing_package_names_the_extra(package, shop, monkeypatch, capsys):
+    folder, _ = shop
+    monkeypatch.setitem(sys.modules, package, None)
+    for command in (["predict", folder / "model.npz", folder / "train.csv"], ["leaderboard", folder / "model.npz"]):
+        assert _run(*command) == 1
+        err = capsys.readouterr().err
+        assert f"needs {package}" in err and "pip install -e '.[automl]'".replace("'", '"') in err
+
+
+def test_a_missing_library_of_a_model_names_the_extra(shop, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    assert _run("leaderboard", shop[0] / "model.npz") == 1
+    assert "The file has a model linear: install the extra" in capsys.readouterr().err
+
+
+def test_a_target_that_never_repeats_is_one_clear_error(tmp_path, capsys, caplog):
+    frame = pd.DataFrame({"x": np.random.default_rng(0).normal(size=60), "who": [f"row {i}" for i in range(60)]})
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    assert _run("fit", tmp_path / "train.csv", "--target", "who", "--out", tmp_path / "m.npz", "--time", 0.001) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "each of the 60 classes has one row only" in line and not caplog.messages
+
+
+def test_scores_have_a_metric_a_unit_and_the_models_that_are_missing(shop, capsys):
+    from metaopt import load
+
+    model = load(shop[0] / "model.npz")
+    assert _run("leaderboard", shop[0] / "model.npz") == 0
+    out = capsys.readouterr().out
+    assert "score: minus rmse, in standard deviations of the target, out of fold; larger is better" in out
+    assert f"; rmse {-model.score_ * shop[1]['y'].std(ddof=0):.4g} in units of the target" in out
+    assert "not fitted (network: no time left; " in out and "network" in model.not_fitted_
+
+
+def test_a_file_in_latin_1_is_named(tmp_path, capsys):
+    (tmp_path / "train.csv").write_bytes("größe,y\n1,2\n".encode("latin-1"))
+    assert _run("fit", tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz") == 1
+    assert "is not in UTF-8: save it as UTF-8" in capsys.readouterr().err

@@ -69,6 +69,22 @@ def test_a_log_has_a_line_at_least_every_ten_seconds_and_one_at_the_end(log):
     assert len(lines) == 120 // 8 + 1 and lines[-1] == "step 20/20, value 0.05, 2 min"
 
 
+def test_the_time_left_is_at_most_that_of_the_limit(log):
+    with log.report(time_limit=30.0) as report:
+        report(1, value=1)
+        log.wait(8)
+        report(2, value=1)
+        log.wait(8)
+        log.wait(16)
+    assert [line.split(", ")[-1] for line in log.lines()] == [
+        "8 s",
+        "about 14 s left",
+        "about 6 s left",
+        "32 s",  # the limit is over
+        "32 s",
+    ]
+
+
 @pytest.mark.parametrize(("show", "expected"), [(None, []), (False, []), (True, ["step 8/20, value 3, 7 s"])])
 def test_a_short_run_has_no_line_unless_it_is_asked_for(log, show, expected):
     with log.report(show=show) as report:

@@ -15,6 +15,18 @@ METRICS = {
 }
 
 
+_SIGNED = {
+    "log_loss": "minus log_loss",
+    "rmse": "minus rmse, in standard deviations of the target",
+    "mae": "minus mae, in standard deviations of the target",
+}
+
+
+def score_name(metric: str) -> str:
+    """What the score by a metric is: its name, and for losses their sign and unit."""
+    return _SIGNED.get(metric, metric)
+
+
 class Target(NamedTuple):
     """Targets of the rows with out-of-fold predictions: y [n] and weights [n]."""
 

@@ -123,8 +123,9 @@ def fit_ensemble(
         num_jobs=options.num_jobs,
     )
     target = Target(rows.y[scored], rows.weight[scored])
+    limit, name = options.clock.left(), _ensemble.score_name(options.metric)
     with _progress.report_progress(
-        len(members), options.verbose, "best model {best}, score {score:.4g}", unit="model", best="–", score=np.nan
+        len(members), options.verbose, "{best}", unit="model", time_limit=limit, best=""
     ) as report:
         scores: dict[str, float] = {}
 
@@ -133,7 +134,7 @@ def fit_ensemble(
                 options.metric, _joined(result, rows, folds, num_classes)[scored], target
             )
             best = max(scores, key=scores.__getitem__)
-            report(count, best=best, score=scores[best])
+            report(count, best=f"best model {best}, score {scores[best]:.4g} ({name})")
 
         results, failed = _schedule.fit_members(members, work, finished)
     if not results:

@@ -2,18 +2,19 @@
 
 import abc
 import logging
-import numbers
+import warnings
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from metaopt import tasks
-from metaopt.automl import _ensemble, _ensemble_fit, _score_error
+from metaopt.automl import _arguments, _ensemble, _ensemble_fit, _score_error
 from metaopt.automl._ensemble_fit import Columns, Options
+from metaopt.automl._importance import permutation_importance
 from metaopt.automl._portfolio import portfolio
 from metaopt.automl._rows import NUM_FOLDS, sorted_rows
 from metaopt.automl._schedule import Clock
@@ -58,9 +59,10 @@ class _AutoEstimator(TableEstimator, abc.ABC):
           sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two rows, which stay together in
             splits. Rows that are equal themselves stay together if rows hardly repeat, or if a column has many
             different values. Otherwise they are different observations; pass `groups` if they are not.
-          groups: [n] for example patients: rows of one group are never in both parts of a split.
-          time: [n] numbers or dates, also as texts. Models are validated on rows that are later than their training
-            rows, and models of all rows predict new rows.
+          groups: [n] for example patients: rows of one group are never in both parts of a split. The name of a column
+            of the frame X means its values, and this column is then not used as a feature.
+          time: [n] numbers or dates, also as texts, or the name of a column, as for `groups`. Models are validated on
+            rows that are later than their training rows, and models of all rows predict new rows.
 
         Returns:
           The estimator.
@@ -71,12 +73,18 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         """
         options = self._options()  # the time begins here
         vars(self).pop("ensemble_", None)  # if this fit fails, older models must not read the columns of this one
+        X, groups, time = _arguments.without_named_columns(as_frame(X), y, groups, time)
         x = self._fit_table(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
         used = np.flatnonzero(weight > 0)
-        target = self._fit_target(_target(y, len(x))[used], weight[used])
-        group_codes = None if groups is None else _group_codes(groups, len(x))
-        times = None if time is None else _times(time, len(x))
+        target = self._fit_target(_arguments.target(y, len(x))[used], weight[used])
+        if self._num_classes() == len(target) and groups is None and time is None:
+            raise ValueError(
+                f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "
+                "number, use regression; otherwise check that it is no id."
+            )
+        group_codes = None if groups is None else _arguments.group_codes(groups, len(x))
+        times = None if time is None else _arguments.times(time, len(x))
         parts = (None if part is None else part[used] for part in (group_codes, times))
         rows = sorted_rows(x[used], target, weight[used], *parts)
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
@@ -94,6 +102,12 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         check_is_fitted(self, "ensemble_")
         table = [(m.member.name, m.score, m.weight, m.fit_seconds, m.predict_seconds) for m in self.ensemble_.members]
         return pd.DataFrame(table, columns=["model", "score", "weight", "fit_seconds", "predict_seconds"])
+
+    @property
+    def not_fitted_(self) -> dict[str, str]:
+        """The models of the preset that were not fitted, with the reason, such as "no time left"."""
+        check_is_fitted(self, "ensemble_")
+        return dict(self.ensemble_.failed)
 
     @property
     def score_(self) -> float:
@@ -140,6 +154,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def importance(self, X, y, *, n_repeats: int = 5, scoring: Any = None) -> pd.DataFrame:
         """Permutation importance: how much the score falls if the values of a column are shuffled.
 
+        Columns that `fit` dropped have the importance 0. Progress is reported as in `fit`.
+
         Args:
           X: rows that were not used in `fit`, with the same columns.
           y: their targets.
@@ -149,16 +165,14 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         Returns:
           A frame with "column", "mean" and "sd", sorted by the mean.
         """
-        from sklearn.inspection import permutation_importance
-
         check_is_fitted(self, "ensemble_")
-        X = as_frame(X)
-        result: Any = permutation_importance(
-            self, X, y, n_repeats=n_repeats, scoring=scoring, random_state=self._seed()
-        )
         names = list(getattr(self, "feature_names_in_", range(self.n_features_in_)))
-        table = {"column": names, "mean": result.importances_mean, "sd": result.importances_std}
-        return pd.DataFrame(table).sort_values("mean", ascending=False, ignore_index=True)
+        used = {code.source for code in self.encoder_.columns}
+        mean, sd = permutation_importance(
+            self, as_frame(X), y, names, used, n_repeats=n_repeats, scoring=scoring, seed=self._seed()
+        )
+        table = pd.DataFrame({"column": names, "mean": mean, "sd": sd})
+        return table.sort_values("mean", ascending=False, ignore_index=True)
 
     def _predict_ensemble(self, X) -> np.ndarray:
         check_is_fitted(self, "ensemble_")
@@ -166,6 +180,9 @@ class _AutoEstimator(TableEstimator, abc.ABC):
 
     def _metric(self) -> str:
         return _ensemble.METRICS[self._problem][0] if self.eval_metric is None else self.eval_metric
+
+    def _score_name(self) -> str:
+        return _ensemble.score_name(self._metric())
 
     def _options(self) -> Options:
         metrics = _ensemble.METRICS[self._problem]
@@ -220,8 +237,8 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
-      preset: "instant" (the network with g's hyperparameters), "balanced" (14 models, and CatBoost if it is installed)
-        or "best" (8 more).
+      preset: "instant" (only the network with g's hyperparameters, however long it takes), "balanced" (14 models, and
+        CatBoost if it is installed) or "best" (8 more).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
       models: kinds of models to use, for example `("network", "lightgbm")` or "linear"; None uses all that are
@@ -233,6 +250,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     Attributes:
       classes_: [C] the labels.
       leaderboard_: a frame of the models.
+      not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
       score_: the out-of-fold score of the ensemble.
       report_: a frame of the columns that were changed or dropped, with reasons.
 
@@ -282,7 +300,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         if y.dtype == object:  # texts, and numbers or booleans among them
             self.classes_, codes = tasks.fit_labels(y)
         else:
-            check_classification_targets(y)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The number of unique classes")
+                check_classification_targets(y)
             self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
@@ -318,6 +338,7 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
 
     Attributes:
       leaderboard_: a frame of the models.
+      not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
       score_: the out-of-fold score of the ensemble, in units of the target's standard deviation for losses.
       report_: a frame of the columns that were changed or dropped, with reasons.
 
@@ -402,54 +423,6 @@ def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, 
             name,
         )
     return suspected
-
-
-def _target(y, num_rows: int) -> np.ndarray:
-    if y is None:
-        raise ValueError("This estimator requires y to be passed, but the target y is None.")
-    y = column_or_1d(y, warn=True)
-    if len(y) != num_rows:
-        raise ValueError(f"Found input variables with inconsistent numbers of samples: [{num_rows}, {len(y)}]")
-    missing = pd.isna(y)
-    if missing.any():
-        raise ValueError(f"Input y contains NaN: {missing.sum()} of {len(y)} rows have no target. Drop these rows.")
-    return y
-
-
-def _one_per_row(values, num_rows: int, name: str) -> np.ndarray:
-    values = column_or_1d(values)
-    if len(values) != num_rows or pd.isna(values).any():
-        raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows, none of them missing.")
-    return values
-
-
-def _group_codes(values, num_rows: int) -> np.ndarray:
-    values = _one_per_row(values, num_rows, "groups")
-    if values.dtype != object:
-        return np.unique(values, return_inverse=True)[1]
-    codes, groups = pd.factorize(values)  # by equality: values of different types cannot be sorted
-    rank = np.empty(len(groups), int)
-    rank[sorted(range(len(groups)), key=lambda i: _group_order(groups[i]))] = np.arange(len(groups))
-    return rank[codes]
-
-
-def _group_order(group: Any) -> tuple[str, bool]:
-    """A key that does not depend on the order of the rows: equal numbers have the same."""
-    if isinstance(group, numbers.Integral):
-        return str(int(group)), True
-    return (f"{float(group):.17g}", True) if isinstance(group, numbers.Real) else (str(group), False)
-
-
-def _times(values, num_rows: int) -> np.ndarray:
-    """Times as ranks: only their order is used. Texts are read as numbers or dates, since "10" < "9" as texts."""
-    values = _one_per_row(values, num_rows, "time")
-    if values.dtype.kind in "OSTU" and (values != values[0]).any():
-        encoder = tasks.fit_encoder({"time": values}, keep=("time",))
-        is_read = [code.kind for code in encoder.columns] in (["number"], ["time"])
-        values = encoder.transform({"time": values})[:, 0] if is_read else np.full(num_rows, np.nan)
-        if np.isnan(values).any():
-            raise ValueError("`time` must be numbers or dates; some of its values cannot be read as such.")
-    return np.unique(values, return_inverse=True)[1].astype(np.float64)
 
 
 def _fraction(coverage: float) -> float:

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any, NamedTuple
 
+from metaopt import _extras
 from metaopt.automl._kinds import KINDS
 
 PRESETS = ("instant", "balanced", "best")
@@ -105,9 +106,7 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
         if not _installed(kind):
             package = KINDS[kind].module.partition(".")[0]
             extra = "catboost" if package == "catboost" else "automl"
-            raise ImportError(
-                f'The model {kind} needs {package}; install it with `pip install "metaopt-jax[{extra}]"`.'
-            )
+            raise ImportError(f"The model {kind} needs {package}: {_extras.hint(extra)}.")
     members = _members(problem, num_rows)
     if preset != "best":
         members = [member for member in members if not member.name.endswith("*")]

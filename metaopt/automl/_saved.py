@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _files, _saving
+from metaopt import _extras, _files, _saving
 from metaopt.automl import _kinds, _table_estimator
 from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember, predict_ensemble
 from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_frame
@@ -147,8 +147,9 @@ def _decode_model(prefix: str, kind: str, file: _files.Npz) -> Any:
         data = file[f"{prefix}model"].tobytes()
         try:
             return _kinds.KINDS[kind].loads(data) if data else None
-        except ImportError:
-            raise
+        except ImportError as error:
+            extra = "catboost" if kind == "catboost" else "automl"
+            raise ImportError(f"The file has a model {kind}: {_extras.hint(extra)} ({error}).") from error
         except Exception as error:  # each library has its own types of errors
             raise ValueError(f"its model {prefix.rstrip(': ')} cannot be read: {error}") from error
     params = {key: file[f"{prefix}params.{key}"] for key in ("hidden", "bias", "output", "output_bias", "linear")}

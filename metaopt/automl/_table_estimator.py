@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
 from metaopt import tasks
+from metaopt.automl import _arguments
 
 
 class TableEstimator(BaseEstimator):
@@ -38,7 +39,8 @@ class TableEstimator(BaseEstimator):
             raise ValueError(
                 "Expected 2D array, got 1D array instead. Reshape your data: `X.reshape(1, -1)` is one row."
             )
-        validate_data(self, X, reset=False, skip_check_array=True)
+        if not _arguments.has_needed_columns(X, getattr(self, "feature_names_in_", None), self.encoder_):
+            validate_data(self, X, reset=False, skip_check_array=True)
         return self.encoder_.transform(X)
 
 

@@ -239,10 +239,12 @@ def train_meta_optimizer(
     )
     if g.evidence.weight < 0.5:
         _log.warning(
-            "g has learned from %d tasks with %d records, worth %.1f tasks on which every configuration was tried. "
+            "g has learned from %d task%s with %d records, worth %.1f tasks on which every configuration was tried. "
             "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
             "(`MetaOptimizer.evidence`).",
-            *g.evidence,
+            g.evidence.num_tasks,
+            "" if g.evidence.num_tasks == 1 else "s",
+            *g.evidence[1:],
         )
     return g
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 
-from metaopt import base
+from metaopt import _extras, base
 from metaopt.blackbox import _trials
 
 __all__ = ["ReportFn", "callback", "objective"]
@@ -311,7 +311,7 @@ def _lightning() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise ImportError('This needs PyTorch Lightning; install it with `pip install "metaopt-jax[lightning]"`.')
+    raise ImportError(f"This needs PyTorch Lightning: {_extras.hint('lightning')}.")
 
 
 def _seed(lightning, trial: base.Record, epoch: int, part: int = 0) -> None:

@@ -46,6 +46,9 @@ def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
 def default(space: base.PyTree) -> base.HyperParams:
     """Returns λ at the start of a search: the default of every leaf, in JAX's default floating-point type.
 
+    These are arrays. For a black box, `spaces.configuration(space, spaces.default(space))` has plain values, such as
+    the integer 20 instead of an array.
+
     Args:
       space: a tree of leaves.
 

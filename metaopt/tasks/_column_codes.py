@@ -21,6 +21,7 @@ OTHER = "(other)"
 KINDS = ("number", "boolean", "time", "category")
 PARTS = ("days", "month", "weekday", "hour")  # of a time
 MIN_ROWS = 20  # with fewer, columns look like ids or are equal by chance
+_MANY = 5  # values of a category; if none of them is a level, the column may be a wrong one
 _DAY = 86_400_000_000  # microseconds
 _MERGED = "which float32 rounds to"  # as in the notes of `from_csv_folder`
 _ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
@@ -118,7 +119,8 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, int]:
       raw: values of the same or other rows.
 
     Returns:
-      [n, k] float64 with NaN where missing, and how many values could not be read and count as missing.
+      [n, k] float64 with NaN where missing, and how many values could not be read and count as missing. For categories,
+      it is the number of values if none of them is a level, and there are at least 5; otherwise 0.
     """
     if raw.kind == "unreadable":
         return np.full((len(raw.values), max(1, len(code.parts))), np.nan), len(raw.values)
@@ -126,7 +128,9 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, int]:
         texts = _texts(raw)
         codes = {level: float(place) for place, level in enumerate(code.levels)}
         other = codes.get(OTHER, np.nan)
-        return _lookup(texts, lambda text: codes.get(text, other))[:, None], 0
+        values = [text for text in texts.tolist() if text is not None]
+        is_strange = len(values) >= _MANY and code.levels != (OTHER,) and set(values).isdisjoint(code.levels)
+        return _lookup(texts, lambda text: codes.get(text, other))[:, None], len(values) * is_strange
     if code.kind == "time":
         times = _times(code, raw)
         return _time_parts(times, code.parts), int((np.isnat(times) & ~_is_missing(raw)).sum())

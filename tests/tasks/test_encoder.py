@@ -158,6 +158,14 @@ def test_words_among_many_numbers_are_missing_and_reported(caplog):
     assert "the column 'a' has 1 values that are not a number; they count as missing" in caplog.text
 
 
+def test_a_column_without_a_known_category_is_reported(caplog):
+    encoder, _ = fitted({"a": ["x", "y"] * 10, "b": ["u", "v", "v", "u"] * 5})
+    caplog.clear()
+    x = encoder.transform({"a": ["X", "Y", None, "X", "X", "Y"], "b": ["u", "w", "w", "w", "w", "w"]})
+    assert np.isnan(x[:, 0]).all()
+    assert caplog.messages == ["the column 'a' has 5 values, and none of them occurs in the rows of `fit`"]
+
+
 def test_times_become_days_month_weekday_and_hour():
     times = ["2021-02-28T18:00:00", "1970-01-01T00:00:00", "2024-02-29T23:59:59", "1969-12-31T06:30:00"]
     moments = [datetime.datetime.fromisoformat(time) for time in times]

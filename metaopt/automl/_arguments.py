@@ -1,0 +1,126 @@
+"""The arguments of `fit` and `predict`: rows, targets, groups and times."""
+
+import numbers
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.utils.validation import _get_feature_names, column_or_1d
+
+from metaopt import tasks
+
+
+def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
+    """Replaces names of columns of X by their values. These columns are not used as features.
+
+    Args:
+      X: rows.
+      y: the target; a name is an error.
+      groups: values, the name of a column of X, or None.
+      time: the same.
+
+    Returns:
+      X without the columns, and the values of `groups` and `time`.
+
+    Raises:
+      ValueError: if `y` is a text, or X has no such column.
+    """
+    if isinstance(y, str):
+        raise ValueError(
+            f"`y` must have one value for each row; got the text {y!r}. If it names a column of a frame, call "
+            f"`fit(frame.drop(columns={y!r}), frame[{y!r}])`."
+        )
+    names = {argument: name for argument, name in (("groups", groups), ("time", time)) if isinstance(name, str)}
+    columns = list(X.columns) if hasattr(X, "iloc") or hasattr(X, "get_column") else []  # of pandas or polars
+    for argument, name in names.items():
+        if name not in columns:
+            raise ValueError(
+                f"`{argument}` must have one value for each row, or be the name of a column of the frame X; got "
+                f"{name!r}, and X has {'the columns ' + ', '.join(map(str, columns)) if columns else 'no names'}."
+            )
+    if not names:
+        return X, groups, time
+    values = {argument: X[name] for argument, name in names.items()}
+    dropped = list(dict.fromkeys(names.values()))
+    rest = X.drop(columns=dropped) if hasattr(X, "iloc") else X.drop(dropped)
+    return rest, values.get("groups", groups), values.get("time", time)
+
+
+def target(y, num_rows: int) -> np.ndarray:
+    if y is None:
+        raise ValueError("This estimator requires y to be passed, but the target y is None.")
+    y = column_or_1d(y, warn=True)
+    if len(y) != num_rows:
+        raise ValueError(f"Found input variables with inconsistent numbers of samples: [{num_rows}, {len(y)}]")
+    missing = pd.isna(y)
+    if missing.any():
+        raise ValueError(f"Input y contains NaN: {missing.sum()} of {len(y)} rows have no target. Drop these rows.")
+    return y
+
+
+def _one_per_row(values, num_rows: int, name: str) -> np.ndarray:
+    shape = np.shape(values)
+    if len(shape) != 1 and shape[1:] != (1,):
+        raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows; got the shape {shape}.")
+    values = column_or_1d(values)
+    if len(values) != num_rows or pd.isna(values).any():
+        raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows, none of them missing.")
+    return values
+
+
+def group_codes(values, num_rows: int) -> np.ndarray:
+    values = _one_per_row(values, num_rows, "groups")
+    if values.dtype != object:
+        return np.unique(values, return_inverse=True)[1]
+    codes, groups = pd.factorize(values)  # by equality: values of different types cannot be sorted
+    rank = np.empty(len(groups), int)
+    rank[sorted(range(len(groups)), key=lambda i: _group_order(groups[i]))] = np.arange(len(groups))
+    return rank[codes]
+
+
+def _group_order(group: Any) -> tuple[str, bool]:
+    """A key that does not depend on the order of the rows: equal numbers have the same."""
+    if isinstance(group, numbers.Integral):
+        return str(int(group)), True
+    return (f"{float(group):.17g}", True) if isinstance(group, numbers.Real) else (str(group), False)
+
+
+def times(values, num_rows: int) -> np.ndarray:
+    """Times as ranks: only their order is used. Texts are read as numbers or dates, since "10" < "9" as texts."""
+    values = _one_per_row(values, num_rows, "time")
+    if values.dtype.kind in "OSTU" and (values != values[0]).any():
+        encoder = tasks.fit_encoder({"time": values}, keep=("time",))
+        is_read = [code.kind for code in encoder.columns] in (["number"], ["time"])
+        values = encoder.transform({"time": values})[:, 0] if is_read else np.full(num_rows, np.nan)
+        if np.isnan(values).any():
+            raise ValueError("`time` must be numbers or dates; some of its values cannot be read as such.")
+    return np.unique(values, return_inverse=True)[1].astype(np.float64)
+
+
+def has_needed_columns(X, fitted_names: np.ndarray | None, encoder: tasks.TableEncoder) -> bool:
+    """Whether X has all columns that the encoder reads, by their names and in the order of `fit`.
+
+    Other columns, and columns that `fit` dropped, do not matter. False leaves the error to scikit-learn.
+
+    Args:
+      X: rows.
+      fitted_names: `feature_names_in_`, or None.
+      encoder: of the columns.
+
+    Raises:
+      ValueError: if the columns have another order, as scikit-learn's contract demands.
+    """
+    names = None if fitted_names is None else _get_feature_names(X)
+    if names is None or len(set(fitted_names)) < len(fitted_names):
+        return False
+    fitted = set(fitted_names)
+    shared = [name for name in names if name in fitted]
+    if not {encoder.input_names[code.source] for code in encoder.columns} <= set(shared):
+        return False
+    if shared != [name for name in fitted_names if name in set(shared)]:
+        raise ValueError(
+            "The feature names should match those that were passed during fit.\n"
+            "Feature names must be in the same order as they were in fit.\n"
+            "`X[model.feature_names_in_]` has this order."
+        )
+    return True
