@@ -1,0 +1,70 @@
+"""Compares designs on the training users of fold 0: part by part, the users of a part are new to all models."""
+
+import time
+
+import numpy as np
+
+from experiments.recommend import learned, networks
+from experiments.recommend.fold import ONE, Settings
+from experiments.recommend.ordinary import fit_ordinary
+from experiments.recommend.ratings import Data, make_split
+from experiments.recommend.tuning import mean_error
+
+RIDGE = {
+    "": {},
+    "windows": {"order": "window"},
+    "linear g": {"num_hidden": 0},
+    "16 hidden units": {"num_hidden": 16},
+    "one center": {"predicted_center": False},
+    "no decay": {"decay": False},
+    "only the offset": {"groups": ("offset",)},
+    "offset and slope": {"groups": ("offset", "slope")},
+    "without factors": {"groups": ("offset", "slope", "year", "genres")},
+    "rate 0.003": {"rate": 3e-3},
+    "weight decay 0.1": {"weight_decay": 0.1},
+}
+NETWORK = {"": {}, "rate 0.001": {"rate": 1e-3}, "inner rate 0.01": {"inner_rate": 0.01}, "width 48": {"width": 48}}
+
+
+def run(data: Data, settings: Settings) -> None:
+    """Prints the errors of the held-out parts, by design."""
+    split = make_split(len(data.users), 0)
+    ordinary = fit_ordinary(data, split, settings.grids, settings.gibbs_sweeps)
+    print(ordinary.choices, flush=True)
+    learnings = {k: learned.make_learning(data, split, ordinary, k) for k in settings.first}
+    of_part = lambda k: data.first[k].of(split.parts[0])
+    for name in ordinary.part[settings.first[0]]:
+        errors = [mean_error(ordinary.part[k][name], of_part(k), data.ratings) for k in settings.first]
+        print(f"part 0: {name}: " + ", ".join(f"{e:.4f}" for e in errors), flush=True)
+    print("header: " + ", ".join(f"k = {k}: part 0, mean over parts" for k in settings.first))
+
+    def show(name, train):
+        start, cells = time.process_time(), []
+        for learning in learnings.values():
+            errors = [train(learning, seed) for seed in range(settings.num_seeds)]
+            cells.append(f"{errors[0]:.4f}, {np.mean(errors):.4f} ± {np.std(errors):.4f}")
+        print(f"{name}: {'; '.join(cells)}; {time.process_time() - start:.0f} s", flush=True)
+
+    def error(learning, seed, matrix):
+        new = data.first[learning.k].of(learning.held(seed))
+        return mean_error(matrix, new, data.ratings)
+
+    show("offsets", lambda learning, seed: error(learning, seed, learning.offset_matrix(learning.held(seed))))
+    for name, changes in RIDGE.items():
+        for one in (True, False):
+            if one and set(changes) & {"num_hidden", "predicted_center"}:
+                continue
+            design = settings.ridge._replace(**changes)
+            predict = lambda learning, seed, design=design, one=one: error(
+                learning,
+                seed,
+                learned.train_ridge(learning, design, seed, one=one)(learning.held(seed))[1],
+            )
+            show(f"{ONE if one else 'g'}, {name}", predict)
+    for kind in networks.NAMES:
+        for name, changes in NETWORK.items():
+            design = settings.network._replace(**changes)
+            predict = lambda learning, seed, kind=kind, design=design: error(
+                learning, seed, learned.train_network(learning, kind, design, seed)(learning.held(seed))
+            )
+            show(f"{kind}, {name}", predict)
