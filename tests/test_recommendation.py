@@ -224,7 +224,7 @@ def test_no_later_rating_of_a_test_user_changes_a_prediction():
     learnings = [learned.make_learning(d, split, o, 5) for d, o in ((data, ordinary), (other, again))]
     by_g = [learned.train_ridge(learning, fold.SMOKE.ridge, 0)(split.test)[1] for learning in learnings]
     np.testing.assert_array_equal(*by_g)
-    by_network = [learned.train_network(l, "CAVIA", fold.SMOKE.network, 0)(split.test) for l in learnings]
+    by_network = [learned.train_network(one, "CAVIA", fold.SMOKE.network, 0)(split.test) for one in learnings]
     np.testing.assert_array_equal(*by_network)
     # The first ratings of these users change their predictions.
     first = data.ratings._replace(rating=np.where(rows & (rank < 5), 10 - data.ratings.rating, data.ratings.rating))

@@ -9,10 +9,10 @@ Networks that adapt by gradient steps: MeLU and CAVIA. And a ridge regression pe
 year and genres, in closed form, whose regularization, decay with time and center are λ. In one variant, λ is the same
 for all users. In the other, a network g predicts λ from the first ratings. Both are trained by hypergradients.
 
-All hyperparameters are chosen in each fold on its training users. These are divided into four parts, and the users of a
-part are new to the models that are fitted to the others. g and the networks learn on the same parts, so that no rating
-of a training user is in the statistics of items which they see. The design (inputs, sizes, rates) was chosen on the
-training users of fold 0, by `--choose`. The test users of fold 0 had no part in that.
+All hyperparameters are chosen in each fold on its training users. These are divided into four parts. For each part,
+models are fitted to the other parts, so its users are new to them. g and the networks learn on these users. The
+statistics of items that they see therefore include no rating of the user itself. The design (inputs, sizes, rates) was
+chosen on the training users of fold 0, by `--choose`. The test users of fold 0 had no influence on it.
 
     python experiments/recommend                     writes experiments/results/recommend.md
     python experiments/recommend --smoke             seconds; synthetic ratings if there is no data folder; prints only

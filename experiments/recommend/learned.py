@@ -15,7 +15,7 @@ HELD_ROWS = 128  # later ratings of a held-out user, for the choice of the best 
 
 
 class Learning(NamedTuple):
-    """What the learned methods of a fold and a k share."""
+    """Data, tables and features for the learned methods of one fold and one k."""
 
     data: Data
     split: Split
@@ -91,7 +91,7 @@ def train_ridge(learning: Learning, settings: per_user.Settings, seed: int, *, o
 
     def draw(key):
         new, stage, _ = learning.draw(key, seed, settings.order, settings.num_users, settings.num_later)
-        return new, stage, tables, learning.features(new, stage)
+        return stages.ridge_tasks(new, stage, tables, learning.features(new, stage))
 
     new, stage, features = learning.first(learning.held(seed))
     held = stages.ridge_tasks(new.later_rows(np.random.default_rng(0), HELD_ROWS), stage, tables, features)

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 from experiments.recommend.per_user import root_mean_square
-from experiments.recommend.stages import network_tasks
 from metaopt import base, few_shot, hypergrad, inner, training
 
 NUM_CONTEXT = 4
@@ -126,14 +125,14 @@ def train(method: Method, settings: Settings, draw: Callable, held: base.Task, s
     Args:
       method: see `make_method`.
       settings: of the training.
-      draw: `key -> (new users, stages, tables, features, offsets)`, of training users.
+      draw: `key -> tasks`, of training users.
       held: tasks of training users that are held out.
       seed: of λ and of the draws.
     """
     first = jax.tree.map(lambda x: jnp.asarray(x[0]), held.train)
     result = training.fit(
         method.learner,
-        lambda key: network_tasks(*draw(key)),
+        draw,
         hyperparams=method.init(jax.random.key(seed), held.train["x"].shape[-1], first),
         num_steps=settings.num_steps,
         key=jax.random.key(seed),

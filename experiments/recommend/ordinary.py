@@ -9,7 +9,7 @@ from experiments.recommend.baselines import Offsets
 from experiments.recommend.ratings import Data, NewUsers, Ratings, Split
 from experiments.recommend.tuning import FactorChoice, OffsetChoice
 
-README_RIDGES = 3.0, 5.0  # of the published figures: new users, items
+README_RIDGES = 3.0, 5.0  # the ridges of new users and of items in the published figures
 PLAIN = "offsets, ridges 3 and 5"
 TUNED = "offsets, tuned"
 CONTENT = "offsets with year, genres and popularity, tuned"

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.recommend.stages import ridge_tasks
 from metaopt import base, hypergrad, predictors, spaces, training
 
 RIDGES = {"offset": 3.0, "slope": 10.0, "year": 10.0, "factors": 10.0, "genres": 20.0}  # the start
@@ -151,15 +150,15 @@ def train(method: Method, settings: Settings, draw: Callable, held: base.Task, s
     Args:
       method: see `make_method`.
       settings: of the training.
-      draw: `key -> (new users, stages, tables, features)`, of training users.
+      draw: `key -> tasks`, of training users.
       held: tasks of training users that are held out.
       seed: of φ and of the draws.
       num_features: as for `make_method`.
     """
 
     def sample(key):
-        task = ridge_tasks(*draw(key))
-        return task._replace(features=task.features[:, :num_features])
+        drawn = draw(key)
+        return drawn._replace(features=drawn.features[:, :num_features])
 
     result = training.fit(
         method.learner,

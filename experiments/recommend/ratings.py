@@ -12,9 +12,9 @@ import numpy as np
 
 from metaopt import tasks
 
-MIN_RATINGS = 20  # of a user who is tested
+MIN_RATINGS = 20  # users with fewer ratings are not tested
 NUM_FOLDS = 5
-NUM_PARTS = 4  # of the training users
+NUM_PARTS = 4  # the training users are divided into so many parts
 
 
 class Ratings(NamedTuple):
@@ -92,7 +92,7 @@ def from_movielens(path: Path) -> Ratings:
     Without the file of the films, years and genres are not known.
 
     Raises:
-      FileNotFoundError: if there is no file of ratings.
+      FileNotFoundError: if the file of ratings does not exist.
     """
     if path.is_dir():
         path = next(
@@ -200,16 +200,19 @@ def user_sampler(ratings: Ratings, users: np.ndarray, num_first: int, order: str
     With `order="time"`, these are each user's first k ratings and all later ones. With "window", k successive ratings
     from a random one on, and all later ones.
     """
-    rows = np.isin(ratings.user, users)
-    x = np.stack([ratings.item, ratings.day], axis=1)[rows]
-    rating = ratings.rating[rows].astype(np.float32)
-    table = tasks.from_user_records(x, rating, ratings.user[rows], time=ratings.day[rows])
+    own = np.flatnonzero(np.isin(ratings.user, users))
+    row = own[:, None].astype(np.float32)  # a record's input is the number of its rating
+    table = tasks.from_user_records(row, ratings.rating[own], ratings.user[own], time=ratings.day[own])
     draw = jax.jit(jax.vmap(tasks.user_episodes(table, num_support=num_first, order=order)))
 
     def sample(key: jax.Array, positions: np.ndarray) -> NewUsers:
-        first, later, _ = jax.tree.map(np.asarray, draw(jax.random.split(key, len(positions)), jnp.asarray(positions)))
-        item, later_item = (part["x"][..., 0].astype(int) for part in (first, later))
-        return NewUsers(item, first["y"], first["x"][..., 1], later_item, later["y"], later["mask"])
+        first, later, _ = draw(jax.random.split(key, len(positions)), jnp.asarray(positions))
+        rows, later_rows = (np.asarray(part["x"][..., 0]).astype(int) for part in (first, later))
+        mask = np.asarray(later["mask"], np.float64)
+        of_first = ratings.item[rows], ratings.rating[rows], ratings.day[rows]
+        real = mask > 0
+        of_later = np.where(real, ratings.item[later_rows], 0), np.where(real, ratings.rating[later_rows], 0.0), mask
+        return NewUsers(*of_first, *of_later)
 
     return sample
 

@@ -102,7 +102,8 @@ class Scaling(NamedTuple):
     deviation: np.ndarray
 
     def scaled(self, features: np.ndarray) -> np.ndarray:
-        return ((features - self.mean) / self.deviation).astype(np.float32)
+        """Returns the features with mean 0 and deviation 1, cut to ±3."""
+        return np.clip((features - self.mean) / self.deviation, -3, 3).astype(np.float32)
 
 
 def fit_scaling(features: np.ndarray) -> Scaling:
