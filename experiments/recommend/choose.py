@@ -14,16 +14,12 @@ RIDGE = {
     "": {},
     "windows": {"order": "window"},
     "linear g": {"num_hidden": 0},
-    "16 hidden units": {"num_hidden": 16},
     "one center": {"predicted_center": False},
-    "no decay": {"decay": False},
-    "only the offset": {"groups": ("offset",)},
-    "offset and slope": {"groups": ("offset", "slope")},
     "without factors": {"groups": ("offset", "slope", "year", "genres")},
     "rate 0.003": {"rate": 3e-3},
     "weight decay 0.1": {"weight_decay": 0.1},
 }
-NETWORK = {"": {}, "rate 0.001": {"rate": 1e-3}, "inner rate 0.01": {"inner_rate": 0.01}, "width 48": {"width": 48}}
+NETWORK = {"": {}, "rate 0.001": {"rate": 1e-3}, "inner rate 0.01": {"inner_rate": 0.01}}
 
 
 def run(data: Data, settings: Settings) -> None:
@@ -52,7 +48,7 @@ def run(data: Data, settings: Settings) -> None:
     show("offsets", lambda learning, seed: error(learning, seed, learning.offset_matrix(learning.held(seed))))
     for name, changes in RIDGE.items():
         for one in (True, False):
-            if one and set(changes) & {"num_hidden", "predicted_center"}:
+            if one and name not in ("", "without factors"):
                 continue
             design = settings.ridge._replace(**changes)
             predict = lambda learning, seed, design=design, one=one: error(

@@ -10,6 +10,7 @@ from experiments.recommend.ratings import Data, NewUsers, Ratings, Split
 from experiments.recommend.tuning import FactorChoice, OffsetChoice
 
 README_RIDGES = 3.0, 5.0  # the ridges of new users and of items in the published figures
+ITEM_MEANS = "item means, ridge 1"
 PLAIN = "offsets, ridges 3 and 5"
 TUNED = "offsets, tuned"
 CONTENT = "offsets with year, genres and popularity, tuned"
@@ -21,16 +22,16 @@ TUNED_NAMES = (TUNED, CONTENT, NEIGHBOURS, FACTORS, BAYESIAN)
 
 def simple_matrices(train: Ratings, new: NewUsers) -> dict[str, np.ndarray]:
     """Returns the untuned baselines, which reproduce the figures that come with the data."""
-    mean, count = train.rating.mean(), np.bincount(train.item, minlength=train.num_items)
-    means = np.where(count > 0, np.bincount(train.item, train.rating, train.num_items) / np.maximum(count, 1), mean)
     user_ridge, item_ridge = README_RIDGES
+    mean, count = train.rating.mean(), np.bincount(train.item, minlength=train.num_items)
     constant = Offsets(mean, np.zeros(train.num_items), np.zeros(train.num_users), count)
-    offsets = baselines.fit_offsets(train, item_ridge=item_ridge)
+    means = baselines.fit_offsets(train, item_ridge=1.0).base
+    offsets = baselines.fit_offsets(train, item_ridge=item_ridge, user_ridge=user_ridge, sweeps=1)
     num_users = len(new.item)
     whole = lambda row: np.broadcast_to(row[None], (num_users, train.num_items))
     return {
         "global mean": whole(constant.base),
-        "item means": whole(means),
+        ITEM_MEANS: whole(means),
         "user offset, ridge 3": whole(constant.base) + baselines.user_offsets(constant, new, user_ridge, 0.0)[:, None],
         PLAIN: whole(offsets.base) + baselines.user_offsets(offsets, new, user_ridge, 0.0)[:, None],
     }

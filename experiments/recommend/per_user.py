@@ -69,8 +69,8 @@ def adapted_weights(hyperparams: dict, train: dict, sizes: dict[str, int]) -> ja
     """
     x, e, age = train["design"], train["residual"], train["age"]
     ridges = [hyperparams.get(f"ridge of {name}", jnp.inf) for name in sizes]
-    ridge = jnp.concatenate([jnp.full(size, r, x.dtype) for r, size in zip(ridges, sizes.values(), strict=True)])
-    center = jnp.zeros(x.shape[1], x.dtype).at[0].set(hyperparams["center"])
+    ridge = jnp.concatenate([jnp.full(size, r) for r, size in zip(ridges, sizes.values(), strict=True)])
+    center = hyperparams["center"] * jnp.eye(1, x.shape[1], dtype=x.dtype)[0]
     scaled = x / ridge[None]
     kernel = scaled @ x.T + jnp.diag(jnp.exp(hyperparams.get("decay", 0.0) * age))
     return center + scaled.T @ jax.scipy.linalg.solve(kernel, e - x @ center, assume_a="pos")

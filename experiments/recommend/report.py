@@ -12,7 +12,7 @@ from metaopt import evaluation
 
 AIMS = {5: 1.434, 10: 1.399}  # shrunken offsets, for MovieTweetings
 NAMES = (
-    *("global mean", "item means", "user offset, ridge 3", ordinary.PLAIN),
+    *("global mean", ordinary.ITEM_MEANS, "user offset, ridge 3", ordinary.PLAIN),
     *ordinary.TUNED_NAMES,
     *networks.NAMES,
     ONE,
@@ -204,7 +204,7 @@ def draw(scores: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def _draw_errors(ax, scores: Mapping[str, np.ndarray]) -> None:
-    shown = [name for name in NAMES if name not in ("global mean", "item means", "user offset, ridge 3")]
+    shown = [name for name in NAMES if name not in ("global mean", ordinary.ITEM_MEANS, "user offset, ridge 3")]
     for i, k in enumerate(numbers(scores)):
         errors = user_errors(scores, k)
         reference = best_ordinary(errors)
