@@ -116,7 +116,7 @@ def train_network(learning: Learning, name: str, settings: networks.Settings, se
         return stages.network_tasks(new, stage, tables, features, learning.offset[positions])
 
     def draw(key):
-        return task(*learning.draw(key, seed, "time", settings.num_users, settings.num_later))
+        return task(*learning.draw(key, seed, settings.order, settings.num_users, settings.num_later))
 
     positions = learning.held(seed)
     new, stage, _ = learning.first(positions)

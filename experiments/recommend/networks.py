@@ -30,7 +30,7 @@ class Settings(NamedTuple):
     num_steps: int = 400
     num_users: int = 32
     num_later: int = 32
-    order: str = "time"
+    order: str = "window"
 
 
 def hidden(params, batch):

@@ -43,10 +43,10 @@ class Settings(NamedTuple):
     decay: bool = True
     predicted_center: bool = True
     num_hidden: int = 8
-    order: str = "time"
+    order: str = "window"
     rate: float = 0.01
-    weight_decay: float = 1e-3
-    num_steps: int = 600
+    weight_decay: float = 0.1
+    num_steps: int = 400
     num_users: int = 64
     num_later: int = 32
 

@@ -15,16 +15,16 @@ from experiments.recommend.scores import user_rmse
 class Grids(NamedTuple):
     """The values that the choice is made of."""
 
-    item_ridges: tuple[float, ...] = (2.0, 4.0, 7.0, 12.0)
-    sweeps: tuple[int, ...] = (0, 1, 3)
-    offset_ridges: tuple[float, ...] = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    centers: tuple[float, ...] = (-0.6, -0.4, -0.2, 0.0, 0.2)
+    item_ridges: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
+    sweeps: tuple[int, ...] = (1, 3, 8)
+    offset_ridges: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
+    centers: tuple[float, ...] = (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0)
     shrinks: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
     neighbour_ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     num_factors: tuple[int, ...] = (2, 4, 8)
-    ridges: tuple[float, ...] = (4.0, 10.0, 20.0, 40.0)
-    factor_ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
-    gibbs_factors: tuple[int, ...] = (2, 4, 8)
+    ridges: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0)
+    factor_ridges: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
+    gibbs_factors: tuple[int, ...] = (4, 8, 12)
 
 
 SMALL = Grids(
