@@ -19,7 +19,7 @@ RIDGE = {
     "linear g": {"num_hidden": 0},
     "without factors": {"groups": ("offset", "slope", "year", "genres")},
 }
-NETWORK = {"": {}, "rate 0.001": {"rate": 1e-3}, "first ratings only": {"order": "time"}}
+NETWORK = {"": {}, "rate 0.001": {"rate": 1e-3}}
 
 
 def run(data: Data, settings: Settings) -> None:

@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     inner_rate: float = 0.05
     rate: float = 3e-3
     weight_decay: float = 1e-2
-    num_steps: int = 400
+    num_steps: int = 300
     num_users: int = 32
     num_later: int = 32
     order: str = "window"
