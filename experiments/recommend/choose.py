@@ -12,14 +12,11 @@ from experiments.recommend.tuning import mean_error
 
 RIDGE = {
     "": {},
-    "one center": {"predicted_center": False},
-    "rate 0.003, weight decay 1": {"rate": 3e-3, "weight_decay": 1.0},
     "weight decay 1": {"weight_decay": 1.0},
+    "one center": {"predicted_center": False},
     "first ratings only": {"order": "time"},
-    "linear g": {"num_hidden": 0},
-    "without factors": {"groups": ("offset", "slope", "year", "genres")},
 }
-NETWORK = {"": {}, "rate 0.001": {"rate": 1e-3}}
+NETWORK = {"": {}, "inner rate 0.01": {"inner_rate": 0.01}}
 
 
 def run(data: Data, settings: Settings) -> None:
@@ -49,7 +46,7 @@ def run(data: Data, settings: Settings) -> None:
     show("offsets", lambda learning, seed: error(learning, seed, learning.offset_matrix(learning.held(seed))))
     for name, changes in RIDGE.items():
         for one in (True, False):
-            if one and name not in ("", "without factors"):
+            if one and name:
                 continue
             design = settings.ridge._replace(**changes)
             predict = lambda learning, seed, design=design, one=one: error(
