@@ -12,11 +12,11 @@ from experiments.recommend.tuning import mean_error
 
 RIDGE = {
     "": {},
-    "weight decay 1": {"weight_decay": 1.0},
-    "one center": {"predicted_center": False},
+    "linear g": {"num_hidden": 0},
+    "predicted center": {"predicted_center": True},
     "first ratings only": {"order": "time"},
 }
-NETWORK = {"": {}, "inner rate 0.01": {"inner_rate": 0.01}}
+NETWORK = {"": {}, "rate 0.002": {"rate": 2e-3}}
 
 
 def run(data: Data, settings: Settings) -> None:
@@ -44,6 +44,13 @@ def run(data: Data, settings: Settings) -> None:
         return mean_error(matrix, new, data.ratings)
 
     show("offsets", lambda learning, seed: error(learning, seed, learning.offset_matrix(learning.held(seed))))
+    for kind in networks.NAMES:
+        for name, changes in NETWORK.items():
+            design = settings.network._replace(**changes)
+            predict = lambda learning, seed, kind=kind, design=design: error(
+                learning, seed, learned.train_network(learning, kind, design, seed)(learning.held(seed))
+            )
+            show(f"{kind}, {name}", predict)
     for name, changes in RIDGE.items():
         for one in (True, False):
             if one and name:
@@ -55,10 +62,3 @@ def run(data: Data, settings: Settings) -> None:
                 learned.train_ridge(learning, design, seed, one=one)(learning.held(seed))[1],
             )
             show(f"{ONE if one else 'g'}, {name}", predict)
-    for kind in networks.NAMES:
-        for name, changes in NETWORK.items():
-            design = settings.network._replace(**changes)
-            predict = lambda learning, seed, kind=kind, design=design: error(
-                learning, seed, learned.train_network(learning, kind, design, seed)(learning.held(seed))
-            )
-            show(f"{kind}, {name}", predict)

@@ -24,9 +24,9 @@ class Settings(NamedTuple):
 
     width: int = 24
     num_inner: int = 5
-    inner_rate: float = 0.05
-    rate: float = 3e-3
-    weight_decay: float = 1e-2
+    inner_rate: float = 0.003
+    rate: float = 5e-4
+    weight_decay: float = 0.1
     num_steps: int = 300
     num_users: int = 32
     num_later: int = 32
@@ -67,7 +67,7 @@ def make_adaptation(name: str, settings: Settings) -> few_shot.Adaptation:
         return few_shot.anil(mse, outer_loss=rmse, num_steps=steps, rate=rate, rates="leaf")
     if name == "CAVIA":
         return few_shot.cavia(
-            mse, outer_loss=rmse, num_context=NUM_CONTEXT, num_steps=steps, rate=10 * rate, rates="one"
+            mse, outer_loss=rmse, num_context=NUM_CONTEXT, num_steps=steps, rate=100 * rate, rates="one"
         )
     return few_shot.pretrained(mse, outer_loss=rmse, test_steps=0)
 
@@ -137,7 +137,7 @@ def train(method: Method, settings: Settings, draw: Callable, held: base.Task, s
         num_steps=settings.num_steps,
         key=jax.random.key(seed),
         evaluate=lambda key, hyperparams: method.judge(hyperparams, held),
-        eval_every=max(settings.num_steps // 8, 1),
+        eval_every=max(settings.num_steps // 15, 1),
         progress=False,
     )
     return jax.tree.map(np.asarray, result.best_hyperparams)

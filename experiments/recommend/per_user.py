@@ -41,11 +41,11 @@ class Settings(NamedTuple):
 
     groups: tuple[str, ...] = ("offset", "slope", "year", "factors", "genres")
     decay: bool = True
-    predicted_center: bool = True
+    predicted_center: bool = False
     num_hidden: int = 8
     order: str = "window"
     rate: float = 0.01
-    weight_decay: float = 0.1
+    weight_decay: float = 1.0
     num_steps: int = 400
     num_users: int = 64
     num_later: int = 32
@@ -167,7 +167,7 @@ def train(method: Method, settings: Settings, draw: Callable, held: base.Task, s
         num_steps=settings.num_steps,
         key=jax.random.key(seed),
         evaluate=lambda key, weights: method.judge(weights, held),
-        eval_every=max(settings.num_steps // 12, 1),
+        eval_every=max(settings.num_steps // 16, 1),
         progress=False,
     )
     return jax.tree.map(np.asarray, result.best_hyperparams)
