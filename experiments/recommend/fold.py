@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     """Sizes of the experiment."""
 
     first: tuple[int, ...] = (5, 10)  # k
-    num_seeds: int = 3
+    num_seeds: int = 2
     gibbs_sweeps: int = 60
     grids: tuning.Grids = tuning.Grids()
     ridge: per_user.Settings = per_user.Settings()

@@ -67,7 +67,7 @@ def _short(choice) -> str:
 
 
 def main() -> None:
-    parser = script.parser(recommend.__doc__, num_seeds=3)
+    parser = script.parser(recommend.__doc__, num_seeds=2)
     parser.add_argument(
         "--movielens", type=Path, help="ratings.csv or u.data, or the folder of it, instead of MovieTweetings"
     )
