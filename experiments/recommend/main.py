@@ -63,7 +63,7 @@ def describe(data: Data, parts: list[dict[str, np.ndarray]], settings: Settings)
 
 
 def _short(choice) -> str:
-    return json.dumps(choice).replace('"', "").strip("{}").replace("{", "(").replace("}", ")")
+    return json.dumps(choice).replace('"', "")[1:-1].replace("{", "(").replace("}", ")")
 
 
 def main() -> None:
