@@ -182,6 +182,8 @@ def test_ndcg_of_a_hand_example():
     predictions = np.array([[10.0, 1.0, 9.0, 7.0, 0.0, 3.0]])  # order without the first rating: 2, 3, 5, 1, 4
     value = scores.ndcg(predictions, new, num=3)
     assert value == pytest.approx([(5 / np.log2(3)) / (8 + 5 / np.log2(3) + 2 / 2)])
+    ideal = 8 + 5 / np.log2(3) + 2 / 2
+    assert scores.ndcg(predictions, new, num=4) == pytest.approx([(5 / np.log2(3) + 8 / np.log2(5)) / ideal])
     assert scores.ndcg(np.array([[0.0, 9, 1, 8, 7, 2]]), new, num=3) == pytest.approx([1.0])
 
 
