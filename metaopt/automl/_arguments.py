@@ -110,8 +110,8 @@ def has_needed_columns(X, fitted_names: np.ndarray | None, encoder: tasks.TableE
     Raises:
       ValueError: if the columns have another order, as scikit-learn's contract demands.
     """
-    names = None if fitted_names is None else _get_feature_names(X)
-    if names is None or len(set(fitted_names)) < len(fitted_names):
+    names = _get_feature_names(X)
+    if fitted_names is None or names is None or len(set(fitted_names)) < len(fitted_names):
         return False
     fitted = set(fitted_names)
     shared = [name for name in names if name in fitted]

@@ -38,7 +38,8 @@ def permutation_importance(
     from sklearn.utils import check_array, check_random_state
 
     if not hasattr(X, "iloc"):
-        X = check_array(X, ensure_all_finite="allow-nan", dtype=None)
+        check: Any = check_array  # scikit-learn's stubs know fewer values of its arguments
+        X = check(X, ensure_all_finite="allow-nan", dtype=None)
     scorer: Any = check_scoring(estimator, scoring=scoring)
     shuffle_seed = check_random_state(seed).randint(np.iinfo(np.int32).max + 1)
     by_name = hasattr(X, "iloc") and isinstance(names[0], str) and len(set(names)) == len(names)

@@ -3,10 +3,14 @@
 import json
 import logging
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
       target: a path, or an object with one of these methods.
 
     Returns:
-      The callback `(step, metrics) -> None`. It leaves out metrics that are arrays.
+      The callback `(step, metrics) -> None`, which your own loop can call as well. It leaves out metrics that are not one
+      number.
 
     Raises:
       TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.
@@ -52,9 +57,15 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
     write = _writer(target)
 
     def callback(step: int, metrics: Mapping[str, Any]) -> None:
-        write(step, {name: value for name, value in metrics.items() if isinstance(value, float)})
+        write(step, {name: float(value) for name, value in metrics.items() if _is_number(value)})
 
     return callback
+
+
+def _is_number(value: Any) -> bool:
+    """Whether this is one number, of Python, NumPy or JAX."""
+    is_scalar = hasattr(value, "dtype") and np.ndim(value) == 0
+    return isinstance(value, numbers.Real) or (is_scalar and jax.dtypes.issubdtype(value.dtype, np.number))
 
 
 def _writer(target: Any) -> WriteFn:

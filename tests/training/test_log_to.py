@@ -6,6 +6,7 @@ import resource
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -80,6 +81,12 @@ def test_steps_since_the_checkpoint_replace_their_earlier_lines(tmp_path):
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
     training.log_to(path)(1, {"value": np.inf, "array": np.zeros(2)})
     assert path.read_text() == '{"step": 1, "value": null}\n'
+
+
+def test_numbers_of_any_kind_are_written(tmp_path):
+    numbers = {"jax": jnp.float32(1.5), "numpy": np.float32(2), "int": 3, "bfloat16": jnp.bfloat16(0.5), "text": "a"}
+    training.log_to(tmp_path / "run.jsonl")(1, numbers | {"none": None, "array": jnp.ones(1)})
+    assert rows(tmp_path / "run.jsonl") == [{"step": 1, "jax": 1.5, "numpy": 2.0, "int": 3.0, "bfloat16": 0.5}]
 
 
 def test_a_file_of_something_else_is_kept(tmp_path):

@@ -142,7 +142,3 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         report.plot(*next(iter(parts.values())), options.out / "medical.png")
     script.publish(path, "Medical diagnosis", text, options, name="medical", picture="Reliability of probabilities")
-
-
-if __name__ == "__main__":
-    main()

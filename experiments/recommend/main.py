@@ -1,0 +1,103 @@
+"""Options; runs the folds and writes the result."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from experiments import recommend, script
+from experiments.recommend import choose, report
+from experiments.recommend.fold import SMOKE, Settings, run_fold
+from experiments.recommend.ratings import (
+    NUM_FOLDS,
+    Data,
+    Ratings,
+    folds,
+    from_movielens,
+    from_movietweetings,
+    make_data,
+    synthetic,
+)
+
+FILE = "movietweetings_100k.npz"
+
+
+def load(options: argparse.Namespace) -> Ratings:
+    """Reads the ratings. A smoke run without a data folder draws synthetic ones."""
+    if options.movielens is not None:
+        return from_movielens(options.movielens)
+    if options.smoke and not (Path(os.environ.get("METAOPT_DATA", "")) / FILE).is_file():
+        return synthetic()
+    return from_movietweetings(script.data_file(Path(__file__).parent, FILE))
+
+
+def describe(data: Data, parts: list[dict[str, np.ndarray]], settings: Settings) -> str:
+    """Returns the sentences on data and choices below the table of errors."""
+    ratings = data.ratings
+    tested = sum(len(part["users"]) for part in parts)
+    text = (
+        f"{ratings.name}: {len(ratings.rating):,} ratings of {ratings.num_items:,} items by {ratings.num_users:,} "
+        f"users, of whom {tested:,} are tested in {len(parts)} fold(s). k is the number of first ratings. Root mean "
+        "squared error of a user's later ratings, mean over users ± standard error; predictions are clipped to the "
+        f"range of ratings. Learned methods: mean over {settings.num_seeds} seed(s), which differ in initialization, "
+        'draws and held-out users; "seeds" is the standard deviation of the mean error over them. "− best baseline" '
+        "is the paired difference to the tuned baseline with the smallest error on the test users, ± 1.96 standard "
+        "errors over users.\n\nChosen in each fold, on training users:\n\n"
+    )
+    rows = []
+    for number, part in enumerate(parts):
+        choices = json.loads(str(part["choices"]))
+        cells = [_short(choices[name]) for name in ("factorization", "kNN", "Gibbs")]
+        rows.append([str(number), choices["base"], _short(choices[choices["base"]]), *cells])
+    header = [
+        "fold",
+        "better offsets",
+        "their hyperparameters",
+        "factorization",
+        "kNN (shrinkage, ridge)",
+        "Gibbs: factors",
+    ]
+    return text + script.table(header, rows)
+
+
+def _short(choice) -> str:
+    return json.dumps(choice).replace('"', "")[1:-1].replace("{", "(").replace("}", ")")
+
+
+def main() -> None:
+    parser = script.parser(recommend.__doc__, num_seeds=2)
+    parser.add_argument(
+        "--movielens", type=Path, help="ratings.csv or u.data, or the folder of it, instead of MovieTweetings"
+    )
+    parser.add_argument("--choose", action="store_true", help="compare designs on training users of fold 0")
+    parser.add_argument("--work", type=Path, default=Path("recommend_runs"), help="folder of finished folds")
+    options = parser.parse_args()
+    settings = SMOKE if options.smoke else Settings(num_seeds=options.seeds)
+    data = make_data(load(options), settings.first)
+    if options.choose:
+        choose.run(data, settings)
+        return
+    name = "recommend" if options.movielens is None else "recommend_movielens"
+    work = None if options.smoke else script.work_folder(options.work, Path(__file__).parent) / name
+    numbers = range(1 if options.smoke else NUM_FOLDS)
+    label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}"
+    parts = [script.kept(work, label(fold), lambda fold=fold: run_fold(data, fold, settings)) for fold in numbers]
+    aims = report.AIMS if data.ratings.name == "MovieTweetings" and not options.smoke else {}
+    scores = report.join_folds(parts)
+    unseen = np.arange(len(parts[0]["users"])) if len(parts) == 1 else folds(len(data.users))[0]
+    text = report.report(scores, unseen, aims, describe(data, parts, settings))
+    if not options.smoke:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.draw(scores, options.out / f"{name}.png")
+    seconds = sum(float(part["seconds"]) for part in parts)
+    script.publish(
+        Path(__file__).parent,
+        "Recommendation for new users",
+        text,
+        options,
+        name=name,
+        picture="Errors, and the predicted regularization of new users",
+        seconds=seconds,
+    )
