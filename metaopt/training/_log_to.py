@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 _log = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
       target: a path, or an object with one of these methods.
 
     Returns:
-      The callback `(step, metrics) -> None`, which your own loop can call as well. It leaves out metrics that are not one
-      number.
+      The callback `(step, metrics) -> None`, which your own loop can call, too. It leaves out what is not one number.
 
     Raises:
       TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.
@@ -65,7 +64,7 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
 def _is_number(value: Any) -> bool:
     """Whether this is one number, of Python, NumPy or JAX."""
     is_scalar = hasattr(value, "dtype") and np.ndim(value) == 0
-    return isinstance(value, numbers.Real) or (is_scalar and jax.dtypes.issubdtype(value.dtype, np.number))
+    return isinstance(value, numbers.Real) or (is_scalar and jnp.issubdtype(value.dtype, np.number))
 
 
 def _writer(target: Any) -> WriteFn:
