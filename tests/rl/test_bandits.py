@@ -48,3 +48,11 @@ def test_a_recurrent_unit_keeps_its_memory_where_its_gate_is_one():
     opened = {**weights, "gates_b": jnp.array([-50.0, -50, -50, 50, 50, 50])}
     expected = np.tanh(np.concatenate([observation, memory]) @ weights["new_w"])
     np.testing.assert_allclose(bandits.recurrent(opened, memory, observation)[0], expected)
+
+
+@pytest.mark.once
+def test_the_network_learns_to_stay_with_the_better_arm():
+    settings = bandits.Settings(num_updates=250, batch=32, hidden=16, rate=1e-2)
+    player = bandits.network_player(bandits.train(2, settings, jax.random.key(0)))
+    rewards = bandits.total_rewards(environments.bandit(2), player, jax.random.key(1), 1000)
+    assert rewards.mean() > 57  # random pulls earn 50, the better arm 67
