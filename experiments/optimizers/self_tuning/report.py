@@ -142,8 +142,8 @@ def circumstances(config) -> str:
         "The times scatter by some points from run to run: 1.13 to 1.25 was seen for the training signal. "
         "The figure has λ of the shaped runs. Where (default − best) / best, the last column of the losses, is "
         "small, a small difference in loss is a large excess. The final λ is not an estimate of a good constant rate: "
-        "in the figure it is up to 1,000 times the best of the grid. The others' defaults are those of optax (a rate of "
-        "0.1 for prodigy, whose paper has 1). "
+        "in the figure it is up to 1,000 times the best of the grid. The others' defaults are those of optax (a rate "
+        "of 0.1 for prodigy, whose paper has 1). "
         f"Mean ± standard deviation over {config.seeds} seeds, of splits, initializations and batches; the best rate "
         "is that of the mean over seeds."
     )
