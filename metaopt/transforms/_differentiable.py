@@ -166,8 +166,16 @@ def differentiable(
 
     Complex parameters are differentiated with JAX's conventions, with the same rules applied to the size of an operand.
 
-    Reverse, forward, nested and batched differentiation work, at the same cost as without the wrapper. A `while_loop`
-    inside the transform (a line search) can only be differentiated in forward mode, as always in JAX.
+    Reverse, forward, nested and batched differentiation work. A `while_loop` inside the transform (a line search) can
+    only be differentiated in forward mode, as always in JAX.
+
+    **Cost.** Without differentiation, the compiled program has the same operations as without the wrapper. Derivatives
+    cost more, by an amount for each parameter and step that does not depend on the batch. Compared with the derivative
+    without the wrapper, in reverse mode through Adam on a CPU (XLA's `cost_analysis`):
+
+    - A network of 4,000 parameters on 128 rows: 1.09 times the operations, and 1.4 times the memory traffic (forward
+      mode: 1.07 and 1.3).
+    - A loss that costs nothing next to Adam: 3.3 and 1.6 times, and 1.8 times the time. Expect the most here.
 
     Args:
       optimizer: any `optax.GradientTransformation`.

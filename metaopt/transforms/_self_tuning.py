@@ -76,7 +76,13 @@ def self_tuning(
     decay starts at 0.01 and is kept below 1 / rate by the projection above.
 
     **Which loss.** By default g_t is the gradient passed to `update`, which is that of the training loss. This is
-    hypergradient descent, without an additional gradient. With the extra argument `valid_grad_fn`, g_t is
+    hypergradient descent, without an additional gradient. **In a chain, put every transform that changes the gradient
+    into `factory`**, such as `scale_by_adam` or `add_decayed_weights`. If only the tail is wrapped, as in
+    `optax.chain(optax.scale_by_adam(), self_tuning(optax.scale_by_learning_rate, ...))`, g_t is Adam's output, and the
+    rate grows until training diverges, without an error. Only clipping may stay outside. With a validation loss, where
+    the transforms stand makes no difference if μ = γ = 0.
+
+    With the extra argument `valid_grad_fn`, g_t is
     `valid_grad_fn(params)`, the gradient of the validation loss on a batch that the caller chooses: T1–T2.
     Alternatively, give `self_tuning` the loss itself as `valid_loss_fn`, and `update` the extra argument `valid_batch`.
     (For complex parameters, g_t is then the conjugate of JAX's gradient: the direction of ascent.) All members of a

@@ -361,3 +361,47 @@ def test_grad_fn_goes_to_the_optimizer_where_nothing_is_carried():
     expected, _ = sam(1e-2).update(params**3, sam(1e-2).init(params), params, grad_fn=grad_fn)
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
     assert jnp.abs(expected + 1e-2 * params**3).max() > 1e-3, "the gradient ahead is another"
+
+
+def adam_chain(rate):
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(rate))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_of_the_plain_chain_becomes_the_inner_state(mode):
+    def steps(optimizer, params, state, num_steps):
+        for _ in range(num_steps):
+            updates, state = optimizer.update(jnp.sin(params), state, params)
+            params = params + updates
+        return params, state
+
+    plain, tuned = adam_chain(0.1), transforms.self_tuning(adam_chain, 0.1, optax.sgd(0.3), mode=mode)
+    params, old = steps(plain, jnp.array([1.0, -2.0]), plain.init(jnp.zeros(2)), 3)
+    state = tuned.init(params)._replace(inner=old)
+    first, state = jax.jit(lambda: steps(tuned, params, state, 1))()
+    expected = steps(plain, params, old, 1)
+    chex.assert_trees_all_close((first, state.inner), expected, rtol=1e-12)
+    assert state.hyperparams == 0.1 and steps(tuned, first, state, 1)[1].hyperparams > 0.1
+
+
+def test_the_tail_of_a_chain_alone_needs_a_validation_loss():
+    def rates(wrapped, **extra):
+        def step(carry, _):
+            params, state = carry
+            updates, state = wrapped.update(jnp.array([1.0, 4.0]) * params, state, params, **extra)
+            return (params + updates, state), optax.tree.get(state, "hyperparams")
+
+        return jax.lax.scan(step, (jnp.array([1.0, -2.0]), wrapped.init(jnp.zeros(2))), length=60)[1]
+
+    tail = optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(1e-4),
+        transforms.self_tuning(optax.scale_by_learning_rate, 1e-3, optax.sgd(0.3)),
+    )
+    whole = transforms.self_tuning(adam_chain, 1e-3, optax.sgd(0.3))
+    valid = {"valid_grad_fn": lambda params: jnp.array([1.0, 4.0]) * (params - 0.1)}
+    of_tail, of_whole = jax.jit(lambda: (rates(tail, **valid), rates(whole, **valid)))()
+    np.testing.assert_allclose(of_tail, of_whole, rtol=1e-9)
+    assert len(set(of_whole.tolist())) > 50
+    of_tail, of_whole = jax.jit(lambda: (rates(tail), rates(whole)))()
+    assert of_tail[-1] > 10 * of_whole.max()  # it follows Adam's output
