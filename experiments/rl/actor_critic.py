@@ -11,10 +11,10 @@ where c_t is 0 at the end of an episode, Â has mean 0 and deviation 1, and V in
 are tuned through the update: the horizon 1 / (1 − γ), the trace λ, the weights w_V and w_H, and the rate of Adam.
 
 The outer loss is the same function with the fixed `REFERENCE`, on a rollout with the new θ (Xu et al., NeurIPS 2018,
-https://arxiv.org/abs/1805.09801), plus the KL divergence of the new policy from the one before the update (Zahavy et
-al., NeurIPS 2020, https://arxiv.org/abs/2002.12928). The divergence is a brake for the rate: a policy that has become
-deterministic has no gradient. The rollout starts from the states and the key that the next inner step will use. So it
-is the rollout of that step, and tuning takes no more steps of the environments than training.
+https://arxiv.org/abs/1805.09801), plus the KL divergence Σ_a π log(π / π') of the policy π before the update and the
+new one π' (Zahavy et al., NeurIPS 2020, https://arxiv.org/abs/2002.12928). The divergence is a brake for the rate: a
+policy that has become deterministic has no gradient. The rollout starts from the states and the key that the next inner
+step will use. So it is the rollout of that step, and tuning takes no more steps of the environments than training.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Family(NamedTuple):
       environment: the environment.
       physics: its parameters.
       low: the return of score 0.
-      high: the return of score 1, the largest possible one.
+      high: the return of score 1, an upper bound.
       scale: the factor of rewards in training.
     """
 
@@ -198,7 +198,7 @@ def actor_critic_loss(params, hyperparams, rollout: Rollout, scale: float = 1.0)
 
 
 def divergence(old, new, observation) -> jax.Array:
-    """Returns the mean KL divergence of the new policy from the old one; only the new one has a derivative."""
+    """Returns the mean over states of Σ_a π_old log(π_old / π_new); only the new policy has a derivative."""
     logits = lambda params: jax.vmap(jax.vmap(apply, (None, 0)), (None, 0))(params, observation)[0]
     old_log, new_log = jax.nn.log_softmax(jax.lax.stop_gradient(logits(old))), jax.nn.log_softmax(logits(new))
     return (jnp.exp(old_log) * (old_log - new_log)).sum(-1).mean()

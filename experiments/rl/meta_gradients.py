@@ -13,8 +13,8 @@ Compared on three families of environments:
 * random search, TPE and PBT with 8 trials: with as many steps of the environments as the one run in total, so that each
   trial has an eighth, and with as many steps for each trial.
 
-The score is the mean return of the episodes that end in the last tenth of the steps, on a scale on which 1 is the
-largest possible return. A search chooses its trial by the tenth before. Intervals are stratified bootstrap intervals of
+The score is the mean return of the episodes that end in the last tenth of the steps, on a scale on which 1 is an upper
+bound of the return. A search chooses its trial by the tenth before. Intervals are stratified bootstrap intervals of
 the interquartile mean over seeds. The outer rate and the outer loss were chosen on other seeds (`--develop`).
 
     python experiments/rl/meta_gradients.py --full     # 8 minutes; writes results/rl_meta_gradients.md and .png
@@ -188,7 +188,7 @@ def score_table(results: dict[str, dict], settings: Settings) -> str:
 
 
 def differences(results: dict[str, dict]) -> str:
-    """Returns the differences of mean scores between meta-gradients and the best of the grid, seeds resampled."""
+    """Returns interquartile means of meta-gradients minus those of the best of the grid; seeds are resampled."""
     rng, parts = np.random.default_rng(0), []
     for name, family in results.items():
         tuned, best = family["meta-gradients"]["score"], family["best of the grid"]["score"]

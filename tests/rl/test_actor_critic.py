@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.rl import actor_critic, environments, scores, searches
-from experiments.rl.actor_critic import FAMILIES, REFERENCE, SPACE, START, Sizes
+from experiments.rl.actor_critic import FAMILIES, OTHER_START, REFERENCE, SPACE, START, Sizes
 from metaopt import hypergrad, inner, spaces
 
 SIZES = Sizes(num_actors=3, length=12, hidden=5)
@@ -47,6 +47,14 @@ def test_the_policy_gradient_is_that_of_the_formula():
     error = jax.nn.one_hot(rollout.action, 3) - jax.nn.softmax(logits)
     np.testing.assert_allclose(grads["policy_b"], -(weight[..., None] * error).mean((0, 1)), rtol=1e-4, atol=1e-7)
     assert not np.any(grads["value_w"])
+
+
+def test_the_divergence_is_weighted_by_the_old_policy():
+    params = {**actor_critic.initial_params(jax.random.key(0), 2, 3, 4), "policy_w": jnp.zeros((4, 3))}
+    old, new = jnp.array([0.5, -1.0, 0.2]), jnp.array([-0.3, 0.4, 1.0])
+    value = actor_critic.divergence({**params, "policy_b": old}, {**params, "policy_b": new}, jnp.ones((5, 2, 2)))
+    p, q = jax.nn.softmax(old), jax.nn.softmax(new)
+    np.testing.assert_allclose(value, (p * jnp.log(p / q)).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Catch", "CartPole"])
@@ -153,6 +161,6 @@ def test_the_interquartile_mean_and_its_interval():
 
 
 def test_spaces_contain_all_values_that_are_used():
-    for hp in ({**START}, {**START, **REFERENCE}):
+    for hp in (START, OTHER_START, {**START, **REFERENCE}):
         assert all(leaf.contains(jnp.asarray(hp[name])) for name, leaf in SPACE.items())
     assert environments.maze().params.walls.sum() == 5
