@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _heads, _proposals, _row_embedding, base, spaces
+from metaopt import _checks, _heads, _proposals, _row_embedding, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -51,7 +51,12 @@ def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | N
     return weight * z + (1 - weight) * params["center"]
 
 
-def _check_limit(limit: float | None, num_features: int) -> None:
+def _check_options(limit: float | None, num_features: int, spread: float | None) -> None:
+    """Values that a file may have, and that would silently reverse or spoil predictions."""
+    for name, value in (("limit", limit), ("spread", spread)):
+        _checks.check_positive(name, value, optional=True)
+    if spread is not None and not np.isfinite(spread):
+        raise ValueError(f"`spread` must be finite, or None; got {spread!r}.")
     if limit is not None and not num_features:
         raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
 
@@ -114,9 +119,9 @@ def mlp(
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
-      ValueError: if there is a `limit` and no features.
+      ValueError: if `limit` is not positive, `spread` is not positive and finite, or there are no features to limit.
     """
-    _check_limit(limit, num_features)
+    _check_options(limit, num_features, spread)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
@@ -170,12 +175,13 @@ def dataset_embedding(
         ("x", "y", "class_mask" and optionally "mask" and "feature_mask").
 
     Raises:
-      ValueError: if the space has nothing to tune, or there is a `limit` and no features.
+      ValueError: if the space has nothing to tune; if `limit` is not positive, `spread` is not positive and finite, or
+        there are no features to limit.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
     """
-    _check_limit(limit, num_features)
+    _check_options(limit, num_features, spread)
     center, unravel = _start(space, hyperparams)
 
     def init(key):
