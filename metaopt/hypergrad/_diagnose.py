@@ -87,10 +87,11 @@ def diagnose(
       A `Diagnosis`; print it.
 
     Raises:
-      ValueError: if λ does not fit `space`, or the task has labels outside its classes.
+      ValueError: if `num_steps < 2`, if λ does not fit `space`, or the task has labels outside its classes.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
+    _checks.check_integer("num_steps", num_steps, 2)  # the loss of one step cannot fall
     _checks.check_task_labels("task", task)
     key = jax.random.key(0) if key is None else key
     start_key, noise_key, estimator_key = jax.random.split(key, 3)

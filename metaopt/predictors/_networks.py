@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _heads, _proposals, _row_embedding, base, spaces
+from metaopt import _checks, _heads, _proposals, _row_embedding, base, spaces
 
 
 def _start(space: base.PyTree, hyperparams: base.HyperParams | None):
@@ -52,6 +52,7 @@ def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | N
 
 
 def _check_limit(limit: float | None, num_features: int) -> None:
+    _checks.check_positive("limit", limit, optional=True)
     if limit is not None and not num_features:
         raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
 
@@ -114,7 +115,7 @@ def mlp(
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
-      ValueError: if there is a `limit` and no features.
+      ValueError: if `limit` is not positive, or there are no features to limit.
     """
     _check_limit(limit, num_features)
     center, unravel = _start(space, hyperparams)
@@ -170,7 +171,7 @@ def dataset_embedding(
         ("x", "y", "class_mask" and optionally "mask" and "feature_mask").
 
     Raises:
-      ValueError: if the space has nothing to tune, or there is a `limit` and no features.
+      ValueError: if the space has nothing to tune, `limit` is not positive, or there are no features to limit.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063 (its three-level
       pooling); Zaheer et al., Deep Sets, NeurIPS 2017, https://arxiv.org/abs/1703.06114.
