@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metaopt import base
+from metaopt._jaxpr import Tracer
 
 
 class Normal(NamedTuple):
@@ -42,6 +44,24 @@ def check_no_spread(name: str, hyperparams: base.HyperParams) -> None:
             f"{name} must be one λ, and this is a prediction with a spread: pass its `.center`, or use "
             "`predictors.TrainedPredictor.predict`, which returns λ."
         )
+
+
+def check_spread(spread: base.PyTree) -> None:
+    """Raises ValueError if a number of `spread` that is not traced is negative, infinite or NaN.
+
+    With NaN, no candidate has an outer loss, and the start is the best.
+
+    Args:
+      spread: a number or an array, or a tree of them; None has no numbers.
+
+    Raises:
+      ValueError: if such a number is invalid.
+    """
+    for leaf in jax.tree.leaves(spread):
+        if not isinstance(leaf, Tracer):
+            values = np.asarray(leaf, float)
+            if not (np.isfinite(values) & (values >= 0)).all():
+                raise ValueError(f"`spread` must be finite and at least 0; got {leaf!r}.")
 
 
 def spread_like(center: base.HyperParams, spread: base.PyTree) -> base.HyperParams:

@@ -5,7 +5,8 @@ Research, not a medical device.
 **Task.** 42 patients recorded their voice at home for half a year. The first five recordings of a new patient, in time
 order, give five motor scores, and the scores of all later recordings are predicted. The error is the mean absolute
 error over recordings, then over patients. The scores are interpolated linearly between visits to a clinic, so five
-recordings of one day have one value.
+recordings of one day have one value, and the slope of five recordings depends on the score of the next visit, months
+later: errors of a forecast from real visits would be larger.
 
 **Model.** With y₅ and t₅ of the fifth recording, and u(t) = D (1 − exp(−(t − t₅)/D)), which is t − t₅ for a large D,
 

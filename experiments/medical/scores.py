@@ -90,7 +90,7 @@ class Abstention:
         sets = prediction_sets(p_values, alpha)  # [R, N, 2]
         hit = np.where(y > 0, sets[..., 1], sets[..., 0])
         one = sets.sum(-1) == 1
-        mean = lambda values, rows: (rows * values).sum(-1) / np.maximum(rows.sum(-1), 1)
+        mean = lambda values, rows: (rows * values).sum(-1) / np.where(rows.sum(-1) > 0, rows.sum(-1), np.nan)
         self.coverage, self.answered, self.wrong = mean(hit, judged), mean(one, judged), mean(one & ~hit, judged)
         self.sick, self.healthy = mean(hit, judged * (y > 0)), mean(hit, judged * (y == 0))
 

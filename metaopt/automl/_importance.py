@@ -37,6 +37,8 @@ def permutation_importance(
     from sklearn.metrics import check_scoring
     from sklearn.utils import check_array, check_random_state
 
+    if hasattr(X, "get_column") and isinstance(names[0], str):  # of polars, which becomes an array without names
+        X = X[list(names)]
     if not hasattr(X, "iloc"):
         check: Any = check_array  # scikit-learn's stubs know fewer values of its arguments
         X = check(X, ensure_all_finite="allow-nan", dtype=None)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metaopt import hypergrad
+from metaopt import _checks, hypergrad
 from metaopt.few_shot._adaptation import Adaptation, adaptation
 
 
@@ -166,9 +166,13 @@ def maml_plus_plus(
     Returns:
       An `Adaptation`; its `estimator_at` follows the schedules. λ's "rate" is like θ, with a leading axis of T.
 
+    Raises:
+      ValueError: if a number of steps is negative.
+
     Source: Antoniou, Edwards & Storkey, ICLR 2019, https://arxiv.org/abs/1810.09502; their code,
       https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch (`MetaBatchNormLayer` at 006eb57).
     """
+    _checks.check_positive("multi_step_steps", multi_step_steps, zero=True)  # −1 would weight early steps ever more
 
     def weights(step):
         early = jnp.maximum(0, 1 - step / multi_step_steps) / num_steps

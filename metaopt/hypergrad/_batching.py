@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 
 _BATCH = (
     "A batch of tasks is one `Task(train, valid)` whose leaves have a leading axis of tasks (`tasks.stack` makes it of "
@@ -140,9 +140,10 @@ def over_tasks(
       "num_nonfinite", and "hypergrad_variance", the trace of the hypergradient's covariance over tasks.
 
     Raises:
-      ValueError: if `normalize` and `max_norm` are both set. At trace time, if the batch is empty or its leaves
-        disagree on B.
+      ValueError: if `max_norm` is not positive, or `normalize` and `max_norm` are both set. At trace time, if the batch
+        is empty or its leaves disagree on B.
     """
+    _checks.check_positive("max_norm", max_norm, optional=True)  # a negative one would ascend
     if normalize and max_norm is not None:
         raise ValueError("`normalize` and `max_norm` exclude each other: a normalized hypergradient has norm 1.")
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _jaxpr, base, inner
+from metaopt import _checks, _jaxpr, base, inner
 from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -206,10 +206,12 @@ def darts_fd(
       An `Estimator` of kind "biased", whose value is f(θ'). Metrics: "inner_steps", and "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: if `difference` is unknown; at trace time, if a leaf of λ is used only by `init`.
+      ValueError: if `difference` is unknown, or `horizon` is negative; at trace time, if a leaf of λ is used only by
+        `init`.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
     if difference not in DIFFERENCES:
         raise ValueError(f"`difference` must be one of {', '.join(DIFFERENCES)}; got {difference!r}.")
     loop = problem.loop

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _refusals
 
 _REASON = (
@@ -51,10 +51,12 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
       Metrics: "inner_steps", and "inner_grad_norm", which is ‖G_{t+1}‖.
 
     Raises:
-      ValueError: at trace time, if a leaf of λ does not enter `update`, or enters the inner loss.
+      ValueError: if `horizon` is negative; at trace time, if a leaf of λ does not enter `update`, or enters the inner
+        loss.
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
     loop = problem.loop
 
     def evaluate(state, hyperparams, data):

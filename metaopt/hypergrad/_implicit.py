@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _solvers, _stationary
 
 
@@ -106,7 +106,8 @@ def implicit(
       "outer_grad_norm", which is ‖∂f/∂θ‖, and "num_products", the number of products with A.
 
     Raises:
-      ValueError: if `batch` or `condition` is unknown, or two arguments exclude each other.
+      ValueError: if `damping` or `horizon` is negative, `batch` or `condition` is unknown, or two arguments exclude
+        each other.
       ValueError: at trace time, if only `init` uses a leaf of λ. With the condition "gradient", also if only `update`
         uses it.
 
@@ -115,7 +116,8 @@ def implicit(
       https://arxiv.org/abs/2006.16218. iMAML is `warm_start=False` with a proximal term in ℓ: Rajeswaran et al.,
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
-    _stationary.check(batch, condition)
+    _stationary.check(damping, batch, condition)
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
     if horizon and not warm_start:
         raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")
     if gauss_newton is not None and condition == "step":

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt.hypergrad import _mixed, _refusals, _unroll
 
 
@@ -52,11 +52,12 @@ def lookahead(
       depends on λ too, so the kind is "biased". With `commit=0` it is "exact".
 
     Raises:
-      ValueError: if `num_steps` is negative, or `remat` is unknown; at trace time, if a leaf of λ enters neither a
-        virtual step nor the outer loss.
+      ValueError: if `num_steps` or `horizon` is negative, or `remat` is unknown; at trace time, if a leaf of λ enters
+        neither a virtual step nor the outer loss.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
     _unroll.check_steps(num_steps, remat)
     loop = problem.loop
 

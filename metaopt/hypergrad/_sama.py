@@ -2,7 +2,7 @@
 
 import jax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _finite_difference
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -40,10 +40,11 @@ def sama(
       "direction_norm", which is ‖u‖.
 
     Raises:
-      ValueError: at trace time, if a leaf of λ is used only by `init`.
+      ValueError: if `horizon` is negative; at trace time, if a leaf of λ is used only by `init`.
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
     loop = problem.loop
 
     def estimate(hyperparams, task, state):

@@ -14,7 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse import linalg
 
-from metaopt import base
+from metaopt import _checks, base
 
 
 class Matvec(Protocol):
@@ -211,8 +211,12 @@ def nystrom(*, rank: int, damping: float) -> Solver:
     Returns:
       A `Solver` that draws its columns with the key and needs no guess. It needs the memory of k vectors like θ.
 
+    Raises:
+      ValueError: if `damping` is not positive.
+
     Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
     """
+    _checks.check_positive("damping", damping)
 
     def solve(matvec, b, initial, *, key):
         del initial

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import optax
 
-from metaopt import _jaxpr, _trees, base, inner
+from metaopt import _checks, _jaxpr, _trees, base, inner
 from metaopt.hypergrad import _refusals, _solvers
 
 CONDITIONS = ("gradient", "step")
 BATCHES = ("next", "full")
 
 
-def check(batch: Any, condition: str) -> None:
+def check(damping: float, batch: Any, condition: str) -> None:
+    _checks.check_positive("damping", damping, zero=True)
     if not callable(batch) and batch not in BATCHES:
         raise ValueError(f'`batch` must be "next", "full" or a function `(key, data) -> batch`; got {batch!r}.')
     if condition not in CONDITIONS:

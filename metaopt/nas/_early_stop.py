@@ -136,10 +136,11 @@ def stopped_by_skips(
       epoch) and "stop".
 
     Raises:
-      ValueError: if `every` is below 1.
+      ValueError: if `every` or `start` is below 1.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
     """
+    _checks.check_integer("start", start, 1)
     measure = lambda keys, hyperparams, task, after: num_skips(hyperparams)
     return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > most, every, 1, 1, start)
 

@@ -161,6 +161,8 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
             "each node has no meaning."
         )
     rule = own if keep == "space" else keep
+    if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
+        raise ValueError(f"`keep` must be a number of edges (at least 1), None or 'space'; got {rule!r}.")
     return None if rule is None else int(rule)
 
 

@@ -421,7 +421,7 @@ class FeatureScaling(NamedTuple):
           median table.
 
         Raises:
-          ValueError: if neither `clip` nor `limit` is given, or both are.
+          ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.
           KeyError: if a name is absent.
         """
         bound = clip if limit is None else 50 * limit
@@ -430,6 +430,7 @@ class FeatureScaling(NamedTuple):
                 "Pass `limit=` if the features are for a predictor with a `limit`, and otherwise `clip=`, such as "
                 f"`clip=3.0`; got clip={clip}, limit={limit}."
             )
+        _checks.check_positive("clip" if limit is None else "limit", clip if limit is None else limit)
         values = _values(features, self.names)
         values = np.where(np.asarray(self.log, bool), _log(values), values)
         scaled = (values - np.array(self.center)) / np.array(self.scale)

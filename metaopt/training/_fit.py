@@ -141,7 +141,7 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if there is `patience` and no `evaluate`.
+      ValueError: if there is `patience` and no `evaluate`, or `eval_every` is not a whole number of at least 1.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -164,8 +164,7 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
+    _check_evaluations(evaluate, eval_every, patience)
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
     callbacks = [callback] if callable(callback) else list(callback or ())
@@ -223,6 +222,13 @@ def fit(
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     _warn_of_skipped_steps(run)
     return result
+
+
+def _check_evaluations(evaluate: EvaluateFn | None, eval_every: int, patience: int | None) -> None:
+    if patience is not None and evaluate is None:
+        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
+    if eval_every < 1 or eval_every % 1:  # with 2.5, no evaluation would follow the first one
+        raise ValueError(f"`eval_every` must be a whole number of at least 1; got {eval_every}.")
 
 
 def _warn_of_skipped_steps(run: Run) -> None:

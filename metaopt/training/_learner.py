@@ -85,9 +85,9 @@ def learner(
     their old task, as needed for tuning on one data set. Fresh tasks of other shapes or another structure (for example
     a batch with other padding) cannot be mixed with the carried tasks. Then **every** slot is renewed, done or not.
 
-    An outer step whose hypergradient has a non-finite entry, or a norm above the largest float, is skipped: λ and the
-    optimizer's state stay, the estimator's state advances, and `skipped` is 1. If there is only one task, it restarts
-    at the next step.
+    An outer step whose hypergradient has a non-finite entry, or a squared norm above the largest float, is skipped: λ
+    and the optimizer's state stay, the estimator's state advances, and `skipped` is 1. If there is only one task, it
+    restarts at the next step.
 
     Both functions work under `jit`, `vmap` and `lax.scan`. Gradients through them are possible as far as the
     estimator's own functions allow. The state may be donated (`jax.jit(step, donate_argnums=0)`) with the same care as

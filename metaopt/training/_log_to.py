@@ -14,6 +14,8 @@ import numpy as np
 
 _log = logging.getLogger(__name__)
 
+_START = b'{"step": '  # of each line
+
 WriteFn = Callable[[int, Mapping[str, float]], Any]  # step, scalar metrics
 
 
@@ -31,8 +33,8 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
     The file: a value that is not finite becomes null. Each line is on disk after its step. When a run continues from a
     checkpoint, `fit` reports the steps since the checkpoint again, and the file's earlier lines of these steps are
     replaced. So the file of a killed run ends equal to that of a run that was not killed. A new run replaces a file of
-    an older run. If the disk is full, there is one warning. The run goes on, and the lines wait in memory until they
-    can be written.
+    an older run, also if both have the same callback. A metric with the name "step" is left out. If the disk is full,
+    there is one warning. The run goes on, and the lines wait in memory until they can be written.
 
     Args:
       target: a path, or an object with one of these methods.
@@ -93,12 +95,15 @@ class _Lines:
         self.path = path
         self.length: int | None = None  # bytes of the lines that are on disk; None before the first step
         self.waiting: list[bytes] = []  # lines that are not on disk yet
+        self.last_step = 0
         self.warned = False
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self.length is None:
+        if self.length is None or step <= self.last_step:  # at the start, and if a run continues or begins again
             self.length = _length_before(self.path, step)
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self.waiting = [line for line in self.waiting if json.loads(line)["step"] < step]
+        self.last_step = step
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items() if name != "step"}
         self.waiting.append(json.dumps({"step": step, **values}).encode() + b"\n")
         try:
             self._append()
@@ -129,10 +134,10 @@ def _length_before(path: Path, step: int) -> int:
     length = 0
     with open(path, "rb") as file:
         for line in file:
+            if line[: len(_START)] != _START[: len(line)]:
+                raise ValueError(f"{path} exists, and is not a log of `fit`: {line[:60]!r}. Use another name.")
             if not line.endswith(b"\n"):  # half a line: the process was killed
                 break
-            if not line.startswith(b'{"step": '):
-                raise ValueError(f"{path} exists, and is not a log of `fit`: {line[:60]!r}. Use another name.")
             if json.loads(line)["step"] >= step:
                 break
             length += len(line)

@@ -77,7 +77,8 @@ def propose(
       the start. Of equal values the first one is the best.
 
     Raises:
-      ValueError: if the task has labels outside its classes.
+      ValueError: if the task has labels outside its classes, or a number of `spread` that is not traced is negative,
+        infinite or NaN.
       ValueError: at trace time, if the start does not fit `space`, or `spread` does not fit the start.
       ValueError: at trace time, if `space` is not the problem's, or is missing and a start in natural units meets an
         estimator in unconstrained coordinates.
@@ -85,6 +86,7 @@ def propose(
     Source: Rubinstein, The cross-entropy method, 1999, https://doi.org/10.1023/A:1010091220143; for the weights,
       Hansen, The CMA evolution strategy: a tutorial, 2016, https://arxiv.org/abs/1604.00772 (without negative weights).
     """
+    _proposals.check_spread(spread)
 
     def evaluate(key, candidates, task):
         return _proposals.values(estimator, key, candidates, task, chunk)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metaopt import _checks
+from metaopt._jaxpr import Tracer
+
 
 def learnable_clip(
     max_norm: jax.typing.ArrayLike, *, scope: str = "global", sharpness: jax.Array | float | None = None
@@ -33,7 +36,7 @@ def learnable_clip(
 
     Raises:
       KeyError: if `scope` is neither "global" nor "leaf".
-      ValueError: if `max_norm` or `sharpness` is not one number.
+      ValueError: if `max_norm` or `sharpness` is not one positive number; the sign of a traced number is not checked.
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
@@ -47,6 +50,8 @@ def learnable_clip(
                 f"`{name}` must be one number; got shape {np.shape(value)}. One for each parameter: "
                 '`per_parameter(functools.partial(learnable_clip, scope="leaf"))`.'
             )
+        if not isinstance(value, Tracer):  # it is traced within `inject_hyperparams`
+            _checks.check_positive(name, value, optional=name == "sharpness")
 
     def clip(updates):
         precise = jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), updates)

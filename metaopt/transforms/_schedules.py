@@ -42,7 +42,7 @@ def knot_schedule(
 
     Raises:
       KeyError: if `monotone` is another value.
-      ValueError: if both `num_steps` and `knots` are given or neither is.
+      ValueError: if both `num_steps` and `knots` are given or neither is, or `num_steps < 1`.
 
     >>> import jax.numpy as jnp
     >>> from metaopt import transforms
@@ -52,6 +52,8 @@ def knot_schedule(
     """
     if (num_steps is None) == (knots is None):
         raise ValueError("`knot_schedule` needs either `num_steps` or `knots`.")
+    if num_steps is not None and num_steps < 1:  # the knots would not increase
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
     # Half precision cannot represent step numbers.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))

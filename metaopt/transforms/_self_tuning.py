@@ -143,6 +143,7 @@ def self_tuning(
 
     Raises:
       ValueError: if `rule` or `mode` is unknown, or `mode="reverse"` is given with a `discount` or `rule="cosine"`.
+      ValueError: if `gap` is negative, or `discount` is not in [0, 1].
       ValueError: if λ is not of finite real numbers, or not positive although the rule requires it.
       ValueError: in `init` and `update`, if `projection_fn` returns a tree that is not like λ; in `init`, if its values
         are not positive although the rule requires it.
@@ -175,6 +176,8 @@ def self_tuning(
             '`rule` must be "additive", "multiplicative", "normalized" or "cosine", and `mode` must be "forward" or '
             f'"reverse"; got {rule!r} and {mode!r}.'
         )
+    if not (0 <= discount <= 1 and gap >= 0):
+        raise ValueError(f"`discount` must be in [0, 1], and `gap` at least 0; got {discount} and {gap}.")
     if mode == "reverse" and (discount or rule == "cosine"):
         raise ValueError(
             '`mode="reverse"` has only the last step, and only the total effect of all λ. Use `mode="forward"` for '

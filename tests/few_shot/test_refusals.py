@@ -198,6 +198,7 @@ REFUSALS = [
     (lambda: few_shot.adaptation(loss, order="third"), ORDER),
     (lambda: few_shot.adaptation(loss, order=True), ORDER + ".*got True"),
     (lambda: few_shot.maml_plus_plus(loss, first_order_steps=-1), ORDER + ".* got -1"),
+    (lambda: few_shot.maml_plus_plus(loss, multi_step_steps=-1), "`multi_step_steps` must be at least 0; got -1"),
     (
         lambda: few_shot.adaptation(loss, order="first", rule=hypergrad.implicit),
         "cannot be combined with a `rule`",

@@ -121,6 +121,17 @@ REFUSALS = [
     # Implicit and first-order rules, and solvers.
     (lambda: implicit(num_steps=1, batch="last"), '`batch` must be "next", "full" or a function .*; got \'last\''),
     (lambda: implicit(num_steps=1, condition="minimum"), "`condition` must be one of 'gradient', 'step'; got 'mini"),
+    (lambda: implicit(num_steps=1, damping=-0.1), "`damping` must be at least 0; got -0.1"),
+    (lambda: implicit(num_steps=1, damping=jnp.nan), "`damping` must be at least 0; got nan"),
+    (lambda: hypergrad.implicit_solve(RIDGE.loop, num_steps=1, damping=-0.1), "`damping` must be at least 0; got -0.1"),
+    (lambda: hypergrad.nystrom(rank=2, damping=-0.1), "`damping` must be positive; got -0.1"),
+    *(
+        (lambda rule=rule: rule(horizon=-1), "`horizon` must be at least 0, or None; got -1")
+        for rule in (
+            *(partial(rule, RIDGE) for rule in (hypergrad.hypergradient_descent, hypergrad.sama)),
+            *(lookahead, darts_fd, partial(implicit, num_steps=1)),
+        )
+    ),
     (lambda: implicit(num_steps=1, horizon=9, warm_start=False), "`horizon` needs `warm_start=True`, .*; got 9"),
     (lambda: implicit(num_steps=1, condition="step", gauss_newton=(len, len)), "`gauss_newton` approximates a Hess"),
     (lambda: darts_fd(difference="backward"), "`difference` must be one of central, forward; got 'backward'"),
@@ -128,6 +139,13 @@ REFUSALS = [
     (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
     (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
     # Batches of tasks.
+    *(
+        (
+            lambda value=value: hypergrad.over_tasks(ONE_STEP, max_norm=value),
+            "`max_norm` must be positive, or None; got",
+        )
+        for value in (0.0, -1.0, jnp.nan)
+    ),
     (lambda: hypergrad.over_tasks(ONE_STEP, max_norm=1.0, normalize=True), "`normalize` and `max_norm` exclude"),
     (lambda: batched(()), r"A batch of tasks is one `Task\(train, valid\)`.*; got a tuple of \[\]"),
     (lambda: batched([TASK, TASK]), r"A batch of tasks is one `Task.*`tasks.stack`.*got a list of \['Task', 'Task'\]"),
@@ -171,6 +189,7 @@ REFUSALS = [
     ),
     (slope_of_a_momentum, r"leaves \['rate'\] of λ: neither the gradient"),
     # Others.
+    (lambda: hypergrad.diagnose(RIDGE, LAM, TASK, num_steps=1), "`num_steps` must be at least 2; got 1"),
     (lambda: check(num_directions=0), "`num_directions` must be at least 1; got 0"),
     (lambda: check(num_samples=1), "`num_samples` must be at least 2; got 1"),
     (lambda: partition({"a": RULE}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \['a'\]"),

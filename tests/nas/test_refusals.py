@@ -65,7 +65,10 @@ GENOTYPES = [
             lambda value: nas.derive_genotype(GRAPHS, {"cell": np.full((8, 3), value)}),
         )
     ),
-    (lambda: nas.random_genotype(0, CELLS_201, keep="all"), "invalid literal for int.*'all'"),  # an error of Python
+    *(
+        (lambda keep=keep: nas.random_genotype(0, CELLS_201, keep=keep), "`keep` must be a number of edges .*; got")
+        for keep in ("all", 0, 1.5)
+    ),
     *(
         (lambda bad=bad: nas.discrete(THREE, bad), message)
         for bad, message in [

@@ -92,6 +92,7 @@ SEARCHES = [
         for relaxation in (None, nas.sigmoid(), nas.auxiliary_skip(nas.gumbel_softmax(1.0, hard=True), 1.0))
     ),
     (lambda: nas.darts_plus(ONE, (3,), ops=OPS, every=0), "`every` must be at least 1; got 0"),
+    (lambda: nas.darts_plus(ONE, (3,), ops=OPS, every=1, start=0), "`start` must be at least 1; got 0"),
     (
         lambda: nas.darts_plus(WITHOUT_SKIP, (3,), ops=OPS, every=1),
         "No edge of the network has 'skip_connect'",
@@ -156,6 +157,8 @@ SEARCHES = [
     ),
     (estimate_of_tuples, 'must be a dict with the inputs as "x".*got tuple'),
     # Training from scratch, and the report.
+    (lambda: retraining(clip=0.0), "`clip` must be positive; got 0.0"),
+    (lambda: retraining(rate=-0.1), "`rate` must be positive; got -0.1"),
     (lambda: retraining(drop_path=1.0), "`drop_path` must be a probability below 1; got 1.0"),
     (lambda: retraining(SPACE), "one op on every edge"),
     (
@@ -328,6 +331,7 @@ FIELDS = [
     ({"task": 3}, "task must be a string"),
 ]
 RECORDS = [
+    (lambda: learned(records(), batch_size=0), "`batch_size` must be at least 1; got 0"),
     *(
         (lambda field=field: learned([*records(), records()[0]._replace(**field)]), rf"`records\[27\]`'s {message}")
         for field, message in FIELDS

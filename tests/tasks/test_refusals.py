@@ -450,6 +450,8 @@ REFUSALS = [
         )
         for options in ({}, {"clip": 3.0, "limit": 2.0})
     ),
+    (lambda: SCALING.transform(FEATURES[3], clip=0.0), "`clip` must be positive; got 0.0"),
+    (lambda: SCALING.transform(FEATURES[3], limit=-2.0), "`limit` must be positive; got -2.0"),
     # Numbers and rows that would give an empty part or a wrong unit.
     (
         lambda: tasks.select(SOURCE, {"train": {"s": {"rows": [-1]}}, "test": {"s": {"rows": [9]}}}, "train"),

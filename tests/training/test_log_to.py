@@ -83,6 +83,15 @@ def test_steps_since_the_checkpoint_replace_their_earlier_lines(tmp_path):
     assert path.read_text() == '{"step": 1, "value": null}\n'
 
 
+def test_one_callback_serves_two_calls_of_fit(tmp_path):
+    path = tmp_path / "run.jsonl"
+    callback = training.log_to(path)
+    for steps in ((1, 2, 3, 4), (3, 4, 5)):  # a run that was interrupted in a notebook, and continued
+        for step in steps:
+            callback(step, {"value": float(step), "step": -1.0})
+    assert rows(path) == [{"step": step, "value": float(step)} for step in (1, 2, 3, 4, 5)]
+
+
 def test_numbers_of_any_kind_are_written(tmp_path):
     numbers = {"jax": jnp.float32(1.5), "numpy": np.float32(2), "int": 3, "bfloat16": jnp.bfloat16(0.5), "text": "a"}
     training.log_to(tmp_path / "run.jsonl")(1, numbers | {"none": None, "array": jnp.ones(1)})
@@ -91,10 +100,11 @@ def test_numbers_of_any_kind_are_written(tmp_path):
 
 def test_a_file_of_something_else_is_kept(tmp_path):
     path = tmp_path / "important.jsonl"
-    path.write_text('{"name": "data"}\n')
-    with pytest.raises(ValueError, match="important.jsonl exists, and is not a log of `fit`"):
-        fit(path)
-    assert path.read_text() == '{"name": "data"}\n'
+    for text in ('{"name": "data"}\n', '{"name": "data"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="important.jsonl exists, and is not a log of `fit`"):
+            fit(path)
+        assert path.read_text() == text
 
 
 def test_a_full_disk_loses_no_line(tmp_path, caplog):

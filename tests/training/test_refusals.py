@@ -101,6 +101,10 @@ REFUSALS = [
     (lambda: fit({"a": jnp.nan}), r"The initial `hyperparams\['a'\]` is not finite: nan"),
     (lambda: fit({"layers": 3}), r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
     (lambda: fit(patience=3), "pass `evaluate`"),
+    *(
+        (lambda value=value: fit(eval_every=value), f"`eval_every` must be a whole number of at least 1; got {value}")
+        for value in (0, -1, 2.5)
+    ),
     (lambda: fit(sample_tasks=lambda key: np.ones((0, 2))), "a batch without tasks"),
     (lambda: init({"lr": 0.1, "layers": [2]}, np.ones(2)), r"`hyperparams\['layers'\]\[0\]` has dtype int.*a closure"),
     (lambda: init({"flag": True}, np.ones(2)), "dtype bool"),
@@ -135,6 +139,10 @@ REFUSALS = [
     # `propose`.
     (propose, "λ is in natural units here"),
     (lambda: propose(spread=jnp.ones(3), space=problems.SPACE), "[Bb]roadcast"),  # an error of JAX
+    *(
+        (lambda value=value: propose(spread=value, space=problems.SPACE), "`spread` must be finite and at least 0")
+        for value in (-0.1, jnp.nan, {"penalty": np.inf})
+    ),
     (lambda: propose(spread={"rate": 0.1}, space=problems.SPACE), "penalty"),
     (lambda: propose(space=OTHER), "`space` and the problem's space differ"),
 ]

@@ -57,6 +57,8 @@ def init_of_two(projection_fn):
 REFUSED = [
     (lambda: transforms.differentiable(optax.sgd(0.1), zero="keep"), '`zero` must be "drop" or "exact"; got \'keep\''),
     (lambda: transforms.learnable_clip(np.ones(2)), r"`max_norm` must be one number; got shape \(2,\)"),
+    *((lambda c=c: transforms.learnable_clip(c), "`max_norm` must be positive; got") for c in (0.0, -1.0, np.nan)),
+    (lambda: transforms.learnable_clip(1.0, sharpness=-2.0), "`sharpness` must be positive, or None; got -2.0"),
     (lambda: transforms.learnable_accumulation(jnp.array([0.9]), jnp.ones(2)), "`weights` must be one for each"),
     (lambda: transforms.mixture(PAIR, jnp.ones(3)), "one weight for each of the 2 transforms"),
     (lambda: transforms.mixture(PAIR, {"a": 0.5}), r"leaf of shape \(\)"),
@@ -86,6 +88,10 @@ REFUSED = [
     ),
     (lambda: transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS), "pytree structure error"),
     (lambda: transforms.knot_schedule([0.1, 0.2]), "either `num_steps` or `knots`"),
+    *(
+        (lambda num=num: transforms.knot_schedule([0.1, 0.2], num_steps=num), "`num_steps` must be at least 1; got")
+        for num in (0, -1)
+    ),
     (
         lambda: tune(lambda hp: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, hp["peak"], 2, 8))),
         "`optimizer` needs the concrete value of a hyperparameter.*use `transforms.cosine_schedule`",
@@ -97,6 +103,13 @@ REFUSED = [
     # Optimizers that tune themselves.
     (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="exact"), "`rule` must be \"additive\".*got 'exact'"),
     (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, mode="both"), "`mode` must be \"forward\" or.*got .*'both'"),
+    *(
+        (
+            lambda options=options: transforms.self_tuning(optax.sgd, 0.1, SGD, **options),
+            r"`discount` must be in \[0, 1\]",
+        )
+        for options in ({"discount": 1.5}, {"discount": -0.1}, {"gap": -1.0})
+    ),
     (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, discount=0.9, mode="reverse"), '`mode="reverse"` has only'),
     (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="cosine", mode="reverse"), '`mode="reverse"` has only'),
     (

@@ -96,7 +96,7 @@ def darts_plus(
       A `Search`, first-order unless `order` is given.
 
     Raises:
-      ValueError: if `every` is below 1, if the network has no skips, and as for `darts`.
+      ValueError: if `every` or `start` is below 1, if the network has no skips, and as for `darts`.
 
     Source: Liang et al., 2019, https://arxiv.org/abs/1909.06035
 

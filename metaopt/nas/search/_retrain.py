@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _batches, base, inner
+from metaopt import _batches, _checks, base, inner
 from metaopt.nas import _augmentation, _normalization, _ops, _specs, _supernet
 from metaopt.nas.search._search import check_classes
 from metaopt.nas.search._trained_network import TrainedNetwork, trained_network
@@ -87,12 +87,15 @@ def retraining(
       A `Retraining`. The example of `search_report` shows all steps from the search to predictions.
 
     Raises:
+      ValueError: if `rate` or `clip` is not positive.
       ValueError: if the network still has mixing weights, or if `drop_path` is not in [0, 1). Also if no layer has a
         stride for the auxiliary head, or if a cell has only one edge and `drop_path` is not 0. The loop raises it if
         `loss` is the default and untraced labels are not classes.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, and its code
     """
+    for name, value in (("rate", rate), ("clip", clip)):
+        _checks.check_positive(name, value)  # a clip of 0 would leave only the weight decay
     _check_edges(network, drop_path)
     strided = [i for i, layer in enumerate(network.layers) if layer.stride > 1]
     if auxiliary and not strided:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, hypergrad, training
+from metaopt import _checks, base, hypergrad, training
 from metaopt.blackbox._earlier_trials import as_records, by_task, candidate_key, features_by_task, some
 from metaopt.blackbox._new_trials import as_configurations
 from metaopt.blackbox._surrogates import TaskTrials
@@ -89,6 +89,7 @@ def train_cell_searcher(
       numbers, for cells of V vertices.
 
     Raises:
+      ValueError: if `batch_size` is below 1.
       ValueError: if a record is invalid (unknown status, fidelity outside (0, 1], or non-numeric outcome). Also if no
         record has an outcome, or all outcomes of every task are equal. Also if `candidates` is empty, if features have
         different lengths, or if all belong to other tasks than the records. Also if no trial of `records` is in
@@ -112,6 +113,7 @@ def train_cell_searcher(
     >>> h.predict(trials=[failed])
     {'0->1': 'mlp', '1->2': 'skip_connect'}
     """
+    _checks.check_integer("batch_size", batch_size, 1)  # with 0 rows, the loss would be 0
     trials = _earlier_trials(records, tests, features)
     pool = list(trials.all_configurations.values()) if candidates is None else _as_candidates(candidates)
     configurations = trials.tried | {candidate_key(c): c for c in pool if candidate_key(c) not in trials.tried}
