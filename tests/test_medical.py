@@ -156,14 +156,13 @@ def test_scores_on_an_example_by_hand():
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.25])
-def test_the_conformal_quantile_and_the_p_values_agree_with_the_definition(alpha):
+def test_p_values_give_the_sets_of_the_conformal_quantile(alpha):
     rng = np.random.default_rng(0)
     for num in (3, 9, 10, 19, 20):
         known = rng.random(num)
-        quantile = scores.conformal_quantile(known, alpha)
         at_most = [(known <= s).sum() / (num + 1) for s in np.sort(known)]
         enough = [s for s, share in zip(np.sort(known), at_most, strict=True) if share >= 1 - alpha - 1e-12]
-        assert quantile == (enough[0] if enough else np.inf)
+        quantile = enough[0] if enough else np.inf
         new = np.append(rng.random(200), known)
         p_values = (1 + (known[None] >= new[:, None]).sum(1)) / (num + 1)
         assert (scores.prediction_sets(p_values, alpha) == (new <= quantile)).all()

@@ -65,12 +65,6 @@ def bootstrapped(p: np.ndarray, y: np.ndarray, judged: np.ndarray, counts: np.nd
 # ---- Conformal prediction --------------------------------------------------------------------------------------------
 
 
-def conformal_quantile(scores: np.ndarray, alpha: float) -> float:
-    """Returns the ⌈(1 − α)(n + 1)⌉-th smallest of n scores; infinity if there are too few."""
-    rank = int(np.ceil((1 - alpha) * (len(scores) + 1) - 1e-9))
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else np.inf
-
-
 def prediction_sets(p_values: np.ndarray, alpha: float) -> np.ndarray:
     """Returns [..., 2] bool, the outcomes whose p-value is above α."""
     return p_values > alpha + 1e-6
