@@ -155,6 +155,11 @@ def test_scores_on_an_example_by_hand():
     np.testing.assert_allclose(found["ECE"], scores.ece(p, y, counts * judged)[None])
 
 
+def test_the_sick_have_the_class_weight_of_the_healthy_times_lambda():
+    data = {"y": jnp.array([1.0, 0.0, 1.0]), "mask": jnp.array([1.0, 1.0, 0.0])}
+    np.testing.assert_allclose(model.patient_weights({"class_weight": 4.0}, data), [2.0, 0.5, 0.0])
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.25])
 def test_p_values_give_the_sets_of_the_conformal_quantile(alpha):
     rng = np.random.default_rng(0)

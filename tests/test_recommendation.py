@@ -177,8 +177,9 @@ def test_new_users_of_gibbs_samples_get_their_posterior_mean():
 
 def test_ndcg_of_a_hand_example():
     new = ratings.NewUsers(
-        *(np.array([r]) for r in ([0], [9.0], [0.0], [1, 3, 4, 0], [8.0, 5.0, 2.0, 9.0], [1, 1, 1, 0]))
+        *(np.array([r]) for r in ([0], [9.0], [0.0], [1, 3, 4, 0, 5], [8.0, 5.0, 2.0, 9.0, 7.0], [1, 1, 1, 1, 0]))
     )
+    # Item 0 is rated first and again later, and item 5 is padding.
     predictions = np.array([[10.0, 1.0, 9.0, 7.0, 0.0, 3.0]])  # order without the first rating: 2, 3, 5, 1, 4
     value = scores.ndcg(predictions, new, num=3)
     assert value == pytest.approx([(5 / np.log2(3)) / (8 + 5 / np.log2(3) + 2 / 2)])

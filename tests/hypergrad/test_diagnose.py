@@ -38,6 +38,11 @@ def test_exploding_products_and_a_loss_that_does_not_fall():
     assert "The rate is too large" in words(diagnosis) and "too small" not in words(diagnosis)
 
 
+def test_a_loss_that_stays_may_have_a_rate_that_is_too_small():
+    diagnosis = hypergrad.diagnose(quadratic(1e-30), jnp.array(0.0), problems.TASK, num_steps=50)
+    assert "The rate is too small or too large" in words(diagnosis)
+
+
 def named_leaves(rate, space=None, constrained=None):
     """The leaves of λ that `diagnose` blames for a run on a quadratic, with SGD and a penalty that is harmless."""
     loop = inner.loop(
