@@ -80,6 +80,7 @@ def fine_tune(
       ValueError: at trace time, without `space`, if the start is in natural units and the estimator is not.
     """
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
+    estimator = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
