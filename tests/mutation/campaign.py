@@ -299,14 +299,14 @@ def changed_first(mutants: list[Mutant], commit: str) -> list[int]:
 
 
 def run(folder: pathlib.Path, workers: int, num_stages: int, since: str) -> None:
-    """Runs the mutants that have no result yet; every result is written at once."""
-    mutants = read(folder)
+    """Runs the mutants that have no result yet and are not equivalent; every result is written at once."""
+    mutants, equivalent = read(folder), reasons(folder)
     results_file = folder / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     waiting: queue.Queue[int] = queue.Queue()
     for i in changed_first(mutants, since):
         result = results.get(str(i), {"outcome": "survived", "stages": 0})
-        if result["outcome"] == "survived" and result["stages"] < num_stages:
+        if str(i) not in equivalent and result["outcome"] == "survived" and result["stages"] < num_stages:
             waiting.put(i)
     lock = threading.Lock()
 
@@ -337,15 +337,19 @@ def run(folder: pathlib.Path, workers: int, num_stages: int, since: str) -> None
             thread.join()
 
 
+def reasons(folder: pathlib.Path) -> dict[str, str]:
+    """Number of a mutant that changes no result -> why."""
+    file = folder / "equivalent.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def report(folder: pathlib.Path) -> str:
     """The list of mutants with their outcome, as Markdown."""
-    mutants = read(folder)
+    mutants, equivalent = read(folder), reasons(folder)
     results = json.loads((folder / "results.json").read_text())
-    reasons = folder / "equivalent.json"
-    equivalent = json.loads(reasons.read_text()) if reasons.exists() else {}
-    rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0}
+    rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0, "not run": 0}
     for i, mutant in enumerate(mutants):
-        result = results[str(i)]
+        result = results.get(str(i), {"outcome": "not run", "test": ""})
         kind = "equivalent" if str(i) in equivalent else result["outcome"]
         counts[kind] += 1
         reason = equivalent.get(str(i), result["test"])
@@ -354,9 +358,11 @@ def report(folder: pathlib.Path) -> str:
             f"| {i} | {mutant.operator} | {mutant.file}:{mutant.line} | `{was}` → `{text}` | {kind} | {reason} |"
         )
     share = counts["detected"] / max(1, counts["detected"] + counts["survived"])
+    tried = f"{counts['detected']} detected, {counts['survived']} survived"
+    others = f"{counts['equivalent']} equivalent, {counts['not run']} not run"
     head = (
-        f"# Mutation campaign\n\n{len(mutants)} mutants: {counts['detected']} detected, {counts['survived']} survived, "
-        f"{counts['equivalent']} equivalent. Detected among those that are not equivalent: {share:.1%}.\n\n"
+        f"# Mutation campaign\n\n{len(mutants)} mutants: {tried}, {others}. Detected among those that were run and are "
+        f"not equivalent: {share:.1%}.\n\n"
         "`tests/mutation/campaign.py` draws, runs and reports them. Lines are those of the commit that last changed "
         "`mutants.json`.\n\n"
         "| | operator | place | change | outcome | detected by, or why it is equivalent |\n|---|---|---|---|---|---|\n"
@@ -389,8 +395,8 @@ def main() -> None:
     else:
         (options.folder / "mutants.md").write_text(report(options.folder))
         results = json.loads((options.folder / "results.json").read_text())
-        tests = [results[str(i)]["test"] for i in range(len(results))]
-        write(options.folder, [m._replace(test=test) for m, test in zip(read(options.folder), tests, strict=True)])
+        test_of = lambda i: results.get(str(i), {"test": ""})["test"]
+        write(options.folder, [m._replace(test=test_of(i)) for i, m in enumerate(read(options.folder))])
 
 
 if __name__ == "__main__":
