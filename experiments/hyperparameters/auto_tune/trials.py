@@ -54,9 +54,9 @@ class Trials:
             n = len(b.units)
             part = jax.tree.map(lambda x, s=start, n=n: x[s : s + n], hyperparams)
             keys = jax.random.split(jax.random.fold_in(key, k), n)
-            outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
+            outputs.append(self._batch(keys, part, b.task, b.test))  # JAX runs all buckets at the same time
             start += n
-        out = np.concatenate(outputs)
+        out = np.concatenate([np.stack(of_bucket, axis=1) for of_bucket in jax.device_get(outputs)])
         # A run that diverged counts as a failed trial: it is never chosen, and its test scores are poor guesses.
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
 
