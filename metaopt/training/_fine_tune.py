@@ -104,7 +104,7 @@ def fine_tune(
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
         read = lambda estimate: (estimate.value, jnp.all(estimate.done))
-        last_value, ended = _proposals.values(estimator, last_key, last, task, None, read=read)
+        last_value, ended = _proposals.values(estimator, last_key, last, start.tasks, None, read=read)
         last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
         values = jnp.concatenate([values, last_value])
