@@ -349,7 +349,7 @@ def report(folder: pathlib.Path) -> str:
     results = json.loads((folder / "results.json").read_text())
     rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0, "not run": 0}
     for i, mutant in enumerate(mutants):
-        result = results.get(str(i), {"outcome": "not run", "test": ""})
+        result = results.get(str(i), {"outcome": "not run", "test": mutant.test})
         kind = "equivalent" if str(i) in equivalent else result["outcome"]
         counts[kind] += 1
         reason = equivalent.get(str(i), result["test"])
@@ -395,8 +395,9 @@ def main() -> None:
     else:
         (options.folder / "mutants.md").write_text(report(options.folder))
         results = json.loads((options.folder / "results.json").read_text())
-        test_of = lambda i: results.get(str(i), {"test": ""})["test"]
-        write(options.folder, [m._replace(test=test_of(i)) for i, m in enumerate(read(options.folder))])
+        mutants = read(options.folder)
+        tested = [m._replace(test=results[str(i)]["test"]) if str(i) in results else m for i, m in enumerate(mutants)]
+        write(options.folder, tested)
 
 
 if __name__ == "__main__":
