@@ -56,8 +56,8 @@ class Saved(NamedTuple):
             if name in self.impls:
                 array = jax.random.wrap_key_data(jnp.asarray(array), impl=self.impls[name])
             if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-                here, there = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
-                raise ValueError(self.refusal(f"`{name}` is {there} in the checkpoint and {here} in this run"))
+                own, stored = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
+                raise ValueError(self.refusal(f"`{name}` is {stored} in the checkpoint and {own} in this run"))
             restored.append(array)
         return jax.tree.unflatten(treedef, restored)
 
@@ -166,10 +166,10 @@ class Checkpoints:
                 "or remove the directory to start again."
             )
         for name in {**self._settings, **run["settings"]}:
-            here, there = self._settings.get(name), run["settings"].get(name)
-            if here != there:
+            own, stored = self._settings.get(name), run["settings"].get(name)
+            if own != stored:
                 raise ValueError(
-                    _refusal(self.directory, step, f"`{name}` is {there} in the checkpoint and {here} in this run")
+                    _refusal(self.directory, step, f"`{name}` is {stored} in the checkpoint and {own} in this run")
                 )
         self._move_aside(unreadable)
         self.newest = saved.step

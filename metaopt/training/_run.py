@@ -94,14 +94,14 @@ def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, ta
     Raises:
       ValueError: if the tasks, or shapes or types of the state, differ from those in the checkpoint.
     """
-    here = _described(tasks)
-    there = here if saved.extra["tasks"] is None else saved.extra["tasks"]
-    for name in {**there, **here}:
-        if here.get(name) != there.get(name):
+    own = _described(tasks)
+    stored = own if saved.extra["tasks"] is None else saved.extra["tasks"]
+    for name in {**stored, **own}:
+        if own.get(name) != stored.get(name):
             raise ValueError(
                 saved.refusal(
-                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {there.get(name, 'missing')} in the "
-                    f"checkpoint and {here.get(name, 'missing')} in this run (other data, another sampler, or the last "
+                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {stored.get(name, 'missing')} in the "
+                    f"checkpoint and {own.get(name, 'missing')} in this run (other data, another sampler, or the last "
                     "bits of another device or version of JAX)"
                 )
             )
@@ -123,11 +123,11 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
     Raises:
       ValueError: if they differ and `allow_changed` is false.
     """
-    there = saved.extra["program"]
+    stored = saved.extra["program"]
     changed = [
-        f"{name} {there['environment'].get(name, 'unknown')} (now {value})"
+        f"{name} {stored['environment'].get(name, 'unknown')} (now {value})"
         for name, value in program["environment"].items()
-        if there["environment"].get(name) != value
+        if stored["environment"].get(name) != value
     ]
     if changed:
         warnings.warn(
@@ -137,7 +137,7 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
         )
         return
     parts = {"outer step": "step", "initial state": "init"}
-    texts = {which: _program.differences(there[part], program[part]) for which, part in parts.items()}
+    texts = {which: _program.differences(stored[part], program[part]) for which, part in parts.items()}
     if not any(texts.values()):
         return
     which, difference = next((which, text) for which, text in texts.items() if text)
