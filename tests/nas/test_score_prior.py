@@ -13,7 +13,6 @@ from metaopt.nas.search._score_prior import (
     score_improvement,
     score_posterior,
     score_prior,
-    supported_gain,
 )
 
 RNG = np.random.default_rng(0)
@@ -114,36 +113,6 @@ def test_the_posterior_is_the_gaussian_given_the_trials():
     at_start = score_posterior(prior, [], np.zeros(0))
     np.testing.assert_allclose(at_start, [prior.mean, np.diag(whole)], rtol=1e-9)
     np.testing.assert_array_equal(score_improvement(prior, [], np.zeros(0)), prior.mean)
-
-
-@pytest.mark.parametrize(("tried", "losses"), [([], []), ([4, 0, 7], [0.3, np.inf, -2.0]), ([2, 5], [1.0, 0.0])])
-@pytest.mark.parametrize("excluded", [[], [0, 3]])
-def test_the_supported_gain_is_a_difference_minus_its_deviation(tried, losses, excluded):
-    phi, spread = RNG.normal(size=(9, 3)), RNG.normal(size=(9, 2))
-    prior = ScorePrior(phi, RNG.normal(size=9), spread, RNG.uniform(0.1, 1, 3), RNG.uniform(0.1, 1, 9), 0.2)
-    whole = spread @ spread.T + (phi * prior.own) @ phi.T + np.diag(prior.alone)
-    mean, _ = score_posterior(prior, tried, np.array(losses))
-    inner = whole[np.ix_(tried, tried)] + 0.2 * np.eye(len(tried))
-    covariance = whole - whole[:, tried] @ np.linalg.solve(inner, whole[tried])
-    rest = np.setdiff1d(np.arange(9), excluded)
-    reference = rest[prior.mean[rest].argmax()]
-    contrasts = np.eye(9) - np.eye(9)[reference]
-    deviation = np.sqrt(np.einsum("ai,ij,aj->a", contrasts, covariance, contrasts).clip(0))
-    gain = supported_gain(prior, tried, np.array(losses), excluded)
-    np.testing.assert_allclose(gain[rest], (mean - mean[reference] - deviation)[rest], atol=1e-9)
-    assert np.isneginf(gain[excluded]).all() and (len(tried) or gain.argmax() == reference)
-
-
-def test_a_choice_is_replaced_only_if_the_trials_support_it():
-    """Two architectures of nearly equal priors: a noisy trial that favors the second one is not enough."""
-    losses, mean = np.array([1.0, 0.0]), np.array([0.1, 0.0])
-    noisy, exact = (
-        ScorePrior(np.zeros((2, 1)), mean, np.zeros((2, 1)), np.zeros(1), np.ones(2), noise) for noise in (4.0, 1e-6)
-    )
-    assert (
-        score_posterior(noisy, [0, 1], losses)[0].argmax() == 1 and supported_gain(noisy, [0, 1], losses).argmax() == 0
-    )
-    assert supported_gain(exact, [0, 1], losses).argmax() == 1
 
 
 def test_failures_lower_the_expected_scores_also_without_outcomes():

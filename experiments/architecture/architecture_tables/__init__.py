@@ -5,9 +5,8 @@ become normal scores, since tasks have different metrics. With one-hot digits an
 a vector of coefficients. The other tasks define its prior, and trials condition it (`CellSearcher.prior`):
 
     h(t'), no trial:   the largest expected score
-    h(t'), k trials:   condition on the scores of the trials, and next try the largest expected improvement. The
-                       choice without trials is replaced only if the posterior mean of another architecture is
-                       larger by a standard deviation of the difference.
+    h(t'), k trials:   condition on the scores of the trials, next try the largest expected improvement, and
+                       choose by the posterior mean.
 
 Within a run, no choice depends on the task that is left out. Without a trial, nothing is known about this task, except
 in "crossed", which reads its features. Only the order of trials is used, matched to their expected scores. (The form of

@@ -44,10 +44,8 @@ class CellSearcher(NamedTuple):
     again while there are others. `metaopt.save` writes the searcher to disk, and `metaopt.load` reads it.
 
     Attributes:
-      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score without trials.
-        With trials, another candidate replaces it if its posterior mean is larger by more than the posterior standard
-        deviation of the difference: the candidate for which this margin is largest. Candidates that failed are
-        excluded, unless all failed.
+      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score. Candidates that
+        failed are excluded, unless all failed.
       suggest: `(new_task, trials) -> configuration` to try next: the candidate with the largest expected improvement.
       searcher: `(new_task) -> Searcher` that asks for the suggestions of `suggest`; the space of its `init` may be
         None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest` and
@@ -225,11 +223,13 @@ def _checked(trials: Iterable[base.Record]) -> list[base.Record]:
 
 
 def _best(model: _Model, prior: _score_prior.ScorePrior, trials: Iterable[base.Record]) -> dict[str, Any]:
-    """The choice of `CellSearcher.predict`; candidates that failed are not excluded if all failed."""
+    """The candidate with the largest expected score among those that have not failed, or among all if all failed."""
     rows, losses, _ = _evidence(model, trials)
-    failed = sorted({row for row, loss in zip(rows, losses, strict=True) if np.isinf(loss)})
-    failed = failed if len(failed) < len(prior.mean) else []
-    return dict(model.candidates[int(_score_prior.supported_gain(prior, rows, losses, failed).argmax())])
+    mean = _score_prior.score_posterior(prior, rows, losses)[0].copy()
+    failed = np.array(rows, int)[np.isinf(losses)]
+    if len(set(failed.tolist())) < len(mean):
+        mean[failed] = -np.inf
+    return dict(model.candidates[int(mean.argmax())])
 
 
 def _next(model: _Model, prior: _score_prior.ScorePrior, trials: Iterable[base.Record]) -> dict[str, Any]:

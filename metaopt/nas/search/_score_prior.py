@@ -230,21 +230,9 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
     if not len(tried):
         return prior.mean, variance
     rows = np.asarray(tried)
-    covariance = _covariance(prior, rows)
-    weights, change = _condition(prior, rows, losses, covariance)
-    return prior.mean + change, variance - (weights * covariance).sum(1)
-
-
-def _covariance(prior: ScorePrior, rows: np.ndarray) -> np.ndarray:
-    """The prior covariance of all noise-free scores with those of some architectures, [A, k]."""
-    covariance = prior.spread @ prior.spread[rows].T + (prior.features * prior.own) @ prior.features[rows].T
-    return covariance + (np.arange(len(prior.mean))[:, None] == rows) * prior.alone[rows]
-
-
-def _condition(
-    prior: ScorePrior, rows: np.ndarray, losses: np.ndarray, covariance: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of the trials [A, k], and the change of the mean [A]; `covariance` is `_covariance` of the trials."""
+    covariance = prior.spread @ prior.spread[rows].T  # [A, k]
+    covariance += (prior.features * prior.own) @ prior.features[rows].T
+    covariance += (np.arange(len(prior.mean))[:, None] == rows) * prior.alone[rows]
     inner = covariance[rows] + prior.noise * np.eye(len(rows))
     expected = prior.mean[rows]
     scores = expected
@@ -254,43 +242,7 @@ def _condition(
         scores = expected.mean() + np.sqrt(within) * order / max(order.std(), 1e-12)
     scores = np.where(np.isinf(losses), np.minimum(scores, expected - np.sqrt(np.diag(inner))), scores)
     weights = np.linalg.solve(inner, covariance.T).T
-    return weights, weights @ (scores - expected)
-
-
-def supported_gain(
-    prior: ScorePrior, tried: Sequence[int], losses: np.ndarray, excluded: Sequence[int] = ()
-) -> np.ndarray:
-    """How far trials support another choice than that of the prior.
-
-        gain_a = E[f_a - f_r] - sd[f_a - f_r],    r the largest prior mean,    gain_r = 0
-
-    The largest of many posterior means owes part of its size to chance, and all the more if trials are noisy. So an
-    architecture must be better than r by one posterior standard deviation of the difference.
-
-    Args:
-      prior: of the earlier tasks.
-      tried: [k] indices of architectures.
-      losses: [k] their losses; infinite for a failed trial.
-      excluded: indices of architectures that must not be chosen; not all.
-
-    Returns:
-      [A]; −∞ for excluded architectures.
-    """
-    allowed = prior.mean.copy()
-    allowed[list(excluded)] = -np.inf
-    reference = int(allowed.argmax())
-    mean, variance = score_posterior(prior, tried, losses)
-    with_reference = _covariance(prior, np.array([reference]))[:, 0]
-    if len(tried):
-        rows = np.asarray(tried)
-        covariance = _covariance(prior, rows)
-        weights, _ = _condition(prior, rows, losses, covariance)
-        with_reference = with_reference - weights @ covariance[reference]
-    of_difference = np.maximum(variance + variance[reference] - 2 * with_reference, 0)
-    gain = mean - mean[reference] - np.sqrt(of_difference)
-    gain[reference] = 0
-    gain[list(excluded)] = -np.inf
-    return gain
+    return prior.mean + weights @ (scores - expected), variance - (weights * covariance).sum(1)
 
 
 def score_improvement(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray) -> np.ndarray:
