@@ -175,10 +175,9 @@ def fit(
     _check_options(evaluate, eval_every, patience, checkpoint_dir, keep_best or keep_nonfinite)
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
-    callbacks = [callback] if callable(callback) else list(callback or ())
     init_key, sample_key, eval_key = jax.random.split(key, 3)
-    start = (init_key, sample_key), hyperparams
-    steps = Steps(learner, sample_tasks, *start, steps_per_call, space, donate=not keep_nonfinite)
+    start, donate = ((init_key, sample_key), hyperparams), not keep_nonfinite
+    steps = Steps(learner, sample_tasks, *start, steps_per_call, space, donate)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cache.compilation_cache(compilation_cache))
         received = stack.enter_context(_stopping.signals())
@@ -200,7 +199,7 @@ def fit(
                         run = _evaluated(run, evaluate, eval_key, report)
                         metrics = _with_evaluation(metrics, run)
                 finally:
-                    ended, metrics = _report(callbacks, run.step, metrics), []
+                    ended, metrics = _report(callback, run.step, metrics), []
                 if run.step > 0 and (run.step % checkpoint_every == 0 or _is_among_best(run, eval_every, keep_best)):
                     _save(checkpoints, run, steps, report, eval_every)
                 ended, moved = _processes.agreed(received, ended), run.step > first_step
@@ -228,12 +227,7 @@ def fit(
                 _save(checkpoints, run, steps, report, eval_every)
             raise
         _save(checkpoints, run, steps, report, eval_every)
-    result = _result(run, evaluate, space, stopped or "interrupted")
-    if received:
-        raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
-    if stopped == "non-finite":
-        raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
-    _warn_of_skipped_steps(run)
+    _raise_if_ended_early(received, run, result := _result(run, evaluate, space, stopped), num_steps, checkpoints)
     return result
 
 
@@ -246,8 +240,14 @@ def _check_options(evaluate: EvaluateFn | None, eval_every: int, patience: int |
         raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
 
 
-def _warn_of_skipped_steps(run: Run) -> None:
-    """Logs a warning if most steps were skipped."""
+def _raise_if_ended_early(
+    received: Sequence[int], run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
+) -> None:
+    """Raises the exception for a signal or for steps that are not finite. Logs a warning if most steps were skipped."""
+    if received:
+        raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
+    if result.stopped == "non-finite":
+        raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     skipped = np.sum(run.history.get("skipped", [0.0]))
     if skipped > run.step / 2:
         _log.warning(
@@ -346,7 +346,7 @@ def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, st
         evaluations=np.array(run.evaluations, np.float64),
         best_hyperparams=_to_natural_units(space, best_hyperparams),
         best_value=math.nan if best is None else run.evaluations[best],
-        stopped=stopped,
+        stopped=stopped or "interrupted",
     )
 
 
@@ -402,16 +402,19 @@ def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, 
     return [*metrics[:-1], *({**last, "evaluation": run.evaluations[-1]} for last in metrics[-1:])]
 
 
-def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
+def _report(
+    callback: CallbackFn | Sequence[CallbackFn] | None, last_step: int, several_metrics: list[dict[str, Any]]
+) -> bool:
     """Calls the callbacks for every step of a call. Returns whether one asked to stop.
 
     The first error is raised after the last step, because a resumed run continues after all of the steps.
     """
+    callbacks = [callback] if callable(callback) else callback or ()
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
-        for callback in callbacks:
+        for one in callbacks:
             try:
-                ended |= bool(callback(last_step - len(several_metrics) + 1 + i, metrics))
+                ended |= bool(one(last_step - len(several_metrics) + 1 + i, metrics))
             except Exception as error:
                 errors.append(error)
     if errors:

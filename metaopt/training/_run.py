@@ -97,8 +97,9 @@ def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, ta
     Raises:
       ValueError: if the tasks, or shapes or types of the state, differ from those in the checkpoint.
     """
-    here = _described(tasks)
-    there = here if saved.extra["tasks"] is None else saved.extra["tasks"]
+    there = saved.extra["tasks"]
+    here = _described(tasks, there)
+    there = here if there is None else there
     for name in {**there, **here}:
         if here.get(name) != there.get(name):
             raise ValueError(
@@ -153,13 +154,20 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
     )
 
 
-def _described(tasks: base.PyTree) -> dict[str, str]:
-    """Types, shapes and checksums of tasks, by name."""
+_SPLIT = " of its parts"
+
+
+def _described(tasks: base.PyTree, others: dict[str, str] | None = None) -> dict[str, str]:
+    """Types, shapes and checksums of tasks, by name. The kinds of checksum are those of `others`."""
     described = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         name = f"tasks{jax.tree_util.keystr(path)}"
         data = _data(leaf)
-        number = _processes.checksum(data) if _processes.is_split(data) else checksum(np.asarray(data))
+        is_split = _processes.is_split(data)
+        if (others[name].endswith(_SPLIT) if others and name in others else is_split):
+            number = f"{_processes.checksum(jnp.asarray(data))}{_SPLIT}"
+        else:
+            number = checksum(_processes.gathered(data) if is_split else np.asarray(data))
         described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {number}"
     return described
 

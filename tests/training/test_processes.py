@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +84,24 @@ def test_a_run_of_which_one_process_is_killed_continues_with_the_same_bits(tmp_p
     processes[1 - killed].communicate()
     steps = [int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
     assert steps and max(steps) < NUM_STEPS
+    assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(tmp_path, unbroken):
+    """By hand, in five minutes: `pytest -m slow tests/training/test_processes.py`."""
+    rng = np.random.default_rng(0)
+    reached = []
+    for _ in range(10):
+        processes = start(tmp_path / "run", 2)
+        time.sleep(rng.uniform(2.0, 14.0))  # a run takes about 12 s, of which 8 s before the first step
+        order = processes if rng.uniform() < 0.5 else processes[::-1]
+        for process in order:
+            process.kill()
+            process.communicate()
+        folder = tmp_path / "run"
+        reached.append(max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0))
+    print("checkpoints after each kill:", reached)
     assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
 
 

@@ -93,10 +93,10 @@ SECOND_AXIS = """
     import jax
     jax.config.update("jax_enable_x64", True)
     import jax.numpy as jnp, numpy as np, optax
-    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from metaopt import base, hypergrad, inner, training
 
-    mesh = jax.make_mesh((2, 4), ("tasks", "other"))
+    mesh = jax.make_mesh((2, 4), ("tasks", "other"), axis_types=(AxisType.Auto,) * 2)
     x, y = jax.random.normal(jax.random.key(0), (4, 64, 32)), jax.random.normal(jax.random.key(1), (4, 64))
     tasks = base.Task((x, y), (x[:, ::-1] + 1, y))
 
