@@ -164,7 +164,7 @@ def _described(tasks: base.PyTree, others: dict[str, str] | None = None) -> dict
         name = f"tasks{jax.tree_util.keystr(path)}"
         data = _data(leaf)
         is_split = _processes.is_split(data)
-        if (others[name].endswith(_SPLIT) if others and name in others else is_split):
+        if others[name].endswith(_SPLIT) if others and name in others else is_split:
             number = f"{_processes.checksum(jnp.asarray(data))}{_SPLIT}"
         else:
             number = checksum(_processes.gathered(data) if is_split else np.asarray(data))

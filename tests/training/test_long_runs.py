@@ -80,7 +80,9 @@ def test_optax_accumulates_over_steps():
     several = training.fit(quadratic(optax.MultiSteps(optax.sgd(0.1), 3)), small.sample, **options)
     sample_key = jax.random.split(jax.random.key(0), 3)[1]
     tasks = np.concatenate([small.sample(jax.random.fold_in(sample_key, step)) for step in range(3)])
-    np.testing.assert_allclose(several.hyperparams, 0.5 - 0.1 * 2 * (0.5 - tasks.mean()), rtol=1e-12)
+    np.testing.assert_allclose(
+        several.hyperparams, 0.5 - 0.1 * 2 * (0.5 - tasks.mean()), rtol=1e-8
+    )  # optax divides in float32
 
 
 @pytest.mark.once

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from metaopt.training import _processes
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
 ENV = {
@@ -113,3 +116,16 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint_that_one_process_can
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], errors
     assert_equal(run(tmp_path / "run", 1), unbroken, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])
+def test_the_checksum_of_a_split_array_detects_changed_and_exchanged_entries(dtype):
+    x = np.arange(24).reshape(4, 3, 2) % (2 if dtype == "bool" else 24)
+    number = lambda x: _processes.checksum(jnp.asarray(x).astype(dtype))
+    others = []
+    for i in range(24):
+        other = x.copy()
+        other.flat[i] = 1 - other.flat[i] if dtype == "bool" else other.flat[i] + 1
+        others.append(number(other))
+    assert len({number(x), *others}) == 25
+    assert number(x[::-1]) != number(x) and number(x[:, :, ::-1]) != number(x) and number(x) == number(x.copy())
