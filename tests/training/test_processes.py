@@ -120,7 +120,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint_that_one_process_can
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])
 def test_the_checksum_of_a_split_array_detects_changed_and_exchanged_entries(dtype):
-    x = np.arange(24).reshape(4, 3, 2) % (2 if dtype == "bool" else 24)
+    x = np.random.default_rng(0).permutation(24).reshape(4, 3, 2) // (12 if dtype == "bool" else 1)
     number = lambda x: _processes.checksum(jnp.asarray(x).astype(dtype))
     others = []
     for i in range(24):
