@@ -69,21 +69,26 @@ def _short(choice) -> str:
 def main() -> None:
     parser = script.parser(recommend.__doc__, num_seeds=2)
     parser.add_argument(
-        "--movielens", type=Path, help="ratings.csv or u.data, or the folder of it, instead of MovieTweetings"
+        "--movielens",
+        type=Path,
+        help="ratings.csv, ratings.dat or u.data, or the folder of it, instead of MovieTweetings",
     )
-    parser.add_argument("--choose", action="store_true", help="compare designs on training users of fold 0")
+    parser.add_argument("--choose", choices=choose.DESIGNS, help="compare designs on training users of fold 0")
     parser.add_argument("--work", type=Path, default=Path("recommend_runs"), help="folder of finished folds")
     options = parser.parse_args()
     settings = SMOKE if options.smoke else Settings(num_seeds=options.seeds)
     data = make_data(load(options), settings.first)
     if options.choose:
-        choose.run(data, settings)
+        choose.run(data, settings, options.choose)
         return
     name = "recommend" if options.movielens is None else "recommend_movielens"
     work = None if options.smoke else script.work_folder(options.work, Path(__file__).parent) / name
     numbers = range(1 if options.smoke else NUM_FOLDS)
     label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}"
-    parts = [script.kept(work, label(fold), lambda fold=fold: run_fold(data, fold, settings)) for fold in numbers]
+    scores_of = lambda fold, wait: script.kept(work, label(fold), lambda: run_fold(data, fold, settings), wait=wait)
+    for fold in numbers:
+        scores_of(fold, False)  # not the folds of another process
+    parts = [scores_of(fold, True) for fold in numbers]
     aims = report.AIMS if data.ratings.name == "MovieTweetings" and not options.smoke else {}
     scores = report.join_folds(parts)
     unseen = np.arange(len(parts[0]["users"])) if len(parts) == 1 else folds(len(data.users))[0]
