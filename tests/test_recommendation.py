@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from experiments.recommend import baselines, fold, learned, per_user, ratings, scores
+from experiments.recommend import baselines, fold, learned, per_user, ratings, report, scores
 from experiments.recommend.ordinary import ITEM_MEANS, PLAIN, fit_ordinary, simple_matrices
 from metaopt import base, hypergrad, predictors, spaces
 
@@ -195,6 +195,21 @@ def test_ndcg_of_a_hand_example():
     ideal = 8 + 5 / np.log2(3) + 2 / 2
     assert scores.ndcg(predictions, new, num=4) == pytest.approx([(5 / np.log2(3) + 8 / np.log2(5)) / ideal])
     assert scores.ndcg(np.array([[0.0, 9, 1, 8, 7, 2]]), new, num=3) == pytest.approx([1.0])
+
+
+def test_rankings_are_compared_with_the_best_method_without_learning():
+    rng = np.random.default_rng(0)
+    values = {name: rng.uniform(0, 0.1, 40) for name in (fold.POPULAR, *report.NAMES)}
+    values["global mean"] += 0.2
+    values[fold.G] = values["global mean"] + rng.normal(0.05, 0.1, 40)
+    both = ("ndcg", "ndcg by rating")
+    table = report.ranking_table({f"5|{kind}|{name}": value for kind in both for name, value in values.items()})
+    cells = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[2] for line in table.splitlines()}
+    assert cells["global mean"] == "best baseline"
+    for name in (fold.POPULAR, fold.G):
+        difference = values[name] - values["global mean"]
+        half = 1.96 * difference.std(ddof=1) / 40**0.5
+        assert [float(part) for part in cells[name].split(" ± ")] == pytest.approx([difference.mean(), half], abs=6e-5)
 
 
 def test_a_conformal_quantile_counts_users_and_not_ratings():

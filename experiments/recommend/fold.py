@@ -24,7 +24,7 @@ from experiments.recommend.scores import (
 G = "ridge, λ of each user by g"
 ONE = "ridge, one λ for all"
 POPULAR = "most rated in the last 30 days"
-POPULARITY_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+POPULARITY_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 PRIOR_WEIGHTS = (1e6, 20.0, 10.0, 5.0, 2.0)
 COVERAGE = 0.9
 

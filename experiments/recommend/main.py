@@ -59,7 +59,22 @@ def describe(data: Data, parts: list[dict[str, np.ndarray]], settings: Settings)
         "kNN (shrinkage, ridge)",
         "Gibbs: factors",
     ]
-    return text + script.table(header, rows)
+    return f"{text}{script.table(header, rows)}\n\n{_profiles(parts)}"
+
+
+def _profiles(parts: list[dict[str, np.ndarray]]) -> str:
+    """Returns a table of the errors of training users along each grid of the baselines."""
+    folds = [json.loads(str(part["choices"]))["profiles"] for part in parts]
+    rows = []
+    for name in folds[0]:
+        values = sorted({value for fold in folds for value in fold[name]}, key=float)
+        means = {value: np.mean([fold[name][value] for fold in folds if value in fold[name]]) for value in values}
+        rows.append([name, ", ".join(f"{float(value):g}: {1000 * mean:.1f}" for value, mean in means.items())])
+    text = (
+        "How flat the choice is: for each value of a grid, the least error of training users with this value minus the "
+        "least error of all, in thousandths of a rating, mean over the folds that tried the value:\n\n"
+    )
+    return text + script.table(["hyperparameter", "value: error above the least one, in 0.001"], rows)
 
 
 def _short(choice) -> str:

@@ -121,9 +121,9 @@ def fit_ordinary(data: Data, split: Split, grids: tuning.Grids, gibbs_sweeps: in
     choices = {name: tuning.choose_offsets(parts, grids, name == CONTENT) for name in (TUNED, CONTENT)}
     base = min(choices, key=lambda name: choices[name].error)
     offsets = [baselines.fit_offsets(part.train, **choices[base].item) for part in parts]
-    factor_choice = tuning.choose_factors(parts, offsets, choices[base].user, grids)
-    neighbour_choice = tuning.choose_neighbours(parts, offsets, choices[base].user, grids)
-    gibbs_choice = tuning.choose_gibbs(parts, offsets, grids, gibbs_sweeps)
+    factor_choice, of_factors = tuning.choose_factors(parts, offsets, choices[base].user, grids)
+    neighbour_choice, of_neighbours = tuning.choose_neighbours(parts, offsets, choices[base].user, grids)
+    gibbs_choice, of_gibbs = tuning.choose_gibbs(parts, offsets, grids, gibbs_sweeps)
     fitted = [Stage(train, choices, factor_choice, base) for train in [*(part.train for part in parts), whole]]
     test = new_of(split.test)
 
@@ -141,4 +141,5 @@ def fit_ordinary(data: Data, split: Split, grids: tuning.Grids, gibbs_sweeps: in
 
     chosen = {name: {**choice.item, "new users": choice.user} for name, choice in choices.items()}
     chosen |= {"base": base, "factorization": factor_choice._asdict(), "kNN": neighbour_choice, "Gibbs": gibbs_choice}
+    chosen["profiles"] = of_factors | of_neighbours | of_gibbs
     return Ordinary(fitted, base, by_k(fitted[-1], test), by_k(fitted[0], parts[0].new), chosen)

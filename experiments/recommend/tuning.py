@@ -113,10 +113,25 @@ def neighbour_predictions(
     return base + offset[:, None] + baselines.neighbour_correction(similar, residual, *option)
 
 
-def choose_neighbours(
-    parts: list[Part], offsets: list[Offsets], user: dict, grids: Grids
-) -> dict[int, tuple[float, float]]:
-    """Chooses for each k the shrinkage of similarities and the ridge of the mean; `offsets` are those of each part."""
+def profiles(names: Iterable[str], options: list[tuple], errors: np.ndarray) -> dict[str, dict[float, float]]:
+    """Returns hyperparameter -> value -> the least error of the options with this value, minus the least of all."""
+    return {
+        name: {
+            value: float(
+                min(e for option, e in zip(options, errors, strict=True) if option[place] == value) - min(errors)
+            )
+            for value in sorted({option[place] for option in options})
+        }
+        for place, name in enumerate(names)
+    }
+
+
+def choose_neighbours(parts: list[Part], offsets: list[Offsets], user: dict, grids: Grids) -> tuple[dict, dict]:
+    """Chooses for each k the shrinkage of similarities and the ridge of the mean; `offsets` are those of each part.
+
+    Returns:
+      k -> (shrinkage, ridge), and the profiles of the error.
+    """
     options = list(itertools.product(grids.shrinks, grids.neighbour_ridges))
     total = {k: np.zeros(len(options)) for k in parts[0].new}
     for part, own in zip(parts, offsets, strict=True):
@@ -125,7 +140,11 @@ def choose_neighbours(
             similar = baselines.similar_items(neighbours, new).to_items(new.later_item)
             predict = functools.partial(neighbour_predictions, similar, own.base[new.later_item], own, new, user[k])
             total[k] += [entry_error(predict(option), new, part.train) for option in options]
-    return {k: options[int(np.argmin(errors))] for k, errors in total.items()}
+    shown = {}
+    for k, errors in total.items():
+        names = f"kNN, k = {k}: shrinkage", f"kNN, k = {k}: ridge"
+        shown |= profiles(names, options, errors / len(parts))
+    return {k: options[int(np.argmin(errors))] for k, errors in total.items()}, shown
 
 
 class FactorChoice(NamedTuple):
@@ -136,36 +155,50 @@ class FactorChoice(NamedTuple):
     user: dict[int, tuple[float, float, float]]
 
 
-def choose_factors(parts: list[Part], offsets: list[Offsets], user: dict, grids: Grids) -> FactorChoice:
-    """Chooses number of factors and ridge by the mean over k, and for each k the ridges of the fold-in."""
+def choose_factors(parts: list[Part], offsets: list[Offsets], user: dict, grids: Grids) -> tuple[FactorChoice, dict]:
+    """Chooses number of factors and ridge by the mean over k, and for each k the ridges of the fold-in.
+
+    Returns:
+      The choice, and the profiles of the error.
+    """
     residuals = [baselines.residual_matrix(part.train, own) for part, own in zip(parts, offsets, strict=True)]
+    grid = list(itertools.product(MULTIPLES, grids.factor_ridges))
     options = {
-        k: [
-            (multiple * ridge, *rest)
-            for multiple, *rest in itertools.product(MULTIPLES, grids.factor_ridges, (center,))
-        ]
+        k: [(multiple * ridge, factor_ridge, center) for multiple, factor_ridge in grid]
         for k, (ridge, center) in user.items()
     }
-    choices = []
-    for num_factors, ridge in itertools.product(grids.num_factors, grids.ridges):
+    pairs, totals = list(itertools.product(grids.num_factors, grids.ridges)), []
+    for num_factors, ridge in pairs:
         total = {k: np.zeros(len(own)) for k, own in options.items()}
         for part, own, residual in zip(parts, offsets, residuals, strict=True):
             factors = baselines.factorize(residual, num_factors, ridge)
             for k, new in part.new.items():
                 scores = (baselines.factor_scores(own, factors, new, *option) for option in options[k])
                 total[k] += [entry_error(linear.of_items(new.later_item), new, part.train) for linear in scores]
-        chosen = {k: options[k][int(np.argmin(errors))] for k, errors in total.items()}
-        error = sum(errors.min() for errors in total.values())
-        choices.append((error, FactorChoice(num_factors, ridge, chosen)))
-    return min(choices, key=lambda choice: choice[0])[1]
+        totals.append({k: errors / len(parts) for k, errors in total.items()})
+    errors = np.array([np.mean([own.min() for own in total.values()]) for total in totals])
+    least = int(np.argmin(errors))
+    shown = profiles(("factorization: factors", "factorization: ridge"), pairs, errors)
+    for k, own in totals[least].items():
+        names = "multiple of the offset's ridge", "ridge of a new user's factors"
+        shown |= profiles((f"factorization, k = {k}: {name}" for name in names), grid, own)
+    chosen = {k: options[k][int(np.argmin(own))] for k, own in totals[least].items()}
+    return FactorChoice(*pairs[least], chosen), shown
 
 
-def choose_gibbs(parts: list[Part], offsets: list[Offsets], grids: Grids, sweeps: int) -> dict[int, int]:
-    """Chooses the number of factors for each k."""
+def choose_gibbs(parts: list[Part], offsets: list[Offsets], grids: Grids, sweeps: int) -> tuple[dict, dict]:
+    """Chooses the number of factors for each k.
+
+    Returns:
+      k -> number, and the profiles of the error.
+    """
     total = {k: np.zeros(len(grids.gibbs_factors)) for k in parts[0].new}
     for part, own in zip(parts, offsets, strict=True):
         for place, num_factors in enumerate(grids.gibbs_factors):
             samples = baselines.gibbs_samples(part.train, own, num_factors, sweeps)
             for k, new in part.new.items():
                 total[k][place] += mean_error(baselines.gibbs_scores(samples, own.base, new).matrix(), new, part.train)
-    return {k: grids.gibbs_factors[int(np.argmin(errors))] for k, errors in total.items()}
+    options, shown = [(num_factors,) for num_factors in grids.gibbs_factors], {}
+    for k, errors in total.items():
+        shown |= profiles((f"Gibbs, k = {k}: factors",), options, errors / len(parts))
+    return {k: grids.gibbs_factors[int(np.argmin(errors))] for k, errors in total.items()}, shown
