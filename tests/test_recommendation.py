@@ -251,7 +251,7 @@ def test_no_later_rating_of_a_test_user_changes_a_prediction():
     learnings = [learned.make_learning(d, split, o, 5) for d, o in ((data, ordinary), (other, again))]
     by_g = [learned.train_ridge(learning, fold.SMOKE.ridge, 0)(split.test)[1] for learning in learnings]
     np.testing.assert_array_equal(*by_g)
-    by_network = [learned.train_network(one, "CAVIA", fold.SMOKE.networks["CAVIA"], 0)(split.test) for one in learnings]
+    by_network = [learned.train_network(one, "CAVIA", fold.SMOKE.network["CAVIA"], 0)(split.test) for one in learnings]
     np.testing.assert_array_equal(*by_network)
     # The first ratings of these users change their predictions.
     first = data.ratings._replace(rating=np.where(rows & (rank < 5), 10 - data.ratings.rating, data.ratings.rating))
@@ -274,9 +274,9 @@ def test_networks_correct_the_offset_of_the_ratings_that_they_adapt_to(monkeypat
 
     make = learned.stages.network_tasks
     monkeypatch.setattr(learned.stages, "network_tasks", network_tasks)
-    learned.train_network(learning, "MeLU", fold.SMOKE.networks["MeLU"], 0)(split.test)
+    learned.train_network(learning, "MeLU", fold.SMOKE.network["MeLU"], 0)(split.test)
     windows = [entry for entry in made if not (entry[0].item == data.first[5].item[: len(entry[0].item)]).all()]
-    assert len(windows) >= fold.SMOKE.networks["MeLU"].num_steps
+    assert len(windows) >= fold.SMOKE.network["MeLU"].num_steps
     for new, stage, offset in made:
         assert (new.item.shape, offset.shape) == ((len(stage), 5), (len(stage),))
         for items, given, number, value in zip(new.item, new.rating, stage, offset, strict=True):

@@ -44,7 +44,7 @@ def run(data: Data, settings: Settings, designs: str) -> None:
         for kind, rate, inner_rate in itertools.product(networks.NAMES, RATES, INNER_RATES):
             if kind == networks.NAMES[0] and inner_rate != INNER_RATES[0]:
                 continue  # this network takes no inner steps
-            design = settings.networks[kind]._replace(rate=rate, inner_rate=inner_rate)
+            design = settings.network[kind]._replace(rate=rate, inner_rate=inner_rate)
             show(f"{kind}, rate {rate}, inner rate {inner_rate}", _network(kind, design))
     else:
         show(ONE, _ridge(settings.ridge, one=True))

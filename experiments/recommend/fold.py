@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     gibbs_sweeps: int = 60
     grids: tuning.Grids = tuning.Grids()
     ridge: per_user.Settings = per_user.Settings()
-    networks: Mapping[str, networks.Settings] = networks.DESIGNS
+    network: Mapping[str, networks.Settings] = networks.DESIGNS
 
 
 SMOKE = Settings(
@@ -46,7 +46,7 @@ SMOKE = Settings(
     gibbs_sweeps=6,
     grids=tuning.SMALL,
     ridge=per_user.Settings(num_hidden=2, num_steps=20, num_users=8, num_later=8),
-    networks=dict.fromkeys(
+    network=dict.fromkeys(
         networks.NAMES, networks.Settings(width=4, num_inner=2, num_steps=4, num_users=4, num_later=8)
     ),
 )
@@ -133,7 +133,7 @@ def run_learned(learning: Learning, ordinary: Ordinary, settings: Settings) -> d
         ridge = {name: learned.train_ridge(learning, settings.ridge, seed, one=name == ONE) for name in (G, ONE)}
         by_name = {name: [predict(users)[1] for users in groups] for name, predict in ridge.items()}
         for name in networks.NAMES:
-            predict = learned.train_network(learning, name, settings.networks[name], seed)
+            predict = learned.train_network(learning, name, settings.network[name], seed)
             by_name[name] = [predict(users) for users in (groups if seed == 0 else groups[:1])]
         for name, matrices in by_name.items():
             rmse.setdefault(name, []).append(error(matrices[0]))
