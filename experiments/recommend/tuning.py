@@ -18,16 +18,16 @@ MULTIPLES = (1.0, 1.5, 2.0)  # the ridge of a new user's offset in the factoriza
 class Grids(NamedTuple):
     """The values that the choice is made of."""
 
-    item_ridges: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
-    sweeps: tuple[int, ...] = (1, 3, 8, 20)
+    item_ridges: tuple[float, ...] = (2.0, 4.0, 7.0)
+    sweeps: tuple[int, ...] = (3, 8, 20)
     offset_ridges: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
     centers: tuple[float, ...] = (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0)
     shrinks: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
     neighbour_ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    num_factors: tuple[int, ...] = (2, 4, 8, 16)
-    ridges: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+    num_factors: tuple[int, ...] = (4, 8, 16)
+    ridges: tuple[float, ...] = (10.0, 20.0, 40.0, 80.0, 160.0)
     factor_ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-    gibbs_factors: tuple[int, ...] = (2, 4, 8, 12, 16, 24)
+    gibbs_factors: tuple[int, ...] = (2, 4, 8, 16, 24)
 
 
 SMALL = Grids(
