@@ -123,7 +123,7 @@ def fit_ordinary(data: Data, split: Split, grids: tuning.Grids, gibbs_sweeps: in
     offsets = [baselines.fit_offsets(part.train, **choices[base].item) for part in parts]
     factor_choice, of_factors = tuning.choose_factors(parts, offsets, choices[base].user, grids)
     neighbour_choice, of_neighbours = tuning.choose_neighbours(parts, offsets, choices[base].user, grids)
-    gibbs_choice, of_gibbs = tuning.choose_gibbs(parts, offsets, grids, gibbs_sweeps // 2)
+    gibbs_choice, of_gibbs = tuning.choose_gibbs(parts, offsets, grids, gibbs_sweeps // 3)
     fitted = [Stage(train, choices, factor_choice, base) for train in [*(part.train for part in parts), whole]]
     test = new_of(split.test)
 

@@ -14,6 +14,8 @@ from experiments.recommend.scores import user_rmse
 
 MULTIPLES = (1.0, 1.5, 2.0)  # the ridge of a new user's offset in the factorization, in units of that of the offsets
 
+TUNING_SWEEPS = 6  # of alternating least squares
+
 
 class Grids(NamedTuple):
     """The values that the choice is made of."""
@@ -27,7 +29,7 @@ class Grids(NamedTuple):
     num_factors: tuple[int, ...] = (4, 8, 16)
     ridges: tuple[float, ...] = (10.0, 20.0, 40.0, 80.0, 160.0)
     factor_ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-    gibbs_factors: tuple[int, ...] = (2, 4, 8, 16, 24)
+    gibbs_factors: tuple[int, ...] = (2, 4, 8, 16)
 
 
 SMALL = Grids(
@@ -171,7 +173,7 @@ def choose_factors(parts: list[Part], offsets: list[Offsets], user: dict, grids:
     for num_factors, ridge in pairs:
         total = {k: np.zeros(len(own)) for k, own in options.items()}
         for part, own, residual in zip(parts, offsets, residuals, strict=True):
-            factors = baselines.factorize(residual, num_factors, ridge)
+            factors = baselines.factorize(residual, num_factors, ridge, sweeps=TUNING_SWEEPS)
             for k, new in part.new.items():
                 scores = (baselines.factor_scores(own, factors, new, *option) for option in options[k])
                 total[k] += [entry_error(linear.of_items(new.later_item), new, part.train) for linear in scores]
