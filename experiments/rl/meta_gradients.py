@@ -4,20 +4,22 @@ Horizon 1 / (1 − γ), λ of the returns, entropy weight, value weight and Adam
 every update, `hypergrad.truncated` looks back over one update, and judges it on the next rollout by an actor-critic
 loss with fixed hyperparameters and a divergence (`actor_critic.OUTER`). One training run tunes all five.
 
-Compared on three families of environments:
+Compared on four families of environments:
 
 * the same run with the bad values, and with the reference values and the bad rate;
-* other bad values (`actor_critic.OTHER_START`, with a rate that is too large), fixed and tuned, and tuning without the
-  divergence in the outer loss;
+* tuning without the divergence in the outer loss, and of the rate only, with the reference values;
+* other bad values (`actor_critic.OTHER_START`, with a rate that is too large), fixed and tuned. As all five are bad,
+  there are two controls: the reference values with this rate, and the other bad values with a usual rate;
 * the best of 25 points (five rates, five horizons, the others as in the reference), chosen on other seeds;
 * random search, TPE and PBT with 8 trials: with as many steps of the environments as the one run in total, so that each
   trial has an eighth, and with as many steps for each trial.
 
 The score is the mean return of the episodes that end in the last tenth of the steps, on a scale on which 1 is an upper
-bound of the return. A search chooses its trial by the tenth before. Intervals are stratified bootstrap intervals of
-the interquartile mean over seeds. The outer rate and the outer loss were chosen on other seeds (`--develop`).
+bound of the return. A run without a finite return has score 0. A search chooses its trial by the tenth before.
+Intervals are stratified bootstrap intervals of the interquartile mean over seeds. The outer rate and the outer loss
+were chosen on other seeds of the first three families (`--develop`); no choice saw Acrobot.
 
-    python experiments/rl/meta_gradients.py --full     # 8 minutes; writes results/rl_meta_gradients.md and .png
+    python experiments/rl/meta_gradients.py --full     # 12 minutes; writes results/rl_meta_gradients.md and .png
     python experiments/rl/meta_gradients.py            # five seeds
     python experiments/rl/meta_gradients.py --develop  # choices, on other seeds; prints only
     python experiments/rl/meta_gradients.py --smoke    # seconds; prints only
@@ -33,12 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import script
-from experiments.rl import actor_critic, scores, searches
+from experiments.rl import actor_critic, environments, scores, searches
 from experiments.rl.actor_critic import FAMILIES, OTHER_START, OUTER, REFERENCE, SPACE, START, Family, Sizes
 from metaopt import base, hypergrad
 from metaopt.training import report_progress
 
-FAMILY_NAMES = ("Catch", "maze", "CartPole")
+FAMILY_NAMES = ("Catch", "maze", "CartPole", "Acrobot")
+LARGE, USUAL = OTHER_START["rate"], 0.01  # rates
 RATES, HORIZONS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (2.0, 6.0, 18.0, 54.0, 162.0)
 GRID = [{**REFERENCE, "rate": rate, "horizon": horizon} for rate in RATES for horizon in HORIZONS]
 OUTER_RATES = (0.003, 0.01, 0.03)
@@ -83,12 +86,12 @@ def make_programs(name: str, settings: Settings) -> Programs:
     return Programs(family, problem, trainer, searches.tuned(estimator, num_estimates, settings.chunk // 2))
 
 
-def tune_all(programs: Programs, keys: jax.Array, settings: Settings, start=START, outer=OUTER):
-    """Returns curves and paths of one run for each key."""
+def tune_all(programs: Programs, keys: jax.Array, settings: Settings, start=START, outer=OUTER, names=tuple(SPACE)):
+    """Returns curves and paths of one run for each key, in which the hyperparameters `names` are tuned."""
     num = len(keys)
     z = searches.coordinates([start] * num)
     tasks = searches.repeated(actor_critic.make_task(programs.family, outer), num)
-    return programs.tune(keys, z, jnp.full(num, settings.outer_rate), tasks)
+    return programs.tune(keys, z, searches.outer_rates([settings.outer_rate] * num, names), tasks)
 
 
 def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -> dict[str, dict[str, np.ndarray]]:
@@ -108,8 +111,8 @@ def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -
         point = {"rate": np.array(best["rate"]), "horizon": np.array(best["horizon"])}
         return {**fixed(best), **point, "means": family.score(means)}
 
-    def tuned(start=START, outer=OUTER):
-        curves, paths = tune_all(programs, keys, settings, start, outer)
+    def tuned(start=START, **options):
+        curves, paths = tune_all(programs, keys, settings, start, **options)
         paths = {f"path {key}": path for key, path in paths.items()}
         return {"score": family.score(searches.final(curves)), "curves": curves, **paths}
 
@@ -122,8 +125,14 @@ def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -
         "reference, bad rate": lambda: fixed(REFERENCE),
         "meta-gradients": tuned,
         "meta-gradients, no divergence": lambda: tuned(outer={**OUTER, "kl": 0.0}),
+        "rate tuned, reference, bad rate": lambda: tuned({**START, **REFERENCE}, names=("rate",)),
         "other bad values": lambda: fixed(OTHER_START),
         "meta-gradients, other bad values": lambda: tuned(OTHER_START),
+        f"reference, rate {LARGE:g}": lambda: fixed({**REFERENCE, "rate": LARGE}),
+        f"meta-gradients, reference, rate {LARGE:g}": lambda: tuned({**REFERENCE, "rate": LARGE}),
+        f"rate tuned, reference, rate {LARGE:g}": lambda: tuned({**REFERENCE, "rate": LARGE}, names=("rate",)),
+        f"other bad values, rate {USUAL:g}": lambda: fixed({**OTHER_START, "rate": USUAL}),
+        f"meta-gradients, other bad values, rate {USUAL:g}": lambda: tuned({**OTHER_START, "rate": USUAL}),
         "best of the grid": grid,
     }
     for kind, search in {"random search": searches.random_search, "TPE": searches.tpe, "PBT": searches.pbt}.items():
@@ -222,14 +231,21 @@ def report(
     growth_text = "; ".join(f"{name} {value:+.3f}" for name, value in growths.items())
     outer_text = ", ".join(f"{key} {value:g}" for key, value in OUTER.items())
     grids = "; ".join(
-        f"{name} from {np.nanmin(family['best of the grid']['means']):.3f} to "
-        f"{np.nanmax(family['best of the grid']['means']):.3f}"
+        f"{name} from {scores.counted(family['best of the grid']['means']).min():.3f} to "
+        f"{scores.counted(family['best of the grid']['means']).max():.3f}"
         for name, family in results.items()
     )
+    failed = {
+        method: [
+            f"{name} {num}" for name in results if (num := int((~np.isfinite(results[name][method]["score"])).sum()))
+        ]
+        for method in next(iter(results.values()))
+    }
     return (
         "Interquartile mean of the score over seeds, with a 95 % stratified bootstrap interval. Million steps: of the "
-        f"environments, for one result.\n\n{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores "
-        f"of the points of the grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
+        f"environments, for one result. Runs without a finite score, which count as 0: {script.listed(failed)}.\n\n"
+        f"{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores of the points of the "
+        f"grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
         f"{hyperparameter_table(results)}\n\n{speed}\n\nMean log growth of a perturbation of θ per update "
         f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
@@ -246,12 +262,13 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(results), figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(2, len(results), figsize=(1 + 3.3 * len(results), 6), layout="constrained")
     for column, (name, family) in enumerate(results.items()):
         for color, method in enumerate(("bad values", "reference, bad rate", "meta-gradients", "best of the grid")):
             curves, edges = family[method]["curves"], np.linspace(0, 1, 21)
             values = np.stack([searches.mean_returns(curves, a, b) for a, b in zip(edges, edges[1:], strict=False)], 1)
             middle = scores.interquartile_mean(FAMILIES[name].score(values).T)
+            middle = np.where(np.isfinite(values).any(0), middle, np.nan)  # no episode has ended
             axes[0, column].plot(edges[1:] * settings.env_steps / 1e3, middle, color=f"C{color}", label=method)
         level = scores.interquartile_mean(family[f"TPE, {settings.num_trials} times the steps"]["score"])
         axes[0, column].axhline(level, color="gray", ls=":", label=f"TPE, {settings.num_trials} times the steps")
@@ -276,7 +293,7 @@ def develop(settings: Settings, names: tuple[str, ...]) -> str:
     choices = [(rate, {**OUTER, "kl": weight}) for weight in (0.0, 1.0) for rate in OUTER_RATES]
     keys = jnp.tile(searches.run_keys(seeds), len(choices))
     z = searches.coordinates([START] * len(keys))
-    outer_rates = jnp.repeat(jnp.array([rate for rate, _ in choices]), len(seeds))
+    outer_rates = searches.outer_rates(np.repeat([rate for rate, _ in choices], len(seeds)))
     for name in names:
         programs = make_programs(name, settings)
         tasks = [actor_critic.make_task(programs.family, reference) for _, reference in choices for _ in seeds]
@@ -284,7 +301,7 @@ def develop(settings: Settings, names: tuple[str, ...]) -> str:
         score = programs.family.score(searches.final(curves)).reshape(len(choices), -1)
         ends = [np.median(path[:, -1].reshape(len(choices), -1), 1) for path in paths.values()]
         for i, (rate, reference) in enumerate(choices):
-            row = [name, f"{reference['kl']:g}", str(rate), script.spread(score[i])]
+            row = [name, f"{reference['kl']:g}", str(rate), script.spread(scores.counted(score[i]))]
             rows.append([*row, *(f"{end[i]:.2g}" for end in ends)])
             print(rows[-1], flush=True)
     return script.table(["family", "weight of the divergence", "outer rate", "score", *SPACE], rows)
@@ -299,9 +316,10 @@ def main() -> None:
     args = parser.parse_args()
     settings = SMOKE if args.smoke else Settings(seeds=20 if args.full else args.seeds)
     if args.develop:
-        print(develop(settings, args.families or FAMILY_NAMES))
+        print(develop(settings, args.families or FAMILY_NAMES[:3]))
         return
-    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__).parent)
+    files = [Path(module.__file__) for module in (actor_critic, environments, scores, searches)]
+    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__), *files)
     seconds = []
 
     def keep(part, make):
