@@ -14,7 +14,7 @@ the same bandits. The settings were chosen with another key, by the rewards in t
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,14 +282,30 @@ VARIANTS = {
     "shared, regret, discount 0.8": {"shared": True, "regret": True},
     "shared, regret, discount 0.95, trace 0.9": {"shared": True, "regret": True, "discount": 0.95, "trace": 0.9},
     "shared, regret, discount 0.99, trace 0.9": {"shared": True, "regret": True, "discount": 0.99, "trace": 0.9},
+    "shared, discount 0.99, trace 0.9": {"shared": True, "discount": 0.99, "trace": 0.9},
+    "shared, regret, discount 0.99, trace 1": {"shared": True, "regret": True, "discount": 0.99},
+    "shared, regret, discount 0.99, trace 0.9, rate 0.01": {
+        "shared": True,
+        "regret": True,
+        "discount": 0.99,
+        "trace": 0.9,
+        "rate": 0.01,
+    },
+    "shared, regret, discount 0.99, trace 0.9, 16 units": {
+        "shared": True,
+        "regret": True,
+        "discount": 0.99,
+        "trace": 0.9,
+        "hidden": 16,
+    },
 }
 
 
-def develop(num_updates: int, num_arms: int = 5) -> str:
+def develop(num_updates: int, names: Sequence[str], num_arms: int = 5) -> str:
     """Compares settings of RL² on other seeds."""
     rows, env = [], environments.bandit(num_arms)
-    for name, changes in VARIANTS.items():
-        settings = Settings(num_updates=num_updates)._replace(**changes)
+    for name in names or VARIANTS:
+        settings = Settings(num_updates=num_updates)._replace(**VARIANTS[name])
         weights = train(num_arms, settings, jax.random.key(DEVELOPMENT))
         player = network_player(weights, num_arms)
         rewards = np.asarray(total_rewards(env, player, jax.random.key(DEVELOPMENT + 1), 2000))
@@ -334,10 +350,11 @@ def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
     parser.add_argument("--full", action="store_true", help="two seeds")
     parser.add_argument("--develop", type=int, default=0, metavar="UPDATES", help="compare settings on other seeds")
+    parser.add_argument("--variants", nargs="*", default=[], choices=VARIANTS, help="only these settings")
     parser.add_argument("--keep", type=Path, default=None, help="folder for finished parts")
     args = parser.parse_args()
     if args.develop:
-        print(develop(args.develop))
+        print(develop(args.develop, args.variants))
         return
     settings, seeds = (SMOKE, 1) if args.smoke else (Settings(), 2 if args.full else args.seeds)
     files = [Path(module.__file__) for module in (actor_critic, environments)]
