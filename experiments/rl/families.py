@@ -43,13 +43,13 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of the controls without
 class Settings(NamedTuple):
     num_steps: int = 3  # of adaptation
     goals_per_step: int = 16
-    maml_updates: int = 300
+    maml_updates: int = 200
     judged_rollouts: int = 8  # for each goal
     outer_rate: float = 3e-3  # of the initialization
     num_pairs: int = 8  # of evolution strategies for the initialization
     sizes: Sizes = Sizes(16, 32, 32)
     course: int = 200  # updates of the actor-critic
-    budget: int = 320  # training runs of the actor-critic for each method
+    budget: int = 200  # training runs of the actor-critic for each method
     tasks: int = 4  # per outer step
     new_tasks: int = 40
     course_sizes: Sizes = Sizes()
@@ -397,10 +397,10 @@ def plot(of_mazes: list[dict], of_courses: list[dict], settings: Settings, path:
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
-    parser.add_argument("--full", action="store_true", help="five seeds")
+    parser.add_argument("--full", action="store_true", help="three seeds")
     parser.add_argument("--keep", type=Path, default=None, help="folder for finished parts")
     args = parser.parse_args()
-    settings, seeds = (SMOKE, 1) if args.smoke else (Settings(), 5 if args.full else args.seeds)
+    settings, seeds = (SMOKE, 1) if args.smoke else (Settings(), 3 if args.full else args.seeds)
     files = [Path(module.__file__) for module in (actor_critic, environments, searches)]
     folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__), *files)
     of_mazes, of_courses, seconds = [], [], []

@@ -84,7 +84,7 @@ def test_the_regret_is_the_mean_reward_minus_that_of_the_best_arm():
 
 @pytest.mark.once
 def test_the_network_learns_to_stay_with_the_better_arm():
-    settings = bandits.Settings(num_updates=100, batch=32, hidden=8, rate=1e-2)
+    settings = bandits.Settings(num_updates=80, batch=32, hidden=8, rate=1e-2)
     player = bandits.network_player(bandits.train(2, settings, jax.random.key(0)), 2)
     rewards = bandits.total_rewards(environments.bandit(2), player, jax.random.key(1), 1000)
     assert rewards.mean() > 57  # random pulls earn 50, the better arm 67
