@@ -3,9 +3,9 @@
 A recurrent network sees its last arm, the last reward and the share of pulls so far, and chooses the next arm. It
 learns over bandits with uniform arms, and adapts to a new bandit only by its hidden state. Its weights are λ, and
 `hypergrad.direct` gives the actor-critic gradient over a batch of episodes, centered for each pull (Duan et al., 2016,
-https://arxiv.org/abs/1611.02779). Each arm has a recurrent unit, and all units have the same weights. So the policy does
-not depend on the order of the arms. In training, the loss has the regret p_arm − max p instead of the sampled reward:
-its expected gradient is the same, and it has less noise. The simulator knows p; the policy never sees it.
+https://arxiv.org/abs/1611.02779). Each arm has a recurrent unit, and all units have the same weights. So the policy
+does not depend on the order of the arms. In training, the loss has the regret p_arm − max p instead of the sampled
+reward: its expected gradient is the same, and it has less noise. The simulator knows p; the policy never sees it.
 
 Gittins indices come from a dynamic program: the index of an arm is the reward of a sure arm that is worth as much.
 They are optimal for an infinite sum with a discount, here 0.99, and only approximately for 100 pulls. All methods play
@@ -335,8 +335,8 @@ def report(rewards: dict[int, list[dict[str, np.ndarray]]], settings: Settings) 
     return (
         f"Mean total reward of {NUM_PULLS} pulls over {settings.num_episodes} bandits per seed, the same for all "
         f"methods.\n\n{script.table(header, rows)}\n\nRL²: {settings.num_updates} updates of {settings.batch} "
-        f"episodes, {settings.hidden} numbers for each arm, discount {settings.discount:g}, trace {settings.trace:g}, rate "
-        f"{settings.rate:g}. Gittins: discount {DISCOUNT}, {settings.horizon} pulls."
+        f"episodes, {settings.hidden} numbers for each arm, discount {settings.discount:g}, trace {settings.trace:g}, "
+        f"rate {settings.rate:g}. Gittins: discount {DISCOUNT}, {settings.horizon} pulls."
     )
 
 

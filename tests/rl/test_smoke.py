@@ -18,6 +18,17 @@ def test_meta_gradients(tmp_path):
 
 
 @pytest.mark.once
+def test_bad_values(tmp_path):
+    from experiments.rl import bad_values
+
+    rows = smoke("bad_values", tmp_path)
+    assert set(bad_values.STARTS) <= set(rows)
+    for start in bad_values.STARTS:
+        kind, *cells = rows[start]  # the last row of each start
+        assert kind == "all tuned" and all(0 <= number(cell.split(" [")[0]) <= 1 for cell in cells[:2])
+
+
+@pytest.mark.once
 def test_bandits(tmp_path):
     rows = smoke("bandits", tmp_path)
     assert 40 < number(rows["random"][0]) < number(rows["Gittins index"][0]) < 80
