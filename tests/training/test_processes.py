@@ -100,7 +100,7 @@ def test_ten_kills_at_random_moments(tmp_path):
         processes = start(folder, 2, num_steps=150)
         if rng.uniform() < 0.8:
             wait_for_step(processes[0])
-            time.sleep(rng.uniform(0.0, 0.5))
+            time.sleep(rng.uniform(0.0, 3.0))
         else:
             time.sleep(rng.uniform(0.0, 10.0))
         for process in processes if rng.uniform() < 0.5 else processes[::-1]:
