@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from experiments.blackbox.record_tables import components, report
+from experiments.blackbox.record_tables.main import best_on_average
 from experiments.blackbox.record_tables.tables import Records
-
-RNG = np.random.default_rng(0)
 
 
 def test_predictions_without_a_family_are_those_of_a_fit_to_the_others():
-    x, values, family = RNG.normal(size=(12, 3)), RNG.normal(size=(12, 2)), np.array(list("aabbbcdefghi"))
+    rng = np.random.default_rng(0)
+    x, values, family = rng.normal(size=(12, 3)), rng.normal(size=(12, 2)), np.array(list("aabbbcdefghi"))
     gram = components.kernel(x, x, 1.0)
     predictions = components.left_out(gram, 0.5, values, family)
     for name in np.unique(family):
@@ -21,8 +21,9 @@ def test_predictions_without_a_family_are_those_of_a_fit_to_the_others():
 
 def table(num_tasks=60, with_signal=True):
     """Two good configurations and a bad one. A feature says which one is best, and another says nothing."""
-    x = RNG.uniform(-1, 1, (num_tasks, 2))
-    sign = np.sign(x[:, 0]) if with_signal else RNG.choice([-1.0, 1.0], num_tasks)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (num_tasks, 2))
+    sign = np.sign(x[:, 0]) if with_signal else rng.choice([-1.0, 1.0], num_tasks)
     regret = np.stack([0.4 - 0.4 * sign, 0.41 + 0.4 * sign, np.full(num_tasks, 1.0)], 1)
     fold = np.arange(num_tasks) % 5
     return Records("t", regret, x, np.arange(num_tasks), fold, [{"c": c} for c in range(3)])
@@ -32,12 +33,12 @@ def table(num_tasks=60, with_signal=True):
 def test_a_feature_that_tells_the_best_replaces_the_average_and_noise_does_not(with_signal):
     data = table(with_signal=with_signal)
     first = components.by_components(data)
-    average = data.regret[np.arange(60), 0]
+    average = np.array([data.regret[t, best_on_average(data, t)[0]] for t in range(60)])
     if with_signal:
         assert first[1.0].mean() < 0.1 < 0.3 < average.mean()
     else:
-        assert np.mean(first[1.0] == average) >= np.mean(first[0.0] == average)
-        assert first[1.0].mean() < average.mean() + 0.05
+        replaced = {num: np.mean(regrets != average) for num, regrets in first.items()}
+        assert replaced[1.0] <= 0.25 and replaced[1.0] <= replaced[0.0]
 
 
 def test_the_choice_is_the_largest_gain_above_its_deviations():
@@ -50,7 +51,7 @@ def test_the_choice_is_the_largest_gain_above_its_deviations():
             mean = expected.average[0] - expected.average[c] + expected.mean[t] @ direction
             of_average = np.var(expected.deviations[:, 0] - expected.deviations[:, c]) / 60
             differences.append((mean, np.sqrt(expected.variance[t] @ direction**2 + of_average)))
-        for num in (0.0, 1.0, 30.0):
+        for num in np.linspace(0, 40, 400):
             best = int(np.argmax([mean - num * deviation for mean, deviation in differences]))
             assert components.choose(expected, t, np.ones(3, bool), num) == best
         assert components.choose(expected, t, np.array([False, False, True]), 1.0) == 2
@@ -63,14 +64,16 @@ def test_a_failed_configuration_is_not_chosen_and_does_not_matter_elsewhere():
     assert np.isfinite(first[0.0]).all() and np.isfinite(first[1.0]).all()
 
 
-def test_the_tasks_of_a_fold_do_not_change_their_own_prediction():
+def test_the_outcomes_of_a_fold_do_not_change_its_own_choices():
     data = table()
-    other = data._replace(error=np.where((data.fold == 2)[:, None], data.error[:, ::-1], data.error))
-    learned = []
-    for case in (data, other):
-        train = case.fold != 2
-        learned.append(components.expect(case.regret[train], case.features[train], case.family[train], case.features))
-    np.testing.assert_array_equal(learned[0].mean, learned[1].mean)
+    own = data.fold == 2
+    other = data._replace(error=np.where(own[:, None], data.error[:, ::-1], data.error))
+    chosen = [
+        (case.regret[own] == first[own, None]).argmax(1)
+        for case in (data, other)
+        for first in [components.by_components(case)[0.0]]
+    ]
+    np.testing.assert_array_equal(chosen[0], chosen[1])
 
 
 def test_first_trials_are_compared_over_families():
