@@ -50,7 +50,9 @@ def test_a_recurrent_unit_keeps_its_memory_where_its_gate_is_one(shared):
     opened = {**weights, "gates_b": jnp.array([-50.0, -50, -50, 50, 50, 50])}
     inputs = [[1, 1, 0.5], [0, 0, 0.5]] if shared else [observation]
     rows = [np.concatenate([x, memory.mean(0), own]) for x, own in zip(inputs, memory, strict=True)]
-    np.testing.assert_allclose(bandits.recurrent(opened, memory, observation)[0], np.tanh(rows @ weights["new_w"]))
+    np.testing.assert_allclose(
+        bandits.recurrent(opened, memory, observation)[0], np.tanh(np.stack(rows) @ np.asarray(weights["new_w"]))
+    )
     assert bandits.first_memory(weights, 2).shape == memory.shape
 
 
