@@ -187,10 +187,12 @@ def recurrent(weights, memory, observation):
         inputs = observation[None]
     pooled = jnp.broadcast_to(memory.mean(0), memory.shape)
     both = jnp.concatenate([inputs, pooled, memory], axis=1)
-    keep, reset = jnp.split(jax.nn.sigmoid(both @ weights["gates_w"] + weights["gates_b"]), 2, axis=1)
-    new = jnp.tanh(jnp.concatenate([inputs, pooled, reset * memory], axis=1) @ weights["new_w"] + weights["new_b"])
+    keep, reset = jnp.split(jax.nn.sigmoid(both @ weights["gates_w"] + weights["gates_b"][None]), 2, axis=1)
+    new = jnp.tanh(
+        jnp.concatenate([inputs, pooled, reset * memory], axis=1) @ weights["new_w"] + weights["new_b"][None]
+    )
     memory = keep * memory + (1 - keep) * new
-    logits = (memory @ weights["policy_w"] + weights["policy_b"]).reshape(-1)
+    logits = (memory @ weights["policy_w"] + weights["policy_b"][None]).reshape(-1)
     return memory, logits, memory.mean(0) @ weights["value_w"] + weights["value_b"]
 
 
