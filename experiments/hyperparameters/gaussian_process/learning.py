@@ -1,0 +1,103 @@
+"""g, learned by hypergradients over tables."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.hyperparameters.gaussian_process import features, model, tables
+from metaopt import base, hypergrad, predictors, training
+
+LEAST_TRAIN, LEAST_VALID = 16, 20  # rows of a task to learn from
+
+
+class Settings(NamedTuple):
+    """Sizes of g and of its training.
+
+    Attributes:
+      steps: outer steps.
+      tasks: per step.
+      train, valid: the most rows of a task.
+      width: columns of a task.
+      hidden: tanh units.
+      rate, decay: of Adam and the weight decay.
+      likelihood: whether g sees slopes of the marginal likelihood.
+    """
+
+    steps: int = 1000
+    tasks: int = 16
+    train: int = 128
+    valid: int = 64
+    width: int = 24
+    hidden: int = 32
+    rate: float = 0.01
+    decay: float = 0.03
+    likelihood: bool = True
+
+
+SMOKE = Settings(steps=2, tasks=2, train=24, valid=16, width=4, hidden=2)
+
+
+class Trained(NamedTuple):
+    """Weights of g, and the scaling of its features."""
+
+    meta_params: Any
+    scaling: features.Scaling
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "num"))
+def training_tasks(pool, probability: jax.Array, key: jax.Array, settings: Settings, num: int) -> base.Task:
+    """Returns random tasks of random sizes, with features that are not scaled."""
+
+    def one(key):
+        table_key, size_key, row_key = jax.random.split(key, 3)
+        index = jax.random.choice(table_key, probability.shape[0], p=probability)
+        most = jnp.minimum(settings.train, pool.rows[index] - LEAST_VALID)
+        num_train = jnp.exp(jax.random.uniform(size_key) * jnp.log(most / LEAST_TRAIN)) * LEAST_TRAIN
+        task = tables.draw(pool, index, row_key, num_train.astype(int), (settings.train, settings.valid))
+        return tables.described(task, settings.likelihood)
+
+    return jax.vmap(one)(jax.random.split(key, num))
+
+
+@functools.cache
+def _learner(outer, settings: Settings, constant: bool) -> training.Learner:
+    g = features.predictor(settings.hidden, constant)
+    estimator = predictors.amortize(hypergrad.direct(model.closed_form(outer)), g)
+    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "center", params)
+    schedule = optax.cosine_decay_schedule(settings.rate, settings.steps)
+    adam = optax.adamw(schedule, weight_decay=settings.decay, mask=decayed)
+    return training.learner(hypergrad.over_tasks(estimator, max_norm=1.0), adam)
+
+
+def learn(pool: tables.Pool, outer, settings: Settings, seed: int, constant: bool = False) -> Trained:
+    """Returns g, learned on a pool in which families have equal weights."""
+    _, index, counts = np.unique(pool.family, return_inverse=True, return_counts=True)
+    weight = (1 / counts)[index]
+    arrays = jax.tree.map(jnp.asarray, pool._replace(family=None))
+    draw = lambda key, num: training_tasks(arrays, jnp.asarray(weight / weight.sum()), key, settings, num)
+    seen = draw(jax.random.key(1000 + seed), 8 * settings.tasks)
+    scaling = features.fit_scaling(seen.features, seen.train["columns"])
+
+    def sample(key):
+        task = draw(key, settings.tasks)
+        return task._replace(features=scaling(task.features))
+
+    result = training.fit(
+        _learner(outer, settings, constant),
+        sample,
+        hyperparams=features.predictor(settings.hidden, constant).init(jax.random.key(seed)),
+        num_steps=settings.steps,
+        key=jax.random.key(100 + seed),
+        progress=False,
+    )
+    return Trained(result.hyperparams, scaling)
+
+
+def coordinates_of(trained: Trained, task: base.Task, settings: Settings, constant: bool = False):
+    """Returns λ = g(task) in unconstrained coordinates, for a task whose features are not scaled."""
+    g = features.predictor(settings.hidden, constant)
+    return g.apply(trained.meta_params, task._replace(features=trained.scaling(task.features)))

@@ -1,0 +1,129 @@
+"""Learns g, judges it and the controls on tables of other families, and writes the result."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import script
+from experiments.hyperparameters import gaussian_process
+from experiments.hyperparameters.gaussian_process import learning, model, report, tables
+from experiments.hyperparameters.gaussian_process.learning import Settings
+from metaopt import base, spaces
+
+MODELS = {"Gaussian process": model.GAUSSIAN_PROCESS, "kernel ridge": model.KERNEL_RIDGE}
+SIZES = (100, 30)  # training rows; the first one was fixed as the one for the aim
+ADAM_RATE = 0.1
+JUDGED_ROWS, JUDGED_WIDTH = 600, 64
+STEPS = 20, 200
+
+
+def methods(tuned: Callable, settings: Settings, steps: tuple[int, int]) -> dict[str, Callable]:
+    """Returns name -> `(task with features, g, one λ) -> z`."""
+    few, many = steps
+    start = lambda task: spaces.to_unconstrained(*_default(task))
+    learned = lambda task, g: learning.coordinates_of(g, task, settings)
+    common = lambda task, one: learning.coordinates_of(one, task, settings, constant=True)
+    ascend = {num: functools.partial(model.adam(tuned, num), ADAM_RATE) for num in steps}
+    heuristic = lambda task: spaces.to_unconstrained(_default(task)[0], model.median_heuristic(task))
+    return {
+        "default": lambda task, g, one: start(task),
+        "median heuristic": lambda task, g, one: heuristic(task),
+        "one λ": lambda task, g, one: common(task, one),
+        f"default + {few} steps": lambda task, g, one: ascend[few](start(task), task),
+        f"default + {few} of L-BFGS": lambda task, g, one: model.lbfgs(tuned, few)(start(task), task),
+        f"default + {many} steps": lambda task, g, one: ascend[many](start(task), task),
+        f"one λ + {few} steps": lambda task, g, one: ascend[few](common(task, one), task),
+        "g": lambda task, g, one: learned(task, g),
+        f"g + {few} steps": lambda task, g, one: ascend[few](learned(task, g), task),
+    }
+
+
+def _default(task: base.Task):
+    own = model.space(task.train["columns"].shape[0])
+    return own, spaces.default(own)
+
+
+def judged_tasks(pool: tables.Pool, num_train: int, seed: int, settings: Settings, num_test: int) -> base.Task:
+    """Returns one split of each table, with features. A small table keeps a third of its rows for the test."""
+    arrays = jax.tree.map(jnp.asarray, pool._replace(family=None))
+
+    def one(index, key):
+        num = jnp.minimum(num_train, arrays.rows[index] * 2 // 3)
+        task = tables.draw(arrays, index, key, num, (num_train, num_test))
+        return tables.described(task, settings.likelihood)
+
+    keys = jax.random.split(jax.random.key(10_000 + seed), len(pool.rows))
+    return jax.jit(jax.vmap(one))(jnp.arange(len(pool.rows)), keys)
+
+
+def scores(tuned: Callable, batch: base.Task, g, one, settings: Settings, steps) -> dict[str, np.ndarray]:
+    """Returns method -> [T, 2]: negative log predictive density and squared error on the test rows."""
+    results = {}
+    for name, method in methods(tuned, settings, steps).items():
+
+        def of_task(task, g, one, method=method):
+            z = method(task, g, one)
+            hp = spaces.to_constrained(_default(task)[0], z)
+            alpha = model.solve(hp, task.train)
+            return jnp.stack([model.predictive_density(alpha, hp, task), model.squared_error(alpha, hp, task)])
+
+        judge = jax.jit(lambda batch, g, one, of_task=of_task: jax.lax.map(lambda task: of_task(task, g, one), batch))
+        start = time.perf_counter()
+        results[name] = np.asarray(judge(batch, g, one))
+        print(f"  {name}: {results[name].mean(0)}, {time.perf_counter() - start:.0f} s", flush=True)
+    return results
+
+
+def run_seed(name: str, seed: int, pools, judged: tables.Pool, settings: Settings, sizes, steps) -> dict:
+    """Returns "size/method" -> [T, 2] of one model and one seed."""
+    own = MODELS[name]
+    start = time.perf_counter()
+    g, one = (learning.learn(pools, own.outer, settings, seed, constant) for constant in (False, True))
+    print(f"{name}, seed {seed}: g and one λ learned in {time.perf_counter() - start:.0f} s", flush=True)
+    results = {}
+    for num in sizes:
+        batch = judged_tasks(judged, num, seed, settings, max(judged.x.shape[1] - num, 1))
+        results |= {f"{num}/{k}": v for k, v in scores(own.tuned, batch, g, one, settings, steps).items()}
+    return results
+
+
+def main() -> None:
+    parser = script.parser(gaussian_process.__doc__)
+    parser.add_argument("--full", action="store_true", help="all seeds, both models")
+    parser.add_argument("--development", action="store_true", help="the development families, and not the judged ones")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for finished parts")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    path = Path(__file__).parent
+    small = options.smoke
+    script.data_file(path, "tabular_regression.npz")
+    settings = learning.SMOKE if small else Settings()
+    sizes, steps = (SIZES[:1] if not options.full else SIZES, STEPS) if not small else ((20,), (2, 3))
+    seeds = options.seeds if options.full else 1
+    folder = None if options.keep is None or small else script.work_folder(options.keep, path)
+    if small:
+        pool, judged = tables.synthetic(4, settings.width, 60), None
+    else:
+        pool = tables.Pool(**script.kept(folder, "corpus", lambda: tables.corpus(settings.width)._asdict()))
+        pool, development = tables.divided(pool)
+        judged = development if options.development else None
+    results: dict[str, list[dict]] = {}
+    for name in MODELS if options.full or small else list(MODELS)[:1]:
+        for seed in range(seeds):
+            own = judged or tables.judged_pool(seed, JUDGED_WIDTH, 40 if small else JUDGED_ROWS)
+            make = functools.partial(run_seed, name, seed, pool, own, settings, sizes, steps)
+            part = f"{name}-{seed}-{options.development}"
+            results.setdefault(name, []).append(script.kept(folder, part, make))
+            family = own.family
+    text = report.report(results, family, sizes, steps[0], settings, pool)
+    title, stem = "Hyperparameters of Gaussian processes", "gaussian_process"
+    stem += "_development" if options.development else ""
+    if not small:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.plot(results, family, sizes[0], steps[0], options.out / f"{stem}.png")
+    script.publish(path, title, text, options, name=stem, picture="Test log likelihood of each family")
