@@ -133,7 +133,8 @@ def test_padding_changes_neither_features_nor_losses():
 def test_g_follows_the_columns_and_sees_no_test_row():
     pool, order = small_pool(), np.array([2, 0, 3, 1])
     settings = learning.SMOKE._replace(width=4, steps=3)
-    trained = learning.learn(pool, model.predictive_density, settings, 0)
+    bank = learning.draw_bank(pool, settings)
+    trained = learning.learn(bank, model.predictive_density, settings, 0)
 
     def coordinates(pool):
         task = tables.described(tables.draw(pool, 2, jax.random.key(3), 20, (20, 10)), True)

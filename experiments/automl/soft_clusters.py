@@ -7,9 +7,9 @@
 by steps of expectation-maximization from hard k-means. λ has the feature weights p (they sum to 1) and the kernel
 width T. With a small T the clusters are hard, and with a large one the centers coincide.
 
-**Outer loss.** Each of R resamples (80 % of the rows) has its own centers, which assign all rows softly: P_r [n, k]. Two
-resamples agree by the adjusted Rand index of soft clusters, with the table M = P_rᵀP_q, its sums a and b over columns
-and rows, and A = Σ a², B = Σ b²:
+**Outer loss.** Each of R resamples (80 % of the rows) has its own centers, which assign all rows softly: P_r [n, k].
+Two resamples agree by the adjusted Rand index of soft clusters. With the table M = P_rᵀP_q, its sums a and b over
+columns and rows, and A = Σ a², B = Σ b², it is
 
     ARI = (Σ M² − A B / n²) / (½ (A + B) − A B / n²).
 
@@ -55,9 +55,9 @@ WIDTHS = (8, 16, 32, 64, 128)  # columns are padded, so that tables share progra
 
 class Settings(NamedTuple):
     resamples: int = 4
-    em_steps: int = 15
-    outer_steps: int = 25
-    rate: float = 0.1
+    em_steps: int = 10
+    outer_steps: int = 15
+    rate: float = 0.15
 
 
 SMOKE = Settings(resamples=2, em_steps=3, outer_steps=2)
@@ -194,21 +194,23 @@ def tuned(x: np.ndarray, seed: int, settings: Settings, counts=COUNTS) -> Tuned:
     return Tuned(inputs, -np.asarray(first), -np.asarray(last), np.asarray(hp["width"]), weights)
 
 
-# ---- Methods: `(frame, y, seed) -> (labels, description)`, as in `clusters.py` ----------------------------------------
+# ---- Methods: `(frame, y, seed) -> (labels, description)`, as in `clusters.py` ---------------------------------------
 
 
 def soft_kmeans(rule: str, settings: Settings, counts=COUNTS):
-    """k-means on the weighted columns. `rule` is "stability" or "silhouette"."""
+    """k-means on the weighted columns. `rule` is "before", "stability" or "silhouette"; "before" has equal weights."""
 
     def method(frame, y, seed):
         x = clusters.same_inputs(frame)
         result = tuned_once(x.tobytes(), x.shape, seed, settings, counts)
+        if rule == "before":
+            k = counts[int(result.before.argmax())]
+            return clusters.kmeans(x, k, seed), f"{k}"
         labels = [clusters.kmeans(inputs, k, seed) for inputs, k in zip(result.inputs, counts, strict=True)]
-        if rule == "stability":
-            best = int(result.after.argmax())
-        else:
+        scores = result.after
+        if rule == "silhouette":
             scores = [silhouette_score(z, part) for z, part in zip(result.inputs, labels, strict=True)]
-            best = int(np.argmax(scores))
+        best = int(np.argmax(scores))
         return labels[best], f"{counts[best]}"
 
     return method
@@ -221,11 +223,10 @@ def tuned_once(data: bytes, shape: tuple[int, int], seed: int, settings: Setting
 
 
 def methods(settings: Settings, counts=COUNTS) -> dict:
-    none = settings._replace(outer_steps=0)
     return {
         clusters.BAR: clusters.by_silhouette(clusters.usual_inputs),
         "k-means, k by silhouette, same columns": clusters.by_silhouette(clusters.same_inputs),
-        "before tuning, k by stability": soft_kmeans("stability", none, counts),
+        "before tuning, k by stability": soft_kmeans("before", settings, counts),
         "tuned, k by stability": soft_kmeans("stability", settings, counts),
         "tuned, k by silhouette": soft_kmeans("silhouette", settings, counts),
     }

@@ -18,6 +18,7 @@ class Settings(NamedTuple):
     """Sizes of g and of its training.
 
     Attributes:
+      bank: tasks to learn from, drawn once.
       steps: outer steps.
       tasks: per step.
       train, valid: the most rows of a task.
@@ -27,7 +28,8 @@ class Settings(NamedTuple):
       likelihood: whether g sees slopes of the marginal likelihood.
     """
 
-    steps: int = 1000
+    bank: int = 1500
+    steps: int = 400
     tasks: int = 16
     train: int = 128
     valid: int = 64
@@ -38,7 +40,7 @@ class Settings(NamedTuple):
     likelihood: bool = True
 
 
-SMOKE = Settings(steps=2, tasks=2, train=24, valid=16, width=4, hidden=2)
+SMOKE = Settings(bank=8, steps=2, tasks=2, train=24, valid=16, width=4, hidden=2)
 
 
 class Trained(NamedTuple):
@@ -73,23 +75,32 @@ def _learner(outer, settings: Settings, constant: bool) -> training.Learner:
     return training.learner(hypergrad.over_tasks(estimator, max_norm=1.0), adam)
 
 
-def learn(pool: tables.Pool, outer, settings: Settings, seed: int, constant: bool = False) -> Trained:
-    """Returns g, learned on a pool in which families have equal weights."""
+def draw_bank(pool: tables.Pool, settings: Settings, num_per_call: int = 50) -> base.Task:
+    """Returns tasks to learn from, in float32, with features that are not scaled. Families have equal weights."""
     _, index, counts = np.unique(pool.family, return_inverse=True, return_counts=True)
-    weight = (1 / counts)[index]
+    weight = jnp.asarray((1 / counts)[index])
     arrays = jax.tree.map(jnp.asarray, pool._replace(family=None))
-    draw = lambda key, num: training_tasks(arrays, jnp.asarray(weight / weight.sum()), key, settings, num)
-    seen = draw(jax.random.key(1000 + seed), 8 * settings.tasks)
-    scaling = features.fit_scaling(seen.features, seen.train["columns"])
+    num = min(num_per_call, settings.bank)
+    keys = jax.random.split(jax.random.key(7), settings.bank // num)
+    parts = [training_tasks(arrays, weight / weight.sum(), key, settings, num) for key in keys]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves).astype(jnp.float32), *parts)
 
-    def sample(key):
-        task = draw(key, settings.tasks)
-        return task._replace(features=scaling(task.features))
 
+def learn(bank: base.Task, outer, settings: Settings, seed: int, constant: bool = False) -> Trained:
+    """Returns g, learned on random batches of the bank."""
+    scaling = features.fit_scaling(bank.features, bank.train["columns"])
+    scaled = bank._replace(features=jax.vmap(scaling)(bank.features))
+
+    @jax.jit
+    def sample(key, tasks):
+        rows = jax.random.choice(key, len(tasks.train["y"]), (settings.tasks,), replace=False)
+        return jax.tree.map(lambda leaf: leaf[rows], tasks)
+
+    start = features.predictor(settings.hidden, constant).init(jax.random.key(seed))
     result = training.fit(
         _learner(outer, settings, constant),
-        sample,
-        hyperparams=features.predictor(settings.hidden, constant).init(jax.random.key(seed)),
+        lambda key: sample(key, scaled),
+        hyperparams=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start),
         num_steps=settings.steps,
         key=jax.random.key(100 + seed),
         progress=False,

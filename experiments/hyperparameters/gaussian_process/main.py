@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +21,6 @@ SIZES = (100, 30)  # training rows; the first one was fixed as the one for the a
 ADAM_RATE = 0.1
 JUDGED_ROWS, JUDGED_WIDTH = 600, 64
 STEPS = 20, 200
-
-
-def methods(tuned: Callable, settings: Settings, steps: tuple[int, int]) -> dict[str, Callable]:
-    """Returns name -> `(task with features, g, one λ) -> z`."""
-    few, many = steps
-    start = lambda task: spaces.to_unconstrained(*_default(task))
-    learned = lambda task, g: learning.coordinates_of(g, task, settings)
-    common = lambda task, one: learning.coordinates_of(one, task, settings, constant=True)
-    ascend = {num: functools.partial(model.adam(tuned, num), ADAM_RATE) for num in steps}
-    heuristic = lambda task: spaces.to_unconstrained(_default(task)[0], model.median_heuristic(task))
-    return {
-        "default": lambda task, g, one: start(task),
-        "median heuristic": lambda task, g, one: heuristic(task),
-        "one λ": lambda task, g, one: common(task, one),
-        f"default + {few} steps": lambda task, g, one: ascend[few](start(task), task),
-        f"default + {few} of L-BFGS": lambda task, g, one: model.lbfgs(tuned, few)(start(task), task),
-        f"default + {many} steps": lambda task, g, one: ascend[many](start(task), task),
-        f"one λ + {few} steps": lambda task, g, one: ascend[few](common(task, one), task),
-        "g": lambda task, g, one: learned(task, g),
-        f"g + {few} steps": lambda task, g, one: ascend[few](learned(task, g), task),
-    }
 
 
 def _default(task: base.Task):
@@ -61,35 +41,68 @@ def judged_tasks(pool: tables.Pool, num_train: int, seed: int, settings: Setting
     return jax.jit(jax.vmap(one))(jnp.arange(len(pool.rows)), keys)
 
 
-def scores(tuned: Callable, batch: base.Task, g, one, settings: Settings, steps) -> dict[str, np.ndarray]:
-    """Returns method -> [T, 2]: negative log predictive density and squared error on the test rows."""
-    results = {}
-    for name, method in methods(tuned, settings, steps).items():
+def coordinates(tuned: Callable, batch: base.Task, g, one, settings: Settings, steps) -> dict[str, Any]:
+    """Returns method -> λ in unconstrained coordinates, with an axis of tasks."""
+    few, many = steps
+    over = lambda fn: jax.jit(lambda *arguments: jax.lax.map(lambda each: fn(*each), arguments))
+    default = lambda task: spaces.to_unconstrained(*_default(task))
+    heuristic = lambda task: spaces.to_unconstrained(_default(task)[0], model.median_heuristic(task))
+    starts = {
+        "default": over(default)(batch),
+        "median heuristic": over(heuristic)(batch),
+        "one λ": over(lambda task: learning.coordinates_of(one, task, settings, constant=True))(batch),
+        "g": over(lambda task: learning.coordinates_of(g, task, settings))(batch),
+    }
+    adam = model.adam(tuned)
+    ascend = jax.jit(lambda num, *pairs: jax.lax.map(lambda pair: adam(ADAM_RATE, *pair, num), pairs))
+    ascended = {
+        f"{name} + {num} steps": ascend(num, starts[name], batch)
+        for name, num in (("default", few), ("default", many), ("one λ", few), ("g", few))
+    }
+    lbfgs = {f"default + {few} of L-BFGS": over(model.lbfgs(tuned, few))(starts["default"], batch)}
+    return starts | ascended | lbfgs
 
-        def of_task(task, g, one, method=method):
-            z = method(task, g, one)
-            hp = spaces.to_constrained(_default(task)[0], z)
-            alpha = model.solve(hp, task.train)
-            return jnp.stack([model.predictive_density(alpha, hp, task), model.squared_error(alpha, hp, task)])
 
-        judge = jax.jit(lambda batch, g, one, of_task=of_task: jax.lax.map(lambda task: of_task(task, g, one), batch))
-        start = time.perf_counter()
-        results[name] = np.asarray(judge(batch, g, one))
-        print(f"  {name}: {results[name].mean(0)}, {time.perf_counter() - start:.0f} s", flush=True)
-    return results
+@jax.jit
+def judge(coordinates, batch: base.Task) -> jax.Array:
+    """Returns [T, 2]: negative log predictive density and squared error on the test rows."""
+
+    def one(pair):
+        z, task = pair
+        hp = spaces.to_constrained(_default(task)[0], z)
+        alpha = model.solve(hp, task.train)
+        return jnp.stack([model.predictive_density(alpha, hp, task), model.squared_error(alpha, hp, task)])
+
+    return jax.lax.map(one, (coordinates, batch))
 
 
-def run_seed(name: str, seed: int, pools, judged: tables.Pool, settings: Settings, sizes, steps) -> dict:
+def run_seed(name: str, seed: int, bank: base.Task, judged: tables.Pool, settings: Settings, sizes, steps) -> dict:
     """Returns "size/method" -> [T, 2] of one model and one seed."""
     own = MODELS[name]
     start = time.perf_counter()
-    g, one = (learning.learn(pools, own.outer, settings, seed, constant) for constant in (False, True))
+    g, one = (learning.learn(bank, own.outer, settings, seed, constant) for constant in (False, True))
     print(f"{name}, seed {seed}: g and one λ learned in {time.perf_counter() - start:.0f} s", flush=True)
     results = {}
     for num in sizes:
         batch = judged_tasks(judged, num, seed, settings, max(judged.x.shape[1] - num, 1))
-        results |= {f"{num}/{k}": v for k, v in scores(own.tuned, batch, g, one, settings, steps).items()}
+        for method, z in coordinates(own.tuned, batch, g, one, settings, steps).items():
+            results[f"{num}/{method}"] = np.asarray(judge(z, batch))
+        print(f"  {num} rows: judged after {time.perf_counter() - start:.0f} s", flush=True)
     return results
+
+
+def draws(pool: tables.Pool, settings: Settings, folder: Path | None) -> base.Task:
+    """Returns the tasks to learn from."""
+
+    def flat():
+        leaves = jax.tree_util.tree_leaves_with_path(learning.draw_bank(pool, settings))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+    parts: dict[str, dict] = {"train": {}, "valid": {}, "features": {}}
+    for path, leaf in script.kept(folder, "bank", flat).items():
+        part, name = path.split("/")
+        parts[part][name] = jnp.asarray(leaf)
+    return base.Task(**parts)
 
 
 def main() -> None:
@@ -112,11 +125,12 @@ def main() -> None:
         pool = tables.Pool(**script.kept(folder, "corpus", lambda: tables.corpus(settings.width)._asdict()))
         pool, development = tables.divided(pool)
         judged = development if options.development else None
+    bank = draws(pool, settings, folder)
     results: dict[str, list[dict]] = {}
-    for name in MODELS if options.full or small else list(MODELS)[:1]:
+    for name in MODELS if options.full else list(MODELS)[:1]:
         for seed in range(seeds):
             own = judged or tables.judged_pool(seed, JUDGED_WIDTH, 40 if small else JUDGED_ROWS)
-            make = functools.partial(run_seed, name, seed, pool, own, settings, sizes, steps)
+            make = functools.partial(run_seed, name, seed, bank, own, settings, sizes, steps)
             part = f"{name}-{seed}-{options.development}"
             results.setdefault(name, []).append(script.kept(folder, part, make))
             family = own.family

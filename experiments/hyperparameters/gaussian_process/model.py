@@ -128,14 +128,14 @@ def closed_form(outer: Callable) -> Callable:
 # ---- Tuning on one table ---------------------------------------------------------------------------------------------
 
 
-def adam(tuned: Callable, num_steps: int) -> Callable:
-    """Returns `(rate, z, task) -> z`: steps of Adam down the tuned loss."""
+def adam(tuned: Callable) -> Callable:
+    """Returns `(rate, z, task, num_steps) -> z`: steps of Adam down the tuned loss."""
     value = closed_form(tuned)
     loop = inner.loop(
         lambda z, hp, data: value(z, data[1]), lambda rate: optax.adam(rate), init=lambda key, hp, data: data[0]
     )
-    train = inner.run(loop, num_steps)
-    return lambda rate, z, task: train(jax.random.key(0), rate, (z, task)).params
+    train = inner.run(loop)
+    return lambda rate, z, task, num_steps: train(jax.random.key(0), rate, (z, task), num_steps).params
 
 
 def lbfgs(tuned: Callable, num_steps: int) -> Callable:

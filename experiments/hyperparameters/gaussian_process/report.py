@@ -56,9 +56,9 @@ def report(results, family, sizes, few, settings, pool) -> str:
     parts.append(f"Each family, {LABELS[name][0]} with {sizes[0]} rows:")
     parts.append(script.table(["family", *shown], rows))
     parts.append(
-        f"Scores of the standardized target: means over test rows, then tables, then {len(np.unique(family))} families. "
-        f"Intervals over families (4,000 bootstraps). Seeds: {len(runs)}. g has {settings.hidden} units, and was "
-        f"learned in {settings.steps} steps of {settings.tasks} tasks from {len(pool.y)} tables of "
+        f"Scores of the standardized target: means over test rows, then tables, then {len(np.unique(family))} "
+        f"families. Intervals over families (4,000 bootstraps). Seeds: {len(runs)}. g has {settings.hidden} units, and "
+        f"was learned in {settings.steps} steps of {settings.tasks} tasks from {len(pool.y)} tables of "
         f"{len(set(pool.family))} families, of at most {settings.train} training rows and {settings.width} columns. "
         f"Each step of Adam costs a gradient of the marginal likelihood; the features of g cost three."
     )

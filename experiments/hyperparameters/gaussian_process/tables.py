@@ -123,7 +123,7 @@ def rotated(frame: Frame, width: int, rng: np.random.Generator) -> list[tuple[np
         above = (y > np.median(y)).astype(int)
         inputs = [Column(c.values[used], c.categorical) for n, c in columns.items() if n != target]
         inputs = [c for c in inputs if not determines(c, above)]
-        inputs = [c for c in inputs if c.categorical or np.ptp(c.values[~np.isnan(c.values)], initial=0) > 0]
+        inputs = [c for c in inputs if len(np.unique(c.values[~np.isnan(c.values)])) > 1]
         if inputs:
             made.append((joined(expanded(inputs), width, rng), y))
     return made
