@@ -80,7 +80,9 @@ def run_seed(name: str, seed: int, bank: base.Task, judged: tables.Pool, setting
     """Returns "size/method" -> [T, 2] of one model and one seed."""
     own = MODELS[name]
     start = time.perf_counter()
-    g, one = (learning.learn(bank, own.outer, settings, seed, constant) for constant in (False, True))
+    g = learning.learn(bank, own.outer, settings, seed)
+    fewer = settings._replace(steps=settings.steps // 2)
+    one = learning.learn(bank, own.outer, fewer, seed, constant=True)
     print(f"{name}, seed {seed}: g and one λ learned in {time.perf_counter() - start:.0f} s", flush=True)
     results = {}
     for num in sizes:
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all seeds, both models")
     parser.add_argument("--development", action="store_true", help="the development families, and not the judged ones")
     parser.add_argument("--keep", type=Path, default=None, help="folder for finished parts")
+    parser.add_argument("--only", choices=tuple(MODELS), help="one of the models")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     path = Path(__file__).parent
@@ -127,7 +130,7 @@ def main() -> None:
         judged = development if options.development else None
     bank = draws(pool, settings, folder)
     results: dict[str, list[dict]] = {}
-    for name in MODELS if options.full else list(MODELS)[:1]:
+    for name in [options.only] if options.only else MODELS if options.full else list(MODELS)[:1]:
         for seed in range(seeds):
             own = judged or tables.judged_pool(seed, JUDGED_WIDTH, 40 if small else JUDGED_ROWS)
             make = functools.partial(run_seed, name, seed, bank, own, settings, sizes, steps)
