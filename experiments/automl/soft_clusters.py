@@ -72,7 +72,8 @@ def space(num_columns: int) -> base.PyTree:
 
 def energies(centers: jax.Array, hp: base.HyperParams, x: jax.Array, used: jax.Array) -> jax.Array:
     """Returns [n, K], −d / T; clusters that are not in use have a very low one."""
-    scale = jnp.sqrt(hp["weights"])
+    weights = hp["weights"]
+    scale = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1.0)), 0.0)  # no infinite slope at 0
     x, centers = x * scale[None], centers * scale[None]
     distance = (x**2).sum(1)[:, None] + (centers**2).sum(1)[None] - 2 * x @ centers.T
     return jnp.where(used[None] > 0, -distance / hp["width"], -1e9)
@@ -166,12 +167,15 @@ def task_of(x: np.ndarray, k: int, seed: int, settings: Settings, width: int) ->
         starts = [np.pad(s, ((0, MAX_CLUSTERS - k), (0, width - x.shape[1]))) for s in starts]
         table = np.pad(table, ((0, 0), (0, width - x.shape[1])))
         return {
-            "x": jnp.asarray(table, jnp.float32),
+            "x": jnp.asarray(table, float),
             "parts": jnp.asarray(parts),
-            "start": jnp.float32(np.stack(starts)),
+            "start": jnp.asarray(np.stack(starts), float),
         }
 
-    real = {"columns": jnp.float32(np.arange(width) < x.shape[1]), "clusters": jnp.float32(np.arange(MAX_CLUSTERS) < k)}
+    real = {
+        "columns": jnp.asarray(np.arange(width) < x.shape[1], float),
+        "clusters": jnp.asarray(np.arange(MAX_CLUSTERS) < k, float),
+    }
     return base.Task(rows(x) | real, rows(normal))
 
 

@@ -103,7 +103,11 @@ class Scaling(NamedTuple):
     deviation: dict[str, jax.Array]
 
     def __call__(self, features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: (features[name] - self.mean[name]) / self.deviation[name] for name in features}
+        return {n: (x - _as_row(self.mean[n], x)) / _as_row(self.deviation[n], x) for n, x in features.items()}
+
+
+def _as_row(values: jax.Array, rows: jax.Array) -> jax.Array:
+    return values.reshape((1,) * (rows.ndim - 1) + values.shape)
 
 
 def fit_scaling(features: dict[str, jax.Array], columns: jax.Array) -> Scaling:
@@ -114,7 +118,7 @@ def fit_scaling(features: dict[str, jax.Array], columns: jax.Array) -> Scaling:
     }
     axes = {"columns": (0, 1), "table": (0,)}
     mean = {name: (x * w).sum(axes[name]) for name, (x, w) in rows.items()}
-    variance = {name: ((x - mean[name]) ** 2 * w).sum(axes[name]) for name, (x, w) in rows.items()}
+    variance = {name: ((x - _as_row(mean[name], x)) ** 2 * w).sum(axes[name]) for name, (x, w) in rows.items()}
     return Scaling(mean, {name: jnp.sqrt(v) + 1e-3 for name, v in variance.items()})
 
 

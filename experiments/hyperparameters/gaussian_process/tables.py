@@ -193,9 +193,9 @@ def standardized(x, y, mask, columns, other_x, other_y, other_mask) -> base.Task
     """Returns the task, standardized by the training rows. Columns without spread there are 0."""
     num, weight = mask.sum(), mask[:, None]
     mean = (weight * x).sum(0) / num
-    deviation = jnp.sqrt((weight * (x - mean) ** 2).sum(0) / num)
+    deviation = jnp.sqrt((weight * (x - mean[None]) ** 2).sum(0) / num)
     scale = jnp.where((deviation > 1e-6) & (columns > 0), 1 / jnp.maximum(deviation, 1e-6), 0.0)
-    scaled = lambda rows, mask: mask[:, None] * jnp.clip((rows - mean) * scale, -LARGEST, LARGEST)
+    scaled = lambda rows, mask: mask[:, None] * jnp.clip((rows - mean[None]) * scale[None], -LARGEST, LARGEST)
     y_mean = (mask * y).sum() / num
     y_deviation = jnp.maximum(jnp.sqrt((mask * (y - y_mean) ** 2).sum() / num), 0.02)
     target = lambda rows, mask: mask * (rows - y_mean) / y_deviation
