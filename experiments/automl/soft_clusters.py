@@ -30,6 +30,7 @@ stability. Needs the folder that the environment variable METAOPT_DATA names.
 """
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -251,22 +252,15 @@ def main() -> None:
     if small:
         tables, seeds, max_rows, chosen = tables[:2], 1, 60, methods(SMOKE, (2, 3))
     folder = None if options.keep is None or small else script.work_folder(options.keep, __file__, clusters.__file__)
-    results: dict[str, list[list[dict]]] = {name: [] for name in chosen}
-    with report_progress(len(tables), None, "{table}", table="", unit="table") as progress:
-        for number, table in enumerate(tables):
-            for name in chosen:
-                results[name].append([])
-            for seed in range(seeds):
-                for name, method in chosen.items():
-                    make = functools.partial(clusters.score, method, table, seed, max_rows)
-                    results[name][-1].append(script.kept(folder, f"{table.name}, {name}, {seed}", make))
+    results: dict[str, list[dict]] = {name: [] for name in chosen}
+    with report_progress(seeds * len(tables), None, "{table}", table="", unit="table") as progress:
+        for number, (seed, table) in enumerate(itertools.product(range(seeds), tables)):
+            for name, method in chosen.items():
+                make = functools.partial(clusters.score, method, table, seed, max_rows)
+                results[name].append(script.kept(folder, f"{table.name}, {name}, {seed}", make))
             progress(number + 1, table=table.name)
-            print(
-                table.name,
-                {n: f"{np.mean([r['ari'] for r in rows[-1]]):.3f}" for n, rows in results.items()},
-                flush=True,
-            )
-    text = clusters.report(tables, results) + f"\n\nSeeds 0 to {seeds - 1}, for the rows and the methods."
+    by_table = {name: [rows[i :: len(tables)] for i in range(len(tables))] for name, rows in results.items()}
+    text = clusters.report(tables, by_table) + f"\n\nSeeds 0 to {seeds - 1}, for the rows and the methods."
     name = "soft_clusters_development" if options.development else "soft_clusters"
     script.publish(__file__, "Clusters by a differentiable relaxation", text, options, name=name)
 
