@@ -51,7 +51,7 @@ from metaopt.training import report_progress
 MAX_CLUSTERS = clusters.MAX_CLUSTERS
 COUNTS = tuple(range(2, MAX_CLUSTERS + 1))
 SHARE = 0.8
-WIDTHS = (8, 16, 32, 64, 128)  # columns are padded, so that tables share programs
+WIDTHS = (8, 16, 32, 64, 128, 256, 512)  # columns are padded, so that tables share programs
 
 
 class Settings(NamedTuple):

@@ -21,7 +21,7 @@ SIZES = (100, 30)  # training rows; the first one was fixed as the one for the a
 ADAM_RATE = 0.1
 DEVELOPMENT_TABLES = 60  # one of each family
 JUDGED_ROWS, JUDGED_WIDTH = 600, 64
-STEPS = 20, 200
+STEPS = 20, 200  # without --full, only the first number
 
 
 def _default(task: base.Task):
@@ -59,6 +59,7 @@ def coordinates(tuned: Callable, batch: base.Task, g, one, settings: Settings, s
     ascended = {
         f"{name} + {num} steps": ascend(num, starts[name], batch)
         for name, num in (("default", few), ("default", many), ("one λ", few), ("g", few))
+        if num
     }
     lbfgs = {f"default + {few} of L-BFGS": over(model.lbfgs(tuned, few))(starts["default"], batch)}
     return starts | ascended | lbfgs
@@ -122,7 +123,7 @@ def main() -> None:
     small = options.smoke
     script.data_file(path, "tabular_regression.npz")
     settings = learning.SMOKE if small else Settings()
-    sizes, steps = (SIZES[:1] if not options.full else SIZES, STEPS) if not small else ((20,), (2, 3))
+    sizes, steps = ((SIZES, STEPS) if options.full else (SIZES[:1], (STEPS[0], 0))) if not small else ((20,), (2, 3))
     seeds = options.seeds if options.full else 1
     folder = None if options.keep is None or small else script.work_folder(options.keep, path)
     if small:
