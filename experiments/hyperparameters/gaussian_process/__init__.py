@@ -19,8 +19,8 @@ table, or that `reserved.json` names, are dropped. 20 % of the other families ar
 **Judged** on the tables of `tabular_regression.npz`, none of whose families g has seen. Each seed draws training rows,
 test rows, and an own g. Columns and target are standardized by the training rows. Controls: the default λ, one λ for
 all tables (learned like g, but without features), the median heuristic, and ascent of the marginal likelihood from the
-default (Adam, L-BFGS), from one λ and from g. The rate of Adam, the features and the sizes of g were chosen on
-development families.
+default (Adam, L-BFGS), from one λ and from g. The rate of Adam was chosen on development families, and that of g
+compared with another one. The features and the sizes of g were not varied.
 
     python experiments/hyperparameters/gaussian_process --full          minutes; writes results/gaussian_process.md
     python experiments/hyperparameters/gaussian_process                 one seed, Gaussian process only
