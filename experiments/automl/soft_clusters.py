@@ -17,8 +17,9 @@ The stability s is the mean over pairs. It is 1 only if the clusters are hard. T
 stability of normal rows with the same covariance. It is differentiated through the steps, and λ is tuned for each k.
 
 **The number of clusters** is the k with the largest s − r after tuning ("by stability"), or the one with the largest
-silhouette on the weighted columns. The labels are those of k-means with k clusters on the weighted columns. The
-protocol, the tables and the baselines are those of `clusters.py`.
+silhouette on the weighted columns. The labels are those of k-means with k clusters on the weighted columns. The control
+"before tuning" has equal weights, and the k with the largest s − r at the default width. The protocol, the tables and
+the baselines are those of `clusters.py`.
 
     python experiments/automl/soft_clusters.py --full           minutes; writes results/soft_clusters.md
     python experiments/automl/soft_clusters.py                  one seed
