@@ -245,6 +245,22 @@ def test_loss_weights(tmp_path):
         assert 0 < number(rows[name][0]) < 10  # the second table: the rate, and the weights found
 
 
+@has_data("tabular_classification.npz")
+@pytest.mark.slow
+def test_soft_clusters(tmp_path):
+    rows = smoke("soft_clusters", tmp_path)
+    for name in ("k-means, k by silhouette", "tuned, k by stability", "tuned, k by silhouette"):
+        assert -0.5 < number(rows[name][0]) <= 1
+
+
+@has_data("tabular_regression.npz")
+@pytest.mark.slow
+def test_gaussian_process(tmp_path):
+    rows = smoke("gaussian_process", tmp_path)
+    for name in ("default", "one λ", "default + 2 steps", "default + 2 of L-BFGS", "g", "g + 2 steps"):
+        assert 0 < number(rows[name][0]) < 5  # the second table: the error of kernel ridge
+
+
 @pytest.mark.slow
 @has_data("mnist.npz")
 @has_data("fashion_mnist_sub.npz")
