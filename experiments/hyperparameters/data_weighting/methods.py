@@ -19,12 +19,12 @@ class Settings(NamedTuple):
     """Sizes and rates; `num_steps` are those of every model that is judged."""
 
     context: int = 24
-    width: int = 24
-    num_windows: int = 1200
+    width: int = 16
+    num_windows: int = 900
     num_valid: int = 200
-    num_test: int = 1000
+    num_test: int = 800
     batch: int = 32
-    num_steps: int = 150
+    num_steps: int = 100
     rate: float = 0.02
     outer_steps: int = 12  # of metagradients
     weight_rate: float = 0.5  # outer rate of a weight per window

@@ -43,9 +43,10 @@ def run_seed(seed: int, settings: Settings, sources: dict, judged: dict, cifar: 
                 key = jax.random.fold_in(keys[4], draw)
                 for name, points in chosen.items():
                     started = task._replace(train=task.train | {"start": starts[name]})
-                    result = judge(key[None], methods.stacked([points[shots]]), started)
-                    accuracies.setdefault((name, source, shots), []).append(float(result[0, 1]))
-    one = lambda hp: judge(keys[:1], methods.stacked([hp]), started)
+                    accuracies.setdefault((name, source, shots), []).append(
+                        float(judge(key, points[shots], started)[1])
+                    )
+    one = lambda hp: judge(keys[0], hp, started)
     num_grid = len(methods.grids()["hand-set rates"]) * settings.grid_tasks * len(settings.shots)
     costs = {"learned": flops / hypergrad.flops(one, points[shots]), "grid": float(num_grid)}
     means = {place: 100 * float(np.mean(values)) for place, values in accuracies.items()}

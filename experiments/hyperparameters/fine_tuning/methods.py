@@ -28,7 +28,7 @@ def hyperparams(head: float, others: float, strength: float, head_strength: floa
     """Returns λ with one rate and one strength for the layers below the head."""
     rates = dict.fromkeys(LAYERS, others) | {"head": head}
     strengths = dict.fromkeys(LAYERS, strength) | {"head": head_strength}
-    return {"rate": rates, "strength": strengths}
+    return jax.tree.map(lambda value: jnp.asarray(value, float), {"rate": rates, "strength": strengths})
 
 
 def grids() -> dict[str, list[base.HyperParams]]:
@@ -88,22 +88,15 @@ def learn(sources: dict[str, Source], start, settings: Settings, key: jax.Array)
 
 
 def make_judge(settings: Settings) -> Callable:
-    """Returns `(keys [P], λ [P], task) -> [P, 2]`, the loss and the accuracy after fine-tuning."""
+    """Returns `(key, λ, task) -> (loss, accuracy)` after fine-tuning, on the images to judge by."""
     train = inner.run(make_problem(settings).loop, settings.num_steps, trace_fn=lambda state: ())  # a scan
 
     @jax.jit
-    def judge(keys, hyperparams, task):
-        def one(args):
-            params = train(*args, task.train)[0].params
-            return jnp.stack([cross_entropy(params, None, task.valid), accuracy(params, task.valid)])
-
-        return jax.lax.map(one, (keys, hyperparams))
+    def judge(key, hyperparams, task):
+        params = train(key, hyperparams, task.train)[0].params
+        return cross_entropy(params, None, task.valid), accuracy(params, task.valid)
 
     return judge
-
-
-def stacked(points: list[base.HyperParams]) -> base.HyperParams:
-    return jax.tree.map(lambda *leaves: jnp.array(leaves, jnp.float32), *points)
 
 
 def choose(judge: Callable, sources, starts: dict, settings: Settings, key) -> dict[str, dict[int, base.HyperParams]]:
@@ -113,8 +106,7 @@ def choose(judge: Callable, sources, starts: dict, settings: Settings, key) -> d
         rng = generator(jax.random.fold_in(key, shots))
         drawn = [sample_training_task(rng, sources, None, shots, settings) for _ in range(settings.grid_tasks)]
         for name, points in grids().items():
-            keys, batch = jax.random.split(key, len(points)), stacked(points)
             started = [task._replace(train=task.train | {"start": starts[name]}) for task in drawn]
-            losses = np.mean([np.asarray(judge(keys, batch, task))[:, 0] for task in started], 0)
+            losses = [np.mean([float(judge(key, point, task)[0]) for task in started]) for point in points]
             chosen[name][shots] = points[int(np.nanargmin(losses))]
     return chosen
