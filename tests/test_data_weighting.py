@@ -82,8 +82,8 @@ def test_masked_windows_are_not_trained_on():
     train = methods.plain_training(SETTINGS, SETTINGS.num_steps)
     mask = np.arange(12) % 2
     other = np.where(mask[:, None] > 0, texts.pool.windows, 0)
-    first, second = (train(key, {}, methods.marked(rows, mask)) for rows in (texts.pool.windows, other))
-    whole = train(key, {}, methods.marked(other))
+    first, second = (train(key, {}, methods.marked(rows, texts.valid, mask)) for rows in (texts.pool.windows, other))
+    whole = train(key, {}, methods.marked(other, texts.valid, np.ones(12)))
     difference = lambda a, b: max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), a, b)))
     assert difference(first, second) == 0 < difference(first, whole)
 

@@ -23,7 +23,7 @@ The settings (sizes, rates, outer steps, steps of the reference models) were set
 tuned.
 
     python experiments/hyperparameters/data_weighting --full      minutes; writes results/data_weighting.md and .png
-    python experiments/hyperparameters/data_weighting             two seeds
+    python experiments/hyperparameters/data_weighting             one seed
     python experiments/hyperparameters/data_weighting --smoke     seconds; prints only
 
 Needs tiny_shakespeare.txt.gz and sms_spam.tsv.gz in the folder that METAOPT_DATA names.

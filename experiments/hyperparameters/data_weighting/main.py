@@ -23,7 +23,7 @@ def half(score: np.ndarray) -> np.ndarray:
 
 def find_scores(texts: Texts, key: jax.Array, settings: Settings, names) -> dict[str, Scores]:
     """Returns the scores by method. With uniform weights and for the oracle, the masks are known."""
-    uniform = methods.plain_training(settings, settings.num_steps)(key, {}, methods.marked(texts.pool.windows))
+    uniform = methods.plain_training(settings, settings.num_steps)(key, {}, methods.all_windows(texts))
     found = {}
     for i, name in enumerate(names):
         found[name] = methods.METHODS[name](texts, jax.random.fold_in(key, i), settings, uniform)
@@ -38,10 +38,9 @@ def test_loss(params, texts: Texts) -> float:
 def judge(masks: dict[str, np.ndarray], pool: Pool, texts: Texts, key, settings: Settings) -> dict[str, list[float]]:
     """Returns by mask the test losses of training on the marked windows, without and with the validation text."""
     train = methods.plain_training(settings, settings.num_steps)
-    windows = np.concatenate([pool.windows, texts.valid])
     losses = {}
     for name, mask in masks.items():
-        data = [methods.marked(windows, np.concatenate([mask, np.full(settings.num_valid, v)])) for v in (0, 1)]
+        data = [methods.marked(pool.windows, texts.valid, mask, with_valid) for with_valid in (0, 1)]
         losses[name] = [test_loss(train(key, {}, d), texts) if d["mask"].any() else np.nan for d in data]
     return losses
 
@@ -101,11 +100,11 @@ def nested(arrays: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = script.parser(__doc__, num_seeds=2)
-    parser.add_argument("--full", action="store_true", help="five seeds")
+    parser = script.parser(__doc__, num_seeds=1)
+    parser.add_argument("--full", action="store_true", help="three seeds")
     parser.add_argument("--keep", type=Path, default=None, help="folder for finished seeds")
     options = parser.parse_args()
-    settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), 5 if options.full else options.seeds)
+    settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), 3 if options.full else options.seeds)
     folder = Path(__file__).parent
     files = [module.__file__ for module in (methods, scorer, windows, transformer)]
     keep = None if options.keep is None else script.work_folder(options.keep, *files)

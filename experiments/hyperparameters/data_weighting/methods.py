@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     batch: int = 32
     num_steps: int = 100
     rate: float = 0.02
-    outer_steps: int = 12  # of metagradients
+    outer_steps: int = 10  # of metagradients
     weight_rate: float = 0.5  # outer rate of a weight per window
     scorer_rate: float = 0.1
     online_rate: float = 0.03
@@ -87,10 +87,14 @@ def plain_training(settings: Settings, num_steps: int) -> Callable:
     return jax.jit(lambda key, hp, data: train(key, hp, data)[0].params)
 
 
-def marked(windows: np.ndarray, mask=None) -> dict[str, jax.Array]:
-    """Returns data for `plain_training`."""
-    mask = np.ones(len(windows)) if mask is None else mask
-    return {"windows": jnp.asarray(windows), "mask": jnp.asarray(mask, jnp.float32)}
+def marked(windows: np.ndarray, valid: np.ndarray, mask, with_valid: float = 0) -> dict[str, jax.Array]:
+    """Returns data for `plain_training`: marked windows, and the validation text if it is trained on."""
+    mask = np.concatenate([mask, np.full(len(valid), with_valid)])
+    return {"windows": jnp.asarray(np.concatenate([windows, valid])), "mask": jnp.asarray(mask, jnp.float32)}
+
+
+def all_windows(texts: Texts) -> dict[str, jax.Array]:
+    return marked(texts.pool.windows, texts.valid, np.ones(len(texts.pool.kind)))
 
 
 @jax.jit
@@ -103,7 +107,10 @@ def losses_of(params, windows):
 
 def perplexity(texts: Texts, key, settings: Settings, uniform) -> Scores:
     """Minus the loss under a model that was trained on the validation text."""
-    train, data = plain_training(settings, settings.reference_steps), marked(texts.valid)
+    train, data = (
+        plain_training(settings, settings.reference_steps),
+        marked(texts.pool.windows, texts.valid, np.zeros(settings.num_windows), 1),
+    )
     params = train(key, {}, data)
     pool, unseen = (-np.asarray(losses_of(params, p.windows)) for p in (texts.pool, texts.unseen))
     cost = hypergrad.flops(train, key, {}, data) + hypergrad.flops(losses_of, params, texts.pool.windows)
@@ -112,7 +119,10 @@ def perplexity(texts: Texts, key, settings: Settings, uniform) -> Scores:
 
 def loss_difference(texts: Texts, key, settings: Settings, uniform) -> Scores:
     """How much the loss falls when the uniform model continues with the validation text."""
-    train, data = plain_training(settings, settings.tuning_steps), marked(texts.valid)
+    train, data = (
+        plain_training(settings, settings.tuning_steps),
+        marked(texts.pool.windows, texts.valid, np.zeros(settings.num_windows), 1),
+    )
     start = {"start": uniform}
     params = train(key, start, data)
     pool, unseen = (
@@ -124,7 +134,7 @@ def loss_difference(texts: Texts, key, settings: Settings, uniform) -> Scores:
 
 def plain_flops(texts: Texts, key, settings: Settings) -> float:
     """Returns the operations of one plain training."""
-    return hypergrad.flops(plain_training(settings, settings.num_steps), key, {}, marked(texts.pool.windows))
+    return hypergrad.flops(plain_training(settings, settings.num_steps), key, {}, all_windows(texts))
 
 
 # ---- learned weights -------------------------------------------------------------------------------------------------
