@@ -145,10 +145,13 @@ def make_task(texts: Texts) -> base.Task:
     return base.Task({"windows": windows, "index": jnp.arange(len(windows))}, jnp.asarray(texts.valid))
 
 
-def fit(estimator: base.Estimator, task: base.Task, start, key, *, num_steps, rate, space=None) -> tuple[Any, float]:
-    """Returns the result of the outer loop, and its operations."""
+def make_learner(estimator: base.Estimator, num_steps: int, rate: float) -> training.Learner:
     schedule = optax.cosine_decay_schedule(rate, num_steps)
-    learner = training.learner(estimator, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)))
+    return training.learner(estimator, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)))
+
+
+def fit(learner: training.Learner, task: base.Task, start, key, *, num_steps, space=None) -> tuple[Any, float]:
+    """Returns the result of the outer loop, and its operations."""
     result = training.fit(
         learner, lambda key: task, hyperparams=start, space=space, num_steps=num_steps, key=key, progress=False
     )
@@ -156,50 +159,69 @@ def fit(estimator: base.Estimator, task: base.Task, start, key, *, num_steps, ra
     return result, num_steps * flops
 
 
-def weight_per_window(texts: Texts, key, settings: Settings, uniform) -> Scores:
-    """λ are weights of the windows; exact hypergradients through whole trainings."""
-    task, space = make_task(texts), {"weight": spaces.interval(0, 1, shape=(settings.num_windows,))}
-    problem = spaces.constrain(by_index(settings), space)
-    estimator = hypergrad.unrolled(problem, num_steps=settings.num_steps, remat="step")
-    steps, rate = settings.outer_steps, settings.weight_rate
-    start = spaces.default(space)
-    result, flops = fit(estimator, task, start, key, num_steps=steps, rate=rate, space=space)
-    return Scores(np.asarray(result.hyperparams["weight"]), None, flops)
+# Learners are made once, so that all seeds share their compiled programs.
 
 
+@functools.cache
 def by_index(settings: Settings) -> base.Problem:
     """Returns the problem whose λ has a weight for each window."""
     loop = make_loop(settings, lambda hp, batch: hp["weight"][batch["index"]], settings.num_steps)
     return inner.problem(loop, mean_loss)
 
 
+@functools.cache
+def window_learner(settings: Settings) -> training.Learner:
+    problem = spaces.constrain(by_index(settings), weight_space(settings))
+    rule = hypergrad.unrolled(problem, num_steps=settings.num_steps, remat="step")
+    return make_learner(rule, settings.outer_steps, settings.weight_rate)
+
+
+@functools.cache
+def scorer_learner(settings: Settings) -> training.Learner:
+    rule = hypergrad.unrolled(by_index(settings), num_steps=settings.num_steps, remat="step")
+    return make_learner(predictors.amortize(rule, scorer.predictor()), settings.outer_steps, settings.scorer_rate)
+
+
+@functools.cache
+def online_learner(settings: Settings) -> training.Learner:
+    """Returns a learner whose λ is the scorer itself, and which takes an outer step at each step of the training."""
+
+    def outer_batch(key, task):
+        return task.valid[jax.random.choice(key, len(task.valid), (settings.batch,))]
+
+    loop = make_loop(settings, scorer.weight, settings.num_steps)
+    problem = inner.problem(loop, mean_loss, outer_batch=outer_batch)
+    rule = hypergrad.f2sa(problem, num_steps=1, multiplier=settings.multiplier)
+    return make_learner(rule, settings.num_steps, settings.online_rate)
+
+
+@functools.cache
+def weight_space(settings: Settings) -> dict[str, Any]:
+    return {"weight": spaces.interval(0, 1, shape=(settings.num_windows,))}
+
+
+def weight_per_window(texts: Texts, key, settings: Settings, uniform) -> Scores:
+    """λ are weights of the windows; exact hypergradients through whole trainings."""
+    space, learner = weight_space(settings), window_learner(settings)
+    start, steps = spaces.default(space), settings.outer_steps
+    result, flops = fit(learner, make_task(texts), start, key, num_steps=steps, space=space)
+    return Scores(np.asarray(result.hyperparams["weight"]), None, flops)
+
+
 def amortized_scorer(texts: Texts, key, settings: Settings, uniform) -> Scores:
     """The same hypergradients, pulled back to the parameters of a network that reads the windows."""
-    task, predictor = make_task(texts), scorer.predictor()
-    unrolled = hypergrad.unrolled(by_index(settings), num_steps=settings.num_steps, remat="step")
-    estimator = predictors.amortize(unrolled, predictor)
     init_key, key = jax.random.split(key)
-    steps, rate = settings.outer_steps, settings.scorer_rate
-    result, flops = fit(estimator, task, predictor.init(init_key), key, num_steps=steps, rate=rate)
+    learner, start = scorer_learner(settings), scorer.init(init_key)
+    result, flops = fit(learner, make_task(texts), start, key, num_steps=settings.outer_steps)
     return Scores(*scores_by(result.hyperparams, texts), flops)
 
 
 def online_scorer(texts: Texts, key, settings: Settings, uniform) -> Scores:
     """The scorer learns at each step of one training, by first derivatives of a second, penalized training."""
-    task = make_task(texts)
-    loop = make_loop(settings, scorer.weight, settings.num_steps)
-
-    def outer_batch(key, task):
-        rows = jax.random.choice(key, len(task.valid), (settings.batch,))
-        return task.valid[rows]
-
-    problem = inner.problem(loop, mean_loss, outer_batch=outer_batch)
-    estimator = hypergrad.f2sa(problem, num_steps=1, multiplier=settings.multiplier)
     init_key, key = jax.random.split(key)
-    start, rate = scorer.init(init_key), settings.online_rate
-    result, flops = fit(estimator, task, start, key, num_steps=settings.num_steps, rate=rate)
-    params = loop.params(result.state.estimator_state.inner)
-    return Scores(*scores_by(result.hyperparams, texts), flops, params)
+    learner, start = online_learner(settings), scorer.init(init_key)
+    result, flops = fit(learner, make_task(texts), start, key, num_steps=settings.num_steps)
+    return Scores(*scores_by(result.hyperparams, texts), flops, result.state.estimator_state.inner.params)
 
 
 def scores_by(params, texts: Texts) -> tuple[np.ndarray, np.ndarray]:

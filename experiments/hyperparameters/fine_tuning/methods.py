@@ -1,5 +1,6 @@
 """λ of each method: by hypergradients over tasks, or the best of a grid on the same tasks."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -60,14 +61,21 @@ def sample_training_task(rng, sources: dict[str, Source], start, shots: int, set
     return draw_task(rng, source, start, shots=shots, rows=rows, num_classes=num_classes, num_query=num_query)
 
 
-def learn(sources: dict[str, Source], start, settings: Settings, key: jax.Array) -> tuple[Callable, float, np.ndarray]:
-    """Returns `shots -> λ`, the operations of all hypergradients, and the losses of the outer steps."""
+@functools.cache
+def make_learner(settings: Settings) -> tuple[training.Learner, base.Predictor]:
+    """Returns the learner of g, and g. All seeds share its compiled program."""
     problem = spaces.constrain(make_problem(settings), SPACE)
     predictor = predictors.mlp(SPACE, 1, num_hidden=0)
     rule = hypergrad.unrolled(problem, num_steps=settings.num_steps, remat="step")
     estimator = hypergrad.over_tasks(predictors.amortize(rule, predictor), task_chunk=1)
     schedule = optax.cosine_decay_schedule(settings.outer_rate, settings.outer_steps)
-    learner = training.learner(estimator, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.9)))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.9))
+    return training.learner(estimator, optimizer), predictor
+
+
+def learn(sources: dict[str, Source], start, settings: Settings, key: jax.Array) -> tuple[Callable, float, np.ndarray]:
+    """Returns `shots -> λ`, the operations of all hypergradients, and the losses of the outer steps."""
+    learner, predictor = make_learner(settings)
 
     def sample_tasks(key):
         rng = generator(key)
@@ -87,6 +95,7 @@ def learn(sources: dict[str, Source], start, settings: Settings, key: jax.Array)
     return predict, settings.outer_steps * flops, result.history["value"]
 
 
+@functools.cache
 def make_judge(settings: Settings) -> Callable:
     """Returns `(key, λ, task) -> (loss, accuracy)` after fine-tuning, on the images to judge by."""
     train = inner.run(make_problem(settings).loop, settings.num_steps, trace_fn=lambda state: ())  # a scan
