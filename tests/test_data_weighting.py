@@ -51,7 +51,7 @@ def made_up_texts(seed=0):
 
 def test_a_weight_per_window_and_the_scorer_have_the_hypergradients_of_finite_differences():
     texts, key = made_up_texts(), jax.random.key(1)
-    task, problem = methods.make_task(texts), methods.by_index(SETTINGS)
+    task, problem = methods.make_task(texts), methods.by_index(SETTINGS, SETTINGS.num_steps)
     rule = hypergrad.unrolled(problem, num_steps=SETTINGS.num_steps, remat="step")
     weight = jnp.linspace(0.3, 0.9, 12)
     estimate = jax.jit(rule.estimate)({"weight": weight}, task, key)[0]

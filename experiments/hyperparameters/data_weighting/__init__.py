@@ -9,7 +9,8 @@ A new model is then trained on the half with the highest scores, with the same n
   loss at the end of training with respect to all of them. λ only weights examples, so that the mixed product of a step
   is a Jacobian-vector product (`inner.weighted`).
 * **metagradient, a scorer**: a small network maps the characters of a window to its weight. `predictors.amortize` pulls
-  the same hypergradient back to the weights of this network. It also scores windows that it has not seen.
+  such hypergradients, through shorter trainings, back to the weights of this network. It also scores windows that it
+  has not seen.
 * **online, a scorer**: the same network learns while one model is trained, without second derivatives
   (`hypergrad.f2sa`).
 
@@ -19,8 +20,8 @@ keeps windows whose loss falls most if the uniform model continues with the vali
 of the windows is corrupted. Each one is also trained on its windows and the validation text together, since that text
 might be worth more than the selection.
 
-The settings (sizes, rates, outer steps, steps of the reference models) were set before the first run, and were not
-tuned.
+The settings (sizes, rates, outer steps, steps of the reference models) were set before the first run, of seed 0. After
+it, the scorer got more outer steps through shorter trainings. So the result has seeds from 1 on.
 
     python experiments/hyperparameters/data_weighting --full      minutes; writes results/data_weighting.md and .png
     python experiments/hyperparameters/data_weighting             one seed

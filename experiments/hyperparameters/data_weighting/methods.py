@@ -26,8 +26,10 @@ class Settings(NamedTuple):
     batch: int = 32
     num_steps: int = 100
     rate: float = 0.02
-    outer_steps: int = 10  # of metagradients
-    weight_rate: float = 0.5  # outer rate of a weight per window
+    outer_steps: int = 10  # of the weights of windows
+    weight_rate: float = 0.5  # their outer rate
+    scorer_steps: int = 40  # outer steps of the scorer
+    scorer_horizon: int = 30  # training steps of each of its metagradients
     scorer_rate: float = 0.1
     online_rate: float = 0.03
     multiplier: float = 2.0  # of `f2sa`
@@ -35,7 +37,9 @@ class Settings(NamedTuple):
     tuning_steps: int = 30  # on the validation text, from the uniform model
 
 
-SMOKE = Settings(6, 4, 24, 8, 8, 4, 4, outer_steps=2, reference_steps=2, tuning_steps=2)
+SMOKE = Settings(
+    6, 4, 24, 8, 8, 4, 4, outer_steps=2, scorer_steps=2, scorer_horizon=2, reference_steps=2, tuning_steps=2
+)
 
 
 class Scores(NamedTuple):
@@ -162,24 +166,24 @@ def fit(learner: training.Learner, task: base.Task, start, key, *, num_steps, sp
 # Learners are made once, so that all seeds share their compiled programs.
 
 
-@functools.cache
-def by_index(settings: Settings) -> base.Problem:
+def by_index(settings: Settings, num_steps: int) -> base.Problem:
     """Returns the problem whose λ has a weight for each window."""
-    loop = make_loop(settings, lambda hp, batch: hp["weight"][batch["index"]], settings.num_steps)
+    loop = make_loop(settings, lambda hp, batch: hp["weight"][batch["index"]], num_steps)
     return inner.problem(loop, mean_loss)
 
 
 @functools.cache
 def window_learner(settings: Settings) -> training.Learner:
-    problem = spaces.constrain(by_index(settings), weight_space(settings))
+    problem = spaces.constrain(by_index(settings, settings.num_steps), weight_space(settings))
     rule = hypergrad.unrolled(problem, num_steps=settings.num_steps, remat="step")
     return make_learner(rule, settings.outer_steps, settings.weight_rate)
 
 
 @functools.cache
 def scorer_learner(settings: Settings) -> training.Learner:
-    rule = hypergrad.unrolled(by_index(settings), num_steps=settings.num_steps, remat="step")
-    return make_learner(predictors.amortize(rule, scorer.predictor()), settings.outer_steps, settings.scorer_rate)
+    horizon = settings.scorer_horizon
+    rule = hypergrad.unrolled(by_index(settings, horizon), num_steps=horizon, remat="step")
+    return make_learner(predictors.amortize(rule, scorer.predictor()), settings.scorer_steps, settings.scorer_rate)
 
 
 @functools.cache
@@ -209,10 +213,13 @@ def weight_per_window(texts: Texts, key, settings: Settings, uniform) -> Scores:
 
 
 def amortized_scorer(texts: Texts, key, settings: Settings, uniform) -> Scores:
-    """The same hypergradients, pulled back to the parameters of a network that reads the windows."""
+    """Hypergradients of the same weights, pulled back to the parameters of a network that reads the windows.
+
+    They go through shorter trainings, since the network needs more outer steps.
+    """
     init_key, key = jax.random.split(key)
     learner, start = scorer_learner(settings), scorer.init(init_key)
-    result, flops = fit(learner, make_task(texts), start, key, num_steps=settings.outer_steps)
+    result, flops = fit(learner, make_task(texts), start, key, num_steps=settings.scorer_steps)
     return Scores(*scores_by(result.hyperparams, texts), flops)
 
 

@@ -63,7 +63,8 @@ def report(runs: list[dict], settings) -> str:
             detection_table(runs),
             f"{s.num_windows:,} windows of {s.context + 1} characters, of which a sixth each is shuffled, repeated, or "
             f"from SMS messages; {s.num_valid} validation and {s.num_test:,} test windows. Transformer of two layers, "
-            f"width {s.width}, {s.num_steps} steps of {s.batch} windows; {s.outer_steps} metagradients. Mean ± "
+            f"width {s.width}, {s.num_steps} steps of {s.batch} windows; {s.outer_steps} metagradients for the "
+            f"weights, and {s.scorer_steps} through {s.scorer_horizon} steps for the scorer. Mean ± "
             f"standard deviation over {len(runs)} seeds, which differ in text, corruption and initialization.",
         ]
     )
