@@ -10,7 +10,7 @@ from experiments.hyperparameters.data_weighting import main, methods, scorer, wi
 from metaopt import hypergrad, inner, predictors
 
 SETTINGS = methods.Settings(
-    context=4, width=4, num_windows=12, num_valid=6, num_test=6, batch=4, num_steps=3, outer_steps=2
+    context=7, width=4, num_windows=12, num_valid=6, num_test=6, batch=4, num_steps=3, outer_steps=2
 )
 
 
@@ -75,6 +75,7 @@ def test_a_weight_per_window_and_the_scorer_have_the_hypergradients_of_finite_di
             loss(scorer.weight(params | {"out": params["out"].at[:3].add(sign * step)}, task.train)) for sign in (1, -1)
         ]
         np.testing.assert_allclose(slope, (values[0] - values[1]) / 2e-5, rtol=1e-4, atol=1e-8)
+        assert abs(slope) > 1e-7  # neither zero nor NaN
 
 
 def test_masked_windows_are_not_trained_on():
@@ -95,7 +96,7 @@ def test_scores_of_a_window_do_not_depend_on_others_and_begin_equal():
     params["out"] = jnp.arange(float(len(params["out"])))
     together = scorer.score(params, rows)
     np.testing.assert_allclose(together, [scorer.score(params, row[None])[0] for row in rows], rtol=1e-12)
-    periodic = jnp.array([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]])
+    periodic = jnp.array([[1, 2] * 4, range(8)])
     only = params | {"out": jnp.zeros(len(params["out"])).at[scorer.NUM_UNITS + 1].set(1.0)}  # of lag 2
     np.testing.assert_allclose(scorer.score(only, periodic), [len(only["out"]) ** 0.5, 0])
 
