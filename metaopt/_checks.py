@@ -185,8 +185,11 @@ def check_task_labels(name: str, tasks: base.PyTree) -> None:
     def is_part(x: Any) -> bool:
         return isinstance(x, Mapping) and "y" in x and "class_mask" in x
 
+    def is_readable(x: Any) -> bool:  # neither traced nor split over several processes
+        return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
+
     for path, part in jax.tree_util.tree_leaves_with_path(tasks, is_leaf=is_part):
-        if not is_part(part) or any(isinstance(part.get(leaf), Tracer) for leaf in ("y", "mask", "class_mask")):
+        if not is_part(part) or not all(is_readable(part.get(leaf)) for leaf in ("y", "mask", "class_mask")):
             continue
         shape, classes = np.shape(part["y"]), np.shape(part["class_mask"])
         fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)

@@ -233,8 +233,8 @@ class Npz:
         for name, shape in shapes.items():
             spec = self.specs.get(name)
             if spec is None or spec.shape != shape or not is_float(spec):
-                there = "there is none" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
-                raise ValueError(f"the array {name} should be floating-point of shape {shape}, and {there}")
+                actual = "there is none" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
+                raise ValueError(f"the array {name} should be floating-point of shape {shape}, and {actual}")
         arrays = {name: self[name] for name in shapes}
         for name, array in arrays.items():
             check_finite(name, array, missing=missing(name))

@@ -92,10 +92,12 @@ class InnerLoop(NamedTuple):
       batch: `(state, data) -> batch`, the batch of the next step.
       loss: `(params, hyperparams, batch, context) -> (ℓ, model_state)`.
       update: `(state, grads, model_state, hyperparams) -> state`, one step of the optimizer.
-      params: `state -> θ`.
+      params: `state -> θ`, the parameters that the outer loss judges and that a prediction uses.
       context: `state -> Context`, what a loss or a model needs besides θ: the key of the next step, the number of steps
         taken, and the model state, such as batch statistics. After training, it is the context for a prediction:
         `model.apply(loop.params(state), loop.context(state), x)` (`inner.Model`).
+      iterate: `state -> θ`, the parameters at which `update` expects the gradient of ℓ. They are `params`, except for
+        schedule-free optimizers, whose `params` are an average.
     """
 
     init: InitFn
@@ -104,6 +106,7 @@ class InnerLoop(NamedTuple):
     update: UpdateFn
     params: Callable[[InnerState], Params]
     context: Callable[[InnerState], Context]
+    iterate: Callable[[InnerState], Params]
 
 
 class OuterLossFn(Protocol):

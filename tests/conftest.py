@@ -35,8 +35,8 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def optimizations(request):
-    """Values to the bit are those of programs with all optimizations: of tests whose names say so."""
-    jax.config.update("jax_disable_most_optimizations", "to_the_bit" not in request.node.name)
+    """Programs have few optimizations (see above), except in tests that are marked `optimized`."""
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tfrecords import field, framed, masked, varint
 
 import metaopt
 import metaopt._cli
@@ -60,43 +61,12 @@ class Case(NamedTuple):
 # ---- Files in the forms of others, byte by byte ---------------------------------------------------------------------
 
 
-def crc32c(data):
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 * (register & 1))
-    return register ^ 0xFFFFFFFF
-
-
-def masked(data):
-    crc = crc32c(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32)
-
-
-def framed(data):
-    length = struct.pack("<Q", len(data))
-    return length + masked(length) + data + masked(data)
-
-
 def records_of(content):
     """The records of a TFRecord file."""
     while content:
         (length,) = struct.unpack("<Q", content[:8])
         yield content[12 : 12 + length]
         content = content[16 + length :]
-
-
-def varint(number):
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number, data):
-    return varint(number << 3 | 2) + varint(len(data)) + data
 
 
 def example(image, label):

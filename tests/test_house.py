@@ -248,9 +248,8 @@ def documented_names(pages):
     return names
 
 
-def undocumented_names(pages):
-    """The public names of the rooms and the contract that no page mentions."""
-    documented = documented_names(pages)
+def public_names_of_rooms():
+    """The public names of the rooms, the contract and the top, with their values."""
     for room in [*(room for room in ROOMS if room[0] != "_"), "base", "metaopt"]:
         module = metaopt if room == "metaopt" else importlib.import_module(f"metaopt.{room}")
         names = getattr(module, "__all__", [n for n, v in vars(module).items() if inspect.isclass(v) and n[0] != "_"])
@@ -258,15 +257,53 @@ def undocumented_names(pages):
             value = getattr(module, name)
             if inspect.getmodule(value) is value or room == "metaopt" and hasattr(base, name):
                 continue  # a room, or a name of `base`
-            if getattr(value, "__module__", "metaopt").startswith("metaopt") and f"{room}.{name}" not in documented:
-                yield f"{room}.{name}"
+            if getattr(value, "__module__", "metaopt").startswith("metaopt"):
+                yield f"{room}.{name}", value
+
+
+def undocumented_names(pages):
+    """The public names that no page mentions."""
+    documented = documented_names(pages)
+    return [name for name, _ in public_names_of_rooms() if name not in documented]
 
 
 def test_a_page_mentions_every_public_name():
     pages = {file.name: file.read_text() for file in (ROOT / "README.md", *DOCS) if file.parent.name != "reference"}
-    assert list(undocumented_names(pages)) == []
+    assert undocumented_names(pages) == []
     missing = set(undocumented_names({"a.md": "`nas.darts_space(3)`, and spaces.real in prose"}))
     assert missing >= {"nas.darts", "spaces.real", "base.Task", "metaopt.save"} and "nas.darts_space" not in missing
+
+
+# Their examples would need files or packages that the tests do not have; other tests call them with small files.
+WITHOUT_EXAMPLE = {
+    *(f"nas.read_nas_bench_{name}" for name in ("101", "201", "301")),
+    "tasks.from_tfds",
+    "tasks.from_meta_dataset",
+}
+
+
+def names_in_examples(page):
+    """Names such as "nas.darts" in the code of a page that a build or a test runs."""
+    code = "\n".join(re.findall(r"```(?:python|\{code-cell\} python3)\n(.*?)```", page, re.DOTALL))
+    code += "\n".join(re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", page, re.MULTILINE))
+    imported = re.findall(r"from metaopt\.(\w+) import (.+)", code)
+    return {
+        *re.findall(r"(?<![\w.])([a-z_]+\.\w+)", code.replace("metaopt.", "")),
+        *re.findall(r"(?<![\w.])(metaopt\.\w+)", code),
+        *(f"{room}.{name}" for room, names in imported for name in re.findall(r"\w+", names)),
+    }
+
+
+def test_every_public_function_has_an_example_that_runs():
+    """On a prose page, or in a docstring. A type needs none: it is named next to the function that makes it."""
+    files = [*PAGES, ROOT / "metaopt" / "transforms" / "README.md", *MODULES]
+    shown = set().union(*(names_in_examples(file.read_text()) for file in files))
+    names = dict(public_names_of_rooms())
+    without = {name for name, value in names.items() if not inspect.isclass(value)} - shown
+    assert len(names) > 330 and without == WITHOUT_EXAMPLE
+    page = "```python\nmetaopt.save(nas.darts)\n```\n`nas.gdas`\n>>> from metaopt.spaces import real, positive\n"
+    assert names_in_examples(page) >= {"metaopt.save", "nas.darts", "spaces.real", "spaces.positive"}
+    assert "nas.gdas" not in names_in_examples(page)
 
 
 FORMER_ROOMS = ("methods", "integrations", "rewrite", "progress")

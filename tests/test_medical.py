@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.medical import parkinsons, scores
-from experiments.medical.hospitals import baselines, learning, model, tables, worlds
+from experiments.medical.hospitals import baselines, learning, main, model, tables, worlds
 from metaopt import spaces
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +80,7 @@ def test_pooled_models_and_platt_scaling_equal_those_of_scikit_learn():
 def test_pooled_models_see_only_other_training_sites():
     table = patients()
     world = worlds.make_world(table, [0, 1, 2], by_site=False)
-    turned = lambda *sites: table._replace(y=np.where(np.isin(table.site, sites), 1 - table.y, table.y))
-    other = worlds.make_world(turned(3), [0, 1, 2], by_site=False)
+    other = worlds.make_world(turned(table, 3), [0, 1, 2], by_site=False)
     np.testing.assert_array_equal(world.weights, other.weights)
     shifted = table._replace(x=np.where((table.site == 3)[:, None], 5, table.x))
     np.testing.assert_array_equal(world.weights, worlds.make_world(shifted, [0, 1, 2], by_site=False).weights)
@@ -93,9 +92,63 @@ def test_pooled_models_see_only_other_training_sites():
         np.array([1.0, 1, 1, 0]),
         1.0,
     )
-    before, after = of_site(table), of_site(turned(1))
+    before, after = of_site(table), of_site(turned(table, 1))
     np.testing.assert_array_equal(before[1], after[1])
     assert np.abs(before[0] - after[0]).max() > 1e-3 and np.abs(before[3] - after[3]).max() > 1e-3
+
+
+def turned(table, *sites):
+    """The table with the other outcome for all patients of some sites."""
+    return table._replace(y=np.where(np.isin(table.site, sites), 1 - table.y, table.y))
+
+
+def test_shrunken_platt_scaling_goes_from_regression_to_its_center():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=30)
+    y = (rng.random(30) < 1 / (1 + np.exp(-score))).astype(float)
+    found = lambda *shrinkage: baselines.shrunken_platt(jnp.asarray(score), jnp.asarray(y), jnp.array(shrinkage))
+    free = linear_model.LogisticRegression(C=1e6, tol=1e-10).fit(score[:, None], y)
+    np.testing.assert_allclose(found(0.5, 1e-6, 1e-6), [free.intercept_[0], free.coef_[0, 0]], rtol=1e-3, atol=1e-4)
+    intercept, slope = found(0.5, 1e6, 1e-6)
+    assert slope == pytest.approx(0.5, abs=1e-4)
+    assert (1 / (1 + np.exp(-intercept - slope * score))).sum() == pytest.approx(y.sum(), abs=1e-3)
+    # With both penalties, the gradient of the penalized loss is zero.
+    intercept, slope = found(0.75, 3.0, 0.3)
+    residual = 1 / (1 + np.exp(-intercept - slope * score)) - y
+    np.testing.assert_allclose([residual.sum() + 0.3 * intercept, residual @ score + 3 * (slope - 0.75)], 0, atol=1e-5)
+
+
+@pytest.mark.once
+def test_shrinkage_is_chosen_without_the_left_out_site():
+    table = patients()
+    chosen = lambda table: baselines.shrinkages(worlds.make_world(table, [0, 1, 2], by_site=False))
+    before = chosen(table)
+    for old, new in zip(before.values(), chosen(turned(table, 3)).values(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    # Outcomes without a relation to the scores ask for another slope than outcomes that follow them.
+    noise = table._replace(y=np.random.default_rng(1).permutation(table.y))
+    assert any(np.any(new != old) for old, new in zip(before.values(), chosen(noise).values(), strict=True))
+
+
+def test_a_choice_uses_only_entries_of_its_site():
+    losses = {"g": np.full((2, 4, 4), np.nan)}
+    losses["g"][:, 0, 1:] = [[1.0, 2, 3], [1, 1, 3]]
+    losses["g"][:, 1] = [[0.0], [9.0]]
+    assert main.choice(losses, 0) == {"g": True} and main.choice(losses, 1) == {"g": False}
+
+
+@pytest.mark.once
+def test_outcomes_of_the_left_out_site_do_not_change_its_choice(monkeypatch):
+    """Entries for pairs of training sites change, so the test can fail."""
+    monkeypatch.setattr(main, "BY_SITE", (True,))
+    monkeypatch.setattr(main, "METHODS", {"g": False})
+    settings = learning.Settings(steps=1, tasks=2, query=20, choice_resamples=2)
+    before, after = (main.choices(table, settings)["g"] for table in (patients(), turned(patients(), 3)))
+    np.testing.assert_array_equal(before[:, 3], after[:, 3])
+    assert np.isfinite(before[:, 3, :3]).all() and np.isnan(before[:, 3, 3]).all()
+    assert np.abs(before[:, :3, 3] - after[:, :3, 3]).min() > 1e-4  # judged on the turned outcomes
+    assert np.abs(before[:, 0, 1] - after[:, 0, 1]).min() > 1e-6  # learned from them
 
 
 @pytest.mark.once
@@ -264,9 +317,9 @@ def smoke(path, tmp_path):
 def test_smoke_of_hospitals(tmp_path):
     rows = smoke("experiments/medical/hospitals", tmp_path)
     levels = {row[1]: [float(cell) for cell in row[2:6]] for row in rows if len(row) == 6 and row[2][:2] == "0."}
-    assert set(levels) == {"g", "one λ", "class share", "site-wise", "site-wise + Platt"} | {
-        name for name in levels if name.startswith("pooled")
-    }
+    own = {"g", "one λ", "class share", "site-wise", "site-wise + Platt", "site-wise + shrunken Platt"}
+    assert set(levels) == own | {name for name in levels if name.startswith("pooled")}
+    assert "pooled + shrunken Platt" in levels
     brier, ece, log_loss, area = levels["pooled + Platt"]
     assert 0.05 < brier < 0.25 and 0 < ece < 0.3 and 0.2 < log_loss < 0.75 and area > 0.75
     assert all(float(cell) <= 100 for row in rows if row[1] == "split" for cell in row[3:])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from experiments.recommend import baselines, fold, learned, per_user, ratings, scores
+from experiments.recommend import baselines, fold, learned, per_user, ratings, report, scores
 from experiments.recommend.ordinary import ITEM_MEANS, PLAIN, fit_ordinary, simple_matrices
 from metaopt import base, hypergrad, predictors, spaces
 
@@ -30,9 +30,13 @@ def test_the_fold_in_is_ridge_regression():
     rng = np.random.default_rng(0)
     design, residual = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 5))
     ridge, center = np.array([0.5, 2.0, 3.0]), np.array([0.3, 0.0, -0.2])
-    weights = baselines.fold_in(design, residual, ridge, center)
-    expected = [lstsq_ridge(x, e, ridge, center) for x, e in zip(design, residual, strict=True)]
-    np.testing.assert_allclose(weights, expected, rtol=1e-10)
+    for num in (5, 2):  # more ratings than columns, and fewer
+        weights = baselines.fold_in(design[:, :num], residual[:, :num], np.diag(ridge), center)
+        pairs = zip(design[:, :num], residual[:, :num], strict=True)
+        np.testing.assert_allclose(weights, [lstsq_ridge(x, e, ridge, center) for x, e in pairs], rtol=1e-10)
+    linear = baselines.Linear(rng.normal(size=7), weights, rng.normal(size=(7, 3)))
+    items = rng.integers(0, 7, (4, 6))
+    np.testing.assert_allclose(linear.of_items(items), np.take_along_axis(linear.matrix(), items, axis=1))
 
 
 def one_user():
@@ -151,15 +155,20 @@ def test_alternating_least_squares_reaches_a_stationary_point():
 
 
 def test_gibbs_sampling_has_the_moments_of_the_posterior():
-    """One factor with known prior, items and noise: the posterior of users is normal."""
+    """With known prior, items and noise, the posterior of users is normal. Rows have 1, 4 or no entries."""
     rng = np.random.default_rng(0)
-    item, prior = np.array([[1.0], [2.0], [-1.0]]), (np.array([0.5]), np.array([[2.0]]))
-    seen = scipy.sparse.csr_array(np.repeat([[1.0, 1.0, 0.0]], 4000, axis=0))
-    observed = scipy.sparse.csr_array(np.repeat([[1.0, 3.0, 0.0]], 4000, axis=0))
-    draws = baselines._sample_factors(rng, observed, seen, item, prior, 0.8)
-    precision = 2 + 0.8 * 5
-    assert draws.mean() == pytest.approx((1 + 0.8 * 7) / precision, abs=4 / np.sqrt(4000 * precision))
-    assert draws.var() == pytest.approx(1 / precision, rel=0.1)
+    item, mean = rng.normal(size=(5, 3)), np.array([0.5, -1.0, 2.0])
+    root = rng.normal(size=(3, 3))
+    precision = root @ root.T + np.eye(3)
+    ratings_of = np.array([[1.0, 0, 0, 0, 0], [1.0, 3.0, 0, -2.0, 0.5], [0.0, 0, 0, 0, 0]])
+    groups = baselines.rows_by_length(scipy.sparse.csr_array(np.repeat(ratings_of, 20_000, axis=0)))
+    draws = baselines.sample_factors(rng, groups, 60_000, item, (mean, precision), 0.8).reshape(3, 20_000, 3)
+    for values, own in zip(ratings_of, draws, strict=True):
+        x = item[values != 0]
+        posterior = precision + 0.8 * x.T @ x
+        expected = np.linalg.solve(posterior, precision @ mean + 0.8 * x.T @ values[values != 0])
+        np.testing.assert_allclose(own.mean(0), expected, atol=0.03)
+        np.testing.assert_allclose(np.cov(own.T), np.linalg.inv(posterior), atol=0.03)
     # With many factors, the posterior of their mean and precision is narrow around those of the factors.
     factors = rng.normal(size=(50_000, 2)) @ np.array([[1.0, 0.5], [0, 0.7]]) + np.array([1.0, -2.0])
     mean, precision = baselines.sample_prior(rng, factors)
@@ -171,8 +180,8 @@ def test_new_users_of_gibbs_samples_get_their_posterior_mean():
     sample = baselines.GibbsSample(np.array([[1.0], [2.0], [-1.0]]), np.array([0.5]), np.array([[2.0]]), 0.8)
     new = ratings.NewUsers(*(np.array([row]) for row in ([0, 1], [7.0, 9.0], [0.0, 1.0], [2], [5.0], [1.0])))
     factor = (1 + 0.8 * (1 + 6)) / (2 + 0.8 * 5)
-    matrix = baselines.gibbs_scores([sample, sample], 6.0, new).matrix()
-    np.testing.assert_allclose(matrix, [[6 + factor, 6 + 2 * factor, 6 - factor]])
+    matrix = baselines.gibbs_scores([sample, sample], np.array([6.0, 6.0, 5.0]), new).matrix()
+    np.testing.assert_allclose(matrix, [[6 + factor, 6 + 2 * factor, 5 - factor]])
 
 
 def test_ndcg_of_a_hand_example():
@@ -186,6 +195,21 @@ def test_ndcg_of_a_hand_example():
     ideal = 8 + 5 / np.log2(3) + 2 / 2
     assert scores.ndcg(predictions, new, num=4) == pytest.approx([(5 / np.log2(3) + 8 / np.log2(5)) / ideal])
     assert scores.ndcg(np.array([[0.0, 9, 1, 8, 7, 2]]), new, num=3) == pytest.approx([1.0])
+
+
+def test_rankings_are_compared_with_the_best_method_without_learning():
+    rng = np.random.default_rng(0)
+    values = {name: rng.uniform(0, 0.1, 40) for name in (fold.POPULAR, *report.NAMES)}
+    values["global mean"] += 0.2
+    values[fold.G] = values["global mean"] + rng.normal(0.05, 0.1, 40)
+    both = ("ndcg", "ndcg by rating")
+    table = report.ranking_table({f"5|{kind}|{name}": value for kind in both for name, value in values.items()})
+    cells = {line.strip("| ").split(" | ")[0]: line.strip("| ").split(" | ")[2] for line in table.splitlines()}
+    assert cells["global mean"] == "best baseline"
+    for name in (fold.POPULAR, fold.G):
+        difference = values[name] - values["global mean"]
+        half = 1.96 * difference.std(ddof=1) / 40**0.5
+        assert [float(part) for part in cells[name].split(" ± ")] == pytest.approx([difference.mean(), half], abs=6e-5)
 
 
 def test_a_conformal_quantile_counts_users_and_not_ratings():
@@ -227,7 +251,7 @@ def test_no_later_rating_of_a_test_user_changes_a_prediction():
     learnings = [learned.make_learning(d, split, o, 5) for d, o in ((data, ordinary), (other, again))]
     by_g = [learned.train_ridge(learning, fold.SMOKE.ridge, 0)(split.test)[1] for learning in learnings]
     np.testing.assert_array_equal(*by_g)
-    by_network = [learned.train_network(one, "CAVIA", fold.SMOKE.network, 0)(split.test) for one in learnings]
+    by_network = [learned.train_network(one, "CAVIA", fold.SMOKE.network["CAVIA"], 0)(split.test) for one in learnings]
     np.testing.assert_array_equal(*by_network)
     # The first ratings of these users change their predictions.
     first = data.ratings._replace(rating=np.where(rows & (rank < 5), 10 - data.ratings.rating, data.ratings.rating))
@@ -235,6 +259,30 @@ def test_no_later_rating_of_a_test_user_changes_a_prediction():
         data.ratings.without(data.users[split.test]), ratings.make_data(first, (5,)).first[5].of(chosen)
     )
     assert np.abs(moved[PLAIN] - ordinary.test[5][PLAIN][:2]).min() > 1e-3
+
+
+@pytest.mark.once
+def test_networks_correct_the_offset_of_the_ratings_that_they_adapt_to(monkeypatch):
+    """In training these are a window of a user's ratings, and in the test the first ones."""
+    data, split, ordinary = small_fold()
+    learning = learned.make_learning(data, split, ordinary, 5)
+    made = []
+
+    def network_tasks(new, stage, tables, features, offset):
+        made.append((new, stage, offset))
+        return make(new, stage, tables, features, offset)
+
+    make = learned.stages.network_tasks
+    monkeypatch.setattr(learned.stages, "network_tasks", network_tasks)
+    learned.train_network(learning, "MeLU", fold.SMOKE.network["MeLU"], 0)(split.test)
+    windows = [entry for entry in made if not (entry[0].item == data.first[5].item[: len(entry[0].item)]).all()]
+    assert len(windows) >= fold.SMOKE.network["MeLU"].num_steps
+    for new, stage, offset in made:
+        assert (new.item.shape, offset.shape) == ((len(stage), 5), (len(stage),))
+        for items, given, number, value in zip(new.item, new.rating, stage, offset, strict=True):
+            ridge, center = ordinary.choices[ordinary.base]["new users"][5]
+            residual = given - ordinary.stages[number].offsets[ordinary.base].base[items]
+            assert value == pytest.approx((residual.sum() + ridge * center) / (5 + ridge), abs=1e-5)
 
 
 def test_users_of_a_part_are_new_to_their_stage():
@@ -248,21 +296,71 @@ def test_users_of_a_part_are_new_to_their_stage():
     np.testing.assert_allclose(data.first[5].day, [sorted(t)[:5] for t in times], rtol=1e-6)
 
 
-def test_movielens_is_read_in_both_forms(tmp_path):
-    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n7,50,4.5,200\n7,60,2.0,100\n9,50,0.5,300\n")
-    (tmp_path / "movies.csv").write_text('movieId,title,genres\n50,"A, b (1999)",Drama|War\n60,C,(no genres listed)\n')
-    table = ratings.from_movielens(tmp_path)
-    assert (
-        table.user.tolist() == [0, 0, 1] and table.item.tolist() == [1, 0, 0] and table.genre_names == ("Drama", "War")
-    )
-    assert table.rating.tolist() == [2.0, 4.5, 0.5] and (table.low, table.high) == (0.5, 4.5)
-    np.testing.assert_array_equal(table.year, [1999, np.nan])
-    np.testing.assert_array_equal(table.genres, [[1, 1], [0, 0]])
-    (tmp_path / "u.data").write_text("1\t2\t5\t10\n2\t1\t3\t20\n")
-    (tmp_path / "u.item").write_text("1|A (1995)|01-Jan-1995||u|0|1\n2|B (1990)|01-Jan-1990||u|1|1\n")
-    table = ratings.from_movielens(tmp_path / "u.data")
-    assert table.item.tolist() == [1, 0] and table.year.tolist() == [1995, 1990]
-    np.testing.assert_array_equal(table.genres, [[0, 1], [1, 1]])
+def write_movielens(folder, release, table):
+    """Writes ratings in the format of a release of MovieLens: 100K, 1M or latest."""
+    seconds = 874_724_710 + 86_400 * table.day
+    rows = list(zip(table.user + 1, 3 * table.item + 1, table.rating, seconds.round().astype(int), strict=True))
+    rows = rows[::2] + rows[1::2]  # the files are not in order of time
+    genres = [[name for name, has in zip(table.genre_names, row, strict=True) if has] for row in table.genres]
+    films = [
+        (3 * item + 1, "Café, 2001 & co" if item else "Cyclo", "" if np.isnan(year) else f"{year:.0f}", names)
+        for item, (year, names) in enumerate(zip(table.year, genres, strict=True))
+    ]
+    title = lambda name, year: f"{name} ({year})" if year else name
+    if release == "100K":
+        ratings_text = "".join(f"{u}\t{i}\t{r:.0f}\t{s}\n" for u, i, r, s in rows)
+        flags = lambda names: "|".join(str(int(f"genre {n:02}" in names)) for n in range(19))
+        films_text = "".join(
+            f"{i}|{title(name, year)}|{year and f'01-Jan-{year}'}||{year and 'http://us.imdb.com/M?1999'}|{flags(names)}\n"
+            for i, name, year, names in films
+        )
+        (folder / "u.data").write_text(ratings_text)
+        (folder / "u.item").write_text(films_text, encoding="latin-1")
+    elif release == "1M":
+        (folder / "ratings.dat").write_text("".join(f"{u}::{i}::{r:.0f}::{s}\n" for u, i, r, s in rows))
+        lines = [f"{i}::{title(name, year)}::{'|'.join(names)}\n" for i, name, year, names in films]
+        (folder / "movies.dat").write_text("".join(lines), encoding="latin-1")
+    else:
+        lines = [f"{u},{i},{r},{s}\n" for u, i, r, s in rows]
+        (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + "".join(lines))
+        lines = [
+            f'{i},"{title(name, year)}",{"|".join(names) or "(no genres listed)"}\n' for i, name, year, names in films
+        ]
+        (folder / "movies.csv").write_text("movieId,title,genres\n" + "".join(lines), encoding="utf-8")
+
+
+def movielens_like(names):
+    """Draws ratings with the scale of MovieLens, at whole seconds."""
+    table = ratings.synthetic()
+    day = np.arange(len(table.day)) / 24
+    year = np.where(np.arange(table.num_items) == 5, np.nan, table.year)
+    rating = np.clip(np.round(table.rating / 2), 1, 5)
+    return table._replace(rating=rating, day=day, year=year, genre_names=names, low=1.0, high=5.0, name="MovieLens")
+
+
+RELEASES = {
+    "100K": ("genre 01", "genre 05", "genre 18"),
+    "1M": ("Children's", "Drama", "Sci-Fi"),
+    "latest": ("Children", "Drama", "Film-Noir"),
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_movielens_is_read_in_the_formats_of_its_releases(release, tmp_path):
+    expected = movielens_like(RELEASES[release])
+    if release == "latest":
+        expected = expected._replace(rating=np.where(expected.rating > 1, expected.rating - 0.5, 1), high=4.5)
+    write_movielens(tmp_path, release, expected)
+    (file,) = (path for path in tmp_path.iterdir() if path.name in ("u.data", "ratings.dat", "ratings.csv"))
+    for path in (tmp_path, file):
+        for name, leaf, other in zip(expected._fields, expected, ratings.from_movielens(path), strict=True):
+            np.testing.assert_array_equal(other, leaf, err_msg=name)
+    for path in tmp_path.iterdir():
+        if path != file:
+            path.unlink()
+    table = ratings.from_movielens(tmp_path)  # without the file of films
+    assert np.isnan(table.year).all() and table.genres.shape == (60, 0)
+    np.testing.assert_array_equal(table.item, expected.item)
 
 
 @pytest.mark.once
@@ -292,19 +390,35 @@ def test_the_published_figures_of_shrunken_offsets():
         np.testing.assert_allclose([means[k, name] for k in (5, 10)], values, atol=2e-3, err_msg=name)
 
 
-@pytest.mark.once
-def test_smoke_without_the_data_folder(tmp_path):
-    command = [sys.executable, "-W", "ignore", "experiments/recommend", "--smoke", "--out", str(tmp_path)]
+def smoke_rows(tmp_path, *arguments):
+    """Returns the first row of each method in the tables that a smoke run prints."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "experiments/recommend", "--smoke", "--out", str(out), *arguments]
     environment = {**os.environ, "METAOPT_DATA": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment | {"JAX_ENABLE_X64": "0"}, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "nan" not in done.stdout and not list(tmp_path.iterdir())
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert "nan" not in done.stdout and not out.exists()
     rows = {}
-    for line in lines:
-        rows.setdefault(line[0], line[1:])
+    for line in done.stdout.splitlines():
+        if line.startswith("| "):
+            name, *cells = line.strip("| ").split(" | ")
+            rows.setdefault(name, cells)
+    return rows
+
+
+@pytest.mark.once
+def test_smoke_without_the_data_folder(tmp_path):
+    rows = smoke_rows(tmp_path)
     error = lambda name: float(rows[name][0].split(" ± ")[0])
     assert 0.5 < error("matrix factorization, tuned") < error(PLAIN) + 0.3 < error("global mean") + 0.3 < 4
     assert error(fold.G) < error("global mean") and error("MeLU") < error("global mean")
     coverage = float(rows["offsets, one width"][0].split(" ± ")[0])
     assert 70 < coverage <= 100
+
+
+@pytest.mark.once
+def test_smoke_on_files_of_movielens(tmp_path):
+    write_movielens(tmp_path, "1M", movielens_like(RELEASES["1M"]))
+    rows = smoke_rows(tmp_path, "--movielens", str(tmp_path))
+    error = lambda name: float(rows[name][0].split(" ± ")[0])
+    assert 0.3 < error(fold.G) < error("global mean") < 1.5

@@ -25,6 +25,7 @@ from experiments.hyperparameters.transfer.config import FEATURES, SMOKE
 from experiments.hyperparameters.transfer.families import FILE, is_development
 from experiments.hyperparameters.transfer.natural import LEFT_OUT, RESPONSES, _sample
 from experiments.hyperparameters.transfer.pool import scale_features
+from experiments.hyperparameters.transfer.rates import RATES, Tuned, rates_table, tune_all
 from experiments.hyperparameters.transfer.runs import Part, Probabilities, Recorded, hyperparams_of, make_steps
 from experiments.hyperparameters.transfer.ten_runs import (
     REFERENCES,
@@ -308,3 +309,21 @@ def test_the_first_step_is_that_of_the_optimizer_along_the_hypergradient(trained
     # Adam's first step has the length of the rate.
     np.testing.assert_allclose((visited[0, 1] - z[1])[moved], -0.3 * sign[moved], rtol=1e-2)
     assert moved.sum() > 5 and (np.abs(visited[1] - visited[0]) > 0).any()
+
+
+@pytest.mark.once
+def test_fine_tuning_with_rate_zero_keeps_the_start_and_other_rates_do_not(trained):
+    network, part, z = trained
+    parts = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], part) for rows in (slice(0, 1), slice(1, 3))]
+    tuned = tune_all(network, 2, parts, z, rates=(0.0, 1.0))
+    np.testing.assert_allclose(tuned.after[0], tuned.start, rtol=1e-5)
+    assert tuned.after.shape == (2, 3) and (np.abs(tuned.after[1] - tuned.start) > 1e-4).any()
+
+
+def test_rates_are_compared_with_the_start_and_with_the_default_over_families():
+    start, after = np.array([0.5, 0.7, 0.6]), np.array([[0.4, 0.6, 0.3], [0.3, 0.5, 0.5], [0.2, 0.4, 0.9]])
+    text = rates_table({"g": Tuned(start, after)}, np.array(["a", "a", "b"]), np.array([True, False, True]))
+    header, _, *lines = (line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines())
+    assert header[1] == "rate" and [line[1] for line in lines] == ["no step", *map(str, RATES)]
+    assert lines[0][2:4] == ["0.6000", "0.5500"] and lines[1][2:4] == ["0.4000", "0.3500"]
+    assert lines[1][4].startswith("-0.2000 [") and lines[1][5].startswith("-0.0500 [") and lines[2][5] == ""

@@ -26,7 +26,7 @@ from typing import Any
 import conv4
 import jax
 import jax.numpy as jnp
-from timing import circumstances, num_cores, table, temporary_mib
+from timing import circumstances, num_cores, temporary_mib
 from turns import medians
 
 from experiments import pages, script
@@ -148,7 +148,7 @@ def main() -> None:
     agree = "all" if not wrong else "NOT all"
     text = INTRO.format(threads=num_cores(), repetitions=settings.repetitions, agree=agree, tol=TOLERANCE)
     end = circumstances(f"python experiments/benchmarks/anil.py{' --smoke' if options.smoke else ''}")
-    text = "\n".join([text, table(HEADER, printed), "", end])
+    text = "\n".join([text, script.table(HEADER, printed), "", end])
     print(text)
     if not options.smoke:
         pages.write(RESULT, "The cost of ANIL", f"{text}\n")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import circumstances, table, temporary_mib
+from timing import circumstances, temporary_mib
 from turns import medians
 
 from experiments import pages, script
@@ -269,7 +269,7 @@ def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
     """Returns one part of the result: its table, and how it was made. `before` is the load before the run."""
     begin, begin_wall = time.process_time(), time.perf_counter()
     header = ["", "", "at most", "compiled in, s", *(["in operations", "the peak, MiB"] if name == "cost" else [])]
-    rows = table(header, PARTS[name](smoke, repetitions))
+    rows = script.table(header, PARTS[name](smoke, repetitions))
     how_made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]]))
     how_made += (
         f" {time.process_time() - begin:.0f} processor seconds in {time.perf_counter() - begin_wall:.0f}; "

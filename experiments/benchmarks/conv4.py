@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import circumstances, num_cores, table, temporary_mib
+from timing import circumstances, num_cores, temporary_mib
 from turns import medians
 
 from experiments import pages, script
@@ -199,7 +199,7 @@ def main() -> None:
         rows, errors, versions = compare(settings, options)
         off = [f"{title}, {name}: {e:.1e}" for name, e in errors.items() if not e <= TOLERANCE and name != FUSED]
         wrong += off
-        tables += ["", f"## {title}", "", table(HEADER, rows)]
+        tables += ["", f"## {title}", "", script.table(HEADER, rows)]
     text = INTRO.format(
         threads=num_cores(),
         repetitions=settings.repetitions,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import circumstances, num_cores, table
+from timing import circumstances, num_cores
 from turns import medians
 
 from experiments import pages, script
@@ -209,7 +209,7 @@ def main() -> None:
     )
     flags = (" --peers PYTHON" if options.peers else "") + (" --smoke" if options.smoke else "")
     end = circumstances(f"python experiments/benchmarks/maml.py{flags}", memory=False)
-    text = "\n".join([text, table(HEADER, printed), "", end + (f" Peers: {versions}." if versions else "")])
+    text = "\n".join([text, script.table(HEADER, printed), "", end + (f" Peers: {versions}." if versions else "")])
     print(text)
     if not options.smoke:
         pages.write(RESULT, "The cost of an outer step of MAML", f"{text}\n")

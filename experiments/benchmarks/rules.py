@@ -43,7 +43,7 @@ from rules_programs import (
 from rules_published import published_rows
 from rules_rows import HERE, TOLERANCE, Row, error, number, peers
 from rules_solves import IMPLICIT, WEIGHTS, implicit_rows, weights_rows
-from timing import circumstances, compiled, num_cores, table, temporary_mib
+from timing import circumstances, compiled, num_cores, temporary_mib
 from turns import medians
 
 from experiments import pages, script
@@ -191,8 +191,8 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
                 others, versions = peers(case, num_steps, options, expected)
                 rows += others
             printed += lines(num_steps, rows)
-            print(table(HEADER, printed[-len(rows) :]), file=sys.stderr)  # shows progress
-        parts.append(f"## {case.text[0].upper()}{case.text[1:]}\n\n{table(HEADER, printed)}")
+            print(script.table(HEADER, printed[-len(rows) :]), file=sys.stderr)  # shows progress
+        parts.append(f"## {case.text[0].upper()}{case.text[1:]}\n\n{script.table(HEADER, printed)}")
     if not (options.problems or options.num_steps):
         case = SMOKE[0][0] if options.smoke else FULL[0][0]
         header = ["ms", "/ {}", "operations", "/ by hand", "MiB", "error"]
@@ -200,10 +200,10 @@ def report(options: argparse.Namespace) -> tuple[str, list[str]]:
         for num_products in (3,) if options.smoke else (5, 20):
             more, off = implicit_rows(case, num_products, options)
             printed, wrong = printed + more, wrong + off
-        parts.append(IMPLICIT + table(["K", "rule", *(h.format("gradient") for h in header)], printed))
+        parts.append(IMPLICIT + script.table(["K", "rule", *(h.format("gradient") for h in header)], printed))
         printed, off = weights_rows(case, options)
         wrong += off
-        parts.append(WEIGHTS + table(["", "rule", *(h.format("forward") for h in header)], printed))
+        parts.append(WEIGHTS + script.table(["", "rule", *(h.format("forward") for h in header)], printed))
     if not (options.problems or options.num_steps) or "published" in (options.problems or ()):
         part, off = published_rows(options)
         parts, wrong = [*parts, part], wrong + off

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import published
 from rules_rows import HERE, TOLERANCE, number, relative_error
-from timing import compiled, num_cores, table, temporary_mib
+from timing import compiled, num_cores, temporary_mib
 from turns import medians
+
+from experiments import script
 
 PUBLISHED = """\
 ## hypertorch's published examples
@@ -68,7 +70,7 @@ def published_rows(options: argparse.Namespace) -> tuple[str, list]:
             end += f"{value:.6f}"
             end += f"; hypertorch {theirs['seconds']:.1f} s, {theirs['value']:.6f}." if theirs else "."
     header = ["example", "T", "K", "rule", "metaopt ms", "hypertorch ms", "/ metaopt", "MiB", "error"]
-    return f"{PUBLISHED}{table(header, printed)}\n\n{end}", wrong
+    return f"{PUBLISHED}{script.table(header, printed)}\n\n{end}", wrong
 
 
 def hypertorch(

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from timing import circumstances, num_cores, table
+from timing import circumstances, num_cores
 
 from experiments import pages, script
 from metaopt import base, blackbox, spaces
@@ -193,7 +193,9 @@ def main() -> None:
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     command = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""
     command += "python experiments/benchmarks/suggest.py" + (" --smoke" if options.smoke else "")
-    text += table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]  # that is another memory
+    text += (
+        script.table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]
+    )  # that is another memory
     print(text)
     if not options.smoke:
         pages.write(RESULT, "The cost of a suggestion", f"{text}\n")

@@ -26,10 +26,6 @@ def temporary_mib(program) -> float:
     return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def circumstances(command: str, *, memory: bool = True) -> str:
     """Returns the last paragraph of a report: the command and its environment.
 

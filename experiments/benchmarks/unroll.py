@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import circumstances, compiled, table, temporary_mib
+from timing import circumstances, compiled, temporary_mib
 from turns import medians
 
 from experiments import pages, script
@@ -150,9 +150,9 @@ def report(options: argparse.Namespace) -> str:
         [
             f"An MLP of 61, {options.width}, {options.width} and 10 units with Adam on scikit-learn's digits, 64 rows "
             f"a step, float32; medians of {repetitions} calls in turns.",
-            table(header, first),
+            script.table(header, first),
             f'Hypergradients of {options.num_tasks} tasks of {options.task_steps} steps, `remat="step"`:',
-            table(["tasks", "tasks a second", "against the loop", "temporary MiB", "compile s"], second),
+            script.table(["tasks", "tasks a second", "against the loop", "temporary MiB", "compile s"], second),
             circumstances(f"python experiments/benchmarks/unroll.py{options.flags}"),
         ]
     )

@@ -41,6 +41,7 @@ import optax
 import metaopt
 from experiments import script
 from experiments.data import from_heart_disease, from_parkinsons
+from experiments.medical.scores import area
 from metaopt import few_shot, hypergrad, tasks, training
 
 BARS = {5: 3.19, 10: 3.03, 20: 2.68}  # the last value
@@ -292,12 +293,6 @@ def log_loss_of(model: Callable) -> Callable:
         return (losses * batch["mask"]).sum() / batch["mask"].sum()
 
     return loss
-
-
-def area(scores: np.ndarray, y: np.ndarray) -> float:
-    """Returns the area under the ROC curve: the share of pairs in the right order; ties count half."""
-    above = scores[y > 0][:, None] - scores[y == 0][None]
-    return float((above > 0).mean() + 0.5 * (above == 0).mean())
 
 
 def one_column_a_code(table: tasks.UserTable) -> tuple[tasks.UserTable, np.ndarray]:

@@ -160,10 +160,6 @@ def judge(adaptation, hyperparams, shots: int, config) -> np.ndarray:
     return evaluation.scores["row"]["episodes"]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def interval(errors: np.ndarray) -> str:
     """Formats the mean over test tasks and seeds [seeds, tasks], and 1.96 standard errors over test tasks."""
     per_task = errors.mean(0)
@@ -223,7 +219,7 @@ def report(errors: dict, config) -> str:
         "the first 600",
         "bar, reached",
     ]
-    return table(header, lines)
+    return script.table(header, lines)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ import numpy as np
 import optax
 
 import metaopt
-from experiments import pages
+from experiments import pages, script
 from experiments.data import from_data_folder
 from metaopt import base, hypergrad, inner, tasks, training, transforms
 
@@ -331,10 +331,6 @@ def compare(weights, pools, held_out, config, say):
     return results
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def report(results, held_out) -> str:
     names = [name for part in held_out.values() for name in part[0]]
     texts, summary = [], []
@@ -354,7 +350,7 @@ def report(results, held_out) -> str:
                 for i, task in enumerate(names)
             ]
             texts.append(f"Loss on {rows} rows after {num_steps} steps, divided by the loss without skill:\n")
-            texts.append(markdown(["task", *by_optimizer], lines) + "\n")
+            texts.append(script.table(["task", *by_optimizer], lines) + "\n")
     head = [
         "steps",
         "optimizer",
@@ -363,7 +359,7 @@ def report(results, held_out) -> str:
         "validation loss / tuned Adam's",
         "better on",
     ]
-    return "\n".join(["Geometric means over the tasks:\n", markdown(head, summary) + "\n", *texts])
+    return "\n".join(["Geometric means over the tasks:\n", script.table(head, summary) + "\n", *texts])
 
 
 def main() -> None:
@@ -442,6 +438,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from experiments import script
-
     script.run(main)

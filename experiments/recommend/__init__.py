@@ -16,8 +16,11 @@ chosen on the training users of fold 0, by `--choose`. The test users of fold 0 
 
     python experiments/recommend                     writes experiments/results/recommend.md
     python experiments/recommend --smoke             seconds; synthetic ratings if there is no data folder; prints only
-    python experiments/recommend --choose            compares designs on training users of fold 0; prints only
-    python experiments/recommend --movielens PATH    the same for a copy of MovieLens (ratings.csv or u.data)
+    python experiments/recommend --choose networks   compares designs on training users of fold 0; prints only
+    python experiments/recommend --movielens PATH    the same for a copy of MovieLens
+
+If the command runs twice at the same time, the two processes share the folds.
+PATH is the folder of MovieLens or its file of ratings (ratings.csv, ratings.dat or u.data).
 
 MovieTweetings is read from the folder that METAOPT_DATA names. Predictions of all items for all users of a fold are in
 memory, so a copy of MovieLens should not have more than 10,000 films and 10,000 users with 20 ratings.

@@ -2,7 +2,7 @@
 
 Offsets, matrix factorization and its Bayesian form predict base_i + w_u·x_i (`Linear`), where w_u is a ridge solution:
 
-    w_u = c + (X'X + diag(ridge))⁻¹ X'(e − X c),    e = the new user's first ratings − base, X = their rows x_i.
+    w_u = c + (X'X + R)⁻¹ X'(e − X c),    e = the new user's first ratings − base, X = their rows x_i.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,10 @@ class Linear(NamedTuple):
         """Returns [U, I]."""
         return self.base[None] + self.weights @ self.design.T
 
+    def of_items(self, items: np.ndarray) -> np.ndarray:
+        """Returns the predictions [U, Q] for items [U, Q] of each user."""
+        return self.base[items] + (self.design[items] @ self.weights[..., None])[..., 0]
+
 
 def fold_in(design: np.ndarray, residual: np.ndarray, ridge: np.ndarray, center: np.ndarray) -> np.ndarray:
     """Returns the ridge solutions [U, D] of new users.
@@ -38,13 +42,44 @@ def fold_in(design: np.ndarray, residual: np.ndarray, ridge: np.ndarray, center:
     Args:
       design: [U, k, D], X.
       residual: [U, k], e.
-      ridge: [D].
-      center: [D], c.
+      ridge: [D, D], R.
+      center: [D] or [U, D], c.
     """
+    num_users, num_rows, size = design.shape
+    center = np.broadcast_to(center, (num_users, size))
     transposed = np.swapaxes(design, 1, 2)
-    gram = transposed @ design + np.diag(ridge)[None]
-    moment = transposed @ (residual - design @ center)[..., None]
-    return center[None] + np.linalg.solve(gram, moment)[..., 0]
+    errors = residual[..., None] - design @ center[..., None]
+    if num_rows < size:  # the same solution by the smaller system: R⁻¹X'(X R⁻¹X' + I)⁻¹ (e − X c)
+        scaled = np.linalg.inv(ridge) @ transposed
+        change = scaled @ np.linalg.solve(design @ scaled + np.eye(num_rows), errors)
+    else:
+        change = np.linalg.solve(transposed @ design + ridge, transposed @ errors)
+    return center + change[..., 0]
+
+
+class Rows(NamedTuple):
+    """The rows of a sparse matrix that have n entries each.
+
+    Attributes:
+      place: [R], the numbers of the rows.
+      column: [R, n], the columns of the entries.
+      value: [R, n].
+    """
+
+    place: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+
+
+def rows_by_length(matrix: scipy.sparse.csr_array) -> list[Rows]:
+    """Groups the rows by their numbers of entries. Rows without entries are omitted."""
+    lengths = np.diff(matrix.indptr)
+    groups = []
+    for length in np.unique(lengths[lengths > 0]):
+        place = np.flatnonzero(lengths == length)
+        entries = matrix.indptr[place][:, None] + np.arange(length)
+        groups.append(Rows(place, matrix.indices[entries], matrix.data[entries]))
+    return groups
 
 
 # ---- Offsets ---------------------------------------------------------------------------------------------------------
@@ -200,22 +235,21 @@ def factorize(
 
     min Σ (r_ui − p_u·q_i)² + ridge (Σ |p_u|² + Σ |q_i|²).
     """
-    rated = residuals.copy()
-    rated.data = np.ones_like(rated.data)
     item = np.random.default_rng(seed).normal(size=(residuals.shape[1], num_factors))
-    items_first = residuals.T.tocsr(), rated.T.tocsr()
+    by_user, by_item = rows_by_length(residuals), rows_by_length(residuals.T.tocsr())
     for _ in range(sweeps):
-        user = _solve_factors(residuals, rated, item, ridge)
-        item = _solve_factors(*items_first, user, ridge)
+        user = _solve_factors(by_user, residuals.shape[0], item, ridge)
+        item = _solve_factors(by_item, residuals.shape[1], user, ridge)
     return item
 
 
-def _solve_factors(residuals, rated, factors: np.ndarray, ridge: float) -> np.ndarray:
-    """Returns the ridge solutions of all rows, given the factors of the columns."""
-    num_factors = factors.shape[1]
-    products = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)
-    gram = (rated @ products).reshape(-1, num_factors, num_factors) + ridge * np.eye(num_factors)
-    return np.linalg.solve(gram, (residuals @ factors)[..., None])[..., 0]
+def _solve_factors(groups: list[Rows], num: int, factors: np.ndarray, ridge: float) -> np.ndarray:
+    """Returns the ridge solutions of `num` rows, given the factors of the columns. Rows without entries have 0."""
+    size = factors.shape[1]
+    solutions = np.zeros((num, size))
+    for place, column, value in groups:
+        solutions[place] = fold_in(factors[column], value, ridge * np.eye(size), np.zeros(size))
+    return solutions
 
 
 def factor_scores(
@@ -223,7 +257,7 @@ def factor_scores(
 ) -> Linear:
     """Folds new users in: an offset and factors from the first ratings, in one ridge regression."""
     design = np.concatenate([np.ones((len(factors), 1)), factors], axis=1)
-    ridge = np.r_[offset_ridge, np.full(factors.shape[1], factor_ridge)]
+    ridge = np.diag(np.r_[offset_ridge, np.full(factors.shape[1], factor_ridge)])
     residual = new.rating - offsets.base[new.item]
     return Linear(offsets.base, fold_in(design[new.item], residual, ridge, center * np.eye(len(ridge))[0]), design)
 
@@ -241,31 +275,35 @@ class GibbsSample(NamedTuple):
 
 
 def gibbs(
-    train: Ratings, num_factors: int, *, sweeps: int = 60, burn_in: int = 25, seed: int = 0
+    residuals: scipy.sparse.csr_array, num_factors: int, *, sweeps: int = 60, burn_in: int = 25, seed: int = 0
 ) -> Iterator[GibbsSample]:
     """Samples the posterior of Bayesian probabilistic matrix factorization (Salakhutdinov & Mnih, ICML 2008).
 
-    r_ui − mean ~ N(p_u·q_i, 1/α), p_u ~ N(μ_p, Λ_p⁻¹), q_i ~ N(μ_q, Λ_q⁻¹), with Normal-Wishart priors of (μ, Λ), and
-    α ~ Gamma(2, rate 2). The means of the priors act as offsets.
+    r_ui − base_i ~ N(p_u·q_i, 1/α), p_u ~ N(μ_p, Λ_p⁻¹), q_i ~ N(μ_q, Λ_q⁻¹), with Normal-Wishart priors of (μ, Λ), and
+    α ~ Gamma(2, rate 2). The means of the priors act as offsets. `residuals` [V, I] are the ratings minus base.
     """
     rng = np.random.default_rng(seed)
-    shape = train.num_users, train.num_items
-    centered = train.rating - train.rating.mean()
-    by_user = scipy.sparse.csr_array((centered, (train.user, train.item)), shape)
-    rated = scipy.sparse.csr_array((np.ones(len(centered)), (train.user, train.item)), shape)
-    by_item, rated_by = by_user.T.tocsr(), rated.T.tocsr()
-    user, item = (0.3 * rng.normal(size=(size, num_factors)) for size in shape)
+    by_user, by_item = rows_by_length(residuals), rows_by_length(residuals.T.tocsr())
+    user, item = (0.3 * rng.normal(size=(size, num_factors)) for size in residuals.shape)
     item[:, 0] += 1.0  # the first factor begins as the offset of users
-    present = np.bincount(train.user, minlength=shape[0]) > 0  # users without ratings have no part in the prior
+    present = np.diff(residuals.indptr) > 0  # users without ratings have no part in the prior
     noise_precision = 0.5
     for sweep in range(sweeps):
         user_prior = sample_prior(rng, user[present])
-        user = _sample_factors(rng, by_user, rated, item, user_prior, noise_precision)
-        item = _sample_factors(rng, by_item, rated_by, user, sample_prior(rng, item), noise_precision)
-        errors = centered - (user[train.user] * item[train.item]).sum(1)
-        noise_precision = rng.gamma(2 + len(errors) / 2, 1 / (2 + (errors**2).sum() / 2))
+        user = sample_factors(rng, by_user, len(user), item, user_prior, noise_precision)
+        item = sample_factors(rng, by_item, len(item), user, sample_prior(rng, item), noise_precision)
+        squares = sum(
+            ((value - (item[column] @ user[place][..., None])[..., 0]) ** 2).sum() for place, column, value in by_user
+        )
+        noise_precision = rng.gamma(2 + residuals.nnz / 2, 1 / (2 + squares / 2))
         if sweep >= burn_in:
             yield GibbsSample(item, *user_prior, noise_precision)
+
+
+def gibbs_samples(train: Ratings, offsets: Offsets, num_factors: int, sweeps: int) -> list[GibbsSample]:
+    """Returns the samples of the second half of the sweeps; factors explain what the offsets of items do not."""
+    residuals = residual_matrix(train, offsets._replace(user=np.zeros_like(offsets.user)))
+    return list(gibbs(residuals, num_factors, sweeps=sweeps, burn_in=sweeps // 2))
 
 
 def sample_prior(rng: np.random.Generator, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -282,26 +320,26 @@ def sample_prior(rng: np.random.Generator, factors: np.ndarray) -> tuple[np.ndar
     return num * mean / (2 + num) + noise, precision
 
 
-def _sample_factors(rng, ratings, rated, factors: np.ndarray, prior, noise_precision: float) -> np.ndarray:
-    """Samples the factors of all rows, given those of the columns."""
+def sample_factors(rng, groups: list[Rows], num: int, factors: np.ndarray, prior, noise_precision: float):
+    """Samples the factors of `num` rows from their posterior, given those of the columns.
+
+    A draw p of the prior and a draw ε of the noise become a draw of the posterior, if the fold-in moves p to the
+    ratings plus ε (Matheron's rule).
+    """
     mean, precision = prior
-    size = factors.shape[1]
-    products = (factors[:, :, None] * factors[:, None]).reshape(len(factors), -1)
-    each_precision = precision + noise_precision * (rated @ products).reshape(-1, size, size)
-    moment = precision @ mean + noise_precision * (ratings @ factors)
-    upper = np.swapaxes(np.linalg.cholesky(each_precision), 1, 2)
-    noise = np.linalg.solve(upper, rng.normal(size=(*moment.shape, 1)))
-    return (np.linalg.solve(each_precision, moment[..., None]) + noise)[..., 0]
+    draws = mean + rng.normal(size=(num, len(mean))) @ np.linalg.inv(np.linalg.cholesky(precision))
+    for place, column, value in groups:
+        noisy = value + rng.normal(size=value.shape) / noise_precision**0.5
+        draws[place] = fold_in(factors[column], noisy, precision / noise_precision, draws[place])
+    return draws
 
 
-def gibbs_scores(samples: list[GibbsSample], mean: float, new: NewUsers) -> Linear:
+def gibbs_scores(samples: list[GibbsSample], base: np.ndarray, new: NewUsers) -> Linear:
     """Returns the mean prediction over samples; in each, a new user's factors are their posterior mean."""
-    weights = []
-    for item, user_mean, precision, noise_precision in samples:
-        design = item[new.item]
-        transposed = np.swapaxes(design, 1, 2)
-        gram = precision + noise_precision * transposed @ design
-        moment = precision @ user_mean + noise_precision * (transposed @ (new.rating - mean)[..., None])[..., 0]
-        weights.append(np.linalg.solve(gram, moment[..., None])[..., 0])
+    residual = new.rating - base[new.item]
+    weights = [
+        fold_in(item[new.item], residual, precision / noise_precision, user_mean)
+        for item, user_mean, precision, noise_precision in samples
+    ]
     design = np.concatenate([sample.item for sample in samples], axis=1) / len(samples)
-    return Linear(np.full(len(design), mean), np.concatenate(weights, axis=1), design)
+    return Linear(base, np.concatenate(weights, axis=1), design)

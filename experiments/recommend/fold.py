@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from experiments.recommend.scores import (
 G = "ridge, λ of each user by g"
 ONE = "ridge, one λ for all"
 POPULAR = "most rated in the last 30 days"
-POPULARITY_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+POPULARITY_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 PRIOR_WEIGHTS = (1e6, 20.0, 10.0, 5.0, 2.0)
 COVERAGE = 0.9
 
@@ -36,7 +37,7 @@ class Settings(NamedTuple):
     gibbs_sweeps: int = 60
     grids: tuning.Grids = tuning.Grids()
     ridge: per_user.Settings = per_user.Settings()
-    network: networks.Settings = networks.Settings()
+    network: Mapping[str, networks.Settings] = networks.DESIGNS
 
 
 SMOKE = Settings(
@@ -45,7 +46,9 @@ SMOKE = Settings(
     gibbs_sweeps=6,
     grids=tuning.SMALL,
     ridge=per_user.Settings(num_hidden=2, num_steps=20, num_users=8, num_later=8),
-    network=networks.Settings(width=4, num_inner=2, num_steps=4, num_users=4, num_later=8),
+    network=dict.fromkeys(
+        networks.NAMES, networks.Settings(width=4, num_inner=2, num_steps=4, num_users=4, num_later=8)
+    ),
 )
 
 
@@ -130,7 +133,7 @@ def run_learned(learning: Learning, ordinary: Ordinary, settings: Settings) -> d
         ridge = {name: learned.train_ridge(learning, settings.ridge, seed, one=name == ONE) for name in (G, ONE)}
         by_name = {name: [predict(users)[1] for users in groups] for name, predict in ridge.items()}
         for name in networks.NAMES:
-            predict = learned.train_network(learning, name, settings.network, seed)
+            predict = learned.train_network(learning, name, settings.network[name], seed)
             by_name[name] = [predict(users) for users in (groups if seed == 0 else groups[:1])]
         for name, matrices in by_name.items():
             rmse.setdefault(name, []).append(error(matrices[0]))

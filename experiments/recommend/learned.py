@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.recommend import networks, per_user, stages
-from experiments.recommend.ordinary import Ordinary
+from experiments.recommend.ordinary import Ordinary, Stage
 from experiments.recommend.ratings import NUM_PARTS, Data, NewUsers, Split
 
 HELD_ROWS = 128  # later ratings of a held-out user, for the choice of the best step
@@ -21,7 +21,7 @@ class Learning(NamedTuple):
     split: Split
     k: int
     tables: stages.Tables
-    offset: np.ndarray  # [users], tuned offsets of all users from their first ratings, by their stage
+    fitted: list[Stage]
     scaling: stages.Scaling
     names: tuple[str, ...]  # of features
 
@@ -33,44 +33,48 @@ class Learning(NamedTuple):
         new, stage = self.data.first[self.k].of(positions), self.split.stage[positions]
         return new, stage, self.features(new, stage)
 
+    def offset(self, new: NewUsers, stage: np.ndarray) -> np.ndarray:
+        """Returns [U], the users' tuned offsets from their k ratings, by their stages."""
+        values = np.empty(len(stage), np.float32)
+        for number in np.unique(stage):
+            values[stage == number] = self.fitted[number].user_offset(self.k, new.of(stage == number))
+        return values
+
     def first_errors(self, positions: np.ndarray) -> np.ndarray:
         """Returns [U, k], residuals of the first ratings from the tuned offsets."""
         new, stage = self.data.first[self.k].of(positions), self.split.stage[positions]
-        return new.rating - self.tables.base[stage[:, None], new.item] - self.offset[positions][:, None]
+        return new.rating - self.tables.base[stage[:, None], new.item] - self.offset(new, stage)[:, None]
 
     def offset_errors(self, positions: np.ndarray) -> np.ndarray:
         """Returns [U, Q], residuals of the later ratings from the tuned offsets."""
         new, stage, ratings = self.data.first[self.k].of(positions), self.split.stage[positions], self.data.ratings
-        prediction = self.tables.base[stage[:, None], new.later_item] + self.offset[positions][:, None]
+        prediction = self.tables.base[stage[:, None], new.later_item] + self.offset(new, stage)[:, None]
         return new.later_rating - np.clip(prediction, ratings.low, ratings.high)
 
     def offset_matrix(self, positions: np.ndarray) -> np.ndarray:
         """Returns [U, I], predictions of the tuned offsets."""
-        return self.tables.base[self.split.stage[positions]] + self.offset[positions][:, None]
+        new, stage = self.data.first[self.k].of(positions), self.split.stage[positions]
+        return self.tables.base[stage] + self.offset(new, stage)[:, None]
 
     def held(self, seed: int) -> np.ndarray:
         """Returns the positions of the training users that a seed holds out."""
         return self.split.parts[seed % NUM_PARTS]
 
     def draw(self, key: jax.Array, seed: int, order: str, num_users: int, num_later: int):
-        """Returns training users that are not held out, with some of their later ratings; stages, positions."""
+        """Returns training users that are not held out, with some of their later ratings, and their stages."""
         rng = stages.rng_of(key)
         pool = np.delete(self.split.parts, seed % NUM_PARTS, axis=0).ravel()
         chosen = rng.choice(pool, min(num_users, len(pool)), replace=False)
         drawn = self.data.window[self.k](key, chosen) if order == "window" else self.data.first[self.k].of(chosen)
-        return drawn.later_rows(rng, num_later), self.split.stage[chosen], chosen
+        return drawn.later_rows(rng, num_later), self.split.stage[chosen]
 
 
 def make_learning(data: Data, split: Split, ordinary: Ordinary, k: int) -> Learning:
     fitted, first = ordinary.stages, data.first[k]
     tables = stages.make_tables(data.ratings, [s.offsets[ordinary.base] for s in fitted], [s.factors for s in fitted])
-    offset = np.empty(len(data.users), np.float32)
-    for number, stage in enumerate(fitted):
-        users = split.stage == number
-        offset[users] = stage.user_offset(k, first.of(users))
     trained = split.parts.ravel()
     features, names = stages.describe(first.of(trained), split.stage[trained], tables, data.ratings)
-    return Learning(data, split, k, tables, offset, stages.fit_scaling(features), names)
+    return Learning(data, split, k, tables, fitted, stages.fit_scaling(features), names)
 
 
 @functools.cache
@@ -90,7 +94,7 @@ def train_ridge(learning: Learning, settings: per_user.Settings, seed: int, *, o
     method = ridge_method(settings, tuple(sizes.items()), num_features, ratings.low, ratings.high)
 
     def draw(key):
-        new, stage, _ = learning.draw(key, seed, settings.order, settings.num_users, settings.num_later)
+        new, stage = learning.draw(key, seed, settings.order, settings.num_users, settings.num_later)
         return stages.ridge_tasks(new, stage, tables, learning.features(new, stage))
 
     new, stage, features = learning.first(learning.held(seed))
@@ -111,24 +115,23 @@ def train_network(learning: Learning, name: str, settings: networks.Settings, se
     """Returns a function: positions of users -> predictions [U, I]."""
     tables, method = learning.tables, network_method(name, settings)
 
-    def task(new, stage, positions):
+    def task(new, stage):
         features = learning.features(new, stage)
-        return stages.network_tasks(new, stage, tables, features, learning.offset[positions])
+        return stages.network_tasks(new, stage, tables, features, learning.offset(new, stage))
 
     def draw(key):
         return task(*learning.draw(key, seed, settings.order, settings.num_users, settings.num_later))
 
-    positions = learning.held(seed)
-    new, stage, _ = learning.first(positions)
-    held = task(new.later_rows(np.random.default_rng(0), HELD_ROWS), stage, positions)
+    new, stage, _ = learning.first(learning.held(seed))
+    held = task(new.later_rows(np.random.default_rng(0), HELD_ROWS), stage)
     hyperparams = networks.train(method, settings, draw, held, seed)
 
     def predict(positions):
         new, stage, features = learning.first(positions)
-        first = task(new.later_rows(np.random.default_rng(0), 1), stage, positions).train
+        first = task(new.later_rows(np.random.default_rng(0), 1), stage).train
         inputs = jnp.asarray(tables.inputs)
         correction = np.asarray(method.predict(hyperparams, first, inputs, jnp.asarray(stage), features))
-        return tables.base[stage] + learning.offset[positions][:, None] + correction
+        return learning.offset_matrix(positions) + correction
 
     return predict
 

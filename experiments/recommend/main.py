@@ -59,7 +59,22 @@ def describe(data: Data, parts: list[dict[str, np.ndarray]], settings: Settings)
         "kNN (shrinkage, ridge)",
         "Gibbs: factors",
     ]
-    return text + script.table(header, rows)
+    return f"{text}{script.table(header, rows)}\n\n{_profiles(parts)}"
+
+
+def _profiles(parts: list[dict[str, np.ndarray]]) -> str:
+    """Returns a table of the errors of training users along each grid of the baselines."""
+    folds = [json.loads(str(part["choices"]))["profiles"] for part in parts]
+    rows = []
+    for name in folds[0]:
+        values = sorted({value for fold in folds for value in fold[name]}, key=float)
+        means = {value: np.mean([fold[name][value] for fold in folds if value in fold[name]]) for value in values}
+        rows.append([name, ", ".join(f"{float(value):g}: {1000 * mean:.1f}" for value, mean in means.items())])
+    text = (
+        "How flat the choice is: for each value of a grid, the least error of training users with this value minus the "
+        "least error of all, in thousandths of a rating, mean over the folds that tried the value:\n\n"
+    )
+    return text + script.table(["hyperparameter", "value: error above the least one, in 0.001"], rows)
 
 
 def _short(choice) -> str:
@@ -69,21 +84,26 @@ def _short(choice) -> str:
 def main() -> None:
     parser = script.parser(recommend.__doc__, num_seeds=2)
     parser.add_argument(
-        "--movielens", type=Path, help="ratings.csv or u.data, or the folder of it, instead of MovieTweetings"
+        "--movielens",
+        type=Path,
+        help="ratings.csv, ratings.dat or u.data, or the folder of it, instead of MovieTweetings",
     )
-    parser.add_argument("--choose", action="store_true", help="compare designs on training users of fold 0")
+    parser.add_argument("--choose", choices=choose.DESIGNS, help="compare designs on training users of fold 0")
     parser.add_argument("--work", type=Path, default=Path("recommend_runs"), help="folder of finished folds")
     options = parser.parse_args()
     settings = SMOKE if options.smoke else Settings(num_seeds=options.seeds)
     data = make_data(load(options), settings.first)
     if options.choose:
-        choose.run(data, settings)
+        choose.run(data, settings, options.choose)
         return
     name = "recommend" if options.movielens is None else "recommend_movielens"
     work = None if options.smoke else script.work_folder(options.work, Path(__file__).parent) / name
     numbers = range(1 if options.smoke else NUM_FOLDS)
     label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}"
-    parts = [script.kept(work, label(fold), lambda fold=fold: run_fold(data, fold, settings)) for fold in numbers]
+    scores_of = lambda fold, wait: script.kept(work, label(fold), lambda: run_fold(data, fold, settings), wait=wait)
+    for fold in numbers:
+        scores_of(fold, False)  # not the folds of another process
+    parts = [scores_of(fold, True) for fold in numbers]
     aims = report.AIMS if data.ratings.name == "MovieTweetings" and not options.smoke else {}
     scores = report.join_folds(parts)
     unseen = np.arange(len(parts[0]["users"])) if len(parts) == 1 else folds(len(data.users))[0]

@@ -76,12 +76,13 @@ class Stage:
 
     def gibbs_matrices(self, new_users: dict[int, NewUsers], choice: dict[int, int], sweeps: int) -> dict:
         """Returns the predictions of Bayesian factorization for each k."""
+        offsets = self.offsets[self.base]
         samples = {
-            num: list(baselines.gibbs(self.train, num, sweeps=sweeps, burn_in=sweeps // 2))
-            for num in sorted(set(choice.values()))
+            num: baselines.gibbs_samples(self.train, offsets, num, sweeps) for num in sorted(set(choice.values()))
         }
-        mean = self.train.rating.mean()
-        return {k: baselines.gibbs_scores(samples[choice[k]], mean, new).matrix() for k, new in new_users.items()}
+        return {
+            k: baselines.gibbs_scores(samples[choice[k]], offsets.base, new).matrix() for k, new in new_users.items()
+        }
 
     def user_offset(self, k: int, new: NewUsers) -> np.ndarray:
         """Returns [U], the new users' tuned offsets that belong to `base`."""
@@ -119,24 +120,26 @@ def fit_ordinary(data: Data, split: Split, grids: tuning.Grids, gibbs_sweeps: in
     parts = [tuning.Part(whole.without(users[part]), new_of(part)) for part in split.parts]
     choices = {name: tuning.choose_offsets(parts, grids, name == CONTENT) for name in (TUNED, CONTENT)}
     base = min(choices, key=lambda name: choices[name].error)
-    offsets = baselines.fit_offsets(parts[0].train, **choices[base].item)
-    factor_choice = tuning.choose_factors(parts[0], offsets, choices[base].user, grids)
-    neighbour_choice = tuning.choose_neighbours(parts[0], offsets, choices[base].user, grids)
-    gibbs_choice, gibbs_part = tuning.choose_gibbs(parts[0], grids, gibbs_sweeps)
+    offsets = [baselines.fit_offsets(part.train, **choices[base].item) for part in parts]
+    factor_choice, of_factors = tuning.choose_factors(parts, offsets, choices[base].user, grids)
+    neighbour_choice, of_neighbours = tuning.choose_neighbours(parts, offsets, choices[base].user, grids)
+    gibbs_choice, of_gibbs = tuning.choose_gibbs(parts, offsets, grids, gibbs_sweeps // 3)
     fitted = [Stage(train, choices, factor_choice, base) for train in [*(part.train for part in parts), whole]]
     test = new_of(split.test)
-    near = {
-        stage: fitted[stage].neighbour_matrices(new, neighbour_choice) for stage, new in ((0, parts[0].new), (-1, test))
-    }
-    gibbs_test = fitted[-1].gibbs_matrices(test, gibbs_choice, gibbs_sweeps)
-    by_k = lambda stage, new, gibbs: {
-        k: {
-            **_narrow(simple_matrices(fitted[stage].train, new[k])),
-            **_narrow(fitted[stage].matrices(k, new[k])),
-            **_narrow({NEIGHBOURS: near[stage][k], BAYESIAN: gibbs[k]}),
+
+    def by_k(stage, new):
+        near = stage.neighbour_matrices(new, neighbour_choice)
+        gibbs = stage.gibbs_matrices(new, gibbs_choice, gibbs_sweeps)
+        return {
+            k: {
+                **_narrow(simple_matrices(stage.train, new[k])),
+                **_narrow(stage.matrices(k, new[k])),
+                **_narrow({NEIGHBOURS: near[k], BAYESIAN: gibbs[k]}),
+            }
+            for k in new
         }
-        for k in new
-    }
+
     chosen = {name: {**choice.item, "new users": choice.user} for name, choice in choices.items()}
     chosen |= {"base": base, "factorization": factor_choice._asdict(), "kNN": neighbour_choice, "Gibbs": gibbs_choice}
-    return Ordinary(fitted, base, by_k(-1, test, gibbs_test), by_k(0, parts[0].new, gibbs_part), chosen)
+    chosen["profiles"] = of_factors | of_neighbours | of_gibbs
+    return Ordinary(fitted, base, by_k(fitted[-1], test), by_k(fitted[0], parts[0].new), chosen)

@@ -87,22 +87,22 @@ def from_movietweetings(path: Path) -> Ratings:
 
 
 def from_movielens(path: Path) -> Ratings:
-    """Reads MovieLens: `ratings.csv` with `movies.csv` next to it, or `u.data` with `u.item`. Or their folder.
+    """Reads a file of ratings of MovieLens, and the file of films next to it. Or their folder.
 
-    Without the file of the films, years and genres are not known.
+    The releases have `ratings.csv` and `movies.csv` (20M and later), `ratings.dat` and `movies.dat` (1M, 10M), or
+    `u.data` and `u.item` (100K). Without the file of films, years and genres are not known.
 
     Raises:
       FileNotFoundError: if the file of ratings does not exist.
     """
     if path.is_dir():
-        path = next(
-            (path / name for name in ("ratings.csv", "u.data") if (path / name).is_file()), path / "ratings.csv"
-        )
-    is_csv = path.suffix == ".csv"
-    columns = np.loadtxt(path, delimiter="," if is_csv else "\t", skiprows=1 if is_csv else 0, ndmin=2).T
-    user, film, rating, seconds = columns
+        path = next((path / name for name in _FILMS if (path / name).is_file()), path / "ratings.csv")
+    with open(path, encoding="latin-1") as file:
+        lines = (line.replace("::", ",").replace("\t", ",") for line in file)
+        user, film, rating, seconds = np.loadtxt(lines, delimiter=",", skiprows=int(path.suffix == ".csv"), ndmin=2).T
     films, item = np.unique(film.astype(int), return_inverse=True)
-    facts = _films_of_csv(path.parent / "movies.csv") if is_csv else _films_of_u_item(path.parent / "u.item")
+    films_file, read_films = _FILMS.get(path.name, _FILMS["ratings.csv"])
+    facts = read_films(path.with_name(films_file)) if path.with_name(films_file).is_file() else {}
     names = sorted({genre for _, genres in facts.values() for genre in genres})
     year = [facts.get(film, (np.nan, ()))[0] for film in films.tolist()]
     genres = np.array([[name in facts.get(film, (0, ()))[1] for name in names] for film in films.tolist()])
@@ -110,28 +110,40 @@ def from_movielens(path: Path) -> Ratings:
     return _ratings(user, item, rating, seconds, year, genres, names, rating.min(), rating.max(), "MovieLens")
 
 
-def _year(text: str) -> float:
-    years = re.findall(r"\b(?:18|19|20)\d\d\b", text)
-    return float(years[-1]) if years else np.nan
+def _year(title: str) -> float:
+    """Returns the year in the parentheses at the end of a title."""
+    year = re.search(r"(\d{4})\)\s*$", title)
+    return float(year[1]) if year else np.nan
+
+
+def _genres(text: str) -> tuple[str, ...]:
+    return tuple(genre for genre in text.split("|") if genre and not genre.startswith("("))
 
 
 def _films_of_csv(path: Path) -> dict[int, tuple[float, tuple[str, ...]]]:
     """Returns film -> year and genres."""
-    if not path.is_file():
-        return {}
     with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    genres = lambda text: tuple(genre for genre in text.split("|") if genre and not genre.startswith("("))
-    return {int(row["movieId"]): (_year(row["title"]), genres(row["genres"])) for row in rows}
+        return {int(row["movieId"]): (_year(row["title"]), _genres(row["genres"])) for row in csv.DictReader(file)}
+
+
+def _films_of_dat(path: Path) -> dict[int, tuple[float, tuple[str, ...]]]:
+    """Returns film -> year and genres."""
+    rows = [line.split("::") for line in path.read_text(encoding="latin-1").splitlines() if line]
+    return {int(film): (_year(title), _genres(genres)) for film, title, genres in rows}
 
 
 def _films_of_u_item(path: Path) -> dict[int, tuple[float, tuple[str, ...]]]:
     """Returns film -> year and genres, which are numbered in the file."""
-    if not path.is_file():
-        return {}
     rows = [line.split("|") for line in path.read_text(encoding="latin-1").splitlines() if line]
-    genres = lambda flags: tuple(f"genre {i}" for i, flag in enumerate(flags) if flag == "1")
-    return {int(row[0]): (_year(row[2]), genres(row[5:])) for row in rows}
+    genres = lambda flags: tuple(f"genre {i:02}" for i, flag in enumerate(flags) if flag == "1")
+    return {int(row[0]): (_year(row[1]), genres(row[5:])) for row in rows}
+
+
+_FILMS = {
+    "ratings.csv": ("movies.csv", _films_of_csv),
+    "ratings.dat": ("movies.dat", _films_of_dat),
+    "u.data": ("u.item", _films_of_u_item),
+}
 
 
 def synthetic(seed: int = 0, num_users: int = 160, num_items: int = 60) -> Ratings:

@@ -1,5 +1,6 @@
 """Choice of the baselines' hyperparameters, on training users that are held out as new users."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -11,20 +12,24 @@ from experiments.recommend.baselines import Offsets
 from experiments.recommend.ratings import NewUsers, Ratings
 from experiments.recommend.scores import user_rmse
 
+MULTIPLES = (1.0, 1.5, 2.0)  # the ridge of a new user's offset in the factorization, in units of that of the offsets
+
+TUNING_SWEEPS = 6  # of alternating least squares
+
 
 class Grids(NamedTuple):
     """The values that the choice is made of."""
 
-    item_ridges: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
-    sweeps: tuple[int, ...] = (1, 3, 8)
+    item_ridges: tuple[float, ...] = (2.0, 4.0, 7.0)
+    sweeps: tuple[int, ...] = (3, 8, 20)
     offset_ridges: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
     centers: tuple[float, ...] = (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0)
-    shrinks: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
-    neighbour_ridges: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    num_factors: tuple[int, ...] = (2, 4, 8)
-    ridges: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0)
-    factor_ridges: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
-    gibbs_factors: tuple[int, ...] = (4, 8, 12)
+    shrinks: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    neighbour_ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    num_factors: tuple[int, ...] = (4, 8, 16)
+    ridges: tuple[float, ...] = (10.0, 20.0, 40.0, 80.0, 160.0)
+    factor_ridges: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    gibbs_factors: tuple[int, ...] = (2, 4, 8, 16)
 
 
 SMALL = Grids(
@@ -110,20 +115,38 @@ def neighbour_predictions(
     return base + offset[:, None] + baselines.neighbour_correction(similar, residual, *option)
 
 
-def choose_neighbours(part: Part, offsets: Offsets, user: dict, grids: Grids) -> dict[int, tuple[float, float]]:
-    """Chooses for each k the shrinkage of similarities and the ridge of the mean."""
-    neighbours = baselines.fit_neighbours(baselines.residual_matrix(part.train, offsets))
-    choice = {}
-    for k, new in part.new.items():
-        similar = baselines.similar_items(neighbours, new).to_items(new.later_item)
+def profiles(names: Iterable[str], options: list[tuple], errors: np.ndarray) -> dict[str, dict[float, float]]:
+    """Returns hyperparameter -> value -> the least error of the options with this value, minus the least of all."""
+    return {
+        name: {
+            value: float(
+                min(e for option, e in zip(options, errors, strict=True) if option[place] == value) - min(errors)
+            )
+            for value in sorted({option[place] for option in options})
+        }
+        for place, name in enumerate(names)
+    }
 
-        def error(option, k=k, new=new, similar=similar):
-            base = offsets.base[new.later_item]
-            prediction = neighbour_predictions(similar, base, offsets, new, user[k], option)
-            return entry_error(prediction, new, part.train)
 
-        choice[k] = best(itertools.product(grids.shrinks, grids.neighbour_ridges), error)
-    return choice
+def choose_neighbours(parts: list[Part], offsets: list[Offsets], user: dict, grids: Grids) -> tuple[dict, dict]:
+    """Chooses for each k the shrinkage of similarities and the ridge of the mean; `offsets` are those of each part.
+
+    Returns:
+      k -> (shrinkage, ridge), and the profiles of the error.
+    """
+    options = list(itertools.product(grids.shrinks, grids.neighbour_ridges))
+    total = {k: np.zeros(len(options)) for k in parts[0].new}
+    for part, own in zip(parts, offsets, strict=True):
+        neighbours = baselines.fit_neighbours(baselines.residual_matrix(part.train, own))
+        for k, new in part.new.items():
+            similar = baselines.similar_items(neighbours, new).to_items(new.later_item)
+            predict = functools.partial(neighbour_predictions, similar, own.base[new.later_item], own, new, user[k])
+            total[k] += [entry_error(predict(option), new, part.train) for option in options]
+    shown = {}
+    for k, errors in total.items():
+        names = f"kNN, k = {k}: shrinkage", f"kNN, k = {k}: ridge"
+        shown |= profiles(names, options, errors / len(parts))
+    return {k: options[int(np.argmin(errors))] for k, errors in total.items()}, shown
 
 
 class FactorChoice(NamedTuple):
@@ -134,33 +157,50 @@ class FactorChoice(NamedTuple):
     user: dict[int, tuple[float, float, float]]
 
 
-def choose_factors(part: Part, offsets: Offsets, user: dict, grids: Grids) -> FactorChoice:
-    """Chooses number of factors and ridge by the mean over k, and for each k the ridges of the fold-in."""
-    residuals = baselines.residual_matrix(part.train, offsets)
-    choices = []
-    for num_factors, ridge in itertools.product(grids.num_factors, grids.ridges):
-        factors = baselines.factorize(residuals, num_factors, ridge)
-        chosen, total = {}, 0.0
-        for k, new in part.new.items():
-            offset_ridge, center = user[k]
-            options = itertools.product((offset_ridge, 1.5 * offset_ridge), grids.factor_ridges, (center,))
-            error = lambda o, factors=factors, new=new: mean_error(
-                baselines.factor_scores(offsets, factors, new, *o).matrix(), new, part.train
-            )
-            chosen[k] = best(options, error)
-            total += error(chosen[k])
-        choices.append((total, FactorChoice(num_factors, ridge, chosen)))
-    return min(choices, key=lambda choice: choice[0])[1]
+def choose_factors(parts: list[Part], offsets: list[Offsets], user: dict, grids: Grids) -> tuple[FactorChoice, dict]:
+    """Chooses number of factors and ridge by the mean over k, and for each k the ridges of the fold-in.
+
+    Returns:
+      The choice, and the profiles of the error.
+    """
+    residuals = [baselines.residual_matrix(part.train, own) for part, own in zip(parts, offsets, strict=True)]
+    grid = list(itertools.product(MULTIPLES, grids.factor_ridges))
+    options = {
+        k: [(multiple * ridge, factor_ridge, center) for multiple, factor_ridge in grid]
+        for k, (ridge, center) in user.items()
+    }
+    pairs, totals = list(itertools.product(grids.num_factors, grids.ridges)), []
+    for num_factors, ridge in pairs:
+        total = {k: np.zeros(len(own)) for k, own in options.items()}
+        for part, own, residual in zip(parts, offsets, residuals, strict=True):
+            factors = baselines.factorize(residual, num_factors, ridge, sweeps=TUNING_SWEEPS)
+            for k, new in part.new.items():
+                scores = (baselines.factor_scores(own, factors, new, *option) for option in options[k])
+                total[k] += [entry_error(linear.of_items(new.later_item), new, part.train) for linear in scores]
+        totals.append({k: errors / len(parts) for k, errors in total.items()})
+    errors = np.array([np.mean([own.min() for own in total.values()]) for total in totals])
+    least = int(np.argmin(errors))
+    shown = profiles(("factorization: factors", "factorization: ridge"), pairs, errors)
+    for k, own in totals[least].items():
+        names = "multiple of the offset's ridge", "ridge of a new user's factors"
+        shown |= profiles((f"factorization, k = {k}: {name}" for name in names), grid, own)
+    chosen = {k: options[k][int(np.argmin(own))] for k, own in totals[least].items()}
+    return FactorChoice(*pairs[least], chosen), shown
 
 
-def choose_gibbs(part: Part, grids: Grids, sweeps: int) -> tuple[dict[int, int], dict[int, np.ndarray]]:
-    """Chooses the number of factors for each k. Also returns the predictions [U, I] of the part with these numbers."""
-    choice, matrices, least = {}, {}, {}
-    for num_factors in grids.gibbs_factors:
-        samples = list(baselines.gibbs(part.train, num_factors, sweeps=sweeps, burn_in=sweeps // 2))
-        for k, new in part.new.items():
-            matrix = baselines.gibbs_scores(samples, part.train.rating.mean(), new).matrix()
-            error = mean_error(matrix, new, part.train)
-            if error < least.get(k, np.inf):
-                least[k], choice[k], matrices[k] = error, num_factors, matrix
-    return choice, matrices
+def choose_gibbs(parts: list[Part], offsets: list[Offsets], grids: Grids, sweeps: int) -> tuple[dict, dict]:
+    """Chooses the number of factors for each k.
+
+    Returns:
+      k -> number, and the profiles of the error.
+    """
+    total = {k: np.zeros(len(grids.gibbs_factors)) for k in parts[0].new}
+    for part, own in zip(parts, offsets, strict=True):
+        for place, num_factors in enumerate(grids.gibbs_factors):
+            samples = baselines.gibbs_samples(part.train, own, num_factors, sweeps)
+            for k, new in part.new.items():
+                total[k][place] += mean_error(baselines.gibbs_scores(samples, own.base, new).matrix(), new, part.train)
+    options, shown = [(num_factors,) for num_factors in grids.gibbs_factors], {}
+    for k, errors in total.items():
+        shown |= profiles((f"Gibbs, k = {k}: factors",), options, errors / len(parts))
+    return {k: grids.gibbs_factors[int(np.argmin(errors))] for k, errors in total.items()}, shown

@@ -8,14 +8,15 @@ Compared on three families of environments:
 
 * the same run with the bad values, and with the reference values and the bad rate;
 * other bad values (`actor_critic.OTHER_START`, with a rate that is too large), fixed and tuned, and tuning without the
-  divergence in the outer loss;
+  divergence in the outer loss; `bad_values.py` has the controls;
 * the best of 25 points (five rates, five horizons, the others as in the reference), chosen on other seeds;
 * random search, TPE and PBT with 8 trials: with as many steps of the environments as the one run in total, so that each
   trial has an eighth, and with as many steps for each trial.
 
 The score is the mean return of the episodes that end in the last tenth of the steps, on a scale on which 1 is an upper
-bound of the return. A search chooses its trial by the tenth before. Intervals are stratified bootstrap intervals of
-the interquartile mean over seeds. The outer rate and the outer loss were chosen on other seeds (`--develop`).
+bound of the return. A run without a finite return has score 0. A search chooses its trial by the tenth before.
+Intervals are stratified bootstrap intervals of the interquartile mean over seeds. The outer rate and the outer loss
+were chosen on other seeds (`--develop`). `--families Acrobot` is a fourth family, which no choice saw.
 
     python experiments/rl/meta_gradients.py --full     # 8 minutes; writes results/rl_meta_gradients.md and .png
     python experiments/rl/meta_gradients.py            # five seeds
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import script
-from experiments.rl import actor_critic, scores, searches
+from experiments.rl import actor_critic, environments, scores, searches
 from experiments.rl.actor_critic import FAMILIES, OTHER_START, OUTER, REFERENCE, SPACE, START, Family, Sizes
 from metaopt import base, hypergrad
 from metaopt.training import report_progress
@@ -83,12 +84,12 @@ def make_programs(name: str, settings: Settings) -> Programs:
     return Programs(family, problem, trainer, searches.tuned(estimator, num_estimates, settings.chunk // 2))
 
 
-def tune_all(programs: Programs, keys: jax.Array, settings: Settings, start=START, outer=OUTER):
-    """Returns curves and paths of one run for each key."""
+def tune_all(programs: Programs, keys: jax.Array, settings: Settings, start=START, outer=OUTER, names=tuple(SPACE)):
+    """Returns curves and paths of one run for each key, in which the hyperparameters `names` are tuned."""
     num = len(keys)
     z = searches.coordinates([start] * num)
     tasks = searches.repeated(actor_critic.make_task(programs.family, outer), num)
-    return programs.tune(keys, z, jnp.full(num, settings.outer_rate), tasks)
+    return programs.tune(keys, z, searches.outer_rates([settings.outer_rate] * num, names), tasks)
 
 
 def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -> dict[str, dict[str, np.ndarray]]:
@@ -108,8 +109,8 @@ def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -
         point = {"rate": np.array(best["rate"]), "horizon": np.array(best["horizon"])}
         return {**fixed(best), **point, "means": family.score(means)}
 
-    def tuned(start=START, outer=OUTER):
-        curves, paths = tune_all(programs, keys, settings, start, outer)
+    def tuned(start=START, **options):
+        curves, paths = tune_all(programs, keys, settings, start, **options)
         paths = {f"path {key}": path for key, path in paths.items()}
         return {"score": family.score(searches.final(curves)), "curves": curves, **paths}
 
@@ -187,6 +188,16 @@ def score_table(results: dict[str, dict], settings: Settings) -> str:
     return script.table(["method", "million steps", *results, "all families"], rows)
 
 
+def failures(results: dict[str, dict]) -> str:
+    """Returns a sentence on the runs without a finite score."""
+    numbers = {}
+    for name, family in results.items():
+        for method, arrays in family.items():
+            if num := int((~np.isfinite(arrays["score"])).sum()):
+                numbers.setdefault(method, []).append(f"{name} {num}")
+    return f"Runs without a finite score, which count as 0: {script.listed(numbers)}."
+
+
 def differences(results: dict[str, dict]) -> str:
     """Returns interquartile means of meta-gradients minus those of the best of the grid; seeds are resampled."""
     rng, parts = np.random.default_rng(0), []
@@ -222,14 +233,15 @@ def report(
     growth_text = "; ".join(f"{name} {value:+.3f}" for name, value in growths.items())
     outer_text = ", ".join(f"{key} {value:g}" for key, value in OUTER.items())
     grids = "; ".join(
-        f"{name} from {np.nanmin(family['best of the grid']['means']):.3f} to "
-        f"{np.nanmax(family['best of the grid']['means']):.3f}"
+        f"{name} from {scores.counted(family['best of the grid']['means']).min():.3f} to "
+        f"{scores.counted(family['best of the grid']['means']).max():.3f}"
         for name, family in results.items()
     )
     return (
         "Interquartile mean of the score over seeds, with a 95 % stratified bootstrap interval. Million steps: of the "
-        f"environments, for one result.\n\n{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores "
-        f"of the points of the grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
+        f"environments, for one result. {failures(results)}\n\n"
+        f"{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores of the points of the "
+        f"grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
         f"{hyperparameter_table(results)}\n\n{speed}\n\nMean log growth of a perturbation of θ per update "
         f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
@@ -246,12 +258,13 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(results), figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(2, len(results), figsize=(1 + 3.3 * len(results), 6), layout="constrained")
     for column, (name, family) in enumerate(results.items()):
         for color, method in enumerate(("bad values", "reference, bad rate", "meta-gradients", "best of the grid")):
             curves, edges = family[method]["curves"], np.linspace(0, 1, 21)
             values = np.stack([searches.mean_returns(curves, a, b) for a, b in zip(edges, edges[1:], strict=False)], 1)
             middle = scores.interquartile_mean(FAMILIES[name].score(values).T)
+            middle = np.where(np.isfinite(values).any(0), middle, np.nan)  # no episode has ended
             axes[0, column].plot(edges[1:] * settings.env_steps / 1e3, middle, color=f"C{color}", label=method)
         level = scores.interquartile_mean(family[f"TPE, {settings.num_trials} times the steps"]["score"])
         axes[0, column].axhline(level, color="gray", ls=":", label=f"TPE, {settings.num_trials} times the steps")
@@ -276,7 +289,7 @@ def develop(settings: Settings, names: tuple[str, ...]) -> str:
     choices = [(rate, {**OUTER, "kl": weight}) for weight in (0.0, 1.0) for rate in OUTER_RATES]
     keys = jnp.tile(searches.run_keys(seeds), len(choices))
     z = searches.coordinates([START] * len(keys))
-    outer_rates = jnp.repeat(jnp.array([rate for rate, _ in choices]), len(seeds))
+    outer_rates = searches.outer_rates(np.repeat([rate for rate, _ in choices], len(seeds)))
     for name in names:
         programs = make_programs(name, settings)
         tasks = [actor_critic.make_task(programs.family, reference) for _, reference in choices for _ in seeds]
@@ -284,7 +297,7 @@ def develop(settings: Settings, names: tuple[str, ...]) -> str:
         score = programs.family.score(searches.final(curves)).reshape(len(choices), -1)
         ends = [np.median(path[:, -1].reshape(len(choices), -1), 1) for path in paths.values()]
         for i, (rate, reference) in enumerate(choices):
-            row = [name, f"{reference['kl']:g}", str(rate), script.spread(score[i])]
+            row = [name, f"{reference['kl']:g}", str(rate), script.spread(scores.counted(score[i]))]
             rows.append([*row, *(f"{end[i]:.2g}" for end in ends)])
             print(rows[-1], flush=True)
     return script.table(["family", "weight of the divergence", "outer rate", "score", *SPACE], rows)
@@ -301,7 +314,8 @@ def main() -> None:
     if args.develop:
         print(develop(settings, args.families or FAMILY_NAMES))
         return
-    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__).parent)
+    files = [Path(module.__file__) for module in (actor_critic, environments, scores, searches)]
+    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__), *files)
     seconds = []
 
     def keep(part, make):

@@ -37,6 +37,12 @@ def coordinates(values: Sequence[dict[str, float]]) -> Any:
     return jax.vmap(lambda hp: spaces.to_unconstrained(SPACE, hp))(stacked)
 
 
+def outer_rates(values: Sequence[float], tuned: Sequence[str] = tuple(SPACE)) -> Any:
+    """Returns rates with the structure of z and a leading axis: each value for the tuned names, and 0 for others."""
+    values = jnp.asarray(values, float)
+    return spaces.Unconstrained({name: values * (name in tuned) for name in SPACE})
+
+
 def run_keys(seeds: Sequence[int], repeats: int = 1) -> jax.Array:
     """Returns one key per seed and repetition, [len(seeds) * repeats]."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
@@ -179,12 +185,13 @@ def _ratio(ended: np.ndarray, total: np.ndarray) -> np.ndarray:
 def tuned(estimator: base.Estimator, num_estimates: int, chunk: int) -> Callable:
     """Returns `(keys [R], z [R], outer_rates [R], tasks [R]) -> (curves [R, num_estimates, 2], paths)`.
 
-    The hyperparameters are tuned by Adam during one training run; their paths are {name: [R, num_estimates]}. With
-    several particles, a curve is their sum.
+    The hyperparameters are tuned by Adam during one training run; their paths are {name: [R, num_estimates]}. Outer
+    rates have the structure of z; a hyperparameter with rate 0 is fixed. With several particles, a curve is their sum.
     """
 
-    def run(key, z, outer_rate, task):
-        learner = training.learner(estimator, optax.adam(outer_rate))
+    def run(key, z, outer_rates, task):
+        scaled = lambda updates, _: jax.tree.map(lambda update, rate: -rate * update, updates, outer_rates)
+        learner = training.learner(estimator, optax.chain(optax.scale_by_adam(), optax.stateless(scaled)))
 
         def step(state, _):
             state, _ = learner.step(state)

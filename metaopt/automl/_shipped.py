@@ -2,6 +2,7 @@
 
 import functools
 from importlib import resources
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from metaopt import _saving, base, tasks
 from metaopt.predictors import TrainedPredictor
 
 GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")  # of the meta-features
+LARGEST = 1e15  # larger numbers would overflow in squares
 
 
 @functools.cache
@@ -31,9 +33,7 @@ def shipped_predictor() -> TrainedPredictor:
         return _saving.load(path)
 
 
-def predict_hyperparams(
-    table: tasks.PreparedTable | tasks.Table | tuple[np.ndarray, np.ndarray, np.ndarray], *, seed: int = 0
-) -> base.HyperParams:
+def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> base.HyperParams:
     """Predicts the hyperparameters of `tabular_network` for a new table, without a trial: λ = g(t').
 
     It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. Features outside the
@@ -41,14 +41,18 @@ def predict_hyperparams(
 
     Args:
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]). Of a `Table` or arrays, all rows are used: pass training rows only.
+        [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. Of a `Table`, arrays
+        or a frame, all rows are used: pass training rows only.
+      target: the name of a column of the frame, which is not used as a feature, or one label per row of the frame.
+        Rows without a label are dropped. None: `table` has the labels.
       seed: of subsamples and folds of the meta-features.
 
     Returns:
       λ in natural units: a dict of fourteen numbers.
 
     Raises:
-      ValueError: if `tasks.metafeatures` rejects the table.
+      ValueError: if `tasks.metafeatures` rejects the table, `tasks.fit_encoder` the frame, or `tasks.fit_labels` the
+        target. Also if there is not one label for each row.
       ImportError: if scikit-learn is not installed, which computes some meta-features.
 
     Example:
@@ -63,10 +67,30 @@ def predict_hyperparams(
       >>> predicted = network.log_probabilities(params, hyperparams, test).argmax(axis=1)
       >>> bool((predicted == prepared.test.y).mean() > 0.9)
       True
+
+      Of a frame and the name of its target, here a dict of columns:
+
+      >>> frame = {"size": [1.5, 2.5, 3.5] * 20, "color": ["red", "blue"] * 30, "sold": ["no", "no", "yes", None] * 15}
+      >>> hyperparams = automl.predict_hyperparams(frame, "sold")
+      >>> sorted(hyperparams) == sorted(automl.tabular_network().space)
+      True
     """
+    if target is not None:
+        table = _encoded(table, target)
     trained = shipped_predictor()
     features = trained.scaled_features(tasks.metafeatures(table, groups=GROUPS, seed=seed))
     return _predict(jnp.asarray(features))
+
+
+def _encoded(frame: Any, target: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of a frame that have a label: x [n, d] with NaN in gaps, the classes [n], and categorical [d]."""
+    is_name = isinstance(target, str | int)
+    codes = tasks.fit_labels(frame[target] if is_name else target).codes
+    encoder = tasks.fit_encoder(frame, drop=[target] if is_name else ())
+    x, rows = encoder.transform(frame), codes >= 0
+    if len(x) != len(codes):
+        raise ValueError(f"`target` must have one label for each of the {len(x)} rows; got {len(codes)}.")
+    return np.clip(x[rows], -LARGEST, LARGEST), codes[rows], encoder.categorical
 
 
 @jax.jit

@@ -116,7 +116,7 @@ def enqueue(
         return asked, EnqueuedState(inner, state.key, waiting, numbers, num_asked, tuple(others[len(asked) :]))
 
     def tell(state, records):
-        of_searcher = {here: there for there, here in state.numbers.items()}
+        of_searcher = {own: number for number, own in state.numbers.items()}
         below = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # all different, even if `enqueue` is nested
         heard = [record._replace(trial=of_searcher.get(record.trial, below(record.trial))) for record in records]
         waiting = untried(state.waiting, records) if skip_if_exists else state.waiting

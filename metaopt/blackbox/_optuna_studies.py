@@ -300,8 +300,8 @@ class _MetaSampler:
         memory.drawn = {other: drawn for other, drawn in memory.drawn.items() if other not in memory.ended}
         others = [trial for trial in trials if trial.state.name == "RUNNING" and trial.number != number]
         # The drawn values hold until the trial reports its own, which may differ if the trial was enqueued.
-        took = [(trial.number, memory.drawn.get(trial.number, {}) | trial.params) for trial in others]
-        running = [base.Record("", c, trial=other, status="RUNNING") for other, c in took if c]
+        drawn = [(trial.number, memory.drawn.get(trial.number, {}) | trial.params) for trial in others]
+        running = [base.Record("", c, trial=other, status="RUNNING") for other, c in drawn if c]
         state = self._searcher.tell(memory.state, running)._replace(num_asked=number)
         (record,), _ = self._searcher.ask(state, 1)
         memory.drawn[number] = record.configuration

@@ -169,13 +169,13 @@ def _read(transformer, trials, scale) -> TrialsRead:
     of_count = jnp.stack([jnp.log1p(num.astype(x.dtype)), num == 0, num == 1]).astype(x.dtype)
     first = transformer.bias + of_count @ transformer.count
     h = jnp.concatenate([first[None], x @ transformer.configuration + of_outcome @ transformer.outcome])
-    there = jnp.concatenate([jnp.ones(1, bool), mask > 0])
-    h = jnp.where(there[:, None], h, 0.0)  # padding may hold any values
+    is_real = jnp.concatenate([jnp.ones(1, bool), mask > 0])
+    h = jnp.where(is_real[:, None], h, 0.0)  # padding may hold any values
 
     def step(h, layer):
         q, k, v = _qkv(h, layer)
         logits = jnp.einsum("uhk,vhk->huv", q, k) / np.sqrt(q.shape[-1])
-        mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=there[None, None]), v)
+        mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=is_real[None, None]), v)
         return _onward(h, mixed, layer), (k, v)
 
     _, (keys, values) = jax.lax.scan(step, h, transformer.layers)
@@ -184,7 +184,7 @@ def _read(transformer, trials, scale) -> TrialsRead:
     highest = jnp.where(num < 2, 1.0, jnp.inf)
     edges = jnp.asarray(_edges(), x.dtype)
     possible = jnp.append((edges[1:] > lowest) & (edges[:-1] <= highest), True)
-    return TrialsRead(keys, values, there, possible, low, scale)
+    return TrialsRead(keys, values, is_real, possible, low, scale)
 
 
 def _logits(transformer: Transformer, read: TrialsRead, x: jax.Array) -> jax.Array:

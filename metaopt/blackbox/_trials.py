@@ -244,19 +244,19 @@ def _take(seconds: float) -> _Child | None:
         if child.process.poll() is None:
             return child
         _end(child)
-    here, there = multiprocessing.Pipe()
+    own_end, child_end = multiprocessing.Pipe()
     environment = _THREADS | os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from metaopt.blackbox import _trials; _trials._serve({there.fileno()})"],
+        [sys.executable, "-c", f"from metaopt.blackbox import _trials; _trials._serve({child_end.fileno()})"],
         stdin=subprocess.PIPE,  # never written to: it closes when the parent ends
         env=environment,
-        pass_fds=[there.fileno()],
+        pass_fds=[child_end.fileno()],
         start_new_session=True,  # so that its own processes end with it, and Ctrl-C does not reach it
     )
-    there.close()
-    child = _Child(process, here)
+    child_end.close()
+    child = _Child(process, own_end)
     try:
-        if here.poll(max(0.0, min(_SECONDS_TO_START, seconds))) and here.recv() == "ready":
+        if own_end.poll(max(0.0, min(_SECONDS_TO_START, seconds))) and own_end.recv() == "ready":
             return child
     except (EOFError, ConnectionError):
         seconds = math.inf  # the child has ended by itself

@@ -198,8 +198,8 @@ def _perturbed_run(
     def floats_of(state):
         return [x for m, x in zip(moves, jax.tree.leaves(state), strict=True) if m]
 
-    # Only θ is perturbed; optimizer states follow. `params` of a state of indices gives the places of θ.
-    is_param = set(jax.tree.leaves(loop.params(structure.unflatten(list(range(len(leaves)))))))
+    # Only θ is perturbed; optimizer states follow. `iterate` of a state of indices gives the places of θ.
+    is_param = set(jax.tree.leaves(loop.iterate(structure.unflatten(list(range(len(leaves)))))))
     noise = [
         jax.random.normal(jax.random.fold_in(noise_key, i), x.shape, x.dtype) if i in is_param else jnp.zeros_like(x)
         for i, x in enumerate(leaves)
@@ -210,7 +210,7 @@ def _perturbed_run(
     def step(carry, _):
         state, delta = carry
         context, batch = loop.context(state), loop.batch(state, task.train)
-        value, grads = jax.value_and_grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)
+        value, grads = jax.value_and_grad(loop.loss, has_aux=True)(loop.iterate(state), hyperparams, batch, context)
 
         def advance(floats):
             new = inner.step(loop, join(floats, state), hyperparams, task.train)

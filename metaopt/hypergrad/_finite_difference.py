@@ -57,7 +57,7 @@ def _apart(loop, state, hyperparams, data) -> bool:
     """
     if jax.default_backend() != "cpu":
         return False
-    args = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
+    args = loop.iterate(state), hyperparams, loop.batch(state, data), loop.context(state)
     equations = list(_jaxpr.equations(jax.make_jaxpr(loop.loss)(*args).jaxpr))
     if any(equation.primitive.name == "conv_general_dilated" for equation in equations):
         return False
@@ -69,7 +69,7 @@ def _train(loop, state, hyperparams, data, *, num_steps, argnums, apart):
     """The state before the last of `num_steps` steps, its gradient by `argnums` of the loss, and the model state."""
 
     def gradient(state):
-        args = loop.params(state), hyperparams, loop.batch(state, data), loop.context(state)
+        args = loop.iterate(state), hyperparams, loop.batch(state, data), loop.context(state)
         return jax.grad(loop.loss, argnums, has_aux=True)(*args)
 
     if not apart:
@@ -108,7 +108,7 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
         loop, state, hyperparams, task.train, num_steps=num_steps, argnums=(0, 1) if one_sided else 0, apart=apart
     )
     grads, hyper_grad_here = grads if one_sided else (grads, None)
-    params, batch, context = loop.params(state), loop.batch(state, task.train), loop.context(state)
+    params, batch, context = loop.iterate(state), loop.batch(state, task.train), loop.context(state)
 
     def outer(grads, model_state, hyperparams):
         ahead = loop.update(state, grads, model_state, hyperparams)
@@ -121,7 +121,7 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
     _, pullback = jax.vjp(lambda hyperparams: loop.loss(params, hyperparams, batch, context)[1], hyperparams)
     (through_model_state,) = pullback(to_model_state)
     norm = optax.tree.norm(u)
-    origin = params if around == "before" else loop.params(ahead)
+    origin = params if around == "before" else loop.iterate(ahead)
 
     def hyper_grad(params):
         return jax.grad(lambda hyperparams: loop.loss(params, hyperparams, batch, context)[0])(hyperparams)

@@ -120,7 +120,7 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
             return problem.outer_loss(loop.params(state), hyperparams, outer_batch, loop.context(state))
 
         def inner_loss(hyperparams, state):
-            return loop.loss(loop.params(state), hyperparams, loop.batch(state, task.train), loop.context(state))[0]
+            return loop.loss(loop.iterate(state), hyperparams, loop.batch(state, task.train), loop.context(state))[0]
 
         f_hyper = jax.grad(outer_loss)(hyperparams, y)
         l_y, l_y_hyper = jax.value_and_grad(inner_loss)(hyperparams, y)
@@ -177,7 +177,7 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
         outer_key, key = jax.random.split(state.key)
         now = state.inner
         z = jax.lax.fori_loop(0, num_steps, lambda _, s: inner.step(loop, s, hyperparams, task.train), now)
-        point, batch, context = (loop.params(now), hyperparams), loop.batch(now, task.train), loop.context(now)
+        point, batch, context = (loop.iterate(now), hyperparams), loop.batch(now, task.train), loop.context(now)
         f, f_grads = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(
             *point, problem.outer_batch(outer_key, task), context
         )
@@ -187,7 +187,7 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
         def inner_loss_at_z(hyperparams):
             # The batch and the noise are the same as at θ, so that they cancel in q.
             z_context = context._replace(model_state=loop.context(z).model_state)
-            return loop.loss(loop.params(z), hyperparams, batch, z_context)[0]
+            return loop.loss(loop.iterate(z), hyperparams, batch, z_context)[0]
 
         loss_at_z, hyper_grad_at_z = jax.value_and_grad(inner_loss_at_z)(hyperparams)
         q_grads = (inner_grads[0], optax.tree.sub(inner_grads[1], hyper_grad_at_z))

@@ -62,7 +62,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
     def evaluate(state, hyperparams, data):
         batch, context = loop.batch(state, data), loop.context(state)
         gradient = jax.value_and_grad(loop.loss, has_aux=True)
-        (value, model_state), grads = gradient(loop.params(state), hyperparams, batch, context)
+        (value, model_state), grads = gradient(loop.iterate(state), hyperparams, batch, context)
         return value, HypergradientDescentState(state, grads, model_state)
 
     def init(key, hyperparams, task):
@@ -76,7 +76,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
     def estimate(hyperparams, task, state):
         def update(hyperparams):
             after = loop.update(state.inner, state.grads, state.model_state, hyperparams)
-            return loop.params(after), after
+            return loop.iterate(after), after
 
         _, pullback, after = jax.vjp(update, hyperparams, has_aux=True)
         value, state = evaluate(after, hyperparams, task.train)

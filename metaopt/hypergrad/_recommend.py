@@ -87,7 +87,7 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
     whole: dict[str, Any] = {"num_steps": num_steps}
     windows: dict[str, Any] = {**whole, "truncation_length": window}
     pairs: dict[str, Any] = {"sigma": 0.1, "num_pairs": 3}
-    remats = [*_unroll.REMAT, *([3] if num_steps >= 64 else [])]
+    remats = ["none", "step", "grads", "sqrt", *([3] if num_steps >= 64 else [])]
     rules = {f"unrolled, remat={r!r}".replace("'", '"'): _unroll.unrolled(problem, **whole, remat=r) for r in remats}
     if num_hyperparams <= 100:
         rules["forward"] = _forward.forward(problem, **whole)

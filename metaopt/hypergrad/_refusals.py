@@ -31,13 +31,13 @@ def entering(
 
     def inner_grad(hyperparams, state, task):
         batch, context = loop.batch(state, task.train), loop.context(state)
-        return jax.grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)[0]
+        return jax.grad(loop.loss, has_aux=True)(loop.iterate(state), hyperparams, batch, context)[0]
 
     def model_state(hyperparams, state, task):
-        return loop.loss(loop.params(state), hyperparams, loop.batch(state, task.train), loop.context(state))[1]
+        return loop.loss(loop.iterate(state), hyperparams, loop.batch(state, task.train), loop.context(state))[1]
 
     def update(hyperparams, state, task):
-        return loop.update(state, loop.params(state), loop.context(state).model_state, hyperparams)
+        return loop.update(state, loop.iterate(state), loop.context(state).model_state, hyperparams)
 
     def outer_loss(hyperparams, state, task):
         batch = problem.outer_batch(jax.random.key(0), task)

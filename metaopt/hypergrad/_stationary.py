@@ -41,13 +41,13 @@ def draw(batch: Any, key: jax.Array, loop: base.InnerLoop, state: base.InnerStat
 def unknowns(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tuple[Any, Callable]:
     """Returns x, the values that come to rest, and a function `x -> state` that puts x into the state.
 
-    With the condition "gradient", x is θ: the leaves of the state that `loop.params` reads. With "step", x contains all
-    leaves that have a derivative: θ, momentum, running statistics.
+    With the condition "gradient", x is θ: the leaves of the state that `loop.iterate` reads. With "step", x contains
+    all leaves that have a derivative: θ, momentum, running statistics.
     """
     leaves, structure = jax.tree.flatten(state)
     if condition == "gradient":
-        places = jax.tree.leaves(loop.params(structure.unflatten(range(len(leaves)))))
-        x = loop.params(state)
+        places = jax.tree.leaves(loop.iterate(structure.unflatten(range(len(leaves)))))
+        x = loop.iterate(state)
     else:
         places = [i for i, leaf in enumerate(leaves) if _trees.is_float(leaf)]
         x = [leaves[place] for place in places]

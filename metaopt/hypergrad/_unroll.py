@@ -7,17 +7,18 @@ loss, the optimizer, the outer loss. Their cost is memory. Checkpointing reduces
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from metaopt import _checks, base, inner
 from metaopt.hypergrad import _mixed
 
-REMAT = ("none", "step", "grads", "sqrt")
+REMAT = ("none", "step", "grads", "sqrt", "offload")
 # Loops of up to this many steps are written out. This is a tenth faster for small models (MAML), but takes longer to
 # compile. Its memory grows with the steps. Above 32 MiB, the C library maps this memory again at every call. A scan
 # that stays below this limit can take a third of the time (`experiments/results/anil.md`).
@@ -31,6 +32,37 @@ def check_steps(num_steps: int, remat: str | int) -> None:
         raise ValueError(
             f"`remat` must be one of {', '.join(map(repr, REMAT))}, or a number of levels, at least 1; got {remat!r}."
         )
+
+
+def _offloaded(step: Callable) -> Callable:
+    """A step whose carry is stored in the memory of the host; the values within the step are computed again."""
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["carry"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def from_host(carry, x):
+        named = lambda leaf: checkpoint_name(leaf, "carry") if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+        return step(jax.tree.map(named, carry), x)
+
+    return jax.checkpoint(from_host, prevent_cse=False, policy=policy)
+
+
+@cache
+def _can_offload(platform: str) -> bool:
+    """Whether the compiler of this platform puts the carries of a scan into the memory of the host.
+
+    Some compilers ignore the request without a message. So we compile a small loop, and look at its memory.
+    """
+
+    def loop(x):
+        step = _offloaded(lambda x, _: (jnp.sin(x), None))
+        return jax.lax.scan(step, x, None, length=8)[0].sum()
+
+    memory = jax.jit(jax.grad(loop)).lower(jax.ShapeDtypeStruct((1024,), jnp.float32)).compile().memory_analysis()
+    return memory is not None and memory.host_temp_size_in_bytes > 0
 
 
 def check_windows(num_steps: int, truncation_length: int) -> None:
@@ -51,12 +83,13 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       xs: per-step inputs with a leading axis of `length`, or None.
       length: T.
       remat: the values that are stored. "none" stores all values of every step. "step" stores each step's carry and
-        recomputes within the step. "sqrt" stores √T carries. It recomputes a stretch of √T steps at a time, and within
-        it each step again. An integer k has k nested levels of such stretches: it stores about k T^(1/k) carries and
-        computes each step k more times. So "step" is 1 and "sqrt" is 2. More than log₂ T levels do not help, so k is
-        limited to log₂ T. With "step", and within the shortest stretches, the gradients that `mixed_grad` returns are
-        stored too. "grads" is "sqrt" with those gradients stored for all steps. A stretch is then recomputed without
-        the loss, only with the optimizer's updates.
+        recomputes within the step. "offload" is "step" with the carries in the memory of the host. "sqrt" stores √T
+        carries. It recomputes a stretch of √T steps at a time, and within it each step again. An integer k has k nested
+        levels of such stretches: it stores about k T^(1/k) carries and computes each step k more times. So "step" is 1
+        and "sqrt" is 2. More than log₂ T levels do not help, so k is limited to log₂ T. With "step", and within the
+        shortest stretches, the gradients that `mixed_grad` returns are stored too. "grads" is "sqrt" with those
+        gradients stored for all steps. A stretch is then recomputed without the loss, only with the optimizer's
+        updates.
 
     Returns:
       The last carry, and the stacked y.
@@ -76,6 +109,13 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
         return carry, jax.tree.map(lambda *both: jnp.concatenate(both), first, ys)
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
+    if remat == "offload":
+        if not _can_offload(platform := jax.default_backend()):
+            raise ValueError(
+                f"`remat='offload'` moves inner states from the memory of a device to that of its host, which the "
+                f"compiler for {platform!r} does not do. Use 'step', 'sqrt' or 'grads'."
+            )
+        return jax.lax.scan(_offloaded(step), carry, xs, length=length)
     levels = {"step": 1, "grads": 2, "sqrt": 2}[remat] if isinstance(remat, str) else remat
     levels = min(levels, max(length.bit_length() - 1, 1))
     # The gradients that `mixed_grad` returns are kept, since its reverse rule then needs no second forward pass. XLA
@@ -167,6 +207,8 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     - "none" stores everything in each step: 2.9.
     - "step" stores only the state of each step: 3.9, or 3.3 with `mixed_grad`.
     - "sqrt" stores √T states: 5.0, or 4.4 with `mixed_grad`.
+    - "offload" is "step", but its states go to the memory of the host and come back. It needs a GPU or TPU, and was
+      never run on one: so far, only its program was examined.
     - An integer k stores about k T^(1/k) states: each level is one more forward pass. More than log₂ T levels do not
       help, so k is limited to log₂ T.
     - "grads" with `mixed_grad` stores the gradients of all steps and √T states: 3.4. With Adam, whose state is three
@@ -181,7 +223,7 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     Args:
       loop: the inner loop, which trains θ.
       num_steps: T, at least 0.
-      remat: "none", "step", "grads", "sqrt", or a number of levels.
+      remat: "none", "step", "grads", "sqrt", "offload", or a number of levels.
       grad: the function that takes the inner gradient; see `inner.step`. If only reverse mode is needed,
         `hypergrad.mixed_grad` saves time and memory.
 
@@ -190,6 +232,7 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
 
     Raises:
       ValueError: if `num_steps` is negative, or `remat` is unknown.
+      ValueError: at trace time, if `remat="offload"` and the platform cannot do it.
 
     >>> import jax, optax
     >>> from metaopt import hypergrad, inner
@@ -234,7 +277,7 @@ def unrolled(
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
-      remat: "none", "step", "grads", "sqrt", or a number of levels; see `unroll` for time and memory.
+      remat: "none", "step", "grads", "sqrt", "offload", or a number of levels; see `unroll` for time and memory.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. Traced weights are allowed, such as a schedule
         of the outer step. The rule does not evaluate f at steps of weight zero. F has no derivative with respect to
         such a weight.

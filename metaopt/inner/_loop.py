@@ -177,6 +177,15 @@ def _context(state: LoopState) -> base.Context:
     return base.Context(key, state.step, state.model_state)
 
 
+def _params(state: LoopState) -> base.Params:
+    """θ, or the average that a schedule-free optimizer evaluates."""
+    is_average = lambda x: isinstance(x, optax.contrib.ScheduleFreeState)
+    averages = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_average) if is_average(x)]
+    if len(averages) != 1 or jax.tree.structure(averages[0].z) != jax.tree.structure(state.params):
+        return state.params
+    return _like(optax.contrib.schedule_free_eval_params(averages[0], state.params), state.params)
+
+
 def _batch(sample: _samplers.Sampler, state: LoopState, data: base.Data) -> base.Batch:
     """The batch of the next step."""
     return sample(jax.random.fold_in(state.key, 1), state.step, data)
@@ -203,7 +212,8 @@ def loop(
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
         must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
         The schedules of `transforms`, such as `cosine_schedule`, do not. (`optax.inject_hyperparams` freezes λ into the
-        state; do not use it here.)
+        state; do not use it here.) With `optax.contrib.schedule_free`, the outer loss and `loop.params` get the
+        evaluation parameters, and gradients are taken at the others.
       init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
       sampler: selects the rows of each step, such as `inner.minibatch(64)`. By default each step gets all of the data.
@@ -238,8 +248,9 @@ def loop(
         batch=functools.partial(_batch, _samplers.full_batch() if sampler is None else sampler),
         loss=_with_products(loss_fn, im2col, "`inner.loop`"),
         update=functools.partial(_update, transform),
-        params=lambda state: state.params,
+        params=_params,
         context=_context,
+        iterate=lambda state: state.params,
     )
 
 
@@ -265,7 +276,7 @@ def step(
       The state after the step.
     """
     batch, context = loop.batch(state, data), loop.context(state)
-    grads, model_state = grad(loop.loss, has_aux=True)(loop.params(state), hyperparams, batch, context)
+    grads, model_state = grad(loop.loss, has_aux=True)(loop.iterate(state), hyperparams, batch, context)
     return loop.update(state, grads, model_state, hyperparams)
 
 

@@ -214,15 +214,15 @@ def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
     leaves = {_name(path): (leaf, value) for path, leaf, value in _match(space, hyperparams)[0]}
     holds: dict[str, jax.Array] = {}
     for name in conditions:
-        here = jnp.array(True)
+        is_active = jnp.array(True)
         for parent, values in conditions[name]:
             leaf, value = leaves[parent]
             if isinstance(leaf, Choice):
                 number, allowed = jnp.argmax(value), [leaf.labels.index(label) for label in values]
             else:
                 number, allowed = leaf.discretize(value), list(values)
-            here &= holds[parent] & jnp.isin(number, jnp.array(allowed))
-        holds[name] = here
+            is_active &= holds[parent] & jnp.isin(number, jnp.array(allowed))
+        holds[name] = is_active
     parts = [jnp.full(leaf.value_shape, holds[name]) for name, (leaf, _) in leaves.items() if leaf.tuned]
     return jnp.concatenate([jnp.ravel(part) for part in parts]) if parts else jnp.zeros((0,), bool)
 

@@ -33,6 +33,7 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     ...     loss=lambda params, hyperparams, batch, context: (hyperparams["rate"] * params, None),
     ...     update=lambda state, grads, model_state, hyperparams: state - hyperparams["rate"] * grads,
     ...     params=lambda state: state,
+    ...     iterate=lambda state: state,
     ...     context=lambda state: base.Context(jax.random.key(0), 0),
     ... )
     >>> problem = base.Problem(loop, lambda params, hyperparams, batch, context: params, lambda key, task: task.valid)

@@ -45,6 +45,7 @@ from metaopt.tasks._function_families import (
 from metaopt.tasks._image_sources import (
     from_image_folder,
     from_tfds,
+    read_images,
 )
 from metaopt.tasks._labels import (
     fit_labels,
@@ -127,6 +128,7 @@ __all__ = [
     "metafeatures",
     "mixed_functions",
     "prepare",
+    "read_images",
     "resplit",
     "select",
     "sinusoids",

@@ -6,7 +6,7 @@ Nothing is downloaded.
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def from_image_folder(
 
     Args:
       folder: FOLDER/class/image.png, or FOLDER/superclass/class/image.png.
-      size: pixels per side; images are resized to a square of this size by area means.
+      size: pixels per side, as for `read_images`.
       channels: 1 for gray [N, S, S], or 3 for colors [N, S, S, 3].
       levels: 1 or 2.
       group_fn: `path -> the maker of the image`; None if the makers are not known.
@@ -46,25 +46,43 @@ def from_image_folder(
       ValueError: if an image cannot be read or has more than 2**26 pixels.
       ImportError: if Pillow is not installed.
     """
-    folder, image = Path(folder), _pillow("from_image_folder")
-    suffixes = image.registered_extensions()
+    folder = Path(folder)
+    suffixes = _pillow("from_image_folder").registered_extensions()
     files = [f for f in sorted(folder.glob("/".join(["*"] * (levels + 1)))) if f.suffix.lower() in suffixes]
     if not files:
         raise ValueError(f"{folder} has no images; they must lie in {'/'.join(['*'] * levels)}/ below it.")
     labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]
     names = sorted(set(labels))
-    pixels = []
-    for file in files:
-        with _files.reading(file, "is not an image that Pillow can read"):
-            # A file allocates as many bytes as a damaged header asks for; bytes in memory only as many as there are.
-            pixels.append(_pixels(image, io.BytesIO(file.read_bytes()), size, channels))
     return from_arrays(
-        np.stack(pixels),
+        read_images(files, size=size, channels=channels),
         labels,
         name=folder.name if name is None else name,
         group=None if group_fn is None else [str(group_fn(file)) for file in files],
         superclass=[label.split("/")[0] for label in names] if levels == 2 else None,
     )
+
+
+def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels: int = 1) -> np.ndarray:
+    """Reads image files as `from_image_folder` does, such as new images to predict. Needs Pillow.
+
+    Args:
+      files: the image files.
+      size: S, pixels per side; images are rotated as their EXIF data say, and resized to a square by area means.
+      channels: 1 for gray, or 3 for colors.
+
+    Returns:
+      uint8 [N, S, S], or [N, S, S, 3].
+
+    Raises:
+      ValueError: if there is no file, or an image cannot be read or has more than 2**26 pixels.
+      ImportError: if Pillow is not installed.
+    """
+    pillow, pixels = _pillow("read_images"), []
+    for file in map(Path, files):
+        with _files.reading(file, "is not an image that Pillow can read"):
+            # A file allocates as many bytes as a damaged header asks for; bytes in memory only as many as there are.
+            pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels))
+    return np.stack(pixels)
 
 
 def _pillow(caller: str) -> Any:
@@ -82,7 +100,8 @@ def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarr
     with image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
-        return _resized(image, size, channels)
+        # Cameras store the rotation next to the pixels.
+        return _resized(_extras.require("PIL.ImageOps", "episodes", "images").exif_transpose(image), size, channels)
 
 
 def _resized(image: Any, size: int | None, channels: int) -> np.ndarray:

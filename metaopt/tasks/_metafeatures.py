@@ -327,8 +327,8 @@ def _information(codes: list[np.ndarray], y: np.ndarray, rng) -> dict[str, float
     }
 
 
-def _concentration(given: list[np.ndarray], about: list[np.ndarray]) -> np.ndarray:
-    """τ of each of `about` given each of `given`: (Σ_ij p_ij²/p_i - Σ_j p_j²) / (1 - Σ_j p_j²); NaN for a constant."""
+def _concentration(known: list[np.ndarray], about: list[np.ndarray]) -> np.ndarray:
+    """τ of each of `about` given each of `known`: (Σ_ij p_ij²/p_i - Σ_j p_j²) / (1 - Σ_j p_j²); NaN for a constant."""
 
     def onehot(codes):
         starts = np.cumsum([0] + [code.max() + 1 for code in codes])
@@ -337,7 +337,7 @@ def _concentration(given: list[np.ndarray], about: list[np.ndarray]) -> np.ndarr
             z[np.arange(len(code)), start + code] = 1.0
         return z, starts[:-1]
 
-    (a, a_starts), (b, b_starts) = onehot(given), onehot(about)
+    (a, a_starts), (b, b_starts) = onehot(known), onehot(about)
     joint = (a.T @ b).astype(np.float64) / len(a)
     a_share, b_share = a.mean(axis=0, dtype=np.float64), b.mean(axis=0, dtype=np.float64)
     squares = joint**2 / np.where(a_share > 0, a_share, 1.0)[:, None]

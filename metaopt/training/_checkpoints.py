@@ -2,9 +2,13 @@
 
 A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary by their path in the tree,
 each with a checksum, and a JSON file. Nothing is pickled. PRNG keys are saved as their data.
+
+A thread writes while the run goes on. If JAX runs several processes, each writes its parts of the arrays that are split
+over them, and the first one writes the rest.
 """
 
 import contextlib
+import math
 import os
 import warnings
 import zlib
@@ -16,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import _locks, base
+from metaopt.training import _processes
 
 FORMAT = 1
 
@@ -26,14 +31,15 @@ class Saved(NamedTuple):
     Attributes:
       step: the step of the checkpoint.
       extra: the plain values saved with it.
-      arrays: path in the saved tree -> array, keys as their data.
+      arrays: path in the saved tree -> array, keys as their data. Those that were split over several processes are
+        JAX arrays with the same split, and the others numpy arrays.
       impls: path -> the name of the PRNG implementation, for keys.
       directory: the directory that it was read from.
     """
 
     step: int
     extra: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Any]
     impls: dict[str, str]
     directory: str
 
@@ -51,13 +57,13 @@ class Saved(NamedTuple):
         restored = []
         for name, (_, leaf) in zip(names, leaves, strict=True):
             array = self.arrays[name]
-            if not isinstance(leaf, np.ndarray):
+            if not isinstance(leaf, np.ndarray) or name in self.impls:
                 array = jnp.asarray(array)
             if name in self.impls:
-                array = jax.random.wrap_key_data(jnp.asarray(array), impl=self.impls[name])
+                array = jax.random.wrap_key_data(array, impl=self.impls[name])
             if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-                here, there = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
-                raise ValueError(self.refusal(f"`{name}` is {there} in the checkpoint and {here} in this run"))
+                own, stored = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
+                raise ValueError(self.refusal(f"`{name}` is {stored} in the checkpoint and {own} in this run"))
             restored.append(array)
         return jax.tree.unflatten(treedef, restored)
 
@@ -67,11 +73,12 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The newest two checkpoints of one run, in one folder, which is locked until `close`.
+    """The newest two checkpoints of one run, and the best ones, in one folder, which is locked until `close`.
 
     Args:
       directory: the folder; made if it does not exist. Each run needs its own.
       settings: plain values on which the run depends. A checkpoint with other settings is rejected.
+      keep_best: the number of checkpoints with the smallest losses to keep, besides the newest two.
 
     Attributes:
       directory: the folder, as an absolute path.
@@ -82,12 +89,13 @@ class Checkpoints:
       OSError: if `directory` is a file, or cannot be written to.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]):
+    def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any], keep_best: int = 0):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self.directory = os.path.abspath(directory)
         self._settings = {"format": FORMAT, **settings}
+        self._keep_best = keep_best
         self.newest: int | None = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(_claimed(self.directory))
@@ -96,8 +104,22 @@ class Checkpoints:
             self._stack = stack.pop_all()
 
     def _open(self):
-        options = self._ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        loss = lambda metrics: metrics["loss"]
+        newest = policies.LatestN(2)
+        best = policies.BestN(get_metric_fn=loss, reverse=True, n=self._keep_best)
+        options = self._ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([newest, best] if self._keep_best else [newest]),
+            best_fn=loss if self._keep_best else None,
+            enable_async_checkpointing=True,
+        )
         return self._ocp.CheckpointManager(self.directory, options=options)
+
+    def inside(self, folder: str) -> "Checkpoints":
+        """Checkpoints of the same run in a folder inside this one."""
+        settings = {name: value for name, value in self._settings.items() if name != "format"}
+        return Checkpoints(os.path.join(self.directory, folder), settings)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -108,25 +130,32 @@ class Checkpoints:
     def close(self) -> None:
         self._stack.close()
 
-    def save(self, step: int, tree: base.PyTree, extra: dict[str, Any]) -> None:
-        """Writes a checkpoint. It is on disk on return. An interrupted write leaves the former checkpoint intact."""
+    def save(self, step: int, tree: base.PyTree, extra: dict[str, Any], loss: float = math.inf) -> None:
+        """Copies the arrays, and writes them in a thread. An interrupted write leaves the former checkpoint intact.
+
+        It waits for the former write, whose errors it raises. `close` waits for the last one.
+
+        Args:
+          step: the step, larger than that of every other checkpoint.
+          tree: the arrays.
+          extra: JSON values.
+          loss: the loss that `keep_best` compares; infinite if it is not known.
+        """
         args = self._ocp.args
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        arrays, impls = {}, {}
+        arrays, impls, described = {}, {}, {}
         for path, leaf in leaves:
             name = jax.tree_util.keystr(path)
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 impls[name] = str(jax.random.key_impl(leaf))
                 leaf = jax.random.key_data(leaf)
-            arrays[name] = np.asarray(leaf)
-        described = {
-            name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": checksum(x)} for name, x in arrays.items()
-        }
+            arrays[name], described[name] = _to_save(leaf)
         run = {"settings": self._settings, "extra": extra, "impls": impls, "arrays": described}
         # Orbax does not save empty arrays; `restore` makes them from their description.
         full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
-        if not self._manager.save(step, args=saved, force=True):
+        metrics = {"loss": loss} if self._keep_best else None
+        if not self._manager.save(step, args=saved, metrics=metrics, force=True):
             raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
         self.newest = step
 
@@ -166,10 +195,10 @@ class Checkpoints:
                 "or remove the directory to start again."
             )
         for name in {**self._settings, **run["settings"]}:
-            here, there = self._settings.get(name), run["settings"].get(name)
-            if here != there:
+            own, stored = self._settings.get(name), run["settings"].get(name)
+            if own != stored:
                 raise ValueError(
-                    _refusal(self.directory, step, f"`{name}` is {there} in the checkpoint and {here} in this run")
+                    _refusal(self.directory, step, f"`{name}` is {stored} in the checkpoint and {own} in this run")
                 )
         self._move_aside(unreadable)
         self.newest = saved.step
@@ -180,12 +209,12 @@ class Checkpoints:
 
     def _read_arrays(self, step: int, run: dict[str, Any]) -> Saved:
         described = run["arrays"]
-        empty = [np.empty(x["shape"], jnp.dtype(x["dtype"])) for x in described.values()]
-        target = {str(i): x for i, x in enumerate(empty) if x.size}
+        empty = [_target(x) for x in described.values()]
+        target = {str(i): x for i, x in enumerate(empty) if math.prod(x.shape)}
         full = self._read(step, "arrays", self._ocp.args.StandardRestore(target))
         arrays = {name: full.get(str(i), empty[i]) for i, name in enumerate(described)}
         for name, array in arrays.items():
-            if checksum(array) != described[name]["crc32"]:
+            if _is_damaged(array, described[name]):
                 raise ValueError(f"the checksum of `{name}` does not match")
         return Saved(step, run["extra"], arrays, run["impls"], self.directory)
 
@@ -194,10 +223,11 @@ class Checkpoints:
         if not steps:
             return
         self._manager.close()
-        for step in steps:
+        for step in steps if jax.process_index() == 0 else []:
             source = os.path.join(self.directory, str(step))
             target = next(name for i in range(1000) if not os.path.exists(name := f"{source}.unreadable{i or ''}"))
             os.rename(source, target)
+        _processes.wait_for_all("unreadable checkpoints are moved aside")
         self._manager = self._open()
 
 
@@ -223,6 +253,33 @@ def _claimed(directory: str) -> Iterator[None]:
                 "Wait until that run has ended, or use another folder for this run."
             ) from None
         yield
+
+
+def _to_save(leaf: jax.Array) -> tuple[Any, dict[str, Any]]:
+    """What orbax saves of an array, and its description."""
+    described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    if _processes.is_split(leaf):
+        sharding = _processes.described_sharding(leaf)
+        if sharding is not None:
+            return leaf, described | {"sum": _processes.checksum(leaf), "sharding": sharding}
+        leaf = _processes.gathered(leaf)
+    array = np.array(leaf)  # a copy: the array is donated to the next step, while a thread writes
+    return array, described | {"crc32": checksum(array)}
+
+
+def _target(described: dict[str, Any]) -> Any:
+    """The kind of array that orbax shall restore."""
+    shape, dtype = described["shape"], jnp.dtype(described["dtype"])
+    sharding = _processes.sharding(described["sharding"]) if "sharding" in described else None
+    if sharding is None:
+        return np.empty(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _is_damaged(array: Any, described: dict[str, Any]) -> bool:
+    if "sum" in described:  # the array was split
+        return _processes.checksum(jnp.asarray(array)) != described["sum"]
+    return checksum(array) != described["crc32"]
 
 
 def checksum(array: np.ndarray) -> int:

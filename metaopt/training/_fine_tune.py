@@ -80,6 +80,7 @@ def fine_tune(
       ValueError: at trace time, without `space`, if the start is in natural units and the estimator is not.
     """
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
+    estimator = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
@@ -103,7 +104,7 @@ def fine_tune(
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
         read = lambda estimate: (estimate.value, jnp.all(estimate.done))
-        last_value, ended = _proposals.values(estimator, last_key, last, task, None, read=read)
+        last_value, ended = _proposals.values(estimator, last_key, last, start.tasks, None, read=read)
         last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
         values = jnp.concatenate([values, last_value])

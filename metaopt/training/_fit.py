@@ -14,7 +14,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
-from metaopt.training import _cache, _learner, _run, _stopping
+from metaopt.training import _cache, _learner, _processes, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._run import Run, owned
@@ -68,6 +68,8 @@ def fit(
     progress: bool | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
+    keep_best: int = 0,
+    keep_nonfinite: int = 0,
     settings: Mapping[str, Any] | None = None,
     allow_changed_program: bool = False,
     compilation_cache: str | os.PathLike[str] | None = None,
@@ -126,7 +128,13 @@ def fit(
         end of a short run. False reports nothing.
       checkpoint_dir: the folder for the newest two checkpoints, which is locked during the run; each run needs its own.
         None keeps no checkpoints.
-      checkpoint_every: steps between checkpoints; the end of the run writes one, too.
+      checkpoint_every: steps between checkpoints; the end of the run writes one, too. A thread writes it during the
+        next steps, from a copy. A run that is killed meanwhile has the checkpoint before it.
+      keep_best: the number of checkpoints to keep besides the newest two: those after the evaluations with the smallest
+        losses. To continue from one of them, remove the folders of later steps.
+      keep_nonfinite: the number of steps with a task that is not finite whose start is kept, as checkpoints in
+        `checkpoint_dir`/nonfinite/STEP. The same call with that folder as `checkpoint_dir` takes this step again, with
+        the same tasks and keys. The state is then not donated, so memory holds two of them.
       settings: further values that identify the run, as JSON values, such as the text of an architecture or a rate.
       allow_changed_program: whether to continue from a checkpoint although the program of the outer step differs.
       compilation_cache: the folder of JAX's persistent compilation cache during this call. A later process then reads a
@@ -164,25 +172,22 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_evaluations(evaluate, eval_every, patience)
+    _check_options(evaluate, eval_every, patience, checkpoint_dir, keep_best or keep_nonfinite)
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
-    callbacks = [callback] if callable(callback) else list(callback or ())
     init_key, sample_key, eval_key = jax.random.split(key, 3)
-    steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space)
+    start, donate = ((init_key, sample_key), hyperparams), not keep_nonfinite
+    steps = Steps(learner, sample_tasks, *start, steps_per_call, space, donate)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cache.compilation_cache(compilation_cache))
         received = stack.enter_context(_stopping.signals())
         checkpoints = saved = None
         if checkpoint_dir is not None:
             identity = _run.identity(key, hyperparams, None if evaluate is None else eval_every, settings)
-            checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, identity))
+            checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, identity, keep_best))
             saved = checkpoints.restore()
-        report = stack.enter_context(_progress(0 if saved is None else saved.step, num_steps, progress))
-        if saved is None:
-            run = steps.first(report)
-        else:
-            run = _resumed(saved, steps, num_steps, allow_changed_program, report)
+        report = stack.enter_context(_progress(saved, num_steps, progress))
+        run = _started(saved, steps, num_steps, allow_changed_program, report)
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
@@ -194,45 +199,55 @@ def fit(
                         run = _evaluated(run, evaluate, eval_key, report)
                         metrics = _with_evaluation(metrics, run)
                 finally:
-                    ended_by_callback, metrics = _report(callbacks, run.step, metrics), []
-                if run.step > 0 and run.step % checkpoint_every == 0:
-                    _save(checkpoints, run, steps, report)
-                moved = run.step > first_step
-                stopped = _why_stop(run, num_steps, patience, ended=ended_by_callback, moved=moved)
+                    ended, metrics = _report(callback, run.step, metrics), []
+                if run.step > 0 and (run.step % checkpoint_every == 0 or _is_among_best(run, eval_every, keep_best)):
+                    _save(checkpoints, run, steps, report, eval_every)
+                ended, moved = _processes.agreed(received, ended), run.step > first_step
+                stopped = _why_stop(run, num_steps, patience, ended=ended, moved=moved)
                 if stopped or received:
                     break
                 num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *every]))
                 program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
-                state, metrics = program(*args)
-                metrics = _each(jax.device_get(metrics), num)
+                with jax.profiler.StepTraceAnnotation("outer step", step_num=run.step):
+                    state, metrics = program(*args)
+                    metrics = _each(jax.device_get(metrics), num)
+                if keep_nonfinite and any(map(_is_nonfinite, metrics)):
+                    keep_nonfinite -= 1
+                    _save_nonfinite(checkpoints, run, steps, report, eval_every)
                 run = _advanced(run, state, metrics, drawn)
                 report(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
                 warned = warned or _warned_of_rest(run, num, num_steps)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
             received.append(error.number)  # from a `fit` that `evaluate` or `callback` called
             stopped = ""
-        finally:
-            _save(checkpoints, run, steps, report)
-    result = _result(run, evaluate, space, stopped or "interrupted")
-    if received:
-        raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
-    if stopped == "non-finite":
-        raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
-    _warn_of_skipped_steps(run)
+        except BaseException:
+            if jax.process_count() == 1:  # other processes may be in a step, and would not write their part
+                _save(checkpoints, run, steps, report, eval_every)
+            raise
+        _save(checkpoints, run, steps, report, eval_every)
+    _raise_if_ended_early(received, run, result := _result(run, evaluate, space, stopped), num_steps, checkpoints)
     return result
 
 
-def _check_evaluations(evaluate: EvaluateFn | None, eval_every: int, patience: int | None) -> None:
+def _check_options(evaluate: EvaluateFn | None, eval_every: int, patience: int | None, folder: Any, keep: int) -> None:
     if patience is not None and evaluate is None:
         raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
     if eval_every < 1 or eval_every % 1:  # with 2.5, no evaluation would follow the first one
         raise ValueError(f"`eval_every` must be a whole number of at least 1; got {eval_every}.")
+    if keep and folder is None:
+        raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
 
 
-def _warn_of_skipped_steps(run: Run) -> None:
-    """Logs a warning if most steps were skipped."""
+def _raise_if_ended_early(
+    received: Sequence[int], run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
+) -> None:
+    """Raises the exception for a signal or for steps that are not finite. Logs a warning if most steps were skipped."""
+    if received:
+        raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
+    if result.stopped == "non-finite":
+        raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     skipped = np.sum(run.history.get("skipped", [0.0]))
     if skipped > run.step / 2:
         _log.warning(
@@ -241,8 +256,10 @@ def _warn_of_skipped_steps(run: Run) -> None:
         )
 
 
-def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
-    """Returns the run of a checkpoint, after all comparisons."""
+def _started(saved: Saved | None, steps: Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
+    """Returns the run before its first step, or the run of a checkpoint, after all comparisons."""
+    if saved is None:
+        return steps.first(report)
     if saved.step > num_steps:
         raise ValueError(
             f"`num_steps` is {num_steps}, but {saved.directory} has a run of {saved.step} steps. Increase `num_steps` "
@@ -258,7 +275,7 @@ def _resumed(saved: Saved, steps: Steps, num_steps: int, allow_changed_program: 
     return run
 
 
-def _save(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report) -> None:
+def _save(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
     """Writes a checkpoint of a run, unless this step already has one."""
     # An error inside the compiled step leaves nothing to save: the state was donated to it.
     if checkpoints is None or run.step == checkpoints.newest or not _intact(run.state):
@@ -266,7 +283,32 @@ def _save(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Repor
     tasks = None
     with contextlib.suppress(Exception):  # an error of the sampler has ended the run
         tasks = steps.draw(run.drawn)
-    _run.save(checkpoints, run, tasks, steps.describe(run.state, report))
+    _run.save(checkpoints, run, tasks, steps.describe(run.state, report), _loss(run, eval_every))
+
+
+def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
+    """Writes the start of a step into a folder of its own, from which `fit` takes this step again."""
+    assert checkpoints is not None
+    with checkpoints.inside(os.path.join("nonfinite", str(run.step))) as start:
+        start.restore()  # a run that continues may have written it before
+        _save(start, run, steps, report, eval_every)
+
+
+def _loss(run: Run, eval_every: int) -> float:
+    """The held-out loss of this step; infinite if it has none."""
+    evaluated = run.evaluations and run.step == (len(run.evaluations) - 1) * eval_every
+    return run.evaluations[-1] if evaluated and not math.isnan(run.evaluations[-1]) else math.inf
+
+
+def _is_among_best(run: Run, eval_every: int, num: int) -> bool:
+    """Whether this step was evaluated, and its loss is one of the smallest of all steps but the first."""
+    loss = _loss(run, eval_every)
+    return loss < math.inf and loss in sorted(run.evaluations[1:], key=lambda x: (math.isnan(x), x))[:num]
+
+
+def _is_nonfinite(metrics: dict[str, Any]) -> bool:
+    """Whether a task of this step had no finite outer loss or hypergradient."""
+    return bool(metrics["skipped"] or not math.isfinite(metrics["value"]) or metrics.get("num_nonfinite", 0) > 0)
 
 
 def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
@@ -278,7 +320,9 @@ def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
     return hyperparams
 
 
-def _progress(start: int, num_steps: int, show: bool | None) -> contextlib.AbstractContextManager:
+def _progress(saved: Saved | None, num_steps: int, show: bool | None) -> contextlib.AbstractContextManager:
+    show = False if jax.process_index() > 0 else show
+    start = 0 if saved is None else saved.step
     text = "value {value:.4g}, hypergrad norm {norm:.3g}"
     return report_progress(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
 
@@ -293,15 +337,16 @@ def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], 
 
 def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, stopped: str) -> FitResult:
     best = _best(run.evaluations)
-    best_hyperparams = run.state.hyperparams if evaluate is None else run.best_hyperparams
+    hyperparams = _processes.local(run.state.hyperparams)
+    best_hyperparams = hyperparams if evaluate is None else run.best_hyperparams
     return FitResult(
-        hyperparams=_to_natural_units(space, run.state.hyperparams),
+        hyperparams=_to_natural_units(space, hyperparams),
         state=run.state,
         history=_run.columns(run),
         evaluations=np.array(run.evaluations, np.float64),
         best_hyperparams=_to_natural_units(space, best_hyperparams),
         best_value=math.nan if best is None else run.evaluations[best],
-        stopped=stopped,
+        stopped=stopped or "interrupted",
     )
 
 
@@ -357,16 +402,19 @@ def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, 
     return [*metrics[:-1], *({**last, "evaluation": run.evaluations[-1]} for last in metrics[-1:])]
 
 
-def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
+def _report(
+    callback: CallbackFn | Sequence[CallbackFn] | None, last_step: int, several_metrics: list[dict[str, Any]]
+) -> bool:
     """Calls the callbacks for every step of a call. Returns whether one asked to stop.
 
     The first error is raised after the last step, because a resumed run continues after all of the steps.
     """
+    callbacks = [callback] if callable(callback) else callback or ()
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
-        for callback in callbacks:
+        for one in callbacks:
             try:
-                ended |= bool(callback(last_step - len(several_metrics) + 1 + i, metrics))
+                ended |= bool(one(last_step - len(several_metrics) + 1 + i, metrics))
             except Exception as error:
                 errors.append(error)
     if errors:
@@ -426,9 +474,10 @@ def _best(losses: list[float]) -> int | None:
 
 def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -> Run:
     with report.during("evaluating"):
-        evaluations = [*run.evaluations, float(evaluate(key, owned(run.state.hyperparams)))]
+        hyperparams = _processes.local(run.state.hyperparams)
+        evaluations = [*run.evaluations, float(evaluate(key, owned(hyperparams)))]
     is_best = _best(evaluations) == len(evaluations) - 1
-    best_hyperparams = owned(run.state.hyperparams) if is_best else run.best_hyperparams
+    best_hyperparams = owned(hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)
 
 

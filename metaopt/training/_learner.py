@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _proposals, base, spaces
+from metaopt import _checks, _proposals, _tuned_space, base, spaces
 from metaopt._trees import strong as _strong
 
 
@@ -127,7 +127,11 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    estimator_at = (lambda step: estimator) if isinstance(estimator, base.Estimator) else estimator
+    estimator_at = estimator
+    if isinstance(estimator, base.Estimator):
+        # `init` needs the shapes of an estimate, and `step` its program: both come from one trace.
+        shared = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
+        estimator_at = lambda step: shared
     parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger, record or (lambda hyperparams: {}))
 
     def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import base
-from metaopt.training import _program
+from metaopt.training import _processes, _program
 from metaopt.training._checkpoints import Checkpoints, Saved, checksum
 from metaopt.training._learner import LearnerState
 
@@ -56,14 +56,16 @@ def identity(
     for leaf in leaves:
         total = zlib.crc32(leaf.tobytes(), total)
     return {
-        "key": _plain(key).tolist(),
+        "key": np.asarray(_data(key)).tolist(),
         "initial hyperparams": f"{len(leaves)} arrays of {sum(x.size for x in leaves)} entries, checksum {total}",
         "eval_every": eval_every,
         **{f"settings[{name!r}]": value for name, value in named.items()},
     }
 
 
-def save(checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[str, Any]) -> None:
+def save(
+    checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[str, Any], loss: float = math.inf
+) -> None:
     """Writes a checkpoint.
 
     Args:
@@ -72,6 +74,7 @@ def save(checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[s
       tasks: the tasks drawn for step `run.drawn`, or None if they cannot be drawn again. If the run carries exactly
         these tasks, the checkpoint does not hold them.
       program: the description of the compiled programs.
+      loss: the held-out loss of this step.
     """
     lists = {"history": columns(run), "evaluations": np.array(run.evaluations, np.float64)}
     described = None if tasks is None else _described(tasks)
@@ -79,7 +82,7 @@ def save(checkpoints: Checkpoints, run: Run, tasks: base.PyTree, program: dict[s
     extra = {"drawn": run.drawn, "metrics": list(run.history), "num_evaluations": len(run.evaluations)}
     extra |= {"tasks": described, "tasks again": again, "program": program}
     state = run.state._replace(tasks=()) if again else run.state
-    checkpoints.save(run.step, (state, run.best_hyperparams, lists), extra)
+    checkpoints.save(run.step, (state, run.best_hyperparams, lists), extra, loss)
 
 
 def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, tasks: base.PyTree) -> Run:
@@ -94,14 +97,15 @@ def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, ta
     Raises:
       ValueError: if the tasks, or shapes or types of the state, differ from those in the checkpoint.
     """
-    here = _described(tasks)
-    there = here if saved.extra["tasks"] is None else saved.extra["tasks"]
-    for name in {**there, **here}:
-        if here.get(name) != there.get(name):
+    stored = saved.extra["tasks"]
+    own = _described(tasks, stored)
+    stored = own if stored is None else stored
+    for name in {**stored, **own}:
+        if own.get(name) != stored.get(name):
             raise ValueError(
                 saved.refusal(
-                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {there.get(name, 'missing')} in the "
-                    f"checkpoint and {here.get(name, 'missing')} in this run (other data, another sampler, or the last "
+                    f"`{name}`, drawn for step {saved.extra['drawn']}, is {stored.get(name, 'missing')} in the "
+                    f"checkpoint and {own.get(name, 'missing')} in this run (other data, another sampler, or the last "
                     "bits of another device or version of JAX)"
                 )
             )
@@ -113,7 +117,7 @@ def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, ta
         state = state._replace(tasks=owned(tasks))
     history = {name: column.tolist() for name, column in lists["history"].items()}
     evaluations = lists["evaluations"].tolist()
-    any_done = any(bool(np.any(x)) for x in jax.tree.leaves(state.done))
+    any_done = any(bool(jnp.any(x)) for x in jax.tree.leaves(state.done))
     return Run(state, best_hyperparams, history, evaluations, saved.step, saved.extra["drawn"], any_done)
 
 
@@ -123,11 +127,11 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
     Raises:
       ValueError: if they differ and `allow_changed` is false.
     """
-    there = saved.extra["program"]
+    stored = saved.extra["program"]
     changed = [
-        f"{name} {there['environment'].get(name, 'unknown')} (now {value})"
+        f"{name} {stored['environment'].get(name, 'unknown')} (now {value})"
         for name, value in program["environment"].items()
-        if there["environment"].get(name) != value
+        if stored["environment"].get(name) != value
     ]
     if changed:
         warnings.warn(
@@ -137,7 +141,7 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
         )
         return
     parts = {"outer step": "step", "initial state": "init"}
-    texts = {which: _program.differences(there[part], program[part]) for which, part in parts.items()}
+    texts = {which: _program.differences(stored[part], program[part]) for which, part in parts.items()}
     if not any(texts.values()):
         return
     which, difference = next((which, text) for which, text in texts.items() if text)
@@ -150,15 +154,24 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
     )
 
 
-def _described(tasks: base.PyTree) -> dict[str, str]:
-    """Types, shapes and checksums of tasks, by name."""
+_SPLIT = " of its parts"
+
+
+def _described(tasks: base.PyTree, others: dict[str, str] | None = None) -> dict[str, str]:
+    """Types, shapes and checksums of tasks, by name. The kinds of checksum are those of `others`."""
     described = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         name = f"tasks{jax.tree_util.keystr(path)}"
-        described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {checksum(_plain(leaf))}"
+        data = _data(leaf)
+        is_split = _processes.is_split(data)
+        if others[name].endswith(_SPLIT) if others and name in others else is_split:
+            number = f"{_processes.checksum(jnp.asarray(data))}{_SPLIT}"
+        else:
+            number = checksum(_processes.gathered(data) if is_split else np.asarray(data))
+        described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {number}"
     return described
 
 
-def _plain(leaf: jax.Array) -> np.ndarray:
-    """An array on the host; for a key, its data."""
-    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+def _data(leaf: jax.Array) -> jax.Array:
+    """An array; for a key, its data."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -21,15 +21,15 @@ SampleTasksFn = Callable[[jax.Array], base.PyTree]  # key -> tasks
 class Steps:
     """Draws tasks, and holds the compiled programs of a run: for the initial state, one step, and several steps."""
 
-    def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call, space=None):
+    def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call, space=None, donate=True):
         init_key, self.sample_key = keys
         # A `Partial` is an argument of the program, so that its arrays (`tasks.episodes`) are not compiled into it.
         self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
         self.start = init_key, hyperparams
         self.init = jax.jit(learner.init)
         self.learner_step, self.space = learner.step, space
-        self.step = jax.jit(learner.step, donate_argnums=0)
-        self.several = _several_steps(learner.step, self.sample_key, steps_per_call)
+        self.step = jax.jit(learner.step, donate_argnums=0 if donate else ())
+        self.several = _several_steps(learner.step, self.sample_key, steps_per_call, donate)
         self.drawn: int | None = None  # the step for which `tasks` were drawn
         self.tasks: base.PyTree = None
         self.types: tuple = ()  # of `tasks`
@@ -94,11 +94,11 @@ def _draw(sample_tasks: SampleTasksFn, key: jax.Array, step: Any) -> base.PyTree
     return _learner.check_tasks(sample_tasks(jax.random.fold_in(key, step)))
 
 
-def _several_steps(step: Callable, sample_key: jax.Array, steps_per_call: int) -> Any:
+def _several_steps(step: Callable, sample_key: jax.Array, steps_per_call: int, donate: bool) -> Any:
     """`(state, start, num, sample_tasks) -> state, metrics [num]`, a program of `num` steps from step `start` on."""
     step_fn = jax.jit(step, inline=True)  # shares its trace with the program of one step
 
-    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=0 if donate else ())
     def several(state, start, num, sample_tasks):
         # Slots that are not done ignore the tasks drawn for them.
         def body(state, step):
@@ -130,7 +130,7 @@ def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:
 
 
 def _any(done: base.PyTree) -> bool:
-    return any(bool(np.any(x)) for x in jax.tree.leaves(done))
+    return any(bool(jnp.any(x)) for x in jax.tree.leaves(done))
 
 
 def _types(tasks: base.PyTree) -> tuple:

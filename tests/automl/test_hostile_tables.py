@@ -12,7 +12,7 @@ import pytest
 import metaopt
 from metaopt import automl
 
-NUM_TABLES = int(os.environ.get("METAOPT_HOSTILE_TABLES", "60"))
+NUM_TABLES, FEW_TABLES = int(os.environ.get("METAOPT_HOSTILE_TABLES", "60")), 20
 
 ODD = (None, np.nan, pd.NaT, "", "?", "none", "1,065", "31/12/2020", "ünï", "\0", 2**70, -(2**53) - 1, 1e300, -0.0)
 ODD += (np.inf, True, 3, 0.1, "x" * 5000, b"bytes", decimal.Decimal("1.5"), datetime.date(2020, 1, 1), [1], {"a": 1})
@@ -85,7 +85,9 @@ REASONS = "has one class|at least 2 classes|contains NaN|n_samples = 1 row|0 fea
 
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(NUM_TABLES))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(k, marks=pytest.mark.slow) if k >= FEW_TABLES else k for k in range(NUM_TABLES)]
+)
 def test_a_table_gives_a_model_or_a_clear_error(seed, tmp_path):
     frame, y, is_class = _table(seed)
     kind = automl.AutoClassifier if is_class else automl.AutoRegressor

@@ -35,6 +35,14 @@ REFUSALS = [
     (lambda: fit(sample_weight=[0, 0, 0, 0]), "at least one non-zero"),
     (fit_dates, "must be numbers; got datetime64"),
     (lambda: metaopt.save("never.npz", automl.AutoClassifier()), "not fitted"),
+    (
+        lambda: automl.predict_hyperparams(np.zeros((30, 2)), np.arange(29) % 2),
+        "one label for each of the 30 rows; got 29",
+    ),
+    (
+        lambda: automl.predict_hyperparams({"a": range(30), "y": np.arange(30) / 7}, "y"),
+        "Unknown label type: continuous",
+    ),
     (lambda: automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool))), "column"),
 ]
 

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 import metaopt
@@ -64,6 +65,42 @@ def test_a_table_without_columns_has_a_prediction():
 def test_a_table_of_constant_columns_has_a_prediction():
     x, y = np.zeros((30, 2)), np.arange(30) % 2
     hyperparams = automl.predict_hyperparams((x, y, np.zeros(2, bool)))
+    assert all(np.isfinite(value) for value in hyperparams.values())
+
+
+def frame_and_arrays():
+    """A frame with a text column, gaps and two rows without a label, and the same table as arrays."""
+    rng = np.random.default_rng(0)
+    size, color = rng.normal(size=90), rng.integers(0, 3, 90)
+    label = (size + (color == 1) + 0.5 * rng.normal(size=90) > 0).astype(np.int32)
+    size[5] = np.nan
+    sold = np.array(["no", "yes"], object)[label]
+    sold[[7, 8]] = None
+    frame = {"size": size, "sold": sold, "color": np.array(["blue", "green", "red"])[color]}
+    rows = np.setdiff1d(np.arange(90), [7, 8])
+    return frame, (np.stack([size, color], 1)[rows], label[rows], np.array([False, True]))
+
+
+@pytest.mark.parametrize("kind", ["dict", "pandas", "labels apart", "numbered columns"])
+def test_a_frame_and_its_target_are_the_same_as_arrays(kind):
+    frame, arrays = frame_and_arrays()
+    expected = automl.predict_hyperparams(arrays)
+    inputs = {name: values for name, values in frame.items() if name != "sold"}
+    arguments = {
+        "dict": (frame, "sold"),
+        "pandas": (pd.DataFrame(frame), "sold"),
+        "labels apart": (pd.DataFrame(inputs), pd.Series(frame["sold"])),
+        "numbered columns": (pd.DataFrame(dict(enumerate(frame.values()))), 1),
+    }[kind]
+    predicted = automl.predict_hyperparams(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), predicted, expected)
+    changed = automl.predict_hyperparams((arrays[0] * [1, 0], *arrays[1:]))  # the column of texts matters
+    assert any(abs(float(changed[name]) / float(expected[name]) - 1) > 1e-3 for name in expected)
+
+
+def test_extreme_numbers_of_a_frame_have_a_prediction():
+    frame = {"size": np.geomspace(1.0, 1e30, 60), "sold": np.arange(60) % 2}
+    hyperparams = automl.predict_hyperparams(frame, "sold")
     assert all(np.isfinite(value) for value in hyperparams.values())
 
 

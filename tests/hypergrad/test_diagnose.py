@@ -31,6 +31,35 @@ def test_a_healthy_run_has_no_finding():
     np.testing.assert_allclose(diagnosis.products, np.log(0.8) * np.arange(1, 51), rtol=1e-9)
 
 
+def test_the_inner_loss_is_that_of_the_training_rows():
+    loop = inner.loop(
+        lambda params, hp, batch: ((params - batch) ** 2).sum() / 2,
+        lambda hp: optax.sgd(0.5),
+        init=lambda key, hp, data: jnp.zeros(1),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: ((params - batch) ** 2).sum())
+    diagnosis = hypergrad.diagnose(problem, jnp.array(0.0), base.Task(jnp.ones(1), 9 * jnp.ones(1)), num_steps=3)
+    np.testing.assert_allclose(diagnosis.inner_loss, [1 / 2, 1 / 8, 1 / 32])
+    np.testing.assert_allclose(diagnosis.inner_grad_norm, [1, 1 / 2, 1 / 4])
+
+
+def test_a_perturbation_that_ends_stays_zero():
+    diagnosis = hypergrad.diagnose(quadratic(1.0), jnp.array(0.0), problems.TASK, num_steps=5)  # θ is 0 after one step
+    np.testing.assert_array_equal(diagnosis.products, -np.inf)
+
+
+def test_each_leaf_has_a_perturbation_of_its_own():
+    # Training stays where a = b. Only a perturbation with a ≠ b grows, by 1 − 2.5 = −1.5 a step.
+    loop = inner.loop(
+        lambda params, hp, batch: (2.5 * (params["a"] - params["b"]) ** 2 + 0.5 * (params["a"] + params["b"]) ** 2) / 4,
+        lambda hp: optax.sgd(1.0),
+        init=lambda key, hp, data: {"a": jnp.ones([]), "b": jnp.ones([])},
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: params["a"])
+    diagnosis = hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=50)
+    np.testing.assert_allclose(diagnosis.growth, np.log(1.5), rtol=1e-6)
+
+
 def test_exploding_products_and_a_loss_that_does_not_fall():
     diagnosis = hypergrad.diagnose(quadratic(2.5), jnp.array(0.0), problems.TASK, num_steps=50)
     np.testing.assert_allclose(diagnosis.growth, np.log(1.5), rtol=1e-9)
@@ -65,6 +94,18 @@ def test_the_leaf_that_mends_the_run_is_named():
     assert named_leaves(2.5, None, wide) == []  # a tenth of λ is unknown in coordinates without their space
     narrow = wide | {"rate": spaces.interval(1.0, 3.0)}
     assert named_leaves(2.5, narrow, narrow) == []  # a tenth is outside the space
+
+
+@pytest.mark.parametrize(("num_leaves", "is_named"), [(8, True), (9, False)])
+def test_up_to_eight_leaves_are_tried(num_leaves, is_named):
+    loop = inner.loop(
+        lambda params, hp, batch: (params**2).sum() / 2,
+        lambda hp: optax.sgd(hp[0]),
+        init=lambda key, hp, data: jnp.ones(3),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+    diagnosis = hypergrad.diagnose(problem, [2.5] * num_leaves, problems.TASK, num_steps=50)
+    assert ("λ[0] is likely the cause" in words(diagnosis)) == is_named
 
 
 def test_compilations_and_runs_are_reported(capsys, monkeypatch):

@@ -111,7 +111,10 @@ REFUSALS = [
     (lambda: truncated(num_steps=4, truncation_length=2, outer="sum"), '`outer` must be "last", "mean" or 2 weights'),
     (lambda: unrolled(num_steps=2, outer="first"), '`outer` must be "last", "mean" or 2 weights; got \'first\''),
     (lambda: unrolled(num_steps=2, outer=[1.0]), r"`outer` must have one weight per step, shape \(2,\); got \(1,\)"),
-    (lambda: unrolled(num_steps=1, remat="all"), "`remat` must be one of 'none', 'step', 'grads', 'sqrt', or a num"),
+    (
+        lambda: unrolled(num_steps=1, remat="all"),
+        "`remat` must be one of 'none', 'step', 'grads', 'sqrt', 'offload'",
+    ),
     (lambda: unroll(num_steps=1, remat=True), "or a number of levels, at least 1; got True"),
     (lambda: unroll(num_steps=1, remat=0), "or a number of levels, at least 1; got 0"),
     (lambda: truncated(num_steps=4, truncation_length=2, remat="all"), "`remat` must be one of"),

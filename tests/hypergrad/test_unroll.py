@@ -209,6 +209,19 @@ def three_uses(carry, length, remat):
     return _unroll.checkpointed_scan(step, carry, None, length=length, remat=remat)[0].sum()
 
 
+def test_offloaded_states_are_stored_in_the_memory_of_the_host(monkeypatch):
+    # No CPU can do it, so we look at the program: of 64 carries, the host has all, and the device none.
+    gradient = lambda remat: jax.grad(partial(three_uses, length=64, remat=remat))
+    program = lambda remat: str(jax.make_jaxpr(gradient(remat))(jnp.ones(100)))
+    with pytest.raises(ValueError, match="the compiler for 'cpu' does not do"):
+        program("offload")
+    monkeypatch.setattr(_unroll, "_can_offload", lambda platform: True)
+    assert "f64<host>[64,100]" in program("offload") and "f64[64,100]" not in program("offload")
+    assert "f64[64,100]" in program("step")
+    start = jnp.linspace(0.1, 1, 100)
+    np.testing.assert_allclose(jax.jit(gradient("offload"))(start), gradient("step")(start), rtol=1e-12)
+
+
 def test_more_levels_need_less_memory():
     # The compiler's own count, in carries of 1000 numbers: about k T^(1/k), and a few of a step's.
     length, carries = 512, []

@@ -330,3 +330,29 @@ def test_a_learned_momentum_does_not_widen_a_narrow_state():
 
     value, slope = jax.jit(jax.value_and_grad(trained))(jnp.float32(0.5))
     assert 0 < value < 2.5 and 0.5 < slope < 5
+
+
+def test_the_outer_loss_judges_the_average_of_a_schedule_free_optimizer():
+    """z ← z − r ℓ'(y), x ← (1 − 1/t) x + z / t, y = 0.9 x + 0.1 z (Defazio et al., 2024), by hand for ℓ = y²/2 − y."""
+
+    def by_hand(rate):
+        x = y = z = 0.0
+        for t in range(1, 6):
+            z = z - rate * (y - 1)
+            x = (1 - 1 / t) * x + z / t
+            y = 0.9 * x + 0.1 * z
+        return x, y
+
+    loop = inner.loop(
+        lambda params, rate, batch: params**2 / 2 - params,
+        lambda rate: optax.chain(optax.identity(), optax.contrib.schedule_free_sgd(rate, b1=0.9)),
+        init=lambda key, rate, data: jnp.zeros(()),
+    )
+    solve = hypergrad.unroll(loop, num_steps=5)
+    state = solve(KEY, jnp.array(0.3), None)
+    np.testing.assert_allclose((loop.params(state), loop.iterate(state)), by_hand(0.3), rtol=1e-12)
+    estimator = hypergrad.unrolled(inner.problem(loop, lambda params, rate, batch: params), num_steps=5)
+    task = base.Task((), ())
+    estimate, _ = estimator.estimate(jnp.array(0.3), task, estimator.init(KEY, jnp.array(0.3), task))
+    slope = (by_hand(0.3 + 1e-6)[0] - by_hand(0.3 - 1e-6)[0]) / 2e-6
+    np.testing.assert_allclose((estimate.value, estimate.hypergrad), (by_hand(0.3)[0], slope), rtol=1e-8)

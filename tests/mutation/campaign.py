@@ -12,7 +12,8 @@ turns, and within a room operators take turns, so that neither a large room nor 
 applies one mutant at a time to a copy of the repository and runs, up to the number of `--stages`, the tests of its
 file, those of its room, the batteries over all rooms, and the whole suite. The test that detected it in the last
 campaign comes first. A mutant is detected if a test fails twice or the tests run 25 minutes. A later run with more
-stages continues with the survivors of fewer.
+stages continues with the survivors of fewer. With `--since COMMIT`, mutants whose file or test has changed since this
+commit come first.
 
 A mutant that survives is either equivalent (no input gives another result; `equivalent.json` says why) or shows a
 missing test.
@@ -179,11 +180,13 @@ def room_of(file: str) -> str:
     return parts[1] if len(parts) > 2 else "top level"
 
 
-def draw(seed: int, num: int) -> list[Mutant]:
+def draw(seed: int, num: int, pattern: str) -> list[Mutant]:
     """`num` mutants: rooms take turns, within a room operators do, and the place is uniform."""
     rng = random.Random(seed)
     by_room: dict[str, dict[str, list[Mutant]]] = {}
     for file in sorted((ROOT / "metaopt").rglob("*.py")):
+        if not re.search(pattern, str(file.relative_to(ROOT))):
+            continue
         for mutant in places(file):
             by_room.setdefault(room_of(mutant.file), {}).setdefault(mutant.operator, []).append(mutant)
     drawn: list[Mutant] = []
@@ -287,15 +290,23 @@ def outcome(copy: pathlib.Path, mutant: Mutant, which: slice) -> tuple[str, str]
         path.write_bytes(source)
 
 
-def run(folder: pathlib.Path, workers: int, num_stages: int) -> None:
-    """Runs the mutants that have no result yet; every result is written at once."""
-    mutants = read(folder)
+def changed_first(mutants: list[Mutant], commit: str) -> list[int]:
+    """Numbers of all mutants: first those whose file or test has changed since a commit."""
+    command = ["git", "diff", "--name-only", commit, "--", "metaopt", "tests"]
+    changed = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    is_same = lambda i: changed.isdisjoint({mutants[i].file, mutants[i].test.split("::")[0]})
+    return sorted(range(len(mutants)), key=is_same)
+
+
+def run(folder: pathlib.Path, workers: int, num_stages: int, since: str) -> None:
+    """Runs the mutants that have no result yet and are not equivalent; every result is written at once."""
+    mutants, equivalent = read(folder), reasons(folder)
     results_file = folder / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     waiting: queue.Queue[int] = queue.Queue()
-    for i in range(len(mutants)):
+    for i in changed_first(mutants, since):
         result = results.get(str(i), {"outcome": "survived", "stages": 0})
-        if result["outcome"] == "survived" and result["stages"] < num_stages:
+        if str(i) not in equivalent and result["outcome"] == "survived" and result["stages"] < num_stages:
             waiting.put(i)
     lock = threading.Lock()
 
@@ -326,15 +337,19 @@ def run(folder: pathlib.Path, workers: int, num_stages: int) -> None:
             thread.join()
 
 
+def reasons(folder: pathlib.Path) -> dict[str, str]:
+    """Number of a mutant that changes no result -> why."""
+    file = folder / "equivalent.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def report(folder: pathlib.Path) -> str:
     """The list of mutants with their outcome, as Markdown."""
-    mutants = read(folder)
+    mutants, equivalent = read(folder), reasons(folder)
     results = json.loads((folder / "results.json").read_text())
-    reasons = folder / "equivalent.json"
-    equivalent = json.loads(reasons.read_text()) if reasons.exists() else {}
-    rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0}
+    rows, counts = [], {"detected": 0, "survived": 0, "equivalent": 0, "not run": 0}
     for i, mutant in enumerate(mutants):
-        result = results[str(i)]
+        result = results.get(str(i), {"outcome": "not run", "test": mutant.test})
         kind = "equivalent" if str(i) in equivalent else result["outcome"]
         counts[kind] += 1
         reason = equivalent.get(str(i), result["test"])
@@ -343,9 +358,11 @@ def report(folder: pathlib.Path) -> str:
             f"| {i} | {mutant.operator} | {mutant.file}:{mutant.line} | `{was}` → `{text}` | {kind} | {reason} |"
         )
     share = counts["detected"] / max(1, counts["detected"] + counts["survived"])
+    tried = f"{counts['detected']} detected, {counts['survived']} survived"
+    others = f"{counts['equivalent']} equivalent, {counts['not run']} not run"
     head = (
-        f"# Mutation campaign\n\n{len(mutants)} mutants: {counts['detected']} detected, {counts['survived']} survived, "
-        f"{counts['equivalent']} equivalent. Detected among those that are not equivalent: {share:.1%}.\n\n"
+        f"# Mutation campaign\n\n{len(mutants)} mutants: {tried}, {others}. Detected among those that were run and are "
+        f"not equivalent: {share:.1%}.\n\n"
         "`tests/mutation/campaign.py` draws, runs and reports them. Lines are those of the commit that last changed "
         "`mutants.json`.\n\n"
         "| | operator | place | change | outcome | detected by, or why it is equivalent |\n|---|---|---|---|---|---|\n"
@@ -360,24 +377,27 @@ def main() -> None:
     drawing = commands.add_parser("draw", help="draw mutants and write mutants.json")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--num", type=int, default=150)
+    drawing.add_argument("--files", default="", help="a regular expression of the files to draw from")
     running = commands.add_parser("run", help="run the tests on every mutant without a result")
     running.add_argument("--workers", type=int, default=2)
     running.add_argument("--stages", type=int, default=3, choices=range(1, 5), help="how many, nearest first")
+    running.add_argument("--since", default="HEAD", help="mutants whose file or test changed since then come first")
     commands.add_parser("report", help="write mutants.md, and what detected each into mutants.json")
     commands.add_parser("move", help="find the places of mutants.json in today's files")
     options = parser.parse_args()
     if options.command == "draw":
-        write(options.folder, draw(options.seed, options.num))
+        write(options.folder, draw(options.seed, options.num, options.files))
     elif options.command == "move":
         everywhere = [m for file in sorted((ROOT / "metaopt").rglob("*.py")) for m in places(file)]
         write(options.folder, [moved(m, number, everywhere) for number, m in enumerate(read(options.folder))])
     elif options.command == "run":
-        run(options.folder, options.workers, options.stages)
+        run(options.folder, options.workers, options.stages, options.since)
     else:
         (options.folder / "mutants.md").write_text(report(options.folder))
         results = json.loads((options.folder / "results.json").read_text())
-        tests = [results[str(i)]["test"] for i in range(len(results))]
-        write(options.folder, [m._replace(test=test) for m, test in zip(read(options.folder), tests, strict=True)])
+        mutants = read(options.folder)
+        tested = [m._replace(test=results[str(i)]["test"]) if str(i) in results else m for i, m in enumerate(mutants)]
+        write(options.folder, tested)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,7 @@ def flat(predictor, phi, features):
     return jax.flatten_util.ravel_pytree(z)[0]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", LIMITED)
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.once

@@ -160,6 +160,41 @@ def test_the_interquartile_mean_and_its_interval():
     assert scores.interval(shifted)[2] - scores.interval(shifted)[1] < 0.5
 
 
+def test_runs_without_a_finite_score_count_as_the_worst():
+    """NaN is last in a sorted array, so it would count as the best score."""
+    values = np.array([np.nan, 0.9, 0.8, 0.9, np.nan, 0.9, np.inf, -np.inf])
+    assert scores.interquartile_mean(values) == pytest.approx(
+        scores.interquartile_mean(np.array([0, 0.9, 0.8, 0.9] * 2) * [1, 1, 1, 1, 1, 1, 0, 0])
+    )
+    assert scores.interquartile_mean(np.full(4, np.nan)) == scores.WORST
+    failed, good = np.full((2, 8), 0.9), np.full((2, 8), 0.9)
+    failed[:, :3] = np.nan
+    middle, low, high = scores.interval(failed)
+    assert np.isfinite([middle, low, high]).all() and low < middle < 0.9 == pytest.approx(scores.interval(good)[0])
+    # The score of a family at its lowest return is the worst one.
+    assert all(family.score(family.low) == scores.WORST for family in FAMILIES.values())
+
+
+def test_only_hyperparameters_with_an_outer_rate_are_tuned():
+    family = FAMILIES["CartPole"]
+    problem, num = actor_critic.make_problem(family, SIZES), 2
+    estimator = hypergrad.truncated(problem, num_steps=8, truncation_length=1)
+    tune = searches.tuned(estimator, 8, num)
+    keys, z = searches.run_keys([0, 1]), searches.coordinates([{**START, "rate": 0.01}] * num)
+    tasks = searches.repeated(actor_critic.make_task(family), num)
+    _, paths = tune(keys, z, searches.outer_rates([0.1] * num, ("rate", "value")), tasks)
+    for name, path in paths.items():
+        moves = np.abs(np.diff(path, axis=1)).max(1)
+        assert (moves > 0).all() if name in ("rate", "value") else (moves == 0).all(), name
+    # The first steps of Adam have the size of its rate, in unconstrained coordinates.
+    _, slow = tune(keys, z, searches.outer_rates([0.01] * num), tasks)
+    _, fast = tune(keys, z, searches.outer_rates([0.02] * num), tasks)
+    to_z = lambda path: np.asarray(SPACE["horizon"].to_unconstrained(jnp.asarray(path["horizon"], float)))
+    start = np.asarray(z.coordinates["horizon"])
+    np.testing.assert_allclose(np.abs(to_z(slow)[:, 0] - start), 0.01, rtol=1e-2)
+    np.testing.assert_allclose(np.abs(to_z(fast)[:, 0] - start), 0.02, rtol=1e-2)
+
+
 def test_spaces_contain_all_values_that_are_used():
     for hp in (START, OTHER_START, {**START, **REFERENCE}):
         assert all(leaf.contains(jnp.asarray(hp[name])) for name, leaf in SPACE.items())

@@ -40,19 +40,51 @@ def test_players_count_and_choose():
     assert rewards["Gittins index"].mean() > rewards["Thompson sampling"].mean() > rewards["random"].mean() + 10
 
 
-def test_a_recurrent_unit_keeps_its_memory_where_its_gate_is_one():
-    weights = bandits.initial_weights(jax.random.key(0), 2, 3)
-    memory, observation = jnp.array([0.3, -0.2, 0.5]), jnp.array([1.0, 0.0, 1.0, 0.5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_recurrent_unit_keeps_its_memory_where_its_gate_is_one(shared):
+    weights = bandits.initial_weights(jax.random.key(0), 2, bandits.Settings(hidden=3, shared=shared))
+    memory = jnp.array([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6]])[: 2 if shared else 1]
+    observation = jnp.array([1.0, 0.0, 1.0, 0.5])  # arm 0 paid, half of the pulls
     closed = {**weights, "gates_b": jnp.array([50.0, 50, 50, 0, 0, 0])}
     np.testing.assert_allclose(bandits.recurrent(closed, memory, observation)[0], memory)
     opened = {**weights, "gates_b": jnp.array([-50.0, -50, -50, 50, 50, 50])}
-    expected = np.tanh(np.concatenate([observation, memory]) @ weights["new_w"])
-    np.testing.assert_allclose(bandits.recurrent(opened, memory, observation)[0], expected)
+    inputs = [[1, 1, 0.5], [0, 0, 0.5]] if shared else [observation]
+    rows = [np.concatenate([x, memory.mean(0), own]) for x, own in zip(inputs, memory, strict=True)]
+    np.testing.assert_allclose(bandits.recurrent(opened, memory, observation)[0], np.tanh(rows @ weights["new_w"]))
+    assert bandits.first_memory(weights, 2).shape == memory.shape
+
+
+def test_units_that_share_weights_do_not_depend_on_the_order_of_the_arms():
+    weights = bandits.initial_weights(jax.random.key(0), 3, bandits.Settings(hidden=4, shared=True))
+    order, memory = np.array([2, 0, 1]), jax.random.normal(jax.random.key(1), (3, 4))
+    arm = jnp.array([0.0, 1.0, 0.0])
+    see = lambda arm: jnp.concatenate([arm, jnp.array([1.0, 0.3])])
+    first = bandits.recurrent(weights, memory, see(arm))
+    other = bandits.recurrent(weights, memory[order], see(arm[order]))
+    np.testing.assert_allclose(other[0], first[0][order], rtol=1e-6)
+    np.testing.assert_allclose(other[1], first[1][order], rtol=1e-6)
+    assert other[2] == pytest.approx(float(first[2])) and np.ptp(first[1]) > 1e-4
+
+
+def test_the_regret_is_the_mean_reward_minus_that_of_the_best_arm():
+    env, settings = environments.bandit(3), bandits.Settings(hidden=4, shared=True)
+    weights = bandits.initial_weights(jax.random.key(0), 3, settings)
+    weights = {**weights, "policy_w": jnp.zeros((4, 1))}  # uniform
+    episodes = jax.jit(lambda key: bandits.play(weights, env, key, 2000))(jax.random.key(1))
+    assert episodes.regret.max() <= 0 and episodes.regret.shape == (100, 2000)
+    # The best of three uniform probabilities is 3/4 on average, and a random one 1/2.
+    assert episodes.regret.mean() == pytest.approx(-0.25, abs=0.01)
+    assert episodes.reward.mean() == pytest.approx(0.5, abs=0.01)
+    np.testing.assert_allclose(episodes.taken, np.log(1 / 3), rtol=1e-5)
+    np.testing.assert_allclose(episodes.entropy, np.log(3), rtol=1e-5)
+    # Each bandit has one best probability: regret plus it is the probability of the pulled arm.
+    pulled = episodes.regret - episodes.regret.min(0)
+    assert len(np.unique(np.round(np.asarray(pulled[:, 0]), 5))) == 3
 
 
 @pytest.mark.once
 def test_the_network_learns_to_stay_with_the_better_arm():
-    settings = bandits.Settings(num_updates=250, batch=32, hidden=16, rate=1e-2)
-    player = bandits.network_player(bandits.train(2, settings, jax.random.key(0)))
+    settings = bandits.Settings(num_updates=80, batch=32, hidden=8, rate=1e-2)
+    player = bandits.network_player(bandits.train(2, settings, jax.random.key(0)), 2)
     rewards = bandits.total_rewards(environments.bandit(2), player, jax.random.key(1), 1000)
     assert rewards.mean() > 57  # random pulls earn 50, the better arm 67

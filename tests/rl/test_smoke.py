@@ -18,7 +18,27 @@ def test_meta_gradients(tmp_path):
 
 
 @pytest.mark.once
+def test_bad_values(tmp_path):
+    from experiments.rl import bad_values
+
+    rows = smoke("bad_values", tmp_path)
+    assert set(bad_values.STARTS) <= set(rows)
+    for start in bad_values.STARTS:
+        kind, *cells = rows[start]  # the last row of each start
+        assert kind == "all tuned" and all(0 <= number(cell.split(" [")[0]) <= 1 for cell in cells[:2])
+
+
+@pytest.mark.once
 def test_bandits(tmp_path):
     rows = smoke("bandits", tmp_path)
     assert 40 < number(rows["random"][0]) < number(rows["Gittins index"][0]) < 80
     assert number(rows["RL²"][0]) > 40
+
+
+@pytest.mark.once
+def test_families(tmp_path):
+    rows = smoke("families", tmp_path)
+    for method in ("MAML", "first-order MAML", "MAML by evolution", "trained on all goals", "random start"):
+        assert all(-1 <= number(cell) <= 1 for cell in rows[method]), method
+    for method in ("bad values", "random search", "unrolled", "truncated, 1 update", "persistent_es"):
+        assert 0 <= number(rows[method][0]) <= 1 and 0 <= float(rows[method][1]) <= 1, method

@@ -29,6 +29,7 @@ LOOP = base.InnerLoop(
     update=lambda state, grads, model_state, hyperparams: state - hyperparams["rate"] * grads,
     params=lambda state: state,
     context=lambda state: CONTEXT,
+    iterate=lambda state: state,
 )
 PROBLEM = base.Problem(
     LOOP,

@@ -104,8 +104,17 @@ def test_a_folder_of_images(tmp_path):
     np.testing.assert_array_equal(source.x[3], [[80, 60], [60, 60]])
     flat = tasks.from_image_folder(tmp_path / "greek", size=4, channels=3)
     assert flat.x.shape == (4, 4, 4, 3) and flat.class_names == ("alpha", "beta") and flat.superclass is None
+    beta = [tmp_path / "greek" / "beta" / f"{drawer}.png" for drawer in (2, 1)]
+    np.testing.assert_array_equal(tasks.read_images(beta, size=4, channels=3), flat.x[[3, 2]])
     with pytest.raises(ValueError, match="has no images"):
         tasks.from_image_folder(tmp_path, size=2)
+
+
+def test_images_are_rotated_as_the_camera_says(tmp_path):
+    pixels, exif = np.arange(4, dtype=np.uint8).reshape(2, 2), Image.Exif()
+    exif[0x0112] = 6  # "orientation": the first row of the file is the right side of the picture
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=2)[0], [[2, 0], [3, 1]])
 
 
 class Builder:

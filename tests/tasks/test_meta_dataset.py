@@ -7,46 +7,14 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image
+from tfrecords import crc32c, field, framed, varint
 
 from metaopt import tasks
 from metaopt.tasks import _hierarchy, _meta_dataset
 
 
-def crc32c(data):
-    """By division of polynomials, bit by bit."""
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 * (register & 1))
-    return register ^ 0xFFFFFFFF
-
-
 def test_the_published_check_value():
     assert crc32c(b"123456789") == 0xE3069283
-
-
-def masked(data):
-    crc = crc32c(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32)
-
-
-def record(data):
-    head = struct.pack("<Q", len(data))
-    return head + masked(head) + data + masked(data)
-
-
-def varint(number):
-    number %= 2**64
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number, data):
-    return varint(number << 3 | 2) + varint(len(data)) + data
 
 
 def example(**features):
@@ -76,7 +44,7 @@ def test_an_example_is_read():
 
 def test_records_and_their_checksums(tmp_path):
     file = tmp_path / "a.tfrecords"
-    file.write_bytes(record(b"first") + record(b"") + record(b"third" * 50))
+    file.write_bytes(framed(b"first") + framed(b"") + framed(b"third" * 50))
     assert list(_meta_dataset.read_tfrecords(file, check=True)) == [b"first", b"", b"third" * 50]
     whole = file.read_bytes()
     changed = whole.replace(b"first", b"furst")
@@ -99,7 +67,7 @@ def write(folder, spec, num_classes, per_class=2):
         for i in range(per_class):
             stream = io.BytesIO()
             Image.fromarray(np.full((4, 4, 3), 10 * k + i, np.uint8)).save(stream, "PNG")
-            records += record(example(image=stream.getvalue(), label=[k]))
+            records += framed(example(image=stream.getvalue(), label=[k]))
         (folder / f"{k}.tfrecords").write_bytes(records)
     spec = {"name": "toy", "file_pattern": "{}.tfrecords", **spec}
     (folder / "dataset_spec.json").write_text(json.dumps(spec))
@@ -153,7 +121,7 @@ def test_the_files_of_its_builder_for_tfds(tmp_path):
         for i in range(per_class):
             stream = io.BytesIO()
             Image.fromarray(np.full((4, 4, 3), 10 * k + i, np.uint8)).save(stream, "PNG")
-            records.append(record(example(image=stream.getvalue(), label=[k])))
+            records.append(framed(example(image=stream.getvalue(), label=[k])))
     for shard, part in enumerate((records[:3], records[3:4], records[4:])):
         (tmp_path / f"meta_dataset-all_classes.tfrecord-{shard:05d}-of-00003").write_bytes(b"".join(part))
     spec = {"name": "toy", "file_pattern": "{}.tfrecords", "class_names": {str(k): f"class {k}" for k in range(4)}}

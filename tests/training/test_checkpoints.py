@@ -506,7 +506,8 @@ def test_a_process_that_is_killed_can_be_continued(tmp_path, number):
         rest, errors = process.communicate()
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
     last = steps_in(tmp_path)[-1]
-    assert 7 <= last < 2_000 and "goes on" not in rest
+    # The write of step 7 may have been going on. It began after that of step 6.
+    assert 6 <= last < 2_000 and "goes on" not in rest
     if number == signal.SIGTERM:
         assert f"SIGTERM ended the run after {last} of 2000 steps. The checkpoint in {tmp_path} has them" in errors
     more = {"num_steps": last + 5, "checkpoint_every": 1}

@@ -33,6 +33,18 @@ def test_every_value_is_that_of_the_lambda_visited():
     assert (tuned.step, tuned.value, tuned.hyperparams) == (3, 0.0625, 1.25)
 
 
+def test_steps_and_the_last_value_share_one_trace():
+    rule, traces = quadratic(), []
+
+    def estimate(*args):
+        traces.append(args)
+        return rule.estimate(*args)
+
+    tune = training.fine_tune(rule._replace(estimate=estimate), num_steps=3)
+    jax.eval_shape(jax.vmap(tune, (0, None, None)), jax.random.split(KEY, 2), 3.0, TASK)
+    assert len(traces) == 1
+
+
 @pytest.mark.once
 def test_keeps_the_best_and_not_the_last():
     # The error changes sign and doubles: 1, 4, 16 ...

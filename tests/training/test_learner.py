@@ -57,6 +57,18 @@ def test_done_slots_are_renewed_and_the_others_kept_to_the_bit():
     assert partly > 4
 
 
+def test_the_initial_state_and_a_step_share_one_trace():
+    rule, traces = small.quadratic(), []
+
+    def estimate(*args):
+        traces.append(args)
+        return rule.estimate(*args)
+
+    init, step = map(jax.jit, training.learner(rule._replace(estimate=estimate), optax.sgd(0.1)))
+    step(init(KEY, 7.0, jnp.zeros(2)), jnp.zeros(2))
+    assert len(traces) == 1
+
+
 def test_a_fresh_state_starts_from_the_current_hyperparams():
     estimator = small.quadratic()._replace(init=lambda key, hyperparams, task: hyperparams + 0 * task)
     init, step = training.learner(estimator, optax.sgd(0.1))

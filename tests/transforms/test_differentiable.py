@@ -84,6 +84,7 @@ LAM = {"rate": jnp.array(0.05), "scale": jnp.array(0.9)}
 EVERYWHERE = ("adamw", "adafactor", "clipped_sgd", "rmsprop")  # on every Python
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "name", [n if n in EVERYWHERE else pytest.param(n, marks=pytest.mark.once) for n in OPTIMIZERS]
 )
@@ -96,6 +97,7 @@ def test_values_are_equal_to_the_bit(name):
 
 
 # `test_every_optax_transform` has all of them.
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["adafactor", "clipped_adam"])
 @pytest.mark.once
@@ -250,6 +252,7 @@ def test_derivatives_with_complex_dead_entries(name):
     chex.assert_trees_all_close(grads, expected, rtol=1e-4)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 @pytest.mark.once
 def test_complex_values_are_equal_to_the_bit(dtype):

@@ -366,6 +366,7 @@ def test_gradients_that_optax_stops(name):
     np.testing.assert_allclose(*gradients, rtol=1e-8)
 
 
+@pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in LOW)])
 @pytest.mark.parametrize("name", ALL)

@@ -36,6 +36,7 @@ def train(optimizer, num_steps=3, params=PARAMS):
 MEMBERS = {"sgd": optax.sgd(0.1, 0.9), "adam": optax.adam(0.1), "sign": optax.sign_sgd(0.01), "broken": broken()}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_one_hot_is_the_member_to_the_bit(dtype):
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)

@@ -34,6 +34,7 @@ TPE.
     python experiments/blackbox/record_tables --baselines TPE SMAC     more of SMAC3 (extra `smac`; 20 minutes a seed)
     python experiments/blackbox/record_tables --train-seeds 20 --store FOLDER      metaopt trained with 20 keys
     python experiments/blackbox/record_tables --extra-trees     prints only: forests choose the first trial by features
+    python experiments/blackbox/record_tables --components      prints only: the same by components of regrets
     python experiments/blackbox/record_tables --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names. With --store, the learned result of each fold and key is

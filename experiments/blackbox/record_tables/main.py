@@ -17,9 +17,10 @@ from experiments.blackbox.record_tables.baselines import (
     read_baselines,
     run_baseline,
 )
-from experiments.blackbox.record_tables.report import compare, over_keys, plot
+from experiments.blackbox.record_tables.components import by_components
+from experiments.blackbox.record_tables.report import compare, first_trials, over_keys, plot
 from experiments.blackbox.record_tables.runs import run
-from experiments.blackbox.record_tables.searches import AT, NUM_DEEP, NUM_TRANSFORMERS
+from experiments.blackbox.record_tables.searches import AT, NUM_DEEP, NUM_TRANSFORMERS, curve
 from experiments.blackbox.record_tables.tables import Records, load_oboe, load_pmlb
 
 
@@ -34,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--transformer-seeds", type=int, help="keys of transformers; --train-seeds by default")
     parser.add_argument("--ablate", action="store_true", help="also without features, and without adaptation")
     parser.add_argument("--extra-trees", action="store_true", help="print their regrets of a first trial, and no more")
+    parser.add_argument("--components", action="store_true", help="the same for components of regrets")
     parser.add_argument(
         "--store", type=Path, help="a folder that keeps what this code learned, to go on with or to share"
     )
@@ -73,12 +75,28 @@ def curves_of_baselines(data: Records, options: argparse.Namespace) -> dict[str,
     return {key.partition("/")[2]: curves for key, curves in kept.items() if key.startswith(f"{data.name}/")}
 
 
+def first_trials_of(data: Records) -> list[str]:
+    """Returns lines about the best on average, and about components of regrets with both rules."""
+    average = np.array([curve(data.regret[t], best_on_average(data, t))[0] for t in range(len(data.fold))])
+    rules = {f"components, {num:g} deviations": regrets for num, regrets in by_components(data).items()}
+    return first_trials(data, {"average-best": average, **rules})
+
+
+def best_on_average(data: Records, t: int) -> np.ndarray:
+    """Returns the configurations in the order of their mean regret on the tasks of other folds."""
+    return np.nanmean(data.regret[data.fold != data.fold[t]], 0).argsort()
+
+
 def main() -> None:
     options = parse()
     if options.extra_trees:
         for name in options.tables:
             means = [by_extra_trees(LOAD[name](), seed).mean() for seed in range(5)]
             print(f"{name}: mean regret of the first trial, of 5 seeds: {script.spread(means, 4)}")
+        return
+    if options.components:
+        for name in options.tables:
+            print("\n".join(first_trials_of(LOAD[name]())))
         return
     text, results, counts, families = [], {}, [], []
     for name in options.tables:

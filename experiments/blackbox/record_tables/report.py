@@ -24,6 +24,29 @@ def over_keys(result: Found) -> str:
     )
 
 
+def family_weights(family: np.ndarray) -> np.ndarray:
+    """Returns [4000, T] weights of tasks. Families are drawn with replacement: near-duplicates are one observation."""
+    _, family = np.unique(family, return_inverse=True)
+    num = family.max() + 1
+    draws = np.random.default_rng(0).multinomial(num, np.full(num, 1 / num), size=4000)
+    return draws[:, family] / draws[:, family].sum(1, keepdims=True)
+
+
+def first_trials(data: Records, first: dict[str, np.ndarray]) -> list[str]:
+    """Returns a line per method: its mean regret [T] of the first trial, and the difference to the first method."""
+    weights, (reference, *_) = family_weights(data.family), first.values()
+    lines = []
+    for name, values in first.items():
+        low, high = np.quantile(weights @ (values - reference), [0.025, 0.975])
+        late = data.fold >= 3
+        lines.append(
+            f"{data.name}, {name}: {values.mean():.4f}, {(values - reference).mean():+.4f} [{low:+.4f}, {high:+.4f}]; "
+            f"other than the first method on {np.mean(values != reference):.0%} of the tasks; folds 3 and 4 "
+            f"{values[late].mean():.4f}"
+        )
+    return lines
+
+
 def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> tuple[list, list]:
     """Returns rows of the table: regret, mean rank, paired differences to the reference, and Holm's p.
 
@@ -31,12 +54,7 @@ def compare(curves: dict, data: Records, judged: np.ndarray, reference: str) -> 
     """
     from scipy import stats
 
-    _, family = np.unique(data.family[judged], return_inverse=True)
-    # Families are drawn with replacement, not tasks: near-duplicates are one observation.
-    draws = np.random.default_rng(0).multinomial(
-        family.max() + 1, np.full(family.max() + 1, 1 / (family.max() + 1)), size=4000
-    )
-    weights = draws[:, family] / draws[:, family].sum(1, keepdims=True)
+    weights = family_weights(data.family[judged])
     names, rows, untouched = list(curves), [], data.fold[judged] >= 3
     wilcoxon: Any = stats.wilcoxon
     ranks, tests = {}, {}

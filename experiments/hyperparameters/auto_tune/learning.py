@@ -12,6 +12,7 @@ import optax
 import metaopt
 from experiments.hyperparameters.auto_tune.config import FEATURES, Config
 from experiments.hyperparameters.auto_tune.network import make_network, make_scores
+from experiments.hyperparameters.auto_tune.trials import in_chunks
 from experiments.hyperparameters.auto_tune.units import Bucket, Collection, make_sampler
 from metaopt import base, hypergrad, predictors, spaces, tasks, training
 from metaopt.training import report_progress
@@ -158,11 +159,7 @@ class FineTuning:
         tune = training.fine_tune(
             learning.estimator, num_steps=num_steps, optimizer=optimizer, space=learning.space, same_key=False
         )
-        self._batch = jax.jit(
-            lambda keys, start, task: jax.lax.map(
-                lambda args: tune(*args).hyperparams, (keys, start, task), batch_size=learning.config.chunk
-            )
-        )
+        self._batch = jax.jit(in_chunks(lambda *args: tune(*args).hyperparams, learning.config.chunk))
 
     def _arguments(self, key, starts) -> list[tuple]:
         """Returns keys, λ and tasks of each bucket."""

@@ -1,11 +1,30 @@
 """Trials: one training run on every unit at once, each with its own λ."""
 
+import math
 import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metaopt import inner
+
+
+def in_chunks(fn: Callable, most: int) -> Callable:
+    """Returns `fn` mapped over the first axis of its arguments: at most `most` entries at once, in equal chunks.
+
+    The last chunk is filled up with the first entries. `jax.lax.map` would compile a second program for a shorter one.
+    """
+
+    def mapped(*args):
+        num = len(jax.tree.leaves(args)[0])
+        size = math.ceil(num / math.ceil(num / most))
+        filled = jax.tree.map(lambda x: jnp.concatenate([x, x[: -num % size]]), args)
+        outputs = jax.lax.map(lambda one: fn(*one), filled, batch_size=size)
+        return jax.tree.map(lambda x: x[:num], outputs)
+
+    return mapped
 
 
 class Trials:
@@ -21,10 +40,7 @@ class Trials:
             valid_loss, _ = scores(params, hyperparams, task.valid)
             return valid_loss, *scores(params, hyperparams, test)
 
-        def batch(keys, hyperparams, task, test):
-            return jax.lax.map(lambda args: trial(*args), (keys, hyperparams, task, test), batch_size=config.chunk)
-
-        self._batch = jax.jit(batch)
+        self._batch = jax.jit(in_chunks(trial, config.chunk))
 
     def compile(self, hyperparams) -> float:
         start = time.perf_counter()
@@ -38,9 +54,9 @@ class Trials:
             n = len(b.units)
             part = jax.tree.map(lambda x, s=start, n=n: x[s : s + n], hyperparams)
             keys = jax.random.split(jax.random.fold_in(key, k), n)
-            outputs.append(np.stack(self._batch(keys, part, b.task, b.test), axis=1))
+            outputs.append(self._batch(keys, part, b.task, b.test))  # JAX runs all buckets at the same time
             start += n
-        out = np.concatenate(outputs)
+        out = np.concatenate([np.stack(of_bucket, axis=1) for of_bucket in jax.device_get(outputs)])
         # A run that diverged counts as a failed trial: it is never chosen, and its test scores are poor guesses.
         return np.where(np.isfinite(out), out, np.array([np.inf, np.log(100.0), 1.0]))
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ def load_tables(args) -> list[tasks.Table]:
 
 def collect(args, config: Config, log) -> Collection:
     """Loads, splits and describes the tables. Exits the script if there are fewer families than folds."""
+    if config.max_tables is None:
+        threading.Thread(target=start_processes, daemon=True).start()
     tables = load_tables(args)
     if config.max_tables is not None:
         tables = sorted(tables, key=lambda t: (len(t.y), t.name))[:: max(1, len(tables) // config.max_tables)]
@@ -78,18 +81,33 @@ def collect(args, config: Config, log) -> Collection:
 
 def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Unit]:
     """Returns every table under every seed. Logs and skips tables that cannot be split."""
+    pairs = [(t, s) for t in range(len(tables)) for s in range(config.num_seeds)]
+    work = (joblib.delayed(_prepare)(tables[t], 1000 * seed + s, config) for t, s in pairs)
     units = []
-    for t, table in enumerate(tables):
-        for s in range(config.num_seeds):
-            try:
-                prepared = tasks.prepare(
-                    table, seed=1000 * seed + s, max_rows=config.max_rows, max_features=config.max_features
-                )
-            except ValueError as error:
-                logging.warning("left out: %s", error)
-                continue
+    for (t, s), prepared in zip(pairs, in_processes(work, len(pairs), "preparing tables"), strict=True):
+        if isinstance(prepared, str):
+            logging.warning("left out: %s", prepared)
+        else:
             units.append(Unit(t, s, prepared))
     return units
+
+
+def _prepare(table: tasks.Table, seed: int, config: Config) -> tasks.PreparedTable | str:
+    """Returns the prepared table, or why it cannot be split."""
+    try:
+        return tasks.prepare(table, seed=seed, max_rows=config.max_rows, max_features=config.max_features)
+    except ValueError as error:
+        return str(error)
+
+
+def start_processes() -> None:
+    """Starts the processes of `in_processes`, which import the library while the tables are loaded."""
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
+        joblib.Parallel(n_jobs=-1)(joblib.delayed(_ready)() for _ in range(joblib.cpu_count()))
+
+
+def _ready() -> None:
+    """A process that calls this has imported this module."""
 
 
 def in_processes(work, num: int, text: str) -> list:

@@ -18,6 +18,7 @@ from experiments.hyperparameters.transfer.families import judged_tables
 from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
 from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
+from experiments.hyperparameters.transfer.rates import compare_rates
 from experiments.hyperparameters.transfer.report import publish
 from experiments.hyperparameters.transfer.ten_runs import compare_ten_runs
 from metaopt import predictors
@@ -30,7 +31,7 @@ def main(argv=None) -> None:
     parser.add_argument(
         "step",
         nargs="?",
-        choices=("prepare", "learn", "compare", "choose", "ten-runs", "judge", "ship", "all"),
+        choices=("prepare", "learn", "compare", "choose", "ten-runs", "rates", "judge", "ship", "all"),
         default="all",
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
@@ -53,6 +54,8 @@ def main(argv=None) -> None:
         choose_spread(config, args.out, args.seed[0])
     if args.step == "ten-runs":
         compare_ten_runs(config, args.out)
+    if args.step == "rates":
+        compare_rates(config, args.out)
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:

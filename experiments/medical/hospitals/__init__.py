@@ -20,7 +20,8 @@ not a test. Their pooled models have one intercept, and g has one seed.
 
 The outer loss is the log loss on 40 other patients of the resampled site. Baselines: the class share, pooled logistic
 regression, the same with an own intercept or Platt scaling, and the site's own logistic regression with Platt scaling
-of its out-of-fold scores. Platt scaling has Platt's smoothed targets.
+of its out-of-fold scores. Platt scaling has Platt's smoothed targets. Its shrunken form has a ridge penalty instead,
+which is chosen on the training sites (`baselines.py`).
 
     python experiments/medical/hospitals --full      minutes; writes experiments/results/medical.md and its picture
     python experiments/medical/hospitals             one seed of g, heart disease only

@@ -67,6 +67,11 @@ def choices(patients: Patients, settings: Settings) -> dict[str, np.ndarray]:
     return losses
 
 
+def choice(losses: dict[str, np.ndarray], site: int) -> dict[str, bool]:
+    """Returns method -> whether pooled models have an intercept for each site, for a site that is left out."""
+    return {name: BY_SITE[np.nanmean(of_pairs[:, site], axis=1).argmin()] for name, of_pairs in losses.items()}
+
+
 def left_out(patients: Patients, site: int, chosen: dict[str, bool], seeds: int, settings: Settings) -> dict:
     """Returns the predictions of all methods for one site: arrays, by name."""
     judged = Judged(patients, site, settings.resamples, 0)
@@ -75,6 +80,7 @@ def left_out(patients: Patients, site: int, chosen: dict[str, bool], seeds: int,
     plain = worlds.make_world(patients, training, by_site=False)
     for name, p in judged.call(baselines.predict, plain).items():
         arrays[f"p:{name}"] = judged.part(p)[None]
+    arrays |= {f"shrinkage:{name}": np.asarray(values) for name, values in baselines.shrinkages(plain).items()}
     transferred = np.asarray(baselines.transferred(plain, site, judged.rows))
     arrays["conformal:of the training sites"] = np.broadcast_to(
         transferred, (1, settings.resamples, *transferred.shape)
@@ -107,8 +113,7 @@ def results_of(patients: Patients, label: str, seeds: int, settings: Settings, f
         losses = script.kept(folder, f"{label}-choices", lambda: choices(patients, settings))
     chosen, by_site = [], []
     for site in names:
-        best = {name: int(np.nanmean(losses[name][:, site], axis=1).argmin()) for name in METHODS}
-        chosen.append({name: BY_SITE[v] for name, v in best.items()})
+        chosen.append(choice(losses, site))
         started = time.process_time()
         make = functools.partial(left_out, patients, site, chosen[-1], seeds, settings)
         by_site.append(script.kept(folder, f"{label}-{site}-{seeds}", make))

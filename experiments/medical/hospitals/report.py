@@ -11,7 +11,8 @@ from experiments.medical.hospitals.learning import Settings
 from experiments.medical.hospitals.tables import Patients
 
 OWN = "g"
-BASELINES = ("pooled + Platt", "site-wise + Platt", "one λ")
+PLATT = ("pooled + Platt", "site-wise + Platt", "pooled + shrunken Platt", "site-wise + shrunken Platt")
+BASELINES = (*PLATT, "one λ")
 ALPHAS = (0.1, 0.2)
 SCORES: dict[str, Callable] = {"Brier": scores.brier, "ECE": scores.ece, "log loss": scores.log_loss}
 
@@ -81,7 +82,7 @@ def difference_table(patients: Patients, by_site: list[dict], num_bootstraps: in
                 mean, half = interval((values[OWN][label] - values[name][label]).mean(0))
                 low, high = ranges[name][label]
                 row += [f"{mean:+.4f} ± {half:.4f}", f"{low:+.3f} to {high:+.3f}"]
-                if name != "one λ" and round(mean, 4) + round(half, 4) >= 0:
+                if name in PLATT and round(mean, 4) + round(half, 4) >= 0:
                     missed.append(f"{patients.names[site]}, {label}, {name}")
             rows.append(row)
     header = ["site", "g minus", "Brier", "patients and draws", "ECE", "patients and draws"]
@@ -165,6 +166,16 @@ def chosen_text(patients: Patients, chosen: list[dict[str, bool]]) -> str:
     return "Pooled models: " + ". ".join(sites) + "."
 
 
+def shrinkage_text(patients: Patients, by_site: list[dict]) -> str:
+    """Returns the chosen shrinkages of Platt scaling in words."""
+    words = lambda values: "slope to {:g} with penalty {:g}, intercept with penalty {:g}".format(*values)
+    sites = [
+        f"{patients.names[i]}: " + "; ".join(f"{m} {words(arrays[f'shrinkage:{m}'])}" for m in ("pooled", "site-wise"))
+        for i, arrays in enumerate(by_site)
+    ]
+    return "Shrinkage of Platt scaling, chosen on the training sites: " + ". ".join(sites) + "."
+
+
 def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) -> str:
     texts = ["Research, not a medical device."]
     for label, (patients, chosen, by_site) in parts.items():
@@ -176,10 +187,11 @@ def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) ->
             level_table(patients, by_site),
             f"Means over {settings.resamples} draws of 20 labelled patients; of g and one λ, ± the standard deviation "
             f"over {num_seeds} seed(s). ECE has ten fixed bins of equal width. {chosen_text(patients, chosen)}",
+            shrinkage_text(patients, by_site),
             "### Differences in pairs",
             differences,
             "Below 0, g is better. The first interval is ± 1.96 standard errors over the draws. The second one is a "
-            "95 % bootstrap of patients and draws. The aim is an interval over draws below 0 against both Platt "
+            "95 % bootstrap of patients and draws. The aim is an interval over draws below 0 against all Platt "
             "scalings. "
             f"Missed: {'; '.join(missed) or 'none'}.",
             "### Abstention",
@@ -218,7 +230,7 @@ def plot(patients: Patients, chosen: list, by_site: list[dict], path: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = {"g": "C0", "pooled + Platt": "C1", "site-wise + Platt": "C2"}
+    shown = {"g": "C0", "pooled + Platt": "C1", "site-wise + Platt": "C2", "pooled + shrunken Platt": "C3"}
     figure, axes = plt.subplots(2, len(by_site), figsize=(11, 5.6), layout="constrained", squeeze=False)
     shares = np.linspace(0.1, 1, 19)
     for site, arrays in enumerate(by_site):

@@ -114,7 +114,7 @@ def _plain_training(loop: base.InnerLoop, init_key: jax.Array) -> base.Estimator
     def estimate(hyperparams, task, state):
         batch, context = loop.batch(state, task["data"]), loop.context(state)
         loss = jax.value_and_grad(loop.loss, has_aux=True)
-        (value, model_state), grads = loss(loop.params(state), task["hyperparams"], batch, context)
+        (value, model_state), grads = loss(loop.iterate(state), task["hyperparams"], batch, context)
         state = loop.update(state, grads, model_state, task["hyperparams"])
         # A non-finite value would end the task, and training would start again.
         finite = jnp.where(jnp.isfinite(value), value, jnp.finfo(value.dtype).max)

@@ -1,0 +1,93 @@
+"""Runs of several processes (`jax.distributed`). Each process holds a part of the tasks and states, and all of λ.
+
+All processes take the same steps. A process may leave the loop, write a checkpoint or evaluate only when all do, since
+the others would wait for it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaopt import base
+
+
+def is_split(x: Any) -> bool:
+    """Whether other processes hold a part of this array."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
+
+
+def local(tree: base.PyTree) -> base.PyTree:
+    """The arrays of which every process has a copy, as arrays of this process only."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else jnp.asarray(np.asarray(x)), tree)
+
+
+def agreed(received: list[int], ended: bool) -> bool:
+    """Shares signals and requests to stop with the other processes. Returns whether any of them asked to stop."""
+    if jax.process_count() == 1:
+        return ended
+    from jax.experimental import multihost_utils
+
+    number, ended = multihost_utils.process_allgather(np.array([max(received, default=0), ended])).max(0)
+    if number and not received:
+        received.append(int(number))
+    return bool(ended)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called it."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def gathered(x: jax.Array) -> np.ndarray:
+    """All of an array that is split over processes."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def checksum(x: jax.Array) -> int:
+    """A checksum of the bits that does not depend on how the array is split."""
+    return int(_checksum(x))
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    word = jnp.dtype(f"uint{min(8 * x.dtype.itemsize, 32)}")
+    words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    # Sums of integers modulo 2³² do not depend on their order. The factors are odd, so that each bit of a word counts.
+    mixed = (words ^ (words >> 15)) * (position * jnp.uint32(2_654_435_769) | jnp.uint32(1))
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+
+def described_sharding(x: jax.Array) -> dict[str, Any] | None:
+    """How an array is split, as JSON values; None if it is not split along axes of a mesh."""
+    if not isinstance(x.sharding, NamedSharding) or not isinstance(x.sharding.mesh, Mesh):
+        return None
+    mesh = x.sharding.mesh
+    spec = [list(axis) if isinstance(axis, tuple) else axis for axis in x.sharding.spec]
+    return {"mesh": dict(mesh.shape), "devices": [device.id for device in mesh.devices.flat], "spec": spec}
+
+
+def sharding(described: dict[str, Any]) -> NamedSharding | None:
+    """The sharding of a description; None if it has other devices than this run."""
+    devices = {device.id: device for device in jax.devices()}
+    if jax.process_count() == 1 or sorted(devices) != sorted(described["devices"]):
+        return None
+    sizes: Sequence[int] = list(described["mesh"].values())
+    mesh = Mesh(np.array([devices[i] for i in described["devices"]]).reshape(sizes), tuple(described["mesh"]))
+    return NamedSharding(
+        mesh, PartitionSpec(*(tuple(axis) if type(axis) is list else axis for axis in described["spec"]))
+    )

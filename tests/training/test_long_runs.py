@@ -1,0 +1,99 @@
+"""Parts of long runs: the best checkpoints, the start of non-finite steps, accumulation over steps, profiles."""
+
+import gzip
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_estimators as small
+
+from metaopt import training
+
+
+def fit(checkpoint_dir=None, num_steps=12, optimizer=None, **options):
+    learner = training.learner(small.carried(), optax.adam(0.1) if optimizer is None else optimizer)
+    arguments = {"sample_tasks": small.sample, "hyperparams": {"x": 0.5}, "key": jax.random.key(0), "progress": False}
+    return training.fit(learner, num_steps=num_steps, checkpoint_dir=checkpoint_dir, **(arguments | options))
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+@pytest.mark.once
+def test_the_checkpoints_with_the_smallest_losses_are_kept_next_to_the_newest(tmp_path):
+    losses = {0: 0.0, 1: 5.0, 2: 1.0, 3: 4.0, 4: 2.0, 5: np.nan, 6: 3.0, 7: 9.0, 8: 8.0, 9: 1.5, 10: 7.0, 11: 6.0}
+    calls = iter(losses.values())
+    options = {"evaluate": lambda key, hyperparams: next(calls), "eval_every": 1, "checkpoint_every": 100}
+    fit(tmp_path, 7, keep_best=2, **options)
+    assert steps_in(tmp_path) == [2, 4, 7]  # of step 6, an older newest one is removed
+    fit(tmp_path, 11, keep_best=2, **options)
+    assert steps_in(tmp_path) == [2, 9, 11]
+
+
+@pytest.mark.once
+def test_a_run_continues_from_one_of_the_best(tmp_path):
+    options = {"evaluate": lambda key, hyperparams: (hyperparams["x"] - 0.8) ** 2, "eval_every": 1}
+    unbroken = fit(tmp_path, keep_best=1, **options)
+    best = int(np.nanargmin(unbroken.evaluations))
+    assert 0 < best < 10 and best in steps_in(tmp_path)
+    for step in steps_in(tmp_path):
+        if step > best:
+            shutil.rmtree(tmp_path / str(step))
+    steps = []
+    continued = fit(tmp_path, keep_best=1, callback=lambda step, metrics: steps.append(step), **options)
+    assert steps[0] == best + 1 and small.bits(continued) == small.bits(unbroken)
+
+
+def sample_some_nan(key):
+    """A task is NaN in about every fourth batch."""
+    tasks = small.sample(key)
+    return jnp.where(tasks > 2.5, jnp.nan, tasks)
+
+
+@pytest.mark.once
+def test_the_start_of_a_step_with_a_nonfinite_task_is_kept_and_taken_again(tmp_path):
+    options = {"sample_tasks": sample_some_nan}
+    unbroken = fit(num_steps=30, **options)
+    nonfinite = np.flatnonzero(unbroken.history["num_nonfinite"])
+    assert 2 < len(nonfinite) < 20
+    kept = fit(tmp_path, num_steps=30, keep_nonfinite=2, **options)
+    assert small.bits(kept) == small.bits(unbroken)
+    assert steps_in(tmp_path / "nonfinite") == nonfinite[:2].tolist()
+    for step in nonfinite[:2]:
+        again = []
+        folder = tmp_path / "nonfinite" / str(step)
+        result = fit(folder, num_steps=int(step) + 1, callback=lambda step, metrics: again.append(metrics), **options)  # noqa: B023
+        assert len(again) == 1 and again[0]["num_nonfinite"] == unbroken.history["num_nonfinite"][step]
+        assert again[0]["value"] == unbroken.history["value"][step]
+        assert np.isnan(result.state.tasks).any()
+
+
+@pytest.mark.once
+def test_optax_accumulates_over_steps():
+    """Three steps of 4 tasks with MultiSteps move λ once, by the mean of their hypergradients."""
+    quadratic = lambda optimizer: training.learner(small.quadratic(), optimizer)
+    options = {"hyperparams": 0.5, "key": jax.random.key(0), "progress": False, "num_steps": 3}
+    several = training.fit(quadratic(optax.MultiSteps(optax.sgd(0.1), 3)), small.sample, **options)
+    sample_key = jax.random.split(jax.random.key(0), 3)[1]
+    tasks = np.concatenate([small.sample(jax.random.fold_in(sample_key, step)) for step in range(3)])
+    np.testing.assert_allclose(
+        several.hyperparams, 0.5 - 0.1 * 2 * (0.5 - tasks.mean()), rtol=1e-8
+    )  # optax divides in float32
+
+
+@pytest.mark.once
+def test_a_callback_profiles_some_steps(tmp_path):
+    def profile(step, metrics):
+        if step == 2:
+            jax.profiler.start_trace(str(tmp_path), create_perfetto_trace=True)
+        if step == 4:
+            jax.profiler.stop_trace()
+
+    fit(num_steps=6, callback=profile)
+    (trace,) = tmp_path.rglob("perfetto_trace.json.gz")
+    text = gzip.decompress(trace.read_bytes()).decode()
+    assert text.count('"outer step"') >= 2

@@ -1,0 +1,135 @@
+"""Two processes with a part of the tasks each give the result of one; a run of which one was killed is continued."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaopt.training import _processes
+
+SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(map(str, [SCRIPT.parent, SCRIPT.parents[2], os.environ.get("PYTHONPATH", "")])),
+    "JAX_PLATFORMS": "cpu",
+}
+NUM_STEPS = 20
+
+
+def start(folder, processes, num_steps=NUM_STEPS):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(process), str(processes), str(port), str(folder), str(num_steps)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENV,
+        )
+        for process in range(processes)
+    ]
+
+
+def run(folder, processes, **options) -> list[dict[str, np.ndarray]]:
+    """The results of all processes."""
+    for process in start(folder, processes, **options):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [dict(np.load(f"{folder}-{process}.npz")) for process in range(processes)]
+
+
+def wait_for_step(process, step):
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == str(step):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def assert_equal(results, expected, rtol):
+    for result in results:
+        for name in expected[0]:
+            if name != "params":
+                np.testing.assert_allclose(result[name], expected[0][name], rtol=rtol, err_msg=name)
+    params = [np.concatenate([result["params"] for result in each]) for each in (results, expected)]
+    np.testing.assert_allclose(*params, rtol=rtol)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two") / "run", 2)
+
+
+@pytest.mark.once
+def test_two_processes_equal_one(tmp_path, unbroken):
+    one = run(tmp_path / "run", 1)
+    assert unbroken[0]["num_nonfinite"].any() and unbroken[0]["num_tasks"][0] == 8
+    assert_equal(unbroken, one, rtol=1e-12)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_run_of_which_one_process_is_killed_continues_with_the_same_bits(tmp_path, unbroken, killed):
+    processes = start(tmp_path / "run", 2)
+    wait_for_step(processes[killed], 8)
+    processes[killed].send_signal(signal.SIGKILL)
+    processes[killed].communicate()
+    processes[1 - killed].kill()  # a launcher ends the others, which would wait for the one that is gone
+    processes[1 - killed].communicate()
+    steps = [int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
+    assert steps and max(steps) < NUM_STEPS
+    assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(tmp_path):
+    """Most kills come within steps and writes, and some before the first step."""
+    rng = np.random.default_rng(0)
+    folder, reached = tmp_path / "run", []
+    for _ in range(10):
+        processes = start(folder, 2, num_steps=150)
+        if rng.uniform() < 0.8:
+            assert processes[0].stdout is not None and processes[0].stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.5))
+        else:
+            time.sleep(rng.uniform(0.0, 10.0))
+        for process in processes if rng.uniform() < 0.5 else processes[::-1]:
+            process.kill()
+            process.communicate()
+        reached.append(max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0))
+    print("the newest checkpoint after each kill:", reached)
+    assert 0 < reached[-1] < 150
+    expected = run(tmp_path / "unbroken", 2, num_steps=150)
+    assert_equal(run(folder, 2, num_steps=150), expected, rtol=0)
+
+
+@pytest.mark.once
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint_that_one_process_can_continue(tmp_path, unbroken):
+    processes = start(tmp_path / "run", 2)
+    wait_for_step(processes[0], 5)
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], errors
+    assert_equal(run(tmp_path / "run", 1), unbroken, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])
+def test_the_checksum_of_a_split_array_detects_changed_and_exchanged_entries(dtype):
+    x = np.random.default_rng(0).permutation(24).reshape(4, 3, 2) // (12 if dtype == "bool" else 1)
+    number = lambda x: _processes.checksum(jnp.asarray(x).astype(dtype))
+    others = []
+    for i in range(24):
+        other = x.copy()
+        other.flat[i] = 1 - other.flat[i] if dtype == "bool" else other.flat[i] + 1
+        others.append(number(other))
+    assert len({number(x), *others}) == 25
+    assert number(x[::-1]) != number(x) and number(x[:, :, ::-1]) != number(x) and number(x) == number(x.copy())
