@@ -62,9 +62,9 @@ def logits(params, x):
         x = jax.lax.conv_general_dilated(
             x, params[name]["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        x = jax.nn.relu(x + params[name]["b"])
-    x = jax.nn.relu(x.reshape(len(x), -1) @ params["dense"]["w"] + params["dense"]["b"])
-    return x @ params["head"]["w"] + params["head"]["b"]
+        x = jax.nn.relu(x + params[name]["b"][None, None, None])
+    x = jax.nn.relu(x.reshape(len(x), -1) @ params["dense"]["w"] + params["dense"]["b"][None])
+    return x @ params["head"]["w"] + params["head"]["b"][None]
 
 
 def cross_entropy(params, hyperparams, batch):
