@@ -34,12 +34,13 @@ def test_texts_do_not_overlap(monkeypatch):
     monkeypatch.setattr(transformer, "read_text", lambda file: (np.arange(256), np.arange(100_000)))
     messages = [np.full(50, -1 - i) for i in range(20)]
     monkeypatch.setattr(windows, "read_messages", lambda folder, alphabet: messages)
-    texts = windows.load(3, SETTINGS)
+    settings = SETTINGS._replace(num_windows=120)  # their messages would coincide
+    texts = windows.load(3, settings)
     parts = [texts.pool.windows, texts.unseen.windows, texts.valid, texts.test]
     places = [set(part.ravel().tolist()) for part in parts]
     assert all(not a & b for i, a in enumerate(places) for b in places[:i])
     assert min(texts.pool.windows.min(), texts.unseen.windows.min()) < 0 <= min(texts.valid.min(), texts.test.min())
-    assert not np.array_equal(windows.load(4, SETTINGS).test, texts.test)
+    assert not np.array_equal(windows.load(4, settings).test, texts.test)
 
 
 def made_up_texts(seed=0):
