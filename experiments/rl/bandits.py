@@ -38,7 +38,7 @@ DEVELOPMENT = 5000  # the first seed of choices
 
 class Settings(NamedTuple):
     arms: tuple[int, ...] = (5, 10)
-    num_updates: int = 1500
+    num_updates: int = 1000
     batch: int = 64
     hidden: int = 16
     rate: float = 3e-3
