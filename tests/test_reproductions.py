@@ -18,6 +18,11 @@ SCRIPTS = {
     "architecture_regret": ("nasbench201.npz", ("random search", "successive halving", "the cell 9930")),
     "architecture_tables": ("nasbench201.npz", ("h, no trial", "regularized evolution", "the cell 9930")),
     "darts_cifar": ("cifar10_sub32.npz", ("| DARTS, seed 0", "| random 0")),
+    "data_weighting": (
+        "tiny_shakespeare.txt.gz",
+        ("| uniform weights", "| metagradient, a scorer", "| loss difference"),
+    ),
+    "fine_tuning": ("cifar10_sub32.npz", ("| learned rates and strengths", "| linear probe", "| from scratch")),
     "data_cleaning": ("mnist.npz", ("oracle: clean rows and validation rows", "`implicit`, 2 steps, warm CG")),
     "record_tables": ("pmlb_sklearn_results.parquet", ("| portfolio", "| TPE", "| metaopt")),
     "learning_curves": ("taskset_rnn_curves.npz", ("| metaopt |", "| Hyperband |", "| up to 0.02 |")),

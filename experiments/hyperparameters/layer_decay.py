@@ -19,7 +19,6 @@ read once. Losses are in nats per character.
 Needs tiny_shakespeare.txt.gz in the folder that the environment variable METAOPT_DATA names.
 """
 
-import gzip
 import math
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 import optax
 
 from experiments import script
+from experiments.hyperparameters import transformer
 from metaopt import base, hypergrad, inner, spaces, training
 
 GROUPS = ("embed", "attention 1", "mlp 1", "attention 2", "mlp 2", "output")
@@ -37,9 +37,7 @@ SPACE = {
     "rate": spaces.interval(1e-3, 1e-1, log=True, default=1e-2),
     "decay": {group: spaces.interval(1e-3, 10.0, log=True, default=1e-1) for group in GROUPS},
 }
-HEADS = 2
 GRID = "one decay, best of a grid"
-NUM_CHARACTERS = 65
 
 
 def load(seed: int, config):
@@ -47,8 +45,7 @@ def load(seed: int, config):
 
     Training, validation and test text follow one another with gaps, at a place that depends on the seed.
     """
-    path = script.data_file(__file__, "tiny_shakespeare.txt.gz")
-    _, codes = np.unique(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8), return_inverse=True)
+    _, codes = transformer.read_text(__file__)
     length, gap = config.context + 1, 10_000
     sizes = [config.num_train, config.num_valid, config.num_test]
     needed = sum(sizes) * length + len(sizes) * gap
@@ -60,45 +57,14 @@ def load(seed: int, config):
     return base.Task(parts[0], parts[1]), parts[2]
 
 
-def normalize(x):
-    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-
-
-def logits(params, x):
-    """Returns [rows, positions, alphabet] logits of the next character."""
-    h = params["embed"]["characters"][x] + params["embed"]["positions"][None]
-    mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None, None]
-    for layer in (1, 2):
-        attention, mlp = params[f"attention {layer}"], params[f"mlp {layer}"]
-        qkv = (normalize(h) @ attention["in"]).reshape(*x.shape, 3, HEADS, -1)
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-        weights = jax.nn.softmax(jnp.where(mask, scores, -1e9))
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(h.shape)
-        h = h + mixed @ attention["out"]
-        h = h + jax.nn.gelu(normalize(h) @ mlp["in"]) @ mlp["out"]
-    return normalize(h) @ params["output"]["out"]
-
-
 def mean_loss(params, hyperparams, rows):
     """Returns the loss in nats per character."""
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits(params, rows[:, :-1]), rows[:, 1:]).mean()
+    return transformer.row_losses(params, rows).mean()
 
 
 def make_problem(config) -> base.Problem:
-    width = config.width
-
     def init(key, hyperparams, data):
-        shapes = {"embed": {"characters": (NUM_CHARACTERS, width), "positions": (config.context, width)}}
-        for layer in (1, 2):
-            shapes[f"attention {layer}"] = {"in": (width, 3 * width), "out": (width, width)}
-            shapes[f"mlp {layer}"] = {"in": (width, 4 * width), "out": (4 * width, width)}
-        shapes["output"] = {"out": (width, NUM_CHARACTERS)}
-        leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-        keys = jax.random.split(key, len(leaves))
-        weights = [jax.random.normal(k, shape) / math.sqrt(shape[0]) for k, shape in zip(keys, leaves, strict=True)]
-        params = jax.tree.unflatten(structure, weights)
-        return {**params, "embed": jax.tree.map(lambda w: w * math.sqrt(w.shape[0] / width), params["embed"])}
+        return transformer.init_params(key, config.context, config.width)
 
     def optimizer(hp):
         def decay(updates, params):
