@@ -112,7 +112,7 @@ def test_notebooks_are_written_from_the_pages():
         links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", "\n".join(texts)) if "://" not in link]
         assert [link for link in links if not (ROOT / "colab" / link).exists()] == []
         code = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
-        assert not any("docs/records" in line or "pathlib" in line for line in code[12:])
+        assert not any("docs/records" in line or "pathlib.Path(metaopt" in line for line in code)
 
 
 @pytest.mark.slow
