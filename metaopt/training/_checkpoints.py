@@ -262,8 +262,9 @@ def _to_save(leaf: jax.Array) -> tuple[Any, dict[str, Any]]:
         sharding = _processes.described_sharding(leaf)
         if sharding is not None:
             return leaf, described | {"sum": _processes.checksum(leaf), "sharding": sharding}
-        leaf = _processes.gathered(leaf)
-    array = np.array(leaf)  # a copy: the array is donated to the next step, while a thread writes
+        array = _processes.gathered(leaf)
+    else:
+        array = np.array(leaf)  # a copy: the array is donated to the next step, while a thread writes
     return array, described | {"crc32": checksum(array)}
 
 
