@@ -30,6 +30,7 @@ LEVELS = [
         "_permutations",
         "_progress",
         "_proposals",
+        "_schedule_free",
         "_tfrecord",
         "_tuned_space",
     },

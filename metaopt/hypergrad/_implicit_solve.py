@@ -63,9 +63,10 @@ def implicit_solve(
 
     Returns:
       `(key, hyperparams, data) -> InnerState`. The derivative of `loop.params` of this state, with respect to λ and the
-      data, is that of θ*. With the condition "gradient", everything else in the state is constant. With "step", the
-      other floating-point leaves have a derivative too. A derivative with respect to a leaf of λ raises a `ValueError`
-      if training depends on the leaf and R does not (a rate, an initialization).
+      data, is that of θ*. With the condition "gradient", everything else in the state is constant, except for the
+      sequence that a schedule-free optimizer averages. With "step", the other floating-point leaves have a derivative
+      too. A derivative with respect to a leaf of λ raises a `ValueError` if training depends on the leaf and R does not
+      (a rate, an initialization).
 
     Raises:
       ValueError: if `damping` is negative, or `batch` or `condition` is unknown.

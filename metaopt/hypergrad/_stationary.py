@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from metaopt import _checks, _jaxpr, _trees, base, inner
+from metaopt import _checks, _jaxpr, _schedule_free, _trees, base, inner
 from metaopt.hypergrad import _refusals, _solvers
 
 CONDITIONS = ("gradient", "step")
@@ -41,8 +41,9 @@ def draw(batch: Any, key: jax.Array, loop: base.InnerLoop, state: base.InnerStat
 def unknowns(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tuple[Any, Callable]:
     """Returns x, the values that come to rest, and a function `x -> state` that puts x into the state.
 
-    With the condition "gradient", x is θ: the leaves of the state that `loop.iterate` reads. With "step", x contains
-    all leaves that have a derivative: θ, momentum, running statistics.
+    With the condition "gradient", x is θ: the leaves of the state that `loop.iterate` reads. The average of a
+    schedule-free optimizer moves along with it. With "step", x contains all leaves that have a derivative: θ, momentum,
+    running statistics.
     """
     leaves, structure = jax.tree.flatten(state)
     if condition == "gradient":
@@ -54,7 +55,11 @@ def unknowns(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tu
 
     def put(x):
         filled = dict(enumerate(leaves)) | dict(zip(places, jax.tree.leaves(x), strict=True))
-        return structure.unflatten(filled[i] for i in range(len(leaves)))
+        new = structure.unflatten(filled[i] for i in range(len(leaves)))
+        if condition == "step" or not _schedule_free.states(new):
+            return new
+        # At rest, all sequences of a schedule-free optimizer are θ.
+        return _schedule_free.shifted(new, optax.tree.sub(x, loop.iterate(state)))
 
     return x, put
 

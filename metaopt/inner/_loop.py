@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _jaxpr, _trees, base, transforms
+from metaopt import _checks, _jaxpr, _schedule_free, _trees, base, transforms
 from metaopt.inner import _cpu, _samplers
 
 _FACTORY = (
@@ -164,7 +164,10 @@ def _update(
 ) -> LoopState:
     """One step of the optimizer."""
     with _checks.explained_schedules("optimizer"):
-        updates, opt_state = transform(hyperparams).update(grads, state.opt_state, state.params)
+        optimizer = transform(hyperparams)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if _schedule_free.states(opt_state):
+            opt_state = _schedule_free.refreshed(opt_state, optimizer.init(state.params))
     params = optax.apply_updates(state.params, updates)
     opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
     new_state = LoopState(params, opt_state, model_state, state.key, state.step + 1)
@@ -178,12 +181,11 @@ def _context(state: LoopState) -> base.Context:
 
 
 def _params(state: LoopState) -> base.Params:
-    """θ, or the average that a schedule-free optimizer evaluates."""
-    is_average = lambda x: isinstance(x, optax.contrib.ScheduleFreeState)
-    averages = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_average) if is_average(x)]
-    if len(averages) != 1 or jax.tree.structure(averages[0].z) != jax.tree.structure(state.params):
-        return state.params
-    return _like(optax.contrib.schedule_free_eval_params(averages[0], state.params), state.params)
+    """θ, or where a schedule-free optimizer trains it, the average that is to be evaluated."""
+    params = state.params
+    for average in _schedule_free.states(state.opt_state):
+        params = _schedule_free.average(average, params)
+    return params
 
 
 def _batch(sample: _samplers.Sampler, state: LoopState, data: base.Data) -> base.Batch:

@@ -434,3 +434,30 @@ def test_the_warning_names_the_rule_of_a_partition_and_ignores_other_rules():
     message = " ".join(_checks.far_from_rest({**norms, "inner_grad_norm": 5.0, "value": 0.0}))
     assert "`a/inner_grad_norm` is 1 and `a/outer_grad_norm` is 2" in message and message.count("_grad_norm` is") == 2
     assert _checks.far_from_rest({"inner_grad_norm": np.nan, "outer_grad_norm": 1.0}) == []
+
+
+AVERAGED = {
+    "all": lambda rate: optax.contrib.schedule_free_sgd(rate, b1=0.5),
+    "some": lambda rate: optax.partition(
+        {"a": optax.contrib.schedule_free_sgd(rate, b1=0.5), "b": optax.sgd(rate)}, {"a": "a", "b": "b"}
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", AVERAGED)
+@pytest.mark.parametrize("rule", ["implicit", "implicit_solve"])
+def test_the_average_of_a_schedule_free_optimizer_moves_with_the_minimum(rule, parts):
+    """ℓ = (a − λ)²/2 + (b − 3λ)²/2 and f = 2a + b², whose derivative at rest is 2 + 18λ."""
+    loop = inner.loop(
+        lambda params, lam, batch: ((params["a"] - lam) ** 2 + (params["b"] - 3 * lam) ** 2) / 2,
+        lambda lam: AVERAGED[parts](0.5),
+        init=lambda key, lam, data: {"a": jnp.array(0.1), "b": jnp.array(0.2)},
+    )
+    outer, lam, task = lambda params: 2 * params["a"] + params["b"] ** 2, jnp.array(0.7), base.Task((), ())
+    if rule == "implicit":
+        problem = inner.problem(loop, lambda params, lam, batch: outer(params))
+        slope = estimated(hypergrad.implicit(problem, num_steps=4000), lam, task).hypergrad
+    else:
+        solve = hypergrad.implicit_solve(loop, num_steps=4000)
+        slope = jax.jit(jax.grad(lambda lam: outer(loop.params(solve(KEY, lam, ())))))(lam)
+    np.testing.assert_allclose(slope, 2 + 18 * 0.7, rtol=2e-3)  # the average approaches the minimum as 1/t

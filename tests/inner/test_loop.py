@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import base, hypergrad, inner
+from metaopt import base, hypergrad, inner, transforms
 
 KEY = jax.random.key(0)
 DATA = problems.TASK.train
@@ -356,3 +356,69 @@ def test_the_outer_loss_judges_the_average_of_a_schedule_free_optimizer():
     estimate, _ = estimator.estimate(jnp.array(0.3), task, estimator.init(KEY, jnp.array(0.3), task))
     slope = (by_hand(0.3 + 1e-6)[0] - by_hand(0.3 - 1e-6)[0]) / 2e-6
     np.testing.assert_allclose((estimate.value, estimate.hypergrad), (by_hand(0.3)[0], slope), rtol=1e-8)
+
+
+def _schedule_free_loop(optimizer):
+    return inner.loop(
+        lambda params, hp, batch: sum(((leaf - 1) ** 2).sum() for leaf in jax.tree.leaves(params)) / 2,
+        optimizer,
+        init=lambda key, hp, data: {"a": jnp.zeros(()), "b": {"c": jnp.zeros(2), "d": jnp.zeros(3)}},
+    )
+
+
+def _free(rate):
+    return optax.contrib.schedule_free_sgd(rate, b1=0.5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rates"),
+    [
+        (lambda hp: optax.partition({"x": _free(0.1), "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}), (0.1, None, None)),
+        (
+            lambda hp: optax.partition({"x": _free(0.1), "y": _free(0.2)}, {"a": "x", "b": {"c": "y", "d": "x"}}),
+            (0.1, 0.2, 0.1),
+        ),
+        (lambda hp: transforms.per_parameter(_free)({"a": 0.1, "b": {"c": 0.2, "d": 0.3}}), (0.1, 0.2, 0.3)),
+        (lambda hp: optax.masked(_free(0.1), {"a": False, "b": {"c": True, "d": True}}), ("y", 0.1, 0.1)),
+    ],
+)
+def test_parts_of_the_parameters_may_have_an_average(optimizer, rates):
+    def average(rate):
+        x = y = z = 0.0
+        for t in range(1, 6):
+            z = z - rate * (y - 1)
+            x = (1 - 1 / t) * x + z / t
+            y = (x + z) / 2
+        return x
+
+    loop = _schedule_free_loop(optimizer)
+    state = hypergrad.unroll(loop, num_steps=5)(KEY, (), None)
+    a, b = loop.params(state)["a"], loop.params(state)["b"]
+    for leaf, trained, rate in zip((a, b["c"], b["d"]), jax.tree.leaves(state.params), rates, strict=True):
+        expected = trained if rate == "y" else 1 - 0.9**5 if rate is None else average(rate)
+        np.testing.assert_allclose(leaf, np.full(leaf.shape, expected), rtol=1e-12)
+
+
+def test_an_average_of_flat_parameters_is_refused():
+    loop = _schedule_free_loop(lambda hp: optax.flatten(_free(0.1)))
+    with pytest.raises(ValueError, match="average is unknown"):
+        loop.params(loop.init(KEY, (), None))
+
+
+def test_averages_of_a_batch_of_states_have_their_own_weights():
+    loop = _schedule_free_loop(lambda hp: optax.contrib.schedule_free_sgd(0.1, b1=hp))
+    states = jax.vmap(lambda hp: hypergrad.unroll(loop, num_steps=4)(KEY, hp, None))(jnp.array([0.5, 0.9]))
+    chex.assert_trees_all_close(loop.params(states), jax.vmap(loop.params)(states), rtol=1e-14)
+
+
+def test_the_average_uses_the_current_weight_of_a_carried_state():
+    loop = _schedule_free_loop(lambda hp: optax.chain(optax.identity(), optax.contrib.schedule_free_sgd(0.1, b1=hp)))
+    x = y = z = 0.0
+    state = loop.init(KEY, 0.9, None)
+    for t, b1 in enumerate((0.9, 0.9, 0.5, 0.7), 1):
+        x = (y - (1 - b1) * z) / b1  # from y and z, as optax does
+        z = z - 0.1 * (y - 1)
+        x = (1 - 1 / t) * x + z / t
+        y = b1 * x + (1 - b1) * z
+        state = jax.jit(inner.step, static_argnums=0)(loop, state, jnp.array(b1), None)
+        np.testing.assert_allclose((loop.params(state)["a"], loop.iterate(state)["a"]), (x, y), rtol=1e-12)

@@ -1,0 +1,96 @@
+"""The states of `optax.contrib.schedule_free` within a state of any optimizer.
+
+Such a state holds z. The gradient is taken at the parameters y, and the average is x = (y - (1 - b1) z) / b1.
+Under `optax.masked` or `optax.partition`, z has `optax.MaskedNode` in place of the parameters of the others.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt import base
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, optax.contrib.ScheduleFreeState)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def states(tree: base.PyTree) -> list[optax.contrib.ScheduleFreeState]:
+    """Returns the schedule-free states in a tree.
+
+    Args:
+      tree: such as the state of an optimizer.
+
+    Returns:
+      The states, without those that are nested in another one.
+    """
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
+
+
+def average(state: optax.contrib.ScheduleFreeState, params: base.Params) -> base.Params:
+    """Returns x where the state has z, and y for other parameters.
+
+    Args:
+      state: a schedule-free state.
+      params: y.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: if z does not have the structure and the shapes of the parameters.
+    """
+
+    def leaf(z, y):
+        if _is_masked(z):
+            return y
+        if not jax.tree_util.all_leaves([y]) or jnp.shape(z) != jnp.shape(y):
+            raise ValueError("The shapes differ.")
+        b1 = jnp.expand_dims(state.b1, tuple(range(jnp.ndim(state.b1), jnp.ndim(z))))  # a batch of states has several
+        return ((y - (1.0 - b1) * z) / b1).astype(y.dtype)
+
+    try:
+        return jax.tree.map(leaf, state.z, params, is_leaf=_is_masked)
+    except ValueError as error:
+        raise ValueError(
+            "The parameters of a schedule-free optimizer do not have the structure and the shapes of its state, so "
+            "that their average is unknown. Wrap it only by transforms that keep the shapes (not by `optax.flatten`)."
+        ) from error
+
+
+def refreshed(tree: base.PyTree, fresh: base.PyTree) -> base.PyTree:
+    """Replaces b1 in schedule-free states: optax keeps the first one there, but steps with that of the current factory.
+
+    Args:
+      tree: the state of an optimizer.
+      fresh: a state that was made with the current hyperparameters.
+
+    Returns:
+      `tree` with the b1 of `fresh`.
+    """
+    replaced = lambda x, new: x._replace(b1=new.b1) if _is_state(x) else x
+    return jax.tree.map(replaced, tree, fresh, is_leaf=_is_state)
+
+
+def shifted(tree: base.PyTree, shift: base.Params) -> base.PyTree:
+    """Moves z in schedule-free states, so that the average moves as y does.
+
+    Args:
+      tree: the state of an optimizer, or a tree that contains it.
+      shift: how far y moves.
+
+    Returns:
+      `tree` with z + `shift`.
+    """
+    move = lambda z, by: z if _is_masked(z) else z + by.astype(z.dtype)
+
+    def moved(x):
+        return x._replace(z=jax.tree.map(move, x.z, shift, is_leaf=_is_masked)) if _is_state(x) else x
+
+    return jax.tree.map(moved, tree, is_leaf=_is_state)
