@@ -43,8 +43,8 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
         [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. Of a `Table`, arrays
         or a frame, all rows are used: pass training rows only.
-      target: the name of a column of the frame, which is not used as a feature, or one label per row of the frame.
-        Rows without a label are dropped. None: `table` has the labels.
+      target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
+        of the frame. Rows without a label are dropped. None: `table` has the labels.
       seed: of subsamples and folds of the meta-features.
 
     Returns:
@@ -84,8 +84,8 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
 
 def _encoded(frame: Any, target: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of a frame that have a label: x [n, d] with NaN in gaps, the classes [n], and categorical [d]."""
-    is_name = isinstance(target, str | int)
-    codes = tasks.fit_labels(frame[target] if is_name else target).codes
+    is_name = isinstance(target, str | int | np.integer)
+    codes = (tasks.fit_labels(frame, column=target) if is_name else tasks.fit_labels(target)).codes
     encoder = tasks.fit_encoder(frame, drop=[target] if is_name else ())
     x, rows = encoder.transform(frame), codes >= 0
     if len(x) != len(codes):

@@ -6,7 +6,7 @@ rows. Unlike `prepare`, it reads any types of values, and keeps missing values a
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from metaopt import _files, _saving
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
-from metaopt.tasks._frames import Frame, read_frame, read_values, unique_names
+from metaopt.tasks._frames import Frame, positions, read_frame, read_values, unique_names
 
 _log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def fit_encoder(
            [2. , 1. ]])
     """
     table = read_frame(frame)
-    dropped, kept = (_chosen(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
+    dropped, kept = (positions(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
     codes: list[ColumnCode] = []
     notes: list[ColumnNote] = []
     first: dict[bytes, str] = {}  # of equal columns
@@ -217,20 +217,6 @@ def fit_encoder(
         if fit.code is not None:
             codes.append(fit.code)
     return TableEncoder(table.names, table.named, table.numbered, tuple(codes), tuple(notes), max_levels)
-
-
-def _chosen(argument: str, chosen: Iterable[str | int], table: Frame) -> set[int]:
-    """The positions of columns that are named or numbered."""
-    chosen = [chosen] if isinstance(chosen, str | int) else list(chosen)
-    positions = set()
-    for column in chosen:
-        if table.named and str(column) in table.names:
-            positions.add(table.names.index(str(column)))
-        elif isinstance(column, int | np.integer) and -len(table.names) <= column < len(table.names):
-            positions.add(int(column) % len(table.names))
-        else:
-            raise ValueError(f"`{argument}` names the column {column!r}; there are {', '.join(table.names)}.")
-    return positions
 
 
 def _twin(fit: Fit, first: dict[bytes, str], num_rows: int) -> str | None:

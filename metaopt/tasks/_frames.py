@@ -88,6 +88,32 @@ def read_frame(frame: Any) -> Frame:
     return Frame(unique_names(map(str, names)), True, numbered, tuple(columns), num_rows)
 
 
+def positions(argument: str, chosen: Iterable[str | int], table: Frame) -> set[int]:
+    """Finds columns.
+
+    Args:
+      argument: the name of the user's argument, for the message.
+      chosen: names or numbers of columns, or one of them.
+      table: that has the columns.
+
+    Returns:
+      The positions of the columns.
+
+    Raises:
+      ValueError: if there is no such column.
+    """
+    chosen = [chosen] if isinstance(chosen, str | int | np.integer) else list(chosen)
+    found = set()
+    for column in chosen:
+        if table.named and str(column) in table.names:
+            found.add(table.names.index(str(column)))
+        elif isinstance(column, int | np.integer) and -len(table.names) <= column < len(table.names):
+            found.add(int(column) % len(table.names))
+        else:
+            raise ValueError(f"`{argument}` names the column {column!r}; there are {', '.join(table.names)}.")
+    return found
+
+
 def unique_names(names: Iterable[str]) -> tuple[str, ...]:
     """Appends "_2", "_3", ... to names that occurred before.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt import _extras
-from metaopt.tasks._frames import ALWAYS_MISSING, as_text, objects
+from metaopt.tasks._frames import ALWAYS_MISSING, as_text, objects, positions, read_frame
 
 
 class Labels(NamedTuple):
@@ -17,12 +17,14 @@ class Labels(NamedTuple):
     codes: np.ndarray
 
 
-def fit_labels(y: Any) -> Labels:
+def fit_labels(y: Any, *, column: str | int | None = None) -> Labels:
     """Numbers the labels of a classification target.
 
     Args:
       y: [n] texts, whole numbers (also as floats), booleans, or categories of pandas; None, NaN or pandas.NA where
-        missing. Mixed types are compared as texts. All texts are classes, "" and "NA" too.
+        missing. Mixed types are compared as texts. All texts are classes, "" and "NA" too. With `column`, a frame of
+        any type that `fit_encoder` takes.
+      column: the name or the position of the column of the frame that has the labels.
 
     Returns:
       A `NamedTuple` of two arrays; `classes[codes]` are the labels where none is missing.
@@ -32,10 +34,14 @@ def fit_labels(y: Any) -> Labels:
 
     Raises:
       ValueError: if `y` is not one-dimensional, has numbers that are not whole, or fewer than 2 classes.
+      ValueError: with `column`, if `fit_encoder` rejects the frame, or there is no such column.
 
     >>> fit_labels(["no", "yes", None, "no"])
     Labels(classes=array(['no', 'yes'], dtype='<U3'), codes=array([ 0,  1, -1,  0], dtype=int32))
     """
+    if column is not None:
+        table = read_frame(y)
+        y = table.columns[positions("column", column, table).pop()]
     values = _as_array(y)
     if values.ndim != 1:
         raise ValueError(f"`y` must be one-dimensional; got shape {values.shape}.")

@@ -43,6 +43,7 @@ REFUSALS = [
         lambda: automl.predict_hyperparams({"a": range(30), "y": np.arange(30) / 7}, "y"),
         "Unknown label type: continuous",
     ),
+    (lambda: automl.predict_hyperparams([{"a": 1, "y": 0}], "z"), "the column 'z'; there are a, y"),
     (lambda: automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool))), "column"),
 ]
 

@@ -81,7 +81,7 @@ def frame_and_arrays():
     return frame, (np.stack([size, color], 1)[rows], label[rows], np.array([False, True]))
 
 
-@pytest.mark.parametrize("kind", ["dict", "pandas", "labels apart", "numbered columns"])
+@pytest.mark.parametrize("kind", ["dict", "pandas", "labels apart", "numbered columns", "dicts", "rows", "array"])
 def test_a_frame_and_its_target_are_the_same_as_arrays(kind):
     frame, arrays = frame_and_arrays()
     expected = automl.predict_hyperparams(arrays)
@@ -91,11 +91,22 @@ def test_a_frame_and_its_target_are_the_same_as_arrays(kind):
         "pandas": (pd.DataFrame(frame), "sold"),
         "labels apart": (pd.DataFrame(inputs), pd.Series(frame["sold"])),
         "numbered columns": (pd.DataFrame(dict(enumerate(frame.values()))), 1),
+        "dicts": ([dict(zip(frame, row, strict=True)) for row in zip(*frame.values(), strict=True)], "sold"),
+        "rows": (list(zip(*frame.values(), strict=True)), np.int64(1)),
+        "array": (np.stack([np.asarray(values, object) for values in frame.values()], axis=1), -2),
     }[kind]
     predicted = automl.predict_hyperparams(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), predicted, expected)
     changed = automl.predict_hyperparams((arrays[0] * [1, 0], *arrays[1:]))  # the column of texts matters
     assert any(abs(float(changed[name]) / float(expected[name]) - 1) > 1e-3 for name in expected)
+
+
+def test_the_target_of_a_square_array_is_a_column():
+    array = np.random.default_rng(0).normal(size=(40, 40)).round(2)
+    array[:, 3] = np.arange(40) % 2
+    predicted = automl.predict_hyperparams(array, 3)
+    expected = automl.predict_hyperparams((np.delete(array, 3, axis=1), np.arange(40) % 2, np.zeros(39, bool)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), predicted, expected)
 
 
 def test_extreme_numbers_of_a_frame_have_a_prediction():
