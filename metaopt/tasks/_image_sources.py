@@ -5,6 +5,7 @@ Nothing is downloaded.
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -67,7 +68,8 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
 
     Args:
       files: the image files.
-      size: S, pixels per side; images are rotated as their EXIF data say, and resized to a square by area means.
+      size: S, pixels per side; images are rotated as their EXIF data say (if these can be read), and resized to a
+        square by area means.
       channels: 1 for gray, or 3 for colors.
 
     Returns:
@@ -81,7 +83,7 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
     for file in map(Path, files):
         with _files.reading(file, "is not an image that Pillow can read"):
             # A file allocates as many bytes as a damaged header asks for; bytes in memory only as many as there are.
-            pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels))
+            pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels, rotate=True))
     return np.stack(pixels)
 
 
@@ -89,8 +91,11 @@ def _pillow(caller: str) -> Any:
     return _extras.require("PIL.Image", "episodes", f"`{caller}`")
 
 
-def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarray:
-    """Reads the pixels of an image file with the module of Pillow; [size, size], or [size, size, 3]."""
+def _pixels(pillow: Any, file: Any, size: int | None, channels: int, *, rotate: bool = False) -> np.ndarray:
+    """Reads the pixels of an image file with the module of Pillow; [size, size], or [size, size, 3].
+
+    With `rotate`, the image is turned as its EXIF data say.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # metaopt's own limit is lower
         try:
@@ -100,8 +105,26 @@ def _pixels(pillow: Any, file: Any, size: int | None, channels: int) -> np.ndarr
     with image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
-        # Cameras store the rotation next to the pixels.
-        return _resized(_extras.require("PIL.ImageOps", "episodes", "images").exif_transpose(image), size, channels)
+        return _resized(_upright(image, pillow.Transpose) if rotate else image, size, channels)
+
+
+def _upright(image: Any, methods: Any) -> Any:
+    """Turns an image as its EXIF data say: cameras store the rotation next to the pixels."""
+    image.load()  # turns a TIFF file by itself
+    try:
+        turn = image.getexif().get(0x0112, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):  # `exif_transpose` of Pillow would raise
+        return image
+    names = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_270",
+        7: "TRANSVERSE",
+        8: "ROTATE_90",
+    }
+    return image.transpose(methods[names[turn]]) if turn in names else image
 
 
 def _resized(image: Any, size: int | None, channels: int) -> np.ndarray:

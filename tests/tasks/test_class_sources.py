@@ -110,11 +110,31 @@ def test_a_folder_of_images(tmp_path):
         tasks.from_image_folder(tmp_path, size=2)
 
 
-def test_images_are_rotated_as_the_camera_says(tmp_path):
+@pytest.mark.parametrize("turn", range(10))
+def test_images_are_rotated_as_the_camera_says(turn, tmp_path):
     pixels, exif = np.arange(4, dtype=np.uint8).reshape(2, 2), Image.Exif()
-    exif[0x0112] = 6  # "orientation": the first row of the file is the right side of the picture
+    exif[0x0112] = turn  # "orientation", such as 6: the first row of the file is the right side of the picture
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=2)[0], [[2, 0], [3, 1]])
+    expected = {
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.T,
+        6: [[2, 0], [3, 1]],
+        7: [[3, 1], [2, 0]],
+        8: [[1, 3], [0, 2]],
+    }.get(turn, pixels)
+    np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=2)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # by Pillow
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0junk and more", b"Exif\0\0MM\0*\0\0\0\x08\0", b"Exif\0\0MM", b"Exif\0\0MM\0*"]
+)
+def test_images_with_damaged_camera_data_are_read(exif, tmp_path):
+    pixels = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=2)[0], pixels)
 
 
 class Builder:

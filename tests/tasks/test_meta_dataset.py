@@ -92,6 +92,16 @@ def test_a_flat_data_set(tmp_path):
         tasks.from_meta_dataset(tmp_path, part="test", size=2)
 
 
+def test_rotations_of_cameras_are_ignored_as_published(tmp_path):
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    Image.fromarray(pixels).save(stream, "PNG", exif=exif)
+    write(tmp_path, {"classes_per_split": {"TRAIN": 0, "VALID": 0, "TEST": 1}, "class_names": {"0": "one"}}, 0)
+    (tmp_path / "0.tfrecords").write_bytes(framed(example(image=stream.getvalue(), label=[0])))
+    np.testing.assert_array_equal(tasks.from_meta_dataset(tmp_path, part="test", size=2).x[0], pixels)
+
+
 def test_superclasses_and_ontologies(tmp_path):
     spec = {
         "superclasses_per_split": {"TRAIN": 1, "VALID": 0, "TEST": 2},
