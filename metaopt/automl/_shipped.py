@@ -84,7 +84,8 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
 
 def _encoded(frame: Any, target: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of a frame that have a label: x [n, d] with NaN in gaps, the classes [n], and categorical [d]."""
-    is_name = isinstance(target, str | int | np.integer)
+    target = int(target) if isinstance(target, np.integer) else target
+    is_name = isinstance(target, str | int)
     codes = (tasks.fit_labels(frame, column=target) if is_name else tasks.fit_labels(target)).codes
     encoder = tasks.fit_encoder(frame, drop=[target] if is_name else ())
     x, rows = encoder.transform(frame), codes >= 0

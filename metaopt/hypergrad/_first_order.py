@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import base, inner
+from metaopt import _schedule_free, base, inner
 from metaopt.hypergrad import _refusals
 from metaopt.hypergrad._lookahead import LookaheadState
 
@@ -157,8 +157,9 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
       barrier: η, positive; a larger η follows the inner minimum more closely.
 
     Returns:
-      An `Estimator` of kind "biased" that never ends by itself. Its value is f(θ, λ) before the step. Metrics:
-      "multiplier", which is μ, and "gap", which is q.
+      An `Estimator` of kind "biased" that never ends by itself. Its value is f before the step, of
+      `loop.params`: with a schedule-free optimizer, ∇f is taken at another θ. Metrics: "multiplier", which is μ, and
+      "gap", which is q.
 
     Raises:
       ValueError: at trace time, if a leaf of λ enters only `init` or `update`.
@@ -178,9 +179,10 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
         now = state.inner
         z = jax.lax.fori_loop(0, num_steps, lambda _, s: inner.step(loop, s, hyperparams, task.train), now)
         point, batch, context = (loop.iterate(now), hyperparams), loop.batch(now, task.train), loop.context(now)
-        f, f_grads = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(
-            *point, problem.outer_batch(outer_key, task), context
-        )
+        outer_batch = problem.outer_batch(outer_key, task)
+        f, f_grads = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(*point, outer_batch, context)
+        if _schedule_free.states(now):
+            f = problem.outer_loss(loop.params(now), hyperparams, outer_batch, context)
         inner_gradient = jax.value_and_grad(loop.loss, argnums=(0, 1), has_aux=True)
         (inner_loss, model_state), inner_grads = inner_gradient(*point, batch, context)
 

@@ -41,7 +41,7 @@ def fit_labels(y: Any, *, column: str | int | None = None) -> Labels:
     """
     if column is not None:
         table = read_frame(y)
-        y = table.columns[positions("column", column, table).pop()]
+        y = table.columns[positions("column", [column], table).pop()]
     values = _as_array(y)
     if values.ndim != 1:
         raise ValueError(f"`y` must be one-dimensional; got shape {values.shape}.")

@@ -124,6 +124,28 @@ def test_bome_takes_the_step_of_its_algorithm(barrier):
     np.testing.assert_allclose(estimate.value, outer_loss(theta, LAM, valid), rtol=1e-12)
 
 
+def test_the_value_of_bome_is_that_of_the_average_of_a_schedule_free_optimizer():
+    """y = 0.5 x + 0.5 z after two steps from 0 with ℓ = (θ − λ)²/2, by hand: λ = 2, z = 0.2, 0.38; x = 0.2, 0.29."""
+    loop = inner.loop(
+        lambda params, lam, batch: (params - lam) ** 2 / 2,
+        lambda lam: optax.contrib.schedule_free_sgd(0.1, b1=0.5),
+        init=lambda *_: jnp.array(0.0),
+    )
+    estimator = hypergrad.bome(inner.problem(loop, lambda params, lam, batch: params**2), num_steps=2, barrier=0.7)
+    lam = jnp.array(2.0)
+    state = estimator.init(KEY, lam, problems.TASK)
+    for _ in range(2):
+        state = state._replace(inner=inner.step(loop, state.inner, lam, None))
+    estimate, _ = estimator.estimate(lam, problems.TASK, state)
+    np.testing.assert_allclose(loop.iterate(state.inner), 0.335, rtol=1e-12)
+    np.testing.assert_allclose(estimate.value, 0.29**2, rtol=1e-12)
+    y, z = 0.335, inner.run(loop, num_steps=4)(KEY, lam, None).params  # ∇f and ∇q are taken at y
+    grads = jax.grad(lambda y, lam: y**2, (0, 1))(y, 2.0), jax.grad(lambda y, lam: (y - lam) ** 2 / 2, (0, 1))(y, 2.0)
+    q = np.array([grads[1][0], grads[1][1] - (2.0 - z)])
+    mu = max(0.7 - float(np.dot(grads[0], q)) / float(q @ q), 0)
+    np.testing.assert_allclose(estimate.metrics["multiplier"], mu, rtol=1e-12)
+
+
 @pytest.mark.once
 def test_bome_arrives_at_the_minimum_within_its_step_size():
     newton = jax.jit(lambda x: x - jnp.linalg.solve(jax.hessian(f)(x), jax.grad(f)(x)))
