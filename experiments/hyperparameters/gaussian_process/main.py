@@ -85,8 +85,7 @@ def run_seed(
     own = MODELS[name]
     start = time.perf_counter()
     g = learning.kept(folder, f"{name}-g-{seed}", bank, own.outer, settings, seed)
-    fewer = settings._replace(steps=settings.steps // 2)
-    one = learning.kept(folder, f"{name}-one-{seed}", bank, own.outer, fewer, seed, constant=True)
+    one = learning.kept(folder, f"{name}-one-{seed}", bank, own.outer, settings, seed, constant=True)
     print(f"{name}, seed {seed}: g and one λ learned in {time.perf_counter() - start:.0f} s", flush=True)
     results = {}
     for num in sizes:
