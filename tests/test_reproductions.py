@@ -263,7 +263,7 @@ def test_soft_clusters(tmp_path):
 def test_gaussian_process(tmp_path):
     rows = smoke("gaussian_process", tmp_path)
     for name in ("default", "one λ", "default + 2 steps", "default + 2 of L-BFGS", "g", "g + 2 steps"):
-        assert 0 < number(rows[name][0]) < 5  # the second table: the error of kernel ridge
+        assert 0 < number(rows[name][0]) < 5  # the last table: the error of kernel ridge
 
 
 @pytest.mark.slow

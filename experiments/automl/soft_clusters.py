@@ -18,8 +18,8 @@ stability of normal rows with the same covariance. It is differentiated through 
 
 **The number of clusters** is the k with the largest s − r after tuning ("by stability"), or the one with the largest
 silhouette on the weighted columns. The labels are those of k-means with k clusters on the weighted columns. The control
-"before tuning" has equal weights, and the k with the largest s − r at the default width. The protocol, the tables and
-the baselines are those of `clusters.py`.
+"before tuning" has equal weights, and the k with the largest s − r at the default width. The three rules share one
+tuning, whose time is in the row "before tuning". The protocol, the tables and the baselines are those of `clusters.py`.
 
     python experiments/automl/soft_clusters.py --full           minutes; writes results/soft_clusters.md
     python experiments/automl/soft_clusters.py                  one seed
@@ -261,7 +261,8 @@ def main() -> None:
                 results[name].append(script.kept(folder, f"{table.name}, {name}, {seed}", make))
             progress(number + 1, table=table.name)
     by_table = {name: [rows[i :: len(tables)] for i in range(len(tables))] for name, rows in results.items()}
-    text = clusters.report(tables, by_table) + f"\n\nSeeds 0 to {seeds - 1}, for the rows and the methods."
+    text = clusters.report(tables, by_table) + f"\n\nSeeds 0 to {seeds - 1}, for the rows and the methods. "
+    text += 'The three rules of soft k-means share one tuning, whose time is in the row "before tuning".'
     name = "soft_clusters_development" if options.development else "soft_clusters"
     script.publish(__file__, "Clusters by a differentiable relaxation", text, options, name=name)
 

@@ -99,7 +99,8 @@ def main() -> None:
     name = "recommend" if options.movielens is None else "recommend_movielens"
     work = None if options.smoke else script.work_folder(options.work, Path(__file__).parent) / name
     numbers = range(1 if options.smoke else NUM_FOLDS)
-    label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}"
+    own = f"ratings{len(data.ratings.rating)}_users{data.ratings.num_users}"  # another file has other folds
+    label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}_{own}"
     scores_of = lambda fold, wait: script.kept(work, label(fold), lambda: run_fold(data, fold, settings), wait=wait)
     for fold in numbers:
         scores_of(fold, False)  # not the folds of another process

@@ -108,7 +108,7 @@ def main() -> None:
     if args.smoke:
         settings, args.families = meta_gradients.SMOKE, args.families[:1]
     files = [Path(module.__file__) for module in (actor_critic, environments, meta_gradients, scores, searches)]
-    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__), *files)
+    folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
     seconds = []
 
     def keep(part, make):
@@ -116,7 +116,8 @@ def main() -> None:
             begin = time.process_time()
             return {**make(), "seconds": np.array(time.process_time() - begin)}
 
-        arrays = script.kept(folder, part.replace(",", "").replace(" ", "_"), timed)
+        own = f"{part} {settings.seeds} seeds"
+        arrays = script.kept(folder, own.replace(",", "").replace(" ", "_"), timed)
         seconds.append(float(arrays["seconds"]))
         print(f"{part}: {arrays['score'].mean():.3f}, {seconds[-1]:.0f} s", flush=True)
         return arrays

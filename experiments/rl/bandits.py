@@ -354,7 +354,7 @@ def main() -> None:
         return
     settings, seeds = (SMOKE, 1) if args.smoke else (Settings(), 2 if args.full else args.seeds)
     files = [Path(module.__file__) for module in (actor_critic, environments)]
-    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__), *files)
+    folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
     indices = gittins_indices(DISCOUNT, NUM_PULLS, settings.horizon)
     print(f"index of Beta(1, 1): {indices[0, 0]:.4f}", flush=True)
     rewards: dict[int, list] = {}

@@ -6,12 +6,14 @@ and a rate for each leaf: the loss makes the rollout, as in `actor_critic.py`. T
 updates, and not through the probabilities of the rollouts before them (as in Finn et al., ICML 2017,
 https://arxiv.org/abs/1703.03400). A quarter of the goals is held out, and policies are judged on these. Controls:
 first-order MAML; a policy that is trained on all goals without adaptation, and a random one, both with the best of
-eight rates on the training goals; and evolution strategies for the same λ with as many steps of the environments.
+eight rates on the training goals; and evolution strategies for the same λ with as many steps of the environments. They
+have a sixteenth of the outer steps, with 16 times the rate of the initialization.
 
 **Evolution strategies.** A task is a CartPole with other masses, length and force. λ are the five hyperparameters of
 the actor-critic, which trains for 200 updates from a new start. `hypergrad.diagnose` reports that products of Jacobians
 explode. Compared at an equal number of steps of the environments: `hypergrad.unrolled` over all updates,
-`hypergrad.truncated` over windows, `hypergrad.persistent_es`, and random search. Judged on new physics.
+`hypergrad.truncated` over windows, `hypergrad.persistent_es`, and random search. The rollouts of the outer loss count
+too, although the next update repeats those within a run. Judged on new physics.
 
     python experiments/rl/families.py --full     # minutes; writes results/rl_families.md and .png
     python experiments/rl/families.py            # one seed
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
     maml_updates: int = 200
     judged_rollouts: int = 8  # for each goal
     outer_rate: float = 3e-3  # of the initialization
+    leaf_rate: float = 0.1  # outer rate of the rates of the leaves, which start at 1
     num_pairs: int = 8  # of evolution strategies for the initialization
     sizes: Sizes = Sizes(16, 32, 32)
     course: int = 200  # updates of the actor-critic
@@ -56,7 +59,8 @@ class Settings(NamedTuple):
 
 
 OUTER_RATES = {"unrolled": 0.1, "truncated": 0.03, "persistent_es": 0.1}
-SMOKE = Settings(1, 2, 2, 1, 3e-3, 1, Sizes(2, 6, 4), 4, 8, 2, 2, Sizes(2, 6, 4))
+# An episode on the maze ends after 16 steps at the latest, so every rollout has finished episodes.
+SMOKE = Settings(1, 2, 2, 1, 3e-3, 0.1, 1, Sizes(2, 16, 4), 4, 8, 2, 2, Sizes(2, 6, 4))
 
 
 # ---- Mazes with a hidden goal ----------------------------------------------------------------------------------------
@@ -150,12 +154,20 @@ def draw_goals(key: jax.Array, goals: jax.Array, num: int) -> base.Task:
     return goal_tasks(jax.random.choice(key, goals, (num,)))
 
 
+def outer_optimizer(outer_rate: float, leaf_rate: float, num: int) -> optax.GradientTransformation:
+    """Returns Adam for λ = {"init": ..., "rate": ...}, whose entries have one outer rate each."""
+    adam = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, num))
+    return optax.multi_transform(
+        {"init": adam(outer_rate), "rate": adam(leaf_rate)}, lambda hyperparams: {name: name for name in hyperparams}
+    )
+
+
 @functools.cache
-def learning(name: str, num: int, settings: Settings) -> Callable:
+def learning(name: str, num: int, outer_rate: float, settings: Settings) -> Callable:
     """Returns `(key, λ, goals) -> λ` after `num` outer steps on batches of goals."""
     learner = training.learner(
         hypergrad.over_tasks(adaptations(settings)[name].estimator, max_norm=1.0),
-        optax.adam(optax.cosine_decay_schedule(settings.outer_rate, num)),
+        outer_optimizer(outer_rate, settings.leaf_rate, num),
     )
 
     @jax.jit
@@ -199,15 +211,15 @@ def mazes(seed: int, settings: Settings) -> dict[str, np.ndarray]:
     """Returns method -> mean returns on held-out goals after 0, 1, ... steps of adaptation."""
     train, test = split_goals(seed)
     start = actor_critic.initial_params(jax.random.key(seed), 14, 4, settings.sizes.hidden)
-    learn = lambda name, num: learning(name, num, settings)(
+    learn = lambda name, num, rate=settings.outer_rate: learning(name, num, rate, settings)(
         jax.random.key(100 + seed), adaptations(settings)[name].hyperparams(start), jnp.asarray(train)
     )
     results = {}
     for name in ("MAML", "first-order MAML", "MAML by evolution"):
-        num = settings.maml_updates
-        if name == "MAML by evolution":  # the same number of rollouts
-            num = -(-num // (2 * settings.num_pairs))
-        results[name] = judging("MAML", settings)(learn(name, num), test, seed)
+        # Evolution has the same number of rollouts. It takes fewer steps, whose rates have the same sum.
+        fewer = 2 * settings.num_pairs if name == "MAML by evolution" else 1
+        learned = learn(name, -(-settings.maml_updates // fewer), fewer * settings.outer_rate)
+        results[name] = judging("MAML", settings)(learned, test, seed)
     pretrained = learn("all goals", settings.maml_updates * (settings.num_steps + 1))["init"]
     judge = judging("fixed", settings)
     for name, init in {"trained on all goals": pretrained, "random start": start}.items():
@@ -231,22 +243,26 @@ def physics_tasks(key: jax.Array, num: int) -> base.Task:
 
 
 def estimators(problem: base.Problem, settings: Settings) -> dict[str, tuple[base.Estimator, float]]:
-    """Returns name -> estimator, and the training runs that one estimate of a batch of tasks needs."""
+    """Returns name -> estimator, and the training runs that one estimate of a batch of tasks needs.
+
+    A training run is `course` rollouts, one for each update. An outer loss makes a rollout too: one for each estimate,
+    and for `persistent_es` one for each update of its eight runs.
+    """
     course, tasks, window = settings.course, settings.tasks, max(settings.course // 10, 1)
     evolution = functools.partial(hypergrad.persistent_es, sigma=0.3, num_pairs=4)
     return {
-        "unrolled": (hypergrad.unrolled(problem, num_steps=course), tasks),
+        "unrolled": (hypergrad.unrolled(problem, num_steps=course), tasks * (course + 1) / course),
         f"truncated, {window} updates": (
             hypergrad.truncated(problem, num_steps=course, truncation_length=window),
-            tasks * window / course,
+            tasks * (window + 1) / course,
         ),
         "truncated, 1 update": (
             hypergrad.truncated(problem, num_steps=course, truncation_length=1),
-            tasks / course,
+            tasks * 2 / course,
         ),
         "persistent_es": (
             evolution(problem, num_steps=course, truncation_length=window),
-            8 * tasks * window / course,
+            8 * tasks * 2 * window / course,
         ),
     }
 
@@ -402,7 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     settings, seeds = (SMOKE, 1) if args.smoke else (Settings(), 3 if args.full else args.seeds)
     files = [Path(module.__file__) for module in (actor_critic, environments, searches)]
-    folder = None if args.keep is None else script.work_folder(args.keep, Path(__file__), *files)
+    folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
     of_mazes, of_courses, seconds = [], [], []
 
     def part(name, make):

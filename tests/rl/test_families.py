@@ -1,5 +1,7 @@
 """The families of tasks: mazes with a hidden goal, and CartPoles with varied physics."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -79,9 +81,34 @@ def test_physics_are_within_a_factor_of_two():
     assert abs(correlation) < 0.3
 
 
-def test_estimates_take_the_stated_number_of_training_runs():
-    settings = families.SMOKE
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["unrolled", "truncated, 2 updates", "truncated, 1 update", "persistent_es"])
+def test_estimates_take_the_stated_number_of_training_runs(name, monkeypatch):
+    """Counts the rollouts of one task. The reverse pass makes those of the inner loss again: they count once."""
+    settings, calls, policy_rollout = families.SMOKE._replace(course=20), [], families.actor_critic.policy_rollout
+
+    def counted(env, params, key, *rest):
+        loss = sys._getframe(1).f_code.co_name  # the inner or the outer loss
+        jax.debug.callback(lambda data: calls.append((loss, *data.tolist())), jax.random.key_data(key))
+        return policy_rollout(env, params, key, *rest)
+
+    monkeypatch.setattr(families.actor_critic, "policy_rollout", counted)
     problem = families.actor_critic.make_problem(FAMILIES["CartPole"], settings.course_sizes)
-    runs = {name: runs for name, (_, runs) in families.estimators(problem, settings._replace(course=200)).items()}
-    assert runs["unrolled"] == settings.tasks == pytest.approx(200 * runs["truncated, 1 update"])
-    assert runs["persistent_es"] == 8 * runs["truncated, 20 updates"] == pytest.approx(0.8 * settings.tasks)
+    estimator, runs = families.estimators(problem, settings)[name]
+    task = jax.tree.map(lambda x: x[0], families.physics_tasks(jax.random.key(0), 1))
+    z = jax.tree.map(lambda x: x[0], families.searches.coordinates([families.START]))
+    state = jax.jit(estimator.init)(jax.random.key(1), z, task)
+    jax.block_until_ready(jax.jit(estimator.estimate)(z, task, state))
+    jax.effects_barrier()
+    assert {loss for loss, *_ in calls} == {"loss", "outer_loss"}
+    made = calls if name == "persistent_es" else set(calls)  # no reverse pass; its pairs share keys
+    assert len(made) == pytest.approx(runs * settings.course / settings.tasks)
+
+
+def test_initialization_and_rates_have_their_own_outer_rates():
+    """Adam moves λ by its rate at the first step, for each entry of λ by another one."""
+    hyperparams = {"init": {"w": np.ones(2)}, "rate": {"w": np.ones(())}}
+    optimizer = families.outer_optimizer(3e-3, 0.1, 10)
+    updates, _ = optimizer.update(hyperparams, optimizer.init(hyperparams))
+    np.testing.assert_allclose(updates["init"]["w"], -3e-3, rtol=1e-3)
+    np.testing.assert_allclose(updates["rate"]["w"], -0.1, rtol=1e-3)

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments import script
 from experiments.hyperparameters import transformer
-from experiments.hyperparameters.data_weighting import methods, report, scorer, windows
+from experiments.hyperparameters.data_weighting import methods, report
 from experiments.hyperparameters.data_weighting.methods import SMOKE, Scores, Settings
 from experiments.hyperparameters.data_weighting.windows import KINDS, Pool, Texts, load
 
@@ -106,8 +106,11 @@ def main() -> None:
     options = parser.parse_args()
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), 3 if options.full else options.seeds)
     folder = Path(__file__).parent
-    files = [module.__file__ for module in (methods, scorer, windows, transformer)]
-    keep = None if options.keep is None else script.work_folder(options.keep, *files)
+    keep = (
+        None
+        if options.keep is None or options.smoke
+        else script.work_folder(options.keep, folder, transformer.__file__)
+    )
     runs = []
     for seed in range(1, seeds + 1):  # seed 0 was seen during development
         make = lambda seed=seed: flat(run_seed(seed, settings))

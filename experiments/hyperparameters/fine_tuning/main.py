@@ -46,9 +46,11 @@ def run_seed(seed: int, settings: Settings, sources: dict, judged: dict, cifar: 
                     accuracies.setdefault((name, source, shots), []).append(
                         float(judge(key, points[shots], started)[1])
                     )
-    one = lambda hp: judge(keys[0], hp, started)
+    # The unit of cost is a fine-tuning as the grid makes it, on a training task; all of these have the same shapes.
+    task = methods.sample_training_task(methods.generator(keys[3]), sources, start, settings.shots[0], settings)
+    one = lambda hp: judge(keys[0], hp, task)
     num_grid = len(methods.grids()["hand-set rates"]) * settings.grid_tasks * len(settings.shots)
-    costs = {"learned": flops / hypergrad.flops(one, points[shots]), "grid": float(num_grid)}
+    costs = {"learned": flops / hypergrad.flops(one, predict(settings.shots[0])), "grid": float(num_grid)}
     means = {place: 100 * float(np.mean(values)) for place, values in accuracies.items()}
     return {"accuracies": means, "chosen": chosen, "costs": costs, "history": history}
 

@@ -85,8 +85,7 @@ def run_seed(
     own = MODELS[name]
     start = time.perf_counter()
     g = learning.kept(folder, f"{name}-g-{seed}", bank, own.outer, settings, seed)
-    fewer = settings._replace(steps=settings.steps // 2)
-    one = learning.kept(folder, f"{name}-one-{seed}", bank, own.outer, fewer, seed, constant=True)
+    one = learning.kept(folder, f"{name}-one-{seed}", bank, own.outer, settings, seed, constant=True)
     print(f"{name}, seed {seed}: g and one λ learned in {time.perf_counter() - start:.0f} s", flush=True)
     results = {}
     for num in sizes:
@@ -134,11 +133,11 @@ def main() -> None:
         judged = tables.part(development, np.arange(DEVELOPMENT_TABLES)) if options.development else None
     bank = draws(pool, settings, folder)
     results: dict[str, list[dict]] = {}
-    for name in [options.only] if options.only else MODELS if options.full else list(MODELS)[:1]:
+    for name in [options.only] if options.only else MODELS if options.full or small else list(MODELS)[:1]:
         for seed in range(seeds):
             own = judged or tables.judged_pool(seed, JUDGED_WIDTH, 40 if small else JUDGED_ROWS)
             make = functools.partial(run_seed, name, seed, bank, own, settings, sizes, steps, folder)
-            part = f"{name}-{seed}-{options.development}"
+            part = f"{name}-{seed}-{options.development}-rows-{sizes}-steps-{steps}".replace(" ", "")
             results.setdefault(name, []).append(script.kept(folder, part, make))
             family = own.family
     text = report.report(results, family, sizes, steps[0], settings, pool)

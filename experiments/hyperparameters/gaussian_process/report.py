@@ -7,7 +7,6 @@ import numpy as np
 from experiments import script
 
 LABELS = {"Gaussian process": ("log density", 0, -1.0), "kernel ridge": ("squared error", 1, 1.0)}
-GRADIENTS = {"default": 0, "median heuristic": 0, "one λ": 0, "g": 3}  # of the table's own likelihood
 
 
 def by_family(values: np.ndarray, family: np.ndarray) -> np.ndarray:
