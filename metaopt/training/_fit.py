@@ -297,6 +297,7 @@ def _save_after_error(checkpoints: Checkpoints | None, run: Run, steps: Steps, r
     try:
         checkpoints.settle()
         _save(checkpoints, run, steps, report, eval_every)
+        checkpoints.settle()
     except Exception:
         _log.exception(f"The checkpoint of step {run.step} could not be written.")
 

@@ -122,12 +122,13 @@ def test_a_loss_that_cannot_be_read_does_not_end_a_run_that_keeps_the_best(tmp_p
     options = {"evaluate": lambda key, hyperparams: (hyperparams["x"] - 0.8) ** 2, "eval_every": 1, "keep_best": 2}
     unbroken = fit(**(options | {"keep_best": 0}))
     fit(tmp_path, 6, **options)
-    for step in steps_in(tmp_path):
+    without = steps_in(tmp_path)
+    for step in without:
         (tmp_path / str(step) / "metrics" / "metrics").write_text('{"lo')
     with pytest.warns(UserWarning, match="The loss in .* cannot be read and is removed"):
         continued = fit(tmp_path, **options)
     assert small.bits(continued) == small.bits(unbroken)
-    assert len(steps_in(tmp_path)) <= 4
+    assert set(without) < set(steps_in(tmp_path))  # one of them may be the best
 
 
 @pytest.mark.once
