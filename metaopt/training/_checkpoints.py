@@ -8,8 +8,11 @@ over them, and the first one writes the rest.
 """
 
 import contextlib
+import json
+import logging
 import math
 import os
+import pathlib
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,6 +24,8 @@ import numpy as np
 
 from metaopt import _locks, base
 from metaopt.training import _processes
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -98,7 +103,8 @@ class Checkpoints:
         self._keep_best = keep_best
         self.newest: int | None = None
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_claimed(self.directory))
+            _processes.in_all(stack.enter_context, _claimed(self.directory))
+            _processes.in_all(_remove_damaged_losses, self.directory)
             self._manager = self._open()
             stack.callback(lambda: self._manager.close())
             self._stack = stack.pop_all()
@@ -159,6 +165,14 @@ class Checkpoints:
             raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
         self.newest = step
 
+    def settle(self) -> None:
+        """Waits for the last write. If it failed, the error is logged, and the step can be saved again."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            _log.exception(f"The checkpoint of step {self.newest} in {self.directory} could not be written.")
+            self.newest = None
+
     def restore(self) -> Saved | None:
         """Returns the newest readable checkpoint, or None without checkpoints.
 
@@ -170,8 +184,10 @@ class Checkpoints:
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                run = self._read(step, "run", self._ocp.args.JsonRestore())
-                saved = self._read_arrays(step, run)
+                # A process that cannot read it must not go on to an older one, or to the checksums, alone.
+                run = _processes.in_all(self._read, step, "run", self._ocp.args.JsonRestore())
+                saved = _processes.in_all(self._read_arrays, step, run)
+                _processes.in_all(_check_sums, saved, run["arrays"])
             except Exception as error:  # damage raises many types: from orbax, tensorstore, JSON, the checksum
                 unreadable.append(step)
                 reason = f"{type(error).__name__}: {str(error)[:200]}"
@@ -213,9 +229,6 @@ class Checkpoints:
         target = {str(i): x for i, x in enumerate(empty) if math.prod(x.shape)}
         full = self._read(step, "arrays", self._ocp.args.StandardRestore(target))
         arrays = {name: full.get(str(i), empty[i]) for i, name in enumerate(described)}
-        for name, array in arrays.items():
-            if _is_damaged(array, described[name]):
-                raise ValueError(f"the checksum of `{name}` does not match")
         return Saved(step, run["extra"], arrays, run["impls"], self.directory)
 
     def _move_aside(self, steps: list[int]) -> None:
@@ -255,6 +268,16 @@ def _claimed(directory: str) -> Iterator[None]:
         yield
 
 
+def _remove_damaged_losses(directory: str) -> None:
+    """Removes the losses that `keep_best` cannot read, since orbax raises an error for them at every start."""
+    for path in sorted(pathlib.Path(directory).glob("*/metrics/metrics")) if jax.process_index() == 0 else []:
+        try:
+            json.loads(path.read_text())["loss"]
+        except (ValueError, LookupError, TypeError):
+            warnings.warn(f"The loss in {path} cannot be read and is removed.", stacklevel=2)
+            path.unlink()
+
+
 def _to_save(leaf: jax.Array) -> tuple[Any, dict[str, Any]]:
     """What orbax saves of an array, and its description."""
     described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -275,6 +298,13 @@ def _target(described: dict[str, Any]) -> Any:
     if sharding is None:
         return np.empty(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _check_sums(saved: Saved, described: dict[str, Any]) -> None:
+    # All first: every process takes part in the checksum of an array that is split.
+    damaged = [name for name, array in saved.arrays.items() if _is_damaged(array, described[name])]
+    if damaged:
+        raise ValueError(f"the checksum of `{damaged[0]}` does not match")
 
 
 def _is_damaged(array: Any, described: dict[str, Any]) -> bool:

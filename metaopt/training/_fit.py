@@ -91,8 +91,8 @@ def fit(
     The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step. If it arrives during the compilation of a
     step, that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial
     `FitResult` as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are
-    handled only in the main thread. If one of your functions raises an error, `fit` writes a checkpoint and re-raises
-    the error.
+    handled only in the main thread. If one of your functions raises an error, `fit` re-raises it. A run of one process
+    writes a checkpoint before.
 
     The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
     donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
@@ -134,7 +134,8 @@ def fit(
         losses. To continue from one of them, remove the folders of later steps.
       keep_nonfinite: the number of steps with a task that is not finite whose start is kept, as checkpoints in
         `checkpoint_dir`/nonfinite/STEP. The same call with that folder as `checkpoint_dir` takes this step again, with
-        the same tasks and keys. The state is then not donated, so memory holds two of them.
+        the same tasks and keys. With `steps_per_call`, it is the start of the call. A resumed run counts from 0 again.
+        The state is then not donated, so memory holds two of them.
       settings: further values that identify the run, as JSON values, such as the text of an architecture or a rate.
       allow_changed_program: whether to continue from a checkpoint although the program of the outer step differs.
       compilation_cache: the folder of JAX's persistent compilation cache during this call. A later process then reads a
@@ -176,8 +177,7 @@ def fit(
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
-    start, donate = ((init_key, sample_key), hyperparams), not keep_nonfinite
-    steps = Steps(learner, sample_tasks, *start, steps_per_call, space, donate)
+    steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space, not keep_nonfinite)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cache.compilation_cache(compilation_cache))
         received = stack.enter_context(_stopping.signals())
@@ -191,20 +191,24 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, metrics, warned = run.step, [], False
+        callbacks = [callback] if callable(callback) else list(callback or ())
+        first_step, metrics, warned, number = run.step, [], False, 0
         try:
             while True:
                 try:
-                    if evaluate is not None and not received and run.step == len(run.evaluations) * eval_every:
+                    due = evaluate is not None and run.step == len(run.evaluations) * eval_every
+                    if due and not _processes.agreed(received, False)[0]:
                         run = _evaluated(run, evaluate, eval_key, report)
                         metrics = _with_evaluation(metrics, run)
                 finally:
-                    ended, metrics = _report(callback, run.step, metrics), []
-                if run.step > 0 and (run.step % checkpoint_every == 0 or _is_among_best(run, eval_every, keep_best)):
+                    ended, metrics = _report(callbacks, run.step, metrics), []
+                if run.step > 0 and (
+                    run.step % checkpoint_every == 0 or _run.is_among_best(run, eval_every, keep_best)
+                ):
                     _save(checkpoints, run, steps, report, eval_every)
-                ended, moved = _processes.agreed(received, ended), run.step > first_step
-                stopped = _why_stop(run, num_steps, patience, ended=ended, moved=moved)
-                if stopped or received:
+                number, ended = _processes.agreed(received, ended)
+                stopped = _why_stop(run, num_steps, patience, ended=ended, moved=run.step > first_step)
+                if stopped or number:
                     break
                 num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *every]))
                 program, args, drawn = steps.next_call(run, num, report)
@@ -216,18 +220,18 @@ def fit(
                 if keep_nonfinite and any(map(_is_nonfinite, metrics)):
                     keep_nonfinite -= 1
                     _save_nonfinite(checkpoints, run, steps, report, eval_every)
-                run = _advanced(run, state, metrics, drawn)
+                run = _run.advanced(run, state, metrics, drawn)
                 report(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
                 warned = warned or _warned_of_rest(run, num, num_steps)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
             received.append(error.number)  # from a `fit` that `evaluate` or `callback` called
             stopped = ""
         except BaseException:
-            if jax.process_count() == 1:  # other processes may be in a step, and would not write their part
-                _save(checkpoints, run, steps, report, eval_every)
+            _save_after_error(checkpoints, run, steps, report, eval_every)
             raise
         _save(checkpoints, run, steps, report, eval_every)
-    _raise_if_ended_early(received, run, result := _result(run, evaluate, space, stopped), num_steps, checkpoints)
+    result, number = _result(run, evaluate, space, stopped), received[0] if received else number
+    _raise_if_ended_early(number, run, result, num_steps, checkpoints)
     return result
 
 
@@ -241,11 +245,11 @@ def _check_options(evaluate: EvaluateFn | None, eval_every: int, patience: int |
 
 
 def _raise_if_ended_early(
-    received: Sequence[int], run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
+    number: int, run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
 ) -> None:
     """Raises the exception for a signal or for steps that are not finite. Logs a warning if most steps were skipped."""
-    if received:
-        raise _stopping.signal_error(received[0], _ended(received[0], run, num_steps, checkpoints), result)
+    if number:
+        raise _stopping.signal_error(number, _ended(number, run, num_steps, checkpoints), result)
     if result.stopped == "non-finite":
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     skipped = np.sum(run.history.get("skipped", [0.0]))
@@ -282,28 +286,31 @@ def _save(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Repor
         return
     tasks = None
     with contextlib.suppress(Exception):  # an error of the sampler has ended the run
-        tasks = steps.draw(run.drawn)
-    _run.save(checkpoints, run, tasks, steps.describe(run.state, report), _loss(run, eval_every))
+        tasks = steps.drawn_for(run.drawn)
+    _run.save(checkpoints, run, tasks, steps.describe(run.state, report), _run.newest_loss(run, eval_every))
+
+
+def _save_after_error(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
+    """Writes the last checkpoint of a run that ends by an error. An error of this write is logged."""
+    if checkpoints is None or jax.process_count() > 1:
+        return  # other processes may be in a step, and would not write their part
+    try:
+        checkpoints.settle()
+        _save(checkpoints, run, steps, report, eval_every)
+        checkpoints.settle()
+    except Exception:
+        _log.exception(f"The checkpoint of step {run.step} could not be written.")
 
 
 def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
     """Writes the start of a step into a folder of its own, from which `fit` takes this step again."""
     assert checkpoints is not None
-    with checkpoints.inside(os.path.join("nonfinite", str(run.step))) as start:
-        start.restore()  # a run that continues may have written it before
-        _save(start, run, steps, report, eval_every)
-
-
-def _loss(run: Run, eval_every: int) -> float:
-    """The held-out loss of this step; infinite if it has none."""
-    evaluated = run.evaluations and run.step == (len(run.evaluations) - 1) * eval_every
-    return run.evaluations[-1] if evaluated and not math.isnan(run.evaluations[-1]) else math.inf
-
-
-def _is_among_best(run: Run, eval_every: int, num: int) -> bool:
-    """Whether this step was evaluated, and its loss is one of the smallest of all steps but the first."""
-    loss = _loss(run, eval_every)
-    return loss < math.inf and loss in sorted(run.evaluations[1:], key=lambda x: (math.isnan(x), x))[:num]
+    try:
+        with checkpoints.inside(os.path.join("nonfinite", str(run.step))) as start:
+            if start.restore() is None:  # a run that continues may have written it before
+                _save(start, run, steps, report, eval_every)
+    except ValueError as error:  # the folder is in use, or holds another run
+        _log.warning(f"The start of step {run.step} is not kept: {error}")
 
 
 def _is_nonfinite(metrics: dict[str, Any]) -> bool:
@@ -325,14 +332,6 @@ def _progress(saved: Saved | None, num_steps: int, show: bool | None) -> context
     start = 0 if saved is None else saved.step
     text = "value {value:.4g}, hypergrad norm {norm:.3g}"
     return report_progress(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
-
-
-def _advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], drawn: int) -> Run:
-    """Returns the run after a call, with the metrics of its steps added to the history."""
-    for i, of_step in enumerate(metrics):
-        _record(run.history, run.step + i, of_step)
-    any_done = metrics[-1]["num_done"] > 0
-    return run._replace(state=state, step=run.step + len(metrics), drawn=drawn, any_done=any_done)
 
 
 def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, stopped: str) -> FitResult:
@@ -402,14 +401,11 @@ def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, 
     return [*metrics[:-1], *({**last, "evaluation": run.evaluations[-1]} for last in metrics[-1:])]
 
 
-def _report(
-    callback: CallbackFn | Sequence[CallbackFn] | None, last_step: int, several_metrics: list[dict[str, Any]]
-) -> bool:
+def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
     """Calls the callbacks for every step of a call. Returns whether one asked to stop.
 
     The first error is raised after the last step, because a resumed run continues after all of the steps.
     """
-    callbacks = [callback] if callable(callback) else callback or ()
     errors, ended = [], False
     for i, metrics in enumerate(several_metrics):
         for one in callbacks:
@@ -479,11 +475,3 @@ def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)
-
-
-def _record(history: dict[str, list[float]], step: int, metrics: dict[str, Any]) -> None:
-    for name, value in metrics.items():
-        if np.ndim(value) == 0:
-            column = history.setdefault(name, [])
-            column.extend([math.nan] * (step - len(column)))
-            column.append(float(value))

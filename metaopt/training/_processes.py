@@ -4,7 +4,7 @@ All processes take the same steps. A process may leave the loop, write a checkpo
 the others would wait for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,16 +25,34 @@ def local(tree: base.PyTree) -> base.PyTree:
     return jax.tree.map(lambda x: x if x.is_fully_addressable else jnp.asarray(np.asarray(x)), tree)
 
 
-def agreed(received: list[int], ended: bool) -> bool:
-    """Shares signals and requests to stop with the other processes. Returns whether any of them asked to stop."""
+def agreed(received: Sequence[int], ended: bool) -> tuple[int, bool]:
+    """Shares signals and requests to stop with the other processes.
+
+    A signal may arrive at any moment, at one process only. Decide by the number that all processes agree on.
+
+    Returns:
+      The number of a signal that a process has received, or 0, and whether any process asked to stop.
+    """
+    number = max(received, default=0)
     if jax.process_count() == 1:
-        return ended
+        return number, ended
     from jax.experimental import multihost_utils
 
-    number, ended = multihost_utils.process_allgather(np.array([max(received, default=0), ended])).max(0)
-    if number and not received:
-        received.append(int(number))
-    return bool(ended)
+    number, ended = multihost_utils.process_allgather(np.array([number, ended])).max(0)
+    return int(number), bool(ended)
+
+
+def in_all(function: Callable, *args: Any) -> Any:
+    """Calls a function in every process. If it raises an error in one of them, all raise an error."""
+    result = failure = None
+    try:
+        result = function(*args)
+    except Exception as error:
+        failure = error
+    _, failed = agreed([], failure is not None)
+    if failed:
+        raise failure or ValueError("another process had an error")
+    return result
 
 
 def wait_for_all(name: str) -> None:
@@ -50,6 +68,11 @@ def gathered(x: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """All of an array, which may be split over processes."""
+    return gathered(x) if is_split(x) else np.asarray(x)
 
 
 def checksum(x: jax.Array) -> int:

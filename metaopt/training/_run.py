@@ -5,7 +5,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,34 @@ def columns(run: Run) -> dict[str, np.ndarray]:
         arrays[name] = np.full(run.step, math.nan)
         arrays[name][: len(column)] = column
     return arrays
+
+
+def newest_loss(run: Run, eval_every: int) -> float:
+    """The held-out loss of this step; infinite if it has none."""
+    evaluated = run.evaluations and run.step == (len(run.evaluations) - 1) * eval_every
+    return run.evaluations[-1] if evaluated and not math.isnan(run.evaluations[-1]) else math.inf
+
+
+def is_among_best(run: Run, eval_every: int, num: int) -> bool:
+    """Whether this step was evaluated, and its loss is one of the smallest of all steps but the first."""
+    loss = newest_loss(run, eval_every)
+    return loss < math.inf and loss in sorted(run.evaluations[1:], key=lambda x: (math.isnan(x), x))[:num]
+
+
+def advanced(run: Run, state: LearnerState, metrics: Sequence[dict[str, Any]], drawn: int) -> Run:
+    """Returns the run after a call, with the metrics of its steps added to the history."""
+    for i, of_step in enumerate(metrics):
+        _record(run.history, run.step + i, of_step)
+    any_done = metrics[-1]["num_done"] > 0
+    return run._replace(state=state, step=run.step + len(metrics), drawn=drawn, any_done=any_done)
+
+
+def _record(history: dict[str, list[float]], step: int, metrics: dict[str, Any]) -> None:
+    for name, value in metrics.items():
+        if np.ndim(value) == 0:
+            column = history.setdefault(name, [])
+            column.extend([math.nan] * (step - len(column)))
+            column.append(float(value))
 
 
 def identity(
@@ -167,7 +195,7 @@ def _described(tasks: base.PyTree, others: dict[str, str] | None = None) -> dict
         if others[name].endswith(_SPLIT) if others and name in others else is_split:
             number = f"{_processes.checksum(jnp.asarray(data))}{_SPLIT}"
         else:
-            number = checksum(_processes.gathered(data) if is_split else np.asarray(data))
+            number = checksum(_processes.whole(data))
         described[name] = f"{leaf.dtype}{list(leaf.shape)} with checksum {number}"
     return described
 

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from metaopt import _tuned_space, base
 from metaopt._progress import Report
-from metaopt.training import _learner, _program
+from metaopt.training import _learner, _processes, _program
 from metaopt.training._learner import LearnerState
 from metaopt.training._run import Run, owned
 
@@ -42,6 +42,10 @@ class Steps:
             self.tasks = _draw(self.sampler, self.sample_key, step)
             self.drawn, self.types = step, _types(self.tasks)
         return self.tasks
+
+    def drawn_for(self, step: int) -> base.PyTree:
+        """The tasks of a step, as `draw` returns them. Those of the next call stay as they are."""
+        return self.tasks if step == self.drawn else _draw(self.sampler, self.sample_key, step)
 
     def first(self, report: Report) -> Run:
         """The run before its first step."""
@@ -119,7 +123,7 @@ def _compile(program: Any, args: tuple, received: Sequence[int]) -> None:
 
 
 def _check_all_done(state: LearnerState, tasks: base.PyTree) -> None:
-    done = np.concatenate([np.atleast_1d(x).ravel() for x in jax.tree.leaves(jax.device_get(state.done))])
+    done = np.concatenate([np.atleast_1d(_processes.whole(x)).ravel() for x in jax.tree.leaves(state.done)])
     if not done.all():
         drawn, carried = ([x.shape for x in jax.tree.leaves(tree)] for tree in (tasks, state.tasks))
         raise ValueError(

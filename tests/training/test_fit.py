@@ -14,6 +14,7 @@ import pytest
 import small_estimators as small
 
 from metaopt import base, hypergrad, training
+from metaopt.training import _processes
 
 KEY = jax.random.key(0)
 QUADRATIC = training.learner(small.quadratic(), optax.sgd(0.1))
@@ -111,6 +112,12 @@ def test_the_callback_is_given_floats_after_every_step():
     for name, column in result.history.items():
         assert all(type(metrics[name]) is float for _, metrics in calls)
         np.testing.assert_array_equal(column, [metrics[name] for _, metrics in calls])
+
+
+def test_callbacks_may_be_an_iterator():
+    steps = []
+    fit(callback=iter([lambda step, metrics: steps.append(step)]))  # pyright: ignore[reportArgumentType]
+    assert steps == [1, 2, 3, 4, 5]
 
 
 def test_the_callback_ends_the_run(tmp_path):
@@ -226,8 +233,7 @@ def test_compiles_once_for_each_shape_of_tasks():
         sizes.clear()
         result = fit(learner, sample_tasks, num_steps=9)
         assert result.state.step == 9 and sizes[:4] == [3, 4, 3, 4]
-    # Once for its types at `init`, once for the step.
-    assert sorted(traces) == [(3,), (3,), (4,), (4,)]
+    assert sorted(traces) == [(3,), (4,)]
 
 
 def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
@@ -427,6 +433,34 @@ def test_no_evaluation_runs_after_a_signal():
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_a_signal_counts_only_once_all_processes_know_of_it(monkeypatch):
+    """Another process that does not know of it yet takes the next step and evaluates, and would wait for this one."""
+    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (0, ended))
+    with pytest.raises(SystemExit) as error:
+        fit(
+            callback=lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGTERM),
+            evaluate=lambda key, x: x,
+            eval_every=1,
+        )
+    result = error.value.result
+    assert (result.state.step, len(result.evaluations), result.stopped) == (5, 6, "num_steps")
+
+
+def test_a_signal_at_another_process_ends_the_run_too(monkeypatch):
+    draws = []
+
+    def sample_tasks(key):
+        draws.append(key)
+        return TASKS
+
+    number = lambda: int(signal.SIGTERM) if len(draws) == 2 else 0  # from the second step on
+    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (number(), ended))
+    with pytest.raises(SystemExit, match="SIGTERM ended the run after 2 of 5 steps") as error:
+        fit(sample_tasks=sample_tasks, evaluate=lambda key, x: x, eval_every=1)
+    assert len(error.value.result.evaluations) == 2
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "kind"), [*SIGNALS, (None, FloatingPointError)])
 def test_the_exceptions_of_a_run_can_be_sent_to_another_process(number, kind):
     nan = np.array([np.nan])
@@ -469,15 +503,11 @@ def test_a_signal_in_the_last_step_raises_too(number, kind):
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "kind"), SIGNALS)
 def test_a_signal_while_the_first_step_is_traced_takes_no_step(number, kind):
-    estimator = small.quadratic()
-    traced = iter([False, True])  # `init` asks for the types of the estimate, and then `step` is traced
+    def update(updates, state, params=None):
+        signal.raise_signal(number)
+        return updates, state
 
-    def estimate_once(*args):
-        if next(traced):
-            signal.raise_signal(number)
-        return estimator.estimate(*args)
-
-    learner = training.learner(estimator._replace(estimate=estimate_once), optax.sgd(0.1))
+    learner = training.learner(small.quadratic(), optax.GradientTransformation(lambda params: (), update))
     with pytest.raises(kind, match="after 0 of 5 steps") as error:
         fit(learner)
     assert error.value.result.state.step == 0 and error.value.result.hyperparams == 7.0

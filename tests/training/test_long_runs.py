@@ -1,5 +1,6 @@
 """Parts of long runs: the best checkpoints, the start of non-finite steps, accumulation over steps, profiles."""
 
+import contextlib
 import gzip
 import shutil
 
@@ -10,7 +11,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import training
+from metaopt import _locks, training
 
 
 def fit(checkpoint_dir=None, num_steps=12, optimizer=None, **options):
@@ -70,6 +71,64 @@ def test_the_start_of_a_step_with_a_nonfinite_task_is_kept_and_taken_again(tmp_p
         assert len(again) == 1 and again[0]["num_nonfinite"] == unbroken.history["num_nonfinite"][step]
         assert again[0]["value"] == unbroken.history["value"][step]
         assert np.isnan(result.state.tasks).any()
+
+
+@pytest.mark.once
+def test_keeping_the_start_of_a_step_does_not_change_the_tasks_of_the_next(tmp_path):
+    """The slots end together after 2 steps, and each draw has another shape. The second draw has a NaN."""
+    quadratic = small.quadratic()
+
+    def estimate(hyperparams, task, state):
+        out, _ = quadratic.estimate(hyperparams, task, state)
+        return out._replace(done=state >= 1), jnp.where(state >= 1, 0.0, state + 1)
+
+    def sample_tasks(key):
+        number = next(draws)
+        return small.sample(key, 2 + number).at[0].set(jnp.nan if number == 1 else 1.0)
+
+    learner, results = training.learner(quadratic._replace(estimate=estimate), optax.sgd(0.1)), []
+    for options in ({}, {"checkpoint_dir": tmp_path, "keep_nonfinite": 1}):
+        draws = iter([0, 1, 2, 3, 0] if not options else [0, 1, 0, 2, 3, 0])  # the first is drawn again, to save it
+        arguments = {"hyperparams": 0.5, "num_steps": 6, "key": jax.random.key(0), "progress": False}
+        results.append(training.fit(learner, sample_tasks, **arguments, **options))
+    assert np.isnan(results[0].history["value"]).tolist() == [False, False, True, True, False, False]
+    assert small.bits(results[0]) == small.bits(results[1])
+    assert steps_in(tmp_path / "nonfinite") == [2]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("other", ["replayed", "another run", "in use"])
+def test_a_folder_of_a_nonfinite_step_that_exists_does_not_end_the_run(tmp_path, caplog, other):
+    options = {"sample_tasks": sample_some_nan, "checkpoint_every": 100}
+    unbroken = fit(num_steps=20, **options)
+    first = int(np.flatnonzero(unbroken.history["num_nonfinite"])[0])
+    folder = tmp_path / "nonfinite" / str(first)
+    if other == "another run":
+        fit(folder, num_steps=1, key=jax.random.key(1))
+    else:
+        fit(tmp_path, num_steps=first + 1, keep_nonfinite=1, **options)
+        shutil.rmtree(tmp_path / str(first + 1))  # as if it had been killed before
+        fit(folder, num_steps=first + 1, **options)
+        assert steps_in(folder) == [first, first + 1]
+    lock = _locks.exclusive(str(folder / ".lock")) if other == "in use" else contextlib.nullcontext()
+    with lock:
+        again = fit(tmp_path, num_steps=20, keep_nonfinite=1, **options)
+    assert small.bits(again) == small.bits(unbroken)
+    assert (f"The start of step {first} is not kept" in caplog.text) == (other != "replayed")
+
+
+@pytest.mark.once
+def test_a_loss_that_cannot_be_read_does_not_end_a_run_that_keeps_the_best(tmp_path):
+    options = {"evaluate": lambda key, hyperparams: (hyperparams["x"] - 0.8) ** 2, "eval_every": 1, "keep_best": 2}
+    unbroken = fit(**(options | {"keep_best": 0}))
+    fit(tmp_path, 6, **options)
+    without = steps_in(tmp_path)
+    for step in without:
+        (tmp_path / str(step) / "metrics" / "metrics").write_text('{"lo')
+    with pytest.warns(UserWarning, match="The loss in .* cannot be read and is removed"):
+        continued = fit(tmp_path, **options)
+    assert small.bits(continued) == small.bits(unbroken)
+    assert set(without) < set(steps_in(tmp_path))  # one of them may be the best
 
 
 @pytest.mark.once

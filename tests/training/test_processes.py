@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaopt.training import _processes
+from metaopt.training import _processes, _steps
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
 ENV = {
@@ -122,6 +123,15 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint_that_one_process_can
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], errors
     assert_equal(run(tmp_path / "run", 1), unbroken, rtol=1e-12)
+
+
+def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkeypatch):
+    mine, all_slots = jnp.ones(2, bool), np.array([True, True, False, True])
+    monkeypatch.setattr(_processes, "is_split", lambda x: x is mine)
+    monkeypatch.setattr(_processes, "gathered", lambda x: all_slots)
+    state = types.SimpleNamespace(done=mine, tasks=jnp.ones(4))
+    with pytest.raises(ValueError, match=r"slots \[2\] of 4 are not done"):
+        _steps._check_all_done(state, jnp.ones(5))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])
