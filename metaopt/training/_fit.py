@@ -17,7 +17,7 @@ from metaopt._progress import Report, report_progress
 from metaopt.training import _cache, _learner, _processes, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
-from metaopt.training._run import Run, owned
+from metaopt.training._run import Run, is_among_best, owned
 from metaopt.training._steps import SampleTasksFn, Steps
 
 _log = logging.getLogger(__name__)
@@ -191,20 +191,17 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        callbacks = [callback] if callable(callback) else list(callback or ())
-        first_step, metrics, warned, number = run.step, [], False, 0
+        first_step, metrics, warned, number, callbacks = run.step, [], False, 0, _listed(callback)
         try:
             while True:
                 try:
-                    due = evaluate is not None and run.step == len(run.evaluations) * eval_every
-                    if due and not _processes.agreed(received, False)[0]:
+                    is_due = run.step == len(run.evaluations) * eval_every
+                    if evaluate is not None and is_due and not _processes.agreed(received, False)[0]:
                         run = _evaluated(run, evaluate, eval_key, report)
                         metrics = _with_evaluation(metrics, run)
                 finally:
                     ended, metrics = _report(callbacks, run.step, metrics), []
-                if run.step > 0 and (
-                    run.step % checkpoint_every == 0 or _run.is_among_best(run, eval_every, keep_best)
-                ):
+                if run.step > 0 and (run.step % checkpoint_every == 0 or is_among_best(run, eval_every, keep_best)):
                     _save(checkpoints, run, steps, report, eval_every)
                 number, ended = _processes.agreed(received, ended)
                 stopped = _why_stop(run, num_steps, patience, ended=ended, moved=run.step > first_step)
@@ -233,6 +230,10 @@ def fit(
     result, number = _result(run, evaluate, space, stopped), received[0] if received else number
     _raise_if_ended_early(number, run, result, num_steps, checkpoints)
     return result
+
+
+def _listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[CallbackFn]:
+    return [callback] if callable(callback) else list(callback or ())
 
 
 def _check_options(evaluate: EvaluateFn | None, eval_every: int, patience: int | None, folder: Any, keep: int) -> None:
