@@ -127,11 +127,12 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
-    estimator_at = estimator
     if isinstance(estimator, base.Estimator):
         # `init` needs the shapes of an estimate, and `step` its program: both come from one trace.
         shared = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
         estimator_at = lambda step: shared
+    else:
+        estimator_at = estimator
     parts = _Parts(estimator_at, optax.with_extra_args_support(optimizer), stagger, record or (lambda hyperparams: {}))
 
     def init(key: jax.Array, hyperparams: base.HyperParams, tasks: base.PyTree) -> LearnerState:
