@@ -8,59 +8,63 @@ import time
 
 import jax
 
-process, processes, port, folder, num_steps = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
 NUM_DEVICES = 4
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_num_cpu_devices", NUM_DEVICES // processes)
-if processes > 1:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
-
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import small_estimators as small  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
-
-from metaopt import base, training  # noqa: E402
-
-mesh = jax.make_mesh((NUM_DEVICES,), ("tasks",), axis_types=(AxisType.Auto,))
 
 
-def sample_tasks(key):
-    """Each process makes its own tasks only. A task follows from the key and its number, and is sometimes NaN."""
-    num = 8 // processes
-    keys = jax.random.split(key, 8)[process * num : (process + 1) * num]
-    numbers = np.array([1 + jax.random.normal(k) for k in keys])
-    numbers[numbers > 2.2] = np.nan
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("tasks")), numbers)
+def main(process: int, processes: int, port: str, folder: str, num_steps: int) -> None:
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES // processes)
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+
+    # After `initialize`, which must come before all computations.
+    import numpy as np
+    import optax
+    import small_estimators as small
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    from metaopt import base, training
+
+    mesh = jax.make_mesh((NUM_DEVICES,), ("tasks",), axis_types=(AxisType.Auto,))
+
+    def sample_tasks(key):
+        """Each process makes its own tasks only. A task follows from the key and its number, and is sometimes NaN."""
+        num = 8 // processes
+        keys = jax.random.split(key, 8)[process * num : (process + 1) * num]
+        numbers = np.array([1 + jax.random.normal(k) for k in keys])
+        numbers[numbers > 2.2] = np.nan
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("tasks")), numbers)
+
+    def callback(step, metrics):
+        print(step, flush=True)
+        time.sleep(0.02)
+
+    estimator = training.shard(small.carried(), mesh)
+    assert isinstance(estimator, base.Estimator)
+    result = training.fit(
+        training.learner(estimator, optax.adam(0.1)),
+        sample_tasks,
+        hyperparams={"x": 0.5},
+        num_steps=num_steps,
+        key=jax.random.key(0),
+        evaluate=lambda key, hyperparams: (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10,
+        eval_every=4,
+        callback=callback,
+        checkpoint_dir=folder,
+        checkpoint_every=3,
+        progress=False,
+    )
+    states = [shard.data for shard in result.state.estimator_state.params.addressable_shards]
+    np.savez(
+        f"{folder}-{process}.npz",
+        x=result.hyperparams["x"],
+        best=result.best_hyperparams["x"],
+        evaluations=result.evaluations,
+        params=np.concatenate(states),
+        **result.history,
+    )
 
 
-def callback(step, metrics):
-    print(step, flush=True)
-    time.sleep(0.02)
-
-
-estimator = training.shard(small.carried(), mesh)
-assert isinstance(estimator, base.Estimator)
-result = training.fit(
-    training.learner(estimator, optax.adam(0.1)),
-    sample_tasks,
-    hyperparams={"x": 0.5},
-    num_steps=num_steps,
-    key=jax.random.key(0),
-    evaluate=lambda key, hyperparams: (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10,
-    eval_every=4,
-    callback=callback,
-    checkpoint_dir=folder,
-    checkpoint_every=3,
-    progress=False,
-)
-states = [shard.data for shard in result.state.estimator_state.params.addressable_shards]
-np.savez(
-    f"{folder}-{process}.npz",
-    x=result.hyperparams["x"],
-    best=result.best_hyperparams["x"],
-    evaluations=result.evaluations,
-    params=np.concatenate(states),
-    **result.history,
-)
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
