@@ -480,7 +480,7 @@ def test_a_mixture_of_nas_bench_201_is_judged_with_all_ops():
     x = jax.random.normal(jax.random.key(1), (64, 4, 4, 3))
     mixture = nas.supernet(network, (4, 4, 3), ops=nas.NAS_BENCH_201_OPS).apply
     y = jax.jit(mixture)(params, search.weights(alpha), x).argmax(-1)
-    state = SimpleNamespace(estimator_state=SimpleNamespace(inner=SimpleNamespace(params=params)))
+    state = SimpleNamespace(estimator_state=SimpleNamespace(inner=SimpleNamespace(params=params, opt_state=())))
     result = SimpleNamespace(state=state, hyperparams=alpha)
     accuracies = nas_bench_201.searches.supernet_accuracies(search, result, {"x": x}, {"x": x, "y": y})
     assert accuracies["mixed"] > 0.95 and accuracies["inherited"] < 0.5
