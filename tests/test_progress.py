@@ -182,13 +182,18 @@ def test_a_terminal_has_a_bar_and_keeps_what_is_printed(capsys, monkeypatch):
 
 
 def fit(tick=lambda: None, **kwargs):
-    """F = λ² from λ = 2, with a rate that changes nothing."""
+    """F = λ² from λ = 2, with a rate that changes nothing. `tick` runs in both traces: of the state and of one step."""
 
     def estimate(hyperparams, task, state):
         tick()
         return base.Estimate(hyperparams**2, 2 * hyperparams, jnp.array(True), {}), state
 
-    learner = training.learner(base.Estimator(no_state, estimate, kind="exact"), optax.sgd(0.0))
+    def update(updates, params=None):
+        tick()  # the estimator is traced once for both programs
+        return updates
+
+    optimizer = optax.chain(optax.stateless(update), optax.sgd(0.0))
+    learner = training.learner(base.Estimator(no_state, estimate, kind="exact"), optimizer)
     options = {"hyperparams": 2.0, "num_steps": 5, "key": KEY}
     return training.fit(learner, lambda key: 1.0, **options | kwargs)
 
