@@ -104,8 +104,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     if type(value) not in by_type and not _is_pytree_of_floats(value):
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
-            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves pytrees "
-            "of floating-point arrays only."
+            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "
+            "pytrees of floating-point arrays only."
         )
     format_, kind = by_type.get(type(value)) or by_type[Pytree]
     header, arrays = kind.encode(value)
