@@ -81,7 +81,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STARTS), figsize=(11, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(STARTS), figsize=(11, 3.6), layout="constrained", sharey=True)
     for ax, label in zip(axes, STARTS, strict=True):
         for color, kind in enumerate(TUNED):
             values = [family[f"{label}, {kind}"]["score"] for family in results.values()]
@@ -93,7 +93,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         ax.set_xticks(range(len(results)), list(results))
         ax.set_title(label, fontsize=10)
     axes[0].set_ylabel("score")
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
