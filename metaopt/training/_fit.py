@@ -472,7 +472,9 @@ def _best(losses: list[float]) -> int | None:
 def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -> Run:
     with report.during("evaluating"):
         hyperparams = _processes.local(run.state.hyperparams)
-        evaluations = [*run.evaluations, float(evaluate(key, owned(hyperparams)))]
+        # All processes must stop, and write the best checkpoint, at the same step.
+        loss = _processes.of_first(float(evaluate(key, owned(hyperparams))))
+    evaluations = [*run.evaluations, loss]
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)
