@@ -145,8 +145,8 @@ def critical_difference(
         rank = float(ranks[method])
         axes.plot([rank, rank, x], [0, y, y], color=color, lw=1)
         text = f"{names[method]} {ranks[method]:.2f} " if left else f" {ranks[method]:.2f} {names[method]}"
-        look = {"color": color, "weight": "bold" if names[method] in highlight else "normal"}
-        axes.text(x, y, text, ha="right" if left else "left", va="center", fontsize="small", **look)
+        side, weight = "right" if left else "left", "bold" if names[method] in highlight else "normal"
+        axes.text(x, y, text, ha=side, va="center", fontsize="small", color=color, weight=weight)
     axes.set_xlim(low - margin - text_width * unit, high + margin + text_width * unit)
     axes.set_ylim(top=0.7)
     axes.set_axis_off()
@@ -156,7 +156,7 @@ def critical_difference(
 
 def _width(axes: "Axes") -> float:
     """The width of the axes in inches, before a constrained layout."""
-    return axes.get_position().width * axes.figure.get_size_inches()[0]
+    return axes.get_position().width * axes.figure.bbox.width / axes.figure.get_dpi()
 
 
 def _cliques(values: np.ndarray, alpha: float) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -47,7 +47,8 @@ def slices(
       axes: one for each slice; None makes a figure.
 
     Returns:
-      The axes, one for each slice. Values that are not finite are gaps.
+      The axes, one for each slice. Values that are not finite are gaps. Values whose distance from F(λ) is more than 20
+      times the median one, such as those of runs that diverge, are outside of the axes.
 
     Raises:
       ValueError: if the number of `axes` is not that of the slices.
@@ -78,7 +79,7 @@ def slices(
     if len(axes) != len(chosen):
         raise ValueError(f"`axes` must be one for each of {len(chosen)} slices; got {len(axes)}.")
     for own, i, offset, value in zip(axes, chosen, offsets, values, strict=True):
-        _draw_slice(own, float(point[i]), float(at_point.value), slopes[i], offset, value)
+        _draw_slice(own, float(point[i]), float(at_point.value), float(slopes[i]), offset, value)
         own.set_xlabel(names[i])
     axes[0].set_ylabel("outer loss F(λ)")
     axes[0].legend(fontsize="small")
@@ -97,12 +98,16 @@ def _grid(num: int) -> list["Axes"]:
 
 
 def _draw_slice(axes: "Axes", at: float, value: float, slope: float, offsets: np.ndarray, values: np.ndarray) -> None:
-    finite = np.isfinite(values)
-    axes.plot(at + offsets, np.where(finite, values, np.nan), color="C0", label="F")
-    low, high = axes.get_ylim()
+    values = np.where(np.isfinite(values), values, np.nan)
+    axes.plot(at + offsets, values, color="C0", label="F")
     axes.plot(at + offsets, value + slope * offsets, color="C1", linestyle="--", label="slope dF/dλ")
     axes.plot([at], [value], color="k", marker="o", linestyle="none", markersize=4, label="λ")
-    axes.set_ylim(low, high)  # a steep tangent leaves the axes
+    # A steep tangent and the F of runs that diverge leave the axes.
+    distances = np.abs(values - value)
+    near = values[distances <= 20 * np.nanmedian(distances)] if np.isfinite(values).any() else values[:0]
+    if len(near) and np.ptp(near) > 0:
+        margin = 0.05 * np.ptp(near)
+        axes.set_ylim(near.min() - margin, near.max() + margin)
 
 
 def hyperparameters_by_feature(

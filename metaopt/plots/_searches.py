@@ -168,7 +168,7 @@ def importance(
     Source: Hutter, Hoos & Leyton-Brown, ICML 2014, https://proceedings.mlr.press/v32/hutter14.html, by
     `optuna.importance.FanovaImportanceEvaluator`.
     """
-    optuna = _extras.require("optuna", "optuna", "The importance of hyperparameters")
+    optuna = _extras.require("optuna", "examples", "The importance of hyperparameters")
     shares_of = lambda own: _extras.quietly(optuna, lambda: _shares(optuna, own, space, seed))
     by_task = [shares_of(own) for own in _by_task(records).values()]
     names = list(dict.fromkeys(name for shares in by_task for name in shares))
