@@ -11,7 +11,6 @@ as in `meta_gradients.py`, also the outer rate and the outer loss. Seeds are the
     python experiments/rl/bad_values.py --smoke    # seconds; prints only
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,19 +108,7 @@ def main() -> None:
         settings, args.families = meta_gradients.SMOKE, args.families[:1]
     files = [Path(module.__file__) for module in (actor_critic, environments, meta_gradients, scores, searches)]
     folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
-    seconds = []
-
-    def keep(part, make):
-        def timed():
-            begin = time.process_time()
-            return {**make(), "seconds": np.array(time.process_time() - begin)}
-
-        own = f"{part} {settings.seeds} seeds"
-        arrays = script.kept(folder, own.replace(",", "").replace(" ", "_"), timed)
-        seconds.append(float(arrays["seconds"]))
-        print(f"{part}: {arrays['score'].mean():.3f}, {seconds[-1]:.0f} s", flush=True)
-        return arrays
-
+    keep, seconds = script.timed_parts(folder and folder / f"{settings.seeds}_seeds")
     results = {name: measure(name, settings, keep) for name in args.families}
     title = "Meta-gradients from bad values, one by one"
     script.publish(__file__, title, report(results, settings), args, name="rl_bad_values", seconds=sum(seconds))
