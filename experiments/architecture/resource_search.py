@@ -185,11 +185,11 @@ def gap(config: Config, grid: Grid, searched: list, one_shot: np.ndarray, splits
         ranks.append(nas.search_report([nas.ArchitectureScores("", p, (alone,)) for p, alone in each]).correlation)
     return (
         f"**The gap between supernet, discrete and retrained** (validation accuracy, mean over {len(scores)} searches):"
-        f"\n\n- At one-hot weights, the chosen network is {100 * report.discretization_gap:.1f} points worse than "
-        f"the mixture.\n- Trained from scratch, its accuracy changes by {100 * report.evaluation_gap:+.1f} points "
-        "from there.\n- One-shot: Spearman's rank correlation between the order by its loss and the order by the accuracy of "
-        f"separately trained networks is {script.spread(ranks, 2)}, over {len(grid.genotypes)} networks a seed "
-        "(1 would be perfect)."
+        f"\n\n- At one-hot weights, the chosen network is {100 * report.discretization_gap:.1f} points worse than the "
+        "mixture.\n- Trained from scratch, its accuracy changes by "
+        f"{100 * report.evaluation_gap:+.1f} points from there.\n- One-shot: Spearman's rank correlation between the "
+        "order by its loss and the order by the accuracy of separately trained networks is "
+        f"{script.spread(ranks, 2)}, over {len(grid.genotypes)} networks a seed (1 would be perfect)."
     )
 
 

@@ -276,7 +276,8 @@ def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
     rows = script.table(header, PARTS[name](smoke, repetitions))
     how_made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]]))
     how_made += (
-        f" The run took {time.process_time() - begin:.0f} processor seconds in {time.perf_counter() - begin_wall:.0f} s; "
+        f" The run took {time.process_time() - begin:.0f} processor seconds in "
+        f"{time.perf_counter() - begin_wall:.0f} s; "
         f"{'other' if before >= 0.5 else 'no other'} work ran when it began (a load of {before:.1f} on "
         f"{os.cpu_count()} cores)."
     )
