@@ -81,8 +81,8 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
         )
         text.append(
             f"- {first} against {second}:\n  - {compared(a, b, groups)}\n  - cost {runs[0]:.1f} and {runs[1]:.1f} "
-            f"training runs, {runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor seconds, "
-            f"{seconds[0] / seconds[1]:.2f} of it"
+            f"training runs, {runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor "
+            f"seconds, {seconds[0] / seconds[1]:.2f} of it"
         )
     return "\n".join(text) + "\n"
 
