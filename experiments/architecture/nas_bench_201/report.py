@@ -72,12 +72,12 @@ def report(runs: dict, table, data, config: Config, options) -> str:
         "",
         script.table(header, rows),
         "",
-        "**Settings and columns.**\n"
-        f"\n- Supernets: {config.size}x{config.size} images, C = {config.channels}, N = {config.cells}, batch "
+        "**Settings and columns.**\n\n"
+        f"- Supernets: {config.size}x{config.size} images, C = {config.channels}, N = {config.cells}, batch "
         f"{config.batch}, {config.num_steps} steps of the weights (single-path one-shot: three times as many).\n"
         f"- The rate of α is multiplied by {FULL.num_steps / config.num_steps:.4g}, so that α can move as far as in "
-        f"{FULL.num_steps:,} steps. iDARTS and unrolled DARTS take a quarter of the steps of α, and have four times "
-        "the rate of the others. PC-DARTS has twice the rate, after 30 % of the steps without a change of α.\n"
+        f"{FULL.num_steps:,} steps. iDARTS and unrolled DARTS take a quarter of the steps of α. Their rates are "
+        "four times those of the others. PC-DARTS has twice the rate, after 30 % of the steps without a change of α.\n"
         "- Every estimate of unrolled DARTS trains new weights for T steps.\n"
         "- One-shot search uses 512 additional validation images for its choice.\n"
         "- Accuracies: mean ± standard deviation over seeds.\n"
@@ -111,8 +111,8 @@ def gaps(runs: dict, table) -> list[str]:
     searched = [run for seeds in runs.values() for run in seeds.values() if "weights" in run]
     if any("mixed" not in run for run in searched):
         lines += [
-            "**Searches without a gap:**\n"
-            f"\n- {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient did not save "
+            "**Searches without a gap:**\n\n"
+            f"- {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient did not save "
             "the accuracies of the supernet, mixed and discrete. Unrolled DARTS has no supernet after an estimate.\n"
             "- Searches that stopped early share the search of DARTS up to that epoch, whose weights are not "
             "saved.\n"
@@ -158,9 +158,9 @@ def op_correlations(one_shot: list[dict], table) -> str:
         likelihood, accuracy = (f"{min(each):+.2f} to {max(each):+.2f}" for each in zip(*pairs, strict=True))
         rows.append([name, likelihood, accuracy])
     return (
-        "Which ops the supernet prefers: the rank correlation of the number of an op in a cell with the likelihood, "
-        "and with the accuracy, from the lowest seed to the highest. If the two signs differ, shared weights "
-        "misjudge the op."
+        "Which ops the supernet prefers: the table has the rank correlation of an op's number in a cell with the "
+        "likelihood, and with the accuracy. The ranges are from the lowest seed to the highest. If the two signs "
+        "differ, shared weights misjudge the op."
         f"\n\n{script.table(['op', 'likelihood', 'accuracy'], rows)}"
     )
 
