@@ -3,7 +3,7 @@
 The first supernet is NAS-Bench-201's (C = 8, N = 1, 16x16 images, 16 per batch). The second is that of DARTS (8 cells,
 C = 16, 32x32 images, 64 per batch), for which only seconds of compilation and memory are measured. The programs take
 turns. Times are medians of processor seconds, divided by those of a plain step. Memory is the figure of the compiler,
-which has no noise.
+without noise.
 
     python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
     python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only

@@ -18,7 +18,7 @@ development).
 
 Main observations in the committed results: with one decay for each parameter, 50 validation images are fitted (1 %
 error). The test error is the same as with one decay. With 500 images it falls from 32 to 26 %, since validation images
-then train the net through λ. From another initialization, the same λ are no better than one decay: they only fit the
+then train the net through λ. From another initialization, the same λ do not beat one decay: they only fit the
 weights that were trained together with them. A single decay reaches the grid's result in 50 hypergradients along one
 training run.
 
