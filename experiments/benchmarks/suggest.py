@@ -129,7 +129,7 @@ def row(times) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a suggestion costs.")
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--candidates", type=int, metavar="N", help="of a finite set of N alone; writes no result")
+    parser.add_argument("--candidates", type=int, metavar="N", help="only a finite set of N; writes no result")
     options = parser.parse_args()
     space = blackbox.sklearn_model("random_forest_classifier").space
     searcher = blackbox.random_search()
@@ -190,6 +190,7 @@ def main() -> None:
         f"- **Memory.** The whole process, all rows together, took at most {most:.0f} MiB.\n"
         f"- **Bar:** 50 ms after 10,000 trials. The largest medians of metaopt there are {wall} ms, and {cpu} CPU-ms "
         "(other processes do not lengthen CPU time).\n"
+        "- **Running** trials were asked for and have not ended. **Under Optuna**, g is the sampler of a study.\n"
         f"- **The first `suggest(X, y)`** of {nums[-1]} trials takes {firsts[1]} CPU-ms if g has seen none of the "
         f"configurations and all of them differ. With candidates, which g knows, it takes {firsts[0]} CPU-ms. Other "
         "configurations would be encoded in that call, all of them, once.\n\n"

@@ -196,8 +196,8 @@ def main() -> None:
     if not options.smoke:
         text = "![Regret and ranks](hpob.png)\n\n![Rank diagrams](hpob_ranks.png)\n\n" + text
         text += (
-            "\n\nIn the rank diagrams a bar joins methods of which no pair differs by Wilcoxon's signed-rank test over "
-            "tasks with Holm's correction, at .05."
+            "\n\nIn the rank diagrams, a bar joins methods if no two of them differ by Wilcoxon's signed-rank test "
+            "over tasks, with Holm's correction, at .05."
         )
     script.publish(__file__, "HPO-B", text, options)
     if not options.smoke:

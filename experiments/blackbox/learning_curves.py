@@ -391,8 +391,8 @@ def main() -> None:
     parser.add_argument("--table", choices=["taskset", "lcdb"], default="taskset")
     parser.add_argument("--bohb-seeds", type=int, default=20, help="of BOHB and Hyperband")
     parser.add_argument("--draws", type=int, default=5, help="of 20 candidates a task, for the errors of prediction")
-    parser.add_argument("--ablate", action="store_true", help="also metaopt that spends full budgets alone")
-    parser.add_argument("--store", type=Path, help="folder of what is done, a file a task, to go on with")
+    parser.add_argument("--ablate", action="store_true", help="also metaopt that spends only full budgets")
+    parser.add_argument("--store", type=Path, help="folder of finished tasks, a file for each, to continue from")
     parser.add_argument("--backwards", action="store_true", help="the last tasks first: a second process, one store")
     options = parser.parse_args()
     options.own_budget = 1.0 if options.smoke else 10.0

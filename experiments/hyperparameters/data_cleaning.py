@@ -192,9 +192,9 @@ def report(scores: dict, options: argparse.Namespace) -> str:
         f"- Mean ± standard deviation over {options.seeds} seeds, each with its own rows and noise.\n"
         f"- Model: softmax regression with a penalty of {PENALTY:g}/2 on squared parameters, images less their mean, "
         "100 steps with momentum.\n"
-        "- Rows with a rule are trained on the rows that the rule kept (weight above ½) and the validation rows, as "
-        'in the paper. "weighted" is trained on all rows by their weights and the validation rows. "alone" is '
-        "trained on the weighted rows without the validation rows.\n"
+        "- With a rule, the model is trained on the rows that the rule kept (weight above ½) and the validation "
+        'rows, as in the paper. "weighted": on all rows by their weights, and the validation rows. "alone": on the '
+        "weighted rows without the validation rows.\n"
         "- F1 and AUC are those of finding the corrupted rows.\n"
         "- CPU seconds are of an outer step (median) and of all, with compilation (median of seeds).",
         "",

@@ -169,7 +169,7 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
         f"{details['num_seeds']} seeds each",
         reference,
     )
-    merged = "; then `--merge` of what they wrote" if "; " in details["command"] else ""
+    merged = "; then `--merge` of their results" if "; " in details["command"] else ""
     markdown += (
         f"\nCommand: `{details['command'].strip()}`"
         f"{merged}. JAX {jax.__version__}, Python {platform.python_version()}, "
@@ -181,9 +181,9 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
     markdown += without_made_tables(scores, details, unit_table, families)
     if details["baselines"] is not None:
         markdown += (
-            "\nTrials and trees, and their seconds, are those of an earlier run of "
+            "\nThe trials, the trees and their seconds are from an earlier run of "
             f"`{details['baselines']['command'].strip()}`, {details['baselines']['num_cores']} core(s), "
-            f"{details['baselines']['seconds']:.0f} s in all; training with the defaults gave the same there.\n"
+            f"{details['baselines']['seconds']:.0f} s in all. Training with the defaults gave the same scores there.\n"
         )
     if details.get("trees_while_learning"):
         markdown += "\nForests and boosting trained while g was learned, so their seconds are upper bounds.\n"
