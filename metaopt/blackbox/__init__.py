@@ -1,7 +1,8 @@
 """Black-box search: objectives without a gradient, records of their trials, and searchers that learn from records.
 
 - Trials: `collect` runs an objective `(trial, task) -> outcome` with a searcher on many tasks, and stores a `Record`
-  of each trial (`append_records`, `read_records`, `recover_records`). `sklearn_objective` and `lightning.objective`
+  of each trial (`append_records`, `read_records`, `recover_records`). `best_records` finds the best ones, also by
+  several outcomes. `sklearn_objective` and `lightning.objective`
   make objectives; `from_optuna_study`, `from_hpob` and `from_openml_evaluations` read the trials of other programs.
 - Searchers: `random_search`, `tpe`, `bohb`, `regularized_evolution`; `asha` and `enqueue` wrap any searcher.
 - Learned searchers: `train_meta_optimizer` and `train_meta_searcher` learn from the records of earlier tasks which
@@ -30,6 +31,9 @@ from metaopt.blackbox._frames import (
 from metaopt.blackbox._freeze_thaw import (
     CurveSearcher,
     train_curve_searcher,
+)
+from metaopt.blackbox._goals import (
+    best_records,
 )
 from metaopt.blackbox._meta_optimizer import (
     train_meta_optimizer,
@@ -78,6 +82,7 @@ __all__ = [
     "TrialTable",
     "append_records",
     "asha",
+    "best_records",
     "bohb",
     "collect",
     "enqueue",

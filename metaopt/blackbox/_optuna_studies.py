@@ -5,8 +5,9 @@ import itertools
 import math
 import os
 import threading
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,27 @@ import numpy as np
 
 from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _meta_search
+from metaopt.blackbox._optuna_outcomes import (
+    OURS,
+    goals_of,
+    outcomes_of,
+    signs_of,
+    values_and_attributes,
+    values_at_steps,
+)
 
-_OURS = "metaopt:"  # prefix of our user attributes, because users may have their own "cost" or "seed"
 _FINEST = 10**9  # steps of the full budget that fit into 32 bits
-_KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
+_KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity", "outcomes")
 
 
-def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs: Any) -> Any:
+def to_optuna_study(
+    records: Sequence[base.Record],
+    space: base.PyTree,
+    *,
+    objectives: Sequence[str] | None = None,
+    constraints: Mapping[str, float] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Makes an Optuna study from the records of one task, for example for Optuna's dashboard and plots.
 
     The records of one trial (same number, seed and configuration) at several fidelities become its intermediate values.
@@ -32,13 +47,17 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     Args:
       records: the records of one task.
       space: the space of their configurations.
+      objectives: the names of the outcomes that are the study's objectives, if records have several. By default, all
+        that are not constraints.
+      constraints: name -> bound of other outcomes. The study's constraints are the outcomes minus their bounds.
       **kwargs: arguments of `optuna.create_study`, such as `study_name`, or `storage="sqlite:///study.db"` for the
         dashboard. `direction` is not allowed, since outcomes are minimized.
 
     Returns:
       A study whose trials have the records' parameters, values and states. Their user attributes hold the task, cost,
       seed, reason, fidelity and metaopt's trial number, as "metaopt:trial" and so on. A trial that never reached the
-      full budget is pruned. A trial whose outcome is NaN has failed.
+      full budget is pruned. A trial whose outcome is NaN has failed. In a study of several objectives, Optuna has no
+      intermediate values. There, a user attribute "metaopt:outcomes at step 500" has the objectives at a step.
 
     Raises:
       ValueError: if the records are of several tasks, or a record is invalid (unknown status, fidelity outside (0, 1],
@@ -46,7 +65,7 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
       ValueError: if a fidelity is less than a billionth of the full budget, or two fidelities of a trial are within a
         billionth.
       ValueError: (by Optuna) if a configuration does not fit the space.
-      ValueError: if a direction is given.
+      ValueError: if a direction is given, or a complete trial lacks one of the objectives or constraints.
       ImportError: if Optuna is not installed.
     """
     import optuna
@@ -62,17 +81,30 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     levels = _levels(record.fidelity for record in records)
     trials = _by_trial(records, levels)
     parts = _parts(trials)
+    goals = goals_of(records, objectives, constraints)
+    if goals is not None and len(goals.objectives) > 1:
+        kwargs["directions"] = ["minimize"] * len(goals.objectives)
     study = optuna.create_study(**kwargs)
+    if goals is not None:
+        _set_names(study, goals.objectives)
+    step_of = lambda fidelity: round(parts * float(fidelity))
     for several in trials:
         last = max(several, key=lambda record: record.fidelity)
         state = optuna.trial.TrialState.PRUNED
         if last.status != "COMPLETE" or _fidelities.is_full_budget(last.fidelity):
             state = optuna.trial.TrialState[last.status]
-        if last.status == "COMPLETE" and math.isnan(last.outcome):
+        if goals is None:
+            complete = [record for record in several if record.outcome == record.outcome]
+            steps = {step_of(record.fidelity): float(record.outcome) for record in complete}
+            args: dict[str, Any] = {"values": [float(last.outcome)], "intermediate_values": steps, "user_attrs": {}}
+        else:
+            args = values_and_attributes(several, goals, step_of)
+        if last.status == "COMPLETE" and any(map(math.isnan, args["values"])):
             state = optuna.trial.TrialState.FAIL  # Optuna does not allow a complete trial without a value
-        complete = [record for record in several if record.outcome == record.outcome]
+        args["values"] = args["values"] if state == optuna.trial.TrialState.COMPLETE else None
         attributes = {name: getattr(last, name) for name in _KEPT}
         attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # Optuna's JSON
+        args["user_attrs"] |= {OURS + name: value for name, value in attributes.items() if value is not None}
         values = {}
         for name, value in last.configuration.items():
             if name not in distributions:
@@ -82,16 +114,18 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                value=float(last.outcome) if state == optuna.trial.TrialState.COMPLETE else None,
                 params=values,
                 distributions={name: distributions[name] for name in values},
-                intermediate_values={
-                    round(parts * float(record.fidelity)): float(record.outcome) for record in complete
-                },
-                user_attrs={_OURS + name: value for name, value in attributes.items()},
+                **args,
             )
         )
     return study
+
+
+def _set_names(study: Any, names: Sequence[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "experimental" in Optuna 4
+        study.set_metric_names(list(names))
 
 
 def _levels(fidelities: Iterable[float]) -> dict[float, float]:
@@ -139,12 +173,15 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
-    """Returns the trials of an Optuna study of one objective as records, with the last value of each trial.
+    """Returns the trials of an Optuna study as records, with the last value of each trial.
+
+    If the study has several objectives, or constraints, the records have `outcomes`. Their names are the study's metric
+    names, or "0", "1" and so on. Constraints are named "constraint 0", or "constraint NAME"; at most 0 is feasible.
 
     Trials that `to_optuna_study` wrote keep their task, trial number, cost and seed.
 
     Args:
-      study: an Optuna study. If it maximizes, outcomes are the negative values.
+      study: an Optuna study. The outcomes of objectives that it maximizes are the negative values.
       task: the task's name; by default the name that `to_optuna_study` stored, or the study's name.
 
     Returns:
@@ -155,22 +192,23 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
       number them from 1, or give seeds. Several records without numbers and with one seed are corrections of one trial,
       not repetitions.
 
-    Raises:
-      RuntimeError: (by Optuna) if the study has several objectives.
+      In a study of several objectives, these are the values that `should_prune` or `to_optuna_study` has stored.
     """
-    sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+    sign = signs_of(study)[0]
     trials = study.get_trials()
+    at_steps = [values_at_steps(trial) for trial in trials]
     # Steps start at 0 or at 1. If they start at 0, the value at step 0 was reported after one step.
-    first = int(any(0 in trial.intermediate_values for trial in trials))
-    steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0) + first
+    first = int(any(0 in values for values in at_steps))
+    steps = max((max(values) for values in at_steps if values), default=0) + first
     records = []
-    for trial in trials:
-        outcome, fidelity = trial.value, 1.0
-        if trial.state.name == "PRUNED" and trial.last_step is not None:
-            outcome = trial.intermediate_values[trial.last_step]
-            fidelity = (trial.last_step + first) / steps
+    for trial, reported in zip(trials, at_steps, strict=True):
+        values, fidelity = trial.values, 1.0
+        if trial.state.name == "PRUNED" and reported:
+            values = reported[max(reported)]
+            fidelity = (max(reported) + first) / steps
+        outcome = None if values is None else values[0]
         seconds = trial.duration.total_seconds() if trial.duration is not None else float("nan")
-        ours = {name: trial.user_attrs[_OURS + name] for name in _KEPT if _OURS + name in trial.user_attrs}
+        ours = {name: trial.user_attrs[OURS + name] for name in _KEPT if OURS + name in trial.user_attrs}
         if task is not None:
             ours["task"] = task
         record = base.Record(
@@ -181,8 +219,10 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
             cost=seconds,
             status=trial.state.name,
             trial=trial.number,
+            outcomes=outcomes_of(trial, study, values),
         )
-        records.append(record._replace(**ours))
+        record = record._replace(**ours)
+        records.append(record._replace(outcome=next(iter((record.outcomes or {"": record.outcome}).values()))))
     return records
 
 
