@@ -7,7 +7,7 @@
 - Searchers: `random_search`, `tpe`, `bohb`, `regularized_evolution`; `asha` and `enqueue` wrap any searcher.
 - Learned searchers: `train_meta_optimizer` and `train_meta_searcher` learn from the records of earlier tasks which
   configurations to try on a new task; `train_curve_searcher` learns from their learning curves. `optuna_sampler`
-  offers the result to Optuna.
+  offers the result to Optuna, and `should_prune` prunes its trials with several objectives.
 """
 
 from metaopt.blackbox import _saved as _saved  # registers learned optimizers for `metaopt.save`
@@ -41,6 +41,9 @@ from metaopt.blackbox._meta_optimizer import (
 )
 from metaopt.blackbox._meta_search import (
     MetaOptimizer,
+)
+from metaopt.blackbox._optuna_outcomes import (
+    should_prune,
 )
 from metaopt.blackbox._optuna_searchers import (
     bohb,
@@ -97,6 +100,7 @@ __all__ = [
     "records_to_frame",
     "recover_records",
     "regularized_evolution",
+    "should_prune",
     "sklearn_model",
     "sklearn_objective",
     "tabulate",

@@ -102,38 +102,64 @@ def values_of(records: Sequence[base.Record], goals: Goals) -> tuple[np.ndarray,
     return np.reshape(objectives, shape), np.reshape(excess, (len(records), len(goals.constraints)))
 
 
-def best_first(objectives: np.ndarray, excess: np.ndarray) -> list[int]:
-    """Orders trials with several objectives and constraints from the best to the worst.
+def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """Ranks trials with several objectives and constraints; 0 is best, and equally good ones have equal ranks.
 
-    Feasible trials are before others. Feasible ones are in the order of their fronts: the first front has the trials
-    that no other one dominates, the second front those that only trials of the first one dominate, and so on. Within a
-    front, the first one has the smallest first objective. Each next one is the farthest from those before it, where an
-    objective is measured by ranks, so that the first few trials spread over the front. Infeasible trials are in the
-    order of their violation: the sum over constraints of the excess above the bound, divided by the largest excess.
+    Feasible trials are before others. They have the number of their front: the first front has the trials that no other
+    one dominates, the second front those that only trials of the first one dominate, and so on. Infeasible trials
+    follow in the order of their violation: the sum over constraints of the excess above the bound, divided by the
+    largest excess.
 
     Args:
       objectives: [N, M], smaller is better; NaN if unknown.
-      excess: [N, C], at most 0 if a constraint holds.
+      excess: [N, C], at most 0 if a constraint holds; NaN if unknown.
 
     Returns:
-      The indices of the trials without NaN.
+      [N], NaN for trials with an unknown number.
 
-    Source: Deb et al., NSGA-II, 2002 (fronts, and feasible trials first); Schmucker et al., Multi-objective
-      asynchronous successive halving, 2021, https://arxiv.org/abs/2106.12639 (spread within a front).
+    Source: Deb et al., NSGA-II, IEEE Transactions on Evolutionary Computation 6(2), 2002
     """
     known = np.isfinite(objectives).all(1) & ~np.isnan(excess).any(1)
     feasible = known & (excess <= 0).all(1)
-    above = np.maximum(excess, 0)
-    worst = np.max(np.where(known[:, None], above, 0), axis=0, initial=0)
-    violation = (above / np.where(worst > 0, worst, 1)).sum(1)
-    order: list[int] = []
-    left = np.flatnonzero(feasible)
+    result = np.full(len(objectives), np.nan)
+    left, front = np.flatnonzero(feasible), 0
+    if objectives.shape[1] == 1:  # the same, without a loop
+        values = np.unique(objectives[left, 0])
+        result[left] = np.searchsorted(values, objectives[left, 0])
+        left, front = left[:0], len(values)
     while len(left):
-        front = left[_pareto.pareto_front(objectives[left])]
-        order += spread(front, objectives)
-        left = np.setdiff1d(left, front)
-    infeasible = np.flatnonzero(known & ~feasible)
-    return order + infeasible[np.argsort(violation[infeasible], kind="stable")].tolist()
+        first = left[_pareto.pareto_front(objectives[left])]
+        result[first] = front
+        left, front = np.setdiff1d(left, first), front + 1
+    infeasible = known & ~feasible
+    above = np.maximum(excess[infeasible], 0)
+    worst = np.max(above, axis=0, initial=0)
+    violation = (above / np.where(worst > 0, worst, 1)).sum(1)
+    result[infeasible] = front + np.searchsorted(np.unique(violation), violation)
+    return result
+
+
+def best_first(objectives: np.ndarray, excess: np.ndarray) -> list[int]:
+    """Orders trials from the best to the worst: by `ranks`, and those of equal rank so that the first few spread.
+
+    Among equal ranks, the first trial has the smallest first objective. Each next one is the farthest from those before
+    it, where objectives are measured by ranks.
+
+    Args:
+      objectives: [N, M], as for `ranks`.
+      excess: [N, C].
+
+    Returns:
+      The indices of the trials whose numbers are known.
+
+    Source: Schmucker et al., Multi-objective asynchronous successive halving, 2021, https://arxiv.org/abs/2106.12639
+    """
+    rank = ranks(objectives, excess)
+    order: list[int] = []
+    for level in np.unique(rank[~np.isnan(rank)]):
+        same = np.flatnonzero(rank == level)
+        order += spread(same[np.lexsort(objectives[same].T[::-1])], objectives)
+    return order
 
 
 def spread(front: np.ndarray, objectives: np.ndarray) -> list[int]:

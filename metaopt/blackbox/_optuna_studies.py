@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,10 @@ import numpy as np
 
 from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _meta_search
+from metaopt.blackbox._goals import Goals
 from metaopt.blackbox._optuna_outcomes import (
     OURS,
+    as_told_outcomes,
     goals_of,
     outcomes_of,
     signs_of,
@@ -233,6 +235,7 @@ def optuna_sampler(
     acquisition: str = "ei",
     seed: int | None = None,
     independent_sampler: Any = None,
+    constraints_func: Callable[[Any], Sequence[float]] | None = None,
 ) -> Any:
     """Returns an Optuna sampler that uses knowledge from earlier tasks; study, storage and dashboard remain Optuna's.
 
@@ -257,6 +260,11 @@ def optuna_sampler(
     - With a finite set (`candidates`), a trial may use another label or number than the drawn one. It then counts with
       the value that it used. The drawn value is untried, and may be drawn again. Request the labels and numbers of the
       set to avoid this.
+    - A `meta_optimizer` with `objectives` is for studies with as many directions, in the same order. One with
+      `constraints` needs their values: from `constraints_func`, or from `trial.set_constraint(name, value)` of Optuna 5
+      with the same names. A value is the outcome minus its bound; at most 0 is feasible.
+    - Optuna does not support `trial.report` in studies of several objectives; use `blackbox.should_prune`. The sampler
+      learns from the values that it stores, as from intermediate values.
     - The draw for a trial depends on `seed`, its number, and the trials that have ended or are running when it begins.
       If an objective does not request all parameters, it also depends on which of these trials this sampler has drawn.
       In a distributed study, each process makes its own sampler; a sampler cannot be pickled.
@@ -268,13 +276,16 @@ def optuna_sampler(
       acquisition: as for `meta_optimizer.searcher`.
       seed: the seed of everything random; by default, a fresh one.
       independent_sampler: draws parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
+      constraints_func: as for Optuna's samplers: `(frozen_trial) -> values`, in the order of
+        `meta_optimizer.constraints`, called when a trial is complete or pruned. Optuna's `study.best_trials` uses them.
 
     Returns:
-      An `optuna.samplers.BaseSampler`, for studies of one objective.
+      An `optuna.samplers.BaseSampler`, for studies of one objective, or of as many as `meta_optimizer.objectives`.
 
     Raises:
       ValueError: if the space has a simplex, which Optuna does not have, or `acquisition` is unknown.
-      RuntimeError: (by Optuna) when a trial begins, if the study has several objectives.
+      ValueError: if `constraints_func` is given, and `meta_optimizer` has no `constraints`.
+      ValueError: when a trial begins, if the study has another number of objectives, or trials have other constraints.
       ImportError: if Optuna is not installed.
 
     >>> import optuna
@@ -295,7 +306,14 @@ def optuna_sampler(
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
-    return type("MetaSampler", (_MetaSampler, optuna.samplers.BaseSampler), {})(searcher, key, independent)
+    goals = Goals(meta_optimizer.objectives, dict(meta_optimizer.constraints))
+    if constraints_func is not None and not goals.constraints:
+        raise ValueError(
+            "`constraints_func` needs a meta-optimizer that predicts constraints: give `train_meta_optimizer` their "
+            "outcomes and bounds as `constraints`."
+        )
+    sampler = type("MetaSampler", (_MetaSampler, optuna.samplers.BaseSampler), {})
+    return sampler(searcher, key, independent, goals, constraints_func)
 
 
 class _StudyMemory:
@@ -316,8 +334,9 @@ class _StudyMemory:
 class _MetaSampler:
     """The sampler, without its base class of Optuna, which is imported when a sampler is made."""
 
-    def __init__(self, searcher: base.Searcher, key: jax.Array, independent: Any):
+    def __init__(self, searcher: base.Searcher, key: jax.Array, independent: Any, goals: Goals, constraints_func: Any):
         self._searcher, self._key, self._independent = searcher, key, independent
+        self._goals, self._constraints_func = goals, constraints_func
         self._single = threading.Lock()
         # Keys are the storage and the number of a study, since Optuna may make a study object for every trial.
         self._studies: Any = weakref.WeakKeyDictionary()
@@ -329,12 +348,18 @@ class _MetaSampler:
     def _draw(self, study: Any, number: int) -> dict[str, Any]:
         """Returns the configuration of a trial, drawn after learning of all trials that have ended."""
         memory = self._memory(study)
-        sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+        signs = signs_of(study)
+        if len(signs) != (num := max(len(self._goals.objectives), 1)):
+            raise ValueError(
+                f"The study has {len(signs)} objectives, and the meta-optimizer {num}: train it with the names of as "
+                "many outcomes as `objectives`."
+            )
         # One read: between two reads, a trial that ends would be among neither the ended nor the running trials.
         # We read from the storage, because with Hyperband's pruner `study.get_trials` returns only one bracket.
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         new = [trial for trial in trials if trial.state.is_finished() and trial.number not in memory.ended]
-        records = [record for trial in new for record in _as_told(trial, sign, memory.drawn.get(trial.number, {}))]
+        drawn_of = lambda trial: memory.drawn.get(trial.number, {})
+        records = [record for trial in new for record in _as_told(trial, signs, drawn_of(trial), self._goals)]
         memory.state = self._searcher.tell(memory.state, records)
         memory.ended |= {trial.number for trial in new}
         memory.drawn = {other: drawn for other, drawn in memory.drawn.items() if other not in memory.ended}
@@ -369,6 +394,10 @@ class _MetaSampler:
         self._independent.before_trial(study, trial)
 
     def after_trial(self, study, trial, state, values):
+        if self._constraints_func is not None:
+            from optuna.samplers import _base
+
+            _base._process_constraints_after_trial(self._constraints_func, study, trial, state)
         self._independent.after_trial(study, trial, state, values)
 
 
@@ -385,7 +414,7 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
     return [round(near) if type(distribution).__name__ == "IntDistribution" else float(near)]
 
 
-def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
+def _as_told(trial, signs: Sequence[float], drawn: dict[str, Any], goals: Goals) -> list[base.Record]:
     """Converts an Optuna trial to records for a searcher: its value, and its step values at fidelities below 1.
 
     A failed trial may not have requested all drawn parameters yet, and an ended trial may never do so. Both count with
@@ -395,6 +424,10 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
     if not trial.params:
         return []  # it requested nothing, so its outcome says nothing about any configuration
     record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
+    if goals.objectives:
+        told = as_told_outcomes(trial, signs, goals)
+        return [one._replace(configuration=record.configuration, seed=1, trial=trial.number) for one in told]
+    (sign,) = signs
     records = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())
