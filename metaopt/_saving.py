@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metaopt import _files
@@ -80,6 +81,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `automl.AutoClusterer` | a fitted estimator with its clusters |
     | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
+    | any other pytree of floating-point arrays | λ or θ, such as a few-shot initialization; `load` needs `like=` |
 
     Records have a store of their own (`blackbox.append_records`), and `training.fit` writes its checkpoints.
 
@@ -89,7 +91,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
 
     Raises:
       TypeError: if values of this type cannot be saved.
-      ValueError: if the value is inconsistent, or a part of it cannot be written as JSON.
+      ValueError: if the value is inconsistent, a number is not finite, or a part of it cannot be written as JSON.
 
     >>> import os, tempfile, metaopt
     >>> split = metaopt.tasks.Split({"train": {"letters": {}}, "test": {"digits": {}}})
@@ -99,10 +101,13 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     True
     """
     by_type = {kind.type: (format_, kind) for format_, kind in _KINDS.items()}
-    if type(value) not in by_type:
-        names = ", ".join(sorted(type_.__name__ for type_ in by_type))
-        raise TypeError(f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}.")
-    format_, kind = by_type[type(value)]
+    if type(value) not in by_type and not _is_pytree_of_floats(value):
+        names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
+        raise TypeError(
+            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "
+            "pytrees of floating-point arrays only."
+        )
+    format_, kind = by_type.get(type(value)) or by_type[Pytree]
     header, arrays = kind.encode(value)
     header = {"format": format_, "version": kind.version, **header}
     try:
@@ -122,8 +127,9 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
 
     Args:
       path: the file.
-      **parts: functions that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for
-        a network of sizes), and `meta=` for a `nas.TrainedMetaArchitecture`. No other type needs any.
+      **parts: what the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a network
+        of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same structure,
+        shapes and types (arrays, or the result of `jax.eval_shape`). No other type needs any.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
@@ -190,3 +196,29 @@ def tree_from_leaves(prefix: str, arrays: Mapping[str, Any], template: Any) -> A
 def shapes(prefix: str, tree: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the leaves of a tree by name, for `_files.Npz.floats`."""
     return {name: tuple(np.shape(leaf)) for name, leaf in named_leaves(prefix, tree).items()}
+
+
+class Pytree:
+    """The type of pytrees that have no kind of their own."""
+
+
+def _is_pytree_of_floats(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    is_array = lambda x: isinstance(x, float | np.generic | np.ndarray | jax.Array)
+    return bool(leaves) and all(is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves)
+
+
+def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    arrays = {name: storable(leaf) for name, leaf in named_leaves("leaf", value).items()}
+    for name, array in arrays.items():
+        _files.check_finite(name, array)
+    return {}, arrays
+
+
+def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> Any:
+    leaves = tree_from_leaves("leaf", file.floats(shapes("leaf", like)), like)
+    return jax.tree.map(lambda leaf, old: jnp.asarray(leaf, jnp.result_type(old)), leaves, like)
+
+
+_LIKE = {"like": "a pytree of the same structure, shapes and types"}
+register(Kind("pytree", Pytree, _encode_pytree, _decode_pytree, parts=_LIKE))

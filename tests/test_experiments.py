@@ -303,6 +303,21 @@ def test_a_kept_result_is_computed_once_by_one_process(tmp_path):
     assert script.kept(None, "c", make, wait=False) == {}
 
 
+def test_timed_parts_count_the_seconds_of_earlier_calls(tmp_path, capsys):
+    def make():
+        calls.append(1)
+        return {"score": np.array([1.0, 2.0])}
+
+    calls = []
+    keep, seconds = script.timed_parts(tmp_path)
+    assert list(keep("a, b", make)) == ["score"] and seconds[0] >= 0
+    (file,) = tmp_path.glob("*.npz")
+    np.savez(file, score=np.array([3.0]), seconds=7.0)  # of a longer call
+    keep, seconds = script.timed_parts(tmp_path)
+    assert keep("a, b", make)["score"].tolist() == [3.0] and seconds == [7.0] and calls == [1]
+    assert file.name == "a_b.npz" and capsys.readouterr().out.endswith("a, b: 3.000, 7 s\n")
+
+
 def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monkeypatch, tmp_path):
     rng, keys = np.random.default_rng(0), []
     configurations = [{"n_estimators": n} for n in range(4)]
@@ -567,7 +582,7 @@ def test_bars_of_auto_architecture_are_reported_in_log_loss_and_in_errors():
     scores[random] = (ours + [[-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02], [-0.1, 0.02]]).tolist()
     cost = dict.fromkeys(scores, 1.0)
     result = {"shape": "tables", "families": list("aabc"), "scores": scores, "runs": cost, "seconds": cost}
-    first = auto_architecture.report.bars([result], 20).splitlines()[0]
+    first = auto_architecture.report.bars([result], 20).partition("\n- ")[0]
     assert (
         "test log loss 0.4500 and 0.3500, difference +0.1000 [+0.1000, +0.1000], smaller on 0% and larger on" in first
     )
@@ -650,13 +665,15 @@ def test_differences_between_folds_do_not_enter_the_correlations_of_h():
         ),
     }
     report = auto_architecture.reading.what_h_reads(result)
-    assert "100% of the variance" in report and "In the 2 of 3 folds that trust what it reads (400 tasks)" in report
-    assert "another than the fold's most frequent one on 0 tasks" in report and "No choice varies there" in report
+    assert "100% of the variance" in report and "2 of 3 folds trust the features that h reads (400 tasks)" in report
+    assert "differs from the fold's most frequent architecture on 0 tasks" in report and "No choice varies" in report
     moved = weights + 0.01 * np.array([1, -1]) * (values - of_fold[:, None])[:, None]
     own = [f"architecture {f} {i % 200 < 30}" for i, f in enumerate(folds)]
     report = auto_architecture.reading.what_h_reads(result | {"weights": {"body": moved}, "architectures": {"a*": own}})
-    assert "one on 60 tasks" in report and "body: a with ink +1.00 (all folds pooled -1.00)" in report
-    assert "No fold trusts what h reads" in auto_architecture.reading.what_h_reads(result | {"trust": [0.0] * 3})
+    assert "architecture on 60 tasks" in report and "body: a with ink +1.00 (all folds pooled -1.00)" in report
+    assert "No fold trusts the features that h reads" in auto_architecture.reading.what_h_reads(
+        result | {"trust": [0.0] * 3}
+    )
 
 
 def test_darts_is_read_with_and_without_none():

@@ -262,6 +262,7 @@ def text_file(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
+PYTREE = {"rates": [np.float32(0.5), np.ones(3)], "w": np.ones((2, 3), np.float16)}
 HPOB = {"5860": {"d": {"X": [[0.1, 0.2], [0.5, 0.25]], "y": [[0.75], [0.5]]}}}
 ENCODER = tasks.fit_encoder({"n": [1, "2,000", None], "w": ["a", "a", "b"], "t": ["2020-01-01", "2021-02-03", ""]})
 SPLIT = tasks.Split({"train": {"omniglot": {"classes": ["a", "b"]}}, "test": {"omniglot": {"rows": [4, 5]}}})
@@ -301,6 +302,9 @@ CASES = {
     ),
     "evaluation": Case(
         write_evaluation, lambda f: metaopt.load(f / "scores.npz"), evaluation.Evaluation, numbers="any"
+    ),
+    "pytree": Case(
+        lambda f: metaopt.save(f / "tree.npz", PYTREE), lambda f: metaopt.load(f / "tree.npz", like=PYTREE), dict
     ),
     "trained network": Case(
         write_network,
@@ -585,7 +589,7 @@ def test_every_kind_of_file_is_among_them():
     kinds = {case.kind for case in CASES.values()}
     with pytest.raises(TypeError, match="it saves") as error:
         metaopt.save("never", object())
-    types = str(error.value).split("it saves ")[1].rstrip(".").split(", ")
+    types = str(error.value).split("it saves ")[1].split(". ")[0].split(", ")
     assert set(types) <= {kind.__name__ for kind in kinds if isinstance(kind, type)}
 
 
@@ -698,6 +702,7 @@ NPZ = {
     "cell searcher": "h.npz",
     "meta architecture": "h.npz",
     "evaluation": "scores.npz",
+    "pytree": "tree.npz",
     "trained network": "network.npz",
     "learned optimizer": "w.npz",
     "benchmark": "b.npz",

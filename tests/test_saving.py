@@ -98,6 +98,27 @@ def test_a_value_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["split.json"]
 
 
+def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
+    path, saved = tmp_path / "hyperparams.npz", {"rate": np.float32(0.5), "w": np.ones((2, 3), np.float32)}
+    metaopt.save(path, saved)
+    with pytest.raises(
+        ValueError, match="holds a `Pytree`: `metaopt.load` needs `like=`, a pytree .*; got the path only"
+    ):
+        metaopt.load(path)
+    for like, message in (
+        (saved | {"w": np.ones((3, 2))}, r"leaf\['w'\] should be floating-point of shape \(3, 2\), and it is float32"),
+        ({"rate": 0.0}, r"has arrays that do not belong there: leaf\['w'\]"),
+        (saved | {"more": 0.0}, r"leaf\['more'\] should be .*, and there is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metaopt.load(path, like=like)
+    before = path.read_bytes()
+    for value, error in (({"rate": np.nan}, ValueError), ({"count": 3}, TypeError), ({"name": "sgd"}, TypeError)):
+        with pytest.raises(error):
+            metaopt.save(path, value)
+    assert path.read_bytes() == before
+
+
 def test_a_file_without_arrays_is_a_json_text(tmp_path):
     metaopt.save(tmp_path / "split.json", SPLIT)
     parts = {"train": {"letters": {}}}

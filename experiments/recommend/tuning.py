@@ -20,7 +20,7 @@ TUNING_SWEEPS = 6  # of alternating least squares
 class Grids(NamedTuple):
     """The values that the choice is made of."""
 
-    item_ridges: tuple[float, ...] = (2.0, 4.0, 7.0)
+    item_ridges: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
     sweeps: tuple[int, ...] = (3, 8, 20)
     offset_ridges: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
     centers: tuple[float, ...] = (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0)

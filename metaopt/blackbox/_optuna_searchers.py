@@ -166,7 +166,7 @@ def _init(budgets: _Budgets, first, num_random: int, key: jax.Array, space: base
     # Optuna assigns a trial to a bracket by the study's name, among other things.
     kwargs: Any = {"study_name": "metaopt", "sampler": sampler, "pruner": budgets.pruner_fn(optuna)}
     kwargs["directions"] = ["minimize"] * budgets.num_objectives
-    study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
+    study = _extras.quietly(optuna, lambda: optuna.create_study(**kwargs))
     return OptunaState(study, space, key, {}, 0, [], tuple(_random_search.complete(space, first)))
 
 
@@ -299,13 +299,3 @@ def _add(budgets: _Budgets, study, space, record: base.Record) -> None:
     except ValueError:  # a number out of range, or an unknown label
         return
     study.add_trial(trial)
-
-
-def _quietly(optuna, fn):
-    """Calls `fn` without Optuna's log line on standard error for every new study."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return fn()
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -218,7 +218,7 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
 
     With `mixed_grad`, if the state of a step is stored on the device, its gradient is stored too, which saves a
     recomputation. The time follows these figures if matrix products dominate. In small networks, memory traffic
-    dominates, and the time is longer (see the tables in the README). Forward mode (`jax.jvp`, `jax.jacfwd`) works too,
+    dominates, and the time is longer (see the page "Performance"). Forward mode (`jax.jvp`, `jax.jacfwd`) works too,
     with memory that does not depend on T. vmap and any nesting also work. Loops of at most 5 steps that store
     everything are written out.
 

@@ -230,7 +230,7 @@ def trained_mixture():
 def accuracy(**changes):
     x = np.arange(8.0)[:, None]
     outputs = lambda x: np.stack([3.5 - np.asarray(x)[:, 0], np.asarray(x)[:, 0] - 3.5], 1)
-    above = nas.TrainedNetwork(small()[0], None, None, [], outputs)
+    above = nas.TrainedNetwork(small()[0], None, None, [], 1.0, outputs)
     return above.accuracy({"x": x, "y": CLASSES} | changes)
 
 

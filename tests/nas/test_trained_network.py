@@ -133,6 +133,19 @@ def test_files_hold_the_whole_network(name, tmp_path):
     assert loaded.supernet.network == network and trained.outputs(X).std() > 1e-3
 
 
+def test_inputs_in_other_units_warn(tmp_path):
+    """The network was trained with pixels from 0 to 1, and predicts pixels from 0 to 255; also after a file."""
+    rows = {"x": np.clip(abs(X), 0, 1), "mask": np.arange(len(X)) < 8}
+    trained = nas.trained_network(SUPERNET, PARAMS, rows)
+    assert trained.largest == rows["x"][:8].max()
+    metaopt.save(tmp_path / "network.npz", trained)
+    for network in (trained, metaopt.load(tmp_path / "network.npz", ops=nas.BLOCKS)):
+        network.predict(7.9 * rows["x"][:8])  # warnings are errors in the tests
+        for pixels in (255 * rows["x"][:8], (-255 * rows["x"][:8]).astype(int)):
+            with pytest.warns(UserWarning, match="`x` has an entry of size .*, and the training rows had none above"):
+                network.predict(pixels)
+
+
 def rewritten(path, **changes):
     """Writes the file again with other arrays, without those that are None."""
     with np.load(path) as file:
@@ -161,6 +174,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
         (lambda: {head: np.full((4, 2), np.inf)}, nas.BLOCKS, "not finite"),
         (lambda: {"statistics[0].variance": -np.ones(4)}, nas.BLOCKS, "negative"),
         (lambda: {"statistics[0].mean": None}, nas.BLOCKS, r"statistics\[0\].mean should .* and there is none"),
+        (lambda: {"header": header(largest=-1.0)}, nas.BLOCKS, "largest input is -1.0"),
         (lambda: {"header": header(network={"version": 1})}, nas.BLOCKS, "does not describe a `TrainedNetwork`"),
     ]:
         save()
@@ -174,7 +188,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
 
 def with_outputs(outputs):
     """A network that is only its outputs."""
-    return nas.TrainedNetwork(SUPERNET, None, None, [], lambda x: np.asarray(outputs(np.asarray(x))))
+    return nas.TrainedNetwork(SUPERNET, None, None, [], 1.0, lambda x: np.asarray(outputs(np.asarray(x))))
 
 
 def test_accuracy_is_of_real_rows_among_real_classes():

@@ -14,6 +14,7 @@ and stored. There are three reasons to prefer these statistics to running averag
 - training carries no additional state.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from metaopt import _batches, _files, _saving, base, inner
 from metaopt.nas import _ops, _specs, _supernet
 
 _BATCH = 256  # rows per prediction batch
+_OTHER_UNITS = 8  # inputs this many times larger than those of training are probably in other units
 
 
 class TrainedNetwork(NamedTuple):
@@ -35,6 +37,7 @@ class TrainedNetwork(NamedTuple):
       params: the network's weights.
       weights: mixing weights of a supernet, kind -> [edges, ops]; None for a discrete network.
       statistics: mean and variance of every normalization, over training rows.
+      largest: max |x| of these training rows.
       outputs: `(x) -> [N, num_outputs]`, such as logits, for x [N, *in_shape] with any N, on the host.
     """
 
@@ -42,10 +45,14 @@ class TrainedNetwork(NamedTuple):
     params: base.Params
     weights: Mapping[str, Any] | None
     statistics: list[Any]
+    largest: float
     outputs: Callable[[Any], np.ndarray]
 
     def predict(self, x: Any) -> np.ndarray:
         """Predicts the class of each row: the index of the largest output.
+
+        Warns if x has entries 8 times larger than those of the training rows, such as pixels from 0 to 255 after a
+        training with pixels from 0 to 1.
 
         Args:
           x: [N, *in_shape]. For one image, pass `image[None]`.
@@ -56,6 +63,13 @@ class TrainedNetwork(NamedTuple):
         Raises:
           ValueError: if x has another shape, or an output is NaN.
         """
+        largest = float(np.abs(np.asarray(x, np.float32)).max(initial=0))
+        if largest > _OTHER_UNITS * self.largest:
+            warnings.warn(
+                f"`x` has an entry of size {largest:g}, and the training rows had none above {self.largest:g}. Scale "
+                "`x` as the training rows, or the predictions are wrong.",
+                stacklevel=2,
+            )
         outputs = self.outputs(x)
         wrong = np.isnan(outputs).any(-1)
         if wrong.any():
@@ -146,7 +160,7 @@ def trained_network(
     x = np.asarray(data["x"])[rows]
     jax.eval_shape(lambda x: supernet.statistics(params, weights, x), x)  # checks mixing weights, which jit would trace
     statistics = jax.jit(inner.im2col(supernet.statistics, only_on_cpu=True))(params, weights, x)
-    network = _network(supernet, params, weights, statistics)
+    network = _network(supernet, params, weights, statistics, float(np.abs(np.asarray(x, np.float32)).max()))
     _check_independent(network, x[:_BATCH])
     return network
 
@@ -158,6 +172,7 @@ def _encode(network: TrainedNetwork) -> tuple[dict[str, Any], dict[str, Any]]:
         "in_shape": [int(size) for size in supernet.in_shape],
         "single_path": bool(supernet.single_path),
         "partial": int(supernet.partial),
+        "largest": network.largest,
     }
     trees = {"params": network.params, "statistics": network.statistics, "weights": network.weights}
     arrays = {}
@@ -174,7 +189,10 @@ def _decode(header: dict[str, Any], file: _files.Npz, *, ops: Mapping[str, _ops.
     _check_finite(arrays)
     trees = {kind: _saving.tree_from_leaves(kind, arrays, tree) for kind, tree in templates.items()}
     trees = jax.tree.map(jnp.asarray, trees)
-    return _network(supernet, trees["params"], trees["weights"], trees["statistics"])
+    largest = float(header["largest"])
+    if not 0 <= largest < np.inf:
+        raise ValueError(f"its largest input is {largest}")
+    return _network(supernet, trees["params"], trees["weights"], trees["statistics"], largest)
 
 
 def _templates(
@@ -194,7 +212,7 @@ def _templates(
     return supernet, {"params": params, "weights": weights, "statistics": statistics}
 
 
-def _network(supernet, params, weights, statistics) -> TrainedNetwork:
+def _network(supernet, params, weights, statistics, largest: float) -> TrainedNetwork:
     apply = lambda state, x: supernet.apply(state[0], state[1], x, statistics=state[2])
     run = jax.jit(inner.im2col(apply, only_on_cpu=True))
 
@@ -208,7 +226,7 @@ def _network(supernet, params, weights, statistics) -> TrainedNetwork:
             parts.append(np.asarray(run((params, weights, statistics), padded))[: len(part)])
         return np.concatenate(parts)
 
-    return TrainedNetwork(supernet, params, weights, statistics, outputs)
+    return TrainedNetwork(supernet, params, weights, statistics, largest, outputs)
 
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
