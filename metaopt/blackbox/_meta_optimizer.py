@@ -218,7 +218,8 @@ def train_meta_optimizer(
     goals = goals_of_records(records, objectives, constraints)
     if goals is not None and transformers:
         raise ValueError("`transformers` predict one outcome; omit them, or `objectives` and `constraints`.")
-    every = [] if goals is None else [records_of_outcome(records, name) for name in goals.names]
+    outcomes = () if goals is None else goals.names
+    every = [records_of_outcome(records, name) for name in outcomes]
     records = every[0] if every else records
     key = jax.random.key(0) if key is None else key
     if space is None:
@@ -248,8 +249,8 @@ def train_meta_optimizer(
         surrogate = _with_transformers(setup, surrogate, trials, family, transformers, transformer_share)
     cost_surrogate = _cost_surrogate(setup, costs_by_task(records, encode)) if costs else None
     others = []
-    for number, other in enumerate(every[1:]):
-        names, trials = by_task(other, encode, f"records` of the outcome `{goals.names[1 + number]}")
+    for number, (outcome, other) in enumerate(zip(outcomes[1:], every[1:], strict=True)):
+        names, trials = by_task(other, encode, f"records` of the outcome `{outcome}")
         others.append(_other_surrogate(setup, number, names, trials, features, families, num_members))
     g = meta_optimizer(
         surrogate,
