@@ -133,6 +133,17 @@ def test_running_trials_are_avoided_and_candidates_are_chosen_once():
     np.testing.assert_allclose([[r.outcomes["near"], r.outcomes["far"]] for r in front if r.outcomes], expected)
 
 
+def test_a_running_trial_is_not_suggested_again():
+    g, task = trained("near", "far"), task_of(5)
+    tried = [{"x": 0.3, "z": 0.2}, {"x": 0.6, "z": 0.7}, {"x": 0.5, "z": 0.5}, {"x": 0.9, "z": 0.1}]
+    told = [near_and_far(Record("", c), task) for c in tried]
+    (first,) = g.suggest(tried, told)
+    (second,) = g.suggest(tried, told, pending=[first])
+    (ended,) = g.suggest([*tried, first], [*told, near_and_far(Record("", first), task)])
+    away = lambda c: math.hypot(c["x"] - first["x"], c["z"] - first["z"])
+    assert away(second) > 0.05 and away(ended) > 0.02
+
+
 def test_a_loaded_optimizer_suggests_the_same(tmp_path):
     g = trained("near", "far", left=0.5)
     assert g.objectives == ("near", "far") and g.constraints == {"left": 0.5} and len(g.other_surrogates) == 2

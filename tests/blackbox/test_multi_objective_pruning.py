@@ -98,6 +98,8 @@ def test_a_trial_is_pruned_if_a_third_of_the_trials_at_its_step_are_on_earlier_f
         assert decisions[-1] == expected, number
         assert not blackbox.should_prune(study.ask(), values.tolist(), number + 100)  # nothing else is at this step
     assert 10 < sum(decisions) < 50
+    decide = lambda *values: blackbox.should_prune(study.ask(), values, 4)
+    assert [decide(0.0, 0.0), decide(2.0, 2.0), decide(1.0, 1.0)] == [False, True, True]  # one of three is a third
     infeasible = blackbox.should_prune(study.ask(), [0.0, 0.0], 6, constraints=[0.1])
     assert not infeasible  # the first one at this step
     assert not blackbox.should_prune(study.ask(), [1.0, 1.0], 6, constraints=[-0.1])
