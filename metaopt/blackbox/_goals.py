@@ -30,11 +30,12 @@ def make_goals(objectives: Sequence[str] | None, constraints: Mapping[str, float
     """Returns the `Goals` of a function's arguments, or None if both are None.
 
     Raises:
-      ValueError: if a name is given twice, or `objectives` are a string or empty.
+      ValueError: if a name is given twice, or `objectives` are not one or more strings.
     """
     if objectives is None and constraints is None:
         return None
-    if isinstance(objectives, str) or (objectives is not None and not len(objectives)):
+    are_names = objectives is None or (len(objectives) > 0 and all(isinstance(name, str) for name in objectives))
+    if isinstance(objectives, str) or not are_names:
         raise ValueError(f"`objectives` must be the names of one or more outcomes, as a tuple; got {objectives!r}.")
     bounds = {name: float(bound) for name, bound in (constraints or {}).items()}
     goals = Goals(tuple(objectives or ()), bounds)

@@ -342,6 +342,7 @@ REFUSALS = [
     (lambda: train(changed(outcomes={})), RECORD + "'s outcomes must be None or a dict"),
     (lambda: read_frame(task=["a"], configuration=["{}"], outcomes=["[1]"]), "or JSON of dicts; got .*1.* in row 0"),
     (lambda: train(NAMED_OUTCOMES, objectives="ab"), "`objectives` must be the names .*; got 'ab'"),
+    (lambda: blackbox.asha(objectives=[0, 1]), r"`objectives` must be the names .*; got \[0, 1\]"),  # pyright: ignore
     (lambda: train(NAMED_OUTCOMES, objectives=[]), r"`objectives` must be the names .*; got \[\]"),
     (lambda: train(NAMED_OUTCOMES, objectives=["a", "a"]), r"must be different outcomes, .*; got \('a', 'a'\) and {}"),
     (lambda: blackbox.asha(objectives=["a"], constraints={"a": 1}), "must be different outcomes"),
