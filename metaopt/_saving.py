@@ -127,9 +127,9 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
 
     Args:
       path: the file.
-      **parts: the parts that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a network
-        of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same structure,
-        shapes and types (arrays, or the result of `jax.eval_shape`). No other type needs any.
+      **parts: the parts that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a
+        network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
+        structure, shapes and types (arrays, or the result of `jax.eval_shape`). No other type needs any.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
