@@ -303,6 +303,21 @@ def test_a_kept_result_is_computed_once_by_one_process(tmp_path):
     assert script.kept(None, "c", make, wait=False) == {}
 
 
+def test_timed_parts_count_the_seconds_of_earlier_calls(tmp_path, capsys):
+    def make():
+        calls.append(1)
+        return {"score": np.array([1.0, 2.0])}
+
+    calls = []
+    keep, seconds = script.timed_parts(tmp_path)
+    assert list(keep("a, b", make)) == ["score"] and seconds[0] >= 0
+    (file,) = tmp_path.glob("*.npz")
+    np.savez(file, score=np.array([3.0]), seconds=7.0)  # of a longer call
+    keep, seconds = script.timed_parts(tmp_path)
+    assert keep("a, b", make)["score"].tolist() == [3.0] and seconds == [7.0] and calls == [1]
+    assert file.name == "a_b.npz" and capsys.readouterr().out.endswith("a, b: 3.000, 7 s\n")
+
+
 def test_figures_of_g_are_means_over_keys_of_its_training_with_their_spread(monkeypatch, tmp_path):
     rng, keys = np.random.default_rng(0), []
     configurations = [{"n_estimators": n} for n in range(4)]

@@ -144,7 +144,7 @@ def _init(budgets: _Budgets, first, num_random: int, key: jax.Array, space: base
         sampler = optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed, **options)
     # Optuna assigns a trial to a bracket by the study's name, among other things.
     kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": budgets.pruner_fn(optuna)}
-    study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
+    study = _extras.quietly(optuna, lambda: optuna.create_study(**kwargs))
     return OptunaState(study, space, key, {}, 0, [], tuple(_random_search.complete(space, first)))
 
 
@@ -260,13 +260,3 @@ def _add(study, space, record: base.Record, step: int) -> None:
     except ValueError:  # a number out of range, or an unknown label
         return
     study.add_trial(trial)
-
-
-def _quietly(optuna, fn):
-    """Calls `fn` without Optuna's log line on standard error for every new study."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return fn()
-    finally:
-        optuna.logging.set_verbosity(before)
