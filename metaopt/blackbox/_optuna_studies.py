@@ -112,7 +112,7 @@ def to_optuna_study(
             if name not in distributions:
                 continue
             value = value.item() if isinstance(value, np.generic) else value
-            values[name] = next(iter(_fitting(value, distributions[name])), value)  # Optuna refuses what does not fit
+            values[name] = next(iter(_fitting(value, distributions[name])), value)  # Optuna rejects other values
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,

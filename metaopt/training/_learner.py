@@ -105,7 +105,7 @@ def learner(
       stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
         is E estimates (`truncated`: T / K) then do not end together, and every horizon is whole. It costs E − 1
         estimates at the start. With 1, all slots start alike.
-      record: `λ -> tree of numbers`, what the metrics say about λ before each update, with the paths as names
+      record: `λ -> tree of numbers`, the part of the metrics about λ, before each update, with the paths as names
         ("rate", "decay.conv1"). `lambda z: spaces.to_constrained(space, z)` records λ in natural units. Numbers then
         are in the history of `fit`, and arrays reach its callbacks.
 

@@ -132,7 +132,7 @@ def gaps(runs: dict, table) -> list[str]:
         lines += [
             "**Single-path one-shot:** the likelihood of 512 validation labels, with shared weights, against the "
             f"accuracy of the separately trained cell. Over {len(one_shot[0]['drawn'])} random cells a seed, "
-            f"Spearman's rank correlation is {correlation} (95 % intervals {intervals}). 1 would be perfect."
+            f"Spearman's rank correlation is {correlation} (95 % intervals {intervals}). 1 would be perfect.",
             "",
             op_correlations(one_shot, table),
             "",
