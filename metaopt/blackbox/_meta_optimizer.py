@@ -250,8 +250,8 @@ def train_meta_optimizer(
     cost_surrogate = _cost_surrogate(setup, costs_by_task(records, encode)) if costs else None
     others = []
     for number, (outcome, other) in enumerate(zip(outcomes[1:], every[1:], strict=True)):
-        names, trials = by_task(other, encode, f"records` of the outcome `{outcome}")
-        others.append(_other_surrogate(setup, number, names, trials, features, families, num_members))
+        tasks = by_task(other, encode, f"records` of the outcome `{outcome}")
+        others.append(_other_surrogate(setup, number, *tasks, features, families, num_members))
     g = meta_optimizer(
         surrogate,
         cost_surrogate,
@@ -263,15 +263,7 @@ def train_meta_optimizer(
         goals=goals,
         other_surrogates=others,
     )
-    if g.evidence.weight < 0.5:
-        _log.warning(
-            "g has learned from %d task%s with %d records, worth %.1f tasks on which every configuration was tried. "
-            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
-            "(`MetaOptimizer.evidence`).",
-            g.evidence.num_tasks,
-            "" if g.evidence.num_tasks == 1 else "s",
-            *g.evidence[1:],
-        )
+    _warn_of_little_evidence(g)
     return g
 
 
@@ -365,6 +357,18 @@ def _surrogate_of(
     kernel = fit_kernel(kernel_key, trials, setup.budget, smooth=setup.smooth)
     reference = reference_configurations(reference_key, trials, setup.max_reference)
     return _surrogates.surrogate(trials, kernel, reference, features=features)
+
+
+def _warn_of_little_evidence(g: MetaOptimizer) -> None:
+    if g.evidence.weight < 0.5:
+        _log.warning(
+            "g has learned from %d task%s with %d records, worth %.1f tasks on which every configuration was tried. "
+            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
+            "(`MetaOptimizer.evidence`).",
+            g.evidence.num_tasks,
+            "" if g.evidence.num_tasks == 1 else "s",
+            *g.evidence[1:],
+        )
 
 
 def _other_surrogate(

@@ -82,7 +82,7 @@ def test_the_front_is_found_with_fewer_trials_than_at_random():
 
 
 @pytest.mark.once
-def test_constraints_hold_more_often_than_at_random_and_the_best_feasible_trial_is_reported():
+def test_constraints_hold_in_most_trials_and_the_best_feasible_trial_is_reported():
     """The unconstrained best is infeasible: `near` is smallest at x above the bound."""
     g = trained("near", left=0.3)
     feasible, best = [], []
