@@ -228,3 +228,95 @@ def test_smoke_of_conv4():
     table = [row for row in rows(smoke("conv4.py")) if len(row) == 7 and row[0] not in ("program", "---")]
     assert [row[0] for row in table] == 2 * ["metaopt", "naive: JAX, vmap", "JAX, unrolled"]  # pooling, strides
     assert all(float(row[1]) > 0 and float(row[6]) < 1e-2 for row in table)
+
+
+HLO = """\
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+ENTRY %main {
+  %a = (f32[], f32[8,3]{1,0}, /*index=2*/bf16[5]{0}) all-reduce(%x), replica_groups=mesh['tasks'=2,'rows'=4] {'tasks'}
+  %b = s32[1,16]{1,0} all-gather(%z), replica_groups=[2,4]<=[8], dimensions={1}
+  %c = f32[7]{0} reduce-scatter(%z), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %d = f32[] all-reduce(%z), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%sum
+}
+"""
+
+
+def test_collective_operations_are_read_from_a_compiled_program(monkeypatch):
+    script = load("scaling", monkeypatch)
+    assert script.collectives(HLO) == [
+        ("all-reduce", 4 + 96 + 10, 2, 4),
+        ("all-gather", 64, 4, 1),
+        ("reduce-scatter", 2 * 28, 2, 4),
+        ("all-reduce", 4, 2, 2),
+    ]
+    with pytest.raises(RuntimeError, match="in a loop"):
+        script.collectives(HLO.replace("add(%a", "all-reduce(%a"))
+
+
+def test_an_all_reduce_takes_a_ring_within_and_a_ring_between_islands_of_chips(monkeypatch):
+    script = load("scaling", monkeypatch)
+    chip = script.Chip("", 1.0, 1.0, island=8, fast=1e9, slow=1e8)
+    monkeypatch.setattr(script, "NETWORK", 0.5)
+    seconds = lambda kind, num, stride=1: script.network_seconds(script.Collective(kind, 8e6, num, stride), chip)
+    # 2 (n - 1) / n of 8 MB at 0.5 GB/s, and 1 µs for each hop.
+    assert seconds("all-reduce", 4) == pytest.approx(2 * 3 / 4 * 8e6 / 5e8 + 6e-6)
+    assert seconds("all-gather", 4) == pytest.approx(3 / 4 * 8e6 / 5e8 + 3e-6)
+    # An eighth of it goes around 4 islands at 0.05 GB/s, and 5 µs for each hop.
+    inside = 2 * 7 / 8 * 8e6 / 5e8 + 14e-6
+    assert seconds("all-reduce", 32) == pytest.approx(inside + 2 * 3 / 4 * 1e6 / 5e7 + 30e-6)
+    assert seconds("all-reduce", 2, stride=8) == pytest.approx(8e6 / 5e7 + 10e-6)  # both on other islands
+    assert seconds("all-reduce", 1) == 0
+
+
+@pytest.mark.slow
+def test_smoke_of_scaling():
+    printed = smoke("scaling.py")
+    by_devices = {(row[0], row[1]): row for row in rows(printed) if len(row) == 10}
+    flops = lambda *name: float(by_devices[name][4]) / float(by_devices[name][5])  # as in the traced program
+    assert flops("strong", "1") == pytest.approx(4 * flops("weak", "1"), rel=0.2)  # printed with two digits
+    assert flops("weak", "8") == pytest.approx(flops("weak", "1"), rel=0.2)
+    assert all(0.8 < float(by_devices[name][5]) < 1.2 for name in by_devices if name[1] in "18")
+    # The sum of hypergradients, shaped like λ, is all that travels along the axis of tasks: 14,337 numbers.
+    assert by_devices["weak", "8"][7] == f"{4 * 14_337 / 2**20:.3f}" and by_devices["weak", "1"][7] == "0.000"
+    assert float(by_devices["strong", "8"][7]) > 0.1  # the gradient of each inner step travels along the rows
+
+
+def test_the_largest_number_that_fits(monkeypatch):
+    script = load("capacity", monkeypatch)
+    calls = []
+
+    def memory(number):
+        calls.append(number)
+        return 3 + 0.01 * number**1.5
+
+    candidates = script.two_digits(10**6)
+    assert candidates[:3] == [1, 2, 3] and candidates[98:101] == [99, 100, 110] and candidates[-1] == 990_000
+    for budget in (3.02, 10, 80, 2_000):
+        exact = max(n for n in candidates if 3 + 0.01 * n**1.5 <= budget)
+        calls.clear()
+        assert script.largest(memory, candidates, budget, 100, 1) == exact
+        assert len(calls) <= 8 and candidates[candidates.index(exact) + 1] in calls
+    assert script.largest(memory, candidates, 3.005, 100, 1) == 0
+    assert script.largest(memory, candidates, 1e12, 100, 1) == 990_000
+
+
+@pytest.mark.slow
+def test_smoke_of_capacity():
+    table = [row for row in rows(smoke("capacity.py")) if row[1].startswith("`")]
+    widths, steps = table[:4], table[4:]
+    assert [row[1] for row in widths] == [row[1] for row in steps] == ['`"none"`', '`"step"`', '`"grads"`', '`"sqrt"`']
+    assert all(0 < float(row[2].split("(")[1].split()[0]) <= 0.01 for row in table)
+    width = [float(row[2].split()[0]) for row in widths]
+    assert width[0] < min(width[1:])
+    assert int(steps[0][2].split()[0]) < int(steps[1][2].split()[0].replace(",", ""))
+
+
+@pytest.mark.slow
+def test_smoke_of_overhead():
+    printed = smoke("overhead.py")
+    cost = {row[0]: row[1:] for row in rows(printed)}
+    assert float(cost["bare loop"][0]) > 0 and 0.5 < float(cost["`fit`, all sinks"][1]) < 50
+    assert "Sinks: a JSONL file" in printed and len(printed.split("all pairs: ")[1].split(". The")[0].split(",")) == 3

@@ -135,9 +135,14 @@ def conv(width: int = 16, batch_size: int = 64, rate: float = FEW["rate"]) -> Ca
 
 
 def transformer(
-    layers: int = 8, width: int = 128, length: int = 64, batch_size: int = 16, rate: float = FEW["rate"]
+    layers: int = 8,
+    width: int = 128,
+    length: int = 64,
+    batch_size: int = 16,
+    rate: float = FEW["rate"],
+    unroll: bool = False,
 ) -> Case:
-    """A causal language model of made-up tokens. The layers are stacked and scanned over."""
+    """A causal language model of made-up tokens. The layers are stacked and scanned over, or written out (`unroll`)."""
     heads, vocabulary = 4, 64
     stacked = {
         "qkv": (layers, width, 3 * width),
@@ -163,7 +168,7 @@ def transformer(
     def loss_with(layer):
         def loss(params, batch):
             x = params["embed"][batch["x"][:, :-1]]
-            x, _ = jax.lax.scan(layer, x, {name: params[name] for name in stacked})
+            x, _ = jax.lax.scan(layer, x, {name: params[name] for name in stacked}, unroll=unroll)
             return cross_entropy(normalize(x) @ params["embed"].T, batch["x"][:, 1:])
 
         return loss

@@ -26,17 +26,22 @@ LAM = {"log_penalty": problems.LAM["log_penalty"], "rate": jnp.array(1.0)}
 MOMENTUM, NUM, LONG = 0.5, problems.NUM_FEATURES, 300
 
 
-def loss(params, hp, batch):
-    log_penalty = hp.get("log_penalty", jnp.linspace(-2.0, 0.0, NUM, dtype=params.dtype))  # those of LAM
-    return problems.log_loss(params, batch) + (jnp.exp(log_penalty) * params**2).sum() / 2
+def in_bfloat16(loss):
+    """The loss, computed in bfloat16 for parameters and rows in float32. The page of rules shows these lines."""
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    return lambda params, batch: loss(narrow(params), narrow(batch)).astype(jnp.float32)
 
 
-def outer_loss(params, hp, batch):
-    return problems.log_loss(params, batch) + 0.1 * (hp["log_penalty"] ** 2).sum() * ("log_penalty" in hp)
-
-
-def logistic(dtype=None, rate=1.0, momentum: float | None = MOMENTUM):
+def logistic(dtype=None, rate=1.0, momentum: float | None = MOMENTUM, log_loss=problems.log_loss):
     """With parameters in `dtype`: by default that of the data."""
+
+    def loss(params, hp, batch):
+        log_penalty = hp.get("log_penalty", jnp.linspace(-2.0, 0.0, NUM, dtype=params.dtype))  # those of LAM
+        return log_loss(params, batch) + (jnp.exp(log_penalty) * params**2).sum() / 2
+
+    def outer_loss(params, hp, batch):
+        return log_loss(params, batch) + 0.1 * (hp["log_penalty"] ** 2).sum() * ("log_penalty" in hp)
+
     loop = inner.loop(
         loss,
         lambda hp: optax.sgd(hp.get("rate", rate), momentum=momentum),
@@ -280,11 +285,11 @@ ON_THE_WAY = {
 }  # fmt: skip
 
 
-def relative_error(name, dtype, params_dtype=None):
+def relative_error(name, precision, **options):
     rule, leaves, calls, formula, *_ = ON_THE_WAY[name]
-    lam, task = jax.tree.map(lambda x: x.astype(dtype), ({leaf: LAM[leaf] for leaf in leaves}, TASK))
-    estimate = estimated(rule(logistic(params_dtype)), lam, task, calls)
-    assert all(x.dtype == dtype for x in (estimate.value, *jax.tree.leaves(estimate.hypergrad)))
+    lam, task = jax.tree.map(lambda x: x.astype(precision), ({leaf: LAM[leaf] for leaf in leaves}, TASK))
+    estimate = estimated(rule(logistic(**options)), lam, task, calls)
+    assert all(x.dtype == precision for x in (estimate.value, *jax.tree.leaves(estimate.hypergrad)))
     computed = np.concatenate([np.atleast_1d(np.asarray(estimate.hypergrad[leaf], float)) for leaf in leaves])
     expected = np.atleast_1d(formula())
     through_params = expected.copy()
@@ -312,7 +317,14 @@ def test_float32(name):
 
 @pytest.mark.parametrize("name", NARROW)
 def test_parameters_in_bfloat16(name):
-    error = relative_error(name, jnp.float32, jnp.bfloat16)
+    error = relative_error(name, jnp.float32, dtype=jnp.bfloat16)
+    assert 1e-6 < error < ON_THE_WAY[name][5], error
+
+
+@pytest.mark.parametrize("name", ["unrolled", "implicit"])
+@pytest.mark.once
+def test_losses_in_bfloat16(name):
+    error = relative_error(name, jnp.float32, log_loss=in_bfloat16(problems.log_loss))
     assert 1e-6 < error < ON_THE_WAY[name][5], error
 
 
