@@ -476,14 +476,12 @@ def main() -> None:
     )
     text += "\n\n## Heart disease, leave one hospital out\n\n" + hospital_table(areas, hearts.user_names)
     text += (
-        "\n\n"
-        "Area under the ROC curve among the patients of the hospital outside its support set of 20, the mean over "
+        "\n\nArea under the ROC curve among the patients of the hospital outside its support set of 20, the mean over "
         f"{settings.draws} draws of this set. Mean ± standard deviation over {seeds} seed(s). The published figures "
-        "use no support set and judge all patients.\n"
-        "\nThe weight decays were chosen by leaving out one of the training hospitals at a time (one seed). Their "
+        "use no support set and judge all patients.\n\n"
+        "The weight decays were chosen by leaving out one of the training hospitals at a time (one seed). Their "
         "range, the columns of codes and the gaps were chosen after a look at linear models on all four hospitals. "
-        "The decays for the four hospitals:\n"
-        "\n"
+        "The decays for the four hospitals:\n\n"
     )
     cells = [[name, ", ".join(f"{d:g}" for d in values)] for name, values in decays.items()]
     text += script.table(["", "weight decays"], cells) + "\n\n"

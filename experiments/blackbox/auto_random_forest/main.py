@@ -10,7 +10,7 @@ from experiments.blackbox import auto_random_forest
 from experiments.blackbox.auto_random_forest.choices import choose, table_rows
 from experiments.blackbox.auto_random_forest.config import FULL, SMOKE, Config
 from experiments.blackbox.auto_random_forest.optimizers import read_optimizers, run_optimizer
-from experiments.blackbox.auto_random_forest.records import RECORDS, collect, pack, unpack
+from experiments.blackbox.auto_random_forest.records import RECORDS, Records, collect, pack, unpack
 from experiments.blackbox.auto_random_forest.report import beside_average, compare, over_keys, plot
 from experiments.blackbox.auto_random_forest.tables import load
 from experiments.hyperparameters.auto_tune.config import FEATURES
@@ -63,7 +63,23 @@ def main() -> None:
         f"processor seconds for each of {config.num_splits} parts). It reads {len(FEATURES)} meta-features.\n\n"
     )
     text += script.table(header, rows)
-    text += (
+    text += notes(records, chosen, ours, optimizers) + f"- The whole run took {time.perf_counter() - begin:.0f} s."
+    page = "auto_random_forest_rows" if options.rows else "auto_random_forest"
+    script.publish(
+        Path(__file__).parent,
+        "A random forest, from records of earlier tables",
+        text,
+        options,
+        name=page,
+        picture="Differences in test log loss",
+    )
+    if not options.smoke:
+        plot(differences, options.out / f"{page}.png")
+
+
+def notes(records: Records, chosen, ours: str, optimizers) -> str:
+    """Returns a list that explains the table. `ours` is the method of the paired differences."""
+    return (
         "\n\n"
         "- The figures are means over tables, of means over seeds.\n"
         "- Trials are cross-validations on the new table, looked up in the records. The chosen configuration is "
@@ -87,16 +103,4 @@ def main() -> None:
             if "SMAC" in optimizers
             else "- SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run.\n"
         )
-        + f"- The whole run took {time.perf_counter() - begin:.0f} s."
     )
-    page = "auto_random_forest_rows" if options.rows else "auto_random_forest"
-    script.publish(
-        Path(__file__).parent,
-        "A random forest, from records of earlier tables",
-        text,
-        options,
-        name=page,
-        picture="Differences in test log loss",
-    )
-    if not options.smoke:
-        plot(differences, options.out / f"{page}.png")
