@@ -211,17 +211,14 @@ def train_meta_optimizer(
     if candidates is not None:
         candidates = as_configurations("candidates", candidates, space)
         if not len(candidates):
-            raise ValueError(
-                "`candidates` must hold a configuration, or be None to search the whole space; it is empty."
-            )
+            raise ValueError("`candidates` is empty. Pass None to search the whole space.")
     records = as_records(records)
     goals = goals_of_records(records, objectives, constraints)
     if goals is not None and transformers:
         raise ValueError("`transformers` predict one outcome; omit them, or `objectives` and `constraints`.")
-    outcomes = () if goals is None else goals.names
-    every = [records_of_outcome(records, name) for name in outcomes]
-    records = every[0] if every else records
-    key = jax.random.key(0) if key is None else key
+    names = () if goals is None else goals.names
+    outcomes = {name: records_of_outcome(records, name) for name in names}
+    records = next(iter(outcomes.values()), records)
     if space is None:
         space = inferred_space(records, candidates)
     warn_of_foreign(space, records)
@@ -236,7 +233,8 @@ def train_meta_optimizer(
     if datasets and all(map(is_dataset, datasets.values())):
         reads, features, datasets = *features_of_datasets(datasets, features), None
     given_features = features_by_task(names, features)
-    setup = _Setup(key, Budget(num_steps, progress), candidates is None, max_reference)
+    key, budget = jax.random.key(0) if key is None else key, Budget(num_steps, progress)
+    setup = _Setup(key, budget, candidates is None, max_reference)
     surrogate = _surrogate_of(setup, trials, given_features)
     if datasets is not None:
         rows = stacked_rows(names, datasets)
@@ -248,10 +246,10 @@ def train_meta_optimizer(
     if transformers:
         surrogate = _with_transformers(setup, surrogate, trials, family, transformers, transformer_share)
     cost_surrogate = _cost_surrogate(setup, costs_by_task(records, encode)) if costs else None
-    others = []
-    for number, (outcome, other) in enumerate(zip(outcomes[1:], every[1:], strict=True)):
-        tasks = by_task(other, encode, f"records` of the outcome `{outcome}")
-        others.append(_other_surrogate(setup, number, *tasks, features, families, num_members))
+    other_surrogates = [
+        _other_surrogate(setup, number, name, outcomes[name], encode, features, families, num_members)
+        for number, name in enumerate(list(outcomes)[1:])
+    ]
     g = meta_optimizer(
         surrogate,
         cost_surrogate,
@@ -261,7 +259,7 @@ def train_meta_optimizer(
         effective_tasks=effective_tasks(trials, surrogate.kernel, space, candidates),
         reads=reads,
         goals=goals,
-        other_surrogates=others,
+        other_surrogates=other_surrogates,
     )
     _warn_of_little_evidence(g)
     return g
@@ -372,9 +370,10 @@ def _warn_of_little_evidence(g: MetaOptimizer) -> None:
 
 
 def _other_surrogate(
-    setup: _Setup, number: int, names: list[str], trials: list[_surrogates.TaskTrials], features, families, num_members
+    setup: _Setup, number: int, outcome: str, records: list[base.Record], encode, features, families, num_members: int
 ) -> _surrogates.Surrogate:
     """The surrogate of one more outcome, whose weights of tasks also depend on their features."""
+    names, trials = by_task(records, encode, f"records` of the outcome `{outcome}")
     setup = setup._replace(key=jax.random.fold_in(setup.key, 6 + number))
     given_features = features_by_task(names, features)
     surrogate = _surrogate_of(setup, trials, given_features)
