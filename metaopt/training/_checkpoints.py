@@ -134,12 +134,16 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
+        if jax.process_count() == 1:
+            self.settle()
         self._stack.close()
 
     def save(self, step: int, tree: base.PyTree, extra: dict[str, Any], loss: float = math.inf) -> None:
         """Copies the arrays, and writes them in a thread. An interrupted write leaves the former checkpoint intact.
 
-        It waits for the former write, whose errors it raises. `close` waits for the last one.
+        It waits for the former write, and `close` waits for the last one. If a write fails, for example because the
+        disk is full, a run of one process logs the error and goes on, and its former checkpoints stay. With several
+        processes, this raises the error, since the others may not have it.
 
         Args:
           step: the step, larger than that of every other checkpoint.
@@ -161,17 +165,28 @@ class Checkpoints:
         full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
         metrics = {"loss": loss} if self._keep_best else None
-        if not self._manager.save(step, args=saved, metrics=metrics, force=True):
-            raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
-        self.newest = step
+        alone = jax.process_count() == 1
+        if alone:
+            self.settle()
+        try:
+            if not self._manager.save(step, args=saved, metrics=metrics, force=True):
+                raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
+            self.newest = step
+        except (OSError, ValueError):  # tensorstore raises a ValueError for an error of the system
+            if not alone:
+                raise
+            self._log_failure(step)
 
     def settle(self) -> None:
         """Waits for the last write. If it failed, the error is logged, and the step can be saved again."""
         try:
             self._manager.wait_until_finished()
         except Exception:
-            _log.exception(f"The checkpoint of step {self.newest} in {self.directory} could not be written.")
-            self.newest = None
+            self._log_failure(self.newest)
+
+    def _log_failure(self, step: int | None) -> None:
+        _log.exception(f"The checkpoint of step {step} in {self.directory} could not be written.")
+        self.newest = None
 
     def restore(self) -> Saved | None:
         """Returns the newest readable checkpoint, or None without checkpoints.
