@@ -134,9 +134,12 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        if jax.process_count() == 1:
-            self.settle()
-        self._stack.close()
+        if jax.process_count() > 1:
+            self._stack.close()
+            return
+        self.settle()
+        with contextlib.suppress(OSError, ValueError):  # orbax may raise the error of the last write a second time
+            self._stack.close()
 
     def save(self, step: int, tree: base.PyTree, extra: dict[str, Any], loss: float = math.inf) -> None:
         """Copies the arrays, and writes them in a thread. An interrupted write leaves the former checkpoint intact.
@@ -165,17 +168,22 @@ class Checkpoints:
         full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
         metrics = {"loss": loss} if self._keep_best else None
-        alone = jax.process_count() == 1
-        if alone:
-            self.settle()
+        if jax.process_count() > 1:
+            self._save(step, saved, metrics)
+            return
+        self.settle()
         try:
-            if not self._manager.save(step, args=saved, metrics=metrics, force=True):
-                raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
-            self.newest = step
+            try:
+                self._save(step, saved, metrics)
+            except (OSError, ValueError):  # orbax may raise the error of the former write a second time
+                self._save(step, saved, metrics)
         except (OSError, ValueError):  # tensorstore raises a ValueError for an error of the system
-            if not alone:
-                raise
             self._log_failure(step)
+
+    def _save(self, step: int, args: Any, metrics: dict[str, float] | None) -> None:
+        if not self._manager.save(step, args=args, metrics=metrics, force=True):
+            raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
+        self.newest = step
 
     def settle(self) -> None:
         """Waits for the last write. If it failed, the error is logged, and the step can be saved again."""
