@@ -145,6 +145,28 @@ def kept(folder: Path | None, name: str, make: Callable[[], dict], *, wait: bool
         return {key: array for key, array in saved.items()}
 
 
+def timed_parts(folder: Path | None) -> tuple[Callable[[str, Callable[[], dict]], dict[str, Any]], list[float]]:
+    """Returns a function `(name, make) -> arrays` like `kept`, and the list of the processor seconds of its parts.
+
+    The seconds of a part are saved with it, so that those of an earlier call count, too. The function prints each part:
+    the mean of its "score", if it has one, and its seconds.
+    """
+    seconds: list[float] = []
+
+    def keep(name, make):
+        def timed():
+            begin = time.process_time()
+            return {**make(), "seconds": np.array(time.process_time() - begin)}
+
+        arrays = kept(folder, name.replace(",", "").replace(" ", "_"), timed)
+        seconds.append(float(arrays.pop("seconds")))
+        score = f"{arrays['score'].mean():.3f}, " if "score" in arrays else ""
+        print(f"{name}: {score}{seconds[-1]:.0f} s", flush=True)
+        return arrays
+
+    return keep, seconds
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 

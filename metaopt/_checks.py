@@ -252,6 +252,7 @@ def check_record(record: Any, name: str = "A record") -> None:
     Raises:
       ValueError: if it is not a `Record`, its task is not a string, or its configuration is not a mapping.
       ValueError: if its status is unknown, its fidelity is not in (0, 1], or its outcome or cost is not a number.
+      ValueError: if its outcomes are neither None nor a dict of numbers whose first one is the outcome.
     """
     if not isinstance(record, base.Record):
         raise ValueError(
@@ -278,3 +279,17 @@ def check_record(record: Any, name: str = "A record") -> None:
             f"{name}'s fidelity must lie in (0, 1]; got {record.fidelity!r}. It is a fraction of the full budget, "
             "not a number of epochs."
         )
+    if record.outcomes is not None and not _are_outcomes(record.outcomes, record.outcome):
+        raise ValueError(
+            f"{name}'s outcomes must be None or a dict from names to numbers, the first of which is its outcome, "
+            f"{record.outcome!r}; got {record.outcomes!r}."
+        )
+
+
+def _are_outcomes(outcomes: Any, first: float) -> bool:
+    try:
+        numbers = [float(value) for value in outcomes.values()]
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return False
+    named = bool(numbers) and all(isinstance(name, str) for name in outcomes)
+    return named and (numbers[0] == first or (math.isnan(numbers[0]) and math.isnan(first)))

@@ -1,6 +1,7 @@
 """Imports of optional dependencies, with an error that names the extra to install."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -31,3 +32,13 @@ def hint(extra: str) -> str:
         f'install the extra "{extra}" of metaopt-jax, in a clone by `pip install -e ".[{extra}]"`, '
         f'or else by `pip install "metaopt-jax[{extra}]"`'
     )
+
+
+def quietly(optuna: Any, fn: Callable[[], Any]) -> Any:
+    """Calls `fn` without Optuna's log line on standard error for every new study."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return fn()
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -83,7 +83,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
     | any other pytree of floating-point arrays | λ or θ, such as a few-shot initialization; `load` needs `like=` |
 
-    Records have a store of their own (`blackbox.append_records`), and `training.fit` writes its checkpoints.
+    Records have a separate store (`blackbox.append_records`), and `training.fit` writes its checkpoints.
 
     Args:
       path: the file. The name is used unchanged; an existing file is replaced.
@@ -127,9 +127,9 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
 
     Args:
       path: the file.
-      **parts: what the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a network
-        of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same structure,
-        shapes and types (arrays, or the result of `jax.eval_shape`). No other type needs any.
+      **parts: the parts that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a
+        network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
+        structure, shapes and types (arrays, or the result of `jax.eval_shape`). No other type needs any.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
@@ -199,7 +199,7 @@ def shapes(prefix: str, tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 class Pytree:
-    """The type of pytrees that have no kind of their own."""
+    """The type of all other pytrees."""
 
 
 def _is_pytree_of_floats(value: Any) -> bool:

@@ -33,27 +33,41 @@ def recording(step: Callable) -> Iterator[None]:
       A context manager.
     """
     record: list = []
+    try:
+        with _noting(record):
+            yield
+    finally:
+        known = _RECORDS.setdefault(step, [])
+        known.extend(space for space in record if not _is_in(space, known))
+
+
+@contextlib.contextmanager
+def _noting(record: list) -> Iterator[None]:
+    """Puts the spaces that are noted meanwhile into a list."""
     token = _RECORD.set(record)
     try:
         yield
     finally:
         _RECORD.reset(token)
-        if record or step not in _RECORDS:
-            _RECORDS[step] = [*_RECORDS.get(step, []), *record]
 
 
 def note(space: Any) -> None:
     """Notes that coordinates are converted by this space."""
     record = _RECORD.get()
-    if record is not None:
+    if record is not None and not _is_in(space, record):
         record.append(space)
+
+
+def _is_in(space: Any, record: list) -> bool:
+    return any(space is other for other in record)
 
 
 def traced_once(function: Callable) -> Callable:
     """Returns the function such that JAX traces it once for its shapes, also if several programs contain it.
 
     Without this, tracing a long training run takes seconds for each of them. The programs are the same. Each call
-    notes the spaces that its trace has noted.
+    notes the spaces that its trace has noted. As with `jax.jit`, the trace keeps the values that the function had read
+    from outside its arguments, also outside `jit`.
 
     Args:
       function: of arrays and trees of arrays.
@@ -65,11 +79,8 @@ def traced_once(function: Callable) -> Callable:
 
     @functools.partial(jax.jit, inline=True)
     def traced(*args):
-        token = _RECORD.set(noted)
-        try:
+        with _noting(noted):  # a name of this module: cloudpickle copies what else the function reads
             return function(*args)
-        finally:
-            _RECORD.reset(token)
 
     def call(*args):
         results = traced(*args)

@@ -230,13 +230,16 @@ class Record(NamedTuple):
     Attributes:
       task: the task's name.
       configuration: λ as plain values, by path (`spaces.names`).
-      outcome: the loss, smaller is better; NaN if not known. For a pruned trial, the loss that it had reached.
+      outcome: the loss, smaller is better; NaN if not known. For a pruned trial, the loss that it had reached. If the
+        objective returns several outcomes, this is the first one.
       fidelity: the requested fraction of the full budget, in (0, 1].
       cost: seconds.
       seed: the trial's seed.
       status: "WAITING", "RUNNING", "COMPLETE", "PRUNED" or "FAIL".
       trial: the trial's number in its search; one trial may have records at several fidelities.
       reason: the cause of a failure: a time limit, a signal, or the text of an exception.
+      outcomes: all outcomes by name, if the objective returns several; otherwise None. An outcome that a pruned trial
+        does not know is NaN.
     """
 
     task: str
@@ -248,6 +251,7 @@ class Record(NamedTuple):
     status: str = "COMPLETE"
     trial: int = 0
     reason: str = ""
+    outcomes: dict[str, float] | None = None
 
 
 STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # the valid statuses of a record

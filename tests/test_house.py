@@ -27,6 +27,7 @@ LEVELS = [
         "_files",
         "_heads",
         "_locks",
+        "_pareto",
         "_permutations",
         "_progress",
         "_proposals",

@@ -123,6 +123,7 @@ def test_fronts_are_steps_through_the_undominated_points():
     axes = plots.pareto(sets, xlabel="FLOPs", log=True)
     front, single = axes.lines
     np.testing.assert_array_equal(front.get_xydata(), [[1, 5], [2, 2], [4, 1]])
+    assert front.get_marker() != single.get_marker() and front.get_linestyle() != single.get_linestyle()
     assert front.get_drawstyle() == "steps-post" and (front.get_label(), single.get_label()) == ("all", "one")
     assert [len(c.get_offsets()) for c in axes.collections] == [4, 1]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "FLOPs"
@@ -243,6 +244,12 @@ def test_a_rank_diagram_has_room_for_its_names_and_bars():
     places = [text.get_position()[0] for text in diagram.texts]
     assert low < min(places) - 0.5 and high > max(places) + 0.5  # names extend outwards
     assert min(places) < 1 and max(places) > 3  # and are outside the ranks
+    wide = plots.critical_difference({f"a method with a long name {i}": level + i for i in range(12)})
+    for axes in (diagram, wide):
+        drawn = [*texts(axes), ("title", axes.title.get_window_extent())]
+        for i, (_, box) in enumerate(drawn):
+            assert 0 <= box.x0 and box.x1 <= axes.figure.bbox.width
+            assert not any(box.overlaps(other) for _, other in drawn[:i])
     joined = plots.critical_difference({name: rng.normal(size=60) for name in "abc"})
     heights = [axes.figure.get_size_inches()[1] for axes in (diagram, joined)]
     assert len(drawn_ranks(joined)[1]) == 1 and heights[1] > heights[0] + 0.1

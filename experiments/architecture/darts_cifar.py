@@ -216,18 +216,23 @@ def text_of(genotypes: dict[str, nas.Genotype], reports: dict[str, Any], scale: 
         lines += [f"## The supernet of {name}", "", report.text, ""]
     lines += ["## Cells", ""]
     lines += [
-        f"- {name}, {num_params(genotype, scale):,} parameters alone: `{nas.genotype_to_text(genotype, form='darts')}`"
+        f"- {name}, {num_params(genotype, scale):,} parameters when retrained: "
+        f"`{nas.genotype_to_text(genotype, form='darts')}`"
         for name, genotype in genotypes.items()
     ]
     lines += [
         "",
-        f"DARTS of {'first' if scale.order == 'first' else 'second'} order on {scale.size} × {scale.size} images, "
-        f"{num_images:,} for training, half of them for α, moved by up to {scale.crop} pixels and flipped: "
-        f"{scale.steps:,} alternations of {scale.batch}, {scale.cells} cells of {scale.channels} channels; alone: "
-        f"{scale.steps_alone:,} steps of {scale.batch_alone}, {scale.cells_alone} cells of "
-        f"{scale.channels_alone} channels. Test accuracies (supernets: of {scale.judged:,} images); nothing is chosen "
-        "by them. Random cells are the same in all tables. Processor seconds are those of the last run, "
-        "where it went on from earlier ones.",
+        "**Settings.**",
+        "",
+        f"- Data: {scale.size} × {scale.size} images, {num_images:,} for training. Half of the training images train "
+        f"α. Images are moved by up to {scale.crop} pixels and flipped.",
+        f"- Search: DARTS of {'first' if scale.order == 'first' else 'second'} order, {scale.steps:,} alternations "
+        f"with batches of {scale.batch}, {scale.cells} cells of {scale.channels} channels.",
+        f"- Retraining: {scale.steps_alone:,} steps with batches of {scale.batch_alone}, {scale.cells_alone} cells of "
+        f"{scale.channels_alone} channels.",
+        f"- Accuracies are test accuracies (supernets: on {scale.judged:,} images). No choice depends on them.",
+        "- The random cells are the same in all tables.",
+        "- If a run continues earlier ones, its processor seconds are those of the last run.",
     ]
     return "\n".join(lines)
 

@@ -184,11 +184,12 @@ def gap(config: Config, grid: Grid, searched: list, one_shot: np.ndarray, splits
         each = zip(np.exp(-one_shot[s]), 1 - grid.errors[s, :, 0], strict=True)
         ranks.append(nas.search_report([nas.ArchitectureScores("", p, (alone,)) for p, alone in each]).correlation)
     return (
-        f"The gap between supernet, discrete and retrained, by validation accuracy: what is found is "
-        f"{100 * report.discretization_gap:.1f} points worse at one-hot weights than as the mixture, and trained alone "
-        f"{100 * report.evaluation_gap:+.1f} points from there, in the mean over {len(scores)} searches. One-shot: "
-        f"Spearman's rank correlation of its loss's order with that of networks trained alone "
-        f"{script.spread(ranks, 2)} over {len(grid.genotypes)} networks a seed (1 would be perfect)."
+        f"**The gap between supernet, discrete and retrained** (validation accuracy, mean over {len(scores)} searches):"
+        f"\n\n- At one-hot weights, the chosen network is {100 * report.discretization_gap:.1f} points worse than the "
+        "mixture.\n- Trained from scratch, its accuracy changes by "
+        f"{100 * report.evaluation_gap:+.1f} points from there.\n- One-shot: Spearman's rank correlation between the "
+        "order by its loss and the order by the accuracy of separately trained networks is "
+        f"{script.spread(ranks, 2)}, over {len(grid.genotypes)} networks a seed (1 would be perfect)."
     )
 
 
@@ -291,9 +292,11 @@ def main() -> None:
     )
     searched, shot, few, as_shot, as_searched, _ = (np.mean(values) for values in volumes.values())
     against = lambda mine, theirs: "ahead of" if mine > theirs else "behind"
-    text += f"\n\nThe search is {against(searched, few)} as many random networks, and {against(searched, as_searched)} "
-    text += f"what its cost would have trained; one-shot is {against(shot, few)} as many, and {against(shot, as_shot)} "
-    text += "what its cost would have trained."
+    text += "\n\n" + " ".join(
+        f"{name} is {against(mine, few)} the same number of random networks, and {against(mine, at_cost)} the random "
+        "networks that its cost could train."
+        for name, mine, at_cost in (("The search", searched, as_searched), ("One-shot", shot, as_shot))
+    )
     test, valid = 100 * grid.errors[..., 1], grid.errors[..., 0]
     lines = []
     for b, rows in enumerate(inside):
@@ -303,11 +306,12 @@ def main() -> None:
         lines.append([*(f"{x:,.0f}" for x in flops), *(script.spread(x, 2) for x in errors)])
     header = ["budget, FLOPs", "the mixture's", "of search", "of one-shot", "test error, %, of search", "of one-shot"]
     text += "\n\n" + script.table([*header, "of random ones within", "of the best within, by validation"], lines)
-    text += f"\n\nOne search costs {search_cost:.1f} trainings of an average network and is for one budget; one-shot "
     text += (
-        f"costs {one_shot_cost:.1f} for all budgets. What is found is trained once more. {num_seeds} seeds, each with "
+        f"\n\n- One search is for one budget and costs {search_cost:.1f} trainings of an average network. "
+        f"One-shot costs {one_shot_cost:.1f} for all budgets.\n- Each chosen network is trained again from scratch.\n"
+        f"- There are {num_seeds} seeds, each with its own split, initial weights and order of the rows. "
+        "± is the standard deviation over seeds.\n\n"
     )
-    text += "its own split, initial weights and order; ± is the standard deviation over seeds.\n\n"
     text += gap(config, grid, results, scores, splits)
     script.publish(
         __file__, "Searching within a budget of FLOPs", text, options, picture="Test errors against operations"

@@ -1,4 +1,4 @@
-"""AutoGluon and FLAML on the tables of `tables.py`, in an environment of their own without metaopt.
+"""AutoGluon and FLAML on the tables of `tables.py`, in a separate environment without metaopt.
 
     python experiments/automl/tables.py --export FOLDER     # with metaopt: the tables and their splits
     bash experiments/automl/install_peers.sh VENV           # once

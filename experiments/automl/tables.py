@@ -352,7 +352,7 @@ def main() -> None:
 
 
 def result_name(args) -> str:
-    """Returns the name of the page; development families have one of their own."""
+    """Returns the name of the page; development families have a separate one."""
     return ("automl_ablations" if args.ablations else "automl_tables") + ("_development" if args.development else "")
 
 

@@ -35,12 +35,14 @@ from metaopt import base, few_shot, hypergrad, inner, tasks
 RESULT = Path(__file__).resolve().parents[1] / "results" / "anil.md"
 TOLERANCE, RATE = 1e-3, 1e-3
 INTRO = """\
-Processor milliseconds for the gradient of one outer step, float32, {threads} thread(s); medians of {repetitions} \
-turns, each of two calls whose second is timed. "/ by hand": over the hand-written program with as many steps. \
-"Error": of the gradient against it; {agree} below {tol:g}. conv4 has its convolutions as matrix products in all \
-programs. metaopt writes one and five steps out and scans ten; by hand all are a scan. Five at every step, written \
-out, hold more memory than the C library keeps from call to call (32 MiB): at each the system maps it anew, and that \
-time, "of it system", is most of theirs.
+- "CPU-ms": processor milliseconds for the gradient of one outer step, float32, {threads} thread(s). They are medians \
+of {repetitions} turns. Each turn has two calls, and the second one is timed.
+- "/ by hand": divided by the time of the hand-written program with as many steps.
+- "error": of the gradient, against that of the hand-written program; {agree} below {tol:g}.
+- conv4 computes its convolutions as matrix products in all programs.
+- metaopt unrolls one and five steps and scans ten. The hand-written programs always scan.
+- Unrolled, five steps with features at every step hold more memory than the C library keeps between calls (32 MiB). \
+The system maps this memory again at each call. That time, "of it system", is most of their time.
 """
 HEADER = ["model", "inner steps", "program", "CPU-ms", "of it system", "/ by hand"]
 HEADER += ["temporary MiB", "compile s", "error"]

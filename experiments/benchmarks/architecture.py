@@ -3,7 +3,7 @@
 The first supernet is NAS-Bench-201's (C = 8, N = 1, 16x16 images, 16 per batch). The second is that of DARTS (8 cells,
 C = 16, 32x32 images, 64 per batch), for which only seconds of compilation and memory are measured. The programs take
 turns. Times are medians of processor seconds, divided by those of a plain step. Memory is the figure of the compiler,
-which has no noise.
+without noise.
 
     python experiments/benchmarks/architecture.py            # minutes; writes experiments/results/architecture.md
     python experiments/benchmarks/architecture.py --smoke    # seconds, small networks without convolutions; prints only
@@ -240,13 +240,17 @@ TITLES = {
 
 # These texts contain no measured number: measurements are in the tables, and are replaced with them.
 ABOUT = (
-    "An alternation is a step of the weights and one of α; what it must cost is what it has in operations, more with "
-    "DARTS's central difference, which takes one gradient more than a forward one. Seconds are of the processor, "
-    "whatever else ran; in the first part each program is called twice a turn, and the second call is timed (timed by "
-    "the first, after a larger program, a plain step is slower, and the ratios come out too small). To compile is to "
-    "trace, to lower and to compile. Operations are counted in the traced program; what the compiler finds twice in it "
-    "counts twice. Above 32 MiB of temporaries the C library maps memory anew at every call, so that times are further "
-    "above the operations there."
+    "- An alternation is one step of the weights and one step of α. Its cost cannot be below its number of "
+    "operations. DARTS's central difference has more operations than a forward difference, because it takes one more "
+    "gradient.\n"
+    "- Seconds are processor seconds, so other processes do not count.\n"
+    "- In the first part, each turn calls each program twice, and the second call is timed. If the first call were "
+    "timed, after a larger program, a plain step would be slower and the ratios would be too small.\n"
+    "- Compilation includes tracing and lowering.\n"
+    "- Operations are counted in the traced program. If the compiler merges two equal operations, both still "
+    "count.\n"
+    "- Above 32 MiB of temporaries, the C library maps memory again at every call. There, times are further above "
+    "the operations."
 )
 
 PARTS: dict[str, Callable[[bool, int], list[list[str]]]] = {
@@ -272,7 +276,8 @@ def part(name: str, smoke: bool, repetitions: int, before: float) -> str:
     rows = script.table(header, PARTS[name](smoke, repetitions))
     how_made = circumstances(" ".join(["python experiments/benchmarks/architecture.py", *sys.argv[1:]]))
     how_made += (
-        f" {time.process_time() - begin:.0f} processor seconds in {time.perf_counter() - begin_wall:.0f}; "
+        f" The run took {time.process_time() - begin:.0f} processor seconds in "
+        f"{time.perf_counter() - begin_wall:.0f} s; "
         f"{'other' if before >= 0.5 else 'no other'} work ran when it began (a load of {before:.1f} on "
         f"{os.cpu_count()} cores)."
     )

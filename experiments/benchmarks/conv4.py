@@ -37,15 +37,18 @@ RESULT = HERE.parent / "results" / "conv4.md"
 TOLERANCE = 1e-2
 WAYS, QUERY, RATE = 5, 5, 0.4
 INTRO = """\
-Processor milliseconds for the gradient of one outer step, float32, {threads} thread(s); medians of {repetitions} \
-turns. "/ metaopt" of PyTorch: the median of {rounds} rounds, and their smallest and largest ratio; in every round \
-metaopt is timed again, before PyTorch and after it. "In a scan" is one of {many} steps that are a scan, as \
-`training.fit(steps_per_call=...)` runs them. "Error": of the gradient against naive JAX; {agree} below {tol:g}. \
-"Naive": `jax.vmap` over tasks and `jax.grad`, with XLA's convolutions, which become grouped ones. "Unrolled": the \
-same in a Python loop over tasks, whose convolutions stay as they are; in the body of a scan XLA leaves their backward \
-pass without a fast kernel. The programs of `torch.func` have batch normalization written by hand, or ("fused") \
-PyTorch's own; under `torch.func` the gradient of the latter is off by some thousandths, and with max-pooling that of \
-the former, too.
+- Times are processor milliseconds for the gradient of one outer step, float32, {threads} thread(s); medians of \
+{repetitions} turns.
+- "/ metaopt" of PyTorch: the median of {rounds} rounds, and their smallest and largest ratio. In every round, \
+metaopt is timed again, before PyTorch and after it.
+- "In a scan": one of {many} steps that are a scan, as `training.fit(steps_per_call=...)` runs them.
+- "Error": of the gradient, against naive JAX; {agree} below {tol:g}.
+- "Naive": `jax.vmap` over tasks and `jax.grad`, with XLA's convolutions, which become grouped ones.
+- "Unrolled": the same in a Python loop over tasks, whose convolutions stay as they are. In the body of a scan, XLA \
+has no fast kernel for their backward pass.
+- The programs of `torch.func` have batch normalization written by hand, or ("fused") PyTorch's own. Under \
+`torch.func`, the gradient of the fused one is off by some thousandths. With max-pooling, that of the hand-written \
+one is, too.
 """
 FUSED = "torch.func, vmap, fused"
 NETWORKS = {"pool": "Max-pooling", "stride": "Strides of 2"}

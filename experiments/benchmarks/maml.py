@@ -39,10 +39,12 @@ INNER_RATE, OUTER_RATE = 0.01, 1e-3
 LAYERS = ("hidden0", "hidden1", "out")
 BY_HAND = "by hand: JAX, {how}"
 INTRO = """\
-Processor milliseconds for one outer step, float32, {threads} thread(s); medians of {repetitions} turns. "/ by hand": \
-over the better of the hand-written programs with as many steps a call. "/ metaopt": over metaopt with one step a \
-call. "error": of the gradient against hand-written JAX; {agree} below {tol:g}. Programs of many steps a call are \
-scans, as `training.fit(steps_per_call=...)` runs them: what a call costs is shared by {many} steps.
+- "CPU-ms": processor milliseconds for one outer step, float32, {threads} thread(s); medians of {repetitions} turns.
+- "/ by hand": divided by the time of the better hand-written program with as many steps a call.
+- "/ metaopt": divided by the time of metaopt with one step a call.
+- "error": of the gradient, against hand-written JAX; {agree} below {tol:g}.
+- Programs of many steps a call are scans, as `training.fit(steps_per_call=...)` runs them. Their {many} steps share \
+the cost of the call.
 """
 HEADER = ["inner steps", "program", "steps a call", "CPU-ms a step", "/ by hand", "/ metaopt", "error", "compile s"]
 

@@ -129,7 +129,7 @@ def row(times) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a suggestion costs.")
     parser.add_argument("--smoke", action="store_true", help="small sizes; writes no result")
-    parser.add_argument("--candidates", type=int, metavar="N", help="of a finite set of N alone; writes no result")
+    parser.add_argument("--candidates", type=int, metavar="N", help="only a finite set of N; writes no result")
     options = parser.parse_args()
     space = blackbox.sklearn_model("random_forest_classifier").space
     searcher = blackbox.random_search()
@@ -181,14 +181,19 @@ def main() -> None:
     ours_at_most = [[float(r[i]) for r in rows if r[0] != "Optuna TPE" and r[3] == str(nums[-1])] for i in (4, 6)]
     wall, cpu = (f"{max(values):.0f}" for values in ours_at_most)
     text = (
-        f"Medians and slowest of {repetitions} suggestions (TPE: {min(repetitions, 5)}), {num_cores()} core(s), after "
-        "what is compiled: seconds for each of at most three sizes of what is looked at (16, 64, 256 trials). What is "
-        "computed with does not grow with the number of trials, and the state by what is told; the whole process, all "
-        f"rows together, took at most {most:.0f} MiB. The bar is 50 ms after 10,000 trials: the largest medians of "
-        f"metaopt there are {wall} ms, and {cpu} CPU-ms (which other processes do not lengthen). The first "
-        f"`suggest(X, y)` of {nums[-1]} trials takes {firsts[1]} CPU-ms, where g has seen none of the configurations "
-        f"and all are different (with candidates, which it knows, {firsts[0]}; others would be encoded there, all of "
-        "them, once).\n\n"
+        f"The table shows the median and the slowest of {repetitions} suggestions (TPE: {min(repetitions, 5)}), on "
+        f"{num_cores()} core(s).\n\n"
+        "- **Compilation** is not included. It takes seconds for each padded number of trials that the searcher looks "
+        "at, of which there are at most three (16, 64, 256 trials).\n"
+        "- **Size.** The number of trials that the searcher looks at does not grow with the number of all trials. The "
+        "state grows only by the reported trials.\n"
+        f"- **Memory.** The whole process, all rows together, took at most {most:.0f} MiB.\n"
+        f"- **Bar:** 50 ms after 10,000 trials. The largest medians of metaopt there are {wall} ms, and {cpu} CPU-ms "
+        "(other processes do not lengthen CPU time).\n"
+        "- **Running** trials were asked for and have not ended. **Under Optuna**, g is the sampler of a study.\n"
+        f"- **The first `suggest(X, y)`** of {nums[-1]} trials takes {firsts[1]} CPU-ms if g has seen none of the "
+        f"configurations and all of them differ. With candidates, which g knows, it takes {firsts[0]} CPU-ms. Other "
+        "configurations would be encoded in that call, all of them, once.\n\n"
     )
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     command = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""

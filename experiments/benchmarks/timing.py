@@ -36,5 +36,5 @@ def circumstances(command: str, *, memory: bool = True) -> str:
         f"`{command}` with Python {platform.python_version()}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; {jax.default_backend()}, {num_cores()} cores."
-        + (" Memory is what the compiler states: compare ratios within one JAX version." if memory else "")
+        + (" Memory is the figure of the compiler; compare only ratios within one JAX version." if memory else "")
     )

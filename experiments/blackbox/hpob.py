@@ -182,19 +182,22 @@ def main() -> None:
     groups = np.array([name.split("/")[0] for name in names])
     text = report(regret, groups)
     text += (
-        f"\n\n{len(names)} tasks of {len(set(groups))} search spaces, five seeds: normalized regret after so many "
-        "trials on top of the five given ones, mean over tasks (in parentheses: over search spaces, of means over "
-        "their tasks), and mean rank over tasks of means over seeds. Published curves of the benchmark's "
-        "authors; those of RF end after 5 trials on 80 tasks. Methods that end in -C chose from a continuum, "
-        "with outcomes from a surrogate of the benchmark, and are not quite comparable."
+        "\n\n"
+        f"- {len(names)} tasks of {len(set(groups))} search spaces, five seeds.\n"
+        "- The regret is the normalized regret after the number of trials in the header, in addition to the five "
+        "given ones. It is a mean over tasks (in parentheses: over search spaces, of means over their tasks). The "
+        "mean rank is over tasks, of means over seeds.\n"
+        "- The curves are published by the benchmark's authors. Those of RF end after 5 trials on 80 tasks.\n"
+        "- Methods that end in -C chose from a continuum, with outcomes from a surrogate of the benchmark. They are "
+        "not quite comparable."
     )
     if not options.tables:
-        text += " metaopt is not among them: it needs the benchmark's tables (`--tables`)."
+        text += "\n- metaopt is not included: it needs the benchmark's tables (`--tables`)."
     if not options.smoke:
         text = "![Regret and ranks](hpob.png)\n\n![Rank diagrams](hpob_ranks.png)\n\n" + text
         text += (
-            "\n\nIn the rank diagrams a bar joins methods of which no pair differs by Wilcoxon's signed-rank test over "
-            "tasks with Holm's correction, at .05."
+            "\n\nIn the rank diagrams, a bar joins methods if no two of them differ by Wilcoxon's signed-rank test "
+            "over tasks, with Holm's correction, at .05."
         )
     script.publish(__file__, "HPO-B", text, options)
     if not options.smoke:

@@ -45,8 +45,8 @@ FOUND = ("seen", "came", "metaopt", "last value", "other tasks", "pit")
 OURS = ("metaopt", "metaopt, full budgets alone")
 
 NEAR_RELATIVES = (
-    "All tasks are recurrent networks on the text of IMDB, of several cells and patch sizes: what is left out has near "
-    "relatives among what is learned from. Hyperband and BOHB learn from no other task."
+    "All tasks are recurrent networks on the text of IMDB, with several cells and patch sizes. So a held-out task "
+    "has near relatives among the training tasks. Hyperband and BOHB use no other task."
 )
 
 
@@ -330,12 +330,13 @@ def against_bohb(means: dict[str, np.ndarray], families: np.ndarray) -> str:
         low, high = np.quantile(weights @ d, [0.025, 0.975])
         less, more = (d.round(9) < 0).sum(), (d.round(9) > 0).sum()
         interval = f"{d.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
-        parts.append(f"after {b:g} {interval}, better / worse on {less} / {more} tasks, p {holm[b]:.2g}")
+        parts.append(f"- after {b:g} {interval}, better / worse on {less} / {more} tasks, p {holm[b]:.2g}.\n")
     ours, reached = means[OURS[0]][:, BUDGETS.index(5.0)].mean(), difference[5.0].mean() <= 0
     return (
-        f"metaopt's regret minus BOHB's after 20 full budgets: {'; '.join(parts)}. The bar was what BOHB has after 20 "
-        f"full budgets at no more than a quarter of them: it is {'reached' if reached else 'missed'}, {ours:.4f} after "
-        f"5 against {bohb.mean():.4f}."
+        "metaopt's regret minus BOHB's after 20 full budgets:\n\n"
+        f"{''.join(parts)}\n"
+        "The aim is BOHB's regret after 20 full budgets, with at most a quarter of them: it is "
+        f"{'reached' if reached else 'missed'}, {ours:.4f} after 5 against {bohb.mean():.4f}."
     )
 
 
@@ -344,18 +345,17 @@ def by_parts(means: dict[str, np.ndarray], group_of: np.ndarray) -> str:
 
     The first part was seen when the rule for trials without resuming was chosen, the second was not.
     """
-    column, parts = {name: BUDGETS.index(20.0 if name == "BOHB" else 5.0) for name in means}, []
-    for label, rows in (("those", group_of < 2), ("the others", group_of >= 2)):
-        if not rows.any():
-            continue
-        means_text = ", ".join(
-            f"{n} {means[n][rows, column[n]].mean():.4f}" for n in (OURS[0], "best on average", "BOHB")
-        )
-        parts.append(f"on {label} ({rows.sum()} tasks) {means_text}")
+    column, rows = {name: BUDGETS.index(20.0 if name == "BOHB" else 5.0) for name in means}, []
+    names = (OURS[0], "best on average", "BOHB")
+    for label, chosen in (("parts 0 and 1", group_of < 2), ("the other parts", group_of >= 2)):
+        if chosen.any():
+            cells = [f"{means[n][chosen, column[n]].mean():.4f}" for n in names]
+            rows.append([f"{label} ({chosen.sum()} tasks)", *cells])
     return (
-        "Trials do not resume here, and `searcher(resumes=False)` asks for full budgets alone. That rule was chosen "
-        "with an earlier table of these tasks in sight, among some that also look at small fidelities, by the regrets "
-        f"in parts 0 and 1. After 5 full budgets (BOHB: 20), {'; '.join(parts)}."
+        "Trials do not resume here, and `searcher(resumes=False)` asks only for full budgets. This rule was chosen "
+        "among several, some of which also use small fidelities, by the regrets in parts 0 and 1. An earlier table "
+        "of these tasks was known then. The regrets after 5 full budgets (BOHB: 20):\n\n"
+        + script.table(["tasks", *names], rows)
     )
 
 
@@ -391,8 +391,8 @@ def main() -> None:
     parser.add_argument("--table", choices=["taskset", "lcdb"], default="taskset")
     parser.add_argument("--bohb-seeds", type=int, default=20, help="of BOHB and Hyperband")
     parser.add_argument("--draws", type=int, default=5, help="of 20 candidates a task, for the errors of prediction")
-    parser.add_argument("--ablate", action="store_true", help="also metaopt that spends full budgets alone")
-    parser.add_argument("--store", type=Path, help="folder of what is done, a file a task, to go on with")
+    parser.add_argument("--ablate", action="store_true", help="also metaopt that spends only full budgets")
+    parser.add_argument("--store", type=Path, help="folder of finished tasks, a file for each, to continue from")
     parser.add_argument("--backwards", action="store_true", help="the last tasks first: a second process, one store")
     options = parser.parse_args()
     options.own_budget = 1.0 if options.smoke else 10.0
@@ -420,19 +420,20 @@ def main() -> None:
     text = "\n\n".join(
         [
             f"{len(stored)} tasks × {len(data.configurations)} candidates × {len(data.fidelities)} fidelities "
-            f"({', '.join(f'{f:.3g}' for f in data.fidelities)}); learned in {seconds:.0f} processor seconds for each "
-            f"of {len(groups)} parts left out." + ("" if options.table == "lcdb" else " " + NEAR_RELATIVES),
-            "Mean normalized regret after so many full budgets:",
+            f"({', '.join(f'{f:.3g}' for f in data.fidelities)}). Training takes {seconds:.0f} processor seconds for "
+            f"each of {len(groups)} held-out parts." + ("" if options.table == "lcdb" else " " + NEAR_RELATIVES),
+            "Mean normalized regret, by the number of full budgets spent:",
             script.table(*search_table(curves, seeds)),
-            against_bohb(curves, families) + ("" if data.resumes else " " + by_parts(curves, group_of)),
-            "Prediction of the outcome at the full budget, for 20 candidates begun on the new task, none ended:",
+            against_bohb(curves, families) + ("" if data.resumes else "\n\n" + by_parts(curves, group_of)),
+            "Prediction of the outcome at the full budget, for 20 unfinished candidates on the new task:",
             script.table(header, rows),
-            f"In brackets: paired 95 % interval, bootstrap over {len(np.unique(families))} "
-            f"{'tasks' if len(np.unique(families)) == len(families) else 'families of tasks'}; p of Wilcoxon's "
-            "signed-rank test over tasks, of the three budgets by Holm's method, which may be small where a few large "
-            "differences make the mean. `metaopt` is deterministic given what it learned from, and there is one key of "
-            "its training. Errors are means of absolute differences; the prediction is the median, and its intervals "
-            "are the central ones.",
+            f"- Brackets have the paired 95 % interval, from a bootstrap over {len(np.unique(families))} "
+            f"{'tasks' if len(np.unique(families)) == len(families) else 'families of tasks'}.\n"
+            "- p is from Wilcoxon's signed-rank test over tasks, with Holm's correction for the three budgets. It "
+            "may be small even if a few large differences make the mean.\n"
+            "- `metaopt` is deterministic, given its training data. There is one key of its training.\n"
+            "- Errors are means of absolute differences. The prediction is the median, and its intervals are the "
+            "central ones.",
         ]
     )
     name = f"learning_curves_{options.table}"

@@ -60,7 +60,7 @@ def trans_nas_bench_101_table(folder: str | os.PathLike | None = None, *, space:
         data["tasks"],
         data["micro_edge_order"].tolist() if micro else [f"block{i}" for i in range(6)],
         [4 if micro else 5] * 6,
-        np.maximum(data[f"{space}_enc"], 0),  # −1 is no block
+        np.maximum(data[f"{space}_enc"], 0),  # −1 marks a missing block
         -data[f"{space}_val"],
     )
 

@@ -461,9 +461,11 @@ def main() -> None:
     areas, decays = hospitals(hearts, seeds, settings, only)
     text = "## Parkinson's telemonitoring\n\n" + parkinson_table(by_number)
     text += (
-        f"\n\nMean absolute error of the motor score over {table.num_users} patients, each tested once a seed; mean ± "
-        f"standard deviation over {seeds} seed(s), which differ in folds and initialization; in brackets the "
-        "difference to the last value, ± 1.96 standard errors over patients.\n\n"
+        "\n\n"
+        f"Mean absolute error of the motor score over {table.num_users} patients, each tested once a seed. Mean ± "
+        f"standard deviation over {seeds} seed(s), which differ in folds and initialization. In brackets is the "
+        "difference to the last value, ± 1.96 standard errors over patients.\n"
+        "\n"
     )
     text += parkinson_missed(
         {k: {name: errors.mean() for name, errors in values.items()} for k, values in by_number.items()},
@@ -474,13 +476,15 @@ def main() -> None:
     )
     text += "\n\n## Heart disease, leave one hospital out\n\n" + hospital_table(areas, hearts.user_names)
     text += (
-        "\n\nArea under the ROC curve among the patients of the hospital that are not in its support set of 20, the "
-        f"mean over {settings.draws} draws of those; mean ± standard deviation over {seeds} seed(s). The published "
-        "figures use no support set and judge all patients. Weight decays, chosen by hospitals left out among those "
-        "that are trained on (one seed); their range, the columns of codes and the gaps were chosen after a look at "
-        "linear models on all four hospitals: "
+        "\n\nArea under the ROC curve among the patients of the hospital outside its support set of 20, the mean over "
+        f"{settings.draws} draws of this set. Mean ± standard deviation over {seeds} seed(s). The published figures "
+        "use no support set and judge all patients.\n\n"
+        "The weight decays were chosen by leaving out one of the training hospitals at a time (one seed). Their "
+        "range, the columns of codes and the gaps were chosen after a look at linear models on all four hospitals. "
+        "The decays for the four hospitals:\n\n"
     )
-    text += "; ".join(f"{name} {', '.join(f'{d:g}' for d in values)}" for name, values in decays.items()) + ".\n\n"
+    cells = [[name, ", ".join(f"{d:g}" for d in values)] for name, values in decays.items()]
+    text += script.table(["", "weight decays"], cells) + "\n\n"
     text += hospital_missed(
         {n: dict(zip(hearts.user_names, values.mean(1), strict=True)) for n, values in areas.items()}
     )

@@ -46,17 +46,21 @@ TEST_STEPS = 10
 TEXT = """
 
 Mean squared error over {test_tasks} test tasks and {seeds} seed(s), ± 1.96 standard errors over test tasks of the
-mean over seeds. Gradient steps of .01, or learned ones that start there; a model is trained for the number of steps
-in its name, and goes on with its (last) rates; "diverges" stands for more than 100. Outer steps of Muon (of Adam for
-what is no matrix, and, at half the rate, for rates that are learned) with 25 tasks and {query} query points each,
-from a rate of {rate:g} by a cosine to zero; MAML with one step has 50 tasks, and in it and in MAML with five steps
-the rate falls in the second half of the steps. The optimizer, its schedule, rate, tasks and query points were chosen
-on other tasks; the outer steps of MAML were raised after errors on test tasks had been seen (with one step, of one
-seed, .344, from 5 shots .549; with five, over these 6,000 tasks, .0632 and .0369 after 20,000 steps by the cosine
-alone). "The first 600" of the test tasks are those that an earlier table had alone, and as many as are usual: the
-five-step models after 20,000 steps had .0642 and .0377 there, and .060 and .034 on 600 others, which is why there
-are ten times as many now. Finn et al. (ICML 2017, with Adam) show curves of this experiment, in
-their figures 2 and 3, and no numbers."""
+mean over seeds.
+
+- Gradient steps have the rate .01, or learned rates that start there. A model is trained for the number of steps in
+  its name. Later steps use its (last) rates. "diverges" stands for more than 100.
+- Outer steps are those of Muon. Adam is used for parameters that are not matrices and, at half the rate, for learned
+  rates. A step has 25 tasks and {query} query points each. The rate falls from {rate:g} to zero by a cosine.
+- MAML with one step has 50 tasks. In it and in MAML with five steps, the rate falls in the second half of the steps.
+- The optimizer, its schedule, rate, tasks and query points were chosen on other tasks.
+- The number of outer steps of MAML was raised after errors on test tasks were known. Before, MAML with one step had
+  .344, and .549 from 5 shots, with one seed. MAML with five steps had .0632 and .0369 over these 6,000 tasks, after
+  20,000 steps with only the cosine.
+- "The first 600" are the test tasks of an earlier table, which had the usual number of tasks. The five-step models had
+  .0642 and .0377 on them after 20,000 steps, and .060 and .034 on 600 other tasks. For this reason there are now ten
+  times as many test tasks.
+- Finn et al. (ICML 2017, with Adam) show curves of this experiment in their figures 2 and 3, and no numbers."""
 
 
 class Row(NamedTuple):

@@ -290,18 +290,19 @@ def main() -> None:
     }
     text = "".join(tables(data, seeds) for data, seeds in runs.items())
     text += (
-        f"Mean ± standard deviation over {config.seeds} seeds. {config.num_rows} images of 14 × 14 to train on, as "
-        f"many to validate, {config.num_test} to test; {config.hidden} hidden units, Adam, {config.num_steps} steps of "
-        f"{config.batch} images. Every figure is a mean of {config.repeats} trainings from other initializations. "
-        f"`unrolled` and `truncated` see {config.runs} trainings, `truncated` with 1 step and `implicit` "
-        f"{config.online_runs}; an "
-        f"unrolled hypergradient costs {cost:.1f} trainings in operations, hence {config.trials} random trials. CPU "
-        "seconds are those of learning λ, without compilation.\n\n"
-        "Published: Mounsaveng et al. (affine transformations, one step ahead as T1–T2; residual networks, CIFAR-10 "
-        "and larger data) and Lorraine et al. (three terms of the Neumann series, CIFAR-10). λ are there the weights "
-        "of a network that augments, and all images train it, so that their accuracies are of another task and do not "
-        "stand here. What can be compared is the former's claim: learned augmentation is as good as carefully chosen, "
-        "or better."
+        f"- Mean ± standard deviation over {config.seeds} seeds.\n"
+        f"- Images of 14 × 14: {config.num_rows} to train on, as many to validate, {config.num_test} to test.\n"
+        f"- Training: {config.hidden} hidden units, Adam, {config.num_steps} steps of {config.batch} images. Every "
+        f"figure is a mean of {config.repeats} trainings from other initializations.\n"
+        f"- `unrolled` and `truncated` see {config.runs} trainings, `truncated` with 1 step and `implicit` "
+        f"{config.online_runs}. An unrolled hypergradient costs {cost:.1f} trainings in operations, hence "
+        f"{config.trials} random trials.\n"
+        "- CPU seconds are those of learning λ, without compilation.\n"
+        "\nPublished results are by Mounsaveng et al. (affine transformations, one step ahead as T1–T2; residual "
+        "networks, CIFAR-10 and larger data) and Lorraine et al. (three terms of the Neumann series, CIFAR-10). "
+        "There, λ are the weights of a network that augments, and all images train it. So their accuracies are for "
+        "another task and are not shown here. The claim of Mounsaveng et al. can be compared: learned augmentation "
+        "is as good as carefully chosen augmentation, or better."
     )
     script.publish(__file__, "Strengths of data augmentation", text, config)
     if not small:

@@ -187,13 +187,16 @@ def report(scores: dict, options: argparse.Namespace) -> str:
     lines = [
         script.table(header, rows),
         "",
-        f"MNIST, {options.num_rows:,} training rows of which half have a wrong label, as many validation rows, the "
-        f"10,000 official test rows; mean ± standard deviation over {options.seeds} seeds, each with its own rows and "
-        f"noise. Softmax regression with a penalty of {PENALTY:g}/2 on squared parameters, images less their mean, 100 "
-        "steps with momentum. With a rule: trained on the rows that it kept (weight above ½) and the validation rows, "
-        'as in the paper; "weighted", on all rows by their weights and the validation rows; "alone", on the weighted '
-        "rows without the validation rows. F1 and AUC: of finding the corrupted rows. CPU seconds are of an outer step "
-        "(median) and of all, with compilation (median of seeds).",
+        f"- Data: MNIST, {options.num_rows:,} training rows of which half have a wrong label, as many validation "
+        "rows, the 10,000 official test rows.\n"
+        f"- Mean ± standard deviation over {options.seeds} seeds, each with its own rows and noise.\n"
+        f"- Model: softmax regression with a penalty of {PENALTY:g}/2 on squared parameters, images less their mean, "
+        "100 steps with momentum.\n"
+        "- With a rule, the model is trained on the rows that the rule kept (weight above ½) and the validation "
+        'rows, as in the paper. "weighted": on all rows by their weights, and the validation rows. "alone": on the '
+        "weighted rows without the validation rows.\n"
+        "- F1 and AUC are those of finding the corrupted rows.\n"
+        "- CPU seconds are of an outer step (median) and of all, with compilation (median of seeds).",
         "",
         "Paper: Franceschi et al., ICML 2017, https://arxiv.org/abs/1703.01785. Its test rows are 10,000 "
         "other images of the same draw, its weights have a budget Σ λ_i ≤ R, and its images are not centered.",

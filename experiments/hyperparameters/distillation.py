@@ -227,11 +227,15 @@ def main() -> None:
     text += "\n\nPublished, on MNIST's 10,000 test rows (https://ssnl.github.io/dataset_distillation/):\n\n"
     text += script.table(["method", "test accuracy, %"], [list(row) for row in PUBLISHED])
     text += (
-        f"\n\nHere: a network of {PIXELS}, {config.hidden} (tanh) and 10 units, {config.num_steps} steps of gradient "
-        f"descent on the ten images at once, each with its learned rate; {config.outer_steps} outer steps of Adam, "
-        f"{config.outer_batch} real rows each; random initialization: {config.inits} networks a step, judged on "
-        f"{config.num_networks} others. ± is the standard deviation over {config.seeds} seeds. Wang et al. take LeNet, "
-        "and for random initialization 100 images; the networks differ, so the figures compare in kind only."
+        "\n\n"
+        f"- Network: {PIXELS}, {config.hidden} (tanh) and 10 units.\n"
+        f"- Training: {config.num_steps} steps of gradient descent on the ten images at once, each step with its "
+        "learned rate.\n"
+        f"- Distillation: {config.outer_steps} outer steps of Adam, with {config.outer_batch} real rows each.\n"
+        f"- Random initialization: {config.inits} networks a step, scored on {config.num_networks} others.\n"
+        f"- ± is the standard deviation over {config.seeds} seeds.\n"
+        "- Wang et al. use LeNet, and for random initialization 100 images. The networks differ, so the figures are "
+        "not directly comparable."
     )
     script.publish(__file__, "Ten images instead of fifty thousand", text, config)
     if not small:

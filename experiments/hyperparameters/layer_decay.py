@@ -224,7 +224,7 @@ def main() -> None:
         gap = "" if name == GRID else script.spread(np.subtract(test, reference), 4)
         rows.append([name, script.spread(valid, 4), script.spread(test, 4), gap])
     text = script.table(["λ", "validation loss", "test loss", "test loss − the grid's"], rows)
-    text += "\n\nWhat was chosen (medians over seeds):\n\n"
+    text += "\n\nThe chosen values (medians over seeds):\n\n"
     middle = lambda name, get: f"{np.median([float(get(h[name])) for _, h in runs]):.3g}"
     chosen = [
         [n, middle(n, lambda h: h["rate"]), *(middle(n, lambda h, g=g: h["decay"][g]) for g in GROUPS)] for n in names
@@ -232,12 +232,14 @@ def main() -> None:
     text += script.table(["λ", "rate", *GROUPS], chosen)
     windows = config.num_steps // config.window
     text += (
-        f"\n\nAn unrolled hypergradient costs {config.cost:.1f} training runs in operations: {config.outer_steps} of "
-        f"them, or {config.outer_steps * windows} truncated ones over {config.window} steps, against a grid of "
-        f"{config.side} rates × {config.side} decays. A run is {config.num_steps} steps of "
-        f"{config.batch} rows of {config.context} characters, of {config.num_train} rows; width {config.width}. "
-        f"The test loss is a mean of {config.test_repeats} trainings. Mean ± standard deviation over {config.seeds} "
-        "seeds."
+        "\n\n"
+        f"- An unrolled hypergradient costs {config.cost:.1f} training runs, in operations.\n"
+        f"- The searches take {config.outer_steps} unrolled hypergradients, or {config.outer_steps * windows} "
+        f"truncated ones over {config.window} steps. The grid has {config.side} rates × {config.side} decays.\n"
+        f"- A run is {config.num_steps} steps of {config.batch} rows of {config.context} characters, of "
+        f"{config.num_train} rows. The width is {config.width}.\n"
+        f"- The test loss is a mean of {config.test_repeats} trainings.\n"
+        f"- Mean ± standard deviation over {config.seeds} seeds."
     )
     script.publish(__file__, "A weight decay for each layer of a language model", text, config)
     if not small:

@@ -215,7 +215,7 @@ def main() -> None:
             [name, script.spread(values[:, 0]), script.spread(values[:, 1]), gap, script.spread(values[:, 2], 2)]
         )
     text = script.table(["weights", "validation loss", "test loss", "test loss − the grid's", "test error, %"], rows)
-    text += "\n\nWhat was chosen (medians over seeds):\n\n"
+    text += "\n\nThe chosen values (medians over seeds):\n\n"
     middle = lambda name, get: f"{np.median([float(get(chosen[name])) for _, chosen in runs]):.3g}"
     text += script.table(
         ["weights", "rate", *AUXILIARY],
@@ -225,11 +225,15 @@ def main() -> None:
         ],
     )
     text += (
-        f"\n\n{config.num_train} rows to train on, {config.num_valid} to validate, {config.num_test} to test, all "
-        f"speakers in each; {config.hidden} hidden units, Adam, {config.num_steps} steps of {config.batch} rows; "
-        f"every choice is a mean of {config.repeats} trainings, and so is every figure. The grid has "
-        f"{config.grid_rates} rates × {len(config.grid_weights)} weights; the hypergradient took {config.outer_steps} "
-        f"outer steps of two trainings. Mean ± standard deviation over {config.seeds} seeds."
+        "\n\n"
+        f"- Rows: {config.num_train} to train on, {config.num_valid} to validate, {config.num_test} to test, all "
+        "speakers in each.\n"
+        f"- The network has {config.hidden} hidden units. Training takes {config.num_steps} steps of Adam with "
+        f"{config.batch} rows.\n"
+        f"- Every choice and every figure is a mean of {config.repeats} trainings.\n"
+        f"- The grid has {config.grid_rates} rates × {len(config.grid_weights)} weights. The hypergradient took "
+        f"{config.outer_steps} outer steps of two trainings.\n"
+        f"- Mean ± standard deviation over {config.seeds} seeds."
     )
     script.publish(__file__, "Loss weights of a multi-task network", text, config)
     if not small:

@@ -298,19 +298,22 @@ def main() -> None:
         cells = [f"{m:.4f} ± {s:.4f}" for m, s in zip(mean[:2], spread[:2], strict=True)]
         rows.append([name, *cells, f"{100 * mean[2]:.2f} ± {100 * spread[2]:.2f}"])
     text = script.table(["schedule", "validation loss", "test loss", "test error, %"], rows)
-    text += "\n\nWhat a hypergradient of all windows costs, at the start:\n\n"
+    text += "\n\nThe cost of a hypergradient of all windows, at the start:\n\n"
     text += script.table(
         ["T", "mode", "time / plain training", "temporary MiB", "relative difference of the two"], costs
     )
     text += (
-        f"\n\n{config.num_train} rows to train on, {config.num_valid} to validate, MNIST's 10,000 test rows; a network "
-        f"of 196, {HIDDEN} and 10 units, SGD with momentum 0.9, {BATCH} rows a step, T = {config.num_steps}. The grids "
-        f"have {config.grid} rates, of {config.repeats} trainings each. Outer rates were chosen on validation rows: of "
-        f"{', '.join(map(str, config.greedy_rates))} for greedy rules, and of "
-        f"{', '.join(map(str, config.outer_rates))} for the windows, which took {config.outer_steps} hypergradients "
-        "each time. Micaelli & Storkey report that "
-        "schedules learned so beat greedy ones on CIFAR-10 over 10⁴ steps; their networks are larger, and no figure of "
-        f"theirs compares with these. Mean ± standard deviation over {config.seeds} seeds."
+        "\n\n"
+        f"- Rows: {config.num_train} to train on, {config.num_valid} to validate, and MNIST's 10,000 test rows.\n"
+        f"- Network: 196, {HIDDEN} and 10 units. Training: SGD with momentum 0.9, {BATCH} rows a step, T = "
+        f"{config.num_steps}.\n"
+        f"- The grids have {config.grid} rates, of {config.repeats} trainings each.\n"
+        f"- Outer rates were chosen on validation rows: of {', '.join(map(str, config.greedy_rates))} for greedy "
+        f"rules, and of {', '.join(map(str, config.outer_rates))} for the windows. Each choice for the windows took "
+        f"{config.outer_steps} hypergradients.\n"
+        "- Micaelli & Storkey report that schedules learned in this way beat greedy ones on CIFAR-10 over 10⁴ steps. "
+        "Their networks are larger, so none of their figures is comparable with these.\n"
+        f"- Mean ± standard deviation over {config.seeds} seeds."
     )
     script.publish(__file__, "Learning-rate schedules by long-horizon gradients", text, config)
     if not small:

@@ -301,7 +301,7 @@ def gibbs(
 
 
 def gibbs_samples(train: Ratings, offsets: Offsets, num_factors: int, sweeps: int) -> list[GibbsSample]:
-    """Returns the samples of the second half of the sweeps; factors explain what the offsets of items do not."""
+    """Returns the samples of the second half of the sweeps; factors explain the residuals of the items' offsets."""
     residuals = residual_matrix(train, offsets._replace(user=np.zeros_like(offsets.user)))
     return list(gibbs(residuals, num_factors, sweeps=sweeps, burn_in=sweeps // 2))
 

@@ -11,7 +11,6 @@ as in `meta_gradients.py`, also the outer rate and the outer loss. Seeds are the
     python experiments/rl/bad_values.py --smoke    # seconds; prints only
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STARTS), figsize=(11, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(STARTS), figsize=(11, 3.6), layout="constrained", sharey=True)
     for ax, label in zip(axes, STARTS, strict=True):
         for color, kind in enumerate(TUNED):
             values = [family[f"{label}, {kind}"]["score"] for family in results.values()]
@@ -93,7 +92,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         ax.set_xticks(range(len(results)), list(results))
         ax.set_title(label, fontsize=10)
     axes[0].set_ylabel("score")
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -109,19 +108,7 @@ def main() -> None:
         settings, args.families = meta_gradients.SMOKE, args.families[:1]
     files = [Path(module.__file__) for module in (actor_critic, environments, meta_gradients, scores, searches)]
     folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
-    seconds = []
-
-    def keep(part, make):
-        def timed():
-            begin = time.process_time()
-            return {**make(), "seconds": np.array(time.process_time() - begin)}
-
-        own = f"{part} {settings.seeds} seeds"
-        arrays = script.kept(folder, own.replace(",", "").replace(" ", "_"), timed)
-        seconds.append(float(arrays["seconds"]))
-        print(f"{part}: {arrays['score'].mean():.3f}, {seconds[-1]:.0f} s", flush=True)
-        return arrays
-
+    keep, seconds = script.timed_parts(folder and folder / f"{settings.seeds}_seeds")
     results = {name: measure(name, settings, keep) for name in args.families}
     title = "Meta-gradients from bad values, one by one"
     script.publish(__file__, title, report(results, settings), args, name="rl_bad_values", seconds=sum(seconds))

@@ -21,7 +21,6 @@ too, although the next update repeats those within a run. Judged on new physics.
 """
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -419,19 +418,11 @@ def main() -> None:
     settings, seeds = (SMOKE, 1) if args.smoke else (Settings(), 3 if args.full else args.seeds)
     files = [Path(module.__file__) for module in (actor_critic, environments, searches)]
     folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
-    of_mazes, of_courses, seconds = [], [], []
-
-    def part(name, make):
-        begin = time.process_time()
-        timed = lambda: {**make(), "seconds": np.array(time.process_time() - begin)}
-        arrays = script.kept(folder, name, timed)
-        seconds.append(float(arrays.pop("seconds")))
-        print(name, {key: np.round(values[:4], 3).tolist() for key, values in arrays.items()}, flush=True)
-        return arrays
-
+    of_mazes, of_courses = [], []
+    keep, seconds = script.timed_parts(folder)
     for seed in range(seeds):
-        of_mazes.append(part(f"mazes_{seed}", lambda seed=seed: mazes(seed, settings)))
-        of_courses.append(part(f"courses_{seed}", lambda seed=seed: courses(seed, settings)))
+        of_mazes.append(keep(f"mazes_{seed}", lambda seed=seed: mazes(seed, settings)))
+        of_courses.append(keep(f"courses_{seed}", lambda seed=seed: courses(seed, settings)))
     text = report(of_mazes, of_courses, growths(settings), settings)
     title = "Reinforcement learning over families of tasks"
     script.publish(__file__, title, text, args, name="rl_families", seconds=sum(seconds))

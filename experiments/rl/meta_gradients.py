@@ -316,19 +316,7 @@ def main() -> None:
         return
     files = [Path(module.__file__) for module in (actor_critic, environments, scores, searches)]
     folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
-    seconds = []
-
-    def keep(part, make):
-        def timed():
-            begin = time.process_time()
-            return {**make(), "seconds": np.array(time.process_time() - begin)}
-
-        own = f"{part} {settings.seeds} seeds"
-        arrays = script.kept(folder, own.replace(",", "").replace(" ", "_"), timed)
-        seconds.append(float(arrays["seconds"]))
-        print(f"{part}: {arrays['score'].mean():.3f}, {seconds[-1]:.0f} s" if "score" in arrays else part, flush=True)
-        return arrays
-
+    keep, seconds = script.timed_parts(folder and folder / f"{settings.seeds}_seeds")
     names = FAMILY_NAMES[:1] if args.smoke else args.families or FAMILY_NAMES
     results, measured, growths = {}, {}, {}
     with report_progress(len(names), None, "{family}", unit="family", family="") as progress:

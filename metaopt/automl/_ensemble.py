@@ -23,7 +23,7 @@ _SIGNED = {
 
 
 def score_name(metric: str) -> str:
-    """What the score by a metric is: its name, and for losses their sign and unit."""
+    """Describes the score by a metric: its name, and for losses their sign and unit."""
     return _SIGNED.get(metric, metric)
 
 

@@ -41,8 +41,8 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
 
     Args:
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. Of a `Table`, arrays
-        or a frame, all rows are used: pass training rows only.
+        [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. All rows of a
+        `Table`, of arrays or of a frame are used: pass only training rows.
       target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
         of the frame. Rows without a label are dropped. None: `table` has the labels.
       seed: of subsamples and folds of the meta-features.
@@ -68,7 +68,7 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
       >>> bool((predicted == prepared.test.y).mean() > 0.9)
       True
 
-      Of a frame and the name of its target, here a dict of columns:
+      From a frame and the name of its target, here a dict of columns:
 
       >>> frame = {"size": [1.5, 2.5, 3.5] * 20, "color": ["red", "blue"] * 30, "sold": ["no", "no", "yes", None] * 15}
       >>> hyperparams = automl.predict_hyperparams(frame, "sold")

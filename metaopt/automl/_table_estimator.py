@@ -1,4 +1,4 @@
-"""What the scikit-learn estimators for tables share: how they read a table, and a part of their files."""
+"""Shared parts of the scikit-learn estimators for tables: reading a table, and a part of their files."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,12 +1,13 @@
 """Black-box search: objectives without a gradient, records of their trials, and searchers that learn from records.
 
 - Trials: `collect` runs an objective `(trial, task) -> outcome` with a searcher on many tasks, and stores a `Record`
-  of each trial (`append_records`, `read_records`, `recover_records`). `sklearn_objective` and `lightning.objective`
+  of each trial (`append_records`, `read_records`, `recover_records`). `best_records` finds the best ones, also by
+  several outcomes. `sklearn_objective` and `lightning.objective`
   make objectives; `from_optuna_study`, `from_hpob` and `from_openml_evaluations` read the trials of other programs.
 - Searchers: `random_search`, `tpe`, `bohb`, `regularized_evolution`; `asha` and `enqueue` wrap any searcher.
 - Learned searchers: `train_meta_optimizer` and `train_meta_searcher` learn from the records of earlier tasks which
   configurations to try on a new task; `train_curve_searcher` learns from their learning curves. `optuna_sampler`
-  offers the result to Optuna.
+  offers the result to Optuna, and `should_prune` prunes its trials with several objectives.
 """
 
 from metaopt.blackbox import _saved as _saved  # registers learned optimizers for `metaopt.save`
@@ -31,12 +32,18 @@ from metaopt.blackbox._freeze_thaw import (
     CurveSearcher,
     train_curve_searcher,
 )
+from metaopt.blackbox._goals import (
+    best_records,
+)
 from metaopt.blackbox._meta_optimizer import (
     train_meta_optimizer,
     train_meta_searcher,
 )
 from metaopt.blackbox._meta_search import (
     MetaOptimizer,
+)
+from metaopt.blackbox._optuna_outcomes import (
+    should_prune,
 )
 from metaopt.blackbox._optuna_searchers import (
     bohb,
@@ -78,6 +85,7 @@ __all__ = [
     "TrialTable",
     "append_records",
     "asha",
+    "best_records",
     "bohb",
     "collect",
     "enqueue",
@@ -92,6 +100,7 @@ __all__ = [
     "records_to_frame",
     "recover_records",
     "regularized_evolution",
+    "should_prune",
     "sklearn_model",
     "sklearn_objective",
     "tabulate",

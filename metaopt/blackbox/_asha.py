@@ -1,12 +1,13 @@
 """ASHA and asynchronous Hyperband around any searcher: only good trials get the full budget."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaopt import base
 from metaopt.blackbox import _fidelities
+from metaopt.blackbox._goals import Goals, best_first, make_goals, values_of
 from metaopt.blackbox._random_search import random_search
 
 
@@ -16,14 +17,15 @@ class AshaState(NamedTuple):
     Attributes:
       searcher: the state of the searcher that proposes configurations.
       trials: trial number -> (bracket, the record that `searcher` first asked for).
-      outcomes: trial number -> the outcome at each rung that has a result; infinite if the trial failed or was pruned.
+      outcomes: trial number -> the outcomes at each rung that has a result; infinite if the trial failed or was pruned.
+        The objectives are before the excess above the bounds of constraints.
       asked: (trial number, rung) of all trials that were asked for.
       num_started: number of trials that have started.
     """
 
     searcher: Any
     trials: dict[int, tuple[int, base.Record]]
-    outcomes: dict[int, dict[int, float]]
+    outcomes: dict[int, dict[int, tuple[float, ...]]]
     asked: frozenset[tuple[int, int]]
     num_started: int
 
@@ -34,6 +36,8 @@ def asha(
     reduction_factor: int = 3,
     num_rungs: int = 4,
     num_brackets: int = 1,
+    objectives: Sequence[str] | None = None,
+    constraints: Mapping[str, float] | None = None,
 ) -> base.Searcher:
     """Asynchronous successive halving: a trial continues to η times the budget if it is in the best 1/η of its rung.
 
@@ -54,6 +58,11 @@ def asha(
       reduction_factor: η, at least 2.
       num_rungs: K, the number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
       num_brackets: at least 1, at most K.
+      objectives: the names of several outcomes that the objective returns. By default, the `outcome` decides, which is
+        the first one. With several, trials of an earlier front are better, where the first front has the trials of a
+        rung that no other one dominates. Within a front, trials continue so that they spread over it.
+      constraints: name -> the largest feasible value of another outcome. Trials that are infeasible at a rung are worse
+        than all others, by how much they exceed the bounds.
 
     Returns:
       A searcher. A trial has a record for each fidelity that it reached. An objective that resumes its own checkpoints
@@ -62,6 +71,7 @@ def asha(
     Raises:
       ValueError: if an argument is out of range.
       ValueError: (in `ask`) if `searcher` chooses fidelities itself, as `bohb` does.
+      ValueError: (in `tell`) if a complete trial lacks one of the `objectives` or `constraints`.
       ValueError: (in `tell`) if a trial that the searcher asked for has a fidelity that is not one of the K. A trial is
         recognized by its number, configuration and seed.
 
@@ -86,7 +96,8 @@ def asha(
             "`reduction_factor` must be at least 2, and `num_brackets` in 1..`num_rungs`; got "
             f"{reduction_factor}, {num_brackets} and {num_rungs}."
         )
-    rungs = _Rungs(int(reduction_factor), num_rungs, num_brackets)
+    goals = make_goals(objectives, constraints) or Goals((), {})
+    rungs = _Rungs(int(reduction_factor), num_rungs, num_brackets, goals)
     inner = random_search() if searcher is None else searcher
     return base.Searcher(
         init=lambda key, space: AshaState(inner.init(key, space), {}, {}, frozenset(), 0),
@@ -99,6 +110,7 @@ class _Rungs(NamedTuple):
     factor: int  # η
     num: int  # K
     num_brackets: int
+    goals: Goals
 
     @property
     def fidelities(self) -> list[float]:
@@ -137,10 +149,20 @@ def _promotion(rungs: _Rungs, state: AshaState) -> tuple[int, int] | None:
                 for number, outcomes in state.outcomes.items()
                 if rung - 1 in outcomes and state.trials[number][0] == bracket
             ]
-            for outcome, number in sorted(done)[: len(done) // rungs.factor]:
-                if (number, rung) not in state.asked and np.isfinite(outcome):
+            for number in _best(rungs.goals, sorted(done))[: len(done) // rungs.factor]:
+                if (number, rung) not in state.asked:
                     return number, rung
     return None
+
+
+def _best(goals: Goals, done: list[tuple[tuple[float, ...], int]]) -> list[int]:
+    """The trials with finite outcomes from the best to the worst."""
+    if not done:
+        return []
+    if len(done[0][0]) == 1:
+        return [number for (outcome,), number in done if np.isfinite(outcome)]
+    values, num = np.array([outcomes for outcomes, _ in done]), max(len(goals.objectives), 1)
+    return [done[i][1] for i in best_first(values[:, :num], values[:, num:])]
 
 
 def _next_bracket(rungs: _Rungs, state: AshaState) -> int:
@@ -163,6 +185,8 @@ def _tell(rungs: _Rungs, inner: base.Searcher, state: AshaState, records: Sequen
         rung = _fidelities.rung_of(rungs.fidelities, record, own=own)
         if rung is None:
             continue
-        y = record.outcome if record.status == "COMPLETE" and np.isfinite(record.outcome) else np.inf
-        outcomes[record.trial] = {**outcomes.get(record.trial, {}), rung: float(y)}
+        values, excess = values_of([record], rungs.goals)
+        y = np.concatenate([values[0], excess[0]])
+        y = np.where(record.status == "COMPLETE" and np.isfinite(y).all(), y, np.inf)
+        outcomes[record.trial] = {**outcomes.get(record.trial, {}), rung: tuple(y.tolist())}
     return state._replace(searcher=inner.tell(state.searcher, records), outcomes=outcomes)

@@ -71,8 +71,10 @@ def collect(
     the tasks to them.
 
     Args:
-      objective: `(trial, task) -> outcome`, a number; smaller is better. `trial` is a `Record`. The objective should
-        use `trial.configuration` (plain values by name) and use `trial.seed` for all random numbers. It should also use
+      objective: `(trial, task) -> outcome`, a number; smaller is better. It may return several outcomes: a dict by
+        name, or a tuple, whose names are "0", "1" and so on. The records keep all of them (`outcomes`). Searchers use
+        the first one, unless they have an argument `objectives`. `trial` is a `Record`. The objective should use
+        `trial.configuration` (plain values by name) and use `trial.seed` for all random numbers. It should also use
         `trial.fidelity` if the searcher proposes fractions of the full budget. It may raise
         `blackbox.Pruned(outcome)`. If it forks its process, the fork ends when the objective returns or raises, and its
         result is ignored.

@@ -12,6 +12,8 @@ from metaopt.blackbox._records import as_python
 if TYPE_CHECKING:
     import pandas
 
+_JSON = ("configuration", "outcomes")  # columns of dicts
+
 
 def as_pandas(frame: Any) -> Any:
     """Returns a pandas DataFrame, converted if necessary with `to_pandas`, which polars and pyarrow tables have."""
@@ -23,22 +25,25 @@ def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "panda
 
     Args:
       records: any number.
-      wide: add a column for each parameter, to look at. `records_from_frame` does not need these columns. Parquet
-        rejects columns that mix labels and numbers.
+      wide: add a column for each parameter, and for each of several outcomes, to look at. `records_from_frame` does not
+        need these columns. Parquet rejects columns that mix labels and numbers.
 
     Returns:
       A frame with a column for each field of a record. "configuration" is JSON, because a column does not
-      keep whether a number is an integer, and whether None is a value or a gap.
+      keep whether a number is an integer, and whether None is a value or a gap. "outcomes" is JSON, or None.
 
     Raises:
       ImportError: if pandas is not installed.
     """
     pd = _extras.require("pandas", "records", "`records_to_frame`")
     frame = pd.DataFrame([record._asdict() for record in records], columns=list(Record._fields))
-    texts = frame.assign(configuration=[json.dumps(record.configuration, default=as_python) for record in records])
+    as_json = lambda value: None if value is None else json.dumps(value, default=as_python)
+    columns: Any = {name: [as_json(getattr(record, name)) for record in records] for name in _JSON}
+    texts = frame.assign(**{name: pd.Series(column, frame.index, object) for name, column in columns.items()})
     if wide:
-        parameters = pd.DataFrame([record.configuration for record in records], index=frame.index)
-        texts = texts.join(parameters.add_prefix("configuration."))
+        for name in _JSON:
+            entries = pd.DataFrame([getattr(record, name) or {} for record in records], index=frame.index)
+            texts = texts.join(entries.add_prefix(f"{name}."))
     return texts
 
 
@@ -47,9 +52,9 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
 
     Args:
       frame: has the columns "task" and "configuration" (JSON, or dicts), and any of the other fields. Missing entries
-        (NaN, None, NA) become NaN in numeric fields, and "" in "reason". A frame of polars, or any object with
-        `to_pandas`, is converted first. A CSV file cannot distinguish a name from a number or a gap ("007", "1e5",
-        "NA"). So pandas needs these arguments:
+        (NaN, None, NA) become NaN in numeric fields, "" in "reason", and None in "outcomes". A frame of polars, or any
+        object with `to_pandas`, is converted first. A CSV file cannot distinguish a name from a number or a gap ("007",
+        "1e5", "NA"). So pandas needs these arguments:
 
             texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
             pandas.read_csv(file, dtype=texts, na_values=gaps, keep_default_na=False)
@@ -59,8 +64,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
 
     Raises:
       TypeError: if a required column is missing.
-      ValueError: if a task or reason is not text, or a configuration is neither a dict nor JSON of a dict. The message
-        has the row number, from 0.
+      ValueError: if a task or reason is not text, or a configuration, or the outcomes, are neither a dict nor JSON of
+        a dict. The message has the row number, from 0.
     """
     frame = as_pandas(frame)
     columns = [name for name in Record._fields if name in frame.columns]
@@ -75,19 +80,28 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
                     f"The column {name!r} must contain strings; got {text!r} in row {number}. If it comes from a CSV "
                     "file, pandas may have changed it: the docstring of `records_from_frame` shows how to read one."
                 )
-        configuration = record.configuration
-        if not isinstance(configuration, dict):
-            try:
-                configuration = json.loads(configuration)
-            except (TypeError, ValueError):
-                configuration = None
-        if not isinstance(configuration, dict):
-            raise ValueError(
-                f'The column "configuration" must hold dicts, or JSON of dicts; got {record.configuration!r} in row '
-                f"{number}. `records_to_frame` makes such frames."
-            )
-        records.append(record._replace(configuration=configuration, reason=reason))
+        outcomes = record.outcomes
+        is_gap = outcomes is None or outcomes == "" or outcomes != outcomes
+        outcomes = None if is_gap else _as_dict("outcomes", outcomes, number)
+        configuration = _as_dict("configuration", record.configuration, number)
+        records.append(record._replace(configuration=configuration, reason=reason, outcomes=outcomes))
     return records
+
+
+def _as_dict(name: str, value: Any, number: int) -> dict[str, Any]:
+    """Returns the dict of an entry, which is a dict or JSON."""
+    parsed = value
+    if not isinstance(value, dict):
+        try:
+            parsed = json.loads(value)
+        except (TypeError, ValueError):
+            parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f'The column "{name}" must hold dicts, or JSON of dicts; got {value!r} in row {number}. '
+            "`records_to_frame` makes such frames."
+        )
+    return parsed
 
 
 def _values(column: Any) -> list[Any]:

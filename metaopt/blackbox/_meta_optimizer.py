@@ -31,6 +31,7 @@ from metaopt.blackbox._fit_surrogate import (
     stacked_rows,
 )
 from metaopt.blackbox._fitting import Budget
+from metaopt.blackbox._goals import goals_of_records, records_of_outcome
 from metaopt.blackbox._meta_search import MetaOptimizer, effective_tasks, meta_optimizer
 from metaopt.blackbox._new_trials import as_configurations
 
@@ -53,6 +54,8 @@ def train_meta_optimizer(
     transformers: int = 0,
     transformer_share: float = 0.5,
     costs: bool = False,
+    objectives: Sequence[str] | None = None,
+    constraints: Mapping[str, float] | None = None,
     progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
@@ -141,6 +144,15 @@ def train_meta_optimizer(
       costs: whether to learn the cost of trials as well. The target is the logarithm of a record's `cost`, up to a
         factor for each task. `searcher(acquisition="ei_per_cost")` uses it: expected improvement per predicted cost
         (Snoek et al., 2012).
+      objectives: the names of outcomes to minimize together, if the records have `outcomes`. None minimizes the
+        `outcome`, which is the first one. `searcher` and `suggest` then maximize the expected improvement of the
+        hypervolume that the trials dominate. Each outcome has its own surrogate, and outcomes count as independent. The
+        hypervolume ends a tenth of the front's range above its worst values, or at half of the range of all trials or
+        of earlier tasks, if that is larger. The choice does not depend on the units of objectives. If an objective
+        varies over orders of magnitude, return its logarithm. `predict`, `portfolio` and `outcomes` use only the first
+        objective.
+      constraints: name -> the largest feasible value of another outcome. Scores are multiplied by the probability that
+        the constraints hold. While no trial is feasible, this probability is the score.
       progress: as for `training.fit`, for each part.
       key: random key; `jax.random.key(0)` by default.
 
@@ -158,11 +170,13 @@ def train_meta_optimizer(
       ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows; if its entries have different
         forms; or if they are tables or images, and `features` are given too.
       ValueError: if `costs` is True and no task has records of different costs.
+      ValueError: if no record has one of the `objectives` or `constraints`, or they are given with `transformers`.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;
       Müller et al., PFNs4BO, ICML 2023, https://arxiv.org/abs/2305.17535, and Nguyen & Grover, ICML 2022,
-      https://arxiv.org/abs/2207.04179, for `transformers`.
+      https://arxiv.org/abs/2207.04179, for `transformers`;
+      Emmerich, Deutz & Klinkenberg, CEC 2011, for `objectives`; Gardner et al., ICML 2014, for `constraints`.
 
     >>> import jax
     >>> from metaopt import blackbox, spaces
@@ -201,6 +215,12 @@ def train_meta_optimizer(
                 "`candidates` must hold a configuration, or be None to search the whole space; it is empty."
             )
     records = as_records(records)
+    goals = goals_of_records(records, objectives, constraints)
+    if goals is not None and transformers:
+        raise ValueError("`transformers` predict one outcome; omit them, or `objectives` and `constraints`.")
+    outcomes = () if goals is None else goals.names
+    every = [records_of_outcome(records, name) for name in outcomes]
+    records = every[0] if every else records
     key = jax.random.key(0) if key is None else key
     if space is None:
         space = inferred_space(records, candidates)
@@ -228,6 +248,10 @@ def train_meta_optimizer(
     if transformers:
         surrogate = _with_transformers(setup, surrogate, trials, family, transformers, transformer_share)
     cost_surrogate = _cost_surrogate(setup, costs_by_task(records, encode)) if costs else None
+    others = []
+    for number, (outcome, other) in enumerate(zip(outcomes[1:], every[1:], strict=True)):
+        tasks = by_task(other, encode, f"records` of the outcome `{outcome}")
+        others.append(_other_surrogate(setup, number, *tasks, features, families, num_members))
     g = meta_optimizer(
         surrogate,
         cost_surrogate,
@@ -236,16 +260,10 @@ def train_meta_optimizer(
         num_records=sum(len(task.y) for task in trials),
         effective_tasks=effective_tasks(trials, surrogate.kernel, space, candidates),
         reads=reads,
+        goals=goals,
+        other_surrogates=others,
     )
-    if g.evidence.weight < 0.5:
-        _log.warning(
-            "g has learned from %d task%s with %d records, worth %.1f tasks on which every configuration was tried. "
-            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
-            "(`MetaOptimizer.evidence`).",
-            g.evidence.num_tasks,
-            "" if g.evidence.num_tasks == 1 else "s",
-            *g.evidence[1:],
-        )
+    _warn_of_little_evidence(g)
     return g
 
 
@@ -339,6 +357,31 @@ def _surrogate_of(
     kernel = fit_kernel(kernel_key, trials, setup.budget, smooth=setup.smooth)
     reference = reference_configurations(reference_key, trials, setup.max_reference)
     return _surrogates.surrogate(trials, kernel, reference, features=features)
+
+
+def _warn_of_little_evidence(g: MetaOptimizer) -> None:
+    if g.evidence.weight < 0.5:
+        _log.warning(
+            "g has learned from %d task%s with %d records, worth %.1f tasks on which every configuration was tried. "
+            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
+            "(`MetaOptimizer.evidence`).",
+            g.evidence.num_tasks,
+            "" if g.evidence.num_tasks == 1 else "s",
+            *g.evidence[1:],
+        )
+
+
+def _other_surrogate(
+    setup: _Setup, number: int, names: list[str], trials: list[_surrogates.TaskTrials], features, families, num_members
+) -> _surrogates.Surrogate:
+    """The surrogate of one more outcome, whose weights of tasks also depend on their features."""
+    setup = setup._replace(key=jax.random.fold_in(setup.key, 6 + number))
+    given_features = features_by_task(names, features)
+    surrogate = _surrogate_of(setup, trials, given_features)
+    if given_features is None:
+        return surrogate
+    family = [name if families is None else families.get(name, name) for name in names]
+    return fit_attention(setup.keys[1], surrogate, family, num_members, setup.budget)
 
 
 def _with_deep_kernels(

@@ -2,12 +2,13 @@
 
 The files follow the order of the algorithm. `_encoding` turns configurations into vectors, and `_domain` chooses them
 from a space or a finite set. `_new_task` specializes the surrogate to a task's features, and `_new_trials` turns its
-trials into arrays. `_predictions` and `_scores` have the formulas, and `_programs` compiles them. `_suggestions`
-chooses configurations by these scores, `_meta_searcher` keeps the trials of a search, and `_meta_outcomes` predicts
-outcomes.
+trials into arrays. `_predictions` and `_scores` have the formulas, and `_programs` compiles them. `_goal_search` has
+the score of several outcomes. `_suggestions` chooses configurations by these scores, `_meta_searcher` keeps the trials
+of a search, and `_meta_outcomes` predicts outcomes.
 """
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,8 @@ from metaopt import base, spaces
 from metaopt.blackbox import _meta_searcher, _predictions
 from metaopt.blackbox._domain import NUM_RANDOM, default_candidates, make_domain
 from metaopt.blackbox._encoding import encode_fn, encoder
+from metaopt.blackbox._goal_search import as_goal_outcomes, make_goal_search
+from metaopt.blackbox._goals import Goals
 from metaopt.blackbox._meta_outcomes import OutcomesFn, predict_outcomes
 from metaopt.blackbox._new_task import new_task_of
 from metaopt.blackbox._new_trials import EndedTrials, as_configurations, as_outcomes
@@ -64,7 +67,7 @@ class SuggestFn(Protocol):
     def __call__(
         self,
         configurations: Sequence[Mapping[str, Any]],
-        outcomes: Sequence[float] | np.ndarray,
+        outcomes: Sequence[float] | Sequence[Mapping[str, float]] | np.ndarray,
         new_task: Any = None,
         *,
         num: int = 1,
@@ -87,8 +90,10 @@ class SuggestFn(Protocol):
 
         Configurations are dicts or the rows of a data frame. A gap in a data frame is a missing value, or None if None
         is a label. Missing values are at their defaults. Names and values that the space does not have raise
-        `ValueError`. Outcomes are [N] or [N, 1]. With more than 256 trials, only the best, the latest failed and the
-        latest trials are used. The other trials are not checked if there is an outcome and no candidates."""
+        `ValueError`. Outcomes are [N] or [N, 1]. With `objectives` or `constraints` they are N dicts by name, or
+        [N, M + C], objectives before constraints. There, a trial whose outcomes are all NaN has failed, and one NaN is
+        an unknown outcome. With more than 256 trials, only the best, the latest failed and the latest trials are used.
+        The other trials are not checked if there is an outcome and no candidates."""
         ...
 
 
@@ -141,6 +146,9 @@ class MetaOptimizer(NamedTuple):
       candidates: the configurations to choose from, or None.
       evidence: the numbers of earlier tasks and records, and their weight in `predict`.
       reads: "table" or "images" if a new task may be given as such data; otherwise None.
+      objectives: the names of the outcomes that `searcher` and `suggest` minimize together; () for the `outcome`.
+      constraints: name -> the largest feasible value of another outcome.
+      other_surrogates: the models of the other outcomes, in the order of `objectives[1:]` and `constraints`.
     """
 
     predict: PredictFn
@@ -154,6 +162,9 @@ class MetaOptimizer(NamedTuple):
     candidates: list[dict[str, Any]] | None
     evidence: Evidence
     reads: str | None = None
+    objectives: tuple[str, ...] = ()
+    constraints: Mapping[str, float] = types.MappingProxyType({})
+    other_surrogates: tuple[Surrogate, ...] = ()
 
 
 def meta_optimizer(
@@ -165,13 +176,22 @@ def meta_optimizer(
     num_records: int = 0,
     effective_tasks: float | None = None,
     reads: str | None = None,
+    goals: Goals | None = None,
+    other_surrogates: Sequence[Surrogate] = (),
 ) -> MetaOptimizer:
-    """The `MetaOptimizer` of a surrogate; E is the number of earlier tasks if `effective_tasks` is None."""
+    """The `MetaOptimizer` of a surrogate; E is the number of earlier tasks if `effective_tasks` is None.
+
+    With `goals`, the surrogate is that of the first objective, and `other_surrogates` those of the other outcomes.
+    """
     num_tasks = len(surrogate.curves)
     num_effective = float(num_tasks if effective_tasks is None else effective_tasks)
     domain = make_domain(space, candidates)
     model = _predictions.make_model(surrogate, cost_surrogate, domain, num_effective)
     learned = make_learned(model, domain, reads)
+    if goals is not None:
+        models = [_predictions.make_model(other, None, domain, len(other.curves)) for other in other_surrogates]
+        every = learned, *(make_learned(model, domain, reads) for model in models)
+        learned = learned._replace(goals=make_goal_search(goals, every))
     x64 = bool(jax.config.jax_enable_x64)
     bind = lambda function: in_precision(x64, functools.partial(function, learned))
     return MetaOptimizer(
@@ -186,6 +206,9 @@ def meta_optimizer(
         candidates=domain.candidates or None,
         evidence=Evidence(num_tasks, num_records, num_effective, model.weight),
         reads=reads,
+        objectives=() if goals is None else goals.objectives,
+        constraints={} if goals is None else goals.constraints,
+        other_surrogates=tuple(other_surrogates),
     )
 
 
@@ -218,7 +241,7 @@ def portfolio(learned: Learned, num: int, new_task: Any = None) -> list[dict[str
 def suggest(
     learned: Learned,
     configurations: Sequence[Mapping[str, Any]],
-    outcomes: Sequence[float] | np.ndarray,
+    outcomes: Sequence[float] | Sequence[Mapping[str, float]] | np.ndarray,
     new_task: Any = None,
     *,
     num: int = 1,
@@ -230,7 +253,12 @@ def suggest(
     encode, space = learned.domain.encode, learned.domain.space
     configurations = as_configurations("configurations", configurations, space)
     pending = as_configurations("pending", pending, space)
-    y = as_outcomes(outcomes, len(configurations))
+    several = None
+    if learned.goals is None:
+        y = as_outcomes(outcomes, len(configurations))
+    else:
+        several = as_goal_outcomes(outcomes, len(configurations), learned.goals.goals)
+        y = several[:, 0]
     ended = EndedTrials(
         y,
         np.zeros(len(y), bool),
@@ -238,8 +266,10 @@ def suggest(
         # Encode on demand: only some trials are used, and all are needed only to find the untried candidates.
         lambda i: encode(configurations[i], True),
         lambda: {encode(configuration, True).tobytes() for configuration in configurations},
+        several,
     )
-    search = make_search(learned, new_task_of(learned.model.surrogate, new_task, learned.reads), acquisition)
+    task = new_task_of(learned.model.surrogate, new_task, learned.reads)
+    search = make_search(learned, task, acquisition, new_task)
     running = {len(y) + i: encode(configuration, True) for i, configuration in enumerate(pending)}
     suggestions = []
     for trial in range(len(y) + len(running), len(y) + len(running) + num):
@@ -260,7 +290,8 @@ def searcher(
 ) -> base.Searcher:
     """`MetaOptimizer.searcher`, which computes in the precision `x64`."""
     domain = learned.domain
-    search = make_search(learned, new_task_of(learned.model.surrogate, new_task, learned.reads), acquisition)
+    task = new_task_of(learned.model.surrogate, new_task, learned.reads)
+    search = make_search(learned, task, acquisition, new_task)
     if first is None:
         first = [{}] if domain.encoded is None else default_candidates(domain)[:1]
     whole = tuple(spaces.complete(domain.space, c) for c in as_configurations("first", first, domain.space))

@@ -1,5 +1,6 @@
 """The searcher of a learned optimizer: `init`, `ask` and `tell` over the trials of one task."""
 
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 from metaopt import base
 from metaopt.blackbox import _random_search
+from metaopt.blackbox._goals import Goals, named_outcomes
 from metaopt.blackbox._new_trials import (
     EndedTrials,
     TriedConfiguration,
@@ -31,6 +33,7 @@ class MetaSearcherState(NamedTuple):
       first: configurations to try before others.
       repeats: for unnumbered trials, the number of outcomes of a configuration at a fidelity, and the repeat that
         each outcome belongs to.
+      others: with several outcomes, a state for each one but the first, of which only `tried` is used.
     """
 
     key: jax.Array
@@ -39,6 +42,7 @@ class MetaSearcherState(NamedTuple):
     tried: dict[tuple[int, int, bytes, int], TriedConfiguration]
     first: tuple[dict[str, Any], ...]
     repeats: dict[tuple, int]
+    others: "tuple[MetaSearcherState, ...]" = ()
 
 
 def init(learned: Learned, first: tuple[dict[str, Any], ...], key: jax.Array, space: base.PyTree) -> MetaSearcherState:
@@ -69,18 +73,39 @@ def ask(
 
 def _choose(learned: Learned, search: TaskSearch, key: jax.Array, state: MetaSearcherState) -> dict[str, Any]:
     tried = list(state.tried.values())
+    outcomes = [at_full_budget(list(one.tried.values())) for one in (state, *state.others)]
     ended = EndedTrials(
-        at_full_budget(tried),
+        outcomes[0],
         np.array([trial.given_up for trial in tried], bool),
         np.array([trial.log_cost for trial in tried]),
         lambda i: tried[i].x,
         lambda: {name[2] for name in state.tried},
+        np.stack(outcomes, axis=1),
     )
     return next_configuration(learned, search, key, ended, state.pending, state.num_asked)
 
 
 def tell(learned: Learned, state: MetaSearcherState, records: list[base.Record]) -> MetaSearcherState:
     """Adds records of trials, whoever asked for them."""
+    if learned.goals is None:
+        return _tell_one(learned, state, records)
+    goals = learned.goals.goals
+    first, *others = ([_with_outcome(record, goals, name) for record in records] for name in goals.names)
+    before = state.others or tuple(init(learned, (), state.key, None) for _ in others)
+    told = (_tell_one(learned, *pair) for pair in zip(before, others, strict=True))
+    return _tell_one(learned, state, first)._replace(others=tuple(told))
+
+
+def _with_outcome(record: base.Record, goals: Goals, name: str) -> base.Record:
+    """A record of one of several outcomes."""
+    if record.status not in ("COMPLETE", "PRUNED"):
+        return record
+    if record.trial == record.seed == 0:  # repeats of a configuration are distinguished by all outcomes
+        record = record._replace(seed=1 + zlib.crc32(repr(record.outcomes).encode()))
+    return record._replace(outcome=named_outcomes(record, goals)[name])
+
+
+def _tell_one(learned: Learned, state: MetaSearcherState, records: list[base.Record]) -> MetaSearcherState:
     pending, tried, repeats = dict(state.pending), dict(state.tried), dict(state.repeats)
     for record in records:
         if record.status == "WAITING":

@@ -113,6 +113,8 @@ class EndedTrials(NamedTuple):
       log_cost: [N] logarithm of the cost of the full budget, NaN if unknown.
       x: i -> [D] the encoded configuration of trial i.
       names: () -> the bytes of all encoded configurations.
+      outcomes: [N, K] the same as `y` for each of several outcomes, in the order of `Goals.names`; y is the first one.
+        All are NaN if a trial failed, and one is NaN if it is unknown.
     """
 
     y: np.ndarray
@@ -120,6 +122,7 @@ class EndedTrials(NamedTuple):
     log_cost: np.ndarray
     x: Callable[[int], np.ndarray]
     names: Callable[[], set[bytes]]
+    outcomes: Any = None
 
 
 def tried_configuration(

@@ -9,6 +9,8 @@ import jax
 
 from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _random_search
+from metaopt.blackbox._goals import Goals, make_goals, values_of
+from metaopt.blackbox._optuna_outcomes import CONSTRAINTS
 
 
 class OptunaState(NamedTuple):
@@ -33,7 +35,13 @@ class OptunaState(NamedTuple):
     first: tuple[dict[str, Any], ...]
 
 
-def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 10) -> base.Searcher:
+def tpe(
+    *,
+    first: Sequence[Mapping[str, Any]] | None = None,
+    num_random: int = 10,
+    objectives: Sequence[str] | None = None,
+    constraints: Mapping[str, float] | None = None,
+) -> base.Searcher:
     """Tree-structured Parzen estimators, by Optuna (extra `optuna`).
 
     The method estimates one density of the good configurations and one of the others. Both are joint over the
@@ -46,6 +54,9 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
         `first=g.portfolio(3, new_task)` of a `MetaOptimizer` starts with configurations that were good on earlier
         tasks.
       num_random: number of random trials before the first model.
+      objectives: the names of outcomes to minimize together, if the objective returns several. By default, the
+        `outcome`, which is the first one. With several, "PRUNED" records, and those at fidelities below 1, say nothing.
+      constraints: name -> the largest feasible value of another outcome. Infeasible trials rank behind feasible ones.
 
     Returns:
       A searcher for the spaces that `spaces.to_optuna` supports. `tell` also accepts records of trials that the
@@ -55,12 +66,14 @@ def tpe(*, first: Sequence[Mapping[str, Any]] | None = None, num_random: int = 1
       since they belong to an unknown fidelity below the requested one.
 
     Raises:
+      ValueError: (in `tell`) if a complete trial lacks one of the `objectives` or `constraints`.
       ImportError: (when a search starts) if Optuna is not installed.
 
     Source: Bergstra et al., NeurIPS 2011, https://papers.nips.cc/paper/4443-algorithms-for-hyper-parameter-optimization;
     Optuna: Akiba et al., KDD 2019, https://arxiv.org/abs/1907.10902
     """
-    return _searcher(_Budgets([1.0], lambda optuna: optuna.pruners.NopPruner()), first, num_random)
+    goals = make_goals(objectives, constraints) or Goals((), {})
+    return _searcher(_Budgets([1.0], lambda optuna: optuna.pruners.NopPruner(), goals), first, num_random)
 
 
 def bohb(
@@ -111,6 +124,11 @@ class _Budgets(NamedTuple):
 
     fidelities: list[float]
     pruner_fn: Callable[[Any], Any]  # the module `optuna` -> a pruner
+    goals: Goals = Goals((), {})
+
+    @property
+    def num_objectives(self) -> int:
+        return max(len(self.goals.objectives), 1)
 
     @property
     def only_full(self) -> bool:
@@ -138,13 +156,17 @@ def _init(budgets: _Budgets, first, num_random: int, key: jax.Array, space: base
     seed_key, key = jax.random.split(key)
     seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
     spaces.to_optuna(space)  # raises an error if Optuna does not support the space
-    options = {"multivariate": True, "group": True, "constant_liar": True}
+    options: dict[str, Any] = {"multivariate": True, "group": True, "constant_liar": True}
+    if num := len(budgets.goals.constraints):
+        options["constraints_func"] = lambda trial: trial.user_attrs.get(CONSTRAINTS, [1.0] * num)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # Optuna 5 prefers `trial.set_constraint`, which 4 does not have
         sampler = optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed, **options)
     # Optuna assigns a trial to a bracket by the study's name, among other things.
-    kwargs = {"study_name": "metaopt", "sampler": sampler, "pruner": budgets.pruner_fn(optuna)}
-    study = _quietly(optuna, lambda: optuna.create_study(**kwargs))
+    kwargs: Any = {"study_name": "metaopt", "sampler": sampler, "pruner": budgets.pruner_fn(optuna)}
+    kwargs["directions"] = ["minimize"] * budgets.num_objectives
+    study = _extras.quietly(optuna, lambda: optuna.create_study(**kwargs))
     return OptunaState(study, space, key, {}, 0, [], tuple(_random_search.complete(space, first)))
 
 
@@ -184,7 +206,9 @@ def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record])
         trial = trials.get(record.trial)
         return trial is not None and _same(record.configuration, spaces.suggest(trial, state.space))
 
-    ended = [_without_lost(record) for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")]
+    ended = [
+        _without_lost(budgets.goals, record) for record in records if record.status in ("COMPLETE", "PRUNED", "FAIL")
+    ]
     for record in ended:
         if not budgets.only_full and record.status != "FAIL" and is_own(record):  # raise before the study changes
             own = record.seed == _random_search.seed_of(state.key, record.trial)
@@ -193,7 +217,7 @@ def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record])
     for record in ended:
         rung = _fidelities.rung_of(budgets.fidelities, record)
         if not is_own(record) or (rung is None and record.status != "FAIL" and not budgets.only_full):
-            _add(state.study, state.space, record, budgets.step(record))
+            _add(budgets, state.study, state.space, record)
         elif _ends(budgets, state.study, trials[record.trial], record, rung):
             del trials[record.trial]
         else:
@@ -202,10 +226,16 @@ def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record])
     return state._replace(trials=trials, survivors=survivors, first=left)
 
 
-def _without_lost(record: base.Record) -> base.Record:
+def _without_lost(goals: Goals, record: base.Record) -> base.Record:
     """Optuna rejects NaN with a warning, and would take −∞ as the best outcome: such a trial has failed."""
-    lost = record.status == "COMPLETE" and not math.isfinite(record.outcome)
+    lost = record.status == "COMPLETE" and not all(map(math.isfinite, sum(_outcomes(goals, record), [])))
     return record._replace(status="FAIL") if lost else record
+
+
+def _outcomes(goals: Goals, record: base.Record) -> tuple[list[float], list[float]]:
+    """The objectives of a complete record, and how far it exceeds the bounds of constraints."""
+    values, excess = values_of([record], goals)
+    return values[0].tolist(), excess[0].tolist()
 
 
 def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: int | None) -> bool:
@@ -216,7 +246,7 @@ def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: 
         study.tell(trial, state=TrialState.FAIL)
         return True
     if rung is None:  # `asha` asked for a lower fidelity; the trial's next fidelity becomes another trial of the study
-        if math.isfinite(record.outcome):
+        if math.isfinite(record.outcome) and budgets.num_objectives == 1:
             trial.report(record.outcome, step=budgets.step(record))
         study.tell(trial, state=TrialState.PRUNED)
         return True
@@ -224,11 +254,15 @@ def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: 
         trial.report(record.outcome, step=round(record.fidelity / budgets.fidelities[0]))
         if not trial.should_prune():
             return False
-    elif record.status == "PRUNED":  # a trial of BOHB has completed all lower budgets, so its rung is known
+    elif (
+        record.status == "PRUNED" and budgets.num_objectives == 1
+    ):  # a trial of BOHB has completed all lower budgets, so its rung is known
         step = budgets.step(record) if budgets.only_full else round(record.fidelity / budgets.fidelities[0])
         trial.report(record.outcome, step=step)
     if record.status == "COMPLETE" and rung + 1 == len(budgets.fidelities):
-        study.tell(trial, record.outcome)
+        values, excess = _outcomes(budgets.goals, record)
+        trial.set_user_attr(CONSTRAINTS, excess)
+        study.tell(trial, values)
     else:
         study.tell(trial, state=TrialState.PRUNED)
     return True
@@ -239,7 +273,7 @@ def _same(configuration, other) -> bool:
     return configuration.keys() == other.keys() and all(close(configuration[n], other[n]) for n in other)
 
 
-def _add(study, space, record: base.Record, step: int) -> None:
+def _add(budgets: _Budgets, study, space, record: base.Record) -> None:
     """Adds a trial that was not asked for: of another or an earlier search, or of this one at another fidelity."""
     import optuna
 
@@ -248,25 +282,20 @@ def _add(study, space, record: base.Record, step: int) -> None:
     distributions = spaces.to_optuna(space)
     searched = {name: value for name, value in record.configuration.items() if name in distributions}
     whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
+    if budgets.num_objectives > 1 and not whole:
+        return
+    values, excess = _outcomes(budgets.goals, record) if whole else (None, [])
     try:
         within = spaces.configuration(space, spaces.from_configuration(space, searched))
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
             params={name: within.get(name, value) for name, value in searched.items()},
             distributions={name: distributions[name] for name in searched},
-            value=record.outcome if whole else None,
-            intermediate_values=None if whole else {step: record.outcome},
+            values=values,
+            intermediate_values=None if whole else {budgets.step(record): record.outcome},
+            user_attrs={CONSTRAINTS: excess} if whole else None,
+            system_attrs={CONSTRAINTS: excess} if excess else None,
         )
     except ValueError:  # a number out of range, or an unknown label
         return
     study.add_trial(trial)
-
-
-def _quietly(optuna, fn):
-    """Calls `fn` without Optuna's log line on standard error for every new study."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        return fn()
-    finally:
-        optuna.logging.set_verbosity(before)

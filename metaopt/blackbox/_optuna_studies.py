@@ -5,8 +5,9 @@ import itertools
 import math
 import os
 import threading
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +15,29 @@ import numpy as np
 
 from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _meta_search
+from metaopt.blackbox._goals import Goals
+from metaopt.blackbox._optuna_outcomes import (
+    OURS,
+    as_told_outcomes,
+    goals_of,
+    outcomes_of,
+    signs_of,
+    values_and_attributes,
+    values_at_steps,
+)
 
-_OURS = "metaopt:"  # prefix of our user attributes, because users may have their own "cost" or "seed"
 _FINEST = 10**9  # steps of the full budget that fit into 32 bits
-_KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity")
+_KEPT = ("task", "trial", "cost", "seed", "reason", "fidelity", "outcomes")
 
 
-def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs: Any) -> Any:
+def to_optuna_study(
+    records: Sequence[base.Record],
+    space: base.PyTree,
+    *,
+    objectives: Sequence[str] | None = None,
+    constraints: Mapping[str, float] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Makes an Optuna study from the records of one task, for example for Optuna's dashboard and plots.
 
     The records of one trial (same number, seed and configuration) at several fidelities become its intermediate values.
@@ -32,13 +49,17 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     Args:
       records: the records of one task.
       space: the space of their configurations.
+      objectives: the names of the outcomes that are the study's objectives, if records have several. By default, all
+        that are not constraints.
+      constraints: name -> bound of other outcomes. The study's constraints are the outcomes minus their bounds.
       **kwargs: arguments of `optuna.create_study`, such as `study_name`, or `storage="sqlite:///study.db"` for the
         dashboard. `direction` is not allowed, since outcomes are minimized.
 
     Returns:
       A study whose trials have the records' parameters, values and states. Their user attributes hold the task, cost,
       seed, reason, fidelity and metaopt's trial number, as "metaopt:trial" and so on. A trial that never reached the
-      full budget is pruned. A trial whose outcome is NaN has failed.
+      full budget is pruned. A trial whose outcome is NaN has failed. In a study of several objectives, Optuna has no
+      intermediate values. There, a user attribute "metaopt:outcomes at step 500" has the objectives at a step.
 
     Raises:
       ValueError: if the records are of several tasks, or a record is invalid (unknown status, fidelity outside (0, 1],
@@ -46,7 +67,7 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
       ValueError: if a fidelity is less than a billionth of the full budget, or two fidelities of a trial are within a
         billionth.
       ValueError: (by Optuna) if a configuration does not fit the space.
-      ValueError: if a direction is given.
+      ValueError: if a direction is given, or a complete trial lacks one of the objectives or constraints.
       ImportError: if Optuna is not installed.
     """
     import optuna
@@ -62,36 +83,51 @@ def to_optuna_study(records: Sequence[base.Record], space: base.PyTree, **kwargs
     levels = _levels(record.fidelity for record in records)
     trials = _by_trial(records, levels)
     parts = _parts(trials)
+    goals = goals_of(records, objectives, constraints)
+    if goals is not None and len(goals.objectives) > 1:
+        kwargs["directions"] = ["minimize"] * len(goals.objectives)
     study = optuna.create_study(**kwargs)
+    if goals is not None:
+        _set_names(study, goals.objectives)
+    step_of = lambda fidelity: round(parts * float(fidelity))
     for several in trials:
         last = max(several, key=lambda record: record.fidelity)
         state = optuna.trial.TrialState.PRUNED
         if last.status != "COMPLETE" or _fidelities.is_full_budget(last.fidelity):
             state = optuna.trial.TrialState[last.status]
-        if last.status == "COMPLETE" and math.isnan(last.outcome):
+        if goals is None:
+            complete = [record for record in several if record.outcome == record.outcome]
+            steps = {step_of(record.fidelity): float(record.outcome) for record in complete}
+            args: dict[str, Any] = {"values": [float(last.outcome)], "intermediate_values": steps, "user_attrs": {}}
+        else:
+            args = values_and_attributes(several, goals, step_of)
+        if last.status == "COMPLETE" and any(map(math.isnan, args["values"])):
             state = optuna.trial.TrialState.FAIL  # Optuna does not allow a complete trial without a value
-        complete = [record for record in several if record.outcome == record.outcome]
+        args["values"] = args["values"] if state == optuna.trial.TrialState.COMPLETE else None
         attributes = {name: getattr(last, name) for name in _KEPT}
         attributes = {n: v.item() if isinstance(v, np.generic) else v for n, v in attributes.items()}  # Optuna's JSON
+        args["user_attrs"] |= {OURS + name: value for name, value in attributes.items() if value is not None}
         values = {}
         for name, value in last.configuration.items():
             if name not in distributions:
                 continue
             value = value.item() if isinstance(value, np.generic) else value
-            values[name] = next(iter(_fitting(value, distributions[name])), value)  # Optuna refuses what does not fit
+            values[name] = next(iter(_fitting(value, distributions[name])), value)  # Optuna rejects other values
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                value=float(last.outcome) if state == optuna.trial.TrialState.COMPLETE else None,
                 params=values,
                 distributions={name: distributions[name] for name in values},
-                intermediate_values={
-                    round(parts * float(record.fidelity)): float(record.outcome) for record in complete
-                },
-                user_attrs={_OURS + name: value for name, value in attributes.items()},
+                **args,
             )
         )
     return study
+
+
+def _set_names(study: Any, names: Sequence[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "experimental" in Optuna 4
+        study.set_metric_names(list(names))
 
 
 def _levels(fidelities: Iterable[float]) -> dict[float, float]:
@@ -139,12 +175,15 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
-    """Returns the trials of an Optuna study of one objective as records, with the last value of each trial.
+    """Returns the trials of an Optuna study as records, with the last value of each trial.
+
+    If the study has several objectives, or constraints, the records have `outcomes`. Their names are the study's metric
+    names, or "0", "1" and so on. Constraints are named "constraint 0", or "constraint NAME"; at most 0 is feasible.
 
     Trials that `to_optuna_study` wrote keep their task, trial number, cost and seed.
 
     Args:
-      study: an Optuna study. If it maximizes, outcomes are the negative values.
+      study: an Optuna study. The outcomes of objectives that it maximizes are the negative values.
       task: the task's name; by default the name that `to_optuna_study` stored, or the study's name.
 
     Returns:
@@ -155,22 +194,23 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
       number them from 1, or give seeds. Several records without numbers and with one seed are corrections of one trial,
       not repetitions.
 
-    Raises:
-      RuntimeError: (by Optuna) if the study has several objectives.
+      In a study of several objectives, these are the values that `should_prune` or `to_optuna_study` has stored.
     """
-    sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+    sign = signs_of(study)[0]
     trials = study.get_trials()
+    at_steps = [values_at_steps(trial) for trial in trials]
     # Steps start at 0 or at 1. If they start at 0, the value at step 0 was reported after one step.
-    first = int(any(0 in trial.intermediate_values for trial in trials))
-    steps = max((trial.last_step for trial in trials if trial.last_step is not None), default=0) + first
+    first = int(any(0 in values for values in at_steps))
+    steps = max((max(values) for values in at_steps if values), default=0) + first
     records = []
-    for trial in trials:
-        outcome, fidelity = trial.value, 1.0
-        if trial.state.name == "PRUNED" and trial.last_step is not None:
-            outcome = trial.intermediate_values[trial.last_step]
-            fidelity = (trial.last_step + first) / steps
+    for trial, reported in zip(trials, at_steps, strict=True):
+        values, fidelity = trial.values, 1.0
+        if trial.state.name == "PRUNED" and reported:
+            values = reported[max(reported)]
+            fidelity = (max(reported) + first) / steps
+        outcome = None if values is None else values[0]
         seconds = trial.duration.total_seconds() if trial.duration is not None else float("nan")
-        ours = {name: trial.user_attrs[_OURS + name] for name in _KEPT if _OURS + name in trial.user_attrs}
+        ours = {name: trial.user_attrs[OURS + name] for name in _KEPT if OURS + name in trial.user_attrs}
         if task is not None:
             ours["task"] = task
         record = base.Record(
@@ -181,8 +221,10 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
             cost=seconds,
             status=trial.state.name,
             trial=trial.number,
+            outcomes=outcomes_of(trial, study, values),
         )
-        records.append(record._replace(**ours))
+        record = record._replace(**ours)
+        records.append(record._replace(outcome=next(iter((record.outcomes or {"": record.outcome}).values()))))
     return records
 
 
@@ -193,6 +235,7 @@ def optuna_sampler(
     acquisition: str = "ei",
     seed: int | None = None,
     independent_sampler: Any = None,
+    constraints_func: Callable[[Any], Sequence[float]] | None = None,
 ) -> Any:
     """Returns an Optuna sampler that uses knowledge from earlier tasks; study, storage and dashboard remain Optuna's.
 
@@ -217,6 +260,11 @@ def optuna_sampler(
     - With a finite set (`candidates`), a trial may use another label or number than the drawn one. It then counts with
       the value that it used. The drawn value is untried, and may be drawn again. Request the labels and numbers of the
       set to avoid this.
+    - A `meta_optimizer` with `objectives` is for studies with as many directions, in the same order. One with
+      `constraints` needs their values: from `constraints_func`, or from `trial.set_constraint(name, value)` of Optuna 5
+      with the same names. A value is the outcome minus its bound; at most 0 is feasible.
+    - Optuna does not support `trial.report` in studies of several objectives; use `blackbox.should_prune`. The sampler
+      learns from the values that it stores, as from intermediate values.
     - The draw for a trial depends on `seed`, its number, and the trials that have ended or are running when it begins.
       If an objective does not request all parameters, it also depends on which of these trials this sampler has drawn.
       In a distributed study, each process makes its own sampler; a sampler cannot be pickled.
@@ -228,13 +276,16 @@ def optuna_sampler(
       acquisition: as for `meta_optimizer.searcher`.
       seed: the seed of everything random; by default, a fresh one.
       independent_sampler: draws parameters that the space does not have; by default `optuna.samplers.RandomSampler`.
+      constraints_func: as for Optuna's samplers: `(frozen_trial) -> values`, in the order of
+        `meta_optimizer.constraints`, called when a trial is complete or pruned. Optuna's `study.best_trials` uses them.
 
     Returns:
-      An `optuna.samplers.BaseSampler`, for studies of one objective.
+      An `optuna.samplers.BaseSampler`, for studies of one objective, or of as many as `meta_optimizer.objectives`.
 
     Raises:
       ValueError: if the space has a simplex, which Optuna does not have, or `acquisition` is unknown.
-      RuntimeError: (by Optuna) when a trial begins, if the study has several objectives.
+      ValueError: if `constraints_func` is given, and `meta_optimizer` has no `constraints`.
+      ValueError: when a trial begins, if the study has another number of objectives, or trials have other constraints.
       ImportError: if Optuna is not installed.
 
     >>> import optuna
@@ -255,7 +306,14 @@ def optuna_sampler(
     number = int.from_bytes(os.urandom(4)) if seed is None else seed
     key = jax.random.key(number % 2**32)
     independent = optuna.samplers.RandomSampler(number % 2**32) if independent_sampler is None else independent_sampler
-    return type("MetaSampler", (_MetaSampler, optuna.samplers.BaseSampler), {})(searcher, key, independent)
+    goals = Goals(meta_optimizer.objectives, dict(meta_optimizer.constraints))
+    if constraints_func is not None and not goals.constraints:
+        raise ValueError(
+            "`constraints_func` needs a meta-optimizer that predicts constraints: give `train_meta_optimizer` their "
+            "outcomes and bounds as `constraints`."
+        )
+    sampler = type("MetaSampler", (_MetaSampler, optuna.samplers.BaseSampler), {})
+    return sampler(searcher, key, independent, goals, constraints_func)
 
 
 class _StudyMemory:
@@ -276,8 +334,9 @@ class _StudyMemory:
 class _MetaSampler:
     """The sampler, without its base class of Optuna, which is imported when a sampler is made."""
 
-    def __init__(self, searcher: base.Searcher, key: jax.Array, independent: Any):
+    def __init__(self, searcher: base.Searcher, key: jax.Array, independent: Any, goals: Goals, constraints_func: Any):
         self._searcher, self._key, self._independent = searcher, key, independent
+        self._goals, self._constraints_func = goals, constraints_func
         self._single = threading.Lock()
         # Keys are the storage and the number of a study, since Optuna may make a study object for every trial.
         self._studies: Any = weakref.WeakKeyDictionary()
@@ -289,12 +348,18 @@ class _MetaSampler:
     def _draw(self, study: Any, number: int) -> dict[str, Any]:
         """Returns the configuration of a trial, drawn after learning of all trials that have ended."""
         memory = self._memory(study)
-        sign = -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+        signs = signs_of(study)
+        if len(signs) != (num := max(len(self._goals.objectives), 1)):
+            raise ValueError(
+                f"The study has {len(signs)} objectives, and the meta-optimizer {num}: train it with the names of as "
+                "many outcomes as `objectives`."
+            )
         # One read: between two reads, a trial that ends would be among neither the ended nor the running trials.
         # We read from the storage, because with Hyperband's pruner `study.get_trials` returns only one bracket.
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         new = [trial for trial in trials if trial.state.is_finished() and trial.number not in memory.ended]
-        records = [record for trial in new for record in _as_told(trial, sign, memory.drawn.get(trial.number, {}))]
+        drawn_of = lambda trial: memory.drawn.get(trial.number, {})
+        records = [record for trial in new for record in _as_told(trial, signs, drawn_of(trial), self._goals)]
         memory.state = self._searcher.tell(memory.state, records)
         memory.ended |= {trial.number for trial in new}
         memory.drawn = {other: drawn for other, drawn in memory.drawn.items() if other not in memory.ended}
@@ -329,6 +394,10 @@ class _MetaSampler:
         self._independent.before_trial(study, trial)
 
     def after_trial(self, study, trial, state, values):
+        if self._constraints_func is not None:
+            from optuna.samplers import _base
+
+            _base._process_constraints_after_trial(self._constraints_func, study, trial, state)
         self._independent.after_trial(study, trial, state, values)
 
 
@@ -345,7 +414,7 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
     return [round(near) if type(distribution).__name__ == "IntDistribution" else float(near)]
 
 
-def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
+def _as_told(trial, signs: Sequence[float], drawn: dict[str, Any], goals: Goals) -> list[base.Record]:
     """Converts an Optuna trial to records for a searcher: its value, and its step values at fidelities below 1.
 
     A failed trial may not have requested all drawn parameters yet, and an ended trial may never do so. Both count with
@@ -355,6 +424,10 @@ def _as_told(trial, sign: float, drawn: dict[str, Any]) -> list[base.Record]:
     if not trial.params:
         return []  # it requested nothing, so its outcome says nothing about any configuration
     record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
+    if goals.objectives:
+        told = as_told_outcomes(trial, signs, goals)
+        return [one._replace(configuration=record.configuration, seed=1, trial=trial.number) for one in told]
+    (sign,) = signs
     records = [
         record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
         for step, value in sorted(trial.intermediate_values.items())

@@ -5,7 +5,7 @@ The model is a constant of each program, so that XLA can fold it. One program se
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ class Learned(NamedTuple):
       functions: [P, 1 + S] the functions of earlier tasks at the candidates; None without candidates.
       cost_functions: the same of the cost's surrogate, or None.
       reads: "table" or "images" if a new task may be given as such data and its labels; otherwise None.
+      goals: the models of several outcomes (`_goal_search.GoalSearch`), or None.
     """
 
     model: Model
@@ -66,6 +67,7 @@ class Learned(NamedTuple):
     functions: jax.Array | None
     cost_functions: jax.Array | None
     reads: str | None = None
+    goals: Any = None
 
 
 def make_learned(model: Model, domain: Domain, reads: str | None = None) -> Learned:

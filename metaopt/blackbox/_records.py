@@ -37,7 +37,7 @@ import numpy as np
 from metaopt._checks import check_record
 from metaopt.base import STATUSES, Record
 
-VERSION = 1
+VERSION = 2  # 1 has no column `outcomes`
 _TIMEOUT = 300  # seconds that a writer waits for others
 
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
@@ -49,7 +49,7 @@ _SCHEMA = f"""
 CREATE TABLE records (
   id INTEGER PRIMARY KEY, study TEXT NOT NULL, task TEXT NOT NULL, configuration TEXT NOT NULL, outcome REAL,
   fidelity REAL NOT NULL, cost REAL, seed INTEGER NOT NULL, status TEXT NOT NULL, trial INTEGER NOT NULL,
-  reason TEXT NOT NULL);
+  reason TEXT NOT NULL, outcomes TEXT);
 CREATE INDEX trials ON records (study, task, trial, fidelity, seed);
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {VERSION};
@@ -70,6 +70,7 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
     Raises:
       ValueError: if a record's status is unknown, its fidelity outside (0, 1], or its outcome or cost not a number.
       ValueError: if a record's task or reason is not text, or its seed or trial not an integer of 64 bits.
+      ValueError: if a record's outcomes by name are not numbers, or the first one is not its outcome.
       TypeError: if a record's configuration is not plain data; NaN in it is a ValueError.
       ValueError: if the file is damaged, is not a file of records, or is from a later version of metaopt.
       OSError: if the file or its folder cannot be written.
@@ -106,14 +107,15 @@ def read_records(
     """
     if unknown := set(_listed(status or ())) - set(STATUSES):
         raise ValueError(f"`status` must be one or more of {', '.join(STATUSES)}; got {sorted(unknown)}.")
-    query, values = f"SELECT id, study, {_COLUMNS} FROM records WHERE 1", []
+    conditions, values = "WHERE 1", []
     # The status of a trial is known only after all of its rows have been read.
     for column, wanted in (("study", study), ("task", task), ("status", status if history else None)):
         if wanted is not None:  # pass one JSON variable, because SQLite limits the number of variables
-            query += f" AND {column} IN (SELECT value FROM json_each(?))"
+            conditions += f" AND {column} IN (SELECT value FROM json_each(?))"
             values.append(json.dumps(_listed(wanted), default=as_python))
     with _open(file) as connection:
-        rows = connection.execute(f"{query} ORDER BY id", values)
+        query = f"SELECT id, study, {_columns_of(connection)} FROM records {conditions} ORDER BY id"
+        rows = connection.execute(query, values)
         if history:
             return [_read_row(file, row) for row in rows]
         records = _of_each_trial(file, rows)
@@ -135,7 +137,8 @@ def _of_each_trial(file, rows) -> list[Record]:
             continue
         numbered = record.trial != 0 or record.seed != 0
         ended = record.status != "FAIL" and math.isfinite(record.outcome)
-        end = "LAST" if numbered else record.outcome if ended else "FAIL"
+        outcome = record.outcome if record.outcomes is None else repr(record.outcomes)  # NaN equals NaN
+        end = "LAST" if numbered else outcome if ended else "FAIL"
         before = next((before for before in (end, _BEGUN, "FAIL") if before in ends), None)
         ends[end] = place if before is None else ends.pop(before)[0], record
     placed = sorted((end for ends in trials.values() for end in ends.values()), key=lambda end: end[0])
@@ -168,11 +171,12 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
             shutil.copyfile(f"{file}-wal", f"{copy}-wal")
         _pad(copy)
         with _open(copy, recover=True, named=Path(file)) as connection:
-            connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
+            columns = _columns_of(connection)
+            connection.execute(f"SELECT study, {columns} FROM records LIMIT 0")  # reads no row; checks the columns
             # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
                 with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
-                    query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
+                    query = f"SELECT study, {columns} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
                         rows.append((row[0], *_to_row(_from_row(row[1:]))))
@@ -282,7 +286,26 @@ def _check(connection, file, create):
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'records' AND type = 'view'").fetchone():
         raise ValueError(f"{file} is not a file of records: `records` is a view instead of a table.")
     if version > VERSION:
-        raise ValueError(f"{file} has version {version}; this metaopt reads version {VERSION}. Use a later metaopt.")
+        raise ValueError(
+            f"{file} has version {version}; this metaopt reads versions up to {VERSION}. Use a later metaopt."
+        )
+    if create and version == 1:
+        _add_outcomes(connection)
+
+
+def _columns_of(connection) -> str:
+    """The columns of a record; a file of version 1 has no outcomes by name."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    return _COLUMNS if version > 1 else _COLUMNS.replace("outcomes", "NULL")
+
+
+def _add_outcomes(connection) -> None:
+    """Turns a file of version 1 into one of version 2, unless another process has done so."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
+            connection.execute("ALTER TABLE records ADD COLUMN outcomes TEXT")
+            connection.execute("PRAGMA user_version = 2")
 
 
 def _header_of_made(connection, create: bool) -> list[int]:
@@ -323,6 +346,7 @@ def _to_row(record: Record) -> tuple:
         record.status,
         _integer("trial", record.trial),
         record.reason,
+        None if record.outcomes is None else json.dumps({name: float(y) for name, y in record.outcomes.items()}),
     )
 
 
@@ -347,9 +371,16 @@ def _from_row(row) -> Record:
         configuration = json.loads(str(record.configuration))
     except ValueError as error:
         raise ValueError(f"Its configuration must be JSON; got {record.configuration!r} ({error}).") from None
+    outcomes = record.outcomes
+    if outcomes is not None:
+        try:
+            outcomes = json.loads(str(outcomes))
+        except ValueError as error:
+            raise ValueError(f"Its outcomes must be JSON; got {outcomes!r} ({error}).") from None
     outcome, cost = (math.nan if value is None else value for value in (record.outcome, record.cost))
     seed, trial = _integer("seed", record.seed), _integer("trial", record.trial)
     record = record._replace(configuration=configuration, outcome=outcome, cost=cost, seed=seed, trial=trial)
+    record = record._replace(outcomes=outcomes)
     check_record(record)
     return record
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from metaopt import _checks, _files, _row_embedding, _saving, spaces
 from metaopt.blackbox import _deep_kernel, _surrogates, _transformer
+from metaopt.blackbox._goals import make_goals
 from metaopt.blackbox._meta_search import MetaOptimizer, meta_optimizer
 
 # The names of a surrogate's arrays, and the number of their axes.
@@ -28,14 +29,21 @@ def _encode(learned: MetaOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     header = {"space": spaces.to_json(learned.space), "candidates": learned.candidates}
     header |= {name: getattr(learned.evidence, name) for name in ("num_records", "effective_tasks")}
     header |= {"reads": learned.reads} if learned.reads else {}
+    if learned.objectives:
+        header |= {"objectives": list(learned.objectives), "constraints": dict(learned.constraints)}
     arrays = _saving.named_leaves("outcome", learned.surrogate)
+    for number, other in enumerate(learned.other_surrogates):
+        arrays |= _saving.named_leaves(f"other{number}", other)
     if learned.cost_surrogate is not None:
         arrays |= _saving.named_leaves("cost", learned.cost_surrogate)
     return header, arrays
 
 
 def _decode(header: dict[str, Any], file: _files.Npz) -> MetaOptimizer:
-    space, kinds = spaces.from_json(header["space"]), _kinds(file.specs)
+    space = spaces.from_json(header["space"])
+    goals = make_goals(header.get("objectives"), header.get("constraints"))
+    others = [] if goals is None else [f"other{number}" for number in range(len(goals.names) - 1)]
+    kinds = [*_kinds(file.specs), *others]
     for kind in kinds:
         _check_surrogate(kind, file.specs, spaces.num_dims(space))
     arrays = {name: file[name] for name in file.specs}
@@ -50,7 +58,8 @@ def _decode(header: dict[str, Any], file: _files.Npz) -> MetaOptimizer:
     if reads not in (None, "table", "images"):
         raise ValueError(f"`reads` is {reads!r}, and should be 'table' or 'images'")
     candidates = header["candidates"]
-    return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates, reads=reads, **counts)
+    options: Any = {"reads": reads, "goals": goals, "other_surrogates": [surrogates[kind] for kind in others]}
+    return meta_optimizer(surrogates["outcome"], surrogates.get("cost"), space, candidates, **options, **counts)
 
 
 def _kinds(arrays: Mapping[str, Any]) -> list[str]:

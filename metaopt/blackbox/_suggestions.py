@@ -1,5 +1,6 @@
 """Chooses configurations for a new task: one without trials, a portfolio, and the next one given trials."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from metaopt.blackbox import _domain
 from metaopt.blackbox._earlier_trials import candidate_key
-from metaopt.blackbox._new_task import NewTask
+from metaopt.blackbox._goal_search import goal_trials
+from metaopt.blackbox._new_task import NewTask, new_task_of
 from metaopt.blackbox._new_trials import (
     MAX_TRIALS,
     EndedTrials,
@@ -65,23 +67,37 @@ class TaskSearch(NamedTuple):
       task: the new task.
       acquisition: one of `ACQUISITIONS`.
       plan: num -> at least `num` configurations to try before the first outcome, as far as there are that many.
+      tasks: the new task for the model of each of several outcomes; empty if there is one outcome.
     """
 
     task: NewTask
     acquisition: str
     plan: Callable[[int], list[dict[str, Any]]]
+    tasks: tuple[NewTask, ...] = ()
 
 
-def make_search(learned: Learned, task: NewTask, acquisition: str) -> TaskSearch:
-    """Returns a `TaskSearch`.
+def make_search(learned: Learned, task: NewTask, acquisition: str, new_task: Any = None) -> TaskSearch:
+    """Returns a `TaskSearch`; `task` was made of `new_task`.
 
     Raises:
       ValueError: if the acquisition function is unknown, or needs costs and none were learned.
+      ValueError: if there are several outcomes, and the acquisition function is not "ei".
     """
     if acquisition not in ACQUISITIONS:
         raise ValueError(f"`acquisition` must be one of {', '.join(map(repr, ACQUISITIONS))}; got {acquisition!r}.")
     if acquisition == "ei_per_cost" and learned.model.cost_surrogate is None:
         raise ValueError("'ei_per_cost' needs `train_meta_optimizer(..., costs=True)`, and records with costs.")
+    tasks = ()
+    if learned.goals is not None:
+        if acquisition != "ei":
+            raise ValueError(
+                f"`acquisition` must be 'ei' with `objectives` or `constraints`: the expected improvement of the "
+                f"hypervolume, times the probability of feasibility; got {acquisition!r}."
+            )
+        others = [one.model.surrogate for one in learned.goals.outcomes[1:]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first surrogate has given the same warnings
+            tasks = (task, *(new_task_of(surrogate, new_task, learned.reads) for surrogate in others))
     planned: list[dict[str, Any]] = []  # a cache: a longer portfolio begins with the shorter one
 
     def plan(num):
@@ -89,7 +105,7 @@ def make_search(learned: Learned, task: NewTask, acquisition: str) -> TaskSearch
             planned[:] = complementary(learned, task, num + _PLAN - 1)
         return planned
 
-    return TaskSearch(task, acquisition, plan)
+    return TaskSearch(task, acquisition, plan, tasks)
 
 
 def next_configuration(
@@ -113,15 +129,19 @@ def next_configuration(
     Returns:
       A configuration.
     """
-    domain = learned.domain
-    if not np.isfinite(ended.y).any():
+    domain, goals = learned.domain, learned.goals
+    has_outcome = np.isfinite(ended.y) if goals is None else np.isfinite(ended.outcomes).all(1)
+    if not has_outcome.any():
         return _before_outcomes(learned, search, key, ended, running)
     # Sometimes try a configuration that the surrogate may underrate.
     if domain.encoded is None:
         if num_asked % _RANDOM_EVERY == _RANDOM_EVERY - 1:
             return _domain.to_configuration(domain, domain.sample(key[None])[0])
-        trials = _trial_arrays(learned, search, ended, running)
-        z = learned.programs.suggest_z(search.acquisition, key, search.task, trials)
+        if goals is not None:
+            z = goals.suggest_z(key, search.tasks, goal_trials(goals, search.tasks, ended, running))
+        else:
+            trials = _trial_arrays(learned, search, ended, running)
+            z = learned.programs.suggest_z(search.acquisition, key, search.task, trials)
         return _domain.to_configuration(domain, z)
     tried = _names(ended, running)
     untried = np.array([name not in tried for name in domain.names])
@@ -129,9 +149,14 @@ def next_configuration(
         tried_x = np.frombuffer(b"".join(tried), domain.encoded.dtype).reshape(len(tried), -1)
         rows = np.flatnonzero(untried)
         return dict(domain.candidates[rows[farthest(domain.encoded[untried], tried_x)]])
-    trials = _trial_arrays(learned, search, ended, running)
-    args = search.acquisition, key, search.task, trials, learned.functions, learned.cost_functions
-    score = np.array(learned.programs.candidates_by_acquisition(*args))
+    if goals is not None:
+        functions = [one.functions for one in goals.outcomes]
+        trials = goal_trials(goals, search.tasks, ended, running)
+        score = np.array(goals.candidates_score(search.tasks, trials, functions))
+    else:
+        trials = _trial_arrays(learned, search, ended, running)
+        args = search.acquisition, key, search.task, trials, learned.functions, learned.cost_functions
+        score = np.array(learned.programs.candidates_by_acquisition(*args))
     score[~untried] = -np.inf
     if not np.isfinite(score).any():  # all candidates were tried
         score = np.asarray(learned.programs.mean_score(search.task, jnp.asarray(domain.encoded)))

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,9 +39,9 @@ from metaopt.base import Record
 
 
 class ObjectiveFn(Protocol):
-    """A black box: `(trial, task) -> outcome`, a number; smaller is better."""
+    """A black box: `(trial, task) -> outcome`, a number; smaller is better. Several outcomes are a dict or a tuple."""
 
-    def __call__(self, trial: Record, task: Any, /) -> float: ...
+    def __call__(self, trial: Record, task: Any, /) -> float | Mapping[str, float] | Sequence[float]: ...
 
 
 _SECONDS_TO_START = 300.0
@@ -53,7 +54,7 @@ class Pruned(Exception):
     """Raised by an objective that gives up early: `raise blackbox.Pruned(outcome)`; the trial's status is "PRUNED".
 
     With a text, as in `raise blackbox.Pruned("too slow")`, the text is the reason in the record, and the outcome is
-    NaN.
+    NaN. An objective of several outcomes gives them in the same order as it returns them; an unknown one is NaN.
     """
 
 
@@ -65,36 +66,54 @@ def run_here(objective: ObjectiveFn, task: Any, trial: Record) -> Record:
     code is 1.
 
     Args:
-      objective: `(trial, task) -> outcome`, a number; smaller is better.
+      objective: `(trial, task) -> outcome`, a number; smaller is better. Several outcomes are a dict by name, or a
+        tuple, whose names are then "0", "1" and so on.
       task: the argument of the objective.
       trial: the trial to run.
 
     Returns:
       The trial with its outcome, cost, status and reason.
     """
-    start, outcome, reason = time.perf_counter(), math.nan, ""
+    start, outcome, outcomes, reason = time.perf_counter(), math.nan, None, ""
     # A copy, because objectives often call `kwargs.pop("kind")`. The record, the searcher and the store must keep the
     # original configuration.
     running = trial._replace(status="RUNNING", configuration=dict(trial.configuration))
     try:
-        outcome = float(_call_without_forks(objective, running, task))
+        outcome, outcomes = _as_outcomes(_call_without_forks(objective, running, task))
         status = "COMPLETE"
     except Pruned as pruned:
         status, reason = "PRUNED", "by the objective"
         try:
-            outcome = float(pruned.args[0]) if pruned.args else math.nan
+            outcome, outcomes = _as_outcomes(pruned.args[0]) if pruned.args else (math.nan, None)
         except Exception:
             reason = _text(pruned.args[0])
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
             raise  # `training.fit` in the objective has received the signal that this process must end
         status, reason = "FAIL", f"{type(error).__name__}: {_text(error)}"
-    if status == "COMPLETE" and not math.isfinite(outcome):
-        outcome, status, reason = math.nan, "FAIL", f"the outcome is {outcome}"
-    return trial._replace(outcome=outcome, cost=time.perf_counter() - start, status=status, reason=reason)
+    if status == "COMPLETE":
+        every = {"": outcome} if outcomes is None else outcomes
+        if lost := [(name, value) for name, value in every.items() if not math.isfinite(value)]:
+            name, value = lost[0]
+            outcome, outcomes, status = math.nan, None, "FAIL"
+            reason = f"the outcome {name!r} is {value}" if name else f"the outcome is {value}"
+    record = trial._replace(outcome=outcome, outcomes=outcomes, status=status, reason=reason)
+    return record._replace(cost=time.perf_counter() - start)
 
 
-def _call_without_forks(objective: ObjectiveFn, trial: Record, task: Any) -> float:
+def _as_outcomes(value: Any) -> tuple[float, dict[str, float] | None]:
+    """Returns the first outcome, and all of them by name if the objective has returned a dict, a tuple or a list."""
+    if isinstance(value, (tuple, list)):
+        value = {str(number): outcome for number, outcome in enumerate(value)}
+    if not isinstance(value, Mapping):
+        return float(value), None
+    if not value or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"several outcomes must have names, which are strings; got {value!r}")
+    outcomes = {name: float(outcome) for name, outcome in value.items()}
+    return next(iter(outcomes.values())), outcomes
+
+
+def _call_without_forks(objective: ObjectiveFn, trial: Record, task: Any) -> Any:
     """Calls the objective. A fork made by the objective ends here: it must not store, report or clean up."""
     process, code = os.getpid(), 0
     _flush()  # so that a fork does not write again what this process has buffered

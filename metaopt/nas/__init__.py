@@ -8,13 +8,15 @@ A search makes the choice of ops differentiable. Every edge mixes its candidates
 `darts` and related searches combine these parts.
 """
 
+from metaopt._pareto import (
+    hypervolume,
+    pareto_front,
+)
 from metaopt.nas._augmentation import (
     crop_and_flip,
     cutout,
 )
 from metaopt.nas._budgets import (
-    hypervolume,
-    pareto_front,
     resource_penalty,
     within_budget,
 )

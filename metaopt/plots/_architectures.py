@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from metaopt import nas
-from metaopt.plots._axes import new_axes, pyplot
+from metaopt.plots._axes import WITH_LEGEND, legend_at_right, line_style, new_axes, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,17 +40,16 @@ def pareto(
     for name, values in sets.items():
         if values.ndim != 2 or values.shape[1] != 2:
             raise ValueError(f"Every set of `points` must be [n, 2]; {name!r} has the shape {values.shape}.")
-    axes = new_axes(axes)
+    axes = new_axes(axes, width=WITH_LEGEND)
     for i, (name, values) in enumerate(sets.items()):
-        front = values[nas.pareto_front(values)]
-        axes.scatter(values[:, 0], values[:, 1], s=10, color=f"C{i}", alpha=0.6)
-        axes.plot(front[:, 0], front[:, 1], drawstyle="steps-post", color=f"C{i}", label=name)
+        front, look = values[nas.pareto_front(values)], line_style(i, marker="o")
+        axes.scatter(values[:, 0], values[:, 1], s=10, color=look["color"], marker=look["marker"], alpha=0.6)
+        axes.plot(front[:, 0], front[:, 1], drawstyle="steps-post", markersize=5, **look, label=name)
     if log:
         axes.set_xscale("log")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.legend(fontsize="small")
-    return axes
+    return legend_at_right(axes)
 
 
 def cell(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metaopt import _extras
@@ -10,6 +12,8 @@ from metaopt.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+WITH_LEGEND = 6.8  # inches, the width of a figure with a legend at the right
 
 
 def new_axes(axes: "Axes | None", height: float = 3.2, width: float = 5.5) -> "Axes":
@@ -37,7 +41,8 @@ def rows_of_means(
             place = axes.get_yaxis_transform()  # x in axes coordinates, from the left
             axes.text(0.02, row, "diverges", transform=place, va="center", color=color)
             continue
-        axes.errorbar(mean, row, xerr=width if np.isfinite(width) else None, fmt="o", color=color, capsize=3)
+        mark = "D" if name in highlight else "o"
+        axes.errorbar(mean, row, xerr=width if np.isfinite(width) else None, fmt=mark, color=color, capsize=3)
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
@@ -46,15 +51,44 @@ def rows_of_means(
 
 
 def line_style(number: int, marker: str = "") -> dict[str, Any]:
-    """The color, line style and marker of a line. After ten lines, colors repeat, with other styles and markers."""
-    colors = pyplot().rcParams["axes.prop_cycle"].by_key().get("color", ["k"])  # ten, unless the user changed them
-    again, place = divmod(number, len(colors))
+    """The color, line style and marker of a line: neighbors differ by more than the color, and 70 lines differ.
+
+    Without `marker`, the first ten lines have no markers.
+    """
     markers, styles = (marker, "s", "^", "D", "v", "P", "X"), ("-", "-.", ":")  # level lines are dashed: "--"
     return {
-        "color": f"C{place}",
-        "linestyle": styles[again % len(styles)],
-        "marker": markers[again % len(markers)],
+        "color": f"C{number % 10}",
+        "linestyle": styles[number % len(styles)],
+        "marker": markers[(number if marker else number // 10) % len(markers)],
     }
+
+
+def legend_at_right(axes: "Axes") -> "Axes":
+    """Adds a legend next to the axes: within them it covers lines."""
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3)
+    return axes
+
+
+def entries(tree: Any, num_leading: int = 0) -> list[tuple[str, np.ndarray]]:
+    """The entries of λ with their names, such as "decay[0]". Labels and booleans have none.
+
+    Args:
+      tree: λ, or a configuration, by path.
+      num_leading: the number of axes that every leaf has in front of its own; entries keep them.
+
+    Returns:
+      The entries, in the order of `ravel_pytree`.
+    """
+    named = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.asarray(leaf)
+        if not jnp.issubdtype(leaf.dtype, np.number):
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "λ"
+        for index in np.ndindex(leaf.shape[num_leading:]):
+            suffix = f"[{','.join(map(str, index))}]" if index else ""
+            named.append((name + suffix, leaf[(*[slice(None)] * min(num_leading, leaf.ndim), *index)]))
+    return named
 
 
 def label_of(evaluation: Evaluation, method: str) -> str:

@@ -28,7 +28,7 @@ def comparison(
       errors: method -> the half-width of its interval, if you computed the interval in another way (paired, clustered).
       axes: the axes to draw on; None makes a figure.
       xlabel: the name of the scores.
-      highlight: methods to draw in another color.
+      highlight: methods to draw in another color, as diamonds.
 
     Returns:
       The axes. Non-finite scores do not enter the mean. A method without a finite score has the text "diverges".
@@ -95,8 +95,8 @@ def critical_difference(
       scores: method -> [T], smaller is better, on the same T tasks: one number per task, such as the mean over seeds.
         Seeds of one task are not independent tasks.
       alpha: the level of the tests.
-      highlight: methods to draw in another color.
-      axes: the axes to draw on; None makes a figure.
+      highlight: methods to draw in another color and bold.
+      axes: the axes to draw on; None makes a figure that is wide enough for the names.
 
     Returns:
       The axes.
@@ -122,8 +122,12 @@ def critical_difference(
         )
     ranks, cliques = _cliques(np.stack(values), alpha)
     order = np.argsort(ranks, kind="stable")
-    axes = new_axes(axes, height=1.2 + 0.16 * len(names) + 0.12 * len(cliques))
     low, high = int(np.floor(ranks.min())), int(np.ceil(ranks.max()))
+    text_width = 0.6 + 0.075 * max(map(len, names))  # inches, of a name and its rank
+    width = max(5.5, 2 * text_width + 0.3 * (high - low) + 0.5)
+    axes = new_axes(axes, height=1.4 + 0.16 * len(names) + 0.12 * len(cliques), width=width)
+    between = max(_width(axes) - 2 * text_width, 0.3 * _width(axes))  # inches, for the ranks
+    unit = (high - low) / (0.85 * between)  # ranks per inch
     axes.plot([low, high], [0, 0], color="k", lw=1)
     for tick in range(low, high + 1):
         axes.plot([tick, tick], [0, 0.15], color="k", lw=1)
@@ -132,7 +136,7 @@ def critical_difference(
         y = -0.35 - 0.3 * i
         axes.plot([ranks[clique].min() - 0.03, ranks[clique].max() + 0.03], [y, y], color="k", lw=3)
     below = -0.35 - 0.3 * len(cliques)
-    half, margin = (len(names) + 1) // 2, 0.15 * (high - low)
+    half, margin = (len(names) + 1) // 2, 0.075 * between * unit
     for i, method in enumerate(order):
         left = i < half
         y = below - 0.5 * (i if left else len(names) - 1 - i) - 0.3
@@ -141,11 +145,18 @@ def critical_difference(
         rank = float(ranks[method])
         axes.plot([rank, rank, x], [0, y, y], color=color, lw=1)
         text = f"{names[method]} {ranks[method]:.2f} " if left else f" {ranks[method]:.2f} {names[method]}"
-        axes.text(x, y, text, ha="right" if left else "left", va="center", fontsize="small", color=color)
-    axes.set_xlim(low - 4 * margin - 0.5, high + 4 * margin + 0.5)
+        side, weight = "right" if left else "left", "bold" if names[method] in highlight else "normal"
+        axes.text(x, y, text, ha=side, va="center", fontsize="small", color=color, weight=weight)
+    axes.set_xlim(low - margin - text_width * unit, high + margin + text_width * unit)
+    axes.set_ylim(top=0.7)
     axes.set_axis_off()
     axes.set_title("mean rank", fontsize="small")
     return axes
+
+
+def _width(axes: "Axes") -> float:
+    """The width of the axes in inches, before a constrained layout."""
+    return axes.get_position().width * axes.figure.bbox.width / axes.figure.get_dpi()
 
 
 def _cliques(values: np.ndarray, alpha: float) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from metaopt import base
 from metaopt.evaluation import Evaluation, by_number
-from metaopt.plots._axes import label_of, line_style, new_axes
+from metaopt.plots._axes import WITH_LEGEND, entries, label_of, legend_at_right, line_style, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,26 +57,85 @@ def hyperparameter_trace(
     """
     if isinstance(trace, list):
         trace = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trace)
-    lines: list[tuple[str, np.ndarray]] = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trace):
-        leaf = np.asarray(leaf, float)
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "λ"
-        for index in np.ndindex(leaf.shape[1:]):
-            suffix = f"[{','.join(map(str, index))}]" if index else ""
-            lines.append((name + suffix, leaf[(slice(None), *index)] if leaf.ndim else leaf))
+    lines = entries(trace, num_leading=1)
     if len({line.shape for _, line in lines}) != 1 or () in {line.shape for _, line in lines}:
         shapes = {name: line.shape for name, line in lines}
         raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")
-    axes = new_axes(axes)
-    for name, line in lines:
-        axes.plot(np.arange(len(line)), line, label=name)
+    axes = new_axes(axes, width=WITH_LEGEND)
+    for number, (name, line) in enumerate(lines):
+        axes.plot(np.arange(len(line)), line.astype(float), **line_style(number), label=name)
     if log and all((line > 0).all() for _, line in lines):
         axes.set_yscale("log")
     if len(lines) <= 12:
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # within the axes it covers lines
+        legend_at_right(axes)
     axes.set_xlabel("outer step")
     axes.set_ylabel("λ")
     return axes
+
+
+def hypergradients(history: Mapping[str, Any], *, window: int = 20, axes: "Axes | None" = None) -> "Axes":
+    """Plots the norm of the hypergradient over the outer steps, and its signal-to-noise ratio over tasks.
+
+    Step t has the mean hypergradient h_t over B_t finite tasks, and the trace of the covariance over these tasks, v_t.
+    The noise of the mean is v_t / B_t, so the expected ‖h_t‖² is the squared norm of the expected hypergradient plus
+    v_t / B_t. The signal-to-noise ratio of a window of steps is therefore
+
+        √( max(0, Σ_t (‖h_t‖² − v_t / B_t)) / Σ_t (v_t / B_t) ).
+
+    It is 1 if signal and noise are equal. Far below 1, a step is mostly noise: take more tasks for each step, or a
+    smaller outer rate, which averages over steps. The tasks of a batch are assumed to be independent draws.
+
+    Args:
+      history: the history of a `training.FitResult`, or a mapping whose "hypergrad_norm" is [T]. The estimator wrapper
+        `hypergrad.over_tasks` adds "hypergrad_variance" and "num_finite". Without them, or with one task for each step,
+        there is no ratio.
+      window: the number of steps for the ratio: those up to and including t. Runs of fewer steps have one window.
+      axes: the axes to draw on; None makes a figure.
+
+    Returns:
+      The axes of the norm, which is logarithmic. The axis of the ratio is at the right, in `axes.figure.axes[-1]`.
+      Skipped steps are gaps of the norm, and do not enter the ratio.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+
+    Example:
+      >>> from metaopt import plots
+      >>> history = {"hypergrad_norm": [5.0], "hypergrad_variance": [20.0], "num_finite": [5]}  # 25 = 21 + 20 / 5
+      >>> ratio = plots.hypergradients(history).figure.axes[-1].lines[0].get_ydata()
+      >>> print((ratio**2).round(2))  # 21 / 4
+      [5.25]
+    """
+    norm = np.asarray(history["hypergrad_norm"], float)
+    norm = np.where(np.isfinite(norm), norm, np.nan)
+    axes = new_axes(axes)
+    axes.plot(np.arange(len(norm)), norm, color="C0")
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("norm of dF/dλ", color="C0")
+    if "hypergrad_variance" in history and "num_finite" in history:
+        variance, num_tasks = (np.asarray(history[name], float) for name in ("hypergrad_variance", "num_finite"))
+        ratio = _signal_to_noise(norm, variance, num_tasks, window)
+        right = axes.twinx()
+        right.plot(np.arange(len(ratio)), ratio, color="C1", linestyle="--")
+        right.axhline(1.0, color="C1", linestyle=":", linewidth=1)
+        right.set_ylim(bottom=0.0)
+        right.set_ylabel(f"signal-to-noise of {min(window, len(norm))} steps (dashed)", color="C1")
+    return axes
+
+
+def _signal_to_noise(norm: np.ndarray, variance: np.ndarray, num_tasks: np.ndarray, window: int) -> np.ndarray:
+    """[T] the ratio of the window that ends at each step; NaN before the first whole window."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        noise = np.where(num_tasks > 1, variance / num_tasks, np.nan)
+        signal = norm**2 - noise
+        use = np.isfinite(signal)
+        window = min(window, len(norm))
+        signal, noise = (
+            np.convolve(np.where(use, values, 0.0), np.ones(window))[: len(norm)] for values in (signal, noise)
+        )
+        ratio = np.sqrt(np.maximum(signal, 0.0) / noise)
+    return np.where((np.arange(len(norm)) >= window - 1) & np.isfinite(ratio), ratio, np.nan)
 
 
 def adaptation_curves(
@@ -149,13 +208,12 @@ def scores_by_number(
         raise ValueError(
             f"`edges` must enclose the {of} of at least one episode; no episode lies within {list(edges)}."
         )
-    axes = new_axes(axes)
+    axes = new_axes(axes, width=WITH_LEGEND)
     for place, (method, bins) in enumerate(binned.items()):
         number, _, mean, half = np.array(bins).T
         mean = np.where(np.isfinite(mean), mean, np.nan)
         look = line_style(place, marker="o")
         axes.errorbar(number, mean, yerr=half, **look, capsize=3, label=label_of(evaluation, method))
-    axes.legend(fontsize="small", handlelength=3)
     axes.set_xlabel(of if of == "ways" else "shots (support examples for each way)")
     axes.set_ylabel(ylabel)
-    return axes
+    return legend_at_right(axes)

@@ -45,7 +45,7 @@ class TrainedPredictor(NamedTuple):
             which have a leading axis, use `jax.vmap(trained.predict)(batch)`.
 
         Returns:
-          λ in natural units. Of a predictor with `spread`, it is the center of the distribution.
+          λ in natural units. For a predictor with `spread`, it is the center of the distribution.
 
         Raises:
           ValueError: at trace time, if `task.features` has not F entries.

@@ -76,14 +76,18 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
       uint8 [N, S, S], or [N, S, S, 3].
 
     Raises:
-      ValueError: if there is no file, or an image cannot be read or has more than 2**26 pixels.
+      ValueError: if `files` is one path or is empty, or an image cannot be read or has more than 2**26 pixels.
       ImportError: if Pillow is not installed.
     """
+    if isinstance(files, str | os.PathLike):
+        raise ValueError(f"`files` must be a list of image files; got one path, {os.fspath(files)!r}.")
     pillow, pixels = _pillow("read_images"), []
     for file in map(Path, files):
         with _files.reading(file, "is not an image that Pillow can read"):
             # A file allocates as many bytes as a damaged header asks for; bytes in memory only as many as there are.
             pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels, rotate=True))
+    if not pixels:
+        raise ValueError("`files` is empty.")
     return np.stack(pixels)
 
 

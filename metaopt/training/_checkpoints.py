@@ -259,11 +259,7 @@ class Checkpoints:
         if not steps:
             return
         self._manager.close()
-        for step in steps if jax.process_index() == 0 else []:
-            source = os.path.join(self.directory, str(step))
-            target = next(name for i in range(1000) if not os.path.exists(name := f"{source}.unreadable{i or ''}"))
-            os.rename(source, target)
-        _processes.wait_for_all("unreadable checkpoints are moved aside")
+        _processes.in_all(_rename_unreadable, self.directory, steps)
         self._manager = self._open()
 
 
@@ -299,6 +295,13 @@ def _remove_damaged_losses(directory: str) -> None:
         except (ValueError, LookupError, TypeError):
             warnings.warn(f"The loss in {path} cannot be read and is removed.", stacklevel=2)
             path.unlink()
+
+
+def _rename_unreadable(directory: str, steps: list[int]) -> None:
+    for step in steps if jax.process_index() == 0 else []:
+        source = os.path.join(directory, str(step))
+        target = next(name for i in range(1000) if not os.path.exists(name := f"{source}.unreadable{i or ''}"))
+        os.rename(source, target)
 
 
 def _to_save(leaf: jax.Array) -> tuple[Any, dict[str, Any]]:

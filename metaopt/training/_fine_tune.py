@@ -80,12 +80,13 @@ def fine_tune(
       ValueError: at trace time, without `space`, if the start is in natural units and the estimator is not.
     """
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
-    estimator = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
-        begin = lambda key, hyperparams, task: estimator.init(last_key if same_key else key, hyperparams, task)
-        learner = _learner.learner(estimator._replace(init=begin), optimizer)
+        # For this call only: without `jit`, the next call sees what the loss then reads from outside its arguments.
+        shared = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
+        begin = lambda key, hyperparams, task: shared.init(last_key if same_key else key, hyperparams, task)
+        learner = _learner.learner(shared._replace(init=begin), optimizer)
         hyperparams = _proposals.center_of(hyperparams)
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
@@ -104,7 +105,7 @@ def fine_tune(
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
         read = lambda estimate: (estimate.value, jnp.all(estimate.done))
-        last_value, ended = _proposals.values(estimator, last_key, last, start.tasks, None, read=read)
+        last_value, ended = _proposals.values(shared, last_key, last, start.tasks, None, read=read)
         last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
         values = jnp.concatenate([values, last_value])

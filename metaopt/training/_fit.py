@@ -151,7 +151,8 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if there is `patience` and no `evaluate`, or `eval_every` is not a whole number of at least 1.
+      ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `eval_every` is not a whole number of at
+        least 1.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -174,7 +175,7 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_options(evaluate, eval_every, patience, checkpoint_dir, keep_best or keep_nonfinite)
+    _check_options(evaluate, eval_every, patience, checkpoint_dir, keep_best, keep_nonfinite)
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
@@ -237,12 +238,20 @@ def _listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[Callback
     return [callback] if callable(callback) else list(callback or ())
 
 
-def _check_options(evaluate: EvaluateFn | None, eval_every: int, patience: int | None, folder: Any, keep: int) -> None:
-    if patience is not None and evaluate is None:
-        raise ValueError("`patience` counts evaluations: pass `evaluate` too, or omit `patience`.")
+def _check_options(
+    evaluate: EvaluateFn | None,
+    eval_every: int,
+    patience: int | None,
+    folder: Any,
+    keep_best: int,
+    keep_nonfinite: int,
+) -> None:
+    if evaluate is None and (patience is not None or keep_best):
+        name = "keep_best" if patience is None else "patience"
+        raise ValueError(f"`{name}` needs evaluations: pass `evaluate` too, or omit `{name}`.")
     if eval_every < 1 or eval_every % 1:  # with 2.5, no evaluation would follow the first one
         raise ValueError(f"`eval_every` must be a whole number of at least 1; got {eval_every}.")
-    if keep and folder is None:
+    if (keep_best or keep_nonfinite) and folder is None:
         raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
 
 
@@ -474,7 +483,9 @@ def _best(losses: list[float]) -> int | None:
 def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -> Run:
     with report.during("evaluating"):
         hyperparams = _processes.local(run.state.hyperparams)
-        evaluations = [*run.evaluations, float(evaluate(key, owned(hyperparams)))]
+        # All processes must stop, and write the best checkpoint, at the same step.
+        loss = _processes.of_first(float(evaluate(key, owned(hyperparams))))
+    evaluations = [*run.evaluations, loss]
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(hyperparams) if is_best else run.best_hyperparams
     return run._replace(evaluations=evaluations, best_hyperparams=best_hyperparams)

@@ -89,9 +89,11 @@ def learner(
     and the optimizer's state stay, the estimator's state advances, and `skipped` is 1. If there is only one task, it
     restarts at the next step.
 
-    Both functions work under `jit`, `vmap` and `lax.scan`. Gradients through them are possible as far as the
-    estimator's own functions allow. The state may be donated (`jax.jit(step, donate_argnums=0)`) with the same care as
-    in `fit`: the result of `init` may share buffers with its arguments.
+    Both functions work under `jit`, `vmap` and `lax.scan`. Also outside `jit`, JAX traces an estimate only once for
+    each shape of its arguments. A variable outside them, such as a global one that the loss reads, must not change
+    after that. Gradients through both functions are possible as far as the estimator's own functions allow. The state
+    may be donated (`jax.jit(step, donate_argnums=0)`) with the same care as in `fit`: the result of `init` may share
+    buffers with its arguments.
 
     Args:
       estimator: an estimator for one task (`done` is []). Or one wrapped by `hypergrad.over_tasks`, for a batch of
@@ -103,7 +105,7 @@ def learner(
       stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
         is E estimates (`truncated`: T / K) then do not end together, and every horizon is whole. It costs E − 1
         estimates at the start. With 1, all slots start alike.
-      record: `λ -> tree of numbers`, what the metrics say about λ before each update, with the paths as names
+      record: `λ -> tree of numbers`, the part of the metrics about λ, before each update, with the paths as names
         ("rate", "decay.conv1"). `lambda z: spaces.to_constrained(space, z)` records λ in natural units. Numbers then
         are in the history of `fit`, and arrays reach its callbacks.
 

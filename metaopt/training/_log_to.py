@@ -40,7 +40,8 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
       target: a path, or an object with one of these methods.
 
     Returns:
-      The callback `(step, metrics) -> None`, which your own loop can call, too. It leaves out what is not one number.
+      The callback `(step, metrics) -> None`, which your own loop can call, too. It leaves out metrics that are
+      not one number.
 
     Raises:
       TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.

@@ -6,7 +6,7 @@ import pytest
 
 from metaopt import blackbox, spaces
 from metaopt.base import Record
-from metaopt.blackbox import _optuna_studies
+from metaopt.blackbox import _goals, _optuna_studies
 
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -286,7 +286,7 @@ def test_late_steps_have_different_fidelities_below_one(g, number):
     )
     trial.number = number
     searcher = g.searcher()
-    records = _optuna_studies._as_told(trial, 1.0, {})
+    records = _optuna_studies._as_told(trial, [1.0], {}, _goals.Goals((), {}))
     (tried,) = searcher.tell(searcher.init(jax.random.key(0), None), records).tried.values()
     # To six digits: 2,000,000 to 2,000,002 are one step, with the last value, of the first trial, too.
     assert list(tried.outcomes.values()) == [0, 5_000, 5_001, 90_000, 2_000_002, 2**31 - 1]

@@ -203,7 +203,7 @@ def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA user_version = 9")
     connection.close()
-    with pytest.raises(ValueError, match="has version 9; this metaopt reads version 1"):
+    with pytest.raises(ValueError, match="has version 9; this metaopt reads versions up to 2"):
         blackbox.read_records(file)
 
 
@@ -232,7 +232,7 @@ WRITER_THAT_DIES = """
 import os, sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
 columns = "study, task, configuration, outcome, fidelity, cost, seed, status, trial"
-connection.execute(f"INSERT INTO records SELECT id + 10, {columns} + 10, reason FROM records")
+connection.execute(f"INSERT INTO records SELECT id + 10, {columns} + 10, reason, outcomes FROM records")
 os._exit(0)
 """
 

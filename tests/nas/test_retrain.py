@@ -300,7 +300,7 @@ def test_the_report():
     assert report.evaluation_gap == pytest.approx(np.mean([0.25, 0.2, 0.2, 0.38, 0.15, 0.23]))
     lines = report.text.splitlines()
     assert lines[2] == "| found | 45.0 | 30.0 | 55.0 ± 7.1 | 15.0 | 2 |" and lines[3] == "| a |  | 20.0 | 40.0 |  | 1 |"
-    assert "Discretization gap (mixed − discrete, of what was searched for): 15.0 points" in lines[-1]
+    assert "Discretization gap (mixed − discrete, of the searched ones): 15.0 points" in lines[-1]
     few = nas.search_report(SCORES[:3])
     assert np.isnan(few.interval).all() and few.correlation == 1.0
     same = nas.search_report([s._replace(inherited=0.1) for s in SCORES])

@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
@@ -10,16 +11,28 @@ import pytest
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from metaopt import evaluation, nas, plots
+from metaopt import base, evaluation, nas, plots
 
 SCORES = {"a": {"u": np.array([[0.0, 0.4], [0.2, 0.8]])}}
 EVALUATION = evaluation.Evaluation(SCORES, {"u": np.array([5, 7])}, {"u": np.array([1, 1])}, {"a": False})
 NETWORK = nas.darts_space(num_cells=3)
+PLANE = base.Estimator(
+    lambda key, x, task: (),
+    lambda x, task, state: (base.Estimate(x.sum(), jnp.ones(2), jnp.array(True), {}), ()),
+    "exact",
+)
 trace, diagram = plots.hyperparameter_trace, plots.critical_difference
 REFUSALS = [
     (lambda: trace({"a": np.ones(2), "b": np.ones(3)}), ValueError, "leading axis; got"),
     (lambda: trace({"a": 1.0}), ValueError, "leading axis; got"),
     (lambda: plots.pareto({"a": np.ones((2, 3))}), ValueError, r"must be \[n, 2\]; 'a' has the shape \(2, 3\)"),
+    (
+        lambda: plots.regret({"a": [base.Record("s", {}, 1.0)], "b": [base.Record("t", {}, 1.0)]}),
+        ValueError,
+        r"'a' has no records of \['t'\]",
+    ),
+    (lambda: plots.hyperparameters_by_feature(lambda f: f, np.ones(3), 0), ValueError, r"\[n, d\].* got shape \(3,\)"),
+    (lambda: plots.slices(PLANE, jnp.ones(2), None, axes=[]), ValueError, "one for each of 2 slices; got 0"),
     (lambda: plots.adaptation_curves(EVALUATION, source="w"), KeyError, "'w'"),
     (lambda: plots.ranking(EVALUATION, source="w"), KeyError, "'w'"),
     (

@@ -439,6 +439,8 @@ REFUSALS = [
         lambda: tasks.fit_columns(TABLE.x, TABLE.categorical).transform(np.zeros((2, 6))),
         r"`x` must be \[rows, 3\]; got shape \(2, 6\)",
     ),
+    (lambda: tasks.read_images("cat.png", size=8), "`files` must be a list of image files; got one path, 'cat.png'"),
+    (lambda: tasks.read_images([], size=8), "`files` is empty"),
     # Features of tables and images.
     (lambda: tasks.metafeatures((np.ones((40, 0)), TABLE.y, np.zeros(0, bool))), r"1 column; got \(40, 0\)"),
     (lambda: tasks.metafeatures((np.full((40, 1), np.inf), TABLE.y, np.zeros(1, bool))), "finite values"),

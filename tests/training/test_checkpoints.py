@@ -499,6 +499,25 @@ def test_all_processes_continue_from_a_checkpoint_that_all_can_read(tmp_path, un
     assert same(resumed, unbroken) and (tmp_path / "10.unreadable").exists()
 
 
+def test_all_processes_have_an_error_if_an_unreadable_checkpoint_cannot_be_moved(tmp_path, monkeypatch):
+    fit(tmp_path, num_steps=10)
+    (tmp_path / "10" / "run" / "metadata").write_text("{")
+    failures = []
+
+    def agreed(received, ended):
+        failures.append(ended)
+        return max(received, default=0), ended
+
+    def rename(source, target):
+        raise OSError(f"{source} cannot be renamed")
+
+    monkeypatch.setattr(_processes, "agreed", agreed)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.warns(UserWarning, match="moved aside"), pytest.raises(OSError, match="cannot be renamed"):
+        fit(tmp_path)
+    assert failures[-1]  # the others learn of it, and do not wait for this process
+
+
 def test_a_checkpoint_is_written_from_a_copy():
     """The array is donated to the next step, while a thread writes."""
     x = jnp.arange(4.0)

@@ -45,6 +45,19 @@ def test_steps_and_the_last_value_share_one_trace():
     assert len(traces) == 1
 
 
+def test_each_call_outside_jit_sees_what_the_loss_then_reads():
+    rule, factor = quadratic(), 1.0
+
+    def estimate(*args):
+        out, state = rule.estimate(*args)
+        return out._replace(value=factor * out.value), state
+
+    tune = training.fine_tune(rule._replace(estimate=estimate), num_steps=1, optimizer=optax.sgd(0.25))
+    np.testing.assert_allclose(tune(KEY, 3.0, TASK).values, [4.0, 1.0])
+    factor = 10.0
+    np.testing.assert_allclose(tune(KEY, 3.0, TASK).values, [40.0, 10.0])
+
+
 @pytest.mark.once
 def test_keeps_the_best_and_not_the_last():
     # The error changes sign and doubles: 1, 4, 16 ...

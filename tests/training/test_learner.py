@@ -1,6 +1,7 @@
 """The outer step: it renews only done slots, skips non-finite hypergradients, and is pure."""
 
 import chex
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,12 @@ def test_the_initial_state_and_a_step_share_one_trace():
     init, step = map(jax.jit, training.learner(rule._replace(estimate=estimate), optax.sgd(0.1)))
     step(init(KEY, 7.0, jnp.zeros(2)), jnp.zeros(2))
     assert len(traces) == 1
+
+
+def test_a_learner_can_be_sent_to_another_process():
+    init, step = training.learner(small.quadratic(), optax.sgd(0.25))
+    step(init(KEY, 7.0, jnp.zeros(2)))  # with its trace
+    assert len(cloudpickle.dumps((init, step))) > 100  # joblib, Dask and Ray send functions in this form
 
 
 def test_a_fresh_state_starts_from_the_current_hyperparams():

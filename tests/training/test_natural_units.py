@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import base, hypergrad, inner, spaces, training
+from metaopt import _tuned_space, base, hypergrad, inner, spaces, training
 
 KEY = jax.random.key(0)
 
@@ -201,6 +201,15 @@ def test_fine_tuning_with_an_estimator_that_converts_nothing_is_reported(caplog)
     task = jax.tree.map(lambda leaf: leaf[0], sample_tasks(KEY))
     training.fine_tune(LEAVES_ONLY, space=SPACE, num_steps=1)(KEY, LAM, task)
     assert CONVERTS_NOTHING in caplog.text
+
+
+def test_a_space_that_is_noted_again_is_kept_once():
+    """Otherwise the record grows with each call of `fine_tune` outside `jit`."""
+    step = lambda: None
+    for space in (SPACE, SPACE, dict(SPACE)):
+        with _tuned_space.recording(step):
+            _tuned_space.note(space)
+    assert len(_tuned_space._RECORDS[step]) == 2
 
 
 def test_a_second_run_of_one_learner_is_compared_with_its_own_space(caplog):

@@ -40,6 +40,10 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int) -
         print(step, flush=True)
         time.sleep(0.02)
 
+    def evaluate(key, hyperparams):
+        """Not the same in all processes, as if it ran on other hardware. That of the first process counts."""
+        return (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10 + process * (hyperparams["x"] - 0.7)
+
     estimator = training.shard(small.carried(), mesh)
     assert isinstance(estimator, base.Estimator)
     result = training.fit(
@@ -48,7 +52,7 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int) -
         hyperparams={"x": 0.5},
         num_steps=num_steps,
         key=jax.random.key(0),
-        evaluate=lambda key, hyperparams: (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10,
+        evaluate=evaluate,
         eval_every=4,
         callback=callback,
         checkpoint_dir=folder,

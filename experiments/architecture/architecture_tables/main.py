@@ -39,7 +39,7 @@ def main() -> None:
     text = report(tables, curves, options.seeds, options.train_seeds)
     if kept.num_before:
         text += (
-            f" Of the tasks that were left out, {kept.num_before} of {len(kept.tasks)} are from earlier calls, "
+            f"\n- {kept.num_before} of {len(kept.tasks)} held-out tasks are from earlier calls, "
             f"{kept.num_other_code()} by other code than the script's."
         )
     script.publish(Path(__file__).parent, "Architectures from tables", text, options, picture="Regret over trainings")

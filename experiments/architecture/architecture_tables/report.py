@@ -84,16 +84,16 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
         lines += [f"## {name}: percentile of what is chosen", "", script.table(header, rows_of(name, judged)), ""]
         lines += about_ties(tasks, ties)
         if name.endswith("micro"):
-            lines += ["The form of h was chosen with these tables: its rows are no test of it.", ""]
+            lines += ["The form of h was chosen with these tables, so its rows do not test it.", ""]
         if effects:
             cells = np.unique(np.concatenate(list(effects.values())), axis=0).tolist()
             named = "; ".join(", ".join(EDGE_OPS[name][x] for x in cell) for cell in cells)
-            lines += [f"What is left of mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {named}.", ""]
+            lines += [f"The cells by mean effects of ops, on the edges 0-1, 0-2, 1-2, 0-3, 1-3, 2-3: {named}.", ""]
             if len(cells) == 1:
                 lines += [
-                    'It is one cell, for every task that is left out and whatever h says. So the rows "mean effects" '
-                    "measure the effects of single ops, and nothing of h: what makes a cell of this space good is how "
-                    "its ops go together, which an op at a time cannot say.",
+                    'It is one cell, for every held-out task and with every h. So the rows "mean effects" measure '
+                    "the effects of single ops, and not h. In this space, a good cell depends on the combination of "
+                    "its ops, which effects of single ops do not show.",
                     "",
                 ]
         members = "the members of all keys" if num_keys > 1 else "members"
@@ -120,11 +120,12 @@ def report(tables: dict[str, tuple[list[str], Outcomes]], curves, num_seeds: int
     lines.append(script.table(["table", "task", "", *(f"after {m}" for m in MARKS)], rows))
     lines += [
         "",
-        "Percentiles are among the test losses of the task (of TransNAS-Bench-101, which has none, validation losses). "
-        "Test regret in the units of the table, of the best by validation so far, mean and 95 % band over "
-        f"{num_seeds} seeds, by the number of architectures that were trained: tables that say nothing of seconds are "
-        "among them. Regularized evolution: population 10, samples of 3; not where the table lacks some of the digits' "
-        "combinations, which it would ask for.",
+        "- Percentiles are among the test losses of the task (of TransNAS-Bench-101, which has none, validation "
+        "losses).\n"
+        "- Test regret is in the units of the table, for the best by validation so far: mean and 95 % band over "
+        f"{num_seeds} seeds, by the number of trained architectures. This includes tables without training seconds.\n"
+        "- Regularized evolution: population 10, samples of 3. It cannot run if the table lacks some combinations of "
+        "the digits, because it would ask for them.",
     ]
     return "\n".join(lines)
 

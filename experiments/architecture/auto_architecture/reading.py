@@ -46,14 +46,14 @@ def what_h_reads(result: dict[str, Any]) -> str:
     values, (folds, read) = np.array(result["values"]), read_folds(result)
     apart = 1 - within(x, folds).var(0) / np.maximum(x.var(0), 1e-12)
     apart = apart[x.std(0) > 1e-6]
-    text = f"Of {result['shape']}: "
+    text = f"**{result['shape']}:**\n\n"
     if len(apart) and len(result["sizes"]) > 1:
-        text = (
-            f"Of {result['shape']}, {np.median(apart):.0%} of the variance of mean mixing weights (median over ops; "
-            f"{apart.min():.0%} to {apart.max():.0%}) lies between folds, each with an h of its own. "
+        text += (
+            f"- {np.median(apart):.0%} of the variance of mean mixing weights (median over ops; {apart.min():.0%} to "
+            f"{apart.max():.0%}) lies between folds. Each fold has its own h.\n"
         )
     if not read.any():
-        return text + "No fold trusts what h reads in a task, and a* is one architecture for all tasks of each."
+        return text + "- No fold trusts the features that h reads, and a* is one architecture for all tasks of a fold."
     moved = within(x, folds)[read].std(0)
     correlations = correlation(x[read], values[read], folds[read])
     pooled = correlation(x, values, 0 * folds)
@@ -73,19 +73,15 @@ def what_h_reads(result: dict[str, Any]) -> str:
     difference = np.array(result["scores"][A_STAR]) - np.array(result["scores"][IGNORANT])
     groups = [np.flatnonzero(np.array(result["families"])[read] == f) for f in sorted(set(result["families"]))]
     (loss, error) = (interval(difference[read, c], [g for g in groups if len(g)]) for c in (0, 1))
+    correlated = f"The strongest correlations with a feature: {'; '.join(texts)}." if texts else "No choice varies."
     return (
-        text + f"In the {len(np.unique(folds[read]))} of {len(result['sizes'])} folds that trust what it reads "
-        f"({read.sum()} tasks), a mean mixing weight moves from task to task by {moved.max():.3f} at most "
-        f"({labels[moved.argmax()]}; standard deviation), and a* is another than the fold's most frequent one on "
-        f"{others} tasks. "
-        + (
-            f"The strongest correlations with a feature there: {'; '.join(texts)}. "
-            if texts
-            else "No choice varies there. "
-        )
-        + f"Against h of the average task, reading changes test log loss by {difference[read, 0].mean():+.4f} "
-        f"[{loss[0]:+.4f}, {loss[1]:+.4f}] and errors by {difference[read, 1].mean():+.2%} [{error[0]:+.2%}, "
-        f"{error[1]:+.2%}] there."
+        text + f"- {len(np.unique(folds[read]))} of {len(result['sizes'])} folds trust the features that h reads "
+        f"({read.sum()} tasks). The next figures are for these folds.\n"
+        f"- A mean mixing weight varies from task to task by at most {moved.max():.3f} ({labels[moved.argmax()]}; "
+        f"standard deviation).\n- a* differs from the fold's most frequent architecture on {others} tasks.\n"
+        f"- {correlated}\n- Compared with h of the average task, the features change test log loss by "
+        f"{difference[read, 0].mean():+.4f} [{loss[0]:+.4f}, {loss[1]:+.4f}] and errors by "
+        f"{difference[read, 1].mean():+.2%} [{error[0]:+.2%}, {error[1]:+.2%}]."
     )
 
 

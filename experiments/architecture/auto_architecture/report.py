@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import script
 from experiments.architecture.auto_architecture.reading import plot, what_h_reads
 from experiments.architecture.auto_architecture.results import (
     A_STAR,
@@ -61,7 +62,7 @@ def compared(ours: np.ndarray, others: np.ndarray, groups: list[np.ndarray]) -> 
             f"{difference.mean():+{form}} [{low:+{form}}, {high:+{form}}], smaller on "
             f"{np.mean(difference < 0):.0%} and larger on {np.mean(difference > 0):.0%} of {len(ours)} tasks"
         )
-    return "; ".join(texts)
+    return "\n  - ".join(texts)
 
 
 def bars(results: list[dict[str, Any]], most: int) -> str:
@@ -79,9 +80,9 @@ def bars(results: list[dict[str, Any]], most: int) -> str:
             [np.mean([r[unit][label] for r in results]) for label in (first, second)] for unit in ("runs", "seconds")
         )
         text.append(
-            f"- {first} against {second}: {compared(a, b, groups)}; cost {runs[0]:.1f} and {runs[1]:.1f} training "
-            f"runs, {runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor seconds, "
-            f"{seconds[0] / seconds[1]:.2f} of it."
+            f"- {first} against {second}:\n  - {compared(a, b, groups)}\n  - cost {runs[0]:.1f} and {runs[1]:.1f} "
+            f"training runs, {runs[0] / runs[1]:.2f} of it, and {seconds[0]:.3f} and {seconds[1]:.3f} processor "
+            f"seconds, {seconds[0] / seconds[1]:.2f} of it"
         )
     return "\n".join(text) + "\n"
 
@@ -140,23 +141,27 @@ def darts_text(results: list[dict[str, Any]]) -> str:
     best = min(variants, key=lambda name: variants[name]["scores"].mean(0)[0])
     after, texts = variants[best], []
     for name, scores, runs in (
-        ("the variant that is chosen by validation", scores_of(DARTS), cost(DARTS)),
-        (f"the one with the smallest test log loss, known afterwards ({best})", after["scores"], after["runs"]),
+        ("the variant chosen by validation", scores_of(DARTS), cost(DARTS)),
+        (
+            f"the variant with the smallest test log loss, known only afterwards ({best})",
+            after["scores"],
+            after["runs"],
+        ),
     ):
         each = []
         for ours in (FINE_TUNED, FINE_TUNED + LEARNED):
             loss, error = (verdict(d, groups, cost(ours) / runs) for d in differences(ours, scores))
-            each.append(f"{ours}: log loss {loss}; errors {error}")
-        texts.append(f"Against {name}, {'. '.join(each)}.")
-    aim = "**Fine-tuned, better than DARTS on each task at a fifth of its cost**, the aim. "
-    return "\n".join(lines) + "\n\n" + aim + " ".join(texts)
+            each += [f"  - {ours}: log loss {loss}", f"  - {ours}: errors {error}"]
+        texts += [f"- Against {name}:", *each]
+    aim = "**The aim: fine-tuning is better than DARTS on each task, at a fifth of its cost.**"
+    return "\n".join([*lines, "", aim, "", *texts])
 
 
 def gaps_text(results: list[dict[str, Any]]) -> str:
     """Tabulates test scores of supernets, of discrete architectures with their weights, and of separate training."""
     lines = [
-        "| search | measure | supernet, mixed | its weights, discrete | trained alone | discretization gap (discrete − "
-        "mixed) [95 %] | trained alone − mixed [95 %] |",
+        "| search | measure | supernet, mixed | its weights, discrete | retrained | discretization gap (discrete − "
+        "mixed) [95 %] | retrained − mixed [95 %] |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -179,8 +184,8 @@ def trust_text(result: dict[str, Any]) -> str:
     """Describes each fold: the number of left-out tasks, and the trust in features that they selected."""
     texts = []
     for num, trust in zip(result["left_out"], result["trust"], strict=True):
-        texts.append(f"{num} tasks left out, which gave its reading the trust {trust}" if num else "none left out")
-    return "; ".join(texts)
+        texts.append(f"{num} tasks (trust {trust})" if num else "none")
+    return ", ".join(texts)
 
 
 def picks(result: dict[str, Any]) -> str:
@@ -193,44 +198,47 @@ def random_text(result: dict[str, Any], few: int) -> str:
     random, best = result["random"], np.mean(result["scores"][RANDOM.format(few)], 0)[1]
     return (
         f"{random['error']:.1%} of errors on {result['shape']} (mean of {random['networks']} networks on all "
-        f"{random['tasks']} tasks; the best of {few} by validation, on those held out, {best:.1%})"
+        f"{random['tasks']} tasks; the best of {few} by validation has {best:.1%} on the held-out tasks)"
     )
 
 
-def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> str:
+def rates_text(config: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
     """Describes the rate of α, and the DARTS variant that each fold chose."""
     most = max(max(r["tuned_on"]) for r in results)
-    what = "which h did not learn from"
+    unseen = "which h did not learn from"
     if any(not num for r in results for num in r["left_out"]):
-        what = "which h did not learn from where there are more than two families to leave one out of"
-    by_shape = lambda tell: "; ".join(f"{r['shape']} {tell(r)}" for r in results)
-    tuned = f"is {config['rates'][0]}, which was not tuned"
+        unseen += " if there are more than two families, so that one can be left out"
+    by_shape = lambda describe: "; ".join(f"{r['shape']} {describe(r)}" for r in results)
+    tuned = f"is {config['rates'][0]}, which was not tuned."
     if len(config["rates"]) > 1:
         by_fold = by_shape(lambda r: ", ".join(map(str, r["rates"])))
-        tuned = f"is one of {', '.join(map(str, config['rates']))} (by fold: {by_fold})"
+        tuned = f"is one of {', '.join(map(str, config['rates']))}. By fold: {by_fold}."
     chosen = [pick for r in results for pick in r["darts"]["chosen"]]
     largest = sum(rate == max(config["darts_rates"]) for _, _, rate in chosen)
-    edge = f"; the largest rate that was tried in {largest} of {len(chosen)} folds" * (len(config["darts_rates"]) > 1)
-    return (
-        f"the rate of α of fine-tuning {tuned}; DARTS is of the orders {', '.join(config['darts_orders'])}, of the "
-        f"rates {', '.join(map(str, config['darts_rates']))} and of the ways to read an architecture off α that one "
-        f'(by fold: {by_shape(picks)}{edge}). They may let "none" count as an op, leave it out, or leave it out and '
-        "keep the two strongest edges into a node, as published. Chosen are those with the smallest validation loss of "
-        f"what they find on {most} tasks of the meta-training set, {what}. "
-    )
+    edge = f" {largest} of {len(chosen)} folds chose the largest rate." * (len(config["darts_rates"]) > 1)
+    return [
+        f"The rate of α in fine-tuning {tuned}",
+        f"DARTS has the orders {', '.join(config['darts_orders'])}, the rates "
+        f"{', '.join(map(str, config['darts_rates']))}, and several ways to derive an architecture from α. Chosen by "
+        f"fold: {by_shape(picks)}.{edge}",
+        'Three ways to derive an architecture: "none" counts as an op, or it is left out, or it is left out and a node '
+        "keeps its two strongest incoming edges, as published.",
+        "The choices above have the smallest validation loss of the resulting networks on "
+        f"{most} tasks of the meta-training set, {unseen}.",
+    ]
 
 
 def reading_text(result: dict[str, Any]) -> str:
     clock = result["costs"]["seconds"]
     run, look = clock["training run"], clock["look"]
     return (
-        f"{(look + clock['gradients']) / run:.1f} training runs on {result['shape']} (a run {run:.4f} s; the look "
+        f"{(look + clock['gradients']) / run:.1f} training runs on {result['shape']} (a run {run:.4f} s; statistics "
         f"{look:.4f}; gradients {clock['gradients']:.4f})"
     )
 
 
 def choices_text(result: dict[str, Any], best: str) -> str:
-    """Describes each fold: the number of architectures that h chose for the held-out tasks, and losses.
+    """Returns a table: in each fold, the number of architectures for the held-out tasks, and losses.
 
     The row `best` is added for comparison.
     """
@@ -239,16 +247,49 @@ def choices_text(result: dict[str, Any], best: str) -> str:
     joint = lambda values: ", ".join(values)
     loss = lambda row: joint(f"{np.mean(part, 0)[0]:.3f}" for part in by_fold(result["scores"][row]))
     chosen = {"a*": A_STAR, RECORDS: RECORDS, BOTH: BOTH}
-    texts = [
-        f"{label}: {joint(str(len(set(part))) for part in by_fold(result['architectures'][label]))} (test log loss "
-        f"{loss(row)})"
+    rows = [
+        [label, joint(str(len(set(part))) for part in by_fold(result["architectures"][label])), loss(row)]
         for label, row in chosen.items()
         if label in result["architectures"]
     ]
-    return (
-        f"How many architectures there are for the {joint(map(str, result['sizes']))} held-out {result['shape']} of "
-        f"each fold, {'; '.join(texts)}; {best} had {loss(best)}."
+    title = f"{joint(map(str, result['sizes']))} held-out {result['shape']}, by fold"
+    return script.table([title, "number of architectures", "test log loss"], [*rows, [best, "", loss(best)]])
+
+
+def settings_text(details: dict[str, Any], best: str) -> str:
+    """Describes the costs, the settings and the choices of each fold."""
+    config, results = details["config"], details["results"]
+    each = lambda describe: " and ".join(map(describe, results))
+    alternation = lambda r: (
+        ", ".join(f"{x:.2f} ({ORDERS[order]})" for order, x in r["costs"]["operations"]["alternation"].items())
+        + f" on {r['shape']}"
     )
+    fine_tuning = lambda r: f"{r['costs']['operations']['fine-tuning']:.2f}"
+    items = [
+        f"A training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network. Costs are in "
+        "training runs, by operations.",
+        f"An alternation of DARTS costs {each(alternation)}.",
+        f"An alternation of fine-tuning costs {each(fine_tuning)}. It differentiates, as the exact order does.",
+        "The features that h reads (statistics of a task's rows, and gradients at random weights) have no count of "
+        "operations. Their cost is the ratio of their processor seconds to those of a training run. Both are per task, "
+        f"on one core and without compilation. The ratio is {each(reading_text)}.",
+        "A fold that does not trust the features does not compute them. The rows are means over folds.",
+        "Intervals are from a bootstrap over families.",
+        "Random search takes the best network by validation. Its scores are means over draws of the trained networks "
+        f"that it saw. A single random network makes {each(lambda r: random_text(r, min(config['trials'])))}.",
+        "Processor seconds are measured separately for each part of the work: searches on 8 tasks, four of them side "
+        "by side, the rest on all tasks.",
+        f"DARTS takes {config['darts_steps']} alternations, and fine-tuning {config['fine_tune_steps']}.",
+        *rates_text(config, results),
+        *(
+            f"Of {r['shape']}, {len(r['trust'])} of {r['num_folds']} folds were held out. In each fold, some of the "
+            f"other tasks were left out to choose the trust in the features: {trust_text(r)}."
+            for r in results
+        ),
+        *([details["note"]] if details["note"] else []),
+    ]
+    tables = "\n\n".join(choices_text(r, best) for r in results)
+    return "\n".join(f"- {item}" for item in items) + f"\n\nThe architectures that each fold chose:\n\n{tables}\n"
 
 
 def finish(details: dict[str, Any], path: Path) -> None:
@@ -256,47 +297,16 @@ def finish(details: dict[str, Any], path: Path) -> None:
     config, results = details["config"], details["results"]
     most = 20 if 20 in config["trials"] else max(config["trials"])
     best, other_code = RANDOM.format(most), details["num_other_code"]
-    each, took = lambda tell: " and ".join(map(tell, results)), f"{details['this_call']:.0f} s"
+    took = f"{details['this_call']:.0f} s"
     text = f"# auto_architecture, {details['preset']}\n\n"
     text += f"![Differences, and what h chose for which task]({path.name}.png)\n\n"
     text += "\n".join(to_markdown(r) for r in results)
     text += "\n### Over all of them\n\n" + bars(results, most)
     text += "\n### DARTS's variants, over all of them\n\n" + darts_text(results) + "\n"
-    text += "\n### Supernets, discrete and trained alone\n\n" + gaps_text(results)
-    text += "\n**What h reads.** " + " ".join(map(what_h_reads, results)) + "\n"
+    text += "\n### Supernets, discrete and retrained\n\n" + gaps_text(results)
+    text += "\n### The features that h reads\n\n" + "\n\n".join(map(what_h_reads, results)) + "\n"
+    text += f"\n### Settings and costs\n\n{settings_text(details, best)}\n"
     text += (
-        f"\nA training run is {config['num_steps']} steps of {config['batch_size']} rows, of one network; an "
-        "alternation of DARTS costs "
-        + each(
-            lambda r: (
-                ", ".join(f"{x:.2f} ({ORDERS[order]})" for order, x in r["costs"]["operations"]["alternation"].items())
-                + f" on {r['shape']}"
-            )
-        )
-        + " of it, in operations, and one of fine-tuning "
-        + each(lambda r: f"{r['costs']['operations']['fine-tuning']:.2f}")
-        + ", which differentiates, as the exact order does. What h reads in a task (statistics of its "
-        "rows, and gradients at random weights) has no count of operations, and is told by processor seconds against "
-        "those of a training run, all on one core, per task and without compilation: "
-        + each(reading_text)
-        + ". Nothing is read where it is trusted nothing, and the rows are means over folds. Intervals are from a "
-        "bootstrap over families. Random search is the mean over draws of which of the trained networks it saw, "
-        "and takes the best of them by validation; a random network alone makes "
-        + each(lambda r: random_text(r, min(config["trials"])))
-        + ". "
-        "Processor seconds are those of the parts of the work, each measured alone: searches on 8 tasks, four of them "
-        "side by side, the rest on all tasks. "
-        f"DARTS takes {config['darts_steps']} alternations, fine-tuning {config['fine_tune_steps']}; "
-        + rates_text(config, results)
-        + " ".join(
-            f"Of {r['shape']}, {len(r['trust'])} of {r['num_folds']} folds were held out; of the rest, {trust_text(r)}."
-            for r in results
-        )
-        + " "
-        + " ".join(choices_text(r, best) for r in results)
-        + " "
-        + details["note"]
-        + "\n\n"
         f"`{'METAOPT_DATA=... ' if details['data'] else ''}{details['command'].strip()}`, seed {details['seed']}, "
         + {0: "", 1: f"{took}, "}.get(details["processes"], f"{took}, with a process for each shape, ")
         + f"all calls together {details['seconds']:.0f} s of their processes ({details['processor']:.0f} processor "

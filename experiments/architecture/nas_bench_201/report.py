@@ -72,19 +72,23 @@ def report(runs: dict, table, data, config: Config, options) -> str:
         "",
         script.table(header, rows),
         "",
-        f"Supernets: {config.size}x{config.size} images, C = {config.channels}, N = {config.cells}, batch "
-        f"{config.batch}, {config.num_steps} steps of the weights (single-path one-shot: three times as many), the "
-        "rate of α times "
-        f"{FULL.num_steps / config.num_steps:.4g}, so that it can go as far as in {FULL.num_steps:,}; those of iDARTS "
-        "and of unrolled DARTS, which take a quarter of the steps of α, are four times the others', those of PC-DARTS "
-        "twice, after a rest of 30 %. Every estimate of unrolled DARTS trains new weights for T steps. One-shot "
-        "search chooses by 512 validation images more. Mean ± standard "
-        "deviation over seeds. Skips and none: of six edges, by seed. Seconds: of processor time for a search, "
-        "with compilation where it was not kept. Searches in the table look at the validation accuracy of the "
-        "task's own cells after 12 epochs, and evolution has a population of 10 and samples of 3; all others see "
-        "CIFAR-10 images alone, and their cell is looked up on all three. The best of 100 by a score are of the same "
-        "100 random cells a seed. Skips and accuracies in the picture end with the cell that was found, a step of α "
-        "after the last one that was recorded.",
+        "**Settings and columns.**\n\n"
+        f"- Supernets: {config.size}x{config.size} images, C = {config.channels}, N = {config.cells}, batch "
+        f"{config.batch}, {config.num_steps} steps of the weights (single-path one-shot: three times as many).\n"
+        f"- The rate of α is multiplied by {FULL.num_steps / config.num_steps:.4g}, so that α can move as far as in "
+        f"{FULL.num_steps:,} steps. iDARTS and unrolled DARTS take a quarter of the steps of α. Their rates are "
+        "four times those of the others. PC-DARTS has twice the rate, after 30 % of the steps without a change of α.\n"
+        "- Every estimate of unrolled DARTS trains new weights for T steps.\n"
+        "- One-shot search uses 512 additional validation images for its choice.\n"
+        "- Accuracies: mean ± standard deviation over seeds.\n"
+        "- Skips and none: their number among six edges, by seed.\n"
+        "- Seconds: processor seconds of a search, including compilation if its result was not cached.\n"
+        "- Searches in the table use the validation accuracy of the task's own cells after 12 epochs. Evolution has "
+        "a population of 10 and samples of 3. All other methods use only CIFAR-10 images, and their cell is looked "
+        "up on all three tasks.\n"
+        "- For each seed, the best of 100 by a score is among the same 100 random cells.\n"
+        "- In the picture, skips and accuracies end with the cell of the search's end, which is one step of α after "
+        "the last record.",
         "",
     ]
     lines += gaps(runs, table)
@@ -107,11 +111,12 @@ def gaps(runs: dict, table) -> list[str]:
     searched = [run for seeds in runs.values() for run in seeds.values() if "weights" in run]
     if any("mixed" not in run for run in searched):
         lines += [
-            f"Of {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient the accuracies "
-            "of the supernet, mixed and discrete, were not kept (unrolled DARTS has no supernet that outlives an "
-            "estimate): their gap is not told. Searches that "
-            "stopped early are the search of DARTS up to there, whose weights at that epoch are not kept, and "
-            "single-path one-shot has no mixture: of these there is no gap either.",
+            "**Searches without a gap:**\n\n"
+            f"- {sum('mixed' not in run for run in searched)} of {len(searched)} searches by gradient did not save "
+            "the accuracies of the supernet, mixed and discrete. Unrolled DARTS has no supernet after an estimate.\n"
+            "- Searches that stopped early share the search of DARTS up to that epoch, whose weights are not "
+            "saved.\n"
+            "- Single-path one-shot has no mixture.",
             "",
         ]
     one_shot = [run for run in runs.get("single-path one-shot", {}).values() if len(run["drawn"]) > 4]
@@ -122,12 +127,14 @@ def gaps(runs: dict, table) -> list[str]:
             nas.search_report([nas.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in drawn_scores(run)])
             for run in one_shot
         ]
+        correlation = script.spread([r.correlation for r in reports], 2)
+        intervals = ", ".join(f"{r.interval[0]:.2f} to {r.interval[1]:.2f}" for r in reports)
         lines += [
-            "Single-path one-shot: Spearman's rank correlation of the likelihood of 512 validation labels, with shared "
-            "weights, with the accuracy of the cell trained alone (1 would be perfect), over "
-            f"{len(one_shot[0]['drawn'])} random cells a seed: {script.spread([r.correlation for r in reports], 2)} "
-            f"(95 % intervals {', '.join(f'{r.interval[0]:.2f} to {r.interval[1]:.2f}' for r in reports)}). "
-            + op_correlations(one_shot, table),
+            "**Single-path one-shot:** the likelihood of 512 validation labels, with shared weights, against the "
+            f"accuracy of the separately trained cell. Over {len(one_shot[0]['drawn'])} random cells a seed, "
+            f"Spearman's rank correlation is {correlation} (95 % intervals {intervals}). 1 would be perfect.",
+            "",
+            op_correlations(one_shot, table),
             "",
         ]
     return lines
@@ -141,7 +148,7 @@ def op_correlations(one_shot: list[dict], table) -> str:
         "nor_conv_1x1": "1x1 convolutions",
         "nor_conv_3x3": "3x3 convolutions",
     }
-    texts = []
+    rows = []
     for op, name in names.items():
         pairs = []
         for run in one_shot:
@@ -149,11 +156,12 @@ def op_correlations(one_shot: list[dict], table) -> str:
             pair = (-np.array(run["losses"]), -table.test[run["drawn"], 0])
             pairs.append([float(np.asarray(spearmanr(nums, values))[0]) for values in pair])
         likelihood, accuracy = (f"{min(each):+.2f} to {max(each):+.2f}" for each in zip(*pairs, strict=True))
-        texts.append(f"{name} {likelihood} ({accuracy})")
+        rows.append([name, likelihood, accuracy])
     return (
-        "Which ops the supernet prefers: the rank correlation of its likelihood with the number of them in a cell, "
-        f"from the lowest seed to the highest, and that of the accuracy in brackets: {'; '.join(texts)}. An op whose "
-        "two signs differ is one that shared weights misjudge."
+        "Which ops the supernet prefers: the table has the rank correlation of an op's number in a cell with the "
+        "likelihood, and with the accuracy. The ranges are from the lowest seed to the highest. If the two signs "
+        "differ, shared weights misjudge the op."
+        f"\n\n{script.table(['op', 'likelihood', 'accuracy'], rows)}"
     )
 
 
@@ -188,9 +196,9 @@ def correlations(seeds: dict, table, data) -> list[str]:
         "",
         script.table(header, rows),
         "",
-        f"Of {num} random cells a seed, at one initialization and 64 images. Published are those of "
-        "the table's collection, computed at the full scale on CIFAR-10, where they are known: the last columns "
-        "compare on those n cells alone, with CIFAR-10.",
+        f"These are correlations over {num} random cells a seed, at one initialization and with 64 images. The "
+        "published scores are from the table's collection, computed at the full scale on CIFAR-10. They are not "
+        "known for all cells. The last columns compare both on the n cells with a published score, with CIFAR-10.",
     ]
 
 

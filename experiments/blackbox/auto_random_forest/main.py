@@ -10,7 +10,7 @@ from experiments.blackbox import auto_random_forest
 from experiments.blackbox.auto_random_forest.choices import choose, table_rows
 from experiments.blackbox.auto_random_forest.config import FULL, SMOKE, Config
 from experiments.blackbox.auto_random_forest.optimizers import read_optimizers, run_optimizer
-from experiments.blackbox.auto_random_forest.records import RECORDS, collect, pack, unpack
+from experiments.blackbox.auto_random_forest.records import RECORDS, Records, collect, pack, unpack
 from experiments.blackbox.auto_random_forest.report import beside_average, compare, over_keys, plot
 from experiments.blackbox.auto_random_forest.tables import load
 from experiments.hyperparameters.auto_tune.config import FEATURES
@@ -57,31 +57,13 @@ def main() -> None:
     header, rows, differences = compare(records, chosen, ours, reference)
     text = (
         f"{len(records.names)} tables of {len(set(records.families))} families, at most {config.max_rows} training "
-        f"rows; records of {len(records.configurations)} configurations ({config.num_folds}-fold cross-validated log "
-        f"loss, forests of at most {config.max_trees} trees), which took {records.seconds.sum():.0f} processor "
-        f"seconds. For a table, g has learned from the other families' records ({seconds:.0f} processor seconds for "
-        f"each of {config.num_splits} parts), and reads {len(FEATURES)} meta-features.\n\n"
+        f"rows. The records have {len(records.configurations)} configurations ({config.num_folds}-fold "
+        f"cross-validated log loss, forests of at most {config.max_trees} trees) and took {records.seconds.sum():.0f} "
+        f"processor seconds. For each table, g is trained on the records of the other families ({seconds:.0f} "
+        f"processor seconds for each of {config.num_splits} parts). It reads {len(FEATURES)} meta-features.\n\n"
     )
     text += script.table(header, rows)
-    text += (
-        "\n\nMeans over tables, of means over seeds. Trials are cross-validations on the new table, looked up in the "
-        "records; what has been chosen is fitted to all training rows, and judged on the test rows. Probabilities are "
-        "mixed with 1 % of the uniform distribution. Regret is that of the cross-validated loss, 0 at a table's best "
-        "and 1 at its worst configuration. In brackets: paired 95 % interval of a difference (of regret, from that of "
-        f"{ours!r}), bootstrap over families; p: Wilcoxon's "
-        f"signed-rank test over tables against {ours!r} by Holm's method. "
-        "g, portfolio and random search choose among the records' configurations. "
-        + beside_average(records, chosen)
-        + over_keys(records, chosen)
-        + (
-            "The other optimizers draw from the whole space, and are given what the nearest untried one of them came "
-            "to, as the outcome of what they asked for; BOHB's trials are full budgets. "
-            if optimizers
-            else "TPE and BOHB were not run on these records (`--optimizers`). "
-        )
-        + ("" if "SMAC" in optimizers else "SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run. ")
-        + f"The whole run took {time.perf_counter() - begin:.0f} s."
-    )
+    text += notes(records, chosen, ours, optimizers) + f"- The whole run took {time.perf_counter() - begin:.0f} s."
     page = "auto_random_forest_rows" if options.rows else "auto_random_forest"
     script.publish(
         Path(__file__).parent,
@@ -93,3 +75,32 @@ def main() -> None:
     )
     if not options.smoke:
         plot(differences, options.out / f"{page}.png")
+
+
+def notes(records: Records, chosen, ours: str, optimizers) -> str:
+    """Returns a list that explains the table. `ours` is the method of the paired differences."""
+    return (
+        "\n\n"
+        "- The figures are means over tables, of means over seeds.\n"
+        "- Trials are cross-validations on the new table, looked up in the records. The chosen configuration is "
+        "fitted to all training rows and scored on the test rows.\n"
+        "- Probabilities are mixed with 1 % of the uniform distribution.\n"
+        "- Regret is that of the cross-validated loss: 0 at a table's best configuration and 1 at its worst.\n"
+        "- Brackets have the paired 95 % interval of a difference, from a bootstrap over families. For regret, it is "
+        f"the difference from {ours!r}.\n"
+        f"- p is from Wilcoxon's signed-rank test over tables against {ours!r}, with Holm's correction.\n"
+        "- g, portfolio and random search choose among the configurations of the records.\n"
+        + beside_average(records, chosen)
+        + over_keys(records, chosen)
+        + (
+            "- The other optimizers draw from the whole space. The outcome of each of their configurations is that of "
+            "the nearest untried one in the records. BOHB's trials are full budgets.\n"
+            if optimizers
+            else "- TPE and BOHB were not run on these records (`--optimizers`).\n"
+        )
+        + (
+            ""
+            if "SMAC" in optimizers
+            else "- SMAC3 (`--optimizers SMAC`, seconds for each table and seed) was not run.\n"
+        )
+    )

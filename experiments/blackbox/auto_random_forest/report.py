@@ -58,8 +58,8 @@ def beside_average(records: Records, chosen) -> str:
         low, high = interval(records, ours - other)
         texts.append(f"{(ours - other).mean():+.4f} [{low:+.4f}, {high:+.4f}] in {what}")
     return (
-        "The best on average and the portfolio are those of the mean regret over the other families' tables. "
-        f"Without a trial, g minus the best on average: {' and '.join(texts)}. "
+        "- The best on average and the portfolio use the mean regret over the other families' tables. Without a "
+        f"trial, g minus the best on average: {' and '.join(texts)}.\n"
     )
 
 
@@ -68,14 +68,14 @@ def over_keys(records: Records, chosen) -> str:
     learned = {name: np.array(numbers) for name, numbers in chosen.items() if name.startswith("g")}  # [T, keys]
     num_keys = next(iter(learned.values())).shape[1]
     if num_keys == 1:
-        return "There is one key of g's training, and of its searcher (`--train-seeds`). "
+        return "- There is one key of g's training, and of its searcher (`--train-seeds`).\n"
     tables, parts = np.arange(len(records.names))[:, None], []
     for name, numbers in learned.items():
         means = records.test_loss[tables, numbers].mean(0)
-        parts.append(f"{name} {means.min():.4f} to {means.max():.4f} (standard deviation {means.std(ddof=1):.4f})")
+        parts.append(f"  - {name} {means.min():.4f} to {means.max():.4f} (standard deviation {means.std(ddof=1):.4f})")
     return (
-        f"Of g there are {num_keys} keys of its training, which draw for its searcher, too; its figures are means over "
-        f"them. From key to key, the mean test log loss over tables is: {'; '.join(parts)}. "
+        f"- g is trained with {num_keys} keys, which also draw for its searcher. Its figures are means over the keys. "
+        "The mean test log loss over tables varies between keys:\n" + "".join(f"{part}\n" for part in parts)
     )
 
 

@@ -111,11 +111,12 @@ def main() -> None:
         results[data.name] = curves, judged
         text += [
             f"**{data.name}: {len(judged)} tasks of {len(np.unique(data.family[judged]))} families × "
-            f"{data.error.shape[1]} configurations**; metaopt is trained in {seconds[0]:.0f} processor seconds a "
-            f"fold, with {NUM_DEEP} deep kernels in {seconds[1]:.0f}, and asked for a trial in {seconds[3]:.0f} "
-            "processor milliseconds (median)"
+            f"{data.error.shape[1]} configurations.** Training metaopt takes {seconds[0]:.0f} processor seconds a "
+            f"fold, with {NUM_DEEP} deep kernels {seconds[1]:.0f}. A suggestion takes {seconds[3]:.0f} processor "
+            "milliseconds (median)."
             + (
-                f"; with {NUM_TRANSFORMERS} transformers in {seconds[2]:.0f} and {seconds[4]:.0f}"
+                f" With {NUM_TRANSFORMERS} transformers, training takes {seconds[2]:.0f} and a suggestion "
+                f"{seconds[4]:.0f}."
                 if with_transformers
                 else ""
             ),
@@ -125,17 +126,20 @@ def main() -> None:
             *([over_keys(result), ""] if options.train_seeds > 1 else []),
         ]
     text.append(
-        f"Mean normalized regret over tasks; in brackets the difference to {options.reference}, its 95 % interval "
-        "(bootstrap over families), and the p of Wilcoxon's signed-rank test by Holm's method. Random methods are "
-        f"means over seeds: random search {options.seeds}, {', '.join(counts)}, the process without other tasks "
-        f"{options.plain_seeds}, metaopt's training {options.train_seeds}"
+        "The tables show the mean normalized regret over tasks.\n\n"
+        f"- **Brackets:** the difference to {options.reference}, its 95 % interval (bootstrap over families), and the "
+        "p of Wilcoxon's signed-rank test with Holm's correction.\n"
+        f"- **Seeds:** the figures of random methods are means over seeds: random search {options.seeds}, "
+        f"{', '.join(counts)}, the Gaussian process without other tasks {options.plain_seeds}, the training of metaopt "
+        f"{options.train_seeds}"
         + (f" (of transformers {options.transformer_seeds})" if options.transformer_seeds else "")
-        + "; the lists are deterministic. A fifth "
-        "of the families is left out at a time; where one family is, average-best "
-        f"has {'; '.join(families)} (more tasks to learn from, and others near the new one). BOHB is not among them: a "
-        "table has one fidelity, at which it is TPE."
-        + ("" if any(count.startswith("SMAC") for count in counts) else " SMAC3 (`--baselines SMAC`) was not run.")
-        + " The curves of baselines are kept beside the results, and only what lacks of them is run."
+        + ". The fixed lists are deterministic.\n"
+        "- **Folds:** a fifth of the families is held out at a time. If one family is held out at a time, there are "
+        "more tasks to learn from, and some are close to the new one. On the tables in the order above, average-best "
+        f"then has {'; '.join(families)}.\n"
+        "- **BOHB** is not included: a table has one fidelity, at which BOHB equals TPE.\n"
+        + ("" if any(count.startswith("SMAC") for count in counts) else "- SMAC3 (`--baselines SMAC`) was not run.\n")
+        + "- The curves of baselines are saved next to the results. A run computes only the missing ones."
     )
     picture = "Mean normalized regret over trials"
     script.publish(Path(__file__).parent, "Records of earlier tasks", "\n".join(text), options, picture=picture)

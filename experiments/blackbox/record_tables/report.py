@@ -5,23 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from experiments import script
 from experiments.blackbox.record_tables.runs import Found
 from experiments.blackbox.record_tables.searches import AT, LEARNED, NUM_TRIALS
 from experiments.blackbox.record_tables.tables import Records
 
 
 def over_keys(result: Found) -> str:
-    """Describes how the means over tasks vary between keys of the training."""
-    parts = []
+    """Returns a table of the deviations of the means over tasks between keys of the training."""
+    rows = []
     for name, curves in result.by_key.items():
         if len(curves) == 1:
             continue
         means = curves[:, result.judged][..., [num_trials - 1 for num_trials in AT]].mean(1)  # [keys, 3]
-        parts.append(f"{name} {' '.join(f'{std:.4f}' for std in means.std(0, ddof=1))}")
-    return (
-        f"Standard deviation of the mean regret after {', '.join(map(str, AT))} trials from key to key of the "
-        f"training: {'; '.join(parts)}."
-    )
+        rows.append([name, *(f"{std:.4f}" for std in means.std(0, ddof=1))])
+    table = script.table(["method", *(f"after {num_trials}" for num_trials in AT)], rows)
+    return f"The standard deviation of the mean regret from key to key of the training:\n\n{table}"
 
 
 def family_weights(family: np.ndarray) -> np.ndarray:

@@ -127,20 +127,28 @@ def main() -> None:
 
 
 def circumstances(scale: Scale, options: argparse.Namespace) -> str:
-    """Returns a paragraph on the sizes and on how methods were trained and tested."""
+    """Returns a list of the sizes, and of how methods were trained and tested."""
     shares = ", ".join(f"{name} {ROWS[name].share:g}" for name in options.methods)
-    drawers = "An episode does not ask who drew an example, as in the literature."
+    drawers = "An episode ignores who drew an example, as in the literature."
     if options.disjoint_drawers:
-        drawers = "Nobody drew on both sides of an episode, which is harder than the literature's episodes."
-    with_shots = "Trained with one shot (Reptile five), tested with one and five."
+        drawers = "No person drew in both sets of an episode, which is harder than the literature's episodes."
+    with_shots = "Training is with one shot (Reptile five), tests are with one and five."
     if len(options.own_shots) > 1:
-        with_shots = "Where a head is learned, trained with as many shots as tested; else with one (Reptile five)."
+        with_shots = (
+            "Methods that learn a head are trained with as many shots as tested. "
+            "The others are trained with one (Reptile five)."
+        )
+    spread = SPREAD if options.seeds > 1 else ""
     return (
-        f"\n\n{scale.episodes} episodes of unseen characters, {options.split} split, the same for all; mean ± 95 % "
-        f"over episodes, of the mean over {options.seeds} seed(s){SPREAD if options.seeds > 1 else ''}. {scale.blocks} "
-        f"blocks of {scale.filters} filters on {scale.size} × {scale.size} pixels, {scale.steps:,} outer steps of "
-        f"{scale.tasks} tasks of five ways, or {num_tasks(scale, 20)} of twenty (fine-tuning: of 30 rows each), of "
-        f"which methods take a share: {shares}. Inner steps in training: {scale.inner_steps} of MAML and its kin "
-        f"(iMAML 5, Reptile 4, MAML++ 3, Proto-MAML 1), at test at most {scale.test_steps}. {with_shots} "
-        f"{drawers} Pixel prototypes see the same images."
+        "\n\n"
+        f"- {scale.episodes} episodes of unseen characters, {options.split} split, the same for all.\n"
+        f"- Accuracies: mean ± 95 % over episodes, of the mean over {options.seeds} seed(s).{spread}\n"
+        f"- Network: {scale.blocks} blocks of {scale.filters} filters on {scale.size} × {scale.size} pixels.\n"
+        f"- Training: {scale.steps:,} outer steps of {scale.tasks} tasks of five ways, or {num_tasks(scale, 20)} of "
+        "twenty (fine-tuning: of 30 rows each).\n"
+        f"- Methods take these shares of the outer steps: {shares}.\n"
+        f"- Inner steps in training: {scale.inner_steps} for MAML and related methods (iMAML 5, Reptile 4, MAML++ 3, "
+        f"Proto-MAML 1). At test: at most {scale.test_steps}.\n"
+        f"- {with_shots}\n"
+        f"- {drawers} Pixel prototypes see the same images."
     )

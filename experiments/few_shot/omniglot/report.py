@@ -12,7 +12,7 @@ from experiments.few_shot.omniglot.training import Trained
 from metaopt import evaluation, plots
 
 LITERATURE = {(5, 1): 0.987, (5, 5): 0.999, (20, 1): 0.958, (20, 5): 0.989}  # MAML, transductive, the random split
-SPREAD = "; after the semicolon, the standard deviation over seeds"
+SPREAD = " After the semicolon is the standard deviation over seeds."
 
 
 def report(evaluations: dict[str, evaluation.Evaluation], trainings: dict[str, list[Trained]]) -> str:
@@ -42,7 +42,7 @@ def report(evaluations: dict[str, evaluation.Evaluation], trainings: dict[str, l
     literature = {f"{w}w{s}s": f"{100 * LITERATURE[w, s]:.1f}" for w, s in SETTINGS}
     rows = [[name, *cells(name)] for name, flag in transductive.items() if flag]
     rows.append(["MAML, in the literature (random split)", *(literature.get(setting, "") for setting in whole)])
-    text += "\n\nWhere the query set's own statistics are used:\n\n"
+    text += "\n\nMethods that use the query set's own statistics:\n\n"
     text += script.table(["accuracy, %: transductive", *whole], rows)
     normalized = {name: "support" if name == "MAML" else name.removeprefix("MAML, ") for name in transductive}
     normalized = {name: result for name, result in normalized.items() if name.split(", ")[0] == "MAML"}
@@ -50,16 +50,17 @@ def report(evaluations: dict[str, evaluation.Evaluation], trainings: dict[str, l
         rows = [
             [result, "transductive" if transductive[n] else "inductive", *cells(n)] for n, result in normalized.items()
         ]
-        text += "\n\nMAML, by what its network is normalized by:\n\n"
+        text += "\n\nMAML, by the normalization of its network:\n\n"
         text += script.table(["normalization", "", *whole], rows)
     rows = []
     for name, each in trainings.items():
         steps = ["/".join(map(str, one.test_steps.values())) for one in each]
         rows.append([name, str(max(each[0].curve)), ", ".join(steps), " ".join(f"{x:.0f}" for _, x in mean_of(each))])
     text += (
-        "\n\nOn the way (validation accuracy with the shots of the training, in %, at equal distances from the first "
-        "step to the last, after the number of inner steps that is best there; such numbers of the λ that is taken, "
-        "with one shot/five, are those of the tests):"
+        "\n\n"
+        "Accuracy on validation characters during training, in %, with the shots of the training. The values are at "
+        "equal distances from the first outer step to the last. Each value has the number of inner steps that is "
+        "best there. For the chosen λ, this number is also used in the tests (with one shot/five):"
     )
     text += "\n\n" + script.table(["training", "outer steps", "inner steps at test", "validation"], rows)
     percent = {

@@ -89,33 +89,46 @@ def report(each: evaluation.Evaluation, result: evaluation.Evaluation, methods: 
     of_seeds = {
         name: [np.mean([m for m, _ in means[one].values()]) for one in all_] for name, all_ in methods.names.items()
     }
-    text += "\nMean over the sources, by seed: "
-    text += "; ".join(f"{name} {', '.join(f'{x:.3f}' for x in xs)}" for name, xs in of_seeds.items())
-    text += ".\n\nAgainst the numbers of ways and of shots (support examples for each way, in four bins):\n\n"
+    text += "\nMean over the sources, by seed:\n\n"
+    text += script.table(["", "by seed"], [[name, ", ".join(f"{x:.3f}" for x in xs)] for name, xs in of_seeds.items()])
+    text += "\n\nAgainst the numbers of ways and of shots (support examples for each way, in four bins):\n\n"
     text += by_number(result)
     return text
 
 
 def circumstances(settings: Settings, seeds: int, chosen: list[str]) -> str:
-    """Returns a paragraph on the sizes, and on how methods and settings were chosen."""
+    """Returns paragraphs on the sizes, and on how methods and settings were chosen."""
     return (
-        f"\n\nAccuracies are means over {seeds} seed(s), which differ in initialization and training episodes; ± is 95 "
-        f"% over episodes. {settings.filters} filters in each of two blocks, normalized by the support set, beside the "
-        f"image; {settings.steps} outer steps of {settings.tasks} episodes (fine-tuning: {settings.plain_steps:,} of "
-        f"{BATCH} rows, a tenth as dear); one training for each source that was left out. 5 to 8 ways, at most 40 "
-        'support and 5 query examples of a class. "Untrained" is the same method with a network drawn alike. Inner '
-        "steps in training are 2 (Proto-MAML, CAVIA) or 5; the inner gradients of Proto-MAML and Meta-SGD are of first "
-        "order, and their rates are learned, one a leaf. CAVIA's context scales and shifts features before a head of "
-        "prototypes. Of the image the support set's mean is taken away. Inner steps at test, at most 15 (iMAML 20, "
-        f"Reptile and BOIL 30), and fine-tuning's rate, of {RATES}, are the best on {CHECKED} episodes of what was "
-        f"trained on: {', '.join(chosen)}. Where that is the most, or the largest rate, more might be better. MAML++ "
-        "is without its normalization for each step: rates and losses of every step alone. Earlier forms lost to pixel "
-        "prototypes on these sources: most methods without the image among their features, and with larger fixed "
-        "rates; Meta-SGD with 3 inner steps, 5 at test and half as many outer steps; fine-tuning after 200 steps; "
-        "iMAML, Reptile and BOIL with the settings of MAML, whose rate is too large for the first (-.288, -.037, "
-        "-.050). All that was changed when it was seen, from Meta-SGD on by episodes of what is trained on (for each "
-        "of the last three about ten settings, by two of the five trainings with another key; there, too, the support "
-        "set's mean was found to help all heads that start from zeros). So small differences to pixel prototypes are "
-        "partly chosen. The episodes here are others than those that were seen before, and so are the rows of "
-        "QuickDraw, Fashion-MNIST and MNIST than those of the first forms."
+        "\n\n"
+        "**Setup.**\n\n"
+        f"- Accuracies are means over {seeds} seed(s), which differ in initialization and training episodes. ± is "
+        "95 % over episodes.\n"
+        f"- The features are {settings.filters} filters in each of two blocks, normalized by the support set, and the "
+        "image next to them. The mean of the support set is subtracted from the image.\n"
+        f"- Training takes {settings.steps} outer steps of {settings.tasks} episodes. Fine-tuning takes "
+        f"{settings.plain_steps:,} steps of {BATCH} rows, at a tenth of the cost. There is one training for each "
+        "source that is left out.\n"
+        "- Episodes have 5 to 8 ways, and at most 40 support and 5 query examples of a class.\n"
+        '- "Untrained" is the same method with a network drawn from the same distribution.\n'
+        "- Inner steps in training are 2 (Proto-MAML, CAVIA) or 5. The inner gradients of Proto-MAML and Meta-SGD "
+        "are of first order, and their rates are learned, one per leaf.\n"
+        "- CAVIA's context scales and shifts the features, which a head of prototypes reads.\n"
+        f"- Inner steps at test are at most 15 (iMAML 20, Reptile and BOIL 30). Fine-tuning's rate is one of {RATES}. "
+        f"Both are the best on {CHECKED} episodes of the training sources: {', '.join(chosen)}. If the chosen value "
+        "is the largest one, larger values might be better.\n"
+        "- MAML++ has a rate and a loss for every step, but no separate normalization for each step.\n\n"
+        "**Choice of settings.**\n\n"
+        "- Earlier versions lost to pixel prototypes on these sources:\n"
+        "  - most methods without the image among their features, and with larger fixed rates\n"
+        "  - Meta-SGD with 3 inner steps, 5 at test and half as many outer steps\n"
+        "  - fine-tuning after 200 steps\n"
+        "  - iMAML, Reptile and BOIL with the settings of MAML (-.288, -.037, -.050), whose rate is too large for "
+        "iMAML\n"
+        "- All of these settings were changed after these results were known. From Meta-SGD on, the new settings "
+        "were chosen by episodes of the training sources. For each of the last three methods, these were about ten "
+        "settings, compared by two of the five trainings with another key.\n"
+        "- In these comparisons, subtracting the mean of the support set helped all heads that start from zeros.\n"
+        "- So small differences to pixel prototypes are partly chosen.\n"
+        "- The episodes here are not those of the earlier results. The rows of QuickDraw, Fashion-MNIST and MNIST "
+        "are not those of the first versions."
     )

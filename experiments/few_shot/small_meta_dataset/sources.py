@@ -76,7 +76,7 @@ class Data(NamedTuple):
     left_out: list[str]  # each training leaves one source out
     judged_on: dict[str, tasks.Source]
     unseen: tasks.Source  # Omniglot's test classes
-    num_classes: int  # of all sources that are trained on
+    num_classes: int  # in all training sources
     episodes: Partial  # sampler of all trainings
     rows: Partial  # the same, of labelled rows
 

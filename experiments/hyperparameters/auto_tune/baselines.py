@@ -179,8 +179,8 @@ def earlier_baselines(earlier: dict, defaults: np.ndarray, tables, units: list[U
     rows = [row_of[pair] for pair in pairs]
     if not np.allclose(np.array(earlier["scores"]["defaults"])[rows], defaults, rtol=1e-3, atol=1e-4):
         raise ValueError(
-            "Training with the defaults does not give what the baselines hold: the runs differ in their splits, seeds "
-            "or training. Run without --baselines."
+            "Training with the defaults does not reproduce the scores in the baselines: the runs differ in their "
+            "splits, seeds or training. Run without --baselines."
         )
     for label, values in earlier["scores"].items():
         if label.startswith(("random search", "Optuna", "random forest", "gradient boosting")):

@@ -146,11 +146,12 @@ def without_made_tables(scores, details, unit_table, families) -> str:
     kept = ~synthetic[unit_table]
     scores = {n: s[kept] for n, s in scores.items()}
     rows = report(scores, details["costs"], unit_table[kept], families, details["reference"])
-    figures = "; ".join(f"{r['method']} {r['test_nll']:.4f} / {r['mean_rank']:.2f}" for r in rows)
+    cells = [[r["method"], f"{r['test_nll']:.4f}", f"{r['mean_rank']:.2f}"] for r in rows]
     return (
         f"\nWithout the {synthetic.sum()} tables of {len(set(np.array(families)[synthetic]))} families that are "
-        "simulated or follow a rule (`tasks.SYNTHETIC_FAMILIES`), test log loss / mean rank over the other "
-        f"{(~synthetic).sum()}: {figures}.\n"
+        f"simulated or follow a rule (`tasks.SYNTHETIC_FAMILIES`), the other {(~synthetic).sum()} tables have:\n"
+        "\n"
+        f"{script.table(['method', 'test log loss', 'mean rank'], cells)}\n"
     )
 
 
@@ -168,7 +169,7 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
         f"{details['num_seeds']} seeds each",
         reference,
     )
-    merged = "; then `--merge` of what they wrote" if "; " in details["command"] else ""
+    merged = "; then `--merge` of their results" if "; " in details["command"] else ""
     markdown += (
         f"\nCommand: `{details['command'].strip()}`"
         f"{merged}. JAX {jax.__version__}, Python {platform.python_version()}, "
@@ -180,16 +181,17 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
     markdown += without_made_tables(scores, details, unit_table, families)
     if details["baselines"] is not None:
         markdown += (
-            "\nTrials and trees, and their seconds, are those of an earlier run of "
+            "\nThe trials, the trees and their seconds are from an earlier run of "
             f"`{details['baselines']['command'].strip()}`, {details['baselines']['num_cores']} core(s), "
-            f"{details['baselines']['seconds']:.0f} s in all; training with the defaults gave the same there.\n"
+            f"{details['baselines']['seconds']:.0f} s in all. Training with the defaults gave the same scores there.\n"
         )
     if details.get("trees_while_learning"):
         markdown += "\nForests and boosting trained while g was learned, so their seconds are upper bounds.\n"
     if details["one_member"] is not None:
         markdown += (
-            "\ng is the mean of several predictors, trained with different keys; one of them alone has a mean test log "
+            "\ng is the mean of several predictors, trained with different keys. A single one has a mean test log "
             f"loss of {details['one_member']:.4f} over tables and seeds.\n"
+            ""
         )
     (out / f"auto_tune_{preset}.md").write_text(markdown)
     (out / f"auto_tune_{preset}.json").write_text(json.dumps({**details, "rows": rows}))

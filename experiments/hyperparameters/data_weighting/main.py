@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from experiments import script
-from experiments.hyperparameters import transformer
+from experiments.hyperparameters import data_weighting, transformer
 from experiments.hyperparameters.data_weighting import methods, report
 from experiments.hyperparameters.data_weighting.methods import SMOKE, Scores, Settings
 from experiments.hyperparameters.data_weighting.windows import KINDS, Pool, Texts, load
@@ -100,7 +100,7 @@ def nested(arrays: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = script.parser(__doc__, num_seeds=1)
+    parser = script.parser(data_weighting.__doc__, num_seeds=1)
     parser.add_argument("--full", action="store_true", help="three seeds")
     parser.add_argument("--keep", type=Path, default=None, help="folder for finished seeds")
     options = parser.parse_args()

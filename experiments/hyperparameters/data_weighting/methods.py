@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     batch: int = 32
     num_steps: int = 100
     rate: float = 0.02
-    outer_steps: int = 10  # of the weights of windows
+    outer_steps: int = 10  # for the weights of windows
     weight_rate: float = 0.5  # their outer rate
     scorer_steps: int = 40  # outer steps of the scorer
     scorer_horizon: int = 30  # training steps of each of its metagradients

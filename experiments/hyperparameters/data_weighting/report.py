@@ -78,7 +78,7 @@ def plot(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    names = list(runs[0])
+    names = [name for name in runs[0] if not np.isnan(column(runs, name, "losses")[:, 0]).all()]
     for i, name in enumerate(names):
         losses = column(runs, name, "losses")[:, 0]
         left.plot(losses, np.full(len(losses), i), "o", color="C0", alpha=0.6)

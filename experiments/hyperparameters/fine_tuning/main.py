@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from experiments import script
+from experiments.hyperparameters import fine_tuning
 from experiments.hyperparameters.fine_tuning import images, methods, network, report
 from experiments.hyperparameters.fine_tuning.methods import LEARNED, SCRATCH
 from experiments.hyperparameters.fine_tuning.network import SMOKE, Settings
@@ -56,7 +57,7 @@ def run_seed(seed: int, settings: Settings, sources: dict, judged: dict, cifar: 
 
 
 def main() -> None:
-    parser = script.parser(__doc__, num_seeds=2)
+    parser = script.parser(fine_tuning.__doc__, num_seeds=2)
     parser.add_argument("--full", action="store_true", help="five seeds")
     options = parser.parse_args()
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), 5 if options.full else options.seeds)

@@ -1,7 +1,7 @@
 """The kernel, the inner problem of the dual weights, and the outer losses, on rows that may be padding.
 
 A task's `train` has x [N, D], y [N], mask [N] (1 for real rows) and columns [D] (1 for real columns); `valid` has x, y
-and mask. Padded columns are 0. A padded row has a 1 on the diagonal of K, zeros beside it and y = 0: it changes no
+and mask. Padded columns are 0. A padded row has a 1 on the diagonal of K, zeros elsewhere and y = 0: it changes no
 result.
 """
 

@@ -21,7 +21,7 @@ from experiments.data.corpus.targets import Column, columns_of, determines
 from experiments.hyperparameters.gaussian_process import features
 from metaopt import base, tasks
 
-MAX_LEVELS = 8  # of a categorical column; further levels have no column
+MAX_LEVELS = 8  # more levels of a categorical column have no column
 MAX_TARGETS, MAX_PER_FAMILY = 3, 4
 MIN_DISTINCT, MIN_ROWS, MAX_ROWS = 12, 70, 300
 DEVELOPMENT_SHARE = 0.2
@@ -149,7 +149,7 @@ def judged_pool(seed: int, width: int, rows: int) -> Pool:
 
 
 def synthetic(num: int, width: int, rows: int, seed: int = 0) -> Pool:
-    """Returns draws from Gaussian processes, each a family of its own."""
+    """Returns draws from Gaussian processes, each in a separate family."""
     x, y = [], []
     for i in range(num):
         rng = _rng("synthetic", f"{seed} {i}")

@@ -24,7 +24,7 @@ def judged_tables(own: Sequence[tasks.Table] | None = None) -> list[tasks.Table]
 
 
 def excluded_tables(own: Sequence[tasks.Table] | None = None) -> Excluded:
-    """Returns what the corpus may not hold: the tables for judging, and those of `reserved.json`."""
+    """Returns the tables that the corpus must not hold: those for judging, and those of `reserved.json`."""
     excluded = exclude(judged_tables(own), reserved())
     return excluded._replace(stems=excluded.stems | OTHER_NAMES)
 

@@ -25,7 +25,7 @@ from experiments.hyperparameters.transfer.config import GROUPS, Config
 from metaopt import spaces, tasks
 from metaopt.training import report_progress
 
-LEAST_PROBABILITY = 1e-4  # of the true class, for every method alike
+LEAST_PROBABILITY = 1e-4  # lower bound for the true class, the same for every method
 KEY = 1234  # all runs use it
 SMOOTHING = (0.0, 0.02, 0.05, 0.1, 0.2)
 

@@ -38,7 +38,7 @@ def shipped_starts(parts: list[Part], space) -> dict[str, np.ndarray]:
     apply = jax.jit(jax.vmap(lambda f: flat(trained.predictor.apply(trained.meta_params, base.Task(None, None, f)))))
     features = scale_features(trained.scaling, np.concatenate([part.raw_features for part in parts]))
     g = np.asarray(apply(jnp.asarray(features, jnp.float32)))
-    center = np.asarray(trained.meta_params["center"]).mean(0)  # of the seeds
+    center = np.asarray(trained.meta_params["center"]).mean(0)  # over seeds
     assert center.shape == flat(spaces.to_unconstrained(space, spaces.default(space))).shape
     return {"g": g, "one λ": np.broadcast_to(center, g.shape)}
 

@@ -47,7 +47,7 @@ class Probabilities(NamedTuple):
 
 
 class Recorded:
-    """Trains on all tasks, each with its own λ, and keeps the probabilities. It stands in for `auto_tune.Trials`."""
+    """Trains on all tasks, each with its own λ, and keeps the probabilities. It replaces `auto_tune.Trials`."""
 
     def __init__(self, network: automl.TabularNetwork, parts: list[Part]):
         self.parts, self.units = parts, np.arange(sum(len(part.family) for part in parts))

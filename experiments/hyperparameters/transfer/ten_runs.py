@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 
 def natural_parts(config: Config, natural: Natural, folder: Path) -> list[Part]:
-    """Splits, describes and stacks the tables as `judge` does, with splits and keys of its own."""
+    """Splits, describes and stacks the tables as `judge` does, with separate splits and keys."""
     run = dataclasses.replace(config.run, num_seeds=NUM_SPLITS, max_buckets=config.judged_buckets)
     units = make_units(natural.tables, run, SPLIT_SEED)
     raw = _meta_features(units, folder)

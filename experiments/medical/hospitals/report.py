@@ -157,13 +157,11 @@ def hyperparams_table(patients: Patients, by_site: list[dict]) -> str:
 
 
 def chosen_text(patients: Patients, chosen: list[dict[str, bool]]) -> str:
-    """Returns the chosen variants in words."""
+    """Returns a table of the chosen variants."""
     words = lambda by_site: "an intercept per site" if by_site else "one intercept"
-    sites = [
-        f"{patients.names[i]}: " + "; ".join(f"{name} with {words(v)}" for name, v in of_site.items())
-        for i, of_site in enumerate(chosen)
-    ]
-    return "Pooled models: " + ". ".join(sites) + "."
+    names = list(chosen[0])
+    rows = [[patients.names[i], *(words(of_site[name]) for name in names)] for i, of_site in enumerate(chosen)]
+    return script.table(["pooled model", *names], rows)
 
 
 def shrinkage_text(patients: Patients, by_site: list[dict]) -> str:
@@ -186,7 +184,8 @@ def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) ->
             f"## {label[0].upper()}{label[1:]}",
             level_table(patients, by_site),
             f"Means over {settings.resamples} draws of 20 labelled patients; of g and one λ, ± the standard deviation "
-            f"over {num_seeds} seed(s). ECE has ten fixed bins of equal width. {chosen_text(patients, chosen)}",
+            f"over {num_seeds} seed(s). ECE has ten fixed bins of equal width.",
+            chosen_text(patients, chosen),
             shrinkage_text(patients, by_site),
             "### Differences in pairs",
             differences,
