@@ -134,12 +134,19 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        self._stack.close()
+        if jax.process_count() > 1:
+            self._stack.close()
+            return
+        self.settle()
+        with contextlib.suppress(OSError, ValueError):  # orbax may raise the error of the last write a second time
+            self._stack.close()
 
     def save(self, step: int, tree: base.PyTree, extra: dict[str, Any], loss: float = math.inf) -> None:
         """Copies the arrays, and writes them in a thread. An interrupted write leaves the former checkpoint intact.
 
-        It waits for the former write, whose errors it raises. `close` waits for the last one.
+        It waits for the former write, and `close` waits for the last one. If a write fails, for example because the
+        disk is full, a run of one process logs the error and goes on, and its former checkpoints stay. With several
+        processes, this raises the error, since the others may not have it.
 
         Args:
           step: the step, larger than that of every other checkpoint.
@@ -161,7 +168,20 @@ class Checkpoints:
         full = {str(i): x for i, x in enumerate(arrays.values()) if x.size}
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
         metrics = {"loss": loss} if self._keep_best else None
-        if not self._manager.save(step, args=saved, metrics=metrics, force=True):
+        if jax.process_count() > 1:
+            self._save(step, saved, metrics)
+            return
+        self.settle()
+        try:
+            try:
+                self._save(step, saved, metrics)
+            except (OSError, ValueError):  # orbax may raise the error of the former write a second time
+                self._save(step, saved, metrics)
+        except (OSError, ValueError):  # tensorstore raises a ValueError for an error of the system
+            self._log_failure(step)
+
+    def _save(self, step: int, args: Any, metrics: dict[str, float] | None) -> None:
+        if not self._manager.save(step, args=args, metrics=metrics, force=True):
             raise RuntimeError(f"orbax did not save the checkpoint of step {step} in {self.directory}.")
         self.newest = step
 
@@ -170,8 +190,11 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception:
-            _log.exception(f"The checkpoint of step {self.newest} in {self.directory} could not be written.")
-            self.newest = None
+            self._log_failure(self.newest)
+
+    def _log_failure(self, step: int | None) -> None:
+        _log.exception(f"The checkpoint of step {step} in {self.directory} could not be written.")
+        self.newest = None
 
     def restore(self) -> Saved | None:
         """Returns the newest readable checkpoint, or None without checkpoints.

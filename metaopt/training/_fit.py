@@ -129,7 +129,8 @@ def fit(
       checkpoint_dir: the folder for the newest two checkpoints, which is locked during the run; each run needs its own.
         None keeps no checkpoints.
       checkpoint_every: steps between checkpoints; the end of the run writes one, too. A thread writes it during the
-        next steps, from a copy. A run that is killed meanwhile has the checkpoint before it.
+        next steps, from a copy. A run that is killed meanwhile has the checkpoint before it. If it cannot be written,
+        for example because the disk is full, `fit` logs the error, goes on and keeps the checkpoints before it.
       keep_best: the number of checkpoints to keep besides the newest two: those after the evaluations with the smallest
         losses. To continue from one of them, remove the folders of later steps.
       keep_nonfinite: the number of steps with a task that is not finite whose start is kept, as checkpoints in
@@ -319,7 +320,7 @@ def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, rep
         with checkpoints.inside(os.path.join("nonfinite", str(run.step))) as start:
             if start.restore() is None:  # a run that continues may have written it before
                 _save(start, run, steps, report, eval_every)
-    except ValueError as error:  # the folder is in use, or holds another run
+    except (ValueError, OSError) as error:  # the folder is in use or holds another run, or the disk is full
         _log.warning(f"The start of step {run.step} is not kept: {error}")
 
 
@@ -362,14 +363,15 @@ def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, st
 def _ended(number: int, run: Run, num_steps: int, checkpoints: Checkpoints | None) -> str:
     """The message of the exception for a signal."""
     kept = "They are not in a checkpoint; `result` of this exception has them."
-    if checkpoints is not None:
+    if checkpoints is not None and checkpoints.newest == run.step:
         kept = f"The checkpoint in {checkpoints.directory} has them: the same call continues from there."
     return f"{signal.Signals(number).name} ended the run after {run.step} of {num_steps} steps. {kept}"
 
 
 def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
     """The message of the exception for steps that are not finite."""
-    kept = "" if checkpoints is None else f" The checkpoint of step {run.step} is in {checkpoints.directory}."
+    is_kept = checkpoints is not None and checkpoints.newest == run.step
+    kept = f" The checkpoint of step {run.step} is in {checkpoints.directory}." if is_kept else ""
     return (
         f"The last {_num_non_finite(run)} steps, up to step {run.step}, had no finite outer loss or hypergradient. "
         f"{_stopping.likely_cause(run.state.tasks)}{kept}"

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -535,6 +536,48 @@ def test_refuses_to_start_anew_where_no_checkpoint_can_be_read(tmp_path):
     ):
         fit(tmp_path)
     assert steps_in(tmp_path) == [5, 10]
+
+
+DISK = """
+    import os, resource, sys, threading, time
+    import jax
+    jax.config.update("jax_enable_x64", True)
+    import test_checkpoints as this
+
+    def write_protect(protected):
+        if sys.argv[2] == "read-only":
+            os.chmod(folder, 0o500 if protected else 0o700)
+        else:  # no file may get longer than 16 bytes
+            most = resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16 if protected else most, most))
+
+    def callback(step, metrics):
+        if step in (9, end):
+            while any("save" in thread.name for thread in threading.enumerate()):
+                time.sleep(0.01)  # the last write ends
+            write_protect(step == 9)
+
+    unbroken = this.fit()
+    for end, kept in ((13, [20, 23]), (None, [5])):
+        folder, steps = f"{sys.argv[1]}/{end}", []
+        assert this.same(this.fit(folder, callback=callback), unbroken)
+        write_protect(False)
+        assert this.steps_in(folder) == kept, this.steps_in(folder)
+        assert this.same(this.fit(folder, callback=lambda step, metrics: steps.append(step)), unbroken)
+        assert len(steps) == this.NUM_STEPS - kept[-1]
+"""
+
+
+@pytest.mark.parametrize("disk", ["full", "read-only"])
+@pytest.mark.once
+def test_a_disk_that_becomes_full_or_read_only_loses_nothing(tmp_path, disk):
+    if disk == "read-only" and os.geteuid() == 0:
+        pytest.skip("root may write to a read-only folder")
+    command = [sys.executable, "-c", textwrap.dedent(DISK), str(tmp_path), disk]
+    process = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert process.returncode == 0, process.stderr[-4000:]
+    failed = re.findall(r"checkpoint of step (\d+) in \S+ could not be written", process.stderr)
+    assert sorted(failed) == ["10", "10", "15", "20", "23"]
 
 
 RUN = """
