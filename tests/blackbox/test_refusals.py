@@ -207,7 +207,7 @@ REFUSALS = [
     (lambda: train(HALF), r"it has none \(12 PRUNED; the largest fidelity with an outcome is 0.5\)"),
     (lambda: train([ONE]), "a task with trials of different outcomes. Every task has only one trial, or the same out"),
     (lambda: train([ONE, ONE]), "a task with trials of different outcomes"),
-    (lambda: train(RECORDS, candidates=[]), "`candidates` must hold a configuration"),
+    (lambda: train(RECORDS, candidates=[]), "`candidates` is empty. Pass None to search"),
     (lambda: train(RECORDS, transformer_share=2), r"`transformer_share` must lie in \[0, 1\]; got 2"),
     (lambda: train(RECORDS, deep_share=2), r"`deep_share` must lie in \[0, 1\]; got 2"),
     (lambda: train(changed(status="TIMEOUT")), RECORD + "'s status must be one of WAITING, .*; got 'TIMEOUT'"),
