@@ -160,7 +160,7 @@ def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
     assert list(outcomes) == ["random search, 2 trials"]
     np.testing.assert_array_equal(outcomes["random search, 2 trials"][0], [[0.3, 0.2], [0.1, 0.2]])
     assert outcomes["random search, 2 trials"][1] == (2.0, 4.0)
-    with pytest.raises(ValueError, match="does not give what"):
+    with pytest.raises(ValueError, match="does not reproduce the scores"):
         take([[0.2, 0.1], [0.1, 0.1]])
     with pytest.raises(ValueError, match="hold no result for"):
         take([[0.1, 0.1], [0.2, 0.1]], [auto_tune.units.Unit(0, 1, None), auto_tune.units.Unit(1, 0, None)])
