@@ -370,8 +370,9 @@ def _ended(number: int, run: Run, num_steps: int, checkpoints: Checkpoints | Non
 
 def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
     """The message of the exception for steps that are not finite."""
-    is_kept = checkpoints is not None and checkpoints.newest == run.step
-    kept = f" The checkpoint of step {run.step} is in {checkpoints.directory}." if is_kept else ""
+    kept = ""
+    if checkpoints is not None and checkpoints.newest == run.step:
+        kept = f" The checkpoint of step {run.step} is in {checkpoints.directory}."
     return (
         f"The last {_num_non_finite(run)} steps, up to step {run.step}, had no finite outer loss or hypergradient. "
         f"{_stopping.likely_cause(run.state.tasks)}{kept}"
