@@ -92,7 +92,7 @@ def fit(
     step, that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial
     `FitResult` as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are
     handled only in the main thread. If one of your functions raises an error, `fit` re-raises it. A run of one process
-    writes a checkpoint before.
+    writes a checkpoint before. In a run of several processes, the others raise a `ValueError`.
 
     The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
     donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
@@ -202,7 +202,7 @@ def fit(
                         run = _evaluated(run, evaluate, eval_key, report)
                         metrics = _with_evaluation(metrics, run)
                 finally:
-                    ended, metrics = _report(callbacks, run.step, metrics), []
+                    ended, metrics = _processes.in_all(_report, callbacks, run.step, metrics), []
                 if run.step > 0 and (run.step % checkpoint_every == 0 or is_among_best(run, eval_every, keep_best)):
                     _save(checkpoints, run, steps, report, eval_every)
                 number, ended = _processes.agreed(received, ended)
@@ -484,8 +484,8 @@ def _best(losses: list[float]) -> int | None:
 def _evaluated(run: Run, evaluate: EvaluateFn, key: jax.Array, report: Report) -> Run:
     with report.during("evaluating"):
         hyperparams = _processes.local(run.state.hyperparams)
-        # All processes must stop, and write the best checkpoint, at the same step.
-        loss = _processes.of_first(float(evaluate(key, owned(hyperparams))))
+        loss = _processes.in_all(lambda: float(evaluate(key, owned(hyperparams))))
+        loss = _processes.of_first(loss)  # all must stop, and write the best checkpoint, at the same step
     evaluations = [*run.evaluations, loss]
     is_best = _best(evaluations) == len(evaluations) - 1
     best_hyperparams = owned(hyperparams) if is_best else run.best_hyperparams

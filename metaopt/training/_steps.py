@@ -39,7 +39,7 @@ class Steps:
     def draw(self, step: int) -> base.PyTree:
         """The tasks of a step. The tasks drawn last are not drawn again."""
         if step != self.drawn:
-            self.tasks = _draw(self.sampler, self.sample_key, step)
+            self.tasks = _processes.in_all(_draw, self.sampler, self.sample_key, step)
             self.drawn, self.types = step, _types(self.tasks)
         return self.tasks
 

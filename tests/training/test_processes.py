@@ -24,13 +24,13 @@ ENV = {
 NUM_STEPS = 20
 
 
-def start(folder, processes, num_steps=NUM_STEPS):
+def start(folder, processes, num_steps=NUM_STEPS, faulty=""):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(process), str(processes), str(port), str(folder), str(num_steps)],
+            [sys.executable, str(SCRIPT), str(process), str(processes), str(port), str(folder), str(num_steps), faulty],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -123,6 +123,16 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint_that_one_process_can
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], errors
     assert_equal(run(tmp_path / "run", 1), unbroken, rtol=1e-12)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("faulty", ["sample_tasks", "evaluate", "callback"])
+def test_an_error_in_one_process_ends_all(tmp_path, faulty):
+    processes = start(tmp_path / "run", 2, faulty=faulty)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert "ValueError: another process had an error" in errors[0]
+    assert f"RuntimeError: {faulty} of process 1" in errors[1]
 
 
 def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkeypatch):

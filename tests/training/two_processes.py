@@ -1,6 +1,7 @@
-"""One of several processes of a run: `python two_processes.py PROCESS PROCESSES PORT FOLDER STEPS`.
+"""One of several processes of a run: `python two_processes.py PROCESS PROCESSES PORT FOLDER STEPS [FAULTY]`.
 
-It prints its process id and each step, and saves the result as FOLDER-PROCESS.npz.
+It prints each step, and saves the result as FOLDER-PROCESS.npz. After some calls, the function FAULTY of process 1
+raises an error.
 """
 
 import sys
@@ -11,7 +12,7 @@ import jax
 NUM_DEVICES = 4
 
 
-def main(process: int, processes: int, port: str, folder: str, num_steps: int) -> None:
+def main(process: int, processes: int, port: str, folder: str, num_steps: int, faulty: str = "") -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES // processes)
     if processes > 1:
@@ -28,8 +29,16 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int) -
 
     mesh = jax.make_mesh((NUM_DEVICES,), ("tasks",), axis_types=(AxisType.Auto,))
 
+    calls = []
+
+    def fail(name):
+        calls.append(name)
+        if process == 1 and name == faulty and calls.count(name) == 3:
+            raise RuntimeError(f"{name} of process 1")
+
     def sample_tasks(key):
         """Each process makes its own tasks only. A task follows from the key and its number, and is sometimes NaN."""
+        fail("sample_tasks")
         num = 8 // processes
         keys = jax.random.split(key, 8)[process * num : (process + 1) * num]
         numbers = np.array([1 + jax.random.normal(k) for k in keys])
@@ -37,11 +46,13 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int) -
         return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("tasks")), numbers)
 
     def callback(step, metrics):
+        fail("callback")
         print(step, flush=True)
         time.sleep(0.02)
 
     def evaluate(key, hyperparams):
         """Not the same in all processes, as if it ran on other hardware. That of the first process counts."""
+        fail("evaluate")
         return (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10 + process * (hyperparams["x"] - 0.7)
 
     estimator = training.shard(small.carried(), mesh)
@@ -71,4 +82,4 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int) -
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]), *sys.argv[6:])
