@@ -101,11 +101,11 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     True
     """
     by_type = {kind.type: (format_, kind) for format_, kind in _KINDS.items()}
-    if type(value) not in by_type and not _is_pytree_of_floats(value):
+    if type(value) not in by_type and (reason := _reason_against_a_pytree(value)):
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
             f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "
-            "pytrees of floating-point arrays only."
+            f"pytrees of floating-point arrays only, and {reason}."
         )
     format_, kind = by_type.get(type(value)) or by_type[Pytree]
     header, arrays = kind.encode(value)
@@ -202,10 +202,17 @@ class Pytree:
     """The type of all other pytrees."""
 
 
-def _is_pytree_of_floats(value: Any) -> bool:
-    leaves = jax.tree.leaves(value)
-    is_array = lambda x: isinstance(x, float | np.generic | np.ndarray | jax.Array)
-    return bool(leaves) and all(is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves)
+def _reason_against_a_pytree(value: Any) -> str:
+    """The first leaf that is not a floating-point array; empty if all are."""
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    for path, leaf in leaves:
+        where = f"its leaf {jax.tree_util.keystr(path)}" if path else "it"
+        if not isinstance(leaf, float | np.generic | np.ndarray | jax.Array):
+            return f"{where} is of type {type(leaf).__name__}"
+        dtype = getattr(leaf, "dtype", np.dtype(float))
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return f"{where} is of type {dtype}"
+    return "" if leaves else "it has no leaf"
 
 
 def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:

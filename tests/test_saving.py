@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -113,8 +114,16 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
         with pytest.raises(ValueError, match=message):
             metaopt.load(path, like=like)
     before = path.read_bytes()
-    for value, error in (({"rate": np.nan}, ValueError), ({"count": 3}, TypeError), ({"name": "sgd"}, TypeError)):
-        with pytest.raises(error):
+    for value, error, message in (
+        ({"rate": np.nan}, ValueError, "rate"),
+        ({"state": {"count": 3}}, TypeError, r"and its leaf \['state'\]\['count'\] is of type int"),
+        ({"name": "sgd"}, TypeError, r"\['name'\] is of type str"),
+        ({"count": np.uint32(1)}, TypeError, r"\['count'\] is of type uint32"),
+        ({"key": jax.random.key(0)}, TypeError, r"\['key'\] is of type key<"),
+        (np.arange(3), TypeError, "and it is of type int"),
+        ({}, TypeError, "and it has no leaf"),
+    ):
+        with pytest.raises(error, match=message):
             metaopt.save(path, value)
     assert path.read_bytes() == before
 
