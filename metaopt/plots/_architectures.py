@@ -1,11 +1,11 @@
-"""Architectures: cells as graphs, and Pareto fronts."""
+"""Architectures: cells as graphs, and Pareto fronts, also of trials."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metaopt import nas
+from metaopt import base, nas
 from metaopt.plots._axes import WITH_LEGEND, legend_at_right, line_style, new_axes, pyplot
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ def pareto(
     ylabel: str = "loss",
     log: bool = False,
 ) -> "Axes":
-    """Plots architectures by two objectives, smaller is better, and the Pareto front of each set.
+    """Plots trials or architectures by two objectives, smaller is better, and the Pareto front of each set.
 
     Args:
-      points: name of a set -> [n, 2], such as costs and errors.
+      points: name of a set -> [n, 2], such as costs and errors. For records with several outcomes, this is
+        `[(r.outcomes["size"], r.outcomes["error"]) for r in records if r.status == "COMPLETE"]`, of one task. Leave
+        out trials that violate a constraint, since they would be on the front.
       axes: the axes to draw on; None makes a figure.
       xlabel: the first objective.
       ylabel: the second objective.
@@ -36,6 +38,12 @@ def pareto(
       ValueError: if a set is not [n, 2].
       ImportError: if matplotlib is not installed.
     """
+    for name, values in points.items():
+        if isinstance(values, Sequence) and any(isinstance(value, base.Record) for value in values):
+            raise ValueError(
+                f"Every set of `points` must be [n, 2]; {name!r} has records. Pass two of their outcomes, as in "
+                '`[(r.outcomes["size"], r.outcomes["error"]) for r in records]`.'
+            )
     sets = {name: np.asarray(values, float) for name, values in points.items()}
     for name, values in sets.items():
         if values.ndim != 2 or values.shape[1] != 2:

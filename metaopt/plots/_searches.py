@@ -20,6 +20,7 @@ def regret(
     *,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     families: Mapping[str, str] | None = None,
+    constraints: Mapping[str, float] | None = None,
     ranks: bool = False,
     log: bool = False,
     axes: "Axes | None" = None,
@@ -31,6 +32,9 @@ def regret(
     the trials so far. It is the number of trials if all have the full budget. Only trials that are "COMPLETE" at the
     full budget have outcomes; the others only spend their budget.
 
+    If trials have several outcomes, y is the first one. To compare searches by a Pareto front, replace the outcome of
+    each trial by the negative hypervolume of the trials so far: see "Black boxes" in the documentation.
+
     Args:
       runs: method -> its records of all tasks, as `blackbox.collect` returns them: in the order of the trials. Or
         method -> a list of R such lists, one for each repetition with another key. The regret of a task is then the
@@ -39,6 +43,8 @@ def regret(
         largest outcome of the task in `runs`. The regret then depends on the methods that are compared.
       families: task -> its family, for near-duplicates and parts of one source. Tasks of a family are averaged first,
         and the interval is over families. By default, each task is its own family.
+      constraints: name -> bound of other outcomes. A trial with a larger one only spends its budget. By default, all
+        trials count, also those that the searcher's own constraints exclude.
       ranks: whether to draw the mean rank of each method on the tasks instead, where 1 is the best, and ties share a
         rank.
       log: whether the axis of the regret is logarithmic. A regret of 0 is then not drawn.
@@ -50,9 +56,11 @@ def regret(
 
     Raises:
       ValueError: if methods or repetitions have different tasks.
+      ValueError: if a complete trial lacks the outcome of a constraint.
       ImportError: if matplotlib is not installed.
     """
-    by_run = {name: [_by_task(run) for run in _repetitions(records)] for name, records in runs.items()}
+    feasible = lambda records: [_if_feasible(record, constraints or {}) for record in records]
+    by_run = {name: [_by_task(feasible(run)) for run in _repetitions(records)] for name, records in runs.items()}
     tasks = sorted({task for repetitions in by_run.values() for run in repetitions for task in run})
     for name, repetitions in by_run.items():
         if missing := [task for task in tasks if any(task not in run for run in repetitions)]:
@@ -80,6 +88,23 @@ def regret(
 
 def _repetitions(records: Sequence) -> Sequence[Sequence[base.Record]]:
     return [records] if all(isinstance(record, base.Record) for record in records) else records
+
+
+def _if_feasible(record: base.Record, constraints: Mapping[str, float]) -> base.Record:
+    """The record, without its outcome if a constraint does not hold."""
+    if record.status != "COMPLETE":
+        return record
+    holds = all(_outcome(record, name) <= bound for name, bound in constraints.items())
+    return record if holds else record._replace(outcome=math.nan)
+
+
+def _outcome(record: base.Record, name: str) -> float:
+    """One of several outcomes of a complete trial."""
+    outcomes = record.outcomes or {}
+    if name not in outcomes:
+        names = ", ".join(map(repr, outcomes)) or "no outcomes by name"
+        raise ValueError(f"A complete trial of task {record.task!r} lacks the outcome {name!r}; it has {names}.")
+    return outcomes[name]
 
 
 def _by_task(records: Sequence[base.Record]) -> dict[str, list[base.Record]]:
@@ -136,7 +161,12 @@ def _ranked(curves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def importance(
-    records: Sequence[base.Record], space: base.PyTree, *, seed: int = 0, axes: "Axes | None" = None
+    records: Sequence[base.Record],
+    space: base.PyTree,
+    *,
+    outcome: str | None = None,
+    seed: int = 0,
+    axes: "Axes | None" = None,
 ) -> "Axes":
     """Plots the importance of each hyperparameter: its share of the variance of the outcomes over the space (fANOVA).
 
@@ -153,6 +183,7 @@ def importance(
       records: trials that are "COMPLETE" at the full budget have outcomes; others are ignored.
       space: the space of the configurations. A hyperparameter that some of these trials do not have, such as a
         conditional one, belongs to the rest.
+      outcome: the name of one outcome, if trials have several; None takes the first one.
       seed: the seed of the forest, below 2³².
       axes: the axes to draw on; None makes a figure.
 
@@ -161,7 +192,7 @@ def importance(
       interval ±1.96 s/√T. There is no interval for one task.
 
     Raises:
-      ValueError: if a record is invalid or does not fit the space.
+      ValueError: if a record is invalid or does not fit the space, or a complete trial lacks the `outcome`.
       RuntimeError: (by Optuna) if the outcomes of a task are all equal.
       ImportError: if matplotlib, Optuna or scikit-learn is not installed.
 
@@ -170,7 +201,7 @@ def importance(
     """
     optuna = _extras.require("optuna", "examples", "The importance of hyperparameters")
     shares_of = lambda own: _extras.quietly(optuna, lambda: _shares(optuna, own, space, seed))
-    by_task = [shares_of(own) for own in _by_task(records).values()]
+    by_task = [shares_of(own) for own in _by_task([_with_outcome(r, outcome) for r in records]).values()]
     names = list(dict.fromkeys(name for shares in by_task for name in shares))
     values = np.array([[shares.get(name, 0.0) for name in names] for shares in by_task])  # [T, H]
     order = np.argsort(-values.mean(0), kind="stable")
@@ -184,6 +215,13 @@ def importance(
     axes = rows_of_means(rows, values.mean(0).tolist(), halves.tolist(), axes=axes, xlabel=label, highlight=rows[-1:])
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     return axes
+
+
+def _with_outcome(record: base.Record, name: str | None) -> base.Record:
+    """The record as one of a single outcome, since Optuna's fANOVA explains one."""
+    if name is None or record.status != "COMPLETE":
+        return record._replace(outcomes=None)
+    return record._replace(outcome=_outcome(record, name), outcomes=None)
 
 
 def _shares(optuna: Any, records: Sequence[base.Record], space: base.PyTree, seed: int) -> dict[str, float]:

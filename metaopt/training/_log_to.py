@@ -40,8 +40,9 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
       target: a path, or an object with one of these methods.
 
     Returns:
-      The callback `(step, metrics) -> None`, which your own loop can call, too. It leaves out metrics that are
-      not one number.
+      The callback `(step, metrics) -> None`, which your own loop can call, too. Call it with increasing steps: a step
+      that is not larger than the last one replaces the lines from that step on. It leaves out metrics that are not one
+      number, such as dicts. Flatten them: `callback(step, {"loss": loss, **hyperparams})`.
 
     Raises:
       TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.

@@ -277,6 +277,10 @@ REFUSALS = [
     (lambda: trained(True).predict(tasks.prepare(TABLE)), f"got PreparedTable. A table's features are {PATH}"),
     (lambda: trained(True).predict(np.zeros(3)), r"A new task must have features of shape \[1\]; got shape \(3,\)"),
     (lambda: trained().predict(Task(None, None, NAMED)), "those features as an array of numbers"),
+    (
+        lambda: trained().predict(np.zeros((4, 3))),
+        r"got shape \(4, 3\)\. If g was trained with `datasets` .* `g\.predict\(x, y\)`",
+    ),
     *(
         (lambda wrong=wrong: trained().outcomes([wrong]), message)
         for wrong, message in (({"y": 0.9}, "no `y`"), ({"kind": "c"}, "`kind` must be one of"), ({"x": 9}, "between"))

@@ -78,6 +78,26 @@ def test_trials_without_an_outcome_spend_their_budget():
     np.testing.assert_allclose(nothing["never"][:, 1], [1, 1])
 
 
+def several(task, **outcomes):
+    """Trials with several outcomes, the first of which is the records' own."""
+    rows = [dict(zip(outcomes, map(float, row), strict=True)) for row in zip(*outcomes.values(), strict=True)]
+    first = next(iter(outcomes))
+    return [base.Record(task, {"x": i}, row[first], outcomes=row) for i, row in enumerate(rows)]
+
+
+def test_infeasible_trials_only_spend_their_budget():
+    records = several("t", error=[0, 8, 4, 6], depth=[5, 4, 3, 9])
+    lines = lambda **kwargs: drawn(plots.regret({"a": records}, **kwargs))["a"][:, 1]
+    np.testing.assert_allclose(lines(), [0, 0, 0, 0])
+    np.testing.assert_allclose(lines(constraints={"depth": 4}), [1, 1, 0, 0])  # of 8 and 4, the feasible ones
+    failed = base.Record("t", {}, status="FAIL")
+    assert len(drawn(plots.regret({"a": [failed, *records]}, constraints={"depth": 4}))["a"]) == 5
+    with pytest.raises(ValueError, match=r"lacks the outcome 'size'; it has 'error', 'depth'\."):
+        plots.regret({"a": records}, constraints={"size": 4})
+    with pytest.raises(ValueError, match=r"lacks the outcome 'depth'; it has no outcomes by name\."):
+        plots.regret({"a": run("t", [1])}, constraints={"depth": 4})
+
+
 def test_ranks_are_over_methods_on_each_task_and_ties_share_one():
     runs = {
         "a": [*run("s", [1, 1]), *run("t", [5, 4, 4])],
@@ -119,6 +139,18 @@ def test_importance_is_the_share_of_each_main_effect_in_the_variance():
     # (x − 1/2)(y − 1/2) has no main effects.
     product = plots.importance(grid("t", {"x": UNIT, "y": UNIT}, lambda x, y: (x - 0.5) * (y - 0.5)), space)
     assert rows(product)["interactions and noise"][0] > 0.8
+
+
+def test_importance_is_of_one_of_several_outcomes():
+    space = {"x": spaces.interval(0.0, 1.0), "y": spaces.interval(0.0, 1.0)}
+    values = {"x": UNIT, "y": UNIT}
+    errors, sizes = grid("t", values, lambda x, y: x), grid("t", values, lambda x, y: 100 * y)
+    both = [e._replace(outcomes={"e": e.outcome, "s": s.outcome}) for e, s in zip(errors, sizes, strict=True)]
+    both.append(base.Record("t", {"x": 0.5, "y": 0.5}, status="FAIL"))
+    assert rows(plots.importance(both, space)) == rows(plots.importance(errors, space))
+    assert rows(plots.importance(both, space, outcome="s")) == rows(plots.importance(sizes, space))
+    with pytest.raises(ValueError, match=r"lacks the outcome 'size'; it has 'e', 's'\."):
+        plots.importance(both, space, outcome="size")
 
 
 def test_importance_is_over_the_logarithm_of_a_logarithmic_hyperparameter():
