@@ -11,17 +11,22 @@ PAGE = Path(metaopt.transforms.__file__).parent / "README.md"
 
 
 @pytest.mark.once
-def test_the_page_runs(capsys):
+def test_the_page_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it writes a log
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 7
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    first, log, _, derivatives, _ = capsys.readouterr().out.splitlines()
+    first, log, sizes, _, derivatives, _, learned, *_ = capsys.readouterr().out.splitlines()
     plain, tuned = map(float, first.split()[:2])
     assert tuned < plain and float(log.split()[0]) < plain
     broken, safe = map(float, derivatives.split())
     assert broken != broken and safe == safe  # NaN, and not
+    _, adamw, both = map(int, re.findall(r"\d+", sizes))
+    assert 2 * adamw <= both < 2.1 * adamw  # two entries of λ: two more copies of the parameters
+    before, after = map(float, re.findall(r"\d+\.\d+", learned)[:2])
+    assert after < before
 
 
 def test_the_page_names_everything():
