@@ -202,12 +202,14 @@ class Pytree:
     """The type of all other pytrees."""
 
 
-def _reason_against_a_pytree(value: Any) -> str:
-    """The first leaf that is not a floating-point array; empty if all are."""
+def _reason_against_a_pytree(value: Any, *, abstract: bool = False) -> str:
+    """The first leaf that is not a floating-point array; empty if all are. `abstract` permits shapes with types."""
+    types = float | np.generic | np.ndarray | jax.Array
+    types = types | jax.ShapeDtypeStruct if abstract else types
     leaves = jax.tree_util.tree_leaves_with_path(value)
     for path, leaf in leaves:
         where = f"its leaf {jax.tree_util.keystr(path)}" if path else "it"
-        if not isinstance(leaf, float | np.generic | np.ndarray | jax.Array):
+        if not isinstance(leaf, types):
             return f"{where} is of type {type(leaf).__name__}"
         dtype = getattr(leaf, "dtype", np.dtype(float))
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -223,6 +225,8 @@ def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> Any:
+    if reason := _reason_against_a_pytree(like, abstract=True):
+        raise ValueError(f"`like` must be a pytree of floating-point arrays, and {reason}")
     leaves = tree_from_leaves("leaf", file.floats(shapes("leaf", like)), like)
     return jax.tree.map(lambda leaf, old: jnp.asarray(leaf, jnp.result_type(old)), leaves, like)
 

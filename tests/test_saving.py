@@ -109,6 +109,8 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
     for like, message in (
         (saved | {"w": np.ones((3, 2))}, r"leaf\['w'\] should be floating-point of shape \(3, 2\), and it is float32"),
         ({"rate": 0.0}, r"has arrays that do not belong there: leaf\['w'\]"),
+        (saved | {"rate": 0}, r"`like` must be .* its leaf \['rate'\] is of type int"),
+        (saved | {"w": np.ones((2, 3), int)}, r"`like` must be .* its leaf \['w'\] is of type int64"),
         (saved | {"more": 0.0}, r"leaf\['more'\] should be .*, and there is none"),
     ):
         with pytest.raises(ValueError, match=message):

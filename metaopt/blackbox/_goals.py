@@ -75,7 +75,7 @@ def goals_of_records(
 
 
 def records_of_outcome(records: Sequence[base.Record], name: str) -> list[base.Record]:
-    """Returns the records that have an outcome, as the records of only this one, and those of failed trials.
+    """Returns records of a single outcome. Failed trials are kept, and other records without this outcome are dropped.
 
     Raises:
       ValueError: if no record has the outcome.
@@ -87,7 +87,9 @@ def records_of_outcome(records: Sequence[base.Record], name: str) -> list[base.R
             f"No record has the outcome {name!r}; they have {', '.join(map(repr, names)) or 'no outcomes by name'}. "
             "An objective that returns a dict gives outcomes names."
         )
-    return [r if r.outcomes is None else r._replace(outcome=r.outcomes[name], outcomes=None) for r in having]
+    return [
+        r if r.outcomes is None else r._replace(outcome=r.outcomes.get(name, np.nan), outcomes=None) for r in having
+    ]
 
 
 def values_of(records: Sequence[base.Record], goals: Goals) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +136,7 @@ def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
         left, front = np.setdiff1d(left, first), front + 1
     infeasible = known & ~feasible
     above = np.maximum(excess[infeasible], 0)
-    worst = np.max(above, axis=0, initial=0)
+    worst = np.max(np.where(np.isfinite(above), above, 0), axis=0, initial=0)
     violation = (above / np.where(worst > 0, worst, 1)).sum(1)
     result[infeasible] = front + np.searchsorted(np.unique(violation), violation)
     return result

@@ -65,6 +65,11 @@ def regret(
     for name, repetitions in by_run.items():
         if missing := [task for task in tasks if any(task not in run for run in repetitions)]:
             raise ValueError(f"All runs must have the same tasks; {name!r} has no records of {missing}.")
+    for task, (best, worst) in (bounds or {}).items():
+        if not -math.inf < best <= worst < math.inf:
+            raise ValueError(
+                f"`bounds` of task {task!r} must be (best, worst), finite and ascending; got {best, worst}."
+            )
     bounds = {**_bounds(by_run, tasks), **(bounds or {})}
     curves = {name: _curves(repetitions, bounds, tasks) for name, repetitions in by_run.items()}  # [T, N]
     if ranks:

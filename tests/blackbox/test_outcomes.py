@@ -178,3 +178,17 @@ def test_best_first_orders_fronts_feasible_trials_first_and_one_objective_by_its
     violation = (np.maximum(excess, 0) / np.nanmax(np.maximum(excess, 0), axis=0)).sum(1)
     assert (np.diff(violation[constrained[num:]]) >= 0).all()
     assert _goals.best_first(points[:, :1], np.zeros((40, 0))) == points[:, 0].argsort().tolist()
+
+
+def test_an_infinite_outcome_does_not_hide_the_order_of_other_infeasible_trials():
+    objectives, excess = np.zeros((4, 1)), np.array([[np.inf], [1000.0], [0.01], [-1.0]])
+    np.testing.assert_array_equal(_goals.ranks(objectives, excess), [3, 2, 1, 0])
+
+
+def test_a_failed_trial_may_lack_an_outcome():
+    records = [
+        Record("t", {}, 1.0, outcomes={"a": 1.0, "b": 2.0}),
+        Record("t", {}, math.nan, status="FAIL", outcomes={"a": math.nan}),
+    ]
+    outcomes = [record.outcome for record in _goals.records_of_outcome(records, "b")]
+    np.testing.assert_array_equal(outcomes, [2.0, math.nan])

@@ -48,6 +48,11 @@ REFUSALS = [
     (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), ValueError, r"\['b'\] are not in \['a'\]"),
     (lambda: plots.genotype(NETWORK, {"normal": ((0, 2, "mlp"),), "reduce": ()}), ValueError, "no op 'mlp'"),
     (lambda: diagram({"a": [1.0, 2.0]}), ValueError, "two methods"),
+    (
+        lambda: plots.regret({"a": [base.Record("t", {}, 1.0)]}, bounds={"t": (10.0, 0.0)}),
+        ValueError,
+        r"`bounds` of task 't' must be \(best, worst\), finite and ascending; got \(10.0, 0.0\)",
+    ),
     (lambda: diagram({"a": [1.0, 2.0], "b": [1.0]}), ValueError, "same T"),
     (lambda: diagram({"a": [1.0, 2.0], "b": [1.0, np.nan]}), ValueError, "finite"),
     (partial(plots.learning_curve, {"value": [1.0]}), ImportError, r"metaopt-jax\[examples\]"),  # without matplotlib
