@@ -15,7 +15,7 @@ class Evaluation(NamedTuple):
       num_ways: source -> [E]; 1 if there are no classes.
       num_shots: source -> [E], support examples per way, on average.
       transductive: method -> whether its output for one query example depends on the others.
-      higher_is_better: True if the score is an accuracy, False if it is an error.
+      higher_is_better: True for scores such as an accuracy, False for errors.
       marks: source -> [E], a number computed from the data of each episode. `join_evaluations` compares them to detect
         different episodes.
       score: the name of `score_fn`, such as "accuracy"; "" if it is not known.
@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
 
 def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
-    """Joins the methods of two evaluations on the same episodes, possibly of different days (`metaopt.save`).
+    """Joins two evaluations of different methods on the same episodes, for example one that `metaopt.load` has read.
 
     Args:
       first: a result of `evaluate_episodes`.
@@ -122,7 +122,7 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
 def paired_differences(
     evaluation: Evaluation, reference: str, *, step: int = -1
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Subtracts a reference's score, episode by episode: effects that an episode has on both methods cancel.
+    """Subtracts the score of a reference method, episode by episode. So the difficulty of an episode cancels.
 
     A positive difference is better if the score is an accuracy, and worse if it is an error.
 
@@ -146,7 +146,7 @@ def paired_differences(
 
 
 def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
-    """Averages the rank of every method over the sources, by its mean score; 1 is best, and ties share their ranks.
+    """Ranks all methods by their mean score on each source, and averages the ranks; 1 is best, and ties share a rank.
 
     Inductive methods are ranked among themselves. So are transductive methods, which use more information.
 

@@ -158,7 +158,7 @@ def genotype(network: nas.Network, genotype: nas.Genotype) -> list["Axes"]:
 
     Args:
       network: the supernet's spec, which has the number of inputs and the outputs of each cell.
-      genotype: from `nas.derive_genotype` or a search.
+      genotype: the genotype, from `nas.derive_genotype` or a search.
 
     Returns:
       The axes, one for each kind of cell; `axes[0].figure.savefig` writes the picture.

@@ -96,10 +96,11 @@ def mlp(
     limit: float | None = None,
     spread: float | None = None,
 ) -> base.Predictor:
-    """g(t; φ) from the task's meta-features: one λ for all, plus a linear map, plus a hidden layer of tanh units.
+    """A predictor g(t; φ) of the task's meta-features: a constant, plus a linear map, plus a hidden layer of tanh
+    units.
 
     Args:
-      space: of λ; its unconstrained coordinates are predicted.
+      space: the space of λ, whose unconstrained coordinates are predicted.
       num_features: F; `task.features` must be [F], standardized (`tasks.FeatureScaling.transform`).
       num_hidden: H, the number of tanh units; with 0 the map is linear.
       hyperparams: the initial λ, in natural units; by default the space's default.
@@ -148,7 +149,7 @@ def dataset_embedding(
     limit: float | None = None,
     spread: float | None = None,
 ) -> base.Predictor:
-    """g(t; φ) from the rows of a labelled table, by an embedding that ignores the order of rows, columns and classes.
+    """A predictor g(t; φ) of a labeled table's rows; its embedding ignores the order of rows, columns and classes.
 
         e(n, d) = relu(W₁ x_nd + b₁)                                  per entry
         s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)
@@ -158,10 +159,10 @@ def dataset_embedding(
     and columns are real. It costs N·D·width multiplications.
 
     Args:
-      space: of λ.
+      space: the space of λ.
       num_features: F, the number of entries of `task.features` that are appended to the embedding; with 0 they are
         ignored.
-      width: of the embedding.
+      width: the width of the embedding.
       num_hidden: tanh units of the head.
       max_rows: the maximal number of rows to use; the first real ones are used (rows of prepared tables are in random
         order).
@@ -217,8 +218,8 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
     (`amortize` with `predictor`), and stack their φ_m along a new leading axis.
 
     Args:
-      predictor: of one member. With a `limit`, each member shrinks towards its own z₀, and the ensemble towards their
-        mean.
+      predictor: the predictor of one member. With a `limit`, each member shrinks towards its own z₀, and the ensemble
+        towards their mean.
       num_members: M, at least 1.
 
     Returns:
