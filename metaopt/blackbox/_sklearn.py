@@ -189,7 +189,8 @@ def sklearn_model(name: str) -> SklearnModel:
         "_classifier" or "_regressor"; or "k_means" or "gaussian_mixture".
 
     Returns:
-      The estimator, space and scoring of the family.
+      A NamedTuple: `estimator`, an unfitted scikit-learn estimator; `space`, the space of its parameters; and
+        `scoring`, the score that `sklearn_objective` uses for it.
 
     Raises:
       KeyError: if `name` is unknown.

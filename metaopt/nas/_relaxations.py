@@ -186,7 +186,7 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
 
 
 def uniform_path() -> Relaxation:
-    """One op per edge, all equally likely, for any α: the sampling of single-path one-shot.
+    """Samples one op per edge, all equally likely, whatever α is, as in single-path one-shot.
 
     Returns:
       A `Relaxation` without a gradient.
@@ -230,8 +230,8 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
 def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
     """Adds β to the weight of the skip on every edge (DARTS−).
 
-    So α does not measure how much a skip helps training. The auxiliary path uses the parameters of the edge's own skip,
-    if it has any. It has them at a stride.
+    Then α does not measure how much a skip helps training. The auxiliary path uses the parameters of the edge's own
+    skip. (A skip has parameters only if it has a stride.)
 
     Args:
       relaxation: relaxation of the ops.

@@ -71,13 +71,13 @@ def supernet(
     single_path: bool = False,
     remat_edges: bool = False,
 ) -> Supernet:
-    """The supernet of a spec. It checks all shapes.
+    """Makes the supernet of a spec, and checks all shapes.
 
         node_t = Σ_{edges (s, t)} Σ_o w[edge, o] · o(node_s)
 
     w are mixing weights, which a relaxation makes of α. They have one row for each edge of a kind of cell, and all
     cells of the kind share them. The supernet is differentiable in w and in the parameters, in any mode. `vmap` over
-    tasks works, also if each task has its own w. The memory of the backward pass grows with the number of ops that run.
+    tasks works, even if each task has its own w. The memory of the backward pass grows with the number of ops that run.
 
     Args:
       network: a spec, or a discrete network. An `ElasticNetwork` has the weights of the largest network. Every step
@@ -275,7 +275,7 @@ def _statistics_fn(in_shape: tuple[int, ...], apply: Callable) -> Callable:
 
 
 def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[str, jax.Array]:
-    """Initial α: `scale` · N(0, 1), with one leaf for each kind of cell, or for each choice of a size.
+    """Draws an initial α: `scale` · N(0, 1), with one leaf for each kind of cell, or for each choice of a size.
 
     Args:
       key: a PRNG key.

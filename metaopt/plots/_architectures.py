@@ -106,7 +106,7 @@ class _Drawing(NamedTuple):
     """A cell as nodes in a row and arcs between them.
 
     Attributes:
-      names: of the nodes, in order.
+      names: the names of the nodes, in order.
       num_inputs: how many of the first nodes are inputs.
       arcs: (source, target, op), "" for an arc without a name.
       dashed: (source, target) of the arcs to the output.

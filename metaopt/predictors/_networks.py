@@ -96,8 +96,7 @@ def mlp(
     limit: float | None = None,
     spread: float | None = None,
 ) -> base.Predictor:
-    """A predictor g(t; φ) of the task's meta-features: a constant, plus a linear map, plus a hidden layer of tanh
-    units.
+    """A predictor g(t; φ) of a task's meta-features: a constant, plus a linear map, plus a layer of tanh units.
 
     Args:
       space: the space of λ, whose unconstrained coordinates are predicted.

@@ -36,8 +36,8 @@ class ColumnNote(NamedTuple):
 
 
 class TableEncoder(NamedTuple):
-    """A fitted encoder of data frames. It holds plain values only: `metaopt.save` writes it as JSON, and `state`
-    returns it as JSON values.
+    """A fitted encoder of data frames, made of plain values. `metaopt.save` writes it; `state` returns it as JSON
+    values.
 
     Attributes:
       input_names: the names of the frame's columns; "0", "1", ... if it had no names.

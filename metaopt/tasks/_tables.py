@@ -112,7 +112,7 @@ def family_name(name: str) -> str:
     """Returns the family of a table, as far as its name shows it: lower case, hyphens, then an alias.
 
     Args:
-      name: of a table.
+      name: the name of a table.
 
     Returns:
       The family's name.
