@@ -81,7 +81,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
                 f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "
-                "number, use regression; otherwise check that it is no id."
+                "number, use regression; otherwise check that it is not an id."
             )
         group_codes = None if groups is None else _arguments.group_codes(groups, len(x))
         times = None if time is None else _arguments.times(time, len(x))

@@ -136,7 +136,7 @@ def signs_of(study: Any) -> list[float]:
 def goals_of(
     records: Sequence[base.Record], objectives: Sequence[str] | None, constraints: Mapping[str, float] | None
 ) -> Goals | None:
-    """The goals of a study of records: by default, all outcomes by name that are no constraints are objectives."""
+    """The goals of a study of records: by default, all outcomes by name that are not constraints are objectives."""
     named = next((record.outcomes for record in records if record.outcomes), None)
     if objectives is None and named is not None:
         objectives = [name for name in named if name not in (constraints or {})]

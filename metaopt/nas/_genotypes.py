@@ -23,7 +23,7 @@ def discrete(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork: ...
 
 
 def discrete(network, genotype):
-    """The network of a genotype: of each cell only the kept edges, with one op each; for each size one candidate.
+    """Returns the network of a genotype: each cell has only its edges, with one op each, and each size is fixed.
 
     Args:
       network: the spec of a supernet.
