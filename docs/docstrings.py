@@ -142,14 +142,20 @@ def _escaped(text):
 
 
 def _code(code, room):
-    """A link to a public function or class, or a literal."""
-    path = code if "." in code else f"{room}.{code}"
-    owner, _, name = path.removeprefix("metaopt.").partition(".")
-    module = importlib.import_module(f"metaopt.{owner}") if owner in _rooms() else None
-    value = getattr(module, name, None) if name in getattr(module, "__all__", ()) else None
-    if inspect.isfunction(value) or inspect.isclass(value):
-        return f":py:obj:`{code} <metaopt.{owner}.{name}>`"
+    """A link to a public function or class, or a literal. A name without a room is of `room` or of `base`."""
+    for path in [code] if "." in code else [f"{room}.{code}", f"base.{code}"]:
+        owner, _, name = path.removeprefix("metaopt.").partition(".")
+        if owner in _rooms() and _is_public(importlib.import_module(f"metaopt.{owner}"), name):
+            return f":py:obj:`{code} <metaopt.{owner}.{name}>`"
     return f"``{code}``"
+
+
+def _is_public(module, name):
+    """Whether it is a function or class that the reference lists. `base` has no `__all__`: all its own names are."""
+    value = getattr(module, name, None)
+    if not (inspect.isfunction(value) or inspect.isclass(value)):
+        return False
+    return name in module.__all__ if hasattr(module, "__all__") else value.__module__ == module.__name__
 
 
 def _rooms():

@@ -35,6 +35,11 @@ def converted(text, room="hypergrad"):
         ("Within ±`clip` (`x`).", r"Within ±\ ``clip`` (``x``)."),
         ("The solvers `cg`s.", r"The solvers :py:obj:`cg <metaopt.hypergrad.cg>`\ s."),
         ("See `nas.darts` and `nas.nothing`.", "See :py:obj:`nas.darts <metaopt.nas.darts>` and ``nas.nothing``."),
+        (
+            "An `Estimator` of a `base.Task`, and `Sequence`.",
+            "An :py:obj:`Estimator <metaopt.base.Estimator>` of a :py:obj:`base.Task <metaopt.base.Task>`, "
+            "and ``Sequence``.",
+        ),
         ("One `a\nb` code.", "One ``a b`` code."),
         ("An equation\n\n    F(λ) = |θ|²\n\nends.", "An equation\n\n::\n\n    F(λ) = |θ|²\n\nends."),
         ("A list:\n- one\n  more\n- two", "A list:\n\n- one\n  more\n\n- two"),

@@ -80,7 +80,7 @@ def collect(
         result is ignored.
       space: a tree of leaves.
       tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
-        `Table`s.
+        `tasks.Table`s.
       num_trials: the number of full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
       key: the key of the search. The key of each task is folded from it and the name of the task.
       searcher: by default `random_search()`: first the default of the space, then random configurations. `enqueue`

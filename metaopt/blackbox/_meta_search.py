@@ -140,8 +140,8 @@ class MetaOptimizer(NamedTuple):
         configurations`, the next `num` trials, for callers that keep the trials themselves. The first two arguments are
         the finished trials; an outcome of NaN is a failure. `pending` are the configurations of running trials.
       searcher: `(new_task, *, acquisition="ei", first=None) -> Searcher`. `acquisition` is "ei" (expected improvement),
-        "ei_per_cost", "ucb" or "thompson". The first trials are the configurations of `first`, by default the default
-        of the space.
+        "ei_per_cost", "ucb" or "thompson". The first trials are the configurations of `first`; by default the space's
+        default, if it is a candidate.
       outcomes: `(configurations, new_task, *, tried=(), outcomes=(), levels=(0.1, 0.5, 0.9)) -> Outcomes`, the
         predicted outcomes of P configurations after the trials `tried`: their `mean` [P], and `quantiles` [P, L] at L
         levels. Without `outcomes`, they are normalized: 0 is the best outcome of the task, and 1 its worst.

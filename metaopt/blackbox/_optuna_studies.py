@@ -249,8 +249,8 @@ def optuna_sampler(
       request another range, scale or other labels (for example because labels were added). It then gets the drawn value
       if that value is allowed. Otherwise `independent_sampler` draws the value. It also draws parameters that the space
       does not have.
-    - Trials that are still running, in any thread or process, count by their possible contribution
-      (`batch_expected_improvement`).
+    - While trials are running, in any thread or process, a draw maximizes the expected improvement that it adds to
+      theirs.
     - A pruned trial counts with its last intermediate value. We correct this value by the mean difference between that
       step and the end in the trials that have both. A pruned trial without a value counts as failed. Steps of one trial
       that agree in six digits (possible beyond a million) count as one, with the last value.

@@ -75,7 +75,8 @@ def evaluate_episodes(
         a short evaluation; False reports nothing.
 
     Returns:
-      An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
+      An `evaluation.Evaluation`, for `evaluation.leaderboard`, `evaluation.paired_differences` and the other functions
+      there.
 
     Raises:
       ValueError: if `higher_is_better` is missing and the score is unknown.

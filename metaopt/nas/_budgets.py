@@ -50,7 +50,7 @@ def resource_penalty(
 
     Raises:
       KeyError: if `form` is unknown.
-      ValueError: as for `over_budget`.
+      ValueError: if the table has choices that the network lacks.
 
     Sources: Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332; Bender et al., CVPR 2020,
     https://arxiv.org/abs/2008.06120

@@ -276,7 +276,7 @@ def gradient_features(
       [K], the features of the ops, one kind of cell after another. The features of each kind have norm 1.
 
     Raises:
-      ValueError: if the supernet has `single_path`, or if labels are not classes, as for `grad_norm`.
+      ValueError: if the supernet has `single_path`, or if labels are not classes.
     """
     if supernet.single_path:
         raise ValueError(

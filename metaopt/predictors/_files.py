@@ -17,8 +17,8 @@ class TrainedPredictor(NamedTuple):
 
     Attributes:
       predictor: g or h, made by a factory of `metaopt.predictors`.
-      meta_params: φ, with the shapes of `predictor.init`. (If `meta_architecture_search` learned {"h", "init"}, this is
-        the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
+      meta_params: φ, with the shapes of `predictor.init`. (If `nas.meta_architecture_search` learned {"h", "init"},
+        this is the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
       scaling: the scaling of raw meta-features, from which `scaled_features` computes `task.features`; None if the
         predictor has none.
       trained_on: the tasks that g learned from, so that an evaluation can leave them out: name -> any text that

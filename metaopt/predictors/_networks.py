@@ -114,8 +114,8 @@ def mlp(
         (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
     Returns:
-      A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
-        "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
+      A `Predictor` of `spaces.Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden"
+        [F, H], "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
@@ -171,7 +171,7 @@ def dataset_embedding(
       spread: as for `mlp`.
 
     Returns:
-      A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
+      A `Predictor` of `spaces.Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
         ("x", "y", "class_mask" and optionally "mask" and "feature_mask").
 
     Raises:

@@ -76,7 +76,8 @@ def from_meta_dataset(
         ignored.
       channels: 3 for colors [N, S, S, 3], or 1 for gray [N, S, S].
       version: the version of the protocol, if the files have both: "v1", or "v2" (with VTAB, which has other parts).
-      check: as for `read_tfrecords`.
+      check: whether to check the checksums of the data, too (slow: about a second for 5 MB). The checksums of the
+        lengths are always checked.
 
     Returns:
       A `Source`. Omniglot's source has superclasses; ImageNet's has the ontology of the part.

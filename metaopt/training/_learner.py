@@ -109,8 +109,8 @@ def learner(
         outer steps taken. The states of these estimators must have the same structure, and λ is the same.
       optimizer: any optax transform. Its update gets the outer loss F(λ) as the extra argument `value`.
       stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
-        is E estimates (`truncated`: T / K) then end at different outer steps, and no horizon is cut short. It costs E −
-        1 estimates at the start. With 1, all slots start together.
+        is E estimates (`hypergrad.truncated`: T / K) then end at different outer steps, and no horizon is cut short. It
+        costs E − 1 estimates at the start. With 1, all slots start together.
       record: `λ -> tree of numbers`, called before each update. Its leaves are added to the metrics, with their paths
         as names ("rate", "decay.conv1"). `lambda z: spaces.to_constrained(space, z)` records λ in natural units. Single
         numbers are also kept in the history of `fit`; arrays only reach its callbacks.

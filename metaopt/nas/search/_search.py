@@ -19,7 +19,7 @@ from metaopt.nas.search._settings import of_network, plain, with_settings
 
 
 class Search(NamedTuple):
-    """A search for α on one task; `training.learner` and `fit` run it.
+    """A search for α on one task; `training.learner` and `training.fit` run it.
 
     Attributes:
       estimator: estimates dF/dα.
@@ -103,7 +103,8 @@ def architecture_search(
         `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
       sampler: sampler of training rows, such as `inner.minibatch(64)`.
       outer_batch: `(key, task) -> batch` of validation rows; the default uses all of them.
-      relaxation: maps α to mixing weights; `nas.softmax()` by default.
+      relaxation: maps α of a kind of cell to mixing weights, `(alpha, cell, key, step) -> [edges, ops]`;
+        `nas.softmax()` by default.
       decode: the relaxation by which genotypes are read from α, at step 0 and with one fixed key. The default is
         `relaxation` without noise and auxiliary paths. If your own relaxation has noise or a schedule, pass another one
         here.
