@@ -36,7 +36,13 @@ from metaopt.inner import _stopped
 
 
 class Model(NamedTuple):
-    """A network as two pure functions.
+    """A network as two pure functions. An inner loss calls `apply`, and returns the new model state:
+
+        def loss(params, hyperparams, batch, context):
+            logits, model_state = model.apply(params, context, batch["x"], train=True)
+            return inner.cross_entropy(logits, batch), model_state
+
+        loop = inner.loop(loss, optimizer, init=model.init, with_context=True)
 
     Attributes:
       init: `(key, hyperparams, data) -> (params, model_state)`, for `inner.loop(..., with_context=True)`.
