@@ -82,7 +82,7 @@ def architecture_search(
     learn_init: bool = False,
     keep: int | None | str = "space",
 ) -> Search:
-    """The general architecture search, with any rule for dF/dα. `darts` and the other searches are settings of it.
+    """The general architecture search, with any rule for dF/dα. `darts` and other searches are settings of it.
 
         ℓ(θ, α) = loss on training rows + decay |θ|²/2,    f(θ, α) = loss on validation rows + penalty(α),
         mixing weights = relaxation(α)
