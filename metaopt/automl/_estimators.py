@@ -241,15 +241,16 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         CatBoost if it is installed) or "best" (8 more).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
-      models: kinds of models to use, for example `("network", "lightgbm")` or "linear"; None uses all that are
-        installed.
+      models: the kinds of models to use, one or several of "network", "linear", "lightgbm", "xgboost", "catboost",
+        "extra_trees", "random_forest" and "hist_gradient_boosting". None uses all that are installed, but
+        "hist_gradient_boosting" only without LightGBM.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
 
     Attributes:
       classes_: [C] the labels.
-      leaderboard_: a frame of the models.
+      leaderboard_: a frame of the models, with their score, weight, and seconds of fit and prediction.
       not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
       score_: the out-of-fold score of the ensemble by `eval_metric`, larger is better.
       report_: a frame of the columns that were changed or dropped, with reasons.
@@ -330,14 +331,14 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant", "balanced" or "best".
       eval_metric: "rmse" (default), "mae" or "r2": the score that the weights maximize.
-      models: kinds of models to use, for example `("linear", "lightgbm")` or "linear"; None uses all that are
+      models: the kinds of models to use, as for `AutoClassifier`, and "gaussian_process". None uses all that are
         installed.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
 
     Attributes:
-      leaderboard_: a frame of the models.
+      leaderboard_: a frame of the models, with their score, weight, and seconds of fit and prediction.
       not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
       score_: the out-of-fold score of the ensemble by `eval_metric`, larger is better. "rmse" and "mae" are negative,
         in units of the target's standard deviation.

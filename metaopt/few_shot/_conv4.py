@@ -56,7 +56,7 @@ def conv4(
     each block learns a and b. Padded rows do not enter the statistics of a set. With images of 28 × 28,
     D = `num_filters`.
 
-    **With "batch", the default, a prediction depends on all rows of its batch.** Single query images, or images of one
+    **With "batch"**, the default, a prediction depends on all rows of its batch. Single query images, or images of one
     class, get other outputs than in a whole query set. This reproduces published results. To predict for single images,
     choose another normalization.
 

@@ -126,23 +126,23 @@ def check(
     another direction. It tries smaller distances (down to 1e-5 ε), since F may have a kink nearby, and larger ones (up
     to 1e3 ε), since rounding may hide the slope. A leaf is
 
-    * "right" if the slope of F is known to `rtol` and the hypergradient agrees to `rtol`;
-    * "wrong" if they disagree by more than `rtol` and the uncertainty together;
-    * "zero" if the hypergradient is zero up to rounding, and F is flat;
-    * "dead" if the hypergradient is zero, and F is not flat;
-    * "inconclusive" if none of these holds.
+    - "right" if the slope of F is known to `rtol` and the hypergradient agrees to `rtol`;
+    - "wrong" if they disagree by more than `rtol` and the uncertainty together;
+    - "zero" if the hypergradient is zero up to rounding, and F is flat;
+    - "dead" if the hypergradient is zero, and F is not flat;
+    - "inconclusive" if none of these holds.
 
     The meaning of F, and the condition to pass, depend on the estimator's kind:
 
-    * "exact": F is the estimate's value from the state after `init`. Every leaf must be right or zero.
-    * "biased": F(λ) is the value of the last estimate of a run at constant λ. The run ends when it is `done`, or after
+    - "exact": F is the estimate's value from the state after `init`. Every leaf must be right or zero.
+    - "biased": F(λ) is the value of the last estimate of a run at constant λ. The run ends when it is `done`, or after
       `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
       leaves show the size of the bias. If the rule is exact in a limit, check it there as an exact rule:
       `check(estimator._replace(kind="exact"), ...)`.
-    * "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
+    - "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
       keys. It compares this mean with the mean of the values with the same keys. Slopes must agree within 3 standard
       errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
-    * "pseudo": the hypergradient must be finite. The cosine is reported.
+    - "pseudo": the hypergradient must be finite. The cosine is reported.
 
     Args:
       estimator: any estimator, including wrappers.

@@ -28,11 +28,11 @@ class Supernet(NamedTuple):
       apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]`, with
         `x: [N, *in_shape]`. If the spec is not `pooled`, all positions are axes in between. If `weights=None`, every op
         has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x count as the same numbers in
-        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255.
-        **Without `statistics` it is the network in training and search.** It normalizes by the batch, so the outputs of
-        a row depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
-        `statistics` below), the outputs of a row depend only on this row: predict in this way.
-        With `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`, except if its op
+        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255. Without
+        `statistics`, this is the network in training and search: it normalizes by the batch, so the outputs of a row
+        depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
+        `statistics` below), the outputs of a row depend only on this row: predict in this way. With
+        `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`, except if its op
         returns its input unchanged. The remaining edges are scaled by 1 / (1 − rate). Sizes have no edges to drop.
         `mask` [N] is 1 for a real row and 0 for padding. With it, the outputs of real rows equal the outputs of a batch
         of only these rows, up to rounding: `nas.normalized` leaves padding out. (If your own op computes over the batch

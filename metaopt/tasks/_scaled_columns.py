@@ -74,9 +74,9 @@ def fit_columns(
 
     A numeric column becomes one column. Gaps are filled with the median. Then, depending on `scaling`,
 
-    * "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the rows here. This turns any
+    - "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the rows here. This turns any
       continuous variable into a normal one. Then the column gets zero mean and unit variance;
-    * "standard": zero mean and unit variance.
+    - "standard": zero mean and unit variance.
 
     Finally, x / √(1 + (x / 3)²) clips the values softly to (-3, 3). If the rows have gaps, a second column marks them.
     A categorical column is encoded by its number of levels. Two levels give one column of ∓1 (0 for neither). Up to

@@ -77,8 +77,8 @@ def self_tuning(
     decay starts at 0.01 and is kept below 1 / rate by the projection above.
 
     **Which loss.** By default g_t is the gradient passed to `update`, which is that of the training loss. This is
-    hypergradient descent, without an additional gradient. **In a chain, put every transform that changes the gradient
-    into `factory`**, such as `scale_by_adam` or `add_decayed_weights`. If only the tail is wrapped, as in
+    hypergradient descent, without an additional gradient. **In a chain**, put every transform that changes the gradient
+    into `factory`, such as `scale_by_adam` or `add_decayed_weights`. If only the tail is wrapped, as in
     `optax.chain(optax.scale_by_adam(), self_tuning(optax.scale_by_learning_rate, ...))`, g_t is Adam's output, and the
     rate grows until training diverges, without an error. Only clipping may stay outside. With a validation loss, the
     place of the transforms makes no difference if μ = γ = 0.
