@@ -36,7 +36,7 @@ class Kind(NamedTuple):
       parts: the arguments of `decode` that the caller of `load` must pass, since no file can hold them: name ->
         description for the error message.
       compress: whether the arrays are compressed.
-      version: of the header and the arrays; `load` rejects newer files.
+      version: the version of the header and the arrays; `load` rejects newer files.
     """
 
     name: str
@@ -87,7 +87,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
 
     Args:
       path: the file. The name is used unchanged; an existing file is replaced.
-      value: of one of these types. Numbers in bfloat16 are saved as float32, which represents each of them exactly.
+      value: a value of one of these types. Numbers in bfloat16 are saved as float32, which represents each of them
+        exactly.
 
     Raises:
       TypeError: if values of this type cannot be saved.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Protocol
 
 import measures
 import pytest
@@ -141,7 +142,8 @@ def faults_of_docstring(value):
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):
         generated = text.startswith(f"{value.__name__}(")  # the default of a NamedTuple
-        return ["no docstring"] if generated or not text or text == inspect.getdoc(tuple) else []
+        inherited = text in (inspect.getdoc(tuple), inspect.getdoc(Protocol))
+        return ["no docstring"] if generated or not text or inherited else []
     signature = inspect.signature(value)
     faults = [] if text else ["no docstring"]
     for parameter in signature.parameters.values():
@@ -180,6 +182,10 @@ def test_docstrings_that_lack_something_are_seen():
             raise ValueError("x")
         return x + y
 
+    class Bare(Protocol):
+        def __call__(self) -> int: ...
+
+    assert faults_of_docstring(Bare) == ["no docstring"]
     assert faults_of_docstring(nothing) == [
         "no docstring",
         "`x` is not under Args",

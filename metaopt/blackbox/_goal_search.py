@@ -44,7 +44,7 @@ class GoalTrials(NamedTuple):
     Attributes:
       ended: (x, y, mask) of each outcome; also of running trials, which count with their expected outcomes.
       bounds: [C] the bounds of the constraints.
-      front: of the feasible trials; None while no trial is feasible.
+      front: the front of the feasible trials; None while no trial is feasible.
     """
 
     ended: tuple[Trials, ...]

@@ -184,14 +184,14 @@ def best_records(
     """Returns the best feasible trials: the Pareto front, or the best trial if there is one objective.
 
     Args:
-      records: of one task; only complete trials at the full budget count.
+      records: the records of one task; only complete trials at the full budget count.
       objectives: the names of outcomes to minimize together; None for the `outcome`, which is the first one.
       constraints: name -> bound of other outcomes. A trial is feasible if each of them is at most its bound.
 
     Returns:
-      The records that no other feasible one dominates, sorted by the first objective; none if no trial is feasible. A
-      record dominates another one if it is at least as good in every objective and better in one. Equal ones are all
-      included.
+      The records that no other feasible one dominates, sorted by the first objective; an empty list if no trial is
+      feasible. A record dominates another one if it is at least as good in every objective and better in one. Equal
+      ones are all included.
 
     Raises:
       ValueError: if a complete trial lacks one of the outcomes, or a name is given twice.

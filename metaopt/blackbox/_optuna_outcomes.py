@@ -37,21 +37,22 @@ def should_prune(
     constraints: Sequence[float] = (),
     reduction_factor: int = 3,
 ) -> bool:
-    """Whether a trial of an Optuna study with several objectives should end early, as asynchronous halving decides.
+    """Returns whether a trial of an Optuna study with several objectives should end early, by asynchronous halving.
 
     Optuna's `trial.report` and `trial.should_prune` raise an error in a study of several objectives. This function
     stores the values in a user attribute of the trial, and compares them with those of all trials of the study at the
     same step. The trial should end if at least 1/η of these trials, and at least one, are on an earlier front. The
-    first front has the trials that no other one dominates, and a trial on it is never pruned. Trials that are
-    infeasible at this step are worse than all feasible ones, by how much they exceed 0.
+    first front has the trials that no other one dominates, the second those that only the first dominates, and so on. A
+    trial on the first front is never pruned. Trials that are infeasible at this step are worse than all feasible ones,
+    by how much they exceed 0.
 
     It works with any sampler and storage of Optuna, in several threads or processes. The study's own pruner is not
     used, and the trial has no value in Optuna's plots of intermediate values.
 
     Args:
       trial: Optuna's trial.
-      values: of the objectives, in the order of the study's directions.
-      step: for example the number of epochs; report at a few steps, such as 1, 3, 9 and 27.
+      values: the values of the objectives, in the order of the study's directions.
+      step: the progress of the trial, such as its number of epochs; report at a few steps, such as 1, 3, 9 and 27.
       constraints: values of constraints at this step; at most 0 is feasible. Optuna's `trial.set_constraint` and
         `constraints_func` have the values at the end of the trial.
       reduction_factor: η, at least 2.
@@ -135,7 +136,7 @@ def signs_of(study: Any) -> list[float]:
 def goals_of(
     records: Sequence[base.Record], objectives: Sequence[str] | None, constraints: Mapping[str, float] | None
 ) -> Goals | None:
-    """The goals of a study of records: by default, all outcomes by name that are no constraints are objectives."""
+    """The goals of a study of records: by default, all outcomes by name that are not constraints are objectives."""
     named = next((record.outcomes for record in records if record.outcomes), None)
     if objectives is None and named is not None:
         objectives = [name for name in named if name not in (constraints or {})]
@@ -146,7 +147,7 @@ def values_and_attributes(records: Sequence[base.Record], goals: Goals, step_of:
     """The outcomes of one trial, at several fidelities, as arguments of `optuna.trial.create_trial`.
 
     Args:
-      records: of one trial; the one with the largest fidelity is its end.
+      records: the records of one trial; the one with the largest fidelity is its end.
       goals: the objectives and constraints of the study.
       step_of: fidelity -> step.
 
@@ -175,7 +176,7 @@ def outcomes_of(trial: Any, study: Any, values: Sequence[float] | None) -> dict[
     Args:
       trial: an ended trial.
       study: its study, whose objectives may have names.
-      values: of the objectives, as Optuna has them; None if unknown.
+      values: the values of the objectives, as Optuna has them; None if unknown.
 
     Returns:
       Objectives, minimized, and then "constraint NAME", which should be at most 0.

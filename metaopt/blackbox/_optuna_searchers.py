@@ -55,7 +55,7 @@ def tpe(
         tasks.
       num_random: number of random trials before the first model.
       objectives: the names of outcomes to minimize together, if the objective returns several. By default, the
-        `outcome`, which is the first one. With several, "PRUNED" records, and those at fidelities below 1, say nothing.
+        `outcome`, which is the first one. With several, "PRUNED" records and records at fidelities below 1 are ignored.
       constraints: name -> the largest feasible value of another outcome. Infeasible trials rank behind feasible ones.
 
     Returns:

@@ -68,10 +68,10 @@ def diagnose(
     perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm is that of both.
 
     If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
-    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves that mend the run,
-    with the change that gives the lower outer loss. The noise of batches can mend a flat run by chance, and a larger
-    weight decay can mend a rate that is too large. This takes up to two more runs for each leaf, without another
-    compilation. It is omitted for more than 8 such leaves.
+    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves whose change repairs the run;
+    of two such changes, it names the one with the lower outer loss. The noise of batches can repair a flat run by
+    chance, and a larger weight decay can hide a rate that is too large. This takes up to two more runs for each leaf,
+    without another compilation. It is omitted for more than 8 such leaves.
 
     Args:
       problem: the problem to tune. Its inner loss must be differentiable in forward mode.
@@ -80,13 +80,15 @@ def diagnose(
       task: one task.
       num_steps: T, at least 2.
       key: the PRNG key; fixed by default.
-      space: the search space of λ. The report names leaves that are at a bound. In unconstrained coordinates, other
-        values of λ are tried only if it is given.
+      space: the search space of λ. The report names leaves that are at a bound. For λ in unconstrained coordinates,
+        `diagnose` tries other values of λ only if `space` is given.
       estimator: a rule for this problem. Its residuals and hypergradients are checked too.
       num_estimates: the number of estimates of that rule at λ.
 
     Returns:
-      A `Diagnosis`; print it.
+      A `Diagnosis`. `print` shows its `findings`, the most serious first: each has `what` (the problem) and `advice`
+      (what to change). It also has `growth`, the mean log growth of a perturbation of θ per step, and three arrays over
+      the steps, [T]: `products`, `inner_loss` and `inner_grad_norm`.
 
     Raises:
       ValueError: if `num_steps < 2`, if λ does not fit `space`, or the task has labels outside its classes.

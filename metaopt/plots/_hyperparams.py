@@ -41,7 +41,7 @@ def slices(
       key: the PRNG key; fixed by default.
       radius: entries move by ± radius · |entry|. Zeros, and unconstrained coordinates (`spaces.Unconstrained`), move by
         ± radius.
-      num_points: the values of each slice. Each takes an evaluation of F, one after the other.
+      num_points: the number of points of each slice. Each point is one evaluation of F, one after the other.
       max_slices: the largest number of slices. If λ has more entries, those with the largest change of F to first order
         within the radius are drawn.
       axes: one for each slice; None makes a figure.
@@ -130,7 +130,7 @@ def hyperparameters_by_feature(
       predict: `features [d] -> λ` in natural units, or a configuration. It may be `MetaOptimizer.predict`. For a
         `predictors.TrainedPredictor` it is `lambda f: trained.predict(base.Task(None, None, f))`.
       features: [n, d], the features of the training tasks.
-      feature: the number of the feature, from 0.
+      feature: the index of the feature, from 0.
       margin: how far the axis extends beyond the range on each side, as a part of the range.
       num_points: the number of predictions.
       log: whether to use a logarithmic axis if every entry of λ is positive.

@@ -39,8 +39,9 @@ def regret(
       runs: method -> its records of all tasks, as `blackbox.collect` returns them: in the order of the trials. Or
         method -> a list of R such lists, one for each repetition with another key. The regret of a task is then the
         mean over repetitions.
-      bounds: task -> (best, worst) outcome, such as those of a whole table. By default they are the smallest and the
-        largest outcome of the task in `runs`. The regret then depends on the methods that are compared.
+      bounds: task -> (best, worst) outcome, such as the smallest and largest outcome in a table of all configurations.
+        By default they are the smallest and the largest outcome of the task in `runs`. The regret then depends on the
+        methods that are compared.
       families: task -> its family, for near-duplicates and parts of one source. Tasks of a family are averaged first,
         and the interval is over families. By default, each task is its own family.
       constraints: name -> bound of other outcomes. A trial with a larger one only spends its budget. By default, all
@@ -178,11 +179,11 @@ def importance(
     Optuna fits a forest to the trials of one task, and integrates it over the whole space. The share of a
     hyperparameter is the variance of its main effect, divided by the variance of the forest. Hyperparameters on a
     logarithmic scale are integrated on this scale. The last row is the rest: interactions, and noise that the forest
-    fits. The shares of a few dozen trials are unreliable. So are those of trials that a searcher concentrates in one
-    region; take random ones.
+    fits. Shares from a few dozen trials are unreliable. So are shares from trials that a searcher has concentrated in
+    one region; use random trials.
 
-    A learned `blackbox.MetaOptimizer` has importances without a trial. Draw configurations of its space, and make
-    records of its predictions `g.outcomes(configurations).mean`.
+    For a learned `blackbox.MetaOptimizer` g, you need no trials: draw configurations of its space, and make records of
+    the predictions `g.outcomes(configurations).mean`.
 
     Args:
       records: trials that are "COMPLETE" at the full budget have outcomes; others are ignored.

@@ -33,7 +33,14 @@ class Rows(NamedTuple):
 
 
 class TaskShape(NamedTuple):
-    """The size of a task, or the size that it is padded to."""
+    """The size of a task, or the size that it is padded to.
+
+    Attributes:
+      train_rows: the number of training rows.
+      valid_rows: the number of validation rows.
+      features: D, the number of encoded columns.
+      classes: C.
+    """
 
     train_rows: int
     valid_rows: int
@@ -45,15 +52,16 @@ class PreparedTable(NamedTuple):
     """A table that is split and encoded.
 
     Attributes:
-      name: of the table.
-      family: of the table.
-      train: the rows for the inner loss.
-      valid: the rows for the outer loss.
-      test: the rows that only the experiment uses.
+      name: the name of the table.
+      family: the family of the table.
+      train: the rows for the inner loss: `x` [n, D] float32, encoded; `y` [n] int32 in 0..C-1; `raw` [n, d], the
+        original numbers and codes; and `index` [n], their positions in the table.
+      valid: the rows for the outer loss, likewise.
+      test: the rows for the final evaluation, likewise. They are not part of a task.
       num_features: D.
       num_classes: C.
       classes: [C] int32, the number of each class in the original table.
-      categorical: [d] bool, of the columns of `raw`.
+      categorical: [d] bool, which columns of `raw` hold codes.
     """
 
     name: str
@@ -86,20 +94,20 @@ def prepare(
 ) -> PreparedTable:
     """Splits a table into training, validation and test rows, and encodes it.
 
-    The split is stratified: every class has its share in each part, to within a row, and at least one training row.
-    `fit_columns` describes the encoding. Its statistics come from the training rows.
+    The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows.
 
     Args:
       table: the table to prepare.
-      seed: of the split and of the subsampling; equal seeds give equal arrays.
-      valid_fraction: share of the rows, in (0, 1).
-      test_fraction: share of the rows, in [0, 1).
+      seed: the seed of the split and of the subsampling; equal seeds give equal arrays.
+      valid_fraction: the share of validation rows, in (0, 1).
+      test_fraction: the share of test rows, in [0, 1).
       max_rows: a larger table is subsampled, stratified by class.
       max_classes: if there are more, the rows of the rarest classes are dropped; None keeps all.
       max_features: if the encoding gives more columns, only those with the largest F statistic stay. It is computed on
         training rows by a one-way analysis of variance between the classes.
-      max_levels: at least 2.
-      scaling: "quantile" or "standard".
+      max_levels: as for `fit_columns`, at least 2.
+      scaling: "quantile" or "standard", as for `fit_columns`.
 
     Returns:
       A `PreparedTable`, with its rows in random order.

@@ -37,9 +37,9 @@ def mixture(
     Each member sees the same gradients and parameters and keeps its own state, whatever its weight. Memory and time are
     the sums of the members'. With a one-hot w the update equals that member's to the bit.
 
-    A member of weight zero may have an update or state that is not finite. It then affects neither the values nor any
-    derivative, and the derivative along its weight is zero. Otherwise that derivative is the member's update. A member
-    with a nonzero weight passes on values that are not finite.
+    A member of weight zero may have a non-finite update or state. It then affects neither the values nor any
+    derivative, and the derivative with respect to its weight is zero. For finite members, that derivative is the
+    member's update. A member with a nonzero weight passes on non-finite values.
 
     It is differentiable in the weights and through the members, in both modes, as far as the members are. Wrap the
     mixture in `differentiable`, as `inner.loop` does.
