@@ -48,10 +48,11 @@ LEVELS = [
     {"_cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# The searcher of cells reads records in the same way as those of `blackbox`.
+# The searcher of cells and the plots of searches read records in the same way as `blackbox`.
 SHARED = {
     "metaopt.nas.search._cell_searcher": ("_earlier_trials", "_new_task"),
     "metaopt.nas.search._train_cell_searcher": ("_earlier_trials", "_new_trials", "_surrogates"),
+    "metaopt.plots._searches": ("_earlier_trials", "_goals"),
 }
 MODULES = sorted((ROOT / "metaopt").rglob("*.py"))
 ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.parent == ROOT / "metaopt")

@@ -118,12 +118,12 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
     before = path.read_bytes()
     for value, error, message in (
         ({"rate": np.nan}, ValueError, "rate"),
-        ({"state": {"count": 3}}, TypeError, r"and its leaf \['state'\]\['count'\] is of type int"),
+        ({"state": {"count": 3}}, TypeError, r"but its leaf \['state'\]\['count'\] is of type int"),
         ({"name": "sgd"}, TypeError, r"\['name'\] is of type str"),
         ({"count": np.uint32(1)}, TypeError, r"\['count'\] is of type uint32"),
         ({"key": jax.random.key(0)}, TypeError, r"\['key'\] is of type key<"),
-        (np.arange(3), TypeError, "and it is of type int"),
-        ({}, TypeError, "and it has no leaf"),
+        (np.arange(3), TypeError, "but it is of type int"),
+        ({}, TypeError, "but it has no leaf"),
     ):
         with pytest.raises(error, match=message):
             metaopt.save(path, value)

@@ -170,7 +170,8 @@ def train_meta_optimizer(
       ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows; if its entries have different
         forms; or if they are tables or images, and `features` are given too.
       ValueError: if `costs` is True and no task has records of different costs.
-      ValueError: if no record has one of the `objectives` or `constraints`, or they are given with `transformers`.
+      ValueError: if a complete trial lacks one of the `objectives` or `constraints`, or they are given with
+        `transformers`.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;

@@ -61,7 +61,8 @@ def should_prune(
       Whether the objective should `raise optuna.TrialPruned()`.
 
     Raises:
-      ValueError: if `values` are not as many as the study's objectives, or `reduction_factor` is below 2.
+      ValueError: if `values` are not as many as the study's objectives, `step` is not an integer of at least 0, or
+        `reduction_factor` is below 2.
 
     Source: Schmucker et al., Multi-objective asynchronous successive halving, 2021, https://arxiv.org/abs/2106.12639
 
@@ -71,6 +72,7 @@ def should_prune(
     >>> [blackbox.should_prune(study.ask(), values, step=1) for values in ([3.0, 1.0], [1.0, 3.0], [4.0, 2.0])]
     [False, False, True]
     """
+    _checks.check_integer("step", step, 0)
     _checks.check_integer("reduction_factor", reduction_factor, 2)
     signs = signs_of(trial.study)
     if len(values) != len(signs):
@@ -155,11 +157,11 @@ def values_and_attributes(records: Sequence[base.Record], goals: Goals, step_of:
       "values", "user_attrs", "system_attrs" and "intermediate_values". The values are finite if the trial is complete.
     """
     last = max(records, key=lambda record: record.fidelity)
-    outcomes = [named_outcomes(record, goals) for record in records]
+    outcomes = [named_outcomes(record, goals.names) for record in records]
     at_steps = {
         step_of(r.fidelity): [y[name] for name in goals.objectives] for r, y in zip(records, outcomes, strict=True)
     }
-    named = named_outcomes(last, goals)
+    named = named_outcomes(last, goals.names)
     excess = [named[name] - bound for name, bound in goals.constraints.items()]
     one = len(goals.objectives) == 1
     return {

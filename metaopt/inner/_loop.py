@@ -216,7 +216,8 @@ def loop(
         must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
         The schedules of `transforms`, such as `transforms.cosine_schedule`, do not. (`optax.inject_hyperparams` freezes
         λ into the state; do not use it here.) With `optax.contrib.schedule_free`, gradients are taken at the training
-        parameters, and the outer loss and `loop.params` get the evaluation parameters.
+        parameters, and the outer loss and `loop.params` get the evaluation parameters. No other transform may change
+        its updates, so it must be the last one of an `optax.chain`.
       init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
       sampler: selects the rows of each step, such as `inner.minibatch(64)`. By default each step gets all of the data.

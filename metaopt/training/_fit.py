@@ -153,7 +153,7 @@ def fit(
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
       ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `eval_every` is not a whole number of at
-        least 1.
+        least 1, or `keep_best` or `keep_nonfinite` not one of at least 0.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -252,6 +252,8 @@ def _check_options(
         raise ValueError(f"`{name}` needs evaluations: pass `evaluate` too, or omit `{name}`.")
     if eval_every < 1 or eval_every % 1:  # with 2.5, no evaluation would follow the first one
         raise ValueError(f"`eval_every` must be a whole number of at least 1; got {eval_every}.")
+    _checks.check_integer("keep_best", keep_best, 0)
+    _checks.check_integer("keep_nonfinite", keep_nonfinite, 0)
     if (keep_best or keep_nonfinite) and folder is None:
         raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
 
