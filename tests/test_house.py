@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -45,6 +46,7 @@ LEVELS = [
     {"automl"},
     {"plots"},
     {"_cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The searcher of cells reads records in the same way as those of `blackbox`.
@@ -219,21 +221,39 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
-def test_the_python_blocks_of_a_page_run(page, tmp_path):
+# The pages of one process share imports and compiled programs, and no names.
+RUN_PAGES = """
+import itertools, json, os, sys
+from metaopt.hypergrad import _recommend
+every = _recommend.candidates
+for name, code in json.load(sys.stdin).items():
     # Every rule on one problem would compile for a minute: the first one here (`test_recommend` has all).
-    few = (
-        "import itertools\nfrom metaopt.hypergrad import _recommend\nevery = _recommend.candidates\n"
-        "_recommend.candidates = lambda *args: dict(itertools.islice(every(*args).items(), 1))\n"
-    )
-    code = few + "\n".join(python_blocks(page))
-    printed = run_python(code, cwd=tmp_path, env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
-    assert printed and "nan" not in printed
-    if page.stem == "README":
-        assert re.search(r'^\* unrolled, remat="none" +exact', printed, re.M)
-        (shown,) = re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL)
-        assert shown in printed
+    _recommend.candidates = lambda *args: dict(itertools.islice(every(*args).items(), 1))
+    print("\\f" + name, flush=True)
+    os.mkdir(name)
+    os.chdir(name)
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    os.chdir("..")
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("part", range(2))  # the pages of two processes take equally long
+def test_the_python_blocks_of_pages_run(part, tmp_path):
+    pages = {page.stem: page for page in PAGES if python_blocks(page)}
+    names = [name for i, name in enumerate(sorted(pages)) if i % 2 == part]
+    blocks = json.dumps({name: "\n".join(python_blocks(pages[name])) for name in names})
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    printed = run_python(RUN_PAGES, cwd=tmp_path, env=environment, input=blocks)
+    _, *parts = printed.split("\f")
+    assert len(parts) == len(names) > 3
+    for name, text in zip(names, parts, strict=True):
+        assert text.startswith(name) and text.removeprefix(name).strip() and "nan" not in text, name
+    if "README" in names:
+        text = parts[names.index("README")]
+        assert re.search(r'^\* unrolled, remat="none" +exact', text, re.M)
+        (shown,) = re.findall(r"```text\n(.*?)```", pages["README"].read_text(), re.DOTALL)
+        assert shown in text
 
 
 HOME = {"hypergrad": "rules.md", "few_shot": "few_shot.md"}  # pages that name the functions of a room without the room
