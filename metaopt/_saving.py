@@ -252,7 +252,8 @@ def _like(name: str, array: np.ndarray, template: Any, implementation: str | Non
         if array.dtype.kind in "iu" and (np.asarray(result) != array).any():
             raise ValueError(f"the array {name} has integers beyond {result.dtype}: enable `jax_enable_x64`")
         return result
-    key = jax.random.wrap_key_data(array, impl=implementation) if implementation else array
+    data = jnp.asarray(array)
+    key = jax.random.wrap_key_data(data, impl=implementation) if implementation else data
     if key.dtype != template.dtype:
         raise ValueError(f"the array {name} should be of type {template.dtype}, and is {key.dtype}")
     return key
