@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
     assert cards.count("grid-item-card") == len(re.findall(r"^\| .*results/.*\.md\)", text, re.M)) > 30
     pictures = re.findall(r":img-top: \.\./(\S+)", cards)
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize("num_pages", [0, 3, 40])
+def test_each_process_begins_with_as_many_pages_with_cells(num_pages, tmp_path):
+    parallel = pytest.importorskip("sphinx.util.parallel")
+    names = [f"page{i:02}" for i in range(num_pages)]
+    with_cells = names[-13:]  # next to one another, as those of a folder are
+    for name in names:
+        (tmp_path / name).write_text("```{code-cell} python3" if name in with_cells else "text")
+    ordered = names.copy()
+    environment = SimpleNamespace(doc2path=lambda name: tmp_path / name)
+    module("extension").spread_cells(SimpleNamespace(parallel=2), environment, ordered)
+    assert sorted(ordered) == names
+    counts = [len(set(chunk) & set(with_cells)) for chunk in parallel.make_chunks(ordered, 2)]
+    assert counts[:2] == {0: [], 3: [1, 1], 40: [7, 6]}[num_pages]
 
 
 def test_pages_of_the_site_are_in_a_table_of_contents():

@@ -6,13 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metaopt import _saving, base, tasks
 from metaopt.predictors import TrainedPredictor
 
 GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")  # of the meta-features
-LARGEST = 1e15  # larger numbers would overflow in squares
 
 
 @functools.cache
@@ -75,23 +73,9 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
       >>> sorted(hyperparams) == sorted(automl.tabular_network().space)
       True
     """
-    if target is not None:
-        table = _encoded(table, target)
     trained = shipped_predictor()
-    features = trained.scaled_features(tasks.metafeatures(table, groups=GROUPS, seed=seed))
+    features = trained.scaled_features(tasks.metafeatures(table, target, groups=GROUPS, seed=seed))
     return _predict(jnp.asarray(features))
-
-
-def _encoded(frame: Any, target: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of a frame that have a label: x [n, d] with NaN in gaps, the classes [n], and categorical [d]."""
-    target = int(target) if isinstance(target, np.integer) else target
-    is_name = isinstance(target, str | int)
-    codes = (tasks.fit_labels(frame, column=target) if is_name else tasks.fit_labels(target)).codes
-    encoder = tasks.fit_encoder(frame, drop=[target] if is_name else ())
-    x, rows = encoder.transform(frame), codes >= 0
-    if len(x) != len(codes):
-        raise ValueError(f"`target` must have one label for each of the {len(x)} rows; got {len(codes)}.")
-    return np.clip(x[rows], -LARGEST, LARGEST), codes[rows], encoder.categorical
 
 
 @jax.jit

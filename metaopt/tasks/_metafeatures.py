@@ -10,11 +10,12 @@ the median.
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaopt import _checks, _extras
+from metaopt.tasks._labeled_frame import labeled_frame
 from metaopt.tasks._log_loss_features import log_loss_features
 from metaopt.tasks._prepare import PreparedTable, encode
 from metaopt.tasks._tables import Table
@@ -27,7 +28,8 @@ _NUM_FOLDS = 5
 
 
 def metafeatures(
-    table: Table | PreparedTable | tuple[np.ndarray, np.ndarray, np.ndarray],
+    table: Any,
+    target: Any = None,
     *,
     groups: Sequence[str] = GROUPS,
     seed: int = 0,
@@ -66,7 +68,8 @@ def metafeatures(
 
     Args:
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]).
+        [d]). With `target`, a frame, of which all rows with a label are used.
+      target: a column of the frame or its labels, as for `prepare`.
       groups: some of "simple", "statistical", "information_theoretic", "landmarking" and "log_loss"; by default, all
         but the last.
       seed: the seed of subsamples, folds and the random column.
@@ -76,12 +79,15 @@ def metafeatures(
 
     Raises:
       ValueError: if a group is unknown, or there are fewer than 2 rows or no columns.
-      ValueError: if the arrays do not fit together, or have infinite values.
+      ValueError: if the arrays do not fit together, or have infinite values, or `prepare` would reject the frame.
       ImportError: if `groups` has "landmarking" or "log_loss" and scikit-learn is not installed.
     """
     unknown = set(groups) - set(_ALL_GROUPS)
     if unknown:
         raise ValueError(f"`groups` must be among {_ALL_GROUPS}; got {sorted(unknown)}.")
+    if target is not None:
+        frame = labeled_frame(table, target)
+        table = frame.x, frame.y, frame.encoder.categorical
     raw, y, categorical = _checked(table)
     x = _without_gaps(raw, categorical)
     rng = np.random.default_rng(seed)

@@ -5,12 +5,14 @@ training rows. The same rows are also kept unencoded, for learners that prefer t
 """
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaopt.tasks._columns import merged_values
-from metaopt.tasks._scaled_columns import fit_columns
+from metaopt.tasks._encoder import TableEncoder
+from metaopt.tasks._labeled_frame import encoded, labeled_frame
+from metaopt.tasks._scaled_columns import FittedColumns, fit_columns
 from metaopt.tasks._tables import Table
 
 _log = logging.getLogger(__name__)
@@ -60,8 +62,10 @@ class PreparedTable(NamedTuple):
       test: the rows for the final evaluation, likewise. They are not part of a task.
       num_features: D.
       num_classes: C.
-      classes: [C] int32, the number of each class in the original table.
+      classes: [C] int32, the number of each class in the original table; for a frame, its label.
       categorical: [d] bool, which columns of `raw` hold codes.
+      columns: how the columns of `raw` become encoded ones.
+      encoder: the encoder of the columns of a frame, or None.
     """
 
     name: str
@@ -73,6 +77,22 @@ class PreparedTable(NamedTuple):
     num_classes: int
     classes: np.ndarray
     categorical: np.ndarray
+    columns: FittedColumns
+    encoder: TableEncoder | None = None
+
+    def transform(self, rows: Any) -> np.ndarray:
+        """Encodes new rows as the rows of the table.
+
+        Args:
+          rows: a frame, if `prepare` got one; otherwise [n, d] numbers, with NaN in gaps.
+
+        Returns:
+          [n, D] float32.
+
+        Raises:
+          ValueError: if a column is missing, or `rows` has another number of columns.
+        """
+        return self.columns.transform(rows if self.encoder is None else encoded(self.encoder, rows))
 
     @property
     def shape(self) -> TaskShape:
@@ -81,7 +101,8 @@ class PreparedTable(NamedTuple):
 
 
 def prepare(
-    table: Table,
+    table: Any,
+    target: Any = None,
     *,
     seed: int = 0,
     valid_fraction: float = 0.2,
@@ -95,10 +116,13 @@ def prepare(
     """Splits a table into training, validation and test rows, and encodes it.
 
     The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
-    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows.
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows. The columns
+    of a frame first become numbers by `fit_encoder`, from all rows and without the target.
 
     Args:
-      table: the table to prepare.
+      table: a `Table`. With `target`, a frame of any type that `fit_encoder` takes.
+      target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
+        of the frame. Rows without a label are dropped.
       seed: the seed of the split and of the subsampling; equal seeds give equal arrays.
       valid_fraction: the share of validation rows, in (0, 1).
       test_fraction: the share of test rows, in [0, 1).
@@ -117,12 +141,23 @@ def prepare(
       ValueError: if `x` is not real, or not finite in float32, or `y` is not classes as integers from 0.
       ValueError: if float32 merges the codes of a categorical column.
       ValueError: if fewer than 2 classes, no varying column, or no validation or test row remains.
+      ValueError: if `fit_encoder` rejects the frame, or `fit_labels` the target, or not each row has one label.
+
+    >>> frame = {"size": [1.5, 2.5, 3.5, 4.5] * 5, "color": ["red", "blue"] * 10, "sold": ["no", "yes"] * 10}
+    >>> prepared = prepare(frame, "sold", test_fraction=0.0)
+    >>> prepared.classes[prepared.train.y[:2]].tolist() == [frame["sold"][i] for i in prepared.train.index[:2]]
+    True
+    >>> prepared.transform({"size": [2.0], "color": ["red"]}).shape
+    (1, 2)
     """
     if not 0 < valid_fraction < 1 or not 0 <= test_fraction < 1 or valid_fraction + test_fraction >= 1:
         raise ValueError(
             "`valid_fraction` and `test_fraction` must leave rows to train on; "
             f"got {valid_fraction} and {test_fraction}."
         )
+    frame = None if target is None else labeled_frame(table, target)
+    if frame is not None:
+        table = Table("frame", "frame", frame.x, frame.y, frame.encoder.categorical)
     table, raw = _checked(table)
     rng = np.random.default_rng(seed)
     index = _usable_rows(table, max_rows, max_classes, rng)
@@ -154,7 +189,8 @@ def prepare(
     x = fitted.transform(table.x[used])
     raw = _filled(table, raw, train)
     parts = zip(np.split(x, np.cumsum([len(train), len(valid)])), (train, valid, test), strict=True)
-    rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], i) for part, i in parts]
+    place = np.arange(len(table.y)) if frame is None else frame.index
+    rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], place[i]) for part, i in parts]
     return PreparedTable(
         name=table.name,
         family=table.family,
@@ -163,8 +199,10 @@ def prepare(
         test=rows[2],
         num_features=x.shape[1],
         num_classes=len(classes),
-        classes=classes.astype(np.int32),
+        classes=classes.astype(np.int32) if frame is None else frame.classes[classes],
         categorical=table.categorical,
+        columns=fitted,
+        encoder=None if frame is None else frame.encoder,
     )
 
 
