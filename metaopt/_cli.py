@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-      arguments: of the command line; by default those of this process.
+      arguments: the arguments of the command line; by default those of this process.
 
     Returns:
       The exit code.

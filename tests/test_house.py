@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Protocol
 
 import measures
 import pytest
@@ -51,10 +52,11 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# The searcher of cells reads records in the same way as those of `blackbox`.
+# The searcher of cells and the plots of searches read records in the same way as `blackbox`.
 SHARED = {
     "metaopt.nas.search._cell_searcher": ("_earlier_trials", "_new_task"),
     "metaopt.nas.search._train_cell_searcher": ("_earlier_trials", "_new_trials", "_surrogates"),
+    "metaopt.plots._searches": ("_earlier_trials", "_goals"),
 }
 MODULES = sorted((ROOT / "metaopt").rglob("*.py"))
 ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.parent == ROOT / "metaopt")
@@ -146,7 +148,8 @@ def faults_of_docstring(value):
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):
         generated = text.startswith(f"{value.__name__}(")  # the default of a NamedTuple
-        return ["no docstring"] if generated or not text or text == inspect.getdoc(tuple) else []
+        inherited = text in (inspect.getdoc(tuple), inspect.getdoc(Protocol))
+        return ["no docstring"] if generated or not text or inherited else []
     signature = inspect.signature(value)
     faults = [] if text else ["no docstring"]
     for parameter in signature.parameters.values():
@@ -185,6 +188,10 @@ def test_docstrings_that_lack_something_are_seen():
             raise ValueError("x")
         return x + y
 
+    class Bare(Protocol):
+        def __call__(self) -> int: ...
+
+    assert faults_of_docstring(Bare) == ["no docstring"]
     assert faults_of_docstring(nothing) == [
         "no docstring",
         "`x` is not under Args",

@@ -120,13 +120,13 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
     before = path.read_bytes()
     for value, error, message in (
         ({"rate": np.nan}, ValueError, "rate"),
-        ({"state": {"count": 3}}, TypeError, r"and its leaf \['state'\]\['count'\] is of type int"),
+        ({"state": {"count": 3}}, TypeError, r"but its leaf \['state'\]\['count'\] is of type int"),
         ({"name": "sgd"}, TypeError, r"\['name'\] is of type str"),
         ({"names": np.array(["sgd"])}, TypeError, r"\['names'\] is of type <U3"),
         ({"bits": jnp.ones(2, jnp.int4)}, TypeError, r"\['bits'\] is of type int4"),
         ({"wave": np.complex64(1j * np.inf)}, ValueError, "wave"),
         ({"count": 3}, TypeError, r"\['count'\] is of type int"),
-        ({}, TypeError, "and it has no leaf"),
+        ({}, TypeError, "but it has no leaf"),
     ):
         with pytest.raises(error, match=message):
             metaopt.save(path, value)

@@ -36,9 +36,21 @@ def converted(text, room="hypergrad"):
         ("Within ±`clip` (`x`).", r"Within ±\ ``clip`` (``x``)."),
         ("The solvers `cg`s.", r"The solvers :py:obj:`cg <metaopt.hypergrad.cg>`\ s."),
         ("See `nas.darts` and `nas.nothing`.", "See :py:obj:`nas.darts <metaopt.nas.darts>` and ``nas.nothing``."),
+        (
+            "An `Estimator` of a `base.Task`, and `Sequence`.",
+            "An :py:obj:`Estimator <metaopt.base.Estimator>` of a :py:obj:`base.Task <metaopt.base.Task>`, "
+            "and ``Sequence``.",
+        ),
         ("One `a\nb` code.", "One ``a b`` code."),
         ("An equation\n\n    F(λ) = |θ|²\n\nends.", "An equation\n\n::\n\n    F(λ) = |θ|²\n\nends."),
         ("A list:\n- one\n  more\n- two", "A list:\n\n- one\n  more\n\n- two"),
+        (
+            "A table:\n\n| a | b |\n|---|---|\n| `x` | |\n\n    |x|",
+            "A table:\n\n\n.. list-table::\n   :header-rows: 1\n\n   * - a\n     - b\n   * - ``x``\n     -\n\n\n"
+            "::\n\n    |x|",
+        ),
+        ("**Cost.** Up to 2**24, with **kw.", r"**Cost.** Up to 2\*\*24, with \*\*kw."),
+        ("|w| is a norm.", r"\|w\| is a norm."),
         ("Source: Somebody,\n  https://arxiv.org/abs/1 (2020)", "Source: Somebody,\nhttps://arxiv.org/abs/1 (2020)"),
         (
             "Adds.\n\nArgs:\n  x: one.\n    Two.\n  *rest: more.",

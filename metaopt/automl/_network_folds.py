@@ -120,8 +120,8 @@ def refined(
       valid_labels: their classes, or intervals.
       num_classes: C.
       hyperparams: the start.
-      num_steps: of Adam with rate .1.
-      seed: of the runs.
+      num_steps: the number of steps of Adam with rate .1.
+      seed: the seed of the runs.
 
     Returns:
       The visited λ with the smallest loss.
@@ -160,7 +160,7 @@ def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
     """The predictions of `TabularNetwork.log_probabilities` in NumPy, which need no compilation.
 
     Args:
-      model: of one fold.
+      model: the model of one fold.
       x: [n, D] dense rows.
 
     Returns:

@@ -15,7 +15,7 @@ GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_
 
 @functools.cache
 def shipped_predictor() -> TrainedPredictor:
-    """The trained g of `tabular_network`.
+    """Returns the trained g of `tabular_network`.
 
     It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
     fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. Its
@@ -34,16 +34,16 @@ def shipped_predictor() -> TrainedPredictor:
 def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> base.HyperParams:
     """Predicts the hyperparameters of `tabular_network` for a new table, without a trial: λ = g(t').
 
-    It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. Features outside the
-    range of g's training shrink the prediction towards one λ for all tables.
+    It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. If features lie outside
+    the range of g's training, the prediction shrinks towards one λ for all tables.
 
     Args:
-      table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. All rows of a
-        `Table`, of arrays or of a frame are used: pass only training rows.
+      table: a `tasks.PreparedTable`, of which only the training rows are used; a `tasks.Table`; or (x [n, d], y [n],
+        categorical [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. All rows
+        of a `Table`, of arrays or of a frame are used: pass only training rows.
       target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
         of the frame. Rows without a label are dropped. None: `table` has the labels.
-      seed: of subsamples and folds of the meta-features.
+      seed: the seed of subsamples and folds of the meta-features.
 
     Returns:
       λ in natural units: a dict of fourteen numbers.

@@ -102,7 +102,7 @@ def _with_outcome(record: base.Record, goals: Goals, name: str) -> base.Record:
         return record
     if record.trial == record.seed == 0:  # repeats of a configuration are distinguished by all outcomes
         record = record._replace(seed=1 + zlib.crc32(repr(record.outcomes).encode()))
-    return record._replace(outcome=named_outcomes(record, goals)[name])
+    return record._replace(outcome=named_outcomes(record, goals.names)[name])
 
 
 def _tell_one(learned: Learned, state: MetaSearcherState, records: list[base.Record]) -> MetaSearcherState:

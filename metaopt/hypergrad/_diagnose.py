@@ -70,10 +70,10 @@ def diagnose(
     perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm is that of both.
 
     If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
-    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves that mend the run,
-    with the change that gives the lower outer loss, or reports that none does. The noise of batches can mend a flat run
-    by chance, and a larger weight decay can mend a rate that is too large. This takes up to two more runs for each
-    leaf, without another compilation. It is omitted for more than 8 such leaves.
+    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves whose change repairs the run,
+    or reports that there is none; of two such changes, it names the one with the lower outer loss. The noise of batches
+    can repair a flat run by chance, and a larger weight decay can hide a rate that is too large. This takes up to two
+    more runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
 
     Args:
       problem: the problem to tune. Its inner loss must be differentiable in forward mode.
@@ -82,13 +82,15 @@ def diagnose(
       task: one task.
       num_steps: T, at least 2.
       key: the PRNG key; fixed by default.
-      space: the search space of λ. The report names leaves that are at a bound. In unconstrained coordinates, other
-        values of λ are tried only if it is given.
+      space: the search space of λ. The report names leaves that are at a bound. For λ in unconstrained coordinates,
+        `diagnose` tries other values of λ only if `space` is given.
       estimator: a rule for this problem. Its residuals and hypergradients are checked too.
       num_estimates: the number of estimates of that rule at λ.
 
     Returns:
-      A `Diagnosis`; print it.
+      A `Diagnosis`. `print` shows its `findings`, the most serious first: each has `what` (the problem) and `advice`
+      (what to change). It also has `growth`, the mean log growth of a perturbation of θ per step, and three arrays over
+      the steps, [T]: `products`, `inner_loss` and `inner_grad_norm`.
 
     Raises:
       ValueError: if `num_steps < 2`, if λ does not fit `space`, or the task has labels outside its classes.
@@ -303,7 +305,7 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
 def _findings_of_leaves(
     run: Callable, hyperparams: base.HyperParams, space: base.PyTree | None, num_steps: int, report: Report
 ) -> list[Finding]:
-    """Leaves of λ of which another value mends the run, or one finding that there is none."""
+    """Leaves of λ of which another value repairs the run, or one finding that there is none."""
     is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
     if is_unconstrained and space is None:
         return [Finding("No other λ was tried: its space is unknown.", "Pass `space`.")]
@@ -335,7 +337,7 @@ def _findings_of_leaves(
 def _no_remedy(num_positive: int, tried: list[str]) -> Finding:
     if tried:
         advice = "Change several leaves, or one by more than a factor of ten. Or look at the data and the losses."
-        return Finding(f"No change of one leaf of λ mends the run. Tried: {', '.join(tried)}.", advice)
+        return Finding(f"No change of one leaf of λ repairs the run. Tried: {', '.join(tried)}.", advice)
     if num_positive > MAX_LEAVES:
         what = f"it has {num_positive} positive leaves, and at most {MAX_LEAVES} are tried."
     else:

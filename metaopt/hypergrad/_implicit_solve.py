@@ -44,7 +44,7 @@ def implicit_solve(
     batch: str | Callable[[jax.Array, base.Data], base.Batch] = "next",
     condition: str = "gradient",
 ) -> Callable:
-    """Training as a differentiable function. Its derivative is that of the point where training comes to rest:
+    """Makes training a differentiable function, whose derivative is that of the point where training comes to rest:
 
         dθ*/dλ = −(∂R/∂θ)⁻¹ ∂R/∂λ,    R = ∇θ ℓ, or θ − Φ(θ, λ).
 

@@ -34,8 +34,9 @@ def metafeatures(
     groups: Sequence[str] = GROUPS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Describes a table by numbers. They do not depend on the order of rows and columns, except landmarking and
-    log_loss (random folds).
+    """Describes a table by numbers.
+
+    Only the groups "landmarking" and "log_loss" depend on the order of rows and columns, since they use random folds.
 
     Let n be the rows, d the columns, K the classes. Missing values count as the median of the column, or as one more
     category.
@@ -71,7 +72,7 @@ def metafeatures(
       target: a column of the frame or its labels, as for `prepare`.
       groups: some of "simple", "statistical", "information_theoretic", "landmarking" and "log_loss"; by default, all
         but the last.
-      seed: of subsamples, folds and the random column.
+      seed: the seed of subsamples, folds and the random column.
 
     Returns:
       One float per name. The names depend only on `groups`.
@@ -413,18 +414,18 @@ class FeatureScaling(NamedTuple):
     ) -> np.ndarray:
         """Brings the meta-features of one table to the scale of the training tables.
 
-        Pass either `clip` or `limit`. A clipped feature hides how far the table is from those of training. A predictor
-        with a `limit` needs this distance, and other models need protection from it.
+        Pass either `clip` or `limit`. A clipped feature hides how far the table is from the training tables. A
+        predictor with a `limit` needs this distance; for other models, such values are too large.
 
         Args:
-          features: of one table; names that the scaling does not have are ignored.
+          features: the meta-features of one table, by name; names that the scaling does not have are ignored.
           clip: the largest absolute value. A usual value is 3, for models without a safeguard against extrapolation.
-          limit: that of the predictor which reads the features (`predictors.mlp`); the largest absolute value is 50
-            limits.
+          limit: the `limit` of the predictor that reads the features (`predictors.mlp`). The largest absolute value is
+            then 50 times the limit.
 
         Returns:
-          [F] float32 within ±`clip`, in the order of `names`; a non-finite feature becomes 0, the value of the
-          median table.
+          [F] float32 within ±`clip` or ±50 `limit`, in the order of `names`; a non-finite feature becomes 0, the value
+          of the median table.
 
         Raises:
           ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.

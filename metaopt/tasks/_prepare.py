@@ -35,7 +35,14 @@ class Rows(NamedTuple):
 
 
 class TaskShape(NamedTuple):
-    """The size of a task, or the size that it is padded to."""
+    """The size of a task, or the size that it is padded to.
+
+    Attributes:
+      train_rows: the number of training rows.
+      valid_rows: the number of validation rows.
+      features: D, the number of encoded columns.
+      classes: C.
+    """
 
     train_rows: int
     valid_rows: int
@@ -47,17 +54,18 @@ class PreparedTable(NamedTuple):
     """A table that is split and encoded.
 
     Attributes:
-      name: of the table.
-      family: of the table.
-      train: the rows for the inner loss.
-      valid: the rows for the outer loss.
-      test: the rows that only the experiment uses.
+      name: the name of the table.
+      family: the family of the table.
+      train: the rows for the inner loss: `x` [n, D] float32, encoded; `y` [n] int32 in 0..C-1; `raw` [n, d], the
+        original numbers and codes; and `index` [n], their positions in the table.
+      valid: the rows for the outer loss, likewise.
+      test: the rows for the final evaluation, likewise. They are not part of a task.
       num_features: D.
       num_classes: C.
       classes: [C] int32, the number of each class in the original table; for a frame, its label.
-      categorical: [d] bool, of the columns of `raw`.
-      columns: how `raw` columns become encoded ones.
-      encoder: of the columns of a frame, or None.
+      categorical: [d] bool, which columns of `raw` hold codes.
+      columns: how columns of the table become encoded ones.
+      encoder: how columns of a frame become those of the table, or None.
     """
 
     name: str
@@ -107,23 +115,23 @@ def prepare(
 ) -> PreparedTable:
     """Splits a table into training, validation and test rows, and encodes it.
 
-    The split is stratified: every class has its share in each part, to within a row, and at least one training row.
-    `fit_columns` describes the encoding. Its statistics come from the training rows. Of a frame, `fit_encoder` first
-    makes numbers, from all rows and without the target.
+    The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows. For a
+    frame, `fit_encoder` makes the table, from all rows and without the target.
 
     Args:
       table: a `Table`. With `target`, a frame of any type that `fit_encoder` takes.
       target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
         of the frame. Rows without a label are dropped.
-      seed: of the split and of the subsampling; equal seeds give equal arrays.
-      valid_fraction: share of the rows, in (0, 1).
-      test_fraction: share of the rows, in [0, 1).
+      seed: the seed of the split and of the subsampling; equal seeds give equal arrays.
+      valid_fraction: the share of validation rows, in (0, 1).
+      test_fraction: the share of test rows, in [0, 1).
       max_rows: a larger table is subsampled, stratified by class.
       max_classes: if there are more, the rows of the rarest classes are dropped; None keeps all.
       max_features: if the encoding gives more columns, only those with the largest F statistic stay. It is computed on
         training rows by a one-way analysis of variance between the classes.
-      max_levels: at least 2.
-      scaling: "quantile" or "standard".
+      max_levels: as for `fit_columns`, at least 2.
+      scaling: "quantile" or "standard", as for `fit_columns`.
 
     Returns:
       A `PreparedTable`, with its rows in random order.
