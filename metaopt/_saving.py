@@ -105,8 +105,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     if type(value) not in by_type and (reason := _reason_against_a_pytree(value)):
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
-            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. It also saves any pytree of "
-            f"arrays, but {reason}."
+            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "
+            f"pytrees of arrays only, but {reason}."
         )
     format_, kind = by_type.get(type(value)) or by_type[Pytree]
     header, arrays = kind.encode(value)
@@ -130,8 +130,8 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
       path: the file.
       **parts: the parts that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a
         network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
-        structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays get its types,
-        and all others must have them. The file has everything else: all other types take the path only.
+        structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays get the types of
+        the template, and all others must have them. The file has everything else: all other types take the path only.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.

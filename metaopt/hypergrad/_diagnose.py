@@ -71,9 +71,9 @@ def diagnose(
 
     If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
     leaf of λ at a tenth and at ten times its value, within the space. It names the leaves whose change repairs the run,
-    or reports that there is none; of two such changes, it names the one with the lower outer loss. The noise of batches
-    can repair a flat run by chance, and a larger weight decay can hide a rate that is too large. This takes up to two
-    more runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
+    or reports that none does; of two such changes, it names the one with the lower outer loss. The noise of batches can
+    repair a flat run by chance, and a larger weight decay can hide a rate that is too large. This takes up to two more
+    runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
 
     Args:
       problem: the problem to tune. Its inner loss must be differentiable in forward mode.

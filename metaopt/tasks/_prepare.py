@@ -64,8 +64,8 @@ class PreparedTable(NamedTuple):
       num_classes: C.
       classes: [C] int32, the number of each class in the original table; for a frame, its label.
       categorical: [d] bool, which columns of `raw` hold codes.
-      columns: how columns of the table become encoded ones.
-      encoder: how columns of a frame become those of the table, or None.
+      columns: how the columns of `raw` become encoded ones.
+      encoder: the encoder of the columns of a frame, or None.
     """
 
     name: str
@@ -116,8 +116,8 @@ def prepare(
     """Splits a table into training, validation and test rows, and encodes it.
 
     The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
-    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows. For a
-    frame, `fit_encoder` makes the table, from all rows and without the target.
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows. The columns
+    of a frame first become numbers by `fit_encoder`, from all rows and without the target.
 
     Args:
       table: a `Table`. With `target`, a frame of any type that `fit_encoder` takes.
