@@ -305,7 +305,7 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
 def _findings_of_leaves(
     run: Callable, hyperparams: base.HyperParams, space: base.PyTree | None, num_steps: int, report: Report
 ) -> list[Finding]:
-    """Leaves of λ of which another value mends the run, or one finding that there is none."""
+    """Leaves of λ of which another value repairs the run, or one finding that there is none."""
     is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
     if is_unconstrained and space is None:
         return [Finding("No other λ was tried: its space is unknown.", "Pass `space`.")]
@@ -337,7 +337,7 @@ def _findings_of_leaves(
 def _no_remedy(num_positive: int, tried: list[str]) -> Finding:
     if tried:
         advice = "Change several leaves, or one by more than a factor of ten. Or look at the data and the losses."
-        return Finding(f"No change of one leaf of λ mends the run. Tried: {', '.join(tried)}.", advice)
+        return Finding(f"No change of one leaf of λ repairs the run. Tried: {', '.join(tried)}.", advice)
     if num_positive > MAX_LEAVES:
         what = f"it has {num_positive} positive leaves, and at most {MAX_LEAVES} are tried."
     else:

@@ -116,7 +116,7 @@ def test_a_run_that_no_leaf_mends_lists_what_was_tried():
         return hypergrad.diagnose(run, lam, problems.TASK, **options).findings[-1].what
 
     tried = "a tenth of λ['decay'], a tenth of λ['rate'], ten times λ['rate']"
-    assert last({"decay": 0.05, "rate": 1e10}, wide) == f"No change of one leaf of λ mends the run. Tried: {tried}."
+    assert last({"decay": 0.05, "rate": 1e10}, wide) == f"No change of one leaf of λ repairs the run. Tried: {tried}."
     assert last({"decay": 1.0, "rate": 1e10}, narrow) == (
         "No other λ was tried: a tenth and ten times are outside the space."
     )
