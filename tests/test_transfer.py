@@ -16,6 +16,8 @@ from experiments.hyperparameters.transfer.judge import Finished, Outcome, digest
 from experiments.hyperparameters.transfer.pool import Pool, _describe_one
 from metaopt import base, tasks
 
+pytestmark = pytest.mark.once  # an experiment
+
 
 def _make(value, calls):
     def make():

@@ -56,11 +56,10 @@ def collect(
     """Runs trials of an objective on tasks, and records them.
 
     By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
-    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
-    workers, not to joblib, because a process pool loses its other trials when one of its processes is ended. The
-    workers of joblib only wait for the children. By default they are threads. `backend`, or
-    `joblib.parallel_config(backend=...)`, makes them processes of loky, Dask (extra `dask`) or Ray (extra `ray`). Each
-    worker has children on its own machine:
+    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. joblib's workers only
+    start the child processes and wait for them. (A process pool would lose its other trials when one of its processes
+    is ended.) By default the workers are threads. `backend`, or `joblib.parallel_config(backend=...)`, makes them
+    processes of loky, Dask (extra `dask`) or Ray (extra `ray`). Each worker has children on its own machine:
 
         client = distributed.Client("scheduler:8786")         # or `ray.init("auto")` and `backend="ray"`
         records = blackbox.collect(objective, space, named, num_trials=100, key=key, store="records.db", backend="dask")
@@ -85,16 +84,16 @@ def collect(
         result is ignored.
       space: a tree of leaves.
       tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
-        `Table`s.
+        `tasks.Table`s.
       num_trials: the number of full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
-      key: of the search. The key of each task is folded from it and the name of the task.
+      key: the key of the search. The key of each task is folded from it and the name of the task.
       searcher: by default `random_search()`: first the default of the space, then random configurations. `enqueue`
         places your own configurations before or among those of any searcher.
       batch_size: the number of trials that a task's searcher proposes at a time. The searcher receives their
         records before the next batch. By default 1. The default random search (`searcher=None`) does not need
         records. So its trials do not wait for one another, and it proposes trials as workers become free.
-      same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
-        the same seeds on every task, and the records form a matrix.
+      same_trials: whether the searchers of all tasks get the same key. Random search then tries the same configurations
+        with the same seeds on every task, and the records form a matrix.
       resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
         difference of the two fidelities counts as spent.
       store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
@@ -105,9 +104,9 @@ def collect(
         searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
         out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
         a time. Several studies may share a store.
-      retry_failed: run failed trials once more, in every call with this argument. The new record replaces the old one,
-        which stays in the store (`read_records(history=True)`). The searcher still receives the record of the failure,
-        so that it proposes the same trials as before.
+      retry_failed: whether to run failed trials once more, in every call with this argument. The new record replaces
+        the old one, which stays in the store (`read_records(history=True)`). The searcher still receives the record of
+        the failure, so that it proposes the same trials as before.
       num_workers: the number of trials that run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or
         `searcher` is given, at most `batch_size` trials of each task run at a time.
       backend: of joblib, such as "loky", "dask" or "ray". None uses that of `joblib.parallel_config`, or else threads.
@@ -206,8 +205,8 @@ class _TaskSearch:
     """The search on one task.
 
     Attributes:
-      name: of the task.
-      records: of the trials that have ended, in the order of the trials.
+      name: the name of the task.
+      records: the records of the trials that have ended, in the order of the trials.
       batch: the trials of this round.
       whole: whether the searcher was asked for all trials of this round.
       ended: whether the searcher will not be asked again.

@@ -11,10 +11,14 @@ import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import small_estimators as small
 
+from metaopt import training
 from metaopt.training import _checkpoints, _processes, _steps
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
@@ -90,14 +94,14 @@ def test_two_processes_equal_one(tmp_path, unbroken):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_run_of_which_one_process_is_killed_continues_with_the_same_bits(tmp_path, unbroken, killed):
-    processes = start(tmp_path / "run", 2)
-    wait_for_step(processes[killed], 8)
-    processes[killed].send_signal(signal.SIGKILL)
-    processes[killed].communicate()
-    processes[1 - killed].kill()  # a launcher ends the others, which would wait for the one that is gone
-    processes[1 - killed].communicate()
+def test_a_run_of_which_one_process_is_killed_continues_with_the_same_bits(tmp_path, unbroken):
+    """`test_ten_kills_at_random_moments` kills either process first."""
+    killed, other = start(tmp_path / "run", 2)
+    wait_for_step(killed, 8)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    other.kill()  # a launcher ends the others, which would wait for the one that is gone
+    other.communicate()
     steps = [int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
     assert steps and max(steps) < NUM_STEPS
     assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
@@ -177,6 +181,16 @@ def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkey
     state = types.SimpleNamespace(done=mine, tasks=jnp.ones(4))
     with pytest.raises(ValueError, match=r"slots \[2\] of 4 are not done"):
         _steps._check_all_done(state, jnp.ones(5))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_tasks_of_a_checkpoint_are_drawn_in_all_processes_or_in_none(monkeypatch):
+    """Otherwise some processes would wait for the others, in the checksum of the tasks."""
+    learner, key = training.learner(small.quadratic(), optax.sgd(0.1)), jax.random.key(0)
+    steps = _steps.Steps(learner, lambda key: jnp.ones(2), (key, key), jnp.array(1.0), 1)
+    assert steps.drawn_for(3).shape == (2,)
+    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (0, True))
+    with pytest.raises(ValueError, match="another process had an error"):
+        steps.drawn_for(3)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])
