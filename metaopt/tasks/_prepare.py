@@ -116,8 +116,8 @@ def prepare(
     """Splits a table into training, validation and test rows, and encodes it.
 
     The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
-    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows. The
-    columns of a frame first become numbers by `fit_encoder`, from all rows and without the target.
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows.
+    `fit_encoder` first makes numbers of the columns of a frame, from all rows and without the target.
 
     Args:
       table: a `Table`. With `target`, a frame of any type that `fit_encoder` takes.

@@ -144,6 +144,18 @@ def test_a_running_trial_is_not_suggested_again():
     assert away(second) > 0.05 and away(ended) > 0.02
 
 
+def test_an_unnumbered_trial_counts_once_however_its_numbers_are_stored():
+    """As Python's numbers, as from a file, or as NumPy's; a repeat has another outcome."""
+    searcher = trained("near", "far", num_steps=0).searcher()
+    y = {"near": 0.1, "far": 0.2, "left": 0.5}
+    record = Record("", {"x": 0.5, "z": 0.5}, 0.1, outcomes=y)
+    as_numpy = record._replace(outcomes={name: np.float64(value) for name, value in y.items()})
+    repeat = record._replace(outcomes={"far": 0.3, "near": 0.1})
+    state = searcher.tell(searcher.init(KEY, PLANE), [record, as_numpy, repeat])
+    for one in (state, *state.others):
+        assert len(one.tried) == 2
+
+
 def test_a_running_trial_counts_with_its_expected_outcomes():
     """The outcomes that an optimizer of only this outcome predicts, given the ended trials."""
     tried = [{"x": 0.3, "z": 0.2}, {"x": 0.6, "z": 0.7}, {"x": 0.5, "z": 0.5}, {"x": 0.9, "z": 0.1}]

@@ -123,8 +123,11 @@ def test_a_method_without_an_outcome_ranks_behind_the_one_with_the_worst_outcome
     assert ranks == {"best": [1, 1], "worst": [2, 2.5], "never": [3.5, 4], "late": [3.5, 2.5]}
     regrets = {name: line[:, 1].tolist() for name, line in drawn(plots.regret(runs)).items()}
     assert regrets == {"best": [0, 0], "worst": [1, 1], "never": [1, 1], "late": [1, 1]}
-    beyond = drawn(plots.regret({name: runs[name] for name in ("worst", "never")}, bounds={"t": (0, 5)}))
-    assert beyond["worst"][:, 1].tolist() == beyond["never"][:, 1].tolist() == [1, 1]
+    two = {name: runs[name] for name in ("worst", "never")}  # also with an outcome beyond the bounds
+    lines = drawn(plots.regret(two, bounds={"t": (0, 5)}, ranks=True))
+    assert {name: line[:, 1].tolist() for name, line in lines.items()} == {"worst": [1, 1], "never": [2, 2]}
+    lines = drawn(plots.regret(two, bounds={"t": (0, 5)}))
+    assert {name: line[:, 1].tolist() for name, line in lines.items()} == {"worst": [1, 1], "never": [1, 1]}
     # A mean over repetitions: 0, 0 and no outcome are better than 1, 1 and 1.
     runs = {"often": [run("t", [0]), run("t", [0]), [failed]], "worst": [run("t", [9])] * 3}
     assert {name: line[0, 1] for name, line in drawn(plots.regret(runs, ranks=True)).items()} == {
