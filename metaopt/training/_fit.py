@@ -131,6 +131,7 @@ def fit(
       checkpoint_every: steps between checkpoints; the end of the run writes one, too. A thread writes it during the
         next steps, from a copy. A run that is killed meanwhile has the checkpoint before it. If it cannot be written,
         for example because the disk is full, `fit` logs the error, goes on and keeps the checkpoints before it.
+        Several processes agree on this before each write. A write that then fails in one of them ends the run.
       keep_best: the number of checkpoints to keep besides the newest two: those after the evaluations with the smallest
         losses. To continue from one of them, remove the folders of later steps.
       keep_nonfinite: the number of non-finite steps to keep. If the value or hypergradient of a task is not finite, the

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 import small_estimators as small
 
 from metaopt import training
-from metaopt.training import _processes, _steps
+from metaopt.training import _checkpoints, _processes, _steps
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
 ENV = {
@@ -44,11 +46,20 @@ def start(folder, processes, num_steps=NUM_STEPS, faulty=""):
     ]
 
 
+def finish(processes) -> list[str]:
+    """What each process has written on standard error."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    return errors
+
+
 def run(folder, processes, **options) -> list[dict[str, np.ndarray]]:
     """The results of all processes."""
-    for process in start(folder, processes, **options):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    finish(start(folder, processes, **options))
+    return results_in(folder, processes)
+
+
+def results_in(folder, processes):
     return [dict(np.load(f"{folder}-{process}.npz")) for process in range(processes)]
 
 
@@ -137,6 +148,30 @@ def test_an_error_in_one_process_ends_all(tmp_path, faulty):
     assert [process.returncode for process in processes] == [1, 1], errors
     assert "ValueError: another process had an error" in errors[0]
     assert f"RuntimeError: {faulty} of process 1" in errors[1]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("disk", "kept"), [("full disk", [3, 6]), ("full disk for five steps", [18, 20])])
+def test_a_full_disk_of_one_process_loses_nothing(tmp_path, unbroken, disk, kept):
+    """All processes skip the same checkpoints and go on, and a later run continues from the newest one."""
+    errors = finish(start(tmp_path / "run", 2, faulty=disk))
+    skipped = ["9", "12"] + ["15", "18", "20"] * (disk == "full disk")
+    for process, reason in enumerate(
+        ["ValueError: another process had an error", "OSError: [Errno 27] File too large"]
+    ):
+        assert re.findall(r"checkpoint of step (\d+) in \S+ was skipped by all", errors[process]) == skipped
+        assert errors[process].count(reason) == len(skipped)
+    assert_equal(results_in(tmp_path / "run", 2), unbroken, rtol=0)
+    assert sorted(int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == kept
+    assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
+
+
+def test_a_checkpoint_that_is_larger_than_the_space_of_the_disk_is_found_before_the_write(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    _checkpoints._check_space(str(tmp_path), 1000)
+    with pytest.raises(OSError, match="The checkpoint has .* bytes, and the disk has"):
+        _checkpoints._check_space(str(tmp_path), free)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkeypatch):
