@@ -23,6 +23,7 @@ from experiments.hyperparameters.transfer.variants import (
     Predicted,
     best_of_draws,
     development_parts,
+    of_spread,
     predict,
     shipped_member,
     start_of,
@@ -145,13 +146,23 @@ def test_the_rows_change_the_prediction_of_a_set_network_that_uses_them():
     np.testing.assert_allclose(predict(start, [part]).z, predict(start, [other]).z, rtol=1e-5, atol=1e-6)
 
 
+def test_only_the_spread_has_a_larger_rate():
+    masks = {variant: of_spread(start_of(variant, DEFAULT, 0).meta_params) for variant in VARIANTS}
+    assert {name: any(jax.tree.leaves(mask)) for name, mask in masks.items()} == {
+        "spread": True,
+        "rows": False,
+        "longer": False,
+    }
+    assert all(jax.tree.leaves(masks["spread"].pop("log_spread"))) and not any(jax.tree.leaves(masks["spread"]))
+
+
 def test_centers_and_biases_do_not_decay():
-    masks = [decayed(start_of(variant, DEFAULT, 0).meta_params) for variant in VARIANTS]
+    masks = {variant: decayed(start_of(variant, DEFAULT, 0).meta_params) for variant in VARIANTS}
     plain = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
     layer = {"w": True, "b": False}
-    assert masks[0] == plain
-    assert masks[1] == {"entry": layer, "pair": layer, "embedding": True, "head": plain}
-    assert masks[2] == plain | {"log_spread": {"center": False, "linear": True}}
+    assert masks["longer"] == plain
+    assert masks["rows"] == {"entry": layer, "pair": layer, "embedding": True, "head": plain}
+    assert masks["spread"] == plain | {"log_spread": {"center": False, "linear": True}}
 
 
 def test_the_half_of_the_validation_rows_that_judges_takes_no_part_in_the_choice(tmp_path):

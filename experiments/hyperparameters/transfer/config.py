@@ -59,7 +59,7 @@ class Config:
     meta_decay: float = 0.1
     eval_every: int = 100
     num_evaluated: int = 240  # development tasks
-    variant_steps: int = 250  # that continue the training of the shipped g
+    variant_steps: int = 120  # that continue the training of the shipped g
     # Of judging.
     num_splits: int = 2
     judged_buckets: int = 3  # padded shapes

@@ -22,7 +22,7 @@ from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
 from experiments.hyperparameters.transfer.rates import compare_rates
 from experiments.hyperparameters.transfer.report import publish
 from experiments.hyperparameters.transfer.ten_runs import compare_ten_runs
-from experiments.hyperparameters.transfer.variants import compare_variants
+from experiments.hyperparameters.transfer.variants import VARIANTS, compare_variants
 from metaopt import predictors
 
 
@@ -39,6 +39,7 @@ def main(argv=None) -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
     parser.add_argument("--per-family", type=int, help="prepare: the most tasks of a family with rotated targets")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="variants: those to train")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--out", type=Path, help="folder of the results; by default in results_local")
@@ -62,7 +63,7 @@ def main(argv=None) -> None:
     if args.step == "rates":
         compare_rates(config, args.out)
     if args.step == "variants":
-        compare_variants(config, args.out, args.seed)
+        compare_variants(config, args.out, args.seed, args.variants)
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:

@@ -5,6 +5,7 @@ variant "longer" has nothing new: it is the control of the other two. Nothing is
 which the variants are compared after the last step.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ from experiments.hyperparameters.transfer.runs import Part, Recorded, hyperparam
 from experiments.hyperparameters.transfer.ten_runs import natural_parts
 from metaopt import automl, base, hypergrad, predictors, training
 
-VARIANTS = ("longer", "rows", "spread")
+VARIANTS = ("spread", "rows", "longer")
 CHUNK = 5  # candidates of `best_of` that train at the same time
+SPREAD_RATE = 3.0  # of the spread's weights, relative to the rate of the others
 KEY, NOISE_SEED = 9753, 17
 
 
@@ -56,6 +58,11 @@ def start_of(variant: str, config: Config, seed: int) -> predictors.TrainedPredi
         g = predictors.mlp(shipped.space, num, limit=config.limit, spread=config.spread)
         return predictors.TrainedPredictor(g, g.init(key) | shipped.meta_params, shipped.scaling)
     return shipped
+
+
+def of_spread(meta_params: base.PyTree) -> base.PyTree:
+    """Returns True for the weights of the spread."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "log_spread", meta_params)
 
 
 def learn_variant(variant: str, config: Config, folder: Path, seed: int) -> predictors.TrainedPredictor:
@@ -137,12 +144,11 @@ def predict(trained: predictors.TrainedPredictor, parts: list[Part]) -> Predicte
 
 def uses(g: Predicted, variants: dict[str, Predicted], spread: float) -> dict[str, tuple[np.ndarray, Any]]:
     """Returns the centers [tasks, L] of each method, and the spread of its draws: a number or [tasks, L]."""
-    fixed = {label: (p.z, spread) for label, p in {"g": g, **variants}.items()}
-    learned = variants["spread"]
-    return fixed | {
-        "spread, learned": (learned.z, learned.spread),
-        "g, the learned spread": (g.z, learned.spread),
-    }
+    methods: dict[str, tuple[np.ndarray, Any]] = {label: (p.z, spread) for label, p in {"g": g, **variants}.items()}
+    if learned := variants.get("spread"):
+        methods["spread, learned"] = learned.z, learned.spread
+        methods["g, the learned spread"] = g.z, learned.spread
+    return methods
 
 
 def best_of_draws(recorded: Recorded, space, z: np.ndarray, spread, num: int) -> dict[str, np.ndarray]:
@@ -178,9 +184,9 @@ def table(losses: dict[str, dict[str, np.ndarray]], family: np.ndarray, num: int
     return script.table(header, lines)
 
 
-def compare_variants(config: Config, folder: Path, seeds: list[int]) -> None:
+def compare_variants(config: Config, folder: Path, seeds: list[int], variants: Sequence[str] = VARIANTS) -> None:
     """Trains the variants and prints their losses on the development families. Finished work is kept in `folder`."""
-    trained = {seed: {v: learn_variant(v, config, folder, seed) for v in VARIANTS} for seed in seeds}
+    trained = {seed: {v: learn_variant(v, config, folder, seed) for v in variants} for seed in seeds}
     network = make_network(config.run)
     sets = {
         "development tasks of the corpus": development_parts(config, folder),
@@ -191,8 +197,8 @@ def compare_variants(config: Config, folder: Path, seeds: list[int]) -> None:
     for text, parts in sets.items():
         recorded, of_seeds = Recorded(network, parts), []
         for seed in seeds:
-            variants = {label: predict(own, parts) for label, own in trained[seed].items()}
-            methods = uses(predict(shipped_member(seed), parts), variants, config.spread)
+            predicted = {label: predict(own, parts) for label, own in trained[seed].items()}
+            methods = uses(predict(shipped_member(seed), parts), predicted, config.spread)
             of_seeds.append(
                 {
                     label: script.kept(
@@ -208,7 +214,8 @@ def compare_variants(config: Config, folder: Path, seeds: list[int]) -> None:
         family = np.concatenate([part.family for part in parts])
         print(f"{text}: {len(family)} tasks, {len(np.unique(family))} families, seeds {seeds}\n")
         print(table(losses, family, config.proposals) + "\n", flush=True)
-    print_spreads(trained, network.space)
+    if "spread" in variants:
+        print_spreads(trained, network.space)
 
 
 def print_spreads(trained: dict[int, dict[str, predictors.TrainedPredictor]], space) -> None:
