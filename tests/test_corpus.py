@@ -16,6 +16,8 @@ from experiments.data.corpus import Excluded, build, reserved, write_list
 from experiments.data.corpus.columns import fingerprint, identify
 from experiments.data.corpus.families import exclude, join_frames, table_keys
 from experiments.data.corpus.frames import MAX_ROWS, make_frame
+from experiments.data.corpus.licences import FILE as LICENCES
+from experiments.data.corpus.licences import source_of
 from experiments.data.corpus.rules import RULES, rule_tables
 from experiments.data.corpus.targets import (
     Column,
@@ -251,6 +253,19 @@ def test_the_committed_corpus_has_no_family_for_judging():
     )
     items = {row["name"].split("/")[1] for row in rows if row["target"] == "rotated"}
     assert [item for item in sorted(items) if kept.has_name(item)] == []
+
+
+def test_the_committed_corpus_states_the_licences_of_most_r_packages():
+    with open(Path(__file__).parents[1] / "experiments" / "results" / "transfer_corpus.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["target"] == "rotated"]
+    with open(LICENCES, newline="") as file:
+        licences = {row["package"]: row["licence"] for row in csv.DictReader(file)}
+    package = lambda row: row["name"].split("/")[0]
+    assert licences.keys() <= {package(row) for row in rows} and all(licences.values())
+    assert all(row["source"] == source_of(package(row)) for row in rows)
+    unknown = sorted({package(row) for row in rows} - licences.keys())
+    assert unknown == ["KMsurv", "Stat2Data", "asaur", "bakeoff", "itsadug", "lmec"]
+    assert source_of("MASS") == "R package MASS; GPL-2 | GPL-3" and source_of("lmec").endswith("; licence unknown")
 
 
 @pytest.mark.skipif("METAOPT_DATA" not in os.environ, reason="needs the data folder")

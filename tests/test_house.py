@@ -206,7 +206,7 @@ def test_docstrings_that_lack_something_are_seen():
 
 def run_python(code, **kwargs):
     """In a fresh process, as a person has it: float32, without this suite's settings."""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **kwargs)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, **kwargs)
     assert process.returncode == 0, process.stderr
     return process.stdout
 

@@ -57,6 +57,8 @@ def assert_same(loaded, expected, path="it"):
     assert arrays or type(loaded) is type(expected), f"{path}: {type(loaded)} for {type(expected)}"
     if isinstance(expected, (np.ndarray, jax.Array)):
         assert (loaded.dtype, loaded.shape) == (expected.dtype, expected.shape), path
+        if jax.dtypes.issubdtype(expected.dtype, jax.dtypes.prng_key):
+            loaded, expected = jax.random.key_data(loaded), jax.random.key_data(expected)
         np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected), path)
     elif isinstance(expected, dict):
         assert loaded.keys() == expected.keys(), path

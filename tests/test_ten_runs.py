@@ -310,6 +310,14 @@ def test_the_first_step_is_that_of_the_optimizer_along_the_hypergradient(trained
     assert moved.sum() > 5 and (np.abs(visited[1] - visited[0]) > 0).any()
 
 
+def test_finished_rates_are_kept_by_their_names(trained, monkeypatch):
+    network, part, z = trained
+    monkeypatch.setattr("experiments.hyperparameters.transfer.rates.Recorded", lambda network, parts: None)
+    made, kept = [], {"start": [1.0], "0.5": [2.0], "2.0": [3.0]}
+    tuned = tune_all(network, 1, [part], z, (2.0, 0.5), lambda name, make: made.append(name) or {"loss": kept[name]})
+    assert sorted(made) == ["0.5", "2.0", "start"] and tuned.start == [1.0] and tuned.after.tolist() == [[3.0], [2.0]]
+
+
 def test_fine_tuning_with_rate_zero_keeps_the_start_and_other_rates_do_not(trained):
     network, part, z = trained
     parts = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], part) for rows in (slice(0, 1), slice(1, 3))]
@@ -319,8 +327,8 @@ def test_fine_tuning_with_rate_zero_keeps_the_start_and_other_rates_do_not(train
 
 
 def test_rates_are_compared_with_the_start_and_with_the_default_over_families():
-    start, after = np.array([0.5, 0.7, 0.6]), np.array([[0.4, 0.6, 0.3], [0.3, 0.5, 0.5], [0.2, 0.4, 0.9]])
-    text = rates_table({"g": Tuned(start, after)}, np.array(["a", "a", "b"]), np.array([True, False, True]))
+    start, after = np.array([0.5, 0.7, 0.6]), [[0.4, 0.6, 0.3], [0.3, 0.5, 0.5], [0.2, 0.4, 0.9], [0.9, 0.9, 0.9]]
+    text = rates_table({"g": Tuned(start, np.array(after))}, np.array(["a", "a", "b"]), np.array([True, False, True]))
     header, _, *lines = (line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines())
     assert header[1] == "rate" and [line[1] for line in lines] == ["no step", *map(str, RATES)]
     assert lines[0][2:4] == ["0.6000", "0.5500"] and lines[1][2:4] == ["0.4000", "0.3500"]

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,10 +12,25 @@ import pytest
 from experiments import script
 from experiments.hyperparameters.transfer import main as command
 from experiments.hyperparameters.transfer.compare import _groups, _table
-from experiments.hyperparameters.transfer.config import FEATURES, Width
+from experiments.hyperparameters.transfer.config import DEFAULT, FEATURES, SMOKE, Width
+from experiments.hyperparameters.transfer.families import is_development
 from experiments.hyperparameters.transfer.judge import Finished, Outcome, digest
+from experiments.hyperparameters.transfer.learning import decayed
 from experiments.hyperparameters.transfer.pool import Pool, _describe_one
-from metaopt import base, tasks
+from experiments.hyperparameters.transfer.runs import Part, hyperparams_of
+from experiments.hyperparameters.transfer.variants import (
+    VARIANTS,
+    Predicted,
+    best_of_draws,
+    development_parts,
+    of_spread,
+    predict,
+    shipped_member,
+    start_of,
+    table,
+    uses,
+)
+from metaopt import automl, base, tasks
 
 pytestmark = pytest.mark.once  # an experiment
 
@@ -92,3 +108,118 @@ def test_a_task_with_many_classes_is_as_wide_as_the_widths_allow():
     assert _describe_one(table, (Width(64, 12),)) is None
     prepared, features = _describe_one(table, (Width(64, 12), Width(24, 32)))
     assert (prepared.num_features, prepared.num_classes) == (24, 20) and set(FEATURES) <= set(features)
+
+
+# ---- Variants of the shipped g --------------------------------------------------------------------------------------
+
+
+def _part(n: int) -> Part:
+    rng = np.random.default_rng(n)
+    train = {
+        "x": rng.normal(size=(n, 20, 3)),
+        "y": rng.integers(0, 2, (n, 20)),
+        "mask": np.ones((n, 20)),
+        "feature_mask": np.ones((n, 3)),
+        "class_mask": np.ones((n, 2)),
+    }
+    raw = rng.uniform(0.2, 0.8, (n, len(FEATURES)))
+    return Part(base.Task(train, None), {}, raw, np.array(["a"] * n), np.array(["rotated"] * n), np.full(n, 20))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_starts_with_the_predictions_of_the_member_of_its_seed(variant):
+    parts = [_part(2), _part(3)]
+    start = predict(start_of(variant, DEFAULT, 1), parts)
+    np.testing.assert_allclose(start.z, predict(shipped_member(1), parts).z, rtol=1e-5, atol=1e-6)
+    assert start.z.shape == (5, 14) and np.abs(start.z - predict(shipped_member(0), parts).z).max() > 0.01
+    if variant == "spread":
+        np.testing.assert_allclose(start.spread, DEFAULT.spread, rtol=1e-6)
+    else:
+        assert start.spread is None
+
+
+def test_the_rows_change_the_prediction_of_a_set_network_that_uses_them():
+    start = start_of("rows", DEFAULT, 0)
+    head = start.meta_params["head"]
+    moved = start._replace(meta_params=start.meta_params | {"head": head | {"linear": head["linear"] + 0.1}})
+    part = _part(2)
+    other = part._replace(task=part.task._replace(train=part.task.train | {"x": 3 * part.task.train["x"]}))
+    assert np.abs(predict(moved, [part]).z - predict(moved, [other]).z).max() > 0.01
+    np.testing.assert_allclose(predict(start, [part]).z, predict(start, [other]).z, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_spread_has_a_larger_rate():
+    masks = {variant: of_spread(start_of(variant, DEFAULT, 0).meta_params) for variant in VARIANTS}
+    assert {name: any(jax.tree.leaves(mask)) for name, mask in masks.items()} == {
+        "spread": True,
+        "rows": False,
+        "longer": False,
+    }
+    assert all(jax.tree.leaves(masks["spread"].pop("log_spread"))) and not any(jax.tree.leaves(masks["spread"]))
+
+
+def test_centers_and_biases_do_not_decay():
+    masks = {variant: decayed(start_of(variant, DEFAULT, 0).meta_params) for variant in VARIANTS}
+    plain = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
+    layer = {"w": True, "b": False}
+    assert masks["longer"] == plain
+    assert masks["rows"] == {"entry": layer, "pair": layer, "embedding": True, "head": plain}
+    assert masks["spread"] == plain | {"log_spread": {"center": False, "linear": True}}
+
+
+def test_the_half_of_the_validation_rows_that_judges_takes_no_part_in_the_choice(tmp_path):
+    names = np.array([*map(str, range(40))])
+    mask = (np.arange(30)[None] < np.arange(1, 41)[:, None] % 30).astype(np.float32)
+    saved = {"train/mask": np.ones((40, 50), np.float32), "valid/mask": mask, "family": names, "kind": names}
+    np.savez(tmp_path / "pool_1.npz", raw_features=np.zeros((40, len(FEATURES))), **saved)
+    (part,) = development_parts(DEFAULT, tmp_path)
+    rows = np.array([is_development(name) for name in names])
+    chooses, judges = part.task.valid["mask"], part.test["mask"]
+    np.testing.assert_array_equal(chooses + judges, mask[rows])
+    assert not (chooses * judges).any() and 0.4 < chooses.sum() / mask[rows].sum() < 0.6
+    assert part.family.tolist() == names[rows].tolist() and (part.rows == 50 + mask[rows].sum(1)).all()
+
+
+def test_validation_losses_choose_the_draw_whose_test_loss_counts():
+    space = automl.shipped_predictor().space
+    seen = []
+
+    class Recorded:
+        def __call__(self, key, hyperparams):
+            seen.append((key, hyperparams))
+            k = len(seen)
+            return np.array([[abs(k - 3), 10.0 + k, 0], [k, 20.0 + k, 0]])
+
+        def take(self):
+            return []
+
+    z = predict(shipped_member(0), [_part(2)]).z
+    losses = best_of_draws(Recorded(), space, z, np.array([[0.0], [2.0]]), 4)
+    assert losses["center"].tolist() == [11, 21] and losses["best"].tolist() == [13, 21]
+    assert len(seen) == 4 and len({str(key) for key, _ in seen}) == 1
+    for _, own in seen[1:]:
+        start = hyperparams_of(space, z)
+        same = jax.tree.map(lambda a, b: np.isclose(a, b, rtol=1e-5), own, start)
+        assert all(row[0] for row in same.values()) and not any(row[1] for row in same.values())
+
+
+def test_a_variant_is_compared_with_g_over_families_and_seeds():
+    seeds = lambda *rows: {"center": np.array(rows), "best": np.array(rows) / 2}
+    losses = {"g": seeds([1.0, 2.0, 4.0], [1.0, 2.0, 4.0]), "rows": seeds([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])}
+    *_, g, rows = table(losses, np.array(["a", "a", "b"]), 10).strip().splitlines()
+    assert g.startswith("| g | 2.7500 |  | 1.3750 |")
+    assert rows.startswith("| rows | 2.5000 | -0.2500 [") and "| 1.2500 | -0.1250 [" in rows
+
+
+def test_a_learned_spread_is_also_drawn_around_the_shipped_center():
+    z = np.zeros((2, 3))
+    variants = {"spread": Predicted(z + 1, z + 2), "rows": Predicted(z + 3, None)}
+    methods = uses(Predicted(z, None), variants, SMOKE.spread)
+    summary = {label: (float(np.mean(c)), float(np.mean(s))) for label, (c, s) in methods.items()}
+    assert summary == {
+        "g": (0, 0.5),
+        "spread": (1, 0.5),
+        "rows": (3, 0.5),
+        "spread, learned": (1, 2),
+        "g, the learned spread": (0, 2),
+    }

@@ -19,8 +19,8 @@ def shipped_predictor() -> TrainedPredictor:
 
     It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
     fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. Its
-    `trained_on` lists the tasks that it learned from, with hashes of their rows. Their sources are in
-    `experiments/results/transfer_corpus.csv`; licences of R packages are those at CRAN.
+    `trained_on` lists the tasks that it learned from, with hashes of their rows. Their sources, and the
+    licences of most R packages, are in `experiments/results/transfer_corpus.csv`.
 
     Returns:
       The predictor with its weights, the scaling of its meta-features, and the space of λ.

@@ -38,6 +38,7 @@ def build(
     natural: Sequence[tasks.Table],
     excluded: Excluded,
     seed: int = 7,
+    per_family: int = MAX_PER_FAMILY,
     many_per_family: int = 0,
     num_rules: int = 0,
 ) -> Corpus:
@@ -48,6 +49,7 @@ def build(
       natural: tables with their own target, such as those of the data folder. Simulated families are dropped.
       excluded: tables for judging. They are dropped with their whole families.
       seed: of targets, cuts and samples. The tasks of a frame depend on no other frame, but for the limits per family.
+      per_family: the most tasks of a family with rotated targets. A smaller number gives some of the same tasks.
       many_per_family: the most tasks of a family with 13 to 32 classes.
       num_rules: the number of simulated tables with rules.
     """
@@ -78,7 +80,7 @@ def build(
                     tables.extend(table for table in made if table is not None)
             report(i + 1)
     rng = _rng(seed, "limits")
-    rotated = _few_per_family(rotated, MAX_PER_FAMILY, rng) + _few_per_family(many, many_per_family, rng)
+    rotated = _few_per_family(rotated, per_family, rng) + _few_per_family(many, many_per_family, rng)
     samples = excluded_families(families, (excluded.has_rows(f.keys) for f in frames))
     rotated = [table for table in rotated if table.family not in samples]
     rules = rule_tables(num_rules, seed)

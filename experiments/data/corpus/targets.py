@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments.data.corpus.families import plain
 from experiments.data.corpus.frames import Frame
+from experiments.data.corpus.licences import source_of
 from metaopt import tasks
 
 _ROW_NAMES = frozenset("rownames unnamed0 id index subject subjectid caseid obs case".split())
@@ -153,7 +154,7 @@ def make_task(
         y.astype(np.int32),
         np.array([inputs[name].categorical for name in names]),
         None,
-        f"R package {frame.package}",
+        source_of(frame.package),
     )
 
 

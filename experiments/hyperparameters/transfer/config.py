@@ -46,6 +46,7 @@ class Config:
     valid_rows: int = 800
     max_frames: int | None = None
     num_rules: int = 0  # simulated tables
+    per_family: int = 4  # tasks with rotated targets
     many_per_family: int = 0  # tasks with many classes
     limit: float = 2.0  # of standardized meta-features; beyond it, g shrinks to its center
     feature_dropout: float = 0.1
@@ -58,6 +59,7 @@ class Config:
     meta_decay: float = 0.1
     eval_every: int = 100
     num_evaluated: int = 240  # development tasks
+    variant_steps: int = 120  # that continue the training of the shipped g
     # Of judging.
     num_splits: int = 2
     judged_buckets: int = 3  # padded shapes
@@ -83,6 +85,7 @@ SMOKE = Config(
     meta_steps=4,
     eval_every=2,
     num_evaluated=4,
+    variant_steps=2,
     num_splits=1,
     judged_buckets=1,
     proposals=2,

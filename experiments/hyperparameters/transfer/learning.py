@@ -59,6 +59,11 @@ def make_evaluate(estimator: base.Estimator, predictor, development):
     return evaluate
 
 
+def decayed(meta_params: base.PyTree) -> base.PyTree:
+    """Returns True for the weights of a predictor that decay: not its center and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("center", "bias", "b"), meta_params)
+
+
 def learn(config: Config, folder: Path, seed: int) -> None:
     """Learns one λ and g with one seed. Writes both, with their histories, to `folder`. Continues after a kill."""
     pools, space = pool.load_pools(config, folder), make_network(config.run).space
@@ -78,7 +83,6 @@ def learn(config: Config, folder: Path, seed: int) -> None:
         checkpoint_dir=folder / "checkpoints" / f"global_{seed}",
     )
     predictor = predictors.mlp(space, len(FEATURES), limit=config.limit)
-    decayed = {"center": False, "linear": True, "hidden": True, "bias": False, "out": True}
     schedule = optax.cosine_decay_schedule(config.meta_rate, config.meta_steps)
     adamw = optax.adamw(schedule, weight_decay=config.meta_decay, mask=decayed)
     second = training.fit(

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from experiments.hyperparameters.transfer.learning import learn
 from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
 from experiments.hyperparameters.transfer.rates import compare_rates
 from experiments.hyperparameters.transfer.report import publish
-from experiments.hyperparameters.transfer.ten_runs import compare_ten_runs
+from experiments.hyperparameters.transfer.ten_runs import NUM_SPLITS, compare_ten_runs
+from experiments.hyperparameters.transfer.variants import VARIANTS, compare_variants
 from metaopt import predictors
 
 
@@ -31,17 +33,22 @@ def main(argv=None) -> None:
     parser.add_argument(
         "step",
         nargs="?",
-        choices=("prepare", "learn", "compare", "choose", "ten-runs", "rates", "judge", "ship", "all"),
+        choices=("prepare", "learn", "compare", "choose", "ten-runs", "rates", "variants", "judge", "ship", "all"),
         default="all",
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
+    parser.add_argument("--per-family", type=int, help="prepare: the most tasks of a family with rotated targets")
+    parser.add_argument("--splits", type=int, default=NUM_SPLITS, help="rates: splits of the rows of each table")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="variants: those to train")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
     parser.add_argument("--out", type=Path, help="folder of the results; by default in results_local")
     parser.add_argument("--other", type=Path, nargs="*", default=[], help="compare: folders of other predictors")
     args = parser.parse_args(argv)
     config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
+    if args.per_family:
+        config = dataclasses.replace(config, per_family=args.per_family)
     args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
     if args.step in ("prepare", "all"):
         prepare_corpus(config, args.out)
@@ -55,7 +62,9 @@ def main(argv=None) -> None:
     if args.step == "ten-runs":
         compare_ten_runs(config, args.out)
     if args.step == "rates":
-        compare_rates(config, args.out)
+        compare_rates(config, args.out, args.splits)
+    if args.step == "variants":
+        compare_variants(config, args.out, args.seed, args.variants)
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:

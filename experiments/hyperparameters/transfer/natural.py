@@ -9,6 +9,7 @@ import numpy as np
 from experiments.data import from_data_folder
 from experiments.data.corpus.families import reserved, table_keys
 from experiments.data.corpus.frames import make_frame
+from experiments.data.corpus.licences import source_of
 from experiments.data.corpus.targets import columns_of, determines, labels_of
 from experiments.hyperparameters.transfer.families import is_development
 from experiments.hyperparameters.transfer.pool import natural_tables
@@ -117,5 +118,5 @@ def _response(item: str, target: str, family: str) -> tasks.Table:
         y.astype(np.int32),
         np.array([c.categorical for c in inputs.values()]),
         None,
-        f"R package {package}",
+        source_of(package),
     )

@@ -42,7 +42,7 @@ def natural_tables() -> list[tasks.Table]:
 def prepare_corpus(config: Config, folder: Path) -> None:
     """Builds the corpus, lists it in `corpus.csv`, and writes the tasks of every width to a file."""
     natural = natural_tables()
-    sizes = {"many_per_family": config.many_per_family, "num_rules": config.num_rules}
+    sizes = {name: getattr(config, name) for name in ("per_family", "many_per_family", "num_rules")}
     corpus = build(read_frames(config.max_frames), natural, excluded_tables(), **sizes)
     folder.mkdir(parents=True, exist_ok=True)
     write_list(corpus, folder / "corpus.csv")

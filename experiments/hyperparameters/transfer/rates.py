@@ -1,5 +1,6 @@
 """Compares rates of `training.fine_tune` on development tables with their own targets."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from experiments.hyperparameters.transfer.runs import CHUNK, Part, Recorded, hyp
 from experiments.hyperparameters.transfer.ten_runs import digest_of_runs, natural_parts
 from metaopt import automl, base, hypergrad, spaces, training
 
-RATES = (0.03, 0.1, 0.3)  # of Adam; 0.1 is the default
+RATES = (0.03, 0.1, 0.3, 1.0)  # of Adam
 DEFAULT_RATE = 0.1
 KEY = 8642
 
@@ -62,20 +63,35 @@ def make_tune(network: automl.TabularNetwork, num_steps: int):
     return tuned
 
 
-def tune_all(network: automl.TabularNetwork, num_steps: int, parts: list[Part], z: np.ndarray, rates=RATES) -> Tuned:
-    """Fine-tunes every task with every rate. The last training run of each λ has another key than the steps."""
+def tune_all(
+    network: automl.TabularNetwork,
+    num_steps: int,
+    parts: list[Part],
+    z: np.ndarray,
+    rates=RATES,
+    keep: Callable[[str, Callable[[], dict]], dict] = lambda name, make: make(),
+) -> Tuned:
+    """Fine-tunes every task with every rate. The last training run of each λ has another key than the steps.
+
+    `keep` takes a name and a function that computes losses, and returns what the function returns or has returned.
+    """
     recorded, tune = Recorded(network, parts), make_tune(network, num_steps)
     step_key, run_key = jax.random.split(jax.random.key(KEY))
-    test_loss = lambda z: recorded(run_key, hyperparams_of(network.space, z))[:, 1]
     sizes = np.cumsum([len(part.family) for part in parts])[:-1]
-    after = []
-    for rate in rates:
-        moved = [
-            np.asarray(tune(jax.random.fold_in(step_key, k), jnp.asarray(own, jnp.float32), part.task, rate))
-            for k, (own, part) in enumerate(zip(np.split(z, sizes), parts, strict=True))
-        ]
-        after.append(test_loss(np.concatenate(moved)))
-    return Tuned(test_loss(z), np.stack(after))
+
+    def test_loss(rate):
+        moved = z
+        if rate is not None:
+            moved = np.concatenate(
+                [
+                    np.asarray(tune(jax.random.fold_in(step_key, k), jnp.asarray(own, jnp.float32), part.task, rate))
+                    for k, (own, part) in enumerate(zip(np.split(z, sizes), parts, strict=True))
+                ]
+            )
+        return {"loss": recorded(run_key, hyperparams_of(network.space, moved))[:, 1]}
+
+    after = [keep(str(rate), lambda rate=rate: test_loss(rate))["loss"] for rate in rates]
+    return Tuned(keep("start", lambda: test_loss(None))["loss"], np.stack(after))
 
 
 def rates_table(tuned: dict[str, Tuned], family: np.ndarray, small: np.ndarray, rates=RATES) -> str:
@@ -99,15 +115,16 @@ def with_interval(difference: np.ndarray) -> str:
     return f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def compare_rates(config: Config, folder: Path) -> None:
-    """Prints the comparison. Finished starts are kept in `folder`."""
+def compare_rates(config: Config, folder: Path, num_splits: int) -> None:
+    """Prints the comparison. Finished rates are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = natural_parts(config, natural_development(script.RESULTS / "transfer_corpus.csv"), folder)
+    parts = natural_parts(config, natural_development(script.RESULTS / "transfer_corpus.csv"), folder, num_splits)
     network, num_steps = make_network(config.run), config.fine_tune_steps
     starts = shipped_starts(parts, network.space)
     tuned = {}
     for label, z in starts.items():
-        name = f"rates_{label}_{RATES}_{KEY}_{digest_of_runs(config, parts, {label: z})}"
-        tuned[label] = Tuned(**script.kept(folder, name, lambda z=z: tune_all(network, num_steps, parts, z)._asdict()))
+        mark = f"rates_{label}_{KEY}_{digest_of_runs(config, parts, {label: z})}"
+        keep = lambda name, make, mark=mark: script.kept(folder / "rates", f"{mark}_{name}", make)
+        tuned[label] = tune_all(network, num_steps, parts, z, keep=keep)
     family, rows = (np.concatenate([getattr(part, name) for part in parts]) for name in ("family", "rows"))
     print(rates_table(tuned, family, rows < 500))

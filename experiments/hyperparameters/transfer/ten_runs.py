@@ -39,9 +39,9 @@ class Stage(NamedTuple):
     parts: list[Probabilities]
 
 
-def natural_parts(config: Config, natural: Natural, folder: Path) -> list[Part]:
+def natural_parts(config: Config, natural: Natural, folder: Path, num_splits: int = NUM_SPLITS) -> list[Part]:
     """Splits, describes and stacks the tables as `judge` does, with separate splits and keys."""
-    run = dataclasses.replace(config.run, num_seeds=NUM_SPLITS, max_buckets=config.judged_buckets)
+    run = dataclasses.replace(config.run, num_seeds=num_splits, max_buckets=config.judged_buckets)
     units = make_units(natural.tables, run, SPLIT_SEED)
     raw = _meta_features(units, folder)
     table = [natural.tables[u.table] for u in units]
