@@ -88,6 +88,7 @@ def visit_math(writer, node):
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.add_transform(extension.CellsInTabs)
+    app.connect("env-before-read-docs", extension.spread_cells)
     app.connect("source-read", extension.fill_gallery)
     app.connect("autodoc-process-docstring", docstrings.to_rst)
     app.connect("autodoc-skip-member", docstrings.skip_fields)

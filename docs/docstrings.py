@@ -1,12 +1,13 @@
 """The docstrings as reStructuredText.
 
 They are plain text with `Args:`, `Returns:`, `Raises:`, `Attributes:` and `Example:`. An equation is an indented
-paragraph, code is in single backticks, and `- ` begins an item of a list.
+paragraph, code is in single backticks, `- ` begins an item of a list, and tables and bold words are those of Markdown.
 """
 
 import collections
 import importlib
 import inspect
+import itertools
 import re
 import textwrap
 
@@ -14,7 +15,9 @@ import metaopt
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Examples):$")
 _ENTRY = re.compile(r"^(\*{0,2}[\w., *]+): ?(.*)$")
-_CODE_OR_URL = re.compile(r"`[^`]+`|https?://[^\s,;)]+")
+_BOLD = r"(?<![\w*])\*\*[^\s*`](?:[^*`]*[^\s*`])?\*\*"
+_INLINE = re.compile(rf"{_BOLD}|`[^`]+`|https?://[^\s,;)]+")
+_TABLE = re.compile(r"\|.*\|\n\|(?: *-+ *\|)+$")  # the head of a table in Markdown, and the line below it
 _FIELD = type(collections.namedtuple("Pair", "first").first)
 
 
@@ -83,13 +86,19 @@ def _indented(lines):
 
 
 def _prose(lines, room):
-    """Paragraphs, lists, equations and doctests. An indented line directly below a paragraph belongs to it."""
+    """Paragraphs, lists, tables, equations and doctests. An indented line directly below a paragraph belongs to it."""
     out, mode, lines = [], "text", _with_whole_code(lines)
     for i, line in enumerate(lines):
+        if mode == "table" and line.startswith("|"):
+            continue
+        if mode != "doctest" and _TABLE.match("\n".join(lines[i : i + 2])):
+            mode = "table"
+            out += _table(itertools.takewhile(lambda row: row.startswith("|"), lines[i:]), room)
+            continue
         after_blank = i == 0 or not lines[i - 1].strip()
         item = re.match(r" *(- |\d+\. )", line)
         if not line.strip():
-            mode = "text" if mode == "doctest" else mode
+            mode = "text" if mode in ("doctest", "table") else mode
             out.append("")
             continue
         if line[0].isspace() and mode in ("doctest", "equation"):
@@ -113,6 +122,15 @@ def _prose(lines, room):
     return out
 
 
+def _table(rows, room):
+    """A table of Markdown as a directive. The second row, of dashes, only ends the head."""
+    head, _, *body = ([cell.strip() for cell in row.strip()[1:-1].split("|")] for row in rows)
+    items = [
+        ("     - " if j else "   * - ") + _inline(cell, room) for row in (head, *body) for j, cell in enumerate(row)
+    ]
+    return ["", ".. list-table::", "   :header-rows: 1", "", *(item.rstrip() for item in items), ""]
+
+
 def _with_whole_code(lines):
     """Joins lines within which a line break splits code in backticks."""
     joined = []
@@ -126,10 +144,13 @@ def _with_whole_code(lines):
 
 def _inline(line, room):
     parts, end = [], 0
-    for match in _CODE_OR_URL.finditer(line):
+    for match in _INLINE.finditer(line):
         parts.append(_escaped(line[end : match.start()]))
         before, after = line[: match.start()], line[match.end() :]
-        code = match[0] if match[0].startswith("http") else _code(match[0].strip("`").strip(), room)
+        if match[0].startswith("**"):
+            code = f"**{_escaped(match[0][2:-2])}**"
+        else:
+            code = match[0] if match[0].startswith("http") else _code(match[0].strip("`").strip(), room)
         # Markup begins after a space or an opening bracket, and ends before a space or punctuation.
         start = "\\ " * bool(re.search(r"[^\s(\[{<'\"/:-]$", before))
         parts.append(start + code + "\\ " * bool(re.match(r"[^\s)\]}>'\"/:.,;!?-]", after)))
@@ -142,14 +163,20 @@ def _escaped(text):
 
 
 def _code(code, room):
-    """A link to a public function or class, or a literal."""
-    path = code if "." in code else f"{room}.{code}"
-    owner, _, name = path.removeprefix("metaopt.").partition(".")
-    module = importlib.import_module(f"metaopt.{owner}") if owner in _rooms() else None
-    value = getattr(module, name, None) if name in getattr(module, "__all__", ()) else None
-    if inspect.isfunction(value) or inspect.isclass(value):
-        return f":py:obj:`{code} <metaopt.{owner}.{name}>`"
+    """A link to a public function or class, or a literal. A name without a room is of `room` or of `base`."""
+    for path in [code] if "." in code else [f"{room}.{code}", f"base.{code}"]:
+        owner, _, name = path.removeprefix("metaopt.").partition(".")
+        if owner in _rooms() and _is_public(importlib.import_module(f"metaopt.{owner}"), name):
+            return f":py:obj:`{code} <metaopt.{owner}.{name}>`"
     return f"``{code}``"
+
+
+def _is_public(module, name):
+    """Whether it is a function or class that the reference lists. `base` has no `__all__`: all its own names are."""
+    value = getattr(module, name, None)
+    if not (inspect.isfunction(value) or inspect.isclass(value)):
+        return False
+    return name in module.__all__ if hasattr(module, "__all__") else value.__module__ == module.__name__
 
 
 def _rooms():

@@ -1,10 +1,12 @@
-"""Parts of the site that Sphinx does not have: cells within tabs, and the gallery of results."""
+"""Parts of the site that Sphinx does not have: cells within tabs, the order of pages, and the gallery of results."""
 
+import itertools
 import re
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.transforms import SphinxTransform
+from sphinx.util.parallel import make_chunks
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "README.md"
 _ROW = re.compile(r"^\| (.+) \| (.+) \| `(.+)` \| (.+) \| (.+) \| (.*\.md\).*) \|$")
@@ -24,6 +26,19 @@ class CellsInTabs(SphinxTransform):
                     raise ValueError(f"The cell at line {cell.line} of {cell.source} does not follow a set of tabs.")
                 cell.parent.remove(cell)
                 tabs.children[-1].children[-1].append(cell)
+
+
+def spread_cells(app, env, docnames):
+    """Handles `env-before-read-docs`: pages with cells come first, an equal number of them for each process.
+
+    Sphinx gives each process a chunk of pages. In the order of names, one process would run most of the cells.
+    """
+    with_cells = [name for name in docnames if "{code-cell}" in env.doc2path(name).read_text()]
+    size = len(make_chunks(docnames, app.parallel)[0]) if docnames else 0
+    others = iter([name for name in docnames if name not in with_cells])
+    chunks = [with_cells[i :: app.parallel] for i in range(app.parallel)]
+    docnames[:] = [name for chunk in chunks for name in [*chunk, *itertools.islice(others, max(size - len(chunk), 0))]]
+    docnames += others
 
 
 def fill_gallery(app, docname, source):

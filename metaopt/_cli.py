@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-      arguments: of the command line; by default those of this process.
+      arguments: the arguments of the command line; by default those of this process.
 
     Returns:
       The exit code.
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
     leaderboard = commands.add_parser("leaderboard", help="show the models of a saved file with their scores")
     leaderboard.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
+    leaderboard.add_argument(
+        "--report", action="store_true", help="also the columns that were changed, and the models that were not fitted"
+    )
     leaderboard.set_defaults(run=_leaderboard)
 
     doctor = commands.add_parser("doctor", help="show versions and devices, and check a gradient on this machine")
@@ -108,9 +111,7 @@ def _fit(options: argparse.Namespace) -> int:
     model.fit(frame.drop(columns=special), target, **{name: frame[column] for name, column in extra.items() if column})
     _saving.save(options.out, model)
     print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
-    if len(model.report_):
-        print(model.report_.to_string(index=False))
-    _print_models(model)
+    _print_models(model, report=True)
     print(f"written to {options.out}")
     return 0
 
@@ -131,22 +132,26 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _leaderboard(options: argparse.Namespace) -> int:
     _require_packages()
-    _print_models(_load(options.model))
+    _print_models(_load(options.model), report=options.report)
     return 0
 
 
-def _print_models(model: Any) -> None:
-    """Prints the leaderboard, the models that are not in it, and the score with its metric and unit."""
+def _print_models(model: Any, *, report: bool) -> None:
+    """Prints the leaderboard, and the score of the ensemble with its metric and unit.
+
+    The report lists the columns that were changed or dropped, and the models that were not fitted.
+    """
     metric = model._metric()
-    print(f"score: {model._score_name()}, out of fold; larger is better")
+    if report and len(model.report_):
+        print(model.report_.to_string(index=False))
     print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
-    if model.not_fitted_:
+    if report and model.not_fitted_:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in model.not_fitted_.items())
         print(f"not fitted ({reasons})")
-    value = f"out-of-fold score of the ensemble: {model.score_:.4g}"
+    value = f"score of the ensemble: {model.score_:.4g}"
     if metric in ("rmse", "mae"):
         value += f"; {metric} {-model.score_ * model.scale_:.4g} in units of the target"
-    print(value)
+    print(f"{value}\nscore: {model._score_name()}, out of fold; larger is better")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -290,7 +295,3 @@ def _problem(target: Any) -> str:
         return "classification"
     is_whole = (target == target.round()).all()
     return "classification" if is_whole and target.nunique() <= _MOST_CLASSES else "regression"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

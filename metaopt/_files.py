@@ -217,13 +217,18 @@ class Npz:
         return header
 
     def floats(
-        self, shapes: Mapping[str, tuple[int, ...]], *, missing: Callable[[str], bool] = lambda name: False
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        missing: Callable[[str], bool] = lambda name: False,
+        others: Mapping[str, np.dtype] = {},
     ) -> dict[str, np.ndarray]:
         """Returns all arrays, which must have these names and shapes, be floating-point, and be finite in float32.
 
         Args:
           shapes: the expected shapes by name.
           missing: `(name) -> bool`, whether an array may have NaN, as the mark of a missing value.
+          others: the types of the arrays that are not floating-point, such as int32.
 
         Raises:
           ValueError: if an array is missing, not expected, of another shape or type, or not finite.
@@ -232,12 +237,15 @@ class Npz:
             raise ValueError(f"it has arrays that do not belong there: {', '.join(more)}")
         for name, shape in shapes.items():
             spec = self.specs.get(name)
-            if spec is None or spec.shape != shape or not is_float(spec):
+            right = spec is not None and (spec.dtype == others[name] if name in others else is_float(spec))
+            if spec is None or spec.shape != shape or not right:
                 actual = "there is none" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
-                raise ValueError(f"the array {name} should be floating-point of shape {shape}, and {actual}")
+                expected = others.get(name, "floating-point")
+                raise ValueError(f"the array {name} should be {expected} of shape {shape}, and {actual}")
         arrays = {name: self[name] for name in shapes}
         for name, array in arrays.items():
-            check_finite(name, array, missing=missing(name))
+            if array.dtype.kind in "fc":
+                check_finite(name, array, missing=missing(name))
         return arrays
 
     def _spec(self, info: zipfile.ZipInfo) -> Spec:

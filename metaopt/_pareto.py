@@ -7,7 +7,7 @@ import numpy as np
 
 
 def pareto_front(points: Any) -> np.ndarray:
-    """Indices of the points that no other point dominates. Smaller objectives are better.
+    """Returns the indices of the points that no other point dominates. Smaller objectives are better.
 
     A point dominates another one if it is at least as good in every objective and better in one.
 
@@ -32,13 +32,13 @@ def pareto_front(points: Any) -> np.ndarray:
 
 
 def hypervolume(points: Any, reference: Sequence[float]) -> float:
-    """The volume that points dominate, up to a reference: larger is better. Smaller objectives are better.
+    """Returns the volume that points dominate, up to a reference point. Smaller objectives are better.
 
     The result is exact. It is computed in slices along the last objective, in time of order nᵏ for k objectives.
 
     Args:
       points: [n, k]. Points that are not below the reference in every objective add nothing.
-      reference: [k].
+      reference: [k], the worst value of each objective.
 
     Returns:
       The volume.

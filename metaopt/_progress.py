@@ -168,23 +168,25 @@ def report_progress(
     display: Display = DISPLAY,
     **fields: Any,
 ) -> Iterator[Report]:
-    """Reports the progress of a call on standard error.
+    """Reports the progress of a loop on standard error.
 
     A terminal or notebook shows a bar. Elsewhere, for example in a log file, a line appears every 10 s, and one at the
-    end if there was one before. Calls may be nested.
+    end if there was one before. Reports may be nested.
 
     Args:
-      total: the number of steps. None if the call has no steps to count, and thus no bar.
+      total: the number of steps. None if the caller has no steps to count; then there is no bar.
       show: False reports nothing. True always prints a line at the end. None is the default described above.
       text: a format for the values of the last step, such as "value {value:.3g}".
       unit: the name of a step, such as "trial".
       start: the number of steps of an earlier, interrupted run.
-      time_limit: seconds after which the call ends in any case.
+      time_limit: the seconds after which the loop will end, for the estimate of the remaining time. The loop itself
+        must end.
       display: all reports of a process share one display; tests have their own.
-      **fields: the first values for the fields of `text`.
+      **fields: initial values for the fields of `text`.
 
     Returns:
-      A context manager of a `Report`.
+      A context manager, whose value is a function `report(completed, **fields)`. Call it after every step with the
+      number of completed steps, and with values for the fields of `text`.
     """
     report = Report(display, total, unit, text, start, fields, time_limit)
     if show is False:

@@ -115,8 +115,8 @@ def values(
     omits the hypergradients.
 
     Args:
-      estimator: of F.
-      key: of every start: all candidates have the same initialization and the same order of the data.
+      estimator: the estimator of F.
+      key: the key of every start: all candidates have the same initialization and the same order of the data.
       candidates: leaves [K, ...].
       task: the task of all.
       chunk: the number of candidates that run at once; None runs all.

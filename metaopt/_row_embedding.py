@@ -42,7 +42,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
     """The embedding of `dataset_embedding`: it ignores the order of rows, columns and classes.
 
     Args:
-      params: by `init_embedding`.
+      params: the parameters, from `init_embedding`.
       data: a dict like `train` of `tasks.to_task`: "x" [N, D] of N rows and D columns, "y" [N] in {0, …, C − 1}, and
         "class_mask" [C]. "mask" [N] and "feature_mask" [D] state which rows and columns are real; by default, all are.
         An "x" with more axes, such as images [N, H, W, c], is flattened to D = H·W·c columns: the position of a pixel

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
       parts: the arguments of `decode` that the caller of `load` must pass, since no file can hold them: name ->
         description for the error message.
       compress: whether the arrays are compressed.
-      version: of the header and the arrays; `load` rejects newer files.
+      version: the version of the header and the arrays; `load` rejects newer files.
     """
 
     name: str
@@ -81,13 +81,14 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `automl.AutoClusterer` | a fitted estimator with its clusters |
     | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
-    | any other pytree of floating-point arrays | λ or θ, such as a few-shot initialization; `load` needs `like=` |
+    | any other pytree of arrays | λ, θ or the state of a model, such as counters and PRNG keys; `load` needs `like=` |
 
     Records have a separate store (`blackbox.append_records`), and `training.fit` writes its checkpoints.
 
     Args:
       path: the file. The name is used unchanged; an existing file is replaced.
-      value: of one of these types. Numbers in bfloat16 are saved as float32, which represents each of them exactly.
+      value: a value of one of these types. Numbers in bfloat16 are saved as float32, which represents each of them
+        exactly.
 
     Raises:
       TypeError: if values of this type cannot be saved.
@@ -105,7 +106,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
             f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "
-            f"pytrees of floating-point arrays only, and {reason}."
+            f"pytrees of arrays only, but {reason}."
         )
     format_, kind = by_type.get(type(value)) or by_type[Pytree]
     header, arrays = kind.encode(value)
@@ -129,7 +130,8 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
       path: the file.
       **parts: the parts that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a
         network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
-        structure, shapes and types (arrays, or the result of `jax.eval_shape`). No other type needs any.
+        structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays get the types of
+        the template, and all others must have them. The file has everything else: all other types take the path only.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
@@ -203,7 +205,7 @@ class Pytree:
 
 
 def _reason_against_a_pytree(value: Any, *, abstract: bool = False) -> str:
-    """The first leaf that is not a floating-point array; empty if all are. `abstract` permits shapes with types."""
+    """The first leaf that is not an array of numbers; empty if all are. `abstract` permits shapes with types."""
     types = float | np.generic | np.ndarray | jax.Array
     types = types | jax.ShapeDtypeStruct if abstract else types
     leaves = jax.tree_util.tree_leaves_with_path(value)
@@ -212,23 +214,50 @@ def _reason_against_a_pytree(value: Any, *, abstract: bool = False) -> str:
         if not isinstance(leaf, types):
             return f"{where} is of type {type(leaf).__name__}"
         dtype = getattr(leaf, "dtype", np.dtype(float))
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not (jnp.issubdtype(dtype, jnp.floating) or _is_key(leaf) or dtype.kind in "biuc"):
             return f"{where} is of type {dtype}"
     return "" if leaves else "it has no leaf"
 
 
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", np.dtype(float)), jax.dtypes.prng_key)
+
+
 def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    arrays = {name: storable(leaf) for name, leaf in named_leaves("leaf", value).items()}
+    leaves = named_leaves("leaf", value)
+    keys = {name: str(jax.random.key_impl(leaf)) for name, leaf in leaves.items() if _is_key(leaf)}
+    arrays = {name: storable(jax.random.key_data(leaf) if name in keys else leaf) for name, leaf in leaves.items()}
     for name, array in arrays.items():
-        _files.check_finite(name, array)
-    return {}, arrays
+        if array.dtype.kind in "fc":
+            _files.check_finite(name, array)
+    return {"keys": keys} if keys else {}, arrays
 
 
 def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> Any:
     if reason := _reason_against_a_pytree(like, abstract=True):
-        raise ValueError(f"`like` must be a pytree of floating-point arrays, and {reason}")
-    leaves = tree_from_leaves("leaf", file.floats(shapes("leaf", like)), like)
-    return jax.tree.map(lambda leaf, old: jnp.asarray(leaf, jnp.result_type(old)), leaves, like)
+        raise ValueError(f"`like` must be a pytree of arrays, and {reason}")
+    templates = named_leaves("leaf", like)
+    stored = {k: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for k, x in templates.items()}
+    types = {name: np.dtype(getattr(leaf, "dtype", float)) for name, leaf in stored.items()}
+    others = {name: dtype for name, dtype in types.items() if not jnp.issubdtype(dtype, jnp.floating)}
+    arrays = file.floats({name: tuple(np.shape(leaf)) for name, leaf in stored.items()}, others=others)
+    keys = header.get("keys", {})
+    loaded = {name: _like(name, arrays[name], leaf, keys.get(name)) for name, leaf in templates.items()}
+    return tree_from_leaves("leaf", loaded, like)
+
+
+def _like(name: str, array: np.ndarray, template: Any, implementation: str | None) -> jax.Array:
+    """An array of a file with the type of its template. Only keys have an implementation, such as "threefry2x32"."""
+    if implementation is None and not _is_key(template):
+        result = jnp.asarray(array, jnp.result_type(template))
+        if array.dtype.kind in "iu" and (np.asarray(result) != array).any():
+            raise ValueError(f"the array {name} has integers beyond {result.dtype}: enable `jax_enable_x64`")
+        return result
+    data = jnp.asarray(array)
+    key = jax.random.wrap_key_data(data, impl=implementation) if implementation else data
+    if key.dtype != template.dtype:
+        raise ValueError(f"the array {name} should be of type {template.dtype}, and is {key.dtype}")
+    return key
 
 
 _LIKE = {"like": "a pytree of the same structure, shapes and types"}

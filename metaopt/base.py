@@ -58,18 +58,24 @@ class Context(NamedTuple):
 
 
 class InitFn(Protocol):
+    """The `init` of an `InnerLoop`: `(key, hyperparams, data) -> state`."""
+
     def __call__(self, key: jax.Array, hyperparams: HyperParams, data: Data) -> InnerState:
         """Starts the training of one task. The inner parameters may come from λ (MAML)."""
         ...
 
 
 class BatchFn(Protocol):
+    """The `batch` of an `InnerLoop`: `(state, data) -> batch`."""
+
     def __call__(self, state: InnerState, data: Data) -> Batch:
         """Returns the batch of the next step from `state`. It is pure: the state holds the order of the data."""
         ...
 
 
 class LossFn(Protocol):
+    """The `loss` of an `InnerLoop`: `(params, hyperparams, batch, context) -> (ℓ, model_state)`."""
+
     def __call__(
         self, params: Params, hyperparams: HyperParams, batch: Batch, context: Context
     ) -> tuple[jax.Array, PyTree]:
@@ -78,6 +84,8 @@ class LossFn(Protocol):
 
 
 class UpdateFn(Protocol):
+    """The `update` of an `InnerLoop`: `(state, grads, model_state, hyperparams) -> state`."""
+
     def __call__(self, state: InnerState, grads: Params, model_state: PyTree, hyperparams: HyperParams) -> InnerState:
         """Takes one optimizer step, given the gradient of ℓ."""
         ...
@@ -110,19 +118,29 @@ class InnerLoop(NamedTuple):
 
 
 class OuterLossFn(Protocol):
+    """The `outer_loss` of a `Problem`: `(params, hyperparams, batch, context) -> []`."""
+
     def __call__(self, params: Params, hyperparams: HyperParams, batch: Batch, context: Context) -> jax.Array:
         """Returns the outer loss f, a scalar."""
         ...
 
 
 class OuterBatchFn(Protocol):
+    """The `outer_batch` of a `Problem`: `(key, task) -> batch`, the data on which f is evaluated."""
+
     def __call__(self, key: jax.Array, task: Task) -> Batch:
         """Returns the data on which f is evaluated: by default all of `task.valid`."""
         ...
 
 
 class Problem(NamedTuple):
-    """An inner loop and the outer loss that judges its result; made by `inner.problem`."""
+    """An inner loop and the outer loss that judges its result; made by `inner.problem`.
+
+    Attributes:
+      loop: trains θ.
+      outer_loss: f, `(params, hyperparams, batch, context) -> []`.
+      outer_batch: `(key, task) -> batch`, the data on which f is evaluated.
+    """
 
     loop: InnerLoop
     outer_loss: OuterLossFn
@@ -130,15 +148,16 @@ class Problem(NamedTuple):
 
 
 def reparametrized(problem: Problem, hyperparams_fn: Callable[[HyperParams, Any], HyperParams]) -> Problem:
-    """Returns the same problem as a function of other quantities μ, with λ_t = `hyperparams_fn(μ, t)`.
+    """Returns the same problem in other quantities μ instead of λ, with λ_t = `hyperparams_fn(μ, t)`.
 
-    λ enters a problem in four places: `init`, `loss`, `update` and `outer_loss`. The function is composed into each of
-    them. Gradients therefore obey the chain rule, and rules that perturb their input perturb μ. t counts inner steps
-    from 0. The initialization receives λ_0, and the outer loss receives the λ of the last step taken.
+    λ enters a problem in four places: `init`, `loss`, `update` and `outer_loss`. `hyperparams_fn` is composed into each
+    of them. Gradients in μ therefore obey the chain rule, and rules that perturb their input, such as evolution
+    strategies, perturb μ. t counts inner steps from 0. The initialization receives λ_0, and the outer loss receives the
+    λ of the last inner step.
 
     Args:
       problem: a problem in λ.
-      hyperparams_fn: `(hyperparams, step) -> hyperparams`.
+      hyperparams_fn: `(μ, step) -> λ`.
 
     Returns:
       A problem in μ.
@@ -178,12 +197,16 @@ class Estimate(NamedTuple):
 
 
 class EstimatorInitFn(Protocol):
+    """The `init` of an `Estimator`: `(key, hyperparams, task) -> state`."""
+
     def __call__(self, key: jax.Array, hyperparams: HyperParams, task: Task) -> EstimatorState:
         """Returns everything that is carried between calls: inner state, adjoint, key."""
         ...
 
 
 class EstimateFn(Protocol):
+    """The `estimate` of an `Estimator`: `(hyperparams, task, state) -> (Estimate, state)`."""
+
     def __call__(self, hyperparams: HyperParams, task: Task, state: EstimatorState) -> tuple[Estimate, EstimatorState]:
         """Returns one estimate of F and dF/dλ, and the state after it."""
         ...
@@ -258,25 +281,38 @@ STATUSES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")  # the valid sta
 
 
 class SearcherInitFn(Protocol):
+    """The `init` of a `Searcher`: `(key, space) -> state`."""
+
     def __call__(self, key: jax.Array, space: PyTree) -> PyTree:
         """Returns a searcher's state before the first trial."""
         ...
 
 
 class AskFn(Protocol):
+    """The `ask` of a `Searcher`: `(state, num) -> (trials, state)`."""
+
     def __call__(self, state: PyTree, num: int) -> tuple[list[Record], PyTree]:
         """Returns at most `num` trials to run next ("WAITING", with fidelity and seed), and the state with them."""
         ...
 
 
 class TellFn(Protocol):
+    """The `tell` of a `Searcher`: `(state, records) -> state`."""
+
     def __call__(self, state: PyTree, records: Sequence[Record]) -> PyTree:
         """Returns the state after learning the outcomes of earlier trials."""
         ...
 
 
 class Searcher(NamedTuple):
-    """Proposes λ without a gradient, for example for a random forest or a remote training run."""
+    """Proposes λ without a gradient, for example for a random forest or a remote training run.
+
+    Attributes:
+      init: `(key, space) -> state`, the state before the first trial.
+      ask: `(state, num) -> (trials, state)`: at most `num` trials to run next, as records with status "WAITING".
+      tell: `(state, records) -> state`, the state after it has learned from trials that have ended. Smaller outcomes
+        are better.
+    """
 
     init: SearcherInitFn
     ask: AskFn

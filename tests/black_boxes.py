@@ -92,3 +92,17 @@ def misbehave(trial, task):
 def slow(trial, task):
     time.sleep(0.3)
     return quadratic(trial, task)
+
+
+class KillsWorkers:
+    """Ends the process of its worker in trial 3, as if the machine were gone, up to `times` times."""
+
+    def __init__(self, folder, isolated, times=1):
+        self.folder, self.isolated, self.times = str(folder), isolated, times
+
+    def __call__(self, trial, task):
+        if trial.trial == 3 and (kills := len(os.listdir(self.folder))) < self.times:
+            open(f"{self.folder}/{kills}", "x").close()
+            os.kill(os.getppid() if self.isolated else os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return pure(trial, task[0])

@@ -33,6 +33,14 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is applied
+def pytest_collection_modifyitems(items):
+    """Marks the examples of docstrings `once`."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.once)
+
+
 @pytest.fixture(autouse=True)
 def optimizations(request):
     """Programs have few optimizations (see above), except in tests that are marked `optimized`."""

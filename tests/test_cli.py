@@ -1,5 +1,6 @@
 """The command `metaopt`."""
 
+import runpy
 import sys
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_fit_predict_and_leaderboard(files, capsys):
     assert (predicted["prediction"] == truth).mean() > 0.85
     assert list(predicted.columns[1:]) == [f"probability of {label}" for label in ("b", "c", "none")]
     assert _cli.main(["leaderboard", model]) == 0
-    assert "out-of-fold score" in capsys.readouterr().out
+    assert capsys.readouterr().out.split()[:5] == ["model", "score", "weight", "fit_seconds", "predict_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,16 @@ def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as end:
         _cli.main(["--help"])
     assert end.value.code == 0 and "metaopt fit train.csv --target price" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["leaderboard", "missing.npz"], 1), (["fit"], 2)])
+def test_python_m_metaopt_is_the_command(arguments, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["metaopt", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("metaopt", run_name="__main__")
+    assert end.value.code == code
+    text = capsys.readouterr()
+    assert ("usage: metaopt" if code != 1 else "missing.npz") in text.out + text.err
 
 
 def test_the_doctor_checks_a_gradient_on_this_machine(capsys):
@@ -211,8 +222,10 @@ def test_options_reach_the_estimator(tmp_path, capsys):
     assert list(model.feature_names_in_) == ["x", "one"]
     out = capsys.readouterr().out
     assert "one dropped is constant" in " ".join(out.split()) and "linear" in out
-    assert _run("leaderboard", tmp_path / "m.npz") == 0
-    assert "fit_seconds" in capsys.readouterr().out
+    for option, is_shown in (([], False), (["--report"], True)):
+        assert _run("leaderboard", tmp_path / "m.npz", *option) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "model score weight fit_seconds" in out and ("one dropped is constant" in out) == is_shown
 
 
 def test_probabilities_are_in_the_columns_of_their_labels(files, tmp_path, capsys):
@@ -302,6 +315,8 @@ def test_scores_have_a_metric_a_unit_and_the_models_that_are_missing(shop, capsy
 
     model = load(shop[0] / "model.npz")
     assert _run("leaderboard", shop[0] / "model.npz") == 0
+    assert "not fitted" not in capsys.readouterr().out
+    assert _run("leaderboard", shop[0] / "model.npz", "--report") == 0
     out = capsys.readouterr().out
     assert "score: minus rmse, in standard deviations of the target, out of fold; larger is better" in out
     assert f"; rmse {-model.score_ * shop[1]['y'].std(ddof=0):.4g} in units of the target" in out

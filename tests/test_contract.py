@@ -132,7 +132,7 @@ def test_learner():
 
 
 @pytest.mark.once
-def test_contexts_and_estimates_have_the_fields_of_the_contract():
+def test_every_context_and_estimate_has_the_fields_of_the_contract():
     state = problems.RIDGE_LOOP.init(jax.random.key(0), problems.LAM, problems.TASK.train)
     context = problems.RIDGE_LOOP.context(state)
     assert isinstance(context, base.Context) and context.step.dtype == jnp.int32

@@ -32,6 +32,8 @@ from experiments.data.corpus.targets import (
 from experiments.hyperparameters.transfer.families import FILE, draw_judging, excluded_tables
 from metaopt import automl, tasks
 
+pytestmark = pytest.mark.once  # an experiment
+
 
 def _frame(item, seed=0, rows=200, **columns):
     rng = np.random.default_rng(seed)

@@ -9,6 +9,7 @@ from experiments.hyperparameters import transformer
 from experiments.hyperparameters.data_weighting import main, methods, scorer, windows
 from metaopt import hypergrad, inner, predictors
 
+pytestmark = pytest.mark.once  # an experiment
 SETTINGS = methods.Settings(
     context=7, width=4, num_windows=12, num_valid=6, num_test=6, batch=4, num_steps=3, outer_steps=2
 )

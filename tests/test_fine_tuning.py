@@ -8,6 +8,7 @@ import pytest
 from experiments.hyperparameters.fine_tuning import images, main, methods, network
 from metaopt import hypergrad, inner, spaces
 
+pytestmark = pytest.mark.once  # an experiment
 SETTINGS = network.SMOKE._replace(num_steps=3, batch=4)
 
 
@@ -92,7 +93,6 @@ def test_the_penalty_is_the_squared_distance_from_the_start():
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
 
 
-@pytest.mark.once
 def test_hypergradients_of_rates_and_strengths_equal_finite_differences():
     task, problem = make_task(), spaces.constrain(network.make_problem(SETTINGS), network.SPACE)
     z = spaces.to_unconstrained(network.SPACE, spaces.default(network.SPACE))

@@ -12,6 +12,7 @@ from experiments.data.corpus.frames import make_frame
 from experiments.hyperparameters.gaussian_process import features, learning, model, tables
 from metaopt import hypergrad, spaces
 
+pytestmark = pytest.mark.once  # an experiment
 HP = {"lengthscale": jnp.array([0.4, 1.0, 2.5]), "signal": jnp.array(1.3), "noise": jnp.array(0.2)}
 
 

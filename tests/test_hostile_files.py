@@ -262,7 +262,7 @@ def text_file(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-PYTREE = {"rates": [np.float32(0.5), np.ones(3)], "w": np.ones((2, 3), np.float16)}
+PYTREE = {"rates": [np.float32(0.5), np.ones(3)], "w": np.ones((2, 3), np.float16), "key": KEY, "count": np.int32(3)}
 HPOB = {"5860": {"d": {"X": [[0.1, 0.2], [0.5, 0.25]], "y": [[0.75], [0.5]]}}}
 ENCODER = tasks.fit_encoder({"n": [1, "2,000", None], "w": ["a", "a", "b"], "t": ["2020-01-01", "2021-02-03", ""]})
 SPLIT = tasks.Split({"train": {"omniglot": {"classes": ["a", "b"]}}, "test": {"omniglot": {"rows": [4, 5]}}})

@@ -3,18 +3,22 @@
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Protocol
 
 import measures
 import pytest
 
 import metaopt
 from metaopt import base
+
+pytestmark = pytest.mark.once  # these rules do not depend on the version of Python
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
@@ -45,12 +49,14 @@ LEVELS = [
     {"automl"},
     {"plots"},
     {"_cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# The searcher of cells reads records in the same way as those of `blackbox`.
+# The searcher of cells and the plots of searches read records in the same way as `blackbox`.
 SHARED = {
     "metaopt.nas.search._cell_searcher": ("_earlier_trials", "_new_task"),
     "metaopt.nas.search._train_cell_searcher": ("_earlier_trials", "_new_trials", "_surrogates"),
+    "metaopt.plots._searches": ("_earlier_trials", "_goals"),
 }
 MODULES = sorted((ROOT / "metaopt").rglob("*.py"))
 ROOMS = sorted(p.parent.name for p in MODULES if p.name == "__init__.py" and p.parent.parent == ROOT / "metaopt")
@@ -112,14 +118,15 @@ def test_imports_that_do_not_point_down_are_seen(source, fault):
 
 def test_functions_and_files_are_short():
     """Without docstrings below 80 lines; files below 500."""
-    long_functions = [f for folder in ("metaopt", "experiments") for f in measures.functions(folder) if f.lines >= 80]
+    functions = [f for folder in ("metaopt", "experiments") for f in measures.functions(folder)]
+    long_functions = [f for f in functions if f.lines >= 80]
     long_files = [
         name
         for folder in ("metaopt", "experiments")
         for name, text in measures.files(folder).items()
         if text.count("\n") >= 500
     ]
-    assert measures.functions("metaopt")[0].lines > 20 and long_functions == long_files == []
+    assert max(functions).lines > 20 and long_functions == long_files == []
 
 
 def public_names():
@@ -141,7 +148,8 @@ def faults_of_docstring(value):
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):
         generated = text.startswith(f"{value.__name__}(")  # the default of a NamedTuple
-        return ["no docstring"] if generated or not text or text == inspect.getdoc(tuple) else []
+        inherited = text in (inspect.getdoc(tuple), inspect.getdoc(Protocol))
+        return ["no docstring"] if generated or not text or inherited else []
     signature = inspect.signature(value)
     faults = [] if text else ["no docstring"]
     for parameter in signature.parameters.values():
@@ -180,6 +188,10 @@ def test_docstrings_that_lack_something_are_seen():
             raise ValueError("x")
         return x + y
 
+    class Bare(Protocol):
+        def __call__(self) -> int: ...
+
+    assert faults_of_docstring(Bare) == ["no docstring"]
     assert faults_of_docstring(nothing) == [
         "no docstring",
         "`x` is not under Args",
@@ -194,12 +206,11 @@ def test_docstrings_that_lack_something_are_seen():
 
 def run_python(code, **kwargs):
     """In a fresh process, as a person has it: float32, without this suite's settings."""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **kwargs)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, **kwargs)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
-@pytest.mark.once
 def test_importing_metaopt_loads_no_extra_and_nothing_slow():
     slow = ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "pandas", "orbax", "optuna", "metaopt.plots")
     assert run_python(f"import metaopt, sys; print([m for m in {slow} if m in sys.modules])").strip() == "[]"
@@ -219,21 +230,38 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
-def test_the_python_blocks_of_a_page_run(page, tmp_path):
+# The pages of one process share imports and compiled programs, and no names.
+RUN_PAGES = """
+import itertools, json, os, sys
+from metaopt.hypergrad import _recommend
+every = _recommend.candidates
+for name, code in json.load(sys.stdin).items():
     # Every rule on one problem would compile for a minute: the first one here (`test_recommend` has all).
-    few = (
-        "import itertools\nfrom metaopt.hypergrad import _recommend\nevery = _recommend.candidates\n"
-        "_recommend.candidates = lambda *args: dict(itertools.islice(every(*args).items(), 1))\n"
-    )
-    code = few + "\n".join(python_blocks(page))
-    printed = run_python(code, cwd=tmp_path, env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
-    assert printed and "nan" not in printed
-    if page.stem == "README":
-        assert re.search(r'^\* unrolled, remat="none" +exact', printed, re.M)
-        (shown,) = re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL)
-        assert shown in printed
+    _recommend.candidates = lambda *args: dict(itertools.islice(every(*args).items(), 1))
+    print("\\f" + name, flush=True)
+    os.mkdir(name)
+    os.chdir(name)
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    os.chdir("..")
+"""
+
+
+@pytest.mark.parametrize("part", range(2))  # the pages of two processes take equally long
+def test_the_python_blocks_of_pages_run(part, tmp_path):
+    pages = {page.stem: page for page in PAGES if python_blocks(page)}
+    names = [name for i, name in enumerate(sorted(pages)) if i % 2 == part]
+    blocks = json.dumps({name: "\n".join(python_blocks(pages[name])) for name in names})
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    printed = run_python(RUN_PAGES, cwd=tmp_path, env=environment, input=blocks)
+    _, *parts = printed.split("\f")
+    assert len(parts) == len(names) > 3
+    for name, text in zip(names, parts, strict=True):
+        assert text.startswith(name) and text.removeprefix(name).strip() and "nan" not in text, name
+    if "README" in names:
+        text = parts[names.index("README")]
+        assert re.search(r'^\* unrolled, remat="none" +exact', text, re.M)
+        (shown,) = re.findall(r"```text\n(.*?)```", pages["README"].read_text(), re.DOTALL)
+        assert shown in text
 
 
 HOME = {"hypergrad": "rules.md", "few_shot": "few_shot.md"}  # pages that name the functions of a room without the room

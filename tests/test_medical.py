@@ -14,6 +14,7 @@ from experiments.medical import parkinsons, scores
 from experiments.medical.hospitals import baselines, learning, main, model, tables, worlds
 from metaopt import spaces
 
+pytestmark = pytest.mark.once  # an experiment
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,7 +45,6 @@ def check_slopes(loss, coordinates):
     assert min(map(abs, grads)) > 0
 
 
-@pytest.mark.once
 def test_hypergradients_of_a_site_equal_finite_differences():
     world = in_float64(worlds.make_world(patients(), [0, 1, 2], by_site=True))
     task = worlds.resampled_task(world, jax.random.key(0), 20)
@@ -57,7 +57,6 @@ def test_hypergradients_of_a_site_equal_finite_differences():
     np.testing.assert_allclose(jax.grad(model.site_loss)(params, hp, task.train), 0, atol=1e-9)
 
 
-@pytest.mark.once
 def test_pooled_models_and_platt_scaling_equal_those_of_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(0)
@@ -119,7 +118,6 @@ def test_shrunken_platt_scaling_goes_from_regression_to_its_center():
     np.testing.assert_allclose([residual.sum() + 0.3 * intercept, residual @ score + 3 * (slope - 0.75)], 0, atol=1e-5)
 
 
-@pytest.mark.once
 def test_shrinkage_is_chosen_without_the_left_out_site():
     table = patients()
     chosen = lambda table: baselines.shrinkages(worlds.make_world(table, [0, 1, 2], by_site=False))
@@ -138,7 +136,6 @@ def test_a_choice_uses_only_entries_of_its_site():
     assert main.choice(losses, 0) == {"g": True} and main.choice(losses, 1) == {"g": False}
 
 
-@pytest.mark.once
 def test_outcomes_of_the_left_out_site_do_not_change_its_choice(monkeypatch):
     """Entries for pairs of training sites change, so the test can fail."""
     monkeypatch.setattr(main, "BY_SITE", (True,))
@@ -151,7 +148,6 @@ def test_outcomes_of_the_left_out_site_do_not_change_its_choice(monkeypatch):
     assert np.abs(before[:, 0, 1] - after[:, 0, 1]).min() > 1e-6  # learned from them
 
 
-@pytest.mark.once
 def test_an_outcome_that_is_not_labelled_changes_no_prediction():
     table = patients()
     rows, labelled = worlds.draws(table, 3, 2, 0)
@@ -279,7 +275,6 @@ def test_a_course_without_penalties_is_least_squares_and_with_them_the_last_valu
     np.testing.assert_allclose(parkinsons.course(short, day, score, later), saturated, rtol=1e-5)
 
 
-@pytest.mark.once
 def test_later_scores_of_a_new_patient_change_no_prediction():
     before = courses()
     hidden = before._replace(score=before.score.at[:2, 5:].set(0.0))

@@ -67,6 +67,12 @@ def test_adaptation_curves_are_means_over_episodes():
     np.testing.assert_allclose(drawn["level"].get_data(), [[0, 1], [0.5, 0.5]])
     assert drawn["level"].get_linestyle() == "--"
     np.testing.assert_allclose(plots.adaptation_curves(EVALUATION).lines[0].get_ydata(), [0.05, 0.45])
+    scores = np.random.default_rng(0).normal(size=(9, 2))
+    by_hand = 1.96 * scores.std(axis=0, ddof=1) / 3
+    (band,) = plots.adaptation_curves(EVALUATION._replace(scores={"steps": {"u": scores}})).collections
+    ends = band.get_paths()[0].get_extents()
+    assert ends.y0 == pytest.approx((scores.mean(axis=0) - by_hand).min())
+    assert ends.y1 == pytest.approx((scores.mean(axis=0) + by_hand).max())
 
 
 def test_scores_by_number_and_the_leaderboard():
@@ -188,6 +194,7 @@ def test_a_graph_has_its_ops_on_its_nodes_and_a_genotype_all_its_kinds():
     network = nas.darts_space(num_cells=3)
     drawn = plots.genotype(network, {"normal": DARTS_CELL, "reduce": DARTS_CELL[:2]})
     assert [axes.get_title() for axes in drawn] == ["normal", "reduce"] and len(drawn[1].patches) == 2 + 4
+    assert drawn[0].figure.get_figwidth() >= 7  # an inch for each node: two inputs, four nodes and the output
 
 
 # ---- Rank diagrams -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from experiments.recommend import baselines, fold, learned, per_user, ratings, r
 from experiments.recommend.ordinary import ITEM_MEANS, PLAIN, fit_ordinary, simple_matrices
 from metaopt import base, hypergrad, predictors, spaces
 
+pytestmark = pytest.mark.once  # an experiment
 ROOT = Path(__file__).parents[1]
 SIZES = {"offset": 1, "slope": 1, "factors": 3}
 
@@ -232,7 +233,6 @@ def small_fold():
     return data, split, fit_ordinary(data, split, fold.SMOKE.grids, fold.SMOKE.gibbs_sweeps)
 
 
-@pytest.mark.once
 def test_no_later_rating_of_a_test_user_changes_a_prediction():
     data, split, ordinary = small_fold()
     chosen = split.test[:2]
@@ -261,7 +261,6 @@ def test_no_later_rating_of_a_test_user_changes_a_prediction():
     assert np.abs(moved[PLAIN] - ordinary.test[5][PLAIN][:2]).min() > 1e-3
 
 
-@pytest.mark.once
 def test_networks_correct_the_offset_of_the_ratings_that_they_adapt_to(monkeypatch):
     """In training these are a window of a user's ratings, and in the test the first ones."""
     data, split, ordinary = small_fold()
@@ -363,7 +362,6 @@ def test_movielens_is_read_in_the_formats_of_its_releases(release, tmp_path):
     np.testing.assert_array_equal(table.item, expected.item)
 
 
-@pytest.mark.once
 def test_the_published_figures_of_shrunken_offsets():
     file = Path(os.environ.get("METAOPT_DATA", "")) / "movietweetings_100k.npz"
     if not file.is_file():
@@ -406,7 +404,6 @@ def smoke_rows(tmp_path, *arguments):
     return rows
 
 
-@pytest.mark.once
 def test_smoke_without_the_data_folder(tmp_path):
     rows = smoke_rows(tmp_path)
     error = lambda name: float(rows[name][0].split(" ± ")[0])
@@ -416,7 +413,6 @@ def test_smoke_without_the_data_folder(tmp_path):
     assert 70 < coverage <= 100
 
 
-@pytest.mark.once
 def test_smoke_on_files_of_movielens(tmp_path):
     write_movielens(tmp_path, "1M", movielens_like(RELEASES["1M"]))
     rows = smoke_rows(tmp_path, "--movielens", str(tmp_path))

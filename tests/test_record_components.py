@@ -7,6 +7,8 @@ from experiments.blackbox.record_tables import components, report
 from experiments.blackbox.record_tables.main import best_on_average
 from experiments.blackbox.record_tables.tables import Records
 
+pytestmark = pytest.mark.once  # an experiment
+
 
 def test_predictions_without_a_family_are_those_of_a_fit_to_the_others():
     rng = np.random.default_rng(0)

@@ -57,6 +57,8 @@ def assert_same(loaded, expected, path="it"):
     assert arrays or type(loaded) is type(expected), f"{path}: {type(loaded)} for {type(expected)}"
     if isinstance(expected, (np.ndarray, jax.Array)):
         assert (loaded.dtype, loaded.shape) == (expected.dtype, expected.shape), path
+        if jax.dtypes.issubdtype(expected.dtype, jax.dtypes.prng_key):
+            loaded, expected = jax.random.key_data(loaded), jax.random.key_data(expected)
         np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected), path)
     elif isinstance(expected, dict):
         assert loaded.keys() == expected.keys(), path
@@ -190,10 +192,13 @@ def learned_transform(path):
 
 
 def pytree(path):
-    """λ with the types that occur in one: named tuples, lists, scalars, and numbers that `.npz` files do not have."""
+    """λ and a model's state with the types that occur in them, also those that `.npz` files do not have."""
+    integers = [jnp.array([0, 255], jnp.uint8), jnp.int32(-7), jnp.array([-(2**63), 2**63 - 1], jnp.int64)]
     hyperparams = {
         "params": {"w": jnp.arange(6.0).reshape(2, 3), "half": jnp.array([1.5, -2.0], jnp.bfloat16)},
-        "optimizer": [optax.ScaleByScheduleState(count=jnp.float32(3)), (jnp.float16(0.1),)],
+        "optimizer": [optax.ScaleByScheduleState(count=jnp.int32(3)), (jnp.float16(0.1),)],
+        "state": {"integers": integers, "mask": jnp.array([True, False]), "waves": jnp.array([1 + 2j, -1j])},
+        "keys": [KEY, jax.random.split(jax.random.key(1, impl="rbg"), 3), jax.random.PRNGKey(2)],
     }
     return restored(path, hyperparams, like=jax.eval_shape(lambda: hyperparams))
 

@@ -1,5 +1,6 @@
 """`metaopt.save` and `metaopt.load`: what holds for a file of any kind. `test_round_trips` has one row per kind."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import zipfile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -110,7 +112,7 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
         (saved | {"w": np.ones((3, 2))}, r"leaf\['w'\] should be floating-point of shape \(3, 2\), and it is float32"),
         ({"rate": 0.0}, r"has arrays that do not belong there: leaf\['w'\]"),
         (saved | {"rate": 0}, r"`like` must be .* its leaf \['rate'\] is of type int"),
-        (saved | {"w": np.ones((2, 3), int)}, r"`like` must be .* its leaf \['w'\] is of type int64"),
+        (saved | {"w": np.ones((2, 3), int)}, r"leaf\['w'\] should be int64 of shape \(2, 3\), and it is float32"),
         (saved | {"more": 0.0}, r"leaf\['more'\] should be .*, and there is none"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -118,16 +120,51 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
     before = path.read_bytes()
     for value, error, message in (
         ({"rate": np.nan}, ValueError, "rate"),
-        ({"state": {"count": 3}}, TypeError, r"and its leaf \['state'\]\['count'\] is of type int"),
+        ({"state": {"count": 3}}, TypeError, r"but its leaf \['state'\]\['count'\] is of type int"),
         ({"name": "sgd"}, TypeError, r"\['name'\] is of type str"),
-        ({"count": np.uint32(1)}, TypeError, r"\['count'\] is of type uint32"),
-        ({"key": jax.random.key(0)}, TypeError, r"\['key'\] is of type key<"),
-        (np.arange(3), TypeError, "and it is of type int"),
-        ({}, TypeError, "and it has no leaf"),
+        ({"names": np.array(["sgd"])}, TypeError, r"\['names'\] is of type <U3"),
+        ({"bits": jnp.ones(2, jnp.int4)}, TypeError, r"\['bits'\] is of type int4"),
+        ({"wave": np.complex64(1j * np.inf)}, ValueError, "wave"),
+        ({"count": 3}, TypeError, r"\['count'\] is of type int"),
+        ({}, TypeError, "but it has no leaf"),
     ):
         with pytest.raises(error, match=message):
             metaopt.save(path, value)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "like", "message"),
+    [
+        (np.int32(3), np.int64(3), "leaf should be int64 of shape .*, and it is int32"),
+        (np.int32(3), 3.0, "leaf should be floating-point of shape .*, and it is int32"),
+        (np.array([True]), np.array([1], np.uint8), "leaf should be uint8 of shape .*, and it is bool"),
+        (np.complex64(1j), np.float32(1), "leaf should be floating-point of shape .*, and it is complex64"),
+        (jax.random.key(0), jax.random.key(0, impl="rbg"), r"leaf should be uint32 of shape \(4,\), and it is uint32"),
+        (
+            jax.random.key(0, impl="rbg"),
+            jax.random.key(0, impl="unsafe_rbg"),
+            "should be of type key<urbg>, and is key<rbg>",
+        ),
+        (jax.random.key(0), jax.random.PRNGKey(0), "should be of type uint32, and is key<fry>"),
+        (jax.random.PRNGKey(0), jax.random.key(0), "should be of type key<fry>, and is uint32"),
+    ],
+)
+def test_arrays_that_are_not_floating_point_need_a_template_of_their_type(saved, like, message, tmp_path):
+    metaopt.save(tmp_path / "state.npz", saved)
+    with pytest.raises(ValueError, match=message):
+        metaopt.load(tmp_path / "state.npz", like=like)
+
+
+def test_integers_are_not_truncated(tmp_path):
+    for number, fits in ((2**31 - 1, True), (2**31, False), (-(2**31) - 1, False)):
+        metaopt.save(tmp_path / "count.npz", np.int64(number))
+        with (
+            jax.enable_x64(False),
+            contextlib.nullcontext() if fits else pytest.raises(ValueError, match="beyond int32"),
+        ):
+            assert int(metaopt.load(tmp_path / "count.npz", like=np.int64(0))) == number
+        assert int(metaopt.load(tmp_path / "count.npz", like=np.int64(0))) == number
 
 
 def test_a_file_without_arrays_is_a_json_text(tmp_path):

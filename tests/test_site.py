@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,9 +36,21 @@ def converted(text, room="hypergrad"):
         ("Within ±`clip` (`x`).", r"Within ±\ ``clip`` (``x``)."),
         ("The solvers `cg`s.", r"The solvers :py:obj:`cg <metaopt.hypergrad.cg>`\ s."),
         ("See `nas.darts` and `nas.nothing`.", "See :py:obj:`nas.darts <metaopt.nas.darts>` and ``nas.nothing``."),
+        (
+            "An `Estimator` of a `base.Task`, and `Sequence`.",
+            "An :py:obj:`Estimator <metaopt.base.Estimator>` of a :py:obj:`base.Task <metaopt.base.Task>`, "
+            "and ``Sequence``.",
+        ),
         ("One `a\nb` code.", "One ``a b`` code."),
         ("An equation\n\n    F(λ) = |θ|²\n\nends.", "An equation\n\n::\n\n    F(λ) = |θ|²\n\nends."),
         ("A list:\n- one\n  more\n- two", "A list:\n\n- one\n  more\n\n- two"),
+        (
+            "A table:\n\n| a | b |\n|---|---|\n| `x` | |\n\n    |x|",
+            "A table:\n\n\n.. list-table::\n   :header-rows: 1\n\n   * - a\n     - b\n   * - ``x``\n     -\n\n\n"
+            "::\n\n    |x|",
+        ),
+        ("**Cost.** Up to 2**24, with **kw.", r"**Cost.** Up to 2\*\*24, with \*\*kw."),
+        ("|w| is a norm.", r"\|w\| is a norm."),
         ("Source: Somebody,\n  https://arxiv.org/abs/1 (2020)", "Source: Somebody,\nhttps://arxiv.org/abs/1 (2020)"),
         (
             "Adds.\n\nArgs:\n  x: one.\n    Two.\n  *rest: more.",
@@ -61,6 +74,21 @@ def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
     assert cards.count("grid-item-card") == len(re.findall(r"^\| .*results/.*\.md\)", text, re.M)) > 30
     pictures = re.findall(r":img-top: \.\./(\S+)", cards)
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize("num_pages", [0, 3, 40])
+def test_each_process_begins_with_as_many_pages_with_cells(num_pages, tmp_path):
+    parallel = pytest.importorskip("sphinx.util.parallel")
+    names = [f"page{i:02}" for i in range(num_pages)]
+    with_cells = names[-13:]  # next to one another, as those of a folder are
+    for name in names:
+        (tmp_path / name).write_text("```{code-cell} python3" if name in with_cells else "text")
+    ordered = names.copy()
+    environment = SimpleNamespace(doc2path=lambda name: tmp_path / name)
+    module("extension").spread_cells(SimpleNamespace(parallel=2), environment, ordered)
+    assert sorted(ordered) == names
+    counts = [len(set(chunk) & set(with_cells)) for chunk in parallel.make_chunks(ordered, 2)]
+    assert counts[:2] == {0: [], 3: [1, 1], 40: [7, 6]}[num_pages]
 
 
 def test_pages_of_the_site_are_in_a_table_of_contents():

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from experiments.automl import soft_clusters
 from metaopt import spaces
 
+pytestmark = pytest.mark.once  # an experiment
 SETTINGS = soft_clusters.Settings(resamples=3, em_steps=4, outer_steps=3)
 
 

@@ -41,6 +41,7 @@ from experiments.hyperparameters.transfer.ten_runs import (
 )
 from metaopt import automl, base, hypergrad, predictors, spaces, tasks
 
+pytestmark = pytest.mark.once  # an experiment
 ROWS = np.random.default_rng(0).uniform(0.05, 1.0, (6, 4, 30))  # runs, tasks, rows
 MASK = (np.arange(30)[None] < np.array([30, 20, 10, 5])[:, None]).astype(np.float32)
 
@@ -272,7 +273,6 @@ def trained(in_float32):
     return network, part, np.asarray(default) + 0.1 * rng.normal(size=(3, len(default)))
 
 
-@pytest.mark.once
 def test_recorded_runs_are_those_of_the_network_and_a_run_that_diverged_has_probability_0(trained):
     network, part, z = trained
     hyperparams = hyperparams_of(network.space, z)
@@ -293,7 +293,6 @@ def test_recorded_runs_are_those_of_the_network_and_a_run_that_diverged_has_prob
     assert losses[1, 0] == pytest.approx(-np.log(1e-4))
 
 
-@pytest.mark.once
 def test_the_first_step_is_that_of_the_optimizer_along_the_hypergradient(trained):
     network, part, z = trained
     visited = make_steps(network, 2, 0.3)(jax.random.key(7), z, part)
@@ -319,7 +318,6 @@ def test_finished_rates_are_kept_by_their_names(trained, monkeypatch):
     assert sorted(made) == ["0.5", "2.0", "start"] and tuned.start == [1.0] and tuned.after.tolist() == [[3.0], [2.0]]
 
 
-@pytest.mark.once
 def test_fine_tuning_with_rate_zero_keeps_the_start_and_other_rates_do_not(trained):
     network, part, z = trained
     parts = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], part) for rows in (slice(0, 1), slice(1, 3))]

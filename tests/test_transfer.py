@@ -32,6 +32,8 @@ from experiments.hyperparameters.transfer.variants import (
 )
 from metaopt import automl, base, tasks
 
+pytestmark = pytest.mark.once  # an experiment
+
 
 def _make(value, calls):
     def make():

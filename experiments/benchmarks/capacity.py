@@ -4,11 +4,13 @@ A transformer is trained with Adam for T steps, and each layer is recomputed in 
 for each layer. `hypergrad.unrolled` is compiled for shapes without data, and nothing is run. Its memory is that of the
 arguments, the results and the temporary values, as the compiler states it.
 
-For each T and policy, a search finds the largest width, among multiples of 64. For each of two models, it finds the
-largest T of two digits. All figures are of compiled programs: the largest one fits, and the next one does not.
+Memory is close to a linear function of w, w², and both times the number of stored steps, for a width w. It is fitted to
+four or six compiled programs for each policy, of two widths and two or three T. The answers follow from the fit: for
+each T the largest width, among multiples of 64, and for each of two widths the largest T of two digits. The programs of
+two answers are compiled for each policy, too, and compared with the prediction.
 
     python experiments/benchmarks/capacity.py            # minutes; writes experiments/results/capacity.md
-    python experiments/benchmarks/capacity.py --smoke    # seconds; prints only
+    python experiments/benchmarks/capacity.py --smoke    # less than a minute; prints only
 """
 
 import functools
@@ -51,6 +53,7 @@ def gib(model: Model, width: int, num_steps: int, remat: str) -> float:
     program = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     memory = program.memory_analysis()
     parts = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    print(f"{remat}, width {width}, T = {num_steps}: {sum(parts) / 2**30:.3f} GiB", flush=True)
     return sum(parts) / 2**30
 
 
@@ -63,35 +66,43 @@ def millions(model: Model, width: int) -> float:
     return sum(math.prod(sizes) for sizes in sizes_of(model, width).values()) / 1e6
 
 
-def largest(
-    memory: Callable[[int], float], candidates: Sequence[int], budget: float, guess: float, power: float
-) -> int:
-    """Returns the largest candidate that fits, or 0. `memory` increases.
+def features(width: int, num_steps: int, remat: str) -> np.ndarray:
+    """Returns the quantities in which the memory is linear.
+
+    The width is that of activations, and its square that of weights. "none" and "step" store values of all T steps,
+    "sqrt" those of about 2√T, and "grads" both.
+    """
+    branches = math.ceil(math.sqrt(num_steps))
+    stored = {"none": [num_steps], "step": [num_steps], "sqrt": [branches + num_steps // branches]}
+    stored["grads"] = stored["step"] + stored["sqrt"]
+    return np.outer([width, width**2], [1, *stored[remat]]).ravel().astype(float)
+
+
+def fitted(
+    memory: Callable[[int, int], float], remat: str, widths: Sequence[int], num_steps: Sequence[int]
+) -> Callable[[int, int], float]:
+    """Fits the memory to programs of two widths and of as many T as `features` needs.
 
     Args:
-      memory: the memory of a candidate; each call is a compilation.
-      candidates: increasing.
-      budget: in the unit of `memory`.
-      guess: the first candidate, up to rounding.
-      power: the expected exponent of the memory as a power of the candidate, for the second one.
+      memory: `(width, num_steps) -> GiB`; each call is a compilation.
+      remat: the policy.
+      widths: two.
+      num_steps: three; "grads" needs the last one.
 
     Returns:
-      The candidate. The next candidate was compiled too, and does not fit, unless it is the last one.
+      `(width, num_steps) -> GiB`.
     """
-    low, high, known = -1, len(candidates), {}
-    place = int(np.searchsorted(candidates, guess))
-    while high - low > 1:
-        place = min(max(place, low + 1), high - 1)
-        known[place] = memory(candidates[place])
-        low, high = (place, high) if known[place] <= budget else (low, place)
-        # A power law through the two points that are nearest to the budget.
-        nearest = sorted(known, key=lambda i: abs(math.log(known[i] / budget)))[:2]
-        if len(nearest) == 2:
-            ratios = [math.log(values[nearest[0]] / values[nearest[1]]) for values in (known, candidates)]
-            power = max(ratios[0] / ratios[1], 0.1)
-        target = candidates[nearest[0]] * (budget / known[nearest[0]]) ** (1 / power)
-        place = int(np.searchsorted(candidates, target, side="right")) - 1
-    return candidates[low] if low >= 0 else 0
+    chosen = num_steps[: len(features(1, 1, remat)) // 2]
+    programs = [(width, steps) for width in widths for steps in chosen]
+    rows = np.stack([features(*program, remat) for program in programs])
+    scale = rows.max(0)
+    coefficients = np.linalg.solve(rows / scale, [memory(*program) for program in programs]) / scale
+    return lambda width, num_steps: float(features(width, num_steps, remat) @ coefficients)
+
+
+def largest(memory: Callable[[int], float], candidates: Sequence[int], budget: float) -> int:
+    """Returns the largest candidate whose memory fits, or 0."""
+    return max((number for number in candidates if memory(number) <= budget), default=0)
 
 
 def two_digits(limit: int) -> list[int]:
@@ -100,33 +111,55 @@ def two_digits(limit: int) -> list[int]:
     return sorted(number for number in numbers if number < limit)
 
 
-def cell(value: int, memory: Callable[[int], float], text: str) -> str:
-    return f"{text} ({memory(value):.2f} GiB)" if value else "none"
+class Grid(NamedTuple):
+    """The questions, and the programs from which the answers are predicted."""
+
+    model: Model
+    policies: Sequence[str]
+    budgets: Sequence[float]
+    num_steps: Sequence[int]  # of the first table
+    widths: Sequence[int]  # of the second table, and of the fits
+    fit_steps: Sequence[int]
+    all_widths: Sequence[int]
+    all_steps: Sequence[int]
 
 
-def models(model: Model, horizons: Sequence[int], widths: Sequence[int], budgets: Sequence[float]) -> list[list[str]]:
-    """Returns rows of the first table: the largest widths."""
-    rows = []
-    for num_steps in horizons:
-        for remat in POLICIES:
-            memory = lambda width: gib(model, width, num_steps, remat)  # noqa: B023
-            found = [largest(memory, widths, budget, widths[len(widths) // 8], 2) for budget in budgets]
-            named = [cell(w, memory, f"{millions(model, w):.1f} M, width {w}") for w in found]
-            rows.append([str(num_steps), f'`"{remat}"`', *named])
-    return rows
-
-
-def horizons(model: Model, widths: Sequence[int], limit: int, budgets: Sequence[float]) -> list[list[str]]:
-    """Returns rows of the second table: the largest T."""
-    rows = []
-    for width in widths:
-        for remat in POLICIES:
-            memory = lambda num_steps: gib(model, width, num_steps, remat)  # noqa: B023
-            found = [largest(memory, two_digits(limit), budget, 100, 1) for budget in budgets]
-            rows.append(
-                [f"{millions(model, width):.1f} M", f'`"{remat}"`', *(cell(t, memory, f"{t:,}") for t in found)]
+def answers(grid: Grid) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+    """Returns the rows of three tables: the largest widths, the largest T, and the checks of the predictions."""
+    by_steps, by_width, checks = [], [], []
+    for remat in grid.policies:
+        memory = functools.partial(gib, grid.model, remat=remat)
+        fit = fitted(memory, remat, grid.widths, grid.fit_steps)
+        programs = []
+        for steps in grid.num_steps:
+            of_width = lambda width: fit(width, steps)  # noqa: B023
+            found = [largest(of_width, grid.all_widths, budget) for budget in grid.budgets]
+            named = [f"{millions(grid.model, w):.1f} M, width {w}" if w else "none" for w in found]
+            by_steps.append([str(steps), f'`"{remat}"`', *named])
+            programs.append((found[-1], steps))
+        for width in grid.widths:
+            of_steps = lambda steps: fit(width, steps)  # noqa: B023
+            found = [largest(of_steps, grid.all_steps, budget) for budget in grid.budgets]
+            by_width.append(
+                [f"{millions(grid.model, width):.1f} M", f'`"{remat}"`', *(f"{t:,}" if t else "none" for t in found)]
             )
-    return rows
+            programs.append((width, found[0]))
+        # The largest model at the first T, and the longest run of the largest model.
+        for width, steps in (programs[0], programs[-1]):
+            if width and steps:
+                both = memory(width, steps), fit(width, steps)
+                error = f"{100 * (both[1] / both[0] - 1):+.2f}"
+                checks.append([f'`"{remat}"`', str(width), f"{steps:,}", *(f"{value:.3f}" for value in both), error])
+    first, second = (sorted(rows, key=lambda row: _number(row[0])) for rows in (by_steps, by_width))
+    return first, second, checks
+
+
+def listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _number(text: str) -> float:
+    return float(text.split()[0])
 
 
 def draw(rows: Sequence[Sequence[str]], path: Path) -> None:
@@ -151,22 +184,28 @@ def draw(rows: Sequence[Sequence[str]], path: Path) -> None:
 
 def main() -> None:
     options = script.parser(__doc__).parse_args()
-    model = Model(1, 8, 2) if options.smoke else Model(12, 256, 8)
-    budgets = (1 / 256,) if options.smoke else BUDGETS
-    steps, widths = ((8,), range(16, 257, 16)) if options.smoke else ((16, 1024), range(64, 16385, 64))
-    sizes = (16,) if options.smoke else (256, 1024)
-    first = models(model, steps, widths, budgets)
-    second = horizons(model, sizes, 1000 if options.smoke else 10**8, budgets)
-    header = [f"{budget:g} GiB" for budget in budgets]
+    if options.smoke:
+        widths, steps = range(16, 257, 16), two_digits(1000)
+        grid = Grid(Model(2, 8, 2), ("none", "sqrt"), (1 / 256,), (16,), (16, 64), (4, 25, 64), widths, steps)
+    else:
+        widths, steps = range(64, 16385, 64), two_digits(10**8)
+        grid = Grid(Model(12, 256, 8), POLICIES, BUDGETS, (16, 1024), (256, 1024), (16, 1024, 256), widths, steps)
+    first, second, checks = answers(grid)
+    model, header = grid.model, [f"{budget:g} GiB" for budget in grid.budgets]
     text = "\n\n".join(
         [
             f"A transformer of {model.layers} layers with 4 heads, {model.batch} sequences of {model.length} tokens, "
             f"{VOCABULARY} tokens in the vocabulary, trained with Adam in float32; each layer is recomputed in the "
-            "loss. In parentheses: the memory of this program.",
+            "loss. Programs are compiled for CPU from shapes, and nothing is run. Memory is that of arguments, results "
+            "and temporary values by `compiled.memory_analysis()`.",
             "The largest model, in millions of parameters:",
             script.table(["T", "`remat`", *header], first),
             "The largest T, of two digits:",
             script.table(["parameters", "`remat`", *header], second),
+            'These are predictions of a fit to four compiled programs for each policy (`"grads"`: six), of the widths '
+            f'{listed(grid.widths)} and T = {listed(grid.fit_steps[:2])} (`"grads"`: {grid.fit_steps[2]} too). For two '
+            "answers of each policy, the program was compiled, and compared with the prediction:",
+            script.table(["`remat`", "width", "T", "compiled, GiB", "predicted, GiB", "error, %"], checks),
             '`remat="offload"` is missing: XLA\'s compiler for CPUs does not move values to another memory, and '
             "`unrolled` then raises an error.",
         ]

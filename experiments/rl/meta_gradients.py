@@ -18,7 +18,7 @@ bound of the return. A run without a finite return has score 0. A search chooses
 Intervals are stratified bootstrap intervals of the interquartile mean over seeds. The outer rate and the outer loss
 were chosen on other seeds (`--develop`). `--families Acrobot` is a fourth family, which no choice saw.
 
-    python experiments/rl/meta_gradients.py --full     # 8 minutes; writes results/rl_meta_gradients.md and .png
+    python experiments/rl/meta_gradients.py --full     # 14 minutes; writes results/rl_meta_gradients.md and .png
     python experiments/rl/meta_gradients.py            # five seeds
     python experiments/rl/meta_gradients.py --develop  # choices, on other seeds; prints only
     python experiments/rl/meta_gradients.py --smoke    # seconds; prints only

@@ -105,7 +105,7 @@ def has_needed_columns(X, fitted_names: np.ndarray | None, encoder: tasks.TableE
     Args:
       X: rows.
       fitted_names: `feature_names_in_`, or None.
-      encoder: of the columns.
+      encoder: the encoder of the columns.
 
     Raises:
       ValueError: if the columns have another order, as scikit-learn's contract demands.

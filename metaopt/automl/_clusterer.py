@@ -21,25 +21,26 @@ _MAX_AXES = 20  # principal axes
 
 
 class AutoClusterer(ClusterMixin, TableEstimator):
-    """Clusters the rows of a table, with an algorithm and a number of clusters that are stable if rows are drawn again.
+    """Clusters the rows of a table, with the algorithm and number of clusters that are stable over random parts.
 
     Each candidate (an algorithm with k clusters) clusters eight random parts of the rows. Its stability s is the mean
-    adjusted Rand index of two parts on their shared rows. Two clusters are stable in an elongated table without
-    clusters, too. So r is the stability for normal rows with the covariance of the table, and only candidates with
-    s - r of at least 0.15 count. Some of them have at least 95 % of the largest s. The largest k among these is chosen,
-    with its most stable algorithm. If no candidate counts, all rows are one cluster. This follows Ben-Hur et al. (PSB
-    2002), and the reference Dudoit & Fridlyand (Genome Biology 2002).
+    adjusted Rand index of two parts on their shared rows. In an elongated table without clusters, two clusters are
+    stable, too. So s is compared with a reference r, the stability on normally distributed rows with the covariance of
+    the table, and only candidates with s - r of at least 0.15 count. Of those with at least 95 % of the largest s, the
+    largest k is chosen, with its most stable algorithm. If no candidate counts, all rows are one cluster. This follows
+    Ben-Hur et al. (PSB 2002), and the reference Dudoit & Fridlyand (Genome Biology 2002).
 
-    Labels and clusters may have different reasons: look at the clusters before you use them. Tables without clusters
-    are not always recognized; a uniform square, for example, has four stable quarters.
+    Clusters need not agree with labels that you have in mind: look at the clusters before you use them. Tables without
+    clusters are not always recognized; a uniform square, for example, has four stable quarters.
 
     Columns may be numbers, categories, booleans, dates or texts, with missing values, as in `AutoClassifier`. Numbers
     get zero mean and unit variance, and are clipped softly to (-3, 3); a category gets a column for each level. At most
     20 principal axes stay. The distances depend on this scaling: leave out columns that should not matter, such as a
     known label.
 
-    Shortcuts. Only `sample_rows` random rows are clustered; the other rows are labeled like new ones. HDBSCAN finds the
-    number of clusters itself, from four sizes of the smallest cluster, and its noise joins the nearest cluster.
+    Limits. At most `sample_rows` random rows are clustered; the other rows are labeled like new ones. HDBSCAN finds the
+    number of clusters itself. It is tried with four minimal cluster sizes, and rows that it marks as noise join the
+    nearest cluster.
 
     Args:
       max_clusters: the largest number of clusters.
@@ -52,7 +53,7 @@ class AutoClusterer(ClusterMixin, TableEstimator):
     Attributes:
       labels_: [n] the cluster of each row, 0..k-1. Cluster 0 is the largest.
       n_clusters_: k.
-      algorithm_: of the chosen candidate, or None if there is one cluster.
+      algorithm_: the algorithm of the chosen candidate, or None if there is one cluster.
       leaderboard_: a frame of the candidates by decreasing s: algorithm, k, stability s, its spread over the parts,
         reference r, and seconds.
       encoder_: a `tasks.TableEncoder`; its `notes` list the columns that were dropped or changed.

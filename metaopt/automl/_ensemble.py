@@ -40,7 +40,7 @@ def score(metric: str, predicted: np.ndarray, target: Target) -> float:
     Args:
       metric: one of `METRICS`.
       predicted: [n, C] probabilities, or [n] numbers.
-      target: of the same rows.
+      target: the target of the same rows.
     """
     from sklearn import metrics
 
@@ -77,7 +77,7 @@ def greedy_weights(
 
     Args:
       predictions: M arrays, [n, C] or [n].
-      target: of the same rows.
+      target: the target of the same rows.
       metric: one of `METRICS`.
       max_members: the largest number of different members.
       is_late: `() -> bool`, whether no further step may begin. The first step always takes place.

@@ -24,9 +24,9 @@ class FittedMember(NamedTuple):
       member: name, kind and settings.
       models: one per fold; with time, only that of all rows.
       score: out of fold; larger is better.
-      weight: in the ensemble.
-      fit_seconds: of all folds.
-      predict_seconds: of all folds, for their validation rows.
+      weight: the weight in the ensemble.
+      fit_seconds: the seconds to fit all folds.
+      predict_seconds: the seconds to predict the validation rows of all folds.
     """
 
     member: Member
@@ -41,14 +41,14 @@ class FittedEnsemble(NamedTuple):
     """What `fit_ensemble` returns.
 
     Attributes:
-      inputs: of each fold; with time, only those of all rows.
-      classes: of each fold, the classes that its training rows have; empty for regression.
+      inputs: the inputs of each fold; with time, only those of all rows.
+      classes: for each fold, the classes that its training rows have; empty for regression.
       members: all fitted members, by decreasing score. Models of members without weight are dropped.
       failed: name -> reason, of members that were not fitted.
-      temperature: of the calibration, 1 for regression.
+      temperature: the temperature of the calibration, 1 for regression.
       out_of_fold: the calibrated prediction of each row, NaN for rows that were not validated.
       num_classes: C, or 0.
-      score: of `out_of_fold`.
+      score: the score of `out_of_fold`.
     """
 
     inputs: list[Inputs]
@@ -93,8 +93,8 @@ def fit_ensemble(
     """Fits members on folds, and weights and calibrates them by their out-of-fold predictions.
 
     Args:
-      rows: by `sorted_rows`.
-      columns: of x.
+      rows: the rows, from `sorted_rows`.
+      columns: the columns of x.
       num_classes: C, or 0 for regression.
       members: the portfolio.
       options: see `Options`.
@@ -147,7 +147,7 @@ def predict_ensemble(fitted: FittedEnsemble, x: np.ndarray) -> np.ndarray:
     """Predicts rows: the weighted mean over members of the means over folds, calibrated.
 
     Args:
-      fitted: by `fit_ensemble`.
+      fitted: the result of `fit_ensemble`.
       x: [n, d].
 
     Returns:

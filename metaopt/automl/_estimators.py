@@ -81,7 +81,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
                 f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "
-                "number, use regression; otherwise check that it is no id."
+                "number, use regression; otherwise check that it is not an id."
             )
         group_codes = None if groups is None else _arguments.group_codes(groups, len(x))
         times = None if time is None else _arguments.times(time, len(x))
@@ -132,7 +132,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         over folds, which is better than the model of one fold.
 
         Args:
-          coverage: in (0, 1).
+          coverage: the probability, in (0, 1).
           num_new: the number of units in a test whose score the interval should contain, all of about the size of those
             in `fit`. None is for their expected score, as in a very large test.
 
@@ -228,12 +228,12 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     The models are the network of `tabular_network` with the hyperparameters that the shipped g predicts, draws around
     them, linear models, forests and boosted trees. Each is fitted on 8 folds. Greedy selection weights the models by
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
-    models and folds; no model is fitted again on all rows, except with `time`.
+    models and folds; no model is fitted again on all rows, except if `fit` gets `time`.
 
-    Shortcuts. The network uses JAX's pool of threads, whatever `n_jobs` is. A network that is compiled when the time is
-    over is not awaited, but its compilation may go on in the background. Some out-of-fold scores are slightly
-    optimistic: g reads the meta-features of all rows, the refined network uses the validation rows of all folds, and
-    with a single split (more than 20,000 rows) boosted trees stop by its validation rows.
+    Limits. The network uses JAX's pool of threads, whatever `n_jobs` is. If a network is still being compiled when the
+    time is over, `fit` does not wait for it, but the compilation may go on in the background. Some out-of-fold scores
+    are slightly optimistic: g reads the meta-features of all rows, the refined network uses the validation rows of all
+    folds, and with a single split (more than 20,000 rows) boosted trees stop by its validation rows.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
@@ -241,17 +241,18 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         CatBoost if it is installed) or "best" (8 more).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
-      models: kinds of models to use, for example `("network", "lightgbm")` or "linear"; None uses all that are
-        installed.
+      models: the kinds of models to use, one or several of "network", "linear", "lightgbm", "xgboost", "catboost",
+        "extra_trees", "random_forest" and "hist_gradient_boosting". None uses all that are installed, but
+        "hist_gradient_boosting" only without LightGBM.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
 
     Attributes:
       classes_: [C] the labels.
-      leaderboard_: a frame of the models.
+      leaderboard_: a frame of the models, with their score, weight, and seconds of fit and prediction.
       not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
-      score_: the out-of-fold score of the ensemble.
+      score_: the out-of-fold score of the ensemble by `eval_metric`, larger is better.
       report_: a frame of the columns that were changed or dropped, with reasons.
 
     Example:
@@ -284,7 +285,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
         Args:
           X: rows.
-          coverage: in (0, 1).
+          coverage: the probability, in (0, 1).
 
         Returns:
           [n, C] bool, in the order of `classes_`. The most probable label is always in the set.
@@ -321,25 +322,26 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
     """A regressor for tables that chooses and combines models within a time limit.
 
     It works like `AutoClassifier`, with a Gaussian process among its models. On more than 2,000 rows, this process uses
-    a sample of 2,000; 300 of them choose its length scales. The network predicts the probabilities of ten intervals of
-    the target, with the hyperparameters that g predicts for this classification; its prediction is the mean target of
-    the intervals. The ends of the intervals are quantiles of the targets of all rows. No g is trained for regression
-    yet.
+    a sample of 2,000; 300 of them choose its length scales. The network classifies rows by ten intervals of the target,
+    with the hyperparameters that g predicts for this classification. Its prediction is the mean of the intervals' mean
+    targets, weighted by their probabilities. The ends of the intervals are quantiles of the targets of all rows. No g
+    is trained for regression yet.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant", "balanced" or "best".
       eval_metric: "rmse" (default), "mae" or "r2": the score that the weights maximize.
-      models: kinds of models to use, for example `("linear", "lightgbm")` or "linear"; None uses all that are
+      models: the kinds of models to use, as for `AutoClassifier`, and "gaussian_process". None uses all that are
         installed.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
 
     Attributes:
-      leaderboard_: a frame of the models.
+      leaderboard_: a frame of the models, with their score, weight, and seconds of fit and prediction.
       not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
-      score_: the out-of-fold score of the ensemble, in units of the target's standard deviation for losses.
+      score_: the out-of-fold score of the ensemble by `eval_metric`, larger is better. "rmse" and "mae" are negative,
+        in units of the target's standard deviation.
       report_: a frame of the columns that were changed or dropped, with reasons.
 
     Example:
@@ -368,7 +370,7 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
 
         Args:
           X: rows.
-          coverage: in (0, 1).
+          coverage: the probability, in (0, 1).
 
         Returns:
           [n, 2] lower and upper ends.

@@ -28,8 +28,8 @@ def permutation_importance(
       names: [d] columns of `fit`, in a frame found by name.
       used: places in `names` of the columns that predictions depend on.
       n_repeats: the number of shuffles of each column.
-      scoring: of `sklearn.metrics.check_scoring`.
-      seed: of the shuffles, which are the same for all columns.
+      scoring: a scorer's name, as for `sklearn.metrics.check_scoring`.
+      seed: the seed of the shuffles, which are the same for all columns.
 
     Returns:
       [d] means and [d] standard deviations of the fall of the score; 0 for other columns.

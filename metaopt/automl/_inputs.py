@@ -62,7 +62,7 @@ def fit_inputs(
       high_cardinality: [d] bool, categorical columns that get target encodings.
       repeats: positions of rows, repeated by their weight.
       num_classes: C, or 0 for regression.
-      seed: of the folds of the target encoding.
+      seed: the seed of the folds of the target encoding.
       units: [n] rows with the same number, such as a group or copies of a row, are in one fold of the target encoding.
 
     Returns:

@@ -37,15 +37,15 @@ class FoldData(NamedTuple):
     """The inputs of a fit.
 
     Attributes:
-      views: of the training rows.
+      views: the views of the training rows.
       y: [n] classes 0..K-1, all of which occur, or numbers.
       weight: [n], with mean 1.
-      valid_views: of the validation rows.
+      valid_views: the views of the validation rows.
       valid_y: [m]; boosting stops early by them.
       valid_weight: [m], zero for rows whose class does not occur in `y`.
       categorical: [k] bool, of the columns for trees.
       num_classes: K, or 0 for regression.
-      seed: of the fit.
+      seed: the seed of the fit.
       stops: whether boosting stops early; the same in all folds. If m = 0 it does not stop, and `settled` shortens it.
     """
 
@@ -145,7 +145,7 @@ def settled(kind: str, models: list[Any], folds: list[FoldData]) -> list[tuple[A
 
     Args:
       kind: with rounds.
-      models: of all folds.
+      models: the models of all folds.
       folds: their data.
 
     Returns:

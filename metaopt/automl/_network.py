@@ -18,11 +18,11 @@ class TabularNetwork(NamedTuple):
     """A training run for tables.
 
     Attributes:
-      space: of λ, fourteen numbers in natural units.
+      space: the space of λ, fourteen numbers in natural units.
       problem: its inner loop and outer loss; λ is in natural units.
       num_steps: the number of inner steps of a whole run.
       log_probabilities: `(params, hyperparams, rows) -> [N, C]`, the logarithm of the mean of the members'
-        probabilities. `rows` is a dict like `train` of `tabular_task`; its "y" and "mask" are not used.
+        probabilities. `rows` is a dict like `tabular_task(...).train`; its "y" and "mask" are not used.
     """
 
     space: dict[str, spaces.Leaf]
@@ -34,7 +34,7 @@ class TabularNetwork(NamedTuple):
 def tabular_network(
     *, num_steps: int = 100, batch_size: int = 64, num_members: int = 4, num_hidden: int = 32
 ) -> TabularNetwork:
-    """A training run for classification tables, with fourteen hyperparameters.
+    """Makes a training run for classification tables, with fourteen hyperparameters.
 
     The M members are networks with one hidden layer of ReLUs. They share an additive part that is linear in each column
     x and in its hinges max(0, x − c), where c are the quartiles of a standard normal:
@@ -52,7 +52,7 @@ def tabular_network(
     "hidden_scale" s_h, "output_scale" s_o, "linear_scale" s_l and "hinge_scale" s_c, all on a logarithmic scale.
 
     Args:
-      num_steps: of a whole run, after which the rate is zero.
+      num_steps: the number of inner steps of a whole run, after which the rate is zero.
       batch_size: rows of a minibatch.
       num_members: M.
       num_hidden: hidden units of each member.
@@ -130,13 +130,13 @@ def train(network: TabularNetwork, key: jax.Array, hyperparams: base.HyperParams
     """Trains on the training rows of one task.
 
     Args:
-      network: by `tabular_network`.
-      key: of the initialization, the order of the data and the noise.
+      network: the network, from `tabular_network`.
+      key: the random key, for the initialization, the order of the data and the noise.
       hyperparams: λ in natural units.
-      task: by `tabular_task`.
+      task: the task, from `tabular_task`.
 
     Returns:
-      θ, for `network.log_probabilities`. Jit and vmap work.
+      θ, for `network.log_probabilities`. It works under `jit` and `vmap`.
     """
     return network.problem.loop.params(inner.run(network.problem.loop, network.num_steps)(key, hyperparams, task.train))
 

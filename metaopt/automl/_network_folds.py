@@ -11,7 +11,7 @@ from metaopt import base, hypergrad, spaces, training
 from metaopt.automl._inputs import intervals
 from metaopt.automl._network import HINGES, tabular_network, train
 from metaopt.automl._rows import repeated
-from metaopt.automl._shipped import LARGEST, predict_hyperparams
+from metaopt.automl._shipped import predict_hyperparams
 
 SPREAD = 0.5  # standard deviation of draws around λ, in unconstrained coordinates
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # columns after padding; equal shapes share one compiled program
@@ -46,7 +46,7 @@ def predicted_hyperparams(
     rows = repeated(weight)
     labels = y if num_classes else intervals(y)
     _, codes = np.unique(labels, return_inverse=True)
-    bounded = np.clip(x, -LARGEST, LARGEST)
+    bounded = np.clip(x, -1e15, 1e15)  # larger numbers would overflow in squares
     if not x.shape[1]:  # meta-features need a column
         bounded, categorical = np.zeros((len(x), 1)), np.zeros(1, bool)
     return jax.device_get(predict_hyperparams((bounded[rows], codes[rows].astype(np.int32), categorical), seed=seed))
@@ -120,8 +120,8 @@ def refined(
       valid_labels: their classes, or intervals.
       num_classes: C.
       hyperparams: the start.
-      num_steps: of Adam with rate .1.
-      seed: of the runs.
+      num_steps: the number of steps of Adam with rate .1.
+      seed: the seed of the runs.
 
     Returns:
       The visited λ with the smallest loss.
@@ -160,7 +160,7 @@ def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
     """The predictions of `TabularNetwork.log_probabilities` in NumPy, which need no compilation.
 
     Args:
-      model: of one fold.
+      model: the model of one fold.
       x: [n, D] dense rows.
 
     Returns:

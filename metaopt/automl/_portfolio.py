@@ -81,7 +81,7 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
       problem: "classification" or "regression".
       preset: "instant", "balanced" or "best".
       kinds: the kinds to use, one of them, or None for all that are installed.
-      num_rows: of the table. Leaves of boosted trees must not need more rows than a small table has.
+      num_rows: the number of rows of the table. Leaves of boosted trees must not need more rows than a small table has.
 
     Returns:
       The members.

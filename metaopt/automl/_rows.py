@@ -125,9 +125,9 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     A class with one row (or copies of one) stays in the training part.
 
     Args:
-      rows: by `sorted_rows`.
+      rows: the rows, from `sorted_rows`.
       num_classes: C, or 0 for regression.
-      seed: of the folds.
+      seed: the seed of the folds.
 
     Returns:
       One `Split` per fold.

@@ -58,7 +58,7 @@ class Work(NamedTuple):
       folds: the data of each fold, for all kinds but the network.
       fit_networks: `(settings) -> [FoldResult]`, all folds of a network.
       times: predicts the seconds of fits.
-      clock: of the whole `fit`.
+      clock: the clock of the whole `fit`.
       reserve: seconds that are kept for the end.
       num_jobs: the number of fits at a time.
     """

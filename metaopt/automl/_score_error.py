@@ -17,7 +17,7 @@ class ScoreError(NamedTuple):
     """The standard error of a score.
 
     Attributes:
-      standard_error: of the mean over units; NaN for one block.
+      standard_error: the standard error of the mean over units; NaN for one block.
       num_blocks: K. The standard error has K − 1 degrees of freedom.
       num_units: U ≥ K, the number of groups, blocks of time, or rows.
     """
@@ -36,10 +36,10 @@ def score_error(rows: TrainingRows, out_of_fold: np.ndarray, metric: str, seed: 
     all blocks have equal weight, then se² is the variance of the blocks' means divided by K.
 
     Args:
-      rows: by `sorted_rows`.
+      rows: the rows, from `sorted_rows`.
       out_of_fold: [n, C] or [n] predictions, NaN for rows that were not validated.
       metric: one of `METRICS`.
-      seed: of the random blocks.
+      seed: the seed of the random blocks.
 
     Returns:
       A `ScoreError`.
@@ -63,9 +63,9 @@ def score_interval(
 
     Args:
       value: the score.
-      error: of the score.
+      error: the error of the score.
       metric: one of `METRICS`.
-      coverage: in (0, 1).
+      coverage: the probability, in (0, 1).
       num_new: m, the number of new units; None for infinitely many.
     """
     from scipy import stats

@@ -6,18 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metaopt import _saving, base, tasks
 from metaopt.predictors import TrainedPredictor
 
 GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")  # of the meta-features
-LARGEST = 1e15  # larger numbers would overflow in squares
 
 
 @functools.cache
 def shipped_predictor() -> TrainedPredictor:
-    """The trained g of `tabular_network`.
+    """Returns the trained g of `tabular_network`.
 
     It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
     fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. Its
@@ -36,16 +34,16 @@ def shipped_predictor() -> TrainedPredictor:
 def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> base.HyperParams:
     """Predicts the hyperparameters of `tabular_network` for a new table, without a trial: λ = g(t').
 
-    It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. Features outside the
-    range of g's training shrink the prediction towards one λ for all tables.
+    It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. If features lie outside
+    the range of g's training, the prediction shrinks towards one λ for all tables.
 
     Args:
-      table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. All rows of a
-        `Table`, of arrays or of a frame are used: pass only training rows.
+      table: a `tasks.PreparedTable`, of which only the training rows are used; a `tasks.Table`; or (x [n, d], y [n],
+        categorical [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. All rows
+        of a `Table`, of arrays or of a frame are used: pass only training rows.
       target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
         of the frame. Rows without a label are dropped. None: `table` has the labels.
-      seed: of subsamples and folds of the meta-features.
+      seed: the seed of subsamples and folds of the meta-features.
 
     Returns:
       λ in natural units: a dict of fourteen numbers.
@@ -75,23 +73,9 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
       >>> sorted(hyperparams) == sorted(automl.tabular_network().space)
       True
     """
-    if target is not None:
-        table = _encoded(table, target)
     trained = shipped_predictor()
-    features = trained.scaled_features(tasks.metafeatures(table, groups=GROUPS, seed=seed))
+    features = trained.scaled_features(tasks.metafeatures(table, target, groups=GROUPS, seed=seed))
     return _predict(jnp.asarray(features))
-
-
-def _encoded(frame: Any, target: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of a frame that have a label: x [n, d] with NaN in gaps, the classes [n], and categorical [d]."""
-    target = int(target) if isinstance(target, np.integer) else target
-    is_name = isinstance(target, str | int)
-    codes = (tasks.fit_labels(frame, column=target) if is_name else tasks.fit_labels(target)).codes
-    encoder = tasks.fit_encoder(frame, drop=[target] if is_name else ())
-    x, rows = encoder.transform(frame), codes >= 0
-    if len(x) != len(codes):
-        raise ValueError(f"`target` must have one label for each of the {len(x)} rows; got {len(codes)}.")
-    return np.clip(x[rows], -LARGEST, LARGEST), codes[rows], encoder.categorical
 
 
 @jax.jit

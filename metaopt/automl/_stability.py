@@ -72,8 +72,8 @@ class Measured(NamedTuple):
       stability: s.
       spread: the standard deviation over parts of their mean agreement with the other parts.
       reference: r.
-      seconds: of all its clusterings.
-      clusters: of all rows.
+      seconds: the seconds that all its clusterings took.
+      clusters: the clusters of all rows.
     """
 
     candidate: Candidate
@@ -112,7 +112,7 @@ def measure(candidate: Candidate, z: np.ndarray, reference: np.ndarray, parts: n
       z: [n, q] the rows.
       reference: [n, q] rows without clusters.
       parts: [R, m] positions of the rows of each part.
-      seed: of the algorithm.
+      seed: the seed of the algorithm.
 
     Returns:
       Its stability.
@@ -164,8 +164,8 @@ def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> 
     Args:
       candidate: the algorithm and its setting.
       z: [n, q] the rows.
-      seed: of the starts of k-means and the mixture.
-      num_starts: of k-means; at least 3. A mixture has a third of them.
+      seed: the seed of the starts of k-means and the mixture.
+      num_starts: the number of starts of k-means; at least 3. A mixture has a third of them.
 
     Returns:
       The labels [n] 0..k-1, and the clusters for other rows.

@@ -55,7 +55,7 @@ def lower_confidence_bound(mixture: Mixture, width: float = 1.0) -> jax.Array:
 
     Args:
       mixture: the predictions at P configurations.
-      width: in standard deviations.
+      width: the width in standard deviations.
 
     Returns:
       [P], larger is better.
@@ -113,7 +113,7 @@ def batch_expected_improvement(
       pending: (x [Q, D], mask [Q]) of the running trials.
       x: [P, D]; differentiable.
       best: [] the smallest outcome so far.
-      key: for the samples.
+      key: the key for the samples.
       num_samples: the number of samples; a component is drawn for each.
       functions: `functions_at(surrogate, x)`, if already computed.
 

@@ -54,13 +54,15 @@ def asha(
 
     Args:
       searcher: proposes configurations at the full budget, and accepts records of fidelities below 1. The default is
-        `blackbox.random_search`. `tpe()` is another choice; it learns from lower fidelities as from pruned trials.
+        `blackbox.random_search`. `tpe()` is another choice; it treats outcomes at lower fidelities like those of pruned
+        trials.
       reduction_factor: η, at least 2.
       num_rungs: K, the number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
       num_brackets: at least 1, at most K.
       objectives: the names of several outcomes that the objective returns. By default, the `outcome` decides, which is
-        the first one. With several, trials of an earlier front are better, where the first front has the trials of a
-        rung that no other one dominates. Within a front, trials continue so that they spread over it.
+        the first one. With several, a rung is sorted by fronts: the first front has the trials that no other trial of
+        the rung dominates, the second those that only the first dominates, and so on. Within a front, trials that
+        spread over it come first.
       constraints: name -> the largest feasible value of another outcome. Trials that are infeasible at a rung are worse
         than all others, by how much they exceed the bounds.
 

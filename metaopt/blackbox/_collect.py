@@ -12,21 +12,21 @@ searcher is never saved.
 
 import collections
 import contextlib
-import itertools
 import os
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from metaopt import _extras, _locks, base
+from metaopt import _locks, base
 from metaopt._progress import report_progress
 from metaopt.blackbox._random_search import random_search
-from metaopt.blackbox._records import append_records, read_records
-from metaopt.blackbox._trials import ObjectiveFn, end_children, memory_is_known, run_here, run_isolated
+from metaopt.blackbox._records import read_records
+from metaopt.blackbox._trials import ObjectiveFn, end_children, memory_is_known
+from metaopt.blackbox._workers import Isolated, Runner, identity, run_all, run_in_worker, workers
 
 _ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
@@ -46,6 +46,7 @@ def collect(
     study: str = "",
     retry_failed: bool = False,
     num_workers: int | None = None,
+    backend: str | None = None,
     isolated: bool = True,
     time_limit: float | None = None,
     memory_limit: float | None = None,
@@ -55,16 +56,19 @@ def collect(
     """Runs trials of an objective on tasks, and records them.
 
     By default every trial runs in a spawned child process. If a trial raises, returns a non-finite number, crashes or
-    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. The children belong to the
-    workers, not to joblib, because a process pool loses its other trials when one of its processes is ended. The
-    workers of joblib only wait for the children. By default they are threads. With
-    `joblib.parallel_config(backend=...)` they are threads or processes of loky, Dask
-    (`pip install "dask[distributed]"`) or Ray (`pip install ray`). Each worker has children on its own machine:
+    exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. joblib's workers only
+    start the child processes and wait for them. (A process pool would lose its other trials when one of its processes
+    is ended.) By default the workers are threads. `backend`, or `joblib.parallel_config(backend=...)`, makes them
+    processes of loky, Dask (extra `dask`) or Ray (extra `ray`). Each worker has children on its own machine:
 
-        client = distributed.Client("scheduler:8786")         # "dask"; it registers itself
-        ray.util.joblib.register_ray()                        # "ray"
-        with joblib.parallel_config(backend="dask", n_jobs=64):
-            records = blackbox.collect(objective, space, named, num_trials=100, key=key, store="records.db")
+        client = distributed.Client("scheduler:8786")         # or `ray.init("auto")` and `backend="ray"`
+        records = blackbox.collect(objective, space, named, num_trials=100, key=key, store="records.db", backend="dask")
+
+    If a worker is lost, for example because its machine is gone, its trials run again. They depend only on their seeds,
+    so the records are the same. Dask and Ray send such trials to another worker. If a backend gives up, or cannot do
+    so, `collect` starts all trials that were running once more, and logs a warning. It raises the backend's error if
+    three workers in a row are lost without a trial that ends. The store then has all trials that have ended, and the
+    next call continues.
 
     Only this process writes to the store, as soon as a trial ends. With Ray, it writes after each group of trials that
     ran at the same time. If the workers of a backend are processes, the backend must be able to send the objective and
@@ -80,16 +84,16 @@ def collect(
         result is ignored.
       space: a tree of leaves.
       tasks: the second arguments of the objective: a dict by name, or a list of objects with a `name`, such as
-        `Table`s.
+        `tasks.Table`s.
       num_trials: the number of full budgets to spend on each task; a trial at fidelity 1/9 counts as 1/9.
-      key: of the search. The key of each task is folded from it and the name of the task.
+      key: the key of the search. The key of each task is folded from it and the name of the task.
       searcher: by default `random_search()`: first the default of the space, then random configurations. `enqueue`
         places your own configurations before or among those of any searcher.
       batch_size: the number of trials that a task's searcher proposes at a time. The searcher receives their
         records before the next batch. By default 1. The default random search (`searcher=None`) does not need
         records. So its trials do not wait for one another, and it proposes trials as workers become free.
-      same_trials: give the searcher of every task the same key. Random search then tries the same configurations with
-        the same seeds on every task, and the records form a matrix.
+      same_trials: whether the searchers of all tasks get the same key. Random search then tries the same configurations
+        with the same seeds on every task, and the records form a matrix.
       resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
         difference of the two fidelities counts as spent.
       store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
@@ -100,14 +104,16 @@ def collect(
         searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
         out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
         a time. Several studies may share a store.
-      retry_failed: run failed trials once more, in every call with this argument. The new record replaces the old one,
-        which stays in the store (`read_records(history=True)`). The searcher still receives the record of the failure,
-        so that it proposes the same trials as before.
+      retry_failed: whether to run failed trials once more, in every call with this argument. The new record replaces
+        the old one, which stays in the store (`read_records(history=True)`). The searcher still receives the record of
+        the failure, so that it proposes the same trials as before.
       num_workers: the number of trials that run at a time, on one core each: joblib's `n_jobs`. If `batch_size` or
         `searcher` is given, at most `batch_size` trials of each task run at a time.
+      backend: of joblib, such as "loky", "dask" or "ray". None uses that of `joblib.parallel_config`, or else threads.
+        Dask uses all cores of its cluster. So does Ray, if `num_workers` is None.
       isolated: whether trials run in child processes, on POSIX systems. Otherwise they run in joblib's workers. This is
-        faster for trials that take less than milliseconds. But then limits are impossible, and a crash ends the
-        collection.
+        faster for trials that take less than milliseconds. But then limits are impossible, and a crash ends this
+        process, or is the loss of a worker.
       time_limit: seconds for each trial. None sets no limit, and a trial that hangs stops the collection.
       memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
         Python with metaopt and JAX takes 200 to 300 MiB.
@@ -128,7 +134,7 @@ def collect(
         running.
       FileNotFoundError: if the folder of the store does not exist.
       RuntimeError: if a child cannot start, or cannot read the objective or a task.
-      ImportError: if joblib or, for isolated trials, cloudpickle is not installed.
+      ImportError: if joblib, Dask or Ray, or for isolated trials cloudpickle, is needed and not installed.
 
     >>> import jax
     >>> from metaopt import blackbox, spaces
@@ -156,11 +162,11 @@ def collect(
         _TaskSearch(name, searcher, searcher.init(task_key(name), space), num_trials, resumes) for name in named
     ]
     owner = uuid.uuid4().hex
-    run = _Isolated(time_limit, memory_limit, owner) if isolated else _run_here
+    run = Isolated(time_limit, memory_limit, owner) if isolated else run_in_worker
     deadline = float("inf") if budget is None else time.monotonic() + budget
-    trial_runner = _Runner(run, objective, named, store, study, num_workers, deadline)
+    trial_runner = Runner(run, objective, named, store, study, num_workers, deadline)
     try:
-        with _alone(store, study), _progress(num_trials * len(named), progress) as show:
+        with _alone(store, study), workers(backend, num_workers), _progress(num_trials * len(named), progress) as show:
             _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show)
     finally:
         if isolated:
@@ -168,21 +174,9 @@ def collect(
     return [record for search in searches for record in search.records]
 
 
-class _Runner(NamedTuple):
-    """The arguments that runs of trials and the store share."""
-
-    run: Callable[..., base.Record | None]
-    objective: ObjectiveFn
-    tasks: dict[str, Any]
-    store: Any
-    study: str
-    num_workers: int | None
-    deadline: float  # of `time.monotonic`
-
-
 def _search(
     searches: "list[_TaskSearch]",
-    runner: _Runner,
+    runner: Runner,
     batch_size: int,
     all_at_once: bool,
     retry_failed: bool,
@@ -198,8 +192,8 @@ def _search(
     last, first = _read_ended(runner, retry_failed)
     while searching := [search for search in searches if not search.ended]:
         trials = _ask_round(searching, batch_size, all_at_once, last, runner.deadline, read)
-        for record in _run_all(runner, trials):
-            last[_identity(record)] = record
+        for record in run_all(runner, trials):
+            last[identity(record)] = record
             show(record)
         for _ in trials:  # after the deadline, this still reads the trials that have ended in the store
             pass
@@ -211,8 +205,8 @@ class _TaskSearch:
     """The search on one task.
 
     Attributes:
-      name: of the task.
-      records: of the trials that have ended, in the order of the trials.
+      name: the name of the task.
+      records: the records of the trials that have ended, in the order of the trials.
       batch: the trials of this round.
       whole: whether the searcher was asked for all trials of this round.
       ended: whether the searcher will not be asked again.
@@ -241,11 +235,11 @@ class _TaskSearch:
 
     def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
         """Ends a round. Returns False, and passes no records to the searcher, if some of its trials have not ended."""
-        done = [last[_identity(trial)] for trial in self.batch if _identity(trial) in last]
+        done = [last[identity(trial)] for trial in self.batch if identity(trial) in last]
         self.records += done
         complete = self.whole and len(done) == len(self.batch)
         if complete:
-            heard = [first.get(_identity(record), record) for record in done]
+            heard = [first.get(identity(record), record) for record in done]
             self._state = self._searcher.tell(self._state, heard)
         return complete
 
@@ -270,7 +264,7 @@ def _ask_round(
     for search in searches:
         while not search.whole and (num_stored[search.name] > 0 or time.monotonic() < deadline):
             for trial in search.ask(batch_size):
-                stored = ended.get(_identity(trial))
+                stored = ended.get(identity(trial))
                 if stored is None:
                     yield trial
                 else:
@@ -313,25 +307,6 @@ def _by_name(tasks: Any) -> dict[str, Any]:
     return named
 
 
-class _Isolated:
-    """`run_isolated` with its limits, as an object that joblib can send."""
-
-    def __init__(self, time_limit, memory_limit, owner):
-        self.limits = {"time_limit": time_limit, "memory_limit": memory_limit, "owner": owner}
-
-    def __call__(self, objective, task, trial, begins_before):
-        return run_isolated(objective, task, trial, begins_before=begins_before, **self.limits)
-
-
-def _run_here(objective, task, trial, begins_before):
-    late = begins_before is not None and time.time() >= begins_before  # a pool of processes takes seconds to start
-    return None if late else run_here(objective, task, trial)
-
-
-def _identity(record: base.Record) -> tuple:
-    return record.task, record.trial, record.fidelity
-
-
 @contextlib.contextmanager
 def _alone(store, study: str) -> Iterator[None]:
     """Raises ValueError if another collection of the study is running, because it would run the same trials.
@@ -355,60 +330,16 @@ def _alone(store, study: str) -> Iterator[None]:
         yield
 
 
-def _read_ended(runner: _Runner, retry_failed: bool) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
+def _read_ended(runner: Runner, retry_failed: bool) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
     """Returns the last and the first end of each trial; a trial that is not in the first dict runs again."""
     if runner.store is None or not os.path.exists(runner.store):
         return {}, {}
     rows = read_records(runner.store, study=runner.study, status=_ENDED, history=True)
     rows = [record for record in rows if record.task in runner.tasks]
-    last = {_identity(record): record for record in rows}
+    last = {identity(record): record for record in rows}
     if retry_failed:
         last = {name: record for name, record in last.items() if record.status != "FAIL"}
-    return last, {_identity(record): record for record in reversed(rows)}
-
-
-def _run_all(runner: _Runner, trials: Iterator[base.Record]) -> Iterator[base.Record]:
-    """Runs trials and yields their records as they end; each is appended to the store at once.
-
-    `trials` is an iterator. Asking a searcher takes time, so this thread takes a few more trials than can run at a
-    time.
-    """
-    queue = collections.deque(itertools.islice(trials, 1))
-    if not queue:
-        return
-    joblib = _extras.require("joblib", "records", "`collect`")
-    stopped = False
-
-    def jobs():
-        while queue:  # joblib takes the next trial, in any of its threads, when a worker is free
-            left = runner.deadline - time.monotonic()
-            if stopped or left <= 0:
-                return
-            trial = queue.popleft()
-            if runner.store is not None:
-                append_records(runner.store, [trial._replace(status="RUNNING")], study=runner.study)
-            begins_before = time.time() + left if left < float("inf") else None
-            yield joblib.delayed(runner.run)(runner.objective, runner.tasks[trial.task], trial, begins_before)
-
-    backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
-    as_they_end = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"}
-    streams = backend.supports_return_generator  # Ray's backend does not
-    kwargs: dict[str, Any] = {"batch_size": 1} | (as_they_end if streams else {})
-    parallel: Any = joblib.Parallel(n_jobs=runner.num_workers, prefer="threads", **kwargs)
-    at_once = joblib.effective_n_jobs(parallel.n_jobs)
-    # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
-    refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
-    refill()
-    try:
-        while queue and time.monotonic() < runner.deadline:
-            for record in parallel(jobs() if streams else list(itertools.islice(jobs(), at_once))):
-                if record is not None:  # otherwise the trial had no time to begin
-                    if runner.store is not None:
-                        append_records(runner.store, [record], study=runner.study)
-                    yield record
-                refill()
-    finally:
-        stopped = True
+    return last, {identity(record): record for record in reversed(rows)}
 
 
 @contextlib.contextmanager

@@ -220,7 +220,7 @@ def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, ob
 
     Args:
       noise: the parameters to learn.
-      surrogate: of all tasks, including this one; the function leaves it out of mean and deviations.
+      surrogate: the surrogate of all tasks, including this one; the function leaves it out of mean and deviations.
       task: [] int, the index of the task.
       observed: some of the task's outcomes.
 
@@ -238,7 +238,7 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
     """The surrogate without one of the earlier tasks; R is unchanged.
 
     Args:
-      surrogate: of S tasks.
+      surrogate: the surrogate of S tasks.
       task: [] int, the index of the task.
 
     Returns:

@@ -183,7 +183,7 @@ def adapt_deep_kernel(
       trials: (x [N, D], y [N], mask [N]), in the task's units, in chronological order. A single trial is not
         informative and changes nothing. If there are more than 128, the steps use the best half and the latest others.
       num_steps: the number of steps; keep it small, since only this keeps the parameters near the meta-learned ones.
-      rate: of Adam.
+      rate: Adam's learning rate.
 
     Returns:
       A `DeepKernel`. It costs `num_steps` O(N³), N up to 128. Do not differentiate through it.

@@ -83,7 +83,8 @@ def maximize(domain: Domain, key: jax.Array, score: Callable[[jax.Array], jax.Ar
 
     Args:
       domain: its candidates are ignored.
-      key: for the random configurations. It uses `fold_in(key, i)` for i below `NUM_RANDOM`, which is `split(key)[i]`.
+      key: the key for the random configurations. It uses `fold_in(key, i)` for i below `NUM_RANDOM`,
+        which is `split(key)[i]`.
       score: [P, D] encoded configurations -> [P]; differentiable.
 
     Returns:

@@ -16,7 +16,7 @@ class EnqueuedState(NamedTuple):
 
     Attributes:
       searcher: the state of the searcher.
-      key: for the seeds of the enqueued configurations.
+      key: the key for the seeds of the enqueued configurations.
       waiting: the enqueued configurations that have not been proposed yet.
       numbers: the searcher's number of a trial -> its number here.
       num_asked: the number of trials so far.
@@ -41,11 +41,11 @@ def enqueue(
     """Tries your configurations before those of a searcher, at the full budget. The searcher receives their records.
 
     The argument `first=` of a searcher replaces the configurations that the searcher begins with. `enqueue` keeps them,
-    works with every searcher, and is not part of the searcher. The searcher receives the records of enqueued trials
-    like records of others, with negative trial numbers, before it proposes more trials. So a batch of enqueued
-    configurations is not filled up with trials of the searcher. And the searcher does not try a configuration that it
-    begins with again if it was enqueued. Wrap `enqueue` around `blackbox.asha`, not the other way round. Inside
-    `blackbox.asha`, enqueued configurations begin at a low fidelity and do not count as tried.
+    and works with every searcher. Before the searcher proposes more trials, it receives the records of enqueued trials
+    like those of another search, with negative trial numbers. So a batch of enqueued configurations is not filled up
+    with trials of the searcher. And if one of the searcher's first configurations was enqueued, the searcher does not
+    try it again. Wrap `enqueue` around `blackbox.asha`, not the other way round. Inside `blackbox.asha`, enqueued
+    configurations begin at a low fidelity and do not count as tried.
 
     To continue a collection, pass the same enqueued configurations again. To add configurations in the middle of a
     collection, place them `after` its existing trials. The searcher receives the same key, so its earlier trials are
@@ -56,8 +56,8 @@ def enqueue(
         records = blackbox.collect(objective, space, named, num_trials=50, searcher=more, store=store, key=key)
 
     Args:
-      searcher: any.
-      configurations: in order; parameters that a configuration lacks get their defaults.
+      searcher: any searcher.
+      configurations: your configurations, in order; parameters that a configuration lacks get their defaults.
       after: the number of trials of the searcher that come before the configurations. A trial at several fidelities
         counts once. For a store with several tasks, use the largest number of trials of a task. If the searcher ends
         earlier, the configurations follow its last trial.

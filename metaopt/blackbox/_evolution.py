@@ -30,9 +30,9 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     """Regularized (aging) evolution: the best of a few members of the population has a child, and the oldest dies.
 
     The first `population_size` trials are random, and so are later trials while the population is empty. All others are
-    children: the best of `sample_size` members, drawn with replacement, with one entry changed. All entries that are
-    not fixed, and all their other values, are equally likely.
-    Trials without a finite outcome, and others' trials outside the space, do not enter the population.
+    children: `sample_size` members are drawn with replacement, and the child is a copy of the best of them with one
+    entry changed. The entry, among those that are not fixed, and its new value are drawn uniformly. Trials without a
+    finite outcome, and others' trials outside the space, do not enter the population.
 
     Each fidelity has its own population, because losses at different fidelities are not comparable. Parents come from
     the highest fidelity whose population has `sample_size` members (or `population_size`, if that is smaller). Until
@@ -40,8 +40,8 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     configurations that were good after a short training.
 
     Args:
-      population_size: at least 1.
-      sample_size: at least 1.
+      population_size: the largest number of members, at least 1.
+      sample_size: the number of members among which a parent is chosen, at least 1.
 
     Returns:
       A searcher over a dict of `spaces.integer`, whose values are treated as categories, and `spaces.fixed`.

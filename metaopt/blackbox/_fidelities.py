@@ -10,7 +10,7 @@ def is_full_budget(fidelity: float) -> bool:
     """Whether a fidelity is 1 up to rounding: three thirds, or 1 rounded to float32, are the full budget.
 
     Args:
-      fidelity: in (0, 1].
+      fidelity: a fidelity in (0, 1].
 
     Returns:
       Whether at most a millionth of the budget is missing. Such a difference is not visible in any outcome.
@@ -24,7 +24,7 @@ def rung_of(fidelities: Sequence[float], record: Record, *, own: bool = False) -
     Fidelities are compared up to rounding: float32 stores 1/3 with an error of 3e-8.
 
     Args:
-      fidelities: in (0, 1].
+      fidelities: fidelities in (0, 1].
       record: the record of a trial.
       own: whether the searcher requested the trial, so that its fidelity must be one of `fidelities`.
 

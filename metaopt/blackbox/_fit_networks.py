@@ -27,7 +27,7 @@ def fit_deep_kernels(
 
     Args:
       key: consumed.
-      trials: of S tasks.
+      trials: the trials of S tasks.
       features: [S, F] of the tasks, ranked.
       num_members: E.
       budget: the number of steps.
@@ -73,7 +73,7 @@ def fit_transformers(
 
     Args:
       key: consumed.
-      trials: of S tasks.
+      trials: the trials of S tasks.
       surrogate: the model of the tasks.
       family: S names.
       num_members: E.

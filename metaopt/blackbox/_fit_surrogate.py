@@ -21,7 +21,7 @@ def fit_kernel(
 
     Args:
       key: consumed.
-      trials: of the earlier tasks.
+      trials: the trials of the earlier tasks.
       budget: the number of steps.
       smooth: whether to bound the share of the outcome that is specific to a configuration (`at_least_smooth`).
 
@@ -79,7 +79,7 @@ def fit_attention(
 
     Args:
       key: consumed.
-      surrogate: of S tasks.
+      surrogate: the surrogate of S tasks.
       family: S names.
       num_members: size of the ensemble.
       budget: the number of steps.
@@ -133,8 +133,8 @@ def fit_embedding(
 
     Args:
       key: consumed.
-      surrogate: of S tasks.
-      rows: by `stacked_rows`.
+      surrogate: the surrogate of S tasks.
+      rows: the rows, from `stacked_rows`.
       family: S names.
       num_members: size of the ensemble that weights tasks.
       budget: the number of steps.

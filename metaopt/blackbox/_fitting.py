@@ -47,7 +47,7 @@ def fit(
       sample_tasks: as for `training.fit`.
       start: initial parameters.
       budget: number of steps, and whether to report progress.
-      key: for `training.fit`.
+      key: the key for `training.fit`.
       *settings: further arguments of `make_learner`.
 
     Returns:
@@ -67,7 +67,7 @@ def sample_trials(
     """Returns `sample_tasks` for `fit`: it stacks `make_task(rng, s, x, y, mask)` of normalized trials of some tasks.
 
     Args:
-      trials: of S tasks.
+      trials: the trials of S tasks.
       num_trials: the maximum number of trials of a task, which are padded to the same number.
       make_task: makes the data of task s in 0..S-1.
       num_tasks: the number of tasks per step.

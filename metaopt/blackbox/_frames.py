@@ -24,9 +24,9 @@ def records_to_frame(records: Sequence[Record], *, wide: bool = False) -> "panda
     """Converts records to a data frame, one row per record; `frame.to_parquet(file)` writes it.
 
     Args:
-      records: any number.
-      wide: add a column for each parameter, and for each of several outcomes, to look at. `records_from_frame` does not
-        need these columns. Parquet rejects columns that mix labels and numbers.
+      records: the records, any number of them.
+      wide: whether to add a column for each parameter, and for each of several outcomes, for people to read.
+        `records_from_frame` does not need these columns. Parquet rejects columns that mix labels and numbers.
 
     Returns:
       A frame with a column for each field of a record. "configuration" is JSON, because a column does not

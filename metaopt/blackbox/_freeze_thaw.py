@@ -38,8 +38,10 @@ class CurveSearcher(NamedTuple):
     """The result of `train_curve_searcher`.
 
     Attributes:
-      predict: `(trials, levels) -> [M, levels]` quantiles at the full budget.
-      searcher: `(*, first, resumes) -> Searcher`.
+      predict: `(trials=(), levels=(0.05, 0.5, 0.95)) -> [M, levels]`, quantiles of the outcomes of all candidates at
+        the full budget, given the records of trials on the new task.
+      searcher: `(*, first=(), resumes=True) -> Searcher`. It starts with the configurations of `first`. `resumes`
+        states whether the objective continues trials from their checkpoints.
       candidates: M configurations.
       surrogate: the learned model of curves, a NamedTuple of arrays.
       space: the search space of λ.
@@ -78,7 +80,7 @@ def train_curve_searcher(
     progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> CurveSearcher:
-    """Learns from learning curves of earlier tasks how trials continue, and allocates budget on a new task.
+    """Learns from the learning curves of earlier tasks which trial of a new task to start or to continue.
 
     The surrogate is one Gaussian process over all candidates and fidelities. `training.fit` learns its scales on
     randomly drawn tasks, each left out of the earlier tasks. Its errors are also calibrated on left-out tasks.

@@ -44,7 +44,7 @@ class GoalTrials(NamedTuple):
     Attributes:
       ended: (x, y, mask) of each outcome; also of running trials, which count with their expected outcomes.
       bounds: [C] the bounds of the constraints.
-      front: of the feasible trials; None while no trial is feasible.
+      front: the front of the feasible trials; None while no trial is feasible.
     """
 
     ended: tuple[Trials, ...]
@@ -104,10 +104,17 @@ def as_goal_outcomes(outcomes: Any, num: int, goals: Goals) -> np.ndarray:
       goals: the objectives and constraints.
 
     Raises:
-      ValueError: if the shape is another one, or an outcome is not a number.
+      ValueError: if the shape is another one, a dict lacks a name, or an outcome is not a number.
     """
     rows = list(outcomes)
-    rows = [[row.get(name, np.nan) for name in goals.names] if isinstance(row, Mapping) else row for row in rows]
+    for i, row in enumerate(rows):
+        if isinstance(row, Mapping):
+            if lacking := [name for name in goals.names if name not in row]:
+                raise ValueError(
+                    f"`outcomes[{i}]` lacks {', '.join(map(repr, lacking))}; it has {', '.join(map(repr, row))}. Give "
+                    "NaN for an unknown outcome."
+                )
+            rows[i] = [row[name] for name in goals.names]
     y = np.asarray(rows, float).reshape(0, len(goals.names)) if not rows else np.asarray(rows, float)
     if y.shape != (num, len(goals.names)):
         raise ValueError(

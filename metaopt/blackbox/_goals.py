@@ -27,12 +27,12 @@ class Goals(NamedTuple):
 
 
 def make_goals(objectives: Sequence[str] | None, constraints: Mapping[str, float] | None) -> Goals | None:
-    """Returns the `Goals` of a function's arguments, or None if both are None.
+    """Returns the `Goals` of a function's arguments, or None if there are neither objectives nor constraints.
 
     Raises:
       ValueError: if a name is given twice, or `objectives` are not one or more strings.
     """
-    if objectives is None and constraints is None:
+    if objectives is None and not constraints:
         return None
     are_names = objectives is None or (len(objectives) > 0 and all(isinstance(name, str) for name in objectives))
     if isinstance(objectives, str) or not are_names:
@@ -47,56 +47,57 @@ def make_goals(objectives: Sequence[str] | None, constraints: Mapping[str, float
     return goals
 
 
-def named_outcomes(record: base.Record, goals: Goals) -> dict[str, float]:
-    """The outcomes of a record that the goals name, NaN if unknown.
+def named_outcomes(record: base.Record, names: Sequence[str]) -> dict[str, float]:
+    """The outcomes of a record that have these names, NaN if unknown.
 
     Raises:
       ValueError: if the trial is complete and lacks one of the outcomes.
     """
     outcomes = record.outcomes or {}
-    lacking = [name for name in goals.names if name not in outcomes]
+    lacking = [name for name in names if name not in outcomes]
     if lacking and record.status == "COMPLETE":
         raise ValueError(
             f"A complete trial of task {record.task!r} lacks the outcomes {', '.join(map(repr, lacking))}; it has "
-            f"{', '.join(map(repr, outcomes)) or 'no outcomes by name'}. The objective must return a dict with them."
+            f"{', '.join(map(repr, outcomes)) or 'no outcomes by name'}. Correct the names, let the objective return a "
+            "dict with these outcomes, or leave out the trials that lack them."
         )
-    return {name: float(outcomes.get(name, np.nan)) for name in goals.names}
+    return {name: float(outcomes.get(name, np.nan)) for name in names}
 
 
 def goals_of_records(
     records: Sequence[base.Record], objectives: Sequence[str] | None, constraints: Mapping[str, float] | None
 ) -> Goals | None:
-    """Returns the `Goals` of arguments; with constraints only, the objective is the first outcome of the records."""
+    """Returns the `Goals` of arguments; with constraints only, the objective is the first outcome of the records.
+
+    Raises:
+      ValueError: under the conditions of `make_goals`, or if there are constraints and no outcomes by name.
+    """
     goals = make_goals(objectives, constraints)
-    if goals is not None and not goals.objectives:
-        first = next((next(iter(record.outcomes)) for record in records if record.outcomes), "")
-        return make_goals([first], goals.constraints)
-    return goals
+    if goals is None or goals.objectives:
+        return goals
+    named = next((record.outcomes for record in records if record.outcomes), None)
+    if named is None:
+        raise ValueError(
+            f"`constraints` are on the outcomes {', '.join(map(repr, goals.names))}, but the records have no outcomes "
+            "by name. An objective that returns a dict gives outcomes names."
+        )
+    return make_goals([next(iter(named))], goals.constraints)
 
 
 def records_of_outcome(records: Sequence[base.Record], name: str) -> list[base.Record]:
-    """Returns records of a single outcome. Failed trials are kept, and other records without this outcome are dropped.
+    """Returns records of a single outcome, NaN if unknown.
 
     Raises:
-      ValueError: if no record has the outcome.
+      ValueError: if a complete trial lacks the outcome.
     """
-    having = [r for r in records if r.status == "FAIL" or (r.outcomes is not None and name in r.outcomes)]
-    if all(record.outcomes is None for record in having):
-        names = sorted({name for record in records for name in record.outcomes or ()})
-        raise ValueError(
-            f"No record has the outcome {name!r}; they have {', '.join(map(repr, names)) or 'no outcomes by name'}. "
-            "An objective that returns a dict gives outcomes names."
-        )
-    return [
-        r if r.outcomes is None else r._replace(outcome=r.outcomes.get(name, np.nan), outcomes=None) for r in having
-    ]
+    return [record._replace(outcome=named_outcomes(record, [name])[name], outcomes=None) for record in records]
 
 
 def values_of(records: Sequence[base.Record], goals: Goals) -> tuple[np.ndarray, np.ndarray]:
-    """[N, M] objectives of records, and [N, C] how far they exceed the bounds; NaN if unknown or failed."""
+    """[N, M] objectives of records, and [N, C] outcomes minus their bounds; NaN if unknown or failed."""
     objectives, excess = [], []
     for record in records:
-        outcomes = named_outcomes(record, goals)
+        outcomes = named_outcomes(record, goals.names)
         failed = record.status not in ("COMPLETE", "PRUNED")
         first = [outcomes[name] for name in goals.objectives] or [record.outcome]
         objectives.append([np.nan] * len(first) if failed else first)
@@ -105,13 +106,23 @@ def values_of(records: Sequence[base.Record], goals: Goals) -> tuple[np.ndarray,
     return np.reshape(objectives, shape), np.reshape(excess, (len(records), len(goals.constraints)))
 
 
-def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """Ranks trials with several objectives and constraints; 0 is best, and equally good ones have equal ranks.
+def feasible_outcomes(records: Sequence[base.Record], goals: Goals) -> list[base.Record]:
+    """Returns records whose outcome is NaN unless all constraints hold.
 
-    Feasible trials are before others. They have the number of their front: the first front has the trials that no other
-    one dominates, the second front those that only trials of the first one dominate, and so on. Infeasible trials
-    follow in the order of their violation: the sum over constraints of the excess above the bound, divided by the
-    largest excess.
+    Raises:
+      ValueError: if a complete trial lacks one of the outcomes.
+    """
+    holds = (values_of(records, goals)[1] <= 0).all(1)
+    return [r if hold else r._replace(outcome=np.nan) for r, hold in zip(records, holds, strict=True)]
+
+
+def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """Ranks trials by several objectives and constraints. Rank 0 is the best, and equally good trials share a rank.
+
+    The rank of a feasible trial is the number of its front. Front 0 has the trials that no other trial dominates. Front
+    1 has the trials that only trials of front 0 dominate, and so on. Infeasible trials come after all feasible ones, in
+    the order of their violation. The violation is a sum over constraints: the excess above the bound, divided by the
+    largest excess of a trial.
 
     Args:
       objectives: [N, M], smaller is better; NaN if unknown.
@@ -145,8 +156,8 @@ def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
 def best_first(objectives: np.ndarray, excess: np.ndarray) -> list[int]:
     """Orders trials from the best to the worst: by `ranks`, and those of equal rank so that the first few spread.
 
-    Among equal ranks, the first trial has the smallest first objective. Each next one is the farthest from those before
-    it, where objectives are measured by ranks.
+    Among trials of equal rank, the first one has the smallest first objective. Each next one has the largest distance
+    from the nearest of those before it. Distances are between the places of trials in the orders of the objectives.
 
     Args:
       objectives: [N, M], as for `ranks`.
@@ -184,17 +195,18 @@ def best_records(
     """Returns the best feasible trials: the Pareto front, or the best trial if there is one objective.
 
     Args:
-      records: of one task; only complete trials at the full budget count.
+      records: the records of one task; only complete trials at the full budget count.
       objectives: the names of outcomes to minimize together; None for the `outcome`, which is the first one.
       constraints: name -> bound of other outcomes. A trial is feasible if each of them is at most its bound.
 
     Returns:
-      The records that no other feasible one dominates, sorted by the first objective; none if no trial is feasible. A
-      record dominates another one if it is at least as good in every objective and better in one. Equal ones are all
-      included.
+      The records that no other feasible one dominates, sorted by the first objective; an empty list if no trial is
+      feasible. A record dominates another one if it is at least as good in every objective and better in one. Equal
+      ones are all included.
 
     Raises:
-      ValueError: if a complete trial lacks one of the outcomes, or a name is given twice.
+      ValueError: if a complete trial lacks one of the outcomes, a name is given twice, or the records are of several
+        tasks.
 
     >>> from metaopt import base, blackbox
     >>> trials = [("a", 0.1, 9.0), ("b", 0.2, 3.0), ("c", 0.3, 4.0)]
@@ -205,6 +217,11 @@ def best_records(
     ['b']
     """
     goals = make_goals(objectives, constraints) or Goals((), {})
+    records = list(records)
+    if len(tasks := {record.task for record in records}) > 1:
+        raise ValueError(
+            f"`records` must be of one task, since outcomes of several do not compare; got {sorted(tasks)}."
+        )
     whole = [r for r in records if r.status == "COMPLETE" and _fidelities.is_full_budget(r.fidelity)]
     values, excess = values_of(whole, goals)
     feasible = np.flatnonzero(np.isfinite(values).all(1) & (excess <= 0).all(1))

@@ -71,7 +71,7 @@ def hypervolume_improvement(mixtures: Sequence[Mixture], front: Front) -> jax.Ar
 
     Args:
       mixtures: the predictions of M independent objectives at P configurations.
-      front: of M objectives.
+      front: the front of M objectives.
 
     Returns:
       [P], larger is better; differentiable in the predictions.

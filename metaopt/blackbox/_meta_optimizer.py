@@ -59,7 +59,7 @@ def train_meta_optimizer(
     progress: bool | None = None,
     key: jax.Array | None = None,
 ) -> MetaOptimizer:
-    """Learns from records of earlier tasks to predict λ for a new task, and to search on it with trials.
+    """Learns from records of earlier tasks to predict λ for a new task, and to propose trials on it.
 
     It learns three parts, each by `training.fit` over `hypergrad.direct` or in closed form:
 
@@ -90,11 +90,11 @@ def train_meta_optimizer(
     the configuration of `predict`. Later trials maximize an acquisition function, given the trials, in the same way.
     Without candidates, every fourth trial is random. With candidates, every eighth trial is the untried candidate that
     is farthest from all earlier trials. Both find configurations that the surrogate underrates. In a batch, and while
-    trials run, the score is the gain over the expected improvement of the running trials.
+    other trials run, the score is the expected improvement that a trial adds to that of the running trials.
 
     Records of unrelated tasks lose their weight after a few trials, except in the share of transformers. Outcomes of
-    earlier tasks are normalized separately for each task. Outcomes of a new task are expected on the scales of earlier
-    tasks, and on the scale that fits its own trials best, in case its units differ.
+    earlier tasks are normalized separately for each task. The scale of a new task's outcomes is unknown. The model
+    weighs the scales of the earlier tasks and, in case the units differ, the scale that fits the new trials best.
 
     A task whose trials all have the same outcome, such as a task with one trial, is skipped. It does not show which
     configuration is better. A failed trial of the new task is treated as censored: its expected outcome is at least as
@@ -133,8 +133,8 @@ def train_meta_optimizer(
       num_members: size of the ensemble that reads features.
       num_steps: outer steps for the kernel, and for the ensemble; deep kernels and transformers take four times as
         many.
-      max_reference: maximum number of configurations at which the functions of tasks are stored. If more were tried, a
-        random subset is used.
+      max_reference: the largest number of configurations at which the learned outcomes of each earlier task are stored.
+        If the records have more, a random subset is used.
       deep_kernels: number of deep kernels, which differ by their initialization; 0 trains none.
       deep_share: total prior probability of deep kernels, before a new task has trials; 1 uses nothing else.
       transformers: number of transformers, which differ by their initialization and whose predictions are averaged; 0
@@ -170,7 +170,8 @@ def train_meta_optimizer(
       ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows; if its entries have different
         forms; or if they are tables or images, and `features` are given too.
       ValueError: if `costs` is True and no task has records of different costs.
-      ValueError: if no record has one of the `objectives` or `constraints`, or they are given with `transformers`.
+      ValueError: if a complete trial lacks one of the `objectives` or `constraints`, or they are given with
+        `transformers`.
 
     Source: Jomaa, Schmidt-Thieme & Grabocka, Dataset2Vec, DMKD 2021, https://arxiv.org/abs/1905.11063, for `datasets`;
       Wistuba & Grabocka, ICLR 2021, https://arxiv.org/abs/2101.07667, for `deep_kernels`;

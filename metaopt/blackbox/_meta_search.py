@@ -134,17 +134,23 @@ class MetaOptimizer(NamedTuple):
     when they are called.
 
     Attributes:
-      predict: `(new_task) -> configuration` or `(x, y) -> configuration`, as plain values by name.
-      portfolio: `(num, new_task) -> configurations`.
-      suggest: `(configurations, outcomes, new_task, *, num, acquisition, pending, key) -> configurations`: fine-tuning
-        with trials that the caller keeps.
-      searcher: `(new_task, *, acquisition, first) -> Searcher`: fine-tuning with trials.
-      outcomes: `(configurations, new_task, *, tried, outcomes, levels) -> Outcomes`: predicted outcomes.
+      predict: `(new_task) -> configuration` or `(x, y) -> configuration`, as plain values by name, without a trial.
+      portfolio: `(num, new_task) -> configurations` that complement each other: one of them is good on most tasks.
+      suggest: `(configurations, outcomes, new_task, *, num=1, acquisition="ei", pending=(), key=None) ->
+        configurations`, the next `num` trials, for callers that keep the trials themselves. The first two arguments are
+        the finished trials; an outcome of NaN is a failure. `pending` are the configurations of running trials.
+      searcher: `(new_task, *, acquisition="ei", first=None) -> Searcher`. `acquisition` is "ei" (expected improvement),
+        "ei_per_cost", "ucb" or "thompson". The first trials are the configurations of `first`; by default the space's
+        default, if it is a candidate.
+      outcomes: `(configurations, new_task, *, tried=(), outcomes=(), levels=(0.1, 0.5, 0.9)) -> Outcomes`, the
+        predicted outcomes of P configurations after the trials `tried`: their `mean` [P], and `quantiles` [P, L] at L
+        levels. Without `outcomes`, they are normalized: 0 is the best outcome of the task, and 1 its worst.
       surrogate: the learned model of outcomes on earlier tasks, a NamedTuple of arrays.
       cost_surrogate: a surrogate of the logarithm of trials' costs, or None.
       space: the search space of λ.
       candidates: the configurations to choose from, or None.
-      evidence: the numbers of earlier tasks and records, and their weight in `predict`.
+      evidence: `num_tasks`, `num_records` and `effective_tasks` of the earlier tasks, and their `weight` w in
+        `predict`.
       reads: "table" or "images" if a new task may be given as such data; otherwise None.
       objectives: the names of the outcomes that `searcher` and `suggest` minimize together; () for the `outcome`.
       constraints: name -> the largest feasible value of another outcome.

@@ -100,9 +100,10 @@ def _with_outcome(record: base.Record, goals: Goals, name: str) -> base.Record:
     """A record of one of several outcomes."""
     if record.status not in ("COMPLETE", "PRUNED"):
         return record
+    outcomes = named_outcomes(record, goals.names)
     if record.trial == record.seed == 0:  # repeats of a configuration are distinguished by all outcomes
-        record = record._replace(seed=1 + zlib.crc32(repr(record.outcomes).encode()))
-    return record._replace(outcome=named_outcomes(record, goals)[name])
+        record = record._replace(seed=1 + zlib.crc32(repr(outcomes).encode()))
+    return record._replace(outcome=outcomes[name])
 
 
 def _tell_one(learned: Learned, state: MetaSearcherState, records: list[base.Record]) -> MetaSearcherState:

@@ -37,21 +37,22 @@ def should_prune(
     constraints: Sequence[float] = (),
     reduction_factor: int = 3,
 ) -> bool:
-    """Whether a trial of an Optuna study with several objectives should end early, as asynchronous halving decides.
+    """Returns whether a trial of an Optuna study with several objectives should end early, by asynchronous halving.
 
     Optuna's `trial.report` and `trial.should_prune` raise an error in a study of several objectives. This function
     stores the values in a user attribute of the trial, and compares them with those of all trials of the study at the
     same step. The trial should end if at least 1/η of these trials, and at least one, are on an earlier front. The
-    first front has the trials that no other one dominates, and a trial on it is never pruned. Trials that are
-    infeasible at this step are worse than all feasible ones, by how much they exceed 0.
+    first front has the trials that no other one dominates, the second those that only the first dominates, and so on. A
+    trial on the first front is never pruned. Trials that are infeasible at this step are worse than all feasible ones,
+    by how much they exceed 0.
 
     It works with any sampler and storage of Optuna, in several threads or processes. The study's own pruner is not
     used, and the trial has no value in Optuna's plots of intermediate values.
 
     Args:
       trial: Optuna's trial.
-      values: of the objectives, in the order of the study's directions.
-      step: for example the number of epochs; report at a few steps, such as 1, 3, 9 and 27.
+      values: the values of the objectives, in the order of the study's directions.
+      step: the progress of the trial, such as its number of epochs; report at a few steps, such as 1, 3, 9 and 27.
       constraints: values of constraints at this step; at most 0 is feasible. Optuna's `trial.set_constraint` and
         `constraints_func` have the values at the end of the trial.
       reduction_factor: η, at least 2.
@@ -60,7 +61,8 @@ def should_prune(
       Whether the objective should `raise optuna.TrialPruned()`.
 
     Raises:
-      ValueError: if `values` are not as many as the study's objectives, or `reduction_factor` is below 2.
+      ValueError: if `values` are not as many as the study's objectives, `step` is not an integer of at least 0, or
+        `reduction_factor` is below 2.
 
     Source: Schmucker et al., Multi-objective asynchronous successive halving, 2021, https://arxiv.org/abs/2106.12639
 
@@ -70,6 +72,7 @@ def should_prune(
     >>> [blackbox.should_prune(study.ask(), values, step=1) for values in ([3.0, 1.0], [1.0, 3.0], [4.0, 2.0])]
     [False, False, True]
     """
+    _checks.check_integer("step", step, 0)
     _checks.check_integer("reduction_factor", reduction_factor, 2)
     signs = signs_of(trial.study)
     if len(values) != len(signs):
@@ -135,7 +138,7 @@ def signs_of(study: Any) -> list[float]:
 def goals_of(
     records: Sequence[base.Record], objectives: Sequence[str] | None, constraints: Mapping[str, float] | None
 ) -> Goals | None:
-    """The goals of a study of records: by default, all outcomes by name that are no constraints are objectives."""
+    """The goals of a study of records: by default, all outcomes by name that are not constraints are objectives."""
     named = next((record.outcomes for record in records if record.outcomes), None)
     if objectives is None and named is not None:
         objectives = [name for name in named if name not in (constraints or {})]
@@ -146,7 +149,7 @@ def values_and_attributes(records: Sequence[base.Record], goals: Goals, step_of:
     """The outcomes of one trial, at several fidelities, as arguments of `optuna.trial.create_trial`.
 
     Args:
-      records: of one trial; the one with the largest fidelity is its end.
+      records: the records of one trial; the one with the largest fidelity is its end.
       goals: the objectives and constraints of the study.
       step_of: fidelity -> step.
 
@@ -154,11 +157,11 @@ def values_and_attributes(records: Sequence[base.Record], goals: Goals, step_of:
       "values", "user_attrs", "system_attrs" and "intermediate_values". The values are finite if the trial is complete.
     """
     last = max(records, key=lambda record: record.fidelity)
-    outcomes = [named_outcomes(record, goals) for record in records]
+    outcomes = [named_outcomes(record, goals.names) for record in records]
     at_steps = {
         step_of(r.fidelity): [y[name] for name in goals.objectives] for r, y in zip(records, outcomes, strict=True)
     }
-    named = named_outcomes(last, goals)
+    named = named_outcomes(last, goals.names)
     excess = [named[name] - bound for name, bound in goals.constraints.items()]
     one = len(goals.objectives) == 1
     return {
@@ -175,7 +178,7 @@ def outcomes_of(trial: Any, study: Any, values: Sequence[float] | None) -> dict[
     Args:
       trial: an ended trial.
       study: its study, whose objectives may have names.
-      values: of the objectives, as Optuna has them; None if unknown.
+      values: the values of the objectives, as Optuna has them; None if unknown.
 
     Returns:
       Objectives, minimized, and then "constraint NAME", which should be at most 0.

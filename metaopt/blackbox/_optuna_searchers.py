@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from metaopt import _checks, _extras, base, spaces
 from metaopt.blackbox import _fidelities, _random_search
@@ -55,8 +56,9 @@ def tpe(
         tasks.
       num_random: number of random trials before the first model.
       objectives: the names of outcomes to minimize together, if the objective returns several. By default, the
-        `outcome`, which is the first one. With several, "PRUNED" records, and those at fidelities below 1, say nothing.
-      constraints: name -> the largest feasible value of another outcome. Infeasible trials rank behind feasible ones.
+        `outcome`, which is the first one. With several, "PRUNED" records and records at fidelities below 1 are ignored.
+      constraints: name -> the largest feasible value of another outcome. Infeasible trials rank behind feasible ones,
+        also behind those that count like pruned trials. A trial that does not know the outcome is infeasible.
 
     Returns:
       A searcher for the spaces that `spaces.to_optuna` supports. `tell` also accepts records of trials that the
@@ -157,8 +159,8 @@ def _init(budgets: _Budgets, first, num_random: int, key: jax.Array, space: base
     seed = int(jax.random.randint(seed_key, (), 0, 2**31 - 1))
     spaces.to_optuna(space)  # raises an error if Optuna does not support the space
     options: dict[str, Any] = {"multivariate": True, "group": True, "constant_liar": True}
-    if num := len(budgets.goals.constraints):
-        options["constraints_func"] = lambda trial: trial.user_attrs.get(CONSTRAINTS, [1.0] * num)
+    if budgets.goals.constraints:
+        options["constraints_func"] = lambda trial: trial.user_attrs[CONSTRAINTS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.simplefilter("ignore", FutureWarning)  # Optuna 5 prefers `trial.set_constraint`, which 4 does not have
@@ -228,14 +230,14 @@ def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record])
 
 def _without_lost(goals: Goals, record: base.Record) -> base.Record:
     """Optuna rejects NaN with a warning, and would take −∞ as the best outcome: such a trial has failed."""
-    lost = record.status == "COMPLETE" and not all(map(math.isfinite, sum(_outcomes(goals, record), [])))
+    lost = record.status == "COMPLETE" and not all(np.isfinite(x).all() for x in values_of([record], goals))
     return record._replace(status="FAIL") if lost else record
 
 
 def _outcomes(goals: Goals, record: base.Record) -> tuple[list[float], list[float]]:
-    """The objectives of a complete record, and how far it exceeds the bounds of constraints."""
+    """The objectives of a record, and the outcomes of constraints minus their bounds; unknown ones are infinite."""
     values, excess = values_of([record], goals)
-    return values[0].tolist(), excess[0].tolist()
+    return values[0].tolist(), np.nan_to_num(excess[0], nan=np.inf, posinf=np.inf, neginf=-np.inf).tolist()
 
 
 def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: int | None) -> bool:
@@ -245,24 +247,24 @@ def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: 
     if record.status == "FAIL":
         study.tell(trial, state=TrialState.FAIL)
         return True
+    (first, *others), excess = _outcomes(budgets.goals, record)
+    if excess:
+        trial.set_user_attr(CONSTRAINTS, excess)
     if rung is None:  # `asha` asked for a lower fidelity; the trial's next fidelity becomes another trial of the study
-        if math.isfinite(record.outcome) and budgets.num_objectives == 1:
-            trial.report(record.outcome, step=budgets.step(record))
+        if math.isfinite(first) and not others:
+            trial.report(first, step=budgets.step(record))
         study.tell(trial, state=TrialState.PRUNED)
         return True
     if record.status == "COMPLETE" and rung + 1 < len(budgets.fidelities):
-        trial.report(record.outcome, step=round(record.fidelity / budgets.fidelities[0]))
+        trial.report(first, step=round(record.fidelity / budgets.fidelities[0]))
         if not trial.should_prune():
             return False
-    elif (
-        record.status == "PRUNED" and budgets.num_objectives == 1
-    ):  # a trial of BOHB has completed all lower budgets, so its rung is known
+    elif record.status == "PRUNED" and not others:
+        # A trial of BOHB has completed all lower budgets, so its rung is known.
         step = budgets.step(record) if budgets.only_full else round(record.fidelity / budgets.fidelities[0])
-        trial.report(record.outcome, step=step)
+        trial.report(first, step=step)
     if record.status == "COMPLETE" and rung + 1 == len(budgets.fidelities):
-        values, excess = _outcomes(budgets.goals, record)
-        trial.set_user_attr(CONSTRAINTS, excess)
-        study.tell(trial, values)
+        study.tell(trial, [first, *others])
     else:
         study.tell(trial, state=TrialState.PRUNED)
     return True
@@ -277,23 +279,20 @@ def _add(budgets: _Budgets, study, space, record: base.Record) -> None:
     """Adds a trial that was not asked for: of another or an earlier search, or of this one at another fidelity."""
     import optuna
 
-    if record.status == "FAIL" or not math.isfinite(record.outcome):
+    (first, *others), excess = _outcomes(budgets.goals, record)
+    whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
+    if record.status == "FAIL" or not math.isfinite(first) or (others and not whole):
         return
     distributions = spaces.to_optuna(space)
     searched = {name: value for name, value in record.configuration.items() if name in distributions}
-    whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
-    if budgets.num_objectives > 1 and not whole:
-        return
-    values, excess = _outcomes(budgets.goals, record) if whole else (None, [])
     try:
         within = spaces.configuration(space, spaces.from_configuration(space, searched))
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
             params={name: within.get(name, value) for name, value in searched.items()},
             distributions={name: distributions[name] for name in searched},
-            values=values,
-            intermediate_values=None if whole else {budgets.step(record): record.outcome},
-            user_attrs={CONSTRAINTS: excess} if whole else None,
+            values=[first, *others] if whole else None,
+            intermediate_values=None if whole else {budgets.step(record): first},
             system_attrs={CONSTRAINTS: excess} if excess else None,
         )
     except ValueError:  # a number out of range, or an unknown label

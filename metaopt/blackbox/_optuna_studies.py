@@ -175,10 +175,11 @@ def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
-    """Returns the trials of an Optuna study as records, with the last value of each trial.
+    """Returns the trials of an Optuna study as records, one for each trial.
 
     If the study has several objectives, or constraints, the records have `outcomes`. Their names are the study's metric
-    names, or "0", "1" and so on. Constraints are named "constraint 0", or "constraint NAME"; at most 0 is feasible.
+    names, or "0", "1" and so on. Constraints are named "constraint 0", or "constraint NAME". A constraint holds if its
+    value is at most 0.
 
     Trials that `to_optuna_study` wrote keep their task, trial number, cost and seed.
 
@@ -190,9 +191,9 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
       A record for each trial. A pruned trial has its last intermediate value. Its fidelity is its last step divided by
       the largest step of the study, both counted from 1. Optuna does not know the number of steps of a whole trial.
 
-      Records with number 0 and seed 0 count as trials without a number. To correct that trial in your own records,
-      number them from 1, or give seeds. Several records without numbers and with one seed are corrections of one trial,
-      not repetitions.
+      Records with number 0 and seed 0 count as trials without a number. For numbered trials in your own records, count
+      from 1, or give seeds. Several records with number 0 and the same nonzero seed are corrections of one trial, not
+      repetitions.
 
       In a study of several objectives, these are the values that `should_prune` or `to_optuna_study` has stored.
     """
@@ -237,7 +238,7 @@ def optuna_sampler(
     independent_sampler: Any = None,
     constraints_func: Callable[[Any], Sequence[float]] | None = None,
 ) -> Any:
-    """Returns an Optuna sampler that uses knowledge from earlier tasks; study, storage and dashboard remain Optuna's.
+    """Returns an Optuna sampler that uses a meta-optimizer g; study, storage and dashboard remain Optuna's.
 
     The first trial is the prediction of `meta_optimizer.predict`. The following trials come from its searcher, which
     learns of all trials of the study, including those of other samplers. The sampler supports `study.enqueue_trial`,
@@ -248,8 +249,8 @@ def optuna_sampler(
       request another range, scale or other labels (for example because labels were added). It then gets the drawn value
       if that value is allowed. Otherwise `independent_sampler` draws the value. It also draws parameters that the space
       does not have.
-    - Trials that are still running, in any thread or process, count by their possible contribution
-      (`batch_expected_improvement`).
+    - While trials are running, in any thread or process, a draw maximizes the expected improvement that it adds to
+      theirs.
     - A pruned trial counts with its last intermediate value. We correct this value by the mean difference between that
       step and the end in the trials that have both. A pruned trial without a value counts as failed. Steps of one trial
       that agree in six digits (possible beyond a million) count as one, with the last value.
@@ -260,9 +261,9 @@ def optuna_sampler(
     - With a finite set (`candidates`), a trial may use another label or number than the drawn one. It then counts with
       the value that it used. The drawn value is untried, and may be drawn again. Request the labels and numbers of the
       set to avoid this.
-    - A `meta_optimizer` with `objectives` is for studies with as many directions, in the same order. One with
-      `constraints` needs their values: from `constraints_func`, or from `trial.set_constraint(name, value)` of Optuna 5
-      with the same names. A value is the outcome minus its bound; at most 0 is feasible.
+    - If g has `objectives`, the study must have as many directions, in the same order. If g has `constraints`, the
+      sampler needs their values: from `constraints_func`, or from `trial.set_constraint(name, value)` of Optuna 5 with
+      the same names. A value is the outcome minus its bound; the constraint holds if it is at most 0.
     - Optuna does not support `trial.report` in studies of several objectives; use `blackbox.should_prune`. The sampler
       learns from the values that it stores, as from intermediate values.
     - The draw for a trial depends on `seed`, its number, and the trials that have ended or are running when it begins.

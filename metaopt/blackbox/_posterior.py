@@ -144,7 +144,7 @@ def posterior_at(
 
     Args:
       surrogate: the model of the earlier tasks.
-      conditioned: by `condition`.
+      conditioned: the result of `condition`.
       x: [P, D]; differentiable.
       functions: `functions_at(surrogate, x)`, if already computed.
 
@@ -196,7 +196,7 @@ def joint_posterior_at(
 
     Args:
       surrogate: the model of the earlier tasks.
-      conditioned: by `condition`.
+      conditioned: the result of `condition`.
       x: [P, D]; differentiable.
       others: [Q, D]; differentiable.
       functions: `functions_at(surrogate, x)`, if already computed.

@@ -14,7 +14,7 @@ class RandomSearchState(NamedTuple):
     """The state between calls.
 
     Attributes:
-      key: of the search; the key of a trial is folded from it and the trial's number.
+      key: the key of the search; the key of a trial is folded from it and the trial's number.
       space: the search space.
       first: the configurations of the first trials.
       num_asked: the number of trials that the search has proposed.
@@ -34,7 +34,7 @@ def random_search(*, first: Sequence[Mapping[str, Any]] | None = None) -> base.S
 
     Args:
       first: configurations to try first; parameters that one lacks get their defaults. By default, the default of the
-        space. A configuration is skipped if the search was informed that somebody else has tried it at the full budget.
+        space. A configuration is skipped if `tell` has received a full-budget record of it from another search.
 
     Returns:
       A searcher.

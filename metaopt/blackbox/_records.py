@@ -62,10 +62,10 @@ def append_records(file: str | os.PathLike[str], records: Sequence[Record], *, s
     Args:
       file: its path. SQLite keeps the files `-wal` and `-shm` next to it while it is in use.
       records: any number. NumPy's numbers are written as Python's.
-      study: the search that the records belong to. Trials are numbered within a study and a task. A later row of a
-        numbered trial corrects it. Trials without numbers (`trial` and `seed` are 0) are distinguished by their
-        configurations, and repeats of one configuration by their outcomes. If repeats with equal outcomes should all
-        count, give them numbers.
+      study: the name of the search that the records belong to. Trials are numbered within a study and a task. A later
+        row with the same number corrects the trial. Trials without numbers (`trial` and `seed` are 0) are distinguished
+        by their configurations, and repeats of one configuration by their outcomes. To count repeats with equal
+        outcomes separately, give them numbers.
 
     Raises:
       ValueError: if a record's status is unknown, its fidelity outside (0, 1], or its outcome or cost not a number.
@@ -86,15 +86,15 @@ def read_records(
     status: str | Sequence[str] | None = None,
     history: bool = False,
 ) -> list[Record]:
-    """Reads the records of a file: the last end of each trial, or its last row if it has not ended.
+    """Reads the records of a file: for each trial its last row with an end, or its last row if it has not ended.
 
     For trials without numbers, it returns each different outcome.
 
     Args:
       file: its path; the file and its folder may be read-only.
-      study: of one study only; by default, of all.
-      task: of one task, or of several.
-      status: of one status, or of several, such as `("COMPLETE", "PRUNED")`.
+      study: the study to read; by default, all of them.
+      task: the name of a task to read, or several names; by default, all tasks.
+      status: the status of the records to read, or several, such as `("COMPLETE", "PRUNED")`.
       history: return every row that was ever appended, in that order, instead of one for each trial.
 
     Returns:
@@ -158,8 +158,8 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
     Raises:
       FileNotFoundError: if `file` does not exist.
       FileExistsError: if there is a file at `to`.
-      ValueError: if nothing can be read, because the header does not say that this is a file of records, or the file
-        lists no table of records.
+      ValueError: if nothing can be read: the header is not that of a file of records, or the file has no table of
+        records.
     """
     if os.path.exists(to):
         raise FileExistsError(f"{to} already exists; pass the path of a new file for the recovered records.")

@@ -78,7 +78,7 @@ def acquisition_score(
     Args:
       model: the learned model.
       acquisition: one of `ACQUISITIONS`.
-      key: for samples.
+      key: the key for samples.
       task: the new task.
       trials: its trials; at least one has an outcome.
       functions: [P, 1 + S] `functions_at` of the outcome's surrogate, if the scored configurations are always the same.

@@ -72,10 +72,10 @@ def sklearn_objective(
         preparation.
 
     Returns:
-      `(trial, task) -> outcome`, for tasks that are a `Table` or a pair (x, y), where y may be None for clusterers. The
-      outcome is 1 − the mean score. If the scorer's name starts with "neg_", or for the log-likelihood, it is minus the
-      mean score. Internal scores other than the silhouette are not bounded by 1. Their outcome is minus the score, or
-      the score itself if smaller scores are better.
+      `(trial, task) -> outcome`, for tasks that are a `tasks.Table` or a pair (x, y), where y may be None for
+      clusterers. The outcome is 1 − the mean score. If the scorer's name starts with "neg_", or for the log-likelihood,
+      it is minus the mean score. Internal scores other than the silhouette are not bounded by 1. Their outcome is minus
+      the score, or the score itself if smaller scores are better.
 
     Raises:
       ValueError: if `scoring` is missing and the estimator's kind does not have a default.
@@ -189,7 +189,8 @@ def sklearn_model(name: str) -> SklearnModel:
         "_classifier" or "_regressor"; or "k_means" or "gaussian_mixture".
 
     Returns:
-      The estimator, space and scoring of the family.
+      A NamedTuple: `estimator`, an unfitted scikit-learn estimator; `space`, the space of its parameters; and
+        `scoring`, the score that `sklearn_objective` uses for it.
 
     Raises:
       KeyError: if `name` is unknown.

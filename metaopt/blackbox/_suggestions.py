@@ -121,7 +121,7 @@ def next_configuration(
     Args:
       learned: the learned optimizer.
       search: the task and the acquisition function.
-      key: for samples.
+      key: the key for samples.
       ended: the ended trials.
       running: encoded configurations [D] of the running trials, by number.
       num_asked: the number of trials so far, which determines whether the next one is exploratory.

@@ -64,7 +64,7 @@ class Embedding(NamedTuple):
     """How the rows of a task's table become W more features.
 
     Attributes:
-      params: of `embed_rows`.
+      params: the parameters of `embed_rows`.
       center: [W] the mean over earlier tasks, which is subtracted.
       scale: [W] the standard deviation over earlier tasks, which divides.
     """
@@ -324,7 +324,7 @@ def attention_weights(
     """w_s(x) = share·softmax_s(−½ Σ_f (r_f (x_f − x_sf))²) + (1 − share)/S, for one member.
 
     Args:
-      attention: of one member: "log_rates" [F], "logit_share" [].
+      attention: the attention of one member: "log_rates" [F], "logit_share" [].
       query: [Q, F] ranked features.
       features: [S, F] of the earlier tasks.
       excluded: [Q, S] bool, earlier tasks that get no weight (of the same family). The uniform part is shared by the
@@ -357,7 +357,7 @@ def attention_loss(
     Bayesian bootstrap). The regret is divided by the standard deviation of all f_s.
 
     Args:
-      attention: of all members, [E, ...].
+      attention: the attention of all members, [E, ...].
       data: "features" [S, F], "curves" [S, M], "same_family" [S, S] bool, "weights" [E, S].
       temperature: τ.
       penalty: on the sum of the rates.

@@ -30,7 +30,7 @@ class TrialTable(NamedTuple):
       outcomes: [T, C, F] float; NaN if missing.
       costs: [T, C, F] seconds; NaN if the cost is not known.
       fidelities: [F] in (0, 1], ascending.
-      families: T names, shared by near-duplicates and parts of one source; leave out whole families.
+      families: T names, shared by near-duplicates and parts of one source. For an evaluation, leave out whole families.
     """
 
     tasks: tuple[str, ...]
@@ -145,8 +145,9 @@ def to_hpob(
       search_space: its name in the file; its old content is replaced.
       records: only "COMPLETE" records at the full budget with finite outcomes are written, because HPO-B has no place
         for others. Outcomes are errors: y is 1 − outcome.
-      space: of the configurations; X is their encoding (`spaces.encode`). By default, X has the parameters themselves,
-        which must be numbers in [0, 1], in the order of the first configuration. `from_hpob` returns such records.
+      space: the space of the configurations; X is their encoding (`spaces.encode`). By default, X has the parameters
+        themselves, which must be numbers in [0, 1], in the order of the first configuration. `from_hpob` returns such
+        records.
 
     Raises:
       ValueError: if no record is "COMPLETE" at the full budget.
@@ -203,10 +204,10 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
 
     Returns:
       A record per row. The task is the name of the data set. If rows have several data sets of that name, the task
-      includes their number, as "iris (61)" and "iris (969)". Parameter names lose their flow, which is
-      `sklearn.svm.classes.SVC(16)_` in `sklearn.svm.classes.SVC(16)_gamma`, if the result is not ambiguous. The outcome
-      is 1 − value, or the value itself if `higher_is_better` is False. Parameters whose values are not plain data are
-      left out. A run without a value has status "FAIL".
+      includes their number, as "iris (61)" and "iris (969)". Parameter names lose the name of their flow if the result
+      is not ambiguous: `sklearn.svm.classes.SVC(16)_gamma` becomes `gamma`. The outcome is 1 − value, or the value
+      itself if `higher_is_better` is False. Parameters whose values are not plain data are left out. A run without a
+      value has status "FAIL".
 
     Raises:
       ValueError: if a value is not a number.

@@ -51,10 +51,11 @@ _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_TH
 
 
 class Pruned(Exception):
-    """Raised by an objective that gives up early: `raise blackbox.Pruned(outcome)`; the trial's status is "PRUNED".
+    """An objective raises it to end its trial early: `raise blackbox.Pruned(outcome)`. The trial's status is "PRUNED".
 
     With a text, as in `raise blackbox.Pruned("too slow")`, the text is the reason in the record, and the outcome is
-    NaN. An objective of several outcomes gives them in the same order as it returns them; an unknown one is NaN.
+    NaN. An objective with several outcomes passes all of them in the form in which it returns them; NaN is an unknown
+    outcome.
     """
 
 

@@ -15,7 +15,7 @@ class Evaluation(NamedTuple):
       num_ways: source -> [E]; 1 if there are no classes.
       num_shots: source -> [E], support examples per way, on average.
       transductive: method -> whether its output for one query example depends on the others.
-      higher_is_better: True if the score is an accuracy, False if it is an error.
+      higher_is_better: True for scores such as an accuracy, False for errors.
       marks: source -> [E], a number computed from the data of each episode. `join_evaluations` compares them to detect
         different episodes.
       score: the name of `score_fn`, such as "accuracy"; "" if it is not known.
@@ -36,10 +36,10 @@ class Evaluation(NamedTuple):
 
 
 def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
-    """Joins the methods of two evaluations on the same episodes, possibly of different days (`metaopt.save`).
+    """Joins two evaluations of different methods on the same episodes, for example one that `metaopt.load` has read.
 
     Args:
-      first: a result of `evaluate_episodes`.
+      first: a result of `few_shot.evaluate_episodes`.
       second: a result with the same key, samplers and numbers, for other methods. Equal `marks` show that the episodes
         are the same. If neither evaluation has marks, only the numbers of ways and shots are compared. Scores are
         compared by the names of their functions, if both evaluations have them.
@@ -106,7 +106,7 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
     """Computes the mean score of every method on every source.
 
     Args:
-      evaluation: a result of `evaluate_episodes`.
+      evaluation: a result of `few_shot.evaluate_episodes`.
       step: the number of adaptation steps; −1, or a number above that of a method, means after its last step.
 
     Returns:
@@ -122,12 +122,12 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
 def paired_differences(
     evaluation: Evaluation, reference: str, *, step: int = -1
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Subtracts a reference's score, episode by episode: effects that an episode has on both methods cancel.
+    """Subtracts the score of a reference method, episode by episode. So the difficulty of an episode cancels.
 
     A positive difference is better if the score is an accuracy, and worse if it is an error.
 
     Args:
-      evaluation: a result of `evaluate_episodes`.
+      evaluation: a result of `few_shot.evaluate_episodes`.
       reference: the method that the others are compared with.
       step: as for `mean_scores`.
 
@@ -146,12 +146,12 @@ def paired_differences(
 
 
 def average_ranks(evaluation: Evaluation, *, step: int = -1) -> dict[str, float]:
-    """Averages the rank of every method over the sources, by its mean score; 1 is best, and ties share their ranks.
+    """Ranks all methods by their mean score on each source, and averages the ranks; 1 is best, and ties share a rank.
 
     Inductive methods are ranked among themselves. So are transductive methods, which use more information.
 
     Args:
-      evaluation: a result of `evaluate_episodes`.
+      evaluation: a result of `few_shot.evaluate_episodes`.
       step: as for `mean_scores`.
 
     Returns:
@@ -179,7 +179,7 @@ def by_number(
     """Bins the scores by the number of ways or of shots, over the episodes of all sources.
 
     Args:
-      evaluation: a result of `evaluate_episodes`.
+      evaluation: a result of `few_shot.evaluate_episodes`.
       count: "ways" or "shots". (For the number of adaptation steps, use `mean_scores(evaluation, step=t)` for each t.)
       edges: ascending; bin k holds the episodes with edges[k] ≤ number < edges[k + 1].
       step: as for `mean_scores`.
@@ -206,7 +206,7 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
     more information, and are compared among themselves.
 
     Args:
-      evaluation: a result of `evaluate_episodes`.
+      evaluation: a result of `few_shot.evaluate_episodes`.
       step: as for `mean_scores`.
       reference: if given, adds a column of the mean paired difference to this method over the sources.
       digits: digits after the decimal point.

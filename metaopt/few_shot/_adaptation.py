@@ -46,8 +46,8 @@ class Adaptation(NamedTuple):
         the parameters that the outer loss f receives.
       test_steps: the number of inner steps at test time.
       unrolling: a copy of `problem`. Its `init` also computes the parts of the model that no inner step changes, and
-        the steps reuse them. It is correct only if λ and the support set are the same at every step, and derivatives
-        go through `init`. `estimator` and `adapted` satisfy this.
+        the steps reuse them. It is correct only if λ and the support set are the same at every step, and if derivatives
+        are taken through `init`. `estimator` and `adapted` satisfy this.
     """
 
     problem: base.Problem
@@ -82,7 +82,7 @@ def adaptation(
     keep_support: bool = False,
     with_context: bool = False,
 ) -> Adaptation:
-    """Specifies how a model adapts to a task; `maml`, `anil`, `cavia` and the others are settings of it.
+    """Specifies how a model adapts to a task by a few inner steps; `maml`, `anil` and others are settings of it.
 
     Args:
       loss: ℓ, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
@@ -106,7 +106,7 @@ def adaptation(
       num_steps: T, in training; at least 0. With 0, λ["init"] is trained on the query sets without adaptation.
       test_steps: steps at test, T by default.
       order: "second"; "first" (∇ℓ is held constant: no second derivatives); or a number n, for "first" in the first n
-        outer steps and "second" afterwards.
+        outer steps and "second" after them.
       outer: the weights w_1..w_T, as for `hypergrad.unrolled`, or a schedule of them, `step -> [T]` of the outer step.
       proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to ℓ.
       rule: `(problem, num_steps=T) -> Estimator` instead of `hypergrad.unrolled`, such as `hypergrad.implicit` (iMAML)
@@ -116,12 +116,14 @@ def adaptation(
       keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` must then
         be a dict). This is for statistics of the support set only, as in `conv4(normalization="support")`. Your own
         network that normalizes by its batch uses the query set's statistics, with or without this option.
-      with_context: losses and `init` have their full form: dropout keys, batch statistics, the number of the step.
+      with_context: whether the losses take a context (a key for dropout, batch statistics, the number of the step), and
+        `init` returns a model state.
 
     Returns:
-      An `Adaptation`. Train `hypergrad.over_tasks(a.estimator)` by `training.fit`; `adapted` makes predictions at test.
-      A step omits parts of ℓ that depend only on leaves that do not adapt, since they are the same at each step. With a
-      `sampler`, a `rule` or checkpoints (`remat`), each step computes them again.
+      An `Adaptation`. To train, pass `hypergrad.over_tasks(a.estimator)` to `training.learner`. `adapted` makes the
+      prediction function for test. Parts of ℓ that depend only on leaves that do not adapt are computed once per task,
+      since they are the same at each step. With a `sampler`, a `rule` or checkpoints (`remat`), each step computes them
+      again.
 
     Raises:
       ValueError: if `rates` or `order` is unknown, or `num_steps` is negative.

@@ -28,7 +28,7 @@ def adapted(
     num_steps: int | None = None,
     with_context: bool = False,
 ) -> AdaptFn:
-    """Returns the prediction function of an adaptation at test, as `evaluate_episodes` takes it.
+    """Returns a function that adapts to a support set and predicts a query set, as `evaluate_episodes` takes it.
 
     The outputs for a query row depend on the other query rows only if `predict` makes them do so. A network that
     normalizes by its batch (`conv4(normalization="batch")`) gives a single row other outputs than a whole query set.
@@ -41,7 +41,7 @@ def adapted(
       predict: `(params, query) -> outputs` [Q, ...], where `params` are all leaves of the model. With `with_context`,
         `(params, query, context)`, whose `context.model_state` holds the statistics of a batch normalization.
       num_steps: T at test; `test_steps` by default.
-      with_context: whether `predict` has its full form.
+      with_context: whether `predict` takes a context.
 
     Returns:
       `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps. To differentiate through the steps, use

@@ -39,7 +39,7 @@ def conv4(
     num_steps: int | None = None,
     downsampling: str = "pool",
 ) -> ConvNet:
-    """Blocks of a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling; four blocks of 64 filters are usual.
+    """Makes a network of blocks: a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling.
 
         h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over positions and
 
@@ -56,14 +56,14 @@ def conv4(
     each block learns a and b. Padded rows do not enter the statistics of a set. With images of 28 × 28,
     D = `num_filters`.
 
-    **With "batch", the default, a prediction depends on all rows of its batch.** Single query images, or images of one
+    **With "batch"**, the default, a prediction depends on all rows of its batch. Single query images, or images of one
     class, get other outputs than in a whole query set. This reproduces published results. To predict for single images,
     choose another normalization.
 
     "support" and "tasknorm" need the support set when they see the query set. `adaptation(keep_support=True)` puts it
     into `params["support"]`, and the methods that take `features` do so themselves. Without it, the statistics are
-    those of the batch, which is correct in the inner loss and in pre-training. Elsewhere, in f and in `adapted`, a
-    missing support set raises a ValueError, because the method would be transductive.
+    those of the batch, which is correct in the inner loss and in pre-training. In f and in `adapted`, a missing support
+    set raises a ValueError, because the method would be transductive.
 
     `features` cannot raise this error if they are jitted or called directly, or if the loss is under `jax.jit` or
     `jax.checkpoint`. In this case put the rows to normalize by into the parameters yourself:
@@ -72,7 +72,7 @@ def conv4(
     Args:
       normalization: one of the names in the table.
       num_filters: filters of each block; a multiple of 8 for "group".
-      num_blocks: number of blocks; each halves height and width.
+      num_blocks: number of blocks, usually 4; each halves height and width.
       num_channels: C, the channels of the images.
       num_steps: T, if scale and shift have a value for each inner step (MAML++), as their leading axis. Then use
         `adaptation(leaves_per_step="scale|shift", adapt="^(?!.*(scale|shift))")`. The statistics are still those of the

@@ -54,17 +54,19 @@ def evaluate_episodes(
     Transductive methods are detected. On the first chunk, each method runs again with every other query example blank.
     A method is transductive if its outputs for the other examples change.
 
-    Leaves of a query set whose leading axis is Q belong to its examples, and are shuffled with them.
+    The query examples of an episode are shuffled; all leaves with the leading axis Q are shuffled together.
 
     Args:
-      methods: name -> method.
+      methods: name -> `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps, such as a result of
+        `adapted`.
       samplers: source -> `key -> Episode`. A single function is named "episodes".
       key: the key of the episodes; every method gets the same keys.
       num_episodes: E, the number of episodes from each source; 600 is usual.
       each: U, if there is a fixed number of tasks (users, patients). Samplers are then `(key, number) -> Episode`, such
-        as `tasks.user_episodes`. Every number in 0..U-1 is evaluated once, so E = U, and `num_episodes` is ignored.
-        Drawing a few users with replacement would count them as many, and intervals would be too narrow.
-      chunk_size: episodes at once, at least 1.
+        as `tasks.user_episodes`. Every number in 0..U-1 is evaluated once, so E = U, and `num_episodes` is ignored. If
+        a few users were drawn with replacement instead, they would count as many users, and the intervals would be too
+        narrow.
+      chunk_size: the number of episodes that run at once, at least 1.
       score_fn: `(outputs after one step [Q, ...], query) -> []`.
       higher_is_better: False if the score is an error. It is known for `accuracy`, `mean_squared_error` and
         `mean_absolute_error`, and required for all other scores.
@@ -73,7 +75,8 @@ def evaluate_episodes(
         a short evaluation; False reports nothing.
 
     Returns:
-      An `Evaluation`. `leaderboard`, `paired_differences` and `by_number` read it.
+      An `evaluation.Evaluation`, for `evaluation.leaderboard`, `evaluation.paired_differences` and the other functions
+      there.
 
     Raises:
       ValueError: if `higher_is_better` is missing and the score is unknown.

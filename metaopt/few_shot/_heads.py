@@ -69,13 +69,13 @@ def prototypical_networks(features: Callable, **options: Any) -> Adaptation:
 
 
 def ridge_head(features: Callable, *, loss: Callable = inner.cross_entropy, **options: Any) -> Adaptation:
-    """R2D2: the head is the ridge regression of the support set, solved exactly and differentiated through:
+    """R2D2: the head is a ridge regression on the support set, solved exactly and differentiated:
 
         W = argmin_W |X W − Y|² + ρ |W|² = Xᵀ (X Xᵀ + ρ I)⁻¹ Y,    outputs = scale · X W + shift,
 
     where X holds the features and, as in the authors' code, a column of ones for an intercept, which is a row of W. The
-    intercept is shrunk too, so subtract the mean from targets that are far from 0. The smaller of the two systems is
-    solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
+    penalty shrinks the intercept too, so subtract the mean from targets that are far from 0. The smaller of the two
+    linear systems is solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
 
     Args:
       features: `(params, batch) -> [N, D]`; λ["init"] is a dict.

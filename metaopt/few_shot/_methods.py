@@ -50,10 +50,10 @@ def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: A
 def fomaml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: Any) -> Adaptation:
     """First-order MAML: dF/dλ ≈ ∇f(θ_T). Inner gradients are held constant, so that ∂θ_T/∂λ is the identity.
 
-    It is backpropagation truncated to one step (`hypergrad.truncated`) in the coordinates δ = θ − λ, with ∇ℓ held
-    constant. In these coordinates every step depends on λ, by θ = λ + δ, so truncation at δ loses nothing. In θ itself,
-    only the start depends on λ, so truncation would lose the whole hypergradient. If ∇ℓ is not held constant,
-    truncation to one step keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
+    First-order MAML equals backpropagation truncated to one step (`hypergrad.truncated`) in the coordinates δ = θ − λ,
+    with ∇ℓ held constant. In these coordinates every step depends on λ, by θ = λ + δ, so truncation at δ loses nothing.
+    In θ itself, only the start depends on λ, so truncation would lose the whole hypergradient. If ∇ℓ is not held
+    constant, truncation to one step keeps the last step's curvature: (I − α ∂²ℓ/∂θ²) ∇f(θ_T).
 
     Args:
       loss: as for `maml`.
@@ -141,13 +141,13 @@ def maml_plus_plus(
     multi_step_steps: int = 0,
     **options: Any,
 ) -> Adaptation:
-    """MAML++: a learned rate for each leaf and step; optionally a loss after each step, and first order at the start.
+    """MAML++: a learned rate for each leaf and step. Options: a loss after each step; first order at the start.
 
         F = Σ_t w_t f(θ_t),    w_t = max(0, 1 − k/N)/T for t < T,    w_T = 1 − Σ_{t<T} w_t    at outer step k.
 
     Both schedules are off by default. Only `estimator_at` follows them; `estimator` is the estimator after their end.
-    Use `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`. (The paper keeps a small
-    weight on early steps until outer step N, and removes it there.)
+    Use `training.learner(lambda step: hypergrad.over_tasks(a.estimator_at(step)), optimizer)`. (In the paper, the early
+    steps keep a small weight until outer step N, and lose it there.)
 
     Per-step normalization belongs to the model. A scale and a shift with a leading axis of T are `leaves_per_step`
     (`conv4(num_steps=T)`), and a loss with `with_context` receives the step. Each step is normalized by the statistics
@@ -245,7 +245,8 @@ def cavia(loss: Callable, *, num_context: int, num_steps: int = 2, rate: float =
 
 
 def pretrained(loss: Callable, *, test_steps: int = 10, rate: float = 0.01, **options: Any) -> Adaptation:
-    """The baseline of pre-training and fine-tuning: λ is trained on all tasks at once, and adapts only at test.
+    """The pre-training baseline: λ, the parameters of a model, is trained on all tasks at once, and adapts only at
+    test.
 
     It is for regression, and for classes that keep their labels across tasks. If every episode assigns new labels to
     its classes, a single head cannot learn them. Then train features and a head on all classes at once, with

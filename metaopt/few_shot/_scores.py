@@ -12,8 +12,8 @@ def accuracy(outputs: jax.Array, query: Mapping[str, jax.Array]) -> jax.Array:
     An example with a NaN among its outputs counts as wrong, so a diverging method is scored and not left out.
 
     Args:
-      outputs: [Q, W].
-      query: with "y", "mask" and "class_mask", as in episodes.
+      outputs: [Q, W], such as logits.
+      query: the query set, a dict with "y", "mask" and "class_mask", as in episodes.
 
     Returns:
       [], in [0, 1].

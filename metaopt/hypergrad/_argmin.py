@@ -18,24 +18,26 @@ def argmin(
     tol: float = 1e-5,
     solver: _solvers.Solver | None = None,
 ) -> Callable:
-    """The minimum of a loss, found by any solver and differentiated by the implicit function theorem:
+    """Makes a function that returns the minimum of a loss. Its derivative is that of the implicit function theorem:
 
         θ*(λ, data) = argmin_θ ℓ(θ, λ, data),    dθ*/dλ = −(∂²ℓ/∂θ²)⁻¹ ∂²ℓ/∂λ∂θ.
 
     The derivative does not depend on the path of the solver, and its memory does not depend on the number of steps.
     Forward and reverse mode, jit, vmap and any nesting work. Each derivative costs one linear solve. Variables that
-    `loss` closes over are differentiated too, and the start is not. The derivative is exact at a strict minimum. Its
-    error is of the order of the gradient that the solver leaves, and of the residual of the linear solve.
+    `loss` closes over are differentiated too. The derivative with respect to the start is zero. The derivative is exact
+    at a strict minimum. Its error is of the order of the gradient that the solver leaves, and of the residual of the
+    linear solve.
 
     It is `implicit_solve` for a loss without an inner loop. Use `implicit_solve` if training has batches or a state.
 
     Args:
       loss: `(params, hyperparams, data) -> []`, twice differentiable.
-      minimize: `(fn, params) -> params`, the solver: it minimizes `fn(params) -> []` from `params`. Any function of JAX
-        will do; nothing is differentiated through it. By default it is L-BFGS of optax with its line search.
+      minimize: `(fn, params) -> params`, the solver: it minimizes `fn(params) -> []` from `params`. It may be any
+        function that JAX can trace; no derivative passes through it. By default it is optax's L-BFGS with its line
+        search.
       num_steps: the largest number of steps of the default solver, at least 1.
       tol: the default solver ends when the norm of the gradient is below it; positive.
-      solver: of the linear system, whose matrix is symmetric; by default `hypergrad.cg(num_steps=100)`.
+      solver: the solver of the linear system, whose matrix is symmetric; by default `hypergrad.cg(num_steps=100)`.
 
     Returns:
       `(params, hyperparams, data) -> params`, from a start to the minimum.

@@ -63,11 +63,11 @@ def _sums(estimate: base.Estimate) -> tuple[dict[str, Any], jax.Array]:
 
 
 def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
-    """The mean of an estimate over S seeds on one task: S training runs that differ only in their keys.
+    """Averages an estimate over S seeds on one task: S training runs that differ only in their keys.
 
     This divides the variance from the initialization, the order of the data and the noise by S, and costs S times as
-    much. Seeds with a non-finite estimate are excluded from the mean and counted. They also end the slot, so that all S
-    runs restart. If no seed is finite, the estimate is NaN.
+    much. Seeds with a non-finite estimate are excluded from the mean and counted. They also make the estimate `done`,
+    so that all S runs restart. If no seed is finite, the estimate is NaN.
 
     Args:
       estimator: an estimator for one task.
@@ -115,13 +115,13 @@ def over_tasks(
     max_norm: float | None = None,
     normalize: bool = False,
 ) -> base.Estimator:
-    """The mean of an estimate over a batch of tasks.
+    """Averages an estimate over a batch of tasks.
 
         F(λ) = 1/|finite| Σ_{tasks i finite} F_i(λ)
 
     A task whose value or hypergradient is not finite is excluded from the mean and counted. It is also `done`, so that
-    its slot gets a new task. If no task is finite, the mean is NaN. (The derivative of the mean is NaN if one task is
-    NaN.)
+    its slot (its place in the batch) gets a new task. If no task is finite, the mean is NaN. (If you differentiate the
+    mean, one task with NaN makes the derivative NaN.)
 
     Args:
       estimator: an estimator for one task.

@@ -115,31 +115,34 @@ def check(
 ) -> Check:
     """Compares an estimator with finite differences of F in float64, on the given problem.
 
-    The hypergradient is computed once, at λ. At all other points, only F is evaluated. Both run in float64, for any
-    types in the problem: the programs are traced as they are, and every narrower floating-point type is replaced.
+    The hypergradient is computed once, at λ. At all other points, only F is evaluated. Both run in float64, whatever
+    the problem's types: the check traces its functions, and replaces every narrower floating-point type in them.
     Operations for which that is impossible (callbacks, foreign kernels) are listed in `float32_operations`. In that
     case ε and `rtol` are at least 1e-2.
 
-    Slopes of F along d come from differences at the distances ε, ε/2 and ε/4, combined so that their error is O(ε⁴).
-    Their uncertainty is the disagreement of the three, and the difference between the slopes to the left and right of
-    λ. If it is too large, the check tries other steps and another direction. It tries smaller steps (down to 1e-5 ε),
-    since F may have a kink nearby, and larger steps (up to 1e3 ε), since rounding may hide the slope. A leaf is
+    In each leaf, the check compares slopes along a direction. The slope of F comes from differences at the distances ε,
+    ε/2 and ε/4, combined so that its error is O(ε⁴). Its uncertainty is the disagreement of the three, and the
+    difference between the slopes to the left and right of λ. If it is too large, the check tries other distances and
+    another direction. It tries smaller distances (down to 1e-5 ε), since F may have a kink nearby, and larger ones (up
+    to 1e3 ε), since rounding may hide the slope. A leaf is
 
-    * "right" if its slope is known to `rtol` and the hypergradient agrees to `rtol`;
-    * "wrong" if they disagree by more than `rtol` and the uncertainty together;
-    * "inconclusive" if neither holds.
+    - "right" if the slope of F is known to `rtol` and the hypergradient agrees to `rtol`;
+    - "wrong" if they disagree by more than `rtol` and the uncertainty together;
+    - "zero" if the hypergradient is zero up to rounding, and F is flat;
+    - "dead" if the hypergradient is zero, and F is not flat;
+    - "inconclusive" if none of these holds.
 
     The meaning of F, and the condition to pass, depend on the estimator's kind:
 
-    * "exact": F is the estimate's value from the state after `init`. Every leaf must be right.
-    * "biased": F(λ) is the value of the last estimate of a run at constant λ. The run ends when it is `done`, or after
+    - "exact": F is the estimate's value from the state after `init`. Every leaf must be right or zero.
+    - "biased": F(λ) is the value of the last estimate of a run at constant λ. The run ends when it is `done`, or after
       `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
       leaves show the size of the bias. If the rule is exact in a limit, check it there as an exact rule:
       `check(estimator._replace(kind="exact"), ...)`.
-    * "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
+    - "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
       keys. It compares this mean with the mean of the values with the same keys. Slopes must agree within 3 standard
       errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
-    * "pseudo": the hypergradient must be finite. The cosine is reported.
+    - "pseudo": the hypergradient must be finite. The cosine is reported.
 
     Args:
       estimator: any estimator, including wrappers.
@@ -147,14 +150,16 @@ def check(
       task: a task, or another value that the estimator accepts as its task.
       key: the PRNG key; fixed by default.
       num_directions: random directions in the whole of λ, for cosine and metasmoothness; at least 1.
-      epsilon: the first step, in units of each leaf's largest entry (in units of 1 if that is below 1e-6).
+      epsilon: ε, the first distance, in units of each leaf's largest entry (in units of 1 if that is below 1e-6).
       radius: the distance for metasmoothness, in the same units; about one outer step.
       rtol: the largest relative error that passes.
       num_estimates: the maximum number of estimates in one run of a "biased" or "unbiased" rule; at least 1.
       num_samples: the number of runs of an "unbiased" rule; at least 2.
 
     Returns:
-      A `Check`; print it.
+      A `Check`. `print` shows it as a table. Its `verdict` is "passed", "failed" or "inconclusive", and `passed` is
+      true only for the first. It also has `leaves` with the slopes of each leaf of λ, `cosine`, `metasmoothness`, and a
+      `message` with the conclusions.
 
     Raises:
       ValueError: if a number of directions, estimates or samples is too small.

@@ -37,6 +37,7 @@ class Diagnosis(NamedTuple):
       products: [T] log norm of the product of Jacobians up to each step, along a random direction.
       inner_loss: [T] the inner loss ℓ.
       inner_grad_norm: [T] ‖∇θ ℓ‖ on each step's batch.
+      checked: what was checked, in words.
     """
 
     findings: list[Finding]
@@ -44,10 +45,11 @@ class Diagnosis(NamedTuple):
     products: np.ndarray
     inner_loss: np.ndarray
     inner_grad_norm: np.ndarray
+    checked: list[str]
 
     def __str__(self) -> str:
-        lines = [f"* {finding.what}\n  {finding.advice}" for finding in self.findings] or ["Nothing was found."]
-        return "\n".join(lines)
+        lines = [f"* {finding.what}\n  {finding.advice}" for finding in self.findings]
+        return "\n".join(lines or [f"Nothing was found. Checked: {'; '.join(self.checked)}."])
 
 
 def diagnose(
@@ -68,10 +70,10 @@ def diagnose(
     perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm is that of both.
 
     If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
-    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves that mend the run,
-    with the change that gives the lower outer loss. The noise of batches can mend a flat run by chance, and a larger
-    weight decay can mend a rate that is too large. This takes up to two more runs for each leaf, without another
-    compilation. It is omitted for more than 8 such leaves.
+    leaf of λ at a tenth and at ten times its value, within the space. It names the leaves whose change repairs the run,
+    or reports that none does; of two such changes, it names the one with the lower outer loss. The noise of batches can
+    repair a flat run by chance, and a larger weight decay can hide a rate that is too large. This takes up to two more
+    runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
 
     Args:
       problem: the problem to tune. Its inner loss must be differentiable in forward mode.
@@ -80,13 +82,15 @@ def diagnose(
       task: one task.
       num_steps: T, at least 2.
       key: the PRNG key; fixed by default.
-      space: the search space of λ. The report names leaves that are at a bound. In unconstrained coordinates, other
-        values of λ are tried only if it is given.
+      space: the search space of λ. The report names leaves that are at a bound. For λ in unconstrained coordinates,
+        `diagnose` tries other values of λ only if `space` is given.
       estimator: a rule for this problem. Its residuals and hypergradients are checked too.
       num_estimates: the number of estimates of that rule at λ.
 
     Returns:
-      A `Diagnosis`; print it.
+      A `Diagnosis`. `print` shows its `findings`, the most serious first: each has `what` (the problem) and `advice`
+      (what to change). It also has `growth`, the mean log growth of a perturbation of θ per step, and three arrays over
+      the steps, [T]: `products`, `inner_loss` and `inner_grad_norm`.
 
     Raises:
       ValueError: if `num_steps < 2`, if λ does not fit `space`, or the task has labels outside its classes.
@@ -114,7 +118,10 @@ def diagnose(
             findings += _findings_of_estimator(estimator, estimator_key, hyperparams, task, num_estimates, report)
             report(2)
     steps = judged.steps
-    return Diagnosis(findings, judged.rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm)
+    checked = [f"the losses and gradients of {num_steps} steps", "the growth of a perturbation of θ"]
+    checked += ["the bounds of λ"] if space is not None else []
+    checked += [f"{num_estimates} hypergradients of the rule"] if estimator is not None else []
+    return Diagnosis(findings, judged.rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm, checked)
 
 
 class _Steps(NamedTuple):
@@ -298,14 +305,14 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
 def _findings_of_leaves(
     run: Callable, hyperparams: base.HyperParams, space: base.PyTree | None, num_steps: int, report: Report
 ) -> list[Finding]:
-    """Leaves of λ of which another value mends the run."""
+    """Leaves of λ of which another value repairs the run, or one finding that there is none."""
     is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
     if is_unconstrained and space is None:
-        return []
+        return [Finding("No other λ was tried: its space is unknown.", "Pass `space`.")]
     natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
     leaves, structure = jax.tree_util.tree_flatten_with_path(natural)
     positive = [i for i, (_, leaf) in enumerate(leaves) if _is_positive(leaf)]
-    findings = []
+    findings, tried = [], []
     for i in positive if len(positive) <= MAX_LEAVES else []:
         name, mended = f"λ{jax.tree_util.keystr(leaves[i][0])}", {}
         for factor, words in ((1 / FACTOR, "a tenth"), (FACTOR, "ten times")):
@@ -317,13 +324,25 @@ def _findings_of_leaves(
                 continue
             with report.during(f"training with {name} at {words}"):
                 judged = run(_like(coordinates if is_unconstrained else changed, hyperparams))
+            tried.append(f"{words} of {name}" if factor < 1 else f"{words} {name}")
             if _is_sound(judged, num_steps):
                 what = f"{name} is likely the cause: with {words} of it, training is finite and the inner loss falls."
                 finding = Finding(what, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value.")
                 mended[float(judged.outer)] = finding
         # A loss that is flat but for the noise of batches also falls by chance.
         findings += [mended[min(mended)]] if mended else []
-    return findings
+    return findings or [_no_remedy(len(positive), tried)]
+
+
+def _no_remedy(num_positive: int, tried: list[str]) -> Finding:
+    if tried:
+        advice = "Change several leaves, or one by more than a factor of ten. Or look at the data and the losses."
+        return Finding(f"No change of one leaf of λ repairs the run. Tried: {', '.join(tried)}.", advice)
+    if num_positive > MAX_LEAVES:
+        what = f"it has {num_positive} positive leaves, and at most {MAX_LEAVES} are tried."
+    else:
+        what = "a tenth and ten times are outside the space." if num_positive else "no leaf is positive."
+    return Finding(f"No other λ was tried: {what}", "Try others by hand, or look at the data and the losses.")
 
 
 def _is_positive(leaf: Any) -> bool:

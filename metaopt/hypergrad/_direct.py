@@ -9,7 +9,7 @@ from metaopt import base
 
 
 def direct(loss: Callable) -> base.Estimator:
-    """The value and the gradient of a plain function, as an estimator that `training.fit` can run.
+    """Makes an estimator of a plain differentiable function, so that `training.fit` can minimize it.
 
         F(λ) = loss(λ, task, key),    dF/dλ by reverse mode.
 

@@ -165,10 +165,10 @@ def evolution(
         1/N Σ_i ε_i (F(λ + σε_i) − F(λ − σε_i)) / 2σ,    ε_i ~ N(0, I),    F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
     The estimate is unbiased for the smoothed F_σ(λ) = E F(λ + σε) = F + σ²/2 ΔF + O(σ⁴). So the bias for F itself is
-    σ²/2 ∇ΔF. The variance is about (n + 1) |∇F|² / N for n entries of λ, so N should grow with n. No derivative of the
-    inner training is taken. So `outer_loss`, the optimizer and the effect of λ need not be differentiable. (The inner
-    gradient itself is `jax.grad`.) Memory and time are those of 2N training runs at once; the memory does not depend on
-    T.
+    σ²/2 ∇ΔF. The variance is about (n + 1) |∇F|² / N for n entries of λ, so N should grow with n. The rule does not
+    differentiate through training. So `outer_loss`, the optimizer and the effect of λ need not be differentiable.
+    (Training itself still takes ∇θ ℓ by `jax.grad`.) Memory and time are those of 2N training runs at once; the memory
+    does not depend on T.
 
     Every call starts from scratch, and each pair has its own key. Perturbations are in the coordinates of λ, which are
     unconstrained with `spaces.constrain`. Under `over_tasks`, every task draws its own perturbations. If the loss of a
@@ -178,7 +178,7 @@ def evolution(
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
-      num_steps: T, at least 1 (0 with `outer="last"`).
+      num_steps: T, at least 1 (0 is allowed with `outer="last"`).
       sigma: σ, in units of λ, positive: a scalar, or a tree like λ of scalars or arrays.
       num_pairs: N antithetic pairs, at least 1.
       outer: "last", "mean" or T weights; see `unrolled`.
@@ -240,9 +240,9 @@ def persistent_es(
       num_pairs: N antithetic pairs, at least 1.
 
     Returns:
-      An `Estimator` of kind "unbiased" (for F_σ, over an episode), `done` once T steps are taken. Unless the caller
-      then restarts it, it continues as if the horizon were longer. `value` is the mean of the particles' L_w. Metrics:
-      "inner_steps" and, if there are two or more pairs, "sampling_variance".
+      An `Estimator` of kind "unbiased" (for F_σ, over an episode), `done` once T steps are taken. If the caller does
+      not restart it then, it continues as if the horizon were longer. `value` is the mean of the particles' L_w.
+      Metrics: "inner_steps" and, if there are two or more pairs, "sampling_variance".
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
@@ -266,8 +266,9 @@ def es_single(
         ĝ_w = 1/N Σ_i ε_i (L_w⁺ − L_w⁻)_i / 2σ
 
     This is `persistent_es`, except that a particle keeps its perturbation for all windows of an episode. It is unbiased
-    for the same L_w and F, but smoothed as in `evolution`: F_σ(λ) = E F(λ + σε). This too holds only if λ is constant.
-    The variance does not grow with the number of windows. The errors of the windows are correlated within an episode.
+    for the same L_w and F, smoothed as in `evolution`: F_σ(λ) = E F(λ + σε). As in `persistent_es`, this holds only if
+    λ is constant within an episode. The variance does not grow with the number of windows. The errors of the windows
+    are correlated within an episode.
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.

@@ -91,7 +91,7 @@ def forward(
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
-      num_steps: T, at least 1 (0 with `outer="last"`).
+      num_steps: T, at least 1 (0 is allowed with `outer="last"`).
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. If a step before the last has a nonzero
         weight, every step costs a gradient of f.
       chunk: the number of tangents that pass through a step at once; one chunk follows another. This bounds the memory

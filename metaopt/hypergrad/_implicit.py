@@ -52,11 +52,11 @@ def implicit(
         condition="step":      R = θ − Φ(θ, λ),     A = I − (∂Φ/∂θ)ᵀ        Φ: a training step; θ: all that it changes
 
     The estimate is exact at a strict minimum (or a fixed point), with δ = 0 and an exact linear solve. Each of these
-    causes a bias:
+    conditions causes a bias:
 
-    - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or
-      `"inner_step_norm"`). `training.fit` logs a warning once if ‖R‖ is large next to ‖∂f/∂θ‖. With
-      `condition="step"`, R has the unit of θ, so `fit` compares the change of ∂f/∂θ up to rest instead. This is
+    - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or `"inner_step_norm"`).
+      `training.fit` logs a warning once if ‖R‖ is large compared with ‖∂f/∂θ‖. With `condition="step"`, R has the unit
+      of θ, so `fit` compares an estimate of the change of ∂f/∂θ between θ and the fixed point instead. This is
       `metrics["outer_grad_shift"]`, and costs one more product with Aᵀ and one with ∂²f/∂θ². So f must then have a
       second derivative.
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
@@ -71,9 +71,9 @@ def implicit(
     R is linearized once per estimate. Each product with A runs that linear program, and costs about as much as two
     gradients of ℓ without their nonlinear part. The memory is that of one second-order gradient plus the solver's
     memory, and does not depend on the number of training steps. Time and memory do not depend on the number of λ:
-    thousands cost as much as one. The rounding error, relative to the norm of the hypergradient, is about κ(A + δI)
-    times the machine precision ε: in float32, 1e-7 κ. This holds if the solve and the training have converged as far as
-    float32 allows.
+    thousands cost as much as one. The rounding error, relative to the norm of the hypergradient, is about κ times the
+    machine precision, where κ is the condition number of A + δI: in float32, 1e-7 κ. This holds if the solve and the
+    training have converged as far as float32 allows.
 
     Args:
       problem: its `loop.loss` is ℓ, its `outer_loss` is f. Each leaf of λ must enter one of them. A rate and a penalty
@@ -86,7 +86,7 @@ def implicit(
       num_steps: inner steps before the solve, at least 1.
       solver: the solver of the linear system, by default `hypergrad.cg`. With the condition "step" the default is 20
         steps of `neumann` at a rate of 1: the fixed-point rule. A is symmetric with the condition "gradient".
-      damping: δ ≥ 0, in curvature.
+      damping: δ ≥ 0, in units of curvature.
       batch: the batch on which R and A are evaluated; all products of one solve use the same batch. "next" is the batch
         of the next training step. "full" is all training data, as one batch. A function `(key, data) -> batch` is also
         allowed.
@@ -228,7 +228,7 @@ def _gauss_newton_product(
 
 
 def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float) -> base.Estimator:
-    """`implicit` with as many plain steps for the adjoint as for θ: v ← v − rate ((∂²ℓ/∂θ²) v − ∂f/∂θ).
+    """`implicit` with gradient steps for the adjoint, as many as for θ: v ← v − rate ((∂²ℓ/∂θ²) v − ∂f/∂θ).
 
     θ and v are carried from one outer step to the next. So both stay near their fixed points while λ moves slowly, and
     neither the inner problem nor the linear system is solved from scratch.
@@ -236,7 +236,8 @@ def warm_implicit(problem: base.Problem, *, num_steps: int, adjoint_rate: float)
     Args:
       problem: as for `implicit`, with the condition "gradient" and the next batch.
       num_steps: inner steps, and adjoint steps, per estimate; at least 1.
-      adjoint_rate: in 1/curvature, positive; v converges if the rate is below 2 / λmax(∂²ℓ/∂θ²).
+      adjoint_rate: the rate of these steps, positive, in units of 1/curvature; v converges if it is below 2 /
+        λmax(∂²ℓ/∂θ²).
 
     Returns:
       An `Estimator` of kind "biased" that never ends by itself. It has the metrics of `implicit`.

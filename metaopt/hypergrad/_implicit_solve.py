@@ -44,14 +44,14 @@ def implicit_solve(
     batch: str | Callable[[jax.Array, base.Data], base.Batch] = "next",
     condition: str = "gradient",
 ) -> Callable:
-    """Training as a differentiable function. Its derivative is that of the point where training comes to rest:
+    """Makes training a differentiable function, whose derivative is that of the point where training comes to rest:
 
         dθ*/dλ = −(∂R/∂θ)⁻¹ ∂R/∂λ,    R = ∇θ ℓ, or θ − Φ(θ, λ).
 
     It can replace `unroll`, and its memory does not depend on the number of steps. Forward and reverse mode, jit, vmap
     and any nesting work. So several levels of optimization are possible: derivatives of any order are exact if θ is at
     rest. Each derivative costs one solve. Variables that the loss closes over are differentiated too. The biases are
-    those of `implicit`. Nothing warns if θ is far from rest, since it has no metrics: use those of `implicit`.
+    those of `implicit`. It has no metrics, so nothing warns if θ is far from rest: use those of `implicit`.
 
     Args:
       loop: the inner loop, which trains θ.

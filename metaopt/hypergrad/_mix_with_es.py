@@ -54,9 +54,10 @@ def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pa
 
     If weights came from the same samples that they weight, the mean would be biased. With few pairs and skewed
     gradients, the bias would be tens of percent. So the weights of pair i come from the other pairs and are independent
-    of pair i, and the mean is unbiased. Running variances would keep it unbiased too, but a state ends with its
-    episode. The disadvantage is that other pairs with moderate gradients do not recognize an outlier. With few pairs
-    and rare explosions, the variance can be a few times that of pure evolution strategies.
+    of pair i, and the mean is unbiased. (Running variances would keep it unbiased too, but the state that would hold
+    them is reset after every episode.) The disadvantage: if the gradient of one pair is an outlier, its weight does not
+    fall, since it comes from the other pairs. So with few pairs and rare explosions, the variance can be a few times
+    that of pure evolution strategies.
 
     If a gradient of the exact rule is not finite in a leaf, only evolution strategies estimate this leaf. If a value is
     not finite, the estimate is not finite either, and `over_tasks` excludes that task. Time and memory are those of 2N

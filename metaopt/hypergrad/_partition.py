@@ -29,12 +29,12 @@ def partition(
     """Estimates dF/dλ leaf by leaf, with the estimator that suits the leaf: rates by unrolling, penalties implicitly.
 
     Each estimator sees the problem as a function of only its own leaves. The other leaves are constants with their
-    current values. So an implicit rule need not handle a rate that an unrolled rule handles. The cost is that of all
-    estimators together, since each has its own training run.
+    current values. So an implicit rule does not see a learning rate that an unrolled rule handles. The cost is that of
+    all estimators together, since each has its own training run.
 
     Args:
       problem: the problem in all of λ, or in unconstrained coordinates (`spaces.constrain`).
-      estimators: by label, functions `problem -> Estimator` for one task, such as
+      estimators: label -> a function `problem -> Estimator` for one task, such as
         `lambda problem: hypergrad.unrolled(problem, num_steps=100)`. They are called while an estimate is traced.
       labels: the label of each leaf: a tree of labels that is a prefix of λ, or a function `path -> label`, where the
         path is written as "layers/0/rate".
@@ -42,8 +42,9 @@ def partition(
     Returns:
       An `Estimator`. `value` is that of the first estimator; the others should share its F. The kind is "exact" if all
       estimators are exact. The hypergradient is then that of `value` if they run the same training. Otherwise, the kind
-      is the least certain of their kinds. It is `done` if all estimators are. An estimator whose horizon ends earlier
-      restarts on the same task. Metrics: those of each estimator as "label/name", and "label/value".
+      is the first of "pseudo", "biased" and "unbiased" that one of them has. It is `done` if all estimators are. An
+      estimator whose horizon ends earlier restarts on the same task. Metrics: those of each estimator as "label/name",
+      and "label/value".
 
     Raises:
       ValueError: at trace time, if a label has no estimator, or an estimator has no leaf.

@@ -171,7 +171,8 @@ def recommend(
       max_memory: the limit on the temporary memory of one estimate, in MiB; unlimited by default.
 
     Returns:
-      A `Recommendation`; print it.
+      A `Recommendation`. `print` shows it as a table. `take` is the name of the recommended rule, `why` the reason in
+      one sentence, and `costs` has, for every rule, the `memory` in MiB and the `flops` in multiples of plain training.
 
     Raises:
       ValueError: if no rule can handle the problem within `max_memory`.

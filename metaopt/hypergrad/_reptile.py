@@ -24,7 +24,7 @@ def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
     Args:
       problem: each leaf of λ must enter the initialization. θ_T is trained only on `task.train`. If no query set is
         held back, put all data of the task there.
-      num_steps: T, at least 1. With T = 1, the expected direction is that of joint training on all tasks.
+      num_steps: T. With T = 1, the expected direction is that of joint training on all tasks; with T = 0, it is zero.
 
     Returns:
       An `Estimator` of kind "pseudo", `done` after every estimate. Its state is a key. `value` is f(θ_T).

@@ -21,8 +21,9 @@ def sama(
 
     So SAMA is one-step lookahead without a virtual step, with the mixed product after the step instead of before it.
     The two agree up to O(rate²), and agree exactly if ∂²ℓ/∂λ∂θ does not depend on θ. The truncation is that of one
-    step: only the last term of Σ_k (∂Φ/∂θ)^k dΦ/dλ is kept. So in each direction, the size is off by a factor of about
-    1 / (rate · curvature). The term (∂Φ/∂λ)ᵀ v, for a rate or a decoupled decay, is not in the paper. It costs nothing.
+    step: only the last term of Σ_k (∂Φ/∂θ)^k dΦ/dλ is kept. So in a direction of θ with curvature c, the estimate is
+    about rate · c times the full sum. The term (∂Φ/∂λ)ᵀ v, for a rate or a decoupled decay, is not in the paper. It
+    costs nothing.
 
     Besides training, the cost is three gradients (∂f, two ∇λ ℓ). The memory is that of one of them. The paper also
     moves θ along v; this is omitted, since in an inner loop only its own update moves θ. The estimate itself is not

@@ -24,6 +24,11 @@ class Matvec(Protocol):
 
 
 class Solver(Protocol):
+    """Solves A v = b: `(matvec, b, initial, *, key) -> (v, num_products)`. It must be traceable.
+
+    `matvec(v)` is A v; `b`, v and the guess `initial` are shaped like θ; `num_products` counts the calls of `matvec`.
+    """
+
     def __call__(
         self, matvec: Matvec, b: base.Params, initial: base.Params, *, key: jax.Array
     ) -> tuple[base.Params, Any]:
@@ -139,15 +144,15 @@ def gmres(*, num_steps: int = 20) -> Solver:
 
 
 def bicgstab(*, num_steps: int = 20, tol: float = 1e-6) -> Solver:
-    """BiCGSTAB (from JAX), for any nonsingular A, in the memory of a few vectors. Its residual may rise and fall.
+    """BiCGSTAB (from JAX), for any nonsingular A, in the memory of a few vectors. Its residual may also rise.
 
     Args:
       num_steps: the maximum number of steps, with two products each; at least 1.
       tol: stops once ‖Av − b‖ ≤ tol ‖b‖; positive. With 0, a step after exact convergence divides 0 by 0.
 
     Returns:
-      A `Solver` that starts from the guess. It reports the number of products of all `num_steps` steps, since JAX does
-      not report how many steps it took.
+      A `Solver` that starts from the guess. Its number of products is that of all `num_steps` steps, even if it stops
+      earlier, since JAX does not report the steps taken.
 
     Source: van der Vorst, 1992.
     """
@@ -173,7 +178,7 @@ def neumann(*, num_steps: int, rate: float) -> Solver:
 
     Args:
       num_steps: K, with one product each; at least 1.
-      rate: in 1/curvature, positive.
+      rate: positive, in units of 1/curvature.
 
     Returns:
       A `Solver` that starts from the guess.
@@ -206,7 +211,7 @@ def nystrom(*, rank: int, damping: float) -> Solver:
 
     Args:
       rank: k, the number of columns and of products, at least 1. If θ has fewer entries, all columns are used.
-      damping: ρ, in curvature, positive.
+      damping: ρ, positive, in units of curvature.
 
     Returns:
       A `Solver` that draws its columns with the key and needs no guess. It needs the memory of k vectors like θ.

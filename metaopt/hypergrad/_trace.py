@@ -49,8 +49,9 @@ def trace(
       grad: the function that takes the inner gradient; see `inner.step`.
 
     Returns:
-      `(key, hyperparams, task) -> Contributions`, in outer loss per unit of λ. They belong to the training that
-      `unrolled(...).estimate` runs from the state `key`.
+      `(key, hyperparams, task) -> Contributions`, in outer loss per unit of λ, of the training that
+      `unrolled(...).estimate` runs from the state `key`. The fields are `start`, the part through the initialization,
+      and `outer`, the part through f itself, both like λ; and `steps`, like λ with a leading axis of T.
 
     Raises:
       ValueError: if `num_steps` or the number of weights is wrong.

@@ -46,7 +46,8 @@ def truncated(
     with K = 1, it is T1–T2 (Luketina et al.): θ ← Φ(θ, λ), then dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ. In contrast, `lookahead`
     looks ahead of its run and discards those steps.
 
-    All runs that start together end together. `training.learner(..., stagger=T // K)` spreads the slots of a batch.
+    The runs of a batch that start together also end together. `training.learner(..., stagger=T // K)` makes them end at
+    different outer steps.
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.

@@ -200,7 +200,7 @@ def weighted_scan(
 
 
 def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", grad: Callable = jax.grad) -> Callable:
-    """Training as a plain differentiable function: jit it, vmap it, differentiate it, nest it.
+    """Makes training a plain differentiable function, for `jit`, `vmap`, differentiation and any nesting.
 
     In reverse mode, `remat` determines the stored values. The figures are operations in multiples of plain training:
 
@@ -208,13 +208,13 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     - "step" stores only the state of each step: 3.9, or 3.3 with `mixed_grad`.
     - "sqrt" stores √T states: 5.0, or 4.4 with `mixed_grad`.
     - "offload" is "step", but its states go to the memory of the host and come back, and the gradients of `mixed_grad`
-      are not stored but computed again. It needs a GPU or TPU, and was never run on one: so far, only its program was
+      are not stored but computed again. It needs a GPU or TPU. It has never been run on one; only its program was
       examined.
     - An integer k stores about k T^(1/k) states: each level is one more forward pass. More than log₂ T levels do not
       help, so k is limited to log₂ T.
     - "grads" with `mixed_grad` stores the gradients of all steps and √T states: 3.4. With Adam, whose state is three
       times the parameters, it takes a third of the memory of "step", and in long runs less time. Without `mixed_grad`
-      it is "sqrt". The loss computes a model state, such as batch statistics, again.
+      it is "sqrt". A model state, such as batch statistics, is not stored; the loss computes it again.
 
     With `mixed_grad`, if the state of a step is stored on the device, its gradient is stored too, which saves a
     recomputation. The time follows these figures if matrix products dominate. In small networks, memory traffic
@@ -278,7 +278,7 @@ def unrolled(
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
-      num_steps: T, at least 1 (0 with `outer="last"`: f at the initialization, plain training of λ).
+      num_steps: T, at least 1. (0 is allowed with `outer="last"`: F is then f at the initialization, without training.)
       remat: "none", "step", "grads", "sqrt", "offload", or a number of levels; see `unroll` for time and memory.
       outer: "last" (w_T = 1), "mean" (w_t = 1/T), or T weights w_1..w_T. Traced weights are allowed, such as a schedule
         of the outer step. The rule does not evaluate f at steps of weight zero. F has no derivative with respect to

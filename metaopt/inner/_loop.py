@@ -210,19 +210,21 @@ def loop(
 
     Args:
       loss: ℓ, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
-        or `-> ([], model_state)`: `base.Context` has a fresh key, the number of the step and the model state.
+        or `-> ([], model_state)`. The context is a `base.Context`: a fresh key, the number of the step and the model
+        state.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
         must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
-        The schedules of `transforms`, such as `cosine_schedule`, do not. (`optax.inject_hyperparams` freezes λ into the
-        state; do not use it here.) With `optax.contrib.schedule_free`, the outer loss and `loop.params` get the
-        evaluation parameters, and gradients are taken at the others.
+        The schedules of `transforms`, such as `transforms.cosine_schedule`, do not. (`optax.inject_hyperparams` freezes
+        λ into the state; do not use it here.) With `optax.contrib.schedule_free`, gradients are taken at the training
+        parameters, and the outer loss and `loop.params` get the evaluation parameters. No other transform may change
+        its updates, so it must be the last one of an `optax.chain`.
       init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
       sampler: selects the rows of each step, such as `inner.minibatch(64)`. By default each step gets all of the data.
-      with_context: whether the loss and `init` have their full form.
+      with_context: whether the loss takes a context and `init` returns a model state.
       zero: the derivative of the optimizer at zero gradients, "drop" or "exact" (see `transforms.differentiable`).
-      im2col: whether the convolutions and the pooling of the loss become matrix products and slices (`inner.im2col`).
-        None does so if the default backend is a CPU, whose convolutions in loops are slow. The first program with such
+      im2col: whether to compute the convolutions and the pooling of the loss by `inner.im2col`. None does so only if
+        the default backend is a CPU, where XLA's convolutions inside loops are slow. The first program with such
         convolutions logs a line with their shapes (logger "metaopt", level INFO).
 
     Returns:
@@ -290,10 +292,10 @@ _NO_DERIVATIVE = (
 
 
 def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callable | None = None) -> Callable:
-    """Trains without differentiation, for evaluation, other numbers of steps and baselines.
+    """Makes a function that trains without differentiation, for evaluation and baselines.
 
-    The result has no derivative: differentiation raises instead of returning 0. For a derivative, use
-    `hypergrad.unroll`. Within a differentiated function the result may go into metrics or through
+    The trained state has no derivative: differentiating it raises an error instead of returning 0. For a derivative,
+    use `hypergrad.unroll`. Within a differentiated function the result may go into metrics or through
     `jax.lax.stop_gradient`. (Forward mode cannot see a later `stop_gradient`; stop the gradient of the arguments
     there.) Memory does not depend on the number of steps.
 
@@ -349,9 +351,9 @@ def problem(
     Args:
       loop: trains θ.
       outer_loss: f, `(params, hyperparams, batch) -> []`, or with `with_context`
-        `(params, hyperparams, batch, context) -> []`, where the context is that of the trained state.
+        `(params, hyperparams, batch, context) -> []`, where the context is `loop.context` of the trained state.
       outer_batch: `(key, task) -> batch`; by default all of `task.valid`.
-      with_context: whether the outer loss has its full form.
+      with_context: whether the outer loss takes a context.
       im2col: as in `inner.loop`, for the outer loss.
 
     Returns:

@@ -21,17 +21,17 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
     This is the default loss of architecture searches, and the loss of few-shot methods on one episode.
 
     Args:
-      outputs: [N, C] logits; [N, positions..., C] for a network that is not pooled.
+      outputs: [N, C] logits, or [N, positions..., C] for a network with an output at each position.
       batch: a dict with labels "y" [N, positions...], integers in 0..C-1 (or booleans). With padding it also has
         "mask", shaped [N] or like y. If a task lacks some of the C classes, it also has "class_mask" [C].
 
     Returns:
-      [], in nats. In a traced program it and its gradient are NaN if the label of a real row is below 0 or above
-      C - 1. They are NaN as well if no row is real.
+      [], in nats. In a traced program, the loss and its gradient are NaN if the label of a real row is below 0 or above
+      C - 1, or if no row is real.
 
     Raises:
       ValueError: if the labels are not integers, or if "y", "mask" or "class_mask" has another shape.
-      ValueError: if labels that are not traced are not classes.
+      ValueError: if labels that are not traced are not in 0..C-1.
     """
     num = outputs.shape[-1]
     _batches.check_labels(batch, num, outputs.shape[:-1])

@@ -36,14 +36,21 @@ from metaopt.inner import _stopped
 
 
 class Model(NamedTuple):
-    """A network as two pure functions.
+    """A network as two pure functions. An inner loss calls `apply`, and returns the new model state:
+
+        def loss(params, hyperparams, batch, context):
+            logits, model_state = model.apply(params, context, batch["x"], train=True)
+            return inner.cross_entropy(logits, batch), model_state
+
+        loop = inner.loop(loss, optimizer, init=model.init, with_context=True)
 
     Attributes:
       init: `(key, hyperparams, data) -> (params, model_state)`, for `inner.loop(..., with_context=True)`.
       apply: `(params, context, *inputs, train=False, use_running_average=None, deterministic=None, **options) ->
         (outputs, model_state)`. `context` is the `base.Context` that a loss gets: dropout uses its key, and BatchNorm
-        its model state. `train=True` switches both to training; `use_running_average` and `deterministic` set one of
-        them, and default to `not train`. With all three in evaluation the model state is returned unchanged.
+        its model state. `train=True` switches both layers to training. `use_running_average` sets only BatchNorm, and
+        `deterministic` only dropout; both default to `not train`. If all three are set to evaluation, the model state
+        is returned unchanged.
     """
 
     init: Callable[[jax.Array, base.HyperParams, base.Data], tuple[base.Params, base.PyTree]]
@@ -92,7 +99,7 @@ def _first_three(paths: Sequence[str]) -> str:
 
 
 def from_nnx(make: Callable[[Any], Any], *, allow_stopped_state: bool = False) -> Model:
-    """Returns a Flax NNX module as a `Model`.
+    """Makes a `Model` from a Flax NNX module.
 
     `nnx.Param` variables are θ; everything else (batch statistics, rng counts) is the model state. Each call
     creates a new module from these, so a traced step does not change the caller's module.
@@ -182,7 +189,7 @@ def from_linen(
     train_argument: str | Sequence[str] | None = "train",
     allow_stopped_state: bool = False,
 ) -> Model:
-    """Returns a Flax Linen module as a `Model`.
+    """Makes a `Model` from a Flax Linen module.
 
     The collection "params" is θ. All other collections (batch statistics) are the model state, and mutable in training.
 

@@ -26,7 +26,7 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
       num_steps: T, at least W.
 
     Returns:
-      A problem whose λ has a leading axis of W on every leaf (no such axis if W is 0).
+      A problem whose λ has a leading axis of W on every leaf, except on leaves with W = 0.
 
     Raises:
       ValueError: if a W is negative or above T; at trace time, if a leaf of λ does not have this axis.

@@ -12,6 +12,8 @@ from metaopt._permutations import shuffled
 
 
 class Sampler(Protocol):
+    """Selects the rows of each inner step: `(key, step, data) -> batch`, pure; `key` is the same for a whole run."""
+
     def __call__(self, key: jax.Array, step: jax.Array, data: base.Data) -> base.Batch:
         """Returns the batch of step number `step`. `key` is the same for all steps of one training run."""
         ...
@@ -103,11 +105,12 @@ def minibatch(
     Args:
       batch_size: B, at least 1. May exceed the number of rows: a batch then spans epochs.
       replace: whether to draw rows independently, with replacement.
-      shared: entries of a dict of data without an axis of rows. Every batch carries them whole, and also "num_rows" and
-        a "class_mask" [C].
+      shared: the entries of a dict of data that have no axis of rows. Every batch gets them whole. It also gets
+        "num_rows" and a "class_mask" [C] whole, if the data have them.
       num_rows: `data -> N`: the first N rows are real, and masks are ignored. By default, positive entries of "mask"
-        [N] or [N, ...] mark the real rows: a row is real if one of its parts is. Without a mask, the first
-        `data["num_rows"]` rows are real, or all. N may differ between tasks, which share one compiled program.
+        mark the real rows. With a mask [N, ...] of parts of rows, a row is real if one of its parts is real. Without a
+        mask, the first `data["num_rows"]` rows are real, or all. N may differ between tasks, which share one compiled
+        program.
 
     Returns:
       A `Sampler`. Batches look like the data, with B instead of the length of the axis of rows.

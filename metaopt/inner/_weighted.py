@@ -14,9 +14,9 @@ def weighted(
 
     ℓ_i does not depend on λ, and w does not depend on θ. The mixed product is therefore a Jacobian-vector product of
     the losses' forward pass: (∂²ℓ/∂λ∂θ)ᵀ v = 1/N Σ_i (∂w_i/∂λ)ᵀ (∂ℓ_i/∂θ) v. Automatic differentiation finds this
-    structure by itself. Under jit it takes the operations of 3 forward passes and less memory than a gradient. The
-    condition is that the product with the Hessian is not needed at the same time. This holds in the one-step rules, and
-    in the implicit rules after their solve.
+    structure by itself. Under jit it takes the operations of 3 forward passes and less memory than a gradient. This
+    holds only where the rule does not need a product with the Hessian ∂²ℓ/∂θ² at the same time: in the one-step rules,
+    and in the implicit rules after their linear solve.
 
     Args:
       per_example_loss: ℓ_i, `(params, batch) -> [B]`: one loss per example, or one per term. With `with_context`,
@@ -24,10 +24,10 @@ def weighted(
       weight_fn: w, `(hyperparams, batch) -> [B]`, or with `with_context` `(hyperparams, batch, context) -> [B]`. For
         example, a network of the example's features, or
         `lambda hp, batch: jax.nn.sigmoid(hp["weight"][batch["index"]])`.
-      normalize: the value of N. "count": B, so that an example with weight zero loses its share of the gradient.
-        "weights": Σ_i w_i, which must not be zero; only ratios of weights matter. "none": 1, for sums and for weights
-        that are already normalized (for example by `batch["mask"].sum()`).
-      with_context: whether the functions have their full form.
+      normalize: the value of N. "count": B, so that an example of weight zero adds nothing and the others do not gain
+        by it. "weights": Σ_i w_i, which must not be zero; only ratios of weights matter. "none": 1, for sums and for
+        weights that are already normalized (for example by `batch["mask"].sum()`).
+      with_context: whether both functions take a context.
 
     Returns:
       A loss for `inner.loop`, which needs the same `with_context`. It is a plain function: every AD mode works, and you

@@ -13,9 +13,9 @@ from metaopt.nas import _ops
 
 
 def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Sets a square of side `size` to zero. Its center lies anywhere in the image; parts beyond the border are cut off.
+    """Makes an augmentation that sets a square of side `size` to zero. Its center is random in the image.
 
-    Zero should be the mean of the inputs, so standardize them.
+    Parts of the square beyond the border are cut off. Zero should be the mean of the inputs, so standardize them.
 
     Args:
       size: side of the square, in positions; DARTS uses 16 on images of 32. An odd size counts as one less, as in the
@@ -41,10 +41,10 @@ def cutout(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def crop_and_flip(padding: int = 4, *, flip: bool = True) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Moves every example by up to `padding` positions along every axis, filling with zeros, and flips half of them.
+    """Makes an augmentation that shifts every example by up to `padding` along every axis, and flips half of them.
 
     Args:
-      padding: at least 0; the published recipe uses 4 on images of 32.
+      padding: the largest shift, at least 0; zeros fill the border. The published recipe uses 4 on images of 32.
       flip: whether to flip left and right, along the last spatial axis. Set it to False for digits, sequences and other
         data that have a direction.
 

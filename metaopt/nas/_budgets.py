@@ -26,7 +26,7 @@ def resource_penalty(
     form: str = "linear",
     relaxation: Relaxation | None = None,
 ) -> Callable[[base.HyperParams, Any], jax.Array]:
-    """A penalty on the expected cost, for the argument `penalty` of any search, or for `penalized`.
+    """Makes a penalty on the expected cost, for the argument `penalty` of any search.
 
         linear:    weight · C/target                 (ProxylessNAS)
         hinge:     weight · max(0, C/target − 1)     zero within the budget
@@ -38,8 +38,8 @@ def resource_penalty(
     Args:
       table: costs of the space.
       network: the space.
-      weight: in outer loss, not negative.
-      target: in the unit of the table, positive.
+      weight: the weight of the penalty, in units of the outer loss; not negative.
+      target: the target cost in the unit of the table, positive.
       form: "linear", "hinge" or "absolute".
       relaxation: maps α to the weights in C. The default is softmax, whose weights are also the probabilities by which
         `gumbel_softmax` samples. If α is {"ops", "edges"} (PC-DARTS), the relaxation takes the ops. The weight of an
@@ -50,7 +50,7 @@ def resource_penalty(
 
     Raises:
       KeyError: if `form` is unknown.
-      ValueError: as for `over_budget`.
+      ValueError: if the table has choices that the network lacks.
 
     Sources: Cai, Zhu & Han, ICLR 2019, https://arxiv.org/abs/1812.00332; Bender et al., CVPR 2020,
     https://arxiv.org/abs/2008.06120
@@ -72,7 +72,7 @@ def over_budget(
     Args:
       table: costs of the space.
       network: the space.
-      budget: in the unit of the table, positive. It may be traced; then it is not checked.
+      budget: the largest cost, in the unit of the table, positive. It may be traced; then it is not checked.
       relaxation: as for `resource_penalty`.
 
     Returns:
@@ -161,18 +161,18 @@ def within_budget(
     *,
     keep: int | None | str = "space",
 ) -> Genotype:
-    """The projection onto a budget: the genotype of mixing weights, changed until its network is within the budget.
+    """Reads a genotype from mixing weights, and changes it until its network is within a budget.
 
     It starts with `derive_genotype`. While the network costs too much, it makes the change that loses the least log
     weight per saved cost. A change replaces the op of an edge, or a size. If the space keeps a number of edges into
-    each node, a change may also replace an edge by another edge into the same node. The method is greedy and the
-    problem is a knapsack problem, so a likelier network within the budget may exist.
+    each node, a change may also replace an edge by another edge into the same node. The method is greedy for a knapsack
+    problem, so a network with larger weights within the budget may exist.
 
     Args:
       network: the space.
       weights: kind -> [edges, ops], not negative.
       table: costs of the space.
-      budget: in the unit of the table.
+      budget: the largest cost, in the unit of the table.
       keep: edges into each node, as for `derive_genotype`; "space" uses the rule of the network.
 
     Returns:

@@ -11,10 +11,10 @@ from metaopt.nas._specs import Cell, Edge, ElasticNetwork, Genotype, Space
 def configuration_space(
     network: Space, *, keep: int | None | str = "space"
 ) -> dict[str, spaces.Integer | spaces.Fixed]:
-    """The choices of a space as integers, for searchers without a gradient: evolution, random search, Optuna.
+    """Returns the choices of a space as integers, for searchers without a gradient: evolution, random search, Optuna.
 
     Different configurations are different genotypes. `genotype_from_configuration` and `genotype_to_configuration`
-    convert between both.
+    convert between configurations and genotypes.
 
     Args:
       network: the spec of a supernet.
@@ -56,7 +56,7 @@ def configuration_space(
 def genotype_from_configuration(
     network: Space, configuration: Mapping[str, int], *, keep: int | None | str = "space"
 ) -> Genotype:
-    """The genotype that a configuration of integers describes.
+    """Returns the genotype that a configuration of integers describes.
 
     Args:
       network: the spec of a supernet.
@@ -97,7 +97,7 @@ def genotype_from_configuration(
 def genotype_to_configuration(
     network: Space, genotype: Genotype, *, keep: int | None | str = "space"
 ) -> dict[str, int]:
-    """The configuration of a genotype, for instance for the first trial of a search.
+    """Returns the configuration of a genotype, for instance for the first trial of a search.
 
     Args:
       network: the spec of a supernet.

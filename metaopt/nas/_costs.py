@@ -41,8 +41,8 @@ class CostTerm(NamedTuple):
     """A part of a cost that depends on one or more choices together.
 
     Attributes:
-      rows: (kind of cell or name of a size, edge), one for each axis of `values`.
-      values: the cost of each combination of candidates.
+      rows: (kind of cell or name of a size, edge number), one for each axis of `values`.
+      values: the cost of each combination of candidate ops.
     """
 
     rows: tuple[tuple[str, int], ...]
@@ -54,7 +54,7 @@ class CostTable(NamedTuple):
 
     Attributes:
       fixed: cost of the parts that all networks have.
-      terms: costs of the parts that are chosen.
+      terms: costs of the parts that depend on a choice.
       unit: unit of the costs, for people to read.
     """
 
@@ -148,7 +148,7 @@ def cost_table(
 ) -> CostTable:
     """Measures every op of a space once at every shape at which it occurs.
 
-    The costs of sums of nodes, of concatenations and of copies that the supernet makes are not included.
+    The costs of the supernet's own operations between ops are not included: sums, concatenations and copies.
 
     Args:
       network: the spec of a supernet.
@@ -342,16 +342,16 @@ def num_params(apply: Callable, params: base.PyTree, x: Any) -> float:
 
 
 def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
-    """A measure for `cost_table`: seconds on this device, of the compiled op by itself, after a first run.
+    """Makes a measure for `cost_table`: the seconds that a compiled op takes on this device, after a first run.
 
-    It is the median of `num_samples` times. Each time is the mean over enough calls to take `min_seconds` together. An
-    op by itself differs from the same op in one program, where ops are fused and are not dispatched one by one. So a
-    sum of latencies does not predict the time of a network. How well such sums rank networks has not been measured. Use
-    the batch size at which the network will run, and a machine that runs nothing else.
+    It is the median of `num_samples` times. Each time is the mean over enough calls to take `min_seconds` together. The
+    op runs by itself. This differs from the same op in one program, where ops are fused and are not dispatched one by
+    one. So a sum of latencies does not predict the time of a network. How well such sums rank networks has not been
+    measured. Use the batch size at which the network will run, and a machine that runs nothing else.
 
     Args:
-      num_samples: number of times.
-      min_seconds: the least duration of one time.
+      num_samples: the number of measured times.
+      min_seconds: the smallest total duration of the calls for one measured time.
 
     Returns:
       `(apply, params, x) -> seconds`.

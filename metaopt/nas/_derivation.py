@@ -13,12 +13,12 @@ from metaopt.nas._specs import Cell, Genotype, Network, Space
 
 
 def derive_genotype(network: Space, weights: Mapping[str, np.ndarray], *, keep: int | None | str = "space") -> Genotype:
-    """The genotype of mixing weights: the strongest op of each edge, for the strongest edges into each node.
+    """Reads a genotype from mixing weights: the strongest op of each edge, for the strongest edges into each node.
 
         strength(e) = max_{o ≠ none} w[e, o],    op(e) = argmax_{o ≠ none} w[e, o]
 
-    Pass weights, not α. The softmax is over all ops, including "none". Without it other edges would be kept: α and α +
-    c give the same weights, but they are different numbers.
+    Pass weights, not α. The relaxation normalizes over all ops, including "none". From α itself, other edges would be
+    kept: α and α + c (c a number for each edge) have the same softmax, but different largest entries.
 
     Args:
       network: the spec of a supernet.

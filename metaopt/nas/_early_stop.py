@@ -31,7 +31,7 @@ class StoppingState(NamedTuple):
       alphas: like α, with a leading axis: α at the end of each epoch that the rule looks back to, newest last.
       stopped: [] bool.
       kept: like α. Once the search is stopped, it is the α that the rule keeps; until then it is the newest α.
-      key: for the outer batch and the first vector of the iterations.
+      key: the key for the outer batch and the first vector of the iterations.
     """
 
     estimator: base.EstimatorState
@@ -74,7 +74,7 @@ def stopped_by_curvature(
       window: number of epochs that are averaged.
       start: the first epoch that may stop, counted from 0.
       delta: how many epochs to look back for the comparison, and to go back.
-      factor: by how much the mean may grow.
+      factor: the search stops if the mean of |κ| exceeds this factor times the mean `delta` epochs before.
       num_iterations: iterations of `dominant_eigenvalue`.
       inner_state: `(estimator's state) -> inner state`.
       own: the estimator's λ -> the λ of `problem`, if they differ. Under a constraint, for instance, λ also has

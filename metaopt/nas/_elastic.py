@@ -8,10 +8,11 @@ computes:
     output = Σ_d w_d h_d
 
 The mixture over windows is one convolution, since convolutions are linear in W. norm_c is the normalization of the
-small network. With "batch", each channel has its own statistics. The mask is applied after this normalization, which
-would undo an earlier mask. With "layer", the mean and variance are over the first c channels only. At one-hot weights,
-masked channels are exact zeros, so their rows in the next W do not matter. The supernet then equals the small network,
-whose parameters are slices.
+small network. With "batch", each channel has its own statistics, and there is no b: subtracting the mean removes it, so
+its gradient would be rounding noise, which Adam amplifies. The mask is applied after this normalization, which would
+undo an earlier mask. With "layer", the mean and variance are over the first c channels only. At one-hot weights, masked
+channels are exact zeros, so their rows in the next W do not matter. The supernet then equals the small network, whose
+parameters are slices.
 
 **Masks save no compute during the search.** Every step costs as much as a step of the largest network at its full
 depth, whatever w is. Only the discrete network is cheaper. More candidates for windows and depths cost nothing extra,
@@ -121,7 +122,7 @@ def init_layer(place: Placed, keys: jax.Array) -> list[dict[str, jax.Array]]:
         else:
             window = (math.prod(place.spatial) if place.flat and i == 0 else 1,)
         w = _ops.uniform(keys[i], (*window, in_width, width), math.prod(window) * in_width)
-        params.append({"w": w, "b": jnp.zeros(width)})
+        params.append({"w": w} if place.layer.norm == "batch" else {"w": w, "b": jnp.zeros(width)})
     return params
 
 
@@ -137,7 +138,7 @@ def slice_layer(place: Placed, small: Placed, params: list[dict[str, jax.Array]]
             kernel = small.layer.kernel[0]
             rim = (place.layer.kernel[-1] - kernel) // 2
             w = w[(slice(rim, rim + kernel),) * len(place.spatial)]
-        sliced.append({"w": w, "b": p["b"][:width]})
+        sliced.append({"w": w} | {name: b[:width] for name, b in p.items() if name == "b"})
     return sliced
 
 
@@ -161,7 +162,7 @@ def apply_layer(
             y = jnp.einsum("npc,pcd->nd", x.reshape(x.shape[0], -1, x.shape[-1]), p["w"])
         else:
             y = x @ p["w"][0]
-        y = y + p["b"].reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y + p["b"].reshape((1,) * (y.ndim - 1) + (-1,)) if "b" in p else y
         if last:
             return y
         broadcast = lambda mask: mask.reshape((1,) * (y.ndim - 1) + (-1,))

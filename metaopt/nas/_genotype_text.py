@@ -15,7 +15,7 @@ from metaopt.nas._specs import Genotype
 
 
 def genotype_to_text(genotype: Genotype, *, form: str = "json") -> str:
-    """A genotype as text.
+    """Writes a genotype as text.
 
     Args:
       genotype: kind -> edges, whose nodes may be NumPy integers.
@@ -36,10 +36,10 @@ def genotype_to_text(genotype: Genotype, *, form: str = "json") -> str:
 
 
 def genotype_from_text(text: str, *, form: str = "json", primitives: Sequence[str] = DARTS_PRIMITIVES) -> Genotype:
-    """The genotype of a text.
+    """Reads a genotype from text.
 
     Args:
-      text: in the given form; see `genotype_to_text`.
+      text: the text in the given form; see `genotype_to_text`.
       form: "json", "darts" or "nas_bench_201".
       primitives: the ops that a genotype in the form of DARTS may have.
 
@@ -131,7 +131,7 @@ def _to_darts(genotype: Genotype) -> str:
     """A genotype in the form of DARTS, "Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=..., reduce=...)".
 
     Args:
-      genotype: of kinds "normal" and "reduce" with two inputs, and two edges into each node.
+      genotype: a genotype of kinds "normal" and "reduce" with two inputs, and two edges into each node.
 
     Returns:
       Text, which the code of DARTS reads.
@@ -214,7 +214,7 @@ def _to_nas_bench_201(genotype: Genotype) -> str:
     """A genotype in the form of NAS-Bench-201, "|op~0|+|op~0|op~1|+|op~0|op~1|op~2|".
 
     Args:
-      genotype: of the single kind "cell"; absent edges are "none".
+      genotype: a genotype of the single kind "cell"; absent edges are "none".
 
     Returns:
       Text, as in the tables of the benchmark.

@@ -23,7 +23,7 @@ def discrete(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork: ...
 
 
 def discrete(network, genotype):
-    """The network of a genotype: of each cell only the kept edges, with one op each; for each size one candidate.
+    """Returns the network of a genotype: each cell has only its edges, with one op each, and each size is fixed.
 
     Args:
       network: the spec of a supernet.
@@ -46,7 +46,7 @@ def discrete(network, genotype):
 
 
 def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
-    """The mixing weights at which a supernet equals the network of a genotype: 1 for its ops, 0 elsewhere.
+    """Returns the mixing weights at which a supernet equals the network of a genotype: 1 for its ops, 0 elsewhere.
 
     Args:
       network: the spec of a supernet.
@@ -67,7 +67,7 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
 
 
 def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarray) -> dict[str, np.ndarray]:
-    """α from scores of architectures: how much better architectures with an op on an edge score than the average.
+    """Computes α from scores of architectures: how much better those with an op on an edge score than the average.
 
         α[e, o] = mean {s_a : o on e in a} − mean_a s_a
 

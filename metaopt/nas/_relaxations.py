@@ -22,6 +22,8 @@ Schedule = float | Callable[[Any], Any]  # a number, or step -> number, as in op
 
 
 class Relaxation(Protocol):
+    """Maps α of one kind of cell to its mixing weights: `(alpha, cell, key, step) -> [edges, ops]`."""
+
     def __call__(self, alpha: Any, cell: Cell, key: jax.Array, step: jax.Array | int) -> jax.Array:
         """Mixing weights [edges, ops] of one kind of cell."""
         ...
@@ -131,8 +133,8 @@ def softmax(temperature: Schedule = 1.0) -> Relaxation:
     """w = softmax(α / τ) over the ops of an edge (DARTS).
 
     Args:
-      temperature: τ, positive, or a schedule of the inner step. With a schedule, genotypes are read at τ = 1
-        (`decoding`), not at the temperature of the first step.
+      temperature: τ, positive, or a schedule of the inner step. With a schedule, genotypes are read at τ = 1, not at
+        the temperature of the first step.
 
     Returns:
       A `Relaxation`.
@@ -186,7 +188,7 @@ def gumbel_softmax(temperature: Schedule, *, hard: bool) -> Relaxation:
 
 
 def uniform_path() -> Relaxation:
-    """One op per edge, all equally likely, for any α: the sampling of single-path one-shot.
+    """Samples one op per edge, all equally likely, whatever α is, as in single-path one-shot.
 
     Returns:
       A `Relaxation` without a gradient.
@@ -230,13 +232,13 @@ def edge_normalized(relaxation: Relaxation) -> Relaxation:
 def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
     """Adds β to the weight of the skip on every edge (DARTS−).
 
-    So α does not measure how much a skip helps training. The auxiliary path uses the parameters of the edge's own skip,
-    if it has any. It has them at a stride.
+    Then α does not measure how much a skip helps training. The auxiliary path uses the parameters of the edge's own
+    skip. (A skip has parameters only if it has a stride.)
 
     Args:
       relaxation: relaxation of the ops.
       beta: β, or a schedule of the inner step, such as `optax.linear_schedule(1, 0, num_steps)`, which ends at 0.
-        Genotypes are read without β (`decoding`).
+        Genotypes are read without β.
 
     Returns:
       A `Relaxation`.

@@ -259,11 +259,11 @@ def gradient_features(
     loss: Callable = cross_entropy,
     num_keys: int = 2,
 ) -> jax.Array:
-    """The first gradients of a task with respect to every op, as features for an h. They need no training.
+    """Computes gradients with respect to each op's weight at initialization, as features of a task for a predictor h.
 
         d[o] = ∂L/∂w[e, o] at equal mixing weights, less its mean over o; the mean over initializations and edges e
 
-    It is negative if more of an op lowers the loss at once.
+    It is negative if a larger weight of the op lowers the loss at initialization.
 
     Args:
       supernet: a supernet of a space, without `single_path`: ops that do not run would get no gradient.
@@ -276,7 +276,7 @@ def gradient_features(
       [K], the features of the ops, one kind of cell after another. The features of each kind have norm 1.
 
     Raises:
-      ValueError: if the supernet has `single_path`, or if labels are not classes, as for `grad_norm`.
+      ValueError: if the supernet has `single_path`, or if labels are not classes.
     """
     if supernet.single_path:
         raise ValueError(

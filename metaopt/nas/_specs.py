@@ -21,7 +21,7 @@ from metaopt._jaxpr import Tracer
 
 
 class Edge(NamedTuple):
-    """An edge from node `source` to node `target`, with the names of its candidate ops."""
+    """An edge from node `source` to node `target`, with the names of its candidate ops. Inputs are the first nodes."""
 
     source: int
     target: int
@@ -34,7 +34,7 @@ class Cell(NamedTuple):
     Attributes:
       num_inputs: 1, the output of the layer before; or 2, the outputs of the two layers before, the older one first.
         (For the second layer, both are the output of the first layer. For the first layer, both are the data.)
-      edges: in any order; mixing weights follow this order. `source` < `target`.
+      edges: the edges, in any order, with `source` < `target`; the rows of the mixing weights have this order.
       output: the nodes whose channels are the output.
       preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization. If
         False, there is one input, which is used as it is. If its channels differ from the cell's, the ops on the edges
@@ -48,7 +48,13 @@ class Cell(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A cell of a kind, or a single op, by name, with the channels of its nodes and its stride."""
+    """A layer of a `Network`.
+
+    Attributes:
+      name: a kind of cell, or the name of an op.
+      channels: the channels of its output, or of each node of the cell.
+      stride: its stride.
+    """
 
     name: str
     channels: int
@@ -64,8 +70,8 @@ class Network(NamedTuple):
       num_outputs: number of classes, or of regression targets.
       pooled: False gives outputs at every position, such as the nodes of a graph or the steps of a sequence.
       keep: the default rule for reading a genotype from mixing weights. A number keeps so many edges into each node, as
-        in the space of DARTS. None decides every edge by itself, as in the space of NAS-Bench-201. "graph" takes the
-        strongest path from the input to the output and adds edges to it, as in the space of NAS-Bench-101.
+        in the space of DARTS. None chooses the op of every edge separately, as in the space of NAS-Bench-201. "graph"
+        takes the strongest path from the input to the output and adds edges to it, as in the space of NAS-Bench-101.
     """
 
     cells: Mapping[str, Cell]
@@ -108,9 +114,9 @@ class ElasticNetwork(NamedTuple):
 
     A size with more than one candidate is a choice, such as "conv1.width". For relaxations, α, genotypes and searches,
     a choice is a kind of cell with one edge, whose ops are the sizes as text. If the last layer has positions, the mean
-    over them precedes the outputs, unless there is a "flatten". In search, a step costs as much as the largest network:
-    masks save nothing. (Methods that need a certain op do not apply to sizes, such as DARTS− with its skip, or PC-DARTS
-    with its partial channels.)
+    over them precedes the outputs, unless there is a "flatten". In a search, a step costs as much as the largest
+    network, since smaller sizes only mask its outputs. (Methods that need a certain op do not apply to sizes, such as
+    DARTS− with its skip, or PC-DARTS with its partial channels.)
 
     Attributes:
       layers: name -> `ElasticLayer`, in order; the first one sees the data.

@@ -28,11 +28,11 @@ class Supernet(NamedTuple):
       apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]`, with
         `x: [N, *in_shape]`. If the spec is not `pooled`, all positions are axes in between. If `weights=None`, every op
         has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x count as the same numbers in
-        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255.
-        **Without `statistics` it is the network in training and search.** It normalizes by the batch, so the outputs of
-        a row depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
-        `statistics` below), the outputs of a row depend only on this row: predict in this way.
-        With `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`, except if its op
+        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255. Without
+        `statistics`, this is the network in training and search: it normalizes by the batch, so the outputs of a row
+        depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
+        `statistics` below), the outputs of a row depend only on this row: predict in this way. With
+        `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`, except if its op
         returns its input unchanged. The remaining edges are scaled by 1 / (1 − rate). Sizes have no edges to drop.
         `mask` [N] is 1 for a real row and 0 for padding. With it, the outputs of real rows equal the outputs of a batch
         of only these rows, up to rounding: `nas.normalized` leaves padding out. (If your own op computes over the batch
@@ -71,13 +71,13 @@ def supernet(
     single_path: bool = False,
     remat_edges: bool = False,
 ) -> Supernet:
-    """The supernet of a spec. It checks all shapes.
+    """Makes the supernet of a spec, and checks all shapes.
 
         node_t = Σ_{edges (s, t)} Σ_o w[edge, o] · o(node_s)
 
     w are mixing weights, which a relaxation makes of α. They have one row for each edge of a kind of cell, and all
     cells of the kind share them. The supernet is differentiable in w and in the parameters, in any mode. `vmap` over
-    tasks works, also if each task has its own w. The memory of the backward pass grows with the number of ops that run.
+    tasks works, even if each task has its own w. The memory of the backward pass grows with the number of ops that run.
 
     Args:
       network: a spec, or a discrete network. An `ElasticNetwork` has the weights of the largest network. Every step
@@ -275,7 +275,7 @@ def _statistics_fn(in_shape: tuple[int, ...], apply: Callable) -> Callable:
 
 
 def init_alpha(key: jax.Array, network: Space, *, scale: float = 1e-3) -> dict[str, jax.Array]:
-    """Initial α: `scale` · N(0, 1), with one leaf for each kind of cell, or for each choice of a size.
+    """Draws an initial α: `scale` · N(0, 1), with one leaf for each kind of cell, or for each choice of a size.
 
     Args:
       key: a PRNG key.

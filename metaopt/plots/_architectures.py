@@ -106,7 +106,7 @@ class _Drawing(NamedTuple):
     """A cell as nodes in a row and arcs between them.
 
     Attributes:
-      names: of the nodes, in order.
+      names: the names of the nodes, in order.
       num_inputs: how many of the first nodes are inputs.
       arcs: (source, target, op), "" for an arc without a name.
       dashed: (source, target) of the arcs to the output.
@@ -158,7 +158,7 @@ def genotype(network: nas.Network, genotype: nas.Genotype) -> list["Axes"]:
 
     Args:
       network: the supernet's spec, which has the number of inputs and the outputs of each cell.
-      genotype: from `nas.derive_genotype` or a search.
+      genotype: the genotype, from `nas.derive_genotype` or a search.
 
     Returns:
       The axes, one for each kind of cell; `axes[0].figure.savefig` writes the picture.

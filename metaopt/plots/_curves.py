@@ -89,7 +89,8 @@ def hypergradients(history: Mapping[str, Any], *, window: int = 20, axes: "Axes 
       history: the history of a `training.FitResult`, or a mapping whose "hypergrad_norm" is [T]. The estimator wrapper
         `hypergrad.over_tasks` adds "hypergrad_variance" and "num_finite". Without them, or with one task for each step,
         there is no ratio.
-      window: the number of steps for the ratio: those up to and including t. Runs of fewer steps have one window.
+      window: the number of steps in the window of the ratio, which ends with step t. A run of fewer steps is one
+        window.
       axes: the axes to draw on; None makes a figure.
 
     Returns:

@@ -41,7 +41,7 @@ def slices(
       key: the PRNG key; fixed by default.
       radius: entries move by ± radius · |entry|. Zeros, and unconstrained coordinates (`spaces.Unconstrained`), move by
         ± radius.
-      num_points: the values of each slice. Each takes an evaluation of F, one after the other.
+      num_points: the number of points of each slice. Each point is one evaluation of F, one after the other.
       max_slices: the largest number of slices. If λ has more entries, those with the largest change of F to first order
         within the radius are drawn.
       axes: one for each slice; None makes a figure.
@@ -129,8 +129,8 @@ def hyperparameters_by_feature(
     Args:
       predict: `features [d] -> λ` in natural units, or a configuration. It may be `MetaOptimizer.predict`. For a
         `predictors.TrainedPredictor` it is `lambda f: trained.predict(base.Task(None, None, f))`.
-      features: [n, d], the features of the training tasks.
-      feature: the number of the feature, from 0.
+      features: [n, d], the features of the training tasks, NaN if unknown.
+      feature: the index of the feature, from 0.
       margin: how far the axis extends beyond the range on each side, as a part of the range.
       num_points: the number of predictions.
       log: whether to use a logarithmic axis if every entry of λ is positive.
@@ -149,9 +149,9 @@ def hyperparameters_by_feature(
     if features.ndim != 2:
         raise ValueError(f"`features` must be [n, d], one row for each training task; got shape {features.shape}.")
     own = features[:, feature]
-    low, high = own.min(), own.max()
+    low, high = np.nanmin(own), np.nanmax(own)
     grid = np.linspace(low - margin * (high - low), high + margin * (high - low), num_points)
-    points = np.tile(np.median(features, axis=0), (num_points, 1))
+    points = np.tile(np.nanmedian(features, axis=0), (num_points, 1))
     points[:, feature] = grid
     predicted = [dict(entries(predict(point))) for point in points]
     axes = new_axes(axes, width=WITH_LEGEND)

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metaopt import _extras, base, blackbox
+from metaopt.blackbox._earlier_trials import full_loss
+from metaopt.blackbox._goals import feasible_outcomes, make_goals, records_of_outcome
 from metaopt.plots._axes import WITH_LEGEND, legend_at_right, line_style, new_axes, rows_of_means
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Runs = Mapping[str, Sequence[base.Record] | Sequence[Sequence[base.Record]]]
+_NO_OUTCOME = 1e-6  # by which a run without an outcome ranks behind the worst outcome
 
 
 def regret(
@@ -27,10 +30,10 @@ def regret(
 ) -> "Axes":
     """Plots the normalized regret of each method, or its rank, against the budget of a task, with 95 % intervals.
 
-    The normalized regret of a task is (y − best) / (worst − best), where y is the smallest outcome so far. It is 1
-    before the first outcome, and 0 if all outcomes of the task are equal. The budget is the sum of the fidelities of
-    the trials so far. It is the number of trials if all have the full budget. Only trials that are "COMPLETE" at the
-    full budget have outcomes; the others only spend their budget.
+    The normalized regret of a task is (y − best) / (worst − best), where y is the smallest outcome so far. It is at
+    most 1, also before the first outcome. It is 0 if all outcomes of the task are equal. The budget is the sum of the
+    fidelities of the trials so far. It is the number of trials if all have the full budget. Only trials that are
+    "COMPLETE" at the full budget have outcomes; the others only spend their budget.
 
     If trials have several outcomes, y is the first one. To compare searches by a Pareto front, replace the outcome of
     each trial by the negative hypervolume of the trials so far: see "Black boxes" in the documentation.
@@ -39,29 +42,33 @@ def regret(
       runs: method -> its records of all tasks, as `blackbox.collect` returns them: in the order of the trials. Or
         method -> a list of R such lists, one for each repetition with another key. The regret of a task is then the
         mean over repetitions.
-      bounds: task -> (best, worst) outcome, such as those of a whole table. By default they are the smallest and the
-        largest outcome of the task in `runs`. The regret then depends on the methods that are compared.
+      bounds: task -> (best, worst) outcome, such as the smallest and largest outcome in a table of all configurations.
+        By default they are the smallest and the largest outcome of the task in `runs`. The regret then depends on the
+        methods that are compared.
       families: task -> its family, for near-duplicates and parts of one source. Tasks of a family are averaged first,
         and the interval is over families. By default, each task is its own family.
       constraints: name -> bound of other outcomes. A trial with a larger one only spends its budget. By default, all
         trials count, also those that the searcher's own constraints exclude.
-      ranks: whether to draw the mean rank of each method on the tasks instead, where 1 is the best, and ties share a
-        rank.
+      ranks: whether to draw ranks instead: the methods are ranked by their regrets on each task, where 1 is the best,
+        and ties share a rank. Among methods with a regret of 1, those without an outcome are the last.
       log: whether the axis of the regret is logarithmic. A regret of 0 is then not drawn.
       axes: the axes to draw on; None makes a figure.
 
     Returns:
-      The axes, with one line per method: the mean over tasks, with the normal 95 % interval ±1.96 s/√n. A line ends
-      where the first of the method's runs has spent its budget. Ranks end where the first of all runs does.
+      The axes, with one line per method: the mean over the n families, with the normal 95 % interval ±1.96 s/√n. A
+      line ends where the first of the method's runs has spent its budget. Ranks end where the first of all runs does.
 
     Raises:
-      ValueError: if methods or repetitions have different tasks.
-      ValueError: if a complete trial lacks the outcome of a constraint.
+      ValueError: if there is no record, or methods or repetitions have different tasks.
+      ValueError: if `bounds` are not finite and ascending, or a complete trial lacks the outcome of a constraint.
       ImportError: if matplotlib is not installed.
     """
-    feasible = lambda records: [_if_feasible(record, constraints or {}) for record in records]
+    goals = make_goals(None, constraints)
+    feasible = lambda records: records if goals is None else feasible_outcomes(records, goals)
     by_run = {name: [_by_task(feasible(run)) for run in _repetitions(records)] for name, records in runs.items()}
     tasks = sorted({task for repetitions in by_run.values() for run in repetitions for task in run})
+    if not tasks:
+        raise ValueError("`runs` has no record.")
     for name, repetitions in by_run.items():
         if missing := [task for task in tasks if any(task not in run for run in repetitions)]:
             raise ValueError(f"All runs must have the same tasks; {name!r} has no records of {missing}.")
@@ -71,7 +78,8 @@ def regret(
                 f"`bounds` of task {task!r} must be (best, worst), finite and ascending; got {best, worst}."
             )
     bounds = {**_bounds(by_run, tasks), **(bounds or {})}
-    curves = {name: _curves(repetitions, bounds, tasks) for name, repetitions in by_run.items()}  # [T, N]
+    before = 1 + _NO_OUTCOME if ranks else 1.0
+    curves = {name: _curves(repetitions, bounds, tasks, before) for name, repetitions in by_run.items()}  # [T, N]
     if ranks:
         curves = _ranked(curves)
     groups = [(families or {}).get(task, task) for task in tasks]
@@ -95,23 +103,6 @@ def _repetitions(records: Sequence) -> Sequence[Sequence[base.Record]]:
     return [records] if all(isinstance(record, base.Record) for record in records) else records
 
 
-def _if_feasible(record: base.Record, constraints: Mapping[str, float]) -> base.Record:
-    """The record, without its outcome if a constraint does not hold."""
-    if record.status != "COMPLETE":
-        return record
-    holds = all(_outcome(record, name) <= bound for name, bound in constraints.items())
-    return record if holds else record._replace(outcome=math.nan)
-
-
-def _outcome(record: base.Record, name: str) -> float:
-    """One of several outcomes of a complete trial."""
-    outcomes = record.outcomes or {}
-    if name not in outcomes:
-        names = ", ".join(map(repr, outcomes)) or "no outcomes by name"
-        raise ValueError(f"A complete trial of task {record.task!r} lacks the outcome {name!r}; it has {names}.")
-    return outcomes[name]
-
-
 def _by_task(records: Sequence[base.Record]) -> dict[str, list[base.Record]]:
     by_task: dict[str, list[base.Record]] = {}
     for record in records:
@@ -120,10 +111,8 @@ def _by_task(records: Sequence[base.Record]) -> dict[str, list[base.Record]]:
 
 
 def _outcomes(records: Sequence[base.Record]) -> np.ndarray:
-    """[n] the outcomes at the full budget, NaN for other trials. A millionth of the budget may be missing."""
-    has_outcome = [record.status == "COMPLETE" and record.fidelity >= 1 - 1e-6 for record in records]
-    values = np.array([record.outcome if has else math.nan for record, has in zip(records, has_outcome, strict=True)])
-    return np.where(np.isfinite(values), values, np.nan)
+    """[n] the outcomes at the full budget, NaN for other trials."""
+    return np.array([full_loss(record) for record in records], float)
 
 
 def _bounds(by_run: Mapping[str, Sequence[Mapping]], tasks: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -137,20 +126,27 @@ def _bounds(by_run: Mapping[str, Sequence[Mapping]], tasks: Sequence[str]) -> di
 
 
 def _curves(
-    repetitions: Sequence[Mapping[str, Sequence[base.Record]]], bounds: Mapping[str, Any], tasks: Sequence[str]
+    repetitions: Sequence[Mapping[str, Sequence[base.Record]]],
+    bounds: Mapping[str, Any],
+    tasks: Sequence[str],
+    before: float,
 ) -> np.ndarray:
     """[T, N] the mean regret over repetitions, after budgets of 1 ... N trials: as many as each run has spent."""
     spent = [sum(record.fidelity for record in records) for run in repetitions for records in run.values()]
     budgets = np.arange(1, math.floor(min(spent) + 1e-6) + 1)
-    return np.mean([[_regrets(run[task], bounds[task], budgets) for task in tasks] for run in repetitions], 0)
+    regrets = [[_regrets(run[task], bounds[task], budgets, before) for task in tasks] for run in repetitions]
+    return np.mean(regrets, 0)
 
 
-def _regrets(records: Sequence[base.Record], bounds: tuple[float, float], budgets: np.ndarray) -> np.ndarray:
-    """[N] the normalized regret of one run on one task."""
+def _regrets(
+    records: Sequence[base.Record], bounds: tuple[float, float], budgets: np.ndarray, before: float
+) -> np.ndarray:
+    """[N] the normalized regret of one run on one task; it is `before` until the first outcome, and then at most 1."""
     best, worst = bounds
     outcomes = _outcomes(records)
     regrets = (outcomes - best) / (worst - best) if worst > best else np.zeros(len(outcomes))
-    regrets = np.minimum.accumulate(np.append(1.0, np.where(np.isfinite(outcomes), regrets, 1.0)))
+    regrets = np.where(np.isnan(outcomes), before, np.minimum(regrets, 1.0))
+    regrets = np.minimum.accumulate(np.append(before, regrets))
     spent = np.cumsum([record.fidelity for record in records])
     return regrets[np.searchsorted(spent, budgets + 1e-6)]
 
@@ -178,11 +174,11 @@ def importance(
     Optuna fits a forest to the trials of one task, and integrates it over the whole space. The share of a
     hyperparameter is the variance of its main effect, divided by the variance of the forest. Hyperparameters on a
     logarithmic scale are integrated on this scale. The last row is the rest: interactions, and noise that the forest
-    fits. The shares of a few dozen trials are unreliable. So are those of trials that a searcher concentrates in one
-    region; take random ones.
+    fits. Shares from a few dozen trials are unreliable. So are shares from trials that a searcher has concentrated in
+    one region; use random trials.
 
-    A learned `blackbox.MetaOptimizer` has importances without a trial. Draw configurations of its space, and make
-    records of its predictions `g.outcomes(configurations).mean`.
+    For a learned `blackbox.MetaOptimizer` g, you need no trials: draw configurations of its space, and make records of
+    the predictions `g.outcomes(configurations).mean`.
 
     Args:
       records: trials that are "COMPLETE" at the full budget have outcomes; others are ignored.
@@ -205,8 +201,10 @@ def importance(
     `optuna.importance.FanovaImportanceEvaluator`.
     """
     optuna = _extras.require("optuna", "examples", "The importance of hyperparameters")
+    # Optuna's fANOVA explains one outcome.
+    single = [r._replace(outcomes=None) for r in records] if outcome is None else records_of_outcome(records, outcome)
     shares_of = lambda own: _extras.quietly(optuna, lambda: _shares(optuna, own, space, seed))
-    by_task = [shares_of(own) for own in _by_task([_with_outcome(r, outcome) for r in records]).values()]
+    by_task = [shares_of(own) for own in _by_task(single).values()]
     names = list(dict.fromkeys(name for shares in by_task for name in shares))
     values = np.array([[shares.get(name, 0.0) for name in names] for shares in by_task])  # [T, H]
     order = np.argsort(-values.mean(0), kind="stable")
@@ -220,13 +218,6 @@ def importance(
     axes = rows_of_means(rows, values.mean(0).tolist(), halves.tolist(), axes=axes, xlabel=label, highlight=rows[-1:])
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     return axes
-
-
-def _with_outcome(record: base.Record, name: str | None) -> base.Record:
-    """The record as one of a single outcome, since Optuna's fANOVA explains one."""
-    if name is None or record.status != "COMPLETE":
-        return record._replace(outcomes=None)
-    return record._replace(outcome=_outcome(record, name), outcomes=None)
 
 
 def _shares(optuna: Any, records: Sequence[base.Record], space: base.PyTree, seed: int) -> dict[str, float]:

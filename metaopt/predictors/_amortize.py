@@ -13,8 +13,9 @@ def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estim
     to learn φ over many tasks.
 
     Args:
-      estimator: for one task, built from `spaces.constrain(problem, space)`, since the predictors of metaopt return
-        `Unconstrained` coordinates. If your own predictor returns λ in natural units, build it from the problem itself.
+      estimator: the estimator for one task. Make it from `spaces.constrain(problem, space)`, since the predictors of
+        metaopt return `spaces.Unconstrained` coordinates. If your own predictor returns λ in natural units, make it
+        from the problem itself.
       predictor: g.
 
     Returns:

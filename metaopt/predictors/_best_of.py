@@ -17,18 +17,18 @@ def best_of(
 
         dF/dz = dF/dλ(λ_b),    dF/d log s = dF/dλ(λ_b) · s ε_b,    dF/dφ by one reverse pass of g.
 
-    This is exact for the draws of the estimate, except where two candidates have equal values. So F is a sample, also
-    over the draws, and its mean over keys is the expected outer loss of the best of K. It costs K training runs without
-    a hypergradient, and one hypergradient. As in `training.propose`, all K runs share one key, the first candidate is
-    the predicted center, and a candidate with non-finite F is the best only if all are. The key and the draws are new
-    in each estimate. Wrap the result in `hypergrad.over_tasks`.
+    This is exact for the given draws, except where two candidates have equal values. So F is a sample, also over the
+    draws, and its mean over keys is the expected outer loss of the best of K. It costs K training runs without a
+    hypergradient, and one hypergradient. As in `training.propose`, all K runs share one key, the first candidate is the
+    predicted center, and a candidate with non-finite F is the best only if all are. The key and the draws are new in
+    each estimate. Wrap the result in `hypergrad.over_tasks`.
 
     To start from a predictor that was trained by `amortize`, add its weights: `wide.init(key) | meta_params`, where
     `wide` is the same predictor with `spread`.
 
     Args:
-      estimator: for one task, as for `amortize`. Each candidate has a fresh start and one estimate. For a rule that
-        carries training between estimates, F is that of its first window; use a rule of whole runs instead.
+      estimator: the estimator for one task, as for `amortize`. Each candidate has a fresh start and one estimate. For a
+        rule that carries training between estimates, F is that of its first window; use a rule of whole runs instead.
       predictor: g, made with `spread`.
       num_proposals: K, at least 1. With 1 it is `amortize` of the center, and the spread has no gradient.
       chunk: the number of runs that train at once, by vmap; by default all K.

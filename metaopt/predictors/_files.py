@@ -17,11 +17,12 @@ class TrainedPredictor(NamedTuple):
 
     Attributes:
       predictor: g or h, made by a factory of `metaopt.predictors`.
-      meta_params: φ, with the shapes of `predictor.init`. (If `meta_architecture_search` learned {"h", "init"}, this is
-        the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
-      scaling: of raw meta-features, with which `scaled_features` computes `task.features`; None if there is none.
-      trained_on: the tasks that g learned from, so that a judgment can leave them out: name -> any text that identifies
-        the rows. For the shipped g it is `row_hash` of `experiments/data/corpus`.
+      meta_params: φ, with the shapes of `predictor.init`. (If `nas.meta_architecture_search` learned {"h", "init"},
+        this is the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
+      scaling: the scaling of raw meta-features, from which `scaled_features` computes `task.features`; None if the
+        predictor has none.
+      trained_on: the tasks that g learned from, so that an evaluation can leave them out: name -> any text that
+        identifies the rows. For the shipped g it is `row_hash` of `experiments/data/corpus`.
     """
 
     predictor: base.Predictor
@@ -41,8 +42,8 @@ class TrainedPredictor(NamedTuple):
         `predictor.apply(meta_params, task)` instead.
 
         Args:
-          task: its entries that the predictor reads are used, such as `features` [F]. Jit works. For a batch of tasks,
-            which have a leading axis, use `jax.vmap(trained.predict)(batch)`.
+          task: the task. Only the entries that the predictor reads are used, such as `features` [F]. It works under
+            `jit`. For a batch of tasks, which have a leading axis, use `jax.vmap(trained.predict)(batch)`.
 
         Returns:
           λ in natural units. For a predictor with `spread`, it is the center of the distribution.

@@ -96,10 +96,10 @@ def mlp(
     limit: float | None = None,
     spread: float | None = None,
 ) -> base.Predictor:
-    """g(t; φ) from the task's meta-features: one λ for all, plus a linear map, plus a hidden layer of tanh units.
+    """A predictor g(t; φ) of a task's meta-features: a constant, plus a linear map, plus a layer of tanh units.
 
     Args:
-      space: of λ; its unconstrained coordinates are predicted.
+      space: the space of λ, whose unconstrained coordinates are predicted.
       num_features: F; `task.features` must be [F], standardized (`tasks.FeatureScaling.transform`).
       num_hidden: H, the number of tanh units; with 0 the map is linear.
       hyperparams: the initial λ, in natural units; by default the space's default.
@@ -114,8 +114,8 @@ def mlp(
         (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
     Returns:
-      A `Predictor` of `Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden" [F, H],
-        "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
+      A `Predictor` of `spaces.Unconstrained` coordinates, whose φ is a dict: "center" [Z], "linear" [F, Z], "hidden"
+        [F, H], "bias" [H], "out" [H, Z]; with `spread` also "log_spread" {"center" [Z], "linear" [F, Z]}.
 
     Raises:
       ValueError: if the space has nothing to tune, or `hyperparams` do not fit the space.
@@ -148,7 +148,7 @@ def dataset_embedding(
     limit: float | None = None,
     spread: float | None = None,
 ) -> base.Predictor:
-    """g(t; φ) from the rows of a labelled table, by an embedding that ignores the order of rows, columns and classes.
+    """A predictor g(t; φ) of a labeled table's rows; its embedding ignores the order of rows, columns and classes.
 
         e(n, d) = relu(W₁ x_nd + b₁)                                  per entry
         s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)
@@ -158,10 +158,10 @@ def dataset_embedding(
     and columns are real. It costs N·D·width multiplications.
 
     Args:
-      space: of λ.
+      space: the space of λ.
       num_features: F, the number of entries of `task.features` that are appended to the embedding; with 0 they are
         ignored.
-      width: of the embedding.
+      width: the width of the embedding.
       num_hidden: tanh units of the head.
       max_rows: the maximal number of rows to use; the first real ones are used (rows of prepared tables are in random
         order).
@@ -171,7 +171,7 @@ def dataset_embedding(
       spread: as for `mlp`.
 
     Returns:
-      A `Predictor` of `Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
+      A `Predictor` of `spaces.Unconstrained` coordinates; `task.train` must be a dict like that of `tasks.to_task`
         ("x", "y", "class_mask" and optionally "mask" and "feature_mask").
 
     Raises:
@@ -217,8 +217,8 @@ def ensemble(predictor: base.Predictor, num_members: int) -> base.Predictor:
     (`amortize` with `predictor`), and stack their φ_m along a new leading axis.
 
     Args:
-      predictor: of one member. With a `limit`, each member shrinks towards its own z₀, and the ensemble towards their
-        mean.
+      predictor: the predictor of one member. With a `limit`, each member shrinks towards its own z₀, and the ensemble
+        towards their mean.
       num_members: M, at least 1.
 
     Returns:

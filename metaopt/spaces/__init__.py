@@ -1,11 +1,11 @@
 """Search spaces: trees of bounded, positive, relaxed and fixed quantities, and the coordinates in which they are tuned.
 
-A **space** is any pytree whose leaves are made by the factories of this package. Each leaf has three parts:
+A **space** is any pytree whose leaves are made by the factories of this room. Each leaf has three parts:
 
 - a bijection z ↦ λ from unconstrained coordinates, in which a gradient step of any size is valid, to the range of λ;
 - a distribution from which λ is sampled;
-- coordinates in [0, 1] (`encode`), in which that distribution is uniform; the weights of a simplex or choice stay
-  weights.
+- coordinates in [0, 1] (`encode`), in which that distribution is uniform. The weights of a simplex or choice are their
+  own coordinates.
 
     real           λ = default + scale·z                              z ~ N(0, 1)
     positive       λ = default·exp(scale·z)                           z ~ N(0, 1)
@@ -16,17 +16,18 @@ A **space** is any pytree whose leaves are made by the factories of this package
     choice         a simplex with a label for each weight             every label is equally probable
     fixed          λ is the value; there is no z, and so no gradient
 
-The functions are pure. `jax.jit`, `jax.vmap` and differentiation in either mode work on all arguments except the space,
-which is static: close over it, or use `functools.partial`.
+The functions that take λ or z are pure. `jax.jit`, `jax.vmap` and differentiation in either mode work on all arguments
+except the space, which is static: close over it, or use `functools.partial`.
 
 λ is in **natural units**: `training.fit(space=...)` and `training.fine_tune(space=...)` take and return λ, and losses
 read λ. Unconstrained coordinates z have their own type, `Unconstrained`. `to_unconstrained` and the predictors of a
-space return it. `to_constrained` and the problems that `constrain` returns accept only this type. λ in place of z, or z
-in place of λ, is an error.
+space return it. `to_constrained` and the problems that `constrain` returns accept only this type, so that λ passed as
+z, or z passed as λ, raises an error.
 
 A λ that does not fit the space in structure or shape raises a `ValueError` during tracing. `to_unconstrained` raises a
-`ValueError` for a value outside the range of its leaf. A traced value cannot raise: its coordinate is NaN. `encode` and
-`discretize` replace such a value, for example from a record of another space, by the nearest bound.
+`ValueError` for a value outside the range of its leaf. A traced value cannot raise: its coordinate becomes NaN.
+`encode` and `discretize` accept values outside the range, for example from a record of another space, and replace them
+by the nearest bound.
 
 Code without a gradient runs with a **configuration**:
 
@@ -34,7 +35,7 @@ Code without a gradient runs with a **configuration**:
   quantities that are not active (`active_if`).
 - `from_configuration` reads a configuration back as λ.
 - `complete` adds the missing parts of a configuration.
-- `foreign` returns the values that the space does not have.
+- `foreign` returns the entries of a configuration that the space does not allow.
 - `infer` makes a space from configurations of earlier trials.
 
 Source for the bijections: Stan Reference Manual, "Constraint transforms",

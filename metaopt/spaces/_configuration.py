@@ -56,7 +56,7 @@ def configuration(space: base.PyTree, hyperparams: base.HyperParams) -> dict[str
 def from_configuration(
     space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True
 ) -> base.HyperParams:
-    """Reads λ from plain values by name. Missing values are at their default, for example those that are not active.
+    """Reads λ from plain values by name. Missing values, such as those of inactive quantities, get their defaults.
 
     NaN marks a missing value, as in a row of a data frame, in two cases: if the leaf has a condition, or if `strict` is
     false. For a choice that has None as a label, NaN means None, since a column of numbers cannot hold None.
@@ -65,9 +65,10 @@ def from_configuration(
       space: a tree of leaves.
       configuration: plain values by name, as `configuration` returns them. Values of fixed leaves are ignored.
       strict: whether to raise for values that the space does not have: unknown names, unknown labels, numbers out of
-        bounds, and non-integers for an integer. If false, unknown names are ignored, such numbers are kept, and an
-        unknown label gives all labels the same weight. A value that is not a number (None, "auto", True) or is NaN is
-        then at its default. Use this for records of an earlier version of the space, or of other spaces.
+        bounds, and non-integers for an integer. If false, unknown names are ignored, numbers out of bounds or between
+        integers are kept, and an unknown label gives all labels the same weight. In place of a number, any other value
+        (None, "auto", True or NaN) then becomes the default. Use this for records of an earlier version of the space,
+        or of other spaces.
 
     Returns:
       λ, structured like the space, of NumPy arrays of JAX's default floating-point type; a choice is one-hot.
@@ -119,10 +120,10 @@ def from_configuration(
 
 
 def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
-    """Returns a whole configuration: missing values are at their default, and inactive quantities are omitted.
+    """Returns a complete configuration: missing values get their defaults, and inactive quantities are omitted.
 
-    A given value is omitted, too, if it is not active because of other given values. Records with all parameters have
-    such values.
+    A given value is omitted, too, if other given values make it inactive. Records that list all parameters have such
+    values.
 
     Args:
       space: a tree of leaves.
@@ -132,13 +133,13 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
         nearest integer. A value that is not a number becomes the default.
 
     Returns:
-      A configuration as from `configuration`, but with all digits of the given numbers. A λ in float32 does not have
-      all digits. A record can thus be found again by its configuration.
+      A configuration as from `configuration`, but with all digits of the given numbers, which λ in float32 would lose.
+      So you can find a record by its configuration.
 
     Raises:
       ValueError: under the conditions of `from_configuration`.
-      ValueError: if `strict` and the conditions of a given parameter fail only because missing parameters are at their
-        defaults. It would be omitted without notice.
+      ValueError: if `strict` and a given parameter is inactive only because missing parameters are at their defaults.
+        Without the error, it would be omitted without notice.
 
     >>> from metaopt import spaces
     >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
@@ -159,7 +160,7 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
 
 
 def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a configuration whose name the space has, but whose value it does not have.
+    """Returns the entries of a configuration whose name is in the space, but whose value the space does not allow.
 
     Args:
       space: a tree of leaves.
@@ -190,14 +191,15 @@ def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, A
 
 
 def active(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
-    """Returns which dimensions of the encoding matter at λ; `jax.vmap` and `jax.jit` work over λ.
+    """Returns which dimensions of the encoding are active at λ. It works under `jax.jit` and `jax.vmap`.
 
     Args:
       space: a tree of leaves.
       hyperparams: λ, structured like the space; relaxed or not.
 
     Returns:
-      [num_dims] bool, ordered like `encode`: whether the conditions of the leaf hold, and those of its parents.
+      [num_dims] bool, ordered like `encode`: whether all conditions of the leaf (`active_if`) hold, and those of its
+      parents.
 
     Raises:
       ValueError: if λ does not fit the space, or a condition names something that the space does not have.

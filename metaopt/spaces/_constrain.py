@@ -25,21 +25,16 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
       ValueError: at trace time, if the problem gets λ in natural units, or z does not fit the space; if
         `training.fit` or `training.fine_tune` has another `space`.
 
-    >>> import jax
-    >>> from metaopt import base, spaces
-    >>> loop = base.InnerLoop(
-    ...     init=lambda key, hyperparams, data: data,
-    ...     batch=lambda state, data: data,
-    ...     loss=lambda params, hyperparams, batch, context: (hyperparams["rate"] * params, None),
-    ...     update=lambda state, grads, model_state, hyperparams: state - hyperparams["rate"] * grads,
-    ...     params=lambda state: state,
-    ...     iterate=lambda state: state,
-    ...     context=lambda state: base.Context(jax.random.key(0), 0),
-    ... )
-    >>> problem = base.Problem(loop, lambda params, hyperparams, batch, context: params, lambda key, task: task.valid)
-    >>> problem = spaces.constrain(problem, {"rate": spaces.positive(0.5)})
-    >>> float(problem.loop.update(1.0, 1.0, None, spaces.Unconstrained({"rate": 0.0})))
-    0.5
+    >>> import jax, optax
+    >>> from metaopt import inner, spaces
+    >>> loss = lambda params, hp, batch: (params - batch) ** 2
+    >>> loop = inner.loop(loss, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: 0.0)
+    >>> space = {"rate": spaces.positive(0.25)}
+    >>> problem = spaces.constrain(inner.problem(loop, loss), space)
+    >>> z = spaces.to_unconstrained(space, {"rate": 0.5})
+    >>> state = inner.run(problem.loop, num_steps=1)(jax.random.key(0), z, 1.0)
+    >>> round(float(state.params), 3)  # one step at the rate 0.5 reaches the minimum
+    1.0
     """
     if num_dims(space) == 0:
         raise ValueError(f"`space` must have at least one leaf that is tuned; got {space}.")

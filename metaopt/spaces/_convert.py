@@ -47,7 +47,7 @@ def to_optuna(space: base.PyTree) -> dict[str, Any]:
 
 
 def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
-    """Draws a configuration with Optuna's sampler, for an objective of a study. It obeys conditions while it draws.
+    """Draws a configuration with Optuna's sampler, inside the objective of a study. It draws only active quantities.
 
     Args:
       trial: an `optuna.Trial`.

@@ -47,7 +47,7 @@ def positive(default: Any = 1.0, scale: float = 1.0, *, shape: Sequence[int] = (
     """Makes a leaf for a positive number in log coordinates: λ = default·exp(scale·z), with z ~ N(0, 1).
 
     λ is clipped to the floating-point type's smallest and largest normal number, each to the power 0.9 (7e-35 and 5e34
-    in float32). The gradient is zero beyond these limits. Thus neither λ nor a derivative overflows.
+    in float32). The gradient is zero beyond these limits. So neither λ nor a derivative overflows.
 
     Args:
       default: λ at z = 0, between 1e-30 and 1e30; a number, or an array of `shape`.
@@ -176,8 +176,8 @@ def simplex(num: int, *, default: Any = None, shape: Sequence[int] = ()) -> Simp
 def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] = ()) -> Choice:
     """Makes a leaf for one of several labels, relaxed to weights as by `simplex`: λ = softmax(z), one weight per label.
 
-    Differentiable code gets the weights (of a mixture). Code that needs the label itself gets it from `configuration`.
-    `discretize` returns the one-hot of the largest weight.
+    Differentiable code reads λ, the weights of a mixture. Code that needs the label itself gets it from
+    `configuration`. `discretize` returns the one-hot of the largest weight.
 
     Args:
       labels: at least two different strings, numbers, booleans or None. A single label must be a string or None; for a

@@ -31,7 +31,7 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
       configurations lack it. No label may occur both with and without the parameter. At least three different
       configurations must have the parameter, and three that have the choice must lack it. With fewer, chance
       would produce such a split more often than once in 20.
-    - Otherwise such a parameter is optional, as all parameters are: configurations without it have its default.
+    - Otherwise the parameter is unconditional, and a configuration that lacks it counts as having its default.
 
     Args:
       configurations: plain values by name; NaN is a gap, as in a data frame.

@@ -60,7 +60,7 @@ class Leaf(abc.ABC):
         return float(np.format_float_scientific(value)) if isinstance(value, np.floating) else value.item()
 
     def from_plain(self, value: Any, strict: bool) -> Any:
-        """One entry of λ from its plain value. Raises ValueError if the value is invalid."""
+        """One entry of λ from its plain value. Raises ValueError if the value is invalid; see `from_configuration`."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError("a finite number")
         return value

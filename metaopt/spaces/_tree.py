@@ -25,7 +25,8 @@ def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
       space: a tree of leaves.
 
     Returns:
-      λ, of JAX's default floating-point type; integers are relaxed (see `discretize`), fixed leaves are their value.
+      λ, of JAX's default floating-point type. Integers and choices are relaxed (see `discretize`), and fixed leaves are
+      their value.
 
     Raises:
       ValueError: if the space has a leaf of another kind.
@@ -70,7 +71,8 @@ def default(space: base.PyTree) -> base.HyperParams:
 def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.HyperParams:
     """Returns λ from unconstrained coordinates: the bijection of every leaf, applied entry by entry.
 
-    Differentiable in both modes, to any order. A saturated coordinate has a zero gradient, never NaN.
+    It is differentiable in both modes, to any order. A coordinate so large that λ is at a bound has a zero gradient,
+    not NaN.
 
     Args:
       space: a tree of leaves.
@@ -138,8 +140,8 @@ def discretize(space: base.PyTree, hyperparams: base.HyperParams) -> base.HyperP
       hyperparams: λ, structured like the space.
 
     Returns:
-      λ, with integer leaves rounded, clipped to their bounds and int32; simplexes one-hot; fixed leaves their value;
-      the rest unchanged. The rounded entries have no gradient.
+      λ, with integer leaves rounded, clipped to their bounds and int32; simplexes and choices one-hot; fixed leaves at
+      their value; the rest unchanged. The discrete entries have no gradient.
 
     Raises:
       ValueError: if λ does not fit the space.
@@ -224,7 +226,7 @@ def names(space: base.PyTree) -> tuple[str, ...]:
 
 
 def at_bounds(space: base.PyTree, hyperparams: base.HyperParams, *, tol: float = 1e-2) -> base.PyTree:
-    """Returns which leaves are at a bound, which suggests to widen a range, or reveals a mixture that has collapsed.
+    """Returns which leaves are at a bound. Widen the range of such a leaf; such a simplex has collapsed to one weight.
 
     Args:
       space: a tree of leaves.

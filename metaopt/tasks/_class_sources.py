@@ -126,11 +126,11 @@ def from_arrays(
       x: [N, ...], the examples. They must be finite in the type that JAX gives them, because one gap would affect the
         outputs of its whole episode.
       y: [N], their labels: integers or strings. The classes are the different labels, sorted.
-      name: of the source.
+      name: the name of the source.
       group: [N], the maker of each example; None if the makers are not known. Values may have any type; equal values
         are one group.
-      class_names: of the classes, sorted by label; None uses the labels.
-      superclass: [C], the superclass of each class, sorted by label; any values.
+      class_names: the names of the classes, in the order of the sorted labels; None uses the labels.
+      superclass: [C], the superclass of each class, in the order of the sorted labels; any values.
       ontology: node -> its children, which are nodes or names of classes.
 
     Returns:

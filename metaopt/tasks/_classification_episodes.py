@@ -28,7 +28,9 @@ def episodes(
     weights: Sequence[float] | None = None,
     preprocess: Callable[[jax.Array], jax.Array] | None = None,
 ) -> SampleEpisodeFn:
-    """N-way K-shot episodes: N classes of one source, K support and Q query examples of each, without repetition.
+    """Makes a sampler of N-way K-shot episodes: N classes of one source, with K support and Q query examples of each.
+
+    Classes and examples are drawn without repetition.
 
     If a source has groups (the makers of its examples), no group is in both sets of an episode. For each episode, about
     K / (K + Q) of the groups, drawn at random, make the support set. The other groups make the query set. So the
@@ -43,8 +45,7 @@ def episodes(
         superclasses with at least N classes.
       disjoint_groups: if False, all examples of a class are equally likely in both sets. The published results on
         Omniglot do this and ignore the drawers.
-      weights: of the sources, proportional to their probabilities; a source of weight 0 is never drawn. None draws
-        sources uniformly.
+      weights: a weight for each source, proportional to its probability; 0 means never. None draws sources uniformly.
       preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs. By default, bytes become floats in [0, 1], and all
         other types become float32.
 
@@ -136,8 +137,7 @@ def meta_dataset_episodes(
       log_weights: the range of α.
       hierarchy: if False, classes are drawn flat.
       disjoint_groups: if False, all examples of a class are equally likely in both sets.
-      weights: of the sources, proportional to their probabilities; a source of weight 0 is never drawn. None draws
-        sources uniformly.
+      weights: a weight for each source, proportional to its probability; 0 means never. None draws sources uniformly.
       preprocess: as for `episodes`.
 
     Returns:

@@ -50,13 +50,13 @@ class ColumnCode(NamedTuple):
     """How a column becomes numbers.
 
     Attributes:
-      name: of the column.
+      name: the name of the column.
       source: its position in the frame of `fit_encoder`.
       kind: one of `KINDS`.
       reading: the reading of texts, a key of `READINGS`; "" if the column was not text.
       offset: is subtracted from numbers, because float32 could not tell them apart.
-      levels: of a category, in the order of the codes.
-      parts: of a time, some of `PARTS`.
+      levels: the levels of a category, in the order of the codes.
+      parts: the parts of a time, some of `PARTS`.
     """
 
     name: str
@@ -90,7 +90,7 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
     """Chooses the code of a column.
 
     Args:
-      name: of the column.
+      name: the name of the column.
       source: its position.
       raw: its values.
       keep: whether numbers stay that look like ids.
@@ -115,7 +115,7 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, int]:
     """Encodes the values of a column.
 
     Args:
-      code: by `fit_column`.
+      code: the code, from `fit_column`.
       raw: values of the same or other rows.
 
     Returns:

@@ -88,7 +88,7 @@ def read_column(name: str, texts: Sequence[str], lines: Sequence[int], *, decima
     """Reads a column of a CSV file.
 
     Args:
-      name: of the column, for messages.
+      name: the name of the column, for messages.
       texts: [n] fields without surrounding blanks.
       lines: [n] line numbers of the fields, for messages.
       decimal_comma: whether "1,5" is a number. If so, "1,065" is 1.065; otherwise it is 1065.
@@ -306,7 +306,7 @@ def date_in_microseconds(text: str, order: str) -> int | None:
 
     Args:
       text: a date, with or without a time of day.
-      order: of year, month and day: "ymd", "dmy" or "mdy".
+      order: the order of year, month and day: "ymd", "dmy" or "mdy".
 
     Returns:
       Microseconds since 1970, in UTC if there is no time zone; None if the text is not a date in this order.

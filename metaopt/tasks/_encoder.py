@@ -36,15 +36,17 @@ class ColumnNote(NamedTuple):
 
 
 class TableEncoder(NamedTuple):
-    """A fitted encoder. It holds plain values only: `metaopt.save` writes it as a JSON text, and so can you (`state`).
+    """A fitted encoder of data frames, made of plain values. `metaopt.save` writes it; `state` returns it as JSON
+    values.
 
     Attributes:
-      input_names: of the columns of the frame; "0", "1", ... if it had no names.
+      input_names: the names of the frame's columns; "0", "1", ... if it had no names.
       named: whether the names come from the frame.
       numbered: whether these names were whole numbers.
-      columns: the codes of the columns that are kept.
-      notes: which columns were dropped or changed, and why.
-      max_levels: more levels are a high cardinality.
+      columns: for each column that is kept, how its values become numbers.
+      notes: for each column that was dropped or changed, its name `column`, the `action` ("dropped" or "changed") and
+        the `reason`.
+      max_levels: columns with more levels are in `high_cardinality`.
     """
 
     input_names: tuple[str, ...]
@@ -84,14 +86,14 @@ class TableEncoder(NamedTuple):
         rows. Values that cannot be read (such as a word among numbers) count as missing, and the log reports them.
 
         Args:
-          frame: of any type that `fit_encoder` takes.
+          frame: a frame of any type that `fit_encoder` takes.
 
         Returns:
           [n, d] float64, NaN where missing. A categorical column holds the codes of its `levels`. An unseen level has
           the code of "(other)" if the column has this level; otherwise it is missing.
 
         Raises:
-          TypeError: if `frame` is sparse or no table.
+          TypeError: if `frame` is sparse or not a table.
           ValueError: if a column that is needed is missing, or the number of columns without names is wrong.
           ValueError: if it is not two-dimensional, is empty, or has complex numbers.
         """
@@ -129,10 +131,10 @@ class TableEncoder(NamedTuple):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "TableEncoder":
-        """Makes the encoder again.
+        """Makes the encoder from its state.
 
         Args:
-          state: by `state`; JSON may come between.
+          state: the result of `state`, possibly after `json.dumps` and `json.loads`.
 
         Returns:
           An equal encoder.
@@ -159,7 +161,7 @@ class TableEncoder(NamedTuple):
 def fit_encoder(
     frame: Any, *, max_levels: int = 30, drop: Sequence[str | int] = (), keep: Sequence[str | int] = ()
 ) -> TableEncoder:
-    """Chooses how the columns of a table become numbers. It does not look at a target.
+    """Fits an encoder that turns the columns of a table into numbers. It does not use a target.
 
     - Numbers stay. Booleans become 0 and 1. Durations become days.
     - Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
@@ -171,9 +173,9 @@ def fit_encoder(
       float32. The text "None" is a level, but is missing among numbers.
     - If float32 would merge numbers, the smallest number is subtracted.
 
-    These columns are dropped: constant ones; copies of an earlier column; ids, with a warning; and lists, dicts or
-    other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as "user_id",
-    and texts that never repeat. Copies and ids are only looked for in tables with at least 20 rows.
+    These columns are dropped: constant columns; copies of an earlier column; ids, with a warning; and columns of lists,
+    dicts or other objects. Ids are whole numbers in a small range that hardly repeat, larger ones with a name such as
+    "user_id", and texts that never repeat. Copies and ids are only looked for in tables with at least 20 rows.
 
     Args:
       frame: a DataFrame of pandas or polars, a table of Arrow, a 2-d array of numbers or objects, a list of rows, a
@@ -186,7 +188,7 @@ def fit_encoder(
       A `TableEncoder`. It may have no columns (d = 0). Its `notes` have every column that was dropped or changed.
 
     Raises:
-      TypeError: if `frame` is sparse or no table.
+      TypeError: if `frame` is sparse or not a table.
       ValueError: if it is not two-dimensional, is empty, or has complex numbers.
       ValueError: if `drop` or `keep` has an unknown column.
 

@@ -35,12 +35,14 @@ class Episode(NamedTuple):
     """One few-shot task. `W` ways, `S` support and `Q` query examples, after padding.
 
     Attributes:
-      support: of a classification episode: "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 for a
+      support: for classification, a dict of "x" [S, ...] float32, "y" [S] int32 in 0..W-1, "mask" [S] float32 (1 for a
         real row, 0 for padding), "class_mask" [W] float32 and "num_rows" [] int32. Padding consists of zeros, at the
         end. A model whose derivative is not finite at zeros, such as x / |x|, gives NaN there, and a mask does not
         remove it (0 · NaN). Write x / √(|x|² + ε) instead.
       query: the same with Q rows.
-      meta: additional information that methods do not see: `EpisodeMeta`, or the coefficients of a function family.
+      meta: additional information that methods do not see. For a function family, its coefficients. For classification,
+        a NamedTuple: `source` [], the number of the source; `classes` [W]; `num_ways` []; `num_shots` [W]; `num_query`
+        []; and `support_rows` [S] and `query_rows` [Q], the rows of the source.
     """
 
     support: dict[str, jax.Array]
@@ -116,8 +118,8 @@ def labelled_batches(
     Args:
       sources: one or several; their examples have one shape. Their `C` classes are numbered across all sources.
       batch_size: N, at least 1; rows are drawn uniformly, with repetition.
-      weights: of the sources, proportional to their probabilities for each row; a source of weight 0 is never drawn. By
-        default, all rows of all sources are equally likely.
+      weights: a weight for each source, proportional to its probability for each row; 0 means never. By default, all
+        rows of all sources are equally likely.
       preprocess: as for `episodes`.
 
     Returns:

@@ -20,7 +20,7 @@ def function_episodes(
     inputs: tuple[float, float] = (-5.0, 5.0),
     noise: float = 0.0,
 ) -> SampleEpisodeFn:
-    """Episodes of any family of functions of one variable: y = f(coefficients, x) + noise ε, x ~ U, ε ~ N(0, 1).
+    """Makes a sampler of functions of one variable: y = f(coefficients, x) + noise ε, x ~ U, ε ~ N(0, 1).
 
     Args:
       draw: `key -> coefficients`, any pytree.
@@ -89,7 +89,7 @@ def sinusoids(
       amplitude: the range of A, two ascending numbers; two equal numbers fix it.
       phase: the range of φ, in radians, likewise.
       inputs: the range of x, two ascending numbers.
-      noise: of the support's y, as for `function_episodes`.
+      noise: the standard deviation of the noise in the support set's y, as for `function_episodes`.
 
     Returns:
       `key -> Episode`, as `function_episodes` returns it; `meta` has "amplitude" [] and "phase" [].
@@ -117,7 +117,7 @@ def sinusoids(
 
 
 def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 0.0) -> SampleEpisodeFn:
-    """Makes a sampler of three families in equal shares, with x ~ U[−5, 5]: one initialization fits them badly.
+    """Makes a sampler of three families in equal shares, with x ~ U[−5, 5]. No single initialization suits all of them.
 
         0  sinusoid   A sin(x − φ)      A ~ U[0.1, 5], φ ~ U[0, π]
         1  line       a x + b           a, b ~ U[−3, 3]
@@ -126,7 +126,7 @@ def mixed_functions(*, num_shots: int = 10, num_query: int = 10, noise: float = 
     Args:
       num_shots: support points.
       num_query: query points.
-      noise: of the support's y, as for `function_episodes`.
+      noise: the standard deviation of the noise in the support set's y, as for `function_episodes`.
 
     Returns:
       `key -> Episode`, as `function_episodes` returns it. `meta` has "family" [] int32 and "coefficients" [3]. For the

@@ -36,7 +36,7 @@ def from_image_folder(
       channels: 1 for gray [N, S, S], or 3 for colors [N, S, S, 3].
       levels: 1 or 2.
       group_fn: `path -> the maker of the image`; None if the makers are not known.
-      name: of the source; by default, the name of the folder.
+      name: the name of the source; by default that of the folder.
 
     Returns:
       A `Source` of uint8 images, in the order of their paths. Files with a suffix that Pillow does not know are

@@ -76,20 +76,20 @@ def suspected_leaks(
     """Finds columns that predict the target almost perfectly without any other column.
 
     Numbers get a decision tree of 64 leaves (or two for each class), and categories a table of their levels, each with
-    3 folds. The error is the share of wrong classes, or the squared error of the ranks of a numeric target. It is
-    measured on rows that were not fitted. A column is suspected if its error is at most 2 % (for ranks .5 %) of the
-    error of the best constant. With fewer than 50 rows nothing is suspected.
+    3 folds. The error is the share of wrong classes, or the squared error of the ranks of a numeric target, on held-out
+    rows. A column is suspected if its error is at most 2 % (for ranks .5 %) of the error of the best constant. With
+    fewer than 50 rows nothing is suspected.
 
     Args:
-      x: [n, d] by `TableEncoder.transform`.
+      x: [n, d], the result of `TableEncoder.transform`.
       y: [n] classes as integers, or a numeric target as floats.
-      names: [d] of the columns.
+      names: [d], the names of the columns.
       categorical: [d] bool.
-      max_rows: of a larger table, this many random rows are used.
-      seed: of the rows and the folds.
+      max_rows: the largest number of rows to use; of a larger table, random rows are used.
+      seed: the seed of the rows and the folds.
 
     Returns:
-      The names of suspected columns. Some problems are easy: the columns need not be wrong.
+      The names of suspected columns. Such a column need not be a leak: some problems are easy.
 
     Raises:
       ImportError: if scikit-learn is not installed.

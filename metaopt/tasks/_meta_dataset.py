@@ -70,13 +70,14 @@ def from_meta_dataset(
     build md_tfds`) writes `metadata.json`, and all classes, one after another, to `*-all_classes.tfrecord-*`.
 
     Args:
-      folder: of one data set (`omniglot`, `aircraft` ...; with tfds `meta_dataset/omniglot/1.0.0`).
+      folder: the folder of one data set (`omniglot`, `aircraft` ...; with tfds `meta_dataset/omniglot/1.0.0`).
       part: "train", "valid" or "test": the classes that the specification assigns to this part.
       size: pixels per side; images are resized to a square of this size. As in the published pipeline, EXIF data are
         ignored.
       channels: 3 for colors [N, S, S, 3], or 1 for gray [N, S, S].
-      version: of the protocol, if the files have both: "v1", or "v2" (with VTAB, which has other parts).
-      check: as for `read_tfrecords`.
+      version: the version of the protocol, if the files have both: "v1", or "v2" (with VTAB, which has other parts).
+      check: whether to check the checksums of the data, too (slow: about a second for 5 MB). The checksums of the
+        lengths are always checked.
 
     Returns:
       A `Source`. Omniglot's source has superclasses; ImageNet's has the ontology of the part.

@@ -10,11 +10,12 @@ the median.
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaopt import _checks, _extras
+from metaopt.tasks._labeled_frame import labeled_frame
 from metaopt.tasks._log_loss_features import log_loss_features
 from metaopt.tasks._prepare import PreparedTable, encode
 from metaopt.tasks._tables import Table
@@ -27,13 +28,15 @@ _NUM_FOLDS = 5
 
 
 def metafeatures(
-    table: Table | PreparedTable | tuple[np.ndarray, np.ndarray, np.ndarray],
+    table: Any,
+    target: Any = None,
     *,
     groups: Sequence[str] = GROUPS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Describes a table by numbers. They do not depend on the order of rows and columns, except landmarking and
-    log_loss (random folds).
+    """Describes a table by numbers.
+
+    Only the groups "landmarking" and "log_loss" depend on the order of rows and columns, since they use random folds.
 
     Let n be the rows, d the columns, K the classes. Missing values count as the median of the column, or as one more
     category.
@@ -65,22 +68,26 @@ def metafeatures(
 
     Args:
       table: a `PreparedTable`, of which only the training rows are used; a `Table`; or (x [n, d], y [n], categorical
-        [d]).
+        [d]). With `target`, a frame, of which all rows with a label are used.
+      target: a column of the frame or its labels, as for `prepare`.
       groups: some of "simple", "statistical", "information_theoretic", "landmarking" and "log_loss"; by default, all
         but the last.
-      seed: of subsamples, folds and the random column.
+      seed: the seed of subsamples, folds and the random column.
 
     Returns:
       One float per name. The names depend only on `groups`.
 
     Raises:
       ValueError: if a group is unknown, or there are fewer than 2 rows or no columns.
-      ValueError: if the arrays do not fit together, or have infinite values.
+      ValueError: if the arrays do not fit together, or have infinite values, or `prepare` would reject the frame.
       ImportError: if `groups` has "landmarking" or "log_loss" and scikit-learn is not installed.
     """
     unknown = set(groups) - set(_ALL_GROUPS)
     if unknown:
         raise ValueError(f"`groups` must be among {_ALL_GROUPS}; got {sorted(unknown)}.")
+    if target is not None:
+        frame = labeled_frame(table, target)
+        table = frame.x, frame.y, frame.encoder.categorical
     raw, y, categorical = _checked(table)
     x = _without_gaps(raw, categorical)
     rng = np.random.default_rng(seed)
@@ -407,18 +414,18 @@ class FeatureScaling(NamedTuple):
     ) -> np.ndarray:
         """Brings the meta-features of one table to the scale of the training tables.
 
-        Pass either `clip` or `limit`. A clipped feature hides how far the table is from those of training. A predictor
-        with a `limit` needs this distance, and other models need protection from it.
+        Pass either `clip` or `limit`. A clipped feature hides how far the table is from the training tables. A
+        predictor with a `limit` needs this distance; for other models, such values are too large.
 
         Args:
-          features: of one table; names that the scaling does not have are ignored.
+          features: the meta-features of one table, by name; names that the scaling does not have are ignored.
           clip: the largest absolute value. A usual value is 3, for models without a safeguard against extrapolation.
-          limit: that of the predictor which reads the features (`predictors.mlp`); the largest absolute value is 50
-            limits.
+          limit: the `limit` of the predictor that reads the features (`predictors.mlp`). The largest absolute value is
+            then 50 times the limit.
 
         Returns:
-          [F] float32 within ±`clip`, in the order of `names`; a non-finite feature becomes 0, the value of the
-          median table.
+          [F] float32 within ±`clip` or ±50 `limit`, in the order of `names`; a non-finite feature becomes 0, the value
+          of the median table.
 
         Raises:
           ValueError: if neither `clip` nor `limit` is given, or both are, or it is not positive.

@@ -5,12 +5,14 @@ training rows. The same rows are also kept unencoded, for learners that prefer t
 """
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaopt.tasks._columns import merged_values
-from metaopt.tasks._scaled_columns import fit_columns
+from metaopt.tasks._encoder import TableEncoder
+from metaopt.tasks._labeled_frame import encoded, labeled_frame
+from metaopt.tasks._scaled_columns import FittedColumns, fit_columns
 from metaopt.tasks._tables import Table
 
 _log = logging.getLogger(__name__)
@@ -33,7 +35,14 @@ class Rows(NamedTuple):
 
 
 class TaskShape(NamedTuple):
-    """The size of a task, or the size that it is padded to."""
+    """The size of a task, or the size that it is padded to.
+
+    Attributes:
+      train_rows: the number of training rows.
+      valid_rows: the number of validation rows.
+      features: D, the number of encoded columns.
+      classes: C.
+    """
 
     train_rows: int
     valid_rows: int
@@ -45,15 +54,18 @@ class PreparedTable(NamedTuple):
     """A table that is split and encoded.
 
     Attributes:
-      name: of the table.
-      family: of the table.
-      train: the rows for the inner loss.
-      valid: the rows for the outer loss.
-      test: the rows that only the experiment uses.
+      name: the name of the table.
+      family: the family of the table.
+      train: the rows for the inner loss: `x` [n, D] float32, encoded; `y` [n] int32 in 0..C-1; `raw` [n, d], the
+        original numbers and codes; and `index` [n], their positions in the table.
+      valid: the rows for the outer loss, likewise.
+      test: the rows for the final evaluation, likewise. They are not part of a task.
       num_features: D.
       num_classes: C.
-      classes: [C] int32, the number of each class in the original table.
-      categorical: [d] bool, of the columns of `raw`.
+      classes: [C] int32, the number of each class in the original table; for a frame, its label.
+      categorical: [d] bool, which columns of `raw` hold codes.
+      columns: how the columns of `raw` become encoded ones.
+      encoder: the encoder of the columns of a frame, or None.
     """
 
     name: str
@@ -65,6 +77,22 @@ class PreparedTable(NamedTuple):
     num_classes: int
     classes: np.ndarray
     categorical: np.ndarray
+    columns: FittedColumns
+    encoder: TableEncoder | None = None
+
+    def transform(self, rows: Any) -> np.ndarray:
+        """Encodes new rows as the rows of the table.
+
+        Args:
+          rows: a frame, if `prepare` got one; otherwise [n, d] numbers, with NaN in gaps.
+
+        Returns:
+          [n, D] float32.
+
+        Raises:
+          ValueError: if a column is missing, or `rows` has another number of columns.
+        """
+        return self.columns.transform(rows if self.encoder is None else encoded(self.encoder, rows))
 
     @property
     def shape(self) -> TaskShape:
@@ -73,7 +101,8 @@ class PreparedTable(NamedTuple):
 
 
 def prepare(
-    table: Table,
+    table: Any,
+    target: Any = None,
     *,
     seed: int = 0,
     valid_fraction: float = 0.2,
@@ -86,20 +115,23 @@ def prepare(
 ) -> PreparedTable:
     """Splits a table into training, validation and test rows, and encodes it.
 
-    The split is stratified: every class has its share in each part, to within a row, and at least one training row.
-    `fit_columns` describes the encoding. Its statistics come from the training rows.
+    The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows.
+    `fit_encoder` first makes numbers of the columns of a frame, from all rows and without the target.
 
     Args:
-      table: the table to prepare.
-      seed: of the split and of the subsampling; equal seeds give equal arrays.
-      valid_fraction: share of the rows, in (0, 1).
-      test_fraction: share of the rows, in [0, 1).
+      table: a `Table`. With `target`, a frame of any type that `fit_encoder` takes.
+      target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
+        of the frame. Rows without a label are dropped.
+      seed: the seed of the split and of the subsampling; equal seeds give equal arrays.
+      valid_fraction: the share of validation rows, in (0, 1).
+      test_fraction: the share of test rows, in [0, 1).
       max_rows: a larger table is subsampled, stratified by class.
       max_classes: if there are more, the rows of the rarest classes are dropped; None keeps all.
       max_features: if the encoding gives more columns, only those with the largest F statistic stay. It is computed on
         training rows by a one-way analysis of variance between the classes.
-      max_levels: at least 2.
-      scaling: "quantile" or "standard".
+      max_levels: as for `fit_columns`, at least 2.
+      scaling: "quantile" or "standard", as for `fit_columns`.
 
     Returns:
       A `PreparedTable`, with its rows in random order.
@@ -109,12 +141,23 @@ def prepare(
       ValueError: if `x` is not real, or not finite in float32, or `y` is not classes as integers from 0.
       ValueError: if float32 merges the codes of a categorical column.
       ValueError: if fewer than 2 classes, no varying column, or no validation or test row remains.
+      ValueError: if `fit_encoder` rejects the frame, or `fit_labels` the target, or not each row has one label.
+
+    >>> frame = {"size": [1.5, 2.5, 3.5, 4.5] * 5, "color": ["red", "blue"] * 10, "sold": ["no", "yes"] * 10}
+    >>> prepared = prepare(frame, "sold", test_fraction=0.0)
+    >>> prepared.classes[prepared.train.y[:2]].tolist() == [frame["sold"][i] for i in prepared.train.index[:2]]
+    True
+    >>> prepared.transform({"size": [2.0], "color": ["red"]}).shape
+    (1, 2)
     """
     if not 0 < valid_fraction < 1 or not 0 <= test_fraction < 1 or valid_fraction + test_fraction >= 1:
         raise ValueError(
             "`valid_fraction` and `test_fraction` must leave rows to train on; "
             f"got {valid_fraction} and {test_fraction}."
         )
+    frame = None if target is None else labeled_frame(table, target)
+    if frame is not None:
+        table = Table("frame", "frame", frame.x, frame.y, frame.encoder.categorical)
     table, raw = _checked(table)
     rng = np.random.default_rng(seed)
     index = _usable_rows(table, max_rows, max_classes, rng)
@@ -146,7 +189,8 @@ def prepare(
     x = fitted.transform(table.x[used])
     raw = _filled(table, raw, train)
     parts = zip(np.split(x, np.cumsum([len(train), len(valid)])), (train, valid, test), strict=True)
-    rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], i) for part, i in parts]
+    place = np.arange(len(table.y)) if frame is None else frame.index
+    rows = [Rows(part, np.searchsorted(classes, table.y[i]).astype(np.int32), raw[i], place[i]) for part, i in parts]
     return PreparedTable(
         name=table.name,
         family=table.family,
@@ -155,8 +199,10 @@ def prepare(
         test=rows[2],
         num_features=x.shape[1],
         num_classes=len(classes),
-        classes=classes.astype(np.int32),
+        classes=classes.astype(np.int32) if frame is None else frame.classes[classes],
         categorical=table.categorical,
+        columns=fitted,
+        encoder=None if frame is None else frame.encoder,
     )
 
 

@@ -21,7 +21,7 @@ class FittedColumns(NamedTuple):
     Attributes:
       categorical: [d] bool.
       has_gaps: [d] bool, whether values are missing; if so, a column marks them.
-      has_others: [d] bool, whether one column marks all rare levels.
+      has_others: [d] bool, whether one column marks all rare levels together ("others").
       fill: [d] float64, the median of a numeric column; NaN if the column is categorical or has no values.
       mean: [d] float64, of the transformed column.
       scale: [d] float64, the divisor of the transformed column.
@@ -43,14 +43,14 @@ class FittedColumns(NamedTuple):
     def transform(self, x: np.ndarray) -> np.ndarray:
         """Encodes rows by statistics of other rows.
 
-        An unseen level is marked in the column of the others. If there is no such column, it gives zeros. Gaps in a
-        numeric column become the median.
+        An unseen level is marked in the column of rare levels. If there is no such column, all columns of the level are
+        zero. Gaps in a numeric column become the median.
 
         Args:
           x: [n, d], the columns of `fit_columns` in the same order.
 
         Returns:
-          [n, D] float32. Each row depends on itself only.
+          [n, D] float32. The encoding of a row does not depend on the other rows.
 
         Raises:
           ValueError: if `x` has another number of columns.
@@ -70,13 +70,13 @@ def fit_columns(
     max_levels: int = 10,
     scaling: str = "quantile",
 ) -> FittedColumns:
-    """Computes how `FittedColumns.transform` encodes rows.
+    """Computes the statistics by which `FittedColumns.transform` encodes rows.
 
     A numeric column becomes one column. Gaps are filled with the median. Then, depending on `scaling`,
 
-    * "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the rows here. This turns any
+    - "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the rows here. This turns any
       continuous variable into a normal one. Then the column gets zero mean and unit variance;
-    * "standard": zero mean and unit variance.
+    - "standard": zero mean and unit variance.
 
     Finally, x / √(1 + (x / 3)²) clips the values softly to (-3, 3). If the rows have gaps, a second column marks them.
     A categorical column is encoded by its number of levels. Two levels give one column of ∓1 (0 for neither). Up to

@@ -230,9 +230,10 @@ def from_csv_folder(
 
     Constant columns, row numbers and strings that never repeat are dropped. A column of whole numbers that looks like a
     shuffled id stays, with a warning, and so do strings that hardly repeat. Whole numbers in a range that is wide for
-    the number of rows, such as 50 ids between 1 and 1000, look like a measurement and give no warning. The family is
-    `family_name` of the file's name. Files with rows in common have the family of the first of them. Their rows or
-    columns may be in another order, and their columns may be renamed.
+    the number of rows, such as 50 ids between 1 and 1000, look like a measurement and give no warning. The family
+    follows from the file's name: its lower-case form with hyphens, or a known alias of it. Files with rows in common
+    have the family of the first of them. Their rows or columns may be in another order, and their columns may be
+    renamed.
 
     Args:
       folder: where the files are.

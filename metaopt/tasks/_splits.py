@@ -23,14 +23,15 @@ def split_classes(source: Source, sizes: Mapping[str, int], *, seed: int = 0, by
     Args:
       source: the source to split.
       sizes: part -> its number of classes (of superclasses, with `by_superclass`).
-      seed: of the order.
+      seed: the seed of the random order.
       by_superclass: assign whole superclasses to one part, so that not only characters but also alphabets are new.
 
     Returns:
       A split.
 
     Raises:
-      ValueError: if the source has fewer classes than the parts, or no superclasses, or a part has size 0.
+      ValueError: if the parts have more classes than the source, a part has size 0, or `by_superclass` is given and the
+        source has no superclasses.
     """
     if by_superclass and source.superclass is None:
         raise ValueError(f"Source {source.name!r} has no superclasses; take `by_superclass=False`.")
@@ -52,7 +53,7 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
     Args:
       source: the source to split.
       sizes: part -> its share, positive; shares sum to at most 1.
-      seed: of the order.
+      seed: the seed of the random order.
 
     Returns:
       A split.
@@ -85,10 +86,10 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
 
 
 def merge_splits(*splits: Mapping[str, Mapping[str, Any]]) -> Split:
-    """Merges several splits, which are of different sources.
+    """Merges splits of different sources.
 
     Args:
-      *splits: each of sources that the others do not name.
+      *splits: the splits; no source may be in two of them.
 
     Returns:
       A split with all their parts.

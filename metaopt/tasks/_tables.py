@@ -112,7 +112,7 @@ def family_name(name: str) -> str:
     """Returns the family of a table, as far as its name shows it: lower case, hyphens, then an alias.
 
     Args:
-      name: of a table.
+      name: the name of a table.
 
     Returns:
       The family's name.
@@ -206,7 +206,7 @@ def split_by_family(tables: Sequence[Table], num_folds: int = 5, seed: int = 0) 
     Args:
       tables: the tables to split; only `family` is used.
       num_folds: at least 2, and at most the number of families.
-      seed: of the order among families of one size.
+      seed: the seed of the order among families of one size.
 
     Returns:
       [T] int32 in 0..num_folds-1, in the order of `tables`; the fold of a family does not depend on that order.

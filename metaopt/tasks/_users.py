@@ -178,7 +178,7 @@ def user_episodes(
     """Makes a sampler of one episode per user: `num_support` records to adapt to, and later (or other) ones to predict.
 
     Args:
-      table: of all users, without NaN (`UserTable.standardized`).
+      table: the table of all users, without NaN (`UserTable.standardized`).
       num_support: K, at least 1.
       num_query: the largest number of query records; None takes all remaining ones, padded to the longest user.
       order: how to divide the records. "time": the first K are the support set, and the next ones the query set.
@@ -189,10 +189,10 @@ def user_episodes(
     Returns:
       `(key, user=None) -> Episode`, pure, works under `jit` and `vmap`. By default, the user is drawn uniformly from
       `users`. An argument `user` is a position in `users`, so that `vmap` over `arange(len(users))` gives every user
-      once. A traced position is not checked; outside `users` it gives some user of `users`. Records with equal times
-      are in the table's order. The support set has "x" [K, D], "y" [K], "mask" [K] and "num_rows". If y is an integer,
-      it also has "class_mask" [C], ones for the classes 0..C-1 of the whole table. The query set likewise; `meta` has
-      "user" [] int32, the position in the table.
+      once. A traced position is not checked; if it is out of range, the episode is of another user in `users`. Records
+      with equal times are in the table's order. The support set has "x" [K, D], "y" [K], "mask" [K] and "num_rows". If
+      y is an integer, it also has "class_mask" [C], ones for the classes 0..C-1 of the whole table. The query set
+      likewise; `meta` has "user" [] int32, the position in the table.
 
     Raises:
       ValueError: if `order` is unknown, or `users` is a mask or has names.

@@ -8,11 +8,14 @@ over them, and the first one writes the rest.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
 import pathlib
+import shutil
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -28,6 +31,8 @@ from metaopt.training import _processes
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
+_PROBE = 2**16  # bytes of a file that is written and removed; a full or read-only disk rejects it
+_SLACK = 2**22  # bytes of a checkpoint besides its arrays
 
 
 class Saved(NamedTuple):
@@ -145,8 +150,12 @@ class Checkpoints:
         """Copies the arrays, and writes them in a thread. An interrupted write leaves the former checkpoint intact.
 
         It waits for the former write, and `close` waits for the last one. If a write fails, for example because the
-        disk is full, a run of one process logs the error and goes on, and its former checkpoints stay. With several
-        processes, this raises the error, since the others may not have it.
+        disk is full, a run of one process logs the error and goes on, and its former checkpoints stay.
+
+        Several processes first compare whether each of them can write to the folder, and whether its disk has space
+        for the arrays. If not, all log this, skip the checkpoint and go on. A write that fails after that raises an
+        error: the thread of that process does not reach orbax's barriers, where the threads of the others wait, so no
+        process can write again.
 
         Args:
           step: the step, larger than that of every other checkpoint.
@@ -169,7 +178,9 @@ class Checkpoints:
         saved = args.Composite(arrays=args.StandardSave(full), run=args.JsonSave(run))
         metrics = {"loss": loss} if self._keep_best else None
         if jax.process_count() > 1:
-            self._save(step, saved, metrics)
+            self._manager.wait_until_finished()
+            if self._is_writable(step, sum(x.nbytes for x in full.values())):
+                self._save(step, saved, metrics)
             return
         self.settle()
         try:
@@ -179,6 +190,15 @@ class Checkpoints:
                 self._save(step, saved, metrics)
         except (OSError, ValueError):  # tensorstore raises a ValueError for an error of the system
             self._log_failure(step)
+
+    def _is_writable(self, step: int, size: int) -> bool:
+        """Whether all processes can write a checkpoint of `size` bytes; otherwise the error is logged in each."""
+        try:
+            _processes.in_all(_check_space, self.directory, size)
+        except (OSError, ValueError):
+            _log.exception(f"The checkpoint of step {step} in {self.directory} was skipped by all processes.")
+            return False
+        return True
 
     def _save(self, step: int, args: Any, metrics: dict[str, float] | None) -> None:
         if not self._manager.save(step, args=args, metrics=metrics, force=True):
@@ -285,6 +305,16 @@ def _claimed(directory: str) -> Iterator[None]:
                 "Wait until that run has ended, or use another folder for this run."
             ) from None
         yield
+
+
+def _check_space(directory: str, size: int) -> None:
+    """Raises OSError if a file cannot be written here, or if the disk has no space for `size` bytes and some more."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(_PROBE))
+        file.flush()
+    free = shutil.disk_usage(directory).free
+    if free < size + _SLACK:
+        raise OSError(errno.ENOSPC, f"The checkpoint has {size:,} bytes, and the disk has {free:,}", directory)
 
 
 def _remove_damaged_losses(directory: str) -> None:

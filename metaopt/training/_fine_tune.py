@@ -40,7 +40,7 @@ def fine_tune(
     space: base.PyTree | None = None,
     same_key: bool = True,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], FineTuned]:
-    """Takes a few hypergradient steps on one task, and keeps the best λ by validation.
+    """Makes a function that takes a few hypergradient steps on one task, and returns the best λ by validation loss.
 
         λ_{k+1} = λ_k + optimizer(dF/dλ(λ_k)),    λ* = argmin_{k ≤ K} F(λ_k)
 
@@ -53,7 +53,7 @@ def fine_tune(
     then descend on F for this key only. With `same_key=False`, each run has a new key: the noise of the steps averages
     out, but the values also differ by the noise of their keys. `hypergrad.over_seeds(rule, S)` reduces the noise in
     both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the outer loss. Evaluate
-    the result on data that took no part.
+    the result on other data.
 
     Called without `jit` and `vmap`, it logs a warning if an implicit rule runs far from rest.
 
@@ -61,9 +61,9 @@ def fine_tune(
     pre-trained model θ to a few-shot task.
 
     Args:
-      estimator: the estimator for one task, of `spaces.constrain(problem, space)`, so that λ stays inside its space. A
-        rule that carries training between estimates has comparable values only where a horizon ended. Before that, F
-        falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
+      estimator: the estimator for one task. Make it from `spaces.constrain(problem, space)`, so that λ stays inside its
+        space. A rule that carries training between estimates has comparable values only where a horizon ended. Before
+        that, F falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
       optimizer: any optax transform; `optax.adam(0.1)` by default. On 46 development tables, three steps from a
         predicted λ had the best mean with this rate, within the noise of .03 and .3
@@ -74,7 +74,10 @@ def fine_tune(
       same_key: whether every training run starts with the same key, so that their values are comparable.
 
     Returns:
-      `(key, hyperparams, task) -> FineTuned`. A λ with non-finite F is the best only if F is finite nowhere.
+      `(key, hyperparams, task) -> FineTuned`. Its fields are `hyperparams`, the visited λ with the smallest F,
+      including the start; `value` [], its F; `step` [], the step at which it was visited, where 0 is the start; and
+      `values` [K + 1], F at every visited λ, NaN where no horizon ended. A λ with non-finite F is the best only if F is
+      finite nowhere.
 
     Raises:
       ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.

@@ -76,10 +76,10 @@ def fit(
 ) -> FitResult:
     """Takes `num_steps` outer steps from `hyperparams`, or continues from the newest checkpoint.
 
-    All randomness follows from `key` and the step. The tasks of step t are `sample_tasks(fold_in(k, t))`, and every
-    evaluation is `evaluate(k', λ)`, with k and k' split from `key`. If a run was killed, the same call continues it.
-    The result has the same bits as that of a run that was not killed, including history, best λ and patience. A run can
-    also be continued to a larger `num_steps`.
+    All random numbers follow from `key` and the number of the step. The tasks of step t are
+    `sample_tasks(fold_in(k, t))`, and every evaluation is `evaluate(k', λ)`, with k and k' split from `key`. If a run
+    was killed, the same call continues it. The result has the same bits as that of a run that was not killed, including
+    history, best λ and patience. A run can also be continued to a larger `num_steps`.
 
     A checkpoint is rejected if the key, the initial λ, the tasks drawn last, `eval_every`, `settings` or the program of
     the outer step differ. The program is the result of JAX's tracing. A changed loss, number of inner steps, outer
@@ -91,8 +91,8 @@ def fit(
     The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step. If it arrives during the compilation of a
     step, that step is not taken. Then `fit` writes a checkpoint and raises an exception that carries the partial
     `FitResult` as its `result`. A second SIGINT raises `KeyboardInterrupt` at once, without a result. Signals are
-    handled only in the main thread. If one of your functions raises an error, `fit` re-raises it. A run of one process
-    writes a checkpoint before. In a run of several processes, the others raise a `ValueError`.
+    handled only in the main thread. If one of your functions raises an error, `fit` re-raises it; in a run of one
+    process, it first writes a checkpoint. In a run of several processes, the other processes raise a `ValueError`.
 
     The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
     donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
@@ -131,18 +131,20 @@ def fit(
       checkpoint_every: steps between checkpoints; the end of the run writes one, too. A thread writes it during the
         next steps, from a copy. A run that is killed meanwhile has the checkpoint before it. If it cannot be written,
         for example because the disk is full, `fit` logs the error, goes on and keeps the checkpoints before it.
+        Several processes agree on this before each write. A write that then fails in one of them ends the run.
       keep_best: the number of checkpoints to keep besides the newest two: those after the evaluations with the smallest
         losses. To continue from one of them, remove the folders of later steps.
-      keep_nonfinite: the number of steps with a task that is not finite whose start is kept, as checkpoints in
-        `checkpoint_dir`/nonfinite/STEP. The same call with that folder as `checkpoint_dir` takes this step again, with
-        the same tasks and keys. With `steps_per_call`, it is the start of the call. A resumed run counts from 0 again.
-        The state is then not donated, so memory holds two of them.
+      keep_nonfinite: the number of non-finite steps to keep. If the value or hypergradient of a task is not finite, the
+        state before the step is written to the folder `checkpoint_dir`/nonfinite/STEP, where STEP counts the steps
+        before it. The same call with that folder as `checkpoint_dir` takes the step again, with the same tasks and
+        keys. With `steps_per_call`, the state is that before the call. A resumed run counts from 0 again. The state is
+        then not donated, so memory holds two of them.
       settings: further values that identify the run, as JSON values, such as the text of an architecture or a rate.
       allow_changed_program: whether to continue from a checkpoint although the program of the outer step differs.
       compilation_cache: the folder of JAX's persistent compilation cache during this call. A later process then reads a
         compiled program (of 1 s or more, `jax_persistent_cache_min_compile_time_secs`) instead of compiling it again.
         The setting belongs to the process: other threads that compile meanwhile use the folder, too. JAX executes the
-        programs in it, so nobody else may have write access. None keeps JAX's own setting.
+        programs in it, so nobody else may have write access. None leaves JAX's own setting.
 
     Returns:
       A `FitResult`.
@@ -152,7 +154,7 @@ def fit(
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
       ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `eval_every` is not a whole number of at
-        least 1.
+        least 1, or `keep_best` or `keep_nonfinite` not one of at least 0.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -251,6 +253,8 @@ def _check_options(
         raise ValueError(f"`{name}` needs evaluations: pass `evaluate` too, or omit `{name}`.")
     if eval_every < 1 or eval_every % 1:  # with 2.5, no evaluation would follow the first one
         raise ValueError(f"`eval_every` must be a whole number of at least 1; got {eval_every}.")
+    _checks.check_integer("keep_best", keep_best, 0)
+    _checks.check_integer("keep_nonfinite", keep_nonfinite, 0)
     if (keep_best or keep_nonfinite) and folder is None:
         raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
 

@@ -64,7 +64,12 @@ RecordFn = Callable[[base.HyperParams], base.PyTree]  # λ -> a tree of numbers
 
 
 class Learner(NamedTuple):
-    """An estimator and an outer optimizer, combined; see `learner`."""
+    """An estimator and an outer optimizer, combined; made by `learner`.
+
+    Attributes:
+      init: `(key, hyperparams, tasks) -> state`, the state before the first outer step. `state.hyperparams` is λ.
+      step: `(state, fresh_tasks=None) -> (state, metrics)`, one outer step; `metrics` is a dict.
+    """
 
     init: LearnerInitFn
     step: LearnerStepFn
@@ -79,19 +84,20 @@ def learner(
 ) -> Learner:
     """Combines an estimator and an outer optimizer into the two pure functions of an outer loop.
 
-    `init(key, hyperparams, tasks)` starts every slot. `step(state, fresh_tasks)` first renews, at the current λ, the
-    slots that the previous estimate marked as `done`. Then it estimates, and then it updates λ. `fresh_tasks` have the
-    shapes of the carried tasks; slots that are not done ignore theirs. Without `fresh_tasks`, done slots restart on
-    their old task, as needed for tuning on one data set. Fresh tasks of other shapes or another structure (for example
-    a batch with other padding) cannot be mixed with the carried tasks. Then **every** slot is renewed, done or not.
+    A slot is the place of one task in a batch of tasks. `init(key, hyperparams, tasks)` starts every slot.
+    `step(state, fresh_tasks)` first restarts, at the current λ, the slots that the previous estimate marked as `done`.
+    Then it estimates dF/dλ, and then it updates λ. `fresh_tasks` have the shapes of the carried tasks; slots that are
+    not done ignore theirs. Without `fresh_tasks`, done slots restart on their old task, as needed for tuning on one
+    data set. Fresh tasks of other shapes or another structure (for example a batch with other padding) cannot be mixed
+    with the carried tasks. Then **every** slot restarts, done or not.
 
     An outer step whose hypergradient has a non-finite entry, or a squared norm above the largest float, is skipped: λ
     and the optimizer's state stay, the estimator's state advances, and `skipped` is 1. If there is only one task, it
     restarts at the next step.
 
-    Both functions work under `jit`, `vmap` and `lax.scan`. Also outside `jit`, JAX traces an estimate only once for
-    each shape of its arguments. A variable outside them, such as a global one that the loss reads, must not change
-    after that. Gradients through both functions are possible as far as the estimator's own functions allow. The state
+    Both functions work under `jit`, `vmap` and `lax.scan`. JAX traces an estimate only once for each shape of its
+    arguments, even outside `jit`. So a variable that is not an argument, such as a global that the loss reads, must not
+    change later. Gradients through both functions are possible as far as the estimator's own functions allow. The state
     may be donated (`jax.jit(step, donate_argnums=0)`) with the same care as in `fit`: the result of `init` may share
     buffers with its arguments.
 
@@ -103,11 +109,11 @@ def learner(
         outer steps taken. The states of these estimators must have the same structure, and λ is the same.
       optimizer: any optax transform. Its update gets the outer loss F(λ) as the extra argument `value`.
       stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
-        is E estimates (`truncated`: T / K) then do not end together, and every horizon is whole. It costs E − 1
-        estimates at the start. With 1, all slots start alike.
-      record: `λ -> tree of numbers`, the part of the metrics about λ, before each update, with the paths as names
-        ("rate", "decay.conv1"). `lambda z: spaces.to_constrained(space, z)` records λ in natural units. Numbers then
-        are in the history of `fit`, and arrays reach its callbacks.
+        is E estimates (`hypergrad.truncated`: T / K) then end at different outer steps, and no horizon is cut short. It
+        costs E − 1 estimates at the start. With 1, all slots start together.
+      record: `λ -> tree of numbers`, called before each update. Its leaves are added to the metrics, with their paths
+        as names ("rate", "decay.conv1"). `lambda z: spaces.to_constrained(space, z)` records λ in natural units. Single
+        numbers are also kept in the history of `fit`; arrays only reach its callbacks.
 
     Returns:
       A `Learner`. Its step has the estimator's metrics, those of `record`, and four more, which replace those of the

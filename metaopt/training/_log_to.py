@@ -32,9 +32,9 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
 
     The file: a value that is not finite becomes null. Each line is on disk after its step. When a run continues from a
     checkpoint, `fit` reports the steps since the checkpoint again, and the file's earlier lines of these steps are
-    replaced. So the file of a killed run ends equal to that of a run that was not killed. A new run replaces a file of
-    an older run, also if both have the same callback. A metric with the name "step" is left out. If the disk is full,
-    there is one warning. The run goes on, and the lines wait in memory until they can be written.
+    replaced. So a run that was killed and continued writes the same file as a run that was not killed. A new run
+    replaces a file of an older run, also if both have the same callback. A metric with the name "step" is left out. If
+    the disk is full, there is one warning. The run goes on, and the lines wait in memory until they can be written.
 
     Args:
       target: a path, or an object with one of these methods.

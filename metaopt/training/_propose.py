@@ -37,7 +37,7 @@ def propose(
     space: base.PyTree | None = None,
     chunk: int | None = None,
 ) -> Callable[[jax.Array, base.HyperParams, base.Task], Proposed]:
-    """Trains with K values of λ around the start at once, and keeps the best by validation.
+    """Makes a function that trains with K values of λ around the start, and returns the best by validation loss.
 
         λ_1 = λ,    λ_k = λ + spread · ε_k,  ε_k ~ N(0, I),    λ* = argmin_{k ≤ K} F(λ_k)
 
@@ -47,7 +47,7 @@ def propose(
 
     All candidates share one key: the same initialization, the same order of the data and the same noise. These common
     random numbers remove much of the noise from the comparison. The smallest of K values is still an optimistic
-    estimate of the outer loss, so evaluate the result on data that took no part.
+    estimate of the outer loss, so evaluate the result on other data.
 
     Later rounds read the values of the earlier ones. Each round has K more training runs, under the same key. Its first
     candidate is a weighted mean m of the better half of the last round's candidates, with the weights
@@ -58,9 +58,9 @@ def propose(
     `fine_tune` uses hypergradients instead. Both can be combined: pass `hyperparams` of one result to the other.
 
     Args:
-      estimator: the estimator for one task, of `spaces.constrain(problem, space)`, so that every candidate lies inside
-        its space. Only its `value` is used, from a fresh start and in its first estimate. For a rule that carries
-        training between estimates, this is F after its first window, so use a rule of whole runs such as
+      estimator: the estimator for one task. Make it from `spaces.constrain(problem, space)`, so that every candidate
+        lies inside its space. Only its `value` is used, from a fresh start and in its first estimate. For a rule that
+        carries training between estimates, this is F after its first window, so use a rule of whole runs such as
         `hypergrad.unrolled`. With `hypergrad.over_seeds(rule, S)`, each candidate is the mean of S runs. With
         `hypergrad.over_tasks(rule)`, one λ is chosen for a batch of tasks.
       num_proposals: K, at least 1; 1 returns the start.
@@ -73,8 +73,10 @@ def propose(
       chunk: the number of runs that train at once, by vmap. By default all K do, with the memory of K runs.
 
     Returns:
-      `(key, hyperparams, task) -> Proposed`. A λ with non-finite F is the best only if F is finite nowhere; then it is
-      the start. Of equal values the first one is the best.
+      `(key, hyperparams, task) -> Proposed`. Its fields are `hyperparams`, the candidate with the smallest F; `value`
+      [], its F; `values` [rounds · K], F of every candidate, round by round; and `index` [], the place of `value` in
+      `values`, where 0 is the start. A λ with non-finite F is the best only if F is finite nowhere; then it is the
+      start. Of equal values the first one is the best.
 
     Raises:
       ValueError: if the task has labels outside its classes, or a number of `spread` that is not traced is negative,

@@ -47,8 +47,9 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
       axis_name: the mesh axis to split the tasks over.
 
     Returns:
-      An `Estimator` of the same kind. Metrics are combined, too: the counts of `over_tasks` are summed, its variance is
-      pooled, and the others are averaged like F. Means are NaN if no task was finite; `learner` then skips the step.
+      An `Estimator` of the same kind. Metrics are combined, too: the counts of `hypergrad.over_tasks` are summed, its
+      variance is pooled, and the others are averaged like F. Means are NaN if no task was finite; `learner` then skips
+      the step.
 
     Raises:
       KeyError: at trace time, if the metric "num_finite", which `hypergrad.over_tasks` adds, is missing.

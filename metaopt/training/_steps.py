@@ -39,13 +39,13 @@ class Steps:
     def draw(self, step: int) -> base.PyTree:
         """The tasks of a step. The tasks drawn last are not drawn again."""
         if step != self.drawn:
-            self.tasks = _processes.in_all(_draw, self.sampler, self.sample_key, step)
+            self.tasks = self.drawn_for(step)
             self.drawn, self.types = step, _types(self.tasks)
         return self.tasks
 
     def drawn_for(self, step: int) -> base.PyTree:
         """The tasks of a step, as `draw` returns them. Those of the next call stay as they are."""
-        return self.tasks if step == self.drawn else _draw(self.sampler, self.sample_key, step)
+        return self.tasks if step == self.drawn else _processes.in_all(_draw, self.sampler, self.sample_key, step)
 
     def first(self, report: Report) -> Run:
         """The run before its first step."""

@@ -31,7 +31,7 @@ def learnable_accumulation(
 
     or, with `average`, m_k ← β_k m_k + (1 − β_k) g. With one decay this is `optax.trace` (`optax.ema` without
     debiasing). With several decays it is aggregated momentum, whose fast members damp the oscillations of the slow one.
-    It is differentiable in β and w in both modes. Neither is checked: `spaces.interval(0, 1, shape=(K,))` and
+    It is differentiable in β and w in both modes. Their ranges are not checked: `spaces.interval(0, 1, shape=(K,))` and
     `spaces.simplex(K)` keep them in range.
 
     Takes K times the memory of the parameters.
@@ -40,8 +40,8 @@ def learnable_accumulation(
       decays: β, [K], each in [0, 1).
       weights: w, [K]; 1/K by default.
       average: whether a momentum is an average of gradients instead of a sum.
-      accumulator_dtype: of the momenta; the parameters' dtype by default. In bfloat16 a momentum with β above .998 is
-        rounded to itself and never decays: use `jnp.float32` for such decays.
+      accumulator_dtype: the dtype of the momenta; by default the parameters' dtype. In bfloat16 a momentum with β above
+        .998 is rounded to itself and never decays: use `jnp.float32` for such decays.
 
     Returns:
       A transform, to be chained with a learning rate. As with `optax.trace`, its updates have the wider dtype of

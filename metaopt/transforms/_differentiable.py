@@ -150,15 +150,16 @@ def _zero_safe_form(equation: Any, drop: bool) -> Callable | None:
 def differentiable(
     optimizer: optax.GradientTransformation, *, zero: str = "drop"
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps any optax transform: the same values, and a derivative that is finite at zero gradients.
+    """Wraps any optax transform: its values stay the same, and its derivative becomes finite at zero gradients.
 
     The derivatives of √x, 1/√x, x^p (p < 1) and 1/x at x = 0 are defined as 0. Everything else follows the chain rule.
     At an entry whose gradient has always been exactly zero, the first step of Adam is u = g / (|g| + ε), and so
 
         zero="exact":  ∂u/∂g = 1/ε      the true derivative: 1e8, which overflows float32 in a few steps;
-        zero="drop":   ∂u/∂g = 0        a quotient of an exact zero and at most 1e-3 passes no derivative on.
+        zero="drop":   ∂u/∂g = 0        the derivative of a quotient 0 / y is defined as 0 if |y| is at most 1e-3.
 
-    If no perturbation of λ moves such a gradient off zero (a dead unit), both are exact. Otherwise they differ.
+    If the gradient stays zero for all λ nearby (a dead unit), both settings give the exact hypergradient. Otherwise
+    they differ.
 
     In float16 the smallest normal number is 6e-5. There, quotients by less than .008 count as singular too, and so do
     1/√x for x below .0015 and √x below .039. The derivative then lacks that term, and is wrong if the gradient is not

@@ -34,7 +34,7 @@ class LearnedWeights(NamedTuple):
 
     Attributes:
       decays: offsets of the decays' logits, {"momentum": [3], "second": [1], "factored": [3]}.
-      layers: of the network, {"0": {"w", "b"}, ...}.
+      layers: the layers of the network, {"0": {"w", "b"}, ...}.
     """
 
     decays: base.PyTree
@@ -146,7 +146,7 @@ def _network(layers: Mapping[str, Any], features: Sequence[jax.Array], count: ja
 
 
 def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransformation:
-    """A learned optimizer with meta-parameters φ, as an optax transform.
+    """Makes an optax transform of a learned optimizer with meta-parameters φ.
 
     In a chain it replaces Adam and its learning rate: `optax.chain(optax.clip_by_global_norm(1.0), learned())`.
     `optax.scale(0.5)` after it halves its steps. It needs the parameters (`update(grads, state, params)`). It uses the
@@ -161,11 +161,12 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
     The weights of `learned()` were meta-trained by `experiments/optimizers/learned_optimizer.py` on trainings of 200
     and 1,000 steps of small networks. The objective was the loss on held-out rows, and the estimator ES-Single
     (`hypergrad.es_single`). The script's `--rule` also offers persistent evolution strategies and gradients of
-    truncated windows. The following results are on other families of tables, and small images; the numbers are
-    validation losses relative to Adam tuned on each task. The alternative is Adam with one rate chosen over the tasks
-    of the meta-training. After 200 steps, `learned()` is about as good (1.14 against 1.12; Adam at 1e-3: 2.16), and
-    needs no rate. After 1,000 steps it is worse (1.41 against 1.23; Adam at 1e-3: 1.27). Its training losses are far
-    from those of a tuned optimizer: its steps do not become small enough.
+    truncated windows. The following results are on small images and on families of tables that were not in the
+    meta-training. The numbers are validation losses relative to Adam with a rate tuned on each task. They are compared
+    with Adam at one rate, chosen over the tasks of the meta-training. After 200 steps, `learned()` is about as good
+    (1.14 against 1.12; Adam at 1e-3: 2.16), and needs no rate. After 1,000 steps it is worse (1.41 against 1.23; Adam
+    at 1e-3: 1.27). Its training losses are much higher than those of a tuned optimizer, because its steps do not become
+    small enough.
 
     Args:
       weights: φ, from `init_learned` or `metaopt.load`; or the name of shipped weights: "small".

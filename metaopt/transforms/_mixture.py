@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import all_leaves
 
-from metaopt import _trees, base
+from metaopt import _schedule_free, _trees, base
 from metaopt._jaxpr import eval_jaxpr
 from metaopt.transforms import _prefixes
 
@@ -37,9 +37,9 @@ def mixture(
     Each member sees the same gradients and parameters and keeps its own state, whatever its weight. Memory and time are
     the sums of the members'. With a one-hot w the update equals that member's to the bit.
 
-    A member of weight zero may have an update or state that is not finite. It then affects neither the values nor any
-    derivative, and the derivative along its weight is zero. Otherwise that derivative is the member's update. A member
-    with a nonzero weight passes on values that are not finite.
+    A member of weight zero may have a non-finite update or state. It then affects neither the values nor any
+    derivative, and the derivative with respect to its weight is zero. For finite members, that derivative is the
+    member's update. A member with a nonzero weight passes on non-finite values.
 
     It is differentiable in the weights and through the members, in both modes, as far as the members are. Wrap the
     mixture in `differentiable`, as `inner.loop` does.
@@ -55,6 +55,8 @@ def mixture(
 
     Raises:
       ValueError: if weights are not [K]; in `update`, by JAX, if the tree of weights does not fit the parameters.
+      ValueError: in `init`, if a member is a schedule-free optimizer. Its average needs parameters that move by its own
+        updates. Use `optax.contrib.schedule_free(mixture([...], weights), rate)` instead.
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
@@ -73,7 +75,14 @@ def mixture(
             )
 
     def init(params):
-        return tuple(member.init(params) for member in members)
+        states = tuple(member.init(params) for member in members)
+        if free := [k for k, state in enumerate(states) if _schedule_free.states(state)]:
+            raise ValueError(
+                f"`transforms` has the schedule-free optimizers {free}. They average parameters that move by their own "
+                "updates, and here the parameters move by the mean of all updates. Wrap the mixture instead: "
+                "`optax.contrib.schedule_free(mixture(...), rate)`."
+            )
+        return states
 
     def update(updates, state, params=None, **extra_args):
         results = []

@@ -23,11 +23,11 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
     """Wraps a factory so that any hyperparameter may be a tree like the parameters.
 
     Each hyperparameter is one value for all parameters, or a tree with the structure of the parameters, or a prefix of
-    it: {"encoder": 1e-3, "head": 1e-2}. Parameters that share all their values share one call of the factory, so the
-    program grows with the number of different settings. A value may be a schedule, a boolean or None. It may also be an
-    array that broadcasts against its parameter, with one hyperparameter per entry, if the factory's own arithmetic
-    broadcasts. A container that is a single value, not a tree of hyperparameters (`ns_coeffs` of Muon), must be bound
-    to the factory by `functools.partial`. A PRNG key that is not a tree is the same for every group.
+    it: {"encoder": 1e-3, "head": 1e-2}. Parameters with the same values of all hyperparameters share one call of the
+    factory, so the program grows with the number of different settings. A value may be a schedule, a boolean or None.
+    It may also be an array that broadcasts against its parameter, with one hyperparameter per entry, if the factory's
+    own arithmetic broadcasts. A container that is a single value, not a tree of hyperparameters (`ns_coeffs` of Muon),
+    must be bound to the factory by `functools.partial`. A PRNG key that is not a tree is the same for every group.
 
     Transforms that compute one number or one array from all parameters are rejected. Among optax's optimizers these are
     `lbfgs`, `polyak_sgd` and, from `contrib`, `dadapt_adamw`, `dog`, `dowg`, `dpsgd`, `mechanize`, `momo`, `momo_adam`,

@@ -32,8 +32,9 @@ def knot_schedule(
 
     Args:
       values: [K].
-      num_steps: places K knots at equal distances, the first at step 0 and the last at step `num_steps`. As in the
-        other schedules, this is the first step that training of `num_steps` steps does not take.
+      num_steps: places K knots at equal distances, the first at step 0 and the last at step `num_steps`. Steps count
+        from 0, so a training run of `num_steps` steps does not take this last step. This is so in the other schedules,
+        too.
       knots: replaces `num_steps`: [K], the steps that the values belong to, increasing.
       monotone: None, "increasing" or "decreasing".
 

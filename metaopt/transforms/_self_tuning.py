@@ -37,29 +37,30 @@ def self_tuning(
     projection_fn: Callable[[base.HyperParams], base.HyperParams] | None = None,
     valid_loss_fn: Callable[[base.Params, base.Batch], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose λ descends along a hypergradient h of the training or the validation loss, before each step.
+    """Makes an optimizer that tunes its own λ: before each step, λ descends along a hypergradient h of a loss.
 
         rule="additive":        λ ← λ + tuner(h)
         rule="multiplicative":  λ ← λ · exp(tuner(λ h))
         rule="normalized":      λ ← λ · exp(tuner(λ h / (‖g_t‖ ‖u_{t−1}‖)))
         rule="cosine":          λ_i ← λ_i · exp(tuner(h_i / (‖g_t‖ ‖∂u_{t−1}/∂λ_i‖)))
 
-    h_t = (∂u_{t−1}/∂λ)ᵀ g_t states how the last step's λ changed the loss at θ_t. λ h is the derivative in log λ, so
-    all rules except the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)`
-    as the tuner, they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial
-    choice of β is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
+    g_t is the gradient of the training or the validation loss at θ_t (see "Which loss"). h_t = (∂u_{t−1}/∂λ)ᵀ g_t
+    states how λ of the last update u_{t−1} changed the loss at θ_t. λ h is the derivative in log λ, so all rules except
+    the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)` as the tuner,
+    they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial choice of β
+    is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
 
-    The two rules differ if there is more than one λ. "normalized" follows the gradient in log λ. A λ that moves the
+    These two rules differ if there is more than one λ. "normalized" follows the gradient in log λ. A λ that moves the
     parameters little, such as a weight decay, is then hardly tuned. With "cosine" each λ moves by the cosine of its own
     effect, independently of the effect's size. Two dtypes limit this. The parameters' dtype must represent λ ∂u/∂λ
     (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must represent its square.
 
     **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)`, each step multiplies λ by at most exp(β). The
-    other rules have no such bound. If a rate is too large, its own signal changes sign and reduces it. But a long step
-    of another λ may be too large for this to help. An example is a problem on which decay helps at every step, such as
-    ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and further out, and training
-    diverges. A momentum may also exceed 1. `projection_fn` moves λ back into its range, at the start and after each
-    move: λ ← P(λ). It receives all of λ:
+    other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But a long
+    step of another λ may be too large for this to help. An example is a problem on which decay helps at every step,
+    such as ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and further out, and
+    training diverges. A momentum may also exceed 1. `projection_fn` moves λ back into its range, at the start and after
+    each move: λ ← P(λ). It receives all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
         lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
@@ -76,11 +77,11 @@ def self_tuning(
     decay starts at 0.01 and is kept below 1 / rate by the projection above.
 
     **Which loss.** By default g_t is the gradient passed to `update`, which is that of the training loss. This is
-    hypergradient descent, without an additional gradient. **In a chain, put every transform that changes the gradient
-    into `factory`**, such as `scale_by_adam` or `add_decayed_weights`. If only the tail is wrapped, as in
+    hypergradient descent, without an additional gradient. **In a chain**, put every transform that changes the gradient
+    into `factory`, such as `scale_by_adam` or `add_decayed_weights`. If only the tail is wrapped, as in
     `optax.chain(optax.scale_by_adam(), self_tuning(optax.scale_by_learning_rate, ...))`, g_t is Adam's output, and the
-    rate grows until training diverges, without an error. Only clipping may stay outside. With a validation loss, where
-    the transforms stand makes no difference if μ = γ = 0.
+    rate grows until training diverges, without an error. Only clipping may stay outside. With a validation loss, the
+    place of the transforms makes no difference if μ = γ = 0.
 
     With the extra argument `valid_grad_fn`, g_t is
     `valid_grad_fn(params)`, the gradient of the validation loss on a batch that the caller chooses: T1–T2.

@@ -1,5 +1,6 @@
 """`AutoClusterer`: scikit-learn's contract, stability, the choice of clusters, new rows and files."""
 
+import copy
 import itertools
 import warnings
 from typing import Any
@@ -309,9 +310,14 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def mixture(shapes):
+    return automl.AutoClusterer(3, algorithms="mixture", n_jobs=1).fit(shapes[0][::4])
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_files_whose_parts_do_not_fit_each_other_are_rejected(change, shapes, tmp_path):
-    model = automl.AutoClusterer(3, algorithms="mixture", n_jobs=1).fit(shapes[0][::4])
+def test_files_whose_parts_do_not_fit_each_other_are_rejected(change, mixture, tmp_path):
+    model = copy.copy(mixture)
     ((name, function),) = change.items()
     if name in model.clusters_._fields:
         model.clusters_ = model.clusters_._replace(**{name: function(getattr(model.clusters_, name))})

@@ -64,6 +64,16 @@ def test_greedy_weights_keep_to_the_number_of_members_and_prefer_few():
     assert (_ensemble.greedy_weights(same, target, "rmse", 4) > 0).sum() == 1
 
 
+def test_of_equal_prefixes_with_as_many_members_the_first_is_taken():
+    sure, unsure = [0.9, 0.1], [0.4, 0.6]
+    predictions = [
+        np.array([sure, unsure]),
+        np.array([unsure, sure]),
+    ]  # each is right in one row, and their mean in both
+    target = Target(np.zeros(2, int), np.ones(2))
+    assert _ensemble.greedy_weights(predictions, target, "accuracy", 2).tolist() == [0.5, 0.5]
+
+
 def test_greedy_selection_ends_when_the_time_is_over():
     y = RNG.normal(size=300)
     predictions = [y + RNG.normal(size=300) for _ in range(4)]

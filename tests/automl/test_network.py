@@ -143,3 +143,12 @@ def test_training_depends_on_the_key_and_repeats(network, task):
     first, repeated, other = (automl.train(network, jax.random.key(k), hp, task) for k in (0, 0, 1))
     np.testing.assert_array_equal(first["hidden"], repeated["hidden"])
     assert not np.allclose(first["hidden"], other["hidden"])
+
+
+def test_each_part_of_the_initialization_has_its_own_numbers(task):
+    network = automl.tabular_network(num_steps=1, batch_size=8, num_members=8, num_hidden=64)
+    loop = network.problem.loop
+    params = loop.params(loop.init(jax.random.key(0), spaces.default(network.space), task.train))
+    rows = [*params["hidden"], params["bias"], *params["output"].reshape(512, -1).T]
+    correlations = np.corrcoef(rows)[np.triu_indices(len(rows), 1)]
+    assert np.abs(correlations).max() < 0.2  # of 512 numbers, the standard error is 0.044

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from metaopt import base, blackbox, spaces
-from metaopt.blackbox import _collect, _trials
+from metaopt.blackbox import _trials, _workers
 
 TASKS = {"left": -0.5, "right": 0.5}
 KEY = jax.random.key(3)
@@ -579,8 +579,8 @@ def test_a_budget_is_overrun_by_less_than_a_trial():
         before = time.time() + seconds
         assert _trials.run_isolated(black_boxes.misbehave, "good", trial, begins_before=before) is None
         assert time.monotonic() - start < 0.5
-    assert _collect._run_here(black_boxes.misbehave, "good", trial, time.time() - 1) is None
-    assert _collect._run_here(black_boxes.misbehave, "good", trial, time.time() + 60).outcome == 0.25
+    assert _workers.run_in_worker(black_boxes.misbehave, "good", trial, time.time() - 1) is None
+    assert _workers.run_in_worker(black_boxes.misbehave, "good", trial, time.time() + 60).outcome == 0.25
 
 
 @pytest.mark.slow
@@ -635,39 +635,6 @@ def test_joblib_s_backends(backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):
         records = collect(black_boxes.quadratic, isolated=True, num_trials=2)
     assert without_cost(records) == without_cost(collect(black_boxes.quadratic, isolated=True, num_trials=2))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # theirs
-@pytest.mark.parametrize("backend", ["dask", "ray"])
-@pytest.mark.parametrize("isolated", [False, True])
-def test_clusters_are_joblib_s_backends(backend, isolated, tmp_path):
-    """Two workers, each a process: the same records as in this one, hung and crashed trials among them."""
-    joblib = pytest.importorskip("joblib")
-    store = tmp_path / "records.db"
-    if backend == "dask":
-        distributed = pytest.importorskip("distributed")
-        end = distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None).close
-    else:
-        ray = pytest.importorskip("ray")
-        register = pytest.importorskip("ray.util.joblib").register_ray
-        path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=path)
-        register()
-        end = ray.shutdown
-    kwargs = {"num_trials": 3, "isolated": isolated}
-    if isolated:
-        bad = {"on": {n: n for n in ("good", "hang", "crash")}, "num_trials": 1, "time_limit": 2.0, "isolated": True}
-    try:
-        with joblib.parallel_config(backend=backend, n_jobs=2):
-            records = collect(store=store, **kwargs)
-            faults = collect(black_boxes.misbehave, **bad) if isolated else []
-    finally:
-        end()
-    assert without_cost(records) == without_cost(collect(**kwargs)) == without_cost(collect(store=store, **kwargs))
-    endings = [(record.status, record.reason) for record in faults]
-    assert endings == [("COMPLETE", ""), ("FAIL", "time limit of 2 s"), ("FAIL", "signal SIGSEGV")][: len(endings)]
-    assert len(endings) == 3 * isolated
 
 
 COLLECTOR = """

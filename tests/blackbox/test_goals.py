@@ -144,6 +144,35 @@ def test_a_running_trial_is_not_suggested_again():
     assert away(second) > 0.05 and away(ended) > 0.02
 
 
+def test_an_unnumbered_trial_counts_once_however_its_numbers_are_stored():
+    """As Python's numbers, as from a file, or as NumPy's; a repeat has another outcome."""
+    searcher = trained("near", "far", num_steps=0).searcher()
+    y = {"near": 0.1, "far": 0.2, "left": 0.5}
+    record = Record("", {"x": 0.5, "z": 0.5}, 0.1, outcomes=y)
+    as_numpy = record._replace(outcomes={name: np.float64(value) for name, value in y.items()})
+    repeat = record._replace(outcomes={"far": 0.3, "near": 0.1})
+    state = searcher.tell(searcher.init(KEY, PLANE), [record, as_numpy, repeat])
+    for one in (state, *state.others):
+        assert len(one.tried) == 2
+
+
+def test_a_running_trial_counts_with_its_expected_outcomes():
+    """The outcomes that an optimizer of only this outcome predicts, given the ended trials."""
+    tried = [{"x": 0.3, "z": 0.2}, {"x": 0.6, "z": 0.7}, {"x": 0.5, "z": 0.5}, {"x": 0.9, "z": 0.1}]
+    told, running = [near_and_far(Record("", c), task_of(5)) for c in tried], {"x": 0.35, "z": 0.45}
+    expected = {
+        name: trained(name, num_steps=0).outcomes([running], tried=tried, outcomes=[y[name] for y in told]).mean.item()
+        for name in ("near", "far")
+    }
+    g = trained("near", "far", num_steps=0)
+    (suggested,) = g.suggest(tried, told, pending=[running])
+    (as_ended,) = g.suggest([*tried, running], [*told, expected])
+    assert suggested == pytest.approx(as_ended, abs=1e-3)
+    (without,) = g.suggest(tried, told)
+    assert math.hypot(without["x"] - running["x"], without["z"] - running["z"]) < 0.3
+    assert suggested != pytest.approx(without, abs=0.03)
+
+
 def test_a_loaded_optimizer_suggests_the_same(tmp_path):
     g = trained("near", "far", left=0.5)
     assert g.objectives == ("near", "far") and g.constraints == {"left": 0.5} and len(g.other_surrogates) == 2
@@ -164,6 +193,7 @@ def test_records_without_the_names_are_refused_and_one_outcome_is_the_default():
     without = [r._replace(outcomes=None) for r in earlier()]
     plain = blackbox.train_meta_optimizer(without, space=PLANE, num_steps=0)
     assert one.objectives == () and named.objectives == ("near",)
+    assert blackbox.train_meta_optimizer(without, space=PLANE, num_steps=0, constraints={}).constraints == {}
     assert one.predict() == named.predict() == plain.predict()
 
 
@@ -199,6 +229,28 @@ def test_a_study_of_several_objectives_and_constraints():
     front = blackbox.best_records([r for r in records if r.configuration["x"] <= 0.5], ["near", "far"])
     assert sorted(t.number for t in study.best_trials) == sorted(r.trial for r in front)
     assert np.mean([trial.params["x"] <= 0.5 for trial in whole[3:]]) > 0.6
+
+
+def test_tpe_learns_from_the_named_objective_below_the_full_budget():
+    """Not from the first outcome. Optuna compares pruned trials by their last intermediate value."""
+    optuna = pytest.importorskip("optuna")
+    searcher = blackbox.tpe(objectives=["far"], constraints={"left": 0.5})
+    told = [
+        r._replace(fidelity=0.5, **changes)
+        for r, changes in zip(earlier()[:3], ({"trial": 1000}, {"trial": 1001, "status": "PRUNED"}, {}), strict=True)
+    ]
+    (own,), state = searcher.ask(searcher.init(KEY, PLANE), 1)
+    told[2] = own._replace(status="COMPLETE", outcome=told[2].outcome, outcomes=told[2].outcomes, fidelity=0.5)
+    lost = own._replace(trial=1002, status="PRUNED", outcome=0.3)  # knows only its first outcome
+    half = own._replace(trial=1003, status="PRUNED", outcome=0.3, outcomes={"near": 0.3, "far": 0.7, "left": math.nan})
+    state = searcher.tell(state, [*told, lost, half])
+    trials = sorted(state.study.trials, key=lambda trial: trial.number)
+    assert {trial.state for trial in trials} == {optuna.trial.TrialState.PRUNED}
+    values = [list(trial.intermediate_values.values()) for trial in trials]
+    far = lambda record: pytest.approx([record.outcomes["far"]])
+    assert values == [far(told[2]), far(told[0]), far(told[1]), [0.7]]
+    constraints = [trial.system_attrs["constraints"][0] for trial in trials]
+    assert constraints == pytest.approx([r.outcomes["left"] - 0.5 for r in (told[2], *told[:2])] + [math.inf])
 
 
 @pytest.mark.once

@@ -129,10 +129,10 @@ def sample_two_objectives(g, num=2, constraints=None, **options):
     study.optimize(lambda trial: (trial.suggest_float("x", 0.0, 1.0),) * num, n_trials=1)
 
 
-def prune(values, **options):
+def prune(values, step=1, **options):
     optuna = pytest.importorskip("optuna")
     study = optuna.create_study(directions=["minimize", "minimize"])
-    return blackbox.should_prune(study.ask(), values, 1, **options)
+    return blackbox.should_prune(study.ask(), values, step, **options)
 
 
 def sampler(**options):
@@ -351,8 +351,10 @@ REFUSALS = [
     (lambda: train(NAMED_OUTCOMES, objectives=["a", "a"]), r"must be different outcomes, .*; got \('a', 'a'\) and {}"),
     (lambda: blackbox.asha(objectives=["a"], constraints={"a": 1}), "must be different outcomes"),
     (lambda: train(NAMED_OUTCOMES, constraints={"b": math.nan}), "with finite bounds; got .*'b': nan"),
-    (lambda: train(NAMED_OUTCOMES, objectives=["a", "z"]), "No record has the outcome 'z'; they have 'a', 'b', 'c'"),
-    (lambda: train(RECORDS, objectives=["a"]), "they have no outcomes by name. An objective that returns a dict"),
+    (lambda: train(NAMED_OUTCOMES, objectives=["a", "z"]), "task 't0' lacks the outcomes 'z'; it has 'a', 'b', 'c'"),
+    (lambda: train(RECORDS, objectives=["a"]), "lacks the outcomes 'a'; it has no outcomes by name. .* return a dict"),
+    (lambda: train([*NAMED_OUTCOMES, ONE], objectives=["b"]), "of task 'one trial' lacks the outcomes 'b'"),
+    (lambda: train(RECORDS, constraints={"c": 1}), "`constraints` are on the outcomes 'c', but .* no outcomes by name"),
     (lambda: train(NAMED_OUTCOMES, objectives=["a"], transformers=1), "`transformers` predict one outcome; omit them"),
     (
         lambda: train([r._replace(outcomes=r.outcomes | {"c": 1.0}) for r in NAMED_OUTCOMES], constraints={"c": 1.0}),
@@ -364,8 +366,13 @@ REFUSALS = [
         r"the outcomes 'a', 'b' for each of 2 configurations, as dicts or as an array \[2, 2\]; got shape \(2,\)",
     ),
     (
-        lambda: blackbox.best_records(NAMED_OUTCOMES, ["a", "z"]),
-        "trial of task 't0' lacks the outcomes 'z'; it has 'a', 'b', 'c'. The objective must return a dict",
+        lambda: blackbox.best_records(NAMED_OUTCOMES[:3], ["a", "z"]),
+        "trial of task 't0' lacks the outcomes 'z'; it has 'a', 'b', 'c'. Correct the names, let the objective return",
+    ),
+    (lambda: blackbox.best_records(RECORDS), r"`records` must be of one task, .*; got \['t0', 't1'\]"),
+    (
+        lambda: trained_on_two().suggest(POOL[:2], [{"a": 0.1, "b": 0.2}, {"a": 0.1, "B": 0.2}]),
+        r"`outcomes\[1\]` lacks 'b'; it has 'a', 'B'. Give NaN for an unknown outcome",
     ),
     (lambda: sample_two_objectives(trained()), "study has 2 objectives, and the meta-optimizer 1: train it with"),
     (lambda: sample_two_objectives(trained_on_two(), 3), "study has 3 objectives, and the meta-optimizer 2"),
@@ -376,6 +383,7 @@ REFUSALS = [
     (lambda: sample_two_objectives(trained_on_two(c=0.5), constraints=[1, 2]), r"has the constraints \['0', '1'\]"),
     (lambda: sampler(constraints_func=lambda trial: [0.0]), "`constraints_func` needs a meta-optimizer that predicts"),
     (lambda: prune([0.5]), r"`values` must be one number for each of 2 objectives; got \[0.5\]"),
+    (lambda: prune([0.5, 0.5], step=-1), "`step` must be at least 0; got -1"),
     (lambda: prune([0.5, 0.5], reduction_factor=1), "`reduction_factor` must be at least 2; got 1"),
     # Models of scikit-learn.
     (lambda: sklearn_objective("StandardScaler"), "`scoring` must be given"),

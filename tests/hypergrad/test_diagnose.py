@@ -25,7 +25,8 @@ def words(diagnosis):
 
 def test_a_healthy_run_has_no_finding():
     diagnosis = hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=50)
-    assert diagnosis.findings == [] and str(diagnosis) == "Nothing was found."
+    sentence = "Nothing was found. Checked: the losses and gradients of 50 steps; the growth of a perturbation of θ"
+    assert diagnosis.findings == [] and str(diagnosis) == f"{sentence}."
     # θ ← (1 − rate) θ: the growth is exact.
     np.testing.assert_allclose(diagnosis.growth, np.log(0.8), rtol=1e-9)
     np.testing.assert_allclose(diagnosis.products, np.log(0.8) * np.arange(1, 51), rtol=1e-9)
@@ -96,6 +97,33 @@ def test_the_leaf_that_mends_the_run_is_named():
     assert named_leaves(2.5, narrow, narrow) == []  # a tenth is outside the space
 
 
+def test_a_run_that_no_leaf_mends_lists_what_was_tried():
+    loop = inner.loop(
+        lambda params, hp, batch: (params**2).sum() / 2 + 0 * hp["decay"],
+        lambda hp: optax.sgd(hp["rate"]),
+        init=lambda key, hp, data: jnp.ones(3),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+    wide = {"decay": spaces.interval(1e-3, 0.1), "rate": spaces.interval(1e-3, 1e12, log=True)}
+    narrow = {"decay": spaces.interval(0.5, 2.0), "rate": spaces.interval(5e9, 5e10, log=True)}
+    signed = {"decay": spaces.interval(-2.0, 2.0), "rate": spaces.real(-1.0)}
+
+    def last(hp, space, in_coordinates=False, pass_space=True):
+        run, lam = problem, hp
+        if in_coordinates:
+            run, lam = spaces.constrain(problem, space), spaces.to_unconstrained(space, hp)
+        options = {"num_steps": 50, "space": space if pass_space else None}
+        return hypergrad.diagnose(run, lam, problems.TASK, **options).findings[-1].what
+
+    tried = "a tenth of λ['decay'], a tenth of λ['rate'], ten times λ['rate']"
+    assert last({"decay": 0.05, "rate": 1e10}, wide) == f"No change of one leaf of λ repairs the run. Tried: {tried}."
+    assert last({"decay": 1.0, "rate": 1e10}, narrow) == (
+        "No other λ was tried: a tenth and ten times are outside the space."
+    )
+    assert last({"decay": -1.0, "rate": -1.0}, signed) == "No other λ was tried: no leaf is positive."
+    assert last({"decay": 0.05, "rate": 1e10}, wide, True, False) == "No other λ was tried: its space is unknown."
+
+
 @pytest.mark.parametrize(("num_leaves", "is_named"), [(8, True), (9, False)])
 def test_up_to_eight_leaves_are_tried(num_leaves, is_named):
     loop = inner.loop(
@@ -106,6 +134,7 @@ def test_up_to_eight_leaves_are_tried(num_leaves, is_named):
     problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
     diagnosis = hypergrad.diagnose(problem, [2.5] * num_leaves, problems.TASK, num_steps=50)
     assert ("λ[0] is likely the cause" in words(diagnosis)) == is_named
+    assert ("it has 9 positive leaves, and at most 8 are tried" in words(diagnosis)) != is_named
 
 
 def test_compilations_and_runs_are_reported(capsys, monkeypatch):
@@ -163,7 +192,7 @@ def test_lambda_at_a_bound():
         in_coordinates = spaces.constrain(natural[0], space), spaces.to_unconstrained(space, natural[1])
         for problem, lam in (natural, in_coordinates):
             diagnosis = hypergrad.diagnose(problem, lam, problems.TASK, num_steps=30, space=space)
-            assert ("is at a bound" in words(diagnosis)) == is_at_bound
+            assert ("is at a bound" in words(diagnosis)) == is_at_bound and "the bounds of λ" in diagnosis.checked
 
 
 @pytest.mark.once
@@ -200,6 +229,7 @@ def test_a_residual_is_judged_by_the_gradient_that_it_belongs_to():
     }
     estimator = reporting(jax.tree.map(jnp.asarray, metrics))
     report = hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=30, estimator=estimator)
+    assert report.checked[-1] == "5 hypergradients of the rule"
     unsolved = [f.what.split(": ")[1].split(" =")[0] for f in report.findings if "linear solve" in f.what]
     assert sorted(unsolved) == ["broken/residual", "large/adjoint_residual"]
 

@@ -51,6 +51,7 @@ class Mutant(NamedTuple):
       text: the new text.
       was: the old text.
       test: the test that detected it in the last campaign, or "".
+      column: number of bytes before it on its line.
     """
 
     operator: str
@@ -61,6 +62,7 @@ class Mutant(NamedTuple):
     text: str
     was: str
     test: str = ""
+    column: int = 0
 
 
 def read(folder: pathlib.Path) -> list[Mutant]:
@@ -163,7 +165,8 @@ def places(file: pathlib.Path) -> list[Mutant]:
             start = starts[part.lineno - 1] + part.col_offset
             end = starts[part.end_lineno - 1] + part.end_col_offset
             was = source[start:end].decode()
-            mutants.append(Mutant(operator, str(file.relative_to(ROOT)), part.lineno, start, end, new, was))
+            place = (str(file.relative_to(ROOT)), part.lineno, start, end)
+            mutants.append(Mutant(operator, *place, new, was, column=part.col_offset))
         for field, value in ast.iter_fields(node):
             if field in ("annotation", "returns", "decorator_list", "type_params"):
                 continue
@@ -212,7 +215,7 @@ def moved(mutant: Mutant, number: int, everywhere: list[Mutant]) -> Mutant:
     same = [m for m in everywhere if (m.operator, m.was, m.text) == fault]
     near = [m for m in same if ROOT / m.file == own] or same
     if near:
-        distance = lambda m: (abs(m.line - mutant.line), abs(m.start - mutant.start))
+        distance = lambda m: (abs(m.line - mutant.line), abs(m.column - mutant.column))
         return min(near, key=distance)._replace(test=mutant.test)
     kind = (mutant.operator, room_of(mutant.file))
     drawn = random.Random(number).choice([m for m in everywhere if (m.operator, room_of(m.file)) == kind])

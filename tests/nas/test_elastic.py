@@ -51,7 +51,8 @@ def by_hand(params, genotype, x, norm):
             for n, o, i in itertools.product(range(len(x)), range(c), range(x.shape[-1])):
                 full[n, ..., o] += correlate(x[n, ..., i], w[..., i, o], "full")
             half = k // 2
-            y = full[:, half : half + x.shape[1], half : half + x.shape[2]] + p["b"][:c]
+            y = full[:, half : half + x.shape[1], half : half + x.shape[2]]
+            y = y if norm == "batch" else y + p["b"][:c]
             x = np.maximum(normalized(y), 0)
         height, width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
         pooled = np.zeros((len(x), height, width, x.shape[-1]))
@@ -207,6 +208,15 @@ def test_every_search_takes_sizes(name):
     assert nas.genotype_from_text(nas.genotype_to_text(genotype)) == genotype
     assert [len(edges) for edges in genotype.values()] == [1, 1]
     assert not nas.discrete(SIZES, genotype).cells
+
+
+def test_no_gradient_is_only_rounding_noise():
+    """As that of a bias before a batch normalization would be: Adam makes whole steps of it."""
+    supernet = nas.supernet(conv_net("batch"), (7, 4, 1), ops={})
+    x, y = jnp.asarray(RNG.normal(size=(8, 7, 4, 1))), jnp.arange(8) % 3
+    loss = lambda params: optax.softmax_cross_entropy_with_integer_labels(supernet.apply(params, None, x), y).mean()
+    grads = jax.jit(jax.grad(loss))(jax.jit(supernet.init)(KEY))
+    assert min(float(abs(grad).max()) for grad in jax.tree.leaves(grads)) > 1e-4
 
 
 @pytest.mark.slow

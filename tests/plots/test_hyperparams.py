@@ -119,6 +119,13 @@ def test_predictions_vary_one_feature_and_the_range_of_training_is_shaded():
     np.testing.assert_allclose(other.lines[3].get_xydata(), [[7, 7 * np.e], [30, 30 * np.e]])  # the median of 0, 1, 4
 
 
+def test_unknown_features_of_training_tasks_are_left_out():
+    features = np.array([[0.0, 7.0], [np.nan, 8.0], [4.0, np.nan], [1.0, 30.0]])
+    axes = plots.hyperparameters_by_feature(lambda f: {"a": f[0], "b": f[1]}, features, 0, num_points=2, margin=0.0)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines[1:]}
+    assert drawn == {"a": [[0, 0], [4, 4]], "b": [[0, 8], [4, 8]]}
+
+
 def test_a_hyperparameter_that_some_predictions_lack_has_gaps():
     predict = lambda f: {"depth": 3} | ({"gamma": -1.0} if f[0] > 1 else {})
     axes = plots.hyperparameters_by_feature(predict, FEATURES, 0, num_points=2, margin=0.0)

@@ -36,6 +36,7 @@ REFUSALS = [
         ValueError,
         r"'a' has no records of \['t'\]",
     ),
+    (lambda: plots.regret({"a": []}), ValueError, "`runs` has no record"),
     (lambda: plots.hyperparameters_by_feature(lambda f: f, np.ones(3), 0), ValueError, r"\[n, d\].* got shape \(3,\)"),
     (lambda: plots.slices(PLANE, jnp.ones(2), None, axes=[]), ValueError, "one for each of 2 slices; got 0"),
     (lambda: plots.adaptation_curves(EVALUATION, source="w"), KeyError, "'w'"),

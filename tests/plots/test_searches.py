@@ -90,11 +90,12 @@ def test_infeasible_trials_only_spend_their_budget():
     lines = lambda **kwargs: drawn(plots.regret({"a": records}, **kwargs))["a"][:, 1]
     np.testing.assert_allclose(lines(), [0, 0, 0, 0])
     np.testing.assert_allclose(lines(constraints={"depth": 4}), [1, 1, 0, 0])  # of 8 and 4, the feasible ones
+    np.testing.assert_allclose(lines(constraints={"depth": 5}), [0, 0, 0, 0])  # a trial at the bound is feasible
     failed = base.Record("t", {}, status="FAIL")
     assert len(drawn(plots.regret({"a": [failed, *records]}, constraints={"depth": 4}))["a"]) == 5
-    with pytest.raises(ValueError, match=r"lacks the outcome 'size'; it has 'error', 'depth'\."):
+    with pytest.raises(ValueError, match=r"lacks the outcomes 'size'; it has 'error', 'depth'\."):
         plots.regret({"a": records}, constraints={"size": 4})
-    with pytest.raises(ValueError, match=r"lacks the outcome 'depth'; it has no outcomes by name\."):
+    with pytest.raises(ValueError, match=r"lacks the outcomes 'depth'; it has no outcomes by name\."):
         plots.regret({"a": run("t", [1])}, constraints={"depth": 4})
 
 
@@ -107,6 +108,32 @@ def test_ranks_are_over_methods_on_each_task_and_ties_share_one():
     lines = drawn(plots.regret(runs, ranks=True))
     expected = {"a": [(1 + 1.5) / 2, (2 + 1) / 2], "b": [(2 + 1.5) / 2, (3 + 2) / 2], "c": [3, (1 + 3) / 2]}
     assert {name: line[:, 1].tolist() for name, line in lines.items()} == expected
+
+
+def test_a_method_without_an_outcome_ranks_behind_the_one_with_the_worst_outcome():
+    failed = base.Record("t", {}, status="FAIL")
+    infinite = base.Record("t", {}, np.inf)
+    runs = {
+        "best": run("t", [0, 9]),
+        "worst": run("t", [9, 9]),
+        "never": [failed, infinite],
+        "late": [failed, *run("t", [9])],
+    }
+    ranks = {name: line[:, 1].tolist() for name, line in drawn(plots.regret(runs, ranks=True)).items()}
+    assert ranks == {"best": [1, 1], "worst": [2, 2.5], "never": [3.5, 4], "late": [3.5, 2.5]}
+    regrets = {name: line[:, 1].tolist() for name, line in drawn(plots.regret(runs)).items()}
+    assert regrets == {"best": [0, 0], "worst": [1, 1], "never": [1, 1], "late": [1, 1]}
+    two = {name: runs[name] for name in ("worst", "never")}  # also with an outcome beyond the bounds
+    lines = drawn(plots.regret(two, bounds={"t": (0, 5)}, ranks=True))
+    assert {name: line[:, 1].tolist() for name, line in lines.items()} == {"worst": [1, 1], "never": [2, 2]}
+    lines = drawn(plots.regret(two, bounds={"t": (0, 5)}))
+    assert {name: line[:, 1].tolist() for name, line in lines.items()} == {"worst": [1, 1], "never": [1, 1]}
+    # A mean over repetitions: 0, 0 and no outcome are better than 1, 1 and 1.
+    runs = {"often": [run("t", [0]), run("t", [0]), [failed]], "worst": [run("t", [9])] * 3}
+    assert {name: line[0, 1] for name, line in drawn(plots.regret(runs, ranks=True)).items()} == {
+        "often": 1,
+        "worst": 2,
+    }
 
 
 def rows(axes):
@@ -149,7 +176,7 @@ def test_importance_is_of_one_of_several_outcomes():
     both.append(base.Record("t", {"x": 0.5, "y": 0.5}, status="FAIL"))
     assert rows(plots.importance(both, space)) == rows(plots.importance(errors, space))
     assert rows(plots.importance(both, space, outcome="s")) == rows(plots.importance(sizes, space))
-    with pytest.raises(ValueError, match=r"lacks the outcome 'size'; it has 'e', 's'\."):
+    with pytest.raises(ValueError, match=r"lacks the outcomes 'size'; it has 'e', 's'\."):
         plots.importance(both, space, outcome="size")
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from metaopt import _row_embedding, base, hypergrad, predictors, spaces
+from metaopt.predictors import _networks
 
 KEY = jax.random.key(0)
 SPACE = {
@@ -78,12 +79,26 @@ def test_predictions_with_random_weights_differ_between_tasks(name):
     a, b = (predictor.apply(phi, task(seed)) for seed in range(2))
     assert a.coordinates["held"] is None
     assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    # And can: at the start the gradient moves the head, for every output.
-    grads = jax.grad(lambda phi: sum(leaf.sum() for leaf in jax.tree.leaves(predictor.apply(phi, task()))))(
-        predictor.init(KEY)
-    )
-    head = grads["head"] if "head" in grads else grads
-    assert (jnp.abs(head["linear"]).max(-2) > 0).all() and (jnp.abs(head["out"]).max(-2) > 0).all()
+
+
+def test_every_predictor_has_a_row():
+    assert set(_networks._FACTORIES) <= set(MAKE)
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.once
+def test_at_the_start_every_output_has_a_gradient_that_depends_on_the_task(name):
+    predictor = MAKE[name]()
+    phi = predictor.init(KEY)
+    outputs = lambda phi, seed: jnp.concatenate([z.ravel() for z in jax.tree.leaves(predictor.apply(phi, task(seed)))])
+    gradients = [jax.tree.leaves(jax.jacrev(outputs)(phi, seed)) for seed in range(2)]
+    differs = [np.abs(x - y).reshape(len(x), -1).max(1) > 0 for x, y in zip(*gradients, strict=True)]
+    assert np.any(differs, axis=0).all()
+    head = phi.get("head", phi)
+    for part in ("linear", "out"):  # of networks: both parts of the head learn
+        if part in head:
+            sums = jax.grad(lambda phi: outputs(phi, 0).sum())(phi)
+            assert (jnp.abs(sums.get("head", sums)[part]).max(-2) > 0).all()
 
 
 @pytest.mark.once

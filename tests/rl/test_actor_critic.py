@@ -9,6 +9,7 @@ from experiments.rl import actor_critic, environments, scores, searches
 from experiments.rl.actor_critic import FAMILIES, OTHER_START, REFERENCE, SPACE, START, Sizes
 from metaopt import hypergrad, inner, spaces
 
+pytestmark = pytest.mark.once  # an experiment
 SIZES = Sizes(num_actors=3, length=12, hidden=5)
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from experiments.rl import bandits, environments
 
+pytestmark = pytest.mark.once  # an experiment
+
 
 def test_indices_equal_the_published_ones():
     """Gittins, Multi-armed Bandit Allocation Indices, 1989: discount 0.9, uniform prior."""
@@ -82,7 +84,6 @@ def test_the_regret_is_the_mean_reward_minus_that_of_the_best_arm():
     assert len(np.unique(np.round(np.asarray(episodes.regret)[:, 0], 5))) == 3  # one value for each arm
 
 
-@pytest.mark.once
 def test_the_network_learns_to_stay_with_the_better_arm():
     settings = bandits.Settings(num_updates=80, batch=32, hidden=8, rate=1e-2)
     player = bandits.network_player(bandits.train(2, settings, jax.random.key(0)), 2)

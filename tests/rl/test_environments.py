@@ -10,6 +10,7 @@ from scipy import integrate
 
 from experiments.rl import environments
 
+pytestmark = pytest.mark.once  # an experiment
 CART_POLE = environments.CartPoleParams(9.1, 1.3, 0.4, 0.7, 8.0)
 ACROBOT = environments.AcrobotParams(9.1, 1.2, 0.7, 0.9, 0.4, 0.6, 0.8, 1.5)
 

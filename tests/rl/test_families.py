@@ -10,6 +10,8 @@ from experiments.rl import families
 from experiments.rl.actor_critic import FAMILIES
 from metaopt import inner
 
+pytestmark = pytest.mark.once  # an experiment
+
 
 def test_the_goal_is_hidden_and_paid():
     env = families.hidden_goal()
@@ -43,7 +45,6 @@ def test_held_out_goals_are_no_training_goals():
     assert sorted([*train, *test, families.CENTER]) == list(range(49))
 
 
-@pytest.mark.once
 def test_a_step_of_adaptation_is_a_step_of_the_policy_gradient_and_its_rate_has_the_slope_of_the_product():
     """With one step, dF/dα = −⟨∇ℓ(θ), ∇f(θ − α ∇ℓ)⟩ for each leaf."""
     settings = families.SMOKE
@@ -81,7 +82,6 @@ def test_physics_are_within_a_factor_of_two():
     assert abs(correlation) < 0.3
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ["unrolled", "truncated, 2 updates", "truncated, 1 update", "persistent_es"])
 def test_estimates_take_the_stated_number_of_training_runs(name, monkeypatch):
     """Counts the rollouts of one task. The reverse pass makes those of the inner loss again: they count once."""

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,58 +16,149 @@ import scipy.stats
 
 from metaopt import spaces
 
-LEAVES = {
-    "real": spaces.real(2.0, 3.0),
-    "real_array": spaces.real([1.0, -2.0], 0.5, shape=(2,)),
-    "positive": spaces.positive(0.1, 1.5),
-    "positive_array": spaces.positive([[1.0, 2.0, 3.0]], shape=(1, 3)),
-    "interval": spaces.interval(-1.0, 3.0),
-    "interval_log": spaces.interval(1e-5, 1e-1, log=True),
-    "interval_array": spaces.interval(0.5, 0.75, default=[0.6, 0.7], shape=(2,)),
-    "unit_interval": spaces.interval(0, 1, default=0.9),
-    "integer": spaces.integer(-2, 5),
-    "integer_log": spaces.integer(1, 64, log=True),
-    "simplex": spaces.simplex(4),
-    "simplex_array": spaces.simplex(3, default=[0.2, 0.3, 0.5], shape=(2,)),
-    "choice": spaces.choice(["sgd", 3, None, True], default=None),
+
+class Row(NamedTuple):
+    """A kind of leaf and what is known about it from NumPy and SciPy. All tests of this file run on each row.
+
+    Attributes:
+      leaf: an example.
+      formula: λ from z.
+      inverse: z from λ, derived by hand.
+      law: the distribution of each entry of a sample; of arrays, with their shape. Of weights, that of one weight.
+      zero: whether z is 0 at the default.
+      outside: values that do not belong to the leaf. Every leaf refuses NaN.
+    """
+
+    leaf: spaces.Leaf
+    formula: Callable
+    inverse: Callable
+    law: Any
+    zero: bool
+    outside: tuple[float, ...]
+
+
+def log_odds(p):
+    return np.log(p) - np.log1p(-p)
+
+
+def weights(z):
+    return scipy.special.softmax(z, axis=-1)
+
+
+def logits(x):
+    return np.log(x) - np.log(x).mean(-1, keepdims=True)
+
+
+ROWS = {
+    "real": Row(
+        spaces.real(2.0, 3.0),
+        formula=lambda z: 2 + 3 * z,
+        inverse=lambda x: (x - 2) / 3,
+        law=scipy.stats.norm(2, 3),
+        zero=True,
+        outside=(np.inf,),
+    ),
+    "real_array": Row(
+        spaces.real([1.0, -2.0], 0.5, shape=(2,)),
+        formula=lambda z: np.array([1.0, -2.0]) + 0.5 * z,
+        inverse=lambda x: (x - np.array([1.0, -2.0])) / 0.5,
+        law=scipy.stats.norm([1.0, -2.0], 0.5),
+        zero=True,
+        outside=(),
+    ),
+    "positive": Row(
+        spaces.positive(0.1, 1.5),
+        formula=lambda z: np.exp(np.log(0.1) + 1.5 * z),
+        inverse=lambda x: np.log(x / 0.1) / 1.5,
+        law=scipy.stats.lognorm(1.5, scale=0.1),
+        zero=True,
+        outside=(0.0, -1.0, np.inf),
+    ),
+    "positive_array": Row(
+        spaces.positive([[1.0, 2.0, 3.0]], shape=(1, 3)),
+        formula=lambda z: np.array([[1.0, 2.0, 3.0]]) * np.exp(z),
+        inverse=lambda x: np.log(x / np.array([[1.0, 2.0, 3.0]])),
+        law=scipy.stats.lognorm(1.0, scale=[[1.0, 2.0, 3.0]]),
+        zero=True,
+        outside=(),
+    ),
+    "interval": Row(
+        spaces.interval(-1.0, 3.0),
+        formula=lambda z: 1 + 2 * np.tanh(z / 2),
+        inverse=lambda x: log_odds((x + 1) / 4),
+        law=scipy.stats.uniform(-1, 4),
+        zero=True,
+        outside=(-1.001, 3.001, -np.inf),
+    ),
+    "interval_log": Row(
+        spaces.interval(1e-5, 1e-1, log=True),
+        formula=lambda z: 10 ** (-5 + 4 * scipy.special.expit(z)),
+        inverse=lambda x: log_odds((np.log10(x) + 5) / 4),
+        law=scipy.stats.loguniform(1e-5, 1e-1),
+        zero=True,
+        outside=(0.0, -1e-3, 0.99e-5, 0.1001),
+    ),
+    "interval_array": Row(
+        spaces.interval(0.5, 0.75, default=[0.6, 0.7], shape=(2,)),
+        formula=lambda z: 0.5 + 0.25 * scipy.special.expit(z),
+        inverse=lambda x: log_odds((x - 0.5) / 0.25),
+        law=scipy.stats.uniform(0.5, 0.25),
+        zero=False,
+        outside=(0.49, 0.76),
+    ),
+    "unit_interval": Row(
+        spaces.interval(0, 1, default=0.9),
+        formula=scipy.special.expit,
+        inverse=log_odds,
+        law=scipy.stats.uniform(0, 1),
+        zero=False,
+        outside=(-1e-3, 1.001),
+    ),
+    "integer": Row(
+        spaces.integer(-2, 5),
+        formula=lambda z: -2.5 + 8 * scipy.special.expit(z),
+        inverse=lambda x: log_odds((x + 2.5) / 8),
+        law=scipy.stats.uniform(-2.5, 8),
+        zero=False,
+        outside=(-2.6, 5.6),
+    ),
+    "integer_log": Row(
+        spaces.integer(1, 64, log=True),
+        formula=lambda z: 0.5 * 129 ** scipy.special.expit(z),
+        inverse=lambda x: log_odds(np.log(x / 0.5) / np.log(129)),
+        law=scipy.stats.loguniform(0.5, 64.5),
+        zero=False,
+        outside=(0.0, 0.49, 64.6),
+    ),
+    "simplex": Row(
+        spaces.simplex(4),
+        formula=weights,
+        inverse=logits,
+        law=scipy.stats.beta(1, 3),
+        zero=True,
+        outside=(0.0, 0.26, -0.25),
+    ),
+    "simplex_array": Row(
+        spaces.simplex(3, default=[0.2, 0.3, 0.5], shape=(2,)),
+        formula=weights,
+        inverse=logits,
+        law=scipy.stats.beta(1, 2),
+        zero=False,
+        outside=(),
+    ),
+    "choice": Row(
+        spaces.choice(["sgd", 3, None, True], default=None),
+        formula=weights,
+        inverse=logits,
+        law=scipy.stats.beta(1, 3),
+        zero=False,
+        outside=(0.0, 1.0),
+    ),
 }
-BOUNDED = [name for name in LEAVES if name.startswith(("interval", "unit", "integer"))]
-SIMPLEX = [name for name in LEAVES if name.startswith(("simplex", "choice"))]
+LEAVES = {name: row.leaf for name, row in ROWS.items()}
+BOUNDED = [name for name, leaf in LEAVES.items() if hasattr(leaf, "edges")]
+SIMPLEX = [name for name, leaf in LEAVES.items() if leaf.value_shape != leaf.shape]  # weights: one more axis
 ALL = pytest.mark.parametrize("name", LEAVES)
-
-# λ from z in SciPy and NumPy.
-FORMULAS = {
-    "real": lambda z: 2 + 3 * z,
-    "real_array": lambda z: np.array([1.0, -2.0]) + 0.5 * z,
-    "positive": lambda z: np.exp(np.log(0.1) + 1.5 * z),
-    "positive_array": lambda z: np.array([[1.0, 2.0, 3.0]]) * np.exp(z),
-    "interval": lambda z: 1 + 2 * np.tanh(z / 2),
-    "interval_log": lambda z: 10 ** (-5 + 4 * scipy.special.expit(z)),
-    "interval_array": lambda z: 0.5 + 0.25 * scipy.special.expit(z),
-    "unit_interval": scipy.special.expit,
-    "integer": lambda z: -2.5 + 8 * scipy.special.expit(z),
-    "integer_log": lambda z: 0.5 * 129 ** scipy.special.expit(z),
-    "simplex": lambda z: scipy.special.softmax(z, axis=-1),
-    "simplex_array": lambda z: scipy.special.softmax(z, axis=-1),
-    "choice": lambda z: scipy.special.softmax(z, axis=-1),
-}
-
-# The distribution of one entry of a sample.
-DISTRIBUTIONS = {
-    "real": scipy.stats.norm(2, 3),
-    "real_array": scipy.stats.norm(1, 0.5),
-    "positive": scipy.stats.lognorm(1.5, scale=0.1),
-    "positive_array": scipy.stats.lognorm(1.0, scale=1.0),
-    "interval": scipy.stats.uniform(-1, 4),
-    "interval_log": scipy.stats.loguniform(1e-5, 1e-1),
-    "interval_array": scipy.stats.uniform(0.5, 0.25),
-    "unit_interval": scipy.stats.uniform(0, 1),
-    "integer": scipy.stats.uniform(-2.5, 8),
-    "integer_log": scipy.stats.loguniform(0.5, 64.5),
-    "simplex": scipy.stats.beta(1, 3),
-    "simplex_array": scipy.stats.beta(1, 2),
-    "choice": scipy.stats.beta(1, 3),
-}
 
 
 def to_constrained(leaf, z):
@@ -83,10 +177,14 @@ def coordinates(name, scale=1.5, dtype=float):
 
 @functools.cache
 def draws(x64=True):
-    """4,000 samples of every leaf, from one program."""
+    """4,000 samples of every leaf, from one program. The key of a leaf depends on its name, not on other rows."""
+
+    def sample(key):
+        own = lambda name: jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return {name: spaces.sample(own(name), leaf) for name, leaf in LEAVES.items()}
+
     with jax.enable_x64(x64):
-        keys = jax.random.split(jax.random.key(1), 4_000)
-        return jax.jit(jax.vmap(lambda key: spaces.sample(key, LEAVES)))(keys)
+        return jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(1), 4_000))
 
 
 def samples(name):
@@ -101,7 +199,7 @@ def each(function):
 @ALL
 def test_to_constrained_is_the_formula(name):
     z = coordinates(name)
-    chex.assert_trees_all_close(to_constrained(LEAVES[name], z), FORMULAS[name](np.asarray(z)), rtol=1e-12)
+    chex.assert_trees_all_close(to_constrained(LEAVES[name], z), ROWS[name].formula(np.asarray(z)), rtol=1e-12)
 
 
 @ALL
@@ -126,14 +224,15 @@ def test_default_survives_the_round_trip_and_is_z_zero_where_promised(name):
     value = spaces.default(leaf)
     z = to_unconstrained(leaf, value)
     chex.assert_trees_all_close(to_constrained(leaf, z), value, rtol=1e-12)
-    if name in ("real", "real_array", "positive", "positive_array", "interval", "interval_log", "simplex"):
+    if ROWS[name].zero:
         chex.assert_trees_all_close(z, jnp.zeros(leaf.value_shape), atol=1e-12)
 
 
 @ALL
 def test_samples_follow_their_distribution(name):
-    first = np.asarray(samples(name)).reshape(4_000, -1)[:, 0]
-    assert scipy.stats.kstest(first, DISTRIBUTIONS[name].cdf).pvalue > 0.01
+    uniform = np.asarray(ROWS[name].law.cdf(np.asarray(samples(name)))).reshape(4_000, -1)
+    assert scipy.stats.kstest(uniform[:, 0], scipy.stats.uniform().cdf).pvalue > 1e-3
+    assert scipy.stats.kstest(uniform[:, -1], scipy.stats.uniform().cdf).pvalue > 1e-3
 
 
 @ALL
@@ -233,25 +332,10 @@ def test_extreme_coordinates_are_finite_with_finite_derivatives_in_float32():
             assert low <= value.min() and value.max() <= high
 
 
-# Values that do not belong to a leaf; every leaf refuses NaN.
-OUTSIDE = {
-    "real": (np.inf,),
-    "positive": (0.0, -1.0, np.inf),
-    "interval": (-1.001, 3.001, -np.inf),
-    "interval_log": (0.0, -1e-3, 0.99e-5, 0.1001),
-    "interval_array": (0.49, 0.76),
-    "unit_interval": (-1e-3, 1.001),
-    "integer": (-2.6, 5.6),
-    "integer_log": (0.0, 0.49, 64.6),
-    "simplex": (0.0, 0.26, -0.25),
-    "choice": (0.0, 1.0),
-}
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.once
 def test_a_value_outside_the_range_raises_or_has_no_coordinate_if_it_is_traced(dtype):
-    cases = [(LEAVES[name], value) for name, values in OUTSIDE.items() for value in (*values, np.nan)]
+    cases = [(row.leaf, value) for row in ROWS.values() for value in (*row.outside, np.nan)]
     cases = [(leaf, np.full(leaf.value_shape, value, dtype)) for leaf, value in cases]
     for leaf, value in cases:
         with pytest.raises(ValueError, match="^λ lies outside the space at `hyperparams`: it must be .*; got "):
@@ -315,15 +399,14 @@ def test_a_value_at_a_bound_moves_inside_by_a_thousandth_of_the_range(leaf, dtyp
 
 def test_weights_of_zero_count_as_a_thousandth_of_a_uniform_weight():
     z = to_unconstrained(spaces.simplex(4), np.array([0.0, 0.5, 0.5, 0.0]))
-    logits = np.log([2.5e-4, 0.5, 0.5, 2.5e-4])
-    np.testing.assert_allclose(z, logits - logits.mean(), rtol=1e-12)
+    np.testing.assert_allclose(z, logits([2.5e-4, 0.5, 0.5, 2.5e-4]), rtol=1e-12)
 
 
 def test_each_row_of_weights_is_inside_or_outside_as_a_whole():
     leaf = spaces.simplex(2, shape=(3,))
-    weights = jnp.array([[0.5, 0.5], [1.5, -0.5], [0.5, 0.6]])  # valid, negative, a sum above one
-    np.testing.assert_array_equal(leaf.contains(weights), [[True, True], [False, False], [False, False]])
-    z = jax.jit(lambda weights: to_unconstrained(leaf, weights))(weights)
+    values = jnp.array([[0.5, 0.5], [1.5, -0.5], [0.5, 0.6]])  # valid, negative, a sum above one
+    np.testing.assert_array_equal(leaf.contains(values), [[True, True], [False, False], [False, False]])
+    z = jax.jit(lambda values: to_unconstrained(leaf, values))(values)
     np.testing.assert_array_equal(z, [[0.0, 0.0], [np.nan, np.nan], [np.nan, np.nan]])
 
 
@@ -331,40 +414,14 @@ def test_values_inside_keep_their_coordinates_however_near_a_bound():
     for fraction in (1e-7, 1e-4, 0.5, 0.9999):
         z = to_unconstrained(spaces.interval(0.0, 1.0), fraction)
         np.testing.assert_allclose(z, np.log(fraction / (1 - fraction)), rtol=1e-12)
-    weights = np.array([1e-9, 1e-4, 1 - 1e-4 - 1e-9])
-    np.testing.assert_allclose(np.diff(to_unconstrained(spaces.simplex(3), weights)), np.diff(np.log(weights)))
-
-
-# z from λ in NumPy: the inverses of FORMULAS, derived by hand.
-def log_odds(p):
-    return np.log(p) - np.log1p(-p)
-
-
-def centered(logits):
-    return logits - logits.mean(-1, keepdims=True)
-
-
-INVERSES = {
-    "real": lambda x: (x - 2) / 3,
-    "real_array": lambda x: (x - np.array([1.0, -2.0])) / 0.5,
-    "positive": lambda x: np.log(x / 0.1) / 1.5,
-    "positive_array": lambda x: np.log(x / np.array([[1.0, 2.0, 3.0]])),
-    "interval": lambda x: log_odds((x + 1) / 4),
-    "interval_log": lambda x: log_odds((np.log10(x) + 5) / 4),
-    "interval_array": lambda x: log_odds((x - 0.5) / 0.25),
-    "unit_interval": log_odds,
-    "integer": lambda x: log_odds((x + 2.5) / 8),
-    "integer_log": lambda x: log_odds(np.log(x / 0.5) / np.log(129)),
-    "simplex": lambda x: centered(np.log(x)),
-    "simplex_array": lambda x: centered(np.log(x)),
-    "choice": lambda x: centered(np.log(x)),
-}
+    value = np.array([1e-9, 1e-4, 1 - 1e-4 - 1e-9])
+    np.testing.assert_allclose(np.diff(to_unconstrained(spaces.simplex(3), value)), np.diff(np.log(value)))
 
 
 @ALL
 def test_to_unconstrained_is_the_inverse_formula(name):
-    value = FORMULAS[name](np.asarray(coordinates(name)))
-    expected = INVERSES[name](value)
+    value = ROWS[name].formula(np.asarray(coordinates(name)))
+    expected = ROWS[name].inverse(value)
     chex.assert_trees_all_close(to_unconstrained(LEAVES[name], value), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -379,21 +436,14 @@ def test_encoding_is_in_the_unit_interval_and_uniform_over_samples(name):
     codes = np.asarray(codes_of_samples()[name])
     assert codes.shape == (4_000, spaces.num_dims(leaf)) == (4_000, len(spaces.names(leaf)))
     assert 0 <= codes.min() and codes.max() <= 1
-    law = DISTRIBUTIONS[name] if name in SIMPLEX else scipy.stats.uniform()
-    assert scipy.stats.kstest(codes[:, -1], law.cdf).pvalue > 0.01
+    law = ROWS[name].law if name in SIMPLEX else scipy.stats.uniform()
+    assert scipy.stats.kstest(codes[:, -1], law.cdf).pvalue > 1e-3
 
 
 @ALL
 def test_encoding_is_the_cumulative_distribution(name):
     value = to_constrained(LEAVES[name], coordinates(name))
-    expected = np.asarray(value) if name in SIMPLEX else None
-    if expected is None:
-        law = DISTRIBUTIONS[name]
-        if name == "real_array":
-            law = scipy.stats.norm([1.0, -2.0], 0.5)
-        if name == "positive_array":
-            law = scipy.stats.lognorm(1.0, scale=[[1.0, 2.0, 3.0]])
-        expected = law.cdf(np.asarray(value))
+    expected = np.asarray(value) if name in SIMPLEX else ROWS[name].law.cdf(np.asarray(value))
     chex.assert_trees_all_close(spaces.encode(LEAVES[name], value), np.ravel(expected), rtol=1e-9)
 
 

@@ -168,3 +168,45 @@ def test_whole_numbers_that_float32_merges_are_reported(caplog):
 
 def test_no_test_rows_if_none_are_asked_for():
     assert len(tasks.prepare(mixed(rows=40), test_fraction=0.0).test.y) == 0
+
+
+def shop(rows=60, seed=0):
+    """A frame with texts, dates, gaps and rows without a label; the labels are texts."""
+    rng = np.random.default_rng(seed)
+    frame = {
+        "size": [f"{value:,}" for value in rng.integers(500, 3000, rows)],
+        "color": rng.choice(np.array(["blue", "red", None]), rows),
+        "sold": rng.choice(np.array(["no", "yes", None]), rows, p=(0.5, 0.4, 0.1)),
+        "day": [f"2024-{1 + k % 12:02}-{1 + k % 28:02}" for k in range(rows)],
+    }
+    return frame
+
+
+def test_a_frame_is_encoded_as_its_parts_do_it():
+    frame = shop()
+    prepared = tasks.prepare(frame, "sold", seed=3)
+    kept = np.array([label is not None for label in frame["sold"]])
+    encoder = tasks.fit_encoder(frame, drop=["sold"])
+    x, y = encoder.transform(frame)[kept], (frame["sold"][kept] == "yes").astype(np.int32)
+    expected = tasks.prepare(tasks.Table("t", "t", x, y, encoder.categorical), seed=3)
+    for part, other in zip(parts(prepared), parts(expected), strict=True):
+        np.testing.assert_array_equal(part.x, other.x)
+        np.testing.assert_array_equal(part.y, other.y)
+        np.testing.assert_array_equal(part.index, np.flatnonzero(kept)[other.index])
+        np.testing.assert_array_equal(prepared.classes[part.y], frame["sold"][part.index])
+    assert prepared.encoder == encoder and expected.encoder is None
+    inputs = {name: values for name, values in frame.items() if name != "sold"}
+    apart = tasks.prepare(inputs, frame["sold"], seed=3)
+    np.testing.assert_array_equal(apart.train.x, prepared.train.x)
+
+
+def test_new_rows_are_encoded_as_those_of_the_table():
+    frame, table = shop(), mixed()
+    prepared = tasks.prepare(frame, "sold")
+    new = {"day": frame["day"], "color": frame["color"], "size": frame["size"], "more": frame["day"]}
+    for part in parts(prepared):
+        np.testing.assert_array_equal(prepared.transform(new)[part.index], part.x)
+    assert np.isfinite(prepared.transform({**new, "size": [1e300] * 60})).all()
+    prepared = tasks.prepare(table, max_features=20, scaling="standard")
+    for part in parts(prepared):
+        np.testing.assert_array_equal(prepared.transform(table.x)[part.index], part.x)

@@ -335,6 +335,8 @@ REFUSALS = [
             (merged_codes, "float32 merges 1 of the codes in the categorical column 3 of `x`. Number"),
         ]
     ),
+    (lambda: tasks.prepare({"a": range(30)}, np.arange(29) % 2), "one label for each of the 30 rows; got 29"),
+    (lambda: tasks.prepare({"a": range(30)}, "b"), "`column` .*'b'"),
     (lambda: tasks.prepare(mixed(), valid_fraction=0.5, test_fraction=0.5), "must leave rows to train on; got 0.5 and"),
     (lambda: tasks.prepare(mixed(), scaling="none"), "`scaling` must be one of"),
     (

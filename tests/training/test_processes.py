@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,11 +11,15 @@ import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import small_estimators as small
 
-from metaopt.training import _processes, _steps
+from metaopt import training
+from metaopt.training import _checkpoints, _processes, _steps
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
 ENV = {
@@ -40,11 +46,20 @@ def start(folder, processes, num_steps=NUM_STEPS, faulty=""):
     ]
 
 
+def finish(processes) -> list[str]:
+    """What each process has written on standard error."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    return errors
+
+
 def run(folder, processes, **options) -> list[dict[str, np.ndarray]]:
     """The results of all processes."""
-    for process in start(folder, processes, **options):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    finish(start(folder, processes, **options))
+    return results_in(folder, processes)
+
+
+def results_in(folder, processes):
     return [dict(np.load(f"{folder}-{process}.npz")) for process in range(processes)]
 
 
@@ -79,14 +94,14 @@ def test_two_processes_equal_one(tmp_path, unbroken):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_run_of_which_one_process_is_killed_continues_with_the_same_bits(tmp_path, unbroken, killed):
-    processes = start(tmp_path / "run", 2)
-    wait_for_step(processes[killed], 8)
-    processes[killed].send_signal(signal.SIGKILL)
-    processes[killed].communicate()
-    processes[1 - killed].kill()  # a launcher ends the others, which would wait for the one that is gone
-    processes[1 - killed].communicate()
+def test_a_run_of_which_one_process_is_killed_continues_with_the_same_bits(tmp_path, unbroken):
+    """`test_ten_kills_at_random_moments` kills either process first."""
+    killed, other = start(tmp_path / "run", 2)
+    wait_for_step(killed, 8)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    other.kill()  # a launcher ends the others, which would wait for the one that is gone
+    other.communicate()
     steps = [int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
     assert steps and max(steps) < NUM_STEPS
     assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
@@ -135,6 +150,30 @@ def test_an_error_in_one_process_ends_all(tmp_path, faulty):
     assert f"RuntimeError: {faulty} of process 1" in errors[1]
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(("disk", "kept"), [("full disk", [3, 6]), ("full disk for five steps", [18, 20])])
+def test_a_full_disk_of_one_process_loses_nothing(tmp_path, unbroken, disk, kept):
+    """All processes skip the same checkpoints and go on, and a later run continues from the newest one."""
+    errors = finish(start(tmp_path / "run", 2, faulty=disk))
+    skipped = ["9", "12"] + ["15", "18", "20"] * (disk == "full disk")
+    for process, reason in enumerate(
+        ["ValueError: another process had an error", "OSError: [Errno 27] File too large"]
+    ):
+        assert re.findall(r"checkpoint of step (\d+) in \S+ was skipped by all", errors[process]) == skipped
+        assert errors[process].count(reason) == len(skipped)
+    assert_equal(results_in(tmp_path / "run", 2), unbroken, rtol=0)
+    assert sorted(int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == kept
+    assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
+
+
+def test_a_checkpoint_that_is_larger_than_the_space_of_the_disk_is_found_before_the_write(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    _checkpoints._check_space(str(tmp_path), 1000)
+    with pytest.raises(OSError, match="The checkpoint has .* bytes, and the disk has"):
+        _checkpoints._check_space(str(tmp_path), free)
+    assert not list(tmp_path.iterdir())
+
+
 def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkeypatch):
     mine, all_slots = jnp.ones(2, bool), np.array([True, True, False, True])
     monkeypatch.setattr(_processes, "is_split", lambda x: x is mine)
@@ -142,6 +181,16 @@ def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkey
     state = types.SimpleNamespace(done=mine, tasks=jnp.ones(4))
     with pytest.raises(ValueError, match=r"slots \[2\] of 4 are not done"):
         _steps._check_all_done(state, jnp.ones(5))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_tasks_of_a_checkpoint_are_drawn_in_all_processes_or_in_none(monkeypatch):
+    """Otherwise some processes would wait for the others, in the checksum of the tasks."""
+    learner, key = training.learner(small.quadratic(), optax.sgd(0.1)), jax.random.key(0)
+    steps = _steps.Steps(learner, lambda key: jnp.ones(2), (key, key), jnp.array(1.0), 1)
+    assert steps.drawn_for(3).shape == (2,)
+    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (0, True))
+    with pytest.raises(ValueError, match="another process had an error"):
+        steps.drawn_for(3)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])

@@ -102,6 +102,11 @@ REFUSALS = [
     (lambda: fit({"layers": 3}), r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
     (lambda: fit(patience=3), "pass `evaluate`"),
     (lambda: fit(keep_best=1, checkpoint_dir="never made"), "`keep_best` needs evaluations: pass `evaluate`"),
+    (
+        lambda: fit(keep_best=-1, checkpoint_dir="never made", evaluate=lambda key, hyperparams: 0.0),
+        "`keep_best` must be at least 0; got -1",
+    ),
+    (lambda: fit(keep_nonfinite=-1, checkpoint_dir="never made"), "`keep_nonfinite` must be at least 0; got -1"),
     (lambda: fit(keep_nonfinite=1), "`keep_best` and `keep_nonfinite` are .* pass `checkpoint_dir` too"),
     *(
         (lambda value=value: fit(eval_every=value), f"`eval_every` must be a whole number of at least 1; got {value}")

@@ -1,10 +1,13 @@
 """One of several processes of a run: `python two_processes.py PROCESS PROCESSES PORT FOLDER STEPS [FAULTY]`.
 
 It prints each step, and saves the result as FOLDER-PROCESS.npz. After some calls, the function FAULTY of process 1
-raises an error.
+raises an error. With "full disk", process 1 cannot write files after step 8, and with "full disk for five steps" it can
+after step 13.
 """
 
+import resource
 import sys
+import threading
 import time
 
 import jax
@@ -45,8 +48,17 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int, f
         numbers[numbers > 2.2] = np.nan
         return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("tasks")), numbers)
 
+    def limit_files(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
     def callback(step, metrics):
         fail("callback")
+        if process == 1 and faulty.startswith("full disk") and step == 8:
+            while any("save" in thread.name for thread in threading.enumerate()):
+                time.sleep(0.01)  # the last write ends
+            limit_files(16)
+        if process == 1 and faulty == "full disk for five steps" and step == 13:
+            limit_files(resource.RLIM_INFINITY)
         print(step, flush=True)
         time.sleep(0.02)
 
@@ -70,6 +82,7 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int, f
         checkpoint_every=3,
         progress=False,
     )
+    limit_files(resource.RLIM_INFINITY)
     states = [shard.data for shard in result.state.estimator_state.params.addressable_shards]
     np.savez(
         f"{folder}-{process}.npz",

@@ -63,6 +63,10 @@ REFUSED = [
     (lambda: transforms.mixture(PAIR, jnp.ones(3)), "one weight for each of the 2 transforms"),
     (lambda: transforms.mixture(PAIR, {"a": 0.5}), r"leaf of shape \(\)"),
     (lambda: transforms.mixture(PAIR, [0.5, 0.5, 0.0]), r"leaf of shape \(3,\)"),
+    (
+        lambda: update(transforms.mixture([optax.sgd(0.1), optax.contrib.schedule_free_sgd(0.1)], [0.5, 0.5])),
+        r"the schedule-free optimizers \[1\]\. .* Wrap the mixture instead",
+    ),
     (lambda: update(transforms.mixture(PAIR, {"a": [0.5, 0.5]})), "pytree structure error"),  # JAX's error
     (lambda: transforms.per_parameter(optax.sgd)({"encoder": 0.1, "tail": 0.1}).init(PARAMS), "pytree structure error"),
     (

@@ -26,7 +26,7 @@ _MOST_POSITIONS = 128
 
 
 def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
-    """Returns `fn` with its convolutions as matrix products and its pooling as maxima and sums of slices.
+    """Returns `fn` with convolutions computed as matrix products, and pooling as maxima and sums of slices.
 
         y[n, p, d] = Σ_{k, c} x[n, s p + r k − pad, c] w[k, c, d] = (patches of x) · (w as a matrix)
 
@@ -35,8 +35,8 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
     and order.
 
     - float32, without groups: XLA's own kernel makes the patches, piece by piece in the cache. The convolution keeps
-      the one layout that has this kernel, also in all derivatives. For kernels per task, it computes one task after the
-      other.
+      the one layout that has this kernel, also in all derivatives. If each task has its own kernel (`vmap` over
+      kernels), it computes one task after the other.
     - Other convolutions: slices make the patches, and kernels per task become batched matrix products. The patches
       take K times the input's memory. If they would take over 256 MiB, they are not made at all. The backward pass
       recomputes the patches instead of keeping them. JAX 0.12 does so on CPU, but JAX 0.10 ignores the request.
@@ -47,12 +47,12 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
     (`experiments/benchmarks/rules.py`). Outside of loops, XLA's own convolutions are as fast, and need less memory.
 
     Args:
-      fn: any JAX function. Some convolutions in it are not changed: convolutions inside functions that define their own
-        derivative (`jax.custom_vjp`), with `batch_group_count`, or of other than real floating-point numbers. Kernels
-        with over 128 positions are not changed if they are grouped or in other types than float32. A function that
-        cannot be traced (because Python branches on a value) is not changed at all.
-      only_on_cpu: whether to change nothing if, when the function is called, the default backend is not a CPU. If
-        false, kernels per task run one after the other also on a GPU.
+      fn: any JAX function. These convolutions in it are not changed: those inside a function with its own derivative
+        (`jax.custom_vjp`), those with `batch_group_count`, and those of integers or complex numbers. Kernels with over
+        128 positions are not changed either if they are grouped or not in float32. A function that cannot be traced
+        (because Python branches on a value) is not changed at all.
+      only_on_cpu: if true, convolutions are changed only if the default backend is a CPU when the function is called.
+        If false, a GPU also computes kernels of several tasks one after the other.
 
     Returns:
       A function of the same positional arguments, with the same result.

@@ -28,7 +28,7 @@ class Benchmark(NamedTuple):
     """A table of outcomes for architectures, tasks and fidelities.
 
     Attributes:
-      name: of the benchmark.
+      name: the name of the benchmark.
       tasks: [T] names.
       dims: [D] names of the entries of an encoding.
       num_choices: [D] number of values of each entry.
@@ -39,10 +39,10 @@ class Benchmark(NamedTuple):
         fidelity.
       cost: [A, T, F] seconds of training; NaN if unknown.
       query: `(architecture, task, fidelity) -> (outcome, cost)`. The architecture is a row of integers and the task is
-        a name. The fidelity is 1.0 by default and must match one of `fidelities` to 1e-3. It raises ValueError if the
-        table has no such entry, or if the architecture was not trained there. For NAS-Bench-101 an architecture may
-        also be a `Graph` or a genotype of `nas_bench_101_space`, which is found by its hash. Three benchmarks also take
-        genotypes: NAS-Bench-201 of `nas_bench_201_space`, the micro space of TransNAS-Bench-101 of
+        a name. The fidelity is 1.0 by default and must equal one of `fidelities` to within 1e-3. It raises ValueError
+        if the table has no such entry, or if the architecture was not trained there. For NAS-Bench-101 an architecture
+        may also be a `Graph` or a genotype of `nas_bench_101_space`, which is found by its hash. Three benchmarks also
+        take genotypes: NAS-Bench-201 of `nas_bench_201_space`, the micro space of TransNAS-Bench-101 of
         `trans_nas_bench_101_space`, and NAS-Bench-Macro of `nas_bench_macro_space`. NAS-Bench-201 also takes its own
         text form.
     """
@@ -88,12 +88,13 @@ class Benchmark(NamedTuple):
         return records
 
     def graph(self, encoding: Iterable[int]) -> Graph:
-        """The architecture of a row of a table, as a graph with ops on vertices, without vertices that lead nowhere.
+        """Returns a row's architecture as a graph with ops on vertices, without vertices that do not reach the output.
 
-        A network of blocks becomes a chain.
+        A network that is a sequence of blocks becomes a chain.
 
         Args:
-          encoding: [D] a row of integers. (Not for NAS-Bench-301, whose networks have two kinds of cells.)
+          encoding: [D] a row of `encodings`. (NAS-Bench-301 has no such graph, since its networks have two kinds of
+            cells.)
 
         Returns:
           A `Graph`. If no path joins input and output, it has only these two vertices and no edge.

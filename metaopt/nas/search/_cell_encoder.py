@@ -111,7 +111,7 @@ def cell_encoder(
         smaller.
       num_vertices: V.
       num_features: F, of a task; with 0 the scores are the same for all tasks.
-      width: of a token and of z, a multiple of 4 (the number of heads).
+      width: the width of a token and of z, a multiple of 4 (the number of heads).
       num_layers: the number of attention layers.
       num_hidden: tanh units between a task's features and its coefficients.
 

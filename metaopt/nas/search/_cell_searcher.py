@@ -35,17 +35,18 @@ class CellPosteriorFn(Protocol):
 class CellSearcher(NamedTuple):
     """The searcher that `train_cell_searcher` returns.
 
-    A new task is given as for `MetaOptimizer`; None means that nothing is known about it.
+    `new_task` has the same forms as for `blackbox.MetaOptimizer`; None means that nothing is known about the task.
 
     Trials of the new task are records of candidates, or a data frame of them. Only failed trials, and complete trials
     at full fidelity, are evidence about scores. A complete trial without a finite outcome counts as failed. If the
     trials have outcomes, but all at lower fidelities and without a failure, a warning says so. A failure counts only if
     no other trial of the same candidate ended. A candidate with a trial of any status and fidelity is not proposed
-    again while there are others. `metaopt.save` writes the searcher to disk, and `metaopt.load` reads it.
+    again as long as there are untried candidates. `metaopt.save` writes the searcher to disk, and `metaopt.load` reads
+    it.
 
     Attributes:
-      predict: `(new_task, trials) -> configuration`, a*: the candidate with the largest expected score. Candidates that
-        failed are excluded, unless all failed.
+      predict: `(new_task=None, trials=()) -> configuration`, a*: the candidate with the largest expected score.
+        Candidates that failed are excluded, unless all failed.
       suggest: `(new_task, trials) -> configuration` to try next: the candidate with the largest expected improvement.
       searcher: `(new_task) -> Searcher` that asks for the suggestions of `suggest`; the space of its `init` may be
         None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest` and

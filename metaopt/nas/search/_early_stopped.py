@@ -39,10 +39,10 @@ def robust_darts(
       in_shape: shape of one input.
       ops: the ops of the space.
       every: estimates per epoch.
-      window: number of epochs over which |κ| is averaged.
+      window: the number of epochs over which |κ| is averaged.
       start: the first epoch that may stop, counted from 0.
       delta: how many epochs to look back for the comparison, and to go back.
-      factor: by how much the mean may grow.
+      factor: the search stops if the mean of |κ| exceeds this factor times the mean `delta` epochs before.
       num_iterations: iterations for κ.
       **options: as for `darts`.
 
@@ -87,8 +87,8 @@ def darts_plus(
       in_shape: shape of one input.
       ops: the ops of the space.
       every: estimates per epoch.
-      most: the largest number of skips in a cell. (As published, it is one, and only normal cells are counted. Here,
-        the kind of cell with the most skips is counted.)
+      most: the search stops if a cell has more skips than this. (As published, it is one, and only normal cells are
+        counted. Here, the kind of cell with the most skips is counted.)
       start: the first epoch that may stop, counted from 0; at least 1.
       **options: as for `darts`.
 

@@ -36,14 +36,16 @@ class FineTunedArchitecture(NamedTuple):
 
 
 class MetaArchitecture(NamedTuple):
-    """A search over tasks; `training.fit` learns its λ with the estimator `over_tasks()`.
+    """An architecture search over many tasks; `training.fit` learns its λ with the estimator `over_tasks()`.
 
     Attributes:
       estimator: estimates dF/dλ for one task. λ is {"h": φ, "init": θ_0}, or {"h": φ} if θ_0 is drawn at random.
       hyperparams: `(key) -> λ`, the starting point.
       alpha: `(λ, task) -> α`, the prediction of h for a task.
       genotype: `(λ, task) -> Genotype`, a*.
-      fine_tune: `(key, λ, task) -> FineTunedArchitecture`; jit it, and vmap it over tasks.
+      fine_tune: `(key, λ, task) -> FineTunedArchitecture`, with the fields `alpha` (α after the last step), `params`
+        (the supernet's weights after it) and `values` [num_steps] (the outer loss before every step of α). Jit it, and
+        vmap it over tasks.
       over_tasks: `(**options) -> ` the estimator for a batch of tasks: `hypergrad.over_tasks(estimator, **options)`.
         On a CPU (as the default backend), tasks run one after the other if inputs have positions, as images do.
         Their activations then stay in the caches (`experiments/benchmarks/architecture.py`). The option `task_chunk`
@@ -70,7 +72,7 @@ def meta_architecture_search(
     ahead: int = 1,
     optimizer: optax.GradientTransformation | None = None,
 ) -> MetaArchitecture:
-    """A meta-searcher h: `predictors.amortize` over a search, with fine-tuning.
+    """Makes an architecture search over many tasks: h predicts α for each task, and a few steps fine-tune it.
 
     With `architecture_search(..., learn_init=True)` and `hypergrad.unrolled`, α and the start of training are learned
     together through T inner steps. With a predictor that reads nothing of the task, this is the shared α of T-NAS and

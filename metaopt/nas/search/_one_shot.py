@@ -63,7 +63,9 @@ def single_path_one_shot(
       sampler: as for `architecture_search`.
 
     Returns:
-      A `OneShot`. Rows that are padding by "mask" [N] do not enter the loss or the normalization.
+      A `OneShot`: `train`, `(key, data) -> params`; `score`, `(params, genotype, batch) -> []`, the loss of a genotype
+      with the shared weights, smaller is better; `supernet`; and for `nas.train_loop`, `loop`, `hyperparams` and
+      `settings`. Rows that are padding by "mask" [N] do not enter the loss or the normalization.
 
     Raises:
       ValueError: if the spec and the shapes do not fit. `train` and `score` raise it if `loss` is the default and

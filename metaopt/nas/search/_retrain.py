@@ -54,7 +54,9 @@ def retraining(
     clip: float = 5.0,
     loss: Callable = inner.cross_entropy,
 ) -> Retraining:
-    """The standard recipe for comparing searched architectures, from DARTS: 600 epochs of 20 cells with 36 channels.
+    """Makes the training of one network from scratch, by the recipe of DARTS.
+
+    The published recipe takes 600 epochs, for 20 cells with 36 channels.
 
         ℓ = loss(network) + `auxiliary` · loss(auxiliary head)
         SGD with momentum on ℓ's gradient, clipped by its norm, plus decay · θ; rate_t = rate (1 + cos(π t / T)) / 2
@@ -84,7 +86,9 @@ def retraining(
       loss: `(outputs, batch) -> []`.
 
     Returns:
-      A `Retraining`. The example of `search_report` shows all steps from the search to predictions.
+      A `Retraining`: `loop`, an inner loop whose λ is None, for `nas.train_loop` or `inner.run`; `finish`,
+      `(state, data) -> TrainedNetwork`, which makes the network that predicts; and `num_steps`. The example of
+      `search_report` shows all steps from the search to predictions.
 
     Raises:
       ValueError: if `rate` or `clip` is not positive.

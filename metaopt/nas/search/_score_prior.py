@@ -219,7 +219,7 @@ def score_posterior(prior: ScorePrior, tried: Sequence[int], losses: np.ndarray)
     informative.
 
     Args:
-      prior: of the earlier tasks.
+      prior: the prior of the earlier tasks.
       tried: [k] indices of architectures.
       losses: [k] their losses; infinite for a failed trial.
 
@@ -249,7 +249,7 @@ def score_improvement(prior: ScorePrior, tried: Sequence[int], losses: np.ndarra
     """The expected improvement of the score over the best trial that did not fail.
 
     Args:
-      prior: of the earlier tasks.
+      prior: the prior of the earlier tasks.
       tried: [k] indices of architectures.
       losses: [k]; infinite for a failed trial.
 

@@ -19,7 +19,7 @@ from metaopt.nas.search._settings import of_network, plain, with_settings
 
 
 class Search(NamedTuple):
-    """A search for α on one task; `training.learner` and `fit` run it.
+    """A search for α on one task; `training.learner` and `training.fit` run it.
 
     Attributes:
       estimator: estimates dF/dα.
@@ -31,16 +31,16 @@ class Search(NamedTuple):
       alpha: `(λ) -> α`: extracts α from λ.
       weights: `(α) -> ` mixing weights, kind -> [edges, ops]. Genotypes are decoded from them (see `decode`).
       genotype: `(α) -> Genotype`. The example of `search_report` shows the steps that follow.
-      rule: `(problem, own) -> Estimator`, which made `estimator`. `under_budget` uses it to make an estimator of
-        another problem with another λ: `own(λ)` extracts the λ of this search.
+      rule: `(problem, own) -> Estimator`, the function that made `estimator`. `under_budget` uses it to make an
+        estimator of another problem with another λ: `own(λ)` extracts the λ of this search.
       found: `(training.FitResult) -> α`, the result of a run: α after its last step (an earlier α for RobustDARTS).
         Raises ValueError if no step had a finite loss and a finite hypergradient. α has then not moved, and
         `genotype` would decode a cell that no search selected.
       settings: the method's name, the network, and the other arguments of the search, as JSON values. Pass them as
-        `training.fit(settings=search.settings)`. Other searches have α and states of the same shapes, so without
-        settings a checkpoint of another search could continue as this one. Functions are identified by their names
-        and the values that they enclose, not by their results. `relaxation`, `decode`, `keep` and `network` are
-        stored after defaults are filled in.
+        `training.fit(settings=search.settings)`. Different searches may have α and states of the same shapes. So
+        without settings, a checkpoint of another search could be continued as if it were of this one. Functions are
+        identified by their names and the values that they enclose, not by their results. `relaxation`, `decode`, `keep`
+        and `network` are stored after defaults are filled in.
     """
 
     estimator: base.Estimator
@@ -82,7 +82,7 @@ def architecture_search(
     learn_init: bool = False,
     keep: int | None | str = "space",
 ) -> Search:
-    """The general architecture search: all other searches are settings of it.
+    """The general architecture search, with any rule for dF/dα. `darts` and other searches are settings of it.
 
         ℓ(θ, α) = loss on training rows + decay |θ|²/2,    f(θ, α) = loss on validation rows + penalty(α),
         mixing weights = relaxation(α)
@@ -103,18 +103,19 @@ def architecture_search(
         `optax.chain(optax.add_decayed_weights(1e-3), optax.adam(3e-4, b1=0.5))`.
       sampler: sampler of training rows, such as `inner.minibatch(64)`.
       outer_batch: `(key, task) -> batch` of validation rows; the default uses all of them.
-      relaxation: softmax by default.
-      decode: the relaxation used to decode genotypes, at step 0 and with one fixed key. The default is `relaxation`
-        without noise and auxiliary paths. If your own relaxation has noise or a schedule, pass
-        another one here.
+      relaxation: maps α of a kind of cell to mixing weights, `(alpha, cell, key, step) -> [edges, ops]`;
+        `nas.softmax()` by default.
+      decode: the relaxation by which genotypes are read from α, at step 0 and with one fixed key. The default is
+        `relaxation` without noise and auxiliary paths. If your own relaxation has noise or a schedule, pass another one
+        here.
       penalty: `(α, step) -> []`. Make a cost penalty from the network that is searched. With `keep=1`, that is
         `nas.resource_penalty(table, network._replace(keep=1), ...)`; for another network it counts other edges.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
       remat_edges: as for `nas.supernet`.
-      edge_weights: makes α of a kind {"ops": [edges, ops], "edges": β [edges]}. The relaxation gets "ops", and its
-        weights of an edge are multiplied by softmax(β)[e] over the edges into the same node (PC-DARTS).
-      learn_init: makes λ {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
+      edge_weights: if true, α of each kind of cell is {"ops": [edges, ops], "edges": β [edges]}. The relaxation gets
+        "ops", and its weights of an edge are multiplied by softmax(β)[e] over the edges into the same node (PC-DARTS).
+      learn_init: if true, λ is {"alpha": α, "init": θ_0}. Training starts at θ_0 instead of a random draw, and both are
         learned together over many tasks (MetaNAS, T-NAS). This is second-order MAML with an α. It needs a rule that
         differentiates through all of training (`hypergrad.unrolled`).
       keep: edges into each node, as for `nas.derive_genotype`. The default is the network's own value, which is 2

@@ -53,7 +53,7 @@ def train_loop(
 
     Raises:
       KeyboardInterrupt: if SIGINT arrived; with `checkpoint_dir`, the same call continues. The exception's `result` is
-        the partial `FitResult`, whose `state.estimator_state` is the inner state.
+        the partial `training.FitResult`, whose `state.estimator_state` is the inner state.
       SystemExit: the same for SIGTERM, with status 143.
       FloatingPointError: if the loss of 10 consecutive steps was not finite. (`inner.run` continues.)
       ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes

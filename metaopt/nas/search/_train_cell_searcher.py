@@ -58,8 +58,8 @@ def train_cell_searcher(
     are fixed. Trials on the new task update the result by Gaussian conditioning, in the features of these models. So
     the choice after trials is by expected score, not the best observed outcome.
 
-    `train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as equal,
-    and knowledge about an op applies at every position of the cell.
+    `blackbox.train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as
+    equal, and knowledge about an op applies at every position of the cell.
 
     Args:
       records: trials of earlier tasks, or a data frame of them (`blackbox.records_to_frame`). Complete trials at full

@@ -30,7 +30,8 @@ def under_budget(
     Args:
       search: a search whose rule differentiates the outer loss. `relaxation` must convert its α to weights of choices.
       table: cost table of the search space.
-      budget: in the table's unit. It may be traced, so that one program can search within many budgets.
+      budget: the largest expected cost, in the table's unit. It may be traced, so one program can search within many
+        budgets.
       multiplier: the initial m; softplus(−3) = .049.
       damping: weight of max(0, c)² in the outer loss, which reduces oscillation; not negative.
       relaxation: as for `nas.resource_penalty`.
