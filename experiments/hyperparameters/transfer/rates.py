@@ -121,10 +121,9 @@ def compare_rates(config: Config, folder: Path, num_splits: int) -> None:
     parts = natural_parts(config, natural_development(script.RESULTS / "transfer_corpus.csv"), folder, num_splits)
     network, num_steps = make_network(config.run), config.fine_tune_steps
     starts = shipped_starts(parts, network.space)
-    tuned = {}
+    family, rows = (np.concatenate([getattr(part, name) for part in parts]) for name in ("family", "rows"))
     for label, z in starts.items():
         mark = f"rates_{label}_{KEY}_{digest_of_runs(config, parts, {label: z})}"
         keep = lambda name, make, mark=mark: script.kept(folder / "rates", f"{mark}_{name}", make)
-        tuned[label] = tune_all(network, num_steps, parts, z, keep=keep)
-    family, rows = (np.concatenate([getattr(part, name) for part in parts]) for name in ("family", "rows"))
-    print(rates_table(tuned, family, rows < 500))
+        tuned = tune_all(network, num_steps, parts, z, keep=keep)
+        print(rates_table({label: tuned}, family, rows < 500), flush=True)
