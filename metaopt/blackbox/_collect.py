@@ -66,9 +66,9 @@ def collect(
 
     If a worker is lost, for example because its machine is gone, its trials run again. They depend only on their seeds,
     so the records are the same. Dask and Ray send such trials to another worker. If a backend gives up, or cannot do
-    so, `collect` starts all trials that were running once more, and logs a warning. It raises the backend's error if
-    three workers in a row are lost without a trial that ends. The store then has all trials that have ended, and the
-    next call continues.
+    so, `collect` starts all trials that were running once more, and logs a warning. If a backend reports a loss three
+    times without a trial that ends in between, `collect` raises its error. The store then has all trials that have
+    ended, and the next call continues.
 
     Only this process writes to the store, as soon as a trial ends. With Ray, it writes after each group of trials that
     ran at the same time. If the workers of a backend are processes, the backend must be able to send the objective and

@@ -90,7 +90,8 @@ def diagnose(
     Returns:
       A `Diagnosis`. `print` shows its `findings`, the most serious first: each has `what` (the problem) and `advice`
       (what to change). It also has `growth`, the mean log growth of a perturbation of θ per step, and three arrays over
-      the steps, [T]: `products`, `inner_loss` and `inner_grad_norm`.
+      the steps, [T]: `products`, `inner_loss` and `inner_grad_norm`. `checked` lists the checks, also those without a
+      finding.
 
     Raises:
       ValueError: if `num_steps < 2`, if λ does not fit `space`, or the task has labels outside its classes.

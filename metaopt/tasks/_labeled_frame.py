@@ -16,7 +16,7 @@ class LabeledFrame(NamedTuple):
     Attributes:
       x: [n, d] float64, encoded, with NaN in gaps.
       y: [n] int32 in 0..C-1.
-      encoder: of the columns of the frame without the target.
+      encoder: the encoder of the columns of the frame without the target.
       classes: [C] the labels.
       index: [n] int64, the position of each row in the frame.
     """
@@ -32,7 +32,7 @@ def labeled_frame(frame: Any, target: Any) -> LabeledFrame:
     """Encodes the rows of a frame that have a label.
 
     Args:
-      frame: of any type that `fit_encoder` takes.
+      frame: a frame of any type that `fit_encoder` takes.
       target: the name or the position of a column, which is not used as a feature, or one label per row.
 
     Raises:
