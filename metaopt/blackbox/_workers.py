@@ -151,16 +151,17 @@ def _repair(backend: Any) -> None:
     joblib is not called back if Dask gives up a trial, and would wait for ever. If one core of the cluster is left, it
     would run all trials in this process.
     """
-    if type(backend).__name__ != "DaskDistributedBackend" or "submit" in vars(backend):
+    method = "submit" if hasattr(backend, "submit") else "apply_async"  # its name in joblib 1.4
+    if type(backend).__name__ != "DaskDistributedBackend" or method in vars(backend):
         return
-    submit, effective_n_jobs = backend.submit, backend.effective_n_jobs
+    submit, effective_n_jobs = getattr(backend, method), backend.effective_n_jobs
 
     def reporting(function, callback):
         future = submit(function, callback)
         future.add_done_callback(lambda future: future.exception() and callback(future.exception()))
         return future
 
-    backend.submit = reporting
+    setattr(backend, method, reporting)
     backend.effective_n_jobs = lambda n_jobs: max(effective_n_jobs(n_jobs), 2)
 
 

@@ -121,14 +121,15 @@ def test_a_missing_extra_is_named(backend, package, monkeypatch):
         collect(backend=backend)
 
 
-def test_faults_of_joblib_with_dask_are_repaired():
+@pytest.mark.parametrize("method", ["submit", "apply_async"])  # of new and old versions of joblib
+def test_faults_of_joblib_with_dask_are_repaired(method):
     """joblib's backend does not call back if a future has an error, and runs trials in this process for one core."""
     future, calls = concurrent.futures.Future(), []
-    methods = {"submit": lambda self, function, callback: future, "effective_n_jobs": lambda self, n_jobs: n_jobs}
+    methods = {method: lambda self, function, callback: future, "effective_n_jobs": lambda self, n_jobs: n_jobs}
     backend = type("DaskDistributedBackend", (), methods)()
     for _ in range(2):  # a backend serves several rounds
         _workers._repair(backend)
-    assert backend.submit(print, calls.append) is future
+    assert getattr(backend, method)(print, calls.append) is future
     future.set_exception(error := RuntimeError("the worker is gone"))
     assert calls == [error]
     assert [backend.effective_n_jobs(n) for n in (1, 2, 64)] == [2, 2, 64]
