@@ -15,8 +15,9 @@ from metaopt.blackbox._trials import ObjectiveFn, run_here, run_isolated
 
 _log = logging.getLogger(__name__)
 _LOSSES = 3  # losses of workers one after the other, without a trial that ends in between
-# Names of the errors for a lost worker: of loky, of Dask (a lost task, or lost data that it needs), and of Ray.
-_LOST = {"BrokenExecutor", "KilledWorker", "CancelledError", "RayActorError", "WorkerCrashedError", "ObjectLostError"}
+# Names of the errors for a lost worker: of loky, of Dask (a lost task, lost data, or no worker for 10 s), and of Ray.
+_LOST = {"BrokenExecutor", "KilledWorker", "CancelledError", "TimeoutError"}
+_LOST |= {"RayActorError", "WorkerCrashedError", "ObjectLostError"}
 
 
 class Runner(NamedTuple):
