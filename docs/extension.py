@@ -33,10 +33,11 @@ def spread_cells(app, env, docnames):
 
     Sphinx gives each process a chunk of pages. In the order of names, one process would run most of the cells.
     """
+    num = max(app.parallel, 1)  # 0 without `-j`
     with_cells = [name for name in docnames if "{code-cell}" in env.doc2path(name).read_text()]
-    size = len(make_chunks(docnames, app.parallel)[0]) if docnames else 0
+    size = len(make_chunks(docnames, num)[0]) if docnames else 0
     others = iter([name for name in docnames if name not in with_cells])
-    chunks = [with_cells[i :: app.parallel] for i in range(app.parallel)]
+    chunks = [with_cells[i::num] for i in range(num)]
     docnames[:] = [name for chunk in chunks for name in [*chunk, *itertools.islice(others, max(size - len(chunk), 0))]]
     docnames += others
 

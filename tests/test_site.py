@@ -89,6 +89,8 @@ def test_each_process_begins_with_as_many_pages_with_cells(num_pages, tmp_path):
     assert sorted(ordered) == names
     counts = [len(set(chunk) & set(with_cells)) for chunk in parallel.make_chunks(ordered, 2)]
     assert counts[:2] == {0: [], 3: [1, 1], 40: [7, 6]}[num_pages]
+    module("extension").spread_cells(SimpleNamespace(parallel=0), environment, ordered)  # Sphinx without `-j`
+    assert sorted(ordered) == names
 
 
 def test_pages_of_the_site_are_in_a_table_of_contents():
