@@ -242,8 +242,8 @@ def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> An
     stored = {k: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for k, x in templates.items()}
     types = {name: np.dtype(getattr(leaf, "dtype", float)) for name, leaf in stored.items()}
     others = {name: dtype for name, dtype in types.items() if not jnp.issubdtype(dtype, jnp.floating)}
-    shapes_ = {name: tuple(np.shape(leaf)) for name, leaf in stored.items()}
-    arrays = file.floats(shapes_, others=others, infinite=True)
+    expected = {name: tuple(np.shape(leaf)) for name, leaf in stored.items()}
+    arrays = file.floats(expected, others=others, infinite=True)
     keys = header.get("keys", {})
     loaded = {name: _like(name, arrays[name], leaf, keys.get(name)) for name, leaf in templates.items()}
     return tree_from_leaves("leaf", loaded, like)
