@@ -42,6 +42,7 @@ def cluster(backend, allowed_failures=3):
         path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
         options = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "runtime_env": path}
         pytest.importorskip("ray.util.joblib").register_ray()
+        options["_system_config"] = {"worker_niceness": 0}  # by default its workers wait for all other processes
         ray.init(include_dashboard=False, log_to_driver=False, **options)
         try:
             yield
