@@ -89,8 +89,9 @@ def sinks(folder: Path) -> Iterator[dict[str, Callable]]:
             import mlflow  # pyright: ignore[reportMissingImports]
 
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+            mlflow.config.enable_async_logging()
             stack.enter_context(mlflow.start_run())
-            found["MLflow"] = training.log_to(mlflow)
+            found["MLflow (asynchronous)"] = training.log_to(mlflow)
         if importlib.util.find_spec("wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
 
