@@ -30,10 +30,11 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
     if type(backend).__name__ != "DaskDistributedBackend":
         yield
         return
-    client, effective_n_jobs, waiting = backend.client, backend.effective_n_jobs, {}
+    client, effective_n_jobs = backend.client, backend.effective_n_jobs
+    waiting: set[Callable[[Any], None]] = set()
 
     def fail(error: BaseException) -> None:
-        for callback in list(waiting.values()):
+        for callback in list(waiting):
             callback(error)
 
     replaced = {
@@ -71,15 +72,15 @@ class _Replaced:
         return getattr(self._wrapped, name)
 
 
-def _reporting(send: Callable[..., Any], waiting: dict[int, Callable[[Any], None]]) -> Callable[..., Any]:
+def _reporting(send: Callable[..., Any], waiting: set[Callable[[Any], None]]) -> Callable[..., Any]:
     """The method that sends a trial. `waiting` has joblib's callbacks of the trials that have not ended."""
 
     def reporting(batch: Any, callback: Callable[[Any], None]) -> Any:
         def done(result: Any) -> None:
-            waiting.pop(id(batch), None)
+            waiting.discard(done)
             callback(result)
 
-        waiting[id(batch)] = done
+        waiting.add(done)
         future = send(batch, done)
         future.add_done_callback(lambda future: future.exception() and done(future.exception()))
         return future
