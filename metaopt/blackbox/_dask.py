@@ -18,8 +18,8 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
 
     - Dask gives up a trial.
     - The trial or its arguments cannot be sent to a worker, or an error occurs in the thread of Dask's client.
-    - The cluster has no worker for `wait_for_workers_timeout` seconds, an argument of joblib's backend (by default 10;
-      None waits for ever), or at the deadline.
+    - The cluster has no worker for `wait_for_workers_timeout` seconds, an argument of joblib's backend (by default 10),
+      or at the deadline.
 
     If one core of the cluster is left, joblib would run all trials in this process. Here it sees at least two.
 
@@ -30,7 +30,7 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
     if type(backend).__name__ != "DaskDistributedBackend":
         yield
         return
-    client, effective_n_jobs = backend.client, backend.effective_n_jobs
+    client, effective_n_jobs, limit = backend.client, backend.effective_n_jobs, backend.wait_for_workers_timeout
     waiting: set[Callable[[Any], None]] = set()
 
     def fail(error: BaseException) -> None:
@@ -41,9 +41,10 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
         sending_method(backend): _reporting(getattr(backend, sending_method(backend)), waiting),
         "client": _Replaced(client, loop=_Replaced(client.loop, add_callback=_checked(client.loop, fail))),
         "effective_n_jobs": lambda n_jobs: max(effective_n_jobs(n_jobs), 2),
+        "wait_for_workers_timeout": limit and min(limit, max(round(deadline - time.monotonic(), 1), 1.0)),
     }
     stop = threading.Event()
-    watched = (client, backend.wait_for_workers_timeout, deadline, fail, stop)
+    watched = (client, limit, deadline, fail, stop)
     before = {name: vars(backend)[name] for name in replaced if name in vars(backend)}
     vars(backend).update(replaced)
     threading.Thread(target=_watch, args=watched, daemon=True).start()

@@ -97,7 +97,8 @@ def run_all(runner: Runner, trials: Iterator[base.Record]) -> Iterator[base.Reco
     streams = backend.supports_return_generator  # Ray's backend does not
     kwargs: dict[str, Any] = {"n_jobs": runner.num_workers, "prefer": "threads", "batch_size": 1}
     kwargs |= {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"} if streams else {}
-    at_once = joblib.effective_n_jobs(joblib.Parallel(**kwargs).n_jobs)
+    with _dask.repaired(backend, runner.deadline):
+        at_once = joblib.effective_n_jobs(joblib.Parallel(**kwargs).n_jobs)
     # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
     refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
     refill()
@@ -120,7 +121,7 @@ def run_all(runner: Runner, trials: Iterator[base.Record]) -> Iterator[base.Reco
                     refill()
         except Exception as error:
             losses += 1
-            if not _is_loss(error) or losses == _LOSSES:
+            if not _is_loss(error) or (losses == _LOSSES and time.monotonic() < runner.deadline):
                 raise
             _log.warning(f"A worker was lost ({type(error).__name__}: {error}). The running trials start again.")
         finally:

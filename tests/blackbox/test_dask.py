@@ -1,6 +1,7 @@
 """joblib's own backend for Dask, on a client that only claims to have workers. Dask need not be installed."""
 
 import asyncio
+import concurrent.futures
 import copy
 import queue
 import sys
@@ -119,6 +120,14 @@ def test_no_worker_at_the_deadline_ends_the_call():
     with pytest.raises(TimeoutError, match="no worker"), _dask.repaired(backend, start + 0.3):
         calls(backend)
     assert time.monotonic() >= start + 0.3
+
+
+def test_joblib_waits_for_a_first_worker_until_the_deadline():
+    backend = backend_of(Client(cores=(0,)), seconds=3600)
+    backend.client.submit = lambda *args, **kwargs: concurrent.futures.Future()
+    with pytest.raises(TimeoutError, match=r"no worker after 1\.0 seconds"), _dask.repaired(backend, time.monotonic()):
+        calls(backend)
+    assert backend.wait_for_workers_timeout == 3600
 
 
 def test_one_core_of_dask_has_the_trials_and_not_this_process():

@@ -181,7 +181,6 @@ def test_weights_and_biases_has_the_metrics_of_a_run_without_network(tmp_path):
     wandb = pytest.importorskip("wandb")
     with wandb.init(mode="offline", dir=tmp_path) as run:
         fit(run)
-        assert run.summary["_step"] == 9
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert file.read_bytes().count(b"hypergrad_norm") >= 9
 
