@@ -1,13 +1,13 @@
 """joblib's own backend for Dask, on a client that only claims to have workers. Dask need not be installed."""
 
 import asyncio
-import concurrent.futures
 import copy
 import queue
 import sys
 import threading
 import time
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,7 +124,8 @@ def test_no_worker_at_the_deadline_ends_the_call():
 
 def test_joblib_waits_for_a_first_worker_until_the_deadline():
     backend = backend_of(Client(cores=(0,)), seconds=3600)
-    backend.client.submit = lambda *args, **kwargs: concurrent.futures.Future()
+    late = mock.Mock(result=mock.Mock(side_effect=TimeoutError))  # after `timeout` seconds, which the message has
+    backend.client.submit = lambda *args, **kwargs: late
     with pytest.raises(TimeoutError, match=r"no worker after 1\.0 seconds"), _dask.repaired(backend, time.monotonic()):
         calls(backend)
     assert backend.wait_for_workers_timeout == 3600
