@@ -319,4 +319,5 @@ def test_smoke_of_overhead():
     printed = smoke("overhead.py")
     cost = {row[0]: row[1:] for row in rows(printed)}
     assert float(cost["bare loop"][0]) > 0 and 0.5 < float(cost["`fit`, all sinks"][1]) < 50
+    assert 0 < float(cost["a JSONL file"][0]) < 100
     assert "Sinks: a JSONL file" in printed and len(printed.split("all pairs: ")[1].split(". The")[0].split(",")) == 3

@@ -7,6 +7,7 @@ The program of `fit` and the same compiled step in a bare loop run in turns, in 
 of `fit` has a checkpoint, whose thread writes during the block. The report has the ratio of each pair of blocks.
 
 The sinks are a JSONL file, and those of TensorBoard (tensorboardX), MLflow and Weights & Biases that are installed.
+After the run, the calls of each sink are timed without steps in between.
 
     python experiments/benchmarks/overhead.py            # minutes; writes experiments/results/overhead.md
     python experiments/benchmarks/overhead.py --smoke    # seconds; prints only
@@ -14,6 +15,7 @@ The sinks are a JSONL file, and those of TensorBoard (tensorboardX), MLflow and 
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import statistics
 import tempfile
@@ -33,6 +35,7 @@ from experiments import script
 from metaopt import base, hypergrad, inner, training
 
 AIM = 1.03
+NUM_BLOCKS, NUM_CALLS = 7, 50  # of each sink
 
 
 def make_learner(case: cases.Case, num_steps: int) -> training.Learner:
@@ -86,8 +89,9 @@ def sinks(folder: Path) -> Iterator[dict[str, Callable]]:
             import mlflow  # pyright: ignore[reportMissingImports]
 
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+            mlflow.config.enable_async_logging()
             stack.enter_context(mlflow.start_run())
-            found["MLflow"] = training.log_to(mlflow)
+            found["MLflow (asynchronous)"] = training.log_to(mlflow)
         if importlib.util.find_spec("wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -97,11 +101,25 @@ def sinks(folder: Path) -> Iterator[dict[str, Callable]]:
         yield found
 
 
+def costs(callbacks: dict[str, Callable], first_step: int, metrics: Any) -> dict[str, np.ndarray]:
+    """Returns the milliseconds of a call of each callback: the means of several blocks of calls."""
+    taken = {name: [] for name in callbacks}
+    steps = itertools.count(first_step)
+    for _ in range(NUM_BLOCKS):
+        for name, callback in callbacks.items():
+            start = time.perf_counter()
+            for _ in range(NUM_CALLS):
+                callback(next(steps), metrics)
+            taken[name].append(1e3 * (time.perf_counter() - start) / NUM_CALLS)
+    return {name: np.array(values) for name, values in taken.items()}
+
+
 def measured(
     learner: training.Learner, hyperparams: base.HyperParams, task: base.Task, pairs: int, block: int
-) -> tuple[np.ndarray, list[str]]:
-    """Returns the seconds of `fit` and of the bare loop, [pairs, 2], and the names of the sinks."""
+) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
+    """Returns the seconds of `fit` and of the bare loop, [pairs, 2], the costs of the sinks, and how many metrics."""
     step = jax.jit(learner.step, donate_argnums=0)
+    last = [{}]
     carried = [jax.tree.map(jnp.copy, learner.init(jax.random.key(0), hyperparams, task))]
     seconds, start = np.zeros((pairs, 2)), [0.0]
 
@@ -112,6 +130,7 @@ def measured(
 
     def take_turns(number: int, metrics: Any) -> None:
         """The last callback of a step. After a block of `fit`, the bare loop has its turn."""
+        last[0] = metrics
         if number % block:
             return
         pair = number // block - 2  # the first block compiles
@@ -135,10 +154,13 @@ def measured(
             checkpoint_every=block,
             keep_nonfinite=1,
         )
-    return seconds, list(found)
+        per_sink = costs(found, (pairs + 1) * block + 1, last[0])
+    return seconds, per_sink, len(last[0])
 
 
-def report(seconds: np.ndarray, names: list[str], block: int, num_steps: int, size: int) -> str:
+def report(
+    seconds: np.ndarray, per_sink: dict[str, np.ndarray], num_metrics: int, block: int, num_steps: int, size: int
+) -> str:
     ratios = np.sort(seconds[:, 0] / seconds[:, 1])
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
@@ -150,13 +172,22 @@ def report(seconds: np.ndarray, names: list[str], block: int, num_steps: int, si
         ["`fit`, all sinks", f"{1e3 * np.median(seconds[:, 0]) / block:.2f}", f"{np.median(ratios):.4f}"]
         + [f"{low:.4f} to {high:.4f}"],
     ]
+    sink_rows = [
+        [name, f"{np.median(ms):.3f}", f"{ms.min():.3f} to {ms.max():.3f}", f"{np.median(ms):.2f} %"]
+        for name, ms in per_sink.items()
+    ]
     return "\n\n".join(
         [
             f"{len(ratios)} pairs of blocks of {block} steps, in turns, with one checkpoint for each block. A step is "
-            f"a hypergradient through {num_steps} steps of Adam; λ has {size:,} numbers. Sinks: {', '.join(names)}.",
+            f"a hypergradient through {num_steps} steps of Adam; λ has {size:,} numbers. Sinks: {', '.join(per_sink)}.",
             script.table(["loop", "ms of a step, median", "ratio, median of pairs", "95 % interval"], rows),
             f"Ratios of all pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}. The interval is a bootstrap over "
             f"pairs. The aim is a ratio below {AIM}: {reached}.",
+            f"Calls of one sink after the other, with {num_metrics} metrics, without steps in between: {NUM_BLOCKS} "
+            f"blocks of {NUM_CALLS} calls. The share is of a step of 100 ms.",
+            script.table(
+                ["sink", "ms of a call, median of blocks", "smallest and largest", "share of a step"], sink_rows
+            ),
         ]
     )
 
@@ -171,9 +202,9 @@ def main() -> None:
     task = jax.tree.map(jnp.asarray, base.Task(case.train, case.valid))
     hyperparams = jax.tree.map(jnp.asarray, {**case.hyperparams, "start": case.params})
     num_steps = calibrated(case, hyperparams, task, seconds)
-    measurements, names = measured(make_learner(case, num_steps), hyperparams, task, pairs, block)
+    results = measured(make_learner(case, num_steps), hyperparams, task, pairs, block)
     size = sum(x.size for x in jax.tree.leaves(hyperparams))
-    script.publish(__file__, "What `fit` adds to a step", report(measurements, names, block, num_steps, size), options)
+    script.publish(__file__, "What `fit` adds to a step", report(*results, block, num_steps, size), options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from metaopt import _extras, base
+from metaopt.blackbox import _dask
 from metaopt.blackbox._records import append_records
 from metaopt.blackbox._trials import ObjectiveFn, run_here, run_isolated
 
@@ -93,11 +94,11 @@ def run_all(runner: Runner, trials: Iterator[base.Record]) -> Iterator[base.Reco
         return
     joblib = _extras.require("joblib", "records", "`collect`")
     backend: Any = joblib.parallel.get_active_backend(prefer="threads")[0]
-    _repair(backend)
     streams = backend.supports_return_generator  # Ray's backend does not
     kwargs: dict[str, Any] = {"n_jobs": runner.num_workers, "prefer": "threads", "batch_size": 1}
     kwargs |= {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"} if streams else {}
-    at_once = joblib.effective_n_jobs(joblib.Parallel(**kwargs).n_jobs)
+    with _dask.repaired(backend, runner.deadline):
+        at_once = joblib.effective_n_jobs(joblib.Parallel(**kwargs).n_jobs)
     # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
     refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
     refill()
@@ -109,17 +110,18 @@ def run_all(runner: Runner, trials: Iterator[base.Record]) -> Iterator[base.Reco
         jobs = _jobs(joblib.delayed(_run_named), runner, queue, running, stop)
         parallel: Any = joblib.Parallel(**kwargs)
         try:
-            for name, record in parallel(jobs if streams else list(itertools.islice(jobs, at_once))):
-                running.pop(name)
-                if record is not None:  # otherwise the trial had no time to begin
-                    losses = 0
-                    if runner.store is not None:
-                        append_records(runner.store, [record], study=runner.study)
-                    yield record
-                refill()
+            with _dask.repaired(backend, runner.deadline):
+                for name, record in parallel(jobs if streams else list(itertools.islice(jobs, at_once))):
+                    running.pop(name)
+                    if record is not None:  # otherwise the trial had no time to begin
+                        losses = 0
+                        if runner.store is not None:
+                            append_records(runner.store, [record], study=runner.study)
+                        yield record
+                    refill()
         except Exception as error:
             losses += 1
-            if not _is_loss(error) or losses == _LOSSES:
+            if not _is_loss(error) or (losses == _LOSSES and time.monotonic() < runner.deadline):
                 raise
             _log.warning(f"A worker was lost ({type(error).__name__}: {error}). The running trials start again.")
         finally:
@@ -144,26 +146,6 @@ def _jobs(
             append_records(runner.store, [trial._replace(status="RUNNING")], study=runner.study)
         begins_before = time.time() + left if left < float("inf") else None
         yield delayed(runner.run, runner.objective, runner.tasks[trial.task], trial, begins_before)
-
-
-def _repair(backend: Any) -> None:
-    """Works around two faults of joblib 1.6 with Dask.
-
-    joblib is not called back if Dask gives up a trial, and would wait for ever. If one core of the cluster is left, it
-    would run all trials in this process.
-    """
-    method = "submit" if hasattr(backend, "submit") else "apply_async"  # its name in joblib 1.4
-    if type(backend).__name__ != "DaskDistributedBackend" or method in vars(backend):
-        return
-    submit, effective_n_jobs = getattr(backend, method), backend.effective_n_jobs
-
-    def reporting(function, callback):
-        future = submit(function, callback)
-        future.add_done_callback(lambda future: future.exception() and callback(future.exception()))
-        return future
-
-    setattr(backend, method, reporting)
-    backend.effective_n_jobs = lambda n_jobs: max(effective_n_jobs(n_jobs), 2)
 
 
 def _run_named(run, objective, task, trial, begins_before):

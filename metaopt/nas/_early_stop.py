@@ -116,7 +116,7 @@ def stopped_by_skips(
     num_skips: Callable[[base.HyperParams], jax.Array],
     *,
     every: int,
-    most: int = 1,
+    max_skips: int = 1,
     start: int = 1,
 ) -> base.Estimator:
     """The same estimator, which also applies the rule of skips of this module at the end of every epoch.
@@ -127,7 +127,7 @@ def stopped_by_skips(
       estimator: an estimator of one task, such as DARTS's.
       num_skips: `(λ) -> []` for the estimator's λ, such as `lambda λ: num_skips(network, search.weights(λ))`.
       every: number of estimates per epoch.
-      most: number of skips that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
+      max_skips: number of skips that a cell may have; DARTS+ stops at two in a normal cell of eight edges.
       start: the first epoch that may stop, counted from 0; at least 1. A stop at epoch 0 would keep the random initial
         α.
 
@@ -142,7 +142,7 @@ def stopped_by_skips(
     """
     _checks.check_integer("start", start, 1)
     measure = lambda keys, hyperparams, task, after: num_skips(hyperparams)
-    return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > most, every, 1, 1, start)
+    return _stopped(estimator, "skips", measure, lambda counts: counts[-1] > max_skips, every, 1, 1, start)
 
 
 def num_skips(network: Space, weights: Mapping[str, Any]) -> jax.Array:

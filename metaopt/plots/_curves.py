@@ -180,7 +180,7 @@ def adaptation_curves(
 
 def scores_by_number(
     evaluation: Evaluation,
-    of: str,
+    count: str,
     edges: Sequence[float],
     *,
     step: int = -1,
@@ -191,7 +191,7 @@ def scores_by_number(
 
     Args:
       evaluation: the result of `few_shot.evaluate_episodes`.
-      of: "ways" or "shots".
+      count: "ways" or "shots".
       edges: the edges of the bins, as for `evaluation.by_number`.
       step: the number of adaptation steps after which the scores are taken; −1: after the last step.
       axes: the axes to draw on; None makes a figure.
@@ -201,13 +201,14 @@ def scores_by_number(
       The axes, with a legend that marks transductive methods. A non-finite mean is not drawn.
 
     Raises:
-      ValueError: if `of` or `edges` is out of range, or no episode is within `edges`.
+      KeyError: if `count` is not "ways" or "shots".
+      ValueError: if no episode is within `edges`.
       ImportError: if matplotlib is not installed.
     """
-    binned = by_number(evaluation, of, edges, step=step)
+    binned = by_number(evaluation, count, edges, step=step)
     if not all(binned.values()):
         raise ValueError(
-            f"`edges` must enclose the {of} of at least one episode; no episode lies within {list(edges)}."
+            f"`edges` must enclose the {count} of at least one episode; no episode lies within {list(edges)}."
         )
     axes = new_axes(axes, width=WITH_LEGEND)
     for place, (method, bins) in enumerate(binned.items()):
@@ -215,6 +216,6 @@ def scores_by_number(
         mean = np.where(np.isfinite(mean), mean, np.nan)
         look = line_style(place, marker="o")
         axes.errorbar(number, mean, yerr=half, **look, capsize=3, label=label_of(evaluation, method))
-    axes.set_xlabel(of if of == "ways" else "shots (support examples for each way)")
+    axes.set_xlabel(count if count == "ways" else "shots (support examples for each way)")
     axes.set_ylabel(ylabel)
     return legend_at_right(axes)

@@ -24,6 +24,7 @@ def regret(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     families: Mapping[str, str] | None = None,
     constraints: Mapping[str, float] | None = None,
+    resumes: bool = False,
     ranks: bool = False,
     log: bool = False,
     axes: "Axes | None" = None,
@@ -32,8 +33,8 @@ def regret(
 
     The normalized regret of a task is (y − best) / (worst − best), where y is the smallest outcome so far. It is at
     most 1, also before the first outcome. It is 0 if all outcomes of the task are equal. The budget is the sum of the
-    fidelities of the trials so far. It is the number of trials if all have the full budget. Only trials that are
-    "COMPLETE" at the full budget have outcomes; the others only spend their budget.
+    fidelities of the trials so far (see `resumes`). It is the number of trials if all have the full budget. Only trials
+    that are "COMPLETE" at the full budget have outcomes; the others only spend their budget.
 
     If trials have several outcomes, y is the first one. To compare searches by a Pareto front, replace the outcome of
     each trial by the negative hypervolume of the trials so far: see "Black boxes" in the documentation.
@@ -49,6 +50,8 @@ def regret(
         and the interval is over families. By default, each task is its own family.
       constraints: name -> bound of other outcomes. A trial with a larger one only spends its budget. By default, all
         trials count, also those that the searcher's own constraints exclude.
+      resumes: whether trials continued from their own checkpoints of lower fidelities, as in `collect(resumes=True)`.
+        Then only the difference of the two fidelities counts as spent.
       ranks: whether to draw ranks instead: the methods are ranked by their regrets on each task, where 1 is the best,
         and ties share a rank. Among methods with a regret of 1, those without an outcome are the last.
       log: whether the axis of the regret is logarithmic. A regret of 0 is then not drawn.
@@ -79,7 +82,9 @@ def regret(
             )
     bounds = {**_bounds(by_run, tasks), **(bounds or {})}
     before = 1 + _NO_OUTCOME if ranks else 1.0
-    curves = {name: _curves(repetitions, bounds, tasks, before) for name, repetitions in by_run.items()}  # [T, N]
+    curves = {
+        name: _curves(repetitions, bounds, tasks, before, resumes) for name, repetitions in by_run.items()
+    }  # [T, N]
     if ranks:
         curves = _ranked(curves)
     groups = [(families or {}).get(task, task) for task in tasks]
@@ -130,16 +135,29 @@ def _curves(
     bounds: Mapping[str, Any],
     tasks: Sequence[str],
     before: float,
+    resumes: bool,
 ) -> np.ndarray:
     """[T, N] the mean regret over repetitions, after budgets of 1 ... N trials: as many as each run has spent."""
-    spent = [sum(record.fidelity for record in records) for run in repetitions for records in run.values()]
+    spent = [_spent(records, resumes)[-1] for run in repetitions for records in run.values()]
     budgets = np.arange(1, math.floor(min(spent) + 1e-6) + 1)
-    regrets = [[_regrets(run[task], bounds[task], budgets, before) for task in tasks] for run in repetitions]
+    regret_of = lambda run, task: _regrets(run[task], _spent(run[task], resumes), bounds[task], budgets, before)
+    regrets = [[regret_of(run, task) for task in tasks] for run in repetitions]
     return np.mean(regrets, 0)
 
 
+def _spent(records: Sequence[base.Record], resumes: bool) -> np.ndarray:
+    """[n] the budget of the first trial, of the first two, ..., of all n."""
+    paid: dict[int, float] = {}  # the highest fidelity of each trial so far
+    costs = []
+    for record in records:
+        before = paid.get(record.trial, 0.0) if resumes else 0.0
+        costs.append(max(record.fidelity - before, 0.0))
+        paid[record.trial] = max(record.fidelity, before)
+    return np.cumsum(costs)
+
+
 def _regrets(
-    records: Sequence[base.Record], bounds: tuple[float, float], budgets: np.ndarray, before: float
+    records: Sequence[base.Record], spent: np.ndarray, bounds: tuple[float, float], budgets: np.ndarray, before: float
 ) -> np.ndarray:
     """[N] the normalized regret of one run on one task; it is `before` until the first outcome, and then at most 1."""
     best, worst = bounds
@@ -147,7 +165,6 @@ def _regrets(
     regrets = (outcomes - best) / (worst - best) if worst > best else np.zeros(len(outcomes))
     regrets = np.where(np.isnan(outcomes), before, np.minimum(regrets, 1.0))
     regrets = np.minimum.accumulate(np.append(before, regrets))
-    spent = np.cumsum([record.fidelity for record in records])
     return regrets[np.searchsorted(spent, budgets + 1e-6)]
 
 

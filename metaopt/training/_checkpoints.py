@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ class Checkpoints:
       newest: the step of the newest checkpoint, after `restore` or `save`; None before.
 
     Raises:
-      ValueError: if `directory` is in use by another run.
+      ValueError: if `directory` is in use by another run, or if several processes do not see one folder there.
       OSError: if `directory` is a file, or cannot be written to.
     """
 
@@ -109,6 +110,7 @@ class Checkpoints:
         self.newest: int | None = None
         with contextlib.ExitStack() as stack:
             _processes.in_all(stack.enter_context, _claimed(self.directory))
+            _check_shared(self.directory)
             _processes.in_all(_remove_damaged_losses, self.directory)
             self._manager = self._open()
             stack.callback(lambda: self._manager.close())
@@ -152,10 +154,10 @@ class Checkpoints:
         It waits for the former write, and `close` waits for the last one. If a write fails, for example because the
         disk is full, a run of one process logs the error and goes on, and its former checkpoints stay.
 
-        Several processes first compare whether each of them can write to the folder, and whether its disk has space
-        for the arrays. If not, all log this, skip the checkpoint and go on. A write that fails after that raises an
-        error: the thread of that process does not reach orbax's barriers, where the threads of the others wait, so no
-        process can write again.
+        Several processes first compare whether each of them can write to the folder, and whether the disk, which they
+        share, has space for the arrays of all. If not, all log this, skip the checkpoint and go on. A write that fails
+        after that raises an error: the thread of that process does not reach orbax's barriers, where the threads of the
+        others wait, so no process can write again.
 
         Args:
           step: the step, larger than that of every other checkpoint.
@@ -305,6 +307,29 @@ def _claimed(directory: str) -> Iterator[None]:
                 "Wait until that run has ended, or use another folder for this run."
             ) from None
         yield
+
+
+def _check_shared(directory: str) -> None:
+    """Raises ValueError if the processes of a run do not see one folder, in which orbax joins their parts."""
+    if jax.process_count() == 1:
+        return
+    # A new name, since a local folder may have files of an older run.
+    probe = pathlib.Path(directory, f".shared_{_processes.of_first(time.time())}")
+    first = jax.process_index() == 0
+    try:
+        _processes.in_all(probe.touch if first else lambda: None)
+        _processes.in_all(_check_is_there, probe)
+    finally:
+        if first:
+            probe.unlink(missing_ok=True)
+
+
+def _check_is_there(probe: pathlib.Path) -> None:
+    if not probe.exists():
+        raise ValueError(
+            f"`checkpoint_dir` {probe.parent} of process {jax.process_index()} is not the folder of the first process. "
+            "Give all processes of a run one folder, on a file system that their machines share."
+        )
 
 
 def _check_space(directory: str, size: int) -> None:

@@ -160,7 +160,7 @@ def fit(
         `space` is not the problem's.
       ValueError: if the tasks are empty, have labels outside their classes, or change their shapes while some slots are
         not done.
-      ValueError: if `checkpoint_dir` is in use, or holds another run.
+      ValueError: if `checkpoint_dir` is in use, holds another run, or is not one folder of all processes.
       OSError: if `checkpoint_dir` cannot be written to.
 
     Example:

@@ -6,9 +6,10 @@
 Without these extras, the tests of the clusters skip.
 """
 
-import concurrent.futures
 import contextlib
 import os
+import signal
+import subprocess
 import sys
 
 import black_boxes
@@ -17,7 +18,6 @@ import numpy as np
 import pytest
 
 from metaopt import blackbox
-from metaopt.blackbox import _workers
 
 joblib = pytest.importorskip("joblib")
 
@@ -42,6 +42,7 @@ def cluster(backend, allowed_failures=3):
         path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
         options = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "runtime_env": path}
         pytest.importorskip("ray.util.joblib").register_ray()
+        options["_system_config"] = {"worker_niceness": 0}  # by default its workers wait for all other processes
         ray.init(include_dashboard=False, log_to_driver=False, **options)
         try:
             yield
@@ -51,7 +52,7 @@ def cluster(backend, allowed_failures=3):
         yield
 
 
-def collect(objective=KILLS_NOTHING, *, on=TASKS, num_trials=6, **kwargs):
+def collect(objective=KILLS_NOTHING, *, on=TASKS, num_trials=4, **kwargs):
     kwargs = {"key": jax.random.key(3), "isolated": False} | kwargs
     return blackbox.collect(objective, black_boxes.SPACE, on, num_trials=num_trials, **kwargs)
 
@@ -71,10 +72,10 @@ def test_a_killed_worker_loses_no_trial(backend, isolated, tmp_path):
     with cluster(backend):
         records = collect(objective, store=store, num_workers=2, backend=backend, isolated=isolated)
     assert len(list(kills.iterdir())) == 1
-    assert without_cost(records) == without_cost(collect()) and len(records) == 12
+    assert without_cost(records) == without_cost(collect()) and len(records) == 8
     ended = blackbox.read_records(store, history=True, status="COMPLETE")
     assert sorted(without_cost(ended)) == sorted(without_cost(records))
-    assert len(blackbox.read_records(store)) == 12
+    assert len(blackbox.read_records(store)) == 8
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -92,12 +93,12 @@ def test_a_trial_that_always_kills_its_worker_ends_the_collection_and_the_next_c
         assert type(caught.value).__name__ == errors[backend]
         assert caplog.text.count("A worker was lost") >= 2
         left = [record.trial for record in blackbox.read_records(store, status="COMPLETE")]
-        assert set(left) >= {0, 1} and 3 not in left
+        assert left and 3 not in left
         assert [record.trial for record in blackbox.read_records(store, status="RUNNING")].count(3) == 1
         objective.times = 0
         records = collect(objective, store=store)
     assert without_cost(records) == without_cost(collect())
-    assert len(blackbox.read_records(store, history=True, status="COMPLETE")) == 12
+    assert len(blackbox.read_records(store, history=True, status="COMPLETE")) == 8
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -114,22 +115,34 @@ def test_trials_that_hang_or_crash_on_a_cluster_are_records(backend):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("budget", [None, 40.0])
+def test_dask_without_a_worker_ends_the_collection(budget, tmp_path):
+    """The only worker is killed in trial 3, and no other one starts."""
+    distributed = pytest.importorskip("distributed")
+    (kills := tmp_path / "kills").mkdir()
+    store = tmp_path / "records.db"
+    scheduler = distributed.LocalCluster(n_workers=0, dashboard_address=None)
+    waits = {"wait_for_workers_timeout": 3600 if budget else 2}
+    with scheduler, distributed.Client(scheduler) as client, joblib.parallel_config(backend="dask", **waits):
+        if budget is None:
+            with pytest.raises(TimeoutError, match="no worker after 2 seconds"):
+                collect()
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler.scheduler_address]
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        worker = subprocess.Popen([*command, "--no-nanny", "--nthreads", "1"], env=os.environ | path)
+        client.wait_for_workers(1, timeout=60)
+        raises = contextlib.nullcontext() if budget else pytest.raises(TimeoutError, match="no worker")
+        with raises:
+            collect(black_boxes.KillsWorkers(kills, False), on={"left": TASKS["left"]}, store=store, budget=budget)
+        assert worker.wait() == -signal.SIGKILL
+    ended = [record.trial for record in blackbox.read_records(store, status="COMPLETE")]
+    assert ended and 3 not in ended
+
+
 @pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
 def test_a_missing_extra_is_named(backend, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=f'`backend="{backend}"` needs {package}: install the extra "{backend}"'):
         collect(backend=backend)
-
-
-@pytest.mark.parametrize("method", ["submit", "apply_async"])  # of new and old versions of joblib
-def test_faults_of_joblib_with_dask_are_repaired(method):
-    """joblib's backend does not call back if a future has an error, and runs trials in this process for one core."""
-    future, calls = concurrent.futures.Future(), []
-    methods = {method: lambda self, function, callback: future, "effective_n_jobs": lambda self, n_jobs: n_jobs}
-    backend = type("DaskDistributedBackend", (), methods)()
-    for _ in range(2):  # a backend serves several rounds
-        _workers._repair(backend)
-    assert getattr(backend, method)(print, calls.append) is future
-    future.set_exception(error := RuntimeError("the worker is gone"))
-    assert calls == [error]
-    assert [backend.effective_n_jobs(n) for n in (1, 2, 64)] == [2, 2, 64]

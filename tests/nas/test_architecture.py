@@ -50,7 +50,7 @@ def test_the_same_seed_finds_the_same_alpha_killed_or_not(tmp_path):
     np.testing.assert_array_equal(first.hyperparams["cell"], resumed.hyperparams["cell"])
     np.testing.assert_array_equal(first.history["curvature"], resumed.history["curvature"])
     assert np.isfinite(first.history["curvature"]).sum() == 6
-    nas.discrete(NET, search.genotype(search.found(first)))
+    nas.discrete(NET, search.genotype(search.selected_alpha(first)))
 
 
 def fitted(search, num_steps, **options):
@@ -67,9 +67,9 @@ def test_robust_darts_returns_the_alpha_before_its_stop():
     search = search_of(nas.robust_darts, every=1, window=1, start=1, delta=1, factor=1e-9)
     result = fitted(search, 9, callback=lambda step, metrics: metrics["stop"] > 0)
     assert result.stopped == "callback" and len(result.history["stop"]) == 2
-    np.testing.assert_allclose(search.found(result)["cell"], search.hyperparams(KEY)["cell"], rtol=1e-6)
-    assert np.abs(search.found(result)["cell"] - result.hyperparams["cell"]).max() > 0.1
-    assert search_of(nas.darts, order="first").found(result) is result.hyperparams
+    np.testing.assert_allclose(search.selected_alpha(result)["cell"], search.hyperparams(KEY)["cell"], rtol=1e-6)
+    assert np.abs(search.selected_alpha(result)["cell"] - result.hyperparams["cell"]).max() > 0.1
+    assert search_of(nas.darts, order="first").selected_alpha(result) is result.hyperparams
 
 
 @pytest.mark.once
@@ -290,8 +290,8 @@ def test_a_run_without_a_finite_step_has_no_result():
         options = {"hyperparams": {"cell": jnp.zeros((1, 3))}, "num_steps": 2, "key": KEY, "progress": False}
         return training.fit(learner, lambda key: task, **options)
 
-    assert search.found(fitted(TASK))["cell"].shape == (1, 3)
+    assert search.selected_alpha(fitted(TASK))["cell"].shape == (1, 3)
     # Below 0, too, where another class would be trained.
     wrong = {**TASK.train, "y": TASK.train["y"] - 1}
     with pytest.raises(ValueError, match="None of the run's 2 steps had a finite loss and a finite hyper"):
-        search.found(fitted(base.Task(wrong, wrong)))
+        search.selected_alpha(fitted(base.Task(wrong, wrong)))

@@ -26,8 +26,8 @@ def test_the_rule():
 
 def test_the_rule_of_skips():
     assert stopping.by_skips([0, 1, 1, 2, 0, 3]) == 2
-    assert stopping.by_skips([0, 1, 1, 2, 0, 3], most=2) == 4
-    assert stopping.by_skips([0, 1, 1, 2, 0, 3], most=3) is None
+    assert stopping.by_skips([0, 1, 1, 2, 0, 3], max_skips=2) == 4
+    assert stopping.by_skips([0, 1, 1, 2, 0, 3], max_skips=3) is None
     # What α was drawn as does not count.
     assert stopping.by_skips([5, 1, 2]) == 1
     assert stopping.by_skips([5, 2, 2, 0, 2], start=3) == 3
@@ -108,10 +108,10 @@ def test_the_stop_by_skips_of_an_estimator_is_the_rule_on_their_counts():
     counts = [int((alpha_at(2 * (e + 1)).argmax(1) == 1).sum()) for e in range(10)]
     assert counts == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
     rule = hypergrad.lookahead(problem, num_steps=0)
-    for most, expected in ((0, 3), (1, 5), (2, None)):
-        assert stopping.by_skips(counts, most=most) == expected
+    for max_skips, expected in ((0, 3), (1, 5), (2, None)):
+        assert stopping.by_skips(counts, max_skips=max_skips) == expected
         watched = _early_stop.stopped_by_skips(
-            rule, lambda alpha: _early_stop.num_skips(network, alpha), every=2, most=most
+            rule, lambda alpha: _early_stop.num_skips(network, alpha), every=2, max_skips=max_skips
         )
         result = training.fit(
             training.learner(watched, optax.sgd(1.0)),

@@ -78,6 +78,14 @@ def test_trials_without_an_outcome_spend_their_budget():
     np.testing.assert_allclose(nothing["never"][:, 1], [1, 1])
 
 
+def test_a_resumed_trial_only_spends_the_difference_of_its_fidelities():
+    thirds = [base.Record("t", {}, 2.0, trial=0, fidelity=k / 3) for k in (1, 2, 3)]
+    records = [*thirds, *(base.Record("t", {}, y, trial=i) for i, y in ((1, 0.0), (2, 4.0)))]
+    lines = lambda **kwargs: drawn(plots.regret({"a": records}, **kwargs))["a"][:, 1]
+    np.testing.assert_allclose(lines(), [1, 0.5, 0, 0])
+    np.testing.assert_allclose(lines(resumes=True), [0.5, 0, 0])
+
+
 def several(task, **outcomes):
     """Trials with several outcomes, the first of which is the records' own."""
     rows = [dict(zip(outcomes, map(float, row), strict=True)) for row in zip(*outcomes.values(), strict=True)]

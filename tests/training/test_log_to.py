@@ -160,6 +160,31 @@ def test_tensorboardx_writes_events(tmp_path):
     assert b"hypergrad_norm" in events.read_bytes() and b"evaluation" in events.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_mlflow_has_the_metrics_of_each_step(tmp_path, asynchronous):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'runs.db'}")
+    mlflow.config.enable_async_logging(asynchronous)
+    with mlflow.start_run() as run:
+        result = fit(mlflow)
+    history = lambda name: mlflow.MlflowClient().get_metric_history(run.info.run_id, name)
+    values = {metric.step: metric.value for metric in history("value")}
+    assert values == dict(zip(range(1, 10), result.history["value"].tolist(), strict=True))
+    assert sorted(metric.step for metric in history("evaluation")) == [3, 6, 9]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_has_the_metrics_of_a_run_without_network(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    with wandb.init(mode="offline", dir=tmp_path) as run:
+        fit(run)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.read_bytes().count(b"hypergrad_norm") >= 9
+
+
 @pytest.mark.parametrize("target, message", [("run.csv", r'must end in "\.jsonl"'), (3, "of type int")])
 def test_other_targets_are_rejected(target, message):
     with pytest.raises(TypeError, match=message):

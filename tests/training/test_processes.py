@@ -31,12 +31,14 @@ NUM_STEPS = 20
 
 
 def start(folder, processes, num_steps=NUM_STEPS, faulty=""):
+    """Starts the processes with one folder, or with one for each."""
+    folders = folder if isinstance(folder, list) else [folder] * processes
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(process), str(processes), str(port), str(folder), str(num_steps), faulty],
+            [sys.executable, str(SCRIPT), *map(str, [process, processes, port, folders[process], num_steps, faulty])],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -164,6 +166,20 @@ def test_a_full_disk_of_one_process_loses_nothing(tmp_path, unbroken, disk, kept
     assert_equal(results_in(tmp_path / "run", 2), unbroken, rtol=0)
     assert sorted(int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()) == kept
     assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
+
+
+@pytest.mark.once
+def test_processes_with_folders_of_their_own_are_refused(tmp_path):
+    """Each folder exists, like folders of one name on the disks of two machines."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    processes = start(folders, 2)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert "1 of process 1 is not the folder of the first process" in errors[1]
+    assert "ValueError: another process had an error" in errors[0]
+    assert not any(list(folder.iterdir()) for folder in folders)
 
 
 def test_a_checkpoint_that_is_larger_than_the_space_of_the_disk_is_found_before_the_write(tmp_path):

@@ -33,7 +33,7 @@ def outcomes(runs: dict, table, data, num_seeds: int) -> dict[str, list[int]]:
                 curvatures = [np.nan if c is None else c for c in run["curvatures"]]
                 stops = {
                     "RobustDARTS": stopping.by_sharpness(curvatures, **LATE),
-                    "DARTS, stopped at two skips": stopping.by_skips([skips(r) for r in run["rows"]], most=1),
+                    "DARTS, stopped at two skips": stopping.by_skips([skips(r) for r in run["rows"]], max_skips=1),
                 }
                 for stop, epoch in stops.items():
                     cells.setdefault(stop, []).append(run["row"] if epoch is None else run["rows"][epoch])

@@ -31,12 +31,12 @@ def by_sharpness(
     return None
 
 
-def by_skips(counts: Sequence[int], *, most: int = 1, start: int = 1) -> int | None:
-    """Returns the last epoch before the genotype has more than `most` skips; None if it never has.
+def by_skips(counts: Sequence[int], *, max_skips: int = 1, start: int = 1) -> int | None:
+    """Returns the last epoch before the genotype has more than `max_skips` skips; None if it never has.
 
     Args:
       counts: number of skips in the genotype at every epoch from 0.
-      most: number of skips that a cell may have.
+      max_skips: number of skips that a cell may have.
       start: the first epoch that may stop, at least 1. A stop at epoch 0 would keep the random initial α.
     """
-    return next((e - 1 for e in range(start, len(counts)) if counts[e] > most), None)
+    return next((e - 1 for e in range(start, len(counts)) if counts[e] > max_skips), None)

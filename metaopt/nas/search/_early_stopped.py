@@ -29,7 +29,8 @@ def robust_darts(
     """RobustDARTS: DARTS that stops when the validation loss becomes too sharp in α, and returns an earlier α.
 
     Run it with `callback=lambda step, metrics: metrics["stop"] > 0`. Then decode the cell from the earlier α,
-    `search.found(result)`. Do not use `result.hyperparams`: it is the α of the step that stopped, which is too late.
+    `search.selected_alpha(result)`. Do not use `result.hyperparams`: it is the α of the step that stopped, which is
+    too late.
 
     At the end of every epoch it measures κ, the dominant eigenvalue of ∂²f/∂α², which the metric "curvature" reports
     (NaN at other estimates). This costs `num_iterations` Hessian-vector products of f in α.
@@ -73,22 +74,22 @@ def darts_plus(
     *,
     ops: Mapping[str, _ops.Op],
     every: int,
-    most: int = 1,
+    max_skips: int = 1,
     start: int = 1,
     **options: Any,
 ) -> Search:
     """DARTS+: DARTS that stops when a cell has too many skips, and returns the α of the previous epoch.
 
-    Run it like `robust_darts`, with `callback=lambda step, metrics: metrics["stop"] > 0`. Then `search.found(result)`
-    is the α to use.
+    Run it like `robust_darts`, with `callback=lambda step, metrics: metrics["stop"] > 0`. Then
+    `search.selected_alpha(result)` is the α to use.
 
     Args:
       network: the spec of the network to search; it must have "skip_connect".
       in_shape: shape of one input.
       ops: the ops of the space.
       every: estimates per epoch.
-      most: the search stops if a cell has more skips than this. (As published, it is one, and only normal cells are
-        counted. Here, the kind of cell with the most skips is counted.)
+      max_skips: the search stops if a cell has more skips than this. (As published, it is one, and only normal cells
+        are counted. Here, the kind of cell with the most skips is counted.)
       start: the first epoch that may stop, counted from 0; at least 1.
       **options: as for `darts`.
 
@@ -104,14 +105,16 @@ def darts_plus(
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
     >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
     >>> search = nas.darts_plus(table, (3,), ops=nas.BLOCKS, every=20)
-    >>> search.settings["method"], search.settings["most"]
+    >>> search.settings["method"], search.settings["max_skips"]
     ('darts_plus', 1)
     """
     search = darts(network, in_shape, ops=ops, **{"order": "first", **options})
 
     def rule(problem, own):
         num_skips = lambda hyperparams: _early_stop.num_skips(search.supernet.network, search.weights(own(hyperparams)))
-        return _early_stop.stopped_by_skips(search.rule(problem, own), num_skips, every=every, most=most, start=start)
+        return _early_stop.stopped_by_skips(
+            search.rule(problem, own), num_skips, every=every, max_skips=max_skips, start=start
+        )
 
     # Raises for a network without skips.
     weights = lambda key: search.weights(search.hyperparams(key))
@@ -122,8 +125,10 @@ def darts_plus(
 def _stopped_by(search: Search, rule: Callable[[base.Problem, Callable], base.Estimator]) -> Search:
     """Returns the same search with another rule, whose state stores the α to return."""
 
-    def found(result):
-        search.found(result)  # raises
+    def selected_alpha(result):
+        search.selected_alpha(result)  # raises
         return result.state.estimator_state.kept
 
-    return search._replace(estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, found=found)
+    return search._replace(
+        estimator=rule(search.problem, lambda hyperparams: hyperparams), rule=rule, selected_alpha=selected_alpha
+    )

@@ -33,9 +33,9 @@ class Search(NamedTuple):
       genotype: `(α) -> Genotype`. The example of `search_report` shows the steps that follow.
       rule: `(problem, own) -> Estimator`, the function that made `estimator`. `under_budget` uses it to make an
         estimator of another problem with another λ: `own(λ)` extracts the λ of this search.
-      found: `(training.FitResult) -> α`, the result of a run: α after its last step (an earlier α for RobustDARTS).
-        Raises ValueError if no step had a finite loss and a finite hypergradient. α has then not moved, and
-        `genotype` would decode a cell that no search selected.
+      selected_alpha: `(training.FitResult) -> α`, the result of a run: α after its last step (an earlier α for
+        RobustDARTS). Raises ValueError if no step had a finite loss and a finite hypergradient. α has then not moved,
+        and `genotype` would decode a cell that no search selected.
       settings: the method's name, the network, and the other arguments of the search, as JSON values. Pass them as
         `training.fit(settings=search.settings)`. Different searches may have α and states of the same shapes. So
         without settings, a checkpoint of another search could be continued as if it were of this one. Functions are
@@ -51,7 +51,7 @@ class Search(NamedTuple):
     weights: Callable[[base.HyperParams], dict[str, jax.Array]]
     genotype: Callable[[base.HyperParams], _specs.Genotype]
     rule: Callable[[base.Problem, Callable], base.Estimator]
-    found: Callable[[training.FitResult], base.HyperParams]
+    selected_alpha: Callable[[training.FitResult], base.HyperParams]
     settings: dict[str, Any]
 
 
@@ -129,7 +129,7 @@ def architecture_search(
       ValueError: if the spec and the shapes do not fit, or if `single_path` is set and the relaxation gives weight to
         several ops. Also if `keep` is given for NAS-Bench-101's space. `weights` and `genotype` raise it if α has other
         kinds of cells or other shapes. The estimator's `init` raises it if `loss` is the default and untraced labels of
-        the task are not classes. (With such labels, a traced loss is NaN instead: see `Search.found`.)
+        the task are not classes. (With such labels, a traced loss is NaN instead: see `Search.selected_alpha`.)
 
     >>> import jax
     >>> from metaopt import nas
@@ -182,7 +182,7 @@ def architecture_search(
         weights=weights,
         genotype=lambda hyperparams: _derivation.derive_genotype(network, jax.device_get(weights(hyperparams))),
         rule=make_estimator,
-        found=_last_alpha,
+        selected_alpha=_last_alpha,
         settings={
             "keep": plain(network.keep if isinstance(network, _specs.Network) else keep),
             "relaxation": plain(relax),

@@ -80,7 +80,7 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     ...     training.learner(search.estimator, optax.adam(0.1)), lambda key: task, num_steps=10, progress=False,
     ...     hyperparams=search.hyperparams(jax.random.key(0)), key=jax.random.key(1),
     ... )
-    >>> alpha = search.found(result)
+    >>> alpha = search.selected_alpha(result)
     >>> genotype = search.genotype(alpha)  # `nas.genotype_to_text` keeps it
 
     Train from scratch (without the auxiliary head, because no layer has a stride):
