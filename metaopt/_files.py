@@ -222,6 +222,7 @@ class Npz:
         *,
         missing: Callable[[str], bool] = lambda name: False,
         others: Mapping[str, np.dtype] = {},
+        infinite: bool = False,
     ) -> dict[str, np.ndarray]:
         """Returns all arrays, which must have these names and shapes, be floating-point, and be finite in float32.
 
@@ -229,6 +230,7 @@ class Npz:
           shapes: the expected shapes by name.
           missing: `(name) -> bool`, whether an array may have NaN, as the mark of a missing value.
           others: the types of the arrays that are not floating-point, such as int32.
+          infinite: whether infinities are allowed.
 
         Raises:
           ValueError: if an array is missing, not expected, of another shape or type, or not finite.
@@ -245,7 +247,7 @@ class Npz:
         arrays = {name: self[name] for name in shapes}
         for name, array in arrays.items():
             if array.dtype.kind in "fc":
-                check_finite(name, array, missing=missing(name))
+                check_finite(name, array, missing=missing(name), infinite=infinite)
         return arrays
 
     def _spec(self, info: zipfile.ZipInfo) -> Spec:
@@ -281,14 +283,20 @@ def is_float(spec: Any) -> bool:
     return spec.dtype.kind == "f" and spec.dtype.itemsize <= 8
 
 
-def check_finite(name: str, array: np.ndarray, *, missing: bool = False) -> None:
+def check_finite(name: str, array: np.ndarray, *, missing: bool = False, infinite: bool = False) -> None:
     """Raises a ValueError if an array has entries that are not finite in float32.
 
     Args:
       name: the name of the array.
       array: an array of numbers.
       missing: whether NaN is allowed, as the mark of a missing value.
+      infinite: whether infinities are allowed.
     """
     fine = np.abs(array) <= np.finfo(np.float32).max
-    if not (fine | np.isnan(array) if missing else fine).all():
-        raise ValueError(f"the array {name} has entries that are not finite in float32")
+    if missing:
+        fine |= np.isnan(array)
+    if infinite:
+        fine |= np.isinf(array) & ~np.isnan(array)  # a complex number can be both
+    if not fine.all():
+        fault = "NaN, or beyond the largest float32" if infinite else "not finite in float32"
+        raise ValueError(f"the array {name} has entries that are {fault}")

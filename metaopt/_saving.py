@@ -81,7 +81,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `automl.AutoClusterer` | a fitted estimator with its clusters |
     | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
-    | any other pytree of arrays | λ, θ or the state of a model, such as counters and PRNG keys; `load` needs `like=` |
+    | any other pytree of arrays | λ, θ, or the state of a model, an optimizer or a learner; `load` needs `like=` |
 
     Records have a separate store (`blackbox.append_records`), and `training.fit` writes its checkpoints.
 
@@ -92,7 +92,9 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
 
     Raises:
       TypeError: if values of this type cannot be saved.
-      ValueError: if the value is inconsistent, a number is not finite, or a part of it cannot be written as JSON.
+      ValueError: if the value is inconsistent, or a part of it cannot be written as JSON.
+      ValueError: if a number is not finite. A pytree of arrays may have infinities, but no NaN, and no number beyond
+        the largest float32.
 
     >>> import os, tempfile, metaopt
     >>> split = metaopt.tasks.Split({"train": {"letters": {}}, "test": {"digits": {}}})
@@ -229,7 +231,7 @@ def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays = {name: storable(jax.random.key_data(leaf) if name in keys else leaf) for name, leaf in leaves.items()}
     for name, array in arrays.items():
         if array.dtype.kind in "fc":
-            _files.check_finite(name, array)
+            _files.check_finite(name, array, infinite=True)  # such as the best value of a new `reduce_on_plateau`
     return {"keys": keys} if keys else {}, arrays
 
 
@@ -240,7 +242,8 @@ def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> An
     stored = {k: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for k, x in templates.items()}
     types = {name: np.dtype(getattr(leaf, "dtype", float)) for name, leaf in stored.items()}
     others = {name: dtype for name, dtype in types.items() if not jnp.issubdtype(dtype, jnp.floating)}
-    arrays = file.floats({name: tuple(np.shape(leaf)) for name, leaf in stored.items()}, others=others)
+    expected = {name: tuple(np.shape(leaf)) for name, leaf in stored.items()}
+    arrays = file.floats(expected, others=others, infinite=True)
     keys = header.get("keys", {})
     loaded = {name: _like(name, arrays[name], leaf, keys.get(name)) for name, leaf in templates.items()}
     return tree_from_leaves("leaf", loaded, like)

@@ -47,7 +47,7 @@ class Case(NamedTuple):
       write: `(folder) -> None`.
       read: `(folder) -> object`.
       kind: the type of the object, or of the items of a list.
-      numbers: of the object: "finite", "missing" if they may be NaN, or "any".
+      numbers: of the object: "finite", "missing" if they may be NaN, "infinite" if they may be infinite, or "any".
       share: of the files, in comparison with the other readers.
     """
 
@@ -304,7 +304,10 @@ CASES = {
         write_evaluation, lambda f: metaopt.load(f / "scores.npz"), evaluation.Evaluation, numbers="any"
     ),
     "pytree": Case(
-        lambda f: metaopt.save(f / "tree.npz", PYTREE), lambda f: metaopt.load(f / "tree.npz", like=PYTREE), dict
+        lambda f: metaopt.save(f / "tree.npz", PYTREE),
+        lambda f: metaopt.load(f / "tree.npz", like=PYTREE),
+        dict,
+        numbers="infinite",
     ),
     "trained network": Case(
         write_network,
@@ -575,8 +578,8 @@ def check_valid(value, numbers):
         assert value.dtype != object
         if jax.numpy.issubdtype(value.dtype, np.floating):
             array = np.asarray(value, np.float64)
-            assert numbers == "any" or not np.isinf(array).any()
-            assert numbers != "finite" or not np.isnan(array).any()
+            assert numbers in ("infinite", "any") or not np.isinf(array).any()
+            assert numbers in ("missing", "any") or not np.isnan(array).any()
     elif isinstance(value, float):
         check_valid(np.array(value), numbers)
     elif isinstance(value, dict | list | tuple):

@@ -7,9 +7,11 @@ import pickle
 import zipfile
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import metaopt
@@ -124,13 +126,25 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
         ({"name": "sgd"}, TypeError, r"\['name'\] is of type str"),
         ({"names": np.array(["sgd"])}, TypeError, r"\['names'\] is of type <U3"),
         ({"bits": jnp.ones(2, jnp.int4)}, TypeError, r"\['bits'\] is of type int4"),
-        ({"wave": np.complex64(1j * np.inf)}, ValueError, "wave"),
+        ({"best": np.array([np.inf, 1e39])}, ValueError, r"\['best'\] has entries that are NaN, or beyond the largest"),
+        ({"wave": np.complex64(1j * np.inf)}, ValueError, "wave"),  # its real part is NaN
         ({"count": 3}, TypeError, r"\['count'\] is of type int"),
         ({}, TypeError, "but it has no leaf"),
     ):
         with pytest.raises(error, match=message):
             metaopt.save(path, value)
     assert path.read_bytes() == before
+
+
+def test_the_state_of_an_optimizer_may_have_infinities(tmp_path):
+    optimizer = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau())
+    params = {"w": jnp.ones((2, 3))}
+    state = optimizer.init(params)
+    assert any(np.isinf(leaf).any() for leaf in jax.tree.leaves(state))
+    metaopt.save(tmp_path / "state.npz", state)
+    loaded = metaopt.load(tmp_path / "state.npz", like=optimizer.init(params))
+    chex.assert_trees_all_equal(loaded, state)
+    chex.assert_trees_all_equal_dtypes(loaded, state)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def from_linen(
     """Makes a `Model` from a Flax Linen module.
 
     The collection "params" is θ. All other collections (batch statistics) are the model state, and mutable in training.
+    In training, `make_rng("dropout")` gives a new key in each step. There is no other stream of random numbers.
 
     Args:
       module: a `flax.linen.Module`.
