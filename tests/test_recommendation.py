@@ -198,6 +198,14 @@ def test_ndcg_of_a_hand_example():
     assert scores.ndcg(np.array([[0.0, 9, 1, 8, 7, 2]]), new, num=3) == pytest.approx([1.0])
 
 
+def test_users_of_the_first_fold_are_found_in_joined_scores():
+    users = [np.array([7, 1, 4]), np.array([0, 9]), np.array([3])]
+    for count in (1, 2, 3):
+        folds = [{"users": own, "5|rmse|g": 10.0 * own[None]} for own in users[:count]]
+        values = report.join_folds(folds)["5|rmse|g"][0, report.first_fold(folds)]
+        assert values.tolist() == [10, 40, 70]
+
+
 def test_rankings_are_compared_with_the_best_method_without_learning():
     rng = np.random.default_rng(0)
     values = {name: rng.uniform(0, 0.1, 40) for name in (fold.POPULAR, *report.NAMES)}

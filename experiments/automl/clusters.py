@@ -4,7 +4,8 @@ The methods see the columns without the labels, of at most 500 rows. The score i
 the labels: 0 is chance, 1 is equal. `clusters.json` names the tables for judging, one of each of 15 families. They were
 fixed before the first run, and no choice was made on them. The choices were made on its other tables.
 
-    python experiments/automl/clusters.py                  # minutes on two cores; writes results/clusters.md
+    python experiments/automl/clusters.py --full           # minutes on two cores; writes results/clusters.md
+    python experiments/automl/clusters.py                  # one seed
     python experiments/automl/clusters.py --smoke          # seconds, on two of the other tables; prints only
     python experiments/automl/clusters.py --development    # the other tables
 
@@ -145,12 +146,14 @@ def _interval(difference: np.ndarray, num: int = 4000) -> str:
 
 def main() -> None:
     parser = script.parser(__doc__)
+    parser.add_argument("--full", action="store_true", help="all seeds")
     parser.add_argument("--development", action="store_true", help="other tables than those for judging")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished tables")
     args = parser.parse_args()
     names = json.loads(TABLES.read_text())["development" if args.development or args.smoke else "judging"]
     tables = [table for table in from_data_folder() if table.name in names]
-    tables, seeds, max_rows = (tables[:2], 1, 100) if args.smoke else (tables, args.seeds, MAX_ROWS)
+    tables, max_rows = (tables[:2], 100) if args.smoke else (tables, MAX_ROWS)
+    seeds = args.seeds if args.full and not args.smoke else 1
     folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, __file__)
     results: dict[str, list[list[dict]]] = {name: [] for name in METHODS}
     with report_progress(len(tables) * len(METHODS), None, "{table}, {method}", table="", method="") as progress:

@@ -14,10 +14,11 @@ models are fitted to the other parts, so its users are new to them. g and the ne
 statistics of items that they see therefore include no rating of the user itself. The design (inputs, sizes, rates) was
 chosen on the training users of fold 0, by `--choose`. The test users of fold 0 had no influence on it.
 
-    python experiments/recommend                     writes experiments/results/recommend.md
+    python experiments/recommend --full              minutes; writes experiments/results/recommend.md
+    python experiments/recommend                     one seed, two of the five folds
     python experiments/recommend --smoke             seconds; synthetic ratings if there is no data folder; prints only
     python experiments/recommend --choose networks   compares designs on training users of fold 0; prints only
-    python experiments/recommend --movielens PATH    the same for a copy of MovieLens
+    python experiments/recommend --movielens PATH    the same for a copy of MovieLens, also with --full
 
 If the command runs twice at the same time, the two processes share the folds.
 PATH is the folder of MovieLens or its file of ratings (ratings.csv, ratings.dat or u.data).

@@ -14,7 +14,6 @@ from experiments.recommend.ratings import (
     NUM_FOLDS,
     Data,
     Ratings,
-    folds,
     from_movielens,
     from_movietweetings,
     make_data,
@@ -82,7 +81,8 @@ def _short(choice) -> str:
 
 
 def main() -> None:
-    parser = script.parser(recommend.__doc__, num_seeds=2)
+    parser = script.parser(recommend.__doc__, num_seeds=1)
+    parser.add_argument("--full", action="store_true", help="two seeds, and all folds instead of two")
     parser.add_argument(
         "--movielens",
         type=Path,
@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--choose", choices=choose.DESIGNS, help="compare designs on training users of fold 0")
     parser.add_argument("--work", type=Path, default=Path("recommend_runs"), help="folder of finished folds")
     options = parser.parse_args()
-    settings = SMOKE if options.smoke else Settings(num_seeds=options.seeds)
+    settings = SMOKE if options.smoke else Settings(num_seeds=2 if options.full else options.seeds)
     data = make_data(load(options), settings.first)
     if options.choose:
         choose.run(data, settings, options.choose)
         return
     name = "recommend" if options.movielens is None else "recommend_movielens"
     work = None if options.smoke else script.work_folder(options.work, Path(__file__).parent) / name
-    numbers = range(1 if options.smoke else NUM_FOLDS)
+    numbers = range(1 if options.smoke else NUM_FOLDS if options.full else 2)
     own = f"ratings{len(data.ratings.rating)}_users{data.ratings.num_users}"  # another file has other folds
     label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}_{own}"
     scores_of = lambda fold, wait: script.kept(work, label(fold), lambda: run_fold(data, fold, settings), wait=wait)
@@ -107,8 +107,7 @@ def main() -> None:
     parts = [scores_of(fold, True) for fold in numbers]
     aims = report.AIMS if data.ratings.name == "MovieTweetings" and not options.smoke else {}
     scores = report.join_folds(parts)
-    unseen = np.arange(len(parts[0]["users"])) if len(parts) == 1 else folds(len(data.users))[0]
-    text = report.report(scores, unseen, aims, describe(data, parts, settings))
+    text = report.report(scores, report.first_fold(parts), aims, describe(data, parts, settings))
     if not options.smoke:
         options.out.mkdir(parents=True, exist_ok=True)
         report.draw(scores, options.out / f"{name}.png")

@@ -24,6 +24,12 @@ def join_folds(folds: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([fold[name] for fold in folds], axis=-1)[..., order] for name in names}
 
 
+def first_fold(folds: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """Returns the places of the users of the first fold in the scores of `join_folds`."""
+    users = np.sort(np.concatenate([fold["users"] for fold in folds]))
+    return np.flatnonzero(np.isin(users, folds[0]["users"]))
+
+
 def numbers(scores: Mapping[str, np.ndarray]) -> list[int]:
     """Returns the numbers of first ratings, k."""
     return sorted({int(name.split("|")[0]) for name in scores})
