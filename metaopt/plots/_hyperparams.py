@@ -142,24 +142,33 @@ def hyperparameters_by_feature(
       predictions do not have, such as a conditional one, has gaps there.
 
     Raises:
-      ValueError: if `features` is not [n, d].
+      ValueError: if `features` is not [n, d], or no training task has a finite value of the feature.
+      ValueError: if every prediction is NaN, for example because another feature is NaN for all training tasks.
       ImportError: if matplotlib is not installed.
     """
     features = np.asarray(features, float)
     if features.ndim != 2:
         raise ValueError(f"`features` must be [n, d], one row for each training task; got shape {features.shape}.")
     own = features[:, feature]
+    if not np.isfinite(own).any():
+        raise ValueError(f"`features` has no finite value in column {feature}, so its range is unknown.")
     low, high = np.nanmin(own), np.nanmax(own)
     grid = np.linspace(low - margin * (high - low), high + margin * (high - low), num_points)
-    points = np.tile(np.nanmedian(features, axis=0), (num_points, 1))
+    unknown = np.isnan(features).all(axis=0)
+    medians = np.where(unknown, np.nan, np.nanmedian(np.where(unknown, 0.0, features), axis=0))
+    points = np.tile(medians, (num_points, 1))
     points[:, feature] = grid
     predicted = [dict(entries(predict(point))) for point in points]
-    axes = new_axes(axes, width=WITH_LEGEND)
-    axes.axvspan(low, high, color="0.9", label="range of training tasks", zorder=0)
-    axes.plot(own, np.zeros(len(own)), transform=axes.get_xaxis_transform(), color="0.3", marker="|", linestyle="none")
     lines = {
         name: np.array([float(each.get(name, math.nan)) for each in predicted]) for each in predicted for name in each
     }
+    if lines and not any(np.isfinite(line).any() for line in lines.values()):
+        columns = np.flatnonzero(unknown).tolist()
+        cause = f" Columns {columns} of `features` are NaN for every training task." if columns else ""
+        raise ValueError(f"`predict` returned no finite number for any point.{cause}")
+    axes = new_axes(axes, width=WITH_LEGEND)
+    axes.axvspan(low, high, color="0.9", label="range of training tasks", zorder=0)
+    axes.plot(own, np.zeros(len(own)), transform=axes.get_xaxis_transform(), color="0.3", marker="|", linestyle="none")
     for number, (name, line) in enumerate(lines.items()):
         axes.plot(grid, line, **line_style(number), label=name)
     if log and all((line[np.isfinite(line)] > 0).all() for line in lines.values()):

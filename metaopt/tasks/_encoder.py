@@ -206,7 +206,7 @@ def fit_encoder(
     first: dict[bytes, str] = {}  # of equal columns
     for j, name in enumerate(table.names):
         if j in dropped:
-            notes.append(ColumnNote(name, "dropped", "was not wanted"))
+            notes.append(ColumnNote(name, "dropped", "is not used as a feature"))
             continue
         fit = fit_column(name, j, read_values(table.columns[j]), keep=j in kept)
         twin = _twin(fit, first, table.num_rows)

@@ -157,7 +157,8 @@ def prepare(
         )
     frame = None if target is None else labeled_frame(table, target)
     if frame is not None:
-        table = Table("frame", "frame", frame.x, frame.y, frame.encoder.categorical)
+        names = tuple(map(str, frame.classes))
+        table = Table("frame", "frame", frame.x, frame.y, frame.encoder.categorical, class_names=names)
     table, raw = _checked(table)
     rng = np.random.default_rng(seed)
     index = _usable_rows(table, max_rows, max_classes, rng)
@@ -167,7 +168,8 @@ def prepare(
         raise ValueError(f"table {table.name} has fewer than 2 classes.")
     lost = np.setdiff1d(np.unique(table.y), classes)
     if len(lost):
-        _log.warning("table %s: classes %s have no training row and are dropped", table.name, lost.tolist())
+        names = [str(c) if table.class_names is None else table.class_names[c] for c in lost]
+        _log.warning("table %s: classes %s have no training row and are dropped", table.name, ", ".join(names))
         valid, test = (rows[np.isin(table.y[rows], classes)] for rows in (valid, test))
     for name, fraction, rows in (("valid", valid_fraction, valid), ("test", test_fraction, test)):
         if fraction > 0 and not len(rows):

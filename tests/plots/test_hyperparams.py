@@ -126,6 +126,14 @@ def test_unknown_features_of_training_tasks_are_left_out():
     assert drawn == {"a": [[0, 0], [4, 4]], "b": [[0, 8], [4, 8]]}
 
 
+def test_another_feature_may_be_unknown_for_all_tasks():
+    features = np.array([[0.0, np.nan, 7.0], [4.0, np.nan, 9.0]])
+    predict = lambda f: {"a": f[0] + f[2], "unknown": float(np.isnan(f[1]))}  # as `MetaOptimizer.predict` reads NaN
+    axes = plots.hyperparameters_by_feature(predict, features, 0, num_points=2, margin=0.0)
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in axes.lines[1:]}
+    assert drawn == {"a": [8, 12], "unknown": [1, 1]}
+
+
 def test_a_hyperparameter_that_some_predictions_lack_has_gaps():
     predict = lambda f: {"depth": 3} | ({"gamma": -1.0} if f[0] > 1 else {})
     axes = plots.hyperparameters_by_feature(predict, FEATURES, 0, num_points=2, margin=0.0)

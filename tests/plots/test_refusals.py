@@ -38,6 +38,16 @@ REFUSALS = [
     ),
     (lambda: plots.regret({"a": []}), ValueError, "`runs` has no record"),
     (lambda: plots.hyperparameters_by_feature(lambda f: f, np.ones(3), 0), ValueError, r"\[n, d\].* got shape \(3,\)"),
+    (
+        lambda: plots.hyperparameters_by_feature(lambda f: f, np.array([[np.nan, 1.0], [np.nan, 2.0]]), 0),
+        ValueError,
+        "no finite value in column 0",
+    ),
+    (
+        lambda: plots.hyperparameters_by_feature(lambda f: {"a": f.sum()}, np.array([[1.0, np.nan], [2.0, np.nan]]), 0),
+        ValueError,
+        r"no finite number for any point\. Columns \[1\] of `features` are NaN for every training task\.",
+    ),
     (lambda: plots.slices(PLANE, jnp.ones(2), None, axes=[]), ValueError, "one for each of 2 slices; got 0"),
     (lambda: plots.adaptation_curves(EVALUATION, source="w"), KeyError, "'w'"),
     (lambda: plots.ranking(EVALUATION, source="w"), KeyError, "'w'"),
