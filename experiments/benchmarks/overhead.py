@@ -6,7 +6,8 @@ so that a step takes about 100 ms on this machine. λ has the initialization, so
 The program of `fit` and the same compiled step in a bare loop run in turns, in blocks of equally many steps. Each block
 of `fit` has a checkpoint, whose thread writes during the block. The report has the ratio of each pair of blocks.
 
-The sinks are a JSONL file, and those of TensorBoard (tensorboardX), MLflow and Weights & Biases that are installed.
+The sinks are a JSONL file, which has each step, and those of TensorBoard (tensorboardX), MLflow and Weights & Biases
+that are installed. These have every tenth step by default (`--every`).
 After the run, the calls of each sink are timed without steps in between.
 
     python experiments/benchmarks/overhead.py            # minutes; writes experiments/results/overhead.md
@@ -75,8 +76,8 @@ def calibrated(case: cases.Case, hyperparams: base.HyperParams, task: base.Task,
 
 
 @contextlib.contextmanager
-def sinks(folder: Path) -> Iterator[dict[str, Callable]]:
-    """Returns the callbacks of all sinks that are installed, by name."""
+def sinks(folder: Path, every: int) -> Iterator[dict[str, Callable]]:
+    """Returns the callbacks of all sinks that are installed, by name. Tools get every n-th step."""
     with contextlib.ExitStack() as stack:
         found = {"a JSONL file": training.log_to(folder / "run.jsonl")}
         if importlib.util.find_spec("tensorboardX"):
@@ -84,20 +85,20 @@ def sinks(folder: Path) -> Iterator[dict[str, Callable]]:
 
             writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
             stack.callback(writer.close)
-            found["TensorBoard"] = training.log_to(writer)
+            found["TensorBoard"] = training.log_to(writer, every=every)
         if importlib.util.find_spec("mlflow"):
             import mlflow  # pyright: ignore[reportMissingImports]
 
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
             mlflow.config.enable_async_logging()
             stack.enter_context(mlflow.start_run())
-            found["MLflow (asynchronous)"] = training.log_to(mlflow)
+            found["MLflow (asynchronous)"] = training.log_to(mlflow, every=every)
         if importlib.util.find_spec("wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
 
             run = wandb.init(mode="offline", dir=str(folder))
             stack.callback(run.finish)
-            found["Weights & Biases (offline)"] = training.log_to(run)
+            found["Weights & Biases (offline)"] = training.log_to(run, every=every)
         yield found
 
 
@@ -109,13 +110,13 @@ def costs(callbacks: dict[str, Callable], first_step: int, metrics: Any) -> dict
         for name, callback in callbacks.items():
             start = time.perf_counter()
             for _ in range(NUM_CALLS):
-                callback(next(steps), metrics)
+                callback(next(steps), {**metrics, "evaluation": 0.0})  # each of these calls writes
             taken[name].append(1e3 * (time.perf_counter() - start) / NUM_CALLS)
     return {name: np.array(values) for name, values in taken.items()}
 
 
 def measured(
-    learner: training.Learner, hyperparams: base.HyperParams, task: base.Task, pairs: int, block: int
+    learner: training.Learner, hyperparams: base.HyperParams, task: base.Task, pairs: int, block: int, every: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
     """Returns the seconds of `fit` and of the bare loop, [pairs, 2], the costs of the sinks, and how many metrics."""
     step = jax.jit(learner.step, donate_argnums=0)
@@ -142,7 +143,7 @@ def measured(
         if pair >= 0:
             seconds[pair, 1] = start[0] - begin
 
-    with tempfile.TemporaryDirectory() as folder, sinks(Path(folder)) as found:
+    with tempfile.TemporaryDirectory() as folder, sinks(Path(folder), every) as found:
         training.fit(
             learner,
             lambda key: task,
@@ -155,11 +156,17 @@ def measured(
             keep_nonfinite=1,
         )
         per_sink = costs(found, (pairs + 1) * block + 1, last[0])
-    return seconds, per_sink, len(last[0])
+    return seconds, per_sink, len(last[0]) + 1
 
 
 def report(
-    seconds: np.ndarray, per_sink: dict[str, np.ndarray], num_metrics: int, block: int, num_steps: int, size: int
+    seconds: np.ndarray,
+    per_sink: dict[str, np.ndarray],
+    num_metrics: int,
+    block: int,
+    every: int,
+    num_steps: int,
+    size: int,
 ) -> str:
     ratios = np.sort(seconds[:, 0] / seconds[:, 1])
     rng = np.random.default_rng(0)
@@ -179,7 +186,8 @@ def report(
     return "\n\n".join(
         [
             f"{len(ratios)} pairs of blocks of {block} steps, in turns, with one checkpoint for each block. A step is "
-            f"a hypergradient through {num_steps} steps of Adam; λ has {size:,} numbers. Sinks: {', '.join(per_sink)}.",
+            f"a hypergradient through {num_steps} steps of Adam; λ has {size:,} numbers. Sinks: {', '.join(per_sink)}. "
+            f"The file has each step, and the tools have every {every}th.",
             script.table(["loop", "ms of a step, median", "ratio, median of pairs", "95 % interval"], rows),
             f"Ratios of all pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}. The interval is a bootstrap over "
             f"pairs. The aim is a ratio below {AIM}: {reached}.",
@@ -196,15 +204,18 @@ def main() -> None:
     parser = script.parser(__doc__)
     parser.add_argument("--pairs", type=int, default=30, help="of blocks")
     parser.add_argument("--block", type=int, default=20, help="outer steps of a block")
+    parser.add_argument("--every", type=int, default=10, help="steps between calls of the tools")
     options = parser.parse_args()
     width, pairs, block, seconds = (16, 3, 2, 5e-3) if options.smoke else (256, options.pairs, options.block, 0.1)
     case = cases.mlp(width)
     task = jax.tree.map(jnp.asarray, base.Task(case.train, case.valid))
     hyperparams = jax.tree.map(jnp.asarray, {**case.hyperparams, "start": case.params})
     num_steps = calibrated(case, hyperparams, task, seconds)
-    results = measured(make_learner(case, num_steps), hyperparams, task, pairs, block)
+    results = measured(make_learner(case, num_steps), hyperparams, task, pairs, block, options.every)
     size = sum(x.size for x in jax.tree.leaves(hyperparams))
-    script.publish(__file__, "What `fit` adds to a step", report(*results, block, num_steps, size), options)
+    script.publish(
+        __file__, "What `fit` adds to a step", report(*results, block, options.every, num_steps, size), options
+    )
 
 
 if __name__ == "__main__":

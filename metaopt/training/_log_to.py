@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from metaopt import _checks
+
 _log = logging.getLogger(__name__)
 
 _START = b'{"step": '  # of each line
@@ -19,7 +21,7 @@ _START = b'{"step": '  # of each line
 WriteFn = Callable[[int, Mapping[str, float]], Any]  # step, scalar metrics
 
 
-def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
+def log_to(target: Any, *, every: int = 1) -> Callable[[int, Mapping[str, Any]], None]:
     """Makes a callback of `fit` that writes the scalar metrics of each step, for `fit(callback=...)`.
 
     A target is one of these:
@@ -36,8 +38,12 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
     replaces a file of an older run, also if both have the same callback. A metric with the name "step" is left out. If
     the disk is full, there is one warning. The run goes on, and the lines wait in memory until they can be written.
 
+    Cost: a call of a tool takes about 1 ms, and its threads use a core. For steps of less than a second, `every=10`
+    keeps this small.
+
     Args:
       target: a path, or an object with one of these methods.
+      every: writes only steps that this number divides, and steps with an evaluation.
 
     Returns:
       The callback `(step, metrics) -> None`, which your own loop can call, too. Call it with increasing steps: a step
@@ -46,6 +52,7 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
 
     Raises:
       TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.
+      ValueError: if `every` is below 1.
       ValueError: at the first step, if the file exists and holds something else.
       OSError: at the first step, if the file cannot be written. `fit` then ends, with its checkpoint.
 
@@ -57,9 +64,13 @@ def log_to(target: Any) -> Callable[[int, Mapping[str, Any]], None]:
       >>> print(path.read_text(), end="")
       {"step": 1, "value": 0.5, "hypergrad_norm": 2.0}
     """
-    write = _writer(target)
+    _checks.check_integer("every", every, 1)
+    begin, write = _writer(target)
 
     def callback(step: int, metrics: Mapping[str, Any]) -> None:
+        begin(step)
+        if step % every and "evaluation" not in metrics:
+            return
         write(step, {name: float(value) for name, value in metrics.items() if _is_number(value)})
 
     return callback
@@ -71,27 +82,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) or (is_scalar and jnp.issubdtype(value.dtype, np.number))
 
 
-def _writer(target: Any) -> WriteFn:
-    """The function that writes the metrics of one step to the target."""
+def _writer(target: Any) -> tuple[Callable[[int], Any], WriteFn]:
+    """Two functions: one for the start of each step, and one that writes the metrics of a step to the target."""
     if isinstance(target, str | os.PathLike):
         if Path(target).suffix != ".jsonl":
             raise TypeError(
                 f'The name of a log file must end in ".jsonl", which says its format: {os.fspath(target)!r}.'
             )
-        return _Lines(Path(target)).write
+        lines = _Lines(Path(target))
+        return lines.begin, lines.write
     if hasattr(target, "add_scalar"):
-        return lambda step, metrics: [target.add_scalar(name, value, step) for name, value in metrics.items()]
-    for method in ("log_metrics", "log"):
-        if hasattr(target, method):
-            return lambda step, metrics: getattr(target, method)(dict(metrics), step=step)
+        return _nothing, lambda step, metrics: [target.add_scalar(name, value, step) for name, value in metrics.items()]
+    method = getattr(target, "log_metrics", None) or getattr(target, "log", None)
+    if method is not None:
+        return _nothing, lambda step, metrics: method(dict(metrics), step=step)
     raise TypeError(
         '`target` must be a path that ends in ".jsonl", or have the method `add_scalar`, `log_metrics` or `log`, '
         f"but it is of type {type(target).__name__}."
     )
 
 
+def _nothing(step: int) -> None:
+    """Tools keep the steps themselves."""
+
+
 class _Lines:
-    """A file with one line for each step."""
+    """A file with one line for each step that is written."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -100,11 +116,14 @@ class _Lines:
         self.last_step = 0
         self.warned = False
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def begin(self, step: int) -> None:
+        """Finds where the lines of earlier steps end, also if this step is not written."""
         if self.length is None or step <= self.last_step:  # at the start, and if a run continues or begins again
             self.length = _length_before(self.path, step)
             self.waiting = [line for line in self.waiting if json.loads(line)["step"] < step]
         self.last_step = step
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items() if name != "step"}
         self.waiting.append(json.dumps({"step": step, **values}).encode() + b"\n")
         try:

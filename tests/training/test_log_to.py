@@ -140,6 +140,14 @@ class Recorder:
         self.calls.append((step, data))
 
 
+def test_steps_that_every_divides_and_evaluations_are_written(tmp_path):
+    path, tool, unused = tmp_path / "run.jsonl", Recorder("log"), tmp_path / "unused.jsonl"
+    path.write_text('{"step": 1, "value": 0.5}\n')  # of an older run, which the new one replaces
+    fit(unused, callback=[training.log_to(path, every=4), training.log_to(tool, every=2)])
+    assert [row["step"] for row in rows(path)] == [3, 4, 6, 8, 9]
+    assert [step for step, _ in tool.calls] == [2, 3, 4, 6, 8, 9]
+
+
 @pytest.mark.parametrize("method", ["add_scalar", "log_metrics", "log"])
 def test_tools_receive_every_scalar_with_its_step(method):
     tool = Recorder(method)
