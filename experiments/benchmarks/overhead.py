@@ -187,14 +187,15 @@ def report(
         [
             f"{len(ratios)} pairs of blocks of {block} steps, in turns, with one checkpoint for each block. A step is "
             f"a hypergradient through {num_steps} steps of Adam; λ has {size:,} numbers. Sinks: {', '.join(per_sink)}. "
-            f"The file has each step, and the tools have every {every}th.",
+            f"The file has each step, and the tools have {'each step' if every == 1 else f'one of {every}'}.",
             script.table(["loop", "ms of a step, median", "ratio, median of pairs", "95 % interval"], rows),
             f"Ratios of all pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}. The interval is a bootstrap over "
             f"pairs. The aim is a ratio below {AIM}: {reached}.",
             f"Calls of one sink after the other, with {num_metrics} metrics, without steps in between: {NUM_BLOCKS} "
             f"blocks of {NUM_CALLS} calls. The share is of a step of 100 ms.",
             script.table(
-                ["sink", "ms of a call, median of blocks", "smallest and largest", "share of a step"], sink_rows
+                ["sink", "ms of a call, median of blocks", "smallest and largest", "share of a step, in each step"],
+                sink_rows,
             ),
         ]
     )

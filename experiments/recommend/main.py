@@ -81,8 +81,8 @@ def _short(choice) -> str:
 
 
 def main() -> None:
-    parser = script.parser(recommend.__doc__, num_seeds=1)
-    parser.add_argument("--full", action="store_true", help="two seeds, and all folds instead of two")
+    parser = script.parser(recommend.__doc__, num_seeds=2)
+    parser.add_argument("--full", action="store_true", help="all seeds instead of one, and all folds instead of two")
     parser.add_argument(
         "--movielens",
         type=Path,
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--choose", choices=choose.DESIGNS, help="compare designs on training users of fold 0")
     parser.add_argument("--work", type=Path, default=Path("recommend_runs"), help="folder of finished folds")
     options = parser.parse_args()
-    settings = SMOKE if options.smoke else Settings(num_seeds=2 if options.full else options.seeds)
+    settings = SMOKE if options.smoke else Settings(num_seeds=options.seeds if options.full else 1)
     data = make_data(load(options), settings.first)
     if options.choose:
         choose.run(data, settings, options.choose)

@@ -14,12 +14,13 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
     """Repairs joblib's backend for Dask, as long as this is open. Other backends stay as they are.
 
     joblib calls its backend from several threads, and waits until the backend calls it back with a result. With Dask it
-    would wait for ever in these cases, which are errors of the call of joblib here:
+    would wait for ever in these cases. Here the call of joblib raises an error instead:
 
     - Dask gives up a trial.
     - The trial or its arguments cannot be sent to a worker, or an error occurs in the thread of Dask's client.
     - The cluster has no worker for `wait_for_workers_timeout` seconds, an argument of joblib's backend (by default 10),
-      or at the deadline.
+      or at the deadline. With 0 or None, joblib raises an error if there is no worker at the start, and later only
+      the deadline ends the wait.
 
     If one core of the cluster is left, joblib would run all trials in this process. Here it sees at least two.
 
@@ -33,6 +34,10 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
     client, effective_n_jobs, limit = backend.client, backend.effective_n_jobs, backend.wait_for_workers_timeout
     waiting: set[Callable[[Any], None]] = set()
 
+    def num_cores(n_jobs: int) -> int:
+        num = effective_n_jobs(n_jobs)
+        return max(num, 2) if num else 0  # joblib raises an error for 0
+
     def fail(error: BaseException) -> None:
         for callback in list(waiting):
             callback(error)
@@ -40,7 +45,7 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
     replaced = {
         sending_method(backend): _reporting(getattr(backend, sending_method(backend)), waiting),
         "client": _Replaced(client, loop=_Replaced(client.loop, add_callback=_checked(client.loop, fail))),
-        "effective_n_jobs": lambda n_jobs: max(effective_n_jobs(n_jobs), 2),
+        "effective_n_jobs": num_cores,
         "wait_for_workers_timeout": limit and min(limit, max(round(deadline - time.monotonic(), 1), 1.0)),
     }
     stop = threading.Event()
@@ -125,5 +130,5 @@ def _watch(
 def _num_workers(client: Any) -> int:
     try:
         return len(client.ncores())
-    except OSError:  # the scheduler cannot be reached
+    except Exception:  # the scheduler cannot be reached, or the client is closed
         return 0

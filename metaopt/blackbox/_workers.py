@@ -98,9 +98,10 @@ def run_all(runner: Runner, trials: Iterator[base.Record]) -> Iterator[base.Reco
     kwargs: dict[str, Any] = {"n_jobs": runner.num_workers, "prefer": "threads", "batch_size": 1}
     kwargs |= {"return_as": "generator_unordered", "pre_dispatch": "n_jobs"} if streams else {}
     with _dask.repaired(backend, runner.deadline):
-        at_once = joblib.effective_n_jobs(joblib.Parallel(**kwargs).n_jobs)
+        at_once = max(joblib.effective_n_jobs(joblib.Parallel(**kwargs).n_jobs), 1)
     # joblib takes as many trials at a time as can run. Four times as many keep the queue from running empty.
-    refill = lambda: queue.extend(itertools.islice(trials, 4 * at_once - len(queue)))
+    # After a loss, the queue also has the trials that were running, and the cluster may be smaller.
+    refill = lambda: queue.extend(itertools.islice(trials, max(4 * at_once - len(queue), 0)))
     refill()
     running: dict[tuple, base.Record] = {}  # trials that joblib has taken, and whose records it has not returned
     losses = 0
@@ -121,9 +122,11 @@ def run_all(runner: Runner, trials: Iterator[base.Record]) -> Iterator[base.Reco
                     refill()
         except Exception as error:
             losses += 1
-            if not _is_loss(error) or (losses == _LOSSES and time.monotonic() < runner.deadline):
+            is_over = time.monotonic() >= runner.deadline
+            if not _is_loss(error) or (losses == _LOSSES and not is_over):
                 raise
-            _log.warning(f"A worker was lost ({type(error).__name__}: {error}). The running trials start again.")
+            rest = "No time is left for the running trials." if is_over else "The running trials start again."
+            _log.warning(f"A worker was lost ({type(error).__name__}: {error}). {rest}")
         finally:
             stop.set()
 

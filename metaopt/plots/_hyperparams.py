@@ -149,10 +149,10 @@ def hyperparameters_by_feature(
     features = np.asarray(features, float)
     if features.ndim != 2:
         raise ValueError(f"`features` must be [n, d], one row for each training task; got shape {features.shape}.")
-    own = features[:, feature]
-    if not np.isfinite(own).any():
+    known = features[np.isfinite(features[:, feature]), feature]
+    if not len(known):
         raise ValueError(f"`features` has no finite value in column {feature}, so its range is unknown.")
-    low, high = np.nanmin(own), np.nanmax(own)
+    low, high = known.min(), known.max()
     grid = np.linspace(low - margin * (high - low), high + margin * (high - low), num_points)
     unknown = np.isnan(features).all(axis=0)
     medians = np.where(unknown, np.nan, np.nanmedian(np.where(unknown, 0.0, features), axis=0))
@@ -168,7 +168,9 @@ def hyperparameters_by_feature(
         raise ValueError(f"`predict` returned no finite number for any point.{cause}")
     axes = new_axes(axes, width=WITH_LEGEND)
     axes.axvspan(low, high, color="0.9", label="range of training tasks", zorder=0)
-    axes.plot(own, np.zeros(len(own)), transform=axes.get_xaxis_transform(), color="0.3", marker="|", linestyle="none")
+    axes.plot(
+        known, np.zeros(len(known)), transform=axes.get_xaxis_transform(), color="0.3", marker="|", linestyle="none"
+    )
     for number, (name, line) in enumerate(lines.items()):
         axes.plot(grid, line, **line_style(number), label=name)
     if log and all((line[np.isfinite(line)] > 0).all() for line in lines.values()):

@@ -321,7 +321,8 @@ def _check_shared(directory: str) -> None:
         _processes.in_all(_check_is_there, probe)
     finally:
         if first:
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the other processes would wait for this one
+                probe.unlink(missing_ok=True)
 
 
 def _check_is_there(probe: pathlib.Path) -> None:

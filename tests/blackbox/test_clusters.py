@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from metaopt import blackbox
+from metaopt import base, blackbox
+from metaopt.blackbox import _workers
 
 joblib = pytest.importorskip("joblib")
 
@@ -115,6 +116,35 @@ def test_trials_that_hang_or_crash_on_a_cluster_are_records(backend):
     ]
 
 
+class KilledWorker(Exception):
+    """Has the name of Dask's error."""
+
+
+def test_a_cluster_may_be_smaller_after_a_loss(monkeypatch):
+    threading_backend = joblib.parallel.BACKENDS["threading"]
+    cores, calls = [16], []
+
+    class Shrinks(threading_backend):
+        def effective_n_jobs(self, n_jobs):
+            return cores[0]
+
+    def objective(config, task, **kwargs):
+        calls.append(config)
+        if len(calls) == 20:
+            cores[0] = 4
+            raise KilledWorker
+        return 0.0
+
+    def run(objective, task, trial, begins_before):
+        return trial._replace(status="COMPLETE", outcome=objective(trial.config, task))
+
+    monkeypatch.setitem(joblib.parallel.BACKENDS, "shrinks", Shrinks)
+    runner = _workers.Runner(run, objective, {"t": None}, None, "", None, float("inf"))
+    with joblib.parallel_config(backend="shrinks"):
+        records = list(_workers.run_all(runner, iter([base.Record("t", {}, trial=i) for i in range(100)])))
+    assert sorted(record.trial for record in records) == list(range(100)) and cores == [4]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("budget", [None, 40.0])
@@ -136,7 +166,7 @@ def test_dask_without_a_worker_ends_the_collection(budget, tmp_path):
         raises = contextlib.nullcontext() if budget else pytest.raises(TimeoutError, match="no worker")
         with raises:
             collect(black_boxes.KillsWorkers(kills, False), on={"left": TASKS["left"]}, store=store, budget=budget)
-        assert worker.wait() == -signal.SIGKILL
+        assert worker.wait(timeout=60) == -signal.SIGKILL
     ended = [record.trial for record in blackbox.read_records(store, status="COMPLETE")]
     assert ended and 3 not in ended
 

@@ -114,6 +114,21 @@ def test_faults_of_dask_end_the_call(client, argument, message):
     assert of_dask == {name: getattr(backend, name) for name in of_dask}
 
 
+def test_without_a_limit_joblib_raises_its_error_if_there_is_no_worker_at_the_start():
+    backend = backend_of(Client(PENDING, cores=(0,)), seconds=0)
+    with pytest.raises(RuntimeError, match="no active worker"), _dask.repaired(backend, float("inf")):
+        calls(backend)
+
+
+def test_a_closed_client_counts_as_one_without_workers(monkeypatch):
+    client = Client(PENDING)
+    counts = iter([{"worker": 4}] * 2)
+    monkeypatch.setattr(client, "ncores", lambda: next(counts, None) or [].ncores)  # AttributeError at the end
+    backend = backend_of(client, seconds=0.1)
+    with pytest.raises(TimeoutError, match="no worker"), _dask.repaired(backend, float("inf")):
+        calls(backend)
+
+
 def test_no_worker_at_the_deadline_ends_the_call():
     backend = backend_of(Client(PENDING, cores=(4, 4, 0)))  # it would wait for ever
     start = time.monotonic()

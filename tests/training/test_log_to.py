@@ -148,6 +148,15 @@ def test_steps_that_every_divides_and_evaluations_are_written(tmp_path):
     assert [step for step, _ in tool.calls] == [2, 3, 4, 6, 8, 9]
 
 
+def test_lines_of_an_older_run_go_before_the_first_line_of_a_new_one(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for every, steps in ((1, range(1, 6)), (10, range(1, 5)), (10, range(4, 13))):  # the third continues the second
+        callback = training.log_to(path, every=every)
+        for step in steps:
+            callback(step, {"value": float(step)})
+    assert [row["step"] for row in rows(path)] == [10]
+
+
 @pytest.mark.parametrize("method", ["add_scalar", "log_metrics", "log"])
 def test_tools_receive_every_scalar_with_its_step(method):
     tool = Recorder(method)
