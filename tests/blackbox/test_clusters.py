@@ -136,7 +136,7 @@ def test_a_cluster_may_be_smaller_after_a_loss(monkeypatch):
         return 0.0
 
     def run(objective, task, trial, begins_before):
-        return trial._replace(status="COMPLETE", outcome=objective(trial.config, task))
+        return trial._replace(status="COMPLETE", outcome=objective(trial.configuration, task))
 
     monkeypatch.setitem(joblib.parallel.BACKENDS, "shrinks", Shrinks)
     runner = _workers.Runner(run, objective, {"t": None}, None, "", None, float("inf"))
