@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import black_boxes
 import jax
@@ -125,24 +126,27 @@ def test_a_cluster_may_be_smaller_after_a_loss(monkeypatch):
     cores, calls = [16], []
 
     class Shrinks(threading_backend):
+        default_n_jobs = -1
+
         def effective_n_jobs(self, n_jobs):
             return cores[0]
 
-    def objective(config, task, **kwargs):
-        calls.append(config)
-        if len(calls) == 20:
-            cores[0] = 4
-            raise KilledWorker
-        return 0.0
+        def configure(self, n_jobs=1, parallel=None, **kwargs):
+            return super().configure(cores[0], parallel, **kwargs)
 
     def run(objective, task, trial, begins_before):
-        return trial._replace(status="COMPLETE", outcome=objective(trial.configuration, task))
+        calls.append(trial)
+        if len(calls) == 60:
+            cores[0] = 4
+            raise KilledWorker
+        time.sleep(0.01)
+        return trial._replace(status="COMPLETE", outcome=0.0)
 
     monkeypatch.setitem(joblib.parallel.BACKENDS, "shrinks", Shrinks)
-    runner = _workers.Runner(run, objective, {"t": None}, None, "", None, float("inf"))
+    runner = _workers.Runner(run, None, {"t": None}, None, "", None, float("inf"))
     with joblib.parallel_config(backend="shrinks"):
-        records = list(_workers.run_all(runner, iter([base.Record("t", {}, trial=i) for i in range(100)])))
-    assert sorted(record.trial for record in records) == list(range(100)) and cores == [4]
+        records = list(_workers.run_all(runner, iter([base.Record("t", {}, trial=i) for i in range(200)])))
+    assert sorted(record.trial for record in records) == list(range(200)) and cores == [4]
 
 
 @pytest.mark.slow
