@@ -146,10 +146,11 @@ def roll_out(
         act_key, key = jax.random.split(key)
         action = act(act_key, actors.observation)
         keys = jax.random.split(key, len(action))
-        observation, state, reward, done, info = jax.vmap(env.step, (0, 0, 0, None))(
+        observation, state, reward, terminated, truncated, info = jax.vmap(env.step, (0, 0, 0, None))(
             keys, actors.state, action, physics
         )
         running = actors.running + reward
+        done = terminated | truncated
         finished = actors.finished + jnp.stack([jnp.where(done, running, 0).sum(), done.sum()])
         new = Actors(state, observation, jnp.where(done, 0, running), finished)
         return new, (actors.observation, action, reward, info["discount"])

@@ -107,7 +107,7 @@ def total_rewards(env: environments.Environment, player: Player, key: jax.Array,
             memory, observation, state = carry
             act_key, step_key = jax.random.split(key)
             arm, memory = player.act(act_key, memory, observation)
-            observation, state, reward, _, _ = env.step(step_key, state, arm, params)
+            observation, state, reward, *_ = env.step(step_key, state, arm, params)
             return (memory, observation, state), reward
 
         start = (player.memory, *env.reset(reset_key, params))
@@ -237,7 +237,7 @@ def play(weights, env: environments.Environment, key: jax.Array, batch: int) -> 
         chosen = lambda table: jnp.take_along_axis(table, arm[:, None], axis=1)[:, 0]
         regret = chosen(state.probability) - state.probability.max(1)
         keys = jax.random.split(step_key, batch)
-        observation, state, reward, _, _ = jax.vmap(env.step, (0, 0, 0, None))(keys, state, arm, params)
+        observation, state, reward, *_ = jax.vmap(env.step, (0, 0, 0, None))(keys, state, arm, params)
         entropy = -(jnp.exp(log_policy) * log_policy).sum(-1)
         return (memory, observation, state), Episodes(chosen(log_policy), value, entropy, reward, regret)
 

@@ -1,12 +1,12 @@
 """Environments as pure functions, in the protocol of gymnax 1.0.
 
     observation, state = reset(key, params)
-    observation, state, reward, done, info = step(key, state, action, params)
+    observation, state, reward, terminated, truncated, info = step(key, state, action, params)
 
 `params` are numbers and arrays: the physics, the walls, the length of an episode. So they can differ between tasks, and
-`jax.vmap` runs over keys, states, actions and params. If an episode ends, `step` returns the first observation and
-state of the next one, with the reward of the step that ended it. `info["discount"]` is 0 there, and else 1. A time
-limit ends an episode as a failure does.
+`jax.vmap` runs over keys, states, actions and params. An episode is terminated by success or failure, and truncated by
+its limit of steps. Then `step` returns the first observation and state of the next one, with the reward of the step
+that ended it. `info["discount"]` is 0 there, and else 1; in gymnax it stays 1 if the episode is truncated.
 
 | environment | actions | observation | reward |
 |---|---|---|---|
@@ -33,7 +33,7 @@ class Environment(NamedTuple):
 
     Attributes:
       reset: `(key, params) -> (observation, state)`.
-      step: `(key, state, action, params) -> (observation, state, reward, done, info)`.
+      step: `(key, state, action, params) -> (observation, state, reward, terminated, truncated, info)`.
       params: the default parameters.
       num_actions: the number of actions.
     """
@@ -47,8 +47,8 @@ class Environment(NamedTuple):
 def environment(start: Callable, move: Callable, observe: Callable, params: Any, num_actions: int) -> Environment:
     """Makes an environment that resets itself.
 
-    The three functions are `start(key, params) -> state`, `move(key, state, action, params) -> (state, reward, done)`
-    and `observe(state, params) -> observation`.
+    The functions are `start(key, params) -> state`, `move(key, state, action, params) -> (state, reward, terminated,
+    truncated)` and `observe(state, params) -> observation`.
     """
 
     def reset(key, params):
@@ -57,10 +57,11 @@ def environment(start: Callable, move: Callable, observe: Callable, params: Any,
 
     def step(key, state, action, params):
         move_key, reset_key = jax.random.split(key)
-        moved, reward, done = move(move_key, state, action, params)
+        moved, reward, terminated, truncated = move(move_key, state, action, params)
+        done = terminated | truncated
         state = jax.tree.map(lambda new, old: jnp.where(done, new, old), start(reset_key, params), moved)
         reward = jnp.asarray(reward, jnp.result_type(float))
-        return observe(state, params), state, reward, done, {"discount": 1 - done.astype(reward.dtype)}
+        return observe(state, params), state, reward, terminated, truncated, {"discount": 1 - done.astype(reward.dtype)}
 
     return Environment(reset, step, params, num_actions)
 
@@ -88,7 +89,7 @@ def bandit(num_arms: int) -> Environment:
     def move(key, state, action, params):
         reward = jax.random.bernoulli(key, state.probability[action]).astype(state.reward.dtype)
         state = BanditState(state.probability, action.astype(jnp.int32), reward, state.time + 1)
-        return state, reward, state.time >= params.max_steps
+        return state, reward, jnp.zeros((), bool), state.time >= params.max_steps
 
     def observe(state, params):
         share = state.time / jnp.asarray(params.max_steps, state.reward.dtype)
@@ -97,7 +98,8 @@ def bandit(num_arms: int) -> Environment:
     return environment(start, move, observe, BanditParams(), num_arms)
 
 
-ROWS, COLUMNS = 10, 5
+ROWS, COLUMNS = 10, 5  # of Catch
+WALLS = "..... .##.. ...#. .#.#. ....."  # of the maze, row by row
 
 
 class CatchParams(NamedTuple):
@@ -120,7 +122,7 @@ def _catch_move(key, state, action, params):
     within = lambda x: jnp.clip(x, 0, COLUMNS - 1).astype(jnp.int32)
     state = CatchState(within(state.ball_x + side), state.ball_y + 1, within(state.paddle_x + action - 1))
     done = state.ball_y == ROWS - 1
-    return state, jnp.where(done, jnp.where(state.ball_x == state.paddle_x, 1.0, -1.0), 0.0), done
+    return state, jnp.where(done, jnp.where(state.ball_x == state.paddle_x, 1.0, -1.0), 0.0), done, jnp.zeros((), bool)
 
 
 def _catch_observe(state, params):
@@ -130,9 +132,6 @@ def _catch_observe(state, params):
 
 
 catch = environment(_catch_start, _catch_move, _catch_observe, CatchParams(), 3)
-
-
-WALLS = "..... .##.. ...#. .#.#. ....."  # row by row
 
 
 class MazeParams(NamedTuple):
@@ -190,7 +189,7 @@ def maze(walls: str = WALLS) -> Environment:
         state = MazeState(position, state.goal, state.time + 1)
         reached = position == state.goal
         reward = reached - 1.0 / params.max_steps
-        return state, reward, reached | (state.time >= params.max_steps)
+        return state, reward, reached, state.time >= params.max_steps
 
     return environment(start, move, observe, MazeParams(read_walls(walls)), 4)
 
@@ -231,7 +230,7 @@ def _cart_pole_move(key, state, action, params):
     y = state.y + params.dt * jnp.stack([state.y[1], linear, state.y[3], angular])  # Euler, as in the original
     state = CartPoleState(y, state.time + 1)
     failed = (jnp.abs(y[0]) > params.max_x) | (jnp.abs(y[2]) > params.max_angle)
-    return state, 1.0, failed | (state.time >= params.max_steps)
+    return state, 1.0, failed, state.time >= params.max_steps
 
 
 cart_pole = environment(_cart_pole_start, _cart_pole_move, lambda state, params: state.y, CartPoleParams(), 2)
@@ -288,7 +287,7 @@ def _acrobot_move(key, state, action, params):
     limits = jnp.stack([params.max_speed_1, params.max_speed_2])
     state = AcrobotState(jnp.concatenate([angles, jnp.clip(y[2:], -limits, limits)]).astype(y.dtype), state.time + 1)
     reached = -jnp.cos(angles[0]) - jnp.cos(angles.sum()) > 1
-    return state, jnp.where(reached, 0.0, -1.0), reached | (state.time >= params.max_steps)
+    return state, jnp.where(reached, 0.0, -1.0), reached, state.time >= params.max_steps
 
 
 def _acrobot_observe(state, params):

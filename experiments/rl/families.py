@@ -85,11 +85,12 @@ def hidden_goal() -> environments.Environment:
         return observe(state), state
 
     def step(key, state, action, params):
-        _, new, reward, done, info = visible.step(key, state, action, params.maze)
+        _, new, reward, terminated, truncated, info = visible.step(key, state, action, params.maze)
         new = new._replace(
-            position=jnp.where(done, CENTER, new.position).astype(jnp.int32), goal=jnp.int32(params.goal)
+            position=jnp.where(terminated | truncated, CENTER, new.position).astype(jnp.int32),
+            goal=jnp.int32(params.goal),
         )
-        return observe(new), new, reward, done, info
+        return observe(new), new, reward, terminated, truncated, info
 
     params = Goal(visible.params._replace(max_steps=16), 0)
     return environments.Environment(reset, step, params, visible.num_actions)

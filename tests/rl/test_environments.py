@@ -144,8 +144,10 @@ def test_cart_pole_ends_outside_its_limits_and_after_the_last_step():
 
     def done(y, time):
         state = environments.CartPoleState(jnp.array(y), jnp.int32(time))
-        _, new, reward, done, info = step(jax.random.key(0), state, 1, p)
+        _, new, reward, terminated, truncated, info = step(jax.random.key(0), state, 1, p)
+        done = terminated | truncated
         assert reward == 1 and info["discount"] == 1 - done and (new.time == 0) == done
+        assert truncated == (time >= 499)
         return bool(done)
 
     assert not done([2.39, 0.0, 0.0, 0.0], 0) and done([2.39, 1.0, 0.0, 0.0], 0) and done([-2.41, 0.0, 0.0, 0.0], 0)
@@ -158,15 +160,15 @@ def test_acrobot_ends_above_the_line():
 
     def outcome(y, time):
         state = environments.AcrobotState(jnp.array(y), jnp.int32(time))
-        _, _, reward, done, _ = jax.jit(env.step)(jax.random.key(0), state, 1, p)
-        return float(reward), bool(done)
+        _, _, reward, terminated, truncated, _ = jax.jit(env.step)(jax.random.key(0), state, 1, p)
+        return float(reward), bool(terminated), bool(truncated)
 
-    assert outcome([np.pi, 0.0, 0.0, 0.0], 0) == (0, True)  # upright
-    assert outcome([np.pi / 2, 0.0, 0.0, 0.0], 0) == (-1, False)  # level
-    assert outcome([0.0, 0.0, 0.0, 0.0], 498) == (-1, False)
-    assert outcome([0.0, 0.0, 0.0, 0.0], 499) == (-1, True)
+    assert outcome([np.pi, 0.0, 0.0, 0.0], 0) == (0, True, False)  # upright
+    assert outcome([np.pi / 2, 0.0, 0.0, 0.0], 0) == (-1, False, False)  # level
+    assert outcome([0.0, 0.0, 0.0, 0.0], 498) == (-1, False, False)
+    assert outcome([0.0, 0.0, 0.0, 0.0], 499) == (-1, False, True)
     spinning = environments.AcrobotState(jnp.array([3.1, 0.0, 12.0, -28.0]), jnp.int32(0))
-    _, state, _, _, _ = env.step(jax.random.key(0), spinning, 2, p._replace(length_1=0.1, max_speed_2=5.0))
+    _, state, *_ = env.step(jax.random.key(0), spinning, 2, p._replace(length_1=0.1, max_speed_2=5.0))
     assert np.abs(state.y[:2]).max() <= np.pi and np.abs(state.y[3]) <= 5
 
 
@@ -177,7 +179,7 @@ def play(env, params, policy, key, num):
         observation, state = carry
         action_key, key = jax.random.split(key)
         new = env.step(key, state, policy(action_key, observation, state), params)
-        return new[:2], (observation, state, new[2], new[3])
+        return new[:2], (observation, state, new[2], new[3] | new[4])
 
     keys = jax.random.split(key, num)
     return jax.jit(lambda: jax.lax.scan(step, env.reset(key, params), keys)[1])()
@@ -292,12 +294,11 @@ def test_steps_equal_those_of_gymnax():
             if name == "Acrobot-v1":
                 fields = ("joint_angle1", "joint_angle2", "velocity_1", "velocity_2")
             y = jnp.stack([getattr(start, field) for field in fields])
-            state = (environments.CartPoleState if env is environments.cart_pole else environments.AcrobotState)(
-                y, jnp.int32(0)
-            )
+            kind = environments.CartPoleState if env is environments.cart_pole else environments.AcrobotState
+            state = kind(y, jnp.int32(0))
             for action in (1, 0, 1, 1):
                 key = jax.random.key(action)
-                theirs, start, reward, done, _ = other.step(key, start, action, params)
-                ours, state, own_reward, own_done, _ = env.step(key, state, action, env.params)
+                theirs, start, reward, *ends, _ = other.step(key, start, action, params)
+                ours, state, own_reward, *own_ends, _ = env.step(key, state, action, env.params)
                 np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-                assert reward == own_reward and done == own_done
+                assert reward == own_reward and ends == own_ends

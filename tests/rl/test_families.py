@@ -22,9 +22,9 @@ def test_the_goal_is_hidden_and_paid():
         observation, state = env.reset(jax.random.key(0), params)
         seen, total = [np.asarray(observation)], 0.0
         for action in actions:
-            observation, state, reward, done, info = step(jax.random.key(1), state, action, params)
+            observation, state, reward, terminated, truncated, info = step(jax.random.key(1), state, action, params)
             seen.append(np.asarray(observation))
-            total += float(reward)
+            total, done = total + float(reward), terminated | truncated
             assert info["discount"] == 1 - done and state.goal == goal
         return np.stack(seen), total, bool(done)
 
