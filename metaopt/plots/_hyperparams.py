@@ -129,7 +129,7 @@ def hyperparameters_by_feature(
     Args:
       predict: `features [d] -> λ` in natural units, or a configuration. It may be `MetaOptimizer.predict`. For a
         `predictors.TrainedPredictor` it is `lambda f: trained.predict(base.Task(None, None, f))`.
-      features: [n, d], the features of the training tasks, NaN if unknown.
+      features: [n, d], the features of the training tasks, NaN or infinite if unknown.
       feature: the index of the feature, from 0.
       margin: how far the axis extends beyond the range on each side, as a part of the range.
       num_points: the number of predictions.
@@ -143,12 +143,13 @@ def hyperparameters_by_feature(
 
     Raises:
       ValueError: if `features` is not [n, d], or no training task has a finite value of the feature.
-      ValueError: if every prediction is NaN, for example because another feature is NaN for all training tasks.
+      ValueError: if every prediction is NaN, for example because another feature has no finite value.
       ImportError: if matplotlib is not installed.
     """
     features = np.asarray(features, float)
     if features.ndim != 2:
         raise ValueError(f"`features` must be [n, d], one row for each training task; got shape {features.shape}.")
+    features = np.where(np.isfinite(features), features, np.nan)
     known = features[np.isfinite(features[:, feature]), feature]
     if not len(known):
         raise ValueError(f"`features` has no finite value in column {feature}, so its range is unknown.")
@@ -164,7 +165,7 @@ def hyperparameters_by_feature(
     }
     if lines and not any(np.isfinite(line).any() for line in lines.values()):
         columns = np.flatnonzero(unknown).tolist()
-        cause = f" Columns {columns} of `features` are NaN for every training task." if columns else ""
+        cause = f" Columns {columns} of `features` have no finite value." if columns else ""
         raise ValueError(f"`predict` returned no finite number for any point.{cause}")
     axes = new_axes(axes, width=WITH_LEGEND)
     axes.axvspan(low, high, color="0.9", label="range of training tasks", zorder=0)

@@ -321,7 +321,7 @@ def _check_shared(directory: str) -> None:
         _processes.in_all(_check_is_there, probe)
     finally:
         if first:
-            with contextlib.suppress(OSError):  # the other processes would wait for this one
+            with contextlib.suppress(OSError):  # an error of this process alone leaves the others waiting
                 probe.unlink(missing_ok=True)
 
 

@@ -120,7 +120,7 @@ def test_predictions_vary_one_feature_and_the_range_of_training_is_shaded():
 
 
 def test_unknown_features_of_training_tasks_are_left_out():
-    features = np.array([[0.0, 7.0], [np.nan, 8.0], [4.0, np.nan], [1.0, 30.0], [np.inf, 8.0]])
+    features = np.array([[0.0, 7.0], [np.nan, 8.0], [4.0, np.nan], [1.0, 30.0], [np.inf, 8.0], *[[2.0, np.inf]] * 3])
     axes = plots.hyperparameters_by_feature(lambda f: {"a": f[0], "b": f[1]}, features, 0, num_points=2, margin=0.0)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines[1:]}
     assert drawn == {"a": [[0, 0], [4, 4]], "b": [[0, 8], [4, 8]]}

@@ -46,7 +46,7 @@ REFUSALS = [
     (
         lambda: plots.hyperparameters_by_feature(lambda f: {"a": f.sum()}, np.array([[1.0, np.nan], [2.0, np.nan]]), 0),
         ValueError,
-        r"no finite number for any point\. Columns \[1\] of `features` are NaN for every training task\.",
+        r"no finite number for any point\. Columns \[1\] of `features` have no finite value\.",
     ),
     (lambda: plots.slices(PLANE, jnp.ones(2), None, axes=[]), ValueError, "one for each of 2 slices; got 0"),
     (lambda: plots.adaptation_curves(EVALUATION, source="w"), KeyError, "'w'"),
