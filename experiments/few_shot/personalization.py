@@ -24,7 +24,8 @@ one look at the errors of a linear model over all of them. For hospitals, a look
 four came first. Then the inputs (a column for each code, 0 as a gap) and the range of weight decays were chosen.
 Leaving out each of the three others in turn prefers the same codes and gaps, for one hospital by a small margin.
 
-    python experiments/few_shot/personalization.py             minutes; writes experiments/results/personalization.md
+    python experiments/few_shot/personalization.py --full      minutes; writes experiments/results/personalization.md
+    python experiments/few_shot/personalization.py             the same with one seed
     python experiments/few_shot/personalization.py --smoke     seconds; prints only
 
 The tables are read from the folder that METAOPT_DATA names.
@@ -451,8 +452,11 @@ def splits(table: tasks.UserTable, hearts: tasks.UserTable, seeds: int) -> tasks
 
 
 def main() -> None:
-    options = script.parser(__doc__, num_seeds=3).parse_args()
-    settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
+    parser = script.parser(__doc__, num_seeds=3)
+    parser.add_argument("--full", action="store_true", help="all seeds instead of one")
+    options = parser.parse_args()
+    settings = SMOKE if options.smoke else Settings()
+    seeds = options.seeds if options.full and not options.smoke else 1
     only = 1 if options.smoke else None
     folder = script.data_file(__file__, "parkinsons_telemonitoring.csv.gz").parent
     table, hearts = from_parkinsons(folder), from_heart_disease(folder)
