@@ -292,11 +292,15 @@ def check_finite(name: str, array: np.ndarray, *, missing: bool = False, infinit
       missing: whether NaN is allowed, as the mark of a missing value.
       infinite: whether infinities are allowed.
     """
+    if np.iscomplexobj(array):
+        for part in (array.real, array.imag):
+            check_finite(name, part, missing=missing, infinite=infinite)
+        return
     fine = np.abs(array) <= np.finfo(np.float32).max
     if missing:
         fine |= np.isnan(array)
     if infinite:
-        fine |= np.isinf(array) & ~np.isnan(array)  # a complex number can be both
+        fine |= np.isinf(array)
     if not fine.all():
         fault = "NaN, or beyond the largest float32" if infinite else "not finite in float32"
         raise ValueError(f"the array {name} has entries that are {fault}")

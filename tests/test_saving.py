@@ -128,6 +128,7 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
         ({"bits": jnp.ones(2, jnp.int4)}, TypeError, r"\['bits'\] is of type int4"),
         ({"best": np.array([np.inf, 1e39])}, ValueError, r"\['best'\] has entries that are NaN, or beyond the largest"),
         ({"wave": np.complex64(1j * np.inf)}, ValueError, "wave"),  # its real part is NaN
+        ({"wave": np.complex128(complex(np.inf, 1e39))}, ValueError, "wave"),
         ({"count": 3}, TypeError, r"\['count'\] is of type int"),
         ({}, TypeError, "but it has no leaf"),
     ):

@@ -17,9 +17,12 @@ The stability s is the mean over pairs. It is 1 only if the clusters are hard. T
 stability of normal rows with the same covariance. It is differentiated through the steps, and λ is tuned for each k.
 
 **The number of clusters** is the k with the largest s − r after tuning ("by stability"), or the one with the largest
-silhouette on the weighted columns. The labels are those of k-means with k clusters on the weighted columns. The control
-"before tuning" has equal weights, and the k with the largest s − r at the default width. The three rules share one
-tuning, whose time is in the row "before tuning". The protocol, the tables and the baselines are those of `clusters.py`.
+silhouette on the weighted columns. Weights q over the list of k would relax this choice, with the outer loss
+Σ_k q_k (r_k − s_k). It is linear in q, so a single k minimizes it. The search over the list finds this k exactly.
+
+The labels are those of k-means with k clusters on the weighted columns. The control "before tuning" has equal weights,
+and the k with the largest s − r at the default width. The three rules share one tuning, whose time is in the row
+"before tuning". The protocol, the tables and the baselines are those of `clusters.py`.
 
     python experiments/automl/soft_clusters.py --full           minutes; writes results/soft_clusters.md
     python experiments/automl/soft_clusters.py                  one seed

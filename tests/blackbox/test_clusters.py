@@ -158,7 +158,7 @@ def test_dask_without_a_worker_ends_the_collection(budget, tmp_path):
     (kills := tmp_path / "kills").mkdir()
     store = tmp_path / "records.db"
     scheduler = distributed.LocalCluster(n_workers=0, dashboard_address=None)
-    waits = {"wait_for_workers_timeout": 3600 if budget else 2}
+    waits = {"wait_for_workers_timeout": 300 if budget else 2}
     with scheduler, distributed.Client(scheduler) as client, joblib.parallel_config(backend="dask", **waits):
         if budget is None:
             with pytest.raises(TimeoutError, match="no worker after 2 seconds"):

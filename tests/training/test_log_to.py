@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import signal
 
@@ -18,7 +19,7 @@ TASKS = np.array([1.0, 2.0, 6.0])
 LEARNER = training.learner(small.quadratic(), optax.sgd(0.1))
 
 
-def fit(target, folder=None, sample_tasks=lambda key: TASKS, callback=()):
+def fit(target, folder=None, sample_tasks=lambda key: TASKS, callback=(), every=1):
     return training.fit(
         LEARNER,
         sample_tasks,
@@ -29,7 +30,7 @@ def fit(target, folder=None, sample_tasks=lambda key: TASKS, callback=()):
         eval_every=3,
         checkpoint_dir=folder,
         checkpoint_every=4,
-        callback=[training.log_to(target), *callback],
+        callback=[training.log_to(target, every=every), *callback],
         progress=False,
     )
 
@@ -47,9 +48,9 @@ def test_the_file_has_the_history_and_the_evaluations(tmp_path):
     assert evaluations == dict(zip((3, 6, 9), result.evaluations[1:].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("step", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize(("step", "every"), [(2, 1), (3, 1), (5, 1), (6, 1), (8, 1), (5, 2), (6, 4)])
 @pytest.mark.parametrize("end", ["error", "signal", "signal before the evaluation"])
-def test_an_interrupted_run_ends_with_the_file_of_an_unbroken_one(tmp_path, end, step):
+def test_an_interrupted_run_ends_with_the_file_of_an_unbroken_one(tmp_path, end, step, every):
     draws = []
 
     def interrupt(number, metrics):
@@ -63,12 +64,12 @@ def test_an_interrupted_run_ends_with_the_file_of_an_unbroken_one(tmp_path, end,
         return TASKS
 
     path, unbroken = tmp_path / "run.jsonl", tmp_path / "unbroken.jsonl"
-    fit(unbroken)
+    fit(unbroken, every=every)
     with pytest.raises((SystemExit, ZeroDivisionError)):
-        fit(path, tmp_path / "run", sample_tasks=sample_tasks, callback=[interrupt])
+        fit(path, tmp_path / "run", sample_tasks=sample_tasks, callback=[interrupt], every=every)
     with path.open("a") as file:
         file.write('{"step": 7, "val')  # as a killed process leaves it
-    fit(path, tmp_path / "run")
+    fit(path, tmp_path / "run", every=every)
     assert path.read_bytes() == unbroken.read_bytes()
 
 
@@ -199,7 +200,8 @@ def test_weights_and_biases_has_the_metrics_of_a_run_without_network(tmp_path):
     with wandb.init(mode="offline", dir=tmp_path) as run:
         fit(run)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert file.read_bytes().count(b"hypergrad_norm") >= 9
+    steps = re.findall(rb"_step\x82\x01\x01(\d)", file.read_bytes())  # number of the field and length of the value
+    assert {int(step) for step in steps} == set(range(1, 10)) and file.read_bytes().count(b"hypergrad_norm") >= 9
 
 
 @pytest.mark.parametrize("target, message", [("run.csv", r'must end in "\.jsonl"'), (3, "of type int")])
