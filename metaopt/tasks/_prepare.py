@@ -166,11 +166,6 @@ def prepare(
     classes = np.unique(table.y[train])
     if len(classes) < 2:
         raise ValueError(f"table {table.name} has fewer than 2 classes.")
-    lost = np.setdiff1d(np.unique(table.y), classes)
-    if len(lost):
-        names = [str(c) if table.class_names is None else table.class_names[c] for c in lost]
-        _log.warning("table %s: classes %s have no training row and are dropped", table.name, ", ".join(names))
-        valid, test = (rows[np.isin(table.y[rows], classes)] for rows in (valid, test))
     for name, fraction, rows in (("valid", valid_fraction, valid), ("test", test_fraction, test)):
         if fraction > 0 and not len(rows):
             raise ValueError(
@@ -220,7 +215,14 @@ def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> n
     if max_classes is not None and len(labels) > max_classes:
         frequent = labels[np.argsort(-counts, kind="stable")[:max_classes]]
         index = index[np.isin(table.y, frequent)]
-        _log.warning("table %s: only its %d most frequent classes are kept", table.name, max_classes)
+        lost = np.setdiff1d(labels, frequent)
+        names = [str(c) if table.class_names is None else table.class_names[c] for c in lost]
+        _log.warning(
+            "table %s: `max_classes` keeps the %d most frequent classes. The rows of these classes are dropped: %s",
+            table.name,
+            max_classes,
+            ", ".join(names),
+        )
     if len(index) > max_rows:
         index = _split(table.y, index, (1.0 - max_rows / len(index),), rng)[0]
     return index
