@@ -14,7 +14,7 @@ from typing import Any
 
 _EXAMPLES = """examples:
   metaopt fit train.csv --target price --time 60 --out model.npz
-  metaopt predict model.npz new.csv --out predictions.csv
+  metaopt predict model.npz new.csv --coverage 0.9 --out predictions.csv
   metaopt leaderboard model.npz
   metaopt doctor
 
@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
     predict.add_argument("data", type=Path, help="a CSV file with the same columns")
     predict.add_argument("--out", type=Path, help="the CSV file to write (default: standard output)")
+    predict.add_argument(
+        "--coverage",
+        type=float,
+        help="also an interval of the target (lower, upper), or a set of labels, that has the truth with this "
+        "probability, such as 0.9",
+    )
     predict.set_defaults(run=_predict)
 
     leaderboard = commands.add_parser("leaderboard", help="show the models of a saved file with their scores")
@@ -126,6 +132,11 @@ def _predict(options: argparse.Namespace) -> int:
     if hasattr(model, "predict_proba"):
         for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
             result[f"probability of {label}"] = column
+    if options.coverage is not None and hasattr(model, "predict_set"):
+        for label, column in zip(model.classes_, model.predict_set(frame, coverage=options.coverage).T, strict=True):
+            result[f"{label} in the set"] = column
+    elif options.coverage is not None:
+        result[["lower", "upper"]] = model.predict_interval(frame, coverage=options.coverage)
     result.to_csv(sys.stdout if options.out is None else options.out, index=False)
     return 0
 
