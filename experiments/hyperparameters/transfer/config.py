@@ -60,6 +60,7 @@ class Config:
     eval_every: int = 100
     num_evaluated: int = 240  # development tasks
     variant_steps: int = 120  # that continue the training of the shipped g
+    recorded_tasks: int = 300  # from which the search of the second stage learns
     # Of judging.
     num_splits: int = 2
     judged_buckets: int = 3  # padded shapes
@@ -86,6 +87,7 @@ SMOKE = Config(
     eval_every=2,
     num_evaluated=4,
     variant_steps=2,
+    recorded_tasks=6,
     num_splits=1,
     judged_buckets=1,
     proposals=2,

@@ -21,6 +21,7 @@ from experiments.hyperparameters.transfer.learning import learn
 from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
 from experiments.hyperparameters.transfer.rates import compare_rates
 from experiments.hyperparameters.transfer.report import publish
+from experiments.hyperparameters.transfer.second_stage import compare_second_stage
 from experiments.hyperparameters.transfer.ten_runs import NUM_SPLITS, compare_ten_runs
 from experiments.hyperparameters.transfer.variants import VARIANTS, compare_variants
 from metaopt import predictors
@@ -33,13 +34,25 @@ def main(argv=None) -> None:
     parser.add_argument(
         "step",
         nargs="?",
-        choices=("prepare", "learn", "compare", "choose", "ten-runs", "rates", "variants", "judge", "ship", "all"),
+        choices=(
+            "prepare",
+            "learn",
+            "compare",
+            "choose",
+            "ten-runs",
+            "rates",
+            "variants",
+            "second-stage",
+            "judge",
+            "ship",
+            "all",
+        ),
         default="all",
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
     parser.add_argument("--per-family", type=int, help="prepare: the most tasks of a family with rotated targets")
-    parser.add_argument("--splits", type=int, default=NUM_SPLITS, help="rates: splits of the rows of each table")
+    parser.add_argument("--splits", type=int, default=NUM_SPLITS, help="rates, second-stage: splits of the rows")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="variants: those to train")
     parser.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2], help="seeds of learning; none: controls only")
     parser.add_argument("--no-trees", action="store_true", help="leave forests and boosting out")
@@ -65,6 +78,8 @@ def main(argv=None) -> None:
         compare_rates(config, args.out, args.splits)
     if args.step == "variants":
         compare_variants(config, args.out, args.seed, args.variants)
+    if args.step == "second-stage":
+        compare_second_stage(config, args.out, args.splits)
     if args.step in ("judge", "all"):
         judged = judge(config, judged_tables()[: config.max_judged], args.out, args.seed, not args.no_trees)
         if args.seed:
