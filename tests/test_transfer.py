@@ -1,5 +1,6 @@
 """The experiment that trains g: kept results are used only for what determines them, and footers count all the work."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from experiments import script
+from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import main as command
+from experiments.hyperparameters.transfer import second_stage
 from experiments.hyperparameters.transfer.compare import _groups, _table
 from experiments.hyperparameters.transfer.config import DEFAULT, FEATURES, SMOKE, Width
 from experiments.hyperparameters.transfer.families import is_development
@@ -223,3 +226,89 @@ def test_a_learned_spread_is_also_drawn_around_the_shipped_center():
         "spread, learned": (1, 2),
         "g, the learned spread": (0, 2),
     }
+
+
+# ---- A second stage --------------------------------------------------------------------------------------------------
+
+
+class FakeRecorded:
+    """Runs whose validation loss is the logarithm of the rate, and whose test loss is 100 minus this loss."""
+
+    calls: list
+
+    def __init__(self, network, parts):
+        FakeRecorded.calls = []
+
+    def __call__(self, key, hyperparams):
+        FakeRecorded.calls.append((key, hyperparams))
+        valid = np.log(np.asarray(hyperparams["rate"], np.float64))
+        return np.stack([valid, 100 - valid, 0 * valid], axis=1)
+
+    def take(self):
+        return []
+
+
+@pytest.fixture
+def second(monkeypatch):
+    monkeypatch.setattr(second_stage, "Recorded", FakeRecorded)
+    return second_stage
+
+
+def test_the_search_learns_from_one_task_of_each_family_and_from_no_development_family(tmp_path):
+    names = np.array([f"family {i % 30}" for i in range(60)])
+    for k in range(2):
+        saved = {f"{part}/mask": np.ones((60, 50), np.float32) for part in ("train", "valid")}
+        features = np.arange(60.0)[:, None] + 1000 * k + np.zeros(len(FEATURES))
+        np.savez(tmp_path / f"pool_{k}.npz", raw_features=features, family=names, kind=names, **saved)
+    parts = second_stage.learning_parts(dataclasses.replace(DEFAULT, recorded_tasks=100), tmp_path)
+    family = np.concatenate([part.family for part in parts])
+    assert sorted(family) == sorted(name for name in set(names) if not is_development(name))
+    for k, part in enumerate(parts):  # the features are those of the family's own task
+        assert part.family.tolist() == [names[int(row) - 1000 * k] for row in part.raw_features[:, 0]]
+    few = second_stage.learning_parts(dataclasses.replace(DEFAULT, recorded_tasks=7), tmp_path)
+    assert len({name for part in few for name in part.family}) == sum(len(part.family) for part in few) == 7
+
+
+def test_the_first_recorded_run_is_that_of_g_and_the_others_lie_around_it(second):
+    network, parts = make_network(SMOKE.run), [_part(2), _part(3)]
+    runs = second.runs_around(network, parts, (0.0, 0.5, 1.0, 1.0), 0)
+    g = hyperparams_of(network.space, second.shipped_starts(parts, network.space)["g"])
+    np.testing.assert_allclose(runs["rate"][0], g["rate"], rtol=1e-6)
+    assert runs["loss"].shape == (4, 5, 2) and len(np.unique(runs["rate"])) == 4 * 5
+    np.testing.assert_allclose(runs["loss"][..., 0], np.log(runs["rate"]), rtol=1e-6)
+    assert len({str(key) for key, _ in FakeRecorded.calls}) == 1
+
+
+def test_a_record_has_the_task_the_hyperparameters_and_the_validation_loss_of_its_run(second, monkeypatch):
+    network, parts = make_network(SMOKE.run), [_part(2), _part(3)]
+    runs, seen = second.runs_around(network, parts, (0.0, 0.5), 0), {}
+    train = lambda records, **options: seen.update(records=records, **options)
+    monkeypatch.setattr(second.blackbox, "train_meta_optimizer", train)
+    second.learned_search(network, parts, runs)
+    assert [record.task for record in seen["records"]] == 2 * ["0", "1", "2", "3", "4"]
+    for record in seen["records"]:
+        assert record.outcome == pytest.approx(np.log(record.configuration["rate"]), rel=1e-6)
+    decays = [record.configuration["decay_hidden"] for record in seen["records"]]
+    np.testing.assert_allclose(decays, runs["decay_hidden"].ravel(), rtol=1e-6)
+    assert seen["features"].keys() == seen["families"].keys() == set("01234")
+
+
+def test_a_search_reads_its_own_validation_losses_and_the_best_of_them_counts(second):
+    network, told = make_network(SMOKE.run), []
+
+    def searcher(number):
+        def ask(state, num):
+            rate = 1e-3 * (1 + number) * (3 - state if state < 2 else 2.5)
+            return [base.Record("", {name: rate for name in network.space}, trial=state)], state
+
+        def tell(state, records):
+            told.append((number, records[0].outcome, records[0].configuration["rate"]))
+            return state + 1
+
+        return base.Searcher(lambda key, space: 0, ask, tell)
+
+    losses = second.search(network, [_part(2)], [searcher(0), searcher(1)], 3)["loss"]
+    rates = 1e-3 * np.array([[3, 6], [2, 4], [2.5, 5]])
+    np.testing.assert_allclose(losses[..., 0], np.log(rates), rtol=1e-6)
+    assert all(outcome == pytest.approx(np.log(rate), rel=1e-6) for _, outcome, rate in told) and len(told) == 6
+    np.testing.assert_allclose(second.best(losses), 100 - np.log(rates[1]), rtol=1e-6)

@@ -1,7 +1,7 @@
 """Does a g that learned on many tables hold on tables of new families? Its rivals are searches of up to 100 trials.
 
 The script continues `auto_tune`, with the same network and search space. The corpus is larger: about 2,400 tasks of 760
-families (`experiments.data.corpus`). There are nine steps, which can run at different times:
+families (`experiments.data.corpus`). There are ten steps, which can run at different times:
 
     python experiments/hyperparameters/transfer prepare           builds and prepares the corpus (20 core-minutes)
     python experiments/hyperparameters/transfer learn --seed 0    one λ for all tables, then g (14 core-minutes)
@@ -10,6 +10,7 @@ families (`experiments.data.corpus`). There are nine steps, which can run at dif
     python experiments/hyperparameters/transfer ten-runs          compares uses of ten runs on the development families
     python experiments/hyperparameters/transfer rates             compares rates of fine-tuning, on the same tables
     python experiments/hyperparameters/transfer variants          compares a learned spread and a set network with g
+    python experiments/hyperparameters/transfer second-stage      compares a search that learned from runs on other tables
     python experiments/hyperparameters/transfer judge             compares on the judging families (30 core-minutes)
     python experiments/hyperparameters/transfer ship              puts the trained g into the package
     python experiments/hyperparameters/transfer --smoke           prepare, learn and judge, small
