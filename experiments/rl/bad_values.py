@@ -1,4 +1,4 @@
-"""Which of the bad starting values keeps an actor-critic from tuning its hyperparameters?
+"""Does a bad rate or do the other bad values keep an actor-critic from tuning its hyperparameters?
 
 `meta_gradients.py` tunes from two bad starts: one with a rate that is too small, which it mends, and one with a rate
 that is too large, which it does not. All five values are bad in both, so neither shows the effect of one value. Here
@@ -68,9 +68,9 @@ def report(results: dict[str, dict], settings: meta_gradients.Settings) -> str:
     return (
         "Interquartile mean of the score over seeds, with a 95 % stratified bootstrap interval. "
         f"{meta_gradients.failures(results)}\n\n"
-        f"{script.table(['start', 'tuned', *results, 'all families', 'rate at the end'], rows)}\n\n"
-        f"The last column has medians over seeds, in the order of the families. {settings.num_updates} updates, outer "
-        f"Adam with rate {settings.outer_rate}; seeds 0 to {settings.seeds - 1}."
+        f"{script.table(['start', 'tuned', *results, 'all', 'rate at the end'], rows)}\n\n"
+        f"The last column has medians over seeds, in the order of the environments. {settings.num_updates} updates, "
+        f"outer Adam with rate {settings.outer_rate}; seeds 0 to {settings.seeds - 1}."
     )
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     folder = None if args.keep is None or args.smoke else script.work_folder(args.keep, Path(__file__), *files)
     keep, seconds = script.timed_parts(folder and folder / f"{settings.seeds}_seeds")
     results = {name: measure(name, settings, keep) for name in args.families}
-    title = "Meta-gradients from bad values, one by one"
+    title = "Meta-gradients from bad values: the rate and the others"
     script.publish(__file__, title, report(results, settings), args, name="rl_bad_values", seconds=sum(seconds))
     if not args.smoke:
         plot(results, args.out / "rl_bad_values.png")

@@ -376,16 +376,18 @@ def report(of_mazes: list[dict], of_courses: list[dict], growth: dict[str, float
     course_steps = settings.course * settings.course_sizes.num_actors * settings.course_sizes.length
     return (
         "## Mazes with a hidden goal\n\nMean return on 12 held-out goals after 0, 1, ... steps of adaptation; mean ± "
-        f"standard deviation over {len(of_mazes)} seed(s), which differ in the goals too.\n\n"
-        f"{script.table(['method', *(f'{k} steps' for k in steps)], maze_rows)}\n\n"
+        f"standard deviation over {len(of_mazes)} seeds, which differ in the goals too.\n\n"
+        f"{script.table(['method', *(f'{k} step' + 's' * (k != 1) for k in steps)], maze_rows)}\n\n"
         f"{settings.maml_updates} outer steps of {settings.goals_per_step} goals; a step of adaptation takes "
         f"{maze_steps} steps of the environments.\n\n"
-        "## Hyperparameters of an actor-critic over CartPoles\n\nMean score of training with λ on "
-        f"{settings.new_tasks} new draws of the physics; mean ± standard deviation over {len(of_courses)} seed(s).\n\n"
+        "## Hyperparameters of an actor-critic over CartPoles\n\nMean score of training with the tuned "
+        f"hyperparameters on {settings.new_tasks} new draws of the physics; mean ± standard deviation over "
+        f"{len(of_courses)} seeds.\n\n"
         f"{script.table(['method', 'score', 'skipped', *SPACE], course_rows)}\n\n"
         f"Each method has {settings.budget} training runs of {settings.course} updates ({course_steps:,} steps of the "
-        'environments each). "skipped" is the share of outer steps without a finite hypergradient; λ are medians. '
-        f"Mean log growth of a perturbation of θ per update (`hypergrad.diagnose`): {growth_text}."
+        'environments each). "skipped" is the share of outer steps without a finite hypergradient; '
+        f"hyperparameters are medians. Mean log growth of a small change of the weights per update "
+        f"(`hypergrad.diagnose`): {growth_text}."
     )
 
 

@@ -189,7 +189,7 @@ def score_table(results: dict[str, dict], settings: Settings) -> str:
             steps = settings.env_steps * settings.grid * settings.selection_seeds
         cells = [interval_text(row[None]) for row in values]
         rows.append([method, f"{steps / 1e6:.3f}", *cells, interval_text(values)])
-    return script.table(["method", "million steps", *results, "all families"], rows)
+    return script.table(["method", "million steps", *results, "all"], rows)
 
 
 def failures(results: dict[str, dict]) -> str:
@@ -246,7 +246,7 @@ def report(
         f"environments, for one result. {failures(results)}\n\n"
         f"{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores of the points of the "
         f"grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
-        f"{hyperparameter_table(results)}\n\n{speed}\n\nMean log growth of a perturbation of θ per update "
+        f"{hyperparameter_table(results)}\n\n{speed}\n\nMean log growth of a small change of the weights per update "
         f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
         f"hidden units; `hypergrad.truncated` over {settings.window} update(s), outer Adam with rate "

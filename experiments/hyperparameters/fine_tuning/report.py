@@ -48,16 +48,16 @@ def report(runs: list[dict], settings) -> str:
             f"{s.draws} draws.",
             f"Difference of {LEARNED} from each baseline, with the 95 % interval over seeds (Student's t):",
             script.table(["minus", *header[1:]], gaps),
-            "λ (medians over seeds), rates and strengths from the input to the head:",
+            "Learning rates and strengths of L2-SP (medians over seeds), from the input to the head:",
             script.table(
-                ["λ", "images", *(f"rate {n}" for n in LAYERS), *(f"strength {n}" for n in LAYERS)],
+                ["method", "images", *(f"rate {n}" for n in LAYERS), *(f"strength {n}" for n in LAYERS)],
                 [
                     [name, str(shots), *medians(runs, name, shots)]
                     for name in (LEARNED, "hand-set rates", "full fine-tuning")
                     for shots in s.shots
                 ],
             ),
-            f"Fine-tuning: {s.num_steps} steps of Adam on {s.batch} images. Learning λ takes {s.outer_steps} outer "
+            f"Fine-tuning: {s.num_steps} steps of Adam on {s.batch} images. Learning takes {s.outer_steps} outer "
             f"steps on {len(s.shots)} tasks, the operations of {costs['learned']:.0f} fine-tunings; the grid of "
             f"hand-set rates takes {costs['grid']:.0f} fine-tunings.",
         ]
