@@ -6,7 +6,7 @@ loss with fixed hyperparameters and a divergence (`actor_critic.OUTER`). One tra
 
 Compared on three families of environments:
 
-* the same run with the bad values, and with the reference values and the bad rate;
+* the same run with the bad values, and with the reference values and the bad rate or a usual one (0.01);
 * other bad values (`actor_critic.OTHER_START`, with a rate that is too large), fixed and tuned, and tuning without the
   divergence in the outer loss; `bad_values.py` has the controls;
 * the best of 25 points (five rates, five horizons, the others as in the reference), chosen on other seeds;
@@ -42,6 +42,7 @@ from metaopt.training import report_progress
 FAMILY_NAMES = ("Catch", "maze", "CartPole")
 RATES, HORIZONS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (2.0, 6.0, 18.0, 54.0, 162.0)
 GRID = [{**REFERENCE, "rate": rate, "horizon": horizon} for rate in RATES for horizon in HORIZONS]
+USUAL_RATE = 0.01
 OUTER_RATES = (0.003, 0.01, 0.03)
 DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of choices by hand, and of the grid
 
@@ -125,6 +126,7 @@ def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -
     methods = {
         "bad values": lambda: fixed(START),
         "reference, bad rate": lambda: fixed(REFERENCE),
+        "reference, usual rate": lambda: fixed({**REFERENCE, "rate": USUAL_RATE}),
         "meta-gradients": tuned,
         "meta-gradients, no divergence": lambda: tuned(outer={**OUTER, "kl": 0.0}),
         "other bad values": lambda: fixed(OTHER_START),
@@ -138,8 +140,8 @@ def measure(name: str, programs: Programs, settings: Settings, keep: Callable) -
 
 
 def growth(programs: Programs, settings: Settings) -> float:
-    """Returns the growth that `hypergrad.diagnose` measures at the reference with rate 0.01."""
-    z = jax.tree.map(lambda x: x[0], searches.coordinates([{**REFERENCE, "rate": 1e-2}]))
+    """Returns the growth that `hypergrad.diagnose` measures at the reference with the usual rate."""
+    z = jax.tree.map(lambda x: x[0], searches.coordinates([{**REFERENCE, "rate": USUAL_RATE}]))
     num_steps = min(100, settings.num_updates)
     return hypergrad.diagnose(programs.problem, z, actor_critic.make_task(programs.family), num_steps=num_steps).growth
 
@@ -247,7 +249,7 @@ def report(
         f"{score_table(results, settings)}\n\n{differences(results)}\n\nMean scores of the points of the "
         f"grid on its own seeds: {grids}.\n\nHyperparameters, medians over seeds:\n\n"
         f"{hyperparameter_table(results)}\n\n{speed}\n\nMean log growth of a small change of the weights per update "
-        f"(`hypergrad.diagnose`, at the reference with rate 0.01): {growth_text}.\n\n"
+        f"(`hypergrad.diagnose`, at the reference with rate {USUAL_RATE}): {growth_text}.\n\n"
         f"{settings.num_updates} updates of {sizes.num_actors} environments and {sizes.length} steps, {sizes.hidden} "
         f"hidden units; `hypergrad.truncated` over {settings.window} update(s), outer Adam with rate "
         f"{settings.outer_rate}. Outer loss: {outer_text}. Seeds 0 to {settings.seeds - 1}, up to "
