@@ -10,7 +10,7 @@ families (`experiments.data.corpus`). There are ten steps, which can run at diff
     python experiments/hyperparameters/transfer ten-runs          compares uses of ten runs on the development families
     python experiments/hyperparameters/transfer rates             compares rates of fine-tuning, on the same tables
     python experiments/hyperparameters/transfer variants          compares a learned spread and a set network with g
-    python experiments/hyperparameters/transfer second-stage      compares a search that learned from runs on other tables
+    python experiments/hyperparameters/transfer second-stage      compares a search that learned from other tables
     python experiments/hyperparameters/transfer judge             compares on the judging families (30 core-minutes)
     python experiments/hyperparameters/transfer ship              puts the trained g into the package
     python experiments/hyperparameters/transfer --smoke           prepare, learn and judge, small
