@@ -73,6 +73,18 @@ def is_finite(x: np.ndarray) -> np.ndarray:
         return np.isfinite(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
 
 
+NEEDS_A_VALUE = (  # what JAX raises if a program reads the value of a traced array
+    jax.errors.ConcretizationTypeError,  # `if`, `float`
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+SCHEDULES = (
+    "Some optax schedules do this, for example with `peak_value` of `optax.warmup_cosine_decay_schedule`: use "
+    "`transforms.cosine_schedule` (or `wsd_schedule`, `polynomial_schedule`, `knot_schedule`), which is differentiable "
+    "in all of its numbers."
+)
+
+
 @contextlib.contextmanager
 def explained_schedules(name: str) -> Iterator[None]:
     """Explains JAX's error if an optimizer reads the value of a traced hyperparameter, as some optax schedules do.
@@ -88,16 +100,10 @@ def explained_schedules(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        jax.errors.ConcretizationTypeError,  # `if`, `float`
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ) as error:
+    except NEEDS_A_VALUE as error:
         raise ValueError(
             f"`{name}` needs the concrete value of a hyperparameter (in `if`, `float`, `int` or NumPy), but JAX traces "
-            "the hyperparameter, so it has no value. Some optax schedules do this, for example with `peak_value` of "
-            "`optax.warmup_cosine_decay_schedule`: use `transforms.cosine_schedule` (or `wsd_schedule`, "
-            "`polynomial_schedule`, `knot_schedule`), which is differentiable in all of its numbers. In your own code "
+            f"the hyperparameter, so it has no value. {SCHEDULES} In your own code "
             f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
         ) from error
 

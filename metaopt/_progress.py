@@ -69,7 +69,8 @@ class Report:
         """The phase and its duration, or the values of the last step."""
         phase = self.phase  # another thread may change it
         if phase is None:
-            return self.text.format(**self.fields)
+            has_no_values = self.first is None and any(value != value for value in self.fields.values())  # NaN
+            return "" if has_no_values else self.text.format(**self.fields)
         return f"{phase[0]}, {_duration(self.display.clock() - phase[1])}"
 
     def line(self) -> str:
@@ -182,7 +183,8 @@ def report_progress(
       time_limit: the seconds after which the loop will end, for the estimate of the remaining time. The loop itself
         must end.
       display: all reports of a process share one display; tests have their own.
-      **fields: initial values for the fields of `text`.
+      **fields: initial values for the fields of `text`. If one of them is NaN, the text is left out until the first
+        call of `report`.
 
     Returns:
       A context manager, whose value is a function `report(completed, **fields)`. Call it after every step with the

@@ -117,6 +117,14 @@ def no_cache():
     jax.config.update("jax_compilation_cache_dir", former)
 
 
+def test_a_run_that_continues_shows_no_values_before_its_first_step(log):
+    with log.report(start=10) as report:
+        log.wait(8)
+        report(11, value=np.nan)
+        log.wait(8)
+    assert log.lines() == ["step 10/20, 8 s", "step 11/20, value nan, 16 s", "step 11/20, value nan, 16 s"]
+
+
 def test_a_compilation_is_reported_after_two_seconds_and_at_its_end(log, no_cache):
     with log.report() as report:
         with report.compiling("the initial state"):
@@ -126,7 +134,7 @@ def test_a_compilation_is_reported_after_two_seconds_and_at_its_end(log, no_cach
             with report.compiling("one step"):
                 log.wait(13)
     first = ["compiling one step, 2 s", "compiling one step, 10 s", "compiled one step in 13 s"]
-    assert log.lines() == [*first, _progress.HINT, *first, "step 0/20, value nan, 27 s"]  # the hint comes once
+    assert log.lines() == [*first, _progress.HINT, *first, "step 0/20, 27 s"]  # the hint comes once
 
 
 def test_no_hint_if_the_cache_is_on(log):
@@ -150,7 +158,7 @@ def test_nested_reports_share_a_line(log):
         log.wait(5)
         with log.report(unit="trial"):
             log.wait(3)
-    assert log.lines()[0] == "learning the kernel, 8 s: trial 0/20, value nan, 3 s"
+    assert log.lines()[0] == "learning the kernel, 8 s: trial 0/20, 3 s"
 
 
 def no_state(key, hyperparams, task):

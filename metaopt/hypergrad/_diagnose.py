@@ -71,8 +71,9 @@ def diagnose(
 
     If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
     leaf of λ at a tenth and at ten times its value, within the space. It names the leaves whose change repairs the run,
-    or reports that none does; of two such changes, it names the one with the lower outer loss. The noise of batches can
-    repair a flat run by chance, and a larger weight decay can hide a rate that is too large. This takes up to two more
+    or reports that none does; of two such changes, it names the one with the lower outer loss. If it names several
+    leaves, the first one repairs the run best: its outer loss is the lowest. The noise of batches can repair a flat run
+    by chance, and a larger weight decay can hide a rate that is too large. This takes up to two more
     runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
 
     Args:
@@ -313,7 +314,7 @@ def _findings_of_leaves(
     natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
     leaves, structure = jax.tree_util.tree_flatten_with_path(natural)
     positive = [i for i, (_, leaf) in enumerate(leaves) if _is_positive(leaf)]
-    findings, tried = [], []
+    repairs, tried = [], []
     for i in positive if len(positive) <= MAX_LEAVES else []:
         name, mended = f"λ{jax.tree_util.keystr(leaves[i][0])}", {}
         for factor, words in ((1 / FACTOR, "a tenth"), (FACTOR, "ten times")):
@@ -331,7 +332,8 @@ def _findings_of_leaves(
                 finding = Finding(what, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value.")
                 mended[float(judged.outer)] = finding
         # A loss that is flat but for the noise of batches also falls by chance.
-        findings += [mended[min(mended)]] if mended else []
+        repairs += [min(mended.items())] if mended else []
+    findings = [finding for _, finding in sorted(repairs)]  # first the leaf with which the outer loss is lowest
     return findings or [_no_remedy(len(positive), tried)]
 
 

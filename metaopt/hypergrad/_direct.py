@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metaopt import base
+from metaopt import _checks, base
 
 
 def direct(loss: Callable) -> base.Estimator:
@@ -15,7 +15,11 @@ def direct(loss: Callable) -> base.Estimator:
 
     Use it for predictors trained on records of past trials, for losses that solve their own inner problem (`unroll`, a
     closed form), and for ordinary training of λ. It works under jit, vmap and further differentiation if `loss` does.
-    The memory is that of the reverse pass of `loss`.
+    The memory is that of the reverse pass of `loss`. If `loss` trains in a `lax.scan`, this is everything in each
+    step; `jax.checkpoint(step)` stores only the states between the steps, and computes each step once more.
+
+    `fit(space=...)` passes unconstrained coordinates to `loss`. Convert them to λ in its first line, by
+    `spaces.to_constrained(space, z)`.
 
     Args:
       loss: `(hyperparams, task, key) -> []`, differentiable in λ; the key is new in every call.
@@ -25,6 +29,7 @@ def direct(loss: Callable) -> base.Estimator:
 
     Raises:
       TypeError: at trace time, from JAX, if the loss is not a floating-point scalar.
+      jax.errors.ConcretizationTypeError: at trace time, if the loss reads the value of λ, as some optax schedules do.
 
     >>> import jax
     >>> from metaopt import hypergrad
@@ -40,7 +45,14 @@ def direct(loss: Callable) -> base.Estimator:
 
     def estimate(hyperparams, task, state):
         loss_key, key = jax.random.split(state)
-        value, hypergrad = jax.value_and_grad(loss)(hyperparams, task, loss_key)
+        try:
+            value, hypergrad = jax.value_and_grad(loss)(hyperparams, task, loss_key)
+        except _checks.NEEDS_A_VALUE as error:
+            error.add_note(
+                "`loss` of `hypergrad.direct` reads the value of a traced array (in `if`, `float`, `int` or NumPy). "
+                f"JAX traces λ, the task and the key, so they have no values. {_checks.SCHEDULES}"
+            )
+            raise
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key
 
     return base.Estimator(init, estimate, kind="exact")

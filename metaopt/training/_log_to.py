@@ -89,7 +89,8 @@ def _writer(target: Any) -> tuple[Callable[[int], Any], WriteFn]:
     if isinstance(target, str | os.PathLike):
         if Path(target).suffix != ".jsonl":
             raise TypeError(
-                f'The name of a log file must end in ".jsonl", which says its format: {os.fspath(target)!r}.'
+                f'The name of a log file must end in ".jsonl", which says its format; got {os.fspath(target)!r}. '
+                "To get a CSV file, convert it at the end: `pandas.read_json(path, lines=True).to_csv(...)`."
             )
         lines = _Lines(Path(target))
         return lines.begin, lines.write

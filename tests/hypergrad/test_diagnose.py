@@ -97,6 +97,19 @@ def test_the_leaf_that_mends_the_run_is_named():
     assert named_leaves(2.5, narrow, narrow) == []  # a tenth is outside the space
 
 
+def test_the_leaf_that_mends_the_run_best_is_named_first():
+    loop = inner.loop(
+        lambda params, hp, batch: (params**2).sum() / 2,
+        lambda hp: optax.sgd(hp["first"] * hp["second"]),
+        init=lambda key, hp, data: jnp.ones(3),
+    )
+    for better in ("first", "second"):
+        problem = inner.problem(loop, lambda params, hp, batch, better=better: (params**2).sum() + hp[better])
+        found = hypergrad.diagnose(problem, {"first": 2.5, "second": 1.0}, problems.TASK, num_steps=50).findings
+        leaves = [finding.what.split(" is likely")[0] for finding in found if "likely the cause" in finding.what]
+        assert leaves[0] == f"λ['{better}']" and len(leaves) == 2
+
+
 def test_a_run_that_no_leaf_mends_lists_what_was_tried():
     loop = inner.loop(
         lambda params, hp, batch: (params**2).sum() / 2 + 0 * hp["decay"],

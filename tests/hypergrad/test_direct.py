@@ -52,3 +52,13 @@ def test_fit_runs_it():
     learner = training.learner(hypergrad.direct(loss), optax.sgd(0.3))
     result = training.fit(learner, lambda key: jnp.zeros(1), hyperparams=jnp.zeros(2), num_steps=100, key=KEY)
     np.testing.assert_allclose(result.hyperparams, np.linalg.lstsq(features, outcomes)[0], rtol=1e-6)
+
+
+def test_an_optax_schedule_that_reads_its_peak_is_explained():
+    def trained_loss(hyperparams, task, key):
+        return optax.warmup_cosine_decay_schedule(0.0, hyperparams, 2, 8)(4)
+
+    estimator = hypergrad.direct(trained_loss)
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+        jax.jit(estimator.estimate)(0.1, None, estimator.init(KEY, 0.1, None))
+    assert any("use `transforms.cosine_schedule`" in note for note in raised.value.__notes__)
