@@ -1,6 +1,8 @@
 """The command `metaopt`."""
 
+import importlib.metadata
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -76,6 +78,28 @@ def test_python_m_metaopt_is_the_command(arguments, code, monkeypatch, capsys):
     assert end.value.code == code
     text = capsys.readouterr()
     assert ("usage: metaopt" if code != 1 else "missing.npz") in text.out + text.err
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """As in `metaopt predict ... | head`."""
+    print_rows = "type('', (), {'parse_args': lambda *_: type('', (), {'run': lambda _: print('row' * 100_000)})})"
+    script = f"from metaopt import _cli; _cli._parser = lambda: {print_rows}(); raise SystemExit(_cli.main([]))"
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 0
+    command.stderr.close()
+
+
+def test_the_doctor_finds_a_package_under_its_other_name(monkeypatch):
+    versions = {"jax": "0.10", "xgboost-cpu": "3.2"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert [_cli._version(name) for name in ("jax", "xgboost", "numpy")] == ["0.10", "3.2", "is not installed"]
 
 
 def test_the_doctor_checks_a_gradient_on_this_machine(capsys):
