@@ -128,7 +128,9 @@ def _predict(options: argparse.Namespace) -> int:
     frame = _read_rows(options.data, model)
     result = pandas.DataFrame({"prediction": model.predict(frame)})
     if hasattr(model, "predict_proba"):
-        for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
+        with _without_notes():  # `predict` has logged them
+            probabilities = model.predict_proba(frame)
+        for label, column in zip(model.classes_, probabilities.T, strict=True):
             result[f"probability of {label}"] = column
     result.to_csv(sys.stdout if options.out is None else options.out, index=False)
     return 0
@@ -291,7 +293,7 @@ def _numbers(target: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_notes() -> Iterator[None]:
-    """Hides the encoder's notes about columns: a target is not dropped."""
+    """Hides the encoder's notes about columns, such as those that another call has logged."""
     logger = logging.getLogger("metaopt.tasks")
     level = logger.level
     logger.setLevel(logging.ERROR)

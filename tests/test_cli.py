@@ -24,7 +24,7 @@ def files(tmp_path_factory):
     return folder, frame.iloc[1::2]["target"].to_numpy()
 
 
-def test_fit_predict_and_leaderboard(files, capsys):
+def test_fit_predict_and_leaderboard(files, capsys, caplog):
     folder, truth = files
     model = str(folder / "model.npz")
     train = [str(folder / "train.csv"), "--target", "target", "--out", model]
@@ -35,6 +35,11 @@ def test_fit_predict_and_leaderboard(files, capsys):
     predicted = pd.read_csv(out, keep_default_na=False)
     assert (predicted["prediction"] == truth).mean() > 0.85
     assert list(predicted.columns[1:]) == [f"probability of {label}" for label in ("b", "c", "none")]
+    texts = pd.read_csv(folder / "new.csv")
+    texts.assign(**{"sepal length (cm)": [f"about {k}" for k in range(len(texts))]}).to_csv(folder / "texts.csv")
+    assert _cli.main(["predict", model, str(folder / "texts.csv"), "--out", str(out)]) == 0
+    assert caplog.text.count("'sepal length (cm)' has") == 1  # once, though `predict` and `predict_proba` both see it
+    capsys.readouterr()
     assert _cli.main(["leaderboard", model]) == 0
     assert capsys.readouterr().out.split()[:5] == ["model", "score", "weight", "fit_seconds", "predict_seconds"]
 
