@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import logging
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the rest at its end
+        return 0
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"metaopt: {error}", file=sys.stderr)
         return 1
@@ -130,7 +134,9 @@ def _predict(options: argparse.Namespace) -> int:
     frame = _read_rows(options.data, model)
     result = pandas.DataFrame({"prediction": model.predict(frame)})
     if hasattr(model, "predict_proba"):
-        for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
+        with _without_notes():  # `predict` has logged them
+            probabilities = model.predict_proba(frame)
+        for label, column in zip(model.classes_, probabilities.T, strict=True):
             result[f"probability of {label}"] = column
     if options.coverage is not None and hasattr(model, "predict_set"):
         for label, column in zip(model.classes_, model.predict_set(frame, coverage=options.coverage).T, strict=True):
@@ -166,7 +172,6 @@ def _print_models(model: Any, *, report: bool) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    import importlib.metadata
     import platform
 
     import jax
@@ -178,10 +183,7 @@ def _doctor(options: argparse.Namespace) -> int:
     del options
     print(f"Python {platform.python_version()}")
     for package in ("metaopt-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lightgbm", "xgboost"):
-        try:
-            print(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            print(package, "is not installed")
+        print(package, _version(package))
     print("devices:", ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()))
 
     def loss(params, hyperparams, batch):
@@ -195,6 +197,18 @@ def _doctor(options: argparse.Namespace) -> int:
     check = hypergrad.check(hypergrad.unrolled(problem, num_steps=20), {"log_decay": jnp.float32(-2.0)}, task)
     print(check)
     return 0 if check.passed else 3
+
+
+def _version(package: str) -> str:
+    """The installed version of a package. The module `xgboost` comes with the package xgboost or xgboost-cpu."""
+    import importlib.metadata
+
+    for name in (package, f"{package}-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "is not installed"
 
 
 def _require_packages() -> Any:
@@ -290,7 +304,7 @@ def _numbers(target: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_notes() -> Iterator[None]:
-    """Hides the encoder's notes about columns: a target is not dropped."""
+    """Hides the encoder's notes about columns, such as those that another call has logged."""
     logger = logging.getLogger("metaopt.tasks")
     level = logger.level
     logger.setLevel(logging.ERROR)

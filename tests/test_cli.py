@@ -1,6 +1,8 @@
 """The command `metaopt`."""
 
+import importlib.metadata
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -22,7 +24,7 @@ def files(tmp_path_factory):
     return folder, frame.iloc[1::2]["target"].to_numpy()
 
 
-def test_fit_predict_and_leaderboard(files, capsys):
+def test_fit_predict_and_leaderboard(files, capsys, caplog):
     folder, truth = files
     model = str(folder / "model.npz")
     train = [str(folder / "train.csv"), "--target", "target", "--out", model]
@@ -33,6 +35,11 @@ def test_fit_predict_and_leaderboard(files, capsys):
     predicted = pd.read_csv(out, keep_default_na=False)
     assert (predicted["prediction"] == truth).mean() > 0.85
     assert list(predicted.columns[1:]) == [f"probability of {label}" for label in ("b", "c", "none")]
+    texts = pd.read_csv(folder / "new.csv")
+    texts.assign(**{"sepal length (cm)": [f"about {k}" for k in range(len(texts))]}).to_csv(folder / "texts.csv")
+    assert _cli.main(["predict", model, str(folder / "texts.csv"), "--out", str(out)]) == 0
+    assert caplog.text.count("'sepal length (cm)' has") == 1  # once, though `predict` and `predict_proba` both see it
+    capsys.readouterr()
     assert _cli.main(["leaderboard", model]) == 0
     assert capsys.readouterr().out.split()[:5] == ["model", "score", "weight", "fit_seconds", "predict_seconds"]
 
@@ -76,6 +83,28 @@ def test_python_m_metaopt_is_the_command(arguments, code, monkeypatch, capsys):
     assert end.value.code == code
     text = capsys.readouterr()
     assert ("usage: metaopt" if code != 1 else "missing.npz") in text.out + text.err
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """As in `metaopt predict ... | head`."""
+    print_rows = "type('', (), {'parse_args': lambda *_: type('', (), {'run': lambda _: print('row' * 100_000)})})"
+    script = f"from metaopt import _cli; _cli._parser = lambda: {print_rows}(); raise SystemExit(_cli.main([]))"
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 0
+    command.stderr.close()
+
+
+def test_the_doctor_finds_a_package_under_its_other_name(monkeypatch):
+    versions = {"jax": "0.10", "xgboost-cpu": "3.2"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert [_cli._version(name) for name in ("jax", "xgboost", "numpy")] == ["0.10", "3.2", "is not installed"]
 
 
 def test_the_doctor_checks_a_gradient_on_this_machine(capsys):

@@ -112,8 +112,8 @@ def collect(
       backend: of joblib, such as "loky", "dask" or "ray". None uses that of `joblib.parallel_config`, or else threads.
         Dask uses all cores of its cluster. So does Ray, if `num_workers` is None.
       isolated: whether trials run in child processes, on POSIX systems. Otherwise they run in joblib's workers. This is
-        faster for trials that take less than milliseconds. But then limits are impossible, and a crash ends this
-        process, or is the loss of a worker.
+        faster for trials that take milliseconds. But then `time_limit` and `memory_limit` are impossible, and a crash
+        ends this process, or is the loss of a worker.
       time_limit: seconds for each trial. None sets no limit, and a trial that hangs stops the collection.
       memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
         Python with metaopt and JAX takes 200 to 300 MiB.

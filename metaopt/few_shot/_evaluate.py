@@ -99,8 +99,8 @@ def evaluate_episodes(
     transductive = dict.fromkeys(methods, False)
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in methods}
     ways, shots, marks = ({} for _ in range(3))
-    total, text = num_episodes * len(samplers), "{source}: {method}"
-    with report_progress(total, progress, text, unit="episode", source="", method="") as report:
+    total = num_episodes * len(samplers)
+    with report_progress(total, progress, "{work}", unit="episode", work="drawing episodes") as report:
         run = _Run(jitted, num_episodes, min(chunk_size, num_episodes), each is not None, report, set())
         for i, (source, sample) in enumerate(samplers.items()):
             # The key depends on the source's name, so adding another source before it changes nothing.
@@ -173,7 +173,7 @@ def _judge_source(
                 transductive[name] = differ(outputs, outputs_of_blank, query)
             # A chunk counts in part until all methods have run.
             num_done = num_before + done + (i + 1) / len(run.methods) * len(scores[name][-1])
-            run.report(num_done, source=source, method=name)
+            run.report(num_done, work=f"{source}: {name}")
         way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
         facts |= {"ways": way, "shots": np.asarray(support["mask"]).sum(axis=1) / way}
         for name, of_chunk in facts.items():

@@ -1,5 +1,6 @@
 """Labels of any type as classes 0..C-1, and columns that give a target away."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,9 @@ import numpy as np
 
 from metaopt import _extras
 from metaopt.tasks._frames import ALWAYS_MISSING, as_text, objects, positions, read_frame
+
+_log = logging.getLogger(__name__)
+_MOST_CLASSES = 20  # more classes of numbers with few rows each are probably a quantity
 
 
 class Labels(NamedTuple):
@@ -19,6 +23,8 @@ class Labels(NamedTuple):
 
 def fit_labels(y: Any, *, column: str | int | None = None) -> Labels:
     """Numbers the labels of a classification target.
+
+    Logs a warning if the labels are more than 20 different numbers, with fewer than four rows each in the mean.
 
     Args:
       y: [n] texts, whole numbers (also as floats), booleans, or categories of pandas; None, NaN or pandas.NA where
@@ -59,6 +65,13 @@ def fit_labels(y: Any, *, column: str | int | None = None) -> Labels:
     classes, places = np.unique(present, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"`y` must have at least 2 classes; got {len(classes)} class: {classes.tolist()}.")
+    if present.dtype.kind in "iuf" and len(classes) > _MOST_CLASSES and 4 * len(classes) > len(present):
+        _log.warning(
+            "The target has %d different numbers in %d rows, and each of them counts as a class. If it is a quantity, "
+            "use regression, such as `automl.AutoRegressor`.",
+            len(classes),
+            len(present),
+        )
     codes = np.full(len(values), -1, np.int32)
     codes[~missing] = places
     return Labels(classes, codes)

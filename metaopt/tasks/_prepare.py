@@ -5,6 +5,7 @@ training rows. The same rows are also kept unencoded, for learners that prefer t
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +92,13 @@ class PreparedTable(NamedTuple):
 
         Raises:
           ValueError: if a column is missing, or `rows` has another number of columns.
+          ValueError: if `rows` is a frame, and `prepare` got none: the table does not know the names of its columns.
         """
+        if self.encoder is None and (isinstance(rows, Mapping) or hasattr(rows, "columns")):
+            raise ValueError(
+                f"The table {self.name!r} was not prepared from a frame, so it cannot encode the frame `rows`. Use "
+                "`tasks.prepare(frame, target)`, for example with `frame = pandas.read_csv(file)`."
+            )
         return self.columns.transform(rows if self.encoder is None else encoded(self.encoder, rows))
 
     @property

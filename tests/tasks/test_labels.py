@@ -34,6 +34,21 @@ def test_labels_are_numbered_in_their_order(y, classes, codes):
     assert labels.codes.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    ("y", "warns"),
+    [
+        (np.arange(84) % 21, False),
+        (np.arange(83) % 21, True),
+        (np.arange(30) % 20, False),
+        ([f"{k}" for k in range(30)], False),
+        (np.arange(30.0), True),
+    ],
+)
+def test_a_quantity_as_classes_is_logged(y, warns, caplog):
+    tasks.fit_labels(y)
+    assert ("If it is a quantity, use regression" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("num_classes", [2, 10, 0])
 def test_columns_that_give_the_target_away(num_classes):
     rng = np.random.default_rng(0)

@@ -224,3 +224,6 @@ def test_new_rows_are_encoded_as_those_of_the_table():
     prepared = tasks.prepare(table, max_features=20, scaling="standard")
     for part in parts(prepared):
         np.testing.assert_array_equal(prepared.transform(table.x)[part.index], part.x)
+    for rows in (new, pytest.importorskip("pandas").DataFrame(new)):
+        with pytest.raises(ValueError, match="was not prepared from a frame"):
+            prepared.transform(rows)
