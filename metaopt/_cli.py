@@ -133,16 +133,17 @@ def _predict(options: argparse.Namespace) -> int:
         _check_out(options.out, options.data, options.model)
     frame = _read_rows(options.data, model)
     result = pandas.DataFrame({"prediction": model.predict(frame)})
-    if hasattr(model, "predict_proba"):
-        with _without_notes():  # `predict` has logged them
-            probabilities = model.predict_proba(frame)
-        for label, column in zip(model.classes_, probabilities.T, strict=True):
-            result[f"probability of {label}"] = column
-    if options.coverage is not None and hasattr(model, "predict_set"):
-        for label, column in zip(model.classes_, model.predict_set(frame, coverage=options.coverage).T, strict=True):
-            result[f"{label} in the set"] = column
-    elif options.coverage is not None:
-        result[["lower", "upper"]] = model.predict_interval(frame, coverage=options.coverage)
+    with _without_notes():  # `predict` has logged them
+        if hasattr(model, "predict_proba"):
+            for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
+                result[f"probability of {label}"] = column
+        if options.coverage is not None and hasattr(model, "predict_set"):
+            for label, column in zip(
+                model.classes_, model.predict_set(frame, coverage=options.coverage).T, strict=True
+            ):
+                result[f"{label} in the set"] = column
+        elif options.coverage is not None:
+            result[["lower", "upper"]] = model.predict_interval(frame, coverage=options.coverage)
     result.to_csv(sys.stdout if options.out is None else options.out, index=False)
     return 0
 
