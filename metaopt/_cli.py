@@ -185,7 +185,8 @@ def _doctor(options: argparse.Namespace) -> int:
     print(f"Python {platform.python_version()}")
     for package in ("metaopt-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lightgbm", "xgboost"):
         print(package, _version(package))
-    print("devices:", ", ".join(f"{device.platform} {device.device_kind}" for device in jax.devices()))
+    names = [dict.fromkeys((device.platform, device.device_kind)) for device in jax.devices()]  # "cpu" is both
+    print("devices:", ", ".join(map(" ".join, names)))
 
     def loss(params, hyperparams, batch):
         x, y = batch

@@ -12,6 +12,7 @@ searcher is never saved.
 
 import collections
 import contextlib
+import math
 import os
 import time
 import uuid
@@ -122,7 +123,8 @@ def collect(
         trial. Workers on other machines should have the same clock. Trials that were about to begin stay "RUNNING" in
         the store until the next call.
       progress: None reports trials on standard error: with a bar in a terminal or notebook, otherwise with a line every
-        10 s. True also prints a line at the end of a short collection; False reports nothing.
+        10 s. With one task and one outcome, the report has the best outcome so far. True also prints a line at the end
+        of a short collection; False reports nothing.
 
     Returns:
       The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
@@ -166,7 +168,7 @@ def collect(
     deadline = float("inf") if budget is None else time.monotonic() + budget
     trial_runner = Runner(run, objective, named, store, study, num_workers, deadline)
     try:
-        with _alone(store, study), workers(backend, num_workers), _progress(num_trials * len(named), progress) as show:
+        with _alone(store, study), workers(backend, num_workers), _progress(num_trials, len(named), progress) as show:
             _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show)
     finally:
         if isolated:
@@ -343,16 +345,22 @@ def _read_ended(runner: Runner, retry_failed: bool) -> tuple[dict[tuple, base.Re
 
 
 @contextlib.contextmanager
-def _progress(total: float, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
-    """Yields a function that counts a record, including records that the store already had."""
-    done, counts = 0.0, {"failed": 0, "pruned": 0}
-    with report_progress(total, show, "{failed} failed, {pruned} pruned", unit="trial", failed=0, pruned=0) as report:
+def _progress(num_trials: float, num_tasks: int, show: bool | None) -> Iterator[Callable[[base.Record], None]]:
+    """Yields a function that counts a record, including records that the store already had.
+
+    It shows the best outcome at the full budget if there is one task: those of several tasks have different scales.
+    """
+    done, best, counts = 0.0, math.inf, {"failed": 0, "pruned": 0}
+    text = "{failed} failed, {pruned} pruned{best}"
+    with report_progress(num_trials * num_tasks, show, text, unit="trial", best="", **counts) as report:
 
         def count(record):
-            nonlocal done
+            nonlocal done, best
             done += record.fidelity
             counts["failed"] += record.status == "FAIL"
             counts["pruned"] += record.status == "PRUNED"
-            report(done, **counts)
+            if num_tasks == 1 and record.status == "COMPLETE" and record.fidelity == 1 and record.outcomes is None:
+                best = min(best, record.outcome)
+            report(done, best=f", best outcome {best:.4g}" if best < math.inf else "", **counts)
 
         yield count

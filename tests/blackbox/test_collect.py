@@ -337,6 +337,14 @@ def test_progress_counts_trials_and_failures(capsys):
     assert capsys.readouterr().err == ""  # no terminal
 
 
+def test_progress_of_one_task_has_the_best_outcome_at_the_full_budget(capsys):
+    falls = lambda trial, task: (5.0 if trial.trial % 2 else 3.0) if trial.fidelity == 1 else 0.0
+    for tasks, text in (({"t": 0}, "0 pruned, best outcome 3, "), ({"s": 0, "t": 0}, "0 pruned, ")):
+        collect(falls, searcher=fidelities(), num_trials=4, on=tasks, progress=True)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert text in last and ("best" in text) == ("best" in last), last
+
+
 def test_a_searcher_may_end_by_itself():
     assert len(collect(searcher=listener(stop=3), batch_size=2, num_trials=100)) == 6
 
