@@ -250,6 +250,9 @@ _TRUSTED = (
     "sklearn._loss._loss.CyHalfBinomialLoss",
     "sklearn._loss._loss.CyHalfMultinomialLoss",
     "sklearn._loss._loss.CyHalfSquaredError",
+    "_loss.CyHalfBinomialLoss",  # the same types in older versions of scikit-learn
+    "_loss.CyHalfMultinomialLoss",
+    "_loss.CyHalfSquaredError",
     "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 )
