@@ -1,6 +1,7 @@
 """The command `metaopt`."""
 
 import importlib.metadata
+import os
 import runpy
 import subprocess
 import sys
@@ -85,11 +86,15 @@ def test_python_m_metaopt_is_the_command(arguments, code, monkeypatch, capsys):
     assert ("usage: metaopt" if code != 1 else "missing.npz") in text.out + text.err
 
 
-def test_a_reader_that_ends_early_is_no_error():
+@pytest.mark.parametrize("num", [10, 100_000])
+def test_a_reader_that_ends_early_is_no_error(num):
     """As in `metaopt predict ... | head`."""
-    print_rows = "type('', (), {'parse_args': lambda *_: type('', (), {'run': lambda _: print('row' * 100_000)})})"
+    rows = f"print('row' * {num}) or 0"
+    print_rows = f"type('', (), {{'parse_args': lambda *_: type('', (), {{'run': lambda _: {rows}}})}})"
     script = f"from metaopt import _cli; _cli._parser = lambda: {print_rows}(); raise SystemExit(_cli.main([]))"
-    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = subprocess.Popen([sys.executable, "-c", script], env=buffered, **pipes)
     command.stdout.close()
     assert command.stderr.read() == b"" and command.wait() == 0
     command.stderr.close()

@@ -29,7 +29,8 @@ def direct(loss: Callable) -> base.Estimator:
 
     Raises:
       TypeError: at trace time, from JAX, if the loss is not a floating-point scalar.
-      jax.errors.ConcretizationTypeError: at trace time, if the loss reads the value of λ, as some optax schedules do.
+      TypeError: at trace time, from JAX with a note, if the loss reads the value of λ, the task or the key (in `if`,
+        `float`, `int` or NumPy), as some optax schedules do.
 
     >>> import jax
     >>> from metaopt import hypergrad

@@ -18,11 +18,12 @@ from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import pool
 from experiments.hyperparameters.transfer.config import Config
 from experiments.hyperparameters.transfer.families import is_development
+from experiments.hyperparameters.transfer.judge import digest
 from experiments.hyperparameters.transfer.natural import natural_development
 from experiments.hyperparameters.transfer.rates import shipped_starts, with_interval
 from experiments.hyperparameters.transfer.report import family_means
 from experiments.hyperparameters.transfer.runs import Part, Recorded, hyperparams_of
-from experiments.hyperparameters.transfer.ten_runs import natural_parts
+from experiments.hyperparameters.transfer.ten_runs import digest_of_runs, natural_parts
 from metaopt import automl, base, blackbox
 
 KEY, TASK_SEED, RECORD_SEED, DRAW_SEED = 2468, 0, 1, 2
@@ -131,9 +132,11 @@ def compare_second_stage(config: Config, folder: Path, num_splits: int) -> None:
     """Learns the search, and prints the comparison on development tables. Finished work is kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     network, num = make_network(config.run), config.proposals
+    mark = lambda own, *more: digest(digest_of_runs(config, own, {}), shipped_starts(own, network.space)["g"], more)
     kept = lambda name, make: script.kept(folder / "second_stage", name, make)
     learning = learning_parts(config, folder)
-    runs = kept("records", lambda: runs_around(network, learning, SPREADS, RECORD_SEED))
+    records = f"records_{mark(learning, SPREADS, RECORD_SEED)}"
+    runs = kept(records, lambda: runs_around(network, learning, SPREADS, RECORD_SEED))
     parts = natural_parts(config, natural_development(script.RESULTS / "transfer_corpus.csv"), folder, num_splits)
     learned = learned_search(network, learning, runs)
     first = configurations(hyperparams_of(network.space, shipped_starts(parts, network.space)["g"]))
@@ -142,13 +145,10 @@ def compare_second_stage(config: Config, folder: Path, num_splits: int) -> None:
         "learned search": [learned.searcher(f, first=[c]) for f, c in zip(features, first, strict=True)],
         "TPE": [blackbox.tpe(first=[c]) for c in first],
     }
-    losses = {
-        "draws": kept(
-            f"draws_{num_splits}", lambda: runs_around(network, parts, (0.0, *[config.spread] * (num - 1)), DRAW_SEED)
-        )
-    }
+    spreads = 0.0, *[config.spread] * (num - 1)
+    losses = {"draws": kept(f"draws_{mark(parts, DRAW_SEED)}", lambda: runs_around(network, parts, spreads, DRAW_SEED))}
     for label, own in searchers.items():
-        name = f"{label.replace(' ', '_')}_{num_splits}"
+        name = f"{label.replace(' ', '_')}_{mark(parts, runs)}"
         losses[label] = kept(name, lambda own=own: search(network, parts, own, num))
     family = np.concatenate([part.family for part in parts])
     counts = [count for count in (1, 2, 3, 5, 10) if count <= num]

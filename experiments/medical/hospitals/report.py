@@ -205,8 +205,8 @@ def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) ->
             "scaling, and coverage that of the leave-one-out sets at 90 %.",
             "### Predicted λ",
             hyperparams_table(patients, by_site),
-            "Median over draws and seeds (10th to 90th percentile). A penalty is how strongly a part of the model is "
-            'drawn: its intercept to "intercept", the weight of the pooled model to "slope", and its own weights of '
+            "Median over draws and seeds (10th to 90th percentile). Each penalty pulls one part of the model to a "
+            'value: the intercept to "intercept", the weight of the pooled model to "slope", and the model\'s own weights of '
             'values and of marks of missing values to 0. "often_missing" and "marks" weigh these parts of the pooled '
             "model.",
         ]
