@@ -206,7 +206,7 @@ def report(parts: dict[str, tuple[Patients, list, list]], settings: Settings) ->
             "### Predicted λ",
             hyperparams_table(patients, by_site),
             "Median over draws and seeds (10th to 90th percentile). Each penalty pulls one part of the model to a "
-            'value: the intercept to "intercept", the weight of the pooled model to "slope", and the model\'s own weights of '
+            'value: the intercept to "intercept", the weight of the pooled model to "slope", and its own weights of '
             'values and of marks of missing values to 0. "often_missing" and "marks" weigh these parts of the pooled '
             "model.",
         ]
