@@ -293,7 +293,7 @@ def check_finite(name: str, array: np.ndarray, *, missing: bool = False, infinit
       infinite: whether infinities are allowed.
     """
     if np.iscomplexobj(array):
-        for part in (array.real, array.imag):
+        for part in (np.real(array), np.imag(array)):
             check_finite(name, part, missing=missing, infinite=infinite)
         return
     fine = np.abs(array) <= np.finfo(np.float32).max

@@ -352,7 +352,8 @@ def _progress(num_trials: float, num_tasks: int, show: bool | None) -> Iterator[
     """
     done, best, counts = 0.0, math.inf, {"failed": 0, "pruned": 0}
     text = "{failed} failed, {pruned} pruned{best}"
-    with report_progress(num_trials * num_tasks, show, text, unit="trial", best="", **counts) as report:
+    total = num_trials * num_tasks
+    with report_progress(total, show, text, unit="trial", failed=0, pruned=0, best="") as report:
 
         def count(record):
             nonlocal done, best
