@@ -77,6 +77,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         x = self._fit_table(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
         used = np.flatnonzero(weight > 0)
+        if not len(used):  # recent versions of scikit-learn check this
+            raise ValueError("`sample_weight` must have at least one non-zero value.")
         target = self._fit_target(_arguments.target(y, len(x))[used], weight[used])
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
