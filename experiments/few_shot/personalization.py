@@ -28,7 +28,7 @@ Leaving out each of the three others in turn prefers the same codes and gaps, fo
     python experiments/few_shot/personalization.py             the same with one seed
     python experiments/few_shot/personalization.py --smoke     seconds; prints only
 
-The tables are read from the folder that METAOPT_DATA names.
+METAOPT_DATA names the folder of the tables.
 """
 
 from collections.abc import Callable
@@ -444,20 +444,17 @@ def splits(table: tasks.UserTable, hearts: tasks.UserTable, seeds: int) -> tasks
         for part, key in (("train", "fit"), ("valid", "kept"), ("test", "test"))
     }
     all_ = hearts.user_names
-    left_out = {
-        "train": {f"heart disease, {name}": {"classes": [n for n in all_ if n != name]} for name in all_},
-        "test": {f"heart disease, {name}": {"classes": [name]} for name in all_},
-    }
-    return tasks.merge_splits(patients, left_out)
+    others = {f"heart disease, {name}": {"classes": [n for n in all_ if n != name]} for name in all_}
+    left_out = {f"heart disease, {name}": {"classes": [name]} for name in all_}
+    return tasks.merge_splits(patients, {"train": others, "test": left_out})
 
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=3)
     parser.add_argument("--full", action="store_true", help="all seeds instead of one")
     options = parser.parse_args()
-    settings = SMOKE if options.smoke else Settings()
+    settings, only = (SMOKE, 1) if options.smoke else (Settings(), None)
     seeds = options.seeds if options.full and not options.smoke else 1
-    only = 1 if options.smoke else None
     folder = script.data_file(__file__, "parkinsons_telemonitoring.csv.gz").parent
     table, hearts = from_parkinsons(folder), from_heart_disease(folder)
     shots = (5,) if options.smoke else tuple(BARS)

@@ -249,6 +249,15 @@ def from_csv_folder(
     Raises:
       FileNotFoundError: if the folder does not exist, or it has no CSV file.
       ValueError: if no file is usable; the message has every reason, with line numbers.
+
+    >>> import pathlib, tempfile
+    >>> from metaopt import tasks
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = "".join(f"{i / 10},{'yes' if i % 3 else 'no'}\\n" for i in range(60))
+    ...     length = pathlib.Path(folder, "shop.csv").write_text("size,sold\\n" + rows)
+    ...     (table,) = tasks.from_csv_folder(folder, "sold")
+    >>> table.name, table.x.shape, table.class_names
+    ('shop', (60, 1), ('no', 'yes'))
     """
     files = sorted(f for f in Path(folder).glob("*") if f.name.lower().endswith((".csv", ".csv.gz")))
     if not files:
