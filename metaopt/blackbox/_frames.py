@@ -57,7 +57,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
         "1e5", "NA"). So pandas needs these arguments:
 
             texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
-            pandas.read_csv(file, dtype=texts, na_values=gaps, keep_default_na=False)
+            exact = {"keep_default_na": False, "float_precision": "round_trip"}
+            pandas.read_csv(file, dtype=texts, na_values=gaps, **exact)
 
     Returns:
       The records, in order.
