@@ -57,8 +57,9 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
         "1e5", "NA"). So pandas needs these arguments:
 
             texts, gaps = {"task": str, "reason": str}, {"outcome": "", "cost": ""}
-            exact = {"keep_default_na": False, "float_precision": "round_trip"}
-            pandas.read_csv(file, dtype=texts, na_values=gaps, **exact)
+            pandas.read_csv(file, dtype=texts, na_values=gaps, keep_default_na=False)
+
+        Before pandas 3, add `float_precision="round_trip"`. Otherwise the last digits of numbers may differ.
 
     Returns:
       The records, in order.
