@@ -182,6 +182,7 @@ def noisy_table(rows=96, classes=3):
     return tasks.Table("noisy", "noisy", x, y, np.array([False, False, True]))
 
 
+@pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")  # of an older scikit-learn with a newer SciPy
 def test_log_loss_against_scikit_learn():
     linear_model, neighbors = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.neighbors")
     selection = pytest.importorskip("sklearn.model_selection")
